@@ -1,4 +1,5 @@
-"""Training of a declared mask: its gates, its controls and its file.
+"""Training of a declared mask, and search for a declared circuit by scores of edges: what each
+chooses, its controls and its file.
 
 A gate m of a site or a position writes x + m (y − x), where x is the vector of the running pass,
 after the writes at earlier layers, and y the vector of the source run, the mean of the training
@@ -9,9 +10,16 @@ m (y − x) to the stream that the receiver of the edge reads, where x is the ou
 In a training step, every row has its own sample of the gates. After the training, the gates with
 the largest probabilities are 1 and the others 0.
 
+The score of the edge from u to v is (u′ − u) · ∂m/∂(input of v), summed over tokens and averaged
+over training rows: u′ is the other value of the sender, u its output in the clean run, and m the
+measure. One forward and one backward pass of a batch score all edges. Gradients at points of a path
+from the other run to the clean one are averaged.
+
 References:
     Louizos et al. 2018, arXiv 1712.01312; Cao et al. 2021, arXiv 2104.03514 (masks that find
-    subnetworks); Bhaskar et al. 2024, arXiv 2406.16778 (masks over edges).
+    subnetworks); Bhaskar et al. 2024, arXiv 2406.16778 (masks over edges); Syed et al. 2023,
+    arXiv 2310.10348 (EAP); Hanna et al. 2024, arXiv 2403.17806 (EAP-IG, and the selection from the
+    end of the model backwards); Mueller et al. 2025, arXiv 2504.13151 (MIB).
 """
 
 from __future__ import annotations
@@ -27,26 +35,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Ints
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.objective_rows import EffectRows
 from mechdsl.execute.patching.differentiated_run import DrawLanes, write_point
 from mechdsl.execute.patching.writes import group_senders
-from mechdsl.execute.run_record import MASK_FILE, MaskReport
+from mechdsl.execute.run_record import MASK_FILE, CircuitReport, MaskReport
 from mechdsl.execute.training import TrainingJob, read_settings
 from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.execute.vectors import DirectionFits
 from mechdsl.fits.gates import Gates
-from mechdsl.fits.training import Training, TrainingSettings
-from mechdsl.forward.hooks.batch import CircuitWrite, SenderFill, SiteRead, SiteWrite
+from mechdsl.fits.training import Training, TrainingSettings, TrainingState
+from mechdsl.forward.hooks.batch import CircuitRead, CircuitWrite, SenderFill, SiteRead, SiteWrite
+from mechdsl.forward.hooks.circuits import compute_edge_scores
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
-from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_single_rows
-from mechdsl.program.trainers import MaskTrainer
-from mechdsl.resolve.circuits import CircuitDraws
+from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_scored_rows, count_single_rows
+from mechdsl.program.trainers import EdgeScoreTrainer, MaskTrainer
+from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import key_of_candidate, paired_cells
 from mechdsl.resolve.types import (
@@ -294,20 +303,35 @@ class EdgeMaskRows(VectorMaskRows):
 
     def _circuits(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[CircuitWrite]:
         """Return what the gates of each row change of the inputs of receivers."""
-        shares, incoming = self._shares(rows, edit), self._incoming(rows)
+        shares = self._shares(rows, edit)
         size = len(self._receivers), len(self._columns)
         mask = shares.new_zeros(len(shares), size[0] * size[1])
         mask = mask.index_copy(1, self._cells_of_mask.to(shares.device), shares)
+        ends = self._fills(len(shares), self._incoming(rows)), self._ends
+        return [CircuitWrite(*self._places(rows, lanes), *ends, mask.unflatten(1, size))]
+
+    def _fills(
+        self, count: int, incoming: Mapping[SiteLayer, Tensor] | None
+    ) -> tuple[SenderFill, ...]:
+        """Return the other values of all senders at some tokens.
+
+        Args:
+            count: Number of the tokens.
+            incoming: [token, units, width] that come in; None if they are 0.
+        """
         fills: list[SenderFill] = []
         for where, units in self._senders.items():
-            shape = len(shares), len(units), vector_width(self.model.shape, *where)
-            values = torch.zeros(shape)
-            if incoming is not None:
+            if incoming is None:
+                values = torch.zeros(count, len(units), vector_width(self.model.shape, *where))
+            else:
                 values = incoming[where][:, list(units)]
             fills.append(SenderFill(SiteRead(*where), units, values))
-        receivers = tuple((SiteRead(to.site, to.layer), to.unit or 0) for to in self._receivers)
-        at = self._places(rows, lanes)
-        return [CircuitWrite(*at, tuple(fills), receivers, mask.unflatten(1, size))]
+        return tuple(fills)
+
+    @property
+    def _ends(self) -> tuple[tuple[SiteRead, int], ...]:
+        """The receivers of all edges."""
+        return tuple((SiteRead(to.site, to.layer), to.unit or 0) for to in self._receivers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -643,3 +667,216 @@ def _choose_single_effects(
     wants_low = model.rows.declared.minimises != model.keeps
     order = np.argsort(np.array(effects) * (1 if wants_low else -1), kind="stable")
     return sorted(order[: model.gates.size].tolist()), len(few)
+
+
+# --- circuits by scores of edges ------------------------------------------------------------------
+
+_ADDED_AT = {"resid_pre": "resid_pre", "z": "attn_out", "mlp_out": "mlp_out"}
+"""Site of senders → the site where the stream gains their changes."""
+
+
+class NoCircuit(Exception):
+    """The scores of edges make no circuit."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeRows(EdgeMaskRows):
+    """The rows of a search for a circuit."""
+
+    batch: int
+    """Largest number of rows of a pass."""
+
+    @cached_property
+    def _pass_rows(self) -> int:
+        """Largest number of rows of a pass that scores edges."""
+        tokens = int(np.diff(self._starts).max(initial=1))
+        return count_scored_rows(len(self._columns), tokens, self.batch, self.model.shape)
+
+    @property
+    def trained(self) -> Ints:
+        """[row] ascending numbers of the training rows."""
+        return np.sort(self.rows[self.held_out_count :])
+
+    def _split(self, rows: Ints) -> list[Ints]:
+        """Split rows into those of one pass each."""
+        return [rows[i : i + self._pass_rows] for i in range(0, len(rows), self._pass_rows)]
+
+    # --- scores
+
+    def scores(
+        self, trainer: EdgeScoreTrainer, steps: int, on_pass: Callable[[int, int], None]
+    ) -> Floats:
+        """Return [edge] scores, means over the training rows. Raises AutogradFailed.
+
+        Args:
+            steps: Number of points on the path of the trainer.
+            on_pass: Called with the finished and all batches.
+        """
+        parts = self._split(self.trained)
+        total = torch.zeros(len(self._receivers), len(self._columns), dtype=torch.float64)
+        with torch.enable_grad():
+            for number, part in enumerate(parts):
+                total += self._score(part, trainer, steps).cpu()
+                self._unpatched.forget()
+                on_pass(number + 1, len(parts))
+        return (total.flatten()[self._cells_of_mask] / len(self.trained)).numpy()
+
+    def _score(self, rows: Ints, trainer: EdgeScoreTrainer, steps: int) -> Tensor:
+        """Return [receiver, sender]: the sums of scores over some rows."""
+        lanes = self._lanes(rows)
+        with torch.no_grad():
+            fills = self._fills(int(self._vectors_of(rows)[1].sum()), self._incoming(rows))
+        read = CircuitRead(*self._places(rows, lanes), fills, self._ends)
+        found = self._score_at(rows, lanes, read, None, 0)
+        every = [SiteRead(*where) for where in self._written]
+        moved = {"inputs": every[:1], "activations": every}.get(trainer.path or "", [])
+        for where in moved:
+            wanted = every if trainer.path == "inputs" else [where]
+            for step in range(1, steps):
+                share = 1 - step / steps
+                found += self._score_at(rows, lanes, read, where, share, wanted)
+        return found / steps
+
+    def _score_at(
+        self,
+        rows: Ints,
+        lanes: DrawLanes,
+        read: CircuitRead,
+        moved: SiteRead | None,
+        share: float,
+        wanted: Sequence[SiteRead] | None = None,
+    ) -> Tensor:
+        """Return [receiver, sender]: sums of scores with the gradients of one pass.
+
+        Args:
+            read: What passes over the rows read; after the first one, with the changes of senders.
+            moved: Senders whose outputs have moved to their other values; None: the clean run.
+            share: How far they have moved, from 0 to 1.
+            wanted: Places of the senders that are scored; None for all.
+        """
+        size, width = len(read.rows), self.model.shape.d_model
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        leaf = torch.zeros(size, width, dtype=dtype, device=self.model.device, requires_grad=True)
+        writes = [self._addition(EMBEDDING, lanes, rows, leaf)]
+        if moved is not None:
+            change = share * read.changes[moved].sum(0).to(leaf)
+            point = SitePoint(_ADDED_AT[moved.site], moved.layer, None)
+            writes.append(self._addition(point, lanes, rows, change))
+        values = self._measure(rows, lanes, writes, [read])
+        places = read.changes if wanted is None else wanted
+        return compute_edge_scores(
+            values.sum(), read, {each: read.changes[each] for each in places}
+        )
+
+    def _addition(
+        self, point: SitePoint, lanes: DrawLanes, rows: Ints, vectors: Tensor
+    ) -> SiteWrite:
+        """Add [vector, width] at a site."""
+        written = write_point(point, self.model, *self._places(rows, lanes), vectors)
+        return replace(written, mode="add")
+
+    # --- circuits
+
+    def mean_with(self, rows: Ints, kept: Sequence[int]) -> float:
+        """Return the mean of the measure over rows while all edges but these carry the other
+        value."""
+        shares = torch.ones(len(self.candidates))
+        shares[list(kept)] = 0
+        return self.mean(rows, shares, self.batch)
+
+
+def open_edges(
+    circuit: TrainedMask,
+    objective: ResolvedExperiment,
+    model: LoadedModel,
+    side: PaddingSide | None,
+    cache: VectorCache,
+) -> EdgeRows:
+    """Return the rows of a search for a circuit."""
+    edges = [each for each in circuit.candidates if isinstance(each, tuple)]
+    batch = int(circuit.training.options["batch"])
+    return EdgeRows(circuit.training, objective, model, side, edges, batch, cache=cache)
+
+
+def find_circuit(declared: TrainedMask, rows: EdgeRows, job: TrainingJob) -> CircuitReport:
+    """Score the edges of a model, and write the circuit of those with the largest scores.
+
+    Raises:
+        AutogradFailed: The model can't be differentiated.
+        NoCircuit: A score isn't finite, or no selected edge leads to the end of the model.
+        OSError: A file can't be written.
+    """
+    training = declared.training
+    trainer, options = training.trainer_of(EdgeScoreTrainer), training.of_trainer
+    steps, size, how = trainer.steps(options), trainer.size(options), trainer.selection(options)
+    scores = rows.scores(trainer, steps, job.on_step)
+    if not np.isfinite(scores).all():
+        raise NoCircuit("a score is NaN or infinite", "use another measure, or other rows")
+    order = np.argsort(-np.abs(scores), kind="stable")
+    graph = EdgeGraph(rows.model.shape)
+    selected = frozenset(rows.candidates[n] for n in order[:size].tolist())
+    if how == "greedy":
+        sizes = dict(zip(rows.candidates, np.abs(scores).tolist(), strict=True))
+        selected = graph.select_backwards(sizes, size)
+    kept = graph.keep_leading(selected)
+    chosen = [n for n in order.tolist() if rows.candidates[n] in kept]
+    if not chosen:
+        reason = f"none of the {len(selected):,} edges with the largest scores leads to `logits`"
+        raise NoCircuit(reason, "write a larger `size`, or leave `select` out")
+    report = _report(rows, chosen, scores, steps, (len(selected), how))
+    _write_circuit(job.folder / MASK_FILE, rows, scores, chosen)
+    job.write_card(report, MASK_FILE)
+    return report
+
+
+def _describe(how: str, selected: int, kept: int) -> str:
+    """Describe the selection of edges."""
+    ways = {"greedy": "from `logits` backwards", "top": "with the largest scores of all"}
+    text, removed = f"{count_noun(selected, 'edge')} selected {ways[how]}", selected - kept
+    return f"{text}, {removed:,} of them removed, off any path to `logits`" if removed else text
+
+
+def _report(
+    rows: EdgeRows,
+    chosen: Sequence[int],
+    scores: Floats,
+    steps: int,
+    selection: tuple[int, str],
+) -> CircuitReport:
+    """Compare a circuit with its controls.
+
+    Args:
+        selection: Number of selected edges, and how they were selected.
+    """
+    selected, how = selection
+    measured, every = rows.measured, range(len(rows.candidates))
+    random = [
+        rows.mean_with(measured, own) for own in rows.random_choices(chosen, rows.declared.seed)
+    ]
+    return CircuitReport(
+        *rows.outcome(TrainingState(step=steps)),
+        chosen={label_candidates((rows.candidates[n],)): float(scores[n]) for n in chosen},
+        candidates=len(every),
+        selected=selected,
+        made=_describe(how, selected, len(chosen)),
+        trained=rows.mean_with(measured, chosen),
+        random=float(np.mean(random)),
+        draws=len(random),
+        unpatched=rows.mean(measured, None, rows.batch),
+        whole=rows.mean_with(measured, ()),
+    )
+
+
+def _write_circuit(path: Path, rows: EdgeRows, scores: Floats, chosen: Sequence[int]) -> None:
+    """Write all edges with their scores, and the numbers of those of the circuit."""
+    content = {
+        "sites": [key_of_candidate(each) for each in rows.candidates],
+        "labels": [label_candidates((each,)) for each in rows.candidates],
+        "scores": scores.tolist(),
+        "chosen": list(chosen),
+    }
+    path.write_text(json.dumps(content) + "\n", "utf-8")

@@ -24,7 +24,7 @@ from mechdsl.execute.training_vectors import VectorCache, order_rows
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.training import TrainingState
-from mechdsl.forward.hooks.batch import CircuitWrite, SiteWrite
+from mechdsl.forward.hooks.batch import CircuitRead, CircuitWrite, SiteWrite
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.passes import make_plan
@@ -250,15 +250,29 @@ class EffectRows(ABC, Generic[EditT]):
         The values are in ascending order of the rows; without an edit, those of the base run.
         Raises AutogradFailed.
         """
-        rows, runs = np.sort(rows), self._unpatched
-        run = self._runs[0]
-        lanes = DrawLanes.of(runs.reader(run, ())(rows), rows, 1)
+        rows = np.sort(rows)
+        lanes = self._lanes(rows)
         writes = [] if edit is None else self._writes(rows, lanes, edit)
-        differentiated = DifferentiatedRun(runs, run, self._readout, rows)
         circuits = [] if edit is None else self._circuits(rows, lanes, edit)
+        values = self._measure(rows, lanes, writes, circuits)
+        self._unpatched.forget()
+        return values
+
+    def _lanes(self, rows: Ints) -> DrawLanes:
+        """Return the lanes of a pass over some rows, in ascending order."""
+        return DrawLanes.of(self._unpatched.reader(self._runs[0], ())(rows), rows, 1)
+
+    def _measure(
+        self,
+        rows: Ints,
+        lanes: DrawLanes,
+        writes: Sequence[SiteWrite],
+        circuits: Sequence[CircuitWrite | CircuitRead],
+    ) -> Tensor:
+        """Return [row] float64 values of the measure in a pass. Raises AutogradFailed."""
+        differentiated = DifferentiatedRun(self._unpatched, self._runs[0], self._readout, rows)
         reading, _ = differentiated.read(writes, lanes, (), circuits)
         (values,) = self._readout.tensors(reading)
-        runs.forget()
         return values
 
     @abstractmethod

@@ -181,7 +181,8 @@ LISTED_SITES = 8
 """Chosen sites of a mask that a table lists."""
 
 MASK_FILE = "mask.json"
-"""The sites of a trained mask with their probabilities, in its folder."""
+"""The sites of a trained mask with their probabilities, or the edges of a circuit with their
+scores, in its folder."""
 
 
 LENS_FILE = "lens.safetensors"
@@ -532,6 +533,41 @@ class MaskReport(FitReport):
         return f"{text} and {more} more, with probabilities from {least:.2f}"
 
 
+@dataclass(frozen=True)
+class CircuitReport(FitReport):
+    """What the search for a circuit by scores of edges led to: means of its measure over rows that
+    it didn't use."""
+
+    objective: str
+    """`minimise kl(clean)`."""
+    chosen: dict[str, float]
+    """The edges of the circuit with their scores, in descending order of their sizes: the change of
+    the measure, on training rows, if the edge carries the other value."""
+    candidates: int
+    """Number of edges of the model."""
+    selected: int
+    """Number of edges before those were removed that don't lead to the end of the model."""
+    made: str
+    """How the edges were selected, and how many of them were removed."""
+    trained: float
+    """The measure while all edges carry the other values but those of the circuit."""
+    random: float
+    """The mean of the same over random circuits with the same number of edges."""
+    draws: int
+    """Number of random circuits."""
+    unpatched: float
+    """The measure of the clean run."""
+    whole: float
+    """The measure while every edge carries the other value."""
+
+    def list_chosen(self) -> str:
+        """Return `L1H1 -> logits (-0.89), embed -> L1H1.k (0.12)`, at most `LISTED_SITES`."""
+        listed = [f"{name} ({score:.3g})" for name, score in self.chosen.items()]
+        more = len(listed) - LISTED_SITES
+        text = ", ".join(listed[:LISTED_SITES])
+        return text if more <= 0 else f"{text} and {more:,} more"
+
+
 Report = (
     TrainingReport
     | DecoderReport
@@ -544,6 +580,7 @@ Report = (
     | EditReport
     | ScaleReport
     | MaskReport
+    | CircuitReport
     | LensReport
     | ProbeReport
 )

@@ -40,6 +40,7 @@ from mechdsl.execute.run_record import (
     ROTATION_FILE,
     TRAINING_VERSION,
     VECTOR_FILE,
+    CircuitReport,
     CorrelationReport,
     DecoderReport,
     EditReport,
@@ -71,8 +72,9 @@ from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.prompts import texts_within
 from mechdsl.program.python_functions import block_functions
 from mechdsl.program.trainers import (
+    ChoosingTrainer,
+    CircuitTrainer,
     DirectionTrainer,
-    MaskTrainer,
     PairedTrainer,
     RotationTrainer,
     SolvedTrainer,
@@ -452,7 +454,9 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
         if isinstance(fit.file, TrainedProbe):
             return _read_probe(folder, fit.file, card["sha256"]), ProbeReport.read(card)
         if isinstance(fit.file, TrainedMask):
-            return _read_mask(folder, fit.file, card["sha256"]), MaskReport.read(card)
+            of_circuit = isinstance(fit.training.trainer, CircuitTrainer)
+            kind = CircuitReport if of_circuit else MaskReport
+            return _read_mask(folder, fit.file, card["sha256"]), kind.read(card)
         transcodes = bool(card["transcodes"])
         file = read_dictionary(folder, str(folder), transcodes=transcodes)
         own = fit.training.trainer
@@ -519,12 +523,15 @@ def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
     path = folder / MASK_FILE
     content = json.loads(path.read_text("utf-8"))
     listed, candidates = content["sites"], mask.candidates
-    size = mask.training.trainer_of(MaskTrainer).size(mask.training.of_trainer)
+    size = mask.training.trainer_of(ChoosingTrainer).size(mask.training.of_trainer)
     if compute_digest(path) != digest or listed != [key_of_candidate(own) for own in candidates]:
         raise ValueError("the file is damaged")
     chosen = tuple(candidates[number] for number in content["chosen"])
-    scores = tuple(map(float, content["probabilities"]))
-    if len(set(chosen)) != size or len(scores) != len(candidates):
+    is_circuit = isinstance(mask.training.trainer, CircuitTrainer)
+    scores = tuple(map(float, content["scores" if is_circuit else "probabilities"]))
+    most = len(candidates) if size is None else size
+    least = 1 if is_circuit else most
+    if not least <= len(set(chosen)) <= most or len(scores) != len(candidates):
         raise ValueError("the file is damaged")
     return MaskFile(chosen, scores, digest)
 
@@ -538,6 +545,8 @@ def describe_report(file: TrainedFile, report: Report) -> str:
 def _describe_result(file: TrainedFile, report: Report) -> str:
     if isinstance(report, MaskReport):
         return _describe_mask(file, report)
+    if isinstance(report, CircuitReport):
+        return _describe_circuit(file, report)
     if isinstance(report, LensReport):
         return _describe_lens(file, report)
     if isinstance(report, MixtureReport):
@@ -679,6 +688,21 @@ def _describe_mask(file: TrainedFile, report: MaskReport) -> str:
     return (
         f"{said}; probabilities: {report.list_chosen()}; {report.undecided} of "
         f"{report.candidates} {report.noun}s undecided; SHA-256 {file.digest[:12]}…"
+    )
+
+
+def _describe_circuit(file: TrainedFile, report: CircuitReport) -> str:
+    rows = "held-out rows" if report.held_out_rows else "training rows"
+    values = {
+        "all other edges written": report.trained,
+        f"{report.draws} random circuits": report.random,
+        "no edge written": report.unpatched,
+        "all edges": report.whole,
+    }
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return (
+        f"to {report.objective}; {report.made}; mean over {rows}: {listed}; scores, on training "
+        f"rows: {report.list_chosen()}; SHA-256 {file.digest[:12]}…"
     )
 
 

@@ -22,6 +22,7 @@ from mechdsl.execute.run_record import (
     LENS_FILE,
     PROBE_FILE,
     VECTOR_FILE,
+    CircuitReport,
     CorrelationReport,
     DecoderReport,
     EditReport,
@@ -52,7 +53,7 @@ from mechdsl.pipeline.trained_files import (
 )
 from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFailure
-from mechdsl.program.trainers import PairedTrainer, ProbeTrainer, SolvedTrainer
+from mechdsl.program.trainers import CircuitTrainer, PairedTrainer, ProbeTrainer, SolvedTrainer
 from mechdsl.resolve.sites import label_all_points, label_candidates, label_points
 from mechdsl.resolve.trainings import UNTRAINED_FOLDER, name_without_seed, resolve_part
 from mechdsl.resolve.types import (
@@ -228,6 +229,9 @@ def _undivided(fit: DeclaredFit, processes: Processes) -> Diagnostic | None:
     if isinstance(trainer, SolvedTrainer | PairedTrainer | ProbeTrainer):
         reason = f"`{trainer.name}` uses all vectors together, so {count} processes can't divide it"
         return _failed(fit, reason, ONE_PROCESS_HINT)
+    if isinstance(trainer, CircuitTrainer):
+        reason = f"`{trainer.name}` isn't trained in steps that {count} processes can divide"
+        return _failed(fit, reason, ONE_PROCESS_HINT)
     indivisible, parts = trainer.check_parts(training.of_trainer), training.options["accumulate"]
     if indivisible is not None:
         reason = f"{count} processes can't divide a step: {indivisible[0]}"
@@ -324,7 +328,7 @@ def _train_one(
 
 def _explain_failure(fit: DeclaredFit, error: Exception) -> Diagnostic | None:
     """Return the diagnostic of an expected failure of a training; None for another exception."""
-    from mechdsl.execute.mask_training import NoBasis, TooFewCandidates
+    from mechdsl.execute.mask_training import NoBasis, NoCircuit, TooFewCandidates
     from mechdsl.execute.probe_training import NoProbe
     from mechdsl.execute.run.feature_files import RowsRefused
     from mechdsl.execute.training_vectors import NoVectors
@@ -346,7 +350,7 @@ def _explain_failure(fit: DeclaredFit, error: Exception) -> Diagnostic | None:
         hint = f"lower the learning rate: `rate: {rate / 10:g}`"
         hint += ", or the penalty" if "penalty" in fit.training.of_trainer else ""
         return _failed(fit, str(error), hint)
-    if isinstance(error, NotFactored | TooFewCandidates | NoProbe | IndivisibleMemory):
+    if isinstance(error, NotFactored | TooFewCandidates | NoCircuit | NoProbe | IndivisibleMemory):
         return _failed(fit, str(error), error.hint)
     return None
 
@@ -363,7 +367,7 @@ def _run_training(
 ) -> Report:
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
     from mechdsl.execute.edit_training import train_rotation, train_scales, train_vector
-    from mechdsl.execute.mask_training import open_rows, train_mask
+    from mechdsl.execute.mask_training import find_circuit, open_edges, open_rows, train_mask
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.probe_training import train_probe
     from mechdsl.execute.training import TrainingJob
@@ -385,6 +389,9 @@ def _run_training(
     job = TrainingJob(result, facts, result.parent, is_due, on_step)
     if isinstance(fit.file, TrainedMask):
         assert fit.objective is not None
+        if isinstance(fit.training.trainer, CircuitTrainer):
+            edges = open_edges(fit.file, fit.objective, model, side, cache)
+            return find_circuit(fit.file, edges, job)
         return train_mask(fit.file, open_rows(fit.file, fit.objective, model, side, cache), job)
     if fit.objective is not None:
         rows = ObjectiveRows(fit.training, fit.objective, model, side, cache=cache)
@@ -605,6 +612,8 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
         rows += f" ({card['run']}) at {card['positions']}"
     if isinstance(report, MaskReport):
         return _describe_mask(rows, report, card)
+    if isinstance(report, CircuitReport):
+        return _describe_circuit(rows, report, card)
     if isinstance(report, RotationReport):
         return [
             f"{rows}; {held_out} held out",
@@ -788,6 +797,24 @@ def _describe_probe(rows: str, report: ProbeReport, card: Mapping[str, Any]) -> 
         *(f"  - layer {n}: {own}; {mixed}; {drawn}" for n, own, mixed, drawn in shown),
         f"- The same for the {'most common class' if classes else 'mean'} of training rows: "
         f"{show_score(report.constant)}",
+    ]
+
+
+def _describe_circuit(rows: str, report: CircuitReport, card: Mapping[str, Any]) -> list[str]:
+    """Return what the model card of a circuit says about its rows and its result."""
+    held_out = count_noun(report.held_out_rows, "row")
+    source = f"the run `{card['from']}`" if card["from"] else f"the {card['with']}"
+    listed = ", ".join(f"{name} ({score:.4g})" for name, score in report.chosen.items())
+    return [
+        f"{rows}; {held_out} held out",
+        f"- Every edge but those of the circuit is set to the values of {source}, to "
+        f"{report.objective}",
+        f"- Edges with their scores: {listed}",
+        f"- Of {report.candidates:,} edges; {report.made}",
+        f"- Mean of the measure over held-out rows: {report.trained:.4f}",
+        f"- The same for {report.draws} random circuits of this size: {report.random:.4f}",
+        f"- The same without a patch: {report.unpatched:.4f}",
+        f"- The same with every edge: {report.whole:.4f}",
     ]
 
 

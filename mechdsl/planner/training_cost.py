@@ -15,7 +15,14 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.planner.cost import Cost, count_circuit_work, list_fitted_runs, run_cost
 from mechdsl.planner.plan import PROMPT_TOKENS
 from mechdsl.program.spec import CLEAN
-from mechdsl.program.trainers import DirectionTrainer, PairedTrainer, SolvedTrainer
+from mechdsl.program.trainers import (
+    CircuitTrainer,
+    DirectionTrainer,
+    EdgeScoreTrainer,
+    MaskTrainer,
+    PairedTrainer,
+    SolvedTrainer,
+)
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.trainings import mask_points
 from mechdsl.resolve.types import (
@@ -102,6 +109,8 @@ def training_cost(
     if objective is None:
         assert isinstance(made, OnVectors)
         return _vectors_cost(name, made, shape)
+    if isinstance(made, TrainedMask) and isinstance(made.training.trainer, CircuitTrainer):
+        return _circuit_cost(name, made, objective, shape)
     return _effect_cost(name, made, objective, shape)
 
 
@@ -153,6 +162,19 @@ def most_held_out(training: Training, shape: ModelShape, size: int) -> int:
     if not training.layers:
         return HELD_OUT_VECTORS
     return min(HELD_OUT_VECTORS // len(training.layers), most_vectors(training, shape, size))
+
+
+def count_scored_rows(senders: int, tokens: int, batch: int, shape: ModelShape) -> int:
+    """Return the number of rows in a pass that scores edges: at most those for which the outputs of
+    all senders fit into `CHUNK_BYTES`.
+
+    Args:
+        senders: Number of senders of edges.
+        tokens: Largest number of tokens of a row at which edges carry other values.
+        batch: Largest number of rows.
+    """
+    size = FLOAT * senders * shape.d_model * max(1, tokens)
+    return max(1, min(batch, CHUNK_BYTES // size))
 
 
 def count_single_rows(sites: int, rows: int, steps: int, batch: int) -> int:
@@ -374,13 +396,53 @@ def _reads_again(made: Declared, objective: ResolvedExperiment) -> bool:
     return not isinstance(made, TrainedMask) or rule.basis is not None or rule.spec.fill is None
 
 
+def _circuit_cost(
+    name: str, made: TrainedMask, objective: ResolvedExperiment, shape: ModelShape
+) -> TrainingCost:
+    """Return the cost of scores of edges, and of the table of `mechdsl fit`."""
+    training, table, circuit = made.training, objective.table, objective.rules[0].circuit
+    assert circuit is not None
+    trainer, batch = training.trainer_of(EdgeScoreTrainer), int(training.options["batch"])
+    base, source = table.runs[objective.spec.base], table.runs[objective.rules[0].run]
+    tokens = [sum(map(len, hits)) for hits in training.sample.cell.hits]
+    there = [row for row, count in enumerate(tokens) if count]
+    held_out = count_held_out(training, len(there))
+    rows = len(there) - held_out
+    written, senders = sum(tokens) / max(1, len(there)), {of for of, _ in circuit.every}
+    points = trainer.steps(training.of_trainer)
+    if trainer.path == "activations":
+        points = 1 + (points - 1) * len({(of.site, of.layer) for of in senders})
+    size = count_scored_rows(len(senders), max(tokens, default=1), batch, shape)
+    compared = len({atom.run for atom in objective.measures[0].atoms} - {None, base.name})
+    measured = (held_out or rows) * _count_controls(made, objective) * (1 + compared)
+    row = _per_row(run_cost(shape, base, None), base)
+    work = written * count_circuit_work(circuit, shape)
+    backwards = points * -(-rows // size)
+    whole = (points * 2 + compared) * rows + measured
+    cost = Cost(
+        forwards=backwards + compared * -(-rows // size) + -(-measured // batch),
+        tokens=int(whole * row.tokens),
+        multiply_adds=whole * row.multiply_adds + (points * rows + measured) * work,
+        backwards=backwards,
+    )
+    cost += _times(run_cost(shape, source, None), 1.0)
+    vectors = min(count_edited_bytes(made, objective, shape), CHUNK_BYTES)
+    longest = int(base.lengths[there].max(initial=1))
+    memory = size * longest * shape.n_layers * _saved_numbers(shape, longest)
+    memory += size * max(tokens, default=1) * len(senders) * shape.d_model
+    memory = max(memory, batch * written * _saved_by_edges(circuit, shape))
+    return TrainingCost(
+        name, rows, held_out, points, cost, int(vectors + FLOAT * memory), shape.n_layers
+    )
+
+
 def _count_controls(made: Declared, objective: ResolvedExperiment) -> int:
     """Return how often the table of `mechdsl fit` measures every held-out row."""
     if isinstance(made, TrainedRotation):
         return 4  # trained, random, no patch, whole
     own = RANDOM_CONTROLS + 2  # trained, and nothing
-    if isinstance(made, TrainedMask):
-        return own + 2  # largest single effects, and all sites
+    if isinstance(made, TrainedMask):  # all sites; of a mask, also the largest single effects
+        return own + 1 + isinstance(made.training.trainer, MaskTrainer)
     assert made.training is not None
     if isinstance(made, TrainedVector) and made.role == "scales":
         return own + 2  # the mean scale, and 0

@@ -49,6 +49,8 @@ from mechdsl.program.references import all_tokens, lists_positions
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import (
     TRAINERS,
+    ChoosingTrainer,
+    CircuitTrainer,
     DictionaryTrainer,
     EditTrainer,
     EffectTrainer,
@@ -528,7 +530,8 @@ def _unknown_option(
 def _check_patience(call: ast.Call, what: str, parts: Definitions, scope: Namespace) -> None:
     """Report E0342 for early stopping without held-out rows, or of a mask of edges."""
     named = {each.name: each for each in call.arguments}
-    if what == "circuit" and "patience" in named:
+    trainer = find_trainer(trainer_call(call))
+    if what == "circuit" and "patience" in named and isinstance(trainer, MaskTrainer):
         reason = "`patience` would stop a mask of edges while most of them are open"
         scope.diagnostics.append(
             BadBasis(span=named["patience"].span, reason=reason, hint="remove it", what=what)
@@ -557,7 +560,8 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
     name = found.name
     if found.declares != what and not (what == "circuit" and isinstance(found, MaskTrainer)):
         reason = f"`{name}` makes a {found.declares}"
-        hint = f"write `{found.declares} NAME = {call.name}({found.example}, …) at …`"
+        place = "" if found.declares == "circuit" else " at …"
+        hint = f"write `{found.declares} NAME = {call.name}({found.example}, …){place}`"
         scope.diagnostics.append(BadBasis(span=node.span, reason=reason, hint=hint, what=what))
         return
     options: dict[str, Constant] = {}
@@ -618,8 +622,11 @@ def _unused_options(call: ast.Call, trainer: Trainer) -> Iterator[BadArgument]:
         if each.name in trainer.unused:
             has_steps = "steps" not in trainer.unused
             why = "uses all vectors in every step" if has_steps else "isn't trained in steps"
-            why = "computes in 64 bits" if each.name == "precision" else why
+            if each.name == "precision" and not isinstance(trainer, CircuitTrainer):
+                why = "computes in 64 bits"
             hint = f"remove `{each.name}`"
+        elif each.name == "seeds" and isinstance(trainer, CircuitTrainer):
+            why, hint = "has no random start", "declare a circuit for each seed: `seed: 1`"
         else:
             continue
         reason = f"is no argument of `fit` with `{trainer.name}`, which {why}"
@@ -668,7 +675,7 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
     if trainer.declares == "direction":
         hint = f"write `fit({trainer.example}, prompts: fruit.train, maximise: logit(answer))`"
     fill, source = given.get("with"), given.get("from")
-    if fill is not None and not isinstance(trainer, MaskTrainer):
+    if fill is not None and not isinstance(trainer, ChoosingTrainer):
         reason, hint = f"with `{trainer.name}` has no `with`", "remove it; `mask(…)` can ablate"
         span = fill.span
     elif source is not None and isinstance(trainer, ScaleTrainer | EditTrainer):
@@ -683,7 +690,7 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
         hint, span = "write `with: zero` or `with: mean`", fill.span
     elif fill is None and source is None and trainer.declares != "direction":
         reason = f"with `{trainer.name}` needs `from: …`, the run whose vectors come in"
-        reason += ", or `with: zero`" if isinstance(trainer, MaskTrainer) else ""
+        reason += ", or `with: zero`" if isinstance(trainer, ChoosingTrainer) else ""
     elif trainer.any_run and source is not None:
         reason = f"with `{trainer.name}` has no `from`"
         hint = "name the run with the tokens: `prompts: longer of fruit.train`"

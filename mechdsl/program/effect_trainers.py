@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 from mechdsl.base.limits import INSERTED
 from mechdsl.base.text import name_list
@@ -11,10 +11,12 @@ from mechdsl.program.direction_methods import Problem
 from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import (
     EFFECT_DEFAULTS,
+    EdgeScoreTrainer,
     EditTrainer,
     MaskTrainer,
     RotationTrainer,
     ScaleTrainer,
+    Selection,
     VectorTrainer,
     trainer,
 )
@@ -38,6 +40,11 @@ EDGE_MASK_EXAMPLE = (
     "minimise: logit(answer of fewer))`"
 )
 
+SCORE_EXAMPLE = (
+    "`circuit c = fit(eap_ig(size: 20, steps: 5), prompts: fruit.train, from: fewer, "
+    "minimise: kl(clean))`"
+)
+
 OTHER_EFFECT_TRAINERS: dict[str, str] = {
     **dict.fromkeys(
         ("steering", "steering_vector", "direction", "bias", "actadd"), "write `vector(length: 8)`"
@@ -56,6 +63,10 @@ OTHER_EFFECT_TRAINERS: dict[str, str] = {
     **dict.fromkeys(
         ("hard_concrete", "subnetwork_probing", "pruning", "masks"),
         f"choose heads or neurons: {MASK_EXAMPLE}",
+    ),
+    **dict.fromkeys(
+        ("discover", "EAP", "EAP_IG", "edge_attribution", "attribution_patching"),
+        f"choose edges by their estimated effects: {SCORE_EXAMPLE}",
     ),
     **dict.fromkeys(("edge_pruning", "edge_mask", "edges"), f"choose edges: {EDGE_MASK_EXAMPLE}"),
 }
@@ -300,3 +311,79 @@ class GateTrainer(MaskTrainer):
 
         kind = str(options.get("kind", GATE_KINDS[0]))
         return GATES[kind](count, self.size(options), seed)
+
+
+# --- scores of edges ------------------------------------------------------------------------------
+
+
+class EstimatedEffectTrainer(EdgeScoreTrainer):
+    """A circuit of edges with large scores: the change of the output of the sender times the
+    gradient of the measure by the input of the receiver."""
+
+    options = ("size", "select")
+    required = ("size",)
+    other_options: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("ig_steps", "n_steps"), "steps"),
+        **dict.fromkeys(("method", "choice", "by"), "select"),
+    }
+    defaults: ClassVar[Mapping[str, Constant]] = {**EFFECT_DEFAULTS, "batch": 8}
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name != "select":
+            return super().check_option(name, value)
+        known = get_args(Selection)
+        listed = name_list([f'"{each}"' for each in known])
+        return None if value in known else ("`select` has no such value", f"write one of {listed}")
+
+    def size(self, options: Mapping[str, Constant]) -> int:
+        return int(options["size"])
+
+    def steps(self, options: Mapping[str, Constant]) -> int:
+        return int(options.get("steps", 1))
+
+    def selection(self, options: Mapping[str, Constant]) -> Selection:
+        return "top" if options.get("select") == "top" else "greedy"
+
+
+@trainer("eap")
+class EdgeAttributionTrainer(EstimatedEffectTrainer):
+    """Edge attribution patching: the score of the edge from u to v is
+    (u′ − u) · ∂m/∂(input of v) in the clean run.
+
+    References:
+        Syed et al. 2023, arXiv 2310.10348.
+    """
+
+    example = "eap(size: 20)"
+
+
+@trainer("eap_ig")
+class IntegratedEdgeTrainer(EstimatedEffectTrainer):
+    """Edge attribution patching with integrated gradients over the input: the score of the edge
+    from u to v is (u′ − u) · mean over k = 1 … m of ∂m/∂(input of v) with the embedding
+    z′ + k/m (z − z′).
+
+    References:
+        Hanna et al. 2024, arXiv 2403.17806.
+    """
+
+    example = "eap_ig(size: 20, steps: 5)"
+    options = ("size", "steps", "select")
+    required = ("size", "steps")
+    path = "inputs"
+
+
+@trainer("eap_ig_activations")
+class IntegratedActivationTrainer(EstimatedEffectTrainer):
+    """Edge attribution patching with integrated gradients over activations: as `eap_ig`, but the
+    output of the module of u moves from u′ to u instead of the embedding, for all heads of a layer
+    together.
+
+    References:
+        Mueller et al. 2025, arXiv 2504.13151 (EAP-IG-activations).
+    """
+
+    example = "eap_ig_activations(size: 20, steps: 5)"
+    options = ("size", "steps", "select")
+    required = ("size", "steps")
+    path = "activations"

@@ -794,6 +794,8 @@ class Experiment(Spec):
     expects: tuple[Expectation, ...] = ()
     broken: bool = False
     """Whether a statement was rejected: the experiment is only checked for further errors."""
+    differentiated: Literal["edited runs", "clean run", "nowhere"] = "edited runs"
+    """Where a training takes gradients of the measure."""
     trains: str = ""
     """`fit(das(…))` for the rows, the patch and the measure of a training, which no user sees."""
 
@@ -915,6 +917,15 @@ def constant_value(node: object, parameters: Mapping[str, Constant]) -> Constant
             )
         case _:
             return None
+
+
+def call_constants(call: ast.Call, parameters: Mapping[str, Constant]) -> dict[str, Constant]:
+    """Return the constants of a call's named arguments."""
+    return {
+        each.name: value
+        for each in call.arguments
+        if each.name is not None and (value := constant_value(each.value, parameters)) is not None
+    }
 
 
 def whole_number_value(node: int | str | None, parameters: Mapping[str, Constant]) -> int | None:

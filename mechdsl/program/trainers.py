@@ -242,12 +242,20 @@ class ProbeTrainer(Trainer):
 # --- trainers on a measure ------------------------------------------------------------------------
 
 
+Differentiated = Literal["edited runs", "clean run", "nowhere"]
+"""Where a training takes gradients of its measure."""
+
+
 class EffectTrainer(Trainer):
     """Something that is trained on rows: on the effect of an edit on a measure."""
 
     defaults = EFFECT_DEFAULTS
     any_run: ClassVar[bool] = False
     """Whether it can be trained on other runs than the clean one, and reads no run `from`."""
+
+    def differentiates(self, options: Mapping[str, Constant]) -> Differentiated:
+        """Return where it takes gradients of the measure."""
+        return "edited runs"
 
 
 class RotationTrainer(EffectTrainer):
@@ -320,7 +328,15 @@ class ScaleTrainer(DirectionTrainer):
         """Create the parameters of scales, with arguments as those of a rotation."""
 
 
-class MaskTrainer(EffectTrainer):
+class ChoosingTrainer(EffectTrainer):
+    """Something that chooses from candidates, such as sites or edges."""
+
+    @abstractmethod
+    def size(self, options: Mapping[str, Constant]) -> int | None:
+        """Return the number of candidates that it chooses; None if its result determines it."""
+
+
+class MaskTrainer(ChoosingTrainer):
     """A mask, which chooses sites or coordinates that are patched or ablated."""
 
     declares = "group"
@@ -339,6 +355,46 @@ class MaskTrainer(EffectTrainer):
         """
 
 
+class CircuitTrainer(ChoosingTrainer):
+    """A circuit that is found without training steps, from a score of each edge."""
+
+    declares = "circuit"
+    unused = ("steps", "rate", "patience", "accumulate", "precision")
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return None
+        return f"`{name}` is a whole number from 1 on", f"write `{self.example}`"
+
+
+Selection = Literal["greedy", "top"]
+"""How the edges of a circuit are selected by their scores: from `logits` backwards, so that each
+selected edge leads to it, or those with the largest scores of all."""
+
+
+class EdgeScoreTrainer(CircuitTrainer):
+    """A circuit of the edges with the largest estimated effects."""
+
+    path: ClassVar[Literal["inputs", "activations"] | None] = None
+    """What moves from the run `from` to the clean run while gradients are taken: the embedding, or
+    the outputs of one module after another; None for gradients of the clean run."""
+
+    @abstractmethod
+    def size(self, options: Mapping[str, Constant]) -> int:
+        """Return the number of edges that are selected."""
+
+    @abstractmethod
+    def steps(self, options: Mapping[str, Constant]) -> int:
+        """Return the number of points of `path` at which gradients are taken."""
+
+    def differentiates(self, options: Mapping[str, Constant]) -> Differentiated:
+        return "edited runs" if self.steps(options) > 1 else "clean run"
+
+    @abstractmethod
+    def selection(self, options: Mapping[str, Constant]) -> Selection:
+        """Return how the edges are selected."""
+
+
 TRAINER_KINDS: tuple[type[Trainer], ...] = (
     IterativeTrainer,
     SolvedTrainer,
@@ -347,6 +403,7 @@ TRAINER_KINDS: tuple[type[Trainer], ...] = (
     VectorTrainer,
     ScaleTrainer,
     MaskTrainer,
+    EdgeScoreTrainer,
     LensTrainer,
     ProbeTrainer,
 )

@@ -184,6 +184,7 @@ def _lower_objective(
         rules=(_rule(basis, at, source),),
         measures=(measure,),
         statistics=lower_statistics(work),
+        differentiated=trainer.differentiates(spec.call_constants(inner, parts.parameters)),
         trains=f"fit({inner.name}(…))",
     )
 

@@ -305,9 +305,10 @@ def _read_content(content: bytes, written: str) -> CircuitFile:
 
 
 def _read_mask(parts: Mapping[str, Any], digest: str) -> CircuitFile:
-    """Read the `mask.json` of a training."""
+    """Read the `mask.json` of a training, with the scores of edges or their probabilities."""
     labels = [str(each) for each in parts["labels"]]
-    scores = dict(zip(labels, map(float, parts["probabilities"]), strict=True))
+    given = parts["scores" if "scores" in parts else "probabilities"]
+    scores = dict(zip(labels, map(float, given), strict=True))
     return CircuitFile(digest, {}, scores, frozenset(labels[n] for n in parts["chosen"]))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from heapq import heappop, heappush
 from itertools import product
 from random import Random
 
@@ -421,6 +422,86 @@ def describe_circuit(rule: ResolvedRule) -> str:
     return f"`{label}`: {ablated} of {total} ablated"
 
 
+# --- paths through the model ----------------------------------------------------------------------
+
+
+class EdgeGraph:
+    """The nodes and edges of a model."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.every = list_edges(shape)
+        self._shared: dict[tuple[str, int | None], int] = {
+            (site, layer): unit_count(shape, "z", layer) // unit_count(shape, site, layer)
+            for layer in range(shape.n_layers)
+            for site in ("q", "k", "v")
+        }
+        self.after: dict[SitePoint, list[CircuitEdge]] = defaultdict(list)
+        """Edges from each sender."""
+        self.before: dict[SitePoint, list[CircuitEdge]] = defaultdict(list)
+        """Edges to the receivers of each sender, and to the end of the model."""
+        for edge in self.every:
+            self.after[edge[0]].append(edge)
+            for node in self.nodes(edge[1]):
+                self.before[node].append(edge)
+
+    def nodes(self, receiver: SitePoint) -> list[SitePoint]:
+        """Return the senders that depend on a receiver; for the end of the model, itself."""
+        if receiver == END:
+            return [END]
+        if receiver.unit is None:
+            return [SitePoint("mlp_out", receiver.layer, None)]
+        shared = self._shared[receiver.site, receiver.layer]
+        first = receiver.unit * shared
+        return [SitePoint("z", receiver.layer, n) for n in range(first, first + shared)]
+
+    def keep_leading(self, edges: Collection[CircuitEdge]) -> frozenset[CircuitEdge]:
+        """Return those of some edges that lead to the end of the model, by others of them."""
+        leading, found = {END}, list[CircuitEdge]()
+        for edge in reversed(self.every):  # senders in forward order
+            if edge in edges and leading.intersection(self.nodes(edge[1])):
+                leading.add(edge[0])
+                found.append(edge)
+        return frozenset(found)
+
+    def covers(self, edges: Collection[CircuitEdge]) -> bool:
+        """Return whether each edge is on a path of these edges from `embed` to the end of the
+        model."""
+        reached = {EMBEDDING}
+        for edge in self.every:
+            if edge in edges and edge[0] in reached:
+                reached.update(self.nodes(edge[1]))
+        return all(of in reached for of, _ in edges) and self.keep_leading(edges) == frozenset(
+            edges
+        )
+
+    def select_backwards(
+        self, sizes: Mapping[CircuitEdge, float], count: int
+    ) -> frozenset[CircuitEdge]:
+        """Select the edges with the largest sizes, one after another, from the end of the model
+        backwards: each leads to a node that the selected edges lead on from.
+
+        Args:
+            sizes: Of every edge.
+            count: Number of edges; there may be fewer that lead to the end.
+        """
+        order = {edge: number for number, edge in enumerate(self.every)}
+        found: set[CircuitEdge] = set()
+        due: list[tuple[float, int, CircuitEdge]] = []
+        seen: set[CircuitEdge] = set()
+        node = END
+        while len(found) < count:
+            for edge in self.before[node]:
+                if edge not in seen:
+                    seen.add(edge)
+                    heappush(due, (-sizes[edge], order[edge], edge))
+            if not due:
+                break
+            _, _, edge = heappop(due)
+            found.add(edge)
+            node = edge[0]
+        return frozenset(found)
+
+
 # --- random circuits ------------------------------------------------------------------------------
 
 MAX_TRIES = 200
@@ -436,20 +517,10 @@ class CircuitDraws:
     """
 
     def __init__(self, shape: ModelShape, circuit: Collection[CircuitEdge], seed: int) -> None:
-        self.every = list_edges(shape)
+        self._graph = EdgeGraph(shape)
+        self.every = self._graph.every
         self.circuit = frozenset(circuit)
-        self._shared: dict[tuple[str, int | None], int] = {
-            (site, layer): unit_count(shape, "z", layer) // unit_count(shape, site, layer)
-            for layer in range(shape.n_layers)
-            for site in ("q", "k", "v")
-        }
-        self._after: dict[SitePoint, list[CircuitEdge]] = defaultdict(list)
-        self._before: dict[SitePoint, list[CircuitEdge]] = defaultdict(list)
-        for edge in self.every:
-            self._after[edge[0]].append(edge)
-            for node in self._nodes(edge[1]):
-                self._before[node].append(edge)
-        self.is_connected = self._covers(self.circuit)
+        self.is_connected = self._graph.covers(self.circuit)
         key = sorted(map(str, self.circuit))
         self._random = Random(stable_hash(seed, "control", "circuit", *key))
 
@@ -476,40 +547,19 @@ class CircuitDraws:
             path = {edge}
             node = edge[0]
             while node not in reached:
-                before = self._random.choice(self._before[node])
+                before = self._random.choice(self._graph.before[node])
                 path.add(before)
                 node = before[0]
-            node = self._random.choice(self._nodes(edge[1]))
+            node = self._random.choice(self._graph.nodes(edge[1]))
             while node not in leading:
-                after = self._random.choice(self._after[node])
+                after = self._random.choice(self._graph.after[node])
                 path.add(after)
-                node = self._random.choice(self._nodes(after[1]))
+                node = self._random.choice(self._graph.nodes(after[1]))
             if len(found | path) > len(self.circuit):
                 continue
             found |= path
-            reached |= {node for _, to in path for node in self._nodes(to)} - {END}
+            reached |= {node for _, to in path for node in self._graph.nodes(to)} - {END}
             leading |= {of for of, _ in path}
             if len(found) == len(self.circuit):
                 return frozenset(found)
         return None
-
-    def _nodes(self, receiver: SitePoint) -> list[SitePoint]:
-        """Return the senders that depend on a receiver; for the end of the model, itself."""
-        if receiver == END:
-            return [END]
-        if receiver.unit is None:
-            return [SitePoint("mlp_out", receiver.layer, None)]
-        shared = self._shared[receiver.site, receiver.layer]
-        first = receiver.unit * shared
-        return [SitePoint("z", receiver.layer, n) for n in range(first, first + shared)]
-
-    def _covers(self, edges: Collection[CircuitEdge]) -> bool:
-        """Return whether each edge is on a path from `embed` to the end of the model."""
-        reached, leading = {EMBEDDING}, {END}
-        for edge in self.every:  # senders in forward order
-            if edge in edges and edge[0] in reached:
-                reached.update(self._nodes(edge[1]))
-        for edge in reversed(self.every):
-            if edge in edges and leading.intersection(self._nodes(edge[1])):
-                leading.add(edge[0])
-        return all(of in reached and leading.intersection(self._nodes(to)) for of, to in edges)

@@ -20,13 +20,13 @@ from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import PROBE_OPTIONS, TRAINING_DEFAULTS
 from mechdsl.program.directions import fit_rows_of_basis, last_token
-from mechdsl.program.own_trainers import OwnTrainer, find_trainer, trainer_arguments
-from mechdsl.program.spec import CLEAN, SEED_AXIS, Constant, constant_value
+from mechdsl.program.own_trainers import OwnTrainer, find_trainer
+from mechdsl.program.spec import CLEAN, SEED_AXIS, Constant
 from mechdsl.program.trainers import (
+    ChoosingTrainer,
     DictionaryTrainer,
     DirectionTrainer,
     EditTrainer,
-    MaskTrainer,
     RotationTrainer,
     trainer_call,
 )
@@ -281,7 +281,7 @@ def outline_mask(
     sample = FitSample(table, table.runs[objective.spec.base], paired_positions(objective)[0])
     training = _describe_training(definition, options, sample, point, program, objective.model)
     training = replace(training, name=_name(definition, objective.model.key))
-    size = training.trainer_of(MaskTrainer).size(training.of_trainer)
+    size = training.trainer_of(ChoosingTrainer).size(training.of_trainer) or 1
     file = program.trained.get(training.name, (None, ""))[0]
     if isinstance(file, MaskFile):
         return TrainedMask(candidates, file.chosen, file.digest, training, scores=file.scores)
@@ -342,12 +342,7 @@ def _describe_training(
 ) -> Training:
     call = definition.method
     inner = trainer_call(call)
-    own: dict[str, Constant] = {}
-    for argument in trainer_arguments(inner):
-        value = constant_value(argument.value, program.parameters)
-        assert argument.name is not None
-        assert value is not None
-        own[argument.name] = value
+    own = spec.call_constants(inner, program.parameters)
     trainer = find_trainer(inner)
     assert trainer is not None
     transcodes = isinstance(trainer, DictionaryTrainer) and trainer.outline(own).transcodes
@@ -481,8 +476,8 @@ def _content(row: RunRow) -> tuple[object, ...]:
 def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
     """Return E0342 for a mask that chooses all of its candidates, or more."""
     training, count = mask.training, len(mask.candidates)
-    size = training.trainer_of(MaskTrainer).size(training.of_trainer)
-    if size < count:
+    size = training.trainer_of(ChoosingTrainer).size(training.of_trainer)
+    if size is None or size < count:
         return None
     return BadBasis(
         span=training.span,
@@ -713,7 +708,13 @@ def _statement(objective: ResolvedExperiment) -> str:
 def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0608 for a measure or a site without a gradient."""
     (rule,), (measure,), (said,) = objective.rules, objective.measures, objective.spec.measures
-    problem = find_flat_part(measure, objective.spec.base, at_base=False)
+    where = objective.spec.differentiated
+    if where == "nowhere":
+        return
+    hint = ", or take the gradients along a path: `eap_ig(size: 20, steps: 5)`"
+    problem = find_flat_part(
+        measure, objective.spec.base, at_base=where == "clean run", along_path=hint
+    )
     found = None if problem is None else (said.metric.span, f"`{problem[0]}`", *problem[1:])
     if found is None and measure.in_reply is not None:
         hint = "measure a logit, a probability or a difference of logits"

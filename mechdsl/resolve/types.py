@@ -31,6 +31,7 @@ from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import Generation
 from mechdsl.program.trainers import (
+    CircuitTrainer,
     EditTrainer,
     RotationTrainer,
     ScaleTrainer,
@@ -514,13 +515,15 @@ class TrainedMask(Trained, Record):
     made: str = field(default="", compare=False)
     """How it was trained, for conventions."""
     scores: tuple[float, ...] = field(default=(), compare=False)
-    """Of each candidate, once it is trained: the probability of its gate."""
+    """Of each candidate, once it is trained: the probability of its gate; of an edge of a circuit
+    without gates, the change of the measure if the edge carries the other value."""
 
     @property
     def keeps(self) -> bool:
         """Whether the candidates that aren't chosen are written in training, instead of the
         chosen."""
-        return bool(self.training.of_trainer.get("keep", False))
+        circuit = isinstance(self.training.trainer, CircuitTrainer)
+        return circuit or bool(self.training.of_trainer.get("keep", False))
 
     @property
     def noun(self) -> str:

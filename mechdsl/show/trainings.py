@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mechdsl.base.text import format_size
 from mechdsl.execute.run_record import (
+    CircuitReport,
     CorrelationReport,
     DecoderReport,
     EditReport,
@@ -147,6 +148,15 @@ MASK_NOTES = {
 }
 """Columns of masks."""
 
+CIRCUIT_NOTES = {
+    "edges": "edges of the circuit, of all edges of the model",
+    "trained": "mean of the measure over held-out rows while all other edges carry the other "
+    "values; without held-out rows, over training rows",
+    "random": "mean of the same over 8 random circuits of this size",
+    "no patch": "the same in the clean run",
+    "all": "the same while every edge carries the other value",
+}
+"""Columns of circuits without gates."""
 
 LENS_NOTES = {
     "layer": "layer whose vectors the lens reads",
@@ -186,6 +196,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         (EditReport, EDIT_NOTES, "direction"),
         (ScaleReport, SCALE_NOTES, "direction"),
         (MaskReport, MASK_NOTES, "group"),
+        (CircuitReport, CIRCUIT_NOTES, "circuit"),
         (LensReport, LENS_NOTES, "lens"),
         (ProbeReport, PROBE_NOTES, "probe"),
     )
@@ -212,6 +223,8 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
             what = f"{fit.report.summary}; {what}"
         if isinstance(fit.report, MaskReport):
             what = f"{_list_inactive(fit.report)}{fit.report.list_chosen()}; {what}"
+        if isinstance(fit.report, CircuitReport):
+            what = f"scores {fit.report.list_chosen()}; {fit.report.made}; {what}"
         print_hanging(f"  {fit.basis}: ", what, console)
 
 
@@ -317,6 +330,10 @@ def _numbers(report: Report) -> list[str]:
         controls = (f"{each:.3f}" for each in (report.unpatched, report.whole))
         undecided = _share(report.undecided, report.candidates)
         return [f"{report.trained:.3f}", f"{report.random:.3f}", single, *controls, undecided]
+    if isinstance(report, CircuitReport):
+        means = (report.trained, report.random, report.unpatched, report.whole)
+        edges = f"{len(report.chosen):,} of {report.candidates:,}"
+        return [edges, *(f"{mean:.3f}" for mean in means)]
     if isinstance(report, IndependenceReport):
         others = (report.untrained_kurtosis, report.components_kurtosis)
         numbers = (report.explained, report.kurtosis, *others)

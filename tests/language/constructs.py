@@ -754,6 +754,20 @@ _file(
     "Bhaskar et al. 2024, arXiv 2406.16778; Conmy et al. 2023, arXiv 2304.14997",
 )
 _file(
+    "circuit: by scores of edges",
+    "circuit c = fit(eap_ig(size: 2, steps: 3), prompts: fruit, from: fewer, minimise: loss)",
+    "The edges with the largest scores: the difference between the other value and the output of "
+    "the sender, times the gradient of the metric by the input of the receiver (q, k and v apart, "
+    "through its norm), summed over tokens and averaged over training rows. `eap` takes the "
+    "gradient in the clean run, `eap_ig` the mean at k/`steps` (k = 1 to `steps`) of the way from "
+    "the other embedding to the clean one, and `eap_ig_activations` on the way of the sender's own "
+    'module. `select` is "greedy" (default), from `logits` backwards, or "top". `batch` (8) and '
+    "`validation` (20%) are the options of `fit`; other values are as for a trained circuit.",
+    "tests/pipeline/test_edge_scores.py",
+    "Syed et al. 2023, arXiv 2310.10348; Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, "
+    "arXiv 2504.13151",
+)
+_file(
     "group: a trained mask of positions",
     "group g = fit(mask(size: 1), prompts: fruit.train, with: mean, minimise: loss) "
     "at resid_post layer 1 at each item token, last token",

@@ -52,20 +52,29 @@ def circuit_pass(
     fills: Mapping[str, Tensor],
     ablated: Collection[tuple[str, str]] | Mapping[tuple[str, str], Tensor],
     positions: Sequence[int],
+    *,
+    moved: Mapping[str, Tensor] | None = None,
+    added: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """The logits [T, vocab] if ablated edges carry the fills, [T, d_model] by sender, at these
     positions, and all others what their senders give in the same pass; or a share of the fill, the
-    rest of it from the same pass."""
+    rest of it from the same pass.
+
+    Args:
+        moved: Sender → [T, d_model] added to its output.
+        added: Receiver → [T, d_model] added to what it reads.
+    """
+    moves, adds = moved or {}, added or {}
     shares = ablated if isinstance(ablated, Mapping) else dict.fromkeys(ablated, 1.0)
     parts = stack(name, model)
-    x = parts.positions(parts.embed(torch.tensor([list(ids)])))[0]
+    x = parts.positions(parts.embed(torch.tensor([list(ids)])))[0] + moves.get(EMBED, 0)
     given = {EMBED: x}
     kv = getattr(model.config, "num_key_value_heads", None) or parts.heads
     there = torch.zeros(len(ids), 1, dtype=x.dtype)
     there[list(positions)] = 1
 
     def seen_by(receiver: str) -> Tensor:
-        seen = x
+        seen = x + adds.get(receiver, 0)
         for (sender, to), share in shares.items():
             if to == receiver:
                 seen = seen + share * there * (fills[sender] - given[sender])
@@ -89,11 +98,15 @@ def circuit_pass(
         weight, bias = parts.output(block)
         each = torch.einsum("thd,hdm->htm", z, weight.unflatten(0, (parts.heads, -1)))
         into = seen_by(mlp(layer)) if parts.parallel else None
-        given |= {head(layer, n): each[n] for n in range(parts.heads)}
-        x = x + each.sum(0) + (0 if bias is None else bias)
+        given |= {
+            head(layer, n): each[n] + moves.get(head(layer, n), 0) for n in range(parts.heads)
+        }
+        x = x + sum(given[head(layer, n)] for n in range(parts.heads))
+        x = x + (0 if bias is None else bias)
         into = seen_by(mlp(layer)) if into is None else into
         hidden = parts.neurons(block, second(into))
         given[mlp(layer)] = parts.down(block, second(into) if hidden is None else hidden)[0]
+        given[mlp(layer)] = given[mlp(layer)] + moves.get(mlp(layer), 0)
         x = x + given[mlp(layer)]
     return parts.unembed(parts.final(seen_by(LOGITS)))[0]
 

@@ -24,6 +24,7 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns, flatten_units, require
 from mechdsl.execute.vectors import SiteVectors, list_tokens
 from mechdsl.forward.hooks.batch import (
     Batch,
+    CircuitRead,
     CircuitWrite,
     SiteRead,
     SiteWrite,
@@ -114,7 +115,7 @@ class DifferentiatedRun:
         adds: Sequence[SiteWrite],
         lanes: DrawLanes,
         reads: Sequence[SiteRead],
-        circuits: Sequence[CircuitWrite] = (),
+        circuits: Sequence[CircuitWrite | CircuitRead] = (),
     ) -> tuple[ReadoutInput, dict[SiteRead, Tensor]]:
         """Run the lanes with these additions and edges; returns readout input and values read at
         sites.
@@ -171,7 +172,7 @@ class DifferentiatedRun:
         number: int,
         adds: Sequence[SiteWrite],
         lanes: DrawLanes,
-        circuits: Sequence[CircuitWrite],
+        circuits: Sequence[CircuitWrite | CircuitRead],
     ) -> Tensor:
         """Return [lane, token, vocab]: logits with a text of several tokens after the prompts."""
         atom = self.readout.atoms[number][1]

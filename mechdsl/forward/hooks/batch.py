@@ -606,6 +606,39 @@ class CircuitWrite:
 
 
 @dataclass(frozen=True, eq=False)
+class EdgeTap:
+    """The input of some receivers in a pass with gradients, as their module sees it."""
+
+    tensor: Tensor
+    """The tensor that is differentiated by."""
+    receivers: list[int]
+    """Their numbers in the `CircuitRead`."""
+    to_stream: Callable[[Tensor], Tensor]
+    """Gradient by `tensor` → [receiver, K, d_model] gradients by what each receiver reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitRead:
+    """K tokens at which a pass reads what edges would carry, and the inputs of their receivers.
+
+    The pass itself stays as it is. `changes` and `taps` are results; a further pass with the same
+    `changes` reads only `taps`.
+    """
+
+    rows: Tensor
+    """[K] long, row of the batch."""
+    positions: Tensor
+    """[K] long, token position in the unpadded prompt."""
+    fills: tuple[SenderFill, ...]
+    """The senders, in forward order."""
+    receivers: tuple[tuple[SiteRead, int], ...]
+    """As in `CircuitWrite`."""
+    changes: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
+    """[unit, K, d_model] by place of senders: what the stream would gain with their fills."""
+    taps: list[EdgeTap] = field(default_factory=list[EdgeTap])
+
+
+@dataclass(frozen=True, eq=False)
 class RuleWrites:
     """Changes that rules make in the rows of a pass, in order."""
 

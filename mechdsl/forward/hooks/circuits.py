@@ -10,15 +10,19 @@ References:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from mechdsl.forward.hooks.batch import (
+    CircuitRead,
     CircuitWrite,
+    EdgeTap,
     SenderFill,
     SiteRead,
     TokenFrame,
@@ -26,6 +30,7 @@ from mechdsl.forward.hooks.batch import (
     indices_to_device,
     to_device,
 )
+from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
     apply_scale,
@@ -102,20 +107,29 @@ class CircuitStep:
     """Whether the tensor isn't [B, T, features]."""
 
 
-class CircuitHooks:
-    """The steps of one `CircuitWrite`, in the order in which a pass reaches them."""
+def open_circuit(
+    model: LoadedModel, frame: TokenFrame, circuit: CircuitWrite | CircuitRead
+) -> CircuitHooks:
+    """Return the steps of a circuit."""
+    if isinstance(circuit, CircuitRead):
+        return _ReadHooks(model, frame, circuit)
+    return _WriteHooks(model, frame, circuit)
 
-    def __init__(self, model: LoadedModel, frame: TokenFrame, write: CircuitWrite) -> None:
+
+class CircuitHooks(ABC):
+    """The steps of one circuit, in the order in which a pass reaches them."""
+
+    def __init__(
+        self, model: LoadedModel, frame: TokenFrame, circuit: CircuitWrite | CircuitRead
+    ) -> None:
         self.model = model
-        self.write = write
-        found = frame.locate("resid_pre", 0, "", write.rows, write.positions)
+        self._fills = circuit.fills
+        self._receivers = circuit.receivers
+        found = frame.locate("resid_pre", 0, "", circuit.rows, circuit.positions)
         self._rows, self._columns = indices_to_device(found[:2], model.device)
-        self._differences: list[tuple[int, Tensor]] = []
-        """(column of the mask, [unit, K, d_model]) of the senders so far."""
         self._stream: Tensor | None = None
         """[K, d_model] that enters the current block."""
         self._due = self._done = 0
-        self._mask = to_device(write.mask, model.device)
 
     def check(self, *, stopped: bool) -> None:
         """Check that each step ran once. Raises WriteMismatch."""
@@ -124,12 +138,10 @@ class CircuitHooks:
 
     def steps(self) -> Iterator[CircuitStep]:
         """Yield a step for each sender, each stream and each receiver."""
-        column = 0
-        for fill in self.write.fills:
-            yield self._sender(fill, column)
-            column += len(fill.units)
+        for fill in self._fills:
+            yield self._sender(fill)
         receivers: dict[SiteRead, list[int]] = defaultdict(list)
-        for row, (where, _) in enumerate(self.write.receivers):
+        for row, (where, _) in enumerate(self._receivers):
             receivers[where].append(row)
         blocks = {
             where.layer
@@ -171,15 +183,10 @@ class CircuitHooks:
         found = view[self._rows.to(view.device), self._columns.to(view.device)]
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
-    def _put(self, value: Tensor, vectors: Tensor) -> Tensor:
-        """Return [B, T, width] with [K, width] added to it."""
-        index = self._rows.to(value.device), self._columns.to(value.device)
-        return value.index_put(index, (self._at(value) + vectors.to(value.device)).to(value))
-
     # --- senders ---
 
-    def _sender(self, fill: SenderFill, column: int) -> CircuitStep:
-        """Record what the stream would gain if senders had their fills."""
+    def _sender(self, fill: SenderFill) -> CircuitStep:
+        """Compute what the stream would gain if senders had their fills."""
         where = fill.where
         tap = self.model.tap(where.site, where.layer)
         scale = get_scale(self.model.module, tap)
@@ -194,7 +201,7 @@ class CircuitHooks:
                 gained = apply_scale(torch.einsum("kuh,uhd->ukd", values - now, weight), scale)
             else:
                 gained = (values - apply_scale(now, scale)).transpose(0, 1)
-            self._differences.append((column, gained))
+            self._remember_change(where, gained)
             return value
 
         layer, order = write_order(where.site, where.layer)
@@ -203,16 +210,9 @@ class CircuitHooks:
             (tap.path, tap.side, tap.item), (layer, order + 1), step, by_heads=by_heads
         )
 
-    def _gained(self, rows: list[int]) -> Tensor:
-        """Return [receiver, K, d_model]: what each of some receivers reads besides the stream."""
-        found: Tensor | None = None
-        sums = "ru,ukd->rkd" if self._mask.dim() == 2 else "kru,ukd->rkd"
-        for column, gained in self._differences:
-            mask = self._mask[..., rows, column : column + len(gained)].to(gained)
-            part = torch.einsum(sums, mask, gained)
-            found = part if found is None else found + part.to(found.device)
-        assert found is not None
-        return found
+    @abstractmethod
+    def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
+        """Keep [unit, K, d_model]: what the stream would gain with the fills of senders."""
 
     # --- receivers ---
 
@@ -243,11 +243,11 @@ class CircuitHooks:
             vectors = self.model.module.get_submodule(path).forward(vectors)
         return vectors.to(torch.promote_types(like.dtype, torch.float32))
 
-    def _moved(self, path: str | None, rows: list[int], value: Tensor) -> Tensor:
-        """Return [receiver, K, d_model]: the change of the normed input of each receiver.
+    def _norm_of_stream(self, path: str | None, value: Tensor) -> Tensor:
+        """Return [K, d_model]: the stream after a norm, which must be the input of a receiver.
 
         Args:
-            value: [B, T, d_model] the unchanged input after the norm.
+            value: [B, T, d_model] the input after the norm.
 
         Raises:
             WriteMismatch: The input isn't the norm of the stream.
@@ -257,39 +257,40 @@ class CircuitHooks:
         given = self._at(value)
         if (before - given).abs().amax() > _SAME_INPUT * given.abs().amax():
             raise WriteMismatch("a receiver of a circuit doesn't read the norm of the stream")
-        return self._normed(path, self._stream + self._gained(rows), value) - before
+        return before
 
     def _projection(
         self, layer: int, path: str, parts: list[tuple[TensorLayout, list[int]]]
     ) -> CircuitStep:
-        """Change queries, keys or values of heads as if each had its own input."""
+        """Add a step at the queries, keys or values of heads, each of which reads separately."""
         norm = self.model.anatomy.blocks[layer].attn_norm
-        every = [row for _, rows in parts for row in rows]
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            moved = self._moved(norm, every, given).split([len(rows) for _, rows in parts])
-            weight = get_linear_map(module)
-            value = value.clone(memory_format=torch.contiguous_format)
-            for (layout, rows), own in zip(parts, moved, strict=True):
-                heads = [self.write.receivers[row][1] for row in rows]
-                view = view_layout(value, layout)
-                columns = view_layout(weight[None], layout)[0][:, heads].to(own)
-                added = torch.einsum("rkd,drh->krh", own, columns)
-                units = to_device(torch.tensor(heads), value.device)
-                index = (
-                    self._rows.to(value.device)[:, None],
-                    self._columns.to(value.device)[:, None],
-                    units[None],
-                )
-                view[index] = (view[index].to(added) + added).to(value)
-                put_layout(value, layout, view)
-            return value
+            return self._at_projection(norm, parts, value, module, given)
 
         order = (layer, SITES["q"].order - 1)
         return self._add((path, "out", 0), order, step)
 
+    @abstractmethod
+    def _at_projection(
+        self,
+        norm: str | None,
+        parts: list[tuple[TensorLayout, list[int]]],
+        value: Tensor,
+        module: nn.Module,
+        given: Tensor,
+    ) -> Tensor:
+        """Return the output of a projection.
+
+        Args:
+            norm: Path of the norm that the projection reads the stream through.
+            parts: Queries, keys or values in the output, with the numbers of their receivers.
+            value: [B, T, out]
+            given: [B, T, d_model] the input of the projection.
+        """
+
     def _whole(self, where: SiteRead, row: int) -> CircuitStep:
-        """Change the input of an MLP or of the end of the model."""
+        """Add a step at the input of an MLP or of the end of the model."""
         layer, anatomy = where.layer, self.model.anatomy
         after = layer is not None and self._mlp_norm(layer) is None
         path = anatomy.final_norm if layer is None else self._mlp_norm(layer)
@@ -297,11 +298,211 @@ class CircuitHooks:
         if path is None:
             tap = self.model.tap("final_norm" if layer is None else "mlp_norm", layer)
             spot = tap.path, tap.side, tap.item
+        norm = anatomy.blocks[layer].mlp_norm if after and layer is not None else None
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            if after and layer is not None and (norm := anatomy.blocks[layer].mlp_norm):
-                return self._put(value, self._moved(norm, [row], value)[0])
-            return self._put(value, self._gained([row])[0])
+            return self._at_whole(norm, row, value)
 
         layer_order, order = write_order("final_norm" if layer is None else "mlp_norm", layer)
         return self._add(spot, (layer_order, order - 1), step)
+
+    @abstractmethod
+    def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
+        """Return the input of an MLP or of the end of the model.
+
+        Args:
+            norm: Path of the norm whose output `value` is; None if `value` is the stream.
+            row: Number of the receiver.
+            value: [B, T, d_model]
+        """
+
+
+class _WriteHooks(CircuitHooks):
+    """The steps of a `CircuitWrite`."""
+
+    def __init__(self, model: LoadedModel, frame: TokenFrame, write: CircuitWrite) -> None:
+        super().__init__(model, frame, write)
+        self._differences: list[tuple[int, Tensor]] = []
+        """(column of the mask, [unit, K, d_model]) of the senders so far."""
+        self._mask = to_device(write.mask, model.device)
+        places = [fill.where for fill in write.fills]
+        ends = accumulate((len(fill.units) for fill in write.fills), initial=0)
+        self._column = dict(zip(places, ends, strict=False))
+
+    def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
+        self._differences.append((self._column[where], gained))
+
+    def _put(self, value: Tensor, vectors: Tensor) -> Tensor:
+        """Return [B, T, width] with [K, width] added to it."""
+        index = self._rows.to(value.device), self._columns.to(value.device)
+        return value.index_put(index, (self._at(value) + vectors.to(value.device)).to(value))
+
+    def _gained(self, rows: list[int]) -> Tensor:
+        """Return [receiver, K, d_model]: what each of some receivers reads besides the stream."""
+        found: Tensor | None = None
+        sums = "ru,ukd->rkd" if self._mask.dim() == 2 else "kru,ukd->rkd"
+        for column, gained in self._differences:
+            mask = self._mask[..., rows, column : column + len(gained)].to(gained)
+            part = torch.einsum(sums, mask, gained)
+            found = part if found is None else found + part.to(found.device)
+        assert found is not None
+        return found
+
+    def _moved(self, path: str | None, rows: list[int], value: Tensor) -> Tensor:
+        """Return [receiver, K, d_model]: the change of the normed input of each receiver.
+
+        Args:
+            value: [B, T, d_model] the unchanged input after the norm.
+
+        Raises:
+            WriteMismatch: The input isn't the norm of the stream.
+        """
+        before = self._norm_of_stream(path, value)
+        assert self._stream is not None
+        return self._normed(path, self._stream + self._gained(rows), value) - before
+
+    def _at_projection(
+        self,
+        norm: str | None,
+        parts: list[tuple[TensorLayout, list[int]]],
+        value: Tensor,
+        module: nn.Module,
+        given: Tensor,
+    ) -> Tensor:
+        """Change queries, keys or values of heads as if each had its own input."""
+        every = [row for _, rows in parts for row in rows]
+        moved = self._moved(norm, every, given).split([len(rows) for _, rows in parts])
+        weight = get_linear_map(module)
+        value = value.clone(memory_format=torch.contiguous_format)
+        for (layout, rows), own in zip(parts, moved, strict=True):
+            heads = [self._receivers[row][1] for row in rows]
+            view = view_layout(value, layout)
+            columns = view_layout(weight[None], layout)[0][:, heads].to(own)
+            added = torch.einsum("rkd,drh->krh", own, columns)
+            units = to_device(torch.tensor(heads), value.device)
+            index = (
+                self._rows.to(value.device)[:, None],
+                self._columns.to(value.device)[:, None],
+                units[None],
+            )
+            view[index] = (view[index].to(added) + added).to(value)
+            put_layout(value, layout, view)
+        return value
+
+    def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
+        if norm is not None:
+            return self._put(value, self._moved(norm, [row], value)[0])
+        return self._put(value, self._gained([row])[0])
+
+
+class _ReadHooks(CircuitHooks):
+    """The steps of a `CircuitRead`: the tensors that the model continues with are copies of those
+    that are differentiated by."""
+
+    def __init__(self, model: LoadedModel, frame: TokenFrame, read: CircuitRead) -> None:
+        super().__init__(model, frame, read)
+        self._read = read
+        self._fills = tuple(fill for fill in read.fills if fill.where not in read.changes)
+
+    def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
+        self._read.changes.setdefault(where, gained.detach())
+
+    def _at_projection(
+        self,
+        norm: str | None,
+        parts: list[tuple[TensorLayout, list[int]]],
+        value: Tensor,
+        module: nn.Module,
+        given: Tensor,
+    ) -> Tensor:
+        """Differentiate by queries, keys or values; the norm of the stream has one input for each
+        receiver."""
+        self._norm_of_stream(norm, given.detach())
+        assert self._stream is not None
+        stream, weight = self._stream.detach(), get_linear_map(module).detach()
+
+        def to_stream(gradient: Tensor) -> Tensor:
+            found: list[Tensor] = []
+            for layout, rows in parts:
+                heads = [self._receivers[row][1] for row in rows]
+                own = self._at(view_layout(gradient, layout))[:, heads]
+                columns = view_layout(weight[None], layout)[0][:, heads].to(own)
+                found.append(torch.einsum("krh,drh->rkd", own, columns))
+            return self._before_norm(norm, stream, torch.cat(found), given)
+
+        rows = [row for _, rows in parts for row in rows]
+        self._read.taps.append(EdgeTap(value, rows, to_stream))
+        return value.clone()
+
+    def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
+        if norm is not None:
+            self._norm_of_stream(norm, value.detach())
+        stream = None if self._stream is None else self._stream.detach()
+
+        def to_stream(gradient: Tensor) -> Tensor:
+            own = self._at(gradient)[None]
+            if norm is None:
+                return own
+            assert stream is not None
+            return self._before_norm(norm, stream, own, gradient)
+
+        self._read.taps.append(EdgeTap(value, [row], to_stream))
+        return value.clone()
+
+    def _before_norm(
+        self, path: str | None, stream: Tensor, gradient: Tensor, like: Tensor
+    ) -> Tensor:
+        """Return [receiver, K, d_model]: gradients by the stream of gradients by its norm.
+
+        Args:
+            stream: [K, d_model]
+            gradient: [receiver, K, d_model]
+        """
+        if path is None:
+            return gradient
+        with torch.enable_grad():
+            inputs = stream.expand_as(gradient).clone().requires_grad_()
+            normed = self._normed(path, inputs, like)
+            (found,) = torch.autograd.grad(normed, inputs, gradient.to(normed))
+        return found
+
+
+def compute_edge_scores(
+    total: Tensor, read: CircuitRead, changes: Mapping[SiteRead, Tensor]
+) -> Tensor:
+    """Return [receiver, sender]: the derivative of a value by the shares of edges, at shares of 0.
+
+    Args:
+        total: The value, from a pass with `read`.
+        read: What the pass read; its `taps` are removed.
+        changes: [unit, K, d_model] of those senders whose edges are wanted; others get 0.
+
+    Raises:
+        AutogradFailed: The model can't be differentiated.
+    """
+    gradients = compute_gradients(total, [tap.tensor for tap in read.taps], keep=False)
+    count = sum(len(fill.units) for fill in read.fills)
+    found = total.new_zeros((len(read.receivers), count), dtype=torch.float64)
+    for tap, gradient in zip(read.taps, gradients, strict=True):
+        vectors, column = tap.to_stream(gradient), 0
+        for fill in read.fills:
+            end = column + len(fill.units)
+            if fill.where in changes and _is_before(
+                fill.where, read.receivers[tap.receivers[0]][0]
+            ):
+                own = changes[fill.where].to(vectors)
+                part = torch.einsum("rkd,ukd->ru", vectors, own)
+                found[tap.receivers, column:end] += part.to(found)
+            column = end
+    read.taps.clear()
+    return found
+
+
+def _is_before(sender: SiteRead, receiver: SiteRead) -> bool:
+    """Whether a receiver may read the output of a sender."""
+    if receiver.layer is None or sender.site == "resid_pre":
+        return True
+    assert sender.layer is not None
+    return sender.layer < receiver.layer or (
+        sender.layer == receiver.layer and receiver.site == "mlp_norm" and sender.site == "z"
+    )

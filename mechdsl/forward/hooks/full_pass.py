@@ -26,6 +26,7 @@ from mechdsl.forward.hooks.attention_hooks import (
 from mechdsl.forward.hooks.backward_rules import RuledPass
 from mechdsl.forward.hooks.batch import (
     Batch,
+    CircuitRead,
     CircuitWrite,
     EdgeWrite,
     EditWrite,
@@ -39,7 +40,7 @@ from mechdsl.forward.hooks.batch import (
     indices_to_device,
     to_device,
 )
-from mechdsl.forward.hooks.circuits import CircuitHooks
+from mechdsl.forward.hooks.circuits import open_circuit
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
@@ -462,7 +463,7 @@ class SiteHooks:
         reads: Sequence[SiteRead],
         stop: int | None = None,
         edges: Sequence[EdgeWrite] = (),
-        circuits: Sequence[CircuitWrite] = (),
+        circuits: Sequence[CircuitWrite | CircuitRead] = (),
         *,
         every_attention: bool = False,
     ) -> None:
@@ -498,7 +499,7 @@ class SiteHooks:
         every = range(n_layers if every_attention else 0)
         self.within = self._within() | {("", layer) for layer in every}
         self._layers: dict[tuple[str, int], AttentionHooks] = {}
-        self._circuits = [CircuitHooks(model, frame, circuit) for circuit in circuits]
+        self._circuits = [open_circuit(model, frame, circuit) for circuit in circuits]
         self._plan()
 
     # --- planning -----------------------------------------------------------------------------
@@ -948,7 +949,7 @@ def run_full(
     logits_at: Tensor | None = None,
     tokens: Tensor | None = None,
     edges: Sequence[EdgeWrite] = (),
-    circuits: Sequence[CircuitWrite] = (),
+    circuits: Sequence[CircuitWrite | CircuitRead] = (),
     gradients: bool = False,
     backward: BackwardRules | None = None,
 ) -> FullPassResult:
@@ -964,7 +965,7 @@ def run_full(
             by default. Logits can't be read or written with it.
         tokens: [K] long, the only tokens whose logits are requested; `vocab` is then K.
         edges: Changed attention edges.
-        circuits: Edges between components that carry other values; only without `stop`.
+        circuits: Edges between components that carry other values or are read; only without `stop`.
         gradients: Whether autograd tracks the effect of written values that require a gradient.
         backward: Changes of the derivatives that autograd computes.
 

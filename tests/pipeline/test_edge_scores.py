@@ -1,0 +1,421 @@
+"""Circuits that a file declares with `fit(eap(…))`, `fit(eap_ig(…))` and
+`fit(eap_ig_activations(…))`.
+
+Their scores against gradients by what each receiver reads in a pass that recomputes all inputs, in
+64 bits, one unpadded prompt at a time; against exact ablations of a linear model; that planted
+edges are found; the selection of edges; that rules use the circuit as they use a list of edges;
+keys, and what is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import mechdsl
+from mechdsl.base.arrays import Floats
+from mechdsl.execute import mask_training, objective_rows
+from mechdsl.execute.mask_training import EdgeRows, open_edges
+from mechdsl.execute.run_record import CircuitReport
+from mechdsl.execute.training_vectors import VectorCache
+from mechdsl.pipeline.trained_files import fits_of_file
+from mechdsl.program.trainers import EdgeScoreTrainer
+from mechdsl.resolve.circuits import EMBEDDING, END, CircuitDraws, EdgeGraph
+from mechdsl.resolve.types import CircuitEdge, TrainedMask
+
+from ..execute.support import shared, word_tokenizer
+from ..quick import in_turn
+from ..reference.forward import stack
+from ..rules.circuits import EMBED, outputs
+from ..rules.models import WITHOUT_NORMS, double
+from ..rules.support import plain, rows, tokens
+from ..rules.test_ablated_circuits import Case, fills, named, shape_of
+from .test_trained_circuits import EDGES_THERE, PAIR, PATCH, PATCHES, differentiable, planted
+from .test_trained_masks import write_planted
+from .test_trained_rotations import (
+    LOSS,
+    MEASURE,
+    NOISY,
+    OTHER,
+    checked,
+    experiment,
+    loss_by_hand,
+    run,
+    train,
+    training_errors,
+    write,
+)
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+HERE = (
+    "gpt2",
+    "llama",
+    "gpt_neox",
+    "qwen3",
+    "gpt_neox_sequential",
+    "llama" + WITHOUT_NORMS,
+)
+HALF = "validation: 25%, batch: 2"
+
+
+def fit(
+    options: str = HALF,
+    *,
+    call: str = "eap(size: 12)",
+    source: str = "from: other",
+    objective: str = f"maximise: {LOSS}",
+    at: str = "",
+    name: str = "c",
+) -> str:
+    given = f"fit({call}, prompts: p, {source}, {objective}, {options})"
+    return f"circuit {name} = {given}" + (f" at {at}\n" if at else "\n")
+
+
+def open_rows(path: Path, model: Any, side: Any = None) -> tuple[TrainedMask, EdgeRows]:
+    (declared,) = fits_of_file(checked(path, model)).values()
+    assert declared.objective is not None
+    assert isinstance(declared.file, TrainedMask)
+    return declared.file, open_edges(
+        declared.file, declared.objective, shared(model), side, VectorCache()
+    )
+
+
+def score(mask: TrainedMask, found: EdgeRows) -> Floats:
+    trainer = mask.training.trainer_of(EdgeScoreTrainer)
+    return found.scores(trainer, trainer.steps(mask.training.of_trainer), lambda *_: None)
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def module_of(sender: str) -> str:
+    """Sender → what moves with it: all heads of its layer."""
+    return sender.split("H")[0] if "H" in sender else sender
+
+
+def scores_by_hand(
+    family: str, row: int, every: Sequence[CircuitEdge], source: str, at: str, call: str
+) -> Tensor:
+    """[edge] scores of one unpadded prompt."""
+    word, model = source.split()[1], double(family)
+    given = fills(family, Case("c", word, at), {})[row]
+    here = rows("clean")[row]
+    there = tokens(here, at)
+    ids = list(here.ids)
+    clean = outputs(plain(family, here), stack(family, model))
+    changes: dict[str, Tensor] = {}
+    for sender, own in clean.items():
+        changes[sender] = torch.zeros_like(own)
+        changes[sender][there] = given[sender][there] - own[there]
+    names = [named(edge) for edge in every]
+
+    def gradients(moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {
+            to: torch.zeros_like(clean[EMBED]).requires_grad_()
+            for to in dict.fromkeys(to for _, to in names)
+        }
+        logits = differentiable(family, model, ids, given, {}, there, moved=moved, added=leaves)
+        found = torch.autograd.grad(loss_by_hand(logits[-1], row), list(leaves.values()))
+        return dict(zip(leaves, found, strict=True))
+
+    def moves(step: int, steps: int, modules: set[str]) -> dict[str, Tensor]:
+        return {
+            sender: (1 - step / steps) * own
+            for sender, own in changes.items()
+            if module_of(sender) in modules
+        }
+
+    steps = int(call.split("steps: ")[1].rstrip(")")) if "steps" in call else 1
+    found = torch.zeros(len(every), dtype=torch.float64)
+    modules = list(dict.fromkeys(map(module_of, clean)))
+    for step in range(1, steps + 1):
+        of = {module: gradients(moves(step, steps, {module})) for module in modules}
+        if not call.startswith("eap_ig_activations"):
+            of = dict.fromkeys(modules, of[EMBED])
+        for number, (sender, to) in enumerate(names):
+            product = changes[sender] * of[module_of(sender)][to]
+            found[number] += product.sum().double() / steps
+    return found
+
+
+CALLS = ("eap(size: 12)", "eap_ig(size: 12, steps: 3)", "eap_ig_activations(size: 12, steps: 2)")
+WHERE = (("", "left"), (PAIR, "right"))
+SOURCES = ("from: other", "with: zero", "with: mean")
+
+
+@pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES))
+@pytest.mark.parametrize(("call", "where"), in_turn(CALLS, WHERE))
+def test_scores_are_changes_times_gradients(
+    call: str, where: tuple[str, Any], family: str, source: str, tmp_path: Path
+) -> None:
+    """Of ragged batches of two rows."""
+    at, side = where
+    at = PAIR if source == "with: mean" else at  # rows have different numbers of tokens
+    options = "validation: 0%, batch: 2"
+    path = write(tmp_path, fit(options, call=call, source=source, at=at), PATCHES)
+    mask, found = open_rows(path, double(family), side)
+    every, ids = found.candidates, found.objective.table.row_ids
+    expected = torch.stack(
+        [scores_by_hand(family, row, every, source, at or "tokens *", call) for row in ids]
+    ).mean(0)
+    assert len(every) > 100
+    assert expected.abs().max() > 1e-2
+    np.testing.assert_allclose(score(mask, found), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["with: zero", "with: mean", "from: other"])
+def test_scores_with_little_memory_are_the_same(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows pass one by one, and what comes in is read again; all tokens are written."""
+    at = PAIR if source == "with: mean" else ""
+    line = fit("validation: 25%", call=CALLS[1], source=source, at=at)
+    path = write(tmp_path, line, PATCHES)
+    expected = score(*open_rows(path, double("llama")))
+    parts: list[int] = []
+    monkeypatch.setattr(objective_rows, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(mask_training, "count_scored_rows", lambda *_: 1)
+    mask, found = open_rows(path, double("llama"))
+    trainer = mask.training.trainer_of(EdgeScoreTrainer)
+    scores = found.scores(trainer, 3, lambda done, total: parts.append(total))
+    assert parts == [3, 3, 3]
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert np.abs(expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("source", ["from: swapped", "with: zero"])
+def test_scores_in_a_linear_model_are_effects_of_ablated_edges(
+    call: str, source: str, tmp_path: Path
+) -> None:
+    line = (
+        f"circuit c = fit({call}, prompts: planted.train, {source}, maximise: logit(answer), "
+        f"limit: 6)\n"
+    )
+    rule = experiment(
+        "ablate all but c at tokens * with zero",
+        block="planted.test",
+        measure="measure logit(answer) as raw",
+    )
+    path = write_planted(tmp_path, line, rule)
+    mask, found = open_rows(path, planted())
+    scores, rows_ = score(mask, found), found.trained
+    base = found.mean(rows_, None, 8)
+    alone = torch.eye(len(mask.candidates))
+    chosen = np.argsort(-np.abs(scores))[:12]
+    effects = [found.mean(rows_, alone[edge], 8) - base for edge in chosen]
+    assert np.abs(effects).max() > 0.1
+    np.testing.assert_allclose(scores[chosen], effects, atol=1e-4)
+
+
+# --- planted edges, and the selection -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["greedy", "top"])
+@pytest.mark.parametrize("call", ["eap_ig", "eap_ig_activations"])
+@pytest.mark.parametrize("source", ["from: swapped", "with: zero"])
+def test_planted_edges_are_found(source: str, call: str, select: str, tmp_path: Path) -> None:
+    line = (
+        f'circuit c = fit({call}(size: 5, steps: 5, select: "{select}"), prompts: planted.train, '
+        f"{source}, minimise: kl(clean))\n"
+    )
+    rule = experiment(
+        "ablate all but c at tokens * with zero",
+        block="planted.test",
+        measure="measure kl(clean) as raw",
+    )
+    path = write_planted(tmp_path, line, rule)
+    given = {"m": (planted(), word_tokenizer())}
+    (found,) = mechdsl.fit(path, given, store=tmp_path / "store")
+    report = found.report
+    assert isinstance(report, CircuitReport)
+    assert {*report.chosen} == EDGES_THERE
+    assert report.trained == pytest.approx(0, abs=1e-4)  # nothing else reaches the output
+    assert report.random > 0.1
+    assert report.selected == 5
+    (done,) = mechdsl.run(path, given, store=tmp_path / "store").files[0].experiments
+    assert np.allclose(done.measures[0].patched, 0, atol=1e-4)
+
+
+def drawn_sizes(family: str, seed: int) -> tuple[EdgeGraph, dict[CircuitEdge, float]]:
+    graph = EdgeGraph(shape_of(family))
+    sizes = np.random.default_rng(seed).random(len(graph.every))
+    return graph, dict(zip(graph.every, sizes.tolist(), strict=True))
+
+
+def receivers_of(graph: EdgeGraph, node: object) -> set[CircuitEdge]:
+    return {edge for edge in graph.every if node in graph.nodes(edge[1])}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_backward_selection_takes_the_largest_edge_that_leads_on(family: str) -> None:
+    """Compared with a loop over all edges in every step."""
+    graph, sizes = drawn_sizes(family, 3)
+    expected: set[CircuitEdge] = set()
+    for _ in range(30):
+        ends = {END, *(of for of, _ in expected)}
+        due = {edge for end in ends for edge in receivers_of(graph, end)} - expected
+        expected.add(max(due, key=lambda edge: sizes[edge]))
+    assert graph.select_backwards(sizes, 30) == expected
+    assert graph.select_backwards(sizes, 10**6) == {*graph.every}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_edges_that_do_not_lead_to_the_logits_are_removed(family: str) -> None:
+    """Compared with all paths, found one edge after another."""
+    graph, sizes = drawn_sizes(family, 4)
+    edges = {*sorted(graph.every, key=lambda edge: sizes[edge])[:40]}
+
+    def reaches(edge: CircuitEdge, end: object) -> bool:
+        nodes = graph.nodes(edge[1])
+        return end in nodes or any(reaches(each, end) for each in edges if each[0] in nodes)
+
+    kept = graph.keep_leading(edges)
+    assert kept == {edge for edge in edges if reaches(edge, END)}
+    assert 0 < len(kept) < len(edges)
+    begun = {edge for edge in kept if edge[0] == EMBEDDING}
+    whole = {e for e in kept if e in begun or any(reaches(b, e[0]) for b in begun)}
+    assert not CircuitDraws(shape_of(family), kept, 0).is_connected
+    assert CircuitDraws(shape_of(family), graph.keep_leading(whole), 0).is_connected
+
+
+def test_selections_without_an_edge_to_the_logits_are_errors(tmp_path: Path) -> None:
+    line = fit(call='eap(size: 1, select: "top")', source="from: other", at="tokens 1..-2")
+    errors = training_errors(write(tmp_path, line, PATCHES))
+    assert [each.code for each in errors] == ["E0643"]
+    assert "none of the 1 edges with the largest scores leads to `logits`" in errors[0].message
+
+
+# --- the same as a list of edges ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_rules_use_it_as_a_list_of_edges(call: str, tmp_path: Path) -> None:
+    """Up to rounding, together with another experiment on the same block and another circuit."""
+    text = experiment(*PATCH, measure=MEASURE) + OTHER
+    other = fit(call="eap(size: 30)", name="d", source="with: mean", at=PAIR)
+    path = write(
+        tmp_path,
+        fit(call=call),
+        other,
+        text,
+        experiment("ablate d at last token with mean", name="f"),
+    )
+    trained = {each.basis: each for each in train(path, out=tmp_path / "out")}
+    card = (tmp_path / "out" / "c" / "README.md").read_text("utf-8")
+    assert "Every edge but those of the circuit is set to the values of the run `other`" in card
+    report = trained["c"].report
+    assert isinstance(report, CircuitReport)
+    assert (report.rows, report.held_out_rows) == (3, 1)
+    own = run(path, fresh=True).files[0].experiments
+    saved = write(tmp_path, 'circuit c = saved("out/c/mask.json")\n', text)
+    copied = run(saved, store=False).files[0].experiments
+    assert np.allclose(copied[0].measures[0].patched, own[0].measures[0].patched, atol=1e-5)
+    written = ", ".join(report.chosen)
+    path = write(
+        tmp_path,
+        f"circuit c = {written}\n",
+        text.replace(MEASURE, f"{MEASURE}\n  against random(8)", 1),
+    )
+    listed = run(path, store=False).files[0].experiments
+    for one, two in zip(own[:2], listed, strict=True):
+        for mine, theirs in zip(one.measures, two.measures, strict=True):
+            np.testing.assert_allclose(mine.patched, theirs.patched, atol=1e-5)
+    assert "selected from `logits` backwards" in own[0].conventions["circuit c"]
+
+
+def test_chosen_edges_are_in_the_order_of_their_scores(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(), PATCHES)
+    (trained,) = train(path)
+    stored = json.loads((trained.folder / "mask.json").read_text("utf-8"))
+    sizes = np.abs(stored["scores"])
+    assert len(sizes) == len(stored["sites"]) > 100
+    assert (np.diff(sizes[stored["chosen"]]) <= 0).all()
+    report = trained.report
+    assert isinstance(report, CircuitReport)
+    assert list(report.chosen) == [stored["labels"][n] for n in stored["chosen"]]
+    assert list(report.chosen.values()) == [stored["scores"][n] for n in stored["chosen"]]
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "size": {"call": "eap(size: 11)"},
+    "method": {"call": CALLS[1]},
+    "steps": {"call": "eap_ig(size: 12, steps: 2)"},
+    "path": {"call": "eap_ig_activations(size: 12, steps: 3)"},
+    "selection": {"call": 'eap(size: 12, select: "top")'},
+    "held-out rows": {"options": "validation: 50%, batch: 2"},
+    "seed": {"options": f"{HALF}, seed: 2"},
+    "position": {"at": "cue token"},
+    "source": {"source": "from: turned"},
+    "zero": {"source": "with: zero"},
+    "mean": {"source": "with: mean", "at": PAIR},
+    "measure": {"objective": "maximise: logit(answer)"},
+}
+
+
+def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path) -> None:
+    """A change of any of it asks for another circuit, with another file."""
+    (base,) = train(write(tmp_path, fit(), PATCHES))
+    folders, contents = {base.folder}, {(base.folder / "mask.json").read_text("utf-8")}
+    for name, change in CHANGES.items():
+        path = write(tmp_path, fit(**change), PATCHES)
+        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
+            run(path)
+        (found,) = train(path)
+        content = (found.folder / "mask.json").read_text("utf-8")
+        assert found.folder not in folders, name
+        if name != "selection":  # both selections may have the same edges
+            assert content not in contents, name
+        folders.add(found.folder)
+        contents.add(content)
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+CALL = f"fit(eap(size: 3), prompts: p, from: other, maximise: {LOSS})"
+LINE = f"circuit c = {CALL} at {PAIR}"
+ONE_STEP = CALL.replace("eap(size: 3", "eap_ig(size: 3, steps: 1").replace(LOSS, "kl(clean)")
+MISTAKES: dict[str, tuple[str, str, str, str]] = {
+    "no source": ("from: other, ", "", "E0207", "needs `from: …`"),
+    "no size": ("eap(size: 3)", "eap", "E0207", "needs `size: …`"),
+    "no steps": ("eap(size: 3)", "eap_ig(size: 3)", "E0207", "needs `steps: …`"),
+    "all": ("size: 3", "size: 2000", "E0342", "chooses 2,000 of"),
+    "selection": ("size: 3", 'size: 3, select: "best"', "E0342", "no such value"),
+    "of other tools": ("size: 3", 'size: 3, method: "top"', "E0207", "is no argument"),
+    "zero": ("size: 3", "size: 0", "E0342", "whole number"),
+    "training steps": ("from: other", "from: other, steps: 300", "E0207", "isn't trained in steps"),
+    "rate": ("from: other", "from: other, rate: 0.1", "E0207", "isn't trained in steps"),
+    "precision": ("from: other", 'from: other, precision: "bf16"', "E0207", "isn't trained"),
+    "patience": ("from: other", "from: other, patience: 3", "E0207", "isn't trained in steps"),
+    "seeds": ("from: other", "from: other, seeds: 3", "E0207", "has no random start"),
+    "step function": (LOSS, "rank(answer)", "E0608", "step function"),
+    "no gradient in the clean run": (LOSS, "kl(clean)", "E0608", "eap_ig(size: 20, steps: 5)"),
+    "one step": (CALL, ONE_STEP, "E0608", "its gradient is 0"),
+    "noise": ("from: other", "from: noised", "E0342", "noise"),
+    "name": ("eap(size: 3)", "eapig(size: 3)", "E0203", "eap_ig"),
+    "discover": ("eap(size: 3)", "discover(size: 3)", "E0203", "eap_ig"),
+    "group": (LINE, f"group c = {CALL} at layers * heads * at last token", "E0342", "a circuit"),
+    "alone": (CALL, "eap(size: 3)", "E0342", "fit("),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name: str, tmp_path: Path) -> None:
+    old, new, code, said = MISTAKES[name]
+    line = f"{LINE}\n"
+    assert old in line
+    path = write(tmp_path, line.replace(old, new), PATCHES, OTHER, blocks=NOISY)
+    errors = training_errors(path)
+    assert errors[0].code == code, errors
+    assert said in f"{errors[0].message} {errors[0].help_text}", errors
+    assert len(errors) == 1 or name == "group", errors  # groups can't be ablated with a run
