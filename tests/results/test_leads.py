@@ -14,7 +14,8 @@ from mechdsl.checks.conditions import Arithmetic, CellValue, ConstantValue
 from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.verdicts.decision import decide_all_expectations
-from mechdsl.results.verdicts.estimates import auroc, pearson, spearman
+from mechdsl.results.verdicts.estimates import auroc
+from mechdsl.statistics.comparisons import pearson, spearman
 from mechdsl.results.verdicts.values import (
     CellSelector,
     ComparisonSample,

@@ -213,7 +213,7 @@ def test_dims_in_a_basis_are_its_coordinates(data: Path) -> None:
         ("patch resid_post layer 1 dims 0..3 at last token into layer 2", "E0342"),
         ("patch resid_post dims 0..3 layer 1 at last token", "E0101"),
         ("patch resid_post layer 1 dims 0:4 at last token", "E0101"),
-        ("using gradient_input  patch resid_post layer 1 dims 0..3 at last token", "E0608"),
+        ("using gradient  patch resid_post layer 1 dims 0..3 at last token", "E0608"),
         ("set attn_out layer 1 dims 0..1 at last token to reconstruction of b", "E0342"),
     ],
 )

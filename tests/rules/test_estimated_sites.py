@@ -125,6 +125,17 @@ def test_coordinates_of_a_basis(family: str, site: str, tmp_path: Path) -> None:
     assert agrees(found["mean"], 0, {(): products(moved, gradient)}, None) > 1e-3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dimensions(family: str, tmp_path: Path) -> None:
+    at = site_of(family, "resid_post", 1)
+    change = lasts(reads(family, at, "other"), "other") - lasts(reads(family, at, "clean"))
+    change, gradient = change.flatten(1)[:, :4], lasts(gradients(family, at)).flatten(1)[:, :4]
+    rule = f"patch resid_post layer 1 dims 0..3 {LAST}"
+    lines = ("prompts p", "from other into clean", "using atp", measured(ONE, "delta"))
+    found = run_file(experiment("four", rule, *lines), tmp_path, bare(family))
+    assert agrees(found["four"], 0, {(): products(change, gradient)}, None) > 1e-3
+
+
 LINEAR = (
     f"patch resid_post layer 2 {LAST}",
     f"patch mlp_out layer 2 {LAST}",
