@@ -15,7 +15,6 @@ from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.verdicts.decision import decide_all_expectations
 from mechdsl.results.verdicts.estimates import auroc
-from mechdsl.statistics.comparisons import pearson, spearman
 from mechdsl.results.verdicts.values import (
     CellSelector,
     ComparisonSample,
@@ -26,6 +25,7 @@ from mechdsl.results.verdicts.values import (
     compare_with_rival,
     find_smaller_cells,
 )
+from mechdsl.statistics.comparisons import pearson, spearman
 from mechdsl.statistics.measurements import Resamples
 
 from .synthetic import expectation, finished, heads, measure
