@@ -70,7 +70,8 @@ from mechdsl.loading.anatomy_proof import (
 from mechdsl.loading.identity import compute_identity
 from mechdsl.loading.weight_edits import (
     NotCopied,
-    build_rounded,
+    WeightEdit,
+    build_edited_model,
     build_sum,
     copy_modules,
     find_output_map,
@@ -855,7 +856,7 @@ def load_models(
         notes: As in `load_model`.
 
     Returns:
-        Diagnostics of `load_model`, `load_adapter`, `build_rounded`, `build_sum` and `edit`.
+        Diagnostics of `load_model`, `load_adapter`, `build_edited_model`, `build_sum` and `edit`.
     """
     diagnostics: list[Diagnostic] = []
     for name in names:
@@ -866,7 +867,10 @@ def load_models(
                 model, found = edit(statement, loaded)
             elif statement.kind == "rounded":
                 base = loaded[statement.bases[0]]
-                model, found = build_rounded(statement, base, hashes=hashed is not None)
+                rounding = WeightEdit("round", statement.span, bits=statement.bits or 0)
+                model, found = build_edited_model(
+                    statement, base, [rounding], hashes=hashed is not None
+                )
             elif statement.kind == "sum":
                 terms = [(loaded[base], factor) for base, factor in statement.terms]
                 model, found = build_sum(statement, terms, hashes=hashed is not None)

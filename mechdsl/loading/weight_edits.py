@@ -53,9 +53,18 @@ class WeightEdit:
     """Numbers of the vector of all heads or neurons whose output weights change; empty for all."""
     amount: float = 1.0
     """scale: the factor."""
+    bits: int = 0
+    """round: bits of a weight."""
     vector: Tensor | None = None
     """[d_model] float64: the weights of each number, what is added to them, or the direction that
     is taken out."""
+
+    @property
+    def instead(self) -> str:
+        """What to do if weights can't be changed like this."""
+        if self.kind == "round":
+            return "round the weights in Python, and pass the model: `mechdsl.run(…, models=…)`"
+        return "use the rule in an experiment, without `with { … }`"
 
 
 class _Unsuitable(Exception):
@@ -83,6 +92,8 @@ def build_edited_model(
             if edit.kind == "project out":
                 _project_out(edit, base, changed)
                 _check_stream(edit, base, copy_with_weights(base.module, changed.tensors))
+            elif edit.kind == "round":
+                _round_all(edit, base, changed)
             else:
                 _change_outputs(edit, base, changed)
         module = copy_with_weights(base.module, changed.tensors)
@@ -164,7 +175,7 @@ def _matrix(path: str, edit: WeightEdit, changed: _ChangedWeights) -> Tensor:
         raise _Unsuitable(
             edit,
             f"`{path}` is a `{type(module).__name__}`, whose weights can't be edited",
-            "use the rule in an experiment, without `with { … }`",
+            edit.instead,
         )
     return weight if is_transposed(module) else weight.T
 
@@ -238,7 +249,7 @@ def _project_out(edit: WeightEdit, base: LoadedModel, changed: _ChangedWeights) 
             raise _Unsuitable(
                 edit,
                 f"`{block.path}` has sublayers without one output matrix, such as experts",
-                "use the rule in an experiment, without `with { … }`",
+                edit.instead,
             )
         for path in paths:
             if path is None:
@@ -300,7 +311,7 @@ def _check_stream(edit: WeightEdit, base: LoadedModel, module: nn.Module) -> Non
             raise _Unsuitable(
                 edit,
                 f"the stream at {place} still has a component along the direction",
-                "use the rule in an experiment, without `with { … }`",
+                edit.instead,
             )
 
 
@@ -385,37 +396,16 @@ def _check_same_parts(first: LoadedModel, other: LoadedModel) -> None:
 # --- rounded weights ------------------------------------------------------------------------------
 
 
-def build_rounded(
-    model: spec.Model, base: LoadedModel, *, hashes: bool
-) -> tuple[LoadedModel | None, list[Diagnostic]]:
+def _round_all(edit: WeightEdit, base: LoadedModel, changed: _ChangedWeights) -> None:
     """Round the weights of all linear maps in the blocks of a model.
 
     The weights of an output w become s · round(w / s) with s = max |w| / (2^(bits − 1) − 1):
     symmetric rounding to the nearest, one scale for each output, as in absmax quantization
     (Dettmers et al. 2022, arXiv 2208.07339, section 2). Biases, norms, embeddings and the
     unembedding stay, and so does the precision of the arithmetic.
-
-    Args:
-        base: The model whose weights are rounded; it is unchanged.
-        hashes: As in `build_edited_model`.
-
-    Returns:
-        The model and its diagnostics: E0344, and those of `prove_anatomy`.
     """
-    assert model.bits is not None
-    changed = _ChangedWeights(base.module)
-    edit = WeightEdit("round", model.span)
-    try:
-        for path in _list_linear_maps(base, edit):
-            weight = _matrix(path, edit, changed)
-            _round(weight, model.bits)
-        module = copy_with_weights(base.module, changed.tensors)
-    except _Unsuitable as problem:
-        return None, [BadWeights(span=model.span, reason=problem.reason, hint=problem.hint)]
-    except NotCopied as problem:
-        hint = "round the weights in Python, and pass the model: `mechdsl.run(…, models=…)`"
-        return None, [BadWeights(span=model.span, reason=str(problem), hint=hint)]
-    return _finish(model, [(base, 1.0)], module, changed.tensors, hashes=hashes)
+    for path in _list_linear_maps(base, edit):
+        _round(_matrix(path, edit, changed), edit.bits)
 
 
 def _list_linear_maps(base: LoadedModel, edit: WeightEdit) -> list[str]:
@@ -432,7 +422,7 @@ def _list_linear_maps(base: LoadedModel, edit: WeightEdit) -> list[str]:
                 raise _Unsuitable(
                     edit,
                     f"`{path}.{name}` is a matrix of `{type(part).__name__}`, not of a linear map",
-                    "round the weights in Python, and pass the model: `mechdsl.run(…, models=…)`",
+                    edit.instead,
                 )
     return found
 

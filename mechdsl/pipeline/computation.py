@@ -50,7 +50,7 @@ from mechdsl.pipeline.loaded_models import load_needed_models
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import find_untrained
 from mechdsl.planner.passes import make_plan
-from mechdsl.planner.plan import ExperimentPlan
+from mechdsl.planner.plan import ExperimentPlan, Plan
 from mechdsl.program import spec
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
 from mechdsl.program.lowering import lower_program
@@ -177,14 +177,7 @@ class FileRun:
             return
         plan = make_plan(ready, without=self.options.without)
         told = self._with_progress(later)
-        execution = execute(
-            plan, self.models, told, self.kept, self.sizes, check=check_denominators
-        )
-        if self.counts is not None:
-            self.counts.add(execution.profile)
-        if self.options.on_profile is not None:
-            self.options.on_profile(plan, execution.profile)
-        self._say(execution.diagnostics)
+        execution = self._execute(plan, told)
         for each in ready:
             if each.key in execution.lost:
                 self._lose(each.name, execution.lost[each.key])
@@ -192,6 +185,18 @@ class FileRun:
         for variants in group_variants(ready):
             if variants[0].name not in self.lost:
                 self._collect(variants, plans, execution)
+
+    def _execute(self, plan: Plan, options: ExecutionOptions) -> Execution:
+        """Execute a plan, and pass on its counts and diagnostics."""
+        execution = execute(
+            plan, self.models, options, self.kept, self.sizes, check=check_denominators
+        )
+        if self.counts is not None:
+            self.counts.add(execution.profile)
+        if self.options.on_profile is not None:
+            self.options.on_profile(plan, execution.profile)
+        self._say(execution.diagnostics)
+        return execution
 
     def _say(self, found: Sequence[Diagnostic]) -> None:
         self.diagnostics += [each for each in found if each not in self.diagnostics]
@@ -379,14 +384,7 @@ class FileRun:
             exact = select_exact_cells(plan.experiment, chosen)
             made = make_plan([exact], without=self.options.without)
             how = replace(self.options.execution, on_progress=None)
-            execution = execute(
-                made, self.models, how, self.kept, self.sizes, check=check_denominators
-            )
-            if self.counts is not None:
-                self.counts.add(execution.profile)
-            if self.options.on_profile is not None:
-                self.options.on_profile(made, execution.profile)
-            self._say(execution.diagnostics)
+            execution = self._execute(made, how)
             measured = execution.measured.get(exact.key)
             lost = list(execution.lost.get(exact.key, ()))
             if lost or measured is None:

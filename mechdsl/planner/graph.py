@@ -402,9 +402,9 @@ def unpatched_forward(experiment: ResolvedExperiment, run: str) -> ForwardNode:
         text = there.prompts or "clean"
     s = experiment.spec
     keep = tuple(measure.text for measure in experiment.keep)
-    behind, changed_by = experiment.table.replies_of, experiment.table.changed_by
+    replies_of, changed_by = experiment.table.replies_of, experiment.table.changed_by
     encode = EncodeNode(
-        *(s.prompts, s.part, s.limit, keep, text, behind, changed_by), kept_by=experiment.keep
+        *(s.prompts, s.part, s.limit, keep, text, replies_of, changed_by), kept_by=experiment.keep
     )
     # Models that are patched into each other have the same number of layers.
     model, n_layers = there.model or experiment.model.key, experiment.model.shape.n_layers
@@ -527,9 +527,9 @@ def _fit_reads(
         for sample in fit.samples:
             key = id(sample.table), id(sample.run.rows)
             model = sample.run.model or experiment.model.key
-            behind, changed_by = sample.table.replies_of, sample.table.changed_by
+            replies_of, changed_by = sample.table.replies_of, sample.table.changed_by
             encode = EncodeNode(
-                sample.table.name, None, None, (), sample.run.name, behind, changed_by
+                sample.table.name, None, None, (), sample.run.name, replies_of, changed_by
             )
             forward = ForwardNode(model, experiment.model.shape.n_layers, encode, sample.run.name)
             before = reads.get(key)

@@ -303,9 +303,7 @@ def _check_bases(statement: ast.ModelDef, parts: Definitions, scope: Namespace) 
     bases = parts.models[own[0]].bases if own else ()
     if not bases:
         return
-    made = "an adapter has" if parts.models[own[0]].is_loaded else "an edit changes"
-    made = "a sum has" if parts.models[own[0]].terms else made
-    made = "rounding has" if parts.models[own[0]].kind == "rounded" else made
+    made = _MADE_BY.get(parts.models[own[0]].kind, "an adapter has")
     circle = _circle(own[0], parts)
     fine = True
     for base, span in _named_bases(statement):
@@ -328,6 +326,10 @@ def _check_bases(statement: ast.ModelDef, parts: Definitions, scope: Namespace) 
     if not fine:
         for each in own:
             del parts.models[each]
+
+
+_MADE_BY = {"edited": "an edit changes", "rounded": "rounding has", "sum": "a sum has"}
+"""Beginnings of a message, by the kind of a model."""
 
 
 def _circle(name: str, parts: Definitions) -> list[str]:

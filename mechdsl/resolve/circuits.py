@@ -212,7 +212,7 @@ def _pick_edges(
     variables = set(number_names(node))
     loops = tuple(name for name in work.loops if name in variables)
     picked: dict[AxisIndices, tuple[CircuitEdge, ...]] = {}
-    known = found.scores and not work.sites.shape.stands_in  # otherwise, edges stand in
+    known = found.scores and not work.sites.shape.stands_in  # otherwise, edges are placeholders
     there = f"`{circuit.name}` has {{}} edges" if known else None
     for key, values in work.sites.combinations(loops):
         try:

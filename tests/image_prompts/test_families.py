@@ -452,11 +452,7 @@ def test_a_processor_that_changes_the_text_is_an_error() -> None:
 
 def changed_text() -> list[Diagnostic]:
     """Return the errors of a layout without the line break that a processor adds."""
-    own = bare("paligemma")
-    with patch.object(type(IMAGE_LAYOUTS["paligemma"]), "prefix_end", ""):
-        model, found = adopt_model("m", deepcopy(own.model), own.processor)
-        assert model is not None, found
-        return refused(model)
+    return refused_with("paligemma", "prefix_end", "")
 
 
 @pytest.mark.parametrize("end", ["w3", "w2 \\n w3", "\\n w3 \\n"])
@@ -545,8 +541,13 @@ def test_a_layout_with_other_position_ids_is_an_error() -> None:
 
 def miscounted() -> list[Diagnostic]:
     """Return the errors of a layout that counts tokens that the model numbers by row and column."""
-    own = bare("qwen2_vl")
-    with patch.object(type(IMAGE_LAYOUTS["qwen2_vl"]), "numbering", "one by one"):
+    return refused_with("qwen2_vl", "numbering", "one by one")
+
+
+def refused_with(name: str, attribute: str, value: str) -> list[Diagnostic]:
+    """Return the errors of a family's layout with another attribute."""
+    own = bare(name)
+    with patch.object(type(IMAGE_LAYOUTS[name]), attribute, value):
         model, found = adopt_model("m", deepcopy(own.model), own.processor)
         assert model is not None, found
         return refused(model)

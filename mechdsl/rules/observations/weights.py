@@ -542,7 +542,7 @@ class CircuitComparison(WeightObservation):
         untrained = one.name in work.program.masks and not first.scores
         if not untrained and not self.scores_fit(first, rule, work):
             return None
-        sites, beside = (
+        edges_of_first, edges_of_second = (
             SiteTargets((), {(): tuple(dict.fromkeys(of for of, _ in own.edges))}, {(): name})
             for own, name in ((first, one.name), (second, other.name))
         )
@@ -551,7 +551,12 @@ class CircuitComparison(WeightObservation):
         places = PositionTargets((), {(): cell}, {(): cell})
         base = work.experiment.base
         return ResolvedRule(
-            spec=rule, does=does, run=base, sites=sites, positions=places, beside=beside
+            spec=rule,
+            does=does,
+            run=base,
+            sites=edges_of_first,
+            positions=places,
+            beside=edges_of_second,
         )
 
     def _circuit(
