@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from logging import Logger
+from pathlib import Path
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -154,7 +157,7 @@ class ReachedCode:
             self._names |= names
             for name in sorted(names):
                 value = function.__globals__.get(name, _find_imported(name, function))
-                if value is not _MISSING:
+                if value is not _MISSING and (own or not _is_cache(home, name, value)):
                     told = self._of(value, f"`{name}`, which {where} reads,", own, names)
                     values[f"global {name}"] = told
         self._functions[function] = [self.add_function(function), code_digest(code), values]
@@ -199,6 +202,8 @@ class ReachedCode:
         data, label = self._is_followed(module.__name__), self._label(module, module.__name__)
         for name in sorted(held.keys() & names):
             key, value = (label, name), held[name]
+            if not own and _is_cache(module.__name__, name, value):
+                continue
             if own_reads:
                 _refuse_unseen(value, f"`{module.__name__}.{name}`")
             if isinstance(value, ModuleType):
@@ -326,6 +331,31 @@ def _is_mechdsl_entry(value: object) -> bool:
     return isinstance(value, FunctionType) and _get_root(get_globals_module(value)) == _get_root(
         __name__
     )
+
+
+def _is_cache(module: str, name: str, value: object) -> bool:
+    """Return whether a library fills a global of its own while it builds or runs any model.
+
+    Such globals differ between two moments of one process. transformers 5.17, for example, lists in
+    `_CAN_RECORD_REGISTRY` the layers of every model built so far.
+    """
+    if isinstance(value, int | float):  # a switch, which may change results
+        return False
+    is_private_table = isinstance(value, dict) and name.startswith("_")
+    return is_private_table or name in _list_rebound_globals(module)
+
+
+@lru_cache(maxsize=8192)
+def _list_rebound_globals(module: str) -> frozenset[str]:
+    """Return the globals that functions of a module assign, from its source."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or not file.endswith(".py"):
+        return frozenset()
+    with suppress(OSError):
+        source = Path(file).read_text("utf-8", "replace")
+        found = re.findall(r"^[ \t]+global ([\w, ]+)$", source, re.MULTILINE)
+        return frozenset(name.strip() for names in found for name in names.split(","))
+    return frozenset()
 
 
 def _qualified_name(kind: type) -> str:

@@ -372,6 +372,25 @@ def test_compiled_code_of_the_users_own_cannot_be_told(
     assert "can't be told" in reason
 
 
+@pytest.mark.parametrize(
+    ("home", "name", "before", "after"),
+    [
+        # Layers of the models built so far: a table in transformers 5.17.
+        ("utils.output_capturing", "_CAN_RECORD_REGISTRY", {}, {"other": {"layer": nn.Bilinear}}),
+        ("modeling_flash_attention_utils", "_flash_fn", None, nn.functional.gelu),
+        ("utils.hub", "_hf_api", None, SimpleNamespace()),
+    ],
+)
+def test_identity_with_another_state_of_a_library_cache_is_the_same(
+    home: str, name: str, before: Any, after: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, library = handed(module), import_module(f"transformers.{home}")
+    monkeypatch.setattr(library, name, before)
+    first = explain_identity(model)
+    monkeypatch.setattr(library, name, after)
+    assert explain_identity(model) == first
+
+
 def test_hooks_for_all_modules(module: Any) -> None:
     model = handed(module)
     hook = nn.modules.module.register_module_forward_hook(lambda *_: None)

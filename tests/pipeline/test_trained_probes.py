@@ -449,6 +449,19 @@ def test_names_and_sites_of_the_observation_keep_the_training(tmp_path: Path) ->
         assert run(path).complete
 
 
+def test_run_finds_a_training_after_a_library_filled_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first request to a hub does, and in transformers 5.17 each model that is built."""
+    from transformers.utils import hub
+
+    monkeypatch.setattr(hub, "_hf_api", None)
+    path = write_file(tmp_path, fit(), READS)
+    train(path)
+    monkeypatch.setattr(hub, "_hf_api", object())
+    assert run(path).complete
+
+
 def test_results_depend_on_the_probe(tmp_path: Path) -> None:
     """Two trainings of one store, in runs that follow each other."""
     lines = READ, f"observe prediction(r) {LAST} as predicted"
