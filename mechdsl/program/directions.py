@@ -14,7 +14,7 @@ from mechdsl.diagnostics.rules import BadDirection
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMethod
 from mechdsl.program.direction_methods import DIRECTION_METHODS, DirectionMethod
-from mechdsl.program.names import Namespace
+from mechdsl.program.names import Namespace, suggest_split
 from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import DirectionTrainer, trainer_call
@@ -508,14 +508,11 @@ def check_fit_rows(
         listed = ", ".join(f"`{name}.{each}`" for each in known[1:])
         halves = f"`{name}.train` and `{name}.test`" if block.split is not None else ""
         hint = " and ".join(each for each in (listed, halves) if each)
-        scope.diagnostics.append(
-            UnknownName(
-                span=node.span,
-                kind="run",
-                name=node.span.written,
-                hint=f"it has {hint}" if hint else f"write `{name}`: it has no other run",
-            )
-        )
+        hint = f"it has {hint}" if hint else f"write `{name}`: it has no other run"
+        written = node.span.written
+        if written in (f"{name}.train", f"{name}.test"):
+            hint = suggest_split(name)
+        scope.diagnostics.append(UnknownName(span=node.span, kind="run", name=written, hint=hint))
 
 
 def _bad(node: ast.Node, reason: str, hint: str, scope: Namespace) -> None:

@@ -56,7 +56,7 @@ from mechdsl.program.measures import (
     reject_repeated_measures,
 )
 from mechdsl.program.models import check_bases, define_model, lower_edits, lower_model
-from mechdsl.program.names import Namespace, line_reference
+from mechdsl.program.names import Namespace, line_reference, suggest_split
 from mechdsl.program.observations import (
     ObserveStatement,
     ResultSpec,
@@ -443,8 +443,7 @@ def _rows(
             span=ref.span,
             kind="part",
             name=f"{prompts.name}.{part}",
-            hint=f"add `split 50%` to `prompts {prompts.name}`: it makes "
-            f"`{prompts.name}.train` and `{prompts.name}.test`"
+            hint=suggest_split(prompts.name)
             if prompts.split is None
             else f"the parts are `{prompts.name}.train` and `{prompts.name}.test`",
         )

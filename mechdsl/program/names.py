@@ -100,3 +100,8 @@ def line_reference(of: Span, seen_from: Span) -> str:
     if of.source is seen_from.source:
         return f"on line {of.line}"
     return of.source.describe_line(of.line)
+
+
+def suggest_split(block: str) -> str:
+    """Return the hint for a part of a block that isn't divided into parts."""
+    return f"add `split 50%` to `prompts {block}`: it makes `{block}.train` and `{block}.test`"
