@@ -38,11 +38,14 @@ class BackwardRules:
     """Gradients of attention's softmax are those of a softmax of scores / temperature."""
     attention_factors: tuple[float, float, float] | None = None
     """Factors of gradients that enter queries, keys and values."""
+    constant_patterns: bool = False
+    """The weights of attention are constants."""
 
     @property
     def in_attention(self) -> bool:
         """Whether they act inside of attention."""
-        return self.softmax_temperature is not None or self.attention_factors is not None
+        rules = self.softmax_temperature, self.attention_factors
+        return self.constant_patterns or any(each is not None for each in rules)
 
 
 class GradientEstimator:

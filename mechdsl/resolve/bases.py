@@ -487,6 +487,10 @@ def resolve_saved_features(
     return point, BasisTargets(name, (name,), ({None: member},), (), named)
 
 
+LINEAR_BEFORE_ACTIVATION = frozenset({"standard", "jumprelu", "topk"})
+"""Encoders whose active features are a linear map of the vector plus a constant."""
+
+
 def resolve_argument_bases(
     names: Sequence[ast.Name], work: ExperimentContext
 ) -> BasisTargets | None:
@@ -507,6 +511,59 @@ def resolve_argument_bases(
             return None
     every = tuple(name.id for name in names)
     return BasisTargets(", ".join(every), every, tuple(found), (), {(): Coordinates()})
+
+
+def resolve_transcoders(
+    names: Sequence[ast.Name], work: ExperimentContext
+) -> tuple[BasisTargets, dict[int, BasisMember]] | None:
+    """Resolve transcoders of MLPs that an observation names, also by layer; None after an error.
+
+    E0342 for another basis, for a transcoder whose features aren't a linear map of the MLP's input
+    before their activation function, and for two of one layer.
+    """
+    found: dict[int, BasisMember] = {}
+    for name in names:
+        definition = work.program.bases.get(name.id)
+        try:
+            family = None if definition is None else _family(definition, work)
+            if family is None:  # rejected
+                return None
+            for point, member in family.items():
+                _check_graph_basis(name, point, member)
+                assert point.layer is not None
+                if point.layer in found:
+                    own = found[point.layer].name
+                    reason = f"`{own}` is a transcoder of layer {point.layer}, too"
+                    raise BasisError(name, reason, "name one of them")
+                found[point.layer] = member
+        except BasisError as problem:
+            work.diagnostics.append(problem.diagnostic)
+            return None
+    every = tuple(name.id for name in names)
+    bases: list[PointBases] = [{None: member} for member in found.values()]
+    return BasisTargets(", ".join(every), every, tuple(bases), (), {(): Coordinates()}), found
+
+
+def _check_graph_basis(name: ast.Name, point: SitePoint, member: BasisMember) -> None:
+    """Raises BasisError unless a basis replaces an MLP by features that are added up."""
+    own = member.operand
+    if not isinstance(own, DictionaryFile) or not own.transcodes or point.site != "mlp_out":
+        reason = f"`{name.id}` isn't a transcoder of an MLP"
+        hint = f'write `basis {name.id} = transcoder("folder") at mlp_out layer 2`'
+        raise BasisError(name, reason, hint)
+    other = "a cross-layer transcoder" if own.crosses_layers else ""
+    other = other or ("a transcoder with a skip connection" if own.skips else "")
+    if not other and own.normalization != "none":
+        other = f"a transcoder that normalises its input ({own.normalization})"
+    if not other and own.architecture not in LINEAR_BEFORE_ACTIVATION:
+        other = f"a {own.kind}"
+    if other:
+        listed = name_list(sorted(LINEAR_BEFORE_ACTIVATION))
+        raise BasisError(
+            name,
+            f"`{name.id}` is {other}, whose features aren't in a graph yet",
+            f"name a transcoder of one layer with one of these encoders: {listed}",
+        )
 
 
 def _argument_basis(

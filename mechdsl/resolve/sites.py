@@ -1000,6 +1000,11 @@ def _resolve_named_site(
     return targets, axes
 
 
+def list_pattern_points(shape: ModelShape) -> tuple[SitePoint, ...]:
+    """Return the patterns of all layers, each with all heads."""
+    return tuple(SitePoint("pattern", layer, None) for layer in range(shape.n_layers))
+
+
 def find_missing_point(
     points: Iterable[SitePoint], shape: ModelShape, model: str, span: Span
 ) -> Diagnostic | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.dictionaries.features import Dictionary
 from mechdsl.execute.cache import PanelCache, open_joint_cache
 from mechdsl.execute.measurement.readout import ListedToken, Readout
 from mechdsl.execute.measurement.values import (
@@ -21,6 +22,7 @@ from mechdsl.execute.measurement.values import (
     describe_cell,
     expand_base_values,
 )
+from mechdsl.execute.observation.attribution_graphs import attribute, score_graph
 from mechdsl.execute.observation.features import list_raised_tokens, observe_features
 from mechdsl.execute.observation.token_vectors import (
     Float32s,
@@ -60,6 +62,7 @@ from mechdsl.resolve.observations import (
 from mechdsl.resolve.types import ResolvedMeasure, SitePoint
 from mechdsl.rules.observations.attention import AttentionRollout
 from mechdsl.rules.observations.features import FEATURE_AXIS, FeatureActivations, correlate
+from mechdsl.rules.observations.graphs import AttributionGraphs
 from mechdsl.rules.observations.maps import MapObservation
 from mechdsl.rules.observations.weights import CIRCUIT_AXES, WeightObservation
 
@@ -200,6 +203,29 @@ class VectorGatherer:
             there = np.flatnonzero(np.isfinite(found))
             if len(there):
                 yield cell, there, found[there]
+
+    def graphs(
+        self, does: AttributionGraphs, systems: Mapping[str, CoordinateSystem]
+    ) -> Iterator[tuple[int, Ints, Callable[[], Floats]]]:
+        """Yield each cell, its columns among the kept rows, and a function that computes the scores
+        of their attribution graphs, [score, column]."""
+        rule, run = self.rule, self.runs.named(self.plan.experiment.spec.base)
+        model = self.runs.model_of(run)
+        transcoders: dict[int, tuple[str, Dictionary]] = {}
+        for layer, member in does.members.items():
+            system = systems.get(member.name)
+            if not isinstance(system, Dictionary):  # the experiment is lost
+                return
+            transcoders[layer] = member.reads, system
+        for cell in range(self.plan.n_cells):
+            spot = rule.positions[rule.position_of_cell[cell]]
+            there = np.array([n for n, row in enumerate(self.kept.tolist()) if spot.hits[row]])
+            if cell in self.known or not len(there):
+                continue
+            rows = self.kept[there].tolist()
+            ends = [1 + spot.hits[row][0][0] for row in rows]
+            prompts = [run.rows[row].ids[:end] for row, end in zip(rows, ends, strict=True)]
+            yield cell, there, partial(_score_prompts, model, prompts, transcoders)
 
     def _training(
         self, wanted: Sequence[SiteCombination], place: int
@@ -520,6 +546,10 @@ def _iter_cells(
         for cell, there, values in gatherer.rollouts():
             yield cell, there, partial(_evaluate_measures, measures, {does.word: values})
         return
+    if isinstance(does, AttributionGraphs):
+        for cell, there, score in gatherer.graphs(does, systems):
+            yield cell, there, partial(_graph_measures, measures, does, score)
+        return
     if isinstance(does, FeatureActivations):
         assert does.member is not None
         system = systems.get(does.member.name)
@@ -657,6 +687,21 @@ def _feature_measures(
     if does.targets is not None:
         values = correlate(values, np.array(does.targets)[prompts])[1]
     return _evaluate_measures(measures, {does.word: values, "density": density})
+
+
+def _score_prompts(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    transcoders: Mapping[int, tuple[str, Dictionary]],
+) -> Floats:
+    return np.array([score_graph(attribute(model, each, transcoders)) for each in prompts]).T
+
+
+def _graph_measures(
+    measures: Sequence[ResolvedMeasure], does: AttributionGraphs, score: Callable[[], Floats]
+) -> list[Floats]:
+    words = (does.word, *does.controls)
+    return _evaluate_measures(measures, dict(zip(words, score(), strict=True)))
 
 
 def _refuse_cell(reason: str) -> list[Floats]:

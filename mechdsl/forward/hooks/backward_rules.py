@@ -67,8 +67,12 @@ class _RuledFunctions(TorchFunctionMode):
             }
         if rules.halved_products:
             self._by_function |= {Tensor.mul: self._product, torch.mul: self._product}
+        softmax: Callable[..., Any] | None = None
         if rules.softmax_temperature is not None:
             softmax = partial(_softmax, temperature=rules.softmax_temperature)
+        elif rules.constant_patterns:
+            softmax = _detached
+        if softmax is not None:
             for function in (Tensor.softmax, torch.softmax, functional.softmax):
                 self._by_function[function] = partial(self._of_attention, softmax)
 
@@ -104,7 +108,7 @@ def _unchanged(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _detached(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-    """1 / the size of a norm's input: a constant."""
+    """Return a value without a derivative: of a norm 1 / the size of its input."""
     return func(*args, **kwargs).detach()
 
 

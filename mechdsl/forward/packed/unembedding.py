@@ -33,6 +33,13 @@ SOFTCAP_KEY = "final_logit_softcapping"
 """Key of configs: logits are `cap * tanh(logits / cap)` (Gemma 2)."""
 
 
+def uncap_logits(model: LoadedModel, logits: Tensor) -> Tensor:
+    """Return logits before the model's cap, if it has one, at least in 32 bits."""
+    cap = model.shape.config.get(SOFTCAP_KEY)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if not cap else cap * torch.atanh(wide / cap)
+
+
 class ModelUnembedding:
     """Implementation of `mechdsl.resolve.observations.Unembedding`."""
 
@@ -82,7 +89,7 @@ class ModelUnembedding:
         place = SiteRead("final_norm")
         zero = self._behind(place, torch.zeros_like(vectors[:1]), tokens)
         found = self._behind(place, vectors, tokens)
-        return self._uncapped(found) - self._uncapped(zero)
+        return uncap_logits(self.model, found) - uncap_logits(self.model, zero)
 
     def neurons_out(self, layer: int, units: Tensor, values: Tensor) -> Tensor:
         """Return [K, d_model]: contributions of neurons `units` [K] to the stream.
@@ -165,11 +172,6 @@ class ModelUnembedding:
     def folds(self) -> bool:
         """Whether the final norm is a scale times a linear map."""
         return self._norm.error < LINEAR_TOLERANCE
-
-    def _uncapped(self, logits: Tensor) -> Tensor:
-        cap = self.model.shape.config.get(SOFTCAP_KEY)
-        wide = logits.float() if logits.element_size() < 4 else logits
-        return wide if not cap else cap * torch.atanh(wide / cap)
 
 
 class FoldedNorm:

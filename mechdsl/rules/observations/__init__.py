@@ -3,6 +3,7 @@
 from mechdsl.rules.observations import (
     attention,
     features,
+    graphs,
     lenses,
     map_scores,
     maps,
@@ -18,6 +19,7 @@ __all__ = [
     "SiteObservation",
     "attention",
     "features",
+    "graphs",
     "lenses",
     "map_scores",
     "maps",

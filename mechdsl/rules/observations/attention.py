@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.images.processing import PatchLayout
-from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.spec import constant_value
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.observations import ObservedVectors, RowSetObservation
-from mechdsl.resolve.sites import ExperimentContext, find_missing_point, resolve_site
+from mechdsl.resolve.sites import (
+    ExperimentContext,
+    find_missing_point,
+    list_pattern_points,
+    resolve_site,
+)
 from mechdsl.resolve.targets import (
     fill_empty_picks,
     report_empty_selection,
@@ -26,7 +30,6 @@ from mechdsl.resolve.types import (
     EdgeTargets,
     PositionTargets,
     ResolvedRule,
-    SitePoint,
     SiteTargets,
     mixes_images,
 )
@@ -386,8 +389,3 @@ class AttentionRollout(RowSetObservation, ObservationKind):
         if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
             said += "; averaged over the query tokens"
         yield Convention("observed", said)
-
-
-def list_pattern_points(shape: ModelShape) -> tuple[SitePoint, ...]:
-    """Return the patterns of all layers, each with all heads."""
-    return tuple(SitePoint("pattern", layer, None) for layer in range(shape.n_layers))

@@ -1,0 +1,154 @@
+"""Observation of attribution graphs: how features of transcoders explain the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+from mechdsl.dictionaries.folder import DictionaryFile
+from mechdsl.program import spec
+from mechdsl.resolve.bases import resolve_transcoders
+from mechdsl.resolve.observations import RowSetObservation
+from mechdsl.resolve.sites import ExperimentContext, find_missing_point, list_pattern_points
+from mechdsl.resolve.targets import resolve_base_positions
+from mechdsl.resolve.types import (
+    BasisMember,
+    Convention,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.rules.observations.registry import ObservationKind, observation, report_bad_observation
+from mechdsl.rules.observations.rows import check_no_rules
+from mechdsl.syntax import ast
+from mechdsl.vocab.metrics import MetricForm
+
+MOST_FEATURES = 4096
+"""Most active features of a prompt."""
+MOST_LOGITS, LOGIT_SHARE = 10, 0.95
+"""The targets are the likeliest tokens that together have this probability, at most this many."""
+
+
+@observation("attribution_graph", unit="part")
+class AttributionGraphs(RowSetObservation, ObservationKind):
+    """How much of the likeliest next tokens is explained by paths from tokens through features.
+
+    It is the replacement score of the prompt's attribution graph: the influence of tokens as a
+    share of that of tokens and of the errors of transcoders. Next to it: `completeness`, the share
+    of the inputs of nodes that doesn't come from errors, weighted by the influence of the nodes.
+    returns: 0 to 1
+    source: Ameisen et al. 2025, Circuit Tracing
+    """
+
+    takes: ClassVar = ("arguments",)
+    of_bases = True
+    unplaced = "last token"
+    controls: ClassVar[tuple[str, ...]] = ("completeness",)
+
+    def __init__(self, members: Mapping[int, BasisMember] | None = None, layers: int = 0) -> None:
+        """Create the observation.
+
+        Args:
+            members: The transcoders, by layer; None only in the registered instance.
+            layers: Number of layers of the model.
+        """
+        self.members, self.layers = members or {}, layers
+
+    @property
+    def dependencies(self) -> object:
+        return [
+            (layer, member.reads, member.operand.digest)
+            for layer, member in sorted(self.members.items())
+            if isinstance(member.operand, DictionaryFile)
+        ]
+
+    def form_of(self, name: str) -> MetricForm:
+        if name != "completeness":
+            return super().form_of(name)
+        meaning = "The share of the inputs of nodes that doesn't come from errors, weighted"
+        return replace(self.form, meaning=meaning)
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        fits = self.clauses_fit(rule, work)
+        fits = check_no_rules(rule, work, "doesn't read a run in which rules act") and fits
+        fits = self._model_fits(rule, work) and fits
+        positions = resolve_base_positions(rule.at, work)
+        names = self._names(rule, work)
+        found = None if names is None else resolve_transcoders(names, work)
+        if found is None or positions is None or not fits:
+            return None
+        if any(len(tokens) != 1 for cell in positions.written.values() for row in cell.hits
+               for tokens in row):  # fmt: skip
+            reason, hint = "explains one token at a time", "name a single one: `at last token`"
+            report_bad_observation(rule, work, reason, hint)
+            return None
+        bases, members = found
+        layers = work.sites.shape.n_layers
+        points = (SitePoint("resid_pre", 0, None), *_mlp_points(layers))
+        return ResolvedRule(
+            spec=rule,
+            does=AttributionGraphs(members, layers),
+            run=work.experiment.base,
+            sites=SiteTargets((), {(): points}, {(): "logits"}),
+            positions=positions,
+            basis=bases,
+        )
+
+    def _names(self, rule: spec.Rule, work: ExperimentContext) -> list[ast.Name] | None:
+        """Return the names of the transcoders; None after E0207 for anything else."""
+        said = rule.observed
+        assert said is not None
+        given = () if said.call is None else said.call.arguments
+        named = [e.value for e in given if e.name is None and isinstance(e.value, ast.Name)]
+        if not named or len(named) < len(given):
+            hint = f"write `observe {said.word}(t) logits at last token`"
+            report_bad_observation(rule, work, "needs the names of transcoders", hint)
+            return None
+        return named if len(said.bases) == len(named) else None  # otherwise already reported
+
+    def _model_fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
+        """Report what the line or the model lacks."""
+        assert rule.site is not None
+        shape, before = work.sites.shape, len(work.diagnostics)
+        if rule.site.span.written != "logits":
+            hint = f"write `observe {self.word}(t) logits at last token`"
+            report_bad_observation(rule, work, "explains logits and no other site", hint)
+        if not shape.stands_in and (
+            (shape.task, shape.causal, shape.takes) != ("tokens", True, "text")
+        ):
+            reason = "needs a language model of texts that predicts the next token"
+            report_bad_observation(rule, work, reason, "name another model")
+        base = work.table.runs[work.experiment.base]
+        if base.noise is not None:
+            reason = f"doesn't read `{base.name}`, whose vectors differ between draws of noise"
+            report_bad_observation(rule, work, reason, "observe a run without noise")
+        points = (*list_pattern_points(shape), *_mlp_points(shape.n_layers))
+        missing = find_missing_point(points, shape, work.model.name, rule.span)
+        if missing is not None and len(work.diagnostics) == before:
+            work.diagnostics.append(missing)
+        return len(work.diagnostics) == before
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention(
+            "observed",
+            f"{self.word}: the replacement score of each prompt's attribution graph: the influence "
+            "of tokens as a share of that of tokens and errors; completeness: the share of the "
+            "inputs of nodes that doesn't come from errors, weighted by the influence of nodes",
+        )
+        count = len(self.members)
+        others = [str(layer) for layer in range(n_layers) if layer not in self.members]
+        said = f"transcoders of {count} of {n_layers} layers"
+        if others:
+            said += f"; the whole output of other MLPs (layer {', '.join(others)}) is an error"
+        yield Convention("transcoders", said)
+        yield Convention(
+            "graph",
+            "patterns of attention and divisors of norms are constants; targets are the likeliest "
+            f"tokens, at most {MOST_LOGITS}, that together have a probability of "
+            f"{LOGIT_SHARE:.0%}, weighted by it, each minus the mean logit; before pruning",
+        )
+
+
+def _mlp_points(layers: int) -> tuple[SitePoint, ...]:
+    return tuple(SitePoint("mlp_out", layer, None) for layer in range(layers))

@@ -1,0 +1,326 @@
+"""Attribution graphs, against models that are frozen by hand: patterns of attention and divisors of
+norms are replayed, so that every edge is the effect of taking its source away."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mechdsl.dictionaries.features import Dictionary, load_dictionary
+from mechdsl.dictionaries.folder import read_dictionary
+from mechdsl.execute.observation.attribution_graphs import (
+    AttributionGraph,
+    FeatureNodes,
+    attribute,
+    compute_influence,
+    normalise_edges,
+    prune_graph,
+    score_graph,
+)
+
+from ..execute.support import ROWS, prompt, shared
+from .models import bare, double
+from .support import codes, experiment, rows, run_file, try_file
+from .test_transcoders import make
+
+BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}
+"""Path of the blocks in the modules of transformers; the rest is as in Llama."""
+IDS = prompt(ROWS[0]).ids
+
+
+# --- the frozen model -----------------------------------------------------------------------------
+
+
+class Frozen:
+    """A model that computes its attention and norms with the patterns and divisors of one prompt.
+
+    What its MLPs write is given, so that its logits are a linear function of that.
+    """
+
+    def __init__(self, family: str, ids: Sequence[int]) -> None:
+        self.model = copy.deepcopy(double(family))
+        self.model.set_attn_implementation("eager")
+        self.ids = torch.tensor([list(ids)])
+        blocks = self.model.get_submodule(BLOCKS.get(family, "model.layers"))
+        self.mlps = [block.mlp for block in blocks]
+        self.ends = [getattr(b, "post_feedforward_layernorm", b.mlp) for b in blocks]
+        self.first = blocks[0]
+        self.kept: list[Tensor] = []
+        self.replayed: list[Tensor] | None = None
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.entering = torch.zeros(0)
+        self.added: dict[int | None, Tensor] = {}
+        for part in self.model.modules():
+            if "norm" in type(part).__name__.lower():
+                part.forward = self._norm(part)
+        for layer, (mlp, end) in enumerate(zip(self.mlps, self.ends, strict=True)):
+            mlp.register_forward_pre_hook(lambda _, given: self.inputs.append(given[0].clone()))
+            end.register_forward_hook(self._write(layer))
+        self.first.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self.logits = self._run()
+        self.written, self.start = list(self.outputs), self.entering
+        self.replayed = list(self.kept)
+
+    def _keep(self, value: Tensor) -> Tensor:
+        """The value of the first run, wherever the model computes it."""
+        if self.replayed is not None:
+            return self.replayed[len(self.kept) - 1 if self.kept.append(value) is None else 0]
+        self.kept.append(value)
+        return value
+
+    def _norm(self, part: Any) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            if isinstance(part, nn.LayerNorm):
+                left = x - x.mean(-1, keepdim=True)
+                size = self._keep((left.pow(2).mean(-1, keepdim=True) + part.eps).sqrt())
+                return left / size * part.weight + part.bias
+            own = hasattr(part, "variance_epsilon")
+            eps = part.variance_epsilon if own else part.eps
+            size = self._keep((x.pow(2).mean(-1, keepdim=True) + eps).sqrt())
+            return x / size * (part.weight if own else 1 + part.weight)
+
+        return forward
+
+    def _write(self, layer: int) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+            found = output if self.replayed is None else self.written[layer]
+            self.outputs.append(found)
+            return found + self.added[layer] if layer in self.added else found
+
+        return hook
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self.entering = args[0]
+        more = self.added.get(None)
+        return (args[0] if more is None else args[0] + more, *args[1:]), kwargs
+
+    def _run(self, added: dict[int | None, Tensor] | None = None) -> Tensor:
+        """[vocab] logits after the prompt, with additions to what MLPs write and to the start."""
+        self.added = added or {}
+        self.kept, self.inputs, self.outputs = [], [], []
+        softmax = nn.functional.softmax
+
+        def replay(value: Tensor, *args: Any, **given: Any) -> Tensor:
+            return self._keep(softmax(value, *args, **given))
+
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(nn.functional, "softmax", replay)
+            return self.model(self.ids).logits[0, -1]
+
+    def without(self, layer: int | None, token: int, part: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Inputs of MLPs and logits, once a source is taken away."""
+        change = torch.zeros_like(self.start)
+        change[0, token] = -part
+        logits = self._run({layer: change})
+        return [each[0] for each in self.inputs], logits
+
+
+@cache
+def frozen(family: str) -> Frozen:
+    return Frozen(family, IDS)
+
+
+def transcoders(
+    family: str, kind: str, folder: Path, layers: Sequence[int]
+) -> tuple[dict[int, tuple[str, Dictionary]], dict[int, Any]]:
+    """Those of some layers, as the package loads them and as the reference has them."""
+    given: dict[int, tuple[str, Dictionary]] = {}
+    own: dict[int, Any] = {}
+    width = frozen(family).start.shape[-1]
+    for layer in layers:
+        name = f"of_{layer}"
+        own[layer] = make(folder, kind, width, name)
+        file = read_dictionary(folder / name, name, transcodes=True)
+        given[layer] = ("mlp_norm", load_dictionary(file))
+    return given, own
+
+
+def graph_of(family: str, given: dict[int, tuple[str, Dictionary]]) -> AttributionGraph:
+    model = shared(bare(family))
+    return attribute(model, IDS, given)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("gpt2", "transcoder"), ("llama", "jumprelu_transcoder"), ("gpt_neox", "sparsify"),
+     ("gemma2", "transcoder")],
+)  # fmt: skip
+def test_each_edge_is_the_effect_of_its_source(family: str, kind: str, tmp_path: Path) -> None:
+    reference = frozen(family)
+    layers = range(len(reference.mlps))
+    given, own = transcoders(family, kind, tmp_path, [0, 2])  # the second MLP is all error
+    graph = graph_of(family, given)
+    reference._run()
+    before, logits = [each[0] for each in reference.inputs], reference.logits
+    features = graph.features
+    assert len(features) > 20
+    codes = {layer: own[layer].encode(before[layer]) for layer in given}
+    expected = {
+        (layer, token, feature): float(codes[layer][token, feature])
+        for layer in given
+        for token, feature in codes[layer].nonzero().tolist()
+    }
+    keys = zip(
+        features.layer.tolist(), features.token.tolist(), features.feature.tolist(), strict=True
+    )
+    names = list(keys)
+    assert set(names) == set(expected)
+    np.testing.assert_allclose(
+        features.activation, [expected[name] for name in names], atol=1e-4, rtol=1e-4
+    )
+
+    def targets(inputs: list[Tensor], ends: Tensor) -> np.ndarray[Any, Any]:
+        found = [float(inputs[at][t] @ own[at].weights["W_enc"][:, f]) for at, t, f in names]
+        cap = reference.model.config.to_dict().get("final_logit_softcapping")
+        ends = ends if cap is None else cap * torch.atanh(ends / cap)
+        found += [float(ends[token] - ends.mean()) for token in graph.logits.tolist()]
+        return np.array(found)
+
+    now = targets(before, logits)
+    np.testing.assert_allclose(graph.inputs, now, atol=1e-3, rtol=1e-4)
+    chances = logits.softmax(-1)
+    np.testing.assert_allclose(graph.probabilities, chances[graph.logits], atol=1e-5)
+    random = np.random.default_rng(0)
+    sources: list[tuple[int, int | None, int, Tensor]] = []
+    for number in random.choice(len(names), 8, replace=False).tolist():
+        at, token, feature = names[number]
+        part = expected[names[number]] * own[at].weights["W_dec"][feature]
+        sources.append((number, at, token, part))
+    for at in layers:
+        for token in random.choice(graph.tokens, 2, replace=False).tolist():
+            part = reference.written[at][0, token]
+            if at in own:
+                part = part - own[at].decode(codes[at], before[at])[token]
+            number = graph.first_error + at * graph.tokens + token
+            sources.append((number, at, token, part))
+    for token in (0, graph.tokens - 1):
+        sources.append((graph.first_token + token, None, token, reference.start[0, token]))
+    rows = [*range(len(features)), *range(graph.first_logit, len(graph.edges))]
+    largest = 0.0
+    for number, at, token, part in sources:
+        effect = now - targets(*reference.without(at, token, part))
+        np.testing.assert_allclose(graph.edges[rows, number], effect, atol=1e-3, rtol=1e-3)
+        largest = max(largest, float(np.abs(effect).max()))
+    assert largest > 0.3
+    rest = graph.edges[graph.first_error : graph.first_logit]
+    assert not rest.any()
+
+
+def test_scores_of_a_graph_worked_out_by_hand() -> None:
+    """Two features, an error, a token and a logit: every path is added up."""
+    nodes = FeatureNodes(np.array([0, 1]), np.array([0, 0]), np.array([3, 4]), np.array([1.0, 1.0]))
+    edges = np.zeros((7, 7))  # features 0 and 1, errors 2 and 3, tokens 4 and 5, logit 6
+    edges[0, 4] = 2
+    edges[1, 0], edges[1, 2] = -3, 1
+    edges[6, 1], edges[6, 3], edges[6, 5] = 2, 1, -1
+    graph = AttributionGraph(nodes, 1, 2, np.array([9]), np.array([1.0]), edges, np.zeros(3))
+    shares = normalise_edges(edges)
+    assert shares[1].tolist() == [0.75, 0, 0.25, 0, 0, 0, 0]
+    influence = compute_influence(shares, graph.weights)
+    np.testing.assert_allclose(influence, [0.375, 0.5, 0.125, 0.25, 0.375, 0.25, 0])
+    replacement, completeness = score_graph(graph)
+    assert replacement == pytest.approx(0.625 / (0.625 + 0.375))
+    reached = 0.375 + 0.5 + 0.125 + 0.25 + 0.375 + 0.25 + 1
+    assert completeness == pytest.approx(1 - (0.5 * 0.25 + 1 * 0.25) / reached)
+    kept, lines = prune_graph(graph)
+    assert kept.tolist() == [True, True, False, True, True, True, True]
+    assert lines[6].tolist() == [False, True, False, True, False, True, False]
+    assert lines[1].tolist() == [True, False, False, False, False, False, False]
+
+
+# --- the statement --------------------------------------------------------------------------------
+
+T0, T2 = (f'basis t{n} = transcoder("of_{n}") at mlp_out layer {n}\n' for n in (0, 2))
+EVERY = "observe attribution_graph(t0, t2) logits at last token as kept"
+SUBJECT = "observe attribution_graph(t0) logits at token 1, last token as one"
+
+
+def lines(observe: str, name: str) -> str:
+    return experiment("e_" + name, observe, measure="")
+
+
+@pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
+def test_statement_has_the_scores_of_each_prompt(mode: str, data: Path) -> None:
+    """At several positions, in rows of different lengths, in two experiments of a file."""
+    given, _ = transcoders("llama", "transcoder", data, [0, 2])
+    found = run_file(T0 + T2 + lines(EVERY, "kept") + lines(SUBJECT, "one"), data, "llama", mode)
+    model = shared(bare("llama"))
+    texts = rows("clean")
+    whole, part = found["e_kept"], found["e_one"]
+    assert len(whole.measures) == len(part.measures) == 2
+    for number, text in enumerate(texts):
+        scores = score_graph(attribute(model, text.ids, given))
+        values = [measure.patched[0, number] for measure in whole.measures]
+        np.testing.assert_allclose(values, scores, atol=1e-4)
+        ends = [2, len(text.ids)]
+        for cell, end in enumerate(ends):
+            scores = score_graph(attribute(model, text.ids[:end], {0: given[0]}))
+            values = [measure.patched[cell, number] for measure in part.measures]
+            np.testing.assert_allclose(values, scores, atol=1e-4)
+            assert 0.01 < scores[0] < 0.99
+
+
+def test_scores_are_stored_and_depend_on_the_transcoder(data: Path) -> None:
+    transcoders("llama", "transcoder", data, [0, 2])
+    text = T0 + T2 + lines(EVERY, "kept")
+    first = run_file(text, data, "llama", "planned")["e_kept"]
+    transcoders("llama", "jumprelu_transcoder", data, [0, 2])
+    other = run_file(text, data, "llama", "planned")["e_kept"]
+    assert not np.allclose(first.measures[0].patched, other.measures[0].patched, atol=1e-3)
+
+
+BAD = {
+    "no transcoder": ("observe attribution_graph logits at last token as g", "E0207"),
+    "a number": ("observe attribution_graph(3) logits at last token as g", "E0207"),
+    "another site": (
+        "observe attribution_graph(t0) resid_post layer 1 at last token as g",
+        "E0207",
+    ),
+    "several tokens": ("observe attribution_graph(t0) logits at item tokens as g", "E0207"),
+    "unknown name": ("observe attribution_graph(t9) logits at last token as g", "E0201"),
+    "twice": ("observe attribution_graph(t0, t0) logits at last token as g", "E0342"),
+    "another basis": ("observe attribution_graph(r) logits at last token as g", "E0342"),
+    "a skip": ("observe attribution_graph(s) logits at last token as g", "E0342"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes(name: str, data: Path) -> None:
+    transcoders("llama", "transcoder", data, [0])
+    make(data, "skip_transcoder", frozen("llama").start.shape[-1], "skips")
+    bases = {
+        "t0": T0,
+        "r": "basis r = random(dims: 3) at mlp_out layer 1\n",
+        "s": 'basis s = transcoder("skips") at mlp_out layer 1\n',
+    }
+    line, code = BAD[name]
+    used = "".join(text for key, text in bases.items() if f"({key}" in line)
+    assert codes(used + experiment("e", line, measure=""), data) == [code]
+
+
+def test_rules_in_the_experiment_are_an_error(data: Path) -> None:
+    transcoders("llama", "transcoder", data, [0])
+    line = "observe attribution_graph(t0) logits at last token as g"
+    rule = "ablate z layer 0 head 1 at last token with zero"
+    assert "E0207" in codes(T0 + experiment("e", line, rule, measure=""), data)
+
+
+def test_too_many_features_are_a_gap(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechdsl.execute.observation import attribution_graphs
+
+    monkeypatch.setattr(attribution_graphs, "MOST_FEATURES", 3)
+    transcoders("llama", "transcoder", data, [0, 2])
+    result, _ = try_file(T0 + T2 + lines(EVERY, "kept"), data, "llama")
+    assert result is not None
+    (experiment_result,) = result.experiments
+    (gap,) = experiment_result.measures[0].gaps
+    assert "features are active, more than 3" in str(gap)
