@@ -44,14 +44,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     grammar.load_parser()  # a fresh checkout makes its tables here, not within a test that is timed
+    if config.getoption("--update-goldens") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--update-goldens writes files that cases share: leave -n out")
+    if not WORKER and config.getoption("numprocesses", None):
+        return  # this process runs no test
     # Both import torch, which reads the environment.
     from .one_by_one import raise_at_once
     from .shared_models import share_models
 
     raise_at_once()
     share_models(str(config.getoption("--on-device")))
-    if config.getoption("--update-goldens") and config.getoption("numprocesses", None):
-        raise pytest.UsageError("--update-goldens writes files that cases share: leave -n out")
 
 
 @pytest.fixture(autouse=True)

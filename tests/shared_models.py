@@ -1,4 +1,4 @@
-"""Models that no test changes are loaded or adopted once per process.
+"""Models that no test changes are loaded, adopted and identified once per process.
 
 Loading a model and proving its anatomy takes half of the time of a run of a small file. Models of
 the zoo are shared by default; a test module registers its own models with `unchanged`. A test that
@@ -18,8 +18,7 @@ import torch
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.loading import loader
-from mechdsl.loading.identity import compute_identity
+from mechdsl.loading import identity, loader
 from mechdsl.models.folder import (
     FileHasher,
     file_stamps,
@@ -34,7 +33,7 @@ from mechdsl.vocab.sites import SITES
 Model = TypeVar("Model")
 Outcome = tuple[LoadedModel | None, list[Diagnostic]]
 
-_LOAD, _ADOPT = loader.load_model, loader.adopt_model
+_LOAD, _ADOPT, _EXPLAIN = loader.load_model, loader.adopt_model, identity.explain_identity
 _STEPS = ("_load_module", "_load_reader", "prove_any_anatomy", "read_shape", "ProofStore")
 _SHIPPED = {step: getattr(loader, step) for step in _STEPS}
 """Functions that a test may replace; it then gets a real load."""
@@ -46,7 +45,8 @@ _COPIES: dict[int, Any] = {}
 _LOADED: dict[tuple[Any, ...], LoadedModel] = {}
 _ADOPTED: dict[tuple[Any, ...], tuple[Any, LoadedModel]] = {}
 """Key, with the registered sites → the tokenizer, which stays alive, and the model."""
-_IDENTIFIED: dict[int, tuple[LoadedModel, LoadedModel]] = {}
+_IDENTIFIED: dict[tuple[Any, ...], tuple[Any, tuple[str | None, str]]] = {}
+"""Key → the tokenizer, which stays alive, and the identity."""
 
 
 def unchanged(model: Model) -> Model:
@@ -69,15 +69,7 @@ def share_models(device: str = "cpu") -> None:
     """
     loader.load_model = partial(_load_once, device=device)
     loader.adopt_model = _adopt_once if device == "cpu" else partial(_adopt_copy, device)
-
-
-def identified(model: LoadedModel) -> LoadedModel:
-    """Compute the identity of an unchanged model once, for its runs with a store."""
-    if not is_unchanged(model.module):
-        return model
-    if id(model) not in _IDENTIFIED:
-        _IDENTIFIED[id(model)] = model, replace(model, identity=compute_identity(model))
-    return _IDENTIFIED[id(model)][1]
+    identity.explain_identity = _explain_once
 
 
 def _is_shipped() -> bool:
@@ -110,8 +102,8 @@ def _load_once(
     loaded = _LOADED[key]
     provenance = {name: value for name, value in loaded.provenance.items() if name != "weights"}
     provenance = {**loader.describe_weight_hash(weight_files(folder), hashed), **provenance}
-    identity = None if hashed is None else folder_identity(model, folder, hashed)
-    return replace(loaded, provenance=provenance, identity=identity), []
+    digest = None if hashed is None else folder_identity(model, folder, hashed)
+    return replace(loaded, provenance=provenance, identity=digest), []
 
 
 def _adopt_copy(device: str, name: str, module: Any, tokenizer: Any, **more: Any) -> Outcome:
@@ -134,3 +126,13 @@ def _adopt_once(name: str, module: Any, tokenizer: Any, **more: Any) -> Outcome:
             _ADOPTED[key] = tokenizer, model
         return model, found
     return _ADOPTED[key][1], []
+
+
+def _explain_once(model: LoadedModel) -> tuple[str | None, str]:
+    """Compute the identity of an unchanged model once for each tokenizer object."""
+    if model.identity is not None or not is_unchanged(model.module):
+        return _EXPLAIN(model)
+    key = id(model.module), id(model.tokenizer), *sorted(model.provenance.items())
+    if key not in _IDENTIFIED:
+        _IDENTIFIED[key] = model.tokenizer, _EXPLAIN(model)
+    return _IDENTIFIED[key][1]

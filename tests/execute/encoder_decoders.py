@@ -23,6 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..models import families
+from ..shared_models import unchanged
 from .support import Array, Record, prompt, token
 
 SIZES = {"vocab_size": families.VOCABULARY, "d_model": 16, "pad_token_id": 0, "eos_token_id": 1}
@@ -135,7 +136,7 @@ def model(family: str, seed: int = 0) -> Any:
                 parameter.data.mul_(0.3)  # otherwise attention outweighs the token
             if "decoder" in name and name.endswith("bias"):
                 parameter.data.zero_()
-    return made.eval()
+    return unchanged(made.eval())
 
 
 @cache

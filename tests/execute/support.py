@@ -38,7 +38,7 @@ from ..models import families
 from ..reference.forward import Place, Write, forward, side_by_side
 from ..reference.points import Point, copied
 from ..run_source import run_source
-from ..shared_models import identified, is_unchanged, unchanged
+from ..shared_models import is_unchanged, unchanged
 
 Record = dict[str, Any]
 Array = NDArray[np.float64]
@@ -252,7 +252,6 @@ def run_on(
     if run is None:
         ran = way_of_a_file(checked, options, models)
         return ran.result, [*checked.diagnostics, *ran.diagnostics]
-    models = {name: identified(model) for name, model in models.items()}
     result, found = run_checked(checked, options, models, run=run)
     return result, [*checked.diagnostics, *found]
 
