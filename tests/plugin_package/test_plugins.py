@@ -75,18 +75,80 @@ def installed(built: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def document(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The results of `example.mech` with the unchanged plugin, as JSON of the command line."""
+def unchanged(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the unchanged plugin and the files that are run with it."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "lib").symlink_to(built, target_is_directory=True)
     (folder / "example.mech").write_bytes((HERE / "example.mech").read_bytes())
-    done = mechdsl(folder, "run", "--plugin", "example", "--format", "json", "example.mech")
+    (folder / "tied.mech").write_text(TRAINED, encoding="utf-8")
+    (folder / "bands.mech").write_text(IMAGES, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def training(unchanged: Path) -> dict[str, Any]:
+    """The training of `tied.mech`, as JSON of the command line."""
+    done = mechdsl(unchanged, "fit", "--plugin", "example", "--format", "json", "tied.mech")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["fits"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def document(unchanged: Path, training: dict[str, Any]) -> dict[str, Any]:
+    """The results of the files with the unchanged plugin, as JSON of the command line."""
+    files = ("example.mech", "tied.mech", "bands.mech")
+    done = mechdsl(unchanged, "run", "--plugin", "example", "--format", "json", *files)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
+MISTAKES: dict[str, list[tuple[str, str, str]]] = {
+    "gradient_power(power: 3)": [
+        ("gradient_powr", "estimator called `gradient_powr`", "did you mean `gradient_power`?"),
+        ("gradient_power(power: 0)", "`power` must be at least 1", "write `power: 1`"),
+        ("gradient_power(power: 1.5)", "`power` must be a whole number", "write `power: 1`"),
+        ("gradient_power(steps: 4)", "takes no such argument", "write `gradient_power(power: 1)`"),
+    ],
+    "tied(features: 64)": [
+        ("tide(features: 64)", "no trainer called `tide`", "did you mean `tied`?"),
+        ("tied(features: 0)", "`features` must be a whole number", "write `features: 64`"),
+        ("tied", "needs `features: …`", "write `tied(features: 64)`"),
+    ],
+    "bands(8)": [
+        ("band", "there is no image called `band`", "did you mean `bands`?"),
+        ("bands(0)", "takes a height in pixels from 1 to 64, not 0", "write one from 1 to 64"),
+        ("bands(2, 3)", "takes one number", "write `bands(8)`, a height in pixels from 1 to 64"),
+    ],
+}
+"""Call in a file → what may be written instead, its message and its hint."""
+
+
+def test_mistakes_in_what_the_plugin_adds(unchanged: Path, tmp_path: Path) -> None:
+    """All mistakes in one process."""
+    (tmp_path / "lib").symlink_to(unchanged / "lib", target_is_directory=True)
+    files = ("example.mech", "tied.mech", "bands.mech")
+    expected: dict[str, tuple[str, str]] = {}
+    for file, (call, mistakes) in zip(files, MISTAKES.items(), strict=True):
+        text = (unchanged / file).read_text("utf-8")
+        assert call in text
+        for written, message, hint in mistakes:
+            name = f"{len(expected)}.mech"
+            (tmp_path / name).write_text(text.replace(call, written), encoding="utf-8")
+            expected[name] = message, hint
+    done = mechdsl(tmp_path, "validate", "--plugin", "example", "--format", "json", *expected)
+    assert done.returncode == 2
+    errors = [each for each in json.loads(done.stdout) if each["severity"] == "error"]
+    assert {each["file"] for each in errors} == {*expected}
+    for name, (message, hint) in expected.items():
+        own = [each for each in errors if each["file"] == name]
+        said = "\n".join(f"{each['message']} {each['label']} {each['help']}" for each in own)
+        assert message in said
+        assert hint in said
+
+
 def experiment_of(document: dict[str, Any], name: str) -> dict[str, Any]:
-    every = document["files"][0]["experiments"]
+    every = [each for file in document["files"] for each in file["experiments"]]
     return next(each for each in every if each["name"] == name)
 
 
@@ -160,10 +222,12 @@ def test_validate_with_plugin_accepts_the_file_and_without_it_rejects_the_file(
 ) -> None:
     done = mechdsl(installed, "validate", "--plugin", "example", "example.mech")
     assert (done.returncode, done.stdout) == (0, "1 file checked: no errors\n"), done.stderr
-    done = mechdsl(installed, "validate", "example.mech")
+    (installed / "tied.mech").write_text(TRAINED, encoding="utf-8")
+    done = mechdsl(installed, "validate", "example.mech", "tied.mech")
     assert done.returncode == 2
     for word in ("reverse", "median", "stretch", "centered_logit", "gradient_power", "rms"):
         assert f"`{word}`" in done.stderr
+    assert "there is no trainer called `tied`" in done.stderr
 
 
 def test_median_of_the_plugin_agrees_with_hooks(document: dict[str, Any], installed: Path) -> None:
@@ -264,27 +328,6 @@ def test_changed_estimator_of_the_plugin_computes_again(installed: Path) -> None
     assert mean_delta(double) == pytest.approx(2 * mean_delta(first), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("written", "message", "hint"),
-    [
-        ("gradient_powr", "estimator called `gradient_powr`", "did you mean `gradient_power`?"),
-        ("gradient_power(power: 0)", "`power` must be at least 1", "write `power: 1`"),
-        ("gradient_power(power: 1.5)", "`power` must be a whole number", "write `power: 1`"),
-        ("gradient_power(steps: 4)", "takes no such argument", "write `gradient_power(power: 1)`"),
-    ],
-)
-def test_mistakes_in_an_estimator_of_the_plugin(
-    written: str, message: str, hint: str, installed: Path
-) -> None:
-    file = installed / "example.mech"
-    text = file.read_text("utf-8").replace("gradient_power(power: 3)", written)
-    file.write_text(text, encoding="utf-8")
-    done = mechdsl(installed, "validate", "--plugin", "example", "example.mech")
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert hint in done.stderr
-
-
 def restored(folder: Path) -> dict[str, Any]:
     """The experiment `restored` of a run with the plugin, whether or not its expectation holds."""
     done = mechdsl(folder, "run", "--plugin", "example", "--format", "json", "example.mech")
@@ -381,7 +424,7 @@ prompts repeats {
 
 basis f = fit(tied(features: 64), prompts: repeats.train, limit: 60, steps: 50) at STREAM
 
-experiment e {
+experiment features {
   model toy
   prompts repeats.test limit 16
   ablate feature 0..3 of f at last token with zero
@@ -390,41 +433,16 @@ experiment e {
 """.replace("STREAM", "resid_post layer 0 at tokens 1..-1")
 
 
-def test_trainer_of_the_plugin_trains_a_dictionary_that_rules_use(installed: Path) -> None:
-    file = installed / "tied.mech"
-    file.write_text(TRAINED, encoding="utf-8")
-    done = mechdsl(installed, "fit", "--plugin", "example", "--format", "json", "tied.mech")
-    assert done.returncode == 0, done.stderr
-    (fit,) = json.loads(done.stdout)["fits"]
-    report = fit["report"]
+def test_trainer_of_the_plugin_trains_a_dictionary_that_rules_use(
+    training: dict[str, Any], document: dict[str, Any]
+) -> None:
+    report = training["report"]
     assert report["explained"] > report["untrained_explained"]
-    weights = load_file(Path(fit["folder"]) / "sae_weights.safetensors")
+    weights = load_file(Path(training["folder"]) / "sae_weights.safetensors")
     cosines = torch.nn.functional.cosine_similarity(weights["W_enc"].T, weights["W_dec"])
     assert torch.allclose(cosines, torch.ones(64), atol=1e-5)
-    done = mechdsl(installed, "run", "--plugin", "example", "tied.mech")
-    assert done.returncode == 0, done.stderr
-    assert "standard SAE trained on 60 rows of repeats.train" in " ".join(done.stdout.split())
-    done = mechdsl(installed, "validate", "tied.mech")
-    assert "there is no trainer called `tied`" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("call", "message", "hint"),
-    [
-        ("tide(features: 64)", "no trainer called `tide`", "did you mean `tied`?"),
-        ("tied(features: 0)", "`features` must be a whole number", "write `features: 64`"),
-        ("tied", "needs `features: …`", "write `tied(features: 64)`"),
-    ],
-)
-def test_mistakes_in_a_trainer_of_the_plugin(
-    call: str, message: str, hint: str, installed: Path
-) -> None:
-    text = TRAINED.replace("tied(features: 64)", call)
-    (installed / "tied.mech").write_text(text, encoding="utf-8")
-    done = mechdsl(installed, "validate", "--plugin", "example", "tied.mech")
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert hint in done.stderr
+    said = experiment_of(document, "features")["conventions"]["basis f"]
+    assert said.startswith("standard SAE trained on 60 rows of repeats.train")
 
 
 IMAGES = """mech 1
@@ -436,7 +454,7 @@ images neutral {
   answer "circle"
 }
 
-experiment e {
+experiment image {
   images neutral
   scale resid_post layer 0 at tokens * by 1
   measure logit(answer) as raw
@@ -448,14 +466,16 @@ experiment e {
     ("call", "height"), [pytest.param("bands", 4, marks=pytest.mark.slow), ("bands(8)", 8)]
 )
 def test_baseline_image_of_the_plugin_agrees_with_the_bare_model(
-    call: str, height: int, installed: Path
+    call: str, height: int, document: dict[str, Any], installed: Path
 ) -> None:
     from transformers import AutoModelForImageClassification
 
-    (installed / "bands.mech").write_text(IMAGES.replace("bands(8)", call), encoding="utf-8")
-    done = mechdsl(installed, "run", "--plugin", "example", "--format", "json", "bands.mech")
-    assert done.returncode == 0, done.stderr
-    (experiment,) = json.loads(done.stdout)["files"][0]["experiments"]
+    if f"image {call}\n" not in IMAGES:
+        (installed / "bands.mech").write_text(IMAGES.replace("bands(8)", call), encoding="utf-8")
+        done = mechdsl(installed, "run", "--plugin", "example", "--format", "json", "bands.mech")
+        assert done.returncode == 0, done.stderr
+        document = json.loads(done.stdout)
+    experiment = experiment_of(document, "image")
     path = str(ROOT / "mechdsl" / "zoo" / "shapes")
     model = AutoModelForImageClassification.from_pretrained(path).float().eval()
     image = np.zeros((32, 32, 3), np.uint8)
@@ -465,24 +485,6 @@ def test_baseline_image_of_the_plugin_agrees_with_the_bare_model(
         pixels = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
         expected = model(pixels).logits[0, model.config.label2id["circle"]]
     assert mean_delta(experiment) == pytest.approx(float(expected), abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("call", "message", "hint"),
-    [
-        ("band", "there is no image called `band`", "did you mean `bands`?"),
-        ("bands(0)", "takes a height in pixels from 1 to 64, not 0", "write one from 1 to 64"),
-        ("bands(2, 3)", "takes one number", "write `bands(8)`, a height in pixels from 1 to 64"),
-    ],
-)
-def test_mistakes_in_a_baseline_image_of_the_plugin(
-    call: str, message: str, hint: str, installed: Path
-) -> None:
-    (installed / "bands.mech").write_text(IMAGES.replace("bands(8)", call), encoding="utf-8")
-    done = mechdsl(installed, "validate", "--plugin", "example", "bands.mech")
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert hint in done.stderr
 
 
 @pytest.mark.slow
