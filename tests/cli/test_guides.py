@@ -240,7 +240,7 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
 @pytest.mark.parametrize(
     "section",
     [
-        "Factor activations",
+        pytest.param("Factor activations", marks=pytest.mark.slow),
         "Find independent components",
         "Correlate two sites",
         "Find clusters",
@@ -268,6 +268,7 @@ def test_a_lens_is_trained_as_the_page_says(
     run_page(DOCS / "observations.md", command, update, {"Train a tuned lens"})
 
 
+@pytest.mark.slow
 def test_an_edit_is_trained_as_the_page_says(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
