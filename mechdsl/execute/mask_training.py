@@ -25,17 +25,19 @@ References:
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
@@ -54,8 +56,8 @@ from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
 from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_scored_rows, count_single_rows
-from mechdsl.program.trainers import EdgeScoreTrainer, MaskTrainer
-from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph
+from mechdsl.program.trainers import EdgeScoreTrainer, EdgeSearchTrainer, MaskTrainer
+from mechdsl.resolve.circuits import EMBEDDING, END, CircuitDraws, EdgeGraph
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import key_of_candidate, paired_cells
 from mechdsl.resolve.types import (
@@ -68,6 +70,7 @@ from mechdsl.resolve.types import (
     SitePoint,
     TrainedMask,
 )
+from mechdsl.resolve.types import Training as DeclaredTraining
 
 UNDECIDED = 0.1, 0.9
 """A gate is decided that is chosen with a larger probability, or isn't with a smaller one."""
@@ -784,9 +787,56 @@ class EdgeRows(EdgeMaskRows):
     def mean_with(self, rows: Ints, kept: Sequence[int]) -> float:
         """Return the mean of the measure over rows while all edges but these carry the other
         value."""
-        shares = torch.ones(len(self.candidates))
-        shares[list(kept)] = 0
-        return self.mean(rows, shares, self.batch)
+        circuit = np.zeros((1, len(self.candidates)), dtype=np.bool_)
+        circuit[0, list(kept)] = True
+        return float(self.means_with(rows, circuit)[0])
+
+    def means_with(self, rows: Ints, circuits: Bools) -> Floats:
+        """Return [circuit]: the mean of the measure over rows while all edges but those of a
+        circuit carry the other value.
+
+        Args:
+            circuits: [circuit, edge]
+        """
+        rows, size = np.sort(rows), max(1, self.batch // len(circuits))
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        found: list[Floats] = []
+        with torch.no_grad():
+            for part in parts:
+                lanes = self._lanes(part, len(circuits))
+                writes = self._ablations(part, lanes, torch.from_numpy(~circuits))
+                values = self._measure(part, lanes, [], writes)
+                found.append(values.unflatten(0, (len(part), -1)).cpu().numpy())
+                if len(parts) > 1:
+                    self._unpatched.forget()
+        return np.concatenate(found).mean(axis=0)
+
+    def _ablations(self, rows: Ints, lanes: DrawLanes, ablated: Tensor) -> list[CircuitWrite]:
+        """Return what ablated edges change of the inputs of their receivers.
+
+        Args:
+            ablated: [draw, edge]
+        """
+        draws, vectors = len(ablated), len(self._vectors_of(rows)[0])
+        size = len(self._receivers), len(self._columns)
+        mask = torch.zeros(draws, size[0] * size[1])
+        mask = mask.index_copy(1, self._cells_of_mask, ablated.float()).unflatten(1, size)
+        receivers, senders = mask.any(2).any(0), mask.any(1).any(0)
+        if not receivers.any():
+            return []
+        fills: list[SenderFill] = []
+        columns: list[int] = []
+        first = 0
+        for fill in self._fills(vectors, self._incoming(rows)):
+            own = range(first, first + len(fill.units))
+            first = own.stop
+            if senders[own.start : own.stop].any():
+                fills.append(replace(fill, values=fill.values.repeat(draws, 1, 1)))
+                columns += own
+        mask = mask[:, receivers][:, :, columns]
+        mask = mask[0] if draws == 1 else mask.repeat_interleave(vectors, dim=0)
+        ends = tuple(e for e, used in zip(self._ends, receivers.tolist(), strict=True) if used)
+        return [CircuitWrite(*self._places(rows, lanes), tuple(fills), ends, mask)]
 
 
 def open_edges(
@@ -803,14 +853,41 @@ def open_edges(
 
 
 def find_circuit(declared: TrainedMask, rows: EdgeRows, job: TrainingJob) -> CircuitReport:
-    """Score the edges of a model, and write the circuit of those with the largest scores.
+    """Find a circuit by scores of edges or by a search, and write it.
 
     Raises:
         AutogradFailed: The model can't be differentiated.
         NoCircuit: A score isn't finite, or no selected edge leads to the end of the model.
         OSError: A file can't be written.
     """
-    training = declared.training
+    if isinstance(declared.training.trainer, EdgeScoreTrainer):
+        found = _score_edges(declared.training, rows, job)
+    else:
+        found = _search_edges(declared.training, rows, job)
+    report = _report(rows, found)
+    _write_circuit(job.folder / MASK_FILE, rows, found)
+    job.write_card(report, MASK_FILE)
+    return report
+
+
+@dataclass(frozen=True, eq=False)
+class FoundCircuit:
+    """A circuit without gates."""
+
+    chosen: Sequence[int]
+    """Numbers of its edges, in descending order of the sizes of their scores."""
+    scores: Floats
+    """[edge] of all edges of the model."""
+    steps: int
+    """Points at which gradients were taken, or circuits that were measured."""
+    selected: int
+    """Number of edges before those were removed that don't lead to the end of the model."""
+    made: str
+    """How its edges were selected."""
+
+
+def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -> FoundCircuit:
+    """Return the edges with the largest scores. Raises AutogradFailed and NoCircuit."""
     trainer, options = training.trainer_of(EdgeScoreTrainer), training.of_trainer
     steps, size, how = trainer.steps(options), trainer.size(options), trainer.selection(options)
     scores = rows.scores(trainer, steps, job.on_step)
@@ -827,10 +904,8 @@ def find_circuit(declared: TrainedMask, rows: EdgeRows, job: TrainingJob) -> Cir
     if not chosen:
         reason = f"none of the {len(selected):,} edges with the largest scores leads to `logits`"
         raise NoCircuit(reason, "write a larger `size`, or leave `select` out")
-    report = _report(rows, chosen, scores, steps, (len(selected), how))
-    _write_circuit(job.folder / MASK_FILE, rows, scores, chosen)
-    job.write_card(report, MASK_FILE)
-    return report
+    made = _describe(how, len(selected), len(chosen))
+    return FoundCircuit(chosen, scores, steps, len(selected), made)
 
 
 def _describe(how: str, selected: int, kept: int) -> str:
@@ -840,29 +915,155 @@ def _describe(how: str, selected: int, kept: int) -> str:
     return f"{text}, {removed:,} of them removed, off any path to `logits`" if removed else text
 
 
-def _report(
-    rows: EdgeRows,
-    chosen: Sequence[int],
-    scores: Floats,
-    steps: int,
-    selection: tuple[int, str],
-) -> CircuitReport:
-    """Compare a circuit with its controls.
+def _search_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -> FoundCircuit:
+    """Return the edges that a search leaves. Raises NoCircuit."""
+    search = EdgeSearch(rows, training.trainer_of(EdgeSearchTrainer))
+    job.search(search)
+    threshold = search.threshold
+    made = "ablated one after another, always the edge that makes the measure least worse"
+    if threshold is not None:
+        made = f"edges whose ablation makes the measure worse by {threshold:g} or more"
+    order = np.argsort(-np.abs(search.scores), kind="stable")
+    chosen = [n for n in order.tolist() if search.kept[n]]
+    if not chosen:
+        reason = "no edge makes the measure worse by the threshold when it is ablated"
+        raise NoCircuit(reason, "write a smaller `threshold`")
+    made = f"{made}; {count_noun(search.measured, 'circuit')} measured"
+    return FoundCircuit(chosen, search.scores, search.measured, len(chosen), made)
 
-    Args:
-        selection: Number of selected edges, and how they were selected.
-    """
-    selected, how = selection
+
+class EdgeSearch:
+    """A search for a circuit, which ablates one edge after another for good."""
+
+    def __init__(self, rows: EdgeRows, trainer: EdgeSearchTrainer) -> None:
+        self.kept = np.ones(len(rows.candidates), dtype=np.bool_)
+        """[edge] whether an edge is in the circuit."""
+        self.scores = np.zeros(len(rows.candidates))
+        """[edge] the change of the measure when an edge was last ablated; 0 for edges that weren't,
+        because they led only to ablated ones."""
+        self.measured = 0
+        """Number of circuits that were measured."""
+        self._rows, self._graph = rows, EdgeGraph(rows.model.shape)
+        self._value = math.nan
+        options = rows.declared.of_trainer
+        self.threshold, self._size = trainer.threshold(options), trainer.size(options)
+        receivers: dict[SitePoint, list[int]] = {}
+        for number, (_, to) in enumerate(rows.candidates):
+            receivers.setdefault(to, []).append(number)
+        self._order = [n for own in reversed(receivers.values()) for n in reversed(own)]
+        """Edges by receiver, from the end of the model backwards."""
+        self._decided = 0
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Number of finished and of all steps."""
+        if self._size is None:
+            return self._decided, len(self.kept)
+        return int((~self.kept).sum()), len(self.kept) - self._size
+
+    def run(self) -> Iterator[None]:
+        """Search, and yield after each step. Raises NoCircuit."""
+        if math.isnan(self._value):
+            self._value = self._rows.mean(self._rows.trained, None, self._rows.batch)
+        if self.threshold is None:
+            assert self._size is not None
+            yield from self._ablate_least(self._size)
+        else:
+            yield from self._ablate_below(self.threshold)
+
+    def _ablate_below(self, threshold: float) -> Iterator[None]:
+        """Ablate each edge, and restore those that make the measure worse by a threshold.
+
+        A pass tries the next edges into one receiver, each together with those before it. Once an
+        edge is restored, the circuits after it in the pass aren't used, so that every decision is
+        that of one edge after another.
+        """
+        together = max(1, self._rows.batch // len(self._rows.trained))
+        while self._decided < len(self._order):
+            receiver = self._rows.candidates[self._order[self._decided]][1]
+            due = self._order[self._decided : self._decided + together]
+            due = [n for n in due if self._rows.candidates[n][1] == receiver]
+            if not self._leads_on(receiver):
+                self.kept[due] = False
+                self._decided += len(due)
+                continue
+            means = self._means([due[: n + 1] for n in range(len(due))])
+            for edge, mean in zip(due, means.tolist(), strict=True):
+                self.scores[edge] = mean - self._value
+                self._decided += 1
+                if self._worse(mean - self._value) >= threshold:
+                    break
+                self.kept[edge], self._value = False, mean
+            yield
+
+    def _ablate_least(self, size: int) -> Iterator[None]:
+        """Ablate the edge that makes the measure least worse, until so many edges are left, with
+        edges that then lead only to ablated ones."""
+        edges = self._rows.candidates
+        while self.kept.sum() > size:
+            due = [n for n in self._order if self.kept[n]]
+            means = self._means([[n] for n in due])
+            self.scores[due] = means - self._value
+            least = int(np.argmin([self._worse(mean) for mean in means.tolist()]))
+            self.kept[due[least]], self._value = False, float(means[least])
+            leading = self._graph.keep_leading([edges[n] for n in due if self.kept[n]])
+            self.kept[[n for n in due if edges[n] not in leading]] = False
+            yield
+
+    def _leads_on(self, receiver: SitePoint) -> bool:
+        """Whether edges of the circuit lead from a receiver to the end of the model, if all after
+        it are decided."""
+        nodes = self._graph.nodes(receiver)
+        kept = zip(self._rows.candidates, self.kept.tolist(), strict=True)
+        return nodes == [END] or any(there and of in nodes for (of, _), there in kept)
+
+    def _worse(self, change: float) -> float:
+        """Return how much worse a change makes the measure."""
+        return change if self._rows.declared.minimises else -change
+
+    def _means(self, ablated: Sequence[Sequence[int]]) -> Floats:
+        """Return [circuit]: the means over training rows with some more edges ablated."""
+        circuits = np.tile(self.kept, (len(ablated), 1))
+        for circuit, own in zip(circuits, ablated, strict=True):
+            circuit[list(own)] = False
+        self.measured += len(circuits)
+        size = max(1, self._rows.batch // len(self._rows.trained))
+        parts = [circuits[i : i + size] for i in range(0, len(circuits), size)]
+        means = np.concatenate([self._rows.means_with(self._rows.trained, each) for each in parts])
+        if not np.isfinite(means).all():
+            raise NoCircuit("the measure is NaN or infinite", "use another measure, or other rows")
+        return means
+
+    # --- checkpoints
+
+    def capture(self) -> dict[str, Any]:
+        """Return the state as JSON."""
+        return {
+            "kept": self.kept.tolist(),
+            "scores": self.scores.tolist(),
+            "numbers": [self._decided, self.measured, self._value],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. Raises KeyError and ValueError."""
+        kept, scores = np.array(state["kept"], dtype=np.bool_), np.array(state["scores"])
+        if kept.shape != self.kept.shape or scores.shape != self.scores.shape:
+            raise ValueError("a checkpoint of other edges")
+        self._decided, self.measured, self._value = state["numbers"]
+        self.kept, self.scores = kept, scores
+
+
+def _report(rows: EdgeRows, found: FoundCircuit) -> CircuitReport:
+    """Compare a circuit with its controls."""
     measured, every = rows.measured, range(len(rows.candidates))
-    random = [
-        rows.mean_with(measured, own) for own in rows.random_choices(chosen, rows.declared.seed)
-    ]
+    seed, chosen = rows.declared.seed, found.chosen
+    random = [rows.mean_with(measured, own) for own in rows.random_choices(chosen, seed)]
     return CircuitReport(
-        *rows.outcome(TrainingState(step=steps)),
-        chosen={label_candidates((rows.candidates[n],)): float(scores[n]) for n in chosen},
+        *rows.outcome(TrainingState(step=found.steps)),
+        chosen={label_candidates((rows.candidates[n],)): float(found.scores[n]) for n in chosen},
         candidates=len(every),
-        selected=selected,
-        made=_describe(how, selected, len(chosen)),
+        selected=found.selected,
+        made=found.made,
         trained=rows.mean_with(measured, chosen),
         random=float(np.mean(random)),
         draws=len(random),
@@ -871,12 +1072,12 @@ def _report(
     )
 
 
-def _write_circuit(path: Path, rows: EdgeRows, scores: Floats, chosen: Sequence[int]) -> None:
+def _write_circuit(path: Path, rows: EdgeRows, found: FoundCircuit) -> None:
     """Write all edges with their scores, and the numbers of those of the circuit."""
     content = {
         "sites": [key_of_candidate(each) for each in rows.candidates],
         "labels": [label_candidates((each,)) for each in rows.candidates],
-        "scores": scores.tolist(),
-        "chosen": list(chosen),
+        "scores": found.scores.tolist(),
+        "chosen": list(found.chosen),
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")

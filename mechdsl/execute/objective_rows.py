@@ -258,9 +258,9 @@ class EffectRows(ABC, Generic[EditT]):
         self._unpatched.forget()
         return values
 
-    def _lanes(self, rows: Ints) -> DrawLanes:
-        """Return the lanes of a pass over some rows, in ascending order."""
-        return DrawLanes.of(self._unpatched.reader(self._runs[0], ())(rows), rows, 1)
+    def _lanes(self, rows: Ints, draws: int = 1) -> DrawLanes:
+        """Return the lanes of a pass over some rows, in ascending order, so often each."""
+        return DrawLanes.of(self._unpatched.reader(self._runs[0], ())(rows), rows, draws)
 
     def _measure(
         self,
@@ -291,12 +291,15 @@ class EffectRows(ABC, Generic[EditT]):
         return which, starts[rows + 1] - starts[rows]
 
     def _places(self, rows: Ints, lanes: DrawLanes) -> tuple[Tensor, Tensor]:
-        """Return [vector] the lanes and the tokens of the vectors of some rows."""
+        """Return [vector] the lanes and the tokens of the vectors of some rows, for one draw of the
+        rows after the other."""
         which, counts = self._vectors_of(rows)
-        lane = lanes.of_draw(np.repeat(rows, counts), np.zeros(len(which), dtype=np.int64))
+        draws = len(lanes.prompts) // len(rows)
+        draw = np.arange(draws).repeat(len(which))
+        lane = lanes.of_draw(np.tile(np.repeat(rows, counts), draws), draw)
         hits = self._cells[0].hits
         token = np.array([token for row in rows for token in hits[row][0]], dtype=np.int64)
-        return torch.from_numpy(lane), torch.from_numpy(token)
+        return torch.from_numpy(lane), torch.from_numpy(np.tile(token, draws))
 
     def mean(self, rows: Ints, edit: EditT | None, batch: int) -> float:
         """Return the mean of the measure over rows, `batch` of them in one pass."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -73,6 +74,27 @@ def start_generator(declared: DeclaredTraining) -> Generator:
     return torch.Generator().manual_seed(stable_hash(declared.seed, "weights") % 2**63)
 
 
+class Search(Protocol):
+    """A search that can be continued."""
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Number of finished and of all steps."""
+        ...
+
+    def run(self) -> Iterator[None]:
+        """Search, and yield after each step."""
+        ...
+
+    def capture(self) -> dict[str, Any]:
+        """Return the state as JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. Raises KeyError and ValueError."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingJob:
     """Where a training writes, and whom it tells."""
@@ -106,6 +128,27 @@ class TrainingJob:
                 if own_processes().is_first and not loop.is_torn:
                     _keep(loop, self.checkpoints)
                 raise
+
+    def search(self, search: Search) -> None:
+        """Search to the end, from a checkpoint if there is one."""
+        path = self.checkpoints / STATE_FILES[0]
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            search.restore(json.loads(path.read_text("utf-8")))
+
+        def keep() -> None:
+            with replace_file(path) as made:
+                made.write_text(json.dumps(search.capture()), "utf-8")
+
+        with delay_signals() as deliver:
+            for _ in search.run():
+                if self.is_due():
+                    keep()
+                try:
+                    self.on_step(*search.progress)
+                    deliver()
+                except KeyboardInterrupt:
+                    keep()
+                    raise
 
     def write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a file with tensors. Raises OSError."""

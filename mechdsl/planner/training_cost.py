@@ -399,22 +399,27 @@ def _reads_again(made: Declared, objective: ResolvedExperiment) -> bool:
 def _circuit_cost(
     name: str, made: TrainedMask, objective: ResolvedExperiment, shape: ModelShape
 ) -> TrainingCost:
-    """Return the cost of scores of edges, and of the table of `mechdsl fit`."""
+    """Return the cost of scores of edges or of a search, and of the table of `mechdsl fit`."""
     training, table, circuit = made.training, objective.table, objective.rules[0].circuit
     assert circuit is not None
-    trainer, batch = training.trainer_of(EdgeScoreTrainer), int(training.options["batch"])
+    trainer, batch = training.trainer_of(CircuitTrainer), int(training.options["batch"])
     base, source = table.runs[objective.spec.base], table.runs[objective.rules[0].run]
     tokens = [sum(map(len, hits)) for hits in training.sample.cell.hits]
     there = [row for row, count in enumerate(tokens) if count]
     held_out = count_held_out(training, len(there))
     rows = len(there) - held_out
     written, senders = sum(tokens) / max(1, len(there)), {of for of, _ in circuit.every}
-    points = trainer.steps(training.of_trainer)
-    if trainer.path == "activations":
-        points = 1 + (points - 1) * len({(of.site, of.layer) for of in senders})
+    points = tried = 0
+    if isinstance(trainer, EdgeScoreTrainer):
+        points = trainer.steps(training.of_trainer)
+        if trainer.path == "activations":
+            points = 1 + (points - 1) * len({(of.site, of.layer) for of in senders})
+    else:
+        tried = _count_tried(len(circuit.every), trainer.size(training.of_trainer))
     size = count_scored_rows(len(senders), max(tokens, default=1), batch, shape)
     compared = len({atom.run for atom in objective.measures[0].atoms} - {None, base.name})
     measured = (held_out or rows) * _count_controls(made, objective) * (1 + compared)
+    measured += tried * rows * (1 if rows <= batch else 1 + compared)
     row = _per_row(run_cost(shape, base, None), base)
     work = written * count_circuit_work(circuit, shape)
     backwards = points * -(-rows // size)
@@ -431,9 +436,19 @@ def _circuit_cost(
     memory = size * longest * shape.n_layers * _saved_numbers(shape, longest)
     memory += size * max(tokens, default=1) * len(senders) * shape.d_model
     memory = max(memory, batch * written * _saved_by_edges(circuit, shape))
-    return TrainingCost(
-        name, rows, held_out, points, cost, int(vectors + FLOAT * memory), shape.n_layers
-    )
+    steps, memory = points or tried, int(vectors + FLOAT * memory)
+    return TrainingCost(name, rows, held_out, steps, cost, memory, shape.n_layers)
+
+
+def _count_tried(edges: int, size: int | None) -> int:
+    """Return how many circuits a search measures: one for each edge, or one for each edge that is
+    left, again after each that is ablated.
+
+    Args:
+        edges: Edges of the model.
+        size: Edges that are left at the end; None if a threshold decides.
+    """
+    return edges if size is None else (edges * (edges + 1) - size * (size + 1)) // 2
 
 
 def _count_controls(made: Declared, objective: ResolvedExperiment) -> int:

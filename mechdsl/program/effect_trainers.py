@@ -12,6 +12,7 @@ from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import (
     EFFECT_DEFAULTS,
     EdgeScoreTrainer,
+    EdgeSearchTrainer,
     EditTrainer,
     MaskTrainer,
     RotationTrainer,
@@ -45,6 +46,8 @@ SCORE_EXAMPLE = (
     "minimise: kl(clean))`"
 )
 
+SEARCH_EXAMPLE = SCORE_EXAMPLE.replace("eap_ig(size: 20, steps: 5)", "acdc(threshold: 0.02)")
+
 OTHER_EFFECT_TRAINERS: dict[str, str] = {
     **dict.fromkeys(
         ("steering", "steering_vector", "direction", "bias", "actadd"), "write `vector(length: 8)`"
@@ -67,6 +70,10 @@ OTHER_EFFECT_TRAINERS: dict[str, str] = {
     **dict.fromkeys(
         ("discover", "EAP", "EAP_IG", "edge_attribution", "attribution_patching"),
         f"choose edges by their estimated effects: {SCORE_EXAMPLE}",
+    ),
+    **dict.fromkeys(
+        ("ACDC", "hagd", "search", "greedy_search"),
+        f"choose edges by ablating them one after another: {SEARCH_EXAMPLE}",
     ),
     **dict.fromkeys(("edge_pruning", "edge_mask", "edges"), f"choose edges: {EDGE_MASK_EXAMPLE}"),
 }
@@ -387,3 +394,50 @@ class IntegratedActivationTrainer(EstimatedEffectTrainer):
     options = ("size", "steps", "select")
     required = ("size", "steps")
     path = "activations"
+
+
+# --- search by ablations --------------------------------------------------------------------------
+
+
+@trainer("acdc")
+class ThresholdSearchTrainer(EdgeSearchTrainer):
+    """Automatic circuit discovery: edges are ablated one after another, from the end of the model
+    backwards. An edge is restored if its ablation makes the measure worse by `threshold` or more.
+
+    References:
+        Conmy et al. 2023, arXiv 2304.14997, algorithm 1.
+    """
+
+    example = "acdc(threshold: 0.02)"
+    options = ("threshold",)
+    required = ("threshold",)
+    other_options: ClassVar[Mapping[str, str]] = dict.fromkeys(("tau", "size"), "threshold")
+    defaults: ClassVar[Mapping[str, Constant]] = {**EFFECT_DEFAULTS, "batch": 64}
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            return None
+        return "`threshold` is a number above 0", f"write `{self.example}`"
+
+    def size(self, options: Mapping[str, Constant]) -> None:
+        return None
+
+    def threshold(self, options: Mapping[str, Constant]) -> float:
+        return float(options["threshold"])
+
+
+@trainer("greedy")
+class GreedySearchTrainer(EdgeSearchTrainer):
+    """Greedy search: of all edges that are left, the one is ablated that makes the measure least
+    worse, until `size` edges are left."""
+
+    example = "greedy(size: 20)"
+    options = ("size",)
+    required = ("size",)
+    defaults: ClassVar[Mapping[str, Constant]] = {**EFFECT_DEFAULTS, "batch": 64}
+
+    def size(self, options: Mapping[str, Constant]) -> int:
+        return int(options["size"])
+
+    def threshold(self, options: Mapping[str, Constant]) -> None:
+        return None

@@ -356,7 +356,7 @@ class MaskTrainer(ChoosingTrainer):
 
 
 class CircuitTrainer(ChoosingTrainer):
-    """A circuit that is found without training steps, from a score of each edge."""
+    """A circuit that is found without training steps."""
 
     declares = "circuit"
     unused = ("steps", "rate", "patience", "accumulate", "precision")
@@ -395,6 +395,19 @@ class EdgeScoreTrainer(CircuitTrainer):
         """Return how the edges are selected."""
 
 
+class EdgeSearchTrainer(CircuitTrainer):
+    """A circuit of the edges that a search leaves, which ablates one edge after another and
+    measures each time."""
+
+    def differentiates(self, options: Mapping[str, Constant]) -> Differentiated:
+        return "nowhere"
+
+    @abstractmethod
+    def threshold(self, options: Mapping[str, Constant]) -> float | None:
+        """Return how much worse the measure must become for an edge to stay; None if the search
+        ends at `size` edges."""
+
+
 TRAINER_KINDS: tuple[type[Trainer], ...] = (
     IterativeTrainer,
     SolvedTrainer,
@@ -404,6 +417,7 @@ TRAINER_KINDS: tuple[type[Trainer], ...] = (
     ScaleTrainer,
     MaskTrainer,
     EdgeScoreTrainer,
+    EdgeSearchTrainer,
     LensTrainer,
     ProbeTrainer,
 )

@@ -546,6 +546,8 @@ class TrainedMask(Trained, Record):
     def kind(self) -> str:
         """Description for tables and conventions."""
         every = count_noun(len(self.candidates), self.noun)
+        if not self.digest and isinstance(self.training.trainer, CircuitTrainer):
+            return f"{self.training.trainer.name} over {every}"
         return f"{self.training.trainer.name} of {len(self.chosen):,} of {every}"
 
 

@@ -286,7 +286,8 @@ _file(
 _file(
     "circuit: from a file",
     'circuit c = saved("circuit.json")',
-    "The edges with `in_graph: true` in a JSON file of EAP-IG or MIB, those that a trained mask "
+    "The edges of a JSON file of EAP-IG or MIB that have `in_graph: true`, those that a trained "
+    "mask "
     'chose (`saved("trained/c/mask.json")`), or those of a list: '
     '`{"edges": ["embed -> L0H1.q", "L0H1 -> logits"]}`. `saved("circuit.json", size: 100)` '
     "chooses the edges with the largest absolute scores instead; of equal scores, those of "
@@ -756,9 +757,10 @@ _file(
 _file(
     "circuit: by scores of edges",
     "circuit c = fit(eap_ig(size: 2, steps: 3), prompts: fruit, from: fewer, minimise: loss)",
-    "The edges with the largest scores: the difference between the other value and the output of "
-    "the sender, times the gradient of the metric by the input of the receiver (q, k and v apart, "
-    "through its norm), summed over tokens and averaged over training rows. `eap` takes the "
+    "The edges of the model that have the largest scores: the difference between the other value "
+    "and the output of the sender, times the gradient of the metric by the input of the receiver "
+    "(q, k and v apart, through its norm), summed over tokens and averaged over training rows. "
+    "`eap` takes the "
     "gradient in the clean run, `eap_ig` the mean at k/`steps` (k = 1 to `steps`) of the way from "
     "the other embedding to the clean one, and `eap_ig_activations` on the way of the sender's own "
     'module. `select` is "greedy" (default), from `logits` backwards, or "top". `batch` (8) and '
@@ -766,6 +768,18 @@ _file(
     "tests/pipeline/test_edge_scores.py",
     "Syed et al. 2023, arXiv 2310.10348; Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, "
     "arXiv 2504.13151",
+)
+_file(
+    "circuit: by a search",
+    "circuit c = fit(acdc(threshold: 1), prompts: fruit, with: zero, minimise: loss)",
+    "The edges that are left when others are ablated one after another, for good. `acdc`: each "
+    "edge is ablated, from `logits` backwards, and restored if the mean of the metric over "
+    "training rows becomes worse by `threshold` or more. `greedy(size: n)`: of all edges left, the "
+    "one is ablated that makes the mean least worse, until n are left. Edges that lead only to "
+    "ablated ones are ablated without a run. `batch` (64) and `validation` (20%) are the options "
+    "of `fit`; other values are as for a trained circuit.",
+    "tests/pipeline/test_edge_searches.py",
+    "Conmy et al. 2023, arXiv 2304.14997, algorithm 1",
 )
 _file(
     "group: a trained mask of positions",

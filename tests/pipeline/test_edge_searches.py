@@ -1,0 +1,258 @@
+"""Circuits that a file declares with `fit(acdc(…))` and `fit(greedy(…))`.
+
+Their decisions and the changes of the measure against a pass that recomputes all inputs, in 64
+bits, one unpadded prompt at a time; that batches change no decision; checkpoints, keys, costs, and
+what is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mechdsl
+from mechdsl.base.arrays import Floats
+from mechdsl.execute.mask_training import EdgeSearch
+from mechdsl.execute.run_record import CircuitReport
+from mechdsl.planner.training_cost import training_cost
+from mechdsl.program.trainers import EdgeSearchTrainer
+from mechdsl.resolve.types import CircuitEdge
+
+from ..quick import in_turn
+from ..rules.circuits import circuit_pass
+from ..rules.models import WITHOUT_NORMS, double
+from ..rules.support import rows, tokens
+from ..rules.test_ablated_circuits import Case, fills, named
+from .test_edge_scores import fit as scored
+from .test_edge_scores import open_rows
+from .test_trained_circuits import PAIR, PATCHES
+from .test_trained_rotations import (
+    LOSS,
+    NOISY,
+    OTHER,
+    experiment,
+    loss_by_hand,
+    run,
+    train,
+    training_errors,
+    write,
+)
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+HERE = ("llama", "gpt_neox", "gpt2", "llama" + WITHOUT_NORMS)
+HALF = "validation: 50%, batch: 8"
+ACDC = "acdc(threshold: 0.03)"
+
+
+def fit(options: str = HALF, *, call: str = ACDC, **others: str) -> str:
+    return scored(options, call=call, **others)
+
+
+def measure_by_hand(
+    family: str, ids: Sequence[int], source: str, at: str
+) -> Callable[[Collection[CircuitEdge]], float]:
+    """A function from ablated edges to the mean of the measure."""
+    given = fills(family, Case("c", source.split()[1], at), {})
+
+    def mean(ablated: Collection[CircuitEdge]) -> float:
+        edges, found = [named(edge) for edge in ablated], list[float]()
+        for row in ids:
+            here, there = rows("clean")[row], tokens(rows("clean")[row], at)
+            logits = circuit_pass(family, double(family), here.ids, given[row], edges, there)
+            found.append(loss_by_hand(logits[-1], row).item())
+        return float(np.mean(found))
+
+    return mean
+
+
+def search(path: Path, family: str, side: Any = None) -> tuple[EdgeSearch, list[int]]:
+    """Return a finished search, and the table's numbers of its training rows."""
+    mask, found = open_rows(path, double(family), side)
+    searched = EdgeSearch(found, mask.training.trainer_of(EdgeSearchTrainer))
+    for _ in searched.run():
+        pass
+    return searched, [found.objective.table.row_ids[row] for row in found.trained]
+
+
+SOURCES = ("from: other", "with: zero", "from: turned")
+
+
+@pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES, ("llama", "gpt_neox")))
+def test_acdc_decides_as_one_edge_after_another(family: str, source: str, tmp_path: Path) -> None:
+    """Every edge of the model is tried, also those that lead only to ablated ones; batches of one
+    circuit and of several."""
+    path = write(tmp_path, fit(source=source, at=PAIR), PATCHES)
+    searched, ids = search(path, family, "left" if source == "with: zero" else "right")
+    every = open_rows(path, double(family))[1].candidates
+    mean = measure_by_hand(family, ids, source, PAIR)
+    receivers = [to for _, to in every if _ == every[0][0]]
+    ablated: set[CircuitEdge] = set()
+    changes, value = dict[CircuitEdge, float](), mean(())
+    for receiver in reversed(receivers):
+        for edge in reversed([edge for edge in every if edge[1] == receiver]):
+            changes[edge] = mean({*ablated, edge}) - value
+            if -changes[edge] < 0.03:  # maximised
+                ablated.add(edge)
+                value += changes[edge]
+    assert [edge in ablated for edge in every] == (~searched.kept).tolist()
+    np.testing.assert_allclose(searched.scores, [changes[edge] for edge in every], atol=1e-5)
+    assert 2 < searched.kept.sum() < searched.measured < len(every)
+    alone = write(tmp_path, fit("validation: 50%, batch: 1", source=source, at=PAIR), PATCHES)
+    single, _ = search(alone, family)
+    np.testing.assert_array_equal(single.kept, searched.kept)
+    np.testing.assert_allclose(single.scores, searched.scores, atol=1e-6)
+    assert single.measured < searched.measured  # circuits after a restored edge are measured again
+
+
+def test_greedy_ablates_the_least_important_edge(tmp_path: Path) -> None:
+    """The first two edges, each compared with all others."""
+    call = "greedy(size: {})"
+    path = write(tmp_path, fit("validation: 50%", call=call.format(10), at=PAIR), PATCHES)
+    count = len(open_rows(path, double("llama"))[1].candidates)
+    path = write(tmp_path, fit("validation: 50%", call=call.format(count - 2), at=PAIR), PATCHES)
+    searched, ids = search(path, "llama")
+    every = open_rows(path, double("llama"))[1].candidates
+    mean = measure_by_hand("llama", ids[:1], "from: other", PAIR)
+    other = measure_by_hand("llama", ids[1:], "from: other", PAIR)
+    ablated: list[CircuitEdge] = []
+    for _ in range(2):
+        due = [edge for edge in every if edge not in ablated]
+        means = [(mean([*ablated, edge]) + other([*ablated, edge])) / 2 for edge in due]
+        ablated.append(due[int(np.argmax(means))])
+    assert {edge for edge, kept in zip(every, searched.kept, strict=True) if not kept} == {*ablated}
+    assert searched.measured == 2 * count - 1
+    assert searched.progress == (2, 2)
+
+
+# --- files, checkpoints, keys and costs -----------------------------------------------------------
+
+
+def scores_of(found: mechdsl.TrainedFit) -> Floats:
+    return np.array(json.loads((found.folder / "mask.json").read_text("utf-8"))["scores"])
+
+
+@pytest.mark.parametrize("call", [ACDC, "greedy(size: 187)"])
+def test_a_search_continues_after_an_interruption(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, fit(call=call, at=PAIR), PATCHES)
+    (whole,) = train(path)
+    content = (whole.folder / "mask.json").read_bytes()
+    steps: list[int] = []
+    real = EdgeSearch.progress.__get__
+
+    def progress(self: EdgeSearch) -> tuple[int, int]:
+        steps.append(real(self)[0])
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(EdgeSearch, "progress", property(progress))
+    with pytest.raises(KeyboardInterrupt):
+        train(path, fresh=True)
+    (again,) = train(path, fresh=True)
+    assert (again.folder / "mask.json").read_bytes() == content
+    assert steps[2] > steps[1]
+    assert again.report == whole.report
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "threshold": {"call": "acdc(threshold: 0.01)"},
+    "trainer": {"call": "greedy(size: 188)"},
+    "rows": {"options": "validation: 25%, batch: 8"},
+    "source": {"source": "with: zero"},
+    "position": {"at": "last token"},
+    "measure": {"objective": "maximise: logit(answer)"},
+}
+
+
+def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path) -> None:
+    (base,) = train(write(tmp_path, fit(at=PAIR), PATCHES))
+    folders, scores = {base.folder}, scores_of(base)
+    for name, change in CHANGES.items():
+        path = write(tmp_path, fit(**{"at": PAIR, **change}), PATCHES)
+        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
+            run(path)
+        (found,) = train(path)
+        assert found.folder not in folders, name
+        folders.add(found.folder)
+        assert not np.array_equal(scores_of(found), scores), name
+
+
+def test_rules_use_a_found_circuit(tmp_path: Path) -> None:
+    """As a list of its edges, and in the order of their scores."""
+    text = experiment("ablate all but c at last token with mean") + OTHER
+    path = write(tmp_path, fit(at=PAIR), text)
+    (trained,) = train(path, out=tmp_path / "out")
+    assert trained.what.startswith("acdc over ")
+    report = trained.report
+    assert isinstance(report, CircuitReport)
+    assert (np.diff(np.abs(list(report.chosen.values()))) <= 0).all()
+    own = run(path, fresh=True).files[0].experiments
+    assert "makes the measure worse by 0.03 or more; " in own[0].conventions["circuit c"]
+    assert f"acdc of {len(report.chosen)} of " in own[0].conventions["circuit c"]
+    listed = write(tmp_path, f"circuit c = {', '.join(report.chosen)}\n", text)
+    for one, two in zip(own, run(listed, store=False).files[0].experiments, strict=True):
+        np.testing.assert_allclose(one.measures[0].patched, two.measures[0].patched, atol=1e-5)
+
+
+def test_measures_may_be_step_functions(tmp_path: Path) -> None:
+    line = fit(call="acdc(threshold: 1)", objective="minimise: rank(answer)", at=PAIR)
+    (trained,) = train(write(tmp_path, line, PATCHES))
+    report = trained.report
+    assert isinstance(report, CircuitReport)
+    assert (np.array([*report.chosen.values()]) >= 1).all()
+    assert report.unpatched == round(report.unpatched)
+
+
+@pytest.mark.parametrize(("call", "size"), [(ACDC, None), ("greedy(size: 100)", 100)])
+def test_plan_counts_the_circuits_that_are_measured(
+    call: str, size: int | None, tmp_path: Path
+) -> None:
+    mask, found = open_rows(write(tmp_path, fit(call=call, at=PAIR), PATCHES), double("llama"))
+    edges = len(found.candidates)
+    circuits = edges if size is None else sum(range(size + 1, edges + 1))
+    cost = training_cost("c", mask, found.objective, found.model.shape)
+    assert cost.steps == circuits
+    assert cost.cost.backwards == 0
+    controls = 11 * 2  # 8 random circuits and three others, on both held-out rows
+    assert cost.cost.forwards - -(-(circuits * 2 + controls) // 8) in (0, 1)
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+CALL = f"fit({ACDC}, prompts: p, from: other, maximise: {LOSS})"
+LINE = f"circuit c = {CALL} at {PAIR}"
+MISTAKES: dict[str, tuple[str, str, str, str]] = {
+    "no threshold": (ACDC, "acdc", "E0207", "needs `threshold: …`"),
+    "zero": ("0.03", "0", "E0342", "above 0"),
+    "size": ("threshold: 0.03", "size: 3", "E0207", "`threshold: …`"),
+    "all": (ACDC, "greedy(size: 2000)", "E0342", "chooses 2,000 of"),
+    "no size": (ACDC, "greedy", "E0207", "needs `size: …`"),
+    "training steps": ("from: other", "from: other, steps: 300", "E0207", "isn't trained in steps"),
+    "seeds": ("from: other", "from: other, seeds: 3", "E0207", "has no random start"),
+    "noise": ("from: other", "from: noised", "E0342", "noise"),
+    "reply": (LOSS, "exact_match(answer)", "E0612", "generates none"),
+    "name": (ACDC, "adcd(threshold: 0.03)", "E0203", "acdc"),
+    "of papers": (ACDC, "hagd(threshold: 0.03)", "E0203", "acdc(threshold: 0.02)"),
+    "group": (LINE, f"group c = {CALL} at layers * heads * at last token", "E0342", "a circuit"),
+    "too large": ("0.03", "1000", "E0643", "write a smaller `threshold`"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name: str, tmp_path: Path) -> None:
+    old, new, code, said = MISTAKES[name]
+    line = f"{LINE}\n"
+    assert old in line
+    path = write(tmp_path, line.replace(old, new), PATCHES, OTHER, blocks=NOISY)
+    errors = training_errors(path)
+    assert errors[0].code == code, errors
+    assert said in f"{errors[0].message} {errors[0].help_text}", errors
