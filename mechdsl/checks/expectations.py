@@ -56,6 +56,7 @@ from mechdsl.resolve.cells import (
 from mechdsl.resolve.expansion import name_cells, split_by_group
 from mechdsl.resolve.types import ExperimentOutline, ResolvedMeasure
 from mechdsl.syntax import ast
+from mechdsl.syntax.words import GRAPH_OBSERVATIONS
 from mechdsl.vocab.aggregates import AGGREGATES
 from mechdsl.vocab.effects import EFFECTS, FAITHFULNESS
 from mechdsl.vocab.metrics import METRICS
@@ -573,7 +574,11 @@ def _against_axes(
     for report in said.reports:
         writes = said.generation is not None
         of = measures if all_known else None
-        circuit = any(rule.circuit_name in program.circuits for rule in said.rules)
+        circuit = any(
+            rule.circuit_name in program.circuits
+            or (rule.observed is not None and rule.observed.word in GRAPH_OBSERVATIONS)
+            for rule in said.rules
+        )
         found.extend(check_report(report, axes, values, of, writes=writes, circuit=circuit))
     by = said.statistics.by
     if by is not None and by not in values and not columns_unknown:

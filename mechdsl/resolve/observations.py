@@ -143,6 +143,8 @@ class Observation(Intervention):
     that it reads are then the mean of the named coordinates, [K, 1]."""
     of_maps: ClassVar[bool] = False
     """Whether it reads maps that other experiments computed, instead of a site."""
+    has_graph: ClassVar[bool] = False
+    """Whether it has a graph for `report graph`."""
     leads: ClassVar[bool] = False
     """Whether it observes edges between positions: `observe WORD from Q to K`."""
     counts: ClassVar[str] = ""

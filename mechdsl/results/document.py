@@ -495,17 +495,25 @@ class SeedMeanDocument(DocumentPart):
 class EdgeDocument(DocumentPart):
     """An edge of a circuit."""
 
-    sender: str = Field(description="`embed`, a head `L0H1` or an MLP `L0.mlp`")
-    receiver: str = Field(description="an input of a head `L1H0.q`, an MLP or `logits`")
+    sender: str = Field(
+        description="`embed`, a head `L0H1` or an MLP `L0.mlp`; of an attribution graph `token 3`, "
+        "`L0.f12@3` (feature 12 at token 3) or `L0.error@3`"
+    )
+    receiver: str = Field(
+        description="an input of a head `L1H0.q`, an MLP or `logits`; of an attribution graph a "
+        "feature or `logit 17`"
+    )
     score: float | None = Field(default=None, description="its score, if the circuit has scores")
 
 
 class CircuitDocument(DocumentPart):
-    """The circuit that the rules ablate, or of which they ablate the rest."""
+    """The circuit that the rules ablate, or of which they ablate the rest; or the attribution graph
+    of a row, after pruning."""
 
     name: str
     edges: list[EdgeDocument]
-    total: int = Field(description="edges of the model")
+    total: int = Field(description="edges of the model, or of the graph before pruning")
+    row: int | None = Field(default=None, description="the row of an attribution graph")
 
 
 class ExperimentDocument(DocumentPart):
@@ -881,7 +889,10 @@ def _circuit_document(circuit: ResultCircuit | None) -> CircuitDocument | None:
         EdgeDocument(sender=of, receiver=to, **known_fields(score=score))
         for (of, to), score in zip(circuit.edges, scores, strict=True)
     ]
-    return CircuitDocument(name=circuit.name, edges=edges, total=circuit.total)
+    row = None if circuit.graph is None else circuit.graph.row
+    return CircuitDocument(
+        name=circuit.name, edges=edges, total=circuit.total, **known_fields(row=row)
+    )
 
 
 def _missing_documents(file: FileResult) -> list[MissingDocument]:

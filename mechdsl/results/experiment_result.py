@@ -152,8 +152,40 @@ class SeedMean(Record):
 
 
 @record
+class ResultNode(Record):
+    """A node of an attribution graph."""
+
+    label: str
+    """`token 3`, `L0.f12@3` for feature 12 at token 3, `L0.error@3`, `logit 17`."""
+    kind: Literal["token", "feature", "error", "logit"]
+    layer: int
+    """Of features and errors; 0 for others."""
+    token: int
+    """Number of the token in the prompt; of logits the last one."""
+    number: int
+    """Of the feature, or of the token in the vocabulary; 0 for errors."""
+    text: str
+    """Of the token, or of the token of a logit."""
+    amount: float
+    """The activation of a feature, the probability of a logit; 0 for others."""
+    influence: float
+
+
+@record
+class ResultGraph(Record):
+    """What is known of the nodes of an attribution graph."""
+
+    row: int
+    """Number of the row that it is of."""
+    tokens: tuple[str, ...]
+    """Of the prompt."""
+    nodes: tuple[ResultNode, ...]
+
+
+@record
 class ResultCircuit(Record):
-    """The circuit that an experiment ablates, or of which it ablates the rest."""
+    """The circuit that an experiment ablates, or of which it ablates the rest; or the attribution
+    graph that it observes."""
 
     name: str
     layers: int
@@ -166,13 +198,16 @@ class ResultCircuit(Record):
     parallel: bool
     """Whether the heads and the MLP of a block read the same stream."""
     edges: tuple[tuple[str, str], ...]
-    """(sender, receiver), as in a file: `embed`, `L0H1`, `L0.mlp`; `L1H0.q`, `L1.mlp`, `logits`."""
+    """(sender, receiver), as in a file: `embed`, `L0H1`, `L0.mlp`; `L1H0.q`, `L1.mlp`, `logits`. Of
+    an attribution graph the labels of its nodes."""
     scores: tuple[float, ...]
     """The score of each edge; empty if they have none."""
     total: int
     """Number of edges of the model."""
     circuits: int = 1
     """Number of circuits in a sweep; `edges` has those of all of them."""
+    graph: ResultGraph | None = None
+    """The nodes of an attribution graph."""
 
 
 TEXT_RENDERER = "mechdsl.show.output:experiment_text"

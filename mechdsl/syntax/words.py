@@ -100,6 +100,9 @@ WEIGHT_OBSERVATIONS: set[str] = set()
 BASIS_OBSERVATIONS: set[str] = set()
 """Words after `observe` whose arguments are bases."""
 
+GRAPH_OBSERVATIONS: set[str] = set()
+"""Words after `observe` that have a graph, which `report graph` draws."""
+
 PROBE_OBSERVATIONS: set[str] = set()
 """Words after `observe` whose argument may be the name of a `probe`: `observe probe(told)`."""
 

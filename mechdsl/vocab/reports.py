@@ -232,8 +232,9 @@ _report(
 _report(
     ReportKind(
         name="graph",
-        meaning="the circuit that the rules ablate: its edges, with their scores; as a picture, "
-        "layers from bottom to top, width and colour by score; as JSON, a graph of EAP-IG",
+        meaning="the circuit that the rules ablate, or the attribution graph of the first row: its "
+        "edges, with their scores; as a picture, layers from bottom to top, width and colour by "
+        "score; as JSON, a graph of EAP-IG or of circuit-tracer",
         example='report graph to "circuit.svg"',
         module="mechdsl.show.reports.graph",
         signature=ReportSignature(
@@ -316,7 +317,8 @@ def _wrong_words(
 def _wrong_experiment(kind: ReportKind, writes: bool | None, circuit: bool | None) -> ReportProblem:
     if kind.of_circuits and circuit is False:
         return "shows a circuit, but no rule of this experiment names one", (
-            "add `circuit c = …` and a rule such as `ablate all but c at tokens * with mean`"
+            "add `circuit c = …` and a rule such as `ablate all but c at tokens * with mean`, or "
+            "observe an `attribution_graph`"
         )
     if kind.of_replies and writes is False:
         return "shows replies, but this experiment generates none", (

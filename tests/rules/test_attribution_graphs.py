@@ -4,6 +4,8 @@ norms are replayed, so that every edge is the effect of taking its source away."
 from __future__ import annotations
 
 import copy
+import io
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
@@ -25,6 +28,7 @@ from mechdsl.execute.observation.attribution_graphs import (
     prune_graph,
     score_graph,
 )
+from mechdsl.show.reports import graph as graph_report
 
 from ..execute.support import ROWS, prompt, shared
 from .models import bare, double
@@ -66,7 +70,7 @@ class Frozen:
             mlp.register_forward_pre_hook(lambda _, given: self.inputs.append(given[0].clone()))
             end.register_forward_hook(self._write(layer))
         self.first.register_forward_pre_hook(self._enter, with_kwargs=True)
-        self.logits = self._run()
+        self.logits = self.run()
         self.written, self.start = list(self.outputs), self.entering
         self.replayed = list(self.kept)
 
@@ -103,7 +107,7 @@ class Frozen:
         more = self.added.get(None)
         return (args[0] if more is None else args[0] + more, *args[1:]), kwargs
 
-    def _run(self, added: dict[int | None, Tensor] | None = None) -> Tensor:
+    def run(self, added: dict[int | None, Tensor] | None = None) -> Tensor:
         """[vocab] logits after the prompt, with additions to what MLPs write and to the start."""
         self.added = added or {}
         self.kept, self.inputs, self.outputs = [], [], []
@@ -120,7 +124,7 @@ class Frozen:
         """Inputs of MLPs and logits, once a source is taken away."""
         change = torch.zeros_like(self.start)
         change[0, token] = -part
-        logits = self._run({layer: change})
+        logits = self.run({layer: change})
         return [each[0] for each in self.inputs], logits
 
 
@@ -159,7 +163,7 @@ def test_each_edge_is_the_effect_of_its_source(family: str, kind: str, tmp_path:
     layers = range(len(reference.mlps))
     given, own = transcoders(family, kind, tmp_path, [0, 2])  # the second MLP is all error
     graph = graph_of(family, given)
-    reference._run()
+    reference.run()
     before, logits = [each[0] for each in reference.inputs], reference.logits
     features = graph.features
     assert len(features) > 20
@@ -324,3 +328,53 @@ def test_too_many_features_are_a_gap(data: Path, monkeypatch: pytest.MonkeyPatch
     (experiment_result,) = result.experiments
     (gap,) = experiment_result.measures[0].gaps
     assert "features are active, more than 3" in str(gap)
+
+
+def test_graph_of_the_first_row_is_drawn_and_written(data: Path) -> None:
+    """The terminal, a picture and the JSON of circuit-tracer have the pruned graph."""
+    given, _ = transcoders("llama", "transcoder", data, [0, 2])
+    text = T0 + T2 + experiment("e", EVERY, "report graph", measure="")
+    found = run_file(text, data, "llama", "planned")["e"]
+    circuit = found.circuit
+    assert circuit is not None
+    assert circuit.graph is not None
+    graph = attribute(shared(bare("llama")), rows("clean")[circuit.graph.row].ids, given)
+    nodes, edges = prune_graph(graph)
+    assert len(circuit.graph.nodes) == int(nodes.sum())
+    expected = sorted(graph.edges[edges].tolist())
+    np.testing.assert_allclose(sorted(circuit.scores), expected, atol=1e-4)
+    assert circuit.total == np.count_nonzero(graph.edges)
+    report = next(each for each in found.reports if each.kind == "graph")
+    graph_report.save(found, report, data / "g.json")
+    content = json.loads((data / "g.json").read_text(encoding="utf-8"))
+    assert len(content["nodes"]) == len(circuit.graph.nodes)
+    names = {node["node_id"]: node for node in content["nodes"]}
+    assert len(names) == len(content["nodes"])
+    weights = {(e["source"], e["target"]): e["weight"] for e in content["links"]}
+    assert len(weights) == len(circuit.edges)
+    assert sum(node["is_target_logit"] for node in content["nodes"]) == 1
+    for source, target in weights:
+        assert names[source]["ctx_idx"] <= names[target]["ctx_idx"]
+    for node in content["nodes"]:
+        if node["feature_type"] == "cross layer transcoder":
+            layer, feature, token = map(int, node["node_id"].split("_"))
+            own = graph.features
+            there = (own.layer == layer) & (own.feature == feature) & (own.token == token)
+            assert own.activation[there].item() == pytest.approx(node["activation"], abs=1e-4)
+            assert node["feature"] == (layer + feature) * (layer + feature + 1) // 2 + feature
+    graph_report.save(found, report, data / "g.svg")
+    drawn = (data / "g.svg").read_text(encoding="utf-8")
+    assert drawn.count('class="edge"') == min(200, len(circuit.edges))
+    assert drawn.count('class="node"') <= len(circuit.graph.nodes)
+    console = Console(width=100, record=True, file=io.StringIO())
+    graph_report.render(found, report, console)
+    said = " ".join(console.export_text().split())
+    assert "e: attribution graph kept" in said
+    assert f"edges of the graph of row {circuit.graph.row}; 20 shown" in said
+    assert "without nodes and edges of little influence" in said
+
+
+def test_graph_has_no_drawing_without_a_report(data: Path) -> None:
+    transcoders("llama", "transcoder", data, [0, 2])
+    found = run_file(T0 + T2 + lines(EVERY, "kept"), data, "llama", "planned")["e_kept"]
+    assert found.circuit is None

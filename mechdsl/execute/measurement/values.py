@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -181,6 +182,38 @@ class FeatureFindings:
     """[rank] the rows with the highest activations, highest first."""
 
 
+NodeKind = Literal["token", "feature", "error", "logit"]
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node of an attribution graph that pruning kept."""
+
+    kind: NodeKind
+    layer: int
+    """Of features and errors; 0 for others."""
+    token: int
+    """Number of the token in the prompt; of logits the last one."""
+    number: int
+    """Of the feature, or of the token in the vocabulary; 0 for errors."""
+    amount: float
+    """The activation of a feature, the probability of a logit; 0 for others."""
+    influence: float
+
+
+@dataclass(frozen=True)
+class GraphFindings:
+    """The attribution graph of a row, after pruning."""
+
+    row: int
+    """Number in the table."""
+    nodes: tuple[GraphNode, ...]
+    edges: tuple[tuple[int, int, float], ...]
+    """(source, target, weight), the nodes by their numbers in `nodes`."""
+    total: int
+    """Number of edges before pruning."""
+
+
 @dataclass
 class MeasuredValues:
     """Values of one experiment, filled batch by batch."""
@@ -227,6 +260,8 @@ class MeasuredValues:
     """Cell → the tokens that an observation lists, in order."""
     features: FeatureFindings | None = None
     """The features that an observation found."""
+    graph: GraphFindings | None = None
+    """The attribution graph of the first row in the first cell, if it is drawn."""
     unusable: dict[int, UnusableRow] = field(default_factory=dict[int, UnusableRow])
     """Rows of the table → where they were first seen to be unusable."""
     replies: dict[tuple[int, int], tuple[Reply, ...]] = field(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.dictionaries.features import Dictionary
+from mechdsl.execute.measurement.values import GraphFindings, GraphNode
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.gradients import AutogradFailed
@@ -345,6 +346,42 @@ def prune_graph(graph: AttributionGraph) -> tuple[Bools, Bools]:
             return nodes, kept
         numbers = np.flatnonzero(lost)
         nodes[numbers], kept[numbers], kept[:, numbers] = False, False, False
+
+
+def list_graph(graph: AttributionGraph, ids: Sequence[int], row: int) -> GraphFindings:
+    """List the nodes and edges that pruning keeps, of a prompt with these tokens."""
+    influence = compute_influence(normalise_edges(graph.edges), graph.weights)
+    nodes, edges = prune_graph(graph)
+    kept = np.flatnonzero(nodes)
+    number = {node: n for n, node in enumerate(kept.tolist())}
+    targets, sources = np.nonzero(edges)
+    return GraphFindings(
+        row,
+        tuple(_describe_node(graph, node, ids, float(influence[node])) for node in kept.tolist()),
+        tuple(
+            (number[source], number[target], float(graph.edges[target, source]))
+            for source, target in zip(sources.tolist(), targets.tolist(), strict=True)
+        ),
+        int(np.count_nonzero(graph.edges)),
+    )
+
+
+def _describe_node(
+    graph: AttributionGraph, node: int, ids: Sequence[int], influence: float
+) -> GraphNode:
+    if node < graph.first_error:
+        own = graph.features
+        place = int(own.layer[node]), int(own.token[node]), int(own.feature[node])
+        return GraphNode("feature", *place, float(own.activation[node]), influence)
+    if node < graph.first_token:
+        layer, token = divmod(node - graph.first_error, graph.tokens)
+        return GraphNode("error", layer, token, 0, 0.0, influence)
+    if node < graph.first_logit:
+        token = node - graph.first_token
+        return GraphNode("token", 0, token, ids[token], 0.0, influence)
+    which = node - graph.first_logit
+    chance = float(graph.probabilities[which])
+    return GraphNode("logit", 0, graph.tokens - 1, int(graph.logits[which]), chance, influence)
 
 
 def _keep_share(scores: Floats, share: float) -> Bools:

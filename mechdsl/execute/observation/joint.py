@@ -22,7 +22,7 @@ from mechdsl.execute.measurement.values import (
     describe_cell,
     expand_base_values,
 )
-from mechdsl.execute.observation.attribution_graphs import attribute, score_graph
+from mechdsl.execute.observation.attribution_graphs import attribute, list_graph, score_graph
 from mechdsl.execute.observation.features import list_raised_tokens, observe_features
 from mechdsl.execute.observation.token_vectors import (
     Float32s,
@@ -205,7 +205,10 @@ class VectorGatherer:
                 yield cell, there, found[there]
 
     def graphs(
-        self, does: AttributionGraphs, systems: Mapping[str, CoordinateSystem]
+        self,
+        does: AttributionGraphs,
+        systems: Mapping[str, CoordinateSystem],
+        measured: MeasuredValues,
     ) -> Iterator[tuple[int, Ints, Callable[[], Floats]]]:
         """Yield each cell, its columns among the kept rows, and a function that computes the scores
         of their attribution graphs, [score, column]."""
@@ -225,7 +228,8 @@ class VectorGatherer:
             rows = self.kept[there].tolist()
             ends = [1 + spot.hits[row][0][0] for row in rows]
             prompts = [run.rows[row].ids[:end] for row, end in zip(rows, ends, strict=True)]
-            yield cell, there, partial(_score_prompts, model, prompts, transcoders)
+            first = rows[0] if does.draws and cell == 0 else None
+            yield cell, there, partial(_score_prompts, model, prompts, transcoders, first, measured)
 
     def _training(
         self, wanted: Sequence[SiteCombination], place: int
@@ -547,7 +551,7 @@ def _iter_cells(
             yield cell, there, partial(_evaluate_measures, measures, {does.word: values})
         return
     if isinstance(does, AttributionGraphs):
-        for cell, there, score in gatherer.graphs(does, systems):
+        for cell, there, score in gatherer.graphs(does, systems, measured):
             yield cell, there, partial(_graph_measures, measures, does, score)
         return
     if isinstance(does, FeatureActivations):
@@ -693,8 +697,21 @@ def _score_prompts(
     model: LoadedModel,
     prompts: Sequence[Sequence[int]],
     transcoders: Mapping[int, tuple[str, Dictionary]],
+    drawn: int | None,
+    measured: MeasuredValues,
 ) -> Floats:
-    return np.array([score_graph(attribute(model, each, transcoders)) for each in prompts]).T
+    """Return the scores of the graphs of some prompts, [score, prompt].
+
+    Args:
+        drawn: The row of the first prompt, whose graph is kept; None for no graph.
+    """
+    scores: list[tuple[float, float]] = []
+    for number, ids in enumerate(prompts):
+        graph = attribute(model, ids, transcoders)
+        if number == 0 and drawn is not None:
+            measured.graph = list_graph(graph, ids, drawn)
+        scores.append(score_graph(graph))
+    return np.array(scores).T
 
 
 def _graph_measures(

@@ -19,6 +19,7 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measurement.values import (
     ActiveRow,
+    GraphNode,
     MeasuredValues,
     describe_gap,
     describe_run,
@@ -60,6 +61,8 @@ from mechdsl.results.experiment_result import (
     Replies,
     RepliesByPrompt,
     ResultCircuit,
+    ResultGraph,
+    ResultNode,
     SeenImage,
     missing_reason,
 )
@@ -310,7 +313,7 @@ def collect_result(
         replies=_collect_replies(experiment, measured, there),
         **overlay_data(plan.experiment, kept, there),
         active=_collect_active_texts(experiment, plan, measured, there),
-        circuit=_collect_circuit(experiment),
+        circuit=_collect_circuit(experiment) or _collect_graph(experiment, measured),
     )
 
 
@@ -333,6 +336,47 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         total=len(found.every),
         circuits=len(set(map(frozenset, found.named.values()))),
     )
+
+
+def _collect_graph(
+    experiment: ResolvedExperiment, measured: MeasuredValues
+) -> ResultCircuit | None:
+    """Return the attribution graph that an experiment draws, if any."""
+    found = measured.graph
+    if found is None:
+        return None
+    table, shape = experiment.table, experiment.model.shape
+    said = next(rule.spec.observed for rule in experiment.rules if rule.spec.observed is not None)
+    row = table.runs[experiment.spec.base].rows[found.row]
+    tokens = _spaced_texts(row, experiment)
+    nodes = tuple(_result_node(node, tokens, experiment) for node in found.nodes)
+    return ResultCircuit(
+        name=said.name or said.word,
+        layers=shape.n_layers,
+        heads=1,
+        key_heads=1,
+        width=shape.d_model,
+        parallel=shape.parallel_block,
+        edges=tuple((nodes[of].label, nodes[to].label) for of, to, _ in found.edges),
+        scores=tuple(weight for *_, weight in found.edges),
+        total=found.total,
+        graph=ResultGraph(table.row_ids[found.row], tokens, nodes),
+    )
+
+
+def _result_node(
+    node: GraphNode, tokens: Sequence[str], experiment: ResolvedExperiment
+) -> ResultNode:
+    if node.kind == "logit":
+        label, text = f"logit {node.number}", experiment.model.tokenizer.token_text(node.number)
+    else:
+        text = tokens[node.token]
+        label = f"token {node.token}"
+        if node.kind != "token":
+            part = "error" if node.kind == "error" else f"f{node.number}"
+            label = f"L{node.layer}.{part}@{node.token}"
+    facts = node.kind, node.layer, node.token, node.number, text, node.amount, node.influence
+    return ResultNode(label, *facts)
 
 
 def _collect_active_texts(

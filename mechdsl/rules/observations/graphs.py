@@ -43,17 +43,25 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
 
     takes: ClassVar = ("arguments",)
     of_bases = True
+    has_graph = True
     unplaced = "last token"
     controls: ClassVar[tuple[str, ...]] = ("completeness",)
 
-    def __init__(self, members: Mapping[int, BasisMember] | None = None, layers: int = 0) -> None:
+    def __init__(
+        self, members: Mapping[int, BasisMember] | None = None, *, draws: bool = False
+    ) -> None:
         """Create the observation.
 
         Args:
             members: The transcoders, by layer; None only in the registered instance.
-            layers: Number of layers of the model.
+            draws: Whether the graph of the first row is drawn.
         """
-        self.members, self.layers = members or {}, layers
+        self.members, self.draws = members or {}, draws
+
+    @property
+    def keeps_cells(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether scores may be stored: not if a graph is drawn, which only a run has."""
+        return not self.draws
 
     @property
     def dependencies(self) -> object:
@@ -84,11 +92,12 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             report_bad_observation(rule, work, reason, hint)
             return None
         bases, members = found
+        draws = any(report.kind == "graph" for report in work.experiment.reports)
         layers = work.sites.shape.n_layers
         points = (SitePoint("resid_pre", 0, None), *_mlp_points(layers))
         return ResolvedRule(
             spec=rule,
-            does=AttributionGraphs(members, layers),
+            does=AttributionGraphs(members, draws=draws),
             run=work.experiment.base,
             sites=SiteTargets((), {(): points}, {(): "logits"}),
             positions=positions,

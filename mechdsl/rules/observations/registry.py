@@ -28,6 +28,7 @@ from mechdsl.rules.kinds import resolve_targets, rule_kind
 from mechdsl.syntax.words import (
     BASIS_OBSERVATIONS,
     COORDINATE_OBSERVATIONS,
+    GRAPH_OBSERVATIONS,
     LENSES,
     OBSERVATION_AXES,
     OBSERVATION_CONTROLS,
@@ -98,6 +99,8 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
             WEIGHT_OBSERVATIONS.add(word)
         if entry.of_bases:
             BASIS_OBSERVATIONS.add(word)
+        if entry.has_graph:
+            GRAPH_OBSERVATIONS.add(word)
         if entry.of_probes:
             PROBE_OBSERVATIONS.add(word)
         if entry.of_coordinates:

@@ -17,10 +17,12 @@ from typing import Literal, TypeAlias
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from mechdsl.results.experiment_result import ResultCircuit
+from mechdsl.results.experiment_result import ResultCircuit, ResultGraph
 from mechdsl.show.graph import reorder_layers
 
-ComponentKind = Literal["embed", "key-value", "head", "mlp", "logits"]
+ComponentKind = Literal[
+    "embed", "key-value", "head", "mlp", "logits", "token", "feature", "error", "logit"
+]
 
 _LABEL = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|\.mlp)")
 
@@ -30,6 +32,10 @@ NODE_HEIGHT: Mapping[ComponentKind, float] = {
     "head": 36,
     "mlp": 24,
     "logits": 24,
+    "token": 24,
+    "feature": 24,
+    "error": 24,
+    "logit": 24,
 }
 
 NODE_GAP, BEND_WIDTH, ROW_GAP, MAX_ROW_GAP = 16, 5, 40, 110
@@ -54,10 +60,12 @@ class Component:
     level: tuple[int, int]
     """Its layer, and its row in the layer."""
     unit: int = 0
+    said: str = ""
+    """The text of the box; empty: made from the label."""
 
     @property
     def title(self) -> str:
-        return self.label.replace(".mlp", " MLP")
+        return self.said or self.label.replace(".mlp", " MLP")
 
     @property
     def width(self) -> float:
@@ -136,6 +144,8 @@ def _component(
     label: str, circuit: ResultCircuit
 ) -> tuple[Component, Literal["q", "k", "v"] | None]:
     """Return the box of one end of an edge, and the input of a head."""
+    if circuit.graph is not None:
+        return _graph_component(label, circuit.graph, circuit.layers), None
     if label == "embed":
         return Component(label, "embed", (-1, 0)), None
     match = _LABEL.fullmatch(label)
@@ -151,6 +161,20 @@ def _component(
     if reads is not None:
         of = "q" if reads == "q" else "k" if reads == "k" else "v"
     return Component(f"L{layer}H{unit}", "head", (layer, 1), unit), of
+
+
+def _graph_component(label: str, graph: ResultGraph, layers: int) -> Component:
+    """Return the box of a node of an attribution graph."""
+    node = next(each for each in graph.nodes if each.label == label)
+    level = {"token": (-1, 0), "logit": (layers, 0)}.get(node.kind, (node.layer, 0))
+    text = node.text.strip() or repr(node.text)
+    said = {
+        "token": f"{text} ({node.token})",
+        "logit": f"{text} {node.amount:.0%}",
+        "feature": f"f{node.number} at {text} ({node.token})",
+        "error": f"error at {text} ({node.token})",
+    }[node.kind]
+    return Component(label, node.kind, level, node.token, said)
 
 
 def lay_out(circuit: ResultCircuit, edges: Sequence[DrawnEdge]) -> CircuitLayout:

@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from mechdsl.base.text import count_noun, dump_json, escape_xml
 from mechdsl.program import spec
-from mechdsl.results.experiment_result import ExperimentResult, ResultCircuit
+from mechdsl.results.experiment_result import (
+    ExperimentResult,
+    ResultCircuit,
+    ResultGraph,
+    ResultNode,
+)
 from mechdsl.show.graph import route_path
 from mechdsl.show.reports.canvas import FONT, INK, QUIET_INK, Canvas, text_width
 from mechdsl.show.reports.circuit_layout import (
@@ -43,7 +49,19 @@ FILLS: dict[ComponentKind, str] = {
     "head": "#fde9d0",
     "mlp": "#e3f3e6",
     "logits": "#eeeeee",
+    "token": "#eeeeee",
+    "feature": "#fde9d0",
+    "error": "#ffffff",
+    "logit": "#eeeeee",
 }
+
+TRACER_KINDS = {
+    "token": "embedding",
+    "feature": "cross layer transcoder",
+    "error": "mlp reconstruction error",
+    "logit": "logit",
+}
+"""Names of nodes in circuit-tracer, which has one for features of all transcoders."""
 
 LINE, UNSCORED = "#8c8c8c", "#707070"
 
@@ -80,11 +98,14 @@ class CircuitPicture:
         """What the picture shows, and which edges are missing."""
         circuit = self.circuit
         shown, every = len(self.edges), len(circuit.edges)
-        said = [f"{every:,} of {count_noun(circuit.total, 'edge')} of the model"]
+        of = "the model" if circuit.graph is None else f"the graph of row {circuit.graph.row}"
+        said = [f"{every:,} of {count_noun(circuit.total, 'edge')} of {of}"]
         if circuit.circuits > 1:
             said.append(f"those of {circuit.circuits:,} circuits of a sweep together")
         if shown < every:
             said.append(f"{shown:,} shown, those with the largest absolute scores")
+        if circuit.graph is not None:
+            said.append("without nodes and edges of little influence")
         if not circuit.scores:
             said.append("its edges have no scores")
         if any(edge.receiver.kind == "key-value" for edge in self.edges):
@@ -109,9 +130,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     if found is None:
         console.print(Text(f"{result.name}: no circuit", style="bold"), highlight=False)
         return
-    title = Text(f"{result.name}: ", style="bold")
-    title.append(f"circuit {found.circuit.name}")
-    console.print(title, highlight=False)
+    console.print(Text(_title(result, found), style="bold"), highlight=False)
     write = map_format([found.limit])
     width = max(len(edge.text) for edge in found.edges)
     for edge in found.edges:
@@ -147,14 +166,20 @@ def _heading(result: ExperimentResult, found: CircuitPicture | None) -> list[str
     if found is None:
         return [f"{result.name}: no circuit"]
     facts = [f"{result.model} · {'; '.join(found.notes)}"]
-    return [f"{result.name}: circuit {found.circuit.name}", *facts]
+    return [_title(result, found), *facts]
+
+
+def _title(result: ExperimentResult, found: CircuitPicture) -> str:
+    kind = "circuit" if found.circuit.graph is None else "attribution graph"
+    return f"{result.name}: {kind} {found.circuit.name}"
 
 
 # --- JSON -----------------------------------------------------------------------------------------
 
 
 def _json_text(result: ExperimentResult, top: int | None) -> str:
-    """Return the circuit as a graph of EAP-IG, which `saved("c.json")` reads too.
+    """Return an attribution graph in the form of circuit-tracer, and a circuit as a graph of
+    EAP-IG, which `saved("c.json")` reads too.
 
     Query heads that share a key or a value have an edge each, with an equal share of the score. An
     edge without a score has the score 0.
@@ -162,6 +187,9 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
     circuit = result.circuit
     if circuit is None:
         return "{}\n"
+    if circuit.graph is not None:
+        content = _tracer_content(result.model, circuit, circuit.graph, list_edges(circuit, top))
+        return dump_json(content, indent=1) + "\n"
     edges: dict[str, dict[str, float | bool]] = {}
     inside = {"logits"}
     for edge in list_edges(circuit, top):
@@ -187,6 +215,69 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
         "edges": edges,
     }
     return dump_json(content, indent=1) + "\n"
+
+
+def _tracer_content(
+    model: str, circuit: ResultCircuit, graph: ResultGraph, edges: Sequence[DrawnEdge]
+) -> dict[str, Any]:
+    """Return an attribution graph in the form that circuit-tracer and Neuronpedia show."""
+    names = {node.label: _tracer_name(node, circuit.layers) for node in graph.nodes}
+    likeliest = max((n.amount for n in graph.nodes if n.kind == "logit"), default=0.0)
+    nodes = [
+        {
+            "node_id": names[node.label],
+            "feature": _tracer_feature(node),
+            "layer": names[node.label].split("_")[0],
+            "ctx_idx": node.token,
+            "feature_type": TRACER_KINDS[node.kind],
+            "token_prob": node.amount if node.kind == "logit" else 0.0,
+            "is_target_logit": node.kind == "logit" and node.amount == likeliest,
+            "run_idx": 0,
+            "reverse_ctx_idx": 0,
+            "jsNodeId": names[node.label],
+            "clerp": f"Output {node.text!r} (p={node.amount:.3f})" if node.kind == "logit" else "",
+            "influence": node.influence,
+            "activation": node.amount if node.kind == "feature" else None,
+        }
+        for node in graph.nodes
+    ]
+    return {
+        "metadata": {
+            "slug": circuit.name,
+            "scan": model,
+            "transcoder_list": [],
+            "prompt_tokens": list(graph.tokens),
+            "prompt": "".join(graph.tokens),
+            "node_threshold": None,
+            "schema_version": 1,
+        },
+        "qParams": {
+            "pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""
+        },
+        "nodes": nodes,
+        "links": [
+            {
+                "source": names[edge.sender.label],
+                "target": names[edge.receiver.label],
+                "weight": edge.score,
+            }
+            for edge in edges
+        ],
+    }  # fmt: skip
+
+
+def _tracer_name(node: ResultNode, layers: int) -> str:
+    """Return the name of a node in circuit-tracer: layer, number and token."""
+    layer = {"token": "E", "logit": str(layers + 1)}.get(node.kind, str(node.layer))
+    return f"{layer}_{-1 if node.kind == 'error' else node.number}_{node.token}"
+
+
+def _tracer_feature(node: ResultNode) -> int:
+    """Return the number that circuit-tracer gives a node: of features, of layer and feature."""
+    if node.kind == "feature":
+        both = node.layer + node.number
+        return both * (both + 1) // 2 + node.number
+    return {"token": node.token, "error": -1}.get(node.kind, node.number)
 
 
 def _graph_name(label: str) -> str:
@@ -310,7 +401,13 @@ def _legend(found: CircuitPicture, write: Callable[[float], str]) -> tuple[str, 
     kinds = {edge.receiver.kind for edge in found.edges} | {
         edge.sender.kind for edge in found.edges
     }
-    names: dict[ComponentKind, str] = {"head": "head", "mlp": "MLP", "key-value": "key or value"}
+    names: dict[ComponentKind, str] = {
+        "head": "head",
+        "mlp": "MLP",
+        "key-value": "key or value",
+        "feature": "feature",
+        "error": "error",
+    }
     for kind, name in names.items():
         if kind not in kinds:
             continue
