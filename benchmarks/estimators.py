@@ -4,7 +4,7 @@
 
 Every estimator of effects estimates the cells of each type of site in the base run `clean`, and the
 cells are run too. Correlations are over the cells that have an effect, of effects averaged over
-prompts.
+prompts; `atp_star`, which has no sign, is compared with their absolute values.
 """
 
 from __future__ import annotations
@@ -23,11 +23,22 @@ from mechdsl.base.arrays import Floats
 
 PAGE = Path(__file__).parents[1] / "docs" / "estimators.md"
 BEGIN, END = "<!-- estimators: begin -->", "<!-- estimators: end -->"
-ESTIMATORS = ("gradient_input", "integrated_gradients(steps: 16)", "relp", "gim")
+ESTIMATORS = (
+    "gradient_input",
+    "integrated_gradients(steps: 16)",
+    "relp",
+    "gim",
+    "atp_qk",
+    "atp_star",
+)
+UNSIGNED = ("atp_star",)
+"""Estimators without a sign, which are compared with absolute effects."""
 SITES = {
     "residual": "resid_pre layer *",
     "attention": "attn_out layer *",
     "heads": "z layer * head *",
+    "queries": "q layer * head *",
+    "keys": "k layer * head *",
     "MLP": "mlp_out layer *",
 }
 
@@ -102,7 +113,7 @@ def compare(model: str, rows: int = 100) -> list[Agreement]:
                 f"  from {corrupted} into clean",
                 f"  patch {site} at {task.positions}",
                 f"  using {using}" if using else "",
-                f"  measure {task.metric} as delta",
+                f"  measure {task.metric} as {'raw' if using in UNSIGNED else 'delta'}",
                 "}",
             ]
     with warnings.catch_warnings():
@@ -119,12 +130,13 @@ def compare(model: str, rows: int = 100) -> list[Agreement]:
 def _effects(result: mechdsl.ExperimentResult) -> Floats:
     """Return [cell, row]."""
     data = result.measures[0]
-    return data.patched - data.base
+    return data.patched if data.effect == "raw" else data.patched - data.base
 
 
 def _agreement(model: str, site: str, using: str, estimate: Floats, run: Floats) -> Agreement:
     some = np.abs(run).max(axis=1) > 0  # others write the vectors that are there
     own, wanted = estimate[some].mean(axis=1), run[some].mean(axis=1)
+    wanted = np.abs(wanted) if using in UNSIGNED else wanted
     pearson, spearman = (float(f(own, wanted).statistic) for f in (pearsonr, spearmanr))
     return Agreement(model, site, len(own), using, pearson, spearman)
 

@@ -28,10 +28,10 @@ A `.mech` file defines models, prompts and experiments. Write one, then use thes
     mechdsl validate FILE --format json  # exit status 2: errors with line, message and fix
     mechdsl plan FILE  # cost, without a run
     mechdsl run FILE --format json  # results; --limit 8: quick try, --set name=VALUE
-    mechdsl explain FILE  # tokens of each prompt, with positions
+    mechdsl explain FILE  # tokens of prompts
     mechdsl explain WORD  # constructs with a word, or a code: E0301
     mechdsl sites counting  # layers, heads, sites
-    mechdsl new FILE --task counting  # a file that runs
+    mechdsl new FILE --task counting
 
 Rules of the notation:
 

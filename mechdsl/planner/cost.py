@@ -396,7 +396,17 @@ def gradient_work(
             found += _pass(lengths, joined, whole, forwards=0 if plain else 1, backwards=kinds)
             plain = True
     if said.steps is None:
-        return found
+        rounds = experiment.model.shape.n_layers if said.kind.drops_layers else 1
+        sites = {
+            (point.site, point.layer)
+            for rule in experiment.rules
+            if said.kind.fixes_attention and rule.sites is not None
+            for points in rule.sites.points.values()
+            for point in points
+            if point.site in ("q", "k")
+        }
+        scores = _pass(lengths, joined, whole, forwards=2 * len(sites), backwards=0)
+        return sum((found for _ in range(rounds)), scores)
     times = said.steps * len(set(cell_sites(plan).tolist()))
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
     return sum((found for _ in range(times)), first)

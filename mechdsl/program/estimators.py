@@ -40,6 +40,13 @@ class BackwardRules:
     """Factors of gradients that enter queries, keys and values."""
     constant_patterns: bool = False
     """The weights of attention are constants."""
+    dropped_layer: int | None = None
+    """Layer whose outputs of attention and MLP are constants."""
+
+    @property
+    def of_functions(self) -> bool:
+        """Whether functions of the model have other derivatives."""
+        return self != BackwardRules(dropped_layer=self.dropped_layer)
 
     @property
     def in_attention(self) -> bool:
@@ -79,6 +86,12 @@ class GradientEstimator:
     """Whether the value has the metric's unit."""
     backward: ClassVar[BackwardRules | None] = None
     """Changes of the derivatives that gradients are computed with."""
+    fixes_attention: ClassVar[bool] = False
+    """Whether queries and keys are replaced by the attention weights that they determine: `values`
+    is then given the weights of one query, [query, key], instead of the vectors of `q` and `k`."""
+    drops_layers: ClassVar[bool] = False
+    """Whether the value is the mean of absolute values, each with the gradient of one layer left
+    out, over the layers that don't contain the site."""
     over_vectors: ClassVar[Literal["sum", "mean"]] = "sum"
     """How the values of a cell's vectors in one layer are combined."""
 
@@ -360,3 +373,68 @@ class GradientInteractionModifications(_GradientTimesChange):
         softmax_temperature=2.0,
         attention_factors=(0.25, 0.25, 0.5),
     )
+
+
+class _FixedAttention(_GradientTimesChange):
+    """First-order estimates, for queries and keys by the attention weights that they determine."""
+
+    fixes_attention = True
+
+
+@estimator("atp_qk")
+class AttributionPatchingOfPatterns(_FixedAttention):
+    """Attribution patching with the query and key fix of AtP*.
+
+    The value of a query or key is Σ (A' − A) · ∂m/∂A, over the weights A of attention that it
+    determines: A' are the exact weights with the written query or key (Kramár et al. 2024,
+    section 3.1.1). At other sites, it is that of `gradient_input`.
+    """
+
+    example = "using atp_qk"
+    documentation = (
+        "Estimates the effect like `gradient_input`, with the query and key fix of AtP*. At `q` "
+        "and `k`, the attention weights that the written queries or keys give are computed "
+        "exactly. The estimate is their change times the gradient of the metric by the weights, so "
+        "saturated attention doesn't hide an effect. At other sites, values are those of "
+        "`gradient_input`. Each site and layer of queries or keys needs two further forward "
+        "passes. There, models whose attention can't be computed separately are rejected (E0608), "
+        "and answers of several tokens at `k`."
+    )
+    source = "Kramár et al. 2024, arXiv 2403.00745, section 3.1.1"
+    convention = (
+        "estimates, no cell was run: to first order, what is written less what is there, times "
+        "the gradient of the metric; of queries and keys, the exact change of the attention "
+        "weights times the gradient by the weights (Kramár et al. 2024, arXiv 2403.00745, the "
+        "query and key fix of AtP*)"
+    )
+
+
+@estimator("atp_star")
+class AttributionPatchingStar(_FixedAttention):
+    """AtP*: the query and key fix and GradDrop.
+
+    The value of a cell is the mean over layers ℓ of |Σ (written − base) · ∇ℓ m|, where the
+    gradient ∇ℓ m doesn't pass the outputs of attention and MLP of layer ℓ (Kramár et al. 2024,
+    section 3.1.2). The layer of the site itself is left out: its gradient would be 0.
+    """
+
+    example = "using atp_star"
+    documentation = (
+        "Computes, without running the cells, the mean of the absolute values of `atp_qk` over "
+        "layers, each with the gradient through the outputs of attention and MLP of one layer left "
+        "out (GradDrop). Direct and indirect effects that cancel in a gradient remain visible. The "
+        "value has no sign, so it isn't an effect: it needs `as raw` and has no p. The layer that "
+        "contains the site is left out of the mean. One forward pass, and one backward pass per "
+        "measure, for each layer serve all cells. Models with one layer are rejected (E0608)."
+    )
+    source = "Kramár et al. 2024, arXiv 2403.00745"
+    convention = (
+        "no effect, and no sign: the mean over layers of the absolute estimates with the gradient "
+        "through this layer's attention and MLP left out, except the layer of the site (GradDrop); "
+        "of queries and keys, the exact change of the attention weights times the gradient by the "
+        "weights (Kramár et al. 2024, arXiv 2403.00745, AtP*)"
+    )
+    value_name = "AtP*"
+    value_said = "a mean of absolute estimates"
+    formula = "the mean over layers ℓ of |Σ (written − base) · ∂m/∂site without layer ℓ|"
+    drops_layers = True

@@ -3,7 +3,7 @@ rules on weights with other rules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
 from mechdsl.base.source import Span
@@ -162,10 +162,27 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
     elif rules is not None and rules.in_attention and not _computes_attention(shape):
         what, reason = f"`{experiment.model.name}`", "its attention can't be computed separately"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
+    if said.kind.drops_layers and (reason := _no_dropped_layers(shape)):
+        what = f"`{experiment.model.name}`"
+        yield _no_estimate(said, said.span, what, reason, "write `using atp_qk`")
     if experiment.derived:
         what = f"an experiment with the run `{next(iter(experiment.derived))}`"
         span = own.derived[0].span
         yield _no_estimate(said, span, what, "the run has rules", NO_ESTIMATE_HINT)
+
+
+def _no_dropped_layers(shape: ModelShape) -> str:
+    """Return why gradients of a model's layers can't be left out one by one, or an empty text."""
+    if shape.n_layers < 2:
+        return "it has one layer, and no other gradient is left without it"
+    lacking = (
+        layer
+        for layer in range(shape.n_layers)
+        if not (shape.has("attn_out", layer) or shape.has("mixer_out", layer))
+        or not shape.has("mlp_out", layer)
+    )
+    layer = next(lacking, None)
+    return "" if layer is None else f"layer {layer} has no `attn_out` or no `mlp_out`"
 
 
 def _computes_attention(shape: ModelShape) -> bool:
@@ -227,7 +244,34 @@ def _of_rule(
         yield _no_estimate(said, site.span, what, reason, hint)
     if said.steps is not None:
         yield from _check_joint_moves(rule, said)
+    inside = {p.site: site.span for here in points for p in here if p.site in ("q", "k")}
+    if said.kind.fixes_attention and inside:
+        yield from _of_changed_attention(rule, inside, experiment, said)
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
+
+
+def _of_changed_attention(
+    rule: ResolvedRule,
+    sites: Mapping[str, Span],
+    experiment: ResolvedExperiment,
+    said: spec.Estimator,
+) -> Iterator[Diagnostic]:
+    """Yield the conflict of queries or keys whose attention weights are computed exactly."""
+    span, hint = (
+        next(iter(sites.values())),
+        f"{OTHER_ESTIMATOR_HINT}, without the query and key fix",
+    )
+    if not _computes_attention(experiment.model.shape):
+        reason = "its attention can't be computed separately"
+        yield _no_estimate(said, span, f"`{experiment.model.name}`", reason, hint)
+    elif rule.basis is not None:
+        reason = "attention is computed with whole queries or keys"
+        yield _no_estimate(said, span, "a basis", reason, hint)
+    elif "k" in sites:
+        for measure, own in zip(experiment.measures, experiment.spec.measures, strict=True):
+            if any(any(atom.behind) for atom in measure.atoms):
+                reason = "tokens of a text after the prompt attend to the keys, too"
+                yield _no_estimate(said, own.metric.span, f"`{measure.label}`", reason, hint)
 
 
 def _of_basis(basis: BasisTargets, span: Span, said: spec.Estimator) -> Iterator[Diagnostic]:

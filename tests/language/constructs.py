@@ -2391,6 +2391,8 @@ _experiment(
 
 
 def _estimator_test(kind: GradientEstimator) -> str:
+    if kind.fixes_attention:
+        return "tests/rules/test_atp_star.py"
     if kind.backward is not None:
         return "tests/rules/test_ruled_estimates.py"
     own = kind.place == "attention"

@@ -90,5 +90,7 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **given: Any)
         scores = torch.tanh(scores / cap) * cap
     length = q.shape[2]
     seen = torch.ones(length, length, dtype=torch.bool).tril()
+    if (window := given.get("sliding_window")) is not None:
+        seen = seen.triu(1 - window)
     weights = _Flat.apply(scores.masked_fill(~seen, float("-inf")))
     return (weights @ v).transpose(1, 2).contiguous(), None

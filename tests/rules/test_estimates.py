@@ -473,14 +473,8 @@ def test_what_is_said(tmp_path: Path) -> None:
     assert ig.measures[0].rounding is None
 
 
-def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(tmp_path)
-    measures = [measured(text, "delta") for text in (ONE, 'logprob("w3 w9")', "loss")]
-    rule = "patch z layer * head * at last token"
-    lines = ("prompts p", "from other into clean", rule, "using integrated_gradients(steps: 4)")
-    checked = check_file(experiment("e", *lines, *measures), tmp_path, shared(bare("gpt2")))
-    plan = make_plan(checked.experiments)
-    assert "Estimate · integrated_gradients(steps: 4)" in to_text(plan.graph)
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many passes forward (`there`) and backward (`back`) estimators run."""
     calls = {"there": 0, "back": 0}
     run, back = estimates.run_full, torch.autograd.grad
 
@@ -495,6 +489,18 @@ def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for module in (estimates, differentiated_run):
         monkeypatch.setattr(module, "run_full", counted_run)
     monkeypatch.setattr(estimates.torch.autograd, "grad", counted_back)
+    return calls
+
+
+def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path)
+    measures = [measured(text, "delta") for text in (ONE, 'logprob("w3 w9")', "loss")]
+    rule = "patch z layer * head * at last token"
+    lines = ("prompts p", "from other into clean", rule, "using integrated_gradients(steps: 4)")
+    checked = check_file(experiment("e", *lines, *measures), tmp_path, shared(bare("gpt2")))
+    plan = make_plan(checked.experiments)
+    assert "Estimate · integrated_gradients(steps: 4)" in to_text(plan.graph)
+    calls = count_passes(monkeypatch)
     execute_file(checked, shared(bare("gpt2")))
     (own,) = (each for panel in plan.panels for each in panel.experiments)
     work = gradient_work(own, np.arange(len(ROWS)), lambda lengths: lengths, 10_000)

@@ -23,7 +23,7 @@ from mechdsl.program.estimators import ESTIMATORS
 
 from ..execute.support import MODES, ROWS, experiment, prompt, run_file, shared, try_file
 from ..execute.test_stored_values import check_case
-from ..quick import in_turn, some
+from ..quick import in_turn
 from ..reference.ruled import ruled
 from .models import bare, double
 from .test_estimates import (
@@ -77,10 +77,13 @@ def test_sites_and_positions(family: str, kind: str, mode: str, tmp_path: Path) 
     compare(family, kind, mode, tmp_path, CASES)
 
 
-@pytest.mark.parametrize("family", ["qwen3", *some(("gemma2", "mistral"), ())])
-def test_norms_of_queries_and_gates_of_other_families(family: str, tmp_path: Path) -> None:
-    """Qwen 3 has norms of queries and keys; Gemma 2 has norms after its sublayers, and caps."""
-    compare(family, "relp", "planned", tmp_path, ("heads", "streams"))
+@pytest.mark.parametrize(
+    ("family", "kind"), in_turn(("qwen3", "gemma2", "mistral"), KINDS, ("qwen3", "gemma2"))
+)
+def test_norms_caps_and_windows_of_other_families(family: str, kind: str, tmp_path: Path) -> None:
+    """Qwen 3 has norms of queries and keys; Gemma 2 has norms after its sublayers, windows, and
+    caps on scores; Mistral has windows."""
+    compare(family, kind, "planned", tmp_path, ("heads", "streams"))
 
 
 @pytest.mark.parametrize(("site", "kind"), in_turn(("k", "v"), KINDS, ("k", "v")))

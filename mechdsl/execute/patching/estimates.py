@@ -29,15 +29,21 @@ from mechdsl.forward.hooks.batch import (
     apply_write,
     array_to_device,
     gather_vectors,
+    indices_to_device,
     to_device,
 )
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import compute_gradients
+from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable
+from mechdsl.program.estimators import BackwardRules, GradientEstimator
 from mechdsl.resolve.types import ItemNumber
+
+_STREAMS = ("embed", "resid_pre", "resid_mid", "resid_post", "final_norm")
+"""Sites that are not inside a sublayer of one layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +99,7 @@ class _WrittenVectors:
         return self.unit.shape[1] * vector_width(shape, self.where.site, self.where.layer)
 
     @property
-    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
         """Lane, position and unit of each vector of all spots."""
         count = self.unit.shape[1]
         lane, position = (each.repeat_interleave(count) for each in (self.lane, self.position))
@@ -103,13 +109,13 @@ class _WrittenVectors:
         """Add [spot, width] to the current values."""
         where = self.where
         values = values.reshape(self.unit.numel(), -1)
-        given = (where.site, where.layer, *self._places, values)
+        given = (where.site, where.layer, *self.places, values)
         return SiteWrite(*given, mode="add", stack=where.stack)
 
     def base(self, read: Tensor, batch: Batch) -> Tensor:
         """Return [spot, width]: the values in the base run."""
         own = batch.of_site(self.where.site, self.where.stack)
-        return gather_vectors(read.detach(), own, *self._places).reshape(len(self.lane), -1)
+        return gather_vectors(read.detach(), own, *self.places).reshape(len(self.lane), -1)
 
     def written(self, base: Tensor) -> Tensor:
         """Return [K, width] in 64 bits: what each row writes over [K, width] of the base run."""
@@ -118,6 +124,148 @@ class _WrittenVectors:
             return values
         which = None if self.which is None else to_device(self.which, base.device)
         return apply_write(self.mode, base.double(), values, which)
+
+
+_MAX_NUMBERS = 1 << 22
+"""Maximum number of attention weights that are recomputed together."""
+
+
+@dataclass(frozen=True, eq=False)
+class _ChangedPatterns:
+    """Attention weights of one layer that rows change by writing its queries or keys.
+
+    A change is one query that a row writes, or the keys of one head that it writes. It changes the
+    weights of this query, or of all queries of the heads that share the keys.
+    """
+
+    layer: int
+    scores: Sequence[Tensor]
+    """[lane, column, head, key] each: of the base run, and with written vectors."""
+    pattern: Tensor
+    """[lane, column, head, key]: weights of the base run."""
+    spots: tuple[Tensor, Tensor, Tensor]
+    """Lane, position and head of the weights of all tokens."""
+    columns: Tensor
+    """[spot] column of the position."""
+    row: Ints
+    """[change]"""
+    places: tuple[Tensor, Tensor, Tensor]
+    """Lane [change, 1, 1], column [change, query, 1] and head [change, 1, head]."""
+    of_vector: Ints
+    """[K] the change that each vector belongs to, …"""
+    number: Ints
+    """… the index of its scores, …"""
+    keys: Tensor | None
+    """… and the position of a key; None for queries."""
+
+    @staticmethod
+    def of(
+        vectors: _WrittenVectors, batch: Batch, model: LoadedModel, noise: Sequence[SiteWrite]
+    ) -> _ChangedPatterns:
+        """Run the layer with the written vectors: several times if a vector has several values."""
+        where = vectors.where
+        assert where.layer is not None
+        reads = [SiteRead(site, where.layer) for site in ("scores", "pattern")]
+        stop = where.layer + 1
+        read = run_full(model, batch, stop=stop, writes=noise, reads=reads).reads
+        scores, pattern = (read[each] for each in reads)
+        heads, tokens = pattern.shape[2], pattern.shape[1]
+        lane, position, unit = (each[vectors.spot] for each in vectors.places)
+        number = 1 + _count_earlier(vectors.spot.numpy())
+        found = [scores]
+        for which in range(1, int(number.max(initial=0)) + 1):
+            own = torch.from_numpy(np.flatnonzero(number == which))
+            values = vectors.values[to_device(own, vectors.values.device)]
+            write = SiteWrite(where.site, where.layer, lane[own], position[own], unit[own], values)
+            given = run_full(model, batch, stop=stop, writes=[*noise, write], reads=reads[:1])
+            found.append(given.reads[reads[0]])
+        if where.site == "q":
+            change = np.arange(len(vectors.row))
+            place = (lane, batch.columns(lane, position)[:, None], unit[:, None])
+            row, keys = vectors.row, None
+        else:
+            shared = heads // unit_count(model.shape, "k", where.layer)
+            together = np.stack([vectors.row, lane.numpy(), unit.numpy()])
+            every, change = np.unique(together, axis=1, return_inverse=True)
+            row, lane, unit = every[0], *map(torch.from_numpy, every[1:])
+            queries = torch.arange(tokens).expand(len(row), -1)
+            place = (lane, queries, unit[:, None] * shared + torch.arange(shared))
+            keys = position
+        token_lane, token = (each.repeat_interleave(heads) for each in batch.tokens())
+        spots = (token_lane, token, torch.arange(heads).repeat(len(token) // heads))
+        places = (place[0][:, None, None], place[1][:, :, None], place[2][:, None, :])
+        columns = batch.columns(*spots[:2])
+        of_vector = change.reshape(-1)
+        return _ChangedPatterns(
+            where.layer, found, pattern, spots, columns, row, places, of_vector, number, keys
+        )
+
+    def added(self, leaf: Tensor) -> SiteWrite:
+        """Add [spot, key] to the weights."""
+        return SiteWrite("pattern", self.layer, *self.spots, leaf, mode="add")
+
+    def sums(self, kind: GradientEstimator, gradient: Tensor, rows: int) -> Floats:
+        """Return [row]: the estimator's numbers of the changed weights; gradient: [spot, key]."""
+        lane, _, head = self.spots
+        device = gradient.device
+        slopes = torch.zeros_like(self.pattern, dtype=torch.float64)
+        slopes[indices_to_device((lane, self.columns, head), device)] = gradient.double()
+        found = np.zeros(rows)
+        each = self.places[1].shape[1] * self.places[2].shape[2] * self.pattern.shape[-1]
+        count = max(1, _MAX_NUMBERS // each)
+        for first in range(0, len(self.row), count):
+            own = slice(first, first + count)
+            place = tuple(to_device(index[own], device) for index in self.places)
+            base, weights, slope = (
+                value[place].double() for value in (self.scores[0], self.pattern, slopes)
+            )
+            written = _renormalize(self._written(base, place, first), base, weights)
+            flat = [value.flatten(0, -2) for value in (written, weights, slope)]
+            parts = kind.values(flat[0], flat[1], flat[2], {}).reshape(len(base), -1).sum(1)
+            np.add.at(found, self.row[own], parts.cpu().numpy())
+        return found
+
+    def _written(self, base: Tensor, place: tuple[Tensor, ...], first: int) -> Tensor:
+        """Return scores [change, query, head, key] with the vectors of changes from `first` on."""
+        change = self.of_vector - first
+        scores = base
+        for which, changed in enumerate(self.scores[1:], 1):
+            some = (change >= 0) & (change < len(base)) & (self.number == which)
+            own = torch.from_numpy(np.flatnonzero(some))
+            at = torch.from_numpy(change)[own]
+            there = torch.zeros(len(base), base.shape[-1], dtype=torch.bool)
+            if self.keys is None:
+                there[at] = True
+            else:
+                there[at, self.keys[own]] = True
+            there = to_device(there, base.device)[:, None, None]
+            scores = torch.where(there, changed[place].double(), scores)
+        return scores
+
+
+def _count_earlier(values: Ints) -> Ints:
+    """Return [n]: how often each value occurs before."""
+    order = np.argsort(values, kind="stable")
+    firsts = np.searchsorted(values[order], values[order])
+    found = np.empty_like(order)
+    found[order] = np.arange(len(order)) - firsts
+    return found
+
+
+def _renormalize(scores: Tensor, base: Tensor, weights: Tensor) -> Tensor:
+    """Return weights of new scores, from scores and weights of the base run.
+
+    All have the shape [..., key]. A sink keeps its score: its weight is what the others lack.
+    Keys that a query doesn't see have a score and a weight of 0.
+    """
+    seen = (weights > 0) | (base != 0)
+    largest = weights.argmax(-1, keepdim=True)
+    size = base.gather(-1, largest) - weights.gather(-1, largest).log()
+    scores = (scores - size).masked_fill(~seen, float("-inf"))
+    top = scores.amax(-1, keepdim=True).clamp(min=0)
+    shares = (scores - top).exp()
+    sink = (1 - weights.sum(-1, keepdim=True)).clamp(min=0) * (-top).exp()
+    return shares / (shares.sum(-1, keepdim=True) + sink)
 
 
 class GradientEstimates:
@@ -220,23 +368,65 @@ class GradientEstimates:
         environments: Sequence[ItemNumber],
     ) -> Floats:
         """Return [measure, row]: estimates by the gradient at the base run."""
+        noise = self.differentiated.noise(lanes)
+        fixed = [
+            _ChangedPatterns.of(each, lanes.batch, self.model, noise)
+            for each in written
+            if self._is_fixed(each)
+        ]
+        plain = [each for each in written if not self._is_fixed(each)]
+        given = (plain, fixed, lanes, environments)
+        if not self.kind.drops_layers:
+            return self.kind.finish(self._to_first_order(self.differentiated, *given))
+        own_layer = np.full(len(environments), -1)
+        for each in written:
+            if each.where.site not in _STREAMS:
+                own_layer[each.row] = each.where.layer
+        rules = self.kind.backward or BackwardRules()
+        total = np.zeros((len(self.readout.measures), len(environments)))
+        counts = np.zeros(len(environments))
+        for layer in range(self.model.shape.n_layers):
+            run = replace(self.differentiated, backward=replace(rules, dropped_layer=layer))
+            counted = own_layer != layer
+            total += np.abs(self._to_first_order(run, *given)) * counted
+            counts += counted
+        return self.kind.finish(total / counts)
+
+    def _is_fixed(self, written: _WrittenVectors) -> bool:
+        return self.kind.fixes_attention and written.where.site in ("q", "k")
+
+    def _to_first_order(
+        self,
+        run: DifferentiatedRun,
+        written: Sequence[_WrittenVectors],
+        fixed: Sequence[_ChangedPatterns],
+        lanes: DrawLanes,
+        environments: Sequence[ItemNumber],
+    ) -> Floats:
+        """Return [measure, row]: the estimator's numbers by the gradient in a run."""
         if self.kind.place == "attention":
             widths = [each.values.shape[1] for each in written]
         else:
             widths = [each.width(self.model.shape) for each in written]
-        leaves = [
-            self.differentiated.zeros(len(each.lane), width)
-            for each, width in zip(written, widths, strict=True)
-        ]
-        adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
-        reading, read = self.differentiated.read(adds, lanes, [each.where for each in written])
+        sizes = [(len(each.lane), width) for each, width in zip(written, widths, strict=True)]
+        sizes += [(len(each.columns), each.pattern.shape[-1]) for each in fixed]
+        leaves = [run.zeros(*size) for size in sizes]
+        adds = [each.added(leaf) for each, leaf in zip([*written, *fixed], leaves, strict=True)]
+        reading, read = run.read(adds, lanes, [each.where for each in written])
         bases = [each.base(read[each.where], lanes.batch) for each in written]
         found = np.zeros((len(self.readout.measures), len(environments)))
         for number, own, gradients in self._gradients(reading, leaves, environments):
-            for each, base, gradient in zip(written, bases, gradients, strict=True):
-                sums = self._sums(each, base, gradient, len(environments))
-                found[number, own] += sums[own]
-        return self.kind.finish(found)
+            sums = [
+                self._sums(each, base, gradient, len(environments))
+                for each, base, gradient in zip(written, bases, gradients, strict=False)
+            ]
+            sums += [
+                each.sums(self.kind, gradient, len(environments))
+                for each, gradient in zip(fixed, gradients[len(written) :], strict=True)
+            ]
+            for each in sums:
+                found[number, own] += each[own]
+        return found
 
     def _along(
         self,

@@ -449,7 +449,8 @@ def _attend_queries(
         _add_distances(scores, kept.distances, queries, k, old_keys, group, at.device, mine)
     scores *= how.scale
     if how.cap is not None:
-        scores = scores.div_(how.cap).tanh_().mul_(how.cap)
+        scores = scores.div_(how.cap).tanh_()  # whose derivative needs this result
+        scores = scores.mul(how.cap) if scores.requires_grad else scores.mul_(how.cap)
     scores = apply_mask(scores, masks.of(group, kept.mask, count), how.shared)
     weights = _compute_weights(scores, group, how).to(v.dtype)
     found = _weigh_own_values(weights[..., mine], v)

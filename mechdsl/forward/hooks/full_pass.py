@@ -465,9 +465,10 @@ class SiteHooks:
         edges: Sequence[EdgeWrite] = (),
         circuits: Sequence[CircuitWrite | CircuitRead] = (),
         *,
-        every_attention: bool = False,
+        changes: BackwardRules | None = None,
     ) -> None:
-        """Prepare the hooks; every_attention: attention of all blocks is computed here."""
+        """Prepare the hooks; changes: of the derivatives that autograd computes."""
+        changes = changes or BackwardRules()
         n_layers = model.shape.n_layers
         if stop is not None and not 0 <= stop <= n_layers + 1:
             raise ValueError(f"stop {stop} is not in 0..{n_layers + 1}")
@@ -496,11 +497,13 @@ class SiteHooks:
         """Selects the requested positions from logits, if that can't happen before the
         unembedding."""
         self._edges = group_by_layer(edges)
-        every = range(n_layers if every_attention else 0)
+        every = range(n_layers if changes.in_attention else 0)
         self.within = self._within() | {("", layer) for layer in every}
         self._layers: dict[tuple[str, int], AttentionHooks] = {}
         self._circuits = [open_circuit(model, frame, circuit) for circuit in circuits]
         self._plan()
+        if changes.dropped_layer is not None:
+            self._drop_gradients(changes.dropped_layer)
 
     # --- planning -----------------------------------------------------------------------------
 
@@ -530,6 +533,14 @@ class SiteHooks:
                 if each.by_heads:
                     self._by_heads.add(each.spot)
                 self._on(each.spot, each.order, each.step)
+
+    def _drop_gradients(self, layer: int) -> None:
+        """Let no gradient pass the outputs of a block's sublayers."""
+        for site in ("attn_out", "mixer_out", "mlp_out"):
+            if self.model.shape.has(site, layer):
+                order, rank = write_order(site, layer)
+                spot = self._spot(self._tap(SiteRead(site, layer)))
+                self._on(spot, (order, rank - 1), lambda value, module, given: value.detach())
 
     def _require(self, where: SiteRead, problem: type[Exception]) -> None:
         """Check that the model has the site, and that the pass reaches it."""
@@ -975,10 +986,9 @@ def run_full(
         ReadMismatch: A read didn't happen.
         RuleNotApplied: A function of the model has no rule in `backward`.
     """
-    ruled = None if backward is None else RuledPass(model, backward)
-    inside = backward is not None and backward.in_attention
+    ruled = RuledPass(model, backward) if backward and backward.of_functions else None
     given = (model, batch, writes, reads, stop, edges, circuits)
-    work = SiteHooks(*given, every_attention=inside)
+    work = SiteHooks(*given, changes=backward)
     if logits_at is not None:
         work.keep_logits(logits_at)
     narrow = narrow_unembedding(model, tokens, ends=True)
@@ -990,9 +1000,9 @@ def run_full(
         except PassStopped:
             logits = None
     largest: Tensor | None = None
-    if ruled is not None and logits is not None:
-        ruled.check(logits)
     if logits is not None:
+        if ruled is not None:
+            ruled.check(logits)
         logits = select_token_logits(model, work.output(logits), tokens, ends=True)
         if tokens is not None:
             logits, ends = logits[..., :-2], logits[..., -2:]

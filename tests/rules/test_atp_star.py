@@ -1,0 +1,234 @@
+"""`using atp_qk` and `using atp_star`: attention weights of the bare model with one replaced query
+or key, and gradients without a layer, in 64 bits, one unpadded prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.planner.cost import gradient_work
+from mechdsl.planner.passes import make_plan
+
+from ..execute.support import (
+    MODES,
+    ROWS,
+    Prompt,
+    check_file,
+    execute_file,
+    experiment,
+    prompt,
+    run_file,
+    shared,
+    token,
+    try_file,
+    write_rows,
+)
+from ..execute.test_stored_values import check_case
+from ..quick import some
+from ..reference.gradients import Where
+from .models import bare, double
+from .test_estimates import (
+    LAYERS,
+    ONE,
+    Key,
+    agrees,
+    by_hand,
+    count_passes,
+    heads_at_last,
+    measured,
+    read,
+    whole_subject,
+)
+from .test_gradient_attention import attending
+
+FAMILIES = ("gpt2", "llama", "gpt_neox")
+LINES = ("prompts p", "from other into clean")
+RAW, DELTA = measured(ONE, "raw"), measured(ONE, "delta")
+_SUBLAYERS = {
+    "gpt2": ("transformer.h.{}.attn", "transformer.h.{}.mlp"),
+    "gpt_neox": ("gpt_neox.layers.{}.attention", "gpt_neox.layers.{}.mlp"),
+    "llama": ("model.layers.{}.self_attn", "model.layers.{}.mlp"),
+}
+
+
+def projection(family: str, site: str, layer: int) -> tuple[Where, Callable[[int], int]]:
+    """The module that makes queries or keys, and the unit of its output that a head's are."""
+    config = double(family).config
+    heads = config.num_attention_heads
+    if family == "gpt2":
+        first = 0 if site == "q" else heads
+        return Where(f"transformer.h.{layer}.attn.c_attn", "out", 3 * heads), lambda h: first + h
+    if family == "gpt_neox":
+        path = f"gpt_neox.layers.{layer}.attention.query_key_value"
+        return Where(path, "out", 3 * heads), lambda h: 3 * h + (site == "k")
+    heads = heads if site == "q" else config.num_key_value_heads
+    return Where(f"model.layers.{layer}.self_attn.{site}_proj", "out", heads), lambda h: h
+
+
+@cache
+def attention(family: str, row: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Of each layer, weights [head, query, key] and the gradient of the metric by them."""
+    own, record = prompt(ROWS[row]), ROWS[row]
+    seen = attending(family)(input_ids=torch.tensor([own.ids]), output_attentions=True)
+    logits = seen.logits[0, own.last]
+    number = logits[token(record["a"])] - logits[token(record["b"])]
+    gradients = torch.autograd.grad(number, seen.attentions)
+    return [each[0].detach() for each in seen.attentions], [each[0] for each in gradients]
+
+
+def changed_attention(
+    family: str, site: str, layer: int, head: int, row: int, positions: Sequence[int]
+) -> float:
+    """Run the bare model with queries or keys of the other prompt at these positions."""
+    own, source = prompt(ROWS[row]), prompt(ROWS[row], "other")
+    at, unit = projection(family, site, layer)
+    theirs = read(family, tuple(source.ids), at)
+
+    def swap(part: Any, args: Any, out: Tensor) -> Tensor:
+        new = out.clone().unflatten(-1, (at.units, -1))
+        for position in positions:
+            new[0, position, unit(head)] = theirs[position, unit(head)]
+        return new.flatten(-2)
+
+    module = attending(family)
+    handle = module.get_submodule(at.path).register_forward_hook(swap)
+    with torch.no_grad():
+        seen = module(input_ids=torch.tensor([own.ids]), output_attentions=True)
+    handle.remove()
+    weights, gradients = attention(family, row)
+    return float(((seen.attentions[layer][0] - weights[layer]) * gradients[layer]).sum())
+
+
+Places = Callable[[Prompt], Sequence[int]]
+PLACES: dict[str, Places] = {
+    "subject tokens": lambda own: own.subject,
+    "last token": lambda own: [own.last],
+    "tokens *": lambda own: range(own.last + 1),
+}
+
+
+@pytest.mark.parametrize("mode", ["planned", pytest.param("small passes", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("site", ["q", "k"])
+@pytest.mark.parametrize("family", [*FAMILIES, *some(("gemma2", "gpt_oss"), ("gpt_oss",))])
+def test_queries_and_keys_change_attention_exactly(
+    family: str, site: str, mode: str, tmp_path: Path
+) -> None:
+    """Also with heads that share keys, caps on scores, windows and sinks; cells share vectors."""
+    rule = f"patch {site} layer * head * at {', '.join(PLACES)}"
+    text = experiment("e", *LINES, rule, "using atp_qk", DELTA)
+    found = run_file(text, tmp_path, bare(family), MODES[mode])["e"]
+    data, largest = found.measures[0], 0.0
+    for cell, values in list(zip(found.cells, data.patched - data.base, strict=True))[::5]:
+        at = cell.coords
+        positions = PLACES[str(at["position"])]
+        given = (family, site, int(str(at["layer"])), int(str(at["head"])))
+        wanted = [changed_attention(*given, n, positions(prompt(r))) for n, r in enumerate(ROWS)]
+        np.testing.assert_allclose(values, wanted, rtol=1e-3, atol=1e-5)
+        largest = max(largest, float(np.abs(wanted).max()))
+    assert largest > 1e-2
+
+
+@cache
+def without_a_layer(family: str, layer: int) -> Any:
+    """A copy of the model whose sublayers of this layer have no gradient."""
+    module = attending.__wrapped__(family)
+
+    def dropped(part: Any, args: Any, out: Any) -> Any:
+        return (out[0].detach(), *out[1:]) if isinstance(out, tuple) else out.detach()
+
+    for path in _SUBLAYERS[family]:
+        module.get_submodule(path.format(layer)).register_forward_hook(dropped)
+    return module
+
+
+def dropped_estimates(family: str, site: str, layer: int | None, cells: Any) -> dict[Key, Any]:
+    """Mean over layers of absolute estimates; the layer of a head has no gradient without it."""
+    every: list[dict[Key, list[float]]] = []
+    for left_out in LAYERS:
+        if site == "z" and left_out == layer:
+            continue
+        given = (family, site, layer, cells, ONE, "gradient_input")
+        every.append(by_hand(*given, module=without_a_layer(family, left_out)))
+    return {key: np.mean([np.abs(own[key]) for own in every], axis=0) for key in every[0]}
+
+
+CASES: dict[str, tuple[str, str, Any, tuple[int | None, ...]]] = {
+    "heads": ("z", "patch layer * head * at last token", heads_at_last, LAYERS),
+    "streams": ("resid_pre", "patch resid_pre layer * at subject tokens", whole_subject, LAYERS),
+    "embedding": ("embed", "patch embed at subject tokens", whole_subject, (None,)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_left_out_one_by_one(family: str, tmp_path: Path) -> None:
+    text = "".join(
+        experiment(name, *LINES, rule, "using atp_star", RAW)
+        for name, (_, rule, _, _) in CASES.items()
+    )
+    found = run_file(text, tmp_path, bare(family))
+    for name, (site, _, cells, layers) in CASES.items():
+        for layer in layers:
+            expected = dropped_estimates(family, site, layer, cells)
+            assert agrees(found[name], 0, expected, layer) > 1e-3
+
+
+def test_plan_counts_the_passes_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path)
+    rule = "patch k layer 0..1 head * at subject tokens"
+    text = experiment("e", *LINES, rule, "using atp_star", RAW)
+    checked = check_file(text, tmp_path, shared(bare("gpt2")))
+    ((own,),) = (panel.experiments for panel in make_plan(checked.experiments).panels)
+    calls = count_passes(monkeypatch)
+    execute_file(checked, shared(bare("gpt2")))
+    work = gradient_work(own, np.arange(len(ROWS)), lambda lengths: lengths, 10_000)
+    # Two layers with the base run and the other keys; each of three layers is left out once.
+    assert (work.joined_forwards, work.joined_backwards) == (2 * 2 + 3, 3)
+    assert (calls["there"], calls["back"]) == (2 * 2 + 3, 3)
+
+
+def test_values_without_a_sign_are_no_effects(tmp_path: Path) -> None:
+    rule = "patch z layer * head * at last token"
+    found = run_file(experiment("e", *LINES, rule, "using atp_star", RAW), tmp_path, bare("gpt2"))
+    assert "AtP* of" in found["e"].to_text()
+    assert "no sign" in found["e"].conventions["estimates"]
+    assert (found["e"].measures[0].patched >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            ("patch z layer 0 head * at last token", "using atp_star", DELTA),
+            "which isn't an effect",
+        ),
+        (
+            (
+                "patch k layer 0 head * at last token",
+                "using atp_qk",
+                'measure logprob("w3 w9") as delta',
+            ),
+            "tokens of a text after the prompt attend to the keys",
+        ),
+    ],
+)
+def test_cells_without_an_estimate_are_an_error(
+    lines: Sequence[str], said: str, tmp_path: Path
+) -> None:
+    result, problems = try_file(experiment("e", *LINES, *lines), tmp_path, bare("gpt2"))
+    (error,) = (each for each in problems if each.severity == "error")
+    assert result is None
+    assert error.code == "E0608"
+    assert said in render_full([error], color=False, width=300)
+
+
+def test_interrupted_runs_resume(tmp_path: Path) -> None:
+    rule = "patch k layer * head * at subject tokens"
+    check_case("llama", experiment("e", *LINES, rule, "using atp_star", RAW), tmp_path, cut=1)
