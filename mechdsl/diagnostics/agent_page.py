@@ -23,14 +23,14 @@ _EXAMPLES_ONLY = (
 _INTRO = """\
 # mechdsl for agents
 
-A `.mech` file defines models, prompts and experiments. Write one, then use these commands:
+A `.mech` file defines models, prompts and experiments. Commands:
 
-    mechdsl validate FILE --format json  # exit status 2: errors with line, message and fix
+    mechdsl validate FILE --format json  # exit status 2: errors
     mechdsl plan FILE  # cost, without a run
     mechdsl run FILE --format json  # results; --limit 8: quick try, --set name=VALUE
     mechdsl explain FILE  # tokens of prompts
-    mechdsl explain WORD  # constructs with a word, or a code: E0301
-    mechdsl sites counting  # layers, heads, sites
+    mechdsl explain WORD  # word or code: E0301
+    mechdsl sites counting  # layers, sites
     mechdsl new FILE --task counting
 
 Rules of the notation:
@@ -46,7 +46,7 @@ Rules of the notation:
 - An answer usually begins with a space: `answer " {count}"`.
 - `measure EXPRESSION as EFFECT`: `raw` (value), `delta` (change) or `recovery` (0 base, 1 source).
 - All rules of an experiment act in one run; their sweeps are its axes.
-- Write one experiment per question. `expect` states a claim.
+- `expect` states a claim.
 """
 
 AGENT_SETUP = """\

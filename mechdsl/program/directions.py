@@ -146,12 +146,21 @@ def direction_dependencies(
 
 def used_directions(experiment: spec.Experiment, program: spec.Program) -> list[spec.Direction]:
     """Return the directions that an experiment's rules and bases use, and those that it saves."""
+    nodes = list_direction_expressions(experiment)
+    nodes += [basis.method for basis in used_bases(experiment, program)]
+    return direction_dependencies(nodes, program.directions)
+
+
+def list_direction_expressions(experiment: spec.Experiment) -> list[ast.Node]:
+    """Return the directions as written in rules and `save` lines, and the values of the `for`
+    variables in them."""
     nodes: list[ast.Node] = [
         rule.direction for rule in experiment.every_rule if rule.direction is not None
     ]
-    nodes += [basis.method for basis in used_bases(experiment, program)]
     nodes += [save.direction for save in experiment.saved_directions]
-    return direction_dependencies(nodes, program.directions)
+    loops = {loop.name: loop.domain for loop in experiment.loops}
+    looped = [loops[name] for node in nodes for name in direction_names(node, loops)]
+    return [*nodes, *looped]
 
 
 def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -> list[FitRows]:

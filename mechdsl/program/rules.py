@@ -198,7 +198,7 @@ def _directions_of_tokens(body: ast.Node, work: Statements) -> tuple[ast.Expr, .
     """Return the directions of `[2 * a, b]` or of a soft prompt, with their factors; empty for a
     rule with one direction."""
     value = body.value if isinstance(body, ast.SetSite | ast.Add) else None
-    names = work.scope.names("direction")
+    names = work.directions
     if not isinstance(value, ast.Expr) or not direction_names(value, names):
         return ()
     factor, direction = split_factor(value, names)
@@ -246,7 +246,7 @@ def _set(
     """Lower a rule that sets a site to an activation, a direction, a number or a function."""
     if isinstance(body.value, ast.ActivationRead):
         return _reading(rule, "set", body, body.value, prompts, work)
-    if direction_names(body.value, work.scope.names("direction")):
+    if direction_names(body.value, work.directions):
         return _of_direction(rule, "set", body, body.value, work)
     fill = body.value
     match fill:
@@ -286,7 +286,7 @@ def _add(
     if isinstance(body.value, ast.StepFraction):
         lowered = _at(rule, "add", body, fill=body.value.factor)
         return lowered.model_copy(update={"stepped": body.value.component})
-    names = work.scope.names("direction")
+    names = work.directions
     if body.site.basis_name is not None and not direction_names(body.value, names):
         return _at(rule, "add", body, fill=body.value)
     return _of_direction(rule, "add", body, body.value, work)
@@ -318,7 +318,7 @@ def lower_rule(
         case ast.SetSite():
             return _set(rule, body, prompts, work)
         case ast.Scale():
-            if direction_names(body.factor, work.scope.names("direction")):
+            if direction_names(body.factor, work.directions):
                 return _of_direction(rule, "scale", body, body.factor, work)
             return _at(rule, "scale", body, fill=body.factor)
         case ast.Clamp():
@@ -404,7 +404,7 @@ def _of_direction(
     rule: ast.Rule, verb: str, body: ast.AnySiteRule, value: ast.Expr, work: Statements
 ) -> spec.Rule:
     """Build the rule of `VERB NUMBER * DIRECTION …`."""
-    factor, direction = split_factor(value, work.scope.names("direction"))
+    factor, direction = split_factor(value, work.directions)
     for name in walk(direction):
         if isinstance(name, ast.Name | ast.Index):
             _known(name, work)
@@ -414,7 +414,8 @@ def _of_direction(
 def _known(direction: ast.Name | ast.Index, work: Statements) -> None:
     """Report E0201 for a name that isn't a direction."""
     name = direction.id if isinstance(direction, ast.Name) else direction.name
-    work.scope.use("direction", name, direction.span)
+    if name not in work.directions or name in work.scope.names("direction"):
+        work.scope.use("direction", name, direction.span)
 
 
 def _clamp(rule: ast.Rule, body: ast.Clamp, work: Statements) -> spec.Rule:
@@ -447,7 +448,7 @@ def _project_coordinates_out(rule: ast.Rule, body: ast.ProjectOut, work: Stateme
     assert body.at is not None
     if body.site.basis_name is None:
         name, at = body.site.bare, " ".join(body.at.span.written.split())
-        known = name is not None and name.id in work.scope.names("direction")
+        known = name is not None and name.id in work.directions
         direction = name.id if name is not None and known else "DIRECTION"
         site = "SITE" if known else body.site.span.written
         work.scope.has("direction", direction)
@@ -469,8 +470,8 @@ def _edit_weights(rule: ast.Rule, body: ast.EditWeights, work: Statements) -> sp
     lowered = spec.Rule(span=rule.span, verb=verb, site=body.site, at=all_tokens())
     if body.verb == "scale":
         return lowered.model_copy(update={"fill": body.value})
-    names = work.scope.names("direction")
-    numbers = {*work.parts.parameters, *(loop.name for loop in work.loops)}
+    names = work.directions
+    numbers = {*work.parts.parameters, *(loop.name for loop in work.loops)} - {*work.directions}
     named = [node.id for node in walk(body.value) if isinstance(node, ast.Name)]
     names += [name for name in named if name not in numbers]  # perhaps misspelt
     if body.verb == "set" and not direction_names(body.value, names):

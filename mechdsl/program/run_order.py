@@ -11,7 +11,7 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import CircularExperiments, UnknownName
 from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.program import spec
-from mechdsl.program.directions import direction_dependencies
+from mechdsl.program.directions import direction_dependencies, list_direction_expressions
 from mechdsl.program.names import Namespace
 from mechdsl.program.references import (
     resolve_group_results,
@@ -144,7 +144,7 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultR
     the source of the replies after its prompts."""
     if experiment.replies is not None:
         yield experiment.replies
-    for part in (*experiment.every_rule, *experiment.measures):
+    for part in (*experiment.every_rule, *experiment.measures, *experiment.loops):
         for name in spec.spec_fields(type(part)):
             yield from _in_tree(getattr(part, name), parts.groups)
     for save in experiment.saves:
@@ -155,8 +155,7 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultR
     for rule in experiment.every_rule:
         if rule.observed is not None:
             yield from (*rule.observed.maps, *rule.observed.others)
-    used = [rule.direction for rule in experiment.every_rule if rule.direction is not None]
-    used += [save.direction for save in experiment.saved_directions]
+    used = list_direction_expressions(experiment)
     for each in direction_dependencies(used, parts.directions):
         yield from _in_tree((each.value, each.site), parts.groups)
     yield from _in_tree(experiment.keep, parts.groups)

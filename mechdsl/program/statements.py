@@ -77,6 +77,14 @@ class Statements:
     def diagnostics(self) -> list[Diagnostic]:
         return self.scope.diagnostics
 
+    @property
+    def directions(self) -> list[str]:
+        """Names of directions, and of `for` variables over directions."""
+        names = self.scope.names("direction")
+        values = [(loop.name, part) for loop in self.loops for part in walk(loop.domain)]
+        looped = (name for name, part in values if isinstance(part, ast.Name) and part.id in names)
+        return [*names, *looped]
+
     def later(self, span: Span, what: str, hint: str = NotSupported.later) -> None:
         self.unsupported = True
         self.diagnostics.append(NotSupported(span=span, what=what, later=hint))

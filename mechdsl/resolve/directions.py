@@ -32,6 +32,7 @@ from mechdsl.program.directions import (
     FitRows,
     count_prompt_tokens,
     declared_training,
+    direction_names,
     fit_rows_of_basis,
     fit_rows_of_call,
     last_token,
@@ -783,6 +784,7 @@ def resolve_direction(
     """
     assert rule.direction is not None
     try:
+        _check_loops(rule, work)
         family = _family(rule.direction, work, None)
         if family is None:
             return None
@@ -792,6 +794,15 @@ def resolve_direction(
     except DirectionError as problem:
         report_direction(problem, work)
         return None
+
+
+def _check_loops(rule: spec.Rule, work: ExperimentContext) -> None:
+    """Check that a rule is in the `for` whose variable it names. Raises DirectionError."""
+    outside = set(work.loops) - set(rule.loops) - set(work.program.directions)
+    for name in direction_names(rule.direction, outside):
+        assert rule.direction is not None
+        reason = f"`{name}` is the variable of a `for` that doesn't contain this rule"
+        raise DirectionError(rule.direction, reason, f"move the rule into `for {name} in …`")
 
 
 def _check_use(rule: spec.Rule, family: DirectionFamily) -> None:
@@ -945,7 +956,72 @@ def resolve_named_family(
         if definition is not None:
             found = _family(definition.value, work, definition)
             work.families[name] = found and _called(name, found)
+        elif name in work.loops:
+            work.families[name] = _resolve_looped_family(name, node, work)
     return work.families[name]
+
+
+def _resolve_looped_family(
+    name: str, node: ast.Expr, work: ExperimentContext
+) -> DirectionFamily | None:
+    """Resolve the variable of a `for` over directions: a family with an axis of its values. None
+    after an error.
+
+    Raises:
+        DirectionError: If the directions can't be used in one rule.
+    """
+    labels = work.loops[name]
+    parts: list[DirectionFamily] = []
+    for label in map(str, labels):
+        if label not in work.program.directions:
+            hint = "let the `for` loop over directions only"
+            raise DirectionError(node, f"`{name}` is also `{label}`, which is no direction", hint)
+        count = count_prompt_tokens(label, work.program.directions, work.program.parameters)
+        if count is not None:
+            hint = f"write a rule with `{label}` itself"
+            raise DirectionError(node, f"`{label}` has a vector for each token", hint)
+        part = resolve_named_family(label, node, work)
+        if part is None:
+            return None
+        parts.append(part)
+    first = parts[0]
+    for part in parts[1:]:
+        problem = _compare_families(first, part)
+        if problem is not None:
+            raise DirectionError(node, *problem)
+    axis = Axis(name, labels, node.span)
+    members = {
+        (number, *key): member
+        for number, part in enumerate(parts)
+        for key, member in part.members.items()
+    }
+    definitions = dict.fromkeys(each for part in parts for each in part.definitions)
+    return DirectionFamily(name, (axis, *first.axes), members, first.width, tuple(definitions))
+
+
+def _compare_families(first: DirectionFamily, other: DirectionFamily) -> tuple[str, str] | None:
+    """Return why one rule can't use both families, and what to write; None if it can."""
+    names = f"`{first.name}` and `{other.name}`"
+    if find_use(first) is not find_use(other):
+        named = [part.name for part in (first, other) if find_use(part) is not None]
+        return (
+            f"`{named[0]}` isn't used like the others of the `for`",
+            "write an experiment for each",
+        )
+    own, others = ({axis.name: axis.labels for axis in part.axes} for part in (first, other))
+    if own == others:
+        return (
+            None
+            if first.width == other.width
+            else (
+                f"{names} have {first.width} and {other.width} numbers",
+                "combine directions of sites of equal width",
+            )
+        )
+    if own.get(SEED_AXIS) != others.get(SEED_AXIS):
+        return f"{names} have different seeds", SEEDS_HINT
+    swept = next(n for n in (*own, *others) if own.get(n) != others.get(n))
+    return f"{names} sweep different values of `{swept}`", "sweep the same values in both"
 
 
 def _called(name: str, family: DirectionFamily) -> DirectionFamily:

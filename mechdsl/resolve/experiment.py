@@ -607,10 +607,10 @@ def _sweep_unknown(rule: spec.Rule, work: ExperimentContext) -> bool:
 def _check_loops_used(work: ExperimentContext) -> None:
     """Report loops whose variable is unused, which would run the same cell repeatedly."""
     used = {
-        part.id
+        part.name if isinstance(part, ast.Index) else part.id
         for rule in work.experiment.rules
         for part in walk(_rule_nodes(rule))
-        if isinstance(part, ast.Name)
+        if isinstance(part, ast.Name | ast.Index)
     }
     for rule in work.experiment.rules:
         used.update(number_names(_rule_nodes(rule)))

@@ -751,7 +751,8 @@ def read_exceptions(site: ast.Site, context: SiteContext) -> tuple[ast.Site | as
         if isinstance(item, ast.AxisRange) or len(item.names) != 1 or item.axes:
             return item
         name = item.names[0].id
-        if name in context.groups or name not in {*context.loops, *context.parameters}:
+        is_number = name in {*context.loops, *context.parameters}
+        if not is_number or _find_groups(item, context) is not None:
             return item
         return ast.AxisRange(ast.Bound(name=name, span=item.span), span=item.span)
 
@@ -839,10 +840,10 @@ def _exception(
     if axes:
         _report_exception(item, "is a sweep", context, hint="write the plural: `heads *`")
         return None
-    group = context.groups.get(item.names[0].id) if len(item.names) == 1 else None
-    members = (item,) if group is None else group.sites
+    groups = _find_groups(item, context)
+    members = [item] if groups is None else [site for group in groups for site in group.sites]
     picks = [each.ranked for each in members if each.ranked is not None]
-    of_heads = not item.names or group is not None or item.short is not None
+    of_heads = not item.names or groups is not None or item.short is not None
     matches = {
         key: _match_points(frozenset(points), shape, of_heads=of_heads)
         for key, points in found.points.items()
@@ -983,12 +984,13 @@ def _resolve_named_site(
     site: ast.Site, context: SiteContext
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
     """Resolve a site without its exceptions."""
+    groups = _find_groups(site, context)
     if site.short is not None:
         targets, axes = _resolve_joined(site, (site,), context)
     elif site.ranked is not None:
         targets, axes = _resolve_picked(site, site.ranked, context), ()
-    elif len(site.names) == 1 and not site.axes and site.names[0].id in context.groups:
-        targets, axes = _resolve_joined(site, context.groups[site.names[0].id].sites, context)
+    elif groups is not None:
+        targets, axes = _resolve_groups(site, groups, context), ()
     else:
         targets, axes = resolve_swept_site(site, context)
     if targets is not None:
@@ -1003,6 +1005,44 @@ def _resolve_named_site(
 def list_pattern_points(shape: ModelShape) -> tuple[SitePoint, ...]:
     """Return the patterns of all layers, each with all heads."""
     return tuple(SitePoint("pattern", layer, None) for layer in range(shape.n_layers))
+
+
+def _find_groups(site: ast.Site, context: SiteContext) -> tuple[spec.Group, ...] | None:
+    """Return the groups that a site stands for, several for a `for` variable; None for others."""
+    if len(site.names) != 1 or site.axes:
+        return None
+    name = site.names[0].id
+    words = (name,) if name in context.groups else context.loops.get(name, ())
+    found = [context.groups[str(word)] for word in words if str(word) in context.groups]
+    return tuple(found) if found and len(found) == len(words) else None
+
+
+def _resolve_groups(
+    site: ast.Site, groups: Sequence[spec.Group], context: SiteContext
+) -> SiteTargets | None:
+    """Resolve a group, or the groups of a `for`: joined points for each; None after an error."""
+    name = site.names[0].id
+    found: list[SiteTargets] = []
+    for group in groups:
+        looped = name != group.name
+        if looped and any(each.coordinates is not None for each in group.sites):
+            reason = "chooses features or dimensions, which no `for` takes"
+            hint = f"write a rule with `{group.name}` itself"
+            span = context.words.get((name, group.name), site.span)
+            bad = BadArgument(span=span, name=group.name, reason=reason, hint=hint)
+            context.diagnostics.append(bad)
+            return None
+        targets, _ = _resolve_joined(site, group.sites, context)
+        if targets is None:
+            return None
+        found.append(targets)
+    if name in context.groups:
+        return found[0]
+    return SiteTargets(
+        (name,),
+        {(number,): each.points[()] for number, each in enumerate(found)},
+        {(number,): group.name for number, group in enumerate(groups)},
+    )
 
 
 def find_missing_point(
@@ -1178,6 +1218,13 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
             hint = f"write `ablate {name} at … with zero`, or `ablate all but {name} …`"
             reason = "is a circuit, whose edges can only be ablated"
             bad = BadArgument(span=word.span, name=str(name), reason=reason, hint=hint)
+            context.diagnostics.append(bad)
+            return None
+        if kind is None and name in context.groups and word.id in context.loops:
+            hint = f"write `{word.id}` alone, in a `for` over groups only"
+            reason = "is a group, to which no layers, heads or components are added"
+            span = context.words.get((word.id, str(name)), word.span)
+            bad = BadArgument(span=span, name=str(name), reason=reason, hint=hint)
             context.diagnostics.append(bad)
             return None
         if kind is None:

@@ -1413,7 +1413,15 @@ _rule(
 _rule(
     "several bases",
     "for b in [axes, chance] { patch resid_post layer 2 in basis b at last token }",
-    "One cell for each basis. `feature 0 of b` needs bases with the same number of coordinates.",
+    "One cell for each basis; `feature 0 of b` needs bases with the same number of coordinates.",
+    OWN,
+    "tests/rules/test_bases_of_a_loop.py",
+)
+_rule(
+    "several groups",
+    "for g in [early, late] { ablate g at last token with zero }",
+    "One cell for each group of sites, also for those that a training chooses. `except g` leaves "
+    "out the sites of each. Groups of features, dimensions or positions can't be looped over.",
     OWN,
     "tests/rules/test_bases_of_a_loop.py",
 )
@@ -1495,6 +1503,15 @@ _rule(
     "add 2 * by_layer[layer own, token -1] to resid_post layers * at tokens *",
     "Adds to each layer the direction of that layer, to all layers in one run. For a sweep over "
     "layers (`layer *`), `by_layer` alone does this.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "several directions",
+    "for d in [more, less] { add 2 * d to resid_post layer 2 at last token }",
+    "One cell for each direction, also for trained ones, and for families with the same axes. "
+    "Rules in the `for` use `d` like a direction: `add c * d`, `d[layer 1]`, `project out d`. A "
+    "mixture of directions, edits and scales is E0341, and so is a soft prompt.",
     OWN,
     _STEERING,
 )

@@ -1,4 +1,5 @@
-"""`for b in [more, less] { patch SITE in basis b … }`, against an experiment for each basis."""
+"""`for b in [more, less] { patch SITE in basis b … }` and `for g in [starts, ends] { ablate g … }`,
+against an experiment for each basis or group."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from mechdsl.store.store import Store
 
 from ..execute.support import by_name, run_on, shared
 from .models import bare
-from .support import BLOCKS, MANY, codes, experiment, run_file
+from .support import BLOCKS, MANY, codes, experiment, run_file, try_file
 from .test_dictionaries import make
 from .test_inactive_features import width_of
 
@@ -175,6 +176,49 @@ def test_a_loop_alone_stores_the_errors(data: Path) -> None:
 def test_mistakes_with_loops_of_bases(loop: str, code: str, data: Path) -> None:
     write_files(data, "llama")
     assert code in codes(DEFINED + experiment("e", FROM + loop), data)
+
+
+GROUPS = """
+group starts = L1H0, L1H1
+group ends = L0H2, mlp_out layer 2, top 1 of found
+"""
+RULES_OF_GROUPS = (
+    ("", "ablate {} at last token with zero", "against random(5)"),
+    ("", "ablate z layers * heads * except {} at cue token with mean", ""),
+    ("generate 2", "scale {} at last token by 3", ""),
+)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_each_cell_is_that_of_its_group(family: str, data: Path) -> None:
+    text = GROUPS + experiment("found", "ablate z layer * head * at last token with zero")
+    for number, (first, rule, last) in enumerate(RULES_OF_GROUPS):
+        loop = f"for g in [starts, ends] {{ {rule.format('g')} }}"
+        text += experiment(f"all{number}", first, loop, last)
+        for name in ("starts", "ends"):
+            text += experiment(f"{name}{number}", first, rule.format(name), last)
+    found = run_file(text, data, family, "planned")
+    for number in range(len(RULES_OF_GROUPS)):
+        both = found[f"all{number}"]
+        assert [cell.coords["g"] for cell in both.cells] == ["starts", "ends"]
+        alone = [found[f"{name}{number}"].measures[0].patched for name in ("starts", "ends")]
+        np.testing.assert_allclose(both.measures[0].patched, np.concatenate(alone), atol=2e-5)
+        assert np.abs(alone[0] - alone[1]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("loop", "said"),
+    [
+        ("for g in [starts, mlp_out] { scale g at last token by 2 }", "is a group"),
+        ("for g in [starts, ends] { scale g layer 1 at last token by 2 }", "is a group"),
+        ("for g in [starts, L1H0] { scale g at last token by 2 }", "looped over"),
+    ],
+)
+def test_mistakes_with_loops_of_groups(loop: str, said: str, data: Path) -> None:
+    groups = "group starts = L1H0, L1H1\ngroup ends = L0H2, mlp_out layer 2\n"
+    _, found = try_file(groups + experiment("e", loop), data, "llama")
+    errors = [each for each in found if each.severity == "error"]
+    assert any(said in str(each) for each in errors), errors
 
 
 def test_reconstructions_of_several_bases(data: Path) -> None:

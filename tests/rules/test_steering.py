@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -485,6 +486,9 @@ def test_steering_is_what_hooks_do(family: str, mode: str, data: Path) -> None:
 
 FAMILY = """
 direction d = mean_difference(p.other, second) at resid_post layer * at token -2..-1
+direction final = d[layer 1, token -1]
+direction far = d[layer 2, token -2]
+direction half = 0.5 * d
 """
 
 
@@ -494,7 +498,47 @@ def member(name: str, layer: int, token: int) -> Tensor:
     return other - mean(name, "second", "resid_post", layer, at)
 
 
+NAMED: dict[str, Callable[[str], Tensor]] = {
+    "final": lambda name: member(name, 1, -1),
+    "far": lambda name: member(name, 2, -2),
+}
 FAMILIES_OF_DIRECTIONS: dict[str, Case] = {
+    "a loop over directions": Case(
+        "for v in [final, far] { add 2 * v to resid_post layer * at last token }",
+        ("v", "layer"),
+        product(NAMED, LAYERS),
+        lambda name, n, v, layer: writes(
+            "resid_post", [layer], "last token", plus(2 * NAMED[v](name))
+        )(n),
+    ),
+    "a loop over directions, in sums": Case(
+        "for c in [1, 3] { for v in [far, final] { "
+        "project out v from resid_pre layer 1 at tokens *  "
+        "add c * (v - final) to attn_out layer 0 at cue token } }",
+        ("c", "v"),
+        product((1, 3), ("far", "final")),
+        lambda name, n, c, v: [
+            *writes("resid_pre", [1], "tokens *", without(NAMED[v](name)))(n),
+            *writes(
+                "attn_out", [0], "cue token", plus(c * (NAMED[v](name) - NAMED["final"](name)))
+            )(n),
+        ],
+    ),
+    "a loop over families": Case(
+        "for v in [d, half] { add v[layer own] to resid_post layers 0, 2 at cue token }",
+        ("v", "position"),
+        product(("d", "half"), ("-2", "-1")),
+        lambda name, n, v, token: [
+            each
+            for layer in (0, 2)
+            for each in writes(
+                "resid_post",
+                [layer],
+                "cue token",
+                plus((1 if v == "d" else 0.5) * member(name, layer, int(token))),
+            )(n)
+        ],
+    ),
     "axes of its own": Case(
         "add d to resid_post layers 0..1 at cue token",
         ("layer", "position"),
@@ -742,6 +786,50 @@ def test_random_directions_are_as_long(data: Path) -> None:
         ),
         data,
     ) == ["E0630"]
+
+
+def test_a_loop_over_directions_equals_an_experiment_for_each(data: Path) -> None:
+    """While text is generated, with a control, and in the store's keys."""
+    rules = {
+        "replies": "generate 3  {}add 6 * {} to resid_post layer 1 at last token",
+        "control": "{}add {} to resid_post layer 1 at last token",
+    }
+    text = FAMILY
+    for key, rule in rules.items():
+        line = "against random(5, directions)" if key == "control" else ""
+        loop = rule.format("for v in [final, far] { ", "v") + " }"
+        text += experiment(f"{key}_both", loop, line)
+        for name in NAMED:
+            text += experiment(f"{key}_{name}", rule.format("", name), line)
+    found = run_file(text, data, "llama", "planned")
+    for key in rules:
+        both = found[f"{key}_both"]
+        assert [cell.coords["v"] for cell in both.cells] == list(NAMED)
+        alone = [found[f"{key}_{name}"].measures[0] for name in NAMED]
+        np.testing.assert_allclose(
+            both.measures[0].patched, np.concatenate([each.patched for each in alone]), atol=2e-5
+        )
+        assert abs(alone[0].patched - alone[1].patched).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("loop", "said"),
+    [
+        ("for v in [final, 3] { add v to RESID }", "is no direction"),
+        ("for v in [final, d] { add v to RESID }", "sweep different values of `layer`"),
+        ("for v in [final, wide] { add v to RESID }", "isn't used like"),
+        ("for v in [final, far] { add v to RESID }  add v to RESID", "doesn't contain this rule"),
+    ],
+)
+def test_a_loop_over_directions_of_different_kinds_is_an_error(
+    loop: str, said: str, data: Path
+) -> None:
+    save_edits(data, "llama")
+    rule = loop.replace("RESID", "resid_post layer 1 at last token")
+    _, found = try_file(FAMILY + EDITS + experiment("e", rule), data, "llama")
+    errors = [each for each in found if each.severity == "error"]
+    assert [each.code for each in errors] == ["E0341"]
+    assert said in str(errors[0])
 
 
 @pytest.mark.parametrize("mode", QUICK)
