@@ -257,7 +257,7 @@ def trainings(store: Path | None, keys: tuple[str, ...], form: str) -> int:
     """List what `mechdsl fit` has trained, the newest first. Checkpoints of interrupted trainings
     are listed as `unfinished`."""
     from mechdsl.base.text import dump_json, format_size
-    from mechdsl.pipeline.stored_trainings import list_trainings, remove_trainings
+    from mechdsl.pipeline.trained_files import list_trainings, remove_trainings
     from mechdsl.results.runs import find_store_folder
 
     folder = find_store_folder(None, store)

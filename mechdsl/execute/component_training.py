@@ -7,7 +7,6 @@ import torch
 from torch import Generator, Tensor
 
 from mechdsl.dictionaries.encoders import log_densities, mean_log_likelihood
-from mechdsl.execute.run_record import CorrelationReport, IndependenceReport, MixtureReport
 from mechdsl.execute.training import (
     DictionaryWriter,
     TrainingJob,
@@ -21,6 +20,7 @@ from mechdsl.fits.components import median_kurtosis
 from mechdsl.fits.correlations import pair_components
 from mechdsl.fits.factors import NotFactored
 from mechdsl.fits.mixtures import fit_mixture, shuffle_axes
+from mechdsl.fits.reports import CorrelationReport, IndependenceReport, MixtureReport
 from mechdsl.fits.training import TrainingState, principal_axes
 from mechdsl.program.trainers import PairedTrainer
 from mechdsl.resolve.types import TrainedDictionary

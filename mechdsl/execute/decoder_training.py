@@ -15,9 +15,9 @@ from torch import Tensor
 from mechdsl.base.hashing import stable_hash
 from mechdsl.dictionaries.features import load_dictionary
 from mechdsl.dictionaries.folder import DictionaryFile
-from mechdsl.execute.run_record import DecoderReport
 from mechdsl.execute.training import TrainingJob, train_dictionary
 from mechdsl.fits.factors import NotFactored
+from mechdsl.fits.reports import DecoderReport
 from mechdsl.fits.training import TrainingState
 from mechdsl.planner.training_cost import count_held_out
 from mechdsl.resolve.trainings import FEWEST_ROWS

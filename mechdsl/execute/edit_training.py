@@ -19,7 +19,8 @@ from torch import Generator, Tensor
 
 from mechdsl.base.hashing import stable_hash
 from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows, take_source
-from mechdsl.execute.run_record import (
+from mechdsl.execute.training import TrainingJob, read_settings, start_generator
+from mechdsl.fits.reports import (
     ROTATION_FILE,
     VECTOR_FILE,
     EditReport,
@@ -28,7 +29,6 @@ from mechdsl.execute.run_record import (
     SoftPromptReport,
     VectorReport,
 )
-from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.rotations import Rotation
 from mechdsl.fits.training import Training
 from mechdsl.fits.vectors import LowRankEdit, SoftPrompt, TrainedVectors, rescale, split_edit
@@ -103,7 +103,7 @@ def train_vector(
     values = _Values(trained, rows, vector, settings.batch)
     if isinstance(trained, LowRankEdit):
         lengths = trained.mean_length(vector), trained.like_length
-        report = EditReport(*common, len(vector) // 2, *lengths, *values.edit_means(trained))
+        report = EditReport(*common, *lengths, len(vector) // 2, *values.edit_means(trained))
     elif count is None:
         length = float(vector.norm())
         report = VectorReport(*common, length, trained.like_length, *values.all_means())
@@ -111,9 +111,9 @@ def train_vector(
         length = float(vector.norm(dim=1).mean())
         report = SoftPromptReport(
             *common,
-            count,
             length,
             trained.like_length,
+            count,
             *values.edited_means(),
             values.clean_mean(),
             values.mean(start),

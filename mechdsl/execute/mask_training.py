@@ -44,11 +44,11 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.objective_rows import EffectRows
 from mechdsl.execute.patching.differentiated_run import DrawLanes, write_point
 from mechdsl.execute.patching.writes import group_senders
-from mechdsl.execute.run_record import MASK_FILE, CircuitReport, MaskReport
 from mechdsl.execute.training import TrainingJob, read_settings
 from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.execute.vectors import DirectionFits
 from mechdsl.fits.gates import Gates
+from mechdsl.fits.reports import MASK_FILE, CircuitReport, MaskReport
 from mechdsl.fits.training import Training, TrainingSettings, TrainingState
 from mechdsl.forward.hooks.batch import CircuitRead, CircuitWrite, SenderFill, SiteRead, SiteWrite
 from mechdsl.forward.hooks.circuits import compute_edge_scores

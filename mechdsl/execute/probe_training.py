@@ -12,7 +12,6 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.text import name_list
 from mechdsl.execute.observation.token_vectors import average_rows, digest_inputs
-from mechdsl.execute.run_record import PROBE_FILE, ProbeReport
 from mechdsl.execute.training import TrainingJob
 from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
@@ -24,6 +23,7 @@ from mechdsl.fits.regression import (
     r_squared,
     shuffle_targets,
 )
+from mechdsl.fits.reports import PROBE_FILE, ProbeReport
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.training_cost import CHUNK_BYTES, FLOAT, GATHERED_BYTES

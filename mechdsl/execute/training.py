@@ -21,11 +21,11 @@ from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.base.text import format_size
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
 from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary
-from mechdsl.execute.run_record import CARD_FILE, LENS_FILE, LensReport, Report, TrainingReport
 from mechdsl.execute.training_vectors import RowVectors, TrainingVectors
 from mechdsl.fits.factors import NotFactored, Solution
 from mechdsl.fits.lenses import LensLoss, LensMaps, divergence_from_average
 from mechdsl.fits.processes import own_processes
+from mechdsl.fits.reports import CARD_FILE, LENS_FILE, FitReport, LensReport, TrainingReport
 from mechdsl.fits.sparse_training import unscale_weights
 from mechdsl.fits.training import (
     Fit,
@@ -168,7 +168,7 @@ class TrainingJob:
         if digests is not None:
             write_texts(self.folder, digests)
 
-    def write_card(self, report: Report, file: str | None = None) -> None:
+    def write_card(self, report: FitReport, file: str | None = None) -> None:
         """Write the card of a training, with the digest of a file of the folder. Raises OSError."""
         more = {} if file is None else {"sha256": compute_digest(self.folder / file)}
         card = json.dumps({**self.facts, **more, **asdict(report)}, indent=1) + "\n"

@@ -11,9 +11,11 @@ everything that the weights depend on. Checkpoints of a training under way are i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,33 +30,19 @@ from mechdsl.base.safetensors_files import (
     inspect_safetensors,
 )
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
+from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import NotTrained
 from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary
-from mechdsl.execute.run_record import (
+from mechdsl.execute.run_record import NUMERIC_VERSION, TRAINING_VERSION, StoredTraining
+from mechdsl.fits.reports import (
     CARD_FILE,
     LENS_FILE,
     MASK_FILE,
-    NUMERIC_VERSION,
     PROBE_FILE,
     ROTATION_FILE,
-    TRAINING_VERSION,
     VECTOR_FILE,
-    CircuitReport,
-    CorrelationReport,
-    DecoderReport,
-    EditReport,
-    IndependenceReport,
-    LensReport,
-    MaskReport,
-    MixtureReport,
-    ProbeReport,
-    Report,
-    RotationReport,
-    ScaleReport,
-    SoftPromptReport,
-    TrainingReport,
-    VectorReport,
+    FitReport,
 )
 from mechdsl.models.folder import json_digest
 from mechdsl.pipeline.identities import (
@@ -74,10 +62,7 @@ from mechdsl.program.python_functions import block_functions
 from mechdsl.program.trainers import (
     ChoosingTrainer,
     CircuitTrainer,
-    DirectionTrainer,
-    PairedTrainer,
     RotationTrainer,
-    SolvedTrainer,
 )
 from mechdsl.resolve.trainings import (
     ROTATION,
@@ -103,12 +88,12 @@ from mechdsl.resolve.types import (
     TrainedRotation,
     TrainedVector,
     Training,
-    VectorRole,
     count_numbers,
     iter_leaf_vectors,
 )
 from mechdsl.results.results import package_version
 from mechdsl.store.index import StoreProblem
+from mechdsl.store.locks import take_lock
 from mechdsl.store.store import Store
 
 if TYPE_CHECKING:
@@ -416,55 +401,35 @@ def _told(options: Mapping[str, Any]) -> dict[str, str]:
 # --- trained files --------------------------------------------------------------------------------
 
 
-REPORTS: Mapping[
-    str, type[TrainingReport | IndependenceReport | CorrelationReport | MixtureReport]
-] = {
-    "features": TrainingReport,
-    "independence": IndependenceReport,
-    "correlation": CorrelationReport,
-    "likelihood": MixtureReport,
-}
-"""Reports on dictionaries, by `measured` of their trainer."""
-
-VECTOR_REPORTS: Mapping[VectorRole, type[VectorReport | ScaleReport | EditReport]] = {
-    "direction": VectorReport,
-    "scales": ScaleReport,
-    "edit": EditReport,
-}
-"""Reports on trained vectors, by their use."""
-
 TrainedFile = DictionaryFile | SafetensorsFile | MaskFile
 
 
-def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | None:
+def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, FitReport] | None:
     """Read a training with its report; None if the folder has no complete one."""
     try:
         card = json.loads((folder / CARD_FILE).read_text("utf-8"))
         if fit.training.stream is not None:
             read_texts(folder)
-        if isinstance(fit.file, TrainedRotation):
-            return _read_rotation(folder, fit, card["sha256"]), RotationReport.read(card)
-        if isinstance(fit.file, TrainedVector):
-            trainer, options = fit.training.trainer_of(DirectionTrainer), fit.training.of_trainer
-            kind = VECTOR_REPORTS[fit.file.role]
-            kind = kind if trainer.count_tokens(options) is None else SoftPromptReport
-            return _read_vector(folder, fit, card["sha256"]), kind.read(card)
-        if isinstance(fit.file, TrainedLens):
-            return _read_lens(folder, fit, card["sha256"]), LensReport.read(card)
-        if isinstance(fit.file, TrainedProbe):
-            return _read_probe(folder, fit.file, card["sha256"]), ProbeReport.read(card)
-        if isinstance(fit.file, TrainedMask):
-            of_circuit = isinstance(fit.training.trainer, CircuitTrainer)
-            kind = CircuitReport if of_circuit else MaskReport
-            return _read_mask(folder, fit.file, card["sha256"]), kind.read(card)
-        transcodes = bool(card["transcodes"])
-        file = read_dictionary(folder, str(folder), transcodes=transcodes)
-        own = fit.training.trainer
-        measured = own.measured if isinstance(own, SolvedTrainer | PairedTrainer) else "features"
-        kind = DecoderReport if fit.training.decoder else REPORTS[measured]
-        return file, kind.read(card)
+        trainer = fit.training.trainer
+        kind = trainer.report_on(fit.training.of_trainer, decoder=fit.training.decoder is not None)
+        return _read_file(folder, fit, card), kind.read(card)
     except (OSError, ValueError, KeyError, TypeError, IndexError, UnreadableFile):
         return None
+
+
+def _read_file(folder: Path, fit: DeclaredFit, card: Mapping[str, Any]) -> TrainedFile:
+    """Read the result of a training. Raises OSError, KeyError, ValueError and UnreadableFile."""
+    if isinstance(fit.file, TrainedDictionary):
+        return read_dictionary(folder, str(folder), transcodes=bool(card["transcodes"]))
+    if isinstance(fit.file, TrainedMask):
+        return _read_mask(folder, fit.file, card["sha256"])
+    if isinstance(fit.file, TrainedRotation):
+        return _read_rotation(folder, fit, card["sha256"])
+    if isinstance(fit.file, TrainedLens):
+        return _read_lens(folder, fit, card["sha256"])
+    if isinstance(fit.file, TrainedProbe):
+        return _read_probe(folder, fit.file, card["sha256"])
+    return _read_vector(folder, fit, card["sha256"])
 
 
 def _read_rotation(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:
@@ -536,174 +501,10 @@ def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
     return MaskFile(chosen, scores, digest)
 
 
-def describe_report(file: TrainedFile, report: Report) -> str:
+def describe_report(file: TrainedFile, report: FitReport) -> str:
     """Describe how well something was trained, for conventions."""
     held_out = f"{report.held_out_rows:,} of them" if report.held_out_rows else "none"
-    return f"{held_out} held out, {_describe_result(file, report)}"
-
-
-def _describe_result(file: TrainedFile, report: Report) -> str:
-    if isinstance(report, MaskReport):
-        return _describe_mask(file, report)
-    if isinstance(report, CircuitReport):
-        return _describe_circuit(file, report)
-    if isinstance(report, LensReport):
-        return _describe_lens(file, report)
-    if isinstance(report, MixtureReport):
-        return _describe_mixture(file, report)
-    if isinstance(report, CorrelationReport):
-        return _describe_correlations(file, report)
-    if isinstance(report, ProbeReport):
-        return _describe_probe(file, report)
-    if not isinstance(report, TrainingReport | IndependenceReport):
-        rows = "held-out rows" if report.held_out_rows else "training rows"
-        values = _effects(report)
-        listed = ", ".join(
-            f"{name} {value:.4g}" for name, value in values.items() if value is not None
-        )
-        said = f"to {report.objective}; mean over {rows}: {listed}"
-        if isinstance(report, VectorReport | SoftPromptReport | EditReport):
-            adds = " of what it adds" if isinstance(report, EditReport) else ""
-            length = "length" if isinstance(report, VectorReport) else f"mean length{adds}"
-            said += f"; {length} {report.length:.4g}, vectors of the site {report.site_length:.4g}"
-        if isinstance(report, ScaleReport):
-            said += f"; scales from {report.smallest:.4g} to {report.largest:.4g}"
-        return f"{said}; SHA-256 {file.digest[:12]}…"
-    what = "held-out vectors" if report.held_out_vectors else "training vectors"
-    text = f"explains {report.explained:.3f} of the variance of {what}"
-    if isinstance(report, IndependenceReport):
-        text += f", median excess kurtosis {report.kurtosis:.2f} (random rotation "
-        text += f"{report.untrained_kurtosis:.2f})"
-    else:
-        text += f", {report.active:.1f} features active"
-    if isinstance(report, DecoderReport):
-        text += f"; of normal vectors with the same covariance {report.normal_explained:.3f}"
-    return f"{text}, SHA-256 {file.digest[:12]}…"
-
-
-def _describe_mixture(file: TrainedFile, report: MixtureReport) -> str:
-    what = "held-out vectors" if report.held_out_vectors else "training vectors"
-    return (
-        f"mean log likelihood of {what} {report.log_likelihood:.2f} nats (one Gaussian "
-        f"{report.single:.2f}, shuffled {report.shuffled:.2f}), SHA-256 {file.digest[:12]}…"
-    )
-
-
-def _describe_correlations(file: TrainedFile, report: CorrelationReport) -> str:
-    what = "held-out vectors" if report.held_out_vectors else "training vectors"
-    return (
-        f"correlations on {what} {report.listed} (mean {report.mean:.3f}, after shuffled pairs "
-        f"{report.shuffled:.3f}, random {report.untrained:.3f}, principal components "
-        f"{report.components:.3f}), SHA-256 {file.digest[:12]}…"
-    )
-
-
-def _effects(
-    report: RotationReport | VectorReport | SoftPromptReport | EditReport | ScaleReport,
-) -> dict[str, float | None]:
-    """Return the means of a measure after a training, by what was written."""
-    if isinstance(report, RotationReport):
-        return {
-            "trained": report.trained,
-            "random subspace": report.untrained,
-            "no patch": report.unpatched,
-            "whole vector": report.whole,
-        }
-    if isinstance(report, SoftPromptReport):
-        return {
-            "trained": report.trained,
-            "random vectors of these lengths": report.random,
-            "placeholders": report.placeholders,
-            "untrained": report.untrained,
-            "clean run": report.clean,
-        }
-    if isinstance(report, EditReport):
-        return {
-            "trained": report.trained,
-            "in a random subspace": report.turned,
-            "random edits of this length": report.random,
-            "always the mean of what it adds": report.constant,
-            "no edit": report.unedited,
-        }
-    if isinstance(report, ScaleReport):
-        return {
-            "trained": report.trained,
-            "in a random order": report.shuffled,
-            "mean scale for all channels": report.uniform,
-            "scale 0": report.zero,
-            "no scale": report.unscaled,
-        }
-    return {
-        "trained": report.trained,
-        "random vectors of this length": report.random,
-        "no vector": report.unsteered,
-        "mean difference at this length": report.difference,
-    }
-
-
-def _describe_lens(file: TrainedFile, report: LensReport) -> str:
-    rows = "held-out vectors" if report.held_out_vectors else "training vectors"
-    columns = zip(report.layers, report.untrained, report.trained, strict=True)
-    listed = ", ".join(f"layer {n} {before:.4g} → {after:.4g}" for n, before, after in columns)
-    return (
-        f"mean KL in nats on {rows}, logit lens → trained: {listed}; average prediction "
-        f"{report.average:.4g}; SHA-256 {file.digest[:12]}…"
-    )
-
-
-def _describe_probe(file: TrainedFile, report: ProbeReport) -> str:
-    rows = "held-out rows" if report.held_out_rows else "training rows"
-    values: dict[str, list[float | None]] = {"trained": report.trained}
-    values |= {"shuffled values": report.shuffled}
-    values |= {f"{report.draws} random directions": report.random}
-    best = max(report.trained, key=lambda own: float("-inf") if own is None else own)
-    number = report.trained.index(best)
-    several = len(report.layers) > 1 and best is not None
-    where = f" in layer {report.layers[number]}, the best one" if several else ""
-    listed = ", ".join(f"{name} {show_score(own[number])}" for name, own in values.items())
-    return (
-        f"{report.unit} on {rows}{where}: {listed}, always the same "
-        f"{show_score(report.constant)}; SHA-256 {file.digest[:12]}…"
-    )
-
-
-def show_score(score: float | None) -> str:
-    """Format a score of a probe; – for one that isn't defined."""
-    return "–" if score is None else f"{score:.3f}"
-
-
-def _describe_mask(file: TrainedFile, report: MaskReport) -> str:
-    rows = "held-out rows" if report.held_out_rows else "training rows"
-    values = {
-        "all others written" if report.keeps else "trained": report.trained,
-        f"{report.draws} random choices": report.random,
-        "largest single effects": report.single,
-        "no patch": report.unpatched,
-        f"all {report.noun}s": report.whole,
-    }
-    listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-    said = f"to {report.objective}; mean over {rows}: {listed}"
-    if report.inactive:
-        said += f"; {report.inactive:,} further {report.noun}s change no training row"
-    return (
-        f"{said}; probabilities: {report.list_chosen()}; {report.undecided} of "
-        f"{report.candidates} {report.noun}s undecided; SHA-256 {file.digest[:12]}…"
-    )
-
-
-def _describe_circuit(file: TrainedFile, report: CircuitReport) -> str:
-    rows = "held-out rows" if report.held_out_rows else "training rows"
-    values = {
-        "all other edges written": report.trained,
-        f"{report.draws} random circuits": report.random,
-        "no edge written": report.unpatched,
-        "all edges": report.whole,
-    }
-    listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    return (
-        f"to {report.objective}; {report.made}; mean over {rows}: {listed}; scores, on training "
-        f"rows: {report.list_chosen()}; SHA-256 {file.digest[:12]}…"
-    )
+    return f"{held_out} held out, {report.describe()}; SHA-256 {file.digest[:12]}…"
 
 
 def attach_fits(
@@ -795,3 +596,74 @@ def report_untrained(fit: DeclaredFit, *, has_store: bool) -> Diagnostic:
         experiment=fit.experiment.name,
         hint=hint,
     )
+
+
+_UNKNOWN = "unknown"
+
+
+def list_trainings(store: Path) -> list[StoredTraining]:
+    """Return the trainings of a store, the newest first; none for a folder that isn't a store."""
+    return sorted(_trainings(store / FITS_FOLDER), key=lambda each: each.ended, reverse=True)
+
+
+def _trainings(folder: Path) -> Iterator[StoredTraining]:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.is_dir():
+            continue
+        files = [each for each in path.rglob("*") if each.is_file()]
+        newest = max(each.stat().st_mtime for each in (path, *files))
+        card = _read_card(path)
+        yield StoredTraining(
+            key=path.name.removesuffix(".part"),
+            name=str(card.get("basis", _UNKNOWN)),
+            trainer=str(card.get("trainer", _UNKNOWN)),
+            file=str(card.get("file", _UNKNOWN)),
+            model=str(card.get("model_name", _UNKNOWN)),
+            prompts=str(card.get("prompts", _UNKNOWN)),
+            finished=path.suffix != ".part",
+            ended=datetime.fromtimestamp(newest, UTC).astimezone(),
+            size=sum(each.stat().st_size for each in files),
+            folder=path,
+        )
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    """Return the card of a training; empty if there is none that can be read."""
+    try:
+        card = json.loads((folder / CARD_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def remove_trainings(
+    store: Path, keys: Sequence[str]
+) -> tuple[list[StoredTraining], list[BadCommandLine]]:
+    """Remove the trainings whose keys begin with these texts; all are found before one is removed.
+
+    Returns:
+        The removed ones, and E0208 for texts that no key or several keys begin with, and for a
+        training that is running.
+
+    Raises:
+        OSError: A folder can't be removed.
+    """
+    every = list_trainings(store)
+    found: dict[Path, StoredTraining] = {}
+    for text in keys:
+        begun = [each for each in every if each.key.startswith(text)]
+        if len({each.key for each in begun}) != 1:
+            many = "several trainings begin" if begun else "no training begins"
+            hint = "`mechdsl runs trainings` lists them"
+            return [], [BadCommandLine(reason=f"{many} with `{text}`", hint=hint)]
+        found |= {each.folder: each for each in begun}
+    removed: list[StoredTraining] = []
+    for each in found.values():
+        lock = take_lock(each.folder.with_name(f"{each.key}.lock"))
+        if lock is None:
+            reason = f"another process is training `{each.short_key}`"
+            return removed, [BadCommandLine(reason=reason, hint="wait until it ends, or stop it")]
+        shutil.rmtree(each.folder)
+        lock.free(remove=True)
+        removed.append(each)
+    return removed, []

@@ -12,33 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.runtime import exact_convolutions, preserve_random_state
-from mechdsl.base.text import count_noun
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import TrainingFailed, UndecidedMask
-from mechdsl.execute.run_record import (
+from mechdsl.execute.run_record import TrainedFit
+from mechdsl.fits.processes import ONE_PROCESS_HINT, Processes, own_processes
+from mechdsl.fits.reports import (
     CARD_FILE,
-    LENS_FILE,
-    PROBE_FILE,
-    VECTOR_FILE,
-    CircuitReport,
     CorrelationReport,
-    DecoderReport,
-    EditReport,
+    FitReport,
     IndependenceReport,
-    LensReport,
     MaskReport,
     MixtureReport,
-    ProbeReport,
-    Report,
     RotationReport,
-    ScaleReport,
-    SoftPromptReport,
-    TrainedFit,
-    VectorReport,
+    TrainingReport,
 )
-from mechdsl.fits.processes import ONE_PROCESS_HINT, Processes, own_processes
 from mechdsl.pipeline.identities import RunKeyError
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import (
@@ -49,7 +38,6 @@ from mechdsl.pipeline.trained_files import (
     fits_of_file,
     packages_of_fit,
     read_fit,
-    show_score,
 )
 from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFailure
@@ -288,7 +276,7 @@ def _group_by_vectors(
 
 
 def _train_one(
-    fit: DeclaredFit, folder: Path, run: Callable[[DeclaredFit, Path], Report]
+    fit: DeclaredFit, folder: Path, run: Callable[[DeclaredFit, Path], FitReport]
 ) -> tuple[TrainedFit | None, Diagnostic | None]:
     """Train one of them; a result or a problem.
 
@@ -364,7 +352,7 @@ def _run_training(
     options: RunOptions,
     on_progress: FitProgress | None,
     cache: VectorCache,
-) -> Report:
+) -> FitReport:
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
     from mechdsl.execute.edit_training import train_rotation, train_scales, train_vector
     from mechdsl.execute.mask_training import find_circuit, open_edges, open_rows, train_mask
@@ -428,7 +416,7 @@ def _train_on_vectors(
     checked: CheckedFile,
     side: PaddingSide | None,
     cache: VectorCache,
-) -> Report:
+) -> FitReport:
     """Train a lens or a dictionary.
 
     Args:
@@ -457,13 +445,15 @@ def _train_on_vectors(
     assert isinstance(fit.file, TrainedDictionary)
     trainer = fit.training.trainer
     if isinstance(vectors, RowVectors) and isinstance(trainer, SolvedTrainer | PairedTrainer):
-        solvers = {
-            "features": solve_dictionary,
-            "independence": train_components,
-            "correlation": train_correlated,
-            "likelihood": train_mixture,
+        solvers: dict[
+            type[FitReport], Callable[[TrainedDictionary, RowVectors, TrainingJob], FitReport]
+        ] = {
+            TrainingReport: solve_dictionary,
+            IndependenceReport: train_components,
+            CorrelationReport: train_correlated,
+            MixtureReport: train_mixture,
         }
-        solve = solvers[trainer.measured]
+        solve = solvers[trainer.report]
         return solve(fit.file, vectors, job)
     return train_dictionary(fit.file, vectors, job)
 
@@ -538,7 +528,7 @@ def _describe_source(training: Training) -> dict[str, Any]:
     }
 
 
-def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) -> TrainedFit:
+def _finished(fit: DeclaredFit, folder: Path, report: FitReport, seconds: float) -> TrainedFit:
     point = fit.training.made
     site = label_points((point,))
     what = fit.file.kind
@@ -586,7 +576,7 @@ def _card_text(fit: TrainedFit) -> str:
         f"Trained with mechdsl on `{fit.site}` of {card['source'] or card['model_name']}.",
         "",
         f"- File: {card['file']}",
-        *_describe_rows(report, card),
+        *report.describe_rows(card),
         *(
             [
                 f"- Code: `{card['code']['name']}` of {card['code']['file']}, SHA-256 "
@@ -602,239 +592,3 @@ def _card_text(fit: TrainedFit) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
-    """Return what a model card says about the rows and the result of a training."""
-    held_out = count_noun(report.held_out_rows, "row")
-    rows = f"- Rows: {report.rows:,} of `{card['prompts']}`"
-    if not isinstance(report, DecoderReport):
-        rows += f" ({card['run']}) at {card['positions']}"
-    if isinstance(report, MaskReport):
-        return _describe_mask(rows, report, card)
-    if isinstance(report, CircuitReport):
-        return _describe_circuit(rows, report, card)
-    if isinstance(report, RotationReport):
-        return [
-            f"{rows}; {held_out} held out",
-            f"- The subspace of `{card['from']}` comes in, to {report.objective}",
-            f"- Mean of the measure over held-out rows: {report.trained:.4f}",
-            f"- The same with a random subspace: {report.untrained:.4f}",
-            f"- The same without a patch: {report.unpatched:.4f}",
-            f"- The same with the whole vector: {report.whole:.4f}",
-        ]
-    if isinstance(report, VectorReport):
-        return _describe_vector(rows, report, card)
-    if isinstance(report, EditReport):
-        return _describe_edit(rows, report)
-    if isinstance(report, ScaleReport):
-        return _describe_scales(rows, report)
-    if isinstance(report, IndependenceReport):
-        return [
-            f"{rows}, {report.vectors:,} vectors; {held_out} held out",
-            f"- Explained variance on held-out vectors: {report.explained:.4f}",
-            f"- Median excess kurtosis of coordinates there: {report.kurtosis:.4f}",
-            f"- The same for a random rotation: {report.untrained_kurtosis:.4f}",
-            f"- The same for principal components: {report.components_kurtosis:.4f}",
-        ]
-    if isinstance(report, MixtureReport):
-        return _describe_mixture(rows, report)
-    if isinstance(report, CorrelationReport):
-        return _describe_correlations(rows, report, card)
-    if isinstance(report, SoftPromptReport):
-        return _describe_soft_prompt(rows, report)
-    if isinstance(report, LensReport):
-        return _describe_lens(rows, report)
-    if isinstance(report, ProbeReport):
-        return _describe_probe(rows, report, card)
-    normal = []
-    if isinstance(report, DecoderReport):
-        what = "a dictionary of normal vectors with the same covariance, on held-out ones"
-        normal = [f"- The same with {what}: {report.normal_explained:.4f}"]
-        rows = f"- The dictionary of the decoder: {card['dictionary']}\n{rows}"
-    return [
-        f"{rows}, {report.vectors:,} vectors; {held_out} held out",
-        f"- Explained variance on held-out vectors: {report.explained:.4f}",
-        *normal,
-        f"- The same with untrained weights: {report.untrained_explained:.4f}",
-        f"- The same with as many principal components: {report.components_explained:.4f}",
-        f"- Active features of a vector: {report.active:.2f}",
-        f"- Features without activity on these vectors: {report.inactive:,}",
-    ]
-
-
-def _describe_correlations(
-    rows: str, report: CorrelationReport, card: Mapping[str, Any]
-) -> list[str]:
-    """Return what the model card of correlated components says about its rows and its result."""
-    measured = "held-out" if report.held_out_vectors else "training"
-    listed = ", ".join(f"{each:.4f}" for each in report.correlations)
-    return [
-        f"{rows}, {report.vectors:,} vectors; {count_noun(report.held_out_rows, 'row')} held out",
-        f"- Correlated with {card['with']}",
-        f"- Correlations on {measured} vectors: {listed}",
-        f"- Their mean: {report.mean:.4f}; on training vectors: {report.training:.4f}",
-        f"- The same after a training on shuffled pairs: {report.shuffled:.4f}",
-        f"- The same for random directions: {report.untrained:.4f}",
-        f"- The same for principal components: {report.components:.4f}",
-        f"- Explained variance on {measured} vectors: {report.explained:.4f}",
-        f"- Weights of a component that aren't 0: {report.numbers:.1f}",
-    ]
-
-
-def _describe_mixture(rows: str, report: MixtureReport) -> list[str]:
-    """Return what the model card of a mixture says about its rows and its result."""
-    measured = "held-out" if report.held_out_vectors else "training"
-    return [
-        f"{rows}, {report.vectors:,} vectors; {count_noun(report.held_out_rows, 'row')} held out",
-        f"- Mean log likelihood of {measured} vectors: {report.log_likelihood:.4f} nats",
-        f"- The same for random vectors as means: {report.untrained:.4f}",
-        f"- The same for one Gaussian: {report.single:.4f}",
-        f"- The same for a mixture of shuffled vectors, on shuffled vectors: {report.shuffled:.4f}",
-        f"- Components that are likely for none of these vectors: {report.empty}",
-    ]
-
-
-def _describe_vector(rows: str, report: VectorReport, card: Mapping[str, Any]) -> list[str]:
-    """Return what the model card of a vector says about its rows and its result."""
-    held_out = count_noun(report.held_out_rows, "row")
-    measured = "held-out" if report.held_out_rows else "training"
-    lines = [
-        f"{rows}; {held_out} held out",
-        f"- The vector is added at these tokens, to {report.objective}",
-        f"- Length: {report.length:.4f}; vectors of the site have {report.site_length:.4f}",
-        f"- Mean of the measure over {measured} rows: {report.trained:.4f}",
-        f"- The same with random vectors of this length: {report.random:.4f}",
-        f"- The same without a vector: {report.unsteered:.4f}",
-    ]
-    if report.difference is not None:
-        what = f"the mean difference from `{card['from']}` at this length"
-        lines.append(f"- The same with {what}: {report.difference:.4f}")
-    return lines
-
-
-def _describe_soft_prompt(rows: str, report: SoftPromptReport) -> list[str]:
-    """Return what the model card of a soft prompt says about its rows and its result."""
-    measured = "held-out" if report.held_out_rows else "training"
-    clean = [] if report.clean is None else [f"- The same in the clean run: {report.clean:.4f}"]
-    first = report.untrained
-    untrained = [] if first is None else [f"- The same with the untrained vectors: {first:.4f}"]
-    return [
-        f"{rows}; {count_noun(report.held_out_rows, 'row')} held out",
-        f"- {report.tokens} vectors replace those at these tokens, to {report.objective}",
-        f"- Mean length: {report.length:.4f}; vectors of the site have {report.site_length:.4f}",
-        f"- Mean of the measure over {measured} rows: {report.trained:.4f}",
-        f"- The same with random vectors of these lengths: {report.random:.4f}",
-        f"- The same with placeholders: {report.placeholders:.4f}",
-        *untrained,
-        *clean,
-    ]
-
-
-def _describe_edit(rows: str, report: EditReport) -> list[str]:
-    """Return what the model card of an edit says about its rows and its result."""
-    measured = "held-out" if report.held_out_rows else "training"
-    return [
-        f"{rows}; {count_noun(report.held_out_rows, 'row')} held out",
-        f"- The edit adds Aᵀ B x + c to an activation x at these tokens, to {report.objective}",
-        f"- `{VECTOR_FILE}` has B as `edit.reads` [rank, width], A as `edit.writes` [rank, width] "
-        "and c as `edit.offset` [width]; LoReFT: A = R, B = W − R, c = Rᵀ b",
-        f"- Mean length of what it adds: {report.length:.4f}; vectors of the site have "
-        f"{report.site_length:.4f}",
-        f"- Mean of the measure over {measured} rows: {report.trained:.4f}",
-        f"- The same in random subspaces of rank {report.rank}: {report.turned:.4f}",
-        f"- The same with random edits of this rank and length: {report.random:.4f}",
-        f"- The same with the mean of what it adds, always: {report.constant:.4f}",
-        f"- The same without an edit: {report.unedited:.4f}",
-    ]
-
-
-def _describe_scales(rows: str, report: ScaleReport) -> list[str]:
-    """Return what the model card of scales says about its rows and its result."""
-    held_out = count_noun(report.held_out_rows, "row")
-    measured = "held-out" if report.held_out_rows else "training"
-    span = f"from {report.smallest:.4f} to {report.largest:.4f}"
-    return [
-        f"{rows}; {held_out} held out",
-        f"- Vectors are multiplied by the scales at these tokens, to {report.objective}",
-        f"- Scales of channels are {span}, with a mean of {report.average:.4f}",
-        f"- Mean of the measure over {measured} rows: {report.trained:.4f}",
-        f"- The same with the scales in a random order: {report.shuffled:.4f}",
-        f"- The same with the mean scale for all channels: {report.uniform:.4f}",
-        f"- The same with a scale of 0: {report.zero:.4f}",
-        f"- The same without scales: {report.unscaled:.4f}",
-    ]
-
-
-def _describe_lens(rows: str, report: LensReport) -> list[str]:
-    """Return what the model card of a lens says about its rows and its result."""
-    measured = "held-out" if report.held_out_vectors else "training"
-    columns = zip(report.layers, report.untrained, report.trained, strict=True)
-    return [
-        f"{rows}, {report.vectors:,} vectors; {count_noun(report.held_out_rows, 'row')} held out",
-        f'- `observe tuned_lens("{LENS_FILE}")` reads it; the last layer needs no map',
-        f"- Mean KL (nats) from the model's distribution, on {measured} vectors, logit lens → "
-        "trained:",
-        *(f"  - layer {layer}: {before:.4f} → {after:.4f}" for layer, before, after in columns),
-        f"- The same for the average prediction on training vectors: {report.average:.4f}",
-    ]
-
-
-def _describe_probe(rows: str, report: ProbeReport, card: Mapping[str, Any]) -> list[str]:
-    """Return what the model card of a probe says about its rows and its result."""
-    measured = "held-out" if report.held_out_rows else "training"
-    columns = zip(report.layers, report.trained, report.shuffled, report.random, strict=True)
-    shown = [[each[0], *map(show_score, each[1:])] for each in columns]
-    classes = ", ".join(map(str, card["classes"]))
-    return [
-        f"{rows}; {count_noun(report.held_out_rows, 'row')} held out",
-        f"- Predicts: `{report.predicts}`" + (f", of the classes {classes}" if classes else ""),
-        f"- Training rows with different tokens up to there: {report.distinct_rows:,}",
-        f"- `{PROBE_FILE}` has `layer.N.weight` [output, width] and `layer.N.bias` [output]; the "
-        "outputs are " + ("logits of the classes" if classes else "the number"),
-        f"- {report.unit} on {measured} rows: trained; with shuffled values; mean over "
-        f"{report.draws} random directions",
-        *(f"  - layer {n}: {own}; {mixed}; {drawn}" for n, own, mixed, drawn in shown),
-        f"- The same for the {'most common class' if classes else 'mean'} of training rows: "
-        f"{show_score(report.constant)}",
-    ]
-
-
-def _describe_circuit(rows: str, report: CircuitReport, card: Mapping[str, Any]) -> list[str]:
-    """Return what the model card of a circuit says about its rows and its result."""
-    held_out = count_noun(report.held_out_rows, "row")
-    source = f"the run `{card['from']}`" if card["from"] else f"the {card['with']}"
-    listed = ", ".join(f"{name} ({score:.4g})" for name, score in report.chosen.items())
-    return [
-        f"{rows}; {held_out} held out",
-        f"- Every edge but those of the circuit is set to the values of {source}, to "
-        f"{report.objective}",
-        f"- Edges with their scores: {listed}",
-        f"- Of {report.candidates:,} edges; {report.made}",
-        f"- Mean of the measure over held-out rows: {report.trained:.4f}",
-        f"- The same for {report.draws} random circuits of this size: {report.random:.4f}",
-        f"- The same without a patch: {report.unpatched:.4f}",
-        f"- The same with every edge: {report.whole:.4f}",
-    ]
-
-
-def _describe_mask(rows: str, report: MaskReport, card: Mapping[str, Any]) -> list[str]:
-    """Return what the model card of a mask says about its rows and its result."""
-    held_out = count_noun(report.held_out_rows, "row")
-    source = f"the run `{card['from']}`" if card["from"] else f"the {card['with']}"
-    noun, every = report.noun, f"{report.candidates:,}"
-    written = f"Every {noun} but the chosen ones is" if report.keeps else f"The chosen {noun}s are"
-    single = "not computed" if report.single is None else f"{report.single:.4f}"
-    unchanged = f"- Further {noun}s that change no training row: {report.inactive:,}"
-    return [
-        f"{rows}; {held_out} held out",
-        f"- {written} set to those of {source}, to {report.objective}",
-        f"- Chosen: {', '.join(f'{name} ({own:.2f})' for name, own in report.chosen.items())}",
-        f"- Undecided {noun}s: {report.undecided} of {every}",
-        *([unchanged] if report.inactive else []),
-        f"- Mean of the measure over held-out rows: {report.trained:.4f}",
-        f"- The same for {report.draws} random choices of this size: {report.random:.4f}",
-        f"- The same for the largest effects of single {noun}s: {single}",
-        f"- The same without a patch: {report.unpatched:.4f}",
-        f"- The same with every {noun}: {report.whole:.4f}",
-    ]

@@ -17,8 +17,7 @@ from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import load_models, silence_libraries
 from mechdsl.models.folder import locate_model
-from mechdsl.pipeline.edited_models import edit_model
-from mechdsl.pipeline.loaded_models import check_options
+from mechdsl.pipeline.loaded_models import check_options, edit_model
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.program import spec
 from mechdsl.prompts.tokens.tokenizer import TOKENIZER_FILES, has_tokenizer

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from mechdsl.fits.reports import IndependenceReport, MixtureReport
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.cost import Cost, count_circuit_work, list_fitted_runs, run_cost
 from mechdsl.planner.plan import PROMPT_TOKENS
@@ -312,9 +313,9 @@ def _sizes_of_solution(made: TrainedDictionary, trainer: SolvedTrainer | PairedT
     decomposition = SVD_PRODUCTS * width * width
     if isinstance(trainer, PairedTrainer):  # both sets of vectors, also shuffled
         return _Sizes(2 * vector, 2 * weights, 2 * weights, 0, once=4 * decomposition)
-    if trainer.measured == "independence":
+    if trainer.report is IndependenceReport:
         return _Sizes(vector, weights, weights, 2 * count * count, once=3 * decomposition)
-    if trainer.measured == "likelihood":  # of several starts, also for shuffled vectors
+    if trainer.report is MixtureReport:  # of several starts, also for shuffled vectors
         full = made.covariance == "full"
         weights = count * width * (width if full else 2)
         step = 4 * MIXTURE_STARTS * weights

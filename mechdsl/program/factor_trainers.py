@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.base.text import name_list
 from mechdsl.dictionaries.folder import COVARIANCES, Architecture
+from mechdsl.fits.reports import IndependenceReport, MixtureReport
 from mechdsl.program.direction_methods import Problem
 from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import (
@@ -172,7 +173,7 @@ class IndependentComponentsTrainer(SizedTrainer, SolvedTrainer):
     other_options: ClassVar[Mapping[str, str]] = dict.fromkeys(SIZES, "components")
     package = "scikit-learn"
     architecture = "linear"
-    measured = "independence"
+    report = IndependenceReport
 
     def solve(
         self, vectors: Tensor, options: Mapping[str, Constant], steps: int, random: Generator
@@ -199,7 +200,7 @@ class MixtureTrainer(SizedTrainer, SolvedTrainer):
     }
     package = "scikit-learn"
     architecture = "mixture"
-    measured = "likelihood"
+    report = MixtureReport
     takes_any_size = True
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:

@@ -16,6 +16,21 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 from mechdsl.base.records import Record, Registry, record
 from mechdsl.base.text import Percent, name_list
 from mechdsl.dictionaries.folder import Architecture
+from mechdsl.fits.reports import (
+    CircuitReport,
+    CorrelationReport,
+    DecoderReport,
+    EditReport,
+    FitReport,
+    LensReport,
+    MaskReport,
+    ProbeReport,
+    RotationReport,
+    ScaleReport,
+    SoftPromptReport,
+    TrainingReport,
+    VectorReport,
+)
 from mechdsl.program.direction_methods import Problem, call_class_problem
 from mechdsl.program.spec import Constant
 from mechdsl.syntax import ast
@@ -55,6 +70,8 @@ class Trainer(ABC):
     name: str
     declares: ClassVar[Statement] = "basis"
     """First word of the statement that declares what it makes."""
+    report: ClassVar[type[FitReport]]
+    """What its training reports: the numbers of its table, of conventions and of model cards."""
     example: str
     """A call inside of `fit(…)`, as messages show it."""
     options: tuple[str, ...] = ()
@@ -84,6 +101,14 @@ class Trainer(ABC):
         """Return the problem with the options together, or None; each is valid by itself."""
         return None
 
+    def report_on(self, options: Mapping[str, Constant], *, decoder: bool) -> type[FitReport]:
+        """Return what a training reports.
+
+        Args:
+            decoder: Whether its vectors are the decoder of a dictionary.
+        """
+        return DecoderReport if decoder else self.report
+
     def check_parts(self, options: Mapping[str, Constant]) -> Problem | None:
         """Return the reason that the gradients of a batch can't be computed in parts, or None."""
         return None
@@ -106,6 +131,8 @@ class DictionaryOutline(Record):
 
 class DictionaryTrainer(Trainer):
     """A dictionary, which is trained on the vectors of a site, one by one."""
+
+    report = TrainingReport
 
     @abstractmethod
     def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
@@ -143,9 +170,6 @@ class IterativeTrainer(DictionaryTrainer):
 class SolvedTrainer(DictionaryTrainer):
     """A dictionary that is computed from all vectors together."""
 
-    measured: ClassVar[Literal["features", "independence", "likelihood"]] = "features"
-    """What its table says: how well its features reconstruct vectors, how independent they are, or
-    how likely vectors are."""
     copies: ClassVar[int] = 4
     """Copies of the vectors, in 64 bits, that the computation has in memory."""
 
@@ -168,8 +192,7 @@ class SolvedTrainer(DictionaryTrainer):
 class PairedTrainer(DictionaryTrainer):
     """A dictionary that is computed from two sets of vectors of the same rows together."""
 
-    measured: ClassVar[Literal["correlation"]] = "correlation"
-    """What its table says: how coordinates of both sets correlate."""
+    report = CorrelationReport
 
     @abstractmethod
     def solve(
@@ -197,6 +220,7 @@ class LensTrainer(Trainer):
     """A lens: an affine map for each layer, trained on vectors to predict the next token."""
 
     declares = "lens"
+    report = LensReport
 
     @abstractmethod
     def start(
@@ -215,6 +239,7 @@ class ProbeTrainer(Trainer):
     """A linear map of the vectors of rows, one for each row, that predicts a value of the rows."""
 
     declares = "probe"
+    report = ProbeReport
     defaults: ClassVar[Mapping[str, Constant]] = {"validation": Percent(20)}
     unused = ("steps", *STEP_OPTIONS)
     predicts: ClassVar[Literal["number", "class"]]
@@ -261,6 +286,7 @@ class EffectTrainer(Trainer):
 class RotationTrainer(EffectTrainer):
     """An orthonormal basis of a subspace, which is patched from another run."""
 
+    report = RotationReport
     learns_size: ClassVar[bool] = False
     """Whether the training determines the number of directions."""
 
@@ -297,6 +323,12 @@ class DirectionTrainer(EffectTrainer):
 class VectorTrainer(DirectionTrainer):
     """A vector that is added to those of a site, or vectors that replace them."""
 
+    report = VectorReport
+
+    def report_on(self, options: Mapping[str, Constant], *, decoder: bool) -> type[FitReport]:
+        """Return what a training reports, depending on the number of vectors."""
+        return self.report if self.count_tokens(options) is None else SoftPromptReport
+
     @abstractmethod
     def start(
         self, like: Tensor, options: Mapping[str, Constant], random: Generator
@@ -306,6 +338,8 @@ class VectorTrainer(DirectionTrainer):
 
 class EditTrainer(VectorTrainer):
     """An edit: a vector that is added, as a function of the vector that it is added to."""
+
+    report = EditReport
 
     @abstractmethod
     def rank(self, options: Mapping[str, Constant]) -> int:
@@ -320,6 +354,8 @@ class EditTrainer(VectorTrainer):
 
 class ScaleTrainer(DirectionTrainer):
     """Scales that the vectors of a site are multiplied by."""
+
+    report = ScaleReport
 
     @abstractmethod
     def start(
@@ -340,6 +376,7 @@ class MaskTrainer(ChoosingTrainer):
     """A mask, which chooses sites or coordinates that are patched or ablated."""
 
     declares = "group"
+    report = MaskReport
 
     @abstractmethod
     def size(self, options: Mapping[str, Constant]) -> int:
@@ -359,6 +396,7 @@ class CircuitTrainer(ChoosingTrainer):
     """A circuit that is found without training steps."""
 
     declares = "circuit"
+    report = CircuitReport
     unused = ("steps", "rate", "patience", "accumulate", "precision")
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mechdsl
-from mechdsl.execute.run_record import SoftPromptReport
+from mechdsl.fits.reports import SoftPromptReport
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import as_in_the_data

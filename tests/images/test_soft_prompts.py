@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.run_record import SoftPromptReport
+from mechdsl.fits.reports import SoftPromptReport
 
 from . import support
 from .support import ANSWERS, LABELS, WRONG

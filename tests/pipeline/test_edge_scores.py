@@ -23,8 +23,8 @@ import mechdsl
 from mechdsl.base.arrays import Floats
 from mechdsl.execute import mask_training, objective_rows
 from mechdsl.execute.mask_training import EdgeRows, open_edges
-from mechdsl.execute.run_record import CircuitReport
 from mechdsl.execute.training_vectors import VectorCache
+from mechdsl.fits.reports import CircuitReport
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.program.trainers import EdgeScoreTrainer
 from mechdsl.resolve.circuits import EMBEDDING, END, CircuitDraws, EdgeGraph

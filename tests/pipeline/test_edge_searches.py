@@ -19,7 +19,7 @@ import torch
 import mechdsl
 from mechdsl.base.arrays import Floats
 from mechdsl.execute.mask_training import EdgeSearch
-from mechdsl.execute.run_record import CircuitReport
+from mechdsl.fits.reports import CircuitReport
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.program.trainers import EdgeSearchTrainer
 from mechdsl.resolve.types import CircuitEdge

@@ -15,7 +15,7 @@ from mechdsl.execute.run_record import ExecutionOptions
 from mechdsl.loading.loader import load_models
 from mechdsl.models.folder import hash_file
 from mechdsl.pipeline import computation as module
-from mechdsl.pipeline.edited_models import edit_model
+from mechdsl.pipeline.loaded_models import edit_model
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.store.runs import OpenRun
 from mechdsl.syntax.frontend import read_source

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.run_record import SoftPromptReport
+from mechdsl.fits.reports import SoftPromptReport
 
 from ..execute.support import ROWS, prompt, token
 from ..quick import in_turn, some

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.run_record import MaskReport
+from mechdsl.fits.reports import MaskReport
 from mechdsl.resolve.circuits import CircuitDraws
 from mechdsl.resolve.types import CircuitEdge, TrainedMask
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.execute.mask_training import CoordinateMaskRows
-from mechdsl.execute.run_record import MaskReport
+from mechdsl.fits.reports import MaskReport
 from mechdsl.resolve.types import TrainedMask
 
 from ..execute.support import unchanged, word_tokenizer

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.run_record import EditReport
+from mechdsl.fits.reports import EditReport
 from mechdsl.fits.vectors import low_rank_change, turn_edit
 
 from ..execute.support import word_tokenizer

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.run_record import LensReport
 from mechdsl.execute.training_vectors import RowVectors
 from mechdsl.fits.lenses import LensLoss, LensMaps
+from mechdsl.fits.reports import LensReport
 from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.pipeline.trained_files import fits_of_file
 

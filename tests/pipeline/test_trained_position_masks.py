@@ -21,7 +21,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.execute.mask_training import PositionMaskRows
-from mechdsl.execute.run_record import MaskReport
+from mechdsl.fits.reports import MaskReport
 from mechdsl.resolve.types import PositionChoice, TrainedMask
 
 from ..execute.support import unchanged, word_tokenizer

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 import mechdsl
-from mechdsl.execute.run_record import ProbeReport
+from mechdsl.fits.reports import ProbeReport
 
 from ..rules.models import bare
 from ..rules.support import Text, plain, tokens

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.run_record import ScaleReport
+from mechdsl.fits.reports import ScaleReport
 
 from ..quick import in_turn
 from ..rules.models import double

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.run_record import VectorReport
+from mechdsl.fits.reports import VectorReport
 
 from ..quick import in_turn, some
 from ..reference.forward import Write
