@@ -26,11 +26,11 @@ _INTRO = """\
 A `.mech` file defines models, prompts and experiments. Commands:
 
     mechdsl validate FILE --format json  # exit status 2: errors
-    mechdsl plan FILE  # cost, without a run
+    mechdsl plan FILE  # cost
     mechdsl run FILE --format json  # results; --limit 8: quick try, --set name=VALUE
     mechdsl explain FILE  # tokens of prompts
     mechdsl explain WORD  # word or code: E0301
-    mechdsl sites counting  # layers, sites
+    mechdsl sites counting
     mechdsl new FILE --task counting
 
 Rules of the notation:

@@ -395,7 +395,7 @@ def gradient_work(
         if len(texts) < len(measure.atoms):
             found += _pass(lengths, joined, whole, forwards=0 if plain else 1, backwards=kinds)
             plain = True
-    if said.steps is None:
+    if said.steps is None and not said.kind.adds_noise:
         rounds = experiment.model.shape.n_layers if said.kind.drops_layers else 1
         sites = {
             (point.site, point.layer)
@@ -407,7 +407,8 @@ def gradient_work(
         }
         scores = _pass(lengths, joined, whole, forwards=2 * len(sites), backwards=0)
         return sum((found for _ in range(rounds)), scores)
-    times = said.steps * len(set(cell_sites(plan).tolist()))
+    copies = said.steps or int(dict(said.options)["samples"])
+    times = copies * len(set(cell_sites(plan).tolist()))
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
     return sum((found for _ in range(times)), first)
 

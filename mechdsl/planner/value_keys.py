@@ -546,7 +546,9 @@ class ExperimentKeys:
     def _shared(self) -> bytes:
         """Digest what all cells share."""
         said = self.plan.experiment.spec.estimator
-        estimated = [] if said is None else ["estimated", said.text]
+        estimated = () if said is None else ("estimated", said.text)
+        if said is not None and said.kind.adds_noise:
+            estimated = (*estimated, self.contents.seed)
         return digest("patched", self._model(), self.plan.draws, self._whole, *estimated)
 
     def _cells(self) -> Iterator[bytes]:

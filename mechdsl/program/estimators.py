@@ -66,7 +66,7 @@ class GradientEstimator:
     source: ClassVar[str] = ""
     """The publication."""
     convention: ClassVar[str]
-    """Description below results; `{steps}` stands for the number of steps."""
+    """Description below results; `{steps}` is the number of steps, `{NAME}` an option."""
     place: ClassVar[Place] = "sites"
     options: ClassVar[Mapping[str, int | float]] = {}
     """Arguments `NAME: NUMBER` → default value; if that is an int, only whole numbers are valid."""
@@ -92,6 +92,10 @@ class GradientEstimator:
     drops_layers: ClassVar[bool] = False
     """Whether the value is the mean of absolute values, each with the gradient of one layer left
     out, over the layers that don't contain the site."""
+    adds_noise: ClassVar[bool] = False
+    """Whether gradients are the mean over copies of the base run with noise at all vectors of a
+    site. Needs the options `samples`, the number of copies, and `noise`, the standard deviation
+    as a share of the range of the row's values at the site."""
     over_vectors: ClassVar[Literal["sum", "mean"]] = "sum"
     """How the values of a cell's vectors in one layer are combined."""
 
@@ -217,6 +221,42 @@ class Gradient(GradientEstimator):
 
     def finish(self, combined: Floats) -> Floats:
         return combined**0.5
+
+
+@estimator("smoothgrad")
+class SmoothGrad(Gradient):
+    """The length of the mean gradient over noisy copies of the base run.
+
+    The value of a cell is ‖1/n Σ ∇m(x + ε)‖ with ε ~ N(0, σ²) (Smilkov et al. 2017, section 3.2).
+    """
+
+    example = "using smoothgrad(samples: 20)"
+    documentation = (
+        "Computes, without running the cells, the L2 norm of the metric's mean gradient over "
+        "copies of the base run with noise (20 by default). Gaussian noise is added to the vectors "
+        "of all tokens at the site. Its standard deviation is `noise`, 0.15 by default, times the "
+        "difference of the largest and the smallest number of the row there. The noise depends on "
+        "the seed and on the content of the row. At `embed at each token`, this is a saliency map "
+        "of tokens or patches. Like `gradient`, it isn't an effect: it needs `as raw` and has no "
+        "p. Each copy, site and layer needs one forward and one backward pass."
+    )
+    source = "Smilkov et al. 2017, arXiv 1706.03825"
+    convention = (
+        "no effect: the length of the mean gradient at all vectors of a cell together, over "
+        "{samples} copies of the base run, with Gaussian noise at all tokens of the site, of "
+        "{noise} times the range of the row's values there (Smilkov et al. 2017, arXiv "
+        "1706.03825, SmoothGrad)"
+    )
+    value_name = "smooth gradient"
+    value_said = "the size of a mean gradient"
+    formula = "the length (L2) of the mean of ∂m/∂site over noisy copies of the base run"
+    options: ClassVar[Mapping[str, int | float]] = {"samples": 20, "noise": 0.15}
+    adds_noise = True
+
+    def check_option(self, name: str, value: float) -> str | None:
+        if name == "samples":
+            return None if 1 <= value <= 10_000 else "must be a number of copies, 1 to 10,000"
+        return None if 0 < value < 100 else "must be above 0"
 
 
 class _GradientTimesChange(GradientEstimator):

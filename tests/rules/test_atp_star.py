@@ -14,22 +14,16 @@ import torch
 from torch import Tensor
 
 from mechdsl.diagnostics.rendering import render_full
-from mechdsl.planner.cost import gradient_work
-from mechdsl.planner.passes import make_plan
 
 from ..execute.support import (
     MODES,
     ROWS,
     Prompt,
-    check_file,
-    execute_file,
     experiment,
     prompt,
     run_file,
-    shared,
     token,
     try_file,
-    write_rows,
 )
 from ..execute.test_stored_values import check_case
 from ..quick import some
@@ -41,7 +35,7 @@ from .test_estimates import (
     Key,
     agrees,
     by_hand,
-    count_passes,
+    count_planned_passes,
     heads_at_last,
     measured,
     read,
@@ -181,17 +175,11 @@ def test_layers_are_left_out_one_by_one(family: str, tmp_path: Path) -> None:
 
 
 def test_plan_counts_the_passes_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(tmp_path)
     rule = "patch k layer 0..1 head * at subject tokens"
     text = experiment("e", *LINES, rule, "using atp_star", RAW)
-    checked = check_file(text, tmp_path, shared(bare("gpt2")))
-    ((own,),) = (panel.experiments for panel in make_plan(checked.experiments).panels)
-    calls = count_passes(monkeypatch)
-    execute_file(checked, shared(bare("gpt2")))
-    work = gradient_work(own, np.arange(len(ROWS)), lambda lengths: lengths, 10_000)
     # Two layers with the base run and the other keys; each of three layers is left out once.
-    assert (work.joined_forwards, work.joined_backwards) == (2 * 2 + 3, 3)
-    assert (calls["there"], calls["back"]) == (2 * 2 + 3, 3)
+    passes = (2 * 2 + 3, 3)
+    assert count_planned_passes(text, tmp_path, monkeypatch) == (passes, passes)
 
 
 def test_values_without_a_sign_are_no_effects(tmp_path: Path) -> None:

@@ -492,6 +492,23 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return calls
 
 
+Passes = tuple[int, int]
+"""Forward and backward."""
+
+
+def count_planned_passes(
+    text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Passes, Passes]:
+    """Of an experiment with the estimator: the passes that a plan counts, and those that run."""
+    write_rows(folder)
+    checked = check_file(text, folder, shared(bare("gpt2")))
+    ((own,),) = (panel.experiments for panel in make_plan(checked.experiments).panels)
+    work = gradient_work(own, np.arange(len(ROWS)), lambda lengths: lengths, 10_000)
+    calls = count_passes(monkeypatch)
+    execute_file(checked, shared(bare("gpt2")))
+    return (work.joined_forwards, work.joined_backwards), (calls["there"], calls["back"])
+
+
 def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path)
     measures = [measured(text, "delta") for text in (ONE, 'logprob("w3 w9")', "loss")]

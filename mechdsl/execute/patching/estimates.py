@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.hashing import digest_number
 from mechdsl.execute.measurement.readout import Readout, ReadoutInput, ReadoutResult, ValueGap
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
 from mechdsl.execute.patching.writes import (
@@ -268,6 +269,12 @@ def _renormalize(scores: Tensor, base: Tensor, weights: Tensor) -> Tensor:
     return shares / (shares.sum(-1, keepdim=True) + sink)
 
 
+def draw_noise(key: Sequence[int], size: Sequence[int]) -> Floats:
+    """Draw numbers of a standard normal distribution, equal for equal keys."""
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    return random.standard_normal(size)
+
+
 class GradientEstimates:
     """Estimates for the rows of one experiment on one batch of prompts."""
 
@@ -332,7 +339,9 @@ class GradientEstimates:
         environments = [self.plan.items[cell] for cell in drawn.cell]
         if not any(atom.by_item for _, atom in self.readout.atoms):
             environments = [None] * len(drawn)
-        if self.steps is None:
+        if self.kind.adds_noise:
+            sums = self._near_base(written, lanes, environments)
+        elif self.steps is None:
             sums = self._at_base(written, lanes, environments)
         else:
             groups = cell_sites(self.plan)[drawn.cell]
@@ -427,6 +436,62 @@ class GradientEstimates:
             for each in sums:
                 found[number, own] += each[own]
         return found
+
+    def _near_base(
+        self,
+        written: Sequence[_WrittenVectors],
+        lanes: DrawLanes,
+        environments: Sequence[ItemNumber],
+    ) -> Floats:
+        """Return [measure, row]: values by the mean gradient near the base run, site by site."""
+        wheres = [each.where for each in written]
+        noise = self.differentiated.noise(lanes)
+        read = run_full(self.model, lanes.batch, writes=noise, reads=wheres).reads
+        found = np.zeros((len(self.readout.measures), len(environments)))
+        samples = int(self.options["samples"])
+        for each in written:
+            base = each.base(read[each.where], lanes.batch)
+            owners: list[tuple[int, Ints]] = []
+            totals: list[Tensor] = []
+            for sample in range(samples):
+                moved = self._noise_at(each.where, read[each.where], lanes, sample)
+                leaf = self.differentiated.zeros(*base.shape)
+                reading, _ = self.differentiated.read([moved, each.added(leaf)], lanes, ())
+                every = list(self._gradients(reading, [leaf], environments))
+                owners = [(number, own) for number, own, _ in every]
+                new = [gradients[0] for _, _, gradients in every]
+                totals = [a + b for a, b in zip(totals, new, strict=True)] if totals else new
+            for (number, own), total in zip(owners, totals, strict=True):
+                sums = self._sums(each, base, total / samples, len(environments))
+                found[number, own] += sums[own]
+        return self.kind.finish(found)
+
+    def _noise_at(self, where: SiteRead, read: Tensor, lanes: DrawLanes, sample: int) -> SiteWrite:
+        """Build noise at all vectors of a site; read: [lane, column, unit, width] of it."""
+        batch = lanes.batch.of_site(where.site, where.stack)
+        lane, position = batch.tokens()
+        vectors = read[indices_to_device((lane, batch.columns(lane, position)), read.device)]
+        ends = np.cumsum(batch.lengths.numpy())[:-1].tolist()
+        values: list[Floats] = []
+        by_lane = zip(lanes.prompts, lanes.draws, vectors.tensor_split(ends), strict=True)
+        for prompt, draw, own in by_lane:
+            row = self.differentiated.run.rows[int(prompt)]
+            content = digest_number(row.source, np.array(row.ids, dtype=np.int64).tobytes())
+            place = digest_number(where.site, where.layer, where.stack)
+            key = [self.differentiated.runs.seed % 2**63, content, place, int(draw), sample]
+            scale = self.options["noise"] * float(own.max() - own.min())
+            values.append(draw_noise(key, own.shape) * scale)
+        units = read.shape[2]
+        return SiteWrite(
+            where.site,
+            where.layer,
+            lane.repeat_interleave(units),
+            position.repeat_interleave(units),
+            torch.arange(units).repeat(len(lane)),
+            torch.from_numpy(np.concatenate(values).reshape(len(lane) * units, -1)),
+            mode="add",
+            stack=where.stack,
+        )
 
     def _along(
         self,

@@ -251,7 +251,9 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     where = f"gradients of the {base} run"
     if said.steps is not None:
         where = f"gradients between the {base} run and the written values"
-    text = said.kind.convention.replace("{steps}", str(said.steps))
+    text = said.kind.convention
+    for name, value in {"steps": said.steps, **dict(said.options)}.items():
+        text = text.replace(f"{{{name}}}", str(value))
     if said.verify is not None:
         text = text.replace("estimates, no cell was run: ", "")
     edges = said.kind.place == "attention"
