@@ -17,7 +17,7 @@ Document = dict[str, Any]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS_WEIGHTS = {"gpt2_ioi"}
 """Of a model that nobody may have downloaded."""
-NEEDS_TRAINING = {"fit", "lens", "prices"}
+NEEDS_TRAINING = {"edits", "fit", "lens", "prices"}
 """With `fit(…)` declarations, which are trained first."""
 NAMES = [p.stem for p in sorted(EXAMPLES.glob("*.mech")) if p.stem not in NEEDS_WEIGHTS]
 FROZEN_NAMES = [name for name in NAMES if name not in NEEDS_TRAINING]
