@@ -13,8 +13,10 @@ from torch import Tensor
 from ..execute.support import ROWS, experiment, prompt, run_file
 from ..quick import in_turn
 from ..reference.gradients import Where, taken
+from ..reference.ruled import ruled
 from .models import bare, double
 from .test_bases import Basis, components
+from .test_dictionaries import make, replaced
 from .test_estimates import (
     ONE,
     Key,
@@ -49,11 +51,12 @@ def reads(family: str, at: Where, run: str) -> list[Tensor]:
     return found
 
 
-def gradients(family: str, at: Where) -> list[Tensor]:
+def gradients(family: str, at: Where, kind: str = "atp") -> list[Tensor]:
     """Per row, [T, units, width]: the gradient of the metric in the clean run."""
-    none = torch.zeros(())
+    none, module = torch.zeros(()), double(family)
+    module = module if kind == "atp" else ruled(module, kind)
     return [
-        taken(double(family), at, call_metric(family, ONE, prompt(record), record, none)).gradient
+        taken(module, at, call_metric(family, ONE, prompt(record), record, none)).gradient
         for record in ROWS
     ]
 
@@ -125,6 +128,33 @@ def test_coordinates_of_a_basis(family: str, site: str, tmp_path: Path) -> None:
     assert agrees(found["mean"], 0, {(): products(moved, gradient)}, None) > 1e-3
 
 
+ARCHITECTURES = {"gpt2": "standard", "llama": "topk", "gpt_neox": "layer_norm"}
+
+
+@pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, ("atp", "relp", "gim"), FAMILIES))
+def test_features_of_a_dictionary(family: str, kind: str, tmp_path: Path) -> None:
+    """The change of a feature is that of its share of the decoded vector; the error stays."""
+    at = site_of(family, "resid_post", 1)
+    base = lasts(reads(family, at, "clean")).flatten(1)
+    source = lasts(reads(family, at, "other"), "other").flatten(1)
+    gradient = lasts(gradients(family, at, kind)).flatten(1)
+    of = make(tmp_path, ARCHITECTURES[family], base.shape[1])
+    features, given = of.encode(base), of.encode(source)
+    decoded = of.decode(features, base)
+    expected: dict[Key, list[float]] = {}
+    for n in range(features.shape[1]):
+        new = replaced(features, [n], given)
+        expected[n,] = products(of.decode(new, base) - decoded, gradient)
+    lines = ("prompts p", "from other into clean", f"using {kind}", measured(ONE, "delta"))
+    text = 'basis f = sae("sae") at resid_post layer 1\n'
+    text += experiment("each", f"patch feature * of f {LAST}", *lines)
+    text += experiment("all", f"patch resid_post layer 1 in basis f {LAST}", *lines)
+    found = run_file(text, tmp_path, bare(family))
+    assert agrees(found["each"], 0, expected, None) > 1e-3
+    whole = products(of.decode(given, base) - decoded, gradient)
+    assert agrees(found["all"], 0, {(): whole}, None) > 1e-3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dimensions(family: str, tmp_path: Path) -> None:
     at = site_of(family, "resid_post", 1)
@@ -143,7 +173,7 @@ LINEAR = (
     f"ablate layer 2 neuron 0..3 {LAST} with mean",
     f"ablate mlp_out layer 2 {LAST} with zero",
 )
-EXACT = ("gradient_input", "integrated_gradients(steps: 2)", "relp", "gim")
+EXACT = ("gradient_input", "integrated_gradients(steps: 2)", "relp", "gim", "atp_qk")
 
 
 @pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, EXACT, FAMILIES))
