@@ -517,49 +517,60 @@ class CircuitDraws:
     """
 
     def __init__(self, shape: ModelShape, circuit: Collection[CircuitEdge], seed: int) -> None:
-        self._graph = EdgeGraph(shape)
-        self.every = self._graph.every
+        graph = EdgeGraph(shape)
+        self.every = graph.every
         self.circuit = frozenset(circuit)
-        self.is_connected = self._graph.covers(self.circuit)
+        self.is_connected = graph.covers(self.circuit)
         key = sorted(map(str, self.circuit))
         self._random = Random(stable_hash(seed, "control", "circuit", *key))
+        # Thousands of paths are drawn: nodes and edges are numbered.
+        node = {each: number for number, each in enumerate((EMBEDDING, END, *graph.before))}
+        edge = {each: number for number, each in enumerate(self.every)}
+        self._own = frozenset(edge[each] for each in self.circuit)
+        self._ends = node[EMBEDDING], node[END]
+        self._senders = [node[of] for of, _ in self.every]
+        self._nodes = [[node[each] for each in graph.nodes(to)] for _, to in self.every]
+        self._after = {node[of]: [edge[each] for each in out] for of, out in graph.after.items()}
+        self._before = {node[to]: [edge[each] for each in to_] for to, to_ in graph.before.items()}
 
     def draws(self, count: int) -> list[tuple[CircuitEdge, ...]]:
         """Return up to `count` different circuits, each with its edges in forward order."""
-        found: dict[frozenset[CircuitEdge], None] = {}
+        found: dict[frozenset[int], None] = {}
         for _ in range(MAX_TRIES * count):
             drawn = self._grown() if self.is_connected else self._drawn()
-            if drawn is not None and drawn != self.circuit:
+            if drawn is not None and drawn != self._own:
                 found[drawn] = None
             if len(found) == count:
                 break
-        return [tuple(edge for edge in self.every if edge in own) for own in found]
+        return [tuple(self.every[edge] for edge in sorted(own)) for own in found]
 
-    def _drawn(self) -> frozenset[CircuitEdge]:
-        return frozenset(self._random.sample(self.every, len(self.circuit)))
+    def _drawn(self) -> frozenset[int]:
+        return frozenset(self._random.sample(range(len(self.every)), len(self.circuit)))
 
-    def _grown(self) -> frozenset[CircuitEdge] | None:
+    def _grown(self) -> frozenset[int] | None:
         """Grow a circuit path by path; None if the last path doesn't fit its size."""
-        found: set[CircuitEdge] = set()
-        reached, leading = {EMBEDDING}, {END}
+        choice, edges = self._random.choice, range(len(self.every))
+        first, end = self._ends
+        found: set[int] = set()
+        reached, leading = {first}, {end}
         for _ in range(MAX_TRIES):
-            edge = self._random.choice(self.every)
+            edge = choice(edges)
             path = {edge}
-            node = edge[0]
+            node = self._senders[edge]
             while node not in reached:
-                before = self._random.choice(self._graph.before[node])
+                before = choice(self._before[node])
                 path.add(before)
-                node = before[0]
-            node = self._random.choice(self._graph.nodes(edge[1]))
+                node = self._senders[before]
+            node = choice(self._nodes[edge])
             while node not in leading:
-                after = self._random.choice(self._graph.after[node])
+                after = choice(self._after[node])
                 path.add(after)
-                node = self._random.choice(self._graph.nodes(after[1]))
+                node = choice(self._nodes[after])
             if len(found | path) > len(self.circuit):
                 continue
             found |= path
-            reached |= {node for _, to in path for node in self._graph.nodes(to)} - {END}
-            leading |= {of for of, _ in path}
+            reached |= {node for to in path for node in self._nodes[to]} - {end}
+            leading |= {self._senders[of] for of in path}
             if len(found) == len(self.circuit):
                 return frozenset(found)
         return None
