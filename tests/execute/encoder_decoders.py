@@ -92,7 +92,7 @@ SLOW = ("umt5", "m2m_100")
 """Families whose code differs little from that of others."""
 
 WRITERS: dict[str, dict[str, Any]] = {
-    f"writing {family}": {**CONFIGS[family], "tie_word_embeddings": False}
+    f"{family} writing": {**CONFIGS[family], "tie_word_embeddings": False}
     for family in ("t5", "mt5", "bart", "marian", "pegasus", "umt5", "m2m_100", "t5gemma")
 }
 """Models that don't repeat their last token: their unembedding isn't their embedding."""
@@ -105,7 +105,7 @@ HEADS, WIDTH, ENCODER_LAYERS, LAYERS = 2, 8, 2, 3
 
 def name_of(family: str) -> str:
     """The type of a model in the library."""
-    return family.rpartition(" ")[2]
+    return family.partition(" ")[0]
 
 
 def cases(families: Iterable[str]) -> list[Any]:

@@ -316,14 +316,14 @@ def test_replies_under_changed_attention_equal_written_out_attention(
 
 
 def test_conventions_state_the_unused_settings(tmp_path: Path) -> None:
-    module = model("writing t5")
+    module = model("t5 writing")
     lines = experiment("e", "prompts p", f"generate {TOKENS}", LENGTH)
-    said = dict(run("writing t5", lines, tmp_path)["e"].conventions)
+    said = dict(run("t5 writing", lines, tmp_path)["e"].conventions)
     assert "generation config" not in said["generate"]
     assert said["kept keys"].endswith("the encoder runs once")
     module.generation_config.num_beams = 4
     try:
-        said = dict(run("writing t5", lines, tmp_path)["e"].conventions)
+        said = dict(run("t5 writing", lines, tmp_path)["e"].conventions)
     finally:
         module.generation_config.num_beams = 1
     assert "`num_beams` of the model's generation config isn't used" in said["generate"]
@@ -388,7 +388,7 @@ def present(values: Array) -> Array:
 
 
 @pytest.mark.parametrize(
-    "family", cases(each for each in WRITERS if each != "writing t5gemma")
+    "family", cases(each for each in WRITERS if each != "t5gemma writing")
 )  # small effects
 def test_experiments_on_replies_of_others_equal_hooks(family: str, tmp_path: Path) -> None:
     """The decoder reads its first tokens, then the reply of the experiment `w`, in all runs."""
@@ -444,7 +444,7 @@ def test_experiments_on_replies_of_others_equal_hooks(family: str, tmp_path: Pat
     assert "read after the reply" in dict(results["q"].conventions)["answer"]
 
 
-@pytest.mark.parametrize("family", ["writing t5", "writing bart"])
+@pytest.mark.parametrize("family", ["t5 writing", "bart writing"])
 def test_samples_and_swept_steps_equal_hooks(family: str, tmp_path: Path) -> None:
     sampled = experiment(
         "s",
@@ -489,11 +489,11 @@ def test_invalid_line_reports_the_code_before_anything_runs(
     lines = experiment(
         "e", "prompts p", "from other into clean", line, "measure prob(answer) as raw"
     )
-    _, found = try_file(lines, tmp_path, model("writing bart"), None, tokenizer=tokenizer())
+    _, found = try_file(lines, tmp_path, model("bart writing"), None, tokenizer=tokenizer())
     assert [each.code for each in found if each.severity == "error"] == [code]
 
 
-@pytest.mark.parametrize("family", ["writing t5", "writing bart"])
+@pytest.mark.parametrize("family", ["t5 writing", "bart writing"])
 def test_planned_cost_is_near_the_counted_products(family: str, tmp_path: Path) -> None:
     loaded, _ = adopt_model("m", model(family), tokenizer())
     assert loaded is not None

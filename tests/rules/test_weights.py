@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -656,28 +657,19 @@ def test_values_of_edited_models_are_kept_apart(data: Path) -> None:
         "add 3 * d to weights of L1N3",
         "project out d from weights",
     )
-    found: dict[str, list[Any]] = {}
-    for _again in range(2):
-        for line in lines:
-            block = f"model c = m with {{ {line} }}\n"
-            for name, text in (
-                ("model", block + of_counting("c")),
-                ("rule", of_counting("m", line)),
-            ):
-                result = mechdsl.run(head + text, store=data / "store")
-                own = [float(v) for v in result["e"].measures[0].patched[0]]
-                found.setdefault(f"{name} {line}", []).append((own, result))
-    for line in lines:
-        (own, _), (repeated, second) = found[f"model {line}"]
-        assert own == repeated
-        (rule, _), _ = found[f"rule {line}"]
-        assert np.abs(np.subtract(own, rule)).max() < 1e-4, line
-    every = [own for (own, _), _ in found.values()]
-    for number, line in enumerate(lines):
-        for other in lines[number + 1 :]:
-            first, second = (found[f"model {each}"][0][0] for each in (line, other))
-            assert first != second, (line, other)
-    assert len(every) == 2 * len(lines)
+
+    def patched(text: str) -> list[float]:
+        result = mechdsl.run(head + text, store=data / "store")
+        return [float(value) for value in result["e"].measures[0].patched[0]]
+
+    edited = {line: f"model c = m with {{ {line} }}\n{of_counting('c')}" for line in lines}
+    found = {line: patched(text) for line, text in edited.items()}
+    for line, text in edited.items():
+        assert patched(text) == found[line]
+        rule = patched(of_counting("m", line))
+        assert np.abs(np.subtract(found[line], rule)).max() < 1e-4, line
+    for line, other in combinations(lines, 2):
+        assert found[line] != found[other], (line, other)
 
 
 def test_data_of_a_direction_in_an_edit(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
