@@ -17,12 +17,8 @@ from mechdsl.execute.run_record import ExecutionOptions
 if TYPE_CHECKING:
     import torch
 
-    from mechdsl.diagnostics.core import Diagnostic
     from mechdsl.execute.run_record import ExecutionProfile
-    from mechdsl.forward.hooks.model import LoadedModel
     from mechdsl.planner.plan import Plan
-    from mechdsl.program import spec
-    from mechdsl.program.python_functions import PythonFunction
     from mechdsl.results.experiment_result import StopCondition
 
 
@@ -118,12 +114,3 @@ def check_folders(options: RunOptions) -> list[Diagnostic]:
         hint = "`pip install 'mechdsl[offload]'` installs it"
         found.append(BadCommandLine(reason=reason, hint=hint))
     return found
-
-
-def build_lazily(
-    model: spec.Model, function: PythonFunction
-) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """Call `mechdsl.loading.loader.build_model`, and import torch only then."""
-    from mechdsl.loading.loader import build_model
-
-    return build_model(model, function)
