@@ -440,6 +440,10 @@ USES: dict[str, tuple[tuple[str, ...], str]] = {
     "dimensions of it": (("from turned into clean", "patch g dims 0..2 at last token"), "E0"),
     "in a basis": (("from turned into clean", "patch g in basis f at last token"), "E0"),
     "onto": (("project g at last token onto d",), "E0"),
+    "loop": (
+        ("from turned into clean", "for v in [g, h] { patch v at last token }"),
+        "E0207",
+    ),
     "edge": (("block attention g from last token to cue token",), "E0"),
     "other dims": (
         ("from turned into clean", "patch z layer 1 dims * except g at last token"),
@@ -453,6 +457,7 @@ def test_rules_that_take_no_coordinates(name: str, tmp_path: Path) -> None:
     lines, code = USES[name]
     direction = f"direction d = mean_difference(clean of p, other of p) at {SITE} at last token\n"
     save = experiment(f"add 1 * d to {SITE} at last token", name="u")
-    path = write(tmp_path, sae(tmp_path), direction, fit(), experiment(*lines), save)
+    heads = "group h = L1H0, L1H1\n"
+    path = write(tmp_path, sae(tmp_path), direction, heads, fit(), experiment(*lines), save)
     errors = training_errors(path)
     assert errors[0].code.startswith(code), errors

@@ -278,6 +278,21 @@ def test_saved_direction_is_the_trained_vector(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "out.safetensors")["v"], vector(found).float())
 
 
+def test_loop_over_trainings_of_several_seeds_has_the_cells_of_each(tmp_path: Path) -> None:
+    rule = f"{{}}add 2 * {{}} to {SITE} at last token"
+    loop = experiment(rule.format("for d in [v, half] { ", "d") + " }", name="both")
+    alone = [experiment(rule.format("", name), name=f"one_{name}") for name in ("v", "half")]
+    half = "direction half = 0.5 * v\n"
+    path = write(tmp_path, fit(f"{QUICK}, seeds: 2"), half, loop, *alone)
+    both, *each = run(path, fit=True).files[0].experiments
+    coords = [(cell.coords["d"], cell.coords["seed"]) for cell in both.cells]
+    assert coords == [("v", 0), ("v", 1), ("half", 0), ("half", 1)]
+    wanted = np.concatenate([own.measures[0].patched for own in each])
+    assert np.allclose(both.measures[0].patched, wanted, atol=1e-5)
+    assert not np.allclose(wanted[0], wanted[2], atol=1e-4)
+    assert len(both.controls) == 1
+
+
 def test_every_layer_has_a_training(tmp_path: Path) -> None:
     """Each rule uses the vector of its layer."""
     every, one = "resid_post layer * at last token", "resid_post layer 2 at last token"
@@ -349,6 +364,7 @@ USES = {
     "rule": f"add 2 * v to {SITE} at last token",
     "sum": f"add w to {SITE} at last token",
     "basis": f"ablate {SITE} in basis b at last token with mean",
+    "loop": f"for d in [w, v] {{ add d to {SITE} at last token }}",
     "derived": f"run changed {{ add v to {SITE} at tokens * }}\n  from changed into clean\n"
     "  patch layer 2 head * at last token",
 }
