@@ -101,6 +101,21 @@ def test_control_is_a_training_without_steps(tmp_path: Path) -> None:
     assert own.report.log_likelihood > chance.report.log_likelihood
 
 
+def test_several_seeds_have_the_cells_of_single_trainings(tmp_path: Path) -> None:
+    (both,) = run(write(tmp_path, declare(options="steps: 40, seeds: 2"), ABLATES), fit=True)
+    alone = [
+        run(write(tmp_path, declare(options=f"steps: 40, seed: {seed}"), ABLATES), fit=True)["e"]
+        for seed in (0, 1)
+    ]
+    assert {cell.coords["seed"] for cell in both.cells} == {0, 1}
+    for seed, own in enumerate(alone):
+        cells = [cell.coords["seed"] == seed for cell in both.cells]
+        np.testing.assert_allclose(
+            both.measures[0].patched[cells], own.measures[0].patched, atol=1e-5
+        )
+    assert both.seed_means
+
+
 RULES = {
     "ablate": "ablate feature 0..2 of f at last token with zero",
     "mean": "ablate feature 0..2 of f at last token with mean",
