@@ -9,8 +9,9 @@ embedding table. `check_images_as_vectors` compares both forms on a model's own 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mechdsl.diagnostics.models import ImagesNotVectors
-from mechdsl.forward.hooks.batch import Batch, SiteRead, WriteMismatch
+from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, WriteMismatch
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import (
     IMAGE_TOKENS,
@@ -41,6 +42,8 @@ from mechdsl.prompts.tokens.image_prompts import (
 _AT_ONCE = 8
 """Number of images in one pass of the tower."""
 
+_EMBED = SiteRead("embed")
+
 _TOLERANCE = 1e-4
 """Largest difference of logits in float32, relative to the largest logit."""
 
@@ -53,8 +56,16 @@ class ImageVectors:
         assert isinstance(reader, ImagePromptTokenizer)
         self.reader = reader
         self._weights = model.provenance.get("weights")
-        self._known: set[str] = set()
-        """Markers of the images."""
+        self._known: dict[str, PromptPicture] = {}
+        """The images by their markers."""
+        self._images: list[str] = []
+        """Their markers, by number."""
+        self._places = torch.empty(0, 2, dtype=torch.long, device=model.device)
+        """[N, 2]: number of the image, and index of the vector in it, of each token."""
+        self._patches: dict[tuple[int, int], int] = {}
+        """By size of an image, the number of tokens in the vision encoder."""
+        self.are_patches: bool | None = None
+        """Whether each token is a patch of the vision encoder, in order; None: unknown."""
         self._tokens = torch.empty(0, dtype=torch.long, device=model.device)
         """[N] ascending: the tokens of images."""
         self._vectors = torch.empty(0, model.shape.d_model, dtype=model.dtype, device=model.device)
@@ -147,22 +158,30 @@ class ImageVectors:
 
     def _add(self, model: LoadedModel, images: Sequence[tuple[str, PromptPicture]]) -> None:
         batch, own = prepare_images(model, self.reader, [each for _, each in images])
-        read = SiteRead("embed")
         with _record_later_vectors(model) as later:
-            vectors = run_full(model, batch, stop=0, reads=[read]).reads[read][:, :, 0]
+            vectors = run_full(model, batch, stop=0, reads=[_EMBED]).reads[_EMBED][:, :, 0]
         tokens = [
             token
             for marker, each in images
             for token in self.reader.vector_tokens(marker, each.expansion)
         ]
-        order = torch.cat([self._tokens, torch.tensor(tokens, device=self._tokens.device)])
+        device = self._tokens.device
+        order = torch.cat([self._tokens, torch.tensor(tokens, device=device)])
         self._tokens, places = order.sort()
+        first = len(self._images)
+        new = [
+            (first + number, index)
+            for number, (_, each) in enumerate(images)
+            for index in range(sum(each.expansion.is_image))
+        ]
+        self._places = torch.cat([self._places, torch.tensor(new, device=device)])[places]
+        self._images += [marker for marker, _ in images]
         self._vectors = torch.cat([self._vectors, vectors[own].to(self._vectors)])[places]
         layout = self.reader.layout
         if layout.several_layers:
             self._keep_later(model, later, places)
         numbers = [row for _, each in images for row in _number_cells(each.expansion)]
-        every = [self._numbers, torch.tensor(numbers, device=self._tokens.device)]
+        every = [self._numbers, torch.tensor(numbers, device=device)]
         self._numbers = torch.cat(every)[places]
         IMAGE_TOKENS[model.module] = ImageTokenTable(
             tokens=self._tokens,
@@ -170,8 +189,214 @@ class ImageVectors:
             advance=self._numbers[:, 3],
             mixes=layout.mixes,
             prefix_end=self.reader.prefix_end,
+            encode=partial(self._encode, model),
         )
-        self._known.update(marker for marker, _ in images)
+        self._known.update(images)
+
+    # --- the vision encoder apart from the language model -----------------------------------------
+
+    def _occurrences(self, batch: Batch) -> list[_Occurrence]:
+        """Return the images in the prompts of a batch."""
+        at, known = find_tokens(self._tokens, batch.ids)
+        places, known = self._places[at].cpu(), known.cpu()
+        found: list[_Occurrence] = []
+        for row, (own, there) in enumerate(zip(places, known, strict=True)):
+            columns = there.nonzero()[:, 0]
+            firsts = (own[columns, 1] == 0).nonzero()[:, 0].tolist()
+            for part in columns.tensor_split(firsts)[1:]:
+                found.append(_Occurrence(row, int(own[part[0], 0]), part))
+        return found
+
+    def _encode(
+        self,
+        model: LoadedModel,
+        batch: Batch,
+        writes: Sequence[SiteWrite],
+        reads: Sequence[SiteRead],
+    ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
+        """Run the vision encoder on a batch's images: see `VisionPass`."""
+        every = self._occurrences(batch)
+        inside = [_number_patches(write, batch, every) for write in writes]
+        written = {n for write in inside for n in write.rows.tolist()}
+        lanes: dict[tuple[str, int], list[int]] = {}  # equal images without writes share a lane
+        for n, each in enumerate(every):
+            if n in written or reads:
+                key = self._images[each.image], n if n in written else -1
+                lanes.setdefault(key, []).append(n)
+        sizes: dict[tuple[int, int], list[tuple[str, list[int]]]] = {}
+        for (marker, _), numbers in lanes.items():
+            size = self._known[marker].picture.size
+            sizes.setdefault(size, []).append((marker, numbers))
+        vectors = _ImagesOfBatch(batch, every, written)
+        for alike in sizes.values():
+            for start in range(0, len(alike), _AT_ONCE):
+                own = alike[start : start + _AT_ONCE]
+                found = self._run(model, own, inside, reads)
+                vectors.add([numbers for _, numbers in own], found)
+        return vectors.writes(), vectors.reads
+
+    def _run(
+        self,
+        model: LoadedModel,
+        lanes: Sequence[tuple[str, list[int]]],
+        writes: Sequence[SiteWrite],
+        reads: Sequence[SiteRead],
+    ) -> dict[SiteRead, Tensor]:
+        """Run the vision encoder on images of one size.
+
+        Args:
+            model: The model.
+            lanes: The marker of each image, and the numbers that it has in the batch: a changed
+                image has one.
+            writes: Writes whose rows are numbers of images, and whose positions are patches.
+            reads: Sites of the encoder.
+
+        Returns:
+            [lane, patch, units, width] by site, `embed` included.
+        """
+        distinct = list(dict.fromkeys(marker for marker, _ in lanes))
+        pictures = [self._known[marker] for marker in distinct]
+        batch, own = prepare_images(model, self.reader, pictures)
+        patches = self._count_patches(model, batch, pictures[0].picture.size)
+        batch = batch.with_inputs(batch.extra, vision=Batch.grid(len(distinct), patches))
+        batch = batch.take(torch.tensor([distinct.index(marker) for marker, _ in lanes]))
+        columns = own[0].nonzero()[:, 0]
+        first = patches - len(columns)
+        inside: list[SiteWrite] = []
+        for lane, (_, (number, *_)) in enumerate(lanes):
+            mine = (write.some(write.rows == number) for write in writes)
+            inside += [
+                replace(
+                    each, rows=torch.full_like(each.rows, lane), positions=each.positions + first
+                )
+                for each in mine
+                if len(each.rows)
+            ]
+        found = run_full(model, batch, stop=0, writes=inside, reads=[_EMBED, *reads]).reads
+        patchwise = {each: found[each][:, first:] for each in reads}
+        return {_EMBED: found[_EMBED][:, columns], **patchwise}
+
+    def _count_patches(self, model: LoadedModel, batch: Batch, size: tuple[int, int]) -> int:
+        """Return the number of tokens of an image of this size in the vision encoder."""
+        if size not in self._patches:
+            seen: list[int] = []
+
+            def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hidden = get_activation(args, kwargs)
+                seen.append(hidden.numel() // hidden.shape[-1] // len(batch))
+
+            block = model.module.get_submodule(model.stack("vision").anatomy.blocks[0].path)
+            handle = block.register_forward_pre_hook(look, with_kwargs=True)
+            try:
+                run_full(model, batch, stop=0)
+            finally:
+                handle.remove()
+            (self._patches[size],) = seen
+        return self._patches[size]
+
+    def compare_patches(self, model: LoadedModel, image: PromptPicture) -> bool:
+        """Return whether each token of an image is one token of the vision encoder, in order.
+
+        The vector of the second patch is changed after the last block that the language model
+        reads: only the vector of its token may change. Reversed or transposed patches fail.
+        """
+        batch, own = prepare_images(model, self.reader, [image])
+        columns = own[0].nonzero()[:, 0]
+        patches = self._count_patches(model, batch, image.picture.size)
+        before = patches - len(columns)
+        if before not in (0, 1):  # a class token that the language model doesn't read
+            return False
+        batch = batch.with_inputs(batch.extra, vision=Batch.grid(1, patches))
+        second, zero = 1 % len(columns), torch.zeros(1, dtype=torch.long)
+        plain = run_full(model, batch, stop=0, reads=[_EMBED]).reads[_EMBED][0, columns, 0]
+        for layer in reversed(range(model.stack("vision").shape.n_layers)):
+            turned = SiteWrite(
+                "resid_post",
+                layer,
+                zero,
+                zero + before + second,
+                zero,
+                torch.full((1, 1), -2.0, device=model.device),
+                mode="scale",
+                stack="vision",
+            )
+            read = run_full(model, batch, stop=0, writes=[turned], reads=[_EMBED]).reads[_EMBED]
+            apart = (read[0, columns, 0] - plain).abs().amax(-1)
+            changed = (apart > _TOLERANCE * plain.abs().max()).nonzero()[:, 0].tolist()
+            if changed:
+                return changed == [second]
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class _Occurrence:
+    """An image in a prompt of a batch."""
+
+    row: int
+    image: int
+    """Its number."""
+    columns: Tensor
+    """[patch] long, on the host."""
+
+
+def _number_patches(write: SiteWrite, batch: Batch, images: Sequence[_Occurrence]) -> SiteWrite:
+    """Replace rows and positions of a write by numbers of images in the batch, and of patches.
+
+    Raises:
+        WriteMismatch: A token isn't one of an image.
+    """
+    number = torch.full(batch.ids.shape, -1)
+    index = torch.zeros(batch.ids.shape, dtype=torch.long)
+    for n, each in enumerate(images):
+        number[each.row, each.columns] = n
+        index[each.row, each.columns] = torch.arange(len(each.columns))
+    where = write.rows, batch.columns(write.rows, write.positions)
+    if bool((number[where] < 0).any()):
+        raise WriteMismatch(f"{write.where.quoted} has vectors at tokens of images only")
+    return replace(write, rows=number[where], positions=index[where])
+
+
+@dataclass(eq=False)
+class _ImagesOfBatch:
+    """Values of the images in a batch, from passes of the vision encoder."""
+
+    batch: Batch
+    images: Sequence[_Occurrence]
+    written: Set[int]
+    """Numbers of images whose vectors change."""
+    reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
+    """[B, T, units, width] by site; 0 at tokens of text."""
+    _embedded: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """By number of an image, [patch, d_model]."""
+
+    def add(self, lanes: Sequence[Sequence[int]], found: Mapping[SiteRead, Tensor]) -> None:
+        """Add the values of a pass.
+
+        Args:
+            lanes: The images that each lane stands for.
+            found: [lane, patch, units, width] by site.
+        """
+        for lane, numbers in enumerate(lanes):
+            for read, values in found.items():
+                if read == _EMBED:
+                    self._embedded |= {n: values[lane, :, 0] for n in numbers if n in self.written}
+                    continue
+                if read not in self.reads:
+                    whole = values.new_zeros((*self.batch.ids.shape, *values.shape[2:]))
+                    self.reads[read] = whole
+                for n in numbers:
+                    self.reads[read][self.images[n].row, self.images[n].columns] = values[lane]
+
+    def writes(self) -> list[SiteWrite]:
+        """Return the writes of changed images at `embed`."""
+        if not self._embedded:
+            return []
+        own = [self.images[n] for n in self._embedded]
+        rows = torch.cat([torch.full((len(each.columns),), each.row) for each in own])
+        columns = torch.cat([each.columns for each in own])
+        values = torch.cat(list(self._embedded.values()))
+        positions = columns - self.batch.starts[rows]
+        return [SiteWrite("embed", None, rows, positions, torch.zeros_like(rows), values)]
 
 
 _LATER_VECTORS = "deepstack_visual_embeds"
@@ -309,6 +534,24 @@ def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> Image
         return None
     apart = f"{vectors.apart:.2g}"
     return ImagesNotVectors(model=model.name, architecture=model.shape.architecture, apart=apart)
+
+
+def check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel | None:
+    """Return E0413 if tokens of the first image aren't patches of the vision encoder, in order."""
+    first = next((row for row in rows if row.pictures), None)
+    if first is None:
+        return None
+    provide_images(model, [first])
+    vectors = _VECTORS[model.module]
+    if vectors.are_patches is None:
+        [image, *_] = first.pictures.values()
+        vectors.are_patches = vectors.compare_patches(model, image)
+    if vectors.are_patches:
+        return None
+    reason = "a change of one patch doesn't change the vector of one token of the image"
+    hint = "use `embed` at the tokens of an image"
+    site = "resid_post vision"
+    return SiteNotOnModel(span=None, model=model.name, site=site, reason=reason, hint=hint)
 
 
 def _compare_forms(model: LoadedModel, reader: ImagePromptTokenizer, row: RunRow) -> float:

@@ -7,7 +7,7 @@ interrupted run resumes there. Metrics of replies are recomputed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from mechdsl.forward.generation.decoding import Decoding
 from mechdsl.forward.generation.replies import generate_replies
 from mechdsl.forward.generation.rules import GenerationRules, RowChoice
 from mechdsl.forward.hooks.batch import RuleWrites
-from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.model import LoadedModel, build_batch, split_vision
 from mechdsl.planner.rows import RowTable
 from mechdsl.planner.value_keys import ExperimentKeys, RunContents
 from mechdsl.program.spec import Generation
@@ -162,7 +162,8 @@ class ReplyGenerator:
         provide_images(model, (rows.run.rows[prompt] for prompt in rows.prompts.tolist()))
         count, table = len(rows.prompts), self.table
         noise = build_noise_writes(model, rows.run.noise, rows.prompts, table.row_keys, self.seed)
-        prefill, later = RuleWrites(noise).then(rows.prefill), rows.later
+        prefill = self._embedded(model, rows, RuleWrites(noise).then(rows.prefill))
+        later = rows.later
         if samples > 1:
             parts = [torch.arange(count) * samples + n for n in range(samples)]
             first, others = parts[0], parts[1:]
@@ -187,6 +188,15 @@ class ReplyGenerator:
         )
         replies = self._known(model, rows, asked)
         return [tuple(replies[n : n + samples]) for n in range(0, len(replies), samples)]
+
+    @staticmethod
+    def _embedded(model: LoadedModel, rows: GenerationRequest, prefill: RuleWrites) -> RuleWrites:
+        """Return the writes to prompts, with those in the vision encoder as writes at `embed`."""
+        if not any(write.stack == "vision" for write in prefill.writes):
+            return prefill
+        ids = [rows.run.rows[prompt].ids for prompt in rows.prompts.tolist()]
+        batch = build_batch(model, ids, [0] * len(ids), model.calling.side)
+        return replace(prefill, writes=split_vision(model, batch, prefill.writes)[0])
 
     def _known(
         self, model: LoadedModel, rows: GenerationRequest, asked: _ReplyRequest

@@ -585,8 +585,8 @@ class UnpatchedRuns:
         if {} not in self.spots:  # accuracies read the last token
             self.spots = (*self.spots, {})
         self.behind = any(each.behind for each in panel.experiments)
-        self.adds_images_later = any(
-            each.experiment.adds_images_later for each in panel.experiments
+        self.needs_full_passes = any(
+            each.experiment.needs_full_passes for each in panel.experiments
         )
         self.loss = next((g.loss for g in readouts if g.loss is not None), None)
         self.rules_of: Callable[[PromptRun, Ints, Ints, Ints], RuleWrites] | None = None
@@ -605,7 +605,7 @@ class UnpatchedRuns:
     def shortcuts(self) -> Shortcuts | None:
         """Computations that rows reuse from these runs; None if rows are full passes."""
         whole = self.model.shape.encodes_apart or not self.model.restartable
-        whole |= self.adds_images_later
+        whole |= self.needs_full_passes
         return self.plan.shortcuts if self.plan.restarts and not whole else None
 
     def named(self, name: str) -> PromptRun:

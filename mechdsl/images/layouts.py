@@ -354,6 +354,8 @@ class ImageLayout:
     """Whether the beginning-of-sequence token follows the last image; otherwise it is the first."""
     several_layers: ClassVar[bool] = False
     """Whether the model also adds vectors of images after its first blocks."""
+    without_vision: ClassVar[str] = "a token of an image reads several patches"
+    """Why rules can't act in the vision encoder; empty if each token of an image is one patch."""
 
     def image_text(self, processor: Any, config: Any) -> ImageText:
         """Return the texts that stand for an image. Raises UnsupportedProcessor."""
@@ -686,6 +688,7 @@ class PatchRows(ImageLayout):
     """LLaVA (Liu et al. 2023, arXiv:2304.08485) and ViP-LLaVA."""
 
     documentation = "one token for each patch, row by row"
+    without_vision = ""
     processors = ("LlavaProcessor",)
     image_processors = (*_PLAIN_PROCESSORS, "LlavaImageProcessor")
 
@@ -703,6 +706,7 @@ class VideoLlava(PatchRows):
     """Video-LLaVA (Lin et al. 2023, arXiv:2311.10122); frames keep their class tokens."""
 
     documentation = "one token for each patch, row by row; frames begin with a class token"
+    without_vision = "images and frames have separate vision encoders"
     processors = ("VideoLlavaProcessor",)
     image_processors = ("VideoLlavaImageProcessor",)
     video_processors = ("VideoLlavaVideoProcessor",)
@@ -722,6 +726,8 @@ def _class_tokens(prompt: ImagePrompt) -> int:
 
 class _AnyResolution(ImageLayout):
     """The whole image, then the grid of its tiles without rows or columns of padding."""
+
+    without_vision = "its vision encoder reads an image in overlapping tiles"
 
     def tile_cells(self, prompt: ImagePrompt) -> int:
         """Return the rows of a tile's cells."""
@@ -905,6 +911,7 @@ class Qwen3(Qwen):
 
     documentation = "as `qwen2_vl`"
     several_layers = True
+    without_vision = "its vision encoder also adds vectors after blocks of the language model"
 
 
 @layout("idefics2")
@@ -989,6 +996,7 @@ class PaliGemma(ImageLayout):
     """PaliGemma (Beyer et al. 2024, arXiv:2407.07726) and PaliGemma 2."""
 
     documentation = "one token for each patch of the resized image, row by row"
+    without_vision = ""
     processors = ("PaliGemmaProcessor",)
     image_processors = _PLAIN_PROCESSORS
     mixes = True
@@ -1084,4 +1092,5 @@ class Mllama(ImageLayout):
     """Llama 3.2 Vision."""
 
     documentation = "none: its language model reads images by cross-attention"
+    without_vision = "its language model reads images by cross-attention"
     refusal = "reads images by cross-attention, so they have no positions in its language model"

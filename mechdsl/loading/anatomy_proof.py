@@ -55,7 +55,7 @@ from mechdsl.loading.verify.verification import run_checks
 from mechdsl.models.adapter_folder import PROMPT_ADAPTER_REASON, PROMPT_ADAPTERS
 from mechdsl.models.anatomy import Anatomy, find_family
 from mechdsl.models.block import is_norm, is_transposed
-from mechdsl.models.config import stack_shape
+from mechdsl.models.config import limit_sites, stack_shape
 from mechdsl.models.finder import find_anatomies, stack_names
 from mechdsl.models.folder import json_digest
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
@@ -475,7 +475,11 @@ def build_loaded_model(
     accepts = frozenset(inspect.signature(module.forward).parameters)
     dtype = next(module.parameters()).dtype
     own = {stack: replace(s, shape=_fit_shape(s, main=not stack)) for stack, s in stacks.items()}
-    shapes = {stack: s.shape for stack, s in own.items() if stack in STACK_SITES}
+    shapes = {
+        stack: limit_sites(s.shape, stack)
+        for stack, s in own.items()
+        if stack in STACK_SITES and not (stack == "vision" and main.shape.without_vision)
+    }
     own[""] = replace(own[""], shape=replace(own[""].shape, others=shapes))
     return probe_call(
         LoadedModel(
@@ -642,9 +646,13 @@ def _finish_model(
         found += (
             IdleComponents(span=span, model=model.name, parts=describe_idle_components(model)),
         )
+    shapes = {  # without sites that a trial removed
+        stack: limit_sites(model.others[stack].shape, stack) for stack in model.shape.others
+    }
+    model = replace(model, shape=replace(model.shape, others=shapes))
     if any(outcome.identity == ATTENTION_IDENTITY and outcome.passed for outcome in checks):
         model = add_attention_sites(model)
-        if model.shape.encodes_apart and {*STACK_SITES} <= model.others.keys():
+        if model.shape.encodes_apart and {"encoder", "cross"} <= model.others.keys():
             model = add_stack_attention(model, build_sample(model))
     proved = replace(
         model,

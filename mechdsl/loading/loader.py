@@ -110,7 +110,6 @@ from mechdsl.resolve.model_pairs import attach_tokenizer, read_tower_inputs, rea
 from mechdsl.resolve.observations import Observation, RowSetObservation
 from mechdsl.resolve.sites import find_missing_point
 from mechdsl.resolve.types import ModelContext, ResolvedExperiment, ResolvedRule
-from mechdsl.vocab.sites import STACK_SITES
 
 _DTYPES = {
     "float32": torch.float32,
@@ -305,7 +304,7 @@ def _without_shared_rows(
     """Replace an encoder-decoder by E0407 if its rows weren't proved to be independent."""
     if model is None or not model.shape.encodes_apart:
         return model, found
-    stacks = name_list(f"`{stack}`" for stack in STACK_SITES if stack not in model.others)
+    stacks = name_list(f"`{stack}`" for stack in ("encoder", "cross") if stack not in model.others)
     reason = f"the sites in its stack {stacks} are not available" if stacks else ""
     if not model.restartable:
         reason = "the values of its tokens depend on padding or on other prompts of a pass"

@@ -22,6 +22,7 @@ from mechdsl.diagnostics.models import (
     ShapeUnknown,
     SingleOutput,
 )
+from mechdsl.images.layouts import IMAGE_LAYOUTS
 from mechdsl.images.processing import PatchLayout
 from mechdsl.models.anatomy import Family, ModelConfig
 from mechdsl.models.families import find_family  # registers the families
@@ -35,7 +36,7 @@ from mechdsl.models.shape import (
     output_position,
     output_task,
 )
-from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, STACK_SITES, sites_of_module
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, sites_of_module
 
 LAYER_KEYS = (
     "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers",
@@ -330,17 +331,35 @@ def shape_from_config(
     shape, found = _shape(text, config, names, takes, model=model, span=span)
     if shape is not None and takes == "two texts":
         shape = _with_stacks(shape, config)
+    if shape is not None and takes == "image and text":
+        shape = _with_vision(shape, config)
     return shape, found
+
+
+def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
+    """Add the vision encoder of a vision-language model, if rules can act in it."""
+    entry = IMAGE_LAYOUTS.get(str(config.get("model_type")))
+    reason = "its image tokens have no known layout" if entry is None else entry.without_vision
+    others = {} if reason else _other_stacks(shape, config, ("vision",))
+    return replace(shape, others=others, without_vision=reason)
+
+
+def _other_stacks(
+    shape: ModelShape, config: Mapping[str, Any], stacks: Iterable[str]
+) -> dict[str, ModelShape]:
+    """Return the shapes of stacks, without those of unknown sizes."""
+    shapes = {stack: stack_shape(shape, config, stack) for stack in stacks}
+    return {stack: limit_sites(own, stack) for stack, own in shapes.items() if own is not None}
+
+
+def limit_sites(shape: ModelShape, stack: str) -> ModelShape:
+    """Return the shape of a stack with the sites that a file can name."""
+    return replace(shape, sites=shape.sites & frozenset(_STACK_SITES[stack]))
 
 
 def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     """Add the stacks of an encoder-decoder, and the tokens that its decoder begins with."""
-    shapes = {stack: stack_shape(shape, config, stack) for stack in STACK_SITES}
-    found = {
-        stack: replace(own, sites=own.sites & frozenset(_STACK_SITES[stack]))
-        for stack, own in shapes.items()
-        if own is not None
-    }
+    found = _other_stacks(shape, config, ("encoder", "cross"))
     starts = [config.get(key) for key in ("decoder_start_token_id", "forced_bos_token_id")]
     known = tuple(each for each in starts if isinstance(each, int))
     first = known if isinstance(starts[0], int) else None
@@ -352,8 +371,9 @@ _CROSS_SITES = ("attn_norm", "q", "k", "v", "scores", "pattern", "z", "head_out"
 _STACK_SITES: Mapping[str, tuple[str, ...]] = {
     "encoder": tuple(name for name in SITES if name not in ("logits", "q_rot", "k_rot")),
     "cross": _CROSS_SITES,
+    "vision": tuple(n for n in SITES if n not in ("logits", *ATTENTION_INTERNAL_SITES)),
 }
-"""The sites that each stack of an encoder-decoder can have."""
+"""The sites that each further stack can have."""
 
 
 def check_starts(shape: ModelShape, model: str, span: Span | None) -> Diagnostic | None:

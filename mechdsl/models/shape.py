@@ -162,7 +162,9 @@ class ModelShape(Record):
     )
     """(units, width) of a site in blocks with other sizes; known for a loaded model."""
     others: Mapping[str, ModelShape] = field(default_factory=dict[str, "ModelShape"])
-    """Shapes of the stacks `encoder` and `cross` of an encoder-decoder."""
+    """Shapes of the stacks of `STACK_SITES`."""
+    without_vision: str = ""
+    """Why rules can't act in the vision encoder of a vision-language model; empty if they can."""
     starts: tuple[int, ...] | None = None
     """Tokens that a decoder begins with; None for other models, and if the config names none."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
@@ -301,8 +303,9 @@ def check_site(
         reason = f"not a part of its stack `{SITES[site].stack}`"
         names = (f"`{name} {SITES[site].stack}`" for name in SITES if name in own.sites)
         hint = "it has " + (", ".join(names) or "none")
-        if not shape.encodes_apart:
-            hint = f"remove `{SITES[site].stack}`: only encoder-decoders have this stack"
+        if SITES[site].stack not in shape.others:
+            kind = "vision-language models" if SITES[site].stack == "vision" else "encoder-decoders"
+            hint = f"remove `{SITES[site].stack}`: only {kind} have this stack"
             reason = f"{shape.architecture} has no stack `{SITES[site].stack}`"
         return SiteNotOnModel(span=span, model=model, site=site, reason=reason, hint=hint)
     if site == "resid_mid" and shape.parallel_block:

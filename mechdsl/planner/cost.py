@@ -728,6 +728,24 @@ def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
     return shape.d_model * (summed + (projected + heads) * shape.d_head)
 
 
+def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
+    """Count the multiply-adds of rules in the vision encoder: it runs on the images of each row,
+    and once more on those of the runs that are read."""
+    experiment = plan.experiment
+    if not experiment.in_vision:
+        return 0.0
+    shape = experiment.model.shape.others["vision"]
+    images = [
+        [sum(each.expansion.is_image) for each in row.pictures.values()]
+        for row in experiment.table.runs[experiment.spec.base].rows
+    ]
+    block = _BlockCost.of(shape)
+    each = np.array([block.whole(np.array(own, dtype=np.int64)).sum() for own in images])
+    read = {experiment.spec.base, *(rule.run for rule in experiment.every_rule if rule.in_vision)}
+    adds = each[rows.prompt].sum() * plan.draws + each[prompts].sum() * len(read)
+    return float(adds) * shape.n_layers
+
+
 def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
     """Return the cost of all prompts of a run, each in a separate pass through `stop` blocks (None:
     all blocks and the logits of one token)."""
@@ -917,10 +935,12 @@ class PanelWork:
         return self.patched + self.unpatched + self.encoding + self._replies() + self._estimates()
 
     def _encoding(self) -> Cost:
-        """Return the cost of coordinates in bases."""
+        """Return the cost of coordinates in bases, and of images in the vision encoder."""
         plans = zip(self.panel.plans, self.rows, strict=True)
         adds = sum(encoding_adds(plan, rows, joined=self.joins) for plan, rows in plans)
         adds += sum(observation_adds(plan, self.prompts) for plan in self.panel.plans)
+        pairs = zip(self.panel.plans, self.rows, strict=True)
+        adds += sum(vision_adds(plan, rows, self.prompts) for plan, rows in pairs)
         return Cost(multiply_adds=adds)
 
     def _estimates(self) -> Cost:

@@ -138,7 +138,7 @@ class ExperimentPlan:
             return True
         if self.path is not None and (self.beside_path or self._seen_in_mlps):
             return True
-        together = self.experiment.model.shape.encodes_apart or self.experiment.adds_images_later
+        together = self.experiment.model.shape.encodes_apart or self.experiment.needs_full_passes
         return together or any(plan.rule.does.whole for plan in self.rules)
 
     @cached_property

@@ -345,7 +345,8 @@ def find_inert_writes(experiment: ResolvedExperiment, plan: RulePlan) -> InertWr
         estimator is not None and not estimator.kind.is_effect
     )
     nothing = plan.rule.sites is None or plan.rule.does.changes == "nothing"
-    if nothing or experiment.model.shape.encodes_apart:  # tokens of an encoder see later ones
+    apart = experiment.model.shape.encodes_apart or plan.rule.in_vision
+    if nothing or apart:  # tokens of an encoder see later ones
         none = np.zeros((3, runs), dtype=np.bool_)
         return InertWrites(np.zeros(combinations, dtype=np.int64), none, never)
     keys, _ = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))

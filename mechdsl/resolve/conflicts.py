@@ -394,25 +394,18 @@ def find_flat_part(
     return None
 
 
-def check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield E0108 for everything that isn't computed for an encoder-decoder yet."""
-    if not experiment.model.shape.encodes_apart:
+def check_other_stacks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0108 for everything that isn't computed for an encoder-decoder, or with rules in the
+    vision encoder of prompts with images, yet."""
+    encodes = experiment.model.shape.encodes_apart
+    if not (encodes or experiment.in_vision):
         return
-    own, of = experiment.spec, "of an encoder-decoder"
+    own = experiment.spec
+    of = "of an encoder-decoder" if encodes else "with rules in the vision encoder"
     for rule in experiment.every_rule:
-        said = rule.spec
-        verb = said.verb if said.observed is None else f"observe {said.observed.word}"
-        points = () if rule.sites is None else rule.sites.points.values()
-        inside = sorted({p.site for each in points for p in each if _is_inside_attention(p.site)})
-        what = ""
-        if verb not in _IN_ENCODER_DECODERS:
-            what = f"`{verb}` {of}"
-        elif rule.basis is not None:
-            what = f"a basis {of}"
-        elif inside and rule.edge is None:
-            what = f"`{inside[0]}` {of}"
-        if what:
-            yield NotSupported(span=said.span, what=what, later=ENCODER_DECODER_HINT)
+        problem = _check_stack_rule(rule, of, encodes=encodes)
+        if problem is not None:
+            yield problem
     for mask in experiment.masks:
         what = f"the group `{mask.training.definition}`, which is trained, {of}"
         yield NotSupported(span=own.span, what=what, later="name its sites")
@@ -423,6 +416,8 @@ def check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnostic
         yield NotSupported(span=own.against.span, what=f"`against` {of}", later="remove `against`")
     for save in (*own.saves, *own.saved_directions):
         yield NotSupported(span=save.span, what=f"`save` {of}", later="observe vectors instead")
+    if not encodes:
+        return
     for measure, said in zip(experiment.measures, own.measures, strict=True):
         takes = {atom.form.takes for atom in measure.atoms}
         if said.at is not None and refers_to_reply(said.at, experiment.table):
@@ -437,18 +432,42 @@ def check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnostic
         yield NotSupported(span=own.span, what=f"noise in the prompts {of}", later=hint)
 
 
+def _check_stack_rule(rule: ResolvedRule, of: str, *, encodes: bool) -> Diagnostic | None:
+    """Return E0108 for a rule that isn't computed in an encoder-decoder, or a vision encoder."""
+    verb = rule.spec.verb if rule.spec.observed is None else f"observe {rule.spec.observed.word}"
+    points = () if rule.sites is None else rule.sites.points.values()
+    inside = sorted({p.site for each in points for p in each if _is_inside_attention(p.site)})
+    if not (encodes or rule.in_vision):
+        what = f"`{verb}` {of}" if rule.path is not None or rule.circuit is not None else ""
+    elif verb not in _IN_OTHER_STACKS:
+        what = f"`{verb}` {of}"
+    elif rule.basis is not None:
+        what = f"a basis {of}"
+    elif rule.after_prefill and not encodes:
+        what = f"a change after the prompt {of}"
+    else:
+        what = f"`{inside[0]}` {of}" if inside and rule.edge is None else ""
+    hint = ENCODER_DECODER_HINT if encodes else VISION_HINT
+    return NotSupported(span=rule.spec.span, what=what, later=hint) if what else None
+
+
 def _is_inside_attention(site: str) -> bool:
     return SITES[site].component in ATTENTION_INTERNAL_SITES
 
 
-_IN_ENCODER_DECODERS = frozenset((
+_IN_OTHER_STACKS = frozenset((
     "patch", "swap", "freeze", "ablate", "add", "set", "scale", "project out", "project onto",
     "block", "reweight", "set edge", "observe norm", "observe attention",
 ))  # fmt: skip
-"""Rules and observations that act on the stacks of an encoder-decoder."""
+"""Rules and observations that act on the stacks of an encoder-decoder, and in vision encoders."""
 
 ENCODER_DECODER_HINT = (
     "docs/load-models.md lists what is computed for encoder-decoders: `patch`, `ablate`, `add`, …"
+)
+
+VISION_HINT = (
+    "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale` and `observe norm`; "
+    "others act in the language model, such as on `embed` at the tokens of an image"
 )
 
 

@@ -22,8 +22,8 @@ from mechdsl.resolve.bases import resolve_rule
 from mechdsl.resolve.cells import find_open_axes, has_open_positions
 from mechdsl.resolve.conflicts import (
     check_circuits,
-    check_encoder_decoder,
     check_estimator,
+    check_other_stacks,
     check_removed_blocks,
     check_runs_without_blocks,
     check_saved_gradients,
@@ -437,7 +437,7 @@ def outline_experiment(
     refused = [*check_runs_without_blocks(resolved), *([] if problem is None else [problem])]
     refused += [*check_reply_readers(resolved), *check_estimator(resolved)]
     refused += check_saved_gradients(resolved)
-    refused += [*check_weight_rules(resolved), *check_encoder_decoder(resolved)]
+    refused += [*check_weight_rules(resolved), *check_other_stacks(resolved)]
     refused += check_circuits(resolved)
     if refused:
         return known, [*diagnostics, *refused]

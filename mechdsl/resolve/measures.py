@@ -59,6 +59,7 @@ from mechdsl.resolve.types import AxisLabels, ItemNumber, MetricTerm, ResolvedMe
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite, walk
 from mechdsl.vocab.metrics import FIRST, LAST, METRICS, MetricArgument, MetricForm, check_pattern
+from mechdsl.vocab.sites import SITES
 
 _REPLY_USAGE = {
     "exact_match": "`exact_match` or `exact_match(answer)`",
@@ -686,6 +687,10 @@ def _of_activations(
                 hint="name one layer (and one head or neuron), or sweep: `layer *`",
             )
         )
+        return None
+    if any(SITES[p.site].stack == "vision" for here in targets.points.values() for p in here):
+        what, hint = "a measure of sites in the vision encoder", "write `observe norm` of the site"
+        context.diagnostics.append(NotSupported(span=site.span, what=what, later=hint))
         return None
     # Each loop has a single value here, so only the axes of the site distinguish points.
     own = [n for n, of in enumerate(targets.axes) if of not in context.sites.loops]

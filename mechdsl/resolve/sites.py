@@ -1198,7 +1198,8 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
     if stacks and not check_stack(stacks[0], context):
         return None
     words = [word for word in words if word not in stacks]
-    stack = f" {stacks[0].id}" if stacks and stacks[0].id in STACK_SITES else ""
+    stack = named_stack(stacks[0], context.shape) if stacks else ""
+    stack = f" {stack}" if stack else ""
     if not words:
         if any(axis.word == "head" for axis in site.axes):
             return _in_stack(SITES["z"], stack, site.span, context)
@@ -1250,6 +1251,15 @@ def _in_stack(
     return [found] if check_component(found, span, context) else None
 
 
+def named_stack(word: ast.Name, shape: ModelShape) -> str:
+    """Return the stack of `STACK_SITES` that a word names; empty for the main one.
+
+    In a model with two towers, `vision` is the main stack of rows that are images.
+    """
+    is_tower = word.id == "vision" and "vision" not in shape.others
+    return word.id if word.id in STACK_SITES and not is_tower else ""
+
+
 def check_stack(word: ast.Name, context: SiteContext) -> bool:
     """Check that a stack before the axes is the one that rules act in anyway.
 
@@ -1260,7 +1270,8 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
     if word.id not in STACKS:
         report_unknown_stack(word, context)
     elif (
-        word.id in STACK_SITES
+        (word.id in STACK_SITES and word.id != "vision")
+        or (word.id in context.shape.others)
         or (word.id == "decoder" and context.shape.encodes_apart)
         or word.id == side
         or (context.shape.stands_in and word.id in ("vision", "text"))
@@ -1277,8 +1288,10 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
     else:
         problem = NotSupported(span=word.span, what=f"the stack `{word.id}`")
         if context.shape.takes == "image and text":
-            hint = "rules act in the language model, where `embed` at the tokens of an image is "
-            hint += "the output of the vision encoder and its projector"
+            hint = (
+                "use `embed` at the tokens of an image, which is the output of the vision encoder "
+            )
+            hint += f"and its projector: in this model, {context.shape.without_vision}"
             if word.id == "text":
                 hint = "remove `text`: rules act in the language model"
             problem = replace(problem, later=hint)
@@ -1293,10 +1306,9 @@ def report_unknown_stack(word: ast.Name, context: SiteContext) -> None:
 
 
 def find_side(points: Sequence[SitePoint], shape: ModelShape) -> TokenSide:
-    """Return the tokens at which sites have vectors, in an encoder-decoder; empty otherwise."""
-    if not shape.encodes_apart:
-        return ""
-    return SITES[points[0].site].side if points else "target"
+    """Return the tokens at which sites have vectors, if only some have one; empty otherwise."""
+    side = SITES[points[0].site].side if points else "target"
+    return side if shape.encodes_apart or side == "image" else ""
 
 
 def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:

@@ -39,6 +39,7 @@ from mechdsl.resolve.sites import (
     check_stack,
     find_missing_point,
     label_points,
+    named_stack,
     resolve_components,
     resolve_site,
     resolve_swept_site,
@@ -54,7 +55,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
-from mechdsl.vocab.sites import SITES, STACK_SITES, SiteKind
+from mechdsl.vocab.sites import SITES, SiteKind
 
 
 @record
@@ -720,7 +721,7 @@ def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSit
 
     Without a head axis, the points are all heads.
     """
-    stack = edge.stack.id if edge.stack is not None and edge.stack.id in STACK_SITES else ""
+    stack = "" if edge.stack is None else named_stack(edge.stack, context.shape)
     pattern = SITES[f"pattern {stack}" if stack else "pattern"]
     if edge.stack is not None and not check_stack(edge.stack, context):
         return None, ()

@@ -1144,6 +1144,13 @@ class ResolvedRule(Record):
         )
 
     @property
+    def in_vision(self) -> bool:
+        """Whether some of its sites are in the vision encoder of prompts with images."""
+        every = [] if self.sites is None else [self.sites.points, self.sites.sources or {}]
+        points = (point for found in every for here in found.values() for point in here)
+        return any(SITES[point.site].stack == "vision" for point in points)
+
+    @property
     def in_prefill(self) -> bool:
         """Whether it acts in step 0 in some cell."""
         if self.after_prefill:
@@ -1638,10 +1645,16 @@ class ResolvedExperiment(Record):
         return mixes_images(self.model, self.table)
 
     @cached_property
-    def adds_images_later(self) -> bool:
-        """Whether its model adds vectors of images after several blocks."""
+    def in_vision(self) -> bool:
+        """Whether its rules are in the vision encoder of prompts with images."""
+        return any(rule.in_vision for rule in self.every_rule)
+
+    @cached_property
+    def needs_full_passes(self) -> bool:
+        """Whether images need full passes: its model adds their vectors after several blocks, or
+        its rules are in the vision encoder."""
         layout = find_image_layout(self.model, self.table)
-        return layout is not None and layout.several_layers
+        return self.in_vision or (layout is not None and layout.several_layers)
 
     @property
     def looks_ahead(self) -> bool:

@@ -15,7 +15,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after, is_found_by_text
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.runs import RuleKind
-from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.sites import ExperimentContext, named_stack
 from mechdsl.resolve.targets import (
     fill_empty_picks,
     resolve_amounts,
@@ -37,7 +37,7 @@ from mechdsl.rules.kinds import rule_kind
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 from mechdsl.vocab.metrics import METRICS
-from mechdsl.vocab.sites import STACK_SITES, EdgeChange
+from mechdsl.vocab.sites import EdgeChange
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,9 +125,10 @@ def resolve_edge(
     sites, axes = resolve_attention_sites(rule.edge, work.sites)
     for axis in axes:
         work.add_axis(axis)
-    stack = "" if rule.edge.stack is None else rule.edge.stack.id
+    named = rule.edge.stack
+    stack = "" if named is None else named_stack(named, work.sites.shape)
     asking, asked = work.reading(sites), work.reading(sites)
-    if asked.side and stack in STACK_SITES:
+    if asked.side and stack:
         asked = replace(asked, side="source")
     both = sweeps_positions(rule.at, asking) and sweeps_positions(rule.onto, asked)
     queries = resolve_base_positions(rule.at, asking, "from_position" if both else "position")
@@ -140,7 +141,7 @@ def resolve_edge(
     causal = (
         work.sites.shape.causal
         and not mixes_images(work.model, work.table)
-        and stack not in STACK_SITES
+        and not stack
         and (not work.sites.shape.stands_in or _measures_next_token(work))
     )
     known = not work.model.tokenizer.stands_in

@@ -61,11 +61,13 @@ class SiteKind(Record):
     short: str | None = None
     """Short name: `L3.attn` is `attn_out`; `H` and `N` are the letters of `L3H5` and `L3N512`."""
     stack: Stack = ""
-    """The stack of an encoder-decoder: `encoder`, `cross`, or the decoder's own (empty)."""
+    """A stack of `STACK_SITES`; empty for the main one."""
 
     @property
     def side(self) -> TokenSide:
-        """The tokens of an encoder-decoder that have a vector here."""
+        """The tokens that have a vector here, if only some have one."""
+        if self.stack == "vision":
+            return "image"
         if self.stack == "encoder" or (self.stack and self.component in ("k", "v")):
             return "source"
         return "target"
@@ -85,17 +87,18 @@ class SiteKind(Record):
         return _SHAPES.get(self.width, f"[{self.width}]")
 
 
-Stack = Literal["", "encoder", "cross"]
+Stack = Literal["", "encoder", "cross", "vision"]
 
-TokenSide = Literal["", "source", "target"]
-"""The tokens of an encoder-decoder that have a vector: the encoder's (`source`) or the decoder's
-(`target`); empty for the tokens of other models."""
+TokenSide = Literal["", "source", "target", "image"]
+"""The tokens that have a vector: those of an encoder-decoder's encoder (`source`) or decoder
+(`target`), or those of images in a prompt; empty for all tokens."""
 
 STACK_SITES: dict[Stack, str] = {
     "encoder": "the encoder of an encoder-decoder",
     "cross": "the decoder's attention to the encoder",
+    "vision": "the vision encoder of a vision-language model",
 }
-"""Stacks of an encoder-decoder whose sites have a name with the stack: `z cross`."""
+"""Stacks whose sites have a name with the stack: `z cross`."""
 
 
 class SiteRegistry(Registry[SiteKind]):
@@ -118,9 +121,9 @@ class SiteRegistry(Registry[SiteKind]):
 
 @cache
 def _in_stack(kind: SiteKind, stack: Stack) -> SiteKind:
-    """Return a site in another stack: the encoder comes before all blocks of the decoder."""
+    """Return a site in another stack: encoders come before all blocks of the main stack."""
     name = f"{kind.name} {stack}"
-    if stack == "encoder":
+    if stack != "cross":
         return replace(kind, name=name, stack=stack, when="embedding", stage="outside")
     # It comes after `attn_out` (60) and `resid_mid` (70), and before `mlp_norm` (80).
     order = SITES["resid_mid"].order + kind.order // 10

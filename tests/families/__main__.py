@@ -79,6 +79,10 @@ Prompts of files contain images of all of these types, except `mllama`
   last image, and so does mechdsl. It also ends each prompt with a line break, so a template ends
   with `\\n`, its only one; others are E0459. Without an image, each token attends to earlier ones.
 
+Rules in the vision encoder (`patch resid_post vision layer 4 at photo row 2 col 3 token`) need one
+patch for each token of an image: `llava`, `vipllava` and `paligemma`. Other models are E0108.
+Before the first such rule, mechdsl changes one patch, and only its token's vector may change.
+
 The tokens of an image, by model type:
 """
 

@@ -232,7 +232,6 @@ def test_edited_weights() -> None:
         ("photo row 1 col 2", "photo tile 1 row 4 col 2", "E0310", "3 rows and 3 columns"),
         ("photo row 1 col 2 token", "photo tile 1 token", "E0306", "`each token of photo tile 1`"),
         ("at photo row 1 col 2 token", "at photo token", "E0306", "9 patches"),
-        ("patch embed", "patch resid_post vision layer 0", "E0108", "`embed` at the tokens"),
         ("patch embed", "patch resid_post text layer 0", "E0108", "remove `text`"),
         ('"{file}"', '"{file}.gif"', "E0560", ".gif"),
         ('"{file}"', "mean of ask", "E0207", "is a prompts block"),

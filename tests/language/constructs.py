@@ -2997,6 +2997,19 @@ _in_prompt(
     "too. `swap photo_1, photo_2` exchanges two images.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
 )
+_in_prompt(
+    "site of the vision encoder",
+    "patch resid_post vision layer 4 at photo row 2 col 3 token",
+    "A rule in the vision encoder, at the patches of image tokens. The changed image's projected "
+    "vectors replace `embed` of all its tokens, and each row is a full forward pass. All sites "
+    "except scores, patterns and rotated queries and keys; `patch`, `swap`, `freeze`, `ablate`, "
+    "`add`, `set`, `scale`, `project out`, `project onto` and `observe norm`, also before replies; "
+    "others are E0108. Each token must be one patch (LLaVA, ViP-LLaVA, PaliGemma); other models "
+    "are E0108, and so are tiles, pooled and merged patches. The class token has no position.",
+    context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '
+    "corrupt hidden { mask photo }",
+    test="test_vision_encoder.py",
+)
 _in_image(
     "a patch",
     "image row 3 col 4 token",

@@ -461,8 +461,10 @@ def in_image_prompts(entry: Construct) -> str:
     from_block = entry.example.startswith("image from")
     block = 'images circles { kind in ["circle", "square"] image shapes(n: 1, kind: kind) }'
     run = entry.example.split()[1] if entry.example.startswith("corrupt") else ""
-    at, line = "last token", entry.example
-    if line.startswith("region"):
+    at, line, rule = "last token", entry.example, ""
+    if line.startswith("patch"):
+        run, rule, line = "hidden", line, ""
+    elif line.startswith("region"):
         at = f"{line.split()[1]} tokens"
     elif line.endswith("token"):
         at, line = line, ""
@@ -475,7 +477,7 @@ def in_image_prompts(entry: Construct) -> str:
         "  model m",
         "  prompts ask limit 8",
         f"  from clean into {run}" if run else "",
-        f"  ablate resid_post layer 1 at {at} with zero",
+        f"  {rule or f'ablate resid_post layer 1 at {at} with zero'}",
         "  measure logit(answer) as delta",
         "}",
     ]
@@ -710,7 +712,8 @@ def sections() -> list[Section]:
             "Images in prompts",
             "Lines of a `prompts` block for a vision-language model. "
             "[Models](models.md#image-tokens) lists the models. Rules act in the language model, "
-            "where `embed` at the tokens of an image is the output of the projector. "
+            "where `embed` at the tokens of an image is the output of the projector, unless a site "
+            "has the word `vision`. "
             "`photo tokens`, `each token of photo` and `photo row 3 col 4 token` are positions, "
             "as for rows of images; rows and columns count over all tiles of an image.",
             tuple(of_group("image in prompts")),

@@ -12,7 +12,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.experiments import NoEstimate, NoRowsKept
 from mechdsl.execute.cache import PanelCache, PatchedCache, RunCache
-from mechdsl.execute.image_vectors import check_images_as_vectors
+from mechdsl.execute.image_vectors import check_images_as_vectors, check_patches
 from mechdsl.execute.measurement.readout import Readout, ReadoutResult
 from mechdsl.execute.measurement.values import (
     MeasuredValues,
@@ -243,8 +243,10 @@ class PanelRunner:
 
     def _takes_images(self) -> bool:
         """Return whether the model takes the images of the prompts; if not, all are lost."""
-        rows = (row for run in self.table.runs.values() for row in run.rows[:1])
+        rows = [row for run in self.table.runs.values() for row in run.rows[:1]]
         problem = check_images_as_vectors(self.runs.model, rows)
+        if problem is None and any(plan.experiment.in_vision for plan in self.panel.experiments):
+            problem = check_patches(self.runs.model, rows)
         if problem is None:
             return True
         block = self.table.block_rows

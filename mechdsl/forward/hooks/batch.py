@@ -117,7 +117,8 @@ class Batch:
     extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Further inputs of the model (`pixel_values`), [B * n, …]: n for each prompt."""
     frames: Mapping[str, Batch] = field(default_factory=dict[str, "Batch"])
-    """Tokens of stacks other than the main one: `encoder`, `vision`."""
+    """Tokens of stacks other than the main one: `encoder`, `vision`. Without those of `vision`, the
+    patches of images are tokens of the prompts."""
     numbers: Tensor | None = None
     """[B, T] long, position ids; None: tokens are counted."""
     inserted: int = 0
@@ -197,6 +198,8 @@ class Batch:
         """Return the tokens that a site of a stack has vectors for."""
         if stack == "cross":
             return self.of_stack("encoder") if site in ("k", "v") else self
+        if stack == "vision" and stack not in self.frames:  # patches are tokens of the prompt
+            return self
         return self.of_stack(stack) if stack else self
 
     def of_read(self, read: SiteRead) -> Batch:
@@ -676,13 +679,14 @@ class RuleWrites:
         if stop is None:
             return self
 
-        def runs(site: str, layer: int | None) -> bool:
-            needed = stop_layer(site, layer, n_layers)
+        def runs(write: SiteWrite) -> bool:
+            site = f"{write.site} {write.stack}" if write.stack else write.site
+            needed = stop_layer(site, write.layer, n_layers)
             return needed is not None and needed <= stop
 
         return replace(
             self,
-            writes=[write for write in self.writes if runs(write.site, write.layer)],
+            writes=[write for write in self.writes if runs(write)],
             edges=[e for e in self.edges if e.layer < stop or e.stack == "encoder"],
         )
 

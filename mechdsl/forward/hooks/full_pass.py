@@ -59,6 +59,7 @@ from mechdsl.forward.hooks.model import (
     call_with_batch,
     narrow_unembedding,
     select_token_logits,
+    split_vision,
 )
 from mechdsl.models.anatomy import HookPoint, HookSide, TensorLayout
 from mechdsl.models.shape import unit_count, vector_width
@@ -986,9 +987,9 @@ def run_full(
         ReadMismatch: A read didn't happen.
         RuleNotApplied: A function of the model has no rule in `backward`.
     """
+    writes, reads, seen = split_vision(model, batch, writes, reads)
     ruled = RuledPass(model, backward) if backward and backward.of_functions else None
-    given = (model, batch, writes, reads, stop, edges, circuits)
-    work = SiteHooks(*given, changes=backward)
+    work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=backward)
     if logits_at is not None:
         work.keep_logits(logits_at)
     narrow = narrow_unembedding(model, tokens, ends=True)
@@ -1008,7 +1009,7 @@ def run_full(
             logits, ends = logits[..., :-2], logits[..., -2:]
             largest = ends.abs().amax(-1)
     work.check()
-    return FullPassResult(logits, largest, work.found)
+    return FullPassResult(logits, largest, work.found | seen)
 
 
 @contextmanager

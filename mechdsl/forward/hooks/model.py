@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from mechdsl.base.arrays import Ints
-from mechdsl.forward.hooks.batch import Batch, BlockPairs, array_to_device
+from mechdsl.forward.hooks.batch import Batch, BlockPairs, SiteRead, SiteWrite, array_to_device
 from mechdsl.forward.hooks.module_exchange import (
     CACHE_ARGUMENTS,
     AttentionEntry,
@@ -270,6 +270,26 @@ def find_tokens(known: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return at, known[at] == ids
 
 
+class VisionPass(Protocol):
+    """A pass of the vision encoder on the images of prompts, apart from the language model."""
+
+    def __call__(
+        self, batch: Batch, writes: Sequence[SiteWrite], reads: Sequence[SiteRead]
+    ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
+        """Run the vision encoder.
+
+        Args:
+            batch: The prompts, whose tokens of images stand for patches.
+            writes: Writes in the encoder.
+            reads: Sites of the encoder.
+
+        Returns:
+            Writes at `embed` of all tokens of the images that are written to; [B, T, units, width]
+            values by site, 0 at tokens of text.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class ImageTokenTable:
     """How a model reads the tokens of its images, in addition to their vectors.
@@ -292,6 +312,8 @@ class ImageTokenTable:
     prefix_end: int | None = None
     """The token up to which all tokens of a prompt with an image attend to each other, the first
     one after the images; None if only tokens of images do."""
+    encode: VisionPass | None = None
+    """Runs the vision encoder on the images of a batch."""
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return `find_tokens` of tokens of images."""
@@ -354,6 +376,30 @@ def number_positions(model: LoadedModel, batch: Batch) -> Tensor:
     """Return [B, T] position ids; [3, B, T] with images that have rows and columns."""
     given = find_given_positions(model, batch)
     return batch.position_ids() if given is None else given
+
+
+def split_vision(
+    model: LoadedModel,
+    batch: Batch,
+    writes: Sequence[SiteWrite],
+    reads: Sequence[SiteRead] = (),
+) -> tuple[list[SiteWrite], list[SiteRead], dict[SiteRead, Tensor]]:
+    """Run the vision encoder for reads and writes there, in prompts whose images are vectors.
+
+    Returns:
+        The writes, with those in the encoder replaced by their effect on `embed`, which comes
+        first; the reads outside of the encoder; the values of those in it.
+    """
+    table = IMAGE_TOKENS.get(model.module)
+    inside = [write for write in writes if write.stack == "vision"]
+    asked = [read for read in reads if read.stack == "vision"]
+    if "vision" in batch.frames or not (inside or asked):
+        return list(writes), list(reads), {}
+    if table is None or table.encode is None:
+        raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
+    embedded, found = table.encode(batch, inside, asked)
+    outside = [write for write in writes if write.stack != "vision"]
+    return [*embedded, *outside], [read for read in reads if read not in found], found
 
 
 ENCODED = "encoder_outputs"

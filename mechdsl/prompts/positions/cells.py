@@ -39,6 +39,7 @@ from mechdsl.prompts.positions.spans import (
     image_token_cells,
     occurrence_bounds,
     position_label,
+    row_example,
 )
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import ANSWER_SPAN, Hits, PositionCell, ReplyPosition, RunRow, TokenMap
@@ -492,22 +493,24 @@ def resolve_positions(
         ranked: Looks up the tokens that another experiment ranked; without it they are E0108.
         answers: The answers after the prompts, whose tokens are positions too.
         replies: The replies after the prompts, whose tokens are positions too.
-        side: The tokens of an encoder-decoder that are named; all of them if it is empty.
+        side: The tokens of an encoder-decoder, or of images, that are named; all of them if it is
+            empty.
 
     Returns:
         The cells and the diagnostics E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542,
         E0316, E0545, W0701.
     """
+    given: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "loop_values": loop_values,
+        "loops": loops,
+        "with_runs": with_runs,
+        "ranked": ranked,
+    }
+    if side == "image":
+        return _in_images(positions, table, run, answers=answers, replies=replies, **given)
     if side and any(row.source for row in table.runs[run].rows[:1]):
-        return _OneSide(positions, table, run, side).resolve(
-            answers,
-            replies,
-            tokenizer=tokenizer,
-            loop_values=loop_values,
-            loops=loops,
-            with_runs=with_runs,
-            ranked=ranked,
-        )
+        return _OneSide(positions, table, run, side).resolve(answers, replies, **given)
     values = loop_values or {}
     numbers = NamedNumbers(values, loops)
     written = numbers.written_out(positions)
@@ -519,6 +522,38 @@ def resolve_positions(
     pairs = zip(positions.items, written.items, strict=True)
     cells = tuple(cell for pair in pairs for cell in resolver.item(*pair, replies))
     return cells, list(dict.fromkeys(resolver.diagnostics))
+
+
+def _in_images(
+    positions: ast.Positions, table: PromptTable, run: str, **given: Any
+) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
+    """Resolve positions as `resolve_positions` does; also E0310 for tokens that aren't images'."""
+    cells, found = resolve_positions(positions, table, run, **given)
+    rows = table.runs[run].rows
+    if given["tokenizer"].stands_in or table.stands_in:
+        return cells, found
+    tokens = [
+        {token for cell in cells for own in cell.hits[n] for token in own} for n in range(len(rows))
+    ]
+    outside = [
+        n
+        for n, (row, own) in enumerate(zip(rows, tokens, strict=True))
+        if any(token >= len(row.ids) or row.ids[token] < IMAGE_TOKEN for token in own)
+    ]
+    if not outside:
+        return cells, found
+    problem = OutsidePrompt(
+        span=positions.span,
+        position=positions.span.written,
+        run=run,
+        lacking=len(outside),
+        total=len(rows),
+        example=row_example(rows[outside[0]]),
+        hint="the vision encoder has vectors at tokens of images: write `photo tokens` or "
+        "`photo row 1 col 2 token` for an image `photo`",
+        unit="images",
+    )
+    return (), [*found, problem]
 
 
 _NO_DECODER_ANSWERS = AnswerTokens(reason="the decoder reads the answer, not the encoder")

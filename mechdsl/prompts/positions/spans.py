@@ -36,6 +36,7 @@ from mechdsl.prompts.runs import (
     Hits,
     PlacedPicture,
     PositionCell,
+    RunRow,
     SpanOccurrence,
     TokenMap,
     find_text,
@@ -752,8 +753,13 @@ class SpanFinder:
             )
 
     def example(self, n: int) -> str:
-        text = " ".join(self.maps[n].row.text.split())
-        return f'"{text}"' if len(text) <= 48 else f'"{text[:47]}…"'
+        return row_example(self.maps[n].row)
+
+
+def row_example(row: RunRow) -> str:
+    """Return the beginning of a row's text for a message."""
+    text = " ".join(row.text.split())
+    return f'"{text}"' if len(text) <= 48 else f'"{text[:47]}…"'
 
 
 def _parts_of(image: PlacedPicture, ref: ast.SpanRef) -> str:

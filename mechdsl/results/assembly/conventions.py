@@ -370,7 +370,17 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
             f"{inert} of {there} cells, and {measured.inert:,} of "
             f"{measured.rows:,} rows in all, can't differ from the base run",
         )
-    if plan.experiment.adds_images_later:
+    if plan.experiment.in_vision:
+        yield (
+            "vision encoder",
+            "each token of an image is one of its patches; a changed image's vectors replace "
+            "`embed` of all its tokens, before other rules act there",
+        )
+        yield (
+            "planner",
+            "every row is a full forward pass: rules in the vision encoder change images",
+        )
+    elif plan.experiment.needs_full_passes:
         said = "every row is a full forward pass: the model adds vectors of images after its first "
         yield "planner", f"{said}blocks, outside their outputs"
     if measured.with_inactive is not None:

@@ -1,0 +1,347 @@
+"""Rules in the vision encoder of prompts with images, against plain hooks on the bare model's own
+encoder: one unpadded prompt at a time, with the pixels of its own processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.loading.loader import adopt_model
+
+from ..execute.support import run_on
+from . import support, test_rules
+from .reference import Bare, Edit, at
+from .support import RECORDS, experiment, run_file, try_file
+from .test_blocks import TWO
+from .test_families import ALL, BLOCK, bare, difference, folder, inputs, loaded, run_text
+
+CLASS_TOKENS = {"llava": 1, "llava_class": 1, "vipllava": 1, "paligemma": 0}
+NAMES = tuple(CLASS_TOKENS)
+LAYERS, HEADS, WIDTH = 2, 2, 16
+GRID = 2
+Key = tuple[str | int, ...]
+
+
+def column(name: str, row: int, col: int) -> int:
+    """The token of a patch in the encoder."""
+    return CLASS_TOKENS[name] + GRID * (row - 1) + col - 1
+
+
+def patches(name: str) -> list[int]:
+    return [column(name, row, col) for row in (1, 2) for col in (1, 2)]
+
+
+SITES: dict[str, tuple[str, bool]] = {
+    "resid_pre": ("", True),
+    "resid_post": ("", False),
+    "z": (".self_attn.out_proj", True),
+    "attn_out": (".self_attn.out_proj", False),
+    "mlp_out": (".mlp", False),
+}
+"""Site → module of a block, and whether it is the module's input."""
+
+
+@contextmanager
+def edited(model: Bare, site: str, layer: int, edit: Edit) -> Generator[None]:
+    """Change a site of the encoder, [tokens, width] or [image, tokens, width]; `z` has all heads
+    side by side."""
+    part, is_input = SITES[site]
+
+    def before(module: Any, args: Any) -> Any:
+        return (edit(args[0].clone().squeeze(0)).view(args[0].shape), *args[1:])
+
+    def after(module: Any, args: Any, output: Any) -> Any:
+        value = output[0] if isinstance(output, tuple) else output
+        changed = edit(value.clone().squeeze(0)).view(value.shape)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    own = model.model.get_submodule(f"model.vision_tower.encoder.layers.{layer}{part}")
+    if is_input:
+        hook = own.register_forward_pre_hook(before)
+    else:  # before the library's hooks, which collect the outputs of blocks
+        hook = own.register_forward_hook(after, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@cache
+def state(name: str, site: str, layer: int, number: int, image: int) -> Tensor:
+    """The values of a site in the encoder, in the clean run of a prompt."""
+    found: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value)
+        return value
+
+    with edited(bare(name), site, layer, keep):
+        bare(name).run(inputs(name, number, image))
+    return found[0]
+
+
+def under(name: str, site: str, layer: int, edit: Callable[[int], Edit]) -> list[float]:
+    """The difference of each prompt with its other image, under an edit of its number."""
+    found: list[float] = []
+    for n in ALL:
+        with edited(bare(name), site, layer, edit(n)):
+            found.append(difference(bare(name).run(inputs(name, n, (n + 1) % 4))))
+    return found
+
+
+def copied(name: str, site: str, layer: int, tokens: Sequence[int]) -> Callable[[int], Edit]:
+    return lambda n: at(tokens, state(name, site, layer, n, n)[list(tokens)])
+
+
+def one_patch(name: str) -> dict[Key, list[float]]:
+    token = [column(name, 1, 2)]
+    return {
+        (layer,): under(name, "resid_post", layer, copied(name, "resid_post", layer, token))
+        for layer in range(LAYERS)
+    }
+
+
+def each_patch(name: str) -> dict[Key, list[float]]:
+    return {
+        (f"photo row {row} col {col}",): under(
+            name, "mlp_out", 0, copied(name, "mlp_out", 0, [column(name, row, col)])
+        )
+        for row in (1, 2)
+        for col in (1, 2)
+    }
+
+
+def heads(name: str) -> dict[Key, list[float]]:
+    tokens, width = patches(name), WIDTH // HEADS
+
+    def edit(head: int) -> Callable[[int], Edit]:
+        own = slice(head * width, head * width + width)
+
+        def of_prompt(n: int) -> Edit:
+            clean = state(name, "z", 0, n, n)[tokens, own]
+
+            def change(value: Tensor) -> Tensor:
+                value[tokens, own] = clean
+                return value
+
+            return change
+
+        return of_prompt
+
+    return {(head,): under(name, "z", 0, edit(head)) for head in range(HEADS)}
+
+
+def zeros(name: str) -> dict[Key, list[float]]:
+    tokens = [column(name, 2, 1), column(name, 2, 2)]
+    edit = at(tokens, torch.zeros(()))
+    return {(layer,): under(name, "attn_out", layer, lambda n: edit) for layer in range(LAYERS)}
+
+
+def means(name: str) -> dict[Key, list[float]]:
+    tokens = patches(name)
+    mean = torch.stack([state(name, "resid_post", 0, n, n)[tokens] for n in ALL]).mean(0)
+    return {(): under(name, "resid_post", 0, lambda n: at(tokens, mean))}
+
+
+def scaled(name: str) -> dict[Key, list[float]]:
+    def edit(value: Tensor) -> Tensor:
+        value[column(name, 1, 1)] *= 2
+        return value
+
+    return {(): under(name, "resid_pre", 1, lambda n: edit)}
+
+
+CASES: dict[str, tuple[list[str], Callable[[str], dict[Key, list[float]]]]] = {
+    "patch resid_post vision layer * at photo row 1 col 2 token": (["layer"], one_patch),
+    "patch mlp_out vision layer 0 at each token of photo": (["position"], each_patch),
+    "patch z vision layer 0 head * at photo tokens": (["head"], heads),
+    "ablate attn_out vision layer * at photo row 2 col * tokens with zero": (["layer"], zeros),
+    "ablate resid_post vision layer 0 at photo tokens with mean of clean": ([], means),
+    "scale resid_pre vision layer 1 at photo row 1 col 1 token by 2": ([], scaled),
+}
+
+
+@pytest.mark.parametrize("mode", ["planned", "padded on the right"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rules_equal_hooks_on_the_encoder(name: str, mode: str) -> None:
+    """All rules in one file, each with an effect of more than 0.1."""
+    text = "".join(
+        experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(CASES)
+    )
+    base = [difference(bare(name).run(inputs(name, n, (n + 1) % 4))) for n in ALL]
+    for found, (rule, (axes, expected)) in zip(
+        run_text(name, text, mode), CASES.items(), strict=True
+    ):
+        measure, cells = found.measures[0], expected(name)
+        np.testing.assert_allclose(measure.base[0], base, atol=1e-4)
+        keys = {tuple(cell.coords[axis] for axis in axes): n for n, cell in enumerate(found.cells)}
+        assert keys.keys() == cells.keys()
+        for key, values in cells.items():
+            where = f"{rule}: {key}"
+            np.testing.assert_allclose(measure.patched[keys[key]], values, atol=1e-4, err_msg=where)
+        largest = max(np.abs(np.array(values) - base).max() for values in cells.values())
+        assert largest > 0.1, rule
+
+
+LLAVA = "llava"
+SIDE = test_rules.GRID
+"""Rows of patches in the model of `support`."""
+
+
+@pytest.mark.parametrize("mode", ["planned", "padded on the right"])
+@pytest.mark.parametrize("second", ["{other}", "{file}"], ids=["other image", "equal images"])
+def test_rule_in_one_of_two_images_leaves_the_other_unchanged(second: str, mode: str) -> None:
+    block = TWO.replace("{other}", second).replace("corrupt changed { swap one, two }\n", "")
+    rules = [
+        f"{verb} resid_post vision layer 0 at {photo} row 2 col * tokens"
+        for verb in ("scale",)
+        for photo in ("one", "two")
+    ]
+    text = "".join(experiment(f"e{n}", f"{rule} by -3") for n, rule in enumerate(rules))
+    model, tokens = support.bare(LLAVA), [1 + SIDE + col for col in range(SIDE)]
+    for image, found in enumerate(run_file(text, LLAVA, mode, block).values()):
+
+        def edit(value: Tensor, image: int = image) -> Tensor:
+            value[image, tokens] *= -3
+            return value
+
+        values, bases = list[float](), list[float]()
+        for n, record in enumerate(RECORDS):
+            prompt = "what is {what} in <image> and in the second <image> answer :".format(**record)
+            files = [record["file"], record["other" if "other" in second else "file"]]
+            given = model.inputs(prompt, [support.folder_of(LLAVA) / str(each) for each in files])
+            bases.append(test_rules.difference(LLAVA, model.run(given), n))
+            with edited(model, "resid_post", 0, edit):
+                values.append(test_rules.difference(LLAVA, model.run(given), n))
+        np.testing.assert_allclose(found.measures[0].base[0], bases, atol=1e-4)
+        np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
+        assert np.abs(np.array(values) - bases).max() > 0.1
+
+
+def turned(value: Tensor) -> Tensor:
+    value[1:] *= -2
+    return value
+
+
+TURN = "scale resid_post vision layer 0 at photo tokens by -2"
+
+
+@pytest.mark.parametrize("mode", ["planned", "plain"])
+def test_replies_equal_those_of_hooks_on_the_encoder(mode: str) -> None:
+    text = experiment("e", "generate 5", TURN, measure='measure matches("1|2|3") as raw')
+    found = run_file(text, LLAVA, mode)["e"]
+    assert found.replies is not None
+    model, differ = support.bare(LLAVA), 0
+    for n in range(len(RECORDS)):
+        given = test_rules.inputs(LLAVA, n, n)
+        plain = model.reply(given, 5)
+        with edited(model, "resid_post", 0, turned):
+            expected = model.reply(given, 5)
+        assert list(found.replies.runs["clean"][n][0].ids) == plain
+        assert list(found.replies.cells[0][n][0].ids) == expected
+        differ += plain != expected
+    assert differ
+
+
+def test_run_with_a_rule_in_the_encoder_is_read_by_a_patch() -> None:
+    """The language model is patched from a run with a rule in the encoder."""
+    text = experiment(
+        "e",
+        f"run turned {{ {TURN} }}",
+        "from turned into clean",
+        "patch resid_post layer 1 at photo tokens",
+    )
+    found = run_file(text, LLAVA)["e"].measures[0]
+    model, values = support.bare(LLAVA), list[float]()
+    for n in range(len(RECORDS)):
+        given, tokens = test_rules.inputs(LLAVA, n, n), test_rules.image_tokens(LLAVA, n)
+        with edited(model, "resid_post", 0, turned):
+            vectors = model.states(given)["blocks"][1][tokens]
+        logits = model.run(given, blocks={1: at(tokens, vectors)})
+        values.append(test_rules.difference(LLAVA, logits, n))
+    np.testing.assert_allclose(found.patched[0], values, atol=1e-4)
+    assert np.abs(np.array(values) - found.base[0]).max() > 0.1
+
+
+def test_encoder_acts_before_a_rule_at_its_output() -> None:
+    rules = ("ablate embed at photo row 1 col 1 token with zero", TURN)
+    found = run_file(experiment("e", *rules), LLAVA)["e"].measures[0]
+    model, values = support.bare(LLAVA), list[float]()
+    for n in range(len(RECORDS)):
+        given = test_rules.inputs(LLAVA, n, n)
+        zero = at(test_rules.image_tokens(LLAVA, n)[:1], torch.zeros(()))
+        with edited(model, "resid_post", 0, turned):
+            values.append(test_rules.difference(LLAVA, model.run(given, embed=zero), n))
+    np.testing.assert_allclose(found.patched[0], values, atol=1e-4)
+
+
+def test_observed_norm_is_that_of_the_encoder() -> None:
+    line = "observe norm resid_post vision layer * at photo row 1 col 2 token"
+    found = run_file(experiment("e", line, measure=""), LLAVA)["e"].measures[0]
+    model = support.bare(LLAVA)
+    for layer in range(2):
+        seen: list[float] = []
+
+        def keep(value: Tensor, seen: list[float] = seen) -> Tensor:
+            seen.append(float(value[2].norm()))
+            return value
+
+        for n in range(len(RECORDS)):
+            with edited(model, "resid_post", layer, keep):
+                model.run(test_rules.inputs(LLAVA, n, n))
+        np.testing.assert_allclose(found.patched[layer], seen, rtol=1e-4)
+
+
+VISION = "ablate resid_post vision layer 0 at photo tokens with zero"
+ERRORS = {
+    "patch resid_post vision layer 0 at last token": "E0310",
+    "ablate resid_post vision layer 2 at photo tokens with zero": "E0302",
+    "ablate resid_post vission layer 1 at photo tokens with zero": "E0203",
+    "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0413",
+    "block attention vision layer 0 from photo tokens to photo tokens": "E0413",
+    "patch resid_post vision layer 0 at photo tokens\n  using gradient_input": "E0108",
+    f"{VISION}\n  against random(5)": "E0108",
+    "path z layer 0 head 0 -> logits at last token\n  " + VISION: "E0108",
+    "ablate resid_post encoder layer 0 at photo tokens with zero": "E0413",
+}
+
+
+def errors(found: Sequence[Diagnostic]) -> list[str]:
+    return [each.code for each in found if each.severity == "error"]
+
+
+@pytest.mark.parametrize(("line", "code"), ERRORS.items())
+def test_invalid_line_reports_the_code_before_anything_runs(line: str, code: str) -> None:
+    text = experiment("e", "from clean into changed", line)
+    assert errors(try_file(text, LLAVA)[1]) == [code]
+
+
+@pytest.mark.parametrize("name", ["llava_next", "gemma3", "qwen3_vl", "qwen2_vl", "video_llava"])
+def test_encoder_whose_patches_are_no_tokens_reports_e0108(name: str) -> None:
+    text = experiment("e", VISION)
+    source = Source(f'mech 1\nmodel m = local("handed over")\n{BLOCK}\n{text}', folder() / "f.mech")
+    _, found = run_on(source, {"m": loaded(name)})
+    assert errors(found) == ["E0108"]
+
+
+def test_projector_that_mixes_patches_reports_e0413() -> None:
+    own = deepcopy(support.bare(LLAVA))
+    mixes = own.model.model.multi_modal_projector
+    mixes.register_forward_hook(lambda module, args, output: output.flip(1))
+    model, found = adopt_model("m", own.model, own.processor)
+    assert model is not None, found
+    source = Source(
+        f'mech 1\nmodel m = local("handed over")\n{support.BLOCK}\n{experiment("e", VISION)}',
+        support.folder_of(LLAVA) / "file.mech",
+    )
+    assert errors(run_on(source, {"m": model})[1]) == ["E0413"]
