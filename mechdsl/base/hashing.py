@@ -94,6 +94,9 @@ _WORD = (1 << 64) - 1
 
 _ROUNDS = 6
 
+_CACHED_HALF = 10
+"""Maximum bits of half an index for which a permutation caches the mixed halves of each round."""
+
 
 def stable_hash(*parts: object) -> int:
     """Return a number in 0..2^128-1 that is the same on every machine and in every version."""
@@ -112,7 +115,7 @@ class Permutation(Sequence[int]):
         self.size = size
         self._half = max(1, ((size - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half) - 1
-        self._keys = tuple(stable_hash(*key, n) & _WORD for n in range(_ROUNDS))
+        self._rounds = [(stable_hash(*key, n) & _WORD, dict[int, int]()) for n in range(_ROUNDS)]
 
     def __len__(self) -> int:
         return self.size
@@ -127,14 +130,20 @@ class Permutation(Sequence[int]):
         if not 0 <= index < self.size:
             raise IndexError(index)
         half, mask = self._half, self._mask
+        caches = half <= _CACHED_HALF
         while True:
             left, right = index >> half, index & mask
-            for key in self._keys:
-                # The finaliser of splitmix64, inlined: a call per round would double the time.
-                x = ((right ^ key) + 0x9E3779B97F4A7C15) & _WORD
-                x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-                x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
-                left, right = right, left ^ ((x ^ (x >> 31)) & mask)
+            for key, known in self._rounds:
+                mixed = known.get(right)
+                if mixed is None:
+                    # The finaliser of splitmix64, inlined: a call per round would double the time.
+                    x = ((right ^ key) + 0x9E3779B97F4A7C15) & _WORD
+                    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+                    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+                    mixed = (x ^ (x >> 31)) & mask
+                    if caches:
+                        known[right] = mixed
+                left, right = right, left ^ mixed
             index = left << half | right
             if index < self.size:
                 return index

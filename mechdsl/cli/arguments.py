@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -256,6 +257,13 @@ STDIN = Path("-")
 _FILES_EACH = 4
 """Minimum number of files per process."""
 
+_FILES_PER_IMPORT = 15
+"""Number of files that take as long as an import of torch and transformers."""
+
+_SEARCHED_BYTES = 1_000_000
+
+_IMAGE_LINE = re.compile(rb"^\s*(?:image|video)\s", re.MULTILINE)
+
 
 def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
     """Return the files; folders are searched recursively and sorted by name. Codes: E0208."""
@@ -346,23 +354,52 @@ def _divided(
     context = get_context("fork")
     with ExitStack() as stack:
         found: list[Connection] = []
-        for first in range(processes):
+        numbers = _divide(files, processes)
+        for own in range(processes):
             reader, writer = context.Pipe(duplex=False)
-            part = partial(_work_through, writer, work, files[first::processes], settings)
+            mine = [file for file, number in zip(files, numbers, strict=True) if number == own]
+            part = partial(_work_through, writer, work, mine, settings)
             process = context.Process(target=part, daemon=True)
             process.start()
             stack.callback(process.join)
             stack.callback(process.terminate)
             writer.close()
             found.append(reader)
-        for number, file in enumerate(files):
+        for number, file in zip(numbers, files, strict=True):
             try:
-                one = found[number % processes].recv()
+                one = found[number].recv()
             except EOFError as error:
                 raise RuntimeError(f"the process checking {file} ended unexpectedly") from error
             if isinstance(one, Exception):
                 raise one
             yield one
+
+
+def _divide(files: Sequence[Path], processes: int) -> list[int]:
+    """Return the number of the process that checks each file.
+
+    Files with images in prompts share a process, because reading the model's processor imports
+    torch and transformers.
+    """
+    with_images = [_has_image_lines(file) for file in files]
+    loads = [0] * processes
+    loads[0] = sum(with_images) + _FILES_PER_IMPORT * any(with_images)
+    numbers: list[int] = []
+    for has_images in with_images:
+        number = 0 if has_images else loads.index(min(loads))
+        loads[number] += not has_images
+        numbers.append(number)
+    return numbers
+
+
+def _has_image_lines(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    try:
+        with file.open("rb") as opened:
+            return _IMAGE_LINE.search(opened.read(_SEARCHED_BYTES)) is not None
+    except OSError:  # the check reports it
+        return False
 
 
 def _work_through(

@@ -153,8 +153,12 @@ class ImageExpansion(Record):
         last = max(self.grid, default=(0, 0))
         return last[0], max((col for _, col in self.grid), default=0)
 
-    def label(self, cell: ImageCell) -> str:
-        """Return the name of a cell within its image."""
+    @cached_property
+    def labels(self) -> Mapping[int, str]:
+        """The names of the cells within their image, by their tokens."""
+        return {cell.position: self._label(cell) for cell in self.layout.cells}
+
+    def _label(self, cell: ImageCell) -> str:
         if not cell.row:
             return f"token {cell.position + 1}"
         place = f"row {cell.row} col {cell.col}"

@@ -537,12 +537,12 @@ def evaluate(node: ast.Expr, scope: Scope, key: DrawKey) -> RowValue:
         Refusal: E0501, E0503, E0506, E0512 to E0515.
     """
     match node:
+        case ast.Name(id=name):
+            return scope.value(name, node.span)
         case ast.Number(value=number) | ast.Percent(value=number):
             return number
         case ast.String():
             return scope.text(node, key)
-        case ast.Name(id=name):
-            return scope.value(name, node.span)
         case ast.Attribute(name=name, attribute=attribute):
             return scope.attribute(name, attribute, node.span)
         case ast.Index():

@@ -798,9 +798,12 @@ class Row(ImageRow):
         return found
 
     def value(self, name: str, span: Span) -> RowValue:
-        for place in (self.changed, self.values, self._cache):
-            if name in place:
-                return place[name]
+        if name in self.changed:
+            return self.changed[name]
+        if name in self.values:
+            return self.values[name]
+        if name in self._cache:
+            return self._cache[name]
         definition = self._definition(name)
         if definition is not None:
             if self.clean is not self and self.clean.known(name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -185,8 +185,7 @@ class PlacedPicture(Record):
 
     def label(self, token: int) -> str:
         """Return the name of a token that reads a part, as the language writes it."""
-        expansion = self.picture.expansion
-        return f"{self.title} {expansion.label(expansion.cell_of[token - self.first])}"
+        return f"{self.title} {self.picture.expansion.labels[token - self.first]}"
 
     def places(self, name: str, tiles: Collection[int] | None = None) -> list[tuple[int, ...]]:
         """Return the tokens of its cells, or of each occurrence of a region.
@@ -228,6 +227,10 @@ class DerivedRun(Record):
     """Noise draws per row, over the base and the runs read."""
 
 
+_CACHED_TOKENS = 200_000
+"""Maximum number of tokens of a run whose token maps are cached, at about 100 bytes each."""
+
+
 @record
 class PromptRun(Record):
     """A run with the table's rows in the table's order.
@@ -262,6 +265,16 @@ class PromptRun(Record):
         if self.derived is not None:
             return self.derived.draws
         return 1 if self.noise is None else self.noise.samples
+
+    @property
+    def token_maps(self) -> Sequence[TokenMap]:
+        """The mapping from characters to tokens of each row, cached for runs of few tokens."""
+        tokens = sum(len(row.ids) for row in self.rows)
+        return self._token_maps if tokens <= _CACHED_TOKENS else tuple(map(TokenMap, self.rows))
+
+    @cached_property
+    def _token_maps(self) -> Sequence[TokenMap]:
+        return tuple(map(TokenMap, self.rows))
 
 
 Hits: TypeAlias = tuple[tuple[int, ...], ...]
@@ -397,7 +410,15 @@ class TokenMap:
         return a == b
 
     def place(self, start: int, end: int) -> SpanOccurrence:
-        return SpanOccurrence(start, end, self.tokens(start, end))
+        found = self._occurrences.get((start, end))
+        if found is None:
+            found = SpanOccurrence(start, end, self.tokens(start, end))
+            self._occurrences[start, end] = found
+        return found
+
+    @cached_property
+    def _occurrences(self) -> dict[tuple[int, int], SpanOccurrence]:
+        return {}
 
     def covers_more(self, place: SpanOccurrence, token: int) -> str | None:
         """Return the token's text if it also covers text outside the span, else None."""

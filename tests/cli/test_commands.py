@@ -183,6 +183,31 @@ def test_validate_says_the_same_of_many_files_on_any_number_of_cores(tmp_path: P
     assert (alone.stdout, alone.stderr) == (divided.stdout, divided.stderr)
 
 
+def test_map_files_checks_files_with_images_in_one_process(tmp_path: Path) -> None:
+    images = (1, 3, 6)
+    for number in range(40):
+        line = '  image photo = "{file}"' if number in images else '  template "An image = 1"'
+        (tmp_path / f"{number}.mech").write_text(f"prompts p {{\n{line}\n}}\n")
+    done = cores(
+        2,
+        f"""
+import os
+from pathlib import Path
+from mechdsl.cli.arguments import map_files
+from mechdsl.checks.file_check import CheckSettings
+
+files = [Path({str(tmp_path)!r}, f"{{number}}.mech") for number in range(40)] + [Path("missing")]
+found = list(map_files(lambda file, settings: (file, os.getpid()), files, CheckSettings()))
+assert [file for file, _ in found] == files
+processes = [process for _, process in found]
+print(len({{processes[number] for number in {images}}}), len(set(processes)))
+print(processes.count(processes[1]))
+""",
+    )
+    # The other process has as many more files as an import costs.
+    assert done.stdout == "1 2\n13\n", done.stderr
+
+
 def test_map_files_reraises_error_of_worker_process() -> None:
     done = cores(
         2,

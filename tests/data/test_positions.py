@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechdsl.prompts import runs
 from mechdsl.prompts.positions.cells import check_token_counts, hit_texts, resolve_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import TokenMap
@@ -33,6 +34,28 @@ SAME = 'w in ["apple", "pear"] template "Part {w}: fig, plum. Count"'
 @pytest.fixture(scope="module")
 def parts(words: TextTokenizer) -> PromptTable:
     return table(PARTS, words, limit=24)
+
+
+def test_positions_of_one_run_share_their_token_maps(
+    words: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = table(PARTS, words, limit=3)
+    mapped: list[int] = []
+
+    def counting(self: TokenMap, start: int, end: int) -> tuple[int, ...]:
+        mapped.append(start)
+        return find(self, start, end)
+
+    find = TokenMap.tokens
+    monkeypatch.setattr(TokenMap, "tokens", counting)
+    first = cells("part1 tokens", made, words)
+    once = len(mapped)
+    assert once
+    assert cells("part1 tokens", made, words) == first
+    assert len(mapped) == once
+    monkeypatch.setattr(runs, "_CACHED_TOKENS", 0)  # long runs would take much memory
+    assert cells("part1 tokens", made, words) == first
+    assert len(mapped) == 2 * once
 
 
 def codes(made: PromptTable, text: str, tokenizer: TextTokenizer, **options: Any) -> list[str]:

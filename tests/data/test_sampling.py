@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechdsl.base import hashing
 from mechdsl.base.hashing import Permutation, stable_hash
 
 
@@ -10,6 +12,13 @@ from mechdsl.base.hashing import Permutation, stable_hash
 @given(size=st.integers(1, 700), seed=st.integers())
 def test_a_permutation_has_every_index_once(size: int, seed: int) -> None:
     assert sorted(Permutation(size, seed)) == list(range(size))
+
+
+def test_permutations_do_not_depend_on_cached_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = [list(Permutation(size, "seed")) for size in (5, 300)]
+    monkeypatch.setattr(hashing, "_CACHED_HALF", 0)
+    assert [list(Permutation(size, "seed")) for size in (5, 300)] == cached
+    assert cached[0] == [2, 0, 3, 4, 1]
 
 
 def test_seeds_give_other_orders() -> None:

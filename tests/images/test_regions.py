@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from mechdsl.images import pixels
 from mechdsl.images.picture import Picture, PictureChange, Region, box_coverage, covered_tokens
 from mechdsl.images.pixels import (
     draw_shapes,
@@ -110,6 +112,42 @@ def test_masks_are_regions(tmp_path: Path) -> None:
     )
     changed = changed_by_painting("clip", noise(height, width), inside) > 1e-6
     assert list(found) == changed.nonzero()[0].tolist()
+
+
+def test_region_tokens_are_drawn_once_for_all_runs_and_experiments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of(tmp_path)
+    drawn = Counter[int]()
+
+    def counting(picture: Picture) -> object:
+        drawn[picture.seed] += 1
+        return draw(picture)
+
+    draw = pixels._drawing  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(pixels, "_drawing", counting)
+    blocks = """
+images scenes {
+  kind in ["circle", "cross"]
+  image shapes(n: 2, kind: kind, size: 32)
+  region object = mask
+  answer "{kind}"
+  corrupt vague { blur image radius 2 }
+}
+experiment other {
+  model vit
+  images scenes limit 1
+  measure logit(answer) as raw
+}"""
+    experiments, problems = check(
+        tmp_path, "ablate embed at object tokens with zero", blocks=blocks
+    )
+    assert not problems
+    assert [len(each.table) for each in experiments] == [1, 6]
+    for table in (each.table for each in experiments):
+        clean, vague = (table.runs[run].rows for run in ("clean", "vague"))
+        assert [row.places for row in clean] == [row.places for row in vague]
+    assert list(drawn.values()) == [1] * 6
 
 
 def test_the_mask_of_shapes(tmp_path: Path) -> None:

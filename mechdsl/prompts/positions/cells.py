@@ -42,7 +42,7 @@ from mechdsl.prompts.positions.spans import (
     row_example,
 )
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import ANSWER_SPAN, Hits, PositionCell, ReplyPosition, RunRow, TokenMap
+from mechdsl.prompts.runs import ANSWER_SPAN, Hits, PositionCell, ReplyPosition, RunRow
 from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
@@ -140,8 +140,8 @@ def hit_texts(
     found: Counter[str] = Counter()
     if cell.reply is not None:  # nothing is generated yet
         return ()
-    for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
-        m = TokenMap(row)
+    for m, hits in zip(table.runs[run].token_maps, cell.hits, strict=True):
+        row = m.row
         for p in (p for tokens in hits for p in tokens if p < len(row.ids)):
             if row.image is not None:
                 if isinstance(tokenizer, ImageTokenizer):

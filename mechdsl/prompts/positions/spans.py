@@ -38,7 +38,6 @@ from mechdsl.prompts.runs import (
     PositionCell,
     RunRow,
     SpanOccurrence,
-    TokenMap,
     find_text,
     list_places,
 )
@@ -275,7 +274,7 @@ class SpanFinder:
     """Source spans of positions, or parts of them, whose number is a `for` variable's."""
 
     def __post_init__(self) -> None:
-        self.maps = [TokenMap(row) for row in self.table.runs[self.run].rows]
+        self.maps = self.table.runs[self.run].token_maps
         self.total = len(self.maps)
         self.of_tiles = bool(self.table.cut_from)
 
@@ -1040,12 +1039,17 @@ def image_token_cells(
     for n, place in enumerate(found):
         images = spans.pictures_of(n, ref)
         for token in place.tokens:
-            image = next((own for own in images if own.cell(token)), None)
-            cell = None if image is None else image.cell(token)
-            label = spans.extra_label(token) if image is None else image.label(token)
-            number = 0 if image is None else image.number or 0
-            order[label] = number, *((token,) if cell is None else (cell.tile, cell.row, cell.col))
-            cells.setdefault(label, [()] * spans.total)[n] = ((token,),)
+            for image in images:
+                if (cell := image.cell(token)) is not None:
+                    label = image.label(token)
+                    order[label] = image.number or 0, cell.tile, cell.row, cell.col
+                    break
+            else:
+                label = spans.extra_label(token)
+                order[label] = 0, token
+            if label not in cells:
+                cells[label] = [()] * spans.total
+            cells[label][n] = ((token,),)
     return [
         PositionCell(label, tuple(cells[label])) for label in sorted(cells, key=order.__getitem__)
     ]

@@ -29,6 +29,9 @@ from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
 
 _SIDE = 14
 
+_CACHED_REGIONS = 2**12
+"""Maximum number of regions of images whose tokens are cached for the next table."""
+
 
 class ImageTokenizer(TextTokenizer):
     """A tokenizer of images, whose tokens all have the id of the whole prepared image.
@@ -124,12 +127,28 @@ class ImageTokenizer(TextTokenizer):
         """Return the label of a token in tables: its position as written in the language."""
         cell = self.expansion.cell_of.get(token)
         if cell is not None:
-            return f"{IMAGE_SPAN} {self.expansion.label(cell)}"
+            return f"{IMAGE_SPAN} {self.expansion.labels[cell.position]}"
         if token >= self.layout.tokens:
             return f"{INSERTED_SPAN} token {token - self.layout.tokens + 1}"
         name = self.layout.front[token]
         same = self.layout.named(name)
         return name if len(same) == 1 else f"{name} {same.index(token) + 1}"
+
+    def covered(self, region: Region, picture: Picture) -> tuple[int, ...]:
+        """Return the tokens that read a part of a region, which no change of the image moves."""
+        key = region, replace(picture, changes=())
+        if key not in self._covered:
+            from mechdsl.images.pixels import region_coverage  # imports NumPy
+
+            if len(self._covered) == _CACHED_REGIONS:
+                self._covered.clear()
+            cover = region_coverage(region, picture)
+            self._covered[key] = covered_tokens(cover, self.processing, self.layout)
+        return self._covered[key]
+
+    @cached_property
+    def _covered(self) -> dict[tuple[Region, Picture], tuple[int, ...]]:
+        return {}
 
     def places(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
         """Return the tokens of each occurrence of the spans that every image has, by name."""
@@ -153,17 +172,10 @@ def image_row_fields(
     if picture is None:
         return {}
     assert isinstance(tokenizer, ImageTokenizer)
-    picture, how, layout = (
-        picture.sized(tokenizer.layout.size),
-        tokenizer.processing,
-        tokenizer.layout,
-    )
+    picture = picture.sized(tokenizer.layout.size)
     places = {**tokenizer.places()}
     for name, occurrences in regions.items():
-        from mechdsl.images.pixels import region_coverage  # imports NumPy: needed for regions only
-
-        covers = (region_coverage(each, picture) for each in occurrences)
-        found = (covered_tokens(each, how, layout) for each in covers)
+        found = (tokenizer.covered(each, picture) for each in occurrences)
         places[name] = tuple(tokens for tokens in found if tokens)
     return {"image": picture, "places": places, "regions": regions}
 
