@@ -1419,7 +1419,7 @@ _rule(
 )
 _rule(
     "several groups",
-    "for g in [early, late] { ablate g at last token with zero }",
+    "for g in [early, deep] { ablate g at last token with zero }",
     "One cell for each group of sites, also for those that a training chooses. `except g` leaves "
     "out the sites of each. Groups of features, dimensions or positions can't be looped over.",
     OWN,

@@ -109,7 +109,7 @@ prompts blank {
 direction more = mean_difference(fruit, fruit.fewer) at resid_post layer 2 at last token
 direction less = 0.5 * more
 group early = L0H1, L1H2
-group late = L2H0, top 2 of cie
+group deep = L2H0, top 2 of cie
 direction of_head = mean_difference(fruit, fruit.fewer) at z layer 2 head 1 at last token
 basis axes = pca(fruit, dims: 4) at resid_post layer 2 at last token
 probe decoder = fit(ridge, prompts: fruit.train, target: count, measure_on_training_rows: true) at \
