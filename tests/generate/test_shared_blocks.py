@@ -358,3 +358,37 @@ def test_a_reply_that_parts_as_another_ends() -> None:
     blocks.arrange(alone([0, 1, 2], [0, 0, 2]), np.array([6, 7, 5]), 2)
     of, to = blocks.moves[0]
     assert list(zip(of.tolist(), to.tolist(), strict=True)) == [(0, 1)]
+
+
+HEADER = (1, 5, 9, 20)
+"""Beginning of a template."""
+
+
+@pytest.mark.parametrize("limit", [4096, 20])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefill_of_equal_beginnings_runs_once_for_rows_with_equal_rules(
+    name: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four rules at all tokens of four prompts. The last row has another vector at one token."""
+    monkeypatch.setattr(cached, "MAX_RECOMPUTED_TOKENS", 0)
+    computed: list[tuple[int, int]] = []
+    before = cached.CachedPasses._prefill_headers
+
+    def headers(self: cached.CachedPasses, rows: Ints, acting: RuleWrites) -> int:
+        computed.append((len(rows), before(self, rows, acting)))
+        return computed[-1][1]
+
+    monkeypatch.setattr(cached.CachedPasses, "_prefill_headers", headers)
+    model, random = model_of(name), torch.Generator().manual_seed(5)
+    vectors = (torch.randn(5, model.shape.d_model, generator=random) * 3).tolist()
+    prompts = [(*HEADER, *end) for end in ((7,), (8,), (30, 31), (32, 33)) for _ in range(4)]
+    acts = [
+        Act(row, "resid_post", row % 2, "add", tuple(vectors[own]), position=at)
+        for row, prompt in enumerate(prompts)
+        for at in (*range(len(prompt)), None)
+        for own in (4 if row == len(prompts) - 1 and at == 1 else row % 4,)
+    ]
+    rules = Rules(acts)
+    agree(written(model, prompts, greedy(3), rules, limit=limit), by_hand(name, prompts, rules, 3))
+    # Four rules for each of two prompt lengths, and the last row.
+    assert computed == [(9, 0), (16, 4)]

@@ -496,7 +496,8 @@ def _run_cached_passes(
     kept = KeyValueCache(model.shape.n_layers, len(prompts), width - _SHARED_TOKENS * shares)
     if shares:
         kept.share(common, _SHARED_TOKENS, range(len(prompts)))
-    kept.fill(common, torch.arange(len(prompts)), _SHARED_TOKENS)
+    rows = [np.arange(len(prompts))] * model.shape.n_layers
+    kept.fill(common, rows, kept.common, _SHARED_TOKENS)
     first, end = _SHARED_TOKENS, _SHARED_TOKENS + _SEPARATE_TOKENS
     while end <= width:
         tokens = NewTokens(batch.ids[:, first:end], batch.starts, first)

@@ -31,7 +31,6 @@ from mechdsl.forward.hooks.batch import (
     array_to_device,
     arrays_to_device,
     indices_to_device,
-    to_device,
 )
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import (
@@ -227,8 +226,11 @@ class _CacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         rows, first = self.kept.rows_of(self.number), self.kept.first
         end = first + key_states.shape[2]
-        self.fit(rows.stop, first, end)
         assert self.keys is not None
+        if self.kept.room[1] > self.keys.shape[2]:
+            # Only a step grows the cache, and it runs all rows that later steps can read.
+            self.filled = min(self.filled, rows.stop)
+        self.fit(rows.stop, first, end)
         assert self.values is not None
         self.keys[rows, :, first:end] = key_states
         self.values[rows, :, first:end] = value_states
@@ -398,28 +400,32 @@ class KeyValueCache(Cache):
             layer.fit(1 + int(to.max()), 0, columns)
             source, target = next(index), next(index)
             for each in (layer.keys, layer.values):
-                each[target, :, :columns] = each[source, :, :columns]
+                own = each[:, :, :columns]
+                own.index_copy_(0, target, own.index_select(0, source))  # twice as fast as []
 
-    def fill(self, other: KeyValueCache, rows: Tensor, columns: int) -> None:
-        """Copy the first columns of another cache's rows ([n] long) into the first n rows here.
+    def fill(self, other: KeyValueCache, rows: Sequence[Ints], first: int, end: int) -> None:
+        """Copy some columns of another cache's rows into the first rows here.
 
-        Shared columns are left out.
+        Args:
+            rows: [layer] rows of the other cache.
+            first: First column; neither cache shares it or later ones.
+            end: End of the columns.
         """
-        first, columns = self.common, columns - self.common
-        if columns == 0:
+        due = [
+            each
+            for each in zip(self.layers, other.layers, rows, strict=True)
+            if each[1].is_initialized
+        ]
+        if end == first or not due:
             return
-        index: Tensor | None = None
-        for mine, its in zip(self.layers, other.layers, strict=True):
-            if not its.is_initialized:
-                continue
-            if index is None:
-                index = to_device(rows, its.keys.device)
+        here, there = (slice(first - each.common, end - each.common) for each in (self, other))
+        index = arrays_to_device([own for _, _, own in due], due[0][1].keys.device)
+        for (mine, its, _), own in zip(due, index, strict=True):
             if not mine.is_initialized:
                 mine.lazy_initialization(its.keys, its.values)
-            mine.fit(len(rows), 0, columns)
-            for own, given in ((mine.keys, its.keys), (mine.values, its.values)):
-                more = given[:, :, first : first + columns]
-                own[: len(rows), :, :columns] = more[index]
+            mine.fit(len(own), here.start, here.stop)
+            for to, of in ((mine.keys, its.keys), (mine.values, its.values)):
+                to[: len(own), :, here] = of[:, :, there].index_select(0, own)
 
     def put(
         self,

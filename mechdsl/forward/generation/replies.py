@@ -33,10 +33,12 @@ from mechdsl.forward.generation.rules import (
     StepRules,
     find_first_step,
     find_lowest_block,
+    find_shared_end,
     join_step_rules,
     merge_steps,
     merge_writes,
-    number_prompts,
+    number_distinct,
+    number_rules,
 )
 from mechdsl.forward.hooks.batch import (
     Batch,
@@ -350,17 +352,17 @@ class CachedPasses:
             lowest = find_lowest_block(model, len(prompts), prefill, kept, steps)
             if not way.places.attention:
                 lowest -= lowest % 2
-        self._texts = number_prompts(prompts)
+        self._texts = number_distinct(prompts)
         """[row] the number of its prompt."""
-        self._distinct = 1 + int(self._texts.max())
-        """Number of distinct prompts."""
+        self._whole = Batch.of(list(dict.fromkeys(prompts)), model.pad_id, "left", model.device)
+        """Distinct prompts."""
         own = _count_own_tokens(prompts, prefill)
-        mixes = mixes_images(model, self._batch(np.arange(len(prompts))))
+        mixes = mixes_images(model, self._whole)
         if mixes:  # a pass contains all tokens that attend to each other
             own = np.where(own > 0, self._lengths, 0)
         most = int(own.max())
         begins = np.where(acting == 0, lowest, 2 * layers)
-        half_blocks = self._distinct * 2 * layers + int((2 * layers - begins).sum())
+        half_blocks = len(self._whole) * 2 * layers + int((2 * layers - begins).sum())
         self._together = (
             way.places is not None
             and (way.places.several or most == 1)
@@ -379,13 +381,13 @@ class CachedPasses:
         edited = _count_own_tokens(prompts, RuleWrites(kept))
         apart = int(np.maximum(own, edited).max())
         shares = (
-            way.shares and 2 * self._distinct <= len(prompts) and is_single_query_supported(model)
+            way.shares and 2 * len(self._whole) <= len(prompts) and is_single_query_supported(model)
         )
         self._common = self.columns - apart if shares else 0
         """Columns that rows of a prompt have in common throughout."""
         self.keys = KeyValueCache(layers, len(prompts), self.columns - self._common, tokens - 1)
         self._blocks = SharedBlocks(self._texts, acting, lowest, layers)
-        self._places = way.places
+        self._way, self._places = way, way.places
         self._leaders = np.zeros(0, dtype=np.int64)
         """[state] rows of the preceding step, which the following fields describe."""
         self._chosen: RowChoice | None = None
@@ -505,7 +507,7 @@ class CachedPasses:
             every, mine = slice(0, len(rows)), tokens.acting(acting)
             return self.model, tokens, self.keys, every, mine, lineup, self._places
 
-        first, count = self.columns - int(self.own.max()), max(1, self.limit // len(rows))
+        first, count = self._prefill_headers(rows, acting), max(1, self.limit // len(rows))
         # Only the last token needs all of the last block, whose rows are these states.
         n_layers = self.model.shape.n_layers
         alone = (
@@ -518,6 +520,44 @@ class CachedPasses:
             store_keys(*part(first, end))
             first = end
         return run_cached_pass(*part(first, self.columns))
+
+    def _prefill_headers(self, rows: Ints, acting: RuleWrites) -> int:
+        """Compute columns in which rows of several prompts have equal tokens and rules.
+
+        Such columns, for example those of a template before its first blank, are computed once.
+
+        Args:
+            rows: [state] its leading row.
+            acting: Writes of the prefill.
+
+        Returns:
+            The first column that isn't computed yet.
+        """
+        first = self.columns - int(self.own.max())
+        host = Batch.of(list(dict.fromkeys(self.prompts)), self.model.pad_id, "left")
+        end, texts = find_shared_end(host.ids.numpy(), host.starts.numpy(), first)
+        if end == first or acting.edges or self._saved is not None:
+            return first
+        own = self._tokens(self._batch(rows), slice(end)).acting(acting)
+        key = np.stack([texts[self._texts[rows]], number_rules(own.writes, len(rows))])
+        _, lead, of = np.unique(key, axis=1, return_index=True, return_inverse=True)
+        if (len(rows) - len(lead)) * (end - first) <= MAX_RECOMPUTED_TOKENS:
+            return first
+        counts = end - self.columns + self._lengths[rows[lead]]
+        prompts = [self.prompts[row][:n] for row, n in zip(rows[lead], counts, strict=True)]
+        rules = RowChoice(len(rows), lead).rules(own)
+        passes = CachedPasses(self.model, prompts, rules, (), (), 1, self.limit, way=self._way)
+        sharing = RowSharing(prompts, find_first_step(len(lead), rules, (), ()), None)
+        none = np.zeros((len(lead), 0), dtype=np.int64)
+        states = passes.arranged(sharing.first(passes.own), none)
+        passes.logits(states, none)
+        state = np.empty(len(lead), dtype=np.int64)
+        state[states.rows] = states.of
+        mine, its = self._blocks.lineup, passes._blocks.lineup
+        blocks = range(self.model.shape.n_layers)
+        index = [its.place(state[of.ravel()[: mine.attending(block)]], block) for block in blocks]
+        self.keys.fill(passes.keys, index, first, end)
+        return end
 
     def _shared(self, states: RowStates, own: Ints) -> Tensor | None:
         """Compute the common tokens once for each distinct prompt.
@@ -535,13 +575,12 @@ class CachedPasses:
             return None
         rows = states.leaders
         of: list[int] = self._texts[rows].tolist()
-        lead = [of.index(number) for number in range(self._distinct)]
-        batch = self._batch(rows[lead])
-        keys = KeyValueCache(self.model.shape.n_layers, len(lead), columns)
+        batch = self._whole
+        keys = KeyValueCache(self.model.shape.n_layers, len(batch), columns)
         acting, index = RuleWrites(blocks=self.prefill.blocks), torch.tensor(of)
         each, found = max(1, self.limit // columns), list[Tensor]()
-        for first in range(0, len(lead), each):
-            part = slice(first, min(first + each, len(lead)))
+        for first in range(0, len(batch), each):
+            part = slice(first, min(first + each, len(batch)))
             tokens = self._tokens(batch.part(part), slice(columns))
             if whole:
                 found.append(run_cached_pass(self.model, tokens, keys, part, acting))
@@ -549,7 +588,8 @@ class CachedPasses:
                 store_keys(self.model, tokens, keys, part, acting)
         if self._common:
             self.keys.share(keys, self._common, of)
-        self.keys.fill(keys, index, columns)
+        every = [np.array(of)] * self.model.shape.n_layers
+        self.keys.fill(keys, every, self._common, columns)
         return torch.cat(found)[to_device(index[:whole], self.model.device)] if whole else None
 
     def _suffix(self, rows: Ints, part: slice, count: int) -> Tensor:
@@ -568,13 +608,7 @@ class CachedPasses:
 
     def _batch(self, rows: Ints) -> Batch:
         """Create a batch of whole prompts, as wide as the longest of all."""
-        ids = torch.full((len(rows), self.columns), self.model.pad_id, dtype=torch.long)
-        for number, row in enumerate(rows.tolist()):
-            prompt = self.prompts[row]
-            ids[number, self.columns - len(prompt) :] = torch.tensor(prompt)
-        starts, device = self._starts(rows), self.model.device
-        mask = (torch.arange(self.columns) >= starts[:, None]).long()
-        return Batch(to_device(ids, device), to_device(mask, device), self.columns - starts, starts)
+        return self._whole.take(torch.from_numpy(self._texts[rows]))
 
     # --- edits of cached keys and values ----------------------------------------------------
 

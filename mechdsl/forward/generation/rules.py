@@ -6,7 +6,7 @@ after its attention, before the output projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -104,7 +104,7 @@ class RowChoice:
 
     def write(self, write: SiteWrite) -> SiteWrite:
         """Restrict a write to the selected rows."""
-        return write.some(self._there(write.rows)).moved(self.to)
+        return write.some(self._there(write.rows), self.to)
 
     def edge(self, edge: EdgeWrite) -> EdgeWrite:
         """Restrict edges to the selected rows."""
@@ -314,11 +314,52 @@ class RowStates:
         return RowStates(self.rows[order], of[order], parents)
 
 
-def number_prompts(prompts: Sequence[tuple[int, ...]]) -> Ints:
-    """Return [row]: number of its prompt, from 0 in order of first appearance."""
-    numbers: dict[tuple[int, ...], int] = {}
-    every = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+def number_distinct(values: Sequence[Hashable]) -> Ints:
+    """Return [row]: number of its value, from 0 in order of first appearance."""
+    numbers: dict[Hashable, int] = {}
+    every = [numbers.setdefault(value, len(numbers)) for value in values]
     return np.array(every, dtype=np.int64)
+
+
+def number_rules(writes: Sequence[SiteWrite], count: int) -> Ints:
+    """Return [row]: equal numbers for rows with equal writes, of `count` rows."""
+    found: list[tuple[object, ...]] = [()] * count
+    for number, write in enumerate(writes):
+        order = write.rows.argsort(stable=True)
+        rows, counts = write.rows[order].unique_consecutive(return_counts=True)
+        parts = [write.positions, write.units, write.values]
+        parts += [] if write.to is None else [write.to]
+        each = [part.cpu()[order].view(len(order), -1).view(torch.uint8) for part in parts]
+        every = torch.cat(each, dim=1).numpy()
+        ends = counts.cumsum(0).tolist()
+        for row, first, end in zip(rows.tolist(), [0, *ends], ends, strict=False):
+            found[row] = (*found[row], number, every[first:end].tobytes())
+    return number_distinct(found)
+
+
+def find_shared_end(ids: Ints, starts: Ints, first: int) -> tuple[int, Ints]:
+    """Find the column up to which it saves most to compute equal beginnings of texts once.
+
+    Args:
+        ids: [text, column] token ids, padded on the left.
+        starts: [text] column of the first token.
+        first: The first column that texts don't share yet.
+
+    Returns:
+        The end of these columns, `first` if nothing is saved, and [text] numbers that are equal for
+        texts with equal beginnings.
+    """
+    best, end, numbers = 0, first, np.arange(len(ids))
+    of = starts
+    for column in range(ids.shape[1] - 1):
+        of = np.unique(np.stack([of, ids[:, column]]), axis=1, return_inverse=True)[1].ravel()
+        fewer = len(ids) - 1 - int(of.max())
+        if not fewer:
+            break
+        saved = fewer * (column + 1 - first)
+        if saved > best and column >= starts.max():
+            best, end, numbers = saved, column + 1, of
+    return end, numbers
 
 
 class RowSharing:
@@ -334,7 +375,7 @@ class RowSharing:
             acting: [row] the first step in which a rule acts on it.
             groups: [row] equal for rows with equal rules; None: all rows differ.
         """
-        self._prompts = number_prompts(prompts)
+        self._prompts = number_distinct(prompts)
         self._acting = acting
         self._groups = np.arange(len(prompts)) if groups is None else groups
 

@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -138,18 +139,16 @@ class Batch:
         lengths = [len(row) for row in rows]
         if not lengths or min(lengths) == 0:
             raise ValueError("a batch needs rows, and every row a token")
-        longest = max(lengths)
-        starts = [longest - n if side == "left" else 0 for n in lengths]
-        ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, starts[i] : starts[i] + len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, starts[i] : starts[i] + len(row)] = 1
+        count, column = torch.tensor(lengths), torch.arange(max(lengths))
+        starts = len(column) - count if side == "left" else torch.zeros_like(count)
+        there = (column >= starts[:, None]) & (column < (starts + count)[:, None])
+        ids = torch.full(there.shape, pad_id, dtype=torch.long)
+        ids[there] = torch.tensor([*chain.from_iterable(rows)])
         return Batch(
             ids=to_device(ids, torch.device(device)),
-            mask=to_device(mask, torch.device(device)),
-            lengths=torch.tensor(lengths),
-            starts=torch.tensor(starts),
+            mask=to_device(there.long(), torch.device(device)),
+            lengths=count,
+            starts=starts,
         )
 
     @staticmethod
@@ -363,14 +362,15 @@ class SiteWrite:
         """Renumber rows: row i becomes row `rows[i]`."""
         return replace(self, rows=rows[self.rows])
 
-    def some(self, there: Tensor) -> SiteWrite:
-        """Select some of the vectors, by [K] bool."""
+    def some(self, there: Tensor, rows: Tensor | None = None) -> SiteWrite:
+        """Select some of the vectors, by [K] bool; rows: as in `moved`."""
         index = there.nonzero()[:, 0]
         if len(index) == len(there):
-            return self
+            return self if rows is None else self.moved(rows)
+        own = self.rows[index]
         return replace(
             self,
-            rows=self.rows[index],
+            rows=own if rows is None else rows[own],
             positions=self.positions[index],
             units=self.units[index],
             values=self.values[to_device(index, self.values.device)],
