@@ -393,7 +393,8 @@ def split_vision(
     table = IMAGE_TOKENS.get(model.module)
     inside = [write for write in writes if write.stack == "vision"]
     asked = [read for read in reads if read.stack == "vision"]
-    if "vision" in batch.frames or not (inside or asked):
+    no_images = "vision" in batch.frames or "vision" not in model.others
+    if no_images or not (inside or asked):
         return list(writes), list(reads), {}
     if table is None or table.encode is None:
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
