@@ -584,7 +584,7 @@ class UnpatchedRuns:
         )
         if {} not in self.spots:  # accuracies read the last token
             self.spots = (*self.spots, {})
-        self.behind = any(each.behind for each in panel.experiments)
+        self.in_answers = any(each.in_answers for each in panel.experiments)
         self.needs_full_passes = any(
             each.experiment.needs_full_passes for each in panel.experiments
         )
@@ -778,7 +778,7 @@ class UnpatchedRuns:
         reads |= self._gauge_reads() if own else set[SiteLayer]()
         reads |= set[SiteLayer]().union(*(plan.observed_sites for plan in self._starting(run)))
         return UnpatchedRequest(
-            reads=frozenset(reads if continuation is None or self.behind else ()),
+            reads=frozenset(reads if continuation is None or self.in_answers else ()),
             lowest=lowest,
             spots=self.spots if measured else (),
             stop=self._stop(run),

@@ -47,7 +47,7 @@ class EncodeNode:
     limit: int | None
     keep: tuple[str, ...]
     run: str
-    behind: str = ""
+    replies: str = ""
     """Source of the replies that follow the prompts."""
     changed_by: tuple[str, ...] = ()
     """Used corruptions, each of which must change a row for the row to be included."""

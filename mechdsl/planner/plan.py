@@ -209,9 +209,9 @@ class ExperimentPlan:
         return digest_number("cell", labels)
 
     @property
-    def behind(self) -> bool:
+    def in_answers(self) -> bool:
         """Whether a rule acts on tokens of the answer, after the prompt."""
-        return any(plan.behind for plan in self.rules)
+        return any(plan.in_answers for plan in self.rules)
 
     @property
     def exists(self) -> NDArray[np.bool_]:
@@ -253,7 +253,7 @@ class ExperimentPlan:
             and self.observes is None
             and self.experiment.spec.estimator is None
             and self.draws == 1
-            and not self.behind
+            and not self.in_answers
             and [run.derived for run in runs] == [None]
         )
         if not is_plain or not all(_keeps_inactive_features(plan.rule) for plan in acting):
@@ -270,7 +270,9 @@ class ExperimentPlan:
         generate text, only where rules change prompts.
         """
         runs = self.starting_runs
-        is_plain = self.draws == 1 and not self.behind and [run.derived for run in runs] == [None]
+        is_plain = (
+            self.draws == 1 and not self.in_answers and [run.derived for run in runs] == [None]
+        )
         found: dict[ReconstructedSpot, None] = {}
         for plan in self.rules if is_plain else ():
             dictionaries = _dictionaries(plan.rule)
@@ -414,7 +416,7 @@ def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
     by_name = dict(zip(names, coordinates, strict=True))
     parallel = experiment.model.shape.parallel_block
     rules = tuple(
-        replace(plan, behind=_is_behind(experiment, plan), number=number)
+        replace(plan, in_answers=_acts_in_answers(experiment, plan), number=number)
         for number, plan in enumerate(
             _rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules
         )
@@ -573,7 +575,7 @@ def _follows(targets: PositionTargets | None) -> Ints:
     return np.array(found, dtype=np.int64)
 
 
-def _is_behind(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
+def _acts_in_answers(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
     """Whether a rule acts on tokens after the prompts."""
     runs, base = experiment.table.runs, experiment.spec.base
     places = [(plan.written, base)]

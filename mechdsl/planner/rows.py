@@ -187,7 +187,7 @@ class RulePlan:
     """Attention rules: the keys; `written` contains the queries."""
     key_of_cell: Ints | None = None
     paths: PathPlan | None = None
-    behind: bool = False
+    in_answers: bool = False
     """Whether it acts on tokens of the answer, which only some passes include."""
 
     follows: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))

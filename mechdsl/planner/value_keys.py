@@ -660,7 +660,7 @@ class ExperimentKeys:
         functions include tokens of the answers."""
         rules, kept = self.plan.rules, self.kept
         whole = any(rule.rule.does.of_all_rows for rule in rules)
-        if not self.plan.behind or not whole:
+        if not self.plan.in_answers or not whole:
             return b""
         found = fill_numbers(0, len(self.table))
         for run in self.table.runs.values():

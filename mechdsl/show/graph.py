@@ -57,7 +57,7 @@ def _describe(node: Node) -> list[str]:
             name = node.prompts if node.part is None else f"{node.prompts}.{node.part}"
             limit = "" if node.limit is None else f" limit {node.limit}"
             lines = [f"{name}{limit}", f"run {node.run}"]
-            lines += [f"with {node.behind}"] if node.behind else []
+            lines += [f"with {node.replies}"] if node.replies else []
             lines += [f"keep {condition}" for condition in node.keep]
             lines += [f"replace {node.replaced}"] if node.replaced else []
             return ["Encode", *lines]

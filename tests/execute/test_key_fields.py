@@ -526,7 +526,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "positions": "`written` is computed from them",
         "sources": "`read` and `averaged` are computed from them",
         "number": "the order of the rules in the key contains it",
-        "behind": "the tokens in `written`, `read` and `keys` determine it",
+        "in_answers": "the tokens in `written`, `read` and `keys` determine it",
     },
     PathPlan: {
         "through_mlps": "`PathTargets.through_mlps` is part of the key",

@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.stats import hypergeom, mannwhitneyu
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -66,6 +65,8 @@ def score_matching(maps: WeightMaps, layer: int, head: int) -> float:
 
 def compare_edges(does: CircuitOverlap) -> dict[str, float]:
     """Return the numbers of `observe overlap`, by word."""
+    from scipy.stats import hypergeom
+
     first, second, total = set(does.first.edges), set(does.second.edges), len(does.first.every)
     shared = len(first & second)
     sizes = len(first), len(second)
@@ -84,6 +85,8 @@ def rank_edges(does: EdgeRanking) -> float:
 
     Raises ValueError if all edges of the model are in it.
     """
+    from scipy.stats import mannwhitneyu
+
     true, every = set(does.second.edges), does.first.every
     sizes = np.abs([does.first.scores[edge] for edge in every])
     there = np.array([edge in true for edge in every])

@@ -728,7 +728,7 @@ class Patcher:
 
         None if no rule of the experiment acts on that text: prompt tokens don't depend on it.
         """
-        return text.atom if text is not None and self.plans[number].behind else None
+        return text.atom if text is not None and self.plans[number].in_answers else None
 
     def _forward(
         self,

@@ -93,7 +93,7 @@ def compute_cell_vectors(
     found: dict[tuple[int, int | None], CellVectors] = {}
     for number, own in cells.items():
         rule = plan.rules[number]
-        for text in (None, *(readout.texts_behind if rule.behind else ())):
+        for text in (None, *(readout.texts_behind if rule.in_answers else ())):
             made = _compute_rule_vectors(rule, own, runs, batches, text)
             found[number, None if text is None else text.number] = made
     return found
@@ -281,9 +281,9 @@ def compute_means(
         text.number: {
             number: _compute_rule_means(rule, runs, batches, text, directions)
             for number, rule in averaging.items()
-            if rule.behind
+            if rule.in_answers
         }
-        for text in (readout.texts_behind if plan.behind else ())
+        for text in (readout.texts_behind if plan.in_answers else ())
     }
     return means, behind
 
@@ -393,7 +393,7 @@ def _compute_rule_means(
         else:
             lanes = runs.apart(apart.table, run, batch, places)
         ends = None
-        if rule.behind:
+        if rule.in_answers:
             ends = lanes.lengths + np.repeat(count_fed_tokens(text, batch), lanes.draws)
         _add_to_sums(rule, batch, lanes, read, sums, counts, ends, encoder)
         if len(batches) > 1:

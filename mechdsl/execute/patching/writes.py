@@ -189,7 +189,7 @@ def select_readable_rows(
     own = rows.take(found)
     fine = np.ones(len(found), dtype=np.bool_)
     for rule in plan.rules:
-        if rule.behind:
+        if rule.in_answers:
             tokens = _list_tokens(rule, own, means_and_donors)
             for text in texts:
                 written, read = _find_present(plan, rule, own, tokens, means_and_donors, text)
@@ -203,7 +203,7 @@ def find_pass_ends(plan: ExperimentPlan, rows: RowTable, text: Continuation | No
 
     None if no rule acts on tokens after the prompts, so that positions needn't be checked.
     """
-    return plan.lengths(rows) + count_fed_tokens(text, rows.prompt) if plan.behind else None
+    return plan.lengths(rows) + count_fed_tokens(text, rows.prompt) if plan.in_answers else None
 
 
 def _list_tokens(plan: RulePlan, rows: RowTable, means_and_donors: RuleInputs) -> _WriteTokens:
@@ -252,7 +252,7 @@ def _list_token_entries(
     """List the tokens that the rule writes and that are present."""
     tokens = _list_tokens(rule, rows, means_and_donors)
     there = np.ones(len(tokens.row), dtype=np.bool_)
-    if rule.behind:  # in a pass that isn't measured, the token to read may be missing
+    if rule.in_answers:  # in a pass that isn't measured, the token to read may be missing
         written, read = _find_present(plan, rule, rows, tokens, means_and_donors, text)
         there = written & read
     every = (tokens.row, tokens.written, tokens.read, tokens.slot)

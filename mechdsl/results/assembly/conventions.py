@@ -564,7 +564,7 @@ def _on_answers(plan: ExperimentPlan) -> Iterator[str]:
     if left:
         where = " and ".join(f"`{at}`" for at in dict.fromkeys(left))
         yield f"{where} covers only the prompt; the answer after it isn't edited"
-    if plan.behind:
+    if plan.in_answers:
         yield (
             "rules act on the text that each measure reads, which follows the prompt of "
             "every run; its last token is predicted and isn't an input"
