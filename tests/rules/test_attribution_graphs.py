@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
 from mechdsl.dictionaries.folder import read_dictionary
+from mechdsl.execute.observation import attribution_graphs
 from mechdsl.execute.observation.attribution_graphs import (
     AttributionGraph,
     FeatureNodes,
@@ -32,7 +33,7 @@ from mechdsl.show.reports import graph as graph_report
 
 from ..execute.support import ROWS, prompt, shared
 from .models import bare, double
-from .support import codes, experiment, rows, run_file, try_file
+from .support import codes, experiment, rows, run_file
 from .test_transcoders import make
 
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}
@@ -208,37 +209,61 @@ def test_each_edge_is_the_effect_of_its_source(family: str, kind: str, tmp_path:
             sources.append((number, at, token, part))
     for token in (0, graph.tokens - 1):
         sources.append((graph.first_token + token, None, token, reference.start[0, token]))
-    rows = [*range(len(features)), *range(graph.first_logit, len(graph.edges))]
     largest = 0.0
     for number, at, token, part in sources:
         effect = now - targets(*reference.without(at, token, part))
-        np.testing.assert_allclose(graph.edges[rows, number], effect, atol=1e-3, rtol=1e-3)
+        np.testing.assert_allclose(graph.edges[:, number], effect, atol=1e-3, rtol=1e-3)
         largest = max(largest, float(np.abs(effect).max()))
     assert largest > 0.3
-    rest = graph.edges[graph.first_error : graph.first_logit]
-    assert not rest.any()
 
 
 def test_scores_of_a_graph_worked_out_by_hand() -> None:
     """Two features, an error, a token and a logit: every path is added up."""
     nodes = FeatureNodes(np.array([0, 1]), np.array([0, 0]), np.array([3, 4]), np.array([1.0, 1.0]))
-    edges = np.zeros((7, 7))  # features 0 and 1, errors 2 and 3, tokens 4 and 5, logit 6
+    edges = np.zeros((3, 6))  # from features 0 and 1, errors 2 and 3, tokens 4 and 5
     edges[0, 4] = 2
     edges[1, 0], edges[1, 2] = -3, 1
-    edges[6, 1], edges[6, 3], edges[6, 5] = 2, 1, -1
+    edges[2, 1], edges[2, 3], edges[2, 5] = 2, 1, -1  # into the logit
     graph = AttributionGraph(nodes, 1, 2, np.array([9]), np.array([1.0]), edges, np.zeros(3))
     shares = normalise_edges(edges)
-    assert shares[1].tolist() == [0.75, 0, 0.25, 0, 0, 0, 0]
-    influence = compute_influence(shares, graph.weights)
-    np.testing.assert_allclose(influence, [0.375, 0.5, 0.125, 0.25, 0.375, 0.25, 0])
+    assert shares[1].tolist() == [0.75, 0, 0.25, 0, 0, 0]
+    influence = compute_influence(shares, graph.probabilities)
+    np.testing.assert_allclose(influence, [0.375, 0.5, 0.125, 0.25, 0.375, 0.25])
     replacement, completeness = score_graph(graph)
     assert replacement == pytest.approx(0.625 / (0.625 + 0.375))
     reached = 0.375 + 0.5 + 0.125 + 0.25 + 0.375 + 0.25 + 1
     assert completeness == pytest.approx(1 - (0.5 * 0.25 + 1 * 0.25) / reached)
     kept, lines = prune_graph(graph)
-    assert kept.tolist() == [True, True, False, True, True, True, True]
-    assert lines[6].tolist() == [False, True, False, True, False, True, False]
-    assert lines[1].tolist() == [True, False, False, False, False, False, False]
+    assert kept.tolist() == [True, True, False, True, True, True]
+    assert lines[2].tolist() == [False, True, False, True, False, True]
+    assert lines[1].tolist() == [True, False, False, False, False, False]
+
+
+@pytest.mark.parametrize("most", [5, 40])
+def test_features_of_little_influence_count_as_errors(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, _ = transcoders("llama", "transcoder", tmp_path, [0, 2])
+    whole = graph_of("llama", given)
+    monkeypatch.setattr(attribution_graphs, "MOST_FEATURES", most)
+    monkeypatch.setattr(attribution_graphs, "RANKED", 16)
+    part = graph_of("llama", given)
+    assert (len(part.features), part.left_out) == (most, len(whole.features) - most)
+    logits = whole.edges[len(whole.features) :], part.edges[most:]
+    np.testing.assert_allclose(logits[0].sum(1), logits[1].sum(1), atol=1e-4)
+    np.testing.assert_allclose(
+        logits[0][:, whole.first_token :], logits[1][:, part.first_token :], atol=1e-5
+    )
+    influence = compute_influence(normalise_edges(whole.edges), whole.probabilities)
+    names = [
+        set(zip(own.layer.tolist(), own.token.tolist(), own.feature.tolist(), strict=True))
+        for own in (
+            part.features,
+            whole.features.some(np.argsort(-influence[: whole.first_error])[:3]),
+        )
+    ]
+    assert names[1] <= names[0]
+    assert score_graph(part)[0] < score_graph(whole)[0]
 
 
 # --- the statement --------------------------------------------------------------------------------
@@ -318,18 +343,6 @@ def test_rules_in_the_experiment_are_an_error(data: Path) -> None:
     assert "E0207" in codes(T0 + experiment("e", line, rule, measure=""), data)
 
 
-def test_too_many_features_are_a_gap(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mechdsl.execute.observation import attribution_graphs
-
-    monkeypatch.setattr(attribution_graphs, "MOST_FEATURES", 3)
-    transcoders("llama", "transcoder", data, [0, 2])
-    result, _ = try_file(T0 + T2 + lines(EVERY, "kept"), data, "llama")
-    assert result is not None
-    (experiment_result,) = result.experiments
-    (gap,) = experiment_result.measures[0].gaps
-    assert "features are active, more than 3" in str(gap)
-
-
 def test_graph_of_the_first_row_is_drawn_and_written(data: Path) -> None:
     """The terminal, a picture and the JSON of circuit-tracer have the pruned graph."""
     given, _ = transcoders("llama", "transcoder", data, [0, 2])
@@ -340,7 +353,7 @@ def test_graph_of_the_first_row_is_drawn_and_written(data: Path) -> None:
     assert circuit.graph is not None
     graph = attribute(shared(bare("llama")), rows("clean")[circuit.graph.row].ids, given)
     nodes, edges = prune_graph(graph)
-    assert len(circuit.graph.nodes) == int(nodes.sum())
+    assert len(circuit.graph.nodes) == int(nodes.sum()) + len(graph.logits)
     expected = sorted(graph.edges[edges].tolist())
     np.testing.assert_allclose(sorted(circuit.scores), expected, atol=1e-4)
     assert circuit.total == np.count_nonzero(graph.edges)

@@ -8,7 +8,7 @@ al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,8 @@ FROZEN = BackwardRules(fixed_norms=True, constant_patterns=True)
 
 LANES = 16
 """Targets of a backward pass."""
+RANKED = 16 * LANES
+"""Features that are selected at a time, where there are too many."""
 NODE_SHARE, EDGE_SHARE = 0.8, 0.98
 """Shares of the influence that pruned nodes and edges keep."""
 
@@ -47,11 +49,16 @@ class FeatureNodes:
     def __len__(self) -> int:
         return len(self.layer)
 
+    def some(self, chosen: Ints) -> FeatureNodes:
+        """Select some of the features."""
+        places = self.layer[chosen], self.token[chosen], self.feature[chosen]
+        return FeatureNodes(*places, self.activation[chosen])
+
 
 @dataclass(frozen=True, eq=False)
 class AttributionGraph:
     """The graph of one prompt. Nodes are its features, then the errors of each layer and token,
-    then tokens, then logits."""
+    then tokens, then logits. Features and logits are targets; all nodes but logits are sources."""
 
     features: FeatureNodes
     layers: int
@@ -61,10 +68,11 @@ class AttributionGraph:
     probabilities: Floats
     """Those of the logits."""
     edges: Floats
-    """[target, source] the share of the source in the input of the target: with the sign of its
-    effect. Rows of errors and tokens are 0."""
+    """[target, source] the signed part of the target's input that comes from the source."""
     inputs: Floats
-    """[feature or logit] the value that the edges into it explain, with constants left out."""
+    """[target] the value that the edges into it explain, with constants left out."""
+    left_out: int = 0
+    """Active features that count as errors, because there are too many."""
 
     @property
     def first_error(self) -> int:
@@ -80,13 +88,6 @@ class AttributionGraph:
     def first_logit(self) -> int:
         """Number of the first logit."""
         return self.first_token + self.tokens
-
-    @property
-    def weights(self) -> Floats:
-        """[node] the probability of logits, 0 elsewhere."""
-        found = np.zeros(len(self.edges))
-        found[self.first_logit :] = self.probabilities
-        return found
 
 
 # --- edges ----------------------------------------------------------------------------------------
@@ -127,41 +128,58 @@ def attribute(
         ids: The tokens of the prompt.
         transcoders: Of some layers, the site that the transcoder reads and the transcoder.
 
+    Returns:
+        The graph. With more than `MOST_FEATURES` active features, those of the most influence are
+        its nodes, and the contributions of the others belong to the errors of their layer and
+        token.
+
     Raises:
-        ValueError: More than `MOST_FEATURES` features are active, or a norm of the model can't be
-            held constant.
+        ValueError: A norm of the model can't be held constant.
     """
     batch = Batch.of([ids], model.pad_id, model.calling.side, model.device)
     last = batch.lengths[:, None] - 1
     sources, likely, probabilities = _read_sources(model, batch, last, transcoders)
-    targets = len(sources.nodes) + len(likely)
-    lanes = min(LANES, max(1, targets))
     try:
-        leaves, frozen = _run_frozen(model, batch, last, sources, transcoders, lanes)
+        frozen = _FrozenPass.of(model, batch, last, sources, transcoders)
     except AutogradFailed as failure:
         raise ValueError(f"norms and patterns can't be held constant: {failure}") from failure
-    rows: list[Tensor] = []
-    inputs: list[Tensor] = []
-    for total in _iter_targets(model, frozen, sources, likely, transcoders, lanes):
-        gradients = torch.autograd.grad(
-            total.sum(), leaves, retain_graph=True, materialize_grads=True
-        )
-        embedded, *outputs = (each[: len(total)] for each in gradients)
-        rows.append(sources.contributions(embedded, torch.stack(outputs, dim=1)))
-        inputs.append(total.detach())
-    found = torch.cat(rows).double().cpu().numpy()
-    count, first = len(sources.nodes), found.shape[1]
-    edges = np.zeros((first + len(likely), first + len(likely)))
-    edges[:count, :first], edges[first:, :first] = found[:count], found[count:]
+    ends, values = frozen.explain_logits(likely)
+    every = np.arange(len(sources.nodes))
+    chosen = every if len(every) <= MOST_FEATURES else _select_features(frozen, ends, probabilities)
+    rows, inputs = frozen.explain_features(chosen)
+    parts = np.concatenate([rows, ends]).T  # of each source
+    others = np.setdiff1d(every, chosen)
+    errors = len(every) + sources.nodes.layer[others] * len(ids) + sources.nodes.token[others]
+    np.add.at(parts, errors, parts[others])
     return AttributionGraph(
-        sources.nodes,
+        sources.nodes.some(chosen),
         sources.layers,
-        int(batch.lengths[0]),
+        len(ids),
         likely,
         probabilities,
-        edges,
-        torch.cat(inputs).double().cpu().numpy(),
+        np.delete(parts, others, axis=0).T,
+        np.concatenate([inputs, values]),
+        len(others),
     )
+
+
+def _select_features(frozen: _FrozenPass, ends: Floats, probabilities: Floats) -> Ints:
+    """Return the features of the most influence, as far as the edges into those that are already
+    selected show it."""
+    count = len(frozen.sources.nodes)
+    chosen, rows = np.zeros(0, dtype=np.int64), ends[:0]
+    while len(chosen) < MOST_FEATURES:
+        shares = normalise_edges(np.concatenate([rows, ends]))
+        found = step = probabilities @ shares[len(chosen) :]
+        for _ in range(frozen.sources.layers):
+            step = step[chosen] @ shares[: len(chosen)]
+            found = found + step
+        found[chosen] = -1
+        most = min(RANKED, MOST_FEATURES - len(chosen))
+        added = np.argsort(-found[:count], kind="stable")[:most]
+        chosen = np.concatenate([chosen, added])
+        rows = np.concatenate([rows, frozen.explain_features(added)[0]])
+    return np.sort(chosen)
 
 
 def _stream(layers: int) -> tuple[SiteRead, list[SiteRead]]:
@@ -192,9 +210,6 @@ def _read_sources(
         found.append((np.full(len(token), layer), token, feature, amount.double().cpu().numpy()))
         directions = transcoder.rows().to(outputs)
         written.append(amount[:, None] * directions[torch.from_numpy(feature)])
-    if sum(len(each) for each, *_ in found) > MOST_FEATURES:
-        count = sum(len(each) for each, *_ in found)
-        raise ValueError(f"{count:,} features are active, more than {MOST_FEATURES:,}")
     nodes = FeatureNodes(*(np.concatenate(each) for each in zip(*found, strict=True)))
     assert plain.logits is not None
     chances = plain.logits[0, 0].double().softmax(-1)
@@ -202,11 +217,8 @@ def _read_sources(
     kept = 1 + int((ranked.values.cumsum(0) < LOGIT_SHARE).sum())
     likely, probabilities = (each[:kept].cpu().numpy() for each in (ranked.indices, ranked.values))
     embedded = _vectors(plain, entering)
-    return (
-        _Sources(layers, embedded, outputs, errors, nodes, torch.cat(written)),
-        likely,
-        (probabilities),
-    )
+    sources = _Sources(layers, embedded, outputs, errors, nodes, torch.cat(written))
+    return sources, likely, probabilities
 
 
 def _vectors(found: FullPassResult, place: SiteRead) -> Tensor:
@@ -215,72 +227,83 @@ def _vectors(found: FullPassResult, place: SiteRead) -> Tensor:
     return read.to(torch.promote_types(read.dtype, torch.float32)).clone()
 
 
-def _run_frozen(
-    model: LoadedModel,
-    batch: Batch,
-    last: Tensor,
-    sources: _Sources,
-    transcoders: Mapping[int, tuple[str, Dictionary]],
-    lanes: int,
-) -> tuple[list[Tensor], FullPassResult]:
-    """Run the prompt in several lanes with the outputs of MLPs written as leaves.
+@dataclass(frozen=True, eq=False)
+class _FrozenPass:
+    """A pass of the prompt in several lanes, with constant norms and patterns, in which the first
+    block's input and the outputs of MLPs are leaves."""
 
-    Returns the leaves, [lane, token, width], of the first block's input and of each MLP.
-    """
-    entering, writing = _stream(sources.layers)
-    repeated = batch.take(torch.zeros(lanes, dtype=torch.long))
-    rows, positions = repeated.tokens()
-    leaves: list[Tensor] = []
-    writes: list[SiteWrite] = []
-    for place, values in zip(
-        [entering, *writing], [sources.embedded, *sources.outputs], strict=True
-    ):
-        leaf = values.expand(lanes, -1, -1).clone().requires_grad_()
-        leaves.append(leaf)
+    model: LoadedModel
+    sources: _Sources
+    transcoders: Mapping[int, tuple[str, Dictionary]]
+    leaves: Sequence[Tensor]
+    """[lane, token, width] of the first block's input, and of each MLP."""
+    found: FullPassResult
+
+    @staticmethod
+    def of(
+        model: LoadedModel,
+        batch: Batch,
+        last: Tensor,
+        sources: _Sources,
+        transcoders: Mapping[int, tuple[str, Dictionary]],
+    ) -> _FrozenPass:
+        """Run the prompt. Raises AutogradFailed."""
+        entering, writing = _stream(sources.layers)
+        repeated = batch.take(torch.zeros(LANES, dtype=torch.long))
+        rows, positions = repeated.tokens()
         units = torch.zeros_like(rows)
-        writes.append(
-            SiteWrite(place.site, place.layer, rows, positions, units, leaf.flatten(0, 1))
+        values = [sources.embedded, *sources.outputs]
+        leaves = [each.expand(LANES, -1, -1).clone().requires_grad_() for each in values]
+        found = run_full(
+            model,
+            repeated,
+            writes=[
+                SiteWrite(place.site, place.layer, rows, positions, units, leaf.flatten(0, 1))
+                for place, leaf in zip([entering, *writing], leaves, strict=True)
+            ],
+            reads=[SiteRead(site, layer) for layer, (site, _) in transcoders.items()],
+            logits_at=last.expand(LANES, 1),
+            gradients=True,
+            backward=FROZEN,
         )
-    reads = [SiteRead(site, layer) for layer, (site, _) in transcoders.items()]
-    frozen = run_full(
-        model,
-        repeated,
-        writes=writes,
-        reads=reads,
-        logits_at=last.expand(lanes, 1),
-        gradients=True,
-        backward=FROZEN,
-    )
-    return leaves, frozen
+        return _FrozenPass(model, sources, transcoders, leaves, found)
 
+    def explain_features(self, numbers: Ints) -> tuple[Floats, Floats]:
+        """Return the edges into some features, [feature, source], and the inputs that they
+        explain, [feature]."""
+        nodes = self.sources.nodes.some(numbers)
+        encoders = {n: each.encoder_weights() for n, (_, each) in self.transcoders.items()}
 
-def _iter_targets(
-    model: LoadedModel,
-    frozen: FullPassResult,
-    sources: _Sources,
-    likely: Ints,
-    transcoders: Mapping[int, tuple[str, Dictionary]],
-    lanes: int,
-) -> Iterator[Tensor]:
-    """Yield the inputs of some targets, each in a lane of its own: [target]."""
-    nodes = sources.nodes
-    for first in range(0, len(nodes), lanes):
-        part = slice(first, first + lanes)
-        found: list[Tensor] = []
-        for lane, (layer, token, feature) in enumerate(
-            zip(nodes.layer[part], nodes.token[part], nodes.feature[part], strict=True)
-        ):
-            site, transcoder = transcoders[int(layer)]
-            vector = frozen.reads[SiteRead(site, int(layer))][lane, int(token), 0]
-            reads = transcoder.encoder_weights()[:, int(feature)].to(sources.embedded)
-            found.append(vector.to(reads) @ reads)
-        yield torch.stack(found)
-    assert frozen.logits is not None
-    logits = uncap_logits(model, frozen.logits[:, 0])
-    logits = logits - logits.mean(-1, keepdim=True)
-    for first in range(0, len(likely), lanes):
-        tokens = torch.from_numpy(likely[first : first + lanes]).to(logits.device)
-        yield logits[torch.arange(len(tokens)), tokens]
+        def read(number: int) -> Tensor:
+            layer = int(nodes.layer[number])
+            place = SiteRead(self.transcoders[layer][0], layer)
+            vector = self.found.reads[place][number % LANES, int(nodes.token[number]), 0]
+            weights = encoders[layer][:, int(nodes.feature[number])].to(self.sources.embedded)
+            return vector.to(weights) @ weights
+
+        return self._explain(len(nodes), read)
+
+    def explain_logits(self, tokens: Ints) -> tuple[Floats, Floats]:
+        """Return the edges into logits less the mean logit, [logit, source], and their values."""
+        assert self.found.logits is not None
+        logits = uncap_logits(self.model, self.found.logits[:, 0])
+        logits = (logits - logits.mean(-1, keepdim=True)).to(self.sources.embedded)
+        return self._explain(len(tokens), lambda n: logits[n % LANES, int(tokens[n])])
+
+    def _explain(self, count: int, read: Callable[[int], Tensor]) -> tuple[Floats, Floats]:
+        """Explain targets, each read in a separate lane: number n in lane n % LANES."""
+        width = len(self.sources.nodes) + self.sources.embedded.shape[0] * (self.sources.layers + 1)
+        rows, inputs = [np.zeros((0, width))], [np.zeros(0)]
+        for first in range(0, count, LANES):
+            values = torch.stack([read(n) for n in range(first, min(count, first + LANES))])
+            gradients = torch.autograd.grad(
+                values.sum(), self.leaves, retain_graph=True, materialize_grads=True
+            )
+            embedded, *outputs = (each[: len(values)] for each in gradients)
+            found = self.sources.contributions(embedded, torch.stack(outputs, dim=1))
+            rows.append(found.double().cpu().numpy())
+            inputs.append(values.detach().double().cpu().numpy())
+        return np.concatenate(rows), np.concatenate(inputs)
 
 
 # --- influence ------------------------------------------------------------------------------------
@@ -293,17 +316,18 @@ def normalise_edges(edges: Floats) -> Floats:
 
 
 def compute_influence(shares: Floats, weights: Floats) -> Floats:
-    """Return [node] the influence on weighted nodes along all paths.
+    """Return [source] the influence on weighted logits along all paths.
 
     Args:
-        shares: [target, source] of `normalise_edges`.
-        weights: [node].
+        shares: [target, source] of `normalise_edges`: features, then logits.
+        weights: [logit].
     """
-    found, step = np.zeros(len(weights)), weights @ shares
-    for _ in range(len(weights)):  # the longest path has no more edges
+    count = len(shares) - len(weights)
+    found, step = np.zeros(shares.shape[1]), weights @ shares[count:]
+    for _ in range(count + 1):  # the longest path has no more edges
         if not step.any():
             break
-        found, step = found + step, step @ shares
+        found, step = found + step, step[:count] @ shares[:count]
     return found
 
 
@@ -312,54 +336,59 @@ def score_graph(graph: AttributionGraph) -> tuple[float, float]:
 
     The first is the influence of tokens as a share of that of tokens and errors; the second the
     share of the inputs of nodes that doesn't come from errors, weighted by the influence of nodes.
+    Errors and tokens have no inputs, and count as explained.
     """
-    shares, weights = normalise_edges(graph.edges), graph.weights
+    shares, weights = normalise_edges(graph.edges), graph.probabilities
     influence = compute_influence(shares, weights)
     errors = slice(graph.first_error, graph.first_token)
-    of_tokens = influence[graph.first_token : graph.first_logit].sum()
+    of_tokens = influence[graph.first_token :].sum()
     replacement = of_tokens / (of_tokens + influence[errors].sum())
-    explained = 1 - shares[:, errors].sum(1)
-    reached = influence + weights
-    return float(replacement), float((explained * reached).sum() / reached.sum())
+    reached = np.concatenate([influence[: graph.first_error], weights])
+    unexplained = (shares[:, errors].sum(1) * reached).sum()
+    return float(replacement), float(1 - unexplained / (influence.sum() + weights.sum()))
 
 
 def prune_graph(graph: AttributionGraph) -> tuple[Bools, Bools]:
-    """Return [node] and [target, source]: the nodes and edges that are kept.
+    """Return [source] and [target, source]: the nodes and edges that are kept.
 
     Nodes are kept in the order of their influence until they have `NODE_SHARE` of it, edges among
     them until they have `EDGE_SHARE`. Features and errors that then lead nowhere, and features that
     nothing leads to, are removed. Tokens and logits stay.
     """
-    weights = graph.weights
+    weights, count = graph.probabilities, graph.first_error
     influence = compute_influence(normalise_edges(graph.edges), weights)
     nodes = _keep_share(influence, NODE_SHARE)
     nodes[graph.first_token :] = True
-    edges = graph.edges * nodes[:, None] * nodes
-    shares = normalise_edges(edges)
-    reached = compute_influence(shares, weights) + weights
+    targets = np.concatenate([nodes[:count], np.ones(len(weights), dtype=np.bool_)])
+    shares = normalise_edges(graph.edges * targets[:, None] * nodes)
+    reached = np.concatenate([compute_influence(shares, weights)[:count], weights])
     kept = _keep_share(shares * reached[:, None], EDGE_SHARE)
     while True:
-        lost = nodes[: graph.first_token] & ~kept[:, : graph.first_token].any(0)
-        features = nodes[: graph.first_error] & ~kept[: graph.first_error].any(1)
-        lost[: graph.first_error] |= features
+        lost = nodes & ~kept.any(0)
+        lost[graph.first_token :] = False
+        lost[:count] |= nodes[:count] & ~kept[:count].any(1)
         if not lost.any():
             return nodes, kept
         numbers = np.flatnonzero(lost)
-        nodes[numbers], kept[numbers], kept[:, numbers] = False, False, False
+        nodes[numbers], kept[:, numbers] = False, False
+        kept[numbers[numbers < count]] = False
 
 
 def list_graph(graph: AttributionGraph, ids: Sequence[int], row: int) -> GraphFindings:
     """List the nodes and edges that pruning keeps, of a prompt with these tokens."""
-    influence = compute_influence(normalise_edges(graph.edges), graph.weights)
+    influence = compute_influence(normalise_edges(graph.edges), graph.probabilities)
     nodes, edges = prune_graph(graph)
-    kept = np.flatnonzero(nodes)
-    number = {node: n for n, node in enumerate(kept.tolist())}
+    logits = graph.first_logit + np.arange(len(graph.logits))
+    kept = [*np.flatnonzero(nodes).tolist(), *logits.tolist()]
+    amounts = [*influence.tolist(), *([0.0] * len(logits))]
+    number = {node: n for n, node in enumerate(kept)}
+    node_of_target = [*range(graph.first_error), *logits.tolist()]
     targets, sources = np.nonzero(edges)
     return GraphFindings(
         row,
-        tuple(_describe_node(graph, node, ids, float(influence[node])) for node in kept.tolist()),
+        tuple(_describe_node(graph, node, ids, amounts[node]) for node in kept),
         tuple(
-            (number[source], number[target], float(graph.edges[target, source]))
+            (number[source], number[node_of_target[target]], float(graph.edges[target, source]))
             for source, target in zip(sources.tolist(), targets.tolist(), strict=True)
         ),
         int(np.count_nonzero(graph.edges)),

@@ -25,7 +25,7 @@ from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import MetricForm
 
 MOST_FEATURES = 4096
-"""Most active features of a prompt."""
+"""Most features of a graph; others count as errors."""
 MOST_LOGITS, LOGIT_SHARE = 10, 0.95
 """The targets are the likeliest tokens that together have this probability, at most this many."""
 
@@ -155,7 +155,9 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             "graph",
             "patterns of attention and divisors of norms are constants; targets are the likeliest "
             f"tokens, at most {MOST_LOGITS}, that together have a probability of "
-            f"{LOGIT_SHARE:.0%}, weighted by it, each minus the mean logit; before pruning",
+            f"{LOGIT_SHARE:.0%}, weighted by it, each minus the mean logit; before pruning; of "
+            f"more than {MOST_FEATURES:,} active features, those of the most influence are nodes, "
+            "others count as errors",
         )
 
 
