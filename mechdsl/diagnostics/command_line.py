@@ -132,7 +132,7 @@ def _word_page(word: str) -> str:
     """Return the rows of the language page whose example contains a word or a phrase.
 
     Rows whose example begins with the word replace the others, if there are any; otherwise rows
-    with the word near their beginning come first.
+    with the word near their beginning come first, and of these sections on images last.
     """
     whole = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
     found = [
@@ -143,7 +143,8 @@ def _word_page(word: str) -> str:
     first = min((start for start, _ in found), default=0)
     if first <= 1:  # the example is in backticks
         found = [each for each in found if each[0] == first]
-    rows = [row for _, row in sorted(found, key=lambda each: each[0])]
+    found.sort(key=lambda each: (each[0], "image" in each[1][0].lower()))
+    rows = [row for _, row in found]
     lines: list[str] = []
     for n, (section, example, meaning) in enumerate(rows[:_SHOWN_ROWS]):
         if n == 0 or section != rows[n - 1][0]:

@@ -227,7 +227,7 @@ class DerivedRun(Record):
     """Noise draws per row, over the base and the runs read."""
 
 
-_CACHED_TOKENS = 200_000
+CACHED_TOKENS = 200_000
 """Maximum number of tokens of a run whose token maps are cached, at about 100 bytes each."""
 
 
@@ -270,7 +270,7 @@ class PromptRun(Record):
     def token_maps(self) -> Sequence[TokenMap]:
         """The mapping from characters to tokens of each row, cached for runs of few tokens."""
         tokens = sum(len(row.ids) for row in self.rows)
-        return self._token_maps if tokens <= _CACHED_TOKENS else tuple(map(TokenMap, self.rows))
+        return self._token_maps if tokens <= CACHED_TOKENS else tuple(map(TokenMap, self.rows))
 
     @cached_property
     def _token_maps(self) -> Sequence[TokenMap]:

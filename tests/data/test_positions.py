@@ -53,7 +53,7 @@ def test_positions_of_one_run_share_their_token_maps(
     assert once
     assert cells("part1 tokens", made, words) == first
     assert len(mapped) == once
-    monkeypatch.setattr(runs, "_CACHED_TOKENS", 0)  # long runs would take much memory
+    monkeypatch.setattr(runs, "CACHED_TOKENS", 0)  # long runs would take much memory
     assert cells("part1 tokens", made, words) == first
     assert len(mapped) == 2 * once
 

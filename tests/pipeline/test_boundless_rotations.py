@@ -12,6 +12,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
+from mechdsl.fits.reports import RotationReport
 
 from ..execute.support import word_tokenizer
 from ..quick import some
@@ -60,7 +61,7 @@ def test_training_by_hand(tmp_path: Path) -> None:
     assert len(own) == round(boundary * 5)
     assert torch.allclose(own, expected[: len(own)], atol=2e-3)
     report = found.report
-    assert isinstance(report, mechdsl.execute.run_record.RotationReport)
+    assert isinstance(report, RotationReport)
     assert report.directions == len(own)
     cases = (expected[: len(own)], start[: len(own)])
     by_hand = [value_by_hand("llama", ids[0], SITE, "last token", each).item() for each in cases]

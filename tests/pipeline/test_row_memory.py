@@ -10,7 +10,7 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckedFile, check_source
-from mechdsl.prompts import rows
+from mechdsl.prompts import rows, runs
 from tests.pipeline.test_linear_work import DRAWN, FROM_FILE, HEAD, ROWS
 
 HELD, PEAK = 3_300, 5_300
@@ -25,6 +25,7 @@ def checked(folder: Path, text: str, size: int) -> CheckedFile:
 
 def test_checked_rows_hold_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "CACHED_ROWS", 100)
+    monkeypatch.setattr(runs, "CACHED_TOKENS", 0)  # as for tables of many rows
     checked(tmp_path, DRAWN + ROWS, 600)  # imports, and fills caches
 
     def measured(size: int) -> tuple[int, int]:

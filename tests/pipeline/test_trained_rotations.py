@@ -26,6 +26,7 @@ from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.execute.objective_rows import Edit, ObjectiveRows, take_source
+from mechdsl.fits.reports import RotationReport
 from mechdsl.fits.rotations import exchange, orthonormal_rows
 from mechdsl.fits.training import Training
 from mechdsl.pipeline.trained_files import fits_of_file
@@ -246,7 +247,7 @@ def test_training_by_hand(sign: str, tmp_path: Path) -> None:
     assert torch.allclose(own, expected, atol=2e-3)
     assert (expected - start).abs().max() > 0.05
     report = found.report
-    assert isinstance(report, mechdsl.execute.run_record.RotationReport)
+    assert isinstance(report, RotationReport)
     by_hand = [
         value_by_hand("llama", ids[0], SITE, "last token", each).item()
         for each in (expected, start, torch.zeros(1, width).double(), torch.eye(width).double())
