@@ -130,6 +130,7 @@ def test_time_limit_restores_the_handler_of_alarms() -> None:
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
+@pytest.mark.slow
 def test_tool_that_fails_leaves_the_lines_of_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from benchmarks.bound import unpatched
 from benchmarks.work import Shape
 
 
+@pytest.mark.slow
 def test_both_agree_and_the_bound_is_below_whole_passes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,6 +134,7 @@ experiment {0} {{
 """
 
 
+@pytest.mark.slow
 def test_command_trains_what_processes_can_divide(tmp_path: Path) -> None:
     """A mask over a dictionary waits for it; the first process prints; others can't be divided."""
     file = tmp_path / "file.mech"
@@ -155,6 +156,7 @@ def test_command_trains_what_processes_can_divide(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_interrupted_training_continues_in_two_processes(tmp_path: Path) -> None:
     file = write_file("rotation", "llama", tmp_path / "rotation")
     listed, result, copy = (tmp_path / name for name in ("list.json", "result.json", "copy"))
