@@ -153,6 +153,13 @@ def table(found: Sequence[Agreement]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write_table(table: str, begin: str, end: str) -> None:
+    """Replace the table between two comments of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    PAGE.write_text(f"{before}\n\n{table}\n\n{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Print the table, or write it into the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -163,9 +170,7 @@ def main() -> None:
     found = [each for name in given.models or TASKS for each in compare(name, given.rows)]
     print(table(found))
     if given.write:
-        text = PAGE.read_text(encoding="utf-8")
-        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        PAGE.write_text(f"{text[:begin]}\n\n{table(found)}\n\n{text[end:]}", encoding="utf-8")
+        write_table(table(found), BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import mechdsl
-from benchmarks.estimators import PAGE
+from benchmarks.estimators import PAGE, write_table
 from mechdsl.fits.reports import CircuitReport
 
 BEGIN, END = "<!-- circuits: begin -->", "<!-- circuits: end -->"
@@ -327,9 +327,7 @@ def main() -> None:
             found[name] = recover(name, Path(folder))
     print(table(found))
     if given.write:
-        text = PAGE.read_text(encoding="utf-8")
-        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        PAGE.write_text(f"{text[:begin]}\n\n{table(found)}\n\n{text[end:]}", encoding="utf-8")
+        write_table(table(found), BEGIN, END)
 
 
 if __name__ == "__main__":

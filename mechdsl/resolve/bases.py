@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -498,19 +498,39 @@ def resolve_argument_bases(
 
     Each has one member, for vectors of the residual stream. E0342 for other bases.
     """
-    found: list[PointBases] = []
+    found: list[BasisMember] = []
+
+    def add(name: ast.Name, family: Mapping[SitePoint, BasisMember]) -> None:
+        found.append(_argument_basis(name, list(family.values()), work))
+
+    return _argument_targets(names, found) if _use_families(names, add, work) else None
+
+
+def _use_families(
+    names: Sequence[ast.Name],
+    use: Callable[[ast.Name, Mapping[SitePoint, BasisMember]], None],
+    work: ExperimentContext,
+) -> bool:
+    """Call a function with each named basis and its members; return False after an error, also
+    after a BasisError of the function, which is reported."""
     for name in names:
         definition = work.program.bases.get(name.id)
         try:
             family = None if definition is None else _family(definition, work)
             if family is None:  # rejected
-                return None
-            found.append({None: _argument_basis(name, list(family.values()), work)})
+                return False
+            use(name, family)
         except BasisError as problem:
             work.diagnostics.append(problem.diagnostic)
-            return None
+            return False
+    return True
+
+
+def _argument_targets(names: Sequence[ast.Name], members: Iterable[BasisMember]) -> BasisTargets:
+    """Return bases that are arguments of an observation, each for all of its points."""
     every = tuple(name.id for name in names)
-    return BasisTargets(", ".join(every), every, tuple(found), (), {(): Coordinates()})
+    bases: list[PointBases] = [{None: member} for member in members]
+    return BasisTargets(", ".join(every), every, tuple(bases), (), {(): Coordinates()})
 
 
 def resolve_transcoders(
@@ -522,26 +542,22 @@ def resolve_transcoders(
     before their activation function, and for two of one layer.
     """
     found: dict[int, BasisMember] = {}
-    for name in names:
-        definition = work.program.bases.get(name.id)
-        try:
-            family = None if definition is None else _family(definition, work)
-            if family is None:  # rejected
-                return None
-            for point, member in family.items():
-                _check_graph_basis(name, point, member)
-                assert point.layer is not None
-                if point.layer in found:
-                    own = found[point.layer].name
-                    reason = f"`{own}` is a transcoder of layer {point.layer}, too"
-                    raise BasisError(name, reason, "name one of them")
-                found[point.layer] = member
-        except BasisError as problem:
-            work.diagnostics.append(problem.diagnostic)
-            return None
-    every = tuple(name.id for name in names)
-    bases: list[PointBases] = [{None: member} for member in found.values()]
-    return BasisTargets(", ".join(every), every, tuple(bases), (), {(): Coordinates()}), found
+
+    def add(name: ast.Name, family: Mapping[SitePoint, BasisMember]) -> None:
+        for point, member in family.items():
+            _check_graph_basis(name, point, member)
+            assert point.layer is not None
+            if point.layer in found:
+                own = found[point.layer].name
+                reason = f"`{own}` is a transcoder of layer {point.layer}, too"
+                raise BasisError(name, reason, "name one of them")
+            found[point.layer] = member
+
+    return (
+        (_argument_targets(names, found.values()), found)
+        if _use_families(names, add, work)
+        else None
+    )
 
 
 def _check_graph_basis(name: ast.Name, point: SitePoint, member: BasisMember) -> None:
