@@ -111,7 +111,8 @@ def resolve_circuit(
     sites = SiteTargets(axes, _list_senders(ablated), labels)
     known = {edge: scores[edge] for own in named.values() for edge in own if edge in scores}
     about = {"digest": edges.digest, "made": edges.made}
-    return sites, CircuitTargets(circuit.name, ablated, every, named, known, **about)
+    waits = circuit.name in work.program.masks and not known
+    return sites, CircuitTargets(circuit.name, ablated, every, named, known, **about, waits=waits)
 
 
 @record

@@ -672,7 +672,7 @@ def _draw_circuits(
     size = " to ".join(f"{each:,}" for each in dict.fromkeys((sizes[0], sizes[-1])))
     edges = "edge" if sizes[-1] == 1 else "edges"
     most = max(counts.values())
-    if most == 0 or (len(counts) == 1 and most < draws):
+    if not circuit.waits and (most == 0 or (len(counts) == 1 and most < draws)):
         reason = f"there are only {most} others with {size} {edges}"
         raise _NoAlternatives(reason, f"write `against random({most})`")
     path = ", each on a path from `embed` to `logits`" if every_path else ""

@@ -917,6 +917,8 @@ class CircuitTargets(Record):
     """SHA-256 of the file that it was read from; empty without one."""
     made: str = field(default="", compare=False)
     """How its edges were read from a file, for conventions."""
+    waits: bool = field(default=False, compare=False)
+    """Whether a training chooses its edges and hasn't run, so that they are placeholders."""
 
 
 @record

@@ -480,6 +480,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "scores": SHOWN,
         "digest": "`edges` are those that are ablated",
         "made": SHOWN,
+        "waits": "such an experiment doesn't run",
     },
     ExternalRun: {"part": "`table` contains its rows"},
     ResolvedMeasure: {

@@ -256,3 +256,12 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     errors = training_errors(path)
     assert errors[0].code == code, errors
     assert said in f"{errors[0].message} {errors[0].help_text}", errors
+
+
+def test_random_circuits_of_an_untrained_one_are_not_counted(tmp_path: Path) -> None:
+    """Before the training, the circuit has one edge as a placeholder, and there is no other one."""
+    text = PATCHES.replace("measure", "against random(9)\n  measure", 1)
+    path = write(tmp_path, f"{LINE}\n", text, OTHER, blocks=NOISY)
+    train(path)
+    drawn = {each.name: each for each in run(path).experiments}["e"]
+    assert drawn.controls
