@@ -518,18 +518,27 @@ def _with_text(
     }
 
 
+def _first_image(model: LoadedModel, rows: Iterable[RunRow]) -> tuple[RunRow, ImageVectors] | None:
+    """Return the first row with images, and the vectors of a model's images, with those of the row;
+    None if no row has images."""
+    first = next((row for row in rows if row.pictures), None)
+    if first is None:
+        return None
+    provide_images(model, [first])
+    return first, _VECTORS[model.module]
+
+
 def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> ImagesNotVectors | None:
     """Return E0458 if a model's images act by more than their vectors at the embedding.
 
     The first image of a model decides.
     """
-    first = next((row for row in rows if row.pictures), None)
+    first = _first_image(model, rows)
     if first is None:
         return None
-    provide_images(model, [first])
-    vectors = _VECTORS[model.module]
+    row, vectors = first
     if vectors.apart is None:
-        vectors.apart = _compare_forms(model, vectors.reader, first)
+        vectors.apart = _compare_forms(model, vectors.reader, row)
     if vectors.apart <= max(_TOLERANCE, 8 * torch.finfo(model.dtype).eps):
         return None
     apart = f"{vectors.apart:.2g}"
@@ -538,13 +547,12 @@ def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> Image
 
 def check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel | None:
     """Return E0413 if tokens of the first image aren't patches of the vision encoder, in order."""
-    first = next((row for row in rows if row.pictures), None)
+    first = _first_image(model, rows)
     if first is None:
         return None
-    provide_images(model, [first])
-    vectors = _VECTORS[model.module]
+    row, vectors = first
     if vectors.are_patches is None:
-        [image, *_] = first.pictures.values()
+        [image, *_] = row.pictures.values()
         vectors.are_patches = vectors.compare_patches(model, image)
     if vectors.are_patches:
         return None

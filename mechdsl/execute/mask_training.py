@@ -953,6 +953,8 @@ class EdgeSearch:
         self._order = [n for own in reversed(receivers.values()) for n in reversed(own)]
         """Edges by receiver, from the end of the model backwards."""
         self._decided = 0
+        self._together = max(1, rows.batch // len(rows.trained))
+        """Number of circuits in a pass."""
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -978,10 +980,9 @@ class EdgeSearch:
         edge is restored, the circuits after it in the pass aren't used, so that every decision is
         that of one edge after another.
         """
-        together = max(1, self._rows.batch // len(self._rows.trained))
         while self._decided < len(self._order):
             receiver = self._rows.candidates[self._order[self._decided]][1]
-            due = self._order[self._decided : self._decided + together]
+            due = self._order[self._decided : self._decided + self._together]
             due = [n for n in due if self._rows.candidates[n][1] == receiver]
             if not self._leads_on(receiver):
                 self.kept[due] = False
@@ -1027,7 +1028,7 @@ class EdgeSearch:
         for circuit, own in zip(circuits, ablated, strict=True):
             circuit[list(own)] = False
         self.measured += len(circuits)
-        size = max(1, self._rows.batch // len(self._rows.trained))
+        size = self._together
         parts = [circuits[i : i + size] for i in range(0, len(circuits), size)]
         means = np.concatenate([self._rows.means_with(self._rows.trained, each) for each in parts])
         if not np.isfinite(means).all():

@@ -259,7 +259,7 @@ class EffectRows(ABC, Generic[EditT]):
         return values
 
     def _lanes(self, rows: Ints, draws: int = 1) -> DrawLanes:
-        """Return the lanes of a pass over some rows, in ascending order, so often each."""
+        """Return the lanes of a pass over rows in ascending order, with `draws` lanes for each."""
         return DrawLanes.of(self._unpatched.reader(self._runs[0], ())(rows), rows, draws)
 
     def _measure(

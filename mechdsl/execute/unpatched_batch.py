@@ -110,7 +110,7 @@ def count_fed_tokens(text: Continuation | None, prompts: Ints) -> Ints:
     """Return [prompt]: number of the text's tokens that the model is given."""
     if text is None:
         return np.zeros(len(prompts), dtype=np.int64)
-    return np.array(text.atom.behind, dtype=np.int64)[prompts]
+    return np.array(text.atom.appended, dtype=np.int64)[prompts]
 
 
 def get_continuation_ids(atom: MetricTerm, prompt: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ show them."""
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -59,7 +60,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class FitReport:
+class FitReport(ABC):
     """What is known of every training. A subclass has fields for its numbers, and says in
     `columns` how each is shown."""
 
@@ -100,9 +101,9 @@ class FitReport:
         """Return what the line below the table says besides the name and the folder."""
         return []
 
+    @abstractmethod
     def describe(self) -> str:
         """Return the result as text, for conventions."""
-        raise NotImplementedError
 
     def describe_rows(self, card: Mapping[str, Any]) -> list[str]:
         """Return what a model card says about the rows and the result."""

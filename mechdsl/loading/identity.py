@@ -334,7 +334,7 @@ def _is_mechdsl_entry(value: object) -> bool:
 
 
 def _is_cache(module: str, name: str, value: object) -> bool:
-    """Return whether a library fills a global of its own while it builds or runs any model.
+    """Return whether a library changes this global itself while it builds or runs any model.
 
     Such globals differ between two moments of one process. transformers 5.17, for example, lists in
     `_CAN_RECORD_REGISTRY` the layers of every model built so far.

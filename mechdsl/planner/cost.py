@@ -388,7 +388,7 @@ def gradient_work(
     joined = -(-int(lengths.sum()) // each)
     plain, found = False, GradientWork()
     for measure in experiment.measures:
-        texts = [atom.behind for atom in measure.atoms if any(atom.behind)]
+        texts = [atom.appended for atom in measure.atoms if any(atom.appended)]
         behind = [np.repeat(np.array(text)[own], run.draws) for text in texts]
         for more in behind:  # each answer has a separate pass
             found += _pass(lengths + more, joined, whole, forwards=1, backwards=kinds)

@@ -410,7 +410,7 @@ def _of_gradients(
     assert save.gradient is not None
     shape, run = experiment.model.shape, panel.table.runs[save.run]
     batches = len(split_gradient_batches(shape, save, run, prompt_tokens))
-    texts = sum(any(atom.behind) for atom in save.gradient.atoms)
+    texts = sum(any(atom.appended) for atom in save.gradient.atoms)
     passes = texts + (texts < len(save.gradient.atoms))
     cost = replace(2 * passes * run_cost(shape, run, None), forwards=passes * batches)
     for name in save.gradient.compared_runs:

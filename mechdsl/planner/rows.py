@@ -481,7 +481,7 @@ def _ends(experiment: ResolvedExperiment) -> Ints:
     for measure in experiment.measures:
         for atom in measure.atoms:
             if atom.texts:
-                behind = np.maximum(behind, atom.behind)
+                behind = np.maximum(behind, atom.appended)
     return experiment.table.runs[experiment.spec.base].lengths + behind
 
 

@@ -269,7 +269,7 @@ def _of_changed_attention(
         yield _no_estimate(said, span, "a basis", reason, hint)
     elif "k" in sites:
         for measure, own in zip(experiment.measures, experiment.spec.measures, strict=True):
-            if any(any(atom.behind) for atom in measure.atoms):
+            if any(any(atom.appended) for atom in measure.atoms):
                 reason = "tokens of a text after the prompt attend to the keys, too"
                 yield _no_estimate(said, own.metric.span, f"`{measure.label}`", reason, hint)
 
@@ -482,7 +482,7 @@ def check_weight_rules(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         rule for run in experiment.derived.values() for rule in run.rules if _edits_weights(rule)
     ]
     atoms = [atom for measure in experiment.measures for atom in measure.atoms]
-    long = next((a for a in atoms if any(a.behind) and max(a.lengths) > 1), None)
+    long = next((a for a in atoms if any(a.appended) and max(a.lengths) > 1), None)
     if in_runs and long is not None:
         yield BadWeights(
             span=in_runs[0].spec.span,

@@ -232,7 +232,7 @@ def find_answer_tokens(work: ExperimentContext, kinds: Registry[RuleKind]) -> An
     ]
     found = [atom for elsewhere, atom in of_texts if not elsewhere]
     behind = (
-        [atom for atom in found if any(atom.behind)]
+        [atom for atom in found if any(atom.appended)]
         or [atom for atom in found if atom.form.takes == "continuation"]
         or found
     )
@@ -303,7 +303,7 @@ def find_omitted_answers(experiment: ResolvedExperiment) -> Iterator[OmittedAnsw
         (max(atom.lengths), measure.text)
         for measure in experiment.measures
         for atom in measure.atoms
-        if any(atom.behind)
+        if any(atom.appended)
     ]
     tokens, text = max(reading, key=lambda each: each[0], default=(0, ""))
     if not tokens:

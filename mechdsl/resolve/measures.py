@@ -1072,7 +1072,7 @@ def _of_one_token(
     seen = context.observed
     if seen is None or (seen.gives == "number" and at is None):
         return True
-    several = any(any(atom.behind) for atom in atoms if atom.texts)
+    several = any(any(atom.appended) for atom in atoms if atom.texts)
     if at is not None:
         reason, hint = "an observation has its own position", "remove `at …`"
     elif any(atom.form.takes in ("prompt", "own", "activations", "reply") for atom in atoms):

@@ -566,7 +566,7 @@ def _check_measured_reply(
         elif takes == "activations":
             reason = f"`{text}` compares tokens of prompts"
             yield _not_in_reply(span, reason, "measure logits there, or observe the site")
-        elif any(atom.behind):
+        elif any(atom.appended):
             reason = f"`{text}` reads a separate text of several tokens"
             yield _not_in_reply(span, reason, "name a text of one token")
         elif takes in ("prompt", "reply"):

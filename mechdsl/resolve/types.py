@@ -1402,7 +1402,7 @@ class MetricTerm(Record):
         return tuple(max(map(len, texts)) for texts in zip(*self.texts.values(), strict=True))
 
     @cached_property
-    def behind(self) -> tuple[int, ...]:
+    def appended(self) -> tuple[int, ...]:
         """Number of text tokens that are appended to each row's prompt. The last token is only
         predicted, and only metrics of a whole text append any."""
         if self.form.takes != "continuation":

@@ -1,5 +1,5 @@
 """Rules in the vision encoder of prompts with images, against plain hooks on the bare model's own
-encoder: one unpadded prompt at a time, with the pixels of its own processor."""
+encoder: one unpadded prompt at a time, with the pixels of the model's processor."""
 
 from __future__ import annotations
 

@@ -603,7 +603,7 @@ class Readout:
         return tuple(
             n
             for n, ((_, atom), looking, behind) in every
-            if not looking and not behind and any(atom.behind)
+            if not looking and not behind and any(atom.appended)
         )
 
     @property

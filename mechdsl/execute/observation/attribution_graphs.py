@@ -170,10 +170,7 @@ def _select_features(frozen: _FrozenPass, ends: Floats, probabilities: Floats) -
     chosen, rows = np.zeros(0, dtype=np.int64), ends[:0]
     while len(chosen) < MOST_FEATURES:
         shares = normalise_edges(np.concatenate([rows, ends]))
-        found = step = probabilities @ shares[len(chosen) :]
-        for _ in range(frozen.sources.layers):
-            step = step[chosen] @ shares[: len(chosen)]
-            found = found + step
+        found = compute_influence(shares, probabilities, chosen)
         found[chosen] = -1
         most = min(RANKED, MOST_FEATURES - len(chosen))
         added = np.argsort(-found[:count], kind="stable")[:most]
@@ -315,19 +312,21 @@ def normalise_edges(edges: Floats) -> Floats:
     return sizes / np.maximum(sizes.sum(1, keepdims=True), 1e-10)
 
 
-def compute_influence(shares: Floats, weights: Floats) -> Floats:
+def compute_influence(shares: Floats, weights: Floats, features: Ints | None = None) -> Floats:
     """Return [source] the influence on weighted logits along all paths.
 
     Args:
         shares: [target, source] of `normalise_edges`: features, then logits.
         weights: [logit].
+        features: The sources that are features with edges into them; None: the first ones.
     """
     count = len(shares) - len(weights)
+    features = np.arange(count) if features is None else features
     found, step = np.zeros(shares.shape[1]), weights @ shares[count:]
     for _ in range(count + 1):  # the longest path has no more edges
         if not step.any():
             break
-        found, step = found + step, step[:count] @ shares[:count]
+        found, step = found + step, step[features] @ shares[:count]
     return found
 
 

@@ -194,7 +194,7 @@ class RowViews:
                 continue
             at = measure.at.get(run.name)
             if at is None or atom.form.takes == "prompt":
-                behind = atom.behind[row] if atom.texts else 0
+                behind = atom.appended[row] if atom.texts else 0
                 found = max(found, end + behind)
             else:
                 found = max(found, at[row])
