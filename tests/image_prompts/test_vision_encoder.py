@@ -121,24 +121,27 @@ def each_patch(name: str) -> dict[Key, list[float]]:
     }
 
 
+def one_head(edit: Edit, head: int) -> Edit:
+    """Apply an edit of a head's vectors to those of all heads side by side."""
+    own = slice(head * WIDTH // HEADS, (head + 1) * WIDTH // HEADS)
+
+    def change(value: Tensor) -> Tensor:
+        value[:, own] = edit(value[:, own])
+        return value
+
+    return change
+
+
 def heads(name: str) -> dict[Key, list[float]]:
     tokens, width = patches(name), WIDTH // HEADS
 
-    def edit(head: int) -> Callable[[int], Edit]:
-        own = slice(head * width, head * width + width)
+    def edit(n: int, head: int) -> Edit:
+        clean = state(name, "z", 0, n, n)[tokens, head * width : (head + 1) * width]
+        return one_head(at(tokens, clean), head)
 
-        def of_prompt(n: int) -> Edit:
-            clean = state(name, "z", 0, n, n)[tokens, own]
-
-            def change(value: Tensor) -> Tensor:
-                value[tokens, own] = clean
-                return value
-
-            return change
-
-        return of_prompt
-
-    return {(head,): under(name, "z", 0, edit(head)) for head in range(HEADS)}
+    return {
+        (head,): under(name, "z", 0, lambda n, head=head: edit(n, head)) for head in range(HEADS)
+    }
 
 
 def zeros(name: str) -> dict[Key, list[float]]:
@@ -161,6 +164,35 @@ def scaled(name: str) -> dict[Key, list[float]]:
     return {(): under(name, "resid_pre", 1, lambda n: edit)}
 
 
+def swapped(name: str) -> dict[Key, list[float]]:
+    first, second = column(name, 1, 1), column(name, 2, 2)
+
+    def edit(value: Tensor) -> Tensor:
+        value[[first, second]] = value[[second, first]]
+        return value
+
+    return {(layer,): under(name, "resid_pre", layer, lambda n: edit) for layer in range(LAYERS)}
+
+
+def constant(name: str) -> dict[Key, list[float]]:
+    edit = at([column(name, 2, 1)], torch.tensor(1.5))
+    every = [one_head(edit, head) for head in range(HEADS)]
+    return {(n,): under(name, "z", 1, lambda _, own=own: own) for n, own in enumerate(every)}
+
+
+def frozen(name: str) -> dict[Key, list[float]]:
+    """A patch of one token, while an MLP after it keeps its values of the base run."""
+    token, kept, values = [column(name, 1, 2)], patches(name), list[float]()
+    for n in ALL:
+        other = (n + 1) % 4
+        copy = at(token, state(name, "resid_pre", 0, n, n)[token])
+        keep = at(kept, state(name, "mlp_out", 1, n, other)[kept])
+        with edited(bare(name), "resid_pre", 0, copy), edited(bare(name), "mlp_out", 1, keep):
+            values.append(difference(bare(name).run(inputs(name, n, other))))
+    return {(): values}
+
+
+PATCH = "patch resid_pre vision layer 0 at photo row 1 col 2 token"
 CASES: dict[str, tuple[list[str], Callable[[str], dict[Key, list[float]]]]] = {
     "patch resid_post vision layer * at photo row 1 col 2 token": (["layer"], one_patch),
     "patch mlp_out vision layer 0 at each token of photo": (["position"], each_patch),
@@ -168,6 +200,12 @@ CASES: dict[str, tuple[list[str], Callable[[str], dict[Key, list[float]]]]] = {
     "ablate attn_out vision layer * at photo row 2 col * tokens with zero": (["layer"], zeros),
     "ablate resid_post vision layer 0 at photo tokens with mean of clean": ([], means),
     "scale resid_pre vision layer 1 at photo row 1 col 1 token by 2": ([], scaled),
+    "swap resid_pre vision layer * at photo row 1 col 1 token with photo row 2 col 2 token": (
+        ["layer"],
+        swapped,
+    ),
+    "set z vision layer 1 head * at photo row 2 col 1 token to 1.5": (["head"], constant),
+    f"{PATCH}\n  freeze mlp_out vision layer 1 at photo tokens": ([], frozen),
 }
 
 
@@ -191,6 +229,26 @@ def test_rules_equal_hooks_on_the_encoder(name: str, mode: str) -> None:
             np.testing.assert_allclose(measure.patched[keys[key]], values, atol=1e-4, err_msg=where)
         largest = max(np.abs(np.array(values) - base).max() for values in cells.values())
         assert largest > 0.1, rule
+
+
+def test_resample_uses_the_vectors_of_another_row() -> None:
+    """Each row has a donor of its own, the same in each layer."""
+    name, site, tokens = "llava_class", "resid_post", patches("llava_class")
+    line = f"ablate {site} vision layer * at photo tokens with resample"
+    [found] = run_text(name, experiment("e", line))
+    donors = list[list[int]]()
+    for layer, patched in enumerate(found.measures[0].patched):
+        values = np.full((len(ALL), len(ALL)), np.nan)
+        for n in ALL:
+            for donor in set(ALL) - {n}:
+                vectors = state(name, site, layer, donor, donor)[tokens]
+                with edited(bare(name), site, layer, at(tokens, vectors)):
+                    values[n, donor] = difference(bare(name).run(inputs(name, n, n)))
+        own = np.nanargmin(np.abs(values - patched[:, None]), axis=1)
+        np.testing.assert_allclose(patched, values[ALL, own], atol=1e-4)
+        donors.append(own.tolist())
+    assert donors[0] == donors[1]
+    assert sorted(donors[0]) == [*ALL]
 
 
 LLAVA = "llava"
