@@ -525,14 +525,15 @@ def _digest_shared(
         hits = [cell.hits for cell in there.cells]
         trained = [contents.of(there.run, there.table), hits, list(there.table.row_keys)]
     places = [*rule.positions, *rule.sources] if isinstance(does, TokenSetObservation) else []
+    read = [measure for measure in experiment.measures if measure.observed]
+    read += [] if does.target is None else [does.target]
     measures = [
         [
             measure_digest(measure),
             [measure_row_keys(measure, runs[0], item, table, contents)[rows] for item in items],
         ]
         for items in [list(dict.fromkeys(plan.items))]
-        for measure in experiment.measures
-        if measure.observed
+        for measure in read
     ]
     return digest(
         *(

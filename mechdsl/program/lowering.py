@@ -44,7 +44,6 @@ from mechdsl.program.directions import (
 )
 from mechdsl.program.images import IMAGE_SPAN, MEAN_IMAGE, averaged_block, averaged_blocks
 from mechdsl.program.measures import (
-    expand_metrics,
     label_by_position,
     lower_control,
     lower_estimator,
@@ -104,7 +103,7 @@ from mechdsl.program.spec import (
     constant_value,
     whole_number_value,
 )
-from mechdsl.program.statements import Statements, mark_names_used
+from mechdsl.program.statements import Statements, expand_metrics, mark_names_used
 from mechdsl.program.trainings import lower_objectives, split_by_seed
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse, parse_setting, read_source

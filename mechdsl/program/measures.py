@@ -16,10 +16,10 @@ from mechdsl.program.estimators import ESTIMATOR_ALIASES, ESTIMATORS, GradientEs
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import constant_value, whole_number_value
-from mechdsl.program.statements import Statements, mark_names_used
+from mechdsl.program.statements import Statements, expand_metrics, mark_names_used
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import parse_template
-from mechdsl.syntax.traversal import depth, rewrite, walk
+from mechdsl.syntax.traversal import walk
 
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
@@ -36,59 +36,6 @@ CORRECTION_WORDS = ("holm", "bh", "max", "none")
 
 VERDICT_CORRECTIONS = ("holm", "none")
 """Words after `stats verdicts`."""
-
-
-def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -> ast.Expr:
-    """Replace the names of metrics in an expression by their definitions."""
-    written = expression
-    reason = "is defined in terms of itself"
-    for step in range(len(parts.metrics) + 1):
-        found = False
-        # A name in a metric's argument is a text, a run or a site, even if a metric has the same
-        # name.
-        arguments = {
-            part.span
-            for call in walk(expression)
-            if isinstance(call, ast.Call)
-            for part in walk(call.arguments)
-        }
-
-        def change(node: ast.Node, arguments: set[Span] = arguments) -> ast.Node:
-            nonlocal found
-            metric = isinstance(node, ast.Name) and node.span not in arguments
-            if isinstance(node, ast.Name) and metric and node.id in parts.metrics:
-                found = True
-                scope.has("metric", node.id)
-                return parts.metrics[node.id]
-            if isinstance(node, ast.Name):
-                scope.has("param", node.id)
-            return node
-
-        expression = rewrite(expression, change)
-        if not found:
-            return expression
-        if sum(1 for _ in walk(expression)) > limits.PARTS:
-            reason = f"has more than {limits.PARTS:,} terms after its metrics are expanded"
-            break
-        if depth(expression) > limits.DEPTH + 1:
-            reason = (
-                f"is nested more than {limits.DEPTH} levels deep after its metrics are expanded"
-            )
-            break
-        if step >= limits.CHAIN:
-            reason = f"depends on a chain of more than {limits.CHAIN} metrics"
-            break
-    for name in parts.metrics:
-        scope.has("metric", name)
-    scope.diagnostics.append(
-        BadArgument(
-            span=written.span,
-            name=written.span.written,
-            reason=reason,
-            hint="a metric may use other metrics, but not in a cycle",
-        )
-    )
-    return written
 
 
 def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) -> spec.Measure:

@@ -24,11 +24,12 @@ from mechdsl.program.references import (
     site_axes,
 )
 from mechdsl.program.spec import whole_number_value
-from mechdsl.program.statements import Statements, resolve_run_name
+from mechdsl.program.statements import Statements, expand_metrics, resolve_run_name
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite, walk
 from mechdsl.syntax.words import (
     BASIS_OBSERVATIONS,
+    GRAPH_OBSERVATIONS,
     LENSES,
     OBSERVATION_CONTROLS,
     PROBE_OBSERVATIONS,
@@ -121,6 +122,9 @@ def lower_observation(
     called = statement.what
     top = _listed_count(statement, work)
     call = called if isinstance(called, ast.Call) else None
+    toward = statement.toward
+    if toward is not None:
+        toward = _toward(expand_metrics(toward, work.parts, work.scope))
     return spec.Rule(
         span=statement.span,
         verb="observe",
@@ -136,7 +140,7 @@ def lower_observation(
             call=call,
             basis=statement.site.basis_name,
             bases=_named_bases(call, work),
-            toward=statement.toward,
+            toward=toward,
             top=top,
             placed=statement.at is not None,
         ),
@@ -386,8 +390,8 @@ def _own_measures(
     taken = {*parts.metrics, *(measure.label for measure in beside)}
     label = said.name or (f"observed {said.word}" if said.word in taken else said.word)
     metric: ast.Expr = ast.Name(said.word, span=rule.span)
-    if said.toward is not None:
-        metric = _toward(said.toward)
+    if said.toward is not None and said.word not in GRAPH_OBSERVATIONS:
+        metric = said.toward
     own = spec.Measure(
         span=rule.span,
         label=label,
@@ -411,7 +415,7 @@ def _own_measures(
 def _written_out(measure: spec.Measure, rule: spec.Rule) -> spec.Measure:
     """Replace the measure's logits by those of the observation's `toward` clause."""
     said = _lower_observed(rule)
-    toward = None if said.toward is None else _toward(said.toward)
+    toward = None if said.word in GRAPH_OBSERVATIONS else said.toward
 
     def change(node: ast.Node) -> ast.Node:
         own = isinstance(node, ast.Name) and node.id == said.name

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeGuard
 
+from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.base.text import SHUFFLED_SUFFIX, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -15,7 +16,7 @@ from mechdsl.program import spec
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN
 from mechdsl.syntax import ast
-from mechdsl.syntax.traversal import NodeT, number_names, rewrite, walk
+from mechdsl.syntax.traversal import NodeT, depth, number_names, rewrite, walk
 from mechdsl.syntax.words import COORDINATE_OBSERVATIONS, VERBS
 
 if TYPE_CHECKING:
@@ -372,3 +373,56 @@ def _unknown_run(
 
 def reject_argument(node: ast.Node, name: str, reason: str, hint: str, work: Statements) -> None:
     work.diagnostics.append(BadArgument(span=node.span, name=name, reason=reason, hint=hint))
+
+
+def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -> ast.Expr:
+    """Replace the names of metrics in an expression by their definitions."""
+    written = expression
+    reason = "is defined in terms of itself"
+    for step in range(len(parts.metrics) + 1):
+        found = False
+        # A name in a metric's argument is a text, a run or a site, even if a metric has the same
+        # name.
+        arguments = {
+            part.span
+            for call in walk(expression)
+            if isinstance(call, ast.Call)
+            for part in walk(call.arguments)
+        }
+
+        def change(node: ast.Node, arguments: set[Span] = arguments) -> ast.Node:
+            nonlocal found
+            metric = isinstance(node, ast.Name) and node.span not in arguments
+            if isinstance(node, ast.Name) and metric and node.id in parts.metrics:
+                found = True
+                scope.has("metric", node.id)
+                return parts.metrics[node.id]
+            if isinstance(node, ast.Name):
+                scope.has("param", node.id)
+            return node
+
+        expression = rewrite(expression, change)
+        if not found:
+            return expression
+        if sum(1 for _ in walk(expression)) > limits.PARTS:
+            reason = f"has more than {limits.PARTS:,} terms after its metrics are expanded"
+            break
+        if depth(expression) > limits.DEPTH + 1:
+            reason = (
+                f"is nested more than {limits.DEPTH} levels deep after its metrics are expanded"
+            )
+            break
+        if step >= limits.CHAIN:
+            reason = f"depends on a chain of more than {limits.CHAIN} metrics"
+            break
+    for name in parts.metrics:
+        scope.has("metric", name)
+    scope.diagnostics.append(
+        BadArgument(
+            span=written.span,
+            name=written.span.written,
+            reason=reason,
+            hint="a metric may use other metrics, but not in a cycle",
+        )
+    )
+    return written

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 from mechdsl.models.shape import ModelShape
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun
-from mechdsl.resolve.types import Intervention, ResolvedRule, SiteLayer, SitePoint
+from mechdsl.resolve.types import (
+    Intervention,
+    ResolvedMeasure,
+    ResolvedRule,
+    SiteLayer,
+    SitePoint,
+)
 from mechdsl.vocab.metrics import MetricForm
 
 if TYPE_CHECKING:
@@ -309,10 +315,15 @@ class RowSetObservation(Observation):
     trained_on: TrainingRows | None = None
     """Rows to fit on, if they differ from the rows to evaluate."""
 
+    target: ResolvedMeasure | None = None
+    """A measure of the model's logits whose gradient it uses."""
+
     @property
     def dependencies(self) -> object:
         """What its values depend on, besides the vectors, their rows and the rows to fit on."""
-        return {name: own for name, own in vars(self).items() if name != "trained_on"}
+        return {
+            name: own for name, own in vars(self).items() if name not in ("trained_on", "target")
+        }
 
     @property
     def reads_weights_only(self) -> bool:

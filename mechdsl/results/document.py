@@ -501,7 +501,7 @@ class EdgeDocument(DocumentPart):
     )
     receiver: str = Field(
         description="an input of a head `L1H0.q`, an MLP or `logits`; of an attribution graph a "
-        "feature or `logit 17`"
+        "feature, `logit 17` or `target`"
     )
     score: float | None = Field(default=None, description="its score, if the circuit has scores")
 

@@ -151,23 +151,28 @@ class SeedMean(Record):
     """Number of prompts."""
 
 
+TARGET_LABEL = "target"
+"""Label of the node of a measure that an attribution graph explains."""
+
+
 @record
 class ResultNode(Record):
     """A node of an attribution graph."""
 
     label: str
-    """`token 3`, `L0.f12@3` for feature 12 at token 3, `L0.error@3`, `logit 17`."""
+    """`token 3`, `L0.f12@3` for feature 12 at token 3, `L0.error@3`, `logit 17`, `target`."""
     kind: Literal["token", "feature", "error", "logit"]
     layer: int
     """Of features and errors; 0 for others."""
     token: int
     """Number of the token in the prompt; of logits the last one."""
     number: int
-    """Of the feature, or of the token in the vocabulary; 0 for errors."""
+    """Of the feature, or of the token in the vocabulary; 0 for errors; the size of the vocabulary
+    for a measure."""
     text: str
-    """Of the token, or of the token of a logit."""
+    """Of the token, of the token of a logit, or of a measure."""
     amount: float
-    """The activation of a feature, the probability of a logit; 0 for others."""
+    """The activation of a feature, the probability of a logit, 1 for a measure; 0 for others."""
     influence: float
 
 

@@ -1827,13 +1827,16 @@ _file(
     "observe attribution_graph",
     "basis t = fit(transcoder(features: 64, k: 4), prompts: fruit.train) at mlp_out layer 1 "
     "experiment e { model toy prompts fruit.test "
-    "observe attribution_graph(t) logits at last token as replaced }",
-    "How much of the likeliest next tokens is explained by paths from tokens through features of "
-    "transcoders. It is the replacement score of each row's attribution graph: the influence of "
-    "tokens as a share of that of tokens and errors, along all paths. `replaced completeness` is "
-    "the share of the inputs of nodes that doesn't come from errors, weighted by the influence of "
-    "nodes. Patterns of attention and divisors of norms are constants. The MLP of a layer without "
-    "a transcoder is an error as a whole.",
+    "observe attribution_graph(t) logits toward answer - wrong at last token as replaced }",
+    "How much of a measure of the next token's logits, or without `toward` of the likeliest next "
+    "tokens, is explained by paths from tokens through features of transcoders. It is the "
+    "replacement score of each row's attribution graph: the influence of tokens as a share of that "
+    "of tokens and errors, along all paths. `replaced completeness` is the share of the inputs of "
+    "nodes that doesn't come from errors, weighted by the influence of nodes. Patterns of "
+    "attention and divisors of norms are constants. The MLP of a layer without a transcoder is an "
+    "error as a whole. After `toward` are texts, a metric of the file or an expression such as "
+    "`logprob(answer)`. The target is the sum of logits, each minus the mean logit, times the "
+    "measure's gradient: a measure that isn't linear is explained to first order.",
     "tests/rules/test_attribution_graphs.py",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
 )

@@ -23,6 +23,7 @@ from mechdsl.execute.observation import attribution_graphs
 from mechdsl.execute.observation.attribution_graphs import (
     AttributionGraph,
     FeatureNodes,
+    LogitMeasure,
     attribute,
     compute_influence,
     normalise_edges,
@@ -31,7 +32,7 @@ from mechdsl.execute.observation.attribution_graphs import (
 )
 from mechdsl.show.reports import graph as graph_report
 
-from ..execute.support import ROWS, prompt, shared
+from ..execute.support import ROWS, ids_of, prompt, shared
 from .models import bare, double
 from .support import codes, experiment, rows, run_file
 from .test_transcoders import make
@@ -217,6 +218,35 @@ def test_each_edge_is_the_effect_of_its_source(family: str, kind: str, tmp_path:
     assert largest > 0.3
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_edges_toward_a_measure_are_its_gradient_times_effects_on_logits(
+    family: str, tmp_path: Path
+) -> None:
+    """Of a log probability; logits of Gemma 2 are capped."""
+    given, _ = transcoders(family, "transcoder", tmp_path, [0, 2])
+    reference, token = frozen(family), 7
+    model = shared(bare(family))
+    graph = attribute(model, IDS, given, lambda logits: logits.log_softmax(-1)[token])
+    cap = reference.model.config.to_dict().get("final_logit_softcapping")
+    logits = reference.run()
+    weights = -logits.softmax(-1)
+    weights[token] += 1
+    if cap is not None:
+        weights = weights * (1 - (logits / cap) ** 2)
+    assert graph.logits.tolist() == [len(logits)]
+
+    def target(ends: Tensor) -> float:
+        ends = ends if cap is None else cap * torch.atanh(ends / cap)
+        return float(weights @ (ends - ends.mean()))
+
+    assert graph.inputs[-1] == pytest.approx(target(logits), abs=1e-3)
+    for at in (0, graph.tokens - 1):
+        part = reference.start[0, at]
+        effect = target(logits) - target(reference.without(None, at, part)[1])
+        assert graph.edges[-1, graph.first_token + at] == pytest.approx(effect, abs=1e-3)
+        assert abs(effect) > 0.01
+
+
 def test_scores_of_a_graph_worked_out_by_hand() -> None:
     """Two features, an error, a token and a logit: every path is added up."""
     nodes = FeatureNodes(np.array([0, 1]), np.array([0, 0]), np.array([3, 4]), np.array([1.0, 1.0]))
@@ -298,6 +328,34 @@ def test_statement_has_the_scores_of_each_prompt(mode: str, data: Path) -> None:
             assert 0.01 < scores[0] < 0.99
 
 
+def test_graph_of_a_measure_has_the_answers_of_each_row(data: Path) -> None:
+    """By a name of the file, or written out; another measure has other scores in the store."""
+    given, _ = transcoders("llama", "transcoder", data, [0, 2])
+    named = EVERY.replace("logits", "logits toward ld")
+    metric = "metric ld = logit(answer) - logit(wrong)\n"
+    other = EVERY.replace("logits", "logits toward logprob(wrong)")
+    text = T0 + T2 + metric + lines(named, "kept") + lines(other, "other").replace("kept", "rest")
+    found = run_file(text, data, "llama", "planned")
+    model = shared(bare("llama"))
+    for number, (row, record) in enumerate(zip(rows("clean"), ROWS, strict=True)):
+        good, bad = (ids_of([record[name]])[-1] for name in ("a", "b"))
+        measures: dict[str, LogitMeasure] = {
+            "e_kept": lambda own, good=good, bad=bad: own[good] - own[bad],
+            "e_other": lambda own, bad=bad: own.log_softmax(-1)[bad],
+        }
+        for name, measure in measures.items():
+            expected = score_graph(attribute(model, row.ids, given, measure))
+            values = [each.patched[0, number] for each in found[name].measures]
+            np.testing.assert_allclose(values, expected, atol=1e-4)
+    written = EVERY.replace("logits", "logits toward answer - wrong")
+    again = run_file(T0 + T2 + lines(written, "kept"), data, "llama", "planned")["e_kept"]
+    same = [found["e_kept"].measures[0].patched, again.measures[0].patched]
+    np.testing.assert_allclose(same[0], same[1])
+    assert not np.allclose(same[0], found["e_other"].measures[0].patched, atol=1e-3)
+    said = found["e_kept"].conventions["graph"]
+    assert "the target is `logit(answer) - logit(wrong)`, to first order" in said
+
+
 def test_scores_are_stored_and_depend_on_the_transcoder(data: Path) -> None:
     transcoders("llama", "transcoder", data, [0, 2])
     text = T0 + T2 + lines(EVERY, "kept")
@@ -313,6 +371,22 @@ BAD = {
     "another site": (
         "observe attribution_graph(t0) resid_post layer 1 at last token as g",
         "E0207",
+    ),
+    "toward a rank": (
+        "observe attribution_graph(t0) logits toward rank(answer) at last token as g",
+        "E0207",
+    ),
+    "toward a distance": (
+        "observe attribution_graph(t0) logits toward kl(other) at last token as g",
+        "E0207",
+    ),
+    "toward a text": (
+        'observe attribution_graph(t0) logits toward logprob(" w1 w2") at last token as g',
+        "E0207",
+    ),
+    "toward an unknown name": (
+        "observe attribution_graph(t0) logits toward answr at last token as g",
+        "E0516",
     ),
     "several tokens": ("observe attribution_graph(t0) logits at item tokens as g", "E0207"),
     "unknown name": ("observe attribution_graph(t9) logits at last token as g", "E0201"),
@@ -385,6 +459,22 @@ def test_graph_of_the_first_row_is_drawn_and_written(data: Path) -> None:
     assert "e: attribution graph kept" in said
     assert f"edges of the graph of row {circuit.graph.row}; 20 shown" in said
     assert "without nodes and edges of little influence" in said
+
+
+def test_graph_of_a_measure_is_drawn_with_one_target(data: Path) -> None:
+    transcoders("llama", "transcoder", data, [0, 2])
+    line = EVERY.replace("logits", "logits toward answer - wrong")
+    text = T0 + T2 + experiment("e", line, "report graph", measure="")
+    found = run_file(text, data, "llama", "planned")["e"]
+    report = next(each for each in found.reports if each.kind == "graph")
+    graph_report.save(found, report, data / "m.json")
+    nodes = json.loads((data / "m.json").read_text(encoding="utf-8"))["nodes"]
+    (target,) = [node for node in nodes if node["feature_type"] == "logit"]
+    assert (target["clerp"], target["is_target_logit"]) == ("answer - wrong", True)
+    assert found.circuit is not None
+    assert {receiver for _, receiver in found.circuit.edges if "L" not in receiver} == {"target"}
+    graph_report.save(found, report, data / "m.svg")
+    assert ">answer - wrong<" in (data / "m.svg").read_text(encoding="utf-8")
 
 
 def test_graph_has_no_drawing_without_a_report(data: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -64,9 +65,9 @@ class AttributionGraph:
     layers: int
     tokens: int
     logits: Ints
-    """Token numbers of the logits that are explained."""
+    """Token numbers of the logits that are explained; of a measure, the size of the vocabulary."""
     probabilities: Floats
-    """Those of the logits."""
+    """Those of the logits; 1 for a measure."""
     edges: Floats
     """[target, source] the signed part of the target's input that comes from the source."""
     inputs: Floats
@@ -119,14 +120,32 @@ class _Sources:
         return torch.cat([of_features, of_errors, of_tokens], dim=1)
 
 
+@dataclass(frozen=True, eq=False)
+class _Targets:
+    """Sums of logits that a graph explains."""
+
+    numbers: Ints
+    probabilities: Floats
+    weights: Tensor
+    """[target, vocab] of logits before the model's cap, less their mean."""
+
+
+LogitMeasure: TypeAlias = Callable[[Tensor], Tensor]
+"""Returns a number for logits [vocab]."""
+
+
 def attribute(
-    model: LoadedModel, ids: Sequence[int], transcoders: Mapping[int, tuple[str, Dictionary]]
+    model: LoadedModel,
+    ids: Sequence[int],
+    transcoders: Mapping[int, tuple[str, Dictionary]],
+    measure: LogitMeasure | None = None,
 ) -> AttributionGraph:
-    """Compute the graph of the likeliest next tokens of a prompt.
+    """Compute the graph of the likeliest next tokens of a prompt, or of a measure.
 
     Args:
         ids: The tokens of the prompt.
         transcoders: Of some layers, the site that the transcoder reads and the transcoder.
+        measure: Explained to first order in the logits; None: the likeliest next tokens.
 
     Returns:
         The graph. With more than `MOST_FEATURES` active features, those of the most influence are
@@ -138,14 +157,16 @@ def attribute(
     """
     batch = Batch.of([ids], model.pad_id, model.calling.side, model.device)
     last = batch.lengths[:, None] - 1
-    sources, likely, probabilities = _read_sources(model, batch, last, transcoders)
+    sources, logits = _read_sources(model, batch, last, transcoders)
+    targets = _list_likely(logits) if measure is None else _differentiate(model, logits, measure)
+    weights = targets.probabilities
     try:
         frozen = _FrozenPass.of(model, batch, last, sources, transcoders)
     except AutogradFailed as failure:
         raise ValueError(f"norms and patterns can't be held constant: {failure}") from failure
-    ends, values = frozen.explain_logits(likely)
+    ends, values = frozen.explain_logits(targets.weights)
     every = np.arange(len(sources.nodes))
-    chosen = every if len(every) <= MOST_FEATURES else _select_features(frozen, ends, probabilities)
+    chosen = every if len(every) <= MOST_FEATURES else _select_features(frozen, ends, weights)
     rows, inputs = frozen.explain_features(chosen)
     parts = np.concatenate([rows, ends]).T  # of each source
     others = np.setdiff1d(every, chosen)
@@ -155,8 +176,8 @@ def attribute(
         sources.nodes.some(chosen),
         sources.layers,
         len(ids),
-        likely,
-        probabilities,
+        targets.numbers,
+        weights,
         np.delete(parts, others, axis=0).T,
         np.concatenate([inputs, values]),
         len(others),
@@ -189,8 +210,8 @@ def _read_sources(
     batch: Batch,
     last: Tensor,
     transcoders: Mapping[int, tuple[str, Dictionary]],
-) -> tuple[_Sources, Ints, Floats]:
-    """Return the sources of a prompt, its likeliest next tokens and their probabilities."""
+) -> tuple[_Sources, Tensor]:
+    """Return the sources of a prompt, and the logits [vocab] of the next token."""
     layers = model.shape.n_layers
     entering, writing = _stream(layers)
     reading = {layer: SiteRead(site, layer) for layer, (site, _) in transcoders.items()}
@@ -209,13 +230,32 @@ def _read_sources(
         written.append(amount[:, None] * directions[torch.from_numpy(feature)])
     nodes = FeatureNodes(*(np.concatenate(each) for each in zip(*found, strict=True)))
     assert plain.logits is not None
-    chances = plain.logits[0, 0].double().softmax(-1)
-    ranked = chances.topk(min(MOST_LOGITS, len(chances)))
-    kept = 1 + int((ranked.values.cumsum(0) < LOGIT_SHARE).sum())
-    likely, probabilities = (each[:kept].cpu().numpy() for each in (ranked.indices, ranked.values))
     embedded = _vectors(plain, entering)
     sources = _Sources(layers, embedded, outputs, errors, nodes, torch.cat(written))
-    return sources, likely, probabilities
+    return sources, plain.logits[0, 0]
+
+
+def _list_likely(logits: Tensor) -> _Targets:
+    """Return the likeliest next tokens."""
+    chances = logits.double().softmax(-1)
+    ranked = chances.topk(min(MOST_LOGITS, len(chances)))
+    kept = 1 + int((ranked.values.cumsum(0) < LOGIT_SHARE).sum())
+    likely, shares = ranked.indices[:kept], ranked.values[:kept]
+    weights = torch.eye(len(likely), device=logits.device)
+    weights = torch.zeros(len(likely), len(chances)).to(weights).index_copy(1, likely, weights)
+    return _Targets(likely.cpu().numpy(), shares.cpu().numpy(), weights)
+
+
+def _differentiate(model: LoadedModel, logits: Tensor, measure: LogitMeasure) -> _Targets:
+    """Return a measure to first order. Raises ValueError without a finite gradient."""
+    with torch.enable_grad():
+        capped = logits.clone().float().requires_grad_()
+        (found,) = torch.autograd.grad(measure(capped), capped)
+        (slopes,) = torch.autograd.grad(uncap_logits(model, capped).sum(), capped)
+    weights = found / slopes
+    if not bool(weights.isfinite().all()) or not bool(weights.any()):
+        raise ValueError("the gradient of the measure is 0, or isn't finite")
+    return _Targets(np.array([len(logits)]), np.ones(1), weights[None])
 
 
 def _vectors(found: FullPassResult, place: SiteRead) -> Tensor:
@@ -280,12 +320,18 @@ class _FrozenPass:
 
         return self._explain(len(nodes), read)
 
-    def explain_logits(self, tokens: Ints) -> tuple[Floats, Floats]:
-        """Return the edges into logits less the mean logit, [logit, source], and their values."""
+    def explain_logits(self, weights: Tensor) -> tuple[Floats, Floats]:
+        """Return the edges into sums of logits, each less the mean logit, [target, source], and
+        their values.
+
+        Args:
+            weights: [target, vocab].
+        """
         assert self.found.logits is not None
         logits = uncap_logits(self.model, self.found.logits[:, 0])
         logits = (logits - logits.mean(-1, keepdim=True)).to(self.sources.embedded)
-        return self._explain(len(tokens), lambda n: logits[n % LANES, int(tokens[n])])
+        weights = weights.to(logits)
+        return self._explain(len(weights), lambda n: logits[n % LANES] @ weights[n])
 
     def _explain(self, count: int, read: Callable[[int], Tensor]) -> tuple[Floats, Floats]:
         """Explain targets, each read in a separate lane: number n in lane n % LANES."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.dictionaries.features import Dictionary
 from mechdsl.execute.cache import PanelCache, open_joint_cache
-from mechdsl.execute.measurement.readout import ListedToken, Readout
+from mechdsl.execute.measurement.readout import ListedToken, Readout, ReadoutInput
 from mechdsl.execute.measurement.values import (
     CellGap,
     MeasuredValues,
@@ -22,7 +22,12 @@ from mechdsl.execute.measurement.values import (
     describe_cell,
     expand_base_values,
 )
-from mechdsl.execute.observation.attribution_graphs import attribute, list_graph, score_graph
+from mechdsl.execute.observation.attribution_graphs import (
+    LogitMeasure,
+    attribute,
+    list_graph,
+    score_graph,
+)
 from mechdsl.execute.observation.features import list_raised_tokens, observe_features
 from mechdsl.execute.observation.token_vectors import (
     Float32s,
@@ -228,8 +233,10 @@ class VectorGatherer:
             rows = self.kept[there].tolist()
             ends = [1 + spot.hits[row][0][0] for row in rows]
             prompts = [run.rows[row].ids[:end] for row, end in zip(rows, ends, strict=True)]
-            first = rows[0] if does.draws and cell == 0 else None
-            yield cell, there, partial(_score_prompts, model, prompts, transcoders, first, measured)
+            targets = [_select_target(does.target, run.name, row) for row in rows]
+            drawn = rows[0] if does.draws and cell == 0 else None
+            own = tuple(zip(prompts, targets, strict=True))
+            yield cell, there, partial(_score_prompts, model, own, transcoders, drawn, measured)
 
     def _training(
         self, wanted: Sequence[SiteCombination], place: int
@@ -693,9 +700,22 @@ def _feature_measures(
     return _evaluate_measures(measures, {does.word: values, "density": density})
 
 
+def _select_target(target: ResolvedMeasure | None, run: str, row: int) -> LogitMeasure | None:
+    """Return the measure of one row, as a function of its logits."""
+    if target is None:
+        return None
+    readout, prompts = Readout.of([target]), np.array([row])
+
+    def measure(logits: Tensor) -> Tensor:
+        given = ReadoutInput(run, prompts, [None], logits[None, None], {}, None, {}, {})
+        return readout.tensors(given)[0][0]
+
+    return measure
+
+
 def _score_prompts(
     model: LoadedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[tuple[Sequence[int], LogitMeasure | None]],
     transcoders: Mapping[int, tuple[str, Dictionary]],
     drawn: int | None,
     measured: MeasuredValues,
@@ -703,11 +723,12 @@ def _score_prompts(
     """Return the scores of the graphs of some prompts, [score, prompt].
 
     Args:
+        prompts: The tokens of each prompt, and the measure that its graph explains.
         drawn: The row of the first prompt, whose graph is kept; None for no graph.
     """
     scores: list[tuple[float, float]] = []
-    for number, ids in enumerate(prompts):
-        graph = attribute(model, ids, transcoders)
+    for number, (ids, target) in enumerate(prompts):
+        graph = attribute(model, ids, transcoders, target)
         if number == 0 and drawn is not None:
             measured.graph = list_graph(graph, ids, drawn)
         scores.append(score_graph(graph))

@@ -54,6 +54,7 @@ from mechdsl.results.assembly.conventions import (
 from mechdsl.results.assembly.sampling_units import RowViews, plan_sampling
 from mechdsl.results.experiment_result import (
     DEFAULT_SHOWN_PROMPTS,
+    TARGET_LABEL,
     ActiveText,
     ExpectOutcome,
     ExperimentResult,
@@ -79,6 +80,7 @@ from mechdsl.statistics.measurements import (
 )
 from mechdsl.statistics.null_bands import compute_null_bands
 from mechdsl.statistics.verification import ExactEffects, VerifiedCells, verify_cells
+from mechdsl.syntax import ast
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import MetricForm, Reply
 
@@ -349,7 +351,7 @@ def _collect_graph(
     said = next(rule.spec.observed for rule in experiment.rules if rule.spec.observed is not None)
     row = table.runs[experiment.spec.base].rows[found.row]
     tokens = _spaced_texts(row, experiment)
-    nodes = tuple(_result_node(node, tokens, experiment) for node in found.nodes)
+    nodes = tuple(_result_node(node, tokens, said.toward, experiment) for node in found.nodes)
     return ResultCircuit(
         name=said.name or said.word,
         layers=shape.n_layers,
@@ -365,9 +367,11 @@ def _collect_graph(
 
 
 def _result_node(
-    node: GraphNode, tokens: Sequence[str], experiment: ResolvedExperiment
+    node: GraphNode, tokens: Sequence[str], toward: ast.Expr | None, experiment: ResolvedExperiment
 ) -> ResultNode:
-    if node.kind == "logit":
+    if node.kind == "logit" and toward is not None:
+        label, text = TARGET_LABEL, " ".join(toward.span.written.split())
+    elif node.kind == "logit":
         label, text = f"logit {node.number}", experiment.model.tokenizer.token_text(node.number)
     else:
         text = tokens[node.token]

@@ -9,12 +9,20 @@ from typing import ClassVar
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.program import spec
 from mechdsl.resolve.bases import resolve_transcoders
+from mechdsl.resolve.conflicts import find_flat_part
+from mechdsl.resolve.measures import resolve_measure
 from mechdsl.resolve.observations import RowSetObservation
-from mechdsl.resolve.sites import ExperimentContext, find_missing_point, list_pattern_points
+from mechdsl.resolve.sites import (
+    ExperimentContext,
+    MeasureContext,
+    find_missing_point,
+    list_pattern_points,
+)
 from mechdsl.resolve.targets import resolve_base_positions
 from mechdsl.resolve.types import (
     BasisMember,
     Convention,
+    ResolvedMeasure,
     ResolvedRule,
     SitePoint,
     SiteTargets,
@@ -37,26 +45,32 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
     It is the replacement score of the prompt's attribution graph: the influence of tokens as a
     share of that of tokens and of the errors of transcoders. Next to it: `completeness`, the share
     of the inputs of nodes that doesn't come from errors, weighted by the influence of the nodes.
+    `toward answer - wrong` explains this measure instead of the likeliest tokens.
     returns: 0 to 1
     source: Ameisen et al. 2025, Circuit Tracing
     """
 
-    takes: ClassVar = ("arguments",)
+    takes: ClassVar = ("arguments", "toward")
     of_bases = True
     has_graph = True
     unplaced = "last token"
     controls: ClassVar[tuple[str, ...]] = ("completeness",)
 
     def __init__(
-        self, members: Mapping[int, BasisMember] | None = None, *, draws: bool = False
+        self,
+        members: Mapping[int, BasisMember] | None = None,
+        *,
+        draws: bool = False,
+        target: ResolvedMeasure | None = None,
     ) -> None:
         """Create the observation.
 
         Args:
             members: The transcoders, by layer; None only in the registered instance.
             draws: Whether the graph of the first row is drawn.
+            target: The measure that is explained; None: the likeliest next tokens.
         """
-        self.members, self.draws = members or {}, draws
+        self.members, self.draws, self.target = members or {}, draws, target
 
     @property
     def keeps_cells(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -81,10 +95,14 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         fits = self.clauses_fit(rule, work)
         fits = check_no_rules(rule, work, "doesn't read a run in which rules act") and fits
         fits = self._model_fits(rule, work) and fits
+        target = _resolve_target(rule, work)
         positions = resolve_base_positions(rule.at, work)
         names = self._names(rule, work)
         found = None if names is None else resolve_transcoders(names, work)
         if found is None or positions is None or not fits:
+            return None
+        assert rule.observed is not None
+        if target is None and rule.observed.toward is not None:  # already reported
             return None
         if any(len(tokens) != 1 for cell in positions.written.values() for row in cell.hits
                for tokens in row):  # fmt: skip
@@ -97,7 +115,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         points = (SitePoint("resid_pre", 0, None), *_mlp_points(layers))
         return ResolvedRule(
             spec=rule,
-            does=AttributionGraphs(members, draws=draws),
+            does=AttributionGraphs(members, draws=draws, target=target),
             run=work.experiment.base,
             sites=SiteTargets((), {(): points}, {(): "logits"}),
             positions=positions,
@@ -151,14 +169,57 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         if others:
             said += f"; the whole output of other MLPs (layer {', '.join(others)}) is an error"
         yield Convention("transcoders", said)
+        targets = (
+            f"targets are the likeliest tokens, at most {MOST_LOGITS}, that together have a "
+            f"probability of {LOGIT_SHARE:.0%}, weighted by it, each minus the mean logit"
+        )
+        if self.target is not None:
+            targets = (
+                f"the target is `{self.target.text}`, to first order: logits, each minus the mean "
+                "logit, times the measure's gradient"
+            )
         yield Convention(
             "graph",
-            "patterns of attention and divisors of norms are constants; targets are the likeliest "
-            f"tokens, at most {MOST_LOGITS}, that together have a probability of "
-            f"{LOGIT_SHARE:.0%}, weighted by it, each minus the mean logit; before pruning; of "
-            f"more than {MOST_FEATURES:,} active features, those of the most influence are nodes, "
-            "others count as errors",
+            f"patterns of attention and divisors of norms are constants; {targets}; before pruning;"
+            f" of more than {MOST_FEATURES:,} active features, those of the most influence are "
+            "nodes, others count as errors",
         )
+
+
+def _resolve_target(rule: spec.Rule, work: ExperimentContext) -> ResolvedMeasure | None:
+    """Resolve the measure after `toward`; None without one, or after an error.
+
+    E0207 for a measure that isn't a function of the next token's logits with a gradient, and the
+    codes of measures.
+    """
+    said = rule.observed
+    if said is None or said.toward is None:
+        return None
+    context = MeasureContext(
+        work.table,
+        work.model.tokenizer,
+        work.sites,
+        (),
+        work.diagnostics,
+        metrics=work.program.metrics,
+    )
+    found = resolve_measure(said.toward, context, label="toward")
+    if found is None:
+        return None
+    hint = "name texts of one token: `toward answer - wrong`"
+    flat = find_flat_part(found, work.experiment.base, at_base=True)
+    if flat is not None:
+        text, reason, hint = flat
+        report_bad_observation(rule, work, f"has no edges toward `{text}`: {reason}", hint)
+        return None
+    for atom in found.atoms:
+        several = any(atom.appended) and not work.model.tokenizer.stands_in
+        if atom.form.takes in ("prompt", "own", "activations") or atom.run is not None or several:
+            own = "has several tokens" if several else "isn't read from the next token's logits"
+            reason = f"explains the next token, and `{atom.node.span.written}` {own}"
+            report_bad_observation(rule, work, reason, hint)
+            return None
+    return found
 
 
 def _mlp_points(layers: int) -> tuple[SitePoint, ...]:

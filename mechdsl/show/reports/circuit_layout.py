@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from mechdsl.results.experiment_result import ResultCircuit, ResultGraph
+from mechdsl.results.experiment_result import TARGET_LABEL, ResultCircuit, ResultGraph
 from mechdsl.show.graph import reorder_layers
 
 ComponentKind = Literal[
@@ -170,7 +170,7 @@ def _graph_component(label: str, graph: ResultGraph, layers: int) -> Component:
     text = node.text.strip() or repr(node.text)
     said = {
         "token": f"{text} ({node.token})",
-        "logit": f"{text} {node.amount:.0%}",
+        "logit": text if label == TARGET_LABEL else f"{text} {node.amount:.0%}",
         "feature": f"f{node.number} at {text} ({node.token})",
         "error": f"error at {text} ({node.token})",
     }[node.kind]

@@ -17,6 +17,7 @@ from rich.text import Text
 from mechdsl.base.text import count_noun, dump_json, escape_xml
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import (
+    TARGET_LABEL,
     ExperimentResult,
     ResultCircuit,
     ResultGraph,
@@ -235,7 +236,7 @@ def _tracer_content(
             "run_idx": 0,
             "reverse_ctx_idx": 0,
             "jsNodeId": names[node.label],
-            "clerp": f"Output {node.text!r} (p={node.amount:.3f})" if node.kind == "logit" else "",
+            "clerp": _tracer_label(node),
             "influence": node.influence,
             "activation": node.amount if node.kind == "feature" else None,
         }
@@ -270,6 +271,13 @@ def _tracer_name(node: ResultNode, layers: int) -> str:
     """Return the name of a node in circuit-tracer: layer, number and token."""
     layer = {"token": "E", "logit": str(layers + 1)}.get(node.kind, str(node.layer))
     return f"{layer}_{-1 if node.kind == 'error' else node.number}_{node.token}"
+
+
+def _tracer_label(node: ResultNode) -> str:
+    """Return what a node is called in circuit-tracer; empty if it shows the node's number."""
+    if node.kind != "logit" or node.label == TARGET_LABEL:
+        return node.text if node.kind == "logit" else ""
+    return f"Output {node.text!r} (p={node.amount:.3f})"
 
 
 def _tracer_feature(node: ResultNode) -> int:
