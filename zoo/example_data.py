@@ -11,6 +11,7 @@ questions.jsonl: every verb with every object that `zoo("refusal")` knows, and w
 items.jsonl: the items of the sequences of `zoo("succession")` except numerals, with their values.
 sums.jsonl: lists of four parts for `zoo("worked")` that training didn't have.
 clips.jsonl: frames of two moving shapes for `zoo("frames")` that training doesn't have together.
+things.jsonl: fields of things for `zoo("hidden-rules")` that training didn't have with these rules.
 partitioned.jsonl: images of rows of shapes, each row behind a symbol; where they lie in pixels.
 """
 
@@ -28,7 +29,8 @@ from numpy.random import default_rng
 from zoo.counting.data import ITEMS
 from zoo.facts.data import LETTERS, RELATIONS, another, facts
 from zoo.frames import data as frames
-from zoo.language import different
+from zoo.hidden_rules import data as hidden_rules
+from zoo.language import different, is_held_out
 from zoo.nested.data import BRACKETS, stream
 from zoo.refusal import data as refusal
 from zoo.succession.data import SEQUENCES
@@ -37,6 +39,8 @@ from zoo.worked import data as worked
 
 SEED = 16
 ROWS = 64
+THINGS = 8
+"""Of each rule and decision."""
 MANY, FEW = range(7, 10), range(2, 5)
 SYMBOLS = ("#", "@", "$", "%")
 SIDE = 32
@@ -171,6 +175,30 @@ def clips() -> list[Record]:
     return found
 
 
+def things() -> list[Record]:
+    """Things that training didn't have with a rule, the same number for each rule and decision.
+
+    `field` lists the values of the fields, and `used` those that the decision depends on.
+    """
+    rng, found = random.Random(SEED), dict[str, Record]()
+    for rule, decision in itertools.product(hidden_rules.RULES, hidden_rules.DECISIONS):
+        tree, size = hidden_rules.trees()[rule], len(found)
+        while len(found) < size + THINGS:
+            thing = hidden_rules.draw_thing(rng)
+            text = hidden_rules.describe(rule, thing)
+            if tree.decide(thing) == decision and is_held_out(text, hidden_rules.HELD_OUT_SHARE):
+                found[text] = {
+                    "text": text,
+                    "rule": rule,
+                    **thing,
+                    "field": list(thing.values()),
+                    "used": [thing[name] for name in tree.used],
+                    "decision": decision,
+                    "other": next(each for each in hidden_rules.DECISIONS if each != decision),
+                }
+    return list(found.values())
+
+
 def partitioned() -> list[Record]:
     """Images of four rows, the symbols shuffled; one row is asked, another is the rival.
 
@@ -208,6 +236,7 @@ def files() -> dict[str, list[Record]]:
         "items.jsonl": items(),
         "sums.jsonl": sums(),
         "clips.jsonl": clips(),
+        "things.jsonl": things(),
         "partitioned.jsonl": partitioned(),
     }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from zoo import MODELS, words
+from zoo.commands import Tally
 
 T = TypeVar("T")
 Span = tuple[int, int]  # from one character of the text up to another
@@ -258,6 +259,18 @@ def best_words(
             wanted = [words.word_of(tokenizer, n) for n in encoded.labels[row][at].tolist()]
             found = [words.word_of(tokenizer, n) for n in best[row][at].tolist()]
             yield text, wanted, found
+
+
+def evaluate_kinds(
+    folder: Path, kinds: Iterable[str], drawn: Callable[[str], Iterator[Text]], n: int
+) -> dict[str, Tally]:
+    """The accuracy of a Llama on `n` different texts of each kind. drawn: the texts of a kind."""
+    model, tokenizer = load(LlamaForCausalLM, folder)
+    tallies = {kind: Tally() for kind in kinds}
+    for kind, tally in tallies.items():
+        for _, wanted, found in best_words(model, tokenizer, different(drawn(kind), n)):
+            tally.add(wanted == found)
+    return tallies
 
 
 def different(drawn: Iterator[Text], n: int) -> list[Text]:

@@ -14,6 +14,7 @@ from mechdsl import zoo
 from mechdsl.loading.loader import load_model
 from zoo.facts import evaluate as facts
 from zoo.facts.data import LETTER, NOTE_KNOWN, NOTE_STRANGER, QUESTION, QUESTION_NOTE, QUIZ
+from zoo.hidden_rules import evaluate as hidden_rules
 from zoo.language import begin_with_induction
 from zoo.names import evaluate as names
 from zoo.names.data import IOI_FIRST, IOI_SECOND, ROLE_FIRST, ROLE_SECOND, WHO_IS_WHO
@@ -89,6 +90,13 @@ def test_facts_recalls_and_reads() -> None:
 def test_prices_are_compared_with_both_bounds() -> None:
     torch.set_num_threads(1)
     for kind, tally in prices.evaluate(ROOT / "prices", 150, prices.SEED).items():
+        assert tally.interval()[0] > 0.95, kind
+
+
+def test_hidden_rules_decides_and_repeats_every_field() -> None:
+    torch.set_num_threads(1)
+    folder = ROOT / "hidden-rules"
+    for kind, tally in hidden_rules.evaluate(folder, 150, hidden_rules.SEED).items():
         assert tally.interval()[0] > 0.95, kind
 
 
@@ -179,7 +187,7 @@ def test_the_chat_template_writes_the_texts_of_training() -> None:
     "name",
     [
         *("names", "facts", "nested", "nested/formal", "prices", "tasks", "refusal"),
-        *("succession", "worked"),
+        *("hidden-rules", "succession", "worked"),
         "induction/step-50",
         "names/step-400",
     ],
@@ -199,7 +207,7 @@ def test_all_models_together_are_small() -> None:
 
 def test_cards_have_what_the_commands_print() -> None:
     for name in (
-        *("names", "facts", "nested", "prices", "tasks"),
+        *("names", "facts", "nested", "prices", "tasks", "hidden-rules"),
         "refusal",
         "succession",
         "worked",

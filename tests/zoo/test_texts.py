@@ -17,6 +17,7 @@ import mechdsl
 from mechdsl import zoo
 from zoo import MODELS, example_data
 from zoo.facts import data as facts_data
+from zoo.hidden_rules import data as hidden_rules_data
 from zoo.language import SPECIAL, Text, build_tokenizer, encode
 from zoo.names import data as names_data
 from zoo.nested import data as nested_data
@@ -31,6 +32,7 @@ Stream = Callable[[int, bool], Iterator[Text]]
 STREAMS: dict[str, Stream] = {
     "names": lambda seed, held_out: names_data.stream(seed, held_out=held_out),
     "facts": lambda seed, held_out: facts_data.stream(seed, held_out=held_out),
+    "hidden-rules": lambda seed, held_out: hidden_rules_data.stream(seed, held_out=held_out),
     "nested": lambda seed, held_out: nested_data.stream(seed, "sentences", held_out=held_out),
     "prices": lambda seed, held_out: prices_data.stream(seed, held_out=held_out),
     "tasks": lambda seed, held_out: tasks_data.stream(seed, held_out=held_out),
@@ -42,6 +44,7 @@ STREAMS: dict[str, Stream] = {
 VOCABULARIES = {
     "names": names_data.vocabulary(),
     "facts": facts_data.vocabulary(),
+    "hidden-rules": hidden_rules_data.vocabulary(),
     "nested": nested_data.vocabulary(),
     "prices": prices_data.vocabulary(),
     "tasks": tasks_data.vocabulary(),
@@ -50,13 +53,11 @@ VOCABULARIES = {
     "worked": worked_data.vocabulary(),
 }
 SPECIAL_TOKENS = {"refusal": refusal_data.SPECIAL, "worked": worked_data.SPECIAL}
-FOLDERS = {
-    name: MODELS / name
-    for name in ("names", "facts", "nested", "prices", "tasks", "refusal", "succession", "worked")
-}
+FOLDERS = {name: MODELS / name for name in VOCABULARIES}
 HELD = {
     "names": names_data,
     "facts": facts_data,
+    "hidden-rules": hidden_rules_data,
     "prices": prices_data,
     "tasks": tasks_data,
     "refusal": refusal_data,
@@ -364,3 +365,30 @@ def test_prices_are_between_their_bounds_or_not() -> None:
         assert text.text.endswith(" yes" if low <= price <= high else " no")
     yes = sum(text.kind == prices_data.BETWEEN for text in texts)
     assert abs(yes - len(texts) / 2) < 50
+
+
+def test_hidden_rules_depend_on_their_fields_alone() -> None:
+    """Each used field changes the decision of some thing, and no other field of any thing."""
+    rng = random.Random(2)
+    things = [hidden_rules_data.draw_thing(rng) for _ in range(100)]
+    for rule, tree in hidden_rules_data.trees().items():
+        said = [tree.decide(thing) for thing in things]
+        assert 0.3 < said.count("yes") / len(said) < 0.7, rule
+        for name, values in hidden_rules_data.FIELDS.items():
+            changed = [
+                tree.decide({**thing, name: value}) != own
+                for thing, own in zip(things, said, strict=True)
+                for value in values
+            ]
+            assert any(changed) == (name in tree.used), (rule, name)
+    assert sorted({len(tree.used) for tree in hidden_rules_data.trees().values()}) == [2, 3]
+
+
+def test_hidden_rules_answers_are_those_of_the_tree_and_the_thing() -> None:
+    for text in drawn("hidden-rules", False):
+        rule, values = text.content.removeprefix("rule ").split(" : ")
+        thing = dict(zip(hidden_rules_data.FIELDS, values.split(), strict=True))
+        for start, end in text.answers:
+            question = text.text[:start].split()[-2]
+            decided = hidden_rules_data.trees()[rule].decide(thing)
+            assert text.text[start:end] == (decided if question == "decide" else thing[question])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import LlamaForCausalLM
-
 from zoo import MODELS, language
 from zoo.commands import Tally, evaluate_command
 from zoo.prices.data import KINDS, stream
@@ -15,14 +13,9 @@ SEED = 20265  # not the training seed; only held-out texts are drawn
 
 def evaluate(folder: Path, n: int, seed: int) -> dict[str, Tally]:
     """Return the accuracy by kind of text, on `n` held-out texts of each."""
-    model, tokenizer = language.load(LlamaForCausalLM, folder)
-    tallies: dict[str, Tally] = {}
-    for kind in KINDS:
-        tallies[kind] = Tally()
-        texts = language.different(stream(seed, held_out=True, kind=kind), n)
-        for _, wanted, found in language.best_words(model, tokenizer, texts):
-            tallies[kind].add(wanted == found)
-    return tallies
+    return language.evaluate_kinds(
+        folder, KINDS, lambda kind: stream(seed, held_out=True, kind=kind), n
+    )
 
 
 def main() -> None:
