@@ -446,7 +446,9 @@ class CellReader:
         """An example of a truth in `auroc(measure, …)`: a group, otherwise a site."""
         if self.known.groups:
             return next(iter(self.known.groups))
-        cells = () if self.known.open_axes else self.known.cells or ()
+        cells = [] if self.known.open_axes else list(self.known.cells or ())
+        if len({cell.site for cell in cells}) < len(cells) and "position" in cells[0].coords:
+            return f'["{cells[0].coords["position"]}"]'
         return f"[{cells[0].site}]" if len(cells) > 1 else "[L9H9]"
 
     # --- measures
@@ -606,6 +608,17 @@ class CellReader:
                 UnknownWord(span=value.span, kind=kind, word=value.value, hint=hint)
             )
 
+    def labelled_cells(self, node: ast.String) -> CellSelection:
+        """Select the cells with a label, of a position or another axis; E0203 if there are none."""
+        with_label = (
+            axis
+            for axis in self.known.axes
+            if any(str(cell.coords.get(axis)) == node.value for cell in self.known.cells or ())
+        )
+        axis = next(with_label, "position")
+        self.label(node, axis)
+        return CellSelection(node.span.written, {axis: ((node.value, node.value),)})
+
     def end(self, node: ast.Expr) -> float:
         """Return an end of a range of cells; `50%` is 50, as in the labels of cells."""
         match node:
@@ -676,9 +689,15 @@ def _check_values(name: str, values: Sequence[object], span: Span, *, all_rows: 
 def true_cells(
     argument: ast.Argument, where: Sequence[CellSelection], of: CellReader
 ) -> tuple[CellSelection, ...]:
-    """Return the sites of a group or a list, which make a cell positive. Report E0606 for a site
-    that no cell has, and if all ranked cells, or none, are positive."""
-    found = tuple(parse_selection(site) for site in _sites(argument, of))
+    """Return the sites of a group or a list, or its positions, which make a cell positive.
+
+    Codes: E0203 for a position that no cell has, E0606 for such a site, and if all ranked cells, or
+    none, are positive.
+    """
+    found = tuple(
+        of.labelled_cells(site) if isinstance(site, ast.String) else parse_selection(site)
+        for site in _sites(argument, of)
+    )
     span, cells = argument.value.span, of.known.cells
     if cells is None:
         return found
@@ -703,7 +722,7 @@ def _sites(argument: ast.Argument, of: CellReader) -> Iterator[ast.ArgumentValue
     value = argument.value
     if argument.name is not None:
         reason = f"`{argument.span.written}` doesn't define the positive cells"
-        hint = f"write a group or a list of sites, as in `{of.true_example}`"
+        hint = f"write a group or a list of sites or positions, as in `{of.true_example}`"
         raise unreadable_expectation(argument.span, reason, hint)
     listed = value.items if isinstance(value, ast.ListLiteral) else (value,)
     for each in listed:

@@ -363,6 +363,9 @@ class _ConditionReader(CellReader):
         example = f"`auroc({text}, {column}, {self.example})`"
         if not where and not self.known.one_cell:
             hint = f"name the cell whose rows are ranked, as in {example}"
+            if "position" in self.known.axes:
+                map_example = f"observe auroc of {self.known.name or 'map'} in SPAN tokens"
+                hint += f"; to rank the positions of each row, write `{map_example}`"
             raise unreadable_expectation(node.span, "every cell has a value in each row", hint)
         if where and self.known.cells is not None:
             found = self.find(where)

@@ -60,6 +60,25 @@ def pointing_game(values: Floats, mask: Bools) -> float:
     return float(inside[peak].mean())
 
 
+def mask_auroc(values: Floats, mask: Bools) -> float:
+    """Compute how often a patch in the mask has a larger value than a patch outside of it.
+
+    This is the area under the ROC curve (Hanley and McNeil 1982); ties count half. A patch is in
+    the mask if at least half of its pixels are. NaN if one of both groups has no values.
+
+    Args:
+        values: The map, [row, col].
+        mask: The mask, [height, width].
+    """
+    inside = mask_shares(mask, (values.shape[0], values.shape[1])) >= 0.5
+    there = np.isfinite(values)
+    true, false = values[there & inside], values[there & ~inside]
+    if not true.size or not false.size:
+        return float("nan")
+    ahead = true[:, None] - false[None]
+    return float(((ahead > 0) + 0.5 * (ahead == 0)).mean())
+
+
 def relevance_mass(values: Floats, mask: Bools) -> float:
     """Compute the share of the positive values of a map that is in the mask.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cache, cached_property
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
@@ -895,13 +896,19 @@ class Row(ImageRow):
         spans = list(rich.spans)
         text = rich.text
         for mark in self.block.marks[name]:
-            written = render_value(self.clean.value(mark.name.id, mark.name.span))
-            found = find_text(text, written.text) if written and written.text else []
-            if not found:
+            written, new = (
+                _marked_texts(each.value(mark.name.id, mark.name.span))
+                for each in (self.clean, self)
+            )
+            found = [find_text(text, each) for each in written]
+            if not all(found) or len(new) != len(written):
                 raise Refusal(TextNotInside, mark.span, name=mark.name.id, within=name)
-            new = render_value(self.value(mark.name.id, mark.name.span))
-            for start, end in reversed(found):
-                replaced = new.text if new else ""
+            pairs = zip(found, new, strict=True)
+            places = sorted({(*at, after) for every, after in pairs for at in every})
+            if new != written and any(one[1] > two[0] for one, two in pairwise(places)):
+                reason = f"texts of `{mark.name.id}` overlap in `{name}` and can't be replaced"
+                raise bad_value(mark.span, reason, "list texts that don't overlap")
+            for start, end, replaced in reversed(places):
                 if replaced != text[start:end]:
                     text = text[:start] + replaced + text[end:]
                     spans = [_shifted(s, end, len(replaced) - (end - start)) for s in spans]
@@ -1186,6 +1193,12 @@ class BlockRows:
 def render_short(value: RowValue) -> str:
     text = repr(value) if isinstance(value, str) else str(to_plain(value))
     return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _marked_texts(value: RowValue) -> tuple[str, ...]:
+    """Return the texts that a column marks: its own text, or those of its list."""
+    texts = [render_value(each) for each in (value if isinstance(value, list) else [value])]
+    return tuple("" if each is None else each.text for each in texts)
 
 
 def _shifted(span: TextSpan, end: int, by: int) -> TextSpan:

@@ -517,6 +517,36 @@ class TestFiles:
         # A corrupted subject is written where the subject stands.
         assert sorted(texts(made, "c")) == ["pineapple, kiwi", "the fig of Anna is an fig"]
 
+    def test_spans_of_the_texts_of_a_list(self, words: TextTokenizer, tmp_path: Path) -> None:
+        """A list marks each of its texts, also none; a corruption replaces them one by one."""
+        rows = [
+            {"prompt": "apple pear fig", "used": ["fig", "apple"], "new": ["kiwi", "plum"]},
+            {"prompt": "pear", "used": [], "new": []},
+            {"prompt": "apple pear", "used": "pear", "new": "fig"},
+        ]
+        path = tmp_path / "d.json"
+        text = 'rows "d.json" template "{prompt}" span used in prompt'
+        path.write_text(json.dumps(rows))
+        made = table(text, words, path=tmp_path / "f.mech")
+        spans = {
+            row.prompt.text: [s.start for s in row.prompt.spans if s.name == "used"]
+            for row in made.sources
+        }
+        text += " corrupt c { used = new }"
+        assert spans == {"apple pear fig": [0, 11], "pear": [], "apple pear": [6]}
+        changed = table(text, words, path=tmp_path / "f.mech")
+        assert sorted(texts(changed, "c")) == ["apple fig", "plum pear kiwi"]
+        for wrong in (
+            {"used": ["plum"], "new": ["fig"]},
+            {"used": ["apple", 3], "new": ["fig", 4]},
+            {"used": ["apple"], "new": []},
+        ):
+            path.write_text(json.dumps([{"prompt": "apple pear", **wrong}]))
+            assert codes(text, words, path=tmp_path / "f.mech") == ["E0521"], wrong
+        overlapping = {"used": ["apple pear", "pear"], "new": ["fig", "kiwi"]}
+        path.write_text(json.dumps([{"prompt": "apple pear", **overlapping}]))
+        assert codes(text, words, path=tmp_path / "f.mech") == ["E0503"]
+
     def test_literal_spans_are_the_last_occurrence(self, words: TextTokenizer) -> None:
         made = table('template "thing: anything, thing." span slot = "thing"', words)
         (span,) = made.runs["clean"].rows[0].spans

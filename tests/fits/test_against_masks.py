@@ -11,6 +11,7 @@ from mechdsl.fits.masks import (
     f1,
     infidelity,
     iou,
+    mask_auroc,
     mask_shares,
     pixel_patches,
     pointing_game,
@@ -49,6 +50,16 @@ def test_pointing() -> None:
     # half of the left patch lies in it, a quarter of the whole does
     assert pointing_game(np.array([[1.0, 0.0]]), CORNER) == 1
     assert pointing_game(np.array([[1.0]]), CORNER) == 0
+
+
+def test_mask_auroc_counts_pairs_and_ties() -> None:
+    """One patch is in the mask, three are outside, of which one ties or has no value."""
+    assert mask_auroc(VALUES, CORNER) == 1
+    assert mask_auroc(-VALUES, CORNER) == 0
+    assert mask_auroc(np.array([[0.3, 0.3], [0.0, 0.9]]), CORNER) == 0.5
+    assert mask_auroc(np.array([[0.3, NAN], [0.3, 0.1]]), CORNER) == 0.75
+    assert np.isnan(mask_auroc(np.array([[NAN, 0.1], [0.2, 0.3]]), CORNER))
+    assert np.isnan(mask_auroc(np.array([[1.0, NAN], [NAN, NAN]]), CORNER))
 
 
 def test_iou() -> None:

@@ -1029,7 +1029,8 @@ _prompts(
 _prompts(
     "span in a column",
     "span object in prompt",
-    "The position of the text of one column within that of another.",
+    "The position of the text of one column within that of another. A column with a list marks "
+    "each of its texts, which are then occurrences of the span: `used tokens`.",
     "tests/data/test_positions.py",
     context='rows "facts.jsonl"',
 )
@@ -1959,6 +1960,17 @@ _rule(
     "measure logit(answer) as raw",
 )
 _rule(
+    "observe rank_correlation",
+    "observe rank_correlation(10) logits at first token with last token",
+    "Spearman's correlation of what two tokens of a row predict, over the tokens that are among "
+    "the 10 most likely next tokens at one position or the other. It weights context tokens "
+    "by how much they predict like the current one (activation ranking correlation; the paper's "
+    "formula wasn't available).",
+    "Spearman 1904; after Liang et al. 2025, arXiv 2509.22415",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
     "observe similarity … with SITE",
     "observe similarity resid_pre layer * with resid_post layer * at last token as alike",
     "The cosine similarity of a row's vectors at two sites, one token at a time. The axes of "
@@ -2221,12 +2233,13 @@ _onward(
 _onward(
     "maps of texts",
     "observe f1 of look, places in item tokens",
-    "Compares maps of texts with tokens: `f1`, `iou`, `pointing` and `mass`, as [on "
+    "Compares maps of texts with tokens: `f1`, `iou`, `pointing`, `mass` and `auroc`, as [on "
     "images](#experiments-on-images), where a token is a patch and a position is the region. A "
     "map is an experiment that sweeps single tokens (`token *`, `each name token`), on the same "
     "prompts and run. `f1` and `iou` select as many tokens as the position has, so that "
     "precision, recall and F1 are equal; `top 25%` selects a share of the tokens with a value. "
-    "`observe sum of look, 0.5 * places at token *` adds maps.",
+    "`observe sum of look, 0.5 * places at token *` adds maps. If a column lists the true texts of "
+    "a row, `span used in prompt` makes it the position `used tokens`.",
     OWN,
     "tests/onward/test_text_maps.py",
 )
@@ -2752,7 +2765,8 @@ _expectation(
     "expect auroc(delta, [L1H2, L0H1]) > 0.5",
     "How well an effect separates positive from negative cells: the share of pairs in which "
     "the positive cell has the larger effect. The positive cells are a `group` of sites, a "
-    "list or a site; all other cells that further arguments select (`layer 0..1`) are "
+    'site, or a list of sites or of quoted positions (`["last token"]`); all other cells '
+    "that further arguments select (`layer 0..1`) are "
     "negative. With a prompt variable that is 0 or 1, as in `auroc(delta, large, L1H2)`, the "
     "rows of one cell are ranked.",
     "tests/results/test_what_expectations_name.py",
@@ -3090,6 +3104,15 @@ _on_image(
     _MAPS,
 )
 _on_image(
+    "observe auroc",
+    "observe auroc of caap in object",
+    "How often a patch in the region has a larger value than a patch outside of it, in each row; "
+    "ties count half. At least half of the patch must lie in the region. `auroc chance` is 0.5. "
+    "Maps are signed: `observe magnitude of` ranks by size.",
+    "Hanley and McNeil 1982, Radiology 143(1)",
+    "tests/fits/test_against_masks.py",
+)
+_on_image(
     "map of windows",
     "for r in 1..3 { replace image row r..r + 1 col * tokens with gray }",
     "A sliding window of several patches is also a map, wherever an experiment is used as one. "
@@ -3109,6 +3132,15 @@ _on_image(
     "excluded and reported.",
     OWN,
     "tests/images/test_sum_of_maps.py",
+)
+_on_image(
+    "observe magnitude, product",
+    "observe magnitude of caap at each token of image",
+    "The absolute value of a map, or of the sum of several maps, patch by patch. "
+    "`observe product of caap, deleted at each token of image` multiplies maps, so that one "
+    "weights the other. The results are maps, as those of `observe sum`.",
+    OWN,
+    "tests/onward/test_text_maps.py",
 )
 _on_image(
     "observe random",

@@ -81,6 +81,12 @@ def harmonic_mean(values: Array, region: list[bool], count: int) -> float:
     return 2 * both / (len(there) + len(chosen)) if both else 0.0
 
 
+def roc_area(values: Array, region: list[bool]) -> float:
+    pairs = [(a, b) for a, own in zip(values, region, strict=True) if own
+             for b, other in zip(values, region, strict=True) if not other]  # fmt: skip
+    return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
+
+
 def test_scores_of_tokens_equal_those_by_hand() -> None:
     lines = {
         "at": "observe pointing of look, cut in last-item token",
@@ -89,6 +95,7 @@ def test_scores_of_tokens_equal_those_by_hand() -> None:
         "best": "observe f1 of look, cut in {item tokens}",
         "quarter": "observe f1 of look, cut in last-item token top 25%",
         "third": "observe iou of look, cut in last-item token top 33%",
+        "ranks": "observe auroc of look, cut in {item tokens}",
     }
     text = MAPS + "".join(experiment(name, line) for name, line in lines.items())
     found, ids = run(text), rows_of(text, "at")
@@ -105,6 +112,7 @@ def test_scores_of_tokens_equal_those_by_hand() -> None:
                 "best": harmonic_mean(values, many, sum(many)),
                 "quarter": harmonic_mean(values, one, int(0.25 * size + 0.5)),
                 "third": overlap(values, one, int(0.33 * size + 0.5)),
+                "ranks": roc_area(values, many),
             }
             for name, value in expected.items():
                 got = patched(found[name])[number, column]
@@ -140,6 +148,8 @@ def test_chance_is_the_share_of_tokens_with_a_value() -> None:
 @pytest.mark.parametrize("mode", some(MODES, ["planned"]))
 def test_sums_of_maps_rank_tokens_and_are_compared(mode: str) -> None:
     text = MAPS + experiment("both", "observe sum of look, -0.5 * cut at token * align left as b")
+    text += experiment("size", "observe magnitude of cut at token * align left as s")
+    text += experiment("joint", "observe product of s, b at token * align left as p")
     text += experiment("at", "observe f1 of b in item tokens")
     text += experiment(
         "then", "ablate embed at top 2 of b tokens with zero", "measure logit(answer) as raw"
@@ -149,6 +159,10 @@ def test_sums_of_maps_rank_tokens_and_are_compared(mode: str) -> None:
         values = after_look(ids[row], answer) - 0.5 * after_cut(ids[row], answer)
         summed = patched(found["both"])[: len(ids[row]), column]
         np.testing.assert_allclose(summed, values, atol=1e-3)
+        sizes = np.abs(after_cut(ids[row], answer))
+        for name, wanted in (("size", sizes), ("joint", sizes * values)):
+            got = patched(found[name])[: len(ids[row]), column]
+            np.testing.assert_allclose(got, wanted, atol=3e-3)
         region = items(ids[row])
         expected = harmonic_mean(values, region, sum(region))
         assert patched(found["at"])[0, column] == pytest.approx(expected)
@@ -206,6 +220,9 @@ def test_random_maps_of_texts_differ_from_row_to_row() -> None:
         ("observe f1 of look in itme token", "E0308", "`item`"),
         ("observe pointing of look in last-item token top 25%", "E0207", "takes no `top`"),
         ("observe pointing of look", "E0101", "name the region"),
+        ("observe auroc of look", "E0101", "name the region"),
+        ("observe auroc of look in item token top 25%", "E0207", "takes no `top`"),
+        ("observe magnitude of look in item tokens", "E0207", "is itself a map"),
         ("observe infidelity of look to cut", "E0207", "needs images"),
         ("observe sensitivity of look to cut", "E0207", "needs images"),
         ("observe f1 of head in item tokens", "E0207", "doesn't sweep positions"),

@@ -163,6 +163,17 @@ def test_cells_that_are_true(truth: str, cells: list[str], here: ExperimentResul
     assert true == cells
 
 
+def test_positions_that_are_true() -> None:
+    here = finished(positions())
+    names = ["last token", "first-item of part1 token"]
+    found = value(f'auroc(recovery, ["{names[0]}", "{names[1]}"], layer 2)', here)
+    assert isinstance(found, Ranking)
+    assert found.truth is not None
+    true = [cell for cell in here.cells if any(each.matches(cell) for each in found.truth)]
+    assert [cell.coords["position"] for cell in true] == names[::-1] * 4
+    assert refusal('auroc(recovery, ["first token"]) > 0', here).startswith("E0203")
+
+
 def test_cells_that_are_ranked(here: ExperimentResult) -> None:
     found = value("auroc(recovery, movers, layer 1..2)", here)
     assert isinstance(found, Ranking)

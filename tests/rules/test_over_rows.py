@@ -439,6 +439,22 @@ def test_similarity_within_and_between_positions(tmp_path: Path, name: str) -> N
     assert within.statistics[0].n[0] == sum(len(record["left"]) > 1 for record in RECORDS)
 
 
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_rank_correlation_of_two_predictions(tmp_path: Path, name: str) -> None:
+    line = "observe rank_correlation(4) logits at left token with last token"
+    (got,) = run(tmp_path, name, line).measures[0].patched
+    for row, record in enumerate(RECORDS):
+        logits = _seen(name, tuple(words(record)))["logits", None].detach()
+        ends = [logits[hits(record, each)[0]].flatten() for each in ("left token", "last token")]
+        tops = [set(each.topk(4).indices.tolist()) for each in ends]
+        union = sorted(tops[0] | tops[1])
+        ranks = [sorted(union, key=lambda t, of=of: float(of[t])) for of in ends]
+        n = len(union)
+        gaps = sum((ranks[0].index(t) - ranks[1].index(t)) ** 2 for t in union)
+        assert got[row] == pytest.approx(1 - 6 * gaps / (n * (n * n - 1)), abs=1e-6)
+    assert len(set(np.round(got, 6).tolist())) > 5
+
+
 # --- weights --------------------------------------------------------------------------------------
 
 
@@ -672,6 +688,11 @@ REFUSED = {
     f"observe similarity {AT} with left token with attn_out layer 0": "attn_out",
     "observe similarity resid_post layer 0 with z layer 0 head 0 at last token": "not of 6 and 24",
     "observe probe(size) at pattern layer 0 head 0 at last token": "whose width",
+    f"observe rank_correlation(4) {AT} with left token": "write `logits`",
+    "observe rank_correlation(4) logits at last token": "compares two positions",
+    "observe rank_correlation(1) logits at last token with left token": "above 1",
+    "observe rank_correlation logits at last token with left token": "above 1",
+    "observe rank_correlation(4) logits at left tokens with last token": "one token",
     f"observe cka {AT}": "compares two sites",
     "observe cka resid_post layer 0 with turnd at last token": "no site or run called `turnd`",
     f"observe rank {AT} with left token": "takes no `with`",

@@ -19,6 +19,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.planner.rows import RulePlan, is_below_attention
 from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
+from mechdsl.resolve.observations import RowSetObservation
 from mechdsl.resolve.types import (
     ItemNumber,
     MetricTerm,
@@ -204,14 +205,18 @@ class RowViews:
         """Return the last token that the measure observes."""
         if not _reads_observation(measure):
             return None
-        queries = [
-            token
-            for n, rule in enumerate(self.plan.rules)
-            if rule.rule.does.changes == "nothing"
-            for tokens in rule.positions[cell[3 * n]].hits[row]
-            for token in tokens
-        ]
-        return max(queries, default=None)
+        looked: list[int] = []
+        for n, rule in enumerate(self.plan.rules):
+            does, keys = rule.rule.does, self._keys[n]
+            if does.changes != "nothing":
+                continue
+            spots = [rule.positions[cell[3 * n]]]
+            if isinstance(does, RowSetObservation):
+                if does.of_maps or does.of_whole_text:
+                    looked.append(len(self._run(self.experiment.spec.base).rows[row].ids) - 1)
+                spots += [] if keys is None else [keys[cell[3 * n + 1]]]
+            looked += [t for spot in spots for tokens in spot.hits[row] for t in tokens]
+        return max(looked, default=None)
 
     def _prefix(self, run: PromptRun, row: int, last: int, *, ahead: bool = False) -> Hashable:
         """Return the tokens of a run that are visible from token `last`, with the positions of

@@ -244,6 +244,25 @@ class RegionF1(RegionOverlap):
         return (f1(values, mask, share),)
 
 
+@observation("auroc", unit="share")
+class RegionAuroc(RegionObservation):
+    """How often a token in the region has a larger value than one outside of it.
+
+    Only tokens or patches with a value count, and ties count half. Of a patch, at least half of the
+    pixels must be in the region. The control `chance` is 0.5, which a map with equal values has.
+    source: Hanley and McNeil 1982, Radiology 143(1)
+    """
+
+    blank = "has no value in the region, or none outside of it"
+    controls = ("chance",)
+
+    def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
+        from mechdsl.fits.masks import mask_auroc
+
+        found = mask_auroc(values, mask)
+        return found, 0.5 if found == found else found
+
+
 REMOVAL_VERBS = ("replace", "ablate", "patch")
 """Rules that remove all information of a patch."""
 

@@ -469,6 +469,10 @@ class MapSum(MapObservation):
     example = "fine, coarse at each token of image"
     texts = True
 
+    def joined(self, own: Floats) -> Floats:
+        """Join weighted maps, [loop value, map, row, col], into [loop value, row, col]."""
+        return own.sum(axis=1)
+
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         said = rule.observed
         assert said is not None
@@ -530,7 +534,7 @@ class MapSum(MapObservation):
         waits = [part.experiment.name for part in maps if part.values is None]
         if waits or work.table.stands_in:
             names = name_list(dict.fromkeys(waits))
-            return MapSum(f"known only after {names} has run" if waits else "")
+            return type(self)(f"known only after {names} has run" if waits else "")
         import numpy as np
 
         rows = {row: number for number, row in enumerate(work.table.row_ids)}
@@ -539,7 +543,7 @@ class MapSum(MapObservation):
         total: dict[int, Floats] = {}
         for row in set(rows).intersection(*grids):
             own = np.stack([_sum_cells(each[row]) for each in grids])
-            total[row] = (every[..., None, None] * own).sum(axis=1)
+            total[row] = self.joined(every[..., None, None] * own)
         if not total:
             raise PickError(
                 f"{name_list([part.experiment.name for part in maps])} have no row in common that "
@@ -558,7 +562,30 @@ class MapSum(MapObservation):
         parts += [f"{lacking} of {len(work.table)} rows dropped, because a map lacks them"] * bool(
             lacking
         )
-        return MapSum("; ".join(parts), MapScores({self.word: values}))
+        return type(self)("; ".join(parts), MapScores({self.word: values}))
+
+
+@observation("product")
+class MapProduct(MapSum):
+    """Maps that other experiments made, patch by patch multiplied: one map weights another."""
+
+    example = "effect, relevance at each token of image"
+
+    def joined(self, own: Floats) -> Floats:
+        return own.prod(axis=1)
+
+
+@observation("magnitude")
+class MapMagnitude(MapSum):
+    """The absolute value of a map, or of the sum of several maps, patch by patch.
+
+    It ranks patches by the size of an effect, whatever its sign.
+    """
+
+    example = "effect at each token of image"
+
+    def joined(self, own: Floats) -> Floats:
+        return abs(own.sum(axis=1))
 
 
 def _resolve_weights(maps: Sequence[ast.MapOf], work: ExperimentContext) -> MapWeights | None:

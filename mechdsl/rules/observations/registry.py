@@ -14,11 +14,12 @@ is the meaning of `observe WORD SITE at POSITIONS`, and `each` computes a number
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mechdsl.base.records import Registry
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.resolve.observations import Observation
 from mechdsl.resolve.runs import RuleKind
@@ -128,13 +129,17 @@ def _top_probability(logits: Tensor) -> Tensor:
 class SiteObservation(ObservationKind):
     """An observation of vectors at sites: `observe WORD SITE at POSITIONS`."""
 
+    of_output: ClassVar[bool] = False
+    """Whether its site is `logits`, the output of the model."""
+
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         fits = self.clauses_fit(rule, work)
         run = self.read_run(rule, work)
         sites, positions = resolve_targets(rule, run, work)
         if sites is None or positions is None or not fits:
             return None
-        if _names_logits(rule, sites, work) or not self.sites_fit(rule, sites, work):
+        named = not self.of_output and _names_logits(rule, sites, work)
+        if named or not self.sites_fit(rule, sites, work):
             return None
         found = ResolvedRule(spec=rule, does=self, run=run, sites=sites, positions=positions)
         return found if self.positions_fit(rule, found, work) else None
@@ -238,3 +243,16 @@ def report_bad_observation(
     name = f"observe {rule.observed.word}"
     found = BadArgument(span=rule.observed.span, name=name, reason=reason, hint=hint)
     work.diagnostics.append(found)
+
+
+def check_unembedding(rule: spec.Rule, work: ExperimentContext) -> bool:
+    """Report E0108 for a model without an unembedding after its stream."""
+    shape = work.sites.shape
+    if shape.stands_in or (shape.task == "tokens" and shape.causal and shape.takes == "text"):
+        return True
+    assert rule.observed is not None
+    what = (
+        f"`observe {rule.observed.word}` of `{work.model.name}`, which doesn't predict next tokens,"
+    )
+    work.diagnostics.append(NotSupported(span=rule.observed.span, what=what))
+    return False

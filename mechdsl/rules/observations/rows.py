@@ -42,7 +42,12 @@ from mechdsl.resolve.types import (
     SiteTargets,
     count_numbers,
 )
-from mechdsl.rules.observations.registry import SiteObservation, observation, report_bad_observation
+from mechdsl.rules.observations.registry import (
+    SiteObservation,
+    check_unembedding,
+    observation,
+    report_bad_observation,
+)
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES
 
@@ -419,6 +424,83 @@ class SimilarityBetweenRuns(Similarity):
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         yield f"with the vector at the same position of `{rule.run}`"
+
+
+@observation("rank_correlation", unit="correlation")
+class RankCorrelation(Similarity):
+    """The rank correlation of what two tokens of a row predict.
+
+    Spearman's, over the tokens that are among the `rank_correlation(10)` most likely next tokens at
+    one position or the other.
+    returns: −1 to 1
+    source: Spearman 1904; after Liang et al. 2025, arXiv 2509.22415 (activation ranking
+        correlation)
+    """
+
+    takes: ClassVar = ("with", "arguments")
+    of_directions: ClassVar[bool] = False
+    of_output: ClassVar[bool] = True
+
+    def __init__(self, count: int = 0) -> None:
+        """Create the observation.
+
+        Args:
+            count: Number of most likely tokens at each position.
+        """
+        self.count = count
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        assert rule.observed is not None
+        count = _read_top_count(rule, work)
+        if rule.onto is None or rule.receiver is not None:
+            hint = f"write `observe {self.word}(10) logits at each SPAN token with last token`"
+            report_bad_observation(rule, work, "compares two positions of a prompt", hint)
+            return None
+        found = super().resolve(rule, work)
+        if found is None or count is None or not check_unembedding(rule, work):
+            return None
+        assert found.edge is not None
+        cells = (*found.positions.written.values(), *found.edge.keys.written.values())
+        if any(sum(map(len, row)) > 1 for cell in cells for row in cell.hits):
+            reason = "compares one token with another one"
+            report_bad_observation(rule, work, reason, "sweep them: `each SPAN token`, `token *`")
+            return None
+        return replace(found, does=RankCorrelation(count))
+
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+        if any(point.site != "logits" for own in sites.points.values() for point in own):
+            report_bad_observation(rule, work, "compares predictions", "write `logits`")
+            return False
+        return super().sites_fit(rule, sites, work)
+
+    def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
+        import numpy as np
+
+        from mechdsl.fits.geometry import top_rank_correlation
+
+        assert seen.other is not None
+        pairs = zip(seen.vectors, seen.other, strict=True)
+        return [np.array([top_rank_correlation(*each, self.count) for each in pairs])]
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        yield (
+            "Spearman's correlation of the logits, over the tokens that are among the "
+            f"{self.count} most likely at one position or the other"
+        )
+
+
+def _read_top_count(rule: spec.Rule, work: ExperimentContext) -> int | None:
+    """Read the number of most likely tokens; None after E0207."""
+    assert rule.observed is not None
+    call = rule.observed.call
+    given = () if call is None else call.arguments
+    one = given[0] if len(given) == 1 and given[0].name is None else None
+    count = constant_value(None if one is None else one.value, work.program.parameters)
+    if isinstance(count, int) and not isinstance(count, bool) and count >= 2:
+        return count
+    reason = "takes one whole number of most likely tokens, above 1"
+    report_bad_observation(rule, work, reason, f"write `{rule.observed.word}(10)`")
+    return None
 
 
 def match_run(site: ast.Site, work: ExperimentContext) -> str | None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.diagnostics.names import BadArgument
-from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.resolve.observations import ObservedVectors
@@ -15,6 +14,7 @@ from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import Convention, ResolvedRule, SiteLayer, SiteTargets
 from mechdsl.rules.observations.registry import (
     SiteObservation,
+    check_unembedding,
     describe_joined,
     iter_points,
     observation,
@@ -98,19 +98,6 @@ STREAM_SITES = (
     *("attn_out", "mlp_out", "mixer_out", "head_out"),
 )
 """Sites that are in the residual stream, or are added to it unchanged."""
-
-
-def check_unembedding(rule: spec.Rule, work: ExperimentContext) -> bool:
-    """Report E0108 for a model without an unembedding after its stream."""
-    shape = work.sites.shape
-    if shape.stands_in or (shape.task == "tokens" and shape.causal and shape.takes == "text"):
-        return True
-    assert rule.observed is not None
-    what = (
-        f"`observe {rule.observed.word}` of `{work.model.name}`, which doesn't predict next tokens,"
-    )
-    work.diagnostics.append(NotSupported(span=rule.observed.span, what=what))
-    return False
 
 
 def check_stream_sites(

@@ -25,9 +25,13 @@ from mechdsl.resolve.types import (
     ResolvedRule,
     SiteTargets,
 )
-from mechdsl.rules.observations.registry import ObservationKind, observation, report_bad_observation
+from mechdsl.rules.observations.registry import (
+    ObservationKind,
+    check_unembedding,
+    observation,
+    report_bad_observation,
+)
 from mechdsl.rules.observations.rows import repeat_sites, resolve_compared_sites
-from mechdsl.rules.observations.vectors import check_unembedding
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import MetricForm
 

@@ -105,12 +105,12 @@ IMAGE_HINTS: tuple[Hint, ...] = (
         "write an image as one word, optionally with numbers: `image gray(100)`",
     ),
     Hint(
-        r"^observe\s+(pointing|mass|iou|f1)\b(?!.*\bof\b)",
+        r"^observe\s+(pointing|mass|iou|f1|auroc)\b(?!.*\bof\b)",
         r"",
         "name the map and the region: `observe {0} of caap in object`",
     ),
     Hint(
-        r"^observe\s+(pointing|mass|iou|f1)\s+of\s+(\w+)(?!.*\bin\b)",
+        r"^observe\s+(pointing|mass|iou|f1|auroc)\s+of\s+(\w+)(?!.*\bin\b)",
         r"(?!.*\bin\b)",
         "name the region: `observe {0} of {1} in object`",
     ),
