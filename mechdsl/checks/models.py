@@ -239,7 +239,7 @@ class ModelContexts:
             if shape is not None and shape.takes == "image":
                 tokenizer = self._images(folder, shape, model)
             elif shape is not None or has_tokenizer(folder):
-                images = shape is not None and shape.takes == "image and text"
+                images = shape is not None and shape.reads_images
                 tokenizer = self._tokenizer(folder, model, images=images)
                 if tokenizer is not None and shape is not None:
                     tokenizer = tokenizer.with_starts(shape.starts)
@@ -371,8 +371,8 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
     if shape.stands_in or prompts.name == spec.NO_PROMPTS:
         return None
     images = prompts.kind == "images"
-    if prompts.pictures and shape.takes in ("image and text", "image"):
-        if shape.takes == "image and text":
+    if prompts.pictures and (shape.reads_images or shape.takes == "image"):
+        if shape.reads_images:
             at = prompts.pictures[0].span
             video = next((each for each in prompts.pictures if each.is_video), None)
             at = at if video is None else video.span
@@ -380,26 +380,33 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
             found = check_processor(model.tokenizer, model=model.name, span=at, videos=videos)
             return next(iter(found), None)
     elif prompts.pictures:
-        return InputKindMismatch(
-            span=model.spec.span,
-            model=model.name,
-            architecture=shape.architecture,
-            reads="texts",
-            block=prompts.name,
-            given="of texts with images",
-            hint="choose a vision-language model for it, or remove the images",
-        )
+        hint = "choose a vision-language model for it, or remove the images"
+        return _mismatch(prompts, model, ("texts", "of texts with images", hint))
+    if shape.takes == "image to text":
+        hint = "define a `prompts` block with one image: "
+        hint += '`image photo = "{file}"` and `template "{photo}"`'
+        given = f"of {'images' if images else 'texts'}"
+        return _mismatch(prompts, model, ("an image and writes a text", given, hint))
     if images == (shape.takes == "image"):
         return None if not images or isinstance(model.tokenizer, ImageTokenizer) else _bare(model)
     reads, given = ("texts", "images") if images else ("images", "prompts")
+    hint = f"define a `{'prompts' if images else 'images'}` block for it"
+    return _mismatch(prompts, model, (reads, f"of {given}", hint))
+
+
+def _mismatch(
+    prompts: spec.Prompts, model: ModelContext, words: tuple[str, str, str]
+) -> InputKindMismatch:
+    """Return E0455. words: what the model reads, what the block contains, and the fix."""
+    reads, given, hint = words
     return InputKindMismatch(
         span=model.spec.span,
         model=model.name,
-        architecture=shape.architecture,
+        architecture=model.shape.architecture,
         reads=reads,
         block=prompts.name,
-        given=f"of {given}",
-        hint=f"define a `{'prompts' if images else 'images'}` block for it",
+        given=given,
+        hint=hint,
     )
 
 

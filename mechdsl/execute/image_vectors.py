@@ -23,6 +23,7 @@ from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, WriteMismatch
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import (
+    IMAGE_PIXELS,
     IMAGE_TOKENS,
     ImageTokenTable,
     LoadedModel,
@@ -454,11 +455,29 @@ def provide_images(model: LoadedModel, rows: Iterable[RunRow]) -> None:
     seen = [row for row in rows if row.pictures]
     if not seen:
         return
+    if model.shape.encodes_apart:
+        _provide_pixels(model, seen)
+        return
     vectors = _VECTORS.get(model.module)
     if vectors is None or not vectors.fits(model):
         IMAGE_TOKENS.pop(model.module, None)
         vectors = _VECTORS[model.module] = ImageVectors(model)
     vectors.provide(model, seen)
+
+
+def _provide_pixels(model: LoadedModel, rows: Iterable[RunRow]) -> None:
+    """Prepare the images that an encoder reads, each one once."""
+    from PIL import Image
+
+    reader = model.tokenizer
+    assert isinstance(reader, ImagePromptTokenizer)
+    known = IMAGE_PIXELS.setdefault(model.module, {})
+    for row in rows:
+        [picture] = row.pictures.values()
+        if row.ids[0] not in known:
+            image = Image.fromarray(render_pixels(picture.picture))
+            made = reader.processor.image_processor(image, return_tensors="pt")
+            known[row.ids[0]] = made["pixel_values"][0].to(model.dtype)
 
 
 def prepare_images(
@@ -533,7 +552,7 @@ def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> Image
 
     The first image of a model decides.
     """
-    first = _first_image(model, rows)
+    first = None if model.shape.encodes_apart else _first_image(model, rows)
     if first is None:
         return None
     row, vectors = first

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, ClassVar, Literal, TypeVar, cast
@@ -356,6 +357,8 @@ class ImageLayout:
     """The last token of prompts whose tokens all attend to each other; empty for other prompts."""
     bos_after_images: ClassVar[bool] = False
     """Whether the beginning-of-sequence token follows the last image; otherwise it is the first."""
+    encodes: ClassVar[bool] = False
+    """Whether an encoder reads one image, without text, and a decoder writes the answer."""
     several_layers: ClassVar[bool] = False
     """Whether the model also adds vectors of images after its first blocks."""
     without_vision: ClassVar[str] = "a token of an image reads several patches"
@@ -441,7 +444,12 @@ def image_layout(
     _check_class(entry.image_processors, processor.image_processor, config)
     prompt = ImagePrompt(processor, config, inputs, tuple(sizes))
     features = [list(entry.features(prompt, number)) for number in range(len(sizes))]
-    return _located(entry, prompt, features, config.image_token_id, "image")
+    if entry.encodes:
+        token = 0
+        prompt = replace(prompt, inputs={"input_ids": [token] * sum(map(len, features))})
+    else:
+        token = config.image_token_id
+    return _located(entry, prompt, features, token, "image")
 
 
 def video_layout(
@@ -1089,6 +1097,37 @@ class Gemma3(ImageLayout):
         lengths = (min(length, long - n * length) for n in range(count))
         is_wide = size[1] >= size[0]
         return [(size[0], each) if is_wide else (each, size[1]) for each in lengths]
+
+
+_FRONT_TOKENS = {"vit": 1, "beit": 1, "deit": 2}
+"""By model type of an image encoder, the number of its tokens before the patches."""
+
+
+@layout("vision-encoder-decoder")
+class EncodedImage(ImageLayout):
+    """TrOCR (Li et al. 2021, arXiv:2109.10282): a decoder writes the text of an image."""
+
+    documentation = "one token of the encoder for each patch, after its class token"
+    processors = ("TrOCRProcessor",)
+    image_processors = ("ViTImageProcessor", "DeiTImageProcessor", "BeitImageProcessor")
+    encodes = True
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        encoder = prompt.config.encoder
+        front = _FRONT_TOKENS.get(encoder.model_type)
+        if front is None:
+            known = ", ".join(_FRONT_TOKENS)
+            raise _unknown(
+                f"the tokens of encoders of the type `{encoder.model_type}` aren't known, only of "
+                f"{known}"
+            )
+        view = prepared_view(prompt.images, prompt.sizes[number])
+        if view.size != (size := _pair(encoder.image_size)):
+            given, read = (f"{width:g} x {height:g}" for height, width in (view.size, size))
+            raise UnsupportedProcessor(f"it gives images of {given} to an encoder of {read} pixels")
+        for _ in range(front):
+            yield "class"
+        yield from grid(view, _pair(encoder.patch_size))
 
 
 @layout("mllama")

@@ -58,12 +58,18 @@ def build_image_inputs(model: LoadedModel) -> dict[str, Tensor]:
     return build_inputs(model, get_family(model).picture(get_config(model)))
 
 
-def add_sounds(model: LoadedModel, tokens: Batch) -> Batch:
-    """Add a sound for the encoder to each decoder prompt."""
-    heard = build_inputs(model, get_family(model).sound(get_config(model)))
-    read = model.stack("cross").anatomy.blocks[0].projections[-1]
-    count = count_module_tokens(model, read, {**heard, "decoder_input_ids": tokens.ids})
-    return tokens.with_inputs(heard, encoder=Batch.grid(2, count, model.device))
+def add_encoded(model: LoadedModel, tokens: Batch) -> Batch:
+    """Add a sound or an image for the encoder to each decoder prompt."""
+    family, config = get_family(model), get_config(model)
+    images = model.shape.takes == "image to text"
+    given = build_inputs(
+        model, family.picture(config["encoder"]) if images else family.sound(config)
+    )
+    last = model.stack("encoder").anatomy.blocks[-1].path
+    cross = model.others.get("cross")
+    read = last if cross is None else cross.anatomy.blocks[0].projections[-1]
+    count = count_module_tokens(model, read, {**given, "decoder_input_ids": tokens.ids})
+    return tokens.with_inputs(given, encoder=Batch.grid(2, count, model.device))
 
 
 def build_image_prompts(model: LoadedModel, texts: Sequence[Sequence[int]]) -> Batch:

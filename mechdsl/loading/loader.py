@@ -205,8 +205,7 @@ def _load_reader(
     """Load the tokenizer, or the image processor."""
     if shape.patches is not None:
         return read_tower_inputs(folder, shape, model)
-    images = shape.takes == "image and text"
-    read = read_prompt_tokenizer if images else TextTokenizer.from_folder
+    read = read_prompt_tokenizer if shape.reads_images else TextTokenizer.from_folder
     tokenizer, found = read(folder, model.bos, span=model.span)
     return tokenizer and tokenizer.with_starts(shape.starts), found
 
@@ -269,7 +268,11 @@ def adopt_model(
         return None, found
     if (unstarted := check_starts(shape, name, span)) is not None:
         return None, [unstarted]
-    if text is None and shape.takes == "image and text" and texts is not None:
+    if shape.reads_images and isinstance(tokenizer, tuple):
+        reason = "it was passed with an image processor and a tokenizer"
+        hint = "pass the processor of transformers that contains both, such as `TrOCRProcessor`"
+        return None, [NoTokenizer(span=span, model=name, reason=reason, hint=hint)]
+    if text is None and shape.reads_images and texts is not None:
         chat = getattr(tokenizer, "chat_template", None)
         text, found = _adopt_tokenizer(name, texts, bos, span, ImagePromptTokenizer, chat)
         if isinstance(text, ImagePromptTokenizer):

@@ -25,7 +25,7 @@ from mechdsl.forward.hooks.model import (
 )
 from mechdsl.loading.bench import (
     PROMPT_LENGTHS,
-    add_sounds,
+    add_encoded,
     build_image_inputs,
     build_image_prompts,
     build_text_sample,
@@ -192,8 +192,8 @@ def build_sample(model: LoadedModel) -> Batch:
                 draw_prompts(model, _ENCODER_LENGTHS, seed=1), model.pad_id, "right", device
             )
             return tokens.with_inputs({}, encoder=source)
-        case "audio":
-            return add_sounds(model, tokens)
+        case "audio" | "image to text":
+            return add_encoded(model, tokens)
         case "image and text" if "vision" in model.others:
             return build_image_prompts(model, draw_prompts(model, _IMAGE_PROMPT_LENGTHS, seed=0))
         case _:
@@ -537,7 +537,7 @@ def _probe_block_output(model: LoadedModel) -> CallConvention:
 
     block = model.module.get_submodule(model.anatomy.blocks[0].path)
     takes = model.shape.takes
-    batch = build_sample(model) if takes in ("two texts", "audio") else None
+    batch = build_sample(model) if model.shape.has_encoder else None
     handle = block.register_forward_hook(look)
     try:
         if takes == "image":

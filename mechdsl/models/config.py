@@ -329,7 +329,7 @@ def shape_from_config(
     if takes == "image":
         text = subconfig(config, "vision_config")
     shape, found = _shape(text, config, names, takes, model=model, span=span)
-    if shape is not None and takes == "two texts":
+    if shape is not None and shape.encodes_apart:
         shape = _with_stacks(shape, config)
     if shape is not None and takes == "image and text":
         shape = _with_vision(shape, config)
@@ -360,7 +360,9 @@ def limit_sites(shape: ModelShape, stack: str) -> ModelShape:
 def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     """Add the stacks of an encoder-decoder, and the tokens that its decoder begins with."""
     found = _other_stacks(shape, config, ("encoder", "cross"))
-    starts = [config.get(key) for key in ("decoder_start_token_id", "forced_bos_token_id")]
+    own = subconfig(config, "decoder")
+    keys = ("decoder_start_token_id", "forced_bos_token_id")
+    starts = [config.get(key, own.get(key)) for key in keys]
     known = tuple(each for each in starts if isinstance(each, int))
     first = known if isinstance(starts[0], int) else None
     return replace(shape, causal=True, others=found, starts=first)
@@ -378,7 +380,7 @@ _STACK_SITES: Mapping[str, tuple[str, ...]] = {
 
 def check_starts(shape: ModelShape, model: str, span: Span | None) -> Diagnostic | None:
     """Return E0408 for an encoder-decoder whose decoder has no known first token."""
-    if shape.takes != "two texts" or shape.starts is not None:
+    if not shape.encodes_apart or shape.starts is not None:
         return None
     what, keys = "first token of the decoder", "`decoder_start_token_id`"
     return ShapeUnknown(span=span, model=model, what=what, keys=keys)
@@ -460,8 +462,11 @@ def _encoder_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
 def _takes(config: Mapping[str, Any], names: list[str]) -> ModelInput:
     decodes = any(name.endswith("ForCausalLM") for name in names)
     if config.get("is_encoder_decoder") and not decodes:
-        sounds = find_family(str(config.get("model_type"))).sound(config)
-        return "audio" if sounds else "two texts"
+        kind = str(config.get("model_type"))
+        if find_family(kind).sound(config):
+            return "audio"
+        entry = IMAGE_LAYOUTS.get(kind)
+        return "image to text" if entry is not None and entry.encodes else "two texts"
     if decodes:
         return "text"
     images = isinstance(config.get("vision_config"), Mapping)
@@ -677,8 +682,7 @@ def read_shape(
         config = add_generation_defaults(config, generation or {})
     shape, found = shape_of_folder_config(config, model=model, span=span)
     if shape is not None and (
-        shape.takes not in ("text", "image and text", "image", "two texts")
-        or (shape.takes == "image" and shape.patches is None)
+        shape.takes == "audio" or (shape.takes == "image" and shape.patches is None)
     ):
         return None, [NotATextModel(span=span, model=model, architecture=shape.architecture)]
     if shape is not None and (unstarted := check_starts(shape, model, span)) is not None:

@@ -239,7 +239,7 @@ class _Finder:
             case "encoder":
                 return "encoder" in path
             case _:
-                if self.shape.takes in ("two texts", "audio"):
+                if self.shape.has_encoder:
                     return "decoder" in path
                 return not vision or self.shape.takes == "image"
 
@@ -270,7 +270,7 @@ class _Finder:
     def _embedding(self) -> str | None:
         if self.shape.takes == "image" and not self.stack:
             return None
-        if self.stack or self.shape.takes in ("two texts", "audio"):
+        if self.stack or self.shape.has_encoder:
             own = [p for p in self.modules if last_name(p) == "embed_tokens" and self._is_ours(p)]
             return own[0] if own else None
         getter = getattr(self.modules.get(""), "get_input_embeddings", None)
@@ -336,7 +336,9 @@ class _Finder:
             taps["embed"] = HookPoint(merged, "in", TensorLayout.whole(shape.d_model))
         elif embedding is not None:
             taps["embed"] = HookPoint(embedding, "out", TensorLayout.whole(width))
-        elif self.stack in ("", "vision") and (of_images := self._embeddings_of_images()):
+        elif (not self.stack or shape.takes == "image") and (
+            of_images := self._embeddings_of_images()
+        ):
             made, patches = of_images
             taps["embed"] = HookPoint(
                 made, "out", TensorLayout.whole(shape.d_model), patches=patches
@@ -401,10 +403,7 @@ def _common(path: str, other: str) -> int:
 
 def stack_names(shape: ModelShape) -> Iterator[str]:
     """Yield the names of the stacks other than the main one."""
-    match shape.takes:
-        case "two texts" | "audio":
-            yield from ("encoder", "cross")
-        case "image and text":
-            yield "vision"
-        case _:
-            return
+    if shape.has_encoder:
+        yield from ("encoder", "cross")
+    elif shape.takes == "image and text":
+        yield "vision"

@@ -97,8 +97,9 @@ def output_position(names: Sequence[str], *, encodes: bool) -> OutputPosition:
     return "first token" if encodes else "last token"
 
 
-ModelInput = Literal["text", "image", "audio", "two texts", "image and text"]
-"""The type of a model's input; `two texts` is an encoder's and a decoder's."""
+ModelInput = Literal["text", "image", "audio", "two texts", "image to text", "image and text"]
+"""The type of a model's input; `two texts` is an encoder's and a decoder's, and of `image to text`,
+the encoder reads an image."""
 
 
 @record
@@ -178,7 +179,17 @@ class ModelShape(Record):
     @property
     def encodes_apart(self) -> bool:
         """Whether an encoder reads the prompt, and a decoder writes the answer."""
-        return self.takes == "two texts"
+        return self.takes in ("two texts", "image to text")
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether prompts may contain images."""
+        return self.takes in ("image and text", "image to text")
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether a decoder attends to an encoder, whatever it reads."""
+        return self.encodes_apart or self.takes == "audio"
 
     @property
     def depth(self) -> int:

@@ -49,7 +49,8 @@ def token_conventions(
     before = "the prompt"
     if tokenizer.starts:
         before = " ".join(quote(tokenizer.token_text(each)) for each in tokenizer.starts)
-        out["decoder"] = f"begins with {before}; the encoder reads the prompt"
+        read = "image" if any(row.pictures for row in rows[:1]) else "prompt"
+        out["decoder"] = f"begins with {before}; the encoder reads the {read}"
         before = "the reply" if table.replies_of else f"{before} in the decoder"
     for name in rows[0].texts if rows else ():
         lengths = sorted({len(row.texts[name].ids) for row in rows})

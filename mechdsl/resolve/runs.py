@@ -335,7 +335,7 @@ def _check_model(generation: Generation, work: ExperimentContext) -> Iterator[Di
 
 def _explain_no_text(shape: ModelShape) -> str | None:
     """Explain why a model generates no text after a prompt; None if it does."""
-    if shape.takes not in ("text", "image and text", "two texts"):
+    if shape.takes in ("image", "audio"):
         return "which takes more than a text"
     if shape.task != "tokens" or "logits" not in shape.sites:
         return "which predicts no tokens"

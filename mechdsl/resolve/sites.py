@@ -1295,6 +1295,9 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
             if word.id == "text":
                 hint = "remove `text`: rules act in the language model"
             problem = replace(problem, later=hint)
+        elif word.id == "vision" and context.shape.takes == "image to text":
+            hint = "write `encoder`, the stack of this model that reads the image"
+            problem = replace(problem, later=hint)
         context.diagnostics.append(problem)
     return False
 

@@ -63,7 +63,9 @@ of `smolvlm` also needs num2words. `video_layout` returns the positions of the f
 `video_llava`, `llava_onevision` and the Qwen models.
 
 Prompts of files contain images of all of these types, except `mllama`
-([E0459](errors/E0459.md)). Some models do more with images than read their vectors:
+([E0459](errors/E0459.md)); those of `vision-encoder-decoder` contain nothing else
+([load-models.md](load-models.md#experiment-on-the-reader-of-an-image)).
+Some models do more with images than read their vectors:
 
 - Position ids of image tokens are rows and columns in `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl`.
   mechdsl puts the start and end tokens of these models around each image, so a template contains

@@ -3027,6 +3027,17 @@ _in_prompt(
     "corrupt hidden { mask photo }",
     test="test_vision_encoder.py",
 )
+_in_prompt(
+    "image of an encoder-decoder",
+    "patch resid_post encoder layer 4 at photo row 2 col 3 token",
+    "TrOCR's encoder reads one image, without text, and its decoder writes the answer, so the "
+    'template is `"{photo}"`. At sites of `encoder`, and at `k cross` and `v cross`, positions are '
+    "patches; other sites are those of the decoder. Rules, `generate` and edges are those of other "
+    "encoder-decoders.",
+    context='image photo = shapes(n: 1, kind: "circle") template "{photo}" '
+    "corrupt hidden { mask photo }",
+    test="test_encoded_images.py",
+)
 _in_image(
     "a patch",
     "image row 3 col 4 token",

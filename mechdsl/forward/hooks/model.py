@@ -403,6 +403,17 @@ def split_vision(
     return [*embedded, *outside], [read for read in reads if read not in found], found
 
 
+IMAGE_PIXELS: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
+"""By model whose encoder reads images, the pixels [channels, height, width] of each known image, by
+its first token; on the host."""
+
+
+def _find_pixels(model: LoadedModel, ids: Tensor) -> Tensor:
+    """Return [B, channels, height, width] of the images whose tokens [B, T] an encoder reads."""
+    known = IMAGE_PIXELS[model.module]
+    return torch.stack([known[token] for token in ids[:, 0].tolist()]).to(model.device)
+
+
 ENCODED = "encoder_outputs"
 """Input of a batch [B, T of the encoder, d_model]: the vectors that an encoder computed before. The
 encoder then doesn't run."""
@@ -414,14 +425,17 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
     match model.shape.takes:
         case "image":
             return dict(batch.extra)
-        case "two texts" | "audio":
-            given = dict(batch.extra)
+        case "two texts" | "audio" | "image to text":
+            given: dict[str, Any] = dict(batch.extra)
+            encoder = batch.of_stack("encoder")
+            if ENCODED in given:
+                given = {ENCODED: BaseModelOutput(given[ENCODED])}
+            elif model.shape.takes == "two texts":
+                given = {"input_ids": encoder.ids}
+            elif not given:
+                given = {"pixel_values": _find_pixels(model, encoder.ids)}
             if model.shape.takes == "two texts":
-                encoder = batch.of_stack("encoder")
-                given = {"input_ids": encoder.ids, "attention_mask": encoder.mask}
-                if ENCODED in batch.extra:
-                    encoded = BaseModelOutput(batch.extra[ENCODED])
-                    given = {ENCODED: encoded, "attention_mask": encoder.mask}
+                given["attention_mask"] = encoder.mask
             return given | {"decoder_input_ids": ids, "decoder_attention_mask": mask}
         case _:
             plain = not batch.extra or model.calling.places_images

@@ -421,6 +421,8 @@ def check_cross_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
     layers = [n for n in bench.with_sites("v") if blocks[n].taps["v"].path in blocks[n].projections]
     if normed is None or not layers:
         return
+    if normed.shape[-1] != bench.module(blocks[layers[0]].taps["v"].path).in_features:
+        normed = bench.module("enc_to_dec_proj")(normed)  # of the library's pairs of models
 
     def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
         for layer in layers:
@@ -682,7 +684,7 @@ def check_packed_rows(bench: CheckBench) -> Iterator[CheckOutcome]:
     Their values differ from the model's own, so that wrongly reused activations show.
     """
     try:
-        encodes = bench.model.shape.takes in ("two texts", "audio")
+        encodes = bench.model.shape.has_encoder
         if encodes and "cross" not in bench.model.others:
             raise CannotPack(
                 "its decoder attends to its own and the encoder's tokens in one operation"
@@ -703,7 +705,7 @@ def retry_with_one_prompt(
     Returns:
         The changed model and the outcome; None if there is no alternative or it fails too.
     """
-    encodes = model.shape.takes in ("two texts", "audio")
+    encodes = model.shape.has_encoder
     if model.calling.packs == "one prompt" or encodes or model.anatomy.whole:
         return None
     given = build_text_sample(model) if has_images(given) else given

@@ -46,7 +46,7 @@ def is_token_stack(bench: CheckBench) -> bool:
     if bench.model.shape.takes in ("text", "image and text"):
         return not bench.stack
     return bench.model.shape.takes == "two texts" or (
-        bench.model.shape.takes == "audio" and not bench.stack
+        bench.model.shape.has_encoder and not bench.stack
     )
 
 
@@ -58,12 +58,12 @@ def run_on_tokens(
 ) -> dict[SiteRead, Tensor]:
     """Read sites while the stack, and the stack that it attends to, sees these tokens."""
     model, takes = bench.model, bench.model.shape.takes
-    right = takes in ("two texts", "audio")
+    right = model.shape.has_encoder
     batch = Batch.of(rows, model.pad_id, "right" if right else "left", model.device)
     match takes:
         case "two texts":
             batch = batch.with_inputs({}, encoder=batch)
-        case "audio":
+        case "audio" | "image to text":
             heard = bench.batch.take(torch.zeros(len(rows), dtype=torch.long))
             batch = batch.with_inputs(heard.extra, **heard.frames)
         case _:

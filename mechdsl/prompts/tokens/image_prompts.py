@@ -112,7 +112,10 @@ class ImagePromptTokenizer(TextTokenizer):
 
     @cached_property
     def image_id(self) -> int:
-        """The token in whose place the model puts a vector of an image."""
+        """The token in whose place the model puts a vector of an image; of a model whose encoder
+        reads images, which has none, the token for unknown text."""
+        if self.layout.encodes:
+            return self.unknown_id or 0
         number = getattr(self._read[1], "image_token_id", None)
         if not isinstance(number, int):
             raise UnsupportedProcessor("the model's config names no image token")
@@ -167,6 +170,8 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def prefix_conventions(self) -> dict[str, str]:
         """Describe how a model reads whole prompts with images, if it isn't like texts."""
+        if self.layout.encodes:
+            return {"bos": "none: the encoder reads only the image, its class token before patches"}
         out: dict[str, str] = {}
         if self.bos_after_images is not None and not self.written:
             bos = quote(self.token_text(self.bos_after_images))
@@ -217,6 +222,9 @@ class ImagePromptTokenizer(TextTokenizer):
     def _expand(self, size: tuple[int, int]) -> ImageExpansion:
         from PIL import Image
 
+        if self.layout.encodes:
+            [layout] = image_layout(*self._read, {}, [size])
+            return ImageExpansion((self.image_id,) * layout.end, (True,) * layout.end, layout)
         image, text = Image.new("RGB", (size[1], size[0])), self.image_text
         ids: list[int] = []
         given: dict[str, Any] = {}
@@ -284,6 +292,8 @@ class ImagePromptTokenizer(TextTokenizer):
         markers = [list(MARKER.finditer(text)) for text in texts]
         if not any(markers):
             return super()._raw(texts, add_special)
+        if self.layout.encodes:
+            return [self._encoded(text, found) for text, found in zip(texts, markers, strict=True)]
         moved = self.bos_after_images if add_special else None
         if moved is not None and not all(markers):
             return [self._raw([text], add_special)[0] for text in texts]
@@ -297,8 +307,23 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def _with_bos(self, encoded: EncodedText) -> EncodedText:
         has_image = any(token >= IMAGE_TOKEN for token in encoded.ids)
-        moved = has_image and self.bos_after_images is not None
-        return encoded if moved else super()._with_bos(encoded)
+        without = self.layout.encodes or self.bos_after_images is not None
+        return encoded if has_image and without else super()._with_bos(encoded)
+
+    def _encoded(self, text: str, markers: Sequence[Match[str]]) -> EncodedText:
+        """Return what an encoder of images reads: the tokens of the only image.
+
+        Raises:
+            UnsupportedProcessor: The text contains anything else.
+        """
+        if len(markers) != 1 or markers[0][0] != text:
+            unfit = UnsupportedProcessor("the encoder reads one image, without any text")
+            unfit.hint = 'write only the image in the template: `template "{photo}"`'
+            raise unfit
+        [marker] = markers
+        expansion = self.expansion((int(marker["height"]), int(marker["width"])))
+        ids = tuple(self.vector_tokens(marker[0], expansion))
+        return EncodedText(ids, (marker.span(),) * len(ids), (False,) * len(ids))
 
     def _expanded(
         self, encoded: EncodedText, markers: Sequence[Match[str]], bos: int | None = None
@@ -342,6 +367,8 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def token_text(self, token: int) -> str:
         """Return a readable token: decoded, special tokens by name."""
+        if token >= IMAGE_TOKEN and self.layout.encodes:
+            return "<image>"
         return super().token_text(token if token < IMAGE_TOKEN else self.image_id)
 
     def decode(self, ids: Sequence[int]) -> str:

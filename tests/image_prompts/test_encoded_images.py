@@ -1,0 +1,447 @@
+"""Encoder-decoders whose encoder reads an image, such as TrOCR, against plain hooks on the bare
+model with the pixels of its own image processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    TrOCRProcessor,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
+from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
+
+from ..execute.encoder_decoders import Place, Write, changed, zeroed
+from ..execute.support import MODES, run_on
+from ..run_source import run_source
+from ..shared_models import unchanged
+from . import models
+from .support import RECORDS, experiment, succeeded, write_data
+
+SIZE = {"height": 16, "width": 24}
+ENCODER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": [16, 24],
+    "patch_size": 8,
+}
+DECODER: dict[str, Any] = {
+    "vocab_size": models.VOCABULARY,
+    "d_model": 20,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 28,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vit": (ViTImageProcessorPil(size=SIZE), {}),  # a map from the encoder to the decoder's width
+    "deit": (
+        DeiTImageProcessorPil(size={"height": 18, "width": 26}, crop_size=SIZE),
+        {"cross_attention_hidden_size": 16},
+    ),
+    "beit": (
+        BeitImageProcessorPil(size=SIZE, do_center_crop=False),
+        {"cross_attention_hidden_size": 16, "use_learned_position_embeddings": False},
+    ),
+}
+"""By type of the encoder, the image processor and further settings of the decoder."""
+FRONT = {"vit": 1, "deit": 2, "beit": 1}
+ROWS, COLS, HEADS, LAYERS = 2, 3, 4, 3
+START = 2
+BLOCK = """
+prompts ask {
+  rows "data.jsonl"
+  image photo = "{file}"
+  template "{photo}"
+  answer " {n}"
+  wrong " {m}"
+  corrupt changed { file = other }
+}
+"""
+
+
+@cache
+def folder() -> Path:
+    """The images and records, and the models of `FAMILIES` with their processors."""
+    from tempfile import mkdtemp
+
+    made = Path(mkdtemp(prefix="mechdsl-encoded-"))
+    write_data(made)
+    return made
+
+
+@cache
+def processor(name: str) -> TrOCRProcessor:
+    return TrOCRProcessor(FAMILIES[name][0], models.tokenizer())
+
+
+@cache
+def bare(name: str) -> Any:
+    encoder = AutoConfig.for_model(name, **ENCODER)
+    decoder = AutoConfig.for_model("trocr", **DECODER, **FAMILIES[name][1])
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    torch.manual_seed(0)
+    made: Any = VisionEncoderDecoderModel(config)
+    with torch.no_grad():
+        for path, weight in made.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 2 if "output_projection" in path else 0.3)
+    return unchanged(made.eval())
+
+
+@cache
+def loaded(name: str) -> LoadedModel:
+    model, found = adopt_model("m", bare(name), processor(name))
+    assert model is not None, found
+    return model
+
+
+@cache
+def pixels(name: str, image: int) -> Tensor:
+    picture = Image.open(folder() / f"{image}.png").convert("RGB")
+    return FAMILIES[name][0](picture, return_tensors="pt")["pixel_values"]
+
+
+@torch.no_grad()
+def outputs(
+    name: str, image: int, writes: Iterable[Write] = (), text: Sequence[int] = (), **more: Any
+) -> Any:
+    with changed(bare(name), writes):
+        ids = torch.tensor([[START, *text]])
+        given = {"decoder_input_ids": ids, "pixel_values": pixels(name, image)}
+        return bare(name)(**given, use_cache=False, **more)
+
+
+def token(word: str) -> int:
+    return models.tokenizer().get_vocab()[word]
+
+
+def difference(name: str, n: int, image: int, writes: Iterable[Write] = ()) -> float:
+    logits = outputs(name, image, writes).logits[0, -1]
+    answer, wrong = (token(str(RECORDS[n][key])) for key in ("n", "m"))
+    return float(logits[answer] - logits[wrong])
+
+
+def other(n: int) -> int:
+    return (n + 1) % len(RECORDS)
+
+
+def place(site: str, layer: int, head: int | None = None) -> Place:
+    """The module of a site; heads of the encoder and the decoder have different widths."""
+    component, _, stack = site.partition(" ")
+    block = f"{'encoder' if stack == 'encoder' else 'decoder.model.decoder'}.layers.{layer}"
+    attention = {"encoder": "attention", "cross": "encoder_attn", "": "self_attn"}[stack]
+    if component in ("resid_post", "resid_pre"):
+        return Place(block, of_input=component == "resid_pre")
+    if component == "mlp_out":
+        return Place(f"{block}.mlp" if stack == "encoder" else f"{block}.fc2")
+    if component == "z":
+        output = "o_proj" if stack == "encoder" else "out_proj"
+        return Place(f"{block}.{attention}.{output}", of_input=True, head=head)
+    names = {"attn_out": "", "v": ".v_proj", "k": ".k_proj"}
+    return Place(f"{block}.{attention}{names[component]}", head=head)
+
+
+def read(name: str, image: int, own: Place) -> Tensor:
+    found: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value.clone())
+        return value
+
+    tokens = range(1 if "decoder" in own.path and "encoder_attn" not in own.path else COUNT[name])
+    outputs(name, image, [(own, list(tokens), keep)])
+    return found[0]
+
+
+COUNT = {name: front + ROWS * COLS for name, front in FRONT.items()}
+"""Number of tokens of the encoder."""
+
+
+def patch(name: str, row: int, col: int) -> int:
+    return FRONT[name] + COLS * (row - 1) + col - 1
+
+
+def patches(name: str) -> list[int]:
+    return [patch(name, row, col) for row in (1, 2) for col in (1, 2, 3)]
+
+
+def copied(name: str, n: int, own: Place, tokens: Sequence[int]) -> Write:
+    vectors = read(name, n, own)[list(tokens)]
+    return own, tokens, lambda _: vectors
+
+
+def by_head(name: str, n: int, site: str, layer: int, head: int, tokens: Sequence[int]) -> Write:
+    """Copy one head; a place of the encoder has all its heads side by side."""
+    own, width = place(site, layer), {"cross": 5, "encoder": 8}[site.partition(" ")[2]]
+    columns = slice(head * width, (head + 1) * width)
+    clean = read(name, n, own)[list(tokens), columns]
+
+    def change(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, columns] = clean
+        return value
+
+    return own, tokens, change
+
+
+def in_order(name: str, n: int) -> list[list[Write]]:
+    """The writes of each cell of the rules of `RULES`, one rule after another."""
+    one, every = [patch(name, 1, 2)], patches(name)
+    second = [patch(name, 2, 1), patch(name, 2, 2), patch(name, 2, 3)]
+    doubled = place("mlp_out encoder", 0), one, lambda value: 2 * value
+    return [
+        *([copied(name, n, place("resid_post encoder", layer), one)] for layer in range(2)),
+        *([zeroed(place("attn_out encoder", layer), second)] for layer in range(2)),
+        *([by_head(name, n, "z encoder", 0, head, every)] for head in range(2)),
+        *(
+            [by_head(name, n, "v cross", layer, head, every)]
+            for layer in range(LAYERS)
+            for head in range(HEADS)
+        ),
+        [zeroed(place("attn_out cross", 1), [0])],
+        [copied(name, n, place("resid_post", 0), [0])],
+        [doubled, copied(name, n, place("k cross", 2), one)],
+    ]
+
+
+RULES = (
+    "patch resid_post encoder layer * at photo row 1 col 2 token",
+    "ablate attn_out encoder layer * at photo row 2 col * tokens with zero",
+    "patch z encoder layer 0 head * at photo tokens",
+    "patch v cross layer * head * at photo tokens",
+    "ablate attn_out cross layer 1 at last token with zero",
+    "patch resid_post layer 0 at last token",
+    "scale mlp_out encoder layer 0 at photo row 1 col 2 token by 2\n"
+    "  patch k cross layer 2 heads * at photo row 1 col 2 token",
+)
+
+
+def try_text(
+    text: str, model: LoadedModel, mode: str = "planned", block: str = BLOCK
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    whole = f'mech 1\nmodel m = local("handed over")\n{block}\n{text}'
+    return run_on(Source(whole, folder() / "file.mech"), {"m": model}, MODES[mode])
+
+
+def run_text(
+    text: str, name: str, mode: str = "planned", block: str = BLOCK
+) -> list[ExperimentResult]:
+    return [*succeeded(*try_text(text, loaded(name), mode, block)).values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "planned") for name in FAMILIES), ("vit", "small passes")]
+)
+def test_rules_equal_hooks_on_the_bare_model(name: str, mode: str) -> None:
+    text = "".join(
+        experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(RULES)
+    )
+    found = run_text(text, name, mode)
+    patched = np.concatenate([each.measures[0].patched for each in found])
+    everything = [in_order(name, n) for n in range(len(RECORDS))]
+    base = [difference(name, n, other(n)) for n in range(len(RECORDS))]
+    expected = [
+        [difference(name, n, other(n), writes) for n, writes in enumerate(cell)]
+        for cell in zip(*everything, strict=True)
+    ]
+    np.testing.assert_allclose(found[0].measures[0].base[0], base, atol=1e-4)
+    np.testing.assert_allclose(patched, expected, atol=2e-4)
+    first = 0
+    for each, rule in zip(found, RULES, strict=True):
+        own = np.array(expected[first : first + len(each.cells)]) - base
+        first += len(each.cells)
+        assert np.abs(own).max() > 0.1, rule
+
+
+def test_replies_and_long_answers_equal_hooks_on_the_bare_model() -> None:
+    """In two experiments, with answers of two tokens and of one."""
+    rule = "ablate resid_post encoder layer 0 at photo row 1 col * tokens with zero"
+    block = BLOCK.replace(
+        'answer " {n}"', 'shown = if n < 3 then "circle" else "red dots"\n  answer " {shown}"'
+    ).replace('  wrong " {m}"\n', "")
+    written = experiment("r", "generate 4", rule, measure='measure matches("1|2|3") as raw')
+    summed = experiment("s", rule, measure="measure logprob(answer) as delta")
+    lengths = set[int]()
+    for name in FAMILIES:
+        writes = [
+            zeroed(place("resid_post encoder", 0), [patch(name, 1, col) for col in (1, 2, 3)])
+        ]
+        replies, sums = run_text(written + summed, name, block=block)
+        assert replies.replies is not None
+        for n in range(len(RECORDS)):
+            [reply], [cell] = replies.replies.runs["clean"][n], replies.replies.cells[0][n]
+            assert list(reply.ids) == replied(name, n, ())
+            assert list(cell.ids) == replied(name, n, writes)
+            lengths |= {len(reply.ids), len(cell.ids)}
+            words = ["circle"] if n < 2 else ["red", "dots"]
+            ids = [token(word) for word in words]
+            logits = outputs(name, n, writes, ids[:-1]).logits[0].log_softmax(-1)
+            total = sum(float(logits[at, each]) for at, each in enumerate(ids))
+            np.testing.assert_allclose(sums.measures[0].patched[0, n], total, atol=2e-4)
+        assert np.abs(sums.measures[0].patched - sums.measures[0].base).max() > 0.1
+    assert max(lengths) > 1
+
+
+def replied(name: str, n: int, writes: Iterable[Write]) -> list[int]:
+    """The most likely tokens before the end of the text, whose token is the first one's."""
+    found: list[int] = []
+    for _ in range(4):
+        best = int(outputs(name, n, writes, found).logits[0, -1].argmax())
+        if best == START:
+            break
+        found.append(best)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_observed_and_blocked_attention_equal_the_models_own(name: str) -> None:
+    to = "from last token to photo row 2 col * tokens"
+    inside = "from photo row 1 col 1 token to photo row 2 col * tokens"
+    lines = (
+        f"observe attention cross layer * head * {to}",
+        f"observe attention encoder layer * head * {inside}",
+        f"block attention cross layer 1 heads * {to}",
+    )
+    text = experiment("c", lines[0], measure="") + experiment("i", lines[1], measure="")
+    cross, encoder, blocked = run_text(text + experiment("b", lines[2]), name)
+    keys = [patch(name, 2, col) for col in (1, 2, 3)]
+    bare(name).encoder.set_attn_implementation("eager")
+    try:
+        for n in range(len(RECORDS)):
+            seen = outputs(name, n, output_attentions=True)
+            weights = torch.cat([each[0, :, -1, keys].sum(-1) for each in seen.cross_attentions])
+            np.testing.assert_allclose(cross.measures[0].patched[:, n], weights, atol=1e-5)
+            inner = [each[0, :, patch(name, 1, 1), keys] for each in seen.encoder_attentions]
+            np.testing.assert_allclose(
+                encoder.measures[0].patched[:, n], torch.cat(inner).sum(-1), atol=1e-5
+            )
+            value = difference_without(name, n, keys)
+            np.testing.assert_allclose(blocked.measures[0].patched[0, n], value, atol=2e-4)
+    finally:
+        bare(name).encoder.set_attn_implementation("sdpa")
+
+
+def difference_without(name: str, n: int, keys: Sequence[int]) -> float:
+    """The measure while cross attention of the middle layer doesn't see some patches."""
+
+    def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = torch.zeros(1, 1, 1, COUNT[name])
+        mask[..., list(keys)] = torch.finfo(torch.float32).min
+        return args, {**kwargs, "attention_mask": mask}
+
+    attention = bare(name).get_submodule("decoder.model.decoder.layers.1.encoder_attn")
+    with ExitStack() as stack:
+        handle = attention.register_forward_pre_hook(hide, with_kwargs=True)
+        stack.callback(handle.remove)
+        return difference(name, n, n)
+
+
+def test_folder_gives_the_values_of_the_model(tmp_path: Path) -> None:
+    bare("vit").save_pretrained(tmp_path / "model")
+    processor("vit").save_pretrained(tmp_path / "model")
+    write_data(tmp_path)
+    text = experiment("e", "from clean into changed", RULES[0])
+    [expected] = run_text(text, "vit")
+    whole = f'mech 1\nmodel m = local("model")\n{BLOCK}\n{text}'
+    found = succeeded(*run_source(Source(whole, tmp_path / "file.mech")))["e"]
+    np.testing.assert_allclose(found.measures[0].patched, expected.measures[0].patched, atol=1e-6)
+
+
+ZERO = "ablate resid_post encoder layer 0 at photo tokens with zero"
+ERRORS = {
+    (ZERO, 'template "{photo}"', 'template "a {photo}"'): "E0459",
+    (ZERO, 'template "{photo}"', 'image more = "{other}"\n  template "{photo} {more}"'): "E0459",
+    ("ablate resid_post layer 0 at photo row 1 col 1 token with zero", "", ""): "E0316",
+    ("patch z cross layer 0 head 0 at photo tokens", "", ""): "E0316",
+    ("patch resid_post vision layer 0 at last token", "", ""): "E0108",
+    ("patch resid_post encoder layer 0 at photo row 3 col 1 token", "", ""): "E0310",
+    ("patch resid_post encoder layer 0 at photo tokens\n  using atp", "", ""): "E0108",
+}
+
+
+@pytest.mark.parametrize(("case", "code"), ERRORS.items())
+def test_invalid_file_reports_the_code_before_anything_runs(
+    case: tuple[str, str, str], code: str
+) -> None:
+    line, old, new = case
+    text = experiment("e", "from clean into changed", line)
+    _, found = try_text(text, loaded("vit"), block=BLOCK.replace(old, new))
+    assert [each.code for each in found if each.severity == "error"] == [code]
+
+
+def test_block_without_an_image_reports_e0455() -> None:
+    block = 'prompts ask {\n  x in ["1", "2"]\n  template "{x}"\n  answer " 3"\n  wrong " 4"\n}\n'
+    text = experiment("e", "ablate mlp_out layer 0 at last token with zero")
+    _, found = try_text(text, loaded("vit"), block=block)
+    assert [each.code for each in found if each.severity == "error"] == ["E0455"]
+
+
+def test_processor_of_another_size_reports_e0459() -> None:
+    own = TrOCRProcessor(ViTImageProcessorPil(size={"height": 8, "width": 8}), models.tokenizer())
+    model, found = adopt_model("m", bare("vit"), own)
+    assert model is not None, found
+    _, found = try_text(experiment("e", ZERO), model)
+    assert [each.code for each in found if each.severity == "error"] == ["E0459"]
+
+
+def test_processor_and_tokenizer_in_a_pair_report_e0412() -> None:
+    pair = FAMILIES["vit"][0], models.tokenizer()
+    assert [each.code for each in adopt_model("m", bare("vit"), pair)[1]] == ["E0412"]
+
+
+def test_decoder_with_joint_maps_of_cross_attention_reports_e0410() -> None:
+    """GPT-2's cross attention has one map for keys and values."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    decoder = AutoConfig.for_model(
+        "gpt2", vocab_size=models.VOCABULARY, bos_token_id=1, eos_token_id=2, **sizes
+    )
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        AutoConfig.for_model("vit", **ENCODER), decoder
+    )
+    made: Any = VisionEncoderDecoderModel(config)
+    made.config.decoder_start_token_id = START
+    model, found = adopt_model("m", made.eval(), processor("vit"))
+    assert model is None
+    assert [each.code for each in found] == ["E0410"]
+
+
+def test_conventions_say_what_the_encoder_reads() -> None:
+    [found] = run_text(experiment("e", ZERO), "vit")
+    said = found.conventions
+    assert said["bos"].startswith("none: the encoder reads only the image")
+    assert said["decoder"] == "begins with `</s>`; the encoder reads the image"
+
+
+def test_settings_of_the_processor_change_the_keys_of_images() -> None:
+    reader = loaded("vit").tokenizer
+    assert isinstance(reader, ImagePromptTokenizer)
+    images = ViTImageProcessorPil(size=SIZE, image_mean=[0.1, 0.2, 0.3])
+    other = TrOCRProcessor(images, models.tokenizer())
+    assert reader.with_processor(other, bare("vit").config).hash != reader.hash
