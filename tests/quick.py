@@ -34,11 +34,11 @@ def in_turn(
 
 
 FEW = 2
-"""Model families of a test that `make test` takes."""
+"""Model families of a test with further parameters that `make test` takes; of any other, one."""
 PRODUCT = 6
 """Tests from which on a product of parameters without a family is thinned."""
 _FIRST = ("llama", "gpt2", "gpt_neox", "gemma2", "gpt_oss", "t5", "bart")
-"""Families that differ most; in each file another one is taken first."""
+"""Families that differ most; each file takes another one first, and each test that has only one."""
 _EXEMPT = ("tests/reference/",)
 """Tests of the reference, which all others depend on."""
 _FAMILY = ("family", "name", "model")
@@ -54,8 +54,8 @@ Value = tuple[str, str]
 def thin_out(items: Sequence[pytest.Item], families: Collection[str]) -> None:
     """Mark tests slow that repeat others on more families or in more combinations.
 
-    - A test function has at most `FEW` families, unless a further one alone has a value of another
-      parameter.
+    - A test function has one family if it has no other parameter. Otherwise it has at most `FEW`,
+      unless a further one alone has a value of another parameter.
     - In a product with families or modes, each value of a parameter has a test; families and modes
       take turns.
     - In any other product of at least `PRODUCT` tests, each pair of values of two parameters has a
@@ -100,7 +100,8 @@ def _few_families(tests: Sequence[pytest.Item], name: str) -> set[int]:
     for item in tests:
         by_family.setdefault(_parameters(item)[name], []).append(item)
     taken, covered = set[int](), set[Value]()
-    start = crc32(tests[0].nodeid.partition("::")[0].encode()) % len(_FIRST)
+    few = FEW if any(others.values()) else 1
+    start = crc32(tests[0].nodeid.partition("[" if few == 1 else "::")[0].encode()) % len(_FIRST)
     first = (*_FIRST[start:], *_FIRST[:start])
 
     def gain(family: str) -> tuple[int, int]:
@@ -108,7 +109,7 @@ def _few_families(tests: Sequence[pytest.Item], name: str) -> set[int]:
         kind = family.removesuffix(" writing")
         return len(new), -(first.index(kind) if kind in first else len(first))
 
-    for _ in range(min(FEW, len(by_family))):
+    for _ in range(min(few, len(by_family))):
         best = by_family.pop(max(by_family, key=gain))
         taken |= {id(item) for item in best}
         covered |= set[Value]().union(*(others[id(item)] for item in best))

@@ -67,6 +67,7 @@ def one(lines: list[dict[str, Any]], work: str, tool: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_small_version_runs_every_tool_in_bf16(lines: list[dict[str, Any]]) -> None:
     for tool in ("plain", "plain-batched", "mechdsl", "mechdsl-whole"):
         line = one(lines, "W2", tool)
@@ -79,6 +80,7 @@ def test_small_version_runs_every_tool_in_bf16(lines: list[dict[str, Any]]) -> N
         assert one(lines, "replies", tool)["passes"] >= 4
 
 
+@pytest.mark.slow
 def test_small_version_counts_where_mechdsl_waits(lines: list[dict[str, Any]]) -> None:
     bounds = (("W2", "mechdsl", 12), ("W2", "mechdsl-whole", 32), ("replies", "mechdsl", 12))
     for work, tool, most in bounds:
@@ -109,7 +111,7 @@ def test_time_ends_in_the_midst_of_any_phase(
     status: int,
 ) -> None:
     given(
-        monkeypatch, "--small", "--works", "W2", "replies", "--dtypes", "fp32", "--seconds", "0.5"
+        monkeypatch, "--small", "--works", "W2", "replies", "--dtypes", "fp32", "--seconds", "0.2"
     )
     monkeypatch.setattr(benchmarks.gpu, "_compared", lambda *_: AGREES)
     monkeypatch.setattr(benchmarks.gpu, unending, for_ever)

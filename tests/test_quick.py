@@ -46,6 +46,10 @@ def test_product_of_families_and_modes_keeps_two_families_and_each_mode() -> Non
     assert len(left) == len(MODES)
 
 
+def test_families_alone_keep_one() -> None:
+    assert len(thinned([Item([("family",)], family=each) for each in FAMILIES])) == 1
+
+
 def test_table_of_cases_keeps_each_case() -> None:
     """Also cases of equal values: the second and the third have those of others."""
     cases = [("patch", 1), ("patch", 2), ("zero", 1), ("zero", 2)]

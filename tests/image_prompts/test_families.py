@@ -28,6 +28,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from ..execute.support import MODES, run_on
 from ..families import build
 from ..images import prompts_of_images as vlm
+from ..quick import some
 from ..shared_models import unchanged
 from .reference import Bare, at, followed
 from .support import RECORDS, STATS, experiment, succeeded, write_data
@@ -308,7 +309,7 @@ def continued(name: str, n: int) -> float:
 
 
 @pytest.mark.parametrize("mode", ["planned", "plain", "padded on the right", "small passes"])
-@pytest.mark.parametrize("name", PLACED)
+@pytest.mark.parametrize("name", some(PLACED, ("qwen2_5_vl", "qwen3_vl", "paligemma")))
 def test_two_images_with_replies_and_long_answers_are_what_hooks_give(name: str, mode: str) -> None:
     """Texts after and between images of several sizes, in two experiments of one file."""
     rule = "patch resid_post layer 0 at two row 1 col 2 token"

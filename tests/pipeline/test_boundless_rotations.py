@@ -15,7 +15,6 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.fits.reports import RotationReport
 
 from ..execute.support import word_tokenizer
-from ..quick import some
 from ..rules.models import bare, double
 from .test_trained_rotations import (
     OTHER,
@@ -93,7 +92,8 @@ def trained_by_hand(start: Tensor, ids: list[int]) -> tuple[Tensor, float]:
     return values[0], float(values[1])
 
 
-@pytest.mark.parametrize("seed", some(range(3), [0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_the_size_of_a_planted_subspace_is_found(seed: int, tmp_path: Path) -> None:
     model, plane = planted()
     path = write_planted(tmp_path, seed, 2)

@@ -38,6 +38,7 @@ from .test_trained_rotations import (
     LOSS,
     MEASURE,
     OTHER,
+    check_keys,
     experiment,
     run,
     train,
@@ -339,15 +340,7 @@ def test_keys_have_everything_that_the_choice_depends_on(tmp_path: Path) -> None
     """A change of any of it asks for another training, with other probabilities; so does another
     dictionary at the same path, and other rows of a basis that is computed."""
     declared = sae(tmp_path)
-    (base,) = train(write(tmp_path, declared, fit(), PATCHES))
-    folders = {base.folder}
-    for name, change in CHANGES.items():
-        path = write(tmp_path, declared, fit(**change), PATCHES)
-        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
-            run(path)
-        (found,) = train(path)
-        assert found.folder not in folders, name
-        folders.add(found.folder)
+    base, folders = check_keys(tmp_path, lambda **own: declared + fit(**own), CHANGES, PATCHES)
     bases = [
         sae(tmp_path, scale=2.0),
         f"basis f = pca(p, dims: 3) at {SITE} at last token\n",
@@ -357,8 +350,6 @@ def test_keys_have_everything_that_the_choice_depends_on(tmp_path: Path) -> None
     ]
     for basis in bases:
         path = write(tmp_path, basis, fit(), PATCHES)
-        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
-            run(path)
         (found,) = train(path)
         assert found.folder not in folders, basis
         folders.add(found.folder)

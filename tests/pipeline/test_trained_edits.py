@@ -38,6 +38,7 @@ from .test_trained_rotations import (
     PLANTED,
     QUICK,
     SITE,
+    check_keys,
     experiment,
     orthonormal_by_hand,
     planted,
@@ -375,17 +376,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def test_keys_have_everything_that_the_edit_depends_on(tmp_path: Path) -> None:
     """A change of any of it asks for another training, with another edit."""
-    (base,) = train(write(tmp_path, fit(), ADD))
-    folders, first = {base.folder}, torch.cat([each.flatten() for each in weights(base)])
-    for name, change in CHANGES.items():
-        path = write(tmp_path, fit(**change), ADD)
-        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
-            run(path)
-        (found,) = train(path)
-        assert found.folder not in folders, name
-        folders.add(found.folder)
-        own = torch.cat([each.flatten() for each in weights(found)])
-        assert own.shape != first.shape or not torch.equal(own, first), name
+    check_keys(tmp_path, fit, CHANGES, ADD, lambda own: [each.tolist() for each in weights(own)])
 
 
 # --- mistakes -------------------------------------------------------------------------------------

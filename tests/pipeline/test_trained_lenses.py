@@ -33,6 +33,7 @@ from .test_streamed_trainings import COUNT, write_file
 from .test_trained_dictionaries import assert_same_results
 from .test_trained_rotations import (
     OTHER,
+    check_keys,
     checked,
     interrupt_training,
     models,
@@ -295,19 +296,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 def test_keys_have_everything_that_the_lens_depends_on(tmp_path: Path) -> None:
     """A change of any of it asks for another training, with other maps."""
     used = experiment(SEEN.replace("*", "1"))
-    (base,) = train(write(tmp_path, fit(), used))
-    folders, first = {base.folder}, maps(base)
-    for name, change in CHANGES.items():
-        path = write(tmp_path, fit(**change), used)
-        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
-            run(path)
-        (found,) = train(path)
-        assert found.folder not in folders, name
-        folders.add(found.folder)
-        other = maps(found)
-        assert other.keys() != first.keys() or any(
-            not torch.equal(other[key], first[key]) for key in first
-        ), name
+    _, folders = check_keys(
+        tmp_path,
+        fit,
+        CHANGES,
+        used,
+        lambda own: {name: each.tolist() for name, each in maps(own).items()},
+    )
     (family,) = train(write(tmp_path, fit(), used), "gpt2")
     assert family.folder.name not in {each.name for each in folders}
 

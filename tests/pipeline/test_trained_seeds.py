@@ -71,6 +71,10 @@ KINDS = {
 }
 
 
+QUICK_KINDS = ("rotation", "scales", "dictionary", "mixture", "sites", "lens")
+"""One kind for each module that trains."""
+
+
 def fill(line: str, options: object) -> str:
     """A declaration with its options."""
     return line.replace("{}", str(options))
@@ -95,7 +99,7 @@ def t_interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
 # --- trainings ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "family"), in_turn(tuple(KINDS), HERE))
+@pytest.mark.parametrize(("kind", "family"), in_turn(tuple(KINDS), HERE, QUICK_KINDS))
 def test_cells_of_seeds_equal_definitions_with_each_seed(
     kind: str, family: str, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ from .test_trained_rotations import (
     OTHER,
     QUICK,
     SITE,
+    check_keys,
     differentiable,
     experiment,
     loss_by_hand,
@@ -327,19 +328,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def test_keys_have_everything_that_the_vector_depends_on(tmp_path: Path) -> None:
     """A change of any of it asks for another training, with another vector."""
-    (base,) = train(write(tmp_path, fit(), ADD))
-    folders, first = {base.folder}, vector(base)
-    for name, change in CHANGES.items():
-        path = write(tmp_path, fit(**change), ADD)
-        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
-            run(path)
-        (found,) = train(path)
-        assert found.folder not in folders, name
-        folders.add(found.folder)
-        assert not torch.equal(vector(found), first), name
+    base, folders = check_keys(tmp_path, fit, CHANGES, ADD, lambda own: vector(own).tolist())
     (other,) = train(write(tmp_path, fit(source="turned"), ADD))  # another control
     assert other.folder not in folders
-    assert torch.equal(vector(other), first)
+    assert torch.equal(vector(other), vector(base))
     (family,) = train(write(tmp_path, fit(), ADD), "gpt2")
     assert family.folder.name not in {each.name for each in folders}
 

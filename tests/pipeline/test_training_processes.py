@@ -15,13 +15,15 @@ import pytest
 import mechdsl
 from mechdsl.cli.entry import app
 from mechdsl.cli.output import INVALID_INPUT
-from mechdsl.fits import training
+from mechdsl.execute import training_vectors
+from mechdsl.fits import sparse_training, training
 from mechdsl.fits.processes import Processes
 
 from . import test_batches_and_precision as batches
 from . import test_own_trainers as own
 from . import test_streamed_trainings as streamed
 from . import test_trained_dictionaries as dictionaries
+from . import training_processes
 from .test_batches_and_precision import DECLARED
 from .test_killed_training import REPEATS
 from .test_trained_rotations import HERE
@@ -83,9 +85,13 @@ def train_all(kinds: Sequence[str], folder: Path, count: int) -> dict[str, bytes
     ]
     listed, result = folder / "list.json", folder / "result.json"
     listed.write_text(json.dumps([file[:2] for file in files]), "utf-8")
-    done = launch("tests.pipeline.training_processes", listed, result, count=count)
-    assert done.returncode == 0, done.stderr
-    found = map(Path, json.loads(result.read_text("utf-8")))
+    if count == 1:  # in this process, without the seconds of a start
+        written = training_processes.train_all(listed)
+    else:
+        done = launch("tests.pipeline.training_processes", listed, result, count=count)
+        assert done.returncode == 0, done.stderr
+        written = json.loads(result.read_text("utf-8"))
+    found = map(Path, written)
     return {
         kind: (own / file[2]).read_bytes() if own.is_dir() else str(own)
         for kind, file, own in zip(kinds, files, found, strict=True)
@@ -100,9 +106,11 @@ EVERY = [kind for kind in (*DECLARED, *KINDS, "streamed") if kind not in OWN]
     [pytest.param(QUICK, 2, id="quick"), pytest.param(EVERY, 3, id="all", marks=pytest.mark.slow)],
 )
 def test_processes_end_with_the_weights_of_one(
-    kinds: Sequence[str], count: int, tmp_path: Path
+    kinds: Sequence[str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit; also with features that are idle, several layouts of batches and streams."""
+    for module, name in ((sparse_training, "IDLE_STEPS"), (training_vectors, "split_prompts")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after `train_all`
     one, several = (train_all(kinds, tmp_path / str(n), n) for n in (1, count))
     assert [own for own in (*one.values(), *several.values()) if isinstance(own, str)] == []
     assert [kind for kind in one if one[kind] != several[kind]] == []

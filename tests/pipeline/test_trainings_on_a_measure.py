@@ -24,6 +24,7 @@ from mechdsl.pipeline.trained_files import list_training_costs
 from mechdsl.planner import training_cost
 
 from ..execute.support import word_tokenizer
+from ..quick import some
 from ..rules.models import bare
 from . import test_boundless_rotations as boundless
 from . import test_soft_prompts as prompts
@@ -68,13 +69,19 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=some(DECLARED, ("boundless", "edit", "circuit")))
+def some_kind(request: pytest.FixtureRequest) -> str:
+    """A kind for a test of the store, which doesn't depend on what is trained."""
+    return request.param
+
+
 def declare(kind: str, **options: Any) -> str:
     module = DECLARED[kind][0]
     return (module.boundless if kind == "boundless" else module.fit)(**options)
 
 
-def test_only_what_needs_a_training_is_lost(kind: str, tmp_path: Path) -> None:
-    path = write(tmp_path, declare(kind), DECLARED[kind][1], OTHER)
+def test_only_what_needs_a_training_is_lost(some_kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path, declare(some_kind), DECLARED[some_kind][1], OTHER)
     with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
         found = run(path).files[0]
     assert [each.name for each in found.experiments] == ["control"]
@@ -103,10 +110,10 @@ def test_training_rows_are_not_measured(patch: str, name: str, tmp_path: Path) -
     assert "4 of the 4 rows measured here are training rows" in done.conventions[name]
 
 
-def test_a_damaged_training_is_trained_again(kind: str, tmp_path: Path) -> None:
-    path = write(tmp_path, declare(kind), DECLARED[kind][1])
+def test_a_damaged_training_is_trained_again(some_kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path, declare(some_kind), DECLARED[some_kind][1])
     (found,) = train(path)
-    weights = found.folder / DECLARED[kind][2]
+    weights = found.folder / DECLARED[some_kind][2]
     before = weights.read_bytes()
     weights.write_bytes(before[:-8])
     with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
@@ -241,8 +248,8 @@ def test_key_and_price_know_vectors_that_exceed_the_buffer(
     assert more.cost.multiply_adds > price.cost.multiply_adds
 
 
-def test_a_model_of_the_caller_stays_as_it_is(kind: str, tmp_path: Path) -> None:
+def test_a_model_of_the_caller_stays_as_it_is(some_kind: str, tmp_path: Path) -> None:
     model = copy.deepcopy(bare("gpt2")).requires_grad_()
-    path = write(tmp_path, declare(kind), DECLARED[kind][1])
+    path = write(tmp_path, declare(some_kind), DECLARED[some_kind][1])
     mechdsl.fit(path, {"m": (model, word_tokenizer())}, store=tmp_path / "store")
     assert all(each.requires_grad and each.grad is None for each in model.parameters())

@@ -353,15 +353,12 @@ def test_changed_aggregate_of_the_plugin_computes_again(installed: Path) -> None
     assert restored(installed)["expect"][0]["value"] == pytest.approx(2 * first["value"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [
         ("values / undefined", "`combine` of `rms` failed: NameError: name 'undefined'"),
-        pytest.param(
-            "values",
-            "`combine` of `rms` returned the shape [1, 4] instead of [1]",
-            marks=pytest.mark.slow,
-        ),
+        ("values", "`combine` of `rms` returned the shape [1, 4] instead of [1]"),
     ],
 )
 def test_mistakes_in_an_aggregate_of_the_plugin_fail_only_the_expectation(
