@@ -19,7 +19,7 @@ from .baseline import compare
 from .baseline.runs import EXAMPLES, FROZEN_NAMES, NAMES, run_example
 from .quick import some
 
-LONG = ("probes_against_patching", "refusal", "captions", "prices", "edits")
+LONG = ("probes_against_patching", "refusal", "captions", "prices", "edits", "fit", "lens")
 """Examples that train for long; `tests/pipeline` has such trainings of small models."""
 QUICK = [name for name in NAMES if name not in LONG]
 

@@ -59,6 +59,7 @@ def test_a_wheel_runs_alone(wheel: Path, tmp_path: Path) -> None:
     assert copied == {path.relative_to(EXAMPLES) for path in kept}
 
 
+@pytest.mark.slow
 def test_the_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
     package = wheel / "mechdsl"
     for needed in (

@@ -240,11 +240,16 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
 @pytest.mark.parametrize(
     "section",
     [
-        pytest.param("Factor activations", marks=pytest.mark.slow),
         "Find independent components",
-        "Correlate two sites",
-        "Find clusters",
-        "Compare with a random or an untrained control",
+        *(
+            pytest.param(heading, marks=pytest.mark.slow)
+            for heading in (
+                "Factor activations",
+                "Correlate two sites",
+                "Find clusters",
+                "Compare with a random or an untrained control",
+            )
+        ),
     ],
 )
 def test_activations_are_factored_as_the_page_says(
