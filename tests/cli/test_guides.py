@@ -259,6 +259,7 @@ def test_activations_are_factored_as_the_page_says(
     run_page(DOCS / "bases.md", command, update, {section})
 
 
+@pytest.mark.slow
 def test_a_written_trainer_trains_as_the_page_says(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +267,7 @@ def test_a_written_trainer_trains_as_the_page_says(
     run_page(DOCS / "bases.md", command, update, {"Write a trainer"})
 
 
+@pytest.mark.slow
 def test_a_lens_is_trained_as_the_page_says(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from zoo.counting.evaluate import SEED, evaluate
 FOLDER = Path(zoo.__path__[0]) / "counting"
 
 
+@pytest.mark.slow
 def test_accuracy_on_held_out_lists() -> None:
     torch.set_num_threads(1)
     tallies = evaluate(FOLDER, 600, SEED)

@@ -37,6 +37,7 @@ def test_the_features_explain_the_vectors(of: Dictionary) -> None:
     assert int((encode(vectors, weights, of.k) > 0).any(0).sum()) > of.features / 2
 
 
+@pytest.mark.slow
 def test_a_planted_dictionary_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors are sums of few of 24 known directions, which the decoder then has."""
     monkeypatch.setattr("zoo.dictionaries.STEPS", 2000)

@@ -109,6 +109,7 @@ def test_the_processor_of_transformers_prepares_images_in_the_same_way(name: str
     np.testing.assert_allclose(given[0].permute(1, 2, 0), wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_shapes_says_the_kind() -> None:
     torch.set_num_threads(1)
     tallies = shapes.evaluate(ROOT / "shapes", 150, shapes.SEED)

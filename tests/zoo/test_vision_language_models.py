@@ -214,6 +214,7 @@ def agree_with_card(tallies: dict[str, Tally], folder: Path) -> None:
         assert high >= stated[row][0], row
 
 
+@pytest.mark.slow
 def test_shapes_are_counted_as_the_card_says() -> None:
     torch.set_num_threads(1)
     tallies = counting.evaluate(FOLDER, 60, counting.SEED + 1)
