@@ -102,6 +102,18 @@ CASES = {
         "observe attention layer 1 head 0 from first-item token to first token",
         lambda row: row[0],
     ),
+    "a second position behind the first": (
+        "observe similarity resid_post layer 2 at first-item token with last-item token",
+        lambda row: row,
+    ),
+    "what two tokens predict": (
+        "observe rank_correlation(3) logits at first-item token with item 2 token",
+        lambda row: row[:2],
+    ),
+    "a number drawn for the text": (
+        "observe random embed at first-item token as drawn",
+        lambda row: row,
+    ),
     "a token below attention": (
         'from clean into blank  patch embed at last-item token onto last token  measure logit(" 3")'
         " as raw",
