@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -11,7 +10,7 @@ from functools import partial, wraps
 from importlib import import_module
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import click
 
@@ -20,6 +19,7 @@ from mechdsl.diagnostics.core import Diagnostic
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+    from multiprocessing.sharedctypes import Synchronized
 
     from click.shell_completion import CompletionItem
 
@@ -257,13 +257,6 @@ STDIN = Path("-")
 _FILES_EACH = 4
 """Minimum number of files per process."""
 
-_FILES_PER_IMPORT = 15
-"""Number of files that take as long as an import of torch and transformers."""
-
-_SEARCHED_BYTES = 1_000_000
-
-_IMAGE_LINE = re.compile(rb"^\s*(?:image|video)\s", re.MULTILINE)
-
 
 def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
     """Return the files; folders are searched recursively and sorted by name. Codes: E0208."""
@@ -344,80 +337,69 @@ def _divided(
     settings: CheckSettings,
     processes: int,
 ) -> Iterator[ResultT]:
-    """Divide files among processes for `map_files`. No process waits for this one, so that all end
-    if it is killed."""
+    """Divide files among processes for `map_files`: each takes the next file when it is done with
+    one. No process waits for this one, so that all end if it is killed."""
     from multiprocessing import get_context
+    from multiprocessing.connection import wait
 
     import_module("mechdsl.checks.file_check")  # once instead of in each process
     # There is already a process per core. Without the variable, tokenizers warn of a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = get_context("fork")
+    taken = context.Value("L", 0)
+    results: dict[int, ResultT | Exception] = {}
     with ExitStack() as stack:
-        found: list[Connection] = []
-        numbers = _divide(files, processes)
-        for own in range(processes):
+        readers: list[Connection] = []
+        for _ in range(processes):
             reader, writer = context.Pipe(duplex=False)
-            mine = [file for file, number in zip(files, numbers, strict=True) if number == own]
-            part = partial(_work_through, writer, work, mine, settings)
+            part = partial(_work_through, writer, taken, work, files, settings)
             process = context.Process(target=part, daemon=True)
             process.start()
             stack.callback(process.join)
             stack.callback(process.terminate)
             writer.close()
-            found.append(reader)
-        for number, file in zip(numbers, files, strict=True):
-            try:
-                one = found[number].recv()
-            except EOFError as error:
-                raise RuntimeError(f"the process checking {file} ended unexpectedly") from error
+            readers.append(reader)
+        for number, file in enumerate(files):
+            while number not in results:
+                if not readers:
+                    raise RuntimeError(f"the process checking {file} ended unexpectedly")
+                for reader in cast("list[Connection]", wait(readers)):
+                    try:
+                        done, found = reader.recv()
+                        results[done] = found
+                    except EOFError:
+                        readers.remove(reader)
+            one = results.pop(number)
             if isinstance(one, Exception):
                 raise one
             yield one
 
 
-def _divide(files: Sequence[Path], processes: int) -> list[int]:
-    """Return the number of the process that checks each file.
-
-    Files with images in prompts share a process, because reading the model's processor imports
-    torch and transformers.
-    """
-    with_images = [_has_image_lines(file) for file in files]
-    loads = [0] * processes
-    loads[0] = sum(with_images) + _FILES_PER_IMPORT * any(with_images)
-    numbers: list[int] = []
-    for has_images in with_images:
-        number = 0 if has_images else loads.index(min(loads))
-        loads[number] += not has_images
-        numbers.append(number)
-    return numbers
-
-
-def _has_image_lines(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    try:
-        with file.open("rb") as opened:
-            return _IMAGE_LINE.search(opened.read(_SEARCHED_BYTES)) is not None
-    except OSError:  # the check reports it
-        return False
-
-
 def _work_through(
     writer: Connection,
+    taken: Synchronized[int],
     work: Callable[[Path, CheckSettings], ResultT],
     files: Sequence[Path],
     how: CheckSettings,
 ) -> None:
-    """Send the result of each file, or its exception."""
+    """Send the number of each file that is taken with its result, or the exception.
+
+    taken: the number of files that the processes have taken.
+    """
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # handled by the parent process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(BrokenPipeError):
-        for file in files:
-            try:
-                found = work(file, how)
-            except Exception as error:
-                writer.send(error)
+        while True:
+            with taken:
+                number = taken.value
+                taken.value += 1
+            if number >= len(files):
                 return
-            writer.send(found)
+            try:
+                found = work(files[number], how)
+            except Exception as error:
+                writer.send((number, error))
+                return
+            writer.send((number, found))

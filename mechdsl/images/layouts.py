@@ -483,9 +483,9 @@ def video_layout(
     return _located(entry, prompt, features, config.video_token_id, "video")
 
 
-def find_layout(config: Any) -> ImageLayout:
+def find_layout(model_type: str) -> ImageLayout:
     """Return the layout of a model; one that knows no processor if its type has none."""
-    return IMAGE_LAYOUTS.get(config.model_type) or ImageLayout()
+    return IMAGE_LAYOUTS.get(model_type) or ImageLayout()
 
 
 def _located(

@@ -4,8 +4,8 @@ against plain hooks on the bare model with its own processor."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from functools import cache
+from copy import copy, deepcopy
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -22,7 +22,10 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.layouts import IMAGE_LAYOUTS, ImageTokens, image_layout
+from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.loading.loader import adopt_model
+from mechdsl.prompts.tokens import image_prompts
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer, read_prompt_tokenizer
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES, run_on
@@ -31,7 +34,7 @@ from ..images import prompts_of_images as vlm
 from ..quick import some
 from ..shared_models import unchanged
 from .reference import Bare, at, followed
-from .support import RECORDS, STATS, experiment, succeeded, write_data
+from .support import RECORDS, STATS, experiment, folder_of, succeeded, write_data
 
 NAMES = (
     "llava_class",
@@ -578,3 +581,89 @@ experiment e {
     result, diagnostics = run_on(source, {"vlm": model}, MODES["planned"])
     assert result is None or not result.experiments
     return [found for found in diagnostics if found.severity == "error"]
+
+
+# --- facts of the processor in the user's cache ---
+
+SHAPES = ((0, 0), (24, 24), (17, 40), (52, 28))
+
+
+def facts(reader: ImagePromptTokenizer) -> list[object]:
+    together = ""
+    try:
+        reader._check_several(SHAPES[1:3])
+    except UnsupportedProcessor as unfit:
+        together = str(unfit)
+    return [
+        together,
+        *(reader.image_id, reader.image_text, reader.image_marks, reader.processor_name),
+        *(reader.bos_after_images, reader.prefix_end, reader.natural_size, type(reader.layout)),
+        *map(reader.expansion, SHAPES),
+    ]
+
+
+def with_cache(name: str, folder: Path | None, **more: object) -> ImagePromptTokenizer:
+    """The tokenizer with a folder of cached facts, and with nothing else that it has computed."""
+    tokenizer = loaded(name).tokenizer
+    assert isinstance(tokenizer, ImagePromptTokenizer)
+    made = copy(tokenizer)
+    for name, value in vars(ImagePromptTokenizer).items():
+        if isinstance(value, cached_property):
+            made.__dict__.pop(name, None)
+    made.__dict__.update(_cache=folder, **more)
+    return made
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "idefics3", "qwen2_vl", "paligemma"])
+def test_facts_of_processor_are_read_from_cache(name: str, tmp_path: Path) -> None:
+    plain = facts(with_cache(name, None))
+    assert facts(with_cache(name, tmp_path)) == plain
+    assert facts(with_cache(name, tmp_path, _read=None)) == plain  # without the processor
+    damaged = max(tmp_path.iterdir(), key=lambda file: file.stat().st_size)
+    damaged.write_text("[1", encoding="utf-8")
+    assert facts(with_cache(name, tmp_path)) == plain
+
+
+def test_facts_of_a_plugin_layout_are_not_cached(tmp_path: Path) -> None:
+    class Own(type(IMAGE_LAYOUTS["qwen2_vl"])):
+        def natural_size(self, images: Any) -> tuple[int, int]:
+            return 28, 56
+
+    plain = with_cache("qwen2_vl", tmp_path).natural_size
+    with patch.dict(IMAGE_LAYOUTS._entries, {"qwen2_vl": Own()}):
+        assert with_cache("qwen2_vl", tmp_path).natural_size == (28, 56) != plain
+    assert with_cache("qwen2_vl", tmp_path).natural_size == plain
+
+
+def test_facts_of_a_processor_depend_on_its_files_the_libraries_and_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in folder_of("llava").iterdir():
+        if file.suffix in (".json", ".jinja"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+
+    def place() -> Path | None:
+        found, problems = read_prompt_tokenizer(tmp_path, None)
+        assert isinstance(found, ImagePromptTokenizer), problems
+        return found._cache
+
+    seen = [place()]
+    assert place() == seen[0]
+    for file in sorted(tmp_path.iterdir()):
+        text = file.read_text(encoding="utf-8")
+        file.write_text(f"{text} ", encoding="utf-8")
+        seen.append(place())
+    (tmp_path / "video_preprocessor_config.json").write_text("{}", encoding="utf-8")
+    seen.append(place())
+    with patch.object(image_prompts, "_library_versions", lambda: ("other",)):
+        seen.append(place())
+    changed = tmp_path / "package"
+    for name in image_prompts._CODE:
+        (changed / name).parent.mkdir(parents=True, exist_ok=True)
+        (changed / name).write_text("other", encoding="utf-8")
+    with patch.object(image_prompts, "PACKAGE_FOLDER", changed):
+        seen.append(place())
+    assert None not in seen
+    assert len(set(seen)) == len(seen) > 6
+    monkeypatch.setenv("MECHDSL_CACHE", "")
+    assert place() is None

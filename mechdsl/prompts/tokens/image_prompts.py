@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 from re import Match
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from mechdsl.base.hashing import stable_hash
+from mechdsl.base.files import PACKAGE_FOLDER, cache_folder, write_atomically
+from mechdsl.base.hashing import digest, stable_hash
 from mechdsl.base.source import Span
 from mechdsl.base.text import quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoImageProcessor, UnpreparedImages
 from mechdsl.images.layouts import (
-    IMAGE_LAYOUTS,
     ImageCell,
     ImageExpansion,
     ImageLayout,
     ImageText,
     ImageTokens,
+    PixelBox,
     PromptPicture,
     find_layout,
     image_layout,
@@ -38,6 +41,16 @@ IMAGE_TOKEN = 1 << 61
 equal tokens have equal vectors, as those of a text do."""
 
 _FILES = (PROCESSOR_FILE, PREPROCESSOR_FILE, "config.json")
+
+_SETTINGS = (".json", ".jinja", ".model", ".txt")
+"""Endings of the files that a processor is read from; weights have others."""
+
+_CODE = ("images/layouts.py", "images/processing.py", "prompts/tokens/image_prompts.py")
+"""Modules of this package on which the facts of a processor depend."""
+
+_LIBRARIES = ("transformers", "tokenizers", "torch", "torchvision", "pillow", "numpy")
+
+FactT = TypeVar("FactT")
 
 
 class ImagePromptTokenizer(TextTokenizer):
@@ -71,6 +84,48 @@ class ImagePromptTokenizer(TextTokenizer):
     # --- the processor ----------------------------------------------------------------------------
 
     @cached_property
+    def _cache(self) -> Path | None:
+        """The folder for facts of the processor, by everything that they depend on; None for a
+        processor from Python, and without a cache."""
+        folder = cache_folder()
+        if self.given is not None or self.folder is None or folder is None:
+            return None
+        files = sorted(each for each in self.folder.iterdir() if each.suffix in _SETTINGS)
+        contents = [(each.name, sha256(each.read_bytes()).digest()) for each in files]
+        code = [(PACKAGE_FOLDER / name).read_bytes() for name in _CODE]
+        key = digest(self.hash, contents, code, _library_versions())
+        return folder / "images" / key.hex()
+
+    def _recall(
+        self, name: str, find: Callable[[], object], parse: Callable[[Any], FactT]
+    ) -> FactT:
+        """Return a fact of the processor, from the cache if it has it: transformers, which takes
+        seconds to import, is then not needed.
+
+        Args:
+            name: The name of the fact.
+            find: Returns what JSON can represent.
+            parse: Returns the fact, from JSON too.
+        """
+        folder = self._cache
+        if folder is None:
+            return parse(find())
+        path = folder / f"{digest(name).hex()}.json"
+        with suppress(OSError, ValueError, TypeError, LookupError):
+            return parse(json.loads(path.read_text(encoding="utf-8")))
+        found = find()
+        with suppress(OSError):
+            write_atomically(path, json.dumps(found))
+        return parse(found)
+
+    def _recall_layout(
+        self, name: str, find: Callable[[], object], parse: Callable[[Any], FactT]
+    ) -> FactT:
+        """Return a fact of the processor and of the layout; one of a plugin isn't cached."""
+        is_own = type(self.layout).__module__ == ImageLayout.__module__
+        return self._recall(name, find, parse) if is_own else parse(find())
+
+    @cached_property
     def _read(self) -> tuple[Any, Any]:
         """The processor and the config of transformers, which is imported when they are needed.
 
@@ -96,10 +151,10 @@ class ImagePromptTokenizer(TextTokenizer):
         """The processor of transformers. Raises UnsupportedProcessor."""
         return self._read[0]
 
-    @property
+    @cached_property
     def processor_name(self) -> str:
         """The class of the image processor, which may depend on installed libraries."""
-        return type(self.processor.image_processor).__name__
+        return self._recall("class", lambda: type(self.processor.image_processor).__name__, str)
 
     @cached_property
     def image_text(self) -> ImageText:
@@ -108,7 +163,11 @@ class ImagePromptTokenizer(TextTokenizer):
         Raises:
             UnsupportedProcessor: The processor names no image token.
         """
-        return self.layout.image_text(*self._read)
+        return self._recall_layout("text", self._find_image_text, lambda own: ImageText(*own))
+
+    def _find_image_text(self) -> tuple[str, str, str]:
+        found = self.layout.image_text(*self._read)
+        return found.given, found.written, found.token
 
     @cached_property
     def image_id(self) -> int:
@@ -116,6 +175,9 @@ class ImagePromptTokenizer(TextTokenizer):
         reads images, which has none, the token for unknown text."""
         if self.layout.encodes:
             return self.unknown_id or 0
+        return self._recall("token", self._find_image_id, int)
+
+    def _find_image_id(self) -> int:
         number = getattr(self._read[1], "image_token_id", None)
         if not isinstance(number, int):
             raise UnsupportedProcessor("the model's config names no image token")
@@ -129,17 +191,21 @@ class ImagePromptTokenizer(TextTokenizer):
         at = self._places(encoded, [text.written.index(text.token)])[0]
         return encoded.ids[:at], encoded.ids[at + 1 :]
 
+    @cached_property
+    def _model_type(self) -> str:
+        return self._recall("type", lambda: getattr(self._read[1], "model_type", ""), str)
+
     @property
     def layout(self) -> ImageLayout:
         """How the model reads images. Raises UnsupportedProcessor."""
-        return find_layout(self._read[1])
+        return find_layout(self._model_type)
 
     @cached_property
     def bos_after_images(self) -> int | None:
         """The beginning-of-sequence token that follows the last image; None if it is the first."""
         if not self.layout.bos_after_images:
             return None
-        return int(self.processor.tokenizer.bos_token_id)
+        return self._recall("bos", lambda: int(self.processor.tokenizer.bos_token_id), int)
 
     @cached_property
     def prefix_end(self) -> int | None:
@@ -188,10 +254,9 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def check_frames(self) -> None:
         """Raise UnsupportedProcessor if the model reads videos by other means than as images."""
-        kind: str = getattr(self._read[1], "model_type", "")
-        entry = IMAGE_LAYOUTS.get(kind)
-        own = getattr(self.processor, "video_processor", None)
-        if own is None and not (entry is not None and entry.video_processors):
+        kind = self._model_type
+        own = self._recall("videos", self._has_video_processor, bool)
+        if not own and not self.layout.video_processors:
             return
         unfit = UnsupportedProcessor(
             f"models of the type `{kind}` read videos by a video processor"
@@ -199,10 +264,17 @@ class ImagePromptTokenizer(TextTokenizer):
         unfit.hint = "write an `image` line for each frame: the model then reads them as images"
         raise unfit
 
+    def _has_video_processor(self) -> bool:
+        return getattr(self.processor, "video_processor", None) is not None
+
     @cached_property
     def natural_size(self) -> tuple[int, int]:
         """(height, width) of images that have no size of their own, such as a gray image."""
-        return self.layout.natural_size(self.processor.image_processor)
+        return self._recall_layout(
+            "size",
+            lambda: self.layout.natural_size(self.processor.image_processor),
+            lambda own: (own[0], own[1]),
+        )
 
     @cached_property
     def _expansions(self) -> dict[tuple[int, int], ImageExpansion]:
@@ -216,15 +288,27 @@ class ImagePromptTokenizer(TextTokenizer):
         """
         size = self.natural_size if size == (0, 0) else size
         if size not in self._expansions:
-            self._expansions[size] = self._expand(size)
+            self._expansions[size] = self._recall_layout(
+                f"{size[1]} x {size[0]}", lambda: self._expand(size), self._parse_expansion
+            )
         return self._expansions[size]
 
-    def _expand(self, size: tuple[int, int]) -> ImageExpansion:
+    def _parse_expansion(self, found: tuple[list[int], list[list[Any]]]) -> ImageExpansion:
+        ids, rows = found
+        cells = tuple(
+            ImageCell(*place, None if box is None else cast("PixelBox", tuple(box)))
+            for *place, box in rows
+        )
+        layout = ImageTokens(0, len(ids), cells, {})
+        return ImageExpansion(tuple(ids), tuple(token == self.image_id for token in ids), layout)
+
+    def _expand(self, size: tuple[int, int]) -> tuple[list[int], list[list[Any]]]:
+        """Return the tokens of an image; of each cell, its token, tile, row, column and box."""
         from PIL import Image
 
         if self.layout.encodes:
             [layout] = image_layout(*self._read, {}, [size])
-            return ImageExpansion((self.image_id,) * layout.end, (True,) * layout.end, layout)
+            return [self.image_id] * layout.end, _cell_rows(layout, 0)
         image, text = Image.new("RGB", (size[1], size[0])), self.image_text
         ids: list[int] = []
         given: dict[str, Any] = {}
@@ -241,9 +325,7 @@ class ImagePromptTokenizer(TextTokenizer):
             if written != [*plain.ids[:at], *ids, *later]:
                 raise UnsupportedProcessor("it changes the text around images")
         [layout] = image_layout(*self._read, given, [size])
-        cells = tuple(replace(cell, position=cell.position - first) for cell in layout.cells)
-        layout = replace(layout, start=0, end=len(ids), cells=cells, markers={})
-        return ImageExpansion(tuple(ids), tuple(token == self.image_id for token in ids), layout)
+        return ids, _cell_rows(layout, first)
 
     def _places(self, encoded: EncodedText, starts: Sequence[int]) -> list[int]:
         """Return the image tokens that begin at these characters of a text."""
@@ -269,12 +351,16 @@ class ImagePromptTokenizer(TextTokenizer):
         from PIL import Image
 
         each = tuple(self.natural_size if size == (0, 0) else size for size in sizes)
+
+        def count() -> int:
+            images = [Image.new("RGB", (width, height)) for height, width in each]
+            written, _ = self._written(" ".join([self.image_text.given] * len(each)), *images)
+            return written.count(self.image_id)
+
         if each in self._joint_sizes:
             return
-        images = [Image.new("RGB", (width, height)) for height, width in each]
-        written, _ = self._written(" ".join([self.image_text.given] * len(each)), *images)
-        alone = [token for size in each for token in self.expansion(size).ids]
-        if written.count(self.image_id) != alone.count(self.image_id):
+        alone = sum(sum(self.expansion(size).is_image) for size in each)
+        if self._recall_layout(f"tokens of {each}", count, int) != alone:
             raise UnsupportedProcessor("it prepares several images in a prompt in another way")
         self._joint_sizes.add(each)
 
@@ -374,6 +460,25 @@ class ImagePromptTokenizer(TextTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, with special tokens by name."""
         return super().decode([each if each < IMAGE_TOKEN else self.image_id for each in ids])
+
+
+def _cell_rows(layout: ImageTokens, first: int) -> list[list[Any]]:
+    """Return the token of each cell, counted from the image's first, its tile, row, column, box."""
+    return [[c.position - first, c.tile, c.row, c.col, c.box] for c in layout.cells]
+
+
+@cache
+def _library_versions() -> tuple[str, ...]:
+    """Return the versions of the libraries on which the facts of a processor depend."""
+    from importlib.metadata import PackageNotFoundError, version  # for images in prompts only
+
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return ""
+
+    return tuple(map(of, _LIBRARIES))
 
 
 class _MarkerOffsets:
