@@ -13,7 +13,7 @@ from typing import Any, NoReturn, cast, overload
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import Permutation, stable_hash
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record, compact_record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean
@@ -750,7 +750,7 @@ class Row(ImageRow):
         """Invalidate all cached values because the row changed."""
         self._cache = {}
         self._texts = {}
-        for worked_out in ("prompt", "turns", "plain_values", "key", *IMAGE_PROPERTIES):
+        for worked_out in ("prompt", "turns", "plain_values", "key", "mark", *IMAGE_PROPERTIES):
             self.__dict__.pop(worked_out, None)
 
     def forget_steps(self) -> None:
@@ -779,6 +779,16 @@ class Row(ImageRow):
         # The key of a chat is independent of the model's chat template.
         said = [part for turn in self.turns for part in (turn.role, turn.rich.text)]
         return content_key(self.plain_values, [*(said or [self.prompt.text]), *written])
+
+    @cached_property
+    def mark(self) -> object:
+        """What makes rows equal: prompt, texts and the values without draws."""
+        texts = (self.named_text(name) for name in self.block.texts)
+        fixed = tuple(
+            to_hashable(to_plain(value)) for value in (*self.values.values(), *self.record.values())
+        )
+        marks = tuple(t.id if isinstance(t, TokenId) else t for t in texts)
+        return (self.prompt.text, marks, fixed)
 
     # --- names and values -----------------------------------------------------------------------
 
@@ -1150,6 +1160,36 @@ class Row(ImageRow):
         return f"the row with {shown}" if shown else "every row"
 
 
+@compact_record
+class RowContent:
+    """The computed content of a row in one run."""
+
+    prompt: RichText
+    values: Mapping[str, object]
+    """Values of all names, without spans."""
+    texts: tuple[str | TokenId, ...]
+    """Texts that metrics refer to, in the order of the block."""
+    image: Picture | None
+    regions: Mapping[str, tuple[Region, ...]]
+    pictures: Mapping[str, Picture]
+    """The images within a prompt, by name."""
+    parts: Mapping[str, Mapping[str, tuple[Region, ...]]]
+    """The regions of each of them."""
+
+
+@compact_record
+class BuiltRow:
+    """The content of a row and its corruptions, without the intermediate values, which take most of
+    a row's memory."""
+
+    id: int
+    key: int
+    template: int
+    clean: RowContent
+    corrupted: tuple[RowContent, ...]
+    """In the order of the block's corruptions."""
+
+
 class BlockRows:
     """The rows of a block by id, shared by the experiments of a file up to `CACHED_ROWS`.
 
@@ -1160,6 +1200,13 @@ class BlockRows:
         self.block = block
         self._rows: dict[int, Row] = {}
         self._corrupted: dict[tuple[int, str], Row] = {}
+        self.built: dict[int, BuiltRow] = {}
+        """The content of cached rows that are in a table."""
+
+    def keep_built(self, row_id: int, built: BuiltRow) -> None:
+        """Store the content of a row if the row is cached."""
+        if row_id in self._rows:
+            self.built[row_id] = built
 
     def __getitem__(self, row_id: int) -> Row:
         row = self._rows.get(row_id)

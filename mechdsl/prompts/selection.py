@@ -12,7 +12,6 @@ from typing import Literal
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import Permutation
-from mechdsl.base.records import compact_record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -24,21 +23,24 @@ from mechdsl.diagnostics.prompts import (
     TemplateUnchanged,
     TooManyValues,
 )
-from mechdsl.images.picture import Picture, Region, mean_picture
+from mechdsl.images.picture import mean_picture
 from mechdsl.program import spec
 from mechdsl.program.images import MEAN_IMAGE, averaged_blocks
 from mechdsl.prompts.block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.expressions import bad_value, is_random, name_uses
-from mechdsl.prompts.rows import RECORD, BlockRows, Row, source_image_name
+from mechdsl.prompts.rows import (
+    RECORD,
+    BlockRows,
+    BuiltRow,
+    Row,
+    RowContent,
+    source_image_name,
+)
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import (
     DrawKey,
     Refusal,
-    RichText,
     RowValue,
-    TokenId,
-    to_hashable,
-    to_plain,
 )
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ImageChange, ValueChange, change_kind, patch_changes
@@ -66,36 +68,6 @@ _MAX_FAILING = 20
 
 _FAILING_ENOUGH = 5
 """Number of rows that can't be built after which a check stops."""
-
-
-@compact_record
-class RowContent:
-    """The computed content of a row in one run."""
-
-    prompt: RichText
-    values: Mapping[str, object]
-    """Values of all names, without spans."""
-    texts: tuple[str | TokenId, ...]
-    """Texts that metrics refer to, in the order of the block."""
-    image: Picture | None
-    regions: Mapping[str, tuple[Region, ...]]
-    pictures: Mapping[str, Picture]
-    """The images within a prompt, by name."""
-    parts: Mapping[str, Mapping[str, tuple[Region, ...]]]
-    """The regions of each of them."""
-
-
-@compact_record
-class BuiltRow:
-    """The content of a row and its corruptions, without the intermediate values, which take most of
-    a row's memory."""
-
-    id: int
-    key: int
-    template: int
-    clean: RowContent
-    corrupted: tuple[RowContent, ...]
-    """In the order of the block's corruptions."""
 
 
 @dataclass
@@ -301,7 +273,7 @@ class _Collector:
         if not row.passes(self.block.spec.where, self.tokenizer):
             result.filtered += 1
             return False
-        mark = self._mark(row)
+        mark = row.mark
         seen = self.seen.setdefault(mark, _Seen())
         if row.places[RECORD] in seen.records or (self.block.spec.distinct and seen.records):
             result.equal += 1
@@ -334,8 +306,11 @@ class _Collector:
 
     def _made(self, row: Row, corrupted: Sequence[Row]) -> BuiltRow:
         """Compute everything now, so that errors name the row and nothing fails later."""
-        clean, *others = map(self._content, (row, *corrupted))
-        made = BuiltRow(row.id, row.key, template_number(row), clean, tuple(others))
+        made = self.rows.built.get(row.id)
+        if made is None:
+            clean, *others = map(self._content, (row, *corrupted))
+            made = BuiltRow(row.id, row.key, template_number(row), clean, tuple(others))
+            self.rows.keep_built(row.id, made)
         for each in (row, *corrupted):
             each.forget_steps()
         return made
@@ -352,15 +327,6 @@ class _Collector:
             return True
         train = int(number * self.share) > int((number - 1) * self.share)
         return train == (self.part == "train")
-
-    def _mark(self, row: Row) -> object:
-        """Return what makes rows equal: prompt, texts and the values without draws."""
-        texts = (row.named_text(name) for name in self.block.texts)
-        fixed = tuple(
-            to_hashable(to_plain(value)) for value in (*row.values.values(), *row.record.values())
-        )
-        marks = tuple(t.id if isinstance(t, TokenId) else t for t in texts)
-        return (row.prompt.text, marks, fixed)
 
     def _gave_up(self) -> TooManyValues:
         where = self.block.spec.where

@@ -58,7 +58,14 @@ from mechdsl.prompts.insertion import (
 )
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.positions.spans import SpanFinder
-from mechdsl.prompts.rows import BlockRows, PromptTable, Row, resolve_image_change
+from mechdsl.prompts.rows import (
+    BlockRows,
+    BuiltRow,
+    PromptTable,
+    Row,
+    RowContent,
+    resolve_image_change,
+)
 from mechdsl.prompts.runs import (
     PositionCell,
     PromptRun,
@@ -71,9 +78,7 @@ from mechdsl.prompts.runs import (
     trim_span,
 )
 from mechdsl.prompts.selection import (
-    BuiltRow,
     RowCollection,
-    RowContent,
     SplitPart,
     balanced_variables,
     count_rows_before_limit,

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechdsl.prompts import rows
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.prompts.values import content_key
 
 from .. import fruit
 from .support import build, table
@@ -126,6 +128,24 @@ class TestLimit:
         a = table(f"prompts p {{ {FRUIT} }}", words, limit=20)
         b = table(f"prompts q {{ {FRUIT} }}", words, limit=20)
         assert texts(a) != texts(b)
+
+    def test_tables_of_one_block_compute_each_row_once(
+        self, words: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keys: list[int] = []
+
+        def counted(*parts: Any) -> int:
+            keys.append(content_key(*parts))
+            return keys[-1]
+
+        monkeypatch.setattr(rows, "content_key", counted)
+        text, compiled = f"prompts p {{ {FRUIT} split 50% }}", dict[str, rows.BlockRows]()
+        limits: list[dict[str, Any]] = [{"limit": n} for n in (3, 12, 7)] + [
+            {"limit": 5, "part": part} for part in ("train", "test")
+        ]
+        shared = [table(text, words, compiled=compiled, **each) for each in limits]
+        assert len(keys) == len(set(keys)) == 12
+        assert shared == [table(text, words, **each) for each in limits]
 
 
 class TestDraws:
