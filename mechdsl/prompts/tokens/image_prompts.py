@@ -296,8 +296,8 @@ class ImagePromptTokenizer(TextTokenizer):
     def _parse_expansion(self, found: tuple[list[int], list[list[Any]]]) -> ImageExpansion:
         ids, rows = found
         cells = tuple(
-            ImageCell(*place, None if box is None else cast("PixelBox", tuple(box)))
-            for *place, box in rows
+            ImageCell(token, tile, row, col, None if box is None else cast("PixelBox", tuple(box)))
+            for token, tile, row, col, box in rows
         )
         layout = ImageTokens(0, len(ids), cells, {})
         return ImageExpansion(tuple(ids), tuple(token == self.image_id for token in ids), layout)
