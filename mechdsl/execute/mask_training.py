@@ -50,7 +50,14 @@ from mechdsl.execute.vectors import DirectionFits
 from mechdsl.fits.gates import Gates
 from mechdsl.fits.reports import MASK_FILE, CircuitReport, MaskReport
 from mechdsl.fits.training import Training, TrainingSettings, TrainingState
-from mechdsl.forward.hooks.batch import CircuitRead, CircuitWrite, SenderFill, SiteRead, SiteWrite
+from mechdsl.forward.hooks.batch import (
+    CircuitRead,
+    CircuitWrite,
+    SenderFill,
+    SiteRead,
+    SiteWrite,
+    number_senders,
+)
 from mechdsl.forward.hooks.circuits import compute_edge_scores
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
@@ -734,14 +741,17 @@ class EdgeRows(EdgeMaskRows):
         with torch.no_grad():
             fills = self._fills(int(self._vectors_of(rows)[1].sum()), self._incoming(rows))
         read = CircuitRead(*self._places(rows, lanes), fills, self._ends)
-        found = self._score_at(rows, lanes, read, None, 0)
-        every = [SiteRead(*where) for where in self._written]
-        moved = {"inputs": every[:1], "activations": every}.get(trainer.path or "", [])
+        found = self._score_at(rows, lanes, read)
+        every = number_senders(fills)
+        moved = {"inputs": list(every)[:1], "activations": list(every)}.get(trainer.path or "", [])
         for where in moved:
-            wanted = every if trainer.path == "inputs" else [where]
+            wanted = slice(None) if trainer.path == "inputs" else every[where]
             for step in range(1, steps):
-                share = 1 - step / steps
-                found += self._score_at(rows, lanes, read, where, share, wanted)
+                assert read.changes is not None
+                change = (1 - step / steps) * read.changes[every[where]].sum(0)
+                point = SitePoint(_ADDED_AT[where.site], where.layer, None)
+                added = self._addition(point, lanes, rows, change)
+                found += self._score_at(rows, lanes, read, added, wanted)
         return found / steps
 
     def _score_at(
@@ -749,31 +759,24 @@ class EdgeRows(EdgeMaskRows):
         rows: Ints,
         lanes: DrawLanes,
         read: CircuitRead,
-        moved: SiteRead | None,
-        share: float,
-        wanted: Sequence[SiteRead] | None = None,
+        added: SiteWrite | None = None,
+        wanted: slice = slice(None),
     ) -> Tensor:
         """Return [receiver, sender]: sums of scores with the gradients of one pass.
 
         Args:
             read: What passes over the rows read; after the first one, with the changes of senders.
-            moved: Senders whose outputs have moved to their other values; None: the clean run.
-            share: How far they have moved, from 0 to 1.
-            wanted: Places of the senders that are scored; None for all.
+            added: How far some senders have moved to their other values; None: the clean run.
+            wanted: Senders that are scored.
         """
         size, width = len(read.rows), self.model.shape.d_model
         dtype = torch.promote_types(self.model.dtype, torch.float32)
         leaf = torch.zeros(size, width, dtype=dtype, device=self.model.device, requires_grad=True)
         writes = [self._addition(EMBEDDING, lanes, rows, leaf)]
-        if moved is not None:
-            change = share * read.changes[moved].sum(0).to(leaf)
-            point = SitePoint(_ADDED_AT[moved.site], moved.layer, None)
-            writes.append(self._addition(point, lanes, rows, change))
+        if added is not None:
+            writes.append(added)
         values = self._measure(rows, lanes, writes, [read])
-        places = read.changes if wanted is None else wanted
-        return compute_edge_scores(
-            values.sum(), read, {each: read.changes[each] for each in places}
-        )
+        return compute_edge_scores(values.sum(), read, wanted)
 
     def _addition(
         self, point: SitePoint, lanes: DrawLanes, rows: Ints, vectors: Tensor

@@ -9,7 +9,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -583,6 +583,13 @@ class SenderFill:
     """[K, unit, width]"""
 
 
+def number_senders(fills: Sequence[SenderFill]) -> dict[SiteRead, slice]:
+    """Return the columns of senders in masks and tables of edges, which are in the order of fills,
+    unit by unit."""
+    ends = accumulate((len(fill.units) for fill in fills), initial=0)
+    return {fill.where: slice(*own) for fill, own in zip(fills, pairwise(ends), strict=True)}
+
+
 @dataclass(frozen=True, eq=False)
 class CircuitWrite:
     """K tokens at which some edges carry other values of their senders.
@@ -620,7 +627,7 @@ class EdgeTap:
     """Gradient by `tensor` → [receiver, K, d_model] gradients by what each receiver reads."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CircuitRead:
     """K tokens at which a pass reads what edges would carry, and the inputs of their receivers.
 
@@ -636,8 +643,8 @@ class CircuitRead:
     """The senders, in forward order."""
     receivers: tuple[tuple[SiteRead, int], ...]
     """As in `CircuitWrite`."""
-    changes: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
-    """[unit, K, d_model] by place of senders: what the stream would gain with their fills."""
+    changes: Tensor | None = None
+    """[sender, K, d_model]: what the stream would gain with the fills."""
     taps: list[EdgeTap] = field(default_factory=list[EdgeTap])
 
 

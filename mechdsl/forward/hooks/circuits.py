@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from mechdsl.forward.hooks.batch import (
     TokenFrame,
     WriteMismatch,
     indices_to_device,
+    number_senders,
     to_device,
 )
 from mechdsl.forward.hooks.gradients import compute_gradients
@@ -124,6 +124,7 @@ class CircuitHooks(ABC):
     ) -> None:
         self.model = model
         self._fills = circuit.fills
+        self._senders = number_senders(circuit.fills)
         self._receivers = circuit.receivers
         found = frame.locate("resid_pre", 0, "", circuit.rows, circuit.positions)
         self._rows, self._columns = indices_to_device(found[:2], model.device)
@@ -194,7 +195,7 @@ class CircuitHooks(ABC):
             scale = get_scale(self.model.module, self.model.tap("attn_out", where.layer))
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            now = self._at(view_layout(value, tap.layout))[:, list(fill.units)]
+            now = self._at(view_layout(self._seen(value), tap.layout))[:, list(fill.units)]
             values = to_device(fill.values, now.device).to(now)
             if where.site == "z":
                 weight = get_head_weights(module, tap.layout)[list(fill.units)].to(now)
@@ -209,6 +210,10 @@ class CircuitHooks(ABC):
         return self._add(
             (tap.path, tap.side, tap.item), (layer, order + 1), step, by_heads=by_heads
         )
+
+    def _seen(self, value: Tensor) -> Tensor:
+        """Return the output of senders as changes are computed from it."""
+        return value
 
     @abstractmethod
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
@@ -325,12 +330,9 @@ class _WriteHooks(CircuitHooks):
         self._differences: list[tuple[int, Tensor]] = []
         """(column of the mask, [unit, K, d_model]) of the senders so far."""
         self._mask = to_device(write.mask, model.device)
-        places = [fill.where for fill in write.fills]
-        ends = accumulate((len(fill.units) for fill in write.fills), initial=0)
-        self._column = dict(zip(places, ends, strict=False))
 
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
-        self._differences.append((self._column[where], gained))
+        self._differences.append((self._senders[where].start, gained))
 
     def _put(self, value: Tensor, vectors: Tensor) -> Tensor:
         """Return [B, T, width] with [K, width] added to it."""
@@ -402,10 +404,19 @@ class _ReadHooks(CircuitHooks):
     def __init__(self, model: LoadedModel, frame: TokenFrame, read: CircuitRead) -> None:
         super().__init__(model, frame, read)
         self._read = read
-        self._fills = tuple(fill for fill in read.fills if fill.where not in read.changes)
+        if read.changes is None:
+            size = sum(len(fill.units) for fill in read.fills), len(read.rows), model.shape.d_model
+            dtype = torch.promote_types(model.dtype, torch.float32)
+            read.changes = torch.empty(size, dtype=dtype, device=model.device)
+        else:
+            self._fills = ()
+
+    def _seen(self, value: Tensor) -> Tensor:
+        return value.detach()
 
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
-        self._read.changes.setdefault(where, gained.detach())
+        assert self._read.changes is not None
+        self._read.changes[self._senders[where]] = gained
 
     def _at_projection(
         self,
@@ -467,33 +478,31 @@ class _ReadHooks(CircuitHooks):
         return found
 
 
-def compute_edge_scores(
-    total: Tensor, read: CircuitRead, changes: Mapping[SiteRead, Tensor]
-) -> Tensor:
+def compute_edge_scores(total: Tensor, read: CircuitRead, senders: slice) -> Tensor:
     """Return [receiver, sender]: the derivative of a value by the shares of edges, at shares of 0.
+
+    All edges into the receivers of a module are one matrix product.
 
     Args:
         total: The value, from a pass with `read`.
         read: What the pass read; its `taps` are removed.
-        changes: [unit, K, d_model] of those senders whose edges are wanted; others get 0.
+        senders: Those whose edges are wanted; others get 0.
 
     Raises:
         AutogradFailed: The model can't be differentiated.
     """
+    changes = read.changes
+    assert changes is not None
     gradients = compute_gradients(total, [tap.tensor for tap in read.taps], keep=False)
-    count = sum(len(fill.units) for fill in read.fills)
-    found = total.new_zeros((len(read.receivers), count), dtype=torch.float64)
+    found = total.new_zeros((len(read.receivers), len(changes)), dtype=torch.float64)
     for tap, gradient in zip(read.taps, gradients, strict=True):
-        vectors, column = tap.to_stream(gradient), 0
-        for fill in read.fills:
-            end = column + len(fill.units)
-            if fill.where in changes and _is_before(
-                fill.where, read.receivers[tap.receivers[0]][0]
-            ):
-                own = changes[fill.where].to(vectors)
-                part = torch.einsum("rkd,ukd->ru", vectors, own)
-                found[tap.receivers, column:end] += part.to(found)
-            column = end
+        receiver, _ = read.receivers[tap.receivers[0]]
+        before = [len(fill.units) for fill in read.fills if _is_before(fill.where, receiver)]
+        due = range(sum(before))[senders]
+        if due:
+            vectors = tap.to_stream(gradient).to(changes).flatten(1)
+            part = vectors @ changes[due.start : due.stop].flatten(1).T
+            found[tap.receivers, due.start : due.stop] += part.to(found)
     read.taps.clear()
     return found
 
