@@ -56,7 +56,9 @@ from mechdsl.forward.hooks.batch import (
     SenderFill,
     SiteRead,
     SiteWrite,
+    is_out_of_memory,
     number_senders,
+    release_memory,
 )
 from mechdsl.forward.hooks.circuits import compute_edge_scores
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
@@ -701,7 +703,7 @@ class EdgeRows(EdgeMaskRows):
     """Largest number of rows of a pass."""
 
     @cached_property
-    def _pass_rows(self) -> int:
+    def pass_rows(self) -> int:
         """Largest number of rows of a pass that scores edges."""
         tokens = int(np.diff(self._starts).max(initial=1))
         return count_scored_rows(len(self._columns), tokens, self.batch, self.model.shape)
@@ -711,29 +713,20 @@ class EdgeRows(EdgeMaskRows):
         """[row] ascending numbers of the training rows."""
         return np.sort(self.rows[self.held_out_count :])
 
-    def _split(self, rows: Ints) -> list[Ints]:
-        """Split rows into those of one pass each."""
-        return [rows[i : i + self._pass_rows] for i in range(0, len(rows), self._pass_rows)]
-
     # --- scores
 
-    def scores(
-        self, trainer: EdgeScoreTrainer, steps: int, on_pass: Callable[[int, int], None]
-    ) -> Floats:
-        """Return [edge] scores, means over the training rows. Raises AutogradFailed.
+    def score(self, rows: Ints, trainer: EdgeScoreTrainer, steps: int) -> Floats:
+        """Return [edge]: the sums of scores over some rows. Raises AutogradFailed.
 
         Args:
+            rows: In ascending order; one pass has them all.
+            trainer: Which points gradients are taken at.
             steps: Number of points on the path of the trainer.
-            on_pass: Called with the finished and all batches.
         """
-        parts = self._split(self.trained)
-        total = torch.zeros(len(self._receivers), len(self._columns), dtype=torch.float64)
         with torch.enable_grad():
-            for number, part in enumerate(parts):
-                total += self._score(part, trainer, steps).cpu()
-                self._unpatched.forget()
-                on_pass(number + 1, len(parts))
-        return (total.flatten()[self._cells_of_mask] / len(self.trained)).numpy()
+            found = self._score(rows, trainer, steps)
+        self._unpatched.forget()
+        return found.flatten().cpu()[self._cells_of_mask].numpy()
 
     def _score(self, rows: Ints, trainer: EdgeScoreTrainer, steps: int) -> Tensor:
         """Return [receiver, sender]: the sums of scores over some rows."""
@@ -893,7 +886,9 @@ def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -
     """Return the edges with the largest scores. Raises AutogradFailed and NoCircuit."""
     trainer, options = training.trainer_of(EdgeScoreTrainer), training.of_trainer
     steps, size, how = trainer.steps(options), trainer.size(options), trainer.selection(options)
-    scores = rows.scores(trainer, steps, job.on_step)
+    scoring = EdgeScoring(rows, trainer, steps)
+    job.search(scoring)
+    scores = scoring.scores
     if not np.isfinite(scores).all():
         raise NoCircuit("a score is NaN or infinite", "use another measure, or other rows")
     order = np.argsort(-np.abs(scores), kind="stable")
@@ -909,6 +904,58 @@ def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -
         raise NoCircuit(reason, "write a larger `size`, or leave `select` out")
     made = _describe(how, len(selected), len(chosen))
     return FoundCircuit(chosen, scores, steps, len(selected), made)
+
+
+class EdgeScoring:
+    """Scores of all edges, added up over the training rows."""
+
+    def __init__(self, rows: EdgeRows, trainer: EdgeScoreTrainer, steps: int) -> None:
+        self._rows, self._trainer, self._steps = rows, trainer, steps
+        self._total = np.zeros(len(rows.candidates))
+        self._done = 0
+
+    @property
+    def scores(self) -> Floats:
+        """[edge] means over the training rows."""
+        return self._total / len(self._rows.trained)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Number of finished and of all rows."""
+        return self._done, len(self._rows.trained)
+
+    def run(self) -> Iterator[None]:
+        """Score the rows that are left, and yield after each pass. Raises AutogradFailed.
+
+        If memory runs out, further passes have half as many rows.
+        """
+        size = self._rows.pass_rows
+        while self._done < len(self._rows.trained):
+            part = self._rows.trained[self._done : self._done + size]
+            try:
+                found = self._rows.score(part, self._trainer, self._steps)
+            except (RuntimeError, MemoryError) as error:
+                if len(part) == 1 or not is_out_of_memory(error):
+                    raise
+                size = len(part) // 2
+                found = None
+            if found is None:  # outside of the handler, which holds the tensors of the pass
+                release_memory()
+                continue
+            self._total += found
+            self._done += len(part)
+            yield
+
+    def capture(self) -> dict[str, Any]:
+        """Return the state as JSON."""
+        return {"total": self._total.tolist(), "done": self._done}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. Raises KeyError and ValueError."""
+        total = np.array(state["total"])
+        if total.shape != self._total.shape:
+            raise ValueError("a checkpoint of other edges")
+        self._total, self._done = total, int(state["done"])
 
 
 def _describe(how: str, selected: int, kept: int) -> str:

@@ -18,14 +18,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
-from mechdsl.base.arrays import Floats
+from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute import mask_training, objective_rows
-from mechdsl.execute.mask_training import EdgeRows, open_edges
+from mechdsl.execute.mask_training import EdgeRows, EdgeScoring, find_circuit, open_edges
+from mechdsl.execute.training import TrainingJob
 from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.fits.reports import CircuitReport
+from mechdsl.forward.hooks import circuits
 from mechdsl.pipeline.trained_files import fits_of_file
+from mechdsl.planner.training_cost import training_cost
 from mechdsl.program.trainers import EdgeScoreTrainer
 from mechdsl.resolve.circuits import EMBEDDING, END, CircuitDraws, EdgeGraph
 from mechdsl.resolve.types import CircuitEdge, TrainedMask
@@ -88,9 +92,14 @@ def open_rows(path: Path, model: Any, side: Any = None) -> tuple[TrainedMask, Ed
     )
 
 
-def score(mask: TrainedMask, found: EdgeRows) -> Floats:
+def score(mask: TrainedMask, found: EdgeRows, passes: list[int] | None = None) -> Floats:
+    """Return [edge] scores; the rows that are done after each pass are appended to `passes`."""
     trainer = mask.training.trainer_of(EdgeScoreTrainer)
-    return found.scores(trainer, trainer.steps(mask.training.of_trainer), lambda *_: None)
+    scoring = EdgeScoring(found, trainer, trainer.steps(mask.training.of_trainer))
+    for _ in scoring.run():
+        if passes is not None:
+            passes.append(scoring.progress[0])
+    return scoring.scores
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -180,15 +189,84 @@ def test_scores_with_little_memory_are_the_same(
     line = fit("validation: 25%", call=CALLS[1], source=source, at=at)
     path = write(tmp_path, line, PATCHES)
     expected = score(*open_rows(path, double("llama")))
-    parts: list[int] = []
+    passes: list[int] = []
     monkeypatch.setattr(objective_rows, "CHUNK_BYTES", 1)
     monkeypatch.setattr(mask_training, "count_scored_rows", lambda *_: 1)
-    mask, found = open_rows(path, double("llama"))
-    trainer = mask.training.trainer_of(EdgeScoreTrainer)
-    scores = found.scores(trainer, 3, lambda done, total: parts.append(total))
-    assert parts == [3, 3, 3]
+    scores = score(*open_rows(path, double("llama")), passes)
+    assert passes == [1, 2, 3]
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     assert np.abs(expected).max() > 1e-2
+
+
+def test_passes_have_half_the_rows_when_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, fit("validation: 0%", call=CALLS[1]), PATCHES)
+    expected = score(*open_rows(path, double("llama")))
+    real, tried = EdgeRows.score, []
+
+    def score_few(self: EdgeRows, rows: Ints, *given: Any) -> Floats:
+        tried.append(len(rows))
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError
+        return real(self, rows, *given)
+
+    monkeypatch.setattr(EdgeRows, "score", score_few)
+    scores = score(*open_rows(path, double("llama")))
+    assert tried == [4, 2, 1, 1, 1, 1]
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+
+
+def test_scores_continue_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, fit("validation: 0%, batch: 1", call=CALLS[1]), PATCHES)
+    (whole,) = train(path)
+    content = (whole.folder / "mask.json").read_bytes()
+    score_rows, steps = EdgeRows.score, EdgeScoring.progress.fget
+    scored: list[int] = []
+
+    def recorded(self: EdgeRows, rows: Ints, *given: Any) -> Floats:
+        scored.extend(rows.tolist())
+        return score_rows(self, rows, *given)
+
+    def interrupted(self: EdgeScoring) -> tuple[int, int]:
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        assert steps is not None
+        return steps(self)
+
+    monkeypatch.setattr(EdgeRows, "score", recorded)
+    monkeypatch.setattr(EdgeScoring, "progress", property(interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        train(path, fresh=True)
+    (again,) = train(path, fresh=True)
+    assert scored == [0, 1, 2, 3]
+    assert (again.folder / "mask.json").read_bytes() == content
+    assert again.report == whole.report
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_price_of_scores_is_within_a_factor_of_two(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, fit(call=call), PATCHES)
+    mask, found = open_rows(path, double("gpt2"))
+    price = training_cost("c", mask, found.objective, found.model.shape)
+    backwards: list[int] = []
+    real = circuits.compute_gradients
+
+    def counted(total: torch.Tensor, *given: Any, **options: Any) -> Any:
+        backwards.append(1)
+        return real(total, *given, **options)
+
+    monkeypatch.setattr(circuits, "compute_gradients", counted)
+    monkeypatch.setattr(TrainingJob, "write_card", lambda *_: None)
+    job = TrainingJob(tmp_path, {}, tmp_path, lambda: False, lambda *_: None)
+    with FlopCounterMode(display=False) as flops:
+        find_circuit(mask, found, job)
+    assert price.cost.backwards == len(backwards)
+    assert 1 / 2 < 2 * price.cost.multiply_adds / flops.get_total_flops() < 2
 
 
 @pytest.mark.parametrize("call", CALLS)
