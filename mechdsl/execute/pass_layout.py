@@ -265,7 +265,8 @@ def compute_row_widths(
 def group_rows(
     shared: SharedRows, plan: Plan, plans: Sequence[ExperimentPlan], widths: Ints
 ) -> Iterator[tuple[PromptRun, Ints]]:
-    """Yield groups of rows that can share passes, with rows of equal columns adjacent.
+    """Yield groups of rows that can share passes, with rows of equal columns adjacent, and rows of
+    equal circuits, so that a pass has few circuits.
 
     They start from the same run, have the same number of draws and replaced blocks, and are all
     full passes or all packed; if rows aren't joined, they belong to one cell.
@@ -274,6 +275,7 @@ def group_rows(
     start = np.zeros(len(shared), dtype=np.int64)
     draws = np.zeros(len(shared), dtype=np.int64)
     whole = np.zeros(len(shared), dtype=np.int64)
+    circuit = np.zeros(len(shared), dtype=np.int64)
     blocks = np.zeros(len(shared), dtype=np.int64)
     numbered: dict[tuple[tuple[int, int | None], ...], int] = {}
     for number, each in enumerate(plans):
@@ -290,6 +292,8 @@ def group_rows(
             draws[own] = each.draws
             whole[own] = each.whole
         cells = shared.rows.cell[own]
+        if any(rule.rule.circuit is not None for rule in each.rules):
+            circuit[own] = cells
         for cell in np.unique(cells).tolist():
             pairs = each.replaced_blocks(cell)
             blocks[own[cells == cell]] = numbered.setdefault(pairs, len(numbered))
@@ -298,7 +302,7 @@ def group_rows(
         keys += [shared.owner, shared.rows.cell]
     _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)
     group = group.reshape(-1)
-    order = np.lexsort((shared.rows.prompt, widths, group))
+    order = np.lexsort((shared.rows.prompt, circuit, widths, group))
     for own in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
         if len(own):
             yield runs[int(start[own[0]])], own

@@ -328,11 +328,22 @@ class _WriteHooks(CircuitHooks):
     def __init__(self, model: LoadedModel, frame: TokenFrame, write: CircuitWrite) -> None:
         super().__init__(model, frame, write)
         self._differences: list[tuple[int, Tensor]] = []
-        """(column of the mask, [unit, K, d_model]) of the senders so far."""
+        """(column of the mask, [unit, K, d_model]) of the senders so far, if autograd follows."""
+        self._changes: Tensor | None = None
+        """[sender, K, d_model] otherwise; 0 for senders that haven't run."""
+        self._end = 0
+        """Number of senders so far."""
         self._mask = to_device(write.mask, model.device)
 
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
-        self._differences.append((self._senders[where].start, gained))
+        columns = self._senders[where]
+        if torch.is_grad_enabled():
+            self._differences.append((columns.start, gained))
+            return
+        if self._changes is None:
+            size = self._mask.shape[-1], *gained.shape[1:]
+            self._changes = torch.zeros(size, dtype=gained.dtype, device=self.model.device)
+        self._changes[columns], self._end = gained, columns.stop
 
     def _put(self, value: Tensor, vectors: Tensor) -> Tensor:
         """Return [B, T, width] with [K, width] added to it."""
@@ -341,6 +352,12 @@ class _WriteHooks(CircuitHooks):
 
     def _gained(self, rows: list[int]) -> Tensor:
         """Return [receiver, K, d_model]: what each of some receivers reads besides the stream."""
+        if self._changes is not None:
+            changes = self._changes[: self._end]
+            mask = self._mask[..., rows, : self._end].to(changes)
+            if mask.dim() == 2:
+                return (mask @ changes.flatten(1)).unflatten(1, changes.shape[1:])
+            return torch.einsum("kru,ukd->rkd", mask, changes)
         found: Tensor | None = None
         sums = "ru,ukd->rkd" if self._mask.dim() == 2 else "kru,ukd->rkd"
         for column, gained in self._differences:
@@ -361,7 +378,8 @@ class _WriteHooks(CircuitHooks):
         """
         before = self._norm_of_stream(path, value)
         assert self._stream is not None
-        return self._normed(path, self._stream + self._gained(rows), value) - before
+        gained = self._gained(rows).to(self._stream.device)
+        return self._normed(path, self._stream + gained, value) - before
 
     def _at_projection(
         self,
