@@ -153,11 +153,11 @@ def table(found: Sequence[Agreement]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_table(table: str, begin: str, end: str) -> None:
-    """Replace the table between two comments of the page."""
-    text = PAGE.read_text(encoding="utf-8")
+def write_table(table: str, begin: str, end: str, page: Path = PAGE) -> None:
+    """Replace the table between two comments of a page."""
+    text = page.read_text(encoding="utf-8")
     before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
-    PAGE.write_text(f"{before}\n\n{table}\n\n{after}", encoding="utf-8")
+    page.write_text(f"{before}\n\n{table}\n\n{after}", encoding="utf-8")
 
 
 def main() -> None:
