@@ -614,13 +614,12 @@ def _build_circuit(
     edges: Sequence[CircuitEdge], fills: Sequence[SenderFill], row: Ints, token: Ints
 ) -> CircuitWrite:
     """Build the ablation of some edges at K tokens."""
-    columns = [(fill.where, unit) for fill in fills for unit in fill.units]
-    number = {each: column for column, each in enumerate(columns)}
-    receivers = list(dict.fromkeys(receiver for _, receiver in edges))
-    mask = torch.zeros(len(receivers), len(columns))
-    for sender, receiver in edges:
-        column = number[SiteRead(sender.site, sender.layer), sender.unit or 0]
-        mask[receivers.index(receiver), column] = 1
+    senders = [(fill.where.site, fill.where.layer, unit) for fill in fills for unit in fill.units]
+    column = {each: n for n, each in enumerate(senders)}
+    receivers = {to: n for n, to in enumerate(dict.fromkeys(to for _, to in edges))}
+    mask = torch.zeros(len(receivers), len(senders))
+    carried = [column[of.site, of.layer, of.unit or 0] for of, _ in edges]
+    mask[[receivers[to] for _, to in edges], carried] = 1
     return CircuitWrite(
         torch.from_numpy(row),
         torch.from_numpy(token),
