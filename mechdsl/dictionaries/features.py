@@ -10,7 +10,7 @@ arXiv 2407.14435 (JumpReLU) and arXiv 2404.16014 (gated); Costa et al. 2025, arX
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mechdsl.base.records import Registry
+from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.dictionaries.encoders import (
     assign_components,
     combine_some,
@@ -341,6 +342,10 @@ class Dictionary:
             return self._rows(weights).T
         return weights["W_enc"]
 
+    def tensor(self, name: str) -> Tensor | None:
+        """Return a tensor of its file by its name, such as `W_skip`; None if it has none."""
+        return self._loaded.tensors.get(name)
+
     def decode(self, features: Tensor, vectors: Tensor) -> Tensor:
         """Return [K, width] reconstructions.
 
@@ -376,21 +381,38 @@ class Dictionary:
         return vectors + (found if scale is None else found * scale)
 
 
+def load_cross_decoder(file: SafetensorsFile) -> Tensor:
+    """Load the decoders of the features of one layer of a cross-layer transcoder, [feature, layer,
+    width]: of this layer and all later ones, at least in float32.
+
+    Raises:
+        ValueError: The file has changed since it was read, or has NaN or infinity.
+    """
+    (tensors,) = (_load_checked(file.path, file.digest, {"W_dec": name}) for name in file.shapes)
+    return tensors["W_dec"]
+
+
+def _load_checked(path: Path, digest: str, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Load tensors by their names in the file, at least in float32. Raises ValueError."""
+    content = path.read_bytes()
+    if sha256(content).hexdigest() != digest:
+        raise ValueError(f"{path.name} has changed since it was checked")
+    every = load(content)
+    for written in names.values():
+        if not bool(every[written].isfinite().all()):
+            raise ValueError(f"`{written}` has NaN or infinity")
+    found = {name: every[written] for name, written in names.items()}
+    wide = {name: torch.promote_types(each.dtype, torch.float32) for name, each in found.items()}
+    return {name: each.to(wide[name]) for name, each in found.items()}
+
+
 def load_dictionary(file: DictionaryFile) -> Dictionary:
     """Load the weights of a dictionary, in float32 or float64 on the CPU.
 
     Raises:
         ValueError: The file has changed since it was read, or has NaN or infinity.
     """
-    content = Path(file.path).read_bytes()
-    if sha256(content).hexdigest() != file.weights_digest:
-        raise ValueError(f"{file.path.name} has changed since it was checked")
-    every = load(content)
-    tensors: dict[str, Tensor] = {}
-    for name, written in file.tensors.items():
-        tensor = every[written]
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"`{written}` has NaN or infinity")
-        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        tensors[name] = wide.T if name == "W_enc" and file.transposed else wide
+    tensors = _load_checked(file.path, file.weights_digest, file.tensors)
+    if "W_enc" in tensors and file.transposed:
+        tensors["W_enc"] = tensors["W_enc"].T
     return Dictionary(file, DictionaryWeights(file, tensors))

@@ -307,12 +307,16 @@ def _read_cross_layer(path: Path, written: str, layer: int | None) -> Dictionary
     file = inspect_safetensors(
         weights, f"{written}/{weights.name}", limits.DICTIONARY_FILE, "use a smaller dictionary"
     )
-    jumps = f"threshold_{layer}" in file.shapes
-    names = {name: f"{name}_{layer}" for name in ("W_enc", "b_enc", *(["threshold"] * jumps))}
+    more = [name for name in ("threshold", "b_dec") if f"{name}_{layer}" in file.shapes]
+    jumps = "threshold" in more
+    names = {name: f"{name}_{layer}" for name in ("W_enc", "b_enc", *more)}
     missing = next((name for name in names.values() if name not in file.shapes), None)
     features, width = (*file.shapes.get(names["W_enc"], ()), 0, 0)[:2]
-    shapes = {file.shapes[name] for key, name in names.items() if key != "W_enc" and not missing}
-    if missing or shapes != {(features,)} or not width:
+    expected = {"W_enc": (features, width), "b_dec": (width,)}
+    fits = missing is None and all(
+        file.shapes[name] == expected.get(key, (features,)) for key, name in names.items()
+    )
+    if not fits or not width:
         reason = f"has no tensor `{missing}`" if missing else "has tensors of different sizes"
         raise UnreadableFile(
             f"`{written}/{weights.name}` {reason}",
@@ -344,6 +348,35 @@ def _read_cross_layer(path: Path, written: str, layer: int | None) -> Dictionary
         model=_text(config.get("model_name")),
         hook=hook,
     )
+
+
+def read_cross_decoder(file: DictionaryFile, layer: int, layers: int) -> SafetensorsFile:
+    """Read the facts of the decoders of one layer's features of a cross-layer transcoder.
+
+    Args:
+        file: The encoder of the layer.
+        layers: Number of layers of the model.
+
+    Raises:
+        UnreadableFile: If they are missing, too large, or of another form.
+    """
+    name = f"W_dec_{layer}"
+    written = f"{file.path.parent.name}/{name}.safetensors"
+    hint = f"it needs `{name}` [feature, layer, width], for layer {layer} and all later ones"
+    if "b_dec" not in file.tensors:
+        raise UnreadableFile(
+            f"`{file.path.name}` has no tensor `b_dec_{layer}`",
+            "it has a number for each of the model's width",
+        )
+    path = file.path.parent / f"{name}.safetensors"
+    if not path.is_file():
+        raise UnreadableFile(f"`{written}` doesn't exist", hint)
+    found = inspect_safetensors(path, written, limits.DICTIONARY_FILE, "use a smaller dictionary")
+    shape = (file.features, layers - layer, file.width_out)
+    if found.shapes != {name: shape}:
+        has = name_list(f"`{key}` {list(own)}" for key, own in sorted(found.shapes.items()))
+        raise UnreadableFile(f"`{written}` has {has}, not `{name}` {list(shape)}", hint)
+    return found
 
 
 def _read_cross_layer_config(path: Path, written: str) -> tuple[Mapping[str, object], bytes]:

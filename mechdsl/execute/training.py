@@ -388,13 +388,14 @@ class DictionaryWriter:
             "num_latents": own.features,
             "d_in": own.width_in,
             "transcode": True,
-            "skip_connection": False,
+            "skip_connection": own.skips,
         }
 
     def _sae_lens_config(self) -> dict[str, Any]:
         own, training = self.declared, self.declared.training
         assert training is not None
-        names = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
+        suffix = "skip_transcoder" if own.skips else "transcoder"
+        names = {"standard": suffix, "jumprelu": f"jumprelu_{suffix}"}
         hooks = [hook_name(point) for point in (training.encoded, training.made)]
         metadata = {"hook_name": hooks[0], "hook_name_out": hooks[1] if own.transcodes else None}
         metadata["model_name"] = self.facts.get("model_name")

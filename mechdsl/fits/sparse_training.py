@@ -3,7 +3,8 @@
 Sources: Gao et al. 2024, arXiv 2406.04093 (top-k, and the auxiliary loss for inactive features);
 Bussmann et al. 2024, arXiv 2412.06410 (batch top-k); Bricken et al. 2023 (ReLU with an L1 penalty);
 Rajamanoharan et al. 2024, arXiv 2407.14435 (JumpReLU) and arXiv 2404.16014 (gated); Dunefsky et al.
-2024, arXiv 2406.11944 (transcoders). Encoders and decoders have the names and shapes of SAELens.
+2024, arXiv 2406.11944 (transcoders); Paulo et al. 2025, arXiv 2501.18823 (skip transcoders).
+Encoders and decoders have the names and shapes of SAELens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
+
+SKIP = "W_skip"
+"""[out, in]: the skip connection of a transcoder, as in `mechdsl.dictionaries.folder`."""
 
 IDLE_STEPS = 200
 """Steps without activity after which a feature takes part in the auxiliary loss."""
@@ -32,13 +36,14 @@ START_THRESHOLD = 0.1
 
 
 def start_weights(
-    widths: tuple[int, int], features: int, random: Generator, *, tied: bool
+    widths: tuple[int, int], features: int, random: Generator, *, tied: bool, skips: bool = False
 ) -> dict[str, Tensor]:
-    """Return random directions, and biases of 0.
+    """Return random directions, and biases and a skip connection of 0.
 
     Args:
         widths: Numbers of encoded and of reconstructed vectors.
         tied: Whether the encoder begins as the transposed decoder.
+        skips: Whether there is a skip connection.
     """
     encoded, made = widths
     decoder = unit_rows(torch.randn(features, made, generator=random))
@@ -48,6 +53,7 @@ def start_weights(
         "b_enc": torch.zeros(features),
         "W_dec": decoder.clone(),
         "b_dec": torch.zeros(made),
+        **({SKIP: torch.zeros(made, encoded)} if skips else {}),
     }
 
 
@@ -109,8 +115,9 @@ class SparseDictionary:
         centred = inputs - own["b_dec"] if self.subtracts_bias else inputs
         return centred @ own["W_enc"]
 
-    def _decoded(self, features: Tensor) -> Tensor:
-        return features @ self.tensors["W_dec"] + self.tensors["b_dec"]
+    def _decoded(self, features: Tensor, inputs: Tensor) -> Tensor:
+        made = features @ self.tensors["W_dec"] + self.tensors["b_dec"]
+        return made + inputs @ self.tensors[SKIP].T if SKIP in self.tensors else made
 
     def _note_active(self, features: Tensor, step: int) -> None:
         self.last_active[(features.detach() > 0).any(0)] = step
@@ -161,7 +168,7 @@ class TopKDictionary(SparseDictionary):
         before = self._projected(inputs) + self.tensors["b_enc"]
         kept = self._kept(before)
         self._note_active(kept, step)
-        made = self._decoded(kept)
+        made = self._decoded(kept, inputs)
         return _squared_error(targets, made) + self._idle_loss(before, targets - made, step)
 
     def _kept(self, before: Tensor) -> Tensor:
@@ -219,7 +226,7 @@ class ReluDictionary(SparseDictionary):
         before = self._projected(inputs) + self.tensors["b_enc"]
         features = before.relu()
         self._note_active(features, step)
-        made = self._decoded(features)
+        made = self._decoded(features, inputs)
         sparse = self._grown(progress) * features.sum(1).mean()
         idle = self._idle_loss(before, targets - made, step)
         return _squared_error(targets, made) + sparse + idle
@@ -275,7 +282,7 @@ class JumpReluDictionary(SparseDictionary):
         features: Tensor = _JumpRelu.apply(positive, threshold)  # pyright: ignore[reportAssignmentType]
         active: Tensor = _Active.apply(positive, threshold)  # pyright: ignore[reportAssignmentType]
         self._note_active(features, step)
-        made = self._decoded(features)
+        made = self._decoded(features, inputs)
         sparse = self._grown(progress) * active.sum(1).mean()
         idle = self._idle_loss(before, targets - made, step)
         return _squared_error(targets, made) + sparse + idle
@@ -304,7 +311,7 @@ class GatedDictionary(SparseDictionary):
         sizes = (shared * own["r_mag"].exp() + own["b_mag"]).relu()
         features = sizes * (gate > 0)
         self._note_active(features, step)
-        made = self._decoded(features)
+        made = self._decoded(features, inputs)
         gates = gate.relu()
         # The gate learns from what it would reconstruct alone, with a decoder that stays.
         alone = gates @ own["W_dec"].detach() + own["b_dec"].detach()
@@ -334,6 +341,9 @@ def unscale_weights(
     (center, made), (scale, made_scale) = centers, scales
     found = dict(weights)
     found["b_dec"] = weights["b_dec"] / made_scale + made
+    if SKIP in weights:
+        found[SKIP] = weights[SKIP] * (scale / made_scale)
+        found["b_dec"] = found["b_dec"] - center @ found[SKIP].T
     if not subtracts_bias:
         found["W_enc"] = weights["W_enc"] * (scale / made_scale)
         found["b_enc"] = weights["b_enc"] - scale * (center @ weights["W_enc"])

@@ -77,6 +77,8 @@ class SparseAutoencoderTrainer(IterativeTrainer):
                 return None
             listed = name_list([f'"{each}"' for each in self.kinds])
             return f"`{self.name}` has no such kind", f"write one of {listed}"
+        if name == "skip":
+            return None if isinstance(value, bool) else ("`skip` is true or false", "`skip: true`")
         if name == "penalty":
             positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
             return None if positive else ("`penalty` is a number above 0", "write `penalty: 0.1`")
@@ -110,8 +112,9 @@ class SparseAutoencoderTrainer(IterativeTrainer):
     def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
         kind = DICTIONARY_KINDS[str(options.get("kind", "topk"))]
         k = int(options["k"]) if kind.architecture == "topk" else None
+        skips = bool(options.get("skip", False))
         return DictionaryOutline(
-            kind.architecture, int(options["features"]), k, transcodes=self.transcodes
+            kind.architecture, int(options["features"]), k, transcodes=self.transcodes, skips=skips
         )
 
     def start(
@@ -125,16 +128,24 @@ class SparseAutoencoderTrainer(IterativeTrainer):
 
         kind = SPARSE_KINDS[str(options.get("kind", "topk"))]
         given: dict[str, Any] = dict(options)
-        start = start_weights(widths, int(given["features"]), random, tied=not self.transcodes)
+        start = start_weights(
+            widths,
+            int(given["features"]),
+            random,
+            tied=not self.transcodes,
+            skips=bool(given.get("skip", False)),
+        )
         tensors = {name: tensor.to(device) for name, tensor in start.items()}
         return kind(tensors, given, subtracts_bias=not self.transcodes)
 
 
 @trainer("transcoder")
 class TranscoderTrainer(SparseAutoencoderTrainer):
-    """A transcoder, which reconstructs the output of an MLP from its input."""
+    """A transcoder, which reconstructs the output of an MLP from its input; with `skip: true`, a
+    linear map of the input is added to it."""
 
     example = "transcoder(features: 512, k: 8)"
+    options = (*SparseAutoencoderTrainer.options, "skip")
     transcodes = True
     kinds = ("topk", "batch_topk", "relu", "jump_relu")
 

@@ -126,6 +126,7 @@ class DictionaryOutline(Record):
     features: int
     k: int | None = None
     transcodes: bool = False
+    skips: bool = False
     covariance: str = ""
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record, record
-from mechdsl.base.safetensors_files import UnreadableFile, inspect_safetensors
+from mechdsl.base.safetensors_files import SafetensorsFile, UnreadableFile, inspect_safetensors
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere, DictionaryOfAnotherModel
@@ -20,6 +20,7 @@ from mechdsl.dictionaries.folder import (
     ENCODED_SITES,
     WEIGHT_FILES,
     DictionaryFile,
+    read_cross_decoder,
     read_dictionary,
     site_of_hook,
 )
@@ -547,12 +548,20 @@ def resolve_transcoders(
         for point, member in family.items():
             _check_graph_basis(name, point, member)
             assert point.layer is not None
+            file = member.operand
+            crosses = isinstance(file, DictionaryFile) and file.crosses_layers
+            folders.add(str(file.path.parent) if crosses else "")
+            if len(folders) > 1:
+                reason = f"`{name.id}` and others aren't of one cross-layer transcoder"
+                hint = "name either one cross-layer transcoder, or transcoders of single layers"
+                raise BasisError(name, reason, hint)
             if point.layer in found:
                 own = found[point.layer].name
                 reason = f"`{own}` is a transcoder of layer {point.layer}, too"
                 raise BasisError(name, reason, "name one of them")
             found[point.layer] = member
 
+    folders: set[str] = set()
     return (
         (_argument_targets(names, found.values()), found)
         if _use_families(names, add, work)
@@ -560,16 +569,34 @@ def resolve_transcoders(
     )
 
 
+def read_decoders(
+    names: Sequence[ast.Name], members: Mapping[int, BasisMember], work: ExperimentContext
+) -> Mapping[int, SafetensorsFile] | None:
+    """Read the facts of the decoders of a cross-layer transcoder, by the layer of their features;
+    empty for transcoders of one layer; None after E0342."""
+    found: dict[int, SafetensorsFile] = {}
+    for layer, member in members.items():
+        own = member.operand
+        if not isinstance(own, DictionaryFile) or not own.crosses_layers:
+            continue
+        try:
+            found[layer] = read_cross_decoder(own, layer, work.model.shape.n_layers)
+        except UnreadableFile as problem:
+            error = BasisError(names[0], problem.reason, problem.hint)
+            work.diagnostics.append(error.diagnostic)
+            return None
+    return found
+
+
 def _check_graph_basis(name: ast.Name, point: SitePoint, member: BasisMember) -> None:
-    """Raises BasisError unless a basis replaces an MLP by features that are added up."""
+    """Raises BasisError unless a basis replaces MLPs by features that are added up."""
     own = member.operand
     if not isinstance(own, DictionaryFile) or not own.transcodes or point.site != "mlp_out":
         reason = f"`{name.id}` isn't a transcoder of an MLP"
         hint = f'write `basis {name.id} = transcoder("folder") at mlp_out layer 2`'
         raise BasisError(name, reason, hint)
-    other = "a cross-layer transcoder" if own.crosses_layers else ""
-    other = other or ("a transcoder with a skip connection" if own.skips else "")
-    if not other and own.normalization != "none":
+    other = ""
+    if own.normalization != "none":
         other = f"a transcoder that normalises its input ({own.normalization})"
     if not other and own.architecture not in LINEAR_BEFORE_ACTIVATION:
         other = f"a {own.kind}"
@@ -578,7 +605,7 @@ def _check_graph_basis(name: ast.Name, point: SitePoint, member: BasisMember) ->
         raise BasisError(
             name,
             f"`{name.id}` is {other}, whose features aren't in a graph yet",
-            f"name a transcoder of one layer with one of these encoders: {listed}",
+            f"name a transcoder with one of these encoders: {listed}",
         )
 
 
@@ -1649,7 +1676,8 @@ def _dictionary(
     path, problems = path_to_read(construct, written, call.span)
     if path is not None and path.is_dir():  # its files may be links to other folders
         encoder = f"W_enc_{point.layer}.safetensors"
-        for name in (CONFIG_FILE, CROSS_LAYER_CONFIG, *WEIGHT_FILES.values(), encoder):
+        parts = (encoder, encoder.replace("enc", "dec"))
+        for name in (CONFIG_FILE, CROSS_LAYER_CONFIG, *WEIGHT_FILES.values(), *parts):
             problems += path_to_read(construct, f"{written}/{name}", call.span)[1]
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     if path is None or problems:

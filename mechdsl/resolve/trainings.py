@@ -434,6 +434,7 @@ def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary
         tensors={},
         k=outline.k,
         transcodes=outline.transcodes,
+        skips=outline.skips,
         subtracts_bias=not outline.transcodes,
         covariance=outline.covariance,
         training=training,

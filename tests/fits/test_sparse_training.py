@@ -237,6 +237,32 @@ def test_weights_for_vectors_as_they_are(kind: str, transcodes: bool) -> None:
     assert f.any()
 
 
+@pytest.mark.parametrize("kind", ["topk", "jump_relu"])
+def test_skip_connection_of_a_transcoder_adds_a_linear_map_of_the_input(kind: str) -> None:
+    """To the loss, and to the reconstruction of vectors that aren't centred and scaled."""
+    options = {"features": 10, "kind": kind, "skip": True, **SPARSITY[kind]}
+    trainer, random = TranscoderTrainer(), torch.Generator().manual_seed(0)
+    assert trainer.check(options) is None
+    assert trainer.outline(options).skips
+    model: Any = trainer.start((6, 6), options, random, CPU)
+    assert not model.weights()["W_skip"].any()
+    weights = shaken(model)
+    x, y = torch.randn(7, 6, generator=random), torch.randn(7, 6, generator=random)
+    skipped = x.double() @ weights["W_skip"].T
+    plain = {**weights, "b_dec": torch.zeros(6).double()}
+    rest = y.double() - skipped - weights["b_dec"]
+    expected = by_formula(kind, plain, x.double(), rest, SPARSITY[kind].get("penalty", 0.0))
+    assert float(model.loss(x, y, 0, 1.0)) == pytest.approx(expected, rel=1e-4)
+    centers = torch.randn(6, generator=random), torch.randn(6, generator=random)
+    found = unscale_weights(model.weights(), centers, (1.7, 0.6), subtracts_bias=False)
+    u = (x - centers[0]) * 1.7
+    own = model.weights()
+    made = encode(kind, own, u, False) @ own["W_dec"] + own["b_dec"] + u @ own["W_skip"].T
+    again = encode(kind, found, x, False) @ found["W_dec"] + found["b_dec"]
+    again = again + x @ found["W_skip"].T
+    assert torch.allclose(again, made / 0.6 + centers[1], atol=1e-5)
+
+
 def encode(kind: str, w: dict[str, Tensor], x: Tensor, subtracts: bool) -> Tensor:
     """Features as a dictionary of the file's architecture has them."""
     z = (x - w["b_dec"] if subtracts else x) @ w["W_enc"]

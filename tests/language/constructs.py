@@ -581,7 +581,8 @@ _file(
     "The features of a sparse autoencoder, or with `transcoder(…)` of a transcoder, that "
     "`mechdsl fit FILE` or `mechdsl run --fit FILE` trains on the vectors of the named tokens. "
     '`kind` is "topk" (default), "batch_topk", "relu", "jump_relu" or "gated" (only `sae`); the '
-    "first two take `k: 4`, the others `penalty: 0.1`. The options of `fit` are `prompts`, "
+    "first two take `k: 4`, the others `penalty: 0.1`. `skip: true` gives a transcoder a linear "
+    "map of the MLP's input, too. The options of `fit` are `prompts`, "
     "`limit`, `steps` (4000), `batch` (512 vectors), `accumulate` (1 batch per step), `precision` "
     '("fp32", or "bf16" for products of matrices), `rate` (0.001), `seed` (that of the file), '
     "`validation` (10% of the rows, which the training doesn't use), `patience` (none), "
@@ -799,7 +800,8 @@ _file(
     "circuit-tracer. They are computed from the current `mlp_norm` of the block, or from "
     "`resid_mid` if the configuration records it, and rules change `mlp_out` by (f′ − f) W_dec. "
     "`set mlp_out layer 1 at tokens * to reconstruction of t` replaces the MLP. Of a "
-    "cross-layer transcoder in circuit-tracer's layout, the features can be observed, not changed.",
+    "cross-layer transcoder in circuit-tracer's layout, the features can be observed, also in an "
+    "`attribution_graph`, but not changed.",
     "tests/rules/test_transcoders.py",
     "Dunefsky et al. 2024, arXiv 2406.11944",
 )

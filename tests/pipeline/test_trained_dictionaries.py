@@ -307,14 +307,15 @@ def test_rows_of_features_are_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["topk", "batch_topk", "relu", "jump_relu", "gated"])
-@pytest.mark.parametrize("method", ["sae", "transcoder"])
+@pytest.mark.parametrize("method", ["sae", "transcoder", "skip transcoder"])
 def test_every_kind_can_be_read(method: str, kind: str, tmp_path: Path) -> None:
     """The folder has the form that `sae("…")` and `transcoder("…")` read."""
-    if (method, kind) == ("transcoder", "gated"):
+    if method != "sae" and kind == "gated":
         pytest.skip("there are no gated transcoders")
     sparse = f"k: {K}" if kind.endswith("topk") else "penalty: 0.3"
-    inner = f'{method}(features: {FEATURES}, {sparse}, kind: "{kind}")'
-    at = "mlp_out layer 1" if method == "transcoder" else f"resid_post layer {LAYER}"
+    sparse += ", skip: true" if method.startswith("skip") else ""
+    inner = f'{method.split()[-1]}(features: {FEATURES}, {sparse}, kind: "{kind}")'
+    at = f"resid_post layer {LAYER}" if method == "sae" else "mlp_out layer 1"
     path = write(tmp_path, fit(inner, at=f"{at} at tokens *"), ABLATES)
     (trained,) = train(path)
     assert trained.report.steps == 12
@@ -324,6 +325,7 @@ def test_every_kind_can_be_read(method: str, kind: str, tmp_path: Path) -> None:
 
 # --- keys -----------------------------------------------------------------------------------------
 
+RELU = 'transcoder(features: 24, penalty: 0.3, kind: "relu")'
 BASE = {"inner": SAE, "options": QUICK, "at": f"resid_post layer {LAYER} at tokens *"}
 CHANGES: dict[str, dict[str, str]] = {
     "features": {"inner": SAE.replace("24", "25")},
@@ -339,6 +341,8 @@ CHANGES: dict[str, dict[str, str]] = {
     "layer": {"at": "resid_post layer 0 at tokens *"},
     "site": {"at": f"mlp_out layer {LAYER} at tokens *"},
     "position": {"at": f"resid_post layer {LAYER} at last token"},
+    "transcoder": {"inner": RELU, "at": "mlp_out layer 1 at tokens *"},
+    "skip": {"inner": RELU.replace(")", ", skip: true)"), "at": "mlp_out layer 1 at tokens *"},
     "run": {"prompts": "other of p"},
 }
 

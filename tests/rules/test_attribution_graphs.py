@@ -7,6 +7,7 @@ import copy
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from mechdsl.dictionaries.features import Dictionary, load_dictionary
-from mechdsl.dictionaries.folder import read_dictionary
+from mechdsl.dictionaries.features import load_cross_decoder, load_dictionary
+from mechdsl.dictionaries.folder import read_cross_decoder, read_dictionary
 from mechdsl.execute.observation import attribution_graphs
 from mechdsl.execute.observation.attribution_graphs import (
     AttributionGraph,
     FeatureNodes,
+    GraphTranscoder,
     LogitMeasure,
     attribute,
     compute_influence,
@@ -35,7 +37,7 @@ from mechdsl.show.reports import graph as graph_report
 from ..execute.support import ROWS, ids_of, prompt, shared
 from .models import bare, double
 from .support import codes, experiment, rows, run_file
-from .test_transcoders import make
+from .test_transcoders import make, make_cross_layer
 
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}
 """Path of the blocks in the modules of transformers; the rest is as in Llama."""
@@ -65,6 +67,8 @@ class Frozen:
         self.outputs: list[Tensor] = []
         self.entering = torch.zeros(0)
         self.added: dict[int | None, Tensor] = {}
+        self.skips: dict[int, tuple[Tensor, Tensor]] = {}
+        """By layer, the map of a skip connection, and the input that is in its output already."""
         for part in self.model.modules():
             if "norm" in type(part).__name__.lower():
                 part.forward = self._norm(part)
@@ -100,6 +104,9 @@ class Frozen:
         def hook(module: nn.Module, given: Any, output: Tensor) -> Tensor:
             found = output if self.replayed is None else self.written[layer]
             self.outputs.append(found)
+            if layer in self.skips:
+                skip, before = self.skips[layer]
+                found = found + (self.inputs[layer] - before) @ skip.T
             return found + self.added[layer] if layer in self.added else found
 
         return hook
@@ -122,11 +129,13 @@ class Frozen:
             patch.setattr(nn.functional, "softmax", replay)
             return self.model(self.ids).logits[0, -1]
 
-    def without(self, layer: int | None, token: int, part: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Inputs of MLPs and logits, once a source is taken away."""
-        change = torch.zeros_like(self.start)
-        change[0, token] = -part
-        logits = self.run({layer: change})
+    def without(self, token: int, parts: dict[int | None, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Inputs of MLPs and logits, once a source is taken away, which writes to these layers."""
+        changes: dict[int | None, Tensor] = {}
+        for layer, part in parts.items():
+            changes[layer] = torch.zeros_like(self.start)
+            changes[layer][0, token] = -part
+        logits = self.run(changes)
         return [each[0] for each in self.inputs], logits
 
 
@@ -137,20 +146,62 @@ def frozen(family: str) -> Frozen:
 
 def transcoders(
     family: str, kind: str, folder: Path, layers: Sequence[int]
-) -> tuple[dict[int, tuple[str, Dictionary]], dict[int, Any]]:
+) -> tuple[dict[int, GraphTranscoder], dict[int, Any]]:
     """Those of some layers, as the package loads them and as the reference has them."""
-    given: dict[int, tuple[str, Dictionary]] = {}
+    given: dict[int, GraphTranscoder] = {}
     own: dict[int, Any] = {}
-    width = frozen(family).start.shape[-1]
+    reference = frozen(family)
+    width = reference.start.shape[-1]
+    if kind == "cross_layer":
+        count = len(reference.mlps)
+        parts = make_cross_layer(folder, width, "ln2.hook_normalized", count)
+        for layer in layers:
+            own[layer] = Crossing(parts[layer])
+            file = read_dictionary(folder / "clt", "clt", transcodes=True, layer=layer)
+            decoders = load_cross_decoder(read_cross_decoder(file, layer, count))
+            given[layer] = GraphTranscoder.of("mlp_norm", load_dictionary(file), decoders)
+        return given, own
     for layer in layers:
         name = f"of_{layer}"
         own[layer] = make(folder, kind, width, name)
         file = read_dictionary(folder / name, name, transcodes=True)
-        given[layer] = ("mlp_norm", load_dictionary(file))
+        given[layer] = GraphTranscoder.of("mlp_norm", load_dictionary(file))
     return given, own
 
 
-def graph_of(family: str, given: dict[int, tuple[str, Dictionary]]) -> AttributionGraph:
+@dataclass(frozen=True)
+class Crossing:
+    """The features of a layer of a cross-layer transcoder, computed from their formulas."""
+
+    parts: dict[str, Tensor]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {"W_enc": self.parts["W_enc"].T}
+
+    def encode(self, x: Tensor) -> Tensor:
+        before = x @ self.parts["W_enc"].T + self.parts["b_enc"]
+        return (before * (before > self.parts.get("threshold", torch.zeros(1)))).clamp(min=0)
+
+    def writes(self, feature: int) -> Tensor:
+        """What it adds to the outputs of this layer and later ones."""
+        return self.parts["W_dec"][feature]
+
+
+def reconstruct(own: dict[int, Any], codes: dict[int, Tensor], before: list[Tensor]) -> list[Any]:
+    """The part of the output of each MLP that isn't an error."""
+    found: list[Any] = [0.0] * len(before)
+    for layer, each in own.items():
+        if not isinstance(each, Crossing):
+            found[layer] = each.decode(codes[layer], before[layer])
+            continue
+        found[layer] = found[layer] + each.parts["b_dec"]
+        for later, rows_of in enumerate(each.parts["W_dec"].unbind(1)):
+            found[layer + later] = found[layer + later] + codes[layer] @ rows_of
+    return found
+
+
+def graph_of(family: str, given: dict[int, GraphTranscoder]) -> AttributionGraph:
     model = shared(bare(family))
     return attribute(model, IDS, given)
 
@@ -158,15 +209,21 @@ def graph_of(family: str, given: dict[int, tuple[str, Dictionary]]) -> Attributi
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("gpt2", "transcoder"), ("llama", "jumprelu_transcoder"), ("gpt_neox", "sparsify"),
-     ("gemma2", "transcoder")],
+     ("gemma2", "transcoder"), ("llama", "skip_transcoder"), ("gemma2", "skip_transcoder"),
+     ("gpt2", "cross_layer"), ("gemma2", "cross_layer")],
 )  # fmt: skip
-def test_each_edge_is_the_effect_of_its_source(family: str, kind: str, tmp_path: Path) -> None:
+def test_each_edge_is_the_effect_of_its_source(
+    family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reference = frozen(family)
     layers = range(len(reference.mlps))
-    given, own = transcoders(family, kind, tmp_path, [0, 2])  # the second MLP is all error
+    given, own = transcoders(family, kind, tmp_path, [0, 2])  # the second MLP has none
     graph = graph_of(family, given)
     reference.run()
     before, logits = [each[0] for each in reference.inputs], reference.logits
+    if "skip" in kind:
+        skips = {at: (own[at].weights["W_skip"], before[at]) for at in own}
+        monkeypatch.setattr(reference, "skips", skips)
     features = graph.features
     assert len(features) > 20
     codes = {layer: own[layer].encode(before[layer]) for layer in given}
@@ -196,23 +253,24 @@ def test_each_edge_is_the_effect_of_its_source(family: str, kind: str, tmp_path:
     chances = logits.softmax(-1)
     np.testing.assert_allclose(graph.probabilities, chances[graph.logits], atol=1e-5)
     random = np.random.default_rng(0)
-    sources: list[tuple[int, int | None, int, Tensor]] = []
+    sources: list[tuple[int, int, dict[int | None, Tensor]]] = []
     for number in random.choice(len(names), 8, replace=False).tolist():
         at, token, feature = names[number]
-        part = expected[names[number]] * own[at].weights["W_dec"][feature]
-        sources.append((number, at, token, part))
+        crosses = isinstance(own[at], Crossing)
+        made = own[at].writes(feature) if crosses else own[at].weights["W_dec"][feature][None]
+        parts = {at + n: expected[names[number]] * row for n, row in enumerate(made)}
+        sources.append((number, token, parts))
+    explained = reconstruct(own, codes, before)
     for at in layers:
         for token in random.choice(graph.tokens, 2, replace=False).tolist():
-            part = reference.written[at][0, token]
-            if at in own:
-                part = part - own[at].decode(codes[at], before[at])[token]
+            part = (reference.written[at][0] - explained[at])[token]
             number = graph.first_error + at * graph.tokens + token
-            sources.append((number, at, token, part))
+            sources.append((number, token, {at: part}))
     for token in (0, graph.tokens - 1):
-        sources.append((graph.first_token + token, None, token, reference.start[0, token]))
+        sources.append((graph.first_token + token, token, {None: reference.start[0, token]}))
     largest = 0.0
-    for number, at, token, part in sources:
-        effect = now - targets(*reference.without(at, token, part))
+    for number, token, parts in sources:
+        effect = now - targets(*reference.without(token, parts))
         np.testing.assert_allclose(graph.edges[:, number], effect, atol=1e-3, rtol=1e-3)
         largest = max(largest, float(np.abs(effect).max()))
     assert largest > 0.3
@@ -242,7 +300,7 @@ def test_edges_toward_a_measure_are_its_gradient_times_effects_on_logits(
     assert graph.inputs[-1] == pytest.approx(target(logits), abs=1e-3)
     for at in (0, graph.tokens - 1):
         part = reference.start[0, at]
-        effect = target(logits) - target(reference.without(None, at, part)[1])
+        effect = target(logits) - target(reference.without(at, {None: part})[1])
         assert graph.edges[-1, graph.first_token + at] == pytest.approx(effect, abs=1e-3)
         assert abs(effect) > 0.01
 
@@ -392,21 +450,28 @@ BAD = {
     "unknown name": ("observe attribution_graph(t9) logits at last token as g", "E0201"),
     "twice": ("observe attribution_graph(t0, t0) logits at last token as g", "E0342"),
     "another basis": ("observe attribution_graph(r) logits at last token as g", "E0342"),
-    "a skip": ("observe attribution_graph(s) logits at last token as g", "E0342"),
+    "two cross-layer transcoders": (
+        "observe attribution_graph(t0, c) logits at last token as g",
+        "E0342",
+    ),
+    "a cross-layer transcoder of another model": (
+        "observe attribution_graph(c) logits at last token as g",
+        "E0342",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_mistakes(name: str, data: Path) -> None:
     transcoders("llama", "transcoder", data, [0])
-    make(data, "skip_transcoder", frozen("llama").start.shape[-1], "skips")
+    make_cross_layer(data, frozen("llama").start.shape[-1], layers=2)
     bases = {
         "t0": T0,
         "r": "basis r = random(dims: 3) at mlp_out layer 1\n",
-        "s": 'basis s = transcoder("skips") at mlp_out layer 1\n',
+        "c": 'basis c = transcoder("clt") at mlp_out layer 1\n',
     }
     line, code = BAD[name]
-    used = "".join(text for key, text in bases.items() if f"({key}" in line)
+    used = "".join(text for key, text in bases.items() if f"({key}" in line or f"{key})" in line)
     assert codes(used + experiment("e", line, measure=""), data) == [code]
 
 

@@ -465,6 +465,8 @@ def make_cross_layer(
             "b_enc": torch.randn(FEATURES, generator=random) / 4,
             "b_dec": torch.randn(width, generator=random),
         }
+        written = torch.randn(FEATURES, layers - layer, width, generator=random)
+        save_file({f"W_dec_{layer}": written}, target / f"W_dec_{layer}.safetensors")
         if layer == LAYER:
             parts["threshold"] = torch.randn(FEATURES, generator=random).abs() / 2
         save_file(
@@ -472,6 +474,7 @@ def make_cross_layer(
             target / f"W_enc_{layer}.safetensors",
         )
         found[layer] = {name: each.double() for name, each in parts.items()}
+        found[layer]["W_dec"] = written.double()
     config = f"model_name: m\nmodel_kind: cross_layer_transcoder\nfeature_input_hook: {hook}\n"
     (target / "config.yaml").write_text(config, encoding="utf-8")
     return found

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.dictionaries.features import Dictionary
+from mechdsl.dictionaries.folder import SKIP
+from mechdsl.execute.bases import OutputMap
 from mechdsl.execute.measurement.values import GraphFindings, GraphNode
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
+from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
@@ -91,6 +94,32 @@ class AttributionGraph:
         return self.first_token + self.tokens
 
 
+# --- transcoders ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class GraphTranscoder:
+    """The features of one layer in a graph."""
+
+    site: str
+    """What they are encoded from."""
+    dictionary: Dictionary
+    decoders: Tensor
+    """[layer, feature, width] what a feature of 1 adds to the outputs of the MLPs of this layer and
+    later ones; of one layer unless the transcoder crosses layers."""
+
+    @staticmethod
+    def of(site: str, dictionary: Dictionary, decoders: Tensor | None = None) -> GraphTranscoder:
+        """Create it from the decoders of `load_cross_decoder`, if it crosses layers."""
+        own = dictionary.rows()[None] if decoders is None else decoders.transpose(0, 1)
+        return GraphTranscoder(site, dictionary, own)
+
+    @property
+    def skip(self) -> Tensor | None:
+        """[out, in] what is added to the output of the MLP as a linear function of its input."""
+        return self.dictionary.tensor(SKIP)
+
+
 # --- edges ----------------------------------------------------------------------------------------
 
 
@@ -106,15 +135,20 @@ class _Sources:
     errors: Tensor
     """[layer, token, width]: outputs without their reconstructions."""
     nodes: FeatureNodes
-    written: Tensor
-    """[feature, width]: activation times the direction of the decoder."""
+    written: Sequence[tuple[int, Tensor, Tensor]]
+    """(number of layers after that of the features, [k] numbers of features, [k, width] activation
+    times the direction of the decoder)."""
+    bypassed: Mapping[int, Tensor]
+    """By layer, the part of the output that a skip connection adds, [token, width]."""
 
     def contributions(self, embedded: Tensor, outputs: Tensor) -> Tensor:
         """Return [target, source] from gradients [target, token, width] at the stream that enters
         the first block, and [target, layer, token, width] at the outputs of MLPs."""
         layer, token = torch.from_numpy(self.nodes.layer), torch.from_numpy(self.nodes.token)
-        at = outputs[:, layer, token]
-        of_features = torch.einsum("tnw,nw->tn", at, self.written)
+        of_features = outputs.new_zeros(len(outputs), len(layer))
+        for later, which, vectors in self.written:
+            at = outputs[:, layer[which] + later, token[which]]
+            of_features[:, which] += torch.einsum("tnw,nw->tn", at, vectors)
         of_errors = torch.einsum("tlpw,lpw->tlp", outputs, self.errors).flatten(1)
         of_tokens = torch.einsum("tpw,pw->tp", embedded, self.embedded)
         return torch.cat([of_features, of_errors, of_tokens], dim=1)
@@ -137,14 +171,14 @@ LogitMeasure: TypeAlias = Callable[[Tensor], Tensor]
 def attribute(
     model: LoadedModel,
     ids: Sequence[int],
-    transcoders: Mapping[int, tuple[str, Dictionary]],
+    transcoders: Mapping[int, GraphTranscoder],
     measure: LogitMeasure | None = None,
 ) -> AttributionGraph:
     """Compute the graph of the likeliest next tokens of a prompt, or of a measure.
 
     Args:
         ids: The tokens of the prompt.
-        transcoders: Of some layers, the site that the transcoder reads and the transcoder.
+        transcoders: Of some layers.
         measure: Explained to first order in the logits; None: the likeliest next tokens.
 
     Returns:
@@ -209,29 +243,39 @@ def _read_sources(
     model: LoadedModel,
     batch: Batch,
     last: Tensor,
-    transcoders: Mapping[int, tuple[str, Dictionary]],
+    transcoders: Mapping[int, GraphTranscoder],
 ) -> tuple[_Sources, Tensor]:
     """Return the sources of a prompt, and the logits [vocab] of the next token."""
     layers = model.shape.n_layers
     entering, writing = _stream(layers)
-    reading = {layer: SiteRead(site, layer) for layer, (site, _) in transcoders.items()}
+    reading = {layer: SiteRead(own.site, layer) for layer, own in transcoders.items()}
     plain = run_full(model, batch, reads=[entering, *writing, *reading.values()], logits_at=last)
     outputs = torch.stack([_vectors(plain, each) for each in writing])
-    errors, written = outputs.clone(), [outputs.new_zeros(0, outputs.shape[-1])]
+    errors, written = outputs.clone(), list[tuple[int, Tensor, Tensor]]()
+    bypassed, count = dict[int, Tensor](), 0
     found: list[tuple[Ints, Ints, Ints, Floats]] = []
-    for layer, (_, transcoder) in sorted(transcoders.items()):
+    for layer, own in sorted(transcoders.items()):
         vectors = _vectors(plain, reading[layer])
-        active = transcoder.encode(vectors)
-        errors[layer] -= transcoder.decode(active, vectors)
+        active = own.dictionary.encode(vectors)
         token, feature = (each.cpu().numpy() for each in active.nonzero(as_tuple=True))
         amount = active[active != 0]
         found.append((np.full(len(token), layer), token, feature, amount.double().cpu().numpy()))
-        directions = transcoder.rows().to(outputs)
-        written.append(amount[:, None] * directions[torch.from_numpy(feature)])
+        which = torch.arange(count, count + len(token))
+        count += len(token)
+        for later, decoder in enumerate(own.decoders):
+            directions = decoder.to(outputs)
+            errors[layer + later] -= active @ directions
+            written.append((later, which, amount[:, None] * directions[torch.from_numpy(feature)]))
+        bias = own.dictionary.tensor("b_dec")
+        assert bias is not None
+        errors[layer] -= bias.to(outputs)
+        if own.skip is not None:
+            bypassed[layer] = vectors @ own.skip.to(outputs).T
+            errors[layer] -= bypassed[layer]
     nodes = FeatureNodes(*(np.concatenate(each) for each in zip(*found, strict=True)))
     assert plain.logits is not None
     embedded = _vectors(plain, entering)
-    sources = _Sources(layers, embedded, outputs, errors, nodes, torch.cat(written))
+    sources = _Sources(layers, embedded, outputs, errors, nodes, written, bypassed)
     return sources, plain.logits[0, 0]
 
 
@@ -267,11 +311,11 @@ def _vectors(found: FullPassResult, place: SiteRead) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class _FrozenPass:
     """A pass of the prompt in several lanes, with constant norms and patterns, in which the first
-    block's input and the outputs of MLPs are leaves."""
+    block's input and the outputs of MLPs are leaves. What skip connections add is computed."""
 
     model: LoadedModel
     sources: _Sources
-    transcoders: Mapping[int, tuple[str, Dictionary]]
+    transcoders: Mapping[int, GraphTranscoder]
     leaves: Sequence[Tensor]
     """[lane, token, width] of the first block's input, and of each MLP."""
     found: FullPassResult
@@ -282,23 +326,31 @@ class _FrozenPass:
         batch: Batch,
         last: Tensor,
         sources: _Sources,
-        transcoders: Mapping[int, tuple[str, Dictionary]],
+        transcoders: Mapping[int, GraphTranscoder],
     ) -> _FrozenPass:
         """Run the prompt. Raises AutogradFailed."""
         entering, writing = _stream(sources.layers)
         repeated = batch.take(torch.zeros(LANES, dtype=torch.long))
         rows, positions = repeated.tokens()
         units = torch.zeros_like(rows)
-        values = [sources.embedded, *sources.outputs]
+        outputs = [own - sources.bypassed.get(n, 0) for n, own in enumerate(sources.outputs)]
+        values = [sources.embedded, *outputs]
         leaves = [each.expand(LANES, -1, -1).clone().requires_grad_() for each in values]
+        writes: list[SiteWrite] = []
+        for place, leaf in zip([entering, *writing], leaves, strict=True):
+            at = place.site, place.layer, rows, positions, units
+            own = None if place == entering else transcoders.get(place.layer or 0)
+            if own is not None and own.skip is not None:
+                skip = CoordinateWrite(OutputMap(own.skip.T), "reconstruct", reads=own.site)
+                writes.append(SiteWrite(*at, leaf.new_zeros(len(rows), 1), mode=skip))
+                writes.append(SiteWrite(*at, leaf.flatten(0, 1), mode="add"))
+            else:
+                writes.append(SiteWrite(*at, leaf.flatten(0, 1)))
         found = run_full(
             model,
             repeated,
-            writes=[
-                SiteWrite(place.site, place.layer, rows, positions, units, leaf.flatten(0, 1))
-                for place, leaf in zip([entering, *writing], leaves, strict=True)
-            ],
-            reads=[SiteRead(site, layer) for layer, (site, _) in transcoders.items()],
+            writes=writes,
+            reads=[SiteRead(own.site, layer) for layer, own in transcoders.items()],
             logits_at=last.expand(LANES, 1),
             gradients=True,
             backward=FROZEN,
@@ -309,11 +361,12 @@ class _FrozenPass:
         """Return the edges into some features, [feature, source], and the inputs that they
         explain, [feature]."""
         nodes = self.sources.nodes.some(numbers)
-        encoders = {n: each.encoder_weights() for n, (_, each) in self.transcoders.items()}
+        every = self.transcoders.items()
+        encoders = {n: own.dictionary.encoder_weights() for n, own in every}
 
         def read(number: int) -> Tensor:
             layer = int(nodes.layer[number])
-            place = SiteRead(self.transcoders[layer][0], layer)
+            place = SiteRead(self.transcoders[layer].site, layer)
             vector = self.found.reads[place][number % LANES, int(nodes.token[number]), 0]
             weights = encoders[layer][:, int(nodes.feature[number])].to(self.sources.embedded)
             return vector.to(weights) @ weights

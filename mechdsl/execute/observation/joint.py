@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.dictionaries.features import Dictionary
+from mechdsl.dictionaries.features import Dictionary, load_cross_decoder
 from mechdsl.execute.cache import PanelCache, open_joint_cache
 from mechdsl.execute.measurement.readout import ListedToken, Readout, ReadoutInput
 from mechdsl.execute.measurement.values import (
@@ -23,6 +23,7 @@ from mechdsl.execute.measurement.values import (
     expand_base_values,
 )
 from mechdsl.execute.observation.attribution_graphs import (
+    GraphTranscoder,
     LogitMeasure,
     attribute,
     list_graph,
@@ -219,12 +220,14 @@ class VectorGatherer:
         of their attribution graphs, [score, column]."""
         rule, run = self.rule, self.runs.named(self.plan.experiment.spec.base)
         model = self.runs.model_of(run)
-        transcoders: dict[int, tuple[str, Dictionary]] = {}
+        transcoders: dict[int, GraphTranscoder] = {}
         for layer, member in does.members.items():
             system = systems.get(member.name)
             if not isinstance(system, Dictionary):  # the experiment is lost
                 return
-            transcoders[layer] = member.reads, system
+            file = does.decoders.get(layer)
+            decoders = None if file is None else load_cross_decoder(file)
+            transcoders[layer] = GraphTranscoder.of(member.reads, system, decoders)
         for cell in range(self.plan.n_cells):
             spot = rule.positions[rule.position_of_cell[cell]]
             there = np.array([n for n, row in enumerate(self.kept.tolist()) if spot.hits[row]])
@@ -716,7 +719,7 @@ def _select_target(target: ResolvedMeasure | None, run: str, row: int) -> LogitM
 def _score_prompts(
     model: LoadedModel,
     prompts: Sequence[tuple[Sequence[int], LogitMeasure | None]],
-    transcoders: Mapping[int, tuple[str, Dictionary]],
+    transcoders: Mapping[int, GraphTranscoder],
     drawn: int | None,
     measured: MeasuredValues,
 ) -> Floats:

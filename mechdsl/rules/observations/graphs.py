@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
+from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.program import spec
-from mechdsl.resolve.bases import resolve_transcoders
+from mechdsl.resolve.bases import read_decoders, resolve_transcoders
 from mechdsl.resolve.conflicts import find_flat_part
 from mechdsl.resolve.measures import resolve_measure
 from mechdsl.resolve.observations import RowSetObservation
@@ -60,6 +61,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         self,
         members: Mapping[int, BasisMember] | None = None,
         *,
+        decoders: Mapping[int, SafetensorsFile] | None = None,
         draws: bool = False,
         target: ResolvedMeasure | None = None,
     ) -> None:
@@ -67,10 +69,12 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
 
         Args:
             members: The transcoders, by layer; None only in the registered instance.
+            decoders: Those of a cross-layer transcoder, by the layer of their features.
             draws: Whether the graph of the first row is drawn.
             target: The measure that is explained; None: the likeliest next tokens.
         """
-        self.members, self.draws, self.target = members or {}, draws, target
+        self.members, self.decoders = members or {}, decoders or {}
+        self.draws, self.target = draws, target
 
     @property
     def keeps_cells(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -83,7 +87,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             (layer, member.reads, member.operand.digest)
             for layer, member in sorted(self.members.items())
             if isinstance(member.operand, DictionaryFile)
-        ]
+        ] + [own.digest for _, own in sorted(self.decoders.items())]
 
     def form_of(self, name: str) -> MetricForm:
         if name != "completeness":
@@ -110,12 +114,15 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             report_bad_observation(rule, work, reason, hint)
             return None
         bases, members = found
+        decoders = read_decoders(names or (), members, work)
+        if decoders is None:
+            return None
         draws = any(report.kind == "graph" for report in work.experiment.reports)
         layers = work.sites.shape.n_layers
         points = (SitePoint("resid_pre", 0, None), *_mlp_points(layers))
         return ResolvedRule(
             spec=rule,
-            does=AttributionGraphs(members, draws=draws, target=target),
+            does=AttributionGraphs(members, decoders=decoders, draws=draws, target=target),
             run=work.experiment.base,
             sites=SiteTargets((), {(): points}, {(): "logits"}),
             positions=positions,
@@ -166,8 +173,16 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         count = len(self.members)
         others = [str(layer) for layer in range(n_layers) if layer not in self.members]
         said = f"transcoders of {count} of {n_layers} layers"
+        if self.decoders:
+            said = f"a cross-layer transcoder, with features of {count} of {n_layers} layers"
+        skips = any(
+            isinstance(own.operand, DictionaryFile) and own.operand.skips
+            for own in self.members.values()
+        )
+        said += "; paths through skip connections are linear" if skips else ""
         if others:
-            said += f"; the whole output of other MLPs (layer {', '.join(others)}) is an error"
+            rest = "what they don't write to" if self.decoders else "the whole output of"
+            said += f"; {rest} other MLPs (layer {', '.join(others)}) is an error"
         yield Convention("transcoders", said)
         targets = (
             f"targets are the likeliest tokens, at most {MOST_LOGITS}, that together have a "
