@@ -549,8 +549,8 @@ def resolve_transcoders(
             _check_graph_basis(name, point, member)
             assert point.layer is not None
             file = member.operand
-            crosses = isinstance(file, DictionaryFile) and file.crosses_layers
-            folders.add(str(file.path.parent) if crosses else "")
+            if isinstance(file, DictionaryFile):
+                folders.add(str(file.path.parent) if file.crosses_layers else "")
             if len(folders) > 1:
                 reason = f"`{name.id}` and others aren't of one cross-layer transcoder"
                 hint = "name either one cross-layer transcoder, or transcoders of single layers"

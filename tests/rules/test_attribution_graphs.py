@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,15 @@ from mechdsl.execute.observation import attribution_graphs
 from mechdsl.execute.observation.attribution_graphs import (
     AttributionGraph,
     FeatureNodes,
+    GraphPrompt,
     GraphTranscoder,
     LogitMeasure,
+    ablate_nodes,
     attribute,
     compute_influence,
+    list_influential,
     normalise_edges,
+    predict_ablation,
     prune_graph,
     score_graph,
 )
@@ -67,8 +71,8 @@ class Frozen:
         self.outputs: list[Tensor] = []
         self.entering = torch.zeros(0)
         self.added: dict[int | None, Tensor] = {}
-        self.skips: dict[int, tuple[Tensor, Tensor]] = {}
-        """By layer, the map of a skip connection, and the input that is in its output already."""
+        self.responses: dict[int, Callable[[Tensor], Tensor]] = {}
+        """By layer, what is added to the output for the input of the MLP."""
         for part in self.model.modules():
             if "norm" in type(part).__name__.lower():
                 part.forward = self._norm(part)
@@ -104,9 +108,8 @@ class Frozen:
         def hook(module: nn.Module, given: Any, output: Tensor) -> Tensor:
             found = output if self.replayed is None else self.written[layer]
             self.outputs.append(found)
-            if layer in self.skips:
-                skip, before = self.skips[layer]
-                found = found + (self.inputs[layer] - before) @ skip.T
+            if layer in self.responses:
+                found = found + self.responses[layer](self.inputs[layer])
             return found + self.added[layer] if layer in self.added else found
 
         return hook
@@ -201,9 +204,56 @@ def reconstruct(own: dict[int, Any], codes: dict[int, Tensor], before: list[Tens
     return found
 
 
+def skip(own: Any, before: Tensor, now: Tensor) -> Tensor:
+    """What a skip connection adds beyond what it adds to the prompt's output."""
+    return (now - before) @ own.weights["W_skip"].T
+
+
+def respond(own: Any, before: Tensor, ablated: list[tuple[int, int]], now: Tensor) -> Tensor:
+    """What features write beyond what they write in the prompt: active ones are linear functions of
+    the input, and ablated ones, (token, feature), are 0."""
+    codes = own.encode(before)
+    change = (now[0] - before) @ own.weights["W_enc"] * (codes > 0)
+    for place in ablated:
+        change[place] = -codes[place]
+    return change @ own.weights["W_dec"]
+
+
+def without_features(family: str, own: dict[int, Any], nodes: FeatureNodes) -> Tensor:
+    """[vocab] logits of the bare model in which features are taken out of the outputs of MLPs."""
+    model = copy.deepcopy(double(family))
+    blocks = model.get_submodule(BLOCKS.get(family, "model.layers"))
+    inputs: dict[int, Tensor] = {}
+    for layer, block in enumerate(blocks):
+        places = [place[1:] for place in named(nodes) if place[0] == layer]
+
+        def keep(_: Any, given: Any, layer: int = layer) -> None:
+            inputs[layer] = given[0][0]
+
+        def change(
+            _: Any, given: Any, output: Tensor, layer: int = layer, places: Any = places
+        ) -> Tensor:
+            output = output.clone()
+            for token, feature in places:
+                amount = own[layer].encode(inputs[layer])[token, feature]
+                output[0, token] -= amount * own[layer].weights["W_dec"][feature]
+            return output
+
+        block.mlp.register_forward_pre_hook(keep)
+        getattr(block, "post_feedforward_layernorm", block.mlp).register_forward_hook(change)
+    with torch.no_grad():
+        return model(torch.tensor([list(IDS)])).logits[0, -1]
+
+
+def named(nodes: FeatureNodes) -> list[tuple[int, int, int]]:
+    """(layer, token, feature) of each feature."""
+    every = (each.tolist() for each in (nodes.layer, nodes.token, nodes.feature))
+    return list(zip(*every, strict=True))
+
+
 def graph_of(family: str, given: dict[int, GraphTranscoder]) -> AttributionGraph:
     model = shared(bare(family))
-    return attribute(model, IDS, given)
+    return attribute(GraphPrompt(model, given, IDS))
 
 
 @pytest.mark.parametrize(
@@ -222,8 +272,8 @@ def test_each_edge_is_the_effect_of_its_source(
     reference.run()
     before, logits = [each[0] for each in reference.inputs], reference.logits
     if "skip" in kind:
-        skips = {at: (own[at].weights["W_skip"], before[at]) for at in own}
-        monkeypatch.setattr(reference, "skips", skips)
+        responses = {at: partial(skip, own[at], before[at]) for at in own}
+        monkeypatch.setattr(reference, "responses", responses)
     features = graph.features
     assert len(features) > 20
     codes = {layer: own[layer].encode(before[layer]) for layer in given}
@@ -284,7 +334,7 @@ def test_edges_toward_a_measure_are_its_gradient_times_effects_on_logits(
     given, _ = transcoders(family, "transcoder", tmp_path, [0, 2])
     reference, token = frozen(family), 7
     model = shared(bare(family))
-    graph = attribute(model, IDS, given, lambda logits: logits.log_softmax(-1)[token])
+    graph = attribute(GraphPrompt(model, given, IDS, lambda logits: logits.log_softmax(-1)[token]))
     cap = reference.model.config.to_dict().get("final_logit_softcapping")
     logits = reference.run()
     weights = -logits.softmax(-1)
@@ -295,7 +345,7 @@ def test_edges_toward_a_measure_are_its_gradient_times_effects_on_logits(
 
     def target(ends: Tensor) -> float:
         ends = ends if cap is None else cap * torch.atanh(ends / cap)
-        return float(weights @ (ends - ends.mean()))
+        return float(weights @ ends)
 
     assert graph.inputs[-1] == pytest.approx(target(logits), abs=1e-3)
     for at in (0, graph.tokens - 1):
@@ -325,6 +375,47 @@ def test_scores_of_a_graph_worked_out_by_hand() -> None:
     assert kept.tolist() == [True, True, False, True, True, True]
     assert lines[2].tolist() == [False, True, False, True, False, True]
     assert lines[1].tolist() == [True, False, False, False, False, False]
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "transcoder"), ("gemma2", "sparsify")])
+def test_ablated_features_have_the_effect_in_the_model_and_along_the_paths(
+    family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, model = frozen(family), shared(bare(family))
+    given, own = transcoders(family, kind, tmp_path, [0, 2])
+
+    def measure(logits: Tensor) -> Tensor:
+        return logits[3] - logits[4]
+
+    of = GraphPrompt(model, given, IDS, measure)
+    graph = attribute(of)
+    chosen = list_influential(graph, 4)
+    influence = compute_influence(normalise_edges(graph.edges), graph.probabilities)
+    rest = np.delete(influence[: graph.first_error], chosen)
+    assert influence[chosen].min() >= rest.max()
+    nodes = graph.features.some(chosen)
+    assert len(set(named(nodes))) == 4
+    one = graph.features.some(chosen[:1])
+    found = ablate_nodes(of, [nodes, one]).double()
+    for logits, expected in zip(found[1:], [nodes, one], strict=True):
+        exact = without_features(family, own, expected)
+        np.testing.assert_allclose(logits, exact, atol=1e-3)
+        assert float((exact - found[0]).abs().max()) > 0.05
+    reference.run()
+    before = [each[0] for each in reference.inputs]
+    cap = reference.model.config.to_dict().get("final_logit_softcapping")
+
+    def value() -> float:
+        logits = reference.run()
+        slopes = 1.0 if cap is None else 1 - (reference.logits / cap) ** 2
+        return float(measure(slopes * (logits if cap is None else cap * torch.atanh(logits / cap))))
+
+    plain = value()
+    places = {at: [place[1:] for place in named(nodes) if place[0] == at] for at in own}
+    responses = {at: partial(respond, own[at], before[at], places[at]) for at in own}
+    monkeypatch.setattr(reference, "responses", responses)
+    assert predict_ablation(graph, chosen) == pytest.approx(value() - plain, abs=1e-3)
+    assert abs(value() - plain) > 0.05
 
 
 @pytest.mark.parametrize("most", [5, 40])
@@ -375,12 +466,12 @@ def test_statement_has_the_scores_of_each_prompt(mode: str, data: Path) -> None:
     whole, part = found["e_kept"], found["e_one"]
     assert len(whole.measures) == len(part.measures) == 2
     for number, text in enumerate(texts):
-        scores = score_graph(attribute(model, text.ids, given))
+        scores = score_graph(attribute(GraphPrompt(model, given, text.ids)))
         values = [measure.patched[0, number] for measure in whole.measures]
         np.testing.assert_allclose(values, scores, atol=1e-4)
         ends = [2, len(text.ids)]
         for cell, end in enumerate(ends):
-            scores = score_graph(attribute(model, text.ids[:end], {0: given[0]}))
+            scores = score_graph(attribute(GraphPrompt(model, {0: given[0]}, text.ids[:end])))
             values = [measure.patched[cell, number] for measure in part.measures]
             np.testing.assert_allclose(values, scores, atol=1e-4)
             assert 0.01 < scores[0] < 0.99
@@ -402,7 +493,7 @@ def test_graph_of_a_measure_has_the_answers_of_each_row(data: Path) -> None:
             "e_other": lambda own, bad=bad: own.log_softmax(-1)[bad],
         }
         for name, measure in measures.items():
-            expected = score_graph(attribute(model, row.ids, given, measure))
+            expected = score_graph(attribute(GraphPrompt(model, given, row.ids, measure)))
             values = [each.patched[0, number] for each in found[name].measures]
             np.testing.assert_allclose(values, expected, atol=1e-4)
     written = EVERY.replace("logits", "logits toward answer - wrong")
@@ -412,6 +503,29 @@ def test_graph_of_a_measure_has_the_answers_of_each_row(data: Path) -> None:
     assert not np.allclose(same[0], found["e_other"].measures[0].patched, atol=1e-3)
     said = found["e_kept"].conventions["graph"]
     assert "the target is `logit(answer) - logit(wrong)`, to first order" in said
+
+
+def test_statement_ablates_the_features_of_each_prompt(data: Path) -> None:
+    given, _ = transcoders("llama", "transcoder", data, [0, 2])
+    line = "observe graph_ablation(t0, t2) logits toward answer - wrong at last token top 3 as cut"
+    text = T0 + T2 + experiment("e", line, measure="")
+    found = run_file(text, data, "llama", "planned")["e"]
+    assert [measure.label for measure in found.measures] == ["cut", "cut predicted", "cut random"]
+    model = shared(bare("llama"))
+    for number, (row, record) in enumerate(zip(rows("clean"), ROWS, strict=True)):
+        good, bad = (ids_of([record[name]])[-1] for name in ("a", "b"))
+        of = GraphPrompt(model, given, row.ids, lambda own, a=good, b=bad: own[a] - own[b])
+        graph = attribute(of)
+        chosen = list_influential(graph, 3)
+        logits = ablate_nodes(of, [graph.features.some(chosen)])
+        change = (logits[1] - logits[0])[good] - (logits[1] - logits[0])[bad]
+        values = [measure.patched[0, number] for measure in found.measures]
+        assert values[0] == pytest.approx(float(change), abs=1e-4)
+        assert values[1] == pytest.approx(predict_ablation(graph, chosen), abs=1e-4)
+        assert abs(values[2]) > 0
+    again = run_file(text, data, "llama", "planned")["e"]
+    np.testing.assert_array_equal(again.measures[2].patched, found.measures[2].patched)
+    assert "the 3 features of each prompt" in found.conventions["observed"]
 
 
 def test_scores_are_stored_and_depend_on_the_transcoder(data: Path) -> None:
@@ -445,6 +559,14 @@ BAD = {
     "toward an unknown name": (
         "observe attribution_graph(t0) logits toward answr at last token as g",
         "E0516",
+    ),
+    "ablation without a measure": (
+        "observe graph_ablation(t0) logits at last token top 3 as g",
+        "E0207",
+    ),
+    "ablation without a number": (
+        "observe graph_ablation(t0) logits toward answer at last token as g",
+        "E0207",
     ),
     "several tokens": ("observe attribution_graph(t0) logits at item tokens as g", "E0207"),
     "unknown name": ("observe attribution_graph(t9) logits at last token as g", "E0201"),
@@ -490,7 +612,9 @@ def test_graph_of_the_first_row_is_drawn_and_written(data: Path) -> None:
     circuit = found.circuit
     assert circuit is not None
     assert circuit.graph is not None
-    graph = attribute(shared(bare("llama")), rows("clean")[circuit.graph.row].ids, given)
+    graph = attribute(
+        GraphPrompt(shared(bare("llama")), given, rows("clean")[circuit.graph.row].ids)
+    )
     nodes, edges = prune_graph(graph)
     assert len(circuit.graph.nodes) == int(nodes.sum()) + len(graph.logits)
     expected = sorted(graph.edges[edges].tolist())

@@ -161,25 +161,29 @@ class _Targets:
     numbers: Ints
     probabilities: Floats
     weights: Tensor
-    """[target, vocab] of logits before the model's cap, less their mean."""
+    """[target, vocab] of logits before the model's cap."""
 
 
 LogitMeasure: TypeAlias = Callable[[Tensor], Tensor]
 """Returns a number for logits [vocab]."""
 
 
-def attribute(
-    model: LoadedModel,
-    ids: Sequence[int],
-    transcoders: Mapping[int, GraphTranscoder],
-    measure: LogitMeasure | None = None,
-) -> AttributionGraph:
-    """Compute the graph of the likeliest next tokens of a prompt, or of a measure.
+@dataclass(frozen=True, eq=False)
+class GraphPrompt:
+    """A prompt whose graph is computed."""
 
-    Args:
-        ids: The tokens of the prompt.
-        transcoders: Of some layers.
-        measure: Explained to first order in the logits; None: the likeliest next tokens.
+    model: LoadedModel
+    transcoders: Mapping[int, GraphTranscoder]
+    """By layer."""
+    ids: Sequence[int]
+    measure: LogitMeasure | None = None
+    """Explained to first order in the logits; None: the likeliest next tokens."""
+    seed: int = 0
+    """Of random features."""
+
+
+def attribute(prompt: GraphPrompt) -> AttributionGraph:
+    """Compute the graph of the likeliest next tokens of a prompt, or of a measure.
 
     Returns:
         The graph. With more than `MOST_FEATURES` active features, those of the most influence are
@@ -189,8 +193,9 @@ def attribute(
     Raises:
         ValueError: A norm of the model can't be held constant.
     """
+    model, ids, transcoders = prompt.model, prompt.ids, prompt.transcoders
     batch = Batch.of([ids], model.pad_id, model.calling.side, model.device)
-    last = batch.lengths[:, None] - 1
+    last, measure = batch.lengths[:, None] - 1, prompt.measure
     sources, logits = _read_sources(model, batch, last, transcoders)
     targets = _list_likely(logits) if measure is None else _differentiate(model, logits, measure)
     weights = targets.probabilities
@@ -286,7 +291,8 @@ def _list_likely(logits: Tensor) -> _Targets:
     kept = 1 + int((ranked.values.cumsum(0) < LOGIT_SHARE).sum())
     likely, shares = ranked.indices[:kept], ranked.values[:kept]
     weights = torch.eye(len(likely), device=logits.device)
-    weights = torch.zeros(len(likely), len(chances)).to(weights).index_copy(1, likely, weights)
+    less_mean = torch.full((len(likely), len(chances)), -1 / len(chances)).to(weights)
+    weights = less_mean.index_add(1, likely, weights)
     return _Targets(likely.cpu().numpy(), shares.cpu().numpy(), weights)
 
 
@@ -374,15 +380,14 @@ class _FrozenPass:
         return self._explain(len(nodes), read)
 
     def explain_logits(self, weights: Tensor) -> tuple[Floats, Floats]:
-        """Return the edges into sums of logits, each less the mean logit, [target, source], and
-        their values.
+        """Return the edges into sums of logits, [target, source], and their values.
 
         Args:
             weights: [target, vocab].
         """
         assert self.found.logits is not None
         logits = uncap_logits(self.model, self.found.logits[:, 0])
-        logits = (logits - logits.mean(-1, keepdim=True)).to(self.sources.embedded)
+        logits = logits.to(self.sources.embedded)
         weights = weights.to(logits)
         return self._explain(len(weights), lambda n: logits[n % LANES] @ weights[n])
 
@@ -444,6 +449,74 @@ def score_graph(graph: AttributionGraph) -> tuple[float, float]:
     reached = np.concatenate([influence[: graph.first_error], weights])
     unexplained = (shares[:, errors].sum(1) * reached).sum()
     return float(replacement), float(1 - unexplained / (influence.sum() + weights.sum()))
+
+
+def list_influential(graph: AttributionGraph, count: int) -> Ints:
+    """Return the numbers of the features with the most influence on the targets, at most `count`.
+
+    Features without influence aren't among them.
+    """
+    found = compute_influence(normalise_edges(graph.edges), graph.probabilities)
+    found = found[: graph.first_error]
+    order = np.argsort(-found, kind="stable")[:count]
+    return order[found[order] > 0]
+
+
+def predict_ablation(graph: AttributionGraph, ablated: Ints) -> float:
+    """Return the change of the only target along the paths of the graph, if features are ablated.
+
+    The activation of another feature changes by as much as its input, and what it writes in
+    proportion to its activation.
+    """
+    nodes = graph.features
+    removed = np.zeros(graph.first_logit)
+    """[source] the share of what it writes that is missing."""
+    for layer in np.unique(nodes.layer):
+        own = np.flatnonzero(nodes.layer == layer)
+        removed[own] = graph.edges[own] @ removed / nodes.activation[own]
+        removed[np.intersect1d(own, ablated)] = 1
+    return -float(graph.edges[len(nodes)] @ removed)
+
+
+def ablate_nodes(prompt: GraphPrompt, every: Sequence[FeatureNodes]) -> Tensor:
+    """Return the logits of the next token, [1 + set, vocab]: of the prompt, and with each set of
+    features ablated, whose activations in the run are set to 0."""
+    model, ids = prompt.model, [prompt.ids] * (1 + len(every))
+    batch = Batch.of(ids, model.pad_id, model.calling.side, model.device)
+    writes: list[SiteWrite] = []
+    for row, nodes in enumerate(every, 1):
+        places = zip(
+            nodes.layer.tolist(), nodes.token.tolist(), nodes.feature.tolist(), strict=True
+        )
+        for layer, token, feature in places:
+            own = prompt.transcoders[layer]
+            at = (torch.tensor([number]) for number in (row, token, 0))
+            mode = CoordinateWrite(own.dictionary, "set", reads=own.site)
+            zero, which = torch.zeros(1, 1), torch.tensor([[feature]])
+            writes.append(SiteWrite("mlp_out", layer, *at, zero, mode=mode, to=which))
+    found = run_full(model, batch, writes=writes, logits_at=batch.lengths[:, None] - 1)
+    assert found.logits is not None
+    return found.logits[:, 0]
+
+
+def score_ablation(
+    prompt: GraphPrompt, graph: AttributionGraph, top: int
+) -> tuple[float, float, float]:
+    """Return the changes of the measure when features are ablated: of the `top` features with the
+    most influence, as the graph predicts it, and of as many other active features.
+
+    Raises ValueError if too few features are active.
+    """
+    assert prompt.measure is not None
+    chosen, count = list_influential(graph, top), len(graph.features)
+    others = np.setdiff1d(np.arange(count), chosen)
+    if not len(chosen) or len(others) < len(chosen):
+        raise ValueError(f"only {count} features are active in a prompt, and {2 * top} are needed")
+    drawn = np.random.default_rng(prompt.seed).choice(others, len(chosen), replace=False)
+    nodes = [graph.features.some(each) for each in (chosen, drawn)]
+    runs = ablate_nodes(prompt, nodes)
+    base, own, control = (float(prompt.measure(logits)) for logits in runs)
+    return own - base, predict_ablation(graph, chosen), control - base
 
 
 def prune_graph(graph: AttributionGraph) -> tuple[Bools, Bools]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.hashing import stable_hash
 from mechdsl.dictionaries.features import Dictionary, load_cross_decoder
 from mechdsl.execute.cache import PanelCache, open_joint_cache
 from mechdsl.execute.measurement.readout import ListedToken, Readout, ReadoutInput
@@ -23,10 +24,12 @@ from mechdsl.execute.measurement.values import (
     expand_base_values,
 )
 from mechdsl.execute.observation.attribution_graphs import (
+    GraphPrompt,
     GraphTranscoder,
     LogitMeasure,
     attribute,
     list_graph,
+    score_ablation,
     score_graph,
 )
 from mechdsl.execute.observation.features import list_raised_tokens, observe_features
@@ -68,7 +71,7 @@ from mechdsl.resolve.observations import (
 from mechdsl.resolve.types import ResolvedMeasure, SitePoint
 from mechdsl.rules.observations.attention import AttentionRollout
 from mechdsl.rules.observations.features import FEATURE_AXIS, FeatureActivations, correlate
-from mechdsl.rules.observations.graphs import AttributionGraphs
+from mechdsl.rules.observations.graphs import AttributionGraphs, GraphAblation
 from mechdsl.rules.observations.maps import MapObservation
 from mechdsl.rules.observations.weights import CIRCUIT_AXES, WeightObservation
 
@@ -228,6 +231,8 @@ class VectorGatherer:
             file = does.decoders.get(layer)
             decoders = None if file is None else load_cross_decoder(file)
             transcoders[layer] = GraphTranscoder.of(member.reads, system, decoders)
+        seed = self.plan.experiment.seed
+        top = does.top if isinstance(does, GraphAblation) else None
         for cell in range(self.plan.n_cells):
             spot = rule.positions[rule.position_of_cell[cell]]
             there = np.array([n for n, row in enumerate(self.kept.tolist()) if spot.hits[row]])
@@ -235,11 +240,18 @@ class VectorGatherer:
                 continue
             rows = self.kept[there].tolist()
             ends = [1 + spot.hits[row][0][0] for row in rows]
-            prompts = [run.rows[row].ids[:end] for row, end in zip(rows, ends, strict=True)]
-            targets = [_select_target(does.target, run.name, row) for row in rows]
+            prompts = [
+                GraphPrompt(
+                    model,
+                    transcoders,
+                    run.rows[row].ids[:end],
+                    _select_target(does.target, run.name, row),
+                    stable_hash(seed, "ablated features", self.runs.table.row_keys[row]),
+                )
+                for row, end in zip(rows, ends, strict=True)
+            ]
             drawn = rows[0] if does.draws and cell == 0 else None
-            own = tuple(zip(prompts, targets, strict=True))
-            yield cell, there, partial(_score_prompts, model, own, transcoders, drawn, measured)
+            yield cell, there, partial(_score_prompts, prompts, top, drawn, measured)
 
     def _training(
         self, wanted: Sequence[SiteCombination], place: int
@@ -717,24 +729,23 @@ def _select_target(target: ResolvedMeasure | None, run: str, row: int) -> LogitM
 
 
 def _score_prompts(
-    model: LoadedModel,
-    prompts: Sequence[tuple[Sequence[int], LogitMeasure | None]],
-    transcoders: Mapping[int, GraphTranscoder],
+    prompts: Sequence[GraphPrompt],
+    top: int | None,
     drawn: int | None,
     measured: MeasuredValues,
 ) -> Floats:
     """Return the scores of the graphs of some prompts, [score, prompt].
 
     Args:
-        prompts: The tokens of each prompt, and the measure that its graph explains.
+        top: Number of features that are ablated; None: the scores of the graphs themselves.
         drawn: The row of the first prompt, whose graph is kept; None for no graph.
     """
-    scores: list[tuple[float, float]] = []
-    for number, (ids, target) in enumerate(prompts):
-        graph = attribute(model, ids, transcoders, target)
+    scores: list[Sequence[float]] = []
+    for number, prompt in enumerate(prompts):
+        graph = attribute(prompt)
         if number == 0 and drawn is not None:
-            measured.graph = list_graph(graph, ids, drawn)
-        scores.append(score_graph(graph))
+            measured.graph = list_graph(graph, prompt.ids, drawn)
+        scores.append(score_graph(graph) if top is None else score_ablation(prompt, graph, top))
     return np.array(scores).T
 
 

@@ -64,6 +64,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         decoders: Mapping[int, SafetensorsFile] | None = None,
         draws: bool = False,
         target: ResolvedMeasure | None = None,
+        top: int = 0,
     ) -> None:
         """Create the observation.
 
@@ -72,9 +73,10 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             decoders: Those of a cross-layer transcoder, by the layer of their features.
             draws: Whether the graph of the first row is drawn.
             target: The measure that is explained; None: the likeliest next tokens.
+            top: Number of features that are ablated.
         """
         self.members, self.decoders = members or {}, decoders or {}
-        self.draws, self.target = draws, target
+        self.draws, self.target, self.top = draws, target, top
 
     @property
     def keeps_cells(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -122,7 +124,13 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         points = (SitePoint("resid_pre", 0, None), *_mlp_points(layers))
         return ResolvedRule(
             spec=rule,
-            does=AttributionGraphs(members, decoders=decoders, draws=draws, target=target),
+            does=type(self)(
+                members,
+                decoders=decoders,
+                draws=draws,
+                target=target,
+                top=rule.observed.top or 0,
+            ),
             run=work.experiment.base,
             sites=SiteTargets((), {(): points}, {(): "logits"}),
             positions=positions,
@@ -170,6 +178,9 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             "of tokens as a share of that of tokens and errors; completeness: the share of the "
             "inputs of nodes that doesn't come from errors, weighted by the influence of nodes",
         )
+        yield from self._graph_conventions(n_layers)
+
+    def _graph_conventions(self, n_layers: int) -> Iterator[Convention]:
         count = len(self.members)
         others = [str(layer) for layer in range(n_layers) if layer not in self.members]
         said = f"transcoders of {count} of {n_layers} layers"
@@ -190,8 +201,8 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         )
         if self.target is not None:
             targets = (
-                f"the target is `{self.target.text}`, to first order: logits, each minus the mean "
-                "logit, times the measure's gradient"
+                f"the target is `{self.target.text}`, to first order: logits times the measure's "
+                "gradient"
             )
         yield Convention(
             "graph",
@@ -199,6 +210,60 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             f" of more than {MOST_FEATURES:,} active features, those of the most influence are "
             "nodes, others count as errors",
         )
+
+
+@observation("graph_ablation")
+class GraphAblation(AttributionGraphs):
+    """How a measure changes when the features with the most influence on it are ablated.
+
+    The model runs with the current activation of each of these features set to 0 at its token, so
+    that all later components respond. Next to it: `predicted`, the change along the paths of the
+    prompt's attribution graph, and `random`, the change with as many other active features ablated.
+    source: Ameisen et al. 2025, Circuit Tracing
+    """
+
+    takes: ClassVar = ("arguments", "toward", "top")
+    controls: ClassVar[tuple[str, ...]] = ("predicted", "random")
+    keeps_cells = False  # pyright: ignore[reportAssignmentType]
+
+    def form_of(self, name: str) -> MetricForm:
+        meanings = {
+            "predicted": "The change along the paths of the graph",
+            "random": "The change with as many other active features ablated",
+        }
+        return replace(self.form, meaning=meanings[name]) if name in meanings else self.form
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        said = rule.observed
+        assert said is not None
+        before = len(work.diagnostics)
+        for there, reason, hint in (
+            (said.toward, "needs a measure", "write `toward answer - wrong`"),
+            (said.top, "needs a number of features", "write `top 5` at the end of the line"),
+        ):
+            if there is None:
+                report_bad_observation(rule, work, reason, hint)
+        found = super().resolve(rule, work)
+        if found is None or len(work.diagnostics) > before:
+            return None
+        assert isinstance(found.does, GraphAblation)
+        if found.does.decoders:
+            reason = (
+                "can't ablate features of a cross-layer transcoder, which write to several layers"
+            )
+            report_bad_observation(rule, work, reason, "name transcoders of single layers")
+            return None
+        return found
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention(
+            "observed",
+            f"{self.word}: the change of the measure in the model in which the {self.top} features "
+            "of each prompt with the most influence on it are set to 0; predicted: the change "
+            "along paths of the graph, where the activation of a feature is a linear function of "
+            f"its input; random: {self.top} other active features of the prompt are set to 0",
+        )
+        yield from self._graph_conventions(n_layers)
 
 
 def _resolve_target(rule: spec.Rule, work: ExperimentContext) -> ResolvedMeasure | None:
