@@ -295,6 +295,12 @@ def _read_content(content: bytes, written: str) -> CircuitFile:
             f"`{written}` is not a JSON object", f'write `{{"edges": […]}}`; {_EDGES}'
         )
     parts = cast("dict[str, Any]", found)
+    if {"nodes", "links"} <= parts.keys():
+        raise UnreadableFile(
+            f"`{written}` is an attribution graph, whose nodes are features of transcoders",
+            "a circuit has edges of heads and MLPs; "
+            "`observe attribution_graph(t0) logits at last token` computes such a graph",
+        )
     try:
         if "labels" in parts:
             return _read_mask(parts, digest)

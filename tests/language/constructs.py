@@ -1826,35 +1826,32 @@ _rule(
     _OBSERVED,
     "measure logit(answer) as raw",
 )
-_file(
+_rule(
     "observe attribution_graph",
-    "basis t = fit(transcoder(features: 64, k: 4), prompts: fruit.train) at mlp_out layer 1 "
-    "experiment e { model toy prompts fruit.test "
-    "observe attribution_graph(t) logits toward answer at last token as g }",
+    "observe attribution_graph(tc) logits toward answer",
     "How much of a measure of the next token's logits, or without `toward` of the likeliest next "
     "tokens, is explained by paths from tokens through features of transcoders. It is the "
-    "replacement score of each row's attribution graph: the influence of tokens as a share of that "
-    "of tokens and errors, along all paths. `g completeness` is the share of the inputs of "
-    "nodes that doesn't come from errors, weighted by the influence of nodes. Patterns of "
-    "attention and divisors of norms are constants. The MLP of a layer without a transcoder is an "
-    "error as a whole. After `toward` are texts, a metric of the file or an expression such as "
-    "`logprob(answer)`. The target is the sum of logits times the measure's gradient: a "
-    "measure that isn't linear in logits is explained to first order.",
-    "tests/rules/test_attribution_graphs.py",
+    "replacement score of each row's attribution graph: the influence of tokens as a share of that"
+    " of tokens and errors, along all paths. `attribution_graph completeness` is the share of the "
+    "inputs of nodes that doesn't come from errors, weighted by the influence of nodes. Patterns "
+    "of attention and divisors of norms are constants. The MLP of a layer without a transcoder is "
+    "an error as a whole. After `toward` are texts, a metric of the file or an expression such as "
+    "`logprob(answer)`. The target is the sum of logits times the measure's gradient: a measure "
+    "that isn't linear in logits is explained to first order.",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
+    "tests/rules/test_attribution_graphs.py",
 )
-_file(
+_rule(
     "observe graph_ablation",
-    'basis t = transcoder("tc") at mlp_out layer 1 experiment e { model toy prompts fruit '
-    "observe graph_ablation(t) logits toward answer at last token top 5 }",
+    "observe graph_ablation(tc) logits toward answer top 5",
     "How a measure changes when the features with the most influence on it in the row's "
     "attribution graph are ablated: in the model, their current activations are set to 0 at their "
     "tokens. `graph_ablation predicted` is the change along the paths of the graph, in which "
     "patterns of attention and divisors of norms are constants, and activations are linear "
     "functions of their inputs. `graph_ablation random` is the change with as many other active "
     "features of the row set to 0; they are drawn from the seed and the content of the row.",
-    "tests/rules/test_attribution_graphs.py",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
+    "tests/rules/test_attribution_graphs.py",
 )
 _rule(
     "observe rollout",

@@ -112,6 +112,8 @@ group early = L0H1, L1H2
 group deep = L2H0, top 2 of cie
 direction of_head = mean_difference(fruit, fruit.fewer) at z layer 2 head 1 at last token
 basis axes = pca(fruit, dims: 4) at resid_post layer 2 at last token
+basis tc = fit(transcoder(features: 8, k: 2), prompts: fruit.train, \
+measure_on_training_rows: true) at mlp_out layer 1
 probe decoder = fit(ridge, prompts: fruit.train, target: count, measure_on_training_rows: true) at \
 resid_post layer 2 at last token
 basis chance = random(dims: 4) at resid_post layer 2

@@ -371,10 +371,15 @@ def test_scores_of_a_graph_worked_out_by_hand() -> None:
     assert replacement == pytest.approx(0.625 / (0.625 + 0.375))
     reached = 0.375 + 0.5 + 0.125 + 0.25 + 0.375 + 0.25 + 1
     assert completeness == pytest.approx(1 - (0.5 * 0.25 + 1 * 0.25) / reached)
-    kept, lines = prune_graph(graph)
+    kept, lines = prune_graph(graph, 0.8, 0.98)
     assert kept.tolist() == [True, True, False, True, True, True]
     assert lines[2].tolist() == [False, True, False, True, False, True]
     assert lines[1].tolist() == [True, False, False, False, False, False]
+    every, whole = prune_graph(graph, 1, 1)
+    assert every.tolist() == [True, True, True, True, True, True]
+    assert (whole == (edges != 0)).all()
+    few, _ = prune_graph(graph, 0.2, 0.98)
+    assert few.tolist() == [False, False, False, False, True, True]  # nothing leads to it
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "transcoder"), ("gemma2", "sparsify")])
@@ -560,6 +565,14 @@ BAD = {
         "observe attribution_graph(t0) logits toward answr at last token as g",
         "E0516",
     ),
+    "another option": (
+        "observe attribution_graph(t0, size: 3) logits at last token as g",
+        "E0207",
+    ),
+    "pruned, but not drawn": (
+        "observe attribution_graph(t0, nodes: 90%) logits at last token as g",
+        "E0207",
+    ),
     "ablation without a measure": (
         "observe graph_ablation(t0) logits at last token top 3 as g",
         "E0207",
@@ -615,7 +628,7 @@ def test_graph_of_the_first_row_is_drawn_and_written(data: Path) -> None:
     graph = attribute(
         GraphPrompt(shared(bare("llama")), given, rows("clean")[circuit.graph.row].ids)
     )
-    nodes, edges = prune_graph(graph)
+    nodes, edges = prune_graph(graph, 0.8, 0.98)
     assert len(circuit.graph.nodes) == int(nodes.sum()) + len(graph.logits)
     expected = sorted(graph.edges[edges].tolist())
     np.testing.assert_allclose(sorted(circuit.scores), expected, atol=1e-4)
@@ -652,10 +665,13 @@ def test_graph_of_the_first_row_is_drawn_and_written(data: Path) -> None:
 
 def test_graph_of_a_measure_is_drawn_with_one_target(data: Path) -> None:
     transcoders("llama", "transcoder", data, [0, 2])
-    line = EVERY.replace("logits", "logits toward answer - wrong")
+    line = EVERY.replace("logits", "logits toward answer - wrong").replace("t2)", "t2, nodes: 95%)")
     text = T0 + T2 + experiment("e", line, "report graph", measure="")
     found = run_file(text, data, "llama", "planned")["e"]
     report = next(each for each in found.reports if each.kind == "graph")
+    assert (
+        "until they have 95% of it, edges until they have 98%" in found.conventions["drawn graph"]
+    )
     graph_report.save(found, report, data / "m.json")
     nodes = json.loads((data / "m.json").read_text(encoding="utf-8"))["nodes"]
     (target,) = [node for node in nodes if node["feature_type"] == "logit"]

@@ -190,6 +190,7 @@ WRONG_FILES: dict[str, tuple[object, str]] = {
     "numbers": ({"edges": {"input->m1": 0.5}}, "has no circuit"),
     "not finite": ({"edges": {"input->m1": {"score": float("nan")}}}, "has the score nan"),
     "array": ([1], "is not a JSON object"),
+    "attribution graph": ({"nodes": [], "links": []}, "is an attribution graph"),
     "layers": ({**graph("llama", NAMES), "cfg": {"n_layers": 12}}, "12 layers, and this one has 3"),
     "heads": ({**graph("llama", NAMES), "cfg": {"n_heads": 8}}, "8 heads, and this one has 4"),
     "parallel": ({**graph("llama", NAMES), "cfg": {"parallel_attn_mlp": True}}, "parallel blocks"),

@@ -37,8 +37,6 @@ LANES = 16
 """Targets of a backward pass."""
 RANKED = 16 * LANES
 """Features that are selected at a time, where there are too many."""
-NODE_SHARE, EDGE_SHARE = 0.8, 0.98
-"""Shares of the influence that pruned nodes and edges keep."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -490,10 +488,11 @@ def ablate_nodes(prompt: GraphPrompt, every: Sequence[FeatureNodes]) -> Tensor:
         )
         for layer, token, feature in places:
             own = prompt.transcoders[layer]
-            at = (torch.tensor([number]) for number in (row, token, 0))
+            rows, positions, units = (torch.tensor([number]) for number in (row, token, 0))
             mode = CoordinateWrite(own.dictionary, "set", reads=own.site)
             zero, which = torch.zeros(1, 1), torch.tensor([[feature]])
-            writes.append(SiteWrite("mlp_out", layer, *at, zero, mode=mode, to=which))
+            write = SiteWrite("mlp_out", layer, rows, positions, units, zero, mode=mode, to=which)
+            writes.append(write)
     found = run_full(model, batch, writes=writes, logits_at=batch.lengths[:, None] - 1)
     assert found.logits is not None
     return found.logits[:, 0]
@@ -519,21 +518,23 @@ def score_ablation(
     return own - base, predict_ablation(graph, chosen), control - base
 
 
-def prune_graph(graph: AttributionGraph) -> tuple[Bools, Bools]:
+def prune_graph(
+    graph: AttributionGraph, node_share: float, edge_share: float
+) -> tuple[Bools, Bools]:
     """Return [source] and [target, source]: the nodes and edges that are kept.
 
-    Nodes are kept in the order of their influence until they have `NODE_SHARE` of it, edges among
-    them until they have `EDGE_SHARE`. Features and errors that then lead nowhere, and features that
+    Nodes are kept in the order of their influence until they have `node_share` of it, edges among
+    them until they have `edge_share`. Features and errors that then lead nowhere, and features that
     nothing leads to, are removed. Tokens and logits stay.
     """
     weights, count = graph.probabilities, graph.first_error
     influence = compute_influence(normalise_edges(graph.edges), weights)
-    nodes = _keep_share(influence, NODE_SHARE)
+    nodes = _keep_share(influence, node_share)
     nodes[graph.first_token :] = True
     targets = np.concatenate([nodes[:count], np.ones(len(weights), dtype=np.bool_)])
     shares = normalise_edges(graph.edges * targets[:, None] * nodes)
     reached = np.concatenate([compute_influence(shares, weights)[:count], weights])
-    kept = _keep_share(shares * reached[:, None], EDGE_SHARE)
+    kept = _keep_share(shares * reached[:, None], edge_share)
     while True:
         lost = nodes & ~kept.any(0)
         lost[graph.first_token :] = False
@@ -545,10 +546,12 @@ def prune_graph(graph: AttributionGraph) -> tuple[Bools, Bools]:
         kept[numbers[numbers < count]] = False
 
 
-def list_graph(graph: AttributionGraph, ids: Sequence[int], row: int) -> GraphFindings:
-    """List the nodes and edges that pruning keeps, of a prompt with these tokens."""
+def list_graph(
+    graph: AttributionGraph, ids: Sequence[int], row: int, pruning: tuple[float, float]
+) -> GraphFindings:
+    """List the nodes and edges that `prune_graph` keeps, of a prompt with these tokens."""
     influence = compute_influence(normalise_edges(graph.edges), graph.probabilities)
-    nodes, edges = prune_graph(graph)
+    nodes, edges = prune_graph(graph, *pruning)
     logits = graph.first_logit + np.arange(len(graph.logits))
     kept = [*np.flatnonzero(nodes).tolist(), *logits.tolist()]
     amounts = [*influence.tolist(), *([0.0] * len(logits))]

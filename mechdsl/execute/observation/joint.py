@@ -250,7 +250,7 @@ class VectorGatherer:
                 )
                 for row, end in zip(rows, ends, strict=True)
             ]
-            drawn = rows[0] if does.draws and cell == 0 else None
+            drawn = None if does.pruning is None or cell else (rows[0], does.pruning)
             yield cell, there, partial(_score_prompts, prompts, top, drawn, measured)
 
     def _training(
@@ -731,20 +731,21 @@ def _select_target(target: ResolvedMeasure | None, run: str, row: int) -> LogitM
 def _score_prompts(
     prompts: Sequence[GraphPrompt],
     top: int | None,
-    drawn: int | None,
+    drawn: tuple[int, tuple[float, float]] | None,
     measured: MeasuredValues,
 ) -> Floats:
     """Return the scores of the graphs of some prompts, [score, prompt].
 
     Args:
         top: Number of features that are ablated; None: the scores of the graphs themselves.
-        drawn: The row of the first prompt, whose graph is kept; None for no graph.
+        drawn: The row of the first prompt, whose graph is kept, and how it is pruned; None for no
+            graph.
     """
     scores: list[Sequence[float]] = []
     for number, prompt in enumerate(prompts):
         graph = attribute(prompt)
         if number == 0 and drawn is not None:
-            measured.graph = list_graph(graph, prompt.ids, drawn)
+            measured.graph = list_graph(graph, prompt.ids, *drawn)
         scores.append(score_graph(graph) if top is None else score_ablation(prompt, graph, top))
     return np.array(scores).T
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 from mechdsl.base.safetensors_files import SafetensorsFile
+from mechdsl.base.text import Percent, name_list
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.program import spec
+from mechdsl.program.spec import constant_value
 from mechdsl.resolve.bases import read_decoders, resolve_transcoders
 from mechdsl.resolve.conflicts import find_flat_part
 from mechdsl.resolve.measures import resolve_measure
@@ -35,6 +37,8 @@ from mechdsl.vocab.metrics import MetricForm
 
 MOST_FEATURES = 4096
 """Most features of a graph; others count as errors."""
+PRUNING: Mapping[str, float] = {"nodes": 0.8, "edges": 0.98}
+"""Option of a drawn graph → the share of the influence that is kept without it."""
 MOST_LOGITS, LOGIT_SHARE = 10, 0.95
 """The targets are the likeliest tokens that together have this probability, at most this many."""
 
@@ -62,7 +66,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         members: Mapping[int, BasisMember] | None = None,
         *,
         decoders: Mapping[int, SafetensorsFile] | None = None,
-        draws: bool = False,
+        pruning: tuple[float, float] | None = None,
         target: ResolvedMeasure | None = None,
         top: int = 0,
     ) -> None:
@@ -71,17 +75,19 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         Args:
             members: The transcoders, by layer; None only in the registered instance.
             decoders: Those of a cross-layer transcoder, by the layer of their features.
-            draws: Whether the graph of the first row is drawn.
+            pruning: Shares of the influence that nodes and edges of the drawn graph of the first
+                row keep; None if no graph is drawn.
             target: The measure that is explained; None: the likeliest next tokens.
             top: Number of features that are ablated.
         """
         self.members, self.decoders = members or {}, decoders or {}
-        self.draws, self.target, self.top = draws, target, top
+        self.pruning, self.target, self.top = pruning, target, top
 
     @property
     def keeps_cells(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether scores may be stored: not if a graph is drawn, which only a run has."""
-        return not self.draws
+        """Whether scores may be stored: not if a graph is drawn, which only a run has, and no
+        effects of drawn features."""
+        return self.pruning is None and not self.top
 
     @property
     def dependencies(self) -> object:
@@ -119,6 +125,9 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         decoders = read_decoders(names or (), members, work)
         if decoders is None:
             return None
+        pruning = self._pruning(rule, work)
+        if pruning is None:
+            return None
         draws = any(report.kind == "graph" for report in work.experiment.reports)
         layers = work.sites.shape.n_layers
         points = (SitePoint("resid_pre", 0, None), *_mlp_points(layers))
@@ -127,7 +136,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             does=type(self)(
                 members,
                 decoders=decoders,
-                draws=draws,
+                pruning=pruning if draws else None,
                 target=target,
                 top=rule.observed.top or 0,
             ),
@@ -143,11 +152,36 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         assert said is not None
         given = () if said.call is None else said.call.arguments
         named = [e.value for e in given if e.name is None and isinstance(e.value, ast.Name)]
-        if not named or len(named) < len(given):
+        if not named or len(named) < sum(e.name is None for e in given):
             hint = f"write `observe {said.word}(t) logits at last token`"
             report_bad_observation(rule, work, "needs the names of transcoders", hint)
             return None
         return named if len(said.bases) == len(named) else None  # otherwise already reported
+
+    def _pruning(self, rule: spec.Rule, work: ExperimentContext) -> tuple[float, float] | None:
+        """Return the shares of influence that the nodes and the edges of a drawn graph keep; None
+        after E0207."""
+        assert rule.observed is not None
+        shares = dict(PRUNING)
+        call = rule.observed.call
+        for given in () if call is None else call.arguments:
+            if given.name is None:
+                continue
+            share = constant_value(given.value, work.program.parameters)
+            if given.name not in shares:
+                reason, hint = f"has no option `{given.name}`", f"it has {name_list(shares)}"
+            elif not isinstance(share, Percent) or not 0 < share <= 100:
+                reason = f"`{given.name}` must be a percentage above 0%"
+                hint = f"write `{given.name}: 90%`"
+            elif not any(report.kind == "graph" for report in work.experiment.reports):
+                reason = f"`{given.name}` prunes a graph that is drawn, and none is"
+                hint = "add `report graph`, or remove the option"
+            else:
+                shares[given.name] = share / 100
+                continue
+            report_bad_observation(rule, work, reason, hint)
+            return None
+        return shares["nodes"], shares["edges"]
 
     def _model_fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
         """Report what the line or the model lacks."""
@@ -210,6 +244,13 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             f" of more than {MOST_FEATURES:,} active features, those of the most influence are "
             "nodes, others count as errors",
         )
+        if self.pruning is not None:
+            nodes, edges = (f"{100 * share:.4g}" for share in self.pruning)
+            yield Convention(
+                "drawn graph",
+                f"of the first row: nodes by influence until they have {nodes}% of it, edges until "
+                f"they have {edges}%",
+            )
 
 
 @observation("graph_ablation")
@@ -224,7 +265,6 @@ class GraphAblation(AttributionGraphs):
 
     takes: ClassVar = ("arguments", "toward", "top")
     controls: ClassVar[tuple[str, ...]] = ("predicted", "random")
-    keeps_cells = False  # pyright: ignore[reportAssignmentType]
 
     def form_of(self, name: str) -> MetricForm:
         meanings = {
