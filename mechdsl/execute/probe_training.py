@@ -28,6 +28,7 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.training_cost import CHUNK_BYTES, FLOAT, GATHERED_BYTES
 from mechdsl.program.trainers import ProbeTrainer
+from mechdsl.resolve.sites import label_node
 from mechdsl.resolve.trainings import name_probe_map
 from mechdsl.resolve.types import SitePoint, TrainedProbe
 from mechdsl.rules.observations.probes import DEFAULT_FOLDS
@@ -266,7 +267,7 @@ def train_probe(
         predicts=declared.target,
         unit="accuracy" if declared.classes else "R²",
         distinct_rows=len(set(rows.training_keys)),
-        layers=[point.layer for point in training.inputs],
+        layers=[own.layer if own.unit is None else label_node(own) for own in training.inputs],
         trained=trained,
         shuffled=shuffled,
         random=random,

@@ -59,6 +59,7 @@ from mechdsl.resolve.types import (
     FittedVector,
     JacobianBasis,
     OutputWeights,
+    ProbeVector,
     PythonBasis,
     RandomVector,
     SavedVector,
@@ -600,7 +601,12 @@ def _load_vector(vector: SavedVector) -> Tensor:
     if vector.role == "edit":
         reads, writes, offset = (tensors[name] for name in name_edit_tensors(vector.key))
         return torch.cat([reads, writes, offset[None]]).double()
-    return tensors[vector.key].double()
+    found = tensors[vector.key].double()
+    if not isinstance(vector, ProbeVector):
+        return found
+    others = [number for number in range(len(found)) if number != vector.of_class]
+    own = found[vector.of_class]
+    return own - found[others].mean(0) if others else own
 
 
 def _draw_like(like: Tensor, draw: str, seed: int, *, shuffles: bool) -> Tensor:

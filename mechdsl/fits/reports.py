@@ -505,7 +505,7 @@ class ProbeReport(FitReport):
     declares = "probe"
     has_steps = False
     columns = (
-        Column("layer", "layers", "layer whose vectors the probe reads", style=""),
+        Column("layer", "layers", "layer, or head, whose vectors the probe reads", style=""),
         Column(
             "trained",
             "trained",
@@ -531,8 +531,8 @@ class ProbeReport(FitReport):
     """`accuracy` or `R²`."""
     distinct_rows: int
     """Training rows with different inputs up to the position."""
-    layers: list[int | None]
-    """None for a site without layers."""
+    layers: list[int | str | None]
+    """Layers, or heads as `L2H1`; None for a site without layers."""
     trained: list[float | None]
     shuffled: list[float | None]
     """The same for the probe of shuffled training values."""
@@ -551,7 +551,9 @@ class ProbeReport(FitReport):
         best = max(self.trained, key=lambda own: float("-inf") if own is None else own)
         number = self.trained.index(best)
         several = len(self.layers) > 1 and best is not None
-        where = f" in layer {self.layers[number]}, the best one" if several else ""
+        site = self.layers[number]
+        where = f" in {site if isinstance(site, str) else f'layer {site}'}, the best one"
+        where = where if several else ""
         shown = [own[number] for own in (self.trained, self.shuffled, self.random)]
         trained, shuffled, drawn, constant = map(_show_score, (*shown, self.constant))
         return (
@@ -563,14 +565,16 @@ class ProbeReport(FitReport):
         columns = zip(self.layers, self.trained, self.shuffled, self.random, strict=True)
         shown = [[each[0], *map(_show_score, each[1:])] for each in columns]
         classes = ", ".join(map(str, card["classes"]))
+        of_heads = isinstance(self.layers[0], str)
+        map_name, word = ("layer.N.head.N", "") if of_heads else ("layer.N", "layer ")
         return [
             f"- Predicts: `{self.predicts}`" + (f", of the classes {classes}" if classes else ""),
             f"- Training rows with different tokens up to there: {self.distinct_rows:,}",
-            f"- `{PROBE_FILE}` has `layer.N.weight` [output, width] and `layer.N.bias` "
+            f"- `{PROBE_FILE}` has `{map_name}.weight` [output, width] and `{map_name}.bias` "
             f"[output]; the outputs are {'logits of the classes' if classes else 'the number'}",
             f"- {self.unit} on {self.measured_on} rows: trained; with shuffled values; mean over "
             f"{self.draws} random directions",
-            *(f"  - layer {n}: {own}; {mixed}; {drawn}" for n, own, mixed, drawn in shown),
+            *(f"  - {word}{n}: {own}; {mixed}; {drawn}" for n, own, mixed, drawn in shown),
             f"- The same for the {'most common class' if classes else 'mean'} of training rows: "
             f"{_show_score(self.constant)}",
         ]

@@ -78,6 +78,7 @@ from mechdsl.resolve.types import (
     BasisMember,
     BasisTargets,
     PairedVectors,
+    ProbeVector,
     RecordStream,
     ResolvedExperiment,
     SitePoint,
@@ -154,6 +155,9 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
                 found.setdefault(declared.training.name, declared)
         for vector in _trained_vectors(experiment):
             declared = DeclaredFit(vector.name, vector, experiment)
+            if isinstance(vector, ProbeVector):
+                probe = vector.probe
+                declared = DeclaredFit(name_with_seed(probe.training), probe, experiment)
             found.setdefault(vector.training.name, declared)
         for rule in experiment.every_rule:
             read = rule.does.trained

@@ -33,6 +33,7 @@ from mechdsl.resolve.types import (
     MetricTerm,
     OutputWeights,
     PointBases,
+    ProbeVector,
     PythonBasis,
     RandomVector,
     ResolvedMeasure,
@@ -347,6 +348,8 @@ class OperandKeys:
                 return digest("fit", vector.method, vector.options, points, samples)
             case UnembeddingVector():
                 return digest("unembedding", self.model, vector.token, vector.less)
+            case ProbeVector():
+                return digest("probe", vector.key, vector.of_class, vector.digest)
             case SavedVector():
                 return digest("saved", vector.key, vector.digest)
             case WeightedSum():

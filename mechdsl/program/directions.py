@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +24,9 @@ from mechdsl.syntax.traversal import walk
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
 
+PROBE_CALL = "probe"
+"""Direction method that fits a probe, or reads a trained one."""
+
 
 def lower_direction(
     statement: ast.DirectionDef, parts: Definitions, scope: Namespace
@@ -37,7 +40,9 @@ def lower_direction(
         _check(statement.value, parts, scope)
     if len(scope.diagnostics) > before:
         return None
-    fits = [c for c in method_calls(statement.value) if DIRECTION_METHODS[c.name].at_a_site]
+    calls = method_calls(statement.value)
+    probes = [name for call in calls if (name := read_probe_name(call)) is not None]
+    fits = [c for c in calls if DIRECTION_METHODS[c.name].at_a_site and not read_probe_name(c)]
     word = fits[0].name if fits else ""
     if fits and statement.site is None:
         _bad(
@@ -47,9 +52,10 @@ def lower_direction(
             scope,
         )
     site = statement.site
-    free = any(c.name in ("unembedding", "saved") for c in method_calls(statement.value))
+    free = any(c.name in ("unembedding", "saved") for c in calls)
     if site is not None and not fits and not free:
-        hint = f"leave `at {site.span.written}` out: its site is that of the other directions"
+        of = f"the probe `{probes[0]}`" if probes else "the other directions"
+        hint = f"leave `at {site.span.written}` out: its site is that of {of}"
         _bad(statement.value, "it is computed from directions that have a site", hint, scope)
     if len(scope.diagnostics) > before:
         return None
@@ -114,6 +120,26 @@ def method_calls(node: ast.Node) -> list[ast.Call]:
     return [
         part for part in walk(node) if isinstance(part, ast.Call) and part.name in DIRECTION_METHODS
     ]
+
+
+def read_probe_name(call: ast.Call) -> str | None:
+    """Return the name of the trained probe whose weights a call denotes, as `probe(told)`; None for
+    other calls, such as `probe(count, fruit)`."""
+    match [each.value for each in call.arguments if each.name is None]:
+        case [ast.Name(id=name)] if call.name == PROBE_CALL:
+            return name
+        case _:
+            return None
+
+
+def read_probe_names(
+    nodes: Iterable[ast.Node], directions: Mapping[str, spec.Direction]
+) -> Iterator[str]:
+    """Yield the names of the probes whose weights are directions that expressions use."""
+    every = list(nodes)
+    every += [each.value for each in direction_dependencies(every, directions)]
+    names = (read_probe_name(call) for node in every for call in method_calls(node))
+    yield from (name for name in names if name is not None)
 
 
 def direction_names(node: ast.Node | None, directions: Container[str]) -> list[str]:
@@ -187,6 +213,8 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     names |= {rule.observed.basis: None for rule in experiment.every_rule if rule.observed}
     observed = (rule.observed.bases for rule in experiment.every_rule if rule.observed)
     names |= {name: None for bases in observed for name in bases}
+    written = list_direction_expressions(experiment)
+    names |= dict.fromkeys(read_probe_names(written, program.directions))
     looped = [loop for loop in experiment.loops if loop.name in names]
     for loop in looped:  # `for b in [more, less] { patch SITE in basis b }`
         names |= dict.fromkeys(p.id for p in walk(loop.domain) if isinstance(p, ast.Name))
@@ -195,6 +223,8 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     while todo:
         basis = todo.pop(0)
         found[basis.name] = basis
+        read = read_probe_names([basis.method], program.directions)
+        todo += [program.bases[each] for each in read if each in program.bases]
         decoder = decoded_basis(basis.method, program.prompts)
         of = None if decoder is None else program.bases.get(decoder.of.whole)
         todo += [] if of is None or of.name in found else [of]
@@ -422,6 +452,9 @@ def _arguments(
     call: ast.Call, method: DirectionMethod, parts: Definitions, scope: Namespace
 ) -> None:
     values = [a.value for a in call.arguments if a.name is None]
+    if read_probe_name(call) is not None:
+        _check_probe(call, scope)
+        return
     for argument in call.arguments:
         if argument.name is not None and argument.name not in method.options:
             known = ", ".join(f"`{each}: …`" for each in method.options)
@@ -469,6 +502,23 @@ def _arguments(
             check_fit_rows(argument.value, parts, scope, models=False)
         if argument.name == "limit":
             check_row_limit(call, argument, parts, scope)
+
+
+def _check_probe(call: ast.Call, scope: Namespace) -> None:
+    """Report E0207 for a call that names no trained probe, and for options other than `class`."""
+    name = str(read_probe_name(call))
+    option = next((each for each in call.arguments if each.name not in (None, "class")), None)
+    span, said, reason, hint = call.span, call.name, "", ""
+    if not scope.has("probe", name):
+        reason = "is written `probe(count, fruit)`, or `probe(told)` with a `probe` of the file"
+        known = f"`{name}` isn't a `probe`: name the rows, or train one, `probe {name} = fit(…)`"
+        hint = did_you_mean(name, scope.names("probe"), known)
+    elif option is not None:
+        span, said = option.span, str(option.name)
+        reason = f"is an option of the fit, and `{name}` is a trained probe"
+        hint = f"write it in `probe {name} = fit(…)`; `class: …` chooses a class"
+    if reason:
+        scope.diagnostics.append(BadArgument(span=span, name=said, reason=reason, hint=hint))
 
 
 def check_row_limit(

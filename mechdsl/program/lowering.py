@@ -923,20 +923,31 @@ def _directions_and_bases(
     files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace
 ) -> None:
     """Define directions and bases after the blocks, metrics and models that they refer to."""
+    bases = [
+        statement
+        for file, imported in files
+        for statement in file.statements
+        if isinstance(statement, ast.BasisDef)
+        and scope.define(statement.word, statement.name, imported=imported)
+    ]
     _directions(files, parts, scope)
-    _bases(files, parts, scope)
+    _bases(files, bases, parts, scope)
     lower_objectives(parts, scope)
 
 
-def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
-    """Define bases, lenses, probes and trained groups, which may refer to any block."""
-    found: list[ast.BasisDef] = []
-    for file, imported in files:
+def _bases(
+    files: list[tuple[ast.File, bool]],
+    found: Sequence[ast.BasisDef],
+    parts: Definitions,
+    scope: Namespace,
+) -> None:
+    """Define bases, lenses, probes and trained groups, which may refer to any block.
+
+    Args:
+        found: Bases, lenses and probes, whose names are defined.
+    """
+    for file, _ in files:
         for statement in file.statements:
-            if isinstance(statement, ast.BasisDef) and scope.define(
-                statement.word, statement.name, imported=imported
-            ):
-                found.append(statement)
             if isinstance(statement, ast.GroupDef) and statement.source is not None:
                 mask = lower_mask(statement, parts, scope)
                 if mask is not None and parts.groups[mask.name].span is statement.span:

@@ -17,6 +17,7 @@ from mechdsl.program.directions import (
     declared_training,
     direction_dependencies,
     fit_rows_of_direction,
+    read_probe_names,
 )
 from mechdsl.program.measures import lower_statistics
 from mechdsl.program.names import Namespace
@@ -406,6 +407,15 @@ def _check_directions(rules: Iterable[spec.Rule], parts: Definitions, scope: Nam
                 reason = f"`{used.name}` is trained, and an edit can't use it yet"
                 hint = "copy it with `mechdsl fit --out trained`, and write `direction d = saved("
                 hint += f'"trained/{used.name}/vector.safetensors", "vector")`'
+                scope.diagnostics.append(
+                    BadWeights(span=rule.direction.span, reason=reason, hint=hint)
+                )
+                break
+            probe = next(read_probe_names([used.value], {}), None)
+            if probe is not None:
+                reason = f"`{used.name}` is read from a trained probe, and an edit can't use it yet"
+                hint = f'write `save direction {used.name} to "d.safetensors"` in an experiment, '
+                hint += f'and `direction d = saved("d.safetensors", "{used.name}")`'
                 scope.diagnostics.append(
                     BadWeights(span=rule.direction.span, reason=reason, hint=hint)
                 )

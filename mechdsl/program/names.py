@@ -60,6 +60,8 @@ class Namespace:
         if found is not None:
             plural = found.kind == "prompts"
             hint = f"`{name}` is {'a prompts block' if plural else with_article(found.kind)}"
+            if (found.kind, kind) == ("probe", "direction"):
+                hint += f": write `direction d = probe({name})` and use `d`"
         else:
             names = [n for n, d in self.definitions.items() if d.kind == kind]
             known = name_list(names)

@@ -102,6 +102,7 @@ from mechdsl.resolve.types import (
     VectorBatch,
     WeightBasis,
     count_numbers,
+    find_training_seed,
     iter_leaf_vectors,
 )
 from mechdsl.syntax import ast
@@ -1123,11 +1124,14 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         operand = _operand(definition, method, point, options, work)
         if operand is None:
             return None
+        what, rows, text = operand
         said = [f"{axis.name} {axis.labels[i]}" for axis, i in zip(axes, key, strict=True)]
-        said += [] if definition.seed is None else [f"{SEED_AXIS} {definition.seed}"]
+        seed = definition.seed
+        if seed is None and isinstance(what, SpannedBasis):
+            seed = find_training_seed(what)
+        said += [] if seed is None else [f"{SEED_AXIS} {seed}"]
         name = f"{definition.name}[{', '.join(said)}]" if said else definition.name
         width = count_numbers(point, work.model.shape)
-        what, rows, text = operand
         independent = not isinstance(what, DictionaryFile | PythonBasis)
         stands_in = work.model.shape.stands_in
         most = _UNKNOWN_WIDTH if stands_in else width

@@ -13,6 +13,7 @@ from mechdsl.base.safetensors_files import UnreadableFile, inspect_safetensors
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.experiments import BadPick
+from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadBasis, BadDirection
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
@@ -36,6 +37,7 @@ from mechdsl.program.directions import (
     fit_rows_of_basis,
     fit_rows_of_call,
     last_token,
+    read_probe_name,
 )
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.python_functions import FIT_CALL
@@ -52,6 +54,7 @@ from mechdsl.resolve.trainings import (
     check_training_rows,
     describe_training,
     name_edit_tensors,
+    name_probe_map,
     outline_vector,
     split_by_seed,
 )
@@ -66,17 +69,20 @@ from mechdsl.resolve.types import (
     FitSample,
     FittedVector,
     PositionTargets,
+    ProbeVector,
     ResolvedExperiment,
     SavedEdit,
     SavedVector,
     SitePoint,
     SiteTargets,
+    TrainedProbe,
     Training,
     UnembeddingVector,
     UnitVector,
     VectorRole,
     WeightedSum,
     count_numbers,
+    find_training_seed,
     find_vector_role,
 )
 from mechdsl.syntax import ast
@@ -177,8 +183,9 @@ def combine_families(
             part.members[tuple(key[names.index(axis.name)] for axis in part.axes)] for part in parts
         ]
         made = "; ".join(dict.fromkeys(each.made for each in own))
-        name = name_member(text, list(axes.values()), key)
-        members[key] = DirectionMember(name, make([each.vector for each in own]), made)
+        vector = make([each.vector for each in own])
+        name = _name_vector(text, list(axes.values()), key, vector)
+        members[key] = DirectionMember(name, vector, made)
     definitions = dict.fromkeys(each for part in parts for each in part.definitions)
     width = next(iter(widths), None)
     return DirectionFamily(text, tuple(axes.values()), members, width, tuple(definitions))
@@ -300,12 +307,105 @@ def _resolve_trained_family(
     )
 
 
+def _resolve_probe_family(
+    call: ast.Call, definition: spec.Direction, work: ExperimentContext
+) -> DirectionFamily | None:
+    """Resolve `probe(told)`, the weights of a trained probe, or a family of those of its maps.
+
+    None after an error, and if a required model or prompt set isn't available.
+
+    Raises:
+        DirectionError: If the maps have different widths, or a swept layer has none.
+    """
+    probe = work.probes.get(str(read_probe_name(call)))
+    if probe is None:
+        return None
+    number = find_class(call, probe, work.program)
+    if isinstance(number, BadArgument):
+        work.diagnostics.extend([] if number in work.diagnostics else [number])
+        return None
+    name = probe.training.definition
+    sites, axes = resolve_site(work.program.bases[name].site, replace(work.sites, loops={}))
+    if sites is None:
+        return None
+    if sites.missing:
+        reason = f"`{name}` has no map in {sites.labels[min(sites.missing)]}"
+        raise DirectionError(call, reason, f"name layers that have the site in `probe {name}`")
+    if len(set(probe.widths)) > 1:
+        several = " and ".join(map(str, sorted(set(probe.widths))))
+        reason = f"the maps of `{name}` have {several} numbers"
+        raise DirectionError(call, reason, "train a probe for the layers of each width")
+    toward = f" toward `{probe.classes[number]}`" if probe.classes else ""
+    seed = probe.training.seed if probe.training.is_one_of_several else None
+    members: dict[AxisIndices, DirectionMember] = {}
+    for key, (point,) in sites.points.items():
+        called = _name_with_seed(definition.name, axes, key, seed)
+        tensor = f"{name_probe_map(point)}.weight"
+        vector = ProbeVector(
+            probe.path,
+            tensor,
+            probe.digest,
+            probe.training,
+            called,
+            probe=probe,
+            point=point,
+            of_class=number,
+        )
+        made = f"weights of `{name}`{toward}, a {probe.made}, at {sites.labels[key]}"
+        members[key] = DirectionMember(called, vector, made)
+    return DirectionFamily(definition.name, axes, members, probe.widths[0], (definition.name,))
+
+
+def find_class(call: ast.Call, probe: TrainedProbe, program: spec.Program) -> int | BadArgument:
+    """Return the number of the class after `class:`, of two classes that of the second one without
+    it; 0 for a number. Or the problem with the call, `probe(told)` or `prediction(told)`."""
+    given = [each for each in call.arguments if each.name is not None]
+    classes, name, word = probe.classes, probe.training.definition, call.name
+    wrong = next((each for each in given if each.name != "class"), None)
+    if wrong is not None or (given and not classes):
+        argument = wrong or given[0]
+        reason = f"isn't an option of `{word}`"
+        hint = f"write `{word}({name}, class: {_written(classes[0])})`" if classes else "remove it"
+        return BadArgument(span=argument.span, name=str(argument.name), reason=reason, hint=hint)
+    if not classes:
+        return 0
+    known = name_list(map(str, classes[:8]))
+    if not given:
+        if len(classes) == 2:
+            return 1
+        reason = f"needs a class, because `{name}` has {len(classes)}"
+        hint = f"write `{word}({name}, class: {_written(classes[0])})`; classes are {known}"
+        return BadArgument(span=call.span, name=word, reason=reason, hint=hint)
+    value = constant_value(given[0].value, program.parameters)
+    key = str(value) if isinstance(value, bool) else value
+    if key is not None and key in classes:
+        return classes.index(key)
+    reason, hint = f"`{name}` has no such class", f"classes are {known}"
+    return BadArgument(
+        span=given[0].span, name=given[0].value.span.written, reason=reason, hint=hint
+    )
+
+
+def _written(key: float | str) -> str:
+    return f'"{key}"' if isinstance(key, str) else f"{key:g}"
+
+
 def _name_trained(definition: spec.Direction, axes: Sequence[Axis], key: AxisIndices) -> str:
     """Return the name of a member, with the seed of its training if it is one of several."""
-    if definition.seed is None:
-        return name_member(definition.name, axes, key)
-    seed = Axis(SEED_AXIS, (definition.seed,), definition.span)
-    return name_member(definition.name, (*axes, seed), (*key, 0))
+    return _name_with_seed(definition.name, axes, key, definition.seed)
+
+
+def _name_vector(name: str, axes: Sequence[Axis], key: AxisIndices, vector: DirectionVector) -> str:
+    """Return the name of a member, with the seed of the training that it is computed from."""
+    swept = any(axis.name == SEED_AXIS for axis in axes)
+    return _name_with_seed(name, axes, key, None if swept else find_training_seed(vector))
+
+
+def _name_with_seed(name: str, axes: Sequence[Axis], key: AxisIndices, seed: int | None) -> str:
+    if seed is None:
+        return name_member(name, axes, key)
+    own = [name_coordinate(axis, axis.labels[i]) for axis, i in zip(axes, key, strict=True)]
+    return f"{name}[{', '.join((*own, f'{SEED_AXIS} {seed}'))}]"
 
 
 def _check_rank(call: ast.Call, training: Training, work: ExperimentContext) -> None:
@@ -926,6 +1026,8 @@ def _family(
         case ast.Call(name="unit", arguments=(argument,)):
             part = _family(_expression(argument.value), work, within)
             return part and combine_families(node, [part], lambda own: UnitVector(own[0]))
+        case ast.Call() if read_probe_name(node) is not None and within is not None:
+            return _resolve_probe_family(node, within, work)
         case ast.Call(name=name) if name in DIRECTION_METHODS and within is not None:
             if DIRECTION_METHODS[name].takes == "training":
                 return _resolve_trained_family(node, within, work)
@@ -1029,7 +1131,7 @@ def _called(name: str, family: DirectionFamily) -> DirectionFamily:
     from dataclasses import replace
 
     members = {
-        key: replace(member, name=name_member(name, family.axes, key))
+        key: replace(member, name=_name_vector(name, family.axes, key, member.vector))
         for key, member in family.members.items()
     }
     definitions = tuple(dict.fromkeys((name, *family.definitions)))

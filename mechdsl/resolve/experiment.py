@@ -41,6 +41,7 @@ from mechdsl.resolve.measures import (
 )
 from mechdsl.resolve.observations import Observation
 from mechdsl.resolve.own_layers import expand_own_layers
+from mechdsl.resolve.probes import resolve_direction_probes
 from mechdsl.resolve.runs import (
     RULE_REPLIES,
     RuleKind,
@@ -373,6 +374,7 @@ def outline_experiment(
     )
     work = _build_context(experiment, program, model, table, onward, diagnostics)
     experiment = work.experiment
+    work.probes = resolve_direction_probes(work)
     derived = define_runs(work, kinds)
     table = work.table
     rules = _rules(work, kinds)

@@ -9,9 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import BadArgument
 from mechdsl.models.shape import ModelShape
+from mechdsl.prompts.expressions import evaluate
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun
+from mechdsl.prompts.values import DrawKey, Refusal, to_plain
 from mechdsl.resolve.types import (
     Intervention,
     ResolvedMeasure,
@@ -19,6 +23,7 @@ from mechdsl.resolve.types import (
     SiteLayer,
     SitePoint,
 )
+from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import MetricForm
 
 if TYPE_CHECKING:
@@ -362,3 +367,34 @@ def join_positions(cells: Iterable[PositionCell]) -> PositionCell:
         for own, hits in zip(rows, cell.hits, strict=True):
             own.update(token for tokens in hits for token in tokens)
     return PositionCell("every token", tuple((tuple(sorted(own)),) if own else () for own in rows))
+
+
+def evaluate_rows(
+    expr: ast.Expr, table: PromptTable, diagnostics: list[Diagnostic]
+) -> list[object] | None:
+    """Evaluate an expression in every clean row, or `count of fewer` in the rows of a corruption.
+
+    None after an error.
+    """
+    if isinstance(expr, ast.QualifiedRef):
+        run = expr.of.name if expr.of.part is None else f"{expr.of.name}.{expr.of.part}"
+        rows = table.runs[run].rows if run in table.runs else ()
+        known = list(rows[0].values) if rows else list(table.runs)
+        if not rows or expr.name not in rows[0].values:
+            hint = did_you_mean(expr.name if rows else run, known, f"there are {', '.join(known)}")
+            what = "value" if rows else "run"
+            diagnostics.append(
+                BadArgument(
+                    span=expr.span, name=expr.span.written, reason=f"isn't a {what}", hint=hint
+                )
+            )
+            return None
+        return [row.values[expr.name] for row in rows]
+    found: list[object] = []
+    for row in table.sources:
+        try:
+            found.append(to_plain(evaluate(expr, row, DrawKey(f"measure:{expr.span.text}"))))
+        except Refusal as refusal:
+            diagnostics.append(refusal.diagnostic(row.describe()))
+            return None
+    return found

@@ -133,7 +133,13 @@ def _rules(
     alone = _isolate_run(work.experiment, run)
     sites = replace(work.sites, loops={}, words={})
     inner = ExperimentContext(
-        alone, work.program, work.model, work.table, sites, outer=work.experiment
+        alone,
+        work.program,
+        work.model,
+        work.table,
+        sites,
+        probes=work.probes,
+        outer=work.experiment,
     )
     found: list[ResolvedRule] = []
     for rule in run.rules:

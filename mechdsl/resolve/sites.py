@@ -74,7 +74,7 @@ from mechdsl.vocab.sites import (
 )
 
 if TYPE_CHECKING:
-    from mechdsl.resolve.types import DirectionFamily
+    from mechdsl.resolve.types import DirectionFamily, TrainedProbe
 
 
 @dataclass
@@ -500,6 +500,8 @@ class ExperimentContext:
     """Reply tokens; `NO_REPLIES` for a rule that can't act on them."""
     side: TokenSide = ""
     """The tokens of an encoder-decoder that positions name."""
+    probes: Mapping[str, TrainedProbe | None] = field(default_factory=dict)
+    """The probes whose weights are directions of the experiment; None for one with errors."""
     outer: spec.Experiment | None = None
     """The experiment that defines the run being resolved; None outside of runs."""
 

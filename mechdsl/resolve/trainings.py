@@ -214,7 +214,8 @@ def outline_lens(
     options, first = constant_options(definition, program), SitePoint(STREAM, layers[0], None)
     training = _describe_training(definition, options, sample, first, program, model)
     last = SitePoint(STREAM, model.shape.n_layers - 1, None)
-    training = replace(training, layers=layers, made=last)
+    cells = tuple(replace(first, layer=layer) for layer in layers)
+    training = replace(training, cells=cells, made=last)
     file = program.trained.get(training.name, (None, ""))[0]
     if isinstance(file, SafetensorsFile):
         return TrainedLens(file.path, file.digest, training)
@@ -233,16 +234,15 @@ def outline_probe(
 
     Args:
         sample: The rows, with a number or the number of the class of each as targets.
-        points: One site, once for each layer that has a map.
+        points: One site, in each layer and head that has a map.
         classes: The classes; empty for a number.
     """
     options = constant_options(definition, program)
     options = {name: own for name, own in options.items() if name not in PROBE_OPTIONS}
     training = _describe_training(definition, options, sample, points[0], program, model)
-    layers = tuple(point.layer for point in points if point.layer is not None)
     # It depends on the model that runs the rows, not on that of the experiment.
     name = _name(definition, sample.run.model or model.key)
-    training = replace(training, name=name, layers=layers)
+    training = replace(training, name=name, cells=points)
     widths = tuple(count_numbers(point, model.shape) for point in points)
     (target,) = (each.value for each in definition.method.arguments if each.name == "target")
     file = program.trained.get(training.name, (None, ""))[0]
@@ -253,8 +253,10 @@ def outline_probe(
 
 
 def name_probe_map(point: SitePoint) -> str:
-    """Return the beginning of the names of a probe's tensors in its file: `layer.2`."""
-    return point.site if point.layer is None else f"layer.{point.layer}"
+    """Return the beginning of the names of a probe's tensors in its file: `layer.2`,
+    `layer.2.head.0`."""
+    name = point.site if point.layer is None else f"layer.{point.layer}"
+    return name if point.unit is None else f"{name}.head.{point.unit}"
 
 
 @record

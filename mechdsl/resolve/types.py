@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -317,9 +317,9 @@ class Training(Record):
     stream: RecordStream | None = None
     """The records that are read during the training, of which `sample` has the first ones; None for
     a training on the rows of `sample`."""
-    layers: tuple[int, ...] = ()
-    """Layers of a lens, whose vectors are encoded together, or of a probe, which has a map for
-    each; `encoded` is the first one."""
+    cells: tuple[SitePoint, ...] = ()
+    """Sites of a lens, whose vectors are encoded together, or of a probe, which has a map for each;
+    `encoded` is the first one."""
     paired: PairedVectors | None = None
     """What the vectors are correlated with."""
     is_one_of_several: bool = False
@@ -327,8 +327,13 @@ class Training(Record):
 
     @property
     def inputs(self) -> tuple[SitePoint, ...]:
-        """The sites of the vectors that are encoded, one for each layer."""
-        return tuple(replace(self.encoded, layer=layer) for layer in self.layers) or (self.encoded,)
+        """The sites of the vectors that are encoded."""
+        return self.cells or (self.encoded,)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of a lens or a probe."""
+        return tuple(cell.layer for cell in self.cells if cell.layer is not None)
 
     @property
     def points(self) -> tuple[SitePoint, ...]:
@@ -498,6 +503,18 @@ class TrainedProbe(Trained, Record):
         """Description for tables and conventions."""
         what = f"{len(self.classes):,} classes" if self.classes else "a number"
         return f"{self.training.trainer.name} probe of {what}"
+
+
+@record
+class ProbeVector(TrainedVector):
+    """The weights of a trained probe as a direction: those of its number, or those of a class minus
+    the mean of those of the other classes."""
+
+    probe: TrainedProbe = field(compare=False)
+    point: SitePoint
+    """The site of the map; `key` is the name of its weights."""
+    of_class: int
+    """Number of the class; 0 for a number."""
 
 
 @record
@@ -737,12 +754,21 @@ def iter_leaf_vectors(
             yield vector
 
 
+def find_training_seed(vector: DirectionVector | SpannedBasis) -> int | None:
+    """Return the seed of the training that a vector is computed from, if it is one of several; None
+    for other vectors."""
+    trained = (leaf for leaf in iter_leaf_vectors(vector) if isinstance(leaf, TrainedVector))
+    return next((own.training.seed for own in trained if own.training.is_one_of_several), None)
+
+
 def iter_read_points(vector: DirectionVector) -> Iterator[SitePoint]:
     """Yield the points whose vectors the leaf vectors of a vector are computed or trained on."""
     for leaf in iter_leaf_vectors(vector):
         match leaf:
             case FittedVector(points=points):
                 yield from points
+            case ProbeVector(point=point):
+                yield point
             case TrainedVector(training=training):
                 yield training.made
             case _:

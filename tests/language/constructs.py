@@ -407,6 +407,16 @@ _file(
     OWN,
 )
 _file(
+    "direction: trained probe",
+    "direction d = probe(decoder)",
+    "The weights of a `probe` of the file, one direction for each of its layers and heads. Of a "
+    "number, it points toward larger numbers; of a class, it is the weights of the class minus the "
+    "mean of those of the other classes, and without `class`, the second of two classes. Its "
+    "experiments have the control of trained directions, and can't measure rows of its training.",
+    "tests/pipeline/test_trained_probes.py",
+    "Marks and Tegmark 2023, arXiv 2310.06824",
+)
+_file(
     "direction: unembedding",
     'direction d = unembedding(" 3", " 2")',
     "The unembedding row of a token minus that of another token, without the final norm.",
@@ -712,13 +722,13 @@ _file(
 _file(
     "probe: a trained probe",
     "probe t = fit(ridge, prompts: fruit.train, target: count) at resid_post layer 2",
-    "A linear map of the vectors of rows, one for each layer, that predicts `target`, a value"
-    " of the rows: `ridge` a number, `logistic` a class. `mechdsl fit FILE` or `mechdsl run "
+    "A linear map of the vectors of rows, one for each layer and head, that predicts `target`, a"
+    " value of the rows: `ridge` a number, `logistic` a class. `mechdsl fit FILE` or `mechdsl run "
     "--fit FILE` trains it with the computation of `observe probe` and the same `penalty`. "
     "Other arguments of `fit` are `limit`, `seed`, `validation` (20% of the distinct rows, of"
     " each class) and `model`: another model of equal shape that runs the rows. A row's "
     "vector is the mean over its tokens at the position. The table has the accuracy or R² of "
-    "each layer on held-out rows, next to that of shuffled values, of 8 random directions, "
+    "each map on held-out rows, next to that of shuffled values, of 8 random directions, "
     "and of the most common class or the mean. `observe probe(t)` and `observe prediction(t)`"
     " read it.",
     "tests/pipeline/test_trained_probes.py",

@@ -2,7 +2,8 @@
 
 Their maps against a solved ridge regression and scikit-learn's logistic regression on vectors of
 the bare model, one unpadded prompt at a time; that they equal `observe probe` fitted on the same
-rows; held-out rows and controls; where they can be read; their keys, and what is an error.
+rows; held-out rows and controls; where they can be read; their weights as directions; their keys,
+and what is an error.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import mechdsl
 from mechdsl.fits.reports import ProbeReport
 
+from ..reference.forward import Write
 from ..rules.models import bare
-from ..rules.support import Text, plain, tokens
+from ..rules.support import Text, edited, plain, token, tokens
 from .test_trained_dictionaries import assert_same_results
 from .test_trained_rotations import (
     OTHER,
@@ -309,6 +311,7 @@ def test_report_has_held_out_rows_and_controls(tmp_path: Path) -> None:
     )
     # With the same maps, accuracies over all rows are at least those of 18 separable rows.
     for number, layer in enumerate(said.layers):
+        assert isinstance(layer, int)
         x = vectors("llama", TRAINING, layer)
         made = (x @ own[f"layer.{layer}.weight"].T + own[f"layer.{layer}.bias"]).argmax(1)
         right = made == [sorted(KINDS).index(each["kind"]) for each in TRAINING]
@@ -400,6 +403,202 @@ def test_model_of_another_shape_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(mechdsl.MechdslError) as found:
         mechdsl.fit(path, handed, store=tmp_path / "store")
     assert "E0415" in {each.code for each in found.value.diagnostics}
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+HEADS = "z layer * head * at last token"
+
+
+def head_vectors(family: str, rows: list[Record], layer: int, head: int) -> Array:
+    """[row, width] at the last token."""
+    texts = map(text_of, rows)
+    found = [plain(family, text)["z", layer][text.last, head] for text in texts]
+    return np.stack([own.double().numpy() for own in found])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_head_has_a_map(family: str, tmp_path: Path) -> None:
+    """Its map, its score on other rows, and its predictions, in a sweep and of one head."""
+    lines = (
+        f"observe probe(r) {HEADS} as seen",
+        f"observe prediction(r) {HEADS} as predicted",
+        "observe prediction(r) z layer 1 head 1 at last token as one",
+    )
+    path = write_file(tmp_path, fit(at=HEADS), experiment(*lines))
+    (found,) = train(path, family, out=tmp_path)
+    card = (tmp_path / "r" / "README.md").read_text("utf-8")
+    assert "`layer.N.head.N.weight`" in card
+    own, rows, said = maps(found), in_order(path), report(found)
+    count = plain(family, text_of(rows[0]))["z", 0].shape[1]
+    sites = [(layer, head) for layer in range(3) for head in range(count)]
+    assert said.layers == [f"L{layer}H{head}" for layer, head in sites]
+    seen, predicted, one = (
+        each.measures[0].patched for each in run(path, family).files[0].experiments
+    )
+    targets = column(rows, "size")
+    for number, (layer, head) in enumerate(sites):
+        x = head_vectors(family, TRAINING, layer, head)
+        weights, intercept = solve_ridge(x, column(TRAINING, "size"), 2.0)
+        assert np.allclose(own[f"layer.{layer}.head.{head}.weight"][0], weights, atol=1e-3)
+        made = head_vectors(family, rows, layer, head) @ weights + intercept
+        assert np.allclose(predicted[number], made, atol=2e-3)
+        wanted = 1 - (targets - made) ** 2 / ((targets - targets.mean()) ** 2).mean()
+        assert np.allclose(seen[number], wanted, atol=5e-3)
+    assert np.array_equal(one[0], predicted[sites.index((1, 1))])
+
+
+# --- weights as directions ------------------------------------------------------------------------
+
+D = "direction d = probe(r)\n"
+ONE = "resid_post layer 1 at last token"
+MARGIN = "measure logit(answer) - logit(wrong) as raw"
+ACTS = {
+    "add": ("add 2 * d to {}",),
+    "sum": ("add d - unit(d) to {}",),
+    "project": ("project out d from {}",),
+    "clamp": ("clamp d of {} to 1",),
+    "sweep": (f"for c in [0, 1, 3] {{ add c * d to {ONE} }}", "against random(3, directions)"),
+    "basis": ("from turned into clean", "patch resid_post layer 1 in basis b at last token"),
+    "derived": (
+        "run moved { add d to {} }",
+        "from moved into clean",
+        "patch layer 2 head * at last token",
+    ),
+    "replies": ("generate 3", "add d to resid_post layer 1 at tokens *"),
+}
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_rules_use_its_weights_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None:
+    """The same numbers, next to an experiment that reads the probe."""
+    is_class = len(name) % 2 == 0
+    inner, target = ("logistic", "pair") if is_class else ("ridge(penalty: 2)", "size")
+    measure = "measure logit(answer) as raw" if name == "replies" else MARGIN
+    rules = [line.replace("{}", ONE) for line in ACTS[name]]
+    read = experiment(f"observe probe(r) {ONE} as seen", name="f")
+    basis = "basis b = directions(d) at resid_post layer 1\n" if name == "basis" else ""
+    acts = experiment(*rules, measure, block="second")
+    line = fit(inner, target=target, at=ONE)
+    path = write_file(tmp_path, line, D, basis, acts, read)
+    (found,) = train(path)
+    own = run(path).files[0].experiments
+    rows = maps(found)["layer.1.weight"]
+    save_file({"d": rows[1] - rows[0] if is_class else rows[0]}, tmp_path / "d.safetensors")
+    loaded = 'direction d = saved("d.safetensors", "d")\n'
+    path = write_file(tmp_path, line, loaded, basis, acts, read)
+    wanted = run(path).files[0].experiments
+    assert len(own) == len(wanted) == 2
+    for mine, theirs in zip(own, wanted, strict=True):
+        for one, other in zip(mine.measures, theirs.measures, strict=True):
+            assert np.allclose(one.patched, other.patched, atol=1e-5)
+    assert len(own[0].controls) == (name != "derived")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_a_class_against_scikit_learn(family: str, tmp_path: Path) -> None:
+    """The direction, and what adding it changes, one unpadded prompt at a time."""
+    pytest.importorskip("sklearn")
+    line = fit("logistic(penalty: 0.5)", target="kind", at=ONE)
+    toward = 'direction d = probe(r, class: "green")\n'
+    acts = experiment(
+        f"add d to {ONE}", 'save direction d to "d.safetensors"', MARGIN, block="second"
+    )
+    path = write_file(tmp_path, line, toward, acts)
+    train(path, family)
+    (done,) = run(path, family).files[0].experiments
+    assert "toward `green`" in done.conventions["direction d"]
+    assert len(done.controls) == 1
+    weights, _, classes = solve_logistic(
+        vectors(family, TRAINING, 1), [each["kind"] for each in TRAINING], 0.5
+    )
+    number = classes.index("green")
+    others = np.delete(weights, number, axis=0).mean(axis=0)
+    wanted = weights[number] - others
+    saved = load_file(tmp_path / "d.safetensors")["d"]
+    assert np.allclose(saved, wanted, atol=2e-3)
+    (first, *_) = checked(path, bare("llama")).experiments
+    added = torch.from_numpy(wanted).double()
+    for row, number in enumerate(first.table.row_ids):
+        record = UNORDERED[number]
+        words = (*record["text"].split(), record["right"], "w40")
+        text = Text(words, {})
+        act = lambda own: own + added  # noqa: E731
+        logits = edited(family, text, [Write("resid_post", 1, act, text.last)]).logits[-1]
+        margin = logits[token(record["a"])] - logits[token(record["right"])]
+        assert done.measures[0].patched[0][row] == pytest.approx(float(margin), abs=5e-3)
+
+
+def test_families_have_a_direction_for_each_map(tmp_path: Path) -> None:
+    """Of layers, and of layers and heads: each cell equals that of the probe of its site alone."""
+    for at, one in (
+        (LAST, "resid_post layer 2 at last token"),
+        (HEADS, "z layer 2 head 1 at last token"),
+    ):
+        acts = experiment(f"add 3 * d to {at}", MARGIN, block="second")
+        path = write_file(tmp_path, fit(at=at), D, acts)
+        train(path)
+        every = run(path).files[0].experiments[0]
+        acts = experiment(f"add 3 * d to {one}", MARGIN, block="second")
+        path = write_file(tmp_path, fit(at=one), D, acts)
+        train(path)
+        alone = run(path).files[0].experiments[0]
+        cells = [each.coords for each in every.cells]
+        place = {"layer": 2} if at == LAST else {"layer": 2, "head": 1}
+        (cell,) = (n for n, own in enumerate(cells) if own == place)
+        assert np.allclose(every.measures[0].patched[cell], alone.measures[0].patched[0], atol=1e-5)
+
+
+def test_each_seed_has_its_direction(tmp_path: Path) -> None:
+    acts = experiment(f"add d to {ONE}", MARGIN, block="second")
+    seeds = fit(options="validation: 25%, seeds: 2", at=ONE)
+    path = write_file(tmp_path, seeds, D, acts)
+    with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
+        run(path)
+    assert [each.basis for each in train(path)] == ["r[seed 0]", "r[seed 1]"]
+    (done,) = run(path).files[0].experiments
+    first, second = done.measures[0].patched
+    assert not np.allclose(first, second)
+    path = write_file(tmp_path, fit(options="validation: 25%, seed: 1", at=ONE), D, acts)
+    train(path)
+    (alone,) = run(path).files[0].experiments
+    assert np.allclose(alone.measures[0].patched[0], second)
+
+
+def test_rows_of_the_probe_are_not_measured_with_its_direction(tmp_path: Path) -> None:
+    path = write_file(tmp_path, fit(at=ONE), D, experiment(f"add d to {ONE}", MARGIN, block="t"))
+    assert training_errors(path.parent / path.name)[0].code in ("E0345", "E0603")
+
+
+USED: dict[str, tuple[str, str, str]] = {
+    "unknown probe": ("probe(r)", "probe(k)", "E0207"),
+    "option": ("probe(r)", "probe(r, penalty: 2)", "E0207"),
+    "class of a number": ("probe(r)", 'probe(r, class: "x")', "E0207"),
+    "site": ("probe(r)", f"probe(r) at {ONE}", "E0341"),
+    "member of its own": ("add d to", "add d[layer 1] to", "E0341"),
+    "width": (f"add d to {ONE}", "add d to z layer 1 head 0 at last token", "E0341"),
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_mistakes_of_directions(name: str, tmp_path: Path) -> None:
+    old, new, code = USED[name]
+    text = D + experiment(f"add d to {ONE}", MARGIN, block="second")
+    assert old in text
+    path = write_file(
+        tmp_path, fit(at=ONE), text.replace(old, new), experiment(READ.replace("*", "1"), name="f")
+    )
+    errors = training_errors(path)
+    assert errors[0].code == code, errors
+
+
+def test_model_edit_with_a_probe_is_an_error(tmp_path: Path) -> None:
+    changed = "model changed = m with { project out d from weights }\n"
+    used = experiment(f"add d to {ONE}", MARGIN, block="second")
+    path = write_file(tmp_path, fit(at=ONE), D, changed, used.replace("model m", "model changed"))
+    with pytest.raises(mechdsl.MechdslError, match="an edit can't use it yet") as found:
+        train(path)
+    assert found.value.diagnostics[0].code == "E0344"
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -543,7 +742,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "no site": (f" at {LAST}", "", "E0342"),
     "joined layers": ("layer *", "layers *", "E0342"),
-    "heads": ("resid_post layer *", "z layer 1 head *", "E0342"),
+    "joined heads": ("resid_post layer *", "z layer 1 heads *", "E0342"),
     "neuron": ("resid_post layer *", "mlp_hidden layer 1 neuron 2", "E0342"),
     "missing layer": ("layer *", "layer 9", "E0302"),
     "several positions": ("last token", "token -2..-1", "E0342"),

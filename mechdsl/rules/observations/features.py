@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.program import spec
 from mechdsl.resolve.bases import resolve_observed_basis
+from mechdsl.resolve.observations import evaluate_rows
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import Axis, BasisMember, Convention, ResolvedRule
 from mechdsl.rules.observations.registry import observation, report_bad_observation
 from mechdsl.rules.observations.rows import (
     SiteRowSetObservation,
     check_token_numbers,
-    evaluate_rows,
     match_run,
     repeat_sites,
 )

@@ -21,10 +21,9 @@ from mechdsl.resolve.observations import (
     TokenVectors,
     TrainingRows,
     TrainingVectors,
+    evaluate_rows,
 )
-from mechdsl.resolve.sites import ExperimentContext
-from mechdsl.resolve.types import ResolvedRule, TrainedProbe
-from mechdsl.rules.observations.probe_definitions import (
+from mechdsl.resolve.probes import (
     PROBE_KINDS,
     ProbeKind,
     choose_kind,
@@ -33,11 +32,12 @@ from mechdsl.rules.observations.probe_definitions import (
     list_numbers,
     number_classes,
 )
+from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.types import ResolvedRule, TrainedProbe
 from mechdsl.rules.observations.registry import observation, report_bad_observation
 from mechdsl.rules.observations.rows import (
     SiteRowSetObservation,
     SiteTokenSetObservation,
-    evaluate_rows,
     resolve_training_rows,
 )
 from mechdsl.rules.observations.trained_probes import (

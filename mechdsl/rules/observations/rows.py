@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mechdsl.base.hashing import digest_number
 from mechdsl.base.text import count_noun, name_list
-from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
+from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.directions import parse_fit_rows, training_rows
 from mechdsl.program.spec import constant_value
-from mechdsl.prompts.expressions import evaluate
-from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import RunRow
-from mechdsl.prompts.values import DrawKey, Refusal, to_plain
 from mechdsl.resolve.observations import (
     ObservedTokens,
     RowSetObservation,
@@ -142,37 +139,6 @@ def check_token_numbers(rule: spec.Rule, found: ResolvedRule, work: ExperimentCo
     reason = f"would hold {numbers:,} numbers at a time, more than {MAX_ROW_NUMBERS:,}"
     report_bad_observation(rule, work, reason, "write a smaller `limit`, or name fewer tokens")
     return False
-
-
-def evaluate_rows(
-    expr: ast.Expr, table: PromptTable, diagnostics: list[Diagnostic]
-) -> list[object] | None:
-    """Evaluate an expression in every clean row, or `count of fewer` in the rows of a corruption.
-
-    None after an error.
-    """
-    if isinstance(expr, ast.QualifiedRef):
-        run = expr.of.name if expr.of.part is None else f"{expr.of.name}.{expr.of.part}"
-        rows = table.runs[run].rows if run in table.runs else ()
-        known = list(rows[0].values) if rows else list(table.runs)
-        if not rows or expr.name not in rows[0].values:
-            hint = did_you_mean(expr.name if rows else run, known, f"there are {', '.join(known)}")
-            what = "value" if rows else "run"
-            diagnostics.append(
-                BadArgument(
-                    span=expr.span, name=expr.span.written, reason=f"isn't a {what}", hint=hint
-                )
-            )
-            return None
-        return [row.values[expr.name] for row in rows]
-    found: list[object] = []
-    for row in table.sources:
-        try:
-            found.append(to_plain(evaluate(expr, row, DrawKey(f"measure:{expr.span.text}"))))
-        except Refusal as refusal:
-            diagnostics.append(refusal.diagnostic(row.describe()))
-            return None
-    return found
 
 
 def resolve_compared_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:

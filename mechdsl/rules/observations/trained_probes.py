@@ -13,9 +13,15 @@ from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
-from mechdsl.program.spec import constant_value
-from mechdsl.resolve.observations import ObservedVectors, RowVectors
-from mechdsl.resolve.sites import ExperimentContext, label_all_points
+from mechdsl.resolve.directions import find_class
+from mechdsl.resolve.observations import ObservedVectors, RowVectors, evaluate_rows
+from mechdsl.resolve.probes import (
+    class_key,
+    explain_misfit,
+    resolve_trained_probe,
+    target_of,
+)
+from mechdsl.resolve.sites import ExperimentContext, label_all_points, label_points
 from mechdsl.resolve.trainings import name_probe_map
 from mechdsl.resolve.types import (
     Convention,
@@ -25,12 +31,6 @@ from mechdsl.resolve.types import (
     TrainedProbe,
     count_numbers,
 )
-from mechdsl.rules.observations.probe_definitions import (
-    class_key,
-    explain_misfit,
-    resolve_trained_probe,
-    target_of,
-)
 from mechdsl.rules.observations.registry import (
     SiteObservation,
     describe_joined,
@@ -38,7 +38,6 @@ from mechdsl.rules.observations.registry import (
     observation,
     report_bad_observation,
 )
-from mechdsl.rules.observations.rows import evaluate_rows
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
@@ -194,16 +193,31 @@ def _misfit(
     if len(points) != 1:
         return "reads one vector per token, not joined sites", "sweep them: `layer *`"
     (point,) = points
-    layers = [own.layer for own in inputs]
-    if len(inputs) > 1 and point.layer not in layers:
-        hint = f"declare `{name}` at this layer, too: `at {inputs[0].site} layer *`"
-        return f"reads layer {point.layer}, for which `{name}` has no map", hint
-    width = probe.widths[layers.index(point.layer) if len(inputs) > 1 else 0]
+    number = _find_map(probe, point)
+    if number is None:
+        of_heads = inputs[0].unit is not None
+        hint = f"at {inputs[0].site} layer *" + " head *" * of_heads
+        where = f"{label_points((point,))}" if of_heads else f"layer {point.layer}"
+        reason = f"reads {where}, for which `{name}` has no map"
+        return reason, f"declare `{name}` there, too: `{hint}`"
+    width = probe.widths[number]
     own = count_numbers(point, work.sites.shape)
     if own == width or work.sites.shape.stands_in:
         return None
     reason = f"reads vectors of {own:,} numbers, and `{name}` is trained on {width:,}"
     return reason, "name a site of the same width"
+
+
+def _find_map(probe: TrainedProbe, point: SitePoint) -> int | None:
+    """Return the number of the map for the vectors of a site: that of its layer and its head, if
+    the probe has maps for several. None without one."""
+    inputs = probe.training.inputs
+    by_layer, by_head = (len({getattr(p, n) for p in inputs}) > 1 for n in ("layer", "unit"))
+    for number, own in enumerate(inputs):
+        same_layer = not by_layer or own.layer == point.layer
+        if same_layer and (not by_head or own.unit == point.unit):
+            return number
+    return None
 
 
 def load_map(probe: TrainedProbe, point: SitePoint, *, shuffled: bool = False) -> LinearMap:
@@ -212,22 +226,23 @@ def load_map(probe: TrainedProbe, point: SitePoint, *, shuffled: bool = False) -
     Raises:
         ValueError: If the file has changed since it was checked.
     """
-    inputs = probe.training.inputs
-    same = (own for own in inputs if own.layer == point.layer)
-    own = inputs[0] if len(inputs) == 1 else next(same)
-    return _load_map(str(probe.path), probe.digest, name_probe_map(own), shuffled)
-
-
-@lru_cache(maxsize=256)
-def _load_map(path: str, digest: str, name: str, shuffled: bool) -> LinearMap:
-    from safetensors.numpy import load_file
-
     from mechdsl.fits.regression import LinearMap
+
+    number = _find_map(probe, point)
+    assert number is not None
+    name = name_probe_map(probe.training.inputs[number])
+    tensors = _load_tensors(str(probe.path), probe.digest)
+    prefix = f"shuffled.{name}" if shuffled else name
+    return LinearMap(tensors[f"{prefix}.weight"].T, tensors[f"{prefix}.bias"])
+
+
+@lru_cache(maxsize=16)
+def _load_tensors(path: str, digest: str) -> Mapping[str, Floats]:
+    from safetensors.numpy import load_file
 
     if compute_digest(Path(path)) != digest:
         raise ValueError(f"{Path(path).name} has changed since it was checked")
-    tensors, prefix = load_file(path), f"shuffled.{name}" if shuffled else name
-    return LinearMap(tensors[f"{prefix}.weight"].T, tensors[f"{prefix}.bias"])
+    return load_file(path)
 
 
 @observation("prediction", unit="prediction")
@@ -273,8 +288,12 @@ class PredictionObservation(SiteObservation):
             report_bad_observation(rule, work, "needs a probe of the file", hint)
             return None
         probe = resolve_named_probe(rule, found, work)
-        number = None if probe is None else _class_number(rule, probe, work)
-        if found is None or probe is None or number is None:
+        if found is None or probe is None:
+            return None
+        assert said.call is not None
+        number = find_class(said.call, probe, work.program)
+        if isinstance(number, BadArgument):
+            work.diagnostics.append(number)
             return None
         return replace(found, does=PredictionObservation(probe, number))
 
@@ -282,9 +301,12 @@ class PredictionObservation(SiteObservation):
         import torch
 
         assert self.probe is not None
-        site, layer = seen.place
-        read = load_map(self.probe, SitePoint(site, layer, None))
-        made = torch.from_numpy(read(seen.vectors.detach().double().cpu().numpy()))
+        vectors = seen.vectors.detach().double().cpu()
+        units = torch.full((len(vectors),), -1) if seen.units is None else seen.units.cpu()
+        made = torch.empty(len(vectors), self.probe.outputs, dtype=torch.float64)
+        for unit in units.unique().tolist():
+            point, own = SitePoint(*seen.place, None if unit < 0 else unit), units == unit
+            made[own] = torch.from_numpy(load_map(self.probe, point)(vectors[own].numpy()))
         if self.probe.classes:
             others = [n for n in range(self.probe.outputs) if n != self.of_class]
             made = made[:, self.of_class] - made[:, others].logsumexp(1)
@@ -307,44 +329,3 @@ class PredictionObservation(SiteObservation):
 def made_of_probe(probe: TrainedProbe | None) -> Mapping[str, str]:
     """Return the file of a probe: name → SHA-256."""
     return {} if probe is None or not probe.is_trained else {probe.path.name: probe.digest}
-
-
-def _class_number(rule: spec.Rule, probe: TrainedProbe, work: ExperimentContext) -> int | None:
-    """Return the number of the class after `class:`, of two classes that of the second one without
-    it; 0 for a number. E0207 if there is no such class."""
-    assert rule.observed is not None
-    assert rule.observed.call is not None
-    given = [each for each in rule.observed.call.arguments if each.name is not None]
-    classes, name = probe.classes, probe.training.definition
-    wrong = next((each for each in given if each.name != "class"), None)
-    if wrong is not None or (given and not classes):
-        argument = wrong or given[0]
-        reason = "isn't an option of `prediction`"
-        hint = f'write `prediction({name}, class: "{classes[0]}")`' if classes else "remove it"
-        work.diagnostics.append(
-            BadArgument(span=argument.span, name=str(argument.name), reason=reason, hint=hint)
-        )
-        return None
-    if not classes:
-        return 0
-    known = name_list(map(str, classes[:8]))
-    if not given:
-        if len(classes) == 2:
-            return 1
-        reason = f"needs a class, because `{name}` has {len(classes)}"
-        example = f"`prediction({name}, class: {_written(classes[0])})`"
-        report_bad_observation(rule, work, reason, f"write {example}; classes are {known}")
-        return None
-    node = cast("ast.Expr", given[0].value)
-    value = constant_value(node, work.program.parameters)
-    if value is not None and class_key(value) in classes:
-        return classes.index(class_key(value))
-    reason, hint = f"`{name}` has no such class", f"classes are {known}"
-    work.diagnostics.append(
-        BadArgument(span=given[0].span, name=node.span.written, reason=reason, hint=hint)
-    )
-    return None
-
-
-def _written(key: float | str) -> str:
-    return f'"{key}"' if isinstance(key, str) else f"{key:g}"

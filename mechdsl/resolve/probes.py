@@ -11,6 +11,11 @@ from typing import Literal, TypeAlias, cast
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
+from mechdsl.program.directions import (
+    list_direction_expressions,
+    read_probe_names,
+    used_bases,
+)
 from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.trainers import ProbeTrainer, trainer_call
 from mechdsl.resolve.directions import (
@@ -18,6 +23,7 @@ from mechdsl.resolve.directions import (
     report_direction_error,
     resolve_one_sample,
 )
+from mechdsl.resolve.observations import evaluate_rows
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
@@ -26,7 +32,6 @@ from mechdsl.resolve.trainings import (
     outline_probe,
 )
 from mechdsl.resolve.types import FitSample, SitePoint, TrainedProbe
-from mechdsl.rules.observations.rows import evaluate_rows
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES
 
@@ -125,6 +130,15 @@ def resolve_trained_probe(name: str, work: ExperimentContext) -> TrainedProbe | 
         return None
 
 
+def resolve_direction_probes(work: ExperimentContext) -> dict[str, TrainedProbe | None]:
+    """Resolve the probes whose weights are directions of an experiment; see
+    `resolve_trained_probe`."""
+    nodes = list_direction_expressions(work.experiment)
+    nodes += [basis.method for basis in used_bases(work.experiment, work.program)]
+    names = dict.fromkeys(read_probe_names(nodes, work.program.directions))
+    return {name: resolve_trained_probe(name, work) for name in names}
+
+
 def target_of(definition: spec.Basis) -> ast.Expr:
     """Return the value that a probe predicts."""
     (target,) = (each.value for each in definition.method.arguments if each.name == "target")
@@ -158,7 +172,7 @@ def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedProbe | 
 
 
 def _points(definition: spec.Basis, work: ExperimentContext) -> tuple[SitePoint, ...] | None:
-    """Return the site in each of its layers, ascending; None after other errors.
+    """Return the site in each of its layers and heads, ascending; None after other errors.
 
     Raises DirectionError.
     """
@@ -171,22 +185,29 @@ def _points(definition: spec.Basis, work: ExperimentContext) -> tuple[SitePoint,
     first = cells[0][0]
     if any(len(own) > 1 for own in cells):
         reason, hint = "it joins several sites, and a probe reads one vector", "name one of them"
-        if len({point.layer for own in cells for point in own}) > 1:
+        first_cell = cells[0]
+        if len({point.layer for point in first_cell}) > 1:
             hint = "write the singular, for a map in each layer: `layer *`"
+        elif len({point.unit for point in first_cell}) > 1:
+            hint = "write the singular, for a map in each head: `head *`"
         raise DirectionError(site, reason, hint)
     points = [own[0] for own in cells]
     if SITES[first.site].width in ("key", "one"):
         kind = "vectors over keys" if SITES[first.site].width == "key" else "single numbers"
         hint = "name a site of vectors, such as `resid_post layer *`"
         raise DirectionError(site, f"it has {kind}, which no probe reads", hint)
-    if any((point.site, point.unit) != (first.site, first.unit) for point in points):
-        hint = "name one: `z layer * head 2`"
-        raise DirectionError(site, "a probe has a map for each layer, not for each head", hint)
+    if any(point.site != first.site for point in points):
+        raise DirectionError(site, "a probe reads one site", "declare a probe for each site")
     if site.basis_name is not None:
         raise DirectionError(
             site, "a probe reads whole vectors", f"remove `in basis {site.basis_name}`"
         )
-    return tuple(sorted(points, key=lambda point: -1 if point.layer is None else point.layer))
+    return tuple(
+        sorted(
+            points,
+            key=lambda point: tuple(-1 if n is None else n for n in (point.layer, point.unit)),
+        )
+    )
 
 
 def _with_targets(
