@@ -62,8 +62,8 @@ The processors of `internvl`, `llava_onevision`, `qwen2_vl`, `qwen2_5_vl`, `qwen
 of `smolvlm` also needs num2words. `video_layout` returns the positions of the frames of videos for
 `video_llava`, `llava_onevision` and the Qwen models.
 
-Prompts of files contain images of all of these types, except `mllama`
-([E0459](errors/E0459.md)); those of `vision-encoder-decoder` contain nothing else
+Prompts of files contain images of all of these types, except `mllama`,
+which mechdsl doesn't load; those of `vision-encoder-decoder` contain nothing else
 ([load-models.md](load-models.md#experiment-on-the-reader-of-an-image)).
 Some models do more with images than read their vectors:
 

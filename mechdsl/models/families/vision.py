@@ -54,6 +54,18 @@ class PaliGemma(Family):
     prefix = True
 
 
+@family("mllama_text_model")
+class Mllama(Family):
+    """Llama 3.2 Vision: every few blocks attend to images only."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        return (
+            "some of its blocks attend to images in place of earlier tokens, and don't run without "
+            "an image"
+        )
+
+
 @family("siglip_text_model")
 class SigLIPTexts(Family):
     """Every token sees every other."""
