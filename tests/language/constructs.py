@@ -3162,18 +3162,11 @@ _on_image(
     "deleted`. If an experiment has several maps, such as one per layer, all are added. The "
     "result is a map: `observe pointing of both in object`, `top 25% of both tokens`. A patch "
     "without a value in one map has none in the sum. Rows that are missing in one map are "
-    "excluded and reported.",
+    "excluded and reported. `observe magnitude of deleted at each token of image` is the absolute "
+    "value of the sum, and `observe product of caap, deleted at each token of image` multiplies "
+    "maps, so that one weights the other (`tests/onward/test_text_maps.py`).",
     OWN,
     "tests/images/test_sum_of_maps.py",
-)
-_on_image(
-    "observe magnitude, product",
-    "observe magnitude of caap at each token of image",
-    "The absolute value of a map, or of the sum of several maps, patch by patch. "
-    "`observe product of caap, deleted at each token of image` multiplies maps, so that one "
-    "weights the other. The results are maps, as those of `observe sum`.",
-    OWN,
-    "tests/onward/test_text_maps.py",
 )
 _on_image(
     "observe random",
