@@ -179,15 +179,13 @@ class PassReads:
     def loss(
         self,
         logits: Tensor,
-        readout: Readout,
+        term: MetricTerm,
         member: PassMember,
         draw: Ints,
         lanes: UnpatchedBatch,
         run: PromptRun,
-    ) -> Tensor | None:
+    ) -> Tensor:
         """Return [row]: the loss over all positions."""
-        if readout.loss is None:
-            return None
         lane = lanes.lane(member.rows.prompt, draw[member.at])
         batch = lanes.batch.take(torch.from_numpy(lane))
         every = logits[self.count * self.spots_per_row :]
@@ -195,7 +193,7 @@ class PassReads:
         rows, positions = batch.tokens()
         where = indices_to_device((rows, batch.columns(rows, positions)), every.device)
         whole[where] = every
-        return compute_prompt_loss(readout.loss, whole, batch, run, member.rows.prompt)
+        return compute_prompt_loss(term, whole, batch, run, member.rows.prompt)
 
 
 def plan_reads(
@@ -491,8 +489,7 @@ class Patcher:
         rows = _start_pass(shared, chosen, run, batch, draws)
         readouts = [self.readouts[member.number] for member in members]
         repeated = [repeat_draws(member, draws) for member in members]
-        lanes = self.runs.lanes(run, batch)
-        lengths = lanes.lengths[lanes.lane(rows.prompts, rows.draw)]
+        lengths = np.array([len(run.rows[prompt].ids) for prompt in rows.prompts.tolist()])
         wanted = [
             plan_reads(readout, member, run, lengths, self._look(member))
             for readout, member in zip(readouts, repeated, strict=True)
@@ -500,7 +497,7 @@ class Patcher:
         readers = build_reply_readers(repeated, self.plans, self.readouts, self.skip, self.systems)
         if readers or any(want.needs_pass for want in wanted):
             rows = self._pass_rows(shared, chosen, run, batch, draws)
-        logits, reads, observed, tokens = self._forward(rows, lanes, readouts, wanted)
+        logits, reads, observed, tokens = self._forward(rows, readouts, wanted)
         have = GeneratedRows(rows.run, rows.prompts, (), rows.acting, rows.later)
         behind = read_replies(self.runs, have, replies, readers)
         for member, many, readout, want, own, read, seen in zip(
@@ -512,7 +509,9 @@ class Patcher:
                 items=[self.plans[member.number].items[cell] for cell in many.rows.cell],
                 logits=want.spots(own),
                 continued=self._read_continuations(rows, many, readout),
-                loss=want.loss(own, readout, many, rows.draw, lanes, run),
+                loss=None
+                if readout.loss is None
+                else want.loss(own, readout.loss, many, rows.draw, self.runs.lanes(run, batch), run),
                 activations=read,
                 references=self.runs.references(
                     readout, batch, many.rows.prompt, rows.draw[many.at]
@@ -733,7 +732,6 @@ class Patcher:
     def _forward(
         self,
         rows: PassRows,
-        lanes: UnpatchedBatch,
         readouts: Sequence[Readout],
         wanted: Sequence[PassReads],
     ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[ObservedValues | None], Tensor | None]:
@@ -759,6 +757,7 @@ class Patcher:
             read: (np.concatenate([p[0] for p in own]), np.concatenate([p[1] for p in own]))
             for read, own in inside.items()
         }
+        lanes = self.runs.lanes(rows.run, rows.batch)
         logits, found = self._run(rows, lanes, final, reads, tokens)
         split = {
             read: values.tensor_split(np.cumsum([len(p[0]) for p in inside[read]])[:-1].tolist())

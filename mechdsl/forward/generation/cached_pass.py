@@ -165,18 +165,28 @@ class CachedPass:
             lineup: Which rows blocks compute, for passes of one token each.
             places: Row dimensions in calls of blocks, needed with `lineup`.
         """
-        self.model, self.tokens, self.kept, self.rows = model, tokens, kept, rows
-        self.lineup = lineup
-        self._some = lineup if lineup is not None and lineup.shares else None
+        self.model, self.tokens, self.kept = model, tokens, kept
+        self._places = places
+        self._blocks = acting.blocks
         self._work = work = SiteHooks(model, tokens, acting.writes, (), None, acting.edges)
         every = any(write.site == "logits" for write in acting.writes)
         if not every and tokens.count > 1:
             work.keep_logits((tokens.lengths_of("logits", "") - 1)[:, None])
         self._one = SingleQueryAttention(kept)
+        self._limits = ExitStack()
         with ExitStack() as stack:
             stack.enter_context(_apply_rules(model, work, tokens, kept, acting, self._one))
-            stack.enter_context(_limit_rows(model, tokens, self._some, places))
+            self._limit(rows, lineup)
             self._stack = stack.pop_all()
+
+    def _limit(self, rows: slice, lineup: RowLineup | None) -> None:
+        """Set the rows of the cache, and those that blocks compute."""
+        self.rows, self.lineup = rows, lineup
+        self._some = lineup if lineup is not None and lineup.shares else None
+        self._limits.close()
+        self._limits.enter_context(
+            _limit_rows(self.model, self.tokens, self._some, self._places)
+        )
 
     def run(self) -> Tensor:
         """Run the pass, which caches the tokens' keys and values. Raises as `run_full`.
@@ -204,8 +214,28 @@ class CachedPass:
         self._one.begin()
         return self.run()
 
+    def takes(
+        self, tokens: NewTokens, rows: slice, acting: RuleWrites, lineup: RowLineup
+    ) -> bool:
+        """Continue with other rows and writes, and return whether the hooks allow that.
+
+        The arguments are those of the constructor.
+        """
+        rebuilt = acting.edges or acting.blocks != self._blocks
+        if rebuilt or not self.repeats or tokens.count != 1:
+            return False
+        mine = self.tokens  # the frame of the hooks
+        mine.ids, mine.starts, mine.first = tokens.ids, tokens.starts, tokens.first
+        mine.saved, mine.running = tokens.saved, None
+        if not self._work.rewrite(acting.writes):
+            return False
+        self._one.begin()
+        self._limit(rows, lineup)
+        return True
+
     def close(self) -> None:
         """Remove the hooks."""
+        self._limits.close()
         self._stack.close()
 
 

@@ -288,6 +288,8 @@ class KeyValueCache(Cache):
         """
         self.room = rows, columns + min(later, MIN_NEW_COLUMNS)
         self._most = columns + later
+        self.left = rows
+        """Largest number of rows that later passes can have."""
         self.shared: SharedKeyValues | None = None
         """First columns, which rows of a prompt share; None if all columns are separate."""
         self.rows = slice(0, rows)
@@ -346,7 +348,7 @@ class KeyValueCache(Cache):
         self.stop = stop
         every, columns = self.room
         if self.first + count > columns:
-            self.room = every, min(self._most, columns + max(MIN_NEW_COLUMNS, columns // 2))
+            self.room = min(every, self.left), min(self._most, columns + max(MIN_NEW_COLUMNS, columns // 2))
         for layer in self.layers:
             layer.length, layer.handed = first, None
         return self

@@ -425,6 +425,7 @@ class CachedPasses:
         if step == 0:
             return self._prefill_together(states) if self._together else self._prefill(states)
         first = self.columns + step - 1
+        self.keys.left = len(states.rows)
         self.keys.move(self._blocks.moves, first)
         newest = array_to_device(ids[rows, -1:], self.model.device)
         if self._chosen is None or not np.array_equal(rows, self._leaders):
@@ -435,14 +436,16 @@ class CachedPasses:
         acts = tuple(rules.acts(step) for rules in self.steps)
         if self._open is not None and self._goes_on(self._open, acts):
             return self._open.run_on(newest)
-        self.close()
-        if step == 1:
-            self._edit(states, self._chosen)
         saved = None if self._saved is None else torch.from_numpy(self._saved[rows])
         tokens = NewTokens(newest, self._starting, first, saved=saved)
         acting = self._acting(self._chosen, step, acts)
         every, lineup = slice(0, len(states)), self._blocks.lineup
-        self._open = CachedPass(self.model, tokens, self.keys, every, acting, lineup, self._places)
+        if self._open is None or not self._open.takes(tokens, every, acting, lineup):
+            self.close()
+            if step == 1:
+                self._edit(states, self._chosen)
+            by = every, acting, lineup, self._places
+            self._open = CachedPass(self.model, tokens, self.keys, *by)
         return self._open.run()
 
     def _goes_on(self, before: CachedPass, acts: tuple[bool, ...]) -> bool:
@@ -494,8 +497,11 @@ class CachedPasses:
             found.append(self._suffix(rows, part, int(own[part].max())))
         return torch.cat(found)
 
-    def _prefill_together(self, states: RowStates) -> Tensor:
-        """Run the prefill in shared blocks, some columns at a time."""
+    def _prefill_together(self, states: RowStates, *, keys_only: bool = False) -> Tensor:
+        """Run the prefill in shared blocks, some columns at a time.
+
+        keys_only: whether to return no logits, and to run the last block only for its keys.
+        """
         rows, lineup = states.leaders, self._blocks.lineup
         self._shared(states, self.own[rows])
         acting, batch = self._prefilled(RowChoice(len(self.prompts), rows)), self._batch(rows)
@@ -515,11 +521,12 @@ class CachedPasses:
             > MAX_RECOMPUTED_TOKENS * n_layers
         )
         last = self.columns - 1 if alone else max(first, self.columns - count)
+        last = self.columns if keys_only else last
         while first < last:
             end = min(first + count, last)
             store_keys(*part(first, end))
             first = end
-        return run_cached_pass(*part(first, self.columns))
+        return torch.zeros(0) if keys_only else run_cached_pass(*part(first, self.columns))
 
     def _prefill_headers(self, rows: Ints, acting: RuleWrites) -> int:
         """Compute columns in which rows of several prompts have equal tokens and rules.
@@ -550,7 +557,10 @@ class CachedPasses:
         sharing = RowSharing(prompts, find_first_step(len(lead), rules, (), ()), None)
         none = np.zeros((len(lead), 0), dtype=np.int64)
         states = passes.arranged(sharing.first(passes.own), none)
-        passes.logits(states, none)
+        if passes._together:
+            passes._prefill_together(states, keys_only=True)
+        else:
+            passes._prefill(states)
         state = np.empty(len(lead), dtype=np.int64)
         state[states.rows] = states.of
         mine, its = self._blocks.lineup, passes._blocks.lineup

@@ -571,15 +571,16 @@ class SharedBlocks:
 
 def _assign_rows(begins: Ints, parents: Ints) -> Ints:
     """Return [state]: indices in the order of `begins`; most states stay where their parent was."""
-    ordered = np.sort(begins)
-    low, high = (np.searchsorted(ordered, begins, side=side) for side in ("left", "right"))
-    stays = np.flatnonzero((parents >= low) & (parents < high))
-    stays = stays[np.unique(parents[stays], return_index=True)[1]]
+    counts = np.bincount(begins)
+    ends = counts.cumsum()
+    stays = np.flatnonzero((parents >= (ends - counts)[begins]) & (parents < ends[begins]))
+    first = np.full(len(begins), -1)
+    first[parents[stays[::-1]]] = stays[::-1]  # of several assignments, the last one counts
+    taken = first >= 0
     place = np.full(len(begins), -1)
-    place[stays] = parents[stays]
+    place[first[taken]] = np.flatnonzero(taken)
     others = np.flatnonzero(place < 0)
-    others = others[np.argsort(begins[others], kind="stable")]
-    place[others] = np.setdiff1d(np.arange(len(begins)), place[stays])
+    place[others[np.argsort(begins[others], kind="stable")]] = np.flatnonzero(~taken)
     return place
 
 

@@ -178,10 +178,10 @@ class PlacedWrite:
 class SiteSteps:
     """Builder of the steps of one forward pass, which collects their results."""
 
-    def __init__(self, writes: int, inserted: int) -> None:
+    def __init__(self, inserted: int) -> None:
         self.found: dict[SiteRead, Tensor] = {}
         """[B, T, units, width] values that were read."""
-        self.applied = [0] * writes
+        self.applied: list[int] = []
         """Number of vectors of each write that were written so far."""
         self.streams: dict[str, Tensor] = {}
         """Path of a tapped module → the stream that enters its block, for `resid_mid`."""
@@ -478,7 +478,7 @@ class SiteHooks:
         self.stop = stop
         # packed and generated tokens enter after the embedding, or are the model's own
         self._inserted = frame.inserted if isinstance(frame, Batch) else 0
-        self._sites = SiteSteps(len(writes), self._inserted)
+        self._sites = SiteSteps(self._inserted)
         self.found = self._sites.found
         self._steps: dict[tuple[str, HookSide, int], list[tuple[tuple[int, int], HookStep]]]
         self._steps = defaultdict(list)
@@ -489,8 +489,9 @@ class SiteHooks:
         self._experts: list[tuple[str, ExpertHook | RouterHook]] = []
         stacks = [model.anatomy, *(stack.anatomy for stack in model.others.values())]
         self._blocks = {block.path for anatomy in stacks for block in anatomy.blocks}
-        self._wanted = [int(write.rows.numel()) for write in writes]
-        self._writes = list(writes)
+        self._set_writes(writes)
+        self._placed: dict[SiteRead, list[PlacedWrite]] = defaultdict(list)
+        """Writes of each site, which its step reads in each pass."""
         self._reads = list(dict.fromkeys(reads))
         self._sites.asked.update(self._reads)
         self._logits: tuple[list[PlacedWrite], list[SiteRead]] = ([], [])
@@ -510,30 +511,46 @@ class SiteHooks:
 
     def _plan(self) -> None:
         """Add a step for each site and layer that is read or written."""
-        writes: dict[SiteRead, list[PlacedWrite]] = defaultdict(list)
-        for number, write in enumerate(self._writes):
-            where = write.where
-            self._require(where, WriteMismatch)
-            if self._wanted[number]:
-                writes[where].append(self._place(number, write))
-        PlacedWrite.move(
-            [place for places in writes.values() for place in places], self.model.device
-        )
+        self._place_writes()
         for read in self._reads:
             self._require(read, ReadMismatch)
-        sources = [p.source for places in writes.values() for p in places if p.source is not None]
+        sources = [p.source for own in self._placed.values() for p in own if p.source is not None]
         self._sites.sources.update(dict.fromkeys(sources))
-        for where in dict.fromkeys([*writes, *self._reads, *sources]):
-            if where.site in ATTENTION_INTERNAL_SITES:
-                self._set_once(where, writes[where])
-                continue
-            self._set_once(where, writes[where])
-            self._add_site(where, writes[where], where in (*self._reads, *sources))
+        for where in dict.fromkeys([*self._placed, *self._reads, *sources]):
+            if where.site not in ATTENTION_INTERNAL_SITES:
+                self._add_site(where, self._placed[where], where in (*self._reads, *sources))
         for circuit in self._circuits:
             for each in circuit.steps():
                 if each.by_heads:
                     self._by_heads.add(each.spot)
                 self._on(each.spot, each.order, each.step)
+
+    def _place_writes(self) -> None:
+        """Compute the indices of all writes, by site."""
+        for places in self._placed.values():
+            places.clear()
+        for number, write in enumerate(self._writes):
+            self._require(write.where, WriteMismatch)
+            if self._wanted[number]:
+                self._placed[write.where].append(self._place(number, write))
+        every = [place for places in self._placed.values() for place in places]
+        PlacedWrite.move(every, self.model.device)
+        for where, places in self._placed.items():
+            self._set_once(where, places)
+
+    def rewrite(self, writes: Sequence[SiteWrite]) -> bool:
+        """Replace all writes for a further pass, and return whether the hooks allow that."""
+        fixed = any(isinstance(write.mode, CoordinateWrite) for write in writes)
+        if fixed or not self.repeats or not {write.where for write in writes} <= set(self._placed):
+            return False
+        self._set_writes(writes)
+        self._place_writes()
+        return True
+
+    def _set_writes(self, writes: Sequence[SiteWrite]) -> None:
+        self._writes = list(writes)
+        self._wanted = [int(write.rows.numel()) for write in writes]
+        self._sites.applied = [0] * len(writes)
 
     def _drop_gradients(self, layer: int) -> None:
         """Let no gradient pass the outputs of a block's sublayers."""
@@ -657,8 +674,10 @@ class SiteHooks:
     def _set_once(self, where: SiteRead, places: list[PlacedWrite]) -> None:
         """Check that no write contains a vector twice: which one remains would be arbitrary."""
         for place in places:
+            if place.write.mode == "add":
+                continue
             spots = _number_places(place.first, place.second, place.units)
-            if place.write.mode != "add" and bool((spots.sort().values.diff() == 0).any()):
+            if bool((spots.sort().values.diff() == 0).any()):
                 raise ValueError(f"a vector of {where.quoted} is written twice in one write")
 
     def _within(self) -> frozenset[tuple[str, int]]:
