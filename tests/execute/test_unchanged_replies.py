@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mechdsl.execute import unpatched_runs
 from mechdsl.results.experiment_result import ExperimentResult, RepliesByPrompt
 
 from .support import MODES, bare, experiment, run_file
@@ -185,3 +186,18 @@ def test_cells_of_other_values_draw_by_themselves(folder: Path) -> None:
     for name in "ijk":
         assert texts(planned[name].replies.cells[0]) == found[name]
     assert found["i"] == found["k"] != found["j"]
+
+
+def test_rows_that_only_replies_measure_need_no_pass_over_prompts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = "for c in [1, 2] { scale resid_post layer 0 at tokens * by c }"
+    given = rule, "generate 4", 'measure contains("w1") as raw'
+    wanted = ran(folder, *given, mode="plain")
+    passes: list[Any] = []
+    monkeypatch.setattr(
+        unpatched_runs, "compute_unpatched", lambda *args, **own: passes.append(own)
+    )
+    found = ran(folder, *given)
+    assert [*map(texts, found.replies.cells)] == [*map(texts, wanted.replies.cells)]
+    assert passes == []

@@ -511,7 +511,9 @@ class Patcher:
                 continued=self._read_continuations(rows, many, readout),
                 loss=None
                 if readout.loss is None
-                else want.loss(own, readout.loss, many, rows.draw, self.runs.lanes(run, batch), run),
+                else want.loss(
+                    own, readout.loss, many, rows.draw, self.runs.lanes(run, batch), run
+                ),
                 activations=read,
                 references=self.runs.references(
                     readout, batch, many.rows.prompt, rows.draw[many.at]

@@ -184,9 +184,7 @@ class CachedPass:
         self.rows, self.lineup = rows, lineup
         self._some = lineup if lineup is not None and lineup.shares else None
         self._limits.close()
-        self._limits.enter_context(
-            _limit_rows(self.model, self.tokens, self._some, self._places)
-        )
+        self._limits.enter_context(_limit_rows(self.model, self.tokens, self._some, self._places))
 
     def run(self) -> Tensor:
         """Run the pass, which caches the tokens' keys and values. Raises as `run_full`.
@@ -214,9 +212,7 @@ class CachedPass:
         self._one.begin()
         return self.run()
 
-    def takes(
-        self, tokens: NewTokens, rows: slice, acting: RuleWrites, lineup: RowLineup
-    ) -> bool:
+    def takes(self, tokens: NewTokens, rows: slice, acting: RuleWrites, lineup: RowLineup) -> bool:
         """Continue with other rows and writes, and return whether the hooks allow that.
 
         The arguments are those of the constructor.

@@ -348,7 +348,10 @@ class KeyValueCache(Cache):
         self.stop = stop
         every, columns = self.room
         if self.first + count > columns:
-            self.room = min(every, self.left), min(self._most, columns + max(MIN_NEW_COLUMNS, columns // 2))
+            self.room = (
+                min(every, self.left),
+                min(self._most, columns + max(MIN_NEW_COLUMNS, columns // 2)),
+            )
         for layer in self.layers:
             layer.length, layer.handed = first, None
         return self
