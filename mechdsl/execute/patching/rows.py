@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -179,13 +180,16 @@ class PassReads:
     def loss(
         self,
         logits: Tensor,
-        term: MetricTerm,
+        readout: Readout,
         member: PassMember,
         draw: Ints,
-        lanes: UnpatchedBatch,
+        lanes_of: Callable[[], UnpatchedBatch],
         run: PromptRun,
-    ) -> Tensor:
-        """Return [row]: the loss over all positions."""
+    ) -> Tensor | None:
+        """Return [row]: the loss over all positions; lanes_of: gives the run of the rows."""
+        if readout.loss is None:
+            return None
+        lanes = lanes_of()
         lane = lanes.lane(member.rows.prompt, draw[member.at])
         batch = lanes.batch.take(torch.from_numpy(lane))
         every = logits[self.count * self.spots_per_row :]
@@ -193,7 +197,7 @@ class PassReads:
         rows, positions = batch.tokens()
         where = indices_to_device((rows, batch.columns(rows, positions)), every.device)
         whole[where] = every
-        return compute_prompt_loss(term, whole, batch, run, member.rows.prompt)
+        return compute_prompt_loss(readout.loss, whole, batch, run, member.rows.prompt)
 
 
 def plan_reads(
@@ -499,6 +503,7 @@ class Patcher:
             rows = self._pass_rows(shared, chosen, run, batch, draws)
         logits, reads, observed, tokens = self._forward(rows, readouts, wanted)
         have = GeneratedRows(rows.run, rows.prompts, (), rows.acting, rows.later)
+        lanes_of = partial(self.runs.lanes, run, batch)
         behind = read_replies(self.runs, have, replies, readers)
         for member, many, readout, want, own, read, seen in zip(
             members, repeated, readouts, wanted, logits, reads, observed, strict=True
@@ -509,11 +514,7 @@ class Patcher:
                 items=[self.plans[member.number].items[cell] for cell in many.rows.cell],
                 logits=want.spots(own),
                 continued=self._read_continuations(rows, many, readout),
-                loss=None
-                if readout.loss is None
-                else want.loss(
-                    own, readout.loss, many, rows.draw, self.runs.lanes(run, batch), run
-                ),
+                loss=want.loss(own, readout, many, rows.draw, lanes_of, run),
                 activations=read,
                 references=self.runs.references(
                     readout, batch, many.rows.prompt, rows.draw[many.at]
