@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from numpy.random import Generator
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -20,6 +22,7 @@ from zoo import language, pictures, words
 from zoo.commands import Tally
 from zoo.language import T
 
+TOWER = re.compile(r"^(vision_tower\.)(?!vision_model\.)")
 IMAGE, END = "<image>", "<end>"
 SPECIAL: tuple[str, ...] = (*language.SPECIAL, END, IMAGE)
 CELL = PATCH = 8  # pixels; a patch shows one cell of a grid
@@ -36,7 +39,6 @@ TEMPLATE = (
     "{% endfor %}{% endif %}"
     "{{ '<end> ' if message['role'] == 'assistant' else '' }}{% endfor %}"
 )
-ALIGNED_STEPS = 1000
 MATCH_SCALE = 4
 
 
@@ -58,8 +60,8 @@ class Example:
     contents: tuple[str, ...]
     """The words that describe each patch of all images, for the first steps of training."""
     told: tuple[str, ...] = ()
-    """The word that the last layer should return at each patch, for the first steps of training;
-    empty at patches without one."""
+    """The word that a layer should return at each patch, for the first steps of training; empty at
+    patches without one."""
 
     def text(self) -> str:
         """The prompt and all answers; images are not expanded."""
@@ -121,8 +123,16 @@ def build_tokenizer(vocabulary: tuple[str, ...]) -> Tokenizer:
     return language.build_tokenizer(vocabulary, SPECIAL)
 
 
-def save_processor(folder: Path, config: Any, vocabulary: tuple[str, ...]) -> None:
-    """Write the tokenizer, the image processor and what joins them."""
+def save_rest(folder: Path, config: Any, vocabulary: tuple[str, ...]) -> None:
+    """Write the tokenizer, the image processor and what joins them, and give the weights the names
+    that they have in published models, which transformers 5.0 needs."""
+    weights = folder / "model.safetensors"
+    named = load_file(weights)
+    save_file(
+        {TOWER.sub(r"\1vision_model.", name): value for name, value in named.items()},
+        weights,
+        {"format": "pt"},
+    )
     words.save_tokenizer(
         build_tokenizer(vocabulary),
         folder,
@@ -208,9 +218,10 @@ class Alignment:
     that the projector returns for a patch is compared with the embeddings of all words, and should
     resemble those of the words that describe the patch."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Any, tokenizer: Tokenizer, steps: int) -> None:
         self._embedding = model.get_input_embeddings()
         self._tokenizer = tokenizer
+        self._steps = steps
         self._projected = torch.empty(0)
         model.model.multi_modal_projector.register_forward_hook(self._see)
 
@@ -222,7 +233,7 @@ class Alignment:
 
         contents: the words that describe each patch of all images; one word or two.
         """
-        if step >= ALIGNED_STEPS:
+        if step >= self._steps:
             return self._projected.new_zeros(())
         logits = self._projected.flatten(0, -2) @ self._embedding.weight.T
         found = [each.split(" ") for each in contents]
@@ -236,19 +247,36 @@ class Alignment:
             )
             for at in (0, -1)
         ]
-        return (1 - step / ALIGNED_STEPS) * (lost[0] + lost[1])
+        return (1 - step / self._steps) * (lost[0] + lost[1])
 
 
-def lost_at_patches(logits: Tensor, tokenizer: Tokenizer, told: Sequence[str]) -> Tensor:
-    """Return the loss of the words that patches should return.
+class Told:
+    """An auxiliary loss of the first steps: a layer should return given words at patches, as the
+    model's head reads its output."""
 
-    Args:
-        logits: Those of all patches, [patch, token].
-        tokenizer: The tokenizer.
-        told: The word of each patch; empty for none.
-    """
-    wanted = [words.token_of(tokenizer, each) if each else -100 for each in told]
-    return nn.functional.cross_entropy(logits, torch.tensor(wanted, device=logits.device))
+    def __init__(self, model: Any, tokenizer: Tokenizer, layer: int, steps: int) -> None:
+        self._norm = model.model.language_model.norm
+        self._head = model.lm_head
+        self._tokenizer = tokenizer
+        self._steps = steps
+        self._hidden = torch.empty(0)
+        model.model.language_model.layers[layer].register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, given: Any, out: Any) -> None:
+        self._hidden = out[0] if isinstance(out, tuple) else out
+
+    def __call__(self, at_patches: Tensor, told: Sequence[str], step: int) -> Tensor:
+        """Return the loss, with a weight that falls to 0.
+
+        at_patches: the positions of all patches, [row, position]. told: the word of each patch;
+        empty for none.
+        """
+        if step >= self._steps:
+            return self._hidden.new_zeros(())
+        logits = self._head(self._norm(self._hidden[at_patches]))
+        wanted = [words.token_of(self._tokenizer, each) if each else -100 for each in told]
+        lost = nn.functional.cross_entropy(logits, torch.tensor(wanted, device=logits.device))
+        return (1 - step / self._steps) * lost
 
 
 def train(
@@ -260,12 +288,15 @@ def train(
     steps: int,
     batch: int,
     rate: float,
-    told_steps: int = 0,
+    aligned_steps: int,
+    told_steps: int,
+    told_layer: int = -1,
     device: str = "cpu",
 ) -> LlavaForConditionalGeneration:
     """Train a model on `steps` batches.
 
-    told_steps: steps with a loss of the words in `Example.told`, whose weight falls to 0.
+    aligned_steps: steps with the loss of `Alignment`.
+    told_steps, told_layer: steps with the loss of `Told`, and the layer that it is about.
     device: where the model is trained; it is returned on the CPU.
     """
     torch.manual_seed(seed)
@@ -276,7 +307,9 @@ def train(
     begin_with_matches(model.model.language_model)
     model.to(device)
     tokenizer = build_tokenizer(vocabulary)
-    alignment = Alignment(model, tokenizer)
+    alignment = Alignment(model, tokenizer, aligned_steps)
+    told = Told(model, tokenizer, told_layer, told_steps)
+    image = words.token_of(tokenizer, IMAGE)
 
     def loss(step: int) -> tuple[Tensor, Tensor]:
         group = list(itertools.islice(data, batch))
@@ -286,11 +319,8 @@ def train(
         lost = nn.functional.cross_entropy(logits[known], encoded.labels[known])
         right = (logits.argmax(-1) == encoded.labels)[known].float().mean()
         contents = [words for each in group for words in each.contents]
-        lost = lost + alignment(contents, step)
-        if step < told_steps:
-            told = [word for each in group for word in each.told]
-            at_patches = logits[encoded.ids == words.token_of(tokenizer, IMAGE)]
-            lost = lost + (1 - step / told_steps) * lost_at_patches(at_patches, tokenizer, told)
+        named = [word for each in group for word in each.told]
+        lost = lost + alignment(contents, step) + told(encoded.ids == image, named, step)
         return lost, right
 
     language.optimise(model.parameters(), loss, steps=steps, rate=rate)

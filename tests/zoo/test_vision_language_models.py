@@ -127,12 +127,27 @@ def test_training_texts_have_known_words_and_a_label_for_each_patch() -> None:
     tokenizer = vlm.build_tokenizer(known)
     shipped = (FOLDER / "tokenizer.json").read_text()
     assert tokenizer.to_str(pretty=True) == shipped.strip()
-    for example in islice(grids.examples(3), 40):
+    for example in islice(grids.examples(3, 40), 40):
         batch = vlm.encode([example], tokenizer)
         assert known.index("<unk>") not in batch.ids
         assert len(example.contents) == int((batch.ids == known.index("<image>")).sum())
         told = [known[int(label)] for label in batch.labels[0] if label >= 0]
         assert " ".join(told) == " ".join(f"{turn.answer} <end>" for turn in example.turns)
+
+
+def test_training_begins_with_few_shapes_and_names_marks_at_shapes() -> None:
+    drawn = list(islice(grids.examples(5, 100), 100))
+    shapes = [sum(" " in each for each in example.contents) for example in drawn]
+    assert max(shapes[:2]) <= 2
+    assert max(shapes[40:]) > 7
+    assert any(example.told != ("",) * 25 for example in drawn)
+    for example in drawn:
+        for row in range(grids.ROWS):
+            contents, told = (
+                each[row * 5 : row * 5 + 5] for each in (example.contents, example.told)
+            )
+            mark = "" if contents[0] == vlm.NOTHING else contents[0]
+            assert told == ("", *(mark if " " in each else "" for each in contents[1:]))
 
 
 @pytest.mark.parametrize("folder", [FOLDER, FRAMES])
@@ -173,9 +188,8 @@ def test_generation_gives_the_answers_that_the_evaluation_counts() -> None:
         with torch.no_grad():
             found = model.generate(**given, max_new_tokens=16, do_sample=False)
         reply = processor.decode(found[0, given["input_ids"].shape[1] :])
-        written = reply.replace(" <end>", "")
         right = expected == example.turns[0].answer
-        assert (written == expected) if right else f"{written} ".startswith(expected)
+        assert reply == f"{expected} <end>" if right else f"{reply} ".startswith(f"{expected} ")
 
 
 @pytest.mark.parametrize("name", ["counting-vlm", "frames"])
@@ -219,6 +233,7 @@ def test_shapes_are_counted_as_the_card_says() -> None:
     torch.set_num_threads(1)
     tallies = counting.evaluate(FOLDER, 60, counting.SEED + 1)
     assert tallies["total"].interval()[0] > 0.9
+    assert tallies["is there"].interval()[0] > 0.9
     agree_with_card(tallies, FOLDER)
 
 

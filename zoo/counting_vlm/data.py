@@ -18,6 +18,7 @@ such shape in this cell.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,13 @@ TURNS = 6
 QUESTIONS: tuple[str, ...] = ("total", "kind", "at", "row of", "mark of", "in row",
                               "in mark", "is there")  # fmt: skip
 """Kinds of questions."""
+ASKED: tuple[str, ...] = (*QUESTIONS, "at", "row of", "mark of", "mark of", "is there")
+"""The kinds with the frequencies that training has."""
+EASY = 0.4
+"""Share of the training in which the largest number of shapes rises from `FEWEST` to `MOST`."""
+FEWEST = 2
+TRIES = 50
+"""Draws of questions about an image; a nearly empty one has few different questions."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +106,12 @@ def in_training(thing: str, row: int, column: int) -> bool:
     return not is_held_out(f"{thing} {row} {column}", HELD_OUT_SHARE)
 
 
-def draw_scene(random: Generator, *, held_out: bool, fog: bool = False) -> Scene:
-    """Draw a scene. held_out: all its shapes are in cells where training has none like them."""
-    n = int(random.integers(2 if fog else 0, MOST + 1))
+def draw_scene(random: Generator, *, held_out: bool, fog: bool = False, most: int = MOST) -> Scene:
+    """Draw a scene.
+
+    held_out: all its shapes are in cells where training has none like them. most: shapes.
+    """
+    n = int(random.integers(2 if fog else 0, most + 1))
     chosen: Sequence[str] = THINGS
     companions = fog or random.random() >= FEW_KINDS_SHARE
     if not companions:
@@ -199,17 +210,27 @@ def _ask_presence(scene: Scene, random: Generator) -> Turn:
     return Turn("is there", f"is there a {thing} ?", "yes" if thing in things else "no")
 
 
-def examples(seed: int, *, held_out: bool = False) -> Iterator[Example]:
-    """Endless images, with `TURNS` questions each."""
+def examples(seed: int, images: int) -> Iterator[Example]:
+    """Draw images for training, with up to `TURNS` questions each.
+
+    images: how many the training takes. The first have few shapes and no fog.
+    """
     random = default_rng(seed)
-    while True:
-        scene = draw_scene(random, held_out=held_out, fog=random.random() < FOG_SHARE)
+    for number in itertools.count():
+        progress = min(1.0, number / (EASY * images))
+        most = round(FEWEST + (MOST - FEWEST) * progress)
+        fog = progress == 1 and random.random() < FOG_SHARE
+        scene = draw_scene(random, held_out=False, fog=fog, most=most)
+        wanted = TURNS // 2 if fog else TURNS
         turns: list[Turn] = []
-        while len(turns) < (TURNS // 2 if scene.fog else TURNS):
-            turn = ask("is there" if scene.fog else choose(QUESTIONS, random), scene, random)
+        for _ in range(TRIES):
+            turn = ask("is there" if fog else choose(ASKED, random), scene, random)
             if turn is not None and turn not in turns:
                 turns.append(turn)
-        yield Example((scene.draw(random),), tuple(turns), tuple(_contents(scene)))
+            if len(turns) == wanted:
+                break
+        image = scene.draw(random)
+        yield Example((image,), tuple(turns), tuple(_contents(scene)), tuple(_cues(scene)))
 
 
 def _contents(scene: Scene) -> Iterator[str]:
@@ -217,6 +238,13 @@ def _contents(scene: Scene) -> Iterator[str]:
     for row, mark in zip(scene.rows, scene.marks or [""] * ROWS, strict=True):
         for content in (mark, *row):
             yield content or NOTHING
+
+
+def _cues(scene: Scene) -> Iterator[str]:
+    """Name the mark of the row at each patch with a shape, row by row."""
+    for row, mark in zip(scene.rows, scene.marks or [""] * ROWS, strict=True):
+        yield ""
+        yield from (mark if thing else "" for thing in row)
 
 
 def one_question(

@@ -15,6 +15,7 @@ SEED = 0
 STEPS = 3600
 BATCH = 64  # examples of four images
 LEARNING_RATE = 1e-3
+ALIGNED_STEPS = 1000
 TOLD_STEPS = 1800  # with a loss that names the motion at each patch of a shape
 
 
@@ -25,9 +26,9 @@ def model_config() -> LlavaConfig:
     )
 
 
-def save_processor(folder: Path) -> None:
+def save_rest(folder: Path) -> None:
     """Write the tokenizer and the image processor."""
-    vlm.save_processor(folder, model_config(), vocabulary())
+    vlm.save_rest(folder, model_config(), vocabulary())
 
 
 def train(seed: int, steps: int) -> LlavaForConditionalGeneration:
@@ -40,6 +41,7 @@ def train(seed: int, steps: int) -> LlavaForConditionalGeneration:
         steps=steps,
         batch=BATCH,
         rate=LEARNING_RATE,
+        aligned_steps=ALIGNED_STEPS,
         told_steps=TOLD_STEPS,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
@@ -50,7 +52,7 @@ def main() -> None:
     train_command(
         __doc__,
         train,
-        save_processor,
+        save_rest,
         folder=MODELS / "frames",
         seed=SEED,
         steps=STEPS,
