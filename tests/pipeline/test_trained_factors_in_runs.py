@@ -47,6 +47,7 @@ METHODS = {
     "ica": Method(components.declare(at=AT), components.encode),
     "mixture": Method(mixtures.declare(at=AT), mixtures.encode),
     "cca": Method(correlations.declare(at=AT), components.encode),
+    "sparse_cca": Method(correlations.declare(correlations.SPARSE, at=AT), components.encode),
     "semi_nmf": Method(factors.declare(at=AT), factors.encode),
 }
 DERIVED = (
