@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 import scipy.special
-import scipy.stats
 from scipy.cluster.vq import ClusterError, kmeans2
 
 from mechdsl.base.arrays import Floats, Ints
@@ -296,23 +295,3 @@ def split_by_rows(vectors: Floats, weights: Floats) -> tuple[Floats, Floats]:
     rows = rows[: matrix_rank(values, weights.shape)]
     read = (vectors @ rows.T) @ rows
     return read, vectors - read
-
-
-def top_rank_correlation(one: Floats, other: Floats, count: int) -> float:
-    """Compute Spearman's rank correlation of two predictions, over the tokens that lead in either.
-
-    Args:
-        one: Logits of a prediction, [token].
-        other: Logits of another one.
-        count: Number of the largest logits of each. Ties at the end prefer the first tokens.
-
-    Returns:
-        The correlation over the union of both sets, from -1 to 1. NaN if all their logits are equal
-        in one prediction.
-    """
-    leaders = [np.argsort(-each, kind="stable")[:count] for each in (one, other)]
-    union = np.union1d(*leaders)
-    ranks = [scipy.stats.rankdata(each[union]) for each in (one, other)]
-    spreads = [each - each.mean() for each in ranks]
-    lengths = float(np.prod([np.linalg.norm(each) for each in spreads]))
-    return float(spreads[0] @ spreads[1]) / lengths if lengths > 0 else float("nan")

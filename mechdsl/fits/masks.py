@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Floats
+from mechdsl.fits.rankings import auroc
 
 
 def pixel_patches(size: tuple[int, int], grid: tuple[int, int]) -> NDArray[np.int64]:
@@ -72,11 +73,10 @@ def mask_auroc(values: Floats, mask: Bools) -> float:
     """
     inside = mask_shares(mask, (values.shape[0], values.shape[1])) >= 0.5
     there = np.isfinite(values)
-    true, false = values[there & inside], values[there & ~inside]
-    if not true.size or not false.size:
-        return float("nan")
-    ahead = true[:, None] - false[None]
-    return float(((ahead > 0) + 0.5 * (ahead == 0)).mean())
+    true = inside[there]
+    return (
+        float("nan") if true.all() or not true.any() else float(auroc(values[there][None], true)[0])
+    )
 
 
 def relevance_mass(values: Floats, mask: Bools) -> float:

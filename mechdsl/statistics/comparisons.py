@@ -147,21 +147,6 @@ class _Product:
     without: Floats
 
 
-def pearson(left: Floats, right: Floats) -> Floats:
-    """Return Pearson's correlation of each row."""
-    a = left - left.mean(1, keepdims=True)
-    b = right - right.mean(1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
-
-
-def spearman(left: Floats, right: Floats) -> Floats:
-    """Return Spearman's correlation of each row."""
-    from scipy.stats import rankdata  # not at the top: slow to import
-
-    return pearson(rankdata(left, axis=1), rankdata(right, axis=1))
-
-
 def true_correlation(one: EffectSums, two: EffectSums, confidence: float) -> TrueCorrelation:
     """Estimate the correlation of true effects.
 

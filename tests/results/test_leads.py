@@ -11,10 +11,10 @@ import pytest
 from scipy import stats
 
 from mechdsl.checks.conditions import Arithmetic, CellValue, ConstantValue
+from mechdsl.fits.rankings import auroc, pearson, spearman
 from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.verdicts.decision import decide_all_expectations
-from mechdsl.results.verdicts.estimates import auroc
 from mechdsl.results.verdicts.values import (
     CellSelector,
     ComparisonSample,
@@ -25,7 +25,6 @@ from mechdsl.results.verdicts.values import (
     compare_with_rival,
     find_smaller_cells,
 )
-from mechdsl.statistics.comparisons import pearson, spearman
 from mechdsl.statistics.measurements import Resamples
 
 from .synthetic import expectation, finished, heads, measure

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.bases import list_directions, list_readers
 from mechdsl.execute.measurement.readout import ListedToken, ObservedValues, Readout, ReadoutInput
+from mechdsl.fits.rankings import auroc
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.weight_maps import WeightMaps
 from mechdsl.resolve.types import ItemNumber, SitePoint
@@ -85,15 +86,12 @@ def rank_edges(does: EdgeRanking) -> float:
 
     Raises ValueError if all edges of the model are in it.
     """
-    from scipy.stats import mannwhitneyu
-
     true, every = set(does.second.edges), does.first.every
     sizes = np.abs([does.first.scores[edge] for edge in every])
     there = np.array([edge in true for edge in every])
     if there.all():
         raise ValueError("the second circuit has every edge of the model")
-    pairs = int(there.sum()) * int((~there).sum())
-    return float(mannwhitneyu(sizes[there], sizes[~there]).statistic) / pairs
+    return float(auroc(sizes[None], there)[0])
 
 
 @dataclass(eq=False)

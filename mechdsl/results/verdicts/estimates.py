@@ -322,26 +322,6 @@ def _combined_rounding(sign: Operator, left: Estimate, right: Estimate) -> float
 # --- correlations ---------------------------------------------------------------------------------
 
 
-def auroc(values: Floats, true: Floats) -> Floats:
-    """Return how often a positive item has the greater value, with ties as half.
-
-    It is Mann and Whitney's U divided by the number of pairs.
-
-    Args:
-        values: Shape [row, item].
-        true: 0 or 1, shape [item].
-
-    Returns:
-        Shape [row].
-    """
-    from scipy.stats import rankdata  # not at the top: slow to import
-
-    held = true > 0
-    count, others = int(held.sum()), int((~held).sum())
-    ranks = rankdata(values, axis=1)[:, held].sum(1)
-    return (ranks - count * (count + 1) / 2) / (count * others)
-
-
 def fisher_interval(point: float, resampled: Floats, confidence: float) -> tuple[float, float]:
     """Return the interval of a correlation.
 

@@ -33,6 +33,7 @@ from mechdsl.checks.conditions import (
     Ranking,
     truth_value,
 )
+from mechdsl.fits.rankings import auroc, pearson, spearman
 from mechdsl.program.significance import MIN_UNITS
 from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.results.experiment_result import ExperimentResult
@@ -46,7 +47,6 @@ from mechdsl.results.verdicts.estimates import (
     SmoothNumber,
     WeightedCells,
     absolute_estimate,
-    auroc,
     cell_slopes,
     combine_cells,
     combine_estimates,
@@ -59,7 +59,7 @@ from mechdsl.results.verdicts.estimates import (
     studentise_number,
 )
 from mechdsl.statistics.cell_statistics import infer, share_limits
-from mechdsl.statistics.comparisons import pearson, spearman, true_correlation
+from mechdsl.statistics.comparisons import true_correlation
 from mechdsl.statistics.intervals import SimultaneousBounds, clopper_pearson, simultaneous_bounds
 from mechdsl.statistics.measurements import (
     NO_INTERVAL_REASONS,
