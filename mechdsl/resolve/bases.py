@@ -45,6 +45,7 @@ from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.directions import (
     DirectionError,
+    check_training,
     count_used_rows,
     describe_rows,
     find_tokens,
@@ -67,8 +68,6 @@ from mechdsl.resolve.sites import (
 from mechdsl.resolve.targets import cut_to_shared_rows, remove_tokens
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
-    check_training_rows,
-    describe_training,
     explain_seeds,
     outline_training,
     split_by_seed,
@@ -1311,10 +1310,7 @@ def _trained(
         wrong = trainer.check_site(point.site, known, made.training.of_trainer)
     if wrong is not None:
         raise BasisError(definition.method, *wrong)
-    problems = check_training_rows(definition, made.training, work.measuring, work.table)
-    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
-    about = describe_training(made, text, work.program, work.measuring, work.table)
-    return made, size, about
+    return made, size, check_training(definition, made, text, work)
 
 
 def _trained_on_decoder(
@@ -1344,12 +1340,8 @@ def _trained_on_decoder(
         raise BasisError(decoder, reason, "name a larger dictionary")
     made = outline_training(definition, options, member, point, work.program, work.model)
     assert isinstance(made, TrainedDictionary)
-    assert made.training is not None
-    problems = check_training_rows(definition, made.training, work.measuring, work.table)
-    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
     text = f"{file.features:,} decoder directions of {member.name} ({member.made})"
-    about = describe_training(made, text, work.program, work.measuring, work.table)
-    return made, made.features, about
+    return made, made.features, check_training(definition, made, text, work)
 
 
 def _check_stream(definition: spec.Basis, training: Training) -> None:

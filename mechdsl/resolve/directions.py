@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from math import isfinite
+from typing import TypeVar
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record, record
@@ -51,6 +52,7 @@ from mechdsl.resolve.loops import evaluate_arithmetic
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
+    AnyTrained,
     check_training_rows,
     describe_training,
     name_edit_tensors,
@@ -88,6 +90,8 @@ from mechdsl.resolve.types import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.printer import format_expression
 from mechdsl.vocab.sites import SITES
+
+TrainedT = TypeVar("TrainedT")
 
 
 class DirectionError(Exception):
@@ -291,10 +295,8 @@ def _resolve_trained_family(
         every = outline_vector(own, name, options, sample, point, work.program, work.model)
         vector = every[0]
         _check_rank(call, vector.training, work)
-        problems = check_training_rows(declared, vector.training, work.measuring, work.table)
-        work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
         text = f"{describe_rows(sample, rows)} at {describe_position(label)}"
-        about = describe_training(vector, text, work.program, work.measuring, work.table)
+        about = check_training(declared, vector, text, work)
         made = f"{about}, at {sites.labels[place]}"
         for token, each in enumerate(every):
             whole = (*key, token) if tokens else key
@@ -536,10 +538,41 @@ def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
     return tuple(map(float, found))
 
 
-def report_direction_error(problem: DirectionError, what: str, work: ExperimentContext) -> None:
-    """Report a problem with the definition of a lens or a probe, once."""
-    found = BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint, what=what)
-    work.diagnostics.extend([] if found in work.diagnostics else [found])
+def resolve_definition(
+    name: str,
+    what: str,
+    resolve: Callable[[spec.Basis, ExperimentContext], TrainedT | None],
+    work: ExperimentContext,
+) -> TrainedT | None:
+    """Resolve a lens or a probe by its name, and report the DirectionError of `resolve`.
+
+    None after an error, and if a required model or prompt set isn't available.
+    """
+    definition = work.program.bases.get(name)
+    if definition is None:  # rejected
+        return None
+    try:
+        return resolve(definition, work)
+    except DirectionError as problem:
+        found = BadBasis(
+            span=problem.node.span, reason=problem.reason, hint=problem.hint, what=what
+        )
+        work.diagnostics.extend([] if found in work.diagnostics else [found])
+        return None
+
+
+def check_training(
+    definition: spec.Basis, made: AnyTrained, rows: str, work: ExperimentContext
+) -> str:
+    """Report problems with the rows of a training, once, and return its description.
+
+    Args:
+        rows: As in `describe_training`.
+    """
+    assert made.training is not None
+    problems = check_training_rows(definition, made.training, work.measuring, work.table)
+    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
+    return describe_training(made, rows, work.program, work.measuring, work.table)
 
 
 def resolve_one_sample(

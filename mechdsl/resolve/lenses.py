@@ -8,15 +8,14 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
 from mechdsl.resolve.directions import (
     DirectionError,
-    report_direction_error,
+    check_training,
+    resolve_definition,
     resolve_one_sample,
 )
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
     STREAM,
-    check_training_rows,
-    describe_training,
     outline_lens,
 )
 from mechdsl.resolve.types import TrainedLens
@@ -29,14 +28,7 @@ def resolve_lens(name: str, work: ExperimentContext) -> TrainedLens | None:
 
     Codes: E0342, E0345, and those of sites and positions.
     """
-    definition = work.program.bases.get(name)
-    if definition is None:  # rejected
-        return None
-    try:
-        return _resolve(definition, work)
-    except DirectionError as problem:
-        report_direction_error(problem, "lens", work)
-        return None
+    return resolve_definition(name, "lens", _resolve, work)
 
 
 def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedLens | None:
@@ -49,13 +41,10 @@ def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedLens | N
         return None
     sample, text = found
     lens = outline_lens(definition, sample, layers, work.program, work.model)
-    problems = check_training_rows(definition, lens.training, work.measuring, work.table)
-    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
     stream = lens.training.stream
     if stream is not None:
         text = f"{stream.count:,} streamed rows of {sample.table.name} at {sample.cell.label}"
-    about = describe_training(lens, text, work.program, work.measuring, work.table)
-    return replace(lens, made=about)
+    return replace(lens, made=check_training(definition, lens, text, work))
 
 
 def _layers(definition: spec.Basis, work: ExperimentContext) -> tuple[int, ...] | None:

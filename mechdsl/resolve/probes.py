@@ -20,15 +20,14 @@ from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.trainers import ProbeTrainer, trainer_call
 from mechdsl.resolve.directions import (
     DirectionError,
-    report_direction_error,
+    check_training,
+    resolve_definition,
     resolve_one_sample,
 )
 from mechdsl.resolve.observations import evaluate_rows
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
-    check_training_rows,
-    describe_training,
     outline_probe,
 )
 from mechdsl.resolve.types import FitSample, SitePoint, TrainedProbe
@@ -120,14 +119,7 @@ def resolve_trained_probe(name: str, work: ExperimentContext) -> TrainedProbe | 
 
     Codes: E0207 for values, E0342, E0345, and those of sites and positions.
     """
-    definition = work.program.bases.get(name)
-    if definition is None:  # rejected
-        return None
-    try:
-        return _resolve(definition, work)
-    except DirectionError as problem:
-        report_direction_error(problem, "probe", work)
-        return None
+    return resolve_definition(name, "probe", _resolve, work)
 
 
 def resolve_direction_probes(work: ExperimentContext) -> dict[str, TrainedProbe | None]:
@@ -164,11 +156,8 @@ def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedProbe | 
         return None
     sample, classes = found
     probe = outline_probe(definition, sample, points, classes, work.program, work.model)
-    problems = check_training_rows(definition, probe.training, work.measuring, work.table)
-    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
     text = f"{text}, to predict `{probe.target}`"
-    about = describe_training(probe, text, work.program, work.measuring, work.table)
-    return replace(probe, made=about)
+    return replace(probe, made=check_training(definition, probe, text, work))
 
 
 def _points(definition: spec.Basis, work: ExperimentContext) -> tuple[SitePoint, ...] | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from mechdsl.base.hashing import digest_number
 from mechdsl.base.records import Record, record
@@ -490,6 +490,11 @@ def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
     )
 
 
+AnyTrained: TypeAlias = (
+    TrainedDictionary | TrainedRotation | TrainedVector | TrainedMask | TrainedLens | TrainedProbe
+)
+
+
 def check_training_rows(
     definition: spec.Basis, training: Training, experiment: spec.Experiment, table: PromptTable
 ) -> Iterator[Diagnostic]:
@@ -524,12 +529,7 @@ def check_training_rows(
 
 
 def describe_training(
-    made: TrainedDictionary
-    | TrainedRotation
-    | TrainedVector
-    | TrainedMask
-    | TrainedLens
-    | TrainedProbe,
+    made: AnyTrained,
     rows: str,
     program: spec.Program,
     experiment: spec.Experiment,
