@@ -32,6 +32,7 @@ def save_rest(folder: Path) -> None:
 
 def train(seed: int, steps: int) -> LlavaForConditionalGeneration:
     """Train a model on `steps` batches."""
+    about_patches = int(SCAFFOLD * steps)
     return vlm.train(
         model_config(),
         vocabulary(),
@@ -40,8 +41,8 @@ def train(seed: int, steps: int) -> LlavaForConditionalGeneration:
         steps=steps,
         batch=BATCH,
         rate=LEARNING_RATE,
-        aligned_steps=int(SCAFFOLD * steps),
-        told_steps=int(SCAFFOLD * steps),
+        aligned_steps=about_patches,
+        told_steps=about_patches,
         told_layer=0,
     )
 

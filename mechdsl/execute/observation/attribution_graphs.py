@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -90,6 +91,11 @@ class AttributionGraph:
     def first_logit(self) -> int:
         """Number of the first logit."""
         return self.first_token + self.tokens
+
+    @cached_property
+    def influence(self) -> Floats:
+        """[source] the influence on the weighted targets along all paths."""
+        return compute_influence(normalise_edges(self.edges), self.probabilities)
 
 
 # --- transcoders ----------------------------------------------------------------------------------
@@ -440,7 +446,7 @@ def score_graph(graph: AttributionGraph) -> tuple[float, float]:
     Errors and tokens have no inputs, and count as explained.
     """
     shares, weights = normalise_edges(graph.edges), graph.probabilities
-    influence = compute_influence(shares, weights)
+    influence = graph.influence
     errors = slice(graph.first_error, graph.first_token)
     of_tokens = influence[graph.first_token :].sum()
     replacement = of_tokens / (of_tokens + influence[errors].sum())
@@ -454,8 +460,7 @@ def list_influential(graph: AttributionGraph, count: int) -> Ints:
 
     Features without influence aren't among them.
     """
-    found = compute_influence(normalise_edges(graph.edges), graph.probabilities)
-    found = found[: graph.first_error]
+    found = graph.influence[: graph.first_error]
     order = np.argsort(-found, kind="stable")[:count]
     return order[found[order] > 0]
 
@@ -528,8 +533,7 @@ def prune_graph(
     nothing leads to, are removed. Tokens and logits stay.
     """
     weights, count = graph.probabilities, graph.first_error
-    influence = compute_influence(normalise_edges(graph.edges), weights)
-    nodes = _keep_share(influence, node_share)
+    nodes = _keep_share(graph.influence, node_share)
     nodes[graph.first_token :] = True
     targets = np.concatenate([nodes[:count], np.ones(len(weights), dtype=np.bool_)])
     shares = normalise_edges(graph.edges * targets[:, None] * nodes)
@@ -550,7 +554,7 @@ def list_graph(
     graph: AttributionGraph, ids: Sequence[int], row: int, pruning: tuple[float, float]
 ) -> GraphFindings:
     """List the nodes and edges that `prune_graph` keeps, of a prompt with these tokens."""
-    influence = compute_influence(normalise_edges(graph.edges), graph.probabilities)
+    influence = graph.influence
     nodes, edges = prune_graph(graph, *pruning)
     logits = graph.first_logit + np.arange(len(graph.logits))
     kept = [*np.flatnonzero(nodes).tolist(), *logits.tolist()]
