@@ -16,23 +16,25 @@ from mechdsl.fits.reports import RotationReport
 
 from ..execute.support import word_tokenizer
 from ..rules.models import bare, double
+from .test_trained_dictionaries import (
+    experiment,
+    run,
+    train,
+    write,
+)
 from .test_trained_rotations import (
     OTHER,
     PATCH,
     PATCHES,
     QUICK,
     SITE,
-    experiment,
     fit,
     orthonormal_by_hand,
     planted,
     rotation,
-    run,
-    train,
     training_errors,
     training_rows,
     value_by_hand,
-    write,
     write_planted,
 )
 

@@ -42,6 +42,12 @@ from ..rules.models import WITHOUT_NORMS, double
 from ..rules.support import plain, rows, tokens
 from ..rules.test_ablated_circuits import Case, fills, named, shape_of
 from .test_trained_circuits import EDGES_THERE, PAIR, PATCH, PATCHES, differentiable, planted
+from .test_trained_dictionaries import (
+    experiment,
+    run,
+    train,
+    write,
+)
 from .test_trained_masks import write_planted
 from .test_trained_rotations import (
     LOSS,
@@ -49,12 +55,8 @@ from .test_trained_rotations import (
     NOISY,
     OTHER,
     checked,
-    experiment,
     loss_by_hand,
-    run,
-    train,
     training_errors,
-    write,
 )
 
 torch.set_num_threads(1)

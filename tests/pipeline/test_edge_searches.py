@@ -32,17 +32,19 @@ from ..rules.test_ablated_circuits import Case, fills, named
 from .test_edge_scores import fit as scored
 from .test_edge_scores import open_rows
 from .test_trained_circuits import PAIR, PATCHES
+from .test_trained_dictionaries import (
+    check_keys,
+    experiment,
+    run,
+    train,
+    write,
+)
 from .test_trained_rotations import (
     LOSS,
     NOISY,
     OTHER,
-    check_keys,
-    experiment,
     loss_by_hand,
-    run,
-    train,
     training_errors,
-    write,
 )
 
 torch.set_num_threads(1)

@@ -25,7 +25,13 @@ from mechdsl.forward.hooks import model
 from ..execute.support import word_tokenizer
 from ..quick import some
 from ..rules.models import bare
-from .test_trained_rotations import OTHER, PATCHES, SITE, fit, write
+from .test_trained_dictionaries import write
+from .test_trained_rotations import (
+    OTHER,
+    PATCHES,
+    SITE,
+    fit,
+)
 
 
 @pytest.mark.parametrize(

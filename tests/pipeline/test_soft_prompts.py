@@ -24,7 +24,8 @@ from ..execute.support import ROWS, prompt, token
 from ..quick import in_turn, some
 from ..rules.models import double
 from ..rules.support import BLOCKS
-from .test_trained_dictionaries import assert_same_results
+from .test_trained_dictionaries import assert_same_results, experiment, run, train
+from .test_trained_dictionaries import write as write_blocks
 from .test_trained_rotations import (
     HERE,
     LOSS,
@@ -32,14 +33,10 @@ from .test_trained_rotations import (
     OTHER,
     QUICK,
     SITE,
-    experiment,
     loss_by_hand,
-    run,
-    train,
     training_errors,
     training_rows,
 )
-from .test_trained_rotations import write as write_blocks
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")

@@ -34,6 +34,13 @@ from ..rules.models import WITHOUT_NORMS, bare, double
 from ..rules.support import rows, tokens
 from ..rules.test_ablated_circuits import Case, fills, named, shape_of
 from . import test_trained_masks as masks
+from .test_trained_dictionaries import (
+    check_keys,
+    experiment,
+    run,
+    train,
+    write,
+)
 from .test_trained_masks import (
     QUICK,
     chosen_sites,
@@ -48,13 +55,8 @@ from .test_trained_rotations import (
     MEASURE,
     NOISY,
     OTHER,
-    check_keys,
-    experiment,
     loss_by_hand,
-    run,
-    train,
     training_errors,
-    write,
 )
 
 torch.set_num_threads(1)

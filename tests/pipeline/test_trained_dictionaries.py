@@ -7,6 +7,7 @@ they use a dictionary of a folder; their keys; and that a missing training costs
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,14 @@ ABLATES = experiment("ablate feature 0..3 of f at last token with zero")
 OTHER = experiment("ablate mlp_out layer 0 at last token with zero", name="other")
 
 
-def write(folder: Path, *parts: str) -> Path:
+def write(folder: Path, *parts: str, blocks: str = BLOCKS) -> Path:
     write_data(folder)
     path = folder / "file.mech"
-    path.write_text("\n".join(['mech 1\nmodel m = local("handed over")', BLOCKS, *parts]), "utf-8")
+    path.write_text("\n".join(['mech 1\nmodel m = local("handed over")', blocks, *parts]), "utf-8")
     return path
 
 
-def models(family: str) -> dict[str, Any]:
+def models(family: str = "llama") -> dict[str, Any]:
     return {"m": (bare(family), word_tokenizer())}
 
 
@@ -75,6 +76,38 @@ def run(path: Path, family: str = "llama", **options: Any) -> Any:
 
 def train(path: Path, family: str = "llama", **options: Any) -> list[mechdsl.TrainedFit]:
     return mechdsl.fit(path, models(family), **{"store": path.parent / "store", **options})
+
+
+def check_keys(
+    folder: Path,
+    declare: Callable[..., str],
+    changes: Mapping[str, dict[str, Any]],
+    used: str,
+    content: Callable[[mechdsl.TrainedFit], object] | None = None,
+    same: Collection[str] = (),
+) -> tuple[mechdsl.TrainedFit, set[Path]]:
+    """Check that each change of a declaration asks for another training, with other weights.
+
+    Args:
+        used: An experiment that uses what is declared.
+        content: What changes with the weights, of a type that `==` compares; nothing by default.
+        same: Changes after which the weights may be equal.
+
+    Returns:
+        The training without a change, and the folders of all.
+    """
+    (base,) = train(write(folder, declare(), used))
+    first, folders = content and content(base), {base.folder}
+    for name, change in changes.items():
+        path = write(folder, declare(**change), used)
+        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
+            run(path)
+        (found,) = train(path)
+        assert found.folder not in folders, name
+        assert found.seconds > 0
+        folders.add(found.folder)
+        assert content is None or name in same or content(found) != first, name
+    return base, folders
 
 
 def checked(path: Path, family: str) -> CheckedFile:
@@ -353,24 +386,15 @@ def keys(path: Path, family: str = "llama") -> list[str]:
 
 def test_keys_have_everything_that_weights_depend_on(tmp_path: Path) -> None:
     """A change of any of it asks for another training, with other weights."""
-    path = write(tmp_path, fit(**BASE), ABLATES)
-    (base,) = train(path)
-    folders = {base.folder}
-    first = load_file(base.folder / "sae_weights.safetensors")
-    for name, change in CHANGES.items():
-        path = write(tmp_path, fit(**{**BASE, **change}), ABLATES)
-        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
-            run(path)
-        (found,) = train(path)
-        assert found.folder not in folders, name
-        assert found.seconds > 0
-        folders.add(found.folder)
-        own = load_file(found.folder / "sae_weights.safetensors")
-        same = own.keys() == first.keys() and all(
-            own[each].shape == first[each].shape and torch.equal(own[each], first[each])
-            for each in first
-        )
-        assert not same or name == "patience", name
+
+    def declare(**change: str) -> str:
+        return fit(**{**BASE, **change})
+
+    def weights(found: mechdsl.TrainedFit) -> dict[str, list[float]]:
+        tensors = load_file(found.folder / "sae_weights.safetensors")
+        return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+    _, folders = check_keys(tmp_path, declare, CHANGES, ABLATES, weights, same=["patience"])
     assert keys(write(tmp_path, fit(**BASE), ABLATES), "gpt2")[0] not in {f.name for f in folders}
 
 

@@ -26,7 +26,14 @@ from mechdsl.fits.vectors import low_rank_change, turn_edit
 from ..execute.support import word_tokenizer
 from ..quick import in_turn, some
 from ..rules.models import double
-from .test_trained_dictionaries import assert_same_results
+from .test_trained_dictionaries import (
+    assert_same_results,
+    check_keys,
+    experiment,
+    run,
+    train,
+    write,
+)
 from .test_trained_rotations import (
     CLASSES,
     CUES,
@@ -38,15 +45,10 @@ from .test_trained_rotations import (
     PLANTED,
     QUICK,
     SITE,
-    check_keys,
-    experiment,
     orthonormal_by_hand,
     planted,
-    run,
-    train,
     training_errors,
     training_rows,
-    write,
 )
 from .test_trained_vectors import edited_value, site_vectors, trained_by_hand
 

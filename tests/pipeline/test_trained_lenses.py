@@ -30,17 +30,19 @@ from ..rules.models import double
 from ..rules.support import plain, rows, tokens
 from ..rules.test_observations import end_of
 from .test_streamed_trainings import COUNT, write_file
-from .test_trained_dictionaries import assert_same_results
-from .test_trained_rotations import (
-    OTHER,
+from .test_trained_dictionaries import (
+    assert_same_results,
     check_keys,
-    checked,
-    interrupt_training,
     models,
     run,
     train,
-    training_errors,
     write,
+)
+from .test_trained_rotations import (
+    OTHER,
+    checked,
+    interrupt_training,
+    training_errors,
 )
 
 torch.set_num_threads(1)

@@ -35,19 +35,21 @@ from ..models import families
 from ..quick import in_turn, some
 from ..rules.models import bare, double
 from ..rules.support import rows, tokens
+from .test_trained_dictionaries import (
+    check_keys,
+    experiment,
+    run,
+    train,
+    write,
+)
 from .test_trained_rotations import (
     LOSS,
     MEASURE,
     NOISY,
     OTHER,
-    check_keys,
     checked,
-    experiment,
     loss_by_hand,
-    run,
-    train,
     training_errors,
-    write,
 )
 
 torch.set_num_threads(1)

@@ -24,16 +24,18 @@ from mechdsl.fits.reports import ProbeReport
 from ..reference.forward import Write
 from ..rules.models import bare
 from ..rules.support import Text, edited, plain, token, tokens
-from .test_trained_dictionaries import assert_same_results
-from .test_trained_rotations import (
-    OTHER,
-    checked,
+from .test_trained_dictionaries import (
+    assert_same_results,
     models,
     run,
     train,
+    write,
+)
+from .test_trained_rotations import (
+    OTHER,
+    checked,
     training_errors,
     word_tokenizer,
-    write,
 )
 
 torch.set_num_threads(1)
@@ -575,7 +577,7 @@ USED: dict[str, tuple[str, str, str]] = {
     "option": ("probe(r)", "probe(r, penalty: 2)", "E0207"),
     "class of a number": ("probe(r)", 'probe(r, class: "x")', "E0207"),
     "site": ("probe(r)", f"probe(r) at {ONE}", "E0341"),
-    "member of its own": ("add d to", "add d[layer 1] to", "E0341"),
+    "no member named": ("add d to", "add d[layer 1] to", "E0341"),
     "width": (f"add d to {ONE}", "add d to z layer 1 head 0 at last token", "E0341"),
 }
 

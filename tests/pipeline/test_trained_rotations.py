@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,15 @@ from ..models import families
 from ..quick import in_turn, some
 from ..reference.forward import Write, side_by_side
 from ..rules.models import bare, double
-from ..rules.support import BLOCKS, plain, rows, tokens, write_data
-from .test_trained_dictionaries import assert_same_results
+from ..rules.support import BLOCKS, plain, rows, tokens
+from .test_trained_dictionaries import (
+    assert_same_results,
+    check_keys,
+    experiment,
+    run,
+    train,
+    write,
+)
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
@@ -64,64 +70,9 @@ def fit(
     return f"basis d = {call} at {at}\n"
 
 
-def experiment(*lines: str, name: str = "e", block: str = "second", measure: str = MEASURE) -> str:
-    body = "".join(f"  {line}\n" for line in ("model m", f"prompts {block}", *lines, measure))
-    return f"experiment {name} {{\n{body}  stats bootstrap(100) correct none\n}}\n"
-
-
 PATCH = ("from turned into clean", f"patch {SITE} in basis d at last token")
 PATCHES = experiment(*PATCH)
 OTHER = experiment("ablate mlp_out layer 0 at last token with zero", name="control")
-
-
-def write(folder: Path, *parts: str, blocks: str = BLOCKS) -> Path:
-    write_data(folder)
-    path = folder / "file.mech"
-    path.write_text("\n".join(['mech 1\nmodel m = local("handed over")', blocks, *parts]), "utf-8")
-    return path
-
-
-def models(family: str = "llama") -> dict[str, Any]:
-    return {"m": (bare(family), word_tokenizer())}
-
-
-def run(path: Path, family: str = "llama", **options: Any) -> Any:
-    return mechdsl.run(path, models(family), **{"store": path.parent / "store", **options})
-
-
-def train(path: Path, family: str = "llama", **options: Any) -> list[mechdsl.TrainedFit]:
-    return mechdsl.fit(path, models(family), **{"store": path.parent / "store", **options})
-
-
-def check_keys(
-    folder: Path,
-    declare: Callable[..., str],
-    changes: Mapping[str, dict[str, Any]],
-    used: str,
-    content: Callable[[mechdsl.TrainedFit], object] | None = None,
-) -> tuple[mechdsl.TrainedFit, set[Path]]:
-    """Check that each change of a declaration asks for another training, with other weights.
-
-    Args:
-        used: An experiment that uses what is declared.
-        content: What changes with the weights, of a type that `==` compares; nothing by default.
-
-    Returns:
-        The training without a change, and the folders of all.
-    """
-    (base,) = train(write(folder, declare(), used))
-    first, folders = content and content(base), {base.folder}
-    for name, change in changes.items():
-        path = write(folder, declare(**change), used)
-        if len(folders) == 1:  # `mechdsl.run` looks for the folder that `mechdsl.fit` writes
-            with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
-                run(path)
-        (found,) = train(path)
-        assert found.folder not in folders, name
-        assert found.seconds > 0
-        folders.add(found.folder)
-        assert content is None or content(found) != first, name
-    return base, folders
 
 
 def training_errors(path: Path, family: str = "llama") -> list[Diagnostic]:

@@ -22,7 +22,14 @@ from mechdsl.fits.reports import ScaleReport
 
 from ..quick import in_turn, some
 from ..rules.models import double
-from .test_trained_dictionaries import assert_same_results
+from .test_trained_dictionaries import (
+    assert_same_results,
+    check_keys,
+    experiment,
+    run,
+    train,
+    write,
+)
 from .test_trained_rotations import (
     HERE,
     LOSS,
@@ -30,13 +37,8 @@ from .test_trained_rotations import (
     NOISY,
     OTHER,
     QUICK,
-    check_keys,
-    experiment,
-    run,
-    train,
     training_errors,
     training_rows,
-    write,
 )
 from .test_trained_vectors import edited_value, trained_by_hand, vector
 

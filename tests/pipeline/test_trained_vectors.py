@@ -25,7 +25,14 @@ from ..quick import in_turn, some
 from ..reference.forward import Write
 from ..rules.models import double
 from ..rules.support import plain, rows, tokens
-from .test_trained_dictionaries import assert_same_results
+from .test_trained_dictionaries import (
+    assert_same_results,
+    check_keys,
+    experiment,
+    run,
+    train,
+    write,
+)
 from .test_trained_rotations import (
     HERE,
     LOSS,
@@ -34,15 +41,10 @@ from .test_trained_rotations import (
     OTHER,
     QUICK,
     SITE,
-    check_keys,
     differentiable,
-    experiment,
     loss_by_hand,
-    run,
-    train,
     training_errors,
     training_rows,
-    write,
 )
 
 torch.set_num_threads(1)
