@@ -3,12 +3,13 @@
     python -m benchmarks.edges [--only eap eap_ig curve] [--prompts 100] [--rounds 3] [--write]
 
 Prompts have 20 tokens, weights are random, and the model has 32,491 edges. Times are processor
-seconds of one thread. Each trainer is a process of its own, whose peak of resident memory includes
-libraries and weights. Passes over the bare model and an expert's loop take turns with mechdsl.
+seconds of one thread. Each trainer runs in a separate process, whose peak of resident memory
+includes libraries and weights. Passes over the bare model and an expert's loop take turns with
+mechdsl.
 
 The passes that `eap` needs are a forward pass over the other run, and a forward and a backward pass
-over the base run for each step. The expert's loop gives each query, key and value of a head an
-input of its own; its gradients and the outputs of all senders are multiplied once per layer.
+over the base run for each step. The expert's loop gives each query, key and value of a head a
+separate input; its gradients and the outputs of all senders are multiplied once per layer.
 
 The curve ablates all edges but the largest 20 numbers of edges, evenly spaced on a log scale. Its
 bound has a forward pass for each row, without any work on edges.

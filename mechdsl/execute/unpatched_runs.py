@@ -953,7 +953,7 @@ class UnpatchedRuns:
         """Return the values that `kl(run)`, `js(run)` and `cosine(SITE, run)` compare rows with."""
         found: dict[int, Tensor] = {}
         for number, (spot, atom) in enumerate(readout.atoms):
-            if atom.run is None or readout.behind[number]:
+            if atom.run is None or readout.in_reply[number]:
                 continue
             reference = self.lanes(self.named(atom.run), prompts)
             lane = reference.lane(row_prompts, draws)

@@ -477,12 +477,12 @@ def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
 
 def _ends(experiment: ResolvedExperiment) -> Ints:
     """Return the first position after each prompt. Shape [prompt]."""
-    behind = np.zeros(len(experiment.table), dtype=np.int64)
+    appended = np.zeros(len(experiment.table), dtype=np.int64)
     for measure in experiment.measures:
         for atom in measure.atoms:
             if atom.texts:
-                behind = np.maximum(behind, atom.appended)
-    return experiment.table.runs[experiment.spec.base].lengths + behind
+                appended = np.maximum(appended, atom.appended)
+    return experiment.table.runs[experiment.spec.base].lengths + appended
 
 
 def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints | None:

@@ -1,5 +1,5 @@
 """Encoder-decoders whose encoder reads an image, such as TrOCR, against plain hooks on the bare
-model with the pixels of its own image processor."""
+model with the pixels that its image processor prepares."""
 
 from __future__ import annotations
 

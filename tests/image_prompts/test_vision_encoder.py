@@ -232,7 +232,7 @@ def test_rules_equal_hooks_on_the_encoder(name: str, mode: str) -> None:
 
 
 def test_resample_uses_the_vectors_of_another_row() -> None:
-    """Each row has a donor of its own, the same in each layer."""
+    """Each row has another donor, which is the same in each layer."""
     name, site, tokens = "llava_class", "resid_post", patches("llava_class")
     line = f"ablate {site} vision layer * at photo tokens with resample"
     [found] = run_text(name, experiment("e", line))

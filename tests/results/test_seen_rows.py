@@ -102,7 +102,7 @@ CASES = {
         "observe attention layer 1 head 0 from first-item token to first token",
         lambda row: row[0],
     ),
-    "a second position behind the first": (
+    "a second position after the first": (
         "observe similarity resid_post layer 2 at first-item token with last-item token",
         lambda row: row,
     ),

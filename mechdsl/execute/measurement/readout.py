@@ -288,12 +288,12 @@ class ReplyTokenMap:
         Returns:
             Entry numbers and positions, in the order of entries.
         """
-        behind = np.array([each.reply is not None for each in cells], dtype=np.bool_)[cell]
-        if not behind.any():
+        of_replies = np.array([each.reply is not None for each in cells], dtype=np.bool_)[cell]
+        if not of_replies.any():
             return index, position
-        kept = ~behind[index]
+        kept = ~of_replies[index]
         found, places = [index[kept]], [position[kept]]
-        for entry in np.flatnonzero(behind).tolist():
+        for entry in np.flatnonzero(of_replies).tolist():
             reply = cells[cell[entry]].reply
             assert reply is not None
             row = int(self.at[rows[entry]])
@@ -578,7 +578,7 @@ class Readout:
     spots: tuple[MeasuredPosition, ...]
     looking: tuple[bool, ...]
     """Per atom, whether it reads observed values instead of the model's output."""
-    behind: tuple[bool, ...]
+    in_reply: tuple[bool, ...]
     """For each atom, whether it is read in a reply."""
 
     @staticmethod
@@ -588,33 +588,33 @@ class Readout:
         looking = [
             m.observed or atom.form.takes == "observation" for m in measures for atom in m.atoms
         ]
-        behind = tuple(m.in_reply is not None for m in measures for _ in m.atoms)
-        return Readout(tuple(measures), tuple(atoms), spots, tuple(looking), behind)
+        in_reply = tuple(m.in_reply is not None for m in measures for _ in m.atoms)
+        return Readout(tuple(measures), tuple(atoms), spots, tuple(looking), in_reply)
 
     def _of(self, looking: bool) -> tuple[MetricTerm, ...]:
         """Return the atoms that read observed values, or the others; none read in replies."""
-        every = zip(self.atoms, self.looking, self.behind, strict=True)
-        return tuple(atom for (_, atom), own, behind in every if own == looking and not behind)
+        every = zip(self.atoms, self.looking, self.in_reply, strict=True)
+        return tuple(atom for (_, atom), own, in_reply in every if own == looking and not in_reply)
 
     @property
     def continuations(self) -> tuple[int, ...]:
         """Numbers of the atoms that need a separate pass, with their text after the prompt."""
-        every = enumerate(zip(self.atoms, self.looking, self.behind, strict=True))
+        every = enumerate(zip(self.atoms, self.looking, self.in_reply, strict=True))
         return tuple(
             n
-            for n, ((_, atom), looking, behind) in every
-            if not looking and not behind and any(atom.appended)
+            for n, ((_, atom), looking, in_reply) in every
+            if not looking and not in_reply and any(atom.appended)
         )
 
     @property
-    def texts_behind(self) -> tuple[Continuation, ...]:
+    def appended_texts(self) -> tuple[Continuation, ...]:
         """Continuations of the atoms that need a separate pass."""
         return tuple(Continuation(number, self.atoms[number][1]) for number in self.continuations)
 
     @property
     def passes(self) -> tuple[Continuation | None, ...]:
         """Continuation of each pass over the prompts; None for the prompts alone."""
-        return (None, *self.texts_behind) if self.needs_plain else self.texts_behind
+        return (None, *self.appended_texts) if self.needs_plain else self.appended_texts
 
     @property
     def needs_plain(self) -> bool:
@@ -634,8 +634,8 @@ class Readout:
     @property
     def only_replies(self) -> bool:
         """Whether every atom reads generated text, or values at positions of it."""
-        behind = sum(self.behind)
-        return self._of_replies + behind == len(self.atoms) and len(self.atoms) > 0
+        in_reply = sum(self.in_reply)
+        return self._of_replies + in_reply == len(self.atoms) and len(self.atoms) > 0
 
     @property
     def in_replies(self) -> tuple[int, ...]:
@@ -808,7 +808,7 @@ class Readout:
             found.append(_is_invalid(seen.logits, whole=seen.tokens is None))
         for number, (spot, atom) in enumerate(self.atoms):
             takes = atom.form.takes
-            if self.behind[number]:
+            if self.in_reply[number]:
                 continue
             if takes == "activations":
                 for each in (reading.activations[number], reading.references[number]):

@@ -93,7 +93,7 @@ def compute_cell_vectors(
     found: dict[tuple[int, int | None], CellVectors] = {}
     for number, own in cells.items():
         rule = plan.rules[number]
-        for text in (None, *(readout.texts_behind if rule.in_answers else ())):
+        for text in (None, *(readout.appended_texts if rule.in_answers else ())):
             made = _compute_rule_vectors(rule, own, runs, batches, text)
             found[number, None if text is None else text.number] = made
     return found
@@ -283,7 +283,7 @@ def compute_means(
             for number, rule in averaging.items()
             if rule.in_answers
         }
-        for text in (readout.texts_behind if plan.in_answers else ())
+        for text in (readout.appended_texts if plan.in_answers else ())
     }
     return means, behind
 

@@ -195,8 +195,8 @@ class RowViews:
                 continue
             at = measure.at.get(run.name)
             if at is None or atom.form.takes == "prompt":
-                behind = atom.appended[row] if atom.texts else 0
-                found = max(found, end + behind)
+                appended = atom.appended[row] if atom.texts else 0
+                found = max(found, end + appended)
             else:
                 found = max(found, at[row])
         return found
