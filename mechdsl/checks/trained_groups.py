@@ -105,7 +105,8 @@ def fill_groups(
         if definition.site.coordinates is not None:
             coordinates.append(_ChosenCoordinates(definition, *sites))
         old = groups[definition.name]
-        groups[definition.name] = old.model_copy(update={"sites": sites})
+        found = {"sites": sites, "choices": () if mask is None else tuple(_list_choices(mask))}
+        groups[definition.name] = old.model_copy(update=found)
     expects = tuple(
         each.model_copy(update={"groups": tuple(groups[own.name] for own in each.groups)})
         for each in experiment.expects
@@ -119,6 +120,15 @@ def fill_groups(
         tuple(masks),
         waits=len(masks) < len(used),
     )
+
+
+def _list_choices(mask: TrainedMask) -> Iterator[int]:
+    """Yield the coordinates that a mask could choose: all until it is trained, and then those that
+    have a gate."""
+    scores = mask.scores or (1.0,) * len(mask.candidates)
+    for candidate, score in zip(mask.candidates, scores, strict=True):
+        if score and isinstance(candidate, SiteCoordinate):
+            yield candidate.number
 
 
 def _sites_of(chosen: tuple[MaskCandidate, ...], site: ast.Site, span: Span) -> Iterator[ast.Site]:

@@ -563,6 +563,9 @@ class Group(Spec):
 
     name: str
     sites: tuple[SiteText, ...]
+    choices: tuple[int, ...] = ()
+    """Numbers of the coordinates that the training could choose, once they are known: those of
+    which some training row has an effect."""
 
 
 EVERY_EDGE = "every edge"

@@ -38,6 +38,7 @@ from mechdsl.resolve.matched_draws import (
     RowOptions,
     TargetSwaps,
     TokenOptions,
+    draw_coordinates,
     draw_distinct,
     draw_features,
     find_site_options,
@@ -703,20 +704,23 @@ class _TrainedRule(Record):
 
     number: int
     kind: Literal[
-        "directions", "subspaces", "features", "sites", "positions", "edges", "observation"
+        "directions",
+        "subspaces",
+        "features",
+        "coordinates",
+        "sites",
+        "positions",
+        "edges",
+        "observation",
     ]
     names: tuple[str, ...]
     """What it uses: definitions of the file."""
+    choices: tuple[int, ...] = ()
+    """Coordinates that a mask could choose."""
 
 
-def find_trained_rules(
-    rules: Sequence[ResolvedRule], masks: Mapping[str, spec.Basis]
-) -> list[_TrainedRule]:
-    """Return the rules that use something that the file trains, or chooses by a training.
-
-    Args:
-        masks: The groups of the file that a training chooses.
-    """
+def find_trained_rules(rules: Sequence[ResolvedRule], program: spec.Program) -> list[_TrainedRule]:
+    """Return the rules that use something that the file trains, or chooses by a training."""
     found: list[_TrainedRule] = []
     for number, rule in enumerate(rules):
         if rule.does.trained is not None:
@@ -728,8 +732,11 @@ def find_trained_rules(
         if names:
             found.append(_TrainedRule(number, "directions", tuple(names)))
             continue
+        mask = _find_mask(number, rule, program)
         own = None if rule.basis is None else _find_trained_basis(number, rule.basis)
-        own = own or _find_mask(number, rule, masks)
+        if mask is not None and own is not None:
+            mask = replace(mask, names=(*mask.names, *own.names))
+        own = mask or own
         found += [] if own is None else [own]
     return found
 
@@ -746,9 +753,7 @@ def _find_trained_basis(number: int, basis: BasisTargets) -> _TrainedRule | None
     return _TrainedRule(number, kind, tuple(names)) if names else None
 
 
-def _find_mask(
-    number: int, rule: ResolvedRule, masks: Mapping[str, spec.Basis]
-) -> _TrainedRule | None:
+def _find_mask(number: int, rule: ResolvedRule, program: spec.Program) -> _TrainedRule | None:
     """Return what a rule uses of the groups that a training chooses."""
     parts = [each for each in (rule.spec.site, rule.spec.at, rule.spec.onto) if each is not None]
     nodes = [node for part in parts for node in walk(part)]
@@ -757,11 +762,11 @@ def _find_mask(
     positions = {node.name for node in nodes if isinstance(node, ast.ChosenTokens)}
     # The name of a group of coordinates is replaced by these, so it is only in the text.
     words = set() if rule.basis is None else set(re.findall(r"\w+", parts[0].span.written))
-    for name, mask in masks.items():
+    for name, mask in program.masks.items():
         if mask.chooses_positions and name in positions:
             return _TrainedRule(number, "positions", (name,))
         if mask.site.coordinates is not None and name in words:
-            return _TrainedRule(number, "subspaces", (name,))
+            return _TrainedRule(number, "coordinates", (name,), program.groups[name].choices)
         if name in named:
             return _TrainedRule(number, "edges" if mask.chooses_edges else "sites", (name,))
     return None
@@ -769,7 +774,7 @@ def _find_mask(
 
 def resolve_training_control(
     experiment: ResolvedExperiment,
-    masks: Mapping[str, spec.Basis],
+    program: spec.Program,
     draws_enough: int | None = None,
 ) -> tuple[ResolvedControl | None, str, Diagnostic | None]:
     """Create the control that an experiment without `against` has if it uses something trained.
@@ -779,14 +784,14 @@ def resolve_training_control(
         And E0207 for `against none` in an experiment that uses nothing trained.
 
     Args:
-        masks: The groups of the file that a training chooses.
+        program: The file, with what its trainings chose for this experiment.
         draws_enough: Number of draws to make if the only question is whether there are any.
     """
     own, runs = experiment.spec, experiment.derived.values()
-    used = find_trained_rules(experiment.rules, masks)
+    used = find_trained_rules(experiment.rules, program)
     if own.trains or not experiment.measures or own.estimator is not None:
         return None, "", None
-    inside = [own for run in runs for own in find_trained_rules(run.rules, masks)]
+    inside = [own for run in runs for own in find_trained_rules(run.rules, program)]
     if own.without_control is not None:
         problem = None if used or inside else _report_nothing_trained(own.without_control)
         return None, "the file says `against none`", problem
@@ -860,6 +865,9 @@ def _draw_trained(
     elif "subspaces" in kinds or "features" in kinds:
         numbers = [*kinds.get("subspaces", ()), *kinds.get("features", ())]
         found = build_subspace_control(experiment, asked, draws, numbers)
+    elif "coordinates" in kinds:
+        masks = [own for own in used if own.kind == "coordinates"]
+        found = _build_coordinate_control(experiment, asked, draws, masks)
     elif "sites" in kinds:
         found = _Draws(experiment, asked, (), draws, kinds["sites"]).control()
     elif "positions" in kinds:
@@ -869,6 +877,89 @@ def _draw_trained(
         raise _NoDraws("what is observed isn't drawn", "observe it in another experiment")
     _check_draws_outside_removed(found.experiment.rules, experiment.model.name)
     return replace(found, title="random")
+
+
+MAX_CHOICES = 1 << 24
+"""Largest number of coordinates to draw from, over all sets that have draws."""
+
+
+@record
+class _DrawnCoordinates(Record):
+    """What is drawn for the coordinates of one rule that a mask chose."""
+
+    own: BasisTargets
+    sets: Mapping[tuple[int, ...], Sequence[tuple[int, ...]]]
+    """Drawn sets for each set of coordinates that the rule names."""
+    notes: tuple[str, ...]
+    """Descriptions of the excluded coordinates."""
+
+    @classmethod
+    def of(cls, rule: ResolvedRule, mask: _TrainedRule, draws: int, seed: int) -> _DrawnCoordinates:
+        """Draw the sets. Raises _NoDraws."""
+        own = rule.basis
+        assert own is not None
+        named = list(dict.fromkeys(each.which for each in own.coordinates.values()))
+        if len(named) * len(mask.choices) > MAX_CHOICES:
+            reason = f"there are {len(named):,} sets of coordinates, each with "
+            reason += f"{len(mask.choices):,} to draw from"
+            raise _NoDraws(reason, "name fewer coordinates", rule.spec.span)
+        drawn = [draw_coordinates(each, mask.choices, draws=draws, seed=seed) for each in named]
+        sets = {which: every for which, (every, _) in zip(named, drawn, strict=True)}
+        notes = dict.fromkeys(note for every, note in drawn if every)
+        return cls(own, sets, tuple(notes))
+
+    def replaced(self, draws: int) -> BasisTargets:
+        """Return the coordinates of each draw; those without enough others repeat their own."""
+        coordinates = {
+            (draw, *key): replace(each, which=drawn[draw] if draw < len(drawn) else each.which)
+            for draw, (key, each) in product(range(draws), self.own.coordinates.items())
+            for drawn in [self.sets[each.which]]
+        }
+        return replace(self.own, axes=(DRAW_AXIS, *self.own.axes), coordinates=coordinates)
+
+    def count(self, cell: Mapping[str, int]) -> int:
+        """Return the number of draws in a cell."""
+        key = tuple(cell[axis] for axis in self.own.axes)
+        return len(self.sets[self.own.coordinates[key].which])
+
+
+def _build_coordinate_control(
+    experiment: ResolvedExperiment,
+    asked: spec.Control,
+    draws: int,
+    masks: Sequence[_TrainedRule],
+) -> ResolvedControl:
+    """Create a control with other coordinates from which masks could choose, at the same sites and
+    tokens.
+
+    Rules and cells that share coordinates of one mask also share those drawn for them.
+
+    Raises:
+        _NoDraws: There are no others, or too many to draw from.
+    """
+    rules = list(experiment.rules)
+    drawn = [
+        _DrawnCoordinates.of(rules[mask.number], mask, draws, experiment.seed) for mask in masks
+    ]
+    varied = [axis for axis in experiment.axes if any(axis.name in d.own.axes for d in drawn)]
+    names, groups = tuple(axis.name for axis in varied), [mask.names[0] for mask in masks]
+    counts: dict[AxisIndices, int] = {}
+    for cell in product(*(range(len(axis)) for axis in varied)):
+        every = [each.count(dict(zip(names, cell, strict=True))) for each in drawn]
+        counts[cell] = min((count for count in every if count), default=0)
+    most, chooser = max(counts.values()), name_list(dict.fromkeys(groups))
+    if not most:
+        reason = f"{chooser} could choose no others for the coordinates of this experiment"
+        raise _NoAlternatives(reason, f"change coordinates from which {chooser} chooses")
+    for mask, each in zip(masks, drawn, strict=True):
+        rules[mask.number] = replace(rules[mask.number], basis=each.replaced(most))
+    dims = [each.own.definition == ast.STANDARD_BASIS for each in drawn]
+    nouns = ["features"] * (not all(dims)) + ["dimensions"] * any(dims)
+    notes = " or ".join(dict.fromkeys(note for each in drawn for note in each.notes))
+    like = f"the same number of those that {chooser} could choose, {notes}, at the same sites and "
+    what = f"random {' and '.join(nouns)}"
+    found = _drawn_control(experiment, asked, rules, most, (what, f"{like}tokens"))
+    return replace(found, experiment=replace(found.experiment, drawn=DrawCounts(names, counts)))
 
 
 def _change_all_coordinates(experiment: ResolvedExperiment, numbers: Sequence[int]) -> bool:

@@ -448,7 +448,7 @@ def outline_experiment(
     if experiment.against is None and not problems:
         from mechdsl.resolve.controls import resolve_training_control
 
-        control, reason, problem = resolve_training_control(resolved, program.masks, draws_enough)
+        control, reason, problem = resolve_training_control(resolved, program, draws_enough)
         problems += [] if problem is None else [problem]
     diagnostics.extend(problems)
     if problems:

@@ -322,6 +322,38 @@ def _exclude(everything: Sequence[int], without: Sequence[int]) -> tuple[int, ..
     return tuple(each for each in everything if each not in out)
 
 
+def draw_coordinates(
+    named: Sequence[int], choices: Sequence[int], *, draws: int, seed: int
+) -> tuple[list[tuple[int, ...]], str]:
+    """Draw sets with others of these coordinates.
+
+    Coordinates that can't be chosen stay as they are. There are fewer than `draws` if there aren't
+    enough different sets.
+
+    Args:
+        named: The coordinates to replace.
+        choices: The coordinates to draw from.
+        draws: Number of sets.
+        seed: Seed of the draws.
+
+    Returns:
+        The sets, and a description of the excluded coordinates.
+    """
+    every = set(choices)
+    own = tuple(sorted(every.intersection(named)))
+    if not own:
+        return [], ""
+    slot = ExchangeGroup("features", max(every) + 1, None)
+    others = {slot: tuple(n for n in range(slot.size) if n not in every)}
+    found = find_site_options({slot: own}, {slot: own}, others, (), draws=draws, seed=seed)
+    if found is None:
+        return [], ""
+    disjoint = set(found.pools[0]).isdisjoint(own)
+    note = "none of the cell's own" if disjoint else "including the cell's own"
+    swaps = [picked for (picked,) in draw_distinct([found], draws=draws)]
+    return [tuple(sorted(swap.get((slot, n), n) for n in named)) for swap in swaps], note
+
+
 FREQUENCY_RATIO = 2.0
 """Largest ratio of the frequencies of a feature and of one that is drawn for it."""
 

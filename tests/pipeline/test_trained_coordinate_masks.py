@@ -395,7 +395,7 @@ def test_features_of_a_trained_dictionary(tmp_path: Path) -> None:
     text = PATCHES.replace("patch g", f"patch features {listed} of f")
     path = write(tmp_path, copied, text)
     theirs = run(path, store=False).files[0].experiments[0].measures[0].patched
-    assert np.array_equal(own, theirs)
+    assert np.allclose(own, theirs, 0, 2e-6)  # the first has a control in the same pass
 
 
 # --- mistakes -------------------------------------------------------------------------------------

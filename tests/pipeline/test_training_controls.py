@@ -16,7 +16,6 @@ import mechdsl
 from mechdsl.resolve import controls
 
 from ..quick import in_turn
-from . import test_trained_coordinate_masks as coordinates
 from . import test_trained_dictionaries as dictionaries
 from . import test_trained_lenses as lenses
 from . import test_trained_masks as masks
@@ -147,11 +146,6 @@ def test_other_rules_are_unchanged_in_the_control(tmp_path: Path) -> None:
 
 
 MORE = {
-    "dimensions": (
-        coordinates.fit(at="resid_post layer 1 dims 0..6 at last token"),
-        ("from turned into clean", "patch g at last token"),
-        "random subspaces",
-    ),
     "excluded sites": (
         masks.fit(),
         ("from turned into clean", f"patch {masks.HEADS} except g at last token"),
