@@ -57,7 +57,7 @@ class PickBySign(Diagnostic):
 
     code = "W0751"
     title = "`{text}` ranks by signed value; ranking by absolute value gives a different selection"
-    label = "selected: {picked}; by absolute value: {by_size}"
+    label = "only by signed value: {picked}; only by absolute value: {by_size}"
     help = (
         "if decreases matter, make the negative the first measure of `{of}`: `measure "
         "-logit(answer) as delta`"

@@ -844,8 +844,8 @@ def _list_trained(used: Sequence[_TrainedRule]) -> str:
 
 
 def _has_own_control(does: Intervention) -> bool:
-    """Whether an observation has a control of shuffled values in the same table."""
-    return isinstance(does, Observation) and "shuffled" in does.controls
+    """Whether an observation has a control of shuffled values or random targets in its table."""
+    return isinstance(does, Observation) and not {"shuffled", "random"}.isdisjoint(does.controls)
 
 
 def _draw_trained(

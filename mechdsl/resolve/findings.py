@@ -765,8 +765,6 @@ class FindingPicker:
     """For `top k of m` with a `for` variable `m` over experiments: the text for each experiment."""
     _checked: set[str] = field(default_factory=set[str])
     """Experiments that were checked to rank single tokens."""
-    _warned: set[tuple[Span, str]] = field(default_factory=set[tuple[Span, str]])
-    """Picks of tokens with a W0751 warning, each with its source location."""
 
     @property
     def stand_ins(self) -> tuple[str, ...]:
@@ -877,8 +875,8 @@ class FindingPicker:
         if not finding.stands_in:
             by_size = finding.by_size.sites[:count]
             if {site.points for site in by_size} != {site.points for site in chosen}:
-                listed = [_listed([site.label for site in each]) for each in (chosen, by_size)]
-                _warn_sign(node, listed[0], listed[1], diagnostics)
+                labels = [[site.label for site in each] for each in (chosen, by_size)]
+                _warn_sign(node, _differing(*labels), _differing(*labels[::-1]), diagnostics)
         return chosen
 
     def pick_features(
@@ -922,8 +920,8 @@ class FindingPicker:
         self.picks[self._written(node)] = f"features {said}; by mean {finding.measure}, signed"
         by_size = list(finding.by_size.features)[:count]
         if set(by_size) != set(chosen):
-            names = [_listed([f"feature {each}" for each in some]) for some in (chosen, by_size)]
-            _warn_sign(node, names[0], names[1], diagnostics)
+            names = [[f"feature {each}" for each in some] for some in (chosen, by_size)]
+            _warn_sign(node, _differing(*names), _differing(*names[::-1]), diagnostics)
         return chosen
 
     def _say_sites(
@@ -992,11 +990,9 @@ class FindingPicker:
                 for row, order in orders.items()
                 if set(order[: counts[row]]) != set(other[row][: counts[row]])
             ]
-            place = (base.span, format_ranked(node))
-            if rows and place not in self._warned:  # one warning for all values of a `for`
-                self._warned.add(place)
-                many = f"others in {len(rows)} of {len(orders)} rows"
-                _warn_sign(node, "the highest tokens of each row", many, diagnostics, base.span)
+            if rows:
+                picked = f"tokens of {len(rows)} of {len(orders)} rows"
+                _warn_sign(node, picked, "other tokens of these rows", diagnostics, base.span)
         return found
 
     def _hits(
@@ -1182,6 +1178,11 @@ def _listed(labels: Sequence[str]) -> str:
     return ", ".join(labels[:MAX_LISTED_SITES]) + more
 
 
+def _differing(labels: Sequence[str], others: Sequence[str]) -> str:
+    """List the labels that aren't among the others."""
+    return _listed([each for each in labels if each not in set(others)])
+
+
 def _warn_sign(
     node: ast.RankedSelection,
     picked: str,
@@ -1189,10 +1190,11 @@ def _warn_sign(
     diagnostics: list[Diagnostic],
     span: Span | None = None,
 ) -> None:
-    """Append W0751, once for each source location."""
+    """Append W0751, once for each source location, even if a `for` gives several numbers."""
     where = span or node.span
     warning = PickBySign(span=where, text=where.written, picked=picked, by_size=by_size, of=node.of)
-    if warning not in diagnostics:
+    earlier = (each for each in diagnostics if isinstance(each, PickBySign))
+    if not any((each.span, each.of) == (where, node.of) for each in earlier):
         diagnostics.append(warning)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -169,6 +171,22 @@ def test_a_warning_about_the_heads_doesnt_stop_it() -> None:
     assert "W0751" in {each.code for each in found}
     assert result is not None
     assert [each.name for each in result.experiments] == ["a", "which"]
+
+
+def test_warning_about_the_sign_with_several_numbers_is_reported_once() -> None:
+    falls = experiment(
+        "which", "ablate layer * head * at last token with zero", MEASURE_DELTA, prompts="fruit"
+    )
+    rules = "for n in [1, 2, 3] { ablate top n of which at last token with zero }"
+    result, found = run_source(
+        Source(HEAD + experiment("a", rules, MEASURE_DELTA, prompts="fruit") + falls), RunOptions()
+    )
+    assert result is not None
+    (warning,) = [each for each in found if each.code == "W0751"]
+    by_sign, by_size = (re.findall(r"L\dH\d", each) for each in warning.label_text.split(";"))
+    assert by_sign
+    assert by_size
+    assert not {*by_sign} & {*by_size}
 
 
 def test_a_direction_read_at_heads_of_nothing() -> None:

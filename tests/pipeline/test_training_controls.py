@@ -247,6 +247,19 @@ def test_a_table_says_why_there_is_no_control(name: str, tmp_path: Path) -> None
     assert found.conventions["controls"].startswith(f"none: {reason}")
 
 
+def test_ablated_features_of_a_graph_have_their_own_random_control(tmp_path: Path) -> None:
+    line = "observe graph_ablation(f) logits toward answer at last token top 1 as cut"
+    at = "mlp_out layer 1 at tokens *"
+    path = dictionaries.write(
+        tmp_path,
+        dictionaries.fit("transcoder(features: 12, k: 3)", "steps: 2, validation: 25%", at),
+        rotations.experiment(line, measure=""),
+    )
+    found = only(path)
+    assert [each.label for each in found.measures] == ["cut", "cut predicted", "cut random"]
+    assert "controls" not in found.conventions
+
+
 def test_dictionaries_of_older_stores_say_so(tmp_path: Path) -> None:
     path = dictionaries.write(tmp_path, dictionaries.fit(), dictionaries.experiment(REPLACES))
     (trained,) = train(path)
