@@ -36,7 +36,7 @@ MARK, FIRST = SIZE - 1, SIZE - 2
 NOISE = 0.003
 """Size of the random weights."""
 THRESHOLDS = (0.05, 0.1, 0.2, 0.5)
-"""Thresholds of ACDC, in nats: a decade."""
+"""Thresholds of searches, in nats: a decade."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,7 @@ TRAINERS: Mapping[str, str] = {
     "eap_ig": "eap_ig(size: {size}, steps: 5)",
     "eap_ig_activations": "eap_ig_activations(size: {size}, steps: 5)",
     **{f"acdc_{n}": f"acdc(threshold: {value})" for n, value in enumerate(THRESHOLDS)},
+    **{f"coarse_{n}": f"coarse_to_fine(threshold: {value})" for n, value in enumerate(THRESHOLDS)},
 }
 
 

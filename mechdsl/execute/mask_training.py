@@ -66,7 +66,7 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
 from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_scored_rows, count_single_rows
 from mechdsl.program.trainers import EdgeScoreTrainer, EdgeSearchTrainer, MaskTrainer
-from mechdsl.resolve.circuits import EMBEDDING, END, CircuitDraws, EdgeGraph
+from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import key_of_candidate, paired_cells
 from mechdsl.resolve.types import (
@@ -785,16 +785,17 @@ class EdgeRows(EdgeMaskRows):
         value."""
         circuit = np.zeros((1, len(self.candidates)), dtype=np.bool_)
         circuit[0, list(kept)] = True
-        return float(self.means_with(rows, circuit)[0])
+        return float(self.means_with(rows, circuit, self.batch)[0])
 
-    def means_with(self, rows: Ints, circuits: Bools) -> Floats:
+    def means_with(self, rows: Ints, circuits: Bools, batch: int) -> Floats:
         """Return [circuit]: the mean of the measure over rows while all edges but those of a
         circuit carry the other value.
 
         Args:
             circuits: [circuit, edge]
+            batch: Largest number of rows of a pass.
         """
-        rows, size = np.sort(rows), max(1, self.batch // len(circuits))
+        rows, size = np.sort(rows), max(1, batch // len(circuits))
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         found: list[Floats] = []
         with torch.no_grad():
@@ -972,7 +973,9 @@ def _search_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) 
     threshold = search.threshold
     made = "ablated one after another, always the edge that makes the measure least worse"
     if threshold is not None:
-        made = f"edges whose ablation makes the measure worse by {threshold:g} or more"
+        *coarse, finest = training.trainer_of(EdgeSearchTrainer).levels
+        levels = f"{', '.join(coarse)} and {finest}" if coarse else finest
+        made = f"{levels} whose ablation makes the measure worse by {threshold:g} or more"
     order = np.argsort(-np.abs(search.scores), kind="stable")
     chosen = [n for n in order.tolist() if search.kept[n]]
     if not chosen:
@@ -989,28 +992,24 @@ class EdgeSearch:
         self.kept = np.ones(len(rows.candidates), dtype=np.bool_)
         """[edge] whether an edge is in the circuit."""
         self.scores = np.zeros(len(rows.candidates))
-        """[edge] the change of the measure when an edge was last ablated; 0 for edges that weren't,
-        because they led only to ablated ones."""
+        """[edge] the change of the measure when an edge was last ablated, alone or in a group; 0
+        for edges that were dropped because they led only to ablated ones."""
         self.measured = 0
         """Number of circuits that were measured."""
         self._rows, self._graph = rows, EdgeGraph(rows.model.shape)
         self._value = math.nan
         options = rows.declared.of_trainer
         self.threshold, self._size = trainer.threshold(options), trainer.size(options)
-        receivers: dict[SitePoint, list[int]] = {}
-        for number, (_, to) in enumerate(rows.candidates):
-            receivers.setdefault(to, []).append(number)
-        self._order = [n for own in reversed(receivers.values()) for n in reversed(own)]
-        """Edges by receiver, from the end of the model backwards."""
+        self._steps = self._graph.list_search_steps(trainer.levels)
+        self._numbers = {edge: number for number, edge in enumerate(rows.candidates)}
         self._decided = 0
-        self._together = max(1, rows.batch // len(rows.trained))
-        """Number of circuits in a pass."""
+        self._batch = rows.batch
 
     @property
     def progress(self) -> tuple[int, int]:
         """Number of finished and of all steps."""
         if self._size is None:
-            return self._decided, len(self.kept)
+            return self._decided, len(self._steps)
         return int((~self.kept).sum()), len(self.kept) - self._size
 
     def run(self) -> Iterator[None]:
@@ -1024,63 +1023,93 @@ class EdgeSearch:
             yield from self._ablate_below(self.threshold)
 
     def _ablate_below(self, threshold: float) -> Iterator[None]:
-        """Ablate each edge, and restore those that make the measure worse by a threshold.
+        """Ablate the edges of each step, and restore those that make the measure worse by a
+        threshold.
 
-        A pass tries the next edges into one receiver, each together with those before it. Once an
-        edge is restored, the circuits after it in the pass aren't used, so that every decision is
-        that of one edge after another.
+        A pass tries the next steps of one unit, each together with those before it. Once edges are
+        restored, the circuits after them in the pass aren't used, so that every decision is that of
+        one step after another.
         """
-        while self._decided < len(self._order):
-            receiver = self._rows.candidates[self._order[self._decided]][1]
-            due = self._order[self._decided : self._decided + self._together]
-            due = [n for n in due if self._rows.candidates[n][1] == receiver]
-            if not self._leads_on(receiver):
-                self.kept[due] = False
-                self._decided += len(due)
+        unit: SitePoint | None = None
+        while self._decided < len(self._steps):
+            if (own := self._steps[self._decided].unit) != unit:
+                unit = own
+                self._drop_dead()
+            due = self._due(own)
+            if not due:
+                self._decided += 1
                 continue
-            means = self._means([due[: n + 1] for n in range(len(due))])
-            for edge, mean in zip(due, means.tolist(), strict=True):
-                self.scores[edge] = mean - self._value
+            tried = [[edge for own in due[: n + 1] for edge in own] for n in range(len(due))]
+            for edges, mean in zip(due, self._means(tried).tolist(), strict=True):
+                self.scores[edges] = mean - self._value
                 self._decided += 1
                 if self._worse(mean - self._value) >= threshold:
                     break
-                self.kept[edge], self._value = False, mean
+                self.kept[edges], self._value = False, mean
             yield
+
+    def _due(self, unit: SitePoint) -> list[list[int]]:
+        """Return the edges that are left of each of the next steps of a unit, in one pass."""
+        found: list[list[int]] = []
+        for step in self._steps[self._decided : self._decided + self._together]:
+            left = [n for n in map(self._numbers.__getitem__, step.edges) if self.kept[n]]
+            if step.unit != unit or not left:
+                break
+            found.append(left)
+        return found
+
+    @property
+    def _together(self) -> int:
+        """Number of circuits in a pass."""
+        return max(1, self._batch // len(self._rows.trained))
+
+    def _drop_dead(self) -> None:
+        """Ablate the edges that lead only to ablated ones."""
+        edges = self._rows.candidates
+        left = {edge for edge, kept in zip(edges, self.kept.tolist(), strict=True) if kept}
+        dead = left - self._graph.keep_leading(left)
+        numbers = [self._numbers[edge] for edge in dead]
+        self.kept[numbers], self.scores[numbers] = False, 0
 
     def _ablate_least(self, size: int) -> Iterator[None]:
         """Ablate the edge that makes the measure least worse, until so many edges are left, with
         edges that then lead only to ablated ones."""
-        edges = self._rows.candidates
+        order = [self._numbers[edge] for step in self._steps for edge in step.edges]
         while self.kept.sum() > size:
-            due = [n for n in self._order if self.kept[n]]
+            due = [n for n in order if self.kept[n]]
             means = self._means([[n] for n in due])
             self.scores[due] = means - self._value
             least = int(np.argmin([self._worse(mean) for mean in means.tolist()]))
             self.kept[due[least]], self._value = False, float(means[least])
-            leading = self._graph.keep_leading([edges[n] for n in due if self.kept[n]])
-            self.kept[[n for n in due if edges[n] not in leading]] = False
+            self._drop_dead()
             yield
-
-    def _leads_on(self, receiver: SitePoint) -> bool:
-        """Whether edges of the circuit lead from a receiver to the end of the model, if all after
-        it are decided."""
-        nodes = self._graph.nodes(receiver)
-        kept = zip(self._rows.candidates, self.kept.tolist(), strict=True)
-        return nodes == [END] or any(there and of in nodes for (of, _), there in kept)
 
     def _worse(self, change: float) -> float:
         """Return how much worse a change makes the measure."""
         return change if self._rows.declared.minimises else -change
 
     def _means(self, ablated: Sequence[Sequence[int]]) -> Floats:
-        """Return [circuit]: the means over training rows with some more edges ablated."""
+        """Return [circuit]: the means over training rows with some more edges ablated.
+
+        If memory runs out, further passes have half as many rows.
+        """
         circuits = np.tile(self.kept, (len(ablated), 1))
         for circuit, own in zip(circuits, ablated, strict=True):
             circuit[list(own)] = False
         self.measured += len(circuits)
-        size = self._together
-        parts = [circuits[i : i + size] for i in range(0, len(circuits), size)]
-        means = np.concatenate([self._rows.means_with(self._rows.trained, each) for each in parts])
+        found: list[Floats] = []
+        while sum(map(len, found)) < len(circuits):
+            first = sum(map(len, found))
+            part = circuits[first : first + self._together]
+            try:
+                found.append(self._rows.means_with(self._rows.trained, part, self._batch))
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if self._batch == 1 or not is_out_of_memory(error):
+                    raise
+            self._batch //= 2
+            release_memory()
+        means = np.concatenate(found)
         if not np.isfinite(means).all():
             raise NoCircuit("the measure is NaN or infinite", "use another measure, or other rows")
         return means

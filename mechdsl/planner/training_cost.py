@@ -20,11 +20,13 @@ from mechdsl.program.trainers import (
     CircuitTrainer,
     DirectionTrainer,
     EdgeScoreTrainer,
+    EdgeSearchTrainer,
     MaskTrainer,
     PairedTrainer,
     SolvedTrainer,
 )
 from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.circuits import EdgeGraph
 from mechdsl.resolve.trainings import mask_points
 from mechdsl.resolve.types import (
     CircuitTargets,
@@ -416,7 +418,10 @@ def _circuit_cost(
         if trainer.path == "activations":
             points = 1 + (points - 1) * len({(of.site, of.layer) for of in senders})
     else:
-        tried = _count_tried(len(circuit.every), trainer.size(training.of_trainer))
+        assert isinstance(trainer, EdgeSearchTrainer)
+        tried = len(EdgeGraph(shape).list_search_steps(trainer.levels))
+        if (left := trainer.size(training.of_trainer)) is not None:
+            tried = (tried * (tried + 1) - left * (left + 1)) // 2
     size = count_scored_rows(len(senders), max(tokens, default=1), batch, shape)
     compared = len({atom.run for atom in objective.measures[0].atoms} - {None, base.name})
     measured = (held_out or rows) * _count_controls(made, objective) * (1 + compared)
@@ -439,17 +444,6 @@ def _circuit_cost(
     memory = max(memory, batch * written * _saved_by_edges(circuit, shape))
     steps, memory = points or tried, int(vectors + FLOAT * memory)
     return TrainingCost(name, rows, held_out, steps, cost, memory, shape.n_layers)
-
-
-def _count_tried(edges: int, size: int | None) -> int:
-    """Return how many circuits a search measures: one for each edge, or one for each edge that is
-    left, again after each that is ablated.
-
-    Args:
-        edges: Edges of the model.
-        size: Edges that are left at the end; None if a threshold decides.
-    """
-    return edges if size is None else (edges * (edges + 1) - size * (size + 1)) // 2
 
 
 def _count_controls(made: Declared, objective: ResolvedExperiment) -> int:

@@ -48,6 +48,10 @@ SCORE_EXAMPLE = (
 
 SEARCH_EXAMPLE = SCORE_EXAMPLE.replace("eap_ig(size: 20, steps: 5)", "acdc(threshold: 0.02)")
 
+COARSE_EXAMPLE = SCORE_EXAMPLE.replace(
+    "eap_ig(size: 20, steps: 5)", "coarse_to_fine(threshold: 0.02)"
+)
+
 OTHER_EFFECT_TRAINERS: dict[str, str] = {
     **dict.fromkeys(
         ("steering", "steering_vector", "direction", "bias", "actadd"), "write `vector(length: 8)`"
@@ -72,8 +76,12 @@ OTHER_EFFECT_TRAINERS: dict[str, str] = {
         f"choose edges by their estimated effects: {SCORE_EXAMPLE}",
     ),
     **dict.fromkeys(
-        ("ACDC", "hagd", "search", "greedy_search"),
+        ("ACDC", "search", "greedy_search"),
         f"choose edges by ablating them one after another: {SEARCH_EXAMPLE}",
+    ),
+    **dict.fromkeys(
+        ("hagd", "HAGD", "hierarchical", "hierarchical_search"),
+        f"ablate layers first, then heads, then edges: {COARSE_EXAMPLE}",
     ),
     **dict.fromkeys(("edge_pruning", "edge_mask", "edges"), f"choose edges: {EDGE_MASK_EXAMPLE}"),
 }
@@ -424,6 +432,22 @@ class ThresholdSearchTrainer(EdgeSearchTrainer):
 
     def threshold(self, options: Mapping[str, Constant]) -> float:
         return float(options["threshold"])
+
+
+@trainer("coarse_to_fine")
+class CoarseToFineTrainer(ThresholdSearchTrainer):
+    """Coarse-to-fine search: as `acdc`, but first all heads or the MLP of a layer are ablated
+    together, then single heads, then single inputs of queries, keys and values. Edges are tried
+    last.
+
+    References:
+        Uddin et al. 2026, arXiv 2601.12879 (HAGD), for a search from coarse to fine. Its levels are
+        clusters of a graph, and a graph neural network chooses from them; here, they are parts of
+        the model, and ablations choose.
+    """
+
+    example = "coarse_to_fine(threshold: 0.02)"
+    levels = ("blocks", "heads", "inputs", "edges")
 
 
 @trainer("greedy")

@@ -434,9 +434,17 @@ class EdgeScoreTrainer(CircuitTrainer):
         """Return how the edges are selected."""
 
 
+SearchLevel = Literal["blocks", "heads", "inputs", "edges"]
+"""Edges that a search ablates together: those from all heads or the MLP of a layer, from one head,
+into one query, key or value, or single ones."""
+
+
 class EdgeSearchTrainer(CircuitTrainer):
-    """A circuit of the edges that a search leaves, which ablates one edge after another and
-    measures each time."""
+    """A circuit of the edges that a search leaves, which ablates one edge or group of edges after
+    another and measures each time."""
+
+    levels: ClassVar[tuple[SearchLevel, ...]] = ("edges",)
+    """What a search with a threshold ablates, from coarse to fine."""
 
     def differentiates(self, options: Mapping[str, Constant]) -> Differentiated:
         return "nowhere"

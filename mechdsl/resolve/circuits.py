@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
-from itertools import product
+from itertools import chain, product
 from random import Random
 
 from mechdsl.base.hashing import stable_hash
@@ -25,6 +25,7 @@ from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import constant_value
+from mechdsl.program.trainers import SearchLevel
 from mechdsl.resolve.cells import counts_from_end
 from mechdsl.resolve.circuit_files import EMBEDDING, END, SavedCircuit, read_circuit
 from mechdsl.resolve.findings import PickError, count_picked
@@ -426,6 +427,16 @@ def describe_circuit(rule: ResolvedRule) -> str:
 # --- paths through the model ----------------------------------------------------------------------
 
 
+@record
+class SearchStep(Record):
+    """Edges that a search for a circuit tries to ablate together."""
+
+    unit: SitePoint
+    """What the search is at. The ablation of the edges of a step can't cut those of other steps
+    with the same unit off from the end of the model."""
+    edges: tuple[CircuitEdge, ...]
+
+
 class EdgeGraph:
     """The nodes and edges of a model."""
 
@@ -463,6 +474,35 @@ class EdgeGraph:
                 leading.add(edge[0])
                 found.append(edge)
         return frozenset(found)
+
+    def list_search_steps(self, levels: Sequence[SearchLevel]) -> list[SearchStep]:
+        """List the steps of a search, level after level, each from the end of the model
+        backwards."""
+        steps = {"blocks": self._list_nodes, "heads": self._list_nodes}
+        return [step for each in levels for step in steps.get(each, self._list_inputs)(each)]
+
+    def _list_nodes(self, level: SearchLevel) -> Iterator[SearchStep]:
+        """Yield steps that ablate the outputs of all nodes of a module, or of one of several."""
+        modules: dict[SitePoint, list[list[CircuitEdge]]] = defaultdict(list)
+        for of, edges in reversed(self.after.items()):
+            if of != EMBEDDING:
+                modules[replace(of, unit=None)].append(edges)
+        for module, nodes in modules.items():
+            if level == "blocks":
+                yield SearchStep(module, tuple(chain.from_iterable(nodes)))
+            elif len(nodes) > 1:
+                yield from (SearchStep(module, tuple(edges)) for edges in nodes)
+
+    def _list_inputs(self, level: SearchLevel) -> Iterator[SearchStep]:
+        """Yield steps that ablate the whole input of a query, key or value, or one edge."""
+        inputs: dict[SitePoint, list[CircuitEdge]] = {to: [] for _, to in self.after[EMBEDDING]}
+        for edge in reversed(self.every):
+            inputs[edge[1]].append(edge)
+        for to, edges in reversed(inputs.items()):
+            if level == "edges":
+                yield from (SearchStep(to, (edge,)) for edge in edges)
+            elif to.unit is not None:  # MLPs and the end of the model have one input
+                yield SearchStep(replace(to, unit=None), tuple(edges))
 
     def covers(self, edges: Collection[CircuitEdge]) -> bool:
         """Return whether each edge is on a path of these edges from `embed` to the end of the

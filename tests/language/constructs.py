@@ -785,10 +785,12 @@ _file(
     "circuit c = fit(acdc(threshold: 1), prompts: fruit, with: zero, minimise: loss)",
     "The edges that are left when others are ablated one after another, for good. `acdc`: each "
     "edge is ablated, from `logits` backwards, and restored if the mean of the metric over "
-    "training rows becomes worse by `threshold` or more. `greedy(size: n)`: of all edges left, the "
-    "one is ablated that makes the mean least worse, until n are left. Edges that lead only to "
-    "ablated ones are ablated without a run. `batch` (64) and `validation` (20%) are the options "
-    "of `fit`; other values are as for a trained circuit.",
+    "training rows becomes worse by `threshold` or more. `coarse_to_fine(threshold: 1)` ablates "
+    "all heads or the MLP of a layer together, then single heads, then single inputs of queries, "
+    "keys and values, then single edges, and restores them like `acdc`. `greedy(size: n)`: of all "
+    "edges left, the one is ablated that makes the mean least worse, until n are left. Edges that "
+    "lead only to ablated ones are ablated without a run. `batch` (64) and `validation` (20%) are "
+    "the options of `fit`; other values are as for a trained circuit.",
     "tests/pipeline/test_edge_searches.py",
     "Conmy et al. 2023, arXiv 2304.14997, algorithm 1",
 )

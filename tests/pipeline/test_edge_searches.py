@@ -1,4 +1,4 @@
-"""Circuits that a file declares with `fit(acdc(…))` and `fit(greedy(…))`.
+"""Circuits that a file declares with `fit(acdc(…))`, `fit(coarse_to_fine(…))`, `fit(greedy(…))`.
 
 Their decisions and the changes of the measure against a pass that recomputes all inputs, in 64
 bits, one unpadded prompt at a time; that batches change no decision; checkpoints, keys, costs, and
@@ -18,17 +18,18 @@ import torch
 
 import mechdsl
 from mechdsl.base.arrays import Floats
-from mechdsl.execute.mask_training import EdgeSearch
+from mechdsl.execute.mask_training import EdgeRows, EdgeSearch
 from mechdsl.fits.reports import CircuitReport
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.program.trainers import EdgeSearchTrainer
+from mechdsl.resolve.circuits import EdgeGraph
 from mechdsl.resolve.types import CircuitEdge
 
 from ..quick import in_turn, some
 from ..rules.circuits import circuit_pass
 from ..rules.models import WITHOUT_NORMS, double
 from ..rules.support import rows, tokens
-from ..rules.test_ablated_circuits import Case, fills, named
+from ..rules.test_ablated_circuits import Case, fills, named, shape_of
 from .test_edge_scores import fit as scored
 from .test_edge_scores import open_rows
 from .test_trained_circuits import PAIR, PATCHES
@@ -52,6 +53,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 HERE = ("llama", "gpt_neox", "gpt2", "llama" + WITHOUT_NORMS)
 HALF = "validation: 50%, batch: 8"
 ACDC = "acdc(threshold: 0.03)"
+COARSE = "coarse_to_fine(threshold: 0.03)"
 
 
 def fit(options: str = HALF, *, call: str = ACDC, **others: str) -> str:
@@ -114,6 +116,91 @@ def test_acdc_decides_as_one_edge_after_another(family: str, source: str, tmp_pa
     assert single.measured < searched.measured  # circuits after a restored edge are measured again
 
 
+def groups_by_hand(every: Sequence[CircuitEdge]) -> list[list[CircuitEdge]]:
+    """Edges from a layer's heads or its MLP, from a head, into a query, key or value, and alone."""
+    found: list[list[CircuitEdge]] = []
+    texts = {edge: named(edge) for edge in every}
+    senders = [*dict.fromkeys(of for of, _ in texts.values())]
+    receivers = [to for of, to in texts.values() if of == senders[0]]
+    layers = range(max(of.layer or 0 for of, _ in every), -1, -1)
+    for layer in layers:
+        for own in (f"L{layer}.mlp", f"L{layer}H"):
+            found.append([edge for edge in every if texts[edge][0].startswith(own)])
+    for sender in reversed(senders):
+        if "H" in sender:
+            found.append([edge for edge in every if texts[edge][0] == sender])
+    for receiver in reversed(receivers):
+        if receiver[-2:] in (".q", ".k", ".v"):
+            found.append([edge for edge in every if texts[edge][1] == receiver])
+    for receiver in reversed(receivers):
+        found += [[edge] for edge in reversed(every) if texts[edge][1] == receiver]
+    return found
+
+
+def test_graph_lists_the_steps_from_coarse_to_fine() -> None:
+    for family in HERE:
+        graph = EdgeGraph(shape_of(family))
+        steps = graph.list_search_steps(("blocks", "heads", "inputs", "edges"))
+        own, expected = [{*step.edges} for step in steps], groups_by_hand(graph.every)
+        assert own == [{*group} for group in expected]
+
+
+@pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES, ("llama",)))
+def test_coarse_to_fine_decides_as_one_group_after_another(
+    family: str, source: str, tmp_path: Path
+) -> None:
+    """Groups are tried even if they lead only to ablated edges."""
+    path = write(tmp_path, fit(call=COARSE, source=source, at=PAIR), PATCHES)
+    searched, ids = search(path, family, "left" if source == "with: zero" else "right")
+    every = open_rows(path, double(family))[1].candidates
+    mean = measure_by_hand(family, ids, source, PAIR)
+    ablated: set[CircuitEdge] = set()
+    changes, value, restored = dict[CircuitEdge, float](), mean(()), set[int]()
+    for group in groups_by_hand(every):
+        left = {*group} - ablated
+        if not left:
+            continue
+        change = mean(ablated | left) - value
+        changes |= dict.fromkeys(left, change)
+        if -change < 0.03:  # maximised
+            ablated |= left
+            value += change
+        else:
+            restored.add(len(left))
+    kept = [edge for edge in every if edge not in ablated]
+    assert kept == [edge for edge, own in zip(every, searched.kept, strict=True) if own]
+    found = [searched.scores[every.index(edge)] for edge in kept]
+    np.testing.assert_allclose(found, [changes[edge] for edge in kept], atol=1e-5)
+    assert len(restored) > 1 or not kept  # groups and edges
+    assert searched.measured < len(every)
+    line = fit("validation: 50%, batch: 1", call=COARSE, source=source, at=PAIR)
+    alone = write(tmp_path, line, PATCHES)
+    single, _ = search(alone, family)
+    np.testing.assert_array_equal(single.kept, searched.kept)
+    np.testing.assert_allclose(single.scores, searched.scores, atol=1e-6)
+
+
+def test_search_halves_its_passes_when_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, fit(call=COARSE, at=PAIR), PATCHES)
+    whole, _ = search(path, "llama")
+    real, sizes = EdgeRows.means_with, list[int]()
+
+    def means_with(self: EdgeRows, rows: Any, circuits: Any, batch: int) -> Floats:
+        sizes.append(batch)
+        if batch > 2:
+            raise MemoryError
+        return real(self, rows, circuits, batch)
+
+    monkeypatch.setattr(EdgeRows, "means_with", means_with)
+    halved, _ = search(path, "llama")
+    assert sizes[:3] == [8, 4, 2]
+    assert {*sizes[3:]} == {2}
+    np.testing.assert_array_equal(halved.kept, whole.kept)
+    np.testing.assert_allclose(halved.scores, whole.scores, atol=1e-6)
+
+
 def test_greedy_ablates_the_least_important_edge(tmp_path: Path) -> None:
     """The first two edges, each compared with all others."""
     call = "greedy(size: {})"
@@ -141,7 +228,7 @@ def scores_of(found: mechdsl.TrainedFit) -> Floats:
     return np.array(json.loads((found.folder / "mask.json").read_text("utf-8"))["scores"])
 
 
-@pytest.mark.parametrize("call", some([ACDC, "greedy(size: 187)"], [ACDC]))
+@pytest.mark.parametrize("call", some([ACDC, COARSE, "greedy(size: 187)"], [COARSE]))
 def test_a_search_continues_after_an_interruption(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +256,7 @@ def test_a_search_continues_after_an_interruption(
 CHANGES: dict[str, dict[str, Any]] = {
     "threshold": {"call": "acdc(threshold: 0.01)"},
     "trainer": {"call": "greedy(size: 188)"},
+    "levels": {"call": COARSE},
     "rows": {"options": "validation: 25%, batch: 8"},
     "source": {"source": "with: zero"},
     "position": {"at": "last token"},
@@ -209,13 +297,17 @@ def test_measures_may_be_step_functions(tmp_path: Path) -> None:
     assert report.unpatched == round(report.unpatched)
 
 
-@pytest.mark.parametrize(("call", "size"), [(ACDC, None), ("greedy(size: 100)", 100)])
+@pytest.mark.parametrize(
+    ("call", "size"), [(ACDC, None), (COARSE, None), ("greedy(size: 100)", 100)]
+)
 def test_plan_counts_the_circuits_that_are_measured(
     call: str, size: int | None, tmp_path: Path
 ) -> None:
     mask, found = open_rows(write(tmp_path, fit(call=call, at=PAIR), PATCHES), double("llama"))
     edges = len(found.candidates)
     circuits = edges if size is None else sum(range(size + 1, edges + 1))
+    if call == COARSE:
+        circuits = len(groups_by_hand(found.candidates))
     cost = training_cost("c", mask, found.objective, found.model.shape)
     assert cost.steps == circuits
     assert cost.cost.backwards == 0
@@ -238,7 +330,8 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "noise": ("from: other", "from: noised", "E0342", "noise"),
     "reply": (LOSS, "exact_match(answer)", "E0612", "generates none"),
     "name": (ACDC, "adcd(threshold: 0.03)", "E0203", "acdc"),
-    "of papers": (ACDC, "hagd(threshold: 0.03)", "E0203", "acdc(threshold: 0.02)"),
+    "of papers": (ACDC, "hagd(threshold: 0.03)", "E0203", "coarse_to_fine(threshold: 0.02)"),
+    "coarse size": ("acdc(threshold: 0.03)", "coarse_to_fine(size: 3)", "E0207", "`threshold: …`"),
     "group": (LINE, f"group c = {CALL} at layers * heads * at last token", "E0342", "a circuit"),
     "too large": ("0.03", "1000", "E0643", "write a smaller `threshold`"),
 }

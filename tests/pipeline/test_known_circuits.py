@@ -1,4 +1,4 @@
-"""Circuits of models whose weights are set: `acdc` finds every known edge and no other."""
+"""Circuits of models whose weights are set: searches find every known edge and no other."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ def test_models_with_set_weights_answer_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_acdc_finds_the_known_edges_over_a_decade_of_thresholds(name: str, tmp_path: Path) -> None:
+def test_searches_find_the_known_edges_over_a_decade_of_thresholds(
+    name: str, tmp_path: Path
+) -> None:
     ends = {"low": min(THRESHOLDS), "high": max(THRESHOLDS)}
     assert ends["high"] >= 10 * ends["low"]
     calls = {own: f"acdc(threshold: {value})" for own, value in ends.items()}
+    calls["coarse"] = f"coarse_to_fine(threshold: {ends['high']})"
     uses = [
         f"experiment e_{own} {{\n  model m\n  prompts p.test limit 4\n"
         f"  ablate {own} at tokens * with zero\n  measure logit(answer) as raw\n}}"
@@ -37,9 +40,12 @@ def test_acdc_finds_the_known_edges_over_a_decade_of_thresholds(name: str, tmp_p
     ]
     path = write_file(name, tmp_path, calls, *uses)
     given = {"m": (make_model(name), make_tokenizer())}
+    steps: dict[str, int] = {}
     for found in mechdsl.fit(path, given, store=tmp_path / "store"):
         report = found.report
         assert isinstance(report, CircuitReport)
         assert {*report.chosen} == {*KNOWN[name].edges}
         assert report.candidates >= 100
         assert report.trained > report.whole + 1
+        steps[found.basis] = report.steps
+    assert steps["coarse"] < steps["high"]
