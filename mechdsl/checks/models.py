@@ -29,6 +29,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.table import StandInTokenizer
 from mechdsl.prompts.tokens.image_prompts import (
     IMAGE_TOKEN,
+    ImagePromptTokenizer,
     check_processor,
     read_prompt_tokenizer,
 )
@@ -126,6 +127,9 @@ def check_prompt_tokens(table: PromptTable, model: ModelContext) -> list[Diagnos
     ids = (
         i for row in rows for each in (row.ids, *(t.ids for t in row.texts.values())) for i in each
     )
+    if model.shape.takes == "attended image" and isinstance(model.tokenizer, ImagePromptTokenizer):
+        mark = model.tokenizer.image_id  # embeddings have more rows than the vocabulary for it
+        ids = (i for i in ids if i != mark)
     return _all_there(ids, model, f"prompts `{table.name}`")
 
 
@@ -387,6 +391,11 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
         hint += '`image photo = "{file}"` and `template "{photo}"`'
         given = f"of {'images' if images else 'texts'}"
         return _mismatch(prompts, model, ("an image and writes a text", given, hint))
+    if shape.takes == "attended image":
+        hint = "write an image in the block: "
+        hint += '`image photo = "{file}"` and `template "{photo} ..."`'
+        given = f"of {'images' if images else 'texts'}"
+        return _mismatch(prompts, model, ("a text with an image", given, hint))
     if images == (shape.takes == "image"):
         return None if not images or isinstance(model.tokenizer, ImageTokenizer) else _bare(model)
     reads, given = ("texts", "images") if images else ("images", "prompts")

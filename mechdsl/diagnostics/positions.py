@@ -109,11 +109,12 @@ class NotInDecoder(Diagnostic):
     hangs_on = frozenset({"shape"})
     title = "`{position}` is not a token of the decoder"
     label = "this site has vectors at the tokens of the decoder, and the encoder reads `{position}`"
-    help = (
+    help = "{hint}"
+    position: str
+    hint: str = (
         "name a site at the tokens of the encoder, such as `resid_post encoder layer 2` or "
         "`v cross layer 2`, or a token of the decoder: `last token`"
     )
-    position: str
 
 
 @keyword_record

@@ -23,7 +23,7 @@ from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, WriteMismatch
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import (
-    IMAGE_PIXELS,
+    IMAGE_INPUTS,
     IMAGE_TOKENS,
     ImageTokenTable,
     LoadedModel,
@@ -34,6 +34,7 @@ from mechdsl.forward.hooks.model import (
 from mechdsl.forward.hooks.module_exchange import get_activation, replace_activation
 from mechdsl.images.layouts import ImageExpansion, PromptPicture
 from mechdsl.images.pixels import render_pixels
+from mechdsl.models.anatomy import ATTENDED, TILES
 from mechdsl.prompts.runs import RunRow
 from mechdsl.prompts.tokens.image_prompts import (
     IMAGE_TOKEN,
@@ -471,13 +472,32 @@ def _provide_pixels(model: LoadedModel, rows: Iterable[RunRow]) -> None:
 
     reader = model.tokenizer
     assert isinstance(reader, ImagePromptTokenizer)
-    known = IMAGE_PIXELS.setdefault(model.module, {})
+    known = IMAGE_INPUTS.setdefault(model.module, {})
     for row in rows:
         [picture] = row.pictures.values()
         if row.ids[0] not in known:
             image = Image.fromarray(render_pixels(picture.picture))
             made = reader.processor.image_processor(image, return_tensors="pt")
-            known[row.ids[0]] = made["pixel_values"][0].to(model.dtype)
+            if model.shape.takes == "attended image":
+                known[row.ids[0]] = _encode_image(model, made)
+            else:
+                known[row.ids[0]] = {"pixel_values": made["pixel_values"][0].to(model.dtype)}
+
+
+def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the vectors of an image that blocks attend to, and the tiles that it fills."""
+    module: Any = model.module
+    own = module.model
+    names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    given = {name: made[name].to(model.device) for name in names}
+    given["pixel_values"] = given["pixel_values"].to(model.dtype)
+    with torch.no_grad():
+        encoded = own.vision_model(**given).last_hidden_state
+        vectors = own.multi_modal_projector(encoded)
+    return {
+        ATTENDED: vectors.reshape(-1, vectors.shape[-1]).cpu(),
+        TILES: made["aspect_ratio_mask"][0, 0].cpu(),
+    }
 
 
 def prepare_images(

@@ -29,7 +29,7 @@ PixelBox = tuple[float, float, float, float]
 THUMBNAIL = 0
 """The number of the view that shows the whole image next to its tiles."""
 
-MarkerName = Literal["class", "row end", "separator", "tile tag", "start", "end", "text"]
+MarkerName = Literal["class", "row end", "separator", "tile tag", "start", "end", "text", "padding"]
 
 
 @record
@@ -83,6 +83,7 @@ class ImageTokens(Record):
     - `tile tag`: the tokens that name a tile.
     - `start`, `end`: the tokens around an image or a tile.
     - `text`: words that the processor writes between tiles.
+    - `padding`: tokens of tiles that the image doesn't fill, which nothing attends to.
     """
 
     @cached_property
@@ -341,8 +342,6 @@ class ImageLayout:
     """Names of the classes of image processors that it knows, without `Fast` and `Pil`."""
     video_processors: ClassVar[tuple[str, ...]] = ()
     """Names of the classes of video processors that it knows; empty without videos."""
-    refusal: ClassVar[str] = ""
-    """The reason that images have no positions in the language model; empty if they have."""
     separator: ClassVar[str] = ""
     """The attribute of the processor with the token between tiles; empty without one."""
     start: ClassVar[str] = ""
@@ -359,6 +358,8 @@ class ImageLayout:
     """Whether the beginning-of-sequence token follows the last image; otherwise it is the first."""
     encodes: ClassVar[bool] = False
     """Whether an encoder reads one image, without text, and a decoder writes the answer."""
+    attended: ClassVar[bool] = False
+    """Whether blocks of the language model attend to one image. Its tokens precede the text."""
     several_layers: ClassVar[bool] = False
     """Whether the model also adds vectors of images after its first blocks."""
     without_vision: ClassVar[str] = "a token of an image reads several patches"
@@ -416,7 +417,7 @@ def layout(*model_types: str) -> Callable[[type[LayoutT]], type[LayoutT]]:
     """
 
     def register(entry: type[LayoutT]) -> type[LayoutT]:
-        if not entry.refusal and not (entry.processors and entry.image_processors):
+        if not (entry.processors and entry.image_processors):
             raise TypeError(f"`{entry.__name__}` needs `processors` and `image_processors`")
         for name in model_types:
             IMAGE_LAYOUTS.add(name, entry())
@@ -444,7 +445,7 @@ def image_layout(
     _check_class(entry.image_processors, processor.image_processor, config)
     prompt = ImagePrompt(processor, config, inputs, tuple(sizes))
     features = [list(entry.features(prompt, number)) for number in range(len(sizes))]
-    if entry.encodes:
+    if entry.encodes or entry.attended:
         token = 0
         prompt = replace(prompt, inputs={"input_ids": [token] * sum(map(len, features))})
     else:
@@ -520,8 +521,6 @@ def _entry(config: Any) -> ImageLayout:
             f"the positions of image tokens aren't known for models of the type "
             f"`{config.model_type}`: types that are known are {known}"
         )
-    if entry.refusal:
-        raise UnsupportedProcessor(f"`{config.model_type}` {entry.refusal}")
     return entry
 
 
@@ -1132,8 +1131,33 @@ class EncodedImage(ImageLayout):
 
 @layout("mllama")
 class Mllama(ImageLayout):
-    """Llama 3.2 Vision."""
+    """Llama 3.2 Vision (Grattafiori et al. 2024, arXiv:2407.21783, section 7)."""
 
-    documentation = "none: its language model reads images by cross-attention"
-    without_vision = "its language model reads images by cross-attention"
-    refusal = "reads images by cross-attention, so they have no positions in its language model"
+    documentation = "for each tile, a class token, then one token for each patch, row by row"
+    without_vision = "the image is encoded once, before the language model runs"
+    processors = ("MllamaProcessor",)
+    image_processors = ("MllamaImageProcessor",)
+    attended = True
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        edges = _edges(prompt.images.size)
+        tile, most = (edges["height"], edges["width"]), prompt.images.max_image_tiles
+        vision = prompt.config.vision_config
+        size, cell = _pair(vision.image_size), _pair(vision.patch_size)
+        if (tile, most) != (size, vision.max_num_tiles):
+            given, read = (
+                f"{count} tiles of {width} x {height}"
+                for count, (height, width) in ((most, tile), (vision.max_num_tiles, size))
+            )
+            raise UnsupportedProcessor(f"it gives {given} pixels to an encoder of {read}")
+        height, width = prompt.sizes[number]
+        canvas = prompt.library("get_optimal_tiled_canvas")(height, width, most, tile[0])
+        fit = prompt.library("get_image_size_fit_to_canvas")(height, width, *canvas, tile[0])
+        view = View.of((height, width)).resized(*map(int, fit)).cropped(0, 0, *map(int, canvas))
+        cells = list(tiles(view, tile, cell))
+        each = (tile[0] // cell[0]) * (tile[1] // cell[1])
+        for first in range(0, len(cells), each):
+            yield "class"
+            yield from cells[first : first + each]
+        for _ in range(most * (each + 1) - len(cells) - len(cells) // each):
+            yield "padding"

@@ -56,9 +56,9 @@ from mechdsl.models.adapter_folder import PROMPT_ADAPTER_REASON, PROMPT_ADAPTERS
 from mechdsl.models.anatomy import Anatomy, find_family
 from mechdsl.models.block import is_norm, is_transposed
 from mechdsl.models.config import limit_sites, stack_shape
-from mechdsl.models.finder import find_anatomies, stack_names
+from mechdsl.models.finder import find_anatomies
 from mechdsl.models.folder import json_digest
-from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.models.shape import ModelShape, stack_names, unit_count, vector_width
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.types import ModelContext
@@ -652,7 +652,7 @@ def _finish_model(
     model = replace(model, shape=replace(model.shape, others=shapes))
     if any(outcome.identity == ATTENTION_IDENTITY and outcome.passed for outcome in checks):
         model = add_attention_sites(model)
-        if model.shape.encodes_apart and {"encoder", "cross"} <= model.others.keys():
+        if model.shape.encodes_apart and model.others.keys() >= set(stack_names(model.shape)):
             model = add_stack_attention(model, build_sample(model))
     proved = replace(
         model,

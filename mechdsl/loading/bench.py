@@ -16,7 +16,7 @@ from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.hook_points import apply_scale, get_scale
 from mechdsl.forward.hooks.model import CheckOutcome, LoadedModel, call_model
 from mechdsl.forward.hooks.module_exchange import get_activation
-from mechdsl.models.anatomy import Anatomy, Family, HookPoint, ModelInputs, find_family
+from mechdsl.models.anatomy import ATTENDED, Anatomy, Family, HookPoint, ModelInputs, find_family
 from mechdsl.models.shape import ModelShape
 from mechdsl.vocab.sites import SITES
 
@@ -61,6 +61,11 @@ def build_image_inputs(model: LoadedModel) -> dict[str, Tensor]:
 def add_encoded(model: LoadedModel, tokens: Batch) -> Batch:
     """Add a sound or an image for the encoder to each decoder prompt."""
     family, config = get_family(model), get_config(model)
+    if model.shape.takes == "attended image":
+        given = build_inputs(model, family.picture(config))
+        return tokens.with_inputs(
+            given, encoder=Batch.grid(2, given[ATTENDED].shape[1], model.device)
+        )
     images = model.shape.takes == "image to text"
     given = build_inputs(
         model, family.picture(config["encoder"]) if images else family.sound(config)

@@ -97,7 +97,7 @@ from mechdsl.models.folder import (
     require_model,
     weight_files,
 )
-from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape import ModelShape, stack_names
 from mechdsl.program import spec
 from mechdsl.program.python_functions import PythonFailure, PythonFunction
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer, read_prompt_tokenizer
@@ -307,9 +307,10 @@ def _without_shared_rows(
     """Replace an encoder-decoder by E0407 if its rows weren't proved to be independent."""
     if model is None or not model.shape.encodes_apart:
         return model, found
-    stacks = name_list(f"`{stack}`" for stack in ("encoder", "cross") if stack not in model.others)
+    missing = [stack for stack in stack_names(model.shape) if stack not in model.others]
+    stacks = name_list(f"`{stack}`" for stack in missing)
     reason = f"the sites in its stack {stacks} are not available" if stacks else ""
-    if not model.restartable:
+    if not model.restartable and not model.anatomy.whole:
         reason = "the values of its tokens depend on padding or on other prompts of a pass"
     if not reason:
         return model, found

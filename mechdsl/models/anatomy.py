@@ -66,6 +66,8 @@ class HookPoint(Record):
     """The site is the tensor times this factor, which the model applies before the addition."""
     scaled_by: str | None = None
     """Path of a parameter that also multiplies the tensor, feature by feature (layer scale)."""
+    squashed: bool = False
+    """`scaled_by` is a gate: its hyperbolic tangent multiplies the tensor."""
     patches: str | None = None
     """Path of the submodule that embeds an image's patches, if `path` then adds positions to them;
     the site is the patch vectors before the positions are added."""
@@ -184,6 +186,11 @@ ModelInputs = Mapping[str, tuple[int, ...] | list[Any]]
 of integers. Prompts are concatenated along the first dimension."""
 
 
+ATTENDED, TILES = "cross_attention_states", "tiles"
+"""Inputs of a model whose blocks attend to an image: the vectors of its patches, tile by tile, and
+whether the image fills each tile."""
+
+
 class Family:
     """Defaults for a family that is recognised by its modules; registered entries override."""
 
@@ -198,6 +205,9 @@ class Family:
     """resid_pre + attn_out + mlp_out = resid_post; False if something else is added too."""
     mixes: ClassVar[bool] = False
     """No block attends: the modules called attention mix tokens by another method."""
+    attends_apart: ClassVar[bool] = False
+    """Blocks whose attention is that of the stack `cross` have no other attention; of the main
+    stack, only the stream before and after them is known."""
     encodes: ClassVar[bool] = False
     """Even as a causal model, it sees later tokens unless `is_decoder` is set."""
 

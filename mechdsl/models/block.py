@@ -418,6 +418,8 @@ class BlockComponents:
         if self.around.stack == "cross":
             return self._cross()
         attention = self._attention()
+        if attention is None and self.around.family.attends_apart:
+            return self._stream()
         mixer = find_mixer(self.inside) if self.around.hybrid else None
         mixer = self._given("mixer", mixer)
         first = mixer or attention
@@ -472,8 +474,19 @@ class BlockComponents:
             adds_up=self.around.family.adds_up and (not mlp or "mlp_out" in taps),
         )
 
+    def _stream(self) -> BlockAnatomy:
+        """Return a block of which only the stream before and after it is known."""
+        whole = TensorLayout.whole(self.shape.d_model)
+        taps = {
+            "resid_pre": HookPoint(self.path, "in", whole),
+            "resid_post": HookPoint(self.path, "out", whole),
+        }
+        return BlockAnatomy(self.path, taps, adds_up=False, passes_on=False)
+
     def _cross(self) -> BlockAnatomy:
         """Find the attention of a decoder's block to the encoder."""
+        if self.around.family.attends_apart and self._attention() is not None:
+            return BlockAnatomy(self.path, {}, adds_up=False, passes_on=False)
         found = [p for p in self.inside if _CROSS.search(p) and self._projections(p)]
         cross = self._given("cross", min(found, key=lambda p: p.count("."), default=None))
         if cross is None or cross not in self.inside:

@@ -35,6 +35,7 @@ from mechdsl.models.shape import (
     is_headless,
     output_position,
     output_task,
+    stack_names,
 )
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, sites_of_module
 
@@ -359,12 +360,14 @@ def limit_sites(shape: ModelShape, stack: str) -> ModelShape:
 
 def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     """Add the stacks of an encoder-decoder, and the tokens that its decoder begins with."""
-    found = _other_stacks(shape, config, ("encoder", "cross"))
+    found = _other_stacks(shape, config, stack_names(shape))
     own = subconfig(config, "decoder")
     keys = ("decoder_start_token_id", "forced_bos_token_id")
     starts = [config.get(key, own.get(key)) for key in keys]
     known = tuple(each for each in starts if isinstance(each, int))
     first = known if isinstance(starts[0], int) else None
+    if shape.takes == "attended image":  # the text begins with the template
+        first = ()
     return replace(shape, causal=True, others=found, starts=first)
 
 
@@ -471,7 +474,8 @@ def _takes(config: Mapping[str, Any], names: list[str]) -> ModelInput:
         return "text"
     images = isinstance(config.get("vision_config"), Mapping)
     if images and not any("ForImageClassification" in n for n in names):
-        return "image and text"
+        entry = IMAGE_LAYOUTS.get(str(config.get("model_type")))
+        return "attended image" if entry is not None and entry.attended else "image and text"
     return "image" if images or {"patch_size", "image_size"} <= config.keys() else "text"
 
 

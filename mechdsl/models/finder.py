@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -239,7 +239,7 @@ class _Finder:
             case "encoder":
                 return "encoder" in path
             case _:
-                if self.shape.has_encoder:
+                if self.shape.has_encoder and self.shape.takes != "attended image":
                     return "decoder" in path
                 return not vision or self.shape.takes == "image"
 
@@ -270,7 +270,7 @@ class _Finder:
     def _embedding(self) -> str | None:
         if self.shape.takes == "image" and not self.stack:
             return None
-        if self.stack or self.shape.has_encoder:
+        if self.stack or (self.shape.has_encoder and self.shape.takes != "attended image"):
             own = [p for p in self.modules if last_name(p) == "embed_tokens" and self._is_ours(p)]
             return own[0] if own else None
         getter = getattr(self.modules.get(""), "get_input_embeddings", None)
@@ -399,11 +399,3 @@ def _common(path: str, other: str) -> int:
             break
         count += 1
     return count
-
-
-def stack_names(shape: ModelShape) -> Iterator[str]:
-    """Yield the names of the stacks other than the main one."""
-    if shape.has_encoder:
-        yield from ("encoder", "cross")
-    elif shape.takes == "image and text":
-        yield "vision"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from typing import Any, Literal, cast
 
@@ -97,9 +97,12 @@ def output_position(names: Sequence[str], *, encodes: bool) -> OutputPosition:
     return "first token" if encodes else "last token"
 
 
-ModelInput = Literal["text", "image", "audio", "two texts", "image to text", "image and text"]
+ModelInput = Literal[
+    "text", "image", "audio", "two texts", "image to text", "attended image", "image and text"
+]
 """The type of a model's input; `two texts` is an encoder's and a decoder's, and of `image to text`,
-the encoder reads an image."""
+the encoder reads an image. Of `attended image`, the language model reads a text, and some of its
+blocks attend to an image."""
 
 
 @record
@@ -178,13 +181,13 @@ class ModelShape(Record):
 
     @property
     def encodes_apart(self) -> bool:
-        """Whether an encoder reads the prompt, and a decoder writes the answer."""
-        return self.takes in ("two texts", "image to text")
+        """Whether an encoder reads the prompt or its image, and a decoder writes the answer."""
+        return self.takes in ("two texts", "image to text", "attended image")
 
     @property
     def reads_images(self) -> bool:
         """Whether prompts may contain images."""
-        return self.takes in ("image and text", "image to text")
+        return self.takes in ("image and text", "image to text", "attended image")
 
     @property
     def has_encoder(self) -> bool:
@@ -223,6 +226,16 @@ class ModelShape(Record):
             own, name = self.in_stack(site)
             return own.has(name, layer)
         return site in self.sites and (layer is None or layer in self.partly.get(site, (layer,)))
+
+
+def stack_names(shape: ModelShape) -> Iterator[str]:
+    """Yield the names of the stacks other than the main one."""
+    if shape.takes == "attended image":
+        yield "cross"
+    elif shape.has_encoder:
+        yield from ("encoder", "cross")
+    elif shape.takes == "image and text":
+        yield "vision"
 
 
 def unit_count(shape: ModelShape, site: str, layer: int | None = None) -> int:

@@ -224,7 +224,9 @@ def _by_turn(
     words: dict[int, dict[str, None]] = {}
     rows: dict[int, int] = {}
     for rich, tokens in zip(riches, encoded, strict=True):
-        read = tokens.ids[: tokens.source or None]  # without the decoder's first tokens
+        # Without the decoder's first tokens, which have no text.
+        decodes = any(first < last for first, last in tokens.offsets[tokens.source :])
+        read = tokens.ids if decodes else tokens.ids[: tokens.source or None]
         places = [i for i, token in enumerate(read) if token == unknown]
         if unknown is None or not places:
             continue
@@ -246,7 +248,10 @@ def check_prompt_lengths(
 ) -> Iterator[Diagnostic]:
     """Yield E0511 for the first run that has prompts of more than `most` tokens."""
     for name, run in table.runs.items():
-        lengths = [max(row.source, len(row.ids) - row.source) for row in run.rows]
+        lengths = [
+            max(0 if row.decodes_text else row.source, len(row.ids) - row.source)
+            for row in run.rows
+        ]
         longer = sum(n > most for n in lengths)
         if longer:
             yield PromptTooLong(

@@ -661,6 +661,16 @@ class PromptTable(Record):
 
         def cut(row: RunRow) -> RunRow:
             count = len(row.ids) - row.source
+            if row.decodes_text:
+                return replace(
+                    row,
+                    ids=row.ids[row.source :],
+                    offsets=row.offsets[row.source :],
+                    special=row.special[row.source :],
+                    reply=row.reply and replace(row.reply, first=row.reply.first - row.source),
+                    pictures={},
+                    source=0,
+                )
             none = ((0, 0),) * count
             reply = row.reply and replace(row.reply, first=row.reply.first - row.source)
             kept = replace(row, text="", spans=(), places={}, regions={}, reply=reply)

@@ -118,6 +118,13 @@ class RunRow(Record):
         after = () if self.reply is None else self.offsets[self.reply.first :]
         return self.text[: after[0][0]] if after else self.text
 
+    @property
+    def decodes_text(self) -> bool:
+        """Whether the decoder reads text of the prompt, after an encoder reads the image in it."""
+        end = None if self.reply is None else self.reply.first
+        read = self.offsets[self.source : end]
+        return bool(self.source and self.pictures) and any(first < last for first, last in read)
+
     @cached_property
     def placed_pictures(self) -> tuple[PlacedPicture, ...]:
         """The images in the prompt with their tokens, in text order."""

@@ -1057,7 +1057,8 @@ def find_missing_point(
         if missing is not None:
             return missing
         if not shape.has(site, layer):
-            own = sorted(shape.partly[site])
+            stack, name = shape.in_stack(site)
+            own = sorted(stack.partly[name])
             return SiteNotInBlock(
                 span=span,
                 model=model,
@@ -1262,6 +1263,12 @@ def named_stack(word: ast.Name, shape: ModelShape) -> str:
     return word.id if word.id in STACK_SITES and not is_tower else ""
 
 
+ATTENDED_IMAGE_HINT = (
+    "use `k cross` and `v cross` at the tokens of the image: in this model, the image is encoded "
+    "once, before the language model runs"
+)
+
+
 def check_stack(word: ast.Name, context: SiteContext) -> bool:
     """Check that a stack before the axes is the one that rules act in anyway.
 
@@ -1272,7 +1279,11 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
     if word.id not in STACKS:
         report_unknown_stack(word, context)
     elif (
-        (word.id in STACK_SITES and word.id != "vision")
+        (
+            word.id in STACK_SITES
+            and word.id != "vision"
+            and (word.id != "encoder" or context.shape.takes != "attended image")
+        )
         or (word.id in context.shape.others)
         or (word.id == "decoder" and context.shape.encodes_apart)
         or word.id == side
@@ -1297,6 +1308,8 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
             if word.id == "text":
                 hint = "remove `text`: rules act in the language model"
             problem = replace(problem, later=hint)
+        elif context.shape.takes == "attended image":
+            problem = replace(problem, later=ATTENDED_IMAGE_HINT)
         elif word.id == "vision" and context.shape.takes == "image to text":
             hint = "write `encoder`, the stack of this model that reads the image"
             problem = replace(problem, later=hint)

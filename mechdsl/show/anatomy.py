@@ -198,7 +198,8 @@ def _tensor_note(site: str, tap: HookPoint, path: str, anatomy: Anatomy) -> str:
         return f"resid_pre + the {side} of {path}"
     factor = f"{tap.scale:g} × " if tap.scale != 1 else ""
     if tap.scaled_by is not None:
-        factor += f"{tap.scaled_by.rpartition('.')[2]} × "
+        name = tap.scaled_by.rpartition(".")[2]
+        factor += f"tanh({name}) × " if tap.squashed else f"{name} × "
     return f"{factor}{side} of {path}"
 
 

@@ -155,7 +155,9 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
             if row.image is None:
                 _print_grid(_numbered(experiment, row), console)
             if row.source:
-                sides = {"encoder": range(row.source), "decoder": range(row.source, len(row.ids))}
+                names = ("image", "text") if row.decodes_text else ("encoder", "decoder")
+                own, later = range(row.source), range(row.source, len(row.ids))
+                sides = dict(zip(names, (own, later), strict=True))
                 said = ", ".join(f"{side} {range_text(each)}" for side, each in sides.items())
                 console.print(Text(f"    tokens of the {said}", style="dim"))
             for label, positions in _named_spans(row):

@@ -62,9 +62,10 @@ The processors of `internvl`, `llava_onevision`, `qwen2_vl`, `qwen2_5_vl`, `qwen
 of `smolvlm` also needs num2words. `video_layout` returns the positions of the frames of videos for
 `video_llava`, `llava_onevision` and the Qwen models.
 
-Prompts of files contain images of all of these types, except `mllama`,
-which mechdsl doesn't load; those of `vision-encoder-decoder` contain nothing else
-([load-models.md](load-models.md#experiment-on-the-reader-of-an-image)).
+Prompts of files contain images of all of these types; those of `vision-encoder-decoder` contain
+nothing else ([load-models.md](load-models.md#experiment-on-the-reader-of-an-image)). In `mllama`,
+blocks of the language model attend to the image
+([load-models.md](load-models.md#experiment-on-blocks-that-attend-to-an-image)).
 Some models do more with images than read their vectors:
 
 - Position ids of image tokens are rows and columns in `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl`.

@@ -456,9 +456,4 @@ TABLE = [
     MOONSHINE,
     Refused("fsmt", "its tensors have the position dimension before the batch dimension"),
     Refused("prophetnet", "its decoder runs several streams as one sequence"),
-    Refused(
-        "mllama",
-        "some of its blocks attend to images in place of earlier tokens, and don't run without an "
-        "image",
-    ),
 ]

@@ -16,11 +16,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.models import ComponentNotFound
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.layouts import IMAGE_LAYOUTS, ImageTokens, image_layout
@@ -557,38 +555,6 @@ def refused_with(name: str, attribute: str, value: str) -> list[Diagnostic]:
         model, found = adopt_model("m", deepcopy(own.model), own.processor)
         assert model is not None, found
         return refused(model)
-
-
-def test_mllama_reports_why_it_is_not_loaded() -> None:
-    text = {
-        "vocab_size": 60,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "cross_attention_layers": [1],
-        "pad_token_id": 0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }
-    vision = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_global_layers": 1,
-        "attention_heads": 2,
-        "image_size": 8,
-        "patch_size": 4,
-        "vision_output_dim": 16,
-        "intermediate_layers_indices": [0],
-    }
-    config = AutoConfig.for_model("mllama", text_config=text, vision_config=vision)
-    made = AutoModelForImageTextToText.from_config(config)
-    model, [found] = adopt_model("m", made, vlm.processor("llava"))
-    assert model is None
-    assert found.code == "E0409"
-    assert isinstance(found, ComponentNotFound)
-    assert "attend to images in place of earlier tokens" in found.reason
 
 
 def refused(model: LoadedModel) -> list[Diagnostic]:

@@ -528,13 +528,6 @@ def test_model_type_without_layout_is_rejected_by_name() -> None:
     assert "Layouts of image tokens" in unfit.hint
 
 
-def test_cross_attention_is_rejected_with_reason() -> None:
-    unfit = rejection("llava", vlm.processor("llava"), SimpleNamespace(model_type="mllama"))
-    assert str(unfit) == (
-        "`mllama` reads images by cross-attention, so they have no positions in its language model"
-    )
-
-
 @pytest.mark.parametrize("other", ["LlavaNextProcessor", "ViTImageProcessor"])
 def test_processor_of_another_model_is_rejected_by_name(other: str) -> None:
     made, config = vlm.processor("llava"), vlm.model("llava").config

@@ -3062,6 +3062,16 @@ _in_prompt(
     "corrupt hidden { mask photo }",
     test="test_encoded_images.py",
 )
+_in_prompt(
+    "image that blocks attend to",
+    "patch v cross layer 13 heads * at photo row 2 col 3 token",
+    "Some blocks of Llama 3.2 Vision attend to an image in place of earlier tokens. `k cross` and "
+    "`v cross` of these blocks are at its patches, and other sites at tokens of the text. The "
+    "encoder of images has no sites. Prompts contain one image.",
+    context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '
+    "corrupt hidden { mask photo }",
+    test="test_attended_images.py",
+)
 _in_image(
     "a patch",
     "image row 3 col 4 token",

@@ -178,6 +178,9 @@ class FullPasses:
         batch = acting.numbered(batch)
         if not self.model.shape.encodes_apart:
             return self._run(acting, batch, held, sources)
+        if self.model.shape.takes == "attended image":  # it was encoded before all passes
+            acting = acting.then(chosen.rules(self._across)) if step else acting
+            return self._run(acting, batch, held, sources)
         if encoded:
             acting = acting.outside("encoder").then(chosen.rules(self._across))
             extra = {ENCODED: pad_sequence(list(encoded), batch_first=True)}
@@ -239,6 +242,8 @@ class FullPasses:
         """List step sources, and keys and values of all blocks that run."""
         shape, blocks = self.model.shape, {to: of is not None for to, of in acting.blocks}
         layers = [layer for layer in range(shape.n_layers) if blocks.get(layer, True)]
+        if shape.takes == "attended image":  # other blocks attend to the image
+            layers = [layer for layer in layers if shape.has("k", layer)]
         every = [SiteRead(site, layer) for layer in layers for site in ("k", "v")]
         if not all(shape.has(read.site, read.layer) for read in every):
             raise ValueError(f"`{self.model.name}` has blocks without keys and values to cache")

@@ -62,7 +62,8 @@ def get_scale(model: nn.Module, tap: HookPoint) -> float | Tensor:
     path, _, name = tap.scaled_by.rpartition(".")
     module = model.get_submodule(path)
     with load_weights(module):
-        return module.get_parameter(name).detach() * tap.scale
+        by = module.get_parameter(name).detach()
+        return (by.tanh() if tap.squashed else by) * tap.scale
 
 
 def apply_scale(value: Tensor, scale: float | Tensor) -> Tensor:

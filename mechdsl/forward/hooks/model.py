@@ -24,7 +24,7 @@ from mechdsl.forward.hooks.module_exchange import (
     load_weights,
     replace_forward,
 )
-from mechdsl.models.anatomy import Anatomy, HookPoint
+from mechdsl.models.anatomy import ATTENDED, TILES, Anatomy, HookPoint
 from mechdsl.models.shape import ModelShape, PaddingSide
 
 if TYPE_CHECKING:
@@ -403,15 +403,28 @@ def split_vision(
     return [*embedded, *outside], [read for read in reads if read not in found], found
 
 
-IMAGE_PIXELS: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
-"""By model whose encoder reads images, the pixels [channels, height, width] of each known image, by
-its first token; on the host."""
+IMAGE_INPUTS: WeakKeyDictionary[nn.Module, dict[int, Mapping[str, Tensor]]] = WeakKeyDictionary()
+"""By model whose encoder reads images, the inputs for each known image, by its first token, without
+the batch dimension; on the host. They are pixels, or `ATTENDED` and `TILES`."""
 
 
-def _find_pixels(model: LoadedModel, ids: Tensor) -> Tensor:
-    """Return [B, channels, height, width] of the images whose tokens [B, T] an encoder reads."""
-    known = IMAGE_PIXELS[model.module]
-    return torch.stack([known[token] for token in ids[:, 0].tolist()]).to(model.device)
+def _find_inputs(model: LoadedModel, ids: Tensor) -> dict[str, Any]:
+    """Return the inputs [B, …] for the images whose tokens [B, T] an encoder reads."""
+    known = IMAGE_INPUTS[model.module]
+    found = [known[token] for token in ids[:, 0].tolist()]
+    return {name: torch.stack([own[name] for own in found]).to(model.device) for name in found[0]}
+
+
+def _attend_to_image(model: LoadedModel, ids: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the vectors of images and the tiles that each token [B, T] attends to.
+
+    Tokens attend to the image from its token on; without one, all tokens do.
+    """
+    module: Any = model.module
+    seen = (ids == module.config.image_token_index).cumsum(1) > 0
+    seen |= ~seen.any(1, keepdim=True)
+    mask = seen.long()[:, :, None, None] * given[TILES][:, None, None]
+    return {ATTENDED: given[ATTENDED], "cross_attention_mask": mask}
 
 
 ENCODED = "encoder_outputs"
@@ -425,6 +438,10 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
     match model.shape.takes:
         case "image":
             return dict(batch.extra)
+        case "attended image":
+            given = dict(batch.extra) or _find_inputs(model, batch.of_stack("encoder").ids)
+            given = _attend_to_image(model, ids, given)
+            return given | {"input_ids": ids, "attention_mask": mask}
         case "two texts" | "audio" | "image to text":
             given: dict[str, Any] = dict(batch.extra)
             encoder = batch.of_stack("encoder")
@@ -433,7 +450,7 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
             elif model.shape.takes == "two texts":
                 given = {"input_ids": encoder.ids}
             elif not given:
-                given = {"pixel_values": _find_pixels(model, encoder.ids)}
+                given = _find_inputs(model, encoder.ids)
             if model.shape.takes == "two texts":
                 given["attention_mask"] = encoder.mask
             return given | {"decoder_input_ids": ids, "decoder_attention_mask": mask}

@@ -16,6 +16,7 @@ from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.hook_points import view_layout
 from mechdsl.forward.hooks.model import (
+    BlockStack,
     CheckOutcome,
     LoadedModel,
     build_text_inputs,
@@ -642,10 +643,13 @@ def add_stack_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
 
     The model is unchanged if attention, computed explicitly there, changes the output of the batch.
     """
-    others = {
-        stack: replace(own, shape=replace(own.shape, sites=own.shape.sites | STACK_ATTENTION_SITES))
-        for stack, own in model.others.items()
-    }
+    others: dict[str, BlockStack] = {}
+    for stack, own in model.others.items():
+        partly = dict(own.shape.partly)
+        if "z" in partly:
+            partly |= dict.fromkeys(STACK_ATTENTION_SITES, partly["z"])
+        sites = own.shape.sites | STACK_ATTENTION_SITES
+        others[stack] = replace(own, shape=replace(own.shape, sites=sites, partly=partly))
     shapes = {stack: own.shape for stack, own in others.items()}
     found = replace(model, others=others, shape=replace(model.shape, others=shapes))
     reads = [

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from mechdsl.models.anatomy import (
+    ATTENDED,
+    TILES,
     BlockAnatomy,
     BlockArrangement,
     Family,
@@ -56,14 +58,34 @@ class PaliGemma(Family):
 
 @family("mllama_text_model")
 class Mllama(Family):
-    """Llama 3.2 Vision: every few blocks attend to images only."""
+    """Llama 3.2 Vision: every few blocks attend to an image in place of earlier tokens."""
+
+    attends_apart = True
 
     @staticmethod
-    def refused(config: ModelConfig) -> str:
-        return (
-            "some of its blocks attend to images in place of earlier tokens, and don't run without "
-            "an image"
-        )
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        own = block.taps.get("attn_out")
+        if own is None or not own.path.endswith("cross_attn"):
+            return block
+        gate = f"{block.path}.cross_attn_attn_gate"
+        return block.with_taps(attn_out=replace(own, scaled_by=gate, squashed=True))
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        return "some of its blocks attend to an image"
+
+
+@family("mllama")
+class MllamaWithImages(Family):
+    """The same with its image encoder."""
+
+    @staticmethod
+    def picture(config: ModelConfig) -> ModelInputs:
+        vision = config["vision_config"]
+        tiles = vision["max_num_tiles"]
+        patches = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+        width = config["text_config"]["hidden_size"]
+        return {ATTENDED: (1, tiles * patches, width), TILES: [[1] * tiles]}
 
 
 @family("siglip_text_model")

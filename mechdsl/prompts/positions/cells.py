@@ -592,6 +592,9 @@ class _OneSide(Record):
 
     def problem(self) -> Diagnostic | None:
         """Return E0316 for text of the encoder among positions of the decoder."""
+        rows = self.whole.runs[self.run].rows
+        if any(row.decodes_text for row in rows[:1]):
+            return self._image_problem(rows)
         if self.side == "source":
             return None
         for node in walk(self.positions):
@@ -602,6 +605,38 @@ class _OneSide(Record):
                     return NotInDecoder(span=self.positions.span, position=node.span.written)
                 case _:
                     pass
+        return None
+
+    def _image_problem(self, rows: Sequence[RunRow]) -> Diagnostic | None:
+        """Return E0316 for a part of the image among positions of the text, and E0310 for a text
+        among those of the image."""
+        images = {
+            name
+            for row in rows[:1]
+            for placed in row.placed_pictures
+            for name in (placed.name, *placed.picture.regions)
+        }
+        image = next(iter(sorted(images)), "photo")
+        for item in self.positions.items:
+            spans = [node for node in walk(item) if isinstance(node, ast.SpanRef)]
+            own = [node for node in spans if images & {node.name, node.of}]
+            if own and self.side == "target":
+                hint = "name a site at the tokens of the image, `k cross` or `v cross`, or a token "
+                hint += "of the text: `last token`"
+                written = own[0].span.written
+                return NotInDecoder(span=self.positions.span, position=written, hint=hint)
+            if not own and self.side == "source":
+                return OutsidePrompt(
+                    span=item.span,
+                    position=item.span.written,
+                    run=self.run,
+                    lacking=len(rows),
+                    total=len(rows),
+                    example=row_example(rows[0]),
+                    hint=f"this site has vectors at the tokens of the image: write `{image} "
+                    f"tokens` or `{image} row 1 col 2 token`",
+                    unit="image",
+                )
         return None
 
     def moved(self, cell: PositionCell) -> PositionCell:

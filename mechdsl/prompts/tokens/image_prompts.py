@@ -222,6 +222,11 @@ class ImagePromptTokenizer(TextTokenizer):
             raise UnsupportedProcessor("its tokenizer splits the line break after prompts")
         return encoded.ids[0]
 
+    @cached_property
+    def _written_bos(self) -> str:
+        """The beginning-of-sequence token that the processor of attended images writes."""
+        return self._recall("bos text", lambda: str(self.processor.bos_token or ""), str)
+
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Raise UnsupportedProcessor if a prompt with images lacks the end that the processor adds.
 
@@ -239,6 +244,9 @@ class ImagePromptTokenizer(TextTokenizer):
         if self.layout.encodes:
             return {"bos": "none: the encoder reads only the image, its class token before patches"}
         out: dict[str, str] = {}
+        if self.layout.attended:
+            token = quote(self.token_text(self.image_id))
+            out["image"] = f"blocks of `cross` attend to it, from {token} and later tokens"
         if self.bos_after_images is not None and not self.written:
             bos = quote(self.token_text(self.bos_after_images))
             by = "the model's processor"
@@ -306,7 +314,7 @@ class ImagePromptTokenizer(TextTokenizer):
         """Return the tokens of an image; of each cell, its token, tile, row, column and box."""
         from PIL import Image
 
-        if self.layout.encodes:
+        if self.layout.encodes or self.layout.attended:
             [layout] = image_layout(*self._read, {}, [size])
             return [self.image_id] * layout.end, _cell_rows(layout, 0)
         image, text = Image.new("RGB", (size[1], size[0])), self.image_text
@@ -380,6 +388,9 @@ class ImagePromptTokenizer(TextTokenizer):
             return super()._raw(texts, add_special)
         if self.layout.encodes:
             return [self._encoded(text, found) for text, found in zip(texts, markers, strict=True)]
+        if self.layout.attended:
+            pairs = zip(texts, markers, strict=True)
+            return [self._with_image(*each, add_special=add_special) for each in pairs]
         moved = self.bos_after_images if add_special else None
         if moved is not None and not all(markers):
             return [self._raw([text], add_special)[0] for text in texts]
@@ -392,6 +403,11 @@ class ImagePromptTokenizer(TextTokenizer):
         ]
 
     def _with_bos(self, encoded: EncodedText) -> EncodedText:
+        if self.layout.attended and encoded.source:
+            if self.bos is not False:  # the prompt has the token that the processor writes
+                return encoded
+            text = super()._with_bos(_cut(encoded, slice(encoded.source, None)))
+            return _after_image(_cut(encoded, slice(encoded.source)), text)
         has_image = any(token >= IMAGE_TOKEN for token in encoded.ids)
         without = self.layout.encodes or self.bos_after_images is not None
         return encoded if has_image and without else super()._with_bos(encoded)
@@ -410,6 +426,46 @@ class ImagePromptTokenizer(TextTokenizer):
         expansion = self.expansion((int(marker["height"]), int(marker["width"])))
         ids = tuple(self.vector_tokens(marker[0], expansion))
         return EncodedText(ids, (marker.span(),) * len(ids), (False,) * len(ids))
+
+    def _with_image(
+        self, text: str, markers: Sequence[Match[str]], *, add_special: bool
+    ) -> EncodedText:
+        """Return the tokens of a text and of its image, if it has one, which precede it.
+
+        As the processor does, it writes a beginning-of-sequence token into texts without one: after
+        the token that stands for the image if they begin with it, otherwise in front.
+
+        Raises:
+            UnsupportedProcessor: The text has several images.
+        """
+        if not markers:
+            return super()._raw([text], add_special)[0]
+        if len(markers) > 1:
+            unfit = UnsupportedProcessor("prompts of several images aren't supported for it")
+            unfit.hint = "write one image in the template"
+            raise unfit
+        [marker] = markers
+        token, bos = self.image_text.written, self._written_bos
+        before, after = text[: marker.start()], text[marker.end() :]
+        if not (add_special or self.written) or self.bos is False or bos in text:
+            bos = ""
+        shift = 0 if not before else len(bos)
+        plain = f"{bos}{before}{token}{after}" if before else f"{token}{bos}{after}"
+        [encoded] = super()._raw([plain], add_special)
+        self._places(encoded, [marker.start() + shift])
+        # The beginning-of-sequence token counts as a part of the image's text, without characters.
+        around = _MarkerOffsets(markers, len(token) + (len(bos) if not before else 0))
+        kept = [
+            None if special or end <= shift else around.of(start - shift, end - shift)
+            for (start, end), special in zip(encoded.offsets, encoded.special, strict=True)
+        ]
+        ids, special = encoded.ids, tuple(each is None for each in kept)
+        offsets = tuple(each or (0, 0) for each in kept)
+        expansion = self.expansion((int(marker["height"]), int(marker["width"])))
+        vectors = tuple(self.vector_tokens(marker[0], expansion))
+        count = len(vectors)
+        image = EncodedText(vectors, (marker.span(),) * count, (False,) * count)
+        return _after_image(image, EncodedText(ids, offsets, special))
 
     def _expanded(
         self, encoded: EncodedText, markers: Sequence[Match[str]], bos: int | None = None
@@ -453,13 +509,28 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def token_text(self, token: int) -> str:
         """Return a readable token: decoded, special tokens by name."""
-        if token >= IMAGE_TOKEN and self.layout.encodes:
+        if token >= IMAGE_TOKEN and (self.layout.encodes or self.layout.attended):
             return "<image>"
         return super().token_text(token if token < IMAGE_TOKEN else self.image_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, with special tokens by name."""
         return super().decode([each if each < IMAGE_TOKEN else self.image_id for each in ids])
+
+
+def _cut(encoded: EncodedText, part: slice) -> EncodedText:
+    """Return some of the tokens of a text."""
+    return EncodedText(encoded.ids[part], encoded.offsets[part], encoded.special[part])
+
+
+def _after_image(image: EncodedText, text: EncodedText) -> EncodedText:
+    """Return the tokens of an image, which the source consists of, and of the text after them."""
+    return EncodedText(
+        image.ids + text.ids,
+        image.offsets + text.offsets,
+        image.special + text.special,
+        len(image.ids),
+    )
 
 
 def _cell_rows(layout: ImageTokens, first: int) -> list[list[Any]]:

@@ -1,0 +1,566 @@
+"""Models whose blocks attend to an image, such as Llama 3.2 Vision, against plain hooks on the bare
+model with the inputs that its processor prepares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    MllamaForConditionalGeneration,
+    MllamaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.images.layouts import image_layout
+from mechdsl.loading.loader import adopt_model
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
+
+from ..execute.support import MODES, run_on
+from ..run_source import run_source
+from ..shared_models import unchanged
+from . import models
+from .support import RECORDS, experiment, succeeded, write_data
+
+SIDE, PATCH, TILES = 16, 8, 4
+PATCHES = (SIDE // PATCH) ** 2
+EACH = PATCHES + 1
+"""Tokens of a tile: its class token and its patches."""
+HEADS, LAYERS, CROSS, WIDTH = 4, 4, (1, 3), 6
+WORDS = (*(word for word in models.SPECIAL if word != "<image>"), *models.WORDS)
+IMAGE = "<|image|>"
+BLOCK = """
+prompts ask {
+  rows "data.jsonl"
+  image photo = "{file}"
+  template "{photo} how many {what} are there ? answer :"
+  answer " {n}"
+  wrong " {m}"
+  corrupt changed { file = other }
+}
+"""
+SIZES = ((24, 24), (10, 12), (17, 40), (16, 30))
+"""(height, width) of the images; the second is smaller than a tile."""
+GRIDS = ((2, 2), (1, 1), (1, 3), (1, 2))
+"""Rows and columns of the tiles of each image."""
+
+
+@cache
+def folder() -> Path:
+    """The images and records."""
+    from tempfile import mkdtemp
+
+    made = Path(mkdtemp(prefix="mechdsl-attended-"))
+    write_data(made)
+    for number, (height, width) in enumerate(SIZES):
+        draws = np.random.default_rng(number)
+        image = draws.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(image).save(made / f"{number}.png")
+    return made
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose image token follows the vocabulary, as in Llama 3.2 Vision."""
+    vocabulary = {token: n for n, token in enumerate(WORDS)}
+    made = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    special = (*models.SPECIAL[:-1], IMAGE)
+    made.add_special_tokens([AddedToken(token, special=True) for token in special])
+    roles = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
+    named: dict[str, Any] = {f"{role}_token": token for role, token in roles.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **named)
+
+
+@cache
+def processor() -> MllamaProcessor:
+    images = MllamaImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, max_image_tiles=TILES, **models.MEAN
+    )
+    return MllamaProcessor(images, tokenizer())
+
+
+@cache
+def bare() -> Any:
+    text = {
+        **models.TEXT,
+        "vocab_size": len(WORDS),
+        "num_hidden_layers": LAYERS,
+        "hidden_size": HEADS * WIDTH,
+        "cross_attention_layers": list(CROSS),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    text.pop("head_dim")
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "vision_output_dim": 32,
+        "intermediate_layers_indices": [0],
+        "max_num_tiles": TILES,
+        "supported_aspect_ratios": [
+            [w, h] for w in range(1, 5) for h in range(1, 5) if w * h <= TILES
+        ],
+    }
+    config = AutoConfig.for_model(
+        "mllama", text_config=text, vision_config=vision, image_token_index=len(WORDS)
+    )
+    torch.manual_seed(0)
+    made: Any = MllamaForConditionalGeneration(config)
+    with torch.no_grad():
+        for path, weight in made.named_parameters():
+            if "gate" in path.rpartition(".")[2]:
+                weight.fill_(0.8)
+            elif weight.dim() > 1:
+                weight.normal_(0, 1.5 if "lm_head" in path else 0.4)
+    return unchanged(made.eval())
+
+
+@cache
+def loaded() -> LoadedModel:
+    model, found = adopt_model("m", bare(), processor())
+    assert model is not None, found
+    return model
+
+
+Hook = tuple[str, bool, Callable[[Tensor], Tensor]]
+"""The path of a module, whether its input is changed, and the change of the tensor."""
+
+
+def inputs(n: int, image: int) -> dict[str, Any]:
+    """What the processor returns for one prompt, with the image of another number."""
+    picture = Image.open(folder() / f"{image}.png").convert("RGB")
+    text = f"{IMAGE} how many {RECORDS[n]['what']} are there ? answer :"
+    return dict(processor()(text=[text], images=[[picture]], return_tensors="pt"))
+
+
+@contextmanager
+def hooked(hooks: Iterable[Hook]) -> Generator[None]:
+    """Plain hooks on the bare model."""
+    handles: list[Any] = []
+    for path, of_input, change in hooks:
+        part = bare().get_submodule(path)
+
+        def before(_: Any, args: Any, kwargs: Any, change: Any = change) -> Any:
+            if args:
+                return (change(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+        def after(_: Any, args: Any, output: Any, change: Any = change) -> Any:
+            if isinstance(output, tuple):
+                return (change(output[0]), *output[1:])
+            return change(output)
+
+        handles.append(
+            part.register_forward_pre_hook(before, with_kwargs=True)
+            if of_input
+            else part.register_forward_hook(after)
+        )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def outputs(
+    n: int, image: int, hooks: Iterable[Hook] = (), text: Sequence[int] = (), **more: Any
+) -> Any:
+    """Run one prompt, followed by tokens that attend to the image as its last token does."""
+    given = inputs(n, image)
+    if text:
+        given["input_ids"] = torch.cat([given["input_ids"], torch.tensor([[*text]])], 1)
+        given["attention_mask"] = torch.ones_like(given["input_ids"])
+        mask = given["cross_attention_mask"]
+        later = mask[:, -1:].expand(-1, len(text), -1, -1)
+        given["cross_attention_mask"] = torch.cat([mask, later], 1)
+    with hooked(hooks):
+        return bare()(**given, use_cache=False, **more)
+
+
+def token(word: str) -> int:
+    return tokenizer().get_vocab()[word]
+
+
+def difference(n: int, image: int, hooks: Iterable[Hook] = ()) -> float:
+    logits = outputs(n, image, hooks).logits[0, -1]
+    answer, wrong = (token(str(RECORDS[n][key])) for key in ("n", "m"))
+    return float(logits[answer] - logits[wrong])
+
+
+def other(n: int) -> int:
+    return (n + 1) % len(RECORDS)
+
+
+def patch(image: int, row: int, col: int) -> int:
+    """The number of a patch among all tokens of the image, tile by tile."""
+    (down, right), (above, before) = divmod(row - 1, 2), divmod(col - 1, 2)
+    return (down * GRIDS[image][1] + above) * EACH + 1 + 2 * right + before
+
+
+def block_at(layer: int) -> str:
+    return f"model.language_model.layers.{layer}"
+
+
+def place(site: str, layer: int) -> tuple[str, bool]:
+    """The module of a site, and whether the site is its input."""
+    component, _, stack = site.partition(" ")
+    attention = f"{block_at(layer)}.{'cross_attn' if stack else 'self_attn'}"
+    found = {
+        "resid_post": (block_at(layer), False),
+        "attn_out": (attention, False),
+        "mlp_out": (f"{block_at(layer)}.mlp", False),
+        "z": (f"{attention}.o_proj", True),
+        "v": (f"{attention}.v_proj", False),
+        "k": (f"{attention}.k_norm", False),
+    }
+    return found[component]
+
+
+def read(n: int, image: int, site: str, layer: int) -> Tensor:
+    found: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value.clone())
+        return value
+
+    outputs(n, image, [(*place(site, layer), keep)])
+    return found[0]
+
+
+def at(site: str, layer: int, tokens: Sequence[int], head: int | None, of: Any) -> Hook:
+    """Replace vectors by those of another tensor, or by what a function returns for them.
+
+    The bare model has the values of patches as [tile, token, feature], and their keys as
+    [1, head, token, feature].
+    """
+    columns = slice(None) if head is None else slice(head * WIDTH, (head + 1) * WIDTH)
+
+    def flat(value: Tensor) -> Tensor:
+        if site == "k cross":
+            value = value.transpose(1, 2)
+            return value.reshape(-1, value.shape[2] * value.shape[3])
+        return value.reshape(-1, value.shape[-1])
+
+    def change(value: Tensor) -> Tensor:
+        value = value.clone()
+        new = flat(value).clone()
+        rows = list(tokens)
+        own = new[rows][:, columns]
+        chosen = of(own) if callable(of) else flat(of)[rows][:, columns]
+        whole = new[rows]
+        whole[:, columns] = chosen
+        new[rows] = whole
+        if site == "k cross":
+            heads = new.unflatten(1, (value.shape[1], value.shape[3]))
+            return heads.transpose(0, 1)[None]
+        return new.reshape(value.shape)
+
+    return (*place(site, layer), change)
+
+
+def words(n: int) -> list[int]:
+    """The positions of `{what}`, after the image's token and three others."""
+    return [*range(4, 4 + len(str(RECORDS[n]["what"]).split()))]
+
+
+def in_order(n: int) -> list[list[Hook]]:
+    """The changes of each cell of the rules of `RULES`, one rule after another."""
+    zero, double = torch.zeros_like, lambda value: 2 * value
+    here, there = [patch(n, 1, 2)], [patch(other(n), 1, 2)]
+    assert here == there
+    rows, cols = (2 * each for each in GRIDS[other(n)])
+    every = [patch(other(n), row, col) for row in range(1, rows + 1) for col in range(1, cols + 1)]
+
+    def copied(site: str, layer: int, tokens: Sequence[int], head: int | None = None) -> Hook:
+        return at(site, layer, tokens, head, read(n, n, site, layer))
+
+    return [
+        *([copied("resid_post", layer, [-1])] for layer in range(LAYERS)),
+        [at("attn_out cross", 1, words(n), None, zero)],
+        *([copied("z", 2, [-1], head)] for head in range(HEADS)),
+        *([copied("v cross", 1, here, head)] for head in range(2)),
+        *([at("z cross", 3, [-1], head, zero)] for head in range(HEADS)),
+        [at("mlp_out", 0, [-1], None, double), copied("k cross", 3, here)],
+        [at("v cross", 1, every, None, zero)],
+    ]
+
+
+RULES = (
+    "patch resid_post layer * at last token",
+    "ablate attn_out cross layer 1 at what tokens with zero",
+    "patch z layer 2 head * at last token",
+    "patch v cross layer 1 head * at photo row 1 col 2 token",
+    "ablate z cross layer 3 head * at last token with zero",
+    "scale mlp_out layer 0 at last token by 2\n"
+    "  patch k cross layer 3 heads * at photo row 1 col 2 token",
+    "ablate v cross layer 1 heads * at photo tokens with zero",
+)
+
+
+def try_text(
+    text: str, mode: str = "planned", block: str = BLOCK, model: LoadedModel | None = None
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    whole = f'mech 1\nmodel m = local("handed over")\n{block}\n{text}'
+    return run_on(Source(whole, folder() / "file.mech"), {"m": model or loaded()}, MODES[mode])
+
+
+def run_text(text: str, mode: str = "planned", block: str = BLOCK) -> list[ExperimentResult]:
+    return [*succeeded(*try_text(text, mode, block)).values()]
+
+
+@pytest.mark.parametrize("mode", ["planned", pytest.param("small passes", marks=pytest.mark.slow)])
+def test_rules_equal_hooks_on_the_bare_model(mode: str) -> None:
+    text = "".join(
+        experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(RULES)
+    )
+    found = run_text(text, mode)
+    patched = np.concatenate([each.measures[0].patched for each in found])
+    everything = [in_order(n) for n in range(len(RECORDS))]
+    base = [difference(n, other(n)) for n in range(len(RECORDS))]
+    expected = [
+        [difference(n, other(n), hooks) for n, hooks in enumerate(cell)]
+        for cell in zip(*everything, strict=True)
+    ]
+    np.testing.assert_allclose(found[0].measures[0].base[0], base, atol=1e-4)
+    np.testing.assert_allclose(patched, expected, atol=2e-4)
+    first = 0
+    for each, rule in zip(found, RULES, strict=True):
+        own = np.array(expected[first : first + len(each.cells)]) - base
+        first += len(each.cells)
+        assert np.abs(own).max() > 0.1, rule
+
+
+def test_replies_and_long_answers_equal_hooks_on_the_bare_model() -> None:
+    """In two experiments, with answers of two tokens and of one."""
+    rule = "ablate v cross layer 1 heads * at photo row 1 col * tokens with zero"
+    block = BLOCK.replace(
+        'answer " {n}"', 'shown = if n < 3 then "circle" else "red dots"\n  answer " {shown}"'
+    ).replace('  wrong " {m}"\n', "")
+    written = experiment("r", "generate 4", rule, measure='measure matches("1|2|3") as raw')
+    summed = experiment("s", rule, measure="measure logprob(answer) as delta")
+    replies, sums = run_text(written + summed, block=block)
+    assert replies.replies is not None
+    for n in range(len(RECORDS)):
+        top = [patch(n, 1, col) for col in range(1, 2 * GRIDS[n][1] + 1)]
+        hooks = [at("v cross", 1, top, None, torch.zeros_like)]
+        [reply], [cell] = replies.replies.runs["clean"][n], replies.replies.cells[0][n]
+        assert list(reply.ids) == replied(n, ())
+        assert list(cell.ids) == replied(n, hooks)
+        ids = [token(word) for word in (["circle"] if n < 2 else ["red", "dots"])]
+        logits = outputs(n, n, hooks, ids[:-1]).logits[0].log_softmax(-1)[-len(ids) :]
+        total = sum(float(logits[at, each]) for at, each in enumerate(ids))
+        np.testing.assert_allclose(sums.measures[0].patched[0, n], total, atol=2e-4)
+    assert np.abs(sums.measures[0].patched - sums.measures[0].base).max() > 0.1
+
+
+def replied(n: int, hooks: Sequence[Hook]) -> list[int]:
+    """The most likely tokens before the end of the text."""
+    found: list[int] = []
+    for _ in range(4):
+        best = int(outputs(n, n, hooks, found).logits[0, -1].argmax())
+        if best == token("</s>"):
+            break
+        found.append(best)
+    return found
+
+
+def test_observed_and_blocked_attention_equal_the_models_own() -> None:
+    to = "from last token to photo row 1 col * tokens"
+    text = experiment("c", f"observe attention cross layer 1 head * {to}", measure="")
+    text += experiment(
+        "s", "observe attention layer 2 head * from last token to what tokens", measure=""
+    )
+    text += experiment("b", f"block attention cross layer 3 heads * {to}")
+    cross, own, blocked = run_text(text)
+    bare().set_attn_implementation("eager")
+    try:
+        for n in range(len(RECORDS)):
+            keys = [patch(n, 1, col) for col in range(1, 2 * GRIDS[n][1] + 1)]
+            seen = outputs(n, n, output_attentions=True).attentions
+            weights = seen[1][0, :, -1, keys].sum(-1)
+            np.testing.assert_allclose(cross.measures[0].patched[:, n], weights, atol=1e-5)
+            weights = seen[2][0, :, -1, words(n)].sum(-1)
+            np.testing.assert_allclose(own.measures[0].patched[:, n], weights, atol=1e-5)
+            value = difference_without(n, keys)
+            np.testing.assert_allclose(blocked.measures[0].patched[0, n], value, atol=2e-4)
+    finally:
+        bare().set_attn_implementation("sdpa")
+    assert np.abs(blocked.measures[0].patched - blocked.measures[0].base).max() > 0.1
+
+
+def difference_without(n: int, keys: Sequence[int]) -> float:
+    """The measure while the last token doesn't attend to some patches in layer 3."""
+
+    def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"].clone()
+        mask[..., -1, list(keys)] = torch.finfo(torch.float32).min
+        return args, {**kwargs, "attention_mask": mask}
+
+    attention = bare().get_submodule(f"{block_at(3)}.cross_attn")
+    handle = attention.register_forward_pre_hook(hide, with_kwargs=True)
+    try:
+        return difference(n, n)
+    finally:
+        handle.remove()
+
+
+def test_text_before_the_image_equals_the_bare_model() -> None:
+    """Tokens before the image read nothing of it."""
+    own = BLOCK.replace("{photo} how many", "how many {photo}")
+    rule = "ablate resid_post layer 0 at token 1 with zero"
+    [found] = run_text(experiment("e", rule), block=own)
+    for n, record in enumerate(RECORDS):
+        text = f"how many {IMAGE} {record['what']} are there ? answer :"
+        picture = Image.open(folder() / f"{n}.png").convert("RGB")
+        given = processor()(text=[text], images=[[picture]], return_tensors="pt")
+        zero = at("resid_post", 0, [1], None, torch.zeros_like)
+        ids = [token(str(record[key])) for key in ("n", "m")]
+        for hooks, value in (((), found.measures[0].base), ([zero], found.measures[0].patched)):
+            with torch.no_grad(), hooked(hooks):
+                logits = bare()(**given, use_cache=False).logits[0, -1, ids]
+            np.testing.assert_allclose(value[0, n], float(logits[0] - logits[1]), atol=2e-4)
+
+
+def test_tokens_of_tiles_equal_arrays_worked_out_manually() -> None:
+    """Of an image of 17 x 40 pixels, resized to 16 x 37, in three tiles of 16 x 16."""
+    [layout] = image_layout(processor(), bare().config, {}, [SIZES[2]])
+    assert layout.end == TILES * EACH
+    assert layout.markers["class"] == (0, 5, 10)
+    assert layout.markers["padding"] == tuple(range(15, 20))
+    cells = {(cell.row, cell.col): cell for cell in layout.cells}
+    positions = [[cells[row, col].position for col in range(1, 7)] for row in (1, 2)]
+    assert positions == [[1, 2, 6, 7, 11, 12], [3, 4, 8, 9, 13, 14]]
+    assert [cells[1, col].tile for col in range(1, 7)] == [1, 1, 2, 2, 3, 3]
+    assert cells[1, 6].box is None
+    scale = 40 / 37
+    for (row, col), box in {(1, 1): (0, 0, 8, 8), (2, 5): (32, 8, 37, 16)}.items():
+        left, top, right, bottom = box
+        expected = (left * scale, top * 17 / 16, right * scale, bottom * 17 / 16)
+        np.testing.assert_allclose(cells[row, col].box, expected)
+    [small] = image_layout(processor(), bare().config, {}, [SIZES[1]])
+    assert [cell.position for cell in small.cells] == [1, 2, 3, 4]
+    assert small.markers["padding"] == tuple(range(5, 20))
+
+
+def test_pixels_of_one_cell_change_the_vector_of_its_token_most() -> None:
+    """In each tile of an image that needs no resizing."""
+    module, picture = bare().model, np.zeros((16, 48, 3), dtype=np.uint8)
+    [layout] = image_layout(processor(), bare().config, {}, [(16, 48)])
+
+    @torch.no_grad()
+    def embedded(pixels: Any) -> Tensor:
+        made = processor().image_processor(Image.fromarray(pixels), return_tensors="pt")
+        return module.vision_model.patch_embedding(made["pixel_values"][0, 0]).flatten(2)
+
+    before = embedded(picture)
+    for cell in layout.cells:
+        assert cell.box is not None
+        left, top, right, bottom = map(round, cell.box)
+        bright = picture.copy()
+        bright[top:bottom, left:right] = 255
+        moved = (embedded(bright) - before).abs().sum(1)  # [tile, patch]
+        tile, place = divmod(cell.position, EACH)
+        assert moved.nonzero().tolist() == [[tile, place - 1]]
+
+
+def test_folder_gives_the_values_of_the_model(tmp_path: Path) -> None:
+    bare().save_pretrained(tmp_path / "model")
+    processor().save_pretrained(tmp_path / "model")
+    for file in folder().iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = experiment("e", "from clean into changed", RULES[3])
+    [expected] = run_text(text)
+    whole = f'mech 1\nmodel m = local("model")\n{BLOCK}\n{text}'
+    found = succeeded(*run_source(Source(whole, tmp_path / "file.mech")))["e"]
+    np.testing.assert_allclose(found.measures[0].patched, expected.measures[0].patched, atol=1e-6)
+
+
+ZERO = "ablate v cross layer 1 heads * at photo tokens with zero"
+TWO = 'image more = "{other}"\n  template "{photo} {more} how'
+ERRORS = {
+    (ZERO, 'template "{photo} how', TWO): "E0459",
+    ("ablate resid_post layer 0 at photo row 1 col 1 token with zero", "", ""): "E0316",
+    ("patch z cross layer 1 head 0 at photo tokens", "", ""): "E0316",
+    ("patch v cross layer 0 heads * at photo row 1 col 1 token", "", ""): "E0414",
+    ("patch z layer 1 head 0 at last token", "", ""): "E0414",
+    ("patch resid_post encoder layer 0 at photo tokens", "", ""): "E0108",
+    ("patch resid_post vision layer 0 at last token", "", ""): "E0108",
+    ("patch v cross layer 1 heads * at photo row 9 col 1 token", "", ""): "E0310",
+    ("patch v cross layer 1 heads * at what tokens", "", ""): "E0310",
+    ("patch v cross layer 1 heads * at last token", "", ""): "E0310",
+}
+
+
+@pytest.mark.parametrize(("case", "code"), ERRORS.items())
+def test_invalid_file_reports_the_code_before_anything_runs(
+    case: tuple[str, str, str], code: str
+) -> None:
+    line, old, new = case
+    text = experiment("e", "from clean into changed", line)
+    _, found = try_text(text, block=BLOCK.replace(old, new) if old else BLOCK)
+    assert next(each.code for each in found if each.severity == "error") == code
+
+
+def test_block_without_an_image_reports_e0455() -> None:
+    own = 'prompts ask {\n  x in ["1", "2"]\n  template "{x}"\n  answer " 3"\n  wrong " 4"\n}\n'
+    text = experiment("e", "ablate mlp_out layer 0 at last token with zero")
+    _, found = try_text(text, block=own)
+    assert [each.code for each in found if each.severity == "error"] == ["E0455"]
+
+
+def test_processor_of_another_tile_size_reports_e0459() -> None:
+    images = MllamaImageProcessorPil(size={"height": 8, "width": 8}, max_image_tiles=TILES)
+    model, found = adopt_model("m", bare(), MllamaProcessor(images, tokenizer()))
+    assert model is not None, found
+    _, found = try_text(experiment("e", ZERO), model=model)
+    assert [each.code for each in found if each.severity == "error"] == ["E0459"]
+
+
+def test_conventions_name_the_token_that_stands_for_the_image() -> None:
+    [found] = run_text(experiment("e", ZERO))
+    assert found.conventions["image"].startswith("blocks of `cross` attend to it, from `<|image|>`")
+    assert "a full forward pass" in found.conventions["planner"]
+
+
+def test_masked_and_gray_images_equal_the_bare_model_on_their_pixels() -> None:
+    """A gray image has the size of a tile; a masked one keeps its tiles."""
+    block = BLOCK.replace("corrupt changed { file = other }", "corrupt hidden { mask photo }")
+    [masked] = run_text(experiment("e", "from clean into hidden", RULES[0]), block=block)
+    gray = BLOCK.replace('image photo = "{file}"', "image photo = gray(100)")
+    gray = gray.replace("  corrupt changed { file = other }\n", "")
+    [plain] = run_text(experiment("e", ZERO), block=gray)
+    for n, record in enumerate(RECORDS):
+        text = f"{IMAGE} how many {record['what']} are there ? answer :"
+        ids = [token(str(record[key])) for key in ("n", "m")]
+        height, width = SIZES[n]
+        for size, level, value in (
+            ((width, height), 128, masked.measures[0].base[0, n]),
+            ((SIDE, SIDE), 100, plain.measures[0].base[0, n]),
+        ):
+            picture = Image.new("RGB", size, (level,) * 3)
+            given = processor()(text=[text], images=[[picture]], return_tensors="pt")
+            with torch.no_grad():
+                logits = bare()(**given, use_cache=False).logits[0, -1, ids]
+            np.testing.assert_allclose(value, float(logits[0] - logits[1]), atol=2e-4)
