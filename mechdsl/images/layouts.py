@@ -1129,6 +1129,10 @@ class EncodedImage(ImageLayout):
         yield from grid(view, _pair(encoder.patch_size))
 
 
+MAX_TILES, MAX_TILE_TOKENS = 64, 10_000
+"""Limits of the tiles that an image is cut into, and of the tokens of one tile."""
+
+
 @layout("mllama")
 class Mllama(ImageLayout):
     """Llama 3.2 Vision (Grattafiori et al. 2024, arXiv:2407.21783, section 7)."""
@@ -1150,12 +1154,15 @@ class Mllama(ImageLayout):
                 for count, (height, width) in ((most, tile), (vision.max_num_tiles, size))
             )
             raise UnsupportedProcessor(f"it gives {given} pixels to an encoder of {read}")
+        each = (tile[0] // cell[0]) * (tile[1] // cell[1])
+        if not (0 < most <= MAX_TILES and 0 < each < MAX_TILE_TOKENS):
+            limits = f"{MAX_TILES} tiles of {MAX_TILE_TOKENS:,} tokens"
+            raise UnsupportedProcessor(f"its images have more than {limits}")
         height, width = prompt.sizes[number]
         canvas = prompt.library("get_optimal_tiled_canvas")(height, width, most, tile[0])
         fit = prompt.library("get_image_size_fit_to_canvas")(height, width, *canvas, tile[0])
         view = View.of((height, width)).resized(*map(int, fit)).cropped(0, 0, *map(int, canvas))
         cells = list(tiles(view, tile, cell))
-        each = (tile[0] // cell[0]) * (tile[1] // cell[1])
         for first in range(0, len(cells), each):
             yield "class"
             yield from cells[first : first + each]

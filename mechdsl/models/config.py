@@ -334,7 +334,20 @@ def shape_from_config(
         shape = _with_stacks(shape, config)
     if shape is not None and takes == "image and text":
         shape = _with_vision(shape, config)
+    if shape is not None and takes == "attended image":
+        shape = _with_attended_image(shape, config)
     return shape, found
+
+
+def _with_attended_image(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
+    """Add the number of image tokens that blocks attend to, as far as the config shows it."""
+    vision = subconfig(config, "vision_config")
+    size, patch, tiles = (vision.get(k) for k in ("image_size", "patch_size", "max_num_tiles"))
+    blocks = shape.config.get("cross_attention_layers")
+    if not (isinstance(size, int) and isinstance(patch, int) and isinstance(tiles, int) and patch):
+        return shape
+    count = tiles * ((size // patch) ** 2 + 1)
+    return replace(shape, attended=count, attending=len(blocks) if blocks else 0)
 
 
 def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:

@@ -169,6 +169,10 @@ class ModelShape(Record):
     """Shapes of the stacks of `STACK_SITES`."""
     without_vision: str = ""
     """Why rules can't act in the vision encoder of a vision-language model; empty if they can."""
+    attended: int = 0
+    """Number of tokens of an image that some blocks attend to, before the text of each prompt."""
+    attending: int = 0
+    """Number of these blocks."""
     starts: tuple[int, ...] | None = None
     """Tokens that a decoder begins with; None for other models, and if the config names none."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)

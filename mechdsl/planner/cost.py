@@ -677,6 +677,12 @@ class _BlockCost:
     mlp: int
     key: int
     """Attention's multiply-adds per key that a query sees."""
+    image: int = 0
+    """Number of tokens, before each text, of an image that some blocks attend to."""
+    share: float = 0
+    """The share of these blocks."""
+    encode: int = 0
+    """Multiply-adds of the keys and values of one image token."""
 
     @staticmethod
     def of(shape: ModelShape) -> _BlockCost:
@@ -688,12 +694,21 @@ class _BlockCost:
             output=heads * shape.d_model,
             mlp=matrices * shape.d_model * shape.d_mlp,
             key=2 * heads,
+            image=shape.attended,
+            share=shape.attending / shape.n_layers,
+            encode=2 * shape.d_model * shape.n_kv_heads * shape.d_head,
         )
 
     def whole(self, lengths: Ints) -> Ints:
-        """Count all tokens of a prompt in one block. Shape [row]."""
-        pairs = lengths * (lengths + 1) // 2
-        return lengths * (self.project + self.output + self.mlp) + pairs * self.key
+        """Count all tokens of a prompt in one block, on average if some blocks attend to an image
+        in place of earlier tokens. Shape [row]."""
+        own = lengths - self.image
+        pairs = own * (own + 1) // 2
+        found = own * (self.project + self.output + self.mlp) + pairs * self.key
+        if not self.image:
+            return found
+        more = (self.image - own) * self.encode + (own * self.image - pairs) * self.key
+        return found + (self.share * more).astype(np.int64)
 
     def of_work(self, work: BlockWork, counts: Ints) -> tuple[int, int]:
         """Return (tokens, multiply-adds) of rows with the given multiplicities."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     MllamaForConditionalGeneration,
@@ -27,16 +29,21 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.execute.image_vectors import provide_images
+from mechdsl.execute.run.panel import execute
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.layouts import image_layout
+from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.loading.loader import adopt_model
+from mechdsl.planner.passes import make_plan, plan_cost
+from mechdsl.results.assembly.collection import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
-from ..execute.support import MODES, run_on
+from ..execute.support import MODES, check_file, run_on
 from ..run_source import run_source
 from ..shared_models import unchanged
 from . import models
-from .support import RECORDS, experiment, succeeded, write_data
+from .support import MEASURE, RECORDS, experiment, succeeded, write_data
 
 SIDE, PATCH, TILES = 16, 8, 4
 PATCHES = (SIDE // PATCH) ** 2
@@ -530,12 +537,25 @@ def test_block_without_an_image_reports_e0455() -> None:
     assert [each.code for each in found if each.severity == "error"] == ["E0455"]
 
 
-def test_processor_of_another_tile_size_reports_e0459() -> None:
-    images = MllamaImageProcessorPil(size={"height": 8, "width": 8}, max_image_tiles=TILES)
+@pytest.mark.parametrize(("side", "tiles"), [(8, TILES), (SIDE, 10**9)])
+def test_processor_of_other_tiles_reports_e0459(side: int, tiles: int) -> None:
+    images = MllamaImageProcessorPil(size={"height": side, "width": side}, max_image_tiles=tiles)
     model, found = adopt_model("m", bare(), MllamaProcessor(images, tokenizer()))
     assert model is not None, found
     _, found = try_text(experiment("e", ZERO), model=model)
     assert [each.code for each in found if each.severity == "error"] == ["E0459"]
+
+
+@pytest.mark.parametrize("sizes", [{"max_num_tiles": 10**9}, {"patch_size": 1, "image_size": 1000}])
+def test_layout_of_huge_tiles_is_rejected_before_they_are_counted(sizes: dict[str, int]) -> None:
+    config = deepcopy(bare().config)
+    for name, value in sizes.items():
+        setattr(config.vision_config, name, value)
+    vision = config.vision_config
+    size = {"height": vision.image_size, "width": vision.image_size}
+    images = MllamaImageProcessorPil(size=size, max_image_tiles=vision.max_num_tiles)
+    with pytest.raises(UnsupportedProcessor, match="more than 64 tiles of 10,000 tokens"):
+        image_layout(MllamaProcessor(images, tokenizer()), config, {}, [(20, 20)])
 
 
 def test_conventions_name_the_token_that_stands_for_the_image() -> None:
@@ -564,3 +584,18 @@ def test_masked_and_gray_images_equal_the_bare_model_on_their_pixels() -> None:
             with torch.no_grad():
                 logits = bare()(**given, use_cache=False).logits[0, -1, ids]
             np.testing.assert_allclose(value, float(logits[0] - logits[1]), atol=2e-4)
+
+
+@pytest.mark.parametrize("line", ["", "generate 3"])
+def test_planned_cost_is_near_the_counted_products(line: str) -> None:
+    """Without the encoder of images, which runs once for each image, and here before."""
+    rule = "ablate z cross layer 1 heads * at last token with zero"
+    measure = 'measure matches("1|2|3") as raw' if line else MEASURE
+    text = experiment("e", *([line] if line else []), rule, measure=measure)
+    checked = check_file(text, folder(), loaded(), BLOCK)
+    plan = make_plan(checked.experiments)
+    provide_images(loaded(), checked.experiments[0].table.runs["clean"].rows)
+    with FlopCounterMode(display=False) as counter:
+        execute(plan, {"m": loaded()}, None, check=check_denominators)
+    planned = plan_cost(plan).planned.multiply_adds
+    assert 0.5 < planned / (counter.get_total_flops() / 2) < 2
