@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -20,12 +23,12 @@ from mechdsl.fits import sparse_training, training
 from mechdsl.fits.processes import Processes
 
 from . import test_batches_and_precision as batches
+from . import test_killed_training as killed
 from . import test_own_trainers as own
 from . import test_streamed_trainings as streamed
 from . import test_trained_dictionaries as dictionaries
 from . import training_processes
 from .test_batches_and_precision import DECLARED
-from .test_killed_training import REPEATS
 from .test_trained_rotations import (
     HERE,
 )
@@ -44,8 +47,12 @@ KINDS = {
 }
 
 
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+"""Without a GPU, the processes have CPUs."""
+
+
 def launch(*command: str | Path, count: int = 2) -> subprocess.CompletedProcess[str]:
-    """Start processes as `accelerate launch` does, which starts only one without a GPU."""
+    """Start processes as `torchrun` does."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return start(*(launcher if count > 1 else ()), "-m", *command)
 
@@ -60,7 +67,7 @@ def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 # --- all trainers, on models of several families --------------------------------------------------
 
-OWN = ("own dictionary", "own vector")
+OWN = ("own dictionary", "own vector", "own rotation")
 """Their modules have buffers."""
 QUICK = ("topk", "streamed", "transcoder", "rotation", "mask", "lens")
 
@@ -121,7 +128,7 @@ def test_processes_end_with_the_weights_of_one(
 # --- the command line -----------------------------------------------------------------------------
 
 FILE = (
-    REPEATS
+    killed.REPEATS
     + """
 basis f = fit(sae(features: 32, k: 4), prompts: repeats.train, limit: 40, steps: 20, accumulate: 2)
   at resid_post layer 0 at tokens *
@@ -153,7 +160,8 @@ def test_command_trains_what_processes_can_divide(tmp_path: Path) -> None:
     rules["g"] = "ablate g at last token with zero"
     parts = [USES.format(f"e{name}", rule) for name, rule in rules.items()]
     file.write_text(FILE + "".join(parts), "utf-8")
-    done = launch("mechdsl", "fit", file, "--format", "json", "--store", tmp_path / "store")
+    options = ("--format", "json", "--store", tmp_path / "store")
+    done = start(*ACCELERATE, "-m", "mechdsl", "fit", file, *options)
     printed = json.loads(done.stdout[done.stdout.index("{") :])
     assert {each["basis"] for each in printed["fits"]} == {"f", "g"}, done.stderr
     failed = {each["message"].split(" can't be trained: ")[-1] for each in printed["diagnostics"]}
@@ -179,6 +187,55 @@ def test_interrupted_training_continues_in_two_processes(tmp_path: Path) -> None
         assert folder.exists() == (count == 2)
         assert folder.with_name(f"{folder.name}.part").exists() == (count == 1)
     assert (folder / file[2]).read_bytes() == (copy / file[2]).read_bytes()
+
+
+PROGRAM = """
+import os, sys
+from mechdsl.pipeline import trainings
+trainings.SECONDS_BETWEEN_CHECKPOINTS = 0.05
+from mechdsl.cli import main
+with open(sys.argv[3] + os.environ["RANK"], "w") as file:
+    file.write(str(os.getpid()))
+sys.argv = ["mechdsl", "fit", sys.argv[1], "--store", sys.argv[2]]
+main()
+"""
+
+
+@pytest.mark.slow
+def test_training_resumes_after_one_of_two_processes_is_killed(tmp_path: Path) -> None:
+    """Each in turn, three times in all; the end has the weights of one process, bit for bit."""
+    file, program, ids = (tmp_path / name for name in ("file.mech", "program.py", "id"))
+    more = "steps: 3000, batch: 64, accumulate: 2"
+    file.write_text(killed.FILE.replace("steps: 3000, batch: 64", more), "utf-8")
+    program.write_text(PROGRAM, "utf-8")
+    whole = start("-m", "mechdsl", "fit", file, "--store", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    store, drawn = tmp_path / "killed", random.Random(5)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *ACCELERATE, program, file, store, ids]
+    steps: list[int] = []
+
+    def saved() -> list[int]:
+        states = (store / "fits").glob("*.part/state.json")
+        return [json.loads(path.read_text("utf-8"))["step"] for path in states]
+
+    for turn in range(4):
+        before = saved()
+        one = subprocess.Popen(
+            [*map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        end = time.monotonic() + 120
+        while turn < 3 and saved() == before and time.monotonic() < end and one.poll() is None:
+            time.sleep(0.01)
+        if turn < 3:
+            time.sleep(drawn.uniform(0, 0.3))
+            os.kill(int(Path(f"{ids}{turn % 2}").read_text("utf-8")), signal.SIGKILL)
+        out = one.communicate(timeout=120)[0].decode()
+        assert (one.returncode == 0) == (turn == 3), out
+        steps += saved()
+    assert steps == sorted(set(steps))
+    assert len(steps) == 3
+    assert killed.weights(store) == killed.weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", OWN)
