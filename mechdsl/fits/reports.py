@@ -216,6 +216,12 @@ class TrainingReport(VectorsReport):
             f"{self.active:.1f} features active"
         )
 
+    def _describe_training(self, card: Mapping[str, Any]) -> list[str]:
+        if "code" in card:  # the loss of a file
+            return []
+        penalty = " and a penalty on active features" if "penalty" in card["options"] else ""
+        return [f"- Loss: squared error of the reconstruction{penalty}"]
+
 
 @dataclass(frozen=True)
 class DecoderReport(TrainingReport):

@@ -577,6 +577,7 @@ def _card_text(fit: TrainedFit) -> str:
         "",
         f"- File: {card['file']}",
         *report.describe_rows(card),
+        *([f"- Data: SHA-256 {card['data']}"] if card["data"] else []),
         *(
             [
                 f"- Code: `{card['code']['name']}` of {card['code']['file']}, SHA-256 "

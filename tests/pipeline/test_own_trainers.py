@@ -243,6 +243,7 @@ def test_card_names_the_code(tmp_path: Path) -> None:
     assert card["code"]["name"] == card["trainer"] == "TopK"
     text = (tmp_path / "out" / "f" / "README.md").read_text("utf-8")
     assert f"- Code: `TopK` of own.py, SHA-256 {card['code']['sha256']}" in text
+    assert "- Loss: " not in text
 
 
 # --- keys -----------------------------------------------------------------------------------------

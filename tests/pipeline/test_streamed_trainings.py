@@ -151,7 +151,11 @@ def test_rows_without_the_position_and_dropped_rows_are_left_out(tmp_path: Path)
 
 def test_rules_use_it_like_a_dictionary_of_a_folder(tmp_path: Path) -> None:
     path = write_file(tmp_path, fit(), ABLATES, OTHER)
-    (found,) = train(path)
+    (found,) = train(path, out=tmp_path / "out")
+    data = json.loads((found.folder / "fit.json").read_text("utf-8"))["data"]
+    card = (tmp_path / "out" / "f" / "README.md").read_text("utf-8")
+    assert len(data) == 64
+    assert f"\n- Data: SHA-256 {data}\n" in card
     report = found.report
     assert (report.rows, report.held_out_rows, report.steps) == (62, 8, 12)
     assert report.vectors == 12 * 16

@@ -319,7 +319,9 @@ def test_rules_use_it_as_a_dictionary_of_a_folder(name: str, kind: str, tmp_path
     text = experiment(*written, measure=measure) + other
     path = write(tmp_path, fit(inner, options, f"{at[kind]} at tokens *"), text)
     (trained,) = train(path, out=tmp_path)
-    assert (tmp_path / "f" / "README.md").read_text("utf-8").startswith("# f: ")
+    card = (tmp_path / "f" / "README.md").read_text("utf-8")
+    assert card.startswith("# f: ")
+    assert "\n- Loss: squared error of the reconstruction\n" in card
     own = run(path, fresh=True).files[0].experiments
     method = "transcoder" if kind == "transcoder" else "sae"
     path = write(tmp_path, f'basis f = {method}("f") at {at[kind]}\n', text)
