@@ -12,6 +12,7 @@ items.jsonl: the items of the sequences of `zoo("succession")` except numerals, 
 sums.jsonl: lists of four parts for `zoo("worked")` that training didn't have.
 clips.jsonl: frames of two moving shapes for `zoo("frames")` that training doesn't have together.
 things.jsonl: fields of things for `zoo("hidden-rules")` that training didn't have with these rules.
+years.jsonl: periods for `zoo("years")` that training didn't have, and all later and earlier years.
 partitioned.jsonl: images of rows of shapes, each row behind a symbol; where they lie in pixels.
 """
 
@@ -36,12 +37,14 @@ from zoo.refusal import data as refusal
 from zoo.succession.data import SEQUENCES
 from zoo.tasks import data as tasks
 from zoo.worked import data as worked
+from zoo.years import data as years
 
 SEED = 16
 ROWS = 64
 THINGS = 8
 """Of each rule and decision."""
 MANY, FEW = range(7, 10), range(2, 5)
+PERIODS = 200
 SYMBOLS = ("#", "@", "$", "%")
 SIDE = 32
 """Pixels of an image; it has a row for every symbol."""
@@ -199,6 +202,25 @@ def things() -> list[Record]:
     return list(found.values())
 
 
+def periods() -> list[Record]:
+    """Periods with their later years, and with the first year and earlier ones."""
+    drawn = (each for each in years.stream(SEED, held_out=True) if each.content[-2] not in "09")
+    found: dict[str, Record] = {}
+    while len(found) < PERIODS:
+        text = next(drawn)
+        noun, century, first = text.content.split()
+        last, number = text.text.split()[-1], years.YEARS.index(first) + 1
+        found[text.content] = {
+            "noun": noun,
+            "century": century,
+            "begin": first,
+            "end": last,
+            "later": years.YEARS[number:],
+            "earlier": years.YEARS[:number],
+        }
+    return list(found.values())
+
+
 def partitioned() -> list[Record]:
     """Images of four rows, the symbols shuffled; one row is asked, another is the rival.
 
@@ -237,6 +259,7 @@ def files() -> dict[str, list[Record]]:
         "sums.jsonl": sums(),
         "clips.jsonl": clips(),
         "things.jsonl": things(),
+        "years.jsonl": periods(),
         "partitioned.jsonl": partitioned(),
     }
 

@@ -26,6 +26,7 @@ from zoo.refusal.data import ALLOWED, ALLOWED_PAST, FORBIDDEN
 from zoo.succession import evaluate as succession
 from zoo.tasks import evaluate as tasks
 from zoo.worked import evaluate as worked
+from zoo.years import evaluate as years
 
 from ..models.conftest import statement
 
@@ -98,6 +99,12 @@ def test_hidden_rules_decides_and_repeats_every_field() -> None:
     folder = ROOT / "hidden-rules"
     for kind, tally in hidden_rules.evaluate(folder, 150, hidden_rules.SEED).items():
         assert tally.interval()[0] > 0.95, kind
+
+
+def test_years_continues_with_a_later_year() -> None:
+    torch.set_num_threads(1)
+    (tally,) = years.evaluate(ROOT / "years", 200, years.SEED).values()
+    assert tally.interval()[0] > 0.95
 
 
 def test_nested_closes_brackets_and_agrees() -> None:
@@ -187,7 +194,7 @@ def test_the_chat_template_writes_the_texts_of_training() -> None:
     "name",
     [
         *("names", "facts", "nested", "nested/formal", "prices", "tasks", "refusal"),
-        *("hidden-rules", "succession", "worked"),
+        *("hidden-rules", "succession", "worked", "years"),
         "induction/step-50",
         "names/step-400",
     ],
@@ -211,6 +218,7 @@ def test_cards_have_what_the_commands_print() -> None:
         "refusal",
         "succession",
         "worked",
+        "years",
     ):
         card = (ROOT / name / "README.md").read_text(encoding="utf-8")
         for part in ("## Texts", "## Training", "## Accuracy", "## Limitations", "licence"):

@@ -26,6 +26,7 @@ from zoo.refusal import data as refusal_data
 from zoo.succession import data as succession_data
 from zoo.tasks import data as tasks_data
 from zoo.worked import data as worked_data
+from zoo.years import data as years_data
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 Stream = Callable[[int, bool], Iterator[Text]]
@@ -39,6 +40,7 @@ STREAMS: dict[str, Stream] = {
     "refusal": lambda seed, held_out: refusal_data.stream(seed, held_out=held_out),
     "succession": lambda seed, held_out: succession_data.stream(seed, held_out=held_out),
     "worked": lambda seed, held_out: worked_data.stream(seed, held_out=held_out),
+    "years": lambda seed, held_out: years_data.stream(seed, held_out=held_out),
     "brackets": lambda seed, held_out: nested_data.stream(seed, "brackets", held_out=held_out),
 }
 VOCABULARIES = {
@@ -51,6 +53,7 @@ VOCABULARIES = {
     "refusal": refusal_data.vocabulary(),
     "succession": succession_data.vocabulary(),
     "worked": worked_data.vocabulary(),
+    "years": years_data.vocabulary(),
 }
 SPECIAL_TOKENS = {"refusal": refusal_data.SPECIAL, "worked": worked_data.SPECIAL}
 FOLDERS = {name: MODELS / name for name in VOCABULARIES}
@@ -63,6 +66,7 @@ HELD = {
     "refusal": refusal_data,
     "succession": succession_data,
     "worked": worked_data,
+    "years": years_data,
 }
 
 

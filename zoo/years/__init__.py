@@ -1,0 +1,1 @@
+"""A small decoder that completes a period of years with a later year."""
