@@ -75,7 +75,7 @@ ON_ERROR = {"mechdsl.diagnostics.rendering"}
 
 
 @pytest.mark.parametrize("share", some([6, 1], [6]), ids=["every sixth", "all"])
-def test_validate_stays_without_torch(share: int) -> None:
+def test_validate_stays_without_torch(share: int, command: Command) -> None:
     paths = sorted(EXAMPLES.glob("*.mech"))
     chosen = {*paths[::share], EXAMPLES / "image_tokens.mech"}
     # Images and their regions are drawn.
@@ -84,7 +84,7 @@ def test_validate_stays_without_torch(share: int) -> None:
     assert not imported_by("validate", *plain) & HEAVY
     images = [("validate", str(path)) for path in sorted(drawn)]
     # A model's processor, which is part of transformers, is read once: then it is in the cache.
-    imported_by_each(images)
+    assert all(command(*each).status == 0 for each in images)
     assert not imported_by_each(images) & (HEAVY - {"numpy"})
 
 
