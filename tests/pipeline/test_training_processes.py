@@ -6,10 +6,13 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -57,6 +60,32 @@ def launch(*command: str | Path, count: int = 2) -> subprocess.CompletedProcess[
     return start(*(launcher if count > 1 else ()), "-m", *command)
 
 
+def fork(count: int, work: Callable[[], object]) -> None:
+    """Fork processes with the environment of a launcher, which import nothing again."""
+    from accelerate import PartialState
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    children: list[int] = []
+    for number in range(count):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        numbers = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in numbers.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        try:
+            PartialState._reset_state()  # other tests may have used accelerate in one process
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
+
+
 def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     every = [sys.executable, *map(str, command)]
@@ -86,8 +115,11 @@ def write_file(kind: str, family: str, folder: Path) -> list[str]:
     return [str(dictionaries.write(folder, line, dictionaries.ABLATES)), family, weights]
 
 
-def train_all(kinds: Sequence[str], folder: Path, count: int) -> dict[str, bytes | str]:
-    """Train each file in so many processes; return the trained files, and problems."""
+def train_all(
+    kinds: Sequence[str], folder: Path, count: int, *, forked: bool
+) -> dict[str, bytes | str]:
+    """Train each file in so many processes, forked or launched; return the trained files, and
+    problems."""
     files = [
         write_file(kind, family, folder / kind)
         for kind, family in zip(kinds, cycle(HERE), strict=False)
@@ -96,6 +128,9 @@ def train_all(kinds: Sequence[str], folder: Path, count: int) -> dict[str, bytes
     listed.write_text(json.dumps([file[:2] for file in files]), "utf-8")
     if count == 1:  # in this process, without the seconds of a start
         written = training_processes.train_all(listed)
+    elif forked:
+        fork(count, partial(training_processes.train_together, listed, result))
+        written = json.loads(result.read_text("utf-8"))
     else:
         done = launch("tests.pipeline.training_processes", listed, result, count=count)
         assert done.returncode == 0, done.stderr
@@ -111,16 +146,23 @@ EVERY = [kind for kind in (*DECLARED, *KINDS, "streamed") if kind not in OWN]
 
 
 @pytest.mark.parametrize(
-    ("kinds", "count"),
-    [pytest.param(QUICK, 2, id="quick"), pytest.param(EVERY, 3, id="all", marks=pytest.mark.slow)],
+    ("kinds", "count", "forked"),
+    [
+        pytest.param(QUICK, 2, True, id="quick"),
+        pytest.param(EVERY, 3, False, id="all", marks=pytest.mark.slow),
+    ],
 )
 def test_processes_end_with_the_weights_of_one(
-    kinds: Sequence[str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kinds: Sequence[str],
+    count: int,
+    forked: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit; also with features that are idle, several layouts of batches and streams."""
     for module, name in ((sparse_training, "IDLE_STEPS"), (training_vectors, "split_prompts")):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after `train_all`
-    one, several = (train_all(kinds, tmp_path / str(n), n) for n in (1, count))
+    one, several = (train_all(kinds, tmp_path / str(n), n, forked=forked) for n in (1, count))
     assert [own for own in (*one.values(), *several.values()) if isinstance(own, str)] == []
     assert [kind for kind in one if one[kind] != several[kind]] == []
 

@@ -47,13 +47,19 @@ def interrupt(listed: Path, folder: Path, copy: Path) -> None:
     shutil.rmtree(folder)
 
 
-if __name__ == "__main__":
+def train_together(listed: Path, result: Path) -> list[str]:
+    """Train each of them with the other processes; the first one writes the result."""
     torch.set_num_threads(1)
     with join_processes(read_launch()[1], cpu=True) as processes:
-        done = train_all(Path(sys.argv[1]))
+        done = train_all(listed)
         assert processes.agree(done) == done
         if processes.is_first:
-            Path(sys.argv[2]).write_text(json.dumps(done), "utf-8")
+            result.write_text(json.dumps(done), "utf-8")
+    return done
+
+
+if __name__ == "__main__":
+    done = train_together(Path(sys.argv[1]), Path(sys.argv[2]))
     if len(sys.argv) > 3:
         interrupt(Path(sys.argv[1]), Path(done[0]), Path(sys.argv[3]))
     exit_process(0)
