@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -77,11 +78,17 @@ class Run:
     """What a forward pass gives: logits [T, vocab], and every site as [T, units, width]."""
 
     writes: Sequence[Write]
-    seen: dict[Place, Tensor]
     logits: Tensor
+    copy: int
+    """The number of the copy in `copies`, where each site is [copies, T, units, width]."""
+    copies: dict[Place, Tensor]
 
     def __getitem__(self, place: Place) -> Tensor:
-        return self.seen[place]
+        return self.copies[place][self.copy]
+
+    @cached_property
+    def seen(self) -> dict[Place, Tensor]:
+        return {place: value[self.copy] for place, value in self.copies.items()}
 
 
 class Pass:
@@ -246,11 +253,19 @@ def _turned(x: Tensor, theta: float, width: int) -> Tensor:
     width: as the model counts it; one feature makes a pair all the same.
     """
     half = x.shape[-1] // 2
-    frequencies = theta ** (-2 * torch.arange(half, dtype=x.dtype) / width)
-    angles = torch.arange(x.shape[1], dtype=x.dtype)[:, None, None] * frequencies
     a, b = x[..., :half], x[..., half:]
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = _angles(x.shape[1], half, theta, width, x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+@cache
+def _angles(
+    length: int, half: int, theta: float, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles, [T, 1, half]."""
+    frequencies = theta ** (-2 * torch.arange(half, dtype=dtype) / width)
+    angles = torch.arange(length, dtype=dtype)[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
 
 
 class Llama(Stack):
@@ -432,11 +447,7 @@ def side_by_side(
         x = _block(parts, layer, x, run)
     x = run.whole("final_norm", None, parts.final(x))
     logits = run.whole("logits", None, parts.unembed(x))
-    seen = {place: value.unbind() for place, value in run.seen.items()}
-    return [
-        Run(writes, {place: values[copy] for place, values in seen.items()}, logits[copy])
-        for copy, (writes, _) in enumerate(each)
-    ]
+    return [Run(writes, logits[n], n, run.seen) for n, (writes, _) in enumerate(each)]
 
 
 def forward(
@@ -506,6 +517,7 @@ def _attention(parts: Stack, layer: int, x: Tensor, run: Pass) -> Tensor:
     return parts.behind_attention(block, total if bias is None else total + bias)
 
 
+@cache
 def _visible(length: int, window: int | None) -> Tensor:
     """[query, key]"""
     distance = torch.arange(length)[:, None] - torch.arange(length)
