@@ -378,7 +378,7 @@ def test_selections_without_an_edge_to_the_logits_are_errors(tmp_path: Path) -> 
 # --- the same as a list of edges ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", some(CALLS, CALLS[1:2]))
 def test_rules_use_it_as_a_list_of_edges(call: str, tmp_path: Path) -> None:
     """Up to rounding, together with another experiment on the same block and another circuit."""
     text = experiment(*PATCH, measure=MEASURE) + OTHER

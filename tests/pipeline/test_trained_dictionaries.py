@@ -432,8 +432,8 @@ def test_what_a_model_is_made_of_is_in_the_key(tmp_path: Path) -> None:
         (found,) = train(path)
         assert found.folder.name not in folders, (made, folders[found.folder.name])
         folders[found.folder.name] = made
-        (again,) = train(path)
-        assert again.folder == found.folder
+    (again,) = train(path)
+    assert again.folder == found.folder
     moved = directions[0].replace("last token", "cue token"), directions[1]
     (found,) = train(write(tmp_path, *moved, MADE[7], line, own))
     assert found.folder.name not in folders
