@@ -1030,12 +1030,11 @@ class EdgeSearch:
         restored, the circuits after them in the pass aren't used, so that every decision is that of
         one step after another.
         """
-        unit: SitePoint | None = None
         while self._decided < len(self._steps):
-            if (own := self._steps[self._decided].unit) != unit:
-                unit = own
+            unit = self._steps[self._decided].unit
+            if self._steps[self._decided - 1].unit != unit:  # not where a checkpoint resumes in one
                 self._drop_dead()
-            due = self._due(own)
+            due = self._due(unit)
             if not due:
                 self._decided += 1
                 continue

@@ -108,7 +108,7 @@ def test_acdc_decides_as_one_edge_after_another(family: str, source: str, tmp_pa
                 value += changes[edge]
     assert [edge in ablated for edge in every] == (~searched.kept).tolist()
     np.testing.assert_allclose(searched.scores, [changes[edge] for edge in every], atol=1e-5)
-    assert 2 < searched.kept.sum() < searched.measured < len(every)
+    assert 2 < searched.kept.sum() < searched.measured
     alone = write(tmp_path, fit("validation: 50%, batch: 1", source=source, at=PAIR), PATCHES)
     single, _ = search(alone, family)
     np.testing.assert_array_equal(single.kept, searched.kept)
@@ -228,7 +228,7 @@ def scores_of(found: mechdsl.TrainedFit) -> Floats:
     return np.array(json.loads((found.folder / "mask.json").read_text("utf-8"))["scores"])
 
 
-@pytest.mark.parametrize("call", some([ACDC, COARSE, "greedy(size: 187)"], [COARSE]))
+@pytest.mark.parametrize("call", some([ACDC, COARSE, "greedy(size: 187)"], [ACDC]))
 def test_a_search_continues_after_an_interruption(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
