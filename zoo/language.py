@@ -44,6 +44,9 @@ class Text:
     content: str
 
 
+TextT = TypeVar("TextT", bound=Text)
+
+
 def is_held_out(content: str, share: float) -> bool:
     """A fixed share of all contents, by hash."""
     digest = hashlib.sha256(content.encode()).digest()
@@ -273,9 +276,9 @@ def evaluate_kinds(
     return tallies
 
 
-def different(drawn: Iterator[Text], n: int) -> list[Text]:
+def different(drawn: Iterator[TextT], n: int) -> list[TextT]:
     """The first `n` different texts."""
-    found: dict[str, Text] = {}
+    found: dict[str, TextT] = {}
     for text in drawn:
         found.setdefault(text.text, text)
         if len(found) == n:

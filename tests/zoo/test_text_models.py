@@ -23,6 +23,7 @@ from zoo.nested import evaluate as nested
 from zoo.prices import evaluate as prices
 from zoo.refusal import evaluate as refusal
 from zoo.refusal.data import ALLOWED, ALLOWED_PAST, FORBIDDEN
+from zoo.reviews import evaluate as reviews
 from zoo.succession import evaluate as succession
 from zoo.tasks import evaluate as tasks
 from zoo.worked import evaluate as worked
@@ -133,6 +134,12 @@ def test_refusal_refuses_but_not_in_the_past() -> None:
     assert tallies[refusal.BEGUN].share > 0.8
 
 
+def test_reviews_classifies_held_out_texts() -> None:
+    torch.set_num_threads(1)
+    for kind, tally in reviews.evaluate(ROOT / "reviews", 200, reviews.SEED).items():
+        assert tally.interval()[0] > 0.95, kind
+
+
 def test_succession_names_successors_also_of_held_out_numerals() -> None:
     torch.set_num_threads(1)
     for kind, tally in succession.evaluate(ROOT / "succession", 100, succession.SEED).items():
@@ -194,7 +201,7 @@ def test_the_chat_template_writes_the_texts_of_training() -> None:
     "name",
     [
         *("names", "facts", "nested", "nested/formal", "prices", "tasks", "refusal"),
-        *("hidden-rules", "succession", "worked", "years"),
+        *("hidden-rules", "reviews", "succession", "worked", "years"),
         "induction/step-50",
         "names/step-400",
     ],
@@ -216,6 +223,7 @@ def test_cards_have_what_the_commands_print() -> None:
     for name in (
         *("names", "facts", "nested", "prices", "tasks", "hidden-rules"),
         "refusal",
+        "reviews",
         "succession",
         "worked",
         "years",

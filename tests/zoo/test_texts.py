@@ -23,6 +23,7 @@ from zoo.names import data as names_data
 from zoo.nested import data as nested_data
 from zoo.prices import data as prices_data
 from zoo.refusal import data as refusal_data
+from zoo.reviews import data as reviews_data
 from zoo.succession import data as succession_data
 from zoo.tasks import data as tasks_data
 from zoo.worked import data as worked_data
@@ -38,6 +39,7 @@ STREAMS: dict[str, Stream] = {
     "prices": lambda seed, held_out: prices_data.stream(seed, held_out=held_out),
     "tasks": lambda seed, held_out: tasks_data.stream(seed, held_out=held_out),
     "refusal": lambda seed, held_out: refusal_data.stream(seed, held_out=held_out),
+    "reviews": lambda seed, held_out: reviews_data.stream(seed, held_out=held_out),
     "succession": lambda seed, held_out: succession_data.stream(seed, held_out=held_out),
     "worked": lambda seed, held_out: worked_data.stream(seed, held_out=held_out),
     "years": lambda seed, held_out: years_data.stream(seed, held_out=held_out),
@@ -51,6 +53,7 @@ VOCABULARIES = {
     "prices": prices_data.vocabulary(),
     "tasks": tasks_data.vocabulary(),
     "refusal": refusal_data.vocabulary(),
+    "reviews": reviews_data.vocabulary(),
     "succession": succession_data.vocabulary(),
     "worked": worked_data.vocabulary(),
     "years": years_data.vocabulary(),
@@ -64,6 +67,7 @@ HELD = {
     "prices": prices_data,
     "tasks": tasks_data,
     "refusal": refusal_data,
+    "reviews": reviews_data,
     "succession": succession_data,
     "worked": worked_data,
     "years": years_data,
@@ -296,6 +300,21 @@ def test_refusals_hang_on_verb_and_object_together() -> None:
     assert len(refusal_data.pairs(True, True)) > 15  # held out
 
 
+def test_reviews_labels_follow_the_asked_clause() -> None:
+    good = {word for words in reviews_data.GOOD.values() for word in words}
+    labels = set[tuple[str, bool]]()
+    for text in drawn("reviews", False):
+        assert isinstance(text, reviews_data.Review)
+        asked, said = text.text.split(" ? ")
+        (clause,) = re.findall(rf"the {asked} was ((?:(?!and|but|the).)+)", f"{said} ")
+        words = clause.split()
+        is_negated = not set(reviews_data.NEGATIONS).isdisjoint(words)
+        assert (text.label == "positive") == ((words[-1] in good) != is_negated), text.text
+        assert text.kind.endswith("negated") == is_negated
+        labels.add((text.label, is_negated))
+    assert len(labels) == 4
+
+
 def test_succession_answers_are_those_of_the_sequences() -> None:
     sequences = [each.items for each in succession_data.SEQUENCES.values()]
     words = succession_data.WORDS
@@ -349,7 +368,7 @@ def test_the_data_of_the_examples_is_that_of_its_script() -> None:
 def test_stages_of_training_are_models_of_the_zoo() -> None:
     known = zoo.zoo_models()
     assert {"counting", "induction", "names", "facts", "nested", "nested/formal"} <= set(known)
-    assert {"tasks", "refusal", "succession", "worked"} <= set(known)
+    assert {"tasks", "refusal", "reviews", "succession", "worked"} <= set(known)
     assert "induction/step-1600" in known
 
 
