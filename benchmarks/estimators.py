@@ -30,7 +30,10 @@ ESTIMATORS = (
     "gim",
     "atp_qk",
     "atp_star",
+    "cdt",
 )
+WITHOUT_QUERIES = ("cdt",)
+"""Estimators that hold attention weights constant, and reject queries and keys."""
 UNSIGNED = ("atp_star",)
 """Estimators without a sign, which are compared with absolute effects."""
 SITES = {
@@ -106,6 +109,8 @@ def compare(model: str, rows: int = 100) -> list[Agreement]:
     corrupted = task.prompts.partition("corrupt ")[2].split()[0]
     for number, site in enumerate(SITES.values()):
         for how, using in enumerate(("", *ESTIMATORS)):
+            if not _applies(using, number):
+                continue
             lines += [
                 f"experiment e{number}_{how} {{",
                 "  model m",
@@ -124,7 +129,13 @@ def compare(model: str, rows: int = 100) -> list[Agreement]:
         _agreement(model, site, using, effects[f"e{number}_{how}"], effects[f"e{number}_0"])
         for number, site in enumerate(SITES)
         for how, using in enumerate(ESTIMATORS, 1)
+        if _applies(using, number)
     ]
+
+
+def _applies(using: str, number: int) -> bool:
+    """Whether an estimator estimates the site of this number."""
+    return using not in WITHOUT_QUERIES or list(SITES)[number] not in ("queries", "keys")
 
 
 def _effects(result: mechdsl.ExperimentResult) -> Floats:
@@ -147,7 +158,10 @@ def table(found: Sequence[Agreement]) -> str:
     lines = [head, ["---"] * len(head)]
     for model, site in dict.fromkeys((each.model, each.site) for each in found):
         own = {e.estimator: e for e in found if (e.model, e.site) == (model, site)}
-        each = [f"{own[name].pearson:.3f} / {own[name].spearman:.3f}" for name in ESTIMATORS]
+        each = [
+            f"{own[name].pearson:.3f} / {own[name].spearman:.3f}" if name in own else "–"
+            for name in ESTIMATORS
+        ]
         cells = own[ESTIMATORS[0]].cells
         lines.append([f'`zoo("{model}")`', site, str(cells), *each])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

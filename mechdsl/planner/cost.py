@@ -364,6 +364,10 @@ class GradientWork:
         )
 
 
+DECOMPOSED_TOKENS = 1 << 13
+"""Maximum number of tokens of a pass of contextual decomposition."""
+
+
 def gradient_work(
     plan: ExperimentPlan, prompts: Ints, whole: Callable[[Ints], Ints], pass_tokens: int
 ) -> GradientWork:
@@ -380,16 +384,24 @@ def gradient_work(
     if said is None:
         return GradientWork()
     run = experiment.table.runs[experiment.spec.base]
-    own = prompts[plan.present(prompts).any(axis=0)]
-    lengths = np.repeat(run.lengths[own], run.draws)
+    present = plan.present(prompts)
+    times = np.where(present.any(axis=0), run.draws, 0)
+    rules = said.kind.backward
+    decomposed = rules is not None and rules.decomposed
+    if decomposed:  # two lanes for each row
+        times = 2 * run.draws * present.sum(axis=0)
+    own = np.repeat(prompts, times)
+    lengths = run.lengths[own]
     by_item = any(atom.by_item for measure in experiment.measures for atom in measure.atoms)
     kinds = len(set(plan.items)) if by_item else 1
     each = max(1, pass_tokens // experiment.model.shape.n_layers)
+    if decomposed:
+        kinds, each = 0, DECOMPOSED_TOKENS
     joined = -(-int(lengths.sum()) // each)
     plain, found = False, GradientWork()
     for measure in experiment.measures:
         texts = [atom.appended for atom in measure.atoms if any(atom.appended)]
-        behind = [np.repeat(np.array(text)[own], run.draws) for text in texts]
+        behind = [np.array(text)[own] for text in texts]
         for more in behind:  # each answer has a separate pass
             found += _pass(lengths + more, joined, whole, forwards=1, backwards=kinds)
         if len(texts) < len(measure.atoms):

@@ -40,6 +40,9 @@ class BackwardRules:
     """Factors of gradients that enter queries, keys and values."""
     constant_patterns: bool = False
     """The weights of attention are constants."""
+    decomposed: bool = False
+    """Lanes are in two halves. The first half is the base run. The second half has the irrelevant
+    parts of contextual decomposition, which depend on the first half. Derivatives don't change."""
     dropped_layer: int | None = None
     """Layer whose outputs of attention and MLP are constants."""
 
@@ -52,7 +55,7 @@ class BackwardRules:
     def in_attention(self) -> bool:
         """Whether they act inside of attention."""
         rules = self.softmax_temperature, self.attention_factors
-        return self.constant_patterns or any(each is not None for each in rules)
+        return self.constant_patterns or self.decomposed or any(each is not None for each in rules)
 
 
 class GradientEstimator:
@@ -413,6 +416,41 @@ class GradientInteractionModifications(_GradientTimesChange):
         softmax_temperature=2.0,
         attention_factors=(0.25, 0.25, 0.5),
     )
+
+
+@estimator("cdt")
+class ContextualDecomposition(_GradientTimesChange):
+    """Contextual decomposition for transformers (CD-T).
+
+    Each activation x is the sum of a relevant part β and an irrelevant part γ (Hsu et al. 2024,
+    section 3). At the cell's vectors, γ is the written value; before them, β is 0. The value of a
+    cell is m(γ) − m(x) at the output. Rules of γ: Wγ + b|Wγ| / (|Wβ| + |Wγ|) for a linear map;
+    f(γ) for an activation function; the product of the γ of both factors for a product (Murdoch et
+    al. 2018); the variance of x for norms; the weights of attention of x.
+    """
+
+    example = "using cdt"
+    documentation = (
+        "Estimates the effect by contextual decomposition (CD-T). Each activation is the sum of a "
+        "relevant part, which starts as the difference between base and written value, and an "
+        "irrelevant part, which starts as the written value. The estimate is the metric of the "
+        "irrelevant part of the output, less the metric of the base run. Linear maps act on both "
+        "parts and share their bias in proportion to the absolute values. The irrelevant part of "
+        "an activation function is the function of the irrelevant part, and that of a product is "
+        "the product of the irrelevant parts. Norms divide by the size of the whole vector, and "
+        "attention has the weights of the base run. Each cell needs a row of two prompts in a "
+        "forward pass, so this is no cheaper than running the cell. Queries, keys, models with "
+        "experts or images, and encoder-decoders are rejected (E0608)."
+    )
+    source = "Hsu et al. 2024, arXiv 2407.00886; Murdoch et al. 2018, arXiv 1801.05453"
+    convention = (
+        "estimates, no cell was run: the metric of the irrelevant part of the output less the "
+        "metric of the base run, by contextual decomposition: biases are shared in proportion, "
+        "activation functions and products are those of the irrelevant parts, norms divide by the "
+        "size of the whole vector, attention weights are those of the base run (Hsu et al. 2024, "
+        "arXiv 2407.00886, CD-T)"
+    )
+    backward = BackwardRules(decomposed=True)
 
 
 class _FixedAttention(_GradientTimesChange):

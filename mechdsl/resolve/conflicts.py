@@ -162,6 +162,9 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
     elif rules is not None and rules.in_attention and not _computes_attention(shape):
         what, reason = f"`{experiment.model.name}`", "its attention can't be computed separately"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
+    if rules is not None and rules.decomposed and shape.takes != "text":
+        what, reason = f"`{experiment.model.name}`", "it doesn't read texts alone"
+        yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
     if said.kind.drops_layers and (reason := _no_dropped_layers(shape)):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, "write `using atp_qk`")
@@ -238,6 +241,11 @@ def _of_rule(
     if flat:
         reason = "gradients aren't computed there"
         yield _no_estimate(said, site.span, f"`{flat[0]}`", reason, NO_ESTIMATE_HINT)
+    rules = said.kind.backward
+    within = sorted({p.site for here in points for p in here} & {"q", "k"})
+    if rules is not None and rules.decomposed and within:
+        reason = "attention has the weights of the base run, so the estimate would be 0"
+        yield _no_estimate(said, site.span, f"`{within[0]}`", reason, "write `using atp_qk`")
     if any(len({(p.site, p.layer) for p in here}) > 1 for here in points):
         what, reason = "several layers together", "a gradient is for one site of one layer"
         hint = "sweep the layers: `layer *`, or `for l in 0..5`"

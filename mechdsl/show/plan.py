@@ -569,9 +569,12 @@ def _print_experiments(plan: Plan, console: Console) -> None:
         )
     for each in planned:
         if said := each.experiment.spec.estimator:
+            rules = said.kind.backward
+            how = "forward and backward passes over its prompts"
+            if rules is not None and rules.decomposed:
+                how = "forward passes over two copies of the prompt for each row"
             console.print(
-                f"{each.experiment.name} runs no row: `{said.text}` runs forward and "
-                "backward passes over its prompts",
+                f"{each.experiment.name} runs no row: `{said.text}` runs {how}",
                 highlight=False,
             )
     if whole:

@@ -2450,6 +2450,8 @@ _experiment(
 def _estimator_test(kind: GradientEstimator) -> str:
     if kind.adds_noise:
         return "tests/rules/test_smoothgrad.py"
+    if kind.backward is not None and kind.backward.decomposed:
+        return "tests/rules/test_decomposed_estimates.py"
     if kind.fixes_attention:
         return "tests/rules/test_atp_star.py"
     if kind.backward is not None:

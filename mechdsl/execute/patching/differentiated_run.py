@@ -65,6 +65,12 @@ class DrawLanes:
         batch = every.batch.take(torch.from_numpy(used))
         return DrawLanes(used, batch, lanes, draw, every.lengths[used])
 
+    def take(self, lanes: Ints) -> DrawLanes:
+        """Return the lanes of some numbers, which may repeat."""
+        batch = self.batch.take(torch.from_numpy(lanes))
+        columns = (self.prompts[lanes], self.draws[lanes], self.lengths[lanes])
+        return DrawLanes(self.used[lanes], batch, *columns)
+
     def of_draw(self, prompts: Ints, draws: Ints) -> Ints:
         """Return the lane of each (prompt, draw)."""
         first = np.searchsorted(self.prompts, prompts)

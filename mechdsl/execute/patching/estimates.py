@@ -38,6 +38,7 @@ from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.planner.cost import DECOMPOSED_TOKENS
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable
 from mechdsl.program.estimators import BackwardRules, GradientEstimator
@@ -334,6 +335,10 @@ class GradientEstimates:
         else:
             given = (self.lanes_of, self.means_and_donors, self.model.shape)
             writes = build_writes(self.plan, drawn, draw, *given)
+        if self.kind.backward is not None and self.kind.backward.decomposed:
+            items = [self.plan.items[cell] for cell in drawn.cell]
+            sums = self._decomposed(writes, lanes, lane_of_row, items)
+            return self._result(sums, wanted, base)
         shape = self.model.shape
         written = [_WrittenVectors.of(write, lane_of_row, shape) for write in writes]
         environments = [self.plan.items[cell] for cell in drawn.cell]
@@ -346,7 +351,11 @@ class GradientEstimates:
         else:
             groups = cell_sites(self.plan)[drawn.cell]
             sums = self._along(written, lanes, environments, groups)
-        values = sums.reshape(len(sums), len(every), draws)[:, wanted].mean(axis=2)
+        return self._result(sums, wanted, base)
+
+    def _result(self, sums: Floats, wanted: Ints, base: Sequence[Floats]) -> ReadoutResult:
+        """Average values [measure, row and draw] over draws, and add those of the base run."""
+        values = sums.reshape(len(sums), -1, self.plan.draws)[:, wanted].mean(axis=2)
         own = base if self.kind.is_effect else [np.zeros_like(each) for each in base]
         return _mark_gaps([one + value for one, value in zip(own, values, strict=True)])
 
@@ -400,6 +409,42 @@ class GradientEstimates:
             total += np.abs(self._to_first_order(run, *given)) * counted
             counts += counted
         return self.kind.finish(total / counts)
+
+    def _decomposed(
+        self,
+        writes: Sequence[SiteWrite],
+        lanes: DrawLanes,
+        lane_of_row: Ints,
+        items: Sequence[ItemNumber],
+    ) -> Floats:
+        """Return [measure, row]: the metric of irrelevant parts less that of whole activations.
+
+        Each pass has the base run of some rows, and then their irrelevant parts.
+        """
+        count = len(lane_of_row)
+        found = np.zeros((len(self.readout.measures), count))
+        by_item = any(atom.by_item for _, atom in self.readout.atoms)
+        some = max(1, DECOMPOSED_TOKENS // (2 * int(lanes.lengths.max())))
+        for first in range(0, count, some):
+            own = np.arange(first, min(first + some, count))
+            place = np.full(count, -1)
+            place[own] = len(own) + np.arange(len(own))
+            given = [
+                write.some(
+                    torch.from_numpy(place[write.rows.numpy()] >= 0), torch.from_numpy(place)
+                )
+                for write in writes
+            ]
+            both = lanes.take(np.tile(lane_of_row[own], 2))
+            adds = [write for write in given if len(write.rows)]
+            with torch.no_grad():
+                reading, _ = self.differentiated.read(adds, both, ())
+                kinds = [items[n] for n in own.tolist()] * 2 if by_item else [None] * (2 * len(own))
+                values = self.readout.tensors(replace(reading, items=kinds))
+            for number, value in enumerate(values):
+                whole, irrelevant = value.double().chunk(2)
+                found[number, own] = (irrelevant - whole).cpu().numpy()
+        return found
 
     def _is_fixed(self, written: _WrittenVectors) -> bool:
         return self.kind.fixes_attention and written.where.site in ("q", "k")

@@ -103,6 +103,116 @@ class _RuledFunctions(TorchFunctionMode):
         return (rule if self.in_attention else _unchanged)(func, *args, **kwargs)
 
 
+class _DecomposedFunctions(TorchFunctionMode):
+    """Functions of torch by the rules of contextual decomposition, while the context is open.
+
+    The first half of the lanes are whole activations x, and the second half their irrelevant parts
+    γ. Functions without a rule here act on γ as they act on x.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_function: dict[Any, Callable[..., Tensor]] = {
+            functional.linear: _decomposed_linear,
+            torch.addmm: _decomposed_addmm,
+            functional.layer_norm: _decomposed_layer_norm,
+            torch.layer_norm: _decomposed_layer_norm,
+            functional.rms_norm: _decomposed_rms_norm,
+            torch.rms_norm: _decomposed_rms_norm,
+            torch.rsqrt: _of_whole,
+            Tensor.rsqrt: _of_whole,
+        }
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _UNDECOMPOSED:
+            raise RuleNotApplied(f"no rule applies to its function `{func.__name__}`")
+        rule = self._by_function.get(func)
+        if rule is None:
+            return func(*args, **(kwargs or {}))
+        return rule(func, *args, **(kwargs or {}))
+
+
+_UNDECOMPOSED: frozenset[Callable[..., Any]] = frozenset(
+    {
+        *(torch.sqrt, Tensor.sqrt, torch.std, Tensor.std, torch.var, Tensor.var, Tensor.norm),
+        *(torch.linalg.vector_norm, functional.normalize, functional.group_norm),
+        *(functional.bilinear, torch.baddbmm, Tensor.addmm, Tensor.baddbmm),
+    }
+)
+"""Functions of norms and biases that have no rule."""
+
+
+def _of_whole(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Give irrelevant parts the value of whole activations."""
+    return _copy_whole(func(*args, **kwargs))
+
+
+def _copy_whole(value: Tensor) -> Tensor:
+    whole, _ = value.chunk(2)
+    return torch.cat([whole, whole])
+
+
+def _share_bias(mapped: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias: γ gets a share in proportion to |Wγ| and |Wβ|, and all where both are 0."""
+    whole, irrelevant = mapped.chunk(2)
+    relevant_size, irrelevant_size = (whole - irrelevant).abs(), irrelevant.abs()
+    sizes = relevant_size + irrelevant_size
+    share = torch.where(sizes > 0, irrelevant_size / sizes, 1.0)
+    return torch.cat([whole + bias, irrelevant + share * bias])
+
+
+def _decomposed_linear(
+    func: Callable[..., Tensor], value: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    mapped = func(value, weight)
+    return mapped if bias is None else _share_bias(mapped, bias)
+
+
+def _decomposed_addmm(
+    func: Callable[..., Tensor], bias: Tensor, value: Tensor, weight: Tensor
+) -> Tensor:
+    return _share_bias(value @ weight, bias)
+
+
+def _decomposed_layer_norm(
+    func: Callable[..., Tensor],
+    value: Tensor,
+    shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *given: Any,
+) -> Tensor:
+    """Divide both parts, each less its mean, by the standard deviation of the whole vector."""
+    axes = tuple(range(-len(shape), 0))
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    centered = wide - wide.mean(axes, keepdim=True)
+    scaled = centered / (_copy_whole(centered).square().mean(axes, keepdim=True) + eps) ** 0.5
+    scaled = scaled if weight is None else scaled * weight
+    return (scaled if bias is None else _share_bias(scaled, bias)).to(value.dtype)
+
+
+def _decomposed_rms_norm(
+    func: Callable[..., Tensor],
+    value: Tensor,
+    shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """Divide both parts by the root of the mean square of the whole vector."""
+    axes = tuple(range(-len(shape), 0))
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    least = torch.finfo(value.dtype).eps if eps is None else eps
+    scaled = wide / (_copy_whole(wide).square().mean(axes, keepdim=True) + least) ** 0.5
+    return (scaled if weight is None else scaled * weight).to(value.dtype)
+
+
 def _unchanged(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
@@ -197,10 +307,15 @@ class RuledPass:
         self.model = model
         self.rules = rules
         self._functions = _RuledFunctions(rules)
+        self._decomposed = _DecomposedFunctions() if rules.decomposed else None
 
     @contextmanager
     def opened(self) -> Generator[None]:
         """Apply the rules to passes of the model."""
+        if self._decomposed is not None:
+            with self._decomposed:
+                yield
+            return
         with ExitStack() as stack:
             for part in self.model.module.modules():
                 if is_activation(part):
@@ -217,6 +332,9 @@ class RuledPass:
 
         Yields its arguments, with the factors of their gradients.
         """
+        if self._decomposed is not None:
+            yield _copy_whole(query), _copy_whole(key), value
+            return
         self._functions.in_attention = True
         factors = self.rules.attention_factors
         try:

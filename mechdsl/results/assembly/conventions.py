@@ -266,7 +266,9 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     if edges:
         yield "edges", "none is blocked: the rule only selects attention weights"
     alias = "" if said.name == said.kind.name else f"`{said.name}` is "
-    yield "estimates", f"{alias}`{said.text}`: {text}; {where}, by autograd"
+    decomposed = said.kind.backward is not None and said.kind.backward.decomposed
+    where = "" if decomposed else f"; {where}, by autograd"
+    yield "estimates", f"{alias}`{said.text}`: {text}{where}"
 
 
 def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:

@@ -1,0 +1,99 @@
+"""Contextual decomposition by plain hooks on a bare model, one unpadded prompt at a time.
+
+A first pass stores what each module takes and returns. A second pass has irrelevant parts: hooks
+replace the results of linear maps and norms, and give queries and keys their stored values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gradients import Where
+
+Vectors = Mapping[tuple[int, int], Tensor]
+"""Vectors by position and unit."""
+QUERIES_AND_KEYS = ("q_proj", "k_proj", "query", "key")
+
+
+def decompose(
+    model: nn.Module, call: Callable[[nn.Module], Tensor], at: Where, written: Vectors
+) -> float:
+    """The metric of irrelevant parts less that of the whole, with these vectors written."""
+    taken: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+    parts = {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear)
+        or type(part).__name__ == "Conv1D"
+        or "norm" in type(part).__name__.lower()
+    }
+
+    def store(name: str) -> Any:
+        def hook(part: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            taken[name], given[name] = args[0], out
+
+        return hook
+
+    def replace(name: str) -> Any:
+        def hook(part: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            return _irrelevant(name, part, args[0], taken[name], given[name])
+
+        return hook
+
+    def write(value: Tensor) -> Tensor:
+        flat = value.reshape(value.shape[1], at.units, -1).clone()
+        for (position, unit), vector in written.items():
+            flat[position, unit] = vector
+        return flat.reshape(value.shape)
+
+    def entering(part: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (write(args[0]), *args[1:])
+
+    def leaving(part: nn.Module, args: Any, out: Any) -> Any:
+        return (write(out[0]), *out[1:]) if isinstance(out, tuple) else write(out)
+
+    with torch.no_grad():
+        handles = [part.register_forward_hook(store(name)) for name, part in parts.items()]
+        whole = float(call(model))
+        for handle in handles:
+            handle.remove()
+        source = model.get_submodule(at.path)
+        handles = [part.register_forward_hook(replace(name)) for name, part in parts.items()]
+        if at.side == "in":
+            handles.append(source.register_forward_pre_hook(entering))
+        else:
+            handles.append(source.register_forward_hook(leaving))
+        found = float(call(model))
+        for handle in handles:
+            handle.remove()
+    return found - whole
+
+
+def _irrelevant(name: str, part: Any, now: Tensor, before: Tensor, whole: Tensor) -> Tensor:
+    """The irrelevant part of what a module returns."""
+    last = name.rsplit(".", 1)[-1]
+    if last in QUERIES_AND_KEYS:
+        return whole
+    if "norm" in type(part).__name__.lower():
+        centers = isinstance(part, nn.LayerNorm)
+        eps = part.eps if centers else part.variance_epsilon
+        middle = [x.mean(-1, keepdim=True) if centers else 0 for x in (now, before)]
+        size = torch.sqrt((before - middle[1]).pow(2).mean(-1, keepdim=True) + eps)
+        mapped = (now - middle[0]) / size * part.weight
+        relevant = (before - now - middle[1] + middle[0]) / size * part.weight
+    else:
+        weight = part.weight if type(part).__name__ == "Conv1D" else part.weight.T
+        mapped, relevant = now @ weight, (before - now) @ weight
+    bias = getattr(part, "bias", None)
+    if bias is not None:
+        size = mapped.abs() + relevant.abs()
+        mapped = mapped + bias * torch.where(size > 0, mapped.abs() / size, 1)
+    if last == "c_attn":
+        width = mapped.shape[-1] // 3
+        mapped = torch.cat([whole[..., : 2 * width], mapped[..., 2 * width :]], -1)
+    return mapped

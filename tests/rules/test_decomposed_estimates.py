@@ -1,0 +1,199 @@
+"""`using cdt`: contextual decomposition in a file, against plain hooks on the bare model in 64
+bits, one unpadded prompt at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import BertForSequenceClassification
+
+import mechdsl
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.execute.patching import estimates
+from mechdsl.forward.hooks import backward_rules
+from mechdsl.results.experiment_result import ExperimentResult
+from zoo import MODELS
+
+from ..execute.support import MODES, ROWS, experiment, prompt, run_file, try_file
+from ..reference.decomposed import decompose
+from ..reference.gradients import Where
+from .models import bare, double
+from .test_estimates import (
+    LAYERS,
+    ONE,
+    Cells,
+    Key,
+    call_metric,
+    heads_at_last,
+    logits_at_the_end,
+    measured,
+    read,
+    two_places,
+    where,
+)
+
+FAMILIES = ("gpt2", "llama")
+LINES = ("prompts p", "from other into clean", measured(ONE, "delta"))
+HEADS = "patch layer * head * at last token"
+MLPS = "patch mlp_out layer * at cue token, last token"
+
+
+def decomposed(family: str, site: str, layer: int, cells: Cells) -> dict[Key, list[float]]:
+    """Return the estimates of one layer by cell and prompt."""
+    at = where(family, site, layer)
+    found: dict[Key, list[float]] = {}
+    for record in ROWS:
+        base, source = prompt(record, "clean"), prompt(record, "other")
+        theirs = read(family, tuple(source.ids), at)
+        call = call_metric(family, ONE, base, record, logits_at_the_end(family, tuple(source.ids)))
+        for key, places in cells(base, at.units).items():
+            written = {place: theirs[place] for place in places}
+            found.setdefault(key, []).append(decompose(double(family), call, at, written))
+    return found
+
+
+def compare(result: ExperimentResult, expected: dict[Key, list[float]], layer: int) -> float:
+    """Compare the cells of a layer; return the largest absolute value.
+
+    Shares of biases have jumps where both parts of a number are near 0.
+    """
+    data, largest, seen = result.measures[0], 0.0, 0
+    for values, cell in zip(data.patched - data.base, result.cells, strict=True):
+        if cell.coords["layer"] == layer:
+            key = tuple(cell.coords[axis] for axis in result.axes if axis != "layer")
+            np.testing.assert_allclose(values, expected[key], atol=1e-4, rtol=0)
+            largest, seen = max(largest, *map(abs, expected[key])), seen + 1
+    assert seen == len(expected)
+    return largest
+
+
+@pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cdt_of_heads_and_mlps_equals_plain_hooks(family: str, mode: str, tmp_path: Path) -> None:
+    text = experiment("heads", *LINES, HEADS, "using cdt")
+    text += experiment("mlps", *LINES, MLPS, "using cdt")
+    found = run_file(text, tmp_path, bare(family), MODES[mode])
+    largest = 0.0
+    for name, site, cells in (("heads", "z", heads_at_last), ("mlps", "mlp_out", two_places)):
+        for layer in LAYERS:
+            expected = decomposed(family, site, layer, cells)
+            largest = max(largest, compare(found[name], expected, layer))
+    assert largest > 0.3
+
+
+def test_cdt_of_a_linear_model_equals_its_run(tmp_path: Path) -> None:
+    """Without norms and biases, logits are linear in what the last block adds to the stream."""
+    last = "at last token"
+    rules = (
+        f"ablate mlp_out layer 2 {last} with mean",
+        f"ablate layer 2 neuron 0..3 {last} with mean",
+        f"ablate resid_post layer 2 {last} with zero",
+        f"ablate feature * of b {last} with zero",
+    )
+    text = f"basis b = pca(p, dims: 3) at resid_post layer 2 {last}\n"
+    for number, rule in enumerate(rules):
+        lines = ("prompts p", measured(ONE, "delta"), rule)
+        text += experiment(f"run{number}", *lines)
+        text += experiment(f"estimate{number}", *lines, "using cdt")
+    found = run_file(text, tmp_path, bare("llama without norms"))
+    for number, rule in enumerate(rules):
+        run, own = (found[f"{name}{number}"].measures[0] for name in ("run", "estimate"))
+        size = max(1.0, float(np.abs(run.base).max()))
+        assert np.abs(run.patched - run.base).max() > 1e-4, rule
+        assert np.abs(own.patched - run.patched).max() <= 1e-5 * size, rule
+
+
+TEXTS = (
+    "food ? the room was not very clean and the food was bland",
+    "room ? the staff was rude but the food was never stale and the room was really quiet",
+    "staff ? the staff was quick and the food was not warm",
+)
+REVIEWS = """mech 1
+model m = zoo("reviews")
+prompts p {
+  text in TEXTS
+  template "{text}"
+}
+experiment e {
+  prompts p
+  ablate layer * head * at token 0, last token with zero
+  using cdt
+  measure logit(class "positive") - logit(class "negative") as delta
+}
+""".replace("TEXTS", str(list(TEXTS)).replace("'", '"'))
+
+
+def test_cdt_of_a_bert_classifier_equals_plain_hooks(tmp_path: Path) -> None:
+    """Prompts have different lengths, and BERT's attention would see padding."""
+    file = tmp_path / "reviews.mech"
+    file.write_text(REVIEWS, encoding="utf-8")
+    (found,) = mechdsl.run(file, store=False, write_reports=False).experiments
+    model: Any = BertForSequenceClassification.from_pretrained(MODELS / "reviews")
+    model = model.double().eval()
+    tokenizer = Tokenizer.from_file(str(MODELS / "reviews" / "tokenizer.json"))
+    data, largest = found.measures[0], 0.0
+    for text in TEXTS:
+        ids = tokenizer.encode(text).ids
+
+        def call(module: Any, ids: list[int] = ids) -> torch.Tensor:
+            logits = module(input_ids=torch.tensor([ids])).logits[0]
+            return logits[1] - logits[0]
+
+        bases = np.atleast_2d(data.base)[0]  # rows are in random order
+        row = int(np.abs(bases - float(call(model).detach())).argmin())
+        assert bases[row] == pytest.approx(float(call(model).detach()), abs=1e-4)
+        for values, cell in zip(data.patched - data.base, found.cells, strict=True):
+            at = Where(f"bert.encoder.layer.{cell.coords['layer']}.attention.output.dense", "in", 4)
+            position = 0 if cell.coords["position"] in ("0", "token 0") else len(ids) - 1
+            written = {(position, cell.coords["head"]): torch.zeros(16, dtype=torch.float64)}
+            expected = decompose(model, call, at, written)
+            assert abs(values[row] - expected) <= 1e-4, (text, cell.coords)
+            largest = max(largest, abs(expected))
+    assert largest > 0.01
+
+
+@pytest.mark.parametrize(
+    ("family", "rule", "reason"),
+    [
+        ("llama", "patch q layer 0 head * at last token", "attention has the weights of the base"),
+        ("gpt_oss", "patch mlp_out layer 0 at last token", "its rules don't know routers"),
+    ],
+)
+def test_cdt_of_sites_and_models_without_a_rule_is_an_error(
+    family: str, rule: str, reason: str, tmp_path: Path
+) -> None:
+    text = experiment("e", *LINES, rule, "using cdt")
+    result, problems = try_file(text, tmp_path, bare(family))
+    assert result is None
+    (error,) = (each for each in problems if each.severity == "error")
+    assert error.code == "E0608"
+    assert reason in render_full([error], color=False, width=300)
+
+
+def test_cdt_with_an_unknown_norm_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backward_rules, "_UNDECOMPOSED", frozenset({torch.rsqrt}))
+    text = experiment("e", *LINES, HEADS, "using cdt") + experiment("run", *LINES, HEADS)
+    result, problems = try_file(text, tmp_path, bare("llama"))
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["run"]
+    (error,) = (each for each in problems if each.severity == "error")
+    assert "its rules don't cover `m` (no rule applies to its function `rsqrt`)" in render_full(
+        [error], color=False, width=300
+    )
+
+
+def test_cdt_in_several_passes_has_the_same_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = experiment("e", *LINES, HEADS, "using cdt")
+    once = run_file(text, tmp_path, bare("gpt2"))["e"].measures[0].patched
+    monkeypatch.setattr(estimates, "DECOMPOSED_TOKENS", 60)
+    again = run_file(text, tmp_path, bare("gpt2"))["e"].measures[0].patched
+    np.testing.assert_allclose(again, once, atol=1e-5)
