@@ -2187,8 +2187,9 @@ _onward(
     "that `fit(…)` trains. That control has at most 8 random draws of the same size: directions "
     "of the same norm, scales in a random order, subspaces of as many dimensions, as many heads, "
     "neurons or layers as a mask has in each layer, as many of the features or dimensions that a "
-    "mask could choose, or as many tokens of the row. For a tuned lens it is the logit lens, and for rules that change all features of a trained dictionary the "
-    "dictionary before the training. The table has it as the column `random` or `untrained`; p "
+    "mask could choose, or as many tokens of the row. For a tuned lens it is the logit lens, and "
+    "for rules that change all features of a trained dictionary the dictionary before the "
+    "training. The table has it as the column `random` or `untrained`; p "
     "and its correction don't depend on it.",
     OWN,
     "tests/pipeline/test_training_controls.py",
