@@ -239,7 +239,7 @@ class _Finder:
             case "encoder":
                 return "encoder" in path
             case _:
-                if self.shape.has_encoder and self.shape.takes != "attended image":
+                if self._has_decoder:
                     return "decoder" in path
                 return not vision or self.shape.takes == "image"
 
@@ -267,10 +267,15 @@ class _Finder:
             raise MissingComponent(part, "the model names a module that isn't in its module tree")
         return path
 
+    @property
+    def _has_decoder(self) -> bool:
+        """Whether the main stack is the decoder of an encoder-decoder."""
+        return self.shape.has_encoder and self.shape.takes != "attended image"
+
     def _embedding(self) -> str | None:
         if self.shape.takes == "image" and not self.stack:
             return None
-        if self.stack or (self.shape.has_encoder and self.shape.takes != "attended image"):
+        if self.stack or self._has_decoder:
             own = [p for p in self.modules if last_name(p) == "embed_tokens" and self._is_ours(p)]
             return own[0] if own else None
         getter = getattr(self.modules.get(""), "get_input_embeddings", None)

@@ -401,8 +401,8 @@ def gradient_work(
     plain, found = False, GradientWork()
     for measure in experiment.measures:
         texts = [atom.appended for atom in measure.atoms if any(atom.appended)]
-        behind = [np.array(text)[own] for text in texts]
-        for more in behind:  # each answer has a separate pass
+        appended = [np.array(text)[own] for text in texts]
+        for more in appended:  # each answer has a separate pass
             found += _pass(lengths + more, joined, whole, forwards=1, backwards=kinds)
         if len(texts) < len(measure.atoms):
             found += _pass(lengths, joined, whole, forwards=0 if plain else 1, backwards=kinds)

@@ -43,7 +43,7 @@ from ..execute.support import MODES, check_file, run_on
 from ..run_source import run_source
 from ..shared_models import unchanged
 from . import models
-from .support import MEASURE, RECORDS, experiment, succeeded, write_data
+from .support import BLOCK, MEASURE, RECORDS, experiment, succeeded, write_data
 
 SIDE, PATCH, TILES = 16, 8, 4
 PATCHES = (SIDE // PATCH) ** 2
@@ -52,16 +52,6 @@ EACH = PATCHES + 1
 HEADS, LAYERS, CROSS, WIDTH = 4, 4, (1, 3), 6
 WORDS = (*(word for word in models.SPECIAL if word != "<image>"), *models.WORDS)
 IMAGE = "<|image|>"
-BLOCK = """
-prompts ask {
-  rows "data.jsonl"
-  image photo = "{file}"
-  template "{photo} how many {what} are there ? answer :"
-  answer " {n}"
-  wrong " {m}"
-  corrupt changed { file = other }
-}
-"""
 SIZES = ((24, 24), (10, 12), (17, 40), (16, 30))
 """(height, width) of the images; the second is smaller than a tile."""
 GRIDS = ((2, 2), (1, 1), (1, 3), (1, 2))

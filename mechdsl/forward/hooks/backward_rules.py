@@ -180,6 +180,26 @@ def _decomposed_addmm(
     return _share_bias(value @ weight, bias)
 
 
+def _widen(value: Tensor) -> Tensor:
+    """Convert to at least 32 bits, as norms do."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _center(value: Tensor, shape: Any) -> Tensor:
+    """Subtract the mean over the last axes, which have a shape."""
+    wide = _widen(value)
+    return wide - wide.mean(tuple(range(-len(shape), 0)), keepdim=True)
+
+
+def _size(value: Tensor, shape: Any, eps: float) -> Tensor:
+    """Return the root of the mean square over the last axes, which have a shape."""
+    return (value.square().mean(tuple(range(-len(shape), 0)), keepdim=True) + eps).sqrt()
+
+
+def _weigh(value: Tensor, weight: Tensor | None) -> Tensor:
+    return value if weight is None else value * weight
+
+
 def _decomposed_layer_norm(
     func: Callable[..., Tensor],
     value: Tensor,
@@ -190,11 +210,8 @@ def _decomposed_layer_norm(
     *given: Any,
 ) -> Tensor:
     """Divide both parts, each less its mean, by the standard deviation of the whole vector."""
-    axes = tuple(range(-len(shape), 0))
-    wide = value.to(torch.promote_types(value.dtype, torch.float32))
-    centered = wide - wide.mean(axes, keepdim=True)
-    scaled = centered / (_copy_whole(centered).square().mean(axes, keepdim=True) + eps) ** 0.5
-    scaled = scaled if weight is None else scaled * weight
+    centered = _center(value, shape)
+    scaled = _weigh(centered / _size(_copy_whole(centered), shape, eps), weight)
     return (scaled if bias is None else _share_bias(scaled, bias)).to(value.dtype)
 
 
@@ -206,11 +223,8 @@ def _decomposed_rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     """Divide both parts by the root of the mean square of the whole vector."""
-    axes = tuple(range(-len(shape), 0))
-    wide = value.to(torch.promote_types(value.dtype, torch.float32))
-    least = torch.finfo(value.dtype).eps if eps is None else eps
-    scaled = wide / (_copy_whole(wide).square().mean(axes, keepdim=True) + least) ** 0.5
-    return (scaled if weight is None else scaled * weight).to(value.dtype)
+    wide, least = _widen(value), torch.finfo(value.dtype).eps if eps is None else eps
+    return _weigh(wide / _size(_copy_whole(wide), shape, least), weight).to(value.dtype)
 
 
 def _unchanged(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -232,12 +246,8 @@ def _layer_norm(
     *given: Any,
 ) -> Tensor:
     """LN rule: the standard deviation is a constant."""
-    axes = tuple(range(-len(shape), 0))
-    wide = value.to(torch.promote_types(value.dtype, torch.float32))
-    centered = wide - wide.mean(axes, keepdim=True)
-    size = (centered.square().mean(axes, keepdim=True) + eps).sqrt().detach()
-    surrogate = centered / size
-    surrogate = surrogate if weight is None else surrogate * weight
+    centered = _center(value, shape)
+    surrogate = _weigh(centered / _size(centered, shape, eps).detach(), weight)
     return keep_value(func(value, shape, weight, bias, eps, *given), surrogate.to(value.dtype))
 
 
@@ -249,12 +259,8 @@ def _rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     """LN rule: the root of the mean square is a constant."""
-    axes = tuple(range(-len(shape), 0))
-    wide = value.to(torch.promote_types(value.dtype, torch.float32))
-    least = torch.finfo(value.dtype).eps if eps is None else eps
-    size = (wide.square().mean(axes, keepdim=True) + least).sqrt().detach()
-    surrogate = wide / size
-    surrogate = surrogate if weight is None else surrogate * weight
+    wide, least = _widen(value), torch.finfo(value.dtype).eps if eps is None else eps
+    surrogate = _weigh(wide / _size(wide, shape, least).detach(), weight)
     return keep_value(func(value, shape, weight, eps), surrogate.to(value.dtype))
 
 
