@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -112,3 +113,26 @@ def succeeded(
     errors = [found for found in diagnostics if found.severity == "error"]
     assert result is not None, render_full(errors, color=False, width=100)
     return {found.name: as_in_the_data(found) for found in result.experiments}
+
+
+def check_rules(
+    found: Sequence[ExperimentResult],
+    rules: Sequence[str],
+    base: Sequence[float],
+    expected: Sequence[Sequence[float]],
+) -> None:
+    """Compare rules with a reference, whose effects have to exceed 0.1.
+
+    Args:
+        found: One experiment for each rule.
+        base: [row] the measure without the rules.
+        expected: [cell of all rules, row] the measure with them.
+    """
+    patched = np.concatenate([each.measures[0].patched for each in found])
+    np.testing.assert_allclose(found[0].measures[0].base[0], base, atol=1e-4)
+    np.testing.assert_allclose(patched, expected, atol=2e-4)
+    first = 0
+    for each, rule in zip(found, rules, strict=True):
+        own = np.array(expected[first : first + len(each.cells)]) - base
+        first += len(each.cells)
+        assert np.abs(own).max() > 0.1, rule
