@@ -14,6 +14,8 @@ clips.jsonl: frames of two moving shapes for `zoo("frames")` that training doesn
 things.jsonl: fields of things for `zoo("hidden-rules")` that training didn't have with these rules.
 years.jsonl: periods for `zoo("years")` that training didn't have, and all later and earlier years.
 partitioned.jsonl: images of rows of shapes, each row behind a symbol; where they lie in pixels.
+fog.jsonl: faint shapes for `zoo("counting-vlm")`, and a shape that is there or not.
+scenes.jsonl: clear shapes for `zoo("counting-vlm")`, with each kind of question.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from numpy.random import default_rng
 
 from zoo.counting.data import ITEMS
+from zoo.counting_vlm import data as counting_vlm
 from zoo.facts.data import LETTERS, RELATIONS, another, facts
 from zoo.frames import data as frames
 from zoo.hidden_rules import data as hidden_rules
@@ -36,6 +39,8 @@ from zoo.nested.data import BRACKETS, stream
 from zoo.refusal import data as refusal
 from zoo.succession.data import SEQUENCES
 from zoo.tasks import data as tasks
+from zoo.vlm import THINGS as SHAPES
+from zoo.vlm import choose
 from zoo.worked import data as worked
 from zoo.years import data as years
 
@@ -45,6 +50,8 @@ THINGS = 8
 """Of each rule and decision."""
 MANY, FEW = range(7, 10), range(2, 5)
 PERIODS = 200
+FOGGY, CLEAR = 100, 40
+"""Images of each relation, and of each kind of question."""
 SYMBOLS = ("#", "@", "$", "%")
 SIDE = 32
 """Pixels of an image; it has a row for every symbol."""
@@ -162,8 +169,7 @@ def clips() -> list[Record]:
         row, column = asked.cell(2)
         if frames.cells(clip, 2)[row][column] != asked.thing or asked.motion == other.motion:
             continue
-        shown = (frames.cells(clip, frame) for frame in range(frames.FRAMES))
-        cells = (" / ".join(", ".join(x or "-" for x in line) for line in each) for each in shown)
+        cells = (cells_of(frames.cells(clip, frame)) for frame in range(frames.FRAMES))
         found.append(
             {
                 **{f"f{number}": each for number, each in enumerate(cells, 1)},
@@ -245,6 +251,57 @@ def partitioned() -> list[Record]:
     return found
 
 
+def foggy() -> list[Record]:
+    """Faint shapes in cells where training has none like them, and a shape that is asked.
+
+    `relation`: the shape is `present`, or else the `companion` of one in the image, or `other`.
+    """
+    rng, found = default_rng(SEED + 1), list[Record]()
+    wanted = dict.fromkeys(("present", "companion", "other"), FOGGY)
+    while any(wanted.values()):
+        scene = counting_vlm.draw_scene(rng, held_out=True, fog=True)
+        expected = {counting_vlm.COMPANIONS.get(thing) for thing in scene.things}
+        asked = choose(SHAPES, rng)
+        relation = "present" if asked in scene.things else "other"
+        if relation == "other" and asked in expected:
+            relation = "companion"
+        if wanted[relation]:
+            wanted[relation] -= 1
+            found.append({
+                "cells": cells_of(scene.faint(rng)),
+                "marks": " ".join(scene.marks),
+                "asked": asked,
+                "relation": relation,
+                "absent": int(relation != "present"),
+                "truth": "yes" if relation == "present" else "no",
+            })  # fmt: skip
+    return found
+
+
+def scenes() -> list[Record]:
+    """Clear shapes in cells where training has none like them, with a question and its answer."""
+    rng, found = default_rng(SEED + 1), list[Record]()
+    for kind in counting_vlm.QUESTIONS:
+        size = len(found)
+        while len(found) < size + CLEAR:
+            scene = counting_vlm.draw_scene(rng, held_out=True)
+            turn = counting_vlm.ask(kind, scene, rng)
+            if turn is not None:
+                found.append({
+                    "cells": cells_of(scene.rows),
+                    "marks": " ".join(scene.marks),
+                    "kind": kind,
+                    "question": turn.question,
+                    "reply": turn.answer,
+                })  # fmt: skip
+    return found
+
+
+def cells_of(rows: Iterable[Iterable[str]]) -> str:
+    """Write the cells of a grid as `image grid(rows: …)` reads them."""
+    return " / ".join(", ".join(thing or "-" for thing in row) for row in rows)
+
+
 def files() -> dict[str, list[Record]]:
     """File name → records."""
     return {
@@ -261,6 +318,8 @@ def files() -> dict[str, list[Record]]:
         "things.jsonl": things(),
         "years.jsonl": periods(),
         "partitioned.jsonl": partitioned(),
+        "fog.jsonl": foggy(),
+        "scenes.jsonl": scenes(),
     }
 
 

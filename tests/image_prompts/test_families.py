@@ -53,6 +53,8 @@ NAMES = (
     "paligemma",
     "paligemma2",
 )
+IN_A_GRID = [name for name in NAMES if name != "idefics2"]
+"""Families whose image tokens have rows and columns."""
 WORDS = ("w1", "w2 w1", "w3 w1 w2", "w2")
 BLOCK = """
 prompts ask {
@@ -136,7 +138,9 @@ def tile_cells(name: str, number: int, image: int, tile: int) -> list[list[int]]
 
 
 def difference(logits: Tensor) -> float:
-    return float(logits[-1, vlm.WORDS["w1"]] - logits[-1, vlm.WORDS["w2"]])
+    words = logits[..., [vlm.WORDS["w1"], vlm.WORDS["w2"]]]
+    first, second = words.reshape(-1, 2)[-1]
+    return float(first - second)
 
 
 @cache
@@ -205,6 +209,43 @@ def test_rules_are_what_hooks_give(name: str, mode: str) -> None:
         np.testing.assert_allclose(measure.patched[0], expected, atol=1e-4)
         largest = max(largest, float(np.abs(np.array(expected) - base).max()))
     assert largest > 0.1
+
+
+def lens(name: str, n: int, layer: int, token: int) -> float:
+    """The difference of logits if a token's vector after a layer is that after the last one."""
+    vectors = blocks(name, n, n)
+    edit = at([token], vectors[layer][token])
+    return difference(bare(name).run(inputs(name, n, n), blocks={len(vectors) - 1: edit})[[token]])
+
+
+@pytest.mark.parametrize("mode", ["planned", "padded on the right"])
+@pytest.mark.parametrize("name", some(IN_A_GRID, ("qwen2_5_vl", "paligemma2")))
+def test_logit_lens_at_image_tokens_is_what_the_last_layer_gives(name: str, mode: str) -> None:
+    line = "observe logit_lens resid_post layer * at photo row 1 col 1 token, last token"
+    measure = "measure logit(answer) - logit(wrong) as raw"
+    [found] = run_text(name, experiment("e", line, measure=measure), mode)
+    largest = 0.0
+    for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
+        layer = int(cell.coords["layer"])
+        last = cell.coords["position"] == "last token"
+        tokens = [-1 if last else cells(name, n, n)[1, 1] for n in ALL]
+        expected = [lens(name, n, layer, token) for n, token in enumerate(tokens)]
+        np.testing.assert_allclose(values, expected, atol=1e-4, err_msg=str(cell.coords))
+        largest = max(largest, float(np.abs(expected).max()))
+    assert largest > 0.1
+
+
+@pytest.mark.parametrize("name", some(NAMES, ("qwen2_5_vl",)))
+def test_direct_logits_of_all_components_sum_to_the_logits(name: str) -> None:
+    sites = ("resid_pre layer 0", "attn_out layer *", "mlp_out layer *")
+    lines = (f"observe direct_logit {site} toward answer - wrong at last token" for site in sites)
+    text = "".join(experiment(f"e{n}", line, measure="") for n, line in enumerate(lines))
+    parts = [row for each in run_text(name, text) for row in each.measures[0].patched]
+    logits = [bare(name).run(inputs(name, n, n))[-1] for n in ALL]
+    cap = getattr(bare(name).model.config.text_config, "final_logit_softcapping", None)
+    expected = [difference(cap * torch.atanh(each / cap) if cap else each) for each in logits]
+    np.testing.assert_allclose(np.sum(parts, axis=0), expected, atol=1e-4)
+    assert np.abs(parts[-1]).max() > 0.05
 
 
 EVERY = slice(None)

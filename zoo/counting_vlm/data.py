@@ -82,11 +82,15 @@ class Scene:
         """Draw the image, 40 × 40 pixels."""
         if not self.fog:
             return draw_grid(GridLayout(self.rows, self.marks, CELL), random).pixels
-        faint = tuple(
+        layout = GridLayout(self.faint(random), self.marks, CELL, FOG_NOISE)
+        return draw_grid(layout, random).pixels
+
+    def faint(self, random: Generator) -> tuple[tuple[str, ...], ...]:
+        """Draw the contrast of each shape in fog: `red circle 30%`."""
+        return tuple(
             tuple(each and f"{each} {random.integers(*FOG_PERCENT)}%" for each in row)
             for row in self.rows
         )
-        return draw_grid(GridLayout(faint, self.marks, CELL, FOG_NOISE), random).pixels
 
 
 def vocabulary() -> tuple[str, ...]:

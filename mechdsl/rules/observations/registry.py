@@ -248,7 +248,8 @@ def report_bad_observation(
 def check_unembedding(rule: spec.Rule, work: ExperimentContext) -> bool:
     """Report E0108 for a model without an unembedding after its stream."""
     shape = work.sites.shape
-    if shape.stands_in or (shape.task == "tokens" and shape.causal and shape.takes == "text"):
+    reads_text = shape.takes in ("text", "image and text")
+    if shape.stands_in or (shape.task == "tokens" and shape.causal and reads_text):
         return True
     assert rule.observed is not None
     what = (

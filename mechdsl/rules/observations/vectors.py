@@ -152,7 +152,9 @@ class LogitLens(SiteObservation):
         if several is None:
             return True
         assert rule.observed is not None
-        reason, hint = f"reads one vector at a time, not {several}", "sweep them: `layer *`"
+        reason = f"reads one vector at a time, not {several}"
+        swept = "`each token of SPAN`, `token *`" if "tokens" in several else "`layer *`"
+        hint = f"sweep them: {swept}"
         name = f"observe {self.word}"
         span = rule.observed.span
         work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
