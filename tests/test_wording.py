@@ -21,7 +21,7 @@ from mechdsl.program.spec import Statistics
 ROOT = Path(__file__).parent.parent
 PRINTED = {".md", ".txt", ".err"}
 ONE = re.compile(
-    r"(?<![\w.,])(?<!layer )1 "
+    r"(?<![\w.,])(?<!layer )(?<!col )1 "
     r"(?:cell|draw|experiment|head|item|layer|model|position|prompt|row|token)s\b"
 )
 LONG = "a" * 150
