@@ -130,6 +130,8 @@ LABELS_FILE = _limit(200_000_000, "bytes of a file of labels of features", "E034
 
 CIRCUIT_FILE = _limit(300_000_000, "bytes of a circuit file", "E0342")
 
+GRAPH_FILE = _limit(100_000_000, "bytes of an attribution graph of circuit-tracer", "E0342")
+
 LENS_FILE = _limit(8_000_000_000, "bytes of a tuned-lens file", "E0207")
 
 # --- a model --------------------------------------------------------------------------------------

@@ -154,6 +154,7 @@ def key_parts(
         "device": device,
         "machine": [platform.system(), platform.machine(), platform.python_version()],
         "numbers": numeric_settings(),
+        "groups": {n: own.digest for n, own in checked.program.groups.items() if own.digest},
         "prompts": _tables([*checked.experiments, *checked.edits.values()]),
         "python": python,
         "models": {name: models.told(name) for name in needed_models(checked)},

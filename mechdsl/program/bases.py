@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from mechdsl.base.safetensors_files import UnreadableFile
+from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
@@ -42,8 +44,10 @@ from mechdsl.program.effect_trainers import (
     TRAINING_ARGUMENTS,
 )
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
+from mechdsl.program.graph_files import LayerFeature, read_graph
 from mechdsl.program.names import Namespace
 from mechdsl.program.own_trainers import find_own_trainer, find_trainer, trainer_arguments
+from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.python_functions import is_python_call
 from mechdsl.program.references import all_tokens, lists_positions
 from mechdsl.program.spec import Constant, constant_value
@@ -82,6 +86,7 @@ _TRAINED_ONLY = {
 _MASKS = {"group": ("sites", MASK_EXAMPLE), "circuit": ("edges", EDGE_MASK_EXAMPLE)}
 """First word of a statement with a mask → what it chooses, and an example."""
 
+GROUP_EXAMPLE = 'saved("graph.json", "capital", t0, t1)'
 CIRCUIT_EXAMPLE = 'saved("circuit.json")'
 
 _DAS = f"train a rotation: `fit(das(dims: 2), {TRAINING_ARGUMENTS})`"
@@ -306,6 +311,137 @@ def lower_saved_circuit(
     )
 
 
+def lower_saved_group(
+    statement: ast.GroupDef, parts: Definitions, scope: Namespace
+) -> spec.Group | None:
+    """Lower a group of features that is read from an attribution graph; None after an error.
+
+    Codes: E0201, E0207, E0342, E0532, E0535.
+    """
+    call = statement.source
+    assert call is not None
+    before = len(scope.diagnostics)
+    texts, bases = _group_arguments(call, parts, scope)
+    place = statement.site if statement.at is None else statement.at
+    if place is not None:
+        reason = "the features of a file have the sites of their transcoders"
+        hint = "write positions where the group is used: `ablate g at last token with zero`"
+        bad = BadBasis(span=place.span, reason=reason, hint=hint, what="group")
+        scope.diagnostics.append(bad)
+    if len(scope.diagnostics) > before:
+        return None
+    written, supernode = texts[0], texts[1] if len(texts) > 1 else None
+    path, problems = path_to_read(SAVED_PATH, written, call.span)
+    scope.diagnostics.extend(problems)
+    if path is None:
+        return None
+    try:
+        file = read_graph(path, written)
+        features, said = file.choose(supernode, written)
+        sites = tuple(_list_feature_sites(sorted(features), bases, call, written, parts))
+    except UnreadableFile as problem:
+        bad = BadBasis(span=call.span, reason=problem.reason, hint=problem.hint, what="group")
+        scope.diagnostics.append(bad)
+        return None
+    made = f"{said}, SHA-256 {file.digest[:12]}…"
+    name = statement.name.id
+    return spec.Group(span=statement.span, name=name, sites=sites, digest=file.digest, made=made)
+
+
+def _group_arguments(
+    call: ast.Call, parts: Definitions, scope: Namespace
+) -> tuple[list[str], list[ast.Name]]:
+    """Return the path and the supernode of `saved("graph.json", "capital", t0, t1)`, and the names
+    of bases. Codes: E0201, E0207."""
+    texts: list[str] = []
+    bases: list[ast.Name] = []
+    for argument in call.arguments:
+        value = constant_value(argument.value, parts.parameters)
+        if argument.name is not None:
+            scope.diagnostics.append(_unknown_option(argument, call.name, (), {}))
+        elif isinstance(value, str) and not bases:
+            texts.append(value)
+            if isinstance(argument.value, ast.Name):
+                scope.has("param", argument.value.id)
+        elif isinstance(argument.value, ast.Name) and scope.use(
+            "basis", argument.value.id, argument.value.span
+        ):
+            bases.append(argument.value)
+    if not 1 <= len(texts) <= 2 or not bases:
+        reason = "takes the path of a graph, the name of a supernode if you want one, and bases"
+        hint = f"write `{GROUP_EXAMPLE}`"
+        bad = BadArgument(span=call.span, name=call.name, reason=reason, hint=hint)
+        if not any(each.code == "E0201" for each in scope.diagnostics):
+            scope.diagnostics.append(bad)
+    return texts, bases
+
+
+def _list_feature_sites(
+    features: Sequence[LayerFeature],
+    names: Sequence[ast.Name],
+    call: ast.Call,
+    written: str,
+    parts: Definitions,
+) -> Iterator[ast.Site]:
+    """Yield the features of a file as those of the transcoders of their layers.
+
+    Raises:
+        UnreadableFile: A layer has no transcoder among the bases, or two.
+    """
+    span = call.span
+    for layer in dict.fromkeys(layer for layer, _ in features):
+        found = [
+            (name, several)
+            for name in names
+            if (several := _covers(parts.bases.get(name.id), layer, parts)) is not None
+        ]
+        if len(found) != 1:
+            listed = name_list(name.id for name, _ in found)
+            reason = f"`{written}` has features of layer {layer}, and "
+            reason += f"{listed} are of this layer" if found else "no basis is of this layer"
+            hint = f"name one transcoder at `mlp_out layer {layer}`"
+            raise UnreadableFile(reason, hint)
+        ((name, several),) = found
+
+        def axis(word: ast.AxisWord, numbers: Sequence[int], of: str | None) -> ast.Axis:
+            values = tuple(ast.AxisRange(ast.Bound(n, span=span), span=span) for n in numbers)
+            return ast.Axis(word, True, values, of=of, span=span)
+
+        numbers = [feature for own, feature in features if own == layer]
+        axes = [axis("feature", numbers, name.id)]
+        components = ()
+        if several:
+            axes.insert(0, axis("layer", [layer], None))
+            components = (ast.Name("mlp_out", span=span),)
+        yield ast.Site(components, tuple(axes), span=span)
+
+
+def _covers(basis: spec.Basis | None, layer: int, parts: Definitions) -> bool | None:
+    """Return whether a basis has several layers, if it is at the outputs of the MLP of this layer;
+    None if not."""
+    if basis is None or [name.id for name in basis.site.names] != ["mlp_out"]:
+        return None
+    axis = next((own for own in basis.site.axes if own.word == "layer"), None)
+    if axis is None:
+        return None
+    several = axis.plural or len(axis.values) > 1
+
+    def number(bound: ast.Bound) -> int:
+        given = parts.parameters.get(bound.name or "", bound.value)
+        return (given if isinstance(given, int) else -1) + bound.offset
+
+    for value in axis.values:
+        if isinstance(value, ast.Star):
+            return True
+        if not isinstance(value, ast.AxisRange):
+            continue
+        low = number(value.low)
+        high = low if value.high is None else number(value.high)
+        if low <= layer <= high:
+            return several or high > low
+    return None
+
+
 def lower_circuit_mask(
     statement: ast.CircuitDef, parts: Definitions, scope: Namespace
 ) -> spec.Basis | None:
@@ -344,6 +480,8 @@ def _check_mask(call: ast.Call, what: Statement, parts: Definitions, scope: Name
     hint = f"list {chosen}, or train a mask: {example}"
     if what == "circuit":
         hint += f", or read a file: `{CIRCUIT_EXAMPLE}`"
+    else:
+        hint += f", or read features from a graph: `{GROUP_EXAMPLE}`"
     scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
     return False
 

@@ -35,6 +35,7 @@ from mechdsl.program.bases import (
     lower_circuit_mask,
     lower_mask,
     lower_saved_circuit,
+    lower_saved_group,
 )
 from mechdsl.program.directions import (
     direction_dependencies,
@@ -935,6 +936,19 @@ def _directions_and_bases(
     lower_objectives(parts, scope)
 
 
+def _saved_groups(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
+    """Read the features of groups from files."""
+    for file, _ in files:
+        for statement in file.statements:
+            if not isinstance(statement, ast.GroupDef) or statement.source is None:
+                continue
+            if statement.source.name != "saved":
+                continue
+            read = lower_saved_group(statement, parts, scope)
+            if read is not None and parts.groups[read.name].span is statement.span:
+                parts.groups[read.name] = read
+
+
 def _bases(
     files: list[tuple[ast.File, bool]],
     found: Sequence[ast.BasisDef],
@@ -949,6 +963,8 @@ def _bases(
     for file, _ in files:
         for statement in file.statements:
             if isinstance(statement, ast.GroupDef) and statement.source is not None:
+                if statement.source.name == "saved":
+                    continue  # its layers are those of bases
                 mask = lower_mask(statement, parts, scope)
                 if mask is not None and parts.groups[mask.name].span is statement.span:
                     parts.masks[mask.name] = mask
@@ -970,4 +986,5 @@ def _bases(
         basis = lower_basis(statement, parts, scope)
         if basis is not None:
             parts.bases[basis.name] = basis
+    _saved_groups(files, parts, scope)
     keep_decoders(parts, scope)

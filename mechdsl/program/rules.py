@@ -144,6 +144,8 @@ def lower_rules(
     direction per token one rule per token."""
     body = rule.body
     during = lower_during(rule, work)
+    site = getattr(body, "site", None)
+    read = None if site is None else work.read_groups.get(site.span)
     if rule.drops_error:
         _check_error_dropped(rule, work)
     several = _directions_of_tokens(body, work)
@@ -159,7 +161,7 @@ def lower_rules(
             for lowered in lower_rules(part, source, prompts, work)
         )
     if not isinstance(body, ast.Ablate) or not body.more:
-        changes = {"during": during, "drops_error": rule.drops_error}
+        changes = {"during": during, "drops_error": rule.drops_error, "read_group": read}
         return (lower_rule(rule, source, prompts, work).model_copy(update=changes),)
     fills = [ast.Fill(body.fill, body.by, span=body.fill.span), *body.more]
     labels = tuple(_label(fill) for fill in fills)
@@ -175,6 +177,7 @@ def lower_rules(
                 "fill_index": number,
                 "during": during,
                 "drops_error": rule.drops_error,
+                "read_group": read,
             }
         )
         for number, fill in enumerate(fills)

@@ -493,6 +493,9 @@ class Rule(Spec):
     drops_error: bool = False
     """In a basis: what it doesn't represent is dropped."""
     """None: every step of a reply."""
+    read_group: tuple[str, str] | None = None
+    """In a basis: (the group that it names, what was read from the group's file), for conventions.
+    """
     loops: tuple[str, ...] = ()
 
     @property
@@ -566,6 +569,15 @@ class Group(Spec):
     choices: tuple[int, ...] = ()
     """Numbers of the coordinates that the training could choose, once they are known: those of
     which some training row has an effect."""
+    digest: str = ""
+    """SHA-256 of the file that it is read from, if any."""
+    made: str = ""
+    """What was read from this file, for conventions."""
+
+    @property
+    def names_features(self) -> bool:
+        """Whether its sites are all features or dimensions, of one basis or several."""
+        return bool(self.sites) and all(site.coordinates is not None for site in self.sites)
 
 
 EVERY_EDGE = "every edge"

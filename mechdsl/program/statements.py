@@ -72,6 +72,8 @@ class Statements:
         """Names of the runs defined so far in the experiment itself."""
         self.elsewhere: dict[str, spec.ExternalRunSpec] = {}
         """Runs of other blocks and models by name."""
+        self.read_groups: dict[Span, tuple[str, str]] = {}
+        """Site that names a group of features of a file → the group, and what was read."""
         self.unsupported = False
 
     @property
@@ -94,7 +96,8 @@ class Statements:
         for statement in map(self._with_coordinates, statements):
             match statement:
                 case ast.Rule():
-                    self.rule(statement, loops)
+                    for part in self._of_each_basis(statement):
+                        self.rule(part, loops)
                 case (
                     ast.Observe()
                     | ast.ObserveAttention()
@@ -166,6 +169,25 @@ class Statements:
             return len(site.names) == 1 and site.names[0].id in groups
 
         return rewrite(statement, change) if groups else statement
+
+    def _of_each_basis(self, rule: ast.Rule) -> tuple[ast.Rule, ...]:
+        """Return a rule for each basis of the group of features that a rule names as its site; the
+        rule itself if it names none."""
+        named = getattr(rule.body, "site", None)
+        word = named.bare if isinstance(named, ast.Site) and named.basis is None else None
+        group = None if word is None else self.parts.groups.get(word.id)
+        if named is None or group is None or not group.names_features:
+            return (rule,)
+        self.scope.has("group", group.name)
+        if group.made:
+            self.read_groups[named.span] = group.name, group.made
+
+        def at(site: ast.Site) -> ast.Rule:
+            return rewrite(
+                rule, lambda node: site if node == named and node.span == named.span else node
+            )
+
+        return tuple(at(site) for site in join_features(group.sites, named))
 
     def once(self, statement: NodeT, seen: list[NodeT], what: str) -> None:
         """Record a statement that may occur once in an experiment."""
@@ -274,6 +296,33 @@ def _takes_basis(statement: ast.Node, site: ast.Site) -> bool:
             return own is site
         case _:
             return False
+
+
+def join_features(sites: Sequence[ast.Site], named: ast.Site) -> list[ast.Site]:
+    """Return the sites of a group of features with one site for each basis and vector.
+
+    Args:
+        named: The site that names the group.
+    """
+    found: dict[ast.Site, list[ast.AxisValue]] = {}
+    for site in sites:
+        axis = site.coordinates
+        assert axis is not None
+        joined = replace(axis, values=(), plural=True, span=named.span)
+        axes = tuple(joined if own is axis else own for own in site.axes)
+        alone = replace(site, axes=axes, excluded=named.excluded, span=named.span)
+        values = found.setdefault(alone, [])
+        values += [value for value in axis.values if value not in values]
+    return [
+        replace(
+            site,
+            axes=tuple(
+                replace(own, values=tuple(values)) if own is site.coordinates else own
+                for own in site.axes
+            ),
+        )
+        for site, values in found.items()
+    ]
 
 
 def mark_names_used(node: ast.Node, work: Statements) -> None:

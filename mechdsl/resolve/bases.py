@@ -282,6 +282,9 @@ class CoordinateChange(Intervention):
                 f"features are those of the current `{', '.join(sorted(reads))}` of the same block"
             )
             yield Convention("transcoder", said)
+        if rule.spec.read_group is not None:
+            name, made = rule.spec.read_group
+            yield Convention(f"group {name}", made)
         if isinstance(self._inner, Reconstruction | CoordinateRemoval):
             return
         yield Convention(

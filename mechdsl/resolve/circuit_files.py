@@ -298,8 +298,7 @@ def _read_content(content: bytes, written: str) -> CircuitFile:
     if {"nodes", "links"} <= parts.keys():
         raise UnreadableFile(
             f"`{written}` is an attribution graph, whose nodes are features of transcoders",
-            "a circuit has edges of heads and MLPs; "
-            "`observe attribution_graph(t0) logits at last token` computes such a graph",
+            f'read its features as a group: `group g = saved("{written}", t0, t1)`',
         )
     try:
         if "labels" in parts:

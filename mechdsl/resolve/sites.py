@@ -1027,9 +1027,16 @@ def _resolve_groups(
     found: list[SiteTargets] = []
     for group in groups:
         looped = name != group.name
-        if looped and any(each.coordinates is not None for each in group.sites):
-            reason = "chooses features or dimensions, which no `for` takes"
+        if any(each.coordinates is not None for each in group.sites):
             hint = f"write a rule with `{group.name}` itself"
+            if looped:
+                reason = "chooses features or dimensions, which no `for` takes"
+            elif not group.names_features:
+                reason = "has features of bases and other sites"
+                hint = "define a group of the features, and one of the other sites"
+            else:
+                reason = "is a group of features, which this statement doesn't take"
+                hint = f"change them: `ablate {name} at last token with zero`"
             span = context.words.get((name, group.name), site.span)
             bad = BadArgument(span=span, name=group.name, reason=reason, hint=hint)
             context.diagnostics.append(bad)

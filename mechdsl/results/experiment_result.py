@@ -174,6 +174,8 @@ class ResultNode(Record):
     amount: float
     """The activation of a feature, the probability of a logit, 1 for a measure; 0 for others."""
     influence: float
+    """The share of the influence of all nodes that it has together with those that have more; 1 for
+    logits. The viewer of circuit-tracer hides nodes above a share."""
 
 
 @record

@@ -248,6 +248,18 @@ _file(
     "tests/execute/test_coordinates.py",
 )
 _file(
+    "group of features",
+    'basis t = sae("tc") at mlp_out layer 1 group g = saved("graph.json", "capital", t)',
+    "The features of a supernode of an attribution graph in a JSON file of circuit-tracer or "
+    "Neuronpedia, or without the name those of the whole graph. `group g = features 3, 8 of t, "
+    "features top 20 of seen of t0` lists features, or takes those that another experiment ranks "
+    "highest. Rules change them together, with one rule for each basis, at the tokens that the "
+    "rule names. For a file, each layer needs one of the bases, at `mlp_out`; mechdsl can't check "
+    "that they are the transcoders of the graph. Graphs in `.pt` files are pickles, E0342.",
+    "tests/rules/test_feature_groups.py",
+    "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
+)
+_file(
     "group of receivers",
     "group ends = L2H1.q, L2H3.q, logits",
     "`path SENDER -> ends at POSITIONS` patches the edges to all of these receivers at once. "
@@ -314,8 +326,8 @@ _file(
 _COMPARED = "tests/rules/test_compared_circuits.py"
 _file(
     "circuit top",
-    "circuit c = fit(mask(size: 2), prompts: fruit.train, with: zero, minimise: loss) "
-    "experiment e { prompts fruit.test for n in [1, 2] { ablate all but top n of c at tokens * "
+    'circuit c = saved("circuit.json") '
+    "experiment e { prompts fruit for n in [1, 2] { ablate all but top n of c at tokens * "
     "with zero } measure loss as faithfulness expect cmd(faithfulness, n) < 0.4 }",
     "`top n of c` are the n edges of a trained circuit whose scores are largest in size: a "
     "count, a share of its edges (`top 25% of c`), a `param` or the variable of a `for`. More "
@@ -865,8 +877,8 @@ _file(
 )
 _file(
     "experiment",
-    "experiment heads { model toy prompts fruit limit 16 "
-    "ablate layer * head * at last token with zero measure logit(answer) as delta }",
+    "experiment e { model toy prompts fruit limit 16 "
+    "ablate L0H1 at last token with zero measure loss as delta }",
     "Rules, measures and reports. All rules act in one run. Their sweeps are the axes of the "
     "table, with one run per combination.",
     "tests/execute/test_coordinates.py",

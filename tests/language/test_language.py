@@ -44,7 +44,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     save_file({"d": torch.ones(128)}, folder / "directions.safetensors")
     save_file({"rotation": torch.eye(128)[:4]}, folder / "rotation.safetensors")
-    circuit = {"edges": ["embed -> L0H1.q", "L0H1 -> logits"]}
+    edges = ("embed -> L0H1.q", "L0H1 -> logits")
+    circuit = {"edges": {name: {"score": 0.5, "in_graph": True} for name in edges}}
+    feature = {"node_id": "1_3_4", "feature_type": "cross layer transcoder", "layer": "1"}
+    supernodes = {"supernodes": [["capital", "1_3_4"]]}
+    graph = {"nodes": [{**feature, "ctx_idx": 4}], "links": [], "qParams": supernodes}
+    (folder / "graph.json").write_text(json.dumps(graph), encoding="utf-8")
     (folder / "circuit.json").write_text(json.dumps(circuit), encoding="utf-8")
     lens = {f"layer.{n}.weight": torch.eye(128) for n in range(3)}
     lens |= {f"layer.{n}.bias": torch.ones(128) for n in range(3)}

@@ -651,6 +651,7 @@ def test_graph_of_the_first_row_is_drawn_and_written(data: Path) -> None:
             there = (own.layer == layer) & (own.feature == feature) & (own.token == token)
             assert own.activation[there].item() == pytest.approx(node["activation"], abs=1e-4)
             assert node["feature"] == (layer + feature) * (layer + feature + 1) // 2 + feature
+    assert_viewer_reads(content, graph)
     graph_report.save(found, report, data / "g.svg")
     drawn = (data / "g.svg").read_text(encoding="utf-8")
     assert drawn.count('class="edge"') == min(200, len(circuit.edges))
@@ -661,6 +662,20 @@ def test_graph_of_the_first_row_is_drawn_and_written(data: Path) -> None:
     assert "e: attribution graph kept" in said
     assert f"edges of the graph of row {circuit.graph.row}; 20 shown" in said
     assert "without nodes and edges of little influence" in said
+
+
+def assert_viewer_reads(content: dict[str, Any], graph: AttributionGraph) -> None:
+    """The texts and shares that the viewer of circuit-tracer depends on."""
+    logits = [node for node in content["nodes"] if node["feature_type"] == "logit"]
+    for own in logits:
+        assert own["clerp"].split('"')[2] == f" (p={own['token_prob']:.3f})"
+    shares = sorted(graph.influence, reverse=True)
+    sums = [sum(shares[: n + 1]) / sum(shares) for n in range(len(shares))]
+    for own in content["nodes"]:
+        nearest = min(abs(own["influence"] - each) for each in sums)
+        assert own["influence"] == 1 if own in logits else nearest < 1e-5
+    features = [node for node in content["nodes"] if node["activation"] is not None]
+    assert all(0 < node["influence"] <= 0.81 + shares[0] / sum(shares) for node in features)
 
 
 def test_graph_of_a_measure_is_drawn_with_one_target(data: Path) -> None:
@@ -675,7 +690,8 @@ def test_graph_of_a_measure_is_drawn_with_one_target(data: Path) -> None:
     graph_report.save(found, report, data / "m.json")
     nodes = json.loads((data / "m.json").read_text(encoding="utf-8"))["nodes"]
     (target,) = [node for node in nodes if node["feature_type"] == "logit"]
-    assert (target["clerp"], target["is_target_logit"]) == ("answer - wrong", True)
+    assert target["clerp"] == 'Output "answer - wrong" (p=1.000)'
+    assert target["is_target_logit"]
     assert found.circuit is not None
     assert {receiver for _, receiver in found.circuit.edges if "L" not in receiver} == {"target"}
     graph_report.save(found, report, data / "m.svg")

@@ -556,6 +556,8 @@ group mixed = L9H9.q, layer 3 head 2, mlp_out layer 5, resid_post vision layer 2
 group fv_heads = top 10 of cie
 group one = best of select
 group feats = feature 12 of res8, feature 13 of res8
+group feats = features 12, 13..15 of res8, layer 2 features top 3 of seen of t, L0H1
+group capital = saved("graph.json", "capital", t0, t1)
 seed 0
 experiment empty { }
 """.strip().splitlines()

@@ -199,6 +199,8 @@ class GraphNode:
     amount: float
     """The activation of a feature, the probability of a logit; 0 for others."""
     influence: float
+    """The share of the influence of all nodes that it has together with those that have more; 1 for
+    logits."""
 
 
 @dataclass(frozen=True)

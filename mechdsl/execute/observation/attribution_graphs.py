@@ -554,11 +554,10 @@ def list_graph(
     graph: AttributionGraph, ids: Sequence[int], row: int, pruning: tuple[float, float]
 ) -> GraphFindings:
     """List the nodes and edges that `prune_graph` keeps, of a prompt with these tokens."""
-    influence = graph.influence
     nodes, edges = prune_graph(graph, *pruning)
     logits = graph.first_logit + np.arange(len(graph.logits))
     kept = [*np.flatnonzero(nodes).tolist(), *logits.tolist()]
-    amounts = [*influence.tolist(), *([0.0] * len(logits))]
+    amounts = [*_accumulate(graph.influence).tolist(), *([1.0] * len(logits))]
     number = {node: n for n, node in enumerate(kept)}
     node_of_target = [*range(graph.first_error), *logits.tolist()]
     targets, sources = np.nonzero(edges)
@@ -589,6 +588,15 @@ def _describe_node(
     which = node - graph.first_logit
     chance = float(graph.probabilities[which])
     return GraphNode("logit", 0, graph.tokens - 1, int(graph.logits[which]), chance, influence)
+
+
+def _accumulate(influence: Floats) -> Floats:
+    """Return, for each source, the share of the influence that it has together with all sources
+    that have more."""
+    order = np.argsort(-influence, kind="stable")
+    found = np.empty_like(influence)
+    found[order] = np.cumsum(influence[order]) / max(float(influence.sum()), 1e-10)
+    return found
 
 
 def _keep_share(scores: Floats, share: float) -> Bools:

@@ -17,7 +17,6 @@ from rich.text import Text
 from mechdsl.base.text import count_noun, dump_json, escape_xml
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import (
-    TARGET_LABEL,
     ExperimentResult,
     ResultCircuit,
     ResultGraph,
@@ -274,10 +273,11 @@ def _tracer_name(node: ResultNode, layers: int) -> str:
 
 
 def _tracer_label(node: ResultNode) -> str:
-    """Return what a node is called in circuit-tracer; empty if it shows the node's number."""
-    if node.kind != "logit" or node.label == TARGET_LABEL:
-        return node.text if node.kind == "logit" else ""
-    return f"Output {node.text!r} (p={node.amount:.3f})"
+    """Return what a node is called in circuit-tracer; empty if it shows the node's number.
+
+    Its viewer reads the probability of each logit from this text.
+    """
+    return f'Output "{node.text}" (p={node.amount:.3f})' if node.kind == "logit" else ""
 
 
 def _tracer_feature(node: ResultNode) -> int:
