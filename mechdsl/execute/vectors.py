@@ -74,6 +74,14 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.vocab.sites import CoordinateOperation, stop_layer
 
+CPU_ACTIVATION_BYTES = 8 << 20
+"""Maximum size of one activation of a batch on a CPU. The memory of larger ones goes back to the
+system after each use and must be cleared for the next, which took a quarter of the time of reading
+GPT-2 small with 4,096 tokens."""
+
+MIN_READ_TOKENS = 256
+"""Number of tokens that a batch may have however wide the model is."""
+
 BatchReader: TypeAlias = Callable[[Ints], UnpatchedBatch]
 """Returns a run on these prompts, with the requested sites."""
 
@@ -188,10 +196,19 @@ def split_prompts(
     run: PromptRun,
     points: Iterable[SitePoint],
     prompts: Ints | None = None,
-    tokens: int = PROMPT_TOKENS,
+    tokens: int | None = None,
 ) -> list[Ints]:
-    """Split prompts (default: all) into batches, limited by the size of the values read."""
-    return read_batches(model.shape, model.dtype.itemsize, run, points, prompts, tokens)
+    """Split prompts (default: all) into batches, limited by the size of the values read.
+
+    Args:
+        tokens: Maximum number of tokens of a batch. By default `PROMPT_TOKENS`; fewer on a CPU if
+            the MLPs' activations would take more than `CPU_ACTIVATION_BYTES`.
+    """
+    size = model.dtype.itemsize
+    if tokens is None and model.device.type == "cpu":
+        widest = size * max(model.shape.d_mlp, 3 * model.shape.d_model)
+        tokens = min(PROMPT_TOKENS, max(MIN_READ_TOKENS, CPU_ACTIVATION_BYTES // widest))
+    return read_batches(model.shape, size, run, points, prompts, tokens or PROMPT_TOKENS)
 
 
 @dataclass(eq=False)

@@ -158,6 +158,11 @@ def test_batches_have_room_for_what_is_read(monkeypatch: pytest.MonkeyPatch) -> 
     row = RunRow("", tuple(range(10)), (), (False,) * 10, (), {}, {})
     run = PromptRun("clean", (row,) * 40)
     assert [len(b) for b in split_prompts(model, run, widest, tokens=100)] == [10] * 4
+    # Queries, keys and values have 72 numbers together, the MLP 28. Nine prompts of ten tokens fit.
+    monkeypatch.setattr("mechdsl.execute.vectors.MIN_READ_TOKENS", 1)
+    monkeypatch.setattr("mechdsl.execute.vectors.CPU_ACTIVATION_BYTES", 4 * 72 * (10 * 9 + 1))
+    assert [len(b) for b in split_prompts(model, run, widest)] == [9] * 4 + [4]
+    monkeypatch.undo()
     monkeypatch.setattr(
         module, "READ_BATCH_BYTES", 28 * 3 * 4 * 10 * 7
     )  # seven prompts of ten tokens

@@ -29,7 +29,7 @@ from mechdsl.forward.hooks.batch import is_out_of_memory, release_memory
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.passes import make_plan
-from mechdsl.planner.plan import PROMPT_TOKENS, build_save_panel
+from mechdsl.planner.plan import build_save_panel
 from mechdsl.program.paths import path_to_write
 from mechdsl.prompts.runs import RunRow
 from mechdsl.resolve.observations import join_positions
@@ -182,7 +182,7 @@ class _FeatureRows:
             panel, self.model, (), plan=make_plan([]), side=self.options.side, others=self.others
         )
         run, points = runs.named(save.run), save.points
-        model, size = runs.model_of(run), self.options.prompt_tokens or PROMPT_TOKENS
+        model, size = runs.model_of(run), self.options.prompt_tokens
         batches = split_prompts(model, run, points, tokens=size)
         problems = DerivedRuns.define(panel.derived, runs, batches, self.fits)[1]
         if problems:

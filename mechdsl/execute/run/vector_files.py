@@ -151,7 +151,7 @@ def save_vectors(
     model = models[experiment.model.key]
     others = {name: models[name] for name in panel.models[1:]}
     plan = make_plan([])
-    size = options.prompt_tokens or PROMPT_TOKENS
+    size = options.prompt_tokens
     saved: dict[int, SavedFile] = {}
     problems: list[Diagnostic] = []
     fits = DirectionFits(model, others, experiment.seed, options.side)
@@ -162,7 +162,9 @@ def save_vectors(
         if save.gradient is None:
             batches = split_prompts(runs.model_of(run), run, save.points, tokens=size)
         else:
-            batches = split_gradient_batches(runs.model_of(run).shape, save, run, size)
+            batches = split_gradient_batches(
+                runs.model_of(run).shape, save, run, size or PROMPT_TOKENS
+            )
         found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
         if found:
             problems += found
