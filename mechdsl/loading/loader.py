@@ -53,7 +53,7 @@ from mechdsl.forward.hooks.model import (
     explain_block_mismatch,
 )
 from mechdsl.forward.hooks.module_exchange import load_weights
-from mechdsl.forward.hooks.weight_maps import find_nonlinear_norm
+from mechdsl.forward.hooks.weight_maps import NoLinearMap, WeightMaps, find_nonlinear_norm
 from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.loading import devices
 from mechdsl.loading.anatomy_proof import (
@@ -955,6 +955,8 @@ def check_modules(
                 found.append(_check_block_exchange(rule, model))
             if isinstance(rule.does, WeightChange):
                 found.append(_check_output_weights(rule, model))
+            if isinstance(seen, Observation) and seen.weights_attention:
+                found.append(_check_attention_maps(rule, model))
             if rule.sites is not None:
                 points = [p for here in rule.sites.points.values() for p in here]
                 span = rule.spec.span
@@ -1023,6 +1025,27 @@ def _check_output_weights(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
             reason=f"{reason}, in `{model.name}`",
             hint=f"edit a copy: `model edited = {model.name} with {{ {rule.spec.span.written} }}`",
         )
+    return None
+
+
+def _check_attention_maps(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """Report E0108 if the values of heads, or what the stream gets of them, aren't linear maps."""
+    assert rule.sites is not None
+    maps = WeightMaps(model)
+    for layer in sorted({p.layer or 0 for here in rule.sites.points.values() for p in here}):
+        block = model.anatomy.blocks[layer]
+        tap = block.taps.get("attn_out")
+        between = block.attn_behind or (None if tap is None else tap.scaled_by)
+        reason = f"`{between}` is between the heads and the stream"
+        if between is None:
+            try:
+                maps.projected(layer, "v")
+                maps.output(layer)
+                continue
+            except NoLinearMap as error:
+                reason = str(error)
+        what = f"`by {rule.does.name.removeprefix('observe ')}` in layer {layer} ({reason})"
+        return NotSupported(span=rule.spec.span, what=what, later="leave out `by`")
     return None
 
 

@@ -102,21 +102,7 @@ def lower_observation(
     if statement.run is not None and prompts is not None:
         source = resolve_run_name(statement.run, prompts, work)
     if isinstance(statement, ast.ObserveAttention):
-        edge, what = statement.edge, statement.what
-        return spec.Rule(
-            span=statement.span,
-            verb="observe",
-            edge=edge,
-            at=edge.queries,
-            onto=edge.keys,
-            source=source,
-            observed=spec.ObservedQuantity(
-                span=statement.span if what is None else what.span,
-                word="attention" if what is None else what.id,
-                name=name,
-            ),
-            loops=loops,
-        )
+        return _of_attention(statement, source, name, loops)
     if isinstance(statement, ast.ObserveFeatures):
         return _of_features(statement, source, name, loops, prompts, work)
     called = statement.what
@@ -172,6 +158,30 @@ def _listed_count(statement: ast.Observe | ast.ObserveFeatures, work: Statements
         found = BadArgument(span=statement.span, name="top", reason=reason, hint=hint)
         work.diagnostics.append(found)
     return top
+
+
+def _of_attention(
+    statement: ast.ObserveAttention,
+    source: str | None,
+    name: str | None,
+    loops: tuple[str, ...],
+) -> spec.Rule:
+    edge, what = statement.edge, statement.by or statement.what
+    return spec.Rule(
+        span=statement.span,
+        verb="observe",
+        edge=edge,
+        at=edge.queries,
+        onto=edge.keys,
+        source=source,
+        observed=spec.ObservedQuantity(
+            span=statement.span if what is None else what.span,
+            word="attention" if what is None else what.id,
+            name=name,
+            weights_attention=statement.by is not None,
+        ),
+        loops=loops,
+    )
 
 
 def _of_features(

@@ -389,6 +389,8 @@ class ObservedQuantity(Spec):
     """Whether the file gives positions; otherwise `at` is the placeholder."""
     maps: tuple[MapText, ...] = ()
     """Experiments whose maps are observed; with weights in a sum."""
+    weights_attention: bool = False
+    """Whether the word is a factor of attention: `observe attention … by value_norm`."""
     region: str | None = None
     """The region of images, or the position of texts, that maps are compared with."""
     in_tokens: bool = False

@@ -158,6 +158,8 @@ class Observation(Intervention):
     """Whether it has a graph for `report graph`."""
     leads: ClassVar[bool] = False
     """Whether it observes edges between positions: `observe WORD from Q to K`."""
+    weights_attention: ClassVar[bool] = False
+    """Whether it multiplies attention by a factor: `observe attention … by WORD`."""
     counts: ClassVar[str] = ""
     """Axis of its values, numbered from 1, if a cell has several."""
     value_axes: ClassVar[tuple[str, ...]] = ()

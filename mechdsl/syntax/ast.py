@@ -866,6 +866,8 @@ class ObserveAttention(Node):
     name: Name | None = None
     what: Name | None = None
     """A flow between positions other than attention: `rollout`."""
+    by: Name | None = None
+    """The factor that attention weights are multiplied by: `value_norm`."""
 
 
 @record

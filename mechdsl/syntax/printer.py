@@ -540,7 +540,8 @@ def _formless(node: Any) -> str:
             run, name = _of("of", node.run, format_ref), _of("as", node.name, _id)
             return f"observe {what}{run} {ends}{name}"
         case ast.ObserveAttention():
-            return f"observe {format_edge(node.edge, node.run)}" + _of("as", node.name, _id)
+            by, name = _of("by", node.by, _id), _of("as", node.name, _id)
+            return f"observe {format_edge(node.edge, node.run)}{by}{name}"
         case ast.Measure():
             at, per = _of("at", node.at, format_position), _of("per", node.per, _id)
             over = _of("auc over" if node.area else "mean over", node.over, _id)

@@ -528,7 +528,8 @@ class TreeBuilder(Transformer[Token, Any]):
         children = [each for each in c[1:] if not isinstance(each, Clause)]
         # Without the run in its middle, the line is an ordinary edge.
         seen = self.edge(children)
-        return ast.ObserveAttention(seen, clauses.get("run"), clauses.get("name"), span=_span(c))
+        run, name, by = clauses.get("run"), clauses.get("name"), clauses.get("weighted")
+        return ast.ObserveAttention(seen, run, name, by=by, span=_span(c))
 
     def observe_flow(self, c: list[Any]) -> ast.ObserveAttention:
         clauses = _clauses(c)
@@ -537,6 +538,7 @@ class TreeBuilder(Transformer[Token, Any]):
         run, name = clauses.get("run"), clauses.get("name")
         return ast.ObserveAttention(edge, run, name, _name(c[1]), span=_span(c))
 
+    weighted_by = _clause("weighted", _second)
     of_run = _clause("run", _second)
     as_name = _clause("name", _second)
 

@@ -1728,6 +1728,19 @@ _rule(
     _EDGES,
 )
 _rule(
+    "observe attention by",
+    "observe attention L1H2 from last token to token 1 by value_norm",
+    "The norm of the vector that attention moves from the keys to the query: "
+    "‖Σ weight × value × output projection‖, where the sum is over the heads that are joined, all "
+    "heads without a head axis. Values include their bias, and the bias of the output projection "
+    "is left out. Norms of several keys are summed, those of several queries and layers averaged. "
+    "It doesn't accept rules in its experiment; observe a run instead (`of healed`). It requires "
+    "that values and outputs are linear maps, without a norm after the output projection (E0108).",
+    "Kobayashi et al. 2020, arXiv 2004.10102",
+    "tests/rules/test_value_norm.py",
+    "measure logit(answer) as raw",
+)
+_rule(
     "observe",
     "observe norm resid_post layer * at last token as lengths",
     "Reads a run without changing it. The value is a measure with the effect `raw`; with rules "
@@ -1879,7 +1892,7 @@ _rule(
 )
 _rule(
     "observe rollout",
-    "observe rollout from last token to each item token as rolled",
+    "observe rollout from last token to each item token",
     "The share of one token that attention through all layers mixes into another. It is the "
     "product over layers of (mean pattern over heads + identity) / 2, with each query's "
     "weights summing to 1. Several key tokens are summed, several query tokens averaged. For "
@@ -2008,7 +2021,7 @@ _rule(
 )
 _rule(
     "observe similarity … with SITE",
-    "observe similarity resid_pre layer * with resid_post layer * at last token as alike",
+    "observe similarity resid_pre layer * with resid_post layer * at last token",
     "The cosine similarity of a row's vectors at two sites, one token at a time. The axes of "
     "the second site are `to_layer` and `to_head`.",
     OWN,
@@ -2026,7 +2039,7 @@ _rule(
 )
 _rule(
     "observe cka",
-    "observe cka resid_post layer * with attn_out layer * at last token as alike",
+    "observe cka resid_post layer * with attn_out layer * at last token",
     "Linear CKA of two sites over all distinct rows, with the unbiased estimator for few rows. "
     "The axes of the second site are `to_layer` and `to_head`. `with fewer` compares the same "
     "site in two runs. The interval comes from the jackknife.",
@@ -2036,7 +2049,7 @@ _rule(
 )
 _rule(
     "observe rank, effective_rank",
-    "observe effective_rank resid_post layer * at last token as spread",
+    "observe effective_rank resid_post layer * at last token",
     "The dimension of the rows' vectors around their mean. `rank` counts the singular values "
     "above rounding, and `effective_rank` is the exponential of their entropy. Each is one "
     "number for all rows, without an interval.",
@@ -2046,7 +2059,7 @@ _rule(
 )
 _rule(
     "observe copying, matching",
-    "observe copying layer * head * as copies",
+    "observe copying layer * head *",
     "A property of a head's weights alone: Σ λ / Σ |λ| over the eigenvalues of embedding → OV "
     "→ unembedding. `matching` uses embedding → QK ← embedding. Values range from −1 to 1. "
     "Gains of norms are folded in; norm scales, biases and rotary embeddings aren't. An "
@@ -2057,7 +2070,7 @@ _rule(
 )
 _rule(
     "observe composition",
-    "observe composition(q) at layer 0 head * with layer 1 head * as read",
+    "observe composition(q) at layer 0 head * with layer 1 head *",
     "The degree to which a later head reads the output of a head through its queries (`q`), "
     "keys (`k`) or values (`v`). It is ‖AB‖ / (‖A‖ ‖B‖) in Frobenius norms, for the first "
     "head's OV and the second head's QK or OV.",
@@ -2067,7 +2080,7 @@ _rule(
 )
 _rule(
     "observe singular_values",
-    "observe singular_values(ov) at layer 0 head * top 5 as sizes",
+    "observe singular_values(ov) at layer 0 head * top 5",
     "The largest singular values of a head's W_V W_O, or of its W_Q W_Kᵀ (`qk`). The axis "
     "`value` starts at 1. Gains of norms are folded in.",
     "Millidge and Black 2022, “The singular value decompositions of transformer weight matrices "
@@ -2089,7 +2102,7 @@ _rule(
 )
 _rule(
     "observe qk",
-    "observe qk(axes) layer 1 head 0 as attends",
+    "observe qk(axes) layer 1 head 0",
     "What a coordinate at the query and one at the key add to a head's score, per unit of both. "
     "`qk(b, c)` has coordinates of b at the query, and of c at the key. Not divided by the root "
     "of the width.",
@@ -2100,7 +2113,7 @@ _rule(
 )
 _rule(
     "observe matched_cosine",
-    "observe matched_cosine(axes, axes) resid_post layer 1 as match",
+    "observe matched_cosine(axes, axes) resid_post layer 1",
     "The largest cosine of each direction of the first basis with a direction of the second. "
     "`match partner` is the coordinate of the second, from 0.",
     "Leask et al. 2025, arXiv 2502.04878",
@@ -2109,7 +2122,7 @@ _rule(
 )
 _rule(
     "observe value_vectors … top",
-    "observe value_vectors layer 1 neuron 0..3 top 10 as says",
+    "observe value_vectors layer 1 neuron 0..3 top 10",
     "A neuron's output weights after the final norm's gain and the unembedding. The value is "
     "the contribution to the logit of the token that it raises most, per unit of activation. "
     "`top 10` lists the first ten tokens in the table and the JSON (`listed`).",
@@ -2119,7 +2132,7 @@ _rule(
 )
 _rule(
     "observe value_vectors … toward",
-    "observe value_vectors layer 1 neuron * toward answer - wrong as writes",
+    "observe value_vectors layer 1 neuron * toward answer - wrong",
     "The contribution of a neuron to the logits of each row's own tokens, per unit of "
     "activation, averaged over rows.",
     "Geva et al. 2022, arXiv 2203.14680",

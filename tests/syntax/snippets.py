@@ -351,6 +351,8 @@ observe norm resid_post layer *
 observe norm embed in basis b
 observe norm at resid_post layer * at tokens *
 observe rollout from cls token to each token of image as roll
+observe attention layers 1, 2 heads * of fewer from last token to each item token by value_norm
+observe attention L1H2 from cls token to each token of image by value_norm as moved
 observe rollout of fewer from {word 2 token, last token} to token *
 observe pointing of caap in object
 observe iou of caap, ig, rollout in object top 25% as overlap

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,11 @@ from mechdsl.execute.measurement.values import (
     UnusableRow,
     describe_cell,
     expand_base_values,
+)
+from mechdsl.execute.observation.attention_flows import (
+    average_flow,
+    compute_rollouts,
+    compute_value_norms,
 )
 from mechdsl.execute.observation.attribution_graphs import (
     GraphPrompt,
@@ -51,9 +56,7 @@ from mechdsl.execute.vectors import (
     split_prompts,
 )
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
-from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.weight_maps import WeightMaps
-from mechdsl.models.shape import unit_count
 from mechdsl.planner.plan import ExperimentPlan, point_size
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.prompts.rows import PromptTable
@@ -69,7 +72,7 @@ from mechdsl.resolve.observations import (
     join_positions,
 )
 from mechdsl.resolve.types import ResolvedMeasure, SitePoint
-from mechdsl.rules.observations.attention import AttentionRollout
+from mechdsl.rules.observations.attention import AttentionRollout, WeightedValueNorm
 from mechdsl.rules.observations.features import FEATURE_AXIS, FeatureActivations, correlate
 from mechdsl.rules.observations.graphs import AttributionGraphs, GraphAblation
 from mechdsl.rules.observations.maps import MapObservation
@@ -186,8 +189,9 @@ class VectorGatherer:
                     seen = self._seen(cell, found, columns, keys, spots)
                     yield cell, columns, replace(seen, training=training.get(self.sites[cell]))
 
-    def rollouts(self) -> Iterator[tuple[int, Ints, Floats]]:
-        """(cell, its columns among the kept rows, [column] what its queries have of its keys)."""
+    def flows(self) -> Iterator[tuple[int, Ints, Callable[[], Floats]]]:
+        """Yield each cell, its columns among the kept rows, and a function that returns what
+        attention moves from its keys to its queries, [column]."""
         rule, run = self.rule, self.runs.named(self.plan.experiment.spec.base)
         assert rule.key_of_cell is not None
         cells = [cell for cell in range(self.plan.n_cells) if cell not in self.known]
@@ -198,20 +202,27 @@ class VectorGatherer:
         if not cells:
             return
         values = np.full((len(cells), len(self.kept)), np.nan)
-        (points,) = set(self.sites)
-        lanes_of = partial(self.runs.reader, run)
-        for row, mixed in compute_rollouts(
-            self.runs.model_of(run), run, points, self.kept, lanes_of
-        ):
-            column = int(np.searchsorted(self.kept, row))
-            for number, (queries, keys) in enumerate(spots):
-                if queries.hits[row] and keys.hits[row]:
-                    own = [[t for each in spot.hits[row] for t in each] for spot in (queries, keys)]
-                    values[number, column] = average_rollout(mixed, *own)
+        model, lanes_of = self.runs.model_of(run), partial(self.runs.reader, run)
+        wanted = list(dict.fromkeys(self.sites[cell] for cell in cells))
+        compute = (
+            compute_rollouts if isinstance(self.does, AttentionRollout) else compute_value_norms
+        )
+        try:
+            for row, flows in compute(model, run, wanted, self.kept, lanes_of):
+                column = int(np.searchsorted(self.kept, row))
+                for number, hits in enumerate(spots):
+                    own = [[t for tokens in each.hits[row] for t in tokens] for each in hits]
+                    if all(own):
+                        flow = flows[self.sites[cells[number]]]
+                        values[number, column] = average_flow(flow, *own)
+        except ValueError as problem:
+            for cell in cells:
+                yield cell, np.arange(len(self.kept)), partial(_refuse_cell, str(problem))
+            return
         for cell, found in zip(cells, values, strict=True):
             there = np.flatnonzero(np.isfinite(found))
             if len(there):
-                yield cell, there, found[there]
+                yield cell, there, found[there].copy
 
     def graphs(
         self,
@@ -439,47 +450,6 @@ def _read_training(
     return read_token_vectors(model, own.run, lanes, wanted, spot, rows, keys)
 
 
-def compute_rollouts(
-    model: LoadedModel,
-    run: PromptRun,
-    points: Sequence[SitePoint],
-    prompts: Ints,
-    lanes_of: Callable[[Sequence[SitePoint]], BatchReader],
-) -> Iterator[tuple[int, Floats]]:
-    """(prompt, [token, token] how much of the second one is in the first behind the last layer);
-    of runs with noise the mean over draws.
-
-    points: the patterns of all layers, the first one first.
-    """
-    everywhere = PositionCell("tokens *", tuple((tuple(range(len(r.ids))),) for r in run.rows))
-    lanes = lanes_of(points)
-    for batch in split_prompts(model, run, points, prompts):
-        mixed: dict[tuple[int, int], Floats] = {}
-        for found in read_vectors(lanes, points, [everywhere], [batch]):
-            heads = unit_count(model.shape, "pattern", points[found.point].layer)
-            patterns = found.vectors.double().reshape(len(found.vectors), heads, -1).mean(1)
-            patterns = patterns.cpu().numpy()
-            for prompt in batch.tolist():
-                for draw in range(int(found.draws.max(initial=0)) + 1):
-                    own = np.flatnonzero((found.prompts == prompt) & (found.draws == draw))
-                    order = own[np.argsort(found.tokens[own])]
-                    size = len(run.rows[prompt].ids)
-                    step = patterns[order, :size] + np.eye(size)
-                    step /= step.sum(1, keepdims=True)
-                    key = prompt, draw
-                    mixed[key] = step @ mixed[key] if key in mixed else step
-        for prompt in batch.tolist():
-            yield prompt, np.mean([each for (row, _), each in mixed.items() if row == prompt], 0)
-
-
-def average_rollout(mixed: Floats, queries: Sequence[int], keys: Sequence[int]) -> float:
-    """What some tokens have of others: added up over these, averaged over the first.
-
-    mixed: [token, token]
-    """
-    return float(mixed[np.ix_(queries, keys)].sum(1).mean())
-
-
 CellComputation: TypeAlias = Callable[[], Sequence[Floats]]
 
 
@@ -568,9 +538,9 @@ def _iter_cells(
     if isinstance(does, MapObservation):
         yield from _iter_map_cells(gatherer, does, measures)
         return
-    if isinstance(does, AttentionRollout):
-        for cell, there, values in gatherer.rollouts():
-            yield cell, there, partial(_evaluate_measures, measures, {does.word: values})
+    if isinstance(does, AttentionRollout | WeightedValueNorm):
+        for cell, there, flow in gatherer.flows():
+            yield cell, there, partial(_flow_measures, measures, does.word, flow)
         return
     if isinstance(does, AttributionGraphs):
         for cell, there, score in gatherer.graphs(does, systems, measured):
@@ -757,7 +727,13 @@ def _graph_measures(
     return _evaluate_measures(measures, dict(zip(words, score(), strict=True)))
 
 
-def _refuse_cell(reason: str) -> list[Floats]:
+def _flow_measures(
+    measures: Sequence[ResolvedMeasure], word: str, flow: Callable[[], Floats]
+) -> list[Floats]:
+    return _evaluate_measures(measures, {word: flow()})
+
+
+def _refuse_cell(reason: str) -> Any:
     raise ValueError(reason)
 
 

@@ -179,6 +179,7 @@ class WeightMaps:
     def _module(self, path: str) -> Any:
         return self.model.module.get_submodule(path)
 
+    @torch.no_grad()
     def _map(self, module: Any, width: int, path: str) -> Tensor:
         """Return [width, out] for a module. Raises NoLinearMap if a trial vector maps otherwise."""
         kind, device = self.model.dtype, self.model.device
@@ -192,6 +193,7 @@ class WeightMaps:
         return found
 
     @lru_cache(maxsize=4)  # noqa: B019
+    @torch.no_grad()
     def _gain(self, path: str) -> tuple[Tensor, bool]:
         """Return ([d_model] gain of a norm, whether it subtracts the mean)."""
         module, width = self._module(path), self.shape.d_model

@@ -1,12 +1,14 @@
-"""Observations of attention: weight on keys, entropy, distance, received attention, rollout."""
+"""Observations of attention: weight on keys, entropy, distance, received attention, rollout,
+value norms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.images.processing import PatchLayout
 from mechdsl.program import spec
 from mechdsl.program.spec import constant_value
@@ -30,6 +32,7 @@ from mechdsl.resolve.types import (
     EdgeTargets,
     PositionTargets,
     ResolvedRule,
+    SitePoint,
     SiteTargets,
     mixes_images,
 )
@@ -389,3 +392,62 @@ class AttentionRollout(RowSetObservation, ObservationKind):
         if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
             said += "; averaged over the query tokens"
         yield Convention("observed", said)
+
+
+@observation("value_norm", unit="activation")
+class WeightedValueNorm(RowSetObservation, AttentionWeight):
+    """The norm of the value that attention moves from the keys to the query.
+
+    ‖Σ α(q, k) v(k) W_O‖ over the heads that are joined, where α(q, k) is the weight, v(k) the
+    value of a head, with its bias, and W_O the head's rows of the output projection.
+    returns: at least 0, in the unit of the activation; added up over the keys, averaged over the
+        queries and the layers that are joined
+    source: Kobayashi et al. 2020, arXiv 2004.10102, sections 2.3 and 3.2
+    """
+
+    weights_attention = True
+    by_unit = False
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        assert rule.edge is not None
+        alone = check_no_rules(rule, work, "doesn't read a run in which rules act")
+        if rule.edge.stack is not None or work.sites.shape.encodes_apart:
+            what, hint = "`by value_norm` in an encoder-decoder", "leave out `by value_norm`"
+            work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
+            return None
+        found = super().resolve(rule, work)
+        if found is None or not alone:
+            return None
+        points = list_value_points(rule_layers(found))
+        missing = find_missing_point(points, work.sites.shape, work.model.name, rule.span)
+        if missing is not None:
+            work.diagnostics.append(missing)
+            return None
+        return found
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        said = (
+            "value_norm: ‖attention weight × value × output projection‖ of each query and key, "
+            "with the value's bias and without the bias of the output projection"
+        )
+        assert rule.sites is not None
+        cells = rule.positions.written.values()
+        points = list(rule.sites.points.values())
+        over = ["layers"] if any(len({p.layer for p in here}) > 1 for here in points) else []
+        if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
+            over.append("queries")
+        heads = "; vectors of joined heads are summed first, norms of several keys afterwards"
+        averaged = f"; averaged over {' and '.join(over)}" if over else ""
+        yield Convention("observed", f"{said}{heads}{averaged}")
+
+
+def rule_layers(rule: ResolvedRule) -> list[int]:
+    """Return the layers that a rule names, in ascending order."""
+    assert rule.sites is not None
+    return sorted({point.layer or 0 for point in iter_points(rule.sites)})
+
+
+def list_value_points(layers: Sequence[int]) -> list[SitePoint]:
+    """Return the patterns, values and mixed values of some layers, each with all heads."""
+    sites = ("pattern", "v", "z")
+    return [SitePoint(site, layer, None) for layer in layers for site in sites]

@@ -206,6 +206,16 @@ class ObserveRule(RuleKind):
         word = rule.observed.word
         _check_name_free(rule, rule.observed, work)
         entry = OBSERVATIONS.get(word)
+        if rule.observed.weights_attention and (entry is None or not entry.weights_attention):
+            factors = [name for name, each in OBSERVATIONS.items() if each.weights_attention]
+            hint = did_you_mean(word, factors, f"factors are {', '.join(factors)}")
+            kind, span = "factor of attention", rule.observed.span
+            work.diagnostics.append(UnknownWord(span=span, kind=kind, word=word, hint=hint))
+            return None
+        if entry is not None and entry.weights_attention and not rule.observed.weights_attention:
+            hint = f"write `observe attention layer * head * from … to … by {word}`"
+            report_bad_observation(rule, work, "is a factor of attention weights", hint)
+            return None
         if entry is not None and rule.observed.maps and not entry.of_maps:
             report_bad_observation(
                 rule, work, "needs a site", f"write `observe {word} resid_post layer 1 at …`"

@@ -44,6 +44,7 @@ QUANTITIES = {
     "attention": "attention weight",
     "received": "attention received",
     "rollout": "attention rollout",
+    "value_norm": "norm of the attended value",
     "direct_logit": "direct logit contribution",
     "norm": "norm",
     "cosine": "cosine similarity",
