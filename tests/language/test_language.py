@@ -96,15 +96,15 @@ def parsed(text: str) -> tuple[ast.File, list[Diagnostic]]:
 
 @pytest.mark.parametrize(("title", "line"), LINES, ids=IDS)
 def test_the_example_is_right(title: str, line: Line, folder: Path) -> None:
-    source = Source(line.file, folder / "example.mech")
-    tree, problems = parsed(line.file)
+    source = Source(line.checked, folder / "example.mech")
+    tree, problems = parsed(line.checked)
     assert not problems, render_full(problems)
     assert tree.statements
     found = check_source(source, CheckSettings(python="look")).diagnostics
     if line.absent:
         assert {d.code for d in found if d.severity == "error"} <= {"E0402", "E0413", "E0414"}
     else:
-        assert not has_errors(found), f"{line.file}\n{render_full(found)}"
+        assert not has_errors(found), f"{source.text}\n{render_full(found)}"
 
 
 @pytest.mark.parametrize(("title", "line"), LINES, ids=IDS)
@@ -112,7 +112,7 @@ def test_the_row_is_complete(title: str, line: Line) -> None:
     assert (ROOT / line.test).is_file(), line.test
     assert line.source
     assert line.meaning.endswith(".")
-    assert line.example in line.file
+    assert line.example in line.checked
 
 
 def test_every_statement_has_a_row_or_is_refused() -> None:
@@ -131,7 +131,7 @@ def test_every_statement_has_a_row_or_is_refused() -> None:
 
 def _inside(line: Line) -> list[ast.Node]:
     """The nodes that the example itself consists of."""
-    tree, _ = parsed(line.file)
+    tree, _ = parsed(line.checked)
     begin, end = line.at, line.at + len(line.example)
     return [
         node

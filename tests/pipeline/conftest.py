@@ -1,4 +1,4 @@
-"""Packages of other versions than are installed."""
+"""Packages of other versions than are installed, and how many trainings a test of keys has."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def of_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str],
     yield changed
     monkeypatch.undo()
     results.package_version.cache_clear()
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
+def trains_all(request: pytest.FixtureRequest) -> bool:
+    """Whether a test of keys trains after each change; otherwise it computes most keys alone."""
+    return request.param

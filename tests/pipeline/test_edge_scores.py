@@ -43,6 +43,7 @@ from ..rules.support import plain, rows, tokens
 from ..rules.test_ablated_circuits import Case, fills, named, shape_of
 from .test_trained_circuits import EDGES_THERE, PAIR, PATCH, PATCHES, differentiable, planted
 from .test_trained_dictionaries import (
+    check_keys,
     experiment,
     run,
     train,
@@ -444,21 +445,14 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path) -> None:
+def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path, trains_all: bool) -> None:
     """A change of any of it asks for another circuit, with another file."""
-    (base,) = train(write(tmp_path, fit(), PATCHES))
-    folders, contents = {base.folder}, {(base.folder / "mask.json").read_text("utf-8")}
-    for name, change in CHANGES.items():
-        path = write(tmp_path, fit(**change), PATCHES)
-        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
-            run(path)
-        (found,) = train(path)
-        content = (found.folder / "mask.json").read_text("utf-8")
-        assert found.folder not in folders, name
-        if name != "selection":  # both selections may have the same edges
-            assert content not in contents, name
-        folders.add(found.folder)
-        contents.add(content)
+
+    def content(trained: mechdsl.TrainedFit) -> str:
+        return (trained.folder / "mask.json").read_text("utf-8")
+
+    # Both selections may have the same edges.
+    check_keys(tmp_path, trains_all, fit, CHANGES, PATCHES, content, same=["selection"])
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -264,11 +264,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path) -> None:
+def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path, trains_all: bool) -> None:
     def searched(**change: Any) -> str:
         return fit(**{"at": PAIR, **change})
 
-    check_keys(tmp_path, searched, CHANGES, PATCHES, lambda own: scores_of(own).tolist())
+    check_keys(
+        tmp_path, trains_all, searched, CHANGES, PATCHES, lambda own: scores_of(own).tolist()
+    )
 
 
 def test_rules_use_a_found_circuit(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def checked(folder: Path, text: str, size: int) -> CheckedFile:
     return check_source(Source(HEAD + text.replace("SIZE", str(size)), path))
 
 
+@pytest.mark.slow
 def test_checked_rows_hold_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "CACHED_ROWS", 100)
     monkeypatch.setattr(runs, "CACHED_TOKENS", 0)  # as for tables of many rows

@@ -343,9 +343,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path) -> None:
+def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path, trains_all: bool) -> None:
     """A change of any of it asks for another training, with other probabilities."""
-    base, _ = check_keys(tmp_path, fit, CHANGES, PATCHES, probabilities)
+    base, _ = check_keys(tmp_path, trains_all, fit, CHANGES, PATCHES, probabilities)
     renamed = PATCHES.replace("ablate c", "ablate h")
     (found,) = train(write(tmp_path, fit(name="h"), renamed))
     assert (found.folder, found.seconds) == (base.folder, 0.0)

@@ -376,9 +376,16 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_edit_depends_on(tmp_path: Path) -> None:
+def test_keys_have_everything_that_the_edit_depends_on(tmp_path: Path, trains_all: bool) -> None:
     """A change of any of it asks for another training, with another edit."""
-    check_keys(tmp_path, fit, CHANGES, ADD, lambda own: [each.tolist() for each in weights(own)])
+    check_keys(
+        tmp_path,
+        trains_all,
+        fit,
+        CHANGES,
+        ADD,
+        lambda own: [each.tolist() for each in weights(own)],
+    )
 
 
 # --- mistakes -------------------------------------------------------------------------------------

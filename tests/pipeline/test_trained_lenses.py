@@ -295,11 +295,12 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_lens_depends_on(tmp_path: Path) -> None:
+def test_keys_have_everything_that_the_lens_depends_on(tmp_path: Path, trains_all: bool) -> None:
     """A change of any of it asks for another training, with other maps."""
     used = experiment(SEEN.replace("*", "1"))
     _, folders = check_keys(
         tmp_path,
+        trains_all,
         fit,
         CHANGES,
         used,

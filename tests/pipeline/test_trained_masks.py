@@ -523,9 +523,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_sites_depend_on(tmp_path: Path) -> None:
+def test_keys_have_everything_that_the_sites_depend_on(tmp_path: Path, trains_all: bool) -> None:
     """A change of any of it asks for another training, with other probabilities."""
-    base, _ = check_keys(tmp_path, fit, CHANGES, PATCHES, probabilities)
+    base, _ = check_keys(tmp_path, trains_all, fit, CHANGES, PATCHES, probabilities)
     for parts in (
         (fit(name="h"), PATCHES.replace("patch g", "patch h")),
         ("# A comment.\n", fit(), OTHER, PATCHES),

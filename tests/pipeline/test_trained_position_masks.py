@@ -417,9 +417,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_choice_depends_on(tmp_path: Path) -> None:
+def test_keys_have_everything_that_the_choice_depends_on(tmp_path: Path, trains_all: bool) -> None:
     """A change of any of it asks for another training; another spelling doesn't."""
-    base, _ = check_keys(tmp_path, fit, CHANGES, PATCHES)
+    base, _ = check_keys(tmp_path, trains_all, fit, CHANGES, PATCHES)
     for parts in (
         (fit(name="h"), PATCHES.replace("g tokens", "h tokens")),
         (fit(at=f"{SITE} at token 1, {{tokens 2..3}}, token 4, token -1"), PATCHES),

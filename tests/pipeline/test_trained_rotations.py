@@ -465,9 +465,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_directions_depend_on(tmp_path: Path) -> None:
+def test_keys_have_everything_that_the_directions_depend_on(
+    tmp_path: Path, trains_all: bool
+) -> None:
     """A change of any of it asks for another training, with other directions."""
-    _, folders = check_keys(tmp_path, fit, CHANGES, PATCHES, lambda own: rotation(own).tolist())
+    _, folders = check_keys(
+        tmp_path, trains_all, fit, CHANGES, PATCHES, lambda own: rotation(own).tolist()
+    )
     (other,) = train(write(tmp_path, fit(), PATCHES), "gpt2")
     assert other.folder.name not in {each.name for each in folders}
 

@@ -243,9 +243,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_scales_depend_on(tmp_path: Path) -> None:
+def test_keys_have_everything_that_the_scales_depend_on(tmp_path: Path, trains_all: bool) -> None:
     """A change of any of it asks for another training, with other scales."""
-    _, folders = check_keys(tmp_path, fit, CHANGES, SCALED, lambda own: vector(own).tolist())
+    _, folders = check_keys(
+        tmp_path, trains_all, fit, CHANGES, SCALED, lambda own: vector(own).tolist()
+    )
     added = experiment("add s to z layer 1 head 2 at last token")
     line = fit(inner="vector(penalty: 0.1)")
     (other,) = train(write(tmp_path, line, added))

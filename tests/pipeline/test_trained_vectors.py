@@ -328,9 +328,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_vector_depends_on(tmp_path: Path) -> None:
+def test_keys_have_everything_that_the_vector_depends_on(tmp_path: Path, trains_all: bool) -> None:
     """A change of any of it asks for another training, with another vector."""
-    base, folders = check_keys(tmp_path, fit, CHANGES, ADD, lambda own: vector(own).tolist())
+    base, folders = check_keys(
+        tmp_path, trains_all, fit, CHANGES, ADD, lambda own: vector(own).tolist()
+    )
     (other,) = train(write(tmp_path, fit(source="turned"), ADD))  # another control
     assert other.folder not in folders
     assert torch.equal(vector(other), vector(base))

@@ -85,22 +85,40 @@ def unchanged(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FIT_AND_RUN = """
+import sys
+from mechdsl.cli.entry import main
+files = "example.mech", "tied.mech", "bands.mech"
+for command in (["fit", "tied.mech"], ["run", *files]):
+    sys.argv[1:] = [*command, "--plugin", "example", "--format", "json"]
+    try:
+        main()
+    except SystemExit as error:
+        assert error.code == 0
+"""
+"""Two commands in one process, which imports torch once."""
+
+
 @pytest.fixture(scope="module")
-def training(unchanged: Path) -> dict[str, Any]:
-    """The training of `tied.mech`, as JSON of the command line."""
-    done = mechdsl(unchanged, "fit", "--plugin", "example", "--format", "json", "tied.mech")
+def documents(unchanged: Path) -> list[Any]:
+    """JSON of the command line with the unchanged plugin: of `fit` and of `run`."""
+    done = python(unchanged, "-c", FIT_AND_RUN)
     assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)["fits"]
+    trained, end = json.JSONDecoder().raw_decode(done.stdout)
+    return [trained, json.loads(done.stdout[end:])]
+
+
+@pytest.fixture(scope="module")
+def training(documents: list[Any]) -> dict[str, Any]:
+    """The training of `tied.mech`."""
+    (found,) = documents[0]["fits"]
     return found
 
 
 @pytest.fixture(scope="module")
-def document(unchanged: Path, training: dict[str, Any]) -> dict[str, Any]:
-    """The results of the files with the unchanged plugin, as JSON of the command line."""
-    files = ("example.mech", "tied.mech", "bands.mech")
-    done = mechdsl(unchanged, "run", "--plugin", "example", "--format", "json", *files)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def document(documents: list[Any]) -> dict[str, Any]:
+    """The results of the files."""
+    return documents[1]
 
 
 MISTAKES: dict[str, list[tuple[str, str, str]]] = {
