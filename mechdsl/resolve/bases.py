@@ -13,6 +13,7 @@ from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import SafetensorsFile, UnreadableFile, inspect_safetensors
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere, DictionaryOfAnotherModel
 from mechdsl.dictionaries.folder import (
     CONFIG_FILE,
@@ -30,6 +31,7 @@ from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, EFFECT_OPTIONS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
 from mechdsl.program.directions import decoded_basis, fit_rows_of_basis, last_token
+from mechdsl.program.graph_files import LayerFeature
 from mechdsl.program.paths import (
     DICTIONARY_PATH,
     LABELS_PATH,
@@ -39,6 +41,7 @@ from mechdsl.program.paths import (
 )
 from mechdsl.program.python_functions import find_function
 from mechdsl.program.spec import SEED_AXIS, Constant, constant_value
+from mechdsl.program.statements import join_features
 from mechdsl.program.trainers import DictionaryTrainer, PairedTrainer, SolvedTrainer
 from mechdsl.program.trainings import SEEDS_DIFFER, SEEDS_HINT, list_seeds
 from mechdsl.prompts.positions.cells import resolve_positions
@@ -570,6 +573,47 @@ def resolve_transcoders(
         if _use_families(names, add, work)
         else None
     )
+
+
+def list_group_features(
+    group: spec.Group, members: Mapping[int, BasisMember], named: ast.Node, work: ExperimentContext
+) -> frozenset[LayerFeature] | None:
+    """Resolve the features of a group, by layer and number; None after an error.
+
+    E0207 for features of other bases, or that depend on a `for`; E0301 for numbers beyond a basis.
+
+    Args:
+        members: The bases of a graph by layer.
+        named: The name of the group where it is used.
+    """
+    found: set[LayerFeature] = set()
+    reason = hint = ""
+    for site in join_features(group.sites, ast.Site(span=named.span)):
+        axis, of = site.coordinates, site.basis_name
+        assert axis is not None
+        layers = next((own for own in site.axes if own.word == "layer"), None)
+        there = resolve_axis(layers, [SITES["mlp_out"]], work.sites)
+        if there is None:
+            return None
+        own = {
+            layer: member
+            for layer, member in members.items()
+            if member.name.partition("[")[0] == of and layer in there.choices.get((), (layer,))
+        }
+        if not own:
+            reason, hint = f"has features of `{of}`, which isn't in the graph", f"name `{of}`, too"
+        for layer, member in own.items():
+            numbers = _named_coordinates(site, axis, member.size, work)
+            if numbers is None:
+                return None
+            if numbers.loops:
+                reason, hint = "depends on a `for`", "write numbers in the group"
+            found |= {(layer, number) for each in numbers.choices.values() for number in each}
+    if reason:
+        bad = BadArgument(span=named.span, name=group.name, reason=reason, hint=hint)
+        work.diagnostics.append(bad)
+        return None
+    return frozenset(found)
 
 
 def read_decoders(

@@ -160,8 +160,9 @@ class ResultNode(Record):
     """A node of an attribution graph."""
 
     label: str
-    """`token 3`, `L0.f12@3` for feature 12 at token 3, `L0.error@3`, `logit 17`, `target`."""
-    kind: Literal["token", "feature", "error", "logit"]
+    """`token 3`, `L0.f12@3` for feature 12 at token 3, `L0.error@3`, `logit 17`, `target`. In a
+    picture `L0.people` for the features of a supernode in a layer."""
+    kind: Literal["token", "feature", "supernode", "error", "logit"]
     layer: int
     """Of features and errors; 0 for others."""
     token: int
@@ -187,6 +188,8 @@ class ResultGraph(Record):
     tokens: tuple[str, ...]
     """Of the prompt."""
     nodes: tuple[ResultNode, ...]
+    supernodes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(name, labels of its features) of each group of features."""
 
 
 @record

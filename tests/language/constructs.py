@@ -249,9 +249,9 @@ _file(
 )
 _file(
     "group of features",
-    'basis t = sae("tc") at mlp_out layer 1 group g = saved("graph.json", "capital", t)',
-    "The features of a supernode of an attribution graph in a JSON file of circuit-tracer or "
-    "Neuronpedia, or without the name those of the whole graph. `group g = features 3, 8 of t, "
+    'basis t = sae("tc") at mlp_out layer 1 group g = saved("graph.json", t)',
+    "The features of an attribution graph in a JSON file of circuit-tracer or Neuronpedia, or with "
+    '`saved("graph.json", "capital", t)` those of a supernode. `group g = features 3, 8 of t, '
     "features top 20 of seen of t0` lists features, or takes those that another experiment ranks "
     "highest. Rules change them together, with one rule for each basis, at the tokens that the "
     "rule names. For a file, each layer needs one of the bases, at `mlp_out`; mechdsl can't check "
@@ -313,7 +313,7 @@ _file(
 )
 _file(
     "circuit without each edge",
-    "circuit c = embed -> L0H1.q, L0H1 -> logits experiment e { prompts fruit "
+    'circuit c = saved("circuit.json") experiment e { prompts fruit '
     "ablate all but c without each edge at tokens * with zero measure loss as minimality }",
     "One cell for each edge of the circuit, on the axis `edge`: the rule acts on the circuit "
     "without this edge. `as minimality` is the faithfulness that the circuit loses, "
@@ -1754,7 +1754,7 @@ _rule(
 )
 _rule(
     "measure OBSERVATION as delta",
-    "patch layer 1 head 2 at last token "
+    "patch L1H2 at last token "
     "observe entropy pattern layer 2 head * at last token as spread measure spread as delta",
     "The change of the observation caused by the rules. The base run is observed at the same "
     "positions without rules. Observations support only the effects `raw` and `delta`.",
@@ -1886,7 +1886,18 @@ _rule(
     "tokens. `graph_ablation predicted` is the change along the paths of the graph, in which "
     "patterns of attention and divisors of norms are constants, and activations are linear "
     "functions of their inputs. `graph_ablation random` is the change with as many other active "
-    "features of the row set to 0; they are drawn from the seed and the content of the row.",
+    "features of the row set to 0; they are drawn from the seed and the content of the row. "
+    "`graph_ablation(tc, features: few)` without `top` ablates the active features of a group.",
+    "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
+    "tests/rules/test_attribution_graphs.py",
+)
+_rule(
+    "observe graph_weight",
+    "observe graph_weight(tc, from: few) logits",
+    "In each row's attribution graph, the sum of the edges from the active features of a group, at "
+    "all tokens, to those of the group after `to`, or without `to` to the target of the graph. "
+    "`graph_weight random` is the sum from as many other active features of the same layers. They "
+    "are drawn from the seed and the content of the row; if a layer has fewer others, all of them.",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
     "tests/rules/test_attribution_graphs.py",
 )

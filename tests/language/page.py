@@ -115,6 +115,7 @@ direction of_head = mean_difference(fruit, fruit.fewer) at z layer 2 head 1 at l
 basis axes = pca(fruit, dims: 4) at resid_post layer 2 at last token
 basis tc = fit(transcoder(features: 8, k: 2), prompts: fruit.train, \
 measure_on_training_rows: true) at mlp_out layer 1
+group few = features 0..2 of tc
 probe decoder = fit(ridge, prompts: fruit.train, target: count, measure_on_training_rows: true) at \
 resid_post layer 2 at last token
 basis chance = random(dims: 4) at resid_post layer 2

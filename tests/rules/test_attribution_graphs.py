@@ -40,7 +40,7 @@ from mechdsl.show.reports import graph as graph_report
 
 from ..execute.support import ROWS, ids_of, prompt, shared
 from .models import bare, double
-from .support import codes, experiment, rows, run_file
+from .support import codes, experiment, rows, run_file, try_file
 from .test_transcoders import make, make_cross_layer
 
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}
@@ -132,14 +132,20 @@ class Frozen:
             patch.setattr(nn.functional, "softmax", replay)
             return self.model(self.ids).logits[0, -1]
 
+    def run_inputs(
+        self, added: dict[int | None, Tensor] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The inputs of the MLPs, [token, width], and the logits."""
+        logits = self.run(added)
+        return [each[0] for each in self.inputs], logits
+
     def without(self, token: int, parts: dict[int | None, Tensor]) -> tuple[list[Tensor], Tensor]:
         """Inputs of MLPs and logits, once a source is taken away, which writes to these layers."""
         changes: dict[int | None, Tensor] = {}
         for layer, part in parts.items():
             changes[layer] = torch.zeros_like(self.start)
             changes[layer][0, token] = -part
-        logits = self.run(changes)
-        return [each[0] for each in self.inputs], logits
+        return self.run_inputs(changes)
 
 
 @cache
@@ -702,3 +708,198 @@ def test_graph_has_no_drawing_without_a_report(data: Path) -> None:
     transcoders("llama", "transcoder", data, [0, 2])
     found = run_file(T0 + T2 + lines(EVERY, "kept"), data, "llama", "planned")["e_kept"]
     assert found.circuit is None
+
+
+# --- groups of features ---------------------------------------------------------------------------
+
+GROUPS = "group a = features 1, 3 of t0, feature 6 of t2\ngroup b = features 2, 4, 5 of t2\n"
+FROM, TO = {0: [1, 3], 2: [6]}, {2: [2, 4, 5]}
+WEIGHT = "observe graph_weight(t0, t2, {}) logits toward answer - wrong at last token as {}"
+
+
+def sum_of_edges(
+    family: str, ids: Sequence[int], own: dict[int, Any], ends: tuple[int, int]
+) -> tuple[float, float]:
+    """The change of the inputs of active features of b, and of logit differences, once what the
+    features of a write is taken away together: the frozen model is linear."""
+    reference = Frozen(family, ids)
+    before, logits = reference.run_inputs()
+    removed: dict[int | None, Tensor] = {}
+    for layer, features in FROM.items():
+        codes = own[layer].encode(before[layer])[:, features]
+        removed[layer] = -(codes @ own[layer].weights["W_dec"][features])[None]
+    after, ablated = reference.run_inputs(removed)
+    total = 0.0
+    for layer, features in TO.items():
+        active = own[layer].encode(before[layer])[:, features] > 0
+        change = (before[layer] - after[layer]) @ own[layer].weights["W_enc"][:, features]
+        total += float((change * active).sum())
+    good, bad = ends
+    change = logits - ablated
+    return total, float(change[good] - change[bad])
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", "transcoder"), ("gpt2", "jumprelu_transcoder"),
+     pytest.param("gpt_neox", "sparsify", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_weight_between_groups_is_the_sum_of_the_edges(family: str, kind: str, data: Path) -> None:
+    """Of each row, between groups and to the target, in two experiments of a file."""
+    _, own = transcoders(family, kind, data, [0, 2])
+    text = T0 + T2 + GROUPS
+    for name, groups in (("inner", "from: a, to: b"), ("ends", "from: a")):
+        text += experiment(name, WEIGHT.format(groups, f"of_{name}"), measure="")
+    found = run_file(text, data, family, "planned")
+    sizes: list[float] = []
+    for number, (row, record) in enumerate(zip(rows("clean"), ROWS, strict=True)):
+        good, bad = (ids_of([record[name]])[-1] for name in ("a", "b"))
+        expected = sum_of_edges(family, row.ids, own, (good, bad))
+        values = [found[name].measures[0].patched[0, number] for name in ("inner", "ends")]
+        np.testing.assert_allclose(values, expected, atol=1e-3, rtol=1e-3)
+        sizes += map(abs, expected)
+    assert max(sizes) > 0.1
+    observed = found["inner"].conventions["observed"]
+    assert "from the features of `a` (3 features) to those of `b` (3 features)" in observed
+
+
+def test_weight_without_random_features_left_is_that_of_all_others(data: Path) -> None:
+    """The control of all features of a layer but one is this one."""
+    transcoders("llama", "transcoder", data, [0, 2])
+    groups = "group a = features 0..10 of t0\ngroup c = feature 11 of t0\n"
+    lines = [WEIGHT.format(f"from: {name}", f"of_{name}") for name in "ac"]
+    text = (
+        T0 + T2 + groups + "".join(experiment(f"e{n}", e, measure="") for n, e in enumerate(lines))
+    )
+    found = run_file(text, data, "llama", "planned")
+    control = found["e0"].measures[1].patched
+    np.testing.assert_allclose(control, found["e1"].measures[0].patched, atol=1e-6)
+    assert np.abs(control).max() > 1e-3
+
+
+def test_features_of_groups_are_nodes_in_large_graphs(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcoders("llama", "transcoder", data, [0, 2])
+    text = T0 + T2 + GROUPS + experiment("e", WEIGHT.format("from: a, to: b", "w"), measure="")
+    whole = run_file(text, data, "llama", "planned")["e"].measures[0].patched
+    monkeypatch.setattr(attribution_graphs, "MOST_FEATURES", 5)
+    part = run_file(text, data, "llama", "planned")["e"].measures[0].patched
+    np.testing.assert_allclose(part, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "transcoder"), ("gemma2", "sparsify")])
+def test_features_of_a_group_are_ablated_where_they_are_active(
+    family: str, kind: str, data: Path
+) -> None:
+    given, own = transcoders(family, kind, data, [0, 2])
+    line = "observe graph_ablation(t0, t2, features: a) logits toward answer - wrong at last token"
+    text = T0 + T2 + GROUPS + experiment("e", line + " as cut", measure="")
+    found = run_file(text, data, family, "planned")["e"]
+    cut, predicted, random = (measure.patched[0] for measure in found.measures)
+    row, record = rows("clean")[0], ROWS[0]
+    assert row.ids == IDS
+    good, bad = (ids_of([record[name]])[-1] for name in ("a", "b"))
+    measured = GraphPrompt(
+        shared(bare(family)), given, IDS, lambda logits: logits[good] - logits[bad]
+    )
+    graph = attribute(measured)
+    members = [
+        number
+        for number, (layer, _, feature) in enumerate(named(graph.features))
+        if feature in FROM[layer]
+    ]
+    nodes = graph.features.some(np.array(members))
+    change = (
+        without_features(family, own, nodes)
+        - double(family)(torch.tensor([IDS])).logits[0, -1].detach()
+    )
+    assert cut[0] == pytest.approx(float(change[good] - change[bad]), abs=1e-3)
+    assert predicted[0] == pytest.approx(predict_ablation(graph, np.array(members)), abs=1e-4)
+    assert abs(cut[0]) > 0.01
+    assert abs(random[0]) > 0
+    assert "the features of `a` (3 features) are set to 0" in found.conventions["observed"]
+
+
+def test_drawn_supernodes_have_the_sums_of_their_edges(data: Path) -> None:
+    """Those of each layer; the JSON has the features, which a group can read."""
+    transcoders("llama", "transcoder", data, [0, 2])
+    groups = "group a = features 1, 9 of t0, feature 6 of t2\ngroup b = features 2, 3, 4 of t2\n"
+    options = "t2, supernodes: [a, b], nodes: 100%, edges: 100%)"
+    line = EVERY.replace("t2)", options)
+    text = T0 + T2 + groups + experiment("e", line, "report graph", measure="")
+    found = run_file(text, data, "llama", "planned")["e"]
+    report = next(each for each in found.reports if each.kind == "graph")
+    members = {"L0.f1": "L0.a", "L0.f9": "L0.a", "L2.f6": "L2.a"}
+    members |= {f"L2.f{number}": "L2.b" for number in (2, 3, 4)}
+    assert found.circuit is not None
+    expected: dict[tuple[str, str], float] = {}
+    for (of, to), score in zip(found.circuit.edges, found.circuit.scores, strict=True):
+        pair = (members.get(of.split("@")[0], of), members.get(to.split("@")[0], to))
+        expected[pair] = expected.get(pair, 0.0) + score
+    picture = graph_report.picture_of(found, 10_000)
+    assert picture is not None
+    drawn = {(e.sender.label, e.receiver.label): e.score for e in picture.edges}
+    assert drawn == pytest.approx(expected)
+    assert ("L0.a", "L2.b") in drawn
+    assert any("edges of a supernode's features in one layer" in note for note in picture.notes)
+    graph_report.save(found, report, data / "s.svg")
+    assert "a (" in (data / "s.svg").read_text(encoding="utf-8")
+    graph_report.save(found, report, data / "s.json")
+    options = json.loads((data / "s.json").read_text(encoding="utf-8"))["qParams"]
+    assert [each[0] for each in options["supernodes"]] == ["a", "b"]
+    assert options["pinnedIds"] == [name for each in options["supernodes"] for name in each[1:]]
+    read = 'group c = saved("s.json", "b", t0, t2)\n'
+    rule = "ablate {} at tokens * with zero"
+    text = (
+        T0
+        + T2
+        + groups
+        + read
+        + experiment("f", rule.format("c"))
+        + experiment("g", rule.format("b"))
+    )
+    again = run_file(text, data, "llama", "planned")
+    np.testing.assert_array_equal(again["f"].measures[0].patched, again["g"].measures[0].patched)
+
+
+WRONG_GROUPS = {
+    "no group to read from": (WEIGHT.format("to: b", "w"), "needs a group of features"),
+    "an unknown group": (WEIGHT.format("from: d", "w"), "`d` isn't a group of features"),
+    "a group of heads": (WEIGHT.format("from: h", "w"), "`h` isn't a group of features"),
+    "a list": (WEIGHT.format("from: [a, b]", "w"), "`[a, b]` isn't a group of features"),
+    "another option": (WEIGHT.format("form: a", "w"), "has no option `form`"),
+    "a basis that isn't named": (
+        WEIGHT.replace("t0, t2", "t0").format("from: a", "w"),
+        "`a` has features of `t2`, which isn't in the graph",
+    ),
+    "a feature beyond the basis": (
+        WEIGHT.format("from: far", "w"),
+        "feature 99 does not exist in `t0`",
+    ),
+    "ablation of both": (
+        "observe graph_ablation(t0, t2, features: a) logits toward answer at last token top 3 as w",
+        "takes `top` or `features`",
+    ),
+    "supernodes, but no graph": (
+        "observe attribution_graph(t0, t2, supernodes: a) logits at last token as w",
+        "`supernodes` are those of a graph that is drawn, and none is",
+    ),
+    "supernodes with common features": (
+        "observe attribution_graph(t0, t2, supernodes: [a, same]) logits at last token as w\n"
+        "  report graph",
+        "`same` has features in common with `a`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_GROUPS)
+def test_group_that_does_not_fit_is_an_error(name: str, data: Path) -> None:
+    transcoders("llama", "transcoder", data, [0, 2])
+    line, reason = WRONG_GROUPS[name]
+    groups = GROUPS + "group h = L0H1\ngroup far = feature 99 of t0\ngroup same = feature 1 of t0\n"
+    _, found = try_file(T0 + T2 + groups + experiment("e", line, measure=""), data, "llama")
+    errors = [each for each in found if each.severity == "error"]
+    assert len(errors) == 1
+    assert errors[0].code == ("E0301" if "99" in reason else "E0207")
+    assert reason in errors[0].message

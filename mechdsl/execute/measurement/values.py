@@ -214,6 +214,8 @@ class GraphFindings:
     """(source, target, weight), the nodes by their numbers in `nodes`."""
     total: int
     """Number of edges before pruning."""
+    supernodes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Name → its features among the nodes."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -29,6 +29,7 @@ from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.packed.unembedding import uncap_logits
 from mechdsl.program.estimators import BackwardRules
+from mechdsl.program.graph_files import LayerFeature
 from mechdsl.rules.observations.graphs import LOGIT_SHARE, MOST_FEATURES, MOST_LOGITS
 
 FROZEN = BackwardRules(fixed_norms=True, constant_patterns=True)
@@ -56,6 +57,12 @@ class FeatureNodes:
         """Select some of the features."""
         places = self.layer[chosen], self.token[chosen], self.feature[chosen]
         return FeatureNodes(*places, self.activation[chosen])
+
+    def find(self, chosen: Collection[LayerFeature]) -> Ints:
+        """Return the numbers of the nodes of some features, at all tokens."""
+        places = zip(self.layer.tolist(), self.feature.tolist(), strict=True)
+        found = [n for n, place in enumerate(places) if place in chosen]
+        return np.array(found, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +191,8 @@ class GraphPrompt:
     """Explained to first order in the logits; None: the likeliest next tokens."""
     seed: int = 0
     """Of random features."""
+    kept: Collection[LayerFeature] = ()
+    """Features that are nodes where they are active, however small their influence."""
 
 
 def attribute(prompt: GraphPrompt) -> AttributionGraph:
@@ -209,7 +218,9 @@ def attribute(prompt: GraphPrompt) -> AttributionGraph:
         raise ValueError(f"norms and patterns can't be held constant: {failure}") from failure
     ends, values = frozen.explain_logits(targets.weights)
     every = np.arange(len(sources.nodes))
-    chosen = every if len(every) <= MOST_FEATURES else _select_features(frozen, ends, weights)
+    chosen, kept = every, sources.nodes.find(prompt.kept)
+    if len(every) > MOST_FEATURES:
+        chosen = _select_features(frozen, ends, weights, kept)
     rows, inputs = frozen.explain_features(chosen)
     parts = np.concatenate([rows, ends]).T  # of each source
     others = np.setdiff1d(every, chosen)
@@ -227,11 +238,11 @@ def attribute(prompt: GraphPrompt) -> AttributionGraph:
     )
 
 
-def _select_features(frozen: _FrozenPass, ends: Floats, probabilities: Floats) -> Ints:
-    """Return the features of the most influence, as far as the edges into those that are already
-    selected show it."""
+def _select_features(frozen: _FrozenPass, ends: Floats, probabilities: Floats, kept: Ints) -> Ints:
+    """Return some features, and those of the most influence, as far as the edges into those that
+    are already selected show it."""
     count = len(frozen.sources.nodes)
-    chosen, rows = np.zeros(0, dtype=np.int64), ends[:0]
+    chosen, rows = kept, frozen.explain_features(kept)[0]
     while len(chosen) < MOST_FEATURES:
         shares = normalise_edges(np.concatenate([rows, ends]))
         found = compute_influence(shares, probabilities, chosen)
@@ -504,23 +515,54 @@ def ablate_nodes(prompt: GraphPrompt, every: Sequence[FeatureNodes]) -> Tensor:
 
 
 def score_ablation(
-    prompt: GraphPrompt, graph: AttributionGraph, top: int
+    prompt: GraphPrompt, graph: AttributionGraph, chosen: Ints
 ) -> tuple[float, float, float]:
-    """Return the changes of the measure when features are ablated: of the `top` features with the
-    most influence, as the graph predicts it, and of as many other active features.
+    """Return the changes of the measure when features are ablated: of these features, as the graph
+    predicts it, and of as many other active features.
 
     Raises ValueError if too few features are active.
     """
     assert prompt.measure is not None
-    chosen, count = list_influential(graph, top), len(graph.features)
+    count = len(graph.features)
+    if not len(chosen):
+        return 0.0, 0.0, 0.0
     others = np.setdiff1d(np.arange(count), chosen)
-    if not len(chosen) or len(others) < len(chosen):
-        raise ValueError(f"only {count} features are active in a prompt, and {2 * top} are needed")
+    if len(others) < len(chosen):
+        needed = 2 * len(chosen)
+        raise ValueError(f"only {count} features are active in a prompt, and {needed} are needed")
     drawn = np.random.default_rng(prompt.seed).choice(others, len(chosen), replace=False)
     nodes = [graph.features.some(each) for each in (chosen, drawn)]
     runs = ablate_nodes(prompt, nodes)
     base, own, control = (float(prompt.measure(logits)) for logits in runs)
     return own - base, predict_ablation(graph, chosen), control - base
+
+
+def sum_edges(graph: AttributionGraph, sources: Ints, targets: Ints | None) -> float:
+    """Return the sum of the edges between features.
+
+    Args:
+        targets: Numbers of features; None for the targets of the graph, weighted.
+    """
+    if targets is None:
+        ends = graph.edges[len(graph.features) :, sources]
+        return float(graph.probabilities @ ends.sum(1))
+    return float(graph.edges[np.ix_(targets, sources)].sum())
+
+
+def score_weight(
+    prompt: GraphPrompt, graph: AttributionGraph, sources: Ints, targets: Ints | None
+) -> tuple[float, float]:
+    """Return the sum of the edges between features, and that from random sources: for each layer as
+    many other active features as there are sources, or all others."""
+    random, layers = np.random.default_rng(prompt.seed), graph.features.layer
+    named = sources if targets is None else np.union1d(sources, targets)
+    drawn: list[int] = []
+    for layer in np.unique(layers[sources]):
+        others = np.setdiff1d(np.flatnonzero(layers == layer), named)
+        count = min(len(others), int((layers[sources] == layer).sum()))
+        drawn += random.choice(others, count, replace=False).tolist()
+    control = sum_edges(graph, np.array(drawn, dtype=np.int64), targets)
+    return sum_edges(graph, sources, targets), control
 
 
 def prune_graph(
@@ -551,9 +593,17 @@ def prune_graph(
 
 
 def list_graph(
-    graph: AttributionGraph, ids: Sequence[int], row: int, pruning: tuple[float, float]
+    graph: AttributionGraph,
+    ids: Sequence[int],
+    row: int,
+    pruning: tuple[float, float],
+    supernodes: Mapping[str, Collection[LayerFeature]],
 ) -> GraphFindings:
-    """List the nodes and edges that `prune_graph` keeps, of a prompt with these tokens."""
+    """List the nodes and edges that `prune_graph` keeps, of a prompt with these tokens.
+
+    Args:
+        supernodes: Names of groups of features.
+    """
     nodes, edges = prune_graph(graph, *pruning)
     logits = graph.first_logit + np.arange(len(graph.logits))
     kept = [*np.flatnonzero(nodes).tolist(), *logits.tolist()]
@@ -561,6 +611,10 @@ def list_graph(
     number = {node: n for n, node in enumerate(kept)}
     node_of_target = [*range(graph.first_error), *logits.tolist()]
     targets, sources = np.nonzero(edges)
+    members = {
+        name: tuple(number[node] for node in graph.features.find(own).tolist() if node in number)
+        for name, own in supernodes.items()
+    }
     return GraphFindings(
         row,
         tuple(_describe_node(graph, node, ids, amounts[node]) for node in kept),
@@ -569,6 +623,7 @@ def list_graph(
             for source, target in zip(sources.tolist(), targets.tolist(), strict=True)
         ),
         int(np.count_nonzero(graph.edges)),
+        members,
     )
 
 

@@ -29,13 +29,16 @@ from mechdsl.execute.observation.attention_flows import (
     compute_value_norms,
 )
 from mechdsl.execute.observation.attribution_graphs import (
+    AttributionGraph,
     GraphPrompt,
     GraphTranscoder,
     LogitMeasure,
     attribute,
     list_graph,
+    list_influential,
     score_ablation,
     score_graph,
+    score_weight,
 )
 from mechdsl.execute.observation.features import list_raised_tokens, observe_features
 from mechdsl.execute.observation.token_vectors import (
@@ -74,7 +77,7 @@ from mechdsl.resolve.observations import (
 from mechdsl.resolve.types import ResolvedMeasure, SitePoint
 from mechdsl.rules.observations.attention import AttentionRollout, WeightedValueNorm
 from mechdsl.rules.observations.features import FEATURE_AXIS, FeatureActivations, correlate
-from mechdsl.rules.observations.graphs import AttributionGraphs, GraphAblation
+from mechdsl.rules.observations.graphs import AttributionGraphs, GraphAblation, GraphWeight
 from mechdsl.rules.observations.maps import MapObservation
 from mechdsl.rules.observations.weights import CIRCUIT_AXES, WeightObservation
 
@@ -243,7 +246,7 @@ class VectorGatherer:
             decoders = None if file is None else load_cross_decoder(file)
             transcoders[layer] = GraphTranscoder.of(member.reads, system, decoders)
         seed = self.plan.experiment.seed
-        top = does.top if isinstance(does, GraphAblation) else None
+        kept = frozenset().union(*map(does.features_of, does.groups))
         for cell in range(self.plan.n_cells):
             spot = rule.positions[rule.position_of_cell[cell]]
             there = np.array([n for n, row in enumerate(self.kept.tolist()) if spot.hits[row]])
@@ -258,11 +261,12 @@ class VectorGatherer:
                     run.rows[row].ids[:end],
                     _select_target(does.target, run.name, row),
                     stable_hash(seed, "ablated features", self.runs.table.row_keys[row]),
+                    kept,
                 )
                 for row, end in zip(rows, ends, strict=True)
             ]
             drawn = None if does.pruning is None or cell else (rows[0], does.pruning)
-            yield cell, there, partial(_score_prompts, prompts, top, drawn, measured)
+            yield cell, there, partial(_score_prompts, prompts, does, drawn, measured)
 
     def _training(
         self, wanted: Sequence[SiteCombination], place: int
@@ -700,14 +704,13 @@ def _select_target(target: ResolvedMeasure | None, run: str, row: int) -> LogitM
 
 def _score_prompts(
     prompts: Sequence[GraphPrompt],
-    top: int | None,
+    does: AttributionGraphs,
     drawn: tuple[int, tuple[float, float]] | None,
     measured: MeasuredValues,
 ) -> Floats:
     """Return the scores of the graphs of some prompts, [score, prompt].
 
     Args:
-        top: Number of features that are ablated; None: the scores of the graphs themselves.
         drawn: The row of the first prompt, whose graph is kept, and how it is pruned; None for no
             graph.
     """
@@ -715,9 +718,36 @@ def _score_prompts(
     for number, prompt in enumerate(prompts):
         graph = attribute(prompt)
         if number == 0 and drawn is not None:
-            measured.graph = list_graph(graph, prompt.ids, *drawn)
-        scores.append(score_graph(graph) if top is None else score_ablation(prompt, graph, top))
+            supernodes = {own.name: own.features for own in does.groups.get("supernodes", ())}
+            measured.graph = list_graph(graph, prompt.ids, *drawn, supernodes)
+        scores.append(_score_graph(prompt, graph, does))
     return np.array(scores).T
+
+
+def _score_graph(
+    prompt: GraphPrompt, graph: AttributionGraph, does: AttributionGraphs
+) -> Sequence[float]:
+    """Return what an observation measures of a graph, in the order of its words.
+
+    Raises ValueError if too few features are active.
+    """
+    if not isinstance(does, GraphAblation | GraphWeight):
+        return score_graph(graph)
+    if isinstance(does, GraphWeight):
+        sources = graph.features.find(does.features_of("from"))
+        to = graph.features.find(does.features_of("to")) if "to" in does.groups else None
+        return score_weight(prompt, graph, sources, to)
+    if does.groups:
+        chosen = graph.features.find(does.features_of("features"))
+    else:
+        chosen = list_influential(graph, does.top)
+        count = len(graph.features)
+        if not len(chosen):
+            needed = 2 * does.top
+            raise ValueError(
+                f"only {count} features are active in a prompt, and {needed} are needed"
+            )
+    return score_ablation(prompt, graph, chosen)
 
 
 def _graph_measures(

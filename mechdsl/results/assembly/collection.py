@@ -352,6 +352,10 @@ def _collect_graph(
     row = table.runs[experiment.spec.base].rows[found.row]
     tokens = _spaced_texts(row, experiment)
     nodes = tuple(_result_node(node, tokens, said.toward, experiment) for node in found.nodes)
+    supernodes = tuple(
+        (name, tuple(nodes[number].label for number in own))
+        for name, own in found.supernodes.items()
+    )
     return ResultCircuit(
         name=said.name or said.word,
         layers=shape.n_layers,
@@ -362,7 +366,7 @@ def _collect_graph(
         edges=tuple((nodes[of].label, nodes[to].label) for of, to, _ in found.edges),
         scores=tuple(weight for *_, weight in found.edges),
         total=found.total,
-        graph=ResultGraph(table.row_ids[found.row], tokens, nodes),
+        graph=ResultGraph(table.row_ids[found.row], tokens, nodes, supernodes),
     )
 
 

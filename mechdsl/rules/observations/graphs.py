@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import SafetensorsFile
-from mechdsl.base.text import Percent, name_list
+from mechdsl.base.text import Percent, count_noun, name_list
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import BadArgument
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.program import spec
+from mechdsl.program.graph_files import LayerFeature
 from mechdsl.program.spec import constant_value
-from mechdsl.resolve.bases import read_decoders, resolve_transcoders
+from mechdsl.resolve.bases import list_group_features, read_decoders, resolve_transcoders
 from mechdsl.resolve.conflicts import find_flat_part
 from mechdsl.resolve.measures import resolve_measure
 from mechdsl.resolve.observations import RowSetObservation
@@ -35,6 +39,15 @@ from mechdsl.rules.observations.rows import check_no_rules
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import MetricForm
 
+
+@record
+class Supernode(Record):
+    """A group of features in a graph."""
+
+    name: str
+    features: frozenset[LayerFeature]
+
+
 MOST_FEATURES = 4096
 """Most features of a graph; others count as errors."""
 PRUNING: Mapping[str, float] = {"nodes": 0.8, "edges": 0.98}
@@ -56,6 +69,8 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
     """
 
     takes: ClassVar = ("arguments", "toward")
+    group_options: ClassVar[tuple[str, ...]] = ("supernodes",)
+    """Options that name groups of features; a list only for `supernodes`."""
     of_bases = True
     has_graph = True
     unplaced = "last token"
@@ -69,6 +84,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         pruning: tuple[float, float] | None = None,
         target: ResolvedMeasure | None = None,
         top: int = 0,
+        groups: Mapping[str, tuple[Supernode, ...]] | None = None,
     ) -> None:
         """Create the observation.
 
@@ -78,16 +94,18 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             pruning: Shares of the influence that nodes and edges of the drawn graph of the first
                 row keep; None if no graph is drawn.
             target: The measure that is explained; None: the likeliest next tokens.
-            top: Number of features that are ablated.
+            top: Number of features that are ablated; 0: those of a group.
+            groups: The groups of features that options name.
         """
         self.members, self.decoders = members or {}, decoders or {}
         self.pruning, self.target, self.top = pruning, target, top
+        self.groups = groups or {}
 
     @property
     def keeps_cells(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether scores may be stored: not if a graph is drawn, which only a run has, and no
         effects of drawn features."""
-        return self.pruning is None and not self.top
+        return self.pruning is None and "random" not in self.controls
 
     @property
     def dependencies(self) -> object:
@@ -95,7 +113,15 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             (layer, member.reads, member.operand.digest)
             for layer, member in sorted(self.members.items())
             if isinstance(member.operand, DictionaryFile)
-        ] + [own.digest for _, own in sorted(self.decoders.items())]
+        ] + [
+            *(own.digest for _, own in sorted(self.decoders.items())),
+            *((option, [sorted(each.features) for each in own])
+              for option, own in sorted(self.groups.items())),
+        ]  # fmt: skip
+
+    def features_of(self, option: str) -> frozenset[LayerFeature]:
+        """Return the features of the group that an option names; empty without the option."""
+        return frozenset().union(*(each.features for each in self.groups.get(option, ())))
 
     def form_of(self, name: str) -> MetricForm:
         if name != "completeness":
@@ -125,8 +151,8 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         decoders = read_decoders(names or (), members, work)
         if decoders is None:
             return None
-        pruning = self._pruning(rule, work)
-        if pruning is None:
+        pruning, groups = self._pruning(rule, work), self._read_groups(rule, members, work)
+        if pruning is None or groups is None:
             return None
         draws = any(report.kind == "graph" for report in work.experiment.reports)
         layers = work.sites.shape.n_layers
@@ -139,6 +165,7 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
                 pruning=pruning if draws else None,
                 target=target,
                 top=rule.observed.top or 0,
+                groups=groups,
             ),
             run=work.experiment.base,
             sites=SiteTargets((), {(): points}, {(): "logits"}),
@@ -165,11 +192,12 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         shares = dict(PRUNING)
         call = rule.observed.call
         for given in () if call is None else call.arguments:
-            if given.name is None:
+            if given.name is None or given.name in self.group_options:
                 continue
             share = constant_value(given.value, work.program.parameters)
             if given.name not in shares:
-                reason, hint = f"has no option `{given.name}`", f"it has {name_list(shares)}"
+                known = name_list((*shares, *self.group_options))
+                reason, hint = f"has no option `{given.name}`", f"it has {known}"
             elif not isinstance(share, Percent) or not 0 < share <= 100:
                 reason = f"`{given.name}` must be a percentage above 0%"
                 hint = f"write `{given.name}: 90%`"
@@ -182,6 +210,45 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             report_bad_observation(rule, work, reason, hint)
             return None
         return shares["nodes"], shares["edges"]
+
+    def _read_groups(
+        self, rule: spec.Rule, members: Mapping[int, BasisMember], work: ExperimentContext
+    ) -> dict[str, tuple[Supernode, ...]] | None:
+        """Return the groups that options name, by option; None after E0207 or an error in a
+        group."""
+        assert rule.observed is not None
+        found: dict[str, tuple[Supernode, ...]] = {}
+        call = rule.observed.call
+        for given in () if call is None else call.arguments:
+            if given.name is None or given.name not in self.group_options:
+                continue
+            values: Sequence[ast.Node] = (given.value,)
+            if isinstance(given.value, ast.ListLiteral) and given.name == "supernodes":
+                values = given.value.items
+            own: list[Supernode] = []
+            for value in values:
+                group = work.program.groups.get(value.id) if isinstance(value, ast.Name) else None
+                written = " ".join(value.span.written.split())
+                if group is None or not group.names_features:
+                    hint = "define one: `group people = features 3, 8 of t0`"
+                    hint = did_you_mean(written, work.program.groups, hint)
+                    _report_group(value, written, "isn't a group of features", hint, work)
+                    return None
+                features = list_group_features(group, members, value, work)
+                if features is None:
+                    return None
+                shared = next((each.name for each in own if each.features & features), None)
+                if shared is not None:
+                    reason = f"has features in common with `{shared}`"
+                    _report_group(value, written, reason, "name groups without these", work)
+                    return None
+                own.append(Supernode(group.name, features))
+            found[given.name] = tuple(own)
+        if "supernodes" in found and all(each.kind != "graph" for each in work.experiment.reports):
+            reason = "`supernodes` are those of a graph that is drawn, and none is"
+            report_bad_observation(rule, work, reason, "add `report graph`, or remove the option")
+            return None
+        return found
 
     def _model_fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
         """Report what the line or the model lacks."""
@@ -213,6 +280,11 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             "inputs of nodes that doesn't come from errors, weighted by the influence of nodes",
         )
         yield from self._graph_conventions(n_layers)
+
+    def _describe(self, option: str) -> str:
+        """Return the group of an option with the number of its features."""
+        (own,) = self.groups[option]
+        return f"`{own.name}` ({count_noun(len(own.features), 'feature')})"
 
     def _graph_conventions(self, n_layers: int) -> Iterator[Convention]:
         count = len(self.members)
@@ -264,6 +336,7 @@ class GraphAblation(AttributionGraphs):
     """
 
     takes: ClassVar = ("arguments", "toward", "top")
+    group_options: ClassVar[tuple[str, ...]] = ("features",)
     controls: ClassVar[tuple[str, ...]] = ("predicted", "random")
 
     def form_of(self, name: str) -> MetricForm:
@@ -277,11 +350,18 @@ class GraphAblation(AttributionGraphs):
         said = rule.observed
         assert said is not None
         before = len(work.diagnostics)
-        for there, reason, hint in (
-            (said.toward, "needs a measure", "write `toward answer - wrong`"),
-            (said.top, "needs a number of features", "write `top 5` at the end of the line"),
+        named = any(e.name == "features" for e in said.call.arguments) if said.call else False
+        top = "`top 5` at the end of the line"
+        for wrong, reason, hint in (
+            (said.toward is None, "needs a measure", "write `toward answer - wrong`"),
+            (
+                said.top is None and not named,
+                "needs features",
+                f"write {top}, or a group: `{said.word}(t, features: people)`",
+            ),
+            (said.top is not None and named, "takes `top` or `features`", "remove one of them"),
         ):
-            if there is None:
+            if wrong:
                 report_bad_observation(rule, work, reason, hint)
         found = super().resolve(rule, work)
         if found is None or len(work.diagnostics) > before:
@@ -296,14 +376,65 @@ class GraphAblation(AttributionGraphs):
         return found
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        which = f"the {self.top} features of each prompt with the most influence on it"
+        count = f"{self.top}"
+        if self.groups:
+            which, count = f"the features of {self._describe('features')}", "as many"
         yield Convention(
             "observed",
-            f"{self.word}: the change of the measure in the model in which the {self.top} features "
-            "of each prompt with the most influence on it are set to 0; predicted: the change "
-            "along paths of the graph, where the activation of a feature is a linear function of "
-            f"its input; random: {self.top} other active features of the prompt are set to 0",
+            f"{self.word}: the change of the measure in the model in which {which} are set to 0; "
+            "predicted: the change along paths of the graph, where the activation of a feature is "
+            f"a linear function of its input; random: {count} other active features of the prompt "
+            "are set to 0",
         )
         yield from self._graph_conventions(n_layers)
+
+
+@observation("graph_weight")
+class GraphWeight(AttributionGraphs):
+    """The sum of the edges from one group of features to another, or to the target.
+
+    Edges of the prompt's attribution graph between all active features of the groups, at all
+    tokens. Next to it: `random`, the sum from as many other active features of the same layers.
+    source: Ameisen et al. 2025, Circuit Tracing
+    """
+
+    group_options: ClassVar[tuple[str, ...]] = ("from", "to")
+    controls: ClassVar[tuple[str, ...]] = ("random",)
+
+    def form_of(self, name: str) -> MetricForm:
+        meaning = "The sum from as many other active features of the same layers"
+        return replace(self.form, meaning=meaning) if name == "random" else self.form
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        if found is None:
+            return None
+        assert isinstance(found.does, GraphWeight)
+        if "from" not in found.does.groups:
+            hint = f"write `{self.word}(t0, t1, from: people, to: places)`"
+            report_bad_observation(rule, work, "needs a group of features", hint)
+            return None
+        return found
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        to = "the target" if self.target is not None else "the targets, weighted"
+        if "to" in self.groups:
+            to = f"those of {self._describe('to')}"
+        yield Convention(
+            "observed",
+            f"{self.word}: the sum of the edges from the features of {self._describe('from')} to "
+            f"{to}, at all tokens of the prompt; random: from as many other active features of the "
+            "same layers, or all others of a layer if there are fewer",
+        )
+        yield from self._graph_conventions(n_layers)
+
+
+def _report_group(
+    node: ast.Node, name: str, reason: str, hint: str, work: ExperimentContext
+) -> None:
+    """Report E0207 for a group that an option can't take."""
+    work.diagnostics.append(BadArgument(span=node.span, name=name, reason=reason, hint=hint))
 
 
 def _resolve_target(rule: spec.Rule, work: ExperimentContext) -> ResolvedMeasure | None:

@@ -11,17 +11,18 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from mechdsl.base.text import count_noun
 from mechdsl.results.experiment_result import TARGET_LABEL, ResultCircuit, ResultGraph
 from mechdsl.show.graph import reorder_layers
 
 ComponentKind = Literal[
-    "embed", "key-value", "head", "mlp", "logits", "token", "feature", "error", "logit"
+    "embed", "key-value", "head", "mlp", "logits", "token", "feature", "supernode", "error", "logit"
 ]
 
 _LABEL = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|\.mlp)")
@@ -34,6 +35,7 @@ NODE_HEIGHT: Mapping[ComponentKind, float] = {
     "logits": 24,
     "token": 24,
     "feature": 24,
+    "supernode": 24,
     "error": 24,
     "logit": 24,
 }
@@ -128,6 +130,34 @@ class _Rows:
     routes: dict[Pair, list[_Place]] = field(default_factory=dict[Pair, list["_Place"]])
 
 
+def join_supernodes(circuit: ResultCircuit) -> ResultCircuit:
+    """Return a circuit with one node for the features of each supernode in each layer, and the sum
+    of their edges.
+
+    A node of several layers could have an edge from and to the same other node.
+    """
+    graph = circuit.graph
+    if graph is None or not graph.supernodes:
+        return circuit
+    node_of = {node.label: node for node in graph.nodes}
+    names: dict[str, str] = {}
+    nodes = {node.label: node for node in graph.nodes}
+    for name, labels in graph.supernodes:
+        for label in labels:
+            own = node_of[label]
+            names[label] = joined = f"L{own.layer}.{name}"
+            del nodes[label]
+            count = sum(node_of[other].layer == own.layer for other in labels)
+            text = f"{name} ({count_noun(count, 'node')})"
+            nodes.setdefault(joined, replace(own, label=joined, kind="supernode", text=text))
+    sums: dict[tuple[str, str], float] = {}
+    for (of, to), score in zip(circuit.edges, circuit.scores, strict=True):
+        pair = names.get(of, of), names.get(to, to)
+        sums[pair] = sums.get(pair, 0.0) + score
+    joined_graph = replace(graph, nodes=tuple(nodes.values()))
+    return replace(circuit, edges=tuple(sums), scores=tuple(sums.values()), graph=joined_graph)
+
+
 def list_edges(circuit: ResultCircuit, top: int | None) -> list[DrawnEdge]:
     """Return the edges, or the `top` ones with the largest absolute scores, these first."""
     scores = circuit.scores or (None,) * len(circuit.edges)
@@ -172,6 +202,7 @@ def _graph_component(label: str, graph: ResultGraph, layers: int) -> Component:
         "token": f"{text} ({node.token})",
         "logit": text if label == TARGET_LABEL else f"{text} {node.amount:.0%}",
         "feature": f"f{node.number} at {text} ({node.token})",
+        "supernode": node.text,
         "error": f"error at {text} ({node.token})",
     }[node.kind]
     return Component(label, node.kind, level, node.token, said)

@@ -30,6 +30,7 @@ from mechdsl.show.reports.circuit_layout import (
     Component,
     ComponentKind,
     DrawnEdge,
+    join_supernodes,
     lay_out,
     list_edges,
 )
@@ -51,6 +52,7 @@ FILLS: dict[ComponentKind, str] = {
     "logits": "#eeeeee",
     "token": "#eeeeee",
     "feature": "#fde9d0",
+    "supernode": "#f9cfa3",
     "error": "#ffffff",
     "logit": "#eeeeee",
 }
@@ -106,6 +108,8 @@ class CircuitPicture:
             said.append(f"{shown:,} shown, those with the largest absolute scores")
         if circuit.graph is not None:
             said.append("without nodes and edges of little influence")
+            if circuit.graph.supernodes:
+                said.append("edges of a supernode's features in one layer are summed")
         if not circuit.scores:
             said.append("its edges have no scores")
         if any(edge.receiver.kind == "key-value" for edge in self.edges):
@@ -119,6 +123,7 @@ def picture_of(result: ExperimentResult, top: int | None) -> CircuitPicture | No
     circuit = result.circuit
     if circuit is None:
         return None
+    circuit = join_supernodes(circuit)
     most = MAX_EDGES if circuit.scores else len(circuit.edges)
     return CircuitPicture(circuit, list_edges(circuit, top or most))
 
@@ -223,6 +228,9 @@ def _tracer_content(
     """Return an attribution graph in the form that circuit-tracer and Neuronpedia show."""
     names = {node.label: _tracer_name(node, circuit.layers) for node in graph.nodes}
     likeliest = max((n.amount for n in graph.nodes if n.kind == "logit"), default=0.0)
+    supernodes = [
+        [name, *(names[label] for label in labels)] for name, labels in graph.supernodes if labels
+    ]
     nodes = [
         {
             "node_id": names[node.label],
@@ -252,7 +260,11 @@ def _tracer_content(
             "schema_version": 1,
         },
         "qParams": {
-            "pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""
+            "pinnedIds": [name for each in supernodes for name in each[1:]],
+            "supernodes": supernodes,
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
         },
         "nodes": nodes,
         "links": [
@@ -414,6 +426,7 @@ def _legend(found: CircuitPicture, write: Callable[[float], str]) -> tuple[str, 
         "mlp": "MLP",
         "key-value": "key or value",
         "feature": "feature",
+        "supernode": "supernode",
         "error": "error",
     }
     for kind, name in names.items():
