@@ -205,3 +205,19 @@ def test_all_rules_in_one_file(name: str) -> None:
 def test_clean_runs(name: str) -> None:
     found = run_file(experiment("e", "ablate embed at photo tokens with zero"), name)["e"]
     np.testing.assert_allclose(found.measures[0].base[0], clean(name), atol=1e-4)
+
+
+def test_active_prompts_name_the_tokens_of_images() -> None:
+    name = NAMES[0]
+    basis = "basis b = pca(ask, dims: 2) at resid_post layer 0 at photo tokens\n"
+    text = basis + experiment("e", "observe features of b at photo tokens", measure="")
+    found = run_file(text, name)["e"]
+    own = inputs(name, found.active[0][0].row, found.active[0][0].row)
+    first = support.bare(name).image_tokens(own)[0]
+    for prompt in found.active[0]:
+        assert len(prompt.tokens) == len(prompt.values)
+        assert prompt.tokens[first : first + 2] == (" photo row 1 col 1", " photo row 1 col 2")
+        assert prompt.tokens[first + GRID * GRID].strip() == "how"
+    shown = found.to_text(200).partition("most active prompts")[2]
+    assert "[photo row " in shown
+    assert "image" not in shown.partition("conventions")[0]

@@ -13,7 +13,12 @@ import pytest
 import mechdsl
 from mechdsl.results.document import results_schema
 from mechdsl.results.experiment_result import ActiveText, ExperimentResult
-from mechdsl.show.reports.active_texts import SHOWN_AFTER, SHOWN_BEFORE
+from mechdsl.show.reports.active_texts import (
+    CHARACTERS_AFTER,
+    CHARACTERS_BEFORE,
+    SHOWN_AFTER,
+    SHOWN_BEFORE,
+)
 
 from ..fruit import FRUIT
 
@@ -75,6 +80,18 @@ def test_long_prompts_are_cut_around_the_highest_activation() -> None:
     assert f"t{100 + SHOWN_AFTER} …" in text
     assert f"t{100 - SHOWN_BEFORE - 1} " not in text
     assert f"t{100 + SHOWN_AFTER + 1}" not in text
+
+
+def test_long_tokens_are_cut_by_their_characters() -> None:
+    from dataclasses import replace
+
+    result = observed()
+    tokens = tuple(f" photo row {n} col {n}" for n in range(10, 50))  # 20 characters each
+    values = tuple(5.0 if n == 30 else 0.5 for n in range(10, 50))
+    long = replace(result, active=((ActiveText(3, tokens, values),), ()))
+    text = " ".join(long.to_text(400).partition("most active prompts")[2].split())
+    assert f"… photo row {30 - CHARACTERS_BEFORE // 20} col" in text
+    assert f"photo row {30 + CHARACTERS_AFTER // 20} col {30 + CHARACTERS_AFTER // 20} …" in text
 
 
 def test_html_shades_tokens_and_escapes_them() -> None:

@@ -117,7 +117,8 @@ def _token_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...]
     if row.image is not None and isinstance(tokenizer, ImageTokenizer):
         return tuple(map(tokenizer.label, range(len(row.ids))))
     return tuple(
-        ("" if row.special[p] else row.text[slice(*row.offsets[p])])
+        row.image_label(p)
+        or ("" if row.special[p] else row.text[slice(*row.offsets[p])])
         or tokenizer.token_text(row.ids[p])
         for p in range(len(row.ids))
     )
@@ -131,6 +132,10 @@ def _spaced_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...
         begin, last = row.offsets[place] if row.image is None else (0, 0)
         if row.image is not None or row.special[place] or last <= begin:
             found.append(text)
+            continue
+        if row.image_label(place) is not None:  # all tokens of an image have its offsets
+            found.append(f" {text}")
+            end = last
             continue
         between = row.text[end:begin]
         found.append(between + text if between.isspace() else text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from rich.console import Console
 from rich.text import Text
@@ -22,6 +23,9 @@ SHOWN_PROMPTS = 3
 SHOWN_BEFORE, SHOWN_AFTER = 24, 8
 """Maximum number of displayed tokens before and after the one with the highest activation."""
 
+CHARACTERS_BEFORE, CHARACTERS_AFTER = 160, 60
+"""Maximum length of these tokens together; names of image tokens are long."""
+
 
 @dataclass(frozen=True)
 class _Excerpt:
@@ -38,13 +42,21 @@ def _excerpt(prompt: ActiveText) -> _Excerpt:
     values = [float("-inf") if value is None else value for value in prompt.values]
     highest = max(values)
     place = values.index(highest)
-    begin, end = max(0, place - SHOWN_BEFORE), place + SHOWN_AFTER + 1
+    before = _count_shown(prompt.tokens[:place][::-1], SHOWN_BEFORE, CHARACTERS_BEFORE)
+    after = _count_shown(prompt.tokens[place + 1 :], SHOWN_AFTER, CHARACTERS_AFTER)
+    begin, end = place - before, place + after + 1
     pieces = list(zip(prompt.tokens[begin:end], prompt.values[begin:end], strict=True))
     if begin:
         pieces[0] = (f"… {pieces[0][0].lstrip()}", pieces[0][1])
     if end < len(values):
         pieces[-1] = (f"{pieces[-1][0].rstrip()} …", pieces[-1][1])
     return _Excerpt(highest, tuple(pieces), place - begin)
+
+
+def _count_shown(tokens: Sequence[str], most: int, characters: int) -> int:
+    """Return how many of the first tokens are displayed."""
+    lengths = accumulate(map(len, tokens[:most]))
+    return sum(length <= characters for length in lengths)
 
 
 def _by_feature(
