@@ -103,7 +103,8 @@ def fill_groups(
             positions.append(_ChosenPositions(definition, mask))
             continue
         if definition.site.coordinates is not None:
-            coordinates.append(_ChosenCoordinates(definition, *sites))
+            waits = mask is None or not mask.is_trained
+            coordinates.append(_ChosenCoordinates(definition, sites[0], waits))
         old = groups[definition.name]
         found = {"sites": sites, "choices": () if mask is None else tuple(_list_choices(mask))}
         groups[definition.name] = old.model_copy(update=found)
@@ -185,6 +186,8 @@ class _ChosenCoordinates(Record):
 
     definition: spec.Basis
     site: ast.Site
+    waits: bool
+    """Whether the training hasn't chosen yet, so that others stand in."""
 
     def is_named(self, site: ast.Site) -> bool:
         """Whether a site is this group: alone, or with everything that it chooses from."""
@@ -194,7 +197,8 @@ class _ChosenCoordinates(Record):
 
     def insert(self, node: ast.Node) -> ast.Node:
         """Return the site that the name of the group stands for; of another site, without the
-        coordinates of the group that it excludes."""
+        coordinates of the group that it excludes. Until the group is trained, a site excludes
+        nothing for it."""
         if not isinstance(node, ast.Site):
             return node
         if self.is_named(node):
@@ -205,8 +209,9 @@ class _ChosenCoordinates(Record):
             return replace(self.site, axes=axes, excluded=node.excluded, span=node.span)
         excluded: list[ast.Site | ast.AxisRange] = []
         for item in node.excluded:
-            numbers = _numbers_of(item, node) if isinstance(item, ast.Site) else ()
-            excluded += numbers or [item]
+            numbers = _numbers_of(item, node) if isinstance(item, ast.Site) else [item]
+            is_own = item.span.written.split()[0] == self.definition.name
+            excluded += () if self.waits and is_own and numbers else numbers or [item]
         return replace(node, excluded=tuple(excluded)) if node.excluded else node
 
 

@@ -534,6 +534,7 @@ DRAWN_KINDS: tuple[spec.ControlTarget, ...] = (
 def resolve_control(
     experiment: ResolvedExperiment,
     apart: Sequence[ExcludedSite],
+    program: spec.Program,
     most_cells: int,
     onward: FindingPicker,
     draws_enough: int | None = None,
@@ -542,6 +543,7 @@ def resolve_control(
 
     Args:
         apart: Sites that are never drawn.
+        program: The file, with what its trainings chose for this experiment.
         most_cells: Maximum number of cells.
         onward: Results of other experiments.
         draws_enough: Number of draws to make if the only question is whether there are any.
@@ -568,7 +570,9 @@ def resolve_control(
         ]
     try:
         draws = asked.draws if draws_enough is None else min(asked.draws, draws_enough)
-        return _build_control(experiment, asked, apart, draws, onward), []
+        masks = find_trained_rules(experiment.rules, program)
+        masks = [each for each in masks if each.kind == "coordinates"]
+        return _build_control(experiment, asked, apart, masks, draws, onward), []
     except _NoDraws as nothing:
         reason, hint, span = nothing.reason, nothing.hint, nothing.span or asked.span
         others = isinstance(nothing, _NoAlternatives)
@@ -582,10 +586,15 @@ def _build_control(
     experiment: ResolvedExperiment,
     asked: spec.Control,
     apart: Sequence[ExcludedSite],
+    masks: Sequence[_TrainedRule],
     draws: int,
     onward: FindingPicker,
 ) -> ResolvedControl:
-    """Create the control with the asked kind of targets. Raises _NoDraws."""
+    """Create the control with the asked kind of targets. Raises _NoDraws.
+
+    Args:
+        masks: Rules with features or dimensions that trainings choose.
+    """
     if any(isinstance(rule.does, WeightChange) for rule in experiment.rules):
         raise _NoDraws(
             "other weights aren't drawn",
@@ -599,6 +608,9 @@ def _build_control(
     if asked.what in (None, "directions") and with_directions:
         _check_no_exceptions(apart, "directions")
         return build_direction_control(experiment, asked, draws)
+    if asked.what is None and masks:
+        _check_no_exceptions(apart, "features and dimensions")
+        return _build_coordinate_control(experiment, asked, draws, masks)
     if asked.what == "features" and with_bases:
         _check_no_exceptions(apart, "features")
         return build_feature_control(experiment, asked, draws, onward)

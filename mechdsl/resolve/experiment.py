@@ -443,7 +443,7 @@ def outline_experiment(
     refused += check_circuits(resolved)
     if refused:
         return known, [*diagnostics, *refused]
-    control, problems = _control(resolved, apart, draws_enough, onward)
+    control, problems = _control(resolved, apart, program, draws_enough, onward)
     reason = ""
     if experiment.against is None and not problems:
         from mechdsl.resolve.controls import resolve_training_control
@@ -466,6 +466,7 @@ def outline_experiment(
 def _control(
     resolved: ResolvedExperiment,
     apart: Sequence[ExcludedSite],
+    program: spec.Program,
     draws_enough: int | None,
     onward: FindingPicker,
 ) -> tuple[ResolvedControl | None, list[Diagnostic]]:
@@ -474,7 +475,7 @@ def _control(
         return None, []
     from mechdsl.resolve.controls import resolve_control
 
-    return resolve_control(resolved, apart, limits.CELLS, onward, draws_enough)
+    return resolve_control(resolved, apart, program, limits.CELLS, onward, draws_enough)
 
 
 def _rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:

@@ -949,7 +949,9 @@ def exclude_values(
         gone: set[int] = set()
         for each, (names, ranges) in zip(numbers, read, strict=True):
             left = every & set(ranges[tuple(at[name] for name in names)])
-            if not left:
+            group = context.groups.get(each.span.written.split()[0])
+            is_chosen = group is not None and bool(group.choices)  # by a training
+            if not left and not is_chosen:
                 reason = f"names no coordinate of the rule{loop_hint(values)}"
                 _report_exception(each, reason, context)
                 return None

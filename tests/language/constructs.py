@@ -2477,7 +2477,8 @@ _experiment(
     "seed. The table adds the range of their effects, the probability that another draw falls "
     "in it, and the rank of the effect. `random(20, positions)` selects the type of target. Rules "
     "along directions are compared with random directions of the same norm, rules in bases with "
-    "random subspaces of as many dimensions. `random(39, features, frequency: seen)` replaces "
+    "random subspaces of as many dimensions, and features or dimensions that a trained mask chose "
+    "with others that it could choose. `random(39, features, frequency: seen)` replaces "
     "features of a dictionary by others that are active in half to twice as many rows of `seen`, "
     "an `observe features` of all features.",
     "tests/controls/test_controls.py",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,16 @@ def choice(folder: Path, family: str) -> tuple[int, ...]:
     return tuple(stored["sites"][n][-1] for n in stored["chosen"])
 
 
-def check_band(found: Any, sets: Iterable[Sequence[int]], expected: Callable[..., Any]) -> None:
+def check_band(
+    found: Any,
+    sets: Iterable[Sequence[int]],
+    expected: Callable[..., Any],
+    title: str = "random",
+) -> None:
     """Compare the control with the values of all sets."""
     (band,) = found.controls
     values = np.array([np.atleast_1d(np.mean(expected(which), -1)) for which in sets])
-    assert band.title == "random"
+    assert band.title == title
     assert band.draws.tolist() == [len(values)] * values.shape[1]
     assert np.ptp(values, axis=0).max() > 1e-3
     for name, reduced in (("low", np.min), ("mean", np.mean), ("high", np.max)):
@@ -195,6 +200,51 @@ def test_control_of_one_coordinate_has_every_other_choice(
     others = [(n,) for n in NUMBERS[kind] if n != chosen]
     check_band(first, others, lambda which: expected(family, kind, which))
     assert np.array_equal(first.controls[0].mean, second.controls[0].mean)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_random_draws_what_the_mask_could_choose(kind: str, tmp_path: Path) -> None:
+    """As many as there are of the draws that the file asks for, with any effect."""
+    declared = declare(tmp_path) if kind == "features" else ""
+    line = fit(mask="size: 1", at=f"{KINDS[kind]} at last token")
+    lines = ("from turned into clean", "patch g at last token")
+    texts = [
+        experiment(*lines, f"against random({draws})", measure=RAW).replace(
+            "ent e", f"ent e{draws}"
+        )
+        for draws in (3, 39)
+    ]
+    path = write(tmp_path, declared, line, *texts)
+    few, every = run(path, fit=True).files[0].experiments
+    (chosen,) = choice(tmp_path, "llama")
+    others = [(n,) for n in NUMBERS[kind] if n != chosen]
+    check_band(every, others, partial(patched, "llama", kind), "null")
+    noun = "features" if kind == "features" else "dimensions"
+    assert f"random {noun}, 3 draws" in few.conventions["controls"]
+    assert f"random {noun}, {len(others)} draws" in every.conventions["controls"]
+    assert few.controls[0].draws.tolist() == [3]
+    assert every.controls[0].low <= few.controls[0].low < few.controls[0].high
+
+
+def test_exception_of_an_untrained_group_is_no_error(tmp_path: Path) -> None:
+    """Which features it has isn't known, and it may turn out to have none of the rule's."""
+    declared = declare(tmp_path)
+    line = fit(mask="size: 1", at="features * of f at last token")
+    lines = ("from turned into clean", "patch features {} of f except g at last token")
+    used = experiment(*lines, measure=RAW)
+    path = write(tmp_path, declared, line, used.replace("{}", "0..8"))
+    assert not mechdsl.validate(path, models=models()).errors
+    train(path, "llama")
+    (chosen,) = choice(tmp_path, "llama")
+    others = [n for n in range(5) if n != chosen]
+    for named in (others, [*others, chosen]):
+        part = used.replace("{}", ", ".join(map(str, named)))
+        (found,) = run(write(tmp_path, declared, line, part)).files[0].experiments
+        expected = patched("llama", "features", others)
+        np.testing.assert_allclose(found.measures[0].patched.ravel(), expected, atol=1e-4)
+    path = write(tmp_path, declared, line, used.replace("{}", str(chosen)))
+    with pytest.raises(mechdsl.MechdslError, match="leaves no coordinate"):
+        run(path)
 
 
 def test_control_draws_features_that_change_a_training_row(tmp_path: Path) -> None:
