@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -33,6 +33,10 @@ CONTEXTUAL_PRIORITY = 3
 """Priority from which on terminals are read only where the parser accepts them."""
 
 
+_Contextual = tuple[str, Callable[[str, int], re.Match[str] | None]]
+"""The name of a terminal, and the function that matches it at an offset."""
+
+
 class MechLexer(Lexer):
     """Lark's contextual lexer with four differences, none of which affects a valid file.
 
@@ -57,7 +61,7 @@ class MechLexer(Lexer):
         self.words = words
         names = set(words.values())
         plain = [t for t in terminals if t.priority < CONTEXTUAL_PRIORITY and t.name not in names]
-        self.contextual = [
+        self.contextual: list[_Contextual] = [
             (t.name, re.compile(t.pattern.to_regexp()).match)
             for t in terminals
             if t.priority >= CONTEXTUAL_PRIORITY
@@ -66,6 +70,18 @@ class MechLexer(Lexer):
             "|".join(f"(?P<{t.name}>{t.pattern.to_regexp()})" for t in plain)
         ).match
         self.states = states
+        self._accepted: dict[int, tuple[frozenset[str], list[_Contextual]]] = {}
+
+    def _accepted_in(self, state: int) -> tuple[frozenset[str], list[_Contextual]]:
+        """Return the terminals that a state accepts, and those of them that are contextual.
+
+        Lark's lists of terminals are slow to search, and most states of a grammar are never used.
+        """
+        if state not in self._accepted:
+            accepted = frozenset(self.states[state])
+            contextual = [each for each in self.contextual if each[0] in accepted]
+            self._accepted[state] = accepted, contextual
+        return self._accepted[state]
 
     def lex(self, lexer_state: Any, parser_state: Any) -> Iterator[Token]:
         text: str = lexer_state.text.text
@@ -80,9 +96,9 @@ class MechLexer(Lexer):
                 position = found.end()
                 continue
             if kind == "NAME":
-                accepted = self.states[parser_state.position]
-                for name, match in self.contextual:
-                    if name in accepted and (special := match(text, position)):
+                accepted, contextual = self._accepted_in(parser_state.position)
+                for name, match in contextual:
+                    if special := match(text, position):
                         kind, found = name, special
                         break
                 else:
@@ -127,6 +143,16 @@ class MechParser(LALR_Parser):
         return made
 
 
+class TableRule(Rule):
+    """A rule that is compared by identity: saved tables have each rule once, and lark would hash a
+    rule's symbols at each of its reductions."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 @cache
 def load_parser() -> Lark:
     """Return the process's parser, built at first use."""
@@ -159,7 +185,7 @@ def _objects(memo: Mapping[int, Any]) -> dict[int, Rule | TerminalDef]:
         return made[id(saved)]
 
     return {
-        number: Rule(
+        number: TableRule(
             part(saved["origin"]),
             list(map(part, saved["expansion"])),
             saved["order"],
