@@ -58,8 +58,8 @@ def thin_out(items: Sequence[pytest.Item], families: Collection[str]) -> None:
       unless a further one alone has a value of another parameter.
     - In a product with families or modes, each value of a parameter has a test; families and modes
       take turns.
-    - In any other product of at least `PRODUCT` tests, each pair of values of two parameters has a
-      test.
+    - In any other product of at least `PRODUCT` tests, each value has a test; if it has more than
+      two parameters, each pair of values of two parameters has one.
 
     Args:
         items: All tests that were collected.
@@ -139,8 +139,10 @@ def _each_value(tests: Sequence[pytest.Item], name: str | None) -> set[int]:
 
 
 def _pairs(tests: Sequence[pytest.Item]) -> set[int]:
-    if len(tests) < PRODUCT or len(_parameters(tests[0])) < 3:
+    if len(tests) < PRODUCT:
         return {id(item) for item in tests}
+    if len(_parameters(tests[0])) < 3:
+        return _each_value(tests, None)
     pairs = {id(item): {*combinations(sorted(_values(item)), 2)} for item in tests}
     taken, covered, left = set[int](), set[tuple[Value, ...]](), list(tests)
     while left:

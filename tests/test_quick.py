@@ -71,6 +71,19 @@ def test_objects_are_distinguished_by_identity() -> None:
     assert [id(each["build"]) for each in left] == [id(each) for each in objects]
 
 
+def test_product_of_two_parameters_keeps_each_value() -> None:
+    items = [Item([("a",), ("b",)], a=a, b=b) for a, b in product(range(3), range(4))]
+    left = thinned(items)
+    assert {each["a"] for each in left} == {*range(3)}
+    assert {each["b"] for each in left} == {*range(4)}
+    assert len(left) == 4
+
+
+def test_table_of_cases_without_families_and_modes_is_whole() -> None:
+    items = [Item([("a", "b")], a=a, b=b) for a, b in product(range(3), range(4))]
+    assert len(thinned(items)) == 12
+
+
 def test_small_product_without_families_and_modes_is_whole() -> None:
-    items = [Item([("a",), ("b",)], a=a, b=b) for a, b in product(range(3), range(3))]
-    assert len(thinned(items)) == 9
+    items = [Item([("a",), ("b",)], a=a, b=b) for a, b in product(range(2), range(2))]
+    assert len(thinned(items)) == 4

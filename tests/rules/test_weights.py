@@ -476,7 +476,7 @@ def granite() -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", some(OTHERS, ["falcon", "phi3", "granite"]))
+@pytest.mark.parametrize("family", some(OTHERS, ["falcon", "phi3"]))
 def test_a_rule_equals_an_edited_model(family: str, data: Path) -> None:
     """The one changes activations in hooks, the other parameters."""
     lines = (
@@ -664,8 +664,8 @@ def test_values_of_edited_models_are_kept_apart(data: Path) -> None:
 
     edited = {line: f"model c = m with {{ {line} }}\n{of_counting('c')}" for line in lines}
     found = {line: patched(text) for line, text in edited.items()}
-    for line, text in edited.items():
-        assert patched(text) == found[line]
+    for line in lines[::4]:  # one that scales, one that sets, one that projects
+        assert patched(edited[line]) == found[line]
         rule = patched(of_counting("m", line))
         assert np.abs(np.subtract(found[line], rule)).max() < 1e-4, line
     for line, other in combinations(lines, 2):
