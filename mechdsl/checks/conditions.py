@@ -169,9 +169,11 @@ class Ranking(Record):
     where: tuple[CellSelection, ...] = ()
     """The ranked cells; with a column, the cell whose rows are ranked."""
     truth: tuple[CellSelection, ...] | None = None
-    """Selections of positive cells; None if a column defines positive rows."""
+    """Selections of positive cells; None if a column or a run defines positive rows."""
     column: str | None = None
     """A Boolean variable of the prompts, over the rows of one cell."""
+    run: str | None = None
+    """The run whose answers are right in positive rows."""
 
 
 ConditionValue = (

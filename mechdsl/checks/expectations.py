@@ -357,7 +357,11 @@ class _ConditionReader(CellReader):
             hint = f"write `auroc({text}, {self.true_example})`"
             raise unreadable_expectation(node.span, "`auroc` needs more arguments", hint)
         where = self.wheres(node.arguments[2:])
-        column = truth_column(node.arguments[1], self)
+        truth, run = node.arguments[1].value, None
+        if isinstance(truth, ast.Call) and truth.name == "accuracy":
+            column, run = truth.span.written, self.accuracy(truth)
+        else:
+            column = truth_column(node.arguments[1], self)
         if column is None:
             return Ranking(measure, where, truth=true_cells(node.arguments[1], where, self))
         example = f"`auroc({text}, {column}, {self.example})`"
@@ -376,7 +380,7 @@ class _ConditionReader(CellReader):
                 raise unreadable_expectation(node.span, f"{at} matches {count} cells", hint)
             if not found:
                 self.not_one(node.span, where, found)
-        return Ranking(measure, where, column=column)
+        return Ranking(measure, where, column=None if run else column, run=run)
 
     def accuracy(self, node: ast.Call) -> str:
         """Return the run of an accuracy; with several blocks or models, the run of one of them."""

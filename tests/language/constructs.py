@@ -2832,7 +2832,8 @@ _expectation(
     'site, or a list of sites or of quoted positions (`["last token"]`); all other cells '
     "that further arguments select (`layer 0..1`) are "
     "negative. With a prompt variable that is 0 or 1, as in `auroc(delta, large, L1H2)`, the "
-    "rows of one cell are ranked.",
+    "rows of one cell are ranked. With `auroc(delta, accuracy(clean), L1H2)`, the positive rows "
+    "are those whose answer is right in this run.",
     "tests/results/test_what_expectations_name.py",
 )
 _expectation(

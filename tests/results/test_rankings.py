@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
+import mechdsl
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 
@@ -97,3 +99,55 @@ def test_auroc_of_cells_counts_ties_as_half() -> None:
     rows = np.tile([0.5, 1.5, 0.0, 1.0, 2.0, 1.0], (4, 1)) + np.array([[1.0], [2.0], [1.0], [0.0]])
     found = verdict("auroc(delta, [L0H0, L0H1]) > 0.1", cells_of(rows))
     assert found.value == 0.875
+
+
+def test_rows_with_right_answers_are_the_positive_ones() -> None:
+    """The rows of the accuracy have another order, and one that `keep` dropped."""
+    values, large = [3.0, -1.0, 2.0, 0.5, -2.0, 1.0], [1, 0, 1, 0, 0, 1]
+    by_column = rows_of(values, large)
+    order = [4, 2, 0, 1, 5, 3]
+    ids = by_column.row_ids or tuple(range(6))
+    result = replace(
+        by_column,
+        row_ids=ids,
+        accuracy={"clean": np.array([*(float(large[n]) for n in order), 1.0])},
+        accuracy_rows={"clean": (*(ids[n] for n in order), 99)},
+    )
+    expected = verdict("auroc(delta, large) > 0.5", result)
+    found = verdict("auroc(delta, accuracy(clean)) > 0.5", result)
+    assert ends(found) == ends(expected)
+    assert found.value == 1.0
+    every = replace(result, accuracy={"clean": np.ones(7)})
+    same = verdict("auroc(delta, accuracy(clean)) > 0.5", every)
+    assert "`accuracy(clean)` is the same in all 6 rows" in (same.reason or "")
+
+
+FLAGGED = """mech 1
+model tiny = zoo("induction")
+prompts repeats {
+  word in words(tiny)
+  half = list(word, 4, sep: " ", distinct: true)
+  right in [0, 1]
+  template "{half} {cue = half[1]}"
+  answer if right = 1 then " {half[2]}" else " {half[4]}"
+}
+experiment e {
+  prompts repeats limit 24
+  observe norm resid_post layer 1 at last token as size
+  expect auroc(size, accuracy(clean)) > 0
+  expect auroc(size, right) > 0
+}
+"""
+
+
+def test_measured_answers_rank_as_the_variable_that_decides_them(tmp_path: Path) -> None:
+    file = tmp_path / "e.mech"
+    file.write_text(FLAGGED, "utf-8")
+    (result,) = mechdsl.run(file, store=None).files[0].experiments
+    correct = result.accuracy["clean"]
+    assert 0 < correct.sum() < len(correct)
+    assert correct.tolist() == [float(each) for each in result.row_values["right"]]
+    size = result.measures[0].patched[0]
+    ahead = size[correct == 1][:, None] - size[correct == 0]
+    expected = np.mean((ahead > 0) + 0.5 * (ahead == 0))
+    assert [each.value for each in result.outcomes] == pytest.approx([expected, expected])

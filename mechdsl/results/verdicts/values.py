@@ -188,8 +188,24 @@ def rank_true_cells(
     return _resampled_estimate(point, np.concatenate(found), confidence)
 
 
+def list_truths(result: ExperimentResult, ranking: Ranking) -> list[bool | None]:
+    """Return which rows are positive: by a variable of the prompts, or by the answers of a run;
+    None for a row without a value."""
+    if ranking.run is None:
+        return [truth_value(each) for each in result.row_values[ranking.column or ""]]
+    ids = result.row_ids or range(result.prompts)
+    right = dict(
+        zip(
+            result.accuracy_rows.get(ranking.run, ids),
+            map(truth_value, result.accuracy[ranking.run].tolist()),
+            strict=True,
+        )
+    )
+    return [right.get(row) for row in ids]
+
+
 def rank_true_rows(
-    space: ComparisonSample, of: SelectedCells, column: str, confidence: float
+    space: ComparisonSample, of: SelectedCells, ranking: Ranking, confidence: float
 ) -> Estimate:
     """Estimate how often a positive row has the greater effect. In a perfect order, all disjoint
     pairs of units are correct, and the exact limits of their share apply."""
@@ -199,12 +215,13 @@ def rank_true_rows(
     found = effect_parts(data, EFFECTS[data.effect], of.cells)
     if found.denominator is not None:
         raise NoNumber(f"`{data.effect}` is a ratio of means, which single rows don't have")
-    truths = [truth_value(each) for each in of.result.row_values[column]]
+    truths = list_truths(of.result, ranking)
     known = found.present[0] & np.array([each is not None for each in truths])
     true: Bools = np.array([bool(each) for each in truths]) & known
     false = ~np.array([bool(each) for each in truths]) & known
     if not true.any() or not false.any():
-        raise NoNumber(f"`{column}` is the same in all {int(known.sum())} rows")
+        name = ranking.column or f"accuracy({ranking.run})"
+        raise NoNumber(f"`{name}` is the same in all {int(known.sum())} rows")
     effects, codes = found.numerator[0], space.units.codes[space.place(of.result)]
     ahead = effects[true][:, None] - effects[false][None]
     wins = (ahead > 0) + 0.5 * (ahead == 0)
@@ -705,9 +722,9 @@ class ValueReader:
 
     def ranking(self, value: Ranking, confidence: float) -> Estimate:
         of = self.cells.of(value)
-        if value.column is not None:
-            return rank_true_rows(self.space, of, value.column, confidence)
-        return rank_true_cells(self.space, of, value.truth or (), confidence)
+        if value.truth is None:
+            return rank_true_rows(self.space, of, value, confidence)
+        return rank_true_cells(self.space, of, value.truth, confidence)
 
 
 def accuracy_runs(value: ConditionValue) -> Iterator[str]:
