@@ -91,8 +91,7 @@ SOURCES = ("from: other", "with: zero", "from: turned")
 
 @pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES, ("llama",)))
 def test_acdc_decides_as_one_edge_after_another(family: str, source: str, tmp_path: Path) -> None:
-    """Every edge of the model is tried, also those that lead only to ablated ones; batches of one
-    circuit and of several."""
+    """Every edge of the model is tried, also those that lead only to ablated ones."""
     path = write(tmp_path, fit(source=source, at=PAIR), PATCHES)
     searched, ids = search(path, family, "left" if source == "with: zero" else "right")
     every = open_rows(path, double(family))[1].candidates
@@ -109,6 +108,14 @@ def test_acdc_decides_as_one_edge_after_another(family: str, source: str, tmp_pa
     assert [edge in ablated for edge in every] == (~searched.kept).tolist()
     np.testing.assert_allclose(searched.scores, [changes[edge] for edge in every], atol=1e-5)
     assert 2 < searched.kept.sum() < searched.measured
+
+
+@pytest.mark.slow  # the next test compares batches of a search from coarse to fine
+@pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES, ("llama",)))
+def test_acdc_in_batches_decides_as_one_circuit_after_another(
+    family: str, source: str, tmp_path: Path
+) -> None:
+    searched, _ = search(write(tmp_path, fit(source=source, at=PAIR), PATCHES), family)
     alone = write(tmp_path, fit("validation: 50%, batch: 1", source=source, at=PAIR), PATCHES)
     single, _ = search(alone, family)
     np.testing.assert_array_equal(single.kept, searched.kept)

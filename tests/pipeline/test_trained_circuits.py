@@ -142,8 +142,9 @@ def test_all_tokens_are_written_without_positions(tmp_path: Path) -> None:
     assert torch.allclose(values, torch.stack(expected), atol=1e-5)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("kind", ["hard_concrete", "straight_through"])
+@pytest.mark.parametrize(
+    ("kind", "keep"), in_turn(["hard_concrete", "straight_through"], [False, True])
+)
 def test_training_by_hand(kind: str, keep: bool, tmp_path: Path) -> None:
     """Edges and probabilities are those of a loop that shares only the seeds; the number of open
     gates falls from 90 % of the edges to the size over the first 70 % of the steps."""

@@ -245,8 +245,9 @@ def test_loss_and_gradient(at: str, side: Any, family: str, source: str, tmp_pat
         assert other.abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("kind", ["hard_concrete", "straight_through"])
+@pytest.mark.parametrize(
+    ("kind", "keep"), in_turn(["hard_concrete", "straight_through"], [False, True])
+)
 def test_training_by_hand(kind: str, keep: bool, tmp_path: Path) -> None:
     """Sites and probabilities are those of a loop that shares only the seeds."""
     mask = f'size: 3, kind: "{kind}"' + (", keep: true" if keep else "")
