@@ -116,6 +116,8 @@ CHAT_STEPS = _limit(500_000, "steps of a chat template per prompt", "E0552")
 
 IMAGE_FILE = _limit(50_000_000, "bytes of an image in a file", "E0560")
 
+AUDIO_FILE = _limit(20_000_000, "bytes of a sound in a file", "E0560")
+
 IMAGE_PIXELS = _limit(50_000_000, "pixels of an image", "E0560")
 
 TILES = _limit(1_000, "tiles of an image", "E0207")

@@ -243,7 +243,7 @@ class ModelContexts:
             if shape is not None and shape.takes == "image":
                 tokenizer = self._images(folder, shape, model)
             elif shape is not None or has_tokenizer(folder):
-                images = shape is not None and shape.reads_images
+                images = shape is not None and shape.has_processor
                 tokenizer = self._tokenizer(folder, model, images=images)
                 if tokenizer is not None and shape is not None:
                     tokenizer = tokenizer.with_starts(shape.starts)
@@ -375,13 +375,19 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
     if shape.stands_in or prompts.name == spec.NO_PROMPTS:
         return None
     images = prompts.kind == "images"
-    if prompts.pictures and (shape.reads_images or shape.takes == "image"):
-        if shape.reads_images:
+    sounds = [each for each in prompts.pictures if each.is_sound]
+    hears = shape.takes == "sound to text"
+    if (sounds or hears) and not (hears and len(sounds) == len(prompts.pictures) > 0):
+        return _unheard(prompts, model, sounds)
+    if prompts.pictures and (shape.has_processor or shape.takes == "image"):
+        if shape.has_processor:
             at = prompts.pictures[0].span
             video = next((each for each in prompts.pictures if each.is_video), None)
             at = at if video is None else video.span
             videos = video is not None
-            found = check_processor(model.tokenizer, model=model.name, span=at, videos=videos)
+            found = check_processor(
+                model.tokenizer, model=model.name, span=at, videos=videos, sounds=hears
+            )
             return next(iter(found), None)
     elif prompts.pictures:
         hint = "choose a vision-language model for it, or remove the images"
@@ -401,6 +407,22 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
     reads, given = ("texts", "images") if images else ("images", "prompts")
     hint = f"define a `{'prompts' if images else 'images'}` block for it"
     return _mismatch(prompts, model, (reads, f"of {given}", hint))
+
+
+def _unheard(
+    prompts: spec.Prompts, model: ModelContext, sounds: Sequence[spec.PictureDef]
+) -> InputKindMismatch:
+    """Return E0455 for sounds passed to a model that reads none, and the reverse."""
+    if model.shape.takes != "sound to text":
+        words = (
+            "no sounds",
+            "of sounds",
+            "choose a speech model such as Whisper, or remove the sounds",
+        )
+        return replace(_mismatch(prompts, model, words), span=sounds[0].span)
+    hint = 'define a `prompts` block with one sound: `audio a = "{file}"` and `template "{a}"`'
+    given = "of images" if prompts.kind == "images" or prompts.pictures else "of texts"
+    return _mismatch(prompts, model, ("a sound and writes a text", given, hint))
 
 
 def _mismatch(

@@ -760,8 +760,9 @@ class FileContexts:
                 used=used,
             )
         except UnsupportedProcessor as unfit:  # may depend on the sizes of the rows' images
-            span = self.program.prompts[name].pictures[0].span
-            return None, [report_unprepared(unfit, model.name, span)]
+            first = self.program.prompts[name].pictures[0]
+            found = report_unprepared(unfit, model.name, first.span, sounds=first.is_sound)
+            return None, [found]
 
     @cached_property
     def _written_behind(self) -> frozenset[str]:

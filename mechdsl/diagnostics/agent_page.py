@@ -46,7 +46,6 @@ Rules of the notation:
 - An answer usually begins with a space: `answer " {count}"`.
 - `measure EXPRESSION as EFFECT`: `raw` (value), `delta` (change) or `recovery` (0 base, 1 source).
 - All rules of an experiment act in one run; their sweeps are its axes.
-- `expect` states a claim.
 """
 
 AGENT_SETUP = """\

@@ -451,13 +451,14 @@ class NoImageProcessor(Diagnostic):
     """A vision model without a description of how images are made ready for it."""
 
     code = "E0456"
-    title = "`{model}` has no image processor configuration"
+    title = "`{model}` has no {what} configuration"
     label = "{reason}"
     help = "{hint}"
 
     model: str
     reason: str
     hint: str = "save its processor in the same folder: `processor.save_pretrained(folder)`"
+    what: str = "image processor"
 
 
 @keyword_record
@@ -465,13 +466,14 @@ class UnpreparedImages(Diagnostic):
     """Images in prompts whose tokens aren't known, because of the model's processor."""
 
     code = "E0459"
-    title = "the images of prompts can't be prepared for `{model}`"
+    title = "the {what} of prompts can't be prepared for `{model}`"
     label = "the model's processor: {reason}"
     help = "{hint}"
 
     model: str
     reason: str
     hint: str = "docs/models.md lists supported models, in its section Image tokens"
+    what: str = "images"
 
 
 @keyword_record

@@ -66,7 +66,7 @@ class UnknownSpan(Diagnostic):
     hint: str
     what: str = "not a placeholder of the template"
     unit: str = "prompt"
-    """Name of a row: a prompt or an image."""
+    """What has the position: a prompt, an image or a sound."""
 
 
 @keyword_record

@@ -322,16 +322,17 @@ class EmptyPrompt(Diagnostic):
 
 @keyword_record
 class UnreadableImage(Diagnostic):
-    """A file that holds no image, or one that isn't read."""
+    """A file that holds no image or sound, or one that isn't read."""
 
     code = "E0560"
-    title = "the image `{path}` can't be read: {reason}"
+    title = "the {noun} `{path}` can't be read: {reason}"
     label = "in {rows}"
     help = "{hint}"
     path: str
     reason: str
     rows: str
     hint: str
+    noun: str = "image"
 
 
 @keyword_record

@@ -34,6 +34,7 @@ from mechdsl.forward.hooks.model import (
 from mechdsl.forward.hooks.module_exchange import get_activation, replace_activation
 from mechdsl.images.layouts import ImageExpansion, PromptPicture
 from mechdsl.images.pixels import render_pixels
+from mechdsl.images.sounds import Sound, render_samples
 from mechdsl.models.anatomy import ATTENDED, TILES
 from mechdsl.prompts.runs import RunRow
 from mechdsl.prompts.tokens.image_prompts import (
@@ -467,7 +468,7 @@ def provide_images(model: LoadedModel, rows: Iterable[RunRow]) -> None:
 
 
 def _provide_pixels(model: LoadedModel, rows: Iterable[RunRow]) -> None:
-    """Prepare the images that an encoder reads, each one once."""
+    """Prepare the images or sounds that an encoder reads, each one once."""
     from PIL import Image
 
     reader = model.tokenizer
@@ -475,13 +476,24 @@ def _provide_pixels(model: LoadedModel, rows: Iterable[RunRow]) -> None:
     known = IMAGE_INPUTS.setdefault(model.module, {})
     for row in rows:
         [picture] = row.pictures.values()
-        if row.ids[0] not in known:
+        if row.ids[0] in known:
+            continue
+        if isinstance(picture.picture, Sound):
+            known[row.ids[0]] = _prepare_sound(model, reader.reads_with, picture.picture)
+        else:
             image = Image.fromarray(render_pixels(picture.picture))
             made = reader.processor.image_processor(image, return_tensors="pt")
             if model.shape.takes == "attended image":
                 known[row.ids[0]] = _encode_image(model, made)
             else:
                 known[row.ids[0]] = {"pixel_values": made["pixel_values"][0].to(model.dtype)}
+
+
+def _prepare_sound(model: LoadedModel, extractor: Any, sound: Sound) -> dict[str, Tensor]:
+    """Return the spectrogram of a sound."""
+    samples, rate = render_samples(sound), sound.size[0]
+    made = extractor(samples, sampling_rate=rate, return_tensors="pt")
+    return {"input_features": made["input_features"][0].to(model.dtype)}
 
 
 def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tensor]:

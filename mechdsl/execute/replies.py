@@ -260,11 +260,14 @@ class _ReplyRequest:
 
 def _build_decoding(model: LoadedModel, generation: Generation) -> Decoding:
     assert model.tokenizer is not None
+    suppressed, first = (find_suppressed(model, name) for name in SUPPRESSING)
     return Decoding(
         tokens=generation.tokens,
         decode=model.tokenizer.decode,
         ends=find_end_tokens(model),
         stops=generation.stops,
+        suppressed=suppressed,
+        suppressed_first=first,
         temperature=generation.temperature,
         top_k=generation.top_k,
         top_p=generation.top_p,
@@ -280,6 +283,17 @@ def find_end_tokens(model: LoadedModel) -> frozenset[int]:
     if model.tokenizer is not None:
         found.append(model.tokenizer.role_ids.get("eos"))
     return frozenset(token for token in found if isinstance(token, int))
+
+
+SUPPRESSING = ("suppress_tokens", "begin_suppress_tokens")
+"""Settings of a generation config with tokens that replies don't contain, or don't begin with."""
+
+
+def find_suppressed(model: LoadedModel, setting: str) -> frozenset[int]:
+    """Return the tokens of a setting in `SUPPRESSING` of a speech model; none of other models."""
+    given = getattr(getattr(model.module, "generation_config", None), setting, None) or ()
+    follows = model.shape.takes == "sound to text"
+    return frozenset(each for each in given if follows and 0 <= each < model.shape.vocab_size)
 
 
 def _random_key(run: PromptRun, prompt: int) -> int:

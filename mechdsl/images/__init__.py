@@ -1,5 +1,6 @@
-"""Images: files and generated shapes, rendered to pixels and prepared for a model.
+"""Images and sounds: files and generated ones, rendered and prepared for a model.
 
-In: the description of an image: a file, shapes or a uniform gray. Out: pixels, the input of a
-model, and the part of an image that each token reads. Imports base; numpy and Pillow.
+In: the description of an image or a sound: a file, shapes, a uniform gray or a tone. Out: pixels or
+samples, the input of a model, and the part of an image that each token reads. Imports base; numpy
+and Pillow.
 """

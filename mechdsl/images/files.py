@@ -23,7 +23,7 @@ _SMALLER = "save it smaller: models read a few hundred pixels a side"
 
 
 class UnreadableImage(Exception):
-    """An image file that can't be used; `reason` and `hint` are for the user."""
+    """An image or sound file that can't be used; `reason` and `hint` are for the user."""
 
     def __init__(self, reason: str, hint: str) -> None:
         super().__init__(reason)
@@ -36,14 +36,14 @@ def inspect_image(path: Path) -> tuple[str, tuple[int, int]]:
 
     Raises UnreadableImage.
     """
-    content = _bytes(path)
+    content = _read(path)
     image = decode_image(content)
     return sha256(content).hexdigest(), (image.height, image.width)
 
 
 def read_image(path: Path, digest: str) -> Image:
     """Read an image in RGB. Raises UnreadableImage, also if the file's digest has changed."""
-    content = _bytes(path)
+    content = _read(path)
     if sha256(content).hexdigest() != digest:
         raise UnreadableImage(
             "it has changed since it was checked", "run it again when it is written"
@@ -51,19 +51,26 @@ def read_image(path: Path, digest: str) -> Image:
     return decode_image(content)
 
 
-def _bytes(path: Path) -> bytes:
+def _read(path: Path) -> bytes:
+    return read_content(path, limits.IMAGE_FILE, _SMALLER)
+
+
+def read_content(path: Path, most: int, advice: str) -> bytes:
+    """Read a file of at most this number of bytes. Raises UnreadableImage.
+
+    advice: what to do with a larger file.
+    """
     try:
         with path.open("rb") as file:
-            content = file.read(limits.IMAGE_FILE + 1)
+            content = file.read(most + 1)
     except OSError as error:
         reason = "there is no such file"
         if not isinstance(error, FileNotFoundError):
             reason = str(error.strerror or error).lower()
         hint = "the path is relative to the folder of the `.mech` file"
         raise UnreadableImage(reason, hint) from None
-    if len(content) > limits.IMAGE_FILE:
-        reason = f"it has more than {limits.IMAGE_FILE:,} bytes"
-        raise UnreadableImage(reason, _SMALLER)
+    if len(content) > most:
+        raise UnreadableImage(f"it has more than {most:,} bytes", advice)
     return content
 
 

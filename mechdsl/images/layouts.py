@@ -128,6 +128,8 @@ class ImageExpansion(Record):
     """Whether a token has a vector of the image."""
     layout: ImageTokens
     """The parts of the image that they read; positions count from the first token."""
+    is_sound: bool = False
+    """Whether they stand for a sound, whose frames are tiles of one cell."""
 
     @cached_property
     def cell_of(self) -> Mapping[int, ImageCell]:
@@ -163,6 +165,8 @@ class ImageExpansion(Record):
     def _label(self, cell: ImageCell) -> str:
         if not cell.row:
             return f"token {cell.position + 1}"
+        if self.is_sound:
+            return f"frame {cell.tile}"
         place = f"row {cell.row} col {cell.col}"
         apart = self.grid.get((cell.row, cell.col)) != cell.position
         return f"thumbnail {place}" if apart else place
@@ -261,7 +265,7 @@ class ImagePrompt(Record):
     @property
     def images(self) -> Any:
         """The image processor."""
-        return self.processor.image_processor
+        return find_layout(self.config.model_type).reader(self.processor)
 
     @property
     def patch(self) -> Size:
@@ -358,6 +362,8 @@ class ImageLayout:
     """Whether the beginning-of-sequence token follows the last image; otherwise it is the first."""
     encodes: ClassVar[bool] = False
     """Whether an encoder reads one image, without text, and a decoder writes the answer."""
+    noun: ClassVar[Literal["image", "sound"]] = "image"
+    """What the model reads. Sounds have a size too: sampling rate and number of samples."""
     attended: ClassVar[bool] = False
     """Whether blocks of the language model attend to one image. Its tokens precede the text."""
     several_layers: ClassVar[bool] = False
@@ -371,6 +377,10 @@ class ImageLayout:
         if not isinstance(text, str):
             raise UnsupportedProcessor("it names no image token")
         return ImageText(text, text, text)
+
+    def reader(self, processor: Any) -> Any:
+        """Return the part of a processor that reads images."""
+        return processor.image_processor
 
     def natural_size(self, images: Any) -> Size:
         """Return the (height, width) of images without a size, such as a gray image.
@@ -442,7 +452,7 @@ def image_layout(
     """
     entry = _entry(config)
     _check_class(entry.processors, processor, config)
-    _check_class(entry.image_processors, processor.image_processor, config)
+    _check_class(entry.image_processors, entry.reader(processor), config)
     prompt = ImagePrompt(processor, config, inputs, tuple(sizes))
     features = [list(entry.features(prompt, number)) for number in range(len(sizes))]
     if entry.encodes or entry.attended:
@@ -1168,3 +1178,45 @@ class Mllama(ImageLayout):
             yield from cells[first : first + each]
         for _ in range(most * (each + 1) - len(cells) - len(cells) // each):
             yield "padding"
+
+
+@layout("whisper")
+class EncodedSound(ImageLayout):
+    """Whisper (Radford et al. 2022, arXiv:2212.04356): a decoder writes the text of a sound."""
+
+    documentation = "one token of the encoder for two frames of the spectrogram"
+    processors = ("WhisperProcessor",)
+    image_processors = ("WhisperFeatureExtractor",)
+    encodes = True
+    noun = "sound"
+
+    def reader(self, processor: Any) -> Any:
+        return processor.feature_extractor
+
+    def natural_size(self, images: Any) -> Size:
+        return int(images.sampling_rate), int(images.n_samples)
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        own, (rate, samples) = prompt.images, prompt.sizes[number]
+        if own.dither:
+            raise UnsupportedProcessor("its `dither` adds random numbers to sounds")
+        count = prompt.config.max_source_positions
+        given = f"{own.nb_max_frames} frames of {own.feature_size} features"
+        read = f"{2 * count} frames of {prompt.config.num_mel_bins} features"
+        if given != read:
+            raise UnsupportedProcessor(f"it gives {given} to an encoder of {read}")
+        if rate != own.sampling_rate:
+            unfit = UnsupportedProcessor(
+                f"it reads {own.sampling_rate:,} samples per second, but a sound has {rate:,}"
+            )
+            unfit.hint = f"convert it: `ffmpeg -i in.wav -ar {own.sampling_rate} out.wav`"
+            raise unfit
+        if samples > own.n_samples:
+            most, own_length = own.n_samples / rate, samples / rate
+            unfit = UnsupportedProcessor(
+                f"it reads at most {most:g} s, but a sound has {own_length:.4g} s"
+            )
+            unfit.hint = "cut the sound, or exclude its row with `where`"
+            raise unfit
+        for frame in range(1, count + 1):
+            yield frame, 1, frame, None

@@ -8,7 +8,7 @@ from dataclasses import field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mechdsl.base.records import Record, record
 from mechdsl.images.baselines import IMAGE_BASELINES
@@ -101,9 +101,9 @@ _OPEN, _CLOSE = "\u27e6", "\u27e7"
 _NO_BRACKETS = {ord(_OPEN): "[", ord(_CLOSE): "]"}
 
 MARKER = re.compile(
-    rf"{_OPEN}image [^{_OPEN}{_CLOSE}]* #[0-9a-f]+ (?P<width>\d+) x (?P<height>\d+){_CLOSE}"
+    rf"{_OPEN}(image|sound) [^{_OPEN}{_CLOSE}]* #[0-9a-f]+ (?P<width>\d+) x (?P<height>\d+){_CLOSE}"
 )
-"""A marker, with the size of its image: 0 x 0 if it takes the model's."""
+"""The marker of an image or a sound, with its size: 0 x 0 if it takes the model's."""
 
 RENDERING_VERSION = 1
 """Version of the pixels of generated images: a new version changes all generated images."""
@@ -118,7 +118,7 @@ Box = tuple[int, int, int, int]
 class PictureChange(Record):
     """A corruption's change to an image: before preparation, except for patches."""
 
-    how: Literal["blur", "mask", "noise", "swap"]
+    how: Literal["blur", "mask", "noise", "silence", "swap"]
     amount: float = 0.0
     """The radius of a blur in pixels; the standard deviation of noise, of 255."""
     region: Region | None = None
@@ -173,6 +173,9 @@ class GridLayout(Record):
 @record
 class Picture(Record):
     """The description of an image that isn't rendered yet."""
+
+    noun: ClassVar[str] = "image"
+    """What it describes, in markers and messages."""
 
     how: str
     """`file`, `shapes`, `grid`, `mean` or a name in `IMAGE_BASELINES`."""
@@ -267,7 +270,7 @@ class Picture(Record):
     def marker(self) -> str:
         """The text that stands for the image in a longer prompt; equal exactly for equal images."""
         said = self.text.translate(_NO_BRACKETS)
-        return f"{_OPEN}image {said} {self.size[1]} x {self.size[0]}{_CLOSE}"
+        return f"{_OPEN}{self.noun} {said} {self.size[1]} x {self.size[0]}{_CLOSE}"
 
     @property
     def uncut(self) -> Picture:

@@ -451,6 +451,9 @@ def _describe_chat(tokenizer: TextTokenizer) -> list[str]:
     return [] if tokenizer.chat is None else [tokenizer.chat.digest]
 
 
+_GENERATION_SETTINGS = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")
+"""Settings of a generation config that replies depend on."""
+
 _HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 
 
@@ -531,7 +534,8 @@ class _ModuleDescription:
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             return [self._reached.add_class(type(value)), self._items(value.to_dict(), where)]
         if _qualified_name(type(value)).endswith("GenerationConfig"):
-            return None  # generation isn't used
+            used = (getattr(value, name, None) for name in _GENERATION_SETTINGS)
+            return [self.of(each, where) for each in used]
         if isinstance(value, Mapping):
             return [type(value).__name__, self._items(value, where)]
         if isinstance(value, list | tuple):

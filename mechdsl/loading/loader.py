@@ -205,7 +205,7 @@ def _load_reader(
     """Load the tokenizer, or the image processor."""
     if shape.patches is not None:
         return read_tower_inputs(folder, shape, model)
-    read = read_prompt_tokenizer if shape.reads_images else TextTokenizer.from_folder
+    read = read_prompt_tokenizer if shape.has_processor else TextTokenizer.from_folder
     tokenizer, found = read(folder, model.bos, span=model.span)
     return tokenizer and tokenizer.with_starts(shape.starts), found
 
@@ -268,11 +268,11 @@ def adopt_model(
         return None, found
     if (unstarted := check_starts(shape, name, span)) is not None:
         return None, [unstarted]
-    if shape.reads_images and isinstance(tokenizer, tuple):
+    if shape.has_processor and isinstance(tokenizer, tuple):
         reason = "it was passed with an image processor and a tokenizer"
         hint = "pass the processor of transformers that contains both, such as `TrOCRProcessor`"
         return None, [NoTokenizer(span=span, model=name, reason=reason, hint=hint)]
-    if text is None and shape.reads_images and texts is not None:
+    if text is None and shape.has_processor and texts is not None:
         chat = getattr(tokenizer, "chat_template", None)
         text, found = _adopt_tokenizer(name, texts, bos, span, ImagePromptTokenizer, chat)
         if isinstance(text, ImagePromptTokenizer):
@@ -518,18 +518,20 @@ def _adopt_tokenizer(
 
 
 def _describe_processor(given: Any) -> dict[str, Any] | None:
-    """Return the settings of a transformers image processor; None for other objects."""
+    """Return the settings of a transformers image processor or feature extractor; None for other
+    objects."""
     if isinstance(given, TextTokenizer | Tokenizer) or not hasattr(given, "to_dict"):
         return None
     found: Any = given.to_dict()
-    return found if isinstance(found, dict) and "image_processor_type" in found else None
+    types = ("image_processor_type", "feature_extractor_type")
+    return found if isinstance(found, dict) and any(each in found for each in types) else None
 
 
 def _split_processor(given: Any) -> tuple[Any, Any]:
-    """Split a processor, or a pair, into image processor and tokenizer."""
+    """Split a processor, or a pair, into image processor or feature extractor, and tokenizer."""
     if isinstance(given, tuple) and len(cast("tuple[Any, ...]", given)) == 2:
         return cast("tuple[Any, Any]", given)
-    images = getattr(given, "image_processor", None)
+    images = getattr(given, "image_processor", None) or getattr(given, "feature_extractor", None)
     return (given, None) if images is None else (images, getattr(given, "tokenizer", None))
 
 

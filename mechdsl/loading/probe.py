@@ -192,7 +192,7 @@ def build_sample(model: LoadedModel) -> Batch:
                 draw_prompts(model, _ENCODER_LENGTHS, seed=1), model.pad_id, "right", device
             )
             return tokens.with_inputs({}, encoder=source)
-        case "audio" | "image to text" | "attended image":
+        case "audio" | "image to text" | "sound to text" | "attended image":
             return add_encoded(model, tokens)
         case "image and text" if "vision" in model.others:
             return build_image_prompts(model, draw_prompts(model, _IMAGE_PROMPT_LENGTHS, seed=0))

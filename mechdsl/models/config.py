@@ -375,13 +375,28 @@ def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     """Add the stacks of an encoder-decoder, and the tokens that its decoder begins with."""
     found = _other_stacks(shape, config, stack_names(shape))
     own = subconfig(config, "decoder")
-    keys = ("decoder_start_token_id", "forced_bos_token_id")
-    starts = [config.get(key, own.get(key)) for key in keys]
-    known = tuple(each for each in starts if isinstance(each, int))
+    starts = [config.get(key, own.get(key)) for key in _START_KEYS]
+    spoken = _spoken(config) if shape.takes == "sound to text" else ()
+    known = tuple(each for each in (*starts, *spoken) if isinstance(each, int))
     first = known if isinstance(starts[0], int) else None
     if shape.takes == "attended image":  # the text begins with the template
         first = ()
     return replace(shape, causal=True, others=found, starts=first)
+
+
+_START_KEYS = ("decoder_start_token_id", "forced_bos_token_id")
+
+_SPEECH_KEYS = ("language", "lang_to_id", "task", "task_to_id", "no_timestamps_token_id")
+"""Keys of a generation config with further tokens that a speech model's decoder begins with."""
+
+
+def _spoken(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the tokens of the language, by default English, of the task, by default transcription,
+    and of texts without time stamps, as far as a speech model has them."""
+    language, task = config.get("language") or "en", config.get("task") or "transcribe"
+    languages, tasks = (config.get(key) or {} for key in ("lang_to_id", "task_to_id"))
+    code = f"<|{str(language).strip('<|>')}|>"
+    return languages.get(code), tasks.get(task), config.get("no_timestamps_token_id")
 
 
 _CROSS_SITES = ("attn_norm", "q", "k", "v", "scores", "pattern", "z", "head_out", "attn_out")
@@ -409,7 +424,7 @@ def add_generation_defaults(
     config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Add the tokens that a decoder begins with, which newer folders have in another file."""
-    keys = ("decoder_start_token_id", "forced_bos_token_id")
+    keys = (*_START_KEYS, *_SPEECH_KEYS)
     more = {key: generation[key] for key in keys if generation.get(key) is not None}
     return {**config, **more} if config.get("is_encoder_decoder") else dict(config)
 
@@ -479,9 +494,9 @@ def _takes(config: Mapping[str, Any], names: list[str]) -> ModelInput:
     decodes = any(name.endswith("ForCausalLM") for name in names)
     if config.get("is_encoder_decoder") and not decodes:
         kind = str(config.get("model_type"))
-        if find_family(kind).sound(config):
-            return "audio"
         entry = IMAGE_LAYOUTS.get(kind)
+        if find_family(kind).sound(config):
+            return "audio" if entry is None else "sound to text"
         return "image to text" if entry is not None and entry.encodes else "two texts"
     if decodes:
         return "text"

@@ -98,10 +98,18 @@ def output_position(names: Sequence[str], *, encodes: bool) -> OutputPosition:
 
 
 ModelInput = Literal[
-    "text", "image", "audio", "two texts", "image to text", "attended image", "image and text"
+    "text",
+    "image",
+    "audio",
+    "two texts",
+    "image to text",
+    "sound to text",
+    "attended image",
+    "image and text",
 ]
-"""The type of a model's input; `two texts` is an encoder's and a decoder's, and of `image to text`,
-the encoder reads an image. Of `attended image`, the language model reads a text, and some of its
+"""The type of a model's input; `two texts` is an encoder's and a decoder's, and of `image to text`
+and `sound to text`, the encoder reads an image or a sound of prompts. Prompts have no sounds for
+`audio`. Of `attended image`, the language model reads a text, and some of its
 blocks attend to an image."""
 
 
@@ -185,13 +193,19 @@ class ModelShape(Record):
 
     @property
     def encodes_apart(self) -> bool:
-        """Whether an encoder reads the prompt or its image, and a decoder writes the answer."""
-        return self.takes in ("two texts", "image to text", "attended image")
+        """Whether an encoder reads the prompt, its image or its sound, and a decoder writes the
+        answer."""
+        return self.takes in ("two texts", "image to text", "sound to text", "attended image")
 
     @property
     def reads_images(self) -> bool:
         """Whether prompts may contain images."""
         return self.takes in ("image and text", "image to text", "attended image")
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether a processor reads prompts with their images or sounds."""
+        return self.reads_images or self.takes == "sound to text"
 
     @property
     def has_encoder(self) -> bool:

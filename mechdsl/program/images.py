@@ -1,4 +1,4 @@
-"""`image` and `tiles` lines of a prompts block, without the data of rows."""
+"""`image`, `video`, `audio` and `tiles` lines of a prompts block, without the data of rows."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mechdsl.images.baselines import (
     ImageBaseline,
     baseline_problem,
 )
+from mechdsl.images.sounds import GENERATED_SOUNDS
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import TILE, Constant, Tiles, whole_number_value
 from mechdsl.syntax import ast
@@ -136,6 +137,35 @@ def video_problems(node: ast.Expr) -> list[Diagnostic]:
     return [BadArgument(span=node.span, name=node.span.written, reason=reason, hint=hint)]
 
 
+def sound_problems(node: ast.Expr) -> list[Diagnostic]:
+    """Report expressions that aren't sounds (E0203, E0207)."""
+    name = node.id if isinstance(node, ast.Name) else getattr(node, "name", "")
+    entry = GENERATED_SOUNDS.get(name)
+    examples = [
+        name if each.number is None else f"{name}({each.number.example})"
+        for name, each in GENERATED_SOUNDS.items()
+    ]
+    known = name_list(('"{file}"', *examples))
+    match node:
+        case ast.String():
+            return []
+        case ast.Name() if entry is not None and entry.number is not None:
+            number = entry.number
+            reason, hint = f"needs {number.noun}", f"write `{name}({number.example})`"
+            return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
+        case ast.Name() if entry is not None:
+            return []
+        case ast.Call() if entry is not None:
+            return _baseline_arguments(node, entry.number, "audio a =")
+        case ast.Name() | ast.Call():
+            hint = did_you_mean(name, GENERATED_SOUNDS, f"sounds are {known}")
+            return [UnknownWord(span=node.span, kind="sound", word=name, hint=hint)]
+        case _:
+            reason, hint = "names no sound", f"sounds are {known}"
+            name = node.span.written
+            return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
+
+
 def _changed(node: ast.Expr, word: str) -> Diagnostic:
     """Return E0207 for a function that changes images row by row in a corruption."""
     line = f"{word} image radius 8" if word == "blur" else f"{word} image"
@@ -144,9 +174,11 @@ def _changed(node: ast.Expr, word: str) -> Diagnostic:
     return BadArgument(span=node.span, name=word, reason=reason, hint=hint)
 
 
-def _baseline_arguments(node: ast.Call, number: BaselineNumber | None) -> list[Diagnostic]:
+def _baseline_arguments(
+    node: ast.Call, number: BaselineNumber | None, line: str = "image"
+) -> list[Diagnostic]:
     if number is None:
-        reason, hint = "takes no arguments", f"write `image {node.name}`"
+        reason, hint = "takes no arguments", f"write `{line} {node.name}`"
     else:
         if len(node.arguments) == 1 and node.arguments[0].name is None:
             return []
@@ -207,7 +239,7 @@ def is_random_image(node: ast.Expr) -> bool:
     if isinstance(node, ast.Call) and node.name in DRAWN_IMAGES:
         return True
     name = node.id if isinstance(node, ast.Name) else getattr(node, "name", "")
-    entry = IMAGE_BASELINES.get(name)
+    entry = IMAGE_BASELINES.get(name) or GENERATED_SOUNDS.get(name)
     return entry is not None and entry.is_random
 
 

@@ -135,7 +135,10 @@ def path_argument(
             return USE_PATH, path
         case ast.RowsLine(source=ast.String(value=path)):
             return ROWS_PATH, path
-        case ast.ImageLine(value=ast.String(value=path)):
+        case (
+            ast.ImageLine(value=ast.String(value=path))
+            | ast.AudioLine(value=ast.String(value=path))
+        ):
             return IMAGE_PATH, path
         case ast.Report(file=ast.String(value=path)):
             return REPORT_PATH, path

@@ -27,6 +27,7 @@ from mechdsl.program.images import (
     check_tiles,
     image_problems,
     lower_tiles,
+    sound_problems,
     video_problems,
 )
 from mechdsl.program.names import Namespace, line_reference
@@ -195,6 +196,8 @@ class _BlockLines:
                 self._image(line)
             case ast.VideoLine():
                 self._video(line)
+            case ast.AudioLine():
+                self._audio(line)
             case ast.TilesLine():
                 self.once(line, self.tiles, "tiles")
                 self.tiles = self.tiles or line
@@ -295,9 +298,23 @@ class _BlockLines:
             spec.PictureDef(span=line.span, name=line.name.id, value=value, is_video=True)
         )
 
+    def _audio(self, line: ast.AudioLine) -> None:
+        """Define a sound within prompts (E0203, E0207)."""
+        self.name(line.name)
+        problems = sound_problems(line.value)
+        if not problems and self.definition.kind == "images":
+            reason, hint = "is a part of prompts", "write a `prompts` block"
+            problems = [BadArgument(span=line.span, name="audio", reason=reason, hint=hint)]
+        self.diagnostics.extend(problems)
+        silence = ast.Name("silence", span=line.value.span)
+        value = silence if problems else line.value
+        self.pictures.append(
+            spec.PictureDef(span=line.span, name=line.name.id, value=value, is_sound=True)
+        )
+
     def check_regions(self) -> None:
-        """Report regions of unknown images and of videos (E0207, E0501)."""
-        names = [picture.name for picture in self.pictures if not picture.is_video]
+        """Report regions of unknown images, of videos and of sounds (E0207, E0501)."""
+        names = [each.name for each in self.pictures if not (each.is_video or each.is_sound)]
         if self.image_block is not None:
             names.append(IMAGE_SPAN)
         for region in self.regions:

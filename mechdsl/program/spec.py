@@ -296,12 +296,13 @@ class RegionDef(Spec):
 
 
 class PictureDef(Spec):
-    """`image photo = "{file}"`, `video clip = "{folder}"`: an image or a video within each
-    prompt."""
+    """`image photo = "{file}"`, `video clip = "{folder}"`, `audio a = "{file}"`: an image, a video
+    or a sound within each prompt."""
 
     name: str
     value: ExprText
     is_video: bool = False
+    is_sound: bool = False
 
 
 class RenamedColumn(Spec):

@@ -34,6 +34,7 @@ from mechdsl.diagnostics.prompts import (
 )
 from mechdsl.images import files
 from mechdsl.images.picture import Picture
+from mechdsl.images.sounds import SOUND_CHANGES, inspect_sound
 from mechdsl.program import spec
 from mechdsl.program.images import (
     DRAWN_IMAGES,
@@ -228,20 +229,21 @@ def python_scopes(block: PromptsBlock) -> Iterator[tuple[PythonNames | None, Any
 
 
 ImageInfo = tuple[str, tuple[int, int]]
-"""(SHA-256, (height, width))"""
+"""SHA-256; (height, width) of an image, (sampling rate, number of samples) of a sound."""
 
 
 class ImageFiles:
-    """Properties of the image files that a block names, each file read once."""
+    """Properties of the image and sound files that a block names, each file read once."""
 
     def __init__(self) -> None:
-        self._seen: dict[Path, ImageInfo] = {}
+        self._seen: dict[tuple[bool, Path], ImageInfo] = {}
 
-    def look(self, path: Path) -> ImageInfo:
-        """Return the hash and size of an image. Raises `files.UnreadableImage`."""
-        if path not in self._seen:
-            self._seen[path] = files.inspect_image(path)
-        return self._seen[path]
+    def look(self, path: Path, *, is_sound: bool = False) -> ImageInfo:
+        """Return the hash and size of an image or a sound. Raises `files.UnreadableImage`."""
+        key = is_sound, path
+        if key not in self._seen:
+            self._seen[key] = (inspect_sound if is_sound else files.inspect_image)(path)
+        return self._seen[key]
 
 
 def image_of_region(block: spec.Prompts, region: spec.RegionDef) -> spec.PictureDef | None:
@@ -282,7 +284,7 @@ def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic 
             return _unknown_part(change, names[len(prompts.pictures) :])
         if isinstance(kind, ImageChange):
             if change.tokens is None:
-                return _unknown_part(change, names)
+                return _unknown_part(change, names) or _wrong_media(change, kind, prompts)
             reason = "changes whole images and regions in prompts, not patches"
             hint = f"write `{kind.name} {names[0]}`, or define a `region`"
             return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
@@ -298,6 +300,25 @@ def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic 
         ("changes images, but these prompts are texts"),
     )
     return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
+
+
+def _wrong_media(
+    change: ast.ChangeLine, kind: ImageChange, prompts: spec.Prompts
+) -> Diagnostic | None:
+    """Return E0207 for a change of images on a sound, or of sounds on an image."""
+    sounds = [each.name for each in prompts.pictures if each.is_sound]
+    for part in change.values:
+        is_sound = isinstance(part, ast.Name) and part.id in sounds
+        name = part.span.written
+        if is_sound and kind.of not in SOUND_CHANGES:
+            reason = f"changes images, but `{name}` is a sound"
+            hint = f"write `silence {name}` or `noise {name} by 40`"
+        elif not is_sound and kind.of == "silence":
+            reason, hint = f"changes sounds, but `{name}` is an image", f"write `mask {name}`"
+        else:
+            continue
+        return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
+    return None
 
 
 def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic | None:

@@ -49,7 +49,8 @@ def token_conventions(
     before = "the prompt"
     if tokenizer.starts:
         before = " ".join(quote(tokenizer.token_text(each)) for each in tokenizer.starts)
-        read = "image" if any(row.pictures for row in rows[:1]) else "prompt"
+        pictures = [each.picture.noun for row in rows[:1] for each in row.pictures.values()]
+        read = next(iter(pictures), "prompt")
         out["decoder"] = f"begins with {before}; the encoder reads the {read}"
         before = "the reply" if table.replies_of else f"{before} in the decoder"
     for name in rows[0].texts if rows else ():
@@ -83,13 +84,16 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
         shown = ", ".join(f"{height} x {width}" for height, width in grids[:3])
         shown += f" and {len(grids) - 3} more sizes" if len(grids) > 3 else ""
         said = f"{shown} tokens, rows and columns counted from 1 at the top left"
+        if every[0].expansion.is_sound:
+            said = f"{grids[-1][1]} frames, counted from 1; those after its end are silence"
         if isinstance(tokenizer, ImagePromptTokenizer):
             said = f"prepared by the model's `{tokenizer.processor_name}`; {said}"
         if name in videos:
             counts = sorted({len(row.pictures_of(name)) for row in rows})
             shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             said = f"{shown} frames, which the model reads as images in a row, each {said}"
-        out[f"{'video' if name in videos else 'image'} `{name}`"] = said
+        noun = "video" if name in videos else every[0].picture.noun
+        out[f"{noun} `{name}`"] = said
         regions = [f"`{region}`" for region in every[0].regions]
         if regions:
             share = (
@@ -142,7 +146,8 @@ def image_conventions(table: PromptTable) -> dict[str, str]:
         for change in (each for image in images for each in image.changes):
             done.setdefault((change.how, change.patches is None), []).append(change)
         if done:
-            out[f"image of {name}"] = ", then ".join(map(_changes_in_words, done.values()))
+            noun = images[0].noun
+            out[f"{noun} of {name}"] = ", then ".join(map(_changes_in_words, done.values()))
         means = {each.said: each for each in images if each.how == "mean"}
         if means:
             own = any(row.image is not None for row in run.rows)
@@ -161,6 +166,7 @@ _UNITS = {
     "blur": "blur with a Gaussian of radius {} pixels",
     "mask": f"mask with {GRAY_LEVEL} of 255",
     "noise": "noise of standard deviation {} of 255",
+    "silence": "silence",
     "swap": "swap of two boxes, each resized to the other (bilinear)",
 }
 

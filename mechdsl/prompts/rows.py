@@ -35,6 +35,7 @@ from mechdsl.images.picture import (
     Region,
     pixel_box,
 )
+from mechdsl.images.sounds import GENERATED_SOUNDS, Sound
 from mechdsl.program import spec
 from mechdsl.program.images import FRAME_SPAN, IMAGE_SPAN, listed_frames
 from mechdsl.program.paths import IMAGE_PATH, WILDCARD, path_to_read, paths_to_read
@@ -92,7 +93,7 @@ def row_picture(row: Row, node: ast.Expr, name: str = "") -> Picture:
     """
     match node:
         case ast.String():
-            return _of_file(row, node)
+            return _of_path(*_of_file(row, node))
         case ast.QualifiedRef():
             return row.block.averaged.get(node.of.whole, Picture("gray"))
         case ast.Name(id=how) if how in IMAGE_BASELINES:
@@ -131,7 +132,29 @@ def row_frames(row: Row, node: ast.Expr, name: str) -> tuple[Picture, ...]:
         reason = f"a video has two frames or more, and the folder has {files_found}"
         hint = "name a folder with an image file for each frame, in the order of their names"
         raise image_refusal(node.span, written, reason, hint)
-    return tuple(_of_path(row, f"{written.rstrip('/')}/{each.name}", node.span) for each in paths)
+    named = (f"{written.rstrip('/')}/{each.name}" for each in paths)
+    return tuple(_of_path(each, *inspect_row_image(row, each, node.span)) for each in named)
+
+
+def row_sound(row: Row, node: ast.Expr, name: str) -> Sound:
+    """Return the sound with this name in a row's prompt.
+
+    Raises:
+        Refusal: E0207, E0503, E0560 and those of values.
+    """
+    match node:
+        case ast.String():
+            written, path, digest, size = _of_file(row, node, is_sound=True)
+            return Sound("file", path=path, digest=digest, said=written, size=size)
+        case ast.Call(name=how):
+            known = GENERATED_SOUNDS[how].number
+            assert known is not None
+            value = node.arguments[0].value
+            number = _number(row, node, value, known.noun, known.low, known.high)
+            return Sound(how, number=number)
+        case _:
+            how = node.id if isinstance(node, ast.Name) else "silence"
+            return Sound(how, seed=_seed(row, name) if GENERATED_SOUNDS[how].is_random else 0)
 
 
 def _of_baseline(row: Row, how: str, number: int | None = None, *, name: str) -> Picture:
@@ -145,13 +168,18 @@ def _seed(row: Row, name: str) -> int:
     return stable_hash(block.seed, block.name, row.draw_key, "image", *named) % (1 << 64)
 
 
-def image_refusal(span: Span, written: str, reason: str, hint: str) -> Refusal:
+def image_refusal(
+    span: Span, written: str, reason: str, hint: str, *, is_sound: bool = False
+) -> Refusal:
     """Return E0560 for a path as written in the file."""
-    return Refusal(UnreadableImage, span, path=written, reason=reason, hint=hint)
+    noun = Sound.noun if is_sound else Picture.noun
+    return Refusal(UnreadableImage, span, path=written, reason=reason, hint=hint, noun=noun)
 
 
-def inspect_row_image(row: Row, written: str, span: Span) -> tuple[Path, str, tuple[int, int]]:
-    """Return the path of a row's image file, SHA-256 of its bytes and (height, width).
+def inspect_row_image(
+    row: Row, written: str, span: Span, *, is_sound: bool = False
+) -> tuple[Path, str, tuple[int, int]]:
+    """Return the path of a row's image or sound file, SHA-256 of its bytes and its size.
 
     Raises:
         Refusal: E0560 and those of paths.
@@ -160,21 +188,25 @@ def inspect_row_image(row: Row, written: str, span: Span) -> tuple[Path, str, tu
     if path is None:
         raise Refusal.of(problems[0])
     try:
-        return path, *row.block.image_files.look(path)
+        return path, *row.block.image_files.look(path, is_sound=is_sound)
     except files.UnreadableImage as error:
-        raise image_refusal(span, written, error.reason, error.hint) from None
+        refused = image_refusal(span, written, error.reason, error.hint, is_sound=is_sound)
+        raise refused from None
 
 
-def _of_file(row: Row, node: ast.String) -> Picture:
+def _of_file(
+    row: Row, node: ast.String, *, is_sound: bool = False
+) -> tuple[str, Path, str, tuple[int, int]]:
+    """Return the path of a file as written, its path, SHA-256 of its bytes and its size."""
     written = row.text(node, DrawKey("image")).text
     if not written.strip():
-        hint = "exclude rows without an image with `where`"
-        raise image_refusal(node.span, written, "the row names no image", hint)
-    return _of_path(row, written, node.span)
+        reason = f"the row names no {Sound.noun if is_sound else Picture.noun}"
+        hint = f"exclude rows without {'a sound' if is_sound else 'an image'} with `where`"
+        raise image_refusal(node.span, written, reason, hint, is_sound=is_sound)
+    return written, *inspect_row_image(row, written, node.span, is_sound=is_sound)
 
 
-def _of_path(row: Row, written: str, span: Span) -> Picture:
-    path, digest, size = inspect_row_image(row, written, span)
+def _of_path(written: str, path: Path, digest: str, size: tuple[int, int]) -> Picture:
     return Picture("file", path=path, digest=digest, said=written, size=size)
 
 
@@ -556,6 +588,8 @@ class ImageRow:
             if each.is_video:
                 frames = enumerate(row_frames(row, each.value, each.name), 1)
                 made = {f"{each.name} {number}": frame for number, frame in frames}
+            elif each.is_sound:
+                made = {each.name: row_sound(row, each.value, each.name)}
             else:
                 made = {each.name: row_picture(row, each.value, each.name)}
             for name, picture in made.items():

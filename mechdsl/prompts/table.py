@@ -949,8 +949,10 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
 
 
 def _gray_frames(picture: spec.PictureDef) -> ast.Expr:
-    """Return a gray image, or a list of the number of a video's frames."""
+    """Return a gray image, silence, or a list of the number of a video's frames."""
     at, value = picture.span, picture.value
+    if picture.is_sound:
+        return ast.Name("silence", span=at)
     gray = ast.Name("gray", span=at)
     if not picture.is_video:
         return gray

@@ -1319,8 +1319,9 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
             problem = replace(problem, later=hint)
         elif context.shape.takes == "attended image":
             problem = replace(problem, later=ATTENDED_IMAGE_HINT)
-        elif word.id == "vision" and context.shape.takes == "image to text":
-            hint = "write `encoder`, the stack of this model that reads the image"
+        elif word.id == "vision" and context.shape.takes in ("image to text", "sound to text"):
+            read = context.shape.takes.split()[0]
+            hint = f"write `encoder`, the stack of this model that reads the {read}"
             problem = replace(problem, later=hint)
         context.diagnostics.append(problem)
     return False

@@ -403,10 +403,12 @@ class Occurrence(Node):
 
 @record
 class ImageView(Node):
-    """A part of an image that its processor prepares separately: `tile 2`, `thumbnail`."""
+    """A part of an image that its processor prepares separately: `tile 2`, `thumbnail`; or of a
+    sound: `frame 3`."""
 
     number: Occurrence | None = None
-    """The number of a tile; None is the thumbnail."""
+    """The number of a tile or frame; None is the thumbnail."""
+    is_frame: bool = False
 
 
 @record
@@ -694,6 +696,15 @@ class VideoLine(Node):
     value: Expr
 
 
+@statement("audio {name:new} = {value:sum}", "audio")
+@record
+class AudioLine(Node):
+    """`audio a = "{file}"`, `audio a = tone(440)`."""
+
+    name: Name
+    value: Expr
+
+
 @statement("tiles {rows:count} by {cols:count} [whole=and whole]", "tiles")
 @record
 class TilesLine(Node):
@@ -735,6 +746,7 @@ DataLine = (
     | Corrupt
     | ImageLine
     | VideoLine
+    | AudioLine
     | TilesLine
     | RegionLine
     | ClassesLine

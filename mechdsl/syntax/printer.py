@@ -399,8 +399,9 @@ def format_span(node: ast.SpanRef) -> str:
 
 
 def format_view(node: ast.ImageView) -> str:
-    """Format a view of an image: `tile 2`, `thumbnail`."""
-    return "thumbnail" if node.number is None else f"tile {format_occurrence(node.number)}"
+    """Format a view of an image or a sound: `tile 2`, `thumbnail`, `frame 3`."""
+    word = "frame" if node.is_frame else "tile"
+    return "thumbnail" if node.number is None else f"{word} {format_occurrence(node.number)}"
 
 
 def format_occurrence(node: ast.Occurrence) -> str:

@@ -866,7 +866,8 @@ class TreeBuilder(Transformer[Token, Any]):
     view_span = _clause("span", lambda c: {"name": str(c[0]), "view": c[1]})
 
     def view(self, c: list[Any]) -> ast.ImageView:
-        return ast.ImageView(c[1] if len(c) == 2 else None, span=_span(c))
+        number = c[1] if len(c) == 2 else None
+        return ast.ImageView(number, is_frame=str(c[0]) == "frame", span=_span(c))
 
     def patches_span(self, c: list[Any]) -> ast.SpanRef:
         view = c[1] if isinstance(c[1], ast.ImageView) else None

@@ -20,8 +20,8 @@ TOP_WORDS = _words(
 """First words of top-level statements."""
 
 DATA_WORDS = _words(
-    "template chat rows rename where split answer wrong text span corrupt image tiles video region"
-    " classes"
+    "template chat rows rename where split answer wrong text span corrupt image tiles video audio"
+    " region classes"
 )
 """First words of lines in a `prompts` or `images` block."""
 

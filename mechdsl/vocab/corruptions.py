@@ -138,7 +138,7 @@ class ImageChange(ChangeKind[ast.ChangeLine]):
     """A change to an image or region before preprocessing, or to patches (`change.tokens`) after
     it."""
 
-    of: ClassVar[Literal["blur", "mask", "noise", "swap"]]
+    of: ClassVar[Literal["blur", "mask", "noise", "silence", "swap"]]
     most: ClassVar[float] = 0.0
     """The largest permitted amount."""
 
@@ -279,7 +279,8 @@ class NoiseChange(ImageChange):
     usage = "noise image by 40"
     meaning = (
         "adds normal noise with this standard deviation of 255 to each channel of each pixel of an "
-        "image or a region, drawn for each row"
+        "image or a region, or to each sample of a sound, whose full scale is 255; drawn for each "
+        "row"
     )
     signature = ChangeSignature((ast.Name,), either=True, needs=("by",))
     of = "noise"
@@ -287,6 +288,14 @@ class NoiseChange(ImageChange):
 
     def amount(self, change: ast.ChangeLine) -> int | float | str | ast.Expr | None:
         return change.by
+
+
+@change("silence")
+class SilenceChange(ImageChange):
+    usage = "silence a"
+    meaning = "replaces a sound in a prompt by silence of the same length"
+    signature = ChangeSignature((ast.Name,))
+    of = "silence"
 
 
 # --- changes of tokens ----------------------------------------------------------------------------

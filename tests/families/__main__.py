@@ -65,7 +65,8 @@ of `smolvlm` also needs num2words. `video_layout` returns the positions of the f
 Prompts of files contain images of all of these types; those of `vision-encoder-decoder` contain
 nothing else ([load-models.md](load-models.md#experiment-on-the-reader-of-an-image)). In `mllama`,
 blocks of the language model attend to the image
-([load-models.md](load-models.md#experiment-on-blocks-that-attend-to-an-image)).
+([load-models.md](load-models.md#experiment-on-blocks-that-attend-to-an-image)). Prompts of
+`whisper` contain one sound ([load-models.md](load-models.md#experiment-on-the-reader-of-a-sound)).
 Some models do more with images than read their vectors:
 
 - Position ids of image tokens are rows and columns in `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl`.

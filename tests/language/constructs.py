@@ -894,7 +894,7 @@ _prompts(
 )
 _prompts(
     "several templates",
-    'template in ["Part 1: {fruits} Count 1:", "Part 2: {fruits} Count 2:"]',
+    'template in ["{fruits} Count 1:", "{fruits} Count 2:"]',
     "Combines each template with all values. `template` is a value like any other.",
     _ROWS,
 )
@@ -3081,7 +3081,7 @@ _in_prompt(
 )
 _in_prompt(
     "site of the vision encoder",
-    "patch resid_post vision layer 4 at photo row 2 col 3 token",
+    "patch z vision layer 4 at photo row 2 col 3 token",
     "A rule in the vision encoder, at the patches of image tokens. The changed image's projected "
     "vectors replace `embed` of all its tokens, and each row is a full forward pass. All sites "
     "except scores, patterns and rotated queries and keys; `patch`, `swap`, `freeze`, `ablate`, "
@@ -3093,8 +3093,32 @@ _in_prompt(
     test="test_vision_encoder.py",
 )
 _in_prompt(
+    "sound in a prompt",
+    "audio a = tone(440)",
+    "A sound in each prompt of a speech model such as Whisper: a WAV file with 16-bit samples "
+    '(`audio a = "{file}"`), a '
+    "sine of this frequency in hertz, `silence`, or uniform `noise`. Channels are averaged. The "
+    "model's own feature extractor prepares the sound, and its sampling rate must be that of the "
+    "extractor. Generated sounds are as long as the model reads, with an amplitude of half of full "
+    "scale.",
+    context='template "{a}"',
+    test="test_sounds.py",
+)
+_in_prompt(
+    "frames of a sound",
+    "patch z encoder layer 4 at a frame 2 token",
+    "Whisper's encoder reads one sound, without text, and its decoder writes the answer, so the "
+    'template is `"{a}"`. At sites of `encoder`, and at `k cross` and `v cross`, positions are '
+    "frames: `a frame 2..4 tokens`, `a tokens`, `each token of a`. They count from 1 and include "
+    "the silence that the model pads the sound with. Other sites are those of the decoder, which "
+    "begins with the tokens of the language and the task in the generation config (English and "
+    "transcription by default). Rules, `generate` and edges are those of other encoder-decoders.",
+    context='audio a = tone(440) template "{a}" corrupt hidden { silence a }',
+    test="test_sounds.py",
+)
+_in_prompt(
     "image of an encoder-decoder",
-    "patch resid_post encoder layer 4 at photo row 2 col 3 token",
+    "patch z encoder layer 4 at photo row 2 col 3 token",
     "TrOCR's encoder reads one image, without text, and its decoder writes the answer, so the "
     'template is `"{photo}"`. At sites of `encoder`, and at `k cross` and `v cross`, positions are '
     "patches; other sites are those of the decoder. Rules, `generate` and edges are those of other "
@@ -3105,7 +3129,7 @@ _in_prompt(
 )
 _in_prompt(
     "image that blocks attend to",
-    "patch v cross layer 13 heads * at photo row 2 col 3 token",
+    "patch v cross layer 13 heads * at photo tokens",
     "Some blocks of Llama 3.2 Vision attend to an image in place of earlier tokens. `k cross` and "
     "`v cross` of these blocks are at its patches, and other sites at tokens of the text. The "
     "encoder of images has no sites. Prompts contain one image.",

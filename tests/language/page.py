@@ -437,7 +437,10 @@ def seeded(file: str) -> str:
 
 
 def of_change(change: ImageChange) -> str:
-    """A file with a change of images."""
+    """A file with a change of images or sounds."""
+    if change.of == "silence":
+        line, context = f"corrupt hidden {{ {change.usage} }}", 'audio a = tone(440) template "{a}"'
+        return in_image_prompts(Construct("", "image in prompts", line, "", OWN, "", context))
     lines = f"region object = mask\n  corrupt changed {{ {change.usage} }}"
     file = IMAGES.replace(
         "image shapes(n: 1, kind: kind)", f"image shapes(n: 1, kind: kind) {lines}"
@@ -714,6 +717,8 @@ _ROWS = "tests/data/test_rows.py"
 
 def _held(change: ChangeKind[Any]) -> str:
     """The file that holds a change."""
+    if isinstance(change, ImageChange) and change.of == "silence":
+        return "tests/image_prompts/test_sounds.py"
     if isinstance(change, ImageChange):
         return "tests/images/test_regions.py"
     if isinstance(change, TokenChange) and change.inserts:

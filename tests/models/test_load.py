@@ -289,9 +289,9 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
 
 def test_what_does_not_read_prompts_is_refused(tmp_path: Path) -> None:
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
+    from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
 
-    config = WhisperConfig(
+    config = Speech2TextConfig(
         vocab_size=20,
         pad_token_id=0,
         bos_token_id=1,
@@ -301,11 +301,12 @@ def test_what_does_not_read_prompts_is_refused(tmp_path: Path) -> None:
         decoder_layers=1,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
-        num_mel_bins=4,
+        input_feat_per_channel=4,
+        conv_channels=8,
     )
-    module = WhisperForConditionalGeneration(config)
+    module = Speech2TextForConditionalGeneration(config)
     module.save_pretrained(tmp_path)
     model, problems = load_model(statement(str(tmp_path)))
     assert model is None
     assert [d.code for d in problems] == ["E0407"]
-    assert "WhisperForConditionalGeneration" in problems[0].message
+    assert "Speech2TextForConditionalGeneration" in problems[0].message

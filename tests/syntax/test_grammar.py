@@ -164,6 +164,7 @@ def test_word_lists_agree_with_the_grammar() -> None:
     soft = {
         "mask",
         "noise",
+        "silence",
         "insert",
         "lens",
         "probe",

@@ -27,6 +27,10 @@ class Decoding:
     """Tokens that end a reply and aren't part of it."""
     stops: tuple[str, ...] = ()
     """Texts that end a reply; the reply stops before the first of them."""
+    suppressed: frozenset[int] = frozenset()
+    """Tokens that are never chosen."""
+    suppressed_first: frozenset[int] = frozenset()
+    """Tokens that aren't chosen as the first one of a reply."""
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -69,6 +73,10 @@ def choose_next_tokens(
         decoding: How tokens are chosen.
         random: [row] seed of its random numbers, together with the step.
     """
+    never = decoding.suppressed if step else decoding.suppressed | decoding.suppressed_first
+    if never:
+        ids = torch.tensor(sorted(never), device=logits.device)
+        logits = logits.index_fill(-1, ids, -torch.inf)
     if decoding.sampled:
         sound = logits.amax(-1).isfinite()
         logits = logits.where(sound[:, None], logits.new_zeros(()))

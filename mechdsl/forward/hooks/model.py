@@ -404,8 +404,9 @@ def split_vision(
 
 
 IMAGE_INPUTS: WeakKeyDictionary[nn.Module, dict[int, Mapping[str, Tensor]]] = WeakKeyDictionary()
-"""By model whose encoder reads images, the inputs for each known image, by its first token, without
-the batch dimension; on the host. They are pixels, or `ATTENDED` and `TILES`."""
+"""By model whose encoder reads images or sounds, the inputs for each known one, by its first token,
+without the batch dimension; on the host. They are pixels, a spectrogram, or `ATTENDED` and
+`TILES`."""
 
 
 def _find_inputs(model: LoadedModel, ids: Tensor) -> dict[str, Any]:
@@ -442,7 +443,7 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
             given = dict(batch.extra) or _find_inputs(model, batch.of_stack("encoder").ids)
             given = _attend_to_image(model, ids, given)
             return given | {"input_ids": ids, "attention_mask": mask}
-        case "two texts" | "audio" | "image to text":
+        case "two texts" | "audio" | "image to text" | "sound to text":
             given: dict[str, Any] = dict(batch.extra)
             encoder = batch.of_stack("encoder")
             if ENCODED in given:

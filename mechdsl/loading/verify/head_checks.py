@@ -63,7 +63,7 @@ def run_on_tokens(
     match takes:
         case "two texts":
             batch = batch.with_inputs({}, encoder=batch)
-        case "audio" | "image to text" | "attended image":
+        case "audio" | "image to text" | "sound to text" | "attended image":
             heard = bench.batch.take(torch.zeros(len(rows), dtype=torch.long))
             batch = batch.with_inputs(heard.extra, **heard.frames)
         case _:

@@ -507,9 +507,12 @@ class SpanFinder:
 
     def tiles_of(self, ref: ast.SpanRef, expansion: ImageExpansion) -> tuple[int, ...] | None:
         """Return the tiles that a view names; none if the image lacks one, None without a view."""
-        if ref.view is None or self.table.stands_in or self.tokenizer.stands_in:
+        stands_in = self.table.stands_in or self.tokenizer.stands_in
+        if ref.view is None or (stands_in and not (expansion.is_sound and ref.view.is_frame)):
             return None
         known = {tile.number for tile in expansion.layout.tiles}
+        if ref.view.is_frame != expansion.is_sound:
+            return ()
         if ref.view.number is None:
             return (THUMBNAIL,) if THUMBNAIL in known else ()
         tiles = tuple(sorted(known - {THUMBNAIL}))
@@ -517,6 +520,8 @@ class SpanFinder:
         if bounds is None or not tiles:
             return tiles
         wanted = range(bounds[0], bounds[1] + 1)
+        if stands_in:  # the model may have any number of frames
+            return tiles[: len(wanted)]
         is_known = wanted[-1] <= tiles[-1] and all(number in known for number in wanted)
         return tuple(wanted) if is_known and wanted[0] > THUMBNAIL else ()
 
@@ -535,6 +540,7 @@ class SpanFinder:
         if not lacking or (self.drops_out(ref) and len(lacking) < self.total):
             return False
         image = self.first_picture(lacking[0], ref)
+        noun = "image" if image is None else image.picture.picture.noun
         self.diagnostics.append(
             OutsidePrompt(
                 span=ref.span,
@@ -544,7 +550,7 @@ class SpanFinder:
                 total=self.total,
                 example=self.example(lacking[0]),
                 hint="choose another image" if image is None else _parts_of(image, ref),
-                unit="image",
+                unit=noun,
             )
         )
         return True
@@ -765,6 +771,12 @@ def _parts_of(image: PlacedPicture, ref: ast.SpanRef) -> str:
     """Describe the tiles of an image and the grid of its tokens."""
     expansion = image.picture.expansion
     rows, cols = expansion.size
+    if expansion.is_sound:
+        return (
+            f"`{image.name}` has {cols} frames, counted from 1: write `{image.name} frame 1 token`"
+        )
+    if ref.view is not None and ref.view.is_frame:
+        return "only sounds have frames after their name; those of a video are `frame 2 tokens`"
     said = f"there, `{image.name}` has {rows} rows and {cols} columns of tokens"
     if ref.view is not None:
         tiles = len([tile for tile in expansion.layout.tiles if tile.number != THUMBNAIL])

@@ -1,4 +1,4 @@
-"""The tokenizer of prompts that contain images, by the model's own processor."""
+"""The tokenizer of prompts that contain images or a sound, by the model's own processor."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from mechdsl.images.layouts import (
 )
 from mechdsl.images.picture import HALF_COVERED, MARKER, Picture, Region
 from mechdsl.images.processing import PREPROCESSOR_FILE, PROCESSOR_FILE, UnsupportedProcessor
+from mechdsl.images.sounds import Sound
 from mechdsl.program import spec
 from mechdsl.prompts.tokens.chat import ChatTemplate
 from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
@@ -154,7 +155,12 @@ class ImagePromptTokenizer(TextTokenizer):
     @cached_property
     def processor_name(self) -> str:
         """The class of the image processor, which may depend on installed libraries."""
-        return self._recall("class", lambda: type(self.processor.image_processor).__name__, str)
+        return self._recall("class", lambda: type(self.reads_with).__name__, str)
+
+    @property
+    def reads_with(self) -> Any:
+        """The image processor, or the feature extractor of sounds."""
+        return self.layout.reader(self.processor)
 
     @cached_property
     def image_text(self) -> ImageText:
@@ -241,6 +247,8 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def prefix_conventions(self) -> dict[str, str]:
         """Describe how a model reads whole prompts with images, if it isn't like texts."""
+        if self.layout.noun == "sound":
+            return {"bos": "none: the encoder reads only the sound"}
         if self.layout.encodes:
             return {"bos": "none: the encoder reads only the image, its class token before patches"}
         out: dict[str, str] = {}
@@ -280,7 +288,7 @@ class ImagePromptTokenizer(TextTokenizer):
         """(height, width) of images that have no size of their own, such as a gray image."""
         return self._recall_layout(
             "size",
-            lambda: self.layout.natural_size(self.processor.image_processor),
+            lambda: self.layout.natural_size(self.reads_with),
             lambda own: (own[0], own[1]),
         )
 
@@ -308,7 +316,8 @@ class ImagePromptTokenizer(TextTokenizer):
             for token, tile, row, col, box in rows
         )
         layout = ImageTokens(0, len(ids), cells, {})
-        return ImageExpansion(tuple(ids), tuple(token == self.image_id for token in ids), layout)
+        is_image, is_sound = (token == self.image_id for token in ids), self.layout.noun == "sound"
+        return ImageExpansion(tuple(ids), tuple(is_image), layout, is_sound)
 
     def _expand(self, size: tuple[int, int]) -> tuple[list[int], list[list[Any]]]:
         """Return the tokens of an image; of each cell, its token, tile, row, column and box."""
@@ -419,8 +428,9 @@ class ImagePromptTokenizer(TextTokenizer):
             UnsupportedProcessor: The text contains anything else.
         """
         if len(markers) != 1 or markers[0][0] != text:
-            unfit = UnsupportedProcessor("the encoder reads one image, without any text")
-            unfit.hint = 'write only the image in the template: `template "{photo}"`'
+            noun, name = self.layout.noun, "{a}" if self.layout.noun == "sound" else "{photo}"
+            unfit = UnsupportedProcessor(f"the encoder reads one {noun}, without any text")
+            unfit.hint = f'write only the {noun} in the template: `template "{name}"`'
             raise unfit
         [marker] = markers
         expansion = self.expansion((int(marker["height"]), int(marker["width"])))
@@ -510,7 +520,7 @@ class ImagePromptTokenizer(TextTokenizer):
     def token_text(self, token: int) -> str:
         """Return a readable token: decoded, special tokens by name."""
         if token >= IMAGE_TOKEN and (self.layout.encodes or self.layout.attended):
-            return "<image>"
+            return f"<{self.layout.noun}>"
         return super().token_text(token if token < IMAGE_TOKEN else self.image_id)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -585,13 +595,15 @@ STAND_IN_SIDE = 14
 
 
 @cache
-def stand_in_expansion() -> ImageExpansion:
-    """Return the tokens of an image for a missing model."""
+def stand_in_expansion(*, is_sound: bool = False) -> ImageExpansion:
+    """Return the tokens of an image or a sound for a missing model."""
     count = STAND_IN_SIDE**2
     places = (divmod(k, STAND_IN_SIDE) for k in range(count))
     cells = tuple(ImageCell(k, 1, row + 1, col + 1, None) for k, (row, col) in enumerate(places))
+    if is_sound:
+        cells = tuple(ImageCell(k, k + 1, 1, k + 1, None) for k in range(count))
     layout = ImageTokens(0, count, cells, {})
-    return ImageExpansion((IMAGE_TOKEN,) * count, (True,) * count, layout)
+    return ImageExpansion((IMAGE_TOKEN,) * count, (True,) * count, layout, is_sound)
 
 
 def prompt_pictures(
@@ -615,7 +627,7 @@ def prompt_pictures(
     if pictures and isinstance(tokenizer, ImagePromptTokenizer):
         tokenizer.check_prompt(ids)
     for name, picture in pictures.items():
-        expansion, sized = stand_in_expansion(), picture
+        expansion, sized = stand_in_expansion(is_sound=isinstance(picture, Sound)), picture
         if isinstance(tokenizer, ImagePromptTokenizer):
             expansion = tokenizer.expansion(picture.size)
             sized = picture.sized(tokenizer.natural_size)
@@ -668,27 +680,41 @@ def read_prompt_tokenizer(
 
 
 def check_processor(
-    tokenizer: TextTokenizer, *, model: str, span: Span | None, videos: bool = False
+    tokenizer: TextTokenizer,
+    *,
+    model: str,
+    span: Span | None,
+    videos: bool = False,
+    sounds: bool = False,
 ) -> list[Diagnostic]:
-    """Return E0456 or E0459 if a model has no usable processor for images in its prompts.
+    """Return E0456 or E0459 if a model has no usable processor for its prompts.
 
-    videos: whether the prompts have videos, which it must read as images in a row.
+    Args:
+        tokenizer: The tokenizer of the model.
+        model: The model's name.
+        span: Source of the diagnostic.
+        videos: Whether the prompts have videos, which it must read as images in a row.
+        sounds: Whether the prompts have sounds instead of images.
     """
     if tokenizer.stands_in:
         return []
     if not isinstance(tokenizer, ImagePromptTokenizer):
         reason = f"there is no `{PREPROCESSOR_FILE}` next to its `config.json`"
-        return [NoImageProcessor(span=span, model=model, reason=reason)]
+        what = "feature extractor" if sounds else "image processor"
+        return [NoImageProcessor(span=span, model=model, reason=reason, what=what)]
     try:
         _ = tokenizer.image_id
         if videos:
             tokenizer.check_frames()
     except UnsupportedProcessor as unfit:
-        return [report_unprepared(unfit, model, span)]
+        return [report_unprepared(unfit, model, span, sounds=sounds)]
     return []
 
 
-def report_unprepared(unfit: UnsupportedProcessor, model: str, span: Span | None) -> Diagnostic:
-    """Return E0459 for images that a processor can't prepare."""
-    found = UnpreparedImages(span=span, model=model, reason=str(unfit))
+def report_unprepared(
+    unfit: UnsupportedProcessor, model: str, span: Span | None, *, sounds: bool = False
+) -> Diagnostic:
+    """Return E0459 for images or sounds that a processor can't prepare."""
+    what = "sounds" if sounds else "images"
+    found = UnpreparedImages(span=span, model=model, reason=str(unfit), what=what)
     return replace(found, hint=unfit.hint) if unfit.hint else found

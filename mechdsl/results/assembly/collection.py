@@ -192,6 +192,8 @@ def _read_images(row: RunRow, reader: TextTokenizer | ImageTokenizer | None) -> 
         with suppress(UnreadableImage):
             yield _read_image(row.image, reader)
     for placed in row.placed_pictures:
+        if placed.picture.expansion.is_sound:
+            continue
         with suppress(UnreadableImage):
             yield from _read_placed(placed)
 

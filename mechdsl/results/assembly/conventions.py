@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.text import count_noun, measure_names, name_list, quote
 from mechdsl.execute.measurement.values import MeasuredValues
-from mechdsl.execute.replies import find_end_tokens
+from mechdsl.execute.replies import SUPPRESSING, find_end_tokens, find_suppressed
 from mechdsl.execute.run_record import ExecutionProfile, PassSizes
 from mechdsl.execute.unpatched_batch import compute_noise_scale
 from mechdsl.forward.generation.cached_pass import choose_method
@@ -55,6 +55,8 @@ def reply_conventions(
             f"{', '.join(said.drawn)}, seed {experiment.seed}: separate draws for each prompt, "
             "cell, run, sample and step, independent of the batch"
         )
+    if followed := [name for name in SUPPRESSING if find_suppressed(model, name)]:
+        chosen += f", without the tokens of {name_list(followed)} in its generation config"
     if ignored := _ignored_settings(model):
         verb = "isn't" if len(ignored) == 1 else "aren't"
         chosen += f"; {name_list(ignored)} of the model's generation config {verb} used"
@@ -428,7 +430,10 @@ def _ignored_settings(model: LoadedModel) -> list[str]:
     given = getattr(model.module, "generation_config", None)
     values = {name: getattr(given, name, None) for name in _UNUSED_SETTINGS}
     return [
-        name for name, value in values.items() if value not in (None, [], _UNUSED_SETTINGS[name])
+        name
+        for name, value in values.items()
+        if value not in (None, [], _UNUSED_SETTINGS[name])
+        and not (name in SUPPRESSING and find_suppressed(model, name))
     ]
 
 
