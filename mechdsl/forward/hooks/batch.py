@@ -6,7 +6,7 @@ The module also has helpers that move arrays to a device and report free memory.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
@@ -625,6 +625,8 @@ class EdgeTap:
     """Their numbers in the `CircuitRead`."""
     to_stream: Callable[[Tensor], Tensor]
     """Gradient by `tensor` → [receiver, K, d_model] gradients by what each receiver reads."""
+    sublayers: int = 0
+    """Number of sublayers before the receivers, if norms follow the sums of the stream."""
 
 
 @dataclass(eq=False)
@@ -646,6 +648,9 @@ class CircuitRead:
     changes: Tensor | None = None
     """[sender, K, d_model]: what the stream would gain with the fills."""
     taps: list[EdgeTap] = field(default_factory=list[EdgeTap])
+    to_senders: Callable[[Tensor, int], Iterator[tuple[slice, Tensor]]] | None = None
+    """If norms follow the sums of the stream: gradients by what receivers read, and the number of
+    sublayers before them → columns of senders, gradients by what these senders add."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,10 @@ A receiver's input is the stream of this pass plus mask * (fill - value) summed 
 before it. Queries, keys and values of each head read separately, through the norm of the block and
 the head's columns of the projection; the MLP and the end of the model read through their norms.
 
+If norms follow the sums (BERT), the input of a receiver is the stream recomputed from the outputs
+of this pass: after each sublayer, the norm of the sum of the stream, the sublayer's output and
+mask * (fill - value) of its senders.
+
 References:
     Conmy et al. 2023 (arXiv 2304.14997), section 3: edges between nodes of the residual stream.
 """
@@ -41,7 +45,7 @@ from mechdsl.forward.hooks.hook_points import (
     view_layout,
 )
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.models.anatomy import HookSide, TensorLayout
+from mechdsl.models.anatomy import HookPoint, HookSide, TensorLayout
 from mechdsl.models.block import linear_sizes, unwrap_adapter
 from mechdsl.models.shape import unit_count
 from mechdsl.vocab.sites import SITES, write_order
@@ -58,11 +62,17 @@ def explain_no_circuits(model: LoadedModel) -> str:
     """Return why edges between the components of a model can't be separated; empty if they can."""
     if "cross" in model.others:
         return "its decoder also attends to an encoder"
-    if model.anatomy.unembedding is None or "logits" not in model.shape.sites:
+    anatomy, shape = model.anatomy, model.shape
+    after = find_norms_after(model)
+    of_text = shape.task != "tokens" and shape.takes != "image"
+    headed = of_text and (bool(after) or anatomy.final_norm is not None)
+    if "logits" not in shape.sites or (anatomy.unembedding is None and not headed):
         return "its output isn't computed from the residual stream by an unembedding"
     for number, block in enumerate(model.anatomy.blocks):
         where = f"in block {number}"
-        if not block.adds_up or block.behind != 1 or block.fed or block.middle or block.end:
+        if not block.adds_up or block.behind != 1 or block.fed:
+            return f"{where}, the stream isn't the sum of the outputs of heads and MLPs"
+        if not after and (block.middle or block.end):
             return f"{where}, the stream isn't the sum of the outputs of heads and MLPs"
         if block.attn_behind is not None or block.output is None:
             return f"{where}, a norm or scale follows attention, so that its heads don't add up"
@@ -74,6 +84,33 @@ def explain_no_circuits(model: LoadedModel) -> str:
             if _find_projection(model, site, number) is None:
                 return f"{where}, `{site}` isn't a linear map of the norm of the stream"
     return ""
+
+
+@dataclass(frozen=True)
+class NormedSum:
+    """The sum of the stream and a sublayer's output, which a norm follows."""
+
+    senders: SiteRead
+    """The components whose outputs the sublayer adds up."""
+    output: HookPoint
+    norm: str
+    """Path of the norm, whose output is the stream from there on."""
+
+
+def find_norms_after(model: LoadedModel) -> tuple[NormedSum, ...]:
+    """Return the sublayers in forward order if a norm follows each of them; empty otherwise."""
+    found: list[NormedSum] = []
+    for layer, block in enumerate(model.anatomy.blocks):
+        outputs = block.taps.get("attn_out"), block.taps.get("mlp_out")
+        if None in (block.middle, block.end, *outputs) or block.attn_norm or block.mlp_norm:
+            return ()
+        for site, output, norm in zip(
+            ("z", "mlp_out"), outputs, (block.middle, block.end), strict=True
+        ):
+            assert output is not None
+            assert norm is not None
+            found.append(NormedSum(SiteRead(site, layer), output, norm))
+    return tuple(found)
 
 
 def _find_projection(model: LoadedModel, site: str, layer: int) -> tuple[str, TensorLayout] | None:
@@ -130,6 +167,12 @@ class CircuitHooks(ABC):
         self._rows, self._columns = indices_to_device(found[:2], model.device)
         self._stream: Tensor | None = None
         """[K, d_model] that enters the current block."""
+        self._sums = find_norms_after(model)
+        self._outputs: list[Tensor] = []
+        """[K, d_model]: what entered the first block, then the outputs of sublayers so far; only if
+        norms follow them."""
+        self._like = torch.empty(0)
+        """A tensor of the precision and device of the stream, if norms follow sums."""
         self._due = self._done = 0
 
     def check(self, *, stopped: bool) -> None:
@@ -141,6 +184,11 @@ class CircuitHooks(ABC):
         """Yield a step for each sender, each stream and each receiver."""
         for fill in self._fills:
             yield self._sender(fill)
+        if self._sums:
+            yield self._output(self.model.tap("resid_pre", 0), "resid_pre", 0)
+        for each in self._sums:
+            site = "attn_out" if each.senders.site == "z" else "mlp_out"
+            yield self._output(each.output, site, each.senders.layer)
         receivers: dict[SiteRead, list[int]] = defaultdict(list)
         for row, (where, _) in enumerate(self._receivers):
             receivers[where].append(row)
@@ -214,6 +262,18 @@ class CircuitHooks(ABC):
     def _seen(self, value: Tensor) -> Tensor:
         """Return the output of senders as changes are computed from it."""
         return value
+
+    def _output(self, tap: HookPoint, site: str, layer: int | None) -> CircuitStep:
+        """Keep the vectors that enter the first block, or the output of a sublayer."""
+        scale = get_scale(self.model.module, tap)
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            self._like = value.new_empty(0)
+            self._outputs.append(apply_scale(self._at(self._seen(value)), scale))
+            return value
+
+        layer_order, order = write_order(site, layer)
+        return self._add((tap.path, tap.side, tap.item), (layer_order, order + 2), step)
 
     @abstractmethod
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
@@ -299,9 +359,10 @@ class CircuitHooks(ABC):
         layer, anatomy = where.layer, self.model.anatomy
         after = layer is not None and self._mlp_norm(layer) is None
         path = anatomy.final_norm if layer is None else self._mlp_norm(layer)
+        path = None if self._sums else path
         spot: tuple[str, HookSide, int] = (path or "", "in", 0)
         if path is None:
-            tap = self.model.tap("final_norm" if layer is None else "mlp_norm", layer)
+            tap = self._input_tap(layer)
             spot = tap.path, tap.side, tap.item
         norm = anatomy.blocks[layer].mlp_norm if after and layer is not None else None
 
@@ -310,6 +371,14 @@ class CircuitHooks(ABC):
 
         layer_order, order = write_order("final_norm" if layer is None else "mlp_norm", layer)
         return self._add(spot, (layer_order, order - 1), step)
+
+    def _input_tap(self, layer: int | None) -> HookPoint:
+        """Return the hook point of the input of an MLP, or of the end of the model."""
+        if layer is not None:
+            return self.model.tap("mlp_norm", layer)
+        if self._sums:
+            return self.model.tap("resid_post", self.model.shape.n_layers - 1)
+        return self.model.tap("final_norm", None)
 
     @abstractmethod
     def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
@@ -333,10 +402,15 @@ class _WriteHooks(CircuitHooks):
         """[sender, K, d_model] otherwise; 0 for senders that haven't run."""
         self._end = 0
         """Number of senders so far."""
+        self._gains: dict[SiteRead, Tensor] = {}
+        """[unit, K, d_model] of the senders so far, if norms follow sums."""
         self._mask = to_device(write.mask, model.device)
 
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
         columns = self._senders[where]
+        if self._sums:
+            self._gains[where] = gained
+            return
         if torch.is_grad_enabled():
             self._differences.append((columns.start, gained))
             return
@@ -352,6 +426,9 @@ class _WriteHooks(CircuitHooks):
 
     def _gained(self, rows: list[int]) -> Tensor:
         """Return [receiver, K, d_model]: what each of some receivers reads besides the stream."""
+        if self._sums:
+            mask = self._mask[..., rows, :]
+            return self._stream_of(mask) - self._stream_of(torch.zeros_like(mask[..., :1, :]))
         if self._changes is not None:
             changes = self._changes[: self._end]
             mask = self._mask[..., rows, : self._end].to(changes)
@@ -366,6 +443,28 @@ class _WriteHooks(CircuitHooks):
             found = part if found is None else found + part.to(found.device)
         assert found is not None
         return found
+
+    def _stream_of(self, mask: Tensor) -> Tensor:
+        """Return [receiver, K, d_model]: the stream that receivers read, if norms follow sums.
+
+        Args:
+            mask: [receiver, sender] or [K, receiver, sender]
+        """
+        first, *outputs = self._outputs
+        stream = first + self._shares(mask, SiteRead("resid_pre", 0))
+        for each, output in zip(self._sums, outputs, strict=False):
+            added = stream + output.to(stream) + self._shares(mask, each.senders)
+            stream = self._normed(each.norm, added, self._like)
+        return stream
+
+    def _shares(self, mask: Tensor, where: SiteRead) -> Tensor:
+        """Return [receiver, K, d_model]: what the masked senders of a sublayer add."""
+        gained = self._gains.get(where)
+        if gained is None:
+            size = mask.shape[-2], *self._outputs[0].shape
+            return self._outputs[0].new_zeros(size)
+        sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
+        return torch.einsum(sums, mask[..., self._senders[where]].to(gained), gained)
 
     def _moved(self, path: str | None, rows: list[int], value: Tensor) -> Tensor:
         """Return [receiver, K, d_model]: the change of the normed input of each receiver.
@@ -428,6 +527,25 @@ class _ReadHooks(CircuitHooks):
             read.changes = torch.empty(size, dtype=dtype, device=model.device)
         else:
             self._fills = ()
+        read.to_senders = self._list_sublayers if self._sums else None
+
+    def _list_sublayers(self, gradient: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the columns of the senders of each sublayer, and the gradient by their sum.
+
+        Args:
+            gradient: [receiver, K, d_model] by the stream after some sublayers.
+            count: The number of these sublayers.
+        """
+        first, *outputs = self._outputs
+        stream, sums = first, list[Tensor]()
+        for each, output in zip(self._sums[:count], outputs, strict=False):
+            sums.append(stream + output.to(stream))
+            stream = self._normed(each.norm, sums[-1], self._like)
+        for each, added in reversed([*zip(self._sums, sums, strict=False)]):
+            gradient = self._before_norm(each.norm, added, gradient, self._like)
+            if each.senders in self._senders:
+                yield self._senders[each.senders], gradient
+        yield self._senders.get(SiteRead("resid_pre", 0), slice(0, 0)), gradient
 
     def _seen(self, value: Tensor) -> Tensor:
         return value.detach()
@@ -460,7 +578,7 @@ class _ReadHooks(CircuitHooks):
             return self._before_norm(norm, stream, torch.cat(found), given)
 
         rows = [row for _, rows in parts for row in rows]
-        self._read.taps.append(EdgeTap(value, rows, to_stream))
+        self._read.taps.append(EdgeTap(value, rows, to_stream, len(self._outputs) - 1))
         return value.clone()
 
     def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
@@ -475,7 +593,7 @@ class _ReadHooks(CircuitHooks):
             assert stream is not None
             return self._before_norm(norm, stream, own, gradient)
 
-        self._read.taps.append(EdgeTap(value, [row], to_stream))
+        self._read.taps.append(EdgeTap(value, [row], to_stream, len(self._outputs) - 1))
         return value.clone()
 
     def _before_norm(
@@ -517,10 +635,17 @@ def compute_edge_scores(total: Tensor, read: CircuitRead, senders: slice) -> Ten
         receiver, _ = read.receivers[tap.receivers[0]]
         before = [len(fill.units) for fill in read.fills if _is_before(fill.where, receiver)]
         due = range(sum(before))[senders]
-        if due:
-            vectors = tap.to_stream(gradient).to(changes).flatten(1)
-            part = vectors @ changes[due.start : due.stop].flatten(1).T
-            found[tap.receivers, due.start : due.stop] += part.to(found)
+        if not due:
+            continue
+        vectors = tap.to_stream(gradient)
+        parts = [(slice(due.start, due.stop), vectors)]
+        if read.to_senders is not None:
+            parts = read.to_senders(vectors, tap.sublayers)
+        for columns, part in parts:
+            own = slice(max(columns.start, due.start), min(columns.stop, due.stop))
+            if own.start < own.stop:
+                product = part.to(changes).flatten(1) @ changes[own].flatten(1).T
+                found[tap.receivers, own] += product.to(found)
     read.taps.clear()
     return found
 

@@ -1,0 +1,270 @@
+"""Circuits of a BERT classifier, whose norms follow sums: against loops over its weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+import mechdsl
+
+from ..execute import support
+from ..models import families
+from ..shared_models import unchanged
+from .circuits import EMBED, LOGITS, head, mlp
+
+Edge = tuple[str, str]
+LAYERS, HEADS, WIDTH = 3, 4, 24
+PROMPTS = support.PROMPTS.replace('answer " {a}"', 'answer "LABEL_1"').replace(
+    'wrong " {b}"', 'wrong "LABEL_0"'
+)
+
+
+@cache
+def bare() -> Any:
+    return bare_family("bert")
+
+
+@cache
+def double() -> Any:
+    return unchanged(copy.deepcopy(bare()).double())
+
+
+def list_edges() -> list[Edge]:
+    found: list[Edge] = []
+    before = [EMBED]
+    for layer in range(LAYERS):
+        heads = [head(layer, n) for n in range(HEADS)]
+        found += [(of, f"{to}.{letter}") for letter in "qkv" for to in heads for of in before]
+        found += [(of, mlp(layer)) for of in (*before, *heads)]
+        before += [*heads, mlp(layer)]
+    found += [(of, LOGITS) for of in before]
+    return sorted(found, key=lambda edge: before.index(edge[0]))
+
+
+def classify(
+    ids: Sequence[int],
+    fills: Mapping[str, Tensor] | None = None,
+    shares: Mapping[Edge, Tensor | float] | None = None,
+    positions: Collection[int] | None = None,
+    moved: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The difference of the logits of one text, and the outputs of all components, [T, width].
+
+    Every receiver recomputes its input from the outputs of the components in this pass.
+
+    Args:
+        fills: By sender, the output that ablated edges carry; with `moved`, its change.
+        shares: By edge, the share of the fill.
+        moved: Added to the embeddings.
+    """
+    bert, given = double().bert, dict[str, Tensor]()
+    shares = shares or {}
+    there = torch.ones(len(ids), 1, dtype=torch.double)
+    if positions is not None:
+        there = torch.zeros_like(there)
+        there[list(positions)] = 1
+    given[EMBED] = bert.embeddings(input_ids=torch.tensor([list(ids)]))[0]
+    given[EMBED] = given[EMBED] if moved is None else given[EMBED] + moved
+
+    def of(sender: str, receiver: str) -> Tensor:
+        value = given[sender]
+        share = shares.get((sender, receiver))
+        if share is None or fills is None:
+            return value
+        return value + share * there * (fills[sender] - (value if moved is None else 0))
+
+    def seen_by(receiver: str, layers: int, *, middle: bool = False) -> Tensor:
+        seen = of(EMBED, receiver)
+        for layer in range(layers + middle):
+            block = bert.encoder.layer[layer]
+            added = sum(of(head(layer, n), receiver) for n in range(HEADS))
+            added = added + block.attention.output.dense.bias
+            seen = block.attention.output.LayerNorm(seen + added)
+            if layer < layers:
+                seen = block.output.LayerNorm(seen + of(mlp(layer), receiver))
+        return seen
+
+    for layer in range(LAYERS):
+        block = bert.encoder.layer[layer]
+        own, size = block.attention.self, WIDTH // HEADS
+        for n in range(HEADS):
+            q, k, v = (
+                getattr(own, word)(seen_by(f"{head(layer, n)}.{word[0]}", layer))[
+                    :, n * size : (n + 1) * size
+                ]
+                for word in ("query", "key", "value")
+            )
+            pattern = (q @ k.T / size**0.5).softmax(-1)
+            weight = block.attention.output.dense.weight[:, n * size : (n + 1) * size]
+            given[head(layer, n)] = pattern @ v @ weight.T
+        inner = block.intermediate(seen_by(mlp(layer), layer, middle=True))
+        given[mlp(layer)] = block.output.dense(inner)
+    final = seen_by(LOGITS, LAYERS)
+    logits = double().classifier(torch.tanh(bert.pooler.dense(final[0])))
+    return logits[1] - logits[0], given
+
+
+SOME = {
+    "embed -> L0H1.q": [(EMBED, "L0H1.q")],
+    "L0H1 -> L1H0.k": [("L0H1", "L1H0.k")],
+    "L1H3 -> L2H3.v": [("L1H3", "L2H3.v")],
+    "L0.mlp -> q layer 2 heads *": [(mlp(0), f"{head(2, n)}.q") for n in range(HEADS)],
+    "L0H2 -> L0.mlp": [("L0H2", mlp(0))],
+    "embed -> mlp_norm layers *": [(EMBED, mlp(layer)) for layer in range(LAYERS)],
+    "L1H2 -> logits": [("L1H2", LOGITS)],
+    "L2.mlp -> logits": [(mlp(2), LOGITS)],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["planned", "padded on the right"])
+@pytest.mark.parametrize(
+    ("rule", "fill", "at"),
+    [
+        ("c", "other", "tokens *"),
+        ("all but c", "other", "tokens *"),
+        ("all but c", "zero", "{cue token, subject token}"),
+        ("c", "zero", "tokens *"),
+    ],
+)
+def test_circuit_of_bert_classifier_equals_a_loop(
+    rule: str, fill: str, at: str, mode: str, tmp_path: Path
+) -> None:
+    circuit = f"circuit c = {', '.join(SOME)}\n"
+    lines = (
+        "prompts p",
+        f"ablate {rule} at {at} with {fill}",
+        "measure logit(class answer) - logit(class wrong) as raw",
+    )
+    text = circuit + support.experiment("e", *lines)
+    found = support.run_file(text, tmp_path, bare(), support.MODES[mode], prompts=PROMPTS)
+    named = {edge for edges in SOME.values() for edge in edges}
+    ablated = named if rule == "c" else set(list_edges()) - named
+    values = found["e"].measures[0].patched
+    both = zip(support.prompts(), support.prompts("other"), strict=True)
+    for row, (own, other) in enumerate(both):
+        _, filled = classify(other.ids)
+        plain, _ = classify(own.ids)
+        if fill == "zero":
+            filled = {name: torch.zeros(len(own.ids), WIDTH).double() for name in filled}
+        positions = None if at == "tokens *" else [own.cue, own.subject[-1]]
+        expected, _ = classify(own.ids, filled, dict.fromkeys(ablated, 1.0), positions)
+        assert values[0, row] == pytest.approx(float(expected), abs=1e-4)
+        assert abs(float(expected - plain)) > 1e-3
+
+
+def test_edge_scores_of_bert_classifier_equal_derivatives(tmp_path: Path) -> None:
+    """EAP: the derivative by the share of each edge. EAP-IG moves the embeddings to the fill."""
+    edges = list_edges()
+    given = {"m": (bare(), support.word_tokenizer())}
+    makers = (("eap(size: 40)", 1), ("eap_ig(size: 40, steps: 3)", 3))
+    for maker, steps in makers:
+        line = (
+            f"circuit c = fit({maker}, prompts: p, from: other, validation: 0%, "
+            "measure_on_training_rows: true, maximise: logit(class answer) - logit(class wrong))\n"
+        )
+        rule = ("prompts p", "ablate all but c at tokens * with other")
+        text = support.experiment("e", *rule, "measure logit(class answer) as raw")
+        path = tmp_path / f"{steps}.mech"
+        path.write_text(f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\n{line}{text}')
+        support.write_rows(tmp_path)
+        (found,) = mechdsl.fit(path, given, store=tmp_path / "store")
+        content = json.loads((found.folder / "mask.json").read_text())
+        total = torch.zeros(len(edges)).double()
+        for own, other in zip(support.prompts(), support.prompts("other"), strict=True):
+            with torch.no_grad():
+                _, filled = classify(other.ids)
+                _, plain = classify(own.ids)
+            for step in range(1, steps + 1):
+                moved = (1 - step / steps) * (filled[EMBED] - plain[EMBED])
+                total += derivatives(own.ids, plain, filled, edges, moved) / steps
+        expected = total / len(support.prompts())
+        scores = content["scores"]
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
+        assert np.ptp(expected) > 0.01
+
+
+def derivatives(
+    ids: Sequence[int],
+    plain: Mapping[str, Tensor],
+    filled: Mapping[str, Tensor],
+    edges: Sequence[Edge],
+    moved: Tensor,
+) -> Tensor:
+    """[edge] derivatives by the shares of constant changes, on embeddings that are moved."""
+    shares = {edge: torch.zeros((), dtype=torch.double, requires_grad=True) for edge in edges}
+    changes = {sender: filled[sender] - value for sender, value in plain.items()}
+    value, _ = classify(ids, changes, shares, moved=moved)
+    return torch.stack(torch.autograd.grad(value, list(shares.values())))
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": families.VOCABULARY,
+    "num_hidden_layers": LAYERS,
+    "hidden_size": WIDTH,
+    "intermediate_size": 28,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+@cache
+def bare_family(name: str) -> Any:
+    sizes = dict(SIZES)
+    if name == "distilbert":
+        sizes |= {"dim": WIDTH, "hidden_dim": 28, "n_layers": LAYERS, "n_heads": HEADS}
+    if name == "gpt2":
+        sizes |= {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+        sizes |= {"bos_token_id": 1, "eos_token_id": 1}
+    config = AutoConfig.for_model(name.removesuffix("/tokens"), **sizes)
+    of_tokens = name.endswith("/tokens")
+    made = AutoModelForMaskedLM if of_tokens else AutoModelForSequenceClassification
+    model = made.from_config(config).eval()
+    families.draw(model, 3)
+    return unchanged(model)
+
+
+def some(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "roberta",
+        "gpt2",
+        "bert/tokens",
+        *map(some, ("electra", "distilbert", "roberta-prelayernorm", "llama", "mpnet")),
+    ],
+)
+def test_circuit_without_edges_gives_the_other_run(name: str, tmp_path: Path) -> None:
+    """All edges carry another run's values, or their own ones."""
+    outputs = "answer" if name.endswith("/tokens") else "class answer"
+    at = " at last token" if name.endswith("/tokens") else ""
+    measure = f"measure logit({outputs}){at} as raw"
+    rules = ("ablate all but c at tokens * with turned", "ablate all but c at tokens * with clean")
+    text = "circuit c = embed -> L2H3.q\n" + "".join(
+        support.experiment(key, "prompts p", *lines, measure)
+        for key, lines in (
+            ("moved", rules[:1]),
+            ("unmoved", rules[1:]),
+            ("run", ("from turned into clean", "patch resid_pre layer 0 at tokens *")),
+        )
+    )
+    given = support.PROMPTS if name.endswith("/tokens") else PROMPTS
+    found = support.run_file(text, tmp_path, bare_family(name), prompts=given)
+    moved, unmoved, run = (found[key].measures[0] for key in ("moved", "unmoved", "run"))
+    np.testing.assert_allclose(moved.patched, run.patched, atol=1e-4)
+    np.testing.assert_allclose(unmoved.patched, run.base, atol=1e-4)
+    assert np.abs(moved.patched - unmoved.patched).max() > 0.01
