@@ -155,6 +155,7 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultR
     for rule in experiment.every_rule:
         if rule.observed is not None:
             yield from (*rule.observed.maps, *rule.observed.others)
+            yield from _in_tree(rule.observed.call, parts.groups)
     used = list_direction_expressions(experiment)
     for each in direction_dependencies(used, parts.directions):
         yield from _in_tree((each.value, each.site), parts.groups)

@@ -863,6 +863,21 @@ def test_drawn_supernodes_have_the_sums_of_their_edges(data: Path) -> None:
     np.testing.assert_array_equal(again["f"].measures[0].patched, again["g"].measures[0].patched)
 
 
+def test_weight_from_ranked_features_follows_their_experiment(data: Path) -> None:
+    """The group names features that another experiment of the file ranks."""
+    transcoders("llama", "transcoder", data, [0, 2])
+    seen = experiment("seen", "observe features of t0 at tokens * top 6", measure="", stats="")
+    weight = experiment("e", WEIGHT.format("from: a", "w"), measure="")
+    picked = "group a = features top 2 of seen of t0, feature 6 of t2\n"
+    found = run_file(T0 + T2 + picked + weight + seen, data, "llama", "planned")
+    best = [int(cell.coords["feature"]) for cell in found["seen"].cells[:2]]
+    listed = f"group a = features {best[0]}, {best[1]} of t0, feature 6 of t2\n"
+    other = run_file(T0 + T2 + listed + weight, data, "llama", "planned")
+    np.testing.assert_allclose(
+        found["e"].measures[0].patched, other["e"].measures[0].patched, atol=1e-6
+    )
+
+
 WRONG_GROUPS = {
     "no group to read from": (WEIGHT.format("to: b", "w"), "needs a group of features"),
     "an unknown group": (WEIGHT.format("from: d", "w"), "`d` isn't a group of features"),
