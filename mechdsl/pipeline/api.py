@@ -328,11 +328,16 @@ def run(
             store=store_folder(source.path, named, untrusted=untrusted),
             fresh=fresh,
         )
+        problems: list[Diagnostic] = []
         if fit:
-            _, untrained = _train(source, models, options, progress)
-            warn_diagnostics(untrained)
+            _, problems = _train(source, models, options, progress)
+            warn_diagnostics(problems)
         verdicts = VerdictRequest(against, fail_fast)
-        results = _run(source, models, options, bar, verdicts, write_reports=write_reports)
+        try:
+            results = _run(source, models, options, bar, verdicts, write_reports=write_reports)
+        except MechdslError as error:  # probably because of what wasn't trained
+            failed = [each for each in problems if each.severity == "error"]
+            raise MechdslError([*failed, *error.diagnostics]) from error
         sizes = results.files[0].sizes
         return replace(results, profile=_profile_text(profiles, sizes))
 

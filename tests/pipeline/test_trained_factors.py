@@ -164,6 +164,10 @@ def test_nmf_of_signed_vectors_is_an_error(tmp_path: Path) -> None:
         train(path)
     assert found.value.diagnostics[0].code == "E0643"
     assert f"semi_nmf(factors: {COUNT})" in str(found.value)
+    with pytest.raises(mechdsl.MechdslError) as found:
+        run(path, fit=True)
+    errors = [each.code for each in found.value.diagnostics if each.severity == "error"]
+    assert errors == ["E0643", "E0642"]
     path = write(tmp_path, declare(NMF, at="resid_post layer 1 at tokens *"), ABLATES)
     (problem, *_) = mechdsl.validate(path, models("llama"))
     assert problem.code == "E0342"
