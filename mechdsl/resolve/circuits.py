@@ -17,6 +17,7 @@ from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, NoPath, NotOnAPath
@@ -153,7 +154,7 @@ def find_circuit_edges(
     saved = None if circuit.source is None else _read_saved(circuit.source, every, work)
     for edge in circuit.edges:
         found.update(_resolve_edge(edge, work))
-    if len(work.diagnostics) > before:
+    if has_errors(work.diagnostics[before:]):
         return None
     scores: Mapping[CircuitEdge, float] = dict(zip(every, circuit.scores, strict=False))
     about: dict[str, str] = {}

@@ -13,7 +13,7 @@ from typing import Any, cast
 from mechdsl.base import limits
 from mechdsl.base.records import Record, record
 from mechdsl.base.text import Percent, name_list
-from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.rules import BadLoopValue, EmptyRange, loop_hint
 from mechdsl.program import spec
 from mechdsl.resolve.types import Axis, AxisLabel, LoopCells
@@ -139,7 +139,7 @@ def resolve_loops(
         there, labels[loop.name] = _extend_combinations(
             there, loop, outer[loop.name], parameters, diagnostics
         )
-    if len(diagnostics) > before:
+    if has_errors(diagnostics[before:]):
         return LoopAxes(labels, None)
     names = tuple(loop.name for loop in loops if loop.name in nest)
     index = {name: {label: i for i, label in enumerate(labels[name])} for name in names}
@@ -177,7 +177,7 @@ def _extend_combinations(
             if len(longer) + len(known[key]) > limits.LOOP:
                 reason = f"with the loops around it, it has more than {limits.LOOP:,} values"
                 _bad_loop(loop, reason, diagnostics)
-            if len(diagnostics) > before:
+            if has_errors(diagnostics[before:]):
                 return [{**cell, loop.name: known[key][0]}], known[key]
         longer += ((cell, value) for value in known[key])
     same, labels = _merge_labels(list(known.values()))

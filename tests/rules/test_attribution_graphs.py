@@ -878,6 +878,19 @@ def test_weight_from_ranked_features_follows_their_experiment(data: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_ablation_of_features_ranked_by_sign_is_no_error(sign: str, data: Path) -> None:
+    """With one of the signs, the largest effects are negative, which is a warning."""
+    transcoders("llama", "transcoder", data, [0, 2])
+    effect = f"measure {sign}logit(answer) as delta"
+    ranked = experiment("r", "ablate feature * of t0 at last token with zero", measure=effect)
+    ablated = "observe graph_ablation(t0, t2, features: a) logits toward answer at last token"
+    picked = "group a = features top 2 of r of t0\n"
+    used = experiment("e", ablated, measure="")
+    found = run_file(T0 + T2 + picked + ranked + used, data, "llama", "planned")
+    assert np.isfinite(found["e"].measures[0].patched).all()
+
+
 WRONG_GROUPS = {
     "no group to read from": (WEIGHT.format("to: b", "w"), "needs a group of features"),
     "an unknown group": (WEIGHT.format("from: d", "w"), "`d` isn't a group of features"),

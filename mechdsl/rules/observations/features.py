@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
 from mechdsl.resolve.bases import resolve_observed_basis
 from mechdsl.resolve.observations import evaluate_rows
@@ -95,7 +96,7 @@ class FeatureActivations(SiteRowSetObservation):
         assert said is not None
         found = super().resolve(rule, work)
         targets = self._targets(rule, work)
-        if found is None or found.sites is None or len(work.diagnostics) > before:
+        if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
             return None
         basis = resolve_observed_basis(rule, found.sites, work)
         if basis is None or not self._reads_plain_runs(rule, found.run, work):

@@ -9,7 +9,7 @@ from typing import ClassVar
 from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.base.text import Percent, count_noun, name_list
-from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.program import spec
@@ -268,9 +268,9 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             report_bad_observation(rule, work, reason, "observe a run without noise")
         points = (*list_pattern_points(shape), *_mlp_points(shape.n_layers))
         missing = find_missing_point(points, shape, work.model.name, rule.span)
-        if missing is not None and len(work.diagnostics) == before:
+        if missing is not None and not has_errors(work.diagnostics[before:]):
             work.diagnostics.append(missing)
-        return len(work.diagnostics) == before
+        return not has_errors(work.diagnostics[before:])
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield Convention(
@@ -364,7 +364,7 @@ class GraphAblation(AttributionGraphs):
             if wrong:
                 report_bad_observation(rule, work, reason, hint)
         found = super().resolve(rule, work)
-        if found is None or len(work.diagnostics) > before:
+        if found is None or has_errors(work.diagnostics[before:]):
             return None
         assert isinstance(found.does, GraphAblation)
         if found.does.decoders:

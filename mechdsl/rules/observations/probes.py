@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
-from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.activation_trainers import LOGISTIC_PENALTY
@@ -101,7 +101,7 @@ def resolve_probe(
     options = _options(call, parameters, diagnostics, kinds)
     values = evaluate_rows(cast(ast.Expr, plain_ones[0]), table, diagnostics)
     others = evaluate_rows(cast(ast.Expr, plain_ones[0]), train, diagnostics) if train else []
-    if values is None or others is None or len(diagnostics) > before:
+    if values is None or others is None or has_errors(diagnostics[before:]):
         return None
     own, values = len(values), [*values, *others]
     only = kinds[0] if len(kinds) == 1 else None
@@ -263,7 +263,7 @@ class ProbeObservation(SiteRowSetObservation):
             return replace(found, does=ProbeObservation(reading=reading))
         parameters, before = work.program.parameters, len(work.diagnostics)
         train = None if found is None else resolve_training_rows(rule, found, work)
-        if len(work.diagnostics) > before:
+        if has_errors(work.diagnostics[before:]):
             return None
         other = None if train is None else train.table
         probe = resolve_probe(said.call, work.table, parameters, work.diagnostics, other)
@@ -404,7 +404,7 @@ class _RoutedObservation(SiteTokenSetObservation):
             return None
         before = len(work.diagnostics)
         train = None if found is None else resolve_training_rows(rule, found, work)
-        if len(work.diagnostics) > before:
+        if has_errors(work.diagnostics[before:]):
             return None
         other = None if train is None else train.table
         parameters, diagnostics = work.program.parameters, work.diagnostics

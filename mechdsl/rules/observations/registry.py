@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mechdsl.base.records import Registry
-from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
@@ -73,7 +73,7 @@ class ObservationKind(Observation):
             report_bad_observation(
                 rule, work, "needs a position", "name one, for example `at last token`"
             )
-        return len(work.diagnostics) == before
+        return not has_errors(work.diagnostics[before:])
 
 
 K = TypeVar("K", bound=ObservationKind)

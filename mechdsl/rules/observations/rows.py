@@ -633,7 +633,9 @@ class Clusters(SiteTokenSetObservation):
         train = None if found is None else resolve_training_rows(rule, found, work)
         if rule.receiver is not None and match_run(rule.receiver, work) is None:
             report_bad_observation(rule, work, "is compared with a run", "name one: `with noised`")
-        if count is None or found is None or found.sites is None or len(work.diagnostics) > before:
+        if has_errors(work.diagnostics[before:]):
+            return None
+        if count is None or found is None or found.sites is None:
             return None
         named = None if train is None else training_rows(said.call)
         called = "" if named is None else named.span.written
