@@ -62,6 +62,33 @@ SEPARATE: tuple[Architecture, ...] = ("standard", "jumprelu", "gated", "linear")
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".npz")
 """Endings of files that may run code when they are loaded, or that need another reader."""
 
+
+def read_limited_file(path: Path, written: str, most: int, *, pickled: str, large: str) -> bytes:
+    """Read a file that isn't a pickle.
+
+    Args:
+        written: The path as the user wrote it.
+        most: Maximum number of bytes.
+        pickled: Hint for a pickle, with FILE for its path.
+        large: Hint for a file with more bytes.
+
+    Raises:
+        UnreadableFile: The file is missing, too large or a pickle.
+    """
+    if path.suffix.lower() in PICKLES:
+        reason = f"`{written}` is a pickle, which may run code when it is loaded"
+        raise UnreadableFile(reason, pickled.replace("FILE", written))
+    try:
+        size = path.stat().st_size
+        if size > most:
+            reason = f"`{written}` has {size:,} bytes, more than {most:,}"
+            raise UnreadableFile(reason, large)
+        return path.read_bytes()
+    except OSError as error:
+        reason = f"`{written}` can't be read: {(error.strerror or str(error)).lower()}"
+        raise UnreadableFile(reason, "paths are relative to the folder of the file") from None
+
+
 CONVERSION = (
     'convert the file where you trust it: `python -c "import torch, safetensors.torch as s; '
     "s.save_file({k: v.contiguous() for k, v in torch.load('FILE', weights_only=True).items()}, "

@@ -22,7 +22,7 @@ from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.dictionaries.folder import PICKLES
+from mechdsl.dictionaries.folder import read_limited_file
 
 LayerFeature: TypeAlias = tuple[int, int]
 """A layer, and a feature of its transcoder."""
@@ -90,18 +90,8 @@ def read_graph(path: Path, written: str) -> GraphFile:
         UnreadableFile: The file is missing, too large or of another form, or its links don't make
             an attribution graph.
     """
-    if path.suffix.lower() in PICKLES:
-        reason = f"`{written}` is a pickle, which may run code when it is loaded"
-        raise UnreadableFile(reason, _CONVERSION.replace("FILE", written))
-    try:
-        size = path.stat().st_size
-        if size > limits.GRAPH_FILE:
-            reason = f"`{written}` has {size:,} bytes, more than {limits.GRAPH_FILE:,}"
-            raise UnreadableFile(reason, "prune the graph with a lower `node_threshold`")
-        content = path.read_bytes()
-    except OSError as error:
-        reason = f"`{written}` can't be read: {(error.strerror or str(error)).lower()}"
-        raise UnreadableFile(reason, "paths are relative to the folder of the file") from None
+    large = "prune the graph with a lower `node_threshold`"
+    content = read_limited_file(path, written, limits.GRAPH_FILE, pickled=_CONVERSION, large=large)
     try:
         found: Any = load_json(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):

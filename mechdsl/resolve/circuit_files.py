@@ -22,7 +22,7 @@ from mechdsl.base.files import load_json
 from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.base.text import count_noun
-from mechdsl.dictionaries.folder import PICKLES
+from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.resolve.types import CircuitEdge, SitePoint
 
@@ -270,18 +270,11 @@ def _point(
 
 def _read_file(path: Path, written: str) -> CircuitFile:
     """Read a file. Raises UnreadableFile."""
-    if path.suffix.lower() in PICKLES:
-        reason = f"`{written}` is a pickle, which may run code when it is loaded"
-        raise UnreadableFile(reason, _CONVERSION.replace("FILE", written))
-    try:
-        size = path.stat().st_size
-        if size > limits.CIRCUIT_FILE:
-            reason = f"`{written}` has {size:,} bytes, more than {limits.CIRCUIT_FILE:,}"
-            raise UnreadableFile(reason, "keep the edges of the circuit only")
-        return _read_content(path.read_bytes(), written)
-    except OSError as error:
-        reason = f"`{written}` can't be read: {(error.strerror or str(error)).lower()}"
-        raise UnreadableFile(reason, "paths are relative to the folder of the file") from None
+    large = "keep the edges of the circuit only"
+    content = read_limited_file(
+        path, written, limits.CIRCUIT_FILE, pickled=_CONVERSION, large=large
+    )
+    return _read_content(content, written)
 
 
 def _read_content(content: bytes, written: str) -> CircuitFile:

@@ -324,6 +324,36 @@ def copied(family: str, of: Text, own: Place, to: Sequence[int], at: Sequence[in
     return own, to, lambda _: vectors
 
 
+def copied_columns(own: Place, tokens: Sequence[int], columns: slice, source: Tensor) -> Write:
+    """Copy some numbers of tokens' vectors, such as those of one head, from [token, width]."""
+    read = source[list(tokens), columns]
+
+    def change(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, columns] = read
+        return value
+
+    return own, tokens, change
+
+
+@contextmanager
+def last_query_without(
+    attention: nn.Module, queries: int, keys: int, hidden: Sequence[int]
+) -> Generator[None]:
+    """While it is open, the last query of an attention module skips some keys."""
+
+    def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = torch.zeros(1, 1, queries, keys)
+        mask[..., -1, list(hidden)] = torch.finfo(torch.float32).min
+        return args, {**kwargs, "attention_mask": mask}
+
+    handle = attention.register_forward_pre_hook(hide, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def zeroed(own: Place, tokens: Sequence[int]) -> Write:
     return own, tokens, torch.zeros_like
 

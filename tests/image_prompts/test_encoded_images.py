@@ -4,7 +4,6 @@ model with the pixels that its image processor prepares."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,14 @@ from mechdsl.loading.loader import adopt_model
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
-from ..execute.encoder_decoders import Place, Write, changed, zeroed
+from ..execute.encoder_decoders import (
+    Place,
+    Write,
+    changed,
+    copied_columns,
+    last_query_without,
+    zeroed,
+)
 from ..execute.support import MODES, run_on
 from ..run_source import run_source
 from ..shared_models import unchanged
@@ -201,14 +207,7 @@ def by_head(name: str, n: int, site: str, layer: int, head: int, tokens: Sequenc
     """Copy one head; a place of the encoder has all its heads side by side."""
     own, width = place(site, layer), {"cross": 5, "encoder": 8}[site.partition(" ")[2]]
     columns = slice(head * width, (head + 1) * width)
-    clean = read(name, n, own)[list(tokens), columns]
-
-    def change(value: Tensor) -> Tensor:
-        value = value.clone()
-        value[:, columns] = clean
-        return value
-
-    return own, tokens, change
+    return copied_columns(own, tokens, columns, read(name, n, own))
 
 
 def in_order(name: str, n: int) -> list[list[Write]]:
@@ -343,16 +342,8 @@ def test_observed_and_blocked_attention_equal_the_models_own(name: str) -> None:
 
 def difference_without(name: str, n: int, keys: Sequence[int]) -> float:
     """The measure while cross attention of the middle layer doesn't see some patches."""
-
-    def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask = torch.zeros(1, 1, 1, COUNT[name])
-        mask[..., list(keys)] = torch.finfo(torch.float32).min
-        return args, {**kwargs, "attention_mask": mask}
-
     attention = bare(name).get_submodule("decoder.model.decoder.layers.1.encoder_attn")
-    with ExitStack() as stack:
-        handle = attention.register_forward_pre_hook(hide, with_kwargs=True)
-        stack.callback(handle.remove)
+    with last_query_without(attention, 1, COUNT[name], keys):
         return difference(name, n, n)
 
 

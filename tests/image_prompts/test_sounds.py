@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import wave
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -38,7 +37,14 @@ from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.syntax.formatter import format_file
 from mechdsl.syntax.frontend import parse
 
-from ..execute.encoder_decoders import Place, Write, changed, zeroed
+from ..execute.encoder_decoders import (
+    Place,
+    Write,
+    changed,
+    copied_columns,
+    last_query_without,
+    zeroed,
+)
 from ..execute.support import MODES, run_on
 from ..run_source import run_source
 from ..shared_models import unchanged
@@ -229,16 +235,10 @@ def copied(name: str, n: int, own: Place, tokens: Sequence[int]) -> Write:
 
 
 def by_head(name: str, n: int, site: str, layer: int, head: int, tokens: Sequence[int]) -> Write:
+    """Copy one head; a place of the encoder has all its heads side by side."""
     own, width = place(site, layer), {"cross": 5, "encoder": 10}[site.partition(" ")[2]]
     columns = slice(head * width, (head + 1) * width)
-    clean = read(name, n, own)[list(tokens), columns]
-
-    def change(value: Tensor) -> Tensor:
-        value = value.clone()
-        value[:, columns] = clean
-        return value
-
-    return own, tokens, change
+    return copied_columns(own, tokens, columns, read(name, n, own))
 
 
 RULES = (
@@ -373,16 +373,8 @@ def test_observed_and_blocked_attention_to_frames_equal_the_models_own() -> None
 
 def difference_without(name: str, n: int, keys: Sequence[int]) -> float:
     """The measure while the last token's cross attention of the middle layer skips some frames."""
-
-    def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask = torch.zeros(1, 1, len(STARTS[name]), FRAMES)
-        mask[..., -1, list(keys)] = torch.finfo(torch.float32).min
-        return args, {**kwargs, "attention_mask": mask}
-
     attention = bare(name).get_submodule("model.decoder.layers.1.encoder_attn")
-    with ExitStack() as stack:
-        handle = attention.register_forward_pre_hook(hide, with_kwargs=True)
-        stack.callback(handle.remove)
+    with last_query_without(attention, len(STARTS[name]), FRAMES, keys):
         return difference(name, n, n)
 
 
