@@ -187,7 +187,7 @@ class _ChosenCoordinates(Record):
     definition: spec.Basis
     site: ast.Site
     waits: bool
-    """Whether the training hasn't chosen yet, so that others stand in."""
+    """Whether the group isn't trained yet, so that `site` has placeholders."""
 
     def is_named(self, site: ast.Site) -> bool:
         """Whether a site is this group: alone, or with everything that it chooses from."""

@@ -27,6 +27,7 @@ from mechdsl.base import limits
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.models import UnpreparedImages
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.picture import PictureChange
 from mechdsl.images.sounds import GENERATED_SOUNDS, Sound, inspect_sound, render_samples
@@ -507,7 +508,8 @@ def test_sound_of_another_rate_or_length_reports_e0459(tmp_path: Path) -> None:
         block = BLOCK.replace('"{file}"', f'"{name}.wav"')
         [problem] = try_text(experiment("e", ZERO), loaded("english"), block=block)[1]
         assert problem.code == "E0459"
-        assert hint in problem.hint  # type: ignore[attr-defined]
+        assert isinstance(problem, UnpreparedImages)
+        assert hint in problem.hint
 
 
 @pytest.mark.parametrize(

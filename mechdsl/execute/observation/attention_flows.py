@@ -36,8 +36,8 @@ class PromptReader:
         self,
         model: LoadedModel,
         run: PromptRun,
-        points: Sequence[SitePoint],
         lanes_of: Callable[[Sequence[SitePoint]], BatchReader],
+        points: Sequence[SitePoint],
     ) -> None:
         self.model, self.run, self.points, self.lanes = model, run, points, lanes_of(points)
         tokens = tuple((tuple(range(len(row.ids))),) for row in run.rows)
@@ -56,25 +56,27 @@ class PromptReader:
                     yield self.points[found.point], prompt, draw, found.vectors[order]
 
 
+ReaderOf: TypeAlias = Callable[[Sequence[SitePoint]], PromptReader]
+"""Returns the reader of some sites."""
+
+
 def compute_rollouts(
-    model: LoadedModel,
-    run: PromptRun,
-    combinations: Sequence[SiteCombination],
-    prompts: Ints,
-    lanes_of: Callable[[Sequence[SitePoint]], BatchReader],
+    reader_of: ReaderOf, combinations: Sequence[SiteCombination], prompts: Ints
 ) -> Iterator[tuple[int, Flows]]:
     """Yield (prompt, how much of each token is in each other one after the last layer), as the mean
     over draws of runs with noise.
 
     Args:
+        reader_of: Returns the reader of a run.
         combinations: One: the patterns of all layers, the first one first.
     """
     (points,) = combinations
-    reader = PromptReader(model, run, points, lanes_of)
+    reader = reader_of(points)
+    run, shape = reader.run, reader.model.shape
     for batch in reader.batches(prompts):
         mixed: dict[tuple[int, int], Floats] = {}
         for point, prompt, draw, vectors in reader.read(batch):
-            heads = unit_count(model.shape, "pattern", point.layer)
+            heads = unit_count(shape, "pattern", point.layer)
             size = len(run.rows[prompt].ids)
             step = vectors.double().reshape(size, heads, -1).mean(1).cpu().numpy()
             step = step[:, :size] + np.eye(size)
@@ -87,23 +89,21 @@ def compute_rollouts(
 
 
 def compute_value_norms(
-    model: LoadedModel,
-    run: PromptRun,
-    combinations: Sequence[SiteCombination],
-    prompts: Ints,
-    lanes_of: Callable[[Sequence[SitePoint]], BatchReader],
+    reader_of: ReaderOf, combinations: Sequence[SiteCombination], prompts: Ints
 ) -> Iterator[tuple[int, Flows]]:
     """Yield (prompt, norms of what attention moves from each token to each other one), as the mean
     over layers, and over draws of runs with noise.
 
     Args:
+        reader_of: Returns the reader of a run.
         combinations: The patterns of heads, or of all heads of a layer, whose vectors are summed.
 
     Raises:
         ValueError: If the output of a head isn't the sum of its weighted values.
     """
     layers = sorted({point.layer or 0 for each in combinations for point in each})
-    maps = WeightMaps(model)
+    reader = reader_of(list_value_points(layers))
+    model, maps = reader.model, WeightMaps(reader.model)
     wanted = {
         layer: {
             each: sorted(_list_heads(each, layer, unit_count(model.shape, "pattern", layer)))
@@ -112,7 +112,6 @@ def compute_value_norms(
         }
         for layer in layers
     }
-    reader = PromptReader(model, run, list_value_points(layers), lanes_of)
     for batch in reader.batches(prompts):
         norms: dict[tuple[int, SiteCombination], list[Floats]] = {}
         seen: dict[tuple[int, int], dict[str, Tensor]] = {}

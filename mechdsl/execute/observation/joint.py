@@ -24,6 +24,7 @@ from mechdsl.execute.measurement.values import (
     expand_base_values,
 )
 from mechdsl.execute.observation.attention_flows import (
+    PromptReader,
     average_flow,
     compute_rollouts,
     compute_value_norms,
@@ -206,12 +207,13 @@ class VectorGatherer:
             return
         values = np.full((len(cells), len(self.kept)), np.nan)
         model, lanes_of = self.runs.model_of(run), partial(self.runs.reader, run)
+        reader_of = partial(PromptReader, model, run, lanes_of)
         wanted = list(dict.fromkeys(self.sites[cell] for cell in cells))
         compute = (
             compute_rollouts if isinstance(self.does, AttentionRollout) else compute_value_norms
         )
         try:
-            for row, flows in compute(model, run, wanted, self.kept, lanes_of):
+            for row, flows in compute(reader_of, wanted, self.kept):
                 column = int(np.searchsorted(self.kept, row))
                 for number, hits in enumerate(spots):
                     own = [[t for tokens in each.hits[row] for t in tokens] for each in hits]
