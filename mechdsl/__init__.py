@@ -54,8 +54,8 @@ if TYPE_CHECKING:
         runs,
         validate,
     )
+    from mechdsl.pipeline.loaded_models import ExportedModel
     from mechdsl.pipeline.objectives import Objective
-    from mechdsl.pipeline.weights_export import ExportedModel
     from mechdsl.results.differences.comparison import Differences
     from mechdsl.results.experiment_result import ExperimentResult, VerdictComparison
     from mechdsl.results.results import Results
@@ -66,7 +66,7 @@ _HOMES = {
     "Diagnostics": "mechdsl.diagnostics.rendering",
     "Differences": "mechdsl.results.differences.comparison",
     "ExperimentResult": "mechdsl.results.experiment_result",
-    "ExportedModel": "mechdsl.pipeline.weights_export",
+    "ExportedModel": "mechdsl.pipeline.loaded_models",
     "MechdslError": "mechdsl.diagnostics.rendering",
     "MechdslWarning": "mechdsl.diagnostics.rendering",
     "Objective": "mechdsl.pipeline.objectives",

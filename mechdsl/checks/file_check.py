@@ -17,8 +17,8 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from mechdsl.base import limits
+from mechdsl.base.files import SafetensorsFile
 from mechdsl.base.records import Record, closest_name, record
-from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.checks.expectations import check_results

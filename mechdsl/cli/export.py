@@ -58,8 +58,8 @@ def export(
     if checked is None or has_errors(problems):
         return INVALID_INPUT
     from mechdsl.base.text import count_noun
+    from mechdsl.pipeline.loaded_models import export_model
     from mechdsl.pipeline.options import RunOptions
-    from mechdsl.pipeline.weights_export import export_model
 
     options = RunOptions(settings=how, device=device, dtype=dtype)
     found, problems = export_model(checked, model, weights, options)

@@ -1,5 +1,5 @@
 """Dictionaries: sparse autoencoders and transcoders that other libraries trained.
 
 In: a folder or a safetensors file. Out: the facts of its dictionary, and features of vectors.
-Imports base; torch only in `features` and `encoders`.
+Imports base; torch only in `features`.
 """

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Floats
 from mechdsl.base.hashing import stable_hash
-from mechdsl.dictionaries.encoders import combine_some
-from mechdsl.dictionaries.features import Dictionary, load_dictionary
+from mechdsl.dictionaries.features import Dictionary, combine_some, load_dictionary
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.forward.hooks.coordinates import CoordinateSystem, LinearBasis, StandardBasis
 from mechdsl.forward.hooks.model import LoadedModel

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from mechdsl.dictionaries.encoders import log_densities, mean_log_likelihood
+from mechdsl.dictionaries.features import log_densities, mean_log_likelihood
 from mechdsl.execute.training import (
     DictionaryWriter,
     TrainingJob,
@@ -16,10 +16,8 @@ from mechdsl.execute.training import (
     start_generator,
 )
 from mechdsl.execute.training_vectors import RowVectors
-from mechdsl.fits.components import median_kurtosis
 from mechdsl.fits.correlations import pair_components
-from mechdsl.fits.factors import NotFactored
-from mechdsl.fits.mixtures import fit_mixture, shuffle_axes
+from mechdsl.fits.factors import NotFactored, fit_mixture, median_kurtosis, shuffle_axes
 from mechdsl.fits.reports import CorrelationReport, IndependenceReport, MixtureReport
 from mechdsl.fits.training import TrainingState, principal_axes
 from mechdsl.program.trainers import PairedTrainer

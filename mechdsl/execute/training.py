@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
-from mechdsl.base.files import replace_file
+from mechdsl.base.files import compute_digest, replace_file
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.runtime import delay_signals
-from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.base.text import format_size
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
 from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary

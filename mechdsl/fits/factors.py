@@ -1,7 +1,16 @@
-"""Factorizations of all vectors at once: nonnegative and semi-nonnegative factors.
+"""Factors, independent components and mixtures of Gaussians, fitted to all vectors at once.
 
-X ≈ A F, where X [vector, width] are the vectors, A [vector, factor] nonnegative activations, and
-the rows of F [factor, width] the factors, in the end of length 1.
+Nonnegative and semi-nonnegative factors: X ≈ A F, where X [vector, width] are the vectors, A
+[vector, factor] nonnegative activations, and the rows of F [factor, width] the factors, in the end
+of length 1.
+
+Independent components: coordinates are s = (x − m) E, where x are the vectors, m is their mean and
+E [width, component] the encoder; vectors are reconstructed as m + s D, with D [component, width].
+E and D are inverse to each other in the subspace of the components: D E is the identity.
+
+Mixtures: the density of a vector x is Σ w_k N(x; m + d_k, Σ_k). Rows of `W_dec` are the d_k,
+`b_dec` is m, `log_weights` has the log w_k, and `precision` the Cholesky factors P_k of
+Σ_k⁻¹ = P_k P_kᵀ.
 """
 
 from __future__ import annotations
@@ -178,3 +187,230 @@ def _ordered(activations: Tensor, rows: Tensor) -> Tensor:
 
 def _unit(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+# --- independent components -----------------------------------------------------------------------
+
+
+RANK_TOLERANCE = 1e-5
+"""Singular value, relative to the largest one, up to which a direction counts as constant."""
+
+ROTATION_CONVERGED = 1e-4
+"""Change of the rotation in an iteration at which independent components have converged."""
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """The first principal components of vectors, scaled to variance 1."""
+
+    center: Tensor
+    """[width] mean of the vectors."""
+    vectors: Tensor
+    """[vector, component]: uncorrelated, with mean 0 and variance 1."""
+    axes: Tensor
+    """[component, width] orthonormal principal axes."""
+    deviations: Tensor
+    """[component] standard deviations along these axes, in descending order."""
+
+    def encoder(self, rotation: Tensor) -> Tensor:
+        """Return E [width, component] of the coordinates `vectors` Rᵀ."""
+        return (self.axes.T / self.deviations) @ rotation.T
+
+    def decoder(self, rotation: Tensor) -> Tensor:
+        """Return D [component, width] of the same coordinates."""
+        return rotation @ (self.deviations[:, None] * self.axes)
+
+
+def whiten(vectors: Tensor, count: int, trainer: str) -> Whitening:
+    """Compute whitened principal components.
+
+    Args:
+        vectors: [vector, width].
+        count: Number of components.
+        trainer: Name of the trainer, for the error.
+
+    Raises:
+        NotFactored: The vectors span fewer dimensions.
+    """
+    matrix = vectors.double().cpu()
+    center = matrix.mean(0)
+    left, values, axes = torch.linalg.svd(matrix - center, full_matrices=False)
+    rank = int((values > RANK_TOLERANCE * values[:1]).sum())
+    if rank < count:
+        raise NotFactored(
+            f"{count} components of vectors that differ in {rank} dimensions only",
+            f"name more rows or tokens, or write `{trainer}(components: {max(rank, 1)})`",
+        )
+    largest = axes.abs().argmax(1, keepdim=True)
+    signs = axes.gather(1, largest).sign()
+    size = len(matrix) ** 0.5
+    white = left * signs.T * size
+    return Whitening(center, white[:, :count], (signs * axes)[:count], values[:count] / size)
+
+
+def separate_sources(vectors: Tensor, count: int, steps: int, random: Generator) -> Solution:
+    """Rotate whitened principal components until they are as independent as possible (ICA).
+
+    Coordinates of the training vectors have mean 0 and variance 1, and they are uncorrelated. Each
+    has the sign for which the longer tail of its distribution is positive. Components that explain
+    more of the variance come first.
+
+    Args:
+        vectors: [vector, width].
+        count: Number of components, at most the rank of the centred vectors.
+        steps: Maximum number of iterations; 0 for a random rotation, from which they start.
+        random: Source of the random rotation, on the CPU.
+
+    Raises:
+        NotFactored: The vectors span fewer dimensions.
+
+    References:
+        Hyvärinen 1999, doi 10.1109/72.761722: FastICA with all components in parallel and the
+        contrast log cosh, as scikit-learn has it.
+    """
+    white = whiten(vectors, count, "ica")
+    drawn = torch.randn(count, count, generator=random, dtype=torch.float64)
+    rotation, done = torch.linalg.qr(drawn)[0], 0
+    if steps:
+        from sklearn.decomposition import FastICA
+        from sklearn.exceptions import ConvergenceWarning
+
+        settings: dict[str, Any] = {"whiten": False, "w_init": rotation.numpy()}
+        model = FastICA(**settings, tol=ROTATION_CONVERGED, max_iter=steps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(white.vectors.numpy())
+        rotation, done = torch.from_numpy(model.components_), int(model.n_iter_)
+    skewed = (white.vectors @ rotation.T).pow(3).mean(0)
+    rotation = rotation * torch.where(skewed < 0, -1.0, 1.0)[:, None]
+    order = white.decoder(rotation).norm(dim=1).argsort(descending=True, stable=True)
+    return linear_solution(white, rotation[order], done, stopped_early=0 < done < steps)
+
+
+def linear_solution(
+    white: Whitening, rotation: Tensor, steps: int, *, stopped_early: bool
+) -> Solution:
+    """Return components as a dictionary of the architecture `linear`."""
+    tensors = {
+        "W_enc": white.encoder(rotation).float(),
+        "W_dec": white.decoder(rotation).float(),
+        "b_dec": white.center.float(),
+    }
+    return Solution(tensors, steps, stopped_early)
+
+
+def median_kurtosis(coordinates: Tensor) -> float:
+    """Return the median over components of the size of the excess kurtosis.
+
+    It is 0 for normal distributions, 3 for Laplace distributions and 1.2 for uniform ones.
+
+    Args:
+        coordinates: [vector, component].
+    """
+    own = coordinates.double().cpu()
+    own = own - own.mean(0)
+    variance = own.square().mean(0).clamp_min(torch.finfo(own.dtype).tiny)
+    return float((own.pow(4).mean(0) / variance.square() - 3).abs().quantile(0.5))
+
+
+# --- mixtures of Gaussians ------------------------------------------------------------------------
+
+
+RIDGE = 1e-3
+"""Added to the variances of each Gaussian, relative to the mean variance of the numbers, so that
+they aren't 0 in directions in which the vectors of a component don't differ."""
+
+STARTS = 5
+"""Number of starts by k-means, of which the most likely mixture is kept."""
+
+LIKELIHOOD_CONVERGED = 1e-4
+"""Increase of the mean log likelihood in an iteration, in nats, at which a mixture has
+converged."""
+
+
+def fit_mixture(
+    vectors: Tensor, count: int, covariance: str, steps: int, random: Generator
+) -> Solution:
+    """Fit a mixture of Gaussians by expectation maximisation, the largest component first.
+
+    Args:
+        vectors: [vector, width].
+        count: Number of components.
+        covariance: `full`, `diag`, or `spherical`.
+        steps: Maximum number of iterations; 0 for random vectors as means, with equal weights and
+            the covariance of all vectors.
+        random: Source of all random numbers, on the CPU.
+
+    Raises:
+        NotFactored: There are fewer different vectors than components, or all are equal.
+
+    References:
+        Dempster, Laird and Rubin 1977, doi 10.1111/j.2517-6161.1977.tb01600.x, as scikit-learn has
+        it.
+    """
+    matrix = vectors.double().cpu()
+    distinct = len(matrix.unique(dim=0))
+    if distinct == 1:
+        raise NotFactored("all of its vectors are equal", "name more rows or tokens")
+    if distinct < count:
+        raise NotFactored(
+            f"{count} components of {distinct} different vectors",
+            f"name more rows or tokens, or write `mixture(components: {distinct})`",
+        )
+    center = matrix.mean(0)
+    centred = matrix - center
+    ridge = RIDGE * float(centred.square().mean())
+    seed = int(torch.randint(2**31 - 1, (), generator=random))
+    chosen = torch.randperm(len(matrix), generator=random)[:count]
+    model = _fit(centred, count if steps else 1, covariance, max(steps, 1), ridge, seed)
+    means, weights, precisions = (
+        torch.from_numpy(each)
+        for each in (model.means_, model.weights_, model.precisions_cholesky_)
+    )
+    if not steps:
+        means, weights = centred[chosen], torch.full((count,), 1 / count, dtype=torch.float64)
+        precisions = precisions.expand(count, *precisions.shape[1:])
+    order = weights.argsort(descending=True, stable=True)
+    tensors = {
+        "W_dec": means[order].float(),
+        "b_dec": center.float(),
+        "log_weights": weights[order].log().float(),
+        "precision": precisions[order].float(),
+    }
+    done = int(model.n_iter_) if steps else 0
+    return Solution(tensors, done, stopped_early=bool(steps and model.converged_ and done < steps))
+
+
+def _fit(centred: Tensor, count: int, covariance: str, steps: int, ridge: float, seed: int) -> Any:
+    """Return the mixture of scikit-learn."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    model: Any = GaussianMixture(
+        count,
+        covariance_type=covariance,
+        reg_covar=ridge,
+        max_iter=steps,
+        n_init=STARTS if count > 1 else 1,
+        tol=LIKELIHOOD_CONVERGED,
+        random_state=seed,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(centred.numpy())
+
+
+def shuffle_axes(vectors: Tensor, axes: Tensor, random: Generator) -> Tensor:
+    """Exchange the coordinates along each principal axis between vectors, at random.
+
+    Means, covariances and distributions along the axes stay, and clusters disappear.
+
+    Args:
+        vectors: [vector, width].
+        axes: [axis, width] orthonormal; coordinates outside of their span stay with the vector.
+        random: Source of the permutations, on the CPU.
+    """
+    wide, rows = vectors.double().cpu(), axes.double().cpu()
+    along = wide @ rows.T
+    order = torch.rand(along.shape, generator=random, dtype=torch.float64).argsort(dim=0)
+    return wide + (along.gather(0, order) - along) @ rows

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from mechdsl.execute.objective import ObjectiveMode
     from mechdsl.execute.run_record import ExecutionProfile, PassSizes, TrainedFit
     from mechdsl.forward.hooks.model import LoadedModel
+    from mechdsl.pipeline.loaded_models import ExportedModel
     from mechdsl.pipeline.objectives import Objective
     from mechdsl.pipeline.options import RunOptions
-    from mechdsl.pipeline.weights_export import ExportedModel
     from mechdsl.planner.plan import Plan
     from mechdsl.program.python_functions import CallableKind, PythonMode
     from mechdsl.results.differences.comparison import Differences
@@ -900,8 +900,8 @@ def export(
         OSError: If the folder can't be written.
     """
     with borrowed_models(models):
+        from mechdsl.pipeline.loaded_models import export_model
         from mechdsl.pipeline.options import RunOptions
-        from mechdsl.pipeline.weights_export import export_model
 
         raise_errors(load_plugins(plugins), dtype_problem(dtype))
         how = settings_from_arguments(

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base import limits
-from mechdsl.base.hashing import digest
-from mechdsl.base.runtime import numeric_settings
-from mechdsl.base.safetensors_files import (
+from mechdsl.base.files import (
     SafetensorsFile,
     UnreadableFile,
     compute_digest,
     inspect_safetensors,
 )
+from mechdsl.base.hashing import digest
+from mechdsl.base.runtime import numeric_settings
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
@@ -93,8 +93,8 @@ from mechdsl.resolve.types import (
     iter_leaf_vectors,
 )
 from mechdsl.results.results import package_version
+from mechdsl.store.files import take_lock
 from mechdsl.store.index import StoreProblem
-from mechdsl.store.locks import take_lock
 from mechdsl.store.store import Store
 
 if TYPE_CHECKING:

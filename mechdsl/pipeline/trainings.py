@@ -56,9 +56,8 @@ from mechdsl.resolve.types import (
     describe_rotation,
 )
 from mechdsl.results.results import NOT_INSTALLED, package_version
-from mechdsl.store.files import make_folder, sync_folder
+from mechdsl.store.files import make_folder, sync_folder, take_lock
 from mechdsl.store.index import StoreProblem
-from mechdsl.store.locks import take_lock
 from mechdsl.store.store import Store
 
 if TYPE_CHECKING:

@@ -65,7 +65,7 @@ SVD_PRODUCTS = 4
 """Multiply-adds of a singular value decomposition of tall matrices, per row and squared width."""
 
 MIXTURE_STARTS = 5
-"""Number of starts of a mixture: `STARTS` of `mechdsl.fits.mixtures`, which imports torch."""
+"""Number of starts of a mixture: `STARTS` of `mechdsl.fits.factors`, which imports torch."""
 
 FLOAT = 4
 """Bytes of a number of a training."""

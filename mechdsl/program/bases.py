@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mechdsl.base.safetensors_files import UnreadableFile
+from mechdsl.base.files import UnreadableFile
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord

@@ -178,7 +178,7 @@ class IndependentComponentsTrainer(SizedTrainer, SolvedTrainer):
     def solve(
         self, vectors: Tensor, options: Mapping[str, Constant], steps: int, random: Generator
     ) -> Solution:
-        from mechdsl.fits.components import separate_sources
+        from mechdsl.fits.factors import separate_sources
 
         return separate_sources(vectors, int(options["components"]), steps, random)
 
@@ -218,7 +218,7 @@ class MixtureTrainer(SizedTrainer, SolvedTrainer):
     def solve(
         self, vectors: Tensor, options: Mapping[str, Constant], steps: int, random: Generator
     ) -> Solution:
-        from mechdsl.fits.mixtures import fit_mixture
+        from mechdsl.fits.factors import fit_mixture
 
         covariance = str(options.get("covariance", COVARIANCE))
         return fit_mixture(vectors, int(options["components"]), covariance, steps, random)

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from mechdsl.base import limits
-from mechdsl.base.files import load_json
+from mechdsl.base.files import UnreadableFile, load_json
 from mechdsl.base.records import Record, record
-from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.dictionaries.folder import read_limited_file

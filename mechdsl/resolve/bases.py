@@ -9,8 +9,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base import limits
+from mechdsl.base.files import SafetensorsFile, UnreadableFile, inspect_safetensors
 from mechdsl.base.records import Record, record
-from mechdsl.base.safetensors_files import SafetensorsFile, UnreadableFile, inspect_safetensors
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.names import BadArgument
@@ -21,11 +21,12 @@ from mechdsl.dictionaries.folder import (
     ENCODED_SITES,
     WEIGHT_FILES,
     DictionaryFile,
+    FeatureLabels,
     read_cross_decoder,
     read_dictionary,
+    read_labels,
     site_of_hook,
 )
-from mechdsl.dictionaries.labels import FeatureLabels, read_labels
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, EFFECT_OPTIONS, BasisMethod, basis_size

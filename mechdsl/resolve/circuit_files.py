@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from mechdsl.base import limits
-from mechdsl.base.files import load_json
+from mechdsl.base.files import UnreadableFile, load_json
 from mechdsl.base.records import Record, record
-from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.base.text import count_noun
 from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.models.shape import ModelShape, unit_count

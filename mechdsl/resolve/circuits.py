@@ -12,9 +12,9 @@ from heapq import heappop, heappush
 from itertools import chain, product
 from random import Random
 
+from mechdsl.base.files import UnreadableFile
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import Record, record
-from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import has_errors

@@ -13,9 +13,9 @@ from itertools import product
 from typing import Any, Literal
 
 from mechdsl.base import limits
+from mechdsl.base.files import UnreadableFile
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import Record, record
-from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors

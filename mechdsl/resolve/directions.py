@@ -9,8 +9,8 @@ from math import isfinite
 from typing import TypeVar
 
 from mechdsl.base import limits
+from mechdsl.base.files import UnreadableFile, inspect_safetensors
 from mechdsl.base.records import Record, record
-from mechdsl.base.safetensors_files import UnreadableFile, inspect_safetensors
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.experiments import BadPick

@@ -8,9 +8,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from mechdsl.base.files import SafetensorsFile
 from mechdsl.base.hashing import digest_number
 from mechdsl.base.records import Record, record
-from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate

@@ -20,8 +20,7 @@ from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import UNKNOWN_FACTS, UnknownFact
-from mechdsl.dictionaries.folder import DictionaryFile
-from mechdsl.dictionaries.labels import FeatureLabels
+from mechdsl.dictionaries.folder import DictionaryFile, FeatureLabels
 from mechdsl.images.layouts import ImageLayout
 from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape, unit_count, vector_width

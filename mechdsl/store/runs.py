@@ -20,9 +20,8 @@ from mechdsl.store.files import CONTENT_SUFFIX, VALUES_SUFFIX
 from mechdsl.store.index import StoreProblem
 
 if TYPE_CHECKING:
-    from mechdsl.store.files import Blobs, StagedBlob
+    from mechdsl.store.files import Blobs, FileLock, StagedBlob
     from mechdsl.store.index import Index
-    from mechdsl.store.locks import FileLock
 
 
 CELL_KEY_BYTES = 16

@@ -16,7 +16,17 @@ from typing import Any, Literal
 
 from mechdsl.base.files import write_atomically
 from mechdsl.base.text import parse_size
-from mechdsl.store.files import CONTENT_SUFFIX, VALUES_SUFFIX, Blobs, make_folder, sync_folder
+from mechdsl.store.files import (
+    CONTENT_SUFFIX,
+    STORE_LOCK,
+    VALUES_SUFFIX,
+    Blobs,
+    FileLock,
+    is_held,
+    make_folder,
+    sync_folder,
+    take_lock,
+)
 from mechdsl.store.index import (
     INDEX_NAME,
     MAYBE_BYTES,
@@ -27,7 +37,6 @@ from mechdsl.store.index import (
     StoreProblem,
     hash_file,
 )
-from mechdsl.store.locks import STORE_LOCK, FileLock, is_held, take_lock
 from mechdsl.store.runs import DAY, OpenRun, StoredRun, check_content_name, seal
 
 HOUR = 3_600.0

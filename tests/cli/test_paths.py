@@ -498,7 +498,7 @@ def test_nothing_else_looks_at_the_folder_of_a_file() -> None:
         "loading/loader.py",
         "models/folder.py",
         "pipeline/identities.py",
-        "pipeline/weights_export.py",
+        "pipeline/loaded_models.py",
     }
     others = {use for use in uses if use[0] not in allowed}
     assert {name for name, _ in others} == bases

@@ -282,7 +282,7 @@ def test_trainings_are_removed(command: Command, store: tuple[str, Path]) -> Non
 
 
 def test_a_running_training_is_not_removed(command: Command, store: tuple[str, Path]) -> None:
-    from mechdsl.store.locks import take_lock
+    from mechdsl.store.files import take_lock
 
     path = train(store[1], "ab" * 32, finished=False)
     lock = take_lock(path.with_name(f"{'ab' * 32}.lock"))

@@ -15,7 +15,7 @@ from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.execute import component_training, probe_training, training, training_vectors
 from mechdsl.execute.patching import differentiated_run
-from mechdsl.fits import mixtures
+from mechdsl.fits import factors
 from mechdsl.fits import training as fits_training
 from mechdsl.fits.training import Training
 from mechdsl.pipeline.trained_files import fits_of_file, list_training_costs
@@ -255,7 +255,7 @@ def test_price_of_ten_times_the_steps_is_at_most_ten_times_as_high(tmp_path: Pat
 
 
 def test_price_of_mixtures_counts_their_starts() -> None:
-    assert MIXTURE_STARTS == mixtures.STARTS
+    assert MIXTURE_STARTS == factors.STARTS
 
 
 def test_price_counts_the_vectors_that_are_assessed_at_once() -> None:

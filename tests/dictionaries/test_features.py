@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mechdsl.base.safetensors_files import UnreadableFile
+from mechdsl.base.files import UnreadableFile
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
 from mechdsl.dictionaries.folder import MAX_GATHERED, read_dictionary
 

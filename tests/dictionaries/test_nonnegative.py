@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.optimize import nnls
 
-from mechdsl.dictionaries.encoders import solve_nonnegative
+from mechdsl.dictionaries.features import solve_nonnegative
 
 SIZES = ((1, 3), (8, 32), (32, 32), (40, 64))
 

@@ -8,8 +8,7 @@ import torch
 from scipy.stats import kurtosis
 from torch import Generator, Tensor
 
-from mechdsl.fits.components import median_kurtosis, separate_sources
-from mechdsl.fits.factors import NotFactored
+from mechdsl.fits.factors import NotFactored, median_kurtosis, separate_sources
 
 COUNT, WIDTH = 8, 24
 

@@ -9,9 +9,8 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from torch import Generator, Tensor
 
-from mechdsl.dictionaries.encoders import assign_components, log_densities, mean_log_likelihood
-from mechdsl.fits.factors import NotFactored
-from mechdsl.fits.mixtures import RIDGE, fit_mixture, shuffle_axes
+from mechdsl.dictionaries.features import assign_components, log_densities, mean_log_likelihood
+from mechdsl.fits.factors import RIDGE, NotFactored, fit_mixture, shuffle_axes
 
 COUNT, WIDTH, AMOUNT = 4, 6, 800
 KINDS = ["full", "diag", "spherical"]

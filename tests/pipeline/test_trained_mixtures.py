@@ -19,7 +19,7 @@ from scipy.stats import multivariate_normal
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.fits.mixtures import RIDGE
+from mechdsl.fits.factors import RIDGE
 from mechdsl.pipeline.trained_files import fits_of_file
 
 from ..quick import in_turn

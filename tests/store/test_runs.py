@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mechdsl.store.files import FileLock, is_held, take_lock
 from mechdsl.store.index import StoreProblem
-from mechdsl.store.locks import FileLock, is_held, take_lock
 from mechdsl.store.runs import check_content_name
 from mechdsl.store.store import Store
 from tests.store.support import block, cells, values_of
@@ -306,7 +306,7 @@ def test_a_lock_whose_file_was_removed_is_taken_again(
             held.free(remove=True)
         return handle
 
-    monkeypatch.setattr("mechdsl.store.locks.os.open", open_and_remove)
+    monkeypatch.setattr("mechdsl.store.files.os.open", open_and_remove)
     lock = take_lock(path)
     assert isinstance(lock, FileLock)
     assert len(calls) == 2

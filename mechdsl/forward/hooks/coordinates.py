@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mechdsl.dictionaries.encoders import combine_some, project_some
+from mechdsl.dictionaries.features import combine_some, project_some
 from mechdsl.dictionaries.folder import MAX_GATHERED
 from mechdsl.vocab.sites import CoordinateOperation
 

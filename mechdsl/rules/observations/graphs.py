@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from mechdsl.base.files import SafetensorsFile
 from mechdsl.base.records import Record, record
-from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.base.text import Percent, count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument

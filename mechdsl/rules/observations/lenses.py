@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from mechdsl.base import limits
-from mechdsl.base.safetensors_files import (
+from mechdsl.base.files import (
     SafetensorsFile,
     UnreadableFile,
     compute_digest,

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
+from mechdsl.base.files import compute_digest
 from mechdsl.base.records import Record, record
-from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
