@@ -8,11 +8,11 @@ from mechdsl.base.source import Source, Span
 from mechdsl.base.text import escape_xml
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.active_texts import active_texts_html
 from mechdsl.show.reports.table import (
     EXACT_CELLS_TITLE,
     SEED_MEANS_TITLE,
     Column,
+    active_texts_html,
     apply_grouping,
     displayed_cells,
     exact_cell_columns,

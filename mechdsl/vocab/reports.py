@@ -128,7 +128,7 @@ _report(
         name="heatmap",
         meaning="the effect along two axes",
         example="report heatmap layer by head",
-        module="mechdsl.show.reports.heatmap",
+        module="mechdsl.show.reports.maps",
         signature=ReportSignature(variable=ReportWord(), by=ReportWord(), to=CHART_FILES),
         picture=True,
     )
@@ -139,7 +139,7 @@ _report(
         name="lines",
         meaning="the effect along one axis, with its interval",
         example="report lines layer by position",
-        module="mechdsl.show.reports.lines",
+        module="mechdsl.show.reports.series",
         signature=ReportSignature(variable=ReportWord(), to=CHART_FILES),
         picture=True,
         numbers_only=True,
@@ -182,7 +182,7 @@ _report(
         name="bars",
         meaning="the effect as bars along one axis, with its interval",
         example="report bars position",
-        module="mechdsl.show.reports.bars",
+        module="mechdsl.show.reports.series",
         signature=ReportSignature(variable=ReportWord(), to=CHART_FILES),
         picture=True,
     )
@@ -193,7 +193,7 @@ _report(
         name="confusion",
         meaning="the frequency of each category for each value of an axis or of the prompts",
         example="report confusion item by argmax",
-        module="mechdsl.show.reports.confusion",
+        module="mechdsl.show.reports.maps",
         signature=ReportSignature(
             variable=ReportWord(("axis", "value")), by=ReportWord(("category",)), to=CHART_FILES
         ),

@@ -13,7 +13,7 @@ import pytest
 import mechdsl
 from mechdsl.results.document import results_schema
 from mechdsl.results.experiment_result import ActiveText, ExperimentResult
-from mechdsl.show.reports.active_texts import (
+from mechdsl.show.reports.table import (
     CHARACTERS_AFTER,
     CHARACTERS_BEFORE,
     SHOWN_AFTER,

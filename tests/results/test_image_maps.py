@@ -21,7 +21,7 @@ from mechdsl.show.reports.canvas import (
     PNG_DPI,
     Canvas,
 )
-from mechdsl.show.reports.matrix import NEGATIVE_COLOUR, POSITIVE_COLOUR
+from mechdsl.show.reports.colours import NEGATIVE_COLOUR, POSITIVE_COLOUR
 from mechdsl.show.reports.overlay_pages import (
     DRAWN_SIDE,
     LEGEND_WIDTH,

@@ -18,13 +18,23 @@ from mechdsl.program import spec
 from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.output import save_report
-from mechdsl.show.reports.axis_titles import chart_axis_title, value_title
 from mechdsl.show.reports.canvas import COLUMN_WIDTHS, PNG_DPI, svg_size
 from mechdsl.show.reports.charts import PALETTE
-from mechdsl.show.reports.colour_scales import effect_scale, measure_scale
-from mechdsl.show.reports.grid import MAX_TOKEN_LENGTH, position_names, token_label
+from mechdsl.show.reports.colours import (
+    NEGATIVE_COLOUR,
+    NEUTRAL_COLOUR,
+    POSITIVE_COLOUR,
+    effect_scale,
+    measure_scale,
+)
+from mechdsl.show.reports.grid import (
+    MAX_TOKEN_LENGTH,
+    chart_axis_title,
+    position_names,
+    token_label,
+    value_title,
+)
 from mechdsl.show.reports.map_charts import confusion_chart, heatmap_chart
-from mechdsl.show.reports.matrix import NEGATIVE_COLOUR, NEUTRAL_COLOUR, POSITIVE_COLOUR
 from mechdsl.show.reports.series_charts import bars_chart, lines_chart
 
 from ..quick import in_turn

@@ -20,7 +20,7 @@ from mechdsl.results.differences.cells import match_measures
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.graph import to_text
-from mechdsl.show.reports.axis_titles import value_title
+from mechdsl.show.reports.grid import value_title
 
 from ..execute.support import MODES as WAYS
 from ..execute.support import (

@@ -34,7 +34,7 @@ from mechdsl.show.reports.circuit_layout import (
     lay_out,
     list_edges,
 )
-from mechdsl.show.reports.matrix import NEGATIVE_COLOUR, POSITIVE_COLOUR
+from mechdsl.show.reports.colours import NEGATIVE_COLOUR, POSITIVE_COLOUR
 from mechdsl.show.reports.overlay_pages import css_colour
 from mechdsl.show.reports.text import map_format, print_conventions, print_notes
 

@@ -14,12 +14,6 @@ import numpy as np
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.axis_titles import (
-    capitalise,
-    chart_axis_title,
-    quantity_name,
-    value_title,
-)
 from mechdsl.show.reports.canvas import INK, MONO_FONT, QUIET_INK, page_layout, text_width
 from mechdsl.show.reports.charts import (
     LABEL_LINE_HEIGHT,
@@ -36,20 +30,23 @@ from mechdsl.show.reports.charts import (
     row_labels,
     stack_charts,
 )
-from mechdsl.show.reports.colour_scales import ColourScale, measure_scale, scale_format
+from mechdsl.show.reports.colours import ColourScale, diverging_colour, measure_scale, scale_format
 from mechdsl.show.reports.grid import (
     ConfusionCounts,
     axis_name,
     axis_values,
+    capitalise,
+    chart_axis_title,
     count_confusions,
     grid_panels,
     is_upward,
     position_names,
+    quantity_name,
     row_order,
     value_names,
     value_text,
+    value_title,
 )
-from mechdsl.show.reports.matrix import diverging_colour
 from mechdsl.show.reports.overlay_pages import (
     BOX_HEIGHT,
     DRAWN_SIDE,

@@ -13,7 +13,8 @@ from rich.text import Text
 from mechdsl.base.text import escape_hidden, shown_token
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.matrix import Matrix, MatrixEntry, diverging_colour
+from mechdsl.show.reports.colours import diverging_colour
+from mechdsl.show.reports.maps import Matrix, MatrixEntry
 from mechdsl.show.reports.overlay_pages import (
     ImageMaps,
     ShadedPrompt,

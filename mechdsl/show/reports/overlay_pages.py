@@ -27,7 +27,6 @@ from mechdsl.results.experiment_result import (
     ExperimentResult,
     SeenImage,
 )
-from mechdsl.show.reports.axis_titles import value_title
 from mechdsl.show.reports.canvas import (
     CANVAS_MARGIN,
     CANVAS_TITLE_SIZE,
@@ -43,15 +42,15 @@ from mechdsl.show.reports.canvas import (
     page_width,
     text_width,
 )
-from mechdsl.show.reports.colour_scales import effect_scale
-from mechdsl.show.reports.grid import UPWARD_AXES, grid_panels
-from mechdsl.show.reports.matrix import (
+from mechdsl.show.reports.colours import (
     NEGATIVE_COLOUR,
     POSITIVE_COLOUR,
     Colour,
     diverging_colour,
+    effect_scale,
     needs_white_text,
 )
+from mechdsl.show.reports.grid import UPWARD_AXES, grid_panels, value_title
 from mechdsl.show.reports.text import heading_facts, map_format, measure_name, missing_note
 from mechdsl.statistics.measurements import effect_parts
 from mechdsl.vocab.effects import EFFECTS

@@ -13,12 +13,6 @@ from mechdsl.base.text import escape_hidden
 from mechdsl.program import spec
 from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.axis_titles import (
-    capitalise,
-    chart_axis_title,
-    quantity_name,
-    value_title,
-)
 from mechdsl.show.reports.canvas import INK, page_layout, text_width
 from mechdsl.show.reports.charts import (
     FAINT_OPACITY,
@@ -47,13 +41,17 @@ from mechdsl.show.reports.grid import (
     GridPanel,
     axis_name,
     axis_values,
+    capitalise,
+    chart_axis_title,
     drawn_axes,
     grid_panels,
     is_numeric,
     is_upward,
     numeric_value,
     position_names,
+    quantity_name,
     value_names,
+    value_title,
 )
 from mechdsl.show.reports.text import fewer_prompts_note, is_thin
 

@@ -1,4 +1,4 @@
-"""Colour scales of maps, from the range of their numbers.
+"""Colours of numbers, and colour scales of maps from the range of their numbers.
 
 Effects diverge from white at 0: blue above, red below, which colour-blind readers distinguish
 (ColorBrewer RdBu). Equal distances from 0 have equal strength, and the scale ends where the numbers
@@ -8,19 +8,56 @@ their smallest to their largest number.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from rich.style import Style
 
 from mechdsl.base.arrays import Floats
-from mechdsl.show.reports.matrix import Colour, diverging_colour, needs_white_text
 from mechdsl.statistics.measurements import MeasureData
+
+Colour = tuple[int, int, int]
+
+NEGATIVE_COLOUR, NEUTRAL_COLOUR, POSITIVE_COLOUR = (178, 24, 43), (247, 247, 247), (33, 102, 172)
+
+MAX_DARK_LUMINANCE = 140
+"""Maximum luminance of a background with white text."""
 
 SHARE_UNITS = {"probability", "share", "share of attention", "part"}
 """Units of numbers from 0 to 1."""
 
 NEAR_ZERO = 0.12
 """Distance from 0, as a share of the scale, below which an end of the scale has no label."""
+
+
+def diverging_colour(value: float, limit: float) -> Colour | None:
+    """Return a colour of a diverging scale: white at 0, full colour at `limit` and beyond."""
+    if not math.isfinite(value) or limit <= 0:
+        return None
+    share = min(1.0, abs(value) / limit)
+    end = POSITIVE_COLOUR if value > 0 else NEGATIVE_COLOUR
+    red, green, blue = (
+        round(a + (b - a) * share) for a, b in zip(NEUTRAL_COLOUR, end, strict=True)
+    )
+    return red, green, blue
+
+
+def needs_white_text(background: Colour) -> bool:
+    """Whether white text is more legible than black text on a background."""
+    return (
+        sum(w * c for w, c in zip((0.299, 0.587, 0.114), background, strict=True))
+        <= MAX_DARK_LUMINANCE
+    )
+
+
+def cell_style(background: Colour | None) -> Style:
+    """Return a style with legible text on a background."""
+    if background is None:
+        return Style()
+    ink = "white" if needs_white_text(background) else "black"
+    red, green, blue = background
+    return Style(color=ink, bgcolor=f"rgb({red},{green},{blue})")
 
 
 @dataclass(frozen=True)
