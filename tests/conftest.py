@@ -22,9 +22,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests that want a store name one; none is left beside the examples.
 os.environ["MECHDSL_STORE"] = "none"
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
+MEMORY = Path("/dev/shm")
+"""A folder in memory, where a sync takes no time: a store syncs each transaction several times."""
+NEEDED = 4 << 30
+"""Bytes that must be free there; what passed tests wrote is removed."""
 if not WORKER:
+    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= NEEDED:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # parent of every `tmp_path`
     # A model of files is checked once in a session, whichever worker or process loads it first.
-    os.environ["MECHDSL_CACHE"] = tempfile.mkdtemp(prefix="mechdsl-tests-")
+    os.environ["MECHDSL_CACHE"] = tempfile.mkdtemp(
+        prefix="mechdsl-tests-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,7 +6,8 @@ Test modules choose some of them (`some`, `in_turn`); `thin_out` limits those of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from heapq import heapify, heappop, heapreplace
 from itertools import combinations
 from typing import Any
 from zlib import crc32
@@ -122,20 +123,18 @@ def _few_families(tests: Sequence[pytest.Item], name: str) -> set[int]:
 
 def _each_value(tests: Sequence[pytest.Item], name: str | None) -> set[int]:
     values = {id(item): _values_and_cases(item, name) for item in tests}
-    taken, covered, counts = set[int](), set[Value](), Counter[Value]()
+    covered, counts = set[Value](), Counter[Value]()
 
     def gain(item: pytest.Item) -> tuple[int, int]:
         own = values[id(item)]
         turns = sum(counts[each] for each in own if each[0] in (name, _MODE))
         return len(own - covered), -turns
 
-    while True:
-        best = max(tests, key=gain)
-        if values[id(best)] <= covered:
-            return taken
-        taken.add(id(best))
-        covered |= values[id(best)]
-        counts.update(values[id(best)])
+    def take(item: pytest.Item) -> None:
+        covered.update(values[id(item)])
+        counts.update(values[id(item)])
+
+    return _cover(tests, gain, take)
 
 
 def _pairs(tests: Sequence[pytest.Item]) -> set[int]:
@@ -144,14 +143,43 @@ def _pairs(tests: Sequence[pytest.Item]) -> set[int]:
     if len(_parameters(tests[0])) < 3:
         return _each_value(tests, None)
     pairs = {id(item): {*combinations(sorted(_values(item)), 2)} for item in tests}
-    taken, covered, left = set[int](), set[tuple[Value, ...]](), list(tests)
-    while left:
-        best = max(left, key=lambda item: len(pairs[id(item)] - covered))
-        if pairs[id(best)] <= covered:
+    covered = set[tuple[Value, ...]]()
+    return _cover(
+        tests,
+        lambda item: (len(pairs[id(item)] - covered), 0),
+        lambda item: covered.update(pairs[id(item)]),
+    )
+
+
+def _cover(
+    tests: Sequence[pytest.Item],
+    gain: Callable[[pytest.Item], tuple[int, int]],
+    take: Callable[[pytest.Item], object],
+) -> set[int]:
+    """Take the test with the largest gain, the first of equal ones, while it covers anything new.
+
+    Args:
+        gain: What a test covers anew, and what decides between equals. Neither grows when other
+            tests are taken, so only tests that were best by an old gain are looked at again.
+        take: Counts a test as taken.
+
+    Returns:
+        The tests taken, by `id`.
+    """
+    queue = [(*(-each for each in gain(item)), number) for number, item in enumerate(tests)]
+    heapify(queue)
+    taken = set[int]()
+    while queue:
+        item = tests[queue[0][-1]]
+        new, other = gain(item)
+        if (entry := (-new, -other, queue[0][-1])) > queue[0]:
+            heapreplace(queue, entry)
+        elif new:
+            take(item)
+            taken.add(id(item))
+            heappop(queue)
+        else:
             break
-        left.remove(best)
-        taken.add(id(best))
-        covered |= pairs[id(best)]
     return taken
 
 
