@@ -29,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from mechdsl.base.source import Span
 from mechdsl.checks.file_check import check_source
-from mechdsl.execute.run.vector_files import save_vectors
+from mechdsl.execute.run.saves import save_vectors
 from mechdsl.execute.run_record import ExecutionOptions
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import adopt_model

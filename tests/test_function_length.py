@@ -30,7 +30,7 @@ LONG_ON_PATH = {
 LONG_ELSEWHERE = {
     "execute/measurement/readout.py:build_observer",
     "execute/patching/rows.py:compute_receiver_writes",
-    "execute/run/vector_files.py:select_rows_to_save",
+    "execute/run/saves.py:select_rows_to_save",
     "fits/regression.py:fit_logistic",
     "forward/generation/replies.py:__init__",
     "forward/generation/replies.py:generate_replies",

@@ -29,9 +29,15 @@ from mechdsl.fits.reports import (
     SoftPromptReport,
     VectorReport,
 )
-from mechdsl.fits.rotations import Rotation
 from mechdsl.fits.training import Training
-from mechdsl.fits.vectors import LowRankEdit, SoftPrompt, TrainedVectors, rescale, split_edit
+from mechdsl.fits.vectors import (
+    LowRankEdit,
+    Rotation,
+    SoftPrompt,
+    TrainedVectors,
+    rescale,
+    split_edit,
+)
 from mechdsl.planner.training_cost import RANDOM_CONTROLS
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import RotationTrainer, ScaleTrainer, VectorTrainer

@@ -23,11 +23,11 @@ from mechdsl.diagnostics.rules import EmptyDirection
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute.bases import (
     compute_system,
+    mean_jacobian_product,
     read_next_weights,
     read_output_map,
     read_written_weights,
 )
-from mechdsl.execute.jacobians import mean_jacobian_product
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
 from mechdsl.fits.regression import ConvergenceError
 from mechdsl.fits.vectors import turn_edit

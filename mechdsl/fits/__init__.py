@@ -4,6 +4,6 @@ vectors, scales, gates, lenses, and what their trainings report.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
 numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`, `factors`,
-`correlations`, `lenses`, `rotations`, `vectors` and `gates`; scikit-learn only inside functions of
-`factors`, torch and accelerate only inside functions of `processes`.
+`correlations`, `lenses`, `vectors` and `gates`; scikit-learn only inside functions of `factors`,
+torch and accelerate only inside functions of `processes`.
 """

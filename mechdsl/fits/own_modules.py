@@ -20,8 +20,7 @@ from torch.nn import Module
 
 from mechdsl.base.hashing import stable_hash
 from mechdsl.fits.gates import Gates
-from mechdsl.fits.rotations import Rotation, orthonormal_rows
-from mechdsl.fits.vectors import SteeringVector
+from mechdsl.fits.vectors import Rotation, SteeringVector, orthonormal_rows
 
 
 class Failure(Protocol):

@@ -30,9 +30,8 @@ from mechdsl.diagnostics.statistics import MissingPickResult, PickBySign, RowsLe
 from mechdsl.execute.cache import RunCache
 from mechdsl.execute.measurement.values import MeasuredValues
 from mechdsl.execute.pass_layout import PassSizer
-from mechdsl.execute.run.feature_files import RowParts, RowsRefused, save_feature_rows
 from mechdsl.execute.run.panel import Execution, choose_pass_sizes, execute
-from mechdsl.execute.run.vector_files import save_vectors
+from mechdsl.execute.run.saves import RowParts, RowsRefused, save_feature_rows, save_vectors
 from mechdsl.execute.run_record import NUMERIC_VERSION, ExecutionOptions, RowCounts, SavedFile
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.anatomy_proof import NoteStore

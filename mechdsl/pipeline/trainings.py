@@ -317,7 +317,7 @@ def _explain_failure(fit: DeclaredFit, error: Exception) -> Diagnostic | None:
     """Return the diagnostic of an expected failure of a training; None for another exception."""
     from mechdsl.execute.mask_training import NoBasis, NoCircuit, TooFewCandidates
     from mechdsl.execute.probe_training import NoProbe
-    from mechdsl.execute.run.feature_files import RowsRefused
+    from mechdsl.execute.run.saves import RowsRefused
     from mechdsl.execute.training_vectors import NoVectors
     from mechdsl.fits.factors import NotFactored
     from mechdsl.fits.training import Diverged, IndivisibleMemory
@@ -462,7 +462,7 @@ def _read_part(checked: CheckedFile, fit: DeclaredFit, ids: Sequence[int]) -> Fi
 
     Raises RowsRefused.
     """
-    from mechdsl.execute.run.feature_files import RowsRefused
+    from mechdsl.execute.run.saves import RowsRefused
 
     assert checked.part is not None
     model, name = fit.experiment.model, fit.training.sample.table.name

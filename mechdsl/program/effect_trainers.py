@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from mechdsl.fits.gates import Gates
-    from mechdsl.fits.rotations import Rotation
-    from mechdsl.fits.vectors import ChannelScales, LowRankEdit, SoftPrompt, SteeringVector
+    from mechdsl.fits.vectors import (
+        ChannelScales,
+        LowRankEdit,
+        Rotation,
+        SoftPrompt,
+        SteeringVector,
+    )
 
 TRAINING_ARGUMENTS = "prompts: fruit.train, from: fewer, maximise: logit(answer of fewer)"
 """Arguments of an example of `fit` with a trainer on a measure."""
@@ -108,7 +113,7 @@ class SubspaceTrainer(RotationTrainer):
 
     def draw(self, like: Tensor, options: Mapping[str, Constant], random: Generator) -> Tensor:
         """Return [dims, width] random rows, from which a training starts."""
-        from mechdsl.fits.rotations import draw_rows
+        from mechdsl.fits.vectors import draw_rows
 
         width = like.shape[1]
         return draw_rows(self.size(options, width), width, random, like.device, like.dtype)
@@ -130,7 +135,7 @@ class AlignmentSearchTrainer(SubspaceTrainer):
         return int(options["dims"])
 
     def start(self, like: Tensor, options: Mapping[str, Constant], random: Generator) -> Rotation:
-        from mechdsl.fits.rotations import Rotation
+        from mechdsl.fits.vectors import Rotation
 
         return Rotation(self.draw(like, options, random))
 
@@ -158,7 +163,7 @@ class BoundlessSearchTrainer(SubspaceTrainer):
         return int(options.get("dims", width))
 
     def start(self, like: Tensor, options: Mapping[str, Constant], random: Generator) -> Rotation:
-        from mechdsl.fits.rotations import BoundlessRotation
+        from mechdsl.fits.vectors import BoundlessRotation
 
         penalty = float(options.get("penalty", BOUNDARY_PENALTY))
         return BoundlessRotation(self.draw(like, options, random), penalty)

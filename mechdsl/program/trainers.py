@@ -44,9 +44,8 @@ if TYPE_CHECKING:
     from mechdsl.fits.gates import Gates
     from mechdsl.fits.lenses import LensMaps
     from mechdsl.fits.regression import LinearMap
-    from mechdsl.fits.rotations import Rotation
     from mechdsl.fits.training import Trainable
-    from mechdsl.fits.vectors import ChannelScales, LowRankEdit, TrainedVectors
+    from mechdsl.fits.vectors import ChannelScales, LowRankEdit, Rotation, TrainedVectors
 
 
 STEP_OPTIONS = ("batch", "rate", "patience", "accumulate", "precision")

@@ -30,7 +30,7 @@ from mechdsl.resolve.conflicts import (
     check_weight_rules,
 )
 from mechdsl.resolve.controls import ExcludedSite, resolve_exclusions
-from mechdsl.resolve.direction_files import resolve_direction_files
+from mechdsl.resolve.directions import expand_own_layers
 from mechdsl.resolve.findings import Finding, FindingPicker
 from mechdsl.resolve.loops import label_by_depth, resolve_loops
 from mechdsl.resolve.measures import (
@@ -40,7 +40,6 @@ from mechdsl.resolve.measures import (
     resolve_run,
 )
 from mechdsl.resolve.observations import Observation
-from mechdsl.resolve.own_layers import expand_own_layers
 from mechdsl.resolve.probes import resolve_direction_probes
 from mechdsl.resolve.runs import (
     RULE_REPLIES,
@@ -53,6 +52,7 @@ from mechdsl.resolve.runs import (
     check_reply_readers,
     define_runs,
     get_reply_tokens,
+    resolve_direction_files,
     resolve_saves,
     resolve_steps,
 )

@@ -12,7 +12,7 @@ import pytest
 
 import mechdsl
 from mechdsl.base.source import Source
-from mechdsl.execute.run import vector_files
+from mechdsl.execute.run import saves
 from mechdsl.pipeline import computation
 from mechdsl.pipeline.options import RunOptions
 
@@ -113,7 +113,7 @@ def test_a_save_that_breaks_off_costs_no_result(
     def failed(*_: Any) -> None:
         raise ZeroDivisionError("a mistake of ours")
 
-    monkeypatch.setattr(vector_files, "select_rows_to_save", failed)
+    monkeypatch.setattr(saves, "select_rows_to_save", failed)
     path = tmp_path / "one.mech"
     save = 'save resid_post layer 1 of clean at last token to "a.safetensors"'
     path.write_text(HEAD + experiment("first", "figs", save), encoding="utf-8")

@@ -27,8 +27,8 @@ from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.execute.objective_rows import Edit, ObjectiveRows, take_source
 from mechdsl.fits.reports import RotationReport
-from mechdsl.fits.rotations import exchange, orthonormal_rows
 from mechdsl.fits.training import Training
+from mechdsl.fits.vectors import exchange, orthonormal_rows
 from mechdsl.pipeline.trained_files import fits_of_file
 
 from ..execute.support import ROWS, context, shared, token, unchanged, word_tokenizer

@@ -314,7 +314,7 @@ def test_a_folder_that_can_not_be_written_to(data: Path, monkeypatch: pytest.Mon
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mechdsl.execute.run.direction_files.sync_file", full)
+    monkeypatch.setattr("mechdsl.execute.run.saves.sync_file", full)
     for name in ("d.safetensors", "d.gguf"):
         (data / name).write_bytes(b"before")
     text = write('save direction d to "d.safetensors"', 'save direction d to "d.gguf"')

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import mechdsl.execute.run.feature_files as feature_files
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.execute.observation.active_rows import ActiveRows
+from mechdsl.execute.run import saves
 from mechdsl.execute.run_record import SavedFile
 from mechdsl.forward.hooks.coordinates import StandardBasis
 from mechdsl.pipeline.options import RunOptions
@@ -280,7 +280,7 @@ LONG = " ".join(["w3"] * 500)
 def test_streamed_rows(family: str, part: int, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = make(data, "topk", width_of(family))
     write_texts(data, *MORE)
-    monkeypatch.setattr(feature_files, "PART_ROWS", part)
+    monkeypatch.setattr(saves, "PART_ROWS", part)
     line = 'save top 3 rows of features * of f at tokens except token 0 to "streamed.jsonl"'
     (saved,) = run(BASIS + save(line, "s"), data, family, blocks=STREAMED)
     texts = [*rows(), *map(text_of, MORE)]
@@ -351,7 +351,7 @@ def test_streamed_rows_of_several_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows are numbered through all files."""
-    monkeypatch.setattr(feature_files, "PART_ROWS", 5)
+    monkeypatch.setattr(saves, "PART_ROWS", 5)
     of = make(data, "topk", width_of(family))
     texts = [*rows(), *map(text_of, MORE)]
     records = [{"text": " ".join(text.words), "n": n} for n, text in enumerate(texts)]
@@ -372,7 +372,7 @@ def test_rows_that_do_not_fit_are_left_out(data: Path, monkeypatch: pytest.Monke
     most: int = bare("gpt2").config.max_position_embeddings  # with one special token
     fitting = " ".join(["w7 w9"] * most).split()[: most - 1]
     write_texts(data, MORE[0], LONG, MORE[1], LONG, " ".join(fitting))
-    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
+    monkeypatch.setattr(saves, "PART_ROWS", 3)
     blocks = STREAMED.replace("  template", '  where text != "w0 w0 w0"\n  template')
     line = 'save top 3 rows of features * of f at tokens except token 0 to "fit.jsonl"'
     (saved,) = run(BASIS + save(line, "s"), data, "gpt2", blocks=blocks)
@@ -413,8 +413,8 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     make(data, "topk", width_of("llama"))
     write_texts(data, *MORE, first=(MORE[0], LONG))
-    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
-    monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(saves, "PART_ROWS", 3)
+    monkeypatch.setattr(saves, "SECONDS_BETWEEN_SAVES", 0.0)
     text = BASIS + save(
         'save top 3 rows of features * of f at tokens except token 0 to "on.jsonl"', "s"
     )
@@ -446,8 +446,8 @@ def test_a_changed_run_begins_anew(
 ) -> None:
     of = make(data, "topk", width_of("llama"))
     write_texts(data, *MORE)
-    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
-    monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(saves, "PART_ROWS", 3)
+    monkeypatch.setattr(saves, "SECONDS_BETWEEN_SAVES", 0.0)
     line, blocks = (
         'save top 3 rows of features * of f at tokens except token 0 to "anew.jsonl"',
         STREAMED,
@@ -479,8 +479,8 @@ def test_another_model_begins_anew(data: Path, monkeypatch: pytest.MonkeyPatch) 
     make(data, "topk", width_of("llama"))
     of = make(data, "topk", width_of("mistral"))
     write_texts(data, *MORE)
-    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
-    monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(saves, "PART_ROWS", 3)
+    monkeypatch.setattr(saves, "SECONDS_BETWEEN_SAVES", 0.0)
     at = "tokens except token 0"
     line = f'save top 3 rows of features * of f at {at} to "other.jsonl"'
     interrupted(data, monkeypatch, 2, BASIS + save(line, "s"))
@@ -496,8 +496,8 @@ def test_another_parameter_begins_anew(data: Path, monkeypatch: pytest.MonkeyPat
     texts = [*rows(), *map(text_of, MORE)]
     lines = [json.dumps({"text": " ".join(own.words), "n": n}) for n, own in enumerate(texts)]
     (data / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
-    monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(saves, "PART_ROWS", 3)
+    monkeypatch.setattr(saves, "SECONDS_BETWEEN_SAVES", 0.0)
     blocks = "param most = 9\n" + STREAMED.replace("  template", "  where n < most\n  template")
     at = "tokens except token 0"
     text = BASIS + save(f'save top 3 rows of features * of f at {at} to "param.jsonl"', "s")
@@ -531,8 +531,8 @@ def test_other_rows_that_it_depends_on(
     """Rows that a basis is fitted on, or that select features, change; streamed rows don't."""
     make(data, "topk", width_of("llama"))
     write_texts(data, *MORE)
-    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
-    monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(saves, "PART_ROWS", 3)
+    monkeypatch.setattr(saves, "SECONDS_BETWEEN_SAVES", 0.0)
     blocks = STREAMED.replace("prompts s", "prompts q").replace("texts.jsonl", "few.jsonl")
     blocks = STREAMED + blocks.replace(" streamed", "")
     definition, features = OTHER_ROWS[what]
@@ -594,7 +594,7 @@ def test_little_memory_changes_nothing(data: Path, monkeypatch: pytest.MonkeyPat
     """Batches that find no memory are read in halves."""
     of = make(data, "topk", width_of("llama"))
     write_texts(data, *MORE)
-    read, sizes = feature_files.read_token_vectors, list[int]()
+    read, sizes = saves.read_token_vectors, list[int]()
 
     def failing(*given: Any, **named: Any) -> Any:
         sizes.append(len(given[5]))
@@ -602,7 +602,7 @@ def test_little_memory_changes_nothing(data: Path, monkeypatch: pytest.MonkeyPat
             raise torch.OutOfMemoryError("CUDA out of memory")
         return read(*given, **named)
 
-    monkeypatch.setattr(feature_files, "read_token_vectors", failing)
+    monkeypatch.setattr(saves, "read_token_vectors", failing)
     at = "tokens except token 0"
     line = f'save top 3 rows of features * of f at {at} to "halves.jsonl"'
     run(BASIS + save(line, "s"), data, "llama", blocks=STREAMED)

@@ -37,8 +37,11 @@ from mechdsl.execute.pass_layout import (
     measure_seconds,
 )
 from mechdsl.execute.patching.estimates import GradientEstimates
-from mechdsl.execute.patching.inactive import FeatureActivity, find_inactive_rows
-from mechdsl.execute.patching.reconstruction import ReconstructionErrors
+from mechdsl.execute.patching.features import (
+    FeatureActivity,
+    ReconstructionErrors,
+    find_inactive_rows,
+)
 from mechdsl.execute.patching.rows import Patcher, locate_in_cell, locate_in_run
 from mechdsl.execute.patching.rule_inputs import (
     CellFunctionFailed,

@@ -19,8 +19,8 @@ from mechdsl.base.text import name_list
 from mechdsl.program import spec
 from mechdsl.program.paths import TUNED_LENS_PATH, path_to_read
 from mechdsl.program.spec import constant_value
-from mechdsl.resolve.lenses import resolve_lens
 from mechdsl.resolve.observations import ObservedVectors
+from mechdsl.resolve.probes import resolve_lens
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import (
     Convention,
