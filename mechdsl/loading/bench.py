@@ -221,7 +221,7 @@ def amplify(values: Tensor, site: str, anatomy: Anatomy) -> Tensor:
     keys keep their sign in families without a norm after rotary, where no norm may follow them.
     """
     limit = torch.finfo(values.dtype).max / 100  # the maximum in half precision is 65504
-    bare = site in ("q", "k") and not anatomy.norms_behind_rotary
+    bare = site in ("q", "k") and not anatomy.norms_after_rotary
     return (values.double() * (100 if bare else -100)).clamp(-limit, limit)
 
 

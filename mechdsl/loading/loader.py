@@ -994,10 +994,10 @@ def _check_unembedding(
         return None
     elif model.anatomy.final_norm is None:
         reason = "of a model whose final norm isn't found"
-    elif "head_out" in sites and any(block.attn_behind for block in blocks):
+    elif "head_out" in sites and any(block.attn_output_norm for block in blocks):
         reason = "of heads followed by a norm"
     elif "mlp_hidden" in sites and any(
-        block.mlp_behind or block.down is None or block.taps["mlp_out"].scaled_by
+        block.mlp_output_norm or block.down is None or block.taps["mlp_out"].scaled_by
         for block in blocks
     ):
         reason = "of neurons followed by a norm"
@@ -1015,7 +1015,7 @@ def _check_output_weights(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
     for point in dict.fromkeys(p for here in rule.sites.points.values() for p in here):
         assert point.layer is not None
         block = model.anatomy.blocks[point.layer]
-        norm = block.attn_behind if point.site == "attn_out" else block.mlp_behind
+        norm = block.attn_output_norm if point.site == "attn_out" else block.mlp_output_norm
         between = norm or block.taps[point.site].scaled_by
         if between is None and find_output_map(block, point.site) is not None:
             continue
@@ -1037,7 +1037,7 @@ def _check_attention_maps(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
     for layer in sorted({p.layer or 0 for here in rule.sites.points.values() for p in here}):
         block = model.anatomy.blocks[layer]
         tap = block.taps.get("attn_out")
-        between = block.attn_behind or (None if tap is None else tap.scaled_by)
+        between = block.attn_output_norm or (None if tap is None else tap.scaled_by)
         reason = f"`{between}` is between the heads and the stream"
         if between is None:
             try:
@@ -1074,7 +1074,7 @@ def _check_end_receiver(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
     """
     blocks = model.anatomy.blocks
     if all(
-        block.adds_up and block.behind is not None and not (block.middle or block.end)
+        block.adds_up and block.stream_scale is not None and not (block.middle or block.end)
         for block in blocks
     ):
         return None

@@ -95,11 +95,11 @@ class BlockAnatomy(Record):
     """The linear map from `mlp_hidden` to the MLP's output, before any norm after it."""
     attn_norm: str | None = None
     """The norm before attention or the sublayer that replaces it. In the stack `cross`, this field,
-    `attn_behind` and `middle` refer to cross attention."""
+    `attn_output_norm` and `middle` refer to cross attention."""
     mlp_norm: str | None = None
-    attn_behind: str | None = None
+    attn_output_norm: str | None = None
     """The norm or scale between the output projection and the stream."""
-    mlp_behind: str | None = None
+    mlp_output_norm: str | None = None
     middle: str | None = None
     """The norm of resid_pre + attn_out, in models with norms after the sum (BERT)."""
     end: str | None = None
@@ -108,7 +108,7 @@ class BlockAnatomy(Record):
     """resid_pre + attn_out + mlp_out = resid_post; False if the block computes anything else."""
     passes_on: bool = True
     """If `adds_up` is False: a change of mlp_out still changes resid_post by the same amount."""
-    behind: float | None = 1.0
+    stream_scale: float | None = 1.0
     """The next block reads resid_post times this factor; None if more happens in between."""
     reads_stream: bool = True
     """The first sublayer reads resid_pre, directly or through a norm."""
@@ -155,7 +155,7 @@ class Anatomy(Record):
     """The assumed arrangement of norms and sublayers; equal in stacks that share blocks."""
     additive_positions: bool = False
     """Positions are added to the scores, so a zero query doesn't attend uniformly."""
-    norms_behind_rotary: bool = False
+    norms_after_rotary: bool = False
     """Queries and keys are normed after rotary embedding, so their norm before it has no effect."""
     whole: str = ""
     """The reason that rows can't start at a middle block; empty if none is known."""
@@ -194,7 +194,7 @@ whether the image fills each tile."""
 class Family:
     """Defaults for a family that is recognised by its modules; registered entries override."""
 
-    norms_behind_rotary: ClassVar[bool] = False
+    norms_after_rotary: ClassVar[bool] = False
     """Query and key norms follow rotary embedding, so `q` and `k` are the projections' outputs."""
     additive_positions: ClassVar[bool] = False
     """Positions are added to the scores (ALiBi), so that a zero query doesn't attend uniformly."""
@@ -230,9 +230,9 @@ class Family:
         Keys: `attention`, `mixer` (the sublayer that replaces it), `attn_out` (the module that
         returns the added tensor), `output` (the linear map that reads `z`), `mlp` (several,
         separated by commas), `mlp_out`, `down`, `attn_norm`, `mlp_norm` (norms before the
-        sublayers), `attn_behind`, `mlp_behind` (norms before the sum), `middle`, `end` (norms of
-        the sums). Keys of the model: `final_norm` and `head` (the module that returns the
-        unembedding's input, if the unembedding isn't a module).
+        sublayers), `attn_output_norm`, `mlp_output_norm` (norms before the sum), `middle`, `end`
+        (norms of the sums). Keys of the model: `final_norm` and `head` (the module that returns
+        the unembedding's input, if the unembedding isn't a module).
         """
         return {}
 

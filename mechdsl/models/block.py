@@ -146,7 +146,7 @@ def find_qkv(
     inputs = tuple(dict.fromkeys(tap.path for tap in taps.values()))
     raw = {site: tap.layout for site, tap in taps.items()}
     for site, names in _QK_NORMS.items():
-        if site in taps and not family.norms_behind_rotary:
+        if site in taps and not family.norms_after_rotary:
             norm = _qk_norm(attention, inside, names, taps[site].layout, family)
             taps[site] = norm or taps[site]
     if "k" in taps and "v" not in taps:  # one projection for both, each with a separate norm
@@ -426,15 +426,15 @@ class BlockComponents:
         if first is None:
             raise MissingComponent("attention", f"no such module in `{self.path}`")
         mlp = self._mlp(first)
-        front_a, front_m, behind_a, behind_m = self._norms(first, mlp)
-        if self.arrangement == "after the sum" and front_a is None and front_m is None:
-            front_a, front_m, behind_a, behind_m = behind_a, behind_m, None, None
+        before_a, before_m, after_a, after_m = self._norms(first, mlp)
+        if self.arrangement == "after the sum" and before_a is None and before_m is None:
+            before_a, before_m, after_a, after_m = after_a, after_m, None, None
         whole = TensorLayout.whole(self.shape.d_model)
         taps = {"resid_pre": HookPoint(self.path, "in", whole)}
         output = None
         projections: tuple[str, ...] = ()
         name = "mixer" if self.around.hybrid else "attn"
-        added = self._tap(self._given("attn_out", behind_a or first), f"{name}_out")
+        added = self._tap(self._given("attn_out", after_a or first), f"{name}_out")
         taps[f"{name}_norm"] = HookPoint(
             self._at(self._given("attn_reads", first) or ""), "in", whole
         )
@@ -445,8 +445,8 @@ class BlockComponents:
         taps[f"{name}_out"] = added
         middle = end = None
         if self.arrangement == "after the sum":
-            middle, end = self._given("middle", front_a), self._given("end", front_m)
-            front_a = front_m = None
+            middle, end = self._given("middle", before_a), self._given("end", before_m)
+            before_a = before_m = None
         if mlp and self.arrangement != "parallel":
             taps["resid_mid"] = (
                 added if middle is None else HookPoint(self._at(middle), "out", whole)
@@ -454,10 +454,10 @@ class BlockComponents:
         beside = self._beside(mlp)
         down = self._down(mlp) if mlp and not beside else None
         if mlp:
-            taps |= self._mlp_taps(mlp, down, behind_m, beside=beside)
+            taps |= self._mlp_taps(mlp, down, after_m, beside=beside)
         taps["resid_post"] = HookPoint(self.path, "out", whole)
-        if self.arrangement == "parallel" and mlp and front_m is None:
-            front_m = front_a
+        if self.arrangement == "parallel" and mlp and before_m is None:
+            before_m = before_a
         return BlockAnatomy(
             path=self.path,
             taps=taps,
@@ -465,10 +465,10 @@ class BlockComponents:
             output=output,
             mlp=() if beside else tuple(self._at(p) for p in mlp),
             down=None if down is None else self._at(down),
-            attn_norm=self._optional(self._given("attn_norm", front_a)),
-            mlp_norm=self._optional(self._given("mlp_norm", front_m)),
-            attn_behind=self._optional(behind_a),
-            mlp_behind=self._optional(behind_m),
+            attn_norm=self._optional(self._given("attn_norm", before_a)),
+            mlp_norm=self._optional(self._given("mlp_norm", before_m)),
+            attn_output_norm=self._optional(after_a),
+            mlp_output_norm=self._optional(after_m),
             middle=self._optional(middle),
             end=self._optional(end),
             adds_up=self.around.family.adds_up and (not mlp or "mlp_out" in taps),
@@ -492,22 +492,22 @@ class BlockComponents:
         if cross is None or cross not in self.inside:
             raise MissingComponent("cross attention", f"no such module in `{self.path}`")
         heads, projections, output = self._heads(cross)
-        front, behind = self._cross_norms()
+        before, after = self._cross_norms()
         middle = None
         if self.arrangement == "after the sum":
-            front, middle = None, front
+            before, middle = None, before
         taps = {
             "attn_norm": HookPoint(self._at(cross), "in", TensorLayout.whole(self.shape.d_model)),
             **heads,
-            "attn_out": self._tap(behind or cross, "attn_out"),
+            "attn_out": self._tap(after or cross, "attn_out"),
         }
         return BlockAnatomy(
             self.path,
             taps,
             projections,
             output,
-            attn_norm=self._optional(front),
-            attn_behind=self._optional(behind),
+            attn_norm=self._optional(before),
+            attn_output_norm=self._optional(after),
             middle=self._optional(middle),
         )
 
@@ -668,14 +668,14 @@ class BlockComponents:
         said = [p.strip() for p in self.parts.get("norms", "").split(",") if p.strip()]
         if said and all(p in self.inside for p in said):
             return said[0], said[-1] if len(said) > 1 else None, None, None
-        behind_m = next((n for n in _NORMS_AFTER_MLP if n in norms), None)
-        behind_a = None
-        if behind_m is not None:
-            behind_a = next((n for n in _NORMS_AFTER_ATTENTION if n in norms), None)
+        after_m = next((n for n in _NORMS_AFTER_MLP if n in norms), None)
+        after_a = None
+        if after_m is not None:
+            after_a = next((n for n in _NORMS_AFTER_ATTENTION if n in norms), None)
         for one, other in _SCALES:
             if one in self.inside and other in self.inside:
-                behind_a, behind_m = one, other
-        front = [n for n in norms if n not in (behind_a, behind_m)]
+                after_a, after_m = one, other
+        front = [n for n in norms if n not in (after_a, after_m)]
         mlp_norm = next((n for n in _MLP_NORMS if n in front), None) if mlp else None
         attn_norm = next((n for n in front if n != mlp_norm), None)
         if mlp and mlp_norm is None and len(front) > 1:
@@ -683,8 +683,8 @@ class BlockComponents:
         return (
             attn_norm,
             mlp_norm,
-            self._given("attn_behind", behind_a),
-            self._given("mlp_behind", behind_m),
+            self._given("attn_output_norm", after_a),
+            self._given("mlp_output_norm", after_m),
         )
 
     def _heads(self, attention: str) -> tuple[dict[str, HookPoint], tuple[str, ...], str | None]:

@@ -175,7 +175,7 @@ class _Finder:
             parallel=arrangement == "parallel",
             arrangement=arrangement,
             additive_positions=self.family.additive_positions,
-            norms_behind_rotary=self.family.norms_behind_rotary,
+            norms_after_rotary=self.family.norms_after_rotary,
             whole=self._whole(),
             without=without,
         )

@@ -121,8 +121,8 @@ def _norms(anatomy: Anatomy) -> str:
     places = {
         "before attention": block.attn_norm,
         "before the MLP": block.mlp_norm,
-        "after attention": block.attn_behind,
-        "after the MLP": block.mlp_behind,
+        "after attention": block.attn_output_norm,
+        "after the MLP": block.mlp_output_norm,
         "of resid_pre + attn_out": block.middle,
         "of resid_mid + mlp_out": block.end,
         "last": anatomy.final_norm,

@@ -70,11 +70,11 @@ def explain_no_circuits(model: LoadedModel) -> str:
         return "its output isn't computed from the residual stream by an unembedding"
     for number, block in enumerate(model.anatomy.blocks):
         where = f"in block {number}"
-        if not block.adds_up or block.behind != 1 or block.fed:
+        if not block.adds_up or block.stream_scale != 1 or block.fed:
             return f"{where}, the stream isn't the sum of the outputs of heads and MLPs"
         if not after and (block.middle or block.end):
             return f"{where}, the stream isn't the sum of the outputs of heads and MLPs"
-        if block.attn_behind is not None or block.output is None:
+        if block.attn_output_norm is not None or block.output is None:
             return f"{where}, a norm or scale follows attention, so that its heads don't add up"
         if not block.reads_stream:
             return f"{where}, attention doesn't read the stream through a norm"

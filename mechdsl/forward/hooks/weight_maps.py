@@ -62,7 +62,7 @@ class WeightMaps:
             raise NoLinearMap(f"layer {layer} has no neurons with a separate map")
         module = self._module(block.down)
         found = self._map(module, self.model.tap("mlp_hidden", layer).layout.end, block.down)
-        return self._behind(found, block.mlp_behind)
+        return self._scale_by_norm(found, block.mlp_output_norm)
 
     def first_mlp(self, vectors: Tensor) -> Tensor:
         """Return [..., d_model]: the output of the first block's MLP for stream vectors.
@@ -73,7 +73,7 @@ class WeightMaps:
         if "mlp_out" not in block.taps or len(block.mlp) != 1:
             raise NoLinearMap("the first block has no MLP as a separate component")
         found = vectors.to(self.model.dtype)
-        for path in (block.mlp_norm, *block.mlp, block.mlp_behind):
+        for path in (block.mlp_norm, *block.mlp, block.mlp_output_norm):
             found = found if path is None else self._module(path)(found)
             found = found[0] if isinstance(found, tuple) else found
         return found.float()
@@ -148,9 +148,9 @@ class WeightMaps:
             raise NoLinearMap(f"layer {layer} has no output projection")
         layout = self.model.tap("z", layer).layout
         whole = self._map(self._module(block.output), layout.end, block.output)
-        return _split_units(self._behind(whole, block.attn_behind), layout)
+        return _split_units(self._scale_by_norm(whole, block.attn_output_norm), layout)
 
-    def _behind(self, matrix: Tensor, norm: str | None) -> Tensor:
+    def _scale_by_norm(self, matrix: Tensor, norm: str | None) -> Tensor:
         """Multiply [width, d_model] by the gain of the norm between a sublayer and the stream."""
         if norm is None:
             return matrix

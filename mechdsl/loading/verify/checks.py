@@ -297,12 +297,12 @@ def check_block_order(bench: CheckBench) -> Iterator[CheckOutcome]:
 
     def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
         for layer in bench.with_sites("resid_pre", "resid_post")[:-1]:
-            behind = bench.anatomy.blocks[layer].behind
-            if behind is None:
+            scale = bench.anatomy.blocks[layer].stream_scale
+            if scale is None:
                 continue
             below, above = bench.vectors("resid_post", layer), bench.vectors("resid_pre", layer + 1)
             same = ~pictured if bench.anatomy.blocks[layer].fed else slice(None)
-            yield f"layer {layer}", (below * behind)[same], above[same]
+            yield f"layer {layer}", (below * scale)[same], above[same]
 
     yield bench.equal("resid_post of a layer = resid_pre of the next", pairs())
 
@@ -403,15 +403,15 @@ def check_position_embedding(bench: CheckBench) -> Iterator[CheckOutcome]:
     tap = bench.anatomy.taps.get("embed")
     if bench.stack or tap is None or tap.patches is None:
         return
-    behind: list[Any] = []
-    handle = bench.module(tap.path).register_forward_hook(lambda *given: behind.append(given[-1]))
+    outputs: list[Any] = []
+    handle = bench.module(tap.path).register_forward_hook(lambda *given: outputs.append(given[-1]))
     try:
         call_with_batch(bench.model, bench.batch)
     finally:
         handle.remove()
-    in_front = bench.reads[SiteRead("embed", None)][:, :, 0]
-    first, *others = get_first(behind[0]).to(in_front) - in_front
-    pairs = [(f"image {n}", other, first, in_front) for n, other in enumerate(others, 2)]
+    before = bench.reads[SiteRead("embed", None)][:, :, 0]
+    first, *others = get_first(outputs[0]).to(before) - before
+    pairs = [(f"image {n}", other, first, before) for n, other in enumerate(others, 2)]
     yield bench.equal("the addition to embed of patches is the same for every image", pairs)
 
 
@@ -483,14 +483,14 @@ def check_head_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
             with load_weights(projection):
                 bias = getattr(projection, "bias", None)
             total = total if bias is None else total + bias
-            if block.attn_behind is not None:
-                total, heads = bench.through(block.attn_behind, total), total * 0
+            if block.attn_output_norm is not None:
+                total, heads = bench.through(block.attn_output_norm, total), total * 0
             total = bench.scaled(block.taps["attn_out"], total)
             heads = bench.scaled(block.taps["attn_out"], heads)
             yield f"layer {layer}", total, bench.vectors("attn_out", layer), heads
 
-    behind = "the norm after attention of " if anatomy.blocks[0].attn_behind else ""
-    yield bench.equal(f"{behind}the sum of head_out and the bias = attn_out", pairs())
+    norm = "the norm after attention of " if anatomy.blocks[0].attn_output_norm else ""
+    yield bench.equal(f"{norm}the sum of head_out and the bias = attn_out", pairs())
 
 
 def check_neuron_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
@@ -500,8 +500,8 @@ def check_neuron_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
             if block.down is None:
                 continue
             total = bench.through(block.down, bench.read("mlp_hidden", layer).squeeze(2))
-            if block.mlp_behind is not None:
-                total = bench.through(block.mlp_behind, total)
+            if block.mlp_output_norm is not None:
+                total = bench.through(block.mlp_output_norm, total)
             total = bench.scaled(block.taps["mlp_out"], total)
             out = bench.vectors("mlp_out", layer)
             # Some models multiply it by a constant after the map.

@@ -163,7 +163,7 @@ class ParallelDecoder(Family):
 class NormAfterRotary(Family):
     """Query and key norms come after rotary."""
 
-    norms_behind_rotary = True
+    norms_after_rotary = True
 
 
 @family("minicpm3")

@@ -87,7 +87,7 @@ class ALBERT(Family):
 
 @family("xmod")
 class XMOD(Family):
-    """Adapters of languages add to the stream behind the MLP."""
+    """Adapters of languages add to the stream after the MLP."""
 
     adds_up = False
 
@@ -135,7 +135,7 @@ class ESMC(Family):
 
 @family("deberta")
 class DeBERTa(Family):
-    """Each head's query, key and value lie together; two get a bias behind their map."""
+    """Each head's query, key and value lie together; two get a bias after their map."""
 
     additive_positions = True
     interleaved = True
@@ -169,7 +169,7 @@ class DeBERTa2(Family):
             again = {site: replace(block.taps[site], again=True) for site in ("q", "k")}
             block = block.with_taps(**again)
         convolved = layer == 0 and config.get("conv_kernel_size")
-        return replace(block, behind=None) if convolved else block
+        return replace(block, stream_scale=None) if convolved else block
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
@@ -231,7 +231,7 @@ class NLLBMoE(Family):
 
 @family("bigbird_pegasus")
 class BigBirdPegasus(Family):
-    """The norm behind the encoder's blocks is called one of embeddings."""
+    """The norm after the encoder's blocks is called one of embeddings."""
 
     @staticmethod
     def parts(config: ModelConfig) -> Mapping[str, str]:

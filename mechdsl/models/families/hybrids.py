@@ -163,7 +163,8 @@ class RWKV(_Front):
     def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         every = config.get("rescale_every") or 0
         halved = every > 0 and (layer + 1) % every == 0
-        block = replace(block, down=None, behind=0.5 if halved else 1.0)  # a gate follows `down`
+        # A gate follows `down`.
+        block = replace(block, down=None, stream_scale=0.5 if halved else 1.0)
         if layer > 0:
             return block
         return replace(block.without("resid_mid"), adds_up=False, reads_stream=False)
@@ -280,11 +281,11 @@ class LongCat(_Front):
 
 @family("inkling_text")
 class Inkling(_Front):
-    """Short convolutions behind keys, values and both sublayers."""
+    """Short convolutions after keys, values and both sublayers."""
 
     @staticmethod
     def parts(config: ModelConfig) -> Mapping[str, str]:
-        return {"attn_behind": "attn_sconv", "mlp_behind": "mlp_sconv"}
+        return {"attn_output_norm": "attn_sconv", "mlp_output_norm": "mlp_sconv"}
 
     @staticmethod
     def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
@@ -307,8 +308,8 @@ class Inkling2(_Front):
     @staticmethod
     def parts(config: ModelConfig) -> Mapping[str, str]:
         return {
-            "attn_behind": "post_attention_convolution",
-            "mlp_behind": "post_mlp_convolution",
+            "attn_output_norm": "post_attention_convolution",
+            "mlp_output_norm": "post_mlp_convolution",
         }
 
     @staticmethod
@@ -328,7 +329,7 @@ class Inkling2(_Front):
 
 @family("mimo_v2_flash")
 class MiMo(_Front):
-    """Values may be scaled behind their projection."""
+    """Values may be scaled after their projection."""
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:

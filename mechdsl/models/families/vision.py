@@ -97,7 +97,7 @@ class SigLIPTexts(Family):
 
 @family("deit")
 class DeiT(Family):
-    """A token behind the class token that is taught by another model."""
+    """A token after the class token that is taught by another model."""
 
     @staticmethod
     def in_front(config: ModelConfig) -> tuple[str, ...] | None:
@@ -130,7 +130,7 @@ def _with_registers(count: object) -> tuple[str, ...] | None:
 
 @family("dinov2_with_registers")
 class RegisterEncoder(DINOv2):
-    """Registers behind the class token."""
+    """Registers after the class token."""
 
     @staticmethod
     def in_front(config: ModelConfig) -> tuple[str, ...] | None:
