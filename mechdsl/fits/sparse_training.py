@@ -1,16 +1,17 @@
 """Training of sparse dictionaries: the losses of each architecture.
 
 Sources: Gao et al. 2024, arXiv 2406.04093 (top-k, and the auxiliary loss for inactive features);
-Bussmann et al. 2024, arXiv 2412.06410 (batch top-k); Bricken et al. 2023 (ReLU with an L1 penalty);
-Rajamanoharan et al. 2024, arXiv 2407.14435 (JumpReLU) and arXiv 2404.16014 (gated); Dunefsky et al.
-2024, arXiv 2406.11944 (transcoders); Paulo et al. 2025, arXiv 2501.18823 (skip transcoders).
+Bussmann et al. 2024, arXiv 2412.06410 (batch top-k); Bussmann et al. 2025, arXiv 2503.17547
+(Matryoshka); Bricken et al. 2023 (ReLU with an L1 penalty); Rajamanoharan et al. 2024, arXiv
+2407.14435 (JumpReLU) and arXiv 2404.16014 (gated); Dunefsky et al. 2024, arXiv 2406.11944
+(transcoders); Paulo et al. 2025, arXiv 2501.18823 (skip transcoders).
 Encoders and decoders have the names and shapes of SAELens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -33,6 +34,10 @@ scaled vectors."""
 
 START_THRESHOLD = 0.1
 """First threshold of JumpReLU features."""
+
+PREFIXES = 5
+"""Numbers of first features that reconstruct a vector in a Matryoshka dictionary: a sixteenth of
+them, an eighth, and so on up to all (Bussmann et al. 2025)."""
 
 
 def start_weights(
@@ -116,7 +121,8 @@ class SparseDictionary:
         return centred @ own["W_enc"]
 
     def _decoded(self, features: Tensor, inputs: Tensor) -> Tensor:
-        made = features @ self.tensors["W_dec"] + self.tensors["b_dec"]
+        """Return [vector, width]: the reconstruction from all features, or from the first ones."""
+        made = features @ self.tensors["W_dec"][: features.shape[1]] + self.tensors["b_dec"]
         return made + inputs @ self.tensors[SKIP].T if SKIP in self.tensors else made
 
     def _note_active(self, features: Tensor, step: int) -> None:
@@ -144,12 +150,14 @@ class SparseDictionary:
         return self.penalty * min(1.0, progress / WARM_UP)
 
 
+DictionaryT = TypeVar("DictionaryT", bound=SparseDictionary)
+
 SPARSE_KINDS: dict[str, Callable[..., SparseDictionary]] = {}
 """Architectures by the value of `kind` in a file."""
 
 
-def _kind(name: str) -> Callable[[type[SparseDictionary]], type[SparseDictionary]]:
-    def register(entry: type[SparseDictionary]) -> type[SparseDictionary]:
+def _kind(name: str) -> Callable[[type[DictionaryT]], type[DictionaryT]]:
+    def register(entry: type[DictionaryT]) -> type[DictionaryT]:
         SPARSE_KINDS[name] = entry
         return entry
 
@@ -216,6 +224,24 @@ class BatchTopKDictionary(TopKDictionary):
             **found,
             "threshold": self.threshold.clamp_min(0).expand(len(found["b_enc"])).clone(),
         }
+
+
+@_kind("matryoshka")
+class MatryoshkaDictionary(BatchTopKDictionary):
+    """As batch top-k, but the first features reconstruct vectors without the others, too."""
+
+    def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+        before = self._projected(inputs) + self.tensors["b_enc"]
+        kept = self._kept(before)
+        self._note_active(kept, step)
+        made = [self._decoded(kept[:, :size], inputs) for size in prefix_sizes(kept.shape[1])]
+        errors = torch.stack([_squared_error(targets, each) for each in made])
+        return errors.mean() + self._idle_loss(before, targets - made[-1], step)
+
+
+def prefix_sizes(features: int) -> list[int]:
+    """Return the numbers of first features that reconstruct vectors, from the smallest to all."""
+    return sorted({-(-features // 2**halvings) for halvings in range(PREFIXES)})
 
 
 @_kind("relu")

@@ -30,6 +30,8 @@ OTHER_DICTIONARY_TRAINERS: dict[str, str] = {
     "topk": "write `sae(features: 512, k: 8)`",
     "batchtopk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
     "batch_topk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
+    "matryoshka": 'write `sae(features: 512, k: 8, kind: "matryoshka")`',
+    "matryoshka_batch_topk": 'write `sae(features: 512, k: 8, kind: "matryoshka")`',
     "jumprelu": 'write `sae(features: 512, penalty: 0.1, kind: "jump_relu")`',
     "gated": 'write `sae(features: 512, penalty: 0.1, kind: "gated")`',
 }
@@ -49,6 +51,7 @@ class _Kind(Record):
 DICTIONARY_KINDS: Mapping[str, _Kind] = {
     "topk": _Kind("topk", "k"),
     "batch_topk": _Kind("jumprelu", "k"),
+    "matryoshka": _Kind("jumprelu", "k"),
     "relu": _Kind("standard", "penalty"),
     "jump_relu": _Kind("jumprelu", "penalty"),
     "gated": _Kind("gated", "penalty"),
@@ -63,7 +66,8 @@ _SPARSITY_HINT: Mapping[str, str] = {
 
 @trainer("sae")
 class SparseAutoencoderTrainer(IterativeTrainer):
-    """A sparse autoencoder: top-k by default, or batch top-k, ReLU, JumpReLU or gated."""
+    """A sparse autoencoder: top-k by default, or batch top-k, Matryoshka, ReLU, JumpReLU or
+    gated."""
 
     example = "sae(features: 512, k: 8)"
     options = ("features", "k", "kind", "penalty")
@@ -104,9 +108,10 @@ class SparseAutoencoderTrainer(IterativeTrainer):
         return None
 
     def check_parts(self, options: Mapping[str, Constant]) -> Problem | None:
-        if options.get("kind") != "batch_topk":
+        kind = options.get("kind")
+        if kind not in ("batch_topk", "matryoshka"):
             return None
-        reason = "`batch_topk` compares the features of a whole batch, which `accumulate` divides"
+        reason = f"`{kind}` compares the features of a whole batch, which `accumulate` divides"
         return reason, 'write `kind: "topk"`, or a larger `batch` without `accumulate`'
 
     def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
@@ -147,7 +152,7 @@ class TranscoderTrainer(SparseAutoencoderTrainer):
     example = "transcoder(features: 512, k: 8)"
     options = (*SparseAutoencoderTrainer.options, "skip")
     transcodes = True
-    kinds = ("topk", "batch_topk", "relu", "jump_relu")
+    kinds = ("topk", "batch_topk", "matryoshka", "relu", "jump_relu")
 
 
 LENS_SITES = "at resid_post layer * at tokens *"

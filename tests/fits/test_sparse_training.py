@@ -22,10 +22,13 @@ from ..quick import some
 SPARSITY: dict[str, dict[str, Any]] = {
     "topk": {"k": 3},
     "batch_topk": {"k": 3},
+    "matryoshka": {"k": 3},
     "relu": {"penalty": 0.7},
     "jump_relu": {"penalty": 0.7},
     "gated": {"penalty": 0.7},
 }
+COMPARED = ("batch_topk", "matryoshka")
+"""Kinds that compare the features of a whole batch."""
 CPU = torch.device("cpu")
 
 
@@ -57,7 +60,7 @@ def by_formula(kind: str, w: dict[str, Tensor], x: Tensor, y: Tensor, penalty: f
     """The loss of a batch, one vector at a time."""
     total = 0.0
     before = [((one - w["b_dec"]) @ w["W_enc"]) for one in x]
-    if kind == "batch_topk":
+    if kind in COMPARED:
         numbers = sorted(
             (max(0.0, float(v)) for row in before for v in row + w["b_enc"]), reverse=True
         )
@@ -69,7 +72,7 @@ def by_formula(kind: str, w: dict[str, Tensor], x: Tensor, y: Tensor, penalty: f
             case "topk":
                 order = sorted(range(len(z)), key=lambda n: -float(z[n]))[: SPARSITY[kind]["k"]]
                 f = torch.tensor([max(0.0, float(z[n])) * (n in order) for n in range(len(z))])
-            case "batch_topk":
+            case "batch_topk" | "matryoshka":
                 f = torch.tensor([float(v) * (float(v) >= least and v > 0) for v in z])
             case "relu":
                 f = torch.tensor([max(0.0, float(v)) for v in z])
@@ -87,8 +90,10 @@ def by_formula(kind: str, w: dict[str, Tensor], x: Tensor, y: Tensor, penalty: f
                 gates = gate.clamp_min(0)
                 alone = gates @ w["W_dec"] + w["b_dec"]
                 extra = penalty * float(gates.sum()) + float((one - alone).square().sum())
-        made = f.double() @ w["W_dec"] + w["b_dec"]
-        total += float((one - made).square().sum()) + extra
+        # With 10 features: a sixteenth of them, an eighth, a quarter, a half and all, rounded up.
+        sizes = (1, 2, 3, 5, 10) if kind == "matryoshka" else (10,)
+        made = [f.double()[:n] @ w["W_dec"][:n] + w["b_dec"] for n in sizes]
+        total += sum(float((one - each).square().sum()) for each in made) / len(sizes) + extra
     return total / len(x)
 
 
@@ -126,7 +131,7 @@ def test_inactive_features_learn_the_rest() -> None:
     assert found == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SPARSITY if kind != "batch_topk"])
+@pytest.mark.parametrize("kind", [kind for kind in SPARSITY if kind not in COMPARED])
 def test_gradients(kind: str) -> None:
     """The loss falls along its gradient as the gradient says; thresholds have estimates instead."""
     model = start(kind, 6, 10, 0)
@@ -209,6 +214,26 @@ def test_planted_features_are_recovered(kind: str, seed: int) -> None:
     untrained = torch.randn(32, 20, generator=torch.Generator().manual_seed(seed + 9))
     untrained /= untrained.norm(dim=1, keepdim=True)
     assert float(((directions @ untrained.T).max(1).values >= 0.95).float().mean()) < 0.1
+
+
+def test_first_features_of_a_matryoshka_dictionary_reconstruct_most() -> None:
+    """Trained on planted features, the first quarter of it leaves less over than that of a
+    dictionary of the same size without prefixes."""
+    _, vectors = planted(0)
+    x = (vectors - vectors.mean(0)) / vectors.std()
+    left: dict[str, float] = {}
+    for kind in COMPARED:
+        model = start(kind, 20, 32, 0)
+        settings = TrainingSettings(150, 256, 3e-3, 0)
+        Training(model, Fixed(x), (x[:0], x[:0]), settings, lambda a, b: (a, b)).run(
+            lambda step: None
+        )
+        w = model.weights()
+        z = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+        f = torch.where(z > w["threshold"], z, 0)[:, :8]
+        error = x - f @ w["W_dec"][:8] - w["b_dec"]
+        left[kind] = float(error.square().sum() / x.square().sum())
+    assert left["matryoshka"] < 0.9 * left["batch_topk"], left
 
 
 # --- weights for vectors as they are --------------------------------------------------------------

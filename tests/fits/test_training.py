@@ -361,5 +361,6 @@ def test_steps_in_bfloat16_keep_weights_in_32_bits(kind: str) -> None:
         expected = plain.capture().tensors[f"exp_avg {name}"]
         assert own.dtype == moment.dtype == torch.float32
         assert not torch.equal(moment, expected) or not expected.any(), name
-        apart = 0.2 if kind == "batch_topk" else 0.03  # other features may be active
+        is_compared = kind in ("batch_topk", "matryoshka")  # other features may be active
+        apart = 0.3 if is_compared else 0.03
         assert (moment - expected).norm() <= apart * expected.norm(), name

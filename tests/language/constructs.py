@@ -604,9 +604,9 @@ _file(
     "basis b = fit(sae(features: 64, k: 4), prompts: fruit.train) at resid_post layer 1",
     "The features of a sparse autoencoder, or with `transcoder(…)` of a transcoder, that "
     "`mechdsl fit FILE` or `mechdsl run --fit FILE` trains on the vectors of the named tokens. "
-    '`kind` is "topk" (default), "batch_topk", "relu", "jump_relu" or "gated" (only `sae`); the '
-    "first two take `k: 4`, the others `penalty: 0.1`. `skip: true` gives a transcoder a linear "
-    "map of the MLP's input, too. The options of `fit` are `prompts`, "
+    '`kind` is "topk" (default), "batch_topk", "matryoshka", "relu", "jump_relu" or "gated" (only '
+    "`sae`); the first three take `k: 4`, the others `penalty: 0.1`. `skip: true` gives a "
+    "transcoder a linear map of the MLP's input, too. The options of `fit` are `prompts`, "
     "`limit`, `steps` (4000), `batch` (512 vectors), `accumulate` (1 batch per step), `precision` "
     '("fp32", or "bf16" for products of matrices), `rate` (0.001), `seed` (that of the file), '
     "`validation` (10% of the rows, which the training doesn't use), `patience` (none), "
@@ -616,8 +616,8 @@ _file(
     'Rules use the basis like `sae("FOLDER")`. A basis that '
     "isn't trained is E0642, an experiment on training rows E0345.",
     "tests/pipeline/test_trained_dictionaries.py",
-    "Gao et al. 2024, arXiv 2406.04093; Bussmann et al. 2024, arXiv 2412.06410; Rajamanoharan et "
-    "al. 2024, arXiv 2407.14435",
+    "Gao et al. 2024, arXiv 2406.04093; Bussmann et al. 2024, arXiv 2412.06410; Bussmann et al. "
+    "2025, arXiv 2503.17547; Rajamanoharan et al. 2024, arXiv 2407.14435",
 )
 _file(
     "basis: a dictionary of another one's decoder",

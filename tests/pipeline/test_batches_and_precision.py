@@ -237,12 +237,14 @@ def test_price_is_that_of_the_larger_batch_with_the_memory_of_one(
 # --- mistakes -------------------------------------------------------------------------------------
 
 BATCH_TOPK = dictionaries.SAE.replace(")", ', kind: "batch_topk")')
+MATRYOSHKA = dictionaries.SAE.replace(")", ', kind: "matryoshka")')
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "no number": (dictionaries.SAE, "accumulate: 0", "write `accumulate: 4`"),
     "half": (dictionaries.SAE, "accumulate: 1.5", "is a whole number from 1 on"),
     "fp16": (dictionaries.SAE, 'precision: "fp16"', 'is "fp32" or "bf16", in quotes'),
     "no quotes": (dictionaries.SAE, "precision: bf16", 'write `precision: "bf16"`'),
     "batch_topk": (BATCH_TOPK, "accumulate: 2", "compares the features of a whole batch"),
+    "matryoshka": (MATRYOSHKA, "accumulate: 2", "`matryoshka` compares the features of a whole"),
     "torch": (dictionaries.SAE, 'dtype: "bf16"', "write `precision: …`"),
     "lightning": (dictionaries.SAE, "accumulate_grad_batches: 4", "write `accumulate: …`"),
     "ica parts": ("ica(components: 4)", "accumulate: 2", "uses all vectors in every step"),

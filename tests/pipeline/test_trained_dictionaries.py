@@ -366,13 +366,13 @@ def test_rows_of_features_are_saved(tmp_path: Path) -> None:
     assert [line["index"] for line in lines] == [*range(6)]
 
 
-@pytest.mark.parametrize("kind", ["topk", "batch_topk", "relu", "jump_relu", "gated"])
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "matryoshka", "relu", "jump_relu", "gated"])
 @pytest.mark.parametrize("method", ["sae", "transcoder", "skip transcoder"])
 def test_every_kind_can_be_read(method: str, kind: str, tmp_path: Path) -> None:
     """The folder has the form that `sae("…")` and `transcoder("…")` read."""
     if method != "sae" and kind == "gated":
         pytest.skip("there are no gated transcoders")
-    sparse = f"k: {K}" if kind.endswith("topk") else "penalty: 0.3"
+    sparse = f"k: {K}" if kind in ("topk", "batch_topk", "matryoshka") else "penalty: 0.3"
     sparse += ", skip: true" if method.startswith("skip") else ""
     inner = f'{method.split()[-1]}(features: {FEATURES}, {sparse}, kind: "{kind}")'
     at = f"resid_post layer {LAYER}" if method == "sae" else "mlp_out layer 1"
