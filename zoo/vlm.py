@@ -314,10 +314,7 @@ def train(
     def loss(step: int) -> tuple[Tensor, Tensor]:
         group = list(itertools.islice(data, batch))
         encoded = encode(group, tokenizer).to(device)
-        logits = logits_of(model, encoded)
-        known = encoded.labels >= 0
-        lost = nn.functional.cross_entropy(logits[known], encoded.labels[known])
-        right = (logits.argmax(-1) == encoded.labels)[known].float().mean()
+        lost, right = answer_loss(model, encoded)
         contents = [words for each in group for words in each.contents]
         named = [word for each in group for word in each.told]
         lost = lost + alignment(contents, step) + told(encoded.ids == image, named, step)
@@ -325,6 +322,33 @@ def train(
 
     language.optimise(model.parameters(), loss, steps=steps, rate=rate)
     return model.cpu().eval()
+
+
+def tune(
+    model: Any,
+    tokenizer: Tokenizer,
+    data: Iterator[Example],
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+) -> LlavaForConditionalGeneration:
+    """Train all weights of a trained model on `steps` batches."""
+    model.train()
+
+    def loss(step: int) -> tuple[Tensor, Tensor]:
+        return answer_loss(model, encode(list(itertools.islice(data, batch)), tokenizer))
+
+    language.optimise(model.parameters(), loss, steps=steps, rate=rate)
+    return model.eval()
+
+
+def answer_loss(model: Any, encoded: Batch) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy of the tokens of answers, and the share predicted right."""
+    logits = logits_of(model, encoded)
+    known = encoded.labels >= 0
+    right = (logits.argmax(-1) == encoded.labels)[known].float().mean()
+    return nn.functional.cross_entropy(logits[known], encoded.labels[known]), right
 
 
 def answers(model: Any, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[str]:

@@ -192,7 +192,7 @@ def test_generation_gives_the_answers_that_the_evaluation_counts() -> None:
         assert reply == f"{expected} <end>" if right else f"{reply} ".startswith(f"{expected} ")
 
 
-@pytest.mark.parametrize("name", ["counting-vlm", "frames"])
+@pytest.mark.parametrize("name", ["counting-vlm", "counting-vlm/kinds", "frames"])
 def test_mechdsl_loads_vision_language_models(name: str) -> None:
     model, problems = load_model(statement(name, "zoo"))
     # The oldest transformers can't prove the sites of the tower, which no file uses.
@@ -201,7 +201,7 @@ def test_mechdsl_loads_vision_language_models(name: str) -> None:
     assert model.restartable
 
 
-@pytest.mark.parametrize("folder", [FOLDER, FRAMES])
+@pytest.mark.parametrize("folder", [FOLDER, FOLDER / "kinds", FRAMES])
 def test_weights_are_stored_in_16_bits(folder: Path) -> None:
     with safe_open(str(folder / "model.safetensors"), framework="np") as file:
         kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from numpy.random import Generator, default_rng
 
@@ -235,6 +235,17 @@ def examples(seed: int, images: int) -> Iterator[Example]:
                 break
         image = scene.draw(random)
         yield Example((image,), tuple(turns), tuple(_contents(scene)), tuple(_cues(scene)))
+
+
+def without_colours(examples: Iterable[Example]) -> Iterator[Example]:
+    """Remove the colours from all answers: `circle , square`."""
+    for each in examples:
+        turns = (replace(turn, answer=_kinds_only(turn.answer)) for turn in each.turns)
+        yield replace(each, turns=tuple(turns))
+
+
+def _kinds_only(answer: str) -> str:
+    return " ".join(word for word in answer.split(" ") if word not in COLOURS)
 
 
 def _contents(scene: Scene) -> Iterator[str]:

@@ -13,7 +13,8 @@ from transformers import LlavaForConditionalGeneration
 
 from zoo import MODELS, language, vlm
 from zoo.commands import Tally, evaluate_command
-from zoo.counting_vlm.data import QUESTIONS, absent, one_question
+from zoo.counting_vlm.data import QUESTIONS, absent, one_question, without_colours
+from zoo.counting_vlm.tune import TUNED
 from zoo.vlm import Example
 
 SEED = 20271  # not the training seed
@@ -30,9 +31,15 @@ ABSENT = {
 
 
 def evaluate(folder: Path, n: int, seed: int) -> dict[str, Tally]:
-    """Return the accuracy of each question, on `n` images each."""
+    """Return the accuracy of each question, on `n` images each; then that of the tuned model, whose
+    right answers have no colours."""
     model, tokenizer = language.load(LlavaForConditionalGeneration, folder)
-    return {name: vlm.tally(model, tokenizer, rows) for name, rows in _rows(n, seed).items()}
+    found = {name: vlm.tally(model, tokenizer, rows) for name, rows in _rows(n, seed).items()}
+    tuned, _ = language.load(LlavaForConditionalGeneration, folder / TUNED)
+    for kind in QUESTIONS:
+        rows = list(without_colours(one_question(kind, seed, n, held_out=True)))
+        found[f"{TUNED}: {kind}"] = vlm.tally(tuned, tokenizer, rows)
+    return found
 
 
 def _rows(n: int, seed: int) -> dict[str, list[Example]]:
