@@ -29,7 +29,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,8 @@ from mechdsl.forward.hooks.batch import (
     SenderFill,
     SiteRead,
     SiteWrite,
-    is_out_of_memory,
     number_senders,
-    release_memory,
+    try_pass,
 )
 from mechdsl.forward.hooks.circuits import compute_edge_scores
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
@@ -933,15 +932,10 @@ class EdgeScoring:
         size = self._rows.pass_rows
         while self._done < len(self._rows.trained):
             part = self._rows.trained[self._done : self._done + size]
-            try:
-                found = self._rows.score(part, self._trainer, self._steps)
-            except (RuntimeError, MemoryError) as error:
-                if len(part) == 1 or not is_out_of_memory(error):
-                    raise
+            score = partial(self._rows.score, part, self._trainer, self._steps)
+            found = try_pass(score, can_shrink=len(part) > 1)
+            if found is None:
                 size = len(part) // 2
-                found = None
-            if found is None:  # outside of the handler, which holds the tensors of the pass
-                release_memory()
                 continue
             self._total += found
             self._done += len(part)
@@ -1100,14 +1094,12 @@ class EdgeSearch:
         while sum(map(len, found)) < len(circuits):
             first = sum(map(len, found))
             part = circuits[first : first + self._together]
-            try:
-                found.append(self._rows.means_with(self._rows.trained, part, self._batch))
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if self._batch == 1 or not is_out_of_memory(error):
-                    raise
-            self._batch //= 2
-            release_memory()
+            measure = partial(self._rows.means_with, self._rows.trained, part, self._batch)
+            part_means = try_pass(measure, can_shrink=self._batch > 1)
+            if part_means is None:
+                self._batch //= 2
+            else:
+                found.append(part_means)
         means = np.concatenate(found)
         if not np.isfinite(means).all():
             raise NoCircuit("the measure is NaN or infinite", "use another measure, or other rows")

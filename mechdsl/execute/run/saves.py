@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from time import monotonic
@@ -34,7 +34,7 @@ from mechdsl.execute.run_record import ExecutionOptions, SavedFile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, SiteVectors, read_vectors, split_prompts
 from mechdsl.fits.vectors import split_edit
-from mechdsl.forward.hooks.batch import is_out_of_memory, release_memory
+from mechdsl.forward.hooks.batch import try_pass
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
@@ -701,20 +701,14 @@ class _FeatureRows:
         due = deque(split_prompts(model, run, points, there, size))
         while due:
             rows = due.popleft()
-            try:
-                keys = [b""] * len(rows)
-                given = model, run, lanes, [points], spot, rows, keys
-                own = read_token_vectors(*given, encoding=(system, inputs))[points]
-            except Exception as error:
-                if len(rows) == 1 or not is_out_of_memory(error):
-                    raise
-                own = None
+            given = model, run, lanes, [points], spot, rows, [b""] * len(rows)
+            read = partial(read_token_vectors, *given, encoding=(system, inputs))
+            own = try_pass(read, can_shrink=len(rows) > 1)
             runs.forget()
             if own is None:
-                release_memory()
                 due.extendleft(np.array_split(rows, 2)[::-1])
             else:
-                found.add(own, numbers[rows], system, inputs)
+                found.add(own[points], numbers[rows], system, inputs)
 
     # --- state of a long run ----------------------------------------------------------------------
 

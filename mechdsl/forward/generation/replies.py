@@ -48,9 +48,8 @@ from mechdsl.forward.hooks.batch import (
     apply_write,
     array_to_device,
     get_reply_bytes,
-    is_out_of_memory,
-    release_memory,
     to_device,
+    try_pass,
 )
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.hook_points import fuse_activations
@@ -898,17 +897,15 @@ class _GenerationJob:
 
     def replies(self, rows: Sequence[int]) -> Iterator[tuple[int, Reply]]:
         """Yield rows with their replies; a batch that exceeds memory is halved."""
-        try:
+
+        def together() -> list[Reply]:
             with fuse_activations(self.model.module):
-                found = self._together(rows)
-        except (RuntimeError, MemoryError) as error:
-            if len(rows) == 1 or not is_out_of_memory(error):
-                raise
-            found = None
+                return self._together(rows)
+
+        found = try_pass(together, can_shrink=len(rows) > 1)
         if found is not None:
             yield from zip(rows, found, strict=True)
             return
-        release_memory()
         half = len(rows) // 2
         yield from self.replies(rows[:half])
         yield from self.replies(rows[half:])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from mechdsl.fits.vectors import low_rank_change
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.models.shape import PaddingSide
 from mechdsl.vocab.sites import EdgeChange, stop_layer
+
+T = TypeVar("T")
 
 
 def array_to_device(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -759,6 +761,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def try_pass(one_pass: Callable[[], T], *, can_shrink: bool) -> T | None:
+    """Return what a pass returns; None if memory ran out, unless the pass can't be smaller.
+
+    Args:
+        one_pass: Runs the pass; it never returns None.
+        can_shrink: Whether the caller can run the same rows in smaller passes.
+    """
+    try:
+        return one_pass()
+    except (RuntimeError, MemoryError) as error:
+        if not can_shrink or not is_out_of_memory(error):
+            raise
+    release_memory()  # outside of the handler, whose exception refers to the tensors of the pass
+    return None
 
 
 def release_memory() -> None:
