@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mechdsl.base.files import UnreadableFile
 from mechdsl.base.text import name_list
-from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
@@ -211,7 +211,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
                     hint="write the singular: `layer *` makes a basis of each layer",
                 )
             )
-    if len(scope.diagnostics) > before or statement.site is None:
+    if has_errors(scope.diagnostics[before:]) or statement.site is None:
         return None
     return spec.Basis(
         span=statement.span,
@@ -232,7 +232,7 @@ def check_trained_direction(
     call, before = training_call(statement.value), len(scope.diagnostics)
     if call is not None:
         check_arguments(call, BASIS_METHODS[call.name], parts, scope, what="direction")
-    return len(scope.diagnostics) == before
+    return not has_errors(scope.diagnostics[before:])
 
 
 def lower_mask(statement: ast.GroupDef, parts: Definitions, scope: Namespace) -> spec.Basis | None:
@@ -304,7 +304,7 @@ def lower_saved_circuit(
         scope.diagnostics.append(
             BadBasis(span=statement.at.span, reason=reason, hint=hint, what="circuit")
         )
-    if len(scope.diagnostics) > before:
+    if has_errors(scope.diagnostics[before:]):
         return None
     return spec.Circuit(
         span=statement.span, name=statement.name.id, edges=(), source=statement.source
@@ -328,7 +328,7 @@ def lower_saved_group(
         hint = "write positions where the group is used: `ablate g at last token with zero`"
         bad = BadBasis(span=place.span, reason=reason, hint=hint, what="group")
         scope.diagnostics.append(bad)
-    if len(scope.diagnostics) > before:
+    if has_errors(scope.diagnostics[before:]):
         return None
     written, supernode = texts[0], texts[1] if len(texts) > 1 else None
     path, problems = path_to_read(SAVED_PATH, written, call.span)
@@ -474,7 +474,7 @@ def _check_mask(call: ast.Call, what: Statement, parts: Definitions, scope: Name
     before, method = len(scope.diagnostics), BASIS_METHODS.get(call.name)
     if method is not None and method.takes == "training":
         check_arguments(call, method, parts, scope, what=what)
-        return len(scope.diagnostics) == before
+        return not has_errors(scope.diagnostics[before:])
     chosen, example = _MASKS[what]
     reason = f"`{call.span.written}` doesn't choose {chosen}"
     hint = f"list {chosen}, or train a mask: {example}"
@@ -609,7 +609,7 @@ def _check_decoder(call: ast.Call, what: Statement, parts: Definitions, scope: N
             scope.diagnostics.append(
                 BadArgument(span=argument.span, name=name, reason=reason, hint=f"remove `{name}`")
             )
-    return len(scope.diagnostics) == before
+    return not has_errors(scope.diagnostics[before:])
 
 
 def keep_decoders(parts: Definitions, scope: Namespace) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Source, Span
-from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
 from mechdsl.diagnostics.rules import BadDirection
 from mechdsl.program import spec
@@ -38,7 +38,7 @@ def lower_direction(
     before = len(scope.diagnostics)
     if training_call(statement.value) is None:  # or else `check_trained_direction` has checked it
         _check(statement.value, parts, scope)
-    if len(scope.diagnostics) > before:
+    if has_errors(scope.diagnostics[before:]):
         return None
     calls = method_calls(statement.value)
     probes = [name for call in calls if (name := read_probe_name(call)) is not None]
@@ -57,7 +57,7 @@ def lower_direction(
         of = f"the probe `{probes[0]}`" if probes else "the other directions"
         hint = f"leave `at {site.span.written}` out: its site is that of {of}"
         _bad(statement.value, "it is computed from directions that have a site", hint, scope)
-    if len(scope.diagnostics) > before:
+    if has_errors(scope.diagnostics[before:]):
         return None
     return spec.Direction(
         span=statement.span,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.base.text import POSITION_SEPARATOR
-from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.experiments import BadControl
 from mechdsl.diagnostics.names import BadArgument, RepeatedStatement, UnknownWord
 from mechdsl.program import spec
@@ -306,7 +306,7 @@ def lower_control(work: Statements) -> spec.Control | None:
     before = len(work.diagnostics)
     what = _what(values[1:], work)
     frequency = _frequency(call, what, named.get("frequency"), work)
-    if len(work.diagnostics) > before:
+    if has_errors(work.diagnostics[before:]):
         return None
     return spec.Control(span=call.span, draws=draws, what=what, apart=apart, frequency=frequency)
 

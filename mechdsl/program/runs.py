@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mechdsl.base import limits
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Source, Span
-from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, MissingLine, UnknownWord
 from mechdsl.diagnostics.prompts import UnsampledRuns
 from mechdsl.diagnostics.syntax import NotSupported
@@ -502,4 +502,4 @@ def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
             reject_argument(each, name, known.says, hint, work)
             continue
         found[name] = int(number) if known.whole else float(number)
-    return None if len(work.diagnostics) > before else found
+    return None if has_errors(work.diagnostics[before:]) else found

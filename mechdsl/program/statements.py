@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.base.text import SHUFFLED_SUFFIX, name_list
-from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, RepeatedStatement, UnknownName
 from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
 from mechdsl.program import spec
@@ -224,7 +224,7 @@ class Statements:
         before = len(self.diagnostics)
         if isinstance(rule.body, ast.RegisteredRule):
             self._amount(rule.body)
-        if self._supported(rule) and len(self.diagnostics) == before:
+        if self._supported(rule) and not has_errors(self.diagnostics[before:]):
             self.rules.append((rule, loops))
 
     def _supported(self, statement: ast.Node) -> bool:
@@ -253,7 +253,7 @@ class Statements:
                 else:
                     self.scope.has("basis", name)
                     self.later(node.span, "a basis in this statement", BASIS_HINT)
-        return len(self.diagnostics) == before
+        return not has_errors(self.diagnostics[before:])
 
     def _chooses_positions(self, name: str | None) -> TypeGuard[str]:
         """Whether a name is that of a group of positions that a training chooses."""

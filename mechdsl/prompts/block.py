@@ -295,10 +295,10 @@ def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic 
         return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
     if not isinstance(kind, ImageChange):
         return None
-    hint, reason = (
-        "change a value that the template contains",
-        ("changes images, but these prompts are texts"),
-    )
+    reason = "changes images, but these prompts are texts"
+    hint = "change a value that the template contains"
+    if kind.name == "noise":
+        hint += ", or write `add gaussian(std: 3 sd) to embed at token 1`"
     return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+import mechdsl
 from mechdsl.images import pixels
 from mechdsl.images.picture import Picture, PictureChange, Region, box_coverage, covered_tokens
 from mechdsl.images.pixels import (
@@ -400,6 +401,17 @@ def test_texts_are_not_blurred(tmp_path: Path) -> None:
     text = 'model toy = zoo("counting")\nmodel vit = local("vit")'
     extra = "experiment f { model toy prompts p measure entropy as raw }"
     assert codes(tmp_path, blocks=f"{blocks}\n{extra}", model=text) == ["E0207"]
+
+
+def test_noise_in_texts_names_the_noise_of_embeddings() -> None:
+    text = """mech 1
+model toy = zoo("counting")
+prompts p { x in ["a", "b"] template "{x} b" answer "a" corrupt c { noise x tokens by 1 } }
+experiment f { model toy prompts p measure entropy as raw }
+"""
+    (found,) = mechdsl.validate(text)
+    assert found.code == "E0207"
+    assert "add gaussian(std: 3 sd) to embed" in found.hint
 
 
 def test_a_row_without_the_region(tmp_path: Path) -> None:

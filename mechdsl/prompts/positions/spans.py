@@ -11,7 +11,7 @@ from typing import Any
 from mechdsl.base.records import Record, closest_name, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
-from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.positions import (
     AbsentOccurrence,
     AmbiguousSpan,
@@ -139,7 +139,7 @@ class NamedNumbers:
             if any(isinstance(part, ast.Variable) and part.name in self.loops for part in parts):
                 self.swept.add(node.span)
         found = rewrite(positions, self._changed)
-        return found if len(self.diagnostics) == before else None
+        return found if not has_errors(self.diagnostics[before:]) else None
 
     def _changed(self, node: ast.Node) -> Any:
         return self._number(node) if isinstance(node, ast.Variable) else node
