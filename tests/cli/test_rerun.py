@@ -115,6 +115,7 @@ def test_from_python(made: Path) -> None:
     assert done.stdout == "{ True heads.mech: unchange\n[]\n", done.stderr
 
 
+@pytest.mark.slow
 def test_weights_are_not_read_again(tmp_path: Path) -> None:
     """A model of 20 MB: neither its file of weights nor that of another is opened."""
     folder = own_model(tmp_path, width=256)

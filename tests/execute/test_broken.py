@@ -396,7 +396,8 @@ def test_packed_rows_are_whole_passes(folder: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), in_turn(list(BREAKS), ["gpt2", "llama", "gpt_neox"], BREAKS)
+    ("name", "family"),
+    in_turn(list(BREAKS), ["gpt2", "llama", "gpt_neox"], list(BREAKS)[::2]),
 )
 def test_broken_packed_rows_are_noticed(
     folder: Path, name: str, family: str, monkeypatch: pytest.MonkeyPatch

@@ -327,9 +327,9 @@ OTHER_RULES = [name for name in RULES if name != "random"]
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        *in_turn(OTHER_RULES, ["sae", "z", "transcoder"]),
+        *in_turn(OTHER_RULES, ["sae", "z", "transcoder"], OTHER_RULES[::2]),
         ("random", "sae"),  # elsewhere, no other feature is as frequent as feature 1
-        *in_turn(OTHER_RULES, ["factors"], OTHER_RULES[::2]),
+        *in_turn(OTHER_RULES, ["factors"], OTHER_RULES[1::4]),
     ],
 )
 def test_rules_use_it_as_a_dictionary_of_a_folder(name: str, kind: str, tmp_path: Path) -> None:

@@ -254,7 +254,8 @@ def write_turned(folder: Path, seed: int) -> Path:
     return write(folder, f"direction r = {line}\n", used, blocks=blocks)
 
 
-@pytest.mark.parametrize("seed", some(range(3), [0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_a_planted_edit_is_found(seed: int, tmp_path: Path) -> None:
     """On held-out words, the answer is that of the next class; a constant vector can't do that."""
     model, plane = planted()
@@ -290,7 +291,7 @@ RULES = {
 MORE = f"direction named = r\ndirection v = mean(second) at {SITE}\n"
 
 
-@pytest.mark.parametrize("name", some(RULES, [*RULES][::2]))
+@pytest.mark.parametrize("name", some(RULES, [*RULES][1::4]))
 def test_rules_use_it_as_an_edit_of_a_file(name: str, tmp_path: Path) -> None:
     """Bit for bit, together with another experiment on the same block."""
     replies = RULES[name][0].startswith("generate")

@@ -25,7 +25,7 @@ from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.pipeline.trained_files import fits_of_file
 
 from ..execute.support import shared
-from ..quick import in_turn
+from ..quick import in_turn, some
 from ..rules.models import double
 from ..rules.support import plain, rows, tokens
 from ..rules.test_observations import end_of
@@ -259,7 +259,7 @@ USES = {
 DIRECTION = "direction u = mean(p) at resid_post layer 0 at last token\n"
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", some(USES, [*USES][::2]))
 def test_observations_read_it_as_a_lens_of_a_file(name: str, tmp_path: Path) -> None:
     """Bit for bit, together with another experiment on the same block."""
     _, lines, measure = USES[name]

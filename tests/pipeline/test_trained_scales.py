@@ -171,7 +171,7 @@ RULES = {
 MORE = "group movers = L0H1, L1H2, L2H3\ndirection named = s\n"
 
 
-@pytest.mark.parametrize("name", some(RULES, [*RULES][::2]))
+@pytest.mark.parametrize("name", some(RULES, [*RULES][1::4]))
 def test_rules_use_them_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None:
     """Bit for bit, together with another experiment on the same block."""
     measure = "measure logit(answer) as raw" if name == "replies" else MEASURE

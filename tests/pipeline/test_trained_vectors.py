@@ -250,7 +250,7 @@ RULES = {
 MORE = f"direction w = 2 * v - unit(v)\nbasis b = directions(v) at {SITE}\n"
 
 
-@pytest.mark.parametrize("name", some(RULES, [*RULES][::2]))
+@pytest.mark.parametrize("name", some(RULES, [*RULES][2::4]))
 def test_rules_use_it_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None:
     """Bit for bit, together with another experiment on the same block."""
     measure = "measure logit(answer) as raw" if name == "replies" else MEASURE

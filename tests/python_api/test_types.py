@@ -27,6 +27,7 @@ def test_charts_accept_the_arguments_of_their_reports() -> None:
     assert with_top == {"overlay"}
 
 
+@pytest.mark.slow  # `make lint` checks the same file
 @pytest.mark.skipif(find_spec("pyright") is None, reason="pyright isn't installed")
 def test_right_calls_have_types_and_wrong_calls_are_reported() -> None:
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]

@@ -146,7 +146,9 @@ def picture_at(name: str, rows: int, columns: int, folder: Path) -> tuple[Experi
     return result, drawn(result, line, folder)
 
 
-@pytest.mark.parametrize(("name", "size"), in_turn(list(PICTURES), SMALL[::-1], PICTURES))
+@pytest.mark.parametrize(
+    ("name", "size"), in_turn(list(PICTURES), SMALL[::-1], list(PICTURES)[::2])
+)
 def test_no_text_lies_on_another(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     result, svg = picture_at(name, *size, tmp_path)
     assert any(f"n = {result.statistics[0].n.min()}" in text for text in checked(svg))
@@ -429,7 +431,7 @@ def made_up(experiment: ResolvedExperiment) -> ExperimentResult:
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        pytest.param(text, path, id=name, marks=pytest.mark.slow if number % 4 else ())
+        pytest.param(text, path, id=name, marks=pytest.mark.slow if number % 8 else ())
         for number, (name, text, path) in enumerate(programs())
     ],
 )
