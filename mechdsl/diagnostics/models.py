@@ -672,12 +672,14 @@ class ModelTokenMismatch(Diagnostic):
         "`{source}` and `{base}` tokenise the prompts differently, in {rows:,} of {total:,} rows"
     )
     label = "{example}"
-    help = "positions must agree in both: use models with the same tokenizer and the same `bos`"
+    help = "positions must agree in both: use models with {equal}"
     source: str
     base: str
     rows: int
     total: int
     example: str
+    equal: str
+    """What has to be equal."""
 
 
 @keyword_record

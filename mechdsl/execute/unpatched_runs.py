@@ -380,7 +380,7 @@ class _ReplyPasses:
 
     def _pass(self, asked: _RunRequest, chunk: Ints, reads: Sequence[SiteRead]) -> _Pass:
         run = asked.run or self.rows.run
-        model = self.runs.model if asked.run is None else self.runs.model_of(run)
+        model = self.runs.model_of(run)
         prompts = self.rows.prompts[chunk]
         texts = [
             (*run.rows[prompt].ids, *self.rows.replies[row].ids)

@@ -21,7 +21,8 @@ from mechdsl.prompts.answers import output_texts
 from mechdsl.prompts.conventions import image_conventions, noise_conventions
 from mechdsl.prompts.other_runs import PairedRun
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import PromptRun, TextTokens
+from mechdsl.prompts.runs import PromptRun, RunRow, TextTokens
+from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN
 from mechdsl.prompts.tokens.images import ImageTokenizer, read_processing
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.types import ModelContext, OppositeTower
@@ -177,26 +178,30 @@ def build_model_run(
     base: ModelContext,
     run: spec.ExternalRunSpec,
 ) -> tuple[PairedRun | None, list[Diagnostic]]:
-    """Create the clean run of the same prompts in another model.
+    """Create the clean run of the same prompts in another model, which prepares images itself.
 
     Reports E0416 if that model sees different tokens.
     """
     own = dict(zip(table.row_ids, table.runs[CLEAN].rows, strict=True))
     others = dict(zip(theirs.row_ids, theirs.runs[CLEAN].rows, strict=True))
-    unlike = [n for n, row in own.items() if n not in others or others[n].ids != row.ids]
+    unlike = [n for n, row in own.items() if n not in others or not _agree(row, others[n])]
     if not unlike or source.tokenizer.stands_in or base.tokenizer.stands_in:
-        return PairedRun(
-            PromptRun(
-                run.name, table.runs[CLEAN].rows, model=run.model, chat=table.runs[CLEAN].chat
-            ),
-            "",
-        ), []
+        rows = tuple(others.get(n, row) if row.pictures else row for n, row in own.items())
+        chat = table.runs[CLEAN].chat
+        return PairedRun(PromptRun(run.name, rows, model=run.model, chat=chat), ""), []
+    first = unlike[0]
     tokens = [
-        " ".join(context.tokenizer.token_text(i) for i in rows[unlike[0]].ids[:8])
-        if unlike[0] in rows
+        " ".join(context.tokenizer.token_text(i) for i in rows[first].ids[:8])
+        if first in rows
         else "nothing"
         for context, rows in ((source, others), (base, own))
     ]
+    example = f"row {first} begins with `{tokens[0]}` and `{tokens[1]}`"
+    equal = "the same tokenizer and the same `bos`"
+    if first in others and others[first].pictures != own[first].pictures:
+        counts = len(others[first].ids), len(own[first].ids)
+        example = f"row {first} has {counts[0]:,} and {counts[1]:,} tokens, images included"
+        equal = "processors that give images the same rows and columns of tokens"
     return None, [
         ModelTokenMismatch(
             span=run.span,
@@ -204,9 +209,23 @@ def build_model_run(
             base=base.name,
             rows=len(unlike),
             total=len(own),
-            example=f"row {unlike[0]} begins with `{tokens[0]}` and `{tokens[1]}`",
+            example=example,
+            equal=equal,
         )
     ]
+
+
+def _agree(row: RunRow, other: RunRow) -> bool:
+    """Return whether two models see the same tokens. Those of an image may have other numbers: they
+    stand for vectors that depend on each model's processor."""
+    if row.ids == other.ids:
+        return True
+    pairs = zip(row.ids, other.ids, strict=False)
+    return (
+        len(row.ids) == len(other.ids)
+        and row.pictures == other.pictures
+        and all(own == theirs or min(own, theirs) >= IMAGE_TOKEN for own, theirs in pairs)
+    )
 
 
 def measures_choice(experiment: spec.Experiment) -> bool:
