@@ -40,6 +40,7 @@ from mechdsl.prompts.table import (
     add_stand_in_runs,
     block_rows_key,
     build_table,
+    joins_frames,
     stand_in_images,
     stand_in_table,
 )
@@ -803,6 +804,7 @@ class FileContexts:
             blocks=self.program.prompts,
             python=self.python,
             chat=None if tokenizer is None else tokenizer.chat_for(prompts),
+            joins_frames=joins_frames(prompts, tokenizer),
         )
 
     def table_alone(self, name: str) -> None:

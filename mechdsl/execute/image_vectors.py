@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ from mechdsl.forward.hooks.model import (
 )
 from mechdsl.forward.hooks.module_exchange import get_activation, replace_activation
 from mechdsl.images.layouts import ImageExpansion, PromptPicture
+from mechdsl.images.picture import Picture, Video
 from mechdsl.images.pixels import render_pixels
 from mechdsl.images.sounds import Sound, render_samples
 from mechdsl.models.anatomy import ATTENDED, TILES
@@ -80,8 +82,9 @@ class ImageVectors:
         self._asked: Tensor | None = None
         self._passing: Tensor | None = None
         """[B, T] tokens of the running pass."""
-        self.apart: float | None = None
-        """Difference from the model's own forward, relative to the largest logit; None: unknown."""
+        self.apart: dict[str, float] = {}
+        """Difference from the model's own forward, relative to the largest logit, by the noun of
+        pictures (`image`, `video`)."""
         embedding: nn.Module = model.module.get_input_embeddings()  # type: ignore[operator]
         _remove_hooks(model.module)
         embedding.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -152,10 +155,10 @@ class ImageVectors:
             for marker, each in row.pictures.items()
             if marker not in self._known
         }
-        by_size: dict[tuple[int, int], list[tuple[str, PromptPicture]]] = {}
+        by_extent: dict[tuple[int, ...], list[tuple[str, PromptPicture]]] = {}
         for marker, each in new.items():
-            by_size.setdefault(each.picture.size, []).append((marker, each))
-        for alike in by_size.values():
+            by_extent.setdefault(each.picture.extent, []).append((marker, each))
+        for alike in by_extent.values():
             for start in range(0, len(alike), _AT_ONCE):
                 self._add(model, alike[start : start + _AT_ONCE])
 
@@ -183,9 +186,13 @@ class ImageVectors:
         layout = self.reader.layout
         if layout.several_layers:
             self._keep_later(model, later, places)
-        numbers = [row for _, each in images for row in _number_cells(each.expansion)]
-        every = [self._numbers, torch.tensor(numbers, device=device)]
-        self._numbers = torch.cat(every)[places]
+        is_video = isinstance(images[0][1].picture, Video)
+        if is_video and layout.numbering == "by row and column":
+            numbers = _number_frames(model, batch, own)
+        else:
+            cells = [row for _, each in images for row in _number_cells(each.expansion)]
+            numbers = torch.tensor(cells, device=device)
+        self._numbers = torch.cat([self._numbers, numbers])[places]
         IMAGE_TOKENS[model.module] = ImageTokenTable(
             tokens=self._tokens,
             offsets=self._numbers[:, :3] if layout.numbering == "by row and column" else None,
@@ -438,6 +445,32 @@ def _number_cells(expansion: ImageExpansion) -> list[tuple[int, int, int, int]]:
     return [*found[:-1], (*found[-1][:3], max(expansion.size))]
 
 
+def _number_frames(model: LoadedModel, batch: Batch, own: Tensor) -> Tensor:
+    """Return [N, 4] as `_number_cells`, from the model's numbers for prompts of one video each.
+
+    Args:
+        model: A model that numbers tokens of videos by frame, row and column.
+        batch: The prompts, in which text follows each video.
+        own: [B, T] bool, the tokens of the videos.
+    """
+    module: Any = model.module
+    count = module.model.get_rope_index
+    given = {"input_ids": batch.ids, "attention_mask": batch.mask, **batch.extra}
+    known = signature(count).parameters
+    numbers: Tensor = count(**{name: each for name, each in given.items() if name in known})[0]
+    found: list[Tensor] = []
+    for row, tokens in enumerate(own):
+        columns = tokens.nonzero()[:, 0]
+        gaps = (columns.diff() > 1).nonzero()[:, 0] + 1
+        for part in columns.tensor_split(gaps.tolist()):  # text may separate the frames
+            start = numbers[:, row, part[0]].min()
+            offsets = numbers[:, row, part].T - start
+            advance = offsets.new_zeros(len(offsets), 1)
+            advance[-1] = numbers[:, row, part[-1] + 1].min() - start
+            found.append(torch.cat([offsets, advance], 1))
+    return torch.cat(found)
+
+
 def _remove_hooks(module: nn.Module) -> None:
     """Remove hooks of earlier vectors, also of the model that this one is a copy of."""
     for part in module.modules():
@@ -515,33 +548,39 @@ def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tens
 def prepare_images(
     model: LoadedModel, reader: ImagePromptTokenizer, pictures: Sequence[PromptPicture]
 ) -> tuple[Batch, Tensor]:
-    """Return prompts of one image each, prepared by the model's processor.
+    """Return prompts of one image or video each, prepared by the model's processor.
 
     Args:
         model: The model.
         reader: Its tokenizer.
-        pictures: Images of one size.
+        pictures: Images or videos of one extent.
 
     Returns:
         The batch with the processor's further inputs; [B, T] bool, the tokens of the images.
     """
     from PIL import Image
 
-    images = [[Image.fromarray(render_pixels(each.picture))] for each in pictures]
-    made: Mapping[str, Any] = reader.processor(
-        text=[reader.image_text.given] * len(images), images=images, return_tensors="pt"
-    )
+    extent = pictures[0].picture.extent
+    every = [[Image.fromarray(render_pixels(own)) for own in _frames(each)] for each in pictures]
+    images, videos = (every, ()) if len(extent) == 2 else ((), every)
+    texts = [reader.text_of(extent).given] * len(pictures)
+    made = reader.prepare(texts, images, videos, return_tensors="pt")
     rows: list[list[int]] = made["input_ids"].tolist()
     batch = Batch.of(rows, model.pad_id, model.calling.side, model.device)
     extra = dict(_further_inputs(model, made))
-    return batch.with_inputs(extra), batch.ids == reader.image_id
+    return batch.with_inputs(extra), batch.ids == reader.token_of(extent)
+
+
+def _frames(picture: PromptPicture) -> tuple[Picture, ...]:
+    own = picture.picture
+    return own.of if isinstance(own, Video) else (own,)
 
 
 def _further_inputs(model: LoadedModel, made: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield the inputs of a processor other than the tokens, on the model's device."""
     for name, value in made.items():
-        if name not in ("input_ids", "attention_mask", "labels"):
-            moved = value.to(model.device)
+        if name not in ("input_ids", "attention_mask", "labels", "video_metadata"):
+            moved = torch.as_tensor(value).to(model.device)
             yield name, moved.to(model.dtype) if moved.is_floating_point() else moved
 
 
@@ -582,18 +621,21 @@ def _first_image(model: LoadedModel, rows: Iterable[RunRow]) -> tuple[RunRow, Im
 def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> ImagesNotVectors | None:
     """Return E0458 if a model's images act by more than their vectors at the embedding.
 
-    The first image of a model decides.
+    The first image and the first video of a model decide.
     """
     first = None if model.shape.encodes_apart else _first_image(model, rows)
     if first is None:
         return None
     row, vectors = first
-    if vectors.apart is None:
-        vectors.apart = _compare_forms(model, vectors.reader, row)
-    if vectors.apart <= max(_TOLERANCE, 8 * torch.finfo(model.dtype).eps):
+    for marker, picture in row.pictures.items():
+        if (noun := picture.picture.noun) not in vectors.apart:
+            vectors.apart[noun] = _compare_forms(model, vectors.reader, row, marker)
+    apart = max(vectors.apart[each.picture.noun] for each in row.pictures.values())
+    if apart <= max(_TOLERANCE, 8 * torch.finfo(model.dtype).eps):
         return None
-    apart = f"{vectors.apart:.2g}"
-    return ImagesNotVectors(model=model.name, architecture=model.shape.architecture, apart=apart)
+    return ImagesNotVectors(
+        model=model.name, architecture=model.shape.architecture, apart=f"{apart:.2g}"
+    )
 
 
 def check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel | None:
@@ -613,11 +655,13 @@ def check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel 
     return SiteNotOnModel(span=None, model=model.name, site=site, reason=reason, hint=hint)
 
 
-def _compare_forms(model: LoadedModel, reader: ImagePromptTokenizer, row: RunRow) -> float:
-    """Return how far the logits of the model's own forward on a row's first image and last tokens
+def _compare_forms(
+    model: LoadedModel, reader: ImagePromptTokenizer, row: RunRow, marker: str
+) -> float:
+    """Return how far the logits of the model's own forward on an image of a row and its last tokens
     of text are from those of a pass in which the image's tokens have its vectors, relative to the
     largest logit."""
-    [(marker, picture), *_] = row.pictures.items()
+    picture = row.pictures[marker]
     text = [token for token in row.ids if token < IMAGE_TOKEN][-_TEXT_AFTER:]
     batch, own = prepare_images(model, reader, [picture])
     with torch.inference_mode():

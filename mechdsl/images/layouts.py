@@ -151,6 +151,14 @@ class ImageExpansion(Record):
             (cell.row - tile.top + 1, cell.col - tile.left + 1): cell.position for cell in cells
         }
 
+    def frame(self, number: int) -> tuple[int, ImageExpansion]:
+        """Return the first token of a frame of a video, and its tokens as those of an image."""
+        cells = [cell for cell in self.layout.cells if cell.tile == number]
+        first, end = cells[0].position, cells[-1].position + 1
+        moved = tuple(replace(cell, tile=1, position=cell.position - first) for cell in cells)
+        layout = ImageTokens(0, end - first, moved, {})
+        return first, ImageExpansion(self.ids[first:end], self.is_image[first:end], layout)
+
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns of the grid; (0, 0) if no token reads one part of the image."""
@@ -331,6 +339,14 @@ class ImageText(Record):
     token: str
     """The image token in `written`, which the tokens of an image replace."""
 
+    def token_range(self, first: int = 0) -> tuple[int, int]:
+        """Return the characters of `token` in a text in which `written` begins at `first`."""
+        start = first + self.written.index(self.token)
+        return start, start + len(self.token)
+
+
+FRAMES_PER_SECOND = 2
+"""The rate of the frames that a video processor gets, the one at which Qwen's samples videos."""
 
 _NATURAL_SIZE = (224, 224)
 
@@ -377,6 +393,13 @@ class ImageLayout:
         if not isinstance(text, str):
             raise UnsupportedProcessor("it names no image token")
         return ImageText(text, text, text)
+
+    def video_text(self, processor: Any, config: Any) -> ImageText:
+        """Return the texts that stand for a video: those of an image with the video token."""
+        own = self.image_text(processor, config)
+        token = str(processor.video_token)
+        given, written = (text.replace(own.token, token) for text in (own.given, own.written))
+        return ImageText(given, written, token)
 
     def reader(self, processor: Any) -> Any:
         """Return the part of a processor that reads images."""
@@ -933,6 +956,13 @@ class Qwen3(Qwen):
     documentation = "as `qwen2_vl`"
     several_layers = True
     without_vision = "its vision encoder also adds vectors after blocks of the language model"
+
+    def video_text(self, processor: Any, config: Any) -> ImageText:
+        """Return the video token, in whose place the processor writes each pair of frames with its
+        time and tokens around it."""
+        own, merged = super().video_text(processor, config), processor.video_processor
+        seconds = (merged.temporal_patch_size - 1) / FRAMES_PER_SECOND / 2  # mean of the first pair
+        return replace(own, given=own.token, written=f"<{seconds:.1f} seconds>{own.written}")
 
 
 @layout("idefics2")

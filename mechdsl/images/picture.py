@@ -101,9 +101,17 @@ _OPEN, _CLOSE = "\u27e6", "\u27e7"
 _NO_BRACKETS = {ord(_OPEN): "[", ord(_CLOSE): "]"}
 
 MARKER = re.compile(
-    rf"{_OPEN}(image|sound) [^{_OPEN}{_CLOSE}]* #[0-9a-f]+ (?P<width>\d+) x (?P<height>\d+){_CLOSE}"
+    rf"{_OPEN}(?:image|sound|video) [^{_OPEN}{_CLOSE}]* #[0-9a-f]+ "
+    rf"(?P<width>\d+) x (?P<height>\d+)(?: x (?P<frames>\d+))?{_CLOSE}"
 )
-"""The marker of an image or a sound, with its size: 0 x 0 if it takes the model's."""
+"""The marker of an image, a sound or a video, with its size: 0 x 0 if it takes the model's."""
+
+
+def marker_extent(marker: re.Match[str]) -> tuple[int, ...]:
+    """Return `Picture.extent` of the picture that a marker stands for."""
+    found = marker["height"], marker["width"], marker["frames"]
+    return tuple(int(each) for each in found if each is not None)
+
 
 RENDERING_VERSION = 1
 """Version of the pixels of generated images: a new version changes all generated images."""
@@ -178,19 +186,19 @@ class Picture(Record):
     """What it describes, in markers and messages."""
 
     how: str
-    """`file`, `shapes`, `grid`, `mean` or a name in `IMAGE_BASELINES`."""
+    """`file`, `shapes`, `grid`, `mean`, `video` or a name in `IMAGE_BASELINES`."""
     path: Path | None = None
     """For a file, its path."""
     digest: str = ""
-    """For a file, SHA-256 of its bytes. For a mean, the digest of its images."""
+    """For a file, SHA-256 of its bytes. For a mean or a video, the digest of its images."""
     said: str = ""
     """For a file, the path as written. For a mean, the name of its block."""
     of: tuple[Picture, ...] = field(default=(), compare=False, repr=False)
-    """For a mean, its images."""
+    """For a mean, its images; for a video, its frames."""
     kind: str = ""
     """For shapes, their type."""
     count: int = 1
-    """Number of shapes, or of images in a mean."""
+    """Number of shapes, of images in a mean, or of frames."""
     colour: str = ""
     texture: str = ""
     """For shapes and their background; empty if drawn at random."""
@@ -213,7 +221,7 @@ class Picture(Record):
         """Return a digest of everything that the pixels depend on."""
         told: list[object] = [self.how]
         match self.how:
-            case "file" | "mean":
+            case "file" | "mean" | "video":
                 told += [self.digest]
             case "shapes":
                 told += [RENDERING_VERSION, self.kind, self.count, self.size, self.seed]
@@ -250,6 +258,8 @@ class Picture(Record):
         match self.how:
             case "file":
                 return self.said
+            case "video":
+                return f"{self.count:,} frames from {self.of[0].words}"
             case "mean":
                 return f"mean of {self.count:,} of {self.said}"
             case "shapes":
@@ -269,8 +279,14 @@ class Picture(Record):
     @property
     def marker(self) -> str:
         """The text that stands for the image in a longer prompt; equal exactly for equal images."""
-        said = self.text.translate(_NO_BRACKETS)
-        return f"{_OPEN}{self.noun} {said} {self.size[1]} x {self.size[0]}{_CLOSE}"
+        said, (height, width, *frames) = self.text.translate(_NO_BRACKETS), self.extent
+        size = " x ".join(map(str, (width, height, *frames)))
+        return f"{_OPEN}{self.noun} {said} {size}{_CLOSE}"
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """(height, width), and the number of frames of a video: its tokens depend on them."""
+        return self.size
 
     @property
     def uncut(self) -> Picture:
@@ -284,6 +300,36 @@ class Picture(Record):
         return replace(self, size=size, of=tuple(each.sized(size) for each in self.of))
 
 
+@record
+class Video(Picture):
+    """Frames of one size that a model's video processor reads together; `size` is theirs."""
+
+    noun: ClassVar[str] = "video"
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        return *self.size, self.count
+
+
+def video_picture(frames: tuple[Picture, ...]) -> Video:
+    """Return the video of frames, of which those without a size take that of the others.
+
+    Raises:
+        ValueError: The frames have different sizes, which the message lists.
+    """
+    sizes = sorted({each.size for each in frames} - {(0, 0)})
+    if len(sizes) > 1:
+        raise ValueError(" and ".join(f"{width} x {height}" for height, width in sizes))
+    size = sizes[0] if sizes else (0, 0)
+    frames = tuple(each.sized(size) for each in frames)
+    return Video("video", digest=_digest(frames), of=frames, count=len(frames), size=size)
+
+
+def _digest(pictures: tuple[Picture, ...]) -> str:
+    told = json.dumps([each.content() for each in pictures]).encode()
+    return blake2b(told, digest_size=_DIGITS).hexdigest()
+
+
 def mean_picture(
     pictures: tuple[Picture, ...], said: str, size: tuple[int, int] = (0, 0)
 ) -> Picture:
@@ -294,7 +340,5 @@ def mean_picture(
         said: A description of the images.
         size: Their (height, width), for a mean before preparation; else it is one after it.
     """
-    told = json.dumps([each.content() for each in pictures]).encode()
-    digest = blake2b(told, digest_size=_DIGITS).hexdigest()
-    count = len(pictures)
+    digest, count = _digest(pictures), len(pictures)
     return Picture("mean", digest=digest, said=said, of=pictures, count=count, size=size)

@@ -516,6 +516,13 @@ def _without_wrong_changes(prompts: spec.Prompts, parameters: Constants) -> spec
 class PromptsBlock:
     """The names of a block and their definitions, from its parsed specification."""
 
+    python: bool
+    """Whether functions of Python files may run."""
+    chat: ChatTemplate | None
+    """The chat template that formats turns; None if the tokenizer isn't available."""
+    joins_frames: bool
+    """Whether the model's video processor reads the frames of a video together."""
+
     def __init__(
         self,
         prompts: spec.Prompts,
@@ -526,6 +533,7 @@ class PromptsBlock:
         blocks: PromptsSpecs,
         python: bool = False,
         chat: ChatTemplate | None = None,
+        joins_frames: bool = False,
     ) -> None:
         self.spec = _without_wrong_changes(prompts, parameters)
         self.name = prompts.name
@@ -534,9 +542,8 @@ class PromptsBlock:
         self.words = words
         self.blocks = blocks
         self.python = python
-        """Whether functions of Python files may run."""
         self.chat = chat
-        """The chat template that formats turns; None if the tokenizer isn't available."""
+        self.joins_frames = joins_frames
         self.diagnostics: list[Diagnostic] = [
             d for c in prompts.corruptions for d in change_problems(c.changes, parameters)
         ] + check_image_changes(prompts)

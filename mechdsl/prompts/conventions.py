@@ -10,7 +10,8 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoTokenFor
 from mechdsl.diagnostics.prompts import EmptyPrompt, PromptTooLong, UnknownWords
 from mechdsl.images.baselines import GRAY_LEVEL
-from mechdsl.images.picture import PictureChange
+from mechdsl.images.layouts import FRAMES_PER_SECOND
+from mechdsl.images.picture import PictureChange, Video
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.rows import PromptTable
@@ -86,9 +87,12 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
         said = f"{shown} tokens, rows and columns counted from 1 at the top left"
         if every[0].expansion.is_sound:
             said = f"{grids[-1][1]} frames, counted from 1; those after its end are silence"
-        if isinstance(tokenizer, ImagePromptTokenizer):
+        joined = name in videos and tokenizer.reads_videos
+        if isinstance(tokenizer, ImagePromptTokenizer) and not joined:
             said = f"prepared by the model's `{tokenizer.processor_name}`; {said}"
-        if name in videos:
+        if joined:
+            said = f"{_joined_frames(name, rows, tokenizer)}; {said}"
+        elif name in videos:
             counts = sorted({len(row.pictures_of(name)) for row in rows})
             shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             said = f"{shown} frames, which the model reads as images in a row, each {said}"
@@ -102,6 +106,19 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
             )
             out[f"regions of `{name}`"] = f"{', '.join(regions)}: {share}"
     return out
+
+
+def _joined_frames(name: str, rows: Sequence[RunRow], tokenizer: TextTokenizer) -> str:
+    """Describe the frames of a video that a video processor reads."""
+    assert isinstance(tokenizer, ImagePromptTokenizer)
+    videos = [each for row in rows for each in row.whole_pictures if each.name == name]
+    counts = sorted({each.picture.picture.count for each in videos})
+    shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    said = f"{shown} frames, {FRAMES_PER_SECOND} per second, all read by the model's "
+    said += f"`{tokenizer.video_processor_name}`"
+    if (merged := videos[0].merged_frames) > 1:
+        said += f", which merges {merged} frames: `frame 1` is the first {merged}"
+    return said
 
 
 def _chat_conventions(
@@ -141,7 +158,8 @@ def image_conventions(table: PromptTable) -> dict[str, str]:
     out: dict[str, str] = {}
     for name, run in table.runs.items():
         images = [row.image for row in run.rows if row.image is not None]
-        images += [each.picture for row in run.rows for each in row.pictures.values()]
+        for own in (each.picture for row in run.rows for each in row.pictures.values()):
+            images += own.of if isinstance(own, Video) else (own,)
         done: dict[tuple[object, ...], list[PictureChange]] = {}
         for change in (each for image in images for each in image.changes):
             done.setdefault((change.how, change.patches is None), []).append(change)
@@ -233,7 +251,7 @@ def _by_turn(
         # Without the decoder's first tokens, which have no text.
         decodes = any(first < last for first, last in tokens.offsets[tokens.source :])
         read = tokens.ids if decodes else tokens.ids[: tokens.source or None]
-        places = [i for i, token in enumerate(read) if token == unknown]
+        places = [i for i, token in enumerate(read) if token == unknown and not tokens.special[i]]
         if unknown is None or not places:
             continue
         turns = list(find_turns(rich, roles))

@@ -100,7 +100,7 @@ def _list_images(row: RunRow, tokenizer: TextTokenizer) -> list[tuple[int, int, 
         if tokenizer.bos_after_images is not None:
             after = (*after, tokenizer.bos_after_images)
     found: list[tuple[int, int, list[int]]] = []
-    for placed in row.placed_pictures:
+    for placed in row.whole_pictures:
         expansion = placed.picture.expansion
         first, end = placed.first, placed.first + len(expansion.ids)
         # A mark joined with the text next to it is a token of the text.

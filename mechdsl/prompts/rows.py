@@ -34,6 +34,7 @@ from mechdsl.images.picture import (
     PictureChange,
     Region,
     pixel_box,
+    video_picture,
 )
 from mechdsl.images.sounds import GENERATED_SOUNDS, Sound
 from mechdsl.program import spec
@@ -134,6 +135,20 @@ def row_frames(row: Row, node: ast.Expr, name: str) -> tuple[Picture, ...]:
         raise image_refusal(node.span, written, reason, hint)
     named = (f"{written.rstrip('/')}/{each.name}" for each in paths)
     return tuple(_of_path(each, *inspect_row_image(row, each, node.span)) for each in named)
+
+
+def join_frames(video: spec.PictureDef, frames: tuple[Picture, ...]) -> Picture:
+    """Return the frames of a row as one video. Raises `Refusal` (E0207)."""
+    try:
+        return video_picture(frames)
+    except ValueError as error:
+        raise Refusal(
+            BadArgument,
+            video.span,
+            name=video.name,
+            reason=f"has frames of {error} pixels",
+            hint="resize them: a model's video processor reads frames of one size",
+        ) from None
 
 
 def row_sound(row: Row, node: ast.Expr, name: str) -> Sound:
@@ -580,10 +595,11 @@ class ImageRow:
     @cached_property
     def pictures(self) -> Mapping[str, Picture]:
         """The images in a prompt, by name, after the changes; `clip 2` is the second frame of the
-        video `clip`."""
+        video `clip`, unless the model has a video processor, which reads all as `clip`."""
         row, found = cast("Row", self), dict[str, Picture]()
         if not row.block.spec.pictures:
             return _NOTHING
+        made: dict[str, Picture]
         for each in row.block.spec.pictures:
             if each.is_video:
                 frames = enumerate(row_frames(row, each.value, each.name), 1)
@@ -594,13 +610,16 @@ class ImageRow:
                 made = {each.name: row_picture(row, each.value, each.name)}
             for name, picture in made.items():
                 changes = row_image_changes(row, picture, each.name) if self.image_changes else ()
-                found[name] = replace(picture, changes=changes)
+                made[name] = replace(picture, changes=changes)
+            if each.is_video and row.block.joins_frames:
+                made = {each.name: join_frames(each, tuple(made.values()))}
+            found |= made
         return found
 
     def picture_text(self, picture: spec.PictureDef) -> RichText:
-        """The markers of an image in a prompt, or of each frame of a video."""
+        """The marker of an image in a prompt, or those of the frames of a video."""
         name, found = picture.name, self.pictures
-        if not picture.is_video:
+        if name in found:
             return RichText(found[name].marker)
         frames = (own for own in found if own.rpartition(" ")[0] == name)
         return concatenate((FRAME_SPAN, RichText(found[own].marker)) for own in frames)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cached_property
+from math import ceil
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mechdsl.base.records import Record, compact_record, record
 from mechdsl.images.layouts import ImageCell, PromptPicture
-from mechdsl.images.picture import Picture, Region
+from mechdsl.images.picture import Picture, Region, Video
 from mechdsl.program.images import FRAME_SPAN
 from mechdsl.prompts.values import TextSpan
 
@@ -126,8 +127,9 @@ class RunRow(Record):
         return bool(self.source and self.pictures) and any(first < last for first, last in read)
 
     @cached_property
-    def placed_pictures(self) -> tuple[PlacedPicture, ...]:
-        """The images in the prompt with their tokens, in text order."""
+    def whole_pictures(self) -> tuple[PlacedPicture, ...]:
+        """The images in the prompt with their tokens, in text order, and the videos that a video
+        processor reads as a whole."""
         found: dict[int, PlacedPicture] = {}
         for span in self.spans if self.pictures else ():
             own = self.pictures.get(self.text[span.start : span.end])
@@ -135,7 +137,12 @@ class RunRow(Record):
                 at = self.offsets.index((span.start, span.end))
                 first = at - own.expansion.is_image.index(True)
                 found[span.start] = PlacedPicture(span.name, own, first, span.within)
-        placed = [found[start] for start in sorted(found)]
+        return tuple(found[start] for start in sorted(found))
+
+    @cached_property
+    def placed_pictures(self) -> tuple[PlacedPicture, ...]:
+        """The images in the prompt, and the frames of videos, with their tokens, in text order."""
+        placed = [each for own in self.whole_pictures for each in own.frames()]
         count = Counter(each.name for each in placed)
         seen = Counter[str]()
         for n, each in enumerate(placed):
@@ -180,6 +187,24 @@ class PlacedPicture(Record):
     def video(self) -> str | None:
         """The name of the video that it is a frame of."""
         return self.within[-1] if self.name == FRAME_SPAN and self.within else None
+
+    def frames(self) -> Iterator[PlacedPicture]:
+        """Yield the frames of a video that is read as a whole, or the groups of frames that the
+        model merges, each with the picture of its first frame; otherwise the image."""
+        video, expansion = self.picture.picture, self.picture.expansion
+        if not isinstance(video, Video):
+            yield self
+            return
+        for tile in expansion.layout.tiles:
+            first, own = expansion.frame(tile.number)
+            picture = PromptPicture(video.of[(tile.number - 1) * self.merged_frames], own, {})
+            within = (*self.within, self.name)
+            yield PlacedPicture(FRAME_SPAN, picture, self.first + first, within)
+
+    @property
+    def merged_frames(self) -> int:
+        """The number of frames that `frame 1` of a video refers to."""
+        return ceil(self.picture.picture.count / len(self.picture.expansion.layout.tiles))
 
     @property
     def title(self) -> str:

@@ -381,6 +381,7 @@ def build_table(
             blocks=blocks or {},
             python=python,
             chat=tokenizer.chat_for(prompts),
+            joins_frames=joins_frames(prompts, tokenizer),
         )
     )
     if compiled is not None:
@@ -428,12 +429,25 @@ def build_table(
 
 
 def block_rows_key(prompts: spec.Prompts, tokenizer: TextTokenizer | None) -> str:
-    """Return the cache key of a block's rows: its name and, for a chat, the template's digest.
+    """Return the cache key of a block's rows: its name, for a chat the template's digest, and for
+    videos whether they have one marker.
 
     Other blocks have the same rows for every tokenizer.
     """
-    chat = tokenizer.chat_for(prompts) if tokenizer is not None and prompts.chat else None
-    return prompts.name if chat is None else f"{prompts.name} {chat.digest}"
+    parts = [prompts.name]
+    if tokenizer is None:
+        return prompts.name
+    if prompts.chat and (chat := tokenizer.chat_for(prompts)) is not None:
+        parts.append(chat.digest)
+    if joins_frames(prompts, tokenizer):
+        parts.append("video")
+    return " ".join(parts)
+
+
+def joins_frames(prompts: spec.Prompts, tokenizer: TextTokenizer | None) -> bool:
+    """Return whether a video processor reads the videos of a block, each with one marker."""
+    has_videos = any(each.is_video for each in prompts.pictures)
+    return has_videos and tokenizer is not None and tokenizer.reads_videos
 
 
 def _no_chat(prompts: spec.Prompts, tokenizer: TextTokenizer) -> list[Diagnostic]:

@@ -58,9 +58,21 @@ and merged patches are included (`mechdsl/images/layouts.py`). Tests compare the
 worked out manually, and with models in which a changed pixel changes only the vectors that read it.
 
 The processors of `internvl`, `llava_onevision`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm` and
-`video_llava` also prepare videos, so transformers loads them only if torchvision is installed. That
-of `smolvlm` also needs num2words. `video_layout` returns the positions of the frames of videos for
-`video_llava`, `llava_onevision` and the Qwen models.
+`video_llava` also prepare videos, so transformers loads them only if torchvision is installed
+(`pip install "mechdsl[video]"`). Their image processors are then other classes, whose pixels may
+differ; the conventions name the class. That of `smolvlm` also needs num2words.
+
+The video processors of `video_llava`, `llava_onevision` and the Qwen models read the frames of a
+`video` line together:
+
+- All frames are read: mechdsl turns the processor's sampling of frames off. They have one size.
+- `video_llava` reads each frame as an image with a class token. `llava_onevision` pools 2 x 2
+  tokens of each frame, and one token follows the last frame.
+- The Qwen models merge two frames, so `frame 1` is the first two, and the last frame of an odd
+  number counts twice. Frames are 0.5 s apart, as their processors sample videos: position ids of
+  `qwen2_5_vl` and the times that `qwen3_vl` writes before each pair depend on it.
+
+In `smolvlm` and `internvl`, whose frames have texts between them, `video` lines are E0459.
 
 Prompts of files contain images of all of these types; those of `vision-encoder-decoder` contain
 nothing else ([load-models.md](load-models.md#experiment-on-the-reader-of-an-image)). In `mllama`,

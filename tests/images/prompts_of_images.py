@@ -21,6 +21,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers.utils.import_utils import is_torchvision_available
+from transformers.video_utils import VideoMetadata
 
 from tests.families import build, rows_vlm
 from tests.families.parts import Architecture
@@ -421,13 +423,60 @@ def with_stand_in(name: str, **settings: Any) -> Any:
 
 
 def with_videos(name: str) -> Any:
-    """Return a processor that prepares videos, for which it needs torchvision."""
+    """Return a processor that prepares videos; without torchvision, by `_StandIn`."""
     import transformers
 
-    made = processor(name, "")
     kind, settings = VIDEOS[name]
+    if not is_torchvision_available():
+        made = processor(name)
+        made.video_processor = type(kind, (_StandIn,), {})(settings)
+        return made
+    made = processor(name, "")
     made.video_processor = getattr(transformers, kind)(do_sample_frames=False, **settings)
     return made
+
+
+class _StandIn(dict[str, Any]):
+    """A video processor that resizes frames with Pillow; a dictionary, to be written as JSON."""
+
+    do_resize = True
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        self.__dict__.update(settings, do_center_crop="crop_size" in settings)
+
+    def __call__(self, videos: Any, video_metadata: Any, **_: Any) -> dict[str, Any]:
+        metadata = [VideoMetadata(**each) for each in video_metadata]
+        frames = [np.stack([self._prepared(own) for own in each]) for each in videos]
+        if not hasattr(self, "merge_size"):
+            pixels = torch.tensor(np.stack(frames)).movedim(-1, 2)
+            return {"pixel_values_videos": pixels, "video_metadata": metadata}
+        made = [self._patches(each) for each in frames]
+        return {
+            "pixel_values_videos": torch.cat([patches for patches, _ in made]),
+            "video_grid_thw": torch.tensor([grid for _, grid in made]),
+            "video_metadata": metadata,
+        }
+
+    def _prepared(self, frame: Pixels) -> NDArray[np.float32]:
+        """Return [height, width, 3] from -1 to 1; Qwen's frames keep their size."""
+        size: Mapping[str, int] = self.__dict__["size"]
+        side = size.get("height", size["shortest_edge"] if "crop_size" in self.__dict__ else 0)
+        image = Image.fromarray(frame)
+        image = image.resize((side, side)) if side else image
+        return np.asarray(image, np.float32) / 127.5 - 1
+
+    def _patches(self, frames: NDArray[np.float32]) -> tuple[Tensor, list[int]]:
+        """Return [patch, feature], merged patches next to each other, and the grid."""
+        patch, merge = (self.__dict__[name] for name in ("patch_size", "merge_size"))
+        frames = np.concatenate([frames, frames[-1:]])[: len(frames) + len(frames) % 2]
+        pairs, height, width = len(frames) // 2, *(side // patch for side in frames.shape[1:3])
+        split = torch.tensor(frames).unflatten(0, (pairs, 2))
+        split = split.unflatten(3, (width // merge, merge, patch))
+        split = split.unflatten(2, (height // merge, merge, patch))
+        # pair, frame, row, its part, y, column, its part, x, channel
+        order = split.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+        return order.flatten(5).flatten(0, 4), [pairs, height, width]
 
 
 def video_prompt(made: Any, marker: str, video: Pixels) -> Mapping[str, Any]:

@@ -3010,12 +3010,14 @@ _in_prompt(
     'video clip = ["{kind}.png", gray]',
     "Frames in each prompt, in the order of the list or of the file names in a folder "
     '(`video clip = "{folder}"`); `{clip}` in the template is their place. The model reads them '
-    "as images in a row, prepared by its image processor. Models with a video processor are "
-    "E0459. `frame 2 tokens`, `each frame tokens` and `frame 2 row 3 col 4 token` are positions, "
-    "also with a `for` variable (`frame k + 1 row 3 col 4 token`); with several videos, add "
-    "`of clip`. `clip tokens` are those of all frames.",
+    "as images in a row, prepared by its image processor. Models with a video processor read all "
+    'frames by it, in one size (`pip install "mechdsl[video]"`); those of Qwen merge two frames, '
+    "and `frame 1` is the first two. `frame 2 tokens`, `each frame tokens` and "
+    "`frame 2 row 3 col 4 token` are positions, also with a `for` variable "
+    "(`frame k + 1 row 3 col 4 token`); with several videos, add `of clip`. `clip tokens` are "
+    "those of all frames.",
     context='kind in ["circle", "square"] template "{clip} What moves?"',
-    test="test_videos.py",
+    test="test_video_processors.py",
 )
 _in_prompt(
     "inserted tokens in a prompt with an image",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from re import Match
@@ -20,6 +20,7 @@ from mechdsl.base.text import quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoImageProcessor, UnpreparedImages
 from mechdsl.images.layouts import (
+    FRAMES_PER_SECOND,
     ImageCell,
     ImageExpansion,
     ImageLayout,
@@ -29,8 +30,15 @@ from mechdsl.images.layouts import (
     PromptPicture,
     find_layout,
     image_layout,
+    video_layout,
 )
-from mechdsl.images.picture import HALF_COVERED, MARKER, Picture, Region
+from mechdsl.images.picture import (
+    HALF_COVERED,
+    MARKER,
+    Picture,
+    Region,
+    marker_extent,
+)
 from mechdsl.images.processing import PREPROCESSOR_FILE, PROCESSOR_FILE, UnsupportedProcessor
 from mechdsl.images.sounds import Sound
 from mechdsl.program import spec
@@ -42,6 +50,8 @@ IMAGE_TOKEN = 1 << 61
 equal tokens have equal vectors, as those of a text do."""
 
 _FILES = (PROCESSOR_FILE, PREPROCESSOR_FILE, "config.json")
+
+_VIDEO_FILE = "video_preprocessor_config.json"
 
 _SETTINGS = (".json", ".jinja", ".model", ".txt")
 """Endings of the files that a processor is read from; weights have others."""
@@ -72,6 +82,10 @@ class ImagePromptTokenizer(TextTokenizer):
             made.folder = path
             contents = [(path / name) for name in _FILES]
             told = [file.read_bytes() if file.is_file() else b"" for file in contents]
+            if (videos := path / _VIDEO_FILE).is_file():
+                told.append(videos.read_bytes())
+            if version := _library_version("torchvision"):  # prepares images by other classes
+                told.append(version.encode())
             made.hash = sha256(b"\0".join([made.hash.encode(), *told])).hexdigest()
         return made, found
 
@@ -145,7 +159,7 @@ class ImagePromptTokenizer(TextTokenizer):
                 AutoConfig.from_pretrained(self.folder, local_files_only=True),
             )
         except Exception as error:  # the library passes on errors of its dependencies
-            raise UnsupportedProcessor(f"transformers can't read it ({error})") from error
+            raise _unreadable(error) from error
 
     @property
     def processor(self) -> Any:
@@ -156,6 +170,13 @@ class ImagePromptTokenizer(TextTokenizer):
     def processor_name(self) -> str:
         """The class of the image processor, which may depend on installed libraries."""
         return self._recall("class", lambda: type(self.reads_with).__name__, str)
+
+    @cached_property
+    def video_processor_name(self) -> str:
+        """The class of the video processor."""
+        return self._recall(
+            "video class", lambda: type(self.processor.video_processor).__name__, str
+        )
 
     @property
     def reads_with(self) -> Any:
@@ -176,6 +197,28 @@ class ImagePromptTokenizer(TextTokenizer):
         return found.given, found.written, found.token
 
     @cached_property
+    def video_text(self) -> ImageText:
+        """As `image_text`, for a video that the video processor reads."""
+        return self._recall_layout("video text", self._find_video_text, lambda own: ImageText(*own))
+
+    def _find_video_text(self) -> tuple[str, str, str]:
+        found = self.layout.video_text(*self._read)
+        return found.given, found.written, found.token
+
+    def text_of(self, extent: tuple[int, ...]) -> ImageText:
+        """Return the texts that stand for a picture, given its `Picture.extent`."""
+        return self.image_text if len(extent) == 2 else self.video_text
+
+    @cached_property
+    def video_id(self) -> int:
+        """As `image_id`, for a video that the video processor reads."""
+        return self._recall("video token", lambda: int(self._read[1].video_token_id), int)
+
+    def token_of(self, extent: tuple[int, ...]) -> int:
+        """Return the token in whose place the model puts a vector of a picture."""
+        return self.image_id if len(extent) == 2 else self.video_id
+
+    @cached_property
     def image_id(self) -> int:
         """The token in whose place the model puts a vector of an image; of a model whose encoder
         reads images, which has none, the token for unknown text."""
@@ -194,7 +237,7 @@ class ImagePromptTokenizer(TextTokenizer):
         """The tokens that the processor writes before and after the token of an image."""
         text = self.image_text
         [encoded] = super()._raw([text.written])
-        at = self._places(encoded, [text.written.index(text.token)])[0]
+        at = self._places(encoded, [text.token_range()])[0]
         return encoded.ids[:at], encoded.ids[at + 1 :]
 
     @cached_property
@@ -268,20 +311,30 @@ class ImagePromptTokenizer(TextTokenizer):
             )
         return out
 
+    @cached_property
+    def reads_videos(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a video processor of the model reads the frames of a video together."""
+        with suppress(UnsupportedProcessor):
+            return bool(self.layout.video_processors) and self._has_video_processor
+        return False
+
+    @cached_property
+    def _has_video_processor(self) -> bool:
+        return self._recall(
+            "videos", lambda: getattr(self.processor, "video_processor", None) is not None, bool
+        )
+
     def check_frames(self) -> None:
-        """Raise UnsupportedProcessor if the model reads videos by other means than as images."""
-        kind = self._model_type
-        own = self._recall("videos", self._has_video_processor, bool)
-        if not own and not self.layout.video_processors:
+        """Raise UnsupportedProcessor if the model reads videos by unknown means."""
+        own, known = self._has_video_processor, bool(self.layout.video_processors)
+        if own == known:
             return
+        reason = f"models of the type `{self._model_type}` read videos by a video processor"
         unfit = UnsupportedProcessor(
-            f"models of the type `{kind}` read videos by a video processor"
+            f"{reason}, which this one lacks" if known else f"{reason} with an unknown layout"
         )
         unfit.hint = "write an `image` line for each frame: the model then reads them as images"
         raise unfit
-
-    def _has_video_processor(self) -> bool:
-        return getattr(self.processor, "video_processor", None) is not None
 
     @cached_property
     def natural_size(self) -> tuple[int, int]:
@@ -293,90 +346,146 @@ class ImagePromptTokenizer(TextTokenizer):
         )
 
     @cached_property
-    def _expansions(self) -> dict[tuple[int, int], ImageExpansion]:
+    def natural_frame(self) -> tuple[int, int]:
+        """As `natural_size`, for the frames that the video processor reads."""
+        return self._recall_layout(
+            "frame size",
+            lambda: self.layout.natural_size(self.processor.video_processor),
+            lambda own: (own[0], own[1]),
+        )
+
+    def sized(self, extent: tuple[int, ...]) -> tuple[int, ...]:
+        """Return an extent with the natural size in place of none (0, 0)."""
+        if extent[:2] != (0, 0):
+            return extent
+        return self.natural_size if len(extent) == 2 else (*self.natural_frame, *extent[2:])
+
+    @cached_property
+    def _expansions(self) -> dict[tuple[int, ...], ImageExpansion]:
         return {}
 
-    def expansion(self, size: tuple[int, int]) -> ImageExpansion:
-        """Return the tokens of an image of this (height, width); (0, 0) for the natural size.
+    def expansion(self, extent: tuple[int, ...]) -> ImageExpansion:
+        """Return the tokens of a picture with this `Picture.extent`; without a size (0, 0), it has
+        the natural size.
 
         Raises:
             UnsupportedProcessor: The places of its tokens aren't known.
         """
-        size = self.natural_size if size == (0, 0) else size
-        if size not in self._expansions:
-            self._expansions[size] = self._recall_layout(
-                f"{size[1]} x {size[0]}", lambda: self._expand(size), self._parse_expansion
+        own = self.sized(extent)
+        if own not in self._expansions:
+            height, width, *frames = own
+            self._expansions[own] = self._recall_layout(
+                " x ".join(map(str, (width, height, *frames))),
+                lambda: self._expand(own),
+                partial(self._parse_expansion, self.token_of(own)),
             )
-        return self._expansions[size]
+        return self._expansions[own]
 
-    def _parse_expansion(self, found: tuple[list[int], list[list[Any]]]) -> ImageExpansion:
+    def _parse_expansion(
+        self, token_id: int, found: tuple[list[int], list[list[Any]]]
+    ) -> ImageExpansion:
         ids, rows = found
         cells = tuple(
             ImageCell(token, tile, row, col, None if box is None else cast("PixelBox", tuple(box)))
             for token, tile, row, col, box in rows
         )
         layout = ImageTokens(0, len(ids), cells, {})
-        is_image, is_sound = (token == self.image_id for token in ids), self.layout.noun == "sound"
+        is_image, is_sound = (token == token_id for token in ids), self.layout.noun == "sound"
         return ImageExpansion(tuple(ids), tuple(is_image), layout, is_sound)
 
-    def _expand(self, size: tuple[int, int]) -> tuple[list[int], list[list[Any]]]:
-        """Return the tokens of an image; of each cell, its token, tile, row, column and box."""
-        from PIL import Image
-
+    def _expand(self, extent: tuple[int, ...]) -> tuple[list[int], list[list[Any]]]:
+        """Return the tokens of a picture; of each cell, its token, tile, row, column and box."""
+        size = extent[0], extent[1]
         if self.layout.encodes or self.layout.attended:
             [layout] = image_layout(*self._read, {}, [size])
             return [self.image_id] * layout.end, _cell_rows(layout, 0)
-        image, text = Image.new("RGB", (size[1], size[0])), self.image_text
+        text = self.text_of(extent)
         ids: list[int] = []
         given: dict[str, Any] = {}
         first = 0
         moved = self.bos_after_images
         for before, after in (("", ""), ("a ", " b")):
-            written, found = self._written(f"{before}{text.given}{after}", image)
+            written, found = self._written(f"{before}{text.given}{after}", extent)
             whole = f"{before}{text.written}{after}{self.layout.prefix_end}"
             [plain] = super()._raw([whole], add_special=moved is None)
-            at = self._places(plain, [len(before) + text.written.index(text.token)])[0]
+            at = self._places(plain, [text.token_range(len(before))])[0]
             later = (*(() if moved is None else (moved,)), *plain.ids[at + 1 :])
             if not ids:
                 ids, given, first = written[at : len(written) - len(later)], found, at
             if written != [*plain.ids[:at], *ids, *later]:
                 raise UnsupportedProcessor("it changes the text around images")
-        [layout] = image_layout(*self._read, given, [size])
+        layout_of = image_layout if len(extent) == 2 else video_layout
+        [layout] = layout_of(*self._read, given, [size])
         return ids, _cell_rows(layout, first)
 
-    def _places(self, encoded: EncodedText, starts: Sequence[int]) -> list[int]:
-        """Return the image tokens that begin at these characters of a text."""
-        length = len(self.image_text.token)
+    def _places(self, encoded: EncodedText, ranges: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the tokens of pictures that have these characters of a text."""
         found = {offset: n for n, offset in enumerate(encoded.offsets) if not encoded.special[n]}
-        if not all((start, start + length) in found for start in starts):
+        if not all(own in found for own in ranges):
             raise UnsupportedProcessor("the tokenizer splits its image token")
-        return [found[start, start + length] for start in starts]
+        return [found[own] for own in ranges]
 
-    def _written(self, text: str, *images: Any) -> tuple[list[int], dict[str, Any]]:
-        """Return the tokens of a text with images, and the processor's other outputs."""
-        given = dict(self.processor(text=[text], images=[[*images]]))
-        return [int(token) for token in given["input_ids"][0]], given
-
-    @cached_property
-    def _joint_sizes(self) -> set[tuple[tuple[int, int], ...]]:
-        """Sizes of images that have the same tokens together as alone."""
-        return set()
-
-    def _check_several(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Raise UnsupportedProcessor if several images in a prompt have other tokens than each
-        alone."""
+    def _written(self, text: str, *extents: tuple[int, ...]) -> tuple[list[int], dict[str, Any]]:
+        """Return the tokens of a text with black pictures of these extents, and the processor's
+        other outputs."""
         from PIL import Image
 
-        each = tuple(self.natural_size if size == (0, 0) else size for size in sizes)
+        black = [
+            [Image.new("RGB", (width, height))] * (frames[0] if frames else 1)
+            for height, width, *frames in extents
+        ]
+        images = [own[0] for own, extent in zip(black, extents, strict=True) if len(extent) == 2]
+        videos = [own for own, extent in zip(black, extents, strict=True) if len(extent) == 3]
+        given = self.prepare([text], [images] if images else [], videos)
+        return [int(token) for token in given["input_ids"][0]], given
+
+    def prepare(
+        self,
+        texts: Sequence[str],
+        images: Sequence[Sequence[Any]],
+        videos: Sequence[Sequence[Any]],
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Return the processor's output for prompts.
+
+        Args:
+            texts: The prompts, with the texts of pictures.
+            images: The images of each prompt; empty if none has an image.
+            videos: The frames of each video; the model reads all of them.
+            options: Further arguments of the processor.
+        """
+        import numpy as np  # not at the top: `validate` only reads names
+
+        if images:
+            options["images"] = [[*own] for own in images]
+        if videos:
+            options["videos"] = [np.stack([np.asarray(own) for own in each]) for each in videos]
+            counts = [len(each) for each in videos]
+            options["video_metadata"] = [
+                {"total_num_frames": n, "fps": FRAMES_PER_SECOND, "frames_indices": [*range(n)]}
+                for n in counts
+            ]
+            options["do_sample_frames"] = False
+        return dict(self.processor(text=[*texts], **options))
+
+    @cached_property
+    def _joint_sizes(self) -> set[tuple[tuple[int, ...], ...]]:
+        """Extents of pictures that have the same tokens together as alone."""
+        return set()
+
+    def _check_several(self, extents: Sequence[tuple[int, ...]]) -> None:
+        """Raise UnsupportedProcessor if several pictures in a prompt have other tokens than each
+        alone."""
+        each = tuple(map(self.sized, extents))
 
         def count() -> int:
-            images = [Image.new("RGB", (width, height)) for height, width in each]
-            written, _ = self._written(" ".join([self.image_text.given] * len(each)), *images)
-            return written.count(self.image_id)
+            text = " ".join(self.text_of(own).given for own in each)
+            written, _ = self._written(text, *each)
+            return sum(map(written.count, {self.token_of(own) for own in each}))
 
         if each in self._joint_sizes:
             return
-        alone = sum(sum(self.expansion(size).is_image) for size in each)
+        alone = sum(sum(self.expansion(own).is_image) for own in each)
         if self._recall_layout(f"tokens of {each}", count, int) != alone:
             raise UnsupportedProcessor("it prepares several images in a prompt in another way")
         self._joint_sizes.add(each)
@@ -403,7 +512,9 @@ class ImagePromptTokenizer(TextTokenizer):
         moved = self.bos_after_images if add_special else None
         if moved is not None and not all(markers):
             return [self._raw([text], add_special)[0] for text in texts]
-        plain = [MARKER.sub(lambda _: self.image_text.written, text) for text in texts]
+        plain = [
+            MARKER.sub(lambda own: self.text_of(marker_extent(own)).written, text) for text in texts
+        ]
         every = super()._raw(plain, add_special and moved is None)
         bos = None if self.bos is False else moved
         return [
@@ -433,7 +544,7 @@ class ImagePromptTokenizer(TextTokenizer):
             unfit.hint = f'write only the {noun} in the template: `template "{name}"`'
             raise unfit
         [marker] = markers
-        expansion = self.expansion((int(marker["height"]), int(marker["width"])))
+        expansion = self.expansion(marker_extent(marker))
         ids = tuple(self.vector_tokens(marker[0], expansion))
         return EncodedText(ids, (marker.span(),) * len(ids), (False,) * len(ids))
 
@@ -462,16 +573,16 @@ class ImagePromptTokenizer(TextTokenizer):
         shift = 0 if not before else len(bos)
         plain = f"{bos}{before}{token}{after}" if before else f"{token}{bos}{after}"
         [encoded] = super()._raw([plain], add_special)
-        self._places(encoded, [marker.start() + shift])
+        self._places(encoded, [self.image_text.token_range(marker.start() + shift)])
         # The beginning-of-sequence token counts as a part of the image's text, without characters.
-        around = _MarkerOffsets(markers, len(token) + (len(bos) if not before else 0))
+        around = _MarkerOffsets(markers, [len(token) + (len(bos) if not before else 0)])
         kept = [
             None if special or end <= shift else around.of(start - shift, end - shift)
             for (start, end), special in zip(encoded.offsets, encoded.special, strict=True)
         ]
         ids, special = encoded.ids, tuple(each is None for each in kept)
         offsets = tuple(each or (0, 0) for each in kept)
-        expansion = self.expansion((int(marker["height"]), int(marker["width"])))
+        expansion = self.expansion(marker_extent(marker))
         vectors = tuple(self.vector_tokens(marker[0], expansion))
         count = len(vectors)
         image = EncodedText(vectors, (marker.span(),) * count, (False,) * count)
@@ -482,11 +593,13 @@ class ImagePromptTokenizer(TextTokenizer):
     ) -> EncodedText:
         """Replace the token of each marker by the tokens of its image, and the last one also by the
         beginning-of-sequence token that follows it."""
+        extents = [marker_extent(marker) for marker in markers]
         if len(markers) > 1:
-            self._check_several([(int(m["height"]), int(m["width"])) for m in markers])
-        text, around = self.image_text, _MarkerOffsets(markers, len(self.image_text.written))
-        starts = [start + text.written.index(text.token) for start in around.starts]
-        due = dict(zip(self._places(encoded, starts), markers, strict=True))
+            self._check_several(extents)
+        texts = [self.text_of(extent) for extent in extents]
+        around = _MarkerOffsets(markers, [len(text.written) for text in texts])
+        ranges = [text.token_range(first) for first, text in zip(around.starts, texts, strict=True)]
+        due = dict(zip(self._places(encoded, ranges), markers, strict=True))
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         special: list[bool] = []
@@ -497,7 +610,7 @@ class ImagePromptTokenizer(TextTokenizer):
                 offsets.append(own or (0, 0))
                 special.append(own is None)
                 continue
-            expansion = self.expansion((int(marker["height"]), int(marker["width"])))
+            expansion = self.expansion(marker_extent(marker))
             vectors = iter(self.vector_tokens(marker[0], expansion))
             for own, is_image in zip(expansion.ids, expansion.is_image, strict=True):
                 ids.append(next(vectors) if is_image else own)
@@ -528,6 +641,15 @@ class ImagePromptTokenizer(TextTokenizer):
         return super().decode([each if each < IMAGE_TOKEN else self.image_id for each in ids])
 
 
+def _unreadable(error: Exception) -> UnsupportedProcessor:
+    """Return the error of a processor that transformers can't load."""
+    if not (isinstance(error, ImportError) and "torchvision" in str(error).lower()):
+        return UnsupportedProcessor(f"transformers can't read it ({error})")
+    unfit = UnsupportedProcessor("it also prepares videos, for which it needs torchvision")
+    unfit.hint = 'install the version for your torch: `pip install "mechdsl[video]"`'
+    return unfit
+
+
 def _cut(encoded: EncodedText, part: slice) -> EncodedText:
     """Return some of the tokens of a text."""
     return EncodedText(encoded.ids[part], encoded.offsets[part], encoded.special[part])
@@ -551,40 +673,45 @@ def _cell_rows(layout: ImageTokens, first: int) -> list[list[Any]]:
 @cache
 def _library_versions() -> tuple[str, ...]:
     """Return the versions of the libraries on which the facts of a processor depend."""
+    return tuple(map(_library_version, _LIBRARIES))
+
+
+def _library_version(name: str) -> str:
+    """Return the version of a library; empty if it isn't installed."""
     from importlib.metadata import PackageNotFoundError, version  # for images in prompts only
 
-    def of(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return ""
-
-    return tuple(map(of, _LIBRARIES))
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 class _MarkerOffsets:
     """Characters of a text with markers, from those of the text with images' texts instead."""
 
-    def __init__(self, markers: Sequence[Match[str]], length: int) -> None:
-        self._markers, self._length = markers, length
+    def __init__(self, markers: Sequence[Match[str]], lengths: Sequence[int]) -> None:
+        self._markers = markers
         self.starts: list[int] = []
-        """First characters of images' texts, each of this length."""
+        """First characters of images' texts, which have these lengths."""
+        self._ends: list[int] = []
         shift = 0
-        for marker in markers:
+        for marker, length in zip(markers, lengths, strict=True):
             self.starts.append(marker.start() + shift)
+            self._ends.append(self.starts[-1] + length)
             shift += length - len(marker[0])
 
     def of(self, start: int, end: int) -> tuple[int, int] | None:
         """Return the characters of a token; None if it lies within the text of an image."""
-        if any(first <= start and end <= first + self._length for first in self.starts):
+        places = zip(self.starts, self._ends, strict=True)
+        if any(first <= start and end <= last for first, last in places):
             return None
         return self._moved(start, is_end=False), self._moved(end, is_end=True)
 
     def _moved(self, place: int, *, is_end: bool) -> int:
         shift = 0
-        for first, marker in zip(self.starts, self._markers, strict=True):
-            if place >= first + self._length:
-                shift = marker.end() - first - self._length
+        for first, last, marker in zip(self.starts, self._ends, self._markers, strict=True):
+            if place >= last:
+                shift = marker.end() - last
             elif place > first:
                 return marker.start() if is_end else marker.end()
         return place + shift
@@ -629,8 +756,9 @@ def prompt_pictures(
     for name, picture in pictures.items():
         expansion, sized = stand_in_expansion(is_sound=isinstance(picture, Sound)), picture
         if isinstance(tokenizer, ImagePromptTokenizer):
-            expansion = tokenizer.expansion(picture.size)
-            sized = picture.sized(tokenizer.natural_size)
+            expansion = tokenizer.expansion(picture.extent)
+            height, width, *_ = tokenizer.sized(picture.extent)
+            sized = picture.sized((height, width))
         own = {
             region: tuple(_covered(each, sized, expansion) for each in occurrences)
             for region, occurrences in regions.get(name, {}).items()
@@ -693,7 +821,7 @@ def check_processor(
         tokenizer: The tokenizer of the model.
         model: The model's name.
         span: Source of the diagnostic.
-        videos: Whether the prompts have videos, which it must read as images in a row.
+        videos: Whether the prompts have videos.
         sounds: Whether the prompts have sounds instead of images.
     """
     if tokenizer.stands_in:

@@ -96,6 +96,8 @@ class TextTokenizer:
     written: bool = False
     """Whether texts contain their special tokens, as chat templates write them, so that none are
     added."""
+    reads_videos: bool = False
+    """Whether a video processor of the model reads the frames of a video together."""
 
     def __init__(
         self,
