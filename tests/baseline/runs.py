@@ -55,7 +55,8 @@ def kept(results: Results) -> Document:
     for file in document["files"]:
         file["file"] = Path(file["file"]).name
         for saved in file.get("saved", ()):
-            saved["file"] = Path(saved["file"]).name  # random files save into temporary folders
+            for key in ("file", "rows_file"):  # random files save into temporary folders
+                saved[key] = saved[key] and Path(saved[key]).name
     document["values"] = {
         each.name: {
             f"{number} {measure.label}": {
