@@ -97,7 +97,7 @@ def held(
 
 
 @pytest.mark.parametrize(
-    ("family", "site"), in_turn(list(OF_PROMPTS), ["resid_post", "attn_out"], OF_PROMPTS)
+    ("family", "site"), in_turn(list(OF_PROMPTS), ["resid_post", "attn_out"], list(OF_PROMPTS)[::2])
 )
 def test_one_output_is_that_of_plain_hooks(family: str, site: str, tmp_path: Path) -> None:
     build = OF_PROMPTS[family]

@@ -242,8 +242,12 @@ PLAIN = tuple(EVERY_PASS)
 
 @pytest.mark.parametrize(
     ("kind", "pass_tokens", "without"),
-    [("GPU", None, ()), ("CPU", 500, ()), ("Python", 500, ()), ("CPU", 500, PLAIN)],
-    ids=["measured", "given", "of Python", "plain"],
+    [
+        pytest.param("GPU", None, (), id="measured"),
+        pytest.param("CPU", 500, (), id="given", marks=pytest.mark.slow),
+        pytest.param("Python", 500, (), id="of Python"),
+        pytest.param("CPU", 500, PLAIN, id="plain", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_is_out_of_memory_goes_on_with_smaller_passes(
     folder: Path,

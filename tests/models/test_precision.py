@@ -65,7 +65,7 @@ NAMES = (
     "gpt_oss", "gemma2", "falcon", "olmo2", "deberta-v2",
 )  # fmt: skip
 QUICK = {
-    "bfloat16": ("llama", "gemma3_text", "bloom", "mixtral", "bert"),
+    "bfloat16": ("gemma3_text", "bloom", "bert"),
     "float16": ("llama", "mixtral"),
 }
 ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}

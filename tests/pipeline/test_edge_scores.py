@@ -201,6 +201,7 @@ def test_scores_with_little_memory_are_the_same(
     assert np.abs(expected).max() > 1e-2
 
 
+@pytest.mark.slow  # `test_scores_with_little_memory_are_the_same` reads fewer rows, too
 def test_passes_have_half_the_rows_when_memory_runs_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

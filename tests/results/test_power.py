@@ -91,7 +91,7 @@ def flipped(deltas: Array) -> float:
         pytest.param(8, 1, "none", marks=pytest.mark.slow),
         (8, 6, "holm"),
         pytest.param(10, 16, "holm", marks=pytest.mark.slow),
-        (10, 16, "none"),
+        pytest.param(10, 16, "none", marks=pytest.mark.slow),
     ],
 )
 def test_sign_flips_find_it_in_80_percent(units: int, tests: int, correction: str) -> None:

@@ -67,7 +67,7 @@ CASES = {
 }
 
 
-QUICK = ("mean of a run", "from a run with rules", "in generated text")
+QUICK = ("from a run with rules", "in generated text")
 
 
 def effects(text: str) -> list[np.ndarray]:
