@@ -71,6 +71,8 @@ The video processors of `video_llava`, `llava_onevision` and the Qwen models rea
 - The Qwen models merge two frames, so `frame 1` is the first two, and the last frame of an odd
   number counts twice. Frames are 0.5 s apart, as their processors sample videos: position ids of
   `qwen2_5_vl` and the times that `qwen3_vl` writes before each pair depend on it.
+- In chats, a video is written where the template writes an image. Its tokens are those around a
+  video without a chat: `qwen3_vl` has start and end tokens only around each pair.
 
 In `smolvlm` and `internvl`, whose frames have texts between them, `video` lines are E0459.
 

@@ -334,6 +334,40 @@ def test_blurred_frames_are_what_hooks_give() -> None:
     assert found.conventions["image of changed"] == "blur with a Gaussian of radius 2 pixels"
 
 
+CHAT = """\
+{% for turn in messages %}w2
+{%- for part in turn['content'] %} {{ '<image>' if part['type'] == 'image' else part['text'] }}
+{%- endfor %} w3{% endfor %} w1"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava_onevision_frames", "qwen2_5_vl", "qwen3_vl"])
+def test_videos_in_chats_are_what_hooks_give(name: str) -> None:
+    own = Bare(bare(name).model, vlm.with_videos(name))
+    marker = vlm.FAMILIES[name].marker
+    own.processor.tokenizer.chat_template = CHAT.replace("<image>", marker)
+    model, found = adopt_model("m", deepcopy(own.model), own.processor)
+    assert model is not None, found
+    block = BLOCK.replace('template "w3 w2 {clip} w1 {words} w3"', 'chat { user "{clip} {words}" }')
+    text = experiment("e", RULE.format("frame 2 row 2 col 1 token"))
+    source = Source(f'mech 1\nmodel m = local("x")\n{block}\n{text}', folder() / "file.mech")
+    chat = succeeded(*run_on(source, {"m": model}, MODES["planned"]))["e"]
+    base, expected = list[float](), list[float]()
+    for n in ALL:
+        video = marker.replace("<image>", "<video>")
+        if name == "qwen3_vl":  # its processor writes the tokens around the video
+            video = "<video>"
+        files = [f"{record(n)['size']}-{each}.png" for each in (n % 4, n % 4, 4, n % 4)]
+        given = inputs_of(name, f"w2 {video} {WORDS[n]} w3 w1", files)
+        shape = given["input_ids"].shape  # a chat without a beginning-of-sequence token
+        given = {key: each[:, 1:] if each.shape == shape else each for key, each in given.items()}
+        token = cell(name, n, 2, 2, 1) - 2
+        base.append(families.difference(own.run(given)))
+        edit = {0: at([token], torch.zeros(()))}
+        expected.append(families.difference(own.run(given, blocks=edit)))
+    compare(chat, base, [expected])
+
+
 # --- conventions and errors -----------------------------------------------------------------------
 
 RULE = "ablate resid_post layer 0 at {} with zero"
