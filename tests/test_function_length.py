@@ -43,7 +43,6 @@ LONG_ELSEWHERE = {
     "resolve/findings.py:check_rankable_tokens",
     "resolve/loops.py:_numbers",
     "resolve/targets.py:resolve_later_positions",
-    "rules/observations/probes.py:resolve_probe",
     "show/reports/map_charts.py:_confusion_panel",
     "show/reports/map_charts.py:_heatmap_panel",
     "show/reports/series_charts.py:_lines_panel",

@@ -526,7 +526,7 @@ def _digest_shared(
         trained = [contents.of(there.run, there.table), hits, list(there.table.row_keys)]
     places = [*rule.positions, *rule.sources] if isinstance(does, TokenSetObservation) else []
     read = [measure for measure in experiment.measures if measure.observed]
-    read += [] if does.target is None else [does.target]
+    read += [measure for measure in (does.target, does.outcome) if measure is not None]
     measures = [
         [
             measure_digest(measure),

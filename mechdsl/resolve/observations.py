@@ -325,6 +325,9 @@ class RowSetObservation(Observation):
     target: ResolvedMeasure | None = None
     """A measure of the model's logits whose gradient it uses."""
 
+    outcome: ResolvedMeasure | None = None
+    """A measure of the model's logits that it predicts."""
+
     @property
     def dependencies(self) -> object:
         """What its values depend on, besides the vectors, their rows and the rows to fit on."""

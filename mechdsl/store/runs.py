@@ -31,6 +31,10 @@ CachedValues: TypeAlias = Mapping[bytes, tuple[NDArray[np.uint64], NDArray[np.fl
 """Per cell with values: distinct row keys, and values [row, column]."""
 
 
+MOST_COLUMNS = 3
+"""Values of a row: those of a measure in two runs, or of an observation and its controls."""
+
+
 @dataclass(frozen=True, eq=False)
 class ValueBlock:
     """Values of some cells on some rows: the result of one pass."""
@@ -42,7 +46,7 @@ class ValueBlock:
     rows: NDArray[np.uint64]
     """[row] key of the row's content, unique within its cell."""
     values: NDArray[np.float64]
-    """[row, column]; 1 or 2 columns."""
+    """[row, column]; at most `MOST_COLUMNS` columns."""
 
     def problem(self) -> str | None:
         """Return the error in its shapes, or None."""
@@ -52,8 +56,8 @@ class ValueBlock:
             return "a cell is there twice"
         if self.starts.shape != (len(self.cells) + 1,):
             return "each cell has a start, and the last one an end"
-        if self.values.ndim != 2 or self.values.shape[1] not in (1, 2):
-            return "values have 1 or 2 columns"
+        if self.values.ndim != 2 or not 1 <= self.values.shape[1] <= MOST_COLUMNS:
+            return f"values have 1 to {MOST_COLUMNS} columns"
         if self.rows.shape != (len(self.values),):
             return "each row has a key"
         ends = (int(self.starts[0]), int(self.starts[-1]))
@@ -107,7 +111,9 @@ def merge_blocks(cells: Sequence[bytes], blocks: Iterable[ValueBlock]) -> Cached
         return {}
     of_cell = np.concatenate([part[0] for part in parts])
     rows = np.concatenate([part[1] for part in parts])
-    values = np.concatenate([part[2] for part in parts])
+    most = max(part[2].shape[1] for part in parts)
+    wide = [np.pad(part[2], ((0, 0), (0, most - part[2].shape[1]))) for part in parts]
+    values = np.concatenate(wide)
     order = np.lexsort((rows, of_cell))  # stable: equal rows stay in the order of their blocks
     of_cell, rows = of_cell[order], rows[order]
     first = np.ones(len(rows), bool)
@@ -131,7 +137,7 @@ def _part(
     columns: number of columns per cell, updated for cells without a number.
 
     Returns:
-        Cell numbers, row keys and values in two columns; None if the block has none of the cells.
+        Cell numbers, row keys and values; None if the block has none of the cells.
     """
     width = block.values.shape[1]
     of_block = np.array([numbers.get(cell, -1) for cell in block.cells], np.int64)
@@ -143,9 +149,7 @@ def _part(
     taken = of_row >= 0
     if not taken.any():
         return None
-    values = np.zeros((int(taken.sum()), 2))
-    values[:, :width] = block.values[taken]
-    return of_row[taken], block.rows[taken], values
+    return of_row[taken], block.rows[taken], block.values[taken]
 
 
 DAY = 86_400.0

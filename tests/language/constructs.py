@@ -1766,7 +1766,7 @@ _rule(
 _rule(
     "observe … of RUN",
     "observe norm resid_post layer * of fewer at last token as lengths",
-    "Observes a named run. Positions are located in that run's text.",
+    "Of a named run. Positions are located in that run's text.",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -1904,6 +1904,20 @@ _rule(
     "tests/rules/test_attribution_graphs.py",
 )
 _rule(
+    "observe graph_probe",
+    "observe graph_probe(tc, target: count) logits",
+    "How well a linear map of each row's attribution graph predicts a value of the row, or a "
+    "measure of its next token that is 0 or 1, such as `correct(answer)`, on held-out rows. "
+    "The columns are, for each feature, the sum over tokens of its edges to the target of the "
+    "graph: activation times weight. `features: few` names those of a group; otherwise, each "
+    "feature that is active in some row has a column. `folds`, `kind` and `penalty` are those "
+    "of `probe`. `graph_probe baseline` is the same with one column, the entropy of the next "
+    "token, and the default penalty. `graph_probe shuffled` is that of shuffled values.",
+    "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html; arXiv "
+    "2602.07080",
+    "tests/rules/test_graph_probes.py",
+)
+_rule(
     "observe rollout",
     "observe rollout from last token to each item token",
     "The share of one token that attention through all layers mixes into another. It is the "
@@ -2003,7 +2017,7 @@ _rule(
 _rule(
     "observe features … top … by",
     "observe features of axes at last token top 2 by correlation(count)",
-    "Only the two largest. They are those of the largest absolute value over all positions. `by "
+    "The two largest. They are those of the largest absolute value over all positions. `by "
     "mean`, the default, ranks coordinates by their mean. `by correlation(count)` gives Pearson's "
     "correlation with a value of the rows; its interval is that of the mean of the rows' "
     "influence values, r + xy − r(x² + y²)/2 for standardised x and y. `by difference(fewer)` "

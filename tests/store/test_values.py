@@ -58,10 +58,10 @@ def test_two_columns(store: Store) -> None:
 
 def test_columns_are_not_mixed(store: Store) -> None:
     """The first block's number counts; of another cell of the block it may be another."""
-    keep(store, block({ONE: {1: 0.5}}), block({ONE: {2: (1.5, 2.5)}, TWO: {2: (3.5, 4.5)}}))
+    keep(store, block({ONE: {1: 0.5}}), block({ONE: {2: (1.5, 2.5, 6)}, TWO: {2: (3.5, 4.5, 7)}}))
     with store.begin("key", {}) as run:
         found = values_of(run.earlier([ONE, TWO]))
-    assert found == {ONE: {1: (0.5,)}, TWO: {2: (3.5, 4.5)}}
+    assert found == {ONE: {1: (0.5,)}, TWO: {2: (3.5, 4.5, 7)}}
 
 
 def test_a_cell_without_rows_has_no_columns(store: Store) -> None:
@@ -166,7 +166,7 @@ def test_cells_without_rows_are_not_found(store: Store) -> None:
         ({"starts": np.array([0, 1, 3])}, "grow"),
         ({"rows": np.array([1], np.uint64)}, "row has a key"),
         ({"values": np.zeros(2)}, "columns"),
-        ({"values": np.zeros((2, 3))}, "columns"),
+        ({"values": np.zeros((2, 4))}, "columns"),
         ({"values": np.zeros((2, 0))}, "columns"),
     ],
 )

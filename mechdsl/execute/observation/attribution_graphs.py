@@ -206,17 +206,9 @@ def attribute(prompt: GraphPrompt) -> AttributionGraph:
     Raises:
         ValueError: A norm of the model can't be held constant.
     """
-    model, ids, transcoders = prompt.model, prompt.ids, prompt.transcoders
-    batch = Batch.of([ids], model.pad_id, model.calling.side, model.device)
-    last, measure = batch.lengths[:, None] - 1, prompt.measure
-    sources, logits = _read_sources(model, batch, last, transcoders)
-    targets = _list_likely(logits) if measure is None else _differentiate(model, logits, measure)
-    weights = targets.probabilities
-    try:
-        frozen = _FrozenPass.of(model, batch, last, sources, transcoders)
-    except AutogradFailed as failure:
-        raise ValueError(f"norms and patterns can't be held constant: {failure}") from failure
+    frozen, targets, _ = _freeze(prompt)
     ends, values = frozen.explain_logits(targets.weights)
+    sources, weights, ids = frozen.sources, targets.probabilities, prompt.ids
     every = np.arange(len(sources.nodes))
     chosen, kept = every, sources.nodes.find(prompt.kept)
     if len(every) > MOST_FEATURES:
@@ -236,6 +228,33 @@ def attribute(prompt: GraphPrompt) -> AttributionGraph:
         np.concatenate([inputs, values]),
         len(others),
     )
+
+
+def weigh_features(prompt: GraphPrompt) -> tuple[dict[LayerFeature, float], Tensor]:
+    """Return the sum of the edges from each active feature, at all tokens, to the targets of a
+    prompt's graph, and the logits [vocab] of the next token. Raises ValueError as `attribute`."""
+    frozen, targets, logits = _freeze(prompt)
+    ends, _ = frozen.explain_logits(targets.weights)
+    nodes, found = frozen.sources.nodes, dict[LayerFeature, float]()
+    weights = targets.probabilities @ ends[:, : len(nodes)]
+    places = zip(nodes.layer.tolist(), nodes.feature.tolist(), strict=True)
+    for place, weight in zip(places, weights.tolist(), strict=True):
+        found[place] = found.get(place, 0.0) + weight
+    return found, logits
+
+
+def _freeze(prompt: GraphPrompt) -> tuple[_FrozenPass, _Targets, Tensor]:
+    """Return a frozen pass of a prompt, the targets of its graph, and the logits [vocab] of the
+    next token. Raises ValueError if a norm of the model can't be held constant."""
+    model, ids, transcoders = prompt.model, prompt.ids, prompt.transcoders
+    batch = Batch.of([ids], model.pad_id, model.calling.side, model.device)
+    last, measure = batch.lengths[:, None] - 1, prompt.measure
+    sources, logits = _read_sources(model, batch, last, transcoders)
+    targets = _list_likely(logits) if measure is None else _differentiate(model, logits, measure)
+    try:
+        return _FrozenPass.of(model, batch, last, sources, transcoders), targets, logits
+    except AutogradFailed as failure:
+        raise ValueError(f"norms and patterns can't be held constant: {failure}") from failure
 
 
 def _select_features(frozen: _FrozenPass, ends: Floats, probabilities: Floats, kept: Ints) -> Ints:

@@ -18,6 +18,7 @@ from mechdsl.execute.cache import PanelCache, open_joint_cache
 from mechdsl.execute.measurement.readout import ListedToken, Readout, ReadoutInput
 from mechdsl.execute.measurement.values import (
     CellGap,
+    GraphFindings,
     MeasuredValues,
     UnusableRow,
     describe_cell,
@@ -40,6 +41,7 @@ from mechdsl.execute.observation.attribution_graphs import (
     score_ablation,
     score_graph,
     score_weight,
+    weigh_features,
 )
 from mechdsl.execute.observation.features import list_raised_tokens, observe_features
 from mechdsl.execute.observation.token_vectors import (
@@ -63,6 +65,7 @@ from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.weight_maps import WeightMaps
 from mechdsl.planner.plan import ExperimentPlan, point_size
 from mechdsl.planner.rows import RowTable, RulePlan
+from mechdsl.program.graph_files import LayerFeature
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
 from mechdsl.resolve.loops import evaluate_arithmetic
@@ -78,6 +81,7 @@ from mechdsl.resolve.observations import (
 from mechdsl.resolve.types import ResolvedMeasure, SitePoint
 from mechdsl.rules.observations.attention import AttentionRollout, WeightedValueNorm
 from mechdsl.rules.observations.features import FEATURE_AXIS, FeatureActivations, correlate
+from mechdsl.rules.observations.graph_probes import GraphProbe
 from mechdsl.rules.observations.graphs import AttributionGraphs, GraphAblation, GraphWeight
 from mechdsl.rules.observations.maps import MapObservation
 from mechdsl.rules.observations.weights import CIRCUIT_AXES, WeightObservation
@@ -268,7 +272,13 @@ class VectorGatherer:
                 for row, end in zip(rows, ends, strict=True)
             ]
             drawn = None if does.pruning is None or cell else (rows[0], does.pruning)
-            yield cell, there, partial(_score_prompts, prompts, does, drawn, measured)
+            if not isinstance(does, GraphProbe):
+                yield cell, there, partial(_score_prompts, prompts, does, drawn, measured)
+                continue
+            keys = self.keys([spot], self.kept[there], [run], self.runs.table)
+            outcomes = [_select_target(does.outcome, run.name, row) for row in rows]
+            probed = _ProbedPrompts(prompts, outcomes, self.kept[there], keys, seed)
+            yield cell, there, partial(_probe_prompts, probed, does, drawn, measured)
 
     def _training(
         self, wanted: Sequence[SiteCombination], place: int
@@ -720,10 +730,66 @@ def _score_prompts(
     for number, prompt in enumerate(prompts):
         graph = attribute(prompt)
         if number == 0 and drawn is not None:
-            supernodes = {own.name: own.features for own in does.groups.get("supernodes", ())}
-            measured.graph = list_graph(graph, prompt.ids, *drawn, supernodes)
+            measured.graph = _draw_graph(prompt, graph, does, drawn)
         scores.append(_score_graph(prompt, graph, does))
     return np.array(scores).T
+
+
+def _draw_graph(
+    prompt: GraphPrompt,
+    graph: AttributionGraph,
+    does: AttributionGraphs,
+    drawn: tuple[int, tuple[float, float]],
+) -> GraphFindings:
+    supernodes = {own.name: own.features for own in does.groups.get("supernodes", ())}
+    return list_graph(graph, prompt.ids, *drawn, supernodes)
+
+
+@dataclass(frozen=True, eq=False)
+class _ProbedPrompts:
+    """Prompts whose graphs are the input of a probe."""
+
+    prompts: Sequence[GraphPrompt]
+    outcomes: Sequence[LogitMeasure | None]
+    """The measures that are predicted; None for values of rows."""
+    rows: Ints
+    """[prompt] number in the table."""
+    keys: Sequence[bytes]
+    """[prompt] equal for equal texts."""
+    seed: int
+
+
+def _probe_prompts(
+    probed: _ProbedPrompts,
+    does: GraphProbe,
+    drawn: tuple[int, tuple[float, float]] | None,
+    measured: MeasuredValues,
+) -> Floats:
+    """Return what probes tell of the graphs of some prompts, [score, prompt]; see `_score_prompts`.
+
+    Raises ValueError if the rows permit no fit.
+    """
+    weights: list[dict[LayerFeature, float]] = []
+    entropies, values = list[float](), list[float]()
+    if drawn is not None:
+        first = probed.prompts[0]
+        measured.graph = _draw_graph(first, attribute(first), does, drawn)
+    for prompt, outcome in zip(probed.prompts, probed.outcomes, strict=True):
+        own, logits = weigh_features(prompt)
+        weights.append(own)
+        entropies.append(float(torch.special.entr(logits.double().softmax(-1)).sum()))
+        if outcome is not None:
+            values.append(float(outcome(logits)))
+    named = does.features_of("features") or frozenset[LayerFeature]().union(*weights)
+    columns = [[own.get(each, 0.0) for each in sorted(named)] for own in weights]
+    found = does.tell(
+        np.array(columns).reshape(len(weights), len(named)),
+        np.array(entropies),
+        np.array(values) if values else None,
+        (probed.rows, probed.keys),
+        probed.seed,
+    )
+    return np.stack(found)
 
 
 def _score_graph(

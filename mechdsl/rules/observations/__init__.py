@@ -3,6 +3,7 @@
 from mechdsl.rules.observations import (
     attention,
     features,
+    graph_probes,
     graphs,
     lenses,
     map_scores,
@@ -19,6 +20,7 @@ __all__ = [
     "SiteObservation",
     "attention",
     "features",
+    "graph_probes",
     "graphs",
     "lenses",
     "map_scores",

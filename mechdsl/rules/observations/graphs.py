@@ -71,6 +71,10 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
     takes: ClassVar = ("arguments", "toward")
     group_options: ClassVar[tuple[str, ...]] = ("supernodes",)
     """Options that name groups of features; a list only for `supernodes`."""
+    other_options: ClassVar[tuple[str, ...]] = ()
+    """Options that a subclass reads."""
+    selects: ClassVar[bool] = True
+    """Whether only the features of the most influence are nodes, if there are many."""
     of_bases = True
     has_graph = True
     unplaced = "last token"
@@ -192,11 +196,11 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         shares = dict(PRUNING)
         call = rule.observed.call
         for given in () if call is None else call.arguments:
-            if given.name is None or given.name in self.group_options:
+            if given.name is None or given.name in (*self.group_options, *self.other_options):
                 continue
             share = constant_value(given.value, work.program.parameters)
             if given.name not in shares:
-                known = name_list((*shares, *self.group_options))
+                known = name_list((*shares, *self.group_options, *self.other_options))
                 reason, hint = f"has no option `{given.name}`", f"it has {known}"
             elif not isinstance(share, Percent) or not 0 < share <= 100:
                 reason = f"`{given.name}` must be a percentage above 0%"
@@ -279,14 +283,14 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             "of tokens as a share of that of tokens and errors; completeness: the share of the "
             "inputs of nodes that doesn't come from errors, weighted by the influence of nodes",
         )
-        yield from self._graph_conventions(n_layers)
+        yield from self.graph_conventions(n_layers)
 
-    def _describe(self, option: str) -> str:
+    def describe_group(self, option: str) -> str:
         """Return the group of an option with the number of its features."""
         (own,) = self.groups[option]
         return f"`{own.name}` ({count_noun(len(own.features), 'feature')})"
 
-    def _graph_conventions(self, n_layers: int) -> Iterator[Convention]:
+    def graph_conventions(self, n_layers: int) -> Iterator[Convention]:
         count = len(self.members)
         others = [str(layer) for layer in range(n_layers) if layer not in self.members]
         said = f"transcoders of {count} of {n_layers} layers"
@@ -310,11 +314,14 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
                 f"the target is `{self.target.text}`, to first order: logits times the measure's "
                 "gradient"
             )
+        selected = (
+            f"; before pruning; of more than {MOST_FEATURES:,} active features, those of the most "
+            "influence are nodes, others count as errors"
+        )
         yield Convention(
             "graph",
-            f"patterns of attention and divisors of norms are constants; {targets}; before pruning;"
-            f" of more than {MOST_FEATURES:,} active features, those of the most influence are "
-            "nodes, others count as errors",
+            f"patterns of attention and divisors of norms are constants; {targets}"
+            f"{selected if self.selects else ''}",
         )
         if self.pruning is not None:
             nodes, edges = (f"{100 * share:.4g}" for share in self.pruning)
@@ -379,7 +386,7 @@ class GraphAblation(AttributionGraphs):
         which = f"the {self.top} features of each prompt with the most influence on it"
         count = f"{self.top}"
         if self.groups:
-            which, count = f"the features of {self._describe('features')}", "as many"
+            which, count = f"the features of {self.describe_group('features')}", "as many"
         yield Convention(
             "observed",
             f"{self.word}: the change of the measure in the model in which {which} are set to 0; "
@@ -387,7 +394,7 @@ class GraphAblation(AttributionGraphs):
             f"a linear function of its input; random: {count} other active features of the prompt "
             "are set to 0",
         )
-        yield from self._graph_conventions(n_layers)
+        yield from self.graph_conventions(n_layers)
 
 
 @observation("graph_weight")
@@ -420,14 +427,14 @@ class GraphWeight(AttributionGraphs):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         to = "the target" if self.target is not None else "the targets, weighted"
         if "to" in self.groups:
-            to = f"those of {self._describe('to')}"
+            to = f"those of {self.describe_group('to')}"
         yield Convention(
             "observed",
-            f"{self.word}: the sum of the edges from the features of {self._describe('from')} to "
-            f"{to}, at all tokens of the prompt; random: from as many other active features of the "
-            "same layers, or all others of a layer if there are fewer",
+            f"{self.word}: the sum of the edges from the features of {self.describe_group('from')} "
+            f"to {to}, at all tokens of the prompt; random: from as many other active features of "
+            "the same layers, or all others of a layer if there are fewer",
         )
-        yield from self._graph_conventions(n_layers)
+        yield from self.graph_conventions(n_layers)
 
 
 def _report_group(
@@ -446,6 +453,22 @@ def _resolve_target(rule: spec.Rule, work: ExperimentContext) -> ResolvedMeasure
     said = rule.observed
     if said is None or said.toward is None:
         return None
+    found = resolve_next_token_measure(said.toward, "toward", rule, work)
+    flat = found and find_flat_part(found, work.experiment.base, at_base=True)
+    if flat is not None:
+        text, reason, hint = flat
+        report_bad_observation(rule, work, f"has no edges toward `{text}`: {reason}", hint)
+        return None
+    return found
+
+
+def resolve_next_token_measure(
+    expression: ast.Expr, label: str, rule: spec.Rule, work: ExperimentContext
+) -> ResolvedMeasure | None:
+    """Resolve a measure of the next token's logits; None after an error.
+
+    Codes: E0207 for a measure of anything else, and those of measures.
+    """
     context = MeasureContext(
         work.table,
         work.model.tokenizer,
@@ -454,20 +477,17 @@ def _resolve_target(rule: spec.Rule, work: ExperimentContext) -> ResolvedMeasure
         work.diagnostics,
         metrics=work.program.metrics,
     )
-    found = resolve_measure(said.toward, context, label="toward")
+    found = resolve_measure(expression, context, label=label)
     if found is None:
         return None
-    hint = "name texts of one token: `toward answer - wrong`"
-    flat = find_flat_part(found, work.experiment.base, at_base=True)
-    if flat is not None:
-        text, reason, hint = flat
-        report_bad_observation(rule, work, f"has no edges toward `{text}`: {reason}", hint)
-        return None
+    example = "toward answer - wrong" if label == "toward" else "target: correct(answer)"
+    hint = f"name texts of one token: `{example}`"
     for atom in found.atoms:
         several = any(atom.appended) and not work.model.tokenizer.stands_in
         if atom.form.takes in ("prompt", "own", "activations") or atom.run is not None or several:
             own = "has several tokens" if several else "isn't read from the next token's logits"
-            reason = f"explains the next token, and `{atom.node.span.written}` {own}"
+            does = "explains" if label == "toward" else "reads"
+            reason = f"{does} the next token, and `{atom.node.span.written}` {own}"
             report_bad_observation(rule, work, reason, hint)
             return None
     return found

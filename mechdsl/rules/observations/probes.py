@@ -131,6 +131,29 @@ def resolve_probe(
             return None
         penalty = options.get("penalty")
         return Probe(kind, targets[:own], classes, DEFAULT_FOLDS, penalty, targets[own:], told)
+    folds = _read_folds(call, options, table, diagnostics)
+    return None if folds is None else Probe(kind, targets, classes, folds, options.get("penalty"))
+
+
+def resolve_measure_probe(
+    call: ast.Call,
+    table: PromptTable,
+    parameters: Mapping[str, Any],
+    diagnostics: list[Diagnostic],
+) -> Probe | None:
+    """Resolve the settings of a probe of a measure that is 0 or 1; None after E0207."""
+    before = len(diagnostics)
+    options = _options(call, parameters, diagnostics, ("logistic",))
+    folds = _read_folds(call, options, table, diagnostics)
+    if folds is None or has_errors(diagnostics[before:]):
+        return None
+    return Probe("logistic", (), ("0", "1"), folds, options.get("penalty"))
+
+
+def _read_folds(
+    call: ast.Call, options: Mapping[str, Any], table: PromptTable, diagnostics: list[Diagnostic]
+) -> int | None:
+    """Return the number of folds; None after E0207 for more folds than distinct rows."""
     folds, rows = options.get("folds", DEFAULT_FOLDS), len(set(table.cut_from or table.row_keys))
     if rows < folds and not table.stands_in and not table.cut:
         unit = "image" if table.cut_from else "distinct row"
@@ -143,7 +166,7 @@ def resolve_probe(
             f"more {unit.split()[-1]}s, or `folds: {max(2, rows)}`",
         )
         return None
-    return Probe(kind, targets, classes, folds, options.get("penalty"))
+    return folds
 
 
 def _options(
@@ -154,7 +177,7 @@ def _options(
 ) -> dict[str, Any]:
     """Read `folds: 5, kind: logistic, penalty: 0.1`; report E0207 for invalid options."""
     found: dict[str, Any] = {}
-    known = [name for name in _OPTIONS if name != "kind" or len(kinds) > 1]
+    known = [name for name in PROBE_OPTIONS if name != "kind" or len(kinds) > 1]
     for each in call.arguments:
         if each.name is None or each.name == "train":
             continue
@@ -168,7 +191,7 @@ def _options(
         number = value.id if isinstance(value, ast.Name) else None
         if word != "kind" or number is None:
             number = constant_value(cast(ast.Expr, value), parameters)
-        good, hint = _OPTIONS[word]
+        good, hint = PROBE_OPTIONS[word]
         if not good(number):
             _bad_probe_argument(
                 diagnostics, each.span, word, f"can't be `{value.span.written}`", hint
@@ -178,7 +201,7 @@ def _options(
     return found
 
 
-_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+PROBE_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "folds": (lambda n: isinstance(n, int) and 2 <= n <= 1000, "`folds: 5`, from 2 to 1000"),
     "kind": (lambda n: n in PROBE_KINDS, "`kind: ridge` or `kind: logistic`"),
     "penalty": (lambda n: is_number(n) and n > 0, "a number above 0"),
@@ -288,7 +311,7 @@ class ProbeObservation(SiteRowSetObservation):
         strata = y[:, 0].tolist() if probe.kind == "logistic" else None
         fold = assign_folds(seen.keys, probe.folds, seed, strata)
         return [
-            _score_held_out(probe, seen.vectors, own, fold)
+            score_held_out(probe, seen.vectors, own, fold)
             for own in (y, shuffle_targets(seen.keys, y, seed))
         ]
 
@@ -297,7 +320,7 @@ class ProbeObservation(SiteRowSetObservation):
             assert rule.sites is not None
             return self.reading.describe(rule.sites)
         assert self.probe is not None
-        return _describe_probe(self.probe)
+        return describe_probe(self.probe)
 
 
 def select_targets(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Floats:
@@ -335,7 +358,7 @@ def _score_fitted(
     return (found[told.astype(np.int64)] == y[:, 0]).astype(np.float64)
 
 
-def _score_held_out(probe: Probe, vectors: Floats, y: Floats, fold: Ints) -> Floats:
+def score_held_out(probe: Probe, vectors: Floats, y: Floats, fold: Ints) -> Floats:
     """Score predictions from fits to the other folds: [row]."""
     import numpy as np
 
@@ -348,7 +371,7 @@ def _score_held_out(probe: Probe, vectors: Floats, y: Floats, fold: Ints) -> Flo
     return right.astype(np.float64)
 
 
-def _describe_probe(probe: Probe) -> Iterator[str]:
+def describe_probe(probe: Probe) -> Iterator[str]:
     """Describe the fit in notes for tables."""
     if probe.kind == "ridge":
         several = len(probe.targets[0])
@@ -358,13 +381,7 @@ def _describe_probe(probe: Probe) -> Iterator[str]:
         penalty = "on folds within the rows of each fit, of 0.01 to 10,000 by tens"
         yield f"penalty {probe.penalty:g}" if probe.penalty else f"penalty chosen {penalty}"
     else:
-        names = ", ".join(probe.classes[:8]) + (", …" if len(probe.classes) > 8 else "")
-        counts = [0] * len(probe.classes)
-        for (number,) in probe.targets:
-            counts[int(number)] += 1
-        commonest = max(counts) / len(probe.targets)
-        yield f"logistic regression, {len(probe.classes):,} classes ({names})"
-        yield f"the most common class has {commonest:.3g} of the rows"
+        yield from _describe_classes(probe)
         penalty = LOGISTIC_PENALTY if probe.penalty is None else probe.penalty
         yield f"penalty {penalty:g} / 2 · Σ weights²"
     if probe.train is None:
@@ -377,8 +394,21 @@ def _describe_probe(probe: Probe) -> Iterator[str]:
             f"fitted on `{probe.trained_on}` ({len(probe.train):,} rows), which define the "
             "standardisation"
         )
-    yield "values are the clean row's"
+    if probe.targets:
+        yield "values are the clean row's"
     yield "shuffled: the same with the values permuted between rows (Hewitt and Liang 2019)"
+
+
+def _describe_classes(probe: Probe) -> Iterator[str]:
+    """Describe the classes of the rows."""
+    names = ", ".join(probe.classes[:8]) + (", …" if len(probe.classes) > 8 else "")
+    yield f"logistic regression, {len(probe.classes):,} classes ({names})"
+    counts = [0] * len(probe.classes)
+    for (number,) in probe.targets:
+        counts[int(number)] += 1
+    if probe.targets:
+        commonest = max(counts) / len(probe.targets)
+        yield f"the most common class has {commonest:.3g} of the rows"
 
 
 class _RoutedObservation(SiteTokenSetObservation):
