@@ -349,7 +349,7 @@ def test_videos_in_chats_are_what_hooks_give(name: str) -> None:
     model, found = adopt_model("m", deepcopy(own.model), own.processor)
     assert model is not None, found
     block = BLOCK.replace('template "w3 w2 {clip} w1 {words} w3"', 'chat { user "{clip} {words}" }')
-    text = experiment("e", RULE.format("frame 2 row 2 col 1 token"))
+    text = experiment("e", RULE.format("frame 2 tokens"))
     source = Source(f'mech 1\nmodel m = local("x")\n{block}\n{text}', folder() / "file.mech")
     chat = succeeded(*run_on(source, {"m": model}, MODES["planned"]))["e"]
     base, expected = list[float](), list[float]()
@@ -361,9 +361,8 @@ def test_videos_in_chats_are_what_hooks_give(name: str) -> None:
         given = inputs_of(name, f"w2 {video} {WORDS[n]} w3 w1", files)
         shape = given["input_ids"].shape  # a chat without a beginning-of-sequence token
         given = {key: each[:, 1:] if each.shape == shape else each for key, each in given.items()}
-        token = cell(name, n, 2, 2, 1) - 2
         base.append(families.difference(own.run(given)))
-        edit = {0: at([token], torch.zeros(()))}
+        edit = {0: at([token - 2 for token in tokens(name, n, 2)], torch.zeros(()))}
         expected.append(families.difference(own.run(given, blocks=edit)))
     compare(chat, base, [expected])
 
