@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import chain, product
 from random import Random
@@ -616,3 +617,24 @@ class CircuitDraws:
             if len(found) == len(self.circuit):
                 return frozenset(found)
         return None
+
+
+@dataclass(frozen=True)
+class AskedCircuits:
+    """What random circuits depend on."""
+
+    shape: ModelShape = field(hash=False)  # holds tables; compared, though
+    circuit: frozenset[CircuitEdge]
+    seed: int
+    count: int
+
+
+@lru_cache(maxsize=64)
+def draw_circuits(asked: AskedCircuits) -> tuple[list[tuple[CircuitEdge, ...]], bool]:
+    """Draw random circuits; a file that is checked again has the same.
+
+    Returns:
+        The circuits, and whether each of their edges is on a path from `embed` to `logits`.
+    """
+    drawing = CircuitDraws(asked.shape, asked.circuit, asked.seed)
+    return drawing.draws(asked.count), drawing.is_connected

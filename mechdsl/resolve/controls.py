@@ -28,7 +28,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import Hits, PositionCell
 from mechdsl.resolve.bases import CoordinateChange, WeightChange
-from mechdsl.resolve.circuits import CircuitDraws, replace_circuit
+from mechdsl.resolve.circuits import AskedCircuits, draw_circuits, replace_circuit
 from mechdsl.resolve.conflicts import check_removed_blocks
 from mechdsl.resolve.findings import FindingPicker, PickError, check_rankable_features
 from mechdsl.resolve.matched_draws import (
@@ -676,10 +676,10 @@ def _draw_circuits(
     counts: dict[AxisIndices, int] = {}
     every_path = True
     for key, own in circuit.named.items():
-        drawing = CircuitDraws(experiment.model.shape, own, experiment.seed)
-        found = drawing.draws(draws)
+        asked = AskedCircuits(experiment.model.shape, frozenset(own), experiment.seed, draws)
+        found, is_connected = draw_circuits(asked)
         counts[key] = len(found)
-        every_path &= drawing.is_connected
+        every_path &= is_connected
         drawn |= {(n, *key): (found[n] if n < len(found) else own) for n in range(draws)}
     sizes = sorted({len(own) for own in circuit.named.values()})
     size = " to ".join(f"{each:,}" for each in dict.fromkeys((sizes[0], sizes[-1])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from mechdsl.pipeline.options import RunOptions
 from mechdsl.resolve.circuits import (
     RECEIVER_WORDS,
     SENDER_WORDS,
+    AskedCircuits,
     CircuitDraws,
+    draw_circuits,
     list_edges,
 )
 from mechdsl.resolve.sites import label_node
@@ -348,6 +351,15 @@ def named(edge: CircuitEdge) -> tuple[str, str]:
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_edges_are_all_pairs_of_a_sender_and_a_later_receiver(name: str) -> None:
     assert {named(edge) for edge in list_edges(shape_of(name))} == edges(name)[2]
+
+
+def test_random_circuits_asked_for_again_are_those_of_their_shape_circuit_seed_and_count() -> None:
+    circuit = list_edges(shape_of("llama"))[:3]
+    changed = ((circuit[:2], 0, 5), (circuit, 1, 5), (circuit, 0, 6), (circuit, 0, 5))
+    for name, (own, seed, count) in product(("llama", "gpt2"), changed):
+        shape = shape_of(name)
+        expected = CircuitDraws(shape, own, seed).draws(count)
+        assert draw_circuits(AskedCircuits(shape, frozenset(own), seed, count))[0] == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
