@@ -91,9 +91,17 @@ class ImageVectors:
         embedding.register_forward_hook(self._after)
 
     def fits(self, model: LoadedModel) -> bool:
-        """Return whether the vectors are those of this model: of its weights and processor."""
+        """Return whether the vectors are those of this model: of its weights and processor.
+
+        A caller's model loses its hooks after each run, and may have other weights in the next one.
+        """
         weights, reader = model.provenance.get("weights"), model.tokenizer
-        return reader is not None and (weights, reader.hash) == (self._weights, self.reader.hash)
+        embedding: nn.Module = model.module.get_input_embeddings()  # type: ignore[operator]
+        return (
+            reader is not None
+            and (weights, reader.hash) == (self._weights, self.reader.hash)
+            and self._after in embedding._forward_hooks.values()
+        )
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

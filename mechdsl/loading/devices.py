@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mechdsl.base.runtime import preserve_random_state
+from mechdsl.forward.hooks.model import IMAGE_INPUTS, IMAGE_TOKENS
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -62,17 +63,26 @@ def restore_models(models: Iterable[object]) -> Generator[None]:
     """Restore models and random state on exit, also after errors and interrupts.
 
     The context restores each module's attributes (training mode, hooks, which tensors are its
-    parameters and buffers) and all values of its config. It doesn't copy values of weights.
+    parameters and buffers) and all values of its config. It doesn't copy values of weights. What is
+    known of images is forgotten, because the weights may change before the next run.
     """
     with ExitStack() as stack:
         stack.enter_context(preserve_random_state())
-        parts = {id(part): part for m in models if isinstance(m, nn.Module) for part in m.modules()}
+        modules = [each for each in models if isinstance(each, nn.Module)]
+        stack.callback(_forget_images, modules)
+        parts = {id(part): part for module in modules for part in module.modules()}
         configs: dict[int, Any] = {}
         for part in parts.values():
             _add_configs(getattr(part, "config", None), configs)
         for held in (*parts.values(), *configs.values()):
             stack.callback(_save_attributes(vars(held)))
         yield
+
+
+def _forget_images(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        IMAGE_INPUTS.pop(module, None)
+        IMAGE_TOKENS.pop(module, None)
 
 
 def _save_attributes(attributes: dict[str, Any]) -> Callable[[], None]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import mechdsl
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.model import LoadedModel
@@ -167,3 +169,27 @@ def test_images_of_other_sizes_are_other_tokens() -> None:
     [error] = [each for each in found if each.severity == "error"]
     assert error.code == "E0416"
     assert "processors that give images the same rows" in str(error.help_text)
+
+
+def test_other_pixels_of_the_other_model_are_another_run_for_the_store(tmp_path: Path) -> None:
+    """The own model's inputs and values, the texts and all weights stay the same."""
+    name = "llava_class"
+    known = 'model m = local("handed over")\nmodel tuned = local("handed over")\n'
+    text = f"mech 1\n{known}{base.BLOCK}\n" + experiment(
+        "e", "model m", "prompts ask", "from tuned into m",
+        "patch resid_post layer 0 at last token", "measure kl(tuned) as raw",
+    )  # fmt: skip
+    path = base.folder() / "stored.mech"
+    path.write_text(text)
+    seen: list[tuple[float, ...]] = []
+    for mean in (0.1, 0.1, 0.4):
+        processor = deepcopy(tuned(name).processor)
+        processor.image_processor.image_mean = [mean, 0.2, 0.3]
+        models = {
+            "m": (base.bare(name).model, base.bare(name).processor),
+            "tuned": (tuned(name).model, processor),
+        }
+        [measure] = mechdsl.run(path, models, store=tmp_path / "store")["e"].measures
+        seen.append((*measure.base[0], *measure.patched[0]))
+    assert seen[0] == seen[1]
+    assert min(abs(np.subtract(seen[0], seen[2]))) > 1e-3

@@ -1,0 +1,65 @@
+"""A model that Python hands over to several runs, and changes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mechdsl
+
+from . import test_attended_images as attended
+from . import test_families as base
+
+Pair = tuple[Any, Any]
+
+RULES = """
+experiment e {
+  model m
+  prompts ask
+  patch resid_post layer 0 at last token with changed
+  measure logit(answer) as raw
+}
+"""
+
+
+def llava() -> tuple[Pair, Path, str]:
+    """(model, processor), folder, block of prompts."""
+    own = base.bare("llava_class")
+    return (deepcopy(own.model), own.processor), base.folder(), base.BLOCK
+
+
+def mllama() -> tuple[Pair, Path, str]:
+    """The same of a model whose blocks attend to the image."""
+    pair = deepcopy(attended.bare()), attended.processor()
+    return pair, attended.folder(), attended.BLOCK
+
+
+def values(pair: Pair, folder: Path, block: str) -> list[float]:
+    path = folder / "handed_over.mech"
+    rules = RULES.replace("ask", block.split()[1])
+    path.write_text(f'mech 1\nmodel m = local("handed over")\n{block}\n{rules}')
+    [measure] = mechdsl.run(path, {"m": pair}, store=False)["e"].measures
+    return [*measure.base[0], *measure.patched[0]]
+
+
+@pytest.mark.parametrize("made", [llava, mllama])
+def test_vision_weights_changed_between_two_runs_change_the_second(
+    made: Callable[[], tuple[Pair, Path, str]],
+) -> None:
+    """The second run equals that of a copy, which no run has read before."""
+    pair, folder, block = made()
+    first = values(pair, folder, block)
+    assert values(pair, folder, block) == first
+    with torch.no_grad():
+        for weight in pair[0].model.multi_modal_projector.parameters():
+            weight.mul_(-1.5)
+    second = values(pair, folder, block)
+    copied = deepcopy(pair[0]), pair[1]
+    np.testing.assert_allclose(second, values(copied, folder, block), atol=1e-6)
+    assert np.abs(np.subtract(first, second)).max() > 1e-2
