@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mechdsl.base.records import Record, record
-from mechdsl.base.text import name_list
 from mechdsl.dictionaries.folder import Architecture
-from mechdsl.program.direction_methods import Problem
+from mechdsl.program.direction_methods import Problem, check_kind
 from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import (
     DictionaryOutline,
@@ -77,10 +76,7 @@ class SparseAutoencoderTrainer(IterativeTrainer):
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name == "kind":
-            if value in self.kinds:
-                return None
-            listed = name_list([f'"{each}"' for each in self.kinds])
-            return f"`{self.name}` has no such kind", f"write one of {listed}"
+            return check_kind(self.name, value, self.kinds)
         if name == "skip":
             return None if isinstance(value, bool) else ("`skip` is true or false", "`skip: true`")
         if name == "penalty":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cas
 
 from mechdsl.base.records import Record, Registry, attribute_problem, record
 from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.program.spec import Constant
 from mechdsl.syntax.words import name_problem
 
@@ -23,6 +24,16 @@ FITTED_OPERANDS: tuple[OperandKind, ...] = ("two", "block", "value and block")
 
 Problem = tuple[str, str]
 """What is wrong, and how to correct it, both in lower case."""
+
+
+def check_kind(method: str, value: Constant | None, kinds: Sequence[str]) -> Problem | None:
+    """Return the problem with the value of an option `kind`, or None."""
+    if value in kinds:
+        return None
+    quoted = '"{}"'.format
+    listed = f"write one of {name_list([quoted(each) for each in kinds])}"
+    hint = did_you_mean(str(value), kinds, listed, written=quoted)
+    return f"`{method}` has no such kind", hint
 
 
 class RowVectors(Protocol):

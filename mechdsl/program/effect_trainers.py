@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 
 from mechdsl.base.limits import INSERTED
 from mechdsl.base.text import name_list
-from mechdsl.program.direction_methods import Problem
+from mechdsl.program.direction_methods import Problem, check_kind
 from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import (
     EFFECT_DEFAULTS,
@@ -245,10 +245,7 @@ class LowRankEditTrainer(EditTrainer):
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name == "kind":
-            if value in EDIT_KINDS:
-                return None
-            listed = name_list([f'"{each}"' for each in EDIT_KINDS])
-            return "`reft` has no such kind", f"write one of {listed}"
+            return check_kind("reft", value, EDIT_KINDS)
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             return None
         return "`rank` is a whole number from 1 on", "write `rank: 4`"
@@ -312,10 +309,7 @@ class GateTrainer(MaskTrainer):
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name == "kind":
-            if value in GATE_KINDS:
-                return None
-            listed = name_list([f'"{each}"' for each in GATE_KINDS])
-            return "`mask` has no such kind", f"write one of {listed}"
+            return check_kind("mask", value, GATE_KINDS)
         if name == "keep":
             fine = isinstance(value, bool)
             return None if fine else ("`keep` is `true` or `false`", "write `keep: true`")

@@ -670,11 +670,13 @@ def _measure_context(
         tuple(items),
         work.diagnostics,
         observed=observed,
-        names=tuple(
-            rule.observed.name or rule.observed.word
+        names={
+            name
             for rule in work.experiment.rules
             if rule.observed is not None
-        ),
+            for name in (rule.observed.name, rule.observed.word)
+            if name is not None
+        },
         metrics=work.program.metrics,
         replies=get_reply_tokens(work.experiment),
         reply=work.reply,

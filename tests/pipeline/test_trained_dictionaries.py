@@ -366,6 +366,22 @@ def test_rows_of_features_are_saved(tmp_path: Path) -> None:
     assert [line["index"] for line in lines] == [*range(6)]
 
 
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [("matrioshka", 'did you mean `"matryoshka"`?'), ("lasso", 'write one of `"topk"`,')],
+)
+def test_kind_written_wrongly_names_the_nearest(kind: str, hint: str) -> None:
+    text = f"""mech 1
+model m = zoo("counting")
+prompts p {{ x in ["pear", "fig"] template "Part 1: {{x}}" answer " 1" }}
+basis f = fit(sae(features: 8, k: 2, kind: "{kind}"), prompts: p) at mlp_out layer 1 at last token
+experiment e {{ prompts p observe features of f at last token }}
+"""
+    errors = [each for each in mechdsl.validate(text) if each.severity == "error"]
+    assert [each.code for each in errors] == ["E0342"]
+    assert hint in errors[0].help_text
+
+
 @pytest.mark.parametrize("kind", ["topk", "batch_topk", "matryoshka", "relu", "jump_relu", "gated"])
 @pytest.mark.parametrize("method", ["sae", "transcoder", "skip transcoder"])
 def test_every_kind_can_be_read(method: str, kind: str, tmp_path: Path) -> None:

@@ -820,6 +820,7 @@ LENS_AT = "observe logit_lens resid_post layer 1 at last token"
     ("lines", "measure", "code"),
     [
         (("observe nrm resid_post layer 1 at last token",), "", "E0203"),
+        (("observe nrm resid_post layer 1 at last token as size",), "", "E0203"),
         (("observe norm resid_post layer 1",), "", "E0207"),
         (("observe norm resid_post layer 1 toward answer at last token",), "", "E0207"),
         (("observe norm resid_post layer 1 at last token with cue token",), "", "E0207"),
