@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from mechdsl.base.runtime import preserve_random_state
-from mechdsl.forward.hooks.model import IMAGE_INPUTS, IMAGE_TOKENS
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -80,6 +79,9 @@ def restore_models(models: Iterable[object]) -> Generator[None]:
 
 
 def _forget_images(modules: Iterable[nn.Module]) -> None:
+    # Not at the top: a run that reads the store needs the device, but no hooks.
+    from mechdsl.forward.hooks.model import IMAGE_INPUTS, IMAGE_TOKENS
+
     for module in modules:
         IMAGE_INPUTS.pop(module, None)
         IMAGE_TOKENS.pop(module, None)
