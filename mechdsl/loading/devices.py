@@ -67,9 +67,8 @@ def restore_models(models: Iterable[object]) -> Generator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(preserve_random_state())
-        modules = [each for each in models if isinstance(each, nn.Module)]
-        stack.callback(_forget_images, modules)
-        parts = {id(part): part for module in modules for part in module.modules()}
+        parts = {id(part): part for m in models if isinstance(m, nn.Module) for part in m.modules()}
+        stack.callback(_forget_images, parts.values())
         configs: dict[int, Any] = {}
         for part in parts.values():
             _add_configs(getattr(part, "config", None), configs)

@@ -12,9 +12,13 @@ import pytest
 import torch
 
 import mechdsl
+from mechdsl.base.source import Source
+from mechdsl.loading.loader import adopt_model
 
+from ..execute.support import MODES, run_on
 from . import test_attended_images as attended
 from . import test_families as base
+from .support import succeeded
 
 Pair = tuple[Any, Any]
 
@@ -63,3 +67,22 @@ def test_vision_weights_changed_between_two_runs_change_the_second(
     copied = deepcopy(pair[0]), pair[1]
     np.testing.assert_allclose(second, values(copied, folder, block), atol=1e-6)
     assert np.abs(np.subtract(first, second)).max() > 1e-2
+
+
+def test_model_adopted_before_another_run_reads_its_images_again() -> None:
+    """The run puts back hooks of the model that was adopted first, but forgets its images."""
+    pair, folder, block = llava()
+    model, found = adopt_model("m", *pair)
+    assert model is not None, found
+    rules = RULES.replace("resid_post layer 0 at last token", "resid_post vision layer 0 at PATCH")
+    rules = rules.replace("PATCH", "photo row 1 col 1 token")
+    known = 'model m = local("handed over")\n'
+    source = Source(
+        f"mech 1\n{known}{block}\n{rules.replace('ask', block.split()[1])}", folder / "a"
+    )
+    seen: list[list[float]] = []
+    for _ in range(2):
+        [result] = succeeded(*run_on(source, {"m": model}, MODES["planned"])).values()
+        seen.append(result.measures[0].patched[0].tolist())
+        values(pair, folder, block)
+    assert seen[0] == seen[1]

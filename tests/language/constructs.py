@@ -2017,7 +2017,7 @@ _rule(
 _rule(
     "observe features … top … by",
     "observe features of axes at last token top 2 by correlation(count)",
-    "The two largest. They are those of the largest absolute value over all positions. `by "
+    "The two with the largest absolute value over all positions. `by "
     "mean`, the default, ranks coordinates by their mean. `by correlation(count)` gives Pearson's "
     "correlation with a value of the rows; its interval is that of the mean of the rows' "
     "influence values, r + xy − r(x² + y²)/2 for standardised x and y. `by difference(fewer)` "
