@@ -93,15 +93,13 @@ class ImageVectors:
     def fits(self, model: LoadedModel) -> bool:
         """Return whether the vectors are those of this model: of its weights and processor.
 
-        A caller's model loses its hooks after each run, or has those of an earlier one again, and
+        After a run of a caller's model, its hooks are removed and its images forgotten, because it
         may have other weights in the next run.
         """
         weights, reader = model.provenance.get("weights"), model.tokenizer
-        embedding: nn.Module = model.module.get_input_embeddings()  # type: ignore[operator]
         return (
             reader is not None
             and (weights, reader.hash) == (self._weights, self.reader.hash)
-            and self._after in embedding._forward_hooks.values()
             and model.module in IMAGE_TOKENS
         )
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from mechdsl.fits.factors import NotFactored, Solution
-
-RANK_TOLERANCE = 1e-5
-"""Singular value, relative to the largest one, up to which a direction counts as constant."""
+from mechdsl.fits.factors import (
+    RANK_TOLERANCE,
+    NotFactored,
+    Solution,
+    count_dimensions,
+    principal_parts,
+)
 
 CONVERGED = 1e-6
 """Change of the weights in an iteration at which a sparse component has converged."""
@@ -158,18 +161,11 @@ class _Whitened:
 
 
 def _whiten(vectors: Tensor, count: int, ridge: float) -> _Whitened:
-    matrix = vectors.double().cpu()
-    center = matrix.mean(0)
-    left, values, axes = torch.linalg.svd(matrix - center, full_matrices=False)
-    rank = int((values > RANK_TOLERANCE * values[:1]).sum())
-    if rank < count:
-        raise NotFactored(
-            f"{count} components of vectors that differ in {rank} dimensions only",
-            "name more rows or tokens, or write fewer components",
-        )
+    center, left, values, axes = principal_parts(vectors, count, lambda _: "fewer components")
+    rank = count_dimensions(values)
     left, axes = left[:, :rank], axes[:rank]
-    variances = values[:rank].square() / len(matrix)
-    wide = (variances + ridge * variances.sum() / matrix.shape[1]).sqrt()
+    variances = values[:rank].square() / len(vectors)
+    wide = (variances + ridge * variances.sum() / vectors.shape[1]).sqrt()
     return _Whitened(center, axes, wide, left * (variances.sqrt() / wide))
 
 

@@ -16,7 +16,7 @@ Mixtures: the density of a vector x is Σ w_k N(x; m + d_k, Σ_k). Rows of `W_de
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,6 +221,40 @@ class Whitening:
         return rotation @ (self.deviations[:, None] * self.axes)
 
 
+def principal_parts(
+    vectors: Tensor, count: int, fewer: Callable[[int], str]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the mean and the singular value decomposition of centred vectors, in 64 bits.
+
+    Args:
+        vectors: [vector, width].
+        count: Number of components.
+        fewer: Returns what to write if vectors differ in fewer dimensions, whose number it takes.
+
+    Returns:
+        The mean [width]; left vectors [vector, axis], singular values [axis] in descending order
+        and axes [axis, width], those of constant directions last.
+
+    Raises:
+        NotFactored: The vectors span fewer dimensions.
+    """
+    matrix = vectors.double().cpu()
+    center = matrix.mean(0)
+    left, values, axes = torch.linalg.svd(matrix - center, full_matrices=False)
+    rank = count_dimensions(values)
+    if rank < count:
+        raise NotFactored(
+            f"{count} components of vectors that differ in {rank} dimensions only",
+            f"name more rows or tokens, or write {fewer(rank)}",
+        )
+    return center, left, values, axes
+
+
+def count_dimensions(values: Tensor) -> int:
+    """Return how many singular values [axis] aren't those of constant directions."""
+    return int((values > RANK_TOLERANCE * values[:1]).sum())
+
+
 def whiten(vectors: Tensor, count: int, trainer: str) -> Whitening:
     """Compute whitened principal components.
 
@@ -232,18 +266,11 @@ def whiten(vectors: Tensor, count: int, trainer: str) -> Whitening:
     Raises:
         NotFactored: The vectors span fewer dimensions.
     """
-    matrix = vectors.double().cpu()
-    center = matrix.mean(0)
-    left, values, axes = torch.linalg.svd(matrix - center, full_matrices=False)
-    rank = int((values > RANK_TOLERANCE * values[:1]).sum())
-    if rank < count:
-        raise NotFactored(
-            f"{count} components of vectors that differ in {rank} dimensions only",
-            f"name more rows or tokens, or write `{trainer}(components: {max(rank, 1)})`",
-        )
+    parts = principal_parts(vectors, count, lambda rank: f"`{trainer}(components: {max(rank, 1)})`")
+    center, left, values, axes = parts
     largest = axes.abs().argmax(1, keepdim=True)
     signs = axes.gather(1, largest).sign()
-    size = len(matrix) ** 0.5
+    size = len(vectors) ** 0.5
     white = left * signs.T * size
     return Whitening(center, white[:, :count], (signs * axes)[:count], values[:count] / size)
 

@@ -451,10 +451,10 @@ class BlockComponents:
             taps["resid_mid"] = (
                 added if middle is None else HookPoint(self._at(middle), "out", whole)
             )
-        beside = self._beside(mlp)
-        down = self._down(mlp) if mlp and not beside else None
+        has_other_mlp = self._has_other_mlp(mlp)
+        down = self._down(mlp) if mlp and not has_other_mlp else None
         if mlp:
-            taps |= self._mlp_taps(mlp, down, after_m, beside=beside)
+            taps |= self._mlp_taps(mlp, down, after_m, has_other_mlp=has_other_mlp)
         taps["resid_post"] = HookPoint(self.path, "out", whole)
         if self.arrangement == "parallel" and mlp and before_m is None:
             before_m = before_a
@@ -463,7 +463,7 @@ class BlockComponents:
             taps=taps,
             projections=projections,
             output=output,
-            mlp=() if beside else tuple(self._at(p) for p in mlp),
+            mlp=() if has_other_mlp else tuple(self._at(p) for p in mlp),
             down=None if down is None else self._at(down),
             attn_norm=self._optional(self._given("attn_norm", before_a)),
             mlp_norm=self._optional(self._given("mlp_norm", before_m)),
@@ -595,32 +595,32 @@ class BlockComponents:
 
     def _attention_alone(self, first: str) -> bool:
         """Return whether the block has no linear maps outside attention."""
-        beside = (m for p, m in self.inside.items() if p != first and not p.startswith(first + "."))
-        return all(linear_sizes(module) is None for module in beside)
+        others = (m for p, m in self.inside.items() if p != first and not p.startswith(first + "."))
+        return all(linear_sizes(module) is None for module in others)
 
     def _mlp_taps(
-        self, mlp: tuple[str, ...], down: str | None, norm: str | None, *, beside: bool
+        self, mlp: tuple[str, ...], down: str | None, norm: str | None, *, has_other_mlp: bool
     ) -> dict[str, HookPoint]:
         """Return the hook points of the MLP.
 
         Args:
             down: The linear map that reads the neurons.
             norm: The norm after the MLP.
-            beside: Whether another MLP reads the same stream.
+            has_other_mlp: Whether another MLP reads the same stream.
         """
         taps: dict[str, HookPoint] = {}
-        if not beside:
+        if not has_other_mlp:
             whole = TensorLayout.whole(self.shape.d_model)
             taps["mlp_norm"] = HookPoint(self._at(mlp[0]), "in", whole)
         if down is not None:
             neurons = self._linear(down)[0]
             taps["mlp_hidden"] = HookPoint(self._at(down), "in", TensorLayout.neurons(neurons))
         taps |= self._experts(mlp)
-        if not beside or norm:
+        if not has_other_mlp or norm:
             taps["mlp_out"] = self._tap(self._given("mlp_out", norm or mlp[-1]), "mlp_out")
         return taps
 
-    def _beside(self, mlp: tuple[str, ...]) -> bool:
+    def _has_other_mlp(self, mlp: tuple[str, ...]) -> bool:
         """Return whether another MLP or experts read the same stream: no module returns the sum."""
         others = (p for p in self.inside if "." not in p and p not in mlp)
         return len(mlp) == 1 and any(_MLP.search(p) or p == "experts" for p in others)

@@ -1,6 +1,6 @@
 """Resolve the vector that a direction expression denotes in every cell.
 
-With `d[layer own]`, each layer that a rule writes takes the direction of its own layer.
+With `d[layer own]`, a rule writes the direction of layer 2 in layer 2, that of layer 3 in layer 3.
 """
 
 from __future__ import annotations
@@ -1330,7 +1330,7 @@ OWN = "own"
 def expand_own_layers(
     experiment: spec.Experiment, sites: SiteContext
 ) -> tuple[spec.Experiment, list[Diagnostic]]:
-    """Replace each rule on the directions of its own layers by a rule for each of these layers.
+    """Replace each rule that writes `d[layer own]` by a rule for each layer that it writes.
 
     All act in the same cells. Codes: E0341.
     """

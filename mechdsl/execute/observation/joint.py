@@ -780,8 +780,8 @@ def _probe_prompts(
         entropies.append(float(torch.special.entr(logits.double().softmax(-1)).sum()))
         if outcome is not None:
             values.append(float(outcome(logits)))
-    named = does.features_of("features") or frozenset[LayerFeature]().union(*weights)
-    columns = [[own.get(each, 0.0) for each in sorted(named)] for own in weights]
+    named = sorted(does.features_of("features") or frozenset[LayerFeature]().union(*weights))
+    columns = [[own.get(each, 0.0) for each in named] for own in weights]
     found = does.tell(
         np.array(columns).reshape(len(weights), len(named)),
         np.array(entropies),

@@ -278,8 +278,8 @@ def _confusion_matrix(
     def entry(row: int, column: int) -> MatrixEntry:
         count, share = found.counts[row][column], found.share(row, column)
         mark = "*" if found.own[row] == column and found.total(row) else " "
-        behind = f" ({count})" if counted and count else ""
-        text = f"{share:.2f}{behind}" if count or mark == "*" else MISSING
+        number = f" ({count})" if counted and count else ""
+        text = f"{share:.2f}{number}" if count or mark == "*" else MISSING
         return MatrixEntry(
             text + mark, diverging_colour(share, 1.0) if count else None, mark == "*"
         )
