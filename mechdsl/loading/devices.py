@@ -59,7 +59,8 @@ def _matches_device(device: torch.device, name: int | str) -> bool:
 
 @contextmanager
 def restore_models(models: Iterable[object]) -> Generator[None]:
-    """Restore models and random state on exit, also after errors and interrupts.
+    """Put models into eval mode, and restore them and the random state on exit, also after errors
+    and interrupts.
 
     The context restores each module's attributes (training mode, hooks, which tensors are its
     parameters and buffers) and all values of its config. It doesn't copy values of weights. What is
@@ -74,6 +75,9 @@ def restore_models(models: Iterable[object]) -> Generator[None]:
             _add_configs(getattr(part, "config", None), configs)
         for held in (*parts.values(), *configs.values()):
             stack.callback(_save_attributes(vars(held)))
+        # A check restores what it changes, so a later step can't rely on its eval mode.
+        for part in parts.values():
+            part.training = False
         yield
 
 

@@ -430,7 +430,7 @@ def _list_parts(model: LoadedModel) -> dict[str, Any]:
         raise CodeHashError("torch has hooks for all modules")
     told = _ModuleDescription(module)
     return {
-        "of": "python",
+        "of": "python in eval mode",
         "weights": model.provenance.get("weights", ""),
         "made of": model.made_of,
         "modules": {path: told.of_part(path, part) for path, part in module.named_modules()},

@@ -85,6 +85,25 @@ def test_by_a_run(used: tuple[Any, Any], inside: Path) -> None:
     assert state(used[0]) == before
 
 
+def test_run_on_model_in_training_mode_computes_without_dropout(pair: tuple[Any, Any]) -> None:
+    model, tokenizer = pair
+    model = deepcopy(model)
+    for block in model.model.layers:
+        block.self_attn.attention_dropout = 0.5
+
+    lines = "{ prompts fruit limit 4 measure logit(answer) as raw }"
+    text = f"{SHORT.partition('experiment heads')[0]}experiment plain {lines}\n"
+
+    def values(*, training: bool) -> list[Any]:
+        given = {"toy": (model.train(training), tokenizer)}
+        ran = mechdsl.run(text, given)["plain"].measures[0].patched
+        own = mechdsl.objective(text, models=given, site="embed", at="last token")
+        return [ran[0], own(own.start).detach().numpy()]
+
+    for found, expected in zip(values(training=True), values(training=False), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_by_adapters_on_it(used: tuple[Any, Any], inside: Path) -> None:
     """Its weights may be trained on as before: each as it was, with the gradient that it had."""
     model = used[0]
