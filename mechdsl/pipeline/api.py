@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 from mechdsl.base import limits
@@ -64,6 +65,8 @@ the same shape."""
 ParameterValues = Mapping[str, str | int | float | bool]
 """Name of a `param` → its value."""
 
+_ONE_THREAD = RLock()
+
 
 def make_source(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
     """Create the source of a file's path, or of a text that begins like one (`mech 1`)."""
@@ -94,14 +97,21 @@ def check_source_with(
         return check_with_models(source, settings, model_pairs(models))
 
 
-def borrowed_models(models: BorrowedModels | None) -> AbstractContextManager[None]:
-    """Restore models passed from Python afterwards; without any, torch isn't needed."""
-    pairs = model_pairs(models)
-    if not pairs:
-        return nullcontext()
-    from mechdsl.loading.devices import restore_models
+@contextmanager
+def borrowed_models(models: BorrowedModels | None) -> Generator[None]:
+    """Restore models passed from Python afterwards; without any, torch isn't needed.
 
-    return restore_models(module for module, _ in pairs.values())
+    One thread at a time enters: attention functions and hooks of a run belong to the process.
+    """
+    pairs = model_pairs(models)
+    with _ONE_THREAD:
+        if not pairs:
+            yield
+            return
+        from mechdsl.loading.devices import restore_models
+
+        with restore_models(module for module, _ in pairs.values()):
+            yield
 
 
 def require_valid_file(

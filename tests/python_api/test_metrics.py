@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -118,3 +120,31 @@ def test_a_metric_that_raises_is_reported_by_its_name(file: Path) -> None:
 def test_a_metric_that_is_no_function_is_a_type_error(file: Path) -> None:
     with pytest.raises(TypeError, match="metrics are a dict of functions"):
         mechdsl.run(file, metrics={"spread": 3})  # type: ignore[dict-item]
+
+
+@pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+def test_run_in_second_thread_waits_for_first(file: Path) -> None:
+    """Attention functions and hooks of a run belong to the process."""
+    order: list[str] = []
+
+    def second(logits: Any) -> Any:
+        order.append("second")
+        return entropy_of(logits)
+
+    def first(logits: Any) -> Any:
+        if not order:
+            other.start()
+            time.sleep(0.3)
+        order.append("first")
+        return entropy_of(logits)
+
+    def run(metric: Any) -> None:
+        found.append(values(mechdsl.run(file, metrics={"spread": metric}, limit=2, store=False)))
+
+    found: list[list[Any]] = []
+    other = Thread(target=run, args=(second,))
+    run(first)
+    other.join()
+    assert order == sorted(order)
+    for own, same in zip(*found, strict=True):
+        np.testing.assert_array_equal(own, same)
