@@ -421,7 +421,7 @@ def _unheard(
         )
         return replace(_mismatch(prompts, model, words), span=sounds[0].span)
     hint = 'define a `prompts` block with one sound: `audio a = "{file}"` and `template "{a}"`'
-    given = "of images" if prompts.kind == "images" or prompts.pictures else "of texts"
+    given = "of images" if prompts.has_images else "of texts"
     return _mismatch(prompts, model, ("a sound and writes a text", given, hint))
 
 

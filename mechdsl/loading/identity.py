@@ -327,7 +327,7 @@ def _has_source(module: str) -> bool:
 
 
 def _is_mechdsl_entry(value: object) -> bool:
-    """Return whether mechdsl registered a function among the library's attention functions."""
+    """Return whether a hook or an attention function of the library is mechdsl's."""
     return isinstance(value, FunctionType) and _get_root(get_globals_module(value)) == _get_root(
         __name__
     )
@@ -442,6 +442,7 @@ def _list_parts(model: LoadedModel) -> dict[str, Any]:
             tokenizer.bos,
             sorted(tokenizer.roles.items()),
             *_describe_chat(tokenizer),
+            told.of_processor(getattr(tokenizer, "given", None)),
         ],
         "code": told.code(),
     }
@@ -453,6 +454,9 @@ def _describe_chat(tokenizer: TextTokenizer) -> list[str]:
 
 _GENERATION_SETTINGS = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 """Settings of a generation config that replies depend on."""
+
+_PROCESSOR_PARTS = ("image_processor", "video_processor", "feature_extractor")
+"""Attributes of a processor that prepare images and sounds."""
 
 _HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 
@@ -499,10 +503,31 @@ class _ModuleDescription:
             rest,
         ]
 
+    def of_processor(self, given: tuple[Any, Any] | None) -> list[str]:
+        """Add the code of a processor from Python; the tokenizer's hash covers its settings."""
+        processor = None if given is None else given[0]
+        parts = {name: getattr(processor, name, None) for name in _PROCESSOR_PARTS}
+        found: list[str] = []
+        for name, part in {"processor": processor, **parts}.items():
+            if part is None:
+                continue
+            if any(isinstance(each, FunctionType | MethodType) for each in vars(part).values()):
+                raise CodeHashError(f"its {name} has a method that differs from that of its class")
+            found.append(self._reached.add_class(type(part)))
+        return found
+
     def _is_hook_of_library(self, hook: Any) -> bool:
-        """Return whether a library set the hook; its code is then added like any function's."""
+        """Return whether a library set the hook; its code is then added like any function's.
+
+        Hooks that a run adds until its end count as such, without their code: those of mechdsl, and
+        those by which transformers returns activations.
+        """
         function = getattr(hook, "__func__", hook)
+        if _is_mechdsl_entry(function):
+            return True
         if isinstance(function, FunctionType):
+            if get_globals_module(function) == "transformers.utils.output_capturing":
+                return True
             self._reached.add_function(function)
             return is_library(get_globals_module(function))
         return type(hook) is not partial and is_library(type(hook).__module__)

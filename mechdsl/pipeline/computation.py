@@ -643,7 +643,7 @@ def open_value_cache(
         return RunCache(run, {})
     merged = any(m.is_loaded and m.base for m in checked.program.models.values())
     packages = (*VERSIONED_PACKAGES, "peft") if merged else VERSIONED_PACKAGES
-    images = any(block.kind == "images" for block in checked.program.prompts.values())
+    images = any(block.has_images for block in checked.program.prompts.values())
     packages = (*packages, "pillow") if images else packages
     common = digest(
         NUMERIC_VERSION,

@@ -177,7 +177,7 @@ def _versions(checked: CheckedFile, options: RunOptions) -> dict[str, str]:
     models = checked.program.models.values()
     more = ["safetensors"]
     more += ["peft"] if any(model.is_loaded and model.base for model in models) else []
-    images = any(block.kind == "images" for block in checked.program.prompts.values())
+    images = any(block.has_images for block in checked.program.prompts.values())
     more += ["pillow"] if images else []
     more += ["accelerate"] if options.offload is not None else []
     return {**package_versions(), **{package: package_version(package) for package in more}}

@@ -364,6 +364,11 @@ class Prompts(Spec):
         """The images of a row: its own without a name, and those in its prompt with theirs."""
         return ("", self.image), *((each.name, each.value) for each in self.pictures)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether its rows are or contain images, videos or sounds."""
+        return self.image is not None or bool(self.pictures)
+
     def has_part(self, name: str | None) -> bool:
         """Whether `BLOCK.NAME` is a part of its split and not a corruption."""
         runs = {corruption.name for corruption in self.corruptions}

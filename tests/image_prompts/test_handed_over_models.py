@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -44,11 +44,15 @@ def mllama() -> tuple[Pair, Path, str]:
     return pair, attended.folder(), attended.BLOCK
 
 
-def values(pair: Pair, folder: Path, block: str) -> list[float]:
+def values(
+    pair: Pair, folder: Path, block: str, store: Path | Literal[False] = False
+) -> list[float]:
     path = folder / "handed_over.mech"
     rules = RULES.replace("ask", block.split()[1])
     path.write_text(f'mech 1\nmodel m = local("handed over")\n{block}\n{rules}')
-    [measure] = mechdsl.run(path, {"m": pair}, store=False)["e"].measures
+    ran = mechdsl.run(path, {"m": pair}, store=store)
+    assert "not stored" not in str(ran.notes)
+    [measure] = ran["e"].measures
     return [*measure.base[0], *measure.patched[0]]
 
 
@@ -86,3 +90,22 @@ def test_model_adopted_before_another_run_reads_its_images_again() -> None:
         seen.append(result.measures[0].patched[0].tolist())
         values(pair, folder, block)
     assert seen[0] == seen[1]
+
+
+def test_changed_code_of_processor_changes_values_of_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, folder, block = llava()
+    first = values(pair, folder, block, tmp_path)
+    kind = type(pair[1].image_processor)
+    own = kind.preprocess
+
+    def brighter(self: Any, *given: Any, **named: Any) -> Any:
+        found = own(self, *given, **named)
+        found["pixel_values"] = [-1.5 * each for each in found["pixel_values"]]
+        return found
+
+    monkeypatch.setattr(kind, "preprocess", brighter)
+    second = values(pair, folder, block, tmp_path)
+    assert second == values(pair, folder, block)
+    assert np.abs(np.subtract(first, second)).max() > 1e-2

@@ -253,6 +253,19 @@ def test_versions(package: str, file: Path, of_version: Callable[[str, str], Non
     assert key(file) != before
 
 
+def test_version_of_pillow_with_images_in_prompts_changes_the_key(
+    file: Path, of_version: Callable[[str, str], None]
+) -> None:
+    with_images = checked(file)
+    blocks = with_images.program.prompts
+    images = {name: each.model_copy(update={"pictures": (None,)}) for name, each in blocks.items()}
+    with_images.program = with_images.program.model_copy(update={"prompts": images})
+    before = key(with_images), key(file)
+    of_version("pillow", "9")
+    assert key(with_images) != before[0]
+    assert key(file) == before[1]
+
+
 def test_python_itself(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(file)
     monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
