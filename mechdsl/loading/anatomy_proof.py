@@ -16,7 +16,8 @@ from hashlib import sha256
 from importlib.metadata import version
 from math import isinf
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from types import FunctionType
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from mechdsl.base.files import cache_folder, package_digest, write_atomically
+from mechdsl.base.hashing import digest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import (
@@ -53,12 +55,13 @@ from mechdsl.loading.verify.checks import (
 )
 from mechdsl.loading.verify.verification import run_checks
 from mechdsl.models.adapter_folder import PROMPT_ADAPTER_REASON, PROMPT_ADAPTERS
-from mechdsl.models.anatomy import Anatomy, find_family
+from mechdsl.models.anatomy import Anatomy, Family, find_family
 from mechdsl.models.block import is_norm, is_transposed
 from mechdsl.models.config import limit_sites, stack_shape
 from mechdsl.models.finder import find_anatomies
 from mechdsl.models.folder import json_digest
 from mechdsl.models.shape import ModelShape, stack_names, unit_count, vector_width
+from mechdsl.program.code_hashes import CodeHashError, code_digest, hash_module_code
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.types import ModelContext
@@ -81,7 +84,7 @@ class NoteStore(Protocol):
         ...
 
 
-def compute_proof_key(module: nn.Module, config: Mapping[str, Any], **more: str) -> str:
+def compute_proof_key(module: nn.Module, config: Mapping[str, Any], **more: object) -> str:
     """Hash everything that the outcome of checks depends on, except for weights."""
     parts = {
         "config": {name: value for name, value in config.items() if name not in _FILE_KEYS},
@@ -105,6 +108,25 @@ def _hash_module_code(module: nn.Module) -> dict[str, str]:
     }
 
 
+def _hash_family(entry: type[Family]) -> dict[str, str] | None:
+    """Hash a family's values and methods, and the files of one that mechdsl doesn't ship; None if
+    that is impossible."""
+    found: dict[str, str] = {}
+    for base in entry.__mro__[:-1]:
+        for name, value in vars(base).items():
+            inner = getattr(value, "__func__", value)
+            code = isinstance(inner, FunctionType)
+            if code or not name.startswith("__"):
+                told = code_digest(inner.__code__) if code else repr(value)
+                found[f"{base.__qualname__}.{name}"] = told
+        if base.__module__.partition(".")[0] != "mechdsl":
+            try:
+                found |= hash_module_code(base.__module__)
+            except CodeHashError:
+                return None
+    return found
+
+
 @dataclass(frozen=True)
 class Proof:
     """Outcome of a model's analysis."""
@@ -121,10 +143,16 @@ class Proof:
 
 
 class ProofStore:
-    """Proofs of earlier runs, in the run's store, if it has one, and in the user's cache."""
+    """Proofs of earlier runs, in the run's store, if it has one, and in the user's cache.
 
-    def __init__(self, notes: NoteStore | None = None) -> None:
+    Args:
+        notes: The run's store.
+        content: The digest of the weights and code, unless they come directly from files.
+    """
+
+    def __init__(self, notes: NoteStore | None = None, content: str = "") -> None:
         self._notes = notes
+        self.content = content
 
     def find(self, key: str) -> Proof | None:
         """Return the stored proof; None if there is none."""
@@ -155,6 +183,27 @@ class ProofStore:
         if self._notes is not None:
             with suppress(OSError, StoreProblem):
                 self._notes.take_note(f"checks {key}", json.dumps(asdict(proof)))
+
+
+class ProcessProofStore(ProofStore):
+    """The latest proofs of models from Python, in memory: a training would fill the cache with
+    proofs of weights that never return."""
+
+    _proofs: ClassVar[dict[str, Proof]] = {}
+
+    def find(self, key: str) -> Proof | None:
+        """Return the stored proof; None if there is none."""
+        return self._proofs.get(key)
+
+    def keep(self, key: str, proof: Proof) -> None:
+        """Store a proof; the oldest one is dropped if there are too many."""
+        self._proofs[key] = proof
+        if len(self._proofs) > _MAX_PROOFS:
+            del self._proofs[next(iter(self._proofs))]
+
+
+_MAX_PROOFS = 256
+"""Maximum number of proofs of models from Python."""
 
 
 def _read_cached(key: str) -> str | None:
@@ -293,7 +342,7 @@ def prove_anatomy(
         tokenizer: Its tokenizer.
         provenance: Its provenance.
         span: Source of diagnostics.
-        proofs: Store of passed checks; only for weights that come directly from files.
+        proofs: Store of passed checks.
 
     Returns:
         The model, or the problems of the candidate that passed the most checks.
@@ -331,10 +380,19 @@ def prove_anatomy(
             return None, problems
         elif problems and stack != "cross":
             lose(stack, problems[0])
-    key = (
-        "" if proofs is None else compute_proof_key(module, config, **_describe_environment(module))
-    )
-    known = None if proofs is None else proofs.find(key)
+    key, known = "", None
+    entry = _hash_family(find_family(str(config.get("model_type"))))
+    proofs = None if entry is None else proofs
+    if proofs is not None:
+        key = compute_proof_key(
+            module,
+            config,
+            content=proofs.content,
+            entry=entry,
+            candidates=digest(found, shapes).hex(),
+            **_describe_environment(module),
+        )
+        known = proofs.find(key)
     at = dict.fromkeys(found, 0) if known is None else dict(known.chosen)
     if known is not None:
         lost = dict(known.lost)

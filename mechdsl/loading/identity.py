@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.model import LoadedModel, list_attention_configs
 from mechdsl.models.folder import json_digest
 from mechdsl.program.code_hashes import CodeHashError, code_digest, hash_module_code, is_installed
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
@@ -424,17 +424,37 @@ def explain_identity(model: LoadedModel) -> tuple[str | None, str]:
         return None, str(unknown)
 
 
-def _list_parts(model: LoadedModel) -> dict[str, Any]:
-    module, tokenizer = model.module, model.tokenizer
+def digest_module(module: nn.Module, weights: str) -> str | None:
+    """Return the digest of a module's values and code; None if it can't be computed.
+
+    Args:
+        module: The module.
+        weights: The digest of its parameters.
+    """
+    with suppress(CodeHashError):
+        return json_digest({"weights": weights, **_list_module_parts(module)})
+    return None
+
+
+def _list_module_parts(module: nn.Module) -> dict[str, Any]:
+    """Describe a module's values and code, except for parameters. Raises CodeHashError."""
     if any(vars(nn.modules.module)[f"_global_{table}"] for table in _HOOKS):
         raise CodeHashError("torch has hooks for all modules")
     told = _ModuleDescription(module)
     return {
+        "modules": {path: told.of_part(path, part) for path, part in module.named_modules()},
+        "attention": [told.of_attention(config) for config in list_attention_configs(module)],
+        "code": told.code(),
+    }
+
+
+def _list_parts(model: LoadedModel) -> dict[str, Any]:
+    tokenizer = model.tokenizer
+    return {
         "of": "python in eval mode",
         "weights": model.provenance.get("weights", ""),
         "made of": model.made_of,
-        "modules": {path: told.of_part(path, part) for path, part in module.named_modules()},
-        "attention": [told.of_attention(config) for config in model.attention_configs],
+        **_list_module_parts(model.module),
         "tokenizer": None
         if tokenizer is None
         else [
@@ -444,7 +464,6 @@ def _list_parts(model: LoadedModel) -> dict[str, Any]:
             *_describe_chat(tokenizer),
             told.of_processor(getattr(tokenizer, "given", None)),
         ],
-        "code": told.code(),
     }
 
 

@@ -58,6 +58,7 @@ from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.loading import devices
 from mechdsl.loading.anatomy_proof import (
     NoteStore,
+    ProcessProofStore,
     ProofStore,
     attach_other_tower,
     check_adapters,
@@ -67,7 +68,7 @@ from mechdsl.loading.anatomy_proof import (
     summarize_error,
     unwrap_model,
 )
-from mechdsl.loading.identity import compute_identity
+from mechdsl.loading.identity import compute_identity, digest_module
 from mechdsl.loading.weight_edits import (
     NotCopied,
     WeightEdit,
@@ -296,9 +297,12 @@ def adopt_model(
         "tokenizer": text.hash,
         **(provenance or {}),
     }
-    return _without_shared_rows(
-        *prove_any_anatomy(name, module, shape, text, provenance=provenance, span=span), span
+    content = digest_module(module, weights)
+    proofs = None if content is None else ProcessProofStore(content=content)
+    loaded, found = prove_any_anatomy(
+        name, module, shape, text, provenance=provenance, span=span, proofs=proofs
     )
+    return _without_shared_rows(loaded, found, span)
 
 
 def _without_shared_rows(
@@ -657,6 +661,9 @@ def load_adapter(
         hint = "it has to load and merge with `PeftModel.from_pretrained(base, folder)`"
         reason = summarize_error(error)
         return None, [LoadFailed(span=model.span, model=model.name, reason=reason, hint=hint)]
+    identity = None
+    if hashed is not None:
+        identity = folder_identity(model, folder, hashed, base=compute_identity(base))
     loaded, found = prove_anatomy(
         model.name,
         module,
@@ -670,9 +677,9 @@ def load_adapter(
             f"{BASE_PREFIX}{base.name}": base.provenance.get("weights", ""),
         },
         span=model.span,
+        proofs=None if identity is None else ProofStore(content=identity),
     )
-    if loaded is not None and hashed is not None:
-        identity = folder_identity(model, folder, hashed, base=compute_identity(base))
+    if loaded is not None:
         loaded = replace(loaded, identity=identity)
     if file_stamps(model, folder) != before:
         return None, [report_changed_files(model)]

@@ -17,7 +17,7 @@ from mechdsl.diagnostics.models import BadModelSum
 from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.forward.hooks.model import BASE_PREFIX, LoadedModel
 from mechdsl.forward.hooks.module_exchange import get_activation
-from mechdsl.loading.anatomy_proof import prove_anatomy, summarize_error
+from mechdsl.loading.anatomy_proof import ProofStore, prove_anatomy, summarize_error
 from mechdsl.loading.identity import compute_identity
 from mechdsl.models.anatomy import BlockAnatomy, HookPoint, TensorLayout
 from mechdsl.models.block import is_transposed
@@ -117,6 +117,11 @@ def _finish(
     base = terms[0][0]
     digests = {name: _digest(tensor) for name, tensor in changed.items()} if hashes else {}
     weights = {name: own.provenance.get("weights", "") for own, _ in terms for name in [own.name]}
+    identity = None
+    identities = [[compute_identity(own), factor] for own, factor in terms] if hashes else []
+    if identities and all(own is not None for own, _ in identities):
+        parts = {"of": model.kind, "bases": identities, "changed": digests}
+        identity = json_digest(parts)
     loaded, found = prove_anatomy(
         model.name,
         module,
@@ -130,12 +135,10 @@ def _finish(
             **{f"{BASE_PREFIX}{name}": own for name, own in weights.items()},
         },
         span=model.span,
+        proofs=None if identity is None else ProofStore(content=identity),
     )
-    if loaded is not None and hashes:
-        identities = [[compute_identity(own), factor] for own, factor in terms]
-        if all(own is not None for own, _ in identities):
-            parts = {"of": model.kind, "bases": identities, "changed": digests}
-            loaded = replace(loaded, identity=json_digest(parts))
+    if loaded is not None:
+        loaded = replace(loaded, identity=identity)
     return loaded, found
 
 

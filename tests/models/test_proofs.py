@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import shutil
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import mechdsl
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading import anatomy_proof
 from mechdsl.loading.loader import adopt_model, load_model
+from mechdsl.models.anatomy import FAMILIES, BlockAnatomy, Family
 from mechdsl.store.store import Store
 
 from ..families import tables
@@ -166,11 +169,117 @@ def test_whole_passes_are_said_again(cache: Path, tmp_path: Path) -> None:
     assert [d.label_text for d in said[0]] == [d.label_text for d in said[1]]
 
 
-def test_models_from_python_are_always_checked(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+def swap_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register a wrong entry for `llama`, as a plugin can."""
+
+    class Swapped(Family):
+        @staticmethod
+        def block(config: Any, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+            return block.with_taps(k=block.taps["v"], v=block.taps["k"])
+
+    monkeypatch.setattr(FAMILIES, "_entries", {**dict(FAMILIES.items()), "llama": Swapped})
+
+
+def test_a_changed_family_entry_is_checked(
+    folders: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(folders["llama"])
+    swap_keys_and_values(monkeypatch)
+    found, problems = load_model(statement(str(folders["llama"])))
+    assert found is None
+    assert [d.code for d in problems] == ["E0410"]
+
+
+@pytest.fixture
+def own_proofs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Proofs of models from Python, none at first."""
+    proofs: dict[str, Any] = {}
+    monkeypatch.setattr(anatomy_proof.ProcessProofStore, "_proofs", proofs)
+    return proofs
+
+
+def test_a_model_from_python_that_did_not_change_is_checked_once(
+    cache: Path, own_proofs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = families.module("llama")
-    assert adopt_model("m", module, families.tokenizer())[0] is not None
+    first, _ = adopt_model("m", module, families.tokenizer())
+    assert first is not None
     assert not cache.exists()
     monkeypatch.setattr(anatomy_proof, "run_checks", fail)
+    second, _ = adopt_model("other", copy.deepcopy(module), families.tokenizer())
+    assert second is not None
+    assert second.checks == first.checks
+    assert second.anatomy == first.anatomy
+
+
+def change_model(module: Any, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = module.model.layers[1]
+    match what:
+        case "weight":
+            with torch.no_grad():
+                layer.mlp.down_proj.weight[0, 0] += 1.0
+        case "buffer":
+            module.model.rotary_emb.inv_freq[0] *= 2.0
+        case "hook":
+            layer.register_forward_hook(lambda *_: None)
+        case "method":
+            attention = type(layer.self_attn)
+            known = attention.forward
+            monkeypatch.setattr(attention, "forward", lambda *a, **b: known(*a, **b))
+        case "attention":
+            module.config._attn_implementation = "eager"
+        case "precision":
+            module.double()
+        case _:
+            swap_keys_and_values(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "what", ["weight", "buffer", "hook", "method", "attention", "precision", "family"]
+)
+def test_a_changed_model_from_python_is_checked(
+    own_proofs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    module = copy.deepcopy(families.module("llama"))
+    assert adopt_model("m", module, families.tokenizer())[0] is not None
+    change_model(module, what, monkeypatch)
+    monkeypatch.setattr(anatomy_proof, "run_checks", fail)
     assert adopt_model("m", module, families.tokenizer())[0] is None
+
+
+def test_only_the_latest_proofs_of_models_from_python_are_kept(
+    own_proofs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anatomy_proof, "_MAX_PROOFS", 1)
+    module = copy.deepcopy(families.module("llama"))
+    assert adopt_model("m", module, families.tokenizer())[0] is not None
+    (first,) = own_proofs
+    change_model(module, "weight", monkeypatch)
+    assert adopt_model("m", module, families.tokenizer())[0] is not None
+    assert len(own_proofs) == 1
+    assert first not in own_proofs
+
+
+EDITED = """
+model q = rounded(toy, bits: {bits})
+experiment plain {{
+  model q
+  prompts fruit limit 4
+  measure correct as raw
+}}
+"""
+
+
+def test_an_edited_model_is_checked_once_for_each_edit(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checked twice, the self-check of a large model would take most of the time of each run."""
+    file = tmp_path / "a.mech"
+    file.write_text(FRUIT + EDITED.format(bits=8), encoding="utf-8")
+    first = mechdsl.run(file, store=tmp_path / "one")
+    monkeypatch.setattr(anatomy_proof, "run_checks", fail)
+    second = mechdsl.run(file, store=tmp_path / "two")
+    assert first.records() == second.records()
+    file.write_text(FRUIT + EDITED.format(bits=4), encoding="utf-8")
+    with pytest.raises(mechdsl.MechdslError, match="E0410"):
+        mechdsl.run(file, store=tmp_path / "two")

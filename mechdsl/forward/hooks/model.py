@@ -145,12 +145,7 @@ class LoadedModel:
     @cached_property
     def attention_configs(self) -> tuple[Any, ...]:
         """The distinct configs from which modules read their attention function."""
-        found: dict[int, Any] = {}
-        for part in self.module.modules():
-            config = getattr(part, "config", None)
-            if hasattr(config, "_attn_implementation_internal"):
-                found[id(config)] = config
-        return tuple(found.values())
+        return list_attention_configs(self.module)
 
     @cached_property
     def written_out(self) -> tuple[tuple[nn.Module, AttentionEntry], ...]:
@@ -205,6 +200,16 @@ class LoadedModel:
             where += f" of its stack `{stack}`" if stack else ""
             raise ValueError(f"`{self.name}` has no `{site}`{where}")
         return tap
+
+
+def list_attention_configs(module: nn.Module) -> tuple[Any, ...]:
+    """List the distinct configs from which a module's parts read their attention function."""
+    found: dict[int, Any] = {}
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return tuple(found.values())
 
 
 def build_batch(
