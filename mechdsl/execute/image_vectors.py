@@ -33,9 +33,10 @@ from mechdsl.forward.hooks.model import (
     find_tokens,
 )
 from mechdsl.forward.hooks.module_exchange import get_activation, replace_activation
-from mechdsl.images.layouts import ImageExpansion, PromptPicture
+from mechdsl.images.layouts import EncoderSize, ImageExpansion, PromptPicture
 from mechdsl.images.picture import Picture, Video
 from mechdsl.images.pixels import render_pixels
+from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.images.sounds import Sound, render_samples
 from mechdsl.models.anatomy import ATTENDED, TILES
 from mechdsl.prompts.runs import RunRow
@@ -67,10 +68,10 @@ class ImageVectors:
         """Their markers, by number."""
         self._places = torch.empty(0, 2, dtype=torch.long, device=model.device)
         """[N, 2]: number of the image, and index of the vector in it, of each token."""
-        self._patches: dict[tuple[int, int], int] = {}
-        """By size of an image, the number of tokens in the vision encoder."""
-        self.are_patches: bool | None = None
-        """Whether each token is a patch of the vision encoder, in order; None: unknown."""
+        self._patches: dict[tuple[int, ...], _Patches | SiteNotOnModel] = {}
+        """By extent of an image, its patches in the vision encoder, or why they aren't known."""
+        self._proved: set[tuple[object, ...]] = set()
+        """The patches that `_prove` found to be right, by all that they depend on."""
         self._tokens = torch.empty(0, dtype=torch.long, device=model.device)
         """[N] ascending: the tokens of images."""
         self._vectors = torch.empty(0, model.shape.d_model, dtype=model.dtype, device=model.device)
@@ -234,24 +235,34 @@ class ImageVectors:
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder on a batch's images: see `VisionPass`."""
         every = self._occurrences(batch)
-        inside = [_number_patches(write, batch, every) for write in writes]
+        count = model.shape.merged_side**2
+        inside = [_number_patches(write, batch, every, count) for write in writes]
         written = {n for write in inside for n in write.rows.tolist()}
         lanes: dict[tuple[str, int], list[int]] = {}  # equal images without writes share a lane
         for n, each in enumerate(every):
             if n in written or reads:
                 key = self._images[each.image], n if n in written else -1
                 lanes.setdefault(key, []).append(n)
-        sizes: dict[tuple[int, int], list[tuple[str, list[int]]]] = {}
+        by_extent: dict[tuple[int, ...], list[tuple[str, list[int]]]] = {}
         for (marker, _), numbers in lanes.items():
-            size = self._known[marker].picture.size
-            sizes.setdefault(size, []).append((marker, numbers))
-        vectors = _ImagesOfBatch(batch, every, written)
-        for alike in sizes.values():
+            extent = self._known[marker].picture.extent
+            by_extent.setdefault(extent, []).append((marker, numbers))
+        vectors = _ImagesOfBatch(batch, every, written, count)
+        for alike in by_extent.values():
             for start in range(0, len(alike), _AT_ONCE):
                 own = alike[start : start + _AT_ONCE]
-                found = self._run(model, own, inside, reads)
-                vectors.add([numbers for _, numbers in own], found)
-        return vectors.writes(), vectors.reads
+                found, later = self._run(model, own, inside, reads)
+                vectors.add([numbers for _, numbers in own], found, later)
+        return vectors.writes(self._known_later(batch)), vectors.reads
+
+    def _known_later(self, batch: Batch) -> list[Tensor]:
+        """Return the vectors that the model adds after its first blocks in unchanged images.
+
+        Returns:
+            [B, T, d_model] for each of the blocks; those of text don't matter.
+        """
+        at, _ = find_tokens(self._tokens, batch.ids)
+        return [own[at] for own in self._later]
 
     def _run(
         self,
@@ -259,8 +270,8 @@ class ImageVectors:
         lanes: Sequence[tuple[str, list[int]]],
         writes: Sequence[SiteWrite],
         reads: Sequence[SiteRead],
-    ) -> dict[SiteRead, Tensor]:
-        """Run the vision encoder on images of one size.
+    ) -> tuple[dict[SiteRead, Tensor], list[Tensor]]:
+        """Run the vision encoder on images of one extent.
 
         Args:
             model: The model.
@@ -270,80 +281,210 @@ class ImageVectors:
             reads: Sites of the encoder.
 
         Returns:
-            [lane, patch, units, width] by site, `embed` included.
+            [lane, token, units, width] of `embed`, and [lane, patch, units, width] by site; the
+            patches of a token are next to each other. [lane, token, d_model] for each of the blocks
+            after which the model adds vectors.
         """
         distinct = list(dict.fromkeys(marker for marker, _ in lanes))
         pictures = [self._known[marker] for marker in distinct]
+        patches = self.find_patches(model, pictures[0])
+        if isinstance(patches, SiteNotOnModel):
+            raise WriteMismatch(patches.reason)
         batch, own = prepare_images(model, self.reader, pictures)
-        patches = self._count_patches(model, batch, pictures[0].picture.size)
-        batch = batch.with_inputs(batch.extra, vision=Batch.grid(len(distinct), patches))
+        batch = batch.with_inputs(batch.extra, vision=Batch.grid(len(distinct), patches.count))
         batch = batch.take(torch.tensor([distinct.index(marker) for marker, _ in lanes]))
         columns = own[0].nonzero()[:, 0]
-        first = patches - len(columns)
         inside: list[SiteWrite] = []
         for lane, (_, (number, *_)) in enumerate(lanes):
             mine = (write.some(write.rows == number) for write in writes)
             inside += [
                 replace(
-                    each, rows=torch.full_like(each.rows, lane), positions=each.positions + first
+                    each,
+                    rows=torch.full_like(each.rows, lane),
+                    positions=patches.find(each.positions),
                 )
                 for each in mine
                 if len(each.rows)
             ]
-        found = run_full(model, batch, stop=0, writes=inside, reads=[_EMBED, *reads]).reads
-        patchwise = {each: found[each][:, first:] for each in reads}
-        return {_EMBED: found[_EMBED][:, columns], **patchwise}
+        with _record_later_vectors(model) as later:
+            found = run_full(model, batch, stop=0, writes=inside, reads=[_EMBED, *reads]).reads
+        values = {each: patches.select(found[each]) for each in reads}
+        values[_EMBED] = found[_EMBED][:, columns]
+        return values, [each.unflatten(0, (len(lanes), -1)) for each in later]
 
-    def _count_patches(self, model: LoadedModel, batch: Batch, size: tuple[int, int]) -> int:
-        """Return the number of tokens of an image of this size in the vision encoder."""
-        if size not in self._patches:
-            seen: list[int] = []
+    def find_patches(self, model: LoadedModel, image: PromptPicture) -> _Patches | SiteNotOnModel:
+        """Return the patches of an image's tokens, or E0413 if a test doesn't confirm them."""
+        extent = image.picture.extent
+        if extent not in self._patches:
+            self._patches[extent] = self._find_patches(model, image)
+        return self._patches[extent]
 
-            def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hidden = get_activation(args, kwargs)
-                seen.append(hidden.numel() // hidden.shape[-1] // len(batch))
-
-            block = model.module.get_submodule(model.stack("vision").anatomy.blocks[0].path)
-            handle = block.register_forward_pre_hook(look, with_kwargs=True)
-            try:
-                run_full(model, batch, stop=0)
-            finally:
-                handle.remove()
-            (self._patches[size],) = seen
-        return self._patches[size]
-
-    def compare_patches(self, model: LoadedModel, image: PromptPicture) -> bool:
-        """Return whether each token of an image is one token of the vision encoder, in order.
-
-        The vector of the second patch is changed after the last block that the language model
-        reads: only the vector of its token may change. Reversed or transposed patches fail.
-        """
+    def _find_patches(self, model: LoadedModel, image: PromptPicture) -> _Patches | SiteNotOnModel:
         batch, own = prepare_images(model, self.reader, [image])
+        count, tile = _count_patches(model, batch)
+        size = EncoderSize(tile, model.shape.merged_side)
+        try:
+            groups = self.reader.patches(image.picture.extent, image.expansion, size)
+        except UnsupportedProcessor as unfit:
+            hint = unfit.hint or _NO_PATCHES_HINT
+            return replace(_report_patches(model, str(unfit)), hint=hint)
+        cells = [
+            image.expansion.cell_of.get(n)
+            for n, is_image in enumerate(image.expansion.is_image)
+            if is_image
+        ]
+        rest = iter(groups)
+        none = (-1,) * size.side**2
+        of_token = torch.tensor([none if cell is None else next(rest) for cell in cells])
+        patches = _Patches(count, of_token)
+        sizes = (count, tile, image.expansion.size, tuple(groups))
+        if sizes in self._proved:
+            return patches
+        if not self._prove(model, batch, own, patches):
+            reason = "a change of the patches of some of its tokens changes other tokens"
+            return _report_patches(model, reason)
+        self._proved.add(sizes)
+        return patches
+
+    def _prove(self, model: LoadedModel, batch: Batch, own: Tensor, patches: _Patches) -> bool:
+        """Return whether a change of the patches of some tokens changes these tokens only.
+
+        Patches are changed after the last block that the language model reads. Each token is
+        distinguished from each other one: for each binary digit of their indices, a lane changes
+        those with a 1, and another one those with a 0. The first lane is unchanged.
+
+        Args:
+            model: The model.
+            batch: A prompt of one image.
+            own: [1, T] bool, its tokens.
+            patches: The patches to test.
+        """
         columns = own[0].nonzero()[:, 0]
-        patches = self._count_patches(model, batch, image.picture.size)
-        before = patches - len(columns)
-        if before not in (0, 1):  # a class token that the language model doesn't read
+        if len(patches.of_token) != len(columns) or not patches.are_distinct():
             return False
-        batch = batch.with_inputs(batch.extra, vision=Batch.grid(1, patches))
-        second, zero = 1 % len(columns), torch.zeros(1, dtype=torch.long)
-        plain = run_full(model, batch, stop=0, reads=[_EMBED]).reads[_EMBED][0, columns, 0]
-        for layer in reversed(range(model.stack("vision").shape.n_layers)):
-            turned = SiteWrite(
-                "resid_post",
-                layer,
-                zero,
-                zero + before + second,
-                zero,
-                torch.full((1, 1), -2.0, device=model.device),
-                mode="scale",
-                stack="vision",
-            )
-            read = run_full(model, batch, stop=0, writes=[turned], reads=[_EMBED]).reads[_EMBED]
-            apart = (read[0, columns, 0] - plain).abs().amax(-1)
-            changed = (apart > _TOLERANCE * plain.abs().max()).nonzero()[:, 0].tolist()
-            if changed:
-                return changed == [second]
-        return False
+        there = (patches.of_token[:, 0] >= 0).nonzero()[:, 0]
+        digits = max(1, (len(there) - 1).bit_length())
+        numbers = torch.arange(len(there))
+        changed = [(numbers >> digit) & 1 == bit for digit in range(digits) for bit in (0, 1)]
+        layers = list(reversed(range(model.stack("vision").shape.n_layers)))
+        for start in range(0, len(changed), _AT_ONCE - 1):
+            lanes = [torch.zeros_like(numbers).bool(), *changed[start : start + _AT_ONCE - 1]]
+            given = batch.take(torch.zeros(len(lanes), dtype=torch.long))
+            given = given.with_inputs(given.extra, vision=Batch.grid(len(lanes), patches.count))
+            expected = torch.zeros(len(lanes), len(columns), dtype=torch.bool)
+            for lane, chosen in enumerate(lanes):
+                expected[lane, there[chosen]] = True
+            while layers:
+                found = _find_changes(model, given, columns, patches, expected, layers[0])
+                if found.any():
+                    break
+                layers.pop(0)
+            else:
+                return False
+            if not bool((found == expected).all()):
+                return False
+        return True
+
+
+def _find_changes(
+    model: LoadedModel,
+    batch: Batch,
+    columns: Tensor,
+    patches: _Patches,
+    changed: Tensor,
+    layer: int,
+) -> Tensor:
+    """Return [lane, token] bool: the tokens of an image that differ from those of the first lane.
+
+    Args:
+        model: The model.
+        batch: Prompts of the image, in lanes.
+        columns: [token] the columns of its tokens.
+        patches: Their patches.
+        changed: [lane, token] bool, the tokens whose patches are changed.
+        layer: The layer of the vision encoder after which they are changed.
+    """
+    lanes, tokens = changed.nonzero(as_tuple=True)
+    positions = patches.of_token[tokens]
+    rows = lanes[:, None].expand_as(positions).flatten()
+    turned = SiteWrite(
+        "resid_post",
+        layer,
+        rows,
+        positions.flatten(),
+        torch.zeros_like(rows),
+        torch.full((len(rows), 1), -2.0, device=model.device),
+        mode="scale",
+        stack="vision",
+    )
+    found = run_full(model, batch, stop=0, writes=[turned], reads=[_EMBED]).reads[_EMBED]
+    vectors = found[:, columns, 0]
+    apart = (vectors - vectors[:1]).abs().amax(-1)
+    return (apart > _TOLERANCE * vectors[0].abs().max()).cpu()
+
+
+def _count_patches(model: LoadedModel, batch: Batch) -> tuple[int, int]:
+    """Return the tokens of an image in the vision encoder: of all tiles, and of each tile."""
+    seen: list[tuple[int, int]] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = get_activation(args, kwargs)
+        seen.append((hidden.numel() // hidden.shape[-1] // len(batch), hidden.shape[-2]))
+
+    block = model.module.get_submodule(model.stack("vision").anatomy.blocks[0].path)
+    handle = block.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        run_full(model, batch, stop=0)
+    finally:
+        handle.remove()
+    [found] = seen
+    return found
+
+
+_NO_PATCHES_HINT = "use `embed` at the tokens of an image"
+
+
+def _report_patches(model: LoadedModel, reason: str) -> SiteNotOnModel:
+    site = "resid_post vision"
+    return SiteNotOnModel(
+        span=None, model=model.name, site=site, reason=reason, hint=_NO_PATCHES_HINT
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Patches:
+    """The patches of one image in the vision encoder."""
+
+    count: int
+    """Number of the image's tokens in the encoder, of all tiles."""
+    of_token: Tensor
+    """[token, patch] long: the encoder's tokens; -1 for tokens that aren't made from patches."""
+
+    def are_distinct(self) -> bool:
+        """Return whether the encoder has all of them, and no token shares one with another."""
+        every = self.of_token[self.of_token[:, 0] >= 0].flatten()
+        return bool((every >= 0).all() & (every < self.count).all()) and len(every) == len(
+            every.unique()
+        )
+
+    def select(self, values: Tensor) -> Tensor:
+        """Return [lane, patch, ...]: values [lane, token of the encoder, ...] of the patches of
+        tokens, NaN for tokens that aren't made from patches."""
+        order = self.of_token.flatten().to(values.device)
+        found = values[:, order.clamp(min=0)]
+        found[:, order < 0] = torch.nan
+        return found
+
+    def find(self, positions: Tensor) -> Tensor:
+        """Return the encoder's tokens, given numbers as in `TokenHits`.
+
+        Raises:
+            WriteMismatch: A token isn't made from patches.
+        """
+        found = self.of_token.flatten()[positions]
+        if bool((found < 0).any()):
+            raise WriteMismatch("a token of an image isn't made from patches")
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,8 +498,16 @@ class _Occurrence:
     """[patch] long, on the host."""
 
 
-def _number_patches(write: SiteWrite, batch: Batch, images: Sequence[_Occurrence]) -> SiteWrite:
+def _number_patches(
+    write: SiteWrite, batch: Batch, images: Sequence[_Occurrence], count: int
+) -> SiteWrite:
     """Replace rows and positions of a write by numbers of images in the batch, and of patches.
+
+    Args:
+        write: The write, whose positions are numbers of patches as in `TokenHits`.
+        batch: The prompts.
+        images: The images in them.
+        count: Number of patches of a token.
 
     Raises:
         WriteMismatch: A token isn't one of an image.
@@ -368,10 +517,11 @@ def _number_patches(write: SiteWrite, batch: Batch, images: Sequence[_Occurrence
     for n, each in enumerate(images):
         number[each.row, each.columns] = n
         index[each.row, each.columns] = torch.arange(len(each.columns))
-    where = write.rows, batch.columns(write.rows, write.positions)
+    where = write.rows, batch.columns(write.rows, write.positions // count)
     if bool((number[where] < 0).any()):
         raise WriteMismatch(f"{write.where.quoted} has vectors at tokens of images only")
-    return replace(write, rows=number[where], positions=index[where])
+    positions = index[where] * count + write.positions % count
+    return replace(write, rows=number[where], positions=positions)
 
 
 @dataclass(eq=False)
@@ -382,39 +532,69 @@ class _ImagesOfBatch:
     images: Sequence[_Occurrence]
     written: Set[int]
     """Numbers of images whose vectors change."""
+    patches: int
+    """Number of patches of a token."""
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
-    """[B, T, units, width] by site; 0 at tokens of text."""
+    """[B, column, units, width] by site; 0 at tokens of text. The first column of a prompt is that
+    of `Batch.starts`, and each token has one for each of its patches."""
     _embedded: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-    """By number of an image, [patch, d_model]."""
+    """By number of an image, [token, d_model]."""
+    _later: dict[int, list[Tensor]] = field(default_factory=dict[int, list[Tensor]])
+    """By number of an image, [token, d_model] for each block after which the model adds vectors."""
 
-    def add(self, lanes: Sequence[Sequence[int]], found: Mapping[SiteRead, Tensor]) -> None:
+    def add(
+        self,
+        lanes: Sequence[Sequence[int]],
+        found: Mapping[SiteRead, Tensor],
+        later: Sequence[Tensor],
+    ) -> None:
         """Add the values of a pass.
 
         Args:
             lanes: The images that each lane stands for.
-            found: [lane, patch, units, width] by site.
+            found: [lane, patch, units, width] by site, and [lane, token, 1, d_model] of `embed`.
+            later: [lane, token, d_model] for each block after which the model adds vectors.
         """
         for lane, numbers in enumerate(lanes):
+            for n in self.written & {*numbers}:
+                self._embedded[n] = found[_EMBED][lane, :, 0]
+                self._later[n] = [each[lane] for each in later]
             for read, values in found.items():
                 if read == _EMBED:
-                    self._embedded |= {n: values[lane, :, 0] for n in numbers if n in self.written}
                     continue
                 if read not in self.reads:
-                    whole = values.new_zeros((*self.batch.ids.shape, *values.shape[2:]))
+                    width = int((self.batch.starts + self.batch.lengths * self.patches).max())
+                    whole = values.new_zeros((len(self.batch), width, *values.shape[2:]))
                     self.reads[read] = whole
                 for n in numbers:
-                    self.reads[read][self.images[n].row, self.images[n].columns] = values[lane]
+                    self.reads[read][self.images[n].row, self._columns(n)] = values[lane]
 
-    def writes(self) -> list[SiteWrite]:
-        """Return the writes of changed images at `embed`."""
+    def _columns(self, number: int) -> Tensor:
+        """Return [patch] long: the columns of an image's patches in `reads`."""
+        own = self.images[number]
+        start = self.batch.starts[own.row]
+        first = (own.columns - start) * self.patches + start
+        return (first[:, None] + torch.arange(self.patches)).flatten()
+
+    def writes(self, later: Sequence[Tensor]) -> list[SiteWrite]:
+        """Return the writes of changed images: their vectors at `embed`, and the differences of
+        those that the model adds after its first blocks.
+
+        later: [B, T, d_model] for each of these blocks, of unchanged images.
+        """
         if not self._embedded:
             return []
         own = [self.images[n] for n in self._embedded]
         rows = torch.cat([torch.full((len(each.columns),), each.row) for each in own])
         columns = torch.cat([each.columns for each in own])
         values = torch.cat(list(self._embedded.values()))
-        positions = columns - self.batch.starts[rows]
-        return [SiteWrite("embed", None, rows, positions, torch.zeros_like(rows), values)]
+        at = rows, columns - self.batch.starts[rows], torch.zeros_like(rows)
+        found = [SiteWrite("embed", None, *at, values)]
+        for layer, plain in enumerate(later):
+            changed = torch.cat([each[layer] for each in self._later.values()])
+            added = changed - plain[rows, columns].to(changed)
+            found.append(SiteWrite("resid_pre", layer + 1, *at, added, mode="add"))
+        return found
 
 
 _LATER_VECTORS = "deepstack_visual_embeds"
@@ -647,20 +827,20 @@ def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> Image
 
 
 def check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel | None:
-    """Return E0413 if tokens of the first image aren't patches of the vision encoder, in order."""
-    first = _first_image(model, rows)
+    """Return E0413 if the patches of some image's tokens aren't known, or a test refutes them.
+
+    The first image of each extent is tested.
+    """
+    every = list(rows)
+    first = _first_image(model, every)
     if first is None:
         return None
-    row, vectors = first
-    if vectors.are_patches is None:
-        [image, *_] = row.pictures.values()
-        vectors.are_patches = vectors.compare_patches(model, image)
-    if vectors.are_patches:
-        return None
-    reason = "a change of one patch doesn't change the vector of one token of the image"
-    hint = "use `embed` at the tokens of an image"
-    site = "resid_post vision"
-    return SiteNotOnModel(span=None, model=model.name, site=site, reason=reason, hint=hint)
+    pictures = (each for row in every for each in row.pictures.values())
+    for picture in {each.picture.extent: each for each in pictures}.values():
+        found = first[1].find_patches(model, picture)
+        if isinstance(found, SiteNotOnModel):
+            return found
+    return None
 
 
 def _compare_forms(

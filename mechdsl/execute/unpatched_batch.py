@@ -59,6 +59,8 @@ class UnpatchedBatch:
     loss: Tensor | None
     largest: Tensor | None = None
     """[lane, spot], with `tokens`: magnitude of the largest logit of the whole vocabulary."""
+    patches: int = 1
+    """Number of patches of the vision encoder that a token of an image is made from."""
 
     @cached_property
     def _place(self) -> Ints:
@@ -161,8 +163,9 @@ def compute_unpatched(
         noise += [write.moved(rows) for write in added]
     with replace_blocks(model, acting.blocks):
         done = _run_pass(model, batch, parts, RuleWrites(noise).then(acting))
+    patches = model.shape.merged_side**2
     return [
-        part.found(done, slice(begin, begin + len(part.ids)))
+        replace(part.found(done, slice(begin, begin + len(part.ids))), patches=patches)
         for part, begin in zip(parts, begins, strict=False)
     ]
 

@@ -72,7 +72,7 @@ from mechdsl.resolve.types import (
     WeightedSum,
     iter_fitted_vectors,
 )
-from mechdsl.vocab.sites import CoordinateOperation, stop_layer
+from mechdsl.vocab.sites import SITES, CoordinateOperation, stop_layer
 
 CPU_ACTIVATION_BYTES = 8 << 20
 """Maximum size of one activation of a batch on a CPU. The memory of larger ones goes back to the
@@ -116,29 +116,26 @@ def read_vectors(
 ) -> Iterator[SiteVectors]:
     """Read the vectors of each site at each position, batch by batch.
 
-    Rows that lack a position have no vectors there.
+    Rows that lack a position have no vectors there. In a vision encoder, a token of an image has a
+    vector for each of its patches.
 
     Args:
         lanes: Reader of a run, from `build_reader` or `UnpatchedRuns.reader`.
         positions: Positions in that run.
         batches: Batches of prompts.
     """
-    hits = [TokenHits.of([cell]) for cell in positions]
+    hits: dict[tuple[int, int], TokenHits] = {}
     for count, batch in enumerate(batches):
         found = lanes(batch)
-        for number, hit in enumerate(hits):
-            row, draw, token = list_tokens(hit, batch, found.draws)
-            lane = torch.from_numpy(found.lane(row, draw))
+        for number, cell in enumerate(positions):
             for place, point in enumerate(points):
-                yield SiteVectors(
-                    count,
-                    place,
-                    number,
-                    row,
-                    draw,
-                    token,
-                    _select_vectors(found, point, lane, token),
-                )
+                each = found.patches if SITES[point.site].stack == "vision" else 1
+                if (number, each) not in hits:
+                    hits[number, each] = TokenHits.of([cell], each)
+                row, draw, token = list_tokens(hits[number, each], batch, found.draws)
+                lane = torch.from_numpy(found.lane(row, draw))
+                vectors = _select_vectors(found, point, lane, token)
+                yield SiteVectors(count, place, number, row, draw, token // each, vectors)
 
 
 def list_tokens(hits: TokenHits, batch: Ints, draws: int) -> tuple[Ints, Ints, Ints]:

@@ -311,6 +311,12 @@ def _pair(value: Any) -> Size:
     return int(first), int(second)
 
 
+def _number_of(config: Any, key: str, default: int = 0) -> int:
+    """Return a positive integer of a config; 0 for any other value."""
+    value = config.get(key, default) if isinstance(config, Mapping) else default
+    return value if isinstance(value, int) and value > 0 else 0
+
+
 def _edges(size: Any) -> dict[str, int]:
     """Return the sides that a size of transformers gives, by its names."""
     return {key: int(value) for key, value in dict(size or {}).items() if value is not None}
@@ -384,8 +390,8 @@ class ImageLayout:
     """Whether blocks of the language model attend to one image. Its tokens precede the text."""
     several_layers: ClassVar[bool] = False
     """Whether the model also adds vectors of images after its first blocks."""
-    without_vision: ClassVar[str] = "a token of an image reads several patches"
-    """Why rules can't act in the vision encoder; empty if each token of an image is one patch."""
+    without_vision: ClassVar[str] = "the patches of its image tokens aren't known"
+    """Why rules can't act in the vision encoder; empty if `patches` is known."""
 
     def image_text(self, processor: Any, config: Any) -> ImageText:
         """Return the texts that stand for an image. Raises UnsupportedProcessor."""
@@ -433,6 +439,61 @@ class ImageLayout:
     def video_features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         """Yield the vectors of one video like `features`, for classes with `video_processors`."""
         raise NotImplementedError
+
+    def merged_side(self, config: Mapping[str, Any]) -> int:
+        """Return how many rows of patches a token of an image is made from; 0 if the config doesn't
+        tell it.
+
+        config: the model's `config.json`.
+        """
+        return 1
+
+    def patches(
+        self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
+    ) -> list[tuple[int, ...]]:
+        """Return the patches that the vector of each cell is made from, row by row.
+
+        Args:
+            prompt: A prompt without inputs, for one image or video.
+            tokens: The tokens of the image.
+            encoder: The tokens of the vision encoder.
+
+        Returns:
+            By cell of `tokens`, indices of tokens in the vision encoder, over all tiles.
+
+        Raises:
+            UnsupportedProcessor: The vectors of some tokens aren't made from whole patches.
+        """
+        parts = {tile.number: (index, tile) for index, tile in enumerate(tokens.tiles)}
+        found: list[tuple[int, ...]] = []
+        for cell in tokens.cells:
+            index, tile = parts[cell.tile]
+            place = cell.row - tile.top, cell.col - tile.left
+            found.append(encoder.group(index, place, (tile.rows, tile.cols)))
+        return found
+
+
+@record
+class EncoderSize(Record):
+    """The tokens of one image in a vision encoder."""
+
+    tokens: int
+    """Of each tile, class tokens included."""
+    side: int
+    """Rows of patches that a token of the language model is made from."""
+
+    def group(self, tile: int, place: tuple[int, int], grid: tuple[int, int]) -> tuple[int, ...]:
+        """Return the tokens of a cell, row by row; class tokens come first in each tile.
+
+        Args:
+            tile: Index of the tile, in the order of the encoder.
+            place: Row and column of the cell in the tile, from 0.
+            grid: Rows and columns of cells of a tile.
+        """
+        (row, col), (rows, cols), side = place, grid, self.side
+        width = cols * side
+        first = (tile + 1) * self.tokens - rows * side * width + row * side * width + col * side
+        return tuple(first + down * width + along for down in range(side) for along in range(side))
 
 
 IMAGE_LAYOUTS: Registry[ImageLayout] = Registry("layout of image tokens")
@@ -771,7 +832,7 @@ def _class_tokens(prompt: ImagePrompt) -> int:
 class _AnyResolution(ImageLayout):
     """The whole image, then the grid of its tiles without rows or columns of padding."""
 
-    without_vision = "its vision encoder reads an image in overlapping tiles"
+    without_vision = ""
 
     def tile_cells(self, prompt: ImagePrompt) -> int:
         """Return the rows of a tile's cells."""
@@ -792,12 +853,7 @@ class _AnyResolution(ImageLayout):
         tile, side = self._tile(prompt), self.tile_cells(prompt)
         cell = tile / side
         yield from grid(View.of(size).resized(tile, tile), (cell, cell), tile=THUMBNAIL)
-        best: Size = prompt.library("select_best_resolution")(
-            list(size), prompt.setting("image_grid_pinpoints")
-        )
-        height, width = (length // tile * side for length in best)
-        top, left = _cut(size, (height, width))
-        kept = height - 2 * top, width - 2 * left
+        best, (top, left), kept = self._canvas(prompt, size)
         rows, cols = self.merged(prompt, kept, side)
         canvas = _fitted(View.of(size), best)
         for row in range(rows):
@@ -808,6 +864,38 @@ class _AnyResolution(ImageLayout):
                 number = 1 + across * (best[1] // tile) + along
                 yield number, row + 1, col + 1, canvas.box(start, up, end, down)
             yield "row end"
+
+    def _canvas(self, prompt: ImagePrompt, size: Size) -> tuple[Size, Size, Size]:
+        """Return the size of all tiles in pixels, the rows and columns of padding that the model
+        removes on each side, and the rows and columns that it keeps."""
+        best: Size = prompt.library("select_best_resolution")(
+            list(size), prompt.setting("image_grid_pinpoints")
+        )
+        tile, side = self._tile(prompt), self.tile_cells(prompt)
+        height, width = (length // tile * side for length in best)
+        top, left = _cut(size, (height, width))
+        return best, (top, left), (height - 2 * top, width - 2 * left)
+
+    def patches(
+        self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
+    ) -> list[tuple[int, ...]]:
+        """Return the patches of each cell: the thumbnail is the encoder's first tile."""
+        if tokens.thumbnail is None:
+            unfit = UnsupportedProcessor("the model interpolates patches of frames")
+            unfit.hint = "write an `image` line for each frame, or use `embed` at its tokens"
+            raise unfit
+        side = self.tile_cells(prompt)
+        _, (top, left), kept = self._canvas(prompt, prompt.sizes[0])
+        if self.merged(prompt, kept, side) != kept:
+            unfit = UnsupportedProcessor("the model interpolates patches to fewer tokens")
+            unfit.hint = "use smaller images, each of whose tokens is a patch"
+            raise unfit
+        found: list[tuple[int, ...]] = []
+        for cell in tokens.cells:
+            above, before = (0, 0) if cell.tile == THUMBNAIL else (top, left)
+            place = (cell.row - 1 + above) % side, (cell.col - 1 + before) % side
+            found.append(encoder.group(cell.tile, place, (side, side)))
+        return found
 
     def _tile(self, prompt: ImagePrompt) -> int:
         """Return the side of a tile in pixels. Raises UnsupportedProcessor."""
@@ -913,6 +1001,7 @@ class Qwen(ImageLayout):
     video_processors = ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor")
     start = "vision_start_token_id"
     end = "vision_end_token_id"
+    without_vision = ""
     numbering = "by row and column"
 
     def image_text(self, processor: Any, config: Any) -> ImageText:
@@ -927,6 +1016,31 @@ class Qwen(ImageLayout):
     def natural_size(self, images: Any) -> Size:
         """Return a common size: the processor's settings are numbers of pixels, not sides."""
         return _NATURAL_SIZE
+
+    def merged_side(self, config: Mapping[str, Any]) -> int:
+        return _number_of(config.get("vision_config"), "spatial_merge_size", 2)
+
+    def patches(
+        self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
+    ) -> list[tuple[int, ...]]:
+        """Return the patches of each cell, which are next to each other; Qwen2.5-VL also puts the
+        cells of each window of its attention next to each other."""
+        vision = prompt.config.vision_config
+        window = getattr(vision, "window_size", 0) // encoder.side // vision.patch_size
+        cells = tokens.cells
+        order = list(range(len(cells)))
+        if window:
+            order.sort(
+                key=lambda n: (
+                    cells[n].tile,
+                    (cells[n].row - 1) // window,
+                    (cells[n].col - 1) // window,
+                    n,
+                )
+            )
+        count = encoder.side**2
+        first = {n: place * count for place, n in enumerate(order)}
+        return [tuple(range(first[n], first[n] + count)) for n in range(len(cells))]
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         yield from self._merged(prompt, prompt.images, "image_grid_thw", number)
@@ -955,7 +1069,6 @@ class Qwen3(Qwen):
 
     documentation = "as `qwen2_vl`"
     several_layers = True
-    without_vision = "its vision encoder also adds vectors after blocks of the language model"
 
     def video_text(self, processor: Any, config: Any) -> ImageText:
         """Return the video token, in whose place the processor writes each pair of frames with its
@@ -972,6 +1085,7 @@ class Idefics2(ImageLayout):
     documentation = (
         "vectors of a resampler, which read a whole tile, so they have no rows and columns"
     )
+    without_vision = "a resampler reads all patches of a tile for each of its tokens"
     processors = ("Idefics2Processor",)
     image_processors = ("Idefics2ImageProcessor",)
     separator = "fake_image_token"
@@ -999,9 +1113,13 @@ class Idefics3(ImageLayout):
     """Idefics3 (Laurençon et al. 2024, arXiv:2408.12637) and SmolVLM."""
 
     documentation = "tiles with tags, then the thumbnail; a token merges several patches"
+    without_vision = ""
     processors = ("Idefics3Processor", "SmolVLMProcessor")
     image_processors = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
     separator = "fake_image_token"
+
+    def merged_side(self, config: Mapping[str, Any]) -> int:
+        return _number_of(config, "scale_factor", 2)
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         tile = _edges(prompt.setting("max_image_size"))["longest_edge"]
@@ -1063,10 +1181,15 @@ class InternVL(ImageLayout):
     """InternVL (Chen et al. 2024, arXiv:2404.16821): dynamic resolution and pixel shuffle."""
 
     documentation = "tiles, then the thumbnail; a token merges 2 x 2 patches"
+    without_vision = ""
     processors = ("InternVLProcessor",)
     image_processors = ("GotOcr2ImageProcessor",)
     start = "start_image_token_id"
     end = "end_image_token_id"
+
+    def merged_side(self, config: Mapping[str, Any]) -> int:
+        ratio = config.get("downsample_ratio", 0.5)
+        return round(1 / ratio) if isinstance(ratio, float | int) and 0 < ratio <= 1 else 0
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         edges = _edges(prompt.setting("size"))
@@ -1090,11 +1213,18 @@ class Gemma3(ImageLayout):
     """Gemma 3 (Gemma Team 2025, arXiv:2503.19786): pooled patches, and pan and scan."""
 
     documentation = "one token for the mean of 4 x 4 patches; with pan and scan, also of crops"
+    without_vision = ""
     processors = ("Gemma3Processor",)
     image_processors = ("Gemma3ImageProcessor",)
     start = "boi_token_id"
     end = "eoi_token_id"
     mixes = True
+
+    def merged_side(self, config: Mapping[str, Any]) -> int:
+        vision = config.get("vision_config")
+        size, patch = (_number_of(vision, key) for key in ("image_size", "patch_size"))
+        rows = math.isqrt(_number_of(config, "mm_tokens_per_image", 256))
+        return size // patch // rows if patch and rows else 0
 
     def image_text(self, processor: Any, config: Any) -> ImageText:
         """Return the start token, around which the processor writes more tokens and line breaks."""

@@ -354,8 +354,11 @@ def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     """Add the vision encoder of a vision-language model, if rules can act in it."""
     entry = IMAGE_LAYOUTS.get(str(config.get("model_type")))
     reason = "its image tokens have no known layout" if entry is None else entry.without_vision
+    side = 0 if entry is None else entry.merged_side(config)
+    if not (reason or side):
+        reason = "its config doesn't state how many patches a token is made from"
     others = {} if reason else _other_stacks(shape, config, ("vision",))
-    return replace(shape, others=others, without_vision=reason)
+    return replace(shape, others=others, without_vision=reason, merged_side=side or 1)
 
 
 def _other_stacks(

@@ -177,6 +177,8 @@ class ModelShape(Record):
     """Shapes of the stacks of `STACK_SITES`."""
     without_vision: str = ""
     """Why rules can't act in the vision encoder of a vision-language model; empty if they can."""
+    merged_side: int = 1
+    """Rows, and columns, of patches of the vision encoder that a token of an image is made from."""
     attended: int = 0
     """Number of tokens of an image that some blocks attend to, before the text of each prompt."""
     attending: int = 0

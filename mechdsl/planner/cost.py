@@ -761,9 +761,10 @@ def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
     experiment = plan.experiment
     if not experiment.in_vision:
         return 0.0
-    shape = experiment.model.shape.others["vision"]
+    model = experiment.model.shape
+    shape, patches = model.others["vision"], model.merged_side**2
     images = [
-        [sum(each.expansion.is_image) for each in row.pictures.values()]
+        [sum(each.expansion.is_image) * patches for each in row.pictures.values()]
         for row in experiment.table.runs[experiment.spec.base].rows
     ]
     block = _BlockCost.of(shape)

@@ -414,11 +414,11 @@ def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
     )
     names = [axis.name for axis in experiment.axes]
     by_name = dict(zip(names, coordinates, strict=True))
-    parallel = experiment.model.shape.parallel_block
+    shape = experiment.model.shape
     rules = tuple(
         replace(plan, in_answers=_acts_in_answers(experiment, plan), number=number)
         for number, plan in enumerate(
-            _rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules
+            _rule_plan(rule, by_name, count, shape) for rule in experiment.rules
         )
     )
     items: list[ItemNumber] = [None] * count
@@ -505,7 +505,7 @@ def _coordinates(
 
 
 def _rule_plan(
-    rule: ResolvedRule, by_name: Mapping[str, Ints], count: int, *, parallel: bool
+    rule: ResolvedRule, by_name: Mapping[str, Ints], count: int, shape: ModelShape
 ) -> RulePlan:
     site_of_cell, table, lists = _list_points(rule.sites, by_name, count)
     donated = rule.does.reads == "donor"
@@ -532,6 +532,7 @@ def _rule_plan(
     if rule.steps is not None:
         ends = np.array(list(rule.steps.values.values()), dtype=np.int64)
         steps = ends[_lookup(list(rule.steps.values), rule.steps.axes, by_name, count)]
+    vectors = shape.merged_side**2 if rule.in_vision else 1
     keys_hit, key_of_cell = None, None
     if rule.edge is not None:
         cells = rule.edge.keys.written
@@ -544,9 +545,9 @@ def _rule_plan(
         points=RaggedColumn.of(lists),
         point_table=tuple(pair[0] for pair in table),
         source_table=tuple(pair[1] for pair in table),
-        written=TokenHits.of(written),
-        read=TokenHits.of(written if rule.apart is not None and not donated else read),
-        averaged=TokenHits.of(read),
+        written=TokenHits.of(written, vectors),
+        read=TokenHits.of(written if rule.apart is not None and not donated else read, vectors),
+        averaged=TokenHits.of(read, vectors),
         positions=written,
         sources=read,
         amounts=amounts,
@@ -558,7 +559,8 @@ def _rule_plan(
         key_of_cell=key_of_cell,
         follows=_follows(rule.positions),
         keys_follow=_follows(None if rule.edge is None else rule.edge.keys),
-        paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
+        paths=_paths(rule, site_of_cell, by_name, count, parallel=shape.parallel_block),
+        vectors=vectors,
         active=active,
         steps=steps,
     )
@@ -577,6 +579,8 @@ def _follows(targets: PositionTargets | None) -> Ints:
 
 def _acts_in_answers(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
     """Whether a rule acts on tokens after the prompts."""
+    if plan.rule.in_vision:
+        return False
     runs, base = experiment.table.runs, experiment.spec.base
     places = [(plan.written, base)]
     places += [] if plan.keys is None else [(plan.keys, base)]

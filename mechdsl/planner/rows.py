@@ -83,13 +83,22 @@ class TokenHits:
     """Indexed by run."""
 
     @staticmethod
-    def of(cells: Sequence[PositionCell]) -> TokenHits:
+    def of(cells: Sequence[PositionCell], vectors: int = 1) -> TokenHits:
+        """Number the tokens of positions.
+
+        Args:
+            cells: The positions.
+            vectors: Number of vectors that a site has at each token: the patches of an image that a
+                token is made from. Vector i of token t has the number t * vectors + i.
+        """
         runs: list[range] = []
         tokens: list[tuple[int, ...]] = []
         for cell in cells:
             for row in cell.hits:
                 runs.append(range(len(tokens), len(tokens) + len(row)))
                 tokens.extend(row)
+        if vectors > 1:
+            tokens = [tuple(t * vectors + n for t in own for n in range(vectors)) for own in tokens]
         return TokenHits(len(cells[0].hits), RaggedColumn.of(runs), RaggedColumn.of(tokens))
 
     def leftmost(self, runs: Ints) -> Ints:
@@ -187,6 +196,8 @@ class RulePlan:
     """Attention rules: the keys; `written` contains the queries."""
     key_of_cell: Ints | None = None
     paths: PathPlan | None = None
+    vectors: int = 1
+    """Number of vectors of each token, as in `TokenHits.of`."""
     in_answers: bool = False
     """Whether it acts on tokens of the answer, which only some passes include."""
 

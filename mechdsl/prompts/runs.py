@@ -140,6 +140,15 @@ class RunRow(Record):
         return tuple(found[start] for start in sorted(found))
 
     @cached_property
+    def patch_tokens(self) -> frozenset[int]:
+        """The tokens of images in the prompt that read a part of their image."""
+        return frozenset(
+            each.first + cell.position
+            for each in self.whole_pictures
+            for cell in each.picture.expansion.layout.cells
+        )
+
+    @cached_property
     def placed_pictures(self) -> tuple[PlacedPicture, ...]:
         """The images in the prompt, and the frames of videos, with their tokens, in text order."""
         placed = [each for own in self.whole_pictures for each in own.frames()]

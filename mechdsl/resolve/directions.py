@@ -270,7 +270,7 @@ def _resolve_trained_family(
     sites, axes = _sites(definition, work)
     if sites is None or rows is None:
         return None
-    samples = resolve_samples(call, rows, definition.at, work)
+    samples = resolve_samples(call, rows, definition.at, work.reading(sites))
     if samples is None:
         return None
     if len(samples) != 1:
@@ -488,8 +488,11 @@ def resolve_samples(
     """Resolve the rows of a fit, by position label; None after an error.
 
     Raises:
-        DirectionError: For a training on an encoder-decoder.
+        DirectionError: For a training on an encoder-decoder, and of a vector in a vision encoder.
     """
+    if call.name == FIT_CALL and work.side == "image":
+        reason = "a training in the vision encoder isn't supported yet"
+        raise DirectionError(call, reason, "compute it instead, as `mean_difference(…)` does")
     if call.name == FIT_CALL and work.model.shape.encodes_apart:
         reason = "a training on an encoder-decoder isn't supported yet"
         raise DirectionError(call, reason, "compute it instead, as `mean_difference(…)` does")

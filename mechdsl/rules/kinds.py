@@ -12,6 +12,7 @@ from collections.abc import Callable
 from mechdsl.base.records import Registry
 from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.rules import StacksDiffer, UnequalPrompts, UnevenPositions
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.resolve.runs import RuleKind
@@ -174,12 +175,19 @@ def resolve_targets(
 
 
 def check_one_side(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
-    """Report E0317 for sites of an encoder-decoder at different tokens."""
+    """Report E0317 for sites of an encoder-decoder at different tokens, and E0108 for those inside
+    and outside of a vision encoder."""
     every = [p for here in sites.points.values() for p in here]
     every += [p for here in (sites.sources or {}).values() for p in here]
     if len({find_side([point], work.model.shape) for point in every}) < 2:
         return True
     by_side = {SITES[point.site].side: point.site for point in every}
+    if "image" in by_side:
+        what = "a rule on sites in the vision encoder and in the language model"
+        work.diagnostics.append(
+            NotSupported(span=rule.span, what=what, later="write a rule for each of them")
+        )
+        return False
     work.diagnostics.append(
         StacksDiffer(span=rule.span, source=by_side["source"], target=by_side["target"])
     )

@@ -3100,15 +3100,17 @@ _in_prompt(
 _in_prompt(
     "site of the vision encoder",
     "patch z vision layer 4 at photo row 2 col 3 token",
-    "A rule in the vision encoder, at the patches of image tokens. The changed image's projected "
-    "vectors replace `embed` of all its tokens, and each row is a full forward pass. All sites "
-    "except scores, patterns and rotated queries and keys; `patch`, `swap`, `freeze`, `ablate`, "
-    "`add`, `set`, `scale`, `project out`, `project onto` and `observe norm`, also before replies; "
-    "others are E0108. Each token must be one patch (LLaVA, ViP-LLaVA, PaliGemma); other models "
-    "are E0108, and so are tiles, pooled and merged patches. The class token has no position.",
+    "A rule in the vision encoder, at all patches that a token of an image is made from, in tiles "
+    "too: one, or 2 x 2 or 4 x 4 in models that merge or pool patches "
+    "([Models](models.md#image-tokens)). The changed image's projected vectors replace `embed` of "
+    "all its tokens, and each row is a full forward pass. All sites except scores, patterns and "
+    "rotated queries and keys; `patch`, `swap`, `freeze`, `ablate`, `add`, `set`, `scale`, "
+    "`project out`, `project onto` and `observe norm` (the mean over the patches), also before "
+    "replies; others are E0108, and so are Idefics2, Video-LLaVA and Llama 3.2 Vision. Class "
+    "tokens, row ends and tile tags have no patch.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '
     "corrupt hidden { mask photo }",
-    test="test_vision_encoder.py",
+    test="test_token_patches.py",
 )
 _in_prompt(
     "sound in a prompt",

@@ -199,7 +199,7 @@ def _fill_block(
     index, token = rule.read.tokens.expand(cell.runs[own])
     slot = count_columns(rule.read.tokens.counts(cell.runs[own]))[1]
     prompt = cell.prompts[own][index]
-    here = token < ends[prompt]
+    here = token // rule.vectors < ends[prompt]
     if not here.any():
         return
     row, token, slot, prompt = own[index][here], token[here], slot[here], prompt[here]

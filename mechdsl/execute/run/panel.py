@@ -245,19 +245,26 @@ class PanelRunner:
             self._average()
 
     def _takes_images(self) -> bool:
-        """Return whether the model takes the images of the prompts; if not, all are lost."""
+        """Return whether experiments remain that can run on the images of the prompts.
+
+        Experiments in the vision encoder need more than others of an image's layout.
+        """
         rows = [row for run in self.table.runs.values() for row in run.rows[:1]]
         problem = check_images_as_vectors(self.runs.model, rows)
-        if problem is None and any(plan.experiment.in_vision for plan in self.panel.experiments):
-            problem = check_patches(self.runs.model, rows)
+        lost = self.panel.experiments
+        inside = [plan for plan in lost if plan.experiment.in_vision]
+        if problem is None and inside:
+            every = (row for run in self.table.runs.values() for row in run.rows)
+            problem = check_patches(self.runs.model, every)
+            lost = lost if self.panel.derived else inside
         if problem is None:
             return True
         block = self.table.block_rows
         pictures = () if block is None else block.block.spec.pictures
         span = pictures[0].span if pictures else None
-        for plan in self.panel.experiments:
+        for plan in lost:
             self._lose(plan, replace(problem, span=span, model=plan.experiment.model.name))
-        return False
+        return bool(self._sound)
 
     def _define_runs(self) -> None:
         """What the rules of the panel's own runs write; means and donors are of the kept rows."""

@@ -527,7 +527,7 @@ def resolve_positions(
 def _in_images(
     positions: ast.Positions, table: PromptTable, run: str, **given: Any
 ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
-    """Resolve positions as `resolve_positions` does; also E0310 for tokens that aren't images'."""
+    """Resolve positions as `resolve_positions` does; also E0310 for tokens without patches."""
     cells, found = resolve_positions(positions, table, run, **given)
     rows = table.runs[run].rows
     if given["tokenizer"].stands_in or table.stands_in:
@@ -538,7 +538,7 @@ def _in_images(
     outside = [
         n
         for n, (row, own) in enumerate(zip(rows, tokens, strict=True))
-        if any(token >= len(row.ids) or row.ids[token] < IMAGE_TOKEN for token in own)
+        if not own <= row.patch_tokens
     ]
     if not outside:
         return cells, found
@@ -549,8 +549,8 @@ def _in_images(
         lacking=len(outside),
         total=len(rows),
         example=row_example(rows[outside[0]]),
-        hint="the vision encoder has vectors at tokens of images: write `photo tokens` or "
-        "`photo row 1 col 2 token` for an image `photo`",
+        hint="the vision encoder has vectors at the tokens of an image that are made from its "
+        "patches: write `photo tokens` or `photo row 1 col 2 token` for an image `photo`",
         unit="images",
     )
     return (), [*found, problem]

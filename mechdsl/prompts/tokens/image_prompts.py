@@ -21,9 +21,11 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoImageProcessor, UnpreparedImages
 from mechdsl.images.layouts import (
     FRAMES_PER_SECOND,
+    EncoderSize,
     ImageCell,
     ImageExpansion,
     ImageLayout,
+    ImagePrompt,
     ImageText,
     ImageTokens,
     PixelBox,
@@ -380,6 +382,14 @@ class ImagePromptTokenizer(TextTokenizer):
                 partial(self._parse_expansion, self.token_of(own)),
             )
         return self._expansions[own]
+
+    def patches(
+        self, extent: tuple[int, ...], expansion: ImageExpansion, encoder: EncoderSize
+    ) -> list[tuple[int, ...]]:
+        """Return `ImageLayout.patches` of a picture's tokens. Raises UnsupportedProcessor."""
+        height, width = self.sized(extent)[:2]
+        prompt = ImagePrompt(*self._read, {}, ((height, width),))
+        return self.layout.patches(prompt, expansion.layout, encoder)
 
     def _parse_expansion(
         self, token_id: int, found: tuple[list[int], list[list[Any]]]

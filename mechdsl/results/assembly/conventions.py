@@ -365,6 +365,19 @@ def _of_features(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionIt
     yield f"features of {rule.rule.basis.definition}", said
 
 
+def _describe_patches(side: int) -> str:
+    """Describe the patches of the vision encoder that rules at tokens of images act on.
+
+    side: as `ModelShape.merged_side`.
+    """
+    if side == 1:
+        return "each token of an image is one of its patches"
+    return (
+        f"at a token of an image, rules act on the {side} x {side} patches that its vector is made "
+        "from, row by row, and observations are means over them"
+    )
+
+
 def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
     """Describe rows that needn't be run."""
     if measured.inert:
@@ -377,8 +390,10 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
     if plan.experiment.in_vision:
         yield (
             "vision encoder",
-            "each token of an image is one of its patches; a changed image's vectors replace "
-            "`embed` of all its tokens, before other rules act there",
+            (
+                f"{_describe_patches(plan.experiment.model.shape.merged_side)}; a changed image's "
+                "vectors replace `embed` of all its tokens, before other rules act there"
+            ),
         )
         yield (
             "planner",

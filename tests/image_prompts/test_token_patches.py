@@ -1,0 +1,565 @@
+"""Rules in vision encoders that read tiles, or several patches for each token of an image, against
+plain hooks on the bare model's encoder: one unpadded prompt at a time. The patches of each token
+are written out here for each family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import mechdsl
+from mechdsl.base.source import Source
+from mechdsl.images.layouts import IMAGE_LAYOUTS
+from mechdsl.loading.loader import adopt_model
+
+from ..execute.support import run_on
+from ..images import prompts_of_images as vlm
+from ..quick import some
+from .reference import Edit, at
+from .support import experiment
+from .test_families import (
+    ALL,
+    BLOCK,
+    TWO,
+    WORDS,
+    bare,
+    both,
+    difference,
+    folder,
+    inputs,
+    loaded,
+    run_text,
+)
+
+Key = tuple[str | int, ...]
+LAYERS, HEADS, WIDTH = 2, 2, 16
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An encoder: its modules, and the patches of the tokens of images 0 to 3."""
+
+    blocks: str = "model.vision_tower.encoder.layers"
+    z: str = "self_attn.out_proj"
+    """The module of a block whose input is `z` of all heads."""
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    side: int = 2
+    """Rows of tokens of a tile."""
+    merged: int = 1
+    """Rows of patches of a token."""
+    front: int = 0
+    """Class tokens of a tile."""
+    across: Sequence[int] = (1, 1, 1, 1)
+    """Tiles next to each other, by image."""
+    down: Sequence[int] = (1, 1, 1, 1)
+    thumbnail: str = ""
+    """Whether the thumbnail is the `first` or `last` tile; empty without one."""
+    cut: Sequence[tuple[int, int]] = ((0, 0),) * 4
+    """Rows and columns of padding at the top and left, which the model removes on both sides."""
+    grids: Sequence[tuple[int, int]] = ()
+    """Rows and columns of tokens of each image, in an encoder without tiles."""
+    window: int = 0
+    """Rows of tokens of a window, whose patches come one after the other."""
+
+    def group(self, tile: int, row: int, col: int) -> list[int]:
+        wide = self.side * self.merged
+        first = tile * (self.front + wide**2) + self.front
+        return [
+            first + (row * self.merged + down) * wide + col * self.merged + along
+            for down in range(self.merged)
+            for along in range(self.merged)
+        ]
+
+    def cell(self, image: int, row: int, col: int) -> list[int]:
+        """The patches of `photo row … col … token`, which counts from 1."""
+        if self.grids:
+            return self._packed(image, row - 1, col - 1)
+        above, before = self.cut[image]
+        (down, row), (along, col) = (
+            divmod(row - 1 + above, self.side),
+            divmod(col - 1 + before, self.side),
+        )
+        number = down * self.across[image] + along
+        return self.group(number + (self.thumbnail == "first"), row, col)
+
+    def _packed(self, image: int, row: int, col: int) -> list[int]:
+        rows, cols = self.grids[image]
+        order = [(y, x) for y in range(rows) for x in range(cols)]
+        if step := self.window:
+            order = [
+                (y, x)
+                for top in range(0, rows, step)
+                for left in range(0, cols, step)
+                for y in range(top, min(top + step, rows))
+                for x in range(left, min(left + step, cols))
+            ]
+        first = 4 * order.index((row, col))
+        return [*range(first, first + 4)]
+
+    def small(self, image: int, row: int, col: int) -> list[int]:
+        """The patches of `photo thumbnail row … col … token`."""
+        count = self.across[image] * self.down[image]
+        return self.group(0 if self.thumbnail == "first" else count, row - 1, col - 1)
+
+    def every(self, image: int) -> list[int]:
+        """The patches of `photo tokens`."""
+        if self.grids:
+            rows, cols = self.grids[image]
+            return [*range(4 * rows * cols)]
+        above, before = self.cut[image]
+        found = [
+            patch
+            for row in range(1, self.down[image] * self.side - 2 * above + 1)
+            for col in range(1, self.across[image] * self.side - 2 * before + 1)
+            for patch in self.cell(image, row, col)
+        ]
+        if self.thumbnail:
+            both_sides = range(1, self.side + 1)
+            found += [p for r in both_sides for c in both_sides for p in self.small(image, r, c)]
+        return found
+
+
+INTERN = Tower(
+    "model.vision_tower.encoder.layer",
+    "attention.projection_layer",
+    "attention",
+    merged=2,
+    front=1,
+    across=(2, 2, 2, 1),
+    down=(2, 2, 1, 2),
+    thumbnail="last",
+)
+IDEFICS = Tower(
+    "model.vision_model.encoder.layers",
+    merged=2,
+    across=(2, 2, 2, 2),
+    down=(2, 2, 1, 2),
+    thumbnail="last",
+)
+QWEN = Tower(
+    "model.visual.blocks",
+    "attn.proj",
+    "attn",
+    merged=2,
+    grids=((4, 4), (4, 3), (2, 6), (5, 2)),
+)
+TOWERS = {
+    "llava_next": Tower(
+        front=1,
+        across=(2, 2, 2, 2),
+        down=(2, 2, 1, 2),
+        thumbnail="first",
+        cut=((0, 0), (0, 0), (0, 0), (0, 1)),
+    ),
+    "llava_next_square": Tower(
+        front=1,
+        across=(3, 3, 3, 3),
+        down=(3, 3, 3, 3),
+        thumbnail="first",
+        cut=((0, 0), (0, 0), (2, 0), (0, 1)),
+    ),
+    "llava_onevision_frames": Tower(
+        side=4, thumbnail="first", cut=((0, 0), (0, 0), (1, 0), (0, 1))
+    ),
+    "gemma3": Tower(merged=4),
+    "internvl": INTERN,
+    "idefics3": IDEFICS,
+    "smolvlm": IDEFICS,
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": Tower(QWEN.blocks, QWEN.z, "attn", merged=2, grids=QWEN.grids, window=2),
+    "qwen3_vl": QWEN,
+}
+NAMES = tuple(TOWERS)
+QUICK = ("llava_next", "qwen2_5_vl")
+TILED = tuple(name for name, own in TOWERS.items() if own.thumbnail)
+
+
+@contextmanager
+def edited(name: str, site: str, layer: int, edit: Edit) -> Generator[None]:
+    """Change a site, [token of the encoder, width], over all tiles; `z` has all heads in a row."""
+    own = TOWERS[name]
+    part, is_input = {
+        "resid_pre": ("", True),
+        "resid_post": ("", False),
+        "z": (own.z, True),
+        "attn_out": (own.attention, False),
+        "mlp_out": (own.mlp, False),
+    }[site]
+    module = bare(name).model.get_submodule(f"{own.blocks}.{layer}.{part}".rstrip("."))
+
+    def changed(value: Tensor) -> Tensor:
+        return edit(value.clone().flatten(0, -2)).view(value.shape)
+
+    def before(module: Any, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (changed(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": changed(kwargs["hidden_states"])}
+
+    def after(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (changed(output[0]), *output[1:])
+        return changed(output)
+
+    if is_input:
+        hook = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        hook = module.register_forward_hook(after, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@cache
+def state(name: str, site: str, layer: int, number: int, image: int) -> Tensor:
+    """The values of a site in the encoder, in the clean run of a prompt."""
+    found: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value)
+        return value
+
+    with edited(name, site, layer, keep):
+        bare(name).run(inputs(name, number, image))
+    return found[0]
+
+
+def other(n: int) -> int:
+    return (n + 1) % 4
+
+
+def under(name: str, site: str, layer: int, edit: Callable[[int], Edit]) -> list[float]:
+    """The difference of each prompt with its other image, under an edit of its number."""
+    found: list[float] = []
+    for n in ALL:
+        with edited(name, site, layer, edit(n)):
+            found.append(difference(bare(name).run(inputs(name, n, other(n)))))
+    return found
+
+
+def one_head(edit: Edit, head: int) -> Edit:
+    own = slice(head * WIDTH // HEADS, (head + 1) * WIDTH // HEADS)
+
+    def change(value: Tensor) -> Tensor:
+        value[:, own] = edit(value[:, own])
+        return value
+
+    return change
+
+
+def one_token(name: str) -> dict[Key, list[float]]:
+    def edit(n: int, layer: int) -> Edit:
+        clean = state(name, "resid_post", layer, n, n)[TOWERS[name].cell(n, 1, 2)]
+        return at(TOWERS[name].cell(other(n), 1, 2), clean)
+
+    return {
+        (layer,): under(name, "resid_post", layer, lambda n, layer=layer: edit(n, layer))
+        for layer in range(LAYERS)
+    }
+
+
+def all_tokens(name: str) -> dict[Key, list[float]]:
+    def edit(n: int) -> Edit:
+        return at(TOWERS[name].every(other(n)), torch.zeros(()))
+
+    return {(h,): under(name, "z", 0, lambda n, h=h: one_head(edit(n), h)) for h in range(HEADS)}
+
+
+def rows_of(name: str) -> dict[Key, list[float]]:
+    """Each of the first two tokens of the first row."""
+    return {
+        (f"photo row 1 col {col} token",): under(
+            name,
+            "mlp_out",
+            0,
+            lambda n, col=col: at(
+                TOWERS[name].cell(other(n), 1, col),
+                state(name, "mlp_out", 0, n, n)[TOWERS[name].cell(n, 1, col)],
+            ),
+        )
+        for col in (1, 2)
+    }
+
+
+def scaled(name: str) -> dict[Key, list[float]]:
+    def edit(n: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            value[TOWERS[name].cell(other(n), 2, 1)] *= -2
+            return value
+
+        return change
+
+    return {(): under(name, "resid_pre", 1, edit)}
+
+
+def swapped(name: str) -> dict[Key, list[float]]:
+    def edit(n: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            first = TOWERS[name].cell(other(n), 1, 1)
+            second = TOWERS[name].cell(other(n), 2, 2)
+            value[first + second] = value[second + first]
+            return value
+
+        return change
+
+    return {(layer,): under(name, "resid_pre", layer, edit) for layer in range(LAYERS)}
+
+
+def means(name: str) -> dict[Key, list[float]]:
+    """The mean of each of a token's patches over the prompts."""
+    own = [state(name, "resid_post", 0, n, n)[TOWERS[name].cell(n, 1, 2)] for n in ALL]
+    mean = torch.stack(own).mean(0)
+    return {(): under(name, "resid_post", 0, lambda n: at(TOWERS[name].cell(other(n), 1, 2), mean))}
+
+
+def added(name: str) -> dict[Key, list[float]]:
+    """The mean over the patches of a token and the prompts, times a number."""
+    own = [state(name, "resid_post", 0, n, n)[TOWERS[name].cell(n, 1, 1)] for n in ALL]
+    direction = torch.cat(own).mean(0)
+
+    def edit(n: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            value[TOWERS[name].cell(other(n), 1, 1)] += 3 * direction
+            return value
+
+        return change
+
+    return {(): under(name, "resid_post", 0, edit)}
+
+
+def thumbnails(name: str) -> dict[Key, list[float]]:
+    def edit(n: int) -> Edit:
+        clean = state(name, "resid_post", 0, n, n)[TOWERS[name].small(n, 2, 1)]
+        return at(TOWERS[name].small(other(n), 2, 1), clean)
+
+    return {(): under(name, "resid_post", 0, edit)}
+
+
+DIRECTION = "direction d = mean(ask) at resid_post vision layer 0 at photo row 1 col 1 token\n"
+THUMBNAIL = "patch resid_post vision layer 0 at photo thumbnail row 2 col 1 token"
+CASES: dict[str, tuple[list[str], Callable[[str], dict[Key, list[float]]]]] = {
+    "patch resid_post vision layer * at photo row 1 col 2 token": (["layer"], one_token),
+    "ablate z vision layer 0 head * at photo tokens with zero": (["head"], all_tokens),
+    "patch mlp_out vision layer 0 at photo row 1 col 1 token, photo row 1 col 2 token": (
+        ["position"],
+        rows_of,
+    ),
+    "scale resid_pre vision layer 1 at photo row 2 col 1 token by -2": ([], scaled),
+    "swap resid_pre vision layer * at photo row 1 col 1 token with photo row 2 col 2 token": (
+        ["layer"],
+        swapped,
+    ),
+    "ablate resid_post vision layer 0 at photo row 1 col 2 token with mean of clean": ([], means),
+    "add 3 * d to resid_post vision layer 0 at photo row 1 col 1 token": ([], added),
+    THUMBNAIL: ([], thumbnails),
+}
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
+def test_rules_equal_hooks_on_the_patches_of_tokens(name: str, mode: str) -> None:
+    """All rules in one file, the largest effects over 0.1."""
+    cases = {rule: case for rule, case in CASES.items() if rule != THUMBNAIL or name in TILED}
+    text = DIRECTION + "".join(
+        experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(cases)
+    )
+    base = [difference(bare(name).run(inputs(name, n, other(n)))) for n in ALL]
+    largest: list[float] = []
+    for found, (rule, (axes, expected)) in zip(
+        run_text(name, text, mode), cases.items(), strict=True
+    ):
+        measure, cells = found.measures[0], expected(name)
+        np.testing.assert_allclose(measure.base[0], base, atol=1e-4)
+        keys = {tuple(cell.coords[axis] for axis in axes): n for n, cell in enumerate(found.cells)}
+        assert keys.keys() == cells.keys()
+        for key, values in cells.items():
+            where = f"{rule}: {key}"
+            np.testing.assert_allclose(measure.patched[keys[key]], values, atol=1e-4, err_msg=where)
+        largest.append(max(np.abs(np.array(values) - base).max() for values in cells.values()))
+    assert max(largest) > 0.1
+    assert min(largest) > 0.03
+
+
+# --- in combination -------------------------------------------------------------------------------
+
+
+def shifted(name: str, number: int, image: int) -> int:
+    """The number of an encoder's tokens before the second image of a prompt."""
+    own = TOWERS[name]
+    if own.grids:
+        rows, cols = own.grids[image]
+        return 4 * rows * cols
+    tiles = own.across[image] * own.down[image] + bool(own.thumbnail)
+    return tiles * (own.front + (own.side * own.merged) ** 2)
+
+
+def turned(patches: Sequence[int]) -> Edit:
+    def edit(value: Tensor) -> Tensor:
+        value[list(patches)] *= -2
+        return value
+
+    return edit
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+@pytest.mark.parametrize(
+    "name", some(["llava_next", "gemma3", "internvl", "qwen2_5_vl", "qwen3_vl"], ["qwen3_vl"])
+)
+def test_replies_with_a_rule_in_one_of_two_images_equal_hooks(name: str, mode: str) -> None:
+    """Also a second experiment of the file, with a run whose rules are in the first image."""
+    own = TOWERS[name]
+    rules = [f"scale resid_post vision layer 0 at {p} tokens by -2" for p in ("one", "two")]
+    text = (
+        f"experiment r {{\nmodel m\nprompts both\ngenerate 4\n{rules[1]}\n"
+        'measure matches("w") as raw\nstats bootstrap(100) confidence 95% correct none\n}\n'
+        f"experiment s {{\nmodel m\nprompts both\nrun turned {{ {rules[0]} }}\n"
+        "from turned into clean\npatch resid_post layer 1 at last token\n"
+        "measure logit(answer) - logit(wrong) as delta\n"
+        "stats bootstrap(100) confidence 95% correct none\n}\n"
+    )
+    block = TWO.replace("corrupt changed { swap one, two }\n", "")
+    block = block.replace('" w1 w2"', '" w1"').replace('" w2 w2"', '" w2"')
+    replies, second = run_text(name, text, mode, block)
+    assert replies.replies is not None
+    differ, effects = 0, []
+    for n in ALL:
+        given, model = both(name, n), bare(name)
+        first = turned(own.every(n))
+        later = turned([shifted(name, n, n) + patch for patch in own.every(other(n))])
+        plain = model.reply(given, 4)
+        with edited(name, "resid_post", 0, later):
+            expected = model.reply(given, 4)
+        assert list(replies.replies.runs["clean"][n][0].ids) == plain
+        assert list(replies.replies.cells[0][n][0].ids) == expected
+        differ += plain != expected
+        with edited(name, "resid_post", 0, first):
+            vector = model.states(given)["blocks"][1][-1]
+        value = difference(model.run(given, blocks={1: at([-1], vector)}))
+        np.testing.assert_allclose(second.measures[0].patched[0, n], value, atol=1e-4)
+        effects.append(value - second.measures[0].base[0, n])
+    assert differ
+    assert np.abs(effects).max() > 0.1
+
+
+@pytest.mark.parametrize("name", some(["gemma3", "qwen2_5_vl", "internvl"], ["qwen2_5_vl"]))
+def test_observed_norm_is_the_mean_over_the_patches_of_a_token(name: str) -> None:
+    line = "observe norm resid_post vision layer * at photo row 1 col 2 token"
+    [found] = run_text(name, experiment("e", line, measure=""))
+    for layer in range(LAYERS):
+        own = [state(name, "resid_post", layer, n, n)[TOWERS[name].cell(n, 1, 2)] for n in ALL]
+        expected = [float(each.norm(dim=-1).mean()) for each in own]
+        np.testing.assert_allclose(found.measures[0].patched[layer], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", some(["gemma3", "qwen2_vl", "llava_next"], ["qwen2_vl"]))
+def test_patch_from_a_masked_image_equals_hooks(name: str) -> None:
+    block = BLOCK.replace("corrupt changed { file = other }", "corrupt hidden { mask photo }")
+    rule = "patch resid_post vision layer 0 at photo row 1 col 2 token"
+    [found] = run_text(name, experiment("e", "from hidden into clean", rule), block=block)
+    own, model, marker = TOWERS[name], bare(name), vlm.FAMILIES[name].marker
+    values: list[float] = []
+    for n in ALL:
+        seen: list[Tensor] = []
+
+        def keep(value: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(value)
+            return value
+
+        gray = Image.new("RGB", Image.open(folder() / f"{n}.png").size, (128, 128, 128))
+        with edited(name, "resid_post", 0, keep):
+            model.run(model.with_pictures(f"w3 w2 {marker} w1 {WORDS[n]} w3", [gray]))
+        patches = own.cell(n, 1, 2)
+        with edited(name, "resid_post", 0, at(patches, seen[0][patches])):
+            values.append(difference(model.run(inputs(name, n, n))))
+    np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
+    assert np.abs(np.array(values) - found.measures[0].base[0]).max() > 0.1
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def errors(name: str, text: str) -> tuple[list[str], list[str]]:
+    """The codes of errors, and the experiments with results."""
+    source = Source(f'mech 1\nmodel m = local("handed over")\n{BLOCK}\n{text}', folder() / "f.mech")
+    result, found = run_on(source, {"m": loaded(name)})
+    done = [] if result is None else [each.name for each in result.experiments]
+    return [each.code for each in found if each.severity == "error"], done
+
+
+VISION = "ablate resid_post vision layer 0 at photo tokens with zero"
+ERRORS = {
+    ("gemma3", "save resid_post vision layer 0 of clean at photo row 1 col 1 token to "
+               '"x.safetensors"\n  patch resid_post layer 0 at last token'): "E0108",
+    ("gemma3", "ablate resid_post vision layer 0 at tokens 2..6 with zero"): "E0310",
+    ("llava_next", "ablate resid_post vision layer 0 at tokens 3..25 with zero"): "E0310",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "line", "code"), [(*case, code) for case, code in ERRORS.items()])
+def test_invalid_line_reports_the_code_before_anything_runs(
+    name: str, line: str, code: str
+) -> None:
+    assert errors(name, experiment("e", "from clean into changed", line)) == ([code], [])
+
+
+def test_rule_inside_and_outside_of_the_encoder_reports_e0108() -> None:
+    text = "group g = resid_post vision layer 0, resid_post layer 1\n"
+    text += experiment("e", "from clean into changed", "patch g at photo row 1 col 2 token")
+    assert errors("llava_next", text) == (["E0108"], [])
+
+
+def test_interpolated_patches_report_e0413_and_keep_other_experiments() -> None:
+    """LLaVA-OneVision interpolates the patches of images with many tiles."""
+    text = experiment("inside", VISION) + experiment("e", VISION.replace("vision ", ""))
+    assert errors("llava_onevision", text) == (["E0413"], ["e"])
+
+
+@pytest.mark.parametrize("name", some(["llava_next", "qwen2_vl", "gemma3"], ["qwen2_vl"]))
+def test_wrong_patches_report_e0413(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tokens exchange one of their patches."""
+    own = bare(name)
+    model, found = adopt_model("m", deepcopy(own.model), own.processor)
+    assert model is not None, found
+    entry = type(IMAGE_LAYOUTS[own.model.config.model_type])
+    right = entry.patches
+
+    def wrong(self: Any, *given: Any) -> list[tuple[int, ...]]:
+        first, second, *rest = right(self, *given)
+        return [(second[0], *first[1:]), (first[0], *second[1:]), *rest]
+
+    monkeypatch.setattr(entry, "patches", wrong)
+    text = f'mech 1\nmodel m = local("handed over")\n{BLOCK}\n{experiment("e", VISION)}'
+    result = run_on(Source(text, folder() / "f.mech"), {"m": model})
+    assert [each.code for each in result[1] if each.severity == "error"] == ["E0413"]
+
+
+@pytest.mark.slow
+def test_changed_rule_position_or_window_changes_the_stored_value(tmp_path: Path) -> None:
+    """Values in a store depend on the token, and on the patches that it stands for."""
+    name = "qwen2_5_vl"
+    rule = "ablate resid_post vision layer 0 at photo row 1 col {} token with zero"
+    seen: list[float] = []
+    for window, col in ((8, 1), (8, 2), (16, 2), (8, 2)):
+        own = deepcopy(bare(name).model)
+        own.config.vision_config.window_size = window
+        own.model.visual.window_size = window
+        pair = own, bare(name).processor
+        text = f'mech 1\nmodel m = local("handed over")\n{BLOCK}\n'
+        path = folder() / "stored.mech"
+        path.write_text(text + experiment("e", rule.format(col)), encoding="utf-8")
+        [measure] = mechdsl.run(path, {"m": pair}, store=tmp_path)["e"].measures
+        seen.append(float(measure.patched[0, 0]))
+    assert seen[1] == seen[3]
+    assert len({round(value, 4) for value in seen}) == 3
