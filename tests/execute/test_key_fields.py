@@ -528,6 +528,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "sources": "`read` and `averaged` are computed from them",
         "number": "the order of the rules in the key contains it",
         "in_answers": "the tokens in `written`, `read` and `keys` determine it",
+        "vectors": "the numbers in `written`, `read` and `averaged` depend on it",
     },
     PathPlan: {
         "through_mlps": "`PathTargets.through_mlps` is part of the key",

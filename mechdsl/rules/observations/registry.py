@@ -256,14 +256,15 @@ def report_bad_observation(
 
 
 def check_unembedding(rule: spec.Rule, work: ExperimentContext) -> bool:
-    """Report E0108 for a model without an unembedding after its stream."""
+    """Report E0108 for a model whose stream an unembedding doesn't follow, or not in one stack."""
     shape = work.sites.shape
     reads_text = shape.takes in ("text", "image and text")
     if shape.stands_in or (shape.task == "tokens" and shape.causal and reads_text):
         return True
     assert rule.observed is not None
-    what = (
-        f"`observe {rule.observed.word}` of `{work.model.name}`, which doesn't predict next tokens,"
-    )
+    reason = "which doesn't predict next tokens"
+    if shape.encodes_apart and shape.task == "tokens":
+        reason = "which attends to the tokens of an encoder"
+    what = f"`observe {rule.observed.word}` of `{work.model.name}`, {reason},"
     work.diagnostics.append(NotSupported(span=rule.observed.span, what=what))
     return False
