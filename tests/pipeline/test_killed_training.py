@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,15 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
     assert not list((tmp_path / "killed" / "fits").glob("*.part"))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Tests that run in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("count", [1, 2])
 def test_signal_in_a_step_leaves_no_torn_checkpoint(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
