@@ -189,6 +189,15 @@ def exact_convolutions() -> Generator[None]:
         setattr(flags, name, before)
 
 
+@contextmanager
+def computation_settings() -> Generator[None]:
+    """Run PyTorch as numbers need it inside the block: with `exact_convolutions`, and with
+    gradients, which the caller may have switched off (`torch.no_grad`)."""
+    torch: Any = import_module("torch")
+    with exact_convolutions(), torch.inference_mode(mode=False), torch.enable_grad():
+        yield
+
+
 def numeric_settings() -> dict[str, str]:
     """Return the settings that differ from PyTorch's defaults; empty without changes.
 

@@ -12,7 +12,7 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.base.files import package_digest
 from mechdsl.base.hashing import digest
-from mechdsl.base.runtime import exact_convolutions, numeric_settings
+from mechdsl.base.runtime import computation_settings, numeric_settings
 from mechdsl.base.source import Source
 from mechdsl.base.text import name_list
 from mechdsl.checks.file_check import (
@@ -716,10 +716,10 @@ def run_checked(
         hashed: Computes SHA-256 of a file; None to hash no weights.
         notes: Cache for outcomes of the self-check, besides the user's cache.
     """
-    models, diagnostics = load_needed_models(checked, options, loaded, hashed, notes)
-    if models is None:
-        return None, diagnostics
-    with exact_convolutions():
+    with computation_settings():
+        models, diagnostics = load_needed_models(checked, options, loaded, hashed, notes)
+        if models is None:
+            return None, diagnostics
         kept = None if run is None else open_value_cache(run, checked, models, options)
         return _run(checked, models, options, diagnostics, kept, counts)
 
@@ -734,7 +734,7 @@ def measure_unpatched(
     if models is None or not unpatched:
         return {}, diagnostics
     plan = make_plan(unpatched, without=options.without)
-    with exact_convolutions():
+    with computation_settings():
         execution = execute(plan, models, options.execution, check=check_denominators)
     found = {key: values for key, values in execution.measured.items() if key not in execution.lost}
     return found, [*diagnostics, *execution.diagnostics]

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechdsl.base.runtime import exact_convolutions, preserve_random_state
+from mechdsl.base.runtime import computation_settings, preserve_random_state
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
@@ -175,7 +175,7 @@ def _train_ready(
         else:
             problems.append(_failed(fit, *UNSHARED_STORE))
     if due:
-        with exact_convolutions():
+        with computation_settings():
             trained, found = _train_due(checked, options, loaded, due, store, on_progress)
         done += trained
         problems += found

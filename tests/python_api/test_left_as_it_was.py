@@ -104,6 +104,31 @@ def test_run_on_model_in_training_mode_computes_without_dropout(pair: tuple[Any,
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_estimates_with_gradients_switched_off_are_the_same(
+    mode: Callable[[], Any], pair: tuple[Any, Any]
+) -> None:
+    prompts, _, lines = SHORT.partition("experiment positions")
+    text = prompts.partition("experiment heads")[0]
+    text += "basis b = jacobian(fruit, embed -> resid_post layer 0, dims: 1, limit: 1) at embed\n"
+    lines = lines.partition("  measure argmax")[0].replace("each item token", "token -2..-1")
+    lines = lines.replace("layer 2", "layer 0")
+    text += f"experiment estimated {lines}  using gradient_input\n}}\n"
+    text += f"experiment in_basis {lines}}}\n".replace("resid_post layer 0", "embed in basis b")
+
+    def values(given: dict[str, tuple[Any, Any]]) -> list[Any]:
+        ran = mechdsl.run(text, given, limit=2)
+        return [each.measures[0].patched for each in ran]
+
+    expected = values({"toy": pair})
+    for given in ({"toy": pair}, {}):
+        with mode():
+            found = values(given)
+        for own, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected[0] - expected[0][0]).max() > 1e-3
+
+
 def test_by_adapters_on_it(used: tuple[Any, Any], inside: Path) -> None:
     """Its weights may be trained on as before: each as it was, with the gradient that it had."""
     model = used[0]

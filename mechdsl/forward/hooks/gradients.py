@@ -33,6 +33,8 @@ def compute_gradients(total: Tensor, leaves: Sequence[Tensor], *, keep: bool) ->
     Raises AutogradFailed.
     """
     if not total.requires_grad:
+        if not torch.is_grad_enabled():
+            raise AutogradFailed("gradients are switched off, for example by a Python function")
         return [torch.zeros_like(leaf) for leaf in leaves]
     with catch_autograd_errors():
         return torch.autograd.grad(
