@@ -48,6 +48,9 @@ from mechdsl.prompts.tokens.image_prompts import (
 _AT_ONCE = 8
 """Number of images in one pass of the tower."""
 
+_DISTINGUISHED_DIGITS = 4
+"""Images of up to 2 to the power of this many tokens are tested completely in each arrangement."""
+
 _EMBED = SiteRead("embed")
 
 _TOLERANCE = 1e-4
@@ -349,9 +352,8 @@ class ImageVectors:
     def _prove(self, model: LoadedModel, batch: Batch, own: Tensor, patches: _Patches) -> bool:
         """Return whether a change of the patches of some tokens changes these tokens only.
 
-        Patches are changed after the last block that the language model reads. Each token is
-        distinguished from each other one: for each binary digit of their indices, a lane changes
-        those with a 1, and another one those with a 0. The first lane is unchanged.
+        Patches are changed after the last block that the language model reads, each set of tokens
+        in a lane. The first lane is unchanged.
 
         Args:
             model: The model.
@@ -363,12 +365,10 @@ class ImageVectors:
         if len(patches.of_token) != len(columns) or not patches.are_distinct():
             return False
         there = (patches.of_token[:, 0] >= 0).nonzero()[:, 0]
-        digits = max(1, (len(there) - 1).bit_length())
-        numbers = torch.arange(len(there))
-        changed = [(numbers >> digit) & 1 == bit for digit in range(digits) for bit in (0, 1)]
+        changed = _divide_tokens(len(there), every=not self._proved)
         layers = list(reversed(range(model.stack("vision").shape.n_layers)))
         for start in range(0, len(changed), _AT_ONCE - 1):
-            lanes = [torch.zeros_like(numbers).bool(), *changed[start : start + _AT_ONCE - 1]]
+            lanes = [torch.zeros_like(changed[0]), *changed[start : start + _AT_ONCE - 1]]
             given = batch.take(torch.zeros(len(lanes), dtype=torch.long))
             given = given.with_inputs(given.extra, vision=Batch.grid(len(lanes), patches.count))
             expected = torch.zeros(len(lanes), len(columns), dtype=torch.bool)
@@ -384,6 +384,23 @@ class ImageVectors:
             if not bool((found == expected).all()):
                 return False
         return True
+
+
+def _divide_tokens(count: int, *, every: bool) -> list[Tensor]:
+    """Return sets of tokens, [token] bool each, and their complements.
+
+    Args:
+        count: Number of tokens.
+        every: Whether the sets distinguish each token from each other one, by the binary digits of
+            their indices. Otherwise two random halves suffice for a wrong arrangement, in which
+            many tokens have wrong patches.
+    """
+    digits, numbers = max(1, (count - 1).bit_length()), torch.arange(count)
+    sets = [(numbers >> digit) & 1 == 1 for digit in range(digits)]
+    if not every and digits > _DISTINGUISHED_DIGITS:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+        sets = [order < count // 2]
+    return [own == inside for own in sets for inside in (True, False)]
 
 
 def _find_changes(

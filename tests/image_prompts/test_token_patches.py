@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,20 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
 from mechdsl.base.source import Source
+from mechdsl.execute.run.panel import execute
 from mechdsl.images.layouts import IMAGE_LAYOUTS
 from mechdsl.loading.loader import adopt_model
+from mechdsl.planner.passes import make_plan, plan_cost
+from mechdsl.results.assembly.collection import check_denominators
 
-from ..execute.support import run_on
+from ..execute.support import check_file, run_on
 from ..images import prompts_of_images as vlm
 from ..quick import some
+from . import test_video_processors as videos
 from .reference import Edit, at
 from .support import experiment
 from .test_families import (
@@ -485,6 +490,64 @@ def test_patch_from_a_masked_image_equals_hooks(name: str) -> None:
             values.append(difference(model.run(inputs(name, n, n))))
     np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
     assert np.abs(np.array(values) - found.measures[0].base[0]).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_rules_at_merged_frames_of_a_video_equal_hooks(name: str) -> None:
+    """Each token is made from 2 x 2 patches, each of two frames."""
+    rule = "patch resid_post vision layer 0 at frame 2 row 2 col 1 token"
+    found = videos.run(experiment("e", "from clean into changed", rule), name)["e"]
+    grids = ((2, 4), (4, 2))
+    own = replace(TOWERS[name], grids=grids)
+    values: list[float] = []
+    for n in ALL:
+        rows, cols = grids[n % 2]
+        patches = [4 * rows * cols + patch for patch in own.cell(n % 2, 2, 1)]
+        seen: list[Tensor] = []
+
+        def keep(value: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(value)
+            return value
+
+        with edited(name, "resid_post", 0, keep):
+            videos.bare(name).run(videos.inputs(name, n, videos.record(n)["a"]))
+        with edited(name, "resid_post", 0, at(patches, seen[0][patches])):
+            values.append(videos.changed(name, n))
+    np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
+    assert np.abs(np.array(values) - found.measures[0].base[0]).max() > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava_next", "gemma3", "qwen2_5_vl"])
+def test_planned_cost_is_near_the_counted_products(name: str) -> None:
+    """Each prompt runs the encoder once to read a site, and once under the rule."""
+    rule = "patch resid_post vision layer * at photo row 1 col 2 token"
+    text = experiment("e", "from clean into changed", rule)
+    plan = make_plan(check_file(text, folder(), loaded(name), BLOCK).experiments)
+    execute(plan, {"m": loaded(name)}, None, check=check_denominators)  # also tests the patches
+    with FlopCounterMode(display=False) as counter:
+        execute(plan, {"m": loaded(name)}, None, check=check_denominators)
+    planned = plan_cost(plan).planned.multiply_adds
+    assert 0.5 < planned / (counter.get_total_flops() / 2) < 2
+
+
+@pytest.mark.slow
+def test_frames_whose_patches_are_interpolated_report_e0413() -> None:
+    text = experiment("e", "ablate resid_post vision layer 0 at clip tokens with zero")
+    _, found = videos.try_file(text, "llava_onevision_frames")
+    assert [each.code for each in found if each.severity == "error"] == ["E0413"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava_next", "gemma3", "qwen2_5_vl"])
+def test_patches_are_confirmed_in_bfloat16(name: str) -> None:
+    own = deepcopy(bare(name).model).to(torch.bfloat16)
+    model, found = adopt_model("m", own, bare(name).processor)
+    assert model is not None, found
+    text = f'mech 1\nmodel m = local("handed over")\n{BLOCK}\n{experiment("e", VISION)}'
+    result, found = run_on(Source(text, folder() / "f.mech"), {"m": model})
+    assert result is not None, found
 
 
 # --- errors ---------------------------------------------------------------------------------------
