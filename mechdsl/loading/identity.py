@@ -436,14 +436,23 @@ def digest_module(module: nn.Module, weights: str) -> str | None:
     return None
 
 
-def _list_module_parts(module: nn.Module) -> dict[str, Any]:
-    """Describe a module's values and code, except for parameters. Raises CodeHashError."""
+def _list_module_parts(module: nn.Module, given: tuple[Any, Any] | None = None) -> dict[str, Any]:
+    """Describe a module's values and code, except for parameters, and the code of a processor.
+
+    Args:
+        module: The module.
+        given: A processor from Python and its config.
+
+    Raises:
+        CodeHashError: They can't be described.
+    """
     if any(vars(nn.modules.module)[f"_global_{table}"] for table in _HOOKS):
         raise CodeHashError("torch has hooks for all modules")
     told = _ModuleDescription(module)
     return {
         "modules": {path: told.of_part(path, part) for path, part in module.named_modules()},
         "attention": [told.of_attention(config) for config in list_attention_configs(module)],
+        "processor": told.of_processor(given),
         "code": told.code(),
     }
 
@@ -454,7 +463,7 @@ def _list_parts(model: LoadedModel) -> dict[str, Any]:
         "of": "python in eval mode",
         "weights": model.provenance.get("weights", ""),
         "made of": model.made_of,
-        **_list_module_parts(model.module),
+        **_list_module_parts(model.module, getattr(tokenizer, "given", None)),
         "tokenizer": None
         if tokenizer is None
         else [
@@ -462,7 +471,6 @@ def _list_parts(model: LoadedModel) -> dict[str, Any]:
             tokenizer.bos,
             sorted(tokenizer.roles.items()),
             *_describe_chat(tokenizer),
-            told.of_processor(getattr(tokenizer, "given", None)),
         ],
     }
 
