@@ -37,7 +37,14 @@ from mechdsl.planner.plan import (
     external_runs,
     is_read_only,
 )
-from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits, iter_basis_fits
+from mechdsl.planner.rows import (
+    RaggedColumn,
+    RowTable,
+    RulePlan,
+    TokenHits,
+    iter_basis_fits,
+    number_edge_ends,
+)
 from mechdsl.prompts.runs import PromptRun, ReplyPosition
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import (
@@ -743,14 +750,13 @@ def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
 
     Each receiver sums what its senders gain, and each query, key or value is projected again.
     """
-    edges = next(iter(circuit.edges.values()))
-    layers = [-1 if of.site == "resid_pre" else of.layer or 0 for of in {of for of, _ in edges}]
-    heads = sum(of.site == "z" for of in {of for of, _ in edges})
-    receivers = {to for _, to in edges}
-    projected = sum(to.unit is not None for to in receivers)
+    senders, receivers = number_edge_ends(next(iter(circuit.edges.values())))
+    layers = [-1 if of.site == "resid_pre" else of.layer or 0 for of in senders.points]
+    heads = sum(of.site == "z" for of in senders.points)
+    projected = sum(to.unit is not None for to in receivers.points)
     summed = sum(
         sum(layer < shape.n_layers if to.layer is None else layer < to.layer for layer in layers)
-        for to in receivers
+        for to in receivers.points
     )
     return shape.d_model * (summed + (projected + heads) * shape.d_head)
 

@@ -103,10 +103,13 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
 PLAN_PASSES: tuple[PlanPass, ...] = (
     PlanPass(
         name="inert",
-        leaves_out="rows that can't differ from the base run",
+        leaves_out="rows that can't differ from the base run; of an ablated circuit, edges and "
+        "MLPs that give what the ablated edges carry",
         why="every vector that they write equals the base run's, or no measure can depend on it; "
         "the test uses tokens and positions, never floats; besides, rows that change only features "
-        "of a dictionary that are 0 before and after, which is known when the model runs",
+        "of a dictionary that are 0 before and after, which is known when the model runs; a node "
+        "of a circuit without a path from a kept edge of the embedding has the values of the run "
+        "that fills the edges, and no measure can depend on a node without a path to the logits",
         does="rows that can't differ from the base run are not run",
         shown=PanelWork.leave_inert_out,
         apply=lambda plan: replace(plan, skips_inert=True),

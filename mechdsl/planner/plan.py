@@ -53,6 +53,7 @@ from mechdsl.planner.rows import (
     find_inert_writes,
     inert_cells,
     inert_rows,
+    number_edge_ends,
 )
 from mechdsl.program.spec import SEED_AXIS, Generation
 from mechdsl.prompts.rows import PromptTable
@@ -148,8 +149,9 @@ class ExperimentPlan:
         senders = receivers = 0
         for plan in self.rules:
             for edges in () if plan.rule.circuit is None else plan.rule.circuit.edges.values():
-                layers = Counter(to.layer for to in {to for _, to in edges})
-                senders = max(senders, len({of for of, _ in edges}))
+                of, to = number_edge_ends(edges)
+                senders = max(senders, len(of.points))
+                layers = Counter(point.layer for point in to.points)
                 receivers = max(receivers, *layers.values())
         return 1 + (senders + 2 * receivers) // VECTORS_PER_TOKEN
 

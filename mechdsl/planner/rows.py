@@ -12,6 +12,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.types import (
+    CircuitEdge,
     Coordinates,
     DirectionMember,
     FittedBasis,
@@ -29,6 +30,33 @@ ALL_UNITS = -1
 
 NO_FIRST_TOKEN = int(np.iinfo(np.int64).max)
 """The first token of an empty run."""
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeEnds:
+    """The senders or the receivers of some edges."""
+
+    points: list[SitePoint]
+    """Those that are distinct, in the order of the edges."""
+    of_edge: Ints
+    """[edge] number of its end."""
+
+
+def number_edge_ends(edges: Sequence[CircuitEdge]) -> tuple[EdgeEnds, EdgeEnds]:
+    """Number the senders and the receivers of edges."""
+    senders, receivers = (_number_points([edge[end] for edge in edges]) for end in (0, 1))
+    return senders, receivers
+
+
+def _number_points(points: Sequence[SitePoint]) -> EdgeEnds:
+    # Edges share the objects of few nodes, so that each is hashed once.
+    objects = np.fromiter(map(id, points), np.int64, len(points))
+    _, first, index = np.unique(objects, return_index=True, return_inverse=True)
+    number: dict[SitePoint, int] = {}
+    for place in np.sort(first).tolist():
+        number.setdefault(points[place], len(number))
+    of_object = np.array([number[points[place]] for place in first], dtype=np.int64)
+    return EdgeEnds(list(number), of_object[index.reshape(-1)])
 
 
 def count_columns(counts: Ints) -> tuple[Ints, Ints]:

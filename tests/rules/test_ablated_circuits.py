@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from mechdsl.forward.hooks.batch import CircuitWrite
+from mechdsl.forward.hooks.settled import settle_circuit
 from mechdsl.models.shape import ModelShape
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.resolve.circuits import (
@@ -318,6 +321,52 @@ def test_the_stream_between_circuits_is_that_of_the_pass(data: Path) -> None:
         found["both"].measures[0].patched, alone["both"].measures[0].patched, atol=1e-9
     )
     assert not np.allclose(found["both"].measures[0].patched, found["head"].measures[0].patched)
+
+
+SETTLED = {
+    "whole run": (("ablate all but c at tokens * with other",), True),
+    "some tokens": ((f"ablate all but c at {PAIR} with other",), False),
+    "zero": (("ablate all but c at tokens * with zero",), False),
+    "another rule": (
+        (
+            "ablate all but c at tokens * with other",
+            "ablate layer 0 head 1 at tokens * with zero",
+        ),
+        False,
+    ),
+    "run with a rule": (
+        (
+            "run r { ablate layer 0 head 1 at tokens * with zero }",
+            "ablate all but c at tokens * with r",
+        ),
+        False,
+    ),
+    "read site": (("ablate all but c at tokens * with other",), False),
+}
+
+
+@pytest.mark.parametrize("key", SETTLED)
+def test_circuit_skips_mlps_only_where_their_output_is_the_fill(
+    data: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """`c` has MLPs without a path from the embedding, and others without one to the logits."""
+    rules, skips = SETTLED[key]
+    seen: list[int] = []
+
+    def spy(*given: Any) -> CircuitWrite:
+        found = settle_circuit(*given)
+        seen.extend(found.outputs)
+        return found
+
+    monkeypatch.setattr("mechdsl.execute.patching.rows.settle_circuit", spy)
+    measure = "measure cosine(L1.mlp, clean) as raw" if key == "read site" else DIFFERENCE
+    text = CIRCUIT + experiment("e", *rules, measure=measure)
+    found = run_file(text, data, "gpt2", "planned", precise=True)["e"].measures[0].patched
+    assert set(seen) == ({0, 1, 2} if skips else set())
+    del seen[:]
+    whole = run_file(text, data, "gpt2", "plain", precise=True)["e"].measures[0].patched
+    assert not seen
+    np.testing.assert_allclose(found, whole, atol=1e-6)
 
 
 def test_fills_are_an_axis_and_rows_may_start_from_a_run(data: Path) -> None:

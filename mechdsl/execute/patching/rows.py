@@ -65,6 +65,7 @@ from mechdsl.execute.unpatched_runs import (
 from mechdsl.forward.generation.rules import GenerationRules
 from mechdsl.forward.hooks.batch import (
     Batch,
+    CircuitWrite,
     RowPositions,
     RuleWrites,
     SiteRead,
@@ -74,12 +75,14 @@ from mechdsl.forward.hooks.batch import (
     indices_to_device,
 )
 from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.hook_points import fuse_activations
 from mechdsl.forward.hooks.model import (
     LoadedModel,
     has_single_output,
     replace_blocks,
     select_row_logits,
 )
+from mechdsl.forward.hooks.settled import settle_circuit, skip_mlps
 from mechdsl.forward.hooks.weight_maps import FrozenNorms
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.models.restart import HeldSublayers
@@ -845,6 +848,8 @@ class Patcher:
                     *(rows.held, rows.acting, added, rows.beside),
                 )
                 added = [*added, *stack.enter_context(held)]
+            alone = not (added or reads or rows.held is not None)
+            circuits = stack.enter_context(self._open_circuits(rows, batch, alone=alone))
             result = run_full(
                 self.model,
                 batch,
@@ -853,7 +858,7 @@ class Patcher:
                 logits_at=logits_at,
                 tokens=tokens,
                 edges=rows.acting.edges,
-                circuits=rows.acting.circuits,
+                circuits=circuits,
             )
         assert result.logits is not None
         row, columns = torch.from_numpy(final[0]), torch.from_numpy(slots)
@@ -868,6 +873,42 @@ class Patcher:
         if has_single_output(self.model):
             return result.logits[row], found
         return result.logits[row, columns], found
+
+    @contextmanager
+    def _open_circuits(
+        self, rows: PassRows, batch: Batch, *, alone: bool
+    ) -> Generator[Sequence[CircuitWrite]]:
+        """Yield the circuits of a pass, which computes only what they need in this context.
+
+        Args:
+            alone: Whether nothing is written but what rules write, and only logits are read.
+        """
+        circuits = rows.acting.circuits
+        with ExitStack() as stack:
+            if circuits and self.plan.fuses_kernels:
+                stack.enter_context(fuse_activations(self.model.module))
+            if self.plan.skips_inert and alone and self._settles(rows):
+                lengths = batch.lengths.numpy()
+                circuits = [settle_circuit(self.model, each, lengths) for each in circuits]
+                stack.enter_context(skip_mlps(self.model, batch, circuits))
+            yield circuits
+
+    def _settles(self, rows: PassRows) -> bool:
+        """Return whether only circuits act, whose ablated edges carry values of unpatched runs on
+        prompts of equal length."""
+        acting = rows.acting
+        if acting.writes or acting.edges or acting.numbers or acting.blocks:
+            return False
+        for circuit in acting.circuits:
+            if not circuit.source:
+                return False
+            run = self.runs.named(circuit.source)
+            if run.derived is not None or run.model is not None or run.noise is not None:
+                return False
+            prompts = rows.prompts[np.unique(circuit.rows.numpy())]
+            if not np.array_equal(run.lengths[prompts], rows.run.lengths[prompts]):
+                return False
+        return True
 
     def _read_continuations(
         self, rows: PassRows, many: PassMember, readout: Readout

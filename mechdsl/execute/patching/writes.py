@@ -42,6 +42,7 @@ from mechdsl.planner.rows import (
     RulePlan,
     count_columns,
     expand_units,
+    number_edge_ends,
     point_units,
 )
 from mechdsl.resolve.bases import CoordinateChange
@@ -105,6 +106,15 @@ class RuleMeans:
 
 
 @dataclass(frozen=True, eq=False)
+class EdgeTable:
+    """The edges of a circuit, as `CircuitWrite` lists them."""
+
+    senders: tuple[tuple[SiteLayer, tuple[int, ...]], ...]
+    receivers: tuple[tuple[SiteRead, int], ...]
+    mask: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class RuleInputs:
     """Inputs of an experiment's rules besides the source run."""
 
@@ -121,6 +131,17 @@ class RuleInputs:
     )
     """Vectors from functions of whole cells, as returned by `compute_cell_vectors`."""
     directions: FittedDirections = field(default_factory=FittedDirections)
+    edges: dict[tuple[int, int], EdgeTable] = field(
+        default_factory=dict[tuple[int, int], EdgeTable]
+    )
+    """The circuits that passes have ablated, by number of the rule and of the circuit."""
+
+    def tabulate(self, rule: int, number: int, edges: Sequence[CircuitEdge]) -> EdgeTable:
+        """Return the edges of a circuit, which are counted once for all passes."""
+        found = self.edges.get((rule, number))
+        if found is None:
+            found = self.edges[rule, number] = _tabulate(edges)
+        return found
 
     def made_with(self, rule: int, text: Continuation | None) -> CellVectors | None:
         """Return the vectors that a rule writes with this continuation, if it reads whole cells."""
@@ -569,64 +590,69 @@ def _iter_circuits(
             if number == len(edges) or not edges[number]:  # the rule doesn't act there
                 continue
             own = np.flatnonzero(which == number)
-            fills = [
-                SenderFill(SiteRead(*place), units, _fill(asked, own, units))
-                for place, units in group_senders(edges[number])
-                for asked in [
-                    _RuleVectors(
-                        rule,
-                        place,
-                        every,
-                        own,
-                        np.zeros_like(own),
-                        rows,
-                        draws,
-                        lanes_of,
-                        means_and_donors.of(text),
-                        None,
-                        means_and_donors,
-                        shape,
-                    )
-                ]
-            ]
-            yield _build_circuit(edges[number], fills, every.row[own], every.written[own])
+            table = means_and_donors.tabulate(rule.number, number, edges[number])
+            asked = _RuleVectors(
+                rule,
+                table.senders[0][0],
+                every,
+                own,
+                np.zeros_like(own),
+                rows,
+                draws,
+                lanes_of,
+                means_and_donors.of(text),
+                None,
+                means_and_donors,
+                shape,
+            )
+            yield CircuitWrite(
+                torch.from_numpy(every.row[own]),
+                torch.from_numpy(every.written[own]),
+                tuple(
+                    SenderFill(SiteRead(*place), units, _fill(replace(asked, place=place), units))
+                    for place, units in table.senders
+                ),
+                table.receivers,
+                table.mask,
+                _name_source(rule, every, own),
+            )
+
+
+def _name_source(rule: RulePlan, every: _WriteTokens, own: Ints) -> str:
+    """Return the run whose values are written at the same tokens of the same rows; empty if there
+    is none."""
+    same = rule.rule.does.reads == "run" and rule.rule.apart is None
+    same = same and np.array_equal(every.read[own], every.written[own])
+    return rule.rule.run if same else ""
 
 
 def group_senders(edges: Sequence[CircuitEdge]) -> Iterator[tuple[SiteLayer, tuple[int, ...]]]:
     """Yield the senders of edges in forward order, with the heads of each layer together."""
-    senders = {sender for sender, _ in edges}
+    senders = number_edge_ends(edges)[0].points
     places = {(sender.site, sender.layer) for sender in senders}
     for place in sorted(places, key=lambda place: write_order(*place)):
         own = {s.unit or 0 for s in senders if (s.site, s.layer) == place}
         yield place, tuple(sorted(own))
 
 
-def _fill(asked: _RuleVectors, own: Ints, units: tuple[int, ...]) -> Tensor:
+def _fill(asked: _RuleVectors, units: tuple[int, ...]) -> Tensor:
     """Return [K, unit, width]: the values of a rule at its tokens, for each of some heads."""
-    chosen, unit = np.repeat(own, len(units)), np.tile(units, len(own))
+    chosen, unit = np.repeat(asked.chosen, len(units)), np.tile(units, len(asked.chosen))
     values = asked.plan.rule.does.values(
         asked.plan.rule, replace(asked, chosen=chosen, unit=unit.astype(np.int64))
     )
-    return values.unflatten(0, (len(own), len(units)))
+    return values.unflatten(0, (len(asked.chosen), len(units)))
 
 
-def _build_circuit(
-    edges: Sequence[CircuitEdge], fills: Sequence[SenderFill], row: Ints, token: Ints
-) -> CircuitWrite:
-    """Build the ablation of some edges at K tokens."""
-    senders = [(fill.where.site, fill.where.layer, unit) for fill in fills for unit in fill.units]
-    column = {each: n for n, each in enumerate(senders)}
-    receivers = {to: n for n, to in enumerate(dict.fromkeys(to for _, to in edges))}
-    mask = torch.zeros(len(receivers), len(senders))
-    carried = [column[of.site, of.layer, of.unit or 0] for of, _ in edges]
-    mask[[receivers[to] for _, to in edges], carried] = 1
-    return CircuitWrite(
-        torch.from_numpy(row),
-        torch.from_numpy(token),
-        tuple(fills),
-        tuple((SiteRead(r.site, r.layer), r.unit or 0) for r in receivers),
-        mask,
-    )
+def _tabulate(edges: Sequence[CircuitEdge]) -> EdgeTable:
+    places = tuple(group_senders(edges))
+    senders, receivers = number_edge_ends(edges)
+    columns = {where: n for n, where in enumerate((*p, unit) for p, own in places for unit in own)}
+    column = np.array([columns[of.site, of.layer, of.unit or 0] for of in senders.points])
+    mask = torch.zeros(len(receivers.points), len(columns))
+    mask[receivers.of_edge, column[senders.of_edge]] = 1
+    ends = tuple((SiteRead(to.site, to.layer), to.unit or 0) for to in receivers.points)
+    return EdgeTable(places, ends, mask)
 
 
 def build_position_ids(

@@ -611,6 +611,10 @@ class CircuitWrite:
     mask: Tensor
     """[receiver, sender], 1 for an edge that carries the fill; [K, receiver, sender] if tokens
     differ. A share between 0 and 1 adds this share of fill - value."""
+    source: str = ""
+    """The run whose values at the same tokens are the fills; empty if they are others."""
+    outputs: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """[K, d_model] outputs of MLPs, by layer, which aren't computed at these tokens."""
 
     def moved(self, rows: Tensor) -> CircuitWrite:
         """Renumber rows: row i becomes row `rows[i]`."""

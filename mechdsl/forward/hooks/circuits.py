@@ -15,8 +15,8 @@ References:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +144,45 @@ class CircuitStep:
     """Whether the tensor isn't [B, T, features]."""
 
 
+@dataclass(frozen=True, eq=False)
+class DistinctInputs:
+    """The distinct inputs of some receivers; number 0 is the stream without any change."""
+
+    mask: Tensor
+    """[input, sender] or [K, input, sender], as in `CircuitWrite`."""
+    of_receiver: dict[int, int]
+
+
+def number_inputs(mask: Tensor, receivers: Sequence[int]) -> DistinctInputs:
+    """Number the inputs of receivers: those with equal masks have one number.
+
+    Args:
+        mask: As in `CircuitWrite`; if tokens differ, every receiver has a separate input.
+        receivers: Rows of the mask.
+    """
+    nothing = torch.zeros_like(mask[..., :1, :])
+    if mask.dim() == 3 or mask.requires_grad:
+        chosen = torch.cat([nothing, mask[..., list(receivers), :]], dim=-2)
+        return DistinctInputs(chosen, {row: n for n, row in enumerate(receivers, start=1)})
+    own = torch.cat([nothing, mask[list(receivers)]])
+    numbers: dict[bytes, int] = {}
+    first: list[int] = []
+    of: list[int] = []
+    for place, row in enumerate(own.cpu().numpy()):
+        number = numbers.setdefault(row.tobytes(), len(numbers))
+        first += [place] * (number == len(first))
+        of.append(number)
+    return DistinctInputs(own[first], dict(zip(receivers, of[1:], strict=True)))
+
+
+def _take(tensor: Tensor, index: Sequence[int], dim: int = 0) -> Tensor:
+    """Select along a dimension; a view if the numbers follow one another."""
+    first, count = index[0], len(index)
+    if list(index) == list(range(first, first + count)):
+        return tensor.narrow(dim, first, count)
+    return tensor.index_select(dim, to_device(torch.tensor(index), tensor.device))
+
+
 def open_circuit(
     model: LoadedModel, frame: TokenFrame, circuit: CircuitWrite | CircuitRead
 ) -> CircuitHooks:
@@ -209,7 +248,7 @@ class CircuitHooks(ABC):
             else:
                 yield self._whole(where, rows[0])
         for (layer, path), parts in by_path.items():
-            yield self._projection(layer, path, parts)
+            yield from self._projection(layer, path, parts)
 
     def _add(
         self,
@@ -243,11 +282,11 @@ class CircuitHooks(ABC):
             scale = get_scale(self.model.module, self.model.tap("attn_out", where.layer))
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            now = self._at(view_layout(self._seen(value), tap.layout))[:, list(fill.units)]
+            now = _take(self._at(view_layout(self._seen(value), tap.layout)), fill.units, 1)
             values = to_device(fill.values, now.device).to(now)
             if where.site == "z":
-                weight = get_head_weights(module, tap.layout)[list(fill.units)].to(now)
-                gained = apply_scale(torch.einsum("kuh,uhd->ukd", values - now, weight), scale)
+                weight = _take(get_head_weights(module, tap.layout), fill.units).to(now)
+                gained = apply_scale(torch.bmm((values - now).transpose(0, 1), weight), scale)
             else:
                 gained = (values - apply_scale(now, scale)).transpose(0, 1)
             self._remember_change(where, gained)
@@ -308,50 +347,29 @@ class CircuitHooks(ABC):
             vectors = self.model.module.get_submodule(path).forward(vectors)
         return vectors.to(torch.promote_types(like.dtype, torch.float32))
 
-    def _norm_of_stream(self, path: str | None, value: Tensor) -> Tensor:
-        """Return [K, d_model]: the stream after a norm, which must be the input of a receiver.
+    def _check_input(self, normed: Tensor, value: Tensor) -> None:
+        """Check that the input of a receiver is the norm of the stream.
 
         Args:
-            value: [B, T, d_model] the input after the norm.
+            normed: [K, d_model] the stream after the norm.
+            value: [B, T, d_model] the input.
 
         Raises:
-            WriteMismatch: The input isn't the norm of the stream.
+            WriteMismatch: It isn't.
         """
-        assert self._stream is not None
-        before = self._normed(path, self._stream, value)
         given = self._at(value)
-        if (before - given).abs().amax() > _SAME_INPUT * given.abs().amax():
+        if (normed - given).abs().amax() > _SAME_INPUT * given.abs().amax():
             raise WriteMismatch("a receiver of a circuit doesn't read the norm of the stream")
-        return before
-
-    def _projection(
-        self, layer: int, path: str, parts: list[tuple[TensorLayout, list[int]]]
-    ) -> CircuitStep:
-        """Add a step at the queries, keys or values of heads, each of which reads separately."""
-        norm = self.model.anatomy.blocks[layer].attn_norm
-
-        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            return self._at_projection(norm, parts, value, module, given)
-
-        order = (layer, SITES["q"].order - 1)
-        return self._add((path, "out", 0), order, step)
 
     @abstractmethod
-    def _at_projection(
-        self,
-        norm: str | None,
-        parts: list[tuple[TensorLayout, list[int]]],
-        value: Tensor,
-        module: nn.Module,
-        given: Tensor,
-    ) -> Tensor:
-        """Return the output of a projection.
+    def _projection(
+        self, layer: int, path: str, parts: list[tuple[TensorLayout, list[int]]]
+    ) -> Iterator[CircuitStep]:
+        """Yield the steps at the queries, keys or values of heads, each of which reads separately.
 
         Args:
-            norm: Path of the norm that the projection reads the stream through.
-            parts: Queries, keys or values in the output, with the numbers of their receivers.
-            value: [B, T, out]
-            given: [B, T, d_model] the input of the projection.
+            path: The projection.
+            parts: Queries, keys or values in its output, with the numbers of their receivers.
         """
 
     def _whole(self, where: SiteRead, row: int) -> CircuitStep:
@@ -399,12 +417,20 @@ class _WriteHooks(CircuitHooks):
         self._differences: list[tuple[int, Tensor]] = []
         """(column of the mask, [unit, K, d_model]) of the senders so far, if autograd follows."""
         self._changes: Tensor | None = None
-        """[sender, K, d_model] otherwise; 0 for senders that haven't run."""
+        """[1 + sender, K, d_model] otherwise: the stream that receivers read, and the changes of
+        the senders so far."""
         self._end = 0
         """Number of senders so far."""
         self._gains: dict[SiteRead, Tensor] = {}
         """[unit, K, d_model] of the senders so far, if norms follow sums."""
         self._mask = to_device(write.mask, model.device)
+        self._distinct: dict[int, DistinctInputs] = {}
+        """By block."""
+        self._normed_layer = -1
+        self._normed_of_layer = torch.empty(0)
+        """[input, K, d_model] of the heads of that block, after its norm."""
+        self._begun: dict[int, tuple[Tensor, int]] = {}
+        """Of an MLP, [K, d_model] the changes of the senders before its block, and their number."""
 
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
         columns = self._senders[where]
@@ -415,33 +441,36 @@ class _WriteHooks(CircuitHooks):
             self._differences.append((columns.start, gained))
             return
         if self._changes is None:
-            size = self._mask.shape[-1], *gained.shape[1:]
+            size = 1 + self._mask.shape[-1], *gained.shape[1:]
             self._changes = torch.zeros(size, dtype=gained.dtype, device=self.model.device)
-        self._changes[columns], self._end = gained, columns.stop
+        self._changes[1 + columns.start : 1 + columns.stop] = gained
+        self._end = columns.stop
 
-    def _put(self, value: Tensor, vectors: Tensor) -> Tensor:
-        """Return [B, T, width] with [K, width] added to it."""
-        index = self._rows.to(value.device), self._columns.to(value.device)
-        return value.index_put(index, (self._at(value) + vectors.to(value.device)).to(value))
+    def _inputs(self, mask: Tensor, stream: Tensor) -> Tensor:
+        """Return [input, K, d_model]: the stream and the shares of masked senders so far.
 
-    def _gained(self, rows: list[int]) -> Tensor:
-        """Return [receiver, K, d_model]: what each of some receivers reads besides the stream."""
+        Args:
+            mask: [input, sender] or [K, input, sender]
+            stream: [K, d_model]
+        """
         if self._sums:
-            mask = self._mask[..., rows, :]
-            return self._stream_of(mask) - self._stream_of(torch.zeros_like(mask[..., :1, :]))
+            return stream + (
+                self._stream_of(mask) - self._stream_of(torch.zeros_like(mask)[..., :1, :])
+            )
         if self._changes is not None:
-            changes = self._changes[: self._end]
-            mask = self._mask[..., rows, : self._end].to(changes)
+            self._changes[0] = stream
+            changes = self._changes[: 1 + self._end]
+            weights = nn.functional.pad(mask[..., : self._end], (1, 0), value=1).to(changes)
             if mask.dim() == 2:
-                return (mask @ changes.flatten(1)).unflatten(1, changes.shape[1:])
-            return torch.einsum("kru,ukd->rkd", mask, changes)
-        found: Tensor | None = None
-        sums = "ru,ukd->rkd" if self._mask.dim() == 2 else "kru,ukd->rkd"
+                found = (weights @ changes.flatten(1)).unflatten(1, stream.shape)
+            else:
+                found = torch.einsum("kru,ukd->rkd", weights, changes)
+            return found.to(stream.device)
+        found = stream.expand(mask.shape[-2], *stream.shape)
+        sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
         for column, gained in self._differences:
-            mask = self._mask[..., rows, column : column + len(gained)].to(gained)
-            part = torch.einsum(sums, mask, gained)
-            found = part if found is None else found + part.to(found.device)
-        assert found is not None
+            own = mask[..., column : column + len(gained)].to(gained)
+            found = found + torch.einsum(sums, own, gained).to(found.device)
         return found
 
     def _stream_of(self, mask: Tensor) -> Tensor:
@@ -466,52 +495,124 @@ class _WriteHooks(CircuitHooks):
         sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
         return torch.einsum(sums, mask[..., self._senders[where]].to(gained), gained)
 
-    def _moved(self, path: str | None, rows: list[int], value: Tensor) -> Tensor:
-        """Return [receiver, K, d_model]: the change of the normed input of each receiver.
+    def _put(self, value: Tensor, vectors: Tensor) -> Tensor:
+        """Return [B, T, width] with [K, width] in it."""
+        index = self._rows.to(value.device), self._columns.to(value.device)
+        return value.index_put(index, vectors.to(value))
+
+    def _number_inputs(self, layer: int) -> DistinctInputs:
+        """Return the distinct inputs of the heads of a block, and of its MLP but for the heads."""
+        found = self._distinct.get(layer)
+        if found is None:
+            sites = ATTENTION_INPUTS
+            if self._mask.dim() == 2 and not self._sums:
+                sites = *ATTENTION_INPUTS, "mlp_norm"
+            rows = [
+                row
+                for row, (where, _) in enumerate(self._receivers)
+                if where.layer == layer and where.site in sites
+            ]
+            found = self._distinct[layer] = number_inputs(self._mask, rows)
+        return found
+
+    def _normed_inputs(self, layer: int, value: Tensor) -> Tensor:
+        """Return [input, K, d_model] after the norm of the block; the first one is that of the
+        stream.
 
         Args:
             value: [B, T, d_model] the unchanged input after the norm.
-
-        Raises:
-            WriteMismatch: The input isn't the norm of the stream.
         """
-        before = self._norm_of_stream(path, value)
-        assert self._stream is not None
-        gained = self._gained(rows).to(self._stream.device)
-        return self._normed(path, self._stream + gained, value) - before
+        if self._normed_layer != layer:
+            assert self._stream is not None
+            distinct = self._number_inputs(layer)
+            inputs = self._inputs(distinct.mask, self._stream)
+            self._begun = {
+                row: (inputs[number] - inputs[0], self._end)
+                for row, number in distinct.of_receiver.items()
+                if self._receivers[row][0].site == "mlp_norm" and self._changes is not None
+            }
+            norm = self.model.anatomy.blocks[layer].attn_norm
+            self._normed_of_layer, self._normed_layer = self._normed(norm, inputs, value), layer
+        self._check_input(self._normed_of_layer[0], value)
+        return self._normed_of_layer
 
-    def _at_projection(
+    def _projection(
+        self, layer: int, path: str, parts: list[tuple[TensorLayout, list[int]]]
+    ) -> Iterator[CircuitStep]:
+        """Yield a step that gives the projection the most common input of its heads, and one that
+        computes the others as if each had its own projection."""
+        inputs, heads = self._number_inputs(layer), list[tuple[TensorLayout, list[int]]]()
+        for site in ATTENTION_INPUTS:
+            found = _find_projection(self.model, site, layer)
+            if found is not None and found[0] == path:
+                numbers = [0] * unit_count(self.model.shape, site, layer)
+                for row, number in inputs.of_receiver.items():
+                    where, head = self._receivers[row]
+                    if where.site == site:
+                        numbers[head] = number
+                heads.append((found[1], numbers))
+        common = 0
+        sizes = linear_sizes(unwrap_adapter(self.model.module.get_submodule(path)))
+        if sizes is not None and sizes[1] == sum(len(n) * layout.width for layout, n in heads):
+            common, _ = Counter(n for _, numbers in heads for n in numbers).most_common(1)[0]
+
+        def before(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            normed = self._normed_inputs(layer, value)
+            return self._put(value, normed[common]) if common else value
+
+        def after(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            return self._project(heads, common, value, module)
+
+        order = (layer, SITES["q"].order - 1)
+        yield self._add((path, "in", 0), order, before)
+        yield self._add((path, "out", 0), order, after)
+
+    def _project(
         self,
-        norm: str | None,
-        parts: list[tuple[TensorLayout, list[int]]],
+        heads: list[tuple[TensorLayout, list[int]]],
+        common: int,
         value: Tensor,
         module: nn.Module,
-        given: Tensor,
     ) -> Tensor:
-        """Change queries, keys or values of heads as if each had its own input."""
-        every = [row for _, rows in parts for row in rows]
-        moved = self._moved(norm, every, given).split([len(rows) for _, rows in parts])
-        weight = get_linear_map(module)
+        """Return the output of a projection with the heads that don't read its input.
+
+        Args:
+            heads: Queries, keys or values in the output, with the number of the input of each head.
+            common: Number of the projection's input.
+            value: [B, T, out]
+        """
+        weight, normed = get_linear_map(module), self._normed_of_layer
+        bias = module.forward(weight.new_zeros(1, 1, len(weight)))
         value = value.clone(memory_format=torch.contiguous_format)
-        for (layout, rows), own in zip(parts, moved, strict=True):
-            heads = [self._receivers[row][1] for row in rows]
+        index = self._rows.to(value.device)[:, None], self._columns.to(value.device)[:, None]
+        for layout, numbers in heads:
+            own = [head for head, number in enumerate(numbers) if number != common]
+            if not own:
+                continue
+            columns = _take(view_layout(weight[None], layout)[0], own, 1).to(normed)
+            added = _take(view_layout(bias, layout)[0, 0], own).to(normed)
+            vectors = _take(normed, [numbers[head] for head in own]).to(value.device)
+            units = torch.baddbmm(added[:, None], vectors, columns.transpose(0, 1)).transpose(0, 1)
             view = view_layout(value, layout)
-            columns = view_layout(weight[None], layout)[0][:, heads].to(own)
-            added = torch.einsum("rkd,drh->krh", own, columns)
-            units = to_device(torch.tensor(heads), value.device)
-            index = (
-                self._rows.to(value.device)[:, None],
-                self._columns.to(value.device)[:, None],
-                units[None],
-            )
-            view[index] = (view[index].to(added) + added).to(value)
+            view[*index, to_device(torch.tensor(own), value.device)[None]] = units.to(value)
             put_layout(value, layout, view)
         return value
 
     def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
-        if norm is not None:
-            return self._put(value, self._moved(norm, [row], value)[0])
-        return self._put(value, self._gained([row])[0])
+        if norm is None:
+            return self._put(value, self._input(row, self._at(value)))
+        assert self._stream is not None
+        self._check_input(self._normed(norm, self._stream, value), value)
+        return self._put(value, self._normed(norm, self._input(row, self._stream), value))
+
+    def _input(self, row: int, stream: Tensor) -> Tensor:
+        """Return [K, d_model]: what an MLP or the end of the model reads."""
+        if row not in self._begun or self._changes is None:
+            return self._inputs(self._mask[..., row : row + 1, :], stream)[0]
+        gained, end = self._begun[row]
+        heads = self._changes[1 + end : 1 + self._end].flatten(1)
+        added = self._mask[row, end : self._end].to(heads) @ heads
+        return stream + gained + added.view_as(gained).to(stream.device)
 
 
 class _ReadHooks(CircuitHooks):
@@ -554,37 +655,39 @@ class _ReadHooks(CircuitHooks):
         assert self._read.changes is not None
         self._read.changes[self._senders[where]] = gained
 
-    def _at_projection(
-        self,
-        norm: str | None,
-        parts: list[tuple[TensorLayout, list[int]]],
-        value: Tensor,
-        module: nn.Module,
-        given: Tensor,
-    ) -> Tensor:
-        """Differentiate by queries, keys or values; the norm of the stream has one input for each
-        receiver."""
-        self._norm_of_stream(norm, given.detach())
-        assert self._stream is not None
-        stream, weight = self._stream.detach(), get_linear_map(module).detach()
-
-        def to_stream(gradient: Tensor) -> Tensor:
-            found: list[Tensor] = []
-            for layout, rows in parts:
-                heads = [self._receivers[row][1] for row in rows]
-                own = self._at(view_layout(gradient, layout))[:, heads]
-                columns = view_layout(weight[None], layout)[0][:, heads].to(own)
-                found.append(torch.einsum("krh,drh->rkd", own, columns))
-            return self._before_norm(norm, stream, torch.cat(found), given)
-
+    def _projection(
+        self, layer: int, path: str, parts: list[tuple[TensorLayout, list[int]]]
+    ) -> Iterator[CircuitStep]:
+        """Yield a step that differentiates by queries, keys or values; the norm of the stream has
+        one input for each receiver."""
+        norm = self.model.anatomy.blocks[layer].attn_norm
         rows = [row for _, rows in parts for row in rows]
-        self._read.taps.append(EdgeTap(value, rows, to_stream, len(self._outputs) - 1))
-        return value.clone()
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            assert self._stream is not None
+            given = given.detach()
+            stream, weight = self._stream.detach(), get_linear_map(module).detach()
+            self._check_input(self._normed(norm, stream, given), given)
+
+            def to_stream(gradient: Tensor) -> Tensor:
+                found: list[Tensor] = []
+                for layout, rows in parts:
+                    heads = [self._receivers[row][1] for row in rows]
+                    own = self._at(view_layout(gradient, layout))[:, heads]
+                    columns = view_layout(weight[None], layout)[0][:, heads].to(own)
+                    found.append(torch.einsum("krh,drh->rkd", own, columns))
+                return self._before_norm(norm, stream, torch.cat(found), given)
+
+            self._read.taps.append(EdgeTap(value, rows, to_stream, len(self._outputs) - 1))
+            return value.clone()
+
+        yield self._add((path, "out", 0), (layer, SITES["q"].order - 1), step)
 
     def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
-        if norm is not None:
-            self._norm_of_stream(norm, value.detach())
         stream = None if self._stream is None else self._stream.detach()
+        if norm is not None:
+            assert stream is not None
+            self._check_input(self._normed(norm, stream, value.detach()), value.detach())
 
         def to_stream(gradient: Tensor) -> Tensor:
             own = self._at(gradient)[None]
