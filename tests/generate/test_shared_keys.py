@@ -179,23 +179,51 @@ def test_few_places_are_empty() -> None:
 
 def test_masks() -> None:
     """A mask of another layer isn't taken for that of the one before, which is gone."""
-    one, scores = SingleQueryAttention(KeyValueCache(1, 3, 8)), torch.zeros(3, 2, 1, 8)
+    one = SingleQueryAttention(KeyValueCache(1, 3, 8))
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         seen = torch.rand(3, 1, 1, 5, generator=generator) > 0.5
-        expected = torch.full((3, 1, 1, 8), float("-inf"))
-        expected[..., :5][seen] = 0
-        assert torch.equal(added(one, seen.clone(), scores, 5), expected)
-        expected[..., :5] = torch.randn(3, 1, 1, 5, generator=generator)
-        assert torch.equal(added(one, expected[..., :5].clone(), scores, 5), expected)
-    for count in (5, 6):
-        one.begin()
-        nothing = added(one, None, scores, count)
-        assert nothing.isfinite().sum() == count == (nothing == 0).sum()
+        expected = torch.full((3, 1, 1, 5), float("-inf"))
+        expected[seen] = 0
+        assert torch.equal(added(one, seen.clone()), expected)
+        expected = torch.randn(3, 1, 1, 5, generator=generator)
+        assert torch.equal(added(one, expected.clone()), expected)
 
 
-def added(one: SingleQueryAttention, mask: Tensor | None, scores: Tensor, count: int) -> Tensor:
-    return one._added(mask, scores, count)  # pyright: ignore[reportPrivateUsage]
+def added(one: SingleQueryAttention, mask: Tensor) -> Tensor:
+    found = one._added(mask)  # pyright: ignore[reportPrivateUsage]
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "bloom"])
+def test_single_query_equal_prompt_lengths_masks_omitted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies equal the reference; windows, position biases and padding keep their masks."""
+    masks: list[bool] = []
+    before = SingleQueryAttention._added  # pyright: ignore[reportPrivateUsage]
+
+    def noted(self: SingleQueryAttention, mask: Tensor | None) -> Tensor | None:
+        masks.append(mask is not None)
+        return before(self, mask)
+
+    monkeypatch.setattr(SingleQueryAttention, "_added", noted)
+    model = model_of(name)
+    vector = (2.0,) * model.shape.d_model
+    some, other = PROMPTS[0], (1, 6, 6, 40, 12)
+    rows = [some, other, some, some]
+    acts = [Act(n, "resid_post", 0, "add", vector, steps=(1 + n % 2, None)) for n in (0, 1, 2)]
+    expected = by_hand(name, rows, Rules(acts), TOKENS)
+    choose_method(model)
+    masks.clear()
+    agree(written(model, rows, greedy(TOKENS), Rules(acts)), expected)
+    # Every other block of gemma2 has a window of 3 tokens, and each block of mistral.
+    kept = {"gemma2": {True, False}, "mistral": {True}, "bloom": {True}}
+    assert set(masks) == kept.get(name, {False})
+    masks.clear()
+    written(model, [*rows, PROMPTS[1]], greedy(TOKENS), Rules(acts))
+    assert set(masks) == {True}
 
 
 def test_masks_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +231,7 @@ def test_masks_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
     before = SingleQueryAttention._added  # pyright: ignore[reportPrivateUsage]
 
-    def counted(self: SingleQueryAttention, *given: Any) -> Tensor:
+    def counted(self: SingleQueryAttention, *given: Any) -> Tensor | None:
         made = before(self, *given)
         found.append(len(self._masks))  # pyright: ignore[reportPrivateUsage]
         return made

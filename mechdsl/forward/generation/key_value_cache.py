@@ -187,13 +187,12 @@ class _CacheLayer(CacheLayerMixin):
         self._make(key_states[:0, :, :0], value_states[:0, :, :0])
         self.is_initialized = True
 
-    def fit(self, rows: int, first: int, end: int) -> None:
+    def fit(self, rows: int, first: int) -> None:
         """Allocate space for these rows and the current maximum of columns.
 
         Args:
             rows: Number of rows.
             first: First column that the caller writes next, in all new rows.
-            end: End of these columns.
         """
         assert self.keys is not None
         assert self.values is not None
@@ -202,21 +201,17 @@ class _CacheLayer(CacheLayerMixin):
         if rows > self.filled:
             for each in (self.keys, self.values):
                 each[self.filled : rows, :, :first] = 0
-                each[self.filled : rows, :, end:] = 0
             self.filled = rows
 
     def _make(self, keys: Tensor, values: Tensor) -> None:
-        """Allocate space that begins with these values.
-
-        Unfilled space is zero, because it is read with a weight of 0.
-        """
+        """Allocate space that begins with these values."""
         count, before = len(keys), keys.shape[2]
         rows, columns = self.kept.room
         self.keys, self.values = (
             each.new_empty(rows, each.shape[1], columns, each.shape[3]) for each in (keys, values)
         )
-        self.keys[:count, :, :before], self.keys[:count, :, before:] = keys, 0
-        self.values[:count, :, :before], self.values[:count, :, before:] = values, 0
+        self.keys[:count, :, :before] = keys
+        self.values[:count, :, :before] = values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -230,7 +225,7 @@ class _CacheLayer(CacheLayerMixin):
         if self.kept.room[1] > self.keys.shape[2]:
             # Only a step grows the cache, and it runs all rows that later steps can read.
             self.filled = min(self.filled, rows.stop)
-        self.fit(rows.stop, first, end)
+        self.fit(rows.stop, first)
         assert self.values is not None
         self.keys[rows, :, first:end] = key_states
         self.values[rows, :, first:end] = value_states
@@ -245,15 +240,18 @@ class _CacheLayer(CacheLayerMixin):
 
     def every(self) -> tuple[Tensor, Tensor]:
         """Return [n, heads, T, width] of the pass's rows: views, if no columns are shared."""
-        assert self.keys is not None
-        assert self.values is not None
-        end = self.length - self.kept.common
-        rows = self.kept.rows_of(self.number)
-        own = self.keys[rows, :, :end], self.values[rows, :, :end]
+        own = self.own()
         if self.kept.shared is None:
             return own
-        before = self.kept.shared.of_rows(self.number, rows)
+        before = self.kept.shared.of_rows(self.number, self.kept.rows_of(self.number))
         return torch.cat([before[0], own[0]], dim=2), torch.cat([before[1], own[1]], dim=2)
+
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Return views of them without shared columns."""
+        assert self.keys is not None
+        assert self.values is not None
+        rows, end = self.kept.rows_of(self.number), self.length - self.kept.common
+        return self.keys[rows, :, :end], self.values[rows, :, :end]
 
     def _marked(self, like: Tensor) -> Tensor:
         """Return a placeholder for all of them; NaN reveals any use of its values."""
@@ -378,12 +376,8 @@ class KeyValueCache(Cache):
         return self.layers[layer].every()
 
     def own(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return them without shared columns, but with the free space after them.
-
-        Contiguous memory is read several times as fast.
-        """
-        mine, rows = self.layers[layer], self.rows_of(layer)
-        return mine.keys[rows], mine.values[rows]
+        """Return them without shared columns."""
+        return self.layers[layer].own()
 
     def newest(self, layer: int, count: int) -> Tensor:
         """Return a view [n, heads, count, width] of the keys of the current pass."""
@@ -402,7 +396,7 @@ class KeyValueCache(Cache):
         device = due[0][0].keys.device
         index = iter(arrays_to_device([each for _, rows in due for each in rows], device))
         for layer, (_, to) in due:
-            layer.fit(1 + int(to.max()), 0, columns)
+            layer.fit(1 + int(to.max()), 0)
             source, target = next(index), next(index)
             for each in (layer.keys, layer.values):
                 own = each[:, :, :columns]
@@ -428,7 +422,7 @@ class KeyValueCache(Cache):
         for (mine, its, _), own in zip(due, index, strict=True):
             if not mine.is_initialized:
                 mine.lazy_initialization(its.keys, its.values)
-            mine.fit(len(own), here.start, here.stop)
+            mine.fit(len(own), here.start)
             for to, of in ((mine.keys, its.keys), (mine.values, its.values)):
                 to[: len(own), :, here] = of[:, :, there].index_select(0, own)
 
@@ -474,7 +468,7 @@ class SingleQueryAttention:
 
     def __init__(self, kept: KeyValueCache) -> None:
         self.kept = kept
-        self._masks: dict[tuple[int, torch.Size] | None, tuple[Tensor | None, Tensor]] = {}
+        self._masks: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
         """Masks of the pass by memory address, and what they add to scores. Masks are held, so that
         addresses aren't reused."""
 
@@ -488,7 +482,7 @@ class SingleQueryAttention:
         more = [arguments.get(name) for name in ("distances", "position_bias")]
         if query.dtype not in WIDE_DTYPES or call.across or any(each is not None for each in more):
             return None
-        rows, heads, count, width = call.key.shape
+        rows, heads, _, width = call.key.shape
         try:
             call.own_function()
             how = AttentionMethod.of(query[0], call.key[0], True, False, None, arguments)
@@ -498,14 +492,13 @@ class SingleQueryAttention:
         scores = self._scores(call.layer, queries)
         if how.cap is not None:
             scores = (scores / how.cap).tanh() * how.cap
-        mask = self._added(call.mask, scores, count)
-        scores = apply_mask(scores[:, :, :, None, None], mask, how.shared)
+        scores = apply_mask(scores[:, :, :, None, None], self._added(call.mask), how.shared)
         weights = how.weights(scores, how.sink(scores)).to(call.value.dtype)
         found = self._values(call.layer, weights[:, :, :, 0, 0])
         return found.view(rows, 1, heads * how.shared, -1)
 
     def _scores(self, layer: int, queries: Tensor) -> Tensor:
-        """Return [n, key-value heads, head of that, key] scores, including keys in free space.
+        """Return [n, key-value heads, head of that, key] scores.
 
         queries: [n, key-value heads, head of that, width].
         """
@@ -526,15 +519,13 @@ class SingleQueryAttention:
             return own
         return own.add_(shared.values(layer, self.kept.rows_of(layer), weights[..., :common]))
 
-    def _added(self, mask: Tensor | None, scores: Tensor, count: int) -> Tensor:
-        """Return [n or 1, heads or 1, 1, key]: the mask's summands, and −∞ from key `count` on."""
-        key = None if mask is None else (mask.data_ptr(), mask.shape)
+    def _added(self, mask: Tensor | None) -> Tensor | None:
+        """Return [n or 1, heads or 1, 1, key]: the mask's summands; None if there is no mask."""
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        key = mask.data_ptr(), mask.shape
         if key not in self._masks:
-            added = scores.new_zeros(1, 1, 1, count) if mask is None else mask
-            if added.dtype == torch.bool:
-                added = torch.where(added, scores.new_zeros(()), float("-inf"))
-            room = scores.shape[-1] - count
-            self._masks[key] = mask, nn.functional.pad(added, (0, room), value=float("-inf"))
+            self._masks[key] = mask, torch.where(mask, 0.0, float("-inf"))
         return self._masks[key][1]
 
 

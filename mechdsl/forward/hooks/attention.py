@@ -76,9 +76,19 @@ class CachedAttention:
 
 @contextmanager
 def exchange_attention(
-    model: LoadedModel, function: AttentionFunction, *, masked: bool
+    model: LoadedModel,
+    function: AttentionFunction,
+    *,
+    masked: bool,
+    sees_all: Callable[[], bool] | None = None,
 ) -> Generator[None]:
-    """Replace the model's attention by `function`; masks are explicit if `masked`, else omitted."""
+    """Replace the model's attention by `function`.
+
+    Args:
+        masked: Whether masks are explicit; otherwise, they are omitted.
+        sees_all: Called in each pass: whether explicit masks may be omitted too, where the
+            library omits those of queries that see all keys.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -97,7 +107,9 @@ def exchange_attention(
         make = ALL_MASK_ATTENTION_FUNCTIONS.get(before.get(id(kwargs.get("config")), own))
         if not masked or make is None:
             return unmade
-        return make(*args, **{**kwargs, "allow_is_causal_skip": False})
+        omits = sees_all is not None and not model.written_out and sees_all()
+        skips = omits and kwargs.get("allow_is_causal_skip", True)
+        return make(*args, **{**kwargs, "allow_is_causal_skip": skips})
 
     # Some of these models inspect a mask that they never use.
     unmade = torch.zeros(1, 1, 1, 1, device=model.device) if model.written_out else None
@@ -721,8 +733,9 @@ def replace_block_attention(
     attention: Callable[[AttentionCall], tuple[Tensor, Tensor | None]],
     *,
     masked: bool,
+    sees_all: Callable[[], bool] | None = None,
 ) -> Generator[None]:
-    """Replace the model's attention; masks are explicit if `masked`, else omitted."""
+    """Replace the model's attention; `masked` and `sees_all` are those of `exchange_attention`."""
     own, crossing = list_implementations(model), find_cross_attention(model)
     encoding = find_encoder_attention(model)
 
@@ -741,7 +754,8 @@ def replace_block_attention(
         where = layer, across, place, module
         return attention(AttentionCall(*where, query, key, value, attention_mask, kwargs, own))
 
-    with _track_block(model) as running, exchange_attention(model, function, masked=masked):
+    exchanged = exchange_attention(model, function, masked=masked, sees_all=sees_all)
+    with _track_block(model) as running, exchanged:
         yield
 
 
