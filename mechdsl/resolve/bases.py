@@ -63,6 +63,7 @@ from mechdsl.resolve.sites import (
     ExperimentContext,
     exclude_values,
     find_missing_point,
+    find_side,
     label_points,
     number_exceptions,
     read_exceptions,
@@ -1276,7 +1277,7 @@ def _fitted(
     options: Mapping[str, Constant],
     work: ExperimentContext,
 ) -> tuple[BasisOperand, int, str] | None:
-    found = _sample(definition, work)
+    found = _sample(definition, point, work)
     if found is None:
         return None
     sample, text = found
@@ -1290,12 +1291,15 @@ def _fitted(
     return FittedBasis((sample,), (point,)), rows, text
 
 
-def _sample(definition: spec.Basis, work: ExperimentContext) -> tuple[FitSample, str] | None:
-    """Return the rows that a basis is computed on, with their description."""
+def _sample(
+    definition: spec.Basis, point: SitePoint, work: ExperimentContext
+) -> tuple[FitSample, str] | None:
+    """Return the rows that a basis at a site is computed on, with their description."""
     rows = fit_rows_of_basis(definition, work.program)
     if rows is None:
         return None
-    samples = resolve_samples(definition.method, rows, definition.at, work)
+    reading = replace(work, side=find_side([point], work.model.shape))
+    samples = resolve_samples(definition.method, rows, definition.at, reading)
     if samples is None:
         return None
     if len(samples) != 1:
@@ -1314,7 +1318,7 @@ def _trained(
     work: ExperimentContext,
 ) -> tuple[BasisOperand, int, str] | None:
     """Resolve a dictionary or a rotation that `fit` trains. Raises BasisError."""
-    found = _sample(definition, work)
+    found = _sample(definition, point, work)
     if found is None:
         return None
     sample, text = found
@@ -1586,7 +1590,7 @@ def _jacobian(
             f"write `at {map_.source.span.written}` for right singular vectors, or "
             f"`at {map_.target.span.written}` for left ones",
         )
-    found = _sample(definition, work)
+    found = _sample(definition, point, work)
     if found is None:
         return None
     sample, text = found

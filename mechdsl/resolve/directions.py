@@ -488,11 +488,12 @@ def resolve_samples(
     """Resolve the rows of a fit, by position label; None after an error.
 
     Raises:
-        DirectionError: For a training on an encoder-decoder, and of a vector in a vision encoder.
+        DirectionError: For a training on an encoder-decoder or in a vision encoder.
     """
     if call.name == FIT_CALL and work.side == "image":
         reason = "a training in the vision encoder isn't supported yet"
-        raise DirectionError(call, reason, "compute it instead, as `mean_difference(…)` does")
+        hint = "train it at `embed`, or compute it, as `mean_difference(…)` does"
+        raise DirectionError(call, reason, hint)
     if call.name == FIT_CALL and work.model.shape.encodes_apart:
         reason = "a training on an encoder-decoder isn't supported yet"
         raise DirectionError(call, reason, "compute it instead, as `mean_difference(…)` does")

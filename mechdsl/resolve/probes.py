@@ -28,7 +28,7 @@ from mechdsl.resolve.directions import (
     resolve_one_sample,
 )
 from mechdsl.resolve.observations import evaluate_rows
-from mechdsl.resolve.sites import ExperimentContext, resolve_site
+from mechdsl.resolve.sites import ExperimentContext, find_side, resolve_site
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
     STREAM,
@@ -147,7 +147,8 @@ def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedProbe | 
     points = _points(definition, work)
     if points is None:
         return None
-    read = resolve_one_sample(definition, "probe", FEWEST_ROWS, work)
+    reading = replace(work, side=find_side(points, work.model.shape))
+    read = resolve_one_sample(definition, "probe", FEWEST_ROWS, reading)
     if read is None:
         return None
     sample, text = read

@@ -384,6 +384,22 @@ def test_invalid_line_reports_the_code_before_anything_runs(line: str, code: str
     assert errors(try_file(text, LLAVA)[1]) == [code]
 
 
+DEFINITIONS = {
+    "basis b = pca(ask, dims: 2) at resid_post vision layer 0 at last token": "E0310",
+    "basis b = pca(ask, dims: 2) at resid_post vision layer 0 at tokens *": "E0310",
+    "basis b = fit(sae(features: 8, k: 2), prompts: ask, steps: 5)"
+    " at resid_post vision layer 0 at photo tokens": "E0342",
+}
+
+
+@pytest.mark.parametrize(("definition", "code"), DEFINITIONS.items())
+def test_basis_reports_tokens_that_the_encoder_lacks(definition: str, code: str) -> None:
+    """Their vectors would be zeros."""
+    rule = "ablate resid_post layer 0 in basis b at last token with zero"
+    text = f"{definition}\n{experiment('e', rule)}"
+    assert errors(try_file(text, LLAVA)[1]) == [code]
+
+
 @pytest.mark.parametrize("name", ["video_llava", "idefics2"])
 def test_encoder_without_known_patches_reports_e0108(name: str) -> None:
     text = experiment("e", VISION)
