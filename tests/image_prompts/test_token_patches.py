@@ -329,10 +329,48 @@ def means(name: str) -> dict[Key, list[float]]:
     return {(): under(name, "resid_post", 0, lambda n: at(TOWERS[name].cell(other(n), 1, 2), mean))}
 
 
-def added(name: str) -> dict[Key, list[float]]:
-    """The mean over the patches of a token and the prompts, times a number."""
+def direction_of(name: str) -> Tensor:
+    """The mean over the patches of a token and the prompts."""
     own = [state(name, "resid_post", 0, n, n)[TOWERS[name].cell(n, 1, 1)] for n in ALL]
-    direction = torch.cat(own).mean(0)
+    return torch.cat(own).mean(0)
+
+
+def projected(name: str) -> dict[Key, list[float]]:
+    along = direction_of(name) / direction_of(name).norm()
+
+    def edit(n: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            patches = TOWERS[name].cell(other(n), 1, 2)
+            value[patches] -= torch.outer(value[patches] @ along, along)
+            return value
+
+        return change
+
+    return {(): under(name, "resid_post", 0, edit)}
+
+
+def put(name: str) -> dict[Key, list[float]]:
+    vector = 2 * direction_of(name)
+    return {
+        (): under(name, "resid_post", 0, lambda n: at(TOWERS[name].cell(other(n), 2, 2), vector))
+    }
+
+
+def held(name: str) -> dict[Key, list[float]]:
+    """A patch in layer 0, with the MLP's output of layer 1 as it was."""
+    found: list[float] = []
+    for n in ALL:
+        own = TOWERS[name].every(other(n))
+        fixed = at(own, state(name, "mlp_out", 1, n, other(n))[own])
+        clean = state(name, "resid_post", 0, n, n)[TOWERS[name].cell(n, 1, 2)]
+        patch = at(TOWERS[name].cell(other(n), 1, 2), clean)
+        with edited(name, "resid_post", 0, patch), edited(name, "mlp_out", 1, fixed):
+            found.append(difference(bare(name).run(inputs(name, n, other(n)))))
+    return {(): found}
+
+
+def added(name: str) -> dict[Key, list[float]]:
+    direction = direction_of(name)
 
     def edit(n: int) -> Edit:
         def change(value: Tensor) -> Tensor:
@@ -368,6 +406,10 @@ CASES: dict[str, tuple[list[str], Callable[[str], dict[Key, list[float]]]]] = {
     ),
     "ablate resid_post vision layer 0 at photo row 1 col 2 token with mean of clean": ([], means),
     "add 3 * d to resid_post vision layer 0 at photo row 1 col 1 token": ([], added),
+    "project out d from resid_post vision layer 0 at photo row 1 col 2 token": ([], projected),
+    "set resid_post vision layer 0 at photo row 2 col 2 token to 2 * d": ([], put),
+    "patch resid_post vision layer 0 at photo row 1 col 2 token\n"
+    "  freeze mlp_out vision layer 1 at photo tokens": ([], held),
     THUMBNAIL: ([], thumbnails),
 }
 
