@@ -107,10 +107,10 @@ all patches that the vector of an image token is made from:
   `smolvlm` and the Qwen models (of two frames, in a video), and 4 x 4 in `gemma3`. Numbers depend
   on the config.
 
-`patch`, `swap` and means pair the patches of two tokens in this order. `add` adds its vector to each
-patch, and `observe norm` is the mean over the patches. Class tokens, row ends and tile tags have no
-patch (E0310). In `qwen3_vl`, the vectors that the model adds after its first blocks change too.
-`idefics2`, whose resampler reads all patches for each token, `video_llava`, whose frames have
+`patch`, `swap` and means pair the patches of two tokens in this order. `add` adds its vector to
+each patch, and `observe norm` is the mean over the patches. Class tokens, row ends and tile tags
+have no patch (E0310). In `qwen3_vl`, the vectors that the model adds after its first blocks change
+too. `idefics2`, whose resampler reads all patches for each token, `video_llava`, whose frames have
 another encoder, and `mllama` are E0108.
 
 Before such a rule, mechdsl tests the patches of each new arrangement of tiles and rows: it changes
