@@ -3,8 +3,8 @@ pixels that the model's own processor returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,33 @@ def followed(inputs: dict[str, Tensor], more: Sequence[int]) -> dict[str, Tensor
     given["input_ids"] = torch.cat([ids, own], 1)
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     return given
+
+
+@contextmanager
+def edited_module(module: Any, edit: Edit, *, is_input: bool) -> Generator[None]:
+    """Change the input or the output of a module; the edit gets a copy, and may flatten it."""
+
+    def changed(value: Tensor) -> Tensor:
+        return edit(value.clone()).view(value.shape)
+
+    def before(module: Any, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (changed(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": changed(kwargs["hidden_states"])}
+
+    def after(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (changed(output[0]), *output[1:])
+        return changed(output)
+
+    if is_input:
+        hook = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:  # before the library's hooks, which collect the outputs of blocks
+        hook = module.register_forward_hook(after, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def at(positions: Sequence[int], values: Tensor) -> Edit:

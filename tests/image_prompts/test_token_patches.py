@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ..execute.support import check_file, run_on
 from ..images import prompts_of_images as vlm
 from ..quick import some
 from . import test_video_processors as videos
-from .reference import Edit, at
+from .reference import Edit, at, edited_module
 from .support import experiment
 from .test_families import (
     ALL,
@@ -203,33 +203,12 @@ def edited(name: str, site: str, layer: int, edit: Edit) -> Generator[None]:
         "mlp_out": (own.mlp, False),
     }[site]
     module = bare(name).model.get_submodule(f"{own.blocks}.{layer}.{part}".rstrip("."))
-
-    def changed(value: Tensor) -> Tensor:
-        return edit(value.clone().flatten(0, -2)).view(value.shape)
-
-    def before(module: Any, args: Any, kwargs: Any) -> Any:
-        if args:
-            return (changed(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": changed(kwargs["hidden_states"])}
-
-    def after(module: Any, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (changed(output[0]), *output[1:])
-        return changed(output)
-
-    if is_input:
-        hook = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        hook = module.register_forward_hook(after, prepend=True)
-    try:
+    with edited_module(module, lambda value: edit(value.flatten(0, -2)), is_input=is_input):
         yield
-    finally:
-        hook.remove()
 
 
-@cache
-def state(name: str, site: str, layer: int, number: int, image: int) -> Tensor:
-    """The values of a site in the encoder, in the clean run of a prompt."""
+def read(name: str, site: str, layer: int, run: Callable[[], object]) -> Tensor:
+    """The values of a site in the encoder during a run."""
     found: list[Tensor] = []
 
     def keep(value: Tensor) -> Tensor:
@@ -237,8 +216,14 @@ def state(name: str, site: str, layer: int, number: int, image: int) -> Tensor:
         return value
 
     with edited(name, site, layer, keep):
-        bare(name).run(inputs(name, number, image))
+        run()
     return found[0]
+
+
+@cache
+def state(name: str, site: str, layer: int, number: int, image: int) -> Tensor:
+    """The values of a site in the encoder, in the clean run of a prompt."""
+    return read(name, site, layer, partial(bare(name).run, inputs(name, number, image)))
 
 
 def other(n: int) -> int:
@@ -518,17 +503,11 @@ def test_patch_from_a_masked_image_equals_hooks(name: str) -> None:
     own, model, marker = TOWERS[name], bare(name), vlm.FAMILIES[name].marker
     values: list[float] = []
     for n in ALL:
-        seen: list[Tensor] = []
-
-        def keep(value: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(value)
-            return value
-
         gray = Image.new("RGB", Image.open(folder() / f"{n}.png").size, (128, 128, 128))
-        with edited(name, "resid_post", 0, keep):
-            model.run(model.with_pictures(f"w3 w2 {marker} w1 {WORDS[n]} w3", [gray]))
+        given = model.with_pictures(f"w3 w2 {marker} w1 {WORDS[n]} w3", [gray])
+        seen = read(name, "resid_post", 0, partial(model.run, given))
         patches = own.cell(n, 1, 2)
-        with edited(name, "resid_post", 0, at(patches, seen[0][patches])):
+        with edited(name, "resid_post", 0, at(patches, seen[patches])):
             values.append(difference(model.run(inputs(name, n, n))))
     np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
     assert np.abs(np.array(values) - found.measures[0].base[0]).max() > 0.1
@@ -546,15 +525,9 @@ def test_rules_at_merged_frames_of_a_video_equal_hooks(name: str) -> None:
     for n in ALL:
         rows, cols = grids[n % 2]
         patches = [4 * rows * cols + patch for patch in own.cell(n % 2, 2, 1)]
-        seen: list[Tensor] = []
-
-        def keep(value: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(value)
-            return value
-
-        with edited(name, "resid_post", 0, keep):
-            videos.bare(name).run(videos.inputs(name, n, videos.record(n)["a"]))
-        with edited(name, "resid_post", 0, at(patches, seen[0][patches])):
+        given = videos.inputs(name, n, videos.record(n)["a"])
+        seen = read(name, "resid_post", 0, partial(videos.bare(name).run, given))
+        with edited(name, "resid_post", 0, at(patches, seen[patches])):
             values.append(videos.changed(name, n))
     np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
     assert np.abs(np.array(values) - found.measures[0].base[0]).max() > 0.05

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from mechdsl.loading.loader import adopt_model
 
 from ..execute.support import run_on
 from . import support, test_rules
-from .reference import Bare, Edit, at
+from .reference import Bare, Edit, at, edited_module
 from .support import RECORDS, experiment, run_file, try_file
 from .test_blocks import TWO
 from .test_families import ALL, BLOCK, bare, difference, folder, inputs, loaded, run_text
@@ -56,24 +55,9 @@ def edited(model: Bare, site: str, layer: int, edit: Edit) -> Generator[None]:
     """Change a site of the encoder, [tokens, width] or [image, tokens, width]; `z` has all heads
     side by side."""
     part, is_input = SITES[site]
-
-    def before(module: Any, args: Any) -> Any:
-        return (edit(args[0].clone().squeeze(0)).view(args[0].shape), *args[1:])
-
-    def after(module: Any, args: Any, output: Any) -> Any:
-        value = output[0] if isinstance(output, tuple) else output
-        changed = edit(value.clone().squeeze(0)).view(value.shape)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
     own = model.model.get_submodule(f"model.vision_tower.encoder.layers.{layer}{part}")
-    if is_input:
-        hook = own.register_forward_pre_hook(before)
-    else:  # before the library's hooks, which collect the outputs of blocks
-        hook = own.register_forward_hook(after, prepend=True)
-    try:
+    with edited_module(own, lambda value: edit(value.squeeze(0)), is_input=is_input):
         yield
-    finally:
-        hook.remove()
 
 
 @cache
