@@ -546,8 +546,8 @@ class _ModuleDescription:
     def _is_hook_of_library(self, hook: Any) -> bool:
         """Return whether a library set the hook; its code is then added like any function's.
 
-        Hooks that a run adds until its end count as such, without their code: those of mechdsl, and
-        those by which transformers returns activations.
+        A run adds hooks and removes them at its end: mechdsl's, and the hooks with which
+        transformers returns activations. They count as a library's, and their code isn't added.
         """
         function = getattr(hook, "__func__", hook)
         if _is_mechdsl_entry(function):

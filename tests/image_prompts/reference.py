@@ -4,7 +4,7 @@ pixels that the model's own processor returns."""
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,34 @@ def edited_module(module: Any, edit: Edit, *, is_input: bool) -> Generator[None]
         yield
     finally:
         hook.remove()
+
+
+OpenEdit = Callable[[Edit], AbstractContextManager[None]]
+"""Opens an edit of one site."""
+
+
+def record_value(opened: OpenEdit, run: Callable[[], object]) -> Tensor:
+    """Return the value of a site in a run, which stays as it is."""
+    found: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value)
+        return value
+
+    with opened(keep):
+        run()
+    return found[0]
+
+
+def one_head(edit: Edit, head: int, width: int) -> Edit:
+    """Apply an edit of a head's vectors to the vectors of all heads side by side."""
+    own = slice(head * width, (head + 1) * width)
+
+    def change(value: Tensor) -> Tensor:
+        value[:, own] = edit(value[:, own])
+        return value
+
+    return change
 
 
 def at(positions: Sequence[int], values: Tensor) -> Edit:

@@ -33,7 +33,7 @@ from ..families import build
 from ..images import prompts_of_images as vlm
 from ..quick import some
 from ..shared_models import unchanged
-from .reference import Bare, at, followed
+from .reference import Bare, Edit, OpenEdit, at, followed
 from .support import RECORDS, STATS, experiment, folder_of, succeeded, write_data
 
 NAMES = (
@@ -152,6 +152,15 @@ def blocks(name: str, number: int, image: int) -> list[Tensor]:
 
 Run = Callable[[str, int], Tensor]
 ALL = range(len(RECORDS))
+
+
+def under_edits(name: str, opened: OpenEdit, edit: Callable[[int], Edit]) -> list[float]:
+    """The difference of each prompt with its other image, under an edit of its number."""
+    found: list[float] = []
+    for n in ALL:
+        with opened(edit(n)):
+            found.append(difference(bare(name).run(inputs(name, n, (n + 1) % 4))))
+    return found
 
 
 def one_cell(name: str, n: int) -> Tensor:

@@ -31,7 +31,7 @@ from ..execute.support import check_file, run_on
 from ..images import prompts_of_images as vlm
 from ..quick import some
 from . import test_video_processors as videos
-from .reference import Edit, at, edited_module
+from .reference import Edit, at, edited_module, one_head, record_value
 from .support import experiment
 from .test_families import (
     ALL,
@@ -45,6 +45,7 @@ from .test_families import (
     inputs,
     loaded,
     run_text,
+    under_edits,
 )
 
 Key = tuple[str | int, ...]
@@ -209,15 +210,7 @@ def edited(name: str, site: str, layer: int, edit: Edit) -> Generator[None]:
 
 def read(name: str, site: str, layer: int, run: Callable[[], object]) -> Tensor:
     """The values of a site in the encoder during a run."""
-    found: list[Tensor] = []
-
-    def keep(value: Tensor) -> Tensor:
-        found.append(value)
-        return value
-
-    with edited(name, site, layer, keep):
-        run()
-    return found[0]
+    return record_value(partial(edited, name, site, layer), run)
 
 
 @cache
@@ -232,21 +225,7 @@ def other(n: int) -> int:
 
 def under(name: str, site: str, layer: int, edit: Callable[[int], Edit]) -> list[float]:
     """The difference of each prompt with its other image, under an edit of its number."""
-    found: list[float] = []
-    for n in ALL:
-        with edited(name, site, layer, edit(n)):
-            found.append(difference(bare(name).run(inputs(name, n, other(n)))))
-    return found
-
-
-def one_head(edit: Edit, head: int) -> Edit:
-    own = slice(head * WIDTH // HEADS, (head + 1) * WIDTH // HEADS)
-
-    def change(value: Tensor) -> Tensor:
-        value[:, own] = edit(value[:, own])
-        return value
-
-    return change
+    return under_edits(name, partial(edited, name, site, layer), edit)
 
 
 def one_token(name: str) -> dict[Key, list[float]]:
@@ -264,7 +243,10 @@ def all_tokens(name: str) -> dict[Key, list[float]]:
     def edit(n: int) -> Edit:
         return at(TOWERS[name].every(other(n)), torch.zeros(()))
 
-    return {(h,): under(name, "z", 0, lambda n, h=h: one_head(edit(n), h)) for h in range(HEADS)}
+    return {
+        (h,): under(name, "z", 0, lambda n, h=h: one_head(edit(n), h, WIDTH // HEADS))
+        for h in range(HEADS)
+    }
 
 
 def rows_of(name: str) -> dict[Key, list[float]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -19,10 +19,20 @@ from mechdsl.loading.loader import adopt_model
 
 from ..execute.support import run_on
 from . import support, test_rules
-from .reference import Bare, Edit, at, edited_module
+from .reference import Bare, Edit, at, edited_module, one_head, record_value
 from .support import RECORDS, experiment, run_file, try_file
 from .test_blocks import TWO
-from .test_families import ALL, BLOCK, bare, difference, folder, inputs, loaded, run_text
+from .test_families import (
+    ALL,
+    BLOCK,
+    bare,
+    difference,
+    folder,
+    inputs,
+    loaded,
+    run_text,
+    under_edits,
+)
 
 CLASS_TOKENS = {"llava": 1, "llava_class": 1, "vipllava": 1, "paligemma": 0}
 NAMES = tuple(CLASS_TOKENS)
@@ -63,24 +73,13 @@ def edited(model: Bare, site: str, layer: int, edit: Edit) -> Generator[None]:
 @cache
 def state(name: str, site: str, layer: int, number: int, image: int) -> Tensor:
     """The values of a site in the encoder, in the clean run of a prompt."""
-    found: list[Tensor] = []
-
-    def keep(value: Tensor) -> Tensor:
-        found.append(value)
-        return value
-
-    with edited(bare(name), site, layer, keep):
-        bare(name).run(inputs(name, number, image))
-    return found[0]
+    opened = partial(edited, bare(name), site, layer)
+    return record_value(opened, partial(bare(name).run, inputs(name, number, image)))
 
 
 def under(name: str, site: str, layer: int, edit: Callable[[int], Edit]) -> list[float]:
     """The difference of each prompt with its other image, under an edit of its number."""
-    found: list[float] = []
-    for n in ALL:
-        with edited(bare(name), site, layer, edit(n)):
-            found.append(difference(bare(name).run(inputs(name, n, (n + 1) % 4))))
-    return found
+    return under_edits(name, partial(edited, bare(name), site, layer), edit)
 
 
 def copied(name: str, site: str, layer: int, tokens: Sequence[int]) -> Callable[[int], Edit]:
@@ -105,23 +104,12 @@ def each_patch(name: str) -> dict[Key, list[float]]:
     }
 
 
-def one_head(edit: Edit, head: int) -> Edit:
-    """Apply an edit of a head's vectors to those of all heads side by side."""
-    own = slice(head * WIDTH // HEADS, (head + 1) * WIDTH // HEADS)
-
-    def change(value: Tensor) -> Tensor:
-        value[:, own] = edit(value[:, own])
-        return value
-
-    return change
-
-
 def heads(name: str) -> dict[Key, list[float]]:
     tokens, width = patches(name), WIDTH // HEADS
 
     def edit(n: int, head: int) -> Edit:
         clean = state(name, "z", 0, n, n)[tokens, head * width : (head + 1) * width]
-        return one_head(at(tokens, clean), head)
+        return one_head(at(tokens, clean), head, width)
 
     return {
         (head,): under(name, "z", 0, lambda n, head=head: edit(n, head)) for head in range(HEADS)
@@ -160,7 +148,7 @@ def swapped(name: str) -> dict[Key, list[float]]:
 
 def constant(name: str) -> dict[Key, list[float]]:
     edit = at([column(name, 2, 1)], torch.tensor(1.5))
-    every = [one_head(edit, head) for head in range(HEADS)]
+    every = [one_head(edit, head, WIDTH // HEADS) for head in range(HEADS)]
     return {(n,): under(name, "z", 1, lambda _, own=own: own) for n, own in enumerate(every)}
 
 
