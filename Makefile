@@ -19,7 +19,7 @@ VERSION_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 # Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all test-oldest test-newest test-video lint docs families language python-page editors systems bench dist clean
+.PHONY: demo test test-all test-seconds test-oldest test-newest test-video lint docs families language python-page editors systems bench dist clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/mechdsl run examples/counting.mech
@@ -51,6 +51,10 @@ test: $(VENV)/.stamp-test
 
 test-all: $(VENV)/.stamp-test $(VENV)/.stamp-docs
 	$(ENVIRONMENT) $(BIN)/python $(PYTEST)
+
+# Measures tests for the budget of tests/quick.py, with nothing else running.
+test-seconds: $(VENV)/.stamp-test
+	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -p tests.seconds -m "not slow"
 
 $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

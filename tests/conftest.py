@@ -104,15 +104,16 @@ LONG = (
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their markers
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests on many families slow, and hand out long files first: handed out last, one would
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests slow that repeat others, and hand out long files first: handed out last, one would
     keep a worker while the others have nothing."""
     from .execute.encoder_decoders import CONFIGS as ENCODER_DECODERS
     from .models.families import CONFIGS
-    from .quick import thin_out
+    from .quick import read_seconds, thin_out
     from .rules.models import FAMILIES
 
-    thin_out(items, {*CONFIGS, *FAMILIES, *ENCODER_DECODERS})
+    measured = {} if config.pluginmanager.has_plugin("tests.seconds") else read_seconds()
+    thin_out(items, {*CONFIGS, *FAMILIES, *ENCODER_DECODERS}, measured)
     tests = Path(__file__).parent
     order = {tests / name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path, len(LONG)))

@@ -5,10 +5,12 @@ Test modules choose some of them (`some`, `in_turn`); `thin_out` limits those of
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heapreplace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -38,10 +40,18 @@ FEW = 2
 """Model families of a test with further parameters that `make test` takes; of any other, one."""
 PRODUCT = 6
 """Tests from which on a product of parameters without a family is thinned."""
+BUDGET = 1.5
+"""Processor seconds that `make test` spends on one function's parameters."""
+COSTLY = 0.1
+"""Seconds of a test from which on its function has a budget."""
+SECONDS = Path(__file__).with_name("seconds.json")
+"""Seconds of one test, by function; `make test-seconds` measures them."""
 _FIRST = ("llama", "gpt2", "gpt_neox", "gemma2", "gpt_oss", "t5", "bart")
 """Families that differ most; each file takes another one first, and each test that has only one."""
 _EXEMPT = ("tests/reference/",)
 """Tests of the reference, which all others depend on."""
+_UNLIMITED = ("tests/test_examples.py", "tests/systems/", "tests/cli/test_guides.py")
+"""Tests of files that users read, which have no budget: each file is one test."""
 _FAMILY = ("family", "name", "model")
 """Names of parameters whose values are model families."""
 _MODE = "mode"
@@ -52,8 +62,15 @@ Value = tuple[str, str]
 `id`: a product has the same object several times."""
 
 
-def thin_out(items: Sequence[pytest.Item], families: Collection[str]) -> None:
-    """Mark tests slow that repeat others on more families or in more combinations.
+def read_seconds() -> dict[str, float]:
+    """Return the seconds of one test of each function that has a budget."""
+    return json.loads(SECONDS.read_text(encoding="utf-8"))
+
+
+def thin_out(
+    items: Sequence[pytest.Item], families: Collection[str], seconds: Mapping[str, float]
+) -> None:
+    """Mark tests slow that repeat others on more families, in more combinations or over budget.
 
     - A test function has one family if it has no other parameter. Otherwise it has at most `FEW`,
       unless a further one alone has a value of another parameter.
@@ -61,25 +78,30 @@ def thin_out(items: Sequence[pytest.Item], families: Collection[str]) -> None:
       take turns.
     - In any other product of at least `PRODUCT` tests, each value has a test; if it has more than
       two parameters, each pair of values of two parameters has one.
+    - Of what is left, a function has as many tests as its budget allows, at least one: those with
+      the most values of parameters that others don't have, spread over their list.
 
     Args:
         items: All tests that were collected.
         families: Names of model families.
+        seconds: Seconds of one test, by function.
     """
     by_function: dict[str, list[pytest.Item]] = {}
     for item in items:
         fast = item.get_closest_marker("slow") is None and not item.nodeid.startswith(_EXEMPT)
         if fast and _parameters(item):
             by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for tests in by_function.values():
+    for function, tests in by_function.items():
         name = next((name for name in _FAMILY if _is_family(tests, name, families)), None)
         left = tests
         if name is not None:
             left = _mark_others(left, _few_families(left, name))
         if name is not None or _MODE in _parameters(left[0]):
-            _mark_others(left, _each_value(left, name))
+            left = _mark_others(left, _each_value(left, name))
         else:
-            _mark_others(left, _pairs(left))
+            left = _mark_others(left, _pairs(left))
+        if function in seconds and not function.startswith(_UNLIMITED):
+            _mark_others(left, _spread(left, max(1, int(BUDGET / seconds[function]))))
 
 
 def _mark_others(tests: list[pytest.Item], taken: Collection[int]) -> list[pytest.Item]:
@@ -151,10 +173,26 @@ def _pairs(tests: Sequence[pytest.Item]) -> set[int]:
     )
 
 
+def _spread(tests: Sequence[pytest.Item], most: int) -> set[int]:
+    """Choose at most this number of tests."""
+    golden = 0.618034  # multiples of it, without their integers, spread over any list
+    order = sorted(range(len(tests)), key=lambda number: number * golden % 1)
+    mixed = [tests[number] for number in order]
+    covered = set[Value]()
+
+    def take(item: pytest.Item) -> None:
+        covered.update(_values(item))
+
+    first = _cover(mixed, lambda item: (len(_values(item) - covered), 0), take, most)
+    rest = [id(item) for item in mixed if id(item) not in first]
+    return {*first, *rest[: most - len(first)]}
+
+
 def _cover(
     tests: Sequence[pytest.Item],
     gain: Callable[[pytest.Item], tuple[int, int]],
     take: Callable[[pytest.Item], object],
+    most: int | None = None,
 ) -> set[int]:
     """Take the test with the largest gain, the first of equal ones, while it covers anything new.
 
@@ -162,6 +200,7 @@ def _cover(
         gain: What a test covers anew, and what decides between equals. Neither grows when other
             tests are taken, so only tests that were best by an old gain are looked at again.
         take: Counts a test as taken.
+        most: Maximum number of tests.
 
     Returns:
         The tests taken, by `id`.
@@ -169,7 +208,7 @@ def _cover(
     queue = [(*(-each for each in gain(item)), number) for number, item in enumerate(tests)]
     heapify(queue)
     taken = set[int]()
-    while queue:
+    while queue and len(taken) != most:
         item = tests[queue[0][-1]]
         new, other = gain(item)
         if (entry := (-new, -other, queue[0][-1])) > queue[0]:

@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from .quick import thin_out
+from .quick import BUDGET, thin_out
+from .seconds import find_costly
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
+FUNCTION = "tests/test_it.py::test_it"
 MODES = ("planned", "plain", "small passes")
 
 
@@ -17,7 +19,7 @@ class Item:
     """A test as `thin_out` reads it."""
 
     def __init__(self, marks: list[tuple[str, ...]], **parameters: Any) -> None:
-        self.nodeid = "tests/test_it.py::test_it[case]"
+        self.nodeid = f"{FUNCTION}[case]"
         self.callspec = self
         self.params = parameters
         self.marks = [pytest.mark.parametrize(names, []).mark for names in marks]
@@ -33,8 +35,8 @@ class Item:
         self.is_slow = True
 
 
-def thinned(items: list[Item]) -> list[dict[str, Any]]:
-    thin_out(cast(Any, items), FAMILIES)
+def thinned(items: list[Item], seconds: float | None = None) -> list[dict[str, Any]]:
+    thin_out(cast(Any, items), FAMILIES, {} if seconds is None else {FUNCTION: seconds})
     return [item.params for item in items if not item.is_slow]
 
 
@@ -87,3 +89,30 @@ def test_table_of_cases_without_families_and_modes_is_whole() -> None:
 def test_small_product_without_families_and_modes_is_whole() -> None:
     items = [Item([("a",), ("b",)], a=a, b=b) for a, b in product(range(2), range(2))]
     assert len(thinned(items)) == 4
+
+
+def test_function_over_budget_keeps_cases_of_its_whole_list() -> None:
+    items = [Item([("a",)], a=a) for a in range(40)]
+    left = [each["a"] for each in thinned(items, BUDGET / 4)]
+    assert len(left) == 4
+    assert [sum(a // 10 == part for a in left) for part in range(4)] == [1, 1, 1, 1]
+
+
+def test_function_over_budget_keeps_each_value_first() -> None:
+    pairs = [(0, 0), (0, 1), (1, 1), (1, 0)]
+    items = [Item([("a", "b")], a=a, b=b) for a, b in pairs]
+    left = thinned(items, BUDGET / 2)
+    assert [(each["a"], each["b"]) for each in left] == [(0, 0), (1, 1)]
+
+
+def test_function_whose_test_exceeds_the_budget_keeps_one() -> None:
+    assert len(thinned([Item([("a",)], a=a) for a in range(3)], 2 * BUDGET)) == 1
+
+
+def test_function_within_its_budget_is_whole() -> None:
+    assert len(thinned([Item([("a",)], a=a) for a in range(3)], BUDGET / 3)) == 3
+
+
+def test_costly_functions_leave_out_what_their_tests_share() -> None:
+    measured = {"shares": [3.0, 0.01, 0.01], "costly": [0.5, 0.4, 0.6], "single": [9.0]}
+    assert find_costly(measured) == {"costly": 0.45}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import cache
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -106,8 +107,12 @@ class TimeEstimate:
         return self.loading + self.prompts + self.passes + self.statistics
 
 
+@cache
 def measure_matmul_rate(size: int = 1024, repeats: int = 3) -> float:
-    """Measure the multiply-adds per second of a square float32 matrix product, the best of some."""
+    """Measure the multiply-adds per second of a square float32 matrix product, once per process.
+
+    The best of the repetitions counts.
+    """
     a = np.ones((size, size), dtype=np.float32)
     best = float("inf")
     for _ in range(repeats + 1):  # the first repetition starts the threads
@@ -117,8 +122,9 @@ def measure_matmul_rate(size: int = 1024, repeats: int = 3) -> float:
     return size**3 / best
 
 
+@cache
 def measure_host_pace() -> float:
-    """Measure the processor seconds of a fixed loop in Python, the best of some."""
+    """Measure the processor seconds of a loop in Python, the best of three, once per process."""
     best = float("inf")
     for _ in range(3):
         start = process_time()
