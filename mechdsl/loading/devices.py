@@ -64,21 +64,28 @@ def restore_models(models: Iterable[object]) -> Generator[None]:
 
     The context restores each module's attributes (training mode, hooks, which tensors are its
     parameters and buffers) and all values of its config. It doesn't copy values of weights. What is
-    known of images is forgotten, because the weights may change before the next run.
+    known of images is forgotten, because the weights may change before the next run. Within it,
+    outputs have names.
     """
     with ExitStack() as stack:
         stack.enter_context(preserve_random_state())
         parts = {id(part): part for m in models if isinstance(m, nn.Module) for part in m.modules()}
         stack.callback(_forget_images, parts.values())
-        configs: dict[int, Any] = {}
-        for part in parts.values():
-            _add_configs(getattr(part, "config", None), configs)
-        for held in (*parts.values(), *configs.values()):
+        configs = _list_configs(parts.values())
+        for held in (*parts.values(), *configs):
             stack.callback(_save_attributes(vars(held)))
         # A check restores what it changes, so a later step can't rely on its eval mode.
         for part in parts.values():
             part.training = False
+        name_outputs(parts.values())
         yield
+
+
+def name_outputs(modules: Iterable[nn.Module]) -> None:
+    """Make modules return named outputs; a config with `return_dict=False` asks for tuples."""
+    for config in _list_configs(modules):
+        if not getattr(config, "return_dict", True):
+            config.return_dict = True
 
 
 def _forget_images(modules: Iterable[nn.Module]) -> None:
@@ -107,6 +114,14 @@ def _save_attributes(attributes: dict[str, Any]) -> Callable[[], None]:
             table.update(content)
 
     return put_back
+
+
+def _list_configs(modules: Iterable[nn.Module]) -> list[Any]:
+    """List the distinct configs of modules, and the configs inside them."""
+    found: dict[int, Any] = {}
+    for module in modules:
+        _add_configs(getattr(module, "config", None), found)
+    return list(found.values())
 
 
 def _add_configs(config: Any, found: dict[int, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from enum import Enum
@@ -22,10 +22,12 @@ from types import (
     MethodDescriptorType,
     MethodType,
     ModuleType,
+    SimpleNamespace,
     WrapperDescriptorType,
 )
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,14 @@ _NATIVE_TYPES = (
     *(BuiltinFunctionType, WrapperDescriptorType, MethodDescriptorType),
     *(GetSetDescriptorType, MemberDescriptorType),
 )
+
+
+class _Row(NamedTuple):
+    first: int
+
+
+_TUPLE_FIELD_TYPE: Any = type(vars(_Row)["first"])
+"""The type of the attributes of a named tuple's class."""
 
 _NUMBER_TYPES = (int, float, complex, type(None), torch.dtype, torch.device)
 """Types whose values in library code are described; texts may differ between processes."""
@@ -253,6 +263,8 @@ class ReachedCode:
                 return [self._of(each, where, own) for each in parts]
             case Logger():
                 return "logger"
+            case _ if isinstance(value, _TUPLE_FIELD_TYPE):
+                return ["field", *value.__reduce__()[1]]
             case _ if isinstance(value, _NATIVE_TYPES) and is_stateless(value):
                 native = cast("Any", value)
                 return [getattr(native, "__module__", None), native.__qualname__]
@@ -409,6 +421,10 @@ _PLAIN_TYPES = (
 )
 
 
+_BUILT_IN_TYPES = ("builtins", "collections", "torch")
+"""Modules whose types are described by their names and contents."""
+
+
 def compute_identity(model: LoadedModel) -> str | None:
     """Return the digest of a model; None if it can't be computed."""
     return explain_identity(model)[0]
@@ -449,12 +465,15 @@ def _list_module_parts(module: nn.Module, given: tuple[Any, Any] | None = None) 
     if any(vars(nn.modules.module)[f"_global_{table}"] for table in _HOOKS):
         raise CodeHashError("torch has hooks for all modules")
     told = _ModuleDescription(module)
-    return {
-        "modules": {path: told.of_part(path, part) for path, part in module.named_modules()},
-        "attention": [told.of_attention(config) for config in list_attention_configs(module)],
-        "processor": told.of_processor(given),
-        "code": told.code(),
-    }
+    try:
+        return {
+            "modules": {path: told.of_part(path, part) for path, part in module.named_modules()},
+            "attention": [told.of_attention(config) for config in list_attention_configs(module)],
+            "processor": told.of_processor(given),
+            "code": told.code(),
+        }
+    except RecursionError:
+        raise CodeHashError("it has a value that is nested too deeply") from None
 
 
 def _list_parts(model: LoadedModel) -> dict[str, Any]:
@@ -493,6 +512,8 @@ class _ModuleDescription:
 
     def __init__(self, model: nn.Module) -> None:
         self._parts = set(model.modules())
+        self._open: dict[int, None] = {}
+        """Identities of the values that are being described, the outermost first."""
         self._reached = ReachedCode(self.of)
 
     def code(self) -> list[Any]:
@@ -571,30 +592,60 @@ class _ModuleDescription:
 
     def of(self, value: Any, where: str) -> Any:
         """Describe any value as JSON. Raises CodeHashError if that is impossible."""
-        if isinstance(value, Enum):
-            return [_qualified_name(type(value)), value.name]
-        if isinstance(value, _PLAIN_TYPES):
-            return [type(value).__name__, repr(value)]
+        if isinstance(value, _PLAIN_TYPES) and not isinstance(value, Enum):
+            return [self._kind(value, where), _describe_plain(value)]
         if isinstance(value, Tensor):
             return _describe_tensor(value, content=True)
+        if isinstance(value, np.ndarray | np.generic) and type(value).__module__ == "numpy":
+            return _describe_array(value, where)
         if isinstance(value, type):
             return self._reached.add_class(value)
+        if isinstance(value, Logger):
+            return "logger"
         if isinstance(value, nn.Module):
             if value in self._parts:
                 return "a module of its own"
             raise CodeHashError(f"{where} is a module that isn't among its own")
-        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            return [self._reached.add_class(type(value)), self._items(value.to_dict(), where)]
         if _qualified_name(type(value)).endswith("GenerationConfig"):
             used = (getattr(value, name, None) for name in _GENERATION_SETTINGS)
             return [self.of(each, where) for each in used]
+        if id(value) in self._open:
+            return ["contains itself", list(self._open).index(id(value))]
+        self._open[id(value)] = None
+        try:
+            return self._of_parts(value, where)
+        finally:
+            del self._open[id(value)]
+
+    def _of_parts(self, value: Any, where: str) -> Any:
+        """Describe a value by its parts, which may contain it."""
+        if isinstance(value, Enum):
+            kind = self._reached.add_module_class(type(value))
+            return [kind, value.name, self.of(value.value, where)]
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            return [self._reached.add_class(type(value)), self._items(value.to_dict(), where)]
         if isinstance(value, Mapping):
-            return [type(value).__name__, self._items(value, where)]
-        if isinstance(value, list | tuple):
-            return [type(value).__name__, [self.of(each, where) for each in value]]
+            items = self._items(value, where)
+            if isinstance(value, defaultdict):
+                items.append(self.of(cast("Any", value).default_factory, where))
+            return [self._kind(value, where), items]
+        if isinstance(value, list | tuple | deque):
+            return [self._kind(value, where), [self.of(each, where) for each in value]]
         if isinstance(value, set | frozenset):
-            return ["set", sorted(json_digest(self.of(each, where)) for each in value)]
+            return [
+                self._kind(value, where),
+                sorted(json_digest(self.of(each, where)) for each in value),
+            ]
+        if _is_pure_python(type(value)):
+            return self._kind(value, where)
         return self._callable(value, where)
+
+    def _kind(self, value: Any, where: str) -> Any:
+        """Describe the class of a value, and the attributes of an instance of a Python class."""
+        kind = type(value)
+        if kind.__module__ in _BUILT_IN_TYPES:
+            return kind.__name__
+        return [self._reached.add_module_class(kind), self._items(_get_attributes(value), where)]
 
     def _items(self, value: Mapping[Any, Any], where: str) -> list[Any]:
         return [[self.of(key, where), self.of(each, where)] for key, each in value.items()]
@@ -630,3 +681,31 @@ def _describe_tensor(tensor: Tensor | None, *, content: bool) -> Any:
         raise CodeHashError("a buffer is on the meta device")
     flat = tensor.detach().cpu().contiguous().flatten()
     return [*told, sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()]
+
+
+class _Pure:
+    """A class with nothing but attributes."""
+
+
+def _is_pure_python(kind: type) -> bool:
+    """Return whether the attributes of an instance contain everything that it holds."""
+    sizes = (kind.__basicsize__, kind.__dictoffset__, kind.__itemsize__)
+    return kind is SimpleNamespace or sizes == (_Pure.__basicsize__, _Pure.__dictoffset__, 0)
+
+
+def _get_attributes(value: Any) -> Mapping[str, Any]:
+    return getattr(value, "__dict__", {})
+
+
+def _describe_plain(value: Any) -> str:
+    """Return the text of a value, also if a subclass writes it differently."""
+    kind: Any = next(each for each in type(value).__mro__ if each in _PLAIN_TYPES)
+    return kind.__repr__(value)
+
+
+def _describe_array(value: np.ndarray | np.generic, where: str) -> list[Any]:
+    """Describe an array or number of numpy by its type, shape and content."""
+    if value.dtype.hasobject:
+        raise CodeHashError(f"{where} is an array of objects, which can't be told")
+    content = sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+    return [type(value).__name__, str(value.dtype), list(value.shape), content]

@@ -441,6 +441,7 @@ def _load_module(
         except Exception as error:  # transformers passes on errors of its dependencies
             return None, summarize_error(error), []
     module, info = cast("tuple[nn.Module, Mapping[str, Any]]", loaded)
+    devices.name_outputs(module.modules())
     missing = sorted(str(key) for key in info.get("missing_keys", ()))
     if missing:
         return None, f"the weights lack `{missing[0]}` and {len(missing) - 1} more", []

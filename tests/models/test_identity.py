@@ -8,14 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cache, lru_cache, partial, wraps
 from importlib import import_module
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,6 +32,8 @@ from mechdsl.loading.identity import compute_identity, explain_identity
 from mechdsl.loading.loader import adopt_model, load_model
 from mechdsl.models.folder import folder_identity, hash_file, hash_weights
 from mechdsl.program import spec
+
+from . import lora
 
 ZOO = Path(zoo.__path__[0]) / "counting"
 
@@ -266,6 +271,133 @@ def test_the_code_of_a_class_of_its_own(
     assert reason == "the source of `own_block_of_a_test` can't be read"
 
 
+class Level(Enum):
+    LOW = 1.0
+
+
+class Times:
+    """A plain object that multiplies, and may contain itself."""
+
+    def __init__(self, by: Any) -> None:
+        self.by = by
+        self.again = [self]
+
+    def __call__(self, x: Any) -> Any:
+        return x * self.by
+
+
+@dataclass
+class Settings:
+    by: float = 1.0
+    words: set[str] = field(default_factory=lambda: {"more", "fewer", "equal"})
+
+
+class Numbers(dict[str, float]):
+    by = 1.0
+
+    def __getitem__(self, name: str) -> float:
+        return self.by
+
+
+class Pair(NamedTuple):
+    by: float
+    other: Any
+
+
+HELD: dict[str, tuple[Callable[[], Any], Callable[[Any, pytest.MonkeyPatch], object]]] = {
+    "object": (lambda: Times(1.0), lambda held, patch: setattr(held, "by", 2.0)),
+    "method": (lambda: Times(1.0), lambda held, patch: patch.setattr(Times, "__call__", other_two)),
+    "dataclass": (Settings, lambda held, patch: setattr(held, "by", 2.0)),
+    "set": (Settings, lambda held, patch: held.words.add("new")),
+    "array": (lambda: np.ones(3), lambda held, patch: held.put(1, 2.0)),
+    "number": (lambda: [np.float32(1.0)], lambda held, patch: held.insert(0, np.float32(2.0))),
+    "type": (lambda: [np.float32(1.0)], lambda held, patch: held.__setitem__(0, np.float64(1.0))),
+    "namespace": (lambda: SimpleNamespace(by=1.0), lambda held, patch: setattr(held, "by", 2.0)),
+    "queue": (lambda: deque([1.0]), lambda held, patch: held.append(2.0)),
+    "factory": (
+        lambda: defaultdict(partial(float, 1)),
+        lambda held, patch: setattr(held, "default_factory", partial(float, 2)),
+    ),
+    "dictionary": (
+        lambda: Numbers(by=1.0),
+        lambda held, patch: patch.setattr(Numbers, "__getitem__", other_two),
+    ),
+    "enumeration": (
+        lambda: [Level.LOW],
+        lambda held, patch: patch.setattr(Level.LOW, "_value_", 2),
+    ),
+    "named tuple": (lambda: Pair(1.0, [1.0]), lambda held, patch: held.other.append(2.0)),
+}
+"""Attributes of a module, and changes of what they hold."""
+
+
+def other_two(self: Any, x: Any) -> Any:
+    return 2.0
+
+
+def test_identity_with_changed_object_of_the_user_differs(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explain() -> str:
+        found, reason = explain_identity(described(module))
+        assert found is not None, reason
+        return found
+
+    made = {name: make() for name, (make, _) in HELD.items()}
+    module.model.own = made
+    before = explain()
+    for name, (make, change) in HELD.items():
+        made[name] = make()
+        with monkeypatch.context() as patch:
+            change(made[name], patch)
+            assert explain() != before, name
+        made[name] = make()
+    assert explain() == before
+
+
+def test_identity_of_a_field_of_a_named_tuple_is_known(module: Any) -> None:
+    pair = Pair(2.0, None)
+    module.model.own = lambda x: x * pair.by
+    assert explain_identity(described(module))[1] == ""
+
+
+def test_array_of_objects_cannot_be_identified(module: Any) -> None:
+    module.model.own = np.array([object()])
+    assert "is an array of objects" in explain_identity(described(module))[1]
+
+
+def adapted(module: Any, **settings: Any) -> Any:
+    return lora.wrapped(module, "llama", target_modules=["q_proj", "v_proj"], **settings)
+
+
+def projection(peft: Any) -> Any:
+    return peft.get_base_model().model.layers[0].self_attn.q_proj
+
+
+ADAPTERS: dict[str, Callable[[Any], object]] = {
+    "scale": lambda peft: projection(peft).set_scale("default", 3.0),
+    "rank": lambda peft: peft.peft_config["default"].rank_pattern.update(q_proj=2),
+    "targets": lambda peft: peft.peft_config["default"].target_modules.add("o_proj"),
+    "weight": lambda peft: next(w for n, w in peft.named_parameters() if "lora_B" in n).data.add_(
+        1
+    ),
+    "off": lambda peft: peft.base_model.disable_adapter_layers(),
+    "merged": lambda peft: peft.merge_adapter(),
+    "other": lambda peft: peft.add_adapter("other", peft.peft_config["default"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@pytest.mark.parametrize("change", ADAPTERS)
+def test_identity_with_changed_adapter_differs(change: str, module: Any) -> None:
+    made = adapted(module)
+    before = told(made)
+    assert told(made) == before != compute_identity(unchanged())
+    ADAPTERS[change](made)
+    assert told(made) != before
+
+
 def reads_variables(module: Any) -> None:
     module.model.own = lambda x: x * len(os.environ)
 
@@ -306,12 +438,21 @@ def hidden_module(module: Any) -> None:
 
 
 def partly(module: Any) -> None:
-    module.model.own = partial(other_forward, SimpleNamespace(by=2.0))
+    module.model.own = partial(other_forward, object())
 
 
 def keeps_an_object(module: Any) -> None:
-    by = SimpleNamespace(by=2.0)
+    by = Slotted(2.0)
     module.model.own = lambda x: x * by.by
+
+
+class Slotted:
+    """Its attributes aren't in a dictionary."""
+
+    __slots__ = ("by",)
+
+    def __init__(self, by: float) -> None:
+        self.by = by
 
 
 def method_of_another_module(module: Any) -> None:
@@ -330,6 +471,13 @@ def hook_of_a_weight(module: Any) -> None:
     module.model.norm.weight.register_hook(lambda gradient: 2 * gradient)
 
 
+def nested(module: Any) -> None:
+    held = Times(1.0)
+    for _ in range(5000):
+        held = Times(held)
+    module.model.own = held
+
+
 def of_a_tensor(module: Any) -> None:
     module.model.own = torch.ones(1).mul
 
@@ -346,12 +494,13 @@ def keeps_results(module: Any) -> None:
         (own_forward, "`model.layers.0.mlp` has a `forward` that differs"),
         (an_object, "is a `object`, which can't be told"),
         (hidden_module, "is a module that isn't among its own"),
-        (partly, "is a `SimpleNamespace`, which can't be told"),
-        (keeps_an_object, "`by`, which `keeps_an_object.<locals>.<lambda>` keeps, is a `Simple"),
+        (partly, "is a `object`, which can't be told"),
+        (keeps_an_object, "`by`, which `keeps_an_object.<locals>.<lambda>` keeps, is a `Slotted"),
         (method_of_another_module, "is a method of an object that can't be told"),
         (partial_hook, "`model.layers.0` has forward hooks"),
         (backward_hook, "`model.layers.0` has backward hooks"),
         (hook_of_a_weight, "`model.norm` has a tensor with hooks"),
+        (nested, "it has a value that is nested too deeply"),
         (of_a_tensor, "is a `builtin_function_or_method`, which can't be told"),
         (reads_variables, "`os.environ` is the environment, which may change"),
         (asks_for_a_variable, "keeps, is the environment, which may change"),
@@ -439,7 +588,10 @@ def shift(x):
     return x * LEVEL
 """
 PARTS = """
+from dataclasses import dataclass, field
+
 import helpers_of_a_test
+import numpy
 import transformers
 from torch import nn
 
@@ -492,6 +644,12 @@ def of_a_class(by):
     return Act()
 
 
+@dataclass
+class Settings:
+    words: set = field(default_factory=lambda: {"more", "fewer", "equal"})
+    numbers: object = field(default_factory=lambda: numpy.ones(2))
+
+
 class Act(nn.Module):
     K = 1.0
     TABLE = {"by": 1.0}
@@ -499,6 +657,7 @@ class Act(nn.Module):
     def __init__(self, inner):
         super().__init__()
         self.inner = inner
+        self.settings = Settings()
 
     @property
     def by(self):
@@ -655,7 +814,7 @@ print(*explain_identity(model))
         text=True,
         env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": path},
     )
-    assert done.stdout.split() == [in_memory.told()], done.stderr
+    assert done.stdout.split() == [told(in_memory.model.module)], done.stderr
 
 
 FILE = """mech 1
@@ -690,3 +849,27 @@ def test_run_on_a_model_whose_class_has_changed_computes_again(
     second, unchanged = run(store=tmp_path / "store")
     assert not unchanged
     assert second == run(store=False)[0] != first
+
+
+@pytest.mark.filterwarnings("ignore:W0720", "ignore:`is_gradient_checkpointing`")
+def test_run_on_a_model_with_adapters_is_stored_until_they_change(
+    module: Any, tmp_path: Path
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "file.mech").write_text(FILE, encoding="utf-8")
+    made = adapted(module)
+    models = {"toy": (made, PreTrainedTokenizerFast.from_pretrained(ZOO))}
+
+    def run() -> tuple[list[float], bool]:
+        found = mechdsl.run(tmp_path / "file.mech", models=models, store=tmp_path / "store")
+        unchanged = any("unchanged since" in note for note in found.notes)
+        return found["e"].measures[0].patched[0].tolist(), unchanged
+
+    first, unchanged = run()
+    assert not unchanged
+    assert run() == (first, True)
+    projection(made).set_scale("default", 3.0)
+    second, unchanged = run()
+    assert not unchanged
+    assert second != first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -102,6 +103,27 @@ def test_run_on_model_in_training_mode_computes_without_dropout(pair: tuple[Any,
 
     for found, expected in zip(values(training=True), values(training=False), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_run_on_model_that_returns_tuples_gives_the_same_values(
+    pair: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """`config.return_dict` may be false: of a model from Python, or in a folder."""
+    lines = "{ prompts fruit limit 4 measure logit(answer) as raw }"
+    text = f"{SHORT.partition('experiment heads')[0]}experiment plain {lines}\n"
+    model = deepcopy(pair[0])
+    model.config.return_dict = False
+    model.save_pretrained(tmp_path / "saved")
+    pair[1].save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["return_dict"] is False
+
+    expected = mechdsl.run(text, {"toy": pair})["plain"].measures[0].patched
+    found = mechdsl.run(text, {"toy": (model, pair[1])})["plain"].measures[0].patched
+    np.testing.assert_array_equal(found, expected)
+    assert model.config.return_dict is False
+    text = text.replace('zoo("counting")', f'local("{tmp_path}/saved")')
+    found = mechdsl.run(text)["plain"].measures[0].patched
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
