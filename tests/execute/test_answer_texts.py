@@ -289,7 +289,7 @@ def test_nearly_equal_tokens_count_as_rounding(tmp_path: Path) -> None:
 def test_integrated_gradients_add_up_to_the_effect(name: str, tmp_path: Path) -> None:
     """Sundararajan et al. 2017: the estimates add up to the difference of the metric."""
     write_rows(tmp_path, records("gpt2"))
-    lines = ("using integrated_gradients(steps: 128)", f"measure {name} as delta")
+    lines = ("using integrated_gradients(steps: 64)", f"measure {name} as delta")
     text = experiment("e", "prompts p", *RULES["patched"][0], *lines)
     found = run_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)["e"]
     effect = values("gpt2", name, from_longer) - values("gpt2", name, unchanged)

@@ -342,7 +342,7 @@ def plain_and_batched_agree(
     equal(values(text, folder, bare(family), options), plain, 1e-4)
 
 
-@any_run(15)
+@any_run(8)
 def test_plain_and_batched_plans_agree_on_any_rule(folder: Path, **drawn: Any) -> None:
     plain_and_batched_agree(folder, **drawn)
 

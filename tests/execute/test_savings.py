@@ -225,7 +225,7 @@ def test_inside_projects_no_other_token_where_a_key_is_written(folder: Path) -> 
 
 def test_all_passes_on_and_off_compute_what_they_say(folder: Path) -> None:
     """No pass makes more work than there is without it."""
-    text = sweep("z layer * head *", "subject token, cue token")
+    text = sweep("z layer * head 0..1", "subject token, cue token")
     whole, none = work_of(folder, text), work_of(folder, text, only())
     for name in PASS_NAMES:
         assert work_of(folder, text, {name}).through >= whole.through, name

@@ -267,7 +267,8 @@ def test_other_values_are_computed(kind: str, family: str, tmp_path: Path) -> No
     store = tmp_path / "store"
     seen: list[np.ndarray] = []
     last: tuple[str, FileResult] | None = None
-    for text in DIFFERENT[kind]:
+    texts = DIFFERENT[kind]
+    for text in texts if family == "gpt2" or len(texts) < 6 else texts[::2]:
         alone, _ = ran(text, tmp_path, None, family)
         found, rows = ran(text, tmp_path, store, family)
         assert rows > 0, f"nothing was run for\n{text}"
@@ -631,7 +632,7 @@ NAMES = [*OF_ROWS, "entry", "apart", "fewer", "longer", "healed", "pair", "gap",
 NAMES += ["scale_of_it", *(f"e{n}" for n in range(len(BODIES)))]
 
 
-@pytest.mark.parametrize("name", some(NAMES, NAMES[::4]))
+@pytest.mark.parametrize("name", some(NAMES, NAMES[::8]))
 def test_renaming_runs_nothing_and_tables_have_the_new_name(name: str, kept_names: Path) -> None:
     text = OF_ANY_ORDER if name in OF_ROWS else NAMED
     tables, again = unchanged(kept_names, text)

@@ -93,7 +93,7 @@ def test_infidelity_by_hand(name: str, tmp_path: Path) -> None:
     chance = found["drawn"].measures[0].patched.reshape(GRID * GRID, 3, ROWS)
     told, chances = (each.patched for each in found["told"].measures)
     anywhere: list[float] = []
-    for row in range(ROWS):
+    for row in range(0, ROWS, 2):
         pixels = given(name, tmp_path, row)
         base, falls = difference(name, pixels, row), list[float]()
         sets = list[list[tuple[int, int]]]()
@@ -139,7 +139,7 @@ def test_sensitivity_by_hand(name: str, tmp_path: Path) -> None:
     write_boxes(tmp_path, name)
     found = support.run_file(text, tmp_path, name, blocks=NEAR)
     told = found["told"].measures[0].patched
-    for row in range(ROWS):
+    for row in range(0, ROWS, 2):
         whole = Image.open(tmp_path / f"box{row}.png")
         soft, hidden = whole.filter(ImageFilter.GaussianBlur(1)), whole.copy()
         hidden.paste((128, 128, 128), BOXES[row])

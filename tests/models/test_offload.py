@@ -188,8 +188,12 @@ def test_the_model_is_left_as_it_was(
 
 
 def test_its_hash_is_that_of_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
-    for number, where in enumerate(SPREAD):
-        here, away = both(folders["gpt2"], where, tmp_path / str(number))
+    here, away = both(folders["gpt2"], "all", tmp_path / "all")
+    assert away.provenance["weights"] == here.provenance["weights"]
+    for where in ("blocks on disk", "all but a block"):
+        module = spread(folders["gpt2"], SPREAD[where], tmp_path / where)
+        (away, _) = adopt_model("m", module, families.tokenizer())
+        assert away is not None
         assert away.provenance["weights"] == here.provenance["weights"]
 
 

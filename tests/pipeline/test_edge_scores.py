@@ -224,7 +224,7 @@ def test_passes_have_half_the_rows_when_memory_runs_out(
 def test_scores_continue_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path, fit("validation: 0%, batch: 1", call=CALLS[1]), PATCHES)
+    path = write(tmp_path, fit("validation: 0%, batch: 1"), PATCHES)
     (whole,) = train(path)
     content = (whole.folder / "mask.json").read_bytes()
     score_rows, steps = EdgeRows.score, EdgeScoring.progress.fget

@@ -209,19 +209,18 @@ def test_search_halves_its_passes_when_memory_runs_out(
 
 
 def test_greedy_ablates_the_least_important_edge(tmp_path: Path) -> None:
-    """The first two edges, each compared with all others."""
-    call = "greedy(size: {})"
-    path = write(tmp_path, fit("validation: 50%", call=call.format(10), at=PAIR), PATCHES)
+    """The first two edges, each compared with all others, in one row."""
+    call, one_row = "greedy(size: {})", "validation: 50%, limit: 2"
+    path = write(tmp_path, fit(one_row, call=call.format(10), at=PAIR), PATCHES)
     count = len(open_rows(path, double("llama"))[1].candidates)
-    path = write(tmp_path, fit("validation: 50%", call=call.format(count - 2), at=PAIR), PATCHES)
+    path = write(tmp_path, fit(one_row, call=call.format(count - 2), at=PAIR), PATCHES)
     searched, ids = search(path, "llama")
     every = open_rows(path, double("llama"))[1].candidates
-    mean = measure_by_hand("llama", ids[:1], "from: other", PAIR)
-    other = measure_by_hand("llama", ids[1:], "from: other", PAIR)
+    mean = measure_by_hand("llama", ids, "from: other", PAIR)
     ablated: list[CircuitEdge] = []
     for _ in range(2):
         due = [edge for edge in every if edge not in ablated]
-        means = [(mean([*ablated, edge]) + other([*ablated, edge])) / 2 for edge in due]
+        means = [mean([*ablated, edge]) for edge in due]
         ablated.append(due[int(np.argmax(means))])
     assert {edge for edge, kept in zip(every, searched.kept, strict=True) if not kept} == {*ablated}
     assert searched.measured == 2 * count - 1

@@ -112,7 +112,7 @@ def check_keys(
     """Check that each change of a declaration asks for another training, with other weights.
 
     Args:
-        trains_all: Train after each change, not only after every fourth.
+        trains_all: Train after each change, not only after every eighth.
         used: An experiment that uses what is declared.
         content: What changes with the weights, of a type that `==` compares; nothing by default.
         same: Changes after which the weights may be equal.
@@ -127,7 +127,7 @@ def check_keys(
         expected = untrained(path)
         assert expected not in folders, name
         folders.add(expected)
-        if trains_all or number % 4 == 0:
+        if trains_all or number % 8 == 0:
             (found,) = train(path)
             assert found.folder == expected, name
             assert found.seconds > 0

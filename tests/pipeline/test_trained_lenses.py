@@ -214,7 +214,7 @@ def test_vectors_of_all_layers(side: Any, tmp_path: Path) -> None:
 
 
 def test_training_lowers_the_divergence(tmp_path: Path) -> None:
-    options = "steps: 200, batch: 8, rate: 0.01, validation: 0%"
+    options = "steps: 100, batch: 8, rate: 0.01, validation: 0%"
     (found,) = train(write(tmp_path, fit(options), SEES))
     said = report(found)
     assert (said.held_out_rows, said.held_out_vectors) == (0, 0)

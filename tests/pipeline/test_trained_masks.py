@@ -401,7 +401,7 @@ def test_planted_sites_are_found(name: str, seed: int, tmp_path: Path) -> None:
     site, mask, objective, at = CASES[name]
     call = (
         f"group g = fit(mask({mask}), prompts: planted.train, {objective}, "
-        f"steps: 150, batch: 16, seed: {seed}) at {at} at last token\n"
+        f"steps: 90, batch: 16, seed: {seed}) at {at} at last token\n"
     )
     measure = "measure logit(answer) as delta"
     rule = experiment("ablate g at last token with zero", block="planted.test", measure=measure)

@@ -341,7 +341,7 @@ def write_planted(folder: Path, seed: int, dims: int) -> Path:
     (folder / "planted.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     site = "resid_post layer 0"
     declared = (
-        f"basis d = fit(das(dims: {dims}), prompts: planted.train, from: swapped, steps: 150, "
+        f"basis d = fit(das(dims: {dims}), prompts: planted.train, from: swapped, steps: 90, "
         f"batch: 16, rate: 0.05, seed: {seed}, maximise: logprob(answer of swapped)) at {site}\n"
         f"basis r = random(dims: {dims}) at {site}\n"
     )

@@ -137,7 +137,7 @@ def test_training_equals_manual_loop(inner: str, word: str, penalty: float, tmp_
 
 
 def test_penalty_keeps_scales_near_one(tmp_path: Path) -> None:
-    options = "steps: 60, batch: 4, rate: 0.1, validation: 0%"
+    options = "steps: 30, batch: 4, rate: 0.1, validation: 0%"
     inners = ("scales", "scales(penalty: 3)")
     found = [train(write(tmp_path, fit(options, inner=inner), SCALED)) for inner in inners]
     (free,), (held,) = found

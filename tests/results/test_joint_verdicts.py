@@ -21,7 +21,7 @@ EACH = tuple(f"delta(L0H{cell}) > 0" for cell in range(CELLS))
 """Without an effect, each holds in 2.5 % of files."""
 EFFECTS = (0.0, 0.3, 0.5, 0.6, 0.7, 2.0)
 """In standard deviations; clear, doubtful and none."""
-FILES = 100
+FILES = 50
 
 
 def noise(seed: int, effects: Sequence[float] = (), **values: object) -> ExperimentResult:
@@ -104,7 +104,7 @@ def test_alternatives_hold_as_often_as_one_line() -> None:
 
 def test_an_alternative_holds_at_its_part_of_the_level() -> None:
     checked = {True: 0, False: 0}
-    for seed in range(40):
+    for seed in range(25):
         at_half = holds(noise(seed, EFFECTS, confidence=97.5), EACH[1:3])
         either = holds(noise(seed, EFFECTS), [f"{EACH[1]} or {EACH[2]}"])[0]
         assert either == any(at_half)

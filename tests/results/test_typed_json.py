@@ -67,7 +67,7 @@ def again(written: Any) -> Any:
     return json.loads(json.dumps(written, allow_nan=False))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(VALUES)
 def test_a_value_of_a_row_comes_back(value: Any) -> None:
     kept = Attachments()

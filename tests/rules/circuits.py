@@ -73,39 +73,46 @@ def circuit_pass(
     there = torch.zeros(len(ids), 1, dtype=x.dtype)
     there[list(positions)] = 1
 
+    into = dict[str, list[tuple[str, Any]]]()
+    for (sender, to), share in shares.items():
+        into.setdefault(to, []).append((sender, share))
+
     def seen_by(receiver: str) -> Tensor:
         seen = x + adds.get(receiver, 0)
-        for (sender, to), share in shares.items():
-            if to == receiver:
-                seen = seen + share * there * (fills[sender] - given[sender])
+        for sender, share in into.get(receiver, ()):
+            seen = seen + share * there * (fills[sender] - given[sender])
         return seen[None]
 
     for layer in range(parts.layers):
         block = parts.block(layer)
         first, second = parts.norms(block)
-
-        def projected(which: int, layer: int = layer, block: Any = block, norm: Any = first) -> Any:
-            count = kv if which else parts.heads
-            own = [
-                parts.project(block, norm(seen_by(f"{head(layer, n)}.{'qkv'[which]}")))[which][
-                    0, :, n
-                ]
-                for n in range(count)
-            ]
-            return torch.stack(own, dim=1)[None]
-
-        z = _attended(parts, layer, *map(projected, range(3)))
+        counts = (parts.heads, kv, kv)
+        names = [
+            f"{head(layer, n)}.{letter}"
+            for letter, count in zip("qkv", counts, strict=True)
+            for n in range(count)
+        ]
+        projected = parts.project(block, first(torch.cat([seen_by(name) for name in names])))
+        inputs = torch.arange(len(names)).split(counts)  # of each query, key and value
+        z = _attended(
+            parts,
+            layer,
+            *(
+                every[own, :, range(len(own))].transpose(0, 1)[None]
+                for every, own in zip(projected, inputs, strict=True)
+            ),
+        )
         weight, bias = parts.output(block)
         each = torch.einsum("thd,hdm->htm", z, weight.unflatten(0, (parts.heads, -1)))
-        into = seen_by(mlp(layer)) if parts.parallel else None
+        mlp_input = seen_by(mlp(layer)) if parts.parallel else None
         given |= {
             head(layer, n): each[n] + moves.get(head(layer, n), 0) for n in range(parts.heads)
         }
         x = x + sum(given[head(layer, n)] for n in range(parts.heads))
         x = x + (0 if bias is None else bias)
-        into = seen_by(mlp(layer)) if into is None else into
-        hidden = parts.neurons(block, second(into))
-        given[mlp(layer)] = parts.down(block, second(into) if hidden is None else hidden)[0]
+        mlp_input = seen_by(mlp(layer)) if mlp_input is None else mlp_input
+        hidden = parts.neurons(block, second(mlp_input))
+        given[mlp(layer)] = parts.down(block, second(mlp_input) if hidden is None else hidden)[0]
         given[mlp(layer)] = given[mlp(layer)] + moves.get(mlp(layer), 0)
         x = x + given[mlp(layer)]
     return parts.unembed(parts.final(seen_by(LOGITS)))[0]
