@@ -13,6 +13,7 @@ import re
 import sys
 import sysconfig
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, lru_cache
@@ -138,7 +139,8 @@ def _parsed_imports(content: bytes) -> Iterator[str]:
         tree = ast.parse(content)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return  # an unparsable file can't be imported either
-    for node in ast.walk(tree):
+    calls = b"import_module" in content or b"__import__" in content
+    for node in ast.walk(tree) if calls else _statements(tree):
         match node:
             case ast.Import(names=names):
                 yield from (each.name.partition(".")[0] for each in names)
@@ -151,6 +153,16 @@ def _parsed_imports(content: bytes) -> Iterator[str]:
                 yield module.partition(".")[0]
             case _:
                 pass
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield the statements of a module in the order of `ast.walk`, which visits expressions too."""
+    left = deque([tree])
+    while left:
+        node = left.popleft()
+        yield node
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            left.extend(getattr(node, name, ()))
 
 
 def _of_module(name: str) -> Iterator[tuple[str, str, bytes]]:
