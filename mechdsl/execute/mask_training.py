@@ -63,6 +63,7 @@ from mechdsl.forward.hooks.circuits import compute_edge_scores
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
+from mechdsl.planner.rows import number_edge_ends
 from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_scored_rows, count_single_rows
 from mechdsl.program.trainers import EdgeScoreTrainer, EdgeSearchTrainer, MaskTrainer
 from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph
@@ -274,7 +275,7 @@ class EdgeMaskRows(VectorMaskRows):
     @cached_property
     def _senders(self) -> dict[SiteLayer, tuple[int, ...]]:
         """The units of all senders, in forward order."""
-        return dict(group_senders(self.candidates))
+        return dict(group_senders(number_edge_ends(self.candidates)[0].points))
 
     @property
     def _written(self) -> Sequence[SiteLayer]:

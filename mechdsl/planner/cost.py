@@ -38,6 +38,7 @@ from mechdsl.planner.plan import (
     is_read_only,
 )
 from mechdsl.planner.rows import (
+    EdgeEnds,
     RaggedColumn,
     RowTable,
     RulePlan,
@@ -206,9 +207,8 @@ class RowSharer:
             tuple(pairs[i] for i in _list(rule.points, key))
             for key in range(len(rule.points.offsets) - 1)
         ]
-        if rule.rule.circuit is not None:  # without the last one, where it doesn't act
-            for key, edges in enumerate(rule.rule.circuit.edges.values()):
-                points[key] = frozenset(edges)
+        for key, ends in enumerate(rule.edge_ends):  # without the last one, where it doesn't act
+            points[key] = self._edges(*ends)
         receivers = None
         if rule.paths is not None:
             paths = rule.paths
@@ -239,6 +239,14 @@ class RowSharer:
             self._coordinates(rule),
             receivers,
         )
+
+    def _edges(self, senders: EdgeEnds, receivers: EdgeEnds) -> Hashable:
+        """Return what is equal for equal sets of edges."""
+        of, to = (
+            np.array([self._number(point) for point in ends.points], dtype=np.int64)[ends.of_edge]
+            for ends in (senders, receivers)
+        )
+        return "edges", np.unique((of << 32) + to).tobytes()
 
     def _directions(self, rule: RulePlan) -> Ints | None:
         """Return a number for each cell's direction. Shape [cell]."""

@@ -103,8 +103,8 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
 PLAN_PASSES: tuple[PlanPass, ...] = (
     PlanPass(
         name="inert",
-        leaves_out="rows that can't differ from the base run; of an ablated circuit, edges and "
-        "MLPs that give what the ablated edges carry",
+        leaves_out="rows that can't differ from the base run; of an ablated circuit, edges, "
+        "heads and MLPs that give what the ablated edges carry",
         why="every vector that they write equals the base run's, or no measure can depend on it; "
         "the test uses tokens and positions, never floats; besides, rows that change only features "
         "of a dictionary that are 0 before and after, which is known when the model runs; a node "

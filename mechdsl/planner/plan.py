@@ -53,7 +53,6 @@ from mechdsl.planner.rows import (
     find_inert_writes,
     inert_cells,
     inert_rows,
-    number_edge_ends,
 )
 from mechdsl.program.spec import SEED_AXIS, Generation
 from mechdsl.prompts.rows import PromptTable
@@ -94,7 +93,7 @@ class ReconstructedSpot:
     """Number of its basis."""
 
 
-VECTORS_PER_TOKEN = 16
+VECTORS_PER_TOKEN = 32
 """Vectors of the width of the stream that a pass without a circuit stores per token."""
 
 
@@ -148,8 +147,7 @@ class ExperimentPlan:
         stores the outputs of all senders and the inputs of a block's receivers."""
         senders = receivers = 0
         for plan in self.rules:
-            for edges in () if plan.rule.circuit is None else plan.rule.circuit.edges.values():
-                of, to = number_edge_ends(edges)
+            for of, to in plan.edge_ends:
                 senders = max(senders, len(of.points))
                 layers = Counter(point.layer for point in to.points)
                 receivers = max(receivers, *layers.values())

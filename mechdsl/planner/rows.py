@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -245,6 +246,12 @@ class RulePlan:
         if self.key_of_cell is None:
             return found
         return found + (ALL_TOKENS + 1) * self.keys_follow[self.key_of_cell[rows.cell]]
+
+    @cached_property
+    def edge_ends(self) -> tuple[tuple[EdgeEnds, EdgeEnds], ...]:
+        """The senders and the receivers of the edges that it ablates, for each circuit."""
+        circuit = self.rule.circuit
+        return () if circuit is None else tuple(map(number_edge_ends, circuit.edges.values()))
 
     @property
     def placed(self) -> Iterator[tuple[Sequence[PositionCell], Ints]]:

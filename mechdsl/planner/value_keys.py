@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import cast
 
 import numpy as np
@@ -15,7 +15,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.base.hashing import digest, digest_number
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.planner.plan import ExperimentPlan, ReconstructedSpot, WholeCells, cell_sites
-from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits
+from mechdsl.planner.rows import EdgeEnds, RaggedColumn, RowTable, RulePlan, TokenHits
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.prompts.answers import TokenSets
 from mechdsl.prompts.rows import PromptTable
@@ -592,11 +592,7 @@ class ExperimentKeys:
                 ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
             if rule.rule.circuit is not None:
-                edges = [
-                    digest(b"".join(_written(end) for edge in own for end in edge))
-                    for own in rule.rule.circuit.edges.values()
-                ]
-                own = [*edges, b""]  # the last one: where it doesn't act
+                own = [*map(_digest_edges, rule.edge_ends), b""]  # the last one: it doesn't act
                 parts.append([own[site] for site in rule.site_of_cell.tolist()])
             if rule.active is not None:  # where it doesn't act, the key omits it
                 acts = rule.active.tolist()
@@ -707,6 +703,16 @@ def _static(rule: ResolvedRule) -> bytes:
 def _written(point: SitePoint) -> bytes:
     """Encode a site, of which there may be tens of thousands (neurons)."""
     return f"{point.site} {point.layer} {point.unit};".encode()
+
+
+def _digest_edges(ends: tuple[EdgeEnds, EdgeEnds]) -> bytes:
+    """Return a digest of edges, each written as its sender and its receiver."""
+    columns = [
+        [written[number] for number in own.of_edge.tolist()]
+        for own in ends
+        for written in [[_written(point) for point in own.points]]
+    ]
+    return digest(b"".join(chain.from_iterable(zip(*columns, strict=True))))
 
 
 def _inserted(bases: Sequence[bytes], own: Coordinates) -> tuple[object, ...]:

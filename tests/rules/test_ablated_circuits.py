@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.forward.hooks.batch import CircuitWrite
-from mechdsl.forward.hooks.settled import settle_circuit
+from mechdsl.forward.hooks.settled import CircuitSettler
 from mechdsl.models.shape import ModelShape
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.resolve.circuits import (
@@ -203,6 +203,29 @@ def test_ablated_edges_carry_the_fill(data: Path, name: str, mode: str, key: str
     agree(found, (), {(): values}, unpatched(name, case.base), most=False, precise=True, large=1e-2)
 
 
+SHARES = (0.05, 0.5, 0.9)
+"""Of the edges that a circuit keeps: most nodes are settled, some, none."""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox", "gpt_oss"), list(MODES))
+)
+def test_random_edges_of_any_number_carry_another_run(data: Path, name: str, mode: str) -> None:
+    """Each head reads a different sum, or its output is that of the run."""
+    every = sorted(edges(name)[2])
+    random = np.random.default_rng(0)
+    kept = [frozenset(edge for edge in every if random.random() < share) for share in SHARES]
+    text = "".join(
+        f"circuit c{n} = {', '.join(f'{of} -> {to}' for of, to in sorted(own))}\n"
+        + experiment(f"e{n}", f"ablate all but c{n} at tokens * with other")
+        for n, own in enumerate(kept)
+    )
+    found = run_file(text, data, name, mode, precise=True)
+    for n, own in enumerate(kept):
+        values = expected(name, Case("", "other"), {}, frozenset(every) - own)
+        np.testing.assert_allclose(found[f"e{n}"].measures[0].patched[0], values, atol=1e-5)
+
+
 # --- effects --------------------------------------------------------------------------------------
 
 CASES_OF_EFFECTS = {
@@ -346,27 +369,55 @@ SETTLED = {
 
 
 @pytest.mark.parametrize("key", SETTLED)
-def test_circuit_skips_mlps_only_where_their_output_is_the_fill(
+def test_circuit_skips_nodes_only_where_their_output_is_the_fill(
     data: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    """`c` has MLPs without a path from the embedding, and others without one to the logits."""
+    """`c` has nodes without a path from the embedding, and others without one to the logits."""
     rules, skips = SETTLED[key]
-    seen: list[int] = []
+    seen, heads = list[int](), set[tuple[int | None, int]]()
+    settle = CircuitSettler.settle
 
     def spy(*given: Any) -> CircuitWrite:
-        found = settle_circuit(*given)
+        found = settle(*given)
         seen.extend(found.outputs)
+        heads.update((fill.where.layer, unit) for fill in found.heads for unit in fill.units)
         return found
 
-    monkeypatch.setattr("mechdsl.execute.patching.rows.settle_circuit", spy)
+    monkeypatch.setattr(CircuitSettler, "settle", spy)
     measure = "measure cosine(L1.mlp, clean) as raw" if key == "read site" else DIFFERENCE
     text = CIRCUIT + experiment("e", *rules, measure=measure)
     found = run_file(text, data, "gpt2", "planned", precise=True)["e"].measures[0].patched
     assert set(seen) == ({0, 1, 2} if skips else set())
+    every = {(layer, unit) for layer in range(3) for unit in range(4)}
+    assert heads == (every - {(0, 1)} if skips else set())
     del seen[:]
     whole = run_file(text, data, "gpt2", "plain", precise=True)["e"].measures[0].patched
     assert not seen
     np.testing.assert_allclose(found, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_projection_is_computed_only_where_a_head_needs_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The circuit has no path from the embedding, so that every head gives its fill."""
+    tokens: list[int] = []
+    block = double(name).get_submodule({"gpt2": "transformer.h.1", "llama": "model.layers.1"}[name])
+    module = block.attn.c_attn if name == "gpt2" else block.self_attn.k_proj
+    compute = module.forward
+
+    def counted(hidden: Tensor) -> Tensor:
+        tokens.append(hidden[..., 0].numel())
+        return compute(hidden)
+
+    monkeypatch.setattr(module, "forward", counted)
+    text = "circuit c = L2.mlp -> logits\n"
+    counts: list[int] = []
+    for rule in ("ablate c at tokens * with other", "ablate all but c at tokens * with other"):
+        run_file(text + experiment("e", rule), data, name, "planned", precise=True)
+        counts.append(sum(tokens))
+        tokens.clear()
+    assert counts[0] - counts[1] == sum(len(each.ids) for each in rows("clean"))
 
 
 def test_fills_are_an_axis_and_rows_may_start_from_a_run(data: Path) -> None:

@@ -82,7 +82,7 @@ from mechdsl.forward.hooks.model import (
     replace_blocks,
     select_row_logits,
 )
-from mechdsl.forward.hooks.settled import settle_circuit, skip_mlps
+from mechdsl.forward.hooks.settled import CircuitSettler
 from mechdsl.forward.hooks.weight_maps import FrozenNorms
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.models.restart import HeldSublayers
@@ -471,6 +471,7 @@ class Patcher:
         self.systems = [each.directions.systems for each in means_and_donors]
         self.runs = runs
         self.model = runs.model
+        self._settler = CircuitSettler(self.model)
 
     def values(
         self,
@@ -889,8 +890,7 @@ class Patcher:
                 stack.enter_context(fuse_activations(self.model.module))
             if self.plan.skips_inert and alone and self._settles(rows):
                 lengths = batch.lengths.numpy()
-                circuits = [settle_circuit(self.model, each, lengths) for each in circuits]
-                stack.enter_context(skip_mlps(self.model, batch, circuits))
+                circuits = [self._settler.settle(each, lengths) for each in circuits]
             yield circuits
 
     def _settles(self, rows: PassRows) -> bool:

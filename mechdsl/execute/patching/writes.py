@@ -38,15 +38,15 @@ from mechdsl.planner.rows import (
     ALL_UNITS,
     NEWEST_TOKEN,
     NO_TOKENS,
+    EdgeEnds,
     RowTable,
     RulePlan,
     count_columns,
     expand_units,
-    number_edge_ends,
     point_units,
 )
 from mechdsl.resolve.bases import CoordinateChange
-from mechdsl.resolve.types import CircuitEdge, SiteLayer, SitePoint
+from mechdsl.resolve.types import SiteLayer, SitePoint
 from mechdsl.vocab.sites import SITES, write_order
 
 
@@ -136,11 +136,11 @@ class RuleInputs:
     )
     """The circuits that passes have ablated, by number of the rule and of the circuit."""
 
-    def tabulate(self, rule: int, number: int, edges: Sequence[CircuitEdge]) -> EdgeTable:
-        """Return the edges of a circuit, which are counted once for all passes."""
-        found = self.edges.get((rule, number))
+    def tabulate(self, rule: RulePlan, number: int) -> EdgeTable:
+        """Return the edges of a rule's circuit, which are counted once for all passes."""
+        found = self.edges.get((rule.number, number))
         if found is None:
-            found = self.edges[rule, number] = _tabulate(edges)
+            found = self.edges[rule.number, number] = _tabulate(*rule.edge_ends[number])
         return found
 
     def made_with(self, rule: int, text: Continuation | None) -> CellVectors | None:
@@ -590,7 +590,7 @@ def _iter_circuits(
             if number == len(edges) or not edges[number]:  # the rule doesn't act there
                 continue
             own = np.flatnonzero(which == number)
-            table = means_and_donors.tabulate(rule.number, number, edges[number])
+            table = means_and_donors.tabulate(rule, number)
             asked = _RuleVectors(
                 rule,
                 table.senders[0][0],
@@ -626,9 +626,10 @@ def _name_source(rule: RulePlan, every: _WriteTokens, own: Ints) -> str:
     return rule.rule.run if same else ""
 
 
-def group_senders(edges: Sequence[CircuitEdge]) -> Iterator[tuple[SiteLayer, tuple[int, ...]]]:
+def group_senders(
+    senders: Sequence[SitePoint],
+) -> Iterator[tuple[SiteLayer, tuple[int, ...]]]:
     """Yield the senders of edges in forward order, with the heads of each layer together."""
-    senders = number_edge_ends(edges)[0].points
     places = {(sender.site, sender.layer) for sender in senders}
     for place in sorted(places, key=lambda place: write_order(*place)):
         own = {s.unit or 0 for s in senders if (s.site, s.layer) == place}
@@ -644,9 +645,8 @@ def _fill(asked: _RuleVectors, units: tuple[int, ...]) -> Tensor:
     return values.unflatten(0, (len(asked.chosen), len(units)))
 
 
-def _tabulate(edges: Sequence[CircuitEdge]) -> EdgeTable:
-    places = tuple(group_senders(edges))
-    senders, receivers = number_edge_ends(edges)
+def _tabulate(senders: EdgeEnds, receivers: EdgeEnds) -> EdgeTable:
+    places = tuple(group_senders(senders.points))
     columns = {where: n for n, where in enumerate((*p, unit) for p, own in places for unit in own)}
     column = np.array([columns[of.site, of.layer, of.unit or 0] for of in senders.points])
     mask = torch.zeros(len(receivers.points), len(columns))

@@ -615,6 +615,8 @@ class CircuitWrite:
     """The run whose values at the same tokens are the fills; empty if they are others."""
     outputs: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     """[K, d_model] outputs of MLPs, by layer, which aren't computed at these tokens."""
+    heads: tuple[SenderFill, ...] = ()
+    """Heads whose outputs are written, not computed; the tokens are then all of their rows."""
 
     def moved(self, rows: Tensor) -> CircuitWrite:
         """Renumber rows: row i becomes row `rows[i]`."""

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +44,11 @@ from mechdsl.forward.hooks.hook_points import (
     get_linear_map,
     get_scale,
     put_layout,
+    undo_scale,
     view_layout,
 )
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.module_exchange import load_weights, replace_forward
 from mechdsl.models.anatomy import HookPoint, HookSide, TensorLayout
 from mechdsl.models.block import linear_sizes, unwrap_adapter
 from mechdsl.models.shape import unit_count
@@ -52,6 +56,13 @@ from mechdsl.vocab.sites import SITES, write_order
 
 ATTENTION_INPUTS = ("q", "k", "v")
 """Inputs of a head, as receivers of edges."""
+
+_SHARED = 0.5
+"""Share of the heads of a projection that read its input; below it, the heads are computed instead
+of the projection."""
+
+_REPLACED = -1
+"""Number of the input of a projection whose output isn't used."""
 
 _SAME_INPUT = 1e-2
 """Largest difference between the input of a projection and the norm of the stream, relative to the
@@ -131,6 +142,84 @@ def _find_projection(model: LoadedModel, site: str, layer: int) -> tuple[str, Te
     if tap.path not in block.projections and sizes[1] != layout.end:
         return None
     return path, layout
+
+
+def _list_projections(model: LoadedModel, layer: int) -> dict[str, dict[str, TensorLayout]]:
+    """Return the linear maps to queries, keys and values of a block, and the layouts of these in
+    their outputs."""
+    found: dict[str, dict[str, TensorLayout]] = {}
+    for site in ATTENTION_INPUTS:
+        projection = _find_projection(model, site, layer)
+        if projection is not None:
+            path, layout = projection
+            found.setdefault(path, {})[site] = layout
+    return found
+
+
+def _is_made_of(model: LoadedModel, path: str, layouts: Mapping[str, TensorLayout]) -> bool:
+    """Return whether a linear map has no other outputs than queries, keys and values."""
+    sizes = linear_sizes(unwrap_adapter(model.module.get_submodule(path)))
+    return sizes is not None and sizes[1] == sum(own.units * own.width for own in layouts.values())
+
+
+@torch.no_grad()
+def _compute_bias(module: nn.Module, nothing: Tensor) -> Tensor:
+    """Return the output of a linear map for zeros.
+
+    Args:
+        nothing: […, in] zeros.
+    """
+    # The class's own forward, because the instance's may leave out tokens.
+    forward: Any = type(module).forward
+    with load_weights(unwrap_adapter(module)):
+        return forward(module, nothing)
+
+
+@dataclass(frozen=True, eq=False)
+class SkippedTokens:
+    """Tokens at which a module isn't computed."""
+
+    rows: Tensor
+    columns: Tensor
+    """[K] each, indices into its input."""
+    vectors: Tensor | None
+    """[K, out] its output there; None if nothing depends on it."""
+
+
+@contextmanager
+def skip_modules(model: LoadedModel, circuits: Sequence[CircuitHooks]) -> Generator[None]:
+    """Compute modules only at the tokens that circuits need, while the context is open."""
+    by_path: dict[str, list[SkippedTokens]] = defaultdict(list)
+    for circuit in circuits:
+        for path, skipped in circuit.skipped():
+            by_path[path].append(skipped)
+    with ExitStack() as stack:
+        for path, parts in by_path.items():
+            module = model.module.get_submodule(path)
+            stack.enter_context(replace_forward(module, _PartialForward(module, parts)))
+        yield
+
+
+class _PartialForward:
+    """The forward of a module [B, T, in] → [B, T, out] that skips some tokens."""
+
+    def __init__(self, module: nn.Module, parts: Sequence[SkippedTokens]) -> None:
+        self.forward, self.parts = module.forward, parts
+        sizes = linear_sizes(module)
+        self.width = None if sizes is None else sizes[1]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        due = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        for part in self.parts:
+            due[part.rows.to(due.device), part.columns.to(due.device)] = False
+        found = hidden.new_zeros(*hidden.shape[:2], self.width or hidden.shape[2])
+        if bool(due.any()):
+            found[due] = self.forward(hidden[due][None])[0]
+        for part in self.parts:
+            if part.vectors is not None:
+                index = part.rows.to(due.device), part.columns.to(due.device)
+                found[index] = part.vectors.to(found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -314,6 +403,10 @@ class CircuitHooks(ABC):
         layer_order, order = write_order(site, layer)
         return self._add((tap.path, tap.side, tap.item), (layer_order, order + 2), step)
 
+    def skipped(self) -> Iterator[tuple[str, SkippedTokens]]:
+        """Yield the modules whose output isn't needed at some tokens, by path."""
+        return iter(())
+
     @abstractmethod
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
         """Keep [unit, K, d_model]: what the stream would gain with the fills of senders."""
@@ -429,8 +522,50 @@ class _WriteHooks(CircuitHooks):
         self._normed_layer = -1
         self._normed_of_layer = torch.empty(0)
         """[input, K, d_model] of the heads of that block, after its norm."""
+        self._heads, self._outputs_of_mlps = write.heads, write.outputs
+        self._replaced: list[str] = []
+        """Projections whose output is replaced."""
         self._begun: dict[int, tuple[Tensor, int]] = {}
         """Of an MLP, [K, d_model] the changes of the senders before its block, and their number."""
+
+    def steps(self) -> Iterator[CircuitStep]:
+        for fill in self._heads:
+            yield self._written_heads(fill)
+        yield from super().steps()
+
+    def _written_heads(self, fill: SenderFill) -> CircuitStep:
+        """Write the outputs of heads that aren't computed."""
+        tap = self.model.tap("z", fill.where.layer)
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            value = value.clone(memory_format=torch.contiguous_format)
+            view = view_layout(value, tap.layout)
+            index = self._rows.to(view.device)[:, None], self._columns.to(view.device)[:, None]
+            units = to_device(torch.tensor(fill.units), view.device)
+            view[*index, units[None]] = to_device(fill.values, view.device).to(view)
+            put_layout(value, tap.layout, view)
+            return value
+
+        by_heads = tap.layout.axes != "flat"
+        spot = tap.path, tap.side, tap.item
+        return self._add(spot, write_order("z", fill.where.layer), step, by_heads=by_heads)
+
+    def skipped(self) -> Iterator[tuple[str, SkippedTokens]]:
+        """Yield the modules whose output isn't needed at the tokens of the circuit."""
+        index = self._rows, self._columns
+        for layer, vectors in self._outputs_of_mlps.items():
+            tap = self.model.tap("mlp_out", layer)
+            scale = get_scale(self.model.module, tap)
+            yield tap.path, SkippedTokens(*index, undo_scale(vectors, scale))
+        for path in self._replaced:
+            yield path, SkippedTokens(*index, None)
+        for fill in self._heads:
+            layer = fill.where.layer
+            assert layer is not None
+            if len(fill.units) == unit_count(self.model.shape, "z", layer):
+                for path, layouts in _list_projections(self.model, layer).items():
+                    if _is_made_of(self.model, path, layouts):
+                        yield path, SkippedTokens(*index, None)
 
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
         columns = self._senders[where]
@@ -542,23 +677,25 @@ class _WriteHooks(CircuitHooks):
         """Yield a step that gives the projection the most common input of its heads, and one that
         computes the others as if each had its own projection."""
         inputs, heads = self._number_inputs(layer), list[tuple[TensorLayout, list[int]]]()
-        for site in ATTENTION_INPUTS:
-            found = _find_projection(self.model, site, layer)
-            if found is not None and found[0] == path:
-                numbers = [0] * unit_count(self.model.shape, site, layer)
-                for row, number in inputs.of_receiver.items():
-                    where, head = self._receivers[row]
-                    if where.site == site:
-                        numbers[head] = number
-                heads.append((found[1], numbers))
+        layouts = _list_projections(self.model, layer)[path]
+        for site, layout in layouts.items():
+            numbers = [0] * unit_count(self.model.shape, site, layer)
+            for row, number in inputs.of_receiver.items():
+                where, head = self._receivers[row]
+                if where.site == site:
+                    numbers[head] = number
+            heads.append((layout, numbers))
         common = 0
-        sizes = linear_sizes(unwrap_adapter(self.model.module.get_submodule(path)))
-        if sizes is not None and sizes[1] == sum(len(n) * layout.width for layout, n in heads):
-            common, _ = Counter(n for _, numbers in heads for n in numbers).most_common(1)[0]
+        if _is_made_of(self.model, path, layouts):
+            every = [n for _, numbers in heads for n in numbers]
+            common, count = Counter(every).most_common(1)[0]
+            if count < _SHARED * len(every):
+                common = _REPLACED
+                self._replaced.append(path)
 
         def before(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             normed = self._normed_inputs(layer, value)
-            return self._put(value, normed[common]) if common else value
+            return self._put(value, normed[common]) if common > 0 else value
 
         def after(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return self._project(heads, common, value, module)
@@ -582,7 +719,7 @@ class _WriteHooks(CircuitHooks):
             value: [B, T, out]
         """
         weight, normed = get_linear_map(module), self._normed_of_layer
-        bias = module.forward(weight.new_zeros(1, 1, len(weight)))
+        bias = _compute_bias(module, weight.new_zeros(1, 1, len(weight)))
         value = value.clone(memory_format=torch.contiguous_format)
         index = self._rows.to(value.device)[:, None], self._columns.to(value.device)[:, None]
         for layout, numbers in heads:

@@ -40,7 +40,7 @@ from mechdsl.forward.hooks.batch import (
     indices_to_device,
     to_device,
 )
-from mechdsl.forward.hooks.circuits import open_circuit
+from mechdsl.forward.hooks.circuits import open_circuit, skip_modules
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
@@ -855,7 +855,8 @@ class SiteHooks:
                     handles.append(module.register_forward_pre_hook(_stop_pass))
                 else:
                     handles.append(module.register_forward_hook(_stop_pass))
-            yield
+            with skip_modules(self.model, self._circuits):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

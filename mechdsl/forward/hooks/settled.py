@@ -1,26 +1,25 @@
 """Nodes of a circuit whose output is that of the run which ablated edges carry.
 
 If every edge into a node carries the values of a run at all tokens, its output is that of the run.
-Edges from it then change nothing: their columns are removed from the mask, and the output of an MLP
-is the fill. A node without a path to the logits may have any output, so it reads ablated edges too.
+Edges from it then change nothing: their columns are removed from the mask, and the output of a head
+or MLP is the fill. A node without a path to the logits may have any output, so it reads ablated
+edges too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
-from mechdsl.forward.hooks.batch import CircuitWrite, SiteRead, TokenFrame, indices_to_device
+from mechdsl.forward.hooks.batch import CircuitWrite, SenderFill, SiteRead
 from mechdsl.forward.hooks.circuits import find_norms_after
-from mechdsl.forward.hooks.hook_points import get_scale, undo_scale
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.forward.hooks.module_exchange import replace_forward
 from mechdsl.models.shape import unit_count
 
 Node = tuple[SiteRead, int]
@@ -78,58 +77,124 @@ class _Graph:
                 found[self.inputs[sender]] = True
         return found
 
-
-def settle_circuit(model: LoadedModel, write: CircuitWrite, lengths: Ints) -> CircuitWrite:
-    """Return a circuit that gives the same logits with fewer senders and computed MLPs.
-
-    Args:
-        write: Its fills are the values of a run of the same model at the same tokens, on prompts of
-            equal length; nothing else is written in its rows, and only logits are read.
-        lengths: [row of the batch] tokens.
-    """
-    rows = np.unique(write.rows.numpy())
-    if len(write.rows) != lengths[rows].sum() or find_norms_after(model):
-        return write
-    graph = _Graph(model)
-    column = {node: n for n, node in enumerate(graph.senders)}
-    place = {node: n for n, node in enumerate(graph.receivers)}
-    columns = [column[fill.where, unit] for fill in write.fills for unit in fill.units]
-    kept = graph.before.copy()
-    kept[np.ix_([place[each] for each in write.receivers], columns)] &= write.mask.numpy() == 0
-    filled = np.isin(np.arange(len(column)), columns)
-    kept[np.ix_(~graph.reach_logits(kept), filled)] = False
-    settled = graph.settle(kept)
-    skipped = {
-        layer: fill.values[:, 0]
-        for fill in write.fills
-        if fill.where.site == "mlp_out"
-        and settled[column[fill.where, 0]]
-        and (layer := fill.where.layer) is not None
-        and _is_plain_mlp(model, layer)
-    }
-    fills = [
-        replace(fill, units=tuple(fill.units[n] for n in own), values=fill.values[:, own])
-        for fill in write.fills
-        if (own := [n for n, u in enumerate(fill.units) if not settled[column[fill.where, u]]])
-    ]
-    columns = [column[fill.where, unit] for fill in fills for unit in fill.units]
-    ablated = (graph.before & ~kept)[:, columns]
-    receivers = [
-        n
-        for n, (where, _) in enumerate(graph.receivers)
-        if ablated[n].any() and not (where.site == "mlp_norm" and where.layer in skipped)
-    ]
-    return replace(
-        write,
-        fills=tuple(fills),
-        receivers=tuple(graph.receivers[n] for n in receivers),
-        mask=torch.from_numpy(ablated[receivers]).to(write.mask),
-        outputs=skipped,
-    )
+    def read_by(self, computed: Bools) -> Bools:
+        """Return [receiver]: whether the logits or one of these senders are computed from it."""
+        found = np.zeros(len(self.receivers), dtype=np.bool_)
+        found[-1] = True
+        for sender in np.flatnonzero(computed):
+            found[self.inputs[sender]] = True
+        return found
 
 
-def _is_plain_mlp(model: LoadedModel, layer: int) -> bool:
+@dataclass(frozen=True, eq=False)
+class _Settled:
+    """What is left of some edges."""
+
+    units: tuple[tuple[int, ...], ...]
+    """Of each fill, the indices of the units that change with the stream."""
+    heads: tuple[tuple[int, ...], ...]
+    """Of each fill, the indices of the heads whose output is written."""
+    mlps: tuple[bool, ...]
+    """Of each fill, whether it is the output of an MLP that isn't computed."""
+    receivers: tuple[Node, ...]
+    mask: Tensor
+
+
+class CircuitSettler:
+    """Removes the nodes of circuits whose output is that of the run; edges are examined once."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self._found: dict[int, tuple[Tensor, _Settled]] = {}
+        """By identity of the mask, which is kept so that no other tensor gets it."""
+
+    @cached_property
+    def _graph(self) -> _Graph:
+        return _Graph(self.model)
+
+    def settle(self, write: CircuitWrite, lengths: Ints) -> CircuitWrite:
+        """Return a circuit that gives the same logits with fewer senders, heads and MLPs.
+
+        Args:
+            write: Its fills are the values of a run of the same model at the same tokens, on
+                prompts of equal length; nothing else is written in its rows, and only logits are
+                read. Writes with one mask have the same senders and receivers.
+            lengths: [row of the batch] tokens.
+        """
+        rows = np.unique(write.rows.numpy())
+        if len(write.rows) != lengths[rows].sum() or find_norms_after(self.model):
+            return write
+        number = id(write.mask)
+        if number not in self._found:
+            self._found[number] = write.mask, self._examine(write)
+        _, found = self._found[number]
+        outputs = {
+            fill.where.layer: fill.values[:, 0]
+            for fill, skipped in zip(write.fills, found.mlps, strict=True)
+            if skipped and fill.where.layer is not None
+        }
+        return replace(
+            write,
+            fills=tuple(_take_units(write.fills, found.units)),
+            receivers=found.receivers,
+            mask=found.mask,
+            outputs=outputs,
+            heads=tuple(_take_units(write.fills, found.heads)),
+        )
+
+    def _examine(self, write: CircuitWrite) -> _Settled:
+        graph, fills = self._graph, write.fills
+        column = {node: n for n, node in enumerate(graph.senders)}
+        place = {node: n for n, node in enumerate(graph.receivers)}
+        columns = [column[fill.where, unit] for fill in fills for unit in fill.units]
+        kept = graph.before.copy()
+        kept[np.ix_([place[each] for each in write.receivers], columns)] &= write.mask.numpy() == 0
+        filled = np.isin(np.arange(len(column)), columns)
+        kept[np.ix_(~graph.reach_logits(kept), filled)] = False
+        settled = graph.settle(kept)
+        own = [[column[fill.where, unit] for unit in fill.units] for fill in fills]
+        units = [tuple(n for n, node in enumerate(nodes) if not settled[node]) for nodes in own]
+        heads = [
+            tuple(n for n, node in enumerate(nodes) if settled[node] and fill.where.site == "z")
+            for fill, nodes in zip(fills, own, strict=True)
+        ]
+        mlps = [
+            fill.where.site == "mlp_out"
+            and bool(settled[nodes[0]])
+            and _is_plain_mlp(self.model, fill.where.layer)
+            for fill, nodes in zip(fills, own, strict=True)
+        ]
+        computed = np.ones(len(graph.senders), dtype=np.bool_)
+        for nodes, written, skipped in zip(own, heads, mlps, strict=True):
+            computed[[nodes[n] for n in written]] = False
+            computed[nodes] &= not skipped
+        left = [nodes[n] for nodes, index in zip(own, units, strict=True) for n in index]
+        ablated = (graph.before & ~kept)[:, left]
+        due = graph.read_by(computed) & ablated.any(axis=1)
+        return _Settled(
+            tuple(units),
+            tuple(heads),
+            tuple(mlps),
+            tuple(graph.receivers[n] for n in np.flatnonzero(due)),
+            torch.from_numpy(ablated[due]).to(write.mask),
+        )
+
+
+def _take_units(
+    fills: Sequence[SenderFill], chosen: Sequence[tuple[int, ...]]
+) -> Iterator[SenderFill]:
+    """Yield fills with some of their units, without those that have none."""
+    for fill, own in zip(fills, chosen, strict=True):
+        if len(own) == len(fill.units):
+            yield fill
+        elif own:
+            units = tuple(fill.units[n] for n in own)
+            yield replace(fill, units=units, values=fill.values[:, list(own)])
+
+
+def _is_plain_mlp(model: LoadedModel, layer: int | None) -> bool:
     """Return whether the MLP is a module from a token's vector to what is added to the stream."""
+    assert layer is not None
     block = model.anatomy.blocks[layer]
     tap = block.taps["mlp_out"]
     plain = (tap.side, tap.item, tap.layout.axes) == (
@@ -138,48 +203,3 @@ def _is_plain_mlp(model: LoadedModel, layer: int) -> bool:
         "flat",
     ) and "router" not in block.taps
     return plain and block.mlp == (tap.path,)
-
-
-@contextmanager
-def skip_mlps(
-    model: LoadedModel, frame: TokenFrame, circuits: Sequence[CircuitWrite]
-) -> Generator[None]:
-    """Return the given outputs of MLPs, and compute only the others, while the context is open."""
-    with ExitStack() as stack:
-        for layer in sorted({layer for circuit in circuits for layer in circuit.outputs}):
-            tap = model.tap("mlp_out", layer)
-            parts = [
-                (index, undo_scale(circuit.outputs[layer], get_scale(model.module, tap)))
-                for circuit in circuits
-                if layer in circuit.outputs
-                for index in [_locate(model, frame, circuit)]
-            ]
-            module = model.module.get_submodule(tap.path)
-            stack.enter_context(replace_forward(module, _Partial(module, parts)))
-        yield
-
-
-def _locate(model: LoadedModel, frame: TokenFrame, circuit: CircuitWrite) -> tuple[Tensor, Tensor]:
-    rows, columns, _ = frame.locate("resid_pre", 0, "", circuit.rows, circuit.positions)
-    rows, columns = indices_to_device((rows, columns), model.device)
-    return rows, columns
-
-
-class _Partial:
-    """The forward of an MLP with outputs that are given."""
-
-    def __init__(
-        self, module: nn.Module, parts: Sequence[tuple[tuple[Tensor, Tensor], Tensor]]
-    ) -> None:
-        self.forward, self.parts = module.forward, parts
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        due = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        for (rows, columns), _ in self.parts:
-            due[rows.to(due.device), columns.to(due.device)] = False
-        found = torch.empty_like(hidden)
-        if bool(due.any()):
-            found[due] = self.forward(hidden[due][None])[0]
-        for (rows, columns), vectors in self.parts:
-            found[rows.to(due.device), columns.to(due.device)] = vectors.to(found)
-        return found
