@@ -59,8 +59,8 @@ def _matches_device(device: torch.device, name: int | str) -> bool:
 
 @contextmanager
 def restore_models(models: Iterable[object]) -> Generator[None]:
-    """Put models into eval mode, and restore them and the random state on exit, also after errors
-    and interrupts.
+    """Put models into eval mode without gradient checkpointing, and restore them and the random
+    state on exit, also after errors and interrupts.
 
     The context restores each module's attributes (training mode, hooks, which tensors are its
     parameters and buffers) and all values of its config. It doesn't copy values of weights. What is
@@ -77,6 +77,7 @@ def restore_models(models: Iterable[object]) -> Generator[None]:
         # A check restores what it changes, so a later step can't rely on its eval mode.
         for part in parts.values():
             part.training = False
+            _disable_checkpointing(part)
         name_outputs(parts.values())
         yield
 
@@ -86,6 +87,21 @@ def name_outputs(modules: Iterable[nn.Module]) -> None:
     for config in _list_configs(modules):
         if not getattr(config, "return_dict", True):
             config.return_dict = True
+
+
+def _disable_checkpointing(part: nn.Module) -> None:
+    """Remove what transformers adds to a module for gradient checkpointing, which only acts in
+    training mode; models with and without it are then identified as one."""
+    held = vars(part)
+    for hook in held.pop("_require_grads_hooks", ()):
+        hook.remove()
+    if "_require_grads_hook" in held:
+        held.pop("_require_grads_hook").remove()
+    held.pop("_gradient_checkpointing_func", None)
+    if "gradient_checkpointing" in held:
+        del held["gradient_checkpointing"]
+        if not hasattr(part, "gradient_checkpointing"):  # no class of the module has it
+            held["gradient_checkpointing"] = False
 
 
 def _forget_images(modules: Iterable[nn.Module]) -> None:

@@ -42,6 +42,7 @@ from mechdsl.forward.hooks.batch import (
 )
 from mechdsl.forward.hooks.circuits import open_circuit, skip_modules
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
+from mechdsl.forward.hooks.gradients import disable_checkpoints
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
     InputHook,
@@ -1043,7 +1044,7 @@ def _enable_gradients(model: LoadedModel) -> Generator[None]:
     for each in wanted:
         each.requires_grad_(False)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), disable_checkpoints():
             yield
     finally:
         for each in wanted:

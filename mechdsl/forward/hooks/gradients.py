@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 _AUTOGRAD = ("inplace operation", "in-place operation", "Inference tensor", "derivative for")
+
+
+class _PlainFunction:
+    """Replacement of the function by which PyTorch checkpoints code with reentrant autograd."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserves_random_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _change_nothing(*_: object) -> Generator[None]:
+    yield
+
+
+@contextmanager
+def disable_checkpoints() -> Generator[None]:
+    """Store all activations for a backward pass in the context, also those in checkpoints
+    (`torch.utils.checkpoint`).
+
+    A checkpoint would compute them again during the backward pass, without the pass's hooks.
+    """
+    names = {
+        "CheckpointFunction": _PlainFunction,
+        "_checkpoint_without_reentrant_generator": _change_nothing,
+    }
+    before = {name: getattr(checkpoint, name) for name in names}
+    try:
+        for name, replacement in names.items():
+            setattr(checkpoint, name, replacement)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(checkpoint, name, value)
 
 
 class AutogradFailed(Exception):
