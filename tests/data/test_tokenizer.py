@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mechdsl.prompts.runs import RunRow, TokenMap
-from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
 
 from . import support
 
@@ -326,3 +327,28 @@ def test_a_vocabulary_is_given_a_token_for_unknown_words(
     assert found.made_unknown
     assert found.unknown_id == max(words.values(), default=-1) + 1
     assert found.vocab_size == len(words)
+
+
+def test_encodings_of_many_short_texts_stay_cached_until_they_are_long(
+    every: dict[str, TextTokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = every["words"].padded_to(1) or every["words"].reading(written=True)
+    raw: list[int] = []
+    encode = tokenizer._raw
+
+    def count(texts: Sequence[str], add_special: bool = False) -> list[EncodedText]:
+        raw.append(len(texts))
+        return encode(texts, add_special)
+
+    monkeypatch.setattr(tokenizer, "_raw", count)
+    monkeypatch.setattr("mechdsl.prompts.tokens.tokenizer._BATCH", 3)
+    monkeypatch.setattr("mechdsl.prompts.tokens.tokenizer._CACHED_TEXT", 50)
+    short = [f"apple {n}" for n in range(5)]  # 35 characters
+    for _ in range(2):
+        assert tokenizer.encode_all(short) == tokenizer.encode_all(short[:2]) + [
+            tokenizer.encode(text) for text in short[2:]
+        ]
+    assert sum(raw) == len(short)
+    tokenizer.encode("apple pear plum fig")
+    tokenizer.encode(short[0])
+    assert sum(raw) == len(short) + 2

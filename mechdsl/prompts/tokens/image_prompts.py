@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from re import Match
@@ -555,7 +555,7 @@ class ImagePromptTokenizer(TextTokenizer):
             raise unfit
         [marker] = markers
         expansion = self.expansion(marker_extent(marker))
-        ids = tuple(self.vector_tokens(marker[0], expansion))
+        ids = self.vector_tokens(marker[0], expansion)
         return EncodedText(ids, (marker.span(),) * len(ids), (False,) * len(ids))
 
     def _with_image(
@@ -593,7 +593,7 @@ class ImagePromptTokenizer(TextTokenizer):
         ids, special = encoded.ids, tuple(each is None for each in kept)
         offsets = tuple(each or (0, 0) for each in kept)
         expansion = self.expansion(marker_extent(marker))
-        vectors = tuple(self.vector_tokens(marker[0], expansion))
+        vectors = self.vector_tokens(marker[0], expansion)
         count = len(vectors)
         image = EncodedText(vectors, (marker.span(),) * count, (False,) * count)
         return _after_image(image, EncodedText(ids, offsets, special))
@@ -632,13 +632,9 @@ class ImagePromptTokenizer(TextTokenizer):
                 special.append(True)
         return EncodedText(tuple(ids), tuple(offsets), tuple(special))
 
-    def vector_tokens(self, marker: str, expansion: ImageExpansion) -> list[int]:
+    def vector_tokens(self, marker: str, expansion: ImageExpansion) -> tuple[int, ...]:
         """Return the tokens that stand for the vectors of an image, in the order of the prompt."""
-        return [
-            IMAGE_TOKEN | stable_hash("image token", self.hash, marker, number) >> 67
-            for number, is_image in enumerate(expansion.is_image)
-            if is_image
-        ]
+        return _hash_vectors(self.hash, marker, expansion.is_image)
 
     def token_text(self, token: int) -> str:
         """Return a readable token: decoded, special tokens by name."""
@@ -727,6 +723,16 @@ class _MarkerOffsets:
         return place + shift
 
 
+@lru_cache(maxsize=1024)
+def _hash_vectors(tokenizer: str, marker: str, is_image: tuple[bool, ...]) -> tuple[int, ...]:
+    """Return the tokens of the vectors among an image's tokens."""
+    return tuple(
+        IMAGE_TOKEN | stable_hash("image token", tokenizer, marker, number) >> 67
+        for number, is_vector in enumerate(is_image)
+        if is_vector
+    )
+
+
 STAND_IN_SIDE = 14
 """Rows and columns of an image for a missing model."""
 
@@ -770,7 +776,7 @@ def prompt_pictures(
             height, width, *_ = tokenizer.sized(picture.extent)
             sized = picture.sized((height, width))
         own = {
-            region: tuple(_covered(each, sized, expansion) for each in occurrences)
+            region: tuple(_covered(each, sized, expansion.layout.cells) for each in occurrences)
             for region, occurrences in regions.get(name, {}).items()
         }
         known = found.get(picture.marker)
@@ -783,7 +789,8 @@ _PARTS = 8
 """Number of rows and of columns into which the part of an image that a token reads is divided."""
 
 
-def _covered(region: Region, picture: Picture, expansion: ImageExpansion) -> tuple[int, ...]:
+@lru_cache(maxsize=1024)
+def _covered(region: Region, picture: Picture, every: tuple[ImageCell, ...]) -> tuple[int, ...]:
     """Return the tokens that read a part of a region, counted from the image's first.
 
     A token belongs to the region if at least half of an eighth by an eighth of its part does.
@@ -792,9 +799,9 @@ def _covered(region: Region, picture: Picture, expansion: ImageExpansion) -> tup
 
     from mechdsl.images.pixels import region_coverage  # imports NumPy: needed for regions only
 
-    cells = [cell for cell in expansion.layout.cells if cell.box is not None]
+    cells = [cell for cell in every if cell.box is not None]
     if not cells:  # of a missing model
-        return tuple(cell.position for cell in expansion.layout.cells)
+        return tuple(cell.position for cell in every)
     cover = region_coverage(region, picture)
     found: list[int] = []
     for cell in cells:

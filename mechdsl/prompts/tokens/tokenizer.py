@@ -37,6 +37,9 @@ _SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.tx
 
 _BATCH = 4096
 
+_CACHED_TEXT = 2**20
+"""Characters of the texts whose encodings stay cached if they are more than a batch."""
+
 _UNKNOWN = "<unk>"
 """The token for unknown text in tokenizers that don't name one."""
 
@@ -74,6 +77,13 @@ JSON text would follow a backslash."""
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder has a tokenizer, readable or not."""
     return any((folder / name).exists() for name in (*TOKENIZER_FILES, *_SLOW))
+
+
+class _CachedEncodings(dict[str, EncodedText]):
+    """Encodings by text."""
+
+    characters = 0
+    """Of all texts."""
 
 
 class TextTokenizer:
@@ -309,14 +319,16 @@ class TextTokenizer:
         whole = map(self._with_start, whole) if self.starts else whole
         kept.update(zip(new, whole, strict=True))
         encoded = [kept[text] for text in texts]
-        if len(kept) > _BATCH:
+        kept.characters += sum(map(len, new))
+        if len(kept) > _BATCH and kept.characters > _CACHED_TEXT:
             kept.clear()
+            kept.characters = 0
         return encoded
 
     @cached_property
-    def _kept(self) -> dict[str, EncodedText]:
+    def _kept(self) -> _CachedEncodings:
         """The most recent encodings: a block's tables of few rows and of more follow each other."""
-        return {}
+        return _CachedEncodings()
 
     def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[EncodedText]:
         out: list[EncodedText] = []
