@@ -176,7 +176,7 @@ def test_the_cookbook_has_every_method() -> None:
     assert list(recipes()) == METHODS
 
 
-@pytest.mark.parametrize("method", some(METHODS, METHODS[1:4]))
+@pytest.mark.parametrize("method", some(METHODS, METHODS[1:4:2]))
 def test_a_recipe(method: str, command: Command) -> None:
     for fence in recipes()[method]:
         assert len(fence.content.splitlines()) <= 25

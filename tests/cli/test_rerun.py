@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mechdsl import zoo
+from mechdsl import cli, zoo
 from mechdsl.execute.patching.rows import Patcher
 from mechdsl.pipeline import computation
 
@@ -64,13 +65,19 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    """A folder in which a file was run, with a store, and what was said."""
+    """A folder in which this process has run a file, with a store, and what was said."""
     folder = tmp_path_factory.mktemp("rerun")
     (folder / "heads.mech").write_text(EVERY, encoding="utf-8")
-    done = process("run", "heads.mech", "--store", "kept", cwd=folder)
-    assert done.status == 1, done.err
-    assert "expect" in done.out
-    return folder, done
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "100")
+        patch.setattr(sys, "argv", ["mechdsl", "run", "heads.mech", "--store", "kept"])
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as done:
+            cli.main()
+    assert done.value.code == 1, err.getvalue()
+    assert "expect" in out.getvalue()
+    return folder, Done(1, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -353,7 +353,7 @@ def check_shared(family: str, text: str, folder: Path, store: Path) -> None:
     close(plain, found)
 
 
-@few(cases(), 12)
+@few(cases(), 6)
 def test_many_files_share_a_store(case: Case, tmp_path_factory: Any) -> None:
     family, text, _ = case
     store = _SHARED.setdefault(family, tmp_path_factory.mktemp("store"))

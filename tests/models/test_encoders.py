@@ -486,6 +486,7 @@ def test_every_site_of_a_published_encoder_is_as_by_hand(layers: Sequence[int]) 
     """One unpadded sentence at a time with plain hooks on the bare model, against padded rows that
     run whole, and packed ones. Patches and ablations take turns."""
     model, texts = minilm()
+    texts = texts if len(layers) > 2 else texts[::2]
     module = model.module
     given = [{"input_ids": text} for text in texts]
     plain = [hooks.run(MINILM, module, one, 0)[0] for one in given]

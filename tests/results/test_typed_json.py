@@ -128,7 +128,7 @@ PARTS = st.builds(
 WHOLES = st.builds(Whole, st.lists(st.none() | PARTS, max_size=2).map(tuple), st.none() | PARTS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(WHOLES)
 def test_a_dataclass_comes_back(whole: Whole) -> None:
     form, kept = build_codec(Whole), Attachments()
