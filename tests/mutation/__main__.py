@@ -130,7 +130,14 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "store/*.py": ("tests/store",),
     "resolve/*.py": ("tests/compiler", *CHECKED, *FILES),
-    "resolve/circuits.py": ("tests/rules/test_ablated_circuits.py",),
+    "resolve/circuits.py forward/hooks/settled.py forward/hooks/circuits.py": (
+        "tests/rules/test_ablated_circuits.py",
+        "tests/rules/test_classifier_circuits.py",
+        "tests/rules/test_compared_circuits.py",
+        "tests/pipeline/test_edge_scores.py",
+        "tests/pipeline/test_edge_searches.py",
+        "tests/pipeline/test_trained_circuits.py",
+    ),
     "resolve/controls.py resolve/matched_draws.py": (
         "tests/controls",
         "tests/pipeline/test_training_controls.py",
