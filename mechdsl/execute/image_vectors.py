@@ -4,7 +4,7 @@
 A vision-language model replaces the embeddings of an image's tokens by vectors that its tower and
 projector compute. They depend on the image only, so they are computed once, and the numbers of
 these tokens (`IMAGE_TOKEN`) stand for them in every later pass, as token ids do for rows of the
-embedding table. `check_images_as_vectors` compares both forms on a model's own forward.
+embedding table. `find_image_problem` compares both forms on a model's own forward.
 """
 
 from __future__ import annotations
@@ -39,11 +39,21 @@ from mechdsl.images.pixels import render_pixels
 from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.images.sounds import Sound, render_samples
 from mechdsl.models.anatomy import ATTENDED, TILES
-from mechdsl.prompts.runs import RunRow
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PromptRun, RunRow
 from mechdsl.prompts.tokens.image_prompts import (
     IMAGE_TOKEN,
     ImagePromptTokenizer,
 )
+from mechdsl.resolve.types import (
+    FittedBasis,
+    FittedVector,
+    JacobianBasis,
+    ResolvedExperiment,
+    SitePoint,
+    iter_fitted_vectors,
+)
+from mechdsl.vocab.sites import SITES
 
 _AT_ONCE = 8
 """Number of images in one pass of the tower."""
@@ -823,7 +833,61 @@ def _first_image(model: LoadedModel, rows: Iterable[RunRow]) -> tuple[RunRow, Im
     return first, _VECTORS[model.module]
 
 
-def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> ImagesNotVectors | None:
+def find_image_problem(
+    experiment: ResolvedExperiment, models: Mapping[str, LoadedModel]
+) -> ImagesNotVectors | SiteNotOnModel | None:
+    """Return the reason that an experiment can't run on the images of the prompts that it reads.
+
+    Vectors in the vision encoder need more than others of an image's layout.
+
+    Codes: E0413 and E0458.
+
+    Args:
+        experiment: The experiment.
+        models: By key, its model and others that it reads.
+    """
+    for table, run, in_vision in _list_read_runs(experiment):
+        model = models[run.model or experiment.model.key]
+        problem: ImagesNotVectors | SiteNotOnModel | None
+        problem = _check_images_as_vectors(model, run.rows[:1])
+        if problem is None and in_vision:
+            problem = _check_patches(model, run.rows)
+        if problem is not None:
+            block = table.block_rows
+            pictures = () if block is None else block.block.spec.pictures
+            span = pictures[0].span if pictures else None
+            return replace(problem, span=span, model=run.model or experiment.model.name)
+    return None
+
+
+def _list_read_runs(
+    experiment: ResolvedExperiment,
+) -> Iterator[tuple[PromptTable, PromptRun, bool]]:
+    """Yield the runs that an experiment reads, also of other prompts, and whether it reads or
+    changes vectors in the vision encoder there."""
+    own = experiment.table
+    points = (point for save in experiment.saves for point in save.points)
+    in_vision = experiment.in_vision or _are_in_vision(points)
+    yield from ((own, run, in_vision) for run in own.runs.values())
+    fits: list[FittedVector | FittedBasis | JacobianBasis] = []
+    members = [m for file in experiment.direction_files for m in file.members.values()]
+    for rule in experiment.every_rule:
+        if rule.apart is not None:
+            yield rule.apart.table, rule.apart.table.runs[rule.apart.run], rule.in_vision
+        members += [] if rule.direction is None else rule.direction.members.values()
+        fits += [] if rule.basis is None else rule.basis.fits
+    fits += [fit for member in members for fit in iter_fitted_vectors(member.vector)]
+    for fit in fits:
+        if not isinstance(fit, JacobianBasis):
+            inside = _are_in_vision(fit.points)
+            yield from ((each.table, each.run, inside) for each in fit.samples)
+
+
+def _are_in_vision(points: Iterable[SitePoint]) -> bool:
+    return any(SITES[point.site].stack == "vision" for point in points)
+
+
+def _check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> ImagesNotVectors | None:
     """Return E0458 if a model's images act by more than their vectors at the embedding.
 
     The first image and the first video of a model decide.
@@ -843,7 +907,7 @@ def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> Image
     )
 
 
-def check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel | None:
+def _check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel | None:
     """Return E0413 if the patches of some image's tokens aren't known, or a test refutes them.
 
     The first image of each extent is tested.

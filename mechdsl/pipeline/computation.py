@@ -28,6 +28,7 @@ from mechdsl.diagnostics.experiments import ExperimentFailed, NoRowsKept
 from mechdsl.diagnostics.names import UnknownName
 from mechdsl.diagnostics.statistics import MissingPickResult, PickBySign, RowsLeftOut, SkewedFamily
 from mechdsl.execute.cache import RunCache
+from mechdsl.execute.image_vectors import find_image_problem
 from mechdsl.execute.measurement.values import MeasuredValues
 from mechdsl.execute.pass_layout import PassSizer
 from mechdsl.execute.run.panel import Execution, choose_pass_sizes, execute
@@ -207,6 +208,15 @@ class FileRun:
 
     def ready(self, experiment: ResolvedExperiment) -> ResolvedExperiment | None:
         """Return the experiment with results instead of placeholders; None if it is lost."""
+        found = self._with_results(experiment)
+        problem = None if found is None else find_image_problem(found, self.models)
+        if problem is not None:
+            self._lose(experiment.name, [problem])
+            return None
+        return found
+
+    def _with_results(self, experiment: ResolvedExperiment) -> ResolvedExperiment | None:
+        """As `ready`, of the results alone."""
         for name in experiment.spec.after:
             if name not in self.findings:
                 what = "its result" if name in self.lost else "its first measure"
@@ -733,8 +743,17 @@ def measure_unpatched(
     models, diagnostics = load_needed_models(checked, options, loaded)
     if models is None or not unpatched:
         return {}, diagnostics
-    plan = make_plan(unpatched, without=options.without)
     with computation_settings():
+        usable: list[ResolvedExperiment] = []
+        for each in unpatched:
+            problem = find_image_problem(each, models)
+            if problem is None:
+                usable.append(each)
+            elif problem not in diagnostics:
+                diagnostics.append(problem)
+        if not usable:
+            return {}, diagnostics
+        plan = make_plan(usable, without=options.without)
         execution = execute(plan, models, options.execution, check=check_denominators)
     found = {key: values for key, values in execution.measured.items() if key not in execution.lost}
     return found, [*diagnostics, *execution.diagnostics]

@@ -1313,7 +1313,8 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
             hint = (
                 "use `embed` at the tokens of an image, which is the output of the vision encoder "
             )
-            hint += f"and its projector: in this model, {context.shape.without_vision}"
+            reason = context.shape.without_vision or "a check of the encoder failed"
+            hint += f"and its projector: in this model, {reason}"
             if word.id == "text":
                 hint = "remove `text`: rules act in the language model"
             problem = replace(problem, later=hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import numpy as np
@@ -12,7 +12,6 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.experiments import NoEstimate, NoRowsKept
 from mechdsl.execute.cache import PanelCache, PatchedCache, RunCache
-from mechdsl.execute.image_vectors import check_images_as_vectors, check_patches
 from mechdsl.execute.measurement.readout import Readout, ReadoutResult
 from mechdsl.execute.measurement.values import (
     MeasuredValues,
@@ -187,8 +186,6 @@ class PanelRunner:
 
     def prepare(self, check: MeasureCheck) -> None:
         """Filter rows, measure and check the unpatched runs, average ablations."""
-        if not self._takes_images():
-            return
         over_rows = any(
             rule.rule.does.of_all_rows
             for plan in self.panel.derived.values()
@@ -243,28 +240,6 @@ class PanelRunner:
         self.known_batches = self._batches(np.setdiff1d(self.kept, due))
         if len(due):
             self._average()
-
-    def _takes_images(self) -> bool:
-        """Return whether experiments remain that can run on the images of the prompts.
-
-        Experiments in the vision encoder need more than others of an image's layout.
-        """
-        rows = [row for run in self.table.runs.values() for row in run.rows[:1]]
-        problem = check_images_as_vectors(self.runs.model, rows)
-        lost = self.panel.experiments
-        inside = [plan for plan in lost if plan.experiment.in_vision]
-        if problem is None and inside:
-            every = (row for run in self.table.runs.values() for row in run.rows)
-            problem = check_patches(self.runs.model, every)
-            lost = lost if self.panel.derived else inside
-        if problem is None:
-            return True
-        block = self.table.block_rows
-        pictures = () if block is None else block.block.spec.pictures
-        span = pictures[0].span if pictures else None
-        for plan in lost:
-            self._lose(plan, replace(problem, span=span, model=plan.experiment.model.name))
-        return bool(self._sound)
 
     def _define_runs(self) -> None:
         """What the rules of the panel's own runs write; means and donors are of the kept rows."""
