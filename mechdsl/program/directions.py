@@ -11,6 +11,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
 from mechdsl.diagnostics.rules import BadDirection
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMethod
 from mechdsl.program.direction_methods import DIRECTION_METHODS, DirectionMethod
@@ -546,8 +547,8 @@ def check_row_limit(
 def check_fit_rows(
     node: ast.Node, parts: Definitions, scope: Namespace, *, models: bool = False
 ) -> None:
-    """Report E0201 for a name that isn't a block's (or, with `models`, a model's), E0207 for a run
-    that the block doesn't have."""
+    """Report E0201 for a name that isn't a block's (or, with `models`, a model's) or a run's of the
+    block, and E0108 for a run with rules."""
     if models and isinstance(node, ast.Name) and scope.has("model", node.id):
         return
     name = node.name if isinstance(node, ast.Attribute) else None
@@ -555,6 +556,12 @@ def check_fit_rows(
     name = node.id if isinstance(node, ast.Name) else name
     if name is None:
         _bad(node, "it names no block of prompts", "write a block: `harmful`, `fruit.fewer`", scope)
+        return
+    if _is_derived(node, name, parts, scope):
+        what = f"a fit on rows of `{node.span.written}`, a run with rules,"
+        hint = "to write the mean of such a run, use `ablate SITE at POSITION with mean of RUN`"
+        scope.diagnostics.append(NotSupported(span=node.span, what=what, later=hint))
+        scope.has("prompts", name)
         return
     if not scope.use("prompts", name, node.span):
         return
@@ -572,6 +579,15 @@ def check_fit_rows(
         if written in (f"{name}.train", f"{name}.test"):
             hint = suggest_split(name)
         scope.diagnostics.append(UnknownName(span=node.span, kind="run", name=written, hint=hint))
+
+
+def _is_derived(node: ast.Node, block: str, parts: Definitions, scope: Namespace) -> bool:
+    """Return whether rows are those of a run that an experiment defines with rules."""
+    run = node.attribute if isinstance(node, ast.Attribute) else block
+    run = node.name if isinstance(node, ast.QualifiedRef) else run
+    known = parts.prompts.get(block)
+    runs = () if known is None else (block, *(each.name for each in known.corruptions))
+    return run in scope.derived and run not in runs
 
 
 def _bad(node: ast.Node, reason: str, hint: str, scope: Namespace) -> None:

@@ -70,6 +70,7 @@ from mechdsl.program.paths import (
     warn_named_paths,
 )
 from mechdsl.program.prompts import (
+    derived_runs,
     lower_prompts,
     no_prompts,
     pool_names,
@@ -531,6 +532,7 @@ def lower_program(
     """
     scope = Namespace()
     files = _with_imports(tree, source, scope.diagnostics)
+    scope.derived = frozenset(run.name.id for run in derived_runs(tree))
     parts = Definitions()
     _parameters(files, parts, scope, settings or {})
     if source.reach.reads is not None:

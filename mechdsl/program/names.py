@@ -37,6 +37,8 @@ class Namespace:
 
     diagnostics: list[Diagnostic] = field(default_factory=list)
     definitions: dict[str, DefinedName] = field(default_factory=dict)
+    derived: frozenset[str] = frozenset()
+    """Names of runs with rules, each of which only its experiment can use."""
 
     def define(self, kind: str, name: ast.Name, *, imported: bool) -> bool:
         """Define a name; report E0202 and return False if it is taken."""

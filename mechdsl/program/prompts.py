@@ -567,13 +567,7 @@ def warn_unused_block_names(tree: ast.File) -> list[Diagnostic]:
         if isinstance(block, ast.PromptsDef)
         for kind, name in _definitions(block)
     ]
-    defined += [
-        ("run", line.name)
-        for experiment in tree.statements
-        if isinstance(experiment, ast.ExperimentDef)
-        for line in experiment.statements
-        if isinstance(line, ast.RunDef)
-    ]
+    defined += [("run", run.name) for run in derived_runs(tree)]
     definers = {id(name) for _, name in defined}
     python = any(isinstance(node, ast.Call) and node.name == "python" for node in walk(tree))
     used = {word for node in walk(tree) if id(node) not in definers for word in _mentioned(node)}
@@ -582,6 +576,13 @@ def warn_unused_block_names(tree: ast.File) -> list[Diagnostic]:
         for kind, name in defined
         if name.id not in used and not (python and kind == "text")  # a metric may read any of them
     ]
+
+
+def derived_runs(tree: ast.File) -> Iterator[ast.RunDef]:
+    """Yield the runs with rules that the experiments of a file define."""
+    for experiment in tree.statements:
+        if isinstance(experiment, ast.ExperimentDef):
+            yield from (line for line in experiment.statements if isinstance(line, ast.RunDef))
 
 
 def pool_names(tree: ast.File) -> Iterator[str]:

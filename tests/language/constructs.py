@@ -2378,7 +2378,7 @@ _experiment(
     "run. If other rules act on this run, its own rules act first and their changes remain. A "
     "run can use preceding runs. Rows that start from it are full forward passes. It can "
     "contain all rules except `path` and `replace POSITIONS with TEXT`. A Python function "
-    "receives all rows that remain after `keep`.",
+    "receives all rows that remain after `keep`. Fits such as `mean_difference` can't read it.",
     "tests/rules/test_derived_runs.py",
     "McGrath et al. 2023 (arXiv 2307.15771)",
     context="expect accuracy(healed) > 0",

@@ -432,6 +432,26 @@ def test_rules_that_can_not_act_on_it(data: Path) -> None:
     assert "E0108" in codes(text, data)
 
 
+FITS = (
+    "direction d = mean_difference(healed, p)",
+    "direction d = mean(p.healed)",
+    "direction d = mean(healed of p)",
+)
+
+
+@pytest.mark.parametrize("definition", FITS)
+def test_fit_on_rows_of_a_run_with_rules_reports_e0108_and_the_mean_of_the_run(
+    data: Path, definition: str
+) -> None:
+    rule = "add d to resid_post layer 1 at last token"
+    text = experiment("e", *defined("healed"), "from healed into clean", rule)
+    result, found = try_file(f"{definition} at resid_post layer 1\n{text}", data, "llama")
+    assert result is None
+    [error] = [each for each in found if each.severity == "error"]
+    assert error.code == "E0108"
+    assert "with mean of RUN" in str(error.help_text)
+
+
 def test_a_run_that_nothing_uses(data: Path) -> None:
     text = experiment("e", *defined("healed"), "from other into clean",
                       "patch mlp_out layer 1 at cue token")  # fmt: skip
