@@ -38,8 +38,9 @@ from mechdsl.prompts.tokens.image_prompts import (
 )
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
-from ..execute.support import MODES, run_on
+from ..execute.support import MODES, check_file, run_on
 from ..images import prompts_of_images as vlm
+from ..quick import some
 from ..shared_models import unchanged
 from . import test_families as families
 from .reference import Bare, at
@@ -274,6 +275,72 @@ def test_folders_of_three_and_four_frames_are_what_hooks_give(name: str) -> None
         edit = {0: at(tokens(name, n, 2), zero)}
         expected.append(families.difference(bare(name).run(given, blocks=edit)))
     compare(found["e"], base, [expected])
+
+
+VIDEOS = ("clip", "late")
+
+
+def with_two(name: str, n: int) -> dict[str, Tensor]:
+    """The inputs of a prompt with two videos of four frames."""
+    own = record(n)
+    marker = "<video>" if name == "qwen3_vl" else vlm.FAMILIES[name].marker
+    marker = marker.replace("<image>", "<video>")
+    videos = [
+        np.stack([np.asarray(Image.open(folder() / f"{own['size']}-{k}.png")) for k in each])
+        for each in ((own["a"], own["a"], 4, own["a"]), (own["b"], 4, own["b"], 4))
+    ]
+    count = {"total_num_frames": 4, "fps": 2, "frames_indices": [*range(4)]}
+    given = bare(name).processor(
+        text=[f"w3 w2 {marker} w1 {marker} {WORDS[n]} w3"],
+        videos=videos,
+        do_sample_frames=False,
+        video_metadata=[count, count],
+        return_tensors="pt",
+    )
+    return {key: value for key, value in given.items() if key != "video_metadata"}
+
+
+@pytest.mark.parametrize("mode", ["planned", "padded on the right"])
+@pytest.mark.parametrize("name", some(LAYOUTS, ["qwen3_vl"]))
+def test_rules_in_one_of_two_videos_are_what_hooks_give(name: str, mode: str) -> None:
+    late = '["{size}-{b}.png", "{size}-4.png", "{size}-{b}.png", "{size}-4.png"]'
+    block = BLOCK.replace("  template", f"  video late = {late}\n  template").replace(
+        "{clip} w1", "{clip} w1 {late}"
+    )
+    rules = [f"ablate resid_post layer 0 at frame 2 of {own} tokens with zero" for own in VIDEOS]
+    text = "".join(experiment(f"e{n}", rule) for n, rule in enumerate(rules))
+    written = 'measure matches("w") as raw'
+    found = run(text + experiment("r", "generate 3", rules[1], measure=written), name, mode, block)
+    own, zero = bare(name), torch.zeros(())
+    given = [with_two(name, n) for n in ALL]
+    base = [families.difference(own.run(each)) for each in given]
+    for video in range(len(VIDEOS)):
+        values: list[float] = []
+        for n in ALL:
+            ids = given[n]["input_ids"][0].tolist()
+            places = [place for place, token in enumerate(ids) if token == vlm.SPECIAL["<video>"]]
+            later = (places[len(places) // 2] - places[0]) * video
+            edit = {0: at([later + token for token in tokens(name, n, 2)], zero)}
+            values.append(families.difference(own.run(given[n], blocks=edit)))
+            if video:
+                assert found["r"].replies is not None
+                [reply] = found["r"].replies.cells[0][n]
+                assert list(reply.ids) == own.reply(given[n], 3, blocks=edit)
+        compare(found[f"e{video}"], base, [values])
+
+
+def test_tokens_of_a_video_are_written_as_its_processor_writes_them() -> None:
+    name = "qwen2_5_vl"
+    text = experiment("e", "ablate resid_post layer 0 at clip tokens with zero")
+    checked = check_file(text, folder(), loaded(name), BLOCK)
+    reader = loaded(name).tokenizer
+    assert reader is not None
+    rows = checked.experiments[0].table.runs["clean"].rows
+    due = [inputs(name, n, n)["input_ids"][0].tolist() for n in ALL]
+    found = sorted([reader.token_text(token) for token in row.ids] for row in rows)
+    assert found == sorted([reader.token_text(token) for token in ids] for ids in due)
+    assert sorted(reader.decode(row.ids) for row in rows) == sorted(map(reader.decode, due))
+    assert all("<video>" in each for each in found)
 
 
 @pytest.mark.slow

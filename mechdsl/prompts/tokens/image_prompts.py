@@ -51,6 +51,9 @@ IMAGE_TOKEN = 1 << 61
 """Tokens of images have numbers from here on: each stands for one vector of one image, so that
 equal tokens have equal vectors, as those of a text do."""
 
+_VIDEO_TOKEN = IMAGE_TOKEN | 1 << 62
+"""As `IMAGE_TOKEN`, of videos that the video processor reads."""
+
 _FILES = (PROCESSOR_FILE, PREPROCESSOR_FILE, "config.json")
 
 _VIDEO_FILE = "video_preprocessor_config.json"
@@ -640,11 +643,17 @@ class ImagePromptTokenizer(TextTokenizer):
         """Return a readable token: decoded, special tokens by name."""
         if token >= IMAGE_TOKEN and (self.layout.encodes or self.layout.attended):
             return f"<{self.layout.noun}>"
-        return super().token_text(token if token < IMAGE_TOKEN else self.image_id)
+        return super().token_text(self._placeholder(token))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, with special tokens by name."""
-        return super().decode([each if each < IMAGE_TOKEN else self.image_id for each in ids])
+        return super().decode([self._placeholder(each) for each in ids])
+
+    def _placeholder(self, token: int) -> int:
+        """Return the processor's token for a token of an image or video; others as they are."""
+        if token < IMAGE_TOKEN:
+            return token
+        return self.image_id if token < _VIDEO_TOKEN else self.video_id
 
 
 def _unreadable(error: Exception) -> UnsupportedProcessor:
@@ -726,8 +735,11 @@ class _MarkerOffsets:
 @lru_cache(maxsize=1024)
 def _hash_vectors(tokenizer: str, marker: str, is_image: tuple[bool, ...]) -> tuple[int, ...]:
     """Return the tokens of the vectors among an image's tokens."""
+    match = MARKER.fullmatch(marker)
+    is_video = match is not None and len(marker_extent(match)) == 3
+    first = _VIDEO_TOKEN if is_video else IMAGE_TOKEN
     return tuple(
-        IMAGE_TOKEN | stable_hash("image token", tokenizer, marker, number) >> 67
+        first | stable_hash("image token", tokenizer, marker, number) >> 67
         for number, is_vector in enumerate(is_image)
         if is_vector
     )
