@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -261,26 +262,43 @@ def ran(
     return found, sum(done)
 
 
-@pytest.mark.parametrize("kind", DIFFERENT)
-@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
-def test_other_values_are_computed(kind: str, family: str, tmp_path: Path) -> None:
-    store = tmp_path / "store"
+def check_other_values(texts: Sequence[str], folder: Path, family: str, every: bool) -> None:
+    """Check that each file computes other values, and that the last one computes them once.
+
+    Args:
+        every: Compare each file with a run without a store, not only the last one.
+    """
+    store = folder / "store"
     seen: list[np.ndarray] = []
-    last: tuple[str, FileResult] | None = None
-    texts = DIFFERENT[kind]
-    for text in texts if family == "gpt2" or len(texts) < 6 else texts[::2]:
-        alone, _ = ran(text, tmp_path, None, family)
-        found, rows = ran(text, tmp_path, store, family)
+    last: FileResult | None = None
+    for number, text in enumerate(texts):
+        last, rows = ran(text, folder, store, family)
         assert rows > 0, f"nothing was run for\n{text}"
-        close(alone, found)
-        patched = arrays(found)["e 0 patched"]
+        if every or number == len(texts) - 1:
+            close(ran(text, folder, None, family)[0], last)
+        patched = arrays(last)["e 0 patched"]
         assert not any(np.array_equal(patched, other) for other in seen), f"no other\n{text}"
         seen.append(patched)
-        last = text, found
     assert last is not None
-    again, rows = ran(last[0], tmp_path, store, family)
+    again, rows = ran(texts[-1], folder, store, family)
     assert rows == 0
-    same_bits(last[1], again)
+    same_bits(last, again)
+
+
+@pytest.mark.slow  # the next test runs half of the files, and compares the last one of each kind
+@pytest.mark.parametrize("kind", DIFFERENT)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_other_values_are_computed(kind: str, family: str, tmp_path: Path) -> None:
+    check_other_values(DIFFERENT[kind], tmp_path, family, every=True)
+
+
+def test_other_values_of_every_kind_are_computed(tmp_path: Path) -> None:
+    """Of long lists, every second pair of neighbours, which differ least."""
+    for number, every in enumerate(DIFFERENT.values()):
+        texts = [text for n, text in enumerate(every) if len(every) <= 6 or n % 4 > 1]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        check_other_values(texts, folder, "llama", every=False)
 
 
 SAME = one("patch resid_post layer 0..2 at subject token", DIFFERENCE, PROB)
