@@ -566,13 +566,18 @@ def build_loaded_model(
 def _find_input_device(module: nn.Module) -> torch.device:
     """Return the device for the model's inputs.
 
-    It is that of the first weight, or the execution device if accelerate distributed the weights.
+    It is that of the first weight, or its execution device if accelerate stores it elsewhere.
     """
-    hook = module.__dict__.get("_hf_hook")
-    runs = getattr(hook, "execution_device", None)
-    if runs is not None:
-        return torch.device(runs)
-    return next(weight.device for weight in module.parameters() if not weight.is_meta)
+    for part in module.modules():
+        hook = part.__dict__.get("_hf_hook")
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        for weight in part.parameters(recurse=False):
+            if not weight.is_meta:
+                return weight.device
+    raise ValueError("no weight has values")
 
 
 def _fit_shape(stack: BlockStack, *, main: bool) -> ModelShape:

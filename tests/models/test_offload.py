@@ -27,7 +27,7 @@ from mechdsl import zoo
 from mechdsl.cli.entry import main
 from mechdsl.execute.unpatched_batch import compute_noise_scale
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
-from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import load_weights
 from mechdsl.forward.packed.activation_cache import record_activations
@@ -37,7 +37,7 @@ from mechdsl.loading.loader import adopt_model
 from mechdsl.prompts.runs import RunNoise
 from mechdsl.vocab.sites import SITES
 
-from ..quick import in_turn
+from ..quick import in_turn, some
 from . import families
 from .clean import clean_model_check
 
@@ -185,6 +185,29 @@ def test_the_model_is_left_as_it_was(
     assert state() == stood
     with torch.no_grad():
         assert torch.equal(module(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", some(["gpt2", "llama"], ["gpt2"]))
+def test_model_after_cpu_offload_equals_the_model_in_memory(
+    family: str, folders: dict[str, Path]
+) -> None:
+    """Its root has no execution device, and every weight is offloaded."""
+    found: list[FullPassResult] = []
+    for is_offloaded in (False, True):
+        module = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
+        if is_offloaded:
+            accelerate.cpu_offload(module)
+            assert all(weight.is_meta for weight in module.parameters())
+        model, problems = adopt_model("m", module, families.tokenizer())
+        assert model is not None, [d.message for d in problems]
+        batch = Batch.of(ROWS, model.pad_id, "left")
+        found.append(run_full(model, batch, reads=[SiteRead("head_out", 0)]))
+    here, away = found
+    assert here.logits is not None
+    assert away.logits is not None
+    assert furthest(away.logits, here.logits) <= CLOSE
+    where = SiteRead("head_out", 0)
+    assert furthest(away.reads[where], here.reads[where]) <= CLOSE
 
 
 def test_its_hash_is_that_of_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
