@@ -350,7 +350,7 @@ def test_a_full_disk(heads: Path, command: Command, monkeypatch: pytest.MonkeyPa
     done = command("run", heads, "--no-store")
     assert done.status == 3
     assert "failed: no space left on device" in done.err
-    assert "goes on" not in done.err
+    assert "resume" not in done.err
 
 
 def test_broken_off(heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,4 +363,4 @@ def test_broken_off(heads: Path, command: Command, monkeypatch: pytest.MonkeyPat
     assert done.err.splitlines()[-1] == (
         "finished results are stored; run the same command to resume"
     )
-    assert "goes on" not in command("run", heads, "--no-store").err
+    assert "resume" not in command("run", heads, "--no-store").err

@@ -55,6 +55,4 @@ def say(command: str, file: Path) -> Said:
     broke = None
     if found.exception is not None and not isinstance(found.exception, SystemExit):
         broke = "".join(traceback.format_exception(found.exception)[-8:])
-    elif "broke off" in found.output:
-        broke = found.output
     return Said(found.output, seconds, broke)

@@ -95,8 +95,7 @@ def test_mean_image_next_to_another_in_one_prompt_is_what_hooks_give() -> None:
     """In both orders, with a changed image."""
     block = BLOCK.replace(
         'template "{photo} how', 'image still = mean of photos\n  template "{still} {photo} how', 1
-    ).replace("file = other", "swap photo, still")
-    block = block.replace("swap photo, still", "file = other")
+    )
     text = experiment("e", "from clean into changed", "patch embed at photo tokens")
     found = run_file(text, "llava", block=block)["e"]
     bare, base = support.bare("llava"), list[float]()

@@ -225,7 +225,7 @@ def test_a_corrupted_value_keeps_the_place_of_a_shape(tmp_path: Path) -> None:
 def test_filters_and_splits(tmp_path: Path) -> None:
     folder_of(tmp_path)
     blocks = SCENES.replace("  answer", '  where kind != "cross"\n  split 50%\n  answer')
-    [experiment], problems = check(tmp_path, blocks=blocks.replace("scenes", "scenes"))
+    [experiment], problems = check(tmp_path, blocks=blocks)
     assert not problems
     kinds = {row.values["kind"] for row in experiment.table.runs["clean"].rows}
     assert kinds == {"circle", "square", "triangle"}

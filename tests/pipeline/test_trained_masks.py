@@ -622,8 +622,10 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
 
 
 def test_edits_of_models_cannot_depend_on_a_training(tmp_path: Path) -> None:
-    edited = "model e = m with { scale weights of o g by 0 }\n"
+    edited = "model edited = m with { scale weights of g by 0 }\n"
     path = write(tmp_path, fit(), edited, PATCHES)
     with pytest.raises(mechdsl.MechdslError) as found:
         train(path)
-    assert all(each.severity == "error" for each in found.value.diagnostics[:1])
+    (problem,) = (each for each in found.value.diagnostics if each.severity == "error")
+    assert problem.code == "E0207"
+    assert "`g` is chosen by a training" in problem.message

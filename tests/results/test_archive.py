@@ -265,7 +265,7 @@ HOSTILE = {
     "resamples": put("settings", "resamples", value=10**12),
     "confidence": put("settings", "confidence", value=1e300),
     "reasons": put("statistics", 0, "reasons", value=[]),
-    "statistics": put("statistics", value=[]) if False else put("statistics", 0, "n", value="0"),
+    "statistics": put("statistics", 0, "n", value="0"),
     "texts": put("texts", value=[[["a"]], [0]]),
     "hits": put("hits", value=[[], [1]]),
     "unknown field": lambda found: experiment_of(found).update(extra=1),

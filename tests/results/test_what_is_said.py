@@ -68,11 +68,6 @@ def test_a_p_of_equal_units_is_that_of_their_signs() -> None:
     assert statistics.p_corrected[1] >= statistics.p[1]
 
 
-def test_one_other_cell_is_in_the_singular() -> None:
-    reason = found().outcomes[1].reason or ""
-    assert "1 other cells" not in reason
-
-
 def test_a_reason_is_given_once() -> None:
     span = Span(Source(FILE), 0, 4)
     assert missing_reason(

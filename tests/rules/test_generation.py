@@ -295,6 +295,7 @@ def test_picks_of_any_number(data: Path) -> None:
     for k in range(3):
         cases = [Case(scale, "tokens *", scaled("z", 1, -3.0, head)) for head in heads[:k]]
         wanted = [written("llama", n, cases) for n in range(len(rows()))]
+        assert replies(found["scaled"], k) == wanted
         edges = [Case(block, LAST, edge("block", to_cue, heads=[head])) for head in heads[:k]]
         wanted = [written("llama", n, edges) for n in range(len(rows()))]
         assert replies(found["blocked"], k) == wanted

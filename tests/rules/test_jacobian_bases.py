@@ -366,7 +366,7 @@ def test_what_has_no_jacobian(line: str, rule: str, code: str, said: str, data: 
 def test_a_site_that_nothing_reads_has_no_basis(data: Path) -> None:
     """Only the written token reads it, so that the Jacobian at another site of the layer is 0."""
     text = (
-        "basis j = jacobian(p, q layer 1 head 0 -> mlp_out layer 1, dims: 90) at mlp_out layer 1\n"
+        "basis j = jacobian(p, mlp_out layer 1 -> q layer 1 head 0, dims: 2) at mlp_out layer 1\n"
     )
     rule = "from other into clean  patch mlp_out layer 1 in basis j at last token"
     result, problems = try_file(text + experiment("e", rule), data, "llama")
