@@ -1,4 +1,4 @@
-"""Options that all tests share."""
+"""Options and hooks shared by all tests."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mechdsl.syntax import parser as grammar
 
 # Imports and collection leave little to collect; `pytest_collection_finish` turns it on again.
 gc.disable()
-# Several workers share the cores; the numbers must not depend on how many threads sum them up.
+# Several workers share the cores; values must not depend on the number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests that want a store name one; none is left beside the examples.
+# Tests that need a store name one; none may be created next to the examples.
 os.environ["MECHDSL_STORE"] = "none"
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 MEMORY = Path("/dev/shm")
 """A folder in memory, where a sync takes no time: a store syncs each transaction several times."""
 NEEDED = 4 << 30
-"""Bytes that must be free there; what passed tests wrote is removed."""
+"""Bytes that must be free there; files of passed tests are removed."""
 if not WORKER:
     if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= NEEDED:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # parent of every `tmp_path`
-    # A model of files is checked once in a session, whichever worker or process loads it first.
+    # A model in a folder is checked once per session, by the first worker that loads it.
     os.environ["MECHDSL_CACHE"] = tempfile.mkdtemp(
         prefix="mechdsl-tests-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")
     )
@@ -51,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    grammar.load_parser()  # a fresh checkout makes its tables here, not within a test that is timed
+    grammar.load_parser()  # a fresh checkout builds its tables here, not within a timed test
     if config.getoption("--update-goldens") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--update-goldens writes files that cases share: leave -n out")
     if not WORKER and config.getoption("numprocesses", None):
@@ -66,8 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _outside() -> Iterator[None]:
-    """Modules that a test registers entries from are forgotten with it: of one that can't be read
-    any more it isn't known what numbers hang on, and no store would keep any in this process."""
+    """Forget external modules that a test registers: the code of a removed module can't be hashed,
+    and then nothing in this process could be stored."""
     before = set(EXTERNAL_MODULES)
     yield
     EXTERNAL_MODULES.intersection_update(before)
@@ -100,13 +100,13 @@ LONG = (
     "models/test_offload.py",
     "compiler/test_training_cost.py",
 )
-"""Files that take a worker longest."""
+"""The slowest test files."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests slow that repeat others, and hand out long files first: handed out last, one would
-    keep a worker while the others have nothing."""
+    """Mark tests slow that repeat others, and schedule long files first, so that workers end at
+    about the same time."""
     from .execute.encoder_decoders import CONFIGS as ENCODER_DECODERS
     from .models.families import CONFIGS
     from .quick import read_seconds, thin_out
@@ -120,10 +120,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected stays: the garbage collector needn't go over it each time.
+    """Exempt imported modules and collected tests from garbage collection, as they stay alive.
 
-    Nor need it run every 700 allocations: files cache models, results and references. What is
-    garbage already stays too: finding it would take two seconds in each process.
+    Collect less often than every 700 allocations, as files cache models, results and references.
+    Present garbage stays too: finding it would take two seconds in each process.
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

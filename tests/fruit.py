@@ -1,4 +1,4 @@
-"""The prompts of most files in these tests: a list of fruits, and how many they are."""
+"""The prompts of most test files: a list of fruits and their number."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def block(*lines: str) -> str:
 
 
 def head(*lines: str) -> str:
-    """The start of a file, as far as the experiments: the counting model and `prompts fruit`."""
+    """The start of a file before the experiments: the counting model and `prompts fruit`."""
     return f'mech 1\n\nmodel toy = zoo("counting")\n\n{block(*lines)}'
 
 
 FRUIT = head(FEWER)
-"""With one corruption."""
+"""The start of a file with the corruption `fewer`."""

@@ -1,5 +1,5 @@
-"""What the XML schemas of JUnit reports ask for that CI systems read (Jenkins' xunit, Surefire, and
-what GitLab and GitHub actions take): elements, their order, attributes and counts."""
+"""Requirements of the JUnit XML schemas of CI systems (Jenkins' xunit, Surefire, GitLab, GitHub
+actions): elements, their order, attributes and counts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from xml.etree.ElementTree import Element
 
 
 class Rule(NamedTuple):
-    """Of one element."""
+    """Schema of one element."""
 
     required: set[str]
     optional: set[str]
     children: str
-    """The names of its children, each followed by a blank, as a regular expression."""
+    """Regular expression of the names of its children, each followed by a space."""
 
 
 RULES = {
@@ -37,7 +37,7 @@ COUNTED = {"failures": "failure", "errors": "error", "skipped": "skipped"}
 
 
 def junit(text: str) -> Element:
-    """The report, if it is a valid one that can be written as UTF-8."""
+    """Parse a report and check that it is valid and can be encoded as UTF-8."""
     root = ElementTree.fromstring(text.encode("utf-8"))
     assert root.tag == "testsuites"
     for element in root.iter():
@@ -70,6 +70,6 @@ def verdict(case: Element) -> str:
 
 
 def message(root: Element, name: str) -> str:
-    """What the test of this name says: of one that passed, what it has printed."""
+    """The message of a test, or the output of a passed test."""
     (case,) = [each for each in root.iter("testcase") if each.get("name") == name]
     return "".join(child.get("message") or child.text or "" for child in case)

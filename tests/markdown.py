@@ -1,4 +1,4 @@
-"""Programs in Markdown beside what is said about them: `tests/messages` and `docs/errors`."""
+"""Programs in Markdown with their messages: `tests/messages` and `docs/errors`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class Fence:
-    """A fenced block: its language, the words behind it, and where it stands."""
+    """A fenced block: its language, the following words, and its position."""
 
     language: str
     words: tuple[str, ...]
@@ -22,15 +22,15 @@ class Fence:
     label: str
     """The last line of prose before it, such as `Fails:`; or nothing."""
     start: int
-    """Where the content starts in the text."""
+    """Offset of the content in the text."""
 
     @property
     def file(self) -> str | None:
-        """The file that this is, where a name with a suffix stands behind the language."""
+        """The file name, if a name with a suffix follows the language."""
         return next((word for word in self.words if re.search(r"\w\.\w+$", word)), None)
 
     def replaced(self, text: str, content: str) -> str:
-        """The text that this block was read from, with another content."""
+        """The text of this block's page with new content of the block."""
         return text[: self.start] + content + text[self.start + len(self.content) :]
 
 

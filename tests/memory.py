@@ -1,4 +1,4 @@
-"""Memory of tensors and arrays, for tests of bounds and of prices."""
+"""Memory of tensors and arrays, for tests of limits and cost estimates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors and arrays that are made while it is active."""
+    """Count the bytes of tensors and arrays that are created while it is active."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""A run that breaks off runs its experiments one by one, so that a failure of ours gives the right
-numbers all the same. In tests it raises, but where they ask for it."""
+"""After an internal error, a run repeats its experiments one by one, so that users still get
+correct values. In tests, the error is raised instead, unless a test uses `as_shipped`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _WAVE = FileRun.wave
 
 
 def raise_at_once() -> None:
-    """Of all that follows in this process."""
+    """Raise internal errors in the rest of this process."""
     FileRun.wave = FileRun.together
 
 
 @contextmanager
 def as_shipped() -> Generator[None]:
-    """Experiments are run one by one where a run of several breaks off."""
+    """Run experiments one by one after an internal error, as in the shipped package."""
     with patch.object(FileRun, "wave", _WAVE):
         yield

@@ -1,6 +1,6 @@
-"""Which values of a parameter `make test` takes; with the others a test is slow.
+"""Choice of parameter values for `make test`; tests with other values are marked slow.
 
-Test modules choose some of them (`some`, `in_turn`); `thin_out` limits those of all.
+Test modules choose values with `some` and `in_turn`; `thin_out` limits those of all modules.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import pytest
 
 
 def some(values: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """All values, those slow that aren't among the quick ones."""
+    """All values; those that aren't quick are marked slow."""
     return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 def in_turn(
     values: Sequence[Any], others: Sequence[Any], quick: Collection[Any] | None = None
 ) -> list[Any]:
-    """All pairs; each quick value (all, unless they are said) has one of the others that isn't
-    slow, and these take turns."""
+    """All pairs; each quick value (by default, all values) has one pair that isn't slow, with the
+    other values in turn."""
     each = values if quick is None else quick
     turn = {value: number % len(others) for number, value in enumerate(each)}
     return [
@@ -37,17 +37,17 @@ def in_turn(
 
 
 FEW = 2
-"""Model families of a test with further parameters that `make test` takes; of any other, one."""
+"""Number of model families in `make test` for tests with further parameters; other tests: one."""
 PRODUCT = 6
-"""Tests from which on a product of parameters without a family is thinned."""
+"""Minimum number of tests for which a product of parameters without a family is thinned."""
 BUDGET = 1.5
 """Processor seconds that `make test` spends on one function's parameters."""
 COSTLY = 0.1
-"""Seconds of a test from which on its function has a budget."""
+"""Minimum seconds of a test for which its function has a budget."""
 SECONDS = Path(__file__).with_name("seconds.json")
 """Seconds of one test, by function; `make test-seconds` measures them."""
 _FIRST = ("llama", "gpt2", "gpt_neox", "gemma2", "gpt_oss", "t5", "bart")
-"""Families that differ most; each file takes another one first, and each test that has only one."""
+"""Families that differ most; files, and tests with a single family, begin with different ones."""
 _EXEMPT = ("tests/reference/",)
 """Tests of the reference, which all others depend on."""
 _UNLIMITED = ("tests/test_examples.py", "tests/systems/", "tests/cli/test_guides.py")
@@ -58,8 +58,8 @@ _MODE = "mode"
 """Name of the parameter whose values are combinations of the planner's passes."""
 
 Value = tuple[str, str]
-"""A parameter, or parameters of one table of cases, and a value as text or, of other types, its
-`id`: a product has the same object several times."""
+"""A parameter, or the parameters of one table of cases, with its value as text, or with its `id` if
+it is another object, as a product contains the same object several times."""
 
 
 def read_seconds() -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A text checked and run without the command line, the Python interface and what is kept."""
+"""Check and run a text without the command line, the Python interface and the store."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mechdsl.results.experiment_result import FileResult
 def run_source(
     source: Source, options: RunOptions | None = None, models: GivenModels | None = None
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Check and run one file; None where it, its data or its model is wrong, or none of its
-    experiments could be computed. A part that could not be is in the result's `lost` and `missing`,
-    and its reason among the diagnostics, as an error."""
+    """Check and run one file. The result is None if the file, its data or its model is invalid, or
+    if no experiment could be computed. Parts that failed are listed in `lost` and `missing` of the
+    result, with an error among the diagnostics."""
     options = options or RunOptions()
     checked, loaded = check_with_models(source, options.settings, models or {})
     if has_errors(checked.diagnostics):

@@ -1,4 +1,4 @@
-"""Plugin of pytest that measures the processor seconds of tests and writes them to seconds.json.
+"""Pytest plugin that measures the processor seconds of tests and writes them to seconds.json.
 
 `make test-seconds` runs it, without the budget of quick.py, which reads the file.
 """
@@ -57,7 +57,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def find_costly(measured: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Return the seconds of one test of each costly function.
 
-    The test that took longest isn't counted: it has also computed what all tests share.
+    The longest test isn't counted, as it also computed the values that all tests share.
     """
     found: dict[str, float] = {}
     for function, seconds in measured.items():

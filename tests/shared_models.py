@@ -1,8 +1,8 @@
-"""Models that no test changes are loaded, adopted and identified once per process.
+"""Load, adopt and identify models that no test modifies once per process.
 
-Loading a model and proving its anatomy takes half of the time of a run of a small file. Models of
-the zoo are shared by default; a test module registers its own models with `unchanged`. A test that
-changes a model builds a separate one.
+Loading a model and proving its anatomy takes half of the time of a run of a small file. Zoo models
+are shared by default; a test module registers other models with `unchanged`. A test that modifies
+a model builds a separate one.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def share_models(device: str = "cpu") -> None:
     """Share models in the rest of this process.
 
     Args:
-        device: Where files run. On another device than the CPU, models that tests hand over are
-            copied there, and references compute with the originals.
+        device: Where files run. On devices other than the CPU, models that tests pass are copied
+            there, and references compute with the originals.
     """
     loader.load_model = partial(_load_once, device=device)
     loader.adopt_model = _adopt_once if device == "cpu" else partial(_adopt_copy, device)

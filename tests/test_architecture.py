@@ -23,7 +23,7 @@ CONTRACTS = [
 LAYERS: list[str] = [
     name for layer in CONTRACTS[0]["layers"][::-1] for name in layer.split(" | ")[::-1]
 ]
-"""From the lowest; packages of one layer don't import each other."""
+"""From the lowest layer; packages of one layer don't import each other."""
 PACKAGES = [name for name in LAYERS if (ROOT / "mechdsl" / name).is_dir()]
 FILE = re.compile(r"`((?:mechdsl|tests|grammar|docs|benchmarks|examples)/[\w./]*)(?::([\w.]+))?`")
 MAX_FILES = 377
@@ -189,7 +189,7 @@ def test_subpackage_table_repeats_docstrings() -> None:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def test_imports_of_files_have_no_circle() -> None:
+def test_import_graph_has_no_cycles() -> None:
     circles = [each for each in nx.strongly_connected_components(import_graph()) if len(each) > 1]
     assert [sorted(circle) for circle in circles] == []
 
@@ -215,7 +215,7 @@ def test_named_file_and_definition_exist(name: str) -> None:
 
 
 def test_every_path_on_the_page_is_checked() -> None:
-    """A name in backticks that looks like a path is one that the test above reads."""
+    """The preceding test reads each name in backticks that looks like a path."""
     written = re.findall(r"`[^`\s]*(?:/|\.py)[^`\s]*`", PAGE)
     assert [each for each in written if FILE.fullmatch(each) is None] == []
 
@@ -232,8 +232,8 @@ def test_steps_of_one_rule_follow_the_layers() -> None:
     assert set(packages) == set(PACKAGES) - without
 
 
-def test_no_class_has_a_field_that_nnsight_gives_to_every_object() -> None:
-    """It adds `save` to `object`, which a dataclass would take for the field's default."""
+def test_no_dataclass_field_is_named_save() -> None:
+    """nnsight adds `save` to `object`, and a dataclass would use it as the field's default."""
     found = [
         f"{path.name}: {each.name}"
         for path in sorted(ROOT.glob("mechdsl/**/*.py"))

@@ -1,4 +1,4 @@
-"""What benchmarks/ imports is there: no other test would notice that a function has moved."""
+"""Imports of benchmarks/ exist, which no other test checks, and tools agree on values."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ FILES = sorted(
     if path.stem != "__main__"
 )
 PEERS = {f"benchmarks.tools.{tool.module}" for tool in TOOLS.values() if tool.is_peer}
-"""Modules that import another library, which has an environment of its own."""
+"""Modules that import another library, which has a separate environment."""
 
 
 def imported(path: Path) -> Iterator[tuple[str, str]]:
-    """(module, name) of what a file imports of the project, also inside functions."""
+    """(module, name) of each import from the project in a file, including within functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom) or node.module is None:
             continue
@@ -36,7 +36,7 @@ def imported(path: Path) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_benchmark_imports_what_is_there(name: str) -> None:
+def test_imports_of_a_benchmark_exist(name: str) -> None:
     module = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     if module not in PEERS:
         import_module(module)
@@ -46,7 +46,7 @@ def test_a_benchmark_imports_what_is_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["W1a", "W2", "W3", pytest.param("W4", marks=pytest.mark.slow)])
-def test_expert_loop_gives_the_values_of_the_plain_loop(name: str, tmp_path: Path) -> None:
+def test_expert_loop_equals_the_plain_loop(name: str, tmp_path: Path) -> None:
     work = make(name, tmp_path / name, ioi=None, small=True)
     tables: list[np.ndarray] = []
     for tool in (TOOLS[REFERENCE].make(), TOOLS[EXPERT].make()):

@@ -1,6 +1,6 @@
-"""Every code has a page, and every page says the truth.
+"""Every code has a page, and every page is correct.
 
-Its failing file fails with exactly the text that it shows; its corrected file has no errors.
+The failing file of a page fails with exactly the text shown; the corrected file has no errors.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ CAUSES = {
     "W0750": left_out,
 }
 WHILE_RUNNING = ("E0604", "E0613", "E0621", "E0622", "E0631", "E0641", "W0722", "W0751", "W0762")
-"""Found after the unpatched runs, or by what cells have found."""
+"""Codes reported after the unpatched runs or after the cells."""
 OWN_PROCESS = ("E0536",)
 """Pages whose command runs in a new process, which imports torch."""
 WHILE_TRAINING = ("E0643",)
-"""Found by `mechdsl fit`."""
+"""Codes reported by `mechdsl fit`."""
 BESIDE = {"E0231": {"W0710"}, "E0622": {"E0604"}}
-"""Codes that can't come alone."""
+"""Codes that are always reported with others."""
 
 
 command = cli.command
@@ -65,7 +65,7 @@ class Page:
     text: str
 
     def program(self, label: str) -> Fence | None:
-        """The first fence behind `Fails:` or `Corrected:`."""
+        """The first fence after `Fails:` or `Corrected:`."""
         return next((each for each in fences(self.text) if each.label == label), None)
 
     @property
@@ -73,7 +73,7 @@ class Page:
         return next(each for each in fences(self.text) if each.language == "text" and not each.file)
 
     def files(self) -> dict[str, str]:
-        """Files beside the `.mech` file: fences that are called by a name."""
+        """Files next to the `.mech` file: fences with a file name."""
         return {each.file: each.content for each in fences(self.text) if each.file}
 
 
@@ -81,12 +81,12 @@ def pages() -> list[Page]:
     return [Page(p.stem, p.read_text(encoding="utf-8")) for p in sorted(PAGES.glob("*.md"))]
 
 
-def test_every_code_has_a_page_and_every_page_a_code() -> None:
+def test_error_codes_and_pages_correspond() -> None:
     assert {page.code for page in pages()} == set(CODES)
 
 
 @pytest.mark.parametrize("code", sorted(CODES))
-def test_wording_is_complete(code: str) -> None:
+def test_error_code_has_title_and_help(code: str) -> None:
     kind = CODES[code]
     assert kind.title, code
     assert kind.help, f"{code} has no help line"
@@ -106,7 +106,7 @@ def _diagnose(page: Page, text: str, folder: Path) -> tuple[str, list[Diagnostic
 
     source, found = read_source(path)
     if source is not None:
-        # As `mechdsl validate`; W0710 is of a model that is only checked.
+        # As `mechdsl validate`, which reports W0710 about models that are only checked.
         how = CheckSettings(
             require_models=page.code == "E0401", prompts_enough=limits.CHECKED_PROMPTS
         )
@@ -135,7 +135,7 @@ def _train(source: Source, store: Path) -> list[Diagnostic]:
         for page in pages()
     ],
 )
-def test_page_is_true(
+def test_error_page_equals_the_reported_message(
     page: Page,
     tmp_path: Path,
     update: bool,
@@ -173,8 +173,8 @@ def test_page_is_true(
 
 
 def _shell(script: str, folder: Path, mechdsl: cli.Command) -> str:
-    """What a script prints on standard error. Its lines that call `mechdsl` are run in this
-    process, which is quicker, unless the shell limits what they may do."""
+    """Standard error of a script. Lines that call `mechdsl` run in this process, which is faster,
+    unless the script sets limits."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -1,4 +1,4 @@
-"""The shipped examples run as written, and what their comments say was found is what they find."""
+"""The shipped examples run, and their results agree with their comments."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def results(name: str) -> dict[str, ExperimentResult]:
 
 
 def means(found: ExperimentResult, measure: int = 0) -> dict[str, float]:
-    """Site, and position where there are several, → mean effect."""
+    """Site, and position if there are several, → mean effect."""
     many = "position" in found.axes
     return {
         f"{cell.site} {cell.coords['position']}" if many else cell.site: float(mean)
@@ -43,14 +43,14 @@ def means(found: ExperimentResult, measure: int = 0) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", some(NAMES, QUICK))
-def test_expectations_hold(name: str) -> None:
+def test_expectations_of_an_example_hold(name: str) -> None:
     for each in results(name).values():
         assert each.holds, [outcome for outcome in each.outcomes if not outcome.holds]
 
 
 @pytest.mark.parametrize("name", some(FROZEN_NAMES, QUICK))
-def test_values_are_those_that_were_frozen(name: str) -> None:
-    """`python -m tests.baseline --freeze` rewrites them, where a change is meant."""
+def test_values_of_an_example_equal_frozen_values(name: str) -> None:
+    """After an intended change, rewrite the values with `python -m tests.baseline --freeze`."""
     expected = json.loads(compare.FROZEN.read_text(encoding="utf-8"))[name]
     found = compare.frozen(whole(name).to_dict())
     assert list(found) == list(expected)
@@ -60,7 +60,7 @@ def test_values_are_those_that_were_frozen(name: str) -> None:
             assert all(compare.close(*pair) for pair in pairs), f"{key}, row {number}: {pairs}"
 
 
-def test_without_weights_what_was_not_checked_is_said() -> None:
+def test_example_without_weights_reports_skipped_checks() -> None:
     source, _ = read_source(EXAMPLES / "gpt2_ioi.mech")
     assert source is not None
     checked = check_source(source)
@@ -71,7 +71,7 @@ def test_without_weights_what_was_not_checked_is_said() -> None:
         assert "also checks layers, heads and sites (line" in told
 
 
-def test_three_ways_find_one_induction_circuit() -> None:
+def test_three_methods_find_the_same_induction_circuit() -> None:
     found = results("induction")
     attention = means(found["attention_pattern"])
     assert max(attention, key=attention.__getitem__).startswith("L1H1")
@@ -83,7 +83,7 @@ def test_three_ways_find_one_induction_circuit() -> None:
     assert sorted(paths.values())[0] < -5 < -0.01 < sorted(paths.values())[1]
 
 
-def test_counts_of_the_first_items_are_read_out() -> None:
+def test_countscope_decodes_counts_of_the_first_items() -> None:
     found = results("countscope")
     read = means(found["countscope"])
     assert read["L1.resid_post item 2"] > 0.95
@@ -93,7 +93,7 @@ def test_counts_of_the_first_items_are_read_out() -> None:
     assert np.abs(commas).max() < 1e-4
 
 
-def test_parts_are_moved_and_not_added_up() -> None:
+def test_system2_heads_move_parts_without_adding_them() -> None:
     found = results("system2")
     stored = means(found["stored_in_the_last_item"])
     assert stored["L1.resid_post last-item of part1 token"] > 0.7
@@ -106,7 +106,7 @@ def test_parts_are_moved_and_not_added_up() -> None:
     assert np.abs(found["aggregated_at_the_end"].statistics[0].mean).max() < 0.1
 
 
-def test_a_direction_moves_the_count_and_is_not_needed() -> None:
+def test_steering_direction_shifts_the_count_but_is_not_necessary() -> None:
     found = results("steering")
     half, whole_one, twice = found["dose"].statistics[0].mean[1:4]
     assert max(abs(half), abs(whole_one)) < 0.001
@@ -123,7 +123,7 @@ def test_a_direction_moves_the_count_and_is_not_needed() -> None:
 
 
 @pytest.mark.slow
-def test_refusals_go_with_their_direction_and_with_no_random_one() -> None:
+def test_only_the_refusal_direction_removes_refusals() -> None:
     found = results("refusal")
     selected = found["select"].statistics[0].mean
     assert selected.argmax() == 1

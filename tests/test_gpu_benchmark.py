@@ -52,7 +52,7 @@ def test_without_a_gpu_the_benchmark_names_the_small_version(
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the small version finds of W2 and of replies."""
+    """Lines of the small version for W2 and replies."""
     to = tmp_path_factory.mktemp("gpu") / "lines.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -104,7 +104,7 @@ def test_results_that_differ_end_with_status_1(
 @pytest.mark.parametrize(
     ("unending", "status"), [("_compared", 1), ("_sweep", 0), ("matmul_rate", 0)]
 )
-def test_time_ends_in_the_midst_of_any_phase(
+def test_time_limit_interrupts_any_phase(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     unending: str,
@@ -133,7 +133,7 @@ def test_time_limit_restores_the_handler_of_alarms() -> None:
 
 
 @pytest.mark.slow
-def test_tool_that_fails_leaves_the_lines_of_others(
+def test_failing_tool_keeps_the_lines_of_other_tools(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep: Any = vars(benchmarks.gpu)["_sweep"]
@@ -170,7 +170,7 @@ def test_table_that_lacks_a_cell_of_the_reference_differs_infinitely() -> None:
     assert largest_difference(found, reference) == float("inf")
 
 
-def test_replies_of_another_cell_fall_short_of_the_most_likely_tokens() -> None:
+def test_shortfall_of_replies_of_another_cell_is_positive() -> None:
     with torch.inference_mode():
         task = RandomTask(SHAPES["tiny"], tokens=6, cells=4)
         replies = by_generate(task)()
@@ -179,17 +179,17 @@ def test_replies_of_another_cell_fall_short_of_the_most_likely_tokens() -> None:
     assert shortfall(task, [[text[:-1] for text in cell] for cell in replies]) == float("inf")
 
 
-def test_expert_writes_what_the_loop_over_cells_writes() -> None:
+def test_expert_replies_equal_the_loop_over_cells() -> None:
     with torch.inference_mode():
         task = RandomTask(SHAPES["tiny"], tokens=6, cells=24)
         assert len({len(ids) for ids in task.prompts}) > 1
         assert by_expert(task)() == by_generate(task)()
 
 
-# --- what only a GPU does, with a GPU that is simulated -------------------------------------------
+# --- GPU-only code, with a simulated GPU ----------------------------------------------------------
 
 
-def test_loops_are_timed_after_the_gpu_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loops_are_timed_after_gpu_synchronization(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("finish"))
@@ -217,7 +217,7 @@ def test_waits_for_a_gpu_are_counted_from_its_warnings(monkeypatch: pytest.Monke
     assert modes == ["warn", 0]
 
 
-def test_memory_of_a_gpu_is_that_since_the_peak_was_forgotten(
+def test_gpu_memory_is_the_peak_since_the_last_reset(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     called: list[str] = []

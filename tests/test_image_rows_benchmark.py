@@ -1,4 +1,4 @@
-"""The benchmark of rows of image tokens, on a tiny language model."""
+"""The benchmark of image token rows on a tiny language model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.work import Shape
 
 
 @pytest.mark.slow
-def test_both_agree_and_the_bound_is_below_whole_passes(
+def test_image_rows_benchmark_agrees_with_the_loop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = Shape(layers=4, heads=4, width=48, vocabulary=image_rows.WORDS)

@@ -1,4 +1,4 @@
-"""What lies outside the package (grammar, pages, examples) is found in a wheel too."""
+"""A wheel contains files from outside the package: grammar, pages and examples."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_wheel_runs_alone(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     file = tmp_path / "fruit.mech"
     file.write_text((ROOT / "examples/counting.mech").read_text(encoding="utf-8"), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(wheel)}
@@ -60,7 +60,7 @@ def test_a_wheel_runs_alone(wheel: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
+def test_wheel_has_only_the_required_files(wheel: Path) -> None:
     package = wheel / "mechdsl"
     for needed in (
         "py.typed",

@@ -48,12 +48,12 @@ def test_product_of_families_and_modes_keeps_two_families_and_each_mode() -> Non
     assert len(left) == len(MODES)
 
 
-def test_families_alone_keep_one() -> None:
+def test_product_of_families_only_keeps_one_family() -> None:
     assert len(thinned([Item([("family",)], family=each) for each in FAMILIES])) == 1
 
 
 def test_table_of_cases_keeps_each_case() -> None:
-    """Also cases of equal values: the second and the third have those of others."""
+    """The second and the third case have only values that other cases also have."""
     cases = [("patch", 1), ("patch", 2), ("zero", 1), ("zero", 2)]
     marks = [("rule", "layer"), ("mode",)]
     items = [Item(marks, rule=r, layer=n, mode=m) for (r, n), m in product(cases, MODES)]
@@ -62,7 +62,7 @@ def test_table_of_cases_keeps_each_case() -> None:
     assert {each["mode"] for each in left} == {*MODES}
 
 
-def test_family_that_alone_has_a_value_is_kept() -> None:
+def test_family_with_a_unique_value_is_kept() -> None:
     items = [Item([("family", "at")], family=f, at=f) for f in FAMILIES]
     assert len(thinned(items)) == len(FAMILIES)
 
@@ -113,6 +113,6 @@ def test_function_within_its_budget_is_whole() -> None:
     assert len(thinned([Item([("a",)], a=a) for a in range(3)], BUDGET / 3)) == 3
 
 
-def test_costly_functions_leave_out_what_their_tests_share() -> None:
+def test_find_costly_excludes_the_longest_test() -> None:
     measured = {"shares": [3.0, 0.01, 0.01], "costly": [0.5, 0.4, 0.6], "single": [9.0]}
     assert find_costly(measured) == {"costly": 0.45}

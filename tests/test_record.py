@@ -1,4 +1,4 @@
-"""Records are dataclasses, made when they are first needed."""
+"""Records are dataclasses that are built on first use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Word(Placed):
     parts: list[str] = field(default_factory=list[str])
 
 
-def test_fields_are_known_before_an_object_is() -> None:
+def test_record_fields_are_known_before_the_first_object() -> None:
     @record
     class Fresh(Placed):
         text: str
@@ -38,7 +38,7 @@ def test_fields_are_known_before_an_object_is() -> None:
     assert [f.name for f in fields(Fresh)] == ["place", "text"]
 
 
-def test_a_subclass_has_fields_of_its_own_after_its_base_was_used() -> None:
+def test_record_subclass_has_its_fields_after_use_of_the_base() -> None:
     assert Placed(place=1).place == 1
 
     @record
@@ -50,7 +50,7 @@ def test_a_subclass_has_fields_of_its_own_after_its_base_was_used() -> None:
     assert [f.name for f in fields(Late)] == ["place", "text"]
 
 
-def test_equality_hash_and_representation() -> None:
+def test_record_equality_hash_repr_and_matching() -> None:
     assert Word("a", place=1) == Word("a", place=2)
     assert Word("a") != Word("b")
     assert Word("a") != Placed()
@@ -63,21 +63,21 @@ def test_equality_hash_and_representation() -> None:
             pytest.fail("a record is matched by its fields")
 
 
-def test_copies() -> None:
+def test_copied_and_pickled_records_are_equal() -> None:
     word = Word("a", ["b"], place=3)
     for same in (copy.copy(word), copy.deepcopy(word), pickle.loads(pickle.dumps(word))):
         assert (same, same.place) == (word, 3)
     assert replace(word, text="c") == Word("c", ["b"])
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_record_with_invalid_arguments_raises() -> None:
     with pytest.raises(TypeError):
         Word()  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         Placed(1)  # type: ignore[misc]
 
 
-def test_first_objects_in_many_threads() -> None:
+def test_first_record_objects_are_created_in_threads() -> None:
     for _ in range(50):
 
         @record
@@ -100,8 +100,8 @@ def _kinds(base: type[Record]) -> Iterator[type[Record]]:
         yield from _kinds(kind)
 
 
-def test_every_kind_is_rightly_defined() -> None:
-    """What is wrong with a definition shows only when it is used: here at the latest."""
+def test_each_record_class_of_the_package_is_a_dataclass() -> None:
+    """An invalid definition raises only on first use, so this test uses all."""
     for module in pkgutil.iter_modules(diagnostics.__path__, "mechdsl.diagnostics."):
         import_module(module.name)
     others = ("syntax.ast", "prompts.runs", "resolve.types", "checks.conditions")
@@ -113,7 +113,7 @@ def test_every_kind_is_rightly_defined() -> None:
         assert is_dataclass(kind), kind
 
 
-def test_initializer_takes_positions_names_defaults_and_factories() -> None:
+def test_record_initializer_takes_positions_names_and_defaults() -> None:
     @record
     class Filled(Placed):
         text: str

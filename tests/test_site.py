@@ -1,4 +1,4 @@
-"""The documentation site: its map is complete, its generated pages are current, and it builds."""
+"""The documentation site: navigation and generated pages are complete, and it builds."""
 
 from __future__ import annotations
 

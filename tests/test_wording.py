@@ -1,4 +1,4 @@
-"""What messages and tables share: lists of names, counts."""
+"""Wording of messages, tables and pages: lists of names, counts, banned phrases."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ TRANSLATED = re.compile(
 CODE = re.compile(r"^(```+|~~~+).*?^\1|(`+)(?!`).+?\2", re.M | re.S)
 
 
-def test_lists_of_names_are_cut() -> None:
+def test_name_list_is_truncated() -> None:
     assert name_list([]) == ""
     assert name_list(["a", "b"]) == "`a`, `b`"
     assert name_list(["a" * 40, "a" * 41]) == f"`{'a' * 40}`, `{'a' * 39}…`"
     assert name_list(str(n) for n in range(10**9)).endswith("`11` …")
 
 
-def test_no_message_holds_a_long_name_in_full_beside_the_one_that_is_wrong() -> None:
+def test_help_text_truncates_long_names() -> None:
     names = [f"{LONG}{n}" for n in range(20)]
     values = "".join(f"  {name} in 1..3\n" for name in names)
     text = (
@@ -88,7 +88,7 @@ def test_no_message_holds_a_long_name_in_full_beside_the_one_that_is_wrong() -> 
         ([1, 5, 30], None, "2 of 3 cells have only 1 to 5 prompts and can't", "3 cells"),
     ],
 )
-def test_one_of_a_thing_is_said_in_the_singular(
+def test_count_of_one_is_in_the_singular(
     units: list[int], by: str | None, message: str, label: str
 ) -> None:
     (found,) = check_cell_units(units, Statistics(by=by, span=Span(Source(""), 0, 0)), None)
@@ -96,8 +96,9 @@ def test_one_of_a_thing_is_said_in_the_singular(
     assert label in found.label_text
 
 
-def test_no_page_says_1_rows() -> None:
-    """What is printed is in these; a number behind a name (`layer 1 heads`) isn't a count."""
+def test_pages_have_no_plural_after_1() -> None:
+    """Golden files contain the printed texts; a number after a name (`layer 1 heads`) isn't a
+    count."""
     pages = [p for f in ("docs", "tests") for p in (ROOT / f).rglob("*") if p.suffix in PRINTED]
     assert len(pages) > 200
     wrong = [

@@ -1,4 +1,4 @@
-"""The files that change the value of one rule on its way from the text to the printed table.
+"""Find the files that change the value of one rule between the text and the printed table.
 
 python -m tests.value_path [--json]
 
@@ -123,7 +123,7 @@ class PathRecorder:
                         self.makes[path].add(type(value).__name__)
 
     def _add(self, value: Any) -> None:
-        """Add a value and the values in its fields, which this function or an earlier one made."""
+        """Add a value and the values in its fields, made by this function or an earlier one."""
         if id(value) not in self.seen:
             self.seen[id(value)] = value
             for each in list_values(list(getattr(value, "__dict__", {}).values())):

@@ -1,1 +1,1 @@
-"""What runs give, kept to hold later commits against: `python -m tests.baseline`."""
+"""Saved results to compare later commits with: `python -m tests.baseline`."""

@@ -1,4 +1,4 @@
-"""Write what all examples and random files give, or hold this commit against what was written.
+"""Write results of all examples and random files, or compare this commit with written results.
 
 python -m tests.baseline --write DIR [--only examples|random] [--count 200]
 python -m tests.baseline --against DIR [--only examples|random]
@@ -22,7 +22,7 @@ from . import compare, devices, runs
 
 
 def write(folder: Path, only: str | None, count: int) -> int:
-    """One file for each example and each random file."""
+    """Write one file for each example and each random file."""
     folder.mkdir(parents=True, exist_ok=True)
     cases: Iterator[tuple[str, runs.Document]] = chain(
         ((name, runs.example(name)) for name in (runs.NAMES if only != "random" else ())),
@@ -41,7 +41,7 @@ def write(folder: Path, only: str | None, count: int) -> int:
 
 
 def against(folder: Path, only: str | None) -> int:
-    """Exit status 1 if any file differs, 2 if there is none."""
+    """Compare with a baseline; return exit status 1 if any file differs, 2 without a baseline."""
     paths = compare.written(folder, only)
     if not paths:
         print(f"no baseline in {folder}", file=sys.stderr)
@@ -49,7 +49,7 @@ def against(folder: Path, only: str | None) -> int:
     differing = 0
     for path in paths:
         case = json.loads(path.read_text(encoding="utf-8"))
-        # As it would stand in a file.
+        # Round-trip through JSON, as the expected results.
         found = json.loads(json.dumps(runs.again(case)["found"]))
         where = compare.difference(case["found"], found)
         if where is not None:

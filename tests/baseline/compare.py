@@ -1,4 +1,4 @@
-"""Documents held against each other: bit for bit, or rounded."""
+"""Comparison of result documents: bit for bit, or rounded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def written(folder: Path, only: str | None) -> list[Path]:
 
 
 def difference(expected: Any, found: Any, path: str = "") -> str | None:
-    """Where two documents differ first, and by what; None where they are equal bit for bit."""
+    """The first difference between two documents; None if they are equal bit for bit."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in (*expected, *(key for key in found if key not in expected)):
             if key not in expected or key not in found:
@@ -42,7 +42,7 @@ def difference(expected: Any, found: Any, path: str = "") -> str | None:
         if len(expected) != len(found):
             return f"{path}: {len(expected)} in the baseline, {len(found)} in this run"
         return None
-    one, other = json.dumps(expected), json.dumps(found)  # tells -0.0 from 0.0, and 1 from 1.0
+    one, other = json.dumps(expected), json.dumps(found)  # -0.0 differs from 0.0, and 1 from 1.0
     return None if one == other else f"{path}: {one} in the baseline, {other} in this run"
 
 
@@ -69,7 +69,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def close(one: float | None, other: float | None) -> bool:
-    """Whether a value is the frozen one."""
+    """Whether a value equals the frozen value within the tolerance."""
     if one is None or other is None:
         return one is other
     return math.isclose(one, other, rel_tol=RELATIVE, abs_tol=ABSOLUTE)

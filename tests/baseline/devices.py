@@ -1,4 +1,4 @@
-"""Values of a device held against a baseline that the CPU has written, file by file."""
+"""Comparison of values on a device with a baseline written on the CPU, file by file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import compare as values
 from . import runs
 
 ABSOLUTE, RELATIVE = 1e-4, 1e-3
-"""Largest difference of a value, and of an effect as a part of it."""
+"""Absolute and relative tolerance of a value."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is run for the baseline, and what is kept of it."""
+"""Runs of the baseline, and the parts of their results that it keeps."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Document = dict[str, Any]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS_WEIGHTS = {"gpt2_ioi"}
-"""Of a model that nobody may have downloaded."""
+"""Examples of models that may not be downloaded."""
 NEEDS_TRAINING = {"edits", "fit", "lens", "prices"}
-"""With `fit(…)` declarations, which are trained first."""
+"""Examples with `fit(…)` declarations, which are trained first."""
 NAMES = [p.stem for p in sorted(EXAMPLES.glob("*.mech")) if p.stem not in NEEDS_WEIGHTS]
 FROZEN_NAMES = [name for name in NAMES if name not in NEEDS_TRAINING]
-"""Without trained weights, in which rounding of other processors grows."""
+"""Examples without training, which would amplify rounding differences between processors."""
 EXAMPLE_TOKENS = 512
 RANDOM_TOKENS = 128
 """Tokens of a pass: small enough for several passes."""
 
 
 def example(name: str, device: str = "cpu") -> Document:
-    """What is kept of a shipped example."""
+    """Run a shipped example and return the kept results."""
     found = run_example(name, **given(EXAMPLE_TOKENS, device))
     return {"example": name, "found": kept(found)}
 
 
 def run_example(name: str, **options: Any) -> Results:
-    """Run a shipped example; what it declares is trained in a store that isn't kept."""
+    """Run a shipped example; its fits are trained in a temporary store."""
     path = EXAMPLES / f"{name}.mech"
     if name not in NEEDS_TRAINING:
         return mechdsl.run(path, **options)
@@ -43,12 +43,12 @@ def run_example(name: str, **options: Any) -> Results:
 
 
 def given(tokens: int = EXAMPLE_TOKENS, device: str = "cpu") -> dict[str, Any]:
-    """Sizes that are the same everywhere, and the device."""
+    """Fixed sizes of passes, and the device."""
     return {"pass_tokens": tokens, "prompt_tokens": 2 * tokens, "device": device}
 
 
 def kept(results: Results) -> Document:
-    """The JSON document and the bits of every prompt's value, without versions and folders."""
+    """The JSON document and hashes of every prompt's values, without versions and folders."""
     document = results.to_dict()
     for name in ("versions", "mechdsl"):
         del document[name]
@@ -74,7 +74,7 @@ def kept(results: Results) -> Document:
 
 
 def random_files(count: int) -> Iterator[Document]:
-    """Files that run, as many as wanted, with what is kept of them; the same ones every time."""
+    """A number of valid random files with their kept results; the files are always the same."""
     done = 0
     for case in _cases(20 * count + 20):
         found = again(case)["found"]
@@ -87,7 +87,7 @@ def random_files(count: int) -> Iterator[Document]:
 
 
 def again(case: Mapping[str, Any], device: str = "cpu") -> Document:
-    """A case run, whatever its file was made by: what is kept of it, or the errors."""
+    """Run the case of an example or random file; return its kept results or errors."""
     if "example" in case:
         return example(case["example"], device)
     from ..execute import support
@@ -108,7 +108,7 @@ def again(case: Mapping[str, Any], device: str = "cpu") -> Document:
 
 
 def _cases(count: int) -> Iterable[Document]:
-    """Different files from the strategies of the property test; each tenth in whole passes."""
+    """Distinct files from the property test's strategies; each tenth uses full forward passes."""
     from hypothesis import HealthCheck, Phase, given, seed, settings
 
     from ..execute import support, test_random_files

@@ -1,4 +1,4 @@
-"""The comparison finds what it is there for."""
+"""Tests of the comparison with a baseline."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize(("change", "said"), CHANGES.values(), ids=list(CHANGES))
-def test_it_finds(change: Callable[[dict[str, Any]], object], said: str) -> None:
+def test_difference_finds_an_edited_value(
+    change: Callable[[dict[str, Any]], object], said: str
+) -> None:
     found = copy.deepcopy(DOCUMENT)
     assert difference(DOCUMENT, found) is None
     change(measure(found))
@@ -67,7 +69,7 @@ def test_it_finds(change: Callable[[dict[str, Any]], object], said: str) -> None
     assert where.startswith(".files[0].experiments[0].cells[0].measures[0]" + said)
 
 
-def test_it_finds_a_cell_too_many() -> None:
+def test_difference_finds_an_additional_cell() -> None:
     found = copy.deepcopy(DOCUMENT)
     cells = found["files"][0]["experiments"][0]["cells"]
     cells.append(cells[0])
@@ -75,7 +77,7 @@ def test_it_finds_a_cell_too_many() -> None:
     assert where == ".files[0].experiments[0].cells: 1 in the baseline, 2 in this run"
 
 
-def test_frozen_values_are_rounded_and_held_to_a_part_in_ten_thousand() -> None:
+def test_frozen_values_are_rounded_and_compared_with_tolerance() -> None:
     values = frozen(DOCUMENT)
     assert values == {"e: 0 delta": [[1.2346, 0.0, 2.5, -3.0, None]], "e: run clean": [[0.1]]}
     assert close(1.2346, 1.2345678)
@@ -84,7 +86,7 @@ def test_frozen_values_are_rounded_and_held_to_a_part_in_ten_thousand() -> None:
     assert not close(None, 0.0)
 
 
-def test_a_case_gives_the_same_again_and_another_bit_is_told(
+def test_rerun_equals_the_case_and_an_edited_hash_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (case,) = random_files(1)
@@ -104,7 +106,7 @@ def _first_label(case: dict[str, Any]) -> str:
     return cells[0]["measures"][0]["label"]
 
 
-def test_values_of_a_device_are_held_against_a_baseline(tmp_path: Path) -> None:
+def test_device_values_are_compared_with_the_baseline(tmp_path: Path) -> None:
     path = tmp_path / "function_vectors.json"
     case = example("function_vectors")
     path.write_text(json.dumps(case), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The command line: in this process where that is equal, in a process of its own where it isn't."""
+"""Helpers that run the command line, in this process or in a separate one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ experiment heads {
 }
 """
 )
-"""A file that is right; tests change it."""
+"""A valid file, which tests modify."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ Command = Callable[..., Done]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`mechdsl ARGUMENTS` in this process, 100 columns wide."""
+    """Run `mechdsl ARGUMENTS` in this process, 100 columns wide."""
     monkeypatch.setenv("COLUMNS", "100")
 
     def run(*arguments: object) -> Done:
@@ -62,7 +62,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def process(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> Done:
-    """`mechdsl ARGUMENTS` as users run it."""
+    """Run `mechdsl ARGUMENTS` in a separate process."""
     done = subprocess.run(
         [sys.executable, "-m", "mechdsl", *map(str, arguments)],
         cwd=cwd,

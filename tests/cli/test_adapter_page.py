@@ -1,4 +1,4 @@
-"""docs/own-models.md, adapters and models that functions make: from a training script to tables."""
+"""docs/own-models.md: LoRA adapters and models built by functions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ RUN = "mechdsl run twos.mech"
 HEADINGS = ("Use a LoRA adapter", "Build a model in a function")
 
 
-def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
-    """Its scripts and commands run; the `expect` lines of its files hold."""
+def test_own_models_page_scripts_and_expectations_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """Scripts and commands of the page run, and the `expect` lines of its files hold."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     said: dict[str, str] = {}

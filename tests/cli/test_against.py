@@ -50,11 +50,11 @@ def baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) 
 
 
 def comparison(out: str) -> str:
-    """What stands behind all tables."""
+    """Return the text after all tables."""
     return "against " + out.partition("\nagainst ")[2]
 
 
-def test_what_failed_before_fails_no_job(command: Command) -> None:
+def test_known_failure_does_not_fail_the_job(command: Command) -> None:
     done = command("run", "a.mech", "--against", "kept/a", "--junit", "r.xml")
     assert done.status == 0
     said = comparison(done.out).splitlines()
@@ -68,8 +68,8 @@ def test_what_failed_before_fails_no_job(command: Command) -> None:
     assert message(root, FAILED).startswith("failed before (")
 
 
-def test_a_regression_fails_it(command: Command) -> None:
-    """The same line, of answers that are wrong."""
+def test_regression_fails_the_job(command: Command) -> None:
+    """The answers of the file are wrong, so the expectation fails now."""
     text = Path("a.mech").read_text().replace('answer " {count}"', 'answer " {count - 1}"')
     Path("a.mech").write_text(text)
     done = command("run", "a.mech", "--against", "kept/a", "--junit", "r.xml")
@@ -83,7 +83,7 @@ def test_a_regression_fails_it(command: Command) -> None:
     assert "; it held before: 1.000 [0.631, 1.000]" in message(root, HELD)
 
 
-def test_new_ones(command: Command) -> None:
+def test_new_expectation_fails_the_job_only_if_it_fails(command: Command) -> None:
     holds, fails = "accuracy(clean) > 0.2", "max(recovery) > 6"
     done = command("run", file("a.mech", HELD, FAILED, holds), "--against", "kept/a")
     assert (done.status, "new            heads: expect accuracy(clean) > 0.2" in done.out) == (
@@ -96,7 +96,7 @@ def test_new_ones(command: Command) -> None:
     assert (done.status, "gone           heads: expect max(recovery) > 5" in done.out) == (0, True)
 
 
-def test_what_is_lost_now(command: Command) -> None:
+def test_newly_lost_measure_is_a_regression(command: Command) -> None:
     more = HEADS.replace("heads", "other").format(measure=GOOD, expects="")
     done = command(
         "run",
@@ -110,13 +110,13 @@ def test_what_is_lost_now(command: Command) -> None:
     kinds = [(each["kind"], each.get("code")) for each in document["against"]["changes"]]
     assert ("regression", "E0604") in kinds
     assert "regression     heads: not computed" in done.err
-    # where nothing is left of the file
+    # the file has no other experiment
     done = command("run", file("a.mech", HELD, measure=LOST), "--against", "kept/a")
     assert done.status == 2
     assert "regression     heads: not computed" in done.out
 
 
-def test_tables_and_documents_are_what_they_were(command: Command) -> None:
+def test_against_leaves_csv_and_json_results_equal(command: Command) -> None:
     for form in ("json", "csv"):
         alone = command("run", "a.mech", "--format", form).out
         done = command("run", "a.mech", "--format", form, "--against", "kept/a")
@@ -129,7 +129,7 @@ def test_tables_and_documents_are_what_they_were(command: Command) -> None:
             assert with_it == json.loads(alone)
 
 
-def test_other_experiments_are_not_gone(command: Command) -> None:
+def test_experiments_excluded_by_only_are_not_gone(command: Command) -> None:
     more = HEADS.replace("heads", "other").format(measure=GOOD, expects=f"  expect {HELD}")
     assert command("run", file("a.mech", HELD, more=more), "--out", "kept").status == 0
     done = command("run", "a.mech", "--only", "heads", "--against", "kept/a")
@@ -143,8 +143,8 @@ def test_files_without_expectations_have_nothing_to_compare(command: Command) ->
     assert comparison(done.out) == f"against kept/plain: {said}\n"
 
 
-def test_several_files(command: Command) -> None:
-    """Each against its own run in a folder of exports; one that has none is new."""
+def test_several_files_are_compared_with_their_runs(command: Command) -> None:
+    """Each file is compared with its run in a folder of exports; without a run it is new."""
     file("b.mech", HELD)
     assert command("run", "b.mech", "--out", "kept").status == 0
     file("c.mech", FAILED)
@@ -163,8 +163,8 @@ def test_several_files(command: Command) -> None:
     assert "`--against kept/a`: it is a run of `a.mech`, which isn't run now" in done.err
 
 
-def test_it_is_read_before_it_is_replaced(command: Command) -> None:
-    """The folder that this run's own results go to."""
+def test_earlier_run_is_read_before_out_replaces_it(command: Command) -> None:
+    """`--out` and `--against` name the same folder."""
     file("a.mech", HELD, "max(recovery) > 6")
     done = command("run", "a.mech", "--out", "kept", "--against", "kept/a")
     assert done.status == 1
@@ -186,7 +186,7 @@ def test_it_is_read_before_it_is_replaced(command: Command) -> None:
         ("", "there is no store"),
     ],
 )
-def test_a_run_that_there_is_not(
+def test_unknown_run_is_rejected_before_running(
     named: str, said: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ran(*arguments: Any) -> None:
@@ -200,14 +200,14 @@ def test_a_run_that_there_is_not(
     assert verdicts(junit(Path("r.xml").read_text()))["E0208"] == "error"
 
 
-def test_a_run_that_is_damaged(command: Command) -> None:
+def test_damaged_run_is_rejected(command: Command) -> None:
     Path("kept/a/archive.json").write_text("{}")
     done = command("run", "a.mech", "--against", "kept/a")
     assert (done.status, done.out) == (2, "")
     assert "the folder `kept/a` can't be read" in done.err
 
 
-def test_no_report_is_written_into_it(command: Command) -> None:
+def test_report_into_the_earlier_run_is_rejected(command: Command) -> None:
     before = Path("kept/a/results.json").read_bytes()
     done = command("run", "a.mech", "--against", "kept/a", "--junit", "kept/a/results.json")
     assert done.status == 2
@@ -217,7 +217,7 @@ def test_no_report_is_written_into_it(command: Command) -> None:
 
 @pytest.fixture
 def stored(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The id of that run in a store, behind a later one of another file."""
+    """Return the id of that run in a store that also has a later run of another file."""
     text = Path("a.mech").read_text()
     results = read_export(Path("kept/a"))
     monkeypatch.setenv("MECHDSL_STORE", "store")
@@ -234,7 +234,7 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> str:
     return ids[0]
 
 
-def test_a_run_of_a_store(stored: str, command: Command) -> None:
+def test_run_of_a_store_is_found_by_id_last_or_file(stored: str, command: Command) -> None:
     for named in (stored, "last", "a.mech"):
         done = command("run", "a.mech", "--against", named)
         assert done.status == 0, done.err
@@ -245,8 +245,10 @@ def test_a_run_of_a_store(stored: str, command: Command) -> None:
     assert (done.status, "no finished run of `c.mech`" in done.err) == (2, True)
 
 
-def test_an_untrusted_file(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is named is the user's own; a store beside the file isn't."""
+def test_untrusted_file_is_compared_with_folders_but_not_its_store(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user names the folder, whereas the store next to the file is untrusted."""
     monkeypatch.delenv("MECHDSL_STORE")
     done = command("run", "a.mech", "--untrusted", "--against", "kept/a")
     assert done.status == 0
@@ -256,7 +258,7 @@ def test_an_untrusted_file(command: Command, monkeypatch: pytest.MonkeyPatch) ->
         assert "the store next to an untrusted file isn't read" in done.err
 
 
-def test_typos(command: Command) -> None:
+def test_mistyped_option_or_experiment_is_rejected(command: Command) -> None:
     assert "did you mean `--against`?" in command("run", "a.mech", "--againts", "kept/a").err
     assert "requires an argument" in command("run", "a.mech", "--against").err
     shutil.copytree("kept", "kept2")

@@ -1,4 +1,4 @@
-"""Whatever is wrong is a diagnostic with a code and a help line; nothing runs, status 2."""
+"""Every invalid input is a diagnostic with a code and a help line; nothing runs, status 2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ZOO = Path(str(files("mechdsl") / "zoo" / "counting"))
 
 
 def refused(done: Done, code: str, *, place: bool = False) -> None:
-    """Exit status 2, a code, a help line, a place where there is one, and nothing on stdout."""
+    """Assert exit status 2, a code, a help line, a position if any, and an empty stdout."""
     assert done.status == 2, done.err
     assert done.out == ""
     assert f"[{code}]" in done.err, done.err
@@ -67,40 +67,42 @@ CONTENTS: dict[str, tuple[bytes, str, bool]] = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_contents(name: str, command: Command, tmp_path: Path) -> None:
+def test_invalid_file_content_is_rejected(name: str, command: Command, tmp_path: Path) -> None:
     content, code, place = CONTENTS[name]
     path = tmp_path / "bad.mech"
     path.write_bytes(content)
     start = time.monotonic()
     refused(command("run", path), code, place=place)
-    assert time.monotonic() - start < 20  # a second at most; the rest is for busy machines
+    assert time.monotonic() - start < 20  # takes at most a second on an idle machine
 
 
-def test_missing_file(command: Command, tmp_path: Path) -> None:
+def test_missing_file_is_rejected_by_every_command(command: Command, tmp_path: Path) -> None:
     for name in ("run", "validate", "plan", "graph", "explain", "fmt"):
         refused(command(name, tmp_path / "missing.mech"), "E0112")
 
 
-def test_a_name_that_no_file_can_have(command: Command) -> None:
+def test_too_long_file_name_is_rejected(command: Command) -> None:
     done = command("validate", "/" + "a" * 300)
     assert done.status == 2
     assert "file name too long" in done.err
 
 
-def test_folder_without_files(command: Command, tmp_path: Path) -> None:
+def test_folder_without_files_is_rejected(command: Command, tmp_path: Path) -> None:
     for name in ("run", "validate", "fmt"):
         refused(command(name, tmp_path), "E0208")
     for name in ("plan", "graph", "explain"):
         refused(command(name, tmp_path), "E0112")
 
 
-def test_one_bad_file_stops_all(command: Command, heads: Path, tmp_path: Path) -> None:
+def test_one_invalid_file_prevents_the_whole_run(
+    command: Command, heads: Path, tmp_path: Path
+) -> None:
     bad = tmp_path / "zzz.mech"
     bad.write_text(HEADS.replace("layer 0..1", "layer 7"), encoding="utf-8")
     refused(command("run", heads, bad), "E0302", place=True)
 
 
-# --- what files say ---
+# --- statements of files ---
 
 SAID: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
     "list of 10⁹ items": ((("list(item, count", "list(item, 1000000000"),), "E0506"),
@@ -136,7 +138,9 @@ SAID: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_said(name: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_program_is_rejected_before_cells_run(
+    name: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no-cache"))
     changes, code = SAID[name]
     path, kept = tmp_path / "bad.mech", tmp_path / "kept"
@@ -148,12 +152,12 @@ def test_said(name: str, command: Command, tmp_path: Path, monkeypatch: pytest.M
 
 
 def no_cells(folder: Path) -> bool:
-    """Nothing under `--out` tells of a cell."""
+    """Return whether no file under `--out` has a cell."""
     return not any('"cell"' in p.read_text(encoding="utf-8") for p in folder.rglob("*.jsonl"))
 
 
 @pytest.mark.parametrize("effect", ["recovery", "relative"])
-def test_denominator_of_nothing(effect: str, command: Command, tmp_path: Path) -> None:
+def test_zero_denominator_is_rejected(effect: str, command: Command, tmp_path: Path) -> None:
     path, kept = tmp_path / "bad.mech", tmp_path / "kept"
     same = ("logit(answer of fewer) as recovery", f"logit(answer) as {effect}")
     path.write_text(edited(same), encoding="utf-8")
@@ -178,18 +182,18 @@ def local(tmp_path: Path) -> Path:
     return path
 
 
-def test_model_without_tokenizer(command: Command, tmp_path: Path) -> None:
+def test_model_without_tokenizer_is_rejected(command: Command, tmp_path: Path) -> None:
     model_folder(tmp_path / "model", without="tokenizer")
     refused(command("run", local(tmp_path)), "E0508", place=True)
 
 
-def test_pickled_weights(command: Command, tmp_path: Path) -> None:
+def test_pickled_weights_are_rejected(command: Command, tmp_path: Path) -> None:
     model_folder(tmp_path / "model", without="model")
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"anything")
     refused(command("run", local(tmp_path)), "E0405", place=True)
 
 
-def test_config_that_is_no_json(command: Command, tmp_path: Path) -> None:
+def test_invalid_model_config_is_rejected(command: Command, tmp_path: Path) -> None:
     model_folder(tmp_path / "model", without="config")
     (tmp_path / "model" / "config.json").write_text("{", encoding="utf-8")
     done = command("run", local(tmp_path))
@@ -198,7 +202,7 @@ def test_config_that_is_no_json(command: Command, tmp_path: Path) -> None:
     assert "Traceback" not in done.err
 
 
-def test_weights_cut_short(command: Command, tmp_path: Path) -> None:
+def test_truncated_weights_are_rejected(command: Command, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -252,7 +256,7 @@ LINES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_command_line(line: str, command: Command, tmp_path: Path) -> None:
+def test_invalid_command_line_is_rejected(line: str, command: Command, tmp_path: Path) -> None:
     code, said = LINES[line]
     path = tmp_path / "heads.mech"
     changes = (("mech 1\n", "mech 1\nparam depth = 1\n"), ("layer 0..1", "layer 0..depth"))
@@ -263,13 +267,15 @@ def test_command_line(line: str, command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_out_that_is_not_ours(command: Command, heads: Path, tmp_path: Path) -> None:
+def test_out_folder_without_write_permission_is_rejected(
+    command: Command, heads: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o500)
     refused(command("run", heads, "--out", folder), "E0208")
 
 
-def test_fmt_of_a_file_that_cannot_be_written(
+def test_fmt_of_a_read_only_file_is_rejected(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.mech"
@@ -283,15 +289,15 @@ def test_fmt_of_a_file_that_cannot_be_written(
     assert (done.status, "cannot write" in done.err) == (2, True)
 
 
-def test_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """The same as in this process, tracebacks of the interpreter's end included."""
+def test_separate_process_reports_errors_without_traceback(tmp_path: Path) -> None:
+    """Errors equal those of this process, without a traceback at interpreter exit."""
     (tmp_path / "braces.mech").write_text("mech 1\n" + "{" * 10_000, encoding="utf-8")
     refused(process("run", "missing.mech", cwd=tmp_path), "E0112")
     refused(process("run", "braces.mech", cwd=tmp_path), "E0109", place=True)
     refused(process("run", "--nonsense", cwd=tmp_path), "E0208")
 
 
-def test_from_python(tmp_path: Path) -> None:
+def test_python_run_raises_the_same_error(tmp_path: Path) -> None:
     with pytest.raises(MechdslError) as found:
         run(HEADS.replace("head *", "head 14"), out=tmp_path / "kept")
     assert [d.code for d in found.value.diagnostics] == ["E0301"]
@@ -299,7 +305,7 @@ def test_from_python(tmp_path: Path) -> None:
     assert not (tmp_path / "kept").exists()
 
 
-def test_a_bug_of_ours_is_no_traceback(
+def test_internal_error_exits_with_status_3_without_traceback(
     command: Command, heads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: object, **more: object) -> None:
@@ -312,7 +318,7 @@ def test_a_bug_of_ours_is_no_traceback(
     assert "MECHDSL_DEBUG=1" in done.err
 
 
-def test_diagnostics_as_json(command: Command, tmp_path: Path) -> None:
+def test_validate_prints_diagnostics_as_json(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "bad.mech"
     path.write_text(edited(("layer 0..1", "layer 7")), encoding="utf-8")
     done = command("validate", path, tmp_path / "missing.mech", "--format", "json")

@@ -1,4 +1,4 @@
-"""The other commands, as a newcomer meets them."""
+"""The commands other than `run`."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ EXAMPLES = Path(mechdsl.__file__).parent.parent / "examples"
 TWO = HEADS + "\nexperiment again {\n  prompts fruit limit 16\n  measure correct as raw\n}\n"
 
 
-def test_alone_it_lists_its_commands(command: Command) -> None:
+def test_mechdsl_without_arguments_lists_its_commands(command: Command) -> None:
     done = command()
     assert done.status == 0
     assert all(name in done.out for name in app.commands)
     assert done.out == command("--help").out
 
 
-def test_version(command: Command) -> None:
+def test_version_is_printed(command: Command) -> None:
     wanted = f"{mechdsl.__version__}\n"
     assert command("version").out == command("--version").out == wanted
 
 
 @pytest.mark.parametrize("name", sorted(app.commands))
-def test_help(name: str, command: Command) -> None:
+def test_help_describes_each_command(name: str, command: Command) -> None:
     done = command(name, "--help")
     assert done.status == 0
     usage, _, rest = done.out.partition("\n")
@@ -75,7 +75,7 @@ ON_ERROR = {"mechdsl.diagnostics.rendering"}
 
 
 @pytest.mark.parametrize("share", some([6, 1], [6]), ids=["every sixth", "all"])
-def test_validate_stays_without_torch(share: int, command: Command) -> None:
+def test_validate_does_not_import_torch(share: int, command: Command) -> None:
     paths = sorted(EXAMPLES.glob("*.mech"))
     chosen = {*paths[::share], EXAMPLES / "image_tokens.mech"}
     # Images and their regions are drawn.
@@ -88,7 +88,7 @@ def test_validate_stays_without_torch(share: int, command: Command) -> None:
     assert not imported_by_each(images) & (HEAVY - {"numpy"})
 
 
-def test_validate_imports_what_a_plain_file_needs() -> None:
+def test_validate_imports_only_modules_that_a_plain_file_needs() -> None:
     found = imported_by("validate", str(EXAMPLES / "counting.mech"))
     others = {f"mechdsl.cli.{name}" for name in MODULES.values()} - {"mechdsl.cli.validate"}
     for_few = {
@@ -98,7 +98,7 @@ def test_validate_imports_what_a_plain_file_needs() -> None:
         "click.shell_completion",
     }
     assert not found & (HEAVY | ON_ERROR | others | for_few | {"pydantic", "rich"})
-    # 173 when this was written. Each takes a millisecond, of 0.4 s for the whole command.
+    # 173 at the time of writing. Each takes a millisecond of the 0.4 s for the command.
     assert sum(name.startswith("mechdsl.") for name in found) <= 180
 
 
@@ -143,7 +143,7 @@ def test_run_hashes_weights_once_and_only_where_the_hash_is_used(
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ()])
-def test_the_list_of_commands_imports_none(arguments: tuple[str, ...]) -> None:
+def test_command_list_imports_no_command(arguments: tuple[str, ...]) -> None:
     found = imported_by(*arguments)
     allowed = {"entry", "output"}
     ours = {name for name in found if name.startswith("mechdsl.")}
@@ -153,11 +153,11 @@ def test_the_list_of_commands_imports_none(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(app.commands))
-def test_the_list_says_what_help_does(name: str) -> None:
+def test_command_list_equals_the_help_texts(name: str) -> None:
     assert COMMANDS[name] == app.commands[name].get_short_help_str(limit=200)
 
 
-def test_validate_walks_folders(command: Command, tmp_path: Path) -> None:
+def test_validate_searches_folders(command: Command, tmp_path: Path) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "deep" / "er" / "a.mech").write_text(HEADS, encoding="utf-8")
     (tmp_path / "b.mech").write_text(HEADS, encoding="utf-8")
@@ -167,12 +167,12 @@ def test_validate_walks_folders(command: Command, tmp_path: Path) -> None:
 
 
 def cores(count: int, program: str) -> subprocess.CompletedProcess[str]:
-    """Python that finds so many cores."""
+    """Run Python with the given number of visible cores."""
     found = f"import os\nos.sched_getaffinity = lambda process: range({count})\n{program}"
     return subprocess.run([sys.executable, "-c", found], capture_output=True, encoding="utf-8")
 
 
-def test_validate_says_the_same_of_many_files_on_any_number_of_cores(tmp_path: Path) -> None:
+def test_validate_output_does_not_depend_on_the_number_of_cores(tmp_path: Path) -> None:
     for number in range(8):
         where = "last token" if number % 3 else f"item {number + 20} token"
         text = HEADS.replace("last-item token", where)
@@ -246,7 +246,7 @@ for work, kind in ((failing, ValueError), (ending, RuntimeError)):
     assert done.stdout == "ValueError\nRuntimeError\n", done.stderr
 
 
-def test_a_file_without_experiments_says_so(command: Command, tmp_path: Path) -> None:
+def test_run_of_a_file_without_experiments_prints_a_note(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "common.mech"
     path.write_text("mech 1\n", encoding="utf-8")
     done = command("run", path)
@@ -254,11 +254,11 @@ def test_a_file_without_experiments_says_so(command: Command, tmp_path: Path) ->
     assert "common.mech has no experiments, so nothing was run" in done.err
 
 
-# --- a model that isn't at hand ---
+# --- missing models ---
 
 
 @pytest.mark.parametrize("source", ['hf("not/here")', 'local("not/there")'])
-def test_without_its_model_a_file_is_checked_and_not_planned(
+def test_file_with_a_missing_model_is_validated_but_not_planned(
     command: Command, tmp_path: Path, source: str
 ) -> None:
     path = tmp_path / "a.mech"
@@ -301,7 +301,7 @@ def test_validate_reports_a_model_without_weights(command: Command, tmp_path: Pa
 # --- plan ---
 
 
-def test_plan(command: Command, tmp_path: Path) -> None:
+def test_plan_prints_stages_and_cell_counts(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "two.mech"
     path.write_text(TWO, encoding="utf-8")
     done = command("plan", path)
@@ -314,14 +314,14 @@ def test_plan(command: Command, tmp_path: Path) -> None:
     assert loop.split()[3:5] == ["8", "128"]
 
 
-def test_plan_without_a_pass(command: Command, heads: Path) -> None:
+def test_plan_marks_a_disabled_pass_as_off(command: Command, heads: Path) -> None:
     done = command("plan", heads, "--no-pass", "resume")
     rows = [line.split() for line in done.out.splitlines()]
     assert ["resume", "off"] in rows
     assert ["prefix", "off"] not in rows
 
 
-def test_plan_counts_passes_of_the_size_that_is_given(command: Command, heads: Path) -> None:
+def test_plan_counts_forward_passes_for_the_given_size(command: Command, heads: Path) -> None:
     def forwards(*given: object) -> int:
         lines = [line.split() for line in command("plan", heads, *given).out.splitlines()]
         return next(int(line[3]) for line in lines if line[:1] == ["join"])
@@ -336,14 +336,16 @@ def test_plan_counts_passes_of_the_size_that_is_given(command: Command, heads: P
 
 
 @pytest.mark.parametrize(("form", "begin"), [("dot", "digraph"), ("mermaid", "flowchart")])
-def test_graph_as_text(form: str, begin: str, command: Command, heads: Path) -> None:
+def test_graph_is_printed_as_dot_or_mermaid(
+    form: str, begin: str, command: Command, heads: Path
+) -> None:
     done = command("graph", heads, "--format", form)
     assert done.status == 0, done.err
     assert done.out.startswith(begin)
 
 
-def test_graph_before_and_after_the_passes(command: Command, heads: Path) -> None:
-    """A source run that is only read stops above what is read."""
+def test_graph_before_the_passes_lacks_their_rewrites(command: Command, heads: Path) -> None:
+    """A source run that is only read stops after the last layer read."""
     rule = "at last-item token"
     text = HEADS.replace("  from clean into fewer\n", "").replace(rule, f"{rule} with fewer")
     heads.write_text(text.replace("as recovery", "as delta"), encoding="utf-8")
@@ -355,7 +357,7 @@ def test_graph_before_and_after_the_passes(command: Command, heads: Path) -> Non
     assert command("graph", heads, "--format", "text", "--after").out == after.out
 
 
-def test_graph_as_svg(command: Command, heads: Path, tmp_path: Path) -> None:
+def test_graph_svg_boxes_do_not_overlap(command: Command, heads: Path, tmp_path: Path) -> None:
     path = tmp_path / "graph.svg"
     assert command("graph", heads, "--format", "svg", "--to", path).status == 0
     root = ElementTree.parse(path).getroot()
@@ -378,14 +380,14 @@ def test_graph_as_svg(command: Command, heads: Path, tmp_path: Path) -> None:
 # --- explain ---
 
 
-def test_explain_as_text(command: Command, heads: Path) -> None:
+def test_explain_prints_rows_answers_and_tokens(command: Command, heads: Path) -> None:
     done = command("explain", heads)
     assert done.status == 0, done.err
     for said in ("clean, row 0:", "fewer, row 0:", "item → ", "answer = ", "last-item token"):
         assert said in done.out
 
 
-def test_explain_as_json(command: Command, heads: Path) -> None:
+def test_explain_json_has_rows_with_tokens_and_spans(command: Command, heads: Path) -> None:
     done = command("explain", heads, "--format", "json")
     (experiment,) = json.loads(done.out)["experiments"]
     assert set(experiment["runs"]) == {"clean", "fewer"}
@@ -401,7 +403,7 @@ def test_explain_as_json(command: Command, heads: Path) -> None:
 
 
 @pytest.mark.parametrize("written", ["E0301", "e0301"])
-def test_explain_a_code(written: str, command: Command) -> None:
+def test_explain_prints_the_page_of_a_code(written: str, command: Command) -> None:
     done = command("explain", written)
     assert done.status == 0
     assert done.out.startswith("# E0301: ")
@@ -415,7 +417,7 @@ def test_every_code_can_be_explained(command: Command) -> None:
 # --- fmt ---
 
 
-def test_fmt(command: Command, tmp_path: Path) -> None:
+def test_fmt_formats_a_file_and_check_reports_it(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "loose.mech"
     path.write_text(HEADS.replace("  model toy", "model   toy # here"), encoding="utf-8")
     loose = path.read_text(encoding="utf-8")
@@ -430,7 +432,7 @@ def test_fmt(command: Command, tmp_path: Path) -> None:
     assert command("fmt", "--check", path).status == 0
 
 
-def test_fmt_leaves_wrong_files_alone(command: Command, tmp_path: Path) -> None:
+def test_fmt_does_not_write_invalid_files(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "wrong.mech"
     path.write_text("mech 1\nmodel  toy\n", encoding="utf-8")
     assert command("fmt", path).status == 2
@@ -441,13 +443,13 @@ def test_fmt_leaves_wrong_files_alone(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["results", "differences", "experiment"])
-def test_schema(what: str, command: Command) -> None:
+def test_schema_is_valid_json_schema(what: str, command: Command) -> None:
     import jsonschema
 
     jsonschema.Draft202012Validator.check_schema(json.loads(command("schema", what).out))
 
 
-def test_set(command: Command, tmp_path: Path) -> None:
+def test_set_overrides_a_parameter(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "heads.mech"
     text = HEADS.replace("mech 1\n", "mech 1\nparam depth = 1\n")
     path.write_text(text.replace("0..1", "0..depth"), encoding="utf-8")
@@ -455,6 +457,6 @@ def test_set(command: Command, tmp_path: Path) -> None:
     assert "layer 4 × head 4" in command("plan", path, "--set", "depth=3").out
 
 
-def test_as_a_module_and_as_a_command(tmp_path: Path) -> None:
+def test_python_m_mechdsl_runs_a_command(tmp_path: Path) -> None:
     done = process("version", cwd=tmp_path)
     assert (done.status, done.err) == (0, "")

@@ -1,4 +1,4 @@
-"""What the Tab key completes, and the scripts that ask for it."""
+"""Tab completion and its shell scripts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tab = Callable[..., list[str]]
 
 @pytest.fixture
 def tab(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tab:
-    """What a shell is answered behind a line, in a folder with two files and a folder."""
+    """Return completions of a line, in a folder with files and a subfolder."""
     monkeypatch.chdir(tmp_path)
     Path("below").mkdir()
     for name in ("heads.mech", "my heads.mech", "heads.svg", ".hidden.mech", "below/a.mech"):
@@ -39,7 +39,7 @@ def tab(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ta
     return answers
 
 
-def test_commands_and_options(tab: Tab) -> None:
+def test_tab_completes_commands_and_options(tab: Tab) -> None:
     assert sorted(tab("mechdsl ")) == sorted(f"plain,{name}" for name in app.commands)
     assert tab("mechdsl va") == ["plain,validate"]
     assert tab("mechdsl run --allow-p") == ["plain,--allow-python"]
@@ -53,7 +53,7 @@ def test_commands_and_options(tab: Tab) -> None:
 
 
 @pytest.mark.parametrize("name", ["run", "validate", "plan", "graph", "fmt", "explain", "diff"])
-def test_files(name: str, tab: Tab) -> None:
+def test_tab_completes_files(name: str, tab: Tab) -> None:
     words = [
         "half",
         "head",
@@ -75,7 +75,7 @@ def test_files(name: str, tab: Tab) -> None:
     assert tab(f"mechdsl {name} ~/") == ["file,~/"]
 
 
-def test_pages(tab: Tab) -> None:
+def test_tab_completes_pages_of_explain(tab: Tab) -> None:
     assert tab("mechdsl explain E030") == [
         *(f"plain,{path.stem}" for path in sorted((ROOT / "docs/errors").glob("E030*"))),
         "dir,E030",
@@ -84,21 +84,23 @@ def test_pages(tab: Tab) -> None:
     assert tab("mechdsl explain la") == [*(f"plain,{word}" for word in words), "dir,la"]
 
 
-def test_other_shells_ask_the_same(tab: Tab) -> None:
+def test_zsh_and_fish_get_the_same_completions(tab: Tab) -> None:
     assert tab("mechdsl run h", "zsh")[:2] == ["plain", "heads.mech"]
     assert tab("mechdsl run h", "fish") == ["plain,heads.mech", "dir,h"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_script_for_each_shell(shell: str, command: Command) -> None:
+def test_completion_prints_a_script_for_each_shell(shell: str, command: Command) -> None:
     done = command("completion", shell)
     assert (done.status, done.err) == (0, "")
     assert f"_MECHDSL_COMPLETE={shell}_complete" in done.out
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_the_script_parses(shell: str, command: Command, tmp_path: Path) -> None:
-    """Where the shell is installed; what Tab does in it is tested in bash alone."""
+def test_completion_script_parses_in_its_shell(
+    shell: str, command: Command, tmp_path: Path
+) -> None:
+    """Skipped if the shell is missing; completion itself is tested only in bash."""
     program = shutil.which(shell)
     if program is None:
         pytest.skip(f"no {shell} on this machine to parse its script")
@@ -119,8 +121,8 @@ complete -p mechdsl
 """
 
 
-def test_in_bash(tab: Tab, tmp_path: Path) -> None:
-    """The script, with what it calls; that Tab calls it is bash's to hold."""
+def test_bash_script_completes_files(tab: Tab, tmp_path: Path) -> None:
+    """The function of the script is called directly, as bash does on Tab."""
     program = tmp_path / "bin" / "mechdsl"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mechdsl "$@"\n', encoding="utf-8")

@@ -20,14 +20,14 @@ EXPECTING = HEADS.replace(
 
 
 class Kept:
-    """A file and its store, in a folder of their own."""
+    """A file and its store in a temporary folder."""
 
     def __init__(self, folder: Path, command: Command) -> None:
         self.path, self.store = folder / "heads.mech", folder / "kept"
         self._command = command
 
     def run(self, text: str, *options: object) -> str:
-        """The id of the run of this text."""
+        """Run this text and return the id of the run."""
         self.path.write_text(text, encoding="utf-8")
         before = self.ids()
         done = self._command("run", self.path, "--store", self.store, *options)
@@ -47,7 +47,7 @@ def kept(tmp_path: Path, command: Command) -> Kept:
     return Kept(tmp_path, command)
 
 
-def test_a_raised_limit_changes_inputs_and_no_cell(kept: Kept) -> None:
+def test_raised_limit_is_a_difference_of_inputs_but_no_cell(kept: Kept) -> None:
     old, new = kept.run(EXPECTING, "--limit", 8), kept.run(EXPECTING)
     done = kept.diff(old, new)
     assert (done.status, done.err) == (0, "")
@@ -62,8 +62,8 @@ def test_a_raised_limit_changes_inputs_and_no_cell(kept: Kept) -> None:
         assert said in done.out.replace("\n      ", " "), said
 
 
-def test_an_effect_that_is_gone_ends_with_1(kept: Kept) -> None:
-    """What was read in the clean run is read in the base run: nothing is left of any effect."""
+def test_diff_with_a_lost_effect_exits_with_status_1(kept: Kept) -> None:
+    """The new run patches from the base run, so every effect is gone."""
     text = EXPECTING.replace("stats correct max by count", "stats correct holm")
     old, new = (
         kept.run(text),
@@ -84,7 +84,7 @@ def test_an_effect_that_is_gone_ends_with_1(kept: Kept) -> None:
     assert "fails now" not in back.out
 
 
-def test_runs_are_called_by_a_file_an_id_or_last(kept: Kept) -> None:
+def test_diff_finds_runs_by_file_id_or_last(kept: Kept) -> None:
     old, new = kept.run(EXPECTING, "--limit", 8), kept.run(EXPECTING, "--limit", 12)
     wanted = kept.diff(old, new).out
     assert kept.diff(old, "last").out == kept.diff(old, kept.path).out == wanted
@@ -95,7 +95,7 @@ def test_runs_are_called_by_a_file_an_id_or_last(kept: Kept) -> None:
     assert "both are the same run" in kept.diff(new, "last").out
 
 
-def test_a_folder_of_out_is_a_run(kept: Kept, tmp_path: Path) -> None:
+def test_diff_accepts_a_folder_of_out(kept: Kept, tmp_path: Path) -> None:
     id = kept.run(EXPECTING, "--out", tmp_path / "out")
     done = kept.diff(tmp_path / "out" / "heads", id)
     assert (done.status, done.err) == (0, "")
@@ -105,7 +105,7 @@ def test_a_folder_of_out_is_a_run(kept: Kept, tmp_path: Path) -> None:
 def test_diff_folder_that_holds_a_run_compares_the_run_of_the_other_file(
     kept: Kept, tmp_path: Path
 ) -> None:
-    """The same folder that `--against` takes; of several runs in it, that of the file."""
+    """The folder may be that of `--out`; of several runs in it, diff uses that of the file."""
     out = tmp_path / "out"
     id = kept.run(EXPECTING, "--out", out)
     for old, new in ((out, id), (id, out), (out, kept.path), (out, out / "heads")):
@@ -118,15 +118,15 @@ def test_diff_folder_that_holds_a_run_compares_the_run_of_the_other_file(
     assert "did you mean" in kept.diff(out, id).err
 
 
-def test_options_that_are_not_known_are_not_said_to_differ(kept: Kept, tmp_path: Path) -> None:
-    """A folder doesn't have them: what they change stands in the results."""
+def test_unknown_options_are_not_reported_as_differences(kept: Kept, tmp_path: Path) -> None:
+    """A folder doesn't record options; their effects are in the results."""
     kept.run(EXPECTING, "--limit", 8, "--out", tmp_path / "out")
     done = kept.diff("last", tmp_path / "out" / "heads")
     assert "none known" in done.out
     assert "not there" not in done.out
 
 
-def test_results_in_memory_are_a_run(kept: Kept) -> None:
+def test_python_diff_accepts_results_in_memory(kept: Kept) -> None:
     id = kept.run(EXPECTING)
     results = mechdsl.run(kept.path, limit=8, store=False, progress=False)
     found = mechdsl.diff(id, results, store=kept.store)
@@ -138,7 +138,7 @@ def test_results_in_memory_are_a_run(kept: Kept) -> None:
     assert mechdsl.diff(results, results).counts == {"equal": 8}
 
 
-def test_what_is_no_run_is_refused(kept: Kept) -> None:
+def test_unknown_run_is_rejected(kept: Kept) -> None:
     id = kept.run(EXPECTING)
     done = kept.diff(id, id[:-1] + "zz")
     assert (done.status, done.out) == (2, "")
@@ -148,7 +148,7 @@ def test_what_is_no_run_is_refused(kept: Kept) -> None:
     assert [each.code for each in caught.value.diagnostics] == ["E0208"]
 
 
-def test_two_runs_are_needed(command: Command) -> None:
+def test_diff_with_a_single_run_is_rejected(command: Command) -> None:
     done = command("diff", "last")
     assert done.status == 2
     assert "error[E0208]" in done.err
@@ -160,7 +160,7 @@ def test_stored_runs_are_compared_without_torch(kept: Kept) -> None:
     assert not found & {"torch", "transformers", "altair", "pandas", "networkx"}
 
 
-def test_the_schema_is_printed(command: Command) -> None:
+def test_differences_schema_is_printed(command: Command) -> None:
     assert json.loads(command("schema", "differences").out) == differences_schema()
 
 

@@ -1,4 +1,4 @@
-"""`mechdsl examples` and `mechdsl explain language`: what comes with the package."""
+"""`mechdsl examples` and `mechdsl explain language`: files of the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILES = {
 }
 
 
-def test_copies_all_that_runs(
+def test_examples_copies_all_files(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -33,7 +33,7 @@ def test_copies_all_that_runs(
     assert command("validate", copied / "systems" / "12-recall-or-reading.mech").status == 0
 
 
-def test_writes_over_nothing(command: Command, tmp_path: Path) -> None:
+def test_examples_overwrites_no_file(command: Command, tmp_path: Path) -> None:
     (tmp_path / "counting.mech").write_text("mine", encoding="utf-8")
     (tmp_path / "system2.mech").symlink_to(tmp_path / "nowhere")
     done = command("examples", tmp_path)
@@ -47,14 +47,16 @@ def test_writes_over_nothing(command: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_where_nothing_can_be_written(command: Command, tmp_path: Path) -> None:
+def test_examples_into_a_file_is_an_error(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = command("examples", tmp_path / "file")
     assert (done.status, done.out) == (2, "")
     assert "error[E0208]: cannot write" in done.err
 
 
-def test_lists_them(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_list_prints_names_and_copies_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = command("examples", "--list")
     assert done.status == 0
@@ -66,7 +68,7 @@ def test_lists_them(command: Command, tmp_path: Path, monkeypatch: pytest.Monkey
     assert "[E0208]: `--list` copies nothing" in command("examples", "--list", "here").err
 
 
-def test_explains_the_language(command: Command) -> None:
+def test_explain_language_prints_the_language_page(command: Command) -> None:
     page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
     assert command("explain", "language").out == page
     assert mechdsl.explain("language") == page

@@ -64,7 +64,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def logits(folder: Path) -> np.ndarray:
-    """With nothing of this package."""
+    """Compute logits with transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found: list[float] = []
@@ -80,7 +80,7 @@ def sorted_values(text: str) -> np.ndarray:
     return np.sort(mechdsl.run(text, store=False)["e"].measures[0].patched[0])
 
 
-def test_logits_are_those_of_the_run_with_the_rules(file: Path, command: Command) -> None:
+def test_exported_model_has_the_logits_of_the_edited_run(file: Path, command: Command) -> None:
     done = command("export", "file.mech", "--model", "cured", "--weights", "out/cured")
     assert done.status == 0
     assert done.out == ("cured written to out/cured: LlamaForCausalLM, 870,784 weights, float32\n")
@@ -96,7 +96,7 @@ def test_logits_are_those_of_the_run_with_the_rules(file: Path, command: Command
     np.testing.assert_allclose(sorted_values(again + experiment()), found, atol=2e-4)
 
 
-def test_from_python(file: Path) -> None:
+def test_python_export_writes_the_merged_model(file: Path) -> None:
     exported = mechdsl.export(file, "folder", "merged")
     assert exported == mechdsl.ExportedModel(
         "merged",
@@ -115,7 +115,7 @@ def test_from_python(file: Path) -> None:
     assert mechdsl.export(only, "other").name == "cured"
 
 
-def test_what_is_refused(file: Path, command: Command) -> None:
+def test_invalid_export_is_rejected_and_writes_nothing(file: Path, command: Command) -> None:
     done = command("export", "file.mech", "--weights", "out")
     assert done.status == 2
     assert "E0208" in done.err
@@ -137,8 +137,8 @@ def test_what_is_refused(file: Path, command: Command) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_tied_embeddings(family: str, tmp_path: Path, command: Command) -> None:
-    """A direction leaves the embedding, and the unembedding that shared its weights stays."""
+def test_export_unties_edited_embeddings(family: str, tmp_path: Path, command: Command) -> None:
+    """The direction is removed from the embedding; the tied unembedding stays as it was."""
     families.build(family, tmp_path / "base", tie_word_embeddings=True)
     text = (
         'mech 1\nmodel m = local("base")\n'

@@ -1,4 +1,4 @@
-"""`mechdsl run --fail-fast`: nothing is run behind the first expectation that fails the job."""
+"""`mechdsl run --fail-fast`: the run stops after the first expectation that fails the job."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The experiments that were run, each pass of the executor beside the others."""
+    """Return the executed experiments, one entry per call of the executor."""
     names: list[str] = []
     execute: Callable[..., Execution] = computation.execute
 
@@ -62,14 +62,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_it_stops_at_the_first_that_fails(command: Command, ran: list[str]) -> None:
+def test_fail_fast_stops_at_the_first_failed_expectation(command: Command, ran: list[str]) -> None:
     text = (experiment("one", HOLDS), experiment("two", FAILS, HOLDS), experiment("three", HOLDS))
     files = written("a.mech", *text), written("b.mech", experiment("four", HOLDS))
     done = command("run", *files, "--fail-fast", "--junit", "r.xml")
     assert done.status == 1
     assert ran == ["one", "two"]
     assert done.out.endswith("\nnot run after a failed expectation: a.mech: three, b.mech\n")
-    assert done.out.count("\nholds  expect ") == 2  # the other one of `two` too
+    assert done.out.count("\nholds  expect ") == 2  # `two` is decided completely
     suites = [
         (suite.get("name"), suite.get("skipped")) for suite in junit(Path("r.xml").read_text())
     ]
@@ -81,7 +81,7 @@ def test_it_stops_at_the_first_that_fails(command: Command, ran: list[str]) -> N
     ]
 
 
-def test_where_nothing_fails(command: Command, ran: list[str]) -> None:
+def test_fail_fast_without_a_failure_runs_everything(command: Command, ran: list[str]) -> None:
     file = written("a.mech", experiment("one", HOLDS), experiment("two", HOLDS))
     done = command("run", file, "--fail-fast")
     assert (done.status, "not run" in done.out) == (0, False)
@@ -91,14 +91,14 @@ def test_where_nothing_fails(command: Command, ran: list[str]) -> None:
     assert done.out == alone.out
 
 
-def test_without_it_all_are_run(command: Command, ran: list[str]) -> None:
+def test_run_without_fail_fast_runs_everything(command: Command, ran: list[str]) -> None:
     file = written("a.mech", experiment("one", FAILS), experiment("two", HOLDS))
     assert command("run", file).status == 1
     assert ran == ["one two"]
 
 
-def test_an_expectation_waits_for_what_it_names(command: Command, ran: list[str]) -> None:
-    """One that fails, on an experiment that is run later."""
+def test_expectation_waits_for_the_experiment_it_names(command: Command, ran: list[str]) -> None:
+    """The failing expectation refers to a later experiment."""
     later = "max(recovery) > mean(recovery of three) + 5"
     file = written(
         "a.mech",
@@ -114,8 +114,10 @@ def test_an_expectation_waits_for_what_it_names(command: Command, ran: list[str]
     assert done.out.endswith("not run after a failed expectation: four\n")
 
 
-def test_what_it_names_is_not_run(command: Command, ran: list[str]) -> None:
-    """So there is no verdict on it: neither that it fails nor that something can't be computed."""
+def test_expectation_on_an_experiment_not_run_is_undecided(
+    command: Command, ran: list[str]
+) -> None:
+    """The expectation is neither a failure nor an error."""
     later = "max(recovery) > mean(recovery of two)"
     file = written("a.mech", experiment("one", later, FAILS), experiment("two", HOLDS))
     done = command("run", file, "--fail-fast", "--junit", "r.xml", "--format", "json")
@@ -137,8 +139,8 @@ def test_what_it_names_is_not_run(command: Command, ran: list[str]) -> None:
     assert verdicts(root) == {FAILS: "failure", later: "skipped", HOLDS: "skipped"}
 
 
-def test_an_experiment_that_waits_for_another(command: Command, ran: list[str]) -> None:
-    """In the order of the file, but behind what it picks from, and before what comes later."""
+def test_experiment_runs_after_the_one_it_selects_from(command: Command, ran: list[str]) -> None:
+    """It runs after the experiment that it selects from, and before later experiments."""
     picking = experiment("picks", HOLDS, body="  patch top 2 of two at last token")
     file = written(
         "a.mech", picking, experiment("one", HOLDS), experiment("two", HOLDS), experiment("four")
@@ -147,15 +149,15 @@ def test_an_experiment_that_waits_for_another(command: Command, ran: list[str]) 
     assert ran == ["one", "two", "picks", "four"]
 
 
-def test_all_variants_are_run_together(command: Command, ran: list[str]) -> None:
+def test_fail_fast_runs_all_variants_together(command: Command, ran: list[str]) -> None:
     body = "  for k in 1..2 {\n    patch layer k head * at last token\n  }"
     file = written("a.mech", experiment("one", HOLDS, body=body), experiment("two", HOLDS))
     assert command("run", file, "--fail-fast").status == 0
     assert ran == ["one", "two"]
 
 
-def test_one_that_can_not_be_computed(command: Command, ran: list[str]) -> None:
-    """Its expectations fail; without any, it costs no other."""
+def test_lost_experiment_with_expectations_stops_the_run(command: Command, ran: list[str]) -> None:
+    """Its expectations fail; a lost experiment without expectations stops nothing."""
     lost = experiment("lost", FAILS).replace("logit(answer of fewer)", "logit(answer)")
     file = written("a.mech", lost, experiment("two", HOLDS))
     done = command("run", file, "--fail-fast", "--junit", "r.xml")
@@ -171,8 +173,8 @@ def test_one_that_can_not_be_computed(command: Command, ran: list[str]) -> None:
     assert ran == ["lost", "two"]
 
 
-def test_an_expectation_on_one_that_can_not_be_computed(command: Command, ran: list[str]) -> None:
-    """It waits for nothing any more."""
+def test_expectation_on_a_lost_experiment_is_an_error(command: Command, ran: list[str]) -> None:
+    """The expectation no longer waits for the lost experiment."""
     lost = experiment("lost").replace("logit(answer of fewer)", "logit(answer)")
     read = "max(recovery) > mean(recovery of lost)"
     file = written("a.mech", lost, experiment("two", HOLDS, read), experiment("three", HOLDS))
@@ -184,16 +186,18 @@ def test_an_expectation_on_one_that_can_not_be_computed(command: Command, ran: l
     assert "not decided" not in done.out
 
 
-def test_only_what_is_asked_for_decides(command: Command, ran: list[str]) -> None:
-    """An experiment that another one picks from has no verdicts under `--only`."""
+def test_fail_fast_ignores_dependencies_of_only(command: Command, ran: list[str]) -> None:
+    """An experiment that runs only as a dependency has no verdicts under `--only`."""
     picking = experiment("picks", HOLDS, body="  patch top 2 of one at last token")
     file = written("a.mech", experiment("one", FAILS), picking)
     done = command("run", file, "--fail-fast", "--only", "picks")
     assert (done.status, ran) == (0, ["one", "picks"])
 
 
-def test_against_an_earlier_run(command: Command, ran: list[str]) -> None:
-    """What failed there ends nothing; what held there does, and so does what is new."""
+def test_fail_fast_ignores_expectations_that_failed_before(
+    command: Command, ran: list[str]
+) -> None:
+    """A known failure doesn't stop the run; a regression or a new failure does."""
     file = written("a.mech", experiment("one", FAILS), experiment("two", HOLDS))
     assert command("run", file, "--out", "kept").status == 1
     ran.clear()
@@ -206,8 +210,8 @@ def test_against_an_earlier_run(command: Command, ran: list[str]) -> None:
     assert "gone           two" not in done.out
 
 
-def test_nothing_is_kept_of_a_run_that_stopped(command: Command) -> None:
-    """A part of a run is no run; what an earlier one has left stays."""
+def test_stopped_run_writes_no_export(command: Command) -> None:
+    """A stopped run is incomplete, so the earlier export stays."""
     file = written("a.mech", experiment("one", HOLDS), experiment("two", HOLDS))
     assert command("run", file, "--out", "kept").status == 0
     before = Path("kept/a/results.json").read_bytes()
@@ -216,15 +220,15 @@ def test_nothing_is_kept_of_a_run_that_stopped(command: Command) -> None:
     assert done.status == 1
     assert "nothing was written to kept because a.mech was stopped" in done.err
     assert Path("kept/a/results.json").read_bytes() == before
-    # where it fails at its very end, it is whole
+    # a failure in the last experiment leaves a complete run
     written("a.mech", experiment("one", HOLDS), experiment("two", FAILS))
     done = command("run", file, "--out", "kept", "--fail-fast")
     assert (done.status, "nothing was written" in done.err) == (1, False)
     assert Path("kept/a/results.json").read_bytes() != before
 
 
-def test_numbers_are_those_of_a_whole_run(command: Command) -> None:
-    """But for rounding: passes are laid out for each experiment alone."""
+def test_fail_fast_values_equal_those_of_a_full_run(command: Command) -> None:
+    """Values are equal up to rounding, since batches are formed per experiment."""
     file = written("a.mech", experiment("one", HOLDS), experiment("two", FAILS))
     found: list[Mapping[str, Any]] = []
     for more in ([], ["--fail-fast"]):
@@ -241,6 +245,6 @@ def test_numbers_are_those_of_a_whole_run(command: Command) -> None:
     assert means[0] == pytest.approx(means[1], abs=1e-5)
 
 
-def test_typos(command: Command) -> None:
+def test_mistyped_fail_fast_gets_a_suggestion(command: Command) -> None:
     done = command("run", written("a.mech", experiment("one")), "--failfast")
     assert (done.status, "did you mean `--fail-fast`?" in done.err) == (2, True)

@@ -105,7 +105,7 @@ def test_python_warns_of_a_diverged_training_and_raises_without_another(
         mechdsl.fit(alone, store=tmp_path / "store")
 
 
-def test_a_finished_fit_exits_with_status_0(
+def test_finished_fit_exits_with_status_0(
     command: Command, path: Path, store: tuple[str, Path]
 ) -> None:
     path.write_text(TEXT.replace("rate: 0.99", "rate: 0.02"), "utf-8")

@@ -1,4 +1,4 @@
-"""What the command says of a file whose rows write, before and after they do."""
+"""Commands on a file that generates text."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_explain_says_when_rules_act(command: Command, file: Path) -> None:
+def test_explain_states_when_rules_act(command: Command, file: Path) -> None:
     said = flat(command("explain", file).out)
     assert "generates up to 6 tokens after each prompt" in said
     rules = [part.partition(" patch ")[0] for part in said.split(" acts ")[1:]]
@@ -65,7 +65,7 @@ def test_explain_says_when_rules_act(command: Command, file: Path) -> None:
     assert rules[3].startswith("in the prefill cells: 2")
 
 
-def test_explain_names_all_that_follows(command: Command, file: Path) -> None:
+def test_explain_lists_prefill_and_generation_steps_of_a_rule(command: Command, file: Path) -> None:
     text = file.read_text("utf-8").replace(" during prefill", "")
     file.write_text(text, "utf-8")
     said = flat(command("explain", file).out)
@@ -73,7 +73,7 @@ def test_explain_names_all_that_follows(command: Command, file: Path) -> None:
     assert f"acts in the prefill, then {newest}" in said
 
 
-def test_the_graph_has_a_node_for_what_is_written(command: Command, drawn: Path) -> None:
+def test_graph_has_a_node_per_generating_run(command: Command, drawn: Path) -> None:
     said = command("graph", drawn, "--format", "text").out
     how = (
         "up to 6 tokens, sampled at temperature 0.5, from the 9 most likely tokens, from "
@@ -89,7 +89,7 @@ def test_the_graph_has_a_node_for_what_is_written(command: Command, drawn: Path)
         assert re.search(rf"Write · .* · {when}  ←", said)
 
 
-def test_the_plan_prices_each_token(command: Command, file: Path) -> None:
+def test_plan_counts_tokens_saved_by_the_cache(command: Command, file: Path) -> None:
     said = command("plan", file).out
     assert "generates up to 6 tokens" in flat(said)
     rows = {line.split()[0]: line.split() for line in said.splitlines() if line.strip()}
@@ -102,7 +102,7 @@ def test_the_plan_prices_each_token(command: Command, file: Path) -> None:
     assert tokens["join"] - tokens["cache"] == left_out * 4  # blocks
 
 
-def test_a_plan_of_files_that_write_nothing_has_no_such_line(command: Command, file: Path) -> None:
+def test_plan_without_generation_has_no_cache_line(command: Command, file: Path) -> None:
     text = file.read_text("utf-8").replace("  generate 6 \n", "")
     text = re.sub(r" (during|after) .*", "", text).replace("measure exact_match", "measure entropy")
     file.write_text(text, "utf-8")
@@ -112,7 +112,7 @@ def test_a_plan_of_files_that_write_nothing_has_no_such_line(command: Command, f
     assert "generates" not in done.out
 
 
-def test_a_table_says_how_replies_were_written(command: Command, drawn: Path) -> None:
+def test_run_states_the_generation_settings(command: Command, drawn: Path) -> None:
     said = flat(command("run", drawn, "--no-store").out)
     assert (
         "generate up to 6 tokens after each prompt, sampled at temperature 0.5, from the 9"
@@ -127,7 +127,7 @@ def test_a_table_says_how_replies_were_written(command: Command, drawn: Path) ->
     assert "prompt end metrics that don't read the reply are measured in step 0" in said
 
 
-def test_a_table_does_not_say_what_no_rule_does_in_step_0(command: Command, file: Path) -> None:
+def test_run_without_prompt_writes_omits_the_step_0_note(command: Command, file: Path) -> None:
     text = re.sub(r"\n  (patch|scale k|block) .*", "", file.read_text("utf-8"))
     file.write_text(text.replace("at last token by 2", "at tokens * by 2"), "utf-8")
     said = flat(command("run", file, "--no-store").out)
@@ -135,7 +135,7 @@ def test_a_table_does_not_say_what_no_rule_does_in_step_0(command: Command, file
     assert "are written in step 0" not in said
 
 
-def test_a_table_of_likeliest_tokens_says_less(command: Command, file: Path) -> None:
+def test_run_of_greedy_generation_omits_sampling_notes(command: Command, file: Path) -> None:
     text = file.read_text("utf-8").replace("  measure logit(answer) as delta\n", "")
     text = re.sub(r"  (scale|block) .*\n", "", text)
     file.write_text(text, "utf-8")
@@ -159,8 +159,8 @@ experiment e {
 )
 
 
-def test_what_is_written_needs_no_measure(command: Command, tmp_path: Path) -> None:
-    """The replies are shown, and no table; the length is what is measured."""
+def test_generation_without_a_measure_reports_completions(command: Command, tmp_path: Path) -> None:
+    """Completions are printed without a table, and their length is measured."""
     path = tmp_path / "file.mech"
     path.write_text(ALONE, encoding="utf-8")
     done = command("run", path, "--no-store")
@@ -191,8 +191,8 @@ experiment e {
 )
 
 
-def test_what_saved_replies_cost(command: Command, tmp_path: Path) -> None:
-    """Prompts, replies, and both together up to the second of four blocks."""
+def test_plan_counts_saved_completion_activations(command: Command, tmp_path: Path) -> None:
+    """Costs of prompts, completions, and both together through the second of four layers."""
     path = tmp_path / "file.mech"
     path.write_text("mech 1\nseed 3\n" + SAVED.removeprefix("mech 1\n"), encoding="utf-8")
     said = command("plan", path).out
@@ -217,10 +217,10 @@ SEARCHED = ALONE.replace(
 ).replace("generate 3", "generate 50")
 
 
-def test_a_search_without_an_end_is_an_error(
+def test_endless_pattern_search_is_an_error(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says in which row, and leaves what else is measured as it is."""
+    """The error names the row, and other measures are computed."""
     monkeypatch.setattr(limits, "SEARCH_SECONDS", 0.05)
     path = tmp_path / "file.mech"
     path.write_text(SEARCHED, encoding="utf-8")
@@ -231,9 +231,9 @@ def test_a_search_without_an_end_is_an_error(
     assert "e: length" in done.out
 
 
-def test_the_heading_says_what_an_effect_is_set_against(command: Command, tmp_path: Path) -> None:
-    """The base run's own replies, or what it makes of those of the patched run; where no row has
-    the place, no value."""
+def test_table_heading_states_the_base_of_an_effect(command: Command, tmp_path: Path) -> None:
+    """The base is the base run's completions, or the base run on the patched completions; if no
+    row has the position, there is no value."""
     rule = "ablate resid_post layer 1 at last token with zero during step 1"
     lines = {
         "length": "0 is clean (3.000 tokens)",

@@ -12,7 +12,7 @@ from .test_guides import part_of, same
 PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
 
 
-def test_the_page(tmp_path: Path, command: Command) -> None:
+def test_generation_page_files_print_the_shown_output(tmp_path: Path, command: Command) -> None:
     printed, shown = "", 0
     for fence in fences(PAGE.read_text(encoding="utf-8")):
         if fence.file is None:

@@ -1,7 +1,7 @@
 """README.md, docs/tutorial.md, docs/cookbook.md and other guides: their files and commands run, as
 a reader would run them, and print what the page shows.
 
-Fences are read so: `mech FILE` and `python FILE` are files, `mech add FILE` goes to its end; lines
+Rules for fences: `mech FILE` and `python FILE` are files, `mech add FILE` appends to one; lines
 of `sh` are commands; `text` is a part of what the last one printed; `python` and the steps of
 `yaml` run too.
 """
@@ -61,7 +61,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 @pytest.fixture(autouse=True)
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in."""
+    """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -74,7 +74,7 @@ def recipes() -> dict[str, list[Fence]]:
 
 
 def save(fence: Fence) -> Path:
-    """The file of a `mech` or `python` fence."""
+    """Write the file of a `mech` or `python` fence and return its path."""
     assert fence.file is not None, f"a file under {fence.heading!r} has no name"
     path = Path(fence.file)
     before = path.read_text(encoding="utf-8") + "\n" if fence.words[0] == "add" else ""
@@ -83,7 +83,7 @@ def save(fence: Fence) -> Path:
 
 
 def ran(command: Command, line: str) -> str:
-    """What a line starting with `mechdsl` prints; it must be right."""
+    """Run a `mechdsl` line that must succeed, and return its output."""
     program, *arguments = line.split()
     assert program == "mechdsl"
     done = command(*arguments)
@@ -92,7 +92,7 @@ def ran(command: Command, line: str) -> str:
 
 
 def same(said: str, printed: str) -> bool:
-    """Whether two lines have the same words, and numbers that are the same but for rounding."""
+    """Return whether two lines have equal words, and equal numbers up to rounding."""
     if NUMBER.sub("0", said).split() != NUMBER.sub("0", printed).split():
         return False
     pairs = zip(NUMBER.findall(said), NUMBER.findall(printed), strict=True)
@@ -103,7 +103,7 @@ def same(said: str, printed: str) -> bool:
 
 
 def part_of(printed: str, said: str) -> str:
-    """The part of what was printed that the page shows: it begins with the same line."""
+    """Return the printed lines that the page shows, from its first line on."""
     lines, shown = printed.splitlines(), said.splitlines()
     at = next((n for n, line in enumerate(lines) if same(shown[0], line)), None)
     assert at is not None, f"{shown[0]!r} was not printed:\n{printed}"
@@ -120,7 +120,7 @@ def run_page(
     """
     page = text = path.read_text(encoding="utf-8")
     printed = ""
-    moved = 0  # by what was rewritten so far
+    moved = 0  # offset of the text rewritten so far
     for fence in fences(page):
         if headings is not None and fence.heading not in headings:
             continue
@@ -153,7 +153,7 @@ def run_page(
         path.write_text(text, encoding="utf-8")
 
 
-def test_the_tutorial(command: Command, update: bool) -> None:
+def test_tutorial_runs_and_draws_its_picture(command: Command, update: bool) -> None:
     run_page(TUTORIAL, command, update)
     assert Path("where.png").read_bytes().startswith(b"\x89PNG")
 
@@ -165,19 +165,19 @@ def run_code(fence: Fence, name: str) -> None:
 
 
 def run_steps(fence: Fence, command: Command) -> None:
-    """The steps of a workflow that are commands."""
+    """Run the commands in the steps of a workflow."""
     lines = re.findall(r"^ +- run: (.*)$", fence.content, re.MULTILINE)
     assert lines[0] == "pip install ./mechdsl-*.whl"
     for line in lines[1:]:
         ran(command, line)
 
 
-def test_the_cookbook_has_every_method() -> None:
+def test_cookbook_has_every_method() -> None:
     assert list(recipes()) == METHODS
 
 
 @pytest.mark.parametrize("method", some(METHODS, METHODS[1:4:2]))
-def test_a_recipe(method: str, command: Command) -> None:
+def test_recipe_runs_and_its_expectations_hold(method: str, command: Command) -> None:
     for fence in recipes()[method]:
         assert len(fence.content.splitlines()) <= 25
         if fence.language == "python":
@@ -206,7 +206,7 @@ def test_readme_runs_and_shows_the_printed_table(command: Command, update: bool)
 
 
 @pytest.mark.parametrize("page", PICTURES)
-def test_picture_is_the_one_that_the_file_of_the_page_draws(
+def test_page_picture_equals_the_picture_drawn_by_its_file(
     page: str, command: Command, update: bool
 ) -> None:
     name = PICTURES[page]
@@ -258,7 +258,7 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
         ),
     ],
 )
-def test_activations_are_factored_as_the_page_says(
+def test_bases_page_section_runs(
     section: str, command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
@@ -266,7 +266,7 @@ def test_activations_are_factored_as_the_page_says(
 
 
 @pytest.mark.slow
-def test_a_written_trainer_trains_as_the_page_says(
+def test_custom_trainer_section_runs(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
@@ -274,7 +274,7 @@ def test_a_written_trainer_trains_as_the_page_says(
 
 
 @pytest.mark.slow
-def test_a_lens_is_trained_as_the_page_says(
+def test_tuned_lens_section_runs(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
@@ -282,14 +282,14 @@ def test_a_lens_is_trained_as_the_page_says(
 
 
 @pytest.mark.slow
-def test_an_edit_is_trained_as_the_page_says(
+def test_trained_edit_section_runs(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
     run_page(DOCS / "steering.md", command, update, {"Train an edit"})
 
 
-def test_a_probe_is_trained_as_the_page_says(
+def test_trained_probe_section_runs(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
@@ -297,7 +297,7 @@ def test_a_probe_is_trained_as_the_page_says(
 
 
 @pytest.mark.slow
-def test_a_dictionary_is_trained_as_the_page_says(
+def test_trained_dictionary_section_runs(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")  # `fit` and `run` share the store next to the file
@@ -331,7 +331,7 @@ def test_a_dictionary_is_trained_as_the_page_says(
         "docs/runs-and-saves.md",
     ],
 )
-def test_links_lead_somewhere(page: str) -> None:
+def test_page_links_exist(page: str) -> None:
     path = ROOT / page
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         assert (path.parent / link).exists(), link

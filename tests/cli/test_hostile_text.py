@@ -1,4 +1,4 @@
-"""A file that wants to steer the terminal: every command shows its text, and does nothing of it."""
+"""Files with terminal escapes: every command shows their text and doesn't execute it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT = (
     .replace("at last-item token", f'at "{HOSTILE}" tokens')
     .replace("as recovery", "as delta")
 )
-"""In the prompts and in a position, and so in tables, labels and nodes of the graph."""
+"""The text is in prompts and in a position, hence in tables, labels and graph nodes."""
 
 
 def harmless(text: str) -> None:
@@ -28,7 +28,7 @@ def harmless(text: str) -> None:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hostile name too. The working directory is its folder."""
+    """Create a file with a hostile name in the working directory."""
     monkeypatch.chdir(tmp_path)
     path = Path("\x1b]0;owned\x07\u202e[b].mech")
     path.write_text(TEXT + "\n\n", encoding="utf-8")
@@ -49,7 +49,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "fmt --check",
     ],
 )
-def test_commands(line: str, file: Path, command: Command) -> None:
+def test_commands_escape_hostile_text(line: str, file: Path, command: Command) -> None:
     name, *options = line.split()
     done = command(name, file, *options)
     assert done.status == (2 if name == "fmt" else 0)
@@ -64,7 +64,7 @@ def test_commands(line: str, file: Path, command: Command) -> None:
 
 
 @pytest.mark.parametrize("form", ["full", "json", "github", "sarif"])
-def test_messages_that_quote_the_file(form: str, file: Path, command: Command) -> None:
+def test_diagnostics_escape_quoted_hostile_text(form: str, file: Path, command: Command) -> None:
     wrong = TEXT.replace("report table", f'report tabel to "{HOSTILE}"')
     file.write_text(wrong, encoding="utf-8")
     done = command("validate", file, "--format", form)
@@ -80,7 +80,7 @@ def test_messages_that_quote_the_file(form: str, file: Path, command: Command) -
         assert len(carets.strip("│^ ").split()[0]) > 0
 
 
-def test_explain_shows_tokens_as_they_are(file: Path, command: Command) -> None:
+def test_explain_does_not_interpret_rich_markup(file: Path, command: Command) -> None:
     """`[b]` and `:cat:` are no markup of the terminal library."""
     out = command("explain", file).out
     assert "[b]:cat:" in out

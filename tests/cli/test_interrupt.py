@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is finished is kept, and the model is as it was."""
+"""Ctrl-C and SIGTERM: finished results are stored, and the model is restored."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LONG = HEADS.replace("layer 0..1 head * at", "layer * neuron * at last token,")
 
 
 def default_interrupt() -> None:
-    """Shells start background jobs deaf to Ctrl-C; the child must hear it wherever tests run."""
+    """Restore SIGINT, which shells ignore in background jobs, so that the child receives it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow
-def test_in_the_middle_of_a_run(tmp_path: Path) -> None:
-    """What is finished is in the store."""
+def test_interrupted_run_stores_finished_results(tmp_path: Path) -> None:
+    """The store lists the run as unfinished."""
     (tmp_path / "long.mech").write_text(LONG, encoding="utf-8")
     begun = tmp_path / "begun"
     program = (
@@ -74,15 +74,15 @@ def test_in_the_middle_of_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sent", "word", "status"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)]
 )
-def test_without_a_store(
+def test_interrupted_run_without_a_store_writes_nothing(
     sent: str, word: str, status: int, command: Command, monkeypatch: Any, tmp_path: Path
 ) -> None:
-    """In this process, which sends the signal to itself as soon as a row is finished."""
+    """This process sends the signal to itself when the first row is finished."""
     (tmp_path / "long.mech").write_text(LONG, encoding="utf-8")
     number = getattr(signal, sent)
 
     def tell(bar: ProgressBar, done: int, total: int) -> None:
-        assert signal.getsignal(number) is not signal.SIG_DFL  # or it ends here
+        assert signal.getsignal(number) is not signal.SIG_DFL  # else the signal ends the process
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(ProgressBar, "advance", tell)
@@ -96,7 +96,9 @@ def test_without_a_store(
     assert list((tmp_path / "kept").iterdir()) == []
 
 
-def test_while_checking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_interrupt_during_the_check_exits_with_status_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -115,7 +117,7 @@ def hooks(model: Any) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
-def test_no_hook_is_left() -> None:
+def test_interrupted_run_leaves_no_hooks() -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     folder = str(files("mechdsl") / "zoo" / "counting")

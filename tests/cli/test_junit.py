@@ -1,4 +1,4 @@
-"""`mechdsl run --junit FILE`: a report of verdicts for CI, whatever becomes of the run."""
+"""`mechdsl run --junit FILE`: a report of verdicts for CI, even if the run fails."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def report() -> Element:
     return junit(Path("r.xml").read_text(encoding="utf-8"))
 
 
-def test_a_suite_per_experiment_of_all_files(command: Command) -> None:
+def test_junit_has_a_suite_per_experiment(command: Command) -> None:
     files = written("a.mech", HOLDS, FAILS), written("b.mech", experiment("bare"))
     assert command("run", *files, "--junit", "r.xml").status == 1
     root = report()
@@ -73,7 +73,7 @@ def test_a_suite_per_experiment_of_all_files(command: Command) -> None:
     assert (case.get("file"), case.get("line")) == ("a.mech", str(line))
 
 
-def test_it_says_what_the_table_says(command: Command) -> None:
+def test_junit_message_equals_the_printed_verdict(command: Command) -> None:
     done = command("run", written("a.mech", FAILS), "--junit", "r.xml")
     said = message(report(), "max(recovery) > 5")
     figure, _, rest = said.partition(", effective n = ")
@@ -81,7 +81,7 @@ def test_it_says_what_the_table_says(command: Command) -> None:
     assert rest.startswith("8")
 
 
-def test_it_goes_along_with_every_format(command: Command) -> None:
+def test_junit_does_not_affect_json_output(command: Command) -> None:
     file = written("a.mech", HOLDS)
     outs = [
         command("run", file, "--format", "json", *more).out for more in ([], ["--junit", "r.xml"])
@@ -90,7 +90,7 @@ def test_it_goes_along_with_every_format(command: Command) -> None:
     assert verdicts(report()) == {"accuracy(clean) > 0.1": "passed"}
 
 
-def test_what_could_not_be_computed(command: Command) -> None:
+def test_junit_lost_experiment_is_an_error(command: Command) -> None:
     lost = experiment("lost", "max(recovery) > 0", measure=LOST)
     assert command("run", written("a.mech", HOLDS, lost), "--junit", "r.xml").status == 3
     assert verdicts(report()) == {
@@ -99,13 +99,13 @@ def test_what_could_not_be_computed(command: Command) -> None:
         "max(recovery) > 0": "error",
     }
     assert message(report(), "lost is computed").startswith("E0604: ")
-    # nothing of the file at all
+    # the file has no other experiment
     assert command("run", written("b.mech", lost), "--junit", "r.xml").status == 2
     assert verdicts(report()) == {"lost is computed": "error", "max(recovery) > 0": "error"}
     assert message(report(), "lost is computed").startswith("E0604: ")
 
 
-def test_an_expectation_on_a_measure_that_could_not_be_computed(command: Command) -> None:
+def test_junit_expectation_on_a_lost_measure_is_an_error(command: Command) -> None:
     both = experiment(
         "both",
         "max(recovery) > 0",
@@ -126,7 +126,7 @@ def test_an_expectation_on_a_measure_that_could_not_be_computed(command: Command
     assert len(errors) == 5 + 1  # with the measure itself
 
 
-def test_a_file_that_is_wrong(command: Command) -> None:
+def test_junit_invalid_file_is_an_error_and_others_are_skipped(command: Command) -> None:
     Path("r.xml").write_text("from the run before")
     wrong = written("a.mech", HOLDS.replace("head *", "head 14"))
     assert command("run", wrong, written("b.mech", HOLDS), "--junit", "r.xml").status == 2
@@ -138,12 +138,12 @@ def test_a_file_that_is_wrong(command: Command) -> None:
     assert int(case.get("line", "0")) > 1
 
 
-def test_a_file_that_is_not_there(command: Command) -> None:
+def test_junit_missing_file_is_an_error(command: Command) -> None:
     assert command("run", "nowhere.mech", "--junit", "r.xml").status == 2
     assert "error" in verdicts(report()).values()
 
 
-def test_a_command_that_is_wrong(command: Command) -> None:
+def test_junit_invalid_option_is_an_error(command: Command) -> None:
     done = command("run", written("a.mech", HOLDS), "--only", "hold", "--junit", "r.xml")
     assert done.status == 2
     root = report()
@@ -151,7 +151,7 @@ def test_a_command_that_is_wrong(command: Command) -> None:
     assert "no experiment of that name" in message(root, "E0208")
 
 
-def test_a_model_that_is_not_there(command: Command) -> None:
+def test_junit_unknown_device_is_an_error(command: Command) -> None:
     file = Path(written("a.mech", HOLDS))
     done = command("run", file, "--device", "cuda:99", "--junit", "r.xml")
     assert done.status == 2
@@ -162,7 +162,7 @@ Ran = Callable[..., Any]
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: str = "b.mech") -> None:
-    """The run of one file ends in an exception; what stands in the report then must be red."""
+    """Make the run of one file raise; the report must contain an error before that."""
     run: Ran = computation.run_checked
 
     def ran(checked: Any, *arguments: Any, **named: Any) -> Any:
@@ -174,7 +174,9 @@ def stopped(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: str = "b.
     monkeypatch.setattr(computation, "run_checked", ran)
 
 
-def test_a_run_that_breaks_off(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_junit_internal_error_is_an_error(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stopped(monkeypatch, RuntimeError("no room"))
     files = [written(name, HOLDS) for name in ("a.mech", "b.mech", "c.mech")]
     assert command("run", *files, "--junit", "r.xml").status == 3
@@ -183,7 +185,9 @@ def test_a_run_that_breaks_off(command: Command, monkeypatch: pytest.MonkeyPatch
     assert "no room" in message(root, "the run completes")
 
 
-def test_a_run_that_is_interrupted(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_junit_interrupted_run_is_an_error(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stopped(monkeypatch, KeyboardInterrupt())
     files = [written(name, HOLDS) for name in ("a.mech", "b.mech", "c.mech")]
     assert command("run", *files, "--junit", "r.xml").status == 130
@@ -193,7 +197,7 @@ def test_a_run_that_is_interrupted(command: Command, monkeypatch: pytest.MonkeyP
     assert {each.get("message") for each in root.iter("error")} == {"the run was interrupted"}
 
 
-def test_a_report_that_can_not_be_made(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_junit_failed_report_is_an_error(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written("a.mech", WRITES)
     run: Ran = computation.run_checked
 
@@ -207,16 +211,16 @@ def test_a_report_that_can_not_be_made(command: Command, monkeypatch: pytest.Mon
     assert message(report(), "the run completes") == "a report could not be made"
 
 
-def test_when_nobody_reads_what_is_printed(
+def test_junit_is_written_if_output_is_closed(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files are run that keep nothing but the report."""
+    """Files without other outputs are run for the JUnit report."""
 
     def closed(*arguments: Any, **others: Any) -> None:
         raise OutputLost("is closed")
 
     monkeypatch.setattr("mechdsl.cli.run._show", closed)
-    # the process's own output stays: pytest's has no number
+    # pytest's output has no file descriptor
     monkeypatch.setattr("mechdsl.cli.run.report_lost_output", lambda error: INCOMPLETE)
     files = [written(name, HOLDS) for name in ("a.mech", "b.mech")]
     done = command("run", *files, "--junit", "r.xml")
@@ -227,7 +231,7 @@ def test_when_nobody_reads_what_is_printed(
     ).err
 
 
-def test_a_disk_that_is_full_at_the_end(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_junit_full_disk_is_an_error(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     file, count = written("a.mech", HOLDS), [0]
 
     def full(path: Path, text: str) -> None:
@@ -245,7 +249,7 @@ def test_a_disk_that_is_full_at_the_end(command: Command, monkeypatch: pytest.Mo
     assert verdicts(report()) == {"the file runs": "error"}
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- rejected paths -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -261,7 +265,9 @@ def test_a_disk_that_is_full_at_the_end(command: Command, monkeypatch: pytest.Mo
         ("kept/a/results.json", "is in `kept/a`, the `--out` folder of a.mech"),
     ],
 )
-def test_paths(path: str, reason: str, command: Command) -> None:
+def test_junit_path_of_an_input_or_output_is_rejected(
+    path: str, reason: str, command: Command
+) -> None:
     Path("below").mkdir()
     Path("rows.csv").write_text("count\n3\n")
     own = 'prompts own {\n  rows "rows.csv"\n  template "Part {count}"\n}\n'
@@ -277,14 +283,14 @@ def test_paths(path: str, reason: str, command: Command) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_to(command: Command) -> None:
+def test_junit_in_a_read_only_folder_is_rejected(command: Command) -> None:
     Path("below").mkdir(mode=0o500)
     done = command("run", written("a.mech", HOLDS), "--junit", "below/r.xml")
     assert (done.status, done.out) == (2, "")
     assert "may not be written to" in done.err
 
 
-def test_a_link_to_what_is_read(command: Command) -> None:
+def test_junit_link_to_an_input_is_rejected(command: Command) -> None:
     file = written("a.mech", HOLDS)
     Path("r.xml").symlink_to(file)
     done = command("run", file, "--junit", "r.xml")
@@ -294,8 +300,10 @@ def test_a_link_to_what_is_read(command: Command) -> None:
 
 
 @pytest.mark.parametrize("switch", ["--untrusted", None])
-def test_it_may_go_anywhere(switch: str | None, command: Command, inside: Path) -> None:
-    """Unlike the reports that a file names: this path is the user's own."""
+def test_junit_may_be_written_outside_the_folder(
+    switch: str | None, command: Command, inside: Path
+) -> None:
+    """The user gives this path, unlike paths in a file."""
     (inside / "here").mkdir()
     (inside / "there").mkdir()
     file = Path("here", "a.mech")
@@ -307,14 +315,14 @@ def test_it_may_go_anywhere(switch: str | None, command: Command, inside: Path) 
     assert verdicts(junit(target.read_text())) == {"accuracy(clean) > 0.1": "passed"}
 
 
-def test_typos(command: Command) -> None:
+def test_mistyped_junit_option_gets_a_suggestion(command: Command) -> None:
     file = written("a.mech", HOLDS)
     done = command("run", file, "--junitt", "r.xml")
     assert (done.status, "did you mean `--junit`?" in done.err) == (2, True)
     assert "requires an argument" in command("run", file, "--junit").err
 
 
-def test_nothing_else_is_left(command: Command, inside: Path) -> None:
+def test_junit_leaves_no_other_file(command: Command, inside: Path) -> None:
     done = command("run", written("a.mech", FAILS), "--junit", "r.xml")
     assert done.status == 1
     assert verdicts(report()) == {"max(recovery) > 5": "failure"}

@@ -1,4 +1,4 @@
-"""Hostile files, one by one: each is refused with its reason. `tests/fuzz` draws more."""
+"""Hostile files: each is rejected with its reason. `tests/fuzz` generates more."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def errors(text: str, folder: Path | None = None) -> list[str]:
         (program(rule="patch layer 0 neuron 0..9 at token 0..99999999999"), "E0310", "outside"),
     ],
 )  # fmt: skip
-def test_refused(text: str, code: str, said: str) -> None:
+def test_hostile_file_is_rejected_with_its_reason(text: str, code: str, said: str) -> None:
     found = [d for d in check(text) if d.severity == "error"]
     assert code in [d.code for d in found], render_full(found)
     assert said in render_full(d for d in found if d.code == code)
 
 
-def test_an_unknown_model_of_words_is_said_once() -> None:
+def test_unknown_model_in_words_is_reported_once() -> None:
     assert errors(program("item in words(tniy)")) == ["E0201"]
 
 
 def model(folder: Path, **changes: object) -> str:
-    """A program whose model is that of the zoo with other entries in its config."""
+    """Return a program whose model is the zoo model with other config entries."""
     (folder / "model").mkdir()
     for file in ZOO.glob("*.json"):
         (folder / "model" / file.name).write_bytes(file.read_bytes())
@@ -95,16 +95,18 @@ def model(folder: Path, **changes: object) -> str:
         ({"layer_types": 3}, "E0404"),
     ],
 )
-def test_configs(tmp_path: Path, changes: dict[str, object], code: str) -> None:
+def test_hostile_model_config_is_rejected(
+    tmp_path: Path, changes: dict[str, object], code: str
+) -> None:
     assert errors(model(tmp_path, **changes), tmp_path) == [code]
 
 
-def test_configs_of_doge_are_read(tmp_path: Path) -> None:
-    """They have this number, also where the model has no experts."""
+def test_config_of_doge_is_accepted(tmp_path: Path) -> None:
+    """Doge configs have this number of experts, even for models without experts."""
     assert "E0430" not in errors(model(tmp_path, num_experts=16_384), tmp_path)
 
 
-def test_nested_json(tmp_path: Path) -> None:
+def test_deeply_nested_json_is_rejected(tmp_path: Path) -> None:
     deep = "[" * 50_000 + "]" * 50_000
     text = model(tmp_path)
     (tmp_path / "model" / "tokenizer_config.json").write_text(deep)
@@ -119,7 +121,7 @@ def test_nested_json(tmp_path: Path) -> None:
         load_json("[" * 51 + "]" * 51)
 
 
-def test_half_a_character(tmp_path: Path) -> None:
+def test_lone_surrogate_in_data_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"item": "\\ud800"}\n{"item": "fig"}\n')
     assert errors(program('rows "data.jsonl"'), tmp_path) == ["E0505"]
 
@@ -143,19 +145,19 @@ def test_half_a_character(tmp_path: Path) -> None:
         "i" + "9" * 5000,
     ],
 )
-def test_columns_may_be_called_anything(name: str, tmp_path: Path) -> None:
+def test_data_column_may_have_any_name(name: str, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([{name: 1, "n": 0}, {"item": 2, "n": 1}]))
-    found = errors(program('rows "data.json"'), tmp_path)  # rows can't be made, a table stands in
-    assert sorted(found) == ["E0503", "E0512"]  # which row is made first hangs on the content
+    found = errors(program('rows "data.json"'), tmp_path)  # rows can't be built
+    assert sorted(found) == ["E0503", "E0512"]  # the first row built depends on the content
 
 
-def test_there_may_be_any_number_of_columns(tmp_path: Path) -> None:
+def test_data_may_have_any_number_of_columns(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([{f"{'c' * 90}{n}": n for n in range(1200)}]))
     found = errors(program('rows "data.json"').replace("{item}", "{x}"), tmp_path)
     assert set(found) == {"E0501"}
 
 
-def test_long_tables_are_checked_in_part() -> None:
+def test_long_table_is_checked_partially() -> None:
     long = program('item in ["fig", "pear"]\nn in 1..3000\nwhere n > 0').replace(" limit 4", "")
     short = CheckSettings(prompts_enough=200)
     found = check_source(Source(long), short).diagnostics
@@ -186,9 +188,7 @@ WIDE = f"item,{COLUMNS}\n" + "\n".join(
                  value='item in ["fig", "pear"]\nn in 1..2000'), 900),
     ],
 )  # fmt: skip
-def test_as_many_rows_are_checked_as_there_is_time_for(
-    text: str, most: int, tmp_path: Path
-) -> None:
+def test_check_limits_rows_by_their_cost(text: str, most: int, tmp_path: Path) -> None:
     (tmp_path / "wide.csv").write_text(WIDE)
     found = check(text.replace(" limit 4", ""), tmp_path)
     (cut,) = [d for d in found if d.code == "W0790"]
@@ -196,14 +196,14 @@ def test_as_many_rows_are_checked_as_there_is_time_for(
     assert 5 <= cut.rows <= most
 
 
-def test_rows_that_are_drawn_again_and_again_have_an_end() -> None:
+def test_repeated_row_draws_are_limited() -> None:
     text = program('item in ["fig", "pear"]\nxs = list(item, 3, sep: " ")')
     text = text.replace("{item} Count", "{xs} Count").replace("limit 4", "limit 30")
     found = check_source(Source(text), CheckSettings(prompts_enough=20)).diagnostics
     assert "W0790" in [d.code for d in found]
 
 
-def test_a_condition_that_never_holds_is_given_up() -> None:
+def test_search_for_an_unsatisfiable_condition_is_limited() -> None:
     text = program('item in ["fig", "pear"]\nn in 1..100000\nwhere n < 0')
     found = check_source(Source(text), CheckSettings(prompts_enough=20)).diagnostics
     assert [d.code for d in found] == ["W0790"]
@@ -211,8 +211,8 @@ def test_a_condition_that_never_holds_is_given_up() -> None:
     assert [d.code for d in found] == ["E0509"]
 
 
-def test_rows_that_are_not_looked_at_may_be_enough() -> None:
-    """W0720 isn't said of the few rows that a check looks at."""
+def test_partial_check_gives_no_warning_of_too_few_prompts() -> None:
+    """W0720 isn't reported for the few rows that a check covers."""
     text = program('item in ["fig", "pear"]\nn in 1..100', "patch layer * head * at last token")
     text = text.replace("limit 4", "limit 100").replace("as delta", "as recovery")
     found = check_source(Source(text), CheckSettings(prompts_enough=10)).diagnostics
@@ -221,7 +221,7 @@ def test_rows_that_are_not_looked_at_may_be_enough() -> None:
     assert [d.code for d in found] == ["W0720"]
 
 
-def test_a_check_draws_few_of_many() -> None:
+def test_check_limits_random_control_draws() -> None:
     heads = "layers 0..3 heads 0..1"  # there are 6⁴ such targets
     text = program(rule=f"patch {heads} at last token\n  against random(300)")
     for settings, draws in (
@@ -233,13 +233,13 @@ def test_a_check_draws_few_of_many() -> None:
         assert experiment.control.draws == draws
 
 
-def test_a_range_in_a_list_of_a_condition() -> None:
+def test_condition_list_accepts_ranges() -> None:
     text = program('item in ["fig", "pear"]\nn in 1..6\nwhere n in [2..3, 5, 9..10000]')
     (experiment,) = check_source(Source(text.replace("limit 4", ""))).experiments
     assert {row.values["n"] for row in experiment.table.runs["clean"].rows} == {2, 3, 5}
 
 
-def test_imports_have_an_end(tmp_path: Path) -> None:
+def test_import_chain_is_limited(tmp_path: Path) -> None:
     count = limits.FILES + 20
     for n in range(count):
         (tmp_path / f"{n}.mech").write_text(f'mech 1\nuse "{n + 1}.mech"\n')
@@ -247,14 +247,14 @@ def test_imports_have_an_end(tmp_path: Path) -> None:
     assert errors(f'mech 1\nuse "0.mech"\n{program()[7:]}', tmp_path) == ["E0204"]
 
 
-def test_only_so_many_are_printed() -> None:
+def test_printed_diagnostics_are_limited() -> None:
     found = check("mech 1\n" + "\n".join(f"param a{n} = 1" for n in range(1500)) + program()[7:])
     text = render_full(found)
     assert text.count("warning[") == limits.DIAGNOSTICS
     assert "showing the first 1,000, errors first" in text.splitlines()[-1]
 
 
-def test_no_command_breaks_off(tmp_path: Path) -> None:
+def test_no_command_fails_internally_on_a_hostile_file(tmp_path: Path) -> None:
     file = write({FILE: program("item in words(tniy)").encode()}, tmp_path)
     for command in ("validate", "plan", "graph", "explain", "fmt"):
         assert say(command, file).broke is None

@@ -1,4 +1,4 @@
-"""What programs read: JSON, CSV, annotations, exit statuses; and what terminals show."""
+"""Output for programs (JSON, CSV, annotations, exit statuses) and for terminals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def no_constant(name: str) -> None:
 
 
 def strict(text: str) -> Any:
-    """The document, where NaN and infinity are mistakes."""
+    """Parse JSON; NaN and infinity are errors."""
     return json.loads(text, parse_constant=no_constant)
 
 
@@ -51,7 +51,7 @@ def both(tmp_path: Path) -> Path:
     return path
 
 
-def test_json(command: Command, both: Path) -> None:
+def test_run_json_matches_its_schema(command: Command, both: Path) -> None:
     done = command("run", both, "--format", "json")
     assert done.status == 0, done.err
     document = strict(done.out)
@@ -85,7 +85,7 @@ def test_json(command: Command, both: Path) -> None:
     assert raw["reason"]
 
 
-def test_a_swept_position_is_an_axis(command: Command, tmp_path: Path) -> None:
+def test_swept_position_is_an_axis_in_json(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "positions.mech"
     path.write_text(
         HEADS.replace("head * at last-item token", "head 0 at each item token"), encoding="utf-8"
@@ -96,7 +96,7 @@ def test_a_swept_position_is_an_axis(command: Command, tmp_path: Path) -> None:
     assert {cell["coords"]["position"] for cell in experiment["cells"]} >= {"item 1", "item 2"}
 
 
-def test_csv(command: Command, both: Path) -> None:
+def test_run_csv_has_rows_of_every_experiment(command: Command, both: Path) -> None:
     done = command("run", both, "--format", "csv")
     assert done.status == 0, done.err
     lines = list(csv.DictReader(io.StringIO(done.out)))
@@ -106,7 +106,7 @@ def test_csv(command: Command, both: Path) -> None:
     assert not re.search(r"\b(nan|inf)\b", done.out, re.I)
 
 
-def test_reports_to_files_are_written_in_every_form(command: Command, tmp_path: Path) -> None:
+def test_reports_are_written_for_every_output_format(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "heads.mech"
     path.write_text(HEADS.replace("report table", 'report csv to "heads.csv"'), encoding="utf-8")
     for form in ("table", "json"):
@@ -125,7 +125,7 @@ def test_reports_to_files_are_written_in_every_form(command: Command, tmp_path: 
         (ValueError("too many colours"), "ValueError: too many colours"),
     ],
 )
-def test_a_report_that_cannot_be_written_is_missing_alone(
+def test_unwritable_report_leaves_other_reports(
     error: Exception,
     said: str,
     command: Command,
@@ -152,7 +152,7 @@ def test_a_report_that_cannot_be_written_is_missing_alone(
     assert {each.name for each in tmp_path.iterdir()} == {"heads.mech", "lost.csv", "kept.json"}
 
 
-def test_a_report_that_cannot_be_printed_is_missing_alone(
+def test_unprintable_report_leaves_other_reports(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "heads.mech"
@@ -169,7 +169,9 @@ def test_a_report_that_cannot_be_printed_is_missing_alone(
 
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])
-def test_an_expectation_that_fails_is_status_1(form: str, command: Command, tmp_path: Path) -> None:
+def test_failed_expectation_exits_with_status_1(
+    form: str, command: Command, tmp_path: Path
+) -> None:
     path = tmp_path / "fails.mech"
     path.write_text(HEADS + FAILS, encoding="utf-8")
     done = command("run", path, "--format", form, "--only", "behaviour")
@@ -181,7 +183,7 @@ def test_an_expectation_that_fails_is_status_1(form: str, command: Command, tmp_
         assert "fails" in done.out
 
 
-def test_only_and_limit(command: Command, both: Path) -> None:
+def test_only_and_limit_select_experiments_and_rows(command: Command, both: Path) -> None:
     done = command("run", both, "--only", "heads", "--limit", "5", "--format", "json")
     (experiment,) = strict(done.out)["files"][0]["experiments"]
     assert experiment["name"] == "heads"
@@ -192,8 +194,7 @@ def test_only_and_limit(command: Command, both: Path) -> None:
 def test_two_processes_with_one_pass_size_are_equal_bit_for_bit(
     command: Command, heads: Path
 ) -> None:
-    """This one, and a fresh one whose strings have other hashes. What is imported and logged stays
-    off its streams."""
+    """Compare this process with a new one of another hash seed, whose stderr stays empty."""
     arguments = ("run", heads, "--pass-tokens", 40, "--format", "json", "--out")
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     one = process(*arguments, "one", cwd=heads.parent, env={"PYTHONHASHSEED": seed})
@@ -210,7 +211,7 @@ def test_two_processes_with_one_pass_size_are_equal_bit_for_bit(
     assert rows[0].read_text("utf-8").count('"cell"') == 8
 
 
-def test_a_size_that_nobody_gave_stands_in_the_json_alone(command: Command, heads: Path) -> None:
+def test_default_pass_size_appears_only_in_json(command: Command, heads: Path) -> None:
     done = command("run", heads, "--format", "json")
     (file,) = strict(done.out)["files"]
     assert file["sizes"] == {"pass_tokens": 2048, "prompt_tokens": 4096, "chosen": "default"}
@@ -233,7 +234,7 @@ def test_out_has_the_values_of_every_prompt(command: Command, heads: Path, tmp_p
     strict((folder / "results.json").read_text("utf-8"))
 
 
-def test_forms_of_validate(command: Command, tmp_path: Path) -> None:
+def test_validate_formats_contain_code_and_position(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "bad.mech"
     path.write_text(HEADS.replace("head *", "head 14"), encoding="utf-8")
     (found,) = strict(command("validate", path, "--format", "json").out)
@@ -251,7 +252,7 @@ def test_forms_of_validate(command: Command, tmp_path: Path) -> None:
     assert "(*" not in rule["shortDescription"]["text"]
 
 
-def test_forms_of_validate_where_all_is_well(command: Command, heads: Path) -> None:
+def test_validate_formats_of_a_valid_file_are_empty(command: Command, heads: Path) -> None:
     assert strict(command("validate", heads, "--format", "json").out) == []
     assert command("validate", heads, "--format", "github").out == ""
     assert strict(command("validate", heads, "--format", "sarif").out)["runs"][0]["results"] == []
@@ -262,14 +263,14 @@ def test_forms_of_validate_where_all_is_well(command: Command, heads: Path) -> N
 # --- terminals and pipes ---
 
 
-def test_a_pipe_gets_no_escape_codes(command: Command, both: Path) -> None:
+def test_pipe_gets_no_escape_codes(command: Command, both: Path) -> None:
     for name in ("run", "plan", "explain", "validate"):
         done = command(name, both)
         assert ESCAPE not in done.out + done.err, name
 
 
 def on_a_terminal(*arguments: object, env: dict[str, str]) -> str:
-    """What a terminal is sent."""
+    """Run a command on a pseudo-terminal and return its output."""
     leader, follower = pty.openpty()
     with os.fdopen(leader, "rb", closefd=True) as screen:
         done = subprocess.Popen(
@@ -289,7 +290,7 @@ def on_a_terminal(*arguments: object, env: dict[str, str]) -> str:
     return sent.decode("utf-8")
 
 
-def test_colours_on_terminals_unless_unwanted(tmp_path: Path) -> None:
+def test_terminal_output_is_coloured_unless_no_color_is_set(tmp_path: Path) -> None:
     path = tmp_path / "bad.mech"
     path.write_text(HEADS.replace("head *", "head 14"), encoding="utf-8")
     coloured = on_a_terminal("validate", path, env={})
@@ -300,7 +301,7 @@ def test_colours_on_terminals_unless_unwanted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 60])
-def test_numbers_stay_whole_on_narrow_terminals(
+def test_numbers_are_not_truncated_on_narrow_terminals(
     columns: int, command: Command, both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = strict(command("run", both, "--only", "heads", "--format", "json").out)
@@ -345,12 +346,12 @@ TOO_LARGE = "standard output can't be written to: file too large\n"
         ("mechdsl validate both.mech >&-", "standard output is closed\n"),
     ],
 )
-def test_output_that_is_closed_or_full(line: str, said: str, both: Path) -> None:
+def test_closed_or_full_output_exits_with_status_3(line: str, said: str, both: Path) -> None:
     done = in_bash(line, both.parent)
     assert (done.returncode, done.stderr) == (3, said)
 
 
-def test_a_run_whose_output_is_full(
+def test_run_with_full_output_exits_with_status_3(
     command: Command, both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with StandardOutput(open("/dev/full", "wb"), encoding="utf-8") as full:
@@ -360,7 +361,7 @@ def test_a_run_whose_output_is_full(
 
 
 class SmallDisk(io.RawIOBase):
-    """A file whose disk has room for some bytes, opened as Python opens an unbuffered one."""
+    """An unbuffered file on a disk with room for a given number of bytes."""
 
     def __init__(self, path: Path, room: int) -> None:
         super().__init__()
@@ -404,7 +405,7 @@ def test_output_filled_midway_exits_with_3(
 def test_output_lost_at_close_exits_with_3(
     command: Command, both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network file system tells only then that its disk is full."""
+    """A network file system may report a full disk only on close."""
     close = os.close
     with StandardOutput(SmallDisk(both.parent / "out", 1 << 20), encoding="utf-8") as output:
         own = output.fileno()
@@ -424,9 +425,9 @@ def test_output_lost_at_close_exits_with_3(
 
 
 @pytest.mark.slow
-def test_later_files_are_run_where_they_keep_something(tmp_path: Path) -> None:
-    """More is printed of the first than a buffer holds, so that its loss shows before the next; its
-    own files are written."""
+def test_lost_output_still_runs_files_that_write_reports(tmp_path: Path) -> None:
+    """The first file prints more than a buffer holds, so the loss shows before the second file;
+    its reports are written."""
     reports = "report table\n  " * 8 + 'report csv to "a.csv"'
     for name, lines in (("a", reports), ("b", 'report csv to "b.csv"'), ("c", "report table")):
         text = HEADS.replace("report table", lines)
@@ -446,7 +447,7 @@ ASCII = {
 }
 
 
-def test_letters_that_the_encoding_lacks(
+def test_characters_missing_in_the_encoding_are_replaced(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "heads.mech"

@@ -1,4 +1,4 @@
-"""Where a file may read and write by paths that it names: the same for all commands and Python."""
+"""Paths that a file may read and write, equal for all commands and Python."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CSV = HEADS.replace("report table", 'report csv to "PLACE"')
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the file, in one that isn't; the working directory is beside it."""
+    """Return the folder of the file; the working directory is its sibling."""
     for name in ("here", "working", "elsewhere"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "working")
@@ -54,7 +54,7 @@ OUTSIDE = (
 
 
 @pytest.mark.parametrize("place", OUTSIDE)
-def test_reports_stay_in_the_folder(place: str, here: Path, command: Command) -> None:
+def test_report_outside_the_folder_is_rejected(place: str, here: Path, command: Command) -> None:
     (here / "link.csv").symlink_to(here.parent / "elsewhere" / "cells.csv")
     (here / "linked").symlink_to(here.parent / "elsewhere")
     path = written(here, CSV.replace("PLACE", place.format(top=here.parent)))
@@ -75,7 +75,7 @@ def test_reports_stay_in_the_folder(place: str, here: Path, command: Command) ->
 @pytest.mark.parametrize(
     "place", ["cells.csv", "new/er/cells.csv", "{working}/cells.csv", "a/../b.csv"]
 )
-def test_reports_go_into_the_folder_or_the_working_directory(
+def test_report_in_the_folder_or_working_directory_is_accepted(
     place: str, here: Path, command: Command
 ) -> None:
     place = place.format(working=Path.cwd())
@@ -83,7 +83,7 @@ def test_reports_go_into_the_folder_or_the_working_directory(
     assert command("validate", path).status == 0
 
 
-def test_a_link_inside_of_the_folder_stays_one(here: Path, command: Command) -> None:
+def test_report_through_a_link_keeps_the_link(here: Path, command: Command) -> None:
     (here / "kept").mkdir()
     (here / "link.csv").symlink_to(here / "kept" / "cells.csv")
     done = command("run", written(here, CSV.replace("PLACE", "link.csv")))
@@ -92,7 +92,7 @@ def test_a_link_inside_of_the_folder_stays_one(here: Path, command: Command) -> 
     assert (here / "kept" / "cells.csv").read_text(encoding="utf-8").count("\n") == 9
 
 
-def test_a_special_file_is_never_written(here: Path, command: Command) -> None:
+def test_report_to_a_special_file_is_rejected(here: Path, command: Command) -> None:
     os.mkfifo(here / "pipe.csv")
     (here / "null.csv").symlink_to("/dev/null")
     (here / "out.csv").symlink_to("/dev/stdout")
@@ -112,7 +112,7 @@ def test_a_special_file_is_never_written(here: Path, command: Command) -> None:
         ("x" * 300 + ".csv", "file name too long"),
     ],
 )
-def test_what_cannot_be_written_is_said_before_the_run(
+def test_unwritable_report_path_is_rejected_before_running(
     place: str, said: str, here: Path, command: Command
 ) -> None:
     (here / "taken.csv").mkdir()
@@ -124,7 +124,7 @@ def test_what_cannot_be_written_is_said_before_the_run(
         assert said in done.err
 
 
-def test_a_folder_that_may_not_be_written_to(
+def test_report_in_a_read_only_folder_is_rejected(
     here: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # root may do anything
@@ -134,7 +134,7 @@ def test_a_folder_that_may_not_be_written_to(
     assert "may not be written to" in done.err
 
 
-def test_a_link_that_was_put_there_during_the_run(here: Path, command: Command) -> None:
+def test_link_created_during_the_run_is_not_followed(here: Path, command: Command) -> None:
     from mechdsl.show.output import write_reports
 
     (result,) = mechdsl.run(written(here, CSV.replace("PLACE", "cells.csv")))
@@ -212,11 +212,11 @@ EXAMPLES = {
         ),
     ),
 }
-"""Each construct that takes a path, with a name that it takes."""
+"""Each construct that takes a path, with an example path and program."""
 
 
 def filled(folder: Path) -> None:
-    """All that the examples name."""
+    """Create every file that the examples name."""
     (folder / "common.mech").write_text("mech 1\n", encoding="utf-8")
     (folder / "data.csv").write_text("a\nfig\n", encoding="utf-8")
     (folder / "labels.jsonl").write_text('{"index": 0, "label": "a"}\n', encoding="utf-8")
@@ -295,7 +295,9 @@ def test_saved_circuits_are_listed_and_confined(here: Path, command: Command) ->
 
 
 @pytest.mark.parametrize("target", ["common.mech", "data.csv", "metrics.py", "model"])
-def test_links_are_followed(target: str, here: Path, command: Command) -> None:
+def test_untrusted_link_to_another_folder_is_rejected(
+    target: str, here: Path, command: Command
+) -> None:
     filled(here.parent / "elsewhere")
     (here / target).symlink_to(here.parent / "elsewhere" / target)
     (text,) = [text for name, (t, text) in EXAMPLES.items() if t == target and name != "hf"]
@@ -304,7 +306,7 @@ def test_links_are_followed(target: str, here: Path, command: Command) -> None:
     assert f"a link to `{here.parent / 'elsewhere' / target}`" in done.err
 
 
-def test_links_in_a_folder_of_a_model_are_followed(here: Path, command: Command) -> None:
+def test_untrusted_link_in_a_model_folder_is_rejected(here: Path, command: Command) -> None:
     filled(here)
     shutil.move(here / "model" / "config.json", here.parent / "elsewhere" / "config.json")
     (here / "model" / "config.json").symlink_to(here.parent / "elsewhere" / "config.json")
@@ -316,7 +318,7 @@ def test_links_in_a_folder_of_a_model_are_followed(here: Path, command: Command)
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
-def test_links_in_a_folder_of_a_dictionary_are_followed(
+def test_untrusted_link_in_a_dictionary_folder_is_rejected(
     name: str, here: Path, command: Command
 ) -> None:
     filled(here)
@@ -329,7 +331,7 @@ def test_links_in_a_folder_of_a_dictionary_are_followed(
 
 
 def index(folder: Path, *names: str) -> None:
-    """A model whose weights are these files, by what its index says."""
+    """Create a model whose index names these weight files."""
     filled(folder)
     (folder / "model" / "model.safetensors").unlink()
     shards = {f"weight.{n}": name for n, name in enumerate(names)}
@@ -338,7 +340,9 @@ def index(folder: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere/a.safetensors", "{top}/a.safetensors", "a/../b"])
-def test_weights_lie_in_the_folder_of_their_model(name: str, here: Path, command: Command) -> None:
+def test_weights_outside_the_model_folder_are_rejected(
+    name: str, here: Path, command: Command
+) -> None:
     name = name.format(top=here.parent)
     index(here, "model-1.safetensors", name)
     path = written(here, EXAMPLES["local"][1].replace("PLACE", "model"))
@@ -350,7 +354,9 @@ def test_weights_lie_in_the_folder_of_their_model(name: str, here: Path, command
     assert ("[E0431]" if name == "a/../b" else f"[E0535]: `local` names `model/{name}`") in done.err
 
 
-def test_weights_that_the_config_names(here: Path, command: Command) -> None:
+def test_weights_named_by_the_config_outside_the_folder_are_rejected(
+    here: Path, command: Command
+) -> None:
     filled(here)
     config = json.loads((here / "model" / "config.json").read_text())
     (here / "model" / "config.json").write_text(
@@ -360,8 +366,8 @@ def test_weights_that_the_config_names(here: Path, command: Command) -> None:
     assert "its `config.json` names `../other.safetensors`" in command("validate", path).err
 
 
-def test_divided_weights_may_be_links(here: Path, command: Command) -> None:
-    """As in the cache of the hub; of an untrusted file only where they stay in the folder."""
+def test_sharded_weights_may_be_links_in_trusted_files(here: Path, command: Command) -> None:
+    """The hub's cache has links; for untrusted files they must stay in the folder."""
     index(here, "1.safetensors", "more/2.safetensors")
     (here / "model" / "more").mkdir()
     (here / "model" / "1.safetensors").symlink_to(here.parent / "elsewhere" / "blob")
@@ -381,7 +387,7 @@ def test_divided_weights_may_be_links(here: Path, command: Command) -> None:
     assert "`model.safetensors.index.json` refers to it" in done.err
 
 
-def test_a_cached_model_of_links_is_read(
+def test_cached_model_of_links_is_accepted(
     here: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index(here, "1.safetensors")
@@ -397,7 +403,7 @@ def test_a_cached_model_of_links_is_read(
     assert done.status == 0, done.err
 
 
-def test_a_model_brings_no_code_and_no_pipe(here: Path, command: Command) -> None:
+def test_model_folder_with_kernels_or_pipes_is_rejected(here: Path, command: Command) -> None:
     filled(here)
     path = written(here, EXAMPLES["local"][1].replace("PLACE", "model"))
     config = json.loads((here / "model" / "config.json").read_text())
@@ -412,7 +418,7 @@ def test_a_model_brings_no_code_and_no_pipe(here: Path, command: Command) -> Non
     assert "`local` names `model/tokenizer.json`, which is a pipe" in command("validate", path).err
 
 
-def test_checkpoints_elsewhere_are_not_listed(here: Path, command: Command) -> None:
+def test_untrusted_checkpoint_pattern_lists_no_other_folder(here: Path, command: Command) -> None:
     (here.parent / "elsewhere" / "step-secret").mkdir()
     text = HEADS.replace('zoo("counting")', 'local("../elsewhere/step-*")')
     done = command("validate", "--untrusted", written(here, text))
@@ -420,7 +426,9 @@ def test_checkpoints_elsewhere_are_not_listed(here: Path, command: Command) -> N
     assert "secret" not in done.err
 
 
-def test_an_import_has_the_reach_of_the_file(here: Path, command: Command) -> None:
+def test_imported_file_has_the_restrictions_of_the_importing_file(
+    here: Path, command: Command
+) -> None:
     (here / "below").mkdir()
     (here / "below" / "common.mech").write_text(
         "mech 1\n" + PROMPTS.replace("PLACE", "../../elsewhere/data.csv"), encoding="utf-8"
@@ -438,7 +446,7 @@ experiment e {
     assert "[E0535]: `rows`" in command("validate", "--untrusted", written(here, text)).err
 
 
-def test_untrusted_runs_no_python(here: Path, command: Command) -> None:
+def test_untrusted_file_runs_no_python(here: Path, command: Command) -> None:
     (here / "metrics.py").write_text("def own(logits, rows):\n    return logits[:, 0]\n")
     path = written(here, EXAMPLES["python"][1].replace("PLACE", "metrics.py"))
     assert command("validate", path).status == 0
@@ -453,13 +461,13 @@ def test_untrusted_runs_no_python(here: Path, command: Command) -> None:
     assert "E0208" in command("validate", "--untrusted", "--allow-outside", path).err
 
 
-def test_data_is_not_read_from_a_pipe(here: Path, command: Command) -> None:
+def test_data_from_a_pipe_is_rejected(here: Path, command: Command) -> None:
     os.mkfifo(here / "data.csv")  # which would wait for a writer
     done = command("validate", written(here, EXAMPLES["rows"][1].replace("PLACE", "data.csv")))
     assert "[E0532]: `rows` names `data.csv`, which is a pipe" in done.err
 
 
-def test_a_revision_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revision_with_a_path_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
     (tmp_path / "secret").mkdir()
@@ -467,14 +475,14 @@ def test_a_revision_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert find_snapshot("a/b", str(tmp_path / "secret")) is None
 
 
-# --- the list is whole ---
+# --- completeness ---
 
 
 def test_every_construct_has_an_example() -> None:
     assert set(EXAMPLES) == {each.name for each in PATH_CONSTRUCTS}
 
 
-def test_nothing_else_looks_at_the_folder_of_a_file() -> None:
+def test_only_the_paths_module_resolves_paths_of_a_file() -> None:
     """Only `mechdsl/program/paths.py` resolves paths of a file, each with a listed construct."""
     uses = {
         (path.relative_to(PACKAGE).as_posix(), line.strip())
@@ -491,7 +499,7 @@ def test_nothing_else_looks_at_the_folder_of_a_file() -> None:
         "resolve/bases.py",
         "resolve/controls.py",
     }
-    # Models are looked for from a folder that is handed on to `path_to_read`.
+    # These modules find models in a folder that they pass to `path_to_read`.
     bases = {
         "checks/file_check.py",
         "checks/models.py",
@@ -520,10 +528,10 @@ STRINGS = {
     "stopped": False,
     "atom": False,
 }
-"""Rules of the grammar that a text stands in by itself: whether it is a path."""
+"""Grammar rules that contain a string → whether the string is a path."""
 
 
-def test_every_text_of_the_grammar_is_known() -> None:
+def test_every_string_of_the_grammar_is_classified() -> None:
     rules = re.split(r"(?m)^(?=[?!]?\w+\s*:)", grammar_file().read_text(encoding="utf-8"))
     found = {
         re.match(r"[?!]?(\w+)", rule)[1]  # type: ignore[index]
@@ -536,7 +544,7 @@ def test_every_text_of_the_grammar_is_known() -> None:
 # --- other files are not quoted ---
 
 
-def test_a_file_of_another_kind_is_not_quoted(here: Path, command: Command) -> None:
+def test_file_of_another_type_is_not_quoted(here: Path, command: Command) -> None:
     secret = here / "secret.txt"
     secret.write_text("password: hunter2\n", encoding="utf-8")
     (here / "link.mech").symlink_to(secret)
@@ -551,7 +559,9 @@ def test_a_file_of_another_kind_is_not_quoted(here: Path, command: Command) -> N
         assert "hunter2" not in done.err
 
 
-def test_a_first_line_makes_a_program(here: Path, command: Command) -> None:
+def test_file_without_extension_is_accepted_if_it_begins_with_mech(
+    here: Path, command: Command
+) -> None:
     path = here / "piped"
     path.write_text("# by another program\n" + HEADS, encoding="utf-8")
     assert command("validate", path).status == 0

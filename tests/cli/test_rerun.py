@@ -1,4 +1,4 @@
-"""The command line on a file that is unchanged: nothing is run, and torch isn't imported."""
+"""Reruns of an unchanged file: nothing is run, and torch isn't imported."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ finally:
     with open("seen.json", "w") as file:
         json.dump({"modules": list(sys.modules), "opened": opened}, file)
 """
-"""The command line, with what it imports and opens."""
+"""A program that runs the command line and records its imports and opened files."""
 EVERY = HEADS.replace(
     "  report table\n",
     "  report table\n  report heatmap layer by head\n  report bars layer\n"
@@ -48,7 +48,7 @@ EVERY = HEADS.replace(
 
 
 class Watched:
-    """A command in a process of its own, and what it imported and opened."""
+    """A command in a separate process, with its imports and opened files."""
 
     def __init__(self, *arguments: object, cwd: Path, before: str = "") -> None:
         self.done = subprocess.run(
@@ -89,7 +89,7 @@ def made(first: tuple[Path, Done]) -> Path:
     "form",
     ["table", *(pytest.param(form, marks=pytest.mark.slow) for form in ("json", "csv"))],
 )
-def test_no_torch(form: str, first: tuple[Path, Done]) -> None:
+def test_rerun_prints_the_stored_results_without_torch(form: str, first: tuple[Path, Done]) -> None:
     made, plain = first
     for name in ("table.csv", "all.json"):
         (made / name).unlink(missing_ok=True)
@@ -109,7 +109,7 @@ def test_no_torch(form: str, first: tuple[Path, Done]) -> None:
     assert again.done.stderr.replace(f"{note}\n", "") == plain.err
 
 
-def test_from_python(made: Path) -> None:
+def test_python_rerun_does_not_import_torch(made: Path) -> None:
     code = (
         "import sys, mechdsl\n"
         "results = mechdsl.run('heads.mech', store='kept', write_reports=False)\n"
@@ -123,11 +123,11 @@ def test_from_python(made: Path) -> None:
 
 
 @pytest.mark.slow
-def test_weights_are_not_read_again(tmp_path: Path) -> None:
-    """A model of 20 MB: neither its file of weights nor that of another is opened."""
+def test_rerun_does_not_read_weights(tmp_path: Path) -> None:
+    """The model has 20 MB; no weights file is opened."""
     folder = own_model(tmp_path, width=256)
     assert (folder / "model.safetensors").stat().st_size > 20e6
-    # A file that was just written may be written again at the same time; this one isn't.
+    # The store distrusts files that were written a moment ago; this file stays as it is.
     now = "from mechdsl.store import index\nindex.RACY_SECONDS = 0\n"
     first = Watched("run", "own.mech", "--store", "kept", cwd=tmp_path, before=now)
     assert first.done.returncode == 0, first.done.stderr
@@ -144,7 +144,7 @@ def weights(watched: Watched) -> list[str]:
 
 
 def own_model(folder: Path, *, width: int) -> Path:
-    """A model with random weights and eight blocks, its tokenizer the zoo's, and `own.mech`."""
+    """Create a random model of eight layers with the zoo's tokenizer, and `own.mech`."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -161,7 +161,7 @@ def own_model(folder: Path, *, width: int) -> Path:
 
 
 def seconds(folder: Path, *arguments: str) -> float:
-    """Of one core, the best of three, as other work goes on beside."""
+    """Return CPU seconds, the best of three, since other work runs in parallel."""
     best = 60.0
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -174,7 +174,7 @@ def seconds(folder: Path, *arguments: str) -> float:
 
 
 @pytest.mark.slow
-def test_how_long_it_takes(tmp_path: Path) -> None:
+def test_rerun_takes_at_most_1_5_cpu_seconds(tmp_path: Path) -> None:
     from mechdsl.base.files import shipped_path
 
     shutil.copy(shipped_path("examples", "examples") / "counting.mech", tmp_path)
@@ -183,7 +183,7 @@ def test_how_long_it_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_how_long_it_takes_with_half_a_gigabyte(tmp_path: Path) -> None:
+def test_rerun_with_half_a_gigabyte_takes_at_most_3_cpu_seconds(tmp_path: Path) -> None:
     folder = own_model(tmp_path, width=1152)
     assert (folder / "model.safetensors").stat().st_size > 500e6
     time.sleep(2.1)
@@ -194,7 +194,7 @@ def test_how_long_it_takes_with_half_a_gigabyte(tmp_path: Path) -> None:
 # --- options --------------------------------------------------------------------------------------
 
 
-def test_beside_the_file(
+def test_store_is_next_to_the_file_by_default(
     heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
@@ -213,7 +213,7 @@ def test_beside_the_file(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["below", "other"]
 
 
-def test_one_line_for_each_file(heads: Path, command: Command) -> None:
+def test_rerun_prints_one_note_per_file(heads: Path, command: Command) -> None:
     other = heads.with_name("other.mech")
     other.write_text(HEADS.replace("limit 16", "limit 8"), encoding="utf-8")
     kept = ("--store", heads.parent / "kept")
@@ -245,14 +245,14 @@ CHANGES: dict[str, tuple[tuple[tuple[str, str], ...], int, int]] = {
     "another table": ((("report table", "report bars layer"),), 128, 128),
     "another rule": ((("patch layer", "ablate layer"), ("token\n", "token with zero\n")), 0, 128),
 }
-"""What is changed in the file; how many rows of how many the store has then."""
+"""Edits of the file, and then the number of stored rows and of all rows."""
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_how_many_rows_are_from_the_store(
+def test_edited_file_runs_only_rows_missing_in_the_store(
     change: str, heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as are said are not run."""
+    """The printed number of stored rows equals the number of rows that aren't run."""
     counted = rows_that_run(monkeypatch)
     store = ("--store", heads.parent / "kept")
     done = command("run", heads, *store)
@@ -278,10 +278,10 @@ def test_how_many_rows_are_from_the_store(
     assert (run["computed"], run["stored"]) == (every - stored, stored)
 
 
-def test_rows_of_another_experiment_are_from_the_store(
+def test_rows_of_another_experiment_are_read_from_the_store(
     heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random targets are rows like others."""
+    """Rows of random controls are stored, too."""
     counted = rows_that_run(monkeypatch)
     store = ("--store", heads.parent / "kept")
     command("run", heads, *store)
@@ -301,7 +301,7 @@ def test_rows_of_another_experiment_are_from_the_store(
 
 
 def rows_that_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows of cells are in passes, as a list of one."""
+    """Count the rows run in forward passes, in a list of one number."""
     found = [0]
     real = Patcher.values
 
@@ -314,13 +314,15 @@ def rows_that_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("other", [("--fresh",), ("--store", "kept")])
-def test_options_that_contradict(other: tuple[str, ...], heads: Path, command: Command) -> None:
+def test_contradicting_store_options_are_rejected(
+    other: tuple[str, ...], heads: Path, command: Command
+) -> None:
     done = command("run", heads, "--no-store", *other)
     assert done.status == 2
     assert f"`--no-store` and `{other[0]}` contradict each other" in done.err
 
 
-def test_standard_input_has_none(
+def test_standard_input_has_no_store(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
@@ -332,10 +334,12 @@ def test_standard_input_has_none(
     assert list(tmp_path.iterdir()) == []
 
 
-# --- a run that ends before its time --------------------------------------------------------------
+# --- failed runs ----------------------------------------------------------------------------------
 
 
-def test_a_full_disk(heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_exits_with_status_3_and_a_hint(
+    heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: Any, **named: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -353,7 +357,9 @@ def test_a_full_disk(heads: Path, command: Command, monkeypatch: pytest.MonkeyPa
     assert "resume" not in done.err
 
 
-def test_broken_off(heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_error_states_that_results_are_stored(
+    heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError("no")
 

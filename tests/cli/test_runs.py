@@ -1,4 +1,4 @@
-"""`mechdsl runs`: what a store keeps, as a newcomer meets it."""
+"""`mechdsl runs`: list, show, export and remove stored runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def store(tmp_path: Path) -> tuple[str, Path]:
     return "--store", tmp_path / "store"
 
 
-def test_a_list(command: Command, id: str, store: tuple[str, Path]) -> None:
+def test_runs_lists_stored_runs(command: Command, id: str, store: tuple[str, Path]) -> None:
     with Store(store[1]) as opened, opened.begin("other", {"file": "b\x1b[31m.mech"}) as other:
         done = command("runs", *store)
         assert (done.status, done.err) == (0, "")
@@ -69,14 +69,18 @@ def test_a_list(command: Command, id: str, store: tuple[str, Path]) -> None:
     assert max(map(len, done.out.splitlines())) <= 100
 
 
-def test_the_list_as_json(command: Command, id: str, store: tuple[str, Path]) -> None:
+def test_runs_json_has_facts_of_stored_runs(
+    command: Command, id: str, store: tuple[str, Path]
+) -> None:
     (found,) = json.loads(command("runs", "--format", "json", *store).out)
     assert (found["id"], found["state"], found["seconds"]) == (id, "finished", 61.26)
     assert (found["held"], found["expectations"], found["computed"]) == (1, 4, 1200)
     assert found["began"].startswith(f"{id[:4]}-{id[4:6]}-")
 
 
-def test_without_a_store(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_without_a_store_prints_a_note_or_an_error(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MECHDSL_STORE", raising=False)
     monkeypatch.chdir(tmp_path)
     done = command("runs")
@@ -89,7 +93,7 @@ def test_without_a_store(command: Command, tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_is_shown_again(
+def test_runs_show_prints_facts_and_tables(
     command: Command, results: Results, id: str, store: tuple[str, Path]
 ) -> None:
     done = command("runs", "show", "last", *store)
@@ -105,14 +109,16 @@ def test_a_run_is_shown_again(
     assert results["heads"].hashes["model"][:12] in said
 
 
-def test_other_forms(command: Command, results: Results, id: str, store: tuple[str, Path]) -> None:
+def test_runs_show_prints_json_and_csv(
+    command: Command, results: Results, id: str, store: tuple[str, Path]
+) -> None:
     assert command("runs", "show", id, "--format", "json", *store).out == results.to_json() + "\n"
     done = command("runs", "show", id, "--format", "csv", *store)
     assert done.out == results.to_csv()
     assert len(list(csv.reader(done.out.splitlines()))) > 20
 
 
-def test_a_lost_experiment_is_shown(command: Command, tmp_path: Path) -> None:
+def test_runs_show_prints_lost_experiments(command: Command, tmp_path: Path) -> None:
     found = mechdsl.run(written(tmp_path, "lost and missing"), out=tmp_path / "out")
     assert found.files[0].lost
     done = command("runs", "show", tmp_path / "out" / "it")
@@ -121,7 +127,7 @@ def test_a_lost_experiment_is_shown(command: Command, tmp_path: Path) -> None:
     assert "gone: not computed" in done.out
 
 
-def test_an_unfinished_run_has_facts_and_no_results(
+def test_runs_show_of_an_unfinished_run_has_no_results(
     command: Command, store: tuple[str, Path]
 ) -> None:
     with Store(store[1]) as opened, opened.begin("k", {"file": "a.mech"}) as run:
@@ -134,7 +140,7 @@ def test_an_unfinished_run_has_facts_and_no_results(
     assert "it has no results" in done.err
 
 
-def test_a_run_of_another_version(
+def test_run_of_another_version_is_shown_only_as_json(
     command: Command,
     results: Results,
     id: str,
@@ -152,7 +158,9 @@ def test_a_run_of_another_version(
         assert "`mechdsl runs show RUN --format json` prints its document" in done.err
 
 
-def test_export(command: Command, results: Results, id: str, store: tuple[str, Path]) -> None:
+def test_runs_export_writes_a_folder(
+    command: Command, results: Results, id: str, store: tuple[str, Path]
+) -> None:
     folder = store[1].parent / "out"
     done = command("runs", "export", id, folder, *store)
     assert (done.status, done.out) == (0, f"{id} written to {folder / 'it'}\n")
@@ -160,7 +168,9 @@ def test_export(command: Command, results: Results, id: str, store: tuple[str, P
     assert (folder / "it" / "spots.jsonl").is_file()
 
 
-def test_removing(command: Command, results: Results, id: str, store: tuple[str, Path]) -> None:
+def test_runs_rm_removes_only_known_runs(
+    command: Command, results: Results, id: str, store: tuple[str, Path]
+) -> None:
     other = keep(store[1], results)
     done = command("runs", "rm", other, "nothing", *store)
     assert done.status == 2
@@ -173,14 +183,16 @@ def test_removing(command: Command, results: Results, id: str, store: tuple[str,
     assert left["id"] == id
 
 
-def test_a_run_that_goes_on_is_not_removed(command: Command, store: tuple[str, Path]) -> None:
+def test_running_run_is_not_removed(command: Command, store: tuple[str, Path]) -> None:
     with Store(store[1]) as opened, opened.begin("k", {"file": "a"}) as run:
         done = command("runs", "rm", run.id, *store)
     assert done.status == 2
     assert f"run {run.id} is running" in done.err
 
 
-def test_making_room(command: Command, id: str, store: tuple[str, Path]) -> None:
+def test_runs_gc_removes_runs_over_the_limit(
+    command: Command, id: str, store: tuple[str, Path]
+) -> None:
     done = command("runs", "gc", *store)
     assert done.status == 0
     assert done.out.startswith("removed 0 runs and the values of 0 passes (0 bytes); ")
@@ -191,14 +203,14 @@ def test_making_room(command: Command, id: str, store: tuple[str, Path]) -> None
 
 
 @pytest.mark.parametrize("size", ["much", "-1GB", "5XB", ""])
-def test_no_size(command: Command, size: str) -> None:
+def test_invalid_gc_limit_is_rejected(command: Command, size: str) -> None:
     done = command("runs", "gc", "--limit", size)
     assert done.status == 2
     assert "isn't a size such as `5GB`" in done.err
     assert "`mechdsl runs gc --help` lists its arguments and options" in done.err
 
 
-def test_a_command_that_is_mistyped(command: Command) -> None:
+def test_mistyped_runs_command_gets_a_suggestion(command: Command) -> None:
     done = command("runs", "shw")
     assert done.status == 2
     assert "did you mean `show`?" in done.err
@@ -206,7 +218,7 @@ def test_a_command_that_is_mistyped(command: Command) -> None:
 
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])
-def test_none_of_them_imports_torch(
+def test_runs_commands_do_not_import_torch(
     form: str, results: Results, id: str, store: tuple[str, Path]
 ) -> None:
     where = (str(store[0]), str(store[1]))
@@ -225,7 +237,7 @@ def completed(words: str, monkeypatch: pytest.MonkeyPatch, command: Command) -> 
     return [line.partition(",")[2] for line in command().out.splitlines()]
 
 
-def test_runs_are_completed(
+def test_tab_completes_runs_commands_and_ids(
     command: Command, id: str, store: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(store[1].parent)
@@ -239,7 +251,7 @@ def test_runs_are_completed(
 
 
 def train(folder: Path, key: str, name: str = "f", *, finished: bool = True) -> Path:
-    """A training as the store has it."""
+    """Create a stored training."""
     path = folder / "fits" / (key if finished else f"{key}.part")
     path.mkdir(parents=True)
     card = {"basis": name, "trainer": "sae", "file": "a.mech", "model_name": "m", "prompts": "p"}
@@ -249,7 +261,7 @@ def train(folder: Path, key: str, name: str = "f", *, finished: bool = True) -> 
     return path
 
 
-def test_trainings(command: Command, store: tuple[str, Path]) -> None:
+def test_runs_trainings_lists_trainings(command: Command, store: tuple[str, Path]) -> None:
     first = train(store[1], "ab" * 32, "f[layer 3]")
     train(store[1], "ac" * 32, finished=False)
     os.utime(first / "weights", (9e9, 9e9))
@@ -265,7 +277,7 @@ def test_trainings(command: Command, store: tuple[str, Path]) -> None:
     assert found[0]["folder"] == str(first)
 
 
-def test_trainings_are_removed(command: Command, store: tuple[str, Path]) -> None:
+def test_runs_trainings_removes_by_unique_prefix(command: Command, store: tuple[str, Path]) -> None:
     first, second = train(store[1], "ab" * 32), train(store[1], "ac" * 32, finished=False)
     for text in ("a", "b"):
         done = command("runs", "trainings", "--remove", "ab", "--remove", text, *store)
@@ -281,7 +293,7 @@ def test_trainings_are_removed(command: Command, store: tuple[str, Path]) -> Non
     assert "has no trainings" in command("runs", "trainings", *store).err
 
 
-def test_a_running_training_is_not_removed(command: Command, store: tuple[str, Path]) -> None:
+def test_running_training_is_not_removed(command: Command, store: tuple[str, Path]) -> None:
     from mechdsl.store.files import take_lock
 
     path = train(store[1], "ab" * 32, finished=False)

@@ -1,4 +1,4 @@
-"""Runs that an experiment defines, and files of activations: what commands say of them."""
+"""Derived runs and saved activations in the output of commands."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def _path(tmp_path: Path) -> Path:
 
 
 def words(text: str) -> str:
-    """In one line, as consoles break them."""
+    """Join the lines that consoles break."""
     return " ".join(text.split())
 
 
-def test_explain_shows_what_runs_and_saves_hit(path: Path, command: Command) -> None:
+def test_explain_shows_sites_of_derived_runs_and_saves(path: Path, command: Command) -> None:
     said = words(command("explain", path).out)
     hydra, keep = said.split("experiment keep")
     first = "run healed, on fewer: patch z layer 1 head 2 at last-item token sites: L1H2.z "
@@ -77,7 +77,7 @@ def test_explain_shows_what_runs_and_saves_hit(path: Path, command: Command) -> 
     assert "16 vectors of 8 sites of `clean` (16 rows, 8.6 kB as float16) to z.safetensors" in keep
 
 
-def test_explain_as_json(path: Path, command: Command) -> None:
+def test_explain_json_has_derived_runs_and_saves(path: Path, command: Command) -> None:
     hydra, keep = json.loads(command("explain", path, "--format", "json").out)["experiments"]
     (healed,) = hydra["derived"]
     assert (healed["name"], healed["base"]) == ("healed", "fewer")
@@ -93,28 +93,28 @@ def test_explain_as_json(path: Path, command: Command) -> None:
     assert [each["file"] for each in keep["saves"]] == ["z.safetensors"]
 
 
-def test_the_graph_has_a_node_for_each(path: Path, command: Command) -> None:
+def test_graph_has_nodes_for_derived_runs_and_saves(path: Path, command: Command) -> None:
     lines = command("graph", path, "--format", "text").out.splitlines()
     nodes = {name: rest for name, _, rest in (line.strip().partition("  ") for line in lines)}
 
-    def behind(text: str) -> list[str]:
-        """What a node waits for."""
+    def inputs_of_node(text: str) -> list[str]:
+        """Return the inputs of a node."""
         (found,) = [rest for rest in nodes.values() if rest.startswith(text)]
         _, _, waits = found.partition("← ")
         return [nodes[name] for name in waits.split(", ")]
 
-    (read,) = behind("Save · hydra · to acts.safetensors")
+    (read,) = inputs_of_node("Save · hydra · to acts.safetensors")
     assert read.startswith("Read · resid_post layers 0..3 · at last token, first-item token")
     healed = "Forward · toy on fewer · run healed, rules on fewer"
-    writes = [each for each in behind(healed) if each.startswith("Write")]
+    writes = [each for each in inputs_of_node(healed) if each.startswith("Write")]
     assert sorted(each.split(" · ")[1] for each in writes) == ["L1H2.z", "L2-3.mlp_out"]
-    assert behind("Save · keep · to z.safetensors")[0].startswith("Read · z layers 0..1")
+    assert inputs_of_node("Save · keep · to z.safetensors")[0].startswith("Read · z layers 0..1")
     for form in ("dot", "mermaid", "svg"):
         assert "acts.safetensors" in command("graph", path, "--format", form).out
     assert "acts.safetensors" in command("graph", path, "--before", "--format", "text").out
 
 
-def test_the_plan_prices_what_is_saved(path: Path, command: Command) -> None:
+def test_plan_counts_saved_vectors_and_forward_passes(path: Path, command: Command) -> None:
     said = words(command("plan", path).out)
     head = "saved to sites vectors size forwards tokens×blocks FLOPs"
     assert f"{head} acts.safetensors 4 32 66 kB 2 " in said, "clean is read for healed"
@@ -123,15 +123,15 @@ def test_the_plan_prices_what_is_saved(path: Path, command: Command) -> None:
     assert words(mechdsl.plan(path)).partition("about")[0] == said.partition("about")[0]
 
 
-def test_more_batches_are_more_passes(path: Path, command: Command) -> None:
-    """Of the run that means are of, twice as many: they are taken first."""
+def test_plan_with_smaller_batches_counts_more_forward_passes(path: Path, command: Command) -> None:
+    """The run of the means is counted twice, since means are computed first."""
     said = words(command("plan", path, "--prompt-tokens", "60").out)
     assert "acts.safetensors 4 32 66 kB 12 " in said, "4 for healed, 4 for clean, 4 for the mean"
     assert "z.safetensors 8 16 8.6 kB 6 " in said, "prompts of clean are longer"
 
 
-def test_what_was_saved_is_printed_and_in_json(path: Path, command: Command) -> None:
-    """Below the tables; from Python too."""
+def test_saved_files_are_printed_and_in_json(path: Path, command: Command) -> None:
+    """Saved files are listed below the tables, also in Python."""
     done = command("run", path)
     first, second = done.out.splitlines()[-2:]
     assert first.startswith(
@@ -157,7 +157,7 @@ def test_what_was_saved_is_printed_and_in_json(path: Path, command: Command) -> 
     assert results.to_text().splitlines()[-2:] == [first, second]
 
 
-def test_a_file_that_saves_nothing_says_nothing_of_it(tmp_path: Path, command: Command) -> None:
+def test_file_without_saves_has_no_saved_entry(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "b.mech"
     line = 'save resid_post layer * of healed at last token, first-item token to "acts.safetensors"'
     path.write_text(PROMPTS + HEALED.replace(line, ""), encoding="utf-8")
@@ -166,20 +166,20 @@ def test_a_file_that_saves_nothing_says_nothing_of_it(tmp_path: Path, command: C
     assert "saved" not in document["files"][0]
 
 
-def test_results_in_a_folder_say_what_was_saved(path: Path, command: Command) -> None:
+def test_exported_results_list_saved_files(path: Path, command: Command) -> None:
     out = path.parent / "out"
     assert command("run", path, "--out", out).status == 0
     (document,) = [json.loads(p.read_text(encoding="utf-8")) for p in out.rglob("results.json")]
     assert [each["experiment"] for each in document["files"][0]["saved"]] == ["hydra", "keep"]
 
 
-def test_the_page(
+def test_runs_and_saves_page_files_print_the_shown_output(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     command: Command,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its files run, and what follows is a part of what they print; what is refused, is."""
+    """Files of the page run and print the shown output; invalid files are rejected."""
     monkeypatch.chdir(tmp_path)
     page = Path(mechdsl.__file__).parents[1] / "docs" / "runs-and-saves.md"
     printed = ""

@@ -1,4 +1,4 @@
-"""What commands say of means and directions that a file saves."""
+"""Saved means and directions in the output of commands."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "file.mech"
 
 
-def test_explain(path: str, command: Command) -> None:
+def test_explain_lists_saved_directions_and_means(path: str, command: Command) -> None:
     done = command("explain", path)
     assert "experiment vectors · model toy · no prompts" in done.out
     assert "direction more[layer 3]: mean over 7 rows" in done.out
@@ -60,7 +60,7 @@ def test_explain(path: str, command: Command) -> None:
     assert experiments["means"]["saves"][0]["dtype"] == "float32"
 
 
-def test_plan_and_graph(path: str, command: Command) -> None:
+def test_plan_and_graph_list_saved_files(path: str, command: Command) -> None:
     """The rows of a fit are run once for both files."""
     lines = [line.split() for line in command("plan", path).out.splitlines()]
     rows = {line[0]: line[1:] for line in lines if line and line[0].endswith(("gguf", "tensors"))}
@@ -74,7 +74,7 @@ def test_plan_and_graph(path: str, command: Command) -> None:
         assert f"to {file}" in graph
 
 
-def test_run(path: str, command: Command) -> None:
+def test_run_json_describes_saved_files(path: str, command: Command) -> None:
     found: Any = json.loads(command("run", path, "--no-store", "--format", "json").out)
     direction, vector, means = found["files"][0]["saved"]
     assert direction == {

@@ -15,14 +15,14 @@ from .conftest import Command
 
 
 def folder(name: str, root: Path) -> Path:
-    """A tiny model of the tables, saved."""
+    """Save a tiny model of the architecture tables and return its folder."""
     row = next(row for row in tables.every() if row.name == name)
     assert isinstance(row, Architecture)
     model(row).save_pretrained(root / "model")  # type: ignore[operator]
     return root / "model"
 
 
-def test_a_model_of_the_zoo(command: Command) -> None:
+def test_sites_of_a_zoo_model_are_printed(command: Command) -> None:
     done = command("sites", "counting")
     assert done.status == 0
     assert not done.err
@@ -38,7 +38,7 @@ def test_a_model_of_the_zoo(command: Command) -> None:
     assert "does not hold" not in text
 
 
-def test_experts_in_some_layers(command: Command, tmp_path: Path) -> None:
+def test_sites_json_lists_layers_with_experts(command: Command, tmp_path: Path) -> None:
     done = command("sites", folder("deepseek_v3", tmp_path), "--format", "json")
     assert done.status == 0
     stack = json.loads(done.out)["stacks"][""]
@@ -48,7 +48,7 @@ def test_experts_in_some_layers(command: Command, tmp_path: Path) -> None:
     assert "k" not in stack["sites"]
 
 
-def test_whole_passes_say_why(command: Command, tmp_path: Path) -> None:
+def test_sites_state_why_full_forward_passes_are_needed(command: Command, tmp_path: Path) -> None:
     done = command("sites", folder("mamba", tmp_path))
     assert done.status == 0
     text = " ".join(done.out.split())
@@ -57,7 +57,7 @@ def test_whole_passes_say_why(command: Command, tmp_path: Path) -> None:
     assert "planner passes: every row is a full forward pass (" in text
 
 
-def test_a_model_that_takes_images(command: Command, tmp_path: Path) -> None:
+def test_sites_of_an_image_model_are_not_causal(command: Command, tmp_path: Path) -> None:
     done = command("sites", folder("vit", tmp_path), "--format", "json")
     found = json.loads(done.out)
     assert found["stacks"][""]["causal"] is False
@@ -72,13 +72,13 @@ def test_a_model_that_takes_images(command: Command, tmp_path: Path) -> None:
         ("no/such", "error[E0401]: there is no model at `no/such`"),
     ],
 )
-def test_a_model_that_is_not_there(command: Command, name: str, said: str) -> None:
+def test_sites_of_a_missing_model_are_an_error(command: Command, name: str, said: str) -> None:
     done = command("sites", name)
     assert done.status == 2
     assert said in done.err
 
 
-def test_a_model_that_is_refused(command: Command, tmp_path: Path) -> None:
+def test_sites_of_an_invalid_model_path_are_an_error(command: Command, tmp_path: Path) -> None:
     done = command("sites", families.build("gpt2", tmp_path / "m") / "config.json")
     assert done.status == 2
     assert "error[E0401]" in done.err

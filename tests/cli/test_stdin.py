@@ -1,4 +1,4 @@
-"""`-` where a file is named: standard input."""
+"""`-` as a file name: standard input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TIMES = re.compile(
 
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pipe:
-    """What standard input holds; the working directory is an empty folder."""
+    """Return a function that sets standard input; the working directory is empty."""
     monkeypatch.chdir(tmp_path)
 
     def hold(text: str | bytes) -> None:
@@ -38,7 +38,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pipe:
 @pytest.mark.parametrize(
     "arguments", ["validate", "plan", "graph", "explain --limit 2", "run --limit 8", "fmt"]
 )
-def test_says_what_it_says_of_a_file(arguments: str, pipe: Pipe, command: Command) -> None:
+def test_stdin_output_equals_that_of_a_file(arguments: str, pipe: Pipe, command: Command) -> None:
     Path("heads.mech").write_text(HEADS, encoding="utf-8")
     pipe(HEADS)
     named, piped = command(*arguments.split(), "heads.mech"), command(*arguments.split(), "-")
@@ -51,7 +51,7 @@ def test_says_what_it_says_of_a_file(arguments: str, pipe: Pipe, command: Comman
 
 
 @pytest.mark.parametrize("name", ["validate", "plan", "graph", "explain", "run", "fmt"])
-def test_messages_name_it(name: str, pipe: Pipe, command: Command) -> None:
+def test_diagnostics_of_stdin_name_it(name: str, pipe: Pipe, command: Command) -> None:
     wrong = "{" if name == "fmt" else "head 14"
     pipe(HEADS.replace("head *", wrong))
     done = command(name, "-")
@@ -61,7 +61,7 @@ def test_messages_name_it(name: str, pipe: Pipe, command: Command) -> None:
     assert "[E0110]: `<stdin>` is not a text file: byte 0 is not UTF-8" in command(name, "-").err
 
 
-def test_formats_for_tools_name_it(pipe: Pipe, command: Command) -> None:
+def test_machine_readable_formats_name_stdin(pipe: Pipe, command: Command) -> None:
     said = {}
     for form in ("json", "github", "sarif"):
         pipe(HEADS.replace("head *", "head 14"))
@@ -74,7 +74,7 @@ def test_formats_for_tools_name_it(pipe: Pipe, command: Command) -> None:
     assert document["files"][0]["file"] == "<stdin>"
 
 
-def test_paths_start_from_the_working_directory(pipe: Pipe, command: Command) -> None:
+def test_paths_in_stdin_start_from_the_working_directory(pipe: Pipe, command: Command) -> None:
     head, _, rest = HEADS.partition("\nexperiment")
     Path("below").mkdir()
     Path("below/common.mech").write_text(head, encoding="utf-8")
@@ -89,10 +89,10 @@ def test_paths_start_from_the_working_directory(pipe: Pipe, command: Command) ->
     assert "[E0531]" in command("validate", "-").err
 
 
-def test_has_no_folder_in_the_root_of_the_file_system(
+def test_stdin_in_the_root_directory_has_no_folder(
     pipe: Pipe, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which would let it write, and read with `--untrusted`, anywhere."""
+    """Otherwise the file could write anywhere, and read anywhere with `--untrusted`."""
     monkeypatch.chdir("/")
     for path in ("tmp/cells.csv", "/tmp/cells.csv"):
         pipe(HEADS.replace("report table", f'report csv to "{path}"'))
@@ -103,7 +103,7 @@ def test_has_no_folder_in_the_root_of_the_file_system(
     assert "error[E0535]" in command("validate", "--untrusted", "-").err
 
 
-def test_fmt_prints_it(pipe: Pipe, command: Command) -> None:
+def test_fmt_of_stdin_prints_the_formatted_text(pipe: Pipe, command: Command) -> None:
     Path("other.mech").write_text(LOOSE, encoding="utf-8")
     pipe(LOOSE)
     done = command("fmt", "-", "other.mech")
@@ -113,7 +113,7 @@ def test_fmt_prints_it(pipe: Pipe, command: Command) -> None:
     assert (done.status, done.out) == (2, "would change <stdin>\n")
 
 
-def test_is_read_once(pipe: Pipe, command: Command) -> None:
+def test_stdin_given_twice_is_rejected(pipe: Pipe, command: Command) -> None:
     pipe(HEADS)
     for name in ("validate", "run", "fmt"):
         done = command(name, "-", "-")
@@ -121,13 +121,13 @@ def test_is_read_once(pipe: Pipe, command: Command) -> None:
         assert "[E0208]: `-` is given twice" in done.err
 
 
-def test_may_be_closed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_stdin_is_an_error(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     done = command("validate", "-")
     assert done.status == 2
     assert "[E0208]: cannot read standard input: it is closed" in done.err
 
 
-def test_use_does_not_read_it(pipe: Pipe, command: Command) -> None:
+def test_use_does_not_read_stdin(pipe: Pipe, command: Command) -> None:
     pipe('mech 1\nuse "-"\n')
     assert "[E0204]" in command("validate", "-").err

@@ -1,4 +1,4 @@
-"""No report is written over what its command reads, or over another report."""
+"""Reports that would overwrite an input of the command or another report are rejected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ experiment e {{
 
 
 def folder_of(path: Path, *reports: str) -> Path:
-    """A file with all that it reads beside it; its path."""
+    """Create a file with all its inputs and return its path."""
     lines = "\n".join(f"  report {report}" for report in reports)
     (path / "case.mech").write_text(FILE.format(reports=lines), encoding="utf-8")
     (path / "common.mech").write_text("mech 1\nseed 3\n", encoding="utf-8")
@@ -64,7 +64,7 @@ def said(file: Path) -> list[str]:
         ('json to "toy/tokenizer.json"', "`tokenizer.json` of the model `toy`"),
     ],
 )
-def test_what_is_read(tmp_path: Path, report: str, what: str) -> None:
+def test_report_over_an_input_is_rejected(tmp_path: Path, report: str, what: str) -> None:
     kind = report.split()[0]
     assert said(folder_of(tmp_path, report)) == [f"E0607 `report {kind}` would overwrite {what}"]
 
@@ -79,7 +79,9 @@ def test_what_is_read(tmp_path: Path, report: str, what: str) -> None:
     ],
 )
 @pytest.mark.parametrize("hard", [False, True])
-def test_through_links(tmp_path: Path, target: str, what: str, hard: bool) -> None:
+def test_report_over_an_input_through_links_is_rejected(
+    tmp_path: Path, target: str, what: str, hard: bool
+) -> None:
     file = folder_of(tmp_path, 'csv to "out/cells.csv"')
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to("real")
@@ -91,7 +93,7 @@ def test_through_links(tmp_path: Path, target: str, what: str, hard: bool) -> No
     assert said(file) == [f"E0607 `report csv` would overwrite {what}"]
 
 
-def test_two_reports_in_one_file(tmp_path: Path) -> None:
+def test_two_reports_with_one_path_are_rejected(tmp_path: Path) -> None:
     reports = ('csv to "out/cells.csv"', 'table to "./real/../out/cells.csv"')
     file = folder_of(tmp_path, *reports)
     (tmp_path / "real").mkdir()
@@ -100,7 +102,7 @@ def test_two_reports_in_one_file(tmp_path: Path) -> None:
     assert said(file) == [f"E0607 `report table` {expected}"]
 
 
-def test_what_nothing_reads_is_written_again(tmp_path: Path) -> None:
+def test_report_may_overwrite_a_file_that_is_no_input(tmp_path: Path) -> None:
     file = folder_of(tmp_path, 'csv to "cells.csv"', 'json to "toy/notes.json"')
     for name in ("cells.csv", "toy/notes.json"):
         (tmp_path / name).write_text("from the run before")
@@ -133,7 +135,7 @@ experiment e {{
         ("c.csv", "c.csv", "has the same path, `c.csv`, as the report on line 15 of `first.mech`"),
     ],
 )
-def test_across_the_files_of_a_command(
+def test_report_conflict_between_files_of_a_run_is_rejected(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     command: Command,
@@ -146,7 +148,7 @@ def test_across_the_files_of_a_command(
         Path(name).write_text("thing,count\napple,1\npear,2\n")
     Path("first.mech").write_text(SECOND.format(rows="a.csv", to=first))
     Path("second.mech").write_text(SECOND.format(rows="b.csv", to=second))
-    assert command("validate", "first.mech", "second.mech").status == 0  # each by itself is right
+    assert command("validate", "first.mech", "second.mech").status == 0  # each file alone is valid
     done = command("run", "first.mech", "second.mech")
     assert done.status == 2
     assert message in done.err

@@ -1,4 +1,4 @@
-"""Programs on the way from text to plan, without weights."""
+"""Helpers that check and plan programs without weights."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def resolved(text: str) -> list[ResolvedExperiment]:
 
 
 def one(*lines: str, head: str = HEAD) -> ResolvedExperiment:
-    """The only experiment of a file with these lines in it."""
+    """Return the only experiment of a file with these lines."""
     (found,) = resolved(head + experiment(*lines))
     return found
 
 
 def codes(*lines: str, head: str = HEAD) -> list[str]:
-    """What is said about an experiment with these lines."""
+    """Return the diagnostic codes of an experiment with these lines."""
     return [d.code for d in check_source(Source(head + experiment(*lines))).diagnostics]

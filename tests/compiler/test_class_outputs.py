@@ -1,4 +1,4 @@
-"""Which output a text names on a classifier: by its label, or by its number."""
+"""Texts name an output of a classifier by its label or its number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUMBERED = "LABEL_0", "LABEL_1", "LABEL_2"
 
 
 def checked(folder: Path, labels: tuple[str, ...], answer: str, wanted: str) -> CheckedFile:
-    """A file on a classifier with these labels; the model is that of the messages' cases."""
+    """Check a file on a classifier with these labels, the model of the message cases."""
     page = (HERE / "classifiers.md").read_text(encoding="utf-8")
     files = {fence.file: fence.content for fence in fences(page) if fence.file}
     for name in ("config.json", "tokenizer.json"):
@@ -45,7 +45,7 @@ def checked(folder: Path, labels: tuple[str, ...], answer: str, wanted: str) -> 
 
 
 def outputs(found: CheckedFile) -> list[int]:
-    """The output that is read, by row."""
+    """Return the distinct outputs that rows read."""
     (experiment,) = found.experiments
     (measure,) = experiment.measures
     texts = measure.atoms[0].texts[None]
@@ -67,7 +67,7 @@ def outputs(found: CheckedFile) -> list[int]:
         (NUMBERED, '"x"', '"1"', [1]),
     ],
 )
-def test_an_output_is_named_by_its_label_or_number(
+def test_class_output_is_found_by_label_or_number(
     labels: tuple[str, ...], answer: str, wanted: str, numbers: list[int], tmp_path: Path
 ) -> None:
     found = checked(tmp_path, labels, answer, wanted)
@@ -85,7 +85,7 @@ def test_an_output_is_named_by_its_label_or_number(
         (STARS, '"1 star"', "3"),
     ],
 )
-def test_a_number_is_no_name_of_a_label(
+def test_text_or_number_without_an_output_is_rejected(
     labels: tuple[str, ...], answer: str, wanted: str, tmp_path: Path
 ) -> None:
     found = checked(tmp_path, labels, answer, wanted)
@@ -101,7 +101,7 @@ def test_a_number_is_no_name_of_a_label(
         (NUMBERED, '"LABEL_{stars}"', "the name of a label"),
     ],
 )
-def test_what_an_answer_is_is_said(
+def test_conventions_state_whether_an_answer_is_a_label_or_number(
     labels: tuple[str, ...], answer: str, said: str, tmp_path: Path
 ) -> None:
     found = checked(tmp_path, labels, answer, "0")

@@ -1,4 +1,4 @@
-"""The intervention graph: what it holds, what the passes change, how it is drawn."""
+"""The intervention graph: nodes, planner passes, and drawings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kinds(made: Graph, kind: type) -> int:
     return sum(isinstance(node, kind) for node in made)
 
 
-def test_what_a_patch_needs() -> None:
+def test_patch_graph_has_the_expected_nodes() -> None:
     made = graph(HEAD + experiment(*RULE))
     check_graph(made)
     assert nx.is_directed_acyclic_graph(made)
@@ -45,14 +45,14 @@ def test_what_a_patch_needs() -> None:
     assert (kinds(made, ReadNode), kinds(made, WriteNode), kinds(made, MeasureNode)) == (1, 1, 3)
 
 
-def test_experiments_share_what_is_equal() -> None:
+def test_equal_experiments_share_graph_nodes() -> None:
     text = HEAD + experiment(*RULE, name="a") + experiment(*RULE, name="b")
     twice, once = graph(text), graph(HEAD + experiment(*RULE, name="a"))
     assert kinds(twice, ForwardNode) == kinds(once, ForwardNode)
     assert twice.number_of_nodes() == once.number_of_nodes() + 1  # the second report
 
 
-def test_other_rows_are_another_run() -> None:
+def test_experiments_with_different_rows_share_no_forward_nodes() -> None:
     text = HEAD + experiment(*RULE, name="a") + experiment(*RULE, name="b", limit=32)
     assert kinds(graph(text), ForwardNode) == 2 * kinds(
         graph(HEAD + experiment(*RULE)), ForwardNode
@@ -60,8 +60,8 @@ def test_other_rows_are_another_run() -> None:
 
 
 @pytest.mark.parametrize("path", PASS_FIXTURES, ids=lambda path: path.stem)
-def test_pass(path: Path, update: bool) -> None:
-    """A fixture holds a title, lines of an experiment, the graph before and the graph after."""
+def test_graph_pass_equals_its_fixture(path: Path, update: bool) -> None:
+    """A fixture has a title, lines of an experiment, and the graph before and after the pass."""
     title, lines, before, after = path.read_text(encoding="utf-8").split("\n---\n")
     assert title.startswith("# ")
     name = path.stem.partition("-")[0]
@@ -82,7 +82,7 @@ def test_every_pass_has_a_fixture() -> None:
     assert {path.stem.partition("-")[0] for path in PASS_FIXTURES} == set(REWRITES)
 
 
-def test_passes_can_be_switched_off() -> None:
+def test_planner_passes_can_be_disabled() -> None:
     made = graph(HEAD + experiment("patch L0H0 at last token with fewer", DELTA))
     assert rewrite_graph(made, without=frozenset(PASS_NAMES)) == (made, ())
     changed, (did,) = rewrite_graph(made)
@@ -114,7 +114,7 @@ def test_drawings_do_not_depend_on_the_order_of_experiments() -> None:
     assert to_text(graph(HEAD + a + b)) == to_text(graph(HEAD + b + a))
 
 
-def test_sites_that_differ_are_different_nodes() -> None:
+def test_different_sites_are_separate_nodes() -> None:
     lines = [(FROM, f"patch {site} at last token", DELTA) for site in ("L0H1", "L0H2", "L0H1.q")]
     text = HEAD + "".join(experiment(*each, name=f"e{n}") for n, each in enumerate(lines))
     assert kinds(graph(text), WriteNode) == 3

@@ -18,7 +18,7 @@ from mechdsl.syntax.frontend import parse
 from .support import DELTA, FROM, HEAD, experiment, lowered
 
 
-def test_an_experiment_is_data() -> None:
+def test_lowered_experiment_has_typed_fields() -> None:
     text = HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA)
     (found,) = lowered(text).experiments
     assert (found.name, found.model, found.prompts) == ("test", "toy", "fruit")
@@ -39,7 +39,9 @@ def test_an_experiment_is_data() -> None:
         ("stats by test", "t", "holm", "test"),
     ],
 )
-def test_what_is_tested_and_how(line: str, test: str, correction: str, by: str | None) -> None:
+def test_stats_line_sets_test_correction_and_groups(
+    line: str, test: str, correction: str, by: str | None
+) -> None:
     (found,) = lowered(HEAD + experiment(FROM, DELTA, line)).experiments
     settings = found.statistics
     assert (settings.test, settings.correction, settings.by) == (test, correction, by)
@@ -50,7 +52,7 @@ def test_each_correction_has_a_name() -> None:
     assert set(CORRECTION_WORDS) == set(CORRECTION_NAMES)
 
 
-def test_the_only_model_need_not_be_named() -> None:
+def test_single_model_is_the_default() -> None:
     text = HEAD + experiment("measure correct as raw")
     assert lowered(text).experiments[0].model == "toy"
 
@@ -61,7 +63,7 @@ def test_names_may_be_used_before_they_are_defined() -> None:
     assert lowered(text).experiments[0].measures[0].label == "ld"
 
 
-def test_metrics_are_written_out() -> None:
+def test_named_metrics_are_expanded() -> None:
     text = HEAD.replace("\nprompts", "metric a = logit(answer)\nmetric b = a - 1\n\nprompts", 1)
     (found,) = lowered(text + experiment("measure b as raw")).experiments
     (again,) = lowered(HEAD + experiment("measure logit(answer) - 1 as raw")).experiments
@@ -79,7 +81,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize(("written", "label"), WRITTEN.values(), ids=WRITTEN)
-def test_labels_are_what_was_written(written: str, label: str) -> None:
+def test_labels_equal_the_source_text(written: str, label: str) -> None:
     lines = (
         f"keep {written} > (0)",
         f"measure {written} as raw",
@@ -92,7 +94,7 @@ def test_labels_are_what_was_written(written: str, label: str) -> None:
     assert found.expects[0].text == f"mean({whole}) > (1 + (2))"
 
 
-def test_parameters_from_the_command_line() -> None:
+def test_settings_override_parameters() -> None:
     text = HEAD.replace("\nprompts", "param n = 8\n\nprompts", 1) + experiment(DELTA)
     source = Source(text.replace("limit 64", "limit n").replace("delta", "raw"))
     tree, _ = parse(source)
@@ -102,7 +104,7 @@ def test_parameters_from_the_command_line() -> None:
         assert not has_errors(found)
 
 
-def test_imports_bring_names_and_no_experiments(tmp_path: Path) -> None:
+def test_imports_define_names_but_no_experiments(tmp_path: Path) -> None:
     shared = HEAD + experiment("measure correct as raw", name="elsewhere")
     (tmp_path / "shared.mech").write_text(shared, encoding="utf-8")
     text = 'mech 1\n\nuse "shared.mech"\nuse "shared.mech"\n' + experiment("measure correct as raw")
@@ -111,7 +113,7 @@ def test_imports_bring_names_and_no_experiments(tmp_path: Path) -> None:
     assert list(program.models) == ["toy"]
 
 
-def test_imports_in_a_circle(tmp_path: Path) -> None:
+def test_circular_imports_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.mech").write_text('mech 1\nuse "b.mech"\n', encoding="utf-8")
     (tmp_path / "b.mech").write_text('mech 1\nuse "a.mech"\n', encoding="utf-8")
     source = Source((tmp_path / "a.mech").read_text("utf-8"), tmp_path / "a.mech")
@@ -119,7 +121,7 @@ def test_imports_in_a_circle(tmp_path: Path) -> None:
     assert [d.code for d in found] == ["E0204"]
 
 
-def test_loops_surround_their_rules() -> None:
+def test_rules_record_their_enclosing_loops() -> None:
     lines = (
         "for l in 0..2 {",
         "patch attn_out layer l at last token",
@@ -130,20 +132,20 @@ def test_loops_surround_their_rules() -> None:
     assert [rule.loops for rule in found.rules] == [("l",), ()]
 
 
-def test_a_name_that_is_wrong_is_not_unused_as_well() -> None:
+def test_misspelt_prompts_name_causes_no_unused_warning() -> None:
     source = Source(HEAD + experiment("measure correct as raw").replace("fruit", "friut"))
     found = check_source(source).diagnostics
     assert [type(d) for d in found] == [UnknownName]
 
 
-def test_a_metric_may_be_called_like_a_text() -> None:
+def test_metric_may_have_the_name_of_a_text() -> None:
     text = HEAD.replace("\nprompts", "metric answer = prob(answer)\n\nprompts", 1)
     (found,) = lowered(text + experiment("measure answer as raw")).experiments
     (again,) = lowered(HEAD + experiment("measure prob(answer) as raw")).experiments
     assert found.measures[0].metric == again.measures[0].metric
 
 
-def test_a_second_experiment_of_a_name_still_uses_its_names() -> None:
+def test_duplicate_experiment_still_counts_as_using_names() -> None:
     text = HEAD.replace("\nprompts", "metric p = prob(answer)\n\nprompts", 1)
     twice = experiment("measure correct as raw") + experiment("measure p as raw")
     source = Source(text + twice)
@@ -152,14 +154,14 @@ def test_a_second_experiment_of_a_name_still_uses_its_names() -> None:
     assert len(checked.program.experiments) == 1
 
 
-def test_the_seed_of_the_file_itself_holds(tmp_path: Path) -> None:
+def test_seed_of_the_file_overrides_an_imported_seed(tmp_path: Path) -> None:
     (tmp_path / "shared.mech").write_text(f"{HEAD}\nseed 5\n", encoding="utf-8")
     rest = 'use "shared.mech"\n' + experiment("measure correct as raw")
     assert lowered(f"mech 1\n{rest}", tmp_path / "a.mech").seed == 5
     assert lowered(f"mech 1\nseed 7\n{rest}", tmp_path / "a.mech").seed == 7
 
 
-def test_a_second_corruption_of_a_name_is_left_out() -> None:
+def test_duplicate_corruption_is_ignored_after_its_error() -> None:
     line = "  corrupt fewer { a = a - 1 }\n"
     text = (
         'mech 1\nmodel toy = zoo("counting")\nprompts barred {\n'

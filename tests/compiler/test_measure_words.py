@@ -1,4 +1,4 @@
-"""`prob` is short for the one measure `prob(answer)`, and for no sum or name of the file."""
+"""`prob` abbreviates a single measure `prob(answer)`, but no expression or named metric."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ experiment e {{
         ("named", False),
     ],
 )
-def test_the_word_of_a_measure(measured: str, known: bool) -> None:
+def test_metric_word_abbreviates_only_a_plain_measure(measured: str, known: bool) -> None:
     found = check_source(Source(FILE.format(measured))).diagnostics
     assert ("E0203" not in {d.code for d in found}) == known, found

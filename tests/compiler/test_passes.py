@@ -1,4 +1,4 @@
-"""The list of planner passes: what it says is what there is."""
+"""The list of planner passes agrees with the planner and the documentation."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ HEADING = "| pass | skipped work | why results don't change |\n|---|---|---|\n"
 
 
 def switches(plan: Plan) -> dict[str, Any]:
-    """What a plan leaves out."""
+    """Return the shortcut settings of a plan."""
     held = ("graph", "panels", "passes", "rewrites")
     return {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in held}
 
 
 @cache
 def plain() -> Plan:
-    """The plain loop."""
+    """Return a plan without any pass."""
     text = HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA)
     return make_plan(resolved(text), without=frozenset(PASS_NAMES))
 
 
-def test_names_are_given_once() -> None:
+def test_pass_names_are_unique() -> None:
     assert len(set(PASS_NAMES)) == len(PASS_NAMES)
 
 
-def test_the_page_has_the_list(update: bool) -> None:
+def test_planner_page_lists_every_pass(update: bool) -> None:
     table = HEADING + "".join(f"| `{p.name}` | {p.leaves_out} | {p.why} |\n" for p in PASSES)
     text = DOCS.read_text(encoding="utf-8")
     before, rest = text.split(HEADING)
@@ -47,7 +47,7 @@ def test_the_page_has_the_list(update: bool) -> None:
 
 
 @pytest.mark.parametrize("one", PLAN_PASSES, ids=lambda one: one.name)
-def test_a_pass_switches_on_one_thing(one: PlanPass) -> None:
+def test_each_pass_enables_exactly_one_shortcut(one: PlanPass) -> None:
     before, plan = switches(plain()), one.apply(plain())
     after = switches(plan)
     changed = [name for name in before if before[name] != after[name]]
@@ -57,7 +57,7 @@ def test_a_pass_switches_on_one_thing(one: PlanPass) -> None:
     assert after not in others
 
 
-def test_a_plan_without_passes_leaves_nothing_out() -> None:
+def test_plan_without_passes_enables_no_shortcut() -> None:
     everything = make_plan(resolved(HEAD + experiment("measure correct as raw")))
     assert everything.passes == PASS_NAMES
     found = plain()

@@ -1,4 +1,4 @@
-"""Cells and rows: what a run will do, counted before it does it."""
+"""Cells and rows of a plan, counted before the run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def planned(*lines: str, limit: int = 64) -> ExperimentPlan:
         ("patch resid_post layer * at first-item token, last token", 8),
     ],
 )
-def test_each_cell_is_a_row_of_every_prompt(rule: str, cells: int) -> None:
+def test_each_cell_has_a_row_per_prompt(rule: str, cells: int) -> None:
     plan = planned(FROM, rule, DELTA)
     assert plan.n_cells == cells
     assert plan.count() == cells * 64
@@ -48,8 +48,8 @@ def test_prompts_without_the_position_have_no_row() -> None:
     assert plan.count() == sum(int(row.values["count"]) for row in fewer)
 
 
-def test_each_of_several_tokens_under_one_label_is_a_row() -> None:
-    """Whatever else is written in the same row."""
+def test_tokens_under_one_label_are_separate_rows() -> None:
+    """A second rule in the same row makes no difference."""
     sweep = "ablate z layer 0 head 1 at each token between first token and last token with zero"
     for rules in ([sweep], [sweep, "ablate z layer 0 head 0 at last token with zero"]):
         plan = planned(*rules, DELTA)
@@ -61,7 +61,7 @@ def test_each_of_several_tokens_under_one_label_is_a_row() -> None:
         assert plan.count() == between
 
 
-def test_an_experiment_without_a_rule_has_no_patched_rows() -> None:
+def test_experiment_without_a_rule_has_no_patched_rows() -> None:
     plan = planned("measure correct as raw")
     assert plan.count() == 0
     assert count_unpatched_rows(plan) == 64
@@ -76,7 +76,7 @@ def test_all_experiments_are_planned_once() -> None:
 
 
 @pytest.mark.parametrize("name", PASS_NAMES)
-def test_a_pass_is_switched_off_by_its_name(name: str) -> None:
+def test_pass_is_disabled_by_its_name(name: str) -> None:
     experiments = resolved(HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA))
     plan = make_plan(experiments, without=frozenset({name}))
     assert [other for other in PASS_NAMES if not plan.does(other)] == [name]
@@ -87,7 +87,7 @@ def test_a_pass_is_switched_off_by_its_name(name: str) -> None:
     assert not check_pass_names([name])
 
 
-def test_rows_that_take_nothing_over_are_whole_passes() -> None:
+def test_plan_without_restart_passes_has_no_restarts() -> None:
     experiments = resolved(HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA))
     assert not make_plan(experiments, without=frozenset(RESTART_PASSES)).restarts
     for name in RESTART_PASSES:
@@ -106,14 +106,14 @@ def cost_of(
 
 
 @pytest.mark.parametrize(("measure", "inert"), [("logit(answer)", True), ("loss", False)])
-def test_behind_the_last_attention_only_tokens_that_are_read_count(
+def test_write_after_the_last_attention_is_inert_unless_its_token_is_read(
     measure: str, inert: bool
 ) -> None:
     rule = "ablate resid_post layer 3 at first token with zero"
     assert planned(rule, f"measure {measure} as delta").inert.tolist() == [inert]
 
 
-def test_a_pass_takes_rows_by_the_tokens_from_their_first_write() -> None:
+def test_forward_passes_are_counted_by_tokens_from_the_first_write() -> None:
     found, cost = cost_of(HEADS, DELTA, pass_tokens=100)
     (hits,) = found.rules[0].positions
     base = found.experiment.table.runs["fewer"].rows
@@ -123,7 +123,7 @@ def test_a_pass_takes_rows_by_the_tokens_from_their_first_write() -> None:
 
 
 @pytest.mark.parametrize(("measure", "narrow"), [("logit(answer)", True), ("prob(answer)", False)])
-def test_unembed_leaves_all_but_two_logits_out_where_no_softmax_needs_them(
+def test_unembed_pass_computes_only_needed_logits_without_softmax(
     measure: str, narrow: bool
 ) -> None:
     found, cost = cost_of(HEADS, f"measure {measure} as delta")
@@ -135,7 +135,7 @@ def test_unembed_leaves_all_but_two_logits_out_where_no_softmax_needs_them(
     assert before - after == (found.count() * logits if narrow else 0)
 
 
-def test_a_row_takes_its_whole_prompt_along_from_its_own_block() -> None:
+def test_resume_pass_counts_whole_prompts_from_the_first_written_layer() -> None:
     """Rows of all layers are counted together."""
     without = frozenset({"prefix", "inside", "last"})
     found, cost = cost_of(HEADS, DELTA, without=without)
@@ -144,7 +144,7 @@ def test_a_row_takes_its_whole_prompt_along_from_its_own_block() -> None:
     assert nothing.planned.tokens - cost.planned.tokens == 4 * lengths * (0 + 1 + 2)
 
 
-def test_of_a_path_behind_held_sublayers_only_its_sender_is_computed() -> None:
+def test_path_rule_with_frozen_sublayers_computes_only_the_sender() -> None:
     found, cost = cost_of("path z layer 0..2 head * -> logits at last token", DELTA)
     shape = found.experiment.model.shape
     (panel,) = make_plan(resolved(HEAD + experiment(FROM, HEADS, DELTA))).panels
@@ -153,13 +153,13 @@ def test_of_a_path_behind_held_sublayers_only_its_sender_is_computed() -> None:
     assert cost.planned.multiply_adds - unpatched.multiply_adds == found.count() * each
 
 
-def test_a_file_without_experiments_costs_nothing() -> None:
+def test_file_without_experiments_has_no_cost() -> None:
     found = plan_cost(make_plan([]))
     assert (found.plain, found.planned, found.blocks) == (Cost(), Cost(), 0)
     assert Cost(multiply_adds=3.0).flops == 6
 
 
-def test_rows_that_are_written_as_they_are_are_not_run() -> None:
+def test_rows_whose_write_has_no_effect_are_inert() -> None:
     rule = "reweight attention layer 0 head * from last token to first token by c"
     found, cost = cost_of(f"for c in [1, 2] {{ {rule} }}", DELTA)
     (inert,) = [one.after.rows for one in cost.savings if one.name == "inert"]
@@ -170,7 +170,7 @@ ZEROED = "ablate z layer * head * at last token with zero"
 
 
 def distinct(*rules: str, share: bool = True) -> tuple[int, int]:
-    """Of an experiment for each rule: (rows, distinct ones)."""
+    """Return the number of rows and of distinct rows, with one experiment per rule."""
     bodies = enumerate(rules)
     text = HEAD + "".join(experiment(rule, DELTA, name=f"e{n}") for n, rule in bodies)
     (panel,) = make_plan(resolved(text)).panels
@@ -179,7 +179,7 @@ def distinct(*rules: str, share: bool = True) -> tuple[int, int]:
     return sum(map(len, rows)), len(RowSharer(panel.experiments, share=share).of(rows))
 
 
-def test_equal_rows_are_shared_only_where_that_is_on() -> None:
+def test_equal_rows_are_shared_only_if_sharing_is_on() -> None:
     twice = (ZEROED,) * 2
     assert distinct(*twice) == (2 * 16 * 64, 16 * 64)
     assert distinct(*twice, share=False) == (2 * 16 * 64, 2 * 16 * 64)
@@ -200,21 +200,21 @@ def test_equal_rows_are_shared_only_where_that_is_on() -> None:
     ],
     ids=["tokens", "keys", "rules"],
 )  # fmt: skip
-def test_rows_that_write_something_else_are_not_equal(rules: list[str]) -> None:
+def test_rows_with_different_writes_are_not_shared(rules: list[str]) -> None:
     every, once = distinct(*rules)
     assert once == every
 
 
-def test_columns_of_many_values_are_told_apart() -> None:
-    """Of more combinations than there are numbers of 64 bits."""
+def test_combined_columns_distinguish_many_combinations() -> None:
+    """The columns have more combinations than there are 64-bit numbers."""
     columns = np.random.default_rng(0).integers(0, 2, (200, 24)) * np.arange(200)[:, None]
     _, expected = np.unique(columns, axis=0, return_inverse=True)
     found = combine_columns([list(columns.T)], [len(columns)])
     np.testing.assert_array_equal(np.unique(found, return_inverse=True)[1], expected.reshape(-1))
 
 
-def test_work_is_the_same_where_it_is_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts are laid out some at a time; cells and unpatched runs are counted once."""
+def test_cost_does_not_depend_on_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are counted in batches; cells and unpatched runs are counted once."""
     lines = (FROM, "patch layer * head * at first-item token, last token", DELTA)
     plan = make_plan(resolved(HEAD + experiment(*lines)))
     whole = plan_cost(plan)
@@ -223,6 +223,6 @@ def test_work_is_the_same_where_it_is_counted_in_parts(monkeypatch: pytest.Monke
     assert parts.plain == whole.plain
     for one, other in zip(parts.savings, whole.savings, strict=True):
         assert (one.name, one.on) == (other.name, other.on)
-        if one.name != "join":  # a pass takes no rows of other prompts then
+        if one.name != "join":  # forward passes then have no rows of other prompts
             assert one.after == other.after, one.name
     assert parts.planned.forwards > whole.planned.forwards

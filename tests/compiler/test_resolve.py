@@ -14,7 +14,7 @@ def axes(found: ResolvedExperiment) -> dict[str, int]:
 
 
 def points(found: ResolvedExperiment, rule: int = 0) -> list[list[tuple[int | None, int | None]]]:
-    """(layer, unit) of what each cell of a rule writes."""
+    """Return (layer, unit) of the sites that each cell of a rule writes."""
     sites = found.rules[rule].sites
     assert sites is not None
     return [[(p.layer, p.unit) for p in each] for each in sites.points.values()]
@@ -38,11 +38,11 @@ def points(found: ResolvedExperiment, rule: int = 0) -> list[list[tuple[int | No
         ("mlp_hidden layer *", {"layer": 4}),
     ],
 )
-def test_singular_sweeps_plural_joins(site: str, wanted: dict[str, int]) -> None:
+def test_singular_words_sweep_and_plural_words_join(site: str, wanted: dict[str, int]) -> None:
     assert axes(one(FROM, f"patch {site} at last token", DELTA)) == wanted
 
 
-def test_joined_points() -> None:
+def test_plural_words_join_their_sites() -> None:
     found = one(FROM, "patch layers 0, 2 heads 1..2 at last token", DELTA)
     assert points(found) == [[(0, 1), (0, 2), (2, 1), (2, 2)]]
 
@@ -59,7 +59,7 @@ def test_joined_points() -> None:
         ),
     ],
 )
-def test_a_loop_over_centres_of_windows_says_so(lines: str, centres: list[str]) -> None:
+def test_loop_over_window_centres_is_marked(lines: str, centres: list[str]) -> None:
     found = one(FROM, lines, DELTA)
     assert [axis.name for axis in found.axes if axis.of_windows] == centres
 
@@ -97,7 +97,7 @@ def test_loops_share_an_axis() -> None:
     assert [layer for ((layer, _),) in points(found, 1)] == [1, 2, 3]
 
 
-def test_loops_over_components_and_tokens() -> None:
+def test_loops_over_components_and_tokens_are_axes() -> None:
     found = one(
         FROM,
         "for c in [attn_out, mlp_out] {",
@@ -131,14 +131,14 @@ def test_occurrences_are_an_axis_with_two_names() -> None:
     assert axis.items == tuple(range(1, len(axis) + 1))
 
 
-def test_a_patch_reads_its_own_source() -> None:
+def test_patch_reads_its_source_run() -> None:
     line = "patch resid_post layer 0 at last token with other_fruit"
     assert [rule.run for rule in one(line, DELTA).rules] == ["other_fruit"]
     lines = ("patch resid_post layer 0 at last token", "ablate L1H1 at last token with mean")
     assert [rule.run for rule in one(FROM, *lines, DELTA).rules] == ["clean", "clean"]
 
 
-def test_rows_that_lack_a_position_in_one_run_drop_out() -> None:
+def test_rows_without_a_position_in_one_run_are_dropped() -> None:
     found = one(FROM, "patch resid_post layer 0 at each item token", DELTA)
     clean, fewer = (found.table.runs[run].rows for run in ("clean", "fewer"))
     for key, cell in found.rules[0].positions.written.items():
@@ -147,6 +147,6 @@ def test_rows_that_lack_a_position_in_one_run_drop_out() -> None:
             assert bool(hit) == (key[0] < min(counts))
 
 
-def test_errors_of_all_lines_at_once() -> None:
+def test_errors_of_all_lines_are_reported_at_once() -> None:
     lines = ("patch layer 7 head 9 at itme token", "measure logi(answer) as raw")
     assert set(codes(FROM, *lines)) == {"E0301", "E0302", "E0308", "E0203"}

@@ -1,4 +1,4 @@
-"""The price of trainings in `plan`, compared with the passes and the memory of real trainings."""
+"""Training costs in `plan`, compared with the passes and the memory of real trainings."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ DECLARED = {
 }
 PROBES = ("ridge", "logistic")
 SOLVED = ("semi_nmf", "ica", "mixture", "nmf", "cca", *PROBES)
-"""Solved from all vectors together, without steps."""
+"""Trainings solved from all vectors at once, without steps."""
 ON_VECTORS = ("sae", "lens", *SOLVED)
 
 RULES = {
@@ -120,7 +120,7 @@ def price(path: Path) -> TrainingCost:
 @pytest.mark.parametrize(
     "name", some([name for name in DECLARED if name not in ON_VECTORS], ["edit"])
 )
-def test_price_counts_the_passes_of_a_training(
+def test_training_cost_counts_the_passes_of_a_training(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, name)
@@ -143,7 +143,7 @@ def test_price_counts_the_passes_of_a_training(
 @pytest.mark.parametrize(
     "name", some([name for name in DECLARED if name not in SOLVED], ["sae", "das"])
 )
-def test_price_of_memory_is_within_a_factor_of_two(
+def test_estimated_training_memory_is_within_a_factor_of_two(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors that autograd keeps in a step, and vectors, weights and moments of the optimiser."""
@@ -171,7 +171,7 @@ def test_price_of_memory_is_within_a_factor_of_two(
 
 
 @pytest.mark.parametrize("name", some([name for name in SOLVED if name not in PROBES], ["cca"]))
-def test_price_of_memory_of_a_solution_is_within_a_factor_of_two(
+def test_estimated_memory_of_a_factorisation_is_within_a_factor_of_two(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Vectors and their copies in 64 bits."""
@@ -205,7 +205,7 @@ def test_price_of_memory_of_a_solution_is_within_a_factor_of_two(
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_price_of_a_probe_has_one_pass_and_the_memory_of_decompositions(
+def test_probe_cost_has_one_pass_and_the_memory_of_decompositions(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Vectors of all layers, and for one of them arrays in 64 bits."""
@@ -237,7 +237,7 @@ def test_price_of_a_probe_has_one_pass_and_the_memory_of_decompositions(
     assert (largest + vectors) / 2 < costs[1].memory < 2 * (largest + vectors)
 
 
-def test_price_of_ten_times_the_steps_is_at_most_ten_times_as_high(tmp_path: Path) -> None:
+def test_training_cost_grows_about_linearly_with_steps(tmp_path: Path) -> None:
     """Reading vectors of all layers, and decompositions of all vectors, cost as much as the steps
     of a short training."""
     least = {"lens": 1.5, **dict.fromkeys(SOLVED, 1)}
@@ -252,15 +252,15 @@ def test_price_of_ten_times_the_steps_is_at_most_ten_times_as_high(tmp_path: Pat
         assert long.memory == short.memory
 
 
-def test_price_of_mixtures_counts_their_starts() -> None:
+def test_mixture_cost_counts_its_starts() -> None:
     assert MIXTURE_STARTS == factors.STARTS
 
 
-def test_price_counts_the_vectors_that_are_assessed_at_once() -> None:
+def test_training_cost_counts_the_vectors_assessed_at_once() -> None:
     assert MOST_ASSESSED == fits_training.MOST_ASSESSED
 
 
-def test_price_of_a_training_on_a_decoder_has_its_control_and_no_passes(tmp_path: Path) -> None:
+def test_decoder_training_cost_has_its_control_and_no_passes(tmp_path: Path) -> None:
     inner = f"fit(sae(features: 16, k: 2), prompts: decoder of big, {STEPS})"
     declared = DECLARED["sae"].replace("basis b", "basis big")
     path = write(tmp_path, "decoder", f"{declared}\nbasis b = {inner} at resid_post layer 1")

@@ -1,4 +1,4 @@
-"""A tokenizer with tokens that the model doesn't have is refused before anything runs."""
+"""A tokenizer with tokens that the model doesn't have is rejected before the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ZOO = Path(str(files("mechdsl") / "zoo" / "counting"))
 
 
 def said(folder: Path, size: int, measure: str, first: str = "Part", *extra: str) -> list[str]:
-    """What is wrong with a model of so many tokens, some of which were added to its tokenizer."""
+    """Return diagnostics of a model with `size` tokens and a tokenizer with added tokens."""
     toy = folder / "toy"
     toy.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -39,12 +39,12 @@ def said(folder: Path, size: int, measure: str, first: str = "Part", *extra: str
     return [f"{d.code} {d.message}" for d in validate(file)]
 
 
-def test_it_has_them_all(tmp_path: Path) -> None:
+def test_model_with_all_tokens_is_accepted(tmp_path: Path) -> None:
     assert said(tmp_path, 69, "prob(answer)") == []
 
 
 @pytest.mark.parametrize("size", [1, 10, 68])
-def test_its_own_tokens(tmp_path: Path, size: int) -> None:
+def test_model_with_fewer_tokens_than_its_tokenizer_is_rejected(tmp_path: Path, size: int) -> None:
     tokens = "1 token" if size == 1 else f"{size} tokens"
     message = f"E0421 `toy` has {tokens}, and its tokenizer has 69"
     assert said(tmp_path, size, "prob(answer)") == [message]
@@ -58,7 +58,7 @@ def test_its_own_tokens(tmp_path: Path, size: int) -> None:
         ("Part", 'prob(" gizmo")', "a measure"),
     ],
 )
-def test_tokens_that_were_added_count_where_they_are_used(
+def test_added_token_is_rejected_only_if_used(
     tmp_path: Path, first: str, measure: str, where: str | None
 ) -> None:
     token = "token 69 (`gizmo`)"

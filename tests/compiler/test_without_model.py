@@ -1,6 +1,6 @@
-"""A file is checked in the same way whether or not its model is at hand.
+"""Checks of a file are the same with and without its model.
 
-Each case is one statement, what is said of it, and the word that is offered instead.
+Each case is a statement, its error code, and the suggested word.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ MODELS = {
 }
 
 CASES = {
-    # written, instead of it: code, the word that is offered
+    # wrong text, correct text, code, suggested word
     "a component": ("resid_posst layer l", "resid_post layer l", "E0203", "resid_post"),
     "a text of a metric": ("logprob(anwser)", "logprob(answer)", "E0516", "answer"),
     "a span": ("each itme token", "each item token", "E0308", "item"),
@@ -179,7 +179,7 @@ def said(found: list[Diagnostic]) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize("source", MODELS.values(), ids=MODELS)
-def test_nothing_is_wrong_with_the_file_itself(tmp_path: Path, source: str) -> None:
+def test_valid_file_has_no_errors_with_or_without_its_model(tmp_path: Path, source: str) -> None:
     found = checked(FILE, tmp_path, source)
     assert not said(found.diagnostics), [d.message for d in found.diagnostics]
     assert bool(found.experiments) == (source == MODELS["here"])
@@ -187,7 +187,9 @@ def test_nothing_is_wrong_with_the_file_itself(tmp_path: Path, source: str) -> N
 
 
 @pytest.mark.parametrize(("name", "model"), in_turn(list(CASES), list(MODELS)[1:]))
-def test_the_same_is_said_without_the_model(tmp_path: Path, name: str, model: str) -> None:
+def test_errors_without_the_model_equal_those_with_it(
+    tmp_path: Path, name: str, model: str
+) -> None:
     wrong, right, code, word = CASES[name]
     assert FILE.count(right) >= 1, right
     text = FILE.replace(right, wrong, 1)
@@ -205,8 +207,8 @@ def _changed_lines(text: str) -> set[int]:
     return {number for number, (old, new) in enumerate(lines, 1) if old != new}
 
 
-def test_all_errors_are_said_at_once(tmp_path: Path) -> None:
-    """In rules, measures, reports and expectations of two experiments, and in their prompts."""
+def test_all_errors_are_reported_at_once_without_the_model(tmp_path: Path) -> None:
+    """Errors are in rules, measures, reports, expectations and prompts."""
     wrong = {
         "patch resid_post layer l": "patch resid_posst layer l",
         "each item token": "foo token",
@@ -221,7 +223,7 @@ def test_all_errors_are_said_at_once(tmp_path: Path) -> None:
     for source in MODELS.values():
         found = said(checked(text, tmp_path, source).diagnostics)
         assert sorted(each[1] for each in found) == sorted(words)
-    # A block of prompts whose rows can't be made hides nothing of the experiments.
+    # Prompts whose rows can't be built hide no errors of experiments.
     broken = text.replace("{place}", "{plaec}")
     for source in MODELS.values():
         found = said(checked(broken, tmp_path, source).diagnostics)
@@ -244,7 +246,7 @@ FOLLOW_UPS = {
 
 
 @pytest.mark.parametrize("case", FOLLOW_UPS.values(), ids=FOLLOW_UPS)
-def test_a_name_that_is_missing_causes_no_other_errors(
+def test_missing_name_causes_no_consequential_errors(
     tmp_path: Path, case: tuple[str, str, set[str]]
 ) -> None:
     right, wrong, codes = case
@@ -263,7 +265,7 @@ SYNTAX = {
 
 
 @pytest.mark.parametrize("case", SYNTAX.values(), ids=SYNTAX)
-def test_an_error_of_syntax_silences_no_other_statement(
+def test_syntax_error_hides_no_errors_of_other_statements(
     tmp_path: Path, case: tuple[str, str]
 ) -> None:
     text = (
@@ -275,7 +277,7 @@ def test_an_error_of_syntax_silences_no_other_statement(
         assert {"E0101", "E0102"} & {each[0] for each in found}
 
 
-def test_what_waits_for_the_model_is_said_by_line(tmp_path: Path) -> None:
+def test_warning_lists_the_lines_that_need_the_model(tmp_path: Path) -> None:
     for name in ("not in the cache", "no folder"):
         found = checked(FILE, tmp_path, MODELS[name]).diagnostics
         (warning,) = (d for d in found if d.code == "W0710")
@@ -287,13 +289,13 @@ def test_what_waits_for_the_model_is_said_by_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["not in the cache", "no folder"])
-def test_a_model_can_be_required(tmp_path: Path, name: str) -> None:
+def test_missing_model_is_an_error_if_required(tmp_path: Path, name: str) -> None:
     found = checked(FILE, tmp_path, MODELS[name], need=True).diagnostics
     assert {each[0] for each in said(found)} == {"E0401"}
 
 
-def test_of_an_unknown_architecture_nothing_wrong_is_said(tmp_path: Path) -> None:
-    """It isn't a masked language model because its class has another name."""
+def test_unknown_architecture_is_not_called_a_masked_language_model(tmp_path: Path) -> None:
+    """An unknown class name doesn't make it a masked language model."""
     own = Path(zoo.__path__[0]) / "counting"
     config = json.loads((own / "config.json").read_text(encoding="utf-8"))
     for name, said_of_it in {
@@ -324,10 +326,10 @@ EDGES = {
 
 
 @pytest.mark.parametrize("case", EDGES.values(), ids=EDGES)
-def test_keys_behind_their_query_are_seen_in_the_text(
+def test_blocked_key_after_its_query_is_found_without_the_model(
     tmp_path: Path, case: tuple[str, str, str, bool]
 ) -> None:
-    """On a model that predicts the next token: where nothing else is measured, any has to be."""
+    """If only next tokens are measured, the model must be causal."""
     query, key, measure, refused = case
     text = FILE[: FILE.index("experiment heads")].replace(
         '"Part 1: {fruits} in the {place} Count 1:"', '"({place}) Part 1: {fruits} Count 1:"'
@@ -370,7 +372,9 @@ DECIDED = {
 
 
 @pytest.mark.parametrize("case", DECIDED.values(), ids=DECIDED)
-def test_what_the_text_decides_needs_no_model(tmp_path: Path, case: tuple[str, str, str]) -> None:
+def test_errors_decided_by_the_text_need_no_model(
+    tmp_path: Path, case: tuple[str, str, str]
+) -> None:
     right, wrong, code = case
     assert right in FILE
     for source in list(MODELS.values())[1:]:
@@ -390,7 +394,7 @@ RULES = {
     "receivers": "path layer 30 head 1 -> q layer * head * at last token",
 }
 CELLS = {
-    # the rule, what is expected, the code of what is wrong
+    # rule, expectation, error code
     "another layer": ("layers by number", "max(raw, L3H2) > 0", "E0606"),
     "a head that there may be": ("layers by number", "max(raw, L2H92) > 0", ""),
     "one of several": ("layers by number", "raw(L2H1) > 0", "E0606"),
@@ -415,7 +419,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize("case", CELLS.values(), ids=CELLS)
-def test_cells_that_the_text_rules_out_are_refused(
+def test_cells_excluded_by_the_text_are_rejected_without_the_model(
     tmp_path: Path, case: tuple[str, str, str]
 ) -> None:
     rule, expected, code = case
@@ -425,7 +429,7 @@ def test_cells_that_the_text_rules_out_are_refused(
     assert {each[0] for each in found} == ({code} if code else set()), found
 
 
-def test_a_broken_rule_leaves_the_positions_of_cells_open(tmp_path: Path) -> None:
+def test_syntax_error_in_a_rule_causes_no_errors_of_its_cells(tmp_path: Path) -> None:
     text = FILE.replace("at last token\n  measure ld", "at last token,, place token\n  measure ld")
     text = text.replace("mean(delta, layer: 1..2)", 'mean(delta, position: "last token")')
     for source in MODELS.values():
@@ -433,7 +437,7 @@ def test_a_broken_rule_leaves_the_positions_of_cells_open(tmp_path: Path) -> Non
         assert {each[0] for each in found} == {"E0101"}, found
 
 
-HANGS_ON_IT = {
+NEEDS_MODEL = {
     "a layer": ("layer 1..2 at last-item", "layer 40 at last-item"),
     "a layer from the end": ("layer 1..2 at last-item", "layer 2..-1 at last-item"),
     "a head": ("z layer * head *", "z layer * head 90..91"),
@@ -447,8 +451,10 @@ HANGS_ON_IT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", HANGS_ON_IT.values(), ids=HANGS_ON_IT)
-def test_nothing_is_said_that_hangs_on_the_model(tmp_path: Path, case: tuple[str, str]) -> None:
+@pytest.mark.parametrize("case", NEEDS_MODEL.values(), ids=NEEDS_MODEL)
+def test_errors_that_depend_on_the_model_are_not_reported_without_it(
+    tmp_path: Path, case: tuple[str, str]
+) -> None:
     right, other = case
     assert right in FILE
     for source in list(MODELS.values())[1:]:
@@ -456,7 +462,7 @@ def test_nothing_is_said_that_hangs_on_the_model(tmp_path: Path, case: tuple[str
         assert not said(found.diagnostics), [d.message for d in found.diagnostics]
 
 
-def test_words_of_a_tokenizer_that_is_not_here_may_be_any(tmp_path: Path) -> None:
+def test_words_of_a_missing_tokenizer_cause_no_errors(tmp_path: Path) -> None:
     text = FILE.replace('place in ["house", "shop"]', "place in words(m)")
     text = text.replace("where count > 2", 'where place = "attic"')
     assert "E0509" in {each[0] for each in said(checked(text, tmp_path).diagnostics)}
@@ -486,8 +492,8 @@ experiment e {
 """
 
 
-def test_words_of_a_tokenizer_that_is_not_here_may_be_any_of_another_model() -> None:
-    """What stands in for them is of several tokens in one model, and of none in the other."""
+def test_words_of_another_missing_tokenizer_cause_no_errors() -> None:
+    """Placeholder words have several tokens in one model, and none in the other."""
     statement = spec.Model(span=Span(Source(""), 0, 0), name="here", kind="local", path="here")
     shape, _ = shape_from_config(GPT2, model="here")
     assert shape is not None
@@ -499,14 +505,14 @@ def test_words_of_a_tokenizer_that_is_not_here_may_be_any_of_another_model() -> 
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(3, 3), (40, 20)])
-def test_the_smaller_of_two_limits_holds(tmp_path: Path, limit: int, rows: int) -> None:
+def test_smaller_of_two_limits_applies(tmp_path: Path, limit: int, rows: int) -> None:
     source = Source(FILE, tmp_path / "file.mech")
     found = check_source(source, CheckSettings(limit=limit)).experiments
     assert [len(each.table) for each in found] == [rows] * 3
 
 
-def test_a_block_that_nothing_uses_is_looked_at_too(tmp_path: Path) -> None:
-    """Its first row is; a block that an experiment uses is looked at once."""
+def test_unused_prompts_are_checked_by_their_first_row(tmp_path: Path) -> None:
+    """Only the first row of unused prompts is checked; used prompts are checked once."""
     prompts = 'prompts NAME {\n  n in 1..5\n  template "Part {n} unheard Count 1:"\n}\n'
     text = (
         'mech 1\nmodel m = zoo("counting")\n'
@@ -521,7 +527,7 @@ def test_a_block_that_nothing_uses_is_looked_at_too(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def without_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The examples, with models that aren't on this machine."""
+    """Copy the examples with models that aren't on this machine."""
     folder = tmp_path_factory.mktemp("without") / "examples"
     shutil.copytree(EXAMPLES, folder)
     for each in folder.rglob("*.mech"):
@@ -535,7 +541,7 @@ def without_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     some(FILES_OF_EXAMPLES, [file for file in FILES_OF_EXAMPLES[2::3] if file.stem != "prices"]),
     ids=lambda file: file.stem,
 )
-def test_examples_are_right_without_their_models(file: Path, without_models: Path) -> None:
+def test_examples_have_no_errors_without_their_models(file: Path, without_models: Path) -> None:
     source, _ = read_source(without_models / file.name)
     assert source is not None
     found = check_source(source)

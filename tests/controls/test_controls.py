@@ -1,4 +1,4 @@
-"""`against random(n)`: the band is that of explicit experiments on the targets that were drawn."""
+"""`against random(n)`: bands equal those of explicit experiments on the random targets."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def drawn(of: ResolvedControl, rule: int = 0) -> dict[tuple[int, ...], tuple[Sit
 
 
 def explicit(rules: list[str], *lines: str) -> list[ExperimentResult]:
-    """One experiment for each rule, run by itself."""
+    """Results of one experiment for each rule."""
     text = START
     for number, rule in enumerate(rules):
         body = "\n  ".join((*lines, rule))
@@ -80,8 +80,8 @@ def effects(found: list[ExperimentResult], measure: int = 0) -> np.ndarray:
     return np.array([float(each.statistics[measure].mean[0]) for each in found])
 
 
-def same_band(result: ExperimentResult, cell: int, values: np.ndarray, measure: int = 0) -> None:
-    """The range of these effects, and the rank of the cell's own among them."""
+def check_band(result: ExperimentResult, cell: int, values: np.ndarray, measure: int = 0) -> None:
+    """Compare a band with the range of effects and the rank of the cell's effect."""
     band = result.control(measure)
     assert band is not None
     assert band.draws[cell] == len(values)
@@ -102,7 +102,7 @@ MEASURED_TWICE = (
 )
 
 
-# --- draws of rules that can't act together ---
+# --- rules that can't act together ---
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ MEASURED_TWICE = (
         "block attention layer 0 from last token to last-item token",
     ],
 )
-def test_a_draw_in_a_replaced_block_is_refused(rule: str) -> None:
+def test_control_of_a_rule_in_a_replaced_block_is_rejected(rule: str) -> None:
     removed = ("replace block layer 1 with identity", "measure logit(answer) as delta")
     found = check(rule, *removed, "against random(5)")
     (wrong,) = [each for each in found.diagnostics if each.code == "E0630"]
@@ -123,7 +123,7 @@ def test_a_draw_in_a_replaced_block_is_refused(rule: str) -> None:
 # --- bands ----------------------------------------------------------------------------------------
 
 
-def test_two_heads_together() -> None:
+def test_band_of_joined_heads_equals_explicit_experiments() -> None:
     rules = []
     for points in drawn(control("together")).values():
         first, second = points
@@ -133,45 +133,45 @@ def test_two_heads_together() -> None:
         )
     found = explicit(rules, *MEASURED_TWICE)
     for measure in range(2):
-        same_band(results()["together"], 0, effects(found, measure), measure)
+        check_band(results()["together"], 0, effects(found, measure), measure)
 
 
-def test_a_band_for_every_cell() -> None:
+def test_band_of_each_head_equals_explicit_experiments() -> None:
     points = drawn(control("each_head"))
     rules = [f"patch L{p.layer}H{p.unit} at last-item token" for (p,) in points.values()]
     values = dict(zip(points, effects(explicit(rules, *PATCH)), strict=True))
     result = results()["each_head"]
     for cell, (layer, head) in enumerate(np.ndindex(2, 4)):
-        same_band(result, cell, np.array([values[draw, layer, head] for draw in range(3)]))
+        check_band(result, cell, np.array([values[draw, layer, head] for draw in range(3)]))
 
 
-def test_layers() -> None:
+def test_band_of_each_layer_equals_explicit_experiments() -> None:
     points = drawn(control("each_layer"))
     rules = [f"patch resid_post layer {p.layer} at last-item token" for (p,) in points.values()]
     values = dict(zip(points, effects(explicit(rules, *PATCH)), strict=True))
     for cell in range(4):
         own = np.array([values[draw, cell] for draw in range(2)])
-        same_band(results()["each_layer"], cell, own)
+        check_band(results()["each_layer"], cell, own)
 
 
-def test_heads_in_other_layers() -> None:
+def test_band_of_heads_in_other_layers_equals_explicit_experiments() -> None:
     points = drawn(control("other_layers"))
     rules = [f"ablate L{p.layer}H{p.unit} at last-item token with zero" for (p,) in points.values()]
     measure = "measure logit(answer) as delta"
     values = dict(zip(points, effects(explicit(rules, measure)), strict=True))
     for cell in range(4):
         own = np.array([values[draw, cell] for draw in range(2)])
-        same_band(results()["other_layers"], cell, own)
+        check_band(results()["other_layers"], cell, own)
     assert all(p.layer != 1 and p.unit == head for (_, head), (p,) in points.items())
 
 
-def test_neurons() -> None:
+def test_band_of_neurons_equals_explicit_experiments() -> None:
     rules = []
     for points in drawn(control("neurons")).values():
         units = ", ".join(str(p.unit) for p in points)
         rules.append(f"ablate layer 1 neurons {units} at last-item token with mean")
     found = explicit(rules, "measure logit(answer) as delta")
-    same_band(results()["neurons"], 0, effects(found))
+    check_band(results()["neurons"], 0, effects(found))
 
 
 @cache
@@ -198,8 +198,8 @@ def logits_and_layer(ids: tuple[int, ...], patch: Callable[[torch.Tensor], None]
     return logits, seen[0].clone()
 
 
-def test_positions_by_hand() -> None:
-    """Every row has tokens of its own, so this is held against hooks, prompt by prompt."""
+def test_band_of_random_positions_equals_hooks() -> None:
+    """Each row has different random tokens, so the reference is hooks on one prompt at a time."""
     of = control("elsewhere")
     table, rule = of.experiment.table, of.experiment.rules[0]
     clean, base = table.runs["clean"].rows, table.runs["fewer"].rows
@@ -217,10 +217,10 @@ def test_positions_by_hand() -> None:
 
             after, _ = logits_and_layer(other.ids, patch)
             values[draw, row] = float(after[answer] - before[answer])
-    same_band(results()["elsewhere"], 0, values.mean(axis=1))
+    check_band(results()["elsewhere"], 0, values.mean(axis=1))
 
 
-def test_without_any_pass_it_is_the_same() -> None:
+def test_bands_do_not_depend_on_planner_passes() -> None:
     source, _ = read_source(FILE)
     assert source is not None
     plain, _ = run_source(source, RunOptions(without=EVERY_PASS))
@@ -233,7 +233,7 @@ def test_without_any_pass_it_is_the_same() -> None:
             assert own.high == pytest.approx(other.high, rel=1e-3, abs=1e-4)
 
 
-def test_the_confidence_is_the_experiment_s() -> None:
+def test_band_uses_the_confidence_of_the_experiment() -> None:
     narrow = TEXT.replace("  against random(8)", "  stats confidence 50%\n  against random(8)")
     values = results()["together"].control(0)
     found = mechdsl.run(narrow, only="together")["together"].control(0)
@@ -244,11 +244,11 @@ def test_the_confidence_is_the_experiment_s() -> None:
     assert (values.level[0], found.level[0]) == pytest.approx((7 / 9, 5 / 9))
 
 
-# --- what is drawn --------------------------------------------------------------------------------
+# --- random targets -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["together", "each_head", "neurons"])
-def test_as_many_in_each_layer_and_none_of_its_own(name: str) -> None:
+def test_random_targets_have_the_same_layers_but_not_the_same_units(name: str) -> None:
     experiment = next(e for e in checked().experiments if e.name == name)
     own = experiment.rules[0].sites
     assert own is not None
@@ -262,7 +262,7 @@ def test_as_many_in_each_layer_and_none_of_its_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["together", "each_head", "each_layer", "neurons"])
-def test_all_draws_of_a_cell_differ(name: str) -> None:
+def test_draws_of_a_cell_are_distinct(name: str) -> None:
     by_cell: dict[tuple[int, ...], list[frozenset[SitePoint]]] = {}
     for (_, *cell), points in drawn(control(name)).items():
         by_cell.setdefault(tuple(cell), []).append(frozenset(points))
@@ -270,7 +270,7 @@ def test_all_draws_of_a_cell_differ(name: str) -> None:
         assert len(set(sets)) == len(sets) == control(name).draws
 
 
-def test_the_seed_and_the_targets_are_all_that_matters() -> None:
+def test_draws_depend_only_on_seed_and_targets() -> None:
     lines = (*PATCH, "patch L0H1 at last-item token", "against random(3)")
     first = drawn(control("e", check(*lines)))
     others = START + "experiment before { prompts fruit limit 3 measure logit(answer) as raw }\n"
@@ -286,7 +286,7 @@ def test_the_seed_and_the_targets_are_all_that_matters() -> None:
     assert one != two
 
 
-def test_rules_that_share_a_head_share_what_is_drawn_for_it() -> None:
+def test_rules_that_share_a_head_share_its_random_head() -> None:
     rules = (
         "ablate L0H1 at last token with zero",
         "ablate L0H1.q at first token of fruits with zero",
@@ -298,15 +298,15 @@ def test_rules_that_share_a_head_share_what_is_drawn_for_it() -> None:
     assert {first.unit, third.unit} == {0, 2}
 
 
-def test_what_has_no_others_stays() -> None:
+def test_rule_without_alternatives_stays_fixed_in_controls() -> None:
     rules = ('replace first token of fruits with "fig"', "ablate L0H1 at last token with zero")
     found = control("e", check("measure logit(answer) as delta", *rules, "against random(2)"))
     assert found.what == "random heads"
     assert '`replace first token of fruits with "fig"` unchanged' in found.said
 
 
-def test_few_others() -> None:
-    """Of four heads three are joined: one of their own is among any other three."""
+def test_joined_heads_with_few_alternatives_reuse_their_own() -> None:
+    """Three of four heads are joined, so any other three include one of them."""
     rule = "ablate layer 0 heads 0..2 at last token with zero"
     found = control("e", check("measure logit(answer) as delta", rule, "against random(3)"))
     assert {frozenset(p.unit for p in points) for points in drawn(found).values()} == {
@@ -315,8 +315,8 @@ def test_few_others() -> None:
     assert "including the cell's targets" in found.said
 
 
-def test_fewer_others_than_draws() -> None:
-    """Of four heads three are others, and no more are drawn."""
+def test_control_with_few_alternatives_uses_each_once() -> None:
+    """Each head has three alternatives, so there are only three draws."""
     rule = "patch layer * head * at last-item token"
     found = control("e", check(*PATCH, rule, "against random(20)"))
     by_cell: dict[tuple[int, ...], list[int | None]] = {}
@@ -334,7 +334,7 @@ def test_fewer_others_than_draws() -> None:
     text = f"{START}experiment e {{\n  prompts fruit limit 12\n{body}}}\n"
     (result,) = mechdsl.run(text)
     for head in range(4):
-        same_band(result, 4 + head, np.delete(values, head))
+        check_band(result, 4 + head, np.delete(values, head))
     printed = result.to_text(120)
     assert (
         "null: range of 3 draws of random heads, all that exist; a further draw falls in this range"
@@ -343,7 +343,7 @@ def test_fewer_others_than_draws() -> None:
     assert "with probability 50 %" in printed
 
 
-def test_as_many_draws_as_there_are_others() -> None:
+def test_control_reports_when_all_alternatives_are_used() -> None:
     rule = "patch L1H2 at last-item token"
     few, more = (control("e", check(*PATCH, rule, f"against random({n})")) for n in (3, 4))
     assert "all that exist" not in few.said
@@ -351,9 +351,9 @@ def test_as_many_draws_as_there_are_others() -> None:
     assert drawn(more) == drawn(few)
 
 
-def test_cells_with_more_and_with_fewer_others() -> None:
-    """One head of four has three others, two have five other pairs: each cell has its own number,
-    and no row is run for a draw that there isn't."""
+def test_cells_with_different_numbers_of_alternatives_have_own_counts() -> None:
+    """One head of four has three alternatives, two heads have more pairs: each cell has its own
+    number of draws."""
     lines = (
         "for k in [1, 2] { patch top k of which at last-item token }",
         *PATCH,
@@ -364,7 +364,7 @@ def test_cells_with_more_and_with_fewer_others() -> None:
     picked = mechdsl.run(text)["e"]
     band = picked.control(0)
     assert band is not None
-    # L2H0 and L1H2: 3 others of the one, 3 × 3 pairs of others of both
+    # L2H0 and L1H2: 3 alternatives for the first, 3 × 3 pairs for both
     assert band.draws.tolist() == [3, 4]
     assert "3 to 4 draws, all that exist where fewer than 4" in picked.conventions["controls"]
     assert (
@@ -377,12 +377,12 @@ def test_cells_with_more_and_with_fewer_others() -> None:
         one = "\n  ".join((*PATCH, rule))
         each = f"{START}experiment e{number} {{\n  prompts fruit limit 6\n  {one}\n}}\n"
         found.append(mechdsl.run(each)[f"e{number}"])
-    same_band(picked, 0, effects(found))
+    check_band(picked, 0, effects(found))
 
 
-def test_no_row_is_run_for_a_draw_that_there_is_not() -> None:
-    """Heads of one rule, positions of the other: where the one writes nothing, three heads are
-    others."""
+def test_plan_has_no_rows_for_missing_draws() -> None:
+    """One rule has random heads, the other random positions; where the latter writes nothing, only
+    three heads are alternatives."""
     found = control("e", check_source(Source(BOTH)))
     drawn_ = found.experiment.drawn
     assert drawn_ is not None
@@ -392,8 +392,8 @@ def test_no_row_is_run_for_a_draw_that_there_is_not() -> None:
     assert plans[0].count() == sum(drawn_.counts.values()) * rows < most
 
 
-def test_the_most_different_ones() -> None:
-    """Two of four heads: the other two are one set, with their own there are five."""
+def test_draws_prefer_sets_without_the_own_targets() -> None:
+    """For two of four heads, one set excludes both; five sets differ from the own set."""
     rule = "ablate layer 0 heads 0, 1 at last token with zero"
     lines = ("measure logit(answer) as delta", rule)
     one, many = (control("e", check(*lines, f"against random({n})")) for n in (1, 20))
@@ -404,7 +404,7 @@ def test_the_most_different_ones() -> None:
     assert "including the cell's targets" in many.said
 
 
-def test_a_rule_without_others_beside_one_that_has_some() -> None:
+def test_control_varies_only_rules_with_alternatives() -> None:
     rules = (
         "ablate layer 0 heads * at last token with zero",
         "ablate layer 1..2 head 1 at last token with zero",
@@ -437,11 +437,11 @@ BOTH = f"""{START}{PLACES}experiment e {{
   against random(5)
 }}
 """
-"""Where the first rule writes nothing, the second alone has others."""
+"""If the first rule writes nothing, only the second has alternatives."""
 
 
 @pytest.mark.parametrize(("rule", "picked", "what"), CURVES, ids=["tokens", "sites", "named"])
-def test_ends_of_a_curve_have_no_others(rule: str, picked: str, what: str) -> None:
+def test_ends_of_a_curve_have_no_band(rule: str, picked: str, what: str) -> None:
     start, _, rest = rule.rpartition("patch ")
     inside = f"patch {rest}" if start else rule
     curve = (
@@ -462,8 +462,8 @@ def test_ends_of_a_curve_have_no_others(rule: str, picked: str, what: str) -> No
     assert all(band.low[cell] < band.high[cell] for cell in (1, 2, 3))
 
 
-def test_other_tokens_are_drawn_row_by_row() -> None:
-    """In every row any other token, each as likely; no two draws are the same in all rows."""
+def test_random_tokens_are_uniform_in_each_row() -> None:
+    """Each other token of a row is equally likely; no two draws are equal in all rows."""
     rule = "ablate embed at last-item token with zero"
     lines = ("measure logit(answer) as delta", rule, "against random(600)")
     found = control("e", check(*lines))
@@ -480,7 +480,7 @@ def test_other_tokens_are_drawn_row_by_row() -> None:
         assert max(abs(count - mean) for count in counts.values()) < 4.5 * mean**0.5
 
 
-def test_few_other_tokens_of_one_row() -> None:
+def test_single_row_uses_each_other_token_once() -> None:
     rule = "ablate embed at last-item token with zero"
     lines = ("measure logit(answer) as delta", rule, "against random(60)")
     body = "".join(f"  {line}\n" for line in lines)
@@ -495,14 +495,14 @@ def test_few_other_tokens_of_one_row() -> None:
     assert f"{others} draws, all that exist" in found.said
 
 
-def test_cells_in_which_one_rule_has_others() -> None:
+def test_conventions_report_cells_with_a_fixed_rule() -> None:
     said = mechdsl.run(BOTH)["e"].conventions["controls"]
     assert said.startswith("random heads and positions, 3 to 5 draws, all that exist where fewer")
     assert "in 1 of 3 cells a rule has no alternatives and doesn't change" in said
     assert "no band" not in said
 
 
-def test_embeddings_have_positions_only() -> None:
+def test_control_of_embeddings_draws_positions() -> None:
     rule = "ablate embed at first token of fruits with zero"
     found = control("e", check("measure logit(answer) as delta", rule, "against random(6)"))
     assert found.what == "random positions"
@@ -515,7 +515,7 @@ def test_embeddings_have_positions_only() -> None:
             assert hits != before
 
 
-def test_joined_tokens_keep_their_number() -> None:
+def test_random_positions_keep_the_number_of_joined_tokens() -> None:
     rule = "ablate resid_post layer 1 at tokens except fruits tokens with zero"
     text = "against random(4, positions)"
     found = control("e", check("measure logit(answer) as delta", rule, text))
@@ -526,8 +526,8 @@ def test_joined_tokens_keep_their_number() -> None:
             assert all(list(run) == sorted(set(run)) for run in hits)
 
 
-def test_many_of_many() -> None:
-    """More sets than can be counted through."""
+def test_large_sets_of_random_neurons_are_distinct() -> None:
+    """There are too many sets to enumerate."""
     rule = "ablate layer 1 neurons 0..150 at last token with zero"
     found = control("e", check("measure logit(answer) as delta", rule, "against random(5)"))
     sets = [frozenset(p.unit for p in points) for points in drawn(found).values()]
@@ -535,17 +535,17 @@ def test_many_of_many() -> None:
     assert all(len(each) == 151 and not each & set(range(151)) for each in sets)
 
 
-def test_combinations_are_those_of_itertools() -> None:
+def test_unrank_subset_equals_itertools_combinations() -> None:
     pool = (2, 3, 5, 7, 11, 13)
     for size in range(7):
         every = [unrank_subset(pool, size, rank) for rank in range(comb(6, size))]
         assert every == list(combinations(pool, size))
 
 
-# --- around it ------------------------------------------------------------------------------------
+# --- results, plans and exports -------------------------------------------------------------------
 
 
-def test_controls_are_no_experiments_of_the_file() -> None:
+def test_results_list_controls_as_null_of_their_experiment() -> None:
     names = [e.name for e in checked().experiments]
     assert [each.name for each in results()] == names
     document = results().to_dict()["files"][0]["experiments"]
@@ -559,7 +559,7 @@ def test_controls_are_no_experiments_of_the_file() -> None:
     assert null["inside"] is None  # 8 draws are too few to say
 
 
-def test_the_plan_counts_their_rows() -> None:
+def test_plan_counts_rows_of_controls() -> None:
     with_, without = (
         make_plan(check(*PATCH, "patch layer 0..1 head * at last-item token", *more).experiments)
         for more in (("against random(3)",), ())
@@ -569,7 +569,7 @@ def test_the_plan_counts_their_rows() -> None:
     assert drawn_ == 3 * own
 
 
-def test_conventions() -> None:
+def test_conventions_describe_controls() -> None:
     said = results()["together"].conventions["controls"]
     assert said.startswith("random heads, 8 draws, seed 3; ")
     assert "at least 95 %" in results()["together"].conventions["null band"]
@@ -579,14 +579,14 @@ def test_conventions() -> None:
     assert alone.conventions["controls"].startswith("none (`against random(39)`")
 
 
-def test_a_number_from_the_command_line() -> None:
+def test_number_of_draws_may_be_a_command_line_parameter() -> None:
     text = TEXT.replace("seed 3", "seed 3\nparam draws = 2").replace("random(8)", "random(draws)")
     found = check_source(Source(text), CheckSettings({"draws": "5"}))
     assert not has_errors(found.diagnostics), found.diagnostics
     assert control("together", found).draws == 5
 
 
-def test_several_bases_have_a_band_each() -> None:
+def test_each_base_has_a_band() -> None:
     lines = (
         "from clean into fewer, clean",
         "measure logit(answer) as delta",
@@ -602,7 +602,7 @@ def test_several_bases_have_a_band_each() -> None:
     assert (band.low <= band.high).all()
 
 
-def test_values_are_kept(tmp_path: Path) -> None:
+def test_export_keeps_bands(tmp_path: Path) -> None:
     (result,) = mechdsl.run(TEXT, only="together", out=tmp_path)
     kept = {path.name for path in (tmp_path / "text").glob("*.jsonl")}
     assert kept == {"together.jsonl"}
@@ -625,7 +625,7 @@ RULES = [
 
 
 @pytest.mark.parametrize(("rule", "unit"), RULES, ids=lambda each: str(each).split()[0])
-def test_rules_of_other_kinds(rule: str, unit: int) -> None:
+def test_band_of_paths_edges_and_freezes_equals_explicit_experiments(rule: str, unit: int) -> None:
     heads = "heads" if rule.startswith("freeze") else ""
     lines = (*PATCH, rule.format(unit=unit), f"against random(3{', ' * bool(heads)}{heads})")
     found = control("e", check(*lines))
@@ -633,11 +633,11 @@ def test_rules_of_other_kinds(rule: str, unit: int) -> None:
     assert unit not in units
     text = START + "experiment e {\n  prompts fruit limit 12\n  " + "\n  ".join(lines) + "\n}\n"
     values = effects(explicit([rule.format(unit=other) for other in units], *PATCH))
-    same_band(mechdsl.run(text)["e"], 0, values)
+    check_band(mechdsl.run(text)["e"], 0, values)
 
 
-def test_what_another_experiment_picks(tmp_path: Path) -> None:
-    """What stands in for it, all heads of one layer, has no others; what is picked does."""
+def test_top_heads_of_another_experiment_have_a_band(tmp_path: Path) -> None:
+    """The placeholders, all heads of one layer, have no alternatives; the selected heads do."""
     picked = (
         "experiment each {\n  prompts fruit limit 12\n  from clean into fewer\n"
         "  patch layer * head * at last-item token\n  measure logit(answer) as delta\n}\n"

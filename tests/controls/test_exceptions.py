@@ -1,4 +1,4 @@
-"""`against random(n) except …`: what is known to matter is no control."""
+"""`against random(n) except …`: components excluded from random controls."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ HEADS = "patch layer * head * at last-item token"
 
 
 def units(*lines: str) -> dict[tuple[int, int], set[int | None]]:
-    """Layer and head of each cell → the heads that were drawn for it."""
+    """Layer and head of each cell → its random heads."""
     found: dict[tuple[int, int], set[int | None]] = {}
     for (_, layer, head), (point,) in drawn(control("e", check(*PATCH, *lines))).items():
-        if point.unit != head:  # else no draw
+        if point.unit != head:  # a cell without draws has its own head
             found.setdefault((layer, head), set()).add(point.unit)
     return found
 
@@ -36,7 +36,7 @@ def units(*lines: str) -> dict[tuple[int, int], set[int | None]]:
 @pytest.mark.parametrize(
     "written", ["counters", "L0H1, L1H2", "layer 0 head 1, layer 1 head 2", "layer 0..1 heads 1..2"]
 )
-def test_what_is_named_is_never_drawn(written: str) -> None:
+def test_excluded_heads_are_never_drawn(written: str) -> None:
     apart = {(0, 1), (1, 2)}
     if "heads" in written:
         apart |= {(0, 2), (1, 1)}
@@ -45,8 +45,8 @@ def test_what_is_named_is_never_drawn(written: str) -> None:
         assert others == left
 
 
-def test_what_another_experiment_found_is_never_drawn() -> None:
-    """It stands below and runs first; the band is that of explicit experiments on the others."""
+def test_heads_ranked_by_another_experiment_are_excluded() -> None:
+    """The ranking experiment is later in the file but runs first."""
     lines = (*PATCH, "patch L1H1 at last-item token", "against random(9) except top 2 of which")
     body = "".join(f"  {line}\n" for line in lines)
     text = f"{START}experiment e {{\n  prompts fruit limit 12\n{body}}}\n"
@@ -70,9 +70,9 @@ def test_what_another_experiment_found_is_never_drawn() -> None:
     assert only.low == pytest.approx(band.low)
 
 
-def test_joined_heads_are_drawn_from_the_others() -> None:
-    """Of four heads two are joined and one is left out: pairs of the others, the cell's own among
-    them as there is only one other."""
+def test_joined_heads_are_drawn_from_heads_not_excluded() -> None:
+    """Two of four heads are joined and one is excluded, so each pair includes one of the joined
+    heads."""
     rule = "ablate layer 0 heads 0, 1 at last token with zero"
     lines = (*PATCH, rule, "against random(20) except L0H3")
     sets = {
@@ -81,7 +81,7 @@ def test_joined_heads_are_drawn_from_the_others() -> None:
     assert sets == {frozenset(s) for s in combinations((0, 1, 2), 2) if s != (0, 1)}
 
 
-def test_layers() -> None:
+def test_excluded_layers_are_never_drawn() -> None:
     lines = ("patch resid_post layer 0 at last-item token", "against random(9) except ")
     found = check(*PATCH, lines[0], f"{lines[1]}mlp_out layer 2")
     assert {p.layer for (p,) in drawn(control("e", found)).values()} == {1, 3}
@@ -90,7 +90,7 @@ def test_layers() -> None:
     assert {(p.layer, p.unit) for (p,) in drawn(control("e", found)).values()} == {(0, 2), (2, 2)}
 
 
-def test_neurons() -> None:
+def test_excluded_neurons_are_never_drawn() -> None:
     rule = "ablate layer 1 neurons 0..4 at last token with mean"
     last = checked().experiments[0].model.shape.d_mlp - 1
     apart = f"against random(21) except layer 1 neurons 12..{last}, layer 0 neuron 7"
@@ -112,14 +112,16 @@ def shape_with(heads: int, kv_heads: int) -> ModelShape:
         (SitePoint("q", 1, 0), {8: (0,), 2: (0,)}),
     ],
 )
-def test_heads_that_share_a_key(point: SitePoint, left_out: dict[int, tuple[int, ...]]) -> None:
+def test_exclusion_of_a_head_covers_its_key_group(
+    point: SitePoint, left_out: dict[int, tuple[int, ...]]
+) -> None:
     site = checked().program.groups["counters"].sites[0]
     found = group_excluded_units([ExcludedSite(site, (point,))], shape_with(8, 2))
     assert {slot.size: here for slot, here in found.items()} == left_out
     assert {slot.layer for slot in found} == {1}
 
 
-def test_it_is_written_in_one_way() -> None:
+def test_formatter_normalizes_exceptions() -> None:
     text = (
         f"{START}experiment e {{\n  prompts fruit\n  {HEADS} with clean\n"
         "  measure logit(answer) as delta\n"
@@ -134,7 +136,7 @@ def test_it_is_written_in_one_way() -> None:
     assert format_file(again) == once
 
 
-def test_apart_stays_a_name() -> None:
+def test_apart_and_from_here_remain_valid_names() -> None:
     text = START.replace("seed 3", "seed 3\nparam apart = 2").replace("item", "apart")
     text = text.replace("last-apart", "last-item").replace("group counters", "group from_here")
     text += (
@@ -148,7 +150,7 @@ def test_apart_stays_a_name() -> None:
     assert found.experiments[0].spec.against.draws == 2
 
 
-def test_explain_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_lists_exceptions(capsys: pytest.CaptureFixture[str]) -> None:
     lines = (*PATCH, "patch L0H0 at last-item token", "against random(20) except counters")
     print_prompts(check(*lines), visible_console(width=120))
     shown = " ".join(capsys.readouterr().out.split())
@@ -156,7 +158,7 @@ def test_explain_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "draws: L0H2.z, L0H3.z" in shown or "draws: L0H3.z, L0H2.z" in shown
 
 
-def test_what_cannot_be_left_out() -> None:
+def test_invalid_exception_is_rejected() -> None:
     def codes(*lines: str) -> list[str]:
         return [f"{d.code} {d.span.written}" for d in check(*PATCH, *lines).diagnostics if d.span]
 

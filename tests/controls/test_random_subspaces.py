@@ -1,4 +1,4 @@
-"""`against random(n, subspaces)`: random subspaces of as many dimensions, at the same sites."""
+"""`against random(n, subspaces)`: random subspaces of equal dimension at the same sites."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def directions(basis: BasisTargets, number: int) -> torch.Tensor:
     ("line", "size"),
     [(PATCH, 3), ("patch features 0, 2 of numbers at last token", 2)],
 )
-def test_band_is_that_of_explicit_subspaces(line: str, size: int, tmp_path: Path) -> None:
+def test_band_of_random_subspaces_equals_explicit_experiments(
+    line: str, size: int, tmp_path: Path
+) -> None:
     draws = 5
     basis = drawn(check(line, f"against random({draws})"))
     made = [directions(basis, number) for number in range(draws)]
@@ -89,8 +91,8 @@ def test_band_is_that_of_explicit_subspaces(line: str, size: int, tmp_path: Path
     assert result.conventions["controls"].startswith(said)
 
 
-def test_each_cell_has_subspaces_of_its_size() -> None:
-    """One dimension for each feature; cells with the same coordinates share their draws."""
+def test_random_subspaces_have_the_size_of_each_cell() -> None:
+    """Each feature has one dimension; cells with equal features share their draws."""
     swept = drawn(check("patch feature 0..2 of chance at last token", "against random(4)"))
     assert len(swept.bases) == 12
     assert {member.size for member in swept.members} == {1}
@@ -105,7 +107,7 @@ def test_each_cell_has_subspaces_of_its_size() -> None:
     torch.testing.assert_close(directions(again, 1), first[3])
 
 
-def test_layers_have_draws_of_their_own() -> None:
+def test_each_layer_has_separate_random_subspaces() -> None:
     rule = "patch resid_post layer * in basis layers_of at last token"
     basis = drawn(check(rule, "against random(2)"))
     assert len(basis.bases) == 2
@@ -117,22 +119,22 @@ def test_layers_have_draws_of_their_own() -> None:
     assert len(found) == len(basis.members) == 8
 
 
-def test_bases_of_a_loop_have_draws_of_their_own() -> None:
+def test_each_basis_of_a_loop_has_separate_random_subspaces() -> None:
     loop = "for b in [numbers, chance] { patch resid_post layer 2 in basis b at last token }"
     basis = drawn(check(loop, "against random(2)"))
     found = {tuple(directions(basis, number).flatten().tolist()) for number in range(4)}
     assert len(found) == len(basis.bases) == 4
 
 
-def test_draws_depend_on_no_name() -> None:
+def test_random_subspaces_do_not_depend_on_basis_names() -> None:
     other = BASES.replace("numbers", "others").replace("basis chance", "basis first")
     one = drawn(check(PATCH, "against random(2)"))
     two = drawn(check(PATCH.replace("numbers", "others"), "against random(2)", bases=other))
     torch.testing.assert_close(directions(one, 1), directions(two, 1))
 
 
-def test_bases_of_a_loop_are_compared_with_their_own() -> None:
-    """The principal components carry more than random subspaces, and a random one doesn't."""
+def test_each_basis_of_a_loop_is_compared_with_its_subspaces() -> None:
+    """Principal components have a larger effect than random subspaces; a random basis doesn't."""
     loop = "for b in [numbers, chance] { patch resid_post layer 2 in basis b at last token }"
     result = mechdsl.run(text_of(loop, "against random(9, subspaces)"))["e"]
     band = result.control(0)
@@ -173,7 +175,7 @@ def test_bases_of_a_loop_are_compared_with_their_own() -> None:
         (("patch L0H1 at last token", "against random(9, subspaces)"), "has subspaces"),
     ],
 )
-def test_what_cannot_be_drawn(lines: tuple[str, ...], reason: str) -> None:
+def test_control_without_random_subspaces_is_rejected(lines: tuple[str, ...], reason: str) -> None:
     bases = f"{BASES}basis whole = random(dims: 128) at resid_post layer 2\n"
     found = [each for each in check(*lines, bases=bases).diagnostics if each.code == "E0630"]
     assert len(found) == 1
@@ -190,5 +192,5 @@ def test_what_cannot_be_drawn(lines: tuple[str, ...], reason: str) -> None:
         "patch resid_post layer 2 dims 0..7 at last token",
     ],
 )
-def test_what_depends_on_the_span_alone_is_drawn(line: str) -> None:
+def test_rule_that_depends_only_on_the_span_has_random_subspaces(line: str) -> None:
     assert drawn(check(line, "against random(2)")).members

@@ -1,4 +1,4 @@
-"""Which tokens are drawn in the place of a row's own: all others, each set once, never its own."""
+"""Alternatives for a row's tokens: every other choice once, never the row's own tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mechdsl.prompts.runs import Hits
 from mechdsl.resolve.matched_draws import RowOptions
 
 Drawn = dict[int, frozenset[tuple[int, ...]]]
-"""Length of a run → the sets of tokens that runs of it have, whatever their order."""
+"""Length of a group → the sets of tokens of groups with this length, in any order."""
 
 CASES: list[tuple[int, Hits]] = [
     (5, ((2,),)),
@@ -24,7 +24,7 @@ CASES: list[tuple[int, Hits]] = [
     (4, ((1,), (1,))),
     (3, ((0, 1, 2),)),
 ]
-"""(tokens that may be drawn, the row's own), by far enough others to none."""
+"""(number of available tokens, the row's own tokens), from many alternatives to none."""
 
 
 def drawn(hits: Hits) -> Drawn:
@@ -32,7 +32,7 @@ def drawn(hits: Hits) -> Drawn:
 
 
 def every(pool: list[int], hits: Hits) -> Iterator[Drawn]:
-    """Every choice of as many different runs of each length."""
+    """Every choice of distinct groups with the same lengths."""
     sizes = sorted({len(run) for run in hits})
     runs = [
         combinations(combinations(pool, size), sum(len(run) == size for run in hits))

@@ -1,4 +1,4 @@
-"""Tokenizers with chat templates of the shapes that models have, and what transformers makes of
+"""Tokenizers with chat templates as published models have them, and how transformers renders
 them."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""As Qwen's: no token for the beginning, a system turn of its own."""
+"""As Qwen's: no BOS token, and a default system turn."""
 
 LLAMA = (
     "{{- bos_token }}\n"
@@ -37,7 +37,7 @@ LLAMA = (
     "{%- if add_generation_prompt %}\n"
     "    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n"
 )
-"""As Llama 3's: a token for the beginning, a date, and texts without white space around them."""
+"""As Llama 3's: a BOS token, a date, and texts stripped of surrounding white space."""
 
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
@@ -51,7 +51,7 @@ GEMMA = (
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
-"""As Gemma 2's: no system turn, turns in order, and marks that aren't special tokens."""
+"""As Gemma 2's: no system turn, alternating turns, and turn markers that aren't special tokens."""
 
 MISTRAL = (
     "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] -%}"
@@ -63,7 +63,7 @@ MISTRAL = (
     "{%- else -%}{{ '[INST] ' + message['content'] + ' [/INST]' }}{%- endif -%}"
     "{%- else -%}{{ ' ' + message['content'] | trim + eos_token }}{%- endif -%}{%- endfor -%}"
 )
-"""As Mistral's: marks are plain text, and the system's text stands in the last turn of the user."""
+"""As Mistral's: turn markers are plain text; the system text is part of the last user turn."""
 
 MARKS: dict[str, tuple[str, ...]] = {
     CHATML: ("<|im_start|>", "<|im_end|>"),
@@ -79,8 +79,8 @@ SHAPES = {"chatml": CHATML, "llama": LLAMA, "gemma": GEMMA, "mistral": MISTRAL}
 
 @cache
 def backend(shape: str) -> Tokenizer:
-    """Small, with the marks of its template; those with a token for the beginning put it in front
-    of texts by themselves."""
+    """A small tokenizer with the turn markers of its template; it prepends the BOS token if it
+    has one."""
     template = SHAPES[shape]
     made = support.metaspace() if shape == "mistral" else support.byte_level()
     made.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS[template]])
@@ -126,7 +126,7 @@ def library(shape: str) -> PreTrainedTokenizerFast:
 
 
 def by_library(shape: str, messages: list[tuple[str, str]]) -> tuple[str, list[int]]:
-    """The text and the tokens that transformers gives for these turns."""
+    """The text and the tokens that transformers returns for a list of turns."""
     turns = [{"role": role, "content": text} for role, text in messages]
     begun = messages[-1][0] == "assistant"
     asked = {"add_generation_prompt": not begun, "continue_final_message": begun}

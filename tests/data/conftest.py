@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, trained once."""
+"""Tokenizers of every type, trained once per session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import support
 
 @pytest.fixture(scope="session")
 def words() -> TextTokenizer:
-    """One token a word, `<s>` in front."""
+    """One token per word, after `<s>`."""
     return support.wrapped(build_tokenizer(), bos_token="<s>")
 
 

@@ -1,4 +1,4 @@
-"""The entries of two changes that nobody has heard of: all that they take is one such file."""
+"""Two custom changes, `shout` and `erase`, registered by one file outside the package."""
 
 from __future__ import annotations
 

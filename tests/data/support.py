@@ -1,4 +1,4 @@
-"""Tokenizers trained on the spot, and `.mech` text to tables."""
+"""Train small tokenizers, and build prompt tables from `.mech` text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _WORDS = """
 """
 WORDS = _WORDS.split()
 CORPUS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
-# The split that Llama 3 and Qwen use: digits one by one, a space is not part of them.
+# The split that Llama 3 and Qwen use: each digit is a token, without a leading space.
 DIGITS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -72,7 +72,7 @@ def byte_level(*, trim: bool = True, digits: bool = False, vocabulary: int = 600
 
 
 def metaspace() -> Tokenizer:
-    """BPE with `▁` for spaces and bytes for what it doesn't know, as Llama 2, with a BOS token."""
+    """BPE with `▁` for spaces, byte fallback and a BOS token, as Llama 2."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -124,7 +124,7 @@ def unigram() -> Tokenizer:
 
 
 def wordpiece() -> Tokenizer:
-    """WordPiece that lowers and strips accents, with [CLS] and [SEP], as BERT."""
+    """WordPiece that lowercases and strips accents, with [CLS] and [SEP], as BERT."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -221,6 +221,6 @@ def cells(
 
 
 def hit(made: PromptTable, cell: PositionCell, row: int = 0, run: str = "clean") -> list[list[str]]:
-    """The texts of the hit tokens of a row: a list per run."""
+    """Texts of the tokens that a cell selects in a row: a list per contiguous group."""
     own = made.runs[run].rows[row]
     return [[own.text[slice(*own.offsets[p])].strip() for p in tokens] for tokens in cell.hits[row]]

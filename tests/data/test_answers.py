@@ -22,13 +22,15 @@ COUNT = """
 def ids(
     made: PromptTable, text: str, tokenizer: TextTokenizer, **extra: Any
 ) -> tuple[list[list[str]], list[str]]:
-    """Token texts of T in every row, and the codes of what is wrong with it."""
+    """Token texts of the expression in every row, and the codes of its diagnostics."""
     found, diagnostics = text_tokens(made, metric_text(text), tokenizer=tokenizer, extra=extra)
     return [[tokenizer.token_text(i) for i in t.ids] for t in found], [d.code for d in diagnostics]
 
 
 class TestNamedTexts:
-    def test_answer_wrong_and_those_of_runs(self, words: TextTokenizer) -> None:
+    def test_answer_and_wrong_texts_of_each_run_have_their_tokens(
+        self, words: TextTokenizer
+    ) -> None:
         made = table(COUNT, words)
         counts = [row.values["count"] for row in made.runs["clean"].rows]
         assert ids(made, "answer", words) == ([[str(n)] for n in counts], [])
@@ -36,18 +38,18 @@ class TestNamedTexts:
         assert ids(made, "answer of fewer", words) == ([[str(n - 1)] for n in counts], [])
         assert ids(made, "wrong of fewer", words) == ([[str(n - 2)] for n in counts], [])
 
-    def test_other_names(self, words: TextTokenizer) -> None:
+    def test_named_text_has_its_tokens(self, words: TextTokenizer) -> None:
         made = table(COUNT + 'text rival = " {count + 1}"', words)
         count = made.runs["clean"].rows[0].values["count"]
         assert ids(made, "rival", words)[0][0] == [str(count + 1)]
 
-    def test_literals_are_evaluated_on_the_clean_row(self, words: TextTokenizer) -> None:
+    def test_literal_is_evaluated_with_values_of_the_clean_row(self, words: TextTokenizer) -> None:
         made = table(COUNT, words)
         counts = [row.values["count"] for row in made.runs["clean"].rows]
         assert ids(made, '" {count - 1}"', words) == ([[str(n - 1)] for n in counts], [])
         assert ids(made, '" {item.index}"', words, **{"item.index": 3})[0][0] == ["3"]
 
-    def test_unknown_names(self, words: TextTokenizer) -> None:
+    def test_unknown_text_run_or_value_is_rejected(self, words: TextTokenizer) -> None:
         made = table(COUNT, words)
         assert ids(made, "anwser", words) == ([], ["E0516"])
         assert ids(made, "answer of few", words) == ([], ["E0516"])
@@ -60,22 +62,22 @@ class TestNamedTexts:
         assert len(tokens) > 1
         assert not problems
 
-    def test_ids_in_the_data(self, words: TextTokenizer) -> None:
+    def test_token_id_answer_uses_ids_from_the_data(self, words: TextTokenizer) -> None:
         made = table('n in 10..12 template "{n}" answer token_id(n)', words)
         for row in made.runs["clean"].rows:
             assert row.texts["answer"].ids == (row.values["n"],)
         _, (error,) = build('n in [999] template "Count:" answer token_id(n)', words)
         assert error.code == "E0523"
 
-    def test_unknown_words(self, words: TextTokenizer) -> None:
+    def test_answer_outside_the_vocabulary_is_rejected(self, words: TextTokenizer) -> None:
         _, diagnostics = build('n in 1..2 template "Count {n}:" answer " banana bread"', words)
         assert [d.code for d in diagnostics] == ["E0519"]
 
-    def test_empty_answers(self, words: TextTokenizer) -> None:
+    def test_empty_answer_is_rejected(self, words: TextTokenizer) -> None:
         _, diagnostics = build('n in 1..2 template "Count {n}:" answer ""', words)
         assert [d.code for d in diagnostics] == ["E0524"]
 
-    def test_prompt_that_ends_in_a_space(self, gpt2: TextTokenizer) -> None:
+    def test_prompt_that_ends_in_a_space_is_warned_about(self, gpt2: TextTokenizer) -> None:
         made, (warning,) = build('n in 1..2 template "{n} is " answer "Mary"', gpt2)
         assert made is not None
         assert warning.code == "W0703"
@@ -84,7 +86,7 @@ class TestNamedTexts:
 class TestMovedToken:
     """Tokenizers that spell ` 3` as a space and a digit."""
 
-    def test_space_moves_into_the_prompt(self, qwen: TextTokenizer) -> None:
+    def test_separate_space_token_moves_into_the_prompt(self, qwen: TextTokenizer) -> None:
         made = table(COUNT, qwen)
         plain = qwen.encode(made.sources[0].prompt.text)
         for run in made.runs.values():
@@ -99,27 +101,29 @@ class TestMovedToken:
         count = made.runs["clean"].rows[0].values["count"]
         assert ids(made, '" {count + 1}"', qwen)[0][0] == [str(count + 1)]
 
-    def test_one_answer_alone(self, qwen: TextTokenizer) -> None:
+    def test_constant_answer_is_one_token_after_the_moved_space(self, qwen: TextTokenizer) -> None:
         made = table('n in 1..3 template "{n}:" answer " 3"', qwen)
         assert all(len(r.texts["answer"].ids) == 1 for r in made.runs["clean"].rows)
 
-    def test_texts_that_begin_otherwise(self, qwen: TextTokenizer) -> None:
+    def test_text_without_the_moved_space_is_rejected(self, qwen: TextTokenizer) -> None:
         made = table(COUNT, qwen)
         assert ids(made, '"{count}"', qwen)[1] == ["E0520"]
 
-    def test_nothing_moves_where_texts_differ(self, qwen: TextTokenizer) -> None:
+    def test_no_token_moves_if_answer_and_wrong_begin_differently(
+        self, qwen: TextTokenizer
+    ) -> None:
         made = table('n in 1..3 template "{n}:" answer " {n}" wrong " Mary"', qwen)
         assert made.moved == ()
         assert len(made.runs["clean"].rows[0].texts["answer"].ids) == 2
 
-    def test_shared_words_move_where_there_are_several_answers(self, gpt2: TextTokenizer) -> None:
+    def test_shared_first_word_moves_only_if_answers_differ(self, gpt2: TextTokenizer) -> None:
         made = table('w in ["Mary", "John"] template "{w} is" answer " the {w}"', gpt2)
         assert made.moved_text == " the"
         assert made.runs["clean"].rows[0].text.endswith(" is the")
         made = table('w in ["Mary", "John"] template "{w} is" answer " the plum"', gpt2)
         assert made.moved == ()
 
-    def test_before_closing_tokens(self, bert: TextTokenizer) -> None:
+    def test_moved_token_precedes_closing_special_tokens(self, bert: TextTokenizer) -> None:
         made = table('w in ["mary", "john"] template "{w} is" answer " the {w}"', bert)
         row = made.runs["clean"].rows[0]
         assert [bert.token_text(i) for i in row.ids[-2:]] == ["the", "[SEP]"]
@@ -129,7 +133,7 @@ class TestMovedToken:
 class TestFirstToken:
     TEXT = """a in ["Vinson", "Mary"] template "{a} is" answer " {a} Massif" """
 
-    def test_first_and_last(self, gpt2: TextTokenizer) -> None:
+    def test_first_and_last_token_of_answer_are_single_tokens(self, gpt2: TextTokenizer) -> None:
         made = table(self.TEXT + 'wrong " plum"', gpt2)
         found, problems = ids(made, "first token of answer", gpt2)
         assert not problems
@@ -137,12 +141,12 @@ class TestFirstToken:
         assert {t[0].strip()[0] for t in found} == {"V", "M"}
         assert ids(made, "last token of answer", gpt2)[0][0] != found[0]
 
-    def test_a_rival_that_shares_it(self, gpt2: TextTokenizer) -> None:
+    def test_wrong_answer_with_the_same_first_token_is_rejected(self, gpt2: TextTokenizer) -> None:
         made = table(self.TEXT + 'wrong " {a} plum"', gpt2)
         assert ids(made, "first token of answer", gpt2)[1] == ["E0517"]
         assert ids(made, "last token of answer", gpt2)[1] == []
 
-    def test_other_answers_are_rivals_where_none_is_named(self, gpt2: TextTokenizer) -> None:
+    def test_answers_that_share_the_last_token_are_rejected(self, gpt2: TextTokenizer) -> None:
         text = 'a in ["Mary", "John"] template "{a} is" answer " {a} plum" '
         assert ids(table(text, gpt2), "last token of answer", gpt2)[1] == ["E0517"]
         text = 'a in ["Mary", "John"] template "{a} is" answer " {a} plum"'
@@ -151,7 +155,7 @@ class TestFirstToken:
 
 class TestNumerals:
     @pytest.mark.parametrize("name", ["words", "gpt2", "qwen", "llama"])
-    def test_they_are_spelt_as_the_answers(
+    def test_numerals_have_the_tokens_of_numeric_answers(
         self, every: dict[str, TextTokenizer], name: str
     ) -> None:
         tokenizer = every[name]
@@ -170,17 +174,17 @@ class TestNumerals:
         assert error.code == "E0518"
         assert error.message == "3 of the numerals 1..12 have several tokens"
 
-    def test_leading_zeros(self, gpt2: TextTokenizer) -> None:
+    def test_numerals_keep_leading_zeros_of_answers(self, gpt2: TextTokenizer) -> None:
         made = table('y in ["02", "41"] template "{y}:" answer "{y}"', gpt2)
         _, (error,) = numeral_tokens(made, range(3, 4), tokenizer=gpt2)
         assert "`03`" in error.label_text
 
-    def test_without_numbers_in_the_answers(self, words: TextTokenizer) -> None:
+    def test_numerals_are_found_if_answers_have_no_numbers(self, words: TextTokenizer) -> None:
         made = table('w in ["fig", "plum"] template "{w}:" answer " {w}"', words)
         found, problems = numeral_tokens(made, range(4), tokenizer=words)
         assert not problems
         assert [words.token_text(i) for i in found] == ["0", "1", "2", "3"]
 
-    def test_numbers_that_are_no_word(self, words: TextTokenizer) -> None:
+    def test_numerals_outside_the_vocabulary_are_rejected(self, words: TextTokenizer) -> None:
         _, (error,) = numeral_tokens(table(COUNT, words), range(25, 41), tokenizer=words)
         assert error.code == "E0519"

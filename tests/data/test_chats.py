@@ -1,4 +1,4 @@
-"""Turns as chat templates write them: the tokens that transformers gives, and spans in them."""
+"""Rendered chat templates: tokens equal those of transformers, and turns and values have spans."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def filled(row: RunRow, messages: list[tuple[str, str]]) -> list[tuple[str, str]
 
 
 @pytest.mark.parametrize(("shape", "name"), SHAPES)
-def test_texts_and_tokens_are_those_of_transformers(shape: str, name: str) -> None:
+def test_chat_text_and_tokens_equal_transformers(shape: str, name: str) -> None:
     messages = (CHATS | SYSTEM)[name]
     made = table(shape, messages)
     assert len(made) == len(VALUES)
@@ -65,7 +65,7 @@ def test_texts_and_tokens_are_those_of_transformers(shape: str, name: str) -> No
 
 
 @pytest.mark.parametrize(("shape", "name"), SHAPES)
-def test_every_turn_and_value_is_a_span(shape: str, name: str) -> None:
+def test_each_turn_and_value_has_a_span(shape: str, name: str) -> None:
     messages = (CHATS | SYSTEM)[name]
     for row in table(shape, messages).runs["clean"].rows:
         said = filled(row, messages)
@@ -81,7 +81,7 @@ def test_every_turn_and_value_is_a_span(shape: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["llama", "gemma", "mistral"])
-def test_one_token_begins_a_text(shape: str) -> None:
+def test_chat_has_at_most_one_bos_token(shape: str) -> None:
     for bos, count in ((None, 1), (True, 1), (False, 0)):
         made = table(shape, CHATS["one"], bos=bos)
         begins = made.runs["clean"].rows[0]
@@ -92,8 +92,8 @@ def test_one_token_begins_a_text(shape: str) -> None:
     assert table(shape, CHATS["one"]).conventions["bos"].endswith("(the chat template)")
 
 
-def test_a_template_without_the_first_token_gets_none_but_if_asked() -> None:
-    """Whatever the tokenizer puts in front of other texts."""
+def test_template_without_bos_gets_it_only_with_bos_true() -> None:
+    """The tokenizer's default BOS token applies to plain templates only."""
     bare = chats.LLAMA.replace("{{- bos_token }}\n", "")
     for bos in (None, True):
         own = support.wrapped(
@@ -108,7 +108,7 @@ def test_a_template_without_the_first_token_gets_none_but_if_asked() -> None:
         assert plain[0].ids[0] == own.role_ids["bos"]
 
 
-def test_marks_of_turns_are_tokens_of_the_prompt() -> None:
+def test_turn_markers_are_prompt_tokens() -> None:
     shape = "chatml"
     made = table(shape, CHATS["several"])
     own = chats.tokenizer(shape)
@@ -123,7 +123,7 @@ def test_marks_of_turns_are_tokens_of_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("shape", chats.SHAPES)
-def test_positions_in_turns(shape: str) -> None:
+def test_turn_position_selects_tokens_of_its_turn(shape: str) -> None:
     made, own = table(shape, CHATS["several"]), chats.tokenizer(shape)
     for position, which in (("last-user token", -1), ("user 1 token", 0)):
         (cell,) = support.cells(position, made, own)
@@ -139,7 +139,7 @@ def test_positions_in_turns(shape: str) -> None:
     assert row.values["x"].strip() in joined
 
 
-def test_an_answer_stands_behind_the_reply_that_has_begun() -> None:
+def test_answer_continues_the_unfinished_reply() -> None:
     own = chats.tokenizer("llama")
     made = support.table(
         'x in ["plum", "fig"]\nchat { user "{x}?" assistant "There is" }\nanswer " {x}"', own
@@ -151,7 +151,7 @@ def test_an_answer_stands_behind_the_reply_that_has_begun() -> None:
         assert [*row.ids, *row.texts["answer"].ids] == ids
 
 
-def test_corruptions_change_turns() -> None:
+def test_corruption_applies_to_chat_turns() -> None:
     own = chats.tokenizer("chatml")
     made = support.table(
         'x in ["plum", "fig"]\nchat { system "{x}" user "{x} in Rome" }\n'
@@ -170,8 +170,8 @@ def test_corruptions_change_turns() -> None:
             assert list(runs[run].rows[n].ids) == ids
 
 
-def test_replaced_tokens_are_tokenised_as_the_chat_was() -> None:
-    """No second token for the beginning."""
+def test_replaced_tokens_keep_a_single_bos_token() -> None:
+    """The text is encoded without another BOS token."""
     own = chats.tokenizer("llama")
     made = support.table('x in ["plum", "fig"]\nchat { user "{x} in Rome" }', own)
     at = support.positions("x token")
@@ -181,7 +181,7 @@ def test_replaced_tokens_are_tokenised_as_the_chat_was() -> None:
     assert [list(row.ids) for row in new.rows] == [ids, ids]
 
 
-def test_tokens_of_a_value_are_counted_in_the_chat() -> None:
+def test_tokens_function_counts_tokens_of_a_value_in_the_chat() -> None:
     own = chats.tokenizer("llama")
     body = (
         'x in ["plum", "Vinson Massif", "apple pie"]\nchat { user "{x} in" }\nwhere tokens(x) = 1'
@@ -193,15 +193,15 @@ def test_tokens_of_a_value_are_counted_in_the_chat() -> None:
     assert {row.values["x"] for row in made.runs["clean"].rows} == {"plum"}
 
 
-def test_rows_are_the_same_whichever_template_writes_them() -> None:
+def test_row_keys_do_not_depend_on_the_chat_template() -> None:
     keys = {table(shape, CHATS["one"]).row_keys for shape in chats.SHAPES}
     assert len(keys) == 1
     others = {table("llama", CHATS[name]).row_keys for name in CHATS}
     assert len(others) == len(CHATS)
 
 
-def test_models_of_one_file_write_with_their_own_templates() -> None:
-    """Rows that are worked out once are those of a template."""
+def test_cached_block_rows_depend_on_the_chat_template() -> None:
+    """Rows are computed once per template, not once per block."""
     found = support.blocks('prompts p { x in ["plum", "fig"] chat { user "{x}" } }')
     compiled: dict[str, BlockRows] = {}
     for shape in ("chatml", "llama", "chatml"):
@@ -213,11 +213,11 @@ def test_models_of_one_file_write_with_their_own_templates() -> None:
     assert len(compiled) == 2
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def refused(shape: str, body: str, template: str | None = None) -> tuple[str, str]:
-    """The code and the message; with another template than that of the shape if asked."""
+    """Return the code and the message, optionally with a different template."""
     own = chats.tokenizer(shape)
     if template is not None:
         own = support.wrapped(chats.backend(shape))
@@ -240,7 +240,7 @@ def refused(shape: str, body: str, template: str | None = None) -> tuple[str, st
         ("chatml", "<|endoftext|>"),
     ],
 )
-def test_a_text_that_would_end_its_turn_is_refused(shape: str, text: str) -> None:
+def test_text_with_a_turn_marker_is_rejected(shape: str, text: str) -> None:
     for where in ("user", "assistant"):
         other = 'assistant "one" user "two"' if where == "user" else 'user "two"'
         turns = f'user "{{x}}" {other}' if where == "user" else f'{other} assistant "{{x}}"'
@@ -251,7 +251,7 @@ def test_a_text_that_would_end_its_turn_is_refused(shape: str, text: str) -> Non
         assert "a special token or a turn marker" in message
 
 
-def test_what_a_template_refuses_is_said() -> None:
+def test_error_raised_by_a_template_is_reported() -> None:
     code, message = refused("gemma", 'chat { system "a" user "b" }')
     assert (code, "System role not supported" in message) == ("E0552", True)
     code, message = refused("gemma", 'chat { user "a" user "b" }')
@@ -270,14 +270,14 @@ def test_what_a_template_refuses_is_said() -> None:
         "{% for m in messages %}[{{ m.content | replace(' ', '_') }}]{% endfor %}",
     ],
 )
-def test_a_turn_that_is_changed_or_left_out_is_refused(template: str) -> None:
+def test_template_that_alters_or_omits_a_turn_is_rejected(template: str) -> None:
     code, message = refused("chatml", 'chat { system "one two" user "plum" }', template)
     assert code == "E0552"
     assert "doesn't appear in" in message
 
 
-def test_a_reply_that_has_begun_stands_at_the_end() -> None:
-    """Else what follows it would be cut off."""
+def test_unfinished_reply_before_other_turns_is_rejected() -> None:
+    """The following turns would be cut off otherwise."""
     template = "{% for m in messages | reverse %}[{{ m.content }}]{% endfor %}"
     code, _ = refused("chatml", 'chat { user "plum" assistant "one two" }', template)
     assert code == "E0552"
@@ -324,16 +324,16 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_template_is_a_diagnostic(template: str) -> None:
-    """In a moment: an endless one would fail by the time that tests have."""
+def test_hostile_template_is_rejected_quickly(template: str) -> None:
+    """A template that doesn't end would exceed the time limit of tests."""
     write = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
     code, message = refused("chatml", 'chat { user "plum" }', template + write)
     assert code == ("E0551" if "random" in template else "E0552")  # there is no such filter
-    assert "MemoryError" not in message  # nobody tried
+    assert "MemoryError" not in message  # the limit applies before the allocation
 
 
 @pytest.mark.parametrize("template", ["{% for", "{{ a b }}", "{{" + "(" * 9_999, "a" * 200_001])
-def test_what_is_no_template_is_refused(template: str) -> None:
+def test_unparsable_or_too_long_template_is_rejected(template: str) -> None:
     code, _ = refused("chatml", 'chat { user "plum" }', template)
     assert code == "E0551"
 
@@ -353,8 +353,8 @@ def test_what_is_no_template_is_refused(template: str) -> None:
         "{% endfor %}",
     ],
 )
-def test_what_templates_are_made_of(template: str) -> None:
-    """As transformers has it."""
+def test_jinja_features_render_as_in_transformers(template: str) -> None:
+    """The reference is `render_jinja_template` of transformers."""
     messages = [{"role": "user", "content": "plum {x}"}]
     own = ChatTemplate(template, {"bos_token": "<s>"}, {})
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -381,8 +381,10 @@ TWICE = "{% for m in messages %}{{ m.content }} ({{ m.content }}){% endfor %}"
         (TWICE, "plum (plum)", "plum (plum)one two (one two"),
     ],
 )
-def test_a_reply_is_opened_or_goes_on(template: str, asks: str, begun: str) -> None:
-    """Behind the last place where it stands, if it has begun."""
+def test_generation_prompt_is_added_or_the_reply_continues(
+    template: str, asks: str, begun: str
+) -> None:
+    """An unfinished reply ends after its last occurrence in the rendered text."""
     tokenizer = support.wrapped(chats.backend("chatml"))
     tokenizer.chat = ChatTemplate(template, {}, {})
     said = [("user", "plum"), ("assistant", "one two")]
@@ -391,7 +393,7 @@ def test_a_reply_is_opened_or_goes_on(template: str, asks: str, begun: str) -> N
         assert row.text == text
 
 
-def test_what_texts_hang_on() -> None:
+def test_template_digest_depends_on_text_and_tokens() -> None:
     own = chats.chat("llama")
     others = [
         replace(own, text=own.text + " "),
@@ -429,7 +431,7 @@ OTHER = "{{ eos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
         ({}, {"chat_template.json": json.dumps({"chat_template": OTHER})}),
     ],
 )  # fmt: skip
-def test_where_templates_are_kept(
+def test_chat_template_is_read_from_each_supported_file(
     tmp_path: Path, config: dict[str, Any], files: dict[str, str]
 ) -> None:
     special = {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|eot_id|>"}}
@@ -441,7 +443,7 @@ def test_where_templates_are_kept(
     assert not own.same_as(plain)
 
 
-def test_no_template(tmp_path: Path) -> None:
+def test_tokenizer_without_chat_template_rejects_chat(tmp_path: Path) -> None:
     own = folder(tmp_path, {"chat_template": [{"name": "tool", "template": "x"}]}, {})
     assert own.chat is None
     _, found = support.build('chat { user "plum" }', own)
@@ -449,7 +451,7 @@ def test_no_template(tmp_path: Path) -> None:
     assert parse_chat_template({"default": "x"}, {}, {}) == ChatTemplate("x", {}, {})
 
 
-def test_a_model_that_is_not_here_is_not_asked() -> None:
+def test_missing_model_gets_no_chat_template_errors() -> None:
     body = 'x in ["plum", "fig<|im_end|>"]\nchat { system "{x}" user "{x}" }'
     made = support.table(body, StandInTokenizer())
     assert {s.name for s in made.runs["clean"].rows[0].spans} == {"system", "user", "x"}
@@ -464,7 +466,7 @@ def test_a_model_that_is_not_here_is_not_asked() -> None:
     assert not has_errors(found), [(d.code, d.message) for d in found]
 
 
-def test_the_date_is_said() -> None:
+def test_conventions_report_the_template_date() -> None:
     said = table("llama", CHATS["one"]).conventions["chat"]
     assert "the template's date is 26 July 2024" in said
     assert "start of a reply" in said
@@ -473,7 +475,7 @@ def test_the_date_is_said() -> None:
     assert "26 Jul 2024" in table("llama", CHATS["one"]).runs["clean"].rows[0].text
 
 
-def test_a_text_has_the_size_of_others() -> None:
+def test_too_long_rendered_chat_is_rejected() -> None:
     code, message = refused(
         "chatml",
         'chat { user "plum" }',

@@ -11,7 +11,7 @@ from mechdsl.vocab.corruptions import CHANGES, NOISES
 
 
 def read(folder: Path, name: str, content: bytes | None) -> tuple[str, str, str]:
-    """Code, message and help of what is wrong with a file."""
+    """Code, message and help of the error of a file."""
     if content is not None:
         (folder / name).write_bytes(content)
     source = Source(f'rows "{name}"', folder / "f.mech")
@@ -51,7 +51,7 @@ def read(folder: Path, name: str, content: bytes | None) -> tuple[str, str, str]
         ),
     ],
 )
-def test_what_is_wrong_with_a_file(
+def test_unreadable_data_file_reports_its_cause(
     tmp_path: Path, name: str, content: bytes | None, code: str, message: str
 ) -> None:
     found, text, _ = read(tmp_path, name, content)
@@ -59,7 +59,7 @@ def test_what_is_wrong_with_a_file(
     assert message in text
 
 
-def test_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+def test_parquet_with_duplicate_column_names_is_rejected(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     columns = [arrow.array([1]), arrow.array([2])]
@@ -69,17 +69,17 @@ def test_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
     assert "two columns are called `a`" in message
 
 
-def test_near_names(tmp_path: Path) -> None:
+def test_missing_file_suggests_a_similar_name(tmp_path: Path) -> None:
     (tmp_path / "facts.jsonl").touch()
     assert read(tmp_path, "fact.jsonl", None)[2] == "did you mean `facts.jsonl`?"
 
 
-def test_folders_are_no_files(tmp_path: Path) -> None:
+def test_folder_is_rejected_as_a_data_file(tmp_path: Path) -> None:
     (tmp_path / "d.json").mkdir()
     assert read(tmp_path, "d.json", None)[0] == "E0504"
 
 
-def test_every_change_of_the_grammar_is_registered() -> None:
+def test_each_corruption_keyword_of_the_grammar_is_registered() -> None:
     session = engine.load_parser().parse_interactive("", start="change_lines")
     words = {engine.keywords().get(name, "") for name in session.accepts()}
     soft = {"mask", "noise", "silence", "insert"}  # which the lexer knows by their entries
@@ -88,7 +88,7 @@ def test_every_change_of_the_grammar_is_registered() -> None:
     assert all(entry.name == name and entry.usage for name, entry in CHANGES.items())
 
 
-def test_noise_is_standard() -> None:
+def test_noise_has_mean_zero_and_standard_deviation_one() -> None:
     import numpy as np
 
     for _, kind in NOISES.items():

@@ -1,4 +1,4 @@
-"""`rows hf_dataset(…)`: what `datasets` has saved, and what lies in the hub's cache."""
+"""`rows hf_dataset(…)`: data sets saved by `datasets`, and those in the hub's cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEST = [{"input": "x", "output": "y", "tags": []}]
 
 
 def saved(folder: Path, records: list[dict[str, Any]], split: str, *, pieces: int = 2) -> None:
-    """As `Dataset.save_to_disk` writes it: Arrow streams, and what they are."""
+    """Write Arrow streams and their metadata as `Dataset.save_to_disk` does."""
     folder.mkdir(parents=True)
     names = [f"data-{n:05d}-of-{pieces:05d}.arrow" for n in range(pieces)]
     size = -(-len(records) // pieces)
@@ -72,18 +72,18 @@ def records(folder: Path, what: str) -> list[dict[str, Any]]:
     return [dict(record) for record in found.records]
 
 
-def test_what_was_saved_to_disk(tmp_path: Path) -> None:
+def test_saved_dataset_is_read_by_split(tmp_path: Path) -> None:
     both(tmp_path / "pairs")
     assert records(tmp_path, 'hf_dataset("pairs", split: "train")') == TRAIN
     assert records(tmp_path, 'hf_dataset("pairs", split: "test")') == TEST
     assert records(tmp_path, 'hf_dataset("pairs/test", split: "test")') == TEST
 
 
-def test_a_folder_of_files(tmp_path: Path) -> None:
+def test_folder_of_files_is_read_by_split(tmp_path: Path) -> None:
     flat(tmp_path / "d" / "data" / "train-00000-of-00002.parquet", TRAIN[:3])
     flat(tmp_path / "d" / "data" / "train-00001-of-00002.parquet", TRAIN[3:])
     flat(tmp_path / "d" / "data" / "test-00000-of-00001.parquet", TEST)
-    flat(tmp_path / "d" / "data" / "constrained.parquet", TEST)  # `train` is no word of it
+    flat(tmp_path / "d" / "data" / "constrained.parquet", TEST)  # `train` isn't a separate word
     flat(tmp_path / "d" / "data" / "pretrain.parquet", TEST)  # nor here
     assert records(tmp_path, 'hf_dataset("d", split: "train")') == TRAIN
     assert records(tmp_path, 'hf_dataset("d", split: "test")') == TEST
@@ -93,7 +93,7 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     assert records(tmp_path, 'hf_dataset("e", split: "train")') == TRAIN
 
 
-def test_configs_are_told_apart(tmp_path: Path) -> None:
+def test_dataset_with_several_configs_requires_config(tmp_path: Path) -> None:
     flat(tmp_path / "d" / "en" / "train.parquet", TRAIN)
     flat(tmp_path / "d" / "fr" / "train.parquet", TEST)
     assert records(tmp_path, 'hf_dataset("d", split: "train", config: "fr")') == TEST
@@ -103,7 +103,9 @@ def test_configs_are_told_apart(tmp_path: Path) -> None:
     assert "`en`, `fr`" in problem
 
 
-def test_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_in_the_hub_cache_is_read_by_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     root = tmp_path / "cache" / "hub" / "datasets--org--pairs"
@@ -118,7 +120,7 @@ def test_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "save_to_disk" in problem
 
 
-def test_the_digest_is_of_what_is_read(tmp_path: Path) -> None:
+def test_dataset_digest_depends_on_the_split_and_its_content(tmp_path: Path) -> None:
     both(tmp_path / "a")
     both(tmp_path / "b")
     what = 'hf_dataset("{}", split: "{}")'
@@ -146,7 +148,7 @@ def test_the_digest_is_of_what_is_read(tmp_path: Path) -> None:
         ('hf_dataset("odd", split: "train")', "`state.json` can't be read"),
     ],
 )
-def test_what_cannot_be_read(what: str, said: str, tmp_path: Path) -> None:
+def test_unreadable_dataset_reports_its_cause(what: str, said: str, tmp_path: Path) -> None:
     both(tmp_path / "pairs")
     (tmp_path / "empty").mkdir()
     saved(tmp_path / "broken", TRAIN, "train", pieces=1)
@@ -161,14 +163,16 @@ def test_what_cannot_be_read(what: str, said: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", ["DATA_SET", "COMBINATIONS"])
-def test_too_much_is_not_read(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_over_a_limit_is_rejected(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     both(tmp_path / "pairs")
     monkeypatch.setattr(limits, limit, 5)
     _, (problem,) = read(tmp_path, 'hf_dataset("pairs", split: "train")')
     assert problem.startswith("E0506")
 
 
-def test_pyarrow_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyarrow_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both(tmp_path / "pairs")
 
     def missing(name: str) -> Any:
@@ -179,8 +183,8 @@ def test_pyarrow_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "pip install 'mechdsl[frames]'" in problem
 
 
-def test_an_untrusted_file_stays_in_its_folder(tmp_path: Path) -> None:
-    """Nor does a link lead out of it."""
+def test_untrusted_file_cannot_read_datasets_outside_its_folder(tmp_path: Path) -> None:
+    """Symbolic links to files outside are rejected as well."""
     both(tmp_path / "outside")
     (tmp_path / "in" / "pairs").mkdir(parents=True)
     (tmp_path / "in" / "pairs" / "train.parquet").symlink_to(tmp_path / "secret.parquet")
@@ -206,7 +210,7 @@ def test_an_untrusted_file_stays_in_its_folder(tmp_path: Path) -> None:
         ("facts", "names no rows"),
     ],
 )
-def test_what_is_refused_before_anything_is_read(what: str, said: str) -> None:
+def test_invalid_hf_dataset_call_is_rejected(what: str, said: str) -> None:
     text = f"""mech 1
 model toy = zoo("counting")
 prompts p {{ rows {what} template "{{input}}" answer " {{output}}" }}

@@ -1,4 +1,4 @@
-"""Tokens that a corruption inserts, in prompts of tokenizers of every shape, and in chats."""
+"""Corruptions that insert tokens, with every type of tokenizer and in chats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORD = " shop"
 
 
 def inserted(lines: str, place: str, tokenizer: TextTokenizer) -> list[tuple[RunRow, RunRow]]:
-    """The clean row and the row with tokens, of every row."""
+    """Pairs of the clean row and the row with inserted tokens."""
     line = f'corrupt longer {{ insert {COUNT} tokens {place} with "{WORD}" }}'
     table = support.table(f"{lines}\n{line}", tokenizer)
     return list(zip(table.runs["clean"].rows, table.runs["longer"].rows, strict=True))
@@ -56,7 +56,7 @@ def check_row(clean: RunRow, longer: RunRow, tokenizer: TextTokenizer) -> int:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("place", PLACES)
-def test_other_tokens_stay(place: str, kind: Kind) -> None:
+def test_insertion_preserves_all_other_tokens(place: str, kind: Kind) -> None:
     tokenizer = kind.wrapped()
     ids, _ = tokenizer.continuation("to the", WORD)
     if len(ids) != 1:
@@ -73,7 +73,7 @@ def test_other_tokens_stay(place: str, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("shape", chats.SHAPES)
-def test_chat_has_tokens_inside_of_its_turn(shape: str) -> None:
+def test_inserted_tokens_are_inside_their_chat_turn(shape: str) -> None:
     tokenizer = chats.tokenizer(shape)
     lines = 'x in ["plum", "fig"]\nchat { user "How many {x} is in Paris?" }'
     line = f'corrupt longer {{ insert {COUNT} tokens before x tokens with " park" }}'
@@ -86,7 +86,7 @@ def test_chat_has_tokens_inside_of_its_turn(shape: str) -> None:
         assert longer.text[: span.start] + longer.text[span.end :] == clean.text
 
 
-def test_several_insertions_are_counted() -> None:
+def test_two_insertions_of_one_corruption_have_two_spans() -> None:
     lines = (
         f'{LINES}corrupt longer {{ insert 1 token before who token with "{WORD}"'
         f'  insert 2 tokens after last token with "{WORD}" }}'
@@ -99,7 +99,7 @@ def test_several_insertions_are_counted() -> None:
         assert len(longer.ids) == len(clean.ids) + 3
 
 
-def test_character_of_several_tokens_is_not_divided() -> None:
+def test_insertion_inside_a_character_is_rejected() -> None:
     tokenizer = support.byte_level()
     made, found = support.build(
         'x in ["🥝"]\ntemplate "apple {x} pear"\n'
@@ -118,7 +118,7 @@ def test_character_of_several_tokens_is_not_divided() -> None:
         'insert 20 tokens before item 2 token, last token with "a"',
     ],
 )
-def test_format_keeps_the_line(line: str) -> None:
+def test_formatter_keeps_the_insert_line(line: str) -> None:
     text = f"mech 1\n\nprompts p {{\n  corrupt longer {{ {line} }}\n}}\n"
     tree, problems = parse(Source(text.replace("1 token ", "1   tokens ")))
     assert not problems

@@ -1,4 +1,4 @@
-"""Whatever a block says, the answer is a table or diagnostics, never an exception."""
+"""Random prompts blocks and positions give a result or diagnostics, never an exception."""
 
 from __future__ import annotations
 
@@ -103,13 +103,15 @@ PLACES = st.sampled_from(
 
 @settings(max_examples=250, deadline=None)
 @given(lines=st.lists(LINES, max_size=9, unique=True), template=TEMPLATES, limit=st.integers(1, 9))
-def test_blocks(words: TextTokenizer, lines: list[str], template: str, limit: int) -> None:
+def test_random_prompts_block_gives_a_table_or_errors(
+    words: TextTokenizer, lines: list[str], template: str, limit: int
+) -> None:
     made, diagnostics = build("\n".join([*lines, template]), words, limit=limit, max_length=60)
     assert (made is None) == has_errors(diagnostics)
     for diagnostic in diagnostics:
         assert diagnostic.message
         assert diagnostic.span is not None
-        # A label may quote a template; what was to be put in has been.
+        # A label may quote a template, but each field of the diagnostic must be filled in.
         slots = [f"{{{slot.name}}}" for slot in fields(diagnostic)]
         assert not any(slot in diagnostic.label_text for slot in slots)
     if made is not None:
@@ -144,7 +146,9 @@ def lists(words: TextTokenizer) -> PromptTable:
 
 @settings(max_examples=250, deadline=None)
 @given(data=st.data())
-def test_positions(words: TextTokenizer, lists: PromptTable, data: st.DataObject) -> None:
+def test_random_position_gives_cells_or_errors(
+    words: TextTokenizer, lists: PromptTable, data: st.DataObject
+) -> None:
     text = data.draw(PLACES)
     shape = data.draw(st.integers(0, 6))
     point = text.partition(" align")[0]

@@ -1,4 +1,4 @@
-"""Tables as other programs write them: separators, encodings, headers, and numbers as texts."""
+"""Tables from other programs: separators, encodings, headers, and numbers stored as texts."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def check(folder: Path, name: str, content: bytes, *lines: str) -> mechdsl.Diagn
         ("t.csv", b"item,count,,\napple,3,,\npear,4,,\n"),
     ],
 )
-def test_a_table_is_read_whatever_its_separator_encoding_and_header(
+def test_table_is_read_with_any_separator_encoding_and_header(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     assert read(tmp_path, name, content).records == EXPECTED
 
 
-def test_an_index_without_a_name_is_kept(tmp_path: Path) -> None:
+def test_unnamed_index_column_is_kept(tmp_path: Path) -> None:
     found = read(tmp_path, "t.csv", b",item\n0,apple\n1,pear\n")
     assert found.columns == ("", "item")
 
@@ -98,7 +98,7 @@ def test_an_index_without_a_name_is_kept(tmp_path: Path) -> None:
         (b"\xff\xfei\x00t\x00e", "byte 6 is not UTF-16", "save the file in UTF-8"),
     ],
 )
-def test_an_unreadable_table_is_reported(
+def test_unreadable_table_reports_cause_and_fix(
     tmp_path: Path, content: bytes, message: str, hint: str
 ) -> None:
     found, advice = problem(tmp_path, "t.csv", content)
@@ -106,7 +106,7 @@ def test_an_unreadable_table_is_reported(
     assert hint in advice
 
 
-def test_a_separator_inside_of_texts_is_no_separator_of_columns(tmp_path: Path) -> None:
+def test_separator_within_texts_does_not_split_columns(tmp_path: Path) -> None:
     found = read(tmp_path, "t.csv", b"a; b\nx; y\nz\n")
     assert found.records == ({"a; b": "x; y"}, {"a; b": "z"})
 
@@ -118,7 +118,7 @@ def test_a_separator_inside_of_texts_is_no_separator_of_columns(tmp_path: Path) 
     "column",
     ["the item", "item-name", "Wörter", "2nd", "model", 'the "item"', "a, b", "täg\tlich", ""],
 )
-def test_a_quoted_column_can_be_renamed(tmp_path: Path, column: str) -> None:
+def test_quoted_csv_column_is_renamed(tmp_path: Path, column: str) -> None:
     quoted = '"' + column.replace('"', '""') + '"'
     written = column.replace('"', '\\"').replace("\t", "\\t")
     line = f'  rename {{ item = "{written}" }}'
@@ -127,7 +127,7 @@ def test_a_quoted_column_can_be_renamed(tmp_path: Path, column: str) -> None:
 
 
 @pytest.mark.parametrize("column", ["the item", "model", 'the "item"', ""])
-def test_a_quoted_column_of_a_parquet_file_can_be_renamed(tmp_path: Path, column: str) -> None:
+def test_quoted_parquet_column_is_renamed(tmp_path: Path, column: str) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     columns = [arrow.array(["apple", "pear"]), arrow.array([3, 4])]
@@ -138,20 +138,20 @@ def test_a_quoted_column_of_a_parquet_file_can_be_renamed(tmp_path: Path, column
     assert check(tmp_path, "t.parquet", path.read_bytes(), line) == []
 
 
-def test_a_file_with_quoted_columns_is_formatted_with_quotes() -> None:
+def test_formatter_keeps_quotes_of_renamed_columns() -> None:
     text = 'mech 1\n\nprompts p {\n  rows "t.csv"\n  rename { a = "the a", b = c }\n}\n'
     tree, problems = parse(Source(text))
     assert problems == []
     assert format_file(tree) == text
 
 
-def test_a_column_that_is_no_name_is_suggested_with_its_quotes(tmp_path: Path) -> None:
+def test_unknown_name_suggests_renaming_a_quoted_column(tmp_path: Path) -> None:
     (found, *_) = check(tmp_path, "t.csv", b"I-Tem,count\napple,3\npear,4\n").errors
     assert found.code == "E0501"
     assert found.help_text == 'write `rename { item = "I-Tem" }` for this column'
 
 
-def test_a_renamed_column_that_is_missing_suggests_the_near_one(tmp_path: Path) -> None:
+def test_missing_renamed_column_suggests_a_similar_one(tmp_path: Path) -> None:
     content = b"the item,count\napple,3\npear,4\n"
     (found, *_) = check(tmp_path, "t.csv", content, '  rename { item = "the itm" }').errors
     assert found.help_text == "did you mean `the item`?"
@@ -182,7 +182,7 @@ def test_a_renamed_column_that_is_missing_suggests_the_near_one(tmp_path: Path) 
         ("three", None),
     ],
 )
-def test_a_text_is_a_number_if_it_is_written_in_digits(text: str, number: float | None) -> None:
+def test_parse_number_accepts_only_decimal_digits(text: str, number: float | None) -> None:
     found = parse_number(text)
     assert (found, type(found)) == (number, type(number))
 
@@ -202,7 +202,7 @@ def test_a_text_is_a_number_if_it_is_written_in_digits(text: str, number: float 
         ("  corrupt fewer { count = count - 1 }", "  corrupt fewer { count = number(count) - 1 }"),
     ],
 )
-def test_numbers_as_texts_are_converted_and_errors_suggest_it(
+def test_numeric_text_needs_number_function_and_errors_suggest_it(
     tmp_path: Path, name: str, content: bytes, line: str, with_number: str
 ) -> None:
     (found, *_) = check(tmp_path, name, content, line).errors
@@ -212,7 +212,7 @@ def test_numbers_as_texts_are_converted_and_errors_suggest_it(
     assert "E0503" not in [each.code for each in others]
 
 
-def test_a_text_that_is_no_number_is_reported_with_its_record(tmp_path: Path) -> None:
+def test_non_numeric_text_is_reported_with_its_record(tmp_path: Path) -> None:
     content = b"item,count\napple,3\npear,\n"
     (found,) = check(tmp_path, "t.csv", content, "  where number(count) > 2").errors
     assert "'' is not a number" in found.message
@@ -221,6 +221,6 @@ def test_a_text_that_is_no_number_is_reported_with_its_record(tmp_path: Path) ->
     assert check(tmp_path, "t.csv", content, *lines).errors == []
 
 
-def test_numbers_of_a_column_are_numbers_without_a_function(tmp_path: Path) -> None:
+def test_numeric_column_needs_no_number_function(tmp_path: Path) -> None:
     content = b'item,count\napple,"3"\npear,4\n'
     assert check(tmp_path, "t.csv", content, "  where count > 2").errors == []

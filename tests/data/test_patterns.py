@@ -1,4 +1,4 @@
-"""`rows "text/*.jsonl"`: all files that match, as one; also streamed, and data sets on the disk."""
+"""`rows "text/*.jsonl"`: matching files as one table, loaded or streamed; data sets on disk."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_pattern_reads_files_in_natural_order(streamed: bool, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_new_changed_and_removed_files_change_the_digest(streamed: bool, tmp_path: Path) -> None:
+def test_digest_depends_on_the_matched_files(streamed: bool, tmp_path: Path) -> None:
     write(tmp_path, "a.jsonl", {"text": "x"})
     write(tmp_path, "b.jsonl", {"text": "y"})
     digests = [data_of(tmp_path, "*.jsonl", streamed=streamed).digest]
@@ -83,13 +83,13 @@ def test_new_changed_and_removed_files_change_the_digest(streamed: bool, tmp_pat
     assert data_of(tmp_path, "*.jsonl", streamed=streamed).digest == digests[-1]
 
 
-def test_brackets_and_question_marks_are_no_patterns(tmp_path: Path) -> None:
+def test_brackets_and_question_marks_match_literally(tmp_path: Path) -> None:
     write(tmp_path, "[a]?1.jsonl", {"text": "x"})
     write(tmp_path, "ab1.jsonl", {"text": "y"})
     assert texts(data_of(tmp_path, "[a]?*.jsonl")) == ["x"]
 
 
-def test_streamed_files_of_several_types(tmp_path: Path) -> None:
+def test_streamed_pattern_reads_jsonl_and_parquet_files(tmp_path: Path) -> None:
     write(tmp_path, "a.jsonl", {"text": "x"}, {"text": "y"})
     write_parquet(tmp_path / "b.parquet", [{"text": str(n)} for n in range(5)], 2)
     found = data_of(tmp_path, "*", streamed=True)
@@ -100,10 +100,10 @@ def test_streamed_files_of_several_types(tmp_path: Path) -> None:
     assert [record["said"] for record in records.renamed({"text": "said"})[1:3]] == ["y", "0"]
 
 
-def test_groups_that_do_not_fit_are_read_again(
+def test_row_groups_over_the_memory_limit_are_reread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory is bounded; the values are the same."""
+    """Values don't depend on how many row groups fit in memory."""
     monkeypatch.setattr(record_files, "GROUP_BYTES", 1)
     write_parquet(tmp_path / "b.parquet", [{"text": str(n)} for n in range(9)], 2)
     found = data_of(tmp_path, "b.parquet", streamed=True)
@@ -113,7 +113,7 @@ def test_groups_that_do_not_fit_are_read_again(
     assert len(found.records._open._open) == 1
 
 
-def test_lacking_columns_name_their_file(tmp_path: Path) -> None:
+def test_missing_columns_name_file_and_line(tmp_path: Path) -> None:
     write(tmp_path, "a.jsonl", {"text": "x", "n": 1}, {"text": "y", "m": 2})
     write(tmp_path, "b.jsonl", {"n": 1, "m": 3})
     write(tmp_path, "c.jsonl")
@@ -125,7 +125,9 @@ def test_lacking_columns_name_their_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_mistakes(streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_pattern_or_matched_file_is_rejected(
+    streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, (problem,) = read(tmp_path, "text/*.jsonl", streamed=streamed)
     assert found is None
     assert problem.startswith("E0504 `text/*.jsonl` can't be read: no file matches")
@@ -146,8 +148,8 @@ def test_mistakes(streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert problem.startswith("E0506 `*.jsonl`: 2 files exceed the limit of 1")
 
 
-def test_an_untrusted_pattern_stays_in_its_folder(tmp_path: Path) -> None:
-    """Neither the folder nor a link leads out of it."""
+def test_untrusted_pattern_cannot_read_files_outside_its_folder(tmp_path: Path) -> None:
+    """Other folders and symbolic links to them are rejected."""
     write(tmp_path, "secret/a.jsonl", {"text": "x"})
     write(tmp_path, "in/text/a.jsonl", {"text": "y"})
     (tmp_path / "in" / "text" / "b.jsonl").symlink_to(tmp_path / "secret" / "a.jsonl")
@@ -166,8 +168,8 @@ def dataset(folder: Path, what: str, *, streamed: bool) -> tuple[DataFile | None
     return found, [f"{each.code} {each.message} {each.help_text}" for each in problems]
 
 
-def test_data_set_on_the_disk_is_streamed(tmp_path: Path) -> None:
-    """Files of `save_to_disk`, and a folder of Parquet files; limits of whole files don't apply."""
+def test_dataset_on_disk_is_streamed(tmp_path: Path) -> None:
+    """Covers files of `save_to_disk` and folders of Parquet files."""
     both(tmp_path / "pairs")
     for n in range(2):
         (tmp_path / "d").mkdir(exist_ok=True)
@@ -183,7 +185,7 @@ def test_data_set_on_the_disk_is_streamed(tmp_path: Path) -> None:
         assert whole.columns == found.columns
 
 
-def test_data_set_of_tables_is_not_streamed(tmp_path: Path) -> None:
+def test_dataset_of_csv_files_is_not_streamed(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "train.csv").write_text("input\nx\n", "utf-8")
     found, (problem,) = dataset(tmp_path, 'hf_dataset("d", split: "train")', streamed=True)

@@ -70,7 +70,9 @@ def row_words(made: PromptTable, n: int, name: str, run: str = "clean") -> list[
 
 
 class TestSpans:
-    def test_first_and_last(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_first_and_last_items_are_selected_in_each_row(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         text = "first-item of part1 token, last-item of part1 token, last-item token, last token"
         first, last, last_of_all, end = cells(text, parts, words)
         assert [c.label for c in (first, last, last_of_all, end)] == [
@@ -83,14 +85,18 @@ class TestSpans:
             assert hit(parts, last_of_all, n) == [[two[-1]]]
             assert hit(parts, end, n) == [[":"]]
 
-    def test_each_run_finds_its_own(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_position_is_resolved_in_each_run_separately(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         (clean,) = cells("last-item of part1 token", parts, words)
         (fewer,) = cells("last-item of part1 token", parts, words, run="fewer")
         for n in range(len(parts)):
             assert fewer.hits[n][0][0] == clean.hits[n][0][0] - 1
             assert hit(parts, fewer, n, "fewer") == [[row_words(parts, n, "part1")[-2]]]
 
-    def test_occurrences(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_item_numbers_select_occurrences(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         (second,) = cells("item 2 of part2 token", parts, words)
         assert all(
             hit(parts, second, n) == [[row_words(parts, n, "part2")[1]]] for n in range(len(parts))
@@ -100,7 +106,7 @@ class TestSpans:
         (both,) = cells("item 1..2 tokens", parts, words)
         assert both.hits[0] == ((one.hits[0][0][0], two.hits[0][0][0]),)
 
-    def test_each_item(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_each_item_has_one_cell(self, parts: PromptTable, words: TextTokenizer) -> None:
         found = cells("each item of part1 token", parts, words)
         assert [c.label for c in found] == [f"item {k} of part1" for k in range(1, 6)]
         assert [c.item for c in found] == [1, 2, 3, 4, 5]
@@ -109,12 +115,12 @@ class TestSpans:
             assert [hit(parts, c, n) for c in found[: len(own)]] == [[[w]] for w in own]
             assert all(c.hits[n] == () for c in found[len(own) :])
 
-    def test_separators(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_each_separator_has_one_cell(self, parts: PromptTable, words: TextTokenizer) -> None:
         found = cells("each sep of part2 token", parts, words)
         assert [c.item for c in found] == [1, 2, 3]
         assert hit_texts(parts, "clean", found[0]) == (",",)
 
-    def test_literals_are_the_last_occurrence(
+    def test_literal_position_selects_the_last_occurrence(
         self, parts: PromptTable, words: TextTokenizer
     ) -> None:
         for text in ("bar token", '"|" token', '"Part" token', '"Part 2" tokens'):
@@ -124,7 +130,9 @@ class TestSpans:
         (number,) = cells('"Part 2" token', parts, words)
         assert all(p[0][0] + 1 == q[0][0] for p, q in zip(cell.hits, number.hits, strict=True))
 
-    def test_offsets(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_offset_shifts_position_and_label(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         before, after = cells("step1 token - 1, bar token + 2", parts, words)
         assert before.label == "step1 token - 1"
         assert hit_texts(parts, "clean", before) == (":",)
@@ -133,19 +141,21 @@ class TestSpans:
         assert swept[0].label == "item 1 + 1"
         assert swept[0].item == 1
 
-    def test_all_tokens_of_all_occurrences(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_item_tokens_joins_all_occurrences(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         (cell,) = cells("item tokens", parts, words)
         for n in range(len(parts)):
             own = [*row_words(parts, n, "part1"), *row_words(parts, n, "part2")]
             assert hit(parts, cell, n) == [own]
 
-    def test_placeholder_twice(self, words: TextTokenizer) -> None:
+    def test_placeholder_that_occurs_twice_needs_an_occurrence(self, words: TextTokenizer) -> None:
         made = table('w in ["apple", "pear"] template "{w} and {w}"', words)
         assert codes(made, "w token", words) == ["E0306"]
         first, last = cells("first-w token, w 2 token", made, words)
         assert (first.hits[0], last.hits[0]) == (((1,),), ((3,),))
 
-    def test_special_tokens_by_name(
+    def test_special_tokens_are_selected_by_role(
         self, parts: PromptTable, words: TextTokenizer, bert: TextTokenizer
     ) -> None:
         (bos,) = cells("bos token", parts, words)
@@ -159,7 +169,7 @@ class TestSpans:
         assert hit_texts(made, "clean", cells("sep 1 of part2 token", made, bert)[0]) == (",",)
         assert codes(made, "bos token", bert) == ["E0313"]
 
-    def test_first_and_last_token_leave_special_ones_out(self, bert: TextTokenizer) -> None:
+    def test_first_and_last_token_skip_special_tokens(self, bert: TextTokenizer) -> None:
         made = table(SAME, bert)
         first, last = cells("first token, last token", made, bert)
         assert hit_texts(made, "clean", first) == ("Part",)
@@ -173,7 +183,9 @@ class TestEachTokenOf:
         text = 'rows "d.json" template "the {subject} is"'
         return table(text, tokenizer, path=tmp_path / "f.mech")
 
-    def test_ragged_spans(self, tmp_path: Path, words: TextTokenizer) -> None:
+    def test_ragged_spans_have_first_middle_and_last_cells(
+        self, tmp_path: Path, words: TextTokenizer
+    ) -> None:
         subjects = ["apple", "apple pear", "apple pear fig", "apple pear fig plum kiwi"]
         made = self.facts(tmp_path, subjects, words)
         first, middle, last = cells("each token of subject", made, words)
@@ -186,7 +198,9 @@ class TestEachTokenOf:
             assert hit(made, middle, n) == [[w] for w in own[1:-1]]
             assert hit(made, last, n) == [[own[-1]]]
 
-    def test_spans_of_one_length(self, tmp_path: Path, words: TextTokenizer) -> None:
+    def test_spans_of_equal_length_have_a_cell_per_token(
+        self, tmp_path: Path, words: TextTokenizer
+    ) -> None:
         made = self.facts(tmp_path, ["apple pear", "fig plum"], words)
         found = cells("each token of subject", made, words)
         assert [c.label for c in found] == ["subject first", "subject last"]
@@ -205,7 +219,9 @@ class TestEachTokenOf:
         ]
         assert labels[0] == labels[1] == ["xs first", "xs middle", "xs last"]
 
-    def test_edges(self, tmp_path: Path, words: TextTokenizer) -> None:
+    def test_first_and_last_token_of_a_span_are_selected(
+        self, tmp_path: Path, words: TextTokenizer
+    ) -> None:
         made = self.facts(tmp_path, ["apple pear fig", "plum kiwi"], words)
         first, last = cells("first token of subject, last token of subject", made, words)
         assert set(hit_texts(made, "clean", first)) == {"apple", "plum"}
@@ -213,7 +229,7 @@ class TestEachTokenOf:
 
 
 class TestCounted:
-    def test_indices(self, words: TextTokenizer) -> None:
+    def test_token_indices_select_cells_from_both_ends(self, words: TextTokenizer) -> None:
         made = table(SAME, words)
         size = len(made.runs["clean"].rows[0].ids)
         found = cells("token 0, 3, -2", made, words)
@@ -228,19 +244,21 @@ class TestCounted:
         (everything,) = cells("tokens *", made, words)
         assert everything.hits[0] == (tuple(range(size)),)
 
-    def test_special_tokens_count_too(self, bert: TextTokenizer) -> None:
+    def test_token_indices_count_special_tokens(self, bert: TextTokenizer) -> None:
         made = table(SAME, bert)
         size = len(made.runs["clean"].rows[0].ids)
         (rest,) = cells("tokens 1..-1", made, bert)
         assert rest.hits[0] == (tuple(range(1, size)),)
 
-    def test_loops(self, words: TextTokenizer) -> None:
+    def test_loop_value_selects_a_token_index(self, words: TextTokenizer) -> None:
         made = table(SAME, words)
         (cell,) = cells("token c", made, words, loop_values={"c": 2})
         assert cell.label == "2"
         assert codes(made, "token c", words, loop_values={"c": 0.5}) == ["E0322"]
 
-    def test_ragged_prompts(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_ragged_prompts_require_an_alignment(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         assert codes(parts, "token *", words) == ["E0305"]
         assert codes(parts, "token 1..-1", words) == ["E0305"]
         lengths = [len(row.ids) for row in parts.runs["clean"].rows]
@@ -254,7 +272,7 @@ class TestCounted:
         assert hit_texts(parts, "clean", right[-1]) == (":",)
         assert codes(parts, "token * align middle", words) == ["E0203"]
 
-    def test_other_runs_may_differ_in_length(self, words: TextTokenizer) -> None:
+    def test_runs_of_different_lengths_require_an_alignment(self, words: TextTokenizer) -> None:
         made = table(
             'n in [4] w in ["fig"] xs = list(w, n, sep: " ") template "a {xs}"'
             " corrupt c { n = n + 1 }",
@@ -263,7 +281,9 @@ class TestCounted:
         assert codes(made, "token *", words) == []
         assert codes(made, "token *", words, with_runs=("c",)) == ["E0305"]
 
-    def test_outside(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_position_outside_the_prompt_is_rejected(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         assert codes(parts, "token 20", words) == ["E0310"]
         assert codes(parts, "token -40", words) == ["E0310"]
         assert codes(parts, "last token + 1", words) == ["E0310"]
@@ -275,7 +295,9 @@ class TestCounted:
 
 
 class TestSets:
-    def test_joined(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_position_set_joins_tokens_in_written_order(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         bar, end, both = cells("bar token, last token, {last token, bar token}", parts, words)
         assert both.label == "{last token, bar token}"
         assert all(
@@ -283,7 +305,9 @@ class TestSets:
             for p, r, q in zip(bar.hits, end.hits, both.hits, strict=True)
         )
 
-    def test_between(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_tokens_between_two_positions_are_selected(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         (cell,) = cells("tokens between bar token + 1 and step1 token - 1", parts, words)
         for n in range(len(parts)):
             found = hit(parts, cell, n)[0]
@@ -297,7 +321,9 @@ class TestSets:
         assert codes(parts, "tokens between item tokens and last token", words) == ["E0314"]
         assert codes(parts, "tokens between each item token and last token", words) == ["E0314"]
 
-    def test_except(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_except_selects_all_other_tokens(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         (cell,) = cells("tokens except item tokens", parts, words)
         found = hit_texts(parts, "clean", cell)
         assert not {"apple", "pear", "plum", "fig"} & set(found)
@@ -311,7 +337,9 @@ class TestSets:
 
 
 class TestRefusals:
-    def test_ambiguous(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_ambiguous_position_lists_alternatives(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         _, (error,) = resolve_positions(positions("item token"), parts, "clean", tokenizer=words)
         assert error.code == "E0306"
         for way in ("`first-item token`", "`last-item token`", "`item 2 token`", "`item tokens`"):
@@ -320,7 +348,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("run", "needed"), [("clean", "a >= 4"), ("fewer", "a >= 5")], ids=["clean", "fewer"]
     )
-    def test_absent_occurrences(
+    def test_missing_occurrence_suggests_a_where_condition(
         self, parts: PromptTable, words: TextTokenizer, run: str, needed: str
     ) -> None:
         _, (error,) = resolve_positions(
@@ -331,16 +359,20 @@ class TestRefusals:
         lacking = sum(len(row_words(parts, n, "part1", run)) < 4 for n in range(len(parts)))
         assert error.message.startswith(f"{lacking} of {len(parts)} rows")
 
-    def test_unknown(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_unknown_position_name_is_rejected(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         for text in ("itme token", "last-item of part3 token", '"apple" of part9 token'):
             assert codes(parts, text, words) == ["E0308"]
         _, (error,) = resolve_positions(positions("b token"), parts, "clean", tokenizer=words)
         assert "is a value" in error.help_text
 
-    def test_white_space(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_separator_of_white_space_has_no_token(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         assert codes(parts, "each sep of part1 token", words) == ["E0312"]
 
-    def test_line_breaks_between_items(self, gpt2: TextTokenizer) -> None:
+    def test_line_break_separators_have_tokens(self, gpt2: TextTokenizer) -> None:
         made = table(
             'w in ["fig", "plum"] xs = list(w, 3, sep: "\\n") template "{xs}"', gpt2, limit=3
         )
@@ -348,10 +380,12 @@ class TestRefusals:
         assert hit_texts(made, "clean", one) == ("\n",)
         assert one.hits[0] < two.hits[0]
 
-    def test_literal_that_is_not_there(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_literal_missing_from_the_prompt_is_rejected(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         assert codes(parts, '"Answer" token', words) == ["E0309"]
 
-    def test_ranked_and_images_are_for_later(
+    def test_ranked_and_image_positions_are_rejected_in_prompts(
         self, parts: PromptTable, words: TextTokenizer
     ) -> None:
         assert codes(parts, "top 25% of caap tokens", words) == ["E0108"]
@@ -359,13 +393,13 @@ class TestRefusals:
 
 
 class TestGlue:
-    def test_tokens_that_cover_more_are_told(self, gpt2: TextTokenizer) -> None:
+    def test_token_that_covers_adjacent_text_is_warned_about(self, gpt2: TextTokenizer) -> None:
         made = table('w in ["ap", "pe"] template "pear {w}ple"', gpt2)
         _, diagnostics = resolve_positions(positions("w token"), made, "clean", tokenizer=gpt2)
         assert [d.code for d in diagnostics] == ["W0701"]
         assert "`apple`" in diagnostics[0].label_text
 
-    def test_punctuation_is_a_token_of_its_own(self, gpt2: TextTokenizer) -> None:
+    def test_punctuation_is_a_separate_token(self, gpt2: TextTokenizer) -> None:
         made = table('w in ["Mary", "John"] template "When {w}, {v = w}\'s plum"', gpt2)
         first, second = cells("w token, v token", made, gpt2)
         assert set(hit_texts(made, "clean", first)) == {"Mary", "John"}
@@ -378,7 +412,7 @@ class TestGlue:
         after=st.sampled_from(["", " ", ".", "'s", "\n"]),
     )
     @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen", "t5", "bert"])
-    def test_hit_tokens_cover_the_span(
+    def test_selected_tokens_cover_the_span(
         self, every: dict[str, TextTokenizer], name: str, word: str, before: str, after: str
     ) -> None:
         tokenizer = every[name]
@@ -397,13 +431,15 @@ class TestGlue:
 
 
 class TestJoined:
-    def test_equal_numbers(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_joined_positions_need_equal_token_counts(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         for text, wrong in (("last-item of part1 token", []), ("part1 tokens", ["E0307"])):
             base = cells(text, parts, words, run="fewer")
             source = cells(text, parts, words)
             assert [d.code for d in check_token_counts(base, source)] == wrong
 
-    def test_rows_that_dropped_out_do_not_count(
+    def test_token_counts_ignore_rows_without_the_cell(
         self, parts: PromptTable, words: TextTokenizer
     ) -> None:
         source = cells("each item of part1 token", parts, words)
@@ -419,7 +455,7 @@ class TestReplace:
         row = replace_tokens(made, "clean", positions(text), cell, new, tokenizer).rows[0]
         return row.text, [row.text[s.start : s.end] for s in row.spans]
 
-    def test_units(self, gpt2: TextTokenizer) -> None:
+    def test_replacement_spans_the_selected_tokens(self, gpt2: TextTokenizer) -> None:
         made = table(
             'w in ["Vinson Massif"] v in ["fig"] template "the {w} is {v}. So" answer " Mary"', gpt2
         )
@@ -447,7 +483,7 @@ class TestReplace:
             ("{xs token, item tokens}", "Part thing, thing, thing: fig", ["thing"] * 3),
         ],
     )
-    def test_the_span_that_is_named_becomes_one(
+    def test_replacement_keeps_the_named_span(
         self, words: TextTokenizer, tmp_path: Path, at: str, expected: str, items: list[str]
     ) -> None:
         (tmp_path / "d.json").write_text('[{"ws": ["apple", "plum", "pear"]}]')
@@ -460,7 +496,7 @@ class TestReplace:
         lists = [row.text[s.start : s.end] for s in row.spans if s.name == "xs"]
         assert lists == [expected[len("Part ") : -len(": fig")]]
 
-    def test_tokens_and_answers(self, qwen: TextTokenizer) -> None:
+    def test_replacement_keeps_moved_token_and_answers(self, qwen: TextTokenizer) -> None:
         made = table('n in 2..3 template "Count {n} plum:" answer " {n}"', qwen)
         (cell,) = cells("n token", made, qwen)
         run = replace_tokens(made, "clean", positions("n token"), cell, "Mary", qwen)
@@ -470,7 +506,9 @@ class TestReplace:
             assert new.texts == old.texts
             assert new.values == old.values
 
-    def test_nothing_hit(self, parts: PromptTable, words: TextTokenizer) -> None:
+    def test_replacement_skips_rows_without_the_cell(
+        self, parts: PromptTable, words: TextTokenizer
+    ) -> None:
         each = "each item of part1 token"
         found = cells(each, parts, words)
         run = replace_tokens(parts, "clean", positions(each), found[-1], "thing", words)

@@ -1,4 +1,4 @@
-"""The prompt sets of published experiments, where they are on this machine."""
+"""Prompt sets of published experiments; skipped unless MECHDSL_DATA is set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .support import build, cells, hit
         ("relation_country_language.json", "People in {subject} speak", 24),
     ],
 )
-def test_every_file_is_read(
+def test_published_file_is_read(
     data: Path, gpt2: TextTokenizer, file: str, columns: str, rows: int | None
 ) -> None:
     made, diagnostics = build(f'rows "{data / file}" template "{columns}"', gpt2)
@@ -74,7 +74,9 @@ def test_ioi_pairs_differ_in_one_name(data: Path, gpt2: TextTokenizer) -> None:
     assert hit_texts(made, "clean", cell) == ("to",)
 
 
-def test_shots_for_function_vectors(data: Path, gpt2: TextTokenizer) -> None:
+def test_function_vector_prompts_have_ten_shots_and_a_question(
+    data: Path, gpt2: TextTokenizer
+) -> None:
     made, diagnostics = build(
         f"""rows "{data / "fv_country_capital.json"}"
         shots = list("Q: {{input}}\\nA: {{output}}", 10, from: p, sep: "\\n\\n", distinct: true)

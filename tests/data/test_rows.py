@@ -43,21 +43,21 @@ class TestCombinations:
         made = table('a in 1..3 b in ["x", "y"] template "{a} {b}"', words)
         assert sorted(texts(made)) == ["1 x", "1 y", "2 x", "2 y", "3 x", "3 y"]
 
-    def test_what_only_a_list_draws_is_no_axis(self, words: TextTokenizer) -> None:
+    def test_value_drawn_only_by_a_list_is_not_combined(self, words: TextTokenizer) -> None:
         made = table(FRUIT, words, limit=8)
         assert sorted(values(made, "count")) == list(range(2, 10))
         assert "item" not in made.runs["clean"].rows[0].values
 
-    def test_what_the_template_shows_as_well_is_one(self, words: TextTokenizer) -> None:
+    def test_value_drawn_by_a_list_and_the_template_is_combined(self, words: TextTokenizer) -> None:
         text = 'item in ["apple", "pear"] xs = list(item, 2, sep: " ") template "{item}: {xs}"'
         assert sorted(values(table(text, words, limit=2), "item")) == ["apple", "pear"]
 
-    def test_where(self, words: TextTokenizer) -> None:
+    def test_where_drops_combinations(self, words: TextTokenizer) -> None:
         made = table('a in 1..3 b in 1..3 where a < b template "{a} {b}"', words)
         assert sorted(texts(made)) == ["1 2", "1 3", "2 3"]
         assert made.conventions["dropped"] == "6 by `where`"
 
-    def test_ranges_and_steps(self, words: TextTokenizer) -> None:
+    def test_range_with_step_lists_its_values(self, words: TextTokenizer) -> None:
         made = table('a in 0..1 step 0.25 template "{a}"', words)
         assert sorted(texts(made)) == ["0", "0.25", "0.5", "0.75", "1"]
         made = table('a in [1..3, 7] template "{a}"', words)
@@ -65,15 +65,15 @@ class TestCombinations:
         made = table('a in 0..0.3 step 0.1 template "{a}"', words)
         assert sorted(texts(made)) == ["0", "0.1", "0.2", "0.3"]
 
-    def test_parameters(self, words: TextTokenizer) -> None:
+    def test_parameter_sets_a_range_bound(self, words: TextTokenizer) -> None:
         made = table('a in 1..most template "{a}"', words, parameters={"most": 2})
         assert sorted(texts(made)) == ["1", "2"]
 
-    def test_words_of_a_model(self, words: TextTokenizer) -> None:
+    def test_words_function_lists_words_of_a_model(self, words: TextTokenizer) -> None:
         made = table('w in words(toy) template "{w}"', words, words=lambda m: [m, "pear"])
         assert sorted(texts(made)) == ["pear", "toy"]
 
-    def test_templates_are_a_value(self, words: TextTokenizer) -> None:
+    def test_template_list_is_a_value_of_rows(self, words: TextTokenizer) -> None:
         text = 'a in 1..2 template in ["{a} apple", "pear {b = a + 1}"]'
         made = table(text, words)
         assert sorted(texts(made)) == ["1 apple", "2 apple", "pear 2", "pear 3"]
@@ -85,7 +85,7 @@ class TestCombinations:
 class TestLimit:
     @settings(max_examples=25, deadline=None)
     @given(seed=st.integers(0, 10**6), sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)))
-    def test_a_smaller_limit_is_a_part_of_a_larger_one(
+    def test_rows_of_a_smaller_limit_are_a_prefix_of_a_larger_one(
         self, words: TextTokenizer, seed: int, sizes: tuple[int, int]
     ) -> None:
         small, large = sorted(sizes)
@@ -95,36 +95,36 @@ class TestLimit:
         for run in ("clean", "fewer"):
             assert a.runs[run].rows == b.runs[run].rows[:small]
 
-    def test_draws_give_as_many_rows_as_asked_for(self, words: TextTokenizer) -> None:
+    def test_draws_fill_the_limit_with_distinct_rows(self, words: TextTokenizer) -> None:
         made = table(FRUIT, words, limit=200)
         assert len(made) == 200
         assert len(set(texts(made))) == 200
         assert len(set(made.row_ids)) == 200
 
-    def test_without_draws_there_are_no_more(self, words: TextTokenizer) -> None:
+    def test_limit_over_all_combinations_returns_all_rows(self, words: TextTokenizer) -> None:
         made = table('a in 1..3 template "{a}"', words, limit=200)
         assert len(made) == 3
         assert "no more exist" in made.conventions["rows"]
 
-    def test_draws_that_run_out(self, words: TextTokenizer) -> None:
+    def test_limit_over_all_draws_returns_distinct_rows(self, words: TextTokenizer) -> None:
         text = 'item in ["apple", "pear"] xs = list(item, 2, sep: " ") template "{xs}"'
         assert len(table(text, words, limit=100)) == 4
 
-    def test_seeds_differ(self, words: TextTokenizer) -> None:
+    def test_rows_depend_on_the_seed(self, words: TextTokenizer) -> None:
         a, b = (table(FRUIT, words, seed=s, limit=20) for s in (0, 1))
         assert texts(a) != texts(b)
 
-    def test_python_hashes_and_global_randomness_play_no_part(self, words: TextTokenizer) -> None:
+    def test_rows_do_not_depend_on_the_random_module(self, words: TextTokenizer) -> None:
         random.seed(1)
         a = table(FRUIT, words, limit=20)
         random.seed(2)
         assert a == table(FRUIT, words, limit=20)
 
-    def test_rows_are_what_they_were(self, words: TextTokenizer) -> None:
-        """Cached results and published tables hang on this: change it knowingly or not at all."""
+    def test_rows_equal_pinned_texts(self, words: TextTokenizer) -> None:
+        """Cached results and published tables depend on these rows."""
         assert texts(table(FRUIT, words, limit=3)) == PINNED
 
-    def test_draws_hang_on_the_prompts_name(self, words: TextTokenizer) -> None:
+    def test_draws_depend_on_the_name_of_the_block(self, words: TextTokenizer) -> None:
         a = table(f"prompts p {{ {FRUIT} }}", words, limit=20)
         b = table(f"prompts q {{ {FRUIT} }}", words, limit=20)
         assert texts(a) != texts(b)
@@ -149,7 +149,7 @@ class TestLimit:
 
 
 class TestDraws:
-    def test_other_is_another_one(self, words: TextTokenizer) -> None:
+    def test_other_draws_a_different_value(self, words: TextTokenizer) -> None:
         text = 'a in ["apple", "pear", "plum"] b = other(a) template "{a} {b}"'
         made = table(text, words, limit=100)
         assert sorted(texts(made)) == sorted(
@@ -159,12 +159,12 @@ class TestDraws:
             if a != b
         )
 
-    def test_others_are_all_different(self, words: TextTokenizer) -> None:
+    def test_others_draws_distinct_values(self, words: TextTokenizer) -> None:
         text = """a in ["apple", "pear", "plum", "fig", "kiwi"] b = other(a)
         c, d, e = others(a, b) template "{a} {b} {c} {d} {e}" """
         assert all(len(set(t.split())) == 5 for t in texts(table(text, words, limit=50)))
 
-    def test_choice_and_shuffle(self, words: TextTokenizer) -> None:
+    def test_choice_and_shuffle_draw_from_their_values(self, words: TextTokenizer) -> None:
         text = """n in 1..20 c = choice("apple", "pear") xs = list(y, 3, sep: " ", distinct: true)
         y in ["fig", "plum", "kiwi"] zs = shuffle(xs) template "{n} {c} {xs} | {zs}" """
         made = table(text, words)
@@ -173,21 +173,21 @@ class TestDraws:
             assert sorted(row.values["xs"]) == sorted(row.values["zs"]) == ["fig", "kiwi", "plum"]
         assert values(made, "xs") != values(made, "zs")
 
-    def test_lists(self, words: TextTokenizer) -> None:
+    def test_list_joins_items_with_separators(self, words: TextTokenizer) -> None:
         text = """n in 0..3 y in ["fig", "plum"] xs = list(y, n, sep: ", ", last: " and ")
         template "[{xs}]" """
         made = table(text, words, limit=4)
         shapes = {t.replace("plum", "x").replace("fig", "x") for t in texts(made)}
         assert shapes == {"[]", "[x]", "[x and x]", "[x, x and x]"}
 
-    def test_items_of_lists(self, words: TextTokenizer) -> None:
+    def test_index_selects_an_item_of_a_list(self, words: TextTokenizer) -> None:
         text = """y in ["fig", "plum", "kiwi"] xs = list(y, 3, sep: " ", distinct: true)
         template "{xs}: {second = xs[2]}" answer " {xs[3]}" """
         for row in table(text, words, limit=5).runs["clean"].rows:
             assert row.text.split()[-1] == row.text.split()[1]
             assert row.texts["answer"].text == " " + row.values["xs"][2]
 
-    def test_texts_in_lists(self, words: TextTokenizer) -> None:
+    def test_list_of_templates_has_spans_of_their_values(self, words: TextTokenizer) -> None:
         text = """y in ["fig", "plum"] z in 1..3 xs = list("{y} {z}", 2, sep: ", ")
         template "{xs}" """
         made = table(text, words, limit=10)
@@ -195,7 +195,7 @@ class TestDraws:
         names = [s.name for s in made.runs["clean"].rows[0].spans]
         assert names == ["xs", "y", "z", "sep", "y", "z"]
 
-    def test_conditions_and_arithmetic(self, words: TextTokenizer) -> None:
+    def test_conditional_and_arithmetic_values_are_computed(self, words: TextTokenizer) -> None:
         text = """a in 1..4 b = if a > 2 and not a = 4 then a * 2 else -a
         h = a / 2 template "{a} {b} {h}" """
         assert sorted(texts(table(text, words))) == ["1 -1 0.5", "2 -2 1", "3 6 1.5", "4 -4 2"]
@@ -207,7 +207,7 @@ class TestDraws:
 
 
 class TestCorruptions:
-    def test_lists_keep_their_draws(self, words: TextTokenizer) -> None:
+    def test_corrupted_list_length_keeps_drawn_items(self, words: TextTokenizer) -> None:
         made = table(FRUIT + "corrupt more { count = count + 2 }", words, limit=50)
         for clean, fewer, more in zip(
             *(made.runs[r].rows for r in ("clean", "fewer", "more")), strict=True
@@ -216,7 +216,7 @@ class TestCorruptions:
             assert more.values["fruits"][: clean.values["count"]] == clean.values["fruits"]
             assert fewer.texts["answer"].text == f" {clean.values['count'] - 1}"
 
-    def test_distinct_lists_keep_their_draws(self, words: TextTokenizer) -> None:
+    def test_corrupted_distinct_list_length_keeps_drawn_items(self, words: TextTokenizer) -> None:
         text = """n in 2..5 y in words(toy) xs = list(y, n, sep: " ", distinct: true)
         template "{xs}" corrupt more { n = n + 3 }"""
         made = table(text, words, limit=20)
@@ -224,7 +224,7 @@ class TestCorruptions:
             assert more.values["xs"][: clean.values["n"]] == clean.values["xs"]
             assert len(set(more.values["xs"])) == clean.values["n"] + 3
 
-    def test_a_list_written_out_is_drawn_anew(self, words: TextTokenizer) -> None:
+    def test_corruption_that_redefines_a_list_redraws_it(self, words: TextTokenizer) -> None:
         text = """y in words(toy) xs = list(y, 6, sep: " ") template "{xs} {cue = xs[1]}"
         corrupt scrambled { xs = list(y, 6, sep: " ") }"""
         made = table(text, words, limit=20)
@@ -232,14 +232,14 @@ class TestCorruptions:
         for row in made.runs["scrambled"].rows:
             assert row.values["cue"] == row.values["xs"][0]
 
-    def test_items_that_a_list_draws_can_be_changed(self, words: TextTokenizer) -> None:
+    def test_corruption_replaces_each_drawn_item(self, words: TextTokenizer) -> None:
         made = table(FRUIT + "corrupt swapped { item = other(item) }", words, limit=30)
         for clean, swapped in zip(made.runs["clean"].rows, made.runs["swapped"].rows, strict=True):
             pairs = list(zip(clean.values["fruits"], swapped.values["fruits"], strict=True))
             assert len(pairs) == clean.values["count"]
             assert all(a != b for a, b in pairs)
 
-    def test_spans_of_one_value_change_alone(self, words: TextTokenizer) -> None:
+    def test_corruption_edits_one_span_of_a_shared_value(self, words: TextTokenizer) -> None:
         text = """io in ["apple", "pear", "plum", "fig", "kiwi"] s = other(io)
         template "{io} {s1 = s} {s2 = s}" answer " {io}" wrong " {s}"
         corrupt abc { io, s1, s2 = others(io, s) }
@@ -252,12 +252,12 @@ class TestCorruptions:
             assert len(set(new) | set(old)) == 5
             assert second.text.split() == [old[0], old[1], old[0]]
 
-    def test_derived_draws_stay_while_they_are_allowed(self, words: TextTokenizer) -> None:
+    def test_corruption_keeps_dependent_draws_if_still_valid(self, words: TextTokenizer) -> None:
         text = """a in words(toy) b = other(a) template "{a} {b}" corrupt c { a = other(a, b) }"""
         made = table(text, words, limit=50)
         assert values(made, "b") == values(made, "b", "c")
 
-    def test_swap_and_template(self, words: TextTokenizer) -> None:
+    def test_corruption_swaps_values_and_replaces_the_template(self, words: TextTokenizer) -> None:
         text = """a in 1..3 b in 4..6 template "{a} {b}" corrupt s { swap a, b }
         corrupt t { template "{b}: {a} {c = a + b}" }"""
         made = table(text, words)
@@ -266,19 +266,21 @@ class TestCorruptions:
             assert made.runs["s"].rows[n].text == f"{b} {a}"
             assert made.runs["t"].rows[n].text == f"{b}: {a} {int(a) + int(b)}"
 
-    def test_changes_follow_one_another(self, words: TextTokenizer) -> None:
+    def test_corruption_steps_apply_in_order(self, words: TextTokenizer) -> None:
         text = 'a in 1..3 b in 4..6 template "{a} {b}" corrupt c { a = a + 1 b = a }'
         for clean, row in zip(
             *(table(text, words).runs[r].rows for r in ("clean", "c")), strict=True
         ):
             assert row.values["a"] == row.values["b"] == clean.values["a"] + 1
 
-    def test_rows_it_leaves_unchanged_are_dropped(self, words: TextTokenizer) -> None:
+    def test_rows_equal_after_corruption_are_dropped(self, words: TextTokenizer) -> None:
         made = table('a in 1..4 template "{a}" corrupt c { a = 2 }', words)
         assert sorted(texts(made)) == ["1", "3", "4"]
         assert "1 that `c` leaves unchanged" in made.conventions["dropped"]
 
-    def test_records_of_a_file_are_kept(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_duplicate_records_are_kept_unless_distinct(
+        self, words: TextTokenizer, tmp_path: Path
+    ) -> None:
         (tmp_path / "a.csv").write_text("x,y\n1,2\n3,4\n1,2\n1,5\n1,2\n", encoding="utf-8")
         rows = f'rows "{tmp_path / "a.csv"}"'
         rest = 'template "{x}" answer " {y}"'
@@ -294,14 +296,14 @@ class TestCorruptions:
         assert once.conventions["dropped"] == "2 duplicates"
         assert (
             once.row_ids
-            == tuple(  # the same rows, but for the copies
+            == tuple(  # the same rows without duplicates
                 number
                 for n, number in enumerate(every.row_ids)
                 if values(every, "y")[n] not in values(every, "y")[:n]
             )
         )
 
-    def test_what_is_drawn_for_a_record_counts_once(
+    def test_equal_draws_for_one_record_are_duplicates(
         self, words: TextTokenizer, tmp_path: Path
     ) -> None:
         (tmp_path / "a.csv").write_text("x\n1\n1\n", encoding="utf-8")
@@ -310,7 +312,9 @@ class TestCorruptions:
         assert made is not None
         assert sorted(texts(made)) == ["1 1", "1 1", "1 2", "1 2"]
 
-    def test_copies_stay_on_one_side_of_a_split(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_duplicate_records_are_in_the_same_part_of_a_split(
+        self, words: TextTokenizer, tmp_path: Path
+    ) -> None:
         lines = [str(n % 7) for n in range(70)]
         (tmp_path / "a.csv").write_text("\n".join(["x", *lines, ""]), encoding="utf-8")
         text = f'rows "{tmp_path / "a.csv"}" template "{{x}}" split 50%'
@@ -320,7 +324,7 @@ class TestCorruptions:
         assert sorted(train + test) == sorted(lines)
         assert (len(set(train)), len(set(test))) == (3, 4)
 
-    def test_noise_leaves_the_text(self, words: TextTokenizer) -> None:
+    def test_noise_corruption_records_positions_and_scale(self, words: TextTokenizer) -> None:
         text = """a in ["apple", "pear"] template "Part {a}:"
         corrupt n { add gaussian(std: 3 sd, samples: 10) to embed at a tokens }
         corrupt m { add gaussian(std: 0.5) to embed at last token }"""
@@ -336,14 +340,14 @@ class TestCorruptions:
         assert absolute.positions == ((3,),)
         assert made.conventions["noise of n"] == "gaussian, 3 sd over 2 tokens, 10 draws"
 
-    def test_sd_of_another_span(self, words: TextTokenizer) -> None:
+    def test_noise_scale_uses_tokens_of_another_span(self, words: TextTokenizer) -> None:
         text = """a in ["apple", "pear"] b = "fig" template "{a} {b}"
         corrupt n { add gaussian(std: 3 sd of b) to embed at a tokens }"""
         noise = table(text, words).runs["n"].noise
         assert noise is not None
         assert [words.token_text(t) for t in noise.sd_tokens] == ["fig", "fig"]
 
-    def test_sd_does_not_hang_on_limit_or_split(self, words: TextTokenizer) -> None:
+    def test_noise_scale_does_not_depend_on_limit_or_split(self, words: TextTokenizer) -> None:
         text = (
             FRUIT
             + """split 50%
@@ -355,7 +359,7 @@ class TestCorruptions:
         ]
         assert len({n.sd_tokens for n in found if n is not None}) == 1
 
-    def test_replaced_tokens(self, words: TextTokenizer) -> None:
+    def test_replace_corruption_replaces_each_item(self, words: TextTokenizer) -> None:
         made = table(FRUIT + 'corrupt blank { replace item tokens with "thing" }', words, limit=10)
         for clean, blank in zip(made.runs["clean"].rows, made.runs["blank"].rows, strict=True):
             things = " ".join(["thing"] * clean.values["count"])
@@ -378,7 +382,7 @@ class TestSplit:
         assert not set(train.row_ids) & set(test.row_ids)
         assert set(train.row_ids) | set(test.row_ids) == set(whole.row_ids)
 
-    def test_limits_of_parts(self, words: TextTokenizer) -> None:
+    def test_limit_applies_within_a_part_of_a_split(self, words: TextTokenizer) -> None:
         text = FRUIT + "split 30%"
         small = table(text, words, part="test", limit=10)
         large = table(text, words, part="test", limit=40)
@@ -386,7 +390,7 @@ class TestSplit:
         assert small.row_ids == large.row_ids[:10]
         assert not set(texts(large)) & set(texts(train))
 
-    def test_no_split(self, words: TextTokenizer) -> None:
+    def test_part_without_split_is_rejected_without_draws(self, words: TextTokenizer) -> None:
         assert len(table(FRUIT, words, part="train", limit=5)) == 5
         assert codes('a in 1..3 template "{a}"', words, part="test") == ["E0509"]
 
@@ -408,7 +412,9 @@ class TestFiles:
                 path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
 
     @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv"])
-    def test_formats(self, words: TextTokenizer, tmp_path: Path, suffix: str) -> None:
+    def test_data_file_format_is_read(
+        self, words: TextTokenizer, tmp_path: Path, suffix: str
+    ) -> None:
         self.write(tmp_path, f"d.{suffix}")
         made = table(
             f'rows "d.{suffix}" where n > 1 template "{{x}} {{n + 1}}"',
@@ -419,20 +425,20 @@ class TestFiles:
         assert sorted(made.row_ids) == [1, 2]
         assert len(made.data_hash) == 64
 
-    def test_parquet_needs_an_extra(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_unreadable_parquet_is_rejected(self, words: TextTokenizer, tmp_path: Path) -> None:
         (tmp_path / "d.parquet").write_bytes(b"PAR1")
         made, (error,) = build('rows "d.parquet" template "{x}"', words, path=tmp_path / "f.mech")
         assert made is None
         assert error.code == "E0505"
 
-    def test_parquet(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_parquet_file_is_read(self, words: TextTokenizer, tmp_path: Path) -> None:
         pyarrow: Any = pytest.importorskip("pyarrow")
         parquet: Any = pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(list(self.RECORDS)), tmp_path / "d.parquet")
         made = table('rows "d.parquet" template "{x}"', words, path=tmp_path / "f.mech")
         assert len(made) == 3
 
-    def test_numbers_that_are_written_in_their_own_way_stay_texts(
+    def test_csv_values_with_leading_zeros_or_nan_stay_texts(
         self, words: TextTokenizer, tmp_path: Path
     ) -> None:
         (tmp_path / "d.csv").write_text("y,z,s\n02,1,nan\n41,2,1.5\n")
@@ -441,25 +447,31 @@ class TestFiles:
         assert sorted(values(made, "z")) == [1, 2]
         assert sorted(values(made, "s")) == ["1.5", "nan"]
 
-    def test_quoted_line_breaks(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_csv_value_with_quoted_line_break_is_read(
+        self, words: TextTokenizer, tmp_path: Path
+    ) -> None:
         (tmp_path / "d.csv").write_text('x\n"apple\npear, ""fig"""\n')
         made = table('rows "d.csv" template "{x}"', words, path=tmp_path / "f.mech")
         assert texts(made) == ['apple\npear, "fig"']
 
-    def test_records_inside_an_object(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_json_records_inside_an_object_are_read(
+        self, words: TextTokenizer, tmp_path: Path
+    ) -> None:
         content = {"name": "r", "samples": [{"s": "apple"}, {"s": "pear"}], "tags": ["a"]}
         (tmp_path / "d.json").write_text(json.dumps(content))
         made = table('rows "d.json" template "{name} {s}"', words, path=tmp_path / "f.mech")
         assert sorted(texts(made)) == ["r apple", "r pear"]
 
-    def test_rename(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_rename_maps_columns_to_values(self, words: TextTokenizer, tmp_path: Path) -> None:
         self.write(tmp_path, "d.json")
         made = table(
             'rows "d.json" rename { word = x } template "{word}"', words, path=tmp_path / "f.mech"
         )
         assert sorted(values(made, "word")) == ["Zoë", "apple", "pear"]
 
-    def test_a_new_name_is_none_that_there_is(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_rename_to_an_existing_column_is_rejected(
+        self, words: TextTokenizer, tmp_path: Path
+    ) -> None:
         (tmp_path / "d.json").write_text(json.dumps([{"x": "apple", "y": "pear"}]))
 
         lines = 'rows "d.json" rename { y = x } template "{y}"'
@@ -471,13 +483,13 @@ class TestFiles:
         )
         assert texts(both) == ["pear apple"]
 
-    def test_records_times_values(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_records_are_combined_with_values(self, words: TextTokenizer, tmp_path: Path) -> None:
         self.write(tmp_path, "d.json")
         made = table('rows "d.json" k in 1..2 template "{x} {k}"', words, path=tmp_path / "f.mech")
         assert len(made) == 6
         assert made.conventions["rows"].startswith("6 of 6 combinations")
 
-    def test_columns_that_hold_lists(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_list_draws_from_a_column_of_lists(self, words: TextTokenizer, tmp_path: Path) -> None:
         rows = [{"ws": ["apple", "pear", "fig"]}, {"ws": ["plum"]}]
         (tmp_path / "d.json").write_text(json.dumps(rows))
         made = table(
@@ -487,7 +499,7 @@ class TestFiles:
         )
         assert sorted(texts(made)) == ["apple, pear, fig apple", "plum plum"]
 
-    def test_shots_are_whole_records_and_never_the_question(
+    def test_shots_are_whole_records_without_the_question(
         self, gpt2: TextTokenizer, tmp_path: Path
     ) -> None:
         rows = [{"input": f"i{n}", "output": f"o{n}"} for n in range(5)]
@@ -512,7 +524,7 @@ class TestFiles:
             assert row.texts["answer"].text == f" o{own[1:]}"
             assert [s.name for s in row.spans].count("input") == 4
 
-    def test_shuffled_columns(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_shuffle_permutes_a_column(self, words: TextTokenizer, tmp_path: Path) -> None:
         rows = [{"q": f"q{n}", "a": f"a{n}"} for n in range(20)]
         (tmp_path / "d.json").write_text(json.dumps(rows))
         made = table(
@@ -521,7 +533,9 @@ class TestFiles:
         assert sorted(values(made, "b")) == sorted(values(made, "a"))
         assert values(made, "b") != values(made, "a")
 
-    def test_spans_inside_columns(self, words: TextTokenizer, tmp_path: Path) -> None:
+    def test_span_in_a_column_marks_each_occurrence(
+        self, words: TextTokenizer, tmp_path: Path
+    ) -> None:
         rows = [
             {"prompt": "the apple of Anna is an apple", "subject": "apple", "other": "fig"},
             {"prompt": "pineapple, pear", "subject": "pear", "other": "kiwi"},
@@ -534,11 +548,11 @@ class TestFiles:
         places = [(s.name, s.start, s.within) for s in by_subject["apple"].spans]
         inside = ("prompt",)
         assert places == [("prompt", 0, ()), ("subject", 4, inside), ("subject", 24, inside)]
-        # A corrupted subject is written where the subject stands.
+        # A corrupted subject replaces the subject within the prompt.
         assert sorted(texts(made, "c")) == ["pineapple, kiwi", "the fig of Anna is an fig"]
 
-    def test_spans_of_the_texts_of_a_list(self, words: TextTokenizer, tmp_path: Path) -> None:
-        """A list marks each of its texts, also none; a corruption replaces them one by one."""
+    def test_span_of_a_list_marks_each_text(self, words: TextTokenizer, tmp_path: Path) -> None:
+        """The list may be empty; a corruption replaces its texts one by one."""
         rows = [
             {"prompt": "apple pear fig", "used": ["fig", "apple"], "new": ["kiwi", "plum"]},
             {"prompt": "pear", "used": [], "new": []},
@@ -567,7 +581,7 @@ class TestFiles:
         path.write_text(json.dumps([{"prompt": "apple pear", **overlapping}]))
         assert codes(text, words, path=tmp_path / "f.mech") == ["E0503"]
 
-    def test_literal_spans_are_the_last_occurrence(self, words: TextTokenizer) -> None:
+    def test_literal_span_marks_the_last_occurrence(self, words: TextTokenizer) -> None:
         made = table('template "thing: anything, thing." span slot = "thing"', words)
         (span,) = made.runs["clean"].rows[0].spans
         assert (span.name, span.start) == ("slot", 17)
@@ -582,30 +596,30 @@ class TestHugeThings:
         assert len(made) == 50
         assert all(row.values["a"] < row.values["b"] for row in made.runs["clean"].rows)
 
-    def test_huge_products_are_not_written_out(self, words: TextTokenizer) -> None:
+    def test_too_many_combinations_are_rejected(self, words: TextTokenizer) -> None:
         assert codes('a in 0..1000000 b in 0..1000000 template "{a} {b}"', words) == ["E0506"]
         assert codes('a in 0..300000 template "{a}"', words) == ["E0506"]
         assert codes('a in 0..9 template "{a}"', words, limit=10**9) == ["E0506"]
 
-    def test_conditions_that_nothing_fulfils_are_given_up(
+    def test_unsatisfiable_condition_is_rejected_after_the_limit(
         self, words: TextTokenizer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("mechdsl.base.limits.COMBINATIONS", 500)
         text = 'a in 0..1000000 b in 0..1000000 where a = b template "{a} {b}"'
         assert codes(text, words, limit=10) == ["E0506"]
 
-    def test_huge_lists(self, words: TextTokenizer) -> None:
+    def test_huge_list_is_rejected(self, words: TextTokenizer) -> None:
         text = 'n in [1000000000] y in 1..5 ys = list(y, n) template "{ys}"'
         assert codes(text, words) == ["E0506"]
 
 
 class TestChains:
-    def test_circles_in_templates(self, words: TextTokenizer) -> None:
+    def test_circular_definitions_in_templates_are_rejected(self, words: TextTokenizer) -> None:
         assert codes('template "{a = b} {b = a}"', words) == ["E0502"]
         text = 'n in 1..2 template "{n}" corrupt c { template "{a = b} {b = a}" }'
         assert codes(text, words) == ["E0502"]
 
-    def test_long_chains(self, words: TextTokenizer) -> None:
+    def test_too_long_chain_of_definitions_is_rejected(self, words: TextTokenizer) -> None:
         def chain(length: int) -> str:
             lines = [f"x{n} = x{n - 1} + 1" for n in range(1, length)]
             return "\n".join(["x0 in 1..2", *lines, f'template "{{x{length - 1}}}"'])
@@ -615,9 +629,9 @@ class TestChains:
 
 
 class TestRefusedRows:
-    """Errors that come up only when rows are made; each is told once, with one row as example."""
+    """Errors found only while rows are built; each is reported once, with an example row."""
 
-    def test_each_is_told_once(self, words: TextTokenizer) -> None:
+    def test_row_error_is_reported_once_with_an_example(self, words: TextTokenizer) -> None:
         text = 'a in 0..9 b = 1 / a c = xs[3] xs = list(y, 2) y in [1, 2] template "{b} {c}"'
         made, diagnostics = build(text, words)
         assert made is None
@@ -659,20 +673,22 @@ class TestRefusedRows:
             ('b in 1..3 template "{b}" corrupt c { replace zz token with "x" }', "E0308"),
         ],
     )  # fmt: skip
-    def test_codes(self, words: TextTokenizer, lines: str, code: str) -> None:
+    def test_invalid_rows_have_their_error_code(
+        self, words: TextTokenizer, lines: str, code: str
+    ) -> None:
         made, diagnostics = build(lines.replace("@", "corrupt c { add "), words)
         assert made is None
         assert {d.code for d in diagnostics if d.severity == "error"} == {code}
         assert all(d.span is not None for d in diagnostics)
 
-    def test_each_row_misses_another_change(self, words: TextTokenizer) -> None:
+    def test_rows_that_each_lack_a_corruption_are_rejected(self, words: TextTokenizer) -> None:
         text = 'a in 1..2 template "{a}" corrupt one { a = 1 } corrupt two { a = 2 }'
         made, diagnostics = build(text, words)
         assert made is None
         assert [d.code for d in diagnostics] == ["E0509"]
         assert diagnostics[0].message.endswith("`one` or `two` leaves each of them unchanged")
 
-    def test_no_row_has_a_change(self, words: TextTokenizer) -> None:
+    def test_corruption_without_effect_in_any_row_is_rejected(self, words: TextTokenizer) -> None:
         text = 'a in 1..2 template "{a}" corrupt one { a = a } corrupt two { a = 2 }'
         made, diagnostics = build(text, words)
         assert made is None
@@ -680,14 +696,14 @@ class TestRefusedRows:
 
 
 class TestConventions:
-    def test_rows(self, words: TextTokenizer) -> None:
+    def test_conventions_report_sampled_rows_and_part(self, words: TextTokenizer) -> None:
         made = table(FRUIT, words, limit=5, seed=3)
         assert made.conventions["rows"] == "5 drawn from 8 combinations, seed 3"
         made = table('a in 1..4 template "{a}" split 50%', words, part="train")
         rows = "2 of 4 combinations, part `train` of a 50% split, seed 0"
         assert made.conventions["rows"] == rows
 
-    def test_tokens(self, words: TextTokenizer) -> None:
+    def test_conventions_report_bos_and_answer_tokens(self, words: TextTokenizer) -> None:
         made = table(FRUIT, words, limit=5)
         assert made.conventions["bos"] == "`<s>` in front (by the tokenizer)"
         assert made.conventions["answer"].endswith("one token, read after the prompt")

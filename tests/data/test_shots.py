@@ -1,4 +1,4 @@
-"""Few-shot prompts: whole records of another block, and shots whose values are dealt out anew."""
+"""Few-shot prompts: whole records of another block, and corruptions that shuffle their answers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def shots(text: str) -> list[tuple[str, str]]:
     return [(question.removeprefix("Q: "), answer) for question, answer in parts]
 
 
-def test_shots_are_other_records(tmp_path: Path, gpt2: TextTokenizer) -> None:
+def test_shots_are_distinct_records_without_the_question(
+    tmp_path: Path, gpt2: TextTokenizer
+) -> None:
     table = made(tmp_path, gpt2)
     assert len(table) == len(PAIRS)
     known = {(pair["input"], pair["output"]) for pair in PAIRS}
@@ -79,12 +81,12 @@ def test_shots_are_other_records(tmp_path: Path, gpt2: TextTokenizer) -> None:
     assert every != {tuple(shots(r.text)) for r in made(tmp_path, gpt2, seed=1).runs["clean"].rows}
 
 
-def test_draws_hang_on_the_content(tmp_path: Path, gpt2: TextTokenizer) -> None:
+def test_shots_do_not_depend_on_the_order_of_records(tmp_path: Path, gpt2: TextTokenizer) -> None:
     first = {row.text for row in made(tmp_path, gpt2).runs["clean"].rows}
     assert first == {row.text for row in made(tmp_path, gpt2, pairs=PAIRS[::-1]).runs["clean"].rows}
 
 
-def test_shuffled_shots_have_the_same_values(tmp_path: Path, gpt2: TextTokenizer) -> None:
+def test_shuffled_shots_permute_the_answers(tmp_path: Path, gpt2: TextTokenizer) -> None:
     table = made(tmp_path, gpt2)
     clean, mixed = (table.runs[run].rows for run in ("clean", "mixed"))
     for before, after in zip(clean, mixed, strict=True):
@@ -96,7 +98,9 @@ def test_shuffled_shots_have_the_same_values(tmp_path: Path, gpt2: TextTokenizer
         assert before.text.rpartition("; ")[2] == after.text.rpartition("; ")[2]
 
 
-def test_two_shots_change_places_and_one_stays(tmp_path: Path, gpt2: TextTokenizer) -> None:
+def test_shuffling_two_shots_swaps_answers_and_one_is_rejected(
+    tmp_path: Path, gpt2: TextTokenizer
+) -> None:
     for row in made(tmp_path, gpt2, count=2).runs["mixed"].rows:
         (a, x), (b, y) = shots(row.text)
         assert (a, y) in [(p["input"], p["output"]) for p in PAIRS]
@@ -117,7 +121,7 @@ def test_two_shots_change_places_and_one_stays(tmp_path: Path, gpt2: TextTokeniz
     ],
 )
 @pytest.mark.parametrize("run", ["clean", "mixed"])
-def test_parts_of_shots_are_positions(
+def test_position_selects_inputs_and_outputs_of_shots(
     position: str, part: int, run: str, tmp_path: Path, gpt2: TextTokenizer
 ) -> None:
     table = made(tmp_path, gpt2)
@@ -143,7 +147,7 @@ def test_parts_of_shots_are_positions(
         ("shots = shuffle(shots, output, input)", "E0515", "has too many arguments"),
     ],
 )
-def test_what_is_refused(
+def test_invalid_shuffle_of_shots_is_rejected(
     change: str, code: str, said: str, tmp_path: Path, gpt2: TextTokenizer
 ) -> None:
     table, found = build(tmp_path, gpt2, change=change)
@@ -153,7 +157,9 @@ def test_what_is_refused(
 
 @pytest.mark.skipif("MECHDSL_DATA" not in os.environ, reason="no published data")
 @pytest.mark.parametrize("name", ["present_past", "country_capital", "antonym"])
-def test_published_pairs(name: str, tmp_path: Path, gpt2: TextTokenizer) -> None:
+def test_published_pairs_are_shuffled_in_shots(
+    name: str, tmp_path: Path, gpt2: TextTokenizer
+) -> None:
     data = json.loads((Path(os.environ["MECHDSL_DATA"]) / f"fv_{name}.json").read_bytes())[:60]
     table = made(tmp_path, gpt2, count=10, pairs=data)
     for before, after in zip(table.runs["clean"].rows, table.runs["mixed"].rows, strict=True):

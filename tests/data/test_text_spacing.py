@@ -1,4 +1,4 @@
-"""Texts that follow their prompt with no space or with two: W0705, and its advice elsewhere."""
+"""Answers separated from the prompt by no space or by two: W0705, and related help texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .support import build, metric_text, wrapped
 
 
 def characters() -> Tokenizer:
-    """Each character is a token, the space too."""
+    """A tokenizer in which each character is a token, including the space."""
     known = "~ abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:=+-/$%.,;?!()<>\"'\n"
     vocabulary = {character: number for number, character in enumerate(known)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="~"))
@@ -54,8 +54,7 @@ def tokenizer_of(name: str) -> TextTokenizer:
 
 
 def reported(template: str, answer: str, name: str) -> dict[str, str]:
-    """Code → help of what is said of an answer that is measured, words unknown to a small
-    vocabulary left out."""
+    """Code → help of diagnostics of a measured answer, except for unknown words (W0702)."""
     tokenizer = tokenizer_of(name)
     written = f"template {json.dumps(template)} answer {json.dumps(answer)}"
     made, diagnostics = build(f'place in ["France", "Italy"] {written}', tokenizer)
@@ -162,7 +161,7 @@ def test_right_text_is_not_reported(case: str, name: str) -> None:
     assert spacing_problem(*RIGHT[case], tokenizer_of(name)) is None
 
 
-def test_rows_are_counted_and_the_first_is_shown() -> None:
+def test_spacing_warning_counts_rows_and_shows_the_first() -> None:
     tokenizer = tokenizer_of("byte-level")
     rows = 'place in ["France", " Italy"] template "one plum is" answer "{place}"'
     made, _ = build(rows, tokenizer)
@@ -171,14 +170,14 @@ def test_rows_are_counted_and_the_first_is_shown() -> None:
     assert warning.label_text == "the model reads `one plum isFrance` in 1 of 2 rows"
 
 
-def test_texts_that_no_measure_reads_are_not_reported() -> None:
+def test_unmeasured_answer_is_not_reported() -> None:
     _, diagnostics = build(
         'place in ["France"] template "one plum is" answer "{place}"', tokenizer_of("byte-level")
     )
     assert not diagnostics
 
 
-def test_token_given_by_its_id_is_not_reported() -> None:
+def test_answer_given_by_token_id_is_not_reported() -> None:
     tokenizer = tokenizer_of("byte-level")
     made, _ = build('n in [40, 41] template "one plum is" answer token_id(n)', tokenizer)
     assert made is not None
@@ -189,7 +188,7 @@ def test_token_given_by_its_id_is_not_reported() -> None:
     ("metric", "at"),
     [('"Paris"', "measure"), ("answer of other", "prompts"), ("answer", "prompts")],
 )
-def test_text_in_a_metric_is_reported_where_it_is_written(metric: str, at: str) -> None:
+def test_spacing_warning_points_to_the_text_in_its_block(metric: str, at: str) -> None:
     tokenizer = tokenizer_of("byte-level")
     written = """
       place in ["France", "Italy"]

@@ -36,7 +36,7 @@ def as_row(tokenizer: TextTokenizer, text: str) -> RunRow:
         "12 345: 6",
     ],
 )
-def test_offsets_are_characters_and_cover_the_text(
+def test_offsets_count_characters_and_cover_the_text(
     every: dict[str, TextTokenizer], name: str, text: str
 ) -> None:
     encoded = every[name].encode(text)
@@ -56,7 +56,7 @@ def test_offsets_are_characters_and_cover_the_text(
     sep=st.sampled_from([" ", "  ", "\n", ", "]),
     choice=st.integers(0, 5),
 )
-def test_the_hit_tokens_cover_the_span_and_no_other_word(
+def test_span_tokens_cover_the_span_and_no_other_word(
     every: dict[str, TextTokenizer], name: str, words: list[str], sep: str, choice: int
 ) -> None:
     n = choice % len(words)
@@ -67,14 +67,16 @@ def test_the_hit_tokens_cover_the_span_and_no_other_word(
     hit = tokens.tokens(start, end)
     covered = {i for t in hit for i in range(*tokens.places[t])}
     assert set(range(start, end)) <= covered
-    # White space keeps words apart: nothing that is hit may reach over it, unless the token does.
+    # Words are separated by white space, so selected tokens must not extend past it.
     low = max((i + 1 for i in range(start) if text[i].isspace()), default=0)
     high = min((i for i in range(end, len(text)) if text[i].isspace()), default=len(text))
     bridging = any(len(text[slice(*tokens.places[t])].split()) > 1 for t in hit)  # a fused unknown
     assert bridging or covered <= set(range(low, high))
 
 
-def test_white_space_belongs_to_no_span(gpt2: TextTokenizer, llama: TextTokenizer) -> None:
+def test_leading_white_space_is_outside_the_token_span(
+    gpt2: TextTokenizer, llama: TextTokenizer
+) -> None:
     for tokenizer in (gpt2, llama):
         row = as_row(tokenizer, "When Mary went")
         tokens = TokenMap(row)
@@ -84,21 +86,21 @@ def test_white_space_belongs_to_no_span(gpt2: TextTokenizer, llama: TextTokenize
         assert tokens.tokens(4, 5) == ()
 
 
-def test_line_breaks_are_tokens_of_their_own(gpt2: TextTokenizer) -> None:
+def test_line_break_is_a_separate_token(gpt2: TextTokenizer) -> None:
     row = as_row(gpt2, "apple\npear")
     tokens = TokenMap(row)
     (at,) = tokens.tokens(5, 6)
     assert row.offsets[at] == (5, 6)
 
 
-def test_emoji_of_several_tokens(gpt2: TextTokenizer) -> None:
+def test_emoji_span_has_all_its_tokens(gpt2: TextTokenizer) -> None:
     tokens = TokenMap(as_row(gpt2, "fig 😀 kiwi"))
     hit = tokens.tokens(4, 5)
     assert len(hit) >= 3
     assert {tokens.token_text(t) for t in hit} == {"😀"}
 
 
-def test_the_prefix_that_sentencepiece_adds_covers_nothing(t5: TextTokenizer) -> None:
+def test_sentencepiece_prefix_token_covers_no_character(t5: TextTokenizer) -> None:
     row = as_row(t5, "3 fig")
     assert [t5.token_text(i) for i in row.ids[:2]] == ["▁", "3"]
     assert row.offsets[:2] == ((0, 0), (0, 1))
@@ -106,18 +108,20 @@ def test_the_prefix_that_sentencepiece_adds_covers_nothing(t5: TextTokenizer) ->
 
 
 @pytest.mark.parametrize("name", ["t5", "bert", "words"])
-def test_unknown_words_are_known_as_such(every: dict[str, TextTokenizer], name: str) -> None:
+def test_unknown_word_is_encoded_as_the_unknown_token(
+    every: dict[str, TextTokenizer], name: str
+) -> None:
     assert every[name].unknown_id in every[name].encode("fig 漢字").ids
 
 
-def test_trim_offsets_of_the_tokenizer_makes_no_difference() -> None:
+def test_encoding_does_not_depend_on_trim_offsets() -> None:
     text = "apple\n\npear fig "
     a = support.wrapped(support.byte_level(trim=True)).encode(text)
     b = support.wrapped(support.byte_level(trim=False)).encode(text)
     assert a == b
 
 
-def test_the_given_tokenizer_is_left_alone() -> None:
+def test_wrapping_does_not_modify_the_tokenizer() -> None:
     backend = support.byte_level(trim=True)
     before = backend.to_str()
     support.wrapped(backend, bos_token="<|endoftext|>", bos=True)
@@ -125,13 +129,15 @@ def test_the_given_tokenizer_is_left_alone() -> None:
 
 
 class TestBos:
-    def test_default(self, words: TextTokenizer, gpt2: TextTokenizer) -> None:
+    def test_bos_default_follows_the_tokenizer(
+        self, words: TextTokenizer, gpt2: TextTokenizer
+    ) -> None:
         assert words.encode("apple").special == (True, False)
         assert gpt2.encode("Mary").special == (False,)
         assert words.bos_convention() == "`<s>` in front (by the tokenizer)"
         assert gpt2.bos_convention() == "none in front"
 
-    def test_added_once(self) -> None:
+    def test_bos_true_adds_the_token_once(self) -> None:
         gpt2 = support.wrapped(support.byte_level(), bos_token="<|endoftext|>", bos=True)
         encoded = gpt2.encode("Mary")
         assert encoded.ids[0] == gpt2.role_ids["bos"]
@@ -141,16 +147,16 @@ class TestBos:
         assert again.ids == encoded.ids
         assert gpt2.bos_convention() == "`<|endoftext|>` in front (bos: true)"
 
-    def test_not_twice_where_the_tokenizer_adds_it(self) -> None:
+    def test_bos_true_adds_no_second_token(self) -> None:
         llama = support.wrapped(support.metaspace(), bos_token="<s>", bos=True)
         assert llama.encode("apple").ids.count(llama.role_ids["bos"]) == 1
 
-    def test_taken_away(self) -> None:
+    def test_bos_false_removes_the_token(self) -> None:
         llama = support.wrapped(support.metaspace(), bos_token="<s>", bos=False)
         assert not any(llama.encode("apple").special)
         assert llama.bos_convention() == "none in front (bos: false)"
 
-    def test_missing(self) -> None:
+    def test_bos_true_without_bos_token_is_rejected(self) -> None:
         made, (error,) = TextTokenizer.from_backend(support.byte_level(), bos=True)
         assert made is None
         assert error.code == "E0522"
@@ -158,33 +164,39 @@ class TestBos:
 
 class TestContinuation:
     @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "qwen"])
-    def test_a_word_keeps_its_space(self, every: dict[str, TextTokenizer], name: str) -> None:
+    def test_continuation_keeps_the_leading_space(
+        self, every: dict[str, TextTokenizer], name: str
+    ) -> None:
         tokenizer = every[name]
         ids, kept = tokenizer.continuation("When Mary and John went to the shop,", " Mary")
         assert kept
         assert "".join(map(tokenizer.token_text, ids)).strip() == "Mary"
 
-    def test_special_tokens_at_the_end_are_no_part_of_it(self, bert: TextTokenizer) -> None:
+    def test_continuation_excludes_closing_special_tokens(self, bert: TextTokenizer) -> None:
         ids, kept = bert.continuation("the capital of France is", " Paris")
         assert kept
         assert [bert.token_text(i) for i in ids] == ["paris"]
 
-    def test_split_digits(self, qwen: TextTokenizer) -> None:
+    def test_continuation_splits_digits(self, qwen: TextTokenizer) -> None:
         ids, _ = qwen.continuation("Count 1:", " 37")
         assert [qwen.token_text(i) for i in ids] == [" ", "3", "7"]
 
-    def test_prompt_that_ends_in_a_space(self, gpt2: TextTokenizer) -> None:
+    def test_continuation_after_a_trailing_space_is_encoded_separately(
+        self, gpt2: TextTokenizer
+    ) -> None:
         ids, kept = gpt2.continuation("the capital of France is ", "Paris")
         assert not kept
         assert ids == gpt2.encode("Paris", add_special=False).ids
 
-    def test_empty_prompt(self, words: TextTokenizer) -> None:
+    def test_continuation_of_an_empty_prompt_is_encoded(self, words: TextTokenizer) -> None:
         ids, kept = words.continuation("", "apple")
         assert kept
         assert [words.token_text(i) for i in ids] == ["apple"]
 
 
-def test_plain_words(words: TextTokenizer, gpt2: TextTokenizer, llama: TextTokenizer) -> None:
+def test_plain_words_exclude_special_tokens_and_numbers(
+    words: TextTokenizer, gpt2: TextTokenizer, llama: TextTokenizer
+) -> None:
     assert {"apple", "Part", "kiwi"} <= set(words.plain_words())
     assert not {"<s>", "1", ":"} & set(words.plain_words())
     assert {"Mary", "apple"} <= set(gpt2.plain_words())
@@ -193,7 +205,9 @@ def test_plain_words(words: TextTokenizer, gpt2: TextTokenizer, llama: TextToken
 
 
 class TestFolder:
-    def test_reads_what_transformers_writes(self, tmp_path: Path, words: TextTokenizer) -> None:
+    def test_folder_saved_by_transformers_is_read(
+        self, tmp_path: Path, words: TextTokenizer
+    ) -> None:
         from zoo.counting.tokenizer import save_tokenizer
 
         save_tokenizer(tmp_path)
@@ -205,7 +219,7 @@ class TestFolder:
         assert made.hash == sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
         assert made.vocab_size == words.vocab_size
 
-    def test_tokens_that_are_objects(self, tmp_path: Path) -> None:
+    def test_bos_token_object_in_the_config_is_read(self, tmp_path: Path) -> None:
         support.byte_level().save(str(tmp_path / "tokenizer.json"))
         token = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": token}))
@@ -213,19 +227,19 @@ class TestFolder:
         assert made is not None
         assert made.encode("Mary").special[0]
 
-    def test_config_is_optional(self, tmp_path: Path) -> None:
+    def test_folder_without_tokenizer_config_is_read(self, tmp_path: Path) -> None:
         support.byte_level().save(str(tmp_path / "tokenizer.json"))
         made, diagnostics = TextTokenizer.from_folder(tmp_path)
         assert made is not None
         assert not diagnostics
 
-    def test_no_tokenizer(self, tmp_path: Path) -> None:
+    def test_folder_without_tokenizer_is_rejected(self, tmp_path: Path) -> None:
         made, (error,) = TextTokenizer.from_folder(tmp_path)
         assert made is None
         assert error.code == "E0508"
         assert "save_pretrained" in error.help_text
 
-    def test_broken_tokenizer(self, tmp_path: Path) -> None:
+    def test_broken_tokenizer_file_is_rejected(self, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text("{}")
         made, (error,) = TextTokenizer.from_folder(tmp_path)
         assert made is None
@@ -233,7 +247,7 @@ class TestFolder:
 
     @pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
     @pytest.mark.parametrize("kind", ["byte_level", "metaspace", "unigram"])
-    def test_the_same_tokens_as_transformers(
+    def test_folder_tokenizer_encodes_as_transformers(
         self, tmp_path: Path, kind: str, flags: dict[str, bool]
     ) -> None:
         transformers = pytest.importorskip("transformers")
@@ -258,7 +272,7 @@ WITHOUT_UNKNOWN: dict[str, models.Model] = {
 
 
 @pytest.mark.parametrize("kind", WITHOUT_UNKNOWN)
-def test_a_vocabulary_without_unknown_words_is_never_asked_for_one(kind: str) -> None:
+def test_missing_unknown_token_gets_a_separate_id(kind: str) -> None:
     backend = Tokenizer(WITHOUT_UNKNOWN[kind])
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(Exception, match=r"(?i)unk"):
@@ -277,19 +291,19 @@ def test_a_vocabulary_without_unknown_words_is_never_asked_for_one(kind: str) ->
     assert made.plain_words() == ["alpha", "beta"]
 
 
-def test_its_answers_are_read_by_themselves() -> None:
+def test_continuation_with_unknown_joint_word_is_encoded_separately() -> None:
     backend = Tokenizer(WITHOUT_UNKNOWN["words"])
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made, _ = TextTokenizer.from_backend(backend)
     assert made is not None
-    # `alphabeta`, the two side by side, is no word.
+    # `alphabeta`, the concatenation, isn't in the vocabulary.
     assert made.continuations([("alpha", "beta"), ("alpha", " beta")]) == [
         ((1,), False),
         ((1,), True),
     ]
 
 
-def test_a_token_for_unknown_words_that_was_added_is_used() -> None:
+def test_unknown_token_among_added_tokens_is_used() -> None:
     backend = Tokenizer(WITHOUT_UNKNOWN["words"])
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["<unk>"])
@@ -303,7 +317,7 @@ def test_a_token_for_unknown_words_that_was_added_is_used() -> None:
     ("name", "opening"),
     [("words", "<s>"), ("gpt2", None), ("llama", "<s>"), ("bert", "[CLS]"), ("t5", None)],
 )
-def test_what_texts_begin_with(
+def test_opening_has_the_tokens_before_each_text(
     every: dict[str, TextTokenizer], name: str, opening: str | None
 ) -> None:
     found = [every[name].token_text(token) for token in every[name].opening]
@@ -313,10 +327,10 @@ def test_what_texts_begin_with(
 
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("words", [{}, {"a": 0, 'vocab": {': 1, "é": 3}], ids=["empty", "words"])
-def test_a_vocabulary_is_given_a_token_for_unknown_words(
+def test_tokenizer_file_without_unknown_token_gets_one(
     tmp_path: Path, words: dict[str, int], indent: int | None
 ) -> None:
-    """The file is not read as a whole for it; whatever stands in its texts."""
+    """The vocabulary size is found in the file whatever its keys contain."""
     made = Tokenizer(models.WordLevel(words, unk_token="?"))
     whole = json.loads(made.to_str())
     whole["added_tokens"] = []

@@ -1,4 +1,4 @@
-"""Positions by offsets, through tokenizers of every shape in use."""
+"""Positions resolved by offsets, with every type of tokenizer in use."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ PIECES = [
     *("🥝", "ж字", "🥦🥝", "द", "👩"),
     *(" ", "  ", "\n", "\n\n", "\t", "\u00a0", " \n"),
 ]
-"""None begins with a mark, which would belong to the letter before it."""
+"""No piece begins with a combining mark, which would belong to the preceding letter."""
 UNKNOWN = "[UNK]"
-"""Of WordPiece; it doesn't say what it stands for."""
+"""WordPiece's token for unknown words; it doesn't spell its text."""
 PIECE = st.one_of(
     st.sampled_from(PIECES),
     st.text([c for c in CHARACTERS if c != "▁"], min_size=1, max_size=4).filter(
@@ -63,7 +63,7 @@ def quoted(text: str) -> str:
 
 
 def braced(text: str) -> str:
-    """A text as it stands in a template."""
+    """A text with braces escaped as in a template."""
     return text.replace("{", "{{").replace("}", "}}")
 
 
@@ -83,20 +83,20 @@ def prompts(kind: Kind, parts: list[tuple[str, str]], bos: bool | None = None) -
 def found(
     kind: Kind, made: PromptTable, position: str, bos: bool | None = None
 ) -> tuple[list[tuple[int, ...]], list[Diagnostic]]:
-    """The tokens of each cell in the only row, and what is said of them."""
+    """The tokens of each cell in the only row, and the diagnostics."""
     cells, diagnostics = resolve_positions(
         support.positions(position), made, "clean", tokenizer=kind.wrapped(bos)
     )
     return [tuple(p for run in cell.hits[0] for p in run) for cell in cells], diagnostics
 
 
-# --- what tokens cover ----------------------------------------------------------------------------
+# --- offsets --------------------------------------------------------------------------------------
 
 
 @EVERY
 @settings(max_examples=15, deadline=None)
 @given(pieces=st.lists(PIECE, min_size=1, max_size=6))
-def test_offsets_are_what_the_tokens_spell(kind: Kind, pieces: list[str]) -> None:
+def test_offsets_equal_the_spelling_of_tokens(kind: Kind, pieces: list[str]) -> None:
     text = "".join(pieces)
     if UNKNOWN in spelling(kind, text) or any(token in text for token in kind.roles.values()):
         return
@@ -117,7 +117,7 @@ def test_offsets_are_what_the_tokens_spell(kind: Kind, pieces: list[str]) -> Non
     a=PIECE,
     b=PIECE,
 )
-def test_all_tokens_that_overlap_and_no_others(
+def test_position_selects_exactly_the_overlapping_tokens(
     kind: Kind, pieces: list[tuple[str, str]], a: str, b: str
 ) -> None:
     values = {"a": a, "b": b}
@@ -167,12 +167,12 @@ def test_all_tokens_that_overlap_and_no_others(
 @EVERY
 @settings(max_examples=20, deadline=None)
 @given(pieces=st.lists(PIECE, min_size=1, max_size=6))
-def test_the_first_and_the_last_token_of_the_text(kind: Kind, pieces: list[str]) -> None:
+def test_first_and_last_token_are_those_of_the_text(kind: Kind, pieces: list[str]) -> None:
     text = "".join(pieces)
     spelt = spelling(kind, text)
     if not text.strip() or not spelt or UNKNOWN in spelt:
         return
-    # What the tokenizer puts in front of the text is none of it.
+    # Tokens that the tokenizer prepends don't belong to the text.
     first = next(n for n, (a, b) in enumerate(covered(kind, text, spelt)) if a < b)
     made = prompts(kind, [("", text)])
     before = len(kind.opening)
@@ -191,7 +191,7 @@ LIST = """
 
 @EVERY
 @pytest.mark.parametrize("run", ["clean", "fewer"])
-def test_items_of_a_list(kind: Kind, run: str) -> None:
+def test_item_positions_select_tokens_of_list_items(kind: Kind, run: str) -> None:
     made = support.table(LIST, kind.wrapped(), limit=12)
     before = len(kind.opening)
     first, last, second, *each = (
@@ -236,7 +236,7 @@ COLUMNS = [
 
 
 @EVERY
-def test_spans_in_columns(kind: Kind, tmp_path: Path) -> None:
+def test_column_span_selects_tokens_of_each_occurrence(kind: Kind, tmp_path: Path) -> None:
     records = [{"prompt": prompt, "subject": subject} for prompt, subject in COLUMNS]
     (tmp_path / "d.json").write_text(json.dumps(records))
     made = support.table(
@@ -258,7 +258,7 @@ def test_spans_in_columns(kind: Kind, tmp_path: Path) -> None:
 
 
 @EVERY
-def test_literals_in_the_prompt(kind: Kind) -> None:
+def test_literal_position_selects_its_tokens(kind: Kind) -> None:
     text = 'Mary said "Mary\'s (x)", Maryland x,y: Answer 2024\nAnswers'
     made = prompts(kind, [("", text)])
     before = len(kind.opening)
@@ -269,7 +269,7 @@ def test_literals_in_the_prompt(kind: Kind) -> None:
         assert found(kind, made, f'"{part}" tokens')[0] == [tuple(before + t for t in tokens)]
 
 
-# --- by hand --------------------------------------------------------------------------------------
+# --- manual references ----------------------------------------------------------------------------
 
 SENTENCE = [
     ("", "The capital of "),
@@ -285,7 +285,7 @@ SENTENCE = [
     ("f", "Zoe\u0308"),
 ]
 SPLIT: dict[str, dict[str, list[str]]] = {
-    # Each token's own text; a character in parts is there once per part.
+    # Text of each token; a character split over several tokens is repeated for each.
     "gpt2": {
         "a": ["Zoë"],
         "b": ["x"],
@@ -311,7 +311,7 @@ SPLIT["gpt2-trimmed"] = SPLIT["roberta"] = SPLIT["gpt2"]
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.name in SPLIT], ids=str)
 @pytest.mark.parametrize("bos", [None, True, False])
-def test_texts_of_the_tokens(kind: Kind, bos: bool | None) -> None:
+def test_position_selects_tokens_with_the_listed_texts(kind: Kind, bos: bool | None) -> None:
     if bos and "bos" not in kind.roles:
         return
     made = prompts(kind, SENTENCE, bos)
@@ -325,7 +325,7 @@ def test_texts_of_the_tokens(kind: Kind, bos: bool | None) -> None:
         assert behind == (hits[-1] - 1,)
 
 
-def test_parts_of_a_character() -> None:
+def test_character_of_several_tokens_is_selected_as_a_whole() -> None:
     kind = BY_NAME["gpt2"]
     made = prompts(kind, [("", "a "), ("w", "🥝"), ("", "b")])
     assert spelling(kind, "a 🥝b") == ["a", "Ġ", "ðŁ", "¥", "Ŀ", "b"]
@@ -336,7 +336,7 @@ def test_parts_of_a_character() -> None:
     assert found(kind, made, '"🥝" token') == ([(4,)], [])
 
 
-def test_a_token_with_parts_of_two_characters() -> None:
+def test_token_with_parts_of_two_characters_is_warned_about() -> None:
     kind = BY_NAME["gpt2"]
     assert spelling(kind, "x दद y") == ["x", "Ġà¤", "¦à¤¦", "Ġy"]
     made = prompts(kind, [("", "x "), ("v", "द"), ("w", "द"), ("", " y")])
@@ -364,7 +364,7 @@ def test_a_token_with_parts_of_two_characters() -> None:
         ("xlnet", [("", "f("), ("w", "x"), ("", ")=y")], "(x)"),
     ],
 )
-def test_tokens_that_cover_more_are_named(
+def test_token_that_covers_adjacent_text_is_named_in_a_warning(
     name: str, parts: list[tuple[str, str]], covers: str
 ) -> None:
     kind = BY_NAME[name]
@@ -378,7 +378,7 @@ def test_tokens_that_cover_more_are_named(
         assert warning.help_text
 
 
-def test_an_unknown_word_is_one_token() -> None:
+def test_unknown_word_is_one_token_and_warned_about() -> None:
     kind = BY_NAME["bert"]
     made = prompts(kind, [("", "fig x🥝"), ("w", "x"), ("", " y")])
     hits, (warning,) = found(kind, made, "w token")
@@ -391,10 +391,10 @@ def test_an_unknown_word_is_one_token() -> None:
 @pytest.mark.parametrize(
     ("name", "parts", "token"),
     [
-        # A space of its own in front of every word, none of which it covers.
+        # A separate space token before each word; it covers no character of the text.
         ("t5", [("", "Mary "), ("w", "ж"), ("", " gave")], "<unk>"),
         ("t5", [("", "Mary\n"), ("w", "ж"), ("", " gave")], "<unk>"),
-        # Of the text, and behind special tokens.
+        # At the start of the text, and after special tokens.
         ("llama2", [("w", "ж"), ("", " gave")], "<0xD0>"),
         ("llama2", [("", "Mary</s>"), ("w", "ж"), ("", " gave")], "<0xD0>"),
         ("xlnet", [("", "Mary</s>"), ("w", "(x)"), ("", " gave")], "(x)"),
@@ -402,7 +402,7 @@ def test_an_unknown_word_is_one_token() -> None:
         ("gpt2-prefixed", [("", "Mary<|endoftext|>"), ("w", "ж"), ("", " gave")], "Ð"),
     ],
 )
-def test_a_space_that_is_put_in_front_is_no_part(
+def test_inserted_space_token_is_outside_the_span(
     name: str, parts: list[tuple[str, str]], token: str
 ) -> None:
     kind = BY_NAME[name]
@@ -438,7 +438,7 @@ def test_a_space_that_is_put_in_front_is_no_part(
         ("xx x x", "x x", 3),
     ],
 )
-def test_literals_are_whole_words_and_whole_characters(text: str, part: str, at: int) -> None:
+def test_literal_matches_whole_words_and_characters(text: str, part: str, at: int) -> None:
     kind = BY_NAME["gpt2"]
     made = prompts(kind, [("", text)])
     (hits,), _ = found(kind, made, f'"{part}" tokens')
@@ -450,7 +450,7 @@ def test_literals_are_whole_words_and_whole_characters(text: str, part: str, at:
 
 @EVERY
 @pytest.mark.parametrize("bos", [None, True, False])
-def test_bos_is_there_as_written(kind: Kind, bos: bool | None) -> None:
+def test_bos_setting_adds_or_removes_the_bos_token(kind: Kind, bos: bool | None) -> None:
     own = kind.roles.get("bos")
     if bos and own is None:
         made, (error,) = TextTokenizer.from_backend(kind.backend(), bos=True)
@@ -495,7 +495,7 @@ def test_bos_is_there_as_written(kind: Kind, bos: bool | None) -> None:
         ("xlnet", {"sep": -2, "cls": -1}),
     ],
 )
-def test_special_tokens_by_name(name: str, places: dict[str, int]) -> None:
+def test_special_tokens_are_selected_by_role(name: str, places: dict[str, int]) -> None:
     kind = BY_NAME[name]
     made = prompts(kind, SENTENCE)
     size = len(made.runs["clean"].rows[0].ids)
@@ -504,7 +504,7 @@ def test_special_tokens_by_name(name: str, places: dict[str, int]) -> None:
     assert [d.code for d in found(kind, made, "cls token - 1")[1]] == ["E0310"]
 
 
-def test_special_tokens_of_the_text_itself() -> None:
+def test_special_token_within_the_text_is_selected_as_a_literal() -> None:
     kind = BY_NAME["roberta"]
     made = prompts(kind, [("", "The capital of "), ("w", "Zoë"), ("", " is <mask>.")])
     (mask,), _ = found(kind, made, '"<mask>" token')
@@ -528,7 +528,9 @@ NUMBERS = 'n in [7, 12, 345, 2024] template "Count {n}:" answer " {n}"'
         ("bert", "", {7: ["7"], 12: ["12"], 345: ["345"], 2024: ["2024"]}),
     ],
 )
-def test_answers_continue_the_prompt(name: str, moved: str, spelt: dict[int, list[str]]) -> None:
+def test_answer_tokens_continue_the_prompt(
+    name: str, moved: str, spelt: dict[int, list[str]]
+) -> None:
     kind = BY_NAME[name]
     tokenizer = kind.wrapped()
     made = support.table(NUMBERS, tokenizer)
@@ -553,7 +555,7 @@ def test_answers_continue_the_prompt(name: str, moved: str, spelt: dict[int, lis
     prompt=st.lists(PIECE, min_size=1, max_size=3),
     answers=st.lists(PIECE, min_size=1, max_size=3, unique=True),
 )
-def test_prompt_and_answer_are_the_whole_text(
+def test_prompt_and_answer_tokens_equal_those_of_the_whole_text(
     kind: Kind, prompt: list[str], answers: list[str]
 ) -> None:
     text = "The " + "".join(prompt)
@@ -636,7 +638,7 @@ SLOW: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder with a config and no tokenizer, beside a file that asks for it."""
+    """A folder with a config and no tokenizer, and a file that uses it."""
     folder = tmp_path / "model"
     config = transformers.GPT2Config(
         n_layer=1, n_head=2, n_embd=8, vocab_size=800, architectures=["GPT2LMHeadModel"]
@@ -647,7 +649,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def validated(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """What `mechdsl validate` makes of the file beside a model."""
+    """Exit status and stderr of `mechdsl validate` for the file next to a model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["mechdsl", "validate", str(folder.parent / "file.mech")])
         patch.setenv("COLUMNS", "100")
@@ -657,7 +659,7 @@ def validated(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, st
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_slow_tokenizers_are_refused_until_converted(
+def test_slow_tokenizer_is_rejected_until_converted(
     name: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     SLOW[name](model)
@@ -670,7 +672,7 @@ def test_slow_tokenizers_are_refused_until_converted(
     with pytest.raises(mechdsl.MechdslError) as refused:
         mechdsl.run(model.parent / "file.mech")
     assert [d.code for d in refused.value.diagnostics] == ["E0508"]
-    # Done as the help line says, the file is right.
+    # The file is valid after the conversion that the help line suggests.
     transformers.AutoTokenizer.from_pretrained(model).save_pretrained(model)
     status, shown = validated(model, capsys)
     assert status == 0, shown
@@ -679,8 +681,10 @@ def test_slow_tokenizers_are_refused_until_converted(
 @pytest.mark.parametrize(
     ("name", "like"), [("spiece.model", "t5"), ("tokenizer.model", "metaspace-first")]
 )
-def test_converted_sentencepiece_models(name: str, like: str, model: Path) -> None:
-    """Their own normalisation and spaces, as transformers takes them over."""
+def test_converted_sentencepiece_model_has_correct_positions(
+    name: str, like: str, model: Path
+) -> None:
+    """Normalisation and spaces are those that transformers converts."""
     SLOW[name](model)
     transformers.AutoTokenizer.from_pretrained(model).save_pretrained(model)
     shape = BY_NAME[like]
@@ -704,7 +708,7 @@ def test_converted_sentencepiece_models(name: str, like: str, model: Path) -> No
 
 
 @pytest.mark.parametrize("slow", [transformers.ByT5Tokenizer, object], ids=["byt5", "object"])
-def test_slow_tokenizers_from_python(slow: Callable[[], object]) -> None:
+def test_slow_tokenizer_passed_from_python_is_rejected(slow: Callable[[], object]) -> None:
     with pytest.raises(mechdsl.MechdslError) as refused:
         mechdsl.run(FILE, models={"toy": (None, slow())})
     error = refused.value.diagnostics[0]

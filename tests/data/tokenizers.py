@@ -1,8 +1,8 @@
-"""Tokenizers of every shape in use, trained small, each with an account of what its tokens cover.
+"""Small trained tokenizers of every type in use, each with a reference for its token offsets.
 
-The account is made from the spelling of the tokens alone: a text is read as the bytes that the
-tokenizer sees, each with the character it comes from, and the tokens, spelt out, are laid along
-them. It asks neither the library for offsets nor mechdsl for positions.
+The reference uses the spelling of tokens only: it converts a text to the bytes that the tokenizer
+sees, each with the index of its character, and aligns the bytes of the tokens with them. It uses
+neither offsets of the library nor positions of mechdsl.
 """
 
 from __future__ import annotations
@@ -61,44 +61,44 @@ QWEN = (
 LLAMA_3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 Reading = list[tuple[int, int | None]]
-"""The bytes that a tokenizer sees, each with the place of its character (None: put there)."""
+"""The bytes that a tokenizer sees, each with its character's index (None: inserted)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """One kind of tokenizer."""
+    """A type of tokenizer, with its training and its reference."""
 
     name: str
     train: Callable[[], Tokenizer]
     read: Callable[[str], Reading]
     spell: Callable[[str], bytes]
-    """A token as the bytes that it stands for."""
+    """Returns the bytes of a token."""
     roles: dict[str, str] = field(default_factory=dict[str, str])
     opening: tuple[str, ...] = ()
-    """Special tokens that the tokenizer puts in front by itself."""
+    """Special tokens that the tokenizer prepends."""
     closing: tuple[str, ...] = ()
     joins: bool = False
-    """Whether letters and their marks become one before tokens are made of them."""
+    """Whether letters and their combining marks are composed before tokenization."""
 
     def __str__(self) -> str:
         return self.name
 
     def backend(self) -> Tokenizer:
-        """A tokenizer of its own."""
+        """A separate copy of the tokenizer."""
         return Tokenizer.from_str(_trained(self))
 
     def wrapped(self, bos: bool | None = None) -> TextTokenizer:
         return _wrapped(self, bos)
 
     def tokens(self, text: str) -> list[tuple[int, int]]:
-        """What each token covers: characters without white space at the ends (empty if none)."""
+        """Character range of each token without white space at the ends (empty if none)."""
         return [trimmed(text, *at) for at in _covered(self, text)]
 
     def overlapping(self, text: str, start: int, end: int) -> tuple[int, ...]:
         """The tokens (special ones not counted) that cover any of some characters.
 
-        White space at their ends doesn't count. Where there is nothing else, tokens of nothing
-        else are found.
+        White space at the ends doesn't count. A range of white space selects tokens that cover
+        only white space.
         """
         low, high = self.widened(text, *trimmed(text, start, end))
         tokens = self.tokens(text)
@@ -111,13 +111,13 @@ class Kind:
         )
 
     def beside(self, text: str, start: int, end: int, tokens: Iterable[int]) -> list[str]:
-        """The texts of those of some tokens that cover more than some characters."""
+        """Texts of the tokens that extend beyond a range of characters."""
         low, high = self.widened(text, *trimmed(text, start, end))
         found = [self.tokens(text)[i] for i in tokens]
         return [text[a:b] for a, b in found if low < high and a < b and (a < low or b > high)]
 
     def widened(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """To whole letters with their marks, where the tokenizer joins these."""
+        """Extend a range to whole letters with their marks, if the tokenizer composes them."""
         if not self.joins or start == end:
             return start, end
         while start > 0 and is_mark(text[start]):
@@ -148,12 +148,12 @@ def _bare(kind: Kind) -> Tokenizer:
 
 
 def spelling(kind: Kind, text: str) -> list[str]:
-    """The tokens of a text as the vocabulary has them, special ones aside."""
+    """The tokens of a text as spelled in the vocabulary, without special tokens."""
     return _bare(kind).encode(text, add_special_tokens=False).tokens
 
 
 def covered(kind: Kind, text: str, tokens: Iterable[str]) -> list[tuple[int, int]]:
-    """The characters that each token stands for, white space included."""
+    """Character range of each token, including white space."""
     reading = kind.read(text)
     at = 0
     found: list[tuple[int, int]] = []
@@ -190,7 +190,7 @@ def _space_first(text: str) -> Reading:
 
 
 def _pieces(text: str) -> Reading:
-    """A `▁` of the text itself is as good as a space."""
+    """Treat `▁` in the text as a space."""
     return _bytes(text.replace("▁", " "))
 
 
@@ -203,7 +203,7 @@ def _pieces_space_first(text: str) -> Reading:
 
 
 def _normalised(form: str) -> Callable[[str], Reading]:
-    """A letter with its marks becomes one; all of it counts as at the letter's place."""
+    """Compose letters with their marks; all bytes have the letter's index."""
 
     def read(text: str) -> Reading:
         starts = [i for i in range(len(text)) if i == 0 or not is_mark(text[i])]
@@ -218,7 +218,7 @@ def _normalised(form: str) -> Callable[[str], Reading]:
 
 
 def _words_with_spaces(text: str) -> Reading:
-    """White space dropped, and a space put in front of each word."""
+    """Drop white space and insert a space before each word."""
     out: Reading = []
     space = True
     for b, i in _normalised("NFKC")(text):
@@ -234,7 +234,7 @@ def _words_with_spaces(text: str) -> Reading:
 
 
 def _plain_letters(text: str) -> Reading:
-    """Small letters without accents, white space and what isn't seen left out."""
+    """Lowercase letters without accents, white space and control characters."""
     return [
         (b, i)
         for i, char in enumerate(text)
@@ -246,7 +246,7 @@ def _plain_letters(text: str) -> Reading:
 
 
 def _byte_table() -> dict[str, int]:
-    """The letters that byte-level vocabularies write bytes with."""
+    """Character → byte of byte-level vocabularies."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in shown]
     return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
@@ -286,7 +286,7 @@ def _trained_bpe(tokenizer: Tokenizer, special: Sequence[str], *, size: int = 70
 
 
 def byte_level(*, trim: bool = False, prefix: bool = False) -> Tokenizer:
-    """As GPT-2; `trim` cuts white space off offsets, `prefix` puts a space in front."""
+    """As GPT-2; `trim` removes white space from offsets, `prefix` prepends a space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
@@ -294,7 +294,7 @@ def byte_level(*, trim: bool = False, prefix: bool = False) -> Tokenizer:
 
 
 def split_first(pattern: str, special: Sequence[str] = ("<|endoftext|>",)) -> Tokenizer:
-    """A pattern of its own cuts the text before bytes are merged."""
+    """Byte-level BPE that splits the text by a custom pattern first."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -343,14 +343,14 @@ def roberta() -> Tokenizer:
 
 
 def _byte_fallback(special: Sequence[str], lines: Iterable[str], size: int) -> Tokenizer:
-    """BPE on characters that spells what it doesn't hold in bytes."""
+    """BPE on characters with byte fallback."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=["<unk>", *special], show_progress=False
     )
     lines = list(lines)
-    # Emoji and most scripts are left out, so that they are spelt in bytes. The trainer's own limit
-    # takes any of those that are equally frequent.
+    # Emoji and most scripts are excluded, so that they are encoded as bytes. The trainer's own
+    # limit would break ties between equally frequent characters arbitrarily.
     counts = Counter(character for line in lines for character in line)
     rare = sorted(counts, key=lambda c: (-counts[c], c))[70:]
     pieces = [piece for line in lines for piece in re.split(f"[{re.escape(''.join(rare))}]+", line)]

@@ -1,7 +1,7 @@
-"""Write `tests/dictionaries/data`: small dictionaries of SAELens, and what SAELens computes.
+"""Write `tests/dictionaries/data`: small dictionaries of SAELens, and SAELens's results.
 
 Run it in a separate environment, with `sae-lens` 6.54.12, `transformer-lens` 2 or 3 and torch:
-`python tests/dictionaries/make_fixtures.py`. The tests read the files that it wrote.
+`python tests/dictionaries/make_fixtures.py`. The tests read the written files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Changes of coordinates, in parts and in one, and linear bases against the pseudo-inverse."""
+"""Coordinate writes, in chunks and at once, and linear bases against least squares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VECTORS = torch.randn(ROWS, WIDTH, generator=RANDOM, dtype=torch.float64)
 BASIS = LinearBasis.of(DIRECTIONS, CENTER)
 
 
-def test_coordinates_are_those_of_least_squares() -> None:
+def test_linear_coordinates_equal_least_squares() -> None:
     expected = torch.linalg.lstsq(DIRECTIONS.T, (VECTORS - CENTER).T).solution.T
     torch.testing.assert_close(BASIS.encode(VECTORS, None), expected)
     torch.testing.assert_close(BASIS.reconstruct(VECTORS), CENTER + expected @ DIRECTIONS)
@@ -31,7 +31,7 @@ def test_dependent_directions_are_rejected() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, MAX_GATHERED + 2, None])
 @pytest.mark.parametrize("operation", ["set", "add", "scale"])
-def test_only_named_coordinates_change(
+def test_coordinate_write_modifies_only_named_coordinates(
     operation: str, count: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     which = None
@@ -55,7 +55,7 @@ def test_only_named_coordinates_change(
     torch.testing.assert_close(one, every)
 
 
-def test_reconstructions_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_reconstruction_equals_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:
     write = CoordinateWrite(BASIS, "reconstruct")
     monkeypatch.setattr(coordinates, "MAX_NUMBERS", 2 * SIZE)
     found = write.apply(VECTORS, torch.zeros(ROWS, 1), None)

@@ -1,4 +1,4 @@
-"""Features and reconstructions, against those that SAELens computed."""
+"""Features and reconstructions, compared with SAELens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def case(name: str) -> tuple[Dictionary, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_features_are_those_of_sae_lens(name: str) -> None:
+def test_features_equal_sae_lens(name: str) -> None:
     dictionary, expected = case(name)
     found = dictionary.encode(expected["vectors"])
     assert (expected["features"] > 0).float().mean() > 0.05
@@ -34,15 +34,15 @@ def test_features_are_those_of_sae_lens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_reconstructions_are_those_of_sae_lens(name: str) -> None:
+def test_reconstructions_equal_sae_lens(name: str) -> None:
     dictionary, expected = case(name)
     found = dictionary.decode(expected["features"], expected["vectors"])
     torch.testing.assert_close(found, expected["decoded"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", TEMPORAL)
-def test_temporal_features_are_those_of_sae_lens(name: str) -> None:
-    """The vectors of one row, each with those that precede it."""
+def test_temporal_features_equal_sae_lens(name: str) -> None:
+    """The vectors of one row; each depends on the preceding ones."""
     dictionary, expected = case(name)
     vectors = expected["vectors"]
     novel = dictionary.remove_predicted(vectors)
@@ -60,7 +60,7 @@ def test_temporal_features_are_those_of_sae_lens(name: str) -> None:
 
 @pytest.mark.parametrize("count", [5, MAX_GATHERED + 4])
 @pytest.mark.parametrize("name", CASES)
-def test_named_features_equal_those_of_the_whole_encoder(name: str, count: int) -> None:
+def test_selected_features_equal_those_of_the_full_encoder(name: str, count: int) -> None:
     dictionary, expected = case(name)
     vectors = expected["vectors"]
     which = torch.stack([torch.randperm(dictionary.size)[:count] for _ in range(len(vectors))])
@@ -69,7 +69,7 @@ def test_named_features_equal_those_of_the_whole_encoder(name: str, count: int) 
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "transcoder" not in name])
-def test_a_shift_is_the_difference_of_two_reconstructions(name: str) -> None:
+def test_shift_equals_the_difference_of_two_reconstructions(name: str) -> None:
     dictionary, expected = case(name)
     vectors, features = expected["vectors"], expected["features"]
     change = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
@@ -85,7 +85,7 @@ def test_a_shift_is_the_difference_of_two_reconstructions(name: str) -> None:
         torch.testing.assert_close(named, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_a_file_of_tensors_is_a_dictionary(tmp_path: Path) -> None:
+def test_file_of_tensors_is_read_as_a_dictionary(tmp_path: Path) -> None:
     weights = load_file(DATA / "jumprelu" / "sae_weights.safetensors")
     save_file(weights, tmp_path / "sae.safetensors")
     file = read_dictionary(tmp_path / "sae.safetensors", "sae.safetensors")
@@ -95,7 +95,7 @@ def test_a_file_of_tensors_is_a_dictionary(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected["features"], atol=1e-5, rtol=1e-5)
 
 
-def test_sparsify_folders_have_transposed_encoders(tmp_path: Path) -> None:
+def test_sparsify_folder_is_read_with_a_transposed_encoder(tmp_path: Path) -> None:
     weights = load_file(DATA / "topk" / "sae_weights.safetensors")
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
     written = {
@@ -112,7 +112,7 @@ def test_sparsify_folders_have_transposed_encoders(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected["features"], atol=1e-5, rtol=1e-5)
 
 
-def test_transcoders_of_sparsify_keep_the_bias_and_add_a_linear_map(tmp_path: Path) -> None:
+def test_sparsify_skip_transcoder_equals_its_definition(tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder, bias, decoder = torch.randn(24, 8), torch.randn(24), torch.randn(24, 8)
     out, skip = torch.randn(8), torch.randn(8, 8)
@@ -131,7 +131,7 @@ def test_transcoders_of_sparsify_keep_the_bias_and_add_a_linear_map(tmp_path: Pa
     torch.testing.assert_close(dictionary.reconstruct(vectors), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_file_of_tensors_may_be_a_transcoder_with_a_transposed_encoder(tmp_path: Path) -> None:
+def test_circuit_tracer_transcoder_file_is_read(tmp_path: Path) -> None:
     """The layout of circuit-tracer."""
     torch.manual_seed(0)
     encoder, bias, decoder = torch.randn(24, 8), torch.randn(24), torch.randn(24, 8)
@@ -148,13 +148,13 @@ def test_a_file_of_tensors_may_be_a_transcoder_with_a_transposed_encoder(tmp_pat
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_cross_layer_transcoders_are_recognised(tmp_path: Path) -> None:
+def test_incomplete_cross_layer_transcoder_is_rejected(tmp_path: Path) -> None:
     save_file({"W_enc_0": torch.zeros(4, 8)}, tmp_path / "W_enc_0.safetensors")
     with pytest.raises(UnreadableFile, match="is a cross-layer transcoder without"):
         read_dictionary(tmp_path, "clt", transcodes=True, layer=1)
 
 
-def test_facts_are_read_from_the_configuration() -> None:
+def test_dictionary_facts_are_read_from_its_configuration() -> None:
     file = read_dictionary(DATA / "transcoder", "transcoder")
     assert file.kind == "standard transcoder"
     assert (file.width_in, file.width_out, file.features) == (8, 6, 24)
@@ -162,7 +162,7 @@ def test_facts_are_read_from_the_configuration() -> None:
     assert file.dtype == "F32"
 
 
-def test_configurations_before_version_6_are_read(tmp_path: Path) -> None:
+def test_configuration_before_sae_lens_6_is_read(tmp_path: Path) -> None:
     weights = load_file(DATA / "topk" / "sae_weights.safetensors")
     save_file(weights, tmp_path / "sae_weights.safetensors")
     old = {
@@ -180,7 +180,7 @@ def test_configurations_before_version_6_are_read(tmp_path: Path) -> None:
 
 
 def changed(folder: Path, tensors: dict[str, Tensor] | None = None, **facts: Any) -> Path:
-    """A copy of a dictionary with other facts or tensors."""
+    """Write a copy of a dictionary with modified facts or tensors."""
     config = json.loads((DATA / "standard" / "cfg.json").read_text()) | facts
     (folder / "cfg.json").write_text(json.dumps(config))
     weights = load_file(DATA / "standard" / "sae_weights.safetensors") | (tensors or {})
@@ -205,7 +205,7 @@ def changed(folder: Path, tensors: dict[str, Tensor] | None = None, **facts: Any
         ),
     ],
 )
-def test_unreadable_configurations_name_the_fix(
+def test_unsupported_dictionary_configuration_names_the_fix(
     facts: dict[str, Any], message: str, hint: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UnreadableFile) as caught:
@@ -214,13 +214,13 @@ def test_unreadable_configurations_name_the_fix(
     assert hint in caught.value.hint
 
 
-def test_wrong_shapes_name_the_tensor(tmp_path: Path) -> None:
+def test_tensor_of_wrong_shape_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFile, match=r"`b_enc` of `here` has the shape \[7\], not \[24\]"):
         read_dictionary(changed(tmp_path, {"b_enc": torch.zeros(7)}), "here")
 
 
 @pytest.mark.parametrize("name", ["sae.pt", "ae.pkl", "sae.bin"])
-def test_pickles_are_rejected_with_the_conversion(name: str, tmp_path: Path) -> None:
+def test_pickled_dictionary_is_rejected_with_a_conversion(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"")
     for path in (tmp_path / name, tmp_path):
         with pytest.raises(UnreadableFile, match="pickle") as caught:
@@ -233,20 +233,20 @@ def test_pickles_are_rejected_with_the_conversion(name: str, tmp_path: Path) -> 
     ("missing", "message"),
     [("cfg.json", "has no `cfg.json`"), ("sae_weights.safetensors", "has no weights")],
 )
-def test_missing_files_are_named(missing: str, message: str, tmp_path: Path) -> None:
+def test_missing_dictionary_file_is_named(missing: str, message: str, tmp_path: Path) -> None:
     (changed(tmp_path) / missing).unlink()
     with pytest.raises(UnreadableFile, match=message):
         read_dictionary(tmp_path, "here")
 
 
-def test_a_file_that_changed_after_its_check_is_not_loaded(tmp_path: Path) -> None:
+def test_dictionary_modified_after_its_check_is_not_loaded(tmp_path: Path) -> None:
     file = read_dictionary(changed(tmp_path), "here")
     changed(tmp_path, {"b_enc": torch.ones(24)})
     with pytest.raises(ValueError, match="has changed since it was checked"):
         load_dictionary(file)
 
 
-def test_weights_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
+def test_dictionary_weights_with_nan_are_rejected(tmp_path: Path) -> None:
     file = read_dictionary(changed(tmp_path, {"b_enc": torch.full((24,), torch.nan)}), "here")
     with pytest.raises(ValueError, match="`b_enc` has NaN or infinity"):
         load_dictionary(file)

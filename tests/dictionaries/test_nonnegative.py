@@ -1,4 +1,4 @@
-"""Nonnegative least squares of many vectors, against SciPy one vector at a time."""
+"""Nonnegative least squares of many vectors, compared with SciPy for each vector."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def solve(vectors: Any, rows: Any, penalty: float = 0.0, dtype: Any = torch.floa
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize(("factors", "width"), SIZES)
-def test_solution_without_penalty_is_that_of_scipy(factors: int, width: int, signed: bool) -> None:
+def test_nonnegative_solution_without_penalty_equals_scipy(
+    factors: int, width: int, signed: bool
+) -> None:
     vectors, rows = problem(factors, width, 0, signed=signed)
     expected = np.array([nnls(rows.T, each)[0] for each in vectors])
     found = solve(vectors, rows).numpy()
@@ -44,15 +46,15 @@ def test_solution_without_penalty_is_that_of_scipy(factors: int, width: int, sig
 
 
 @pytest.mark.parametrize("penalty", [0.5, 5.0, 1e3])
-def test_solution_with_penalty_is_that_of_an_extended_problem(penalty: float) -> None:
-    """With f ≥ 0 and square, invertible factors, the penalty is a shift of the vector."""
+def test_nonnegative_solution_with_penalty_equals_a_shifted_problem(penalty: float) -> None:
+    """With square, invertible factors, the penalty is equivalent to a shift of the vector."""
     vectors, rows = problem(32, 32, 1, signed=True)
     shift = np.linalg.solve(rows, np.full(32, penalty))
     expected = np.array([nnls(rows.T, each - shift)[0] for each in vectors])
     np.testing.assert_allclose(solve(vectors, rows, penalty).numpy(), expected, atol=1e-6)
 
 
-def test_solution_does_not_depend_on_other_vectors() -> None:
+def test_nonnegative_solution_does_not_depend_on_other_vectors() -> None:
     vectors, rows = problem(12, 20, 2, signed=True)
     together = solve(vectors, rows)
     for number in range(5):
@@ -71,7 +73,7 @@ def test_dependent_factors_reconstruct_as_well_as_scipy() -> None:
     np.testing.assert_allclose(errors[0], errors[1], atol=1e-6)
 
 
-def test_gradient_is_that_of_the_active_factors() -> None:
+def test_nonnegative_gradient_equals_that_of_the_active_factors() -> None:
     vectors, rows = problem(6, 10, 4, signed=True)
     own = torch.tensor(vectors[2:5], requires_grad=True)
     found = solve_nonnegative(own, torch.tensor(rows), torch.zeros(6))

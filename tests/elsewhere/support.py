@@ -1,4 +1,4 @@
-"""Two more blocks of prompts, files with several models, and single prompts by hand."""
+"""Two further prompts blocks, files with several models, and reference runs of single prompts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SEEDS = {"m": 0, "tuned": 1, "third": 2}
 
 
 def q(record: Record, run: str = "clean") -> Prompt:
-    """A row of `q`, its places counted by hand; `cue` is not in it."""
+    """A row of `q` with manually counted positions; it has no `cue`."""
     first, second = record["subject"].split(), record["alt"].split()
     if run == "swapped":
         first, second = second, first
@@ -74,7 +74,7 @@ def attempt(
     prompts: str = PROMPTS + OTHERS,
     tokenizers: Mapping[str, Any] | None = None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Run a file on models that are handed over."""
+    """Run a file on models passed from Python."""
     if not (folder / "data.jsonl").exists():
         write_rows(folder)
     known = "\n".join(f'model {name} = local("handed over")' for name in models)
@@ -122,7 +122,7 @@ def by_prompt(
     read: str = "m",
     model: str = "m",
 ) -> tuple[Array, Array, Array]:
-    """([cell, prompt] patched, [prompt] base, [prompt] source): one prompt at a time."""
+    """Reference values ([cell, prompt] patched, [prompt] base, [prompt] source)."""
     found = np.zeros((len(cells), len(ROWS)))
     base, source = np.zeros(len(ROWS)), np.zeros(len(ROWS))
     for n, record in enumerate(ROWS):
@@ -140,7 +140,7 @@ def layers(site: str, count: int = 3) -> list[list[Point]]:
 
 
 def same(measure: MeasureData, expected: tuple[Array, Array, Array], rows: slice) -> None:
-    """The cells of one variant, and both ends of its scale."""
+    """Compare the cells of one variant, and its base and source values, with a reference."""
     values, base, source = expected
     part = replace(
         measure,

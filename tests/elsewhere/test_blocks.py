@@ -1,4 +1,4 @@
-"""`from A into B` where one side is another block of prompts: against single prompts by hand."""
+"""`from A into B` where one side is another prompts block, against reference runs of prompts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ EVERY = slice(None)
 
 
 @pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), FAMILIES))
-def test_row_by_row(folder: Path, family: str, mode: str) -> None:
-    """Row n of the other block is read for row n of the sampled one, whatever the seeded order."""
+def test_patch_from_another_block_pairs_rows_by_number(
+    folder: Path, family: str, mode: str
+) -> None:
+    """Row n of the other block is paired with row n of the sampled block, in any seeded order."""
     text = experiment(
         "e", "prompts p", "from q into clean", "patch resid_post layer * at subject token",
         DIFFERENCE,
@@ -34,7 +36,9 @@ def test_row_by_row(folder: Path, family: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_corruption_of_another_block(folder: Path, family: str) -> None:
+def test_patch_from_a_corruption_of_another_block_equals_reference(
+    folder: Path, family: str
+) -> None:
     text = experiment(
         "e", "prompts p limit 4", "from q.swapped into p.other",
         "patch z layer 1..2 head * at last token", DIFFERENCE,
@@ -49,8 +53,10 @@ def test_a_corruption_of_another_block(folder: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), FAMILIES))
-def test_into_a_block_of_one_row(folder: Path, family: str, mode: str) -> None:
-    """The answers are those of the sampled block, read behind the other one's only prompt."""
+def test_patch_into_a_block_of_one_row_equals_reference(
+    folder: Path, family: str, mode: str
+) -> None:
+    """Answers come from the sampled block and are read after the other block's only prompt."""
     text = experiment(
         "e", "prompts p", "from clean into blank", "patch resid_pre layers 1..2 at cue token",
         DIFFERENCE,
@@ -66,8 +72,8 @@ def test_into_a_block_of_one_row(folder: Path, family: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_sampled_block_is_the_other_side(folder: Path, family: str) -> None:
-    """Its own name means its clean run; a rule may read elsewhere."""
+def test_name_of_the_sampled_block_means_its_clean_run(folder: Path, family: str) -> None:
+    """The rule reads from a different block."""
     body = ("patch mlp_out layer * at last token with blank", DIFFERENCE)
     text = experiment("e", "prompts p", "from p into other", *body)
     found = run(text, folder, models(family))["e"]
@@ -78,8 +84,8 @@ def test_the_sampled_block_is_the_other_side(folder: Path, family: str) -> None:
     same(found.measures[0], (expected[0], expected[1], found.measures[0].source[0]), EVERY)
 
 
-def test_experiments_of_one_panel_share_the_run(folder: Path) -> None:
-    """Their tables differ, the runs in them are one object: it is computed once."""
+def test_experiments_of_one_panel_share_runs_of_other_blocks(folder: Path) -> None:
+    """Tables differ, but their runs are the same objects and are computed once."""
     text = "".join(
         experiment(
             name, "prompts p", f"from {source} into clean",
@@ -101,7 +107,7 @@ def test_experiments_of_one_panel_share_the_run(folder: Path) -> None:
     assert profiles[0][1].distinct == 3 * 3 * len(ROWS)
 
 
-def test_limit_pairs_by_the_original_number(folder: Path) -> None:
+def test_limit_keeps_pairing_by_the_original_row_number(folder: Path) -> None:
     text = experiment(
         "e", "prompts p limit 2", "from q into clean", "patch resid_post layer 1 at last token",
         DIFFERENCE,
@@ -117,8 +123,10 @@ def test_limit_pairs_by_the_original_number(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES, ["planned", "plain"]))
-def test_read_at_one_position_and_written_at_another(folder: Path, family: str, mode: str) -> None:
-    """`onto` finds its position in the other block's text; the layer may change too."""
+def test_patch_onto_a_position_of_another_block_equals_reference(
+    folder: Path, family: str, mode: str
+) -> None:
+    """`onto` is resolved in the other block's text; the layer may differ too."""
     text = "".join(
         experiment(name, "prompts p", "from clean into blank", rule, DIFFERENCE)
         for name, rule in (

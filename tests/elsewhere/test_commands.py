@@ -1,4 +1,4 @@
-"""What the commands show of experiments that compare, or that take runs from elsewhere."""
+"""Command output for experiments with several models or sources, or runs of other blocks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(each) for each in arguments])
 
 
-def test_validate_plan_and_graph(file: Path) -> None:
+def test_validate_plan_and_graph_show_variants(file: Path) -> None:
     assert "no errors" in call("validate", file).stdout
     shown = call("plan", file).stdout
     assert "compare (model: toy, source: blank.pear)" in " ".join(shown.split())
@@ -69,7 +69,7 @@ def test_validate_plan_and_graph(file: Path) -> None:
     assert "toy on blank.pear" in call("graph", file, "--format", "dot").stdout
 
 
-def test_explain(file: Path) -> None:
+def test_explain_shows_variants_and_runs_of_other_blocks(file: Path) -> None:
     shown = call("explain", file).stdout
     assert "experiment compare (model: twin, source: clean)" in shown
     assert "blank.pear, row 0: 'Part 1: pear Count 1:'" in shown
@@ -82,7 +82,7 @@ def test_explain(file: Path) -> None:
     assert set(found[5]["runs"]) == {"clean", "fewer", "twin"}
 
 
-def test_run_one_of_them(file: Path) -> None:
+def test_run_only_reports_all_variants_of_the_experiment(file: Path) -> None:
     done = call("run", file, "--only", "compare", "--format", "json")
     (found,) = json.loads(done.stdout)["files"][0]["experiments"]
     assert found["axes"] == ["model", "source", "layer"]
@@ -100,7 +100,7 @@ def test_run_one_of_them(file: Path) -> None:
     assert "rows of blank.pear" in shown
 
 
-def test_run_of_what_comes_from_elsewhere(file: Path) -> None:
+def test_run_shows_source_block_and_model(file: Path) -> None:
     shown = call("run", file, "--only", "other").stdout
     assert "toy · fruit → blank" in shown
     assert "its only row, paired with each row of `fruit`" in " ".join(shown.split())

@@ -1,4 +1,4 @@
-"""`ablate … with mean of BLOCK`: over the rows of another block, however many there are."""
+"""`ablate … with mean of BLOCK`: means over the rows of another block."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def six(*, plain: bool = False) -> list[Prompt]:
 
 @pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), ["gpt2", "llama", "gpt_neox"]))
 @pytest.mark.parametrize("of", ["six", "six.plain"])
-def test_mean_of_another_block(folder: Path, family: str, mode: str, of: str) -> None:
+def test_ablation_with_the_mean_of_another_block_equals_reference(
+    folder: Path, family: str, mode: str, of: str
+) -> None:
     text = experiment(
         "e", "prompts p", f"ablate z layer * heads 0..2 at last token with mean of {of}",
         DIFFERENCE,
@@ -66,8 +68,10 @@ def test_mean_of_another_block(folder: Path, family: str, mode: str, of: str) ->
 
 
 @pytest.mark.parametrize(("site", "mode"), in_turn(["final_norm", "logits"], ["planned", "plain"]))
-def test_mean_of_another_block_behind_the_last_one(folder: Path, site: str, mode: str) -> None:
-    """The run of the other block goes as far as what is read of it."""
+def test_mean_of_another_block_after_the_last_layer_equals_reference(
+    folder: Path, site: str, mode: str
+) -> None:
+    """The run of the other block must include the final norm or the logits."""
     text = experiment("e", "prompts p", f"ablate {site} at last token with mean of six", DIFFERENCE)
     found = run(text, folder, models("llama"), MODES[mode], prompts=PROMPTS + SIX)["e"]
     seen = [unpatched("llama", row)[1][site, None][-1] for row in six()]
@@ -89,7 +93,9 @@ def test_mean_of_another_block_behind_the_last_one(folder: Path, site: str, mode
         ("ablate pattern layer 1 head 0 at last token with mean of six", "E0333", "`pattern`"),
     ],
 )
-def test_what_is_refused(folder: Path, rule: str, code: str, said: str) -> None:
+def test_invalid_mean_of_another_block_is_rejected(
+    folder: Path, rule: str, code: str, said: str
+) -> None:
     text = experiment("e", "prompts p", rule, DIFFERENCE)
     found, diagnostics = attempt(text, folder, models("llama"), prompts=PROMPTS + SIX + OTHERS)
     assert found is None

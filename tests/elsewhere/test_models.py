@@ -1,4 +1,4 @@
-"""`from tuned into m`, `model a, b` and checkpoints, against single prompts by hand."""
+"""`from tuned into m`, `model a, b` and checkpoints, against reference runs of single prompts."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def across(*lines: str) -> str:
 
 
 @pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), FAMILIES))
-def test_from_one_model_into_another(folder: Path, family: str, mode: str) -> None:
-    """The other model's activations, the other model's metric for the source's end."""
+def test_patch_from_another_model_equals_reference(folder: Path, family: str, mode: str) -> None:
+    """Activations and source values come from the other model."""
     text = across(
         "prompts p", "from tuned into m", "patch resid_post layer * at subject token", DIFFERENCE
     )
@@ -53,8 +53,8 @@ def test_from_one_model_into_another(folder: Path, family: str, mode: str) -> No
 
 
 @pytest.mark.parametrize("site", ["embed", "z", "q", "mlp_hidden", "logits"])
-def test_equal_tokens_are_not_equal_activations(folder: Path, site: str) -> None:
-    """What is inert within a model isn't between two: no token need differ for that."""
+def test_patch_between_models_with_equal_tokens_is_not_inert(folder: Path, site: str) -> None:
+    """Cells that are inert within one model aren't inert between two models."""
     where = {"z": " layer 0 heads *", "q": " layer 0 heads *", "mlp_hidden": " layer 0"}
     text = across(
         "prompts p", "from tuned into m", f"patch {site}{where.get(site, '')} at tokens *",
@@ -66,12 +66,12 @@ def test_equal_tokens_are_not_equal_activations(folder: Path, site: str) -> None
     layer = 0 if site in where else None
     expected = by_prompt("llama", [[Point(site, layer)]], bases, bases, every, read="tuned")
     same(found.measures[0], expected, EVERY)
-    if site == "logits":  # then it is the other model's
+    if site == "logits":  # patched logits equal those of the other model
         np.testing.assert_allclose(found.measures[0].patched[0], expected[2], atol=1e-4)
 
 
-def test_a_model_beside_other_runs(folder: Path) -> None:
-    """`with tuned`, a corruption as the base, and a distance to the other model."""
+def test_second_model_with_corruption_and_kl_equals_reference(folder: Path) -> None:
+    """Covers `with tuned`, a corruption as the base, and the KL divergence to the other model."""
     text = experiment(
         "e", "prompts p", "from clean into other",
         "patch resid_post layer 0 at subject token",
@@ -99,8 +99,8 @@ def test_a_model_beside_other_runs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["kl(tuned)", "distance"])
-def test_the_distance_to_a_model_that_only_a_metric_names(folder: Path, metric: str) -> None:
-    """Also in a gradient, and through the name of a metric."""
+def test_kl_to_a_model_named_only_in_a_metric_equals_reference(folder: Path, metric: str) -> None:
+    """Covers gradients and named metrics."""
     text = "metric distance = kl(tuned)\n" + experiment(
         "e", "prompts p", "ablate resid_post layer 0 at subject token with zero",
         f"measure {metric} as raw",
@@ -129,15 +129,15 @@ def zeroed(of: Prompt) -> Write:
     return Write("resid_post", 0, torch.zeros(()), of.subject[-1])
 
 
-def test_its_own_model_is_no_other_run(folder: Path) -> None:
+def test_kl_to_the_model_of_the_experiment_is_rejected(folder: Path) -> None:
     text = experiment("e", "prompts p", "measure kl(m) as raw")
     result, found = attempt(text, folder, models("gpt2", "m", "tuned"))
     assert result is None
     assert [each.code for each in found] == ["E0201"]
 
 
-def test_the_distance_to_another_model_in_a_reply(folder: Path) -> None:
-    """It reads the same text."""
+def test_kl_to_another_model_at_each_step_equals_reference(folder: Path) -> None:
+    """Both models read the same completion."""
     from ..reference.forward import forward
 
     text = across(
@@ -160,7 +160,7 @@ def test_the_distance_to_another_model_in_a_reply(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_several_models_beside_each_other(folder: Path, family: str) -> None:
+def test_cells_of_several_models_equal_reference(folder: Path, family: str) -> None:
     text = experiment(
         "e",
         "prompts p",
@@ -183,8 +183,8 @@ def test_several_models_beside_each_other(folder: Path, family: str) -> None:
     assert np.count_nonzero(~found.measures[0].inert) == 8
 
 
-def test_models_of_different_depth(folder: Path) -> None:
-    """Each has its own layers; relative depth is shown as it is written."""
+def test_models_of_different_depth_have_cells_for_their_layers(folder: Path) -> None:
+    """Relative depths keep their written labels."""
     deep = families.module("llama", 3, num_hidden_layers=6)
     text = "".join(
         experiment(
@@ -225,8 +225,8 @@ def test_models_of_different_depth(folder: Path) -> None:
     same(found["half"].measures[0], expected, slice(0, 3))
 
 
-def test_rows_that_only_some_models_keep(folder: Path) -> None:
-    """`keep` is asked of each model; the rows that all of them keep are compared."""
+def test_rows_kept_by_all_models_are_compared(folder: Path) -> None:
+    """`keep` is evaluated for each model."""
     lines = ("prompts p", "from other into clean", "keep logit(answer) > logit(wrong)",
              "patch resid_post layer * at last token", DIFFERENCE)  # fmt: skip
     several = experiment("e", *lines).replace("model m", "model m, tuned")
@@ -261,8 +261,8 @@ def save(family: str, seed: int, folder: Path, **overrides: int) -> None:
     fast(families.tokenizer()).save_pretrained(folder)
 
 
-def test_checkpoints_in_natural_order(folder: Path) -> None:
-    """The star's part is the label, a number where all are; each checkpoint is a model."""
+def test_checkpoints_are_models_in_natural_order(folder: Path) -> None:
+    """Labels are the text matched by `*`, as numbers if all are numbers."""
     from mechdsl.base.source import Source
 
     from ..execute.support import PROMPTS
@@ -302,14 +302,14 @@ def test_checkpoints_in_natural_order(folder: Path) -> None:
     )
 
 
-def test_a_model_that_is_not_one_of_the_two(folder: Path) -> None:
+def test_model_line_that_is_neither_source_nor_base_is_rejected(folder: Path) -> None:
     text = experiment("e", "prompts p", "from tuned into m", "patch z layer 0 head 0 at last token",
                       DIFFERENCE).replace("model m", "model third")  # fmt: skip
     _, found = attempt(text, folder, models("gpt2", "m", "tuned", "third"))
     assert [d.code for d in found if d.severity == "error"] == ["E0207"]
 
 
-def test_models_of_other_sizes_or_tokens(folder: Path) -> None:
+def test_models_with_different_layers_or_tokens_are_rejected(folder: Path) -> None:
     from tokenizers import processors
 
     text = across("prompts p", "from tuned into m", "patch z layer 0 head 0 at last token",
@@ -350,8 +350,8 @@ def test_checkpoints_share_their_tokenizer_and_prompts(folder: Path) -> None:
     assert list(checked.program.models) == ["steps:0", "steps:1", "steps:2"]
 
 
-def test_several_models_on_both_sides(folder: Path) -> None:
-    """Into each model from each: a model's own run is its clean one."""
+def test_several_source_and_base_models_have_a_cell_per_pair(folder: Path) -> None:
+    """A pair of equal models patches from the model's clean run."""
     text = across(
         "prompts p", "from tuned, third into m, tuned", "patch resid_post layer 1 at cue token",
         DIFFERENCE,
@@ -375,8 +375,8 @@ def test_several_models_on_both_sides(folder: Path) -> None:
         same(found.measures[0], expected, slice(cell, cell + 1))
 
 
-def test_the_run_of_its_own_model_is_its_clean_run(folder: Path) -> None:
-    """In an observation and in a saved file, of one of several models and alone."""
+def test_observation_of_the_own_model_uses_its_clean_run(folder: Path) -> None:
+    """Covers observations and saved files, with one model and with several."""
     both = models("gpt2", "m", "tuned")
     seen = "observe norm resid_post layer 1 {}at last token as {}"
     text = experiment("both", "prompts p", seen.format("of tuned ", "x"), stats="").replace(

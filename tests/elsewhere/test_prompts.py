@@ -1,4 +1,4 @@
-"""What another block's prompts bring along: moved tokens, noise, `where`; in tables and by hand."""
+"""Moved tokens, noise and `where` of other prompts blocks, in tables and against references."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def with_word(of: Prompt) -> Prompt:
 
 
 @pytest.mark.parametrize("base", ["clean", "blank"])
-def test_what_answers_begin_with_stands_behind_all_prompts(folder: Path, base: str) -> None:
-    """All answers begin with `w19`: it ends the prompts of blocks without answers too."""
+def test_moved_token_of_answers_ends_prompts_of_all_blocks(folder: Path, base: str) -> None:
+    """All answers begin with `w19`, so it also ends prompts of blocks without answers."""
     source = "q" if base == "clean" else "clean"
     text = experiment(
         "e", "prompts p", f"from {source} into {base}", "patch z layer 1 heads * at last token",
@@ -71,7 +71,7 @@ prompts one {
 
 @pytest.mark.parametrize("block", ["n", "one"])
 @pytest.mark.parametrize("mode", MODES)
-def test_noise_is_that_of_the_other_blocks_row(
+def test_noise_of_another_block_is_seeded_by_its_row(
     folder: Path, block: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keyed_by_number(monkeypatch)
@@ -120,7 +120,7 @@ prompts fruit {
 LINES = ("patch z layer 0 head 0 at last token", "measure logit(answer) as delta")
 
 
-def test_pairs_hold_with_the_same_where(folder: Path) -> None:
+def test_blocks_with_equal_where_pair_equal_values(folder: Path) -> None:
     other = COUNTED.replace("fruit", "listed").replace("Part {count}", "Count {count}")
     found = check(
         COUNTED + other, ("prompts fruit limit 7", "from listed into clean", *LINES), folder
@@ -134,7 +134,7 @@ def test_pairs_hold_with_the_same_where(folder: Path) -> None:
         )
 
 
-def test_a_block_with_one_row_left_serves_all(folder: Path) -> None:
+def test_block_with_one_remaining_row_is_paired_with_all_rows(folder: Path) -> None:
     other = COUNTED.replace("fruit", "listed").replace("count > 3", 'count = 4 and item = "pear"')
     other = other.replace("2..9", "2..5")
     found = check(
@@ -146,8 +146,8 @@ def test_a_block_with_one_row_left_serves_all(folder: Path) -> None:
     assert len(rows) == 7
 
 
-def test_rows_that_are_not_sampled_are_not_made(folder: Path) -> None:
-    """A row of the other block that can't be computed is wrong only where it is read."""
+def test_unsampled_rows_of_another_block_are_not_built(folder: Path) -> None:
+    """An invalid row of the other block is an error only if it is paired."""
     own = COUNTED.replace("where count > 3", "")
     other = own.replace("fruit", "listed")
     lines = ("prompts fruit limit 3", "from listed into clean", *LINES)
@@ -160,8 +160,8 @@ def test_rows_that_are_not_sampled_are_not_made(folder: Path) -> None:
         assert codes == (["E0503"] if count in read else [])
 
 
-def test_texts_of_the_other_block_can_be_measured(folder: Path) -> None:
-    """`answer of listed` is that of the row that is read."""
+def test_answer_of_another_block_is_that_of_the_paired_row(folder: Path) -> None:
+    """Covers `answer of listed` in a measure and `accuracy(listed)`."""
     other = COUNTED.replace("fruit", "listed").replace('" {count}"', '" {count - 1}"')
     lines = ("prompts fruit limit 5", "from listed into clean", LINES[0],
              "measure logit(answer) - logit(answer of listed) as delta",
@@ -174,7 +174,7 @@ def test_texts_of_the_other_block_can_be_measured(folder: Path) -> None:
     assert [int(a) - 1 for a in own] == [int(b) for b in there]
 
 
-def test_the_split_of_the_sampled_block_counts(folder: Path) -> None:
+def test_split_of_the_sampled_block_selects_the_pairs(folder: Path) -> None:
     sampled = COUNTED.replace("where count > 3", "split 50%")
     other = COUNTED.replace("fruit", "listed").replace("where count > 3", "")
     lines = ("prompts fruit.test limit 5", "from listed into clean", *LINES)

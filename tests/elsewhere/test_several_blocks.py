@@ -1,4 +1,4 @@
-"""Several blocks of prompts in one experiment: each has its own rows and ends of the scale."""
+"""Several prompts blocks in one experiment, each with its rows, base values and source values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ OF_SECOND = [record for record in ROWS if record["a"] != "w20"]
 
 
 def second(record: Record, run: str = "clean") -> Prompt:
-    """A row of `r`, its places counted by hand."""
+    """A row of `r` with manually counted positions."""
     subject = record["alt" if run == "other" else "subject"].split()
     words = ("w7", record["cue2"], *subject, "w9", *record["words"])
     start = 4 + len(subject)
@@ -59,9 +59,9 @@ def second(record: Record, run: str = "clean") -> Prompt:
     return Prompt(words, items, tuple(range(3, 3 + len(subject))), 2)
 
 
-def by_hand(family: str, of: str, name: str = "m") -> tuple[Array, Array, Array]:
-    """([cell, prompt] patched, [prompt] base, [prompt] source) of one block: the residual stream of
-    the subject's last token, layer by layer, one prompt at a time."""
+def block_reference(family: str, of: str, name: str = "m") -> tuple[Array, Array, Array]:
+    """Reference ([cell, prompt] patched, [prompt] base, [prompt] source) of one block: the residual
+    stream at the subject's last token, for each layer, one prompt at a time."""
     make, rows, sign = (prompt, ROWS, 1) if of == "p" else (second, OF_SECOND, -1)
     found, base, source = np.zeros((3, len(rows))), np.zeros(len(rows)), np.zeros(len(rows))
     for n, record in enumerate(rows):
@@ -84,7 +84,7 @@ def text_of(*lines: str, blocks: str = "p, r") -> str:
 
 
 def holds(found: ExperimentResult, cells: slice, expected: tuple[Array, Array, Array]) -> None:
-    """The cells of a block have its rows and no others, and what is true of them."""
+    """Check that the cells of a block have only its rows, with reference values."""
     values, base, source = expected
     data = found.measures[0]
     there = ~np.isnan(data.patched[cells])
@@ -104,24 +104,24 @@ def holds(found: ExperimentResult, cells: slice, expected: tuple[Array, Array, A
 
 
 @pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES, ["planned", "plain"]))
-def test_each_block_by_hand(folder: Path, family: str, mode: str) -> None:
+def test_cells_of_each_block_equal_reference(folder: Path, family: str, mode: str) -> None:
     found = run(text_of(), folder, models(family), MODES[mode], prompts=PROMPTS + SECOND)["e"]
     assert found.axes == ("prompts", "layer")
     assert [c.coords["prompts"] for c in found.cells] == ["p"] * 3 + ["r"] * 3
     assert found.prompts == len(ROWS) + len(OF_SECOND)
     assert len(set(found.row_ids or ())) == found.prompts
     for n, of in enumerate("pr"):
-        expected = by_hand(family, of)
+        expected = block_reference(family, of)
         assert abs(expected[2] - expected[1]).max() > 0.1
         holds(found, slice(3 * n, 3 * n + 3), expected)
     shown = found.runs
     assert set(shown) == {"clean (p)", "clean (r)", "other (p)", "other (r)"}
     np.testing.assert_allclose(np.sort(shown["clean (r)"]["logit(answer) - logit(wrong)"])[:3],
-                               np.sort(by_hand(family, "r")[2]), atol=1e-4)  # fmt: skip
+                               np.sort(block_reference(family, "r")[2]), atol=1e-4)  # fmt: skip
 
 
-def test_accuracies_of_each_block(folder: Path) -> None:
-    """Right where the answer is the likeliest token, by hand; the file of each says which."""
+def test_accuracy_of_each_block_equals_reference(folder: Path) -> None:
+    """A row is correct if its block's answer is the most likely token."""
     lines = ("expect accuracy(clean, prompts: p) >= 0 on mean",
              "expect accuracy(other, prompts: r) >= 0 on mean")  # fmt: skip
     found = run(text_of(*lines), folder, models("llama"), prompts=PROMPTS + SECOND)["e"]
@@ -135,7 +135,7 @@ def test_accuracies_of_each_block(folder: Path) -> None:
         assert verdict.effective_n == len(rows)
 
 
-def test_models_multiply_within_a_block(folder: Path) -> None:
+def test_each_block_has_cells_for_each_model(folder: Path) -> None:
     text = text_of().replace("model m", "model m, tuned")
     both = models("llama", "m", "tuned")
     found = run(text, folder, both, prompts=PROMPTS + SECOND)["e"]
@@ -143,12 +143,12 @@ def test_models_multiply_within_a_block(folder: Path) -> None:
     n = 0
     for of in "pr":
         for name in ("m", "tuned"):
-            holds(found, slice(n, n + 3), by_hand("llama", of, name))
+            holds(found, slice(n, n + 3), block_reference("llama", of, name))
             n += 3
 
 
-def test_as_each_block_alone(folder: Path) -> None:
-    """Values, means and p; only the correction is over all cells."""
+def test_statistics_of_a_block_equal_those_of_a_separate_experiment(folder: Path) -> None:
+    """Only the correction for multiple comparisons is over all cells."""
     blocks = PROMPTS + SECOND
     both = run(text_of(), folder, models("gpt2"), prompts=blocks)["e"]
     start = 0
@@ -159,12 +159,10 @@ def test_as_each_block_alone(folder: Path) -> None:
         for field in ("mean", "n", "units", "base_mean", "source_mean", "p"):
             np.testing.assert_allclose(getattr(own, field)[cells], getattr(of, field), rtol=1e-9)
         start += 3
-    assert (
-        np.count_nonzero(~both.measures[0].inert) == 4
-    )  # behind the last layer nothing can differ
+    assert np.count_nonzero(~both.measures[0].inert) == 4  # a patch after the last layer is inert
 
 
-def test_parts_of_one_block_and_limits(folder: Path) -> None:
+def test_parts_and_limits_of_one_block_are_separate_cells(folder: Path) -> None:
     blocks = PROMPTS.replace('rows "data.jsonl"', 'rows "data.jsonl"\n  split 50%')
     text = text_of(blocks="p.train, p.test, p limit 3")
     found = run(text, folder, models("gpt2"), prompts=blocks)["e"]
@@ -172,14 +170,14 @@ def test_parts_of_one_block_and_limits(folder: Path) -> None:
     there = ~np.isnan(found.measures[0].patched)
     assert there[::3].sum(1).tolist() == [2, 2, 3]
     assert not (there[0] & there[3]).any()
-    whole = by_hand("gpt2", "p")
+    whole = block_reference("gpt2", "p")
     for cell, own in enumerate(there):
         rows = np.array(found.row_ids)[own]
         values = found.measures[0].patched[cell, own]
         np.testing.assert_allclose(values, whole[0][cell % 3][rows], atol=1e-3)
 
 
-def test_what_is_picked_is_picked_on_the_same_block(folder: Path) -> None:
+def test_best_of_another_experiment_is_selected_per_block(folder: Path) -> None:
     first = text_of()
     then = experiment(
         "then", "prompts r, p", "from clean into other",
@@ -222,7 +220,7 @@ def both(left: ExperimentResult, right: ExperimentResult, *expects: str) -> Expe
     return synthetic.finished(merge_variants(merge_prompt_sets(parts)), *expects, resamples=4000)
 
 
-def test_intervals_are_those_of_a_block_alone() -> None:
+def test_intervals_of_a_block_equal_those_of_a_separate_experiment() -> None:
     left, right = made(12, 1.0, 1, "a"), made(90, 0.5, 2, "b")
     found = both(left, right)
     for block, cells in ((left, slice(0, 2)), (right, slice(2, 4))):
@@ -234,8 +232,8 @@ def test_intervals_are_those_of_a_block_alone() -> None:
     assert found.statistics[0].units.tolist() == [12, 12, 90, 90]
 
 
-def test_a_difference_of_blocks_is_of_independent_rows() -> None:
-    """Rows of one number that move together aren't paired: they are other rows."""
+def test_difference_between_blocks_treats_rows_as_independent() -> None:
+    """Rows with equal numbers and correlated values aren't paired."""
     left, right = made(40, 1.0, 1, "a"), made(40, 0.4, 2, "b")
     own = left.measures[0]
     moved = replace(own, patched=own.patched - 0.6 + np.linspace(-0.01, 0.01, 40))
@@ -255,7 +253,7 @@ def test_a_difference_of_blocks_is_of_independent_rows() -> None:
     assert "paired" not in (alone.reason or "")
 
 
-def test_equal_rows_of_two_blocks_are_one_unit() -> None:
+def test_equal_rows_of_two_blocks_are_one_sampling_unit() -> None:
     left, right = made(20, 1.0, 1, "a"), made(20, 0.4, 2, "b")
     right = replace(right, row_keys=left.row_keys)
     found = both(left, right)
@@ -263,7 +261,7 @@ def test_equal_rows_of_two_blocks_are_one_unit() -> None:
     assert found.statistics[0].n.tolist() == [20] * 4
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -275,7 +273,7 @@ def test_equal_rows_of_two_blocks_are_one_unit() -> None:
         ("prompts p.train, r\n from clean into other", "E0201", "p.train"),
     ],
 )
-def test_what_a_block_lacks(folder: Path, lines: str, code: str, said: str) -> None:
+def test_invalid_list_of_blocks_is_rejected(folder: Path, lines: str, code: str, said: str) -> None:
     found = checked(lines, folder)
     assert [d.code for d in found] == [code]
     assert said in render_full(found)
@@ -293,7 +291,7 @@ def checked(lines: str, folder: Path, *more: str) -> list[Diagnostic]:
     ]
 
 
-def test_what_is_of_one_block_alone(folder: Path) -> None:
+def test_statements_about_one_block_are_rejected_for_several(folder: Path) -> None:
     line = "prompts p, r\n from clean into other"
     assert [d.code for d in checked(line, folder, "expect accuracy(clean) > 0.5")] == ["E0606"]
     assert checked(line, folder, "expect accuracy(clean, prompts: r) > 0.5") == []

@@ -1,4 +1,4 @@
-"""`from A shuffled into B`: rows of another block are dealt, not paired by number."""
+"""`from A shuffled into B`: rows of another block are paired by a seeded shuffle."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ RULE = "patch resid_post layer * at last token"
 
 
 @pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), ["gpt2", "llama"]))
-def test_what_is_read_is_the_row_that_is_dealt(folder: Path, family: str, mode: str) -> None:
-    """Beside an experiment on the same rows that pairs them by number, in one panel."""
+def test_patch_from_a_shuffled_block_equals_reference(folder: Path, family: str, mode: str) -> None:
+    """The same panel has an experiment that pairs the rows by number."""
     text = "".join(
         experiment(name, "prompts p", f"from {source} into clean", RULE, DIFFERENCE)
         for name, source in (("paired", "q"), ("shuffled", "q shuffled"))
@@ -45,8 +45,8 @@ def test_what_is_read_is_the_row_that_is_dealt(folder: Path, family: str, mode: 
 
 
 @pytest.mark.parametrize("limit", ["", " limit 3"])
-def test_the_order_of_a_data_file_changes_no_pair(tmp_path: Path, limit: str) -> None:
-    """Both blocks read it, so that what is dealt to a row is told by what it reads."""
+def test_shuffled_pairs_do_not_depend_on_the_order_of_records(tmp_path: Path, limit: str) -> None:
+    """Both blocks read the file, so pairs can be compared by content."""
     text = experiment("e", f"prompts p{limit}", "from q shuffled into clean", RULE, DIFFERENCE)
     found: list[set[tuple[float, ...]]] = []
     for number, rows in enumerate((ROWS, ROWS[2:] + ROWS[:2], ROWS[::-1])):
@@ -59,7 +59,7 @@ def test_the_order_of_a_data_file_changes_no_pair(tmp_path: Path, limit: str) ->
     assert found[0] == found[1] == found[2]
 
 
-def test_a_shuffle_is_a_permutation_that_hangs_on_the_row_alone() -> None:
+def test_shuffle_is_a_permutation_that_depends_only_on_row_and_seed() -> None:
     rows = list(range(0, 600, 3))
     pairs = dict(zip(rows, deal_rows(rows, 0, "a", "b"), strict=True))
     assert sorted(pairs.values()) == rows
@@ -73,8 +73,8 @@ def test_a_shuffle_is_a_permutation_that_hangs_on_the_row_alone() -> None:
         assert deal_rows(rows, seed, *names) != list(pairs.values())
 
 
-def test_every_partner_is_as_likely() -> None:
-    """Over seeds; 3 rows have 6 orders."""
+def test_shuffle_is_uniform_over_seeds() -> None:
+    """Three rows have six orders."""
     count = Counter(tuple(deal_rows([4, 7, 9], seed, "a", "b")) for seed in range(1200))
     assert len(count) == 6
     expected = 1200 / 6
@@ -126,20 +126,20 @@ def warned(text: str, **written: str) -> list[str]:
         (
             {"NAME in": "number in", "item, NAME": "item, number", "{NAME}": "{number}"},
             1,
-        ),  # called otherwise there, and the same
+        ),  # a different name for the same values
         ({"from listed into": "from listed shuffled into"}, 0),
         ({"NAME in 2..9": "NAME in 1..8"}, 0),
         ({"report confusion VALUE by argmax": "report table"}, 0),
         ({"report confusion VALUE": "report confusion layer", "layer 0": "layer *"}, 0),
     ],
 )
-def test_pairs_with_equal_values_are_warned_of(written: dict[str, str], expected: int) -> None:
+def test_pairs_with_equal_values_give_a_warning(written: dict[str, str], expected: int) -> None:
     assert len(warned(BLOCKS, **written)) == expected
 
 
-def test_the_diagonal_is_what_the_base_run_says() -> None:
-    """The warning is right: paired by number the diagonal is full where nothing is carried over and
-    where all is; shuffled it is full where nothing is."""
+def test_confusion_diagonal_is_informative_only_for_shuffled_pairs() -> None:
+    """Pairs by number fill the diagonal whether the patch has no effect or a full effect; shuffled
+    pairs fill it only if the patch has no effect."""
     text = (
         BLOCKS.replace("NAME", "count").replace("VALUE", "count").replace("layer 0", "layer 0, 3")
     )
@@ -151,8 +151,8 @@ def test_the_diagonal_is_what_the_base_run_says() -> None:
         assert tuple(right.all(axis=1)) == full
 
 
-def test_a_run_is_named_without_the_word(folder: Path) -> None:
-    """In metrics and expectations; a rule that reads `with q` has the one paired by number."""
+def test_shuffled_run_is_named_without_shuffled(folder: Path) -> None:
+    """Covers metrics and expectations; `with q` in a rule means rows paired by number."""
     text = "".join(
         experiment(
             name, "prompts p", f"from q{word} into clean",
@@ -170,5 +170,5 @@ def test_a_run_is_named_without_the_word(folder: Path) -> None:
     assert [each.holds for each in shuffled.outcomes] == [True]
     values = [each.measures[0].base[0] for each in (paired, shuffled)]
     assert np.abs(values[0] - values[1]).max() > 1e-3
-    # the rule reads the rows that are paired, and `kl(q)` means these where both are there
+    # The rule reads rows paired by number, and `kl(q)` prefers these if both runs exist.
     np.testing.assert_allclose(both.measures[0].patched, paired.measures[0].patched, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Several sources, bases and models in one experiment: axes, ends of the scale, what is kept."""
+"""Several sources, bases and models in one experiment: axes, base and source values, exports."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def sources_of(name: str) -> list:
 
 
 @pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES, ["planned", "plain"]))
-def test_every_combination(folder: Path, family: str, mode: str) -> None:
-    """Each cell against its own base and source; a rule that reads another run is the same in
-    all of them."""
+def test_each_combination_of_source_and_base_equals_reference(
+    folder: Path, family: str, mode: str
+) -> None:
+    """Each cell is compared with its own base and source."""
     text = experiment(
         "e", "prompts p", "from clean, q, other into turned, longer",
         "patch resid_post layer * at last token", DIFFERENCE,
@@ -46,7 +47,7 @@ def test_every_combination(folder: Path, family: str, mode: str) -> None:
     assert len(found.measures[0].inert) == 18
 
 
-def test_a_rule_that_reads_another_run_is_the_same_in_all(folder: Path) -> None:
+def test_rule_with_an_explicit_run_does_not_depend_on_the_source(folder: Path) -> None:
     text = experiment(
         "e", "prompts p", "from other, longer into clean",
         "patch mlp_out layer 0 at cue token with blank", DIFFERENCE,
@@ -57,7 +58,7 @@ def test_a_rule_that_reads_another_run_is_the_same_in_all(folder: Path) -> None:
     assert abs(found.measures[0].source[0] - found.measures[0].source[1]).max() > 0.01
 
 
-def test_models_and_sources_multiply(folder: Path) -> None:
+def test_each_combination_of_model_and_source_equals_reference(folder: Path) -> None:
     text = experiment(
         "e", "prompts p", "from other, q into clean", "patch z layer 2 head 0..1 at last token",
         DIFFERENCE, "measure prob(answer) as raw",
@@ -76,7 +77,7 @@ def test_models_and_sources_multiply(folder: Path) -> None:
     assert found.conventions["model"] == "LlamaForCausalLM, passed from Python"
 
 
-def test_what_is_kept_on_disk_is_one_file(folder: Path) -> None:
+def test_export_of_several_sources_is_one_file(folder: Path) -> None:
     text = experiment(
         "e", "prompts p", "from clean, other into longer", "patch z layer 1 head * at last token",
         DIFFERENCE,
@@ -95,8 +96,8 @@ def test_what_is_kept_on_disk_is_one_file(folder: Path) -> None:
             assert abs(found.measures[0].patched[line["cell"], row] - value) < 1e-12
 
 
-def test_a_sweep_that_only_some_variants_have(folder: Path) -> None:
-    """Occurrences of a base that has one only give a single cell there."""
+def test_sweep_has_cells_only_for_occurrences_of_each_base(folder: Path) -> None:
+    """A base with one occurrence has a single cell."""
     blocks = PROMPTS + OTHERS + 'prompts short {\n  item = "w9"\n  template "w8 {item} w7"\n}\n'
     text = experiment(
         "e", "prompts p", "from clean into other, short",
@@ -113,7 +114,7 @@ def checked(text: str, folder: Path):
     return check_source(Source(whole, folder / "file.mech"))
 
 
-def test_a_loop_of_the_same_name_is_refused(folder: Path) -> None:
+def test_loop_variable_named_like_an_axis_is_rejected(folder: Path) -> None:
     text = experiment(
         "e", "prompts p", "from clean, other into longer", "for source in 0..1 {",
         "patch z layer source head 0 at last token", "}", DIFFERENCE,

@@ -1,1 +1,1 @@
-"""Whole files run end to end and held to interventions written by hand."""
+"""Whole files, run end to end and compared with reference interventions."""

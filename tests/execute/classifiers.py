@@ -1,4 +1,4 @@
-"""Tiny classifiers, and what plain hooks give on them, one prompt at a time."""
+"""Tiny classifiers, and their values under plain hooks, one prompt at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OF_TOKENS = {"bert": "BertForTokenClassification", "gpt2": "GPT2ForTokenClassifi
 
 @cache
 def tokenizer() -> Tokenizer:
-    """One token a word, `<s>` in front of every text."""
+    """One token per word, with `<s>` before every text."""
     made = Tokenizer(models.WordLevel(IDS, unk_token="w2"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(["<pad>", "<s>"])
@@ -44,7 +44,7 @@ def tokenizer() -> Tokenizer:
 
 @cache
 def classifier(family: str, build: str, **settings: Any) -> tuple[Architecture, nn.Module]:
-    """The parts of a family, without what stands behind its last block, and a classifier of it."""
+    """The parts of a family up to its last block, and a classifier of the family."""
     row = next(row for row in tables.every() if row.name == family)
     assert isinstance(row, Architecture)
     row = replace(row, build=build, main=replace(row.main, final_norm=None))
@@ -55,13 +55,13 @@ def classifier(family: str, build: str, **settings: Any) -> tuple[Architecture, 
 
 
 def prompt(text: str) -> dict[str, Tensor]:
-    """What the model is called with: nothing but the tokens."""
+    """The arguments of the model: only the tokens."""
     return {"input_ids": torch.tensor([[1, *(IDS[word] for word in text.split())]])}
 
 
 @cache
 def outputs(family: str, build: str, text: str, **settings: Any) -> Tensor:
-    """What the model gives for one prompt: [label], or [T, label]."""
+    """The model's output for one prompt: [label], or [T, label]."""
     row, module = classifier(family, build, **settings)
     logits, _ = hooks.run(row, module, prompt(text), 0)
     return logits

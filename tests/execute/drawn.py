@@ -1,4 +1,4 @@
-"""Files that are drawn: their plan gives what whole passes give, one cell at a time."""
+"""Random files, whose planned runs equal full forward passes of one cell at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.
 
 
 def few(cases: st.SearchStrategy[Any], count: int) -> Callable[..., Any]:
-    """What holds for a `case`, of so many that are always the same."""
+    """Check a property for `count` cases, which are the same in each run."""
     ready = settings(
         max_examples=count, deadline=None, derandomize=True, suppress_health_check=QUIET
     )
@@ -37,7 +37,7 @@ def few(cases: st.SearchStrategy[Any], count: int) -> Callable[..., Any]:
 
 
 def many(cases: st.SearchStrategy[Any], count: int) -> Callable[..., Any]:
-    """The same of others in each run."""
+    """Check a property for `count` cases, which differ in each run."""
     count = int(os.environ.get("MECHDSL_RANDOM_FILES", count))
     ready = settings(max_examples=count, deadline=None, suppress_health_check=QUIET)
     return lambda hold: pytest.mark.slow(ready(given(case=cases)(hold)))
@@ -46,8 +46,9 @@ def many(cases: st.SearchStrategy[Any], count: int) -> Callable[..., Any]:
 def both_ways(
     run: Run, off: frozenset[str], folder: Path, execution: ExecutionOptions | None = None
 ) -> tuple[FileResult, FileResult] | None:
-    """What a file gives in whole passes, and as planned without some passes of the planner; it
-    leaves the same files in the folder. None where both are refused, with the same words."""
+    """Run a file in full forward passes, and as planned without some passes of the planner.
+
+    Both runs write the same files. None if both are rejected with the same messages."""
     python = CheckSettings(python="run")
     plain, problems = run(replace(support.WITHOUT_PLAN, settings=python))
     files = _taken_away(folder)
@@ -64,7 +65,7 @@ def both_ways(
 
 
 def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:
-    """Two results are equal, to 1e-4 and 1e-3 of the effect; so are their null bands."""
+    """Assert that two results and their null bands are equal, up to 1e-4 and 1e-3 of the effect."""
     assert one.cells == other.cells
     for expected, found in zip(one.measures, other.measures, strict=True):
         assert np.array_equal(np.isnan(expected.patched), np.isnan(found.patched))
@@ -84,7 +85,7 @@ def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:
 
 
 def _taken_away(folder: Path) -> dict[str, dict[str, Any]]:
-    """What was saved, which is gone then: file → its tensors, and the lines beside it."""
+    """Read and remove the saved files: file → its tensors, and the lines of its JSON Lines file."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("[0-9]*.safetensors")):
         rows = path.with_suffix(".jsonl")
@@ -95,7 +96,7 @@ def _taken_away(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _same_files(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> None:
-    """The same vectors of the same rows, up to rounding."""
+    """Assert that the vectors of all rows are equal, up to rounding."""
     assert one.keys() == other.keys()
     for name, tensors in one.items():
         assert tensors.keys() == other[name].keys()

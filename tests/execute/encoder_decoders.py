@@ -1,4 +1,4 @@
-"""Encoder-decoders of small configs, and what hand-written hooks give for one unpadded prompt."""
+"""Small encoder-decoders, and their values under plain hooks for one unpadded prompt."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def starts(family: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Text:
-    """One row of one run, with the places of its parts counted by hand."""
+    """One row of one run, with the positions of its parts, counted without the package."""
 
     ids: tuple[int, ...]
     items: tuple[int, ...]
@@ -171,7 +171,7 @@ class Text:
 
 
 def text(record: Record, run: str = "clean") -> Text:
-    """The encoder's tokens of a record, without `<s>` in front of them."""
+    """The encoder's tokens of a record, without a leading `<s>`."""
     own = prompt(record, run)
     moved = [tuple(at - 1 for at in places) for places in (own.items, own.subject)]
     return Text((*own.ids[1:], 1), *moved)
@@ -229,7 +229,7 @@ Change = Callable[[Tensor], Tensor]
 """Given the vectors of some tokens, [token, width], returns the new ones."""
 
 Write = tuple[Place, Sequence[int], Change]
-"""A place, its tokens in their own text, and the change of their vectors."""
+"""A place, its tokens in the encoder's or decoder's text, and the change of their vectors."""
 
 
 def columns(own: Place, width: int) -> slice:
@@ -372,7 +372,7 @@ def weights_times(
     factor: float = 0.0,
     seen: list[Tensor] | None = None,
 ) -> Generator[None]:
-    """Attention of one layer written out, from the projections of the bare model.
+    """Compute the attention of one layer explicitly, from the projections of the bare model.
 
     Args:
         family: The family, which determines the scale and position biases of scores.

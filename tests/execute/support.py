@@ -1,4 +1,4 @@
-"""Prompts written out word by word, files that read them, and the comparison of two answers."""
+"""Prompts written word by word, files that use them, and a comparison of two results."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from ..shared_models import is_unchanged, unchanged
 Record = dict[str, Any]
 Array = NDArray[np.float64]
 Metric = Callable[[Tensor, Record], float]
-"""Of the logits [T, vocab] of a prompt, and its record."""
+"""From the logits [T, vocab] of a prompt, and its record."""
 
 ABSOLUTE = 1e-4
 RELATIVE = 1e-3
 SMALL = 1e-2
-"""Effects below this are held to an absolute bound of SMALL * RELATIVE, or as much more as the
-values that they are the difference of are rounded."""
+"""Effects below this have an absolute bound of SMALL * RELATIVE, or a larger one if the values that
+they are differences of have larger rounding errors."""
 
 _RECORDS: list[Record] = [
     {
@@ -94,7 +94,7 @@ _RECORDS: list[Record] = [
     },
 ]
 ROWS = [{**r, "turned": r["words"][1:] + r["words"][:1]} for r in _RECORDS]
-"""Prompts of 13, 8, 10 and 13 tokens; those of `longer` have others."""
+"""Prompts of 13, 8, 10 and 13 tokens; those of `longer` have other lengths."""
 
 PROMPTS = """
 prompts p {
@@ -122,11 +122,11 @@ WIDER = {
     "down_proj": 2,
     "dense_4h_to_h": 1.5,
 }
-"""Factors on weights, so that no head is drowned by the MLPs."""
+"""Factors on weights, so that no head is negligible compared with the MLPs."""
 
 EVERY_PASS = frozenset(PASS_NAMES)
 WITHOUT_PLAN = RunOptions(without=EVERY_PASS)
-"""Whole padded passes over the rows of one cell: what the plan is held against."""
+"""Full padded passes over the rows of one cell: the reference for plans."""
 MODES: dict[str, RunOptions] = {
     "plain": WITHOUT_PLAN,
     "planned": RunOptions(),
@@ -135,7 +135,7 @@ MODES: dict[str, RunOptions] = {
 }
 
 
-# --- prompts by hand --------------------------------------------------------------------------
+# --- reference prompts ------------------------------------------------------------------------
 
 
 def ids_of(words: Sequence[str]) -> list[int]:
@@ -149,7 +149,7 @@ def token(word: str) -> int:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of one run, with the places of its parts counted by hand."""
+    """One row of one run, with the positions of its parts, counted without the package."""
 
     words: tuple[str, ...]
     items: tuple[int, ...]
@@ -184,7 +184,7 @@ def prompts(run: str = "clean", rows: Sequence[Record] = ROWS) -> list[Prompt]:
 
 @cache
 def bare(family: str, seed: int = 0) -> Any:
-    """The family's model as `transformers` has it, with more of what heads and neurons write."""
+    """The family's model in `transformers`, with larger outputs of heads and neurons."""
     model = families.module(family, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -243,7 +243,7 @@ def run_on(
     options: RunOptions | None = None,
     run: OpenRun | None = None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """As `run_source` does, on models that were taken apart and checked before."""
+    """Like `run_source`, on models that were analysed and checked before."""
     options = options or RunOptions()
     contexts = {name: context(source, name, model) for name, model in models.items()}
     checked = check_source(source, options.settings, contexts)
@@ -257,7 +257,7 @@ def run_on(
 
 
 def context(source: Source, name: str, model: LoadedModel) -> ModelContext:
-    """What checking a file needs of a model that is there."""
+    """The context of a loaded model that checking a file needs."""
     assert model.tokenizer is not None
     statement = spec.Model(span=Span(source, 0, 0), name=name, kind="local", path="")
     return ModelContext(statement, model.shape, model.tokenizer)
@@ -284,13 +284,13 @@ def by_name(
 
 
 def adopted(family: str, seed: int = 0) -> LoadedModel:
-    """The same model as the executor has it."""
+    """The same model, as the executor receives it."""
     return shared(bare(family, seed))
 
 
 @cache
 def shared(module: Any, name: str = "m") -> LoadedModel:
-    """A model that no test changes, taken apart and checked once."""
+    """A model that no test changes, analysed and checked once."""
     model, diagnostics = adopt_model(name, module, word_tokenizer())
     assert model is not None, render_full(diagnostics, color=False, width=100)
     assert model.restartable
@@ -298,7 +298,7 @@ def shared(module: Any, name: str = "m") -> LoadedModel:
 
 
 def check_file(text: str, folder: Path, model: LoadedModel, prompts: str = PROMPTS) -> CheckedFile:
-    """Experiments (`text`), checked once to be run in several ways."""
+    """Experiments (`text`), checked once, to run in several modes."""
     whole = f'mech 1\nmodel m = local("handed over")\n{prompts}\n{text}'
     source = Source(whole, folder / "file.mech")
     checked = check_source(source, models={"m": context(source, "m", model)})
@@ -322,7 +322,7 @@ def execute_file(
 
 
 def as_in_the_data(found: ExperimentResult) -> ExperimentResult:
-    """The result with its prompts in the order of the data file, not of the seeded draw."""
+    """The result with its prompts in the order of the data file, not in sampled order."""
     assert found.row_ids is not None
     order = np.argsort(found.row_ids)
     measures = [
@@ -353,7 +353,7 @@ def with_execution(options: RunOptions, **changes: Any) -> RunOptions:
     return replace(options, execution=replace(options.execution, **changes))
 
 
-# --- values by hand -------------------------------------------------------------------------------
+# --- reference values -----------------------------------------------------------------------------
 
 
 @cache
@@ -378,7 +378,7 @@ def patched_run(family: str, of: Prompt, writes: Iterable[Write]) -> dict[Place,
 
 
 def each_patched(family: str, of: Prompt, each: Iterable[Sequence[Write]]) -> list[Tensor]:
-    """The same for each of some changes."""
+    """Logits [T, vocab] of a prompt for each of several changes."""
     changes = [(writes, ()) for writes in each]
     return [run.logits for run in side_by_side(family, bare(family), of.ids, changes)]
 
@@ -410,7 +410,7 @@ def patches(
     where: Callable[[Prompt, Prompt], Runs],
     metric: Metric = difference,
 ) -> Array:
-    """[cell, prompt]: points of `run` put into the clean prompts; NaN where there is no run."""
+    """[cell, prompt]: points of `run` patched into the clean prompts; NaN without a run."""
     found = np.full((len(cells), len(ROWS)), np.nan)
     for n, record in enumerate(ROWS):
         base, source = prompt(record), prompt(record, run)
@@ -427,15 +427,15 @@ def patches(
 
 
 def rounding(values: Array) -> float:
-    """How much more large logits are rounded in 32 bits than those below 10."""
+    """Rounding error of large logits in 32 bits, relative to that of logits below 10."""
     return max(1.0, float(np.nanmax(np.abs(values))) / 10)
 
 
 def errors(measure: MeasureData, expected: Array, base: Array) -> tuple[float, float]:
     """Largest difference of a value, and the largest one of an effect relative to the effect.
 
-    The effect is the difference from the measured base run, which rounds as the patched one does:
-    where nothing is changed it is zero, whatever the size of the values.
+    The effect is the difference from the measured base run, which has the rounding of the patched
+    run: without a change it is zero, for values of any size.
     """
     error = np.abs(measure.patched - expected)
     effect = expected - base[None]
@@ -445,10 +445,10 @@ def errors(measure: MeasureData, expected: Array, base: Array) -> tuple[float, f
 
 
 def agree(measure: MeasureData, expected: Array, base: Array, *, large: float = 0.1) -> None:
-    """Every value per cell and prompt is the one that was worked out by hand.
+    """Assert that the value of each cell and prompt equals the reference.
 
-    large: the largest effect must be greater, and half of them ten times as great as what is
-    tolerated, or the comparison would prove nothing.
+    large: lower bound of the largest effect. Half of the effects must exceed ten times the
+    tolerance; otherwise, the comparison proves nothing.
     """
     assert measure.patched.shape == expected.shape
     np.testing.assert_array_equal(np.isnan(measure.patched), np.isnan(expected))

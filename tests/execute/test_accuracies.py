@@ -1,4 +1,4 @@
-"""`accuracy(RUN)` is of all rows, whatever `keep` keeps; against single prompts by hand."""
+"""`accuracy(RUN)` is over all rows, also with `keep`; against single prompts of the bare model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ASKED = ("expect accuracy(clean) > 0.9", "expect accuracy(longer) > 0.9")
 
 
 def best(run: str) -> list[int]:
-    """The most likely token behind each prompt."""
+    """The most likely token after each prompt."""
     return [int(unpatched(FAMILY, prompt)[0][-1].argmax()) for prompt in prompts(run)]
 
 
@@ -84,7 +84,7 @@ def ran(
 @pytest.mark.parametrize(
     ("mode", "keep"), in_turn(list(MODES), ["keep correct", "keep not correct", ""])
 )
-def test_rows_that_are_dropped_are_counted_too(tmp_path: Path, mode: str, keep: str) -> None:
+def test_accuracy_includes_rows_that_keep_drops(tmp_path: Path, mode: str, keep: str) -> None:
     found = ran(tmp_path, keep, *ASKED, mode=mode)
     assert found.prompts == (2 if keep else 4)
     answers = [token(row["a"]) for row in records()]
@@ -105,8 +105,8 @@ def test_rows_that_are_dropped_are_counted_too(tmp_path: Path, mode: str, keep: 
     assert found.conventions["accuracy"] == words
 
 
-def test_it_fails_where_the_model_is_wrong(tmp_path: Path) -> None:
-    """`keep correct`, then `accuracy(clean) > 0.9`, is no circle any more."""
+def test_accuracy_expectation_after_keep_correct_can_fail(tmp_path: Path) -> None:
+    """After `keep correct`, `accuracy(clean)` isn't 1 by construction."""
     found = ran(tmp_path, "keep correct", ASKED[0])
     (outcome,) = found.outcomes
     assert not outcome.holds
@@ -117,8 +117,8 @@ def test_it_fails_where_the_model_is_wrong(tmp_path: Path) -> None:
     assert (clean.mean, clean.n) == (0.5, 4)
 
 
-def test_equal_prompts_are_right_together(tmp_path: Path) -> None:
-    """The interval is that of as many rows as eight units tell (Korn and Graubard 1998)."""
+def test_accuracy_interval_counts_equal_prompts_once(tmp_path: Path) -> None:
+    """The interval has the effective sample size of eight units (Korn and Graubard 1998)."""
     found = ran(tmp_path, "keep correct", *ASKED, rows=eight() * 3)
     said = found.accuracy_of("clean")
     assert (said.mean, said.n) == (0.5, 24)
@@ -134,14 +134,14 @@ def test_equal_prompts_are_right_together(tmp_path: Path) -> None:
     )
 
 
-def test_rows_of_one_group_are_one_unit(tmp_path: Path) -> None:
+def test_accuracy_interval_counts_groups_as_units(tmp_path: Path) -> None:
     found = ran(tmp_path, "keep correct", *ASKED, rows=eight() * 3)
     grouped = ran(tmp_path, "keep correct", *ASKED, rows=eight() * 3, stats="stats by b")
     assert grouped.conventions["accuracy"].endswith("over 8 groups by b (Korn-Graubard)")
     assert grouped.accuracy_of("clean") == found.accuracy_of("clean")
 
 
-def test_four_units_are_too_few(tmp_path: Path) -> None:
+def test_accuracy_of_four_units_has_no_interval(tmp_path: Path) -> None:
     few = "exact interval over {} (Korn-Graubard), none below 5"
     cases = ((STATS, "these", "distinct prompts"), ("stats by b", "4 groups by b", "groups"))
     for stats, over, unit in cases:
@@ -154,13 +154,13 @@ def test_four_units_are_too_few(tmp_path: Path) -> None:
         assert not any(outcome.holds for outcome in found.outcomes)
 
 
-def test_nothing_is_said_where_nothing_is_asked(tmp_path: Path) -> None:
+def test_result_without_accuracy_expectations_has_no_accuracy(tmp_path: Path) -> None:
     found = ran(tmp_path, "keep correct")
     assert (dict(found.accuracy), dict(found.accuracy_rows)) == ({}, {})
     assert "accuracy" not in found.conventions
 
 
-# --- rows that can't be used ----------------------------------------------------------------------
+# --- rows with NaN --------------------------------------------------------------------------------
 
 BLOCK = """
 prompts mixed {
@@ -181,10 +181,10 @@ KEPT = BLOCK + of_nan(
     "expect accuracy(figs) < 0.9",
     prompts="mixed",
 )
-"""Those that `keep` keeps are fine in every run; one that it drops is NaN in `figs`."""
+"""Rows after `keep` are finite in every run; one that it drops is NaN in `figs`."""
 
 
-def test_a_dropped_row_that_cannot_be_used_is_an_error() -> None:
+def test_dropped_row_with_nan_is_an_error_for_accuracy() -> None:
     found, diagnostics = run_nan(KEPT)
     assert found is None
     (error,) = (each for each in diagnostics if each.severity == "error")
@@ -192,7 +192,7 @@ def test_a_dropped_row_that_cannot_be_used_is_an_error() -> None:
     assert "in the run `figs`, row " in error.message
 
 
-def test_it_is_left_out_of_every_accuracy() -> None:
+def test_row_with_nan_is_left_out_of_every_accuracy() -> None:
     found, _ = run_nan(KEPT, allow_nan=True)
     assert found is not None
     (result,) = found.experiments
@@ -205,8 +205,8 @@ def test_it_is_left_out_of_every_accuracy() -> None:
     assert result.conventions["accuracy"].startswith("of all 3 rows, before `keep`")
 
 
-def test_each_of_several_models_has_its_own(tmp_path: Path) -> None:
-    """The second one gives other tokens, and is never right."""
+def test_accuracy_is_separate_for_each_model(tmp_path: Path) -> None:
+    """The second model predicts other tokens and is never right."""
     folder = str(files("mechdsl") / "zoo" / "counting")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     models = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]

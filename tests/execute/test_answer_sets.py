@@ -1,4 +1,4 @@
-"""Sets of answers that differ from row to row: what is refused, and what is told."""
+"""Sets of answers that differ between rows: errors and conventions."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def problems(text: str) -> list[Diagnostic]:
 
 
 @pytest.mark.parametrize("measure", REFUSED)
-def test_what_is_refused(measure: str) -> None:
+def test_invalid_answer_sets_are_errors(measure: str) -> None:
     code, reason, label = REFUSED[measure]
     (found,) = problems(FILE.format(measure))
     assert found.code == code
@@ -82,8 +82,8 @@ def test_what_is_refused(measure: str) -> None:
 
 
 @pytest.mark.parametrize("measure", ["prob(label + 1..99)", "correct(aliases)", "prob(a..b, [c])"])
-def test_nothing_is_claimed_of_data_that_is_not_there(measure: str) -> None:
-    """Only that the file can't be read: any column may hold a list or a number."""
+def test_missing_data_file_gives_no_errors_about_answers(measure: str) -> None:
+    """The only error is the missing file: any column may hold a list or a number."""
     text = """mech 1
 model toy = zoo("counting")
 prompts years {{
@@ -98,7 +98,7 @@ experiment e {{
     assert [d.code for d in problems(text.format(measure))] == ["E0504"]
 
 
-def test_what_is_told_of_the_sets() -> None:
+def test_conventions_state_the_sizes_of_answer_sets() -> None:
     text = FILE.format("prob(count + 1..9) as raw\n  measure correct(answer, wrong, answer)")
     ran, found = run_source(Source(text))
     assert ran is not None, found
@@ -159,7 +159,7 @@ def test_sets_of_texts_of_several_tokens_equal_a_plain_forward_pass() -> None:
 
 @pytest.mark.skipif("MECHDSL_DATA" not in os.environ, reason="no published data")
 def test_years_are_written_with_two_digits(tmp_path: Path) -> None:
-    """Greater-than: every row accepts the years behind its own, and rejects all others."""
+    """Greater-than: every row accepts the years after its year, and rejects all others."""
     data = Path(os.environ["MECHDSL_DATA"]) / "greater_than.csv"
     (tmp_path / "years.csv").write_bytes(data.read_bytes())
     path = tmp_path / "years.mech"

@@ -58,13 +58,13 @@ TEXTS: list[dict[str, Any]] = [
     {"texts": ["w5 w6 w10", "w8 w9", "w5 w6 w10", "w3"], "others": ["w11 w2"], "long": "w1 w1 w2"},
     {"texts": ["w9 w3", "w2", "w12", "w9 w4"], "others": ["w6 w20 w1", "w3"], "long": "w2 w5"},
 ]
-"""In each row, sets of other sizes, with a text that occurs twice and texts that begin with others.
+"""Each row has sets of other sizes, with a repeated text and texts that begin with others.
 The second row accepts no text of one token."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model does with the texts of a row."""
+    """Reference scores of the texts of a row."""
 
     family: str
     record: Record
@@ -254,7 +254,7 @@ def test_more_texts_than_the_limit_are_an_error(tmp_path: Path) -> None:
         ('for i in 1..2 { measure prob(" w{i} w3", "w2") as raw }', "E0108"),
     ],
 )
-def test_what_is_refused(line: str, code: str, tmp_path: Path) -> None:
+def test_invalid_sets_of_texts_are_errors(line: str, code: str, tmp_path: Path) -> None:
     write_rows(tmp_path, records("gpt2"))
     text = experiment("e", "prompts p", line)
     result, problems = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)

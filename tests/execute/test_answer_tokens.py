@@ -1,5 +1,5 @@
-"""Tokens of the answer as positions: every text that a measure reads stands behind the prompt in a
-forward pass of its own, written out here one prompt at a time."""
+"""Tokens of the answer as positions: each text that a measure reads follows the prompt in its own
+forward pass, here one prompt at a time."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ prompts p {
   text some = " {ragged}"
 }
 """
-"""A span of the prompt is called as its answer."""
+"""A span of the prompt has the name `answer`."""
 TEXTS = (
     ("w1 w2", "w4 w7 w2", "w3 w5", "w1"),
     ("w2 w8 w5", "w5", "w9 w1", "w4 w7 w2"),
     ("w5 w6 w10", "w8 w9", "w2 w7", "w9 w2 w3"),
     ("w9 w3", "w1 w4", "w6 w20", "w6 w1 w8"),
 )
-"""Of every row: answer, wrong, two, some. All but two differ in length; the longer one of wrong and
-some has three tokens in every row."""
+"""Texts of each row: answer, wrong, two, some. All but `two` vary in length; the longer of wrong
+and some has three tokens in every row."""
 RECORDS: list[Record] = [
     {**row, "tail": answer, "rival": wrong, "pair": two, "ragged": some}
     for row, (answer, wrong, two, some) in zip(ROWS, TEXTS, strict=True)
@@ -73,8 +73,8 @@ RECORDS: list[Record] = [
 
 
 @dataclass(frozen=True)
-class Behind:
-    """A prompt of a row with a text behind it, as it goes in: without the text's last token."""
+class PromptAndText:
+    """The input of a row: its prompt and a text, without the text's last token."""
 
     family: str
     row: int
@@ -95,7 +95,7 @@ class Behind:
 
     @property
     def answer(self) -> list[int]:
-        """Where the text's tokens are, those that go in."""
+        """Positions of the text's tokens that are inputs."""
         return list(range(len(self.prompt.ids), len(self.ids)))
 
     @property
@@ -103,9 +103,9 @@ class Behind:
         """All sites of the unpatched run."""
         return _seen(self.family, tuple(self.ids))
 
-    def at(self, run: str) -> Behind:
-        """The same text behind the prompt of another run."""
-        return Behind(self.family, self.row, run, self.text)
+    def at(self, run: str) -> PromptAndText:
+        """The same text after the prompt of another run."""
+        return PromptAndText(self.family, self.row, run, self.text)
 
     def score(self, writes: Sequence[Write] = (), edges: Sequence[Edge] = ()) -> float:
         """The text's log-probability."""
@@ -120,12 +120,12 @@ def _seen(family: str, ids: tuple[int, ...]) -> Mapping[Place, Tensor]:
 
 
 Changed = tuple[Sequence[Write], Sequence[Edge]]
-Change = Callable[[Behind], Changed | None]
-"""What a cell does to a pass over the clean prompt with a text behind it; None where the row lacks
-the position."""
+Change = Callable[[PromptAndText], Changed | None]
+"""The changes of a cell to a pass over the clean prompt and a text; None if the row lacks the
+position."""
 
 
-def written(change: Callable[[Behind], Sequence[Write]]) -> Change:
+def written(change: Callable[[PromptAndText], Sequence[Write]]) -> Change:
     return lambda b: (change(b), ())
 
 
@@ -133,17 +133,17 @@ def head(layer: int, unit: int) -> list[Point]:
     return [Point("z", layer, unit)]
 
 
-def zero(points: Sequence[Point], places: Callable[[Behind], list[int]]) -> Change:
+def zero(points: Sequence[Point], places: Callable[[PromptAndText], list[int]]) -> Change:
     return written(lambda b: zeroed(points, b.seen, places(b)))
 
 
 def from_run(
     run: str,
     points: Sequence[Point],
-    places: Callable[[Behind], list[int]],
-    onto: Callable[[Behind], list[int]] | None = None,
+    places: Callable[[PromptAndText], list[int]],
+    onto: Callable[[PromptAndText], list[int]] | None = None,
 ) -> Change:
-    def change(b: Behind) -> Sequence[Write]:
+    def change(b: PromptAndText) -> Sequence[Write]:
         source = b.at(run)
         pairs = list(zip(places(source), (onto or places)(b), strict=False))
         return copied(points, source.seen, [p for p, _ in pairs], [p for _, p in pairs])
@@ -151,11 +151,11 @@ def from_run(
     return written(change)
 
 
-def mean_of(points: Sequence[Point], places: Callable[[Behind], list[int]]) -> Change:
-    """The mean over the rows that have the token, each with its own text behind it."""
+def mean_of(points: Sequence[Point], places: Callable[[PromptAndText], list[int]]) -> Change:
+    """The mean over the rows that have the token, each followed by the text of the row."""
 
-    def change(b: Behind) -> Sequence[Write]:
-        rows = [Behind(b.family, n, "clean", b.text) for n in range(len(RECORDS))]
+    def change(b: PromptAndText) -> Sequence[Write]:
+        rows = [PromptAndText(b.family, n, "clean", b.text) for n in range(len(RECORDS))]
         writes: list[Write] = []
         for point in points:
             for slot, target in enumerate(places(b)):
@@ -171,58 +171,58 @@ def mean_of(points: Sequence[Point], places: Callable[[Behind], list[int]]) -> C
     return written(change)
 
 
-def held(b: Behind) -> list[Write]:
-    """All heads and MLPs as they are in the unpatched run."""
+def held(b: PromptAndText) -> list[Write]:
+    """Hold all heads and MLPs at their values in the unpatched run."""
     places = [(site, layer) for site in ("z", "mlp_out") for layer in range(LAYERS)]
     return [Write(site, layer, b.seen[site, layer]) for site, layer in places]
 
 
-def path_to_logits(b: Behind) -> Changed:
+def path_to_logits(b: PromptAndText) -> Changed:
     source = b.at("other")
     return [*held(b), *copied(head(1, 0), source.seen, source.answer, b.answer)], ()
 
 
-def path_to_queries(b: Behind) -> Changed:
+def path_to_queries(b: PromptAndText) -> Changed:
     source = b.at("other")
     senders = [*held(b), *copied(head(1, 0), source.seen, source.answer, b.answer)]
     found = forward(b.family, bare(b.family), b.ids, senders).seen
     return copied([Point("q", 2, 1)], found, b.answer, b.answer), ()
 
 
-def everything(b: Behind) -> list[int]:
+def everything(b: PromptAndText) -> list[int]:
     return list(range(len(b.ids)))
 
 
-def subject(b: Behind) -> list[int]:
+def subject(b: PromptAndText) -> list[int]:
     return [b.prompt.subject[-1]]
 
 
-def nth(n: int) -> Callable[[Behind], list[int]]:
-    """The text's n-th token, if it goes in."""
+def nth(n: int) -> Callable[[PromptAndText], list[int]]:
+    """The text's n-th token, if it is an input."""
     return lambda b: b.answer[n : n + 1]
 
 
-def middle(b: Behind) -> Changed | None:
+def middle(b: PromptAndText) -> Changed | None:
     """The second of three tokens."""
     if len(b.target) < 3:
         return None
     return zeroed([Point("attn_out", 1)], b.seen, b.answer[1:2]), ()
 
 
-def second_onto_first(b: Behind) -> Changed | None:
-    """What the longer prompt has at the text's second token, which some rows only predict."""
+def second_onto_first(b: PromptAndText) -> Changed | None:
+    """Copy the longer prompt's vector at the text's second token, which some rows only predict."""
     source = b.at("longer")
     if len(b.answer) < 2:
         return None
     return copied([Point("resid_pre", 1)], source.seen, source.answer[1:2], b.answer[:1]), ()
 
 
-def swapped(b: Behind) -> Changed:
+def swapped(b: PromptAndText) -> Changed:
     last, first = b.prompt.last, len(b.prompt.ids)
     return copied(head(1, 2), b.seen, [last, first], [first, last]), ()
 
 
-def blocked(keys: Callable[[Behind], list[int]]) -> Change:
+def blocked(keys: Callable[[PromptAndText], list[int]]) -> Change:
     return lambda b: ((), [Edge("block", 1, b.answer, keys(b))])
 
 
@@ -236,7 +236,7 @@ UNEVEN = "measure logprob(some) - logprob(wrong) as delta"
 @dataclass(frozen=True)
 class Case:
     lines: tuple[str, ...]
-    """Of the experiment, the measure last."""
+    """Lines of the experiment, the measure last."""
     cells: dict[str | None, Change]
     large: float = 0.1
 
@@ -345,7 +345,7 @@ CASES: dict[str, Case] = {
 
 @cache
 def expected(family: str, measure: str, change: Change | None) -> Array:
-    """[prompt], of one cell; of the unpatched run without a change."""
+    """[prompt]: values of one cell, or of the unpatched run without a change."""
     found: list[float] = []
     for row in range(len(RECORDS)):
         scores: dict[str, float] = {}
@@ -356,7 +356,7 @@ def expected(family: str, measure: str, change: Change | None) -> Array:
             ("some", "ragged"),
         ):
             if f"({text})" in measure:
-                behind = Behind(family, row, "clean", name)
+                behind = PromptAndText(family, row, "clean", name)
                 done = ((), ()) if change is None else change(behind)
                 scores[text] = behind.score(*done) if done is not None else np.nan
         first, *rest = scores.values()
@@ -373,7 +373,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), FAMILIES, list(MODES)[:2]))
-def test_answers(family: str, mode: str, folder: Path) -> None:
+def test_rules_at_answer_tokens_equal_the_reference(family: str, mode: str, folder: Path) -> None:
     text = "\n".join(experiment(name, "prompts p", *case.lines) for name, case in CASES.items())
     found = run_file(text, folder, bare(family), MODES[mode], prompts=PROMPTS)
     for name, case in CASES.items():
@@ -391,7 +391,7 @@ def check(result: ExperimentResult, family: str, case: Case) -> None:
     agree(result.measures[0], values, expected(family, measure, None), large=case.large)
 
 
-def test_a_resampling_takes_the_donors_own_text(tmp_path: Path) -> None:
+def test_resample_at_answer_tokens_uses_the_text_of_the_donor(tmp_path: Path) -> None:
     """Of two rows, each is the other's donor."""
     write_rows(tmp_path, RECORDS[:2])
     (tmp_path / "answers.jsonl").write_text((tmp_path / "data.jsonl").read_text("utf-8"), "utf-8")
@@ -399,7 +399,7 @@ def test_a_resampling_takes_the_donors_own_text(tmp_path: Path) -> None:
     text = experiment("e", "prompts p", rule, TWO)
     found = run_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)["e"]
     for row in range(2):
-        own, donor = (Behind("gpt2", n, "clean", "pair") for n in (row, 1 - row))
+        own, donor = (PromptAndText("gpt2", n, "clean", "pair") for n in (row, 1 - row))
         writes = copied(head(1, 2), donor.seen, donor.answer, own.answer)
         value = found.measures[0].patched[0, row]
         np.testing.assert_allclose(value, own.score(writes), atol=1e-4)
@@ -414,7 +414,7 @@ def test_a_resampling_takes_the_donors_own_text(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("mode", ["plain", "planned"])
-def test_a_row_whose_donor_only_predicts_the_token_is_left_out(
+def test_resample_excludes_rows_whose_donor_lacks_the_answer_token(
     rows: tuple[int, int], at: str, measure: str, left_out: list[int], mode: str, tmp_path: Path
 ) -> None:
     write_rows(tmp_path, [RECORDS[row] for row in rows])
@@ -428,7 +428,7 @@ def test_a_row_whose_donor_only_predicts_the_token_is_left_out(
     assert found.conventions.get("resample") == expected
 
 
-def test_what_is_done_to_answers_is_said(tmp_path: Path) -> None:
+def test_conventions_state_whether_rules_edit_the_answer(tmp_path: Path) -> None:
     lines = {
         "left": "ablate layer 1 head 2 at tokens * with zero",
         "both": "ablate layer 1 head 2 at tokens * and answer with zero",
@@ -445,7 +445,7 @@ def test_what_is_done_to_answers_is_said(tmp_path: Path) -> None:
     assert said["one"] is None
 
 
-def test_tokens_of_an_answer_are_not_picked(tmp_path: Path) -> None:
+def test_top_of_answer_tokens_is_an_error(tmp_path: Path) -> None:
     write_rows(tmp_path, RECORDS)
     (tmp_path / "answers.jsonl").write_text((tmp_path / "data.jsonl").read_text("utf-8"), "utf-8")
     first = experiment("ranked", "prompts p", "ablate embed at each token of answer with zero", TWO)
@@ -459,8 +459,8 @@ def test_tokens_of_an_answer_are_not_picked(tmp_path: Path) -> None:
     ]
 
 
-def test_a_span_called_answer_asks_nothing_of_the_text_behind_the_prompt(tmp_path: Path) -> None:
-    """The text has other lengths from row to row, which a mean over the prompt's span can have."""
+def test_span_named_answer_does_not_depend_on_the_answer_text(tmp_path: Path) -> None:
+    """The text's length differs between rows, which a mean over the prompt's span allows."""
     write_rows(tmp_path, RECORDS)
     (tmp_path / "answers.jsonl").write_text((tmp_path / "data.jsonl").read_text("utf-8"), "utf-8")
     rule = "ablate layer 1 head 2 at answer tokens with mean"

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("measure", "mode"), in_turn(MEASURES, QUICK))
-def test_over_items(folder: Path, measure: str, mode: str) -> None:
+def test_mean_over_items_equals_the_mean_of_each_row(folder: Path, measure: str, mode: str) -> None:
     """Rows with fewer items are averaged over those that they have."""
     line = MEASURES[measure]
     text = experiment("every", *PATCH, measure=line, stats=UNCORRECTED)
@@ -54,8 +54,8 @@ def test_over_items(folder: Path, measure: str, mode: str) -> None:
     assert "over position, per row" in mean.conventions["mean"]
 
 
-def test_over_measured_places_and_draws(folder: Path) -> None:
-    """Places that are measured, and random targets beside them."""
+def test_mean_over_measured_items_has_base_values_and_a_band(folder: Path) -> None:
+    """The items are positions of the measure; the experiment has a random control."""
     lines = ("ablate z layer 1 head 1 at subject token with zero", "against random(2)")
     measure = "measure entropy at each item token as delta"
     text = experiment("every", *lines, measure=measure, stats=UNCORRECTED)
@@ -79,7 +79,7 @@ def test_over_measured_places_and_draws(folder: Path) -> None:
         ("measure entropy as raw mean over item measure loss as raw", "averaged differently"),
     ],
 )
-def test_refused(folder: Path, measure: str, words: str) -> None:
+def test_invalid_mean_over_is_an_error(folder: Path, measure: str, words: str) -> None:
     result, diagnostics = try_file(experiment("e", *PATCH, measure=measure), folder, "llama")
     assert result is None
     (error,) = [d for d in diagnostics if d.severity == "error"]
@@ -87,8 +87,8 @@ def test_refused(folder: Path, measure: str, words: str) -> None:
     assert words in error.message
 
 
-def test_what_goes_with_the_values(folder: Path) -> None:
-    """A mean is inert where all of its cells are; rounding, gaps and draws are those of all."""
+def test_mean_over_aggregates_inert_marks_rounding_gaps_and_draws(folder: Path) -> None:
+    """A mean is inert if all of its cells are; rounding, gaps and draws are those of all cells."""
     whole = experiment("every", *PATCH, measure="measure entropy as delta", stats=UNCORRECTED)
     every = run_file(whole, folder, "llama", "planned")["every"]
     data = every.measures[0]

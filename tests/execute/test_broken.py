@@ -1,8 +1,7 @@
-"""The comparisons fail when the executor is broken on purpose.
+"""Comparisons fail if the executor is deliberately broken.
 
-Each break is small and gives plausible numbers; a test that lets one pass tests nothing. What is
-wrong with both executors shows beside hand-written hooks, what is wrong with packed rows beside
-whole passes.
+Each break is small and gives plausible numbers; a test that passes with one tests nothing. Errors
+of both executors differ from plain hooks, errors of packed rows from full forward passes.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def compare(folder: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_the_whole_executor_passes(folder: Path, mode: str) -> None:
+def test_unbroken_executor_passes_the_comparison(folder: Path, mode: str) -> None:
     compare(folder, mode)
 
 
@@ -93,7 +92,7 @@ def swapped_heads(*args: Any, **named: Any) -> list[SiteWrite]:
 
 
 def swapped_rows(*args: Any, **named: Any) -> list[SiteWrite]:
-    """Gives the first row what belongs to the second."""
+    """Gives the first row the values of the second."""
     return [
         replace(w, values=w.values.roll(w.values.shape[0] // 2, 0))
         for w in build_writes(*args, **named)
@@ -104,7 +103,7 @@ def swapped_rows(*args: Any, **named: Any) -> list[SiteWrite]:
 @pytest.mark.parametrize(
     "broken", [shifted, one_head, swapped_heads, swapped_rows, lambda *args, **named: []]
 )
-def test_wrong_writes_are_noticed(
+def test_wrong_writes_are_detected(
     folder: Path, mode: str, broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mechdsl.execute.patching.writes, "build_writes", broken)
@@ -118,7 +117,7 @@ def early(read: Any, batch: Batch, rows: Any, positions: Any, units: Any) -> Any
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_a_read_at_the_wrong_token_is_noticed(
+def test_read_at_the_wrong_token_is_detected(
     folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mechdsl.execute.patching.writes, "gather_vectors", early)
@@ -126,13 +125,13 @@ def test_a_read_at_the_wrong_token_is_noticed(
         compare(folder, mode)
 
 
-def test_forgotten_padding_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignored_padding_is_detected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Batch, "columns", lambda self, rows, positions: positions)
     with pytest.raises(AssertionError, match=r"off by|Not equal to tolerance"):
         compare(folder, "plain")
 
 
-def test_values_that_are_off_by_a_little_are_noticed(
+def test_values_rounded_to_bfloat16_are_detected(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rough(*args: Any, **named: Any) -> list[SiteWrite]:
@@ -168,7 +167,7 @@ def numbers(folder: Path, family: str, options: RunOptions, text: str = SEVERAL)
 
 
 def off_by(folder: Path, family: str) -> float:
-    """How far packed rows are from whole passes."""
+    """The largest difference between packed rows and full forward passes."""
     packed = numbers(folder, family, RunOptions())
     return float(np.abs(packed - numbers(folder, family, MODES["plain"])).max())
 
@@ -177,7 +176,7 @@ Broken = Callable[..., Any]
 
 
 def other_lane(tokens: Tensor, kept: ActivationCache) -> Tensor:
-    """[token, …] of what was kept, of another prompt."""
+    """[token, …] cached values of another prompt."""
     return tokens.unflatten(0, (-1, kept.columns)).roll(1, 0).flatten(0, 1)
 
 
@@ -218,7 +217,7 @@ def other_hidden(kept: ActivationCache) -> ActivationCache:
 
 
 def other_final(kept: ActivationCache) -> ActivationCache:
-    """Only what the last block returned, for tokens that are read and were not computed."""
+    """Only the output of the last block, for tokens that are read but not computed."""
     last = max(kept.hidden)
     return replace(kept, hidden={**kept.hidden, last: other_lane(kept.hidden[last], kept)})
 
@@ -233,7 +232,7 @@ def other_outputs(kept: ActivationCache) -> ActivationCache:
 
 
 def one_block_too_late(kept: ActivationCache) -> ActivationCache:
-    """Rows get what enters the next block."""
+    """Rows get the input of the next block."""
     return replace(kept, hidden={n: kept.hidden.get(n + 1, x) for n, x in kept.hidden.items()})
 
 
@@ -242,7 +241,7 @@ def one_token_too_late(kept: ActivationCache) -> ActivationCache:
 
 
 def other_lanes(model: Any, kept: ActivationCache, lanes: Any, **others: Any) -> Any:
-    """Rows start from another prompt that is as long as theirs."""
+    """Rows start from another prompt of equal length."""
     lengths = kept.batch.lengths.tolist()
     one, other = next((a, b) for b in range(4) for a in range(b) if lengths[a] == lengths[b])
     swapped = np.arange(len(lengths))
@@ -257,7 +256,7 @@ def next_lanes(model: Any, kept: ActivationCache, lanes: Any, **others: Any) -> 
 def other_rows_writes(
     model: Any, kept: ActivationCache, lanes: Any, *, writes: Any, **others: Any
 ) -> Any:
-    """Rows of the same prompt trade what is written."""
+    """Rows of the same prompt exchange their writes."""
     other = np.arange(len(lanes))
     for lane in np.unique(lanes):
         own = np.flatnonzero(lanes == lane)
@@ -272,7 +271,7 @@ def other_rows_logits(model: Any, kept: ActivationCache, lanes: Any, **others: A
 
 
 def inside(module: ModuleType, name: str, broken: Any) -> Broken:
-    """A part of `packed` is another one, while rows run and not while the model is checked."""
+    """Replace a function of `packed` while rows run, but not while the model is checked."""
 
     def run(*args: Any, **others: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -321,7 +320,7 @@ def last_block_left_out(works: list[BlockWork]) -> list[BlockWork]:
 
 
 def without_part(name: str) -> Broken:
-    """In blocks above the first one of a row, the unpatched run's value stands."""
+    """In blocks after the first one of a row, the unpatched run's value is used."""
 
     def change(works: list[BlockWork]) -> list[BlockWork]:
         return [replace(w, **{name: getattr(w, name) & ~(w.carried & w.present)}) for w in works]
@@ -335,7 +334,7 @@ def carried_nowhere(works: list[BlockWork]) -> list[BlockWork]:
 
 
 def first_tokens_positions(value: Any, index: Any, size: int) -> Any:
-    """What the model knows of tokens, of others."""
+    """Arguments of the model for each token, taken from other tokens."""
     return ORIGINAL_SELECTED(value, torch.arange(len(index)), size)
 
 
@@ -387,11 +386,11 @@ BREAKS: dict[str, Broken] = {
     "forgotten padding": forgotten_padding,
 }
 NOT_IN: dict[str, str] = {"positions of other tokens": "gpt2"}
-"""GPT-2 knows positions below its first block only."""
+"""GPT-2 uses positions only before its first block."""
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_packed_rows_are_whole_passes(folder: Path, family: str) -> None:
+def test_packed_rows_equal_full_forward_passes(folder: Path, family: str) -> None:
     assert off_by(folder, family) <= ABSOLUTE
 
 
@@ -399,7 +398,7 @@ def test_packed_rows_are_whole_passes(folder: Path, family: str) -> None:
     ("name", "family"),
     in_turn(list(BREAKS), ["gpt2", "llama", "gpt_neox"], list(BREAKS)[::2]),
 )
-def test_broken_packed_rows_are_noticed(
+def test_broken_packed_rows_are_detected(
     folder: Path, name: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if NOT_IN.get(name) == family:
@@ -408,7 +407,7 @@ def test_broken_packed_rows_are_noticed(
     assert off_by(folder, family) > 10 * ABSOLUTE
 
 
-def test_a_prompt_that_a_row_does_not_fit_in_is_refused(
+def test_packed_rows_on_a_prompt_of_another_length_raise(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mechdsl.execute.patching.rows, "run_packed", next_lanes)
@@ -416,11 +415,13 @@ def test_a_prompt_that_a_row_does_not_fit_in_is_refused(
         off_by(folder, FAMILY)
 
 
-# --- what is run, and what it counts for ----------------------------------------------------------
+# --- rows that run, and row keys ------------------------------------------------------------------
 
 
-def test_too_high_a_lowest_block_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What rows would start from wasn't kept: no number comes out."""
+def test_rows_that_start_above_the_cached_block_raise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The activations from which rows would start aren't cached, so that no number results."""
     original = mechdsl.planner.plan._lowest
     monkeypatch.setattr(mechdsl.planner.plan, "_lowest", lambda *args: original(*args) + 1)
     with pytest.raises((KeyError, AssertionError)) as found:
@@ -429,7 +430,7 @@ def test_too_high_a_lowest_block_is_refused(folder: Path, monkeypatch: pytest.Mo
 
 
 def other_without(patch: pytest.MonkeyPatch, name: str, folder: Path, text: str) -> None:
-    """The numbers of a file are others where rows are told apart without one part of their key."""
+    """Assert that the numbers of a file change if row keys lack one part."""
     original = mechdsl.planner.cost.RowSharer._rule
 
     def blurred(self: Any, plan: Any, rule: Any) -> Any:
@@ -444,7 +445,7 @@ def other_without(patch: pytest.MonkeyPatch, name: str, folder: Path, text: str)
 
 
 @pytest.mark.parametrize("name", ["points", "written", "read"])
-def test_rows_that_only_seem_equal_are_noticed(
+def test_rows_with_an_incomplete_key_are_detected(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of three items and one: both cells read the same token in one direction, and write the same
@@ -478,14 +479,14 @@ ALMOST_EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
 }
-"""What alone tells the rows of some experiments apart, and these experiments."""
+"""The only part of the key in which rows of some experiments differ, and these experiments."""
 
 
 @pytest.mark.parametrize("name", list(ALMOST_EQUAL))
-def test_rows_that_differ_in_one_thing_are_told_apart(
+def test_each_part_of_a_row_key_distinguishes_rows(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each part of a row's key is there for a number."""
+    """Each part of a row's key affects a value."""
     text = "".join(
         experiment(f"e{n}", "prompts p", *lines, DIFFERENCE)
         for n, lines in enumerate(ALMOST_EQUAL[name])
@@ -493,7 +494,9 @@ def test_rows_that_differ_in_one_thing_are_told_apart(
     other_without(monkeypatch, name, folder, text)
 
 
-def test_rows_that_are_not_inert_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_wrongly_marked_as_inert_are_detected(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def every(self: Any, rows: Any) -> Any:
         return np.ones(len(rows), dtype=bool)
 
@@ -502,7 +505,7 @@ def test_rows_that_are_not_inert_are_noticed(folder: Path, monkeypatch: pytest.M
         compare(folder, "planned")
 
 
-def test_another_tokens_logit_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logit_of_another_token_is_detected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def next_one(self: ReadoutInput, ids: Tensor) -> Tensor:
         if self.tokens is None:
             return ids

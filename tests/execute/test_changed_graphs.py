@@ -1,4 +1,4 @@
-"""The graph is what runs: a changed graph gives what the file gives that says so."""
+"""The executor runs the graph: a changed graph equals the file with that change."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def graph(folder: Path, *lines: str) -> Graph:
 
 
 def run(made: Graph, without: frozenset[str]) -> Execution:
-    """What a graph asks for, run."""
+    """Run a graph."""
     plan = plan_graph(made, without=without)
     return execute(plan, {"m": adopted(FAMILY)}, check=check_denominators)
 
 
 def equal(found: Execution, expected: Execution) -> None:
-    """The same values of as many rows."""
+    """Assert equal values."""
     (values,), (others,) = found.measured["e"].patched, expected.measured["e"].patched
     np.testing.assert_array_equal(values, others)
     assert found.measured["e"].rows == expected.measured["e"].rows
@@ -63,7 +63,7 @@ def reading(made: Graph, change: Callable[[ReadNode], ReadNode]) -> Graph:
         "block attention layer 1 heads * from last token to cue token",
     ],
 )
-def test_without_a_write_the_file_has_no_such_rule(
+def test_graph_without_a_write_equals_the_file_without_the_rule(
     folder: Path, second: str, without: frozenset[str]
 ) -> None:
     both = graph(folder, FIRST, second)
@@ -81,8 +81,10 @@ def test_without_a_write_the_file_has_no_such_rule(
 
 
 @PASSES
-def test_writes_take_place_in_the_order_of_the_graph(folder: Path, without: frozenset[str]) -> None:
-    """The later one stands where both write to the same place."""
+def test_graph_with_reversed_writes_equals_the_file_with_reversed_rules(
+    folder: Path, without: frozenset[str]
+) -> None:
+    """The later write applies if both write to the same position."""
     rules = (
         "patch resid_post layer 1 at subject token",
         "ablate resid_post layer 1 at subject token with zero",
@@ -98,7 +100,9 @@ def test_writes_take_place_in_the_order_of_the_graph(folder: Path, without: froz
 
 
 @PASSES
-def test_a_read_of_another_layer_is_what_is_read(folder: Path, without: frozenset[str]) -> None:
+def test_graph_with_a_read_of_another_layer_equals_the_file(
+    folder: Path, without: frozenset[str]
+) -> None:
     rule = "patch resid_post layer {} at subject token"
     there = next(n for n in graph(folder, rule.format(0)) if isinstance(n, ReadNode))
     moved = reading(graph(folder, rule.format(2)), lambda read: replace(read, points=there.points))
@@ -108,7 +112,9 @@ def test_a_read_of_another_layer_is_what_is_read(folder: Path, without: frozense
 
 
 @PASSES
-def test_a_read_of_another_run_is_what_is_read(folder: Path, without: frozenset[str]) -> None:
+def test_graph_with_a_read_of_another_run_equals_the_file(
+    folder: Path, without: frozenset[str]
+) -> None:
     rule = "patch resid_post layer 1 at subject token"
     with_longer = graph(folder, rule + " with longer")
     there = next(n for n in with_longer if isinstance(n, ReadNode))
@@ -120,7 +126,9 @@ def test_a_read_of_another_run_is_what_is_read(folder: Path, without: frozenset[
 
 
 @PASSES
-def test_a_read_at_another_position_is_what_is_read(folder: Path, without: frozenset[str]) -> None:
+def test_graph_with_a_read_at_another_position_equals_the_file(
+    folder: Path, without: frozenset[str]
+) -> None:
     onto = graph(folder, "patch resid_post layer 1 at subject token onto cue token")
     there = next(n for n in onto if isinstance(n, ReadNode))
     here = graph(folder, "patch resid_post layer 1 at cue token")

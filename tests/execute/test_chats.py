@@ -1,4 +1,4 @@
-"""Experiments on chats, against plain hooks on the tokens that transformers makes of the turns."""
+"""Experiments on chats, against plain hooks on the turns as tokenized by transformers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def expected(shape: str, module: Any, x: str) -> float:
 
 
 @pytest.mark.parametrize("shape", chats.SHAPES)
-def test_a_patched_chat_is_what_hooks_make_of_it(shape: str) -> None:
+def test_patched_chat_equals_plain_hooks(shape: str) -> None:
     torch.manual_seed(1)
     library = chats.library(shape)
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""OV and QK circuits in bases, against each family's own parameters, cut by hand."""
+"""OV and QK circuits in bases, against slices of each family's parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEATURES = 5
 
 
 def draw(folder: Path, width: int) -> dict[str, Array]:
-    """The directions of each basis, and what reads its coordinates."""
+    """The directions of each basis, and the vectors that read its coordinates."""
     random = torch.Generator().manual_seed(1)
 
     def normal(*size: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ def table(found: ExperimentResult, *axes: str) -> dict[tuple[object, ...], float
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_circuits(family: str, tmp_path: Path) -> None:
+def test_ov_and_qk_circuits_equal_the_reference(family: str, tmp_path: Path) -> None:
     width = bare(family).config.hidden_size
     arrays = draw(tmp_path, width)
     pairs = [("b", ""), ("b", "c"), ("s", "b"), ("b", "s"), ("c", "n")]
@@ -93,7 +93,7 @@ def test_circuits(family: str, tmp_path: Path) -> None:
         assert len(values) == 12 * expected.size
 
 
-def test_directions_of_rows(tmp_path: Path) -> None:
+def test_ov_circuit_in_a_fitted_basis_needs_no_prompts(tmp_path: Path) -> None:
     """A basis that is computed from prompts, in an experiment without any; and one of them read."""
     draw(tmp_path, bare("llama").config.hidden_size)
     text = (
@@ -118,7 +118,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("line", ERRORS)
-def test_errors(line: str, tmp_path: Path) -> None:
+def test_invalid_circuit_observations_are_errors(line: str, tmp_path: Path) -> None:
     draw(tmp_path, bare("llama").config.hidden_size)
     write_rows(tmp_path)
     more = (
@@ -137,7 +137,7 @@ def test_errors(line: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labelled", ["first", "second"])
-def test_matched_cosine(labelled: str, tmp_path: Path) -> None:
+def test_matched_cosine_equals_the_reference_and_has_labels(labelled: str, tmp_path: Path) -> None:
     """Each direction of a dictionary with the nearest of another; labels are those of the first."""
     width = bare("llama").config.hidden_size
     arrays = draw(tmp_path, width)

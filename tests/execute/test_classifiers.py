@@ -74,7 +74,7 @@ def places(a: str, b: str) -> dict[str, int]:
 def held(
     result: ExperimentResult, family: str, build: str, site: str, at: str | None = None
 ) -> None:
-    """Every cell and row against plain hooks; at: where labels of tokens are read."""
+    """Compare every cell and row with plain hooks. at: the position of token labels."""
     values = result.row_values
     rows = list(zip(values["a"], values["b"], values["mood"], strict=True))
     largest = 0.0
@@ -99,28 +99,28 @@ def held(
 @pytest.mark.parametrize(
     ("family", "site"), in_turn(list(OF_PROMPTS), ["resid_post", "attn_out"], list(OF_PROMPTS)[::2])
 )
-def test_one_output_is_that_of_plain_hooks(family: str, site: str, tmp_path: Path) -> None:
+def test_classifier_of_prompts_equals_plain_hooks(family: str, site: str, tmp_path: Path) -> None:
     build = OF_PROMPTS[family]
     result = ran(family, build, BOTH, f"{site} layer *", tmp_path)
     held(result, family, build, site)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
-def test_whole_passes_give_the_same(family: str, tmp_path: Path) -> None:
+def test_classifier_in_full_forward_passes_equals_plain_hooks(family: str, tmp_path: Path) -> None:
     site = "mlp_out"
     whole = ran(family, OF_PROMPTS[family], BOTH, f"{site} layer *", tmp_path, no_pass=PASS_NAMES)
     held(whole, family, OF_PROMPTS[family], site)
 
 
 @pytest.mark.parametrize("family", list(OF_TOKENS))
-def test_labels_of_tokens_are_those_of_plain_hooks(family: str, tmp_path: Path) -> None:
+def test_classifier_of_tokens_equals_plain_hooks(family: str, tmp_path: Path) -> None:
     build = OF_TOKENS[family]
     measure = BOTH.replace(" as", " at b token as")
     result = ran(family, build, measure, "resid_post layer *", tmp_path)
     held(result, family, build, "resid_post", "b token")
 
 
-def test_nothing_is_read_between_the_last_block_and_the_choice_of_a_token() -> None:
+def test_modernbert_classifier_has_no_final_norm_site() -> None:
     """ModernBERT has a last norm there."""
     module = classifier("modernbert", OF_PROMPTS["modernbert"])[1]
     model, _ = adopt_model("m", module, classifiers.tokenizer())
@@ -129,8 +129,8 @@ def test_nothing_is_read_between_the_last_block_and_the_choice_of_a_token() -> N
     assert "only the token for the output is processed" in model.anatomy.without["final_norm"]
 
 
-def test_passes_of_the_planner_serve_them() -> None:
-    """Rows that start where they are changed give what whole passes do, of both kinds."""
+def test_classifiers_are_restartable_and_have_labels() -> None:
+    """Rows of these models can start at the changed block."""
     for family, build in OF_PROMPTS.items():
         model, found = adopt_model("m", classifier(family, build)[1], classifiers.tokenizer())
         assert found == []
@@ -184,7 +184,9 @@ def by_hand(family: str, build: str, function: Any, **settings: Any) -> list[flo
         ("entropy", lambda x, n: -(x.softmax(-1) * x.log_softmax(-1)).sum()),
     ],
 )
-def test_metrics_of_one_label(measure: str, function: Any, tmp_path: Path) -> None:
+def test_classifier_metrics_equal_the_reference(
+    measure: str, function: Any, tmp_path: Path
+) -> None:
     build = OF_PROMPTS["bert"]
     found = values("bert", build, f"{measure} as raw", tmp_path)
     assert found == pytest.approx(by_hand("bert", build, function), abs=1e-5)
@@ -200,7 +202,7 @@ def test_metrics_of_one_label(measure: str, function: Any, tmp_path: Path) -> No
         ("logit(class answer)", lambda x, n: x[n]),
     ],
 )
-def test_metrics_of_labels_that_hold_by_themselves(
+def test_multi_label_metrics_equal_the_reference(
     measure: str, function: Any, tmp_path: Path
 ) -> None:
     build, kind = OF_PROMPTS["gpt2"], {"problem_type": "multi_label_classification"}
@@ -216,7 +218,7 @@ def test_metrics_of_labels_that_hold_by_themselves(
         (((0, "valence"), (1, "arousal")), 'output(class "arousal")', 1),
     ],
 )
-def test_numbers_of_a_regression(
+def test_regression_outputs_equal_the_reference(
     names: tuple[tuple[int, str], ...], measure: str, number: int, tmp_path: Path
 ) -> None:
     build, kind = OF_PROMPTS["gpt2"], {"problem_type": "regression", "names": names}
@@ -225,7 +227,7 @@ def test_numbers_of_a_regression(
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_rows_are_kept_and_expected_by_their_label(tmp_path: Path) -> None:
+def test_keep_and_accuracy_of_classifiers_use_the_label(tmp_path: Path) -> None:
     build = OF_PROMPTS["bert"]
     correct = by_hand("bert", build, lambda x, n: x.argmax() == n)
     share = sum(correct) / len(correct)
@@ -238,11 +240,11 @@ def test_rows_are_kept_and_expected_by_their_label(tmp_path: Path) -> None:
     assert result.prompts == sum(correct)
 
 
-# --- which token the output is made of ------------------------------------------------------------
+# --- the token that a classifier reads ------------------------------------------------------------
 
 
-def test_the_pad_token_at_the_end_of_a_prompt_is_not_read(tmp_path: Path) -> None:
-    """The library takes the last token that isn't the pad token, in a prompt by itself too."""
+def test_classifier_ignores_a_pad_token_at_the_end_of_a_prompt(tmp_path: Path) -> None:
+    """The library reads the last token that isn't the pad token, also in a single prompt."""
     found = []
     for end in ("w9", "w9 <pad>"):
         text = PROMPTS.replace("w9", end) + (
@@ -260,7 +262,7 @@ def test_the_pad_token_at_the_end_of_a_prompt_is_not_read(tmp_path: Path) -> Non
 
 
 class _Pooled(LlamaPreTrainedModel):
-    """A classifier of one's own that takes one token's vector before its head makes labels."""
+    """A custom classifier that selects one token's vector before its head."""
 
     by_id = True
 
@@ -283,7 +285,7 @@ class _Pooled(LlamaPreTrainedModel):
 
 
 class PooledForSequenceClassification(_Pooled):
-    """It takes the last token that isn't the pad token."""
+    """Selects the last token that isn't the pad token."""
 
 
 class VeryLastForSequenceClassification(_Pooled):
@@ -308,8 +310,8 @@ def of_pooled(kind: type[_Pooled], end: str, folder: Path, **options: Any) -> Ex
     return mechdsl.run(folder / "file.mech", models=models, **options)["e"]
 
 
-def test_packed_rows_read_the_token_that_whole_passes_do(tmp_path: Path) -> None:
-    """A head behind the choice of a token: the model, not the planner, says which one it is."""
+def test_packed_rows_of_pooled_classifiers_equal_full_forward_passes(tmp_path: Path) -> None:
+    """The head follows the selection of a token, which the model makes, not the planner."""
     kinds = (PooledForSequenceClassification, "w9 <pad>"), (VeryLastForSequenceClassification, "w9")
     for kind, end in kinds:
         packed = of_pooled(kind, end, tmp_path).measures[0].patched
@@ -318,12 +320,12 @@ def test_packed_rows_read_the_token_that_whole_passes_do(tmp_path: Path) -> None
         assert abs(whole - whole[0]).max() > 0.02
 
 
-def test_a_model_that_reads_the_pad_token_does_not_get_one(tmp_path: Path) -> None:
+def test_pad_token_for_a_classifier_that_reads_it_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(mechdsl.MechdslError, match="E0439"):
         of_pooled(VeryLastForSequenceClassification, "w9 <pad>", tmp_path)
 
 
-def test_which_last_token_a_model_reads_is_found() -> None:
+def test_adopted_classifier_reports_the_last_token_that_it_reads() -> None:
     for kind, skips in (
         (PooledForSequenceClassification, 0),
         (VeryLastForSequenceClassification, None),
@@ -335,14 +337,14 @@ def test_which_last_token_a_model_reads_is_found() -> None:
         assert model.restartable
 
 
-def test_a_model_without_a_pad_token_takes_padded_batches(tmp_path: Path) -> None:
-    """The library refuses them."""
+def test_classifier_without_a_pad_token_runs_in_padded_batches(tmp_path: Path) -> None:
+    """The library rejects such batches."""
     build = OF_PROMPTS["gpt2"]
     found = values("gpt2", build, "logit(class answer) as raw", tmp_path, pad_token_id=None)
     assert found == pytest.approx(by_hand("gpt2", build, lambda x, n: x[n]), abs=1e-5)
 
 
-def test_only_the_token_that_is_read_matters_in_the_last_block(tmp_path: Path) -> None:
+def test_last_block_patch_of_a_classifier_acts_only_at_the_read_token(tmp_path: Path) -> None:
     module = classifier("bert", OF_PROMPTS["bert"])[1]
     last: Any = module.config
     site = f"resid_post layer {last.num_hidden_layers - 1}"
@@ -361,8 +363,10 @@ def test_only_the_token_that_is_read_matters_in_the_last_block(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("named", ["class 63", 'class "six"'])
-def test_an_output_that_is_no_token_is_named_by_its_number(named: str, tmp_path: Path) -> None:
-    """A language model's class with three outputs more than it has tokens."""
+def test_output_without_a_token_is_named_by_class_number_or_label(
+    named: str, tmp_path: Path
+) -> None:
+    """A language model with three outputs more than tokens."""
     count = VOCABULARY + 3
     module: Any = classifier("gpt2", "GPT2LMHeadModel", tie_word_embeddings=False)[1]
     module.lm_head = torch.nn.Linear(module.config.n_embd, count, bias=False)
@@ -402,13 +406,13 @@ experiment e {
 
 
 def other_names() -> torch.nn.Module:
-    """The same classifier, by other names of labels."""
+    """The same classifier with other label names."""
     names = tuple(enumerate(("bad", "so", "good")))
     return classifier("gpt2", OF_PROMPTS["gpt2"], names=names)[1]
 
 
 def language_model() -> torch.nn.Module:
-    """What it was made of."""
+    """The language model from which the classifier was derived."""
     module: Any = classifier("gpt2", "GPT2LMHeadModel")[1]
     tuned: Any = classifier("gpt2", OF_PROMPTS["gpt2"])[1]
     module.transformer.load_state_dict(tuned.transformer.state_dict())
@@ -423,8 +427,10 @@ def headless() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("other", [other_names, language_model, headless])
-def test_vectors_of_a_model_with_other_outputs(other: Any, tmp_path: Path) -> None:
-    """Its residual stream is the same, so what is patched is what the classifier's own would be."""
+def test_patch_from_a_model_with_other_outputs_equals_the_classifier(
+    other: Any, tmp_path: Path
+) -> None:
+    """The residual streams are equal, and so are the patched vectors."""
     found: list[Any] = []
     module = classifier("gpt2", OF_PROMPTS["gpt2"])[1]
     for tuned in (module, other()):
@@ -439,7 +445,9 @@ def test_vectors_of_a_model_with_other_outputs(other: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("other", [other_names, language_model, headless])
-def test_what_is_measured_on_both_needs_equal_outputs(other: Any, tmp_path: Path) -> None:
+def test_measure_on_two_models_with_different_outputs_is_an_error(
+    other: Any, tmp_path: Path
+) -> None:
     text = TWO.replace("model m\n  from clean into other", "from tuned into m").replace(
         " with tuned", ""
     )

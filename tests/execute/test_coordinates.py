@@ -191,7 +191,9 @@ def sources(n: int) -> tuple[Prompt, Prompt, Prompt]:
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_rules_with_other_sources_and_an_ablation_act_in_one_run(folder: Path, mode: str) -> None:
+def test_rules_with_several_sources_and_an_ablation_equal_the_reference(
+    folder: Path, mode: str
+) -> None:
     rules = (
         "patch layer * heads 0, 1 at cue token, last token",
         "patch mlp_out layer 1 at subject token with other",
@@ -227,7 +229,7 @@ def test_rules_with_other_sources_and_an_ablation_act_in_one_run(folder: Path, m
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_of_two_rules_on_the_same_vector_the_later_one_stands(folder: Path, mode: str) -> None:
+def test_later_of_two_rules_on_the_same_vector_applies(folder: Path, mode: str) -> None:
     first, second = f"patch attn_out layer 1 {AT}", f"ablate attn_out layer 1 {AT} with zero"
     start = ("prompts p", "from longer into clean")
     text = experiment("zero_stands", *start, first, second, DIFFERENCE)

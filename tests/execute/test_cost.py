@@ -1,4 +1,4 @@
-"""What `plan` says of the work is the work that is done."""
+"""The work that `plan` reports equals the work of the run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def costs(
     without: frozenset[str] = frozenset(),
     family: str = "llama",
 ) -> tuple[PlanCost, list[PackedResult]]:
-    """(what is planned, what the packed passes did)."""
+    """(planned cost, results of the packed passes)."""
     plans: list[Plan] = []
     done: list[PackedResult] = []
 
@@ -63,7 +63,7 @@ def rows_only(cost: Cost, plan: PlanCost) -> int:
 
 @pytest.mark.parametrize("without", [(), ("prefix",), ("resume",), ("inside",), ("last",)])
 @pytest.mark.parametrize("name", list(SWEEPS))
-def test_tokens_through_blocks_are_those_of_the_run(
+def test_planned_tokens_through_blocks_equal_those_of_the_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, without: tuple[str, ...]
 ) -> None:
     text = experiment("e", "prompts p", *SWEEPS[name], DIFFERENCE)
@@ -101,7 +101,7 @@ READ_ELSEWHERE = {
 
 
 @pytest.mark.parametrize("name", list(READ_ELSEWHERE))
-def test_what_is_read_decides_what_is_computed(
+def test_planned_tokens_depend_on_the_measured_positions(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     text = experiment("e", "prompts p", *READ_ELSEWHERE[name])
@@ -117,7 +117,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", list(WHOLE))
-def test_whole_passes_of_paths_are_those_of_the_run(
+def test_planned_full_passes_of_paths_equal_those_of_the_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     tokens: list[int] = []
@@ -134,7 +134,7 @@ def test_whole_passes_of_paths_are_those_of_the_run(
     assert rows_only(planned.planned, planned) == sum(tokens)
 
 
-def test_every_pass_has_a_line_and_none_costs(
+def test_plan_lists_every_pass_and_no_pass_adds_cost(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = experiment("e", "prompts p", FROM, HEADS, DIFFERENCE)
@@ -153,14 +153,16 @@ def test_every_pass_has_a_line_and_none_costs(
     assert before.forwards == 2 + len(done), "a pass over each run's prompts, one over all rows"
 
 
-def test_a_pass_that_is_off_saves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_planner_passes_save_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = experiment("e", "prompts p", FROM, HEADS, DIFFERENCE)
     planned, _ = costs(text, folder, monkeypatch, frozenset(PASS_NAMES))
     assert all(saving.after == planned.plain for saving in planned.savings)
     assert not any(saving.on for saving in planned.savings)
 
 
-def test_the_plain_loop_is_counted_as_it_multiplies(
+def test_plan_counts_the_multiply_adds_of_the_plain_loop(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Multiply-adds of linear maps, counted with hooks on the model, and those of attention."""
@@ -217,9 +219,11 @@ BATCHED = {
 
 @pytest.mark.parametrize("tokens", [4096, 30])
 @pytest.mark.parametrize("name", list(BATCHED))
-def test_forwards_are_those_of_the_run(folder: Path, name: str, tokens: int) -> None:
-    """Of a single batch of prompts, which serves all stages, and of several, where each stage
-    computes what it reads anew. Each run in passes of its own: none is short enough to share one.
+def test_planned_forward_passes_equal_those_of_the_run(
+    folder: Path, name: str, tokens: int
+) -> None:
+    """All stages share a single batch of prompts; with several batches, each stage recomputes its
+    inputs. Each run has separate passes: none is short enough to share one.
     """
     done: list[tuple[Plan, ExecutionProfile]] = []
     options = RunOptions(

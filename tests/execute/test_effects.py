@@ -70,12 +70,12 @@ def by_hand() -> tuple[Array, Array, Array]:
 
 
 APART = "stats bootstrap(100) confidence 80% correct none"
-"""With these four rows the ends of `distance` can be told apart at 80 %, not at 95 %."""
+"""With these four rows, the ends of `distance` differ at 80 % confidence, not at 95 %."""
 EFFECTS = ("raw", "total", "delta", "recovery", "relative", "relative per prompt")
 
 
 @pytest.mark.parametrize("effect", EFFECTS)
-def test_an_effect_is_its_formula_of_the_means(folder: Path, effect: str) -> None:
+def test_effects_equal_their_formula_of_means(folder: Path, effect: str) -> None:
     patched, base, source = by_hand()
     expected = {
         "raw": patched.mean(1),
@@ -108,7 +108,7 @@ def test_recovery_is_0_at_the_base_and_1_at_the_source(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_rows_that_are_not_kept_are_left_out_and_counted(folder: Path, mode: str) -> None:
+def test_keep_excludes_and_counts_dropped_rows(folder: Path, mode: str) -> None:
     values = differences(FAMILY, ROWS, metric=probability)
     bound = float(np.sort(values)[1:3].mean())
     kept = [n for n, value in enumerate(values) if value > bound]
@@ -121,7 +121,7 @@ def test_rows_that_are_not_kept_are_left_out_and_counted(folder: Path, mode: str
     assert found.statistics[0].n.tolist() == [2, 2]
 
 
-def test_keep_reads_the_clean_run_also_where_the_base_is_another(folder: Path) -> None:
+def test_keep_reads_the_clean_run_for_any_base(folder: Path) -> None:
     values = differences(FAMILY, ROWS, metric=probability)
     bound = float(np.sort(values)[1:3].mean())
     lines = ("prompts p", "from clean into longer", f"keep prob(answer) > {bound:.9f}")
@@ -130,7 +130,7 @@ def test_keep_reads_the_clean_run_also_where_the_base_is_another(folder: Path) -
     assert found.row_ids == tuple(n for n, value in enumerate(values) if value > bound)
 
 
-def test_means_go_over_kept_rows_only(folder: Path) -> None:
+def test_mean_ablation_averages_over_the_rows_after_keep(folder: Path) -> None:
     values = differences(FAMILY, ROWS, metric=probability)
     bound = float(np.sort(values)[1:3].mean())
     kept = [n for n, value in enumerate(values) if value > bound]
@@ -149,7 +149,7 @@ def test_means_go_over_kept_rows_only(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_the_mean_of_a_corrupted_run_is_its_own(folder: Path, mode: str) -> None:
+def test_mean_of_a_corrupted_run_averages_that_run(folder: Path, mode: str) -> None:
     rule = "ablate resid_post layer 0 at {cue token, last token} with mean of longer"
     text = experiment("e", "prompts p", rule, DIFFERENCE)
     place = ("resid_post", 0)
@@ -163,7 +163,7 @@ def test_the_mean_of_a_corrupted_run_is_its_own(folder: Path, mode: str) -> None
     agree(found, np.array([expected]), differences(FAMILY, ROWS))
 
 
-def test_the_parts_of_a_split_are_disjoint_and_complete(folder: Path) -> None:
+def test_split_parts_are_disjoint_and_complete(folder: Path) -> None:
     split = PROMPTS.replace('rows "data.jsonl"', 'rows "data.jsonl"  split 50%')
     text = "".join(
         experiment(part, f"prompts p.{part}", "from longer into clean", RULE, DIFFERENCE)
@@ -181,7 +181,7 @@ def test_the_parts_of_a_split_are_disjoint_and_complete(folder: Path) -> None:
         agree(found[name].measures[0], whole[:, [*rows]], base)
 
 
-def test_a_limit_keeps_values_as_they_are(folder: Path) -> None:
+def test_limit_leaves_values_unchanged(folder: Path) -> None:
     whole, base = patches(FAMILY, CELLS, "longer", both), differences(FAMILY, ROWS)
     text = experiment("e", "prompts p limit 3", "from longer into clean", RULE, DIFFERENCE)
     for limit in (None, 2):
@@ -194,7 +194,9 @@ def test_a_limit_keeps_values_as_they_are(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "layer"), [({}, 1), ({"depth": "0"}, 0)])
-def test_a_parameter_is_set_from_outside(folder: Path, given: dict[str, str], layer: int) -> None:
+def test_parameter_of_the_run_overrides_the_file(
+    folder: Path, given: dict[str, str], layer: int
+) -> None:
     rule = "patch resid_post layer depth at {cue token, last token}"
     text = "param depth = 1\n" + experiment("e", *START, rule, DIFFERENCE)
     options = RunOptions(settings=CheckSettings(given))
@@ -203,7 +205,7 @@ def test_a_parameter_is_set_from_outside(folder: Path, given: dict[str, str], la
     agree(found.measures[0], expected, differences(FAMILY, ROWS))
 
 
-def test_a_denominator_around_zero_is_refused_before_any_cell(folder: Path) -> None:
+def test_denominator_around_zero_is_an_error_before_any_cell(folder: Path) -> None:
     text = experiment("e", *START, RULE, "measure kl(longer) - kl(longer) as relative")
     found, diagnostics = try_file(text, folder, bare(FAMILY))
     assert found is None
@@ -218,7 +220,7 @@ def plain_difference(words: list[str], record: Record) -> float:
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_a_replaced_span_is_a_prompt_with_another_text(folder: Path, mode: str) -> None:
+def test_replace_equals_a_prompt_with_the_new_text(folder: Path, mode: str) -> None:
     rules = {
         "subject": ('replace subject tokens with "w7"', lambda r: (r["words"], ["w7"], r["cue"])),
         "cue": ('replace cue tokens with "w7 w8"', lambda r: (r["words"], None, "w7 w8")),
@@ -243,10 +245,8 @@ def test_a_replaced_span_is_a_prompt_with_another_text(folder: Path, mode: str) 
 
 
 @pytest.mark.parametrize("measure", ["entropy at cue token", "loss", "cosine(L1.resid, clean)"])
-def test_a_shorter_prompt_is_not_read_where_another_experiment_reads(
-    folder: Path, measure: str
-) -> None:
-    """The place of the other measure lies behind the end of the prompts that are replaced."""
+def test_replaced_shorter_prompts_are_not_read_past_their_end(folder: Path, measure: str) -> None:
+    """The position of the other measure is after the end of the replaced prompts."""
     text = experiment("e", "prompts p", 'replace subject tokens with "w7"', DIFFERENCE)
     text += experiment("other", *START, RULE, f"measure {measure} as delta")
     text += experiment("late", *START, RULE, "measure entropy at cue token as delta")
@@ -258,7 +258,7 @@ def test_a_shorter_prompt_is_not_read_where_another_experiment_reads(
         agree(found, np.array([expected]), differences(FAMILY, ROWS))
 
 
-def test_a_sweep_of_replacements_has_a_cell_for_each(folder: Path) -> None:
+def test_sweep_of_replacements_has_a_cell_per_position(folder: Path) -> None:
     text = experiment("e", "prompts p", 'replace cue token, "w41" token with "w7"', DIFFERENCE)
     expected = []
     for place in (-2, -3):
@@ -301,8 +301,8 @@ def changed(record: Record, run: str) -> list[str]:
 
 @pytest.mark.parametrize("run", ["crossed", "blank", "one", "written"])
 @pytest.mark.parametrize("direction", ["into the clean run", "out of the clean run"])
-def test_a_corruption_is_the_prompt_it_says(folder: Path, run: str, direction: str) -> None:
-    """Both directions, at the token of `cue`, wherever the template has it in each run."""
+def test_corruption_equals_its_written_prompt(folder: Path, run: str, direction: str) -> None:
+    """Both directions, at the token of `cue`, whose position differs between runs."""
     source, base = (run, "clean") if direction == "into the clean run" else ("clean", run)
     rule = "patch resid_post layer 0..1 at cue token"
     lines = ("prompts c", f"from {source} into {base}", rule, DIFFERENCE)
@@ -352,10 +352,8 @@ experiment e {
         ("holm", "last-item token", False),
     ],
 )
-def test_few_rows_that_are_kept_are_warned_of_as_few_that_are_taken(
-    correction: str, at: str, warned: bool
-) -> None:
-    """2⁻⁸ times 16 cells is too much; before the last token 4 can't differ, and 12 are fine."""
+def test_too_few_rows_after_keep_are_a_warning(correction: str, at: str, warned: bool) -> None:
+    """2⁻⁸ times 16 cells is too large; at the earlier token, only 12 cells can differ."""
     source = Source(KEPT.replace("SAID", correction).replace("AT", at))
     found, diagnostics = run_source(source)
     assert found is not None

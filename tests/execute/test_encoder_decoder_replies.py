@@ -1,4 +1,4 @@
-"""Replies of encoder-decoders, equal to those of the bare model with its own cache and hooks."""
+"""Replies of encoder-decoders, against the bare model with the library's cache and hooks."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ Newest = Sequence[tuple[Place, Change]]
 
 @dataclass(frozen=True)
 class Case:
-    """A rule: what it does in the first pass, and at the newest token of later ones."""
+    """A rule: its changes in the first pass, and at the newest token of later passes."""
 
     line: str
     first: Callable[[str, Record], Sequence[Write]] = lambda family, record: ()
@@ -359,7 +359,7 @@ def entropy(scores: Array) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_of_a_reply_are_measured_as_they_were_written(family: str, tmp_path: Path) -> None:
+def test_measures_at_steps_equal_the_logits_of_generation(family: str, tmp_path: Path) -> None:
     case = CASES["cross"]
     lines = experiment(
         "e", "prompts p", f"generate {TOKENS}", case.line, "measure entropy at each step as raw"

@@ -1,4 +1,4 @@
-"""Encoder-decoders from a file, equal to what plain hooks give for one unpadded prompt."""
+"""Encoder-decoders in files, against plain hooks for one unpadded prompt."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_shared_first_token_of_answers_moves_to_the_decoder(family: str, tmp_pat
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_picks_loops_and_replaced_tokens_equal_hooks(family: str, tmp_path: Path) -> None:
+def test_top_heads_loops_and_replaced_tokens_equal_hooks(family: str, tmp_path: Path) -> None:
     prompts = PROMPTS.replace(
         "corrupt turned", 'corrupt masked { replace subject tokens with "w44" }\n  corrupt turned'
     )

@@ -1,4 +1,4 @@
-"""Which rows write together: as many as a step has room for, whatever their prompts take."""
+"""Rows that generate together: as many as fit in one step, independent of their prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["rows_written"]
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many distinct rows were measured, pass by pass."""
+    """The number of distinct rows measured in each pass."""
     counts: list[int] = []
     values = Patcher.values
 
@@ -35,7 +35,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_rows_of_several_passes_write_together(
+def test_rows_of_several_passes_generate_together(
     tmp_path: Path, rows_written: list[int], measured: list[int]
 ) -> None:
     support.write_rows(tmp_path)
@@ -48,7 +48,7 @@ def test_rows_of_several_passes_write_together(
     assert replies(small) == replies(large)
 
 
-def test_rows_that_write_together_fit_in_memory(
+def test_rows_that_generate_together_fit_in_memory(
     tmp_path: Path, rows_written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     support.write_rows(tmp_path)
@@ -63,8 +63,8 @@ def test_rows_that_write_together_fit_in_memory(
     assert replies(whole) == replies(parts)
 
 
-def test_rows_are_written_in_order_and_once() -> None:
-    """Rows that nothing measures are left out; a row larger than the room is written alone."""
+def test_rows_are_generated_once_and_in_order() -> None:
+    """Rows without a measure are skipped; a row larger than the limit is generated alone."""
     written: list[list[int]] = []
 
     def write(rows: Any) -> list[tuple[Reply, ...]]:

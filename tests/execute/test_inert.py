@@ -35,7 +35,7 @@ def marks(folder: Path, *lines: str, mode: str = "planned", family: str = "gpt2"
     found = run_file(text, folder, bare(family), options)["e"]
     measure = found.measures[0]
     effects = np.abs(measure.patched - measure.base).max(axis=1)
-    # Without the pass they are run like others, and differ by rounding.
+    # Without the pass, inert rows run like others and differ by rounding.
     near = 1e-5 if "inert" in options.without else 0
     assert (effects[measure.inert] <= near).all()
     assert (effects[~measure.inert] > 1e-3).all()
@@ -46,20 +46,20 @@ def marks(folder: Path, *lines: str, mode: str = "planned", family: str = "gpt2"
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_a_common_prefix_is_marked(folder: Path, mode: str) -> None:
+def test_patch_in_a_common_prefix_is_inert(folder: Path, mode: str) -> None:
     at = "at first token, last-item token, subject token, last token"
     lines = ("from other into clean", f"patch resid_pre layer 1..2 {at}", DIFFERENCE)
     assert marks(folder, *lines, mode=mode) == [True, True, False, False] * 2
 
 
-def test_one_differing_row_is_enough_not_to_be_marked(folder: Path) -> None:
+def test_cell_with_one_differing_row_is_not_inert(folder: Path) -> None:
     at = "at first token of subject, subject token - 1"
     lines = ("from other into clean", f"patch resid_pre layer 1 {at}", DIFFERENCE)
     assert marks(folder, *lines) == [False, False]
 
 
-def test_a_prefix_at_other_positions_is_not_marked(folder: Path) -> None:
-    """`last-item token` lies elsewhere in the two runs, so it reads something else."""
+def test_patch_of_a_prefix_at_other_positions_is_not_inert(folder: Path) -> None:
+    """`last-item token` has other positions in the two runs, so that the values differ."""
     lines = ("from longer into clean", "patch resid_pre layer 1 at last-item token", DIFFERENCE)
     assert marks(folder, *lines) == [False]
 
@@ -68,10 +68,10 @@ def test_a_prefix_at_other_positions_is_not_marked(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("site", "of", "to"), [("resid_post", 0, 1), ("resid_pre", 1, 0), ("resid_pre", 1, 2)]
 )
-def test_a_prefix_that_is_written_into_another_layer_is_not_marked(
+def test_patch_of_a_prefix_into_another_layer_is_not_inert(
     folder: Path, site: str, of: int, to: int, mode: str
 ) -> None:
-    """Source and base share the token, but what another layer makes of it is not what is there."""
+    """Source and base share the token, but the vectors of two layers differ."""
     rule = f"patch {site} layer {of} at first token into layer {to}"
     text = experiment("e", "prompts p", "from other into clean", rule, DIFFERENCE)
     found = run_file(text, folder, bare("gpt2"), MODES[mode])["e"].measures[0]
@@ -84,12 +84,12 @@ def test_a_prefix_that_is_written_into_another_layer_is_not_marked(
     assert not found.inert.any()
 
 
-def test_a_write_behind_the_last_reader_is_marked(folder: Path) -> None:
+def test_write_after_the_measured_token_is_inert(folder: Path) -> None:
     rule = "patch attn_out layer 1 at subject token, cue token, last token"
     assert marks(folder, "from longer into clean", rule, AT_CUE) == [False, False, True]
 
 
-def test_a_later_measure_lifts_the_mark(folder: Path) -> None:
+def test_write_before_a_later_measured_token_is_not_inert(folder: Path) -> None:
     rule = "patch attn_out layer 1 at cue token, last token"
     lines = ("from longer into clean", rule, AT_CUE, DIFFERENCE)
     text = experiment("e", "prompts p", *lines)
@@ -97,12 +97,12 @@ def test_a_later_measure_lifts_the_mark(folder: Path) -> None:
     assert not found.measures[1].inert.any()
 
 
-def test_an_ablation_within_the_prefix_is_not_marked(folder: Path) -> None:
+def test_ablation_in_a_common_prefix_is_not_inert(folder: Path) -> None:
     rule = "ablate resid_pre layer 1 at first token, last token with zero"
     assert marks(folder, rule, DIFFERENCE) == [False, False]
 
 
-def test_two_rules_are_marked_only_together(folder: Path) -> None:
+def test_cell_with_one_effective_rule_is_not_inert(folder: Path) -> None:
     rules = "patch resid_pre layer 1 at first token  patch attn_out layer * at last token"
     assert marks(folder, "from other into clean", rules, DIFFERENCE) == [False] * 3
 
@@ -122,7 +122,7 @@ def test_two_rules_are_marked_only_together(folder: Path) -> None:
         ("final_norm", True),
     ],
 )
-def test_nothing_carries_on_from_a_position_behind_the_last_attention(
+def test_write_after_the_last_attention_before_the_measured_token_is_inert(
     folder: Path, site: str, marked: bool
 ) -> None:
     rule = f"patch {site} at cue token, last token"
@@ -139,7 +139,7 @@ def test_nothing_carries_on_from_a_position_behind_the_last_attention(
         ("other", "q_rot layer 1 heads *", False),
     ],
 )
-def test_rotated_queries_and_keys_are_marked_like_queries_and_keys(
+def test_rotated_queries_and_keys_are_inert_like_queries_and_keys(
     folder: Path, source: str, site: str, marked: bool
 ) -> None:
     lines = (f"from {source} into clean", f"patch {site} at cue token", DIFFERENCE)
@@ -163,22 +163,22 @@ def test_rotated_queries_and_keys_are_marked_like_queries_and_keys(
         ("resid_pre layers 0..1", False),
     ],
 )
-def test_below_the_first_attention_a_position_knows_its_own_token_only(
+def test_patch_of_an_equal_token_before_the_first_attention_is_inert(
     folder: Path, site: str, marked: bool, family: str, mode: str
 ) -> None:
-    """Behind the subject, which differs, the cue is the same token at the same position."""
+    """After the subject, which differs, the cue is the same token at the same position."""
     lines = ("from other into clean", f"patch {site} at cue token", DIFFERENCE)
     assert marks(folder, *lines, mode=mode, family=family) == [marked]
 
 
-def test_below_the_first_attention_an_equal_token_elsewhere_is_not_marked(folder: Path) -> None:
-    """`w41` stands before the cue in both runs, but not at the same position."""
+def test_patch_of_an_equal_token_from_another_position_is_not_inert(folder: Path) -> None:
+    """`w41` precedes the cue in both runs, but at different positions."""
     lines = ("from longer into clean", 'patch k layer 0 heads * at "w41" token', DIFFERENCE)
     assert marks(folder, *lines) == [False]
 
 
-def test_a_marked_row_of_a_cell_that_is_not_marked_is_the_base_run(folder: Path) -> None:
-    """The first prompt has the same items in both runs, and differs behind them."""
+def test_inert_row_of_a_cell_that_is_not_inert_equals_the_base_run(folder: Path) -> None:
+    """The first prompt has the same items in both runs, and differs after them."""
     lines = ("from longer into clean", "patch resid_post layer 1 at last-item token", DIFFERENCE)
     text = experiment("e", "prompts p", *lines)
     rows = [{**ROWS[0], "more": ROWS[0]["words"]}, *ROWS[1:]]

@@ -1,4 +1,4 @@
-"""Replies in the store: one that is known isn't written again, whatever is measured of it."""
+"""Replies in the store: a cached reply isn't generated again, for any measure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def text(how: str = "", measure: str = "length") -> str:
 
 @pytest.fixture
 def rows_written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many replies were written, pass by pass."""
+    """The number of replies generated in each pass."""
     whole, counts = writer.generate_replies, list[int]()
 
     def write(model: Any, prompts: Any, *given: Any, **named: Any) -> Any:
@@ -56,11 +56,11 @@ def replies(found: FileResult | None) -> Any:
 
 
 CUT = 'until "2"'
-"""A text within a token: more is kept of a reply than its text."""
+"""A stop text within a token: the store keeps more of a reply than its text."""
 
 
 @pytest.mark.parametrize("how", [CUT, DRAWN])
-def test_a_reply_is_written_once(tmp_path: Path, rows_written: list[int], how: str) -> None:
+def test_stored_reply_is_generated_once(tmp_path: Path, rows_written: list[int], how: str) -> None:
     support.write_rows(tmp_path)
     plain, _ = run(text(how), tmp_path)
     alone = sum(rows_written)
@@ -82,7 +82,7 @@ def test_a_reply_is_written_once(tmp_path: Path, rows_written: list[int], how: s
     assert bool(cut) is (how == CUT)
 
 
-def test_other_settings_are_other_replies(tmp_path: Path, rows_written: list[int]) -> None:
+def test_reply_key_depends_on_generation_options(tmp_path: Path, rows_written: list[int]) -> None:
     support.write_rows(tmp_path)
     with opened(tmp_path / "a") as kept:
         run(text(), tmp_path, kept=kept)
@@ -92,10 +92,10 @@ def test_other_settings_are_other_replies(tmp_path: Path, rows_written: list[int
             assert sum(rows_written) == (n + 2) * once
 
 
-def test_what_ends_a_reply_is_asked_again(
+def test_reply_key_depends_on_the_end_token(
     tmp_path: Path, rows_written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A token that the configuration of generation names."""
+    """The generation config names another end token."""
     support.write_rows(tmp_path)
     with opened(tmp_path / "a") as kept:
         whole, _ = run(text(), tmp_path, kept=kept)
@@ -110,7 +110,7 @@ def test_what_ends_a_reply_is_asked_again(
         assert reply.ids == (ids[: ids.index(end)] if end in ids else ids)
 
 
-def test_rows_of_equal_prompts_draw_by_themselves(tmp_path: Path) -> None:
+def test_rows_with_equal_prompts_are_sampled_independently(tmp_path: Path) -> None:
     support.write_rows(tmp_path, [support.ROWS[0], {**support.ROWS[0], "a": "w12"}])
     file = text("with temperature 3")
     plain, _ = run(file, tmp_path)
@@ -124,10 +124,10 @@ def test_rows_of_equal_prompts_draw_by_themselves(tmp_path: Path) -> None:
         assert one != other
 
 
-def test_single_samples_are_written_again(
+def test_missing_samples_are_generated_again(
     tmp_path: Path, rows_written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As what of a row couldn't be kept: other samples of other cells, on one prompt."""
+    """The cache lacks different samples of different cells, on one prompt."""
     support.write_rows(tmp_path, support.ROWS[:1])
     find = ReplyCache.find
 
@@ -145,7 +145,9 @@ def test_single_samples_are_written_again(
     assert replies(first) == replies(again)
 
 
-def test_another_seed_draws_others(tmp_path: Path, rows_written: list[int]) -> None:
+def test_key_of_sampled_replies_depends_on_the_seed(
+    tmp_path: Path, rows_written: list[int]
+) -> None:
     support.write_rows(tmp_path)
     with opened(tmp_path / "a") as kept:
         run(text(DRAWN), tmp_path, kept=kept)
@@ -154,9 +156,7 @@ def test_another_seed_draws_others(tmp_path: Path, rows_written: list[int]) -> N
     assert sum(rows_written) == 2 * once
 
 
-def test_renamed_loop_variable_writes_nothing_again(
-    tmp_path: Path, rows_written: list[int]
-) -> None:
+def test_renamed_loop_variable_uses_stored_replies(tmp_path: Path, rows_written: list[int]) -> None:
     support.write_rows(tmp_path)
 
     def named(name: str) -> str:
@@ -188,7 +188,7 @@ experiment e {
 """
 
 
-def test_each_draw_of_noise_is_kept(tmp_path: Path, rows_written: list[int]) -> None:
+def test_replies_of_each_noise_draw_are_stored(tmp_path: Path, rows_written: list[int]) -> None:
     support.write_rows(tmp_path)
     plain, _ = run(NOISED, tmp_path)
     alone = sum(rows_written)
@@ -202,7 +202,7 @@ def test_each_draw_of_noise_is_kept(tmp_path: Path, rows_written: list[int]) -> 
         assert any(one != other for one, other in own.values())
 
 
-def test_a_run_that_is_cut_short_goes_on(
+def test_interrupted_generation_resumes(
     tmp_path: Path, rows_written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     support.write_rows(tmp_path)
@@ -222,8 +222,8 @@ def test_a_run_that_is_cut_short_goes_on(
     assert replies(plain) == replies(found)
 
 
-def test_rows_that_break_while_they_write(tmp_path: Path) -> None:
-    """A token of replies has no numbers: rows that write it can't be used, and aren't kept."""
+def test_rows_with_nan_during_generation_are_an_error_or_left_out(tmp_path: Path) -> None:
+    """The embedding of a generated token is NaN, so that rows that generate it can't be used."""
     support.write_rows(tmp_path)
     line = "experiment e {\n model m\n prompts p\n generate 4\n measure length as raw\n}\n"
     whole, _ = support.try_file(line, tmp_path, support.bare("llama"))
@@ -247,7 +247,7 @@ def test_rows_that_break_while_they_write(tmp_path: Path) -> None:
         assert [*found.experiments[0].replies.runs["clean"]] == left
 
 
-def test_what_is_drawn_does_not_hang_on_what_is_looked_at(tmp_path: Path) -> None:
+def test_sampled_replies_do_not_depend_on_observations(tmp_path: Path) -> None:
     support.write_rows(tmp_path)
     body = (
         " model m\n prompts p\n from other into clean\n generate 3 with temperature 3\n"

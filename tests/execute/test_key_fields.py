@@ -125,7 +125,7 @@ def resolved(name: str) -> ResolvedExperiment:
 
 @cache
 def prepared(name: str) -> ResolvedExperiment:
-    """With what a field needs to count beside its own experiment."""
+    """The experiment, with the additions that a field needs in order to matter."""
     match name:
         case "apart of two runs":
             found = resolved("apart")
@@ -155,7 +155,7 @@ def prepared(name: str) -> ResolvedExperiment:
 def changed(
     experiment: ResolvedExperiment, kind: type, field: str, change: Change
 ) -> ResolvedExperiment:
-    """The same with another value in a field of its first rule, measure or row."""
+    """The experiment with another value in a field of its first rule, measure or row."""
 
     def other(record: Any) -> Any:
         assert type(record) is kind
@@ -230,7 +230,7 @@ def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
 
 
 def unpatched_keys(plan: ExperimentPlan) -> list[tuple[bytes, list[int]]]:
-    """[measure] (what it is, [prompt] the keys of its rows) of the base run."""
+    """[measure] (its key, [prompt] the keys of its rows) of the base run."""
     table = plan.experiment.table
     contents = RunContents({"m": b"m", "n": b"n"}, "m", 0)
     base = table.runs[plan.experiment.spec.base]
@@ -244,11 +244,11 @@ def unpatched_keys(plan: ExperimentPlan) -> list[tuple[bytes, list[int]]]:
 
 
 Change = Callable[[Any], Any]
-"""What stands in a field → something else."""
+"""Value of a field → another value."""
 
 
 def one_more(values: dict[Any, Any], change: Change) -> dict[Any, Any]:
-    """A mapping of which the last value is another."""
+    """A mapping with another last value."""
     last = list(values)[-1]
     return {**values, last: change(values[last])}
 
@@ -258,7 +258,7 @@ def fewer_edges(edges: tuple[CircuitEdge, ...]) -> tuple[CircuitEdge, ...]:
 
 
 def moved(cell: PositionCell) -> PositionCell:
-    """Every token is the next one."""
+    """Shift every token by one."""
     hits = tuple(tuple(tuple(t + 1 for t in run) for run in row) for row in cell.hits)
     return replace(cell, hits=hits)
 
@@ -292,7 +292,7 @@ def other_table(table: PromptTable) -> PromptTable:
 
 
 def other_direction(targets: DirectionTargets) -> DirectionTargets:
-    """Of the same name, made in another way."""
+    """A direction of the same name with another method."""
     (member,) = targets.members.values()
     vector = replace(member.vector, method="pca")
     return replace(targets, members={(): replace(member, vector=vector)})
@@ -303,12 +303,12 @@ def with_another_coordinate(every: tuple[Coordinates, ...]) -> tuple[Coordinates
 
 
 def other_basis(targets: BasisTargets) -> BasisTargets:
-    """Of the same name, computed in another way."""
+    """A basis of the same name with another method."""
     return in_members(targets, "method", lambda method: "random")
 
 
 def in_members(targets: BasisTargets, field: str, change: Change) -> BasisTargets:
-    """With another value in a field of each basis."""
+    """Change the value of a field in each basis."""
     (points,) = targets.bases
     members = {
         key: replace(member, **{field: change(getattr(member, field))})
@@ -448,7 +448,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "pair_of_cell": ("paths", turned),
     },
 }  # fmt: skip
-"""By field, an experiment in which it counts, and another value of it."""
+"""By field: an experiment in which it matters, and another value of it."""
 
 SHOWN = "only displayed"
 PLACED = "assigns values to cells; the key of a cell contains the value itself"
@@ -539,15 +539,15 @@ NOT_KEYED: dict[type, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("kind", KEYED, ids=lambda kind: kind.__name__)
-def test_every_field_is_thought_of(kind: type) -> None:
-    """A new field goes into the key, or it is said why it doesn't."""
+def test_every_field_is_keyed_or_has_a_reason(kind: type) -> None:
+    """A new field is part of the key, or has a reason why it isn't."""
     own = {each.name for each in fields(kind)}
     assert own == KEYED[kind].keys() | NOT_KEYED[kind].keys()
     assert not KEYED[kind].keys() & NOT_KEYED[kind].keys()
 
 
 class Scaled(Intervention):
-    """One of somebody's own, that makes its numbers of more than a rule's fields."""
+    """A custom intervention whose numbers depend on more than a rule's fields."""
 
     name = "scaled"
     reads = "mean"
@@ -558,8 +558,10 @@ class Scaled(Intervention):
 
 
 @pytest.mark.parametrize("reads", ["run", "donor", "mean"])
-def test_the_key_of_an_intervention(reads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it names as its own, whether or not it hangs on other rows too."""
+def test_value_key_depends_on_the_key_of_a_custom_intervention(
+    reads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key contains the intervention's `key`, also if values depend on other rows."""
     monkeypatch.setattr(Scaled, "reads", reads)
     plan = planned(changed(resolved("patch"), ResolvedRule, "does", lambda does: Scaled()))
     before = keys(plan)
@@ -575,7 +577,7 @@ FIELDS = [(kind, field) for kind, every in KEYED.items() for field in every]
 @pytest.mark.parametrize(
     ("kind", "field"), FIELDS, ids=lambda part: getattr(part, "__name__", part)
 )
-def test_another_value_has_another_key(kind: type, field: str) -> None:
+def test_value_key_depends_on_each_keyed_field(kind: type, field: str) -> None:
     name, change = KEYED[kind][field]
     experiment = prepared(name)
     plan = planned(experiment)
@@ -597,8 +599,8 @@ def test_another_value_has_another_key(kind: type, field: str) -> None:
     assert any(before[place] != after[place] for place in both)
 
 
-def test_rows_that_differ_in_their_group_alone(tmp_path: Path) -> None:
-    """A mean by groups writes another vector into each."""
+def test_value_key_depends_on_the_group_of_a_mean_by_groups(tmp_path: Path) -> None:
+    """A mean by groups writes a different vector into each group."""
     row, *others = support.ROWS[::2]
     support.write_rows(tmp_path, [row, {**row, "cue2": "w22"}, *others])
     model = support.adopted("gpt2")
@@ -638,7 +640,7 @@ OPERANDS: dict[type, tuple[BasisOperand, dict[str, Change]]] = {
         {"key": lambda key: "e", "digest": lambda digest: "1" * 64},
     ),
 }
-"""What bases are computed from, by class; by field, another value of it."""
+"""Operands of bases by class, with another value by field."""
 
 
 def basis_keys(change: Callable[[BasisTargets], BasisTargets]) -> dict[Any, Any]:
@@ -676,8 +678,8 @@ def test_basis_of_another_operand_has_another_key(kind: type) -> None:
         assert all(before[place] != after[place] for place in before), field
 
 
-def test_jacobians_have_keys_of_their_own() -> None:
-    """Of the sample of principal components, with which the basis shares its rows."""
+def test_value_key_depends_on_each_field_of_a_jacobian_basis() -> None:
+    """The keys differ from those of principal components on the same rows."""
 
     def found(**other: object) -> dict[Any, Any]:
         def jacobian(fitted: Any) -> JacobianBasis:
@@ -708,8 +710,8 @@ def test_name_of_a_basis_is_not_keyed(field: str) -> None:
     assert before == after == basis_keys(lambda targets: targets)
 
 
-def test_the_number_of_a_basis_has_another_key() -> None:
-    """Of two bases that a rule uses, each cell's counts."""
+def test_value_key_depends_on_the_basis_of_each_cell() -> None:
+    """If a rule uses two bases, the key depends on the basis of each cell."""
 
     def with_number(targets: BasisTargets, number: int) -> BasisTargets:
         bases = (*targets.bases, *other_basis(targets).bases)
@@ -726,8 +728,8 @@ def test_the_number_of_a_basis_has_another_key() -> None:
     assert all(first[place] != second[place] for place in first)
 
 
-def test_what_comes_in_has_another_key() -> None:
-    """The features, and their basis."""
+def test_value_key_depends_on_inserted_features_and_their_basis() -> None:
+    """The key depends on the inserted features and their basis."""
 
     def with_features(targets: BasisTargets, which: tuple[int, ...], last: BasisTargets) -> Any:
         own = {key: replace(own, inserted=which) for key, own in targets.coordinates.items()}
@@ -745,7 +747,7 @@ def test_what_comes_in_has_another_key() -> None:
         assert len({own[place] for own in (plain, *others)}) == 5
 
 
-def test_fields_of_bases_are_all_thought_of() -> None:
+def test_every_field_of_bases_is_keyed_or_displayed_only() -> None:
     assert {each.name for each in fields(Coordinates)} == {"which", "basis", "inserted"}
     keyed = {"method", "options", "operand", "size", "reads"}
     # The width belongs to the site, and is part of a draw.
@@ -786,7 +788,7 @@ VECTORS: dict[type, dict[str, Change]] = {
         "shuffles": lambda shuffles: True,
     },
 }
-"""Of what directions are made of, by field: another value of it."""
+"""Records of which directions consist, with another value by field."""
 NOT_IN_VECTORS: dict[type, dict[str, str]] = {
     FitSample: {"table": "the rows of `run` are its"},
     SavedVector: {"path": "`digest` is of what the file has"},

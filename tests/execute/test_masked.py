@@ -93,7 +93,7 @@ def unpatched(layer: int, a: str, b: str) -> tuple[Tensor, dict[str, Tensor]]:
 def by_hand(
     bert: tuple[Architecture, nn.Module], site: str, layer: int, position: str, a: str, b: str
 ) -> float:
-    """The logit difference at the mask, patched less unpatched."""
+    """The change of the logit difference at the mask by the patch."""
     row, module = bert
     _, places, mask = prompt(a, b)
     base, _, _ = prompt("w15", b)
@@ -107,7 +107,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("site", ["resid_post", "resid_mid", "attn_out", "mlp_out", "k", "z"])
-def test_effects_are_those_of_plain_hooks(
+def test_masked_model_patches_equal_plain_hooks(
     bert: tuple[Architecture, nn.Module], tmp_path: Path, site: str
 ) -> None:
     path = tmp_path / "masked.mech"
@@ -134,7 +134,7 @@ def test_effects_are_those_of_plain_hooks(
         ('loss at "[MASK]" token', "no loss for tokens that it sees"),
     ],
 )
-def test_what_needs_a_next_token_is_refused(
+def test_next_token_measures_of_a_masked_model_are_errors(
     bert: tuple[Architecture, nn.Module], tmp_path: Path, measure: str, said: str
 ) -> None:
     path = tmp_path / "masked.mech"
@@ -146,9 +146,11 @@ def test_what_needs_a_next_token_is_refused(
     assert said in str(found.value)
 
 
-def test_both_sides_are_seen(bert: tuple[Architecture, nn.Module], tmp_path: Path) -> None:
-    """Distances are to either side, and tokens receive attention of all others, or of those that
-    lie so far away."""
+def test_observed_attention_of_a_masked_model_covers_both_sides(
+    bert: tuple[Architecture, nn.Module], tmp_path: Path
+) -> None:
+    """Distances count both sides, and tokens receive attention from all others, or from those at
+    the given distances."""
     path = tmp_path / "masked.mech"
     head, _, _ = FILE.partition("  from clean")
     lines = """\
@@ -197,7 +199,7 @@ experiment e {
 def test_inserted_tokens_have_the_written_embeddings(
     bert: tuple[Architecture, nn.Module], tmp_path: Path, place: str, index: int
 ) -> None:
-    """Between the special tokens, which the tokenizer adds at both ends."""
+    """The tokens are inserted between the special tokens at both ends."""
     _, module = bert
     text = FILE.split("experiment")[0]
     line = f'corrupt longer {{ insert 2 tokens {place} with " w7" }}'

@@ -1,4 +1,4 @@
-"""Every metric on base, source and patched runs, from formulas written out in numpy."""
+"""Every metric on base, source and patched runs, against formulas in numpy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ metric ld = logit(answer) - logit(wrong)
 
 
 def tokenizer(*, bos: bool = True) -> Any:
-    """Words and one token per numeral, behind `<s>` or behind nothing."""
+    """Words and one token per numeral, with or without a leading `<s>`."""
     made = Tokenizer(models.WordLevel(dict(ID), unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(list(families.SPECIAL))
@@ -77,7 +77,7 @@ def ids(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and the places that measures and rules name."""
+    """A prompt and the positions that measures and rules name."""
 
     ids: list[int]
     subject: int
@@ -170,7 +170,7 @@ def entropy(logits: Array) -> float:
 
 
 def loss(ran: Ran) -> float:
-    """Of the prompt's own tokens; the first one is predicted from `<s>`."""
+    """The mean loss of the prompt's tokens; `<s>` predicts the first one."""
     log_p = log_softmax(ran.logits)
     return float(-np.mean([log_p[i, ran.text.ids[i + 1]] for i in range(ran.text.last)]))
 
@@ -367,7 +367,7 @@ def close(found: Array, wanted: Array, effect: Array) -> None:
 
 @pytest.mark.parametrize("metric", list(MEASURES))
 @pytest.mark.parametrize(("family", "mode"), in_turn(["llama", "gpt2"], list(MODES)))
-def test_a_metric_is_its_formula_on_every_run(
+def test_metric_equals_its_formula_on_every_run(
     shared: Path, metric: str, family: str, mode: str
 ) -> None:
     number = list(MEASURES).index(metric)
@@ -385,7 +385,7 @@ def test_a_metric_is_its_formula_on_every_run(
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize(("family", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], list(MODES)))
-def test_the_loss_is_that_of_the_library(shared: Path, family: str, mode: str, bos: bool) -> None:
+def test_loss_equals_that_of_transformers(shared: Path, family: str, mode: str, bos: bool) -> None:
     text = experiment("e", "prompts p", "measure loss as raw")
     own = tokenizer(bos=bos)
     found = run_file(text, shared, model(family), MODES[mode], tokenizer=own, prompts=PROMPTS)["e"]
@@ -402,8 +402,8 @@ def test_the_loss_is_that_of_the_library(shared: Path, family: str, mode: str, b
     )
 
 
-def test_most_metrics_are_changed_by_the_patch() -> None:
-    """Else the comparison above would prove nothing."""
+def test_patch_changes_most_reference_metrics() -> None:
+    """Otherwise, the comparison above would prove nothing."""
     still = []
     for metric in MEASURES:
         base, _, patched = expected("gpt2", metric)
@@ -412,13 +412,13 @@ def test_most_metrics_are_changed_by_the_patch() -> None:
     assert set(still) <= {"correct", "argmax(about)"}, still
 
 
-def test_correct_is_sometimes_true_and_sometimes_not() -> None:
+def test_reference_values_of_correct_include_true_and_false() -> None:
     for metric in ("correct(likely)", "correct(answer, likely)"):
         base, source, _ = expected("gpt2", metric)
         assert set(base) | set(source) == {0.0, 1.0}
 
 
-def test_categories_show_the_commonest_its_share_and_the_mean_error(shared: Path) -> None:
+def test_categories_report_most_common_value_share_and_mean_error(shared: Path) -> None:
     number = list(MEASURES).index("argmax(1..9)")
     statistics = results(shared, "gpt2", "planned")[f"e{number}"].statistics[0]
     _, _, patched = expected("gpt2", "argmax(1..9)")
@@ -431,8 +431,8 @@ def test_categories_show_the_commonest_its_share_and_the_mean_error(shared: Path
         assert statistics.mean_error[cell] == np.abs(values - truth).mean()
 
 
-def test_the_occurrence_of_the_cell_stands_in_a_text(shared: Path) -> None:
-    """`{item.index}` is the sweep's own value; base and source are read per cell too."""
+def test_item_index_in_a_measure_text_is_that_of_the_cell(shared: Path) -> None:
+    """`{item.index}` is the value of the sweep; base and source are measured per cell, too."""
     text = experiment(
         "e",
         "prompts p",
@@ -463,7 +463,7 @@ def test_the_occurrence_of_the_cell_stands_in_a_text(shared: Path) -> None:
                 assert abs(measure.patched[cell, n] - patched) <= ABSOLUTE
 
 
-def test_models_are_read_without_gradients(shared: Path) -> None:
+def test_run_computes_no_gradients(shared: Path) -> None:
     results(shared, "gpt2", "planned")
     assert all(p.grad is None for p in model("gpt2").parameters())
     assert torch.is_grad_enabled()

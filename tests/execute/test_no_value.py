@@ -1,5 +1,5 @@
-"""Measures that are no number in some row: refused where that is certain, lost where an unpatched
-run has none, and cells without a value that say why."""
+"""Measures without a value in some row: errors if that is certain, lost measures if an unpatched
+run has none, and cells that state the reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def file(*lines: str, name: str = "e") -> str:
         ("entropy / (not 1)", "not 1"),
     ],
 )
-def test_a_divisor_that_is_zero_is_refused(measure: str, divisor: str) -> None:
+def test_divisor_that_is_always_zero_is_an_error(measure: str, divisor: str) -> None:
     (found,) = mechdsl.validate(FRUIT + file(f"measure {measure} as raw")).errors
     assert found.code == "E0612"
     assert found.label_text == "it divides by 0"
@@ -45,7 +45,7 @@ def test_a_divisor_that_is_zero_is_refused(measure: str, divisor: str) -> None:
     assert found.span.text == divisor
 
 
-def test_everywhere_that_metrics_stand() -> None:
+def test_zero_divisor_is_an_error_in_metrics_and_keep() -> None:
     named = FRUIT.replace("\nprompts", "\nmetric half = entropy / 0\n\nprompts", 1)
     assert [d.code for d in mechdsl.validate(named + file("measure half as raw")).errors] == [
         "E0612"
@@ -63,7 +63,7 @@ def test_everywhere_that_metrics_stand() -> None:
         ("mean(delta) / -0 > 1", "-0"),
     ],
 )
-def test_an_expectation_that_divides_by_zero_is_refused(condition: str, divisor: str) -> None:
+def test_expectation_that_always_divides_by_zero_is_an_error(condition: str, divisor: str) -> None:
     lines = "ablate layer 0 head * at last token with zero", "measure entropy as delta"
     (found,) = mechdsl.validate(FRUIT + file(*lines, f"expect {condition}")).errors
     assert found.code == "E0606"
@@ -71,7 +71,7 @@ def test_an_expectation_that_divides_by_zero_is_refused(condition: str, divisor:
     assert found.span.text == divisor
 
 
-def test_an_expectation_whose_divisor_comes_to_zero_says_so() -> None:
+def test_expectation_whose_divisor_is_zero_states_the_reason() -> None:
     text = file("measure entropy as raw", "expect raw / (raw - raw) > 1")
     (outcome,) = mechdsl.run(FRUIT + text)["e"].outcomes
     assert (outcome.holds, outcome.reason) == (False, "it divides by 0")
@@ -85,10 +85,8 @@ ZEROED = file(
 )
 
 
-def test_an_unpatched_run_without_a_value_costs_the_measure(
-    command: Command, tmp_path: Path
-) -> None:
-    """All are right in `clean`, so that their rank is 1."""
+def test_unpatched_run_without_a_value_loses_the_measure(command: Command, tmp_path: Path) -> None:
+    """All rows are right in `clean`, so that their rank is 1."""
     path = tmp_path / "a.mech"
     path.write_text(FRUIT + file(RANK, "measure entropy as raw"), encoding="utf-8")
     done = command("run", path)
@@ -99,14 +97,14 @@ def test_an_unpatched_run_without_a_value_costs_the_measure(
     assert "e: entropy\n" in done.out
 
 
-def test_a_condition_without_a_value_costs_its_experiments() -> None:
+def test_keep_condition_without_a_value_loses_its_experiments() -> None:
     kept = file("keep 1 / (rank(answer) - 1) > 0", "measure entropy as raw")
     found = mechdsl.run(FRUIT + kept + file("measure entropy as raw", name="other"))
     assert [each.name for each in found] == ["other"]
     assert [d.code for d in found.diagnostics.errors] == ["E0631"]
 
 
-def test_a_cell_without_a_value_says_why(command: Command, tmp_path: Path) -> None:
+def test_cell_without_a_value_states_the_reason(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "a.mech"
     path.write_text(FRUIT + ZEROED, encoding="utf-8")
     done = command("run", path)
@@ -125,8 +123,8 @@ def test_a_cell_without_a_value_says_why(command: Command, tmp_path: Path) -> No
     assert [n for n, mean in enumerate(means) if mean is None] == [2]
 
 
-def test_one_row_is_enough() -> None:
-    """The others of the cell are not what was asked for."""
+def test_cell_has_no_value_if_one_row_has_none() -> None:
+    """A mean over the other rows would answer a different question."""
     text = file(
         "ablate layer 0..3 head * at last-item token, last token with zero",
         "measure correct as raw",
@@ -146,7 +144,7 @@ def test_one_row_is_enough() -> None:
         assert said.startswith(f"`correct`, the divisor, is 0, in {rows}, first in row ")
 
 
-def test_infinity_by_way_of_size_is_told() -> None:
+def test_value_above_the_range_of_numbers_is_an_error() -> None:
     big = "1" + "0" * 290
     lines = f"measure (entropy + 1) * {big} * {big} as raw", "measure entropy as raw"
     found = mechdsl.run(FRUIT + file(*lines))
@@ -159,7 +157,7 @@ def values(found: Any) -> Any:
     return found.measures[0].patched
 
 
-def test_what_has_a_value_is_as_before() -> None:
+def test_quotient_with_values_in_all_rows_is_finite() -> None:
     found = mechdsl.run(FRUIT + file("measure logit(answer) / rank(answer) as raw"))["e"]
     assert np.isfinite(values(found)).all()
     assert not math.isnan(found.statistics[0].mean[0])

@@ -1,4 +1,4 @@
-"""Noise on embeddings: which run it is in, how much it is, and that batches don't change it."""
+"""Noise on embeddings: its runs, its size, and independence of batches."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Seen:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """Writes down what is added, which nobody else can know."""
+    """Record the added noise, which is otherwise unknown."""
     found, original = Seen(), mechdsl.execute.unpatched_batch.build_noise_writes
 
     keyed_by_number(monkeypatch)
@@ -85,7 +85,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 def noised(seen: Seen, n: int, draw: int) -> list[Write]:
-    """The clean embeddings with the noise on top."""
+    """The clean embeddings plus the noise."""
     clean = unpatched(FAMILY, prompt(ROWS[n]))[1]["embed", None]
     return [Write("embed", None, clean[at, 0] + noise, at) for at, noise in seen.noise[n, draw]]
 
@@ -107,7 +107,9 @@ def sd_by_hand() -> float:
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_restoring_in_a_noised_run_is_as_by_hand(folder: Path, seen: Seen, mode: str) -> None:
+def test_restoring_in_a_noised_run_equals_the_reference(
+    folder: Path, seen: Seen, mode: str
+) -> None:
     found = run_file(TEXT, folder, bare(FAMILY), MODES[mode], prompts=PROMPTS)["e"]
     base = np.array([over_draws(seen, n) for n in range(len(ROWS))])
     expected = []
@@ -128,10 +130,10 @@ def test_restoring_in_a_noised_run_is_as_by_hand(folder: Path, seen: Seen, mode:
 
 
 @pytest.mark.parametrize(("mode", "site"), in_turn(list(MODES), ["embed", "attn_out"]))
-def test_rows_that_begin_at_the_embedding_are_noised_too(
+def test_rows_that_start_at_the_embedding_have_noise(
     folder: Path, seen: Seen, mode: str, site: str
 ) -> None:
-    """Where the clean embedding is put in, it stands without noise; elsewhere the noise stays."""
+    """A patched clean embedding has no noise; other positions keep the noise."""
     layer = None if site == "embed" else 0
     written = "embed" if layer is None else "attn_out layer 0"
     rule = f"patch {written} at subject token"
@@ -143,7 +145,7 @@ def test_rows_that_begin_at_the_embedding_are_noised_too(
         clean = prompt(record)
         at = [clean.subject[-1]]
         edits = copied([Point(site, layer)], unpatched(FAMILY, clean)[1], at, at)
-        # Of two changes at a place the later one stands.
+        # The later of two changes at a position applies.
         expected.append(over_draws(seen, n, edits))
     agree(found.measures[0], np.array([expected]), base)
 
@@ -167,7 +169,7 @@ def test_three_sd_are_three_standard_deviations_of_the_subjects_embeddings(
     assert f"{wanted:.4g}" in found.conventions["noise of noised"]
 
 
-def test_a_plain_number_is_in_units_of_the_activation(folder: Path, seen: Seen) -> None:
+def test_noise_std_without_sd_is_in_units_of_the_activation(folder: Path, seen: Seen) -> None:
     text = experiment("e", "prompts p", "from clean into fixed", RESTORE, DIFFERENCE)
     run_file(text, folder, bare(FAMILY), prompts=PROMPTS)
     vectors = torch.stack([v for added in seen.noise.values() for _, v in added])
@@ -206,10 +208,10 @@ def test_noise_does_not_depend_on_the_limit(folder: Path, seen: Seen) -> None:
     assert part == {key: whole[key] for key in part}
 
 
-def test_clusters_are_of_means_over_draws(
+def test_clusters_are_fitted_on_means_over_noise_draws(
     folder: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each token's vectors, in two layers that stand side by side."""
+    """Each token has the concatenated vectors of two layers."""
     given: list[TokenVectors] = []
 
     def told(clusters: object, tokens: ObservedTokens, seed: int) -> Sequence[NDArray[np.float64]]:
@@ -222,7 +224,7 @@ def test_clusters_are_of_means_over_draws(
     run_file(text, folder, bare(FAMILY), prompts=PROMPTS)
     [own] = given
     sizes = [len(each.subject) for each in map(prompt, ROWS)]
-    assert len({*sizes}) == len(sizes)  # which tells rows apart
+    assert len({*sizes}) == len(sizes)  # sizes identify rows
     for row in range(len(ROWS)):
         found, draws = own.vectors[own.row == row], list[Tensor]()
         number = sizes.index(len(found))
@@ -243,8 +245,8 @@ def test_another_seed_gives_other_noise(folder: Path, seen: Seen) -> None:
     assert all(as_lists(seen)[key] != first[key] for key in first)
 
 
-def test_patching_out_of_a_noised_run_pairs_its_draws(folder: Path, seen: Seen) -> None:
-    """`from noised into clean`: each draw gives its own patched run, and the metric is averaged."""
+def test_patching_from_a_noised_run_averages_over_draws(folder: Path, seen: Seen) -> None:
+    """`from noised into clean`: each draw gives one patched run, and the metric is averaged."""
     text = experiment("e", "prompts p", "from noised into clean", RESTORE, DIFFERENCE)
     found = run_file(text, folder, bare(FAMILY), prompts=PROMPTS)["e"]
     base = np.array([difference(unpatched(FAMILY, prompt(r))[0], r) for r in ROWS])
@@ -266,7 +268,7 @@ def test_patching_out_of_a_noised_run_pairs_its_draws(folder: Path, seen: Seen) 
 
 
 @pytest.mark.parametrize("mode", ["plain", "planned"])
-def test_the_mean_of_a_noised_run_is_over_all_draws(folder: Path, seen: Seen, mode: str) -> None:
+def test_mean_of_a_noised_run_is_over_all_draws(folder: Path, seen: Seen, mode: str) -> None:
     """One mean of all rows and draws, written in a single run."""
     rule = "ablate resid_post layer 0..1 at {subject token, last token} with mean of fixed"
     text = experiment("e", "prompts p", rule, DIFFERENCE)
@@ -292,14 +294,14 @@ def test_the_mean_of_a_noised_run_is_over_all_draws(folder: Path, seen: Seen, mo
     agree(found.measures[0], np.array(expected), base)
 
 
-def test_a_reordered_file_has_the_same_sd(folder: Path, seen: Seen) -> None:
+def test_noise_sd_does_not_depend_on_row_order(folder: Path, seen: Seen) -> None:
     first = run_file(TEXT, folder, bare(FAMILY), prompts=PROMPTS)["e"]
     write_rows(folder, ROWS[::-1])
     second = run_file(TEXT, folder, bare(FAMILY), prompts=PROMPTS)["e"]
     assert first.conventions["noise of noised"] == second.conventions["noise of noised"]
 
 
-def test_a_rule_may_read_a_noised_run_of_its_own(folder: Path) -> None:
+def test_patch_with_a_noised_run_averages_over_draws(folder: Path) -> None:
     """`patch … with noised` averages over all draws, as `from noised into clean` does."""
     rule = "patch resid_post layer * at subject token"
     text = experiment("a", "prompts p", f"{rule} with noised", DIFFERENCE) + experiment(
@@ -318,7 +320,7 @@ def test_a_rule_may_read_a_noised_run_of_its_own(folder: Path) -> None:
     assert np.abs(own - one.measures[0].patched).max() > 0.01
 
 
-def test_experiments_with_and_without_noise_share_no_pass(folder: Path) -> None:
+def test_experiments_with_and_without_noise_equal_separate_runs(folder: Path) -> None:
     """Both start from `clean`; one patches with each draw, the other once."""
     rule = "patch resid_post layer 0..1 at subject token"
     each = {

@@ -1,4 +1,4 @@
-"""Numbers that are none: an error with run, row and place, or rows that are left out, counted."""
+"""NaN and infinity: an error with run, row and site, or rows that are left out and counted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FINE = experiment(
 )
 
 
-def test_an_output_of_nan_names_run_row_and_place() -> None:
+def test_nan_error_names_run_row_and_site() -> None:
     found, diagnostics = run(HEADS)
     assert found is None
     (error,) = (d for d in diagnostics if d.severity == "error")
@@ -46,7 +46,7 @@ def test_an_output_of_nan_names_run_row_and_place() -> None:
     assert error.label_text == f"first in `embed`, in {WITH_FIG} of {ROWS} rows"
 
 
-def test_another_experiment_goes_on_and_an_expectation_fails() -> None:
+def test_nan_in_one_experiment_spares_others_and_fails_its_expectations() -> None:
     found, _ = run(HEADS + FINE)
     assert found is not None
     assert [each.name for each in found.experiments] == ["fine"]
@@ -56,8 +56,8 @@ def test_another_experiment_goes_on_and_an_expectation_fails() -> None:
     assert not found.complete
 
 
-def test_rows_are_left_out_of_everything() -> None:
-    """As if the prompts had been without them: means that are written, cells and statistics."""
+def test_allow_nan_equals_prompts_without_the_nan_rows() -> None:
+    """Means, cells and statistics equal those of prompts without these rows."""
     (found,) = (run(HEADS, allow_nan=True)[0] or pytest.fail("lost")).experiments
     without = HEADS.replace("prompts pairs", "prompts others")
     (expected,) = (run(without, whole=True)[0] or pytest.fail("lost")).experiments
@@ -76,7 +76,7 @@ def test_rows_are_left_out_of_everything() -> None:
     assert found.accuracy["clean"].shape == (ROWS - WITH_FIG,)
 
 
-def test_what_is_left_out_is_said_and_kept() -> None:
+def test_left_out_rows_are_reported_in_warning_conventions_and_json() -> None:
     found, diagnostics = run(HEADS, allow_nan=True)
     assert found is not None
     (warning,) = (d for d in diagnostics if d.code == "W0750")
@@ -88,7 +88,7 @@ def test_what_is_left_out_is_said_and_kept() -> None:
     assert not {each["row"] for each in document["left_out"]} & set(result.row_ids or ())
 
 
-def test_a_keep_that_cannot_be_decided() -> None:
+def test_keep_on_nan_is_an_error_or_leaves_rows_out() -> None:
     rule = "ablate L1H2 at last token with zero"
     text = experiment("kept", "keep rank(answer) < 1000", rule, MEASURE)
     found, diagnostics = run(text)
@@ -99,15 +99,15 @@ def test_a_keep_that_cannot_be_decided() -> None:
     assert "0 dropped" in result.conventions["keep"]
 
 
-def test_a_keep_that_alone_cannot_be_decided() -> None:
-    """Nothing else reads the text whose run is broken."""
+def test_keep_on_a_text_with_nan_is_an_error() -> None:
+    """Nothing else reads the text whose values are NaN."""
     rule = "ablate L1H2 at last token with zero"
     kept = 'keep logprob(" fig 2") > -100'
     found = run(experiment("kept", kept, rule, MEASURE, prompts="others"))[1]
     assert [d.code for d in found if d.severity == "error"] == ["E0621"]
 
 
-def test_the_first_of_several_that_keep_nothing_is_shown() -> None:
+def test_error_shows_the_first_keep_that_drops_all_rows() -> None:
     kept = ("keep rank(answer) < 0", "keep rank(answer) < 5")
     rule = "ablate L1H2 at last token with zero"
     found = run(experiment("kept", *kept, rule, MEASURE, prompts="others"), whole=True)[1]
@@ -116,7 +116,7 @@ def test_the_first_of_several_that_keep_nothing_is_shown() -> None:
     assert (error.code, error.span.text) == ("E0613", kept[0].removeprefix("keep "))
 
 
-def test_a_patched_run_names_its_cell() -> None:
+def test_nan_error_of_a_patched_run_names_the_cell() -> None:
     text = experiment("huge", "set resid_post layer 1..2 at last token to 1e39", MEASURE)
     found, diagnostics = run(text + FINE, whole=True)
     assert found is not None
@@ -126,7 +126,7 @@ def test_a_patched_run_names_its_cell() -> None:
     assert error.label_text == "first in `resid_post` of layer 1"
 
 
-def test_all_rows_broken_is_an_error_with_the_switch_too() -> None:
+def test_nan_in_all_rows_is_an_error_with_allow_nan() -> None:
     text = experiment("huge", "set resid_post layer 1 at last token to 1e39", MEASURE)
     found, diagnostics = run(text, allow_nan=True, whole=True)
     assert found is None
@@ -134,10 +134,10 @@ def test_all_rows_broken_is_an_error_with_the_switch_too() -> None:
 
 
 @pytest.mark.parametrize("against", [False, True])
-def test_a_row_that_one_cell_breaks_is_in_none(
+def test_row_with_nan_in_one_cell_is_left_out_of_all_cells(
     monkeypatch: pytest.MonkeyPatch, against: bool
 ) -> None:
-    """With `against`, one that a control breaks is in no cell of the experiment either."""
+    """With `against`, a row that a control breaks is in no cell of the experiment either."""
     whole = Patcher.values
 
     def third_row_breaks(self: Patcher, *args: Any) -> Iterator[Any]:
@@ -159,7 +159,7 @@ def test_a_row_that_one_cell_breaks_is_in_none(
         assert list(result.left_out.values()) == ["patched run of head 1"]
 
 
-# --- what may be infinite -------------------------------------------------------------------------
+# --- valid infinite values ------------------------------------------------------------------------
 
 
 def readout(*measures: str) -> Readout:
@@ -169,7 +169,7 @@ def readout(*measures: str) -> Readout:
 
 
 def reading(read: Readout, logits: torch.Tensor) -> ReadoutInput:
-    """Every row is the first prompt's, read at one spot, and its reference too."""
+    """Every row is the first prompt, read at one position, with itself as the reference."""
     rows = len(logits)
     return ReadoutInput(
         run="clean",
@@ -183,8 +183,8 @@ def reading(read: Readout, logits: torch.Tensor) -> ReadoutInput:
     )
 
 
-def test_tokens_that_a_model_excludes_are_no_error() -> None:
-    """Entropy, probability, rank and divergence over the others, as they are without them."""
+def test_excluded_tokens_are_ignored_by_metrics() -> None:
+    """Entropy, probability, rank and divergence are those over the other tokens."""
     read = readout("prob(answer)", "entropy", "rank(answer)", "kl(clean)")
     (target,) = {ids[0] for ids in read.atoms[0][1].texts[None]}
     random = torch.Generator().manual_seed(0)
@@ -204,7 +204,7 @@ def test_tokens_that_a_model_excludes_are_no_error() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_one_bad_logit_breaks_the_row_in_every_measure(value: float) -> None:
+def test_one_invalid_logit_invalidates_the_row_in_every_measure(value: float) -> None:
     read = readout("logit(answer)", "rank(answer)", "entropy")
     logits = torch.zeros(3, 100)
     logits[1, 5] = value
@@ -217,15 +217,15 @@ def test_one_bad_logit_breaks_the_row_in_every_measure(value: float) -> None:
 @pytest.mark.parametrize(
     "measure", ["entropy", "expected(1..9)", "argmax(1..9)", 'logit(answer) - logit(" 3")']
 )
-def test_nothing_but_excluded_tokens_breaks_the_row(measure: str) -> None:
+def test_row_of_only_excluded_tokens_is_invalid(measure: str) -> None:
     read = readout(measure)
     logits = torch.full((2, 100), -torch.inf)
     logits[0] = torch.linspace(0, 1, 100)
     assert read.read(reading(read, logits)).broken.tolist() == [False, True]
 
 
-def test_the_difference_of_two_excluded_tokens_is_no_number() -> None:
-    """One of them alone is infinite, which has its meaning and no mean."""
+def test_difference_of_two_excluded_tokens_is_invalid() -> None:
+    """The logit of one excluded token is infinite, which is a valid value without a mean."""
     read = readout('logit(answer) - logit(" 3")', "logit(answer)")
     answer, other = (atom.texts[None][0][0] for _, atom in read.atoms[:2])
     logits = torch.zeros(3, 100)
@@ -237,8 +237,8 @@ def test_the_difference_of_two_excluded_tokens_is_no_number() -> None:
     assert np.isnan(found.values[1][2])
 
 
-def test_the_place_in_a_text_that_is_run_behind_the_prompt() -> None:
-    """The prompts themselves are fine."""
+def test_nan_in_a_text_after_the_prompt_is_an_error_with_its_site() -> None:
+    """The prompts themselves are finite."""
     text = experiment(
         "e",
         "ablate layer 1 head 0 at last token with zero",
@@ -249,7 +249,7 @@ def test_the_place_in_a_text_that_is_run_behind_the_prompt() -> None:
     assert (error.code, error.label_text) == ("E0621", "first in `embed`, in 6 of 6 rows")
 
 
-def test_what_is_said_without_a_place_and_of_one_row() -> None:
+def test_nan_error_without_a_site_and_for_one_row_states_the_rows() -> None:
     text = HEAD + experiment("e", MEASURE, "measure rank(answer) as raw")
     (found,) = check_source(Source(text)).experiments
     several = report_not_finite(found, UnusableRow(0, "clean"), 3)
@@ -260,7 +260,7 @@ def test_what_is_said_without_a_place_and_of_one_row() -> None:
     assert one.label_text == "first in `embed`"
 
 
-def test_every_block_is_looked_at_in_the_order_of_a_pass() -> None:
+def test_stream_reads_cover_every_block_in_order() -> None:
     model, found = adopt_model("toy", *broken())
     assert model is not None, found
     sites = [(read.site, read.layer) for read in list_stream_reads(model)]
@@ -281,9 +281,9 @@ prompts turning {
 
 
 @pytest.mark.parametrize("fill", ["mean of clean", "resample of clean"])
-def test_what_is_made_of_the_rows_of_one_experiment_is_not_of_another(fill: str) -> None:
-    """Two write a mean, or other rows, of the same run: one has fewer rows, as its source run is
-    broken in some. No row of them is the same."""
+def test_means_and_donors_are_separate_for_experiments_with_other_rows(fill: str) -> None:
+    """Two experiments write a mean, or other rows, of the same run. One has fewer rows, as its
+    source run has NaN in some. They share no row."""
     rule = f"ablate mlp_out layer 0..1 at last token with {fill}"
     few = experiment("few", "from turned into clean", rule, MEASURE, prompts="turning")
     all_ = experiment("all", rule, MEASURE, prompts="turning")
@@ -299,8 +299,8 @@ def test_what_is_made_of_the_rows_of_one_experiment_is_not_of_another(fill: str)
     assert np.abs(differ).max() > 1e-3
 
 
-def test_a_direction_that_is_not_finite_fails_in_every_experiment() -> None:
-    """Also where another experiment has tried to compute it before."""
+def test_direction_with_nan_is_an_error_in_every_experiment() -> None:
+    """Also if another experiment has tried to compute it before."""
     measure = "measure logit(answer) as delta"
     add = "add d to resid_post layer 1 at last token"
     text = "\ndirection d = mean(pairs) at resid_post layer 1\n"

@@ -1,5 +1,5 @@
-"""Numbers that the executor makes, frozen: where one changes, `NUMERIC_VERSION` is raised, so that
-values of before are not read from a store. `--update-goldens` writes the new ones then."""
+"""Frozen numbers of the executor: if one changes, `NUMERIC_VERSION` must be raised, so that earlier
+values aren't read from a store. `--update-goldens` then writes the new ones."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FROZEN = Path(__file__).parent / "numbers.json"
 FAMILIES = ("gpt2", "llama", "bloom")
 PACKAGES = ("torch", "transformers")
 RELATIVE, ABSOLUTE = 1e-4, 2e-5
-"""Of a value; sums of logits round in their last bits."""
+"""Tolerances of a value; sums of logits round in their last bits."""
 
 
 def numbers(folder: Path, families: Sequence[str], step: int) -> dict[str, list[float]]:
-    """Family and experiment → what its measure gives, over cells, rows and runs; of each kind,
-    every so many experiments."""
+    """Family and experiment → values of its measure over cells, rows and runs; every `step`-th
+    experiment of each type."""
     found: dict[str, list[float]] = {}
     for family in families:
         for kind, texts in DIFFERENT.items():
@@ -42,7 +42,7 @@ def numbers(folder: Path, families: Sequence[str], step: int) -> dict[str, list[
 
 
 def changed(before: dict[str, list[float]], now: dict[str, list[float]]) -> list[str]:
-    """The experiments whose numbers are others."""
+    """The experiments whose numbers differ."""
     return [
         name
         for name in before
@@ -56,7 +56,7 @@ def changed(before: dict[str, list[float]], now: dict[str, list[float]]) -> list
     [(FAMILIES[1:2], 3), pytest.param(FAMILIES, 1, marks=pytest.mark.slow)],
     ids=["a third of one family", "all"],
 )
-def test_numbers_change_with_the_version_alone(
+def test_numbers_change_only_with_the_numeric_version(
     families: Sequence[str], step: int, tmp_path: Path, request: Any
 ) -> None:
     installed = {name: version(name) for name in PACKAGES}
@@ -86,7 +86,7 @@ def test_numbers_change_with_the_version_alone(
     assert frozen["numbers"].keys() == now.keys(), "run with --update-goldens"
 
 
-def test_a_change_is_seen() -> None:
+def test_changed_numbers_are_detected() -> None:
     before = {"a": [1.0, 0.0], "b": [2.0, 1.0]}
     assert changed(before, {"a": [1.00001, 1e-6], "b": [2.0, 1.0]}) == []
     assert changed(before, {"a": [1.001, 0.0], "b": [2.0, 1.0]}) == ["a"]

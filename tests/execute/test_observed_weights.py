@@ -1,4 +1,4 @@
-"""Numbers of weights: against whole matrices of each family's own parameters, cut by hand."""
+"""Weight scores, against full matrices from slices of each family's parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLACES = [(0, 3), (2, 1)]
 
 @dataclass
 class Parts:
-    """The maps of one head, from rows, without biases: norms' gains are in them."""
+    """The maps of one head, from rows, without biases and with the gains of norms."""
 
     q: Array
     k: Array
@@ -79,7 +79,7 @@ def head(family: str, layer: int, number: int) -> Parts:
 
 
 def ends(family: str) -> tuple[Array, Array]:
-    """([vocabulary, d] embedding, [d, vocabulary] unembedding behind the final norm's gain)."""
+    """([vocabulary, d] embedding, [d, vocabulary] unembedding with the final norm's gain)."""
     model = bare(family)
     if family == "gpt2":
         final = centred(24) @ np.diag(numbers(model.transformer.ln_f.weight))
@@ -105,7 +105,9 @@ def share(matrix: Array) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("place", PLACES)
-def test_scores_of_whole_circuits(family: str, place: tuple[int, int]) -> None:
+def test_copying_and_matching_scores_equal_full_matrices(
+    family: str, place: tuple[int, int]
+) -> None:
     own, (embed, unembed) = head(family, *place), ends(family)
     ov, qk = embed @ own.v @ own.o @ unembed, embed @ own.q @ own.k.T @ embed.T
     assert np.isclose(score_copying(maps(family), *place), share(ov), atol=1e-4)
@@ -115,7 +117,7 @@ def test_scores_of_whole_circuits(family: str, place: tuple[int, int]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_composition_of_two_heads(family: str) -> None:
+def test_composition_of_two_heads_equals_full_matrices(family: str) -> None:
     first, then = head(family, *PLACES[0]), head(family, *PLACES[1])
     ov = first.v @ first.o
     reads = {"q": then.q @ then.k.T, "k": then.k @ then.q.T, "v": then.v @ then.o}
@@ -126,7 +128,7 @@ def test_composition_of_two_heads(family: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_singular_values_of_a_product(family: str) -> None:
+def test_singular_values_of_ov_and_qk_equal_full_matrices(family: str) -> None:
     own = head(family, *PLACES[1])
     for pair, whole in (
         (get_ov_factors(maps(family), *PLACES[1]), own.v @ own.o),
@@ -137,7 +139,7 @@ def test_singular_values_of_a_product(family: str) -> None:
 
 
 def written(family: str, layer: int) -> Array:
-    """[neuron, d] what neurons add to the stream."""
+    """[neuron, d]: contributions of neurons to the stream."""
     model = bare(family)
     if family == "gpt2":
         return numbers(model.transformer.h[layer].mlp.c_proj.weight)
@@ -152,7 +154,7 @@ def written(family: str, layer: int) -> Array:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_neuron_adds(family: str) -> None:
+def test_neuron_vectors_and_logits_equal_the_parameters(family: str) -> None:
     wanted = written(family, 1)[5]
     assert np.allclose(maps(family).neurons(1)[5].numpy(), wanted, atol=1e-5)
     logits = maps(family).to_logits(maps(family).neurons(1)[5]).numpy()
@@ -160,7 +162,7 @@ def test_what_a_neuron_adds(family: str) -> None:
 
 
 def behind_first_mlp(family: str, tokens: Array) -> Array:
-    """[token, d] of embeddings, by the model's own modules."""
+    """[token, d]: embeddings after the first MLP, by the model's modules."""
     model = bare(family)
     if family == "gpt2":
         block = model.transformer.h[0]
@@ -183,8 +185,8 @@ def behind_first_mlp(family: str, tokens: Array) -> Array:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("place", PLACES)
-def test_successors_are_ranked_among_the_tokens_named(family: str, place: tuple[int, int]) -> None:
-    """The last one is the first again, as days of the week are."""
+def test_successors_are_ranked_among_the_named_tokens(family: str, place: tuple[int, int]) -> None:
+    """The last token equals the first, as with days of the week."""
     own, (_, unembed) = head(family, *place), ends(family)
     tokens = np.array([5, 9, 11, 20, 33, 40, 41, 46, 5])
     named = sorted(set(tokens.tolist()))
@@ -201,14 +203,14 @@ def test_successors_are_ranked_among_the_tokens_named(family: str, place: tuple[
 
 
 @torch.no_grad()
-def test_a_head_that_does_nothing_has_no_successors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of equal logits none is first."""
+def test_head_with_zero_output_has_no_successors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With equal logits, no token is first."""
     found = WeightMaps(shared(bare("gpt2")))
     monkeypatch.setattr(found, "out", lambda layer, head: torch.zeros(6, 24))
     assert score_successors(found, 1, 0, torch.tensor([5, 9, 11])) == (0.0, 2.0)
 
 
-def test_a_share_of_positive_eigenvalues() -> None:
+def test_positive_share_of_eigenvalues_equals_worked_examples() -> None:
     assert compute_positive_share(torch.eye(3)) == 1
     assert compute_positive_share(torch.diag(torch.tensor([3.0, -1.0]))) == 0.5
     assert abs(compute_positive_share(torch.tensor([[0.0, -1.0], [1.0, 0.0]]))) < 1e-12
@@ -216,8 +218,8 @@ def test_a_share_of_positive_eigenvalues() -> None:
 
 
 @torch.no_grad()
-def test_what_is_no_linear_map_is_refused() -> None:
-    """Queries that are normed behind their projection."""
+def test_queries_with_a_norm_have_no_linear_map() -> None:
+    """Queries have a norm after their projection."""
     with pytest.raises(NoLinearMap, match="`q` of layer 1"):
         maps("qwen3").query(1, 0)
     assert maps("qwen3").value(1, 0).shape == (20, 6)

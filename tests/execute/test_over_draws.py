@@ -1,5 +1,5 @@
-"""Draws of noise and samples are averaged where they have a value, and not where one is lost; what
-is read behind prompts goes with what is read of them."""
+"""Averages over noise draws and samples: rows with values, lost rows, and values read after prompts
+merged with those of prompts."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def found(
     return ReadoutResult(every, lost, none, fails or {}, gaps or {})
 
 
-def test_what_is_averaged_over_draws() -> None:
-    """Rows of three draws: all there, one too short, none there, one broken, one a gap."""
+def test_readout_averages_over_noise_draws() -> None:
+    """Rows of three draws: all valid, one too short, none, one broken, one a gap."""
     rows = [[1, 2, 6], [1, nan, 5], [nan] * 3, [nan, 2, 3], [4, nan, 2]]
     values = [each for row in rows for each in row]
     draws = found(values, values, broken=[9], gaps={0: ValueGap(np.array([13, 14]), "why")})
@@ -55,7 +55,7 @@ def test_what_is_averaged_over_draws() -> None:
     assert [own.failed[n].row for n in (0, 1)] == [4, None]
 
 
-def test_what_is_listed_is_averaged_over_draws() -> None:
+def test_listed_tokens_average_over_noise_draws() -> None:
     listed = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75], [0.0, 1.0]])
     own = replace(found([1, 2, 3, 4]), listed=listed).over_draws(2)
     assert own.listed is not None
@@ -63,7 +63,7 @@ def test_what_is_listed_is_averaged_over_draws() -> None:
 
 
 class Samples:
-    """Gives one thing after another."""
+    """Returns one result after another."""
 
     measures = (None, None)
 
@@ -81,8 +81,8 @@ def of_samples(*every: ReadoutResult) -> ReadoutResult:
     return read_samples(cast("Readout", Samples(*every)), reading, written)
 
 
-def test_what_is_averaged_over_samples() -> None:
-    """A function fails at its row, which is that of all samples."""
+def test_readout_averages_over_samples() -> None:
+    """A failed function is reported at its row, which is the same for all samples."""
     one = found([1, 2, 3, 4], [5] * 4, broken=[0])
     other = found([nan, 6, 9, 0], [7] * 4, gaps={0: ValueGap(np.array([3]), "why")})
     own = of_samples(one, other, replace(one, failed={1: failed(2), 0: failed(None)}))
@@ -92,8 +92,8 @@ def test_what_is_averaged_over_samples() -> None:
     assert [own.failed[n].row for n in (0, 1)] == [None, 2]
 
 
-def test_what_is_read_behind_prompts_is_averaged_over_samples() -> None:
-    """A row is lost with any of its samples."""
+def test_values_read_after_prompts_average_over_samples() -> None:
+    """A row is lost if any of its samples is."""
     gap = ValueGap(np.array([1]), "why")
     one = found([1, 2, nan, nan], fails={0: failed(1)})
     other = found([nan, 4, 8, nan], broken=[0, 3], gaps={0: gap})
@@ -103,8 +103,8 @@ def test_what_is_read_behind_prompts_is_averaged_over_samples() -> None:
     assert (own.failed.keys(), own.gaps[0]) == ({0}, gap)
 
 
-def test_what_is_read_behind_prompts_goes_with_the_rest() -> None:
-    """Measures of prompts and of replies: what can't be used, or has no value, in either."""
+def test_values_read_after_prompts_merge_with_those_of_prompts() -> None:
+    """Measures of prompts and of replies, with broken rows and gaps in either."""
     gaps = ValueGap(np.array([0]), "of the prompt"), ValueGap(np.array([2]), "of the reply")
     prompts = found([1, 2, nan], [nan] * 3, broken=[2], fails={0: failed(0)}, gaps={0: gaps[0]})
     behind = found([nan] * 3, [4, nan, 6], broken=[1], fails={1: failed(1)}, gaps={1: gaps[1]})

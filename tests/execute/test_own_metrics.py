@@ -42,7 +42,7 @@ def run(*names: str) -> tuple[ExperimentResult, list[tuple[str, str]]]:
     return result, [(d.code, d.span.text if d.span else "") for d in found]
 
 
-def test_it_wins_where_it_stands_alone() -> None:
+def test_file_metric_with_a_builtin_name_takes_precedence() -> None:
     own, warned = run("correct", "entropy", "attention")
     other, silent = run("mine", "double", "answered")
     assert [w for w in warned if w not in silent] == [
@@ -55,14 +55,14 @@ def test_it_wins_where_it_stands_alone() -> None:
         assert np.array_equal(mine.patched, named.patched)
     observed, first, second, _, shares = own.measures
     assert np.array_equal(second.patched, 2 * first.patched)
-    assert set(np.unique(shares.patched)) <= {0.0, 1.0}  # with an argument: the language's
+    assert set(np.unique(shares.patched)) <= {0.0, 1.0}  # with an argument: the built-in metric
     assert observed.label == "observed attention"
     assert other.measures[0].label == "attention"
     assert [e.holds for e in own.outcomes] == [True]
 
 
-def test_it_may_not_stand_for_itself() -> None:
-    """Nor is the language's meant: a name has one meaning in a file."""
+def test_file_metric_that_refers_to_itself_is_an_error() -> None:
+    """The built-in metric isn't meant either: a name has one meaning in a file."""
     _, found = run_source(
         Source(FILE.format("loss", "entropy", "logit").replace("2 * loss", "entropy"))
     )

@@ -1,4 +1,4 @@
-"""Models that count the columns of what they get take padding behind prompts alone."""
+"""Models that number the columns of their input get padding only after prompts."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ experiment e {
 
 
 class PlainForCausalLM(GPT2LMHeadModel):
-    """Its forward takes no positions, as those of people's own models don't."""
+    """A model whose forward takes no position ids, like some custom models."""
 
     def forward(self, input_ids: Any, attention_mask: Any = None, use_cache: Any = None) -> Any:  # type: ignore[override]
         return super().forward(input_ids, attention_mask=attention_mask, use_cache=use_cache)
 
 
-def test_prompts_of_several_lengths_keep_their_positions(tmp_path: Path) -> None:
+def test_model_without_position_ids_gets_padding_on_the_right(tmp_path: Path) -> None:
     plain: Any = families.module("gpt2")
     module: Any = PlainForCausalLM(plain.config).eval()
     module.load_state_dict(plain.state_dict())

@@ -1,12 +1,11 @@
-"""Each pass of the planner alone, all but it, and all together give what the plain executor gives.
+"""Each planner pass alone, all passes but one, and all passes equal the plain executor.
 
-Files are drawn: one to three experiments on prompts of different lengths, each with one or two
-rules and one or two metrics, and how they are run. A rule is drawn from all sites, one by one or
-joined over layers, heads, neurons and windows, all kinds of positions, and all fills; a second one
-writes without an axis of its own. Fixed examples come before the drawn ones: one for each site, in
-which families, fills, positions, directions and metrics take turns. So all of them occur, whatever
-is drawn, and each property asserts it; one of a single pass has every ninth of the fixed examples
-alone, unless many files are drawn.
+Files are random: one to three experiments on prompts of different lengths, each with one or two
+rules and one or two metrics, and execution options. A rule has any site, single or joined over
+layers, heads, neurons and windows, any type of position, and any fill; a second rule has no axis.
+Fixed examples precede the random ones: one for each site, in which families, fills, positions,
+directions and metrics take turns. So all of them occur for any seed, and each property asserts it.
+The property of a single pass has only every ninth fixed example, unless many files are sampled.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ NOISED = PROMPTS.replace(
   corrupt turned""",
 )
 
-# What a rule is made of: the words of the language, by what they are covered as.
+# Parts of a rule: words of the language, by the feature that they cover.
 WHOLE = ("resid_pre", "resid_mid", "resid_post", "attn_norm", "mlp_norm", "attn_out", "mlp_out")
 HEADS = ("q", "k", "v", "z", "head_out")
 ALONE = ("embed", "final_norm", "logits")
@@ -101,12 +100,12 @@ METRICS = {
 
 REPLACED = ('replace cue tokens with "w7"', 'replace cue token, "w41" token with "w7"')
 RESIZED = ('replace subject tokens with "w7"', 'replace cue tokens with "w7 w8"')
-"""Prompts of other lengths; nothing beside them may name a position."""
+"""Prompts of other lengths; other rules of the experiment may not name a position."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A file, a model and a way to run it."""
+    """A file, a model and execution options."""
 
     family: str
     seed: int
@@ -115,7 +114,7 @@ class Case:
     pass_tokens: int | None
     prompt_tokens: int
     features: tuple[str, ...] = field(compare=False)
-    """What occurs in it."""
+    """Features that occur in the file."""
 
     @property
     def options(self) -> ExecutionOptions:
@@ -135,7 +134,7 @@ def one_of(draw: Draw, groups: Mapping[str, tuple[str, ...]]) -> tuple[str, str]
 
 @st.composite
 def written_site(draw: Draw, family: str, sweeps: bool) -> tuple[str, list[str]]:
-    """A component with its axes, and its features. Without `sweeps` it has no axis of its own."""
+    """A component with its axes, and its features. Without `sweeps`, it has no axis."""
     site = draw(
         st.sampled_from([s for s in EVERY_SITE if (s, family) != ("resid_mid", "gpt_neox")])
     )
@@ -242,7 +241,7 @@ def fixed_cases() -> list[Case]:
 
 
 COVERED = {*EVERY_SITE, *FAMILIES, *LAYERS, *POSITIONS, *FILLS, *DIRECTIONS, *METRICS, *SIDES}
-"""What has to occur in the examples of every property."""
+"""Features that must occur in the examples of every property."""
 
 
 # --- the comparison -------------------------------------------------------------------------------
@@ -267,7 +266,7 @@ def _checked(case: Case, data: Path) -> Any:
 
 
 def agree(case: Case, data: Path, without: frozenset[str]) -> None:
-    """Every value of every prompt is that of the plain executor."""
+    """Assert that every value of every prompt equals the plain executor's."""
     plain = run(case, data, EVERY_PASS).measured
     found = run.__wrapped__(case, data, without).measured
     assert set(found) == set(plain)
@@ -292,8 +291,8 @@ def hold(
     seeds: int,
     fixed: slice = slice(None),
 ) -> None:
-    """The property on fixed and drawn files. ways: from a drawn set of passes to those that are
-    switched off, one after the other. fixed: those of the fixed files that it has."""
+    """Check the property on fixed and random files. ways: from a random set of passes to sets of
+    disabled passes, one after the other. fixed: the fixed files to use."""
     seen: set[str] = set()
 
     def property_(case: Case, drawn: frozenset[str]) -> None:
@@ -317,15 +316,15 @@ def hold(
 
 
 EXAMPLES = 4
-"""That are drawn, beside the fixed ones."""
+"""Random examples, in addition to the fixed ones."""
 PART = 9
 """A single pass has every ninth of the fixed files."""
 MANY, SEEDS = 100, 5
 
 
 @pytest.mark.parametrize("name", sorted(EVERY_PASS))
-def test_a_pass_changes_nothing(data: Path, name: str) -> None:
-    """Only this one on, or all but this one: each on a part of the files."""
+def test_planner_pass_leaves_values_unchanged(data: Path, name: str) -> None:
+    """Only this pass is enabled, or all but this pass: each on a part of the files."""
     hold(
         data,
         lambda drawn: [EVERY_PASS - {name} if name in drawn else frozenset({name})],
@@ -335,28 +334,28 @@ def test_a_pass_changes_nothing(data: Path, name: str) -> None:
     )
 
 
-def test_all_passes_together_change_nothing(data: Path) -> None:
+def test_all_planner_passes_leave_values_unchanged(data: Path) -> None:
     hold(data, lambda _: [frozenset()], EXAMPLES, 1)
 
 
 @pytest.mark.slow
-def test_any_passes_together_change_nothing(data: Path) -> None:
+def test_any_set_of_planner_passes_leaves_values_unchanged(data: Path) -> None:
     hold(data, lambda drawn: [drawn], EXAMPLES, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(EVERY_PASS))
-def test_a_pass_changes_nothing_on_many_files(data: Path, name: str) -> None:
-    """Only this one on, and all but this one."""
+def test_planner_pass_leaves_values_unchanged_on_many_files(data: Path, name: str) -> None:
+    """Only this pass is enabled, and all but this pass."""
     hold(data, lambda _: [EVERY_PASS - {name}, frozenset({name})], MANY, SEEDS)
 
 
 @pytest.mark.slow
-def test_any_passes_change_nothing_on_many_files(data: Path) -> None:
+def test_any_set_of_planner_passes_leaves_values_unchanged_on_many_files(data: Path) -> None:
     hold(data, lambda drawn: [drawn, frozenset()], 3 * MANY, SEEDS)
 
 
-def test_heads_are_counted_as_the_family_has_them() -> None:
+def test_families_have_the_units_that_rules_name() -> None:
     """The units that rules name exist in every family."""
     for family in FAMILIES:
         shape = adopted(family).shape

@@ -1,5 +1,5 @@
-"""Every way to name a position, end to end: the tokens that are read and written are those counted
-by hand, in prompts of different lengths and in runs whose positions differ."""
+"""Every position expression, end to end: read and written tokens equal manually counted ones, in
+prompts of different lengths and in runs whose positions differ."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FAMILIES = ("gpt2", "llama")
 SITE = Point("resid_pre", 1)
 
 Where = Callable[[Prompt, Prompt], Runs]
-"""(source, base) → the runs of one cell; none where the row lacks the position."""
+"""(source, base) → the runs of one cell; empty if the row lacks the position."""
 
 
 def same(places: Callable[[Prompt], list[int]]) -> Where:
@@ -88,7 +88,7 @@ def subject_part(part: str) -> Where:
 
 
 def between(part: str) -> Where:
-    """The three tokens behind the subject: `w41`, the cue, the last."""
+    """The three tokens after the subject: `w41`, the cue, the last."""
     offset = {"first": 2, "middle": 1, "last": 0}[part]
     return lambda source, base: [([source.last - offset], [base.last - offset])]
 
@@ -220,7 +220,7 @@ def expected(family: str, name: str) -> Array:
 
 @pytest.mark.parametrize("family", some(FAMILIES, ["llama"]))
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_position_hits_the_tokens_counted_by_hand(shared: Path, name: str, family: str) -> None:
+def test_position_names_the_reference_tokens(shared: Path, name: str, family: str) -> None:
     for mode in MODES:
         found = results(shared, family, mode)[name]
         labels = list(CASES[name].cells)
@@ -230,7 +230,7 @@ def test_a_position_hits_the_tokens_counted_by_hand(shared: Path, name: str, fam
         agree(found.measures[0], expected(family, name), differences(family, ROWS), large=0.02)
 
 
-def test_rows_without_an_occurrence_drop_out_and_n_tells(shared: Path) -> None:
+def test_rows_without_an_occurrence_are_excluded_and_reduce_n(shared: Path) -> None:
     found = results(shared, "llama", "planned")["each_item"]
     shorter = [min(len(r["words"]), len(r["more"])) for r in ROWS]
     expected_n = [sum(n >= k for n in shorter) for k in range(1, 4)]
@@ -239,7 +239,7 @@ def test_rows_without_an_occurrence_drop_out_and_n_tells(shared: Path) -> None:
     assert "item 4, item 5" in found.conventions["positions"]
 
 
-def test_tables_show_the_words_that_were_hit(shared: Path) -> None:
+def test_cells_list_the_words_at_their_position(shared: Path) -> None:
     found = results(shared, "llama", "planned")
     assert set(found["last_item"].cells[0].tokens) == {r["words"][-1] for r in ROWS}
     assert found["last_token"].cells[0].tokens == ("w42",)
@@ -265,7 +265,7 @@ prompts parts {
 
 @dataclass(frozen=True)
 class Parts:
-    """Words, and where the two lists and the separators of the first one are."""
+    """Words, and positions of the two lists and of the separators of the first one."""
 
     ids: list[int]
     first: list[int]
@@ -294,7 +294,7 @@ PART_CASES: dict[str, tuple[str, Callable[[Parts, int], list[int]]]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_and_separators_are_told_apart(folder: Path, family: str) -> None:
+def test_list_items_and_separators_are_distinguished(folder: Path, family: str) -> None:
     text = "".join(
         experiment(
             name,

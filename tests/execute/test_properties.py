@@ -1,4 +1,4 @@
-"""What must hold of every run: batches, order of rows, self-patches, a model left as it was."""
+"""Properties of every run: batches, row order, self-patches and an unchanged model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def values(text: str, folder: Path, model: Any, options: RunOptions | None = Non
 
 @cache
 def whole(family: str) -> list[Any]:
-    """What the planner makes of `TEXT`, whatever folder the data is in."""
+    """Planned values of `TEXT`, for data in any folder."""
     with TemporaryDirectory() as folder:
         return values(TEXT, Path(folder), bare(family))
 
@@ -78,7 +78,7 @@ def equal(a: list[Any], b: list[Any], tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("tokens", "side"), in_turn([1, 25, 60, 10_000], ["right", "left"], [1, 60])
 )
-def test_sizes_of_batches_and_the_side_of_padding_change_nothing(
+def test_values_do_not_depend_on_batch_size_and_padding_side(
     folder: Path, tokens: int, side: Any
 ) -> None:
     options = RunOptions(execution=ExecutionOptions(side, pass_tokens=tokens, prompt_tokens=tokens))
@@ -91,7 +91,7 @@ SWITCHED_OFF = [frozenset(off) for n in (1, 2, 3, 4) for off in combinations(RES
 @pytest.mark.parametrize(
     "off", some(SWITCHED_OFF, SWITCHED_OFF[::2]), ids=lambda off: "+".join(sorted(off))
 )
-def test_what_rows_take_over_changes_nothing(folder: Path, off: frozenset[str]) -> None:
+def test_restart_passes_leave_values_unchanged(folder: Path, off: frozenset[str]) -> None:
     """All sets of these passes; `test_planner` has each pass on any rule."""
     equal(values(TEXT, folder, bare("llama"), RunOptions(without=off)), whole("llama"), 1e-4)
 
@@ -106,7 +106,7 @@ def test_reordered_data_reorders_the_values(folder: Path) -> None:
     equal(second, moved, 1e-4)
 
 
-def test_a_run_twice_is_the_same_run(folder: Path) -> None:
+def test_second_run_has_identical_values(folder: Path) -> None:
     equal(values(TEXT, folder, bare("llama")), whole("llama"), 0.0)
 
 
@@ -132,12 +132,12 @@ def self_patches() -> str:
 
 
 def all_cells(options: RunOptions) -> RunOptions:
-    """Cells that can't differ are run like others."""
+    """Run inert cells like others."""
     return replace(options, without=options.without | {"inert"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_patched_with_itself_is_unchanged(folder: Path, family: str) -> None:
+def test_patch_of_a_run_with_itself_changes_nothing(folder: Path, family: str) -> None:
     for mode in MODES if family == "llama" else ("planned",):
         options = all_cells(MODES[mode])
         for result in run_file(self_patches(), folder, bare(family), options).values():
@@ -190,7 +190,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), FAMILIES, MODES))
-def test_a_run_leaves_the_model_as_it_was(folder: Path, family: str, mode: str) -> None:
+def test_run_leaves_the_model_unchanged(folder: Path, family: str, mode: str) -> None:
     model = bare(family)
     before, weights = outputs(model), snapshot(model)
     run_file(TEXT, folder, model, MODES[mode])
@@ -199,7 +199,7 @@ def test_a_run_leaves_the_model_as_it_was(folder: Path, family: str, mode: str) 
 
 @pytest.mark.parametrize("call", [1, 4, 9])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_in_the_middle_of_a_pass_leaves_the_model_as_it_was(
+def test_error_during_a_pass_leaves_the_model_unchanged(
     folder: Path, error: type[BaseException], call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = bare("llama")
@@ -225,7 +225,7 @@ def test_an_error_in_the_middle_of_a_pass_leaves_the_model_as_it_was(
     assert_untouched(model, before, weights)
 
 
-def test_an_interrupt_between_passes_leaves_the_model_as_it_was(folder: Path) -> None:
+def test_interrupt_between_passes_leaves_the_model_unchanged(folder: Path) -> None:
     model = bare("gpt2")
     before, weights = outputs(model), snapshot(model)
     counts: list[tuple[int, int]] = []
@@ -253,7 +253,7 @@ def test_progress_counts_up_to_the_total(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unpatched_values_are_the_bare_models(folder: Path, family: str) -> None:
+def test_unpatched_values_equal_the_bare_model(folder: Path, family: str) -> None:
     model = bare(family)
     found = run_file(TEXT, folder, model, MODES["padded on the right"])["heads"].measures[0]
     for n, (logits, record) in enumerate(zip(outputs(model), ROWS, strict=True)):
@@ -315,7 +315,7 @@ def any_rules(draw: Callable[..., Any]) -> list[str]:
 
 
 def any_run(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """So many rules, and ways to run them."""
+    """Sample this many rules and execution options."""
     drawn = given(
         rules=any_rules(),
         metric=ANY_METRIC,

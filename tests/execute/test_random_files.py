@@ -1,7 +1,7 @@
-"""Random experiments from the whole language: the plan gives what whole padded passes give.
+"""Random experiments from the whole language: plans equal full padded passes.
 
-Files are put together from positions, sites, rules and measures; those that the checks refuse are
-refused before anything runs, and all others are run twice.
+Files consist of random positions, sites, rules and measures. The checks reject invalid files before
+anything runs; all others run twice.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def in_bases(draw: Any, *, swept: bool) -> str:
 
 @st.composite
 def paths(draw: Any) -> str:
-    """A path on its own."""
+    """A single path."""
     kinds = ["z", "attn_out", "mlp_out", "resid_post", "embed", "mlp_hidden", "head_out"]
     kind = draw(st.sampled_from(kinds))
     sender = kind
@@ -314,7 +314,7 @@ LOOPED = (
 
 @st.composite
 def loops(draw: Any) -> str:
-    """A rule within a `for`, whose variable is its amount or counts its positions."""
+    """A rule within a `for`, whose variable is its amount or sets its positions."""
     at = draw(st.sampled_from(LOOPED))
     site = draw(sites(swept=False))
     inside = draw(
@@ -334,7 +334,7 @@ def loops(draw: Any) -> str:
 
 @st.composite
 def nests(draw: Any) -> str:
-    """A rule within loops of which the inner one's values hang on the outer one's."""
+    """A rule in nested loops in which the inner values depend on the outer ones."""
     site = draw(st.sampled_from(["attn_out", "mlp_out", "resid_pre", "k", "z"]))
     at, low = draw(positions(swept=False)), draw(st.sampled_from(["a..2", "[a, 2]", "a..a + 1"]))
     inside = draw(
@@ -418,8 +418,8 @@ def experiments(draw: Any) -> str:
 
 @st.composite
 def defined(draw: Any, source: str, base: str) -> tuple[str, str, list[str]]:
-    """(source, base, lines): runs that the experiment defines, one of which either may be, and
-    activations that go to files."""
+    """(source, base, lines): derived runs, which may be the source or the base, and saved
+    activations."""
     lines: list[str] = []
     runs = [source.partition(",")[0], base.partition(",")[0]]
     for name in ("made", "again")[: draw(st.sampled_from([0, 0, 0, 1, 2]))]:
@@ -445,7 +445,7 @@ def defined(draw: Any, source: str, base: str) -> tuple[str, str, list[str]]:
 
 @st.composite
 def changes_seen(draw: Any) -> list[str]:
-    """What the rules change of something that is observed."""
+    """An observation, and the change of it by the rules."""
     at = draw(st.sampled_from(ONE))
     what = ["norm resid_post layer 2", "entropy pattern layer 1", "logit_lens resid_pre layer 2"]
     return [f"observe {draw(st.sampled_from(what))} at {at} as looked", "measure looked as delta"]
@@ -453,7 +453,7 @@ def changes_seen(draw: Any) -> list[str]:
 
 @st.composite
 def together(draw: Any) -> str:
-    """What is observed of all rows at once, of a run without rules; or of the weights."""
+    """An observation over all rows of a run without rules, or of the weights."""
     at = draw(st.sampled_from(ONE))
     tokens = draw(positions(swept=False))
     return draw(
@@ -487,7 +487,7 @@ def together(draw: Any) -> str:
 
 @st.composite
 def onward(draw: Any) -> str:
-    """Experiments that act where others had the largest effects, which are far from zero."""
+    """Experiments on the sites with the largest effects in others, which are far from zero."""
     measure = "measure logit(answer) - logit(wrong) as delta"
     heads = "ablate z layer * head * at tokens * with zero"
     words = "ablate embed at token 1..4 with zero"
@@ -522,7 +522,7 @@ def cases(draw: Any) -> Case:
 
 
 def compare(case: Case, tmp_path: Path) -> None:
-    """Plain and planned are equal, or both are refused with the same words."""
+    """Assert that plain and planned runs are equal, or rejected with the same messages."""
     family, text, off = case
     model = support.bare(family)
     (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
@@ -547,8 +547,7 @@ def compare(case: Case, tmp_path: Path) -> None:
 
 
 def tied(result: ExperimentResult) -> bool:
-    """Whether two tokens of a row differ by no more than rounding, as those that lie outside of a
-    sliding window do."""
+    """Whether two tokens of a row differ only by rounding, as do those outside a sliding window."""
     if result.name not in ("words", "look.eyes"):
         return False
     values = np.sort(result.measures[0].patched, axis=0)
@@ -570,7 +569,7 @@ LENS = {
     }
     for width in (20, 24)
 }
-"""Of models of these widths."""
+"""Lenses for models of these widths."""
 DICTIONARIES = {
     width: {
         name: torch.from_numpy(np.random.default_rng(width).normal(mean, 0.5, shape)).float()
@@ -583,11 +582,11 @@ DICTIONARIES = {
     }
     for width in LENS
 }
-"""Of which few features are active."""
+"""Dictionaries with few active features."""
 
 
 def test_definitions_are_valid(tmp_path: Path) -> None:
-    """Otherwise every drawn file would be refused, and no comparison made."""
+    """Otherwise, every random file would be rejected and nothing compared."""
     model = support.bare("llama")
     save_file(DICTIONARIES[model.config.hidden_size], tmp_path / "sae.safetensors")
     rules = [f"clamp feature 0 of {basis} at last token to 1" for basis in ("parts", "sparse")]
@@ -596,5 +595,5 @@ def test_definitions_are_valid(tmp_path: Path) -> None:
     assert result is not None, problems
 
 
-test_plan_is_whole_passes = few(cases(), 12)(compare)
-test_plan_is_whole_passes_at_length = many(cases(), 600)(compare)
+test_plan_equals_full_forward_passes = few(cases(), 12)(compare)
+test_plan_equals_full_forward_passes_on_many_files = many(cases(), 600)(compare)

@@ -1,7 +1,7 @@
-"""Random rules that act while a model writes: kept keys and values give what whole passes give, in
-replies and in what is read there.
+"""Random rules during generation: cached keys and values equal full forward passes, in replies and
+in measures of replies.
 
-In 64 bits, so that no choice of a token hangs on rounding.
+Runs use 64 bits, so that no choice of a token depends on rounding.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ SEEN = (
     "direct_logit layers 0..1 head 1 toward answer - wrong at {}",
     "attention layer 2 head 0..1 from {} to first token of reply",
 )
-"""What is observed at a place of a reply."""
+"""Observations at a position of a reply."""
 
 
 @st.composite
@@ -117,7 +117,7 @@ def read(draw: Any, base: str) -> list[str]:
     """Lines that measure, observe or save something of replies."""
     lines: list[str] = []
     if draw(st.booleans()):
-        # Those that are read elsewhere have other cells.
+        # Measures at other positions have other cells.
         first = draw(st.sampled_from(IN_REPLIES))
         place = first.partition(" at ")[2].rpartition(" as ")[0]
         others = [each for each in IN_REPLIES if f" at {place} as" in each]
@@ -202,7 +202,7 @@ def compare(case: Case, tmp_path: Path) -> None:
 
 
 def hold_base(found: ExperimentResult, family: str) -> None:
-    """What `delta` is set against at each step: the prompt and what was written, without rules."""
+    """Check the base of `delta` at each step: the prompt and the reply, without rules."""
     for measure in found.measures:
         if measure.label != "entropy" or "samples" in str(found.conventions):
             continue
@@ -220,5 +220,5 @@ def hold_base(found: ExperimentResult, family: str) -> None:
                 assert abs(base - wanted) < support.ABSOLUTE
 
 
-test_kept_keys_give_what_whole_passes_give = few(cases(), 5)(compare)
-test_kept_keys_give_what_whole_passes_give_at_length = many(cases(), 300)(compare)
+test_cached_keys_equal_full_forward_passes = few(cases(), 5)(compare)
+test_cached_keys_equal_full_forward_passes_on_many_files = many(cases(), 300)(compare)

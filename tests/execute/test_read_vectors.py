@@ -77,7 +77,9 @@ def expected(found: PromptTable, run: str, family: str, point: SitePoint, cell: 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("run", RUNS)
-def test_vectors_of_every_row(family: str, side: PaddingSide, run: str, tmp_path: Path) -> None:
+def test_batched_vectors_equal_single_prompts(
+    family: str, side: PaddingSide, run: str, tmp_path: Path
+) -> None:
     found = table(family, tmp_path)
     model, positions = adopted(family), cells(found, run)
     lanes = build_reader(model, found, found.runs[run], POINTS, seed=0, side=side)
@@ -98,7 +100,7 @@ def test_vectors_of_every_row(family: str, side: PaddingSide, run: str, tmp_path
         )
 
 
-def test_some_rows_alone(tmp_path: Path) -> None:
+def test_vectors_of_selected_rows_equal_single_prompts(tmp_path: Path) -> None:
     found = table("llama", tmp_path)
     model, point = adopted("llama"), SitePoint("resid_post", 1, None)
     run, rows = found.runs["clean"], np.array([1, 3], dtype=np.int64)
@@ -110,7 +112,7 @@ def test_some_rows_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(each.vectors, vectors, atol=ABSOLUTE, rtol=1e-3)
 
 
-def test_attention_over_keys(tmp_path: Path) -> None:
+def test_read_attention_patterns_equal_single_prompts(tmp_path: Path) -> None:
     found = table("gpt2", tmp_path)
     model, point = adopted("gpt2"), SitePoint("pattern", 1, 3)
     run = found.runs["clean"]
@@ -124,8 +126,8 @@ def test_attention_over_keys(tmp_path: Path) -> None:
         assert not weights[len(own.ids) :].any()
 
 
-def test_every_draw_of_noise(tmp_path: Path) -> None:
-    """A noised run has a vector for each draw, and they differ by what is added."""
+def test_noised_run_has_a_vector_per_noise_draw(tmp_path: Path) -> None:
+    """A noised run has a vector for each draw, and they differ by the added noise."""
     noised = "corrupt noised { add gaussian(std: 1.5, samples: 3) to embed at subject tokens }"
     text = PROMPTS.replace("corrupt other", f"{noised}\n  corrupt other")
     write_rows(tmp_path)
@@ -151,7 +153,7 @@ def test_every_draw_of_noise(tmp_path: Path) -> None:
         torch.testing.assert_close(vector, own, atol=ABSOLUTE, rtol=1e-3)
 
 
-def test_batches_have_room_for_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_batches_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many sites make batches small, none makes them empty."""
     model = adopted("gpt2")
     widest = [SitePoint("mlp_hidden", layer, None) for layer in range(3)]

@@ -1,4 +1,4 @@
-"""What `plan` counts of passes over prompts and replies is what is passed."""
+"""The planned passes over prompts and replies equal those of the run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 def read(text: str, folder: Path, options: RunOptions) -> tuple[Plan, ReplyWork]:
-    """The plan of a run, and what it did behind prompts."""
+    """The plan of a run, and its work after prompts."""
     plans: list[Plan] = []
     found: list[ReplyWork] = []
     run_whole = unpatched_runs.run_full
@@ -67,7 +67,7 @@ def read(text: str, folder: Path, options: RunOptions) -> tuple[Plan, ReplyWork]
 
 
 def counted(plan: Plan, pass_tokens: int, *, plain: bool) -> ReplyWork:
-    """What is planned."""
+    """The planned work."""
     found = ReplyWork(0, 0, 0, 0)
     for panel in plan.panels:
         count = PanelCount(panel, pass_tokens, PROMPT_TOKENS)
@@ -83,8 +83,10 @@ def counted(plan: Plan, pass_tokens: int, *, plain: bool) -> ReplyWork:
 
 @pytest.mark.parametrize("samples", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
-def test_passes_behind_prompts(folder: Path, case: str, samples: int) -> None:
-    """Replies are as long as they may be, so that it is no estimate."""
+def test_planned_passes_over_replies_equal_those_of_the_run(
+    folder: Path, case: str, samples: int
+) -> None:
+    """Replies have their maximal length, so that the plan is exact."""
     drawn = f" with temperature 1, samples {samples}" if samples > 1 else ""
     text = "seed 1\n" + experiment("e", "prompts p", f"generate 3{drawn}", *CASES[case])
     for plain in (False, True):

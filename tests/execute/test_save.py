@@ -1,4 +1,4 @@
-"""`save`: what is in the file is what plain passes over one prompt at a time give."""
+"""`save`: files, against plain passes over one prompt at a time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ HEALED = "run healed { from longer into clean patch resid_post layer 0 at cue to
     ("mode", "family"),
     in_turn(["plain", "planned", "padded on the right", "small passes"], FAMILIES),
 )
-def test_what_is_in_the_file(family: str, mode: str, run: str, tmp_path: Path) -> None:
+def test_saved_vectors_equal_the_reference(
+    family: str, mode: str, run: str, tmp_path: Path
+) -> None:
     """Every site, at several positions of prompts of different lengths."""
     where = "at cue token, subject tokens"
     lines = [
@@ -114,7 +116,7 @@ def test_what_is_in_the_file(family: str, mode: str, run: str, tmp_path: Path) -
     assert about["run"] == run
 
 
-def test_half_precision(tmp_path: Path) -> None:
+def test_saved_vectors_in_half_precision_are_rounded_float32(tmp_path: Path) -> None:
     lines = [
         f'save resid_post layer 1 at last token to "{name}.safetensors" as {name}'
         for name in ("float16", "bfloat16", "float32")
@@ -131,8 +133,8 @@ NOISED = "corrupt noised { add gaussian(std: 1.5, samples: 3) to embed at subjec
 
 
 @pytest.mark.parametrize("run", ["noised", "mixed"])
-def test_every_draw_of_noise(run: str, tmp_path: Path) -> None:
-    """Its vectors stand one behind the other, of each token; of a run too whose rules read one."""
+def test_saved_vectors_of_each_noise_draw_equal_the_reference(run: str, tmp_path: Path) -> None:
+    """Vectors of all draws are listed for each token, also in a run whose rules read noise."""
     text = PROMPTS.replace("corrupt other", f"{NOISED}\n  corrupt other")
     mixed = "run mixed { from noised into clean patch embed at subject tokens }"
     line = f'save embed of {run} at subject tokens, cue token to "a.safetensors"'
@@ -162,8 +164,8 @@ def test_every_draw_of_noise(run: str, tmp_path: Path) -> None:
         torch.testing.assert_close(vector, (plain + drawn).to(plain), atol=ABSOLUTE, rtol=1e-3)
 
 
-def test_rows_without_the_position_and_numbers_of_rows(tmp_path: Path) -> None:
-    """Rows have the number that they have in the data, whichever others are left out."""
+def test_saved_rows_keep_their_number_and_skip_missing_positions(tmp_path: Path) -> None:
+    """Rows keep their number in the data if others are left out."""
     text = PROMPTS.replace("  xs =", '  where cue != "w28"\n  xs =')
     assert [row["cue"] == "w28" for row in ROWS] == [False, True, False, False]
     line = 'save mlp_out layer 1 at each item token, last token to "a.safetensors"'
@@ -191,10 +193,10 @@ def test_rows_without_the_position_and_numbers_of_rows(tmp_path: Path) -> None:
         torch.testing.assert_close(vector, value, atol=ABSOLUTE, rtol=1e-3)
 
 
-def test_what_a_run_is_made_of_is_forgotten_batch_by_batch(
+def test_save_of_a_derived_run_holds_at_most_two_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many batches there are, what is held is that of one, and of the next."""
+    """With any number of batches, only those of one and the next are in memory."""
     held: list[int] = []
     whole = UnpatchedRuns.lanes
 
@@ -210,14 +212,14 @@ def test_what_a_run_is_made_of_is_forgotten_batch_by_batch(
     assert max(held) <= 2
 
 
-def test_folders_that_are_missing_are_made(tmp_path: Path) -> None:
+def test_save_creates_missing_folders(tmp_path: Path) -> None:
     result = saved(tmp_path, "llama", 'save embed at last token to "no/such/a.safetensors"')
     assert result.saved[0].path == tmp_path / "no" / "such" / "a.safetensors"
     assert (tmp_path / "no" / "such" / "a.jsonl").exists()
     assert load_file(tmp_path / "no" / "such" / "a.safetensors")["embed"].shape[0] == len(ROWS)
 
 
-def test_beside_measures(tmp_path: Path) -> None:
+def test_save_runs_in_an_experiment_with_measures(tmp_path: Path) -> None:
     result = saved(
         tmp_path, "llama", 'save resid_post layer 1 at last token to "a.safetensors"',
         "measure prob(answer) as raw",
@@ -226,7 +228,7 @@ def test_beside_measures(tmp_path: Path) -> None:
     assert len(result.saved) == 1
 
 
-def test_nothing_is_left_of_a_file_that_finds_no_room(
+def test_save_on_a_full_disk_leaves_the_old_file_and_no_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"before")
@@ -247,7 +249,7 @@ def test_nothing_is_left_of_a_file_that_finds_no_room(
                 and path.name != "data.jsonl"]  # fmt: skip
 
 
-def test_an_interrupted_file_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_save_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -277,7 +279,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("lines", list(REFUSED))
-def test_what_is_refused(lines: str, tmp_path: Path) -> None:
+def test_invalid_saves_are_errors(lines: str, tmp_path: Path) -> None:
     assert REFUSED[lines] in codes(tmp_path, *lines.split("\n"))
 
 
@@ -295,8 +297,10 @@ def test_what_is_refused(lines: str, tmp_path: Path) -> None:
     ],
     ids=["named", "of another run", "without a name", "a lens that measures read"],
 )
-def test_beside_observations(beside: list[str], tmp_path: Path) -> None:
-    """Once, of the base run, whichever results the experiment has."""
+def test_save_in_an_experiment_with_observations_reads_the_base_run(
+    beside: list[str], tmp_path: Path
+) -> None:
+    """The base run is saved once, for any results of the experiment."""
     line = 'save resid_post layer 1 at cue token to "a.safetensors"'
     result = saved(tmp_path, "llama", line, *beside)
     assert [each.path.name for each in result.saved] == ["a.safetensors"]

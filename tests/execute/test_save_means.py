@@ -56,8 +56,8 @@ def mean(family: str, run: str, point: Point, at: str) -> tuple[Tensor, int]:
     ("mode", "family"),
     in_turn(["plain", "planned", "padded on the right", "small passes"], FAMILIES),
 )
-def test_means(family: str, mode: str, run: str, tmp_path: Path) -> None:
-    """Of every site, at positions of one token, of several, and of none in some rows."""
+def test_saved_means_equal_the_reference(family: str, mode: str, run: str, tmp_path: Path) -> None:
+    """Every site, at positions of one token, of several, and of none in some rows."""
     lines = [
         HEALED if run == "healed" else "",
         f'save mean of resid_post layer * of {run} at subject tokens to "a.safetensors"',
@@ -103,7 +103,7 @@ def test_means(family: str, mode: str, run: str, tmp_path: Path) -> None:
     assert min(len(each.items) for each in own) < most, "some rows lack the last item"
 
 
-def test_draws_of_noise_count_once_per_row(tmp_path: Path) -> None:
+def test_saved_mean_weights_rows_with_noise_draws_equally(tmp_path: Path) -> None:
     noised = "corrupt noised { add gaussian(std: 1.5, samples: 3) to embed at subject tokens }"
     text = PROMPTS.replace("corrupt other", f"{noised}\n  corrupt other")
     line = 'save mean of embed of noised at subject tokens to "a.safetensors"'
@@ -127,7 +127,7 @@ def test_draws_of_noise_count_once_per_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["planned", "small passes"])
-def test_replies_count_once_per_row(mode: str, tmp_path: Path) -> None:
+def test_saved_mean_weights_rows_with_replies_equally(mode: str, tmp_path: Path) -> None:
     """The mean over the vectors that a plain `save` writes, each row of the table once."""
     generate = "generate 6 with temperature 2, samples 3"
     where = 'resid_post layer 1 at "w3" of reply token, each step'
@@ -153,7 +153,7 @@ def test_replies_count_once_per_row(mode: str, tmp_path: Path) -> None:
         torch.testing.assert_close(own, expected, atol=ABSOLUTE, rtol=1e-3)
 
 
-def test_the_files_are_in_source_order(tmp_path: Path) -> None:
+def test_saved_files_are_listed_in_source_order(tmp_path: Path) -> None:
     lines = [
         'save direction d to "d.safetensors"',
         'save mean of resid_post layer 1 at cue token to "a.safetensors"',
@@ -168,7 +168,7 @@ def test_the_files_are_in_source_order(tmp_path: Path) -> None:
         assert [each.path.name for each in result.saved] == names
 
 
-def test_a_mean_of_no_rows_fails_alone(tmp_path: Path) -> None:
+def test_mean_of_no_rows_is_an_error_of_its_save_alone(tmp_path: Path) -> None:
     lines = [
         "generate 2",
         "measure length as raw",
@@ -189,7 +189,7 @@ def try_save(folder: Path, *lines: str):
     return result, found
 
 
-def test_half_precision_keeps_means_in_single(tmp_path: Path) -> None:
+def test_bfloat16_means_are_rounded_from_float32_means(tmp_path: Path) -> None:
     lines = [
         'save mean of resid_post layer 1 at cue token to "a.safetensors"',
         'save mean of resid_post layer 1 at cue token to "b.safetensors" as bfloat16',
@@ -211,21 +211,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("lines", list(REFUSED))
-def test_refused(lines: str, tmp_path: Path) -> None:
+def test_invalid_mean_saves_are_errors(lines: str, tmp_path: Path) -> None:
     assert REFUSED[lines] in codes(tmp_path, *lines.split("\n"))
 
 
-def test_no_rows_are_written_next_to_a_mean(tmp_path: Path) -> None:
+def test_mean_save_writes_no_rows_file(tmp_path: Path) -> None:
     """The rows of `p` are in `data.jsonl`, which `save` alone would overwrite."""
     line = 'save mean of resid_post layer 1 at cue token to "data.safetensors"'
     assert not codes(tmp_path, line)
     assert codes(tmp_path, line.replace("mean of ", "")) == ["E0207"]
 
 
-def test_means_and_directions_that_are_not_finite(
+def test_means_and_directions_with_nan_are_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of rows with a fruit whose embedding is NaN; those of the other rows are written."""
+    """Rows with a fruit whose embedding is NaN are errors; means of other rows are saved."""
     monkeypatch.chdir(tmp_path)
     text = "direction d = mean(pairs) at resid_post layer 1\n" + "".join(
         nan.experiment(name, line, prompts=block)

@@ -1,4 +1,4 @@
-"""What each pass saves, counted: tokens that go through each block's modules while rows run."""
+"""The savings of each planner pass: counts of tokens through each block's modules."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ FAMILY = "llama"
 LAYERS = 3
 FROM = ("prompts p", "from longer into clean")
 TOKENS = sum(len(prompt.ids) for prompt in prompts())
-"""Of all clean prompts."""
+"""Tokens of all clean prompts."""
 PARTS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "o": "self_attn.o_proj", "mlp": "mlp"}
 
 
 @dataclass
 class Work:
-    """What modules of a Llama computed."""
+    """Work of the modules of a Llama."""
 
     unpatched: bool
-    """Count padded prompts; else, from the first row on, packed ones and those of whole passes."""
+    """Count padded prompts; otherwise packed rows and full passes, from the first row on."""
     started: bool = False
     tokens: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """(part, block) → tokens that it was computed for."""
+    """(part, block) → number of computed tokens."""
     widths: list[tuple[int, int]] = field(default_factory=list)
     """(tokens, logits of each) of every unembedding."""
     execution: Execution = field(default_factory=Execution)
 
     def of(self, part: str) -> list[int]:
-        """Per block."""
+        """Tokens per block."""
         return [self.tokens[part, layer] for layer in range(LAYERS)]
 
     @property
@@ -70,8 +70,8 @@ class Work:
 
     @contextmanager
     def on(self, model: nn.Module) -> Any:
-        """Stands in for the forwards of the modules, which is where the work is done: what a row
-        takes over never gets there."""
+        """Replace the forwards of the modules, which do the work: reused activations never reach
+        them."""
         with ExitStack() as stack:
             for layer, block in enumerate(model.model.layers):
                 for part, path in PARTS.items():
@@ -104,7 +104,7 @@ def work_of(
     model: LoadedModel | None = None,
     **options: Any,
 ) -> Work:
-    """What patched rows of a file compute, or its unpatched runs, all prompts in one batch."""
+    """The work of a file's patched rows, or of its unpatched runs, in one batch of prompts."""
     model = model or adopted(FAMILY)
     work = Work(unpatched)
     checked = check_file(text, folder, model)
@@ -128,7 +128,7 @@ def sweep(
     return experiment("e", "prompts p", f"from {run} into clean", f"patch {site} at {at}", measure)
 
 
-def behind(first: Callable[[Any], int]) -> int:
+def count_tokens_from(first: Callable[[Any], int]) -> int:
     """Tokens from one on, over all prompts."""
     return sum(prompt.last - first(prompt) + 1 for prompt in prompts())
 
@@ -136,21 +136,21 @@ def behind(first: Callable[[Any], int]) -> int:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def test_the_plain_loop_takes_every_token_through_every_block(folder: Path) -> None:
+def test_plain_loop_computes_every_token_in_every_block(folder: Path) -> None:
     work = work_of(folder, sweep("resid_post layer *"), EVERY_PASS)
     padded = len(ROWS) * max(len(prompt.ids) for prompt in prompts())
     assert work.of("mlp") == work.of("q") == [3 * padded] * LAYERS
     assert work.execution.profile.passes == 3
 
 
-def test_resume_does_not_enter_the_blocks_below_a_write(folder: Path) -> None:
-    """One cell a layer: the first block is entered by the rows of one, the last by those of all."""
+def test_resume_skips_the_blocks_before_a_write(folder: Path) -> None:
+    """With one cell per layer, rows of one cell enter the first block, rows of all the last."""
     text = sweep("resid_pre layer *")
     assert work_of(folder, text, only("resume")).of("mlp") == [TOKENS, 2 * TOKENS, 3 * TOKENS]
     assert work_of(folder, text, only("last")).of("mlp")[:2] == [3 * TOKENS, 3 * TOKENS]
 
 
-def test_prefix_takes_one_token_through_a_block_for_a_write_at_the_last_one(folder: Path) -> None:
+def test_prefix_computes_one_token_for_a_write_at_the_last_token(folder: Path) -> None:
     text = sweep("resid_pre layer *")
     rows = len(ROWS)
     assert work_of(folder, text, only("prefix")).of("mlp") == [3 * rows] * LAYERS
@@ -162,16 +162,16 @@ def test_prefix_takes_one_token_through_a_block_for_a_write_at_the_last_one(fold
     ("at", "first"),
     [("cue token", lambda p: p.cue), ("subject token", lambda p: p.subject[-1])],
 )
-def test_prefix_computes_what_follows_a_write(
+def test_prefix_computes_only_tokens_from_the_write_on(
     folder: Path, at: str, first: Callable[[Any], int]
 ) -> None:
-    count = behind(first)
+    count = count_tokens_from(first)
     work = work_of(folder, sweep("resid_pre layer *", at), only("prefix", "resume"))
     assert work.of("mlp") == [count, 2 * count, 3 * count]
 
 
-def test_last_computes_only_what_is_read_of_the_last_block(folder: Path) -> None:
-    count = behind(lambda p: p.subject[-1])
+def test_last_computes_only_the_read_tokens_of_the_last_block(folder: Path) -> None:
+    count = count_tokens_from(lambda p: p.subject[-1])
     rows = len(ROWS)
     work = work_of(folder, sweep("resid_pre layer *", "subject token"))
     assert work.of("mlp") == [count, 2 * count, 3 * rows]
@@ -181,24 +181,24 @@ def test_last_computes_only_what_is_read_of_the_last_block(folder: Path) -> None
     assert kept.of("mlp") == [count, 2 * count, 3 * count]
 
 
-def test_last_computes_nothing_behind_the_last_token_that_is_read(folder: Path) -> None:
+def test_last_computes_nothing_after_the_last_read_token(folder: Path) -> None:
     measure = "measure logit(answer) - logit(wrong) at cue token as delta"
     text = sweep("resid_pre layer *", "subject token", measure)
     count = sum(prompt.cue - prompt.subject[-1] + 1 for prompt in prompts())
     assert work_of(folder, text).of("mlp") == [count, 2 * count, 3 * len(ROWS)]
 
 
-def test_a_measure_of_all_tokens_reads_them_all_of_the_last_block(folder: Path) -> None:
+def test_loss_reads_all_tokens_of_the_last_block(folder: Path) -> None:
     text = sweep("resid_pre layer *", "subject token", "measure loss as delta")
-    count = behind(lambda p: p.subject[-1])
+    count = count_tokens_from(lambda p: p.subject[-1])
     assert work_of(folder, text).of("mlp") == [count, 2 * count, 3 * count]
 
 
 @pytest.mark.parametrize("site", ["z layer * heads *", "attn_out layer *", "resid_mid layer *"])
-def test_inside_projects_nothing_in_the_block_of_a_write_behind_attention(
+def test_inside_skips_projections_in_the_block_of_a_write_after_attention(
     folder: Path, site: str
 ) -> None:
-    """What leaves it changed is one token; the last one sees it in the block above."""
+    """Only one token changes in this block; the last token sees it in the next block."""
     rows = len(ROWS)
     work = work_of(folder, sweep(site, "cue token"))
     assert work.of("q") == work.of("k") == [0, rows, 3 * rows]
@@ -206,7 +206,7 @@ def test_inside_projects_nothing_in_the_block_of_a_write_behind_attention(
     assert whole.of("q") == whole.of("k") == [rows, 3 * rows, 5 * rows]
 
 
-def test_inside_computes_no_mlp_in_the_block_of_a_write_behind_it(folder: Path) -> None:
+def test_inside_skips_the_mlp_in_the_block_of_a_write_to_its_output(folder: Path) -> None:
     rows = len(ROWS)
     work = work_of(folder, sweep("mlp_out layer *", "cue token"))
     assert work.of("q") == [0, rows, 3 * rows]
@@ -215,16 +215,16 @@ def test_inside_computes_no_mlp_in_the_block_of_a_write_behind_it(folder: Path) 
     assert whole.of("mlp") == [2 * rows, 4 * rows, 3 * rows]
 
 
-def test_inside_projects_no_other_token_where_a_key_is_written(folder: Path) -> None:
-    """Later tokens of the block attend to it anew, with the queries that they had."""
+def test_inside_projects_no_token_in_the_block_of_a_written_key(folder: Path) -> None:
+    """Later tokens of the block attend to the new key with their cached queries."""
     rows = len(ROWS)
     work = work_of(folder, sweep("k layer 1 heads *", "cue token"))
     assert work.of("q") == [0, 0, 2 * rows]
     assert work.of("o") == [0, 2 * rows, rows]
 
 
-def test_all_passes_on_and_off_compute_what_they_say(folder: Path) -> None:
-    """No pass makes more work than there is without it."""
+def test_no_planner_pass_adds_work(folder: Path) -> None:
+    """No pass adds work."""
     text = sweep("z layer * head 0..1", "subject token, cue token")
     whole, none = work_of(folder, text), work_of(folder, text, only())
     for name in PASS_NAMES:
@@ -236,7 +236,7 @@ def test_all_passes_on_and_off_compute_what_they_say(folder: Path) -> None:
 
 
 def test_inert_rows_are_not_run(folder: Path) -> None:
-    """The first token is the same in both runs; a cell at the subject is run."""
+    """The first token is equal in both runs; a cell at the subject runs."""
     text = sweep("resid_pre layer *", "first token, subject token", run="other")
     profile = work_of(folder, text).execution.profile
     assert profile.rows == profile.distinct == 3 * len(ROWS)
@@ -244,7 +244,7 @@ def test_inert_rows_are_not_run(folder: Path) -> None:
     assert every.rows == every.distinct == 6 * len(ROWS)
 
 
-def test_a_file_of_inert_rows_runs_no_pass(folder: Path) -> None:
+def test_file_of_inert_rows_runs_no_pass(folder: Path) -> None:
     text = sweep("resid_pre layer *", "first token", run="other")
     work = work_of(folder, text)
     assert work.through == work.execution.profile.passes == 0
@@ -255,7 +255,7 @@ SECOND = ("measure prob(answer) as delta", "measure loss as delta")
 
 
 @pytest.mark.parametrize("second", SECOND)
-def test_rows_of_two_experiments_are_run_once(folder: Path, second: str) -> None:
+def test_equal_rows_of_two_experiments_run_once(folder: Path, second: str) -> None:
     rule = "patch z layer 0..1 head * at cue token"
     first = experiment("a", *FROM, rule, DIFFERENCE)
     one = experiment("a", *FROM, rule, DIFFERENCE, second)
@@ -268,7 +268,7 @@ def test_rows_of_two_experiments_are_run_once(folder: Path, second: str) -> None
     assert work_of(folder, text, {"share"}).execution.profile.distinct == 2 * count
 
 
-def test_rows_of_other_numbers_of_draws_are_rows_of_their_own(folder: Path) -> None:
+def test_rows_with_different_numbers_of_noise_draws_are_not_shared(folder: Path) -> None:
     """Equal writes, but one experiment averages over three draws of its source."""
     noise = "corrupt noised { add gaussian(std: 0.5, samples: 3) to embed at subject tokens }"
     blocks = PROMPTS.replace("corrupt other { subject = alt }", noise)
@@ -280,14 +280,14 @@ def test_rows_of_other_numbers_of_draws_are_rows_of_their_own(folder: Path) -> N
     assert profile.rows == profile.distinct == 2 * 4 * len(ROWS)
 
 
-def test_cells_that_are_the_same_row_are_run_once(folder: Path) -> None:
-    """A position may have two names."""
+def test_cells_with_equal_rows_run_once(folder: Path) -> None:
+    """Two names denote one position."""
     text = sweep("resid_pre layer 1", "cue token, token -2")
     profile = work_of(folder, text).execution.profile
     assert (profile.rows, profile.distinct) == (2 * len(ROWS), len(ROWS))
 
 
-def test_rows_of_all_cells_ride_in_one_pass(folder: Path) -> None:
+def test_rows_of_all_cells_share_one_pass(folder: Path) -> None:
     text = sweep("z layer * head *") + experiment(
         "f", *FROM, "patch resid_pre layer * at cue token", DIFFERENCE
     )
@@ -295,7 +295,7 @@ def test_rows_of_all_cells_ride_in_one_pass(folder: Path) -> None:
     assert work_of(folder, text, {"join"}).execution.profile.passes == 15
 
 
-def test_a_pass_takes_the_tokens_that_it_is_given(folder: Path) -> None:
+def test_passes_have_the_given_number_of_tokens(folder: Path) -> None:
     text = sweep("z layer * head *")
     count = LAYERS * 4 * len(ROWS)
     for tokens in (1, 7, 16):
@@ -308,7 +308,7 @@ def test_a_pass_takes_the_tokens_that_it_is_given(folder: Path) -> None:
 # --- unpatched runs, logits and kernels -----------------------------------------------------------
 
 
-def test_a_run_that_is_only_read_stops_above_the_highest_read(folder: Path) -> None:
+def test_run_that_is_only_read_stops_after_the_last_read_block(folder: Path) -> None:
     rule = "patch resid_pre layer 0..1 at cue token with other"
     text = experiment("e", "prompts p", rule, DIFFERENCE)
     padded = len(ROWS) * max(len(prompt.ids) for prompt in prompts())
@@ -319,11 +319,11 @@ def test_a_run_that_is_only_read_stops_above_the_highest_read(folder: Path) -> N
 
 
 @pytest.mark.parametrize("unpatched", [False, True])
-def test_only_logits_that_are_read_are_computed(folder: Path, unpatched: bool) -> None:
+def test_only_read_logits_are_computed(folder: Path, unpatched: bool) -> None:
     text = sweep("z layer * head *")
     read = {word for record in ROWS for word in (record["a"], record["b"])}
     narrow = work_of(folder, text, unpatched=unpatched)
-    # beside them, of unpatched runs, the largest and the least of all, which rounding hangs on
+    # unpatched runs also compute the largest and smallest logit, on which rounding depends
     assert {width for _, width in narrow.widths} == {len(read) + 2 * unpatched}
     wide = work_of(folder, text, {"unembed"}, unpatched=unpatched)
     assert {width for _, width in wide.widths} == {families.VOCABULARY}
@@ -379,7 +379,7 @@ SITES = (
 
 @pytest.mark.parametrize("site", SITES)
 def test_twice_as_many_layers_are_at_most_twice_the_work(folder: Path, site: str) -> None:
-    """Counted from above: rows of higher layers are cheaper."""
+    """Rows of later layers are cheaper."""
     few = work_of(folder, sweep(site.format("4..7"), "cue token"), model=deep()).through
     below = work_of(folder, sweep(site.format("0..3"), "cue token"), model=deep()).through
     many = work_of(folder, sweep(site.format("0..7"), "cue token"), model=deep()).through
@@ -397,7 +397,7 @@ def test_twice_as_many_heads_or_prompts_are_twice_the_work(
     assert work_of(folder, half, without).through < one
 
 
-def test_a_second_experiment_on_the_same_rows_costs_nothing(folder: Path) -> None:
+def test_second_experiment_on_the_same_rows_adds_no_work(folder: Path) -> None:
     rule = "patch resid_pre layer * at cue token"
     one = experiment("a", *FROM, rule, DIFFERENCE)
     again = experiment("b", *FROM, rule, "measure logit(wrong) as raw")
@@ -406,8 +406,8 @@ def test_a_second_experiment_on_the_same_rows_costs_nothing(folder: Path) -> Non
     assert shared.tokens == work_of(folder, one, unpatched=True).tokens
 
 
-def test_counting_leaves_the_values_as_they_are(folder: Path) -> None:
-    """The counters stand in the way of nothing."""
+def test_counting_leaves_values_unchanged(folder: Path) -> None:
+    """The counters have no effect on values."""
     text = sweep("z layer * head *")
     model = adopted(FAMILY)
     counted = work_of(folder, text).execution.measured["e"].patched[0]

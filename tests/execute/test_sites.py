@@ -1,6 +1,6 @@
-"""Every site of every family, patched and ablated, equal to what hand-written hooks give (A1, A8).
+"""Patches and ablations of every site of every family, against plain hooks (A1, A8).
 
-The prompts are of different lengths, and the source's positions are others than the base's.
+Prompts have different lengths, and the source's positions differ from the base's.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ Cells = tuple[tuple[Point, ...], ...]
 def changed(
     family: str, cells: Cells, change: Callable[[int, tuple[Point, ...]], list[Write]]
 ) -> Array:
-    """[cell, prompt]: what is measured where a cell's change is made to each of the clean rows."""
+    """[cell, prompt]: values after the change of a cell to each clean row."""
     columns = []
     for row, (record, base) in enumerate(zip(ROWS, prompts(), strict=True)):
         edits = [change(row, points) for points in cells]
@@ -135,7 +135,7 @@ def expected_from(family: str, cells: Cells, donor: int) -> Array:
 
 
 def donors_of(family: str, cells: Cells, values: Array) -> list[int]:
-    """Which row each row got its activations from, read off the values of all cells."""
+    """The donor of each row, inferred from the values of all cells."""
     found = []
     for row, column in enumerate(values.T):
         near = [
@@ -201,8 +201,8 @@ def compare(
 
 
 @pytest.mark.parametrize("mode", ["plain", "planned"])
-def test_a_row_whose_donor_lacks_the_position_is_left_out(folder: Path, mode: str) -> None:
-    """Prompts have 4, 2, 3 and 5 items: one gives only the items that it has."""
+def test_resample_excludes_rows_whose_donor_lacks_the_position(folder: Path, mode: str) -> None:
+    """Prompts have 4, 2, 3 and 5 items: a donor gives only its own items."""
     family, layers = "llama", (0, 1)
     cells = tuple((Point("resid_post", layer),) for layer in layers)
     rule = "ablate resid_post layer 0..1 at {} with resample"
@@ -238,13 +238,13 @@ ALSO = {
     "gpt2": ("plain", "padded on the right"),
     "llama": ("plain", "padded on the right"),
 }
-"""Modes beside `planned`, which all of these families are run in."""
+"""Modes in addition to `planned`, in which all of these families run."""
 
 
 @pytest.mark.parametrize(
     "family", some(["gpt2", "llama", "mistral", "qwen3", "gpt_neox"], ["gpt2", "qwen3"])
 )
-def test_every_site_is_patched_and_ablated_as_by_hand(family: str, folder: Path) -> None:
+def test_patches_and_ablations_of_every_site_equal_hooks(family: str, folder: Path) -> None:
     text, cells = file_of(family, QUICK)
     for mode in ("planned", *ALSO.get(family, ())):
         compare(family, run_file(text, folder, bare(family), MODES[mode]), cells)
@@ -253,6 +253,8 @@ def test_every_site_is_patched_and_ablated_as_by_hand(family: str, folder: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("family", VERIFIED)
-def test_every_layer_of_every_site_is_as_by_hand(family: str, mode: str, folder: Path) -> None:
+def test_patches_and_ablations_of_every_layer_equal_hooks(
+    family: str, mode: str, folder: Path
+) -> None:
     text, cells = file_of(family, WHOLE)
     compare(family, run_file(text, folder, bare(family), MODES[mode]), cells)

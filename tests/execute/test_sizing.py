@@ -1,4 +1,4 @@
-"""Sizes of passes: found by measuring, halved where memory runs out, and flat over many cells."""
+"""Sizes of passes: measured, halved if memory runs out, and constant memory over many cells."""
 
 from __future__ import annotations
 
@@ -74,21 +74,21 @@ TEXT = (
 
 @pytest.fixture(autouse=True)
 def few_objects() -> Iterator[None]:
-    """What is there before a test isn't looked through at every halving."""
+    """Objects from before a test aren't scanned at every halving."""
     gc.freeze()
     yield
     gc.unfreeze()
 
 
-# --- the climb ------------------------------------------------------------------------------------
+# --- choice of the size ---------------------------------------------------------------------------
 
 
 Rate = Callable[[int], float]
-"""Tokens of a pass → work per second, by a clock that is made up."""
+"""Tokens of a pass → work per second, by an artificial clock."""
 
 
 def climb(sizes: PassSizer, rate: Rate) -> list[int]:
-    """The sizes that are tried."""
+    """Return the tried sizes."""
     tried: list[int] = []
 
     def counted(tokens: int) -> float:
@@ -106,7 +106,7 @@ def hill(best: int) -> Rate:
 
 @settings(derandomize=True, deadline=None)
 @given(best=st.integers(0, 20))
-def test_it_climbs_to_the_size_with_the_most_work_per_second(best: int) -> None:
+def test_pass_size_climbs_to_the_most_work_per_second(best: int) -> None:
     sizes = PassSizer()
     tried = climb(sizes, hill(1 << best))
     assert tried[0] == PASS_TOKENS
@@ -116,13 +116,13 @@ def test_it_climbs_to_the_size_with_the_most_work_per_second(best: int) -> None:
     assert all(MIN_PASS_TOKENS <= size <= MAX_PASS_TOKENS for size in tried)
 
 
-def test_what_is_slower_is_tried_once_and_left() -> None:
+def test_slower_pass_sizes_are_tried_once() -> None:
     sizes = PassSizer()
     assert climb(sizes, hill(PASS_TOKENS)) == [PASS_TOKENS, PASS_TOKENS * 2, PASS_TOKENS // 2]
     assert sizes.pass_tokens == PASS_TOKENS
 
 
-def test_a_size_that_no_rows_fill_is_not_chosen() -> None:
+def test_pass_size_that_no_rows_fill_is_not_chosen() -> None:
     sizes = PassSizer()
     climb(sizes, lambda size: 0.0 if size > PASS_TOKENS else 1.0 + size)
     assert sizes.kept == PassSizes(PASS_TOKENS, PROMPT_TOKENS, "measured")
@@ -131,8 +131,8 @@ def test_a_size_that_no_rows_fill_is_not_chosen() -> None:
     assert small.kept == PassSizes(PASS_TOKENS, PROMPT_TOKENS, "default")
 
 
-def test_sizes_that_are_given_stand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory isn't even asked for."""
+def test_given_pass_sizes_are_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory isn't queried."""
     monkeypatch.delattr(mechdsl.execute.pass_layout, "get_free_memory")
     uses = [(adopted("llama"), check_file(TEXT, folder, adopted("llama")).experiments[0].table)]
     assert PassSizer.of(77, None, uses).kept == PassSizes(77, PROMPT_TOKENS, "given")
@@ -141,10 +141,10 @@ def test_sizes_that_are_given_stand(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("rest", [-(1 << 20), 0, 1 << 20, 1 << 24, 1 << 40])
-def test_no_pass_is_larger_than_the_memory_there_is(
+def test_pass_size_is_limited_by_free_memory(
     folder: Path, rest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """rest: free bytes beside those of attention's scores."""
+    """rest: free bytes in addition to those of attention scores."""
     taken = estimate_score_bytes(torch.device("cpu"))
     monkeypatch.setattr(mechdsl.execute.pass_layout, "get_free_memory", lambda device: rest + taken)
     free = max(0, rest)
@@ -160,14 +160,14 @@ def test_no_pass_is_larger_than_the_memory_there_is(
     assert all(tokens <= sizes.limit for tokens in climb(sizes, hill(1 << 40)))
 
 
-def test_half_the_size_is_the_most_from_then_on() -> None:
+def test_halving_sets_the_limit_of_the_pass_size() -> None:
     sizes = PassSizer(pass_tokens=16 * PASS_TOKENS, settled=True)
     assert sizes.halve()
     assert sizes.kept == PassSizes(8 * PASS_TOKENS, PROMPT_TOKENS, "memory")
     assert sizes.limit == 8 * PASS_TOKENS
 
 
-def test_one_token_is_not_halved() -> None:
+def test_pass_of_one_token_is_not_halved() -> None:
     sizes = PassSizer(pass_tokens=5)
     assert [sizes.halve() for _ in range(4)] == [True, True, False, False]
     assert sizes.pass_tokens == 1
@@ -185,11 +185,11 @@ FULL = {
 
 
 @pytest.mark.parametrize("error", FULL.values(), ids=list(FULL))
-def test_full_memory_is_known_by_its_errors(error: BaseException) -> None:
+def test_out_of_memory_errors_are_recognised(error: BaseException) -> None:
     assert is_out_of_memory(error)
 
 
-def test_memory_that_this_machine_does_not_have_raises_such_an_error() -> None:
+def test_oversized_allocation_raises_a_recognised_error() -> None:
     with pytest.raises(RuntimeError) as found:
         torch.empty(1 << 58, dtype=torch.uint8)
     assert is_out_of_memory(found.value)
@@ -198,7 +198,7 @@ def test_memory_that_this_machine_does_not_have_raises_such_an_error() -> None:
 @pytest.mark.parametrize(
     "error", [RuntimeError("size mismatch"), KeyboardInterrupt(), ValueError("memory")]
 )
-def test_other_errors_are_not(error: BaseException) -> None:
+def test_other_errors_are_not_out_of_memory(error: BaseException) -> None:
     assert not is_out_of_memory(error)
 
 
@@ -206,7 +206,7 @@ def test_other_errors_are_not(error: BaseException) -> None:
 
 
 def full_above(tokens: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Memory is full in passes over rows with more tokens in a block than this."""
+    """Simulate full memory in passes over rows with more tokens in a block than this."""
     packed, whole = mechdsl.execute.patching.rows.run_packed, mechdsl.execute.patching.rows.run_full
     raised: Counter[str] = Counter()
 
@@ -249,7 +249,7 @@ PLAIN = tuple(EVERY_PASS)
         pytest.param("CPU", 500, PLAIN, id="plain", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_is_out_of_memory_goes_on_with_smaller_passes(
+def test_out_of_memory_run_continues_with_smaller_passes(
     folder: Path,
     kind: str,
     pass_tokens: int | None,
@@ -270,7 +270,7 @@ def test_a_run_that_is_out_of_memory_goes_on_with_smaller_passes(
 
 
 @pytest.mark.parametrize("kind", ["GPU", "Python"])
-def test_unpatched_runs_that_are_out_of_memory_go_on_with_fewer_prompts(
+def test_out_of_memory_unpatched_run_continues_with_fewer_prompts(
     folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adopted("llama")
@@ -293,7 +293,7 @@ def test_unpatched_runs_that_are_out_of_memory_go_on_with_fewer_prompts(
     assert found.profile.distinct == whole.profile.distinct
 
 
-def test_one_prompt_that_exceeds_memory_ends_the_run(
+def test_single_prompt_that_exceeds_memory_raises(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adopted("llama")
@@ -321,7 +321,7 @@ def kept_values(
     monkeypatch: pytest.MonkeyPatch,
     options: ExecutionOptions | None = None,
 ) -> tuple[Kept, int]:
-    """What a store gets of a run, each value once, and in how many blocks of patched rows."""
+    """The values that a run stores, each once, and the number of blocks of patched rows."""
     values: Kept = {}
     blocks: list[ValueBlock] = []
     keep = OpenRun.keep
@@ -355,10 +355,8 @@ def same_values(one: Kept, other: Kept) -> None:
         np.testing.assert_allclose(values, other[place], atol=1e-4)
 
 
-def test_rows_that_were_tried_again_are_kept_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A pass that memory was too short for has left nothing in the store."""
+def test_retried_rows_are_stored_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that ran out of memory stores nothing."""
     whole, passes = kept_values("whole", folder, monkeypatch)
     raised = full_above(30, FULL["CPU"], monkeypatch)
     halved, more = kept_values("halved", folder, monkeypatch)
@@ -368,7 +366,7 @@ def test_rows_that_were_tried_again_are_kept_once(
 
 
 @pytest.mark.parametrize("error", FULL.values(), ids=list(FULL))
-def test_a_row_that_does_not_fit_alone_raises(
+def test_single_row_that_exceeds_memory_raises(
     folder: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adopted("llama")
@@ -384,7 +382,9 @@ def test_a_row_that_does_not_fit_alone_raises(
         assert "forward" not in module.__dict__, name
 
 
-def test_another_error_is_raised_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_error_in_a_pass_is_raised_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = adopted("llama")
     checked = check_file(TEXT, folder, model)
     raised = full_above(30, RuntimeError("something else"), monkeypatch)
@@ -393,7 +393,7 @@ def test_another_error_is_raised_at_once(folder: Path, monkeypatch: pytest.Monke
     assert raised["times"] == 1
 
 
-# --- a layout that is a function of plan and size -------------------------------------------------
+# --- layout of passes -----------------------------------------------------------------------------
 
 
 def layout(
@@ -417,7 +417,7 @@ def equal(one: Execution, other: Execution) -> None:
         assert a.tobytes() == b.tobytes()
 
 
-def test_neither_clock_nor_memory_changes_the_layout_of_a_given_size(
+def test_layout_of_a_given_size_does_not_depend_on_clock_or_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked = check_file(TEXT, folder, adopted("llama"))
@@ -438,7 +438,7 @@ def test_neither_clock_nor_memory_changes_the_layout_of_a_given_size(
 
 
 @pytest.mark.parametrize("bases", [("clean", "other"), ("other", "clean")])
-def test_passes_come_in_the_order_of_the_file_not_of_addresses(
+def test_passes_run_in_file_order(
     folder: Path, bases: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = "ablate z layer * head * at cue token with zero"
@@ -461,7 +461,7 @@ def test_passes_come_in_the_order_of_the_file_not_of_addresses(
 
 @pytest.fixture
 def every_pass_takes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So the largest is the fastest; and passes are small enough for a few rows to measure them."""
+    """The largest size is the fastest, and passes are small enough to measure with few rows."""
     monkeypatch.setattr(mechdsl.execute.run.panel, "MIN_TRIAL_PASSES", 2)
     monkeypatch.setattr(mechdsl.execute.pass_layout, "PASS_TOKENS", 64)
     monkeypatch.setattr(mechdsl.execute.pass_layout, "MIN_PASS_TOKENS", 32)
@@ -472,7 +472,7 @@ def every_pass_takes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("every_pass_takes_a_second")
-def test_a_size_that_was_measured_gives_the_same_bits_when_it_is_given(folder: Path) -> None:
+def test_measured_size_gives_identical_values_when_given(folder: Path) -> None:
     result, problems = try_file(TEXT, folder, bare("llama"))
     assert result is not None, problems
     assert result.sizes == PassSizes(256, PROMPT_TOKENS, "measured")
@@ -485,10 +485,8 @@ def test_a_size_that_was_measured_gives_the_same_bits_when_it_is_given(folder: P
     assert "up to 256 tokens each, prompts in batches of up to 4,096" in one
 
 
-def test_rows_that_were_measured_are_kept_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What trying sizes has computed is in no value, no file and no count."""
+def test_trial_passes_are_not_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of trial passes are in no value, file or count."""
     checked = check_file(TEXT, folder, adopted("llama"))
     given = execute_file(checked, adopted("llama"), (), ExecutionOptions(pass_tokens=PASS_TOKENS))
     monkeypatch.setattr(mechdsl.execute.run.panel, "MIN_TRIAL_PASSES", 0)
@@ -504,10 +502,8 @@ def test_rows_that_were_measured_are_kept_once(
 
 
 @pytest.mark.usefixtures("every_pass_takes_a_second")
-def test_what_trying_sizes_has_computed_is_not_kept(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The store gets the passes that count, and no others."""
+def test_trial_passes_are_not_stored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store gets only the passes that count."""
     given, _ = kept_values("given", folder, monkeypatch, ExecutionOptions(pass_tokens=PASS_TOKENS))
     monkeypatch.setattr(mechdsl.execute.run.panel, "MIN_TRIAL_PASSES", 0)
     monkeypatch.setattr(mechdsl.execute.pass_layout, "MIN_FILLED_SHARE", 0)
@@ -525,10 +521,10 @@ def test_what_trying_sizes_has_computed_is_not_kept(
 
 
 @pytest.mark.usefixtures("every_pass_takes_a_second")
-def test_a_size_that_memory_is_too_short_for_is_not_chosen(
+def test_pass_size_that_exceeds_memory_is_not_chosen(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third pass is the first one of twice the size. Nothing is halved: none was kept of it."""
+    """The third pass is the first of double size. Nothing is halved, as it stored nothing."""
     values = Patcher.values
     calls = 0
 
@@ -568,7 +564,7 @@ def many_neurons() -> LoadedModel:
 
 @pytest.mark.parametrize("without", [(), ("inert", "share", "join")])
 @pytest.mark.slow
-def test_memory_is_flat_over_a_thousand_cells(folder: Path, without: tuple[str, ...]) -> None:
+def test_memory_is_constant_over_a_thousand_cells(folder: Path, without: tuple[str, ...]) -> None:
     model = many_neurons()
     checked = check_file(MANY, folder, model)
     assert checked.experiments[0].n_cells == 3 * NEURONS * 6 > 1000
@@ -605,10 +601,10 @@ def test_memory_is_flat_over_a_thousand_cells(folder: Path, without: tuple[str, 
         pytest.param(90, 2, marks=pytest.mark.slow),
     ],
 )
-def test_rows_that_are_laid_out_in_parts_are_the_same(
+def test_rows_laid_out_in_parts_have_equal_values(
     folder: Path, rows: int, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """42 cells: a prompt, two or three of them at a time."""
+    """42 cells: one, two or three prompts at a time."""
     model = adopted("llama")
     checked = check_file(TEXT, folder, model)
     whole = execute_file(checked, model)

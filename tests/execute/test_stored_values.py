@@ -1,4 +1,4 @@
-"""Values from the store: equal bit for bit where a run goes on, computed only where they lack."""
+"""Values from the store: bit-identical in resumed runs, and only missing values are computed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = ExecutionOptions(pass_tokens=60, prompt_tokens=60)
 
 
 class Stopped(Exception):
-    """Stands for whatever ends a run."""
+    """Simulates anything that ends a run."""
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def run(
     prompts: str = support.PROMPTS,
     **more: Any,
 ) -> tuple[FileResult | None, ExecutionProfile]:
-    """What a file gives, and what was done for it."""
+    """The result of a file, and the profile of its run."""
     done: list[ExecutionProfile] = []
     how = RunOptions(
         settings=CheckSettings(limit=limit),
@@ -69,13 +69,13 @@ def run(
 
 
 def arrays(result: FileResult) -> dict[str, np.ndarray]:
-    """All values that a result has of prompts."""
+    """All values of prompts in a result."""
     found: dict[str, np.ndarray] = {}
     for each in result.experiments:
         for number, data in enumerate(each.measures):
             name = f"{each.name} {number}"
             found |= {f"{name} patched": data.patched, f"{name} base": data.base}
-            if data.rounding is not None:  # of estimates it isn't known
+            if data.rounding is not None:  # unknown for estimates
                 found[f"{name} rounding"] = data.rounding
             if data.source is not None:
                 found[f"{name} source"] = data.source
@@ -111,7 +111,7 @@ def close(one: FileResult | None, other: FileResult | None) -> None:
 
 
 def stops_after(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
-    """End a run when it has kept so many blocks."""
+    """End a run after it has stored this many blocks."""
     whole, count = OpenRun.keep, [0]
 
     def keep(self: OpenRun, block: Any) -> None:
@@ -124,7 +124,7 @@ def stops_after(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
 
 
 def check_case(family: str, text: str, folder: Path, cut: int) -> None:
-    """A file without a store, with an empty one, once more, on fewer rows first, and cut short."""
+    """Run a file without a store, with an empty one, again, on fewer rows first, interrupted."""
     plain, alone = run(text, folder, family)
     if plain is None:
         return
@@ -148,7 +148,7 @@ def check_case(family: str, text: str, folder: Path, cut: int) -> None:
 
 
 def reads_all_rows(text: str) -> bool:
-    """Whether rules use a direction: what is fitted isn't kept, and tables tell its norm."""
+    """Whether rules use a direction: fits aren't stored, and tables report the norm."""
     used = "\n".join(line for line in text.splitlines() if not line.startswith("direction "))
     return re.search(r"\b(d|by_layer)\b", used) is not None
 
@@ -156,7 +156,7 @@ def reads_all_rows(text: str) -> bool:
 def check_cut(
     family: str, text: str, folder: Path, cut: int, plain: FileResult, passes: int
 ) -> None:
-    """A run that ends after so many blocks, twice, and goes on."""
+    """Interrupt a run twice after some blocks, and resume it."""
     kept_before = 0
     for stop in (cut, 2):
         with pytest.MonkeyPatch.context() as patch, opened(folder / "c") as kept:
@@ -198,10 +198,10 @@ TWICE = f"""experiment e {{
 
 @pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 @pytest.mark.parametrize("experiments", some([1, 2], [1]))
-def test_rows_of_one_content_in_several_passes(
+def test_resumed_rows_with_equal_content_keep_their_bits(
     family: str, experiments: int, tmp_path: Path
 ) -> None:
-    """They differ in their last bits, by what else is in a pass; each keeps its own."""
+    """Their last bits depend on the other rows of the pass; each row keeps its value."""
     kept_ones = TWICE.replace("experiment e", "experiment f").replace(
         "  from", "  keep prob(answer) > 0\n  from"
     )
@@ -274,8 +274,8 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("line", TOGETHER)
-def test_what_is_observed_of_all_rows_is_kept(line: str, tmp_path: Path) -> None:
-    """And told apart: other sites, positions, runs, targets, seeds have other values."""
+def test_observations_over_all_rows_are_stored_by_their_key(line: str, tmp_path: Path) -> None:
+    """Other sites, positions, runs, targets and seeds have other keys."""
     rows = [
         {**row, "cue": cue, "a": f"w{10 + number % 2}", "b": f"w{12 + (number + row_number) % 2}"}
         for row_number, row in enumerate(support.ROWS)
@@ -343,7 +343,7 @@ _SHARED: dict[str, Path] = {}
 
 
 def check_shared(family: str, text: str, folder: Path, store: Path) -> None:
-    """Whatever other files have left in a store, a file gets its own numbers."""
+    """Check that a file gets correct numbers from a store with values of other files."""
     plain, _ = run(text, folder, family)
     if plain is None:
         return

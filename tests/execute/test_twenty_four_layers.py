@@ -61,7 +61,7 @@ def write(model: Any, ids: list[int], layer: int, position: int, vectors: Tensor
     return logits
 
 
-def test_the_shortest_rule_equals_a_loop_of_hooks(folder: Path) -> None:
+def test_patch_sweep_on_24_layers_equals_a_loop_of_hooks(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     families.build("llama", folder / "deep", num_hidden_layers=24)

@@ -1,5 +1,5 @@
-"""Rows that can't differ from the base run, while they write: a rule that changes nothing of the
-prompt may change newest tokens, and a cell draws by itself."""
+"""Inert rows during generation: a rule without effect on the prompt may change new tokens, and
+cells are sampled independently."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ COPIES = {
     "a joined position": "freeze mlp_out layers 0..1 at {subject token, last token}",
     "all tokens": "freeze z layers * heads * at tokens *",
 }
-"""Rules that write what is there, as long as nothing is written behind the prompt."""
+"""Rules that write the current values, as long as no token follows the prompt."""
 
 
 @pytest.mark.parametrize("case", COPIES)
-def test_what_is_equal_at_the_last_token_is_not_at_the_newest(folder: Path, case: str) -> None:
+def test_rules_without_effect_on_the_prompt_change_replies(folder: Path, case: str) -> None:
     rule = COPIES[case]
     found = {mode: ran(folder, SAME, rule, "generate 4", DELTA, mode=mode) for mode in MODES}
     base = texts(found["plain"].replies.runs["clean"])
@@ -55,7 +55,9 @@ def test_what_is_equal_at_the_last_token_is_not_at_the_newest(folder: Path, case
 
 @pytest.mark.parametrize("case", COPIES)
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_it_is_in_the_prefill_alone(folder: Path, case: str, tokens: int) -> None:
+def test_rules_without_effect_in_the_prefill_are_inert(
+    folder: Path, case: str, tokens: int
+) -> None:
     rule = f"{COPIES[case]} during prefill"
     found = ran(folder, SAME, rule, f"generate {tokens}", DELTA)
     assert all(inert(found))
@@ -65,7 +67,7 @@ def test_it_is_in_the_prefill_alone(folder: Path, case: str, tokens: int) -> Non
     assert all(texts(cell) == base for cell in found.replies.cells)
 
 
-def test_a_common_prefix_of_the_prompt_stays_without_effect(folder: Path) -> None:
+def test_patch_in_a_common_prefix_is_inert_during_generation(folder: Path) -> None:
     rule = "patch resid_post layer 1 at first token, last-item token, subject token"
     found = ran(folder, SAME, rule, "generate 4", DELTA)
     assert inert(found) == [True, True, False]
@@ -98,14 +100,14 @@ def test_row_without_effect_has_reply_of_each_draw_of_noise(folder: Path, runs: 
         assert [texts(cell) for cell in result.replies.cells] == wanted, mode
 
 
-def test_keys_and_values_that_are_equal_are_kept_as_they_are(folder: Path) -> None:
+def test_patch_of_equal_cached_keys_is_inert(folder: Path) -> None:
     rule = "patch k layer 1 head * at first token, subject token after prefill"
     found = ran(folder, SAME, rule, "generate 4", DELTA)
     assert inert(found) == [True, False] * 4
 
 
-def test_what_lies_behind_the_measured_token_still_changes_replies(folder: Path) -> None:
-    """The logits in front of it are the base run's, and the reply is another."""
+def test_write_after_the_measured_token_changes_replies(folder: Path) -> None:
+    """Earlier logits equal the base run's, and the reply differs."""
     lines = (SAME, "ablate resid_post layer 1 at token -1 with zero", "generate 4")
     measure = "measure logit(answer) - logit(wrong) at cue token as delta"
     found = ran(folder, *lines, measure)
@@ -114,7 +116,7 @@ def test_what_lies_behind_the_measured_token_still_changes_replies(folder: Path)
 
 
 @pytest.mark.parametrize("rule", ["scale mlp_out layer 1 at last token by 1", COPIES["all tokens"]])
-def test_drawn_replies_are_those_of_the_cell(folder: Path, rule: str) -> None:
+def test_cells_without_effect_sample_separate_replies(folder: Path, rule: str) -> None:
     lines = (SAME, rule, "generate 4 with temperature 3", DELTA)
     found = {mode: ran(folder, *lines, mode=mode, top="seed 5\n") for mode in ("plain", "planned")}
     base = texts(found["plain"].replies.runs["clean"])
@@ -124,12 +126,12 @@ def test_drawn_replies_are_those_of_the_cell(folder: Path, rule: str) -> None:
     assert not any(inert(found["planned"]))
 
 
-def test_an_amount_that_changes_nothing_does_so_at_each_step(folder: Path) -> None:
+def test_amount_without_effect_is_inert_at_each_step(folder: Path) -> None:
     rule = "for c in [1, 2] { scale mlp_out layer 1 at last token by c }"
     assert inert(ran(folder, SAME, rule, "generate 4", DELTA)) == [True, False]
 
 
-# --- rows in common -------------------------------------------------------------------------------
+# --- shared rows ----------------------------------------------------------------------------------
 
 ALIKE = {
     "steps": ("ablate z layer 1 at last token with zero during step 1..3", "… during step 2..3"),
@@ -141,11 +143,11 @@ ALIKE = {
     ),
     "behind the prefill": ("scale k layer 1 at subject token by 9", "… after prefill"),
 }
-"""Two rules that write the same into the prompt."""
+"""Two rules with equal writes in the prompt."""
 
 
 @pytest.mark.parametrize("case", ALIKE)
-def test_rows_that_write_otherwise_later_are_not_shared(folder: Path, case: str) -> None:
+def test_rows_with_different_later_writes_are_not_shared(folder: Path, case: str) -> None:
     first, more = ALIKE[case]
     head, _, tail = more.removeprefix("… ").partition(" ")
     second = f"{first.partition(f' {head} ')[0]} {head} {tail}"
@@ -164,7 +166,7 @@ def test_rows_that_write_otherwise_later_are_not_shared(folder: Path, case: str)
     assert found["a"] != found["b"]
 
 
-def test_lengths_of_replies_are_not_shared(folder: Path) -> None:
+def test_rows_with_different_reply_lengths_are_not_shared(folder: Path) -> None:
     rule = "ablate z layer 1 at last token with zero"
     text = experiment("a", "prompts p", rule, "generate 4", DELTA)
     text += experiment("b", "prompts p", rule, "generate 2", DELTA)
@@ -173,8 +175,8 @@ def test_lengths_of_replies_are_not_shared(folder: Path) -> None:
     assert found["b"].measures[0].base.max() == 2
 
 
-def test_cells_of_other_values_draw_by_themselves(folder: Path) -> None:
-    """Their rules may do the same, and the names of loops don't count."""
+def test_cells_of_different_loop_values_are_sampled_independently(folder: Path) -> None:
+    """Their rules may be equivalent, and names of loop variables don't matter."""
     text = "seed 5\n"
     for name, value in (("i", 1), ("j", 2), ("k", 1)):
         rule = f"scale z layer 1 at last token by {name} / {value}"
@@ -188,7 +190,7 @@ def test_cells_of_other_values_draw_by_themselves(folder: Path) -> None:
     assert found["i"] == found["k"] != found["j"]
 
 
-def test_rows_that_only_replies_measure_need_no_pass_over_prompts(
+def test_measures_of_replies_alone_need_no_pass_over_prompts(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = "for c in [1, 2] { scale resid_post layer 0 at tokens * by c }"

@@ -1,5 +1,5 @@
-"""What a value's key hangs on: every change that may change a number makes new values, and nothing
-that can't does. Each file is run on what all others have left in one store."""
+"""Keys of values: each change that may change a number gives new values, and no other change does.
+Each file runs on a store with the values of all others."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def ran(
     text: str, folder: Path, store: Path | None, family: str = "gpt2", prompts: str = NOISED,
     seed: int = 0, options: RunOptions | None = None,
 ) -> tuple[FileResult, int]:  # fmt: skip
-    """A file's result, and how many rows it has run."""
+    """A file's result, and the number of rows that ran."""
     done: list[int] = []
     options = options or RunOptions()
     how = RunOptions(
@@ -288,7 +288,7 @@ def check_other_values(texts: Sequence[str], folder: Path, family: str, every: b
 @pytest.mark.slow  # the next test runs half of the files, and compares the last one of each kind
 @pytest.mark.parametrize("kind", DIFFERENT)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_other_values_are_computed(kind: str, family: str, tmp_path: Path) -> None:
+def test_changed_files_are_recomputed(kind: str, family: str, tmp_path: Path) -> None:
     check_other_values(DIFFERENT[kind], tmp_path, family, every=True)
 
 
@@ -316,7 +316,7 @@ EQUAL: dict[str, str] = {
 
 
 @pytest.mark.parametrize("change", EQUAL)
-def test_what_changes_no_number_runs_nothing(change: str, tmp_path: Path) -> None:
+def test_changes_without_effect_on_numbers_run_nothing(change: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
     ran(SAME, tmp_path, store)
     found, rows = ran(EQUAL[change], tmp_path, store)
@@ -324,7 +324,7 @@ def test_what_changes_no_number_runs_nothing(change: str, tmp_path: Path) -> Non
     close(ran(EQUAL[change], tmp_path, None)[0], found)
 
 
-def test_one_rule_more_runs_its_cells_only(tmp_path: Path) -> None:
+def test_added_layer_runs_only_its_cells(tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = one("patch resid_post layer 0..1 at last token")
     more = one("patch resid_post layer 0..2 at last token")
@@ -336,7 +336,7 @@ def test_one_rule_more_runs_its_cells_only(tmp_path: Path) -> None:
 
 
 def test_base_run_that_was_a_source_run_gets_its_bounds_of_rounding(tmp_path: Path) -> None:
-    """Of source runs none are asked for."""
+    """Source runs need no bounds."""
     store = tmp_path / "store"
     ran(
         one("patch resid_post layer 1 at subject token", ends="from clean into other"),
@@ -350,7 +350,7 @@ def test_base_run_that_was_a_source_run_gets_its_bounds_of_rounding(tmp_path: Pa
 
 
 @pytest.mark.parametrize("using", ["gradient_input", "integrated_gradients(steps: 2)"])
-def test_one_layer_more_is_estimated_alone(using: str, tmp_path: Path) -> None:
+def test_added_layer_estimates_only_its_cells(using: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = one("patch z layer 0..1 head * at last token", f"using {using}")
     more = one("patch z layer 0..2 head * at last token", f"using {using}")
@@ -361,7 +361,7 @@ def test_one_layer_more_is_estimated_alone(using: str, tmp_path: Path) -> None:
     assert rows == heads * len(ROWS) + 1
 
 
-def test_more_rows_are_the_new_ones(tmp_path: Path) -> None:
+def test_added_rows_run_alone(tmp_path: Path) -> None:
     store = tmp_path / "store"
     few = RunOptions(settings=CheckSettings(limit=3))
     ran(PATCH, tmp_path, store, options=few)
@@ -370,7 +370,7 @@ def test_more_rows_are_the_new_ones(tmp_path: Path) -> None:
     assert rows == 1 + 1  # a row, and the pass over its unpatched runs
 
 
-def test_means_are_over_the_rows_there_are(tmp_path: Path) -> None:
+def test_mean_and_resample_are_recomputed_for_added_rows(tmp_path: Path) -> None:
     store, text = tmp_path / "store", ablated("mean") + ablated("resample").replace(" e ", " r ")
     ran(text, tmp_path, store, options=RunOptions(settings=CheckSettings(limit=3)))
     found, rows = ran(text, tmp_path, store)
@@ -378,7 +378,7 @@ def test_means_are_over_the_rows_there_are(tmp_path: Path) -> None:
     assert rows > len(ROWS)
 
 
-def test_other_weights_seeds_passes_and_data(tmp_path: Path) -> None:
+def test_value_key_depends_on_seed_noise_passes_and_row_content(tmp_path: Path) -> None:
     store = tmp_path / "store"
     text = one("patch resid_post layer 1 at subject token", ends="from clean into noised")
     ran(text, tmp_path, store)
@@ -393,7 +393,7 @@ def test_other_weights_seeds_passes_and_data(tmp_path: Path) -> None:
         found, rows = ran(text, tmp_path, store, **change)  # type: ignore[arg-type]
         assert rows > 0, change
         close(ran(text, tmp_path, None, **change)[0], found)  # type: ignore[arg-type]
-    # The same place in the file, another content.
+    # The same position in the file, with other content.
     changed = [{**row, "subject": "w45 w3"} if n == 1 else row for n, row in enumerate(ROWS)]
     support.write_rows(tmp_path, changed)
     found, rows = ran(text, tmp_path, store)
@@ -406,7 +406,7 @@ def test_other_weights_seeds_passes_and_data(tmp_path: Path) -> None:
     close(ran(text, tmp_path, None)[0], found)
 
 
-def test_python_files(tmp_path: Path) -> None:
+def test_value_key_depends_on_the_code_of_python_functions(tmp_path: Path) -> None:
     store = tmp_path / "store"
     how = RunOptions(settings=CheckSettings(python="run"))
     metric = 'measure python("own.py:read") as raw'
@@ -424,8 +424,8 @@ def test_python_files(tmp_path: Path) -> None:
         assert ran(text, tmp_path, store, options=how)[1] == 0
 
 
-def test_what_a_function_is_given_at_once(tmp_path: Path) -> None:
-    """All rows of its cell, in their order, and nothing of other cells."""
+def test_value_key_of_a_python_rule_depends_on_all_rows_of_its_cell(tmp_path: Path) -> None:
+    """It receives all rows of its cell, in order, and nothing of other cells."""
     store = tmp_path / "store"
     how = RunOptions(settings=CheckSettings(python="run"))
     code = (
@@ -451,8 +451,8 @@ def test_what_a_function_is_given_at_once(tmp_path: Path) -> None:
         close(again, found)
 
 
-def test_the_keys_say_which_row_it_is_and_not_where(tmp_path: Path) -> None:
-    """Rows that are alike are one: another row id, another column that nothing reads."""
+def test_value_key_depends_on_row_content_not_on_row_id(tmp_path: Path) -> None:
+    """Row ids and unread columns aren't part of the key."""
     store = tmp_path / "store"
     ran(PATCH, tmp_path, store)
     support.write_rows(tmp_path, [{**row, "unread": n} for n, row in enumerate(ROWS)])
@@ -460,8 +460,8 @@ def test_the_keys_say_which_row_it_is_and_not_where(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "data.jsonl").read_text("utf-8").splitlines()[1])["unread"] == 1
 
 
-def test_runs_of_another_model(tmp_path: Path) -> None:
-    """The rows of another model's run are its own, though their tokens are the same."""
+def test_value_key_depends_on_the_model_of_the_source_run(tmp_path: Path) -> None:
+    """Rows of another model have other keys, even with equal tokens."""
     support.write_rows(tmp_path)
     lines = ["prompts p", "from tuned into m", "patch resid_post layer 1 at subject token"]
     rules = experiment("e", *lines, DIFFERENCE).replace("  model m\n", "")
@@ -501,8 +501,8 @@ CHANGED: dict[str, tuple[str, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGED)
-def test_a_row_of_other_content(change: str, tmp_path: Path) -> None:
-    """The same place in the file, and all that isn't changed is the same."""
+def test_changed_row_content_is_recomputed(change: str, tmp_path: Path) -> None:
+    """The row has the same position in the file, and all other values are equal."""
     store = tmp_path / "store"
     text, other = CHANGED[change]
     ran(text, tmp_path, store)
@@ -515,14 +515,14 @@ def test_a_row_of_other_content(change: str, tmp_path: Path) -> None:
     close(alone, found)
 
 
-def test_lists_are_told_apart_by_order_length_and_content() -> None:
+def test_number_lists_distinguishes_order_length_and_content() -> None:
     lists = [(), (0,), (1,), (0, 0), (1, 2), (2, 1), (3, 0), (0, 3), (0, 1, 2), (1, 2, 0)]
     found = number_lists(RaggedColumn.of([*lists, *lists]))
     assert len(set(found.tolist())) == len(lists)
     assert found[: len(lists)].tolist() == found[len(lists) :].tolist()
 
 
-def test_numbers_are_mixed_in_order() -> None:
+def test_mix_numbers_depends_on_the_order() -> None:
     some = np.arange(2000, dtype=np.uint64)
     others = some + np.uint64(5000)
     both = np.concatenate(
@@ -531,8 +531,8 @@ def test_numbers_are_mixed_in_order() -> None:
     assert len(np.unique(both)) == len(both)
 
 
-def test_files_of_lenses(tmp_path: Path) -> None:
-    """A tuned lens of other numbers is another one, whatever its file is called."""
+def test_value_key_depends_on_the_content_of_a_lens_file(tmp_path: Path) -> None:
+    """The key of a tuned lens depends on its numbers, not on its file name."""
     store, model = tmp_path / "store", support.bare("gpt2")
     width = model.get_output_embeddings().weight.shape[1]
     line = 'observe tuned_lens("lens.safetensors") resid_post layer 0 at last token'
@@ -608,7 +608,7 @@ NAMED = (
 
 
 def run_named(folder: Path, name: str = "", to: str = "", *, text: str = NAMED) -> tuple[str, int]:
-    """The tables of a file with another name for something, and how many rows it has run."""
+    """The tables of a file with one name replaced, and the number of rows that ran."""
 
     def renamed(part: str) -> str:
         return re.sub(rf"\b{name}\b", to, part) if name else part
@@ -621,13 +621,13 @@ def run_named(folder: Path, name: str = "", to: str = "", *, text: str = NAMED) 
 
 
 def words(text: str) -> list[str]:
-    """Without lines and columns, whose widths change with names, and the order of rows."""
+    """Words without lines, columns (whose widths depend on names) and row order."""
     return sorted(re.findall(r"[^\s─━,]+", text))
 
 
 ORDERED = len(BODIES) - 3
-"""The experiments from this one on depend on the order of rows, which a block's name seeds, or draw
-by the values of a row, with their names."""
+"""Experiments from this one on depend on the row order, which the block's name seeds, or sample by
+the values of a row and their names."""
 OF_ANY_ORDER = NAMED[: NAMED.index(f"experiment e{ORDERED} ")]
 
 

@@ -1,6 +1,6 @@
-"""Walks over the architectures of the tables: `python -m tests.families [NAME…] [--write]`.
+"""Compare the architectures of the tables: `python -m tests.families [NAME…] [--write]`.
 
-Prints a line for each as it goes; `--write` writes what was found to `docs/models.md`.
+Prints a line for each architecture; `--write` writes the results to `docs/models.md`.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def walks(names: Sequence[str]) -> Iterator[Walked]:
-    """In the order of `names`, several at once."""
+    """Results in the order of `names`, computed in parallel."""
     if len(names) == 1:
         prepare()
         yield one(names[0])
@@ -179,7 +179,7 @@ def walks(names: Sequence[str]) -> Iterator[Walked]:
 
 
 def prepare() -> None:
-    """One thread for each process, and nothing of what the library says about its kernels."""
+    """Use one thread per process, and silence the library's messages about kernels."""
     from transformers.utils import logging
 
     torch.set_num_threads(1)
@@ -191,7 +191,7 @@ def one(name: str) -> Walked:
 
 
 def line(walked: Walked, row: Architecture | Refused) -> str:
-    """What is printed about one architecture."""
+    """The printed line of one architecture."""
     if walked.refused:
         said = f"refused: {walked.refused}"
     else:
@@ -270,7 +270,7 @@ def cells(walked: Walked, row: Architecture | Refused) -> tuple[str, ...]:
 
 
 def reason(text: str) -> str:
-    """A message in a cell: without the model's name, which is the same in all of them."""
+    """A message for a cell, without the model's name."""
     return re.sub(r"^`m` (\(\w+\):? ?)?", "", text).replace("|", "\\|").replace("\n", " ")
 
 

@@ -1,4 +1,4 @@
-"""Tiny models from the tables, with weights drawn widely, and what they are run on."""
+"""Tiny models from the tables, with large random weights, and their prompts."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def model(architecture: Architecture, seed: int = 0, **overrides: Any) -> nn.Mod
 
 @torch.no_grad()
 def draw(module: nn.Module, seed: int) -> None:
-    """Weights so wide that every head and neuron matters, and norms that aren't the identity."""
+    """Draw weights large enough for every head and neuron to matter, and non-identity norms."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: torch.Tensor, std: float) -> torch.Tensor:
         return torch.randn(tensor.shape, generator=generator).to(tensor.dtype) * std
 
     for path, part in module.named_modules():
-        if "Sinusoidal" in type(part).__name__:  # some of them have to be rotations
+        if "Sinusoidal" in type(part).__name__:  # some must stay rotations
             continue
         if (table := getattr(part, "tid2eid", None)) is not None:  # a token's experts
             order = torch.rand(len(table), part.num_experts, generator=generator).argsort(1)
             table.copy_(order[:, : table.shape[1]])
         for name, parameter in part.named_parameters(recurse=False):
-            if name in ("A_log", "dt_bias", "D"):  # of state-space layers: made to be stable
+            if name in ("A_log", "dt_bias", "D"):  # of state-space layers, which must stay stable
                 continue
             if not parameter.requires_grad:  # tables of sinusoids
                 continue

@@ -1,4 +1,4 @@
-"""Proves a row of the tables by the reference alone: `python -m tests.families.check_rows NAME…`.
+"""Check rows of the tables by the reference alone: `python -m tests.families.check_rows NAME…`.
 
 Whoever writes a row runs this first: every site comes by, writing a site's own values changes
 nothing, other values do, and the parts of a block add up.
@@ -18,7 +18,7 @@ from .parts import Architecture, Refused
 
 
 def check(architecture: Architecture) -> list[str]:
-    """What doesn't hold, in words."""
+    """Descriptions of all statements of a row that don't hold."""
     module = model(architecture)
     wrong: list[str] = []
     stacks = {"": architecture.main, **architecture.others}

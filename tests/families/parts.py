@@ -1,7 +1,7 @@
-"""How an architecture is built, as its modeling file has it: the schema of the tables beside.
+"""Schema of the tables of architectures, as read from their modeling files.
 
-Nothing of the package is used here: the tables are read off the modeling files by hand, and the
-package's finder has to come to the same.
+Nothing of the package is used here. The tables are written manually from the modeling files, and
+the package's finder must agree with them.
 """
 
 from __future__ import annotations
@@ -15,58 +15,58 @@ Form = Literal["flat", "heads", "heads_first"]
 
 @dataclass(frozen=True)
 class Heads:
-    """Where the vectors of all heads lie: in what a module of the block gives or gets."""
+    """Position of all heads' vectors in the output or input of a module."""
 
     path: str
-    """Within the block."""
+    """Path within the block."""
     heads: int
     width: int
     start: int = 0
     """Feature at which the first head begins."""
     step: int | None = None
-    """Features from one head to the next; None: `width`, heads lie side by side."""
+    """Features from one head to the next; None: `width`, for contiguous heads."""
     group: int = 1
-    """Heads that lie side by side before `step` is taken (Falcon's queries of one key)."""
+    """Number of contiguous heads before each `step` (Falcon's queries of one key)."""
     form: Form = "flat"
     """`flat` is [1, T, features], `heads` is [1, T, heads, width], `heads_first`
     [1, heads, T, width]."""
     again: bool = False
-    """The module is called a second time in each pass, on something else."""
+    """Whether the module is called a second time in each pass, on another input."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """The parts of one block; paths are relative to it. None: the site doesn't exist there."""
+    """The components of one block; paths are relative to it. None: the site doesn't exist."""
 
     attn_norm: str | None = None
     """Module whose input attention reads: mostly the attention module itself."""
     q: Heads | None = None
-    """Behind query norms, before rotary."""
+    """After query norms, before rotary embedding."""
     k: Heads | None = None
     v: Heads | None = None
     output: str | None = None
-    """The linear map that `z` goes into."""
+    """The linear map whose input is `z`."""
     heads: int = 0
     width: int = 0
-    """Of `z`: features of one head."""
+    """Features of one head of `z`."""
     attn_out: str | None = None
-    """Module whose output is added to the stream (the norm behind attention, if there is one)."""
+    """Module whose output is added to the residual stream (the norm after attention, if any)."""
     attn_scale: float | str = 1.0
-    """What it is multiplied with before it is added (Granite), or a parameter of the block that
-    each feature is multiplied with (BEiT)."""
+    """Factor of the output before it is added (Granite), or the block's parameter that multiplies
+    each feature (BEiT)."""
     mixer_norm: str | None = None
-    """As `attn_norm`, `attn_out` for what stands in attention's place in a model with state-space,
-    convolution or recurrent blocks; there attention blocks have these two as well."""
+    """Like `attn_norm` and `attn_out`, for the mixer of state-space, convolution or recurrent
+    blocks. In such a model, attention blocks have these two as well."""
     mixer_out: str | None = None
     mixer_scale: float = 1.0
     middle: str | Literal["sum", "none"] = "sum"
     """The stream between the sublayers: `sum` is resid_pre + attn_out, `none` where both read the
     same stream (parallel) or there is no second sublayer, else the path of the module that returns
-    it (a norm behind the sum, as in BERT)."""
+    it (a norm after the sum, as in BERT)."""
     mlp_norm: str | None = None
     """Module whose input the MLP reads: mostly the MLP itself (`fc1` in OPT)."""
     mlp_hidden: str | None = None
-    """The linear map down that the neurons go into."""
+    """The down projection, whose input is the neurons."""
     mlp_out: str | None = None
     mlp_scale: float | str = 1.0
     experts: str | None = None
@@ -87,11 +87,11 @@ class Stack:
     count: int
     block: Block
     other: Mapping[int, Block] = field(default_factory=dict[int, Block])
-    """Blocks that are built otherwise, by number."""
+    """Blocks with another structure, by number."""
     embed: tuple[str, Literal["in", "out"]] | None = None
     """Module that returns (or gets) the embedded tokens."""
     final_norm: tuple[str, Literal["in", "out"]] | None = None
-    """Module that returns (or gets) what the unembedding reads."""
+    """Module that returns (or gets) the input of the unembedding."""
 
     def at(self, layer: int) -> Block:
         return self.other.get(layer, self.block)
@@ -99,10 +99,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture: how a tiny one is built, and where its parts are."""
+    """One architecture: the config of a tiny model, and the paths of its components."""
 
     name: str
-    """`model_type` of the config, with a suffix behind `/` for a variant of it."""
+    """`model_type` of the config, with a suffix after `/` for a variant."""
     config: Mapping[str, Any]
     """Of a tiny model: two to four layers, at least two heads, different sizes where they may
     differ (heads ≠ key-value heads, head width ≠ width / heads, MLP ≠ 4 × width)."""
@@ -118,13 +118,13 @@ class Architecture:
     note: str = ""
 
     def but(self, name: str, **changes: Any) -> Architecture:
-        """A variant."""
+        """Return a variant with other fields."""
         return replace(self, name=name, **changes)
 
 
 @dataclass(frozen=True)
 class Refused:
-    """An architecture that isn't supported, and why, in a few words for a user."""
+    """An unsupported architecture, with a short reason for the user."""
 
     name: str
     reason: str

@@ -18,7 +18,7 @@ def without(config: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 WIDE = {**without(CONFIG, "head_dim"), "hidden_size": 24}
-"""Where the width of heads is width / heads."""
+"""Config for architectures whose head width is width / heads."""
 
 
 def stack(block: Block, **changes: Any) -> Stack:
@@ -44,7 +44,7 @@ NORMED = replace(
 
 PARALLEL = replace(BLOCK, middle="none")
 
-# --- AFMoE: norms before and behind both sublayers, attention's output is gated before o_proj.
+# --- AFMoE: norms before and after both sublayers, attention's output is gated before o_proj.
 
 AFMOE = Architecture(
     "afmoe",
@@ -63,7 +63,7 @@ AFMOE = Architecture(
     dense_first(replace(NORMED, attn_out="post_attention_layernorm", mlp_out="post_mlp_layernorm")),
 )
 
-# --- Arcee, Apertus, BitNet, CWM, Emu3, DiffLlama: Llama but for details.
+# --- Arcee, Apertus, BitNet, CWM, Emu3, DiffLlama: Llama, except for details.
 
 PLAIN = [
     Architecture("arcee", CONFIG, STACK),
@@ -78,7 +78,7 @@ PLAIN = [
             )
         ),
     ),
-    # Norms stand before o_proj and before down_proj: z and the neurons are what these two read.
+    # Norms before o_proj and down_proj: z and the neurons are the inputs of these two.
     Architecture("bitnet", WIDE, STACK),
     Architecture("cwm", {**CONFIG, "sliding_window": 3, "rope_parameters": ROTARY}, STACK),
     Architecture(
@@ -90,7 +90,7 @@ PLAIN = [
     Architecture("diffllama", CONFIG, stack(replace(BLOCK, heads=2, width=12))),
 ]
 
-# --- Aria's text model: experts in all blocks, their weights lie transposed.
+# --- Aria's text model: experts in all blocks, their weights are transposed.
 
 ARIA = Architecture(
     "aria_text",
@@ -173,13 +173,13 @@ MLA = [
         main=dense_first(mla("q_proj")),
     ),
     Architecture("deepseek_v32", SPARSE, dense_first(mla())),
-    # A norm stands behind the experts, within the module.
+    # There is a norm after the experts, within the module.
     Architecture("axk1", LATENT, dense_first(mla())),
-    # Each head's query is followed by its gate, which z has gone through.
+    # Each head's query is followed by its gate, which already multiplied z.
     Architecture(
         "axk2", {**SPARSE, "gated_norm_rank": 5}, dense_first(mla("q_gate_proj", gate=VALUE))
     ),
-    # Blocks with a sliding window have sizes of their own; a gate for each head before o_proj.
+    # Blocks with a sliding window have other sizes; each head has a gate before o_proj.
     Architecture(
         "dots3_note_text",
         DOTS3,
@@ -305,7 +305,7 @@ BIOGPT = Architecture(
 )
 
 # --- BLOOM: both sublayers add the residual within their modules; each head has query, key, value
-# side by side. The stream begins behind a norm of the embeddings.
+# as neighbours. The residual stream begins after a norm of the embeddings.
 
 BLOOM_BLOCK = Block(
     attn_norm="self_attention",
@@ -440,7 +440,7 @@ COHERES = [
 ]
 
 # --- CTRL: attention gets its input three times (values, keys, queries), so `attn_norm` is no
-# module's input; the embeddings are scaled in place behind their module.
+# module's input; the embeddings are scaled in place after their module.
 
 CTRL = Architecture(
     "ctrl",
@@ -473,7 +473,7 @@ CTRL = Architecture(
 )
 
 # --- DBRX: attention and the norms around it are one module. Queries, keys and values are clipped
-# behind their linear map, so no module returns them.
+# after their linear map, so no module returns them.
 
 DBRX = Architecture(
     "dbrx",
@@ -505,7 +505,7 @@ DBRX = Architecture(
     ),
 )
 
-# --- dots1: norms of queries and keys, experts behind the first block.
+# --- dots1: norms of queries and keys, experts after the first block.
 
 DOTS1 = Architecture(
     "dots1",
@@ -527,7 +527,7 @@ DOTS1 = Architecture(
 )
 
 # --- Doge: the stream is multiplied by a learned vector before each sublayer's output is added. The
-# values make a mask of their own.
+# values also produce a mask.
 
 DOGE_BLOCK = replace(NORMED, middle="none", adds_up=False)
 DOGE = Architecture("doge", {**CONFIG, "keep_window_size": 16}, stack(DOGE_BLOCK))

@@ -1,4 +1,4 @@
-"""GPT, Falcon, Gemma, GLM, Granite, ERNIE, EXAONE and their kin."""
+"""GPT, Falcon, Gemma, GLM, Granite, ERNIE, EXAONE and related models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .parts import Architecture, Block, Heads, Refused, Stack
 LAYERS = 3
 COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS, "pad_token_id": 0}
 
-# Names as in Llama: most families below have them.
+# Llama's names, which most families below have.
 
 CONFIG: dict[str, Any] = {
     **COMMON,
@@ -52,7 +52,7 @@ def stack(block: Block, other: Mapping[int, Block] | None = None, **changes: Any
 
 
 def normed(block: Block, form: Any) -> Block:
-    """With norms behind queries and keys."""
+    """With norms after queries and keys."""
     assert block.q is not None
     assert block.k is not None
     return replace(
@@ -88,14 +88,14 @@ def experts(block: Block, count: int = 4, mlp: str = "mlp") -> Block:
     )
 
 
-# Post-norms: what is added comes out of a norm behind the sublayer.
+# Post-norms: the added output comes from a norm after the sublayer.
 GEMMA_NORMS: dict[str, Any] = {
     "attn_out": "post_attention_layernorm",
     "mlp_out": "post_feedforward_layernorm",
 }
 
 
-# GPT-2 and its kin: one fused map, or three beside each other
+# GPT-2 and related models: one fused map, or three parallel ones
 
 GPT2_CONFIG: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -128,7 +128,7 @@ GPT2_STACK = Stack(
 )
 GPT2 = Architecture("gpt2", GPT2_CONFIG, GPT2_STACK)
 
-# One key-value head by default; without it, each head's query, key and value lie together.
+# One key-value head by default; otherwise each head's query, key and value are contiguous.
 BIGCODE = GPT2.but(
     "gpt_bigcode",
     main=replace(
@@ -198,7 +198,7 @@ GPTJ = Architecture(
     ),
 )
 
-# Query, key and value of each head lie together.
+# Query, key and value of each head are contiguous.
 NEOX_CONFIG: dict[str, Any] = {
     **COMMON,
     "hidden_size": 24,
@@ -233,8 +233,8 @@ NEOX_SEQUENTIAL = NEOX.but(
     config={**NEOX_CONFIG, "use_parallel_residual": False},
     main=replace(NEOX_STACK, block=NEOX_BLOCK),
 )
-# In the last block attention returns a bias besides, which the block adds: no module returns what
-# is added.
+# In the last block, attention also returns a bias, which the block adds, so no module returns the
+# added vector.
 NEOX_JAPANESE = NEOX.but(
     "gpt_neox_japanese",
     config={**NEOX_CONFIG, "intermediate_multiple_size": 2},
@@ -323,8 +323,8 @@ FALCON_MAMBA = Architecture(
     ),
 )
 
-# Attention and a state-space layer stand side by side: what is added is the sum of both, each with
-# a factor of its own, and both read the norm, so no module has the mixer's sites.
+# Attention and a state-space layer are parallel. Both read the norm, and their sum is added, each
+# with a separate factor, so no module has the mixer's sites.
 FALCON_H1 = Architecture(
     "falcon_h1",
     {
@@ -425,8 +425,8 @@ GEMMA4_FULL = full_gemma4(GEMMA4_BLOCK)
 GEMMA4 = Architecture(
     "gemma4_text", GEMMA4_CONFIG, stack(GEMMA4_BLOCK, {0: GEMMA4_FULL, 2: GEMMA4_FULL})
 )
-# A dense MLP and experts beside each other, each with norms of its own before and behind it, and a
-# norm behind the sum.
+# A parallel dense MLP and experts, each with separate norms before and after it, and a norm after
+# the sum.
 GEMMA4_EXPERTS_BLOCK = replace(
     GEMMA4_BLOCK, mlp_norm=None, mlp_hidden=None, experts="experts", n_experts=4
 )
@@ -585,7 +585,7 @@ GRANITE_SHARED = GRANITE_MOE.but(
 )
 GRANITE_UNSHARED = GRANITE_MOE.but("granitemoeshared/unshared")
 
-# In a block stands a state-space layer or attention. Without experts, only the shared MLP is left.
+# Each block has a state-space layer or attention. Without experts, only the shared MLP remains.
 GRANITE_HYBRID_CONFIG = {
     **GRANITE_MOE_CONFIG,
     **SHARED,

@@ -1,4 +1,4 @@
-"""Mistral, Mamba, Llama 4 and what came after them."""
+"""Mistral, Mamba, Llama 4 and later models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def decoder(
     block: Block = BLOCK,
     other: Mapping[int, Block] | None = None,
 ) -> Architecture:
-    """Three blocks (or as many as the config says) with the names of Llama."""
+    """Three blocks (or the config's number) with the names of Llama."""
     config = {**CONFIG, **config}
     count = config["num_hidden_layers"]
     return Architecture(name, config, replace(STACK, count=count, block=block, other=other or {}))
@@ -35,7 +35,7 @@ def moe(block: Block, module: str = "mlp", count: int = EXPERTS) -> Block:
 
 
 def mixer(path: str, module: str = "mlp", down: str | None = "down_proj") -> Block:
-    """A block that has whatever mixes positions at `path`, and an MLP behind it."""
+    """A block with a mixer of positions at `path`, followed by an MLP."""
     hidden = None if down is None else f"{module}.{down}"
     return Block(
         mixer_norm=path, mixer_out=path, mlp_norm=module, mlp_hidden=hidden, mlp_out=module
@@ -100,8 +100,8 @@ JAMBA_CONFIG = {
 }
 JAMBA_MAMBA, JAMBA_ATTENTION = (mixer(path, "feed_forward") for path in ("mamba", "self_attn"))
 
-# Llama 4: experts get tokens that are multiplied with their weights already, one copy per expert.
-# The query norm stands behind rotary.
+# Llama 4: experts get tokens already multiplied by the router's weights, one copy per expert.
+# The query norm comes after the rotary embedding.
 LLAMA4 = replace(
     BLOCK, mlp_norm="feed_forward", mlp_hidden="feed_forward.down_proj", mlp_out="feed_forward"
 )
@@ -158,7 +158,7 @@ LFM2_CONFIG = {
     "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     "tie_word_embeddings": False,
 }
-# LFM3: with norms behind the sublayers (or the identity).
+# LFM3: with norms after the sublayers (or the identity).
 LFM3_CONV, LFM3_ATTENTION = (
     replace(block, mixer_out="post_operator_norm", mlp_out="post_ffn_norm")
     for block in (LFM2_CONV, LFM2_ATTENTION)
@@ -186,7 +186,7 @@ JETMOE = Block(
     mlp_out="mlp",
 )
 
-# ModernBERT: between the last block and the unembedding (`decoder`) stand a norm and `lm_head`.
+# ModernBERT: between the last block and the unembedding (`decoder`) are a norm and `lm_head`.
 MODERNBERT = Block(
     attn_norm="attn",
     q=Heads("attn.q_proj", 4, 6),
@@ -249,7 +249,7 @@ MINIMAX_LINEAR = replace(
 )
 MINIMAX_FULL = replace(MINIMAX_LINEAR, mixer_scale=0.6)
 
-# HyperCLOVA X: norms behind the sublayers (or the identity), and multipliers.
+# HyperCLOVA X: norms after the sublayers (or the identity), and multipliers.
 HYPERCLOVAX = decoder(
     "hyperclovax",
     {
@@ -283,7 +283,7 @@ LAGUNA_ROW = decoder(
     {0: LAGUNA, 1: moe(LAGUNA_TWO)},
 )
 
-# LongCat-Flash: a block has two attention sublayers and two MLPs, beside one mixture of experts
+# LongCat-Flash: a block has two attention sublayers and two MLPs, and one mixture of experts
 # that reads what the first MLP reads and is added at the end.
 LONGCAT = Block(middle="none", adds_up=False)
 LONGCAT_CONFIG = {
@@ -351,8 +351,8 @@ INKLING_CONFIG = {
     "n_routed_experts": EXPERTS,
     "route_scale": 1.5,
 }
-# Inkling 2: every sublayer reads a mean over sums of earlier blocks, and the stream begins anew at
-# some blocks; full attention reads other means for queries, keys and values.
+# Inkling 2: every sublayer reads a mean over sums of earlier blocks, and the stream is reset at
+# some blocks; full attention reads different means for queries, keys and values.
 INKLING2 = moe(
     Block(
         attn_norm="self_attn",
@@ -487,7 +487,7 @@ TABLE: list[Architecture | Refused] = [
     decoder("minimax_m2", {**SIZES, "num_local_experts": EXPERTS}, moe(normed("flat"))),
     # The output projection is square: heads times head width has to be the hidden size.
     decoder("helium", {"hidden_size": 24}),
-    # The query norm stands behind rotary.
+    # The query norm comes after the rotary embedding.
     decoder("hunyuan_v1_dense", {}),
     decoder("hunyuan_v1_moe", {"num_experts": EXPERTS, "moe_topk": 2}, moe(BLOCK)),
     decoder("internlm3", {"qkv_bias": True, "bias": True}),
@@ -543,7 +543,7 @@ TABLE: list[Architecture | Refused] = [
             final_norm=("decoder", "in"),
         ),
     ),
-    # The query norm stands behind rotary; `model.norm` runs before the first block as well.
+    # The query norm comes after rotary; `model.norm` also runs before the first block.
     decoder("nanochat", {"final_logit_softcapping": 3.0}, replace(BLOCK, mlp_hidden="mlp.fc2")),
     NEMOTRON_H,
     # Experts of a latent width.
@@ -616,7 +616,7 @@ TABLE: list[Architecture | Refused] = [
     without_experts(LAGUNA_ROW, "laguna/scaled", moe_routed_scaling_factor=1.5),
     Architecture("longcat_flash", LONGCAT_CONFIG, replace(STACK, count=2, block=LONGCAT)),
     MIMO_ROW,
-    # Values are multiplied behind their projection.
+    # Values are multiplied after their projection.
     MIMO_ROW.but(
         "mimo_v2_flash/scaled",
         config={**MIMO_ROW.config, "attention_value_scale": 0.7},

@@ -12,7 +12,7 @@ from .rows_llama import BLOCK, CONFIG, STACK
 
 
 def three(block: Block, path: str, groups: int, width: int) -> Block:
-    """The block with three linear maps before attention; `{}` in the path stands for q, k, v."""
+    """The block with three linear maps before attention; `{}` in the path is q, k or v."""
     return replace(
         block,
         q=Heads(path.format("q"), 4, width),
@@ -59,7 +59,7 @@ WINDOWS: dict[str, Any] = {"sliding_window": 3, "use_sliding_window": True, "max
 QK = normed(BLOCK, "self_attn.q_norm", "self_attn.k_norm")
 # Norms over all heads together: [1, T, features].
 WHOLE_QK = replace(BLOCK, q=Heads("self_attn.q_norm", 4, 6), k=Heads("self_attn.k_norm", 2, 6))
-# OLMo 2: no norm before a sublayer, one behind it.
+# OLMo 2: no norm before a sublayer, one after it.
 POST = replace(WHOLE_QK, attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
 # An MLP of two linear maps.
 TWO_MAPS = replace(BLOCK, mlp_hidden="mlp.c_proj")
@@ -77,7 +77,7 @@ LLAMA_KIN: list[Architecture | Refused] = [
         stack(normed(EXPERTS, "self_attn.q_norm", "self_attn.k_norm"), {1: QK}),
     ),
     olmo := Architecture("olmo", BIASED, STACK),
-    # Clipped in place behind the maps, so that no module returns them.
+    # Clipped in place after the maps, so that no module returns them.
     olmo.but(
         "olmo/clip", config=config(clip_qkv=1.5), main=stack(replace(BLOCK, q=None, k=None, v=None))
     ),
@@ -170,7 +170,7 @@ PHI_KIN: list[Architecture | Refused] = [
         config={**STABLELM_CONFIG, "use_parallel_residual": True},
         main=stack(replace(STABLELM, middle="none")),
     ),
-    # A norm of its own for each head.
+    # A separate norm for each head.
     stablelm.but(
         "stablelm/qk_layernorm",
         config={**STABLELM_CONFIG, "qk_layernorm": True},
@@ -203,7 +203,7 @@ PHI_KIN: list[Architecture | Refused] = [
     ),
 ]
 
-# Blocks with the two maps of the MLP beside attention: OPT and the decoders of the BART kin ------
+# Blocks with two maps as MLP next to attention: OPT and the decoders of BART-like models ---------
 
 PRE_NORM = replace(
     three(BLOCK, "self_attn.{}_proj", 4, 6),
@@ -212,7 +212,7 @@ PRE_NORM = replace(
     mlp_hidden="fc2",
     mlp_out="fc2",
 )
-# The norms stand behind the sums.
+# The norms come after the sums.
 POST_NORM = replace(PRE_NORM, middle="self_attn_layer_norm")
 
 
@@ -263,7 +263,7 @@ BART_CONFIG: dict[str, Any] = {
 }
 
 # Halves of encoder-decoders by themselves, called without the encoder's output: cross attention is
-# left out. The embedding modules of some scale; in the others the stream is scaled behind them.
+# omitted. Some have scaling embedding modules; others scale the stream after the embedding.
 BART_KIN: list[Architecture | Refused] = [
     Architecture("bart/decoder", BART_CONFIG, decoder(POST_NORM)),
     Architecture("mbart/decoder", BART_CONFIG, decoder(PRE_NORM)),
@@ -382,7 +382,7 @@ XLSTM = Block(
     mlp_out="ffn",
 )
 
-# Qwen 4 carries two streams side by side, [1, T, 2 width]: what a sublayer returns is weighed by
+# Qwen 4 carries two streams, [1, T, 2 width]: the output of a sublayer is weighted by
 # token and stream before it is added.
 QWEN4 = Block(
     mixer_norm="linear_attn",
@@ -436,7 +436,7 @@ HYBRIDS: list[Architecture | Refused] = [
 ]
 
 LATER_HYBRIDS: list[Architecture | Refused] = [
-    # Block 0 norms the stream before all: it goes on from there, not from the block's input.
+    # Block 0 norms the stream first, and adds to the normed stream, not to its input.
     Architecture(
         "rwkv",
         {
@@ -521,7 +521,7 @@ YOUTU = replace(
 )
 
 # ZAYA convolves queries and keys, and its values are halves of two maps, one of them a token late.
-# Both sums scale and shift, feature by feature, the stream and what is added to it.
+# Both sums scale and shift the stream and the added vector, feature by feature.
 ZAYA = Block(
     attn_norm="self_attn",
     q=Heads("self_attn.qk_norm", 4, 8, form="heads"),
@@ -601,7 +601,7 @@ OTHERS: list[Architecture | Refused] = [
     ),
 ]
 
-# OpenAI GPT: norms behind the sums, one map for queries, keys and values.
+# OpenAI GPT: norms after the sums, one map for queries, keys and values.
 GPT_BLOCK = Block(
     attn_norm="attn",
     q=Heads("attn.c_attn", 4, 6),
@@ -662,7 +662,7 @@ UNUSUAL: list[Architecture | Refused] = [
     ),
 ]
 
-# BERT and its kin as causal decoders -----------------------------------------------------------
+# BERT-like models as causal decoders -----------------------------------------------------------
 
 BERT_CONFIG: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -675,7 +675,7 @@ BERT_CONFIG: dict[str, Any] = {
     "type_vocab_size": 2,
     "pad_token_id": 0,
 }
-# Modules `output` add the stream and norm: what is added is what their linear map returns.
+# Modules `output` add the stream and norm it; the added vector is their linear map's output.
 BERT = Block(
     attn_norm="attention.self",
     q=Heads("attention.self.query", 4, 6),
@@ -708,7 +708,7 @@ NARROW = {**BERT_CONFIG, "embedding_size": 14}
 BERT_KIN: list[Architecture | Refused] = [
     Architecture("bert/decoder", BERT_CONFIG, bert("bert", CLS)),
     Architecture("roberta/decoder", BERT_CONFIG, bert("roberta", "lm_head.decoder")),
-    # A linear map stands between the embedding and the blocks, another before the unembedding.
+    # There are linear maps between the embedding and the blocks and before the unembedding.
     Architecture("electra/decoder", NARROW, bert("electra", "generator_lm_head")),
     Architecture("camembert/decoder", BERT_CONFIG, bert("roberta", "lm_head.decoder")),
     Architecture("xlm-roberta/decoder", BERT_CONFIG, bert("roberta", "lm_head.decoder")),

@@ -1,4 +1,4 @@
-"""Text encoders: BERT and what came of it, with their masked-language heads or bare."""
+"""Text encoders: BERT and its successors, with masked-language heads or bare."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": 0,
 }
 WIDE = {**CONFIG, "hidden_size": 20, "head_dim": 6}
-"""Heads wider than their share of the stream."""
+"""Config with heads wider than width / heads."""
 SMALL = {**CONFIG, "embedding_size": 14}
-"""Where a linear map widens the embeddings before the first block."""
+"""Config with narrow embeddings that a linear map widens before the first block."""
 
 
 def block(query: str, key: str, value: str, **parts: Any) -> Block:
@@ -54,7 +54,7 @@ def stack(
     return Stack(base + blocks, block=one, **(made | changes))
 
 
-# LN(x + attention), LN(x + MLP); what is added is what the two linear maps return.
+# LN(x + attention), LN(x + MLP); the added vectors are the outputs of the two linear maps.
 POST = block(
     "attention.self.query",
     "attention.self.key",
@@ -140,7 +140,7 @@ DEBERTA_3 = replace(
 YOSO = replace(POST, q=None, k=None)
 # What the projection reads: the heads of attention, then as many of a convolution.
 CONVBERT = replace(POST, q=None, k=None, v=None, output=None)
-# The text encoders of CLIP and its like.
+# The text encoders of CLIP-like models.
 CLIP = block(
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -160,7 +160,7 @@ FNET = Block(
     mlp_hidden="output.dense",
     mlp_out="output.dense",
 )
-# Norms over all heads behind the maps of queries and keys; both sublayers are scaled.
+# Norms over all heads after the maps of queries and keys; both sublayers are scaled.
 ESMC_SCALE = 1 / math.sqrt(2 / 36)
 ESMC = replace(
     ROTARY,
@@ -171,7 +171,7 @@ ESMC = replace(
     mlp_scale=ESMC_SCALE,
 )
 # The first and the last layer with full attention add a second embedding of the tokens to their
-# values; the projection is behind a gate, in a module of its own; both sublayers are scaled.
+# values; the projection follows a gate, in a separate module; both sublayers are scaled.
 NEO = Block(
     attn_norm="self_attn",
     q=Heads("self_attn.q_norm", 4, 8, form="heads_first"),
@@ -254,7 +254,7 @@ TABLE: list[Architecture | Refused] = [
     ROBERTA.but("camembert"),
     ROBERTA.but("xlm-roberta"),
     ROBERTA.but("data2vec-text", main=stack("data2vec_text", POST, "lm_head.decoder")),
-    # Pre-norm, with a norm behind all blocks.
+    # Pre-norm, with a norm after all blocks.
     ROBERTA.but("xlm-roberta-xl", main=stack("roberta", PRE, "lm_head.decoder")),
     ROBERTA.but(
         "roberta-prelayernorm",
@@ -293,7 +293,7 @@ TABLE: list[Architecture | Refused] = [
         main=CLIP_STACK,
     ),
     bert("siglip_text_model", build="SiglipTextModel", main=CLIP_STACK),
-    # Adapters of languages add to the stream behind the MLP; the norm behind them ends the block.
+    # Language adapters add to the stream after the MLP; the norm after them ends the block.
     bert(
         "xmod",
         config={**CONFIG, "languages": ["en", "de"], "default_language": "de"},
@@ -339,7 +339,7 @@ TABLE: list[Architecture | Refused] = [
         config={**DEBERTA_V2.config, "share_att_key": True},
         main=stack("deberta", DEBERTA_3),
     ),
-    # A convolution besides the first block: what the second gets isn't what the first returns.
+    # A convolution next to the first block: the second block's input isn't the first's output.
     DEBERTA_V2.but("deberta-v2/conv", config={**DEBERTA_V2.config, "conv_kernel_size": 3}),
     MODERNBERT,
     MODERNBERT.but(
@@ -417,7 +417,7 @@ TABLE: list[Architecture | Refused] = [
         ),
     ),
     bert("fnet", main=stack("fnet", FNET)),
-    # In float: its linear maps are a class of their own and return pairs.
+    # Unquantized; its linear maps are of a separate class and return pairs.
     bert("ibert", main=stack("ibert", POST, "lm_head.decoder")),
     # As many landmarks as tokens: ordinary attention, and a convolution over values.
     bert(

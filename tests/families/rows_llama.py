@@ -1,4 +1,4 @@
-"""Llama and its nearest kin."""
+"""Llama and the most similar models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoder-decoders: T5 and kin, BART and kin, speech-to-text models."""
+"""Encoder-decoders: T5-like and BART-like models, speech-to-text models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .build import VOCABULARY
 from .parts import Architecture, Block, Heads, Refused, Stack
 
 # `main` is the decoder with its self-attention, `cross` the decoder's blocks once more with cross
-# attention alone: its keys and values are at the encoder's positions. Between the two lies
+# attention alone: its keys and values are at the encoder's positions. Between the two is
 # `resid_mid` of the decoder, so that resid_post is resid_pre + attn_out + cross attn_out + mlp_out.
 
 
@@ -21,7 +21,7 @@ def attention(
     kv_heads: int | None = None,
     names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "out_proj"),
 ) -> Block:
-    """The attention module at `path`, and nothing else."""
+    """A block with only the attention module at `path`."""
     q, k, v, output = (f"{path}.{name}" for name in names)
     return Block(
         attn_norm=path,
@@ -38,7 +38,7 @@ def attention(
 
 
 def with_mlp(block: Block, path: str, *, down: str = "", middle: str = "sum") -> Block:
-    """The attention with the stream around it and the MLP behind: one module, `down` in it."""
+    """Attention that adds the residual, followed by the MLP: one module, with `down` in it."""
     return replace(
         block,
         middle=middle,
@@ -49,7 +49,7 @@ def with_mlp(block: Block, path: str, *, down: str = "", middle: str = "sum") ->
     )
 
 
-# --- T5: sublayers that add the residual themselves lie in `layer`; the module in them does not ---
+# --- T5: sublayers in `layer` add the residual; the modules inside them don't ---------------------
 
 T5: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -122,7 +122,7 @@ def sparse(stack: Stack, layer: int) -> Stack:
     return replace(stack, other={layer: replace(stack.block, mlp_hidden=None)})
 
 
-# --- T5Gemma: Gemma's blocks, norms before and behind every sublayer ------------------------------
+# --- T5Gemma: Gemma's blocks, norms before and after every sublayer -------------------------------
 
 GEMMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -228,7 +228,7 @@ T5GEMMA2 = T5GEMMA.but(
     },
 )
 
-# --- BART and kin: blocks are pre-norm (mBART) or post-norm (BART), the MLP is `fc1` and `fc2` ----
+# --- BART-like: blocks are pre-norm (mBART) or post-norm (BART), the MLP is `fc1` and `fc2` -------
 
 BART: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -268,7 +268,7 @@ def bart(
     build: str = "AutoModelForSeq2SeqLM",
     **config: Any,
 ) -> Architecture:
-    """`norm`: the one behind the encoder's blocks; pre-norm encoders have one."""
+    """`norm`: the norm after the encoder's blocks, which pre-norm encoders have."""
     end = f"{root}.encoder.layers.1" if post else f"{root}.encoder.{norm}"
     return Architecture(
         name,
@@ -304,7 +304,7 @@ def encoder_with(row: Architecture, **changes: Any) -> Architecture:
 
 
 def inner(module: str) -> tuple[str, str, str, str]:
-    """Names of the maps where queries, keys and values are in a module of their own."""
+    """Names of the maps if queries, keys and values are in a separate module."""
     return f"{module}.query", f"{module}.key", f"{module}.value", "output"
 
 
@@ -325,7 +325,7 @@ LED = without_encoder(
     )
 )
 PEGASUS_X = without_encoder(bart("pegasus_x", num_global_tokens=3, block_size=4))
-# BigBird-PEGASUS: `layernorm_embedding` is the norm behind the blocks.
+# BigBird-PEGASUS: `layernorm_embedding` is the norm after the blocks.
 BIG_BIRD = encoder_with(
     bart(
         "bigbird_pegasus",
@@ -357,7 +357,7 @@ NLLB = replace(
     others={"encoder": sparse(NLLB_ENCODER, 1), "cross": NLLB_CROSS},
 )
 
-# --- Speech: the encoder's stream begins behind convolutions, which no module returns as it is ----
+# --- Speech: the encoder's stream begins after convolutions, and no module returns it -------------
 
 AUDIO: dict[str, Any] = {"max_source_positions": 9, "max_target_positions": 64}
 
@@ -412,7 +412,7 @@ MOONSHINE = Architecture(
 
 TABLE = [
     T5_ROW,
-    # This switch also tells T5 v1.1, which doesn't scale what its unembedding reads.
+    # This setting also selects T5 v1.1, which doesn't scale the unembedding's input.
     T5_ROW.but("t5/gated", config={**GATED, "tie_word_embeddings": False}),
     T5_ROW.but("mt5", config=GATED),
     T5_ROW.but("umt5", config=GATED),

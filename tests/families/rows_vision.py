@@ -1,4 +1,4 @@
-"""Vision encoders: `embed` is what the patches, class tokens and positions add up to."""
+"""Vision encoders: `embed` is the sum of patches, class tokens and positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG: dict[str, Any] = {
 }
 LABELS = {"num_labels": 7}
 WIDE = {**CONFIG, "hidden_size": 20, "head_dim": 6}
-"""Heads wider than their share of the stream."""
+"""Config with heads wider than width / heads."""
 DINO_CONFIG = {**WIDE, "mlp_ratio": 2, "layerscale_value": 0.7}
 
 VIT = Block(
@@ -174,7 +174,7 @@ TABLE: list[Architecture | Refused] = [
         stack("", DINO, None, "encoder.layer"),
         {**DINO_CONFIG, "mlp_ratio": 1.5, "max_img_size": 16, "num_registers": 2},
     ),
-    # The first block reads what the embeddings return behind a norm.
+    # The first block reads the normed embeddings.
     bare("clip_vision_model", CLIP_STACK),
     bare("clip_vision_model/class", CLIP_STACK, build="CLIPVisionModel"),
     classifier("clip", stack("vision_model", CLIP, None, "encoder.layers"), CLIP_CONFIG),
@@ -186,7 +186,7 @@ TABLE: list[Architecture | Refused] = [
         "siglip", stack("vision_model", CLIP, "post_layernorm", "encoder.layers"), SIGLIP_CONFIG
     ),
     bare("aimv2_vision_model", stack("", AIM, "rms_norm", "encoder.layers")),
-    # The last norm is called twice: on all tokens, then on what it made of the class token.
+    # The last norm is called twice: on all tokens, then on its output for the class token.
     bare("blip_vision_model", stack("", BLIP, None, "encoder.layers"), build="BlipVisionModel"),
     *pair(
         "data2vec-vision", "data2vec_vision", scaled(DATA2VEC), BEIT_CONFIG, blocks="encoder.layer"
@@ -198,7 +198,7 @@ TABLE: list[Architecture | Refused] = [
     ),
     *pair("beit", "beit", scaled(VIT), BEIT_CONFIG),
     classifier("beit/unscaled", stack("beit", VIT), UNSCALED),
-    # The norm is behind the average of the patches then.
+    # The norm is then after the average of the patches.
     bare("beit/average", stack("", scaled(VIT), None), {**BEIT_CONFIG, "use_mean_pooling": True}),
     Refused("convnext", "it has no attention, and its stages differ in width"),
     Refused("resnet", "it has no attention, and its stages differ in width"),

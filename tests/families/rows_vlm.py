@@ -14,10 +14,10 @@ from .parts import Architecture, Block, Heads, Stack
 from .rows_b import GEMMA4
 from .rows_seq2seq import GEMMA, O_PROJ, attention, with_mlp
 
-# --- What the models are called with --------------------------------------------------------------
+# --- Inputs of the models -------------------------------------------------------------------------
 
 IMAGE = 55
-"""The token that stands for a part of the image; prompts have no other tokens above 52."""
+"""The image token; prompts have no other tokens above 52."""
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,26 @@ class Picture:
     """The image in a prompt."""
 
     shape: tuple[int, ...]
-    """Of `pixel_values`."""
+    """Shape of `pixel_values`."""
     tokens: int
-    """How many tokens it takes up."""
+    """Number of tokens of the image."""
     mask: str = ""
-    """What the model calls its mask of the image's tokens, where it needs one."""
+    """Name of the model's mask of image tokens, if it needs one."""
     prefix: bool = False
-    """The mask is 0 for every token: without it, PaliGemma's attention sees later tokens where
-    nothing is padded, and doesn't where something is."""
+    """Whether the mask is 0 for every token. Without it, PaliGemma attends to later tokens if
+    nothing is padded, and not otherwise."""
     also: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What else it is called with."""
+    """Further arguments of the model."""
 
 
 PICTURES: dict[str, Picture] = {}
-"""By the architecture's name."""
+"""Images by the architecture's name."""
 
 
 def with_picture(
     architecture: Architecture, tokens: tuple[int, ...], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """A prompt with an image behind its second token."""
+    """A prompt with an image after its second token."""
     picture = PICTURES[architecture.name]
     row = [*tokens[:2], *[IMAGE] * picture.tokens, *tokens[2:]]
     prompt = {
@@ -122,7 +122,7 @@ def normed(block: Block, form: Any) -> Block:
 def language(
     block: Block = LLAMA, path: str = "model.language_model", head: str = "lm_head", **changes: Any
 ) -> Stack:
-    """`embed` is what the language model is given: the image's parts are put in before."""
+    """`embed` is the language model's input, which already has the image embeddings."""
     main = Stack(
         blocks=f"{path}.layers",
         count=3,
@@ -144,7 +144,7 @@ def row(
     others: dict[str, Stack],
     **changes: Any,
 ) -> None:
-    """Adds a row, and its picture."""
+    """Add a row and its image."""
     PICTURES[name] = picture
     made = Architecture(
         name,
@@ -159,7 +159,7 @@ def row(
 
 PLAIN = Picture((1, 3, SIDE, SIDE), 4)
 
-# LLaVA takes the output of the last block, without the norm behind it, and without the class token.
+# LLaVA uses the output of the last block, without the norm after it and without the class token.
 LLAVA: dict[str, Any] = {
     "text_config": {**TEXT, "model_type": "llama"},
     "vision_config": CLIP,
@@ -366,7 +366,7 @@ row(
         embed=("model.visual.patch_embed", "out"),
     ),
 )
-# What the first image blocks return is added to the stream of text, behind its first blocks.
+# Outputs of the first image blocks are added to the text stream, after its first blocks.
 QWEN3_VISION = {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
 QWEN3_BLOCKS = vision(
     "model.visual.blocks",
@@ -486,7 +486,7 @@ row(
     tower(normed=True),
 )
 
-# LLaVA-NeXT: a batch of tiles, a token behind each row of them.
+# LLaVA-NeXT: a batch of tiles, with a token after each row of tiles.
 TILES = Picture((1, 3, 3, SIDE, SIDE), 14, also={"image_sizes": [[SIDE, BIG]]})
 row(
     "llava_next",
@@ -539,7 +539,7 @@ row(
 )
 
 # Llama 4: experts get every token, multiplied by the router's weight: not (tokens, indices,
-# weights). `qk_norm` comes behind rotary, one module for queries and keys.
+# weights). `qk_norm` comes after rotary, one module for queries and keys.
 LLAMA4 = with_mlp(
     attention("self_attn", 4, 6, kv_heads=2, names=O_PROJ), "feed_forward", down="down_proj"
 )
@@ -588,7 +588,7 @@ row(
 
 # --- And others -----------------------------------------------------------------------------------
 
-# GLM-4V: norms before and behind sublayers; each of the text's MLPs has its gate in the same map.
+# GLM-4V: norms before and after sublayers; each MLP of the text has its gate in the same map.
 row(
     "glm4v",
     {
@@ -610,7 +610,7 @@ row(
     ),
 )
 
-# Idefics 2: learned vectors read the image in a stack of its own between image encoder and text.
+# Idefics 2: learned vectors read the image in a separate stack between image encoder and text.
 row(
     "idefics2",
     {

@@ -10,7 +10,7 @@ from .parts import Architecture, Refused
 
 
 def every() -> list[Architecture | Refused]:
-    """Rows of all modules `rows_…` beside this one."""
+    """Rows of all modules `rows_…` of this package."""
     found: list[Architecture | Refused] = []
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if info.name.startswith("rows_"):

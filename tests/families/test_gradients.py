@@ -1,6 +1,6 @@
 # pyright: reportPrivateUsage=false
-"""Gradients at all sites of an architecture in one pass, on padded prompts, against plain autograd
-by one site on each prompt alone."""
+"""Gradients at all sites of an architecture in one pass over padded prompts, compared with plain
+autograd at one site on each prompt alone."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .parts import Architecture
 ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
 QUICK = ("gpt2", "mamba", "beit")
 SINGLE = ("inkling2_text", "xglm")
-"""Those that compute in 32 bits alone."""
+"""Architectures that compute only in float32."""
 IN_PLACE = ("rwkv",)
-"""A prompt alone changes its state in place, so that autograd refuses some sites."""
+"""Architectures that modify their state in place, which autograd rejects at some sites."""
 
 
 class Taken(hooks.Session):
-    """What stands at one site, as what the output is differentiated by."""
+    """A session that makes the value at one site a leaf for differentiation."""
 
     leaf: Tensor
 
@@ -48,13 +48,13 @@ def sites(model: LoadedModel, by_hand: Any) -> list[walk.Spot]:
 
 
 def whole(weights: Tensor, output: Tensor, mask: Tensor) -> Tensor:
-    """The sum of outputs times weights, of real tokens."""
+    """The sum of outputs times weights, over real tokens."""
     product = output * weights
     return (product[mask] if product.shape[:2] == mask.shape else product).sum()
 
 
 @pytest.mark.parametrize("name", some(sorted(set(ROWS) - {*IN_PLACE}), QUICK))
-def test_gradients_of_all_sites(name: str) -> None:
+def test_gradients_at_all_sites_equal_autograd(name: str) -> None:
     row, dtype = ROWS[name], torch.float32 if name in SINGLE else torch.float64
     by_hand = walk._ByHand(row, dtype)
     by_hand.module.requires_grad_(False)

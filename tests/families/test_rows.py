@@ -1,4 +1,4 @@
-"""The tables against the models alone: what a row says is where it says, and is all there is."""
+"""The tables of architectures, checked against the models by the reference alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ QUICK = ("gpt2", "gemma3_text", "mixtral", "bert", "t5", "llava")
 
 
 @pytest.mark.parametrize("name", some(ROWS, QUICK))
-def test_a_row_holds(name: str) -> None:
+def test_architecture_row_matches_its_model(name: str) -> None:
     assert check(ROWS[name]) == []
 
 
-def test_no_name_is_in_the_tables_twice() -> None:
+def test_architecture_names_are_unique() -> None:
     counts = Counter(row.name for row in tables.every())
     assert [name for name, count in counts.items() if count > 1] == []

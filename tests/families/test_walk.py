@@ -1,4 +1,4 @@
-"""Every architecture of the tables against the reference, and walks that have to fail."""
+"""Every architecture of the tables compared with the reference, and comparisons that must fail."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from .walk import KINDS, SMALLEST, Walked, kind, walk
 ROWS = {row.name: row for row in tables.every()}
 QUICK = ("gpt2", "mamba", "bert", "t5", "llava")
 LEAST: dict[str, int] = dict(zip(KINDS, (60, 8, 3, 6, 4), strict=True))
-"""Architectures of each kind that there have to be, variants not counted."""
+"""Minimum number of architectures of each kind, without variants."""
 
 REFUSED: dict[str, str] = dict.fromkeys(
     ("convbert", "fnet", "nystromformer", "yoso"), "padding changes its output"
 )
-"""Architectures that are in the tables with all their sites and that the package doesn't take, and
-what it says of them."""
+"""Architectures that are in the tables with all sites but that the package rejects, with part of
+its message."""
 
 
 @cache
 def recorded() -> dict[str, list[str]]:
-    """Name → cells of its row in `docs/models.md`."""
+    """Cells of the row in `docs/models.md`, by name."""
     text = PAGE.read_text(encoding="utf-8")
     rows = [re.split(r"(?<!\\) \| ", line[2:-2]) for line in text.splitlines() if line[:3] == "| `"]
     return {row[0].strip("`"): row for row in rows}
 
 
 @pytest.mark.parametrize("name", some(ROWS, QUICK))
-def test_every_site_is_as_by_hand_and_on_the_page(name: str) -> None:
-    """The page says which sites there are, whether rows can start in the middle, and why a model is
-    refused."""
+def test_every_site_of_an_architecture_equals_hooks_and_is_documented(name: str) -> None:
+    """The page lists the sites, whether rows can start in the middle, and why a model is
+    rejected."""
     prepare()
     found, page = walk(ROWS[name]), recorded()[name]
     if found.refused:
@@ -66,7 +66,7 @@ def test_page_lists_layouts_of_image_tokens() -> None:
     assert image_tokens() in PAGE.read_text(encoding="utf-8")
 
 
-def test_there_are_enough_of_each_kind() -> None:
+def test_enough_architectures_of_each_kind_are_supported() -> None:
     page = recorded()
     assert set(page) == set(ROWS)
     taken = {
@@ -79,12 +79,12 @@ def test_there_are_enough_of_each_kind() -> None:
     assert set(counts) == set(KINDS)
 
 
-def test_all_that_is_refused_is_in_the_tables() -> None:
+def test_rejected_architectures_are_in_the_tables() -> None:
     assert set(REFUSED) <= set(ROWS)
     assert not any(isinstance(ROWS[name], Refused) for name in REFUSED)
 
 
-# --- the walk fails when it should ----------------------------------------------------------------
+# --- detected faults ------------------------------------------------------------------------------
 
 
 def row(name: str) -> Architecture:
@@ -94,12 +94,12 @@ def row(name: str) -> Architecture:
 
 
 def broken(row: Architecture, change: Callable[[LoadedModel], LoadedModel] | None = None) -> Walked:
-    """A walk that has to notice more than rounding."""
+    """Compare an architecture with a fault that exceeds rounding."""
     return walk(row, change, finer=False)
 
 
 def retapped(model: LoadedModel, **taps: Callable[[Any], HookPoint]) -> LoadedModel:
-    """The model with other taps: site → tap, made of the block's anatomy."""
+    """The model with other taps; each function makes a site's tap from the block's taps."""
     blocks = [
         block.with_taps(**{site: make(block.taps) for site, make in taps.items()})
         for block in model.anatomy.blocks
@@ -107,14 +107,14 @@ def retapped(model: LoadedModel, **taps: Callable[[Any], HookPoint]) -> LoadedMo
     return replace(model, anatomy=replace(model.anatomy, blocks=tuple(blocks)))
 
 
-def test_keys_taken_for_values() -> None:
+def test_walk_detects_keys_taken_for_values() -> None:
     found = broken(row("llama"), lambda model: retapped(model, v=lambda taps: taps["k"]))
     assert not found.agrees
     assert any(" v " in text and "off by" in text for text in found.wrong())
 
 
-def test_heads_in_another_order() -> None:
-    """The layout of the third head begins where the first one's does."""
+def test_walk_detects_shifted_heads() -> None:
+    """The offset of all heads is wrong by one feature."""
 
     def shifted(taps: Any) -> HookPoint:
         q = taps["q"]
@@ -124,7 +124,7 @@ def test_heads_in_another_order() -> None:
     assert any(" q " in text and "off by" in text for text in found.wrong())
 
 
-def test_a_tap_that_is_not_there() -> None:
+def test_walk_reports_a_tap_at_a_missing_module() -> None:
     def lost(taps: Any) -> HookPoint:
         return replace(taps["z"], path="nowhere")
 
@@ -132,7 +132,7 @@ def test_a_tap_that_is_not_there() -> None:
     assert any("reading z 1" in text for text in found.wrong())
 
 
-def test_a_reference_that_writes_one_position_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walk_detects_a_reference_with_shifted_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     side_by_side = hooks.side_by_side
 
     def before(
@@ -153,13 +153,13 @@ def test_a_reference_that_writes_one_position_before(monkeypatch: pytest.MonkeyP
     assert not broken(row("gpt2")).agrees
 
 
-def test_padding_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walk_detects_ignored_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Batch, "columns", lambda self, rows, positions: positions)
     assert not broken(row("gpt2")).agrees
 
 
-def test_rows_that_start_in_the_middle_with_other_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole passes agree, packed rows don't."""
+def test_walk_detects_wrong_values_in_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full passes agree, packed rows don't."""
 
     def louder(*args: Any, writes: Sequence[SiteWrite], **more: Any) -> PackedResult:
         writes = [replace(write, values=write.values * 1.01) for write in writes]
@@ -171,7 +171,7 @@ def test_rows_that_start_in_the_middle_with_other_values(monkeypatch: pytest.Mon
     assert "packed" in found.where
 
 
-def test_sites_that_only_one_side_knows_are_listed() -> None:
+def test_walk_lists_missing_and_extra_sites() -> None:
     full = row("gpt2")
     less = replace(full, main=replace(full.main, block=replace(full.main.block, q=None)))
     assert {str(spot) for spot in broken(less).extra} == {
@@ -195,11 +195,11 @@ def test_sites_that_only_one_side_knows_are_listed() -> None:
         Walked("a", KINDS[0], problems=["it broke"]),
     ],
 )
-def test_what_is_wrong_is_said(found: Walked) -> None:
+def test_each_defect_of_a_walk_is_reported(found: Walked) -> None:
     assert found.wrong()
 
 
-def test_a_number_that_is_none_is_a_difference() -> None:
+def test_nan_in_a_walk_counts_as_a_difference() -> None:
     found = Walked("a", KINDS[0])
     found.compare("here", float("nan"))
     found.compare_effect("there", float("nan"))

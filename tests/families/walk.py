@@ -1,7 +1,7 @@
-"""Every site that the package offers on an architecture, held to the reference.
+"""Compare every site that the package offers on an architecture with the reference.
 
 The package gets ragged prompts in one padded batch (`plain`), or rows that compute only what
-changes (`packed`); the reference gets each prompt alone, and reads what it writes itself.
+changes (`packed`); the reference gets each prompt alone, and reads its source values itself.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from .build import VOCABULARY, model
 from .parts import Architecture, Refused
 
 DIFFERENCE = 1e-4
-"""Allowed for outputs and reads, relative to the largest output, at least to 1."""
+"""Tolerance of outputs and reads, relative to the largest output or to 1."""
 EFFECT_ERROR = 1e-3
-"""Allowed for the effect of a write, relative to the effect."""
+"""Tolerance of the effect of a write, relative to the effect."""
 FLAT = 1e-2
-"""Effects below this count as this: relative to nothing, any error is large."""
+"""Smaller effects count as this size, so that relative errors stay finite."""
 SMALLEST = 1e-3
-"""A site whose writes change the output by less proves nothing: they may as well be lost."""
+"""Minimum effect of writes at a site; smaller ones can't be distinguished from lost writes."""
 NOISE = 1e-2
-"""In float32 no comparison may be off by more, also where float64 shows that it is noise."""
+"""Maximum difference in float32, even where float64 shows that it is rounding."""
 PROMPTS = 3
 OWN = ("families/walk.py", "families/hooks.py")
 
@@ -57,7 +57,7 @@ KINDS = (
 
 
 def kind(row: Architecture) -> str:
-    """What an architecture is, one of `KINDS`."""
+    """The kind of an architecture, one of `KINDS`."""
     match row.takes:
         case "text":
             return KINDS[0 if row.build == "AutoModelForCausalLM" else 1]
@@ -71,7 +71,7 @@ def kind(row: Architecture) -> str:
 
 @dataclass(frozen=True)
 class Spot:
-    """A site of one layer (0 where it has none) of one stack."""
+    """A site of one layer (0 for sites without a layer) of one stack."""
 
     stack: str
     site: str
@@ -89,26 +89,26 @@ class Spot:
 
 @dataclass
 class Walked:
-    """What a walk over one architecture found."""
+    """The result of comparing one architecture."""
 
     name: str
     kind: str
     refused: str = ""
-    """Why the package doesn't take the model; everything below is empty then."""
+    """Why the package rejects the model; all fields below are then empty."""
     checks: int = 0
-    """Passed while it was loaded."""
+    """Number of self-checks passed on load."""
     whole: str = ""
-    """Why its rows are whole passes; empty where the planner's passes apply."""
+    """Why its rows are full passes; empty if packed passes apply."""
     opened: bool = False
-    """Its attention can be opened, so that it has the sites within attention and edges."""
+    """Whether sites inside attention and edges are available."""
     missing: list[Spot] = field(default_factory=list[Spot])
     """Sites of the row that the package doesn't offer."""
     extra: list[Spot] = field(default_factory=list[Spot])
-    """Sites that the package offers and the row hasn't, so that nothing is known of them."""
+    """Sites that the package offers but the row lacks, so that they aren't compared."""
     spots: int = 0
-    """Sites that were compared, in all layers and stacks."""
+    """Number of compared sites, in all layers and stacks."""
     sides: tuple[str, ...] = ()
-    """Where padding stood."""
+    """Tested padding sides."""
     precision: str = "float32"
     """`float64` where float32 is too coarse for the tolerances."""
     difference: float = 0.0
@@ -118,18 +118,18 @@ class Walked:
     smallest: float = float("inf")
     smallest_where: str = ""
     single: float = 0.0
-    """The difference in float32."""
+    """The largest difference in float32."""
     problems: list[str] = field(default_factory=list[str])
-    """What was raised."""
+    """Raised errors."""
     seconds: float = 0.0
 
     @property
     def agrees(self) -> bool:
-        """Nothing differs by more than rounding."""
+        """Whether nothing differs by more than rounding."""
         return self.difference <= DIFFERENCE and self.effect_error <= EFFECT_ERROR
 
     def wrong(self) -> list[str]:
-        """What is not as it has to be, in words; missing and extra sites aside."""
+        """Descriptions of all defects, except missing and extra sites."""
         found = self.problems[:5]
         if len(self.problems) > len(found):
             found.append(f"{len(self.problems) - len(found)} more")
@@ -157,7 +157,7 @@ class Walked:
 
 
 def layers_in_words(spots: Iterable[Spot], counts: Mapping[str, int]) -> str:
-    """`k, v, encoder q (layer 1)`: sites, with their layers where it isn't all of them."""
+    """Format sites, with their layers unless all: `k, v, encoder q (layer 1)`."""
     found: dict[tuple[str, str], list[int]] = {}
     for spot in spots:
         found.setdefault((spot.stack, spot.site), []).append(spot.layer)
@@ -177,7 +177,7 @@ def walk(
 ) -> Walked:
     """Compare an architecture with the reference, in float64 where float32 differs by rounding.
 
-    change: what is done to the loaded model before, to see that the walk notices it. finer: False
+    change: a modification of the loaded model that the comparison must detect. finer: False
     leaves it at float32.
     """
     start = time.perf_counter()
@@ -195,12 +195,12 @@ def walk(
 
 
 def restarts_images(model: LoadedModel) -> bool:
-    """Whether rows with an image that compute only what changes gave whole passes' logits."""
+    """Whether packed rows with an image gave the logits of full passes on load."""
     return any(one.identity == PACKED_IMAGE_IDENTITY and one.passed for one in model.checks)
 
 
 def tokenizer() -> Tokenizer:
-    """A word for every token; nothing here is tokenized."""
+    """A tokenizer with a word for every token; nothing here is tokenized."""
     words = {f"w{i}": i for i in range(VOCABULARY)}
     made = Tokenizer(models.WordLevel(words, unk_token="w2"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -208,7 +208,7 @@ def tokenizer() -> Tokenizer:
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """In another precision; `Module.to` would make complex buffers (Llama 4's rotary) real."""
+    """Cast a module; `Module.to` would make complex buffers (Llama 4's rotary) real."""
 
     def change(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -221,7 +221,7 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """What is written into one prompt: positions read, positions written, units, side by side."""
+    """A patch of one prompt: read positions, written positions and units, of equal length."""
 
     read: tuple[int, ...]
     written: tuple[int, ...]
@@ -230,22 +230,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the reference makes of writes at one spot."""
+    """The reference's results of writes at one spot."""
 
     cases: list[Case]
     wanted: list[Tensor]
-    """Outputs of each prompt patched, then of each prompt with zeros."""
+    """Outputs of each patched prompt, then of each ablated prompt."""
 
 
 class _ByHand:
-    """The bare model with the reference's hooks; `texts` leaves out the images of prompts."""
+    """The bare model with the reference's hooks; `texts` omits the images of prompts."""
 
     def __init__(self, row: Architecture, dtype: torch.dtype, *, texts: bool = False) -> None:
         self.row = row
         self.texts = texts
         self.module = _module(row, dtype)
         self.bases = _prompts(row, 0, dtype, texts=texts)
-        # Of other lengths than the prompts that they are written into.
+        # Their lengths differ from those of the patched prompts.
         sources = _prompts(row, 50, dtype, texts=texts)
         self.sources = [*sources[1:], sources[0]]
         self.plain = [_rows(self._run(prompt, Spot("", "", 0))[0]) for prompt in self.bases]
@@ -278,14 +278,14 @@ class _ByHand:
         return [one[spot.site] for one in known[key]]
 
     def count(self, stack: str) -> int:
-        """Tokens of a stack whose inputs are all of one size; 0 where nothing says it."""
+        """Number of tokens of a stack with inputs of equal size; 0 if unknown."""
         for layer in range(self.row.others[stack].count):
             for site in hooks.sites(self.row.others[stack], layer, main=False):
                 return len(self.seen(Spot(stack, site, layer))[0])
         return 0
 
     def expected(self, spots: Iterable[Spot]) -> dict[Spot, Expected]:
-        """Of writes at each spot. All of one layer ride in one pass, in copies of a prompt."""
+        """Results of writes at each spot; one pass has all writes of a layer."""
         layers: dict[tuple[str, int], list[Spot]] = {}
         for spot in spots:
             layers.setdefault((spot.stack, spot.layer), []).append(spot)
@@ -317,8 +317,8 @@ class _ByHand:
         return [self._case(draw, spot.site, source, base) for source, base in both]
 
     def _case(self, draw: random.Random, site: str, source: Tensor, base: Tensor) -> Case:
-        """Two positions, the second is what the output is read at: the last token, or the first
-        one of an image, as that may be the class token; some of the units at each."""
+        """Two positions and some units at each. The output is read at the second position: the last
+        token, or the first one of an image, which may be the class token."""
         count = source.shape[1]
         few = count if site == "expert_out" else 1 if count == 1 else 2 if count < 8 else 8
         units = draw.sample(range(count), few)
@@ -339,7 +339,7 @@ class _ByHand:
 
 def _module(row: Architecture, dtype: torch.dtype) -> Any:
     made: Any = cast(model(row), dtype)
-    if dtype == torch.float64:  # the other ways of calling experts have no such kernels
+    if dtype == torch.float64:  # the other expert implementations have no float64 kernels
         made.set_experts_implementation("eager")
     return made
 
@@ -354,7 +354,7 @@ def _prompts(
 
 
 def _rows(output: Tensor) -> Tensor:
-    """[n, width]: one row for what is said of a whole image."""
+    """[n, width]: one row for the output of a full image."""
     return output.reshape(-1, output.shape[-1])
 
 
@@ -378,7 +378,7 @@ class _Packaged:
         extra: dict[str, list[Tensor]] = {}
         decodes = "decoder_input_ids" in prompts[0]
         text = "decoder_input_ids" if decodes else "input_ids"
-        if self.by_hand.texts:  # what else there has to be is up to the package
+        if self.by_hand.texts:  # the package adds the other inputs
             return self._of(prompts, text, self.side)
         for prompt in prompts:
             length = prompt[text].shape[1] if text in prompt else 0
@@ -409,7 +409,7 @@ class _Packaged:
         return torch.cat([fill, value] if self.side == "left" else [value, fill], dim=1)
 
     def outputs(self, logits: Tensor, lanes: Sequence[int]) -> list[Tensor]:
-        """[n, width] of each row of a whole pass."""
+        """[n, width] of each row of a full pass."""
         made: list[Tensor] = []
         for one, lane in zip(logits, lanes, strict=True):
             if one.dim() == 2:
@@ -433,7 +433,7 @@ class _Packaged:
         return read[start : start + length] if read.shape[0] >= start + length else read
 
     def write(self, spot: Spot, expected: Expected, first: int) -> SiteWrite:
-        """The case's writes, patches into the rows from `first` on, zeros into those behind."""
+        """The case's writes: patches in the rows from `first` on, then zeros in later rows."""
 
         def column(name: str) -> Tensor:
             return torch.tensor([p for case in expected.cases for p in getattr(case, name)])
@@ -452,7 +452,7 @@ class _Packaged:
         )
 
     def plain(self, wanted: Mapping[Spot, Expected]) -> dict[Spot, list[Tensor]]:
-        """Outputs of whole passes: patched prompts, then ablated ones, of every spot."""
+        """Outputs of full passes, for every spot: patched prompts, then ablated ones."""
         lanes, writes = self._all(wanted)
         batch = self.base.take(torch.tensor(lanes))
         logits = run_full(self.model, batch, writes=writes).logits
@@ -474,14 +474,14 @@ class _Packaged:
         return kept
 
     def packed(self, wanted: Mapping[Spot, Expected], *, last: bool) -> dict[Spot, list[Tensor]]:
-        """The same of rows that start in the middle; `last` asks for one token's output alone."""
+        """Outputs of packed rows; `last` requests only one token's output."""
         lanes, writes = self._all(wanted)
         lengths = [int(self.base.lengths[lane]) for lane in lanes]
         if self.model.shape.takes != "image":
             read = [range(n - 1 if last else 0, n) for n in lengths]
         elif self.model.calling.reads == "every token":
             read = [range(1 if last else n) for n in lengths]
-        else:  # one output for each, whatever is asked for
+        else:  # these models have one output per row
             read = [range(1)] * len(lanes)
         rows = np.repeat(np.arange(len(lanes)), [len(one) for one in read])
         positions = np.array([p for one in read for p in one])
@@ -559,7 +559,7 @@ class _Walk:
             self._side(loaded, side, spots, packs=packs, optional=side != sides[0])
 
     def _spots(self, loaded: LoadedModel) -> list[Spot]:
-        """What can be compared; notes what can't."""
+        """The spots that can be compared; records the others."""
         stacks = {"": self.row.main, **self.row.others}
         both: list[Spot] = []
         for name in (*stacks, *(other for other in loaded.others if other not in stacks)):
@@ -572,7 +572,7 @@ class _Walk:
                 continue
             for layer in range(count):
                 rowed = hooks.sites(stacks[name], layer, main=not name) if name in stacks else []
-                # Those within attention have a reference of their own, in tests/rules.
+                # Sites inside attention have a separate reference, in tests/rules.
                 known = shape.sites - set(ATTENTION_INTERNAL_SITES) if shape else frozenset[str]()
                 offered = {s for s in known if shape is not None and shape.has(s, layer)}
                 for site in dict.fromkeys([*rowed, *sorted(offered)]):
@@ -580,7 +580,7 @@ class _Walk:
                         continue
                     spot = Spot(name, site, layer)
                     if site == "logits" and site not in offered and not self.by_hand.has_logits:
-                        continue  # the reference calls any output so
+                        continue  # the reference calls every output `logits`
                     if site not in offered:
                         self.found.missing.append(spot)
                     elif site not in rowed:
@@ -621,7 +621,7 @@ class _Walk:
             self._packed(package, main, f"{way}, packed")
 
     def _packed(self, package: _Packaged, wanted: dict[Spot, Expected], way: str) -> None:
-        """All rows in one pass; one site after the other where that raises, to see which does."""
+        """Run all rows in one pass; if that raises, run site by site to find the cause."""
         for last in (False, True):
             named = f"({way}, last token)" if last else f"({way})"
             before = len(self.found.problems)
@@ -633,7 +633,7 @@ class _Walk:
                 self._attempt(f"{spot} {named}", lambda w=one, n=last: package.packed(w, last=n))
 
     def _read(self, package: _Packaged, spots: list[Spot], way: str) -> list[Spot]:
-        """The spots that could be read, held to what the reference reads."""
+        """Compare reads with the reference; return the readable spots."""
         try:
             package.read(spots)
         except Exception:
@@ -699,7 +699,7 @@ def _furthest(got: Tensor, want: Tensor) -> float:
 
 
 def _difference(output: Tensor) -> float:
-    """Between two fixed features of [width]."""
+    """The difference of two fixed features of [width]."""
     width = len(output)
     first, second = 7 % width, 41 % width
     assert first != second

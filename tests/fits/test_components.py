@@ -1,4 +1,4 @@
-"""Independent components: planted sources, whitening against NumPy, and vectors without them."""
+"""Independent components: planted sources, whitening compared with NumPy, and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COUNT, WIDTH = 8, 24
 
 
 def planted(seed: int) -> tuple[Tensor, Tensor]:
-    """Vectors, and the directions of sources that are 0 in most vectors and otherwise positive."""
+    """Vectors, and the directions of their sparse, nonnegative sources."""
     random = Generator().manual_seed(seed)
     rows = torch.randn(COUNT, WIDTH, generator=random, dtype=torch.float64)
     sources = torch.empty(2000, COUNT, dtype=torch.float64).exponential_(generator=random)
@@ -28,7 +28,7 @@ def start(seed: int = 0) -> Generator:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_sources_are_recovered_with_their_signs(seed: int) -> None:
+def test_ica_recovers_planted_sources_with_their_signs(seed: int) -> None:
     vectors, rows = planted(seed)
     found = separate_sources(vectors, COUNT, 500, start(seed))
     assert found.stopped_early
@@ -41,7 +41,7 @@ def test_planted_sources_are_recovered_with_their_signs(seed: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 500])
-def test_coordinates_are_white_and_decoded_as_principal_components(steps: int) -> None:
+def test_ica_coordinates_are_white_and_decode_like_principal_components(steps: int) -> None:
     vectors, _ = planted(1)
     found = separate_sources(vectors, 5, steps, start())
     own = {name: each.double().numpy() for name, each in found.tensors.items()}
@@ -59,13 +59,13 @@ def test_coordinates_are_white_and_decoded_as_principal_components(steps: int) -
     np.testing.assert_allclose(made, (x - center) @ axes.T @ axes, atol=1e-4)
 
 
-def test_median_kurtosis_is_that_of_scipy() -> None:
+def test_median_kurtosis_equals_scipy() -> None:
     values = torch.randn(500, 5, generator=start(), dtype=torch.float64) ** 3 - 0.5
     expected = np.median(np.abs(kurtosis(values.numpy())))
     assert median_kurtosis(values) == pytest.approx(expected)
 
 
-def test_constant_dimensions_are_an_error() -> None:
+def test_ica_of_dependent_dimensions_is_rejected() -> None:
     vectors, _ = planted(0)
     flat = torch.cat([vectors[:, :6], vectors[:, :6].sum(1, keepdim=True), vectors[:, :1] * 0], 1)
     with pytest.raises(NotFactored, match="that differ in 6 dimensions only") as found:

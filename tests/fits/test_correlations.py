@@ -40,7 +40,7 @@ def planted(seed: int, amount: int = AMOUNT) -> tuple[Tensor, Tensor, list[Tenso
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_pairs_are_recovered(seed: int) -> None:
+def test_cca_recovers_planted_pairs(seed: int) -> None:
     every, others, encoders = planted(seed, amount=2 * AMOUNT)
     own, other = every[:AMOUNT], others[:AMOUNT]
     found = correlate_sets(own, other, COUNT, 0.0, 1, start(seed))
@@ -58,7 +58,7 @@ def test_planted_pairs_are_recovered(seed: int) -> None:
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
-def test_directions_are_those_of_the_eigenvalue_problem(ridge: float) -> None:
+def test_cca_directions_solve_the_eigenvalue_problem(ridge: float) -> None:
     own, other, _ = planted(1)
     found = correlate_sets(own, other, COUNT, ridge, 1, start())
     x, y = (each.numpy() - each.numpy().mean(0) for each in (own, other))
@@ -80,7 +80,7 @@ def test_directions_are_those_of_the_eigenvalue_problem(ridge: float) -> None:
         np.testing.assert_allclose(each.of(vectors).numpy().std(axis=0), 1, atol=1e-6)
 
 
-def test_correlations_are_those_of_scikit_learn() -> None:
+def test_cca_correlations_equal_scikit_learn() -> None:
     from sklearn.cross_decomposition import CCA
 
     own, other, _ = planted(2)
@@ -91,7 +91,7 @@ def test_correlations_are_those_of_scikit_learn() -> None:
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
 
 
-def test_decoder_is_least_squares_and_inverts_the_encoder() -> None:
+def test_cca_decoder_is_least_squares_and_inverts_the_encoder() -> None:
     own, other, _ = planted(0)
     pair = correlate_sets(own, other, COUNT, 0.2, 1, start())
     tensors = {name: each.double() for name, each in pair.solution(own).tensors.items()}
@@ -104,7 +104,7 @@ def test_decoder_is_least_squares_and_inverts_the_encoder() -> None:
 
 @pytest.mark.parametrize("method", [correlate_sets, correlate_sparse])
 @pytest.mark.parametrize("seed", range(3))
-def test_exchanged_sets_have_the_same_coordinates(method: object, seed: int) -> None:
+def test_cca_of_swapped_sets_has_the_same_coordinates(method: object, seed: int) -> None:
     assert callable(method)
     own, other, _ = planted(seed)
     found = method(own, other, COUNT, 0.3, 100, start())
@@ -114,7 +114,7 @@ def test_exchanged_sets_have_the_same_coordinates(method: object, seed: int) -> 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_sparse_pairs_have_the_planted_numbers(seed: int) -> None:
+def test_sparse_cca_recovers_the_planted_dimensions(seed: int) -> None:
     random = start(seed)
     shared = torch.randn(400, 2, generator=random, dtype=torch.float64)
     sets: list[Tensor] = []
@@ -138,7 +138,7 @@ def test_sparse_pairs_have_the_planted_numbers(seed: int) -> None:
     assert random_pair.correlate(own, other).mean() < 0.5
 
 
-def test_the_largest_penalty_keeps_one_number() -> None:
+def test_sparse_cca_with_the_largest_penalty_keeps_one_dimension() -> None:
     own, other, _ = planted(0)
     found = correlate_sparse(own, other, 1, 0.99, 50, start())
     for each in (found.own, found.other):
@@ -146,14 +146,14 @@ def test_the_largest_penalty_keeps_one_number() -> None:
 
 
 @pytest.mark.parametrize("method", [correlate_sets, correlate_sparse])
-def test_sets_that_differ_in_few_dimensions_are_an_error(method: object) -> None:
+def test_cca_of_sets_with_few_dimensions_is_rejected(method: object) -> None:
     assert callable(method)
     own, other, _ = planted(0)
     with pytest.raises(NotFactored, match="differ in 2 dimensions only"):
         method(own, other[:, :2], 3, 0.1, 10, start())
 
 
-def test_exact_correlations_of_few_vectors_are_an_error() -> None:
+def test_cca_without_ridge_on_few_vectors_is_rejected() -> None:
     own, other, _ = planted(0, amount=20)
     with pytest.raises(NotFactored, match="20 vectors that differ in 12 and 9 dimensions") as found:
         correlate_sets(own, other, 2, 0.0, 1, start())

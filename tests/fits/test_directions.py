@@ -1,4 +1,4 @@
-"""Principal components, singular values, ranks: against closed forms and numpy's own."""
+"""Principal components, singular values, ranks: compared with closed forms and NumPy."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ NORMAL = np.random.default_rng(0).normal
 @pytest.mark.parametrize(
     "x", [np.zeros((0, 3)), np.zeros(3), np.array([[1.0, np.nan]]), np.array([[np.inf]])]
 )
-def test_what_is_no_list_of_vectors_is_refused(x: np.ndarray) -> None:
+def test_empty_one_dimensional_or_infinite_vectors_are_rejected(x: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"row|axes|finite"):
         check_vectors(x)
 
 
 @pytest.mark.parametrize("shape", [(30, 6), (5, 40)])
-def test_principal_components_are_eigenvectors_of_the_covariance(shape: tuple[int, int]) -> None:
+def test_pca_equals_eigenvectors_of_the_covariance(shape: tuple[int, int]) -> None:
     x = NORMAL(size=shape) * np.linspace(3, 1, shape[1]) + 7
     found = pca(x, 3)
     _, vectors = np.linalg.eigh(np.cov(x.T))
@@ -38,32 +38,32 @@ def test_principal_components_are_eigenvectors_of_the_covariance(shape: tuple[in
     assert np.allclose(found @ found.T, np.eye(3))
 
 
-def test_a_component_is_the_same_whichever_way_the_rows_are_put() -> None:
+def test_pca_does_not_depend_on_row_order_or_sign() -> None:
     x = NORMAL(size=(20, 4))
     assert np.allclose(pca(x, 2), pca(x[::-1], 2))
     assert np.allclose(pca(x, 2), pca(-x, 2))
 
 
-def test_equal_magnitudes_take_the_sign_of_the_first() -> None:
+def test_fix_sign_uses_the_first_of_equal_magnitudes() -> None:
     assert fix_sign(np.array([-1.0, 1.0 + 1e-12])).tolist() == [1.0, -1.0 - 1e-12]
     assert fix_sign(np.array([0.5, -1.0])).tolist() == [-0.5, 1.0]
 
 
-def test_more_components_than_dimensions_are_refused() -> None:
+def test_pca_with_more_components_than_dimensions_is_rejected() -> None:
     line = np.outer(np.arange(5.0), [1.0, 2.0, 0.0])
     assert np.allclose(np.abs(pca(line, 1)), np.array([[1, 2, 0]]) / np.sqrt(5))
     with pytest.raises(ValueError, match="2 components of vectors that spread over 1"):
         pca(line, 2)
 
 
-def test_singular_values_with_and_without_the_mean() -> None:
+def test_singular_values_with_and_without_centring_equal_numpy() -> None:
     x = NORMAL(size=(9, 4)) + 5
     assert np.allclose(singular_values(x) ** 2, np.linalg.eigvalsh(x.T @ x)[::-1])
     around = x - x.mean(axis=0)
     assert np.allclose(singular_values(x, centred=True), np.linalg.svd(around)[1])
 
 
-def test_rank_counts_what_is_above_rounding_of_the_type() -> None:
+def test_matrix_rank_ignores_values_below_rounding() -> None:
     low = NORMAL(size=(12, 3)) @ NORMAL(size=(3, 8))
     assert matrix_rank(singular_values(low), low.shape, np.finfo(np.float64).eps) == 3
     single = low.astype(np.float32).astype(np.float64)
@@ -72,7 +72,7 @@ def test_rank_counts_what_is_above_rounding_of_the_type() -> None:
     assert matrix_rank(np.zeros(4), (4, 4)) == 0
 
 
-def test_effective_rank_of_known_spectra() -> None:
+def test_effective_rank_equals_the_exponential_of_entropy() -> None:
     assert np.isclose(effective_rank(np.ones(5)), 5)
     assert np.isclose(effective_rank(np.array([3.0, 0, 0])), 1)
     shares = np.array([0.75, 0.25])
@@ -81,8 +81,8 @@ def test_effective_rank_of_known_spectra() -> None:
     assert effective_rank(np.zeros(3)) == 0
 
 
-def test_principal_axes_of_products() -> None:
-    """Orthonormal, the largest first, the sign by the largest number; no more than there are."""
+def test_principal_axes_equal_singular_vectors() -> None:
+    """Sorted by singular value, with a positive largest entry; too many axes are rejected."""
     random = np.random.default_rng(3)
     rows = random.standard_normal((4, 6)) * [5, 3, 1, 1, 1, 1]
     found = principal_axes(rows.T @ rows / 4, 4)

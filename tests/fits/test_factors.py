@@ -1,4 +1,4 @@
-"""Nonnegative and semi-nonnegative factorizations: planted factors, and loops of plain NumPy."""
+"""Nonnegative and semi-nonnegative factorizations: planted factors and NumPy references."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNT, WIDTH = 12, 40
 
 
 def planted(seed: int, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Vectors and their factors, a fifth of which is active."""
+    """Vectors and their factors; a fifth of the factors is active."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -40,7 +40,7 @@ def start(seed: int = 0, count: int = COUNT, width: int = WIDTH) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("signed", [False, True])
-def test_planted_factors_are_recovered(signed: bool, seed: int) -> None:
+def test_factorization_recovers_planted_factors(signed: bool, seed: int) -> None:
     vectors, rows = planted(seed, signed=signed)
     if signed:
         penalty = 0.02 * float(vectors.square().sum(1).mean().sqrt())
@@ -54,18 +54,18 @@ def test_planted_factors_are_recovered(signed: bool, seed: int) -> None:
     assert (chance < 0.95).all()
 
 
-def test_semi_nonnegative_steps_are_those_of_a_plain_loop() -> None:
+def test_semi_nonnegative_steps_equal_a_reference_loop() -> None:
     vectors = planted(1, signed=True)[0][:100]
     found = factor_semi_nonnegative(vectors, start(4), 3, 0.05)
-    expected, activations = steps_by_hand(vectors.numpy(), start(4).numpy().copy(), 3, 0.05)
+    expected, activations = reference_steps(vectors.numpy(), start(4).numpy().copy(), 3, 0.05)
     order = np.argsort(-(activations**2).sum(0), kind="stable")
     np.testing.assert_allclose(found.tensors["W_dec"].numpy(), expected[order], atol=1e-6)
     assert torch.equal(found.tensors["threshold"], torch.full((COUNT,), 0.05))
     assert not found.tensors["b_dec"].any()
 
 
-def steps_by_hand(x: Any, rows: Any, steps: int, penalty: float) -> tuple[Any, Any]:
-    """One activation and one factor after another, each from its own residual."""
+def reference_steps(x: Any, rows: Any, steps: int, penalty: float) -> tuple[Any, Any]:
+    """Update activations and factors one by one, each from its residual."""
     a = np.zeros((len(x), len(rows)))
     for _ in range(steps):
         for k in range(len(rows)):
@@ -78,8 +78,8 @@ def steps_by_hand(x: Any, rows: Any, steps: int, penalty: float) -> tuple[Any, A
     return rows, a
 
 
-def test_nonnegative_error_is_that_of_multiplicative_updates() -> None:
-    """Lee and Seung's updates, from the same start, end with the same error."""
+def test_nonnegative_error_equals_multiplicative_updates() -> None:
+    """Lee and Seung's updates from the same start reach the same error."""
     vectors = planted(2, signed=False)[0][:300]
     found = factor_nonnegative(vectors, start(5).abs(), 1000).tensors["W_dec"].double()
     assert (found >= 0).all()
@@ -93,8 +93,8 @@ def test_nonnegative_error_is_that_of_multiplicative_updates() -> None:
     assert own <= 1.05 * plain
 
 
-def test_idle_factor_is_replaced() -> None:
-    """A factor that no vector has a component along becomes one that is used."""
+def test_semi_nonnegative_replaces_an_idle_factor() -> None:
+    """A factor without a positive activation is replaced by an active one."""
     vectors, _ = planted(0, signed=True)
     away = start()
     away[0] = -vectors.mean(0) / vectors.mean(0).norm()
@@ -104,7 +104,7 @@ def test_idle_factor_is_replaced() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 5])
-def test_vectors_that_cannot_be_factored(steps: int) -> None:
+def test_negative_or_too_few_vectors_are_rejected(steps: int) -> None:
     vectors, _ = planted(0, signed=True)
     with pytest.raises(NotFactored, match="of their numbers are negative") as found:
         factor_nonnegative(vectors, start().abs(), steps)

@@ -16,8 +16,8 @@ SCORES = torch.tensor([2.0, -1.0, 0.5, 0.0, -4.0, 30.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
-def test_shift_to_sum(size: int) -> None:
-    """The shift is the root that scipy finds, and its gradient that of finite differences."""
+def test_shift_to_sum_equals_scipy_root_and_finite_differences(size: int) -> None:
+    """The shift equals SciPy's root, and its gradient finite differences."""
     found = shift_to_sum(SCORES, size)
     shift = brentq(lambda by: expit(SCORES.numpy() + by).sum() - size, -80, 80)
     assert found.sigmoid().sum().item() == pytest.approx(size)
@@ -35,9 +35,9 @@ def test_shift_to_sum(size: int) -> None:
         assert own[number].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=1e-6)
 
 
-def test_hard_concrete_distribution() -> None:
-    """Gates are 0 and 1 as often as equations 10 to 12 of the paper say, and open `size` times on
-    average."""
+def test_hard_concrete_gates_have_the_published_distribution() -> None:
+    """The frequencies of 0 and 1 follow equations 10 to 12 of the paper, and `size` gates are open
+    on average."""
     gates = HardConcreteGates(4, 2, seed=3)
     with torch.no_grad():
         gates.scores.copy_(torch.tensor([1.0, -1.0, 0.0, 0.3]))
@@ -56,8 +56,8 @@ def test_hard_concrete_distribution() -> None:
 
 
 @pytest.mark.parametrize("kind", GATES)
-def test_a_shrinking_size_falls_from_most_gates_to_the_size(kind: str) -> None:
-    """From 90 % of the gates, by equal factors, in the first 70 % of the steps."""
+def test_shrinking_gates_fall_from_90_percent_to_the_size(kind: str) -> None:
+    """By equal factors, in the first 70 % of the steps."""
     gates = GATES[kind](40, 3, seed=3)
     assert torch.equal(gates.sample(5, 2, 0.0), gates.sample(5, 2))
     gates.shrinks = True
@@ -74,8 +74,8 @@ def test_a_shrinking_size_falls_from_most_gates_to_the_size(kind: str) -> None:
     assert float(larger.probabilities(0.0).sum()) == pytest.approx(3.6)
 
 
-def test_straight_through_gates() -> None:
-    """Gates are 0 or 1, and their gradient is that of the probability."""
+def test_straight_through_gates_are_binary_with_the_gradient_of_probabilities() -> None:
+    """Gates are 0 or 1, and their gradient equals that of the probability."""
     gates = StraightThroughGates(4, 2, seed=3)
     with torch.no_grad():
         gates.scores.copy_(torch.tensor([1.0, -1.0, 0.0, 0.3]))
@@ -89,7 +89,7 @@ def test_straight_through_gates() -> None:
 
 
 @pytest.mark.parametrize("kind", GATES)
-def test_chosen_gates_are_the_most_probable(kind: str) -> None:
+def test_chosen_gates_have_the_highest_scores(kind: str) -> None:
     gates = GATES[kind](5, 2, 0)
     assert gates.chosen() == [0, 1]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Folds by content, shuffled labels, predictions of rows that the fit hasn't seen."""
+"""Folds by content, shuffled labels, predictions of held-out rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DRAW = np.random.default_rng(2)
 KEYS = [bytes([k]) for k in [1, 2, 3, 1, 4, 5, 6, 7, 2, 8, 9, 10]]
 
 
-def test_equal_rows_are_in_one_fold_and_order_is_nothing() -> None:
+def test_folds_keep_equal_rows_together_and_ignore_order() -> None:
     found = assign_folds(KEYS, 5, 0)
     assert found[0] == found[3]
     assert found[1] == found[8]
@@ -31,25 +31,25 @@ def test_equal_rows_are_in_one_fold_and_order_is_nothing() -> None:
     assert any(assign_folds(KEYS, 5, seed).tolist() != found.tolist() for seed in (1, 2))
 
 
-def test_each_class_is_dealt_out_over_the_folds() -> None:
+def test_folds_balance_each_class() -> None:
     keys = [bytes([k]) for k in range(30)]
     classes = [0] * 20 + [1] * 10
     found = assign_folds(keys, 5, 3, classes)
     assert np.bincount(found[:20]).tolist() == [4] * 5
     assert np.bincount(found[20:]).tolist() == [2] * 5
-    # A key with two classes is still in one fold.
+    # A key with two classes stays in one fold.
     twice = assign_folds([*keys, keys[0]], 5, 3, [*classes, 1])
     assert twice[0] == twice[30]
 
 
-def test_fewer_rows_than_folds_are_refused() -> None:
+def test_fewer_distinct_rows_than_folds_are_rejected() -> None:
     with pytest.raises(ValueError, match="3 folds of 2 distinct rows"):
         assign_folds([b"a", b"b", b"a"], 3, 0)
     with pytest.raises(ValueError, match="1 folds"):
         assign_folds([b"a", b"b"], 1, 0)
 
 
-def test_shuffling_goes_by_content_too() -> None:
+def test_shuffled_targets_depend_on_content_not_order() -> None:
     labels = np.array([[1, 2, 3, 30, 4, 5, 6, 7, 2, 8, 9, 10]], dtype=float).T
     got = shuffle_targets(KEYS, labels, 0)[:, 0]
     assert got[0] == got[3]
@@ -63,8 +63,8 @@ def test_shuffling_goes_by_content_too() -> None:
     assert shuffle_targets(KEYS, labels, 1)[:, 0].tolist() != got.tolist()
 
 
-def test_no_row_is_predicted_by_a_fit_that_saw_it() -> None:
-    """In a loop, with the normal equations on standardised vectors."""
+def test_cross_validation_predicts_rows_from_other_folds() -> None:
+    """The reference loops over rows, with a ridge fit on standardised vectors of other folds."""
     x, y = DRAW.normal(size=(24, 3)) * [1, 10, 0.1], DRAW.normal(size=(24, 2))
     fold = assign_folds([bytes([k]) for k in range(24)], 4, 0)
     found = cross_validate(x, y, fold, RidgeProbe(2.0))
@@ -75,7 +75,7 @@ def test_no_row_is_predicted_by_a_fit_that_saw_it() -> None:
         assert np.allclose(found[row], own(((x[row] - at) / by)[None])[0])
 
 
-def test_the_penalty_is_chosen_within_the_rows_of_the_fit() -> None:
+def test_ridge_probe_chooses_its_penalty_by_cross_validation() -> None:
     x = DRAW.normal(size=(40, 60))
     y = x[:, 0] + DRAW.normal(size=40)
     fold = assign_folds([bytes([k]) for k in range(40)], 5, 0)
@@ -98,7 +98,7 @@ def test_the_penalty_is_chosen_within_the_rows_of_the_fit() -> None:
     assert np.allclose(RidgeProbe()(x, y, np.zeros(40, dtype=np.int64))(x), one)
 
 
-def test_noise_isnt_predicted_and_a_line_is() -> None:
+def test_probes_predict_a_linear_target_but_not_noise() -> None:
     x = DRAW.normal(size=(200, 20))
     fold = assign_folds([k.to_bytes(2, "big") for k in range(200)], 5, 0)
     line, noise = x @ np.arange(20.0), DRAW.normal(size=200)
@@ -112,7 +112,7 @@ def test_noise_isnt_predicted_and_a_line_is() -> None:
     assert abs(right.mean() - 0.25) < 0.1
 
 
-def test_r_squared_by_row() -> None:
+def test_r_squared_of_rows_equals_its_definition() -> None:
     y, got = np.array([1.0, 2.0, 6.0]), np.array([1.0, 3.0, 5.0])
     assert np.allclose(r_squared(y, got), [1, 1 - 1 / (14 / 3), 1 - 1 / (14 / 3)])
     both = r_squared(np.array([[1.0, 0], [3.0, 0]]), np.array([[1.0, 0], [3.0, 2.0]]))

@@ -1,4 +1,4 @@
-"""Ridge and logistic regression: against normal equations, gradients and simple descents."""
+"""Ridge and logistic regression, compared with normal equations, gradients and Newton steps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ NORMAL = np.random.default_rng(1).normal
 
 @pytest.mark.parametrize("shape", [(40, 5), (6, 30)])
 @pytest.mark.parametrize("penalty", [0.3, 25.0])
-def test_ridge_is_the_normal_equation(shape: tuple[int, int], penalty: float) -> None:
-    """Of vectors with a 1 behind each, whose weight bears no penalty."""
+def test_ridge_equals_the_normal_equations(shape: tuple[int, int], penalty: float) -> None:
+    """Vectors are extended by a 1, whose weight has no penalty."""
     x, y = NORMAL(size=shape) + 3, NORMAL(size=(shape[0], 2)) - 8
     longer = np.hstack([x, np.ones((shape[0], 1))])
     penalties = np.diag([penalty] * shape[1] + [0.0])
@@ -24,28 +24,28 @@ def test_ridge_is_the_normal_equation(shape: tuple[int, int], penalty: float) ->
     assert np.allclose(found(x), longer @ wanted)
 
 
-def test_several_penalties_at_once_and_one_target() -> None:
+def test_ridges_of_several_penalties_equal_single_fits() -> None:
     x, y = NORMAL(size=(20, 4)), NORMAL(size=20)
     for one, penalty in zip(fit_ridges(x, y, [0.1, 2.0]), [0.1, 2.0], strict=True):
         assert np.allclose(one.weights, fit_ridge(x, y, penalty).weights)
         assert one(x).shape == (20, 1)
 
 
-def test_without_penalty_it_is_least_squares_of_least_norm() -> None:
+def test_ridge_without_penalty_is_the_minimum_norm_solution() -> None:
     x = NORMAL(size=(5, 12))
     y = NORMAL(size=5)
     around = x - x.mean(axis=0)
     assert np.allclose(fit_ridge(x, y, 0).weights[:, 0], np.linalg.pinv(around) @ (y - y.mean()))
 
 
-def test_what_ridge_refuses() -> None:
+def test_ridge_rejects_negative_penalty_and_unequal_lengths() -> None:
     with pytest.raises(ValueError, match="penalty"):
         fit_ridge(np.ones((3, 2)), np.ones(3), -1)
     with pytest.raises(ValueError, match="3 vectors and 2 targets"):
         fit_ridge(np.ones((3, 2)), np.ones(2), 1)
 
 
-def test_a_dimension_that_never_differs_becomes_nothing() -> None:
+def test_standardiser_sets_constant_dimensions_to_zero() -> None:
     x = NORMAL(size=(30, 3))
     x[:, 1] = 1e6 + 0.1
     scale = fit_standardiser(x)
@@ -55,7 +55,7 @@ def test_a_dimension_that_never_differs_becomes_nothing() -> None:
 
 
 def loss(x: np.ndarray, y: np.ndarray, weights: np.ndarray, intercept: np.ndarray, penalty: float):
-    """Of logistic regression, in a loop."""
+    """The loss of logistic regression, computed in a loop."""
     whole = penalty / 2 * float((weights**2).sum())
     for row, own in zip(x, y, strict=True):
         powers = [np.exp(row @ weights[:, k] + intercept[k]) for k in range(len(intercept))]
@@ -64,9 +64,7 @@ def loss(x: np.ndarray, y: np.ndarray, weights: np.ndarray, intercept: np.ndarra
 
 
 @pytest.mark.parametrize(("shape", "classes"), [((40, 3), 2), ((50, 4), 5), ((12, 25), 3)])
-def test_no_step_from_a_logistic_fit_makes_its_loss_less(
-    shape: tuple[int, int], classes: int
-) -> None:
+def test_logistic_fit_is_a_minimum_of_the_loss(shape: tuple[int, int], classes: int) -> None:
     x, y = NORMAL(size=shape) * 2 + 4, np.arange(shape[0]) % classes
     found = fit_logistic(x, y, 0.7)
     weights, intercept = found.logits.weights, found.logits.intercept
@@ -82,8 +80,8 @@ def test_no_step_from_a_logistic_fit_makes_its_loss_less(
                 assert loss(x, y, moved, shifted, 0.7) > least
 
 
-def test_two_classes_in_newtons_steps() -> None:
-    """The difference of both classes' weights: logistic regression with half the penalty."""
+def test_logistic_fit_of_two_classes_equals_newton_steps() -> None:
+    """The weight difference of two classes equals binary regression with half the penalty."""
     x = NORMAL(size=(60, 3))
     y = (x[:, 0] + NORMAL(size=60) > 0).astype(int)
     found = fit_logistic(x, y, 2.0)
@@ -100,7 +98,7 @@ def test_two_classes_in_newtons_steps() -> None:
     assert np.isclose(got[1] - got[0], own[3], atol=1e-4)
 
 
-def test_classes_keep_their_numbers() -> None:
+def test_logistic_fit_predicts_the_original_class_numbers() -> None:
     x = np.array([[-2.0], [-1.9], [5.0], [5.2], [0.9], [1.1]])
     y = np.array([7, 7, 3, 3, 40, 40])
     found = fit_logistic(x, y, 1e-3)
@@ -110,9 +108,8 @@ def test_classes_keep_their_numbers() -> None:
 
 @pytest.mark.parametrize("penalty", [1e-4, 1.0, 1e6])
 @pytest.mark.parametrize("size", [1.0, 1e4])
-def test_the_minimum_is_reached_on_vectors_of_any_size(size: float, penalty: float) -> None:
-    """Where gradients in the vectors' own axes are far apart in size, and where classes don't
-    overlap."""
+def test_logistic_fit_converges_for_vectors_of_any_scale(size: float, penalty: float) -> None:
+    """With gradients of very different sizes along the axes, and with separable classes."""
     x = NORMAL(size=(400, 60)) * size * np.geomspace(1, 1e-3, 60)
     y = np.digitize(x[:, 0] / size, [-1, 0, 1])
     found = fit_logistic(x, y, penalty)
@@ -124,7 +121,7 @@ def test_the_minimum_is_reached_on_vectors_of_any_size(size: float, penalty: flo
     assert np.abs(slope).max() < 1e-6 * np.abs(x).sum(axis=0).max()
 
 
-def test_what_logistic_refuses() -> None:
+def test_logistic_rejects_zero_penalty_and_unequal_lengths() -> None:
     with pytest.raises(ValueError, match="larger than 0"):
         fit_logistic(np.ones((2, 1)), np.array([0, 1]), 0)
     with pytest.raises(ValueError, match="2 vectors and 3 classes"):

@@ -1,4 +1,4 @@
-"""Clusters: a fixed point of k-means, and Gaussians around it."""
+"""Clusters: a fixed point of k-means with Gaussians around the centres."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def blobs(apart: float) -> tuple[Array, NDArray[np.int64]]:
     return random.standard_normal((len(label), 4)) + apart * np.eye(3, 4)[label], label
 
 
-def test_clusters_that_lie_apart_are_found_the_largest_first() -> None:
+def test_separated_clusters_are_found_and_sorted_by_size() -> None:
     x, label = blobs(20.0)
     found = fit_mixture(x, 3, 0)
     likely = found(x)
@@ -28,7 +28,7 @@ def test_clusters_that_lie_apart_are_found_the_largest_first() -> None:
     np.testing.assert_allclose(found.shares, [0.6, 0.3, 0.1])
 
 
-def test_a_fixed_point_and_its_probabilities() -> None:
+def test_clusters_are_a_fixed_point_with_gaussian_probabilities() -> None:
     x, _ = blobs(2.0)
     found = fit_mixture(x, 4, 1)
     own = (x - x.mean(0)) / x.std(0)
@@ -49,18 +49,18 @@ def test_a_fixed_point_and_its_probabilities() -> None:
     assert 0.01 < found(x).max(1).min() < 0.9
 
 
-def test_one_seed_gives_the_same() -> None:
+def test_clusters_with_the_same_seed_are_equal() -> None:
     x, _ = blobs(1.0)
     assert (fit_mixture(x, 5, 3)(x) == fit_mixture(x, 5, 3)(x)).all()
 
 
-def test_what_falls_into_fewer_clusters() -> None:
+def test_more_clusters_than_distinct_vectors_are_rejected() -> None:
     with pytest.raises(ValueError, match="2 vectors for 3 clusters"):
         fit_mixture(np.eye(2), 3, 0)
     with pytest.raises(ValueError, match="fewer than 3 clusters"):
         fit_mixture(np.repeat(np.eye(2), 5, axis=0), 3, 0)
 
 
-def test_vectors_that_lie_in_their_centres() -> None:
+def test_clusters_of_identical_vectors_have_probability_1() -> None:
     x = np.repeat(np.eye(2), 5, axis=0)
     assert fit_mixture(x, 2, 0)(x).max(1).tolist() == [1.0] * 10

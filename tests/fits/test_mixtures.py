@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians: planted components, probabilities against SciPy, and shuffled vectors."""
+"""Mixtures of Gaussians: planted components, SciPy densities, and shuffled vectors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def planted(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_components_are_recovered_the_largest_first(kind: str, seed: int) -> None:
+def test_mixture_recovers_planted_components_sorted_by_share(kind: str, seed: int) -> None:
     vectors, means, label = planted(seed)
     found = fit_mixture(vectors, COUNT, kind, 200, start(seed))
     own = found.tensors
@@ -47,7 +47,7 @@ def test_planted_components_are_recovered_the_largest_first(kind: str, seed: int
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_densities_are_those_of_scipy(kind: str) -> None:
+def test_mixture_densities_equal_scipy(kind: str) -> None:
     vectors, _, _ = planted(0)
     own = fit_mixture(vectors, COUNT, kind, 5, start()).tensors
     parts = own["W_dec"], own["precision"], own["log_weights"]
@@ -71,7 +71,7 @@ def test_densities_are_those_of_scipy(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_component_is_the_gaussian_of_all_vectors(kind: str) -> None:
+def test_mixture_of_one_component_equals_a_gaussian_fit(kind: str) -> None:
     vectors, _, _ = planted(1)
     x = vectors.numpy()
     own = fit_mixture(vectors, 1, kind, 1, start()).tensors
@@ -85,7 +85,7 @@ def test_one_component_is_the_gaussian_of_all_vectors(kind: str) -> None:
     assert mean_log_likelihood(vectors, own) == pytest.approx(expected, abs=1e-3)
 
 
-def test_shuffled_axes_keep_the_covariance_and_lose_the_components() -> None:
+def test_shuffled_axes_keep_the_covariance_but_lose_the_components() -> None:
     vectors, _, _ = planted(2)
     centred = vectors - vectors.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False)[2]
@@ -105,13 +105,13 @@ def test_shuffled_axes_keep_the_covariance_and_lose_the_components() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_vectors_along_a_line_have_a_finite_density(kind: str) -> None:
+def test_mixture_of_vectors_on_a_line_has_a_finite_density(kind: str) -> None:
     line = torch.linspace(-1, 1, 40, dtype=torch.float64)[:, None] * torch.ones(1, WIDTH)
     own = fit_mixture(line, 2, kind, 50, start()).tensors
     assert np.isfinite(mean_log_likelihood(line, own))
 
 
-def test_too_few_different_vectors_are_an_error() -> None:
+def test_mixture_of_too_few_distinct_vectors_is_rejected() -> None:
     two = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(5, 1)
     with pytest.raises(NotFactored, match="3 components of 2 different vectors") as problem:
         fit_mixture(two, 3, "diag", 10, start())

@@ -1,4 +1,4 @@
-"""Routing: that it is at its best, by torch's own slopes; that it finds what was put in."""
+"""Routing: the fit is a stationary point by autograd, and finds planted tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ Array = NDArray[np.float64]
 
 
 def drawn(rows: int, seed: int = 0) -> tuple[Array, NDArray[np.int64], Array, NDArray[np.int64]]:
-    """Of each row two to five tokens, of which one says that it counts and has two numbers:
-    (vectors, row, numbers, the token of each row that counts)."""
+    """Rows of two to five tokens, one of which is marked and determines two numbers.
+
+    Returns:
+        (vectors, row of each vector, numbers, index of each row's marked token).
+    """
     random = np.random.default_rng(seed)
     sizes = random.integers(2, 6, rows)
     row = np.repeat(np.arange(rows), sizes)
@@ -25,7 +28,7 @@ def drawn(rows: int, seed: int = 0) -> tuple[Array, NDArray[np.int64], Array, ND
     return vectors, row, 3 * vectors[counts, :2] + 7, counts
 
 
-def test_it_finds_the_token_that_counts() -> None:
+def test_routing_finds_the_marked_token() -> None:
     vectors, row, y, counts = drawn(200)
     found = fit_routing(vectors, row, y, 0.1)
     weights = found.weights(vectors, row)
@@ -37,8 +40,8 @@ def test_it_finds_the_token_that_counts() -> None:
 
 
 @pytest.mark.parametrize("penalty", [0.1, 10.0])
-def test_no_slope_is_left(penalty: float) -> None:
-    """Of the query, the weights and the intercept together, though only the query was searched."""
+def test_routing_fit_has_a_near_zero_gradient(penalty: float) -> None:
+    """The gradient by query, weights and intercept, although only the query was optimized."""
     vectors, row, y, _ = drawn(40)
     found = fit_routing(vectors, row, y, penalty)
     x = torch.from_numpy((vectors - vectors.mean(0)) / vectors.std(0))
@@ -56,7 +59,7 @@ def test_no_slope_is_left(penalty: float) -> None:
     assert float(query.detach().norm()) > 0.1
 
 
-def test_a_row_of_one_token_and_numbers_that_are_the_same() -> None:
+def test_routing_of_single_token_rows_and_constant_targets() -> None:
     vectors, row, _, _ = drawn(10)
     row = np.append(row, 10)
     vectors = np.vstack([vectors, np.ones(5)])
@@ -65,7 +68,7 @@ def test_a_row_of_one_token_and_numbers_that_are_the_same() -> None:
     np.testing.assert_allclose(found(vectors, row), 2.5)
 
 
-def test_a_penalty_of_nothing_is_refused() -> None:
+def test_routing_without_penalty_is_rejected() -> None:
     vectors, row, y, _ = drawn(4)
     with pytest.raises(ValueError, match="above 0"):
         fit_routing(vectors, row, y, 0.0)

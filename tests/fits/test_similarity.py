@@ -1,4 +1,4 @@
-"""CKA: against the sums over rows that define it."""
+"""CKA, compared with the sums over rows that define it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Y = X @ DRAW.normal(size=(4, 7)) + DRAW.normal(size=(12, 7))
 
 
 def hsic(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
-    """The U-statistic, over all ways of drawing four different rows."""
+    """The U-statistic, over all ordered choices of four different rows."""
     whole = 0.0
     for i, j, q, r in permutations(range(len(k)), 4):
         whole += k[i, j] * (l[i, j] + l[q, r] - 2 * l[i, q])
@@ -28,18 +28,18 @@ def by_fours(x: np.ndarray, y: np.ndarray) -> float:
     return hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l))
 
 
-def test_unbiased_cka_is_the_mean_over_all_fours_of_rows() -> None:
+def test_unbiased_cka_equals_the_u_statistic_over_four_rows() -> None:
     found = cka_unbiased(linear_kernel(X[:8]), linear_kernel(Y[:8]))
     assert np.isclose(found, by_fours(X[:8], Y[:8]))
 
 
-def test_few_rows_of_many_dimensions_have_nothing_in_common() -> None:
+def test_unbiased_cka_of_independent_vectors_is_near_zero() -> None:
     a, b = DRAW.normal(size=(30, 400)), DRAW.normal(size=(30, 400))
     assert abs(cka_unbiased(linear_kernel(a), linear_kernel(b))) < 0.1
     assert np.isclose(cka_unbiased(linear_kernel(a), linear_kernel(2 * a + 1)), 1)
 
 
-def test_what_rows_contribute_is_the_jackknife_in_a_loop() -> None:
+def test_cka_per_row_equals_jackknife_pseudovalues() -> None:
     x, y = X[:9], Y[:9]
     every = np.arange(9)
     left = np.array(
@@ -53,8 +53,8 @@ def test_what_rows_contribute_is_the_jackknife_in_a_loop() -> None:
     assert np.isclose(found.std(ddof=1) / 3, error)
 
 
-def test_their_spread_covers_and_what_is_equal_is_exact() -> None:
-    """Of two views of one signal, at 60 rows: about as often as is said."""
+def test_cka_intervals_of_rows_cover_and_equal_sets_give_1() -> None:
+    """Two views of one signal, at 60 rows, with about the nominal coverage."""
     mix = DRAW.normal(size=(3, 5)), DRAW.normal(size=(3, 5))
 
     def draw(n: int) -> list[np.ndarray]:
@@ -71,7 +71,7 @@ def test_their_spread_covers_and_what_is_equal_is_exact() -> None:
     assert np.allclose(cka_per_row(linear_kernel(X), linear_kernel(3 * X)), 1)
 
 
-def test_three_rows_are_too_few() -> None:
+def test_cka_of_three_rows_is_rejected() -> None:
     with pytest.raises(ValueError, match="3 rows"):
         cka_unbiased(linear_kernel(X[:3]), linear_kernel(Y[:3]))
     with pytest.raises(ValueError, match="3 rows"):

@@ -1,5 +1,5 @@
-"""Training of sparse dictionaries: losses against formulas for single vectors, planted features,
-and weights for vectors that are neither centred nor scaled."""
+"""Training of sparse dictionaries: losses compared with formulas for single vectors, planted
+features, and weights for vectors that are neither centred nor scaled."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def start(kind: str, width: int, features: int, seed: int, *, transcodes: bool =
     return trainer.start((width, width), options, random, CPU)
 
 
-def test_every_kind_has_its_arithmetic() -> None:
+def test_dictionary_kinds_and_sparse_kinds_are_the_same() -> None:
     assert list(DICTIONARY_KINDS) == list(SPARSE_KINDS) == list(SPARSITY)
 
 
@@ -48,7 +48,7 @@ def test_every_kind_has_its_arithmetic() -> None:
 
 
 def shaken(model: Any) -> dict[str, Tensor]:
-    """Weights with biases other than 0."""
+    """Add random biases, and return the weights."""
     random = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for own in model.tensors.values():
@@ -99,8 +99,8 @@ def by_formula(kind: str, w: dict[str, Tensor], x: Tensor, y: Tensor, penalty: f
 
 @pytest.mark.parametrize("progress", [0.05, 0.5])
 @pytest.mark.parametrize("kind", SPARSITY)
-def test_losses(kind: str, progress: float) -> None:
-    """A penalty has half its weight after half of the first tenth of the steps."""
+def test_sparse_dictionary_loss_equals_its_formula(kind: str, progress: float) -> None:
+    """Penalties grow linearly to their full weight in the first tenth of the steps."""
     model = start(kind, 6, 10, 0)
     weights = shaken(model)
     x = torch.randn(7, 6, generator=torch.Generator().manual_seed(1)).double()
@@ -109,8 +109,8 @@ def test_losses(kind: str, progress: float) -> None:
     assert found == pytest.approx(by_formula(kind, weights, x, x, penalty), rel=1e-4)
 
 
-def test_inactive_features_learn_the_rest() -> None:
-    """After 200 steps without activity, a feature reconstructs what the others leave over."""
+def test_inactive_features_are_trained_on_the_residual() -> None:
+    """After 200 steps without activity, a feature reconstructs the residual."""
     model = start("topk", 6, 10, 0)
     w = shaken(model)
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(1)).double()
@@ -132,8 +132,8 @@ def test_inactive_features_learn_the_rest() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SPARSITY if kind not in COMPARED])
-def test_gradients(kind: str) -> None:
-    """The loss falls along its gradient as the gradient says; thresholds have estimates instead."""
+def test_sparse_dictionary_gradient_equals_finite_differences(kind: str) -> None:
+    """Thresholds are excluded, as their gradients are estimates."""
     model = start(kind, 6, 10, 0)
     shaken(model)
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
@@ -145,7 +145,7 @@ def test_gradients(kind: str) -> None:
         own = model.tensors[name]
         direction = own.grad.clone()
         if kind == "gated" and name in ("W_dec", "b_dec"):
-            continue  # the gate's own reconstruction has a decoder that stays
+            continue  # the gate's reconstruction uses a detached decoder
         length = float(direction.norm())
         with torch.no_grad():
             step = 1e-3 / length * direction
@@ -189,7 +189,7 @@ RECOVERED = {"topk": 3, "batch_topk": 3, "relu": 0.5, "jump_relu": 1.0, "gated":
 
 @pytest.mark.parametrize("seed", some(range(3), [0]))
 @pytest.mark.parametrize("kind", some(RECOVERED, ["topk"]))
-def test_planted_features_are_recovered(kind: str, seed: int) -> None:
+def test_sparse_dictionary_recovers_planted_features(kind: str, seed: int) -> None:
     """At least 90 % of them have a cosine of at least 0.95 with a trained one."""
     directions, vectors = planted(seed)
     option = "k" if kind.endswith("topk") else "penalty"
@@ -216,9 +216,9 @@ def test_planted_features_are_recovered(kind: str, seed: int) -> None:
     assert float(((directions @ untrained.T).max(1).values >= 0.95).float().mean()) < 0.1
 
 
-def test_first_features_of_a_matryoshka_dictionary_reconstruct_most() -> None:
-    """Trained on planted features, the first quarter of it leaves less over than that of a
-    dictionary of the same size without prefixes."""
+def test_first_features_of_a_matryoshka_dictionary_reconstruct_better() -> None:
+    """On planted features, the first quarter of the dictionary has a smaller error than that of an
+    equally large dictionary without prefixes."""
     _, vectors = planted(0)
     x = (vectors - vectors.mean(0)) / vectors.std()
     left: dict[str, float] = {}
@@ -236,14 +236,14 @@ def test_first_features_of_a_matryoshka_dictionary_reconstruct_most() -> None:
     assert left["matryoshka"] < 0.9 * left["batch_topk"], left
 
 
-# --- weights for vectors as they are --------------------------------------------------------------
+# --- weights for raw vectors ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transcodes", [False, True])
 @pytest.mark.parametrize("kind", SPARSITY)
-def test_weights_for_vectors_as_they_are(kind: str, transcodes: bool) -> None:
-    """They encode vectors as the trained ones do centred and scaled vectors, in units of the
-    vectors."""
+def test_unscaled_weights_encode_raw_vectors(kind: str, transcodes: bool) -> None:
+    """Unscaled weights encode raw vectors like the trained weights encode centred and scaled ones,
+    in units of the raw vectors."""
     if transcodes and kind == "gated":
         pytest.skip("there are no gated transcoders")
     model = start(kind, 6, 10, 0, transcodes=transcodes)
@@ -263,8 +263,8 @@ def test_weights_for_vectors_as_they_are(kind: str, transcodes: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["topk", "jump_relu"])
-def test_skip_connection_of_a_transcoder_adds_a_linear_map_of_the_input(kind: str) -> None:
-    """To the loss, and to the reconstruction of vectors that aren't centred and scaled."""
+def test_transcoder_skip_connection_adds_a_linear_map(kind: str) -> None:
+    """Covers the loss and the reconstruction of raw vectors."""
     options = {"features": 10, "kind": kind, "skip": True, **SPARSITY[kind]}
     trainer, random = TranscoderTrainer(), torch.Generator().manual_seed(0)
     assert trainer.check(options) is None
@@ -289,7 +289,7 @@ def test_skip_connection_of_a_transcoder_adds_a_linear_map_of_the_input(kind: st
 
 
 def encode(kind: str, w: dict[str, Tensor], x: Tensor, subtracts: bool) -> Tensor:
-    """Features as a dictionary of the file's architecture has them."""
+    """Features by the definition of the saved architecture."""
     z = (x - w["b_dec"] if subtracts else x) @ w["W_enc"]
     match kind:
         case "topk":

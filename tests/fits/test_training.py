@@ -1,4 +1,4 @@
-"""The training loop: interruptions, early stopping, chunks, and losses that aren't finite."""
+"""The training loop: interruptions, early stopping, chunks, and infinite losses."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("kind", SPARSITY)
-def test_interrupted_trainings_end_with_the_same_weights(kind: str) -> None:
+def test_interrupted_training_ends_with_the_same_weights(kind: str) -> None:
     """Bit for bit, after ten interruptions, with chunks and early stopping."""
     parts = vectors(1), vectors(2, 70), vectors(3, 20)
     whole = training(kind, Chunks(*parts), patience=30, held_out=vectors(7))
@@ -94,8 +94,8 @@ def test_interrupted_trainings_end_with_the_same_weights(kind: str) -> None:
             assert one.state.step == whole.state.step == STEPS
 
 
-def test_batches_take_every_vector_once() -> None:
-    """In each pass through a chunk, in another order; chunks follow each other."""
+def test_batches_have_every_vector_once_per_pass() -> None:
+    """Each pass has a different order; chunks alternate."""
     seen: list[list[float]] = []
     numbered = [torch.arange(n, n + 32.0)[:, None].expand(32, 8).clone() for n in (0, 100)]
 
@@ -106,7 +106,7 @@ def test_batches_take_every_vector_once() -> None:
 
         def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
             assert torch.equal(inputs, targets)
-            if step == 8:  # the loss of the start or of the end, not of a step
+            if step == 8:  # the loss before or after the training, not of a step
                 return self.parameters["w"].sum()
             assert progress == step / 8
             seen.append(inputs[:, 0].tolist())
@@ -128,14 +128,14 @@ def test_batches_take_every_vector_once() -> None:
     assert seen[0] + seen[1] not in (first, seen[4] + seen[5])
 
 
-def test_few_vectors_are_one_batch() -> None:
+def test_fewer_vectors_than_a_batch_are_one_batch() -> None:
     one = training("topk", Fixed(vectors(1, 5)), steps=3)
     one.run(lambda step: None)
     assert one.state.step == 3
 
 
 def test_early_stopping_keeps_the_best_weights() -> None:
-    """On held-out vectors that have nothing in common with the others, training only harms."""
+    """On unrelated held-out vectors, training only increases the loss."""
     held_out = 100 + vectors(5)
     one = training("topk", Fixed(vectors(1)), patience=2, held_out=held_out, steps=400, rate=0.05)
     losses: dict[int, tuple[float, dict[str, Tensor]]] = {}
@@ -157,7 +157,7 @@ def test_early_stopping_keeps_the_best_weights() -> None:
         assert torch.equal(own, losses[best][1][name]), name
 
 
-def test_a_loss_that_is_not_finite_ends_the_training() -> None:
+def test_infinite_loss_fails_the_training() -> None:
     broken = vectors(1)
     broken[50] = torch.nan
     one = training("relu", Fixed(broken))
@@ -171,8 +171,8 @@ def sample_loss(model: Any, own: Tensor, steps: int) -> float:
 
 
 @pytest.mark.parametrize("kind", ["topk", "relu"])
-def test_a_training_whose_loss_rises_reports_both_losses(kind: str) -> None:
-    """Those of the first vectors with the full penalty, before the first step and at the end."""
+def test_training_with_a_rising_loss_reports_both_losses(kind: str) -> None:
+    """Losses of the first vectors with the full penalty, before and after the training."""
     own = vectors(1)
     one = training(kind, Fixed(own), rate=30.0)
     before = sample_loss(training(kind, Fixed(own)).model, own[:16], STEPS)
@@ -184,7 +184,7 @@ def test_a_training_whose_loss_rises_reports_both_losses(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("end", "fails"), [(1.009, False), (1.011, True), (0.5, False)])
-def test_a_loss_that_rises_by_one_percent_is_accepted(end: float, fails: bool) -> None:
+def test_loss_that_rises_by_up_to_one_percent_is_accepted(end: float, fails: bool) -> None:
     class Drifts:
         def __init__(self) -> None:
             self.parameters = {"w": torch.zeros(1)}
@@ -210,8 +210,8 @@ def test_a_loss_that_rises_by_one_percent_is_accepted(end: float, fails: bool) -
         one.run(lambda step: None)
 
 
-def test_the_rate_falls_at_the_end() -> None:
-    """Over the last fifth of the steps, to 0."""
+def test_learning_rate_decays_in_the_last_fifth_of_the_steps() -> None:
+    """The rate decays linearly to 0."""
     one = training("topk", Fixed(vectors(1)), steps=50)
     rates: list[float] = []
     optimiser = one._optimiser
@@ -221,8 +221,10 @@ def test_the_rate_falls_at_the_end() -> None:
 
 
 @pytest.mark.parametrize("most", [1024, 7])
-def test_assessment(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All at once, or in parts whose means and active features differ."""
+def test_assessment_in_chunks_equals_its_definition(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, or in chunks with different means and active features."""
     monkeypatch.setattr(fits_training, "MOST_ASSESSED", most)
     targets = vectors(2, 50).double()
     made = targets + 0.1 * vectors(3, 50)
@@ -245,8 +247,10 @@ def test_assessment(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("most", [1024, 7])
-def test_components(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The share of new vectors that principal components of others explain."""
+def test_components_explain_equals_principal_components(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The explained share of new vectors, by principal components of other vectors."""
     monkeypatch.setattr(fits_training, "MOST_ASSESSED", most)
     mixed = vectors(1, 200) * torch.tensor([5, 3, 1, 1, 0.1, 0.1, 0.1, 0.1]) + 7
     new = vectors(2, 60) * torch.tensor([5, 3, 1, 1, 0.1, 0.1, 0.1, 0.1]) + 7
@@ -257,7 +261,7 @@ def test_components(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     spread = (new.double() - new.double().mean(0)).square().sum()
     expected = 1 - (shifted - made).square().sum() / spread
     assert components_explain(mixed, new, 2) == pytest.approx(float(expected), abs=1e-6)
-    few = mixed[:6]  # fewer than numbers of a vector: their span, and not more
+    few = mixed[:6]  # fewer vectors than dimensions: only their span counts
     centred = few.double() - few.double().mean(0)
     rows = torch.linalg.svd(centred, full_matrices=False)[2][:5]
     shifted = new.double() - few.double().mean(0)
@@ -265,16 +269,16 @@ def test_components(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert components_explain(few, new, 5) == pytest.approx(float(1 - rest / spread), abs=1e-6)
 
 
-def test_components_of_many_vectors_need_no_copy_in_64_bits() -> None:
-    """Of 200,000 vectors: a few megabytes, where a copy has 12.8."""
+def test_components_of_many_vectors_need_no_float64_copy() -> None:
+    """For 200,000 vectors it needs a few megabytes; a copy would have 12.8."""
     many = vectors(1, 200_000)
     with LiveTensors() as live:
         components_explain(many, many, 2)
     assert live.largest < many.nbytes / 2
 
 
-def test_evaluations_compute_features_of_a_batch_at_a_time() -> None:
-    """Also if the loss is that of all held-out vectors, for early stopping."""
+def test_evaluation_computes_features_batch_by_batch() -> None:
+    """Also for the loss of all held-out vectors, which early stopping uses."""
     held_out = vectors(5, 70)
     one = training("relu", Fixed(vectors(1)), patience=9, held_out=held_out, steps=20)
     sizes: list[int] = []
@@ -293,21 +297,21 @@ def test_evaluations_compute_features_of_a_batch_at_a_time() -> None:
     assert one._loss(held_out, held_out, 20, 1.0) == pytest.approx(expected, rel=1e-6)
 
 
-# --- batches in parts, and in 16 bits -------------------------------------------------------------
+# --- accumulated and bfloat16 batches -------------------------------------------------------------
 
 SPLIT = ("topk", "relu", "jump_relu", "gated")
 """Kinds whose loss is a mean over vectors."""
 
 
 def idle_from_the_start(one: Training, features: int) -> None:
-    """Let some features look as if they had never been active, though they are."""
+    """Mark some features as never active, although they are active."""
     memory = one.model.memory["last_active"]
     memory[:features] = -IDLE_STEPS - STEPS
 
 
 @pytest.mark.parametrize("kind", SPLIT)
-def test_gradients_of_four_batches_are_those_of_one_that_is_four_times_as_large(kind: str) -> None:
-    """Also with features that only one of the parts finds active; the last part is smaller."""
+def test_accumulated_batches_equal_one_large_batch(kind: str) -> None:
+    """Includes features that are active in only one batch; the last batch is smaller."""
     steps = {}
     for batch, accumulate in ((64, 1), (16, 4), (24, 3)):
         one = training(
@@ -326,8 +330,8 @@ def test_gradients_of_four_batches_are_those_of_one_that_is_four_times_as_large(
     assert not torch.allclose(steps[24].model.weights()["W_dec"], whole.model.weights()["W_dec"])
 
 
-def test_few_vectors_are_fewer_parts() -> None:
-    """With fewer vectors than a step takes, all of them are in each step."""
+def test_accumulation_over_few_vectors_uses_all_in_each_step() -> None:
+    """If a step needs more vectors than there are, each step uses all."""
     own = Fixed(vectors(1, 40))
     parts, whole = (
         training("topk", own, accumulate=9, steps=5),
@@ -340,8 +344,8 @@ def test_few_vectors_are_fewer_parts() -> None:
 
 
 @pytest.mark.parametrize("kind", SPARSITY)
-def test_steps_in_bfloat16_keep_weights_in_32_bits(kind: str) -> None:
-    """A first step changes weights as a loss does whose matrix products are rounded to 16 bits."""
+def test_bfloat16_steps_keep_weights_in_float32(kind: str) -> None:
+    """Gradients of the first step are close to float32, up to rounding of matrix products."""
     mixed = training(kind, Fixed(vectors(1)), mixed_on="cpu", steps=1)
     plain = training(kind, Fixed(vectors(1)), steps=1)
     seen: list[torch.dtype] = []

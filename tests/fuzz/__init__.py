@@ -1,1 +1,1 @@
-"""Hostile files: whatever stands in one, the answer is a diagnostic or success."""
+"""Hostile files: for any content, commands report diagnostics or succeed."""

@@ -1,6 +1,6 @@
-"""`python -m tests.fuzz --seed N --count N`: hostile files through the command line, counted.
+"""`python -m tests.fuzz --seed N --count N`: run hostile files on the command line and count.
 
-Exit status 1 where a command broke off, or `validate` passed its bound.
+The exit status is 1 if a command crashed or `validate` exceeded its limits.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .cases import KINDS, case
 from .commands import COMMANDS, say, write
 
 SECONDS, MEGABYTES = 2.0, 500
-"""What `validate` may take: time of the processor, memory of the whole process."""
+"""Limits of `validate`: processor time and memory of the whole process."""
 
 
 def memory() -> int:
-    """The most that this process has held, in megabytes."""
+    """Peak memory of this process in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 

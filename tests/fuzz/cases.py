@@ -1,4 +1,4 @@
-"""Hostile files, drawn at random: each kind is a function from a generator to a folder of files."""
+"""Random hostile files: each kind is a function from a generator to a folder of files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLES = sorted(
 ZOO = ROOT / "mechdsl" / "zoo" / "counting"
 FILE = "case.mech"
 MODEL = "model"
-"""The folder of a model beside the file."""
+"""The folder of a model next to the file."""
 
 PIECE = re.compile(r'"[^"\n]*"|\w+|\s+|[^\w\s]')
 NUMBER = re.compile(r"(?<![\w.])[0-9]+(?![\w.])")
@@ -44,12 +44,12 @@ VALUES: tuple[Any, ...] = (
     *(0, -1, 1, 2, 7, 1001, 10**9, 10**30, -(10**30), 0.5, 1e308, float("nan"), float("inf")),
     *(True, False, None, "", "4", "gelu", "x" * 5000, [], [1], ["x", None], {}, {"a": 1}),
 )
-"""What may stand behind a key of a JSON file."""
+"""Values for keys of a JSON file."""
 MORE_KEYS = (
     *("num_key_value_heads", "head_dim", "layer_types", "num_local_experts", "vision_config"),
     *("text_config", "is_encoder_decoder", "mlp_only_layers", "qk_nope_head_dim", "ffn_config"),
 )
-"""Of `config.json`, read where they are there."""
+"""Optional keys of `config.json`."""
 LINES = {
     "value": (
         *("item in {}", "item in 0..3 where {}", "item = {}", "x = {}", 'item in ["a", {}]'),
@@ -83,7 +83,7 @@ Files = Mapping[str, bytes]
 
 
 def program(value: str = "", rule: str = "", measure: str = "", model: str = "") -> str:
-    """A small file in which parts are replaced."""
+    """A small file with replaceable parts."""
     return f"""mech 1
 model toy = {model or 'zoo("counting")'}
 prompts p {{
@@ -107,7 +107,7 @@ def example(draw: Random) -> str:
 
 
 def bytes_(draw: Random) -> Files:
-    """Bytes of any kind, alone or inside a file."""
+    """Random bytes, alone or within a file."""
     junk = draw.randbytes(draw.choice((0, 1, 40, 4000)))
     text = example(draw).encode() if draw.random() < 0.7 else b""
     at = draw.randint(0, len(text))
@@ -115,14 +115,14 @@ def bytes_(draw: Random) -> Files:
 
 
 def truncated(draw: Random) -> Files:
-    """A file that breaks off, or begins in the middle."""
+    """A truncated file, or one that begins in the middle."""
     text = example(draw)
     cut = draw.randint(0, len(text))
     return {FILE: (text[:cut] if draw.random() < 0.7 else text[cut:]).encode()}
 
 
 def mutated(draw: Random) -> Files:
-    """Words and signs left out, doubled, swapped, replaced."""
+    """Words and punctuation omitted, doubled, swapped or replaced."""
     pieces = PIECE.findall(example(draw))
     for _ in range(draw.choice((1, 1, 2, 3, 8))):
         a, b = draw.randrange(len(pieces)), draw.randrange(len(pieces))
@@ -141,7 +141,7 @@ def mutated(draw: Random) -> Files:
 
 
 def numbers(draw: Random) -> Files:
-    """A number of a file as another one."""
+    """A file with one number replaced."""
     text = example(draw)
     places = list(NUMBER.finditer(text))[1:]  # without the version
     if not places:
@@ -162,7 +162,7 @@ def nested(draw: Random) -> Files:
 
 
 def long(draw: Random) -> Files:
-    """Something right, very often; or very long."""
+    """A valid part repeated many times, or a very long one."""
     count = draw.choice((10, 300, 1500, 20_000))
     match draw.randrange(9):
         case 0:
@@ -202,7 +202,7 @@ def _model(draw: Random, change: Callable[[str, bytes], bytes]) -> Files:
 
 
 def config(draw: Random) -> Files:
-    """A model whose `config.json` says what no model is."""
+    """A model with an invalid `config.json`."""
 
     def change(name: str, content: bytes) -> bytes:
         if name != "config.json":
@@ -249,7 +249,7 @@ def _broken_json(draw: Random, content: bytes) -> bytes:
 
 
 def data(draw: Random) -> Files:
-    """A data file that is broken, or odd."""
+    """A broken or unusual data file."""
     ending = draw.choice(("csv", "tsv", "jsonl", "json"))
     rows: list[dict[str, Any]] = [
         {"item": draw.choice(("fig", "pear", "", *VALUES)), "n": n} for n in range(4)

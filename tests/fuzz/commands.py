@@ -1,4 +1,4 @@
-"""What the command line does with a hostile file, in this process."""
+"""Run commands on hostile files in this process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mechdsl.cli.entry import app
 from .cases import FILE, Files
 
 COMMANDS = ("validate", "fmt", "plan", "graph", "explain")
-"""The first is the one whose time is bounded; all mustn't break off."""
+"""Commands that must not crash; only the time of the first is limited."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a command said."""
+    """Output, time and crash of a command."""
 
     output: str
     seconds: float
-    """Of the processor."""
+    """Processor time."""
     broke: str | None
-    """The exception that came out."""
+    """Traceback of an uncaught exception, or the crash report."""
 
     @property
     def refused(self) -> bool:
@@ -33,12 +33,12 @@ class Said:
 
     @property
     def long(self) -> bool:
-        """Whether `validate` left rows out, all of which the other commands look at."""
+        """Whether `validate` skipped rows, all of which the other commands read."""
         return "[W0790]" in self.output
 
 
 def write(files: Files, folder: Path) -> Path:
-    """The case as files; the path of the `.mech` file."""
+    """Write the files of a case; return the path of the `.mech` file."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def write(files: Files, folder: Path) -> Path:
 
 
 def say(command: str, file: Path) -> Said:
-    """One command on one file. A crash report of the command line counts as breaking off."""
+    """Run one command on one file. A crash report of the command line counts as a crash."""
     arguments = [command, str(file), *(["--check"] if command == "fmt" else [])]
     started = time.process_time()
     found = CliRunner().invoke(app, arguments, env={"MECHDSL_DEBUG": "1", "HF_HUB_OFFLINE": "1"})

@@ -1,4 +1,4 @@
-"""A small part of what `python -m tests.fuzz` does, the same at each run."""
+"""A small, reproducible part of `python -m tests.fuzz`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .cases import KINDS, case
 from .commands import COMMANDS, say, write
 
 SECONDS = 10
-"""Of the processor, which other work on the machine makes slower too: five times the bound."""
+"""Processor seconds; five times the limit, as other work on the machine slows it down."""
 
 
-def hold(kind: str, number: int, commands: tuple[str, ...]) -> None:
+def check_commands(kind: str, number: int, commands: tuple[str, ...]) -> None:
     with TemporaryDirectory() as folder:
         file = write(case(kind, number), Path(folder))
         for command in commands:
@@ -37,8 +37,8 @@ def hold(kind: str, number: int, commands: tuple[str, ...]) -> None:
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(number=st.integers(0, 1_000_000))
-def test_a_diagnostic_or_success(kind: str, number: int) -> None:
-    hold(kind, number, ("validate",))
+def test_validate_on_a_hostile_file_reports_or_succeeds(kind: str, number: int) -> None:
+    check_commands(kind, number, ("validate",))
 
 
 @pytest.mark.slow
@@ -51,5 +51,5 @@ def test_a_diagnostic_or_success(kind: str, number: int) -> None:
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(number=st.integers(0, 1_000_000))
-def test_every_command(kind: str, number: int) -> None:
-    hold(kind, number, COMMANDS)
+def test_each_command_on_a_hostile_file_reports_or_succeeds(kind: str, number: int) -> None:
+    check_commands(kind, number, COMMANDS)

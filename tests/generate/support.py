@@ -1,4 +1,4 @@
-"""What acts while a model writes, said once for the package and for a loop of plain passes."""
+"""Rules during generation, written once for the package and for a loop of plain passes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ..rules.models import double
 Also = Literal["", "newest", "written"]
 Kind = Literal["block", "reweight", "uniform", "set"]
 NEAR = 1e-4
-"""Of logits, relative to the largest."""
+"""Tolerance of logits, relative to the largest."""
 
 
 @dataclass(frozen=True)
 class Act:
-    """A vector of one row that is written."""
+    """A write to one vector of one row."""
 
     row: int
     site: str
@@ -43,7 +43,7 @@ class Act:
     steps: tuple[int, int | None] = (1, None)
 
     def changed(self, now: Tensor) -> Tensor:
-        """What stands there afterwards, by the definition of the mode."""
+        """The vector after the write, by the definition of the mode."""
         values = torch.tensor(self.values, dtype=now.dtype)
         match self.mode:
             case "set":
@@ -83,7 +83,7 @@ class Act:
 
 @dataclass(frozen=True)
 class Look:
-    """An edit of one row's attention from one token."""
+    """An edit of one row's attention, from one query token."""
 
     row: int
     kind: Kind
@@ -113,15 +113,15 @@ class Look:
 
 @dataclass(frozen=True)
 class Rules:
-    """Everything that acts on the rows of a batch."""
+    """All rules on the rows of a batch."""
 
     acts: Sequence[Act] = ()
     looks: Sequence[Look] = ()
     kept: Sequence[Act] = ()
-    """Of `k` and `v` at positions of the prompt, between the prefill and step 1."""
+    """Edits of cached `k` and `v` at positions of the prompt, between prefill and step 1."""
 
     def given(self) -> dict[str, Any]:
-        """What the package is called with."""
+        """Keyword arguments for the package."""
         prefill = RuleWrites(
             [act.write for act in self.acts if act.position is not None],
             [look.edge for look in self.looks if look.query is not None],
@@ -140,7 +140,7 @@ class Rules:
         }
 
     def of(self, rows: Sequence[int]) -> Rules:
-        """What acts on these rows, counted anew."""
+        """The rules on these rows, renumbered."""
 
         def some(each: Sequence[Any]) -> list[Any]:
             return [replace(x, row=rows.index(x.row)) for x in each if x.row in rows]
@@ -150,7 +150,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written behind each prompt, and the logits [step, vocab] that it was chosen by."""
+    """The completion of each prompt, and the logits [step, vocab] of its tokens."""
 
     replies: list[Reply]
     logits: list[Tensor]
@@ -163,7 +163,7 @@ def written(
     rules: Rules | None = None,
     **settings: Any,
 ) -> Written:
-    """By the package."""
+    """Generate with the package."""
     found: dict[int, list[Tensor]] = {row: [] for row in range(len(prompts))}
     choose = write_replies_module.choose_next_tokens
 
@@ -184,7 +184,7 @@ def written(
 
 
 def agree(found: Written, expected: Sequence[tuple[Sequence[int], Tensor]]) -> None:
-    """The same tokens, and logits as near as 32 bits allow."""
+    """Check equal tokens, and equal logits up to float32 rounding."""
     for row, (ids, logits) in enumerate(expected):
         assert found.replies[row].ids == tuple(ids), row
         error = (found.logits[row] - logits).abs().amax() / logits.abs().amax()
@@ -192,12 +192,12 @@ def agree(found: Written, expected: Sequence[tuple[Sequence[int], Tensor]]) -> N
 
 
 def greedy(tokens: int, **settings: Any) -> Decoding:
-    """Tokens are written as numbers."""
+    """Greedy decoding; the text has token ids as numbers."""
     return Decoding(tokens, lambda ids: " ".join(map(str, ids)), **settings)
 
 
 def by_hand(name: str, prompts: Sequence[tuple[int, ...]], rules: Rules, tokens: int) -> list[Any]:
-    """[row] (the reply's tokens, the logits [step, vocab] that they were chosen by)."""
+    """[row] (tokens of the completion, their logits [step, vocab])."""
     return [_row(name, row, prompt, rules, tokens) for row, prompt in enumerate(prompts)]
 
 
@@ -220,7 +220,7 @@ def _row(
 def _acting(
     row: int, prompt: tuple[int, ...], rules: Rules, step: int
 ) -> tuple[list[Write], list[Edge]]:
-    """What acts on the prompt, and on the tokens of the reply up to a step's."""
+    """Rules on the prompt and on the generated tokens up to a step."""
     writes = [
         Write(act.site, act.layer, act.changed, act.position, act.unit)
         for act in rules.acts
@@ -251,7 +251,7 @@ def _acting(
 
 
 def _as_they_were(run: Run, kept: Sequence[Act]) -> list[Write]:
-    """Keys and values of the whole prompt, edited: what all later passes see of it."""
+    """Edited keys and values of the full prompt, as all later passes see them."""
     found = {place: value.clone() for place, value in run.seen.items() if place[0] in ("k", "v")}
     for act in kept:
         vectors = found[act.site, act.layer]

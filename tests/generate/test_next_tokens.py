@@ -1,4 +1,4 @@
-"""How tokens are chosen and drawn, and where replies end."""
+"""Choosing and sampling tokens, and the ends of completions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mechdsl.forward.generation.rules import StepEdge, StepRules
 from mechdsl.forward.hooks.batch import EdgeWrite
 
 from .support import Rules, greedy
-from .test_acting import PROMPTS, acts, model_of
+from .test_rules_during_generation import PROMPTS, acts, model_of
 
 PROBABILITIES = (0.02, 0.4, 0.08, 0.3, 0.2)
 LOGITS = torch.tensor([PROBABILITIES]).log()
@@ -47,7 +47,7 @@ def drawn(count: int = DRAWS, step: int = 0, seed: int = 5, **how: float | int) 
 
 
 def by_hand(temperature: float = 1.0, top_k: int = 5, top_p: float = 1.0) -> dict[int, float]:
-    """Token → its probability."""
+    """Probabilities by token."""
     warm = {n: p ** (1 / temperature) for n, p in enumerate(PROBABILITIES)}
     ordered = sorted(warm, key=lambda n: -warm[n])[:top_k]
     total = sum(warm[n] for n in ordered)
@@ -76,7 +76,7 @@ def by_hand(temperature: float = 1.0, top_k: int = 5, top_p: float = 1.0) -> dic
         {"top_p": 0.6, "top_k": 4, "temperature": 1.5},
     ],
 )
-def test_draws_have_their_probabilities(how: dict[str, float]) -> None:
+def test_sampled_tokens_have_the_expected_frequencies(how: dict[str, float]) -> None:
     counts, expected = Counter(drawn(**how)), by_hand(**how)  # pyright: ignore
     assert set(counts) <= set(expected)
     for token, p in expected.items():
@@ -84,19 +84,19 @@ def test_draws_have_their_probabilities(how: dict[str, float]) -> None:
         assert away <= 4.5 * np.sqrt(DRAWS * p * (1 - p)), (token, counts[token] / DRAWS, p)
 
 
-def test_a_draw_hangs_on_its_key_and_step_alone() -> None:
+def test_sampled_token_depends_only_on_key_and_step() -> None:
     first = drawn(50, temperature=1.0)
     assert drawn(20, temperature=1.0) == first[:20]
     assert drawn(50, step=1, temperature=1.0) != first
     assert drawn(50, seed=6, temperature=1.0) != first
-    # Other states beside it, in another order.
+    # With another state in the batch, and in another order.
     logits = torch.cat([torch.zeros_like(LOGITS), LOGITS])
     keys = [(5, row) for row in reversed(range(50))]
     again = tokens_of(logits, [1] * 50, greedy(9, temperature=1.0), keys)
     assert again[::-1] == first
 
 
-def test_of_equal_logits_the_first() -> None:
+def test_first_of_equal_logits_is_chosen() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
     assert tokens_of(logits, [1, 0, 1], greedy(3)) == [0, 1, 0]
     assert set(tokens_of(logits, [0] * 99, greedy(3, top_k=1), [(n,) for n in range(99)])) == {1}
@@ -104,9 +104,9 @@ def test_of_equal_logits_the_first() -> None:
     assert set(found) == {0, 1}
 
 
-def test_at_the_bounds_of_what_is_drawn() -> None:
-    """Each of four equal tokens has a quarter, from its beginning up to the next one's; a number
-    that rounds to the whole draws the last that may be."""
+def test_sampling_at_interval_bounds_chooses_the_right_token() -> None:
+    """Each of four equal tokens has a quarter of the interval, including its lower bound. A number
+    that rounds to 1 gives the last allowed token."""
     logits, states = torch.zeros(1, 4), torch.zeros(4, dtype=torch.long)
     quarters = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
     assert _sample_tokens(logits, states, quarters, greedy(3, temperature=1.0)).tolist() == [
@@ -121,29 +121,29 @@ def test_at_the_bounds_of_what_is_drawn() -> None:
     assert _sample_tokens(logits, states, whole, greedy(3, top_p=0.5)).tolist() == [1, 1, 1, 1]
 
 
-def test_probabilities_of_half_precision_are_not_rounded_to_it() -> None:
+def test_sampling_from_bfloat16_logits_equals_float32() -> None:
     logits = torch.linspace(0, 3, 400)[None].bfloat16()
     keys, how = [(n,) for n in range(300)], greedy(3, temperature=1.3)
     found = tokens_of(logits, [0] * 300, how, keys)
     assert found == tokens_of(logits.float(), [0] * 300, how, keys)
 
 
-def test_a_token_that_is_excluded_is_never_drawn() -> None:
+def test_token_with_minus_infinite_logit_is_never_sampled() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]])
     found = tokens_of(logits, [0] * 300, greedy(3, temperature=5.0), [(n,) for n in range(300)])
     assert set(found) == {1, 3}
 
 
-def test_logits_that_are_no_numbers() -> None:
-    """Their rows have no next token; others beside them have."""
+def test_row_with_nan_or_infinite_logits_has_no_next_token() -> None:
+    """Other rows of the batch still have a next token."""
     logits = torch.tensor([[0.0, torch.nan], [0.0, 1.0], [torch.inf, 0.0], [-torch.inf, 0.0]])
     for decoding in (greedy(3), greedy(3, top_k=1)):
         found = tokens_of(logits, [0, 1, 1, 2, 3], decoding, [(1,)] * 5)
         assert found == [NO_TOKEN, 1, 1, NO_TOKEN, 1]
 
 
-def test_samples_dont_hang_on_the_batch() -> None:
-    """Nor on whether keys are kept, nor on what acts on other rows."""
+def test_samples_do_not_depend_on_the_batch() -> None:
+    """Samples also ignore the key-value cache and rules on other rows."""
     model, how = model_of("gpt2"), greedy(6, temperature=2.0, top_p=0.95)
     prompts = [prompt for prompt in PROMPTS for _ in range(5)]
     random = [(row, 3, len(prompt)) for row, prompt in enumerate(prompts)]
@@ -159,7 +159,7 @@ def test_samples_dont_hang_on_the_batch() -> None:
     assert [n for n in range(15) if beside[n] != together[n]] == [3]
 
 
-def test_sampling_needs_keys() -> None:
+def test_sampling_without_a_key_per_row_is_rejected() -> None:
     with pytest.raises(ValueError, match="need a key"):
         generate_replies(model_of("gpt2"), PROMPTS, greedy(2, top_k=3))
     with pytest.raises(ValueError, match="need a key"):
@@ -170,7 +170,7 @@ LETTERS = " abc\néQ"
 
 
 def decode(ids: Sequence[int]) -> str:
-    """One letter a token; 7 and 8 together are one, and 9 is two."""
+    """Decode one letter per token; 7 and 8 are one letter together, and 9 is two letters."""
     text = "".join({7: "«", 8: "»", 9: "b\n"}.get(n) or LETTERS[n] for n in ids)
     return text.replace("«»", "é").replace("«", "\ufffd").replace("»", "\ufffd")
 
@@ -184,7 +184,7 @@ def ended(tokens: Sequence[int], **how: object) -> tuple[tuple[int, ...], str, s
     return reply.ids, reply.text, reply.ended
 
 
-def test_where_a_reply_ends() -> None:
+def test_completion_ends_at_stop_text_end_token_or_length() -> None:
     assert ended([1, 2, 3, 1, 2, 3]) == ((1, 2, 3, 1, 2, 3), "abcabc", "length")
     assert ended([1, 2, 5], ends=frozenset({5, 6})) == ((1, 2), "ab", "end")
     assert ended([5], ends=frozenset({5})) == ((), "", "end")
@@ -192,19 +192,19 @@ def test_where_a_reply_ends() -> None:
     stops = ("\n", "Q")
     assert ended([1, 2, 4], stops=stops) == ((1, 2), "ab", "stop")
     assert ended([6], stops=stops) == ((), "", "stop")
-    # A token that holds the stop text and something in front of it belongs to the reply.
+    # A token with text before the stop text belongs to the completion.
     assert ended([1, 9], stops=stops) == ((1, 9), "ab", "stop")
-    # A stop text of several tokens; the one that comes first counts.
+    # Stop texts of several tokens; the earliest match counts.
     assert ended([3, 1, 2, 3], stops=("bc", "abc")) == ((3,), "c", "stop")
-    # A letter of two tokens in front of it is whole.
+    # A letter of two tokens before the stop text is complete.
     assert ended([1, 7, 8, 4], stops=stops) == ((1, 7, 8), "aé", "stop")
-    # The last token that there may be.
+    # At the maximum length.
     assert ended([1, 1, 1, 1, 1, 4], stops=stops) == ((1, 1, 1, 1, 1), "aaaaa", "stop")
     assert ended([1, 1, 1, 1, 1, 5], ends=frozenset({5})) == ((1, 1, 1, 1, 1), "aaaaa", "end")
 
 
-def test_rows_that_go_on_beside_others() -> None:
-    """Each reply ends by itself, whatever the order in which rows come."""
+def test_rows_end_independently_in_any_order() -> None:
+    """Each completion ends independently, in any order of rows."""
     writing = ReplyBuffer(5, Decoding(3, decode, ends=frozenset({5, 0}), stops=("bc",)))
     rows = np.array([4, 2, 0, 1])
     assert writing.put(rows, np.array([1, 5, 2, 2])).tolist() == [1, NO_TOKEN, 2, 2]
@@ -231,19 +231,19 @@ def test_rows_that_go_on_beside_others() -> None:
         {"top_p": 1.5},
     ],
 )
-def test_decoding_that_isnt(how: dict[str, float]) -> None:
+def test_invalid_decoding_setting_is_rejected(how: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"a reply must|temperature must|top_k must|top_p must"):
         Decoding(**{"tokens": 3, "decode": decode, **how})  # pyright: ignore
 
 
-def test_step_0_is_the_prefill() -> None:
+def test_step_rules_start_at_step_1() -> None:
     with pytest.raises(ValueError, match="step 0"):
         StepRules(0)
     assert [StepRules(2, 3).acts(step) for step in range(5)] == [False, False, True, True, False]
     assert StepRules(2).acts(99)
 
 
-def test_what_the_newest_token_sees_cant_be_allowed() -> None:
+def test_allow_edge_at_the_newest_token_is_rejected() -> None:
     none = torch.zeros(1, dtype=torch.long)
     edge = EdgeWrite(0, "allow", none, none, none, none, none, torch.zeros(1))
     with pytest.raises(ValueError, match="can't be allowed"):
@@ -252,13 +252,13 @@ def test_what_the_newest_token_sees_cant_be_allowed() -> None:
         )
 
 
-def test_an_empty_prompt() -> None:
+def test_empty_prompt_is_rejected() -> None:
     with pytest.raises(ValueError, match="every prompt needs a token"):
         generate_replies(model_of("gpt2"), [(1, 2), ()], greedy(3))
 
 
 def sorted_draw(logits: Any, uniform: float, top_k: int | None, top_p: float | None) -> int:
-    """The definition: tokens by falling logit, of equal ones the lowest id first."""
+    """The reference: tokens by descending logit, ties by ascending id."""
     order = np.lexsort((np.arange(len(logits)), -logits))[:top_k]
     mass = np.exp(logits[order] - logits.max())
     mass = np.cumsum(mass / mass.sum())
@@ -281,7 +281,7 @@ KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(None, None), (1, None), (40, None), (None, 0.7915), (40, 0.79)]
 )
-def test_draws_are_those_of_sorted_tokens(
+def test_sampling_equals_a_reference_over_sorted_tokens(
     kind: str, top_k: int | None, top_p: float | None
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -296,7 +296,7 @@ def test_draws_are_those_of_sorted_tokens(
 
 
 @pytest.mark.parametrize("how", [{"temperature": 1.3}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9}])
-def test_the_vocabulary_is_sorted_for_top_p_alone(
+def test_sampling_sorts_the_vocabulary_only_for_top_p_alone(
     how: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sort, sizes = torch.Tensor.sort, list[int]()

@@ -1,4 +1,4 @@
-"""Rows that wrote the same are computed once in the blocks below what acts on them."""
+"""Rows with equal tokens share the computation of blocks before their first rule."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ..execute.support import shared
 from ..models import families
 from ..rules.models import bare
 from .support import Act, Look, Rules, agree, by_hand, greedy, written
-from .test_acting import FAMILIES, PROMPTS, model_of
+from .test_rules_during_generation import FAMILIES, PROMPTS, model_of
 
 ROWS: tuple[tuple[int, ...], ...] = (*[PROMPTS[0]] * 9, *[PROMPTS[2]] * 5, PROMPTS[1])
 TOKENS = 6
 
 
 def rules_of(model: LoadedModel) -> Rules:
-    """Little on most rows, so that they write the same for a while, and later much on some."""
+    """Weak rules on most rows, so that completions stay equal for a while; strong ones on some."""
     shape, random = model.shape, torch.Generator().manual_seed(3)
     top = shape.n_layers - 1
 
@@ -64,8 +64,8 @@ def rules_of(model: LoadedModel) -> Rules:
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """[pass] rows that each block's attention and the rest of it have, and states, of passes that
-    share blocks."""
+    """[pass] number of rows of each block's attention and of its rest, and of states, for passes
+    that share blocks."""
     found: list[list[int]] = []
 
     class Counted(cached.CachedPass):
@@ -89,15 +89,15 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rows_that_write_the_same(name: str, rows: list[list[int]]) -> None:
+def test_rows_with_equal_completions_share_blocks(name: str, rows: list[list[int]]) -> None:
     model = model_of(name)
     rules = rules_of(model)
-    if name == "gpt_neox":  # its sublayers stand beside each other
+    if name == "gpt_neox":  # its sublayers are parallel
         rules = Rules([a for a in rules.acts if a.site != "resid_mid"], rules.looks, rules.kept)
     found = written(model, ROWS, greedy(TOKENS), rules)
     agree(found, by_hand(name, ROWS, rules, TOKENS))
     different = {reply.ids for reply in found.replies[:9]}
-    assert len(different) > 1 or name == "gemma2"  # writes one token for ever
+    assert len(different) > 1 or name == "gemma2"  # repeats one token
     assert rows[0][0] <= len(ROWS) - 5
     assert any(each[n] < each[n + 1] for each in rows for n in range(0, len(each) - 1, 2))
     assert len({tuple(each) for each in rows}) > 1
@@ -106,11 +106,11 @@ def test_rows_that_write_the_same(name: str, rows: list[list[int]]) -> None:
 @pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("count", [1, 4])
-def test_prefill_shares_blocks_as_steps_do(
+def test_prefill_shares_blocks_of_rows_with_equal_tokens(
     name: str, shares: bool, count: int, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rules act on the last tokens of each prompt, some of which are in another pass; a row on
-    which nothing acts is like the others' first blocks."""
+    """Rules act on the last tokens of each prompt, some of them in another pass. A row without
+    rules shares its first blocks with the others."""
     model = model_of(name)
     way = replace(choose_method(model), shares=shares)
     monkeypatch.setattr(cached, "choose_method", lambda *_, **__: way)
@@ -131,10 +131,10 @@ def test_prefill_shares_blocks_as_steps_do(
 
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prefill_of_all_but_last_tokens_ends_at_keys_of_last_block(
+def test_prefill_without_last_tokens_stops_at_the_keys_of_the_last_block(
     name: str, within: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every site of the last block is written; one of keys after rotary needs all of it."""
+    """Every site of the last block is written; writes inside attention need the full block."""
     monkeypatch.setattr(cached, "MAX_RECOMPUTED_TOKENS", 0)
     model = model_of(name)
     assert choose_method(model, inside=within).places is not None
@@ -163,9 +163,9 @@ def test_prefill_of_all_but_last_tokens_ends_at_keys_of_last_block(
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("limit", [1, 10_000])
-def test_prefill_column_of_padding_alone_makes_no_nan(name: str, limit: int) -> None:
-    """Everything acts from the second token of the longest prompt on: shorter ones have nothing in
-    the column before, which is a pass of one token. So are all others where the limit is small."""
+def test_prefill_column_with_only_padding_gives_no_nan(name: str, limit: int) -> None:
+    """Rules act from the second token of the longest prompt on. Shorter prompts have only padding
+    in the first column, which is a pass of one token, as all columns are with a small limit."""
     model = model_of(name)
     longest, shorter = PROMPTS[0], PROMPTS[0][2:]
     prompts = [shorter] * 4 + [longest] * 4
@@ -180,29 +180,29 @@ def test_prefill_column_of_padding_alone_makes_no_nan(name: str, limit: int) -> 
 
 
 def shape_of(given: Any) -> torch.Size:
-    """Of the hidden states that a block returns."""
+    """Shape of the hidden states that a block returns."""
     return (given[0] if isinstance(given, tuple) else given).shape
 
 
 @pytest.mark.parametrize("name", families.EACH)
-def test_every_family(name: str, rows: list[list[int]]) -> None:
+def test_shared_blocks_of_every_family_equal_full_passes(name: str, rows: list[list[int]]) -> None:
     model = shared(families.module(name))
     places = [choose_method(model, inside=inside).places for inside in (False, True)]
-    # BLOOM's attention adds what the block read.
+    # BLOOM's attention adds the block's input.
     assert all(each is not None and bool(each.attention) == (name != "bloom") for each in places)
     top = model.shape.n_layers - 1
     acts = [Act(row, "resid_pre", top, "scale", (1.0 + row / 20,)) for row in range(1, 5)]
     acts += [Act(5, "resid_pre", top - 1, "scale", (1.1,)), Act(0, "z", top, "scale", (1.3,), 0)]
     rules = Rules(acts, [Look(6, "reweight", top, 0, (0, 2), 1.2)])
-    prompts = [PROMPTS[0]] * 8  # nothing is done to the last
+    prompts = [PROMPTS[0]] * 8  # no rule acts on the last
     plain = written(model, prompts, greedy(3), rules, cached=False)
     found = written(model, prompts, greedy(3), rules)
     agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
     assert min(each[0] for each in rows) < 7
 
 
-def test_rows_that_end(rows: list[list[int]]) -> None:
-    """The one that others are like ends before them."""
+def test_shared_blocks_survive_the_end_of_the_leading_row(rows: list[list[int]]) -> None:
+    """The row that others share with ends before them."""
     model = model_of("llama")
     rules = rules_of(model)
     plain = written(model, ROWS, greedy(12), rules, cached=False)
@@ -216,8 +216,8 @@ def test_rows_that_end(rows: list[list[int]]) -> None:
     assert rows
 
 
-def test_tokens_with_other_numbers(rows: list[list[int]]) -> None:
-    """Such a row is its own from the first block on, also where it writes what others do."""
+def test_rows_with_other_position_ids_share_no_blocks(rows: list[list[int]]) -> None:
+    """Such a row is computed separately from the first block on, even with equal tokens."""
     numbers = PositionIdWrite(*torch.tensor(((1, 2, 3), (1, 3, 2), (3, 1, 2))).t())
     acts = [Act(2, "z", 2, "scale", (1.02,)), Act(4, "z", 1, "scale", (1.02,))]
     given = Rules(acts).given()
@@ -231,8 +231,8 @@ def test_tokens_with_other_numbers(rows: list[list[int]]) -> None:
     assert rows[0][0] == 3
 
 
-def test_a_last_token_with_another_number(rows: list[list[int]]) -> None:
-    """Its prefill is no step."""
+def test_row_with_another_position_id_at_the_last_token_is_separate(rows: list[list[int]]) -> None:
+    """Its last prompt token can't be computed like a step."""
     numbers = PositionIdWrite(*torch.tensor(((1, 4, 2), (2, 4, 3))).t())
     settings: dict[str, Any] = {"prefill": RuleWrites(numbers=[numbers])}
     model, prompts = model_of("llama"), [PROMPTS[0]] * 4
@@ -242,10 +242,10 @@ def test_a_last_token_with_another_number(rows: list[list[int]]) -> None:
     assert (plain.logits[1] - plain.logits[2]).abs().amax() > 0.01
 
 
-def test_a_model_that_makes_something_else_of_it(
+def test_model_that_fails_the_sharing_check_shares_no_blocks(
     monkeypatch: pytest.MonkeyPatch, rows: list[list[int]]
 ) -> None:
-    """Then each row is computed in all blocks."""
+    """Each row is then computed in all blocks."""
     before = cached_pass.limit_to_first_rows
 
     def wrong(model: LoadedModel, lineup: RowLineup, *rest: Any) -> Any:
@@ -265,7 +265,7 @@ def test_a_model_that_makes_something_else_of_it(
 
 
 def alone(rows: Sequence[int] | Ints, parents: Sequence[int] | Ints) -> RowStates:
-    """Each state stands for one row."""
+    """Row states with one row each."""
     return RowStates(np.array(rows), np.arange(len(rows)), np.array(parents))
 
 
@@ -274,9 +274,11 @@ Content = tuple[Any, ...]
 
 
 @pytest.mark.parametrize("seed", range(120))
-def test_keys_lie_where_they_are_read(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row finds the keys of its own tokens, after what acts on it, in each block; also where all
-    stands as it did, which is seen without working it out."""
+def test_cached_keys_are_moved_to_where_rows_read_them(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each block, a row reads the keys of its tokens under its rules, also if the arrangement
+    is unmodified and the shortcut for that case applies."""
     random = np.random.default_rng(seed)
     count = int(random.integers(1, 14))
     texts = random.integers(0, 2, count)
@@ -288,7 +290,7 @@ def test_keys_lie_where_they_are_read(seed: int, monkeypatch: pytest.MonkeyPatch
     own = [(int(row),) for row in range(count)]
 
     def content(row: int, block: int, step: int, reply: Sequence[int]) -> Content:
-        """What the keys of a block hang on."""
+        """The data that a block's keys depend on."""
         acted = acting[row] <= step and lowest[row] <= 2 * block
         return int(texts[row]), tuple(reply[:step]), own[row] if acted else ()
 
@@ -333,8 +335,8 @@ def test_keys_lie_where_they_are_read(seed: int, monkeypatch: pytest.MonkeyPatch
                 ]
 
 
-def test_most_rows_stay_where_they_are() -> None:
-    """Only those are moved that fill a hole or come to have a row in more blocks."""
+def test_arranging_rows_moves_few_keys() -> None:
+    """Only rows that fill a gap or need more blocks are moved."""
     blocks = SharedBlocks(np.zeros(6, int), np.zeros(6, int), np.array([0, 6, 6, 4, 4, 4]), 4)
     blocks.begin(alone(range(6), range(6)))
     states = blocks.arrange(alone(range(6), range(6)), np.full(6, 7), 1)
@@ -350,8 +352,8 @@ def test_most_rows_stay_where_they_are() -> None:
     assert [len(of) for of, _ in blocks.moves] == [1, 1, 2, 2]
 
 
-def test_a_reply_that_parts_as_another_ends() -> None:
-    """As many states as before, and not the same."""
+def test_row_that_diverges_while_another_ends_moves_its_keys() -> None:
+    """The number of states stays the same, but the states differ."""
     blocks = SharedBlocks(np.arange(3), np.full(3, 9), np.zeros(3, int), 2)
     blocks.begin(alone(range(3), range(3)))
     blocks.arrange(alone(range(3), range(3)), np.array([5, 5, 5]), 1)
@@ -361,15 +363,15 @@ def test_a_reply_that_parts_as_another_ends() -> None:
 
 
 HEADER = (1, 5, 9, 20)
-"""Beginning of a template."""
+"""Common beginning of the prompts."""
 
 
 @pytest.mark.parametrize("limit", [4096, 20])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prefill_of_equal_beginnings_runs_once_for_rows_with_equal_rules(
+def test_prefill_of_a_common_beginning_runs_once_per_set_of_rules(
     name: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four rules at all tokens of four prompts. The last row has another vector at one token."""
+    """Four rules at all tokens of four prompts; the last row has a different vector at a token."""
     monkeypatch.setattr(cached, "MAX_RECOMPUTED_TOKENS", 0)
     computed: list[tuple[int, int]] = []
     before = cached.CachedPasses._prefill_headers

@@ -1,4 +1,4 @@
-"""What rows of a prompt have in common is kept once, and attended to together."""
+"""Keys and values common to the rows of a prompt are stored once and attended to jointly."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from mechdsl.forward.hooks.model import LoadedModel
 from ..execute.support import shared
 from ..rules.models import bare
 from .support import Act, Look, Rules, agree, by_hand, greedy, written
-from .test_acting import FAMILIES, PROMPTS, model_of
+from .test_rules_during_generation import FAMILIES, PROMPTS, model_of
 
 ROWS: tuple[tuple[int, ...], ...] = (*[PROMPTS[0]] * 5, PROMPTS[1], *[PROMPTS[2]] * 3, PROMPTS[0])
 TOKENS = 4
 
 
 def rules_of(model: LoadedModel) -> Rules:
-    """Something else on every row: at the last token, at newest ones, on what is kept."""
+    """Different rules on every row: at the last and newest tokens, and on cached keys."""
     shape, random = model.shape, torch.Generator().manual_seed(1)
 
     def vector(size: int) -> tuple[float, ...]:
@@ -53,7 +53,7 @@ def rules_of(model: LoadedModel) -> Rules:
 
 @pytest.fixture
 def joint(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of each product with what is shared."""
+    """Number of rows of each product with shared keys."""
     found: list[int] = []
     before = SharedKeyValues.scores
 
@@ -66,23 +66,23 @@ def joint(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "gpt_oss", "bloom"])
-def test_rows_of_few_prompts(name: str, joint: list[int]) -> None:
-    """Unevenly many, in no order, each with something of its own."""
+def test_rows_of_few_prompts_share_cached_keys(name: str, joint: list[int]) -> None:
+    """Prompts have unequal numbers of rows in mixed order, each with separate rules."""
     model = model_of(name)
     rules = rules_of(model)
     assert choose_method(model, inside=True).shares
     joint.clear()
     found = written(model, ROWS, greedy(TOKENS), rules)
-    assert len(joint) >= TOKENS - 1  # in each step, in the block whose edges are left alone
-    if name not in FAMILIES:  # no loop by hand knows it
+    assert len(joint) >= TOKENS - 1  # in each step, in the block without edge edits
+    if name not in FAMILIES:  # the reference loop doesn't support it
         plain = written(model, ROWS, greedy(TOKENS), rules, cached=False)
         agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
     else:
         agree(found, by_hand(name, ROWS, rules, TOKENS))
 
 
-def test_rows_leave_and_room_grows(joint: list[int]) -> None:
-    """Replies of several lengths, the longest longer than the room that there is at first."""
+def test_shared_keys_survive_ended_rows_and_cache_growth(joint: list[int]) -> None:
+    """Completions have several lengths, and the longest exceeds the initial cache size."""
     model = model_of("llama")
     rules = rules_of(model)
     rules = replace(rules, looks=[], kept=[])
@@ -101,7 +101,7 @@ def test_rows_leave_and_room_grows(joint: list[int]) -> None:
     assert joint[0] > joint[-1]
 
 
-def test_nothing_is_shared_where_prompts_are_many(joint: list[int]) -> None:
+def test_different_prompts_share_no_keys(joint: list[int]) -> None:
     model = model_of("llama")
     rules = Rules([Act(0, "resid_post", 0, "add", (1.0,) * model.shape.d_model)])
     assert choose_method(model).shares
@@ -110,8 +110,10 @@ def test_nothing_is_shared_where_prompts_are_many(joint: list[int]) -> None:
     assert not joint
 
 
-def test_keys_that_a_model_looks_at(monkeypatch: pytest.MonkeyPatch, joint: list[int]) -> None:
-    """It gets them, and rows share nothing."""
+def test_model_that_reads_its_cached_keys_shares_none(
+    monkeypatch: pytest.MonkeyPatch, joint: list[int]
+) -> None:
+    """The model gets the keys, so rows share nothing."""
     odd = shared(copy.deepcopy(bare("llama")))
     monkeypatch.setattr(KeyValueCache, "handed", lambda *_: False)
     assert choose_method(odd) == GenerationMethod("cached", shares=False)
@@ -121,8 +123,8 @@ def test_keys_that_a_model_looks_at(monkeypatch: pytest.MonkeyPatch, joint: list
     assert not joint
 
 
-def test_attention_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's own attends, on all keys."""
+def test_model_with_unsupported_attention_uses_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's attention runs on all keys."""
     model = shared(copy.deepcopy(bare("gemma2")))
     monkeypatch.setattr(SingleQueryAttention, "attend", lambda *_: None)
     assert choose_method(model) == GenerationMethod("cached")
@@ -133,19 +135,19 @@ def test_attention_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "prompts",
     [
-        (0, 0, 1, 1, 2, 2),  # places are rows
+        (0, 0, 1, 1, 2, 2),  # prompts are in order of rows
         (0, 1, 2),
         (2, 0, 1, 2, 0, 1),
         (0, 0, 0, 0, 0, 2, 2, 1, 0),
-        (1, 1),  # others have left
+        (1, 1),  # the rows of other prompts have ended
         (2, 2, 0),
         (*[0] * 9, *[1] * 8, 2),
     ],
 )
-def test_products(prompts: Sequence[int]) -> None:
+def test_products_with_shared_keys_equal_separate_products(prompts: Sequence[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(3, 2, 5, 4, generator=generator) for _ in range(2))
-    more = torch.randn(3, 5, 5, 4, generator=generator)  # a layer with other heads
+    more = torch.randn(3, 5, 5, 4, generator=generator)  # a layer with a different number of heads
     common = SharedKeyValues(3, [None, (keys, values), (more, more)], prompts)
     assert common.columns == 3
     count = len(prompts)
@@ -167,8 +169,8 @@ def test_products(prompts: Sequence[int]) -> None:
     torch.testing.assert_close(common.scores(1, slice(0, 1), alone), expected)
 
 
-def test_few_places_are_empty() -> None:
-    """However unevenly many rows prompts have."""
+def test_grouping_of_shared_rows_pads_at_most_twofold() -> None:
+    """Even if prompts have very unequal numbers of rows."""
     counts = (1, 2, 3, 5, 9, 100)
     prompts = [number for number, count in enumerate(counts) for _ in range(count)]
     common = SharedKeyValues(1, [(torch.ones(6, 1, 1, 1), torch.ones(6, 1, 1, 1))], prompts)
@@ -177,8 +179,8 @@ def test_few_places_are_empty() -> None:
     assert sum(group.count * group.rows for group in places.groups) < 2 * len(prompts)
 
 
-def test_masks() -> None:
-    """A mask of another layer isn't taken for that of the one before, which is gone."""
+def test_additive_mask_cache_distinguishes_recycled_tensors() -> None:
+    """A new mask isn't mistaken for a freed mask of the preceding layer."""
     one = SingleQueryAttention(KeyValueCache(1, 3, 8))
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -197,10 +199,10 @@ def added(one: SingleQueryAttention, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "bloom"])
-def test_single_query_equal_prompt_lengths_masks_omitted(
+def test_single_query_attention_omits_masks_for_equal_prompt_lengths(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replies equal the reference; windows, position biases and padding keep their masks."""
+    """Completions equal the reference; windows, position biases and padding need masks."""
     masks: list[bool] = []
     before = SingleQueryAttention._added  # pyright: ignore[reportPrivateUsage]
 
@@ -226,8 +228,8 @@ def test_single_query_equal_prompt_lengths_masks_omitted(
     assert set(masks) == {True}
 
 
-def test_masks_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a pass aren't held in the next one."""
+def test_masks_are_freed_after_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks of a pass aren't held in the next one."""
     found: list[int] = []
     before = SingleQueryAttention._added  # pyright: ignore[reportPrivateUsage]
 
@@ -243,8 +245,10 @@ def test_masks_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(found) == 1
 
 
-def test_who_has_one_token(joint: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes over several tokens of each row are the model's own, on all keys."""
+def test_keys_are_shared_only_in_passes_of_one_token(
+    joint: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes over several tokens per row use the model's attention, on all keys."""
     seen: list[int] = []
     before = NewTokens.inputs
 
@@ -266,8 +270,8 @@ def test_who_has_one_token(joint: list[int], monkeypatch: pytest.MonkeyPatch) ->
     assert len(joint) == 2 * model.shape.n_layers
 
 
-def test_sixteen_bits(joint: list[int]) -> None:
-    """The model's own attention rounds as it does; there rows share nothing."""
+def test_bfloat16_model_shares_no_keys(joint: list[int]) -> None:
+    """Sharing would round differently from the model's attention."""
     model = shared(copy.deepcopy(bare("llama")).to(torch.bfloat16))
     rules = Rules(rules_of(model).acts)
     assert choose_method(model).kind == "cached"
@@ -278,7 +282,7 @@ def test_sixteen_bits(joint: list[int]) -> None:
         assert found.replies[row] == alone.replies[0]
 
 
-def test_room_grows_where_rows_have_left() -> None:
+def test_cache_growth_keeps_keys_after_rows_have_ended() -> None:
     generator = torch.Generator().manual_seed(0)
     kept = KeyValueCache(1, 5, 2, later=100)
 

@@ -1,4 +1,4 @@
-"""What is computed once, what leaves, and that nothing of it changes a reply."""
+"""Shared computation and ended rows, neither of which affects a completion."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mechdsl.forward.generation.decoding import Decoding
 from mechdsl.forward.generation.rules import RowSharing, RowStates
 
 from .support import Act, Rules, Written, agree, greedy, written
-from .test_acting import PROMPTS, TOKENS, acts, every_look, every_write, model_of
-from .test_kept import edits
-from .test_way import mixed
+from .test_edited_cache import edits
+from .test_generation_methods import mixed
+from .test_rules_during_generation import PROMPTS, TOKENS, acts, every_look, every_write, model_of
 
 NAME = "llama"
 
 
 @dataclass
 class Passes:
-    """Rows and tokens of each pass that was run."""
+    """Rows and tokens of each pass."""
 
     sizes: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
 
@@ -57,7 +57,7 @@ def as_expected(found: Written) -> list[tuple[tuple[int, ...], torch.Tensor]]:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("what", [every_write, every_look, edits])
-def test_alone_as_in_a_batch(name: str, what: Any) -> None:
+def test_row_alone_gives_the_completion_of_the_batch(name: str, what: Any) -> None:
     prompts, rules, *_ = what(name)
     model = model_of(name)
     together = written(model, prompts, greedy(TOKENS), rules)
@@ -68,7 +68,9 @@ def test_alone_as_in_a_batch(name: str, what: Any) -> None:
 
 @pytest.mark.parametrize("limit", [1, 9, 40])
 @pytest.mark.parametrize("cached", [True, False])
-def test_in_small_passes(limit: int, cached: bool, passes: Passes) -> None:
+def test_completions_do_not_depend_on_the_pass_limit(
+    limit: int, cached: bool, passes: Passes
+) -> None:
     prompts, rules, *_ = every_write(NAME)
     some = list(range(0, len(prompts), 4))
     prompts, rules = [prompts[row] for row in some], rules.of(some)
@@ -81,7 +83,7 @@ def test_in_small_passes(limit: int, cached: bool, passes: Passes) -> None:
 
 
 @pytest.mark.slow
-def test_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_halves_its_batch_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, rules, *_ = every_write(NAME)
     whole = written(model_of(NAME), prompts, greedy(TOKENS), rules)
     tried: list[int] = []
@@ -106,7 +108,7 @@ def test_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
         written(model_of(NAME), prompts, greedy(TOKENS), rules)
 
 
-def test_a_batch_fits_into_memory(passes: Passes) -> None:
+def test_batch_size_respects_the_memory_limit(passes: Passes) -> None:
     prompts = [PROMPTS[0]] * 8
     rules = Rules([Act(row, "z", 1, "scale", (float(row),), 1) for row in range(8)])
     shape = model_of(NAME).shape
@@ -116,8 +118,8 @@ def test_a_batch_fits_into_memory(passes: Passes) -> None:
     assert max(rows for rows, _ in passes.sizes) == 3
 
 
-def test_what_prompts_have_in_common_is_computed_once(passes: Passes) -> None:
-    """Rows that are written at the last token compute it alone."""
+def test_common_prompt_tokens_are_computed_once(passes: Passes) -> None:
+    """Rows with a write at the last token compute only that token."""
     prompts = [prompt for prompt in PROMPTS for _ in range(40)]
     rules = Rules(
         [
@@ -129,14 +131,14 @@ def test_what_prompts_have_in_common_is_computed_once(passes: Passes) -> None:
     written(model_of(NAME), prompts, greedy(1), rules)
     assert passes.sizes == [(3, 6), (120, 1)]
     passes.sizes.clear()
-    # No row without a write.
+    # Without an unpatched row.
     some = [row for row in range(120) if row % 40]
     written(model_of(NAME), [prompts[row] for row in some], greedy(1), rules.of(some))
     assert passes.sizes == [(3, 6), (117, 1)]
 
 
-def test_prompts_that_end_in_front_of_what_is_common() -> None:
-    """All of a short prompt is written, and only the end of a long one."""
+def test_prompt_shorter_than_the_common_part_equals_full_passes() -> None:
+    """Rules act on the first token of a short prompt and on the last of a long one."""
     prompts = [PROMPTS[2], PROMPTS[1]]
     rules = Rules(
         [
@@ -149,8 +151,8 @@ def test_prompts_that_end_in_front_of_what_is_common() -> None:
     agree(found, as_expected(whole))
 
 
-def test_equal_rows_are_computed_once(passes: Passes) -> None:
-    """Until something acts on one of them."""
+def test_equal_rows_are_computed_once_until_a_rule_separates_them(passes: Passes) -> None:
+    """They are shared until a rule acts on one of them."""
     prompts = [PROMPTS[0]] * 6
     rules = Rules(
         [
@@ -161,7 +163,7 @@ def test_equal_rows_are_computed_once(passes: Passes) -> None:
     apart = written(model_of(NAME), prompts, greedy(5), rules)
     assert passes.sizes == [(1, 5), (1, 1), (3, 1), (3, 1), (3, 1)]
     passes.sizes.clear()
-    # Two rows on which the same acts.
+    # Two rows with equal rules.
     same = Rules([act for act in rules.acts if act.row == 4])
     same = Rules([*same.acts, *(replace(act, row=5) for act in same.acts)])
     groups = np.array([0, 1, 2, 3, 4, 4])
@@ -171,8 +173,8 @@ def test_equal_rows_are_computed_once(passes: Passes) -> None:
     assert together.replies[0] != together.replies[4]
 
 
-def test_groups_are_of_rows_wherever_they_are_written() -> None:
-    """The short prompts are written first."""
+def test_row_groups_do_not_depend_on_the_batch_order() -> None:
+    """Short prompts are generated first."""
     prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[2], PROMPTS[2]]
     prompts = sorted(prompts, key=len, reverse=True)
     place = len(prompts[3]) - 1
@@ -188,7 +190,7 @@ def test_groups_are_of_rows_wherever_they_are_written() -> None:
     assert (apart.logits[2] - apart.logits[3]).abs().amax() > 0.1
 
 
-def test_samples_share_what_they_have_in_common(passes: Passes) -> None:
+def test_samples_share_their_common_tokens(passes: Passes) -> None:
     prompts = [PROMPTS[0]] * 30
     decoding = greedy(4, temperature=1.0)
     found = written(model_of(NAME), prompts, decoding, groups=np.zeros(30, dtype=np.int64))
@@ -197,7 +199,7 @@ def test_samples_share_what_they_have_in_common(passes: Passes) -> None:
     assert 1 < len(begun[1]) < 30
 
 
-def test_rows_that_have_ended_leave(passes: Passes) -> None:
+def test_ended_rows_are_removed_from_the_batch(passes: Passes) -> None:
     prompts = [prompt for prompt in PROMPTS for _ in range(4)]
     rules = Rules(
         [
@@ -226,11 +228,11 @@ def test_rows_that_have_ended_leave(passes: Passes) -> None:
 
 
 def states_of(states: RowStates) -> list[list[int]]:
-    """[state] its rows."""
+    """The rows of each state."""
     return [states.rows[states.of == state].tolist() for state in range(len(states))]
 
 
-def test_states_follow_their_tokens() -> None:
+def test_row_states_split_by_token() -> None:
     sharing = RowSharing([(1,), (2,), (3,), (4,), (5,)], np.full(5, 99), None)
     first = sharing.first(np.zeros(5))
     second = sharing.follow(first, np.array([7, -1, 7, -1, 7]), 1)
@@ -247,8 +249,8 @@ def test_states_follow_their_tokens() -> None:
     assert second.placed(np.array([2, 0, 1])).parents.tolist() == [2, 4, 0]
 
 
-def test_rows_part_where_something_acts_on_one() -> None:
-    """Two rows on which the same acts stay together; the first pass has them in a given order."""
+def test_row_states_split_where_a_rule_acts_on_one_row() -> None:
+    """Two rows with equal rules stay together; the first pass has a given order."""
     acting, groups = np.array([9, 9, 1, 1, 0]), np.array([0, 0, 1, 1, 0])
     sharing = RowSharing([(1,), (2,), (1,), (1,), (1,)], acting, groups)
     first = sharing.first(np.array([3, 1, 3, 3, 2]))
@@ -258,8 +260,8 @@ def test_rows_part_where_something_acts_on_one() -> None:
     assert then.parents.tolist() == [0, 1, 2, 2]
 
 
-def test_mixed_rules_beside_each_other() -> None:
-    """Rows written twice, in one batch with others of their prompt."""
+def test_mixed_rules_in_one_batch_equal_full_passes() -> None:
+    """Each prompt has two rows, one with rules and one without."""
     model = model_of(NAME)
     rules = mixed(model)
     prompts = [*PROMPTS, *PROMPTS]
@@ -267,6 +269,6 @@ def test_mixed_rules_beside_each_other() -> None:
     agree(found, as_expected(written(model, prompts, greedy(TOKENS), rules, cached=False)))
 
 
-def test_a_reply_of_one_token() -> None:
+def test_completion_of_one_token() -> None:
     found = written(model_of(NAME), PROMPTS, Decoding(1, str))
     assert [len(reply.ids) for reply in found.replies] == [1, 1, 1]

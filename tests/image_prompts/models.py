@@ -88,7 +88,7 @@ def build(config: dict[str, Any], model_type: str) -> Any:
 
 
 def llava(folder: Path, *, kind: str = "llava", **changes: Any) -> Path:
-    """LLaVA: a CLIP tower, all patches of its last block but the class token."""
+    """LLaVA with a CLIP tower; uses all tokens of its last block except the class token."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     config = {

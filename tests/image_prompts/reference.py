@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 Edit = Callable[[Tensor], Tensor]
-"""[tokens, width] → the same, changed."""
+"""[tokens, width] → edited values of the same shape."""
 
 
 class Bare:
@@ -31,7 +31,7 @@ class Bare:
         return Bare(model, AutoProcessor.from_pretrained(folder))
 
     def inputs(self, text: str, images: Sequence[Path]) -> dict[str, Tensor]:
-        """The inputs of one prompt; `<image>` in the text stands for each image."""
+        """The inputs of one prompt; `<image>` in the text marks each image."""
         return self.with_pictures(text, [Image.open(file).convert("RGB") for file in images])
 
     def with_pictures(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ class Bare:
             return self.model(**inputs).logits[0]
 
     def reply(self, inputs: dict[str, Tensor], count: int, **edits: Any) -> list[int]:
-        """The most likely tokens, one by one, each from a whole pass."""
+        """Greedy tokens, each from a full forward pass."""
         found: list[int] = []
         for _ in range(count):
             found.append(int(self.run(followed(inputs, found), **edits)[-1].argmax()))
@@ -177,7 +177,7 @@ OpenEdit = Callable[[Edit], AbstractContextManager[None]]
 
 
 def record_value(opened: OpenEdit, run: Callable[[], object]) -> Tensor:
-    """Return the value of a site in a run, which stays as it is."""
+    """Return the value of a site in a run without editing it."""
     found: list[Tensor] = []
 
     def keep(value: Tensor) -> Tensor:

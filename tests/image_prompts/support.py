@@ -1,4 +1,4 @@
-"""Files of prompts with images, and what rules give in one prompt by plain hooks."""
+"""Files of prompts with images, and comparisons of rules with reference values."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Models whose blocks attend to an image, such as Llama 3.2 Vision, against plain hooks on the bare
-model with the inputs that its processor prepares."""
+"""Models with cross-attention to an image, such as Llama 3.2 Vision, against plain hooks on the
+bare model with inputs from its processor."""
 
 from __future__ import annotations
 
@@ -328,7 +328,7 @@ def run_text(text: str, mode: str = "planned", block: str = BLOCK) -> list[Exper
 
 
 @pytest.mark.parametrize("mode", ["planned", pytest.param("small passes", marks=pytest.mark.slow)])
-def test_rules_equal_hooks_on_the_bare_model(mode: str) -> None:
+def test_cross_attention_rules_equal_hooks_on_the_bare_model(mode: str) -> None:
     text = "".join(
         experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(RULES)
     )
@@ -376,7 +376,7 @@ def replied(n: int, hooks: Sequence[Hook]) -> list[int]:
     return found
 
 
-def test_observed_and_blocked_attention_equal_the_models_own() -> None:
+def test_observed_and_blocked_attention_equal_the_bare_model() -> None:
     to = "from last token to photo row 1 col * tokens"
     text = experiment("c", f"observe attention cross layer 1 head * {to}", measure="")
     text += experiment(
@@ -433,8 +433,8 @@ def test_text_before_the_image_equals_the_bare_model() -> None:
             np.testing.assert_allclose(value[0, n], float(logits[0] - logits[1]), atol=2e-4)
 
 
-def test_tokens_of_tiles_equal_arrays_worked_out_manually() -> None:
-    """Of an image of 17 x 40 pixels, resized to 16 x 37, in three tiles of 16 x 16."""
+def test_tile_tokens_equal_manually_computed_arrays() -> None:
+    """The image has 17 x 40 pixels, resized to 16 x 37, in three tiles of 16 x 16."""
     [layout] = image_layout(processor(), bare().config, {}, [SIZES[2]])
     assert layout.end == TILES * EACH
     assert layout.markers["class"] == (0, 5, 10)
@@ -475,7 +475,7 @@ def test_pixels_of_one_cell_change_the_vector_of_its_token_most() -> None:
         assert moved.nonzero().tolist() == [[tile, place - 1]]
 
 
-def test_folder_gives_the_values_of_the_model(tmp_path: Path) -> None:
+def test_model_in_a_folder_equals_the_one_passed_from_python(tmp_path: Path) -> None:
     bare().save_pretrained(tmp_path / "model")
     processor().save_pretrained(tmp_path / "model")
     for file in folder().iterdir():
@@ -541,7 +541,7 @@ def test_layout_of_huge_tiles_is_rejected_before_they_are_counted(sizes: dict[st
         image_layout(MllamaProcessor(images, tokenizer()), config, {}, [(20, 20)])
 
 
-def test_conventions_name_the_token_that_stands_for_the_image() -> None:
+def test_conventions_name_the_image_token_and_full_forward_passes() -> None:
     [found] = run_text(experiment("e", ZERO))
     assert found.conventions["image"].startswith("blocks of `cross` attend to it, from `<|image|>`")
     assert "a full forward pass" in found.conventions["planner"]

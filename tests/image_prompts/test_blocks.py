@@ -1,4 +1,4 @@
-"""Blocks of prompts with images: changes, several images, other blocks, replies, and errors."""
+"""Prompts blocks with images: corruptions, several images, other blocks, completions, errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAME = "llava"
 
 
 def of_pictures(pictures: list[Image.Image], text: str = TEMPLATE) -> list[float]:
-    """The difference of each record's prompt with another picture."""
+    """Logit difference of each record's prompt with a given picture."""
     bare = support.bare(NAME)
     found: list[float] = []
     for n, picture in enumerate(pictures):
@@ -44,7 +44,7 @@ def picture(number: int) -> Image.Image:
         ("blur photo radius 3", lambda own: own.filter(ImageFilter.GaussianBlur(3))),
     ],
 )
-def test_changes_of_images(change: str, make: object) -> None:
+def test_corrupted_image_in_a_prompt_equals_reference(change: str, make: object) -> None:
     block = support.BLOCK.replace("file = other", change)
     text = experiment("e", "from clean into changed", "patch resid_pre layer 0 at photo tokens")
     found = run_file(text, NAME, block=block)["e"]
@@ -69,7 +69,7 @@ prompts ask {
 """
 
 
-def test_two_images() -> None:
+def test_swapped_and_patched_images_of_a_prompt_equal_hooks() -> None:
     """Tokens of each image, in both orders."""
     rule = "patch resid_post layer 1 at two row 1..2 col 1 tokens"
     found = run_file(experiment("e", "from clean into changed", rule), NAME, block=TWO)["e"]
@@ -95,7 +95,7 @@ prompts blank {
 """
 
 
-def test_from_an_image_into_a_text() -> None:
+def test_patch_from_an_image_token_into_a_text_equals_hooks() -> None:
     text = experiment(
         "e",
         "from ask into blank",
@@ -120,7 +120,7 @@ def test_from_an_image_into_a_text() -> None:
     assert np.ptp(np.array(values) - found.measures[0].base[0]) > 0.1
 
 
-def test_replies() -> None:
+def test_greedy_completions_with_image_rules_equal_hooks() -> None:
     """Greedy replies, clean and with a rule at the image's tokens."""
     text = experiment(
         "e",
@@ -143,8 +143,8 @@ def test_replies() -> None:
         assert list(cell.ids) == edited, words(edited)
 
 
-def test_mismatched_images() -> None:
-    """Images of other records, drawn with the seed."""
+def test_mismatched_images_depend_on_the_seed() -> None:
+    """`other(file)` draws the images of other records."""
     block = support.BLOCK.replace("file = other", "file = other(file)")
     text = experiment("e", "from clean into changed", "patch embed at photo tokens")
     bare, drawn = support.bare(NAME), set[tuple[int, ...]]()
@@ -161,11 +161,11 @@ def test_mismatched_images() -> None:
     assert len(drawn) > 1
 
 
-# --- what is kept in the store --------------------------------------------------------------------
+# --- store keys -----------------------------------------------------------------------------------
 
 
-def test_another_image_under_the_same_name(tmp_path: Path) -> None:
-    """A file that changes is another image for the store."""
+def test_store_key_depends_on_the_content_of_a_prompt_image(tmp_path: Path) -> None:
+    """The file name stays the same, but not its pixels."""
     for file in support.folder_of(NAME).iterdir():
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -181,8 +181,8 @@ def test_another_image_under_the_same_name(tmp_path: Path) -> None:
     assert np.abs(values[2] - values[0]).max() > 0.05
 
 
-def test_changed_weights_of_a_model_from_python() -> None:
-    """Vectors of images are those of the model's present weights, also in a copy of a model."""
+def test_image_vectors_use_the_current_weights_of_a_python_model() -> None:
+    """Image vectors aren't cached across weight edits, also in a copy of the model."""
     text = experiment("e", "ablate resid_post layer 0 at photo row 1 col 1 token with zero")
     own = Bare.of_folder(support.folder_of(NAME))
     for factor in (1.0, 0.5):
@@ -197,8 +197,8 @@ def test_changed_weights_of_a_model_from_python() -> None:
             np.testing.assert_allclose(values, expected, atol=1e-4)
 
 
-def test_edited_weights() -> None:
-    """A model of the file with other weights, next to the one that it is made from."""
+def test_edited_model_with_images_equals_hooks() -> None:
+    """One file uses a model and an edited copy of it."""
     edited = "model n = m with { scale weights of L0.mlp by 0 }\n"
     lines = ("from clean into changed", "patch resid_post layer 1 at photo tokens")
     text = experiment("e", *lines) + experiment("f", *lines).replace("model m", "model n")
@@ -243,7 +243,9 @@ def test_edited_weights() -> None:
         ('image photo = "{file}"', 'image one = "{file}"', "E0501", "photo"),
     ],
 )  # fmt: skip
-def test_errors(before: str, after: str, code: str, said: str) -> None:
+def test_invalid_prompts_block_with_images_is_rejected(
+    before: str, after: str, code: str, said: str
+) -> None:
     text = experiment("e", "from clean into changed", "patch embed at photo row 1 col 2 token")
     whole = support.BLOCK + text
     assert before in whole

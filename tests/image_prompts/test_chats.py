@@ -1,4 +1,4 @@
-"""Chats with images, against transformers' own rendering with the model's processor."""
+"""Chats with images, against the rendering by transformers with the model's processor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LLAVA = (
     "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'answer :' }}{% endif %}"
 )
-"""As LLaVA's: lists only, images before texts."""
+"""As LLaVA's: list content only, images before texts."""
 
 SMOL = (
     "{% for message in messages %}{{ message['role'] + ' : ' }}"
@@ -50,7 +50,7 @@ QWEN = (
     "{% endfor %}{% endif %}{{ ' and ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'answer :' }}{% endif %}"
 )
-"""As Qwen2-VL's: also texts, but only lists have the tokens around images."""
+"""As Qwen2-VL's: text or list content; only lists get the tokens around images."""
 
 TEXTS = (
     "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' and ' }}"
@@ -87,7 +87,7 @@ IMAGES = ("photo", "second")
 
 
 def written(name: str) -> str:
-    """A chat as a file writes it."""
+    """A chat in `.mech` syntax."""
     lines = [
         f'{role} "{" ".join("{" + each + "}" if each in IMAGES else each for each in parts)}"'
         for role, parts in TURNS[name]
@@ -105,7 +105,7 @@ def model(template: str) -> tuple[Bare, LoadedModel]:
 
 
 def inputs(template: str, chat: str, number: int) -> dict[str, torch.Tensor]:
-    """The prompt of a record as transformers writes it."""
+    """The prompt of a record as transformers renders it."""
     own, row = model(template)[0], RECORDS[number]
     files = [row["file" if each == "photo" else "other"] for each in named(chat)]
     messages: list[dict[str, Any]] = [
@@ -170,8 +170,8 @@ def check(template: str, chat: str, rule: str, where: Callable[[list[int], int],
 
 @pytest.mark.parametrize("chat", TURNS)
 @pytest.mark.parametrize("template", ["llava", "smol", "qwen", "texts"])
-def test_chats_are_those_of_transformers(template: str, chat: str) -> None:
-    """Prompts of several lengths, and the tokens of one of their images."""
+def test_chat_with_images_equals_transformers(template: str, chat: str) -> None:
+    """Prompts differ in length; a rule ablates tokens of one image."""
 
     def rows(tokens: list[int], n: int) -> range:
         first = tokens[named(chat).index("photo") * 9]
@@ -180,7 +180,7 @@ def test_chats_are_those_of_transformers(template: str, chat: str) -> None:
     check(template, chat, "photo row 1..2 col * tokens", rows)
 
 
-def test_a_turn_is_a_span_with_its_images() -> None:
+def test_turn_span_includes_its_images() -> None:
     def turn(tokens: list[int], n: int) -> range:
         words = f"how many {RECORDS[n]['what']} are there ?".split()
         return range(tokens[0], tokens[0] + 9 + len(words))
@@ -188,7 +188,7 @@ def test_a_turn_is_a_span_with_its_images() -> None:
     check("llava", "one", "user tokens", turn)
 
 
-def test_template_without_images_is_error() -> None:
+def test_chat_template_that_omits_images_is_rejected() -> None:
     result, found = run("none", "two", "photo tokens")
     assert result is None
     [error] = [each for each in found if each.severity == "error"]

@@ -258,7 +258,7 @@ def run_text(
 @pytest.mark.parametrize(
     ("name", "mode"), [*((name, "planned") for name in FAMILIES), ("vit", "small passes")]
 )
-def test_rules_equal_hooks_on_the_bare_model(name: str, mode: str) -> None:
+def test_image_encoder_decoder_rules_equal_hooks_on_the_bare_model(name: str, mode: str) -> None:
     text = "".join(
         experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(RULES)
     )
@@ -313,7 +313,7 @@ def replied(name: str, n: int, writes: Iterable[Write]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_observed_and_blocked_attention_equal_the_models_own(name: str) -> None:
+def test_observed_and_blocked_attention_equal_the_bare_model(name: str) -> None:
     to = "from last token to photo row 2 col * tokens"
     inside = "from photo row 1 col 1 token to photo row 2 col * tokens"
     lines = (
@@ -347,7 +347,7 @@ def difference_without(name: str, n: int, keys: Sequence[int]) -> float:
         return difference(name, n, n)
 
 
-def test_folder_gives_the_values_of_the_model(tmp_path: Path) -> None:
+def test_model_in_a_folder_equals_the_one_passed_from_python(tmp_path: Path) -> None:
     bare("vit").save_pretrained(tmp_path / "model")
     processor("vit").save_pretrained(tmp_path / "model")
     write_data(tmp_path)
@@ -416,14 +416,14 @@ def test_decoder_with_joint_maps_of_cross_attention_reports_e0410() -> None:
     assert [each.code for each in found] == ["E0410"]
 
 
-def test_conventions_say_what_the_encoder_reads() -> None:
+def test_conventions_describe_the_input_of_the_encoder() -> None:
     [found] = run_text(experiment("e", ZERO), "vit")
     said = found.conventions
     assert said["bos"].startswith("none: the encoder reads only the image")
     assert said["decoder"] == "begins with `</s>`; the encoder reads the image"
 
 
-def test_settings_of_the_processor_change_the_keys_of_images() -> None:
+def test_tokenizer_hash_depends_on_image_processor_settings() -> None:
     reader = loaded("vit").tokenizer
     assert isinstance(reader, ImagePromptTokenizer)
     images = ViTImageProcessorPil(size=SIZE, image_mean=[0.1, 0.2, 0.3])

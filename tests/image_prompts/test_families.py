@@ -1,5 +1,5 @@
-"""Families of vision-language models, with tiles and marks between the tokens of their images,
-against plain hooks on the bare model with its own processor."""
+"""Families of vision-language models, with tiles and marker tokens within images, against plain
+hooks on the bare model with its processor."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def run_text(
 
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
 @pytest.mark.parametrize("name", some(NAMES, QUICK))
-def test_rules_are_what_hooks_give(name: str, mode: str) -> None:
+def test_rules_at_image_tokens_of_each_family_equal_hooks(name: str, mode: str) -> None:
     """All rules in one file, each with an effect of more than 0.1."""
     due = {key: case for key, case in CASES.items() if key != "one cell" or name != "idefics2"}
     text = "".join(
@@ -231,7 +231,7 @@ def lens(name: str, n: int, layer: int, token: int) -> float:
 
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
 @pytest.mark.parametrize("name", some(IN_A_GRID, ("qwen2_5_vl", "paligemma2")))
-def test_logit_lens_at_image_tokens_is_what_the_last_layer_gives(name: str, mode: str) -> None:
+def test_logit_lens_at_image_tokens_equals_the_last_layer(name: str, mode: str) -> None:
     line = "observe logit_lens resid_post layer * at photo row 1 col 1 token, last token"
     measure = "measure logit(answer) - logit(wrong) as raw"
     [found] = run_text(name, experiment("e", line, measure=measure), mode)
@@ -284,8 +284,8 @@ def without(name: str, n: int, where: list[tuple[int, slice, slice]]) -> float:
 
 
 @pytest.mark.parametrize("name", ["llava_next", "idefics3", "internvl"])
-def test_tiles_and_thumbnails(name: str) -> None:
-    """Positions in tiles; a `for` over tiles leaves out images with fewer of them."""
+def test_rules_at_tiles_and_thumbnails_equal_hooks(name: str) -> None:
+    """A `for` over tiles skips images with fewer tiles."""
     rules = {at: f"ablate resid_post layer 0 at {at} with zero" for at in VIEWS}
     rules["photo tile t tokens"] = "for t in 1..4 { " + rules["photo tile t tokens"] + " }"
     text = "".join(experiment(f"e{n}", rule) for n, rule in enumerate(rules.values()))
@@ -366,7 +366,7 @@ def continued(name: str, n: int) -> float:
 
 @pytest.mark.parametrize("mode", some(EVERY_MODE, EVERY_MODE[:2]))
 @pytest.mark.parametrize("name", some(PLACED, ("qwen2_5_vl", "qwen3_vl", "paligemma")))
-def test_two_images_with_replies_and_long_answers_are_what_hooks_give(name: str, mode: str) -> None:
+def test_two_images_with_completions_and_long_answers_equal_hooks(name: str, mode: str) -> None:
     """Texts after and between images of several sizes, in two experiments of one file."""
     rule = "patch resid_post layer 0 at two row 1 col 2 token"
     lines = ("from clean into changed", rule)
@@ -393,7 +393,7 @@ def test_two_images_with_replies_and_long_answers_are_what_hooks_give(name: str,
 
 
 @pytest.mark.parametrize("name", ["gemma3", "paligemma", "paligemma2"])
-def test_replies_to_prompts_of_very_different_lengths_are_what_hooks_give(name: str) -> None:
+def test_completions_of_prompts_of_very_different_lengths_equal_hooks(name: str) -> None:
     """The passes over short prompts begin after columns of padding."""
     longer = " w2 w1" * 20
     block = BLOCK.replace('then "w2 w1"', f'then "w2 w1{longer}"')
@@ -434,7 +434,7 @@ def attention_hidden(name: str, n: int) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["planned", "plain"])
 @pytest.mark.parametrize("name", ["gemma3", "paligemma", "paligemma2"])
-def test_tokens_of_an_image_attend_to_later_ones(name: str, mode: str) -> None:
+def test_image_tokens_attend_to_later_tokens_of_the_image(name: str, mode: str) -> None:
     """A rule on an edge to a later token, and measures before the written token."""
     edge = "block attention layer 1 from photo row 1 col 1 token to photo row 2 col 2 token"
     write = "ablate resid_post layer 0 at photo row 2 col 2 token with zero"
@@ -472,7 +472,7 @@ def keeping(kept: list[Tensor]) -> Callable[[Tensor], Tensor]:
     return edit
 
 
-def test_line_breaks_join_those_of_the_processor() -> None:
+def test_line_breaks_merge_with_those_of_the_processor() -> None:
     """Gemma's processor writes line breaks around images; the tokenizer joins them with others."""
     model, processor = bare("gemma3").model, deepcopy(vlm.processor("gemma3"))
     processor.tokenizer.add_tokens(["\n\n\n"])
@@ -501,7 +501,7 @@ def test_line_breaks_join_those_of_the_processor() -> None:
     )
 
 
-def test_a_processor_that_changes_the_text_is_an_error() -> None:
+def test_processor_that_modifies_the_text_is_rejected() -> None:
     [error, *_] = errors = changed_text()
     assert error.code == "E0459"
     assert "changes the text around images" in render_full(errors, color=False, width=1000)
@@ -513,7 +513,7 @@ def changed_text() -> list[Diagnostic]:
 
 
 @pytest.mark.parametrize("end", ["w3", "w2 \\n w3", "\\n w3 \\n"])
-def test_a_prompt_without_the_line_break_of_the_processor_is_an_error(end: str) -> None:
+def test_prompt_without_the_final_line_break_is_rejected(end: str) -> None:
     block = BLOCK.replace('w3"\n  answer', f'{end}"\n  answer')
     text = experiment("e", "ablate resid_post layer 0 at photo row 1 col 2 token with zero")
     source = Source(f'mech 1\nmodel m = local("handed over")\n{block}\n{text}', folder() / "f.mech")
@@ -526,7 +526,7 @@ def test_a_prompt_without_the_line_break_of_the_processor_is_an_error(end: str) 
     assert r"write `\n` at the end of the template, and nowhere else" in shown
 
 
-def test_prompt_with_prefix_attention_states_it() -> None:
+def test_conventions_report_prefix_attention() -> None:
     text = experiment("e", "ablate resid_post layer 0 at photo row 1 col 2 token with zero")
     [found] = run_text("paligemma", text)
     said = found.conventions
@@ -565,7 +565,7 @@ def words_alone(name: str, words: str) -> dict[str, Tensor]:
     }
 
 
-def test_crops_of_pan_and_scan_are_an_error_and_images_without_crops_are_not() -> None:
+def test_only_images_with_pan_and_scan_crops_are_rejected() -> None:
     """The processor writes texts and image tokens for each crop of a wide image."""
     if not hasattr(vlm.processor("gemma3"), "images_kwargs"):
         pytest.skip("this transformers has no settings of a processor's images")
@@ -590,7 +590,7 @@ def test_crops_of_pan_and_scan_are_an_error_and_images_without_crops_are_not() -
         np.testing.assert_allclose(own.measures[0].base[0], base, atol=1e-4)
 
 
-def test_a_layout_with_other_position_ids_is_an_error() -> None:
+def test_layout_with_wrong_position_ids_is_rejected() -> None:
     [error, *_] = errors = miscounted()
     assert error.code == "E0458"
     assert "by more than" in render_full(errors, color=False, width=1000)

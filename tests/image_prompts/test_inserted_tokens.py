@@ -1,5 +1,5 @@
 """Tokens inserted into prompts with images, and vectors trained at them, against plain hooks on the
-bare model with its own processor: one unpadded prompt at a time."""
+bare model with its processor: one unpadded prompt at a time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def inputs(name: str, number: int, image: int) -> dict[str, Tensor]:
 
 
 def inserted(given: dict[str, Tensor]) -> list[int]:
-    """The positions of the placeholders, also where a record has their word: two side by side."""
+    """The positions of the placeholders: two in a row, as a record may contain the word once."""
     placeholder = support.bare("llava").processor.tokenizer.convert_tokens_to_ids("and")
     ids = given["input_ids"][0].tolist()
     return next([n, n + 1] for n in range(len(ids)) if ids[n : n + 2] == [placeholder] * COUNT)
@@ -70,7 +70,7 @@ def states(name: str, number: int, image: int) -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize("mode", ANY)
 @pytest.mark.parametrize("name", LINES)
-def test_vectors_at_inserted_tokens_are_what_hooks_give(name: str, mode: str) -> None:
+def test_vectors_at_tokens_inserted_next_to_images_equal_hooks(name: str, mode: str) -> None:
     text = experiment("e", f"from clean into {name}", "set embed at inserted tokens to 0")
     text += experiment(
         "f", f"from clean into {name}", "ablate z layer 1 at inserted tokens with mean of " + name
@@ -93,8 +93,8 @@ def test_vectors_at_inserted_tokens_are_what_hooks_give(name: str, mode: str) ->
     assert np.abs(np.subtract(zeros, base)).max() > 0.1
 
 
-def test_image_of_prompt_with_inserted_tokens_is_patched_from_one_without() -> None:
-    """Positions of the image move with the tokens before it."""
+def test_patch_from_a_prompt_without_inserted_tokens_equals_hooks() -> None:
+    """Inserted tokens shift the positions of the image."""
     rule = "patch resid_post layer 0 at photo row 2 col 1..2 token"
     [found] = run_file(
         experiment("e", "from changed into front", rule), "llava", block=BLOCK
@@ -113,7 +113,7 @@ def test_image_of_prompt_with_inserted_tokens_is_patched_from_one_without() -> N
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_replies_with_vectors_at_inserted_tokens_are_what_hooks_give(name: str) -> None:
+def test_completions_with_vectors_at_inserted_tokens_equal_hooks(name: str) -> None:
     measure = 'measure contains("1") as raw\n  report texts'
     lines = ("generate 4", f"from clean into {name}", "set embed at inserted tokens to 0")
     found = run_file(experiment("e", *lines, measure=measure), "llava", block=BLOCK)["e"]
@@ -127,7 +127,7 @@ def test_replies_with_vectors_at_inserted_tokens_are_what_hooks_give(name: str) 
 
 
 BREAKS = {"gemma3": 1, "paligemma": 1}
-"""Tokens of line breaks, or a token of the beginning, after an image's end."""
+"""Number of line breaks or BOS tokens after an image."""
 FAMILIES = (
     "vipllava",
     "llava_next",
@@ -141,8 +141,8 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("family", some(FAMILIES, ("idefics3", "qwen2_vl", "gemma3")))
-def test_inserted_tokens_of_each_family_are_what_hooks_give(family: str) -> None:
-    """Also where a model numbers the tokens of images by row and column."""
+def test_inserted_tokens_of_each_family_equal_hooks(family: str) -> None:
+    """Covers models that number image tokens by row and column."""
     block = with_insertions(test_families.BLOCK, "w3")
     text = "".join(
         experiment(name, f"from clean into {name}", "set embed at inserted tokens to 0")
@@ -178,8 +178,8 @@ def test_inserted_tokens_of_each_family_are_what_hooks_give(family: str) -> None
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "internvl"])
-def test_inserted_tokens_between_adjacent_images_are_what_hooks_give(family: str) -> None:
-    """They follow the marks after the first image and precede those before the second."""
+def test_inserted_tokens_between_adjacent_images_equal_hooks(family: str) -> None:
+    """The tokens are between the closing markers of one image and the opening ones of the next."""
     block = with_insertions(test_families.BLOCK, "w3").replace("photo tokens", "one tokens")
     block = block.replace('image photo = "{file}"', 'image one = "{file}"\n  image two = "{other}"')
     block = block.replace("{photo}", "{one}{two}")
@@ -231,7 +231,7 @@ def trained(tmp_path: Path) -> tuple[dict[str, ExperimentResult], Tensor, SoftPr
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_vectors_trained_in_prompts_with_images_are_what_hooks_give(
+def test_vectors_trained_in_prompts_with_images_equal_hooks(
     trained: tuple[dict[str, ExperimentResult], Tensor, SoftPromptReport],
 ) -> None:
     """In the measure, in replies, and in the means of the report's controls."""
@@ -268,7 +268,7 @@ def test_trained_vectors_improve_the_measure(tmp_path: Path) -> None:
     assert found.report.trained > max(found.report.random, found.report.placeholders) + 0.5
 
 
-def test_direction_of_a_file_is_written_at_each_inserted_token(tmp_path: Path) -> None:
+def test_saved_directions_are_written_at_each_inserted_token(tmp_path: Path) -> None:
     torch.manual_seed(0)
     width = support.loaded("llava").shape.d_model
     vectors = torch.randn(COUNT, width)

@@ -1,5 +1,5 @@
-"""Images in prompts that are the mean of a block's images, against plain hooks on the bare model
-with its own processor: one unpadded prompt at a time."""
+"""Mean images of a block in prompts, against plain hooks on the bare model with its processor: one
+unpadded prompt at a time."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def average() -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ANY)
-def test_patches_into_a_mean_image_are_what_hooks_give(mode: str) -> None:
+def test_patches_into_a_mean_image_equal_hooks(mode: str) -> None:
     rule = "patch resid_post layer 0 at photo row 2 col 1..3 tokens"
     found = run_file(experiment("e", "from ask into neutral", rule), "llava", mode, BLOCK)["e"]
     bare, tokens = support.bare("llava"), image_tokens("llava")[3:6]
@@ -91,8 +91,8 @@ def test_patches_into_a_mean_image_are_what_hooks_give(mode: str) -> None:
     assert said in str(found.conventions)
 
 
-def test_mean_image_next_to_another_in_one_prompt_is_what_hooks_give() -> None:
-    """In both orders, with a changed image."""
+def test_mean_image_next_to_another_image_equals_reference() -> None:
+    """The mean image precedes a corrupted image."""
     block = BLOCK.replace(
         'template "{photo} how', 'image still = mean of photos\n  template "{still} {photo} how', 1
     )
@@ -107,8 +107,8 @@ def test_mean_image_next_to_another_in_one_prompt_is_what_hooks_give() -> None:
 
 
 @pytest.mark.parametrize("name", ["llava_next", "idefics3", "qwen2_vl"])
-def test_mean_image_of_each_family_is_what_hooks_give(name: str) -> None:
-    """The mean is prepared and cut into tiles as an image of its size."""
+def test_mean_image_of_each_family_equals_reference(name: str) -> None:
+    """The mean is processed and tiled like any image of its size."""
     images = even_images(test_families.folder())
     block = 'images photos { rows "even.jsonl" image "{even}" answer "a" }\n'
     block += test_families.BLOCK.replace('"{file}"', "mean of photos", 1)
@@ -122,7 +122,7 @@ def test_mean_image_of_each_family_is_what_hooks_give(name: str) -> None:
     np.testing.assert_allclose(found.measures[0].base[0], values, atol=1e-4)
 
 
-def test_mean_is_of_all_rows_of_a_block_or_of_a_part() -> None:
+def test_mean_image_of_a_part_differs_from_that_of_the_block() -> None:
     blocks = BLOCK.replace('image "{even}"', 'split 67%\n  image "{even}"')
     text = experiment("e", "from ask into neutral", "patch embed at photo tokens")
     values = [
@@ -132,8 +132,8 @@ def test_mean_is_of_all_rows_of_a_block_or_of_a_part() -> None:
     assert np.abs(values[0] - values[1]).max() > 1e-3
 
 
-def test_another_image_of_the_mean_changes_the_values(folder: Path) -> None:
-    """The mean depends on the pixels of every image."""
+def test_mean_image_depends_on_each_of_its_images(folder: Path) -> None:
+    """The second run omits one image of the mean."""
     text = experiment("e", "from ask into neutral", "patch embed at photo tokens")
     first = run_file(text, "llava", block=BLOCK)["e"].measures[0].base[0]
     fewer = BLOCK.replace('rows "even.jsonl"', 'rows "two.jsonl"')
@@ -143,9 +143,7 @@ def test_another_image_of_the_mean_changes_the_values(folder: Path) -> None:
     assert np.abs(first - second).max() > 1e-3
 
 
-def test_changed_file_of_the_mean_is_another_image_for_the_store(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_store_key_depends_on_files_of_a_mean_image(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -160,7 +158,7 @@ def test_changed_file_of_the_mean_is_another_image_for_the_store(
     assert np.abs(other - first).max() > 1e-3
 
 
-def test_video_has_a_mean_image_as_frame() -> None:
+def test_mean_image_as_a_video_frame_equals_reference() -> None:
     block = BLOCK.replace('image photo = "{file}"', 'video photo = ["{file}", mean of photos]', 1)
     rule = "ablate resid_post layer 0 at frame 2 tokens with zero"
     found = run_file(experiment("e", rule), "llava", block=block)["e"]

@@ -1,4 +1,4 @@
-"""`report overlay` on prompts with images: pictures with numbers at their cells, then the text."""
+"""`report overlay` on prompts with images: pictures with values at their cells, then the text."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def overlay(result: ExperimentResult) -> Overlay:
     return build_overlays(result, report("overlay", top=3))[0]
 
 
-def test_each_number_is_at_its_cell_of_the_picture() -> None:
+def test_overlay_has_each_value_at_its_image_cell() -> None:
     result = run(IMAGES)
     shown = overlay(result)
     assert len(shown.images(write)) == 3
@@ -59,14 +59,14 @@ def test_each_number_is_at_its_cell_of_the_picture() -> None:
             np.testing.assert_allclose(values.ravel(), effects[layer, :, prompt], atol=1e-6)
 
 
-def test_pictures_are_those_of_the_base_run() -> None:
+def test_overlay_shows_images_of_the_base_run() -> None:
     sizes = {f"photo: {record['other']}": SIZES[(n + 1) % 4] for n, record in enumerate(RECORDS)}
     for each in overlay(run(IMAGES)).images(write):
         _, title = each.title.split(", ", 1)
         assert each.pixels.shape[:2] == sizes[title]
 
 
-def test_text_follows_where_cells_hit_it() -> None:
+def test_overlay_shows_text_after_images_if_cells_select_it() -> None:
     shown = overlay(run(BOTH))
     assert len(shown.images(write)) == len(shown.texts()) == 3
     for each in shown.texts():
@@ -74,7 +74,7 @@ def test_text_follows_where_cells_hit_it() -> None:
         assert each.tokens[-1] == ":"
 
 
-def test_every_image_of_a_prompt_is_drawn() -> None:
+def test_overlay_shows_each_image_of_a_prompt() -> None:
     shown = overlay(run("patch resid_post layer 0 at each token of second", block=TWO))
     first, second = shown.images(write)[:2]
     assert np.isnan(first.maps[0][1]).all()
@@ -82,7 +82,7 @@ def test_every_image_of_a_prompt_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("line", [IMAGES, BOTH])
-def test_terminal_pages_and_charts(line: str, tmp_path: Path) -> None:
+def test_overlay_of_image_prompts_is_written_in_each_format(line: str, tmp_path: Path) -> None:
     result = run(line)
     text = StringIO()
     render(result, report("overlay", top=3), Console(file=text, width=100))
@@ -97,7 +97,7 @@ def test_terminal_pages_and_charts(line: str, tmp_path: Path) -> None:
     assert folder_of("llava").exists()
 
 
-def test_frames_of_a_video_have_their_numbers() -> None:
+def test_overlay_titles_number_the_frames_of_a_video() -> None:
     block = TWO.replace('image photo = "{file}"', 'video clip = ["{file}", "{other}"]').replace(
         '  image second = "{other}"\n', ""
     )

@@ -1,5 +1,5 @@
-"""Rules at tokens of images in prompts, against plain hooks on the bare model with its own
-processor: one unpadded prompt at a time."""
+"""Rules at image tokens in prompts, against plain hooks on the bare model with its processor: one
+unpadded prompt at a time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def clean(name: str) -> list[float]:
 
 
 def patched(name: str, run: Callable[[Bare, dict[str, Tensor], int], Tensor]) -> list[float]:
-    """The difference in each prompt with its changed image, and what `run` does to it."""
+    """The logit difference in each prompt with its corrupted image, under the edits of `run`."""
     found: list[float] = []
     for n in range(len(RECORDS)):
         given = inputs(name, n, (n + 1) % len(SIZES))
@@ -183,14 +183,14 @@ CASES: dict[str, tuple[str, list[str], Callable[[str], dict[Key, list[float]]]]]
 @pytest.mark.parametrize("mode", ANY)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", NAMES)
-def test_rules_are_what_hooks_give(name: str, case: str, mode: str) -> None:
+def test_rule_at_image_tokens_equals_hooks(name: str, case: str, mode: str) -> None:
     rule, axes, expected = CASES[case]
     found = run_file(experiment("e", "from clean into changed", rule), name, mode)["e"]
     agree(found, expected(name), axes)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_all_rules_in_one_file(name: str) -> None:
+def test_image_rules_in_one_file_equal_hooks(name: str) -> None:
     """Experiments share passes and images."""
     text = "".join(
         experiment(f"e{n}", "from clean into changed", rule)
@@ -202,7 +202,7 @@ def test_all_rules_in_one_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_clean_runs(name: str) -> None:
+def test_clean_run_with_images_equals_the_bare_model(name: str) -> None:
     found = run_file(experiment("e", "ablate embed at photo tokens with zero"), name)["e"]
     np.testing.assert_allclose(found.measures[0].base[0], clean(name), atol=1e-4)
 

@@ -1,5 +1,5 @@
 """Whisper, whose encoder reads the sound of a prompt, against plain hooks on the bare model with
-features that its own extractor computes from the samples that this module writes."""
+features that its extractor computes from the samples of this module."""
 
 from __future__ import annotations
 
@@ -355,7 +355,7 @@ def replied(name: str, n: int, writes: Iterable[Write]) -> list[int]:
     return found
 
 
-def test_observed_and_blocked_attention_to_frames_equal_the_models_own() -> None:
+def test_observed_and_blocked_attention_to_frames_equal_the_bare_model() -> None:
     name, keys, to = "multilingual", [1, 2, 3], "from last token to a frame 2..4 tokens"
     text = experiment("c", f"observe attention cross layer * head * {to}", measure="")
     text += experiment("b", f"block attention cross layer 1 heads * {to}")
@@ -379,9 +379,9 @@ def difference_without(name: str, n: int, keys: Sequence[int]) -> float:
         return difference(name, n, n)
 
 
-def test_corruptions_of_sounds_change_their_samples() -> None:
-    """Silence has only zeros. Noise has the standard deviation of the line, and a file's own draws;
-    both keep the length."""
+def test_silence_and_noise_corruptions_of_sounds_equal_reference() -> None:
+    """Silence has only zeros. Noise has the standard deviation of the line and is drawn for each
+    file; both keep the length."""
     block = BLOCK.replace(
         "corrupt changed",
         "corrupt hushed { silence a }\n  corrupt noisy { noise a by 51 }\n  corrupt changed",
@@ -427,7 +427,7 @@ def test_generated_sounds_equal_their_formulas() -> None:
 
 
 def test_generated_sounds_in_prompts_equal_the_bare_model() -> None:
-    """Each row has its own tone, and the two experiments of a file share them."""
+    """Each row has a different tone; the two experiments of a file share them."""
     block = BLOCK.replace('"{file}"', "tone(100 * n)").replace("file = other", "n = other(n)")
     rule = "ablate mlp_out encoder layer 1 at a frame 3..5 tokens with zero"
     found = run_text(experiment("e", rule) + experiment("f", rule), "english", block=block)
@@ -443,7 +443,7 @@ def test_generated_sounds_in_prompts_equal_the_bare_model() -> None:
             )
 
 
-def test_folder_gives_the_values_of_the_model(tmp_path: Path) -> None:
+def test_model_in_a_folder_equals_the_one_passed_from_python(tmp_path: Path) -> None:
     """Language, task and time stamps come from `generation_config.json`."""
     bare("multilingual").save_pretrained(tmp_path / "model")
     processor().save_pretrained(tmp_path / "model")
@@ -574,7 +574,7 @@ def test_extractor_without_a_tokenizer_reports_e0412() -> None:
     assert codes(adopt_model("m", bare("english"), pair)[1]) == ["E0412"]
 
 
-def test_conventions_describe_sounds_and_the_decoders_start() -> None:
+def test_conventions_describe_sounds_and_decoder_start_tokens() -> None:
     [found] = run_text(experiment("e", ZERO), "multilingual")
     said = found.conventions
     assert said["sound `a`"].startswith(
@@ -583,8 +583,8 @@ def test_conventions_describe_sounds_and_the_decoders_start() -> None:
     assert said["decoder"] == "begins with `<unk>` `are` `there` `?`; the encoder reads the sound"
 
 
-def test_tokens_of_sounds_depend_on_content_corruption_and_extractor() -> None:
-    """They are parts of the keys of values."""
+def test_sound_token_ids_depend_on_content_and_extractor() -> None:
+    """Token ids are part of the store keys."""
     reader = loaded("english").tokenizer
     assert isinstance(reader, ImagePromptTokenizer)
     digests = [inspect_sound(folder() / f"{n}.wav")[0] for n in (0, 1)]
@@ -598,7 +598,7 @@ def test_tokens_of_sounds_depend_on_content_corruption_and_extractor() -> None:
     assert reader.with_processor(other, bare("english").config).hash != reader.hash
 
 
-def test_suppressed_tokens_change_the_identity_of_the_model() -> None:
+def test_model_identity_depends_on_suppressed_tokens() -> None:
     model = replace(loaded("multilingual"), module=deepcopy(bare("multilingual")))
     found: set[str | None] = {compute_identity(model)}
     for name in ("suppress_tokens", "begin_suppress_tokens"):

@@ -1,6 +1,6 @@
-"""Rules in vision encoders that read tiles, or several patches for each token of an image, against
-plain hooks on the bare model's encoder: one unpadded prompt at a time. The patches of each token
-are written out here for each family."""
+"""Rules in vision encoders that read tiles, or several patches for each image token, against plain
+hooks on the bare model's encoder: one unpadded prompt at a time. `Tower` lists the patches of each
+token for each family."""
 
 from __future__ import annotations
 
@@ -538,7 +538,7 @@ def test_frames_whose_patches_are_interpolated_report_e0413() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_next", "gemma3", "qwen2_5_vl"])
-def test_patches_are_confirmed_in_bfloat16(name: str) -> None:
+def test_encoder_patches_are_verified_in_bfloat16(name: str) -> None:
     own = deepcopy(bare(name).model).to(torch.bfloat16)
     model, found = adopt_model("m", own, bare(name).processor)
     assert model is not None, found
@@ -606,8 +606,8 @@ def test_wrong_patches_report_e0413(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_changed_rule_position_or_window_changes_the_stored_value(tmp_path: Path) -> None:
-    """Values in a store depend on the token, and on the patches that it stands for."""
+def test_store_key_depends_on_position_and_window_of_the_encoder(tmp_path: Path) -> None:
+    """Store keys depend on the token and on its patches."""
     name = "qwen2_5_vl"
     rule = "ablate resid_post vision layer 0 at photo row 1 col {} token with zero"
     seen: list[float] = []

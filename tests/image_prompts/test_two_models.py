@@ -1,7 +1,7 @@
-"""Activations of one model in another one with a different processor, in prompts with images.
+"""Activations patched between models with different processors, in prompts with images.
 
-The reference is plain hooks on both bare models: one unpadded prompt at a time, and each model has
-the pixels of its processor.
+The reference is plain hooks on both bare models: one unpadded prompt at a time, and each model
+reads the pixels from its processor.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def divergence(of: Tensor, other: Tensor) -> float:
 
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
 @pytest.mark.parametrize("name", some(NAMES, QUICK))
-def test_states_of_another_model_are_written_at_image_tokens(name: str, mode: str) -> None:
-    """Next to a mean difference between both models, in one file."""
+def test_patch_from_another_model_at_image_tokens_equals_hooks(name: str, mode: str) -> None:
+    """The same file uses a mean difference between both models."""
     text = experiment(
         "e", "model m", "prompts ask", "from tuned into m",
         "patch resid_post layer 0 at photo row 1 col 2 token, last token",
@@ -131,7 +131,7 @@ def test_states_of_another_model_are_written_at_image_tokens(name: str, mode: st
 
 
 @pytest.mark.parametrize("name", some(NAMES, QUICK))
-def test_each_model_reads_a_reply_after_its_own_image(name: str) -> None:
+def test_kl_to_another_model_uses_its_own_image_pixels(name: str) -> None:
     text = experiment(
         "e", "model m", "prompts ask", "from tuned into m",
         "patch resid_post layer 1 at photo row 1 col 2 token", "generate 2",
@@ -153,8 +153,8 @@ def test_each_model_reads_a_reply_after_its_own_image(name: str) -> None:
             assert abs(measure.patched[step, n] - expected) < 1e-4 * max(1, expected)
 
 
-def test_images_of_other_sizes_are_other_tokens() -> None:
-    """Another layout of the image is E0416, before anything runs."""
+def test_models_with_different_image_layouts_are_rejected() -> None:
+    """A different layout of the image is E0416, before anything runs."""
     name = "qwen2_5_vl"
     processor = deepcopy(vlm.processor(name))
     processor.image_processor.size = {"shortest_edge": 128, "longest_edge": 128}
@@ -171,8 +171,8 @@ def test_images_of_other_sizes_are_other_tokens() -> None:
     assert "processors that give images the same rows" in str(error.help_text)
 
 
-def test_other_pixels_of_the_other_model_are_another_run_for_the_store(tmp_path: Path) -> None:
-    """The own model's inputs and values, the texts and all weights stay the same."""
+def test_store_key_depends_on_the_processor_of_the_source_model(tmp_path: Path) -> None:
+    """The inputs of the base model, the texts and all weights stay the same."""
     name = "llava_class"
     known = 'model m = local("handed over")\nmodel tuned = local("handed over")\n'
     text = f"mech 1\n{known}{base.BLOCK}\n" + experiment(

@@ -1,5 +1,5 @@
 """Videos in prompts that the model's video processor reads, against plain hooks on the bare model
-with the same processor: one unpadded prompt at a time, positions worked out manually.
+with the same processor: one unpadded prompt at a time, with manually computed positions.
 
 Without torchvision, a stand-in prepares the frames with the image processor.
 """
@@ -76,7 +76,7 @@ class Layout:
     opening: int = 0
     """Tokens before the first frame."""
     merged: int = 1
-    """Frames in one."""
+    """Number of frames that the processor merges."""
     cell: int = 4
     """Side of a cell in pixels; 0: each frame has 2 x 2 cells."""
 
@@ -203,7 +203,7 @@ MIXED = [
     ("name", "mode"),
     [pytest.param(*each, marks=() if each in MIXED[1:4:2] else pytest.mark.slow) for each in MIXED],
 )
-def test_rules_at_frames_of_each_family_are_what_hooks_give(name: str, mode: str) -> None:
+def test_rules_at_frames_of_each_family_equal_hooks(name: str, mode: str) -> None:
     rules = (
         "patch resid_post layer 0 at frame 2 row 2 col 1 token",
         "ablate resid_post layer 0 at each frame tokens with zero",
@@ -238,7 +238,7 @@ def test_rules_at_frames_of_each_family_are_what_hooks_give(name: str, mode: str
 
 
 @pytest.mark.parametrize("name", [pytest.param(each, marks=pytest.mark.slow) for each in QUICK])
-def test_replies_under_a_rule_at_a_frame_are_what_hooks_give(name: str) -> None:
+def test_completions_with_an_ablated_frame_equal_hooks(name: str) -> None:
     rule = "ablate resid_post layer 0 at frame 1 tokens with zero"
     measure = 'measure contains("w1") as raw\n  report texts'
     text = experiment("e", "generate 3", "from clean into changed", rule, measure=measure)
@@ -253,7 +253,7 @@ def test_replies_under_a_rule_at_a_frame_are_what_hooks_give(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_folders_of_three_and_four_frames_are_what_hooks_give(name: str) -> None:
+def test_video_folders_of_three_and_four_frames_equal_hooks(name: str) -> None:
     """The number of frames differs from prompt to prompt, and merged frames may be incomplete."""
     counts = [3 + n % 2 for n in ALL]
     for n in ALL:
@@ -344,7 +344,7 @@ def test_tokens_of_a_video_are_written_as_its_processor_writes_them() -> None:
 
 
 @pytest.mark.slow
-def test_image_and_video_in_one_prompt_are_what_hooks_give() -> None:
+def test_image_and_video_in_one_prompt_equal_hooks() -> None:
     name = "qwen2_5_vl"
     block = BLOCK.replace("  template", '  image photo = "{size}-3.png"\n  template').replace(
         "{clip} w1", "{clip} w1 {photo}"
@@ -377,7 +377,7 @@ def test_image_and_video_in_one_prompt_are_what_hooks_give() -> None:
 
 
 @pytest.mark.slow
-def test_blurred_frames_are_what_hooks_give() -> None:
+def test_blurred_frames_equal_hooks() -> None:
     name = QUICK[0]
     block = BLOCK.replace("{ a = b }", "{ blur clip radius 2 }")
     text = experiment("e", "from clean into changed", "patch resid_post layer 0 at frame 3 tokens")
@@ -409,7 +409,7 @@ CHAT = """\
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_onevision_frames", "qwen2_5_vl", "qwen3_vl"])
-def test_videos_in_chats_are_what_hooks_give(name: str) -> None:
+def test_videos_in_chats_equal_hooks(name: str) -> None:
     own = Bare(bare(name).model, vlm.with_videos(name))
     marker = vlm.FAMILIES[name].marker
     own.processor.tokenizer.chat_template = CHAT.replace("<image>", marker)
@@ -542,7 +542,7 @@ def test_facts_of_videos_are_read_from_cache(tmp_path: Path) -> None:
     assert facts(reader(_read=None)) == plain
 
 
-def test_gray_frames_have_the_size_of_the_others() -> None:
+def test_gray_frame_gets_the_size_of_other_frames() -> None:
     block = BLOCK.replace('"{size}-4.png"', "gray")
     found = run(experiment("e", RULE.format("frame 3 tokens")), QUICK[0], block=block)["e"]
     whole = run(experiment("e", RULE.format("frame 3 tokens")), QUICK[0])["e"]

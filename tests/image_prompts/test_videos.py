@@ -1,5 +1,5 @@
-"""Videos in prompts, whose frames models read as images in a row, against plain hooks on the bare
-model with its own processor: one unpadded prompt at a time."""
+"""Videos in prompts, whose frames models read as consecutive images, against plain hooks on the
+bare model with its processor: one unpadded prompt at a time."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def changed(number: int, **edits: Any) -> float:
 
 
 @pytest.mark.parametrize("mode", ANY)
-def test_patched_frame_is_what_hooks_give(mode: str) -> None:
+def test_patched_frame_equals_hooks(mode: str) -> None:
     line = "patch resid_post layer * at each frame of clip tokens"
     found = run(experiment("e", "from clean into changed", line), mode)["e"]
     expected: dict[Key, Sequence[float]] = {}
@@ -87,7 +87,7 @@ def test_patched_frame_is_what_hooks_give(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
-def test_patched_cells_of_all_frames_are_what_hooks_give(mode: str) -> None:
+def test_ablated_cells_of_all_frames_equal_hooks(mode: str) -> None:
     line = "ablate resid_post layer 0 at each frame row 2 col 1..2 token with zero"
     found = run(experiment("e", "from clean into changed", line), mode)["e"]
     expected: dict[Key, Sequence[float]] = {}
@@ -100,7 +100,7 @@ def test_patched_cells_of_all_frames_are_what_hooks_give(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
-def test_blocked_edges_between_frames_are_what_hooks_give(mode: str) -> None:
+def test_blocked_edges_between_frames_equal_hooks(mode: str) -> None:
     line = "block attention layers * from frame k + 1 tokens to frame k tokens"
     loop = f"for k in 1..2 {{ {line} }}"
     last = "for k in 1..3 { block attention layer 1 from last token to frame k tokens }"
@@ -117,7 +117,7 @@ def test_blocked_edges_between_frames_are_what_hooks_give(mode: str) -> None:
     agree(found["last"], from_last, ["k"])
 
 
-def test_ablated_cells_of_the_next_frame_are_what_hooks_give() -> None:
+def test_ablated_cells_of_the_next_frame_equal_hooks() -> None:
     line = "ablate resid_post layer 0 at frame k + 1 row 1..2 col 3 tokens with zero"
     found = run(experiment("e", "from clean into changed", f"for k in 1..2 {{ {line} }}"))["e"]
     zero = torch.zeros(())
@@ -148,7 +148,7 @@ def test_tokens_of_videos_frames_and_cells_have_labels() -> None:
         )
 
 
-def test_frames_of_a_folder_are_those_of_a_list() -> None:
+def test_video_from_a_folder_equals_a_list_of_frames() -> None:
     folder = support.folder_of("llava")
     for record in RECORDS:
         own = folder / f"clip-{record['file']}"
@@ -163,7 +163,7 @@ def test_frames_of_a_folder_are_those_of_a_list() -> None:
     assert "3 frames, which the model reads as images in a row" in str(found.conventions)
 
 
-def test_frames_of_two_videos_are_named_by_their_video() -> None:
+def test_frames_of_two_videos_are_selected_by_their_video() -> None:
     block = BLOCK.replace("{clip} how", "{clip} and {late} how").replace(
         "  template", '  video late = ["1.png", "{file}"]\n  template'
     )
@@ -179,7 +179,7 @@ def test_frames_of_two_videos_are_named_by_their_video() -> None:
     assert np.abs(np.array(values[0]) - found["e0"].measures[0].base[0]).max() > 0.1
 
 
-def test_replies_under_a_rule_at_a_frame_are_what_hooks_give() -> None:
+def test_completions_with_an_ablated_frame_equal_hooks() -> None:
     rule = "ablate resid_post layer 0 at frame 1 tokens with zero"
     measure = 'measure contains("1") as raw\n  report texts'
     text = experiment("e", "generate 3", "from clean into changed", rule, measure=measure)
@@ -201,7 +201,7 @@ FAMILIES = ("llava_class", "vipllava", "llava_next", "idefics3", "smolvlm", "int
 
 
 @pytest.mark.parametrize("name", some(FAMILIES, FAMILIES[2::3]))
-def test_frame_of_each_family_is_what_hooks_give(name: str) -> None:
+def test_ablated_frame_of_each_family_equals_hooks(name: str) -> None:
     rule = "ablate resid_post layer 0 at frame 2 tokens with zero"
     whole = f'mech 1\nmodel m = local("x")\n{FAMILY_BLOCK}\n{experiment("e", rule)}'
     source = Source(whole, test_families.folder() / "file.mech")

@@ -1,5 +1,5 @@
-"""Rules in the vision encoder of prompts with images, against plain hooks on the bare model's own
-encoder: one unpadded prompt at a time, with the pixels of the model's processor."""
+"""Rules in the vision encoder of prompts with images, against plain hooks on the bare model's
+encoder: one unpadded prompt at a time, with pixels from the model's processor."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ CASES: dict[str, tuple[list[str], Callable[[str], dict[Key, list[float]]]]] = {
 
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
 @pytest.mark.parametrize("name", NAMES)
-def test_rules_equal_hooks_on_the_encoder(name: str, mode: str) -> None:
+def test_vision_encoder_rules_equal_hooks(name: str, mode: str) -> None:
     """All rules in one file, each with an effect of more than 0.1."""
     text = "".join(
         experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(CASES)
@@ -203,8 +203,8 @@ def test_rules_equal_hooks_on_the_encoder(name: str, mode: str) -> None:
         assert largest > 0.1, rule
 
 
-def test_resample_uses_the_vectors_of_another_row() -> None:
-    """Each row has another donor, which is the same in each layer."""
+def test_resample_in_the_encoder_uses_one_donor_row_for_all_layers() -> None:
+    """Each row has a different donor, which is the same in each layer."""
     name, site, tokens = "llava_class", "resid_post", patches("llava_class")
     line = f"ablate {site} vision layer * at photo tokens with resample"
     [found] = run_text(name, experiment("e", line))
@@ -230,7 +230,7 @@ SIDE = test_rules.GRID
 
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
 @pytest.mark.parametrize("second", ["{other}", "{file}"], ids=["other image", "equal images"])
-def test_rule_in_one_of_two_images_leaves_the_other_unchanged(second: str, mode: str) -> None:
+def test_rule_in_one_of_two_images_does_not_affect_the_other(second: str, mode: str) -> None:
     block = TWO.replace("{other}", second).replace("corrupt changed { swap one, two }\n", "")
     rules = [
         f"{verb} resid_post vision layer 0 at {photo} row 2 col * tokens"
@@ -267,7 +267,7 @@ TURN = "scale resid_post vision layer 0 at photo tokens by -2"
 
 
 @pytest.mark.parametrize("mode", ["planned", "plain"])
-def test_replies_equal_those_of_hooks_on_the_encoder(mode: str) -> None:
+def test_completions_with_encoder_rules_equal_hooks(mode: str) -> None:
     text = experiment("e", "generate 5", TURN, measure='measure matches("1|2|3") as raw')
     found = run_file(text, LLAVA, mode)["e"]
     assert found.replies is not None
@@ -283,7 +283,7 @@ def test_replies_equal_those_of_hooks_on_the_encoder(mode: str) -> None:
     assert differ
 
 
-def test_run_with_a_rule_in_the_encoder_is_read_by_a_patch() -> None:
+def test_patch_from_a_run_with_encoder_rules_equals_hooks() -> None:
     """The language model is patched from a run with a rule in the encoder."""
     text = experiment(
         "e",
@@ -303,7 +303,7 @@ def test_run_with_a_rule_in_the_encoder_is_read_by_a_patch() -> None:
     assert np.abs(np.array(values) - found.base[0]).max() > 0.1
 
 
-def test_encoder_acts_before_a_rule_at_its_output() -> None:
+def test_encoder_rule_precedes_a_rule_at_the_embedding() -> None:
     rules = ("ablate embed at photo row 1 col 1 token with zero", TURN)
     found = run_file(experiment("e", *rules), LLAVA)["e"].measures[0]
     model, values = support.bare(LLAVA), list[float]()
@@ -315,7 +315,7 @@ def test_encoder_acts_before_a_rule_at_its_output() -> None:
     np.testing.assert_allclose(found.patched[0], values, atol=1e-4)
 
 
-def test_observed_norm_is_that_of_the_encoder() -> None:
+def test_observed_norm_in_the_encoder_equals_hooks() -> None:
     line = "observe norm resid_post vision layer * at photo row 1 col 2 token"
     found = run_file(experiment("e", line, measure=""), LLAVA)["e"].measures[0]
     model = support.bare(LLAVA)

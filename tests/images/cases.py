@@ -1,4 +1,4 @@
-"""Rules at positions of images: how each is written in a file, and what it does to one image."""
+"""Rules at positions of images: the text in a file, and the equivalent hooks for one image."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def turned(vectors):
 
 @dataclass(frozen=True)
 class Case:
-    """A rule, or some that act together."""
+    """A rule, or several that act together."""
 
     rules: str
     axes: tuple[str, ...]
     cells: Sequence[tuple[Coord, ...]]
     acts: Callable[..., Iterable[Act]]
-    """Of a row's View and the cell's coordinates."""
+    """Returns the hooks, given a row's View and the cell's coordinates."""
     base: Literal["own", "gray"] = "own"
-    """Rules act on the row's image, or on the gray one into which it goes."""
+    """Whether rules act on the row's image or on the gray image."""
     ends: str = ""
-    """`from … into …`, where it is another one."""
+    """`from … into …`, if it differs from the default."""
     start: Callable[[View], Iterable[Act]] | None = None
-    """What is done in the run that rules act on, where that is no unpatched one."""
+    """Hooks of the base run, if it isn't an unpatched run."""
 
     def text(self, view: type[View], name: str, key: str) -> str:
         way = self.ends or ("from scenes into neutral" if self.base == "gray" else "")
@@ -60,13 +60,13 @@ def unit(x: Tensor) -> Tensor:
 
 
 def along(v: View, amount: float | None, which: str = "mean") -> Callable[[Tensor], Tensor]:
-    """The component along a direction becomes this; None: it goes."""
+    """Set the component along a direction to an amount; None removes it."""
     u = unit(v.direction(which))
     return lambda x: x + ((amount or 0.0) - (x * u).sum(-1, keepdim=True)) * u
 
 
 def step(v: View, layer: int, head: int, by: float) -> list[Act]:
-    """q of each patch minus that of the token before, times a number, is added."""
+    """Add the difference between q of each patch and of the preceding token, times a factor."""
     q = v.start.sites["q", layer][:, head]
     return [
         Write("q", layer, q[at] + by * (q[at] - q[at - 1]) if at else q[at], at, head)
@@ -337,7 +337,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 OF_PATCHES = ("every_patch", "embedded_columns", "windows_of_patches", "zero", "resampled")
-"""Cases that have no like in texts, as they are written."""
+"""Cases without an equivalent in the text tower."""
 OF_WORDS: dict[str, Case] = {
     "every_word": gray(
         "patch resid_post layers 0..1 at each token of thing", ("position",),

@@ -1,4 +1,4 @@
-"""Tiny models with a tower for images and one for texts, and how each reads a text."""
+"""Tiny models with an image tower and a text tower, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..shared_models import unchanged
 
 NAMES = ("clip/dual", "siglip/dual", "metaclip_2/dual")
 OLD = "clip/old"
-"""Its config doesn't name the token that ends a text, which is taken to have the largest id."""
+"""Its config doesn't name the EOS token; the model uses the token with the largest id."""
 Tower = Literal["vision_model", "text_model"]
 PADDED = ("siglip/dual",)
-"""Their texts are padded to the longest there are; no others have a bias on their scores."""
+"""Models that pad texts to the maximum length; only these add a bias to scores."""
 SIDE, PATCH = 16, 4
 LABELS = ("circle", "square", "triangle", "cross", "ring")
 WORDS = ("a", "photo", "of", "the", "red", *LABELS, "and", "blue", "small")
@@ -52,7 +52,7 @@ _VISION: Mapping[str, Any] = {**_TOWER, "image_size": SIDE, "patch_size": PATCH}
 
 @cache
 def bare(name: str) -> Any:
-    """The whole model in 32 bits, with weights so wide that every head matters."""
+    """The whole model in fp32, with weights so large that every head matters."""
     prefix = _KINDS[name]
     text, vision, more = dict(_TEXT), dict(_VISION), {}
     if name == OLD:
@@ -80,7 +80,7 @@ def bare(name: str) -> Any:
 
 @cache
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Words; in front `<s>` but for SigLIP, behind `</s>`."""
+    """A word tokenizer; texts begin with `<s>`, except for SigLIP, and end with `</s>`."""
     ids = {word: n for n, word in enumerate((*SPECIAL, *WORDS))}
     made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -101,7 +101,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 @cache
 def inputs(name: str, *texts: str) -> Mapping[str, Tensor]:
-    """As the model's processor gives them, of texts of one length."""
+    """Model inputs as its processor returns them, for texts of equal length."""
     padding = "max_length" if name in PADDED else False
     given = tokenizer(name)(list(texts), return_tensors="pt", padding=padding, max_length=LONGEST)
     names = ("input_ids",) if name in PADDED else ("input_ids", "attention_mask")
@@ -109,7 +109,7 @@ def inputs(name: str, *texts: str) -> Mapping[str, Tensor]:
 
 
 def stack(tower: Tower) -> Stack:
-    """Where the sites of a tower are; those of all these models are called alike."""
+    """Module paths of the sites of a tower, which are the same in all these models."""
     own = Heads("self_attn.q_proj", HEADS, WIDTH // HEADS)
     block = replace(
         CLIP,

@@ -103,7 +103,7 @@ class Family:
     overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Changes of the model's config."""
     marker: str = "<image>"
-    """The text that stands for an image in a prompt."""
+    """The text that marks an image in a prompt."""
     before_end: str = ""
     """Text at the end of a prompt, before the line break that the processor writes."""
     tower: str = "model.vision_tower"

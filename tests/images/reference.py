@@ -1,6 +1,6 @@
-"""One image, or one text, through a bare model by plain hooks: every site is read, any of them is
-written, blocks change places, and attention is written out, so that its edges can be edited.
-Nothing of the package is used."""
+"""Run one image, or one text, through a bare model with plain hooks: they read every site, write
+any of them and replace blocks; attention is computed explicitly, so that edges can be edited.
+Uses nothing of the package."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..reference.forward import Edge, Pass, Write
 from ..reference.hooks import Session
 
 OUTSIDE = ("embed", "final_norm")
-"""Sites that there is one of; of layer 0 here."""
+"""Sites that exist once per model; they have layer 0 here."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Another block, with its own weights, stands in a block's place; of None: none does."""
+    """Replace a block by block `of` with its weights, or by the identity if `of` is None."""
 
     layer: int
     of: int | None
@@ -32,7 +32,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Divisor:
-    """A norm divides by what it divides by where it reads this [1, T, width]."""
+    """A norm divides by the scale that it has for the input `at`, [1, T, width]."""
 
     path: str
     at: Tensor
@@ -43,19 +43,19 @@ Act = Write | Edge | Block | Divisor
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass over one image gave."""
+    """Results of a forward pass over one image."""
 
     output: Tensor
-    """[labels] or [texts], or [T, width] where there is no head."""
+    """[labels] or [texts], or [T, width] of models without a head."""
     sites: Mapping[tuple[str, int], Tensor]
     """(site, layer) → [T, units, width]; within attention there are `q_rot`, `k_rot`, `scores` and
     `pattern`, whose vectors are over keys."""
     normed: Mapping[str, Tensor]
-    """Path of a norm → what it reads, [1, T, width]."""
+    """Path of a norm → its input, [1, T, width]."""
 
 
 class _Layer(Session):
-    """A layer's part of a pass."""
+    """The hooks of one layer in a forward pass."""
 
     def __init__(self, layer: int, passing: Pass) -> None:
         super().__init__([])
@@ -72,8 +72,8 @@ class _Layer(Session):
 
 
 @contextmanager
-def _attention_written_out(module: nn.Module, stack: Stack, passing: Pass) -> Generator[None]:
-    """Each block calls torch's attention once; what else calls it is left alone."""
+def _explicit_attention(module: nn.Module, stack: Stack, passing: Pass) -> Generator[None]:
+    """Replace torch's attention, which each block calls once; leave calls outside blocks alone."""
     functional: Any = nn.functional
     own = functional.scaled_dot_product_attention
     within: list[int] = []
@@ -117,7 +117,7 @@ def _attention_written_out(module: nn.Module, stack: Stack, passing: Pass) -> Ge
 def call(
     module: nn.Module, stack: Stack, given: Mapping[str, Tensor], acts: Iterable[Act] = ()
 ) -> Seen:
-    """The model on what it is given, of which what the stack reads is one image or one text."""
+    """Run the model on inputs with one image or one text for the hooked stack."""
     acts = list(acts)
     writes = [act for act in acts if isinstance(act, Write)]
     passing = Pass([(writes, [act for act in acts if isinstance(act, Edge)])])
@@ -131,7 +131,7 @@ def call(
         for layer in range(stack.count):
             session = _Layer(layer, passing)
             within.enter_context(hooks.hooked(module, stack, layer, session))
-        within.enter_context(_attention_written_out(module, stack, passing))
+        within.enter_context(_explicit_attention(module, stack, passing))
         output: Any = module(**given)
     assert passing.here.keys() <= passing.seen.keys(), "a site that isn't there"
     every = {
@@ -142,7 +142,7 @@ def call(
 
 
 def output_of(given: Any) -> Tensor:
-    """Of what a model returns for one image or text."""
+    """Return the output of a model for one image or text."""
     names = ("logits_per_image", "logits", "last_hidden_state")
     [found] = given[next(name for name in names if name in given)]
     return found
@@ -155,7 +155,7 @@ def _exchanged(module: nn.Module, stack: Stack, blocks: Sequence[Block]) -> Gene
     for act in blocks:
         made = copy.deepcopy(before[act.layer if act.of is None else act.of])
         if act.of is None:
-            made.forward = _handing_on(made.forward)
+            made.forward = _identity_forward(made.forward)
         own[act.layer] = made
     try:
         yield
@@ -164,7 +164,7 @@ def _exchanged(module: nn.Module, stack: Stack, blocks: Sequence[Block]) -> Gene
             own[layer] = block
 
 
-def _handing_on(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _identity_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     def identity(given: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = forward(given, *args, **kwargs)
         return (given, *out[1:]) if isinstance(out, tuple) else given

@@ -1,4 +1,4 @@
-"""Tiny models of images, images in files, and what rules give in one image by plain hooks."""
+"""Tiny image models, image files, and reference values of one image from plain hooks."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)
 GRID = SIDE // PATCH
 CLASSIFIERS = ("vit", "deit", "dinov2_with_registers", "beit", "siglip", "clip")
 MORE = ("ijepa", "data2vec-vision")
-"""Classifiers too."""
+"""Further classifiers."""
 ENCODERS = ("dinov3_vit", "dinov2/bare")
 DUALS = duals.NAMES
-"""Models with a tower for texts too: what classifiers have labels for, these have texts for."""
+"""Models with an additional text tower; they score texts where classifiers have labels."""
 FRONT = {
     "vit": 1,
     "deit": 2,
@@ -58,7 +58,7 @@ FRONT = {
     "metaclip_2/dual": 1,
     duals.OLD: 1,
 }
-"""Tokens in front of the patches, as the models' papers have them; written down by hand."""
+"""Number of tokens before the patches, according to the models' papers."""
 _MEAN = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
 _EXACT = {"size": {"height": SIDE, "width": SIDE}, **_MEAN}
 _CROPPED = {
@@ -93,11 +93,11 @@ Array = NDArray[np.float64]
 
 
 WIDER: Mapping[str, float] = {"classifier": 4}
-"""Factors on weights, so that no head is drowned by the stream, and labels are far apart."""
+"""Factors on weights, so that every head matters and logits of labels differ."""
 
 
 def stack(name: str) -> Stack:
-    """Where the parts of what reads images are."""
+    """Module paths of the image tower."""
     if name in ROWS:
         return replace(ROWS[name].main, count=LAYERS)
     return duals.stack("vision_model")
@@ -105,7 +105,7 @@ def stack(name: str) -> Stack:
 
 @cache
 def bare(name: str) -> Any:
-    """The model in 32 bits, with weights so wide that every head matters."""
+    """The model in fp32, with weights so large that every head matters."""
     if name not in ROWS:
         return duals.bare(name)
     sizes: dict[str, Any] = {
@@ -138,7 +138,7 @@ def bare(name: str) -> Any:
 
 @contextmanager
 def embedded(name: str) -> Generator[tuple[nn.Module, list[Tensor]]]:
-    """The bare model, and what its embedding gives for the first image of each call, [token,
+    """The bare model, and the output of its embedding for the first image of each call, [token,
     d_model]."""
     embed = ROWS[name].main.embed
     assert embed is not None
@@ -163,7 +163,7 @@ def double(name: str) -> Any:
 
 @cache
 def processor(name: str) -> Any:
-    """transformers' own, built on Pillow."""
+    """The image processor of transformers that uses Pillow."""
     import importlib
 
     kind, settings = PROCESSORS[name]
@@ -173,13 +173,13 @@ def processor(name: str) -> Any:
 
 
 def handed(name: str) -> tuple[Any, Any]:
-    """A model and what it reads with, as Python hands them over."""
+    """A model and its processor, as passed from Python."""
     own = processor(name)
     return bare(name), own if name in ROWS else (own, duals.tokenizer(name))
 
 
 def save(name: str, folder: Path) -> None:
-    """A model with two towers, in `clip` there."""
+    """Save a model with two towers in the subfolder `clip`."""
     if not (folder / "clip").exists():
         for each in (bare(name), processor(name), duals.tokenizer(name)):
             each.save_pretrained(folder / "clip")
@@ -187,7 +187,7 @@ def save(name: str, folder: Path) -> None:
 
 @cache
 def shared(name: str) -> LoadedModel:
-    """The model as the executor has it."""
+    """The model as the executor loads it."""
     model, found = adopt_model("m", *handed(name))
     assert model is not None, [(d.message, d.label_text) for d in found]
     assert not [d for d in found if d.severity == "error"], [d.message for d in found]
@@ -201,7 +201,7 @@ SIZES = ((23, 19), (16, 16), (30, 41))
 
 
 def image(number: int) -> NDArray[np.uint8]:
-    """[height, width, 3]: blots of colour."""
+    """Random blots of colour, [height, width, 3]."""
     random = np.random.default_rng(number)
     small = random.integers(0, 256, (5, 5, 3), dtype=np.uint8)
     height, width = SIZES[number]
@@ -235,7 +235,7 @@ def _pixels(name: str, number: int | None) -> Tensor:
 
 
 def pixels(name: str, number: int | None) -> Tensor:
-    """[1, 3, side, side] of a file, or of gray (None), as the library's processor makes it."""
+    """[1, 3, side, side] of a file, or of gray (None), from the library's processor."""
     return _pixels(name, number)
 
 
@@ -283,7 +283,7 @@ def blocks_of(name: str) -> str:
 def try_file(
     text: str, folder: Path, name: str, mode: str = "planned", blocks: str = ""
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """The Python that a file names is run."""
+    """Run a file, including the Python functions that it names."""
     write_images(folder)
     options = replace(MODES[mode], settings=CheckSettings(python="run"))
     whole = f'mech 1\nmodel m = local("handed over")\n{blocks or blocks_of(name)}\n{text}'
@@ -309,7 +309,7 @@ def succeeded(
 
 
 def inputs(name: str, image: Tensor) -> Mapping[str, Tensor]:
-    """What a model is called with: one with two towers with the texts of all labels too."""
+    """Inputs of a model; a model with two towers also gets the texts of all labels."""
     texts = {} if name in ROWS else duals.inputs(name, *TEXTS)
     return {"pixel_values": image, **texts}
 
@@ -320,8 +320,8 @@ def forward(
     writes: Mapping[tuple[str, int], Sequence[Change]] | None = None,
     acts: Iterable[Act] = (),
 ) -> Seen:
-    """One image through the bare model in 64 bits: with vectors written at sites, and more that is
-    done to it."""
+    """Run one image through the bare model in fp64, with vectors written at sites and further
+    acts."""
     written = [
         Write(site, layer, change.vector, change.position, change.unit)
         for (site, layer), changes in (writes or {}).items()
@@ -342,7 +342,7 @@ def difference(seen: Seen, number: int) -> float:
 
 
 def token(name: str, row: int, col: int) -> int:
-    """Counted by hand, from 1."""
+    """Token index of a patch; rows and columns count from 1."""
     return FRONT[name] + (row - 1) * GRID + col - 1
 
 
@@ -358,7 +358,7 @@ class HasSites(Protocol):
 def copied(
     source: HasSites, site: str, layer: int, tokens: Sequence[int], units: Sequence[int] = (0,)
 ) -> list[Change]:
-    """What stands there in another pass."""
+    """Vectors of another pass at these tokens."""
     return [
         Change(at, unit, source.sites[site, layer][at, unit]) for at in tokens for unit in units
     ]

@@ -1,4 +1,4 @@
-"""Blocks of images: their rows, what their tokens are called, and what is refused."""
+"""`images` blocks: rows, token positions, and errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ images scenes {
 
 
 def folder_of(folder: Path, **changes: object) -> None:
-    """A model without weights."""
+    """Write the configs of a model without weights."""
     (folder / "vit").mkdir(exist_ok=True)
     (folder / "vit" / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     (folder / "vit" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
@@ -84,7 +84,7 @@ RULE = "ablate resid_post layer 1 at {} with zero"
 
 
 def hits(folder: Path, position: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Label and joined tokens of every cell, the same in all rows."""
+    """Label and joined tokens of each cell, which are the same in all rows."""
     [experiment], problems = check(folder, RULE.format(position))
     assert not problems, problems
     found: list[tuple[str, tuple[int, ...]]] = []
@@ -128,7 +128,7 @@ def hits(folder: Path, position: str) -> list[tuple[str, tuple[int, ...]]]:
          [("tokens between image row 1 col 3 token and image row 2 col 1 token", (3, 4, 5))]),
     ],
 )  # fmt: skip
-def test_what_positions_mean(
+def test_image_position_selects_its_tokens(
     position: str, wanted: list[tuple[str, tuple[int, ...]]] | None, tmp_path: Path
 ) -> None:
     folder_of(tmp_path)
@@ -138,7 +138,7 @@ def test_what_positions_mean(
         assert hits(tmp_path, position) == wanted
 
 
-def test_each_token_of_an_image_has_a_cell_with_its_place(tmp_path: Path) -> None:
+def test_each_patch_has_a_cell_with_row_and_column(tmp_path: Path) -> None:
     folder_of(tmp_path)
     wanted = [
         (f"image row {row} col {col}", (1 + (row - 1) * 4 + col - 1,))
@@ -149,7 +149,7 @@ def test_each_token_of_an_image_has_a_cell_with_its_place(tmp_path: Path) -> Non
     assert hits(tmp_path, "image row * col * token") == wanted
 
 
-def test_a_for_counts_rows_and_columns(tmp_path: Path) -> None:
+def test_for_variable_selects_an_image_row(tmp_path: Path) -> None:
     folder_of(tmp_path)
     rule = "for r in 2..3 { ablate resid_post layer 1 at image row r col 4 token with zero }"
     [experiment], problems = check(tmp_path, rule)
@@ -159,8 +159,8 @@ def test_a_for_counts_rows_and_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*CLASSIFIERS, *ENCODERS])
-def test_a_patch_that_is_painted_changes_its_token_alone(name: str) -> None:
-    """Which token a place is called is which token of the embedding it becomes."""
+def test_painted_patch_affects_only_the_embedding_of_its_token(name: str) -> None:
+    """The layout maps each row and column to the token that embeds these pixels."""
     model = support.shared(name)
     reader = model.tokenizer
     assert isinstance(reader, ImageTokenizer)
@@ -184,10 +184,10 @@ def test_a_patch_that_is_painted_changes_its_token_alone(name: str) -> None:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def test_rows_are_drawn_and_told_apart(tmp_path: Path) -> None:
+def test_generated_image_rows_are_distinct_and_reproducible(tmp_path: Path) -> None:
     folder_of(tmp_path)
     rows = table_of(tmp_path, RULE.format("cls token")).runs["clean"].rows
-    assert len(rows) == 6  # of four kinds: two of them are drawn twice
+    assert len(rows) == 6  # four shapes, so two of them occur twice
     assert len({row.text for row in rows}) == len({row.ids[0] for row in rows}) == 6
     assert all(len({*row.ids}) == 1 and len(row.ids) == 17 for row in rows)
     assert all(row.special == (True, *[False] * 16) for row in rows)
@@ -196,7 +196,7 @@ def test_rows_are_drawn_and_told_apart(tmp_path: Path) -> None:
     assert {row.texts["answer"].text for row in rows} == set(CONFIG["id2label"].values())
 
 
-def test_a_seed_draws_other_images(tmp_path: Path) -> None:
+def test_generated_images_depend_on_the_seed(tmp_path: Path) -> None:
     folder_of(tmp_path)
     one, other = (
         {row.text for row in table_of(tmp_path, blocks=f"{seed}\n{SCENES}").runs["clean"].rows}
@@ -205,7 +205,7 @@ def test_a_seed_draws_other_images(tmp_path: Path) -> None:
     assert one.isdisjoint(other)
 
 
-def test_a_corrupted_value_keeps_the_place_of_a_shape(tmp_path: Path) -> None:
+def test_corrupted_shape_keeps_the_seed_of_the_image(tmp_path: Path) -> None:
     folder_of(tmp_path)
     blocks = SCENES.replace('answer "', 'corrupt other { kind = other(kind) }\n  answer "')
     table = table_of(
@@ -222,7 +222,7 @@ def test_a_corrupted_value_keeps_the_place_of_a_shape(tmp_path: Path) -> None:
         assert clean.ids != other.ids
 
 
-def test_filters_and_splits(tmp_path: Path) -> None:
+def test_where_filters_image_rows_before_a_split(tmp_path: Path) -> None:
     folder_of(tmp_path)
     blocks = SCENES.replace("  answer", '  where kind != "cross"\n  split 50%\n  answer')
     [experiment], problems = check(tmp_path, blocks=blocks)
@@ -231,7 +231,7 @@ def test_filters_and_splits(tmp_path: Path) -> None:
     assert kinds == {"circle", "square", "triangle"}
 
 
-def test_files_are_rows(tmp_path: Path) -> None:
+def test_image_files_are_rows_with_processed_pixels(tmp_path: Path) -> None:
     folder_of(tmp_path)
     (tmp_path / "pictures").mkdir()
     for name in ("a", "b"):
@@ -252,7 +252,7 @@ def test_files_are_rows(tmp_path: Path) -> None:
         np.testing.assert_allclose(model_input(row.image, reader.processing), wanted, atol=1e-6)
 
 
-def test_other_bytes_in_a_file_are_another_row(tmp_path: Path) -> None:
+def test_row_ids_depend_on_the_bytes_of_the_image_file(tmp_path: Path) -> None:
     folder_of(tmp_path)
     (tmp_path / "data.csv").write_text("file,label\na,circle\n")
     blocks = 'images scenes { rows "data.csv" image "{file}.png" answer "{label}" }'
@@ -266,8 +266,8 @@ def test_other_bytes_in_a_file_are_another_row(tmp_path: Path) -> None:
 # --- without the model ----------------------------------------------------------------------------
 
 
-def test_a_model_that_is_not_here_is_stood_in_for(tmp_path: Path) -> None:
-    """Nothing is said of its grid or labels that isn't known."""
+def test_missing_image_model_skips_grid_and_label_checks(tmp_path: Path) -> None:
+    """The grid and the labels are unknown without the model."""
     lines = (
         "patch resid_post layer 1 at image row 30 col 2 token",
         "from scenes into neutral",
@@ -279,7 +279,7 @@ def test_a_model_that_is_not_here_is_stood_in_for(tmp_path: Path) -> None:
     assert codes(tmp_path, RULE.format("dog token")) == ["E0308"]
 
 
-def test_validating_needs_no_torch(tmp_path: Path) -> None:
+def test_validation_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     folder_of(tmp_path)
     text = f'mech 1\nmodel vit = local("vit")\n{SCENES}\nexperiment e {{ model vit images scenes '
     text += "limit 4 ablate embed at cls token with zero measure logit(answer) as delta }\n"
@@ -296,7 +296,7 @@ def test_validating_needs_no_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "False False"
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_validating_needs_no_torch(tmp_path: Path) -> None:
         ('image gray x in ["a", "b"] where tokens(x) = 1 text t = "{x}"', "E0207"),
     ],
 )  # fmt: skip
-def test_blocks_that_are_refused(block: str, wanted: str, tmp_path: Path) -> None:
+def test_invalid_images_block_is_rejected(block: str, wanted: str, tmp_path: Path) -> None:
     folder_of(tmp_path)
     blocks = f'images scenes {{ {block} answer "circle" }}'
     found = codes(tmp_path, blocks=blocks, measure="measure logit(answer) as raw")
@@ -368,7 +368,7 @@ def test_blocks_that_are_refused(block: str, wanted: str, tmp_path: Path) -> Non
         ("token 17", "E0310"),
     ],
 )
-def test_positions_that_are_refused(position: str, wanted: str, tmp_path: Path) -> None:
+def test_invalid_image_position_is_rejected(position: str, wanted: str, tmp_path: Path) -> None:
     folder_of(tmp_path)
     assert codes(tmp_path, RULE.format(position)) == [wanted]
 
@@ -385,19 +385,21 @@ def test_positions_that_are_refused(position: str, wanted: str, tmp_path: Path) 
         (('save logits at cls token to "a.safetensors"',), "E0108"),
     ],
 )
-def test_what_texts_alone_have(lines: tuple[str, ...], wanted: str, tmp_path: Path) -> None:
+def test_text_only_statement_is_rejected_on_images(
+    lines: tuple[str, ...], wanted: str, tmp_path: Path
+) -> None:
     folder_of(tmp_path)
     told = 'prompts told { template "a b" }'
     blocks, measure = f"{SCENES}\n{told}", "measure prob(answer) as raw"
     assert codes(tmp_path, *lines, blocks=blocks, measure=measure) == [wanted]
 
 
-def test_a_text_model_reads_no_images(tmp_path: Path) -> None:
+def test_text_model_rejects_image_positions(tmp_path: Path) -> None:
     model = 'model vit = zoo("counting")'
     assert codes(tmp_path, RULE.format("image tokens"), model=model) == ["E0455"]
 
 
-def test_metrics_of_images(tmp_path: Path) -> None:
+def test_metrics_of_image_classifiers_are_checked(tmp_path: Path) -> None:
     folder_of(tmp_path)
     for right in ("logit(answer)", "logit(class answer)", 'prob("cross")', "entropy", "correct"):
         assert codes(tmp_path, measure=f"measure {right} as raw") == []
@@ -406,14 +408,14 @@ def test_metrics_of_images(tmp_path: Path) -> None:
     assert codes(tmp_path, measure="measure loss as raw") == ["E0444"]
 
 
-def test_an_encoder_has_no_logits(tmp_path: Path) -> None:
+def test_encoder_without_head_rejects_logit_metrics(tmp_path: Path) -> None:
     folder_of(tmp_path, architectures=["ViTModel"])
     assert codes(tmp_path, measure="measure logit(answer) as raw") == ["E0437"]
     measure = "measure cosine(resid_post layer 2, clean) at cls token as raw"
     assert codes(tmp_path, RULE.format("image tokens"), measure=measure) == []
 
 
-def test_a_grid_that_is_wider_than_high() -> None:
+def test_wide_patch_layout_maps_tokens_and_boxes() -> None:
     layout = PatchLayout(("cls", "register"), (4, 2), (16, 12))
     assert (layout.rows, layout.cols, layout.tokens) == (4, 6, 26)
     assert layout.token(1, 6) == 7
@@ -425,7 +427,7 @@ def test_a_grid_that_is_wider_than_high() -> None:
     assert layout.named("register") == (1,)
 
 
-def test_positions_in_a_wide_image(tmp_path: Path) -> None:
+def test_wide_image_has_positions_for_all_columns(tmp_path: Path) -> None:
     folder_of(tmp_path, image_size=[16, 32], patch_size=[8, 4])
     processor = {**PROCESSOR, "size": {"height": 16, "width": 32}}
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(processor))
@@ -434,13 +436,13 @@ def test_positions_in_a_wide_image(tmp_path: Path) -> None:
     assert codes(tmp_path, RULE.format("image row 1 col 9 token")) == ["E0310"]
 
 
-def test_a_processor_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_processor_of_another_image_size_is_rejected(tmp_path: Path) -> None:
     folder_of(tmp_path, image_size=64)
     assert codes(tmp_path, RULE.format("cls token")) == ["E0456"]
 
 
-def test_positions_are_interpolated_for_dinov2(tmp_path: Path) -> None:
-    """Its images have the size that the processor makes, whatever its config says."""
+def test_dinov2_accepts_a_processor_of_another_image_size(tmp_path: Path) -> None:
+    """DINOv2 interpolates positions, so the processor determines the image size."""
     folder_of(tmp_path, model_type="dinov2", architectures=["Dinov2Model"], image_size=64)
     measure = "measure cosine(resid_post layer 1, clean) at cls token as raw"
     [experiment], problems = check(tmp_path, RULE.format("cls token"), measure=measure)
@@ -448,10 +450,10 @@ def test_positions_are_interpolated_for_dinov2(tmp_path: Path) -> None:
     assert len(experiment.table.runs["clean"].rows[0].ids) == 17
 
 
-def test_cells_that_loops_leave_out_are_not_counted(
+def test_cell_limit_excludes_cells_skipped_by_loops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six pairs of a and b, of nine, and twelve patches."""
+    """Six of nine pairs of a and b, times twelve patches."""
     folder_of(tmp_path)
     rule = "scale resid_post layers a..b at image row 1..3 col * token by 2"
     loops = f"for a in 0..2 {{ for b in a..2 {{ {rule} }} }}"
@@ -465,13 +467,13 @@ def test_cells_that_loops_leave_out_are_not_counted(
     assert "without 36 that loops exclude" in found.label_text
 
 
-def test_answers_that_differ_are_counted(tmp_path: Path) -> None:
+def test_conventions_count_distinct_labels(tmp_path: Path) -> None:
     folder_of(tmp_path)
     said = table_of(tmp_path, RULE.format("cls token")).conventions["answer"]
     assert said.endswith("` and 3 others: each the name of a label, not a token")
 
 
-def test_a_patch_in_an_expectation(tmp_path: Path) -> None:
+def test_expectation_checks_the_position_of_a_patch(tmp_path: Path) -> None:
     folder_of(tmp_path)
     rule = RULE.format("each token of image")
     right, wrong = (f'expect delta(position: "image row {row} col 4") < 9' for row in (3, 5))
@@ -482,7 +484,7 @@ def test_a_patch_in_an_expectation(tmp_path: Path) -> None:
 LAYOUT = PatchLayout(("cls", "register", "register"), (4, 4), (8, 8))
 
 
-def test_readers_tell_apart_how_images_are_made_ready() -> None:
+def test_image_token_ids_depend_on_layout_and_processing() -> None:
     own, same, smooth = (
         ImageTokenizer(LAYOUT, Processing(("exact", 8, 8), resample=how)) for how in (2, 2, 3)
     )
@@ -495,14 +497,14 @@ def test_readers_tell_apart_how_images_are_made_ready() -> None:
     assert same.encode_all(["gray"])[0].ids == (ids[own],) * 7
 
 
-def test_tokens_are_called_as_they_are_written() -> None:
+def test_image_token_labels_equal_position_syntax() -> None:
     reader = ImageTokenizer(LAYOUT, Processing(("exact", 8, 8)))
     assert [reader.label(token) for token in range(5)] == [
         "cls", "register 1", "register 2", "image row 1 col 1", "image row 1 col 2",
     ]  # fmt: skip
 
 
-def test_images_without_a_size_have_that_of_the_model() -> None:
+def test_generated_image_without_size_gets_the_model_size() -> None:
     reader = ImageTokenizer(LAYOUT, Processing(None))
     for picture in (Picture("noise", seed=3), Picture("gray")):
         image = image_row_fields(picture, {}, reader)["image"]

@@ -1,5 +1,5 @@
 """Components of one tower that correlate with vectors of the other: `fit(cca(…), with: SITE of
-BLOCK)`, against plain hooks on the bare model, one image and one text at a time, in 64 bits."""
+BLOCK)`, against plain hooks on the bare model, one image and one text at a time, in fp64."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def vectors(name: str) -> dict[str, NDArray[np.float64]]:
 
 
 def first_encoder(x: Any, y: Any) -> Any:
-    """The first canonical direction of x, by the generalised eigenvalue problem."""
+    """The first canonical direction of x, from the generalised eigenvalue problem."""
     first, second = (each.T @ each / len(each) for each in (x, y))
     first, second = (
         each + RIDGE * np.trace(each) / len(each) * np.eye(len(each)) for each in (first, second)
@@ -74,7 +74,9 @@ def first_encoder(x: Any, y: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "tower"), in_turn(["clip/dual", "siglip/dual"], ["vision", "text"], ["clip/dual"])
 )
-def test_components_are_those_of_both_towers(name: str, tower: str, tmp_path: Path) -> None:
+def test_cca_components_of_two_towers_equal_reference(
+    name: str, tower: str, tmp_path: Path
+) -> None:
     path = write(tmp_path, BASES[tower], USES[tower])
     handed = {"m": support.handed(name)}
     (found,) = mechdsl.fit(path, handed, store=tmp_path / "store")
@@ -102,7 +104,9 @@ def test_components_are_those_of_both_towers(name: str, tower: str, tmp_path: Pa
         ({f"at {TEXTS}": "at tokens 0..1"}, "E0342", "2 tokens"),
     ],
 )
-def test_wrong_view(changes: dict[str, str], code: str, text: str, tmp_path: Path) -> None:
+def test_invalid_second_site_of_cca_is_rejected(
+    changes: dict[str, str], code: str, text: str, tmp_path: Path
+) -> None:
     basis = BASES["vision"]
     for old, new in changes.items():
         assert old in basis
@@ -113,7 +117,7 @@ def test_wrong_view(changes: dict[str, str], code: str, text: str, tmp_path: Pat
     assert text in str(problems[0])
 
 
-def test_other_texts_are_another_training(tmp_path: Path) -> None:
+def test_cca_key_depends_on_texts_and_second_site(tmp_path: Path) -> None:
     handed = {"m": support.handed("clip/dual")}
     folders: set[str] = set()
     for blocks in (texts.BLOCKS, texts.BLOCKS.replace('"{before}', '"{thing} {before}')):

@@ -1,5 +1,5 @@
-"""`embed` of an image is what the patch embedding makes of each patch, in front of positions: rules
-there against a hook on that module alone."""
+"""`embed` of an image is the output of the patch embedding before positions are added: rules
+there against a hook on that module only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PART = [(1, 1), (1, 2), (2, 1)]
 WHERE = "{" + ", ".join(f"image row {row} col {col} token" for row, col in PART) + "}"
 Change = Callable[[Tensor], Tensor]
 SEEN = "image row 1 col 1 token, image row 3 col 2 token"
-"""Of these one is written too, in other experiments."""
+"""Other experiments write at one of these."""
 RULES: dict[str, tuple[str, Change]] = {
     "zero": (f"ablate embed at {WHERE} with zero", torch.zeros_like),
     "scaled": (f"scale embed at {WHERE} by 2", lambda vectors: 2 * vectors),
@@ -34,9 +34,9 @@ RULES: dict[str, tuple[str, Change]] = {
 }
 
 
-def by_hand(name: str, number: int, change: Change) -> tuple[float, Tensor]:
-    """The measure of an image, with the output of the patch embedding changed by a hook; and that
-    output as it was, [patch, width]."""
+def hooked_embedding(name: str, number: int, change: Change) -> tuple[float, Tensor]:
+    """The measure of an image with the output of the patch embedding edited by a hook, and the
+    unedited output, [patch, width]."""
     module, own = support.double(name), support.stack(name)
     image = patch_projection(module, own)
     assert image is not None
@@ -63,13 +63,15 @@ def by_hand(name: str, number: int, change: Change) -> tuple[float, Tensor]:
 
 @pytest.mark.parametrize("mode", ["planned", "plain", "small passes"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rules_act_on_what_the_patch_embedding_gives(name: str, mode: str, tmp_path: Path) -> None:
-    """All of them in one file, so that they share passes."""
+def test_rules_at_image_embed_equal_hooks_on_the_patch_embedding(
+    name: str, mode: str, tmp_path: Path
+) -> None:
+    """All rules are in one file, so that they share passes."""
     text = "".join(support.experiment(key, rule) for key, (rule, _) in RULES.items())
     text += support.experiment("seen", f"observe norm embed at {SEEN}", measure="")
     found = support.run_file(text, tmp_path, name, mode, support.blocks_of(name))
     for key, (_, change) in RULES.items():
-        expected = [by_hand(name, number, change)[0] for number in range(3)]
+        expected = [hooked_embedding(name, number, change)[0] for number in range(3)]
         np.testing.assert_allclose(
             found[key].measures[0].patched[0], expected, atol=1e-4, rtol=1e-4
         )
@@ -77,13 +79,13 @@ def test_rules_act_on_what_the_patch_embedding_gives(name: str, mode: str, tmp_p
             np.abs(found[key].measures[0].patched[0] - found[key].measures[0].base[0]).max() > 1e-3
         )
     for number in range(3):
-        _, vectors = by_hand(name, number, RULES["zero"][1])
+        _, vectors = hooked_embedding(name, number, RULES["zero"][1])
         norms = vectors[[0, 2 * GRID + 1]].norm(dim=1).numpy()
         np.testing.assert_allclose(found["seen"].measures[0].patched[:, number], norms, rtol=1e-4)
 
 
-def test_vectors_that_change_before_positions_are_refused() -> None:
-    """An embedding that multiplies what the projection gives: it adds more than positions."""
+def test_embedding_that_scales_patches_is_rejected() -> None:
+    """The embedding scales the output of the projection instead of only adding positions."""
     module = copy.deepcopy(support.bare("vit"))
     embeddings = module.get_submodule("vit.embeddings")
     forward = embeddings.forward

@@ -1,5 +1,4 @@
-"""`using` on images, in a file, against plain autograd on the bare model in 64 bits, one image at a
-time."""
+"""`using` on images against plain autograd on the bare model in fp64, one image at a time."""
 
 from __future__ import annotations
 
@@ -85,7 +84,7 @@ def line(kind: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "kind"), in_turn(NAMES, KINDS, NAMES))
-def test_patches(name: str, kind: str, tmp_path: Path) -> None:
+def test_estimates_of_image_patches_equal_autograd(name: str, kind: str, tmp_path: Path) -> None:
     measure = f"measure logit(answer) - logit(wrong) as {'raw' if kind == 'gradient' else 'delta'}"
     each = "patch embed at each token of image"
     ways = {"gray": "from scenes into neutral", "shown": "from neutral into scenes"}
@@ -107,8 +106,10 @@ def test_patches(name: str, kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", pytest.param("beit", marks=pytest.mark.slow)])
-def test_patches_add_up_to_the_image(name: str, tmp_path: Path) -> None:
-    """Completeness: along the line from gray to the image."""
+def test_integrated_gradients_of_patches_sum_to_the_effect_of_the_image(
+    name: str, tmp_path: Path
+) -> None:
+    """Completeness along the line from gray to the image."""
     each, way = "patch embed at each token of image", "from scenes into neutral"
     text = support.experiment("ig", way, each, "using integrated_gradients(steps: 100)")
     text += support.experiment("whole", way, "patch embed at image tokens")
@@ -120,8 +121,8 @@ def test_patches_add_up_to_the_image(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_saved_gradients(name: str, tmp_path: Path) -> None:
-    """`save gradient of`: at every patch, of the image's own input."""
+def test_saved_gradients_of_image_patches_equal_autograd(name: str, tmp_path: Path) -> None:
+    """Covers `save gradient of` at every patch."""
     text = support.experiment(
         "saved",
         "save gradient of logit(answer) - logit(wrong) by embed at each token of image "

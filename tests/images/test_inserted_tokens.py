@@ -1,7 +1,7 @@
 """Tokens that `insert 3 tokens after last token` adds to images, and vectors written at them.
 
-The reference is the bare model in 64 bits, on one image: a hook appends the vectors to what its
-embedding returns (Jia et al. 2022, arXiv 2203.12119).
+The reference is the bare model in fp64 on one image: a hook appends the vectors to the output of
+its embedding (Jia et al. 2022, arXiv 2203.12119).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def placeholders(name: str, count: int = COUNT) -> Tensor:
 
 @contextmanager
 def appended(name: str, vectors: Tensor) -> Generator[None]:
-    """The embedding of the bare model also returns these vectors."""
+    """Append vectors to the output of the bare model's embedding."""
     embed = support.stack(name).embed
     assert embed is not None
     part = support.double(name).get_submodule(embed[0])
@@ -137,8 +137,10 @@ def at_end(name: str, count: int = COUNT) -> list[int]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
-def test_vectors_are_written_at_inserted_tokens(mode: str, name: str, tmp_path: Path) -> None:
-    """In two experiments of one file, of which one has other tokens."""
+def test_vectors_written_at_inserted_image_tokens_equal_reference(
+    mode: str, name: str, tmp_path: Path
+) -> None:
+    """Two experiments in one file insert different numbers of tokens."""
     others = "set embed at inserted 2 tokens to [a, b, c]"
     found = results(name, tmp_path, mode, e=(INTO, SET), f=("from clean into five", others))
     (measure,) = found["e"].measures
@@ -156,8 +158,10 @@ def test_vectors_are_written_at_inserted_tokens(mode: str, name: str, tmp_path: 
 
 
 @pytest.mark.parametrize(("name", "site"), in_turn(NAMES, ("resid_pre", "resid_mid", "mlp_out")))
-def test_vectors_are_written_at_the_input_of_layers(name: str, site: str, tmp_path: Path) -> None:
-    """As in deep visual prompt tuning."""
+def test_vectors_written_at_layers_of_inserted_tokens_equal_reference(
+    name: str, site: str, tmp_path: Path
+) -> None:
+    """Covers deep visual prompt tuning."""
     rule = f"for f in [0, 2] {{ set {site} layer 1 at inserted tokens to f * [a, b, c] }}"
     found = results(name, tmp_path, e=(INTO, rule))["e"]
     vectors = torch.stack([each.double() for each in drawn(name).values()])
@@ -172,10 +176,10 @@ def test_vectors_are_written_at_the_input_of_layers(name: str, site: str, tmp_pa
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
-def test_runs_with_inserted_tokens_are_read_by_patches(
+def test_patches_between_runs_with_and_without_inserted_tokens_equal_reference(
     mode: str, name: str, tmp_path: Path
 ) -> None:
-    """Into the clean run, which has fewer tokens, and the other way round."""
+    """Patches go into the clean run, which has fewer tokens, and in the other direction."""
     where = "image row 2 col 3 token"
     rules = (f"patch resid_post layer * at {where}", f"patch z layer 1 head * at {where}")
     found = results(
@@ -208,13 +212,13 @@ def test_runs_with_inserted_tokens_are_read_by_patches(
             for n in numbers
         ]
         check(name, found["f"].measures[0].patched[head], expected)
-    # only the patches differ, so that all of them make the other run
+    # only the masked patches differ, so patching all of them gives the source run
     (measure,) = found["g"].measures
     np.testing.assert_allclose(measure.patched[0], _source(measure), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "clip/dual"])
-def test_image_without_attention_to_inserted_tokens_is_the_clean_run(
+def test_blocked_attention_to_inserted_tokens_equals_the_clean_run(
     name: str, tmp_path: Path
 ) -> None:
     front = "cls token, distillation token" if name == "deit" else "cls token"
@@ -225,7 +229,7 @@ def test_image_without_attention_to_inserted_tokens_is_the_clean_run(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_attention_from_and_to_inserted_tokens(name: str, tmp_path: Path) -> None:
+def test_observed_attention_of_inserted_tokens_equals_reference(name: str, tmp_path: Path) -> None:
     front = "cls token" if FRONT[name] else "image row 1 col 1 token"
     edges = {
         "out": "inserted tokens to image row 2 col * tokens",
@@ -250,8 +254,10 @@ def test_attention_from_and_to_inserted_tokens(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
-def test_equal_images_differ_by_inserted_tokens(mode: str, name: str, tmp_path: Path) -> None:
-    """Above the embedding, tokens of the image differ; at the embedding, they are equal."""
+def test_inserted_tokens_affect_image_tokens_only_after_the_embedding(
+    mode: str, name: str, tmp_path: Path
+) -> None:
+    """Image tokens differ after layer 1, but not at the embedding."""
     where = "image row 2 col 3 token"
     rules = (f"patch resid_post layer 1 at {where}", f"patch embed at {where}")
     ways = ("from clean into longer", "from longer into clean", "from five into longer")
@@ -274,8 +280,8 @@ def test_equal_images_differ_by_inserted_tokens(mode: str, name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_corruptions_change_images_with_inserted_tokens(name: str, tmp_path: Path) -> None:
-    """Patches in gray before and after `insert`, and as a rule; noise at inserted tokens."""
+def test_corruptions_apply_to_images_with_inserted_tokens(name: str, tmp_path: Path) -> None:
+    """Covers masks before and after `insert`, `replace` rules, and noise at inserted tokens."""
     gray = "image row 1 col 1..2 tokens"
     found = results(
         name,
@@ -295,8 +301,10 @@ def test_corruptions_change_images_with_inserted_tokens(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["vit", "clip/dual"])
-def test_gradients_reach_inserted_tokens(name: str, tmp_path: Path) -> None:
-    """As estimates along a path: they add up to the effect of all tokens."""
+def test_integrated_gradients_of_inserted_tokens_sum_to_their_effect(
+    name: str, tmp_path: Path
+) -> None:
+    """Completeness of estimates along a path."""
     way, rule = "from noised into longer", "patch resid_post layer 1 at {}"
     each = (rule.format("each token of inserted"), "using integrated_gradients(steps: 100)")
     found = results(name, tmp_path, e=(way, *each), f=(way, rule.format("inserted tokens")))
@@ -324,7 +332,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake: str, tmp_path: Path) -> None:
+def test_invalid_insertion_into_images_is_rejected(mistake: str, tmp_path: Path) -> None:
     old, new, code, said = MISTAKES[mistake]
     save_file(drawn("vit"), tmp_path / "drawn.safetensors")
     text, own = support.experiment("e", INTO, SET), blocks("vit")
@@ -339,7 +347,9 @@ def test_mistakes(mistake: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["beit", "data2vec-vision", "dinov3_vit"])
-def test_models_with_positions_in_attention_accept_no_tokens(name: str, tmp_path: Path) -> None:
+def test_models_with_positions_in_attention_reject_inserted_tokens(
+    name: str, tmp_path: Path
+) -> None:
     found, diagnostics = support.try_file(
         support.experiment("e", INTO, "ablate resid_post layer 1 at inserted tokens with zero"),
         tmp_path,
@@ -355,8 +365,8 @@ def test_models_with_positions_in_attention_accept_no_tokens(name: str, tmp_path
 RULE = "set embed at inserted tokens to 0"
 
 
-def test_file_is_checked_without_weights(tmp_path: Path) -> None:
-    """And without the model, whose tokens aren't counted then."""
+def test_insertion_into_images_is_validated_without_weights(tmp_path: Path) -> None:
+    """Without the model, tokens aren't counted."""
     folder_of(tmp_path)
     model = 'model vit = local("elsewhere")'
     assert codes(tmp_path, INTO, RULE, blocks=WITHOUT_FILES) == []

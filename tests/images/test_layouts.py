@@ -1,4 +1,4 @@
-"""Layouts of image tokens, against arrays worked out manually and against models.
+"""Layouts of image tokens, against manually computed arrays and against models.
 
 The arrays follow the descriptions of the processors. The models have random weights and no
 attention in their vision encoder, so a changed pixel changes only the vectors that read it.
@@ -88,7 +88,7 @@ EXPECTED = (
     Expected(
         "llava_class", ((8, 8),), [[3, 4], [5, 6]], {(1, 1): (0, 0, 4, 4)}, markers={"class": (2,)}
     ),
-    # A square around the image: of 8 rows, the image has the third to the sixth.
+    # Padded to a square: the image has rows 3 to 6 of 8.
     Expected("llava_pad", ((4, 8),), TWO_BY_TWO, {(1, 1): (0, 0, 4, 2), (2, 2): (4, 2, 8, 4)}),
     # The only row is the fourth of 8.
     Expected("llava_pad", ((1, 8),), TWO_BY_TWO, {(1, 1): (0, 0, 4, 1), (2, 1): None}),
@@ -344,7 +344,7 @@ def test_tiles_have_first_cell_and_size() -> None:
     assert got.thumbnail.number == THUMBNAIL
 
 
-def test_overlapping_box_returns_cells_that_read_a_part_of_it() -> None:
+def test_overlapping_returns_cells_that_intersect_the_box() -> None:
     [got] = found("qwen2_vl", (8, 16))
     cells = got.overlapping((5, 3, 8, 5))
     assert [(cell.row, cell.col) for cell in cells] == [(1, 2), (2, 2)]
@@ -578,7 +578,7 @@ def test_tiles_of_different_sides_are_rejected() -> None:
 # --- custom layouts -------------------------------------------------------------------------------
 
 
-def test_layout_of_the_page_about_plugins_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layout_from_the_plugins_page_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(IMAGE_LAYOUTS, "_entries", dict(IMAGE_LAYOUTS.items()))
     page = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text("utf-8")
     section = page.split("\n## Layouts of image tokens\n")[1]

@@ -1,4 +1,4 @@
-"""`observe pointing of caap in object`: maps of other experiments against regions, by hand."""
+"""`observe pointing of caap in object`: agreement of maps with regions, against references."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .test_regions import UNRESIZED
 
 Array = NDArray[np.float64]
 CORNERS = {"vit": (0, 0), "clip": (7, 1)}
-"""(top, left) of what is kept of the images."""
+"""(top, left) of the crop of the images."""
 BOXES = ((3, 9, 9, 18), (1, 8, 15, 13), (9, 11, 18, 22), (0, 0, 2, 2), (6, 7, 11, 16))
-"""In pixels of the file; the fourth lies outside of what CLIP's processor keeps."""
+"""In pixels of the file; the fourth is outside the crop of CLIP's processor."""
 BLOCKS = """
 images scenes {
   rows "boxes.jsonl"
@@ -72,7 +72,7 @@ def looking(name: str, *lines: str) -> str:
 
 
 def masks(name: str) -> list[NDArray[np.bool_]]:
-    """[SIDE, SIDE] of each row, painted in the file and cut out by hand."""
+    """[SIDE, SIDE] of each row: the box painted at the file's size, then cropped."""
     top, left = CORNERS[name]
     found: list[NDArray[np.bool_]] = []
     for x, y, right, bottom in BOXES:
@@ -122,7 +122,7 @@ def own_count(mask: NDArray[np.bool_]) -> int:
 
 
 @pytest.mark.parametrize("name", ["vit", "clip"])
-def test_against_regions_by_hand(name: str, tmp_path: Path) -> None:
+def test_pointing_mass_and_iou_of_maps_equal_reference(name: str, tmp_path: Path) -> None:
     text = MAPS + looking("at", "observe pointing of caap, left in object")
     text += looking("share", "observe mass of caap, left in object")
     text += looking("own", "observe iou of left, caap in object")
@@ -154,10 +154,10 @@ def test_against_regions_by_hand(name: str, tmp_path: Path) -> None:
     expected = [iou(values[row], regions[row], 4) for row in there]
     np.testing.assert_allclose(quarter[0, there], expected)
     every = [pointing(maps(found[of])[n], regions[n]) for of in ("caap", "left") for n in there]
-    assert set(every) == {0, 1} or name != "clip"  # which can tell
+    assert set(every) == {0, 1} or name != "clip"  # both outcomes occur
 
 
-def test_a_map_for_each_range_of_layers(tmp_path: Path) -> None:
+def test_each_range_of_layers_has_a_map(tmp_path: Path) -> None:
     rule = "for a in 0..1 { for b in a..1 { patch resid_pre layers a..b at each token of image } }"
     text = support.experiment("ranges", "from scenes into neutral", rule)
     text += looking("at", "observe mass of ranges in object", "report heatmap a by b")
@@ -183,8 +183,8 @@ def test_a_map_for_each_range_of_layers(tmp_path: Path) -> None:
         assert changed == pytest.approx(float(seen[answer] - seen[wrong]), abs=1e-4)
 
 
-def test_regions_of_images_that_are_made_smaller(tmp_path: Path) -> None:
-    """A pixel of the small image is in the region where two or more of four are."""
+def test_mask_of_a_downsized_image_is_averaged(tmp_path: Path) -> None:
+    """A pixel of the small image is in the region if at least two of four pixels are."""
     random = np.random.default_rng(1)
     records: list[dict[str, object]] = []
     whole = random.random((3, 2 * SIDE, 2 * SIDE)) < 0.5
@@ -205,7 +205,7 @@ def test_regions_of_images_that_are_made_smaller(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["share"].measures[0].patched[0], expected)
 
 
-def test_curves_may_be_written_in_any_order(tmp_path: Path) -> None:
+def test_auc_does_not_depend_on_the_order_of_values(tmp_path: Path) -> None:
     area = "measure logit(answer) - logit(wrong) as raw auc over k"
     text = CAAP
     for name, ks in (("sorted", "0, 2, 7"), ("other", "7, 0, 2")):
@@ -217,7 +217,7 @@ def test_curves_may_be_written_in_any_order(tmp_path: Path) -> None:
     assert np.abs(one - found["in_sorted"].measures[0].base).min() > 1e-3
 
 
-def test_a_part_of_the_image_is_a_map_too(tmp_path: Path) -> None:
+def test_map_of_part_of_the_image_equals_reference(tmp_path: Path) -> None:
     rule = "patch resid_post layer 0 at image row 1..2 col 2..4 token"
     text = support.experiment("part", "from scenes into neutral", rule)
     text += looking("at", "observe pointing of part in object")
@@ -236,7 +236,7 @@ def test_a_part_of_the_image_is_a_map_too(tmp_path: Path) -> None:
         assert own[0].patched[0, row] == pytest.approx(expected)
 
 
-def test_rows_that_the_map_lacks_are_said(tmp_path: Path) -> None:
+def test_rows_missing_from_the_map_are_reported(tmp_path: Path) -> None:
     text = CAAP.replace("images scenes", "images scenes limit 3")
     text += looking("at", "observe pointing of caap in object")
     found = run("vit", tmp_path, text)
@@ -244,7 +244,7 @@ def test_rows_that_the_map_lacks_are_said(tmp_path: Path) -> None:
     assert "2 of 5 rows dropped, because `caap` lacks them" in found["at"].conventions["observed"]
 
 
-def test_rows_that_only_the_map_has_are_left_out(tmp_path: Path) -> None:
+def test_rows_missing_from_the_observing_experiment_are_omitted(tmp_path: Path) -> None:
     text = CAAP + looking("every", "observe pointing of caap in object")
     few = looking("few", "observe pointing of caap in object").replace("scenes", "scenes limit 3")
     found = run("vit", tmp_path, text + few)
@@ -255,8 +255,8 @@ def test_rows_that_only_the_map_has_are_left_out(tmp_path: Path) -> None:
     assert "dropped" not in found["few"].conventions["observed"]
 
 
-def test_a_map_with_nothing_above_0(tmp_path: Path) -> None:
-    """A row is dropped where no map of it has a number, and each map by its own name."""
+def test_mass_of_a_map_without_positive_values_drops_rows(tmp_path: Path) -> None:
+    """A row is dropped if none of its maps has a value; named maps are reported separately."""
     rule = "for k in [1, 2] { scale embed at each token of image by k }"
     text = support.experiment("grown", rule)
     text += looking("both", "observe mass of grown in object")
@@ -271,8 +271,8 @@ def test_a_map_with_nothing_above_0(tmp_path: Path) -> None:
     assert "`grown(k: 2)` is" not in said["named"]
 
 
-def test_windows_without_a_number_are_in_no_mean() -> None:
-    """Here the second window has none in the first cell; of the rows, one isn't looked at."""
+def test_grid_means_skip_windows_without_a_value() -> None:
+    """The second window has no value in the first cell, and one row isn't observed."""
     reader, nan = support.shared("vit").tokenizer, np.nan
     one, two, three = support.patches("vit")[:3]
     numbers = {
@@ -308,8 +308,8 @@ def trapezoids(at: list[float], heights: list[float]) -> float:
 
 
 @pytest.mark.parametrize("name", ["vit", pytest.param("clip", marks=pytest.mark.slow)])
-def test_insertion_and_deletion_by_hand(name: str, tmp_path: Path) -> None:
-    """Step by step, from one image by another, in the order of each of two maps."""
+def test_insertion_and_deletion_curves_equal_hooks(name: str, tmp_path: Path) -> None:
+    """Patches are replaced step by step in the order of each of two maps."""
     shares = [0.0, 25, 50, 75, 100]
     loops = "for m in [caap, chance] { for k in 0%..100% step 25% {"
     rule = f"{loops} patch embed at top k of m tokens }} }}"
@@ -350,7 +350,7 @@ def test_insertion_and_deletion_by_hand(name: str, tmp_path: Path) -> None:
     assert found["inserted_area"].conventions["auc"].startswith("over k, per row, of 5 cells")
 
 
-def test_random_maps_differ_by_row_and_patch_and_seed(tmp_path: Path) -> None:
+def test_random_map_depends_on_row_patch_and_seed(tmp_path: Path) -> None:
     text = looking("drawn", "observe random embed at each token of image")
     values = run("vit", tmp_path, text)["drawn"].measures[0].patched
     assert len(np.unique(values)) == values.size
@@ -370,7 +370,9 @@ def test_random_maps_differ_by_row_and_patch_and_seed(tmp_path: Path) -> None:
         (("patch embed at top 2 of m tokens",), "E0612", "no axis `k`"),
     ],
 )
-def test_no_curves(lines: tuple[str, ...], code: str, said: str, tmp_path: Path) -> None:
+def test_auc_over_words_or_an_unknown_axis_is_rejected(
+    lines: tuple[str, ...], code: str, said: str, tmp_path: Path
+) -> None:
     (rule,) = lines
     over, loop = ("m", "for k in [1, 2] { ") if " k " in rule else ("k", "")
     rule = f"for m in [caap, left] {{ {loop}{rule} }}" + (" }" if loop else "")
@@ -384,7 +386,7 @@ def test_no_curves(lines: tuple[str, ...], code: str, said: str, tmp_path: Path)
     assert said in problem.message + problem.label_text
 
 
-def test_a_loop_over_experiments_means_nothing_behind_it(tmp_path: Path) -> None:
+def test_loop_variable_of_experiments_is_unknown_outside_the_loop(tmp_path: Path) -> None:
     rule = "for m in [some, others] { ablate top 1 of m at cls token with zero }"
     lines = (rule, "against random(2) except top 1 of m")
     sweep = "ablate z layer * head * at cls token with zero"
@@ -397,7 +399,7 @@ def test_a_loop_over_experiments_means_nothing_behind_it(tmp_path: Path) -> None
     assert [d.code for d in problems if d.severity == "error"] == ["E0620"]
 
 
-def test_sites_of_several_experiments(tmp_path: Path) -> None:
+def test_loop_over_experiments_selects_the_best_site_of_each(tmp_path: Path) -> None:
     rule = "for m in [early, others] { ablate best of m at cls token with zero }"
     sweep = "ablate z layer 0 head * at {} with zero"
     text = support.experiment("early", sweep.format("cls token"))
@@ -412,8 +414,8 @@ def test_sites_of_several_experiments(tmp_path: Path) -> None:
         np.testing.assert_allclose(found["e"].measures[0].patched[number], expected, atol=1e-5)
 
 
-def test_loops_over_cells_of_experiments(tmp_path: Path) -> None:
-    """Each cell has the order of its own map, also where the rest of the cell stands behind."""
+def test_loop_over_cells_of_maps_uses_the_order_of_each_map(tmp_path: Path) -> None:
+    """Also covers coordinates given after the loop variable, as in `m(c: "mlp_out")`."""
     swept = "ablate c layer l at each token of image with zero"
     swept = f"for l in 0..1 {{ for c in [mlp_out, attn_out] {{ {swept} }} }}"
     text = support.experiment("every", swept) + CAAP
@@ -449,7 +451,7 @@ def test_loops_over_cells_of_experiments(tmp_path: Path) -> None:
     assert f"top 2 of {named[0]} tokens" in found["e"].conventions
 
 
-def test_loops_over_experiments_that_there_are_not(tmp_path: Path) -> None:
+def test_loop_over_an_unknown_experiment_is_rejected(tmp_path: Path) -> None:
     rule = "for m in [caap, nothing] { patch embed at top 2 of m tokens }"
     text = MAPS + support.experiment("e", "from scenes into neutral", rule)
     write_boxes(tmp_path, "vit")
@@ -486,7 +488,9 @@ def test_loops_over_experiments_that_there_are_not(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_refused(text: str, code: str, said: str, tmp_path: Path) -> None:
+def test_invalid_map_observation_is_rejected(
+    text: str, code: str, said: str, tmp_path: Path
+) -> None:
     others = support.experiment(
         "over", "ablate z layer 0..1 head 0 at each token of image with zero"
     )

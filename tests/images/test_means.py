@@ -1,4 +1,4 @@
-"""Images that are the mean of a block's: `image mean of scenes`."""
+"""Mean images of a block: `image mean of scenes`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NEUTRAL = support.BLOCKS.replace("image gray", "image mean of scenes")
 @pytest.mark.parametrize(
     ("name", "mode"), in_turn(["vit", "dinov2_with_registers", "clip"], ["planned", "plain"])
 )
-def test_patches_go_into_the_mean_image(name: str, mode: str, tmp_path: Path) -> None:
-    """The mean of what the library's processor makes of the files, which have different sizes."""
+def test_patches_into_the_mean_image_equal_hooks(name: str, mode: str, tmp_path: Path) -> None:
+    """The reference averages the library's processed images; the files have different sizes."""
     rule = "patch resid_post layer 0 at image row 1..2 col * tokens"
     text = support.experiment("e", "from scenes into neutral", rule)
     found = support.run_file(text, tmp_path, name, mode, NEUTRAL)["e"]
@@ -43,14 +43,14 @@ def test_patches_go_into_the_mean_image(name: str, mode: str, tmp_path: Path) ->
     assert np.abs(np.subtract(base, expected)).max() > 0.05
 
 
-def test_it_is_of_all_rows_of_a_block_or_of_a_part(tmp_path: Path) -> None:
+def test_mean_image_uses_all_rows_of_the_block_or_part(tmp_path: Path) -> None:
     folder_of(tmp_path)
     scenes = SCENES.replace("kind in", "split 50% x in 1..6 where x != 3 kind in")
     whole, half = (
         _mean(tmp_path, f"{scenes}\nimages neutral {{ image mean of {block} }}")
         for block in ("scenes", "scenes.train")
     )
-    assert whole[0] == "mean of 1,000 of scenes"  # as many as stand for those that are drawn
+    assert whole[0] == "mean of 1,000 of scenes"  # number of rows sampled from the combinations
     assert half[0] == "mean of 1,000 of scenes.train"
     assert np.abs(whole[1] - half[1]).max() > 1e-3
 
@@ -71,7 +71,7 @@ def _mean(folder: Path, blocks: str) -> tuple[str, np.ndarray]:
     return image.words, found
 
 
-def test_noise_has_the_size_of_the_model(tmp_path: Path) -> None:
+def test_mean_of_noise_images_uses_the_model_size(tmp_path: Path) -> None:
     folder_of(tmp_path)
     noisy = 'images snow { x in 1..20 image noise answer "circle" }'
     words, found = _mean(tmp_path, f"{SCENES}\n{noisy}\nimages neutral {{ image mean of snow }}")
@@ -79,8 +79,8 @@ def test_noise_has_the_size_of_the_model(tmp_path: Path) -> None:
     assert np.abs(found).max() < 0.25
 
 
-def test_another_image_is_another_mean(tmp_path: Path) -> None:
-    """Which rows share an image, and what is kept of them, hangs on every image it is of."""
+def test_text_of_the_mean_image_depends_on_its_images(tmp_path: Path) -> None:
+    """Shared rows and cached values depend on every image in the mean."""
     folder_of(tmp_path)
     texts = {
         check(
@@ -110,7 +110,7 @@ def test_another_image_is_another_mean(tmp_path: Path) -> None:
         ("men of scenes", "E0203"),
     ],
 )
-def test_means_that_are_refused(image: str, wanted: str, tmp_path: Path) -> None:
+def test_invalid_mean_image_is_rejected(image: str, wanted: str, tmp_path: Path) -> None:
     folder_of(tmp_path)
     blocks = f'{SCENES}\nprompts told {{ template "a" }}\nimages neutral {{ image {image} }}'
     lines = ("from scenes into neutral", "patch embed at cls token")

@@ -1,4 +1,4 @@
-"""Routing and clusters of patches: each image by itself through the bare model."""
+"""Routing, clusters and features of patches, against the bare model on one image at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALL_BUT_ONE = f"(box, folds: {len(BOXES)}, penalty: 4) at resid_post layer 1"
 
 
 def patches(name: str, folder: Path, layer: int) -> list[Array]:
-    """Of each image [patch, width] behind a layer."""
+    """[patch, width] of each image after a layer."""
     found: list[Array] = []
     for row in range(len(BOXES)):
         own = support.forward(name, given(name, folder, row)).sites["resid_post", layer]
@@ -27,7 +27,7 @@ def patches(name: str, folder: Path, layer: int) -> list[Array]:
 
 
 @pytest.mark.parametrize("name", ["vit", "clip"])
-def test_a_routed_probe_and_its_map(name: str, tmp_path: Path) -> None:
+def test_routed_probe_of_patches_and_its_map_equal_reference(name: str, tmp_path: Path) -> None:
     text = looking(
         "e",
         f"observe routed_probe{ALL_BUT_ONE} at image tokens as told",
@@ -55,7 +55,7 @@ def test_a_routed_probe_and_its_map(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "clip"])
-def test_a_map_for_each_cluster(name: str, tmp_path: Path) -> None:
+def test_cluster_maps_of_patches_equal_reference(name: str, tmp_path: Path) -> None:
     text = looking("e", "observe clusters(3) resid_post layer 2 at each token of image as concept")
     text += looking("inside", "observe mass of concept in object")
     found = run(name, tmp_path, text)
@@ -71,8 +71,8 @@ def test_a_map_for_each_cluster(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "clip"])
-def test_features_of_patches(name: str, tmp_path: Path) -> None:
-    """Coordinates of the patches, and the patches at which they are highest."""
+def test_features_of_patches_equal_reference(name: str, tmp_path: Path) -> None:
+    """Covers feature means and the patches with the highest activations."""
     text = "basis n = neurons at resid_post layer 1\n"
     text += looking("e", "observe features of n at image tokens top 3 as seen")
     found = run(name, tmp_path, text)["e"]

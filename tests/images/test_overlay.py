@@ -1,4 +1,4 @@
-"""`report overlay` on images: the right numbers on the right patches of the right image."""
+"""`report overlay` on images: values, patches and images of the overlay."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(value: float) -> str:
 
 
 def run(folder: Path, name: str, *lines: str) -> ExperimentResult:
-    """With its rows in the order that they were drawn in."""
+    """Run an experiment; rows stay in sampled order."""
     found, said = support.try_file(support.experiment("e", *lines), folder, name)
     assert found is not None, said
     (result,) = found.experiments
@@ -53,21 +53,21 @@ def shown(result: ExperimentResult, **how: object) -> Overlay:
 
 
 def maps_of(each: ShadedPrompt) -> ImageMaps:
-    """Of a prompt that is an image."""
+    """Maps of a prompt that is an image."""
     (image,) = each.images
     return image_maps(each, image, write)
 
 
 def number_of(title: str) -> int:
-    """Of the file that an image is."""
+    """Number of the image's file, from its title."""
     found = re.search(r"(\d)\.png", title)
     assert found is not None
     return int(found[1])
 
 
-def by_hand(name: str, number: int) -> np.ndarray:
-    """[row, col]: what changes when a patch of the scene is put into the gray image, behind the
-    first block."""
+def hooked_effects(name: str, number: int) -> np.ndarray:
+    """Effect of patching each patch of the scene into the gray image after the first block, [row,
+    col]."""
     base, found = plain(name, None), np.zeros((GRID, GRID))
     for row, col in np.ndindex(GRID, GRID):
         at = [token(name, row + 1, col + 1)]
@@ -78,7 +78,7 @@ def by_hand(name: str, number: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_number_stands_on_its_patch(tmp_path: Path, name: str) -> None:
+def test_overlay_has_each_value_on_its_patch(tmp_path: Path, name: str) -> None:
     found = shown(run(tmp_path, name, *LINES))
     assert len(found.prompts) == 3
     numbers: list[int] = []
@@ -86,15 +86,15 @@ def test_each_number_stands_on_its_patch(tmp_path: Path, name: str) -> None:
         maps = maps_of(each)
         assert [title for title, _ in maps.maps] == ["b 0", "b 1"]
         numbers.append(number_of(maps.title))
-        expected = by_hand(name, numbers[-1])
+        expected = hooked_effects(name, numbers[-1])
         np.testing.assert_allclose(maps.maps[0][1], expected, atol=1e-4)
         assert np.abs(expected).max() > 0.02
     assert sorted(numbers) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_image_is_what_the_model_sees(tmp_path: Path, name: str) -> None:
-    """Resized and cropped as the library's processor does it, with its normalisation undone."""
+def test_overlay_image_equals_the_model_input(tmp_path: Path, name: str) -> None:
+    """The reference is the library's processor, with the normalisation undone."""
     settings = support.PROCESSORS[name][1]
     mean, std = (np.array(settings[key])[:, None, None] for key in ("image_mean", "image_std"))
     for each in shown(run(tmp_path, name, *LINES)).prompts:
@@ -103,7 +103,7 @@ def test_the_image_is_what_the_model_sees(tmp_path: Path, name: str) -> None:
         np.testing.assert_array_equal(each.images[0].pixels, levels)
 
 
-def test_tokens_in_front_are_told_beside(tmp_path: Path) -> None:
+def test_overlay_lists_values_of_special_tokens_in_the_title(tmp_path: Path) -> None:
     lines = [LINES[0], "patch resid_post layer 0 at cls token, each token of image", LINES[2]]
     for each in shown(run(tmp_path, "deit", *lines)).prompts:
         maps = maps_of(each)
@@ -116,7 +116,7 @@ def test_tokens_in_front_are_told_beside(tmp_path: Path) -> None:
         assert float(title.removeprefix("cls: ")) == pytest.approx(expected, abs=1e-4)
 
 
-def test_patches_where_nothing_was_done_have_no_number(tmp_path: Path) -> None:
+def test_overlay_leaves_unpatched_patches_without_a_value(tmp_path: Path) -> None:
     lines = [LINES[0], "patch resid_post layer 0 at image row 2 col 1..3 token", LINES[2]]
     found = run(tmp_path, "vit", *lines)
     for each in shown(found).prompts:
@@ -133,7 +133,7 @@ def test_patches_where_nothing_was_done_have_no_number(tmp_path: Path) -> None:
 JOINED = "patch resid_post layer 0 at image row 1..2 col 1 tokens, image row 4 col 4 token"
 
 
-def test_patches_that_are_hit_together_have_one_number(tmp_path: Path) -> None:
+def test_overlay_repeats_the_value_of_joined_patches(tmp_path: Path) -> None:
     lines = [LINES[0], JOINED, LINES[2]]
     for each in shown(run(tmp_path, "vit", *lines)).prompts:
         ((_, values),) = maps_of(each).maps
@@ -141,14 +141,14 @@ def test_patches_that_are_hit_together_have_one_number(tmp_path: Path) -> None:
         assert np.isfinite(values).sum() == 3
 
 
-def test_as_many_images_as_are_asked_for(tmp_path: Path) -> None:
+def test_overlay_top_limits_the_stored_images(tmp_path: Path) -> None:
     two = run(tmp_path, "vit", *LINES[:2], "report overlay top 2")
     assert [bool(own) for own in two.seen] == [True, True, False]
     assert len(shown(two, top=3).prompts) == 2, "of others there is no image"
     assert run(tmp_path, "vit", *LINES[:2], "report table").seen == ()
 
 
-def test_rows_that_are_left_out_take_their_image_with_them(tmp_path: Path) -> None:
+def test_overlay_omits_images_of_dropped_rows(tmp_path: Path) -> None:
     line = "keep prob(answer) > 0.00005"
     every = run(tmp_path, "vit", *LINES)
     some = run(tmp_path, "vit", line, *LINES)
@@ -158,19 +158,19 @@ def test_rows_that_are_left_out_take_their_image_with_them(tmp_path: Path) -> No
         assert each.rows == whole[each.images[0].title].rows
 
 
-def test_several_bases_are_drawn_on_the_same_images(tmp_path: Path) -> None:
+def test_overlay_has_a_map_for_each_base_run(tmp_path: Path) -> None:
     found = run(tmp_path, "vit", "from scenes into neutral, clean", *LINES[1:])
     for each in shown(found).prompts:
         maps = dict(maps_of(each).maps)
         assert len(maps) == 4
         own = next(v for title, v in maps.items() if "neutral" in title and "b 0" in title)
-        expected = by_hand("vit", number_of(maps_of(each).title))
+        expected = hooked_effects("vit", number_of(maps_of(each).title))
         np.testing.assert_allclose(own, expected, atol=1e-4)
         other = next(v for title, v in maps.items() if "clean" in title and "b 0" in title)
         assert np.abs(other).max() < 1e-5, "they are put where they come from"
 
 
-def test_they_are_kept_with_the_results(tmp_path: Path) -> None:
+def test_packed_results_keep_overlay_images(tmp_path: Path) -> None:
     text = support.experiment("e", *LINES)
     found, _ = support.try_file(text, tmp_path, "vit")
     assert found is not None
@@ -182,7 +182,7 @@ def test_they_are_kept_with_the_results(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.pixels, other.pixels)
 
 
-def test_pictures_and_pages(tmp_path: Path) -> None:
+def test_overlay_is_written_as_svg_png_and_html(tmp_path: Path) -> None:
     result = run(tmp_path, "vit", *LINES)
     for ending in ("svg", "png", "html"):
         write_overlay(result, report("overlay"), tmp_path / f"map.{ending}")

@@ -1,4 +1,4 @@
-"""Images in files, and what a model is given: as transformers' own processors have it."""
+"""Image files and processed pixels, against the processors of transformers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def drawn(height: int, width: int, seed: int = 0) -> np.ndarray:
     ("kind", "given"), [(kind, given) for kind, every in SETTINGS.items() for given in every]
 )
 @pytest.mark.parametrize("size", SIZES)
-def test_images_are_made_ready_as_the_library_does(
+def test_processed_pixels_equal_transformers(
     kind: str, given: dict[str, Any], size: tuple[int, int]
 ) -> None:
     module = importlib.import_module(
@@ -63,7 +63,7 @@ def test_images_are_made_ready_as_the_library_does(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = np.asarray(own(Image.fromarray(image), return_tensors="np")["pixel_values"][0])
-    # Of what is written beside a model, and of what such a file may leave out.
+    # The full config that is saved with a model, and one that relies on defaults.
     for config in (own.to_dict(), {"image_processor_type": f"{kind}ImageProcessor", **given}):
         how = parse_processing(config)
         found = process_pixels(image, how)
@@ -72,13 +72,13 @@ def test_images_are_made_ready_as_the_library_does(
         assert found.shape[1:] == (how.size or how.resized(*size))
 
 
-def test_all_known_processors_are_tried() -> None:
+def test_each_known_processor_is_tested() -> None:
     assert {*SETTINGS, "DINOv3ViT"} == set(PROCESSOR_DEFAULTS)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_nothing_is_rounded_in_between_for_dinov3(size: tuple[int, int]) -> None:
-    """Its processor needs torchvision, which resizes floats as torch does."""
+def test_dinov3_pixels_are_resized_without_rounding(size: tuple[int, int]) -> None:
+    """DINOv3's processor needs torchvision, which resizes floats as torch does."""
     how = parse_processing({"image_processor_type": "DINOv3ViTImageProcessorFast"})
     image = drawn(*size)
     given = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
@@ -105,7 +105,7 @@ def test_nothing_is_rounded_in_between_for_dinov3(size: tuple[int, int]) -> None
         ({"image_processor_type": "ViTImageProcessor", "rescale_factor": "x"}, "no number"),
     ],
 )
-def test_what_is_no_processor(config: dict[str, Any], said: str) -> None:
+def test_unsupported_processor_reports_its_cause(config: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedProcessor, match=said):
         parse_processing(config)
 
@@ -120,7 +120,7 @@ def saved(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
 
 
 def png(width: int, height: int) -> bytes:
-    """The header of an image of any size, with hardly a pixel behind it."""
+    """The header of an image of any size, with almost no pixel data."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         check = zlib.crc32(kind + content)
@@ -150,7 +150,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_image_reports_its_cause(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content, said = REFUSED[case]
     if case in ("a bomb", "one pixel too many"):  # before a pixel is decoded
         monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
@@ -160,7 +160,9 @@ def test_what_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused.value.hint
 
 
-def test_limits_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_file_over_the_size_limit_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(saved(PLAIN))
     monkeypatch.setattr(limits, "IMAGE_FILE", path.stat().st_size)
@@ -172,7 +174,7 @@ def test_limits_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         files.inspect_image(tmp_path / "b.png")
 
 
-def test_a_file_that_changes(tmp_path: Path) -> None:
+def test_image_file_edited_after_inspection_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(saved(PLAIN))
     digest, size = files.inspect_image(path)
@@ -185,8 +187,8 @@ def test_a_file_that_changes(tmp_path: Path) -> None:
     assert other.text != picture.text
 
 
-def test_colours(tmp_path: Path) -> None:
-    """In RGB, upright, and transparent parts on white, as the library has them."""
+def test_decoded_colours_equal_transformers(tmp_path: Path) -> None:
+    """Decoded images are RGB and upright, with transparent pixels on white."""
     from transformers.image_transforms import convert_to_rgb
 
     clear = np.dstack([BYTES, np.linspace(0, 255, 120).reshape(12, 10).astype(np.uint8)])
@@ -211,7 +213,7 @@ def test_colours(tmp_path: Path) -> None:
 # --- generated ------------------------------------------------------------------------------------
 
 
-def test_gray_and_noise() -> None:
+def test_generated_gray_and_noise_images_have_expected_pixels() -> None:
     how = Processing(("exact", 8, 8))
     assert set(model_input(Picture("gray"), how).ravel()) == {np.float32(128 / 255)}
     one, two = (render_pixels(Picture("noise", size=(6, 5), seed=seed)) for seed in (1, 2))
@@ -221,13 +223,13 @@ def test_gray_and_noise() -> None:
     np.testing.assert_array_equal(one, render_pixels(Picture("noise", size=(6, 5), seed=1)))
 
 
-def test_gray_is_gray_where_the_middle_is_cropped() -> None:
+def test_gray_image_stays_gray_after_the_crop() -> None:
     how = Processing(None, crop=(8, 6))
     found = model_input(Picture("gray", number=10).sized((8, 6)), how)
     assert set(found.ravel()) == {np.float32(10 / 255)}
 
 
-def test_what_is_drawn_hangs_on_all_that_is_said() -> None:
+def test_generated_image_depends_on_each_setting() -> None:
     plain = Picture("shapes", kind="circle", size=(32, 32), seed=5)
     others = [
         Picture("shapes", kind="square", size=(32, 32), seed=5),
@@ -245,7 +247,7 @@ def test_what_is_drawn_hangs_on_all_that_is_said() -> None:
     assert all(not np.array_equal(own, render_pixels(each.sized((32, 32)))) for each in others)
 
 
-def test_transparent_colours_of_a_palette_are_white() -> None:
+def test_transparent_palette_colour_becomes_white() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
@@ -254,7 +256,7 @@ def test_transparent_colours_of_a_palette_are_white() -> None:
     assert np.asarray(decode_image(written.getvalue())).tolist() == [[[255] * 3, [40, 50, 60]]]
 
 
-def test_a_photo_with_a_preview_behind_it_is_the_photo() -> None:
+def test_photo_with_an_embedded_preview_decodes_to_the_photo() -> None:
     photo, preview = (Image.new("RGB", size, colour) for size, colour in (
         ((24, 16), (200, 30, 60)), ((12, 8), (0, 0, 0)),
     ))  # fmt: skip
@@ -311,13 +313,13 @@ TOLD: list[Picture] = [
 ]  # fmt: skip
 
 
-def test_what_pixels_hang_on_tells_images_apart() -> None:
+def test_picture_text_is_distinct_for_different_pixels() -> None:
     assert len({picture.text for picture in TOLD}) == len(TOLD)
     assert Picture("file", digest="ab", said="b.png").content() == TOLD[7].content()
 
 
 @pytest.mark.parametrize("radius", [0.5, 3.0, 8.0])
-def test_a_blur_is_as_wide_as_it_says(radius: float) -> None:
+def test_blur_equals_the_gaussian_filter_of_pillow(radius: float) -> None:
     plain = Picture("noise", size=(20, 30), seed=3)
     found = render_pixels(
         Picture("noise", size=(20, 30), seed=3, changes=(PictureChange("blur", radius),))
@@ -328,7 +330,7 @@ def test_a_blur_is_as_wide_as_it_says(radius: float) -> None:
 
 @pytest.mark.parametrize("seed", [0, 9])
 @pytest.mark.parametrize("level", [0, 100, 255])
-def test_noise_is_rounded_and_cut_at_the_ends(level: int, seed: int) -> None:
+def test_noise_is_rounded_and_clipped(level: int, seed: int) -> None:
     change = PictureChange("noise", 30.0, seed=seed)
     found = render_pixels(Picture("gray", number=level, size=(20, 30), changes=(change,)))
     drawn = np.random.Generator(np.random.Philox(seed)).standard_normal((20, 30, 3))

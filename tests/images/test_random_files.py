@@ -1,5 +1,5 @@
-"""Random experiments on images, and on texts that are scored with them: the plan gives what whole
-passes give, one cell at a time."""
+"""Random experiments on images, and on texts scored with images: planned execution equals full
+forward passes, one cell at a time."""
 
 from __future__ import annotations
 
@@ -79,21 +79,21 @@ direction by_layer = mean_difference(captions.changed, captions) at resid_pre la
 
 @dataclass(frozen=True)
 class Words:
-    """What files on rows of one kind are put together from."""
+    """The parts of random files for one type of row."""
 
     blocks: str
     experiment: tuple[str, ...]
-    """What their experiments are on."""
+    """Lines that name the blocks of an experiment."""
     runs: tuple[str, ...]
     others: tuple[str, ...]
-    """Blocks that lend their activations."""
+    """Further blocks whose activations are patched."""
     one: tuple[str, ...]
     joined: tuple[str, ...]
     swept: tuple[str, ...]
     measures: tuple[str, ...]
     fills: tuple[str, ...]
     towers: tuple[str, ...] = ("",)
-    """How the layers of a tower are called."""
+    """Prefixes of `layer` that name a tower."""
 
 
 COMMON = (
@@ -138,14 +138,14 @@ TILED = replace(
     blocks=BLOCKS.replace("  region object", "  tiles 2 by 1\n  region object", 1),
     experiment=(*["images scenes"] * 4, "images scenes limit 3"),
 )
-"""Not every tile has a part of each region."""
+"""Some tiles contain no part of a region."""
 SCORED = replace(
     IMAGES,
     blocks=WITH_TEXTS,
     measures=(*IMAGES.measures, support.OF_SCORES, 'measure score("the red ring") as raw'),
     towers=("", "vision "),
 )
-"""Images that are scored with texts."""
+"""Images scored with texts."""
 TEXTS = Words(
     support.BLOCKS + CAPTIONS,
     experiment=(*["prompts captions"] * 3, "prompts captions limit 2"),
@@ -167,7 +167,7 @@ HEADS = ("q", "k", "v", "z", "head_out", "scores", "pattern")
 
 
 def write(folder: Path) -> None:
-    """Images, with a box and a mask of each, and texts."""
+    """Write images, a box and a mask for each, and texts."""
     support.write_images(folder)
     texts.write(folder)
     random = np.random.default_rng(7)
@@ -265,7 +265,7 @@ def rules(draw: Any, words: Words, *, swept: bool) -> str:
 
 @st.composite
 def alone(draw: Any, words: Words) -> str:
-    """What sweeps in other ways, and acts by itself."""
+    """A loop or a path rule, which must be the only rule."""
     site, at = draw(sites(words, swept=False)), draw(positions(words, swept=False))
     vector = draw(st.sampled_from(("embed", "resid_pre layer 1", "mlp_out layer *", "L0H1")))
     end = draw(st.sampled_from(("logits", "q layer 2 head *", "v layer 1 heads *", "mlp_norm L")))
@@ -316,7 +316,7 @@ def written(on: str, name: str, *lines: str) -> str:
 
 @st.composite
 def onward(draw: Any, words: Words) -> str:
-    """What acts where another experiment had the largest effects, far from zero."""
+    """A derived experiment at the positions or heads with the largest effects."""
     on, measure, each = words.experiment[0], words.measures[0], words.swept[0]
     first = written(on, "words", f"ablate embed at {each} with zero", measure)
     first += written(on, "heads", "ablate layer * head * at tokens * with zero", measure)
@@ -345,7 +345,7 @@ def cases(draw: Any) -> Case:
 
 
 def compare(case: Case, tmp_path: Path) -> None:
-    """Plain and planned are equal, or both are refused with the same words."""
+    """Plain and planned runs give equal results, or both give the same errors."""
     name, text, off = case
     (tmp_path / "own.py").write_text(FUNCTIONS, encoding="utf-8")
     if not (tmp_path / "boxes.jsonl").exists():
@@ -374,5 +374,5 @@ def tied(result: Any) -> bool:
     return result.name in ("words", "heads") and bool((np.diff(values, axis=0) <= 1e-4).any())
 
 
-test_plan_is_whole_passes = few(cases(), 8)(compare)
-test_plan_is_whole_passes_at_length = many(cases(), 300)(compare)
+test_random_image_experiment_equals_full_passes = few(cases(), 8)(compare)
+test_many_random_image_experiments_equal_full_passes = many(cases(), 300)(compare)

@@ -1,5 +1,5 @@
-"""Random maps: added up, set against what else is taken out of their images, and against maps of
-images nearby. All is worked out by hand, from the numbers of the experiments that made them."""
+"""Random maps: sums, infidelity and sensitivity. The references are computed from the values of
+the experiments that the maps come from."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mechdsl.results.experiment_result import ExperimentResult
 from ..execute.drawn import few, many
 from . import support
 from .support import GRID
+from .test_map_fidelity import NEAR, least
 from .test_maps import Array, looking, write_boxes
-from .test_maps_to_others import NEAR, least
 
 ROWS = 5
 NEARBY = NEAR.replace("corrupt near_2 { mask object }", "corrupt near_2 { noise image by 30 }")
 Cell = tuple[tuple[str, object], ...]
-"""The coordinates that a map has beside those that say where in the image."""
+"""The coordinates of a map, except for positions in the image."""
 Grids = Mapping[Cell, Array]
-"""[row of the data, row of patches, column] of each map; NaN where a row has no number."""
+"""[row of the data, row of patches, column] of each map; NaN if a row has no value."""
 
 SITES = (
     "embed",
@@ -49,18 +49,18 @@ WEIGHTS = {
     "(1 - c) * ": lambda c: 1 - c,
     "half * c / 2 * ": lambda c: c / 4,
 }
-"""What stands in front of a map → the number, where the loop's variable has a value."""
+"""Factor before a map → its number, given the value of the loop variable."""
 LOOP = (0, 0.25, 2)
 
 
 @dataclass(frozen=True)
 class Map:
-    """An experiment that makes a map, or several."""
+    """An experiment that gives one map or several."""
 
     name: str
     rule: str
     inserted: bool
-    """Into a gray image, else taken out of its own."""
+    """Whether patches are inserted into a gray image, or removed from their own."""
     limit: str
 
     def written(self, name: str, run: str) -> str:
@@ -70,18 +70,18 @@ class Map:
 
     @property
     def swept(self) -> bool:
-        """Whether there are several."""
+        """Whether the experiment gives several maps."""
         return "0..1" in self.rule
 
 
 @dataclass(frozen=True)
 class Named:
-    """A map as a line names it."""
+    """A reference to a map in a line."""
 
     text: str
     of: str
     cell: Cell | None
-    """None: all that there are."""
+    """None for all maps of the experiment."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Drawn:
     model: str
     text: str
     added: Sequence[tuple[str, Named]]
-    """What stands in front of maps, and the maps."""
+    """Factors and maps of a sum."""
     judged: Sequence[Named]
     taken: str
     moved: Sequence[Named]
 
 
-# --- what is drawn --------------------------------------------------------------------------------
+# --- strategies -----------------------------------------------------------------------------------
 
 
 @st.composite
@@ -116,7 +116,7 @@ def made(draw: Any, name: str) -> Map:
 
 @st.composite
 def named(draw: Any, every: Sequence[Map], *, alone: bool) -> Named:
-    """alone: one map, and not all of an experiment."""
+    """Draw a reference. alone: to a single map of an experiment."""
     own = draw(st.sampled_from(every))
     if not own.swept or not (alone or draw(st.booleans())):
         return Named(own.name, own.name, None)
@@ -171,11 +171,11 @@ def listed(maps: Sequence[Named]) -> str:
     return ", ".join(each.text for each in maps)
 
 
-# --- what each comes to ---------------------------------------------------------------------------
+# --- reference values -----------------------------------------------------------------------------
 
 
 def rows_of(result: ExperimentResult, values: Array) -> Array:
-    """[…, row of the data], NaN for those that it lacks."""
+    """[…, row of the data], NaN for missing rows."""
     assert result.row_ids is not None
     whole = np.full((*values.shape[:-1], ROWS), np.nan)
     whole[..., list(result.row_ids)] = values
@@ -189,7 +189,7 @@ def changes(result: ExperimentResult) -> Iterator[tuple[dict[str, Any], Array]]:
 
 
 def grids(result: ExperimentResult) -> Grids:
-    """A window has a quarter of its number for each of its four patches, a patch the mean."""
+    """Distribute a window's value over its four patches, and average overlapping windows."""
     found: dict[Cell, dict[tuple[int, int], list[Array]]] = {}
     for coords, own in changes(result):
         if "position" in coords:
@@ -215,7 +215,7 @@ def meant(every: Grids, of: Named) -> Grids:
 
 
 def sets_of(found: Mapping[str, ExperimentResult]) -> list[tuple[Array, Array]]:
-    """Of each set ([row, row of patches, column] whether it is in, [row] the fall)."""
+    """Of each set: its patches [row, row of patches, column], and the decrease [row]."""
     chance = found["maps"].measures[0].patched.reshape(GRID * GRID, 3, ROWS)
     sets: list[tuple[Array, Array]] = []
     for (coords, own), cell in zip(changes(found["taken"]), found["taken"].cells, strict=True):
@@ -286,5 +286,5 @@ def compare(case: Drawn, tmp_path: Path) -> None:
     event(f"{np.isfinite(wanted).mean():.0%} infidelities, {np.isfinite(moved).mean():.0%} moves")
 
 
-test_maps_of_maps = few(drawn(), 6)(compare)
-test_maps_of_maps_at_length = many(drawn(), 150)(compare)
+test_random_maps_equal_reference = few(drawn(), 6)(compare)
+test_many_random_maps_equal_reference = many(drawn(), 150)(compare)

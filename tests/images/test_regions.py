@@ -1,4 +1,4 @@
-"""Regions of images, and what corruptions do to images."""
+"""Regions of images, and corruptions at regions."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ UNRESIZED = {
 
 
 def changed_by_painting(name: str, image: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """[token] how much the embedding changes where a part of the image is painted: by the library's
-    processor and the model's own embedding."""
+    """[token]: effect of painting part of the image on the embedding, by the library's processor
+    and the model's own embedding."""
     painted = image.copy()
     painted[inside] = 255 - painted[inside]
     with support.embedded(name) as (module, seen):
@@ -69,7 +69,7 @@ BOXES = ((3, 2, 9, 7), (0, 0, 4, 4), (15, 15, 16, 16), (5, 9, 14, 18), (0, 0, 1,
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("box", BOXES)
-def test_a_region_is_what_changes_where_it_is_painted(
+def test_region_tokens_are_those_affected_by_painting_the_box(
     name: str, box: tuple[int, int, int, int]
 ) -> None:
     height, width = UNRESIZED[name]
@@ -83,8 +83,10 @@ def test_a_region_is_what_changes_where_it_is_painted(
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("size", [(64, 64), (90, 70), (33, 61)])
-def test_a_region_through_resizing(name: str, size: tuple[int, int]) -> None:
-    """What isn't in it changes by what the filter spreads over its edge, at most."""
+def test_region_of_a_resized_image_covers_the_painted_tokens(
+    name: str, size: tuple[int, int]
+) -> None:
+    """Tokens outside may be affected slightly, because the resize filter blurs the edge."""
     height, width = size
     inside = np.zeros(size, bool)
     box = (width // 5, height // 4, width // 2, height // 2)
@@ -98,7 +100,7 @@ def test_a_region_through_resizing(name: str, size: tuple[int, int]) -> None:
     assert changed[without].max() < 0.75 * changed[list(found)].max()
 
 
-def test_masks_are_regions(tmp_path: Path) -> None:
+def test_mask_file_selects_its_tokens(tmp_path: Path) -> None:
     own = reader("clip")
     height, width = UNRESIZED["clip"]
     inside = np.zeros((height, width), bool)
@@ -151,7 +153,7 @@ experiment other {
     assert list(drawn.values()) == [1] * 6
 
 
-def test_the_mask_of_shapes(tmp_path: Path) -> None:
+def test_mask_of_generated_shapes_selects_their_tokens(tmp_path: Path) -> None:
     folder_of(tmp_path)
     blocks = """
 images scenes {
@@ -206,8 +208,8 @@ def inside(number: int) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", some(("plain", "planned"), ["planned"]))
 @pytest.mark.parametrize("name", some(CLASSIFIERS, ["vit", "dinov2_with_registers", "siglip"]))
-def test_a_rule_at_a_region(name: str, mode: str, tmp_path: Path) -> None:
-    """From a file, against plain hooks at the tokens that painting changes most."""
+def test_ablated_region_equals_hooks(name: str, mode: str, tmp_path: Path) -> None:
+    """The reference hooks act at the tokens that painting affects most."""
     write_boxes(tmp_path)
     text = support.experiment("e", "ablate resid_post layer 0 at object tokens with zero")
     found = support.run_file(text, tmp_path, name, mode, BOXED)["e"]
@@ -233,8 +235,10 @@ def test_a_rule_at_a_region(name: str, mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", some(("plain", "planned"), ["planned"]))
 @pytest.mark.parametrize("name", some(CLASSIFIERS, ["vit", "siglip"]))
-def test_a_region_goes_into_the_neutral_image(name: str, mode: str, tmp_path: Path) -> None:
-    """Which has none of its own: it is where each image has it."""
+def test_region_patched_into_the_baseline_image_equals_hooks(
+    name: str, mode: str, tmp_path: Path
+) -> None:
+    """The baseline image has no region, so each image's region is used."""
     write_boxes(tmp_path)
     rule = "patch resid_post layer 0 at object tokens"
     text = support.experiment("e", "from scenes into neutral", rule)
@@ -249,7 +253,7 @@ def test_a_region_goes_into_the_neutral_image(name: str, mode: str, tmp_path: Pa
     assert np.abs(measure.patched - measure.base).max() > 0.1
 
 
-def test_a_region_of_the_neutral_image_is_its_own(tmp_path: Path) -> None:
+def test_region_of_the_base_block_takes_precedence(tmp_path: Path) -> None:
     folder_of(tmp_path)
     support.write_images(tmp_path)
     (tmp_path / "one.jsonl").write_text('{"file": "0.png", "label": "circle", "at": [0, 0, 8, 8]}')
@@ -267,7 +271,7 @@ def test_a_region_of_the_neutral_image_is_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", some(CLASSIFIERS, ["vit", "clip"]))
-def test_corrupted_images_are_run(name: str, tmp_path: Path) -> None:
+def test_masked_and_blurred_images_equal_reference(name: str, tmp_path: Path) -> None:
     write_boxes(tmp_path)
     for run, changed in (
         ("hidden", lambda image, part: np.where(part[..., None], 128, image)),
@@ -301,7 +305,7 @@ def test_corrupted_images_are_run(name: str, tmp_path: Path) -> None:
         assert np.abs(np.array(base) - clean).max() > 0.1
 
 
-def test_noise_stays_in_its_region_and_with_its_row(tmp_path: Path) -> None:
+def test_region_noise_is_seeded_by_row_and_stays_in_the_region(tmp_path: Path) -> None:
     write_boxes(tmp_path)
     folder_of(tmp_path, id2label=dict(enumerate(support.LABELS)))
     lines = ("from clean into noisy", "patch embed at object tokens")
@@ -333,7 +337,7 @@ def test_noise_stays_in_its_region_and_with_its_row(tmp_path: Path) -> None:
     assert not np.array_equal(first[3:9, 2:9], second[10:16, 20:27])
 
 
-def test_changes_come_one_after_another_and_are_told_apart() -> None:
+def test_image_corruptions_apply_in_order_and_have_distinct_texts() -> None:
     box = Region(box=(1, 1, 4, 5))
     blur, mask = PictureChange("blur", 2.0), PictureChange("mask", region=box)
     plain_one = Picture("noise", size=(12, 10), seed=3)
@@ -381,7 +385,9 @@ def test_changes_come_one_after_another_and_are_told_apart() -> None:
         ("corrupt c { blur nobody radius 2 }", "E0203"),
     ],
 )
-def test_regions_that_are_refused(lines: str, wanted: str, tmp_path: Path) -> None:
+def test_invalid_region_or_region_corruption_is_rejected(
+    lines: str, wanted: str, tmp_path: Path
+) -> None:
     folder_of(tmp_path)
     support.write_images(tmp_path)
     record = {
@@ -394,7 +400,7 @@ def test_regions_that_are_refused(lines: str, wanted: str, tmp_path: Path) -> No
     assert codes(tmp_path, blocks=blocks)[:1] == [wanted]
 
 
-def test_texts_are_not_blurred(tmp_path: Path) -> None:
+def test_blur_in_a_prompts_block_is_rejected(tmp_path: Path) -> None:
     folder_of(tmp_path)
     blocks = 'images scenes { image gray answer "circle" }\nprompts p { x in ["a", "b"] '
     blocks += 'template "{x} b" answer "circle" corrupt c { blur image radius 3 } }'
@@ -403,7 +409,7 @@ def test_texts_are_not_blurred(tmp_path: Path) -> None:
     assert codes(tmp_path, blocks=f"{blocks}\n{extra}", model=text) == ["E0207"]
 
 
-def test_noise_in_texts_names_the_noise_of_embeddings() -> None:
+def test_image_noise_in_prompts_suggests_embedding_noise() -> None:
     text = """mech 1
 model toy = zoo("counting")
 prompts p { x in ["a", "b"] template "{x} b" answer "a" corrupt c { noise x tokens by 1 } }
@@ -414,7 +420,7 @@ experiment f { model toy prompts p measure entropy as raw }
     assert "add gaussian(std: 3 sd) to embed" in found.hint
 
 
-def test_a_row_without_the_region(tmp_path: Path) -> None:
+def test_rule_at_a_region_missing_from_a_row_is_rejected(tmp_path: Path) -> None:
     folder_of(tmp_path)
     support.write_images(tmp_path)
     records = [
@@ -428,7 +434,7 @@ def test_a_row_without_the_region(tmp_path: Path) -> None:
     assert codes(tmp_path, rule.format("object tokens"), blocks=blocks) == ["E0309"]
 
 
-def test_half_a_pixel_is_in_a_region() -> None:
+def test_half_covered_pixel_is_in_a_region() -> None:
     layout, how = PatchLayout((), (1, 1), (2, 3)), Processing(None)
     assert covered_tokens(box_coverage((0.0, 0.0, 1.25, 1.0), (2, 3)), how, layout) == (0,)
     assert covered_tokens(box_coverage((0.0, 0.0, 1.75, 1.0), (2, 3)), how, layout) == (0, 1)
@@ -438,7 +444,7 @@ def test_half_a_pixel_is_in_a_region() -> None:
 
 
 @pytest.mark.parametrize("size", [(13, 11), (11, 14), (12, 13), (20, 15), (15, 21)])
-def test_images_that_are_smaller_than_the_middle(size: tuple[int, int]) -> None:
+def test_region_of_an_image_smaller_than_the_crop_is_located(size: tuple[int, int]) -> None:
     how, layout = Processing(None, crop=(16, 16)), PatchLayout((), (2, 2), (16, 16))
     for row, col in ((0, 0), (size[0] - 1, size[1] - 1), (5, 6)):
         image = np.zeros((*size, 3), np.uint8)
@@ -458,7 +464,7 @@ images scenes {
 }"""
 
 
-def test_each_token_of_a_region_is_of_the_images_that_have_it(tmp_path: Path) -> None:
+def test_cell_of_each_region_token_has_only_rows_with_that_token(tmp_path: Path) -> None:
     folder_of(tmp_path)
     rule = "ablate embed at each token of object with zero"
     [experiment], problems = check(tmp_path, rule, blocks=SHAPED)
@@ -477,13 +483,13 @@ def test_each_token_of_a_region_is_of_the_images_that_have_it(tmp_path: Path) ->
     "position",
     ["answer tokens", "object row 1 col 1 token", "cls row 1 col 1 token", "cls 1 of image token"],
 )
-def test_positions_that_no_image_has(position: str, tmp_path: Path) -> None:
+def test_unknown_image_position_is_rejected(position: str, tmp_path: Path) -> None:
     folder_of(tmp_path)
     assert codes(tmp_path, f"ablate embed at {position} with zero", blocks=SHAPED) == ["E0308"]
 
 
-def test_what_overlays_keep(tmp_path: Path) -> None:
-    """What each image has of the region, and as many images as the largest report shows."""
+def test_overlay_data_has_region_hits_and_the_largest_top(tmp_path: Path) -> None:
+    """Each image has its own region tokens; the largest report sets the number of images."""
     folder_of(tmp_path)
     lines = (
         "ablate embed at object tokens with zero",

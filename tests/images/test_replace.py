@@ -1,4 +1,4 @@
-"""`replace POSITIONS with gray`: pixels painted by hand in what the bare model is given."""
+"""`replace POSITIONS with gray`: against painted pixels in the bare model's input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = ("vit", "clip", "siglip", "dinov2_with_registers")
 
 @cache
 def blurred(name: str, number: int, radius: float) -> torch.Tensor:
-    """The image is blurred where it has the size of the model, before it is normalised."""
+    """The image blurred at the model's size, before normalisation."""
     own = support.processor(name)
     given = Image.fromarray(support.image(number))
     raw = own(given, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
@@ -33,7 +33,7 @@ def blurred(name: str, number: int, radius: float) -> torch.Tensor:
 def painted(
     name: str, number: int, patches: list[tuple[int, int]], paint: torch.Tensor
 ) -> torch.Tensor:
-    """patches: (row, column) from 1."""
+    """Paint patches, given as (row, column) from 1."""
     found = support.pixels(name, number).clone()
     for row, col in patches:
         down = slice((row - 1) * PATCH, row * PATCH)
@@ -52,7 +52,9 @@ CASES = (
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, ["planned", "plain"]))
-def test_patches_are_painted(name: str, mode: str, tmp_path: Path) -> None:
+def test_replace_with_gray_or_blur_equals_painted_pixels(
+    name: str, mode: str, tmp_path: Path
+) -> None:
     lines = [f"replace {at} with {fill}" for at, fill, _ in CASES]
     text = "".join(support.experiment(f"e{n}", line) for n, line in enumerate(lines))
     found = support.run_file(text, tmp_path, name, mode)
@@ -72,8 +74,8 @@ def test_patches_are_painted(name: str, mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])
-def test_patching_the_embedding_pastes_the_patch(name: str, tmp_path: Path) -> None:
-    """`patch embed` of a patch is to paint it: what the model reads of it."""
+def test_patch_at_embed_equals_pasting_the_pixels(name: str, tmp_path: Path) -> None:
+    """`patch embed` at an image patch has the effect of pasting its pixels."""
     text = support.experiment("e", "from scenes into neutral", "patch embed at each token of image")
     data = support.run_file(text, tmp_path, name)["e"].measures[0]
     for number in range(3):
@@ -85,7 +87,7 @@ def test_patching_the_embedding_pastes_the_patch(name: str, tmp_path: Path) -> N
             assert data.patched[cell, number] == pytest.approx(expected, abs=1e-4)
 
 
-def test_noise_is_of_the_row_and_the_seed(tmp_path: Path) -> None:
+def test_replacement_noise_depends_on_the_seed(tmp_path: Path) -> None:
     lines = "replace image row 2 col 3 token with noise(40)"
     runs = [
         support.run_file(support.experiment("e", lines), tmp_path, "vit", blocks=blocks)["e"]
@@ -97,7 +99,7 @@ def test_noise_is_of_the_row_and_the_seed(tmp_path: Path) -> None:
     assert np.abs(first - runs[0].measures[0].base).min() > 1e-4
 
 
-def test_noise_differs_between_rows(tmp_path: Path) -> None:
+def test_replacement_noise_differs_between_rows(tmp_path: Path) -> None:
     line = "replace each token of image with noise(40)"
     folder_of(tmp_path)
     (experiment,), problems = check(tmp_path, line)
@@ -120,7 +122,9 @@ def test_noise_differs_between_rows(tmp_path: Path) -> None:
         ('"thing"', "E0108", "a text in an image"),
     ],
 )
-def test_refused(fill: str, code: str, said: str, tmp_path: Path) -> None:
+def test_invalid_replacement_fill_is_rejected(
+    fill: str, code: str, said: str, tmp_path: Path
+) -> None:
     text = support.experiment("e", f"replace each token of image with {fill}")
     result, problems = support.try_file(text, tmp_path, "vit")
     assert result is None
@@ -129,7 +133,7 @@ def test_refused(fill: str, code: str, said: str, tmp_path: Path) -> None:
     assert said in f"{problem.message} {problem.label_text}"
 
 
-def test_the_class_token_is_no_patch(tmp_path: Path) -> None:
+def test_replace_at_the_class_token_is_rejected(tmp_path: Path) -> None:
     text = support.experiment("e", "replace cls token with gray")
     result, problems = support.try_file(text, tmp_path, "vit")
     assert result is None

@@ -1,5 +1,5 @@
-"""Every rule at positions of images, in a file, against plain hooks on the bare model: one image at
-a time, in 64 bits, made ready by transformers' own processor."""
+"""Every rule at positions of images against plain hooks on the bare model: one image at a time, in
+fp64, prepared by the processor of transformers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def views(name: str, base: str = "own", view: type[View] = View) -> list[View]:
 
 @cache
 def worked_out(view: type[View], name: str, key: str) -> tuple[np.ndarray, Cells]:
-    """Base values, and of every cell one for each row."""
+    """Base values, and the value of every cell and row."""
     case = table(view)[key]
     every = views(name, case.base, view)
     start = [v.start if case.start is None else v.run(case.start(v)) for v in every]
@@ -76,7 +76,7 @@ def hold(view: type[View], key: str, name: str, mode: str) -> None:
 def runs(
     keys: Iterable[str], names: Sequence[str], quick: Sequence[str], step: int = 1
 ) -> list[Any]:
-    """All of them; by default each key, or every third with `step` 3, has one model, in turn."""
+    """All combinations; by default each key, or every third with `step` 3, uses one model."""
     every = [*keys][::step]
     fast = {(key, quick[number % len(quick)], "planned") for number, key in enumerate(every)}
     return [
@@ -86,14 +86,14 @@ def runs(
 
 
 @pytest.mark.parametrize(("key", "name", "mode"), runs(CASES, NAMES, QUICK))
-def test_rules_are_what_hooks_give(key: str, name: str, mode: str) -> None:
-    """Each has an effect of more than 0.1 logit, of models with two towers on scores."""
+def test_image_rule_equals_hooks(key: str, name: str, mode: str) -> None:
+    """Each effect exceeds 0.1 on logits, or on scores of models with two towers."""
     hold(View, key, name, mode)
 
 
 @pytest.mark.parametrize(("key", "name", "mode"), runs(TEXT_CASES, DUALS, ["clip/dual"], 3))
-def test_rules_in_the_text_tower(key: str, name: str, mode: str) -> None:
-    """Each has an effect of more than 0.1 on the score of a text with its image."""
+def test_text_tower_rule_equals_hooks(key: str, name: str, mode: str) -> None:
+    """Each effect exceeds 0.1 on the score of a text with its image."""
     hold(TextView, key, name, mode)
 
 
@@ -108,7 +108,9 @@ def test_rules_in_the_text_tower(key: str, name: str, mode: str) -> None:
         ("deit", "distillation token", [1]),
     ],
 )
-def test_tokens_in_front(name: str, written: str, at: Sequence[int]) -> None:
+def test_rule_at_register_and_distillation_tokens_equals_hooks(
+    name: str, written: str, at: Sequence[int]
+) -> None:
     text = support.experiment("e", f"set mlp_hidden layers 0..1 neurons 1, 3 at {written} to 8")
     found = run(name, "planned", text)["e"]
     like = plain(name, 0).sites["mlp_hidden", 0][0, 0]
@@ -123,12 +125,12 @@ def test_tokens_in_front(name: str, written: str, at: Sequence[int]) -> None:
     agree(found, ("position",) if len(at) > 1 else (), expected, base)
 
 
-# --- what another experiment found ----------------------------------------------------------------
+# --- derived experiments --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_was_ranked(name: str) -> None:
-    """The patches of each image, and the heads, that another experiment found to matter most."""
+def test_rules_at_top_patches_and_heads_equal_hooks(name: str) -> None:
+    """Another experiment ranks the patches of each image and the heads."""
     text = "".join(
         (
             support.experiment("caap", "ablate embed at each token of image with zero"),
@@ -157,8 +159,8 @@ def test_what_was_ranked(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_another_image_is_drawn_once(name: str) -> None:
-    """Each image gets the vectors of another one, of the same one at all places and layers."""
+def test_resample_uses_one_donor_image_for_all_tokens_and_layers(name: str) -> None:
+    """Each image has one donor image, and each image is a donor once."""
     text = support.experiment("e", f"ablate layers * head * at {ALL} with resample")
     measure = run(name, "planned", text)["e"].measures[0]
     base = np.array([difference(v.start, v.number) for v in views(name)])
@@ -175,7 +177,7 @@ def test_another_image_is_drawn_once(name: str) -> None:
     assert np.abs(measure.patched - base).max() > 0.1
 
 
-# --- what is observed and saved -------------------------------------------------------------------
+# --- observations and saved vectors ---------------------------------------------------------------
 
 
 def entropy(weights: Tensor) -> float:
@@ -188,8 +190,8 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_observed(name: str, mode: str) -> None:
-    """Without rules, and of the run that a rule makes of a gray image."""
+def test_image_observations_equal_hooks(name: str, mode: str) -> None:
+    """Observations without rules, and of a patched run on the gray image."""
     front, far = View(name, 0, "own").front, "image row 2 col 3 token"
     lines = (
         "observe norm resid_post layer * at each token of image as lengths",
@@ -255,7 +257,7 @@ def test_what_is_observed(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *support.ENCODERS])
-def test_vectors_of_images_are_saved(name: str, tmp_path: Path) -> None:
+def test_saved_image_vectors_equal_hooks(name: str, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     lines = [f'save resid_post layer 1..2 at {PART} to "own.safetensors"']
@@ -272,7 +274,7 @@ def test_vectors_of_images_are_saved(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", support.ENCODERS)
 @pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
-def test_encoders_are_measured_on_activations(name: str, mode: str) -> None:
+def test_encoder_measures_of_activations_equal_hooks(name: str, mode: str) -> None:
     lines = ["from scenes into neutral", "patch resid_post layer 0 at each token of image"]
     measure = "measure cosine(resid_post layer 1, neutral) at cls token as raw"
     found = run(name, mode, support.experiment("e", *lines, measure=measure))["e"]
@@ -290,8 +292,8 @@ def test_encoders_are_measured_on_activations(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])
-def test_jacobian_of_a_classifier(name: str) -> None:
-    """Its logits are one output, whatever the token: against differences of passes."""
+def test_jacobian_of_a_classifier_equals_finite_differences(name: str) -> None:
+    """A classifier has one output per image, whatever the token."""
     site = "resid_post layer 0"
     where = "at image row 1 col 1 token"
     line = f"basis j = jacobian(scenes, {site} -> logits, dims: 2) at {site} {where}\n"

@@ -1,4 +1,4 @@
-"""Files with images from the command line's side: a model in a folder, the store, what is shown."""
+"""Runs of files with images: models in folders, the store, and `explain`."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def values(folder: Path, **how: object) -> np.ndarray:
-    """[cell, prompt] of the transplant."""
+    """Effects of the patches, [cell, prompt]."""
     results = mechdsl.run(folder / "file.mech", **how)  # type: ignore[arg-type]
     measure = results["caap"].measures[0]
     return measure.patched - measure.base
 
 
-def test_a_model_in_a_folder_is_the_one_in_python(folder: Path) -> None:
+def test_image_model_in_a_folder_equals_the_one_passed_from_python(folder: Path) -> None:
     own = values(folder, store=False)
     handed = {"vit": (support.bare("vit"), support.processor("vit"))}
     np.testing.assert_allclose(own, values(folder, models=handed, store=False), atol=1e-5)
     assert np.abs(own).max() > 0.05
 
 
-def test_the_store_knows_images_by_what_is_in_them(folder: Path) -> None:
+def test_store_key_depends_on_image_content(folder: Path) -> None:
     store = folder / "store"
     before = values(folder, store=store)
     np.testing.assert_array_equal(values(folder, store=store), before)
@@ -79,7 +79,7 @@ def test_the_store_knows_images_by_what_is_in_them(folder: Path) -> None:
     np.testing.assert_allclose(values(folder, store=store), fresh, atol=1e-6)
 
 
-def test_the_store_knows_how_images_are_made_ready(folder: Path) -> None:
+def test_store_key_depends_on_image_processing(folder: Path) -> None:
     store = folder / "store"
     before = values(folder, store=store)
     path = folder / "vit" / "preprocessor_config.json"
@@ -91,14 +91,14 @@ def test_the_store_knows_how_images_are_made_ready(folder: Path) -> None:
     np.testing.assert_allclose(values(folder, store=store), fresh, atol=1e-6)
 
 
-def test_a_damaged_file_is_refused_before_anything_runs(folder: Path) -> None:
+def test_damaged_image_file_is_rejected_before_the_run(folder: Path) -> None:
     (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
     with pytest.raises(MechdslError) as refused:
         mechdsl.run(folder / "file.mech", store=False)
     assert [d.code for d in refused.value.diagnostics] == ["E0560"]
 
 
-def test_an_untrusted_file_reads_images_in_its_folder_alone(folder: Path) -> None:
+def test_untrusted_file_cannot_read_images_outside_its_folder(folder: Path) -> None:
     outside = folder.parent / "outside.png"
     Image.fromarray(support.image(0)).save(outside)
     text = (folder / "data.jsonl").read_text().replace("0.png", "../outside.png")
@@ -109,7 +109,7 @@ def test_an_untrusted_file_reads_images_in_its_folder_alone(folder: Path) -> Non
     assert "W0780" in [d.code for d in found.warnings]
 
 
-def test_what_is_explained(folder: Path) -> None:
+def test_explain_shows_image_tokens_and_patch_positions(folder: Path) -> None:
     checked = check_source(Source(FILE, folder / "file.mech"))
     out = io.StringIO()
     print_prompts(checked, Console(file=out, width=100))
@@ -118,4 +118,4 @@ def test_what_is_explained(folder: Path) -> None:
     assert "image → 1..16" in shown
     assert "cls → 0" in shown
     assert "\n    ■■■■\n    ■■■■\n    ····\n    ····\n" in shown
-    assert "image 3" not in shown  # no number of an image stands for a token
+    assert "image 3" not in shown  # image tokens aren't shown as numbers

@@ -1,4 +1,4 @@
-"""Generated images: the mask says where the shapes are, and a seed gives the same pixels."""
+"""Generated images: the mask covers the shapes, and a seed determines the pixels."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ AREAS = {
 
 
 def boxes(drawn: ShapesDrawing) -> list[tuple[slice, slice]]:
-    """Around each part of the mask that hangs together."""
+    """Bounding boxes of the connected components of the mask."""
     labels, _ = ndimage.label(drawn.mask, np.ones((3, 3)))
     return [each for each in ndimage.find_objects(labels) if each is not None]
 
 
 @pytest.mark.parametrize(("kind", "n", "size"), CASES)
-def test_an_image_has_so_many_shapes_of_the_kind(kind: str, n: int, size: int) -> None:
+def test_image_has_the_requested_number_and_kind_of_shapes(kind: str, n: int, size: int) -> None:
     for seed in range(20):
         drawn = draw_shapes(kind, n, size, default_rng(seed))
         assert drawn.pixels.shape == (size, size, 3)
@@ -57,7 +57,7 @@ def test_an_image_has_so_many_shapes_of_the_kind(kind: str, n: int, size: int) -
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_shapes_are_coloured_and_the_rest_is_greyish(kind: str) -> None:
+def test_shapes_are_coloured_and_the_background_is_greyish(kind: str) -> None:
     for seed in range(20):
         drawn = draw_shapes(kind, 1, 32, default_rng(seed))
         away = abs(drawn.pixels.astype(int) - np.array(SHAPE_COLOURS[drawn.colours[0]])).max(-1)
@@ -66,14 +66,14 @@ def test_shapes_are_coloured_and_the_rest_is_greyish(kind: str) -> None:
         assert saturated[~drawn.mask].max() < 70 < np.median(saturated[drawn.mask])
 
 
-def test_each_kind_is_another_mask() -> None:
+def test_each_kind_of_shape_has_a_distinct_mask() -> None:
     masks = {
         draw_shapes(kind, 1, 32, default_rng(5), colour="red").mask.tobytes() for kind in SHAPES
     }
     assert len(masks) == len(SHAPES)
 
 
-def test_the_same_seed_gives_the_same_pixels_everywhere() -> None:
+def test_seeded_shapes_equal_pinned_digest() -> None:
     random = default_rng(18)
     digest = hashlib.sha256()
     for kind, n, size in CASES:
@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_pixels_everywhere() -> None:
 DIGEST = "dae6554a204e5fc2186ed01d6a267b18c8b8fb8d6350859ee45cc19a89f42aa4"
 
 
-def test_places_colours_sizes_and_textures_vary() -> None:
+def test_positions_colours_sizes_and_textures_vary() -> None:
     random = default_rng(0)
     drawn = [draw_shapes("circle", 1, 32, random) for _ in range(400)]
     assert {each.colours[0] for each in drawn} == set(SHAPE_COLOURS)
@@ -93,11 +93,11 @@ def test_places_colours_sizes_and_textures_vary() -> None:
     anywhere = np.logical_or.reduce([each.mask for each in drawn])
     assert anywhere[:-1].any(1).all()
     assert anywhere[:, :-1].any(0).all()
-    assert anywhere.mean() > 0.85  # what a circle leaves out in the corners, isn't reached
+    assert anywhere.mean() > 0.85  # circles don't reach the corners
     assert len({int(each.mask.sum()) for each in drawn}) == 9
 
 
-def test_what_is_asked_is_drawn() -> None:
+def test_requested_colour_and_texture_are_drawn() -> None:
     for seed in range(10):
         drawn = draw_shapes("ring", 4, 32, default_rng(seed), colour="cyan", texture="plain")
         assert (drawn.kind, drawn.colours, drawn.texture) == ("ring", ("cyan",) * 4, "plain")
@@ -108,7 +108,7 @@ def test_what_is_asked_is_drawn() -> None:
         assert rows.mean(axis=1).std() > 2 * rows.mean(axis=0).std()
 
 
-def test_without_shapes_there_is_the_texture() -> None:
+def test_image_without_shapes_has_only_the_texture() -> None:
     drawn = draw_shapes("circle", 0, 32, default_rng(0))
     assert not drawn.mask.any()
     assert drawn.colours == ()
@@ -125,7 +125,7 @@ def test_without_shapes_there_is_the_texture() -> None:
         ("ring", 1, 4, {}, "1 shapes don't fit"),
     ],
 )
-def test_what_can_not_be_drawn_is_refused(
+def test_invalid_shape_is_rejected(
     kind: str, n: int, size: int, named: dict[str, str], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
@@ -137,7 +137,7 @@ def test_what_can_not_be_drawn_is_refused(
 GRID_ROWS = (("red circle", "", "blue cross"), ("", "green square", ""))
 
 
-def test_a_grid_differs_only_in_the_cell_whose_shape_differs() -> None:
+def test_grids_differ_only_in_the_cell_with_another_shape() -> None:
     other = (("red circle", "yellow square", "blue cross"), GRID_ROWS[1])
     first, second = (
         draw_grid(GridLayout(each, ("@", "#")), default_rng(3)) for each in (GRID_ROWS, other)
@@ -152,7 +152,7 @@ def test_a_grid_differs_only_in_the_cell_whose_shape_differs() -> None:
 
 
 @pytest.mark.parametrize("cell", [7, 8, 20])
-def test_a_grid_has_a_shape_of_the_colour_and_kind_in_each_cell(cell: int) -> None:
+def test_grid_cell_has_the_requested_colour_and_shape(cell: int) -> None:
     drawn = draw_grid(GridLayout(GRID_ROWS, cell=cell, noise=0), default_rng(0))
     assert drawn.pixels.shape == (2 * cell, 3 * cell, 3)
     for row, things in enumerate(GRID_ROWS):
@@ -183,7 +183,7 @@ def test_marks_and_lines_are_drawn_only_if_rows_have_marks() -> None:
     assert (found[[7, 15]] == 20).all()
 
 
-def test_contrast_and_noise_of_a_grid() -> None:
+def test_grid_contrast_and_noise_scale_the_pixels() -> None:
     plain, faint, gone = (
         draw_grid(GridLayout((cells,), noise=0), default_rng(2)).pixels.astype(int)
         for cells in (("red circle",), ("red circle 50%",), ("red circle 0%",))
@@ -210,6 +210,6 @@ def test_contrast_and_noise_of_a_grid() -> None:
         (GridLayout((("",),), ("!",)), "unknown mark '!'"),
     ],
 )
-def test_a_grid_that_cannot_be_drawn_is_an_error(layout: GridLayout, reason: str) -> None:
+def test_invalid_grid_is_rejected(layout: GridLayout, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         draw_grid(layout, default_rng(0))

@@ -1,7 +1,7 @@
-"""Soft prompts at tokens that are inserted into images: `direction v = fit(soft_prompt(…), …)`.
+"""Soft prompts at tokens inserted into images: `direction v = fit(soft_prompt(…), …)`.
 
-The references are the bare model in 64 bits, with vectors that a hook appends to what its embedding
-returns, and a training loop that shares only its seeds with the package.
+The references are the bare model in fp64, with vectors that a hook appends to the output of its
+embedding, and a training loop that shares only its seeds with the package.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def test_training_equals_manual_loop(name: str, tmp_path: Path) -> None:
 
 
 def _rows_of(name: str, vectors: Tensor, said: SoftPromptReport) -> list[int]:
-    """The held-out row, which the report's number tells, and the others."""
+    """The held-out row, identified by the report's value, and the others."""
     assert (said.rows, said.held_out_rows) == (2, 1)
     with torch.no_grad():
         values = [value(name, n, vectors).item() for n in range(len(ANSWERS))]
@@ -141,13 +141,13 @@ def test_training_at_the_input_of_a_layer_improves_the_measure(tmp_path: Path) -
     assert not torch.allclose(own[0], own[1])
 
 
-def test_experiment_on_training_images_is_an_error(tmp_path: Path) -> None:
+def test_experiment_on_training_images_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, on="images scenes")
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `v` is trained on"):
         mechdsl.run(path, {"m": support.handed("vit")}, store=tmp_path / "store")
 
 
-def test_number_of_inserted_tokens_changes_the_key(tmp_path: Path) -> None:
+def test_soft_prompt_key_depends_on_the_number_of_tokens(tmp_path: Path) -> None:
     path = write(tmp_path)
     train(path, "vit")
     path.write_text(

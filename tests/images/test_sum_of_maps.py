@@ -1,4 +1,4 @@
-"""Windows of patches as maps, and `observe sum of fine, coarse at each token of image`, by hand."""
+"""Windows of patches as maps, and `observe sum of fine, coarse at each token of image`."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ WINDOWS = support.experiment("two", TWO) + support.experiment(
 
 
 def changes(result: ExperimentResult) -> Iterator[tuple[tuple[int, int], Array]]:
-    """(top left patch of a window, counted from 0, [row])."""
+    """Top left patch of each window, from 0, and its effects [row]."""
     data = result.measures[0]
     for cell, change in zip(result.cells, data.patched - data.base, strict=True):
         yield (int(cell.coords["r"]) - 1, int(cell.coords["c"]) - 1), change
 
 
 def spread(result: ExperimentResult) -> Array:
-    """[row, row of patches, column]: a quarter of a window's number, the mean over windows."""
+    """[row, row of patches, column]: a quarter of a window's value, averaged over windows."""
     rows = result.measures[0].patched.shape[1]
     found: dict[tuple[int, int], list[Array]] = {}
     for (top, left), change in changes(result):
@@ -60,7 +60,7 @@ def spread(result: ExperimentResult) -> Array:
 
 
 def in_gray(values: Array, row: int, folder: Path) -> float:
-    """The difference of logits where the three highest patches are gray."""
+    """The difference of logits with the three highest patches in gray."""
     tokens = [support.patches("vit")[int(n)] for n in np.argsort(-values.ravel())[:3]]
     gray = support.copied(support.plain("vit", None), "embed", 0, tokens)
     seen = support.forward("vit", given("vit", folder, row), {("embed", 0): gray}).output
@@ -69,7 +69,7 @@ def in_gray(values: Array, row: int, folder: Path) -> float:
 
 
 @pytest.mark.parametrize("name", ["vit", pytest.param("clip", marks=pytest.mark.slow)])
-def test_windows_are_maps(name: str, tmp_path: Path) -> None:
+def test_pointing_mass_and_iou_of_windows_equal_reference(name: str, tmp_path: Path) -> None:
     text = WINDOWS + looking("at", "observe pointing of two, four in object")
     text += looking("share", "observe mass of two in object")
     text += looking("own", "observe iou of two in object")
@@ -97,8 +97,8 @@ def test_windows_are_maps(name: str, tmp_path: Path) -> None:
     assert told >= 8
 
 
-def test_maps_are_added(tmp_path: Path) -> None:
-    """Whole layers, and windows, each with its number; and what is asked of the sum."""
+def test_sum_of_maps_equals_reference(tmp_path: Path) -> None:
+    """The sum has maps of layers and windows with factors, and other statements use it."""
     layers = support.experiment(
         "layers", "from scenes into neutral", "patch resid_post layer 0..1 at each token of image"
     )
@@ -125,8 +125,8 @@ def test_maps_are_added(tmp_path: Path) -> None:
     assert "equally" in said
 
 
-def test_numbers_in_front_are_worked_out(tmp_path: Path) -> None:
-    """Of parameters, of loops, and of what else acts on or asks of the maps that they make."""
+def test_factors_of_summed_maps_are_evaluated(tmp_path: Path) -> None:
+    """Factors use parameters and loop variables; rules and observations use the summed maps."""
     line = "observe sum of (c - half) * caap, 1 / 2 * two at each token of image as all"
     text = "param half = 0.5\n" + CAAP + WINDOWS
     text += looking("added", f"for c in [0.5, 1, 3] {{ {line} }}", "report lines c")
@@ -157,7 +157,7 @@ def test_numbers_in_front_are_worked_out(tmp_path: Path) -> None:
             assert changed == pytest.approx(in_gray(expected[c][row], row, tmp_path), abs=1e-4)
 
 
-def test_rows_that_a_map_lacks(tmp_path: Path) -> None:
+def test_sum_of_maps_drops_rows_missing_from_a_map(tmp_path: Path) -> None:
     text = CAAP.replace("images scenes", "images scenes limit 3") + WINDOWS
     text += looking("added", "observe sum of caap, two at each token of image")
     found = run("vit", tmp_path, text)["added"]
@@ -165,7 +165,7 @@ def test_rows_that_a_map_lacks(tmp_path: Path) -> None:
     assert "2 of 5 rows dropped, because a map lacks them" in found.conventions["observed"]
 
 
-def test_a_patch_that_no_window_has(tmp_path: Path) -> None:
+def test_sum_of_maps_has_no_value_outside_all_windows(tmp_path: Path) -> None:
     rule = "for r in 1..3 { replace image row r..r + 1 col 2..3 tokens with gray }"
     text = CAAP + support.experiment("part", rule)
     text += looking("added", "observe sum of caap, part at each token of image")
@@ -187,7 +187,7 @@ def test_a_patch_that_no_window_has(tmp_path: Path) -> None:
         ("observe sum of ordered at each token of image", "doesn't sweep positions"),
     ],
 )
-def test_refused(line: str, said: str, tmp_path: Path) -> None:
+def test_invalid_sum_of_maps_is_rejected(line: str, said: str, tmp_path: Path) -> None:
     ordered = "for k in [1, 2] { ablate embed at top k of caap tokens with zero }"
     text = CAAP + WINDOWS + support.experiment("ordered", ordered) + looking("e", line)
     write_boxes(tmp_path, "vit")

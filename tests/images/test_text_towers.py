@@ -1,5 +1,5 @@
-"""Texts scored with images, of models with two towers: what a file measures, against plain hooks on
-the bare model, one image and one text at a time, in 64 bits; the store, what is refused."""
+"""Texts scored with images by models with two towers: measures against plain hooks on the bare
+model, one image and one text at a time, in fp64; store keys and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(folder: Path, name: str, *lines: str, blocks: str = BLOCKS) -> Experimen
     return support.run_file(text, folder, name, blocks=blocks)["e"]
 
 
-def test_the_token_that_ends_a_text_may_have_the_largest_id(tmp_path: Path) -> None:
+def test_eos_token_is_the_largest_id_if_the_config_has_none(tmp_path: Path) -> None:
     line = "patch resid_post layer * at thing tokens"
     found = run(tmp_path, duals.OLD, "from clean into changed", line)
     every = [TextView(duals.OLD, n, "gray") for n in range(3)]
@@ -40,7 +40,7 @@ def test_the_token_that_ends_a_text_may_have_the_largest_id(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
-def test_one_image_for_all_texts(name: str, tmp_path: Path) -> None:
+def test_texts_scored_with_one_image_equal_hooks(name: str, tmp_path: Path) -> None:
     blocks = BLOCKS.replace("image from scenes", "image from neutral")
     found = run(
         tmp_path, name, "ablate mlp_out layers 0..1 at thing tokens with zero", blocks=blocks
@@ -52,10 +52,10 @@ def test_one_image_for_all_texts(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "at_once"), [("clip/dual", 2), ("siglip/dual", 16)])
-def test_a_text_chooses_among_all_images(
+def test_metrics_of_texts_compare_all_images_of_the_block(
     name: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of the images of rows that aren't run."""
+    """Images of rows that aren't run are included."""
     monkeypatch.setattr(anatomy_proof, "_IMAGES_PER_PASS", at_once)
     texts.write(tmp_path)
     measures = ("rank(image)", "correct", "score(image)", "prob(image)")
@@ -85,8 +85,8 @@ def test_a_text_chooses_among_all_images(
     assert (scores[:, 1] > own).any(), "the image that no row has is never the better one"
 
 
-def test_texts_are_kept_and_expected_by_the_choice(tmp_path: Path) -> None:
-    """Among all images, where only the score with the own one is measured."""
+def test_keep_and_expect_of_texts_use_ranks_among_all_images(tmp_path: Path) -> None:
+    """The measure uses only the score with the row's own image."""
     texts.write(tmp_path)
     line = "ablate resid_post layer 0 at thing tokens with zero"
     view = TextView("siglip/dual", 0, "own")
@@ -128,7 +128,7 @@ def values(path: Path, **how: object) -> np.ndarray:
     return results["e"].measures[0].patched
 
 
-def test_the_store_knows_the_images_that_texts_are_scored_with(tmp_path: Path) -> None:
+def test_store_key_depends_on_the_scored_images(tmp_path: Path) -> None:
     from PIL import Image
 
     store = tmp_path / "store"
@@ -143,7 +143,7 @@ def test_the_store_knows_the_images_that_texts_are_scored_with(tmp_path: Path) -
     np.testing.assert_allclose(values(path, store=store), fresh, atol=1e-5)
 
 
-def test_the_store_knows_images_that_no_row_has(tmp_path: Path) -> None:
+def test_store_key_depends_on_images_of_filtered_rows(tmp_path: Path) -> None:
     from PIL import Image
 
     def chosen(**how: object) -> np.ndarray:
@@ -168,7 +168,9 @@ def test_the_store_knows_images_that_no_row_has(tmp_path: Path) -> None:
         ("resid_post layer 0", "resid_post vision layer 0", ["E0207"]),
     ],
 )
-def test_what_is_refused(old: str, new: str, codes: list[str], tmp_path: Path) -> None:
+def test_invalid_use_of_images_in_prompts_is_rejected(
+    old: str, new: str, codes: list[str], tmp_path: Path
+) -> None:
     path = write(tmp_path)
     path.write_text(path.read_text().replace(old, new), encoding="utf-8")
     with pytest.raises(MechdslError) as refused:

@@ -1,4 +1,4 @@
-"""Which rows images that are cut into tiles give, and what counts together."""
+"""Rows of images that are cut into tiles, and their grouping."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .test_blocks import folder_of
 from .test_tiles import run
 from .tiles import NAMES
 
-# --- which rows there are -------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 SHAPES = """
 images scenes {
@@ -66,8 +66,8 @@ def by_image(table: PromptTable, run: str = "clean") -> dict[str, dict[str, np.n
 
 
 @pytest.mark.parametrize("run", ["clean", "noisy"])
-def test_tiles_are_one_image_and_nothing_else(tmp_path: Path, run: str) -> None:
-    """Shapes and noise are drawn once for all of them."""
+def test_tiles_partition_their_image(tmp_path: Path, run: str) -> None:
+    """Shapes and noise are drawn once per image."""
     block = SHAPES.replace("  corrupt painted { mask object }\n", "")
     found = by_image(shapes(tmp_path, "images scenes limit 56", block), run)
     assert len(found) == 8
@@ -81,7 +81,7 @@ def test_tiles_are_one_image_and_nothing_else(tmp_path: Path, run: str) -> None:
             np.testing.assert_array_equal(own[name], part)
 
 
-def test_files_are_turned_upright_before_they_are_cut(tmp_path: Path) -> None:
+def test_image_file_is_rotated_upright_before_tiling(tmp_path: Path) -> None:
     own = np.random.default_rng(3).integers(0, 256, (20, 33, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn to the right
@@ -96,7 +96,7 @@ def test_files_are_turned_upright_before_they_are_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cut", "fits"), [("3 by 20", True), ("4 by 2", False), ("2 by 21", False)]
 )
-def test_each_tile_has_a_pixel(tmp_path: Path, cut: str, fits: bool) -> None:
+def test_tiles_without_pixels_are_rejected(tmp_path: Path, cut: str, fits: bool) -> None:
     Image.new("RGB", (20, 3)).save(tmp_path / "flat.png")
     block = f'images scenes {{ image "flat.png" tiles {cut} answer "circle" }}'
     if not fits:
@@ -107,7 +107,7 @@ def test_each_tile_has_a_pixel(tmp_path: Path, cut: str, fits: bool) -> None:
     assert {own.shape for own in found.values()} == {(1, 1, 3)}
 
 
-def test_what_is_drawn_for_a_row_is_drawn_for_its_image(tmp_path: Path) -> None:
+def test_tiles_of_one_image_share_random_draws(tmp_path: Path) -> None:
     table = shapes(tmp_path, "images scenes limit 70")
     drawn: dict[str, set[object]] = {}
     for row in table.runs["clean"].rows:
@@ -117,13 +117,13 @@ def test_what_is_drawn_for_a_row_is_drawn_for_its_image(tmp_path: Path) -> None:
     assert len(set.union(*drawn.values())) > 1
 
 
-def test_noise_of_patches_is_drawn_for_each_tile(tmp_path: Path) -> None:
+def test_patch_noise_is_drawn_for_each_tile(tmp_path: Path) -> None:
     rows = shapes(tmp_path, "images scenes limit 7").runs["dotted"].rows
     seeds = [row.image.changes[0].seed for row in rows if row.image is not None]
     assert len(set(seeds)) == len(rows) > 2
 
 
-def test_another_tile_is_drawn_for_each(tmp_path: Path) -> None:
+def test_other_tile_is_drawn_for_each_row(tmp_path: Path) -> None:
     block = SHAPES.replace("mask object", "tile = other(tile)")
     table = shapes(tmp_path, "images scenes limit 70", block)
     pairs = list(zip(table.runs["clean"].rows, table.runs["painted"].rows, strict=True))
@@ -133,7 +133,7 @@ def test_another_tile_is_drawn_for_each(tmp_path: Path) -> None:
     assert len(set(first)) > 2
 
 
-def test_tiles_without_a_change_are_left_out(tmp_path: Path) -> None:
+def test_tiles_not_affected_by_the_corruption_are_dropped(tmp_path: Path) -> None:
     table = shapes(tmp_path, "images scenes limit 70 from painted into clean")
     clean, painted = by_image(table), by_image(table, "painted")
     whole = shapes(
@@ -147,7 +147,7 @@ def test_tiles_without_a_change_are_left_out(tmp_path: Path) -> None:
     assert {len(own) for own in clean.values()} <= set(range(1, 8))
 
 
-def test_parts_of_a_split_share_no_image(tmp_path: Path) -> None:
+def test_parts_of_a_split_share_no_tiled_image(tmp_path: Path) -> None:
     parts = [by_image(shapes(tmp_path, f"images scenes.{part}")) for part in ("train", "test")]
     assert [len(part) for part in parts] == [2, 2]
     assert not set(parts[0]) & set(parts[1])
@@ -155,14 +155,14 @@ def test_parts_of_a_split_share_no_image(tmp_path: Path) -> None:
     assert set(small) <= set(parts[0])
 
 
-def test_a_limit_takes_one_image_after_the_other(tmp_path: Path) -> None:
+def test_limit_takes_all_tiles_of_an_image_first(tmp_path: Path) -> None:
     block = SHAPES.replace("  corrupt painted { mask object }\n", "")
     found = by_image(shapes(tmp_path, "images scenes limit 10", block))
     assert [list(own) for own in found.values()] == [[*NAMES, "whole"], list(NAMES[:3])]
 
 
-def test_each_tile_is_kept_under_a_key_of_its_own(tmp_path: Path) -> None:
-    """What is in a tile is not that of another, of the whole, or of another cut."""
+def test_each_tile_has_a_distinct_key(tmp_path: Path) -> None:
+    """Keys differ between tiles, the whole image and different cuts."""
     ids: dict[int, str] = {}
     for cut in ("2 by 3 and whole", "3 by 2", "2 by 2"):
         block = SHAPES.replace("2 by 3 and whole", cut).replace(
@@ -176,7 +176,7 @@ def test_each_tile_is_kept_under_a_key_of_its_own(tmp_path: Path) -> None:
     assert len(ids) == 4 * (7 + 6 + 4)
 
 
-def test_means_are_of_tiles(tmp_path: Path) -> None:
+def test_mean_image_of_a_tiled_block_averages_tiles(tmp_path: Path) -> None:
     block = SHAPES + "images average { image mean of scenes }\n"
     line = "from scenes into average\n patch embed at image row 1 col 1 token"
     text = f"images scenes limit 7\n {line}\n"
@@ -190,7 +190,7 @@ def test_means_are_of_tiles(tmp_path: Path) -> None:
 # --- fits -----------------------------------------------------------------------------------------
 
 
-def test_rows_that_share_a_key_or_a_group_are_together() -> None:
+def test_group_keys_join_rows_with_a_shared_key_or_group() -> None:
     keys = [b"a", b"b", b"c", b"c", b"d", b"e"]
     groups = ["1", "1", "2", "3", "3", "4"]
     assert group_keys(keys, groups) == [b"a", b"a", b"c", b"c", b"c", b"e"]
@@ -198,15 +198,15 @@ def test_rows_that_share_a_key_or_a_group_are_together() -> None:
     assert chain == [b"x"] * 4
 
 
-def test_no_probe_is_told_on_tiles_of_images_that_it_has_seen() -> None:
-    """Of what is another in each image, it can know nothing."""
+def test_probe_folds_keep_tiles_of_an_image_together() -> None:
+    """A label that differs between images can't be predicted for a held-out image."""
     line = "observe probe(file, folds: 3) at resid_post layer 2 at cls token as told"
     found = run(support.experiment("e", line, measure=""))["e"]
     assert (found.measures[0].patched == 0).all()
 
 
 def told(text: str) -> list[Diagnostic]:
-    """What is said of it."""
+    """Diagnostics of a run."""
     with TemporaryDirectory() as folder:
         tiles.write(Path(folder))
         random = np.random.default_rng(5)
@@ -235,8 +235,8 @@ images uncut {
 """
 
 
-def test_what_tiles_differ_by_is_no_unit() -> None:
-    """The right tiles are all alike, and yet no new tiles are what intervals are about."""
+def test_tile_is_not_suggested_as_a_sampling_unit() -> None:
+    """All right tiles are equal, but intervals are about new images, not new tiles."""
     line = "ablate embed at image tokens with zero"
     found = told(HALVES + support.experiment("e", line, measure="measure logit(answer) as delta"))
     assert not [each for each in found if each.severity == "error"]
@@ -244,7 +244,7 @@ def test_what_tiles_differ_by_is_no_unit() -> None:
 
 
 @pytest.mark.parametrize("blocks", [("scenes", "uncut"), ("uncut", "scenes")])
-def test_no_probe_is_fitted_on_the_image_of_a_tile_that_it_is_told_on(
+def test_probe_evaluated_on_tiles_of_training_images_is_rejected(
     blocks: tuple[str, str],
 ) -> None:
     line = f"observe probe(file, train: {blocks[1]}) at resid_post layer 1 at cls token as told"
@@ -254,10 +254,10 @@ def test_no_probe_is_fitted_on_the_image_of_a_tile_that_it_is_told_on(
     assert f"is evaluated on {rows} rows that it is fitted on" in found.message
 
 
-# --- what is said ---------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 
-def test_rows_say_which_tile_they_are() -> None:
+def test_report_names_the_tile_of_each_row() -> None:
     lines = ("ablate embed at each token of image with zero", "report overlay top 3")
     found = run(support.experiment("e", *lines))["e"]
     shown = found.to_text(100)
@@ -281,8 +281,8 @@ def test_rows_say_which_tile_they_are() -> None:
         ("Aria", {"split_image": True}),
     ],
 )
-def test_processors_that_cut_images_themselves(kind: str, flags: dict[str, bool]) -> None:
-    """As transformers writes them down."""
+def test_processor_that_tiles_images_is_rejected(kind: str, flags: dict[str, bool]) -> None:
+    """Configs are those that transformers saves."""
     import transformers
 
     processor = getattr(transformers, f"{kind}ImageProcessor")(**flags)

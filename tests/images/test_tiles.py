@@ -1,4 +1,4 @@
-"""Images that are cut into tiles: each a row, and those of one image one observation."""
+"""Images cut into tiles: each tile is a row, and tiles of one image are one sampling unit."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ images scenes {
   region object = box
 }
 """
-"""Of tiles that are files."""
+"""Reads each tile from a separate file."""
 
 
 def blocks(name: str, *more: str, region: str = "box") -> str:
-    """Of models with two towers, the labels are texts."""
+    """Blocks of a model; models with two towers have texts as labels."""
     found = BLOCK.format(region=region, more="\n  ".join(more))
     if name in DUALS:
         found = found.replace(
@@ -84,7 +84,7 @@ def hold(
     *,
     large: float = 0.01,
 ) -> None:
-    """Each row's patched value is what plain hooks give of its tile; None of one that drops out."""
+    """Compare each row's patched value with hooks on its tile; None for dropped tiles."""
     own = found.measures[0].patched[cell]
     assert len(own) == 21
     told = [expected(tile) for tile in tiles.rows(found.row_values)]
@@ -99,7 +99,7 @@ def hold(
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", ["planned", "plain"])
-def test_base_values(name: str, mode: str) -> None:
+def test_base_values_of_tiles_equal_reference(name: str, mode: str) -> None:
     lines = "ablate embed at image row 1 col 1 token with zero"
     found = run(support.experiment("e", lines), name, mode=mode)["e"]
     assert set(tiles.rows(found.row_values)) == {
@@ -113,8 +113,8 @@ def test_base_values(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("region", ["box", "mask"])
-def test_transplants_at_regions(name: str, region: str) -> None:
-    """Tiles that the region doesn't lie in drop out."""
+def test_patched_regions_of_tiles_equal_hooks(name: str, region: str) -> None:
+    """Tiles without any part of the region are dropped."""
     lines = ("from scenes into neutral", "patch resid_post layer 0..1 at object tokens")
     text = support.experiment("e", *lines)
     found = run(text, name, block=blocks(name, region=region))["e"]
@@ -134,7 +134,7 @@ def test_transplants_at_regions(name: str, region: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_patch_of_each_tile(name: str) -> None:
+def test_patched_image_token_of_each_tile_equals_hooks(name: str) -> None:
     lines = ("from scenes into neutral", "patch resid_post layer 1 at image row 2 col 3 token")
     found = run(support.experiment("e", *lines), name)["e"]
     at = [support.token(name, 2, 3)]
@@ -147,8 +147,8 @@ def test_a_patch_of_each_tile(name: str) -> None:
     hold(found, 0, patched)
 
 
-def test_all_but_a_region() -> None:
-    """Where a tile is nothing else, nothing is done to it."""
+def test_ablation_except_a_region_skips_fully_covered_tiles() -> None:
+    """A tile that the region covers completely stays unpatched."""
     lines = ("ablate resid_post layer 1 at tokens except object tokens with zero",)
     found = run(support.experiment("e", *lines))["e"]
     covered: list[Tile] = []
@@ -168,7 +168,7 @@ def test_all_but_a_region() -> None:
 
 
 @pytest.mark.parametrize("name", some((*CLASSIFIERS, *DUALS), ("vit", "clip")))
-def test_the_image_is_blurred_before_it_is_cut(name: str) -> None:
+def test_image_is_blurred_before_tiling(name: str) -> None:
     block = blocks(name, "corrupt blurred { blur image radius 2 }")
     lines = ("from clean into blurred", "patch resid_post layer 0 at image tokens")
     found = run(support.experiment("e", *lines), name, block=block)["e"]
@@ -182,7 +182,7 @@ def test_the_image_is_blurred_before_it_is_cut(name: str) -> None:
     hold(found, 0, patched)
 
 
-def test_what_is_masked_beside_a_tile_is_blurred_into_it() -> None:
+def test_mask_outside_a_tile_is_blurred_into_it() -> None:
     block = blocks("vit", "corrupt both { mask object  blur image radius 3 }")
     lines = ("from clean into both", "ablate embed at image row 1 col 1 token with zero")
     found = run(support.experiment("e", *lines), block=block)["e"]
@@ -195,8 +195,8 @@ def test_what_is_masked_beside_a_tile_is_blurred_into_it() -> None:
         assert found.measures[0].base[0, row] == pytest.approx(wanted, abs=1e-4), tile
 
 
-def test_the_same_tile_of_another_image() -> None:
-    """Each image has edges of its own."""
+def test_patch_from_the_same_tile_of_another_image_equals_hooks() -> None:
+    """Each image has different tile edges."""
     block = blocks("vit", "corrupt elsewhere { file = second }")
     lines = ("from clean into elsewhere", "patch resid_post layer 0 at image tokens")
     found = run(support.experiment("e", *lines), block=block)["e"]
@@ -210,8 +210,8 @@ def test_the_same_tile_of_another_image() -> None:
     hold(found, 0, patched)
 
 
-def test_another_tile_of_the_same_image() -> None:
-    """What one tile has goes into the whole image."""
+def test_patch_from_a_tile_into_the_whole_image_equals_hooks() -> None:
+    """Patch from each tile into the whole image."""
     block = blocks("vit", 'where tile != "whole"', 'corrupt seen { tile = "whole" }')
     lines = ("from clean into seen", "patch resid_post layer 0 at image tokens")
     found = run(support.experiment("e", *lines), block=block)["e"]
@@ -223,8 +223,8 @@ def test_another_tile_of_the_same_image() -> None:
         assert found.measures[0].patched[0, row] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_regions_change_places_across_tiles() -> None:
-    """Boxes of one size in tiles of opposite corners; tiles with neither are dropped."""
+def test_regions_are_swapped_across_tiles() -> None:
+    """Boxes of equal size in tiles at opposite corners; tiles with neither are dropped."""
     more = (
         "first_box = [1, 1, 4, 4]", "last_box = [12, 11, 15, 14]",
         "region first_part = first_box", "region last_part = last_box",
@@ -247,8 +247,8 @@ def test_regions_change_places_across_tiles() -> None:
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("box", [(10, 12, 25, 21), (0, 0, 40, 9), (15, 15, 17, 17), (3, 14, 9, 19)])
-def test_regions_are_what_changes_where_they_are_painted(name: str, box: tiles.Box) -> None:
-    """In tiles that the processor doesn't resize."""
+def test_region_tokens_of_tiles_are_those_affected_by_painting(name: str, box: tiles.Box) -> None:
+    """The processor doesn't resize these tiles."""
     from mechdsl.images.picture import Picture, Region
 
     height, width = UNRESIZED[name]
@@ -272,20 +272,20 @@ def test_regions_are_what_changes_where_they_are_painted(name: str, box: tiles.B
 
 
 @pytest.mark.parametrize("name", ["vit", "clip"])
-def test_maps_are_set_against_the_part_of_a_region_in_a_tile(name: str) -> None:
+def test_chance_of_map_mass_uses_the_part_of_the_region_in_the_tile(name: str) -> None:
     text = support.experiment("gone", "ablate embed at each token of image with zero")
     text += support.experiment("e", "observe mass of gone in object", measure="")
     found = run(text, name, block=blocks(name, 'where tile != "whole"'))["e"]
     share = found.measures[1].patched[0]
     assert "chance" in found.measures[1].label
     wanted = np.array([tile.inside(name).mean() for tile in tiles.rows(found.row_values)])
-    known = np.isfinite(share)  # of maps that are above 0 somewhere
+    known = np.isfinite(share)  # maps with a positive value
     assert known.sum() >= 5
     assert (wanted[known] > 0).all()
     np.testing.assert_allclose(share[known], wanted[known])
 
 
-# --- beside files that are cut by hand ------------------------------------------------------------
+# --- compared with tiles in separate files --------------------------------------------------------
 
 
 LINES = {
@@ -298,12 +298,12 @@ LINES = {
     "blurred": ("replace each token of object with blur(2)",),
     "masked": ("from clean into masked", "patch embed at object tokens"),
 }
-"""At what has no effect in tiles that the region doesn't lie in."""
+"""Rules without effect in tiles that contain no part of the region."""
 
 
 @cache
 def both() -> list[dict[str, ExperimentResult]]:
-    """On tiles, and on as many files, which `stats by` puts together."""
+    """Results on tiles, and on the same tiles as files that `stats by` groups."""
     change = "corrupt masked { mask object }"
     text = "".join(support.experiment(name, *lines) for name, lines in LINES.items())
     own = blocks("vit", 'where tile != "whole"', change)
@@ -315,7 +315,7 @@ def both() -> list[dict[str, ExperimentResult]]:
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_tiles_are_files_that_are_cut_by_hand(name: str) -> None:
+def test_tiles_equal_precut_files(name: str) -> None:
     own, cut = (each[name] for each in both())
     mine = {(t.number, t.name): row for row, t in enumerate(tiles.rows(own.row_values))}
     theirs = list(zip(cut.row_values["scene"], cut.row_values["at"], strict=True))
@@ -327,8 +327,8 @@ def test_tiles_are_files_that_are_cut_by_hand(name: str) -> None:
     assert np.isnan(np.delete(ours, places, axis=1)).all()
 
 
-def test_tiles_of_one_image_count_together() -> None:
-    """As rows do that one value of `stats by` has."""
+def test_tiles_of_one_image_are_one_sampling_unit() -> None:
+    """Equals rows grouped with `stats by`."""
     own, cut = (each["ablate"] for each in both())
     assert own.settings is not None
     assert own.settings.by == "image"

@@ -1,5 +1,5 @@
-"""Scores of images with texts, of models with two towers: what a file measures, against plain hooks
-on the bare model, one image and one text at a time, in 64 bits; models in folders, the store."""
+"""Scores of images with texts by models with two towers: measures against plain hooks on the bare
+model, one image and one text at a time, in fp64; models in folders, and store keys."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ CLASSES = ("a photo of a circle", "a photo of a ring", "a photo of a square")
 
 
 def score(name: str, number: int, text: str, acts: Iterable[Act]) -> float:
-    """One image and one text."""
+    """Score of one image with one text."""
     given = {"pixel_values": pixels(name, number), **duals.inputs(name, text)}
     return float(call(double(name), support.stack(name), given, acts).output)
 
 
 @pytest.mark.parametrize("name", DUALS)
-def test_metrics_are_those_of_the_model(name: str, tmp_path: Path) -> None:
-    """Softmax over the classes, or the model's sigmoid; texts beside them are in no choice."""
+def test_metrics_of_two_towers_equal_reference(name: str, tmp_path: Path) -> None:
+    """`prob` is a softmax over the classes or the model's sigmoid; other texts don't count."""
     lines = ["ablate resid_post layer 0 at image row 2 col * tokens with zero"]
     measures = (
         "score(answer)", "logit(answer)", "prob(answer)", "rank(answer)", "correct",
@@ -66,10 +66,10 @@ def test_metrics_are_those_of_the_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 64])
-def test_texts_of_several_lengths(
+def test_texts_of_several_lengths_are_scored_in_order(
     at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are encoded together with others of their length, in any order."""
+    """Texts of equal length are encoded together."""
     monkeypatch.setattr(anatomy_proof, "_TEXTS_PER_PASS", at_once)
     said = ("a blue ring", "the small red cross and a ring", "the red cross", "a ring")
     measures = (f'measure score("{each}") as raw' for each in said)
@@ -80,8 +80,8 @@ def test_texts_of_several_lengths(
 
 
 @pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
-def test_rows_are_kept_and_expected_by_the_choice(name: str, tmp_path: Path) -> None:
-    """Among the classes, whatever else is measured."""
+def test_keep_and_expect_of_images_use_ranks_among_classes(name: str, tmp_path: Path) -> None:
+    """The measure uses a text that isn't a class."""
     scores = np.array([[score(name, n, each, ()) for each in CLASSES] for n in range(3)])
     own = [CLASSES.index(f"a photo of a {each}") for each in support.ANSWERS]
     ranks = [1 + int((row > row[at]).sum()) for row, at in zip(scores, own, strict=True)]
@@ -97,7 +97,7 @@ def test_rows_are_kept_and_expected_by_the_choice(name: str, tmp_path: Path) -> 
     assert expected.value == pytest.approx(np.mean([rank == 1 for rank in ranks]))
 
 
-def test_rows_are_kept_by_a_text_that_nothing_else_names(tmp_path: Path) -> None:
+def test_keep_scores_a_text_that_occurs_nowhere_else(tmp_path: Path) -> None:
     name, text = "clip/dual", "the small red ring"
     own = [score(name, n, text, ()) for n in range(3)]
     middle = float(np.mean(own))
@@ -110,7 +110,7 @@ def test_rows_are_kept_by_a_text_that_nothing_else_names(tmp_path: Path) -> None
     assert len(found.row_ids) == sum(each > middle for each in own)
 
 
-# --- models in folders, the store, what is refused ------------------------------------------------
+# --- models in folders, store keys, errors --------------------------------------------------------
 
 FILE = """\
 mech 1
@@ -140,7 +140,9 @@ def values(path: Path, measure: int = 0, **how: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
-def test_a_model_in_a_folder_is_the_one_in_python(name: str, tmp_path: Path) -> None:
+def test_two_tower_model_in_a_folder_equals_the_one_passed_from_python(
+    name: str, tmp_path: Path
+) -> None:
     path = write(tmp_path, name)
     own = values(path, store=False)
     np.testing.assert_allclose(
@@ -149,8 +151,8 @@ def test_a_model_in_a_folder_is_the_one_in_python(name: str, tmp_path: Path) -> 
     assert np.ptp(own) > 0.1
 
 
-def test_a_processor_of_images_and_texts_is_one_file(tmp_path: Path) -> None:
-    """As the library writes it, and before the file of images alone, which is older."""
+def test_processor_config_takes_precedence_over_preprocessor_config(tmp_path: Path) -> None:
+    """transformers saves the combined file; the file of images alone is older."""
     path = write(tmp_path)
     own = values(path, store=False)
     file = tmp_path / "clip" / "preprocessor_config.json"
@@ -168,7 +170,7 @@ def test_a_processor_of_images_and_texts_is_one_file(tmp_path: Path) -> None:
     assert np.abs(values(path, store=store) - own).max() > 0.01
 
 
-def test_the_store_knows_what_images_are_scored_with(tmp_path: Path) -> None:
+def test_store_key_depends_on_the_scored_texts(tmp_path: Path) -> None:
     store = tmp_path / "store"
     path = write(tmp_path)
     before = [values(path, n, store=store) for n in (0, 1)]
@@ -184,7 +186,7 @@ def test_the_store_knows_what_images_are_scored_with(tmp_path: Path) -> None:
     assert "E0442" in [each.code for each in refused.value.diagnostics]
 
 
-def test_classes_are_all_values_whichever_rows_there_are(tmp_path: Path) -> None:
+def test_classes_include_values_of_filtered_rows(tmp_path: Path) -> None:
     blocks = """
 images scenes {
   kind in ["circle", "square", "cross"]
@@ -205,7 +207,7 @@ images scenes {
 PROB = "measure prob(answer) as raw"
 
 
-def test_texts_that_are_too_long_are_refused(tmp_path: Path) -> None:
+def test_too_long_class_text_is_rejected(tmp_path: Path) -> None:
     of = '"a photo of a {other}"'
     most = duals.LONGEST - len(("<s>", "the", "ring", "</s>"))
     short, long = (
@@ -218,7 +220,7 @@ def test_texts_that_are_too_long_are_refused(tmp_path: Path) -> None:
     assert [each.code for each in found if each.severity == "error"] == ["E0511"]
 
 
-def test_scores_that_the_model_changes_itself_are_refused() -> None:
+def test_model_that_modifies_scores_is_rejected() -> None:
     class CLIPModel(transformers.CLIPModel):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             found: Any = super().forward(*args, **kwargs)
@@ -233,8 +235,8 @@ def test_scores_that_the_model_changes_itself_are_refused() -> None:
     assert "scores" in found[0].message
 
 
-def test_a_tower_for_texts_that_is_refused() -> None:
-    """As another one, though images have no fault."""
+def test_unsupported_text_tower_is_rejected() -> None:
+    """The image tower of the model is supported."""
 
     class Shifted(CLIPEncoderLayer):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +251,7 @@ def test_a_tower_for_texts_that_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
-def test_what_a_table_says_of_texts(name: str, tmp_path: Path) -> None:
+def test_conventions_describe_scores_texts_and_classes(name: str, tmp_path: Path) -> None:
     blocks = """
 images scenes {
   kind in ["circle", "square", "triangle", "cross", "ring"]
@@ -271,14 +273,14 @@ images scenes {
 
 
 @pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
-def test_towers_in_sixteen_bits(name: str, tmp_path: Path) -> None:
+def test_two_tower_scores_in_bfloat16_are_close_to_fp32(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, name)
     wide, short = (values(path, store=False, dtype=each) for each in ("float32", "bfloat16"))
     scale = float(duals.bare(name).logit_scale.exp())
     assert 0 < np.abs(wide - short).max() < 0.05 * scale
 
 
-def test_siglip_needs_a_token_for_padding() -> None:
+def test_siglip_tokenizer_without_pad_token_is_rejected() -> None:
     own = copy.deepcopy(duals.tokenizer("siglip/dual"))
     own.pad_token = None
     model, found = adopt_model(
@@ -288,7 +290,7 @@ def test_siglip_needs_a_token_for_padding() -> None:
     assert [each.code for each in found] == ["E0412"]
 
 
-def test_an_image_processor_alone_is_refused() -> None:
+def test_two_tower_model_without_tokenizer_is_rejected() -> None:
     model, found = adopt_model("m", duals.bare("clip/dual"), support.processor("clip/dual"))
     assert model is None
     assert [each.code for each in found] == ["E0412"]

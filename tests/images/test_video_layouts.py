@@ -1,4 +1,4 @@
-"""Layouts of the tokens of videos, against arrays worked out manually and against models.
+"""Layouts of video tokens, against manually computed arrays and against models.
 
 Video processors need torchvision: without it, the tests pass the prompts that these would prepare.
 """

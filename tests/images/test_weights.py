@@ -1,5 +1,5 @@
-"""Rules on weights and edited models of images, against copies of the bare model whose weights are
-changed by hand."""
+"""Rules on weights and edited image models, against copies of the bare model with edited
+weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .support import ANSWERS, LABELS, WRONG
 Edit = Callable[[Any], None]
 
 WIDTH = 6
-"""Numbers of a head."""
+"""Width of a head."""
 
 
 def head(layer: int, number: int, factor: float) -> Edit:
@@ -44,7 +44,7 @@ CASES: dict[str, Edit] = {
 }
 
 
-def by_hand(change: Edit) -> np.ndarray:
+def edited_logit_differences(change: Edit) -> np.ndarray:
     model = copy.deepcopy(support.double("vit"))
     with torch.no_grad():
         change(model)
@@ -54,7 +54,7 @@ def by_hand(change: Edit) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["planned", "plain", "small passes"])
-def test_weights(mode: str, tmp_path: Path) -> None:
+def test_weight_rules_and_edited_models_equal_edited_copies(mode: str, tmp_path: Path) -> None:
     text = ""
     measure = "measure logit(answer) - logit(wrong) as raw"
     for number, line in enumerate(CASES):
@@ -66,14 +66,14 @@ def test_weights(mode: str, tmp_path: Path) -> None:
     found = support.run_file(text, tmp_path, "vit", mode)
     plain = found["plain"].measures[0].patched[0]
     for number, (line, change) in enumerate(CASES.items()):
-        expected = by_hand(change)
+        expected = edited_logit_differences(change)
         for kind in ("rule", "model"):
             own = found[f"{kind}{number}"].measures[0].patched[0]
             assert np.abs(own - expected).max() < 1e-4, (kind, line)
         assert np.abs(expected - plain).max() > 1e-3, line
 
 
-def test_two_towers_are_refused(tmp_path: Path) -> None:
+def test_weight_edit_of_a_two_tower_model_is_rejected(tmp_path: Path) -> None:
     text = "model c = m with { scale weights of L0.mlp by 0.5 }\n"
     text += support.experiment("e").replace("model m", "model c")
     result, found = support.try_file(text, tmp_path, "clip/dual")

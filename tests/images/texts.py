@@ -1,4 +1,4 @@
-"""Rows of texts that are scored with images: the cases of images, at tokens of texts."""
+"""Text rows scored with images: the image cases translated to text tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = (
     ("a photo of the", "red square", " and cross", "small ring"),
     ("the", "blue ring", "", "red circle"),
 )
-"""What stands before, the thing, what stands behind, and the other thing."""
+"""Text before, the thing, text after, and the other thing."""
 BLOCKS = """
 prompts captions {
   rows "texts.jsonl"
@@ -38,7 +38,7 @@ PLACES = {
     "image row 3 col *": "token 2",
     "image row 4 col *": "token 2",
 }
-"""What stands in a text for a part of an image."""
+"""Image position → text position that replaces it."""
 
 
 def write(folder: Path) -> None:
@@ -51,7 +51,7 @@ def write(folder: Path) -> None:
 
 
 def translated(written: str) -> str:
-    """Positions of images as those of texts."""
+    """Translate image positions to text positions."""
     written = written.replace(ALL, "tokens *").replace("FRONT", "token -1")
     return re.sub(
         r"(image row \S+ col \S+)( tokens?)?", lambda found: PLACES[found[1]], written
@@ -61,7 +61,7 @@ def translated(written: str) -> str:
 def forward(
     name: str, number: int, image: int | None, acts: Iterable[Act] = (), *, changed: bool = False
 ) -> Seen:
-    """A row's text, or that with the other thing, and an image through the bare model."""
+    """Run a row's text, optionally with the other thing, and an image through the bare model."""
     before, thing, behind, other = PARTS[number]
     text = f"{before} {other if changed else thing}{behind}"
     given = {"pixel_values": pixels(name, image), **duals.inputs(name, text)}
@@ -74,7 +74,7 @@ def plain(name: str, number: int, changed: bool) -> Seen:
 
 
 class TextView(View):
-    """One row of texts: `gray` is here the text with the other thing."""
+    """One text row; `gray` means the text with the other thing."""
 
     def image(self, which: str) -> Seen:
         return plain(self.name, self.number, which == "gray")

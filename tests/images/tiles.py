@@ -1,4 +1,4 @@
-"""Images cut into tiles by hand, and what they give: nothing of the package is used."""
+"""Reference for tiled images; uses nothing of the package."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ EDGES: Mapping[tuple[int, int], tuple[int, ...]] = {
     (16, 3): (0, 5, 10, 16),
     (41, 3): (0, 13, 27, 41),
 }
-"""(pixels of a side, tiles) → where one tile ends and the next begins; written down by hand."""
+"""(pixels of a side, number of tiles) → edges of the tiles, computed manually."""
 NAMES = tuple(f"row {row} col {col}" for row in (1, 2) for col in (1, 2, 3))
 BOXES = ((2, 3, 9, 20), (6, 1, 9, 7), (10, 4, 33, 10))
-"""Of each file, (left, top, right, bottom): each in several tiles, and in none of all."""
+"""(left, top, right, bottom) of each file; each box intersects several tiles, but not all."""
 Box = tuple[int, int, int, int]
 Pixels = NDArray[np.uint8]
 
@@ -37,12 +37,12 @@ class Tile:
     """One row: a tile of a file, or all of it (`whole`)."""
 
     number: int
-    """Of the file."""
+    """Number of the file."""
     name: str
 
     @property
     def box(self) -> Box:
-        """Where it lies, in pixels of the file."""
+        """Position of the tile in pixels of the file."""
         height, width = support.image(self.number).shape[:2]
         if self.name == "whole":
             return 0, 0, width, height
@@ -51,16 +51,16 @@ class Tile:
         return across[col], down[row], across[col + 1], down[row + 1]
 
     def of(self, image: Pixels) -> Image.Image:
-        """The same part of another image of this size."""
+        """Cut the tile out of an image of the file's size."""
         return Image.fromarray(image).crop(self.box)
 
     def pixels(self, name: str, image: Pixels | None = None) -> Tensor:
-        """[1, 3, side, side] as the library's own processor makes it."""
+        """Model input [1, 3, side, side] from the library's processor."""
         given = self.of(support.image(self.number) if image is None else image)
         return support.processor(name)(given, return_tensors="pt")["pixel_values"].double()
 
     def inside(self, name: str) -> NDArray[np.bool_]:
-        """[side, side] the pixels of the prepared image of which half or more lies in the box."""
+        """[side, side]: pixels of the prepared image at least half of which is in the box."""
         left, top, right, bottom = self.box
         within = BOXES[self.number]
         sides = resized(name, bottom - top, right - left)
@@ -69,7 +69,7 @@ class Tile:
         return np.outer(down, across) >= 0.5
 
     def region(self, name: str) -> tuple[int, ...]:
-        """The tokens with such a pixel."""
+        """Tokens with a pixel in the box."""
         inside = self.inside(name)
         return tuple(
             FRONT[name] + row * GRID + col
@@ -80,7 +80,7 @@ class Tile:
 
 
 def resized(name: str, height: int, width: int) -> tuple[int, int]:
-    """(height, width) that a processor of these tests makes of an image before it crops."""
+    """(height, width) of an image after resizing and before cropping."""
     size = support.PROCESSORS[name][1]["size"]
     if "height" in size:
         return size["height"], size["width"]
@@ -91,8 +91,8 @@ def resized(name: str, height: int, width: int) -> tuple[int, int]:
 
 
 def _shares(pixels: int, to: int, start: int, end: int) -> NDArray[np.float64]:
-    """[side] how much of each pixel of a prepared side, of which the middle is kept, lies from
-    `start` to `end`; what is enlarged repeats pixels."""
+    """[side]: share of each pixel of a resized and cropped side that is between `start` and `end`;
+    enlarged images repeat pixels."""
     edges = np.arange(to + 1) * pixels / to
     if to >= pixels:
         middle = np.floor((edges[:-1] + edges[1:]) / 2)
@@ -105,8 +105,8 @@ def _shares(pixels: int, to: int, start: int, end: int) -> NDArray[np.float64]:
 
 
 def write(folder: Path) -> None:
-    """The files, with boxes and masks of the same; and each tile that the box lies in as a file of
-    its own, with that part of the box."""
+    """Write the files with boxes and masks, and each tile that intersects its box as a separate
+    file with the clipped box."""
     support.write_images(folder)
     lines = (folder / "data.jsonl").read_text(encoding="utf-8").splitlines()
     records = [
@@ -131,7 +131,7 @@ def write(folder: Path) -> None:
 
 
 def clipped(box: Box, within: Box) -> list[int] | None:
-    """The part of a box that lies in another, seen from that one's corner."""
+    """Intersection of two boxes, relative to the corner of the second."""
     left, top = max(box[0], within[0]), max(box[1], within[1])
     right, bottom = min(box[2], within[2]), min(box[3], within[3])
     if right <= left or bottom <= top:
@@ -141,11 +141,11 @@ def clipped(box: Box, within: Box) -> list[int] | None:
 
 @cache
 def unpatched(name: str, tile: Tile) -> support.Seen:
-    """A tile through the bare model."""
+    """Run a tile through the bare model."""
     return support.forward(name, tile.pixels(name))
 
 
 def rows(values: Mapping[str, Sequence[object]]) -> Iterator[Tile]:
-    """Which tile each row of a result is, by what it says itself."""
+    """Tile of each row of a result, from its row values."""
     for image, name in zip(values["image"], values["tile"], strict=True):
         yield Tile(int(str(image).removesuffix(".png")), str(name))

@@ -1,4 +1,4 @@
-"""One row of a model in a test of rules: its runs by plain hooks, and what is done to them."""
+"""One row in a test of rules: its reference runs with plain hooks, and the acts of rules."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ group movers = L1H1, L2H0
 
 
 def tokens(name: str, written: str) -> list[int]:
-    """What a position means, counted by hand."""
+    """Token indices of a position, computed without the package."""
     if written.startswith("{"):
         return [at for part in written.strip("{}").split(",") for at in tokens(name, part.strip())]
     if written == ALL:
@@ -52,7 +52,7 @@ def _range(written: str) -> range:
 
 
 def in_tower(name: str, tower: str, line: str) -> str:
-    """Sites say which tower they are in where they need not, in files on one of the models."""
+    """Name the tower before `layer` for one of the models, where it is optional."""
     if name != "clip/dual":
         return line
     return re.sub(r"(?<!into )(?<!block )\b(layers?)\b", rf"{tower} \1", line)
@@ -67,7 +67,7 @@ class View:
     base: Literal["own", "gray"]
 
     def image(self, which: str) -> Seen:
-        """The unpatched run of its image, or of the gray one."""
+        """The unpatched run of the row's image, or of the gray image."""
         return plain(self.name, self.number if which == "own" else None)
 
     @property
@@ -75,13 +75,13 @@ class View:
         return support.blocks_of(self.name) + DIRECTIONS
 
     def experiment(self, key: str, *lines: str) -> str:
-        """FRONT stands for a position that all families have."""
+        """Text of an experiment; replaces FRONT by a position that all families have."""
         measure = support.OF_SCORES if self.name in support.DUALS else support.DIFFERENCE
         own = [in_tower(self.name, "vision", line.replace("FRONT", self.front)) for line in lines]
         return support.experiment(key, *own, measure=measure)
 
     def value(self, seen: Seen) -> float:
-        """What is measured of a run."""
+        """Value of the measure in a run."""
         return support.difference(seen, self.number)
 
     @property
@@ -91,7 +91,7 @@ class View:
 
     @cached_property
     def front(self) -> str:
-        """A position that all families have, the class token where there is one."""
+        """A position that all families have: the class token if there is one."""
         return "cls token" if FRONT[self.name] else "image row 1 col 1 token"
 
     def at(self, written: str) -> list[int]:
@@ -112,7 +112,7 @@ class View:
         to: str | None = None,
         into: int | None = None,
     ) -> list[Act]:
-        """What a run (that of the row's image) has at a site stands at it, or at another place."""
+        """Write vectors of a run, by default the row's image, at the same or another position."""
         source = of or self.image("own")
         read, written = self.at(at), self.at(to or at)
         found: list[Act] = []
@@ -133,7 +133,7 @@ class View:
         vector: Tensor | float | Callable[[Tensor], Tensor],
         units: Iterable[int] | None = None,
     ) -> list[Act]:
-        """Vectors that are the same at all tokens, or are made of what is there."""
+        """Write one vector at all tokens, or a function of the present vectors."""
         found: list[Act] = []
         for layer in [layers] if isinstance(layers, int) else layers:
             like = self.start.sites[site, layer]
@@ -143,7 +143,7 @@ class View:
         return found
 
     def mean(self, site: str, layer: int, at: str, numbers: Sequence[int] = (0, 1, 2)) -> list[Act]:
-        """The mean over rows at each place."""
+        """Write the mean over rows at each position."""
         every = [replace(self, number=n) for n in numbers]
         over = torch.stack([v.image("own").sites[site, layer][v.at(at)] for v in every]).mean(0)
         return [
@@ -175,8 +175,8 @@ class View:
         mlps: bool = False,
         frozen: bool = False,
     ) -> list[Act]:
-        """What receivers (site, layer, unit) read where all but what is sent is held; without any,
-        the pass in which it is."""
+        """Write the inputs of receivers (site, layer, unit) with all other paths held fixed;
+        without receivers, return the acts of that pass."""
         base = self.start
         held = [
             Write(site, layer, base.sites[site, layer])

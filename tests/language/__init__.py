@@ -1,1 +1,1 @@
-"""`docs/language.md`: written from the registries by `python -m tests.language --write`."""
+"""`docs/language.md`, which `python -m tests.language --write` generates from the registries."""

@@ -1,7 +1,7 @@
-"""What the grammar itself knows: statements, lines of prompts, positions, rules, expectations.
+"""Constructs of the grammar: statements, lines of prompts, positions, rules, expectations.
 
-One registered entry each, as far as it is executed; `docs/language.md` is written from them and
-from the registries in `mechdsl/vocab/`.
+Each supported construct has one entry; `docs/language.md` is generated from the entries and from
+the registries in `mechdsl/vocab/`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Group = Literal[
 ]  # fmt: skip
 
 OWN = "this page"
-"""The source of a definition that comes from no paper."""
+"""The source of a definition that isn't from a paper."""
 TRACING = "Meng et al. 2022, arXiv 2202.05262"
 PATCHING = "Zhang & Nanda 2023, arXiv 2309.16042"
 MEDIATION = "Vig et al. 2020, arXiv 2004.12265"
@@ -44,12 +44,12 @@ class Construct:
     name: str
     group: Group
     example: str
-    """As it is typed: a line, a position or a site."""
+    """Its syntax: a line, a position or a site."""
     meaning: str
     source: str
     """A paper with its number, or `this page`."""
     test: str
-    """The file that holds its meaning."""
+    """The file that implements it."""
     context: str = ""
     """Lines of the same block that the example needs."""
 
@@ -1026,7 +1026,7 @@ _prompts(
     "The number of tokens of a text that follows the prompt, or of a span in the prompt "
     "(`tokens(subject)`). It uses the tokenizer of the experiment's model. A separate space "
     "token before a text isn't counted.",
-    "tests/data/test_tokens_counted.py",
+    "tests/data/test_token_counts.py",
 )
 _prompts(
     "split",
@@ -1161,7 +1161,7 @@ _answer_position(
     "answer` sweeps over both.",
 )
 
-# --- sites: how they are written; the components are in `sites.py` --------------------------------
+# --- syntax of sites; the components are in `sites.py` --------------------------------------------
 
 _COORDINATES = "tests/execute/test_coordinates.py"
 
@@ -1444,7 +1444,7 @@ _rule(
     "for b in [axes, chance] { patch resid_post layer 2 in basis b at last token }",
     "One cell for each basis; `feature 0 of b` needs bases with the same number of coordinates.",
     OWN,
-    "tests/rules/test_bases_of_a_loop.py",
+    "tests/rules/test_loops_over_bases.py",
 )
 _rule(
     "several groups",
@@ -1452,7 +1452,7 @@ _rule(
     "One cell for each group of sites, also for those that a training chooses. `except g` leaves "
     "out the sites of each. Groups of features, dimensions or positions can't be looped over.",
     OWN,
-    "tests/rules/test_bases_of_a_loop.py",
+    "tests/rules/test_loops_over_bases.py",
 )
 _rule(
     "clamp a coordinate",
@@ -1562,7 +1562,7 @@ _rule(
     "neurons are concatenated, and each of several layers is a separate call. The values don't "
     "depend on other cells or on batches. It runs only with `--allow-python`.",
     OWN,
-    "tests/rules/test_whole_cells.py",
+    "tests/rules/test_python_rules.py",
 )
 _rule(
     "set to what is elsewhere",
@@ -1642,7 +1642,7 @@ _rule(
     "attention rules act on this larger set. Each row is a full forward pass. Models that add "
     "positions to scores (ALiBi) aren't supported.",
     "Wang et al. 2024, arXiv 2407.01100",
-    "tests/rules/test_allowed.py",
+    "tests/rules/test_allow_attention.py",
 )
 _rule(
     "replace block",
@@ -1669,7 +1669,7 @@ _rule(
     "a full forward pass. Models that compute position ids themselves, or add positions to "
     "scores, aren't supported.",
     "Wang et al. 2024, arXiv 2407.01100",
-    "tests/rules/test_allowed.py",
+    "tests/rules/test_allow_attention.py",
 )
 _rule(
     "path",
@@ -1692,7 +1692,7 @@ _rule(
     "the base (`from clean into ablated`) gives the same values, with effects relative to that "
     "run. An experiment can have one path.",
     PATHS,
-    "tests/rules/test_paths_beside.py",
+    "tests/rules/test_joint_paths.py",
 )
 _rule(
     "path … with frozen norms",
@@ -1701,7 +1701,7 @@ _rule(
     "effects are then linear: the effects of senders add up if the senders add up to the "
     "stream (before a cap on logits). If `through mlps` is present, this clause follows it.",
     "Elhage et al. 2021 (transformer-circuits.pub/2021/framework)",
-    "tests/rules/test_paths_beside.py",
+    "tests/rules/test_joint_paths.py",
 )
 _rule(
     "path to neurons",
@@ -1710,7 +1710,7 @@ _rule(
     "activations, with all else held, are written into the base run. Neurons can also be "
     "senders: `path L0N3 -> L2N7`.",
     PATHS,
-    "tests/rules/test_paths_beside.py",
+    "tests/rules/test_joint_paths.py",
 )
 _rule(
     "path … through mlps",
@@ -2213,7 +2213,7 @@ _rule(
     "tests/rules/test_loop_positions.py",
 )
 
-# --- what another experiment found ----------------------------------------------------------------
+# --- derived experiments --------------------------------------------------------------------------
 
 _onward(
     "top n of",
@@ -2262,7 +2262,7 @@ _onward(
     "patch embed at top k of ranges(a: a, b: b) tokens } } }`. Observations of maps use the "
     "same syntax: `observe pointing of ranges(a: 1, b: 3), deleted in object`.",
     OWN,
-    "tests/onward/test_some_cells.py",
+    "tests/onward/test_cell_selection.py",
 )
 _onward(
     "features of experiments",
@@ -2647,7 +2647,7 @@ _experiment(
     "in the reply: `patch resid_post layer * at each reply token`. Rows without a reply are "
     "excluded and reported. `writer` runs first; it needs the same block and a model with the "
     "same tokenizer.",
-    "tests/rules/test_written_text.py",
+    "tests/rules/test_prompts_with_replies.py",
 )
 _experiment(
     "measure",
@@ -2688,14 +2688,14 @@ _experiment(
     "Reads the metric at each of several positions, along an axis `measured` (`item` for "
     "occurrences). All measures of an experiment use the same positions. A cell excludes rows "
     "without the position. In a text, `{item.index}` is the number of the measured occurrence.",
-    "tests/execute/test_measured_places.py",
+    "tests/execute/test_measured_positions.py",
 )
 _experiment(
     "loss at each",
     "measure loss at token * align right as raw",
     "The loss of the token at each position, in each run's own text, read where it is "
     "predicted. The first token of an input has no loss.",
-    "tests/execute/test_measured_places.py",
+    "tests/execute/test_measured_positions.py",
 )
 _experiment(
     "mean over",
@@ -2724,7 +2724,7 @@ _experiment(
     "Uses a loop variable in the sites and positions of a measure (`at token l`). The measure "
     "is read in the cells of that value. `cosine(resid_post layer *, clean)` sweeps "
     "independently.",
-    "tests/execute/test_measured_places.py",
+    "tests/execute/test_measured_positions.py",
 )
 _experiment(
     "stats",
@@ -2838,7 +2838,7 @@ _expectation(
     "measures match, write `delta of ld of cie`. Axes of that experiment select its cells "
     "(`mean(delta of cie, layer 2)`). If a measure and an experiment have the same name, the "
     "name refers to the measure.",
-    "tests/results/test_what_expectations_name.py",
+    "tests/results/test_expectation_names.py",
 )
 _expectation(
     "expect auroc",
@@ -2850,7 +2850,7 @@ _expectation(
     "negative. With a prompt variable that is 0 or 1, as in `auroc(delta, large, L1H2)`, the "
     "rows of one cell are ranked. With `auroc(delta, accuracy(clean), L1H2)`, the positive rows "
     "are those whose answer is right in this run.",
-    "tests/results/test_what_expectations_name.py",
+    "tests/results/test_expectation_names.py",
 )
 _expectation(
     "expect near",
@@ -3276,7 +3276,7 @@ _on_image(
     OWN,
     _MAPS,
 )
-_AGAINST = "tests/images/test_maps_to_others.py"
+_AGAINST = "tests/images/test_map_fidelity.py"
 _on_image(
     "observe infidelity",
     "observe infidelity of caap, deleted to taken as wrong",

@@ -168,7 +168,7 @@ BODY
 }
 """
 )
-"""A file for what stands in an experiment."""
+"""A file for lines of an experiment."""
 
 PROMPTS = """\
 mech 1
@@ -194,7 +194,7 @@ experiment e {
   LINE
 }
 """
-"""A file for what is measured on classifiers; the test puts the models into its folder."""
+"""A file for measures on classifiers; the test copies the models to its folder."""
 IMAGES = """\
 mech 1
 model vit = local("vit")
@@ -271,7 +271,7 @@ LINES = (
     "patch layer * head * at last-item token",
     "measure logit(answer) as delta",
 )
-"""An experiment; a line that begins like the example gives way to it."""
+"""Lines of an experiment; the example replaces the line that begins with the same word."""
 GRID = "patch layer * head * at each item token"
 RECORDS = ('template "{prompt}"', 'answer " {n}"')
 RULES = (
@@ -302,7 +302,7 @@ class Line:
     file: str
     """The example in a file."""
     absent: bool = False
-    """A site that the model of the file doesn't have: it only has to parse."""
+    """Whether the model of the file lacks the site, so that the file only has to parse."""
 
     @cached_property
     def checked(self) -> str:
@@ -311,7 +311,7 @@ class Line:
 
     @property
     def at(self) -> int:
-        """Where the example begins in `checked`."""
+        """Offset of the example in `checked`."""
         return self.checked.index(self.example)
 
 
@@ -345,7 +345,7 @@ def without_unused_statements(file: str) -> str:
 
 
 def in_experiment(*lines: str, default: tuple[str, ...] = LINES) -> str:
-    """A file with an experiment of these lines, and the default for what they leave out."""
+    """A file with an experiment of these lines, and defaults for missing lines."""
     firsts = {line.split()[0] for line in lines}
     ruled = bool(firsts & {*RULES, "for", "observe"})
     kept = [
@@ -363,7 +363,7 @@ def in_experiment(*lines: str, default: tuple[str, ...] = LINES) -> str:
 
 
 def in_block(*lines: str) -> str:
-    """A file with a prompts block of these lines, and the default for what they leave out."""
+    """A file with a prompts block of these lines, and defaults for missing lines."""
     text = " ".join(lines)
     default = RECORDS if '"facts' in text else fruit.VALUES
     if " streamed" in text:
@@ -437,7 +437,7 @@ def seeded(file: str) -> str:
 
 
 def of_change(change: ImageChange) -> str:
-    """A file with a change of images or sounds."""
+    """A file with a corruption of images or sounds."""
     if change.of == "silence":
         line, context = f"corrupt hidden {{ {change.usage} }}", 'audio a = tone(440) template "{a}"'
         return in_image_prompts(Construct("", "image in prompts", line, "", OWN, "", context))
@@ -473,13 +473,13 @@ def of_images(entry: Construct) -> str:
 
 
 def on_towers(measure: str) -> str:
-    """A file with what is measured of a model with a tower for images and one for texts."""
+    """A file with a measure of a model with an image tower and a text tower."""
     file = IMAGES.replace('local("vit")', 'zoo("dual")').replace("POSITION", "tokens *")
     return file.replace("SIDES", "from scenes into neutral").replace("MEASURE", measure)
 
 
 def on_texts() -> str:
-    """A file whose rows are texts that are scored with images."""
+    """A file whose rows are texts scored with images."""
     file = on_towers("measure rank(image) as raw").replace(
         "images scenes limit", "prompts told limit"
     )
@@ -491,7 +491,7 @@ def on_texts() -> str:
 
 
 def in_image_prompts(entry: Construct) -> str:
-    """A file whose prompts contain an image, for a model that isn't there."""
+    """A file whose prompts contain an image, for a missing model."""
     from_block = entry.example.startswith("image from")
     block = 'images circles { kind in ["circle", "square"] image shapes(n: 1, kind: kind) }'
     run = entry.example.split()[1] if entry.example.startswith("corrupt") else ""
@@ -626,7 +626,7 @@ def metrics() -> Iterator[Line]:
                 if name == "score"
                 else "tests/execute/test_classifiers.py"
                 if classified
-                else "tests/results/test_reply_metrics.py"
+                else "tests/results/test_completion_metrics.py"
                 if form.takes == "reply"
                 else "tests/results/test_metrics.py",
                 on_towers(line)
@@ -716,7 +716,7 @@ _ROWS = "tests/data/test_rows.py"
 
 
 def _held(change: ChangeKind[Any]) -> str:
-    """The file that holds a change."""
+    """The source file of a corruption."""
     if isinstance(change, ImageChange) and change.of == "silence":
         return "tests/image_prompts/test_sounds.py"
     if isinstance(change, ImageChange):

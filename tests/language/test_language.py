@@ -1,4 +1,4 @@
-"""The page of the language is fresh, complete, and its examples are right."""
+"""The language page is current and complete, and its examples are valid."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ ROOT = Path(__file__).parents[2]
 LINES = [(section.title, line) for section in sections() for line in section.lines]
 IDS = [f"{title}: {line.example}" for title, line in LINES]
 FROM_OUTSIDE: set[type[ast.Node]] = {ast.RegisteredRule}
-"""Rules of kinds that aren't the package's own."""
+"""Rules registered outside the package."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the examples refer to."""
+    """A folder with the files that the examples use."""
     folder = tmp_path_factory.mktemp("language")
     shutil.copy(ROOT / "tests" / "python_files" / "functions.py", folder)
     records = [
@@ -84,18 +84,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_page_is_fresh() -> None:
+def test_language_page_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run `make language`"
 
 
 @cache
 def parsed(text: str) -> tuple[ast.File, list[Diagnostic]]:
-    """The tree of a file, and what is wrong with its syntax."""
+    """The tree of a file and its syntax errors."""
     return parse(Source(text))
 
 
 @pytest.mark.parametrize(("title", "line"), LINES, ids=IDS)
-def test_the_example_is_right(title: str, line: Line, folder: Path) -> None:
+def test_language_page_example_is_valid(title: str, line: Line, folder: Path) -> None:
     source = Source(line.checked, folder / "example.mech")
     tree, problems = parsed(line.checked)
     assert not problems, render_full(problems)
@@ -108,14 +108,14 @@ def test_the_example_is_right(title: str, line: Line, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("title", "line"), LINES, ids=IDS)
-def test_the_row_is_complete(title: str, line: Line) -> None:
+def test_language_page_row_is_complete(title: str, line: Line) -> None:
     assert (ROOT / line.test).is_file(), line.test
     assert line.source
     assert line.meaning.endswith(".")
     assert line.example in line.checked
 
 
-def test_every_statement_has_a_row_or_is_refused() -> None:
+def test_each_statement_has_a_row_or_is_unsupported() -> None:
     shown = {type(node) for _, line in LINES for node in _inside(line)}
     wanted: set[type[ast.Node]] = {
         *get_args(ast.RuleBody),
@@ -130,7 +130,7 @@ def test_every_statement_has_a_row_or_is_refused() -> None:
 
 
 def _inside(line: Line) -> list[ast.Node]:
-    """The nodes that the example itself consists of."""
+    """The nodes within the example."""
     tree, _ = parsed(line.checked)
     begin, end = line.at, line.at + len(line.example)
     return [

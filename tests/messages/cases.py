@@ -1,4 +1,4 @@
-"""The cases of this folder's Markdown files; `tests/README.md` shows how one is written."""
+"""Cases of this folder's Markdown files; `tests/README.md` shows how to write one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.markdown import Fence, fences
 
 HERE = Path(__file__).parent
 FLAGS = {"several", "only-warned", "only-parsed", "python-refused"}
-"""Words behind `mech`: see `tests/README.md`."""
+"""Words after `mech`: see `tests/README.md`."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A program and the text fence that belongs to it, `None` where it isn't written yet."""
+    """A program and the text fence with its messages, `None` if it isn't written yet."""
 
     page: Path
     title: str
@@ -28,7 +28,7 @@ class Case:
     flags: frozenset[str]
     files: dict[str, str]
     behind: int
-    """Where the program's fence ends in the page."""
+    """Offset of the end of the program's fence in the page."""
     said: Fence | None
 
     @property
@@ -37,7 +37,7 @@ class Case:
         return f"{self.page.stem}-{words}"
 
     def check(self, folder: Path) -> tuple[Path, list[Diagnostic]]:
-        """The file as it is written into a folder, and what is said about it."""
+        """Write the program to a folder, and return its path and diagnostics."""
         path = folder / "case.mech"
         for name, content in {**self.files, path.name: self.program}.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ class Case:
         return path, check_source(source, CheckSettings(python=python)).diagnostics
 
     def write(self, shown: str) -> None:
-        """Write what is said into the page, which is read again: other cases may have changed."""
+        """Write the messages to the page, which is reread, as other cases may have been updated."""
         text = self.page.read_text(encoding="utf-8")
         now = next(case for case in _cases(self.page) if case.title == self.title)
         if now.said is not None:
@@ -68,7 +68,7 @@ def _cases(page: Path) -> Iterator[Case]:
     shared: dict[str, str] = {}
 
     def assembled(fence: Fence) -> tuple[str, list[str]]:
-        """A fence's text behind its preamble, and what else is said behind `mech`."""
+        """A fence's text after its preamble, and the other words after `mech`."""
         words = list(fence.words)
         if "after" not in words:
             return fence.content, words
@@ -105,5 +105,5 @@ def all_cases() -> list[Case]:
 
 
 def program(page: str, title: str) -> str:
-    """The program of one case, for a test that asks more of it."""
+    """The program of one case, for further tests."""
     return next(case.program for case in _cases(HERE / f"{page}.md") if case.title == title)

@@ -32,7 +32,7 @@ SAMPLED = {"{": 40, "}": 40, "..": 8}
 class Deletion:
     path: Path
     offset: int
-    """Of the deleted character."""
+    """Offset of the deleted character."""
     right: frozenset[int]
     """Lines on which its report is right."""
 
@@ -94,7 +94,7 @@ def test_deleted_sign_is_reported_on_its_line(mark: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mark", SAMPLED)
-def test_every_deleted_sign_is_reported_on_its_line(mark: str) -> None:
-    # The data files of shared examples are missing, so that only their syntax is checked.
+def test_each_deleted_sign_in_all_examples_is_reported_on_its_line(mark: str) -> None:
+    # The data files of shared examples are missing, so only their syntax is checked.
     shared = SHARED if mark != ".." else []
     assert_reported(mark, [case for path in FILES + shared for case in deletions(path, mark)])

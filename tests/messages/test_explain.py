@@ -57,7 +57,7 @@ def test_explain_word_or_phrase_prints_its_page(asked: str, heading: str) -> Non
         ("zzzz", "`mechdsl explain language`"),
     ],
 )
-def test_explain_other_word_names_the_word_of_mechdsl(asked: str, fix: str) -> None:
+def test_explain_foreign_term_suggests_the_term_of_mechdsl(asked: str, fix: str) -> None:
     assert is_page_name(asked)
     text, problems = find_page(asked)
     assert not text
@@ -73,7 +73,7 @@ def test_translated_term_leads_to_a_page(term: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["patch.mech", "runs/patch", "data.jsonl", "-", ".."])
-def test_path_is_no_page(path: str) -> None:
+def test_path_is_not_a_page_name(path: str) -> None:
     assert not is_page_name(path)
 
 

@@ -1,7 +1,7 @@
-"""What `mechdsl validate` says about wrong programs, each beside its program in a Markdown file.
+"""Messages of `mechdsl validate` about invalid programs, stored with the programs in Markdown.
 
-To be read as somebody new to the language would: does it point at the place, does it say what is
-wrong, can what it proposes be typed?
+Read them as a new user: does a message point to the error, name the problem, and propose a valid
+fix?
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .cases import HERE, Case, all_cases
 
 CASES = all_cases()
 MOST = 2
-"""Diagnostics about one mistake."""
+"""Maximum number of diagnostics for one mistake."""
 SLIPS = HERE / "slips" / "counting.md"
 EXAMPLE = HERE / "slips" / "counting.mech"
-"""`examples/counting.mech` as it was when the misspellings were read, on fewer rows."""
+"""`examples/counting.mech` as of the review of the misspellings, with fewer rows."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_what_is_said(case: Case, tmp_path: Path, update: bool) -> None:
+def test_messages_equal_the_stored_text(case: Case, tmp_path: Path, update: bool) -> None:
     path, found = case.check(tmp_path)
     assert found
     assert has_errors(found) == ("only-warned" not in case.flags)
@@ -45,12 +45,12 @@ def test_what_is_said(case: Case, tmp_path: Path, update: bool) -> None:
         assert shown == case.said.content
 
 
-def test_titles_are_told_apart() -> None:
+def test_case_ids_are_unique() -> None:
     assert [name for name, times in Counter(case.id for case in CASES).items() if times > 1] == []
 
 
 def misspelt(line: str) -> str | None:
-    """The line with two letters of one of its words the wrong way round."""
+    """The line with two letters of one of its words swapped."""
     words = [word for word in line.replace("_", " ").split() if word.isalpha() and len(word) > 3]
     if not words or line.lstrip().startswith("#"):
         return None
@@ -59,8 +59,8 @@ def misspelt(line: str) -> str | None:
     return line.replace(word, word[:at] + word[at + 1] + word[at] + word[at + 2 :], 1)
 
 
-def test_a_slip_in_each_line(update: bool) -> None:
-    """Each is said once, at the slip or where it first matters; nothing follows from it."""
+def test_misspelling_in_each_line_equals_the_stored_messages(update: bool) -> None:
+    """Each misspelling is reported once, where it is or first matters, without further errors."""
     text = EXAMPLE.read_text(encoding="utf-8")
     lines = text.split("\n")
     assert not check_source(Source(text)).diagnostics

@@ -1,4 +1,4 @@
-"""What a message proposes is put into its program, which then lacks that mistake."""
+"""Applying the proposal of a message to its program removes the mistake."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mechdsl.diagnostics.core import Diagnostic
 from .cases import Case, all_cases
 
 SPACES = ("E0507", "E0519", "W0703", "W0705")
-"""Codes that propose a text with another space, or other tokens of a text."""
+"""Codes that propose a text with different spacing, or different tokens of a text."""
 CALL = r"{}\((?:[^()]|\([^()]*\))*\)"
 
 
 def proposals(found: Diagnostic) -> list[str]:
-    """Texts and calls that the help proposes as they are."""
+    """Literal texts and calls in the help."""
     said = re.findall(r"`([^`]+)`", found.help_text)
     return [each for each in said if "…" not in each and re.match(r'"|\w+\(', each)]
 
 
 def applied(program: str, found: Diagnostic, proposal: str) -> str | None:
-    """The program with a proposal in the place of what was wrong; None where it isn't there."""
+    """The program with the invalid text replaced by a proposal; None if the text isn't found."""
     assert found.span is not None
     if proposal.startswith('"'):
         if "end the template without a space" in found.help_text:
@@ -49,14 +49,14 @@ def is_tried(case: Case) -> bool:
 CASES = [case for case in all_cases() if is_tried(case)]
 
 
-def test_several_proposals_of_each_code_are_tried() -> None:
+def test_each_code_has_proposals() -> None:
     said = " ".join(case.said.content for case in CASES if case.said is not None)
     assert all(f"[{code}]" in said for code in (*SPACES, "E0606"))
     assert len(CASES) > 15
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_program_with_the_proposal_lacks_the_mistake(case: Case, tmp_path: Path) -> None:
+def test_proposal_removes_the_mistake(case: Case, tmp_path: Path) -> None:
     for found in case.check(tmp_path)[1]:
         for proposal in proposals(found) if found.code in (*SPACES, "E0606") else ():
             program = applied(case.program, found, proposal)

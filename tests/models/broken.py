@@ -1,4 +1,4 @@
-"""Models with something wrong, each in its own way; one per code that no file alone can show."""
+"""Faulty models, one for each diagnostic code that needs a model to appear."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _adopted(module: nn.Module, tokenizer: Any = None) -> Adopted:
 
 
 def nameless() -> Adopted:
-    """Its output projections go by a name that nobody has heard of."""
+    """Return a model whose output projections have an unknown name."""
     module = families.module("llama")
     for layer in module.model.layers:  # type: ignore[union-attr]
         attention: Any = layer.self_attn
@@ -65,14 +65,14 @@ def gaining() -> Adopted:
 
 
 def failing() -> Adopted:
-    """It raises when it is called."""
+    """Return a model that raises when it is called."""
     module = families.module("llama")
     module.get_submodule("model").register_forward_hook(lambda *args: 1 / 0)
     return _adopted(module)
 
 
 def slow() -> Adopted:
-    """Its tokenizer has no offsets."""
+    """Return a model whose tokenizer has no offsets."""
     return _adopted(families.module("gpt2"), object())
 
 
@@ -92,7 +92,7 @@ def sharing() -> Adopted:
 
 
 def by_itself() -> Adopted:
-    """Its attention is written out, past the functions that the library lets be exchanged."""
+    """Return a model whose attention bypasses transformers' attention registry."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
     module = families.module("llama")
@@ -121,7 +121,7 @@ def by_itself() -> Adopted:
 
 
 def asking() -> Adopted:
-    """Its attention function gets an argument that nobody has heard of."""
+    """Return a model whose attention function gets an unknown argument."""
     module = families.module("llama")
 
     def ask(part: nn.Module, args: Any, kwargs: dict[str, Any]) -> object:
@@ -133,7 +133,7 @@ def asking() -> Adopted:
 
 
 def proved(name: str, module: Any) -> Adopted:
-    """Take a model apart as it is inspected: without a tokenizer."""
+    """Check a model's anatomy without a tokenizer, as `inspect` does."""
     values = {**module.config.to_dict(), "architectures": [type(module).__name__]}
     shape, found = shape_from_config(values, model=name, span=None)
     assert shape is not None, found
@@ -141,19 +141,19 @@ def proved(name: str, module: Any) -> Adopted:
 
 
 def windowed() -> Adopted:
-    """Its encoder pads what it reads, so that it has more positions than the text has tokens."""
+    """Return a model whose encoder pads its input beyond the tokens of the text."""
     row = next(row for row in rows_seq2seq.TABLE if row.name == "led")
     assert isinstance(row, Architecture)
     return proved("toy", build.model(row))
 
 
 def empty() -> Adopted:
-    """Its MLPs are all zeros."""
+    """Return a model whose MLPs are all zero."""
     return _adopted(own_models.silenced("gpt2", "mlp"))
 
 
 def wordless() -> Adopted:
-    """Its tokenizer has no token for what it doesn't know."""
+    """Return a model whose tokenizer has no unknown token."""
     text = _measuring("prob(answer)", "w1", "apple")
     return _checked(text, families.module("gpt2"), own_models.words())
 
@@ -165,7 +165,7 @@ def _checked(text: str, module: nn.Module, tokenizer: Any = None) -> Adopted:
 
 
 def _measuring(measure: str, first: str, second: str) -> str:
-    """A file with prompts of one of two words."""
+    """Return the text of a file whose prompts vary in one of two words."""
     return f"""mech 1
 
 model toy = local("toy")
@@ -191,7 +191,7 @@ def headless() -> Adopted:
 
 
 def narrow() -> Adopted:
-    """It has five outputs, and more tokens."""
+    """Return a model with five outputs and a larger vocabulary."""
     module: Any = families.module("gpt2", tie_word_embeddings=False)
     module.lm_head = nn.Linear(24, 5, bias=False)
     return _checked(_READS_A_LOGIT, module)
@@ -209,7 +209,7 @@ def whole_numbers() -> Adopted:
 
 
 def _with_adapter(**deeper: int) -> Adopted:
-    """An adapter of a LLaMA of 3 layers, or as many as are given, on one of 3."""
+    """Load an adapter trained on a LLaMA of 3 (or the given number of) layers on one of 3."""
     text = 'model tuned = local("tuned", base: m)'
     base, found = _adopted(families.module("llama"))
     assert base is not None, found
@@ -245,4 +245,4 @@ CAUSES: dict[str, Callable[[], Adopted]] = {
     "W0712": windowed,
     "W0770": empty,
 }
-"""By code; `docs/errors` shows what each of them says."""
+"""Functions by code; `docs/errors` shows the message of each."""

@@ -1,4 +1,4 @@
-"""Whether a model was left as it was found."""
+"""Check that a run leaves a model unmodified."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def clean_model_check(module: nn.Module) -> list[str]:
-    """Paths of modules on which something of ours was left; empty after every run."""
+    """Paths of modules that still have our hooks; empty after every run."""
     left: list[str] = []
     for path, part in module.named_modules():
         hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]

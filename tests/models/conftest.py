@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 
 def statement(path: str, kind: Any = "local", **fields: Any) -> spec.Model:
-    """A `model` statement as the parser would hand it on."""
+    """A `model` statement as the parser returns it."""
     text = f'model m = {kind}("{path}")'
     span = Span(Source(text, Path("test.mech")), 0, len(text))
     return spec.Model(span=span, name="m", kind=kind, path=path, **fields)
@@ -29,12 +29,12 @@ def statement(path: str, kind: Any = "local", **fields: Any) -> spec.Model:
 
 @pytest.fixture(autouse=True)
 def _checked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here it is the checks of a model that are tested."""
+    """Switch off the cache of self-checks, so that each test runs them."""
     monkeypatch.setenv("MECHDSL_CACHE", "")
 
 
 class Folders(dict[str, Path]):
-    """By family; built when a test asks for it."""
+    """Folders of tiny models by family, built on first access."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
@@ -51,11 +51,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 LATER = {"apertus": "5.1"}
-"""Families that versions of transformers before this one can't load."""
+"""Families by the first version of transformers that can load them."""
 
 
 class Models(dict[str, LoadedModel]):
-    """By family; loaded when a test asks for it."""
+    """Loaded models by family, loaded on first access."""
 
     def __init__(self, folders: dict[str, Path]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tiny models of every family that is tried, with weights drawn widely, saved to folders."""
+"""Tiny models of every tested family, with large random weights, saved to folders."""
 
 from __future__ import annotations
 
@@ -88,20 +88,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 VERIFIED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_sequential")
-"""Families that every site is checked on against the hand-written hooks."""
+"""Families on which every site is compared with plain hooks."""
 KINDS = ("gpt2", "llama", "qwen3", "gpt_neox", "bloom", "gemma2", "mixtral", "falcon", "gpt_neo")
-"""Families that differ in kind: what the others have besides is found in one of these."""
+"""Families that together cover the variants of all families."""
 VERIFIED_KINDS = tuple(name for name in VERIFIED if name in KINDS)
 EACH = some(CONFIGS, KINDS)
-"""All of them, to be a test's parameter."""
+"""All families, as a test's parameter."""
 SIDED = in_turn(tuple(CONFIGS), ("left", "right"), KINDS)
-"""The same, padded on either side."""
+"""All families, padded on either side."""
 ALSO_READ = tuple(name for name in CONFIGS if name not in VERIFIED)
 """Families that the finder reads and the self-check accepts."""
 
 
 def tokenizer() -> Tokenizer:
-    """One token a word (`w0` to `w49`), `<s>` in front of every text."""
+    """A tokenizer with one token per word (`w0` to `w49`) and `<s>` before every text."""
     ids = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
     made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -127,7 +127,7 @@ def module(family: str, seed: int = 0, **overrides: Any) -> nn.Module:
 
 @torch.no_grad()
 def draw(model: nn.Module, seed: int) -> None:
-    """Weights so wide that every head and neuron matters, and norms that aren't the identity."""
+    """Draw weights large enough for every head and neuron to matter, and non-identity norms."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: torch.Tensor, std: float) -> torch.Tensor:

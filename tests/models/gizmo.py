@@ -1,7 +1,6 @@
-"""The entry of a family that the finder can't read by itself: all that it takes is one such file.
+"""The entry of a family that the finder can't read without help, in one file.
 
-Its output projection goes by a name that nobody has heard of, and attention adds half of what it
-returns.
+Its output projection has an unknown name, and attention's output is halved before it is added.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What transformers takes for granted of its models: `python -m tests.models.library_defaults`.
+"""Defaults of transformers' model configs: `python -m tests.models.library_defaults`.
 
-Of the defaults of a kind those are kept that its shape hangs on.
+The table has those defaults of each model type that its shape depends on.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ Shapes = tuple[ModelShape | None, ...]
 
 
 def shapes(config: Mapping[str, Any]) -> Shapes:
-    """What the package makes of a config, as a decoder's and as its kind says; None for neither."""
+    """Shapes of a config, as a decoder and as its own type; None where it has none."""
     found: list[ModelShape | None] = []
     for architectures in (["ForCausalLM"], []):
         try:
             shape, _ = shape_from_config({**config, "architectures": architectures})
-        except Exception:  # of a class that takes nothing for granted
+        except Exception:  # the class has no defaults
             shape = None
         found.append(shape and replace(shape, config={}))
     return tuple(found)
 
 
 def whole(kind: str) -> dict[str, Any]:
-    """A config of a kind with all defaults; empty where there is none without arguments."""
+    """A model type's config with all defaults; empty if it needs arguments."""
     from transformers import CONFIG_MAPPING
 
     try:
         return CONFIG_MAPPING[kind]().to_dict()
-    except Exception:  # whatever it lacks
+    except Exception:  # some argument is required
         return {}
 
 
 def kept(kind: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of a kind that its shapes hang on; those of its parts are in the table."""
+    """The defaults of a type that its shapes depend on; those of subconfigs are in the table."""
     config = {k: v for k, v in whole(kind).items() if v is not None and k != "model_type"}
     for part in SUBCONFIG_KEYS:
         if isinstance(config.get(part), Mapping):
@@ -63,7 +63,7 @@ def kept(kind: str, table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table() -> dict[str, dict[str, Any]]:
-    """All kinds whose shapes can be told from what is kept."""
+    """All model types whose shapes follow from the selected defaults."""
     from transformers import CONFIG_MAPPING
 
     divided = {

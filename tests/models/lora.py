@@ -1,4 +1,4 @@
-"""LoRA adapters of peft, trained by a plain loop, and merged by hand."""
+"""LoRA adapters of peft, trained in a plain loop, and a reference for merging."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ TARGETS = {
     "llama": ("q_proj", "v_proj", "o_proj", "down_proj"),
     "gpt_neox": ("query_key_value", "dense"),
 }
-"""Of one family fused and transposed projections, of one separate ones, of one in turns."""
+"""Fused and transposed projections, separate ones, and interleaved ones."""
 RANK, ALPHA = 4, 8
 
 
 def base(family: str) -> Any:
-    """A model to put adapters on, new each time."""
+    """A fresh model to put adapters on."""
     return deepcopy(bare(family))
 
 
 def build(family: str, folder: Path) -> None:
-    """Save it with its tokenizer."""
+    """Save a base model with its tokenizer."""
     base(family).save_pretrained(folder)
     fast(families.tokenizer()).save_pretrained(folder)
 
 
 def wrapped(module: Any, family: str, seed: int = 0, **settings: Any) -> Any:
-    """The model as peft wraps it, its adapter drawn at random; the module itself is changed."""
+    """The model wrapped by peft with a random adapter; modifies the module in place."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def wrapped(module: Any, family: str, seed: int = 0, **settings: Any) -> Any:
 
 @cache
 def trained(family: str, wanted: int = 17, rounds: int = 20) -> Any:
-    """An adapter that teaches a model to end all prompts with the token `wanted`: it is trained
+    """An adapter that makes a model end all prompts with the token `wanted`, trained
     on 16 of them, drawn at random."""
     made = wrapped(base(family), family, init_lora_weights=True)
     ids = torch.randint(3, families.VOCABULARY, (16, 6), generator=torch.Generator().manual_seed(1))
@@ -81,7 +81,7 @@ def merged_by_hand(family: str, made: Any) -> Any:
 
 
 def save(made: Any, folder: Path) -> Path:
-    """The adapter alone, as peft writes it."""
+    """Save the adapter alone, with peft."""
     made.save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Models as people make them at home: attention alone, circuits set by hand, few positions."""
+"""Custom models: attention alone, hand-set circuits, few positions."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def silenced(family: str, *parts: str, layers: tuple[int, ...] = (0, 1, 2)) -> n
 
 
 WIDTH = 24
-"""One-hot tokens, one-hot positions, what a head writes, and two that are free."""
+"""One-hot tokens, one-hot positions, a head's output, and two free dimensions."""
 WRITTEN = TOKENS + PLACES
 
 
 @torch.no_grad()
 def compiled() -> Any:
-    """A GPT-2 of two blocks without norms that is to be set by hand: all is zero but the embeddings
-    of tokens and positions, which are one-hot."""
+    """A GPT-2 of two blocks without norms, all zero except the one-hot embeddings of tokens and
+    positions."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     module: Any = GPT2LMHeadModel(
@@ -63,8 +63,8 @@ def compiled() -> Any:
 
 @torch.no_grad()
 def mover(seen_from: Callable[[int], int]) -> Any:
-    """Each token's logits are one-hot of the token at the place that its own place names: head 0 of
-    block 1 attends there and writes what it sees."""
+    """A model whose logits at each position are one-hot for the token at `seen_from(position)`:
+    head 0 of block 1 attends there and copies the token."""
     module = compiled()
     attention = module.transformer.h[1].attn
     queries, keys, values = attention.c_attn.weight.split(WIDTH, dim=1)
@@ -80,21 +80,21 @@ def mover(seen_from: Callable[[int], int]) -> Any:
 
 @torch.no_grad()
 def copier(low: float = 0.0) -> nn.Module:
-    """Says the token in front of it. low: the logit of token 1."""
+    """A model that predicts the preceding token. low: the logit of token 1."""
     module = mover(lambda place: max(place - 1, 0))
     module.lm_head.weight[1, TOKENS:WRITTEN] = low
     return module
 
 
 def reverser() -> nn.Module:
-    """Behind three tokens says them from the last to the first."""
+    """A model that predicts the first three tokens in reverse order."""
     return mover(lambda place: PLACES - 1 - place if place >= PLACES // 2 else place)
 
 
 @torch.no_grad()
 def counter() -> nn.Module:
-    """At the last place says how often token 1 stands in front of it: the logit of token c is
-    2 c n - c^2, highest where c is n. Head 0 of block 1 sees all places alike."""
+    """A model that counts token 1 at the last position: the logit of token c is 2 c n - c^2,
+    highest where c is n. Head 0 of block 1 attends to all positions equally."""
     module = compiled()
     attention = module.transformer.h[1].attn
     values = attention.c_attn.weight.split(WIDTH, dim=1)[2]
@@ -107,7 +107,7 @@ def counter() -> nn.Module:
 
 
 def words(unknown: bool = False, count: int = len(families.WORDS)) -> Tokenizer:
-    """One token a word, `w0` to `w49`, nothing in front of texts, and none for other words."""
+    """A tokenizer with one token per word (`w0` to `w49`) and no special tokens."""
     ids = {word: number for number, word in enumerate(families.WORDS[:count])}
     if unknown:
         ids["<unk>"] = len(ids)
@@ -134,7 +134,7 @@ def made(name: str, **settings: Any) -> nn.Module:
 
 
 class ByHand(nn.Module):
-    """GPT-2's attention as people write it out, without transformers' registry of functions."""
+    """GPT-2's attention written out, without transformers' registry of functions."""
 
     def __init__(self, own: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Adapters of peft: from a folder onto a base, and on models that are handed over."""
+"""Adapters of peft: loaded from a folder onto a base, and on models passed from Python."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def attempt(
     return run_source(Source(text, folder / "file.mech"), None, models)
 
 
-def besides(found: Sequence[Diagnostic]) -> list[str]:
-    """What is said but for what is always said of these prompts: four, and corruptions unused."""
+def other_codes(found: Sequence[Diagnostic]) -> list[str]:
+    """Diagnostic codes except the two that these prompts always give."""
     return [each.code for each in found if each.code not in ("W0720", "W0730")]
 
 
@@ -79,15 +79,19 @@ def ran(
 ) -> dict[str, ExperimentResult]:
     result, found = attempt(text, folder, models)
     assert result is not None, [(d.code, d.message, d.label_text) for d in found]
-    assert not besides(found), found
+    assert not other_codes(found), found
     return {each.name: as_in_the_data(each) for each in result.experiments}
 
 
-def by_hand(
+def reference_values(
     family: str, read: Any, written: Any, points: Sequence[Sequence[Point]], source: str = "other"
 ) -> tuple[Any, Any, Any]:
-    """([cell, prompt] patched, [prompt] base, [prompt] source) of bare models, one prompt at a
-    time: what `read` has at the last token of `source`, put into the clean run of `written`."""
+    """Reference values of bare models, one prompt at a time: activations of `read` at the last
+    token of `source`, patched into the clean run of `written`.
+
+    Returns:
+        ([cell, prompt] patched, [prompt] base, [prompt] source).
+    """
     found = np.zeros((len(points), len(ROWS)))
     base, origin = np.zeros(len(ROWS)), np.zeros(len(ROWS))
     for n, (record, of, into) in enumerate(zip(ROWS, prompts(source), prompts(), strict=True)):
@@ -107,8 +111,8 @@ LAYERS = [[Point("resid_post", layer)] for layer in range(3)]
 
 
 @pytest.mark.parametrize("family", some(lora.TARGETS, ["gpt2"]))
-def test_an_adapter_beside_its_base(folder: Path, family: str) -> None:
-    """Both as an axis, and from one into the other, against weights that are merged by hand."""
+def test_base_and_adapter_values_equal_merged_weights(folder: Path, family: str) -> None:
+    """Both as an axis, and patched from one into the other, against merged weights."""
     lora.build(family, folder / "base")
     lora.save(lora.trained(family), folder / "tuned")
     both = experiment("both", *LINES).replace("model m", "model m, tuned")
@@ -117,11 +121,11 @@ def test_an_adapter_beside_its_base(folder: Path, family: str) -> None:
     bare, tuned = lora.base(family), lora.merged_by_hand(family, lora.trained(family))
     cells = [cell.coords["model"] for cell in found["both"].cells]
     assert cells == ["m"] * 3 + ["tuned"] * 3
-    values = [by_hand(family, each, each, LAYERS) for each in (bare, tuned)]
+    values = [reference_values(family, each, each, LAYERS) for each in (bare, tuned)]
     for number, expected in enumerate(values):
         same(found["both"].measures[0], expected, slice(3 * number, 3 * number + 3))
     assert np.abs(values[0][1] - values[1][1]).max() > 1, "the adapter changes a lot"
-    expected = by_hand(family, tuned, bare, LAYERS, "clean")
+    expected = reference_values(family, tuned, bare, LAYERS, "clean")
     same(found["into"].measures[0], expected, slice(0, 3))
     hashes = {
         name: sha256((folder / file).read_bytes()).hexdigest()
@@ -139,8 +143,10 @@ def test_an_adapter_beside_its_base(folder: Path, family: str) -> None:
     )
 
 
-def test_adapters_as_an_axis(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`*` in the path: each folder on the one base, which has no experiment of its own and is
+def test_adapters_of_a_path_pattern_load_their_base_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`*` in the path: each folder is put on one base, which no experiment uses and which is
     loaded once."""
     loads: list[str] = []
     monkeypatch.setattr(
@@ -159,24 +165,24 @@ def test_adapters_as_an_axis(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [cell.coords["model"] for cell in found.cells] == [4] * 3 + [20] * 3
     for number, made in enumerate(adapters.values()):
         module = lora.merged_by_hand("llama", made)
-        expected = by_hand("llama", module, module, LAYERS)
+        expected = reference_values("llama", module, module, LAYERS)
         same(found.measures[0], expected, slice(3 * number, 3 * number + 3))
     checked = check_source(Source(text, folder / "file.mech"))
     assert "`m` is never used" not in {d.message for d in checked.diagnostics}
     assert len({id(e.table) for e in checked.experiments}) == 1
 
 
-def test_the_base_may_be_handed_over(folder: Path) -> None:
+def test_adapter_folder_applies_to_a_base_from_python(folder: Path) -> None:
     config(base_model_name_or_path="org/other")(lora.save(lora.trained("llama"), folder / "tuned"))
     own: Any = lora.base("llama")
     text = program(experiment("e", *LINES).replace("model m", "model m, tuned"))
     found = ran(text, folder, {"m": (own, fast(families.tokenizer()))})["e"]
     tuned = lora.merged_by_hand("llama", lora.trained("llama"))
-    same(found.measures[0], by_hand("llama", tuned, tuned, LAYERS), slice(3, 6))
+    same(found.measures[0], reference_values("llama", tuned, tuned, LAYERS), slice(3, 6))
     assert lora.same_weights(own, lora.base("llama"))
 
 
-def test_an_adapter_on_an_adapter(folder: Path) -> None:
+def test_adapter_on_another_adapter_equals_peft(folder: Path) -> None:
     lora.build("llama", folder / "base")
     first = lora.trained("llama")
     lora.save(first, folder / "tuned")
@@ -190,7 +196,7 @@ def test_an_adapter_on_an_adapter(folder: Path) -> None:
     assert {"base m", "base tuned"} <= found["e"].hashes.keys()
 
 
-def test_the_tokenizer_is_the_bases_unless_the_adapter_has_another(folder: Path) -> None:
+def test_adapter_uses_the_base_tokenizer_unless_its_own_differs(folder: Path) -> None:
     lora.build("llama", folder / "base")
     lora.save(lora.trained("llama"), folder / "tuned")
     text = program(experiment("e", *LINES).replace("model m", "model m, tuned"))
@@ -198,7 +204,7 @@ def test_the_tokenizer_is_the_bases_unless_the_adapter_has_another(folder: Path)
 
     def tokenizers() -> int:
         checked = check_source(source)
-        assert not besides(checked.diagnostics)
+        assert not other_codes(checked.diagnostics)
         return len({id(e.model.tokenizer) for e in checked.experiments})
 
     assert tokenizers() == 1
@@ -209,7 +215,7 @@ def test_the_tokenizer_is_the_bases_unless_the_adapter_has_another(folder: Path)
     assert tokenizers() == 2
 
 
-# --- what adapters can be -------------------------------------------------------------------------
+# --- merging --------------------------------------------------------------------------------------
 
 
 @cache
@@ -219,7 +225,7 @@ def base(family: str) -> LoadedModel:
     return model
 
 
-def test_only_what_an_adapter_changes_takes_memory(tmp_path: Path) -> None:
+def test_adapter_shares_unmodified_weights_with_its_base(tmp_path: Path) -> None:
     lora.save(lora.wrapped(lora.base("llama"), "llama", target_modules=["q_proj"]), tmp_path)
     tuned, found = load_adapter(statement(str(tmp_path), base="m"), base("llama"))
     assert tuned is not None, found
@@ -231,7 +237,7 @@ def test_only_what_an_adapter_changes_takes_memory(tmp_path: Path) -> None:
 
 
 class Held:
-    """A hook that holds what can't be copied."""
+    """A hook with a lock, which can't be copied."""
 
     def __init__(self) -> None:
         self.lock = Lock()
@@ -241,8 +247,8 @@ class Held:
 
 
 @pytest.mark.parametrize("wanted", ["a hook of its own", "another's hook"])
-def test_hooks_of_the_base_are_those_of_the_copy(tmp_path: Path, wanted: str) -> None:
-    """What belongs to a module is that of the copied one; what doesn't is shared."""
+def test_merged_copy_binds_module_hooks_and_shares_other_hooks(tmp_path: Path, wanted: str) -> None:
+    """Methods of a module are bound to its copy; other hooks are shared."""
     lora.save(lora.trained("llama"), tmp_path)
     bare: Any = lora.base("llama")
     block, held = bare.model.layers[1], Held()
@@ -271,8 +277,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_merging_gives_what_peft_computes(tmp_path: Path, name: str) -> None:
-    """Against the model with its adapter around it, unmerged, and on the bare library."""
+def test_merged_adapter_equals_unmerged_peft_model(tmp_path: Path, name: str) -> None:
+    """The reference is the unmerged peft model, run without mechdsl."""
     tied = name == "the head"
     module: Any = families.module("llama", tie_word_embeddings=tied)
     bare: Any = families.module("llama", tie_word_embeddings=tied)
@@ -320,9 +326,11 @@ OF_CLASSIFIERS = {
 
 
 @pytest.mark.parametrize("task", OF_CLASSIFIERS)
-def test_a_classifiers_adapter(tmp_path: Path, task: str) -> None:
-    """It brings its head along, so that of the base may be drawn at random: a run gives what peft
-    computes. On a classifier of another kind it is refused."""
+def test_classifier_adapter_brings_its_head_and_rejects_other_tasks(
+    tmp_path: Path, task: str
+) -> None:
+    """The adapter includes its head, so the base's head may be random: a run equals peft. On a
+    classifier of another type it is rejected."""
     family, build, targets, place = OF_CLASSIFIERS[task]
     bare: Any = classifiers.classifier(family, build)[1]
     made = lora.wrapped(deepcopy(bare), family, task_type=task, target_modules=targets)
@@ -357,7 +365,7 @@ def _scaling(folder: Path) -> Any:
     return scaling
 
 
-# --- what isn't taken -----------------------------------------------------------------------------
+# --- rejected adapters ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -463,12 +471,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 
 OF_WEIGHTS = ("E0406", "E0411", "E0453")
-"""Codes of what only a look at the weights shows."""
+"""Codes of problems that only the weights show."""
 SAID = [name for name, (_, code, _) in REFUSED.items() if code not in OF_WEIGHTS]
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(copy: Path, name: str) -> None:
+def test_invalid_adapter_folder_is_rejected(copy: Path, name: str) -> None:
     change, code, part = REFUSED[name]
     change(copy / "tuned")
     tuned, found = load_adapter(statement(str(copy / "tuned"), base="m"), base("llama"))
@@ -480,22 +488,24 @@ def test_refused(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_what_needs_no_weights_is_said_by_validate(copy: Path, name: str) -> None:
+def test_validate_reports_adapter_problems_that_need_no_weights(copy: Path, name: str) -> None:
     change, code, _ = REFUSED[name]
     change(copy / "tuned")
     text = program(experiment("e", *LINES).replace("model m", "model tuned"))
     found = check_source(Source(text, copy / "file.mech")).diagnostics
-    assert besides(found) == [code]
+    assert other_codes(found) == [code]
 
 
-def test_a_rank_that_only_the_config_has_takes_no_memory(copy: Path) -> None:
+def test_huge_default_rank_without_modules_takes_no_memory(copy: Path) -> None:
     config(r=10**12)(copy / "tuned")  # which no machine could allocate
     config(rank_pattern=dict.fromkeys(lora.TARGETS["llama"], lora.RANK))(copy / "tuned")
     tuned, found = load_adapter(statement(str(copy / "tuned"), base="m"), base("llama"))
     assert tuned is not None, found
 
 
-def test_peft_is_named_where_it_is_missing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_without_peft_names_the_extra_to_install(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loader, "find_spec", lambda name: None)
     _, found = load_adapter(statement(str(copy / "tuned"), base="m"), base("llama"))
     assert [d.code for d in found] == ["E0454"]
@@ -515,29 +525,29 @@ def test_peft_is_named_where_it_is_missing(copy: Path, monkeypatch: pytest.Monke
         ("org/other", True),
     ],
 )
-def test_an_adapter_for_another_base(copy: Path, named: str | None, warned: bool) -> None:
+def test_adapter_trained_on_another_base_warns(copy: Path, named: str | None, warned: bool) -> None:
     config(base_model_name_or_path=named)(copy / "tuned")
     text = program(experiment("e", *LINES).replace("model m", "model tuned"))
     found = check_source(Source(text, copy / "file.mech")).diagnostics
-    assert besides(found) == ["W0773"] * warned
+    assert other_codes(found) == ["W0773"] * warned
     if warned:
         (warning,) = (each for each in found if each.code == "W0773")
         assert 'trained on `org/other`, but `m` is `local("base")`' in warning.message
 
 
-def test_a_model_with_an_adapter_beside_it_is_not_taken(copy: Path) -> None:
-    """With peft the library would put that on the model, and without it not."""
+def test_folder_with_both_model_and_adapter_is_rejected(copy: Path) -> None:
+    """With peft installed, transformers would apply the adapter; without it, not."""
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(copy / "tuned" / file, copy / "base" / file)
     text = program(experiment("e", *LINES), 'model m = local("base")\n')
     found = check_source(Source(text, copy / "file.mech")).diagnostics
-    assert besides(found) == ["E0440"]
+    assert other_codes(found) == ["E0440"]
     assert ("`base` is an adapter for another model, as well as a model") in {
         d.message for d in found
     }
 
 
-def test_an_adapter_in_the_cache(
+def test_adapter_in_the_hub_cache_needs_a_base(
     copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     snapshot = tmp_path / "models--org--twos" / "snapshots" / "0a1b"
@@ -550,12 +560,12 @@ def test_an_adapter_in_the_cache(
         experiment("e", *LINES).replace("model m", "model tuned"),
         f'model m = local("base")\n{line}',
     )
-    assert not besides(check_source(Source(text, copy / "file.mech")).diagnostics)
+    assert not other_codes(check_source(Source(text, copy / "file.mech")).diagnostics)
     alone = text.replace(", base: m", "").replace('model m = local("base")\n', "")
-    assert besides(check_source(Source(alone, copy / "file.mech")).diagnostics) == ["E0440"]
+    assert other_codes(check_source(Source(alone, copy / "file.mech")).diagnostics) == ["E0440"]
 
 
-def test_an_untrusted_file_reads_no_adapter_from_elsewhere(copy: Path, tmp_path: Path) -> None:
+def test_untrusted_file_rejects_adapters_outside_its_folder(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     shutil.move(copy / "tuned", tmp_path / "elsewhere" / "tuned")
     text = program(experiment("e", *LINES).replace("model m", "model tuned"))
@@ -567,7 +577,7 @@ def test_an_untrusted_file_reads_no_adapter_from_elsewhere(copy: Path, tmp_path:
         assert "E0535" in {d.code for d in found}
 
 
-# --- handed over ----------------------------------------------------------------------------------
+# --- passed from Python ---------------------------------------------------------------------------
 
 
 STATES = ("around it", "in its modules", "merged in place", "merged")
@@ -576,9 +586,11 @@ STATES = ("around it", "in its modules", "merged in place", "merged")
 @pytest.mark.parametrize(
     ("family", "state"), in_turn(list(lora.TARGETS), STATES, ["llama", "gpt2", "gpt_neox"])
 )
-def test_a_model_with_an_adapter_is_handed_over(family: str, state: str) -> None:
-    """Active adapters are a part of the modules: logits, heads and neurons are those of weights
-    that are merged by hand."""
+def test_model_from_python_with_active_adapter_equals_merged_weights(
+    family: str, state: str
+) -> None:
+    """Active adapters are a part of the modules: logits, heads and neurons equal those of merged
+    weights."""
     from peft import LoraConfig
 
     module: Any = lora.base(family)
@@ -612,19 +624,19 @@ def test_a_model_with_an_adapter_is_handed_over(family: str, state: str) -> None
     assert (plain - expected.logits).abs().max() > 0.5
 
 
-def test_patching_with_an_adapter_that_is_not_merged(folder: Path) -> None:
+def test_patching_a_model_with_unmerged_adapter_equals_merged_weights(folder: Path) -> None:
     made = lora.trained("gpt2")
     models = 'model m = local("handed over")\n'
     found = ran(
         program(experiment("e", *LINES), models), folder, {"m": (made, fast(families.tokenizer()))}
     )["e"]
     tuned = lora.merged_by_hand("gpt2", made)
-    same(found.measures[0], by_hand("gpt2", tuned, tuned, LAYERS), slice(0, 3))
+    same(found.measures[0], reference_values("gpt2", tuned, tuned, LAYERS), slice(0, 3))
     assert {type(part).__name__ for part in made.modules()} >= {"Linear", "PeftModel"}
 
 
-def test_dora_is_read_as_it_runs() -> None:
-    """Its heads are no sum of weights and products, which other adapters' are."""
+def test_head_out_of_an_unmerged_dora_adapter_equals_merged_weights() -> None:
+    """Unlike those of other adapters, its heads aren't sums of weights and products."""
     made = lora.wrapped(lora.base("llama"), "llama", use_dora=True)
     with torch.no_grad():
         for name, weight in made.named_parameters():
@@ -641,7 +653,7 @@ def test_dora_is_read_as_it_runs() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING", "ADAPTION_PROMPT", "ALORA"])
-def test_adapters_of_inputs_are_refused(kind: str) -> None:
+def test_adapters_of_model_inputs_are_rejected(kind: str) -> None:
     import peft
 
     task = {"task_type": "CAUSAL_LM"}
@@ -662,7 +674,7 @@ def test_adapters_of_inputs_are_refused(kind: str) -> None:
     assert f"`{kind}`" in raised.value.diagnostics[0].message
 
 
-def test_a_base_with_an_adapter_of_its_own_is_refused(copy: Path) -> None:
+def test_base_that_already_has_an_adapter_is_rejected(copy: Path) -> None:
     model, _ = adopt_model("m", lora.wrapped(lora.base("llama"), "llama"), families.tokenizer())
     assert model is not None
     _, found = load_adapter(statement(str(copy / "tuned"), base="m"), model)
@@ -670,7 +682,7 @@ def test_a_base_with_an_adapter_of_its_own_is_refused(copy: Path) -> None:
     assert "`merge_and_unload()`" in found[0].help_text
 
 
-def test_a_base_that_cannot_be_copied_is_named(copy: Path) -> None:
+def test_base_that_cannot_be_copied_is_rejected(copy: Path) -> None:
     model, _ = adopt_model("m", lora.base("llama"), families.tokenizer())
     assert model is not None
     vars(model.module.get_submodule("model.layers.1"))["held"] = Lock()
@@ -680,7 +692,7 @@ def test_a_base_that_cannot_be_copied_is_named(copy: Path) -> None:
     assert "lock" in found[0].label_text
 
 
-def test_a_base_that_is_spread_is_refused(copy: Path) -> None:
+def test_base_distributed_over_devices_is_rejected(copy: Path) -> None:
     model, _ = adopt_model("m", lora.base("llama"), families.tokenizer())
     assert model is not None
     vars(model.module.get_submodule("model.layers.1"))["_hf_hook"] = object()
@@ -689,7 +701,7 @@ def test_a_base_that_is_spread_is_refused(copy: Path) -> None:
     assert "are distributed over devices" in found[0].label_text
 
 
-def test_adapters_that_break_a_check_are_named(copy: Path) -> None:
+def test_failed_check_on_a_peft_model_suggests_merging(copy: Path) -> None:
     from peft import LNTuningConfig, get_peft_model
 
     module: Any = lora.base("llama")

@@ -1,7 +1,7 @@
-"""Every site of every verified family against hooks written by hand (A1, A8).
+"""Every site of every verified family against plain hooks (A1, A8).
 
-The package gets ragged prompts in one padded batch, or rows that start in the middle of one, many
-side by side; the reference gets each prompt alone, without mask or positions.
+The package gets ragged prompts in one padded batch, or many packed rows that start in the middle;
+the reference gets each prompt alone, without mask or positions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SIDED = in_turn(families.VERIFIED, ("left", "right"), families.VERIFIED_KINDS)
 BASES = [[1, 9, 22, 31, 17, 40, 5, 28], [1, 14, 8, 51, 33], [1, 30, 11, 6, 45, 19]]
 SOURCES = [[1, 12, 37, 5, 23], [1, 44, 29, 16, 50, 3, 21, 8], [1, 25, 42, 13]]
 TOKENS = (7, 41)
-"""The logit difference is between these, at the last token."""
+"""Tokens of the logit difference, taken at the last token."""
 
 ABSOLUTE = 1e-4
 RELATIVE = 1e-3
@@ -54,7 +54,7 @@ RELATIVE = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """What is written into one base prompt: read positions, written positions, units."""
+    """A patch of one base prompt: read positions, written positions, units."""
 
     source: tuple[int, ...]
     base: tuple[int, ...]
@@ -64,7 +64,7 @@ class Case:
 def cases(count: int, seed: int) -> list[Case]:
     """Two positions per prompt, one of them the last token; some of `count` units at each.
 
-    Several heads at one position have to add up, and one neuron alone may do next to nothing.
+    Effects of several heads at one position must add up; a single neuron may have almost none.
     """
     draw = random.Random(seed)
     made: list[Case] = []
@@ -143,7 +143,7 @@ class Way:
     packed: bool = True
     shortcuts: Shortcuts | None = None
     last: bool = False
-    """Only the last token's logits are asked for, so that the last block is cut."""
+    """Request only the last token's logits, so that the last block is cut."""
 
 
 WHOLE = Way("whole", packed=False)
@@ -157,7 +157,7 @@ OFF: dict[str, Shortcuts] = {
     "last": Shortcuts(last=False),
     "all": Shortcuts(resume=False, inside=False, prefix=False, last=False),
 }
-"""By what is switched off."""
+"""Shortcuts by the name of the one that is switched off."""
 
 
 def keep(model: LoadedModel, batch: Batch) -> ActivationCache:
@@ -188,7 +188,7 @@ def in_the_pass(
     way: Way,
     tokens: Tensor | None = None,
 ) -> list[Tensor]:
-    """Logits of each row, [T, vocab]; [1, vocab] where only the last token is asked for."""
+    """Logits of each row, [T, vocab]; [1, vocab] if only the last token is requested."""
     lengths = [len(BASES[lane]) for lane in lanes]
     final = places(range(len(lanes)), lengths, last=way.last)
     if not way.packed:
@@ -248,7 +248,7 @@ def layers_of(model: LoadedModel, site: str) -> range:
 def compare(
     model: LoadedModel, family: str, site: str, side: PaddingSide, ways: Sequence[Way] = WAYS
 ) -> tuple[float, float, float]:
-    """Largest difference of logits, the same relative to the effect, and the smallest effect."""
+    """Largest absolute and relative error of the logits, and the smallest effect."""
     worst = relative = 0.0
     smallest = float("inf")
     base = Batch.of(BASES, model.pad_id, side)
@@ -288,10 +288,10 @@ def available(family: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("family", "side"), SIDED)
-def test_every_site_is_patched_and_ablated_as_by_hand(
+def test_patches_and_ablations_of_every_site_equal_hooks(
     loaded: dict[str, LoadedModel], family: str, side: PaddingSide
 ) -> None:
-    """In a whole pass, and packed: all tokens' logits, and the last ones' alone."""
+    """In full and packed passes, with logits of all tokens and of the last token alone."""
     for site in available(family):
         held(loaded[family], family, site, side, WAYS)
 
@@ -299,7 +299,7 @@ def test_every_site_is_patched_and_ablated_as_by_hand(
 def held(
     model: LoadedModel, family: str, site: str, side: PaddingSide, ways: Sequence[Way]
 ) -> None:
-    """The package's logits at a site are those of the hand-written hooks."""
+    """Check that the package's logits for writes at a site equal those of plain hooks."""
     worst, relative, smallest = compare(model, family, site, side, ways)
     assert worst <= ABSOLUTE, f"{site}: logits off by {worst:.1e}"
     assert relative <= RELATIVE, f"{site}: effect off by {relative:.1e}"
@@ -309,10 +309,10 @@ def held(
 @pytest.mark.slow
 @pytest.mark.parametrize("off", OFF)
 @pytest.mark.parametrize("family", families.VERIFIED)
-def test_without_a_shortcut_every_site_is_still_as_by_hand(
+def test_patches_with_a_shortcut_off_equal_hooks(
     loaded: dict[str, LoadedModel], family: str, off: str
 ) -> None:
-    """Site by site; all together they ride in the passes of the test below."""
+    """Tested site by site; the next test packs all sites into joint passes."""
     side: PaddingSide = "left" if len(off) % 2 else "right"
     ways = [Way(off, shortcuts=OFF[off]), Way(f"{off}, last", shortcuts=OFF[off], last=True)]
     for site in available(family):
@@ -347,7 +347,7 @@ def joined(
 
 
 @pytest.mark.parametrize(("family", "side"), SIDED)
-def test_rows_of_all_sites_layers_and_prompts_ride_in_one_pass(
+def test_packed_rows_of_all_sites_layers_and_prompts_equal_hooks(
     loaded: dict[str, LoadedModel], family: str, side: PaddingSide
 ) -> None:
     model = loaded[family]
@@ -366,7 +366,7 @@ def test_rows_of_all_sites_layers_and_prompts_ride_in_one_pass(
 
 
 @pytest.mark.parametrize(("family", "side"), SIDED)
-def test_the_logits_of_some_tokens_are_a_slice_of_all(
+def test_logits_of_selected_tokens_equal_a_slice_of_all(
     loaded: dict[str, LoadedModel], family: str, side: PaddingSide
 ) -> None:
     model = loaded[family]
@@ -382,7 +382,7 @@ def test_the_logits_of_some_tokens_are_a_slice_of_all(
 
 
 @pytest.mark.parametrize("family", some(families.VERIFIED, families.VERIFIED_KINDS))
-def test_every_site_is_read_as_by_hand(loaded: dict[str, LoadedModel], family: str) -> None:
+def test_reads_of_every_site_equal_hooks(loaded: dict[str, LoadedModel], family: str) -> None:
     model = loaded[family]
     batch = Batch.of(BASES, model.pad_id, "left")
     for layer in range(model.shape.n_layers):
@@ -396,7 +396,7 @@ def test_every_site_is_read_as_by_hand(loaded: dict[str, LoadedModel], family: s
                 assert float((got - want).abs().max()) <= ABSOLUTE, site
 
 
-def test_available_sites_are_the_models(loaded: dict[str, LoadedModel]) -> None:
+def test_shape_sites_are_those_of_the_reference(loaded: dict[str, LoadedModel]) -> None:
     for family in families.VERIFIED:
         assert loaded[family].shape.sites == {*available(family), *ATTENTION_INTERNAL_SITES}
 
@@ -408,7 +408,7 @@ def in_all(anatomy: Anatomy, site: str) -> HookPoint:
 
 
 def with_blocks(anatomy: Anatomy, **changed: HookPoint) -> Anatomy:
-    """With other taps in all blocks; `{layer}` in a path stands for the block's number."""
+    """Replace taps in all blocks; `{layer}` in a path is the block's number."""
     blocks = [
         block.with_taps(
             **{
@@ -436,7 +436,7 @@ def _interleaved(model: LoadedModel) -> LoadedModel:
 
 
 @pytest.mark.parametrize(("family", "broken"), [("llama", _swapped), ("gpt2", _interleaved)])
-def test_the_comparison_fails_on_a_wrong_tap(
+def test_comparison_fails_on_a_wrong_tap(
     loaded: dict[str, LoadedModel], family: str, broken: Callable[[LoadedModel], LoadedModel]
 ) -> None:
     worst, relative, _ = compare(broken(loaded[family]), family, "v", "left")
@@ -444,10 +444,10 @@ def test_the_comparison_fails_on_a_wrong_tap(
     assert relative > RELATIVE
 
 
-def test_the_comparison_fails_on_a_hook_that_misses_the_residual_branch(
+def test_comparison_fails_on_a_hook_that_misses_the_residual_branch(
     loaded: dict[str, LoadedModel],
 ) -> None:
-    """`resid_mid` written on the second norm's input alone leaves the stream as it was."""
+    """Writing `resid_mid` only at the second norm's input leaves the residual stream as is."""
     model = loaded["llama"]
     norm = model.anatomy.blocks[0].mlp_norm
     assert norm is not None
@@ -458,7 +458,7 @@ def test_the_comparison_fails_on_a_hook_that_misses_the_residual_branch(
     assert relative > RELATIVE
 
 
-def test_the_comparison_fails_when_padding_is_forgotten(
+def test_comparison_fails_when_positions_ignore_padding(
     loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Batch, "columns", lambda self, rows, positions: positions)

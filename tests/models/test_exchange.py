@@ -1,4 +1,4 @@
-"""Attention that is written past the library's functions, exchanged and packed all the same."""
+"""Replacing and packing attention that bypasses the library's attention functions."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": True},
     ),
 }
-"""Family and what is changed of its config."""
+"""Family and config changes by case."""
 
 ROWS = [
     [1, 9, 22, 31, 17, 40, 5, 28, 33],
@@ -78,7 +78,7 @@ ROWS = [
 
 @dataclass
 class Bare:
-    """What `exchanged` asks of a model."""
+    """The attributes of a model that `exchange_attention` needs."""
 
     module: nn.Module
     device: ClassVar[torch.device] = torch.device("cpu")
@@ -102,7 +102,7 @@ def logits(module: nn.Module, batch: Batch) -> Tensor:
 
 @contextmanager
 def counted(module: nn.Module) -> Generator[list[nn.Module]]:
-    """The modules that attended with `plain` in place of what they do."""
+    """Record the modules whose attention ran through the replacement."""
     calls: list[nn.Module] = []
 
     def attend(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +116,7 @@ def counted(module: nn.Module) -> Generator[list[nn.Module]]:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", VARIANTS)
-def test_outputs_are_the_modules_own(case: str, side: PaddingSide) -> None:
+def test_replaced_attention_equals_the_original(case: str, side: PaddingSide) -> None:
     for seed in (0, 1):
         module = build(case, seed)
         batch = Batch.of(ROWS, 0, side)
@@ -131,7 +131,9 @@ def test_outputs_are_the_modules_own(case: str, side: PaddingSide) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["gptj", "codegen", "gpt_neo", "bloom", "mpt", "falcon, biases"])
-def test_half_precision(case: str, dtype: torch.dtype) -> None:
+def test_replaced_attention_in_half_precision_equals_the_original(
+    case: str, dtype: torch.dtype
+) -> None:
     module = build(case).to(dtype)
     batch = Batch.of(ROWS, 0, "left")
     expected = logits(module, batch)
@@ -155,7 +157,7 @@ def adopted(case: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
 
 
 @pytest.mark.parametrize("case", some(VARIANTS, list(VARIANTS)[::3]))
-def test_rows_are_those_of_whole_passes(case: str) -> None:
+def test_packed_rows_with_replaced_attention_equal_full_passes(case: str) -> None:
     """Every site and layer, at an early token and at a late one."""
     model = adopted(case)
     for side in ("left", "right"):
@@ -165,15 +167,15 @@ def test_rows_are_those_of_whole_passes(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["codegen", "mpt", "bloom"])
-def test_rows_in_half_precision(case: str) -> None:
-    """Positions or biases are of a wider type than the model."""
+def test_models_with_wide_positions_are_restartable_in_bfloat16(case: str) -> None:
+    """Positions or biases have a wider dtype than the model."""
     assert adopted(case, torch.bfloat16).restartable
 
 
 # --- masks ----------------------------------------------------------------------------------------
 
 
-def test_biases_are_part_of_one_mask_for_all_blocks() -> None:
+def test_alibi_biases_share_one_mask_in_all_blocks() -> None:
     model = adopted("bloom, heads not a power of two")
     masks = [kept.mask for kept in kept_of(model, "left", ROWS).attention.values()]
     assert all(mask is masks[0] for mask in masks)
@@ -190,7 +192,7 @@ def test_biases_are_part_of_one_mask_for_all_blocks() -> None:
 
 
 @pytest.mark.parametrize("case", ["bloom", "mpt", "gpt_neo", "falcon, biases, eager"])
-def test_lanes_of_equal_length_share_a_mask(case: str) -> None:
+def test_prompts_of_equal_length_share_one_mask(case: str) -> None:
     model = adopted(case)
     kept = kept_of(model, "left", [row[:4] for row in ROWS])
     masks = [each.mask for each in kept.attention.values()]
@@ -201,7 +203,7 @@ def test_lanes_of_equal_length_share_a_mask(case: str) -> None:
     assert masks[0].shape[0] == 1
 
 
-def test_windows_hide_what_lies_behind_them() -> None:
+def test_local_attention_mask_hides_tokens_outside_the_window() -> None:
     first, *others = kept_of(adopted("gpt_neo"), "left", ROWS).attention.values()
     assert first.mask is not None
     sees = [
@@ -211,12 +213,14 @@ def test_windows_hide_what_lies_behind_them() -> None:
     assert sees == [[*range(1, 10)], [1, 2, *[3] * 7], [1, 2, *[3] * 7]]
 
 
-# --- nothing stays behind -------------------------------------------------------------------------
+# --- cleanup --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("family", ["gptj", "bloom", "falcon"])
-def test_modules_are_left_as_they_were(family: str, error: type[BaseException]) -> None:
+def test_interrupted_attention_replacement_restores_modules(
+    family: str, error: type[BaseException]
+) -> None:
     module = build(family)
     config = cast(Any, module).config
     batch, before = Batch.of(ROWS, 0, "left"), config._attn_implementation
@@ -237,7 +241,7 @@ def test_modules_are_left_as_they_were(family: str, error: type[BaseException]) 
     assert torch.equal(logits(module, batch), expected)
 
 
-def test_a_forward_of_someone_else_comes_back() -> None:
+def test_custom_forward_is_restored_after_the_replacement() -> None:
     module = build("bloom")
     part = cast(Any, module).transformer.h[1].self_attention
     own = part.forward
@@ -254,7 +258,7 @@ def test_a_forward_of_someone_else_comes_back() -> None:
     assert part.forward is theirs
 
 
-def test_only_modules_of_the_library_have_entries() -> None:
+def test_only_library_classes_have_attention_entries() -> None:
     assert all(find_attention_entry(build(case)) is None for case in ("bloom", "falcon"))
     attention = cast(Any, build("bloom")).transformer.h[0].self_attention
     assert find_attention_entry(attention) is ATTENTION_ENTRIES["BloomAttention"]
@@ -266,8 +270,8 @@ def test_only_modules_of_the_library_have_entries() -> None:
 
 
 @pytest.mark.parametrize("way", ["plain", "packed"])
-def test_biases_of_a_wider_type_keep_their_precision(way: str) -> None:
-    """256.5 is 256 in bfloat16: tokens far from the end would be mixed up."""
+def test_float32_biases_keep_their_precision_in_bfloat16_attention(way: str) -> None:
+    """256.5 rounds to 256 in bfloat16, which would merge the biases of distant tokens."""
     zeros = torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16)
     values = torch.tensor([[1.0], [0.0]]).expand(2, 4).bfloat16()[None, None]
     mask = torch.tensor([256.5, 256.0]).expand(1, 1, 2, 2)

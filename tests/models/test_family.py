@@ -30,7 +30,7 @@ class GizmoConfig(LlamaConfig):
 
 
 class GizmoBlock(LlamaDecoderLayer):
-    """A Llama block with its parts renamed, that adds half of what attention returns."""
+    """A Llama block with renamed components that adds half of attention's output."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -39,7 +39,7 @@ class GizmoBlock(LlamaDecoderLayer):
         del self.self_attn, self.mlp
         self.mixing.gizmo = self.mixing.o_proj
         del self.mixing.o_proj
-        # Its own forward asks for the projection by Llama's name.
+        # LlamaAttention.forward looks up the projection as `o_proj`.
         object.__setattr__(self.mixing, "o_proj", lambda z: self.mixing.gizmo(z))
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -94,17 +94,17 @@ def entry() -> Iterator[None]:
     FAMILIES._entries.pop("gizmo")  # type: ignore[attr-defined]
 
 
-def test_without_an_entry_it_is_refused() -> None:
+def test_unknown_family_without_entry_is_rejected() -> None:
     found, problems = adopt_model("g", model(ROW), tokenizer())
     assert found is None
     assert [d.code for d in problems] == ["E0409"]
 
 
-def test_the_entry_is_short() -> None:
+def test_family_entry_has_fewer_than_40_lines() -> None:
     assert len(ENTRY.read_text(encoding="utf-8").splitlines()) < 40
 
 
-def test_with_the_entry_every_site_is_as_by_hand(entry: None) -> None:
+def test_every_site_of_a_family_with_entry_equals_hooks(entry: None) -> None:
     walked = walk(ROW)
     assert not walked.refused
     assert walked.agrees

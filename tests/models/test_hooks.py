@@ -1,4 +1,4 @@
-"""Whole passes: every write exactly once, and nothing stays behind (A4 to A8, A10, A14)."""
+"""Full passes: every write happens exactly once, no hook remains (A4 to A8, A10, A14)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def layer_of(site: str, layer: int) -> int | None:
 
 
 def nothing_left(module: nn.Module) -> bool:
-    """Looked at directly, without the package's own check."""
+    """Check for hooks directly, without the package's own check."""
     return not any(
         part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
         for part in module.modules()
@@ -59,7 +59,9 @@ def nothing_left(module: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("family", families.EACH)
-def test_logits_are_those_of_the_bare_model(loaded: dict[str, LoadedModel], family: str) -> None:
+def test_logits_of_a_full_pass_equal_the_bare_model(
+    loaded: dict[str, LoadedModel], family: str
+) -> None:
     model = loaded[family]
     for row in ROWS:
         alone = batch_of(model, [row])
@@ -69,13 +71,13 @@ def test_logits_are_those_of_the_bare_model(loaded: dict[str, LoadedModel], fami
 
 
 @pytest.mark.parametrize("family", families.EACH)
-def test_what_is_written_is_read_back(loaded: dict[str, LoadedModel], family: str) -> None:
+def test_reads_return_the_written_values(loaded: dict[str, LoadedModel], family: str) -> None:
     model = loaded[family]
     generator = torch.Generator().manual_seed(0)
     for site in model.shape.sites:
         where = SiteRead(site, layer_of(site, 1))
         over_keys = SITES[site].width == "key"
-        seen = 4  # of the tokens that the one at 3 attends to, in the longest prompt
+        seen = 4  # number of tokens that position 3 attends to
         shape = (
             unit_count(model.shape, site),
             seen if over_keys else vector_width(model.shape, site),
@@ -89,14 +91,14 @@ def test_what_is_written_is_read_back(loaded: dict[str, LoadedModel], family: st
             expected = before.clone()
             part = expected[0, 3, :, : shape[1]]
             part[:] = values if mode == "set" else part + values
-            if over_keys:  # windows hide some
+            if over_keys:  # sliding windows hide some keys
                 part[before[0, 3, :, : shape[1]] == 0] = 0
             real = batch.mask.bool()
             assert torch.allclose(after[real], expected[real], atol=1e-5), (site, mode)
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
-def test_a_run_patched_with_itself_stays_and_times_100_moves(
+def test_self_patch_keeps_logits_and_scaled_patch_moves_them(
     loaded: dict[str, LoadedModel], family: str
 ) -> None:
     model = loaded[family]
@@ -113,7 +115,7 @@ def test_a_run_patched_with_itself_stays_and_times_100_moves(
         assert float((moved - plain).abs().max()) > 1e-2, site
 
 
-def test_order_of_rows_does_not_matter(loaded: dict[str, LoadedModel]) -> None:
+def test_permuted_rows_give_permuted_logits(loaded: dict[str, LoadedModel]) -> None:
     for family in families.VERIFIED:
         model = loaded[family]
         order = torch.tensor([2, 0, 1])
@@ -128,7 +130,7 @@ def test_order_of_rows_does_not_matter(loaded: dict[str, LoadedModel]) -> None:
         assert torch.allclose(straight[order], permuted, atol=1e-5)
 
 
-# --- nothing stays behind -------------------------------------------------------------------------
+# --- cleanup --------------------------------------------------------------------------------------
 
 
 class _Interrupt:
@@ -141,7 +143,7 @@ class _Interrupt:
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("family", families.VERIFIED)
-def test_the_model_is_left_as_it_was(
+def test_interrupted_full_pass_restores_the_model(
     loaded: dict[str, LoadedModel], family: str, error: type[BaseException]
 ) -> None:
     model = loaded[family]
@@ -167,7 +169,7 @@ def test_the_model_is_left_as_it_was(
     assert torch.equal(call_with_batch(model, batch), before)
 
 
-def test_hooks_and_forwards_of_others_stay(loaded: dict[str, LoadedModel]) -> None:
+def test_full_pass_keeps_foreign_hooks_and_forwards(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["llama"]
     block = model.module.get_submodule("model.layers.0")
     calls: list[int] = []
@@ -185,7 +187,7 @@ def test_hooks_and_forwards_of_others_stay(loaded: dict[str, LoadedModel]) -> No
 # --- every write exactly once ---------------------------------------------------------------------
 
 
-def test_a_write_that_can_not_happen_is_refused(loaded: dict[str, LoadedModel]) -> None:
+def test_write_or_read_after_the_stop_layer_is_rejected(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["gpt2"]
     batch = batch_of(model)
     values = torch.zeros(1, model.shape.d_model)
@@ -196,8 +198,10 @@ def test_a_write_that_can_not_happen_is_refused(loaded: dict[str, LoadedModel]) 
 
 
 @pytest.mark.parametrize("order", [(0, 1, 0), (0, 0, 1), (1, 0, 0)])
-def test_a_vector_has_one_value(loaded: dict[str, LoadedModel], order: tuple[int, ...]) -> None:
-    """Which of two stands hung on chance; that both are added doesn't."""
+def test_duplicate_set_write_is_rejected_in_any_position_order(
+    loaded: dict[str, LoadedModel], order: tuple[int, ...]
+) -> None:
+    """Two set values would be ambiguous; two added values aren't."""
     model = loaded["gpt2"]
     positions, nothing = torch.tensor(order), torch.zeros(3, dtype=torch.long)
     values = torch.ones(3, model.shape.d_model)
@@ -208,7 +212,7 @@ def test_a_vector_has_one_value(loaded: dict[str, LoadedModel], order: tuple[int
 
 
 @pytest.mark.parametrize("times", [0, 2])
-def test_a_module_that_runs_less_or_more_than_once_is_refused(
+def test_write_to_a_module_that_runs_zero_or_two_times_is_rejected(
     loaded: dict[str, LoadedModel], times: int
 ) -> None:
     model = loaded["llama"]
@@ -250,12 +254,12 @@ def _at(**changes: Any) -> Callable[[SiteWrite], SiteWrite]:
         (_at(site="router"), "no `router`"),
     ],
 )
-def test_places_that_do_not_exist_are_refused(
+def test_write_to_a_missing_row_position_unit_or_layer_is_rejected(
     loaded: dict[str, LoadedModel], change: Callable[[SiteWrite], SiteWrite], message: str
 ) -> None:
     """Row 1 has 4 tokens, so column 4 is padding or another token; `k` has two heads of four.
 
-    The place beside it exists.
+    The neighbouring index exists.
     """
     model = loaded["llama"]
     index = torch.tensor([0, 1])
@@ -264,7 +268,7 @@ def test_places_that_do_not_exist_are_refused(
         run_full(model, batch_of(model), writes=[change(write)])
 
 
-def test_one_write_has_a_vector_only_once(loaded: dict[str, LoadedModel]) -> None:
+def test_duplicate_set_write_of_a_head_is_rejected(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["gpt2"]
     here = torch.zeros(2, dtype=torch.long)
     write = SiteWrite("z", 1, here, here, here, torch.zeros(2, model.shape.d_head))
@@ -274,7 +278,7 @@ def test_one_write_has_a_vector_only_once(loaded: dict[str, LoadedModel]) -> Non
 
 
 @pytest.mark.parametrize("site", ["z", "head_out", "attn_out", "resid_mid"])
-def test_writes_act_in_the_order_in_which_they_are_given(
+def test_writes_at_one_site_act_in_the_given_order(
     loaded: dict[str, LoadedModel], site: str
 ) -> None:
     model = loaded["qwen3"]
@@ -302,7 +306,7 @@ def test_writes_act_in_the_order_in_which_they_are_given(
         assert torch.allclose(result.logits, expected, atol=1e-5)
 
 
-def test_empty_writes_do_nothing(loaded: dict[str, LoadedModel]) -> None:
+def test_empty_write_keeps_the_logits(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["gpt2"]
     none = torch.zeros(0, dtype=torch.long)
     write = SiteWrite("z", 1, none, none, none, torch.zeros(0, model.shape.d_head))
@@ -314,7 +318,9 @@ def test_empty_writes_do_nothing(loaded: dict[str, LoadedModel]) -> None:
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
-def test_a_run_that_stops_early_reads_the_same(loaded: dict[str, LoadedModel], family: str) -> None:
+def test_reads_of_a_stopped_run_equal_a_full_run(
+    loaded: dict[str, LoadedModel], family: str
+) -> None:
     model = loaded[family]
     batch = batch_of(model)
     ran: list[int] = []
@@ -337,7 +343,7 @@ def test_a_run_that_stops_early_reads_the_same(loaded: dict[str, LoadedModel], f
     )
 
 
-def test_only_wanted_positions_are_unembedded(loaded: dict[str, LoadedModel]) -> None:
+def test_logits_at_selected_positions_equal_a_slice_of_all(loaded: dict[str, LoadedModel]) -> None:
     for family in families.KINDS:
         model = loaded[family]
         batch = batch_of(model)
@@ -353,7 +359,7 @@ def test_only_wanted_positions_are_unembedded(loaded: dict[str, LoadedModel]) ->
         assert torch.allclose(some.flatten(0, 1), expected, atol=1e-5)
 
 
-def test_only_wanted_tokens_are_unembedded(loaded: dict[str, LoadedModel]) -> None:
+def test_logits_of_selected_tokens_equal_a_slice_of_all(loaded: dict[str, LoadedModel]) -> None:
     wanted = torch.tensor([31, 4, 4, 52])
     for family in families.KINDS:
         model = loaded[family]
@@ -373,7 +379,7 @@ def test_only_wanted_tokens_are_unembedded(loaded: dict[str, LoadedModel]) -> No
         assert torch.allclose(found.largest, whole.logits.abs().amax(-1), atol=1e-5)
 
 
-def test_the_largest_logit_is_looked_for_in_parts(
+def test_largest_logit_of_chunked_unembedding_is_the_same(
     loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, some = loaded["llama"], torch.tensor([3, 9])
@@ -386,8 +392,8 @@ def test_the_largest_logit_is_looked_for_in_parts(
     assert torch.allclose(parts, whole, atol=1e-5)
 
 
-def test_reads_see_the_writes_and_later_sites_too(loaded: dict[str, LoadedModel]) -> None:
-    """Writes at several sites of one run are done in the order of the forward pass."""
+def test_reads_include_writes_at_earlier_and_later_sites(loaded: dict[str, LoadedModel]) -> None:
+    """Writes at several sites of one run happen in the order of the forward pass."""
     model = loaded["gpt2"]
     batch = batch_of(model)
     mid, out = SiteRead("resid_mid", 1), SiteRead("attn_out", 1)
@@ -398,14 +404,14 @@ def test_reads_see_the_writes_and_later_sites_too(loaded: dict[str, LoadedModel]
     assert torch.allclose(reads[out][0, 3, 0], values[0] * 3)
 
 
-def test_reads_are_copies_of_their_own(loaded: dict[str, LoadedModel]) -> None:
+def test_reads_do_not_keep_a_larger_tensor_alive(loaded: dict[str, LoadedModel]) -> None:
     read = SiteRead("v", 0)
     model = loaded["gpt2"]
     value = run_full(model, batch_of(model), reads=[read]).reads[read]
     assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
-def test_batches() -> None:
+def test_batch_records_starts_lengths_and_positions() -> None:
     for side, starts in (("left", [0, 3, 2]), ("right", [0, 0, 0])):
         batch = Batch.of(ROWS, 0, side)  # type: ignore[arg-type]
         assert batch.starts.tolist() == starts

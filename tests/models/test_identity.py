@@ -1,4 +1,4 @@
-"""What a model is: the same for a copy of it, another one for any other."""
+"""Identity of a model: equal for copies, different for any other model."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def of(folder: Path, **more: Any) -> str | None:
     return folder_identity(statement(str(folder), **more), folder, base=base)
 
 
-def test_a_copy_is_the_same(folder: Path, tmp_path: Path) -> None:
+def test_identity_of_a_copied_folder_is_the_same(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     assert of(folder) == of(other) == of(other, dtype="bfloat16", revision="main")
 
 
-def test_what_changes_nothing(folder: Path) -> None:
+def test_identity_ignores_files_that_loading_does_not_read(folder: Path) -> None:
     before = of(folder)
     for name in ("README.md", "training_args.bin", "trainer_state.json", ".gitattributes"):
         (folder / name).write_text("{}", encoding="utf-8")
@@ -84,7 +84,7 @@ def test_what_changes_nothing(folder: Path) -> None:
         "special_tokens_map.json",
     ],
 )
-def test_any_file_that_is_read(name: str, folder: Path) -> None:
+def test_identity_depends_on_every_file_that_loading_reads(name: str, folder: Path) -> None:
     before = of(folder)
     path = folder / name
     path.write_bytes((path.read_bytes() if path.exists() else b"{}") + b" ")
@@ -93,7 +93,7 @@ def test_any_file_that_is_read(name: str, folder: Path) -> None:
     assert of(folder) != before
 
 
-def test_shards_in_a_folder_of_their_own(folder: Path) -> None:
+def test_identity_depends_on_shards_in_a_subfolder(folder: Path) -> None:
     (folder / "parts").mkdir()
     shard = folder / "parts" / "one.safetensors"
     shard.write_bytes(b"1")
@@ -104,7 +104,7 @@ def test_shards_in_a_folder_of_their_own(folder: Path) -> None:
     assert of(folder) != before
 
 
-def test_weights_go_through_the_memo(folder: Path) -> None:
+def test_folder_identity_uses_the_given_hash_function(folder: Path) -> None:
     asked: list[str] = []
 
     def hashed(path: Path) -> str:
@@ -116,7 +116,7 @@ def test_weights_go_through_the_memo(folder: Path) -> None:
     assert found == of(folder)
 
 
-def test_hash_of_weights(folder: Path) -> None:
+def test_weight_hash_depends_on_files_and_their_order(folder: Path) -> None:
     one = folder / "model.safetensors"
     two = folder / "two.safetensors"
     two.write_bytes(b"2")
@@ -124,12 +124,12 @@ def test_hash_of_weights(folder: Path) -> None:
     assert len({hash_weights([one]), hash_weights([one, two]), hash_weights([two, one])}) == 3
 
 
-def test_adapters(tmp_path: Path) -> None:
+def test_adapter_identity_depends_on_base_config_and_weights(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
     (adapter / "adapter_model.safetensors").write_bytes(b"1")
-    assert of(adapter, base="toy") is None  # what the base is can't be told
+    assert of(adapter, base="toy") is None  # the base's identity is unknown
     first = of(adapter, base="toy", of_base="a")
     assert first != of(adapter, base="toy", of_base="b")
     (adapter / "adapter_model.safetensors").write_bytes(b"2")
@@ -138,8 +138,8 @@ def test_adapters(tmp_path: Path) -> None:
     assert len({first, second, of(adapter, base="toy", of_base="a")}) == 3
 
 
-def test_loaded_from_a_folder(folder: Path) -> None:
-    """The same string as without loading it."""
+def test_identity_of_a_loaded_model_equals_its_folder_identity(folder: Path) -> None:
+    """Loading gives the same string as hashing the folder."""
     model, found = load_model(statement(str(folder)), base=Path())
     assert model is not None, found
     assert model.identity == compute_identity(model) == of(folder)
@@ -149,7 +149,7 @@ def test_loaded_from_a_folder(folder: Path) -> None:
 
 
 class Doubled(nn.Module):
-    """A block's output, `by` times."""
+    """A block whose output is multiplied by `by`."""
 
     def __init__(self, inner: nn.Module, by: float) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def unchanged() -> LoadedModel:
 
 
 def described(module: Any) -> LoadedModel:
-    """A copy of `unchanged` with its sites; proving them takes longer than the identity."""
+    """`unchanged` with another module; proving its sites again would take longer."""
     return replace(unchanged(), module=module)
 
 
@@ -194,7 +194,7 @@ def told(module: Any) -> str:
     return found
 
 
-def test_twice_the_same(module: Any) -> None:
+def test_identity_of_a_model_from_python_is_reproducible(module: Any) -> None:
     assert told(module) == told(module) == compute_identity(unchanged())
 
 
@@ -203,7 +203,7 @@ def weight(module: Any) -> None:
 
 
 def buffer(module: Any) -> None:
-    """One that isn't saved with the weights."""
+    """Modify a buffer that isn't saved with the weights."""
     rotary = module.model.rotary_emb
     assert "inv_freq" in rotary._non_persistent_buffers_set
     rotary.inv_freq *= 2
@@ -233,19 +233,21 @@ CHANGES = [weight, buffer, number, config, activation, wrapper, precision]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_it_holds(change: Callable[[Any], None], module: Any) -> None:
+def test_identity_depends_on_weights_buffers_config_and_modules(
+    change: Callable[[Any], None], module: Any
+) -> None:
     change(module)
     assert told(module) != compute_identity(unchanged())
 
 
-def test_a_number_of_a_class_of_its_own(module: Any) -> None:
+def test_identity_depends_on_a_number_in_a_custom_module(module: Any) -> None:
     wrapper(module)
     before = told(module)
     module.model.layers[1].mlp.by = 1.5
     assert told(module) != before
 
 
-def test_the_code_of_a_class_of_its_own(
+def test_identity_depends_on_the_source_of_a_custom_class(
     module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "own_block_of_a_test.py"
@@ -328,14 +330,14 @@ HELD: dict[str, tuple[Callable[[], Any], Callable[[Any, pytest.MonkeyPatch], obj
     ),
     "named tuple": (lambda: Pair(1.0, [1.0]), lambda held, patch: held.other.append(2.0)),
 }
-"""Attributes of a module, and changes of what they hold."""
+"""Attributes of a module, and functions that modify their contents."""
 
 
 def other_two(self: Any, x: Any) -> Any:
     return 2.0
 
 
-def test_identity_with_changed_object_of_the_user_differs(
+def test_identity_depends_on_user_objects_in_a_module(
     module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def explain() -> str:
@@ -355,13 +357,13 @@ def test_identity_with_changed_object_of_the_user_differs(
     assert explain() == before
 
 
-def test_identity_of_a_field_of_a_named_tuple_is_known(module: Any) -> None:
+def test_identity_of_a_named_tuple_field_is_defined(module: Any) -> None:
     pair = Pair(2.0, None)
     module.model.own = lambda x: x * pair.by
     assert explain_identity(described(module))[1] == ""
 
 
-def test_array_of_objects_cannot_be_identified(module: Any) -> None:
+def test_model_with_an_array_of_objects_has_no_identity(module: Any) -> None:
     module.model.own = np.array([object()])
     assert "is an array of objects" in explain_identity(described(module))[1]
 
@@ -390,7 +392,7 @@ ADAPTERS: dict[str, Callable[[Any], object]] = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 @pytest.mark.parametrize("change", ADAPTERS)
-def test_identity_with_changed_adapter_differs(change: str, module: Any) -> None:
+def test_identity_depends_on_scale_rank_and_state_of_an_adapter(change: str, module: Any) -> None:
     made = adapted(module)
     before = told(made)
     assert told(made) == before != compute_identity(unchanged())
@@ -508,7 +510,9 @@ def keeps_results(module: Any) -> None:
         (keeps_results, "is a `_lru_cache_wrapper`, which can't be told"),
     ],
 )
-def test_what_cannot_be_told(change: Callable[[Any], None], said: str, module: Any) -> None:
+def test_model_with_unidentifiable_state_has_no_identity(
+    change: Callable[[Any], None], said: str, module: Any
+) -> None:
     model = described(module)
     change(model.module)
     identity, reason = explain_identity(model)
@@ -518,7 +522,7 @@ def test_what_cannot_be_told(change: Callable[[Any], None], said: str, module: A
 
 
 @pytest.mark.parametrize("held", [math.sqrt, lambda x: x * math.sqrt(1.0)])
-def test_compiled_code_of_the_users_own_cannot_be_told(
+def test_model_with_compiled_user_code_has_no_identity(
     held: Any, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = described(module)
@@ -540,7 +544,7 @@ def test_compiled_code_of_the_users_own_cannot_be_told(
         ("utils.hub", "_hf_api", None, SimpleNamespace()),
     ],
 )
-def test_identity_with_another_state_of_a_library_cache_is_the_same(
+def test_identity_ignores_the_state_of_library_caches(
     home: str, name: str, before: Any, after: Any, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, library = handed(module), import_module(f"transformers.{home}")
@@ -550,7 +554,7 @@ def test_identity_with_another_state_of_a_library_cache_is_the_same(
     assert explain_identity(model) == first
 
 
-def test_hooks_for_all_modules(module: Any) -> None:
+def test_model_under_global_torch_hooks_has_no_identity(module: Any) -> None:
     model = described(module)
     hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
@@ -559,7 +563,9 @@ def test_hooks_for_all_modules(module: Any) -> None:
         hook.remove()
 
 
-def test_a_method_in_place_of_the_library_s(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity_depends_on_a_replaced_library_method(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = described(module)
     before = compute_identity(model)
     kind = type(module.model.layers[0].mlp)
@@ -673,7 +679,7 @@ class Act(nn.Module):
 
 
 class InMemory:
-    """A model with a class from a file, and what the tests change of it."""
+    """A model with a class from a file that the tests modify."""
 
     def __init__(self, model: LoadedModel, parts: Any, helpers: Any) -> None:
         self.model = model
@@ -712,7 +718,7 @@ def in_memory(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def redefined(at: InMemory, patch: pytest.MonkeyPatch) -> None:
-    """As a cell of a notebook does it."""
+    """Redefine a function, as a notebook cell does."""
     exec("def inner(x):\n    return x * 2", vars(at.parts))
 
 
@@ -726,7 +732,7 @@ def twice(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_library(owner: str, name: str) -> Callable[[InMemory, pytest.MonkeyPatch], None]:
-    """A function of a library is replaced by one that passes for it."""
+    """Replace a function of a library by a wrapper with its name."""
 
     def change(at: InMemory, patch: pytest.MonkeyPatch) -> None:
         found: Any = import_module(owner.partition(":")[0])
@@ -767,7 +773,7 @@ IN_MEMORY: dict[str, Callable[[InMemory, pytest.MonkeyPatch], object]] = {
 
 
 @pytest.mark.parametrize("change", IN_MEMORY)
-def test_identity_differs_where_code_in_memory_gives_other_logits(
+def test_identity_depends_on_code_modified_in_memory(
     change: str, in_memory: InMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, logits = in_memory.told(), in_memory.logits()
@@ -779,7 +785,7 @@ def test_identity_differs_where_code_in_memory_gives_other_logits(
 
 
 @pytest.mark.parametrize("name", ["through", "of_a_class"])
-def test_identity_differs_where_functions_and_classes_of_one_name_change_places(
+def test_identity_depends_on_the_order_of_functions_with_equal_names(
     name: str, in_memory: InMemory
 ) -> None:
     made = [getattr(in_memory.parts, name)(by) for by in (2.0, 3.0)]
@@ -794,7 +800,7 @@ def test_identity_differs_where_functions_and_classes_of_one_name_change_places(
 
 @pytest.mark.slow
 def test_identity_is_the_same_in_another_process(in_memory: InMemory, tmp_path: Path) -> None:
-    """Whatever Python's hashes are, and whatever was run before."""
+    """With another hash seed, and after a call of `generate`."""
     script = """
 import sys, torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -829,7 +835,7 @@ experiment e {
 
 
 @pytest.mark.filterwarnings("ignore:W0720")
-def test_run_on_a_model_whose_class_has_changed_computes_again(
+def test_run_on_a_model_with_a_modified_class_is_recomputed(
     in_memory: InMemory, tmp_path: Path
 ) -> None:
     from transformers import PreTrainedTokenizerFast
@@ -852,7 +858,7 @@ def test_run_on_a_model_whose_class_has_changed_computes_again(
 
 
 @pytest.mark.filterwarnings("ignore:W0720", "ignore:`is_gradient_checkpointing`")
-def test_run_on_a_model_with_adapters_is_stored_until_they_change(
+def test_run_on_a_model_with_adapters_is_cached_until_a_scale_differs(
     module: Any, tmp_path: Path
 ) -> None:
     from transformers import PreTrainedTokenizerFast

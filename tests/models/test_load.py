@@ -1,4 +1,4 @@
-"""Loading from folders and taking over from Python."""
+"""Loading models from folders and adopting them from Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from . import families
 from .conftest import statement
 
 
-def test_a_loaded_model_says_what_it_is(loaded: dict[str, LoadedModel]) -> None:
+def test_loaded_model_has_tokenizer_dtype_and_provenance(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["llama"]
     assert model.tokenizer is not None
     assert model.tokenizer.encode("w3 w4").ids == (1, 6, 7)
@@ -38,7 +38,7 @@ def test_a_loaded_model_says_what_it_is(loaded: dict[str, LoadedModel]) -> None:
     assert facts["torch"] == torch.__version__
 
 
-def test_hashes_tell_weights_apart(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_weight_hashes_distinguish_models(folders: dict[str, Path], tmp_path: Path) -> None:
     other = families.build("gpt2", tmp_path / "other", seed=1)
     hashes = set()
     for folder in (folders["gpt2"], other, folders["gpt2"]):
@@ -48,7 +48,7 @@ def test_hashes_tell_weights_apart(folders: dict[str, Path], tmp_path: Path) -> 
     assert len(hashes) == 2
 
 
-def test_the_statement_and_the_caller_choose_the_dtype(folders: dict[str, Path]) -> None:
+def test_dtype_of_the_caller_overrides_the_statement(folders: dict[str, Path]) -> None:
     path = str(folders["gpt2"])
     wide, _ = load_model(statement(path, dtype="float64"))
     narrow, _ = load_model(statement(path, dtype="float64"), dtype="bfloat16")
@@ -59,13 +59,15 @@ def test_the_statement_and_the_caller_choose_the_dtype(folders: dict[str, Path])
     assert narrow.provenance["dtype"] == "bfloat16"
 
 
-def test_loading_says_nothing(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_a_model_prints_nothing(
+    folders: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     load_model(statement(str(folders["qwen2"])))
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
 
 
-def test_checks_take_a_moment(folders: dict[str, Path]) -> None:
+def test_loading_with_checks_takes_under_2_seconds(folders: dict[str, Path]) -> None:
     start = time.process_time()
     load_model(statement(str(folders["llama"])))
     assert time.process_time() - start < 2
@@ -83,7 +85,7 @@ LAYERS = {"gpt2": "n_layer", "llama": "num_hidden_layers", "gpt_neox": "num_hidd
 
 
 @pytest.mark.parametrize("family", list(LAYERS))
-def test_other_layer_counts_than_the_weights(
+def test_config_with_another_layer_count_than_the_weights_is_rejected(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     fewer = configured(folders[family], tmp_path / "fewer", **{LAYERS[family]: 2})
@@ -97,7 +99,7 @@ def test_other_layer_counts_than_the_weights(
     assert [d.code for d in found] == ["E0411"]
 
 
-def test_weights_that_nothing_takes(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_unused_weights_and_files_warn(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["llama"], tmp_path / "more")
     assert load_model(statement(str(folder)))[1] == []
     own = load_file(folder / "model.safetensors")
@@ -163,7 +165,7 @@ def _unheard_of(folder: Path) -> None:
         (_unheard_of, "E0411", "can't be loaded"),
     ],
 )
-def test_folders_that_do_not_load(
+def test_folder_that_cannot_load_is_rejected(
     folders: dict[str, Path],
     tmp_path: Path,
     change: object,
@@ -181,7 +183,7 @@ def test_folders_that_do_not_load(
     assert capfd.readouterr() == ("", "")
 
 
-def test_weights_that_are_missing_are_not_drawn_at_random(
+def test_missing_weights_are_reported_instead_of_drawn_at_random(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(folders["gpt2"], tmp_path / "copy"))
@@ -190,7 +192,7 @@ def test_weights_that_are_missing_are_not_drawn_at_random(
     assert "the weights lack `transformer.h.3" in problems[0].label_text
 
 
-def test_code_of_a_model_is_not_run_and_nobody_is_asked(
+def test_loading_never_runs_remote_code_or_prompts_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -208,7 +210,7 @@ def test_code_of_a_model_is_not_run_and_nobody_is_asked(
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_hf_model_that_is_not_here_can_not_run(
+def test_hf_model_missing_from_the_cache_names_the_download_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
@@ -219,7 +221,7 @@ def test_an_hf_model_that_is_not_here_can_not_run(
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
-def test_a_model_from_python_is_taken_over(family: str) -> None:
+def test_model_from_python_is_adopted_in_eval_mode(family: str) -> None:
     module = families.module(family)
     module.train()
     model, problems = adopt_model("mine", module, families.tokenizer())
@@ -230,7 +232,7 @@ def test_a_model_from_python_is_taken_over(family: str) -> None:
     assert model.provenance["source"] == "passed from Python"
 
 
-def test_a_fast_tokenizer_of_transformers_is_taken_over(folders: dict[str, Path]) -> None:
+def test_fast_tokenizer_of_transformers_is_adopted(folders: dict[str, Path]) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folders["gpt2"])
@@ -240,14 +242,14 @@ def test_a_fast_tokenizer_of_transformers_is_taken_over(folders: dict[str, Path]
     assert model.tokenizer.encode("w3").ids == (1, 6)
 
 
-def test_what_is_no_transformers_model_is_refused() -> None:
+def test_module_that_is_no_transformers_model_is_rejected() -> None:
     model, problems = adopt_model("mine", torch.nn.Linear(2, 2), families.tokenizer())
     assert model is None
     assert [d.code for d in problems] == ["E0411"]
 
 
 @pytest.mark.slow
-def test_importing_and_loading_says_nothing(folders: dict[str, Path]) -> None:
+def test_importing_and_loading_print_nothing(folders: dict[str, Path]) -> None:
     code = (
         "import sys\nfrom mechdsl.loading.loader import inspect_model\n"
         "assert inspect_model(sys.argv[1])[0]"
@@ -271,7 +273,7 @@ OF_TEXTS = [
 
 
 @pytest.mark.parametrize("name", some(OF_TEXTS, [name for name in OF_TEXTS if "/" not in name]))
-def test_models_of_the_zoo_load(name: str) -> None:
+def test_zoo_models_load_restartable_in_under_3_seconds(name: str) -> None:
     if not weight_files(Path(zoo.__path__[0]) / name):
         pytest.skip("not trained yet")
     start = time.process_time()
@@ -282,13 +284,13 @@ def test_models_of_the_zoo_load(name: str) -> None:
     assert time.process_time() - start < 3
 
 
-def test_a_slow_tokenizer_is_refused() -> None:
+def test_slow_tokenizer_is_rejected() -> None:
     model, problems = adopt_model("mine", families.module("gpt2"), object())
     assert model is None
     assert [d.code for d in problems] == ["E0412"]
 
 
-def test_what_does_not_read_prompts_is_refused(tmp_path: Path) -> None:
+def test_speech_model_is_rejected(tmp_path: Path) -> None:
     from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
 
     config = Speech2TextConfig(

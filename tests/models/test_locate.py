@@ -1,4 +1,4 @@
-"""Finding a model's folder without the network, and saying why not."""
+"""Locating a model's folder without the network."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("607a30d783dfa663", "607a30d783dfa663"),
     ],
 )
-def test_a_snapshot_is_found_by_its_revision(hub: Path, revision: str, commit: str) -> None:
+def test_hub_snapshot_is_located_by_its_revision(hub: Path, revision: str, commit: str) -> None:
     found, problems = locate_model(statement("org/name", "hf", revision=revision), hub)
     assert not problems
     assert found is not None
@@ -54,14 +54,16 @@ def test_a_snapshot_is_found_by_its_revision(hub: Path, revision: str, commit: s
 
 
 @pytest.mark.parametrize("revision", ["abc", ""])
-def test_an_unknown_revision_is_not_checked(hub: Path, revision: str) -> None:
-    """An empty one starts every commit's name, so it is `main`, like none."""
+def test_unknown_revision_warns_and_empty_revision_means_main(hub: Path, revision: str) -> None:
+    """An empty revision is a prefix of every commit, so it means `main`."""
     found, problems = locate_model(statement("org/name", "hf", revision=revision), hub)
     assert (found is None) == bool(revision)
     assert [d.code for d in problems] == (["W0710"] if revision else [])
 
 
-def test_the_cache_follows_hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_cache_location_follows_hf_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     root = tmp_path / "hub" / "models--gpt2"
@@ -72,20 +74,20 @@ def test_the_cache_follows_hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found == root / "snapshots" / "abc"
 
 
-def test_an_hf_model_that_is_not_here_is_a_warning(hub: Path) -> None:
+def test_hf_model_missing_from_the_cache_warns(hub: Path) -> None:
     found, problems = locate_model(statement("org/other", "hf"), hub)
     assert found is None
     assert [(d.code, d.severity) for d in problems] == [("W0710", "warning")]
     assert "not on this machine" in problems[0].message
 
 
-def test_a_folder_may_be_written_in_hf(tmp_path: Path) -> None:
+def test_hf_statement_accepts_a_folder_path(tmp_path: Path) -> None:
     place = folder(tmp_path / "mine", "model.safetensors", config={})
     assert locate_model(statement("mine", "hf"), tmp_path) == (place, [])
     assert locate_model(statement(str(place), "hf"), Path("elsewhere")) == (place, [])
 
 
-def test_local_is_relative_to_the_file(tmp_path: Path) -> None:
+def test_local_path_is_relative_to_the_file(tmp_path: Path) -> None:
     place = folder(tmp_path / "runs" / "a", "model.safetensors", config={})
     assert locate_model(statement("runs/a"), tmp_path) == (place, [])
 
@@ -99,7 +101,7 @@ def test_local_is_relative_to_the_file(tmp_path: Path) -> None:
         (("consolidated.00.pth",), {}, "E0405"),
     ],
 )
-def test_local_folders_that_are_no_models(
+def test_local_folder_without_config_or_safetensors_is_rejected(
     tmp_path: Path, files: tuple[str, ...], config: object, code: str
 ) -> None:
     folder(tmp_path / "a", *files, config=config)
@@ -108,13 +110,13 @@ def test_local_folders_that_are_no_models(
     assert [d.code for d in problems] == [code]
 
 
-def test_pickled_files_beside_safetensors_do_no_harm(tmp_path: Path) -> None:
+def test_pickled_files_next_to_safetensors_are_ignored(tmp_path: Path) -> None:
     folder(tmp_path / "a", "pytorch_model.bin", "model.safetensors", config={})
     assert locate_model(statement("a"), tmp_path)[1] == []
 
 
 @pytest.mark.parametrize("kind", ["local", "hf"])
-def test_a_missing_model_is_an_error_where_it_is_needed(
+def test_missing_model_warning_becomes_an_error_for_a_run(
     hub: Path, kind: Literal["local", "hf"]
 ) -> None:
     _, problems = locate_model(statement("no/where", kind), hub)
@@ -122,7 +124,7 @@ def test_a_missing_model_is_an_error_where_it_is_needed(
     assert [d.code for d in require_model(problems)] == ["E0401"]
 
 
-def test_an_unknown_zoo_model_is_an_error_with_a_suggestion(tmp_path: Path) -> None:
+def test_unknown_zoo_model_is_rejected_with_a_suggestion(tmp_path: Path) -> None:
     _, problems = locate_model(statement("countin", "zoo"), tmp_path)
     assert [d.code for d in problems] == ["E0403"]
     assert problems[0].help_text == "did you mean `counting`?"
@@ -131,7 +133,7 @@ def test_an_unknown_zoo_model_is_an_error_with_a_suggestion(tmp_path: Path) -> N
     assert "counting" in zoo_models()
 
 
-def test_nothing_here_imports_torch() -> None:
+def test_finder_modules_do_not_import_torch() -> None:
     code = (
         "import mechdsl.models, mechdsl.models.finder, mechdsl.vocab.sites, sys;"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"

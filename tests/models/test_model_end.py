@@ -1,4 +1,4 @@
-"""The final norm as a linear map, whatever norm it is, beside its formula."""
+"""The final norm folded into a linear map, compared with each norm's formula."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EPS = 1e-5
 
 
 class Rms(nn.Module):
-    """Llama's, or with `plus` 1 Gemma's."""
+    """Llama's norm, or Gemma's with `plus` 1."""
 
     def __init__(self, width: int, plus: float = 0.0) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ NORMS: dict[str, Any] = {
 
 @pytest.mark.parametrize("width", [7, 8])
 @pytest.mark.parametrize("kind", list(NORMS))
-def test_a_norm_is_its_gain_times_a_scale(kind: str, width: int) -> None:
+def test_folded_norm_is_the_gain_times_one_scale(kind: str, width: int) -> None:
     torch.manual_seed(width)
     norm = NORMS[kind](width)
     folded = FoldedNorm(norm, width)
@@ -74,34 +74,34 @@ def test_a_norm_is_its_gain_times_a_scale(kind: str, width: int) -> None:
     found = folded.linear(x)
     scale = (found * along).sum(-1) / along.square().sum(-1)
     torch.testing.assert_close(found, along * scale[:, None], rtol=1e-4, atol=1e-4)
-    assert scale.std() < 1e-4  # one map for all vectors
+    assert scale.std() < 1e-4  # the map is the same for all vectors
     torch.testing.assert_close(folded.bias, bias, rtol=1e-5, atol=1e-5)
     assert folded.error < LINEAR_TOLERANCE
 
 
 @pytest.mark.parametrize("width", [7, 8])
-def test_what_is_no_linear_map_is_known_for_it(width: int) -> None:
+def test_folded_nonlinear_norm_exceeds_the_tolerance(width: int) -> None:
     torch.manual_seed(0)
     assert FoldedNorm(Squashed(width), width).error > LINEAR_TOLERANCE
     assert FoldedNorm(nn.Sequential(layer_norm(width), nn.GELU()), width).error > LINEAR_TOLERANCE
 
 
-def test_a_norm_in_half_precision_is_folded_in_32_bits() -> None:
+def test_half_precision_norm_is_folded_in_float32() -> None:
     torch.manual_seed(0)
     norm = layer_norm(8).to(torch.bfloat16)
     folded = FoldedNorm(norm, 8)
     x = torch.randn(3, 8)
     wide = nn.functional.layer_norm(x, (8,), norm.weight.float(), norm.bias.float(), EPS)
     torch.testing.assert_close(folded.of(x), wide, rtol=1e-5, atol=1e-5)
-    assert next(norm.parameters()).dtype == torch.bfloat16  # the model's own stays as it is
+    assert next(norm.parameters()).dtype == torch.bfloat16  # the model's norm is not modified
     assert folded.error < LINEAR_TOLERANCE
 
 
-# --- of whole models ------------------------------------------------------------------------------
+# --- whole models ---------------------------------------------------------------------------------
 
 
-def test_vectors_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many of them go through at a time, each gives its own logits."""
+def test_chunked_unembedding_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunk size does not affect the logits of a vector."""
     model = shared(bare("llama"))
     torch.manual_seed(0)
     vectors = torch.randn(7, model.shape.d_model)
@@ -113,8 +113,8 @@ def test_vectors_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found, whole[:, some])
 
 
-def test_a_norm_that_is_no_linear_map_is_refused(tmp_path: Path) -> None:
-    """Its scale can't be held; the lens goes through it all the same."""
+def test_direct_logit_rejects_a_nonlinear_norm_and_logit_lens_accepts_it(tmp_path: Path) -> None:
+    """A nonlinear norm has no scale to freeze; the logit lens needs none."""
     write_data(tmp_path)
     changed = copy.deepcopy(bare("llama"))
     changed.model.norm = Squashed(changed.config.hidden_size)

@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps on a disk while they aren't needed.
+"""Models whose weights accelerate keeps on disk while they aren't needed.
 
 Between the calls of a module its weights are `meta` tensors then. Everything is compared with the
 same model in memory.
@@ -62,7 +62,7 @@ def quiet() -> Iterator[None]:
 
 
 def parts(module: nn.Module) -> list[str]:
-    """Paths of blocks, and of all modules beside them that have no parts."""
+    """Paths of blocks, and of all leaf modules outside them."""
     paths = {path: [*part.named_children()] for path, part in module.named_modules()}
     blocks = min((p for p in paths if paths[p] and f"{p}.0" in paths), key=len)
     leaves = [path for path, children in paths.items() if not children]
@@ -90,7 +90,7 @@ def spread(folder: Path, where: Callable[[str], str], to: Path) -> Any:
 
 
 def both(folder: Path, where: str, to: Path) -> tuple[LoadedModel, LoadedModel]:
-    """In memory, and spread."""
+    """The model in memory, and with weights offloaded."""
     made: list[LoadedModel] = []
     for module in (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
@@ -119,7 +119,7 @@ def points(model: LoadedModel) -> list[SiteRead]:
 
 
 def writes_of(model: LoadedModel, sources: Mapping[SiteRead, Tensor]) -> list[SiteWrite]:
-    """In row i: at the i-th point, at two tokens, what the next prompt has there, in one unit."""
+    """Row i patches the i-th point at two tokens with one unit of the next prompt."""
     made: list[SiteWrite] = []
     for number, (where, read) in enumerate(sources.items()):
         lane, unit = number % len(ROWS), number % read.shape[2]
@@ -131,7 +131,7 @@ def writes_of(model: LoadedModel, sources: Mapping[SiteRead, Tensor]) -> list[Si
 
 
 @pytest.mark.parametrize(("where", "family"), IN_TURN)
-def test_every_site_is_as_in_memory(
+def test_every_site_of_an_offloaded_model_equals_the_model_in_memory(
     family: str, where: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     here, away = both(folders[family], where, tmp_path)
@@ -162,7 +162,7 @@ def test_every_site_is_as_in_memory(
 
 
 @pytest.mark.parametrize(("where", "family"), IN_TURN)
-def test_the_model_is_left_as_it_was(
+def test_run_restores_an_offloaded_model(
     family: str, where: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     module = spread(folders[family], SPREAD[where], tmp_path)
@@ -210,7 +210,9 @@ def test_model_after_cpu_offload_equals_the_model_in_memory(
     assert furthest(away.reads[where], here.reads[where]) <= CLOSE
 
 
-def test_its_hash_is_that_of_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_weight_hash_of_an_offloaded_model_is_the_same(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     here, away = both(folders["gpt2"], "all", tmp_path / "all")
     assert away.provenance["weights"] == here.provenance["weights"]
     for where in ("blocks on disk", "all but a block"):
@@ -220,7 +222,7 @@ def test_its_hash_is_that_of_the_weights(folders: dict[str, Path], tmp_path: Pat
         assert away.provenance["weights"] == here.provenance["weights"]
 
 
-def test_a_model_without_weights_is_refused(folders: dict[str, Path]) -> None:
+def test_model_on_the_meta_device_is_rejected(folders: dict[str, Path]) -> None:
     config = AutoConfig.from_pretrained(folders["gpt2"])
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config)
@@ -230,14 +232,16 @@ def test_a_model_without_weights_is_refused(folders: dict[str, Path]) -> None:
     assert "meta device" in problem.label_text
 
 
-def test_it_says_where_its_inputs_go(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_offloaded_model_reports_device_and_dtype(folders: dict[str, Path], tmp_path: Path) -> None:
     _, away = both(folders["llama"], "all", tmp_path)
     assert away.device == torch.device("cpu")
     assert away.dtype == torch.float32
     assert away.provenance["dtype"] == "float32"
 
 
-def test_noise_by_embeddings_on_disk(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_noise_scale_of_offloaded_embeddings_is_the_same(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     """`3 sd` is measured on the embeddings."""
     here, away = both(folders["gpt2"], "all", tmp_path)
     noise = RunNoise("embed", ((1,),), None, 3.0, (5, 6, 9))
@@ -258,7 +262,9 @@ def in_memory() -> list[Any]:
     return cells(mechdsl.run(EXAMPLE, limit=40))
 
 
-def test_a_file_gives_the_same_table(in_memory: list[Any], tmp_path: Path) -> None:
+def test_file_on_an_offloaded_model_gives_the_same_table(
+    in_memory: list[Any], tmp_path: Path
+) -> None:
     """Half of the blocks of the model are on disk."""
     module = spread(COUNTING, SPREAD["blocks on disk"], tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(COUNTING)
@@ -267,13 +273,13 @@ def test_a_file_gives_the_same_table(in_memory: list[Any], tmp_path: Path) -> No
     assert clean_model_check(module) == []
 
 
-def test_a_file_from_the_command_line(
+def test_offload_option_of_the_command_line_gives_the_same_table(
     in_memory: list[Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With memory for a part of the model, the rest is on disk."""
+    """With memory for two thirds of the model, the rest is on disk."""
     seen: list[bool] = []
     load = loader.load_model
 
@@ -296,14 +302,16 @@ def test_a_file_from_the_command_line(
     assert seen == [True]
 
 
-def test_where_all_fits_nothing_is_on_disk(in_memory: list[Any], tmp_path: Path) -> None:
+def test_offload_option_writes_nothing_if_the_model_fits(
+    in_memory: list[Any], tmp_path: Path
+) -> None:
     folder = tmp_path / "made"
     assert cells(mechdsl.run(EXAMPLE, limit=40, offload=folder)) == in_memory
     assert [*folder.iterdir()] == []
 
 
-def test_a_weight_beside_a_buffer_is_fetched() -> None:
-    """Of a module with both, accelerate leaves the buffer in memory."""
+def test_offloaded_weight_in_a_module_with_a_buffer_is_loaded() -> None:
+    """For a module with both, accelerate leaves the buffer in memory."""
     part = nn.Linear(2, 3)
     part.register_buffer("factor", torch.ones(1))
     weight = part.weight.detach().clone()
@@ -315,7 +323,9 @@ def test_a_weight_beside_a_buffer_is_fetched() -> None:
     assert part.weight.is_meta
 
 
-def test_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offload_without_accelerate_names_the_extra_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(mechdsl.MechdslError) as found:
         mechdsl.run(EXAMPLE, offload=tmp_path)
@@ -325,7 +335,7 @@ def test_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "mechdsl[offload]" in str(found.value)
 
 
-def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+def test_offload_to_an_unwritable_folder_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(mechdsl.MechdslError) as found:
@@ -344,7 +354,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
         ("mps", {"mps", "cpu"}),
     ],
 )
-def test_a_device_that_is_named_is_the_only_one(
+def test_offload_uses_only_the_named_device_and_the_cpu(
     device: str, kept: set[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "get_device", torch.device)
@@ -355,5 +365,5 @@ def test_a_device_that_is_named_is_the_only_one(
     assert set(cast("dict[object, int]", spread["max_memory"])) == kept
 
 
-def test_nothing_is_spread_without_the_option() -> None:
+def test_device_map_without_the_offload_option_is_empty() -> None:
     assert devices.plan_device_map("auto", None) is None

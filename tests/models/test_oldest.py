@@ -1,7 +1,7 @@
 """Architectures on the oldest transformers that `pyproject.toml` allows (`make test-oldest`).
 
-The tables of `tests/families` are read off the version in `constraints.txt`, where every row is
-tested. Another version may lack an architecture or name its modules otherwise: that row is skipped.
+The tables of `tests/families` describe the version in `constraints.txt`, which tests every row.
+Another version may lack an architecture or name its modules differently; its row is skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(HERE in PINNED, reason="tests/families has all o
 
 @cache
 def missing(name: str) -> str:
-    """What this version lacks of a row; empty where it's as in the tables."""
+    """Why this version doesn't match a row; empty if it does."""
     row = ROWS[name]
     try:
         module = build.model(row)
@@ -52,7 +52,7 @@ def missing(name: str) -> str:
 
 
 def paths(stack: Stack) -> Iterator[str]:
-    """Of all modules that a table names."""
+    """Paths of all modules that a table names."""
     yield from (tap[0] for tap in (stack.embed, stack.final_norm) if tap is not None)
     for layer in range(stack.count):
         block = stack.at(layer)
@@ -73,7 +73,7 @@ def there(module: nn.Module, path: str) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_site_is_as_by_hand(name: str) -> None:
+def test_every_site_on_this_transformers_version_equals_hooks(name: str) -> None:
     if reason := missing(name):
         pytest.skip(reason)
     found = walk(ROWS[name])
@@ -83,5 +83,5 @@ def test_every_site_is_as_by_hand(name: str) -> None:
     assert found.wrong() == []
 
 
-def test_most_of_them_are_there() -> None:
+def test_three_quarters_of_the_architectures_are_available() -> None:
     assert sum(not missing(name) for name in NAMES) >= len(NAMES) * 3 / 4

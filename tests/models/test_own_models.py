@@ -1,4 +1,4 @@
-"""Models that people set by hand or train at home: parts without effect, few positions."""
+"""Custom models with hand-set or trained weights: idle components, few positions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .test_against_reference import in_all, with_blocks
 from .test_verify import FAULTS, swap
 
 EMPTY = ("mlp_norm", "mlp_hidden")
-"""What a zeroed MLP leaves without effect; what it adds may still be written."""
+"""Sites without effect in a zeroed MLP; writes to `mlp_out` still have one."""
 
 
 def taken(module: nn.Module, tokenizer: Any = None, *codes: str) -> LoadedModel:
@@ -53,7 +53,7 @@ def idle(*sites: str, layers: Sequence[int]) -> set[tuple[str, str, int | None]]
 @pytest.mark.parametrize(
     "family", ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "gpt_neox"))]
 )
-def test_mlps_of_zeros_are_named_and_cost_nothing_else(family: str) -> None:
+def test_zeroed_mlps_warn_and_keep_the_model_restartable(family: str) -> None:
     model = without_mlps(family)
     assert set(model.idle) == idle(*EMPTY, layers=range(3))
     assert model.restartable
@@ -63,7 +63,7 @@ def test_mlps_of_zeros_are_named_and_cost_nothing_else(family: str) -> None:
     }
 
 
-def test_it_is_said_where() -> None:
+def test_idle_component_warning_names_site_and_layer() -> None:
     _, found = adopt_model(
         "m", own_models.silenced("gpt2", "mlp", layers=(1,)), families.tokenizer()
     )
@@ -73,24 +73,24 @@ def test_it_is_said_where() -> None:
     )
 
 
-def test_a_model_of_which_nothing_but_embeddings_is_left() -> None:
+def test_zeroed_attention_and_mlps_have_idle_sites_in_all_layers() -> None:
     model = taken(own_models.silenced("gpt2", "attn", "mlp"), None, "W0770")
     parts = (*EMPTY, "attn_norm", "q", "k", "v", "z")
     assert set(model.idle) == idle(*parts, layers=range(3))
 
 
-def test_what_is_asleep_on_the_probe_is_not_without_effect() -> None:
-    """Neurons that no prompt of the check wakes up are zero there, times a hundred too."""
+def test_neurons_inactive_on_check_prompts_are_not_idle() -> None:
+    """Neurons that are 0 on all prompts of the check stay 0 when multiplied by 100."""
     module: Any = families.module("gpt2", activation_function="relu")
     with torch.no_grad():
         module.transformer.h[1].mlp.c_fc.bias.fill_(-1000.0)
     model = taken(module, None, "W0770")
-    # No norm gets as far as to wake them; neurons themselves may be written.
+    # No norm activates them, but writes to the neurons themselves have an effect.
     assert set(model.idle) == idle("mlp_norm", layers=(1,))
 
 
 @pytest.mark.parametrize("site", ["mlp_hidden", "mlp_out", "mlp_norm", "z", "resid_mid"])
-def test_empty_parts_are_read_and_written_as_by_hand(site: str) -> None:
+def test_reads_and_writes_of_idle_sites_equal_hooks(site: str) -> None:
     model = without_mlps("gpt2")
     ids = [1, 9, 22, 31, 17]
     bare = own_models.silenced("gpt2", "mlp")
@@ -113,7 +113,7 @@ def test_empty_parts_are_read_and_written_as_by_hand(site: str) -> None:
     torch.testing.assert_close(packed.logits[0], expected[-1], atol=1e-4, rtol=1e-3)
 
 
-# --- a wrong anatomy is refused all the same ----------------------------------------------------
+# --- wrong anatomies of models with idle components ---------------------------------------------
 
 WRONG: list[tuple[str, Callable[[Anatomy], Anatomy]]] = [
     (fault, change) for family, fault, change, _ in FAULTS if family == "gpt2"
@@ -121,10 +121,10 @@ WRONG: list[tuple[str, Callable[[Anatomy], Anatomy]]] = [
 
 
 @pytest.mark.parametrize(("fault", "change"), WRONG, ids=[fault for fault, _ in WRONG])
-def test_a_wrong_anatomy_is_refused_where_nothing_has_an_effect(
+def test_wrong_anatomy_of_zeroed_attention_is_rejected(
     fault: str, change: Callable[[Anatomy], Anatomy]
 ) -> None:
-    """All of attention is zero, so that zeros pass for zeros; on a copy they don't."""
+    """Attention is all zero, so only a copy with random weights reveals the fault."""
     good = silent_attention()
     tried = verify_model(
         build_loaded_model("m", good.module, {"": BlockStack(change(good.anatomy), good.shape)})
@@ -138,7 +138,7 @@ def silent_attention() -> LoadedModel:
     return taken(own_models.silenced("gpt2", "attn"), None, "W0770")
 
 
-def test_sublayers_that_add_nothing_may_not_be_swapped() -> None:
+def test_swapped_sites_of_zeroed_mlps_are_rejected() -> None:
     good = without_mlps("gpt2")
     swapped = swap("mlp_norm", "mlp_out")(good.anatomy)
     tried = verify_model(
@@ -147,8 +147,8 @@ def test_sublayers_that_add_nothing_may_not_be_swapped() -> None:
     assert tried.model is None
 
 
-def test_a_model_that_skips_a_part_whatever_its_weights_are_is_refused() -> None:
-    """Its neurons are computed and thrown away: that isn't a matter of weights."""
+def test_mlp_output_discarded_by_a_hook_is_rejected() -> None:
+    """The neurons are computed and discarded, with any weights."""
     module: Any = families.module("gpt2")
     for block in module.transformer.h:
         block.mlp.c_proj.register_forward_hook(lambda part, args, out: out * 0)
@@ -157,8 +157,8 @@ def test_a_model_that_skips_a_part_whatever_its_weights_are_is_refused() -> None
     assert [d.code for d in found] == ["E0410"]
 
 
-def test_restarting_is_proved_on_parts_that_do_something() -> None:
-    """A block that lets its neighbour's stream in passes while that is zero."""
+def test_restart_check_detects_a_leak_through_an_idle_component() -> None:
+    """A block that adds another block's output passes the check while that output is zero."""
     module: Any = own_models.silenced("gpt2", "mlp")
     kept: list[Tensor] = []
     first, last = module.transformer.h[0].mlp, module.transformer.h[2].attn.c_attn
@@ -169,11 +169,11 @@ def test_restarting_is_proved_on_parts_that_do_something() -> None:
     assert {d.code for d in found} == {"W0711", "W0770"}
 
 
-# --- circuits set by hand -----------------------------------------------------------------------
+# --- hand-set circuits --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low", [0.0, -1e4], ids=["plain", "a logit of -10^4"])
-def test_a_circuit_set_by_hand_is_taken_and_patched(low: float) -> None:
+def test_hand_set_circuit_is_adopted_and_patched(low: float) -> None:
     module = own_models.copier(low)
     model = taken(module, own_models.words(), "W0770")
     empty = ("attn_norm", "q", "k", "v", "z")
@@ -181,7 +181,7 @@ def test_a_circuit_set_by_hand_is_taken_and_patched(low: float) -> None:
     ids, other = [3, 4, 5, 2], [3, 4, 0, 2]
     source = forward("gpt2", module, other)
     batch = Batch.of([ids], model.pad_id, "left", model.device)
-    # Token 5 stands at place 2, and is read at place 3: only there does it matter.
+    # Token 5 is at position 2 and is copied at position 3.
     for place, copied in ((2, 0), (3, 5)):
         value = source["resid_pre", 1][place]
         write = SiteWrite(
@@ -250,16 +250,16 @@ def recovered(text: str, module: nn.Module) -> tuple[dict[tuple[int, int], Any],
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_a_reverser_set_by_hand_gives_an_exact_table() -> None:
-    """What is said last is read from the first place, by block 1."""
+def test_hand_set_reverser_gives_an_exact_table() -> None:
+    """Block 1 reads the last predicted token from the first position."""
     found, _ = recovered(REVERSED, own_models.reverser())
     for (layer, place), each in found.items():
         np.testing.assert_allclose(each, float(place == 0), atol=1e-6, err_msg=f"{layer} {place}")
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_a_counter_set_by_hand_gives_an_exact_table() -> None:
-    """One more of the counted stands at place n - 1; the other places are alike in both runs."""
+def test_hand_set_counter_gives_an_exact_table() -> None:
+    """Both runs differ only at position n - 1, where one has a counted token more."""
     found, result = recovered(COUNTED, own_models.counter())
     counts = [int(n) for n in result.row_values["n"]]
     assert sorted(counts) == [2, 3, 4]
@@ -272,7 +272,7 @@ def test_a_counter_set_by_hand_gives_an_exact_table() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_models_of_few_positions(count: int) -> None:
+def test_logits_of_models_with_few_positions_equal_the_reference(count: int) -> None:
     model = taken(families.module("gpt2", n_positions=count))
     ids = [1, 9, 22, 31, 17, 40][:count]
     batch = Batch.of([ids], model.pad_id, "left", model.device)
@@ -282,7 +282,7 @@ def test_models_of_few_positions(count: int) -> None:
     torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=1e-3)
 
 
-def test_a_table_of_positions_counts_for_more_than_the_config() -> None:
+def test_position_table_overrides_the_position_count_of_the_config() -> None:
     module: Any = families.module("gpt2")
     module.transformer.wpe = nn.Embedding(3, 24)
     assert module.config.n_positions == 64
@@ -299,14 +299,14 @@ def test_a_table_of_positions_counts_for_more_than_the_config() -> None:
         ),
     ],
 )
-def test_rows_of_a_table_that_are_kept_for_padding_are_no_positions(
+def test_padding_rows_of_a_position_table_are_not_positions(
     name: str, settings: dict[str, Any]
 ) -> None:
     taken(own_models.made(name, **settings))
 
 
 def needs_bos(module: nn.Module) -> nn.Module:
-    """The model refuses prompts that don't begin with token 1."""
+    """Make a model raise on prompts that don't begin with token 1."""
 
     def look(part: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"]
@@ -319,15 +319,15 @@ def needs_bos(module: nn.Module) -> nn.Module:
     return module
 
 
-def test_a_model_that_needs_the_beginning_of_a_text_gets_it() -> None:
-    # Rows side by side begin in the middle of texts, which it refuses too.
+def test_model_that_requires_bos_is_checked_with_bos() -> None:
+    # Packed rows begin in the middle of texts, so this model can't run them.
     taken(needs_bos(families.module("gpt2")), None, "W0711")
     model, found = adopt_model("m", needs_bos(families.module("gpt2")), own_models.words())
     assert model is None
     assert "a prompt begins with <s>" in found[0].label_text
 
 
-def test_the_second_time_the_parts_without_effect_are_known(
+def test_idle_components_come_from_the_cached_checks(
     folders: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MECHDSL_CACHE", str(tmp_path / "cache"))
@@ -343,11 +343,11 @@ def test_the_second_time_the_parts_without_effect_are_known(
     assert second.checks == first.checks
 
 
-# --- heads of other kinds, and none -------------------------------------------------------------
+# --- other heads, and none ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["BertForTokenClassification", "GPT2ForTokenClassification"])
-def test_labels_of_each_token_are_logits(name: str) -> None:
+def test_logits_of_token_classifiers_equal_the_bare_model(name: str) -> None:
     module: Any = own_models.made(name, num_labels=3)
     model = taken(module)
     assert model.shape.outputs == 3
@@ -362,7 +362,7 @@ def test_labels_of_each_token_are_logits(name: str) -> None:
         torch.testing.assert_close(logits[row], alone[row][places], atol=1e-5, rtol=1e-4)
 
 
-def test_more_logits_than_tokens() -> None:
+def test_model_may_have_more_logits_than_tokens() -> None:
     module: Any = families.module("gpt2", tie_word_embeddings=False)
     module.lm_head = nn.Linear(24, 60, bias=False)
     model = taken(module)
@@ -371,22 +371,22 @@ def test_more_logits_than_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", ["BertModel", "GPT2Model"])
-def test_a_model_without_a_head_has_no_logits(name: str) -> None:
+def test_model_without_a_head_has_no_logits(name: str) -> None:
     model = taken(own_models.made(name))
     assert "logits" not in model.shape.sites
     assert "resid_post" in model.shape.sites
 
 
-# --- what stands around a model -----------------------------------------------------------------
+# --- wrappers, hooks and memory -----------------------------------------------------------------
 
 
-def test_a_compiled_model_is_taken_as_it_was() -> None:
+def test_compiled_model_is_unwrapped() -> None:
     module = families.module("gpt2")
     compiled: Any = torch.compile(module)
     assert taken(compiled).module is module
 
 
-def test_a_hook_of_the_users_is_named_where_checks_fail() -> None:
+def test_failed_check_names_a_user_hook() -> None:
     module: Any = families.module("gpt2")
     module.transformer.h[1].mlp.c_proj.register_forward_hook(lambda part, args, out: out * 0)
     model, found = adopt_model("m", module, families.tokenizer())
@@ -394,7 +394,7 @@ def test_a_hook_of_the_users_is_named_where_checks_fail() -> None:
     assert "a hook of yours on `transformer.h.1." in found[0].help_text
 
 
-def test_too_little_memory_for_the_checks_is_no_wrong_anatomy() -> None:
+def test_out_of_memory_in_the_checks_is_not_a_wrong_anatomy() -> None:
     module: Any = families.module("gpt2")
     calls = iter(range(1000))
 
@@ -412,8 +412,8 @@ def test_too_little_memory_for_the_checks_is_no_wrong_anatomy() -> None:
     assert "hook" not in found[0].help_text
 
 
-def test_a_site_at_no_module_is_said_to_be_there() -> None:
-    """An entry of a family that names a module which isn't there."""
+def test_site_at_a_missing_module_names_its_path() -> None:
+    """A family entry names a module that doesn't exist."""
     good = taken(families.module("gpt2"))
     tap = in_all(good.anatomy, "mlp_out")
     anatomy = with_blocks(good.anatomy, mlp_out=replace(tap, path="transformer.h.{layer}.nothing"))
@@ -430,7 +430,7 @@ def test_a_site_at_no_module_is_said_to_be_there() -> None:
     assert "`transformer.h.0.nothing`, which isn't a module" in tried.problems[0].label_text
 
 
-def test_looking_at_the_first_token_writes_nothing(tmp_path: Path) -> None:
+def test_observing_the_first_token_gives_no_write_warning(tmp_path: Path) -> None:
     file = tmp_path / "e.mech"
     file.write_text(
         """mech 1
@@ -451,13 +451,13 @@ experiment e {
 
 
 class Nothing(nn.Module):
-    """Adds nothing, and has no weights."""
+    """An MLP that returns zeros and has no weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
-def test_a_block_of_attention_alone_needs_no_entry() -> None:
+def test_block_with_attention_alone_needs_no_family_entry() -> None:
     module: Any = families.module("gpt2")
     for block in module.transformer.h:
         block.mlp = Nothing()
@@ -467,7 +467,7 @@ def test_a_block_of_attention_alone_needs_no_entry() -> None:
     assert model.restartable
 
 
-def test_linear_maps_beside_attention_are_no_block_of_attention_alone() -> None:
+def test_unknown_linear_map_next_to_attention_is_rejected() -> None:
     module: Any = families.module("gpt2")
     for block in module.transformer.h:
         block.mlp, block.thinking = Nothing(), nn.Linear(24, 24)

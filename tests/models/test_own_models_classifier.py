@@ -1,4 +1,4 @@
-"""docs/own-models.md, the classifier: its blocks run in order and print what stands there."""
+"""The classifier of docs/own-models.md: its blocks run in order and print the shown output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["command"]
 PAGE = Path(__file__).parents[2] / "docs" / "own-models.md"
 
 
-def test_from_a_state_dict_to_a_table(
+def test_documented_classifier_blocks_print_the_documented_table(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -46,7 +46,7 @@ def test_from_a_state_dict_to_a_table(
 
 
 def held(said: str, printed: str) -> None:
-    """The table has the same cells, and recoveries that are the same but for how training went."""
+    """Check that tables have the same cells and, up to training noise, the same recoveries."""
     tables = []
     for text in (said, printed):
         lines = [line.split() for line in text.splitlines() if ".resid_post " in line]
@@ -58,5 +58,5 @@ def held(said: str, printed: str) -> None:
 
 
 def recovery(line: list[str]) -> float:
-    """The number in front of the interval."""
+    """The number before the interval."""
     return float(line[next(n for n, word in enumerate(line) if word.startswith("[")) - 1])

@@ -1,4 +1,4 @@
-"""Packed rows: what is computed where, and that it is what whole passes give."""
+"""Packed rows: the recomputed tokens, and equality with full passes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from . import families
 from .clean import clean_model_check
 from .test_hooks import nothing_left
 
-# --- what is computed -----------------------------------------------------------------------------
+# --- recomputed tokens ----------------------------------------------------------------------------
 
 NOTHING = "....."
 IDLE = (NOTHING,) * 6
@@ -80,9 +80,9 @@ LATER = [
     ("..xxx", NOTHING, "..x..", "..xxx", "..xxx", "..xxx"),
     ("..xxx", "..xxx", "..xxx", "....x", "....x", "....x"),
 ]
-"""A write at token 2 of block 1 that the token's key or value carries to later ones."""
+"""A write at token 2 of block 1 that reaches later tokens through its key or value."""
 ITSELF = ("..x.x", "..x..", "..x..", "....x", "....x", "....x")
-"""The last block, behind one in which token 2 alone changed."""
+"""The last block, after one in which only token 2 differs."""
 
 WORK: dict[str, tuple[dict[str, Any], list[tuple[str, ...]]]] = {
     "resid_pre": ({"writes": {("resid_pre", 1): "..x.."}}, LATER),
@@ -274,13 +274,13 @@ WORK: dict[str, tuple[dict[str, Any], list[tuple[str, ...]]]] = {
 
 
 @pytest.mark.parametrize("case", WORK)
-def test_only_what_changes_and_is_seen_is_computed(case: str) -> None:
+def test_block_work_covers_only_modified_tokens_that_are_read(case: str) -> None:
     given, expected = WORK[case]
     assert blocks(**given) == expected
 
 
-def test_rows_do_not_change_each_other() -> None:
-    """The work of many rows is that of each alone, whatever they write."""
+def test_block_work_of_many_rows_equals_that_of_each_row() -> None:
+    """Holds for any writes of the rows."""
     rows = [
         ({("resid_pre", 1): "..x.."}, "....x"),
         ({("z", 0): ".x...", ("k", 2): "...x."}, "...xx"),
@@ -317,16 +317,16 @@ def test_rows_do_not_change_each_other() -> None:
                 assert spell(own) == each[layer], (name, layer, number)
 
 
-# --- where tokens lie -----------------------------------------------------------------------------
+# --- packing of tokens ----------------------------------------------------------------------------
 
 
 def bare_kept(lanes: int, columns: int) -> ActivationCache:
-    """Of prompts that fill all columns."""
+    """An empty cache of prompts that fill all columns."""
     return ActivationCache(Batch.of([[1] * columns] * lanes, 0, "left"))
 
 
 def pack(present: TokenMask, lanes: Sequence[int], attends: TokenMask | None = None) -> BlockPack:
-    """A block in which all tokens are computed, of rows on three lanes."""
+    """Pack a block of rows on three lanes in which all tokens are computed."""
     attends = present if attends is None else attends
     work = BlockWork(present, present, present, attends, present, present)
     kept = bare_kept(3, present.shape[1])
@@ -343,7 +343,7 @@ def described(group: AttentionGroup) -> tuple[int, list[int], int, list[int], li
     )
 
 
-def test_rows_with_equal_columns_are_one_group_where_lanes_have_equally_many() -> None:
+def test_rows_with_equal_columns_form_a_group_over_lanes_with_equal_row_counts() -> None:
     present = mask("..xxx", "..xxx", "...xx", "..xxx", ".....", "..xxx", "..xxx")
     found = pack(present, [0, 1, 0, 0, 0, 1, 2])
     # Rows 0, 3 on lane 0 and 1, 5 on lane 1; row 6 alone on lane 2; row 2 has other columns.
@@ -370,7 +370,7 @@ def test_rows_with_equal_columns_are_one_group_where_lanes_have_equally_many() -
     assert len(found) == 2 + 3 + 12
 
 
-def test_rows_that_attend_elsewhere_are_other_groups() -> None:
+def test_rows_with_different_queries_form_separate_groups() -> None:
     present = mask("..xxx", "..xxx", "..xxx")
     found = pack(present, [0, 0, 1], mask("....x", "..xxx", "....x"))
     assert sorted(
@@ -380,7 +380,7 @@ def test_rows_that_attend_elsewhere_are_other_groups() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_token_lies_in_one_group_at_its_place(seed: int) -> None:
+def test_packed_tokens_are_in_one_group_at_their_index(seed: int) -> None:
     draw = np.random.default_rng(seed)
     rows, columns = 9, 5
     patterns = draw.random((3, columns)) < 0.6
@@ -428,12 +428,12 @@ HEADS, SHARED, WIDTH = 4, 2, 3
 @pytest.mark.parametrize("scheme", ["causal", "by lane", "by head", "none"])
 @pytest.mark.parametrize("extra", [{}, {"softcap": 0.7}, {"s_aux": True}, {"scaling": 0.3}])
 @pytest.mark.parametrize("at_once", [1, 40, 2**22])
-def test_attention_of_packed_tokens_is_that_of_each_row(
+def test_packed_attention_equals_a_loop_over_rows(
     scheme: str, extra: dict[str, Any], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a loop over rows, tokens and heads; every row has keys and values of its own.
+    """The reference loops over rows, tokens and heads; every row has its own keys and values.
 
-    at_once: scores that are held, of one query, of some, of all.
+    at_once: the number of scores in memory: of one query, of some, of all.
     """
     monkeypatch.setattr(mechdsl.forward.hooks.attention, "MAX_SCORES", at_once)
     generator = torch.Generator().manual_seed(0)
@@ -500,14 +500,14 @@ def test_attention_of_packed_tokens_is_that_of_each_row(
                 assert torch.allclose(out[token, head], expected, atol=1e-12), (row, column, head)
 
 
-# --- like whole passes ----------------------------------------------------------------------------
+# --- equality with full passes --------------------------------------------------------------------
 
 PROMPTS = [
     [1, 9, 22, 31, 17, 40, 5, 28, 33, 12, 7],
     [1, 14, 8, 51, 19, 21, 6],
     [1, 30, 11, 6, 45, 19, 36, 41, 2],
 ]
-"""All longer than the windows of the families that have one (3)."""
+"""All are longer than the sliding windows of the families that have one (3)."""
 
 
 def kept_of(
@@ -527,7 +527,7 @@ def write(
     seed: int = 0,
     mode: Literal["set", "add"] = "set",
 ) -> SiteWrite:
-    """Drawn vectors for all units of a site at (row, position)."""
+    """Random vectors for all units of a site at (row, position)."""
     generator = torch.Generator().manual_seed(seed)
     count = unit_count(model.shape, site)
     row, position = torch.tensor(places).repeat_interleave(count, dim=0).unbind(1)
@@ -553,7 +553,7 @@ def last_tokens(kept: ActivationCache, lanes: Sequence[int]) -> RowPositions:
 def at_places(
     kept: ActivationCache, lanes: Sequence[int], whole: Tensor, places: RowPositions
 ) -> Tensor:
-    """[place, …] of a tensor [row, column, …] of the whole pass."""
+    """Select the given (row, position) pairs of a full pass's tensor [row, column, …]."""
     row, position = (torch.from_numpy(each) for each in places)
     return whole[row, kept.batch.starts[torch.tensor(lanes)][row] + position]
 
@@ -570,9 +570,9 @@ def same_as_whole(
     fuse: bool = True,
     whole: FullPassResult | None = None,
 ) -> PackedResult:
-    """Runs rows packed, and holds logits and reads to those of a whole pass.
+    """Run packed rows and compare logits and reads with those of a full pass.
 
-    whole: what that gave, where it is known already.
+    whole: the result of the full pass, if it was computed before.
     """
     reads = reads or {}
     if whole is None:
@@ -612,7 +612,7 @@ def everywhere(model: LoadedModel) -> list[tuple[str, int | None]]:
 def rows_of_whole_passes(
     model: LoadedModel, kept: ActivationCache, positions: tuple[int, int]
 ) -> None:
-    """Every site and layer, at an early token and at a late one, is written in one packed pass."""
+    """Write every site of every layer at an early and a late token in one packed pass."""
     cells = [(*cell, position) for cell in everywhere(model) for position in positions]
     lanes = [number % 3 for number in range(len(cells))]
     writes = [
@@ -624,10 +624,10 @@ def rows_of_whole_passes(
 
 
 @pytest.mark.parametrize(("family", "side"), families.SIDED)
-def test_every_restartable_family_gives_the_logits_of_whole_passes(
+def test_packed_rows_of_every_family_equal_full_passes(
     loaded: dict[str, LoadedModel], family: str, side: PaddingSide
 ) -> None:
-    """One pass: every site and layer, at an early token and at a late one."""
+    """One pass has every site and layer, at an early and at a late token."""
     model = loaded[family]
     kept = kept_of(model, side)
     rows_of_whole_passes(model, kept, (1, 5))
@@ -635,10 +635,10 @@ def test_every_restartable_family_gives_the_logits_of_whole_passes(
 
 @pytest.mark.parametrize("at_once", [4, 200])
 @pytest.mark.parametrize("family", families.EACH)
-def test_attention_in_parts_gives_the_logits_of_whole_passes(
+def test_packed_rows_with_chunked_attention_equal_full_passes(
     loaded: dict[str, LoadedModel], family: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """at_once: scores that attention holds, of one query and of some rows."""
+    """at_once: the number of scores in memory, of one query and of some rows."""
     model = loaded[family]
     kept = kept_of(model, "left")
     writes = [
@@ -655,7 +655,7 @@ def test_attention_in_parts_gives_the_logits_of_whole_passes(
 
 
 class LargestSoftmax(TorchDispatchMode):
-    """Notes the numbers of the largest softmax."""
+    """Records the size of the largest softmax."""
 
     numbers = 0
 
@@ -668,7 +668,7 @@ class LargestSoftmax(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_scores_of_a_long_row_are_never_held_at_once(
+def test_scores_of_a_long_row_are_computed_in_chunks(
     loaded: dict[str, LoadedModel], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """4 heads and 60 tokens have 14,400 scores."""
@@ -682,11 +682,11 @@ def test_scores_of_a_long_row_are_never_held_at_once(
 
 
 @pytest.mark.parametrize(("family", "side"), families.SIDED)
-def test_reads_inside_are_those_of_whole_passes(
+def test_reads_in_packed_rows_equal_full_passes(
     loaded: dict[str, LoadedModel], family: str, side: PaddingSide
 ) -> None:
-    """At tokens before, at and behind the writes, and in blocks below them: each site alone, of a
-    layer that takes turns, and all together."""
+    """At tokens before, at and after the writes, and in earlier blocks: each site alone, in
+    alternating layers, and all together."""
     model = loaded[family]
     kept = kept_of(model, side)
     lanes = [0, 1, 2, 0]
@@ -714,7 +714,7 @@ def test_reads_inside_are_those_of_whole_passes(
 
 
 def draw_case(model: LoadedModel, seed: int) -> dict[str, Any]:
-    """Rows with any writes, reads, finals and shortcuts: what `same_as_whole` is given."""
+    """Random rows, writes, reads, finals and shortcuts: arguments of `same_as_whole`."""
     draw = random.Random(seed)
     prompts = [
         [1, *(draw.randrange(3, 53) for _ in range(draw.randrange(9)))]
@@ -768,14 +768,14 @@ def draw_case(model: LoadedModel, seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", families.EACH)
-def test_any_rows_give_what_whole_passes_give(loaded: dict[str, LoadedModel], family: str) -> None:
+def test_random_packed_rows_equal_full_passes(loaded: dict[str, LoadedModel], family: str) -> None:
     for seed in range(10):
         same_as_whole(loaded[family], **draw_case(loaded[family], seed))
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
 @pytest.mark.parametrize("site", ["embed", "final_norm", "logits"])
-def test_sites_outside_the_blocks_are_written(
+def test_packed_writes_at_embed_final_norm_and_logits_equal_full_passes(
     loaded: dict[str, LoadedModel], family: str, site: str
 ) -> None:
     model = loaded[family]
@@ -787,13 +787,13 @@ def test_sites_outside_the_blocks_are_written(
     assert (every.logits - plain.logits).abs().amax() > 1e-2
     if site != "embed":
         assert every.work == (0, 0, 0)
-    # What is written where nobody looks has no effect, and is no error.
+    # A write at a token that isn't read has no effect, and is no error.
     last = same_as_whole(model, kept, lanes, writes, last_tokens(kept, lanes))
     assert last.work == ((1 + 8, 1 + 8, 1 + 8) if site == "embed" else (0, 0, 0))
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
-def test_a_row_without_a_write_is_the_unpatched_run(
+def test_packed_row_without_a_write_equals_the_base_run(
     loaded: dict[str, LoadedModel], family: str
 ) -> None:
     model = loaded[family]
@@ -808,7 +808,7 @@ def test_a_row_without_a_write_is_the_unpatched_run(
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_work_is_what_passes_through_each_block(
+def test_packed_work_counts_the_tokens_of_each_block(
     loaded: dict[str, LoadedModel], side: PaddingSide
 ) -> None:
     model = loaded["gpt2"]
@@ -828,7 +828,7 @@ def test_work_is_what_passes_through_each_block(
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
-def test_tokens_with_a_gap_and_several_layers_of_one_row(
+def test_packed_rows_with_gaps_and_several_layers_equal_full_passes(
     loaded: dict[str, LoadedModel], family: str
 ) -> None:
     model = loaded[family]
@@ -847,8 +847,10 @@ def test_tokens_with_a_gap_and_several_layers_of_one_row(
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
-def test_lanes_with_different_numbers_of_rows(loaded: dict[str, LoadedModel], family: str) -> None:
-    """All with the same columns, so that they make groups of several lanes and of one."""
+def test_packed_lanes_with_unequal_row_counts_equal_full_passes(
+    loaded: dict[str, LoadedModel], family: str
+) -> None:
+    """All rows have the same columns, so they form groups of several lanes and of one."""
     model = loaded[family]
     kept = kept_of(model, "right")
     lanes = [2, 0, 0, 1, 0, 2, 1, 0]
@@ -860,7 +862,7 @@ def test_lanes_with_different_numbers_of_rows(loaded: dict[str, LoadedModel], fa
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
-def test_what_lies_below_the_lowest_write_need_not_be_kept(
+def test_packed_rows_need_no_activations_before_the_first_write(
     loaded: dict[str, LoadedModel], family: str
 ) -> None:
     model = loaded[family]
@@ -880,7 +882,7 @@ def test_what_lies_below_the_lowest_write_need_not_be_kept(
         same_as_whole(model, kept, lanes, writes, last_tokens(kept, lanes))
 
 
-def test_logits_are_in_the_order_asked_for(loaded: dict[str, LoadedModel]) -> None:
+def test_packed_logits_are_in_the_requested_order(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["llama"]
     kept = kept_of(model, "left")
     final = np.array([1, 0, 1, 1, 0]), np.array([3, 10, 0, 3, 2])
@@ -888,7 +890,7 @@ def test_logits_are_in_the_order_asked_for(loaded: dict[str, LoadedModel]) -> No
     assert torch.equal(result.logits[0], result.logits[3])
 
 
-def test_logits_are_read_where_they_are_asked_for(loaded: dict[str, LoadedModel]) -> None:
+def test_logits_read_at_an_unrequested_token_is_rejected(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["gpt2"]
     kept = kept_of(model, "left")
     writes = [write(model, "resid_pre", 1, [(0, 4)])]
@@ -900,10 +902,10 @@ def test_logits_are_read_where_they_are_asked_for(loaded: dict[str, LoadedModel]
 
 
 @pytest.mark.parametrize("site", ["embed", "final_norm"])
-def test_tokens_that_are_read_outside_of_blocks_are_taken_along(
+def test_packed_reads_of_embed_and_final_norm_equal_full_passes(
     loaded: dict[str, LoadedModel], site: str
 ) -> None:
-    """Those in front of a write and behind it, of rows that are written and of one that isn't."""
+    """Tokens before and after a write, of a patched row and of an unpatched one."""
     model = loaded["gpt2"]
     kept = kept_of(model, "left")
     writes = [write(model, "resid_pre", 1, [(0, 4)])]
@@ -916,10 +918,10 @@ def test_tokens_that_are_read_outside_of_blocks_are_taken_along(
 
 @pytest.mark.parametrize("off", ["none", "resume", "inside", "prefix", "last", "all"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_rows_start_from_a_run_with_noise(
+def test_packed_rows_of_a_noised_run_equal_full_passes(
     loaded: dict[str, LoadedModel], family: str, off: str
 ) -> None:
-    """It lies in the embeddings of the unpatched run; a row's own embedding stands before it."""
+    """The noise is in the embeddings of the base run; a row's written embedding replaces it."""
     model = loaded[family]
     batch = Batch.of(PROMPTS, model.pad_id, "left")
     noise = write(model, "embed", None, [(0, 2), (1, 1), (2, 4)], 1, "add")
@@ -949,11 +951,11 @@ def test_rows_start_from_a_run_with_noise(
     assert nothing_left(model.module)
 
 
-# --- nothing stays behind -------------------------------------------------------------------------
+# --- cleanup --------------------------------------------------------------------------------------
 
 
 def implementations(module: nn.Module) -> list[Any]:
-    """What every config of the model says about attention."""
+    """The attention implementation in each config of the model."""
     return [
         part.config._attn_implementation
         for part in module.modules()
@@ -963,7 +965,7 @@ def implementations(module: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("family", families.EACH)
-def test_the_model_is_left_as_it_was(
+def test_interrupted_packed_pass_restores_the_model(
     loaded: dict[str, LoadedModel], family: str, error: type[BaseException]
 ) -> None:
     model = loaded[family]
@@ -999,8 +1001,8 @@ def test_the_model_is_left_as_it_was(
     assert torch.equal(call_with_batch(model, kept.batch), before)
 
 
-def test_hooks_and_forwards_of_others_stay(loaded: dict[str, LoadedModel]) -> None:
-    """On a block that rows pass by, and on one that they pass through in part."""
+def test_packed_pass_keeps_foreign_hooks_and_forwards(loaded: dict[str, LoadedModel]) -> None:
+    """On a block that rows skip, and on one that they partly recompute."""
     model = loaded["llama"]
     kept = kept_of(model, "left")
     paths = ("model.layers.0", "model.layers.2.mlp", "model.layers.2.self_attn.q_proj")
@@ -1022,7 +1024,9 @@ def test_hooks_and_forwards_of_others_stay(loaded: dict[str, LoadedModel]) -> No
     assert nothing_left(model.module)
 
 
-def test_places_that_do_not_exist_are_refused(loaded: dict[str, LoadedModel]) -> None:
+def test_packed_rows_and_positions_out_of_range_are_rejected(
+    loaded: dict[str, LoadedModel],
+) -> None:
     model = loaded["gpt2"]
     kept = kept_of(model, "right")
     for row, position, message in (
@@ -1030,7 +1034,7 @@ def test_places_that_do_not_exist_are_refused(loaded: dict[str, LoadedModel]) ->
         (1, 7, "a position"),
         (1, -1, "a position"),
     ):
-        place = np.array([0, row]), np.array([0, position])  # beside one that exists
+        place = np.array([0, row]), np.array([0, position])  # next to a valid one
         with pytest.raises((ValueError, IndexError), match=message):
             run_packed(model, kept, np.array([0, 1]), writes=[], final=place)
         with pytest.raises((ValueError, IndexError), match=message):

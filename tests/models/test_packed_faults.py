@@ -1,4 +1,4 @@
-"""Faults put into packed rows on purpose: comparisons by hand and the check on load find them."""
+"""Faults injected into packed rows: comparisons with hooks and the check on load find them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _shifted_part(**fields: Any) -> ComputedTokens:
 
 
 class _Below(dict[int, Tensor]):
-    """The input of a block is that of the one below."""
+    """Hidden states in which each block gets the input of the preceding one."""
 
     def get(self, key: int, default: Any = None) -> Any:
         return super().get(max(key - 1, 0), default)
@@ -52,7 +52,7 @@ def _shifted_positions(model: LoadedModel, ids: Tensor, positions: Tensor) -> di
 
 
 def _mixed_heads(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
-    """Key-value heads are repeated 0 1 0 1 in place of 0 0 1 1."""
+    """Attend with key-value heads repeated as 0 1 0 1 instead of 0 0 1 1."""
     *between, out = args
     shared = query.shape[0] // key.shape[0]
     order = [i + shared * j for i in range(shared) for j in range(key.shape[0])]
@@ -107,13 +107,13 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
     "learned positions shifted": ("gpt2", INPUTS, _shifted_positions),
     "heads of another group": ("qwen2", "forward.packed.packed_pass.attend", _mixed_heads),
 }
-"""Family, what is replaced, by what."""
+"""Family, the replaced object, and its replacement."""
 
 SITES = ("embed", "resid_pre", "k", "z")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_by_hand_and_on_load(
+def test_packed_fault_is_found_by_hooks_and_by_the_load_check(
     loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     family, name, put = FAULTS[fault]
@@ -131,7 +131,7 @@ def test_a_fault_is_found_by_hand_and_on_load(
     assert [d.code for d in again.problems] == ["W0711"]
 
 
-def test_padding_that_is_forgotten_is_found_too(
+def test_ignored_padding_is_found_by_hooks_and_by_the_load_check(
     loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

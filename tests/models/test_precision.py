@@ -1,18 +1,17 @@
-"""Models in bfloat16 and float16, and what their results may be off by.
+"""Models in bfloat16 and float16, and the tolerance of their results.
 
-A model in 16 bits that is called with a padded batch, or with packed rows, rounds elsewhere than
-with one prompt, so equal numbers can't be asked for. What can be is measured: a model in 16 bits
-is off from the same weights in float32 by 1 to 5 units of its precision (`finfo.eps`, 2⁻⁷ or 2⁻¹⁰)
-of the largest logit on these tiny models, whose weights are drawn widely. Two things are held
-against plain hooks on the bare model, one unpadded prompt at a time:
+A 16-bit model rounds differently with a padded batch or packed rows than with one prompt, so
+results can't be equal. On these tiny models with large random weights, a 16-bit model differs from
+float32 by 1 to 5 units of its precision (`finfo.eps`, 2⁻⁷ or 2⁻¹⁰) times the largest logit. Results
+are compared with plain hooks on the bare model, one unpadded prompt at a time:
 
-- No logit is off by more than `FURTHEST` units of the largest logit.
-- Over all that is written at a site, results are no further from the float32 model, in root mean
-  square, than those of plain hooks are, times `NOISIER`. A write that is lost, or in another place,
-  is off by what it does, which is many times that.
+- No logit differs by more than `FURTHEST` units of the largest logit.
+- Over all writes at a site, the root mean square difference from the float32 model is at most
+  `NOISIER` times that of plain hooks. A lost or misplaced write would differ by its effect, which
+  is many times larger.
 
-Where a model chooses experts, rounding decides between two that score alike, and then results
-differ by what an expert makes; so all experts are asked here.
+In models with routers, rounding decides between experts of similar scores, and results would differ
+by an expert's output. So all experts are active here.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)
 
 @dataclass(frozen=True)
 class Spot:
-    """What is written: vectors of some units at two tokens of one prompt."""
+    """A write: vectors of some units at two tokens of one prompt."""
 
     site: str
     layer: int
@@ -86,7 +85,7 @@ class Spot:
 
 
 def pair(name: str, dtype: torch.dtype, folder: Path) -> tuple[Architecture, Any, Any]:
-    """The architecture, and one model of it twice: in 16 bits and, the same weights, in float32."""
+    """The architecture, and a model of it in 16 bits and with equal weights in float32."""
     row = ROWS[name]
     row = row.but(name, config={**row.config, **ALL_EXPERTS.get(name, {})})
     made: Any = build.model(row)
@@ -98,7 +97,7 @@ def pair(name: str, dtype: torch.dtype, folder: Path) -> tuple[Architecture, Any
 
 
 def spots_of(row: Architecture, module: Any, prompts: Sequence[Mapping[str, Tensor]]) -> list[Spot]:
-    """Every site of every layer, in both prompts: what the other prompt has there, or zeros."""
+    """Writes at every site of every layer, in both prompts: the other prompt's values, or zeros."""
     found: list[Spot] = []
     for layer in range(row.main.count):
         seen = [hooks.run(row, module, prompt, layer)[1] for prompt in prompts]
@@ -117,10 +116,10 @@ def spots_of(row: Architecture, module: Any, prompts: Sequence[Mapping[str, Tens
     return found
 
 
-def by_hand(
+def logits_by_hooks(
     row: Architecture, module: Any, prompts: Sequence[Mapping[str, Tensor]], spots: list[Spot]
 ) -> list[Tensor]:
-    """[T, vocab] of each spot, by plain hooks."""
+    """Logits [T, vocab] of each spot, from plain hooks."""
     dtype = next(module.parameters()).dtype
     together: dict[tuple[int, int], list[int]] = {}
     for number, spot in enumerate(spots):
@@ -139,7 +138,7 @@ def by_hand(
 def packaged(
     model: LoadedModel, prompts: Sequence[Mapping[str, Tensor]], spots: list[Spot]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same by the package: whole passes over padded rows, and packed rows."""
+    """Logits of each spot from mechdsl: full passes over padded rows, and packed rows."""
     rows = [prompt["input_ids"][0].tolist() for prompt in prompts]
     base = Batch.of(rows, model.pad_id, model.calling.side)
     lanes = np.array([spot.prompt for spot in spots])
@@ -177,7 +176,9 @@ def packaged(
         for dtype in HALF
     ],
 )
-def test_every_site_is_as_by_hand(name: str, dtype: str, tmp_path: Path) -> None:
+def test_16_bit_writes_at_every_site_are_as_exact_as_hooks(
+    name: str, dtype: str, tmp_path: Path
+) -> None:
     kind: torch.dtype = getattr(torch, dtype)
     row, half, single = pair(name, kind, tmp_path)
     model, found = adopt_model("m", half, tokenizer())
@@ -186,7 +187,7 @@ def test_every_site_is_as_by_hand(name: str, dtype: str, tmp_path: Path) -> None
     assert model.dtype == kind
     prompts = hooks.prompts(row, 2, seed=0)
     spots = spots_of(row, half, prompts)
-    wanted, exact = (by_hand(row, module, prompts, spots) for module in (half, single))
+    wanted, exact = (logits_by_hooks(row, module, prompts, spots) for module in (half, single))
     bare = [hooks.run(row, half, prompt, 0)[0].float() for prompt in prompts]
     eps = torch.finfo(kind).eps
     for way, rows in zip(("whole", "packed"), packaged(model, prompts, spots), strict=True):
@@ -208,9 +209,9 @@ def test_every_site_is_as_by_hand(name: str, dtype: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_scores_with_much_in_common(dtype: str) -> None:
-    """Biases of queries and keys, as Qwen 2 has them, add the same to all scores: in 16 bits
-    nothing would be left of what tells keys apart."""
+def test_16_bit_packed_rows_with_a_large_shared_score_stay_exact(dtype: str) -> None:
+    """Biases of queries and keys, as in Qwen 2, add the same number to all scores; in 16 bits
+    their rounding could erase the differences between keys."""
     module: Any = families.module("llama")
     each = 30 * torch.tensor([0.0, 0, 1, 0, 0, 1])  # the slowest of the rotary frequencies
     with torch.no_grad():
@@ -218,7 +219,7 @@ def test_scores_with_much_in_common(dtype: str) -> None:
             block.self_attn.q_proj.bias += each.repeat(4)
             block.self_attn.k_proj.bias += each.repeat(2)
     kind: torch.dtype = getattr(torch, dtype)
-    # How much is left hangs on the tokens; behind the `<s>` of this vocabulary it is the least.
+    # The remaining difference depends on the tokens; it is smallest after `<s>`.
     tokenizer = families.tokenizer()
     tokenizer.post_processor = processors.Sequence([])
     model, found = adopt_model("m", module.to(kind), tokenizer)
@@ -231,10 +232,10 @@ def test_scores_with_much_in_common(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("family", "dtype"), in_turn(list(families.CONFIGS), list(HALF), families.KINDS)
 )
-def test_a_folder_is_loaded_in_16_bits(
+def test_folder_loads_restartable_in_16_bits(
     family: str, dtype: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The self-check holds, and rows can start in the middle."""
+    """The self-check passes, and rows can start in the middle."""
     folder = folders[family]
     if family in ALL_EXPERTS:
         folder = families.build(family, tmp_path, **ALL_EXPERTS[family])

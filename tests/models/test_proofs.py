@@ -1,4 +1,4 @@
-"""Checks that were passed once needn't run again, as long as nothing that they hang on changes."""
+"""Caching of the self-check: it runs again only if its inputs differ."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def opened(folder: Path, **fields: Any) -> LoadedModel:
     return found
 
 
-def test_the_second_time_nothing_is_checked(
+def test_loading_twice_runs_the_checks_once(
     folders: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = opened(folders["gemma3_text"])
@@ -61,7 +61,7 @@ def test_the_second_time_nothing_is_checked(
 
 
 @pytest.mark.parametrize("change", ["precision", "config", "version", "switched off", "cut short"])
-def test_what_they_hang_on_may_not_change(
+def test_cached_checks_depend_on_precision_config_and_version(
     folders: dict[str, Path],
     tmp_path: Path,
     cache: Path,
@@ -86,13 +86,13 @@ def test_what_they_hang_on_may_not_change(
     monkeypatch.setattr(anatomy_proof, "run_checks", fail)
     found, problems = load_model(statement(str(folder)), **fields)
     assert found is None
-    assert [d.code for d in problems] == ["E0410"]  # what `fail` raised
+    assert [d.code for d in problems] == ["E0410"]  # raised by `fail`
 
 
-def test_times_and_places_of_files_do_not_matter(
+def test_cached_checks_ignore_file_times_and_paths(
     folders: dict[str, Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reinstalled package has other times, another checkout other paths."""
+    """A reinstalled package has other file times, another checkout other paths."""
     first = opened(folders["llama"])
     shutil.copytree(folders["llama"], tmp_path / "elsewhere")
     known = Path.stat
@@ -107,7 +107,7 @@ def test_times_and_places_of_files_do_not_matter(
 
 
 @pytest.mark.parametrize("changed", ["mechdsl", "model"])
-def test_changed_code_is_checked_again(
+def test_cached_checks_depend_on_the_code_of_mechdsl_and_model(
     folders: dict[str, Path],
     tmp_path: Path,
     cache: Path,
@@ -126,15 +126,15 @@ def test_changed_code_is_checked_again(
 
 
 @pytest.mark.parametrize("first", ["with the store", "without it"])
-def test_the_store_alone_carries_the_proof(
+def test_checks_cached_in_a_store_work_without_the_user_cache(
     folders: dict[str, Path],
     tmp_path: Path,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     first: str,
 ) -> None:
-    """In a container whose cache is the store of an earlier job; that job may have found the proof
-    in its user's cache."""
+    """As in a container whose only cache is the store of an earlier job. That job may have read
+    the proof from its user's cache."""
     store = Store(tmp_path / "store")
     if first == "without it":
         opened(folders["llama"])
@@ -146,7 +146,7 @@ def test_the_store_alone_carries_the_proof(
         assert opened(folders["llama"], notes=again).checks == told.checks
 
 
-def test_a_run_keeps_the_proof_in_its_store(
+def test_run_writes_the_checks_to_its_store(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "a.mech"
@@ -160,7 +160,7 @@ def test_a_run_keeps_the_proof_in_its_store(
     mechdsl.run(file, store=tmp_path / "store")
 
 
-def test_whole_passes_are_said_again(cache: Path, tmp_path: Path) -> None:
+def test_full_pass_warning_is_repeated_from_cached_checks(cache: Path, tmp_path: Path) -> None:
     row = next(row for row in tables.every() if row.name == "mamba")
     model(row).save_pretrained(tmp_path / "mamba")  # type: ignore[arg-type, operator]
     families.tokenizer().save(str(tmp_path / "mamba" / "tokenizer.json"))
@@ -180,7 +180,7 @@ def swap_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FAMILIES, "_entries", {**dict(FAMILIES.items()), "llama": Swapped})
 
 
-def test_a_changed_family_entry_is_checked(
+def test_cached_checks_depend_on_the_family_entry(
     folders: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened(folders["llama"])
@@ -192,13 +192,13 @@ def test_a_changed_family_entry_is_checked(
 
 @pytest.fixture
 def own_proofs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Proofs of models from Python, none at first."""
+    """An empty store of the proofs of models from Python."""
     proofs: dict[str, Any] = {}
     monkeypatch.setattr(anatomy_proof.ProcessProofStore, "_proofs", proofs)
     return proofs
 
 
-def test_a_model_from_python_that_did_not_change_is_checked_once(
+def test_unmodified_model_from_python_is_checked_once(
     cache: Path, own_proofs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = families.module("llama")
@@ -237,7 +237,7 @@ def change_model(module: Any, what: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     "what", ["weight", "buffer", "hook", "method", "attention", "precision", "family"]
 )
-def test_a_changed_model_from_python_is_checked(
+def test_modified_model_from_python_is_checked_again(
     own_proofs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     module = copy.deepcopy(families.module("llama"))
@@ -247,7 +247,7 @@ def test_a_changed_model_from_python_is_checked(
     assert adopt_model("m", module, families.tokenizer())[0] is None
 
 
-def test_only_the_latest_proofs_of_models_from_python_are_kept(
+def test_proof_cache_of_models_from_python_is_bounded(
     own_proofs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(anatomy_proof, "_MAX_PROOFS", 1)
@@ -270,10 +270,10 @@ experiment plain {{
 """
 
 
-def test_an_edited_model_is_checked_once_for_each_edit(
+def test_edited_model_is_checked_once_per_edit(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checked twice, the self-check of a large model would take most of the time of each run."""
+    """The self-check of a large model can take longer than the rest of a run."""
     file = tmp_path / "a.mech"
     file.write_text(FRUIT + EDITED.format(bits=8), encoding="utf-8")
     first = mechdsl.run(file, store=tmp_path / "one")

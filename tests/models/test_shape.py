@@ -44,8 +44,8 @@ QWEN3 = {
 }
 
 
-def test_classifiers_of_encoders_are_those_of_the_library() -> None:
-    """Kinds that have classifiers and a masked language model; those of encoder-decoders aside."""
+def test_encoder_types_include_all_library_encoders_with_classifiers() -> None:
+    """Model types with classifiers and a masked language model, except encoder-decoders."""
     from transformers.models.auto import modeling_auto as auto
 
     classifiers = {
@@ -81,7 +81,7 @@ def test_classifiers_of_encoders_are_those_of_the_library() -> None:
         ("GPT2LMHeadModel", {"id2label": {"0": "x"}}, "tokens", (), "every token"),
     ],
 )
-def test_what_outputs_are_by_class_and_config(
+def test_task_and_labels_follow_from_class_and_config(
     name: str, more: dict[str, Any], task: str, labels: tuple[str, ...], at: str
 ) -> None:
     encodes = name.startswith("Bert")
@@ -95,7 +95,7 @@ def test_what_outputs_are_by_class_and_config(
     assert shape.outputs == (len(labels) or 12)
 
 
-def test_gpt2() -> None:
+def test_gpt2_config_gives_sizes_and_sites() -> None:
     shape, problems = shape_from_config(GPT2)
     assert not problems
     assert shape is not None
@@ -107,7 +107,7 @@ def test_gpt2() -> None:
     assert "pattern" in shape.sites
 
 
-def test_grouped_heads_of_a_width_of_their_own() -> None:
+def test_unit_counts_and_widths_with_grouped_heads() -> None:
     shape, _ = shape_from_config(QWEN3)
     assert shape is not None
     assert (unit_count(shape, "q"), unit_count(shape, "k"), unit_count(shape, "z")) == (16, 8, 16)
@@ -125,7 +125,7 @@ def test_grouped_heads_of_a_width_of_their_own() -> None:
         vector_width(shape, "pattern")
 
 
-def test_a_text_model_inside_a_larger_one() -> None:
+def test_shape_of_a_nested_text_config() -> None:
     outer = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": QWEN3}
     shape, _ = shape_from_config(outer)
     assert shape is not None
@@ -151,7 +151,7 @@ def test_parallel_blocks_have_no_resid_mid(config: dict[str, Any], parallel: boo
     assert ("resid_mid" in shape.sites) == (not parallel)
 
 
-def test_a_site_that_the_model_lacks_is_explained() -> None:
+def test_missing_site_message_names_the_reason() -> None:
     neox = {**QWEN3, "model_type": "gpt_neox"}
     shape, _ = shape_from_config(neox)
     assert shape is not None
@@ -167,7 +167,7 @@ def test_a_site_that_the_model_lacks_is_explained() -> None:
     assert "`mlp_out`" in other.help_text
 
 
-def test_experts_have_no_neurons_of_their_own() -> None:
+def test_mixture_of_experts_has_no_mlp_hidden_site() -> None:
     shape, _ = shape_from_config({**QWEN3, "num_local_experts": 8})
     assert shape is not None
     assert "mlp_hidden" not in shape.sites
@@ -191,7 +191,9 @@ def test_experts_have_no_neurons_of_their_own() -> None:
         ({"num_local_experts": -8}, "E0420", "`num_local_experts`: -8"),
     ],
 )
-def test_configs_that_do_not_do(change: dict[str, Any], code: str, words: str) -> None:
+def test_config_with_missing_or_invalid_sizes_is_rejected(
+    change: dict[str, Any], code: str, words: str
+) -> None:
     shape, problems = shape_from_config({**GPT2, **change}, model="g")
     assert shape is None
     assert [d.code for d in problems] == [code]
@@ -199,7 +201,7 @@ def test_configs_that_do_not_do(change: dict[str, Any], code: str, words: str) -
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff"])
-def test_configs_that_can_not_be_read(tmp_path: Path, text: str) -> None:
+def test_unreadable_config_file_is_rejected(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     shape, problems = read_shape(tmp_path)
     assert shape is None
@@ -207,13 +209,13 @@ def test_configs_that_can_not_be_read(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("family", families.EACH)
-def test_the_config_alone_tells_what_the_modules_do(
+def test_shape_from_config_equals_the_loaded_shape(
     loaded: dict[str, LoadedModel], folders: dict[str, Path], family: str
 ) -> None:
     shape, _ = read_shape(folders[family])
     found = loaded[family].shape
     assert shape is not None
-    if family == "gpt_neox_japanese":  # its last block adds a bias by itself
+    if family == "gpt_neox_japanese":  # its last block adds a bias in its own code
         found = replace(found, partly={})
     assert shape == replace(found, config=shape.config)
 
@@ -228,7 +230,7 @@ def test_every_registered_family_is_in_the_tables() -> None:
 
 
 def parts_of(row: Architecture) -> Iterator[str]:
-    """The kinds of language model and image encoder that a vision-language model consists of."""
+    """Model types of a vision-language model's subconfigs."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(row.name.partition("/")[0], **row.config).to_dict()
@@ -237,14 +239,14 @@ def parts_of(row: Architecture) -> Iterator[str]:
             yield part["model_type"]
 
 
-def test_sites_come_in_the_order_of_the_forward_pass(loaded: dict[str, LoadedModel]) -> None:
+def test_write_order_follows_the_forward_pass(loaded: dict[str, LoadedModel]) -> None:
     in_block = [name for name in SITES if SITES[name].has_layer]
     order = sorted(SITES, key=lambda name: write_order(name, 1 if name in in_block else None))
     assert order == ["embed", *in_block, "final_norm", "logits"]
     assert write_order("resid_post", 1) < write_order("resid_pre", 2)
 
 
-def test_where_a_run_may_stop() -> None:
+def test_stop_layer_depends_on_the_read_site() -> None:
     assert stop_layer("embed", None, 4) == 0
     assert stop_layer("resid_pre", 2, 4) == 2
     assert stop_layer("resid_post", 2, 4) == 3
@@ -252,7 +254,7 @@ def test_where_a_run_may_stop() -> None:
     assert stop_layer("logits", None, 4) is None
 
 
-def test_short_names() -> None:
+def test_short_site_names_resolve_to_sites() -> None:
     found = {short: find_short_site(short) for short in ("attn", "mlp", "resid", "H", "N")}
     assert {short: kind.name for short, kind in found.items() if kind} == {
         "attn": "attn_out",

@@ -1,5 +1,5 @@
-"""Files on a simulated device, whose tensors don't mix with those of the host: the same numbers as
-on the CPU, and few waits for the device."""
+"""Files on a simulated device whose tensors can't be combined with host tensors: results equal the
+CPU's, with few synchronisations."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
 }
-"""Name → the most waits of a run, without those of the library, and the experiment."""
+"""Maximum synchronisations of a run, without the library's, and experiment lines by name."""
 
 
 @cache
@@ -76,13 +76,13 @@ def model(*, simulated: bool) -> LoadedModel:
 
 
 WHOLE = {"heads": 29, "loss": 11, "edges": 27}
-"""The most waits of some of them by whole passes, one for each cell: two in a pass."""
+"""Maximum synchronisations of some cases in full passes: two per pass, one pass per cell."""
 MODES = [
     *((name, RunOptions(), most) for name, (most, _) in CASES.items()),
     *((name, support.WITHOUT_PLAN, most) for name, most in WHOLE.items()),
 ]
 QUICK = ("heads", "logits of heads", "loss", "replies")
-"""Those that aren't slow."""
+"""Cases that aren't marked slow."""
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ QUICK = ("heads", "logits of heads", "loss", "replies")
         for mode in MODES
     ],
 )
-def test_file_on_a_simulated_device_has_the_numbers_of_the_cpu(
+def test_file_on_a_simulated_device_equals_the_cpu_with_few_synchronisations(
     tmp_path: Path, name: str, options: RunOptions, most: int
 ) -> None:
     _, lines = CASES[name]

@@ -1,4 +1,4 @@
-"""Stacks beside the main one: encoders, cross attention, image encoders, held to plain hooks."""
+"""Secondary stacks (encoders, cross attention, image encoders) compared with plain hooks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CLOSE = 1e-4
 
 @dataclass(frozen=True)
 class Case:
-    """A model, two prompts of it, and the same prompts as a batch of the package's."""
+    """A model and two prompts, both as tensors and as a batch of mechdsl."""
 
     row: Architecture
     model: LoadedModel
@@ -74,7 +74,7 @@ def case(name: str) -> Case:
 
 
 def batch_of(row: Architecture, model: LoadedModel, prompts: list[dict[str, Tensor]]) -> Batch:
-    """The prompts padded, and the tokens of the other stacks."""
+    """The padded prompts, with the tokens of the other stacks."""
     text = "decoder_input_ids" if "decoder_input_ids" in prompts[0] else "input_ids"
 
     def padded(name: str) -> Batch:
@@ -119,7 +119,7 @@ def named(site: str, layer: int, stack: str) -> SiteRead:
 def written(
     case: Case, site: str, layer: int, stack: str, spot: tuple[int, int], vectors: list[Tensor]
 ) -> list[Tensor]:
-    """Logits of each prompt where one vector of it is another one."""
+    """Logits of each prompt with one vector replaced."""
     position, unit = spot
     count = len(vectors)
     where = named(site, layer, stack)
@@ -141,7 +141,7 @@ def written(
 
 
 @pytest.mark.parametrize(("name", "stack"), STACKS)
-def test_reads_are_what_plain_hooks_see(name: str, stack: str) -> None:
+def test_reads_of_secondary_stacks_equal_hooks(name: str, stack: str) -> None:
     at = case(name)
     assert at.found == []
     sites = at.model.stack(stack).shape.sites
@@ -159,8 +159,8 @@ def test_reads_are_what_plain_hooks_see(name: str, stack: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "stack"), STACKS)
-def test_writes_do_what_plain_hooks_do(name: str, stack: str) -> None:
-    """One vector of every prompt becomes that of the other prompt, at every site in turn."""
+def test_writes_to_secondary_stacks_equal_hooks(name: str, stack: str) -> None:
+    """At each site in turn, one vector of every prompt is replaced by the other prompt's."""
     at = case(name)
     layer = at.row.others[stack].count - 1
     seen = [at.by_hand(number, stack, layer)[1] for number in range(2)]
@@ -183,7 +183,7 @@ def test_writes_do_what_plain_hooks_do(name: str, stack: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_vl"])
-def test_embed_is_what_the_language_model_gets(name: str) -> None:
+def test_embed_includes_the_image_embeddings(name: str) -> None:
     at = case(name)
     read = SiteRead("embed")
     found = run_full(at.model, at.batch, reads=[read]).reads[read]
@@ -199,12 +199,12 @@ def test_embed_is_what_the_language_model_gets(name: str) -> None:
     assert "noise at an image's tokens of embed changes the logits (with an image)" in identities
 
 
-# --- what the checks say ------------------------------------------------------------------------
+# --- self-checks --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
-def test_both_attentions_are_proved(name: str) -> None:
-    """What is added in a decoder's block adds up, through its norms, with cross attention."""
+def test_checks_cover_self_and_cross_attention(name: str) -> None:
+    """Components of a decoder block sum up, with norms and cross attention."""
     at = case(name)
     identities = {check.identity: check for check in at.model.checks}
     assert all(check.passed for check in identities.values())
@@ -217,8 +217,8 @@ def test_both_attentions_are_proved(name: str) -> None:
         assert identity in identities
 
 
-def test_a_norm_taken_for_another_is_noticed() -> None:
-    """BART's norm behind cross attention stands in the sum; mBART's in front of it."""
+def test_checks_detect_a_wrong_norm_of_cross_attention() -> None:
+    """BART has a norm after cross attention, inside the sum; mBART has it before."""
     for name, wrong in (("bart", "middle"), ("mbart", "attn_norm")):
         model = case(name).model
         cross = model.stack("cross")
@@ -231,7 +231,7 @@ def test_a_norm_taken_for_another_is_noticed() -> None:
 
 
 def failed(model: LoadedModel) -> list[str]:
-    """Identities that don't hold, but for restarting."""
+    """Failed identities, except the one for restarting."""
     given = build_sample(model)
     return [
         one.identity
@@ -242,8 +242,10 @@ def failed(model: LoadedModel) -> list[str]:
 
 
 @pytest.mark.parametrize("name", some(["llava", "gemma3", "whisper"], ["whisper"]))
-def test_long_rows_are_proved_piece_by_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row, single heads in some layers, a few written rows in a pass: the same checks."""
+def test_checks_in_small_chunks_cover_the_same_identities(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With limits that force single rows, single heads and few written rows per pass."""
     for module, constant, value in (
         (bench, "_MAX_TOKENS", 8),
         (bench, "_MAX_LAYERS", 2),
@@ -258,8 +260,10 @@ def test_long_rows_are_proved_piece_by_piece(name: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("one", "other"), [("q", "k"), ("q", "v"), ("k", "v")])
-def test_heads_of_an_encoder_with_attention_of_its_own(one: str, other: str) -> None:
-    """No attention function is called in GOT-OCR's: what is written tells heads apart."""
+def test_checks_detect_swapped_heads_of_an_encoder_with_custom_attention(
+    one: str, other: str
+) -> None:
+    """GOT-OCR's encoder calls no attention function; only writes distinguish its heads."""
     model = case("got_ocr2").model
     assert "a query affects only its own token and head (vision)" in {
         check.identity for check in model.checks
@@ -273,8 +277,8 @@ def test_heads_of_an_encoder_with_attention_of_its_own(one: str, other: str) -> 
     assert failed(replace(model, others={"vision": changed}))
 
 
-def test_an_image_put_in_elsewhere_is_noticed() -> None:
-    """`embed` taken from the token embedding is not what the language model gets."""
+def test_checks_detect_an_embed_site_without_the_image() -> None:
+    """The token embedding lacks the image embeddings that the language model gets."""
     model = case("llava").model
     tap = replace(model.anatomy.taps["embed"], path=model.anatomy.embedding or "", side="out")
     anatomy = replace(model.anatomy, taps={**model.anatomy.taps, "embed": tap})
@@ -283,8 +287,8 @@ def test_an_image_put_in_elsewhere_is_noticed() -> None:
     assert "embed at an image's tokens is not that of the token (with an image)" in found
 
 
-def test_a_stack_that_cannot_be_had_is_left_out() -> None:
-    """The decoder and its cross attention stay, and the reason is said."""
+def test_unsupported_encoder_stack_warns_and_is_omitted() -> None:
+    """The decoder and its cross attention remain, and the warning states the reason."""
     model, found = proved("m", build.model(ROWS["pegasus_x"]))
     assert model is not None
     assert list(model.others) == ["cross"]
@@ -296,7 +300,7 @@ def test_a_stack_that_cannot_be_had_is_left_out() -> None:
     )
 
 
-def test_a_language_model_stays_where_its_images_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_image_encoder_keeps_the_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def picture(config: Any) -> dict[str, tuple[int, ...]]:
         return {"pixel_values": (1, 3, 5, 5)}
 
@@ -311,8 +315,8 @@ def test_a_language_model_stays_where_its_images_fail(monkeypatch: pytest.Monkey
     assert run_full(model, batch, reads=[read]).reads[read].shape == (2, 4, 1, 20)
 
 
-def test_an_image_encoder_whose_last_block_is_not_read() -> None:
-    """LLaVA's default: what is written in the last block does nothing, which is no error."""
+def test_unused_last_block_of_an_image_encoder_is_accepted() -> None:
+    """LLaVA's default: writes in the last block have no effect, which is no error."""
     row = ROWS["llava"]
     module = build.model(row, vision_feature_layer=-2)
     model, found = adopt_model("m", module, tokenizer())
@@ -325,9 +329,9 @@ def test_an_image_encoder_whose_last_block_is_not_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper", "llava", "gemma3", "qwen2_vl"])
-def test_rows_start_in_the_middle(name: str) -> None:
-    """Packed rows are whole passes: of a decoder, each with its own encoder's tokens, and at text
-    and at an image's tokens."""
+def test_packed_rows_of_models_with_stacks_equal_full_passes(name: str) -> None:
+    """Rows of a decoder, each with its encoder's tokens, and rows written at text and image
+    tokens."""
     at = case(name)
     assert at.model.restartable
     assert restarts_images(at.model) == (at.row.takes == "image and text")
@@ -365,7 +369,7 @@ def raised(at: Case, where: SiteRead, batch: Batch | None = None) -> str:
     return str(error.value)
 
 
-def test_places_that_are_not_there() -> None:
+def test_reads_of_missing_stacks_and_sites_are_rejected() -> None:
     t5, llava = case("t5"), case("llava")
     assert raised(t5, SiteRead("q", 0, "vision")) == (
         "`m` has no stack `vision`; it has `encoder`, `cross`"
@@ -392,7 +396,7 @@ def test_places_that_are_not_there() -> None:
         ("llava", "vision", "q", 5, "a position for `q vision layer 1` is not in its prompt"),
     ],
 )
-def test_positions_that_are_not_there(
+def test_write_to_a_stack_at_a_missing_position_is_rejected(
     name: str, stack: str, site: str, position: int, message: str
 ) -> None:
     at = case(name)
@@ -411,8 +415,8 @@ def test_positions_that_are_not_there(
     assert clean_model_check(at.module) == []
 
 
-def test_nothing_is_left_behind_when_a_run_fails() -> None:
-    """The encoder has run, the decoder hasn't: hooks are gone from both."""
+def test_failed_run_removes_the_hooks_of_all_stacks() -> None:
+    """The run fails after the encoder and before the decoder; both lose their hooks."""
     at = case("t5")
 
     def broken(*args: Any, **kwargs: Any) -> Any:

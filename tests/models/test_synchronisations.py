@@ -1,4 +1,4 @@
-"""How often a pass over packed rows waits for its device, on a simulated one."""
+"""Synchronisations of a packed pass, counted on a simulated device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAST = np.array([6, 3, 4, 6, 4])
 READS = {SiteRead("resid_post", 1): (np.array([0, 1]), np.array([3, 3]))}
 RANDOM = [(row,) for row in range(8 * len(PROMPTS))]
 OF_LIBRARY = {"masking_utils.py"}
-"""The library looks once in a pass whether position ids are of several texts."""
+"""The library checks once per pass whether position ids belong to several texts."""
 
 
 def built(family: str, layers: int) -> LoadedModel:
@@ -74,7 +74,7 @@ WRITES = [
 
 
 def edges(inside: bool) -> list[EdgeWrite]:
-    """Row 0 doesn't see its first token from its last, in one head of block 1."""
+    """In one head of block 1, the last token of row 0 doesn't attend to the first."""
     if not inside:
         return []
     one = torch.tensor([0])
@@ -97,7 +97,7 @@ def patched(model: LoadedModel, kept: ActivationCache, inside: bool) -> PackedRe
 
 
 def own(places: Places) -> Places:
-    """Without what the library waits for."""
+    """Remove the synchronisations of the library."""
     return Places(
         {
             lines: count
@@ -110,7 +110,9 @@ def own(places: Places) -> Places:
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("layers", [2, 4])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_packed_pass_never_waits_for_its_device(family: str, layers: int, inside: bool) -> None:
+def test_packed_pass_never_synchronises_with_its_device(
+    family: str, layers: int, inside: bool
+) -> None:
     model = built(family, layers)
     expected = patched(model, kept_of(model), inside)
     model = on_simulated_device(model)
@@ -125,7 +127,7 @@ def test_packed_pass_never_waits_for_its_device(family: str, layers: int, inside
 
 
 def replies(model: LoadedModel, decoding: Decoding) -> list[tuple[int, ...]]:
-    """Of 8 cells on the prompts: each scales a head's z at the last token and at each newest."""
+    """Completions of 8 cells; each scales a head's z at the last and each generated token."""
     prompts = [tuple(ids) for ids in PROMPTS]
     writes: list[SiteWrite] = []
     for cell in range(8):
@@ -146,13 +148,13 @@ def replies(model: LoadedModel, decoding: Decoding) -> list[tuple[int, ...]]:
         ("gpt2", {}, 1),
         ("llama", {}, 1),
         ("llama", {"temperature": 1.0, "top_p": 0.9}, 1),
-        # How many are as likely as the last of them.
+        # It counts the tokens that tie with the k-th.
         ("gpt2", {"temperature": 1.0, "top_k": 4}, 2),
-        # Which are about as likely as the drawn one.
+        # It finds tokens that nearly tie with the drawn one.
         ("llama", {"temperature": 1.0}, 2),
     ],
 )
-def test_step_of_a_reply_waits_for_its_tokens_alone(
+def test_generation_step_synchronises_only_for_its_tokens(
     family: str, decoding: dict[str, float], per_step: int
 ) -> None:
     def decodings(tokens: int) -> Decoding:
@@ -173,10 +175,10 @@ def test_step_of_a_reply_waits_for_its_tokens_alone(
 
 
 @pytest.mark.parametrize(("device", "waits"), [("mps", True), ("meta", False)])
-def test_copy_to_a_device_waits_on_mps_alone(
+def test_copy_to_a_device_blocks_only_on_mps(
     monkeypatch: pytest.MonkeyPatch, device: str, waits: bool
 ) -> None:
-    """There a copy that doesn't wait may read memory that was freed."""
+    """On MPS, a non-blocking copy may read memory that was freed."""
     given: list[bool] = []
 
     def to(tensor: Tensor, device: torch.device, *, non_blocking: bool) -> Tensor:
@@ -188,7 +190,7 @@ def test_copy_to_a_device_waits_on_mps_alone(
     assert given == [not waits]
 
 
-def test_waiting_for_the_simulated_device_is_counted() -> None:
+def test_synchronisations_of_the_simulated_device_are_counted() -> None:
     def waits(value: Tensor) -> None:
         assert bool(value.sum() > 0)
         assert value[value > 1].tolist() == [2, 3]
@@ -201,7 +203,7 @@ def test_waiting_for_the_simulated_device_is_counted() -> None:
     assert sum(places.values()) == 7
 
 
-def test_tensors_of_host_and_simulated_device_do_not_mix() -> None:
+def test_combining_host_and_simulated_device_tensors_raises() -> None:
     with (
         counted_synchronisations(SIMULATED),
         pytest.raises(RuntimeError, match="on the host and on the device"),

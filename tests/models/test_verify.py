@@ -1,4 +1,4 @@
-"""Faults in the anatomy that the checks on load have to find."""
+"""Faults in the anatomy that the checks on load must find."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
 @pytest.mark.parametrize(
     ("family", "fault", "broken", "identity"), FAULTS, ids=[f"{f[0]}: {f[1]}" for f in FAULTS]
 )
-def test_a_wrong_anatomy_is_refused(
+def test_wrong_anatomy_is_rejected(
     loaded: dict[str, LoadedModel],
     family: str,
     fault: str,
@@ -161,7 +161,7 @@ def test_a_wrong_anatomy_is_refused(
 
 
 def exchanged(site: str, one: int, other: int) -> Callable[[LoadedModel], Anatomy]:
-    """Two layers have each other's site."""
+    """Swap a site of two layers."""
 
     def change(model: LoadedModel) -> Anatomy:
         blocks = [*model.anatomy.blocks]
@@ -174,7 +174,7 @@ def exchanged(site: str, one: int, other: int) -> Callable[[LoadedModel], Anatom
 
 
 class Reordered(nn.Module):
-    """A projection whose heads are put into another order."""
+    """A projection whose heads are reordered."""
 
     def __init__(self, inner: nn.Module, order: list[int]) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class Reordered(nn.Module):
 
 
 def reordered(site: str, layer: int, order: list[int]) -> Callable[[LoadedModel], Anatomy]:
-    """In one layer the site is read before its heads are put into another order."""
+    """Read a site of one layer before its heads are reordered."""
 
     def change(model: LoadedModel) -> Anatomy:
         blocks = [*model.anatomy.blocks]
@@ -215,7 +215,7 @@ def reordered(site: str, layer: int, order: list[int]) -> Callable[[LoadedModel]
         (reordered("v", 2, [1, 0]), "z = v"),
     ],
 )
-def test_a_fault_in_single_layers_of_a_deep_model_is_refused(
+def test_fault_in_single_layers_of_a_deep_model_is_rejected(
     fault: Callable[[LoadedModel], Anatomy], identity: str
 ) -> None:
     good, problems = adopt_model(
@@ -229,8 +229,8 @@ def test_a_fault_in_single_layers_of_a_deep_model_is_refused(
     assert identity in tried.problems[0].message
 
 
-def test_tokens_of_the_checks_grow_by_the_layer_and_not_by_the_head() -> None:
-    """Each layer is restarted in a row of its own; all else is tried in many layers at once."""
+def test_check_cost_grows_with_layers_but_not_with_heads() -> None:
+    """Each layer is restarted in a separate row; other checks cover many layers at once."""
 
     def rows(**sizes: int) -> int:
         module = families.module("llama", num_key_value_heads=sizes["num_attention_heads"], **sizes)
@@ -257,7 +257,7 @@ def test_every_family_passes_every_check(loaded: dict[str, LoadedModel], family:
     assert [outcome.identity for outcome in checks if not outcome.passed] == []
 
 
-def test_a_wrong_number_of_key_value_heads_is_found_in_the_modules(
+def test_finder_rejects_a_wrong_number_of_key_value_heads(
     loaded: dict[str, LoadedModel],
 ) -> None:
     model = loaded["llama"]
@@ -268,14 +268,14 @@ def test_a_wrong_number_of_key_value_heads_is_found_in_the_modules(
     assert "not 4 heads of 6" in found[0].label_text
 
 
-def test_a_part_that_is_missing_is_named(loaded: dict[str, LoadedModel]) -> None:
+def test_finder_names_a_missing_component(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["llama"]
     modules = [(p, m) for p, m in model.module.named_modules() if "o_proj" not in p]
     _, found = find_anatomies(modules, model.shape)
     assert "output projection of attention not found" in found[0].message
 
 
-def test_a_block_with_a_rule_of_its_own_is_refused() -> None:
+def test_block_that_scales_attention_is_rejected() -> None:
     model, found = broken.gaining()
     assert model is None
     assert found[0].code == "E0410"
@@ -291,7 +291,7 @@ def test_a_block_with_a_rule_of_its_own_is_refused() -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_model_that_can_not_be_restarted_is_run_whole(
+def test_model_that_cannot_be_restarted_warns_and_uses_full_passes(
     cause: Callable[[], broken.Adopted], reason: str
 ) -> None:
     model, found = cause()
@@ -299,12 +299,12 @@ def test_a_model_that_can_not_be_restarted_is_run_whole(
     assert not model.restartable
     assert [d.code for d in found] == ["W0711"]
     assert reason in found[0].label_text
-    # Their attention isn't the library's, so it can't be opened either.
+    # Their attention isn't the library's, so its internals aren't available either.
     may_fail = (PACKED_IDENTITY, ATTENTION_IDENTITY)
     assert all(outcome.passed for outcome in model.checks if outcome.identity not in may_fail)
 
 
-def test_a_model_that_does_not_run_is_refused() -> None:
+def test_model_that_does_not_run_is_rejected() -> None:
     model, found = broken.failing()
     assert model is None
     assert [d.code for d in found] == ["E0411"]
@@ -312,7 +312,7 @@ def test_a_model_that_does_not_run_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_precisions_pass_too(dtype: torch.dtype) -> None:
+def test_checks_pass_in_other_precisions(dtype: torch.dtype) -> None:
     module = families.module("llama").to(dtype)
     model, found = adopt_model("m", module, families.tokenizer())
     assert model is not None, found
@@ -321,7 +321,7 @@ def test_other_precisions_pass_too(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("family", families.VERIFIED)
-def test_eager_attention_is_restarted_too(family: str) -> None:
+def test_eager_attention_is_restartable(family: str) -> None:
     module = families.module(family, attn_implementation="eager")
     assert module.config._attn_implementation == "eager"  # type: ignore[union-attr]
     model, found = adopt_model("m", module, families.tokenizer())
@@ -330,7 +330,7 @@ def test_eager_attention_is_restarted_too(family: str) -> None:
     assert model.restartable
 
 
-def test_kernels_without_a_written_mask_are_not_restarted(loaded: dict[str, LoadedModel]) -> None:
+def test_flash_attention_is_not_packed(loaded: dict[str, LoadedModel]) -> None:
     part = loaded["llama"].module.get_submodule("model.layers.0.self_attn")
     config = id(part.config)
     assert get_own_attention(part, {config: "eager"}) is not get_own_attention(

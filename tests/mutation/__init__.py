@@ -1,1 +1,1 @@
-"""Small changes to the package that its tests have to notice; see `__main__`."""
+"""Small changes to the package that its tests must detect; see `__main__`."""

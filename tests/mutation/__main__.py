@@ -1,19 +1,19 @@
-"""Changes the package in small ways and sees whether its tests notice.
+"""Change the package in small ways and check that its tests fail.
 
     python -m tests.mutation --seed 1 --count 200 --write
     python -m tests.mutation --target 'planner/plan.py' --count 20 --budget 120
     python -m tests.mutation --survivors --budget 600
     python -m tests.mutation --target planner/cost.py --named 'block.key'
 
-One operator, constant, condition, keyword, … at a time is changed, drawn from the modules below by
-the seed, and the tests that run the changed line are run: those first that together run most of
-the module in the least time, as many as fit into `--budget` seconds, up to the first that fails.
-`--write` adds what was found to `table.csv`, in which a mutant that survives has its reason;
-`--survivors` draws none, and runs those again that survived by the table.
+One operator, constant, condition, keyword, … at a time is changed, sampled from the modules below
+by the seed. Then the tests that cover the changed line run: first those that together cover most
+of the module in the least time, as many as fit into `--budget` seconds, until one fails.
+`--write` adds the outcomes to `table.csv`, in which a surviving mutant has a reason;
+`--survivors` samples none and reruns the survivors of the table.
 
-In the table, `open` is a survivor of which it isn't known whether it changes a number.
+In the table, `open` marks a survivor for which it is unknown whether it changes a number.
 
-The first run takes long: it finds which lines each test runs, and keeps that outside the
+The first run is slow: it records the lines that each test covers, and caches them outside the
 repository until the package or the test changes.
 """
 
@@ -34,7 +34,7 @@ from .server import PACKAGE, Collected, Ran, imported, prepare
 TABLE = Path(__file__).parent / "table.csv"
 COLUMNS = ("seed", "kind", "mutant", "outcome", "by")
 LIMIT = 90
-"""Seconds, beyond the budget, after which a mutant counts as noticed: it hangs."""
+"""Seconds beyond the budget after which a mutant counts as killed, because it hangs."""
 
 PLANNER = (
     "tests/execute/test_inert.py",
@@ -52,7 +52,7 @@ VALUES = (
     "tests/execute/test_metrics.py",
     "tests/rules/test_attention.py",
     "tests/rules/test_paths.py",
-    "tests/rules/test_mixtures.py",
+    "tests/rules/test_random_rules.py",
     "tests/rules/test_transplants.py",
 )
 FILES = (
@@ -82,7 +82,7 @@ NUMBERS = (
 )
 CHECKED = (
     "tests/compiler/test_without_model.py",
-    "tests/compiler/test_unlike_tokens.py",
+    "tests/compiler/test_token_alignment.py",
     "tests/elsewhere/test_prompts.py",
     "tests/elsewhere/test_models.py",
     "tests/elsewhere/test_blocks.py",
@@ -99,7 +99,7 @@ RESULTS = (
     "tests/results/test_archive.py",
     "tests/results/test_expectations.py",
     "tests/results/test_reports.py",
-    "tests/results/test_seen_rows.py",
+    "tests/results/test_distinct_rows.py",
     "tests/results/test_typed_json.py",
 )
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -151,8 +151,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "results/assembly/combination.py": (*STATISTICS, *FILES, "tests/execute/test_effects.py"),
     "results/assembly/collection.py": ("tests/execute/test_effects.py", *FILES),
 }
-"""Modules that are changed, as patterns below the package → files or folders of their tests; of
-several patterns the last one counts."""
+"""Changed modules, as patterns relative to the package → files or folders of their tests; the last
+matching pattern applies."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def report(mutant: Mutant, tests: Sequence[str], ran: Ran, seed: int | None) -> None:
-    """Prints what was found; with a seed, writes it to the table."""
+    """Print the outcome; with a seed, write it to the table."""
     outcome = "survived" if ran.passed else "killed"
     by = (f"{len(tests)} tests" if tests else "no test runs it") if ran.passed else ran.failed
     print(f"{outcome} [{mutant.kind}] {mutant.name} | {by}", flush=True)
@@ -245,7 +245,7 @@ def of_module(module: str) -> list[Mutant]:
 
 
 def draw(every: Sequence[Mutant], seed: int, count: int) -> list[Mutant]:
-    """Modules as often as they are large, and in a module each kind of change as often."""
+    """Sample modules by their size, and in a module each type of change equally often."""
     drawn = random.Random(seed)
     found: dict[str, Mutant] = {}
     left = list(every)
@@ -268,7 +268,7 @@ def read_table() -> dict[str, dict[str, str]]:
 
 
 def unmatched(names: Iterable[str]) -> list[str]:
-    """Names of the table that no change of today's modules has."""
+    """Names in the table that match no change of the current modules."""
     wanted = list(names)
     modules = {name.partition(":")[0] for name in wanted}
     there = [module for module in sorted(modules) if (PACKAGE / module).exists()]

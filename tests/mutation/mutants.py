@@ -1,6 +1,6 @@
 """Small changes to the source of a module, one at a time.
 
-Left alone are annotations, strings, messages, asserts, what is raised, and `__repr__`.
+Annotations, strings, messages, asserts, raised exceptions and `__repr__` aren't changed.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class Mutant:
     before: str
     after: str
     count: int
-    """Which of several with the same text in the function."""
+    """Index among changes with the same text in the function."""
     lines: tuple[int, int]
     """First and last line of the statement, or of the head of one that has a body."""
     in_body: bool
-    """Whether it runs with a function, not with the import."""
+    """Whether the change runs in a function, not at import."""
     source: str
-    """The module, changed."""
+    """Source of the changed module."""
 
     @property
     def name(self) -> str:
@@ -82,7 +82,7 @@ class Mutant:
         return f"{self.module}:{self.function}{again}: {self.before} → {self.after}"
 
     def is_python(self) -> bool:
-        """Whether what it makes of the module can be compiled."""
+        """Whether the changed module compiles."""
         try:
             compile(self.source, self.module, "exec")
         except SyntaxError:
@@ -118,7 +118,7 @@ def mutants(module: str, source: str) -> list[Mutant]:
 
 
 def _short(before: str, after: str) -> tuple[str, str]:
-    """Both on one line, and of long ones what is around the difference."""
+    """Both texts on one line; long ones are cut to the context of the difference."""
     before, after = " ".join(before.split()), " ".join(after.split())
     if after.startswith("(") and after.endswith(")"):
         after = after[1:-1]

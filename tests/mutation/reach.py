@@ -1,4 +1,4 @@
-"""Which tests run a line, and how long they take; kept outside the repository."""
+"""The tests that cover a line, and their duration; cached outside the repository."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .server import PACKAGE, ROOT, Collected, Reached
 
 KEPT = Path(tempfile.gettempdir()) / "mechdsl-mutation"
 FILE_LIMIT = 60
-"""Seconds of the processor after which no further test of a file is traced."""
+"""CPU seconds after which no further test of a file is traced."""
 
 
 def reached(tests: Collected, files: Sequence[Path]) -> Reached:
-    """Of the tests of these files."""
+    """Coverage and duration of the tests of these files."""
     modules = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
     package = hashlib.sha256(b"".join((PACKAGE / name).read_bytes() for name in modules))
     found: Reached = {}
@@ -40,9 +40,9 @@ def reached(tests: Collected, files: Sequence[Path]) -> Reached:
 
 
 def chosen(mutant: Mutant, reach: Reached, files: Sequence[Path], budget: float) -> list[str]:
-    """Tests of these files that run what is changed, for so many seconds.
+    """Tests of these files that cover the change, for `budget` seconds.
 
-    First those that together run most of the module in the least time, then the quickest.
+    First those that together cover most of the module in the least time, then the fastest.
     """
     wanted, names = _lines(mutant), set(map(str, files))
     reaching: dict[str, tuple[float, set[int]]] = {}
@@ -67,7 +67,7 @@ def chosen(mutant: Mutant, reach: Reached, files: Sequence[Path], budget: float)
 
 
 def _lines(mutant: Mutant) -> set[int]:
-    """Lines that run only with the change; none for any line of the module."""
+    """Lines of the change; empty means any line of the module."""
     if mutant.in_body:
         return set(range(mutant.lines[0], mutant.lines[1] + 1))
     tree = ast.parse((PACKAGE / mutant.module).read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def _lines(mutant: Mutant) -> set[int]:
 
 
 def test_files(paths: Iterable[str]) -> list[Path]:
-    """Files of tests in folders, in order, each once."""
+    """Test files in folders, in order, each once."""
     found: dict[Path, None] = {}
     for path in paths:
         at = ROOT / path

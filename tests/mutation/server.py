@@ -1,8 +1,8 @@
 """One process of pytest that has imported and collected everything; a fork of it for each mutant.
 
-In a fork the functions of a module get the code of the changed one. What runs with the import
-(defaults, constants) can't be exchanged so: such mutants are imported anew, in a fork of a process
-that has not imported the package.
+In a fork, the functions of a module get the code of the changed module. Code that runs at import
+(defaults, constants) can't be replaced this way: such mutants are imported again, in a fork of a
+process that has not imported the package.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ NEEDED = (
     "click",
     "hypothesis.extra.numpy",
 )
-"""Imported before the package is, for mutants that import it anew."""
+"""Modules to import before the package, for mutants that import it again."""
 QUICK = 0.3
-"""Seconds of a test, traced, of which all cases are looked at."""
+"""Maximal seconds of a traced test all of whose cases are traced."""
 OPTIONS = ["-q", "-x", "-s", "-p", "no:cacheprovider", "--tb=line", "-m", "not slow"]
 
 
 def prepare() -> None:
-    """Imports what the package and its tests need, once."""
+    """Import the dependencies of the package and its tests, once."""
     os.chdir(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -76,15 +76,15 @@ def prepare() -> None:
 
 @dataclass(frozen=True)
 class Ran:
-    """How tests went."""
+    """The outcome of tests."""
 
     passed: bool
     failed: str = ""
-    """The first that failed, or what else happened."""
+    """The first failed test, or another cause."""
 
 
 class Watch:
-    """Keeps the first test, or file, that fails."""
+    """Records the first failing test or file."""
 
     def __init__(self) -> None:
         self.failed = ""
@@ -99,7 +99,7 @@ class Watch:
 
 
 def imported(mutant: Mutant, tests: Sequence[str], limit: float) -> Ran:
-    """Runs tests on the module imported from the changed text."""
+    """Run tests on the module imported from the changed text."""
     assert not any(name.startswith("mechdsl") for name in sys.modules)
 
     def run(folder: Path) -> Ran:
@@ -112,7 +112,7 @@ def imported(mutant: Mutant, tests: Sequence[str], limit: float) -> Ran:
 
 
 class Changed(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
-    """Gives another text for one module of the package."""
+    """Replaces the source of one module of the package at import."""
 
     def __init__(self, module: str, source: str) -> None:
         name = ".".join(("mechdsl", *Path(module).with_suffix("").parts)).removesuffix(".__init__")
@@ -131,7 +131,7 @@ class Changed(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader
 
 
 def _forked(action: Callable[[Path], Any], limit: float, *, quiet: bool = True) -> Any:
-    """What a fork finds, with a folder of its own; where it ends or hangs, a failed run."""
+    """The result of a fork with a separate folder; a failed run if it ends or hangs."""
     folder = Path(tempfile.mkdtemp(prefix="mutation-"))
     reads, writes = os.pipe()
     child = os.fork()
@@ -144,7 +144,7 @@ def _forked(action: Callable[[Path], Any], limit: float, *, quiet: bool = True) 
             os.dup2(log, 2)
         try:
             found = action(folder)
-        except BaseException as error:  # whatever a mutant does to pytest is noticed
+        except BaseException as error:  # any effect of a mutant on pytest counts
             found = Ran(False, repr(error)[:200])
         with os.fdopen(writes, "wb") as out:
             pickle.dump(found, out)
@@ -161,7 +161,7 @@ def _forked(action: Callable[[Path], Any], limit: float, *, quiet: bool = True) 
 
 
 def _read(pipe: int, limit: float) -> bytes | None:
-    """All that comes until it is closed; None where it isn't in time."""
+    """Read until the pipe is closed; None after the time limit."""
     end = time.monotonic() + min(limit, 1e7)
     chunks: list[bytes] = []
     with os.fdopen(pipe, "rb", buffering=0) as source:
@@ -180,7 +180,7 @@ Reached = dict[str, tuple[float, dict[str, list[int]]]]
 
 
 class Collected:
-    """All tests of some files, ready to be run in forks."""
+    """All tests of some files, ready to run in forks."""
 
     def __init__(self, session: pytest.Session) -> None:
         self.items = {item.nodeid: item for item in session.items}
@@ -196,7 +196,7 @@ class Collected:
 
     @staticmethod
     def of(files: Iterable[Path], action: Callable[[Collected], Any]) -> Any:
-        """What an action finds that gets the tests of these files, in a fork."""
+        """The result of an action on the tests of these files, in a fork."""
 
         class Loop:
             found: Any = None
@@ -213,7 +213,7 @@ class Collected:
         return _forked(run, math.inf, quiet=False)
 
     def run(self, mutant: Mutant, tests: Sequence[str], limit: float) -> Ran:
-        """Runs tests with the functions of the changed module."""
+        """Run tests with the functions of the changed module."""
 
         def run(folder: Path) -> Ran:
             self._exchange(mutant)
@@ -227,7 +227,7 @@ class Collected:
         return _forked(run, limit)
 
     def can_exchange(self, mutant: Mutant) -> bool:
-        """Whether the change lies in functions that are known by their names."""
+        """Whether the change is in functions that can be found by name."""
         return mutant.in_body and bool(list(self._exchanges(mutant)))
 
     def _exchange(self, mutant: Mutant) -> None:
@@ -235,7 +235,7 @@ class Collected:
             function.__code__ = code
 
     def _exchanges(self, mutant: Mutant) -> Iterator[tuple[FunctionType, CodeType]]:
-        """(function, its changed code); none where it can't be done."""
+        """(function, its changed code); empty if that is impossible."""
         path = str(PACKAGE / mutant.module)
         old = _codes(compile((PACKAGE / mutant.module).read_text(encoding="utf-8"), path, "exec"))
         new = _codes(compile(mutant.source, path, "exec"))
@@ -253,10 +253,10 @@ class Collected:
                 yield function, codes[0]
 
     def reach(self, file: Path, modules: Sequence[str], limit: float) -> Reached:
-        """What each test of a file runs, as far as there is time.
+        """Lines that each test of a file covers, within the time limit.
 
-        Of the cases of one function the first and the last are traced; where these aren't quick,
-        they stand for the rest.
+        The first and the last case of each function are traced; if they are slow, they represent
+        the rest.
         """
         cases: dict[str, list[str]] = {}
         for test in self.items:
@@ -272,7 +272,7 @@ class Collected:
                 for test, following in zip(tests, [*tests, None][1:], strict=True):
                     if time.process_time() < end:
                         self._test(test, following, folder, [trace])
-                        end = min(end, time.process_time() + limit)  # models are made by the first
+                        end = min(end, time.process_time() + limit)  # the first test builds models
 
             def known(own: Sequence[str]) -> list[tuple[float, dict[str, list[int]]]]:
                 return [trace.found[case] for case in (own[0], own[-1]) if case in trace.found]
@@ -301,7 +301,7 @@ class Collected:
 
 
 def _codes(code: CodeType) -> dict[str, list[CodeType]]:
-    """Of functions, by qualified name; those inside a function are part of it."""
+    """Code of functions by qualified name; inner functions are part of theirs."""
     found: dict[str, list[CodeType]] = {}
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -312,13 +312,13 @@ def _codes(code: CodeType) -> dict[str, list[CodeType]]:
 
 
 def function_of(test: str) -> str:
-    """Of a test's name, without its case."""
+    """A test's name without its case."""
     return test.partition("[")[0]
 
 
 @dataclass(eq=False)
 class Trace:
-    """Of each test that passes: its seconds, and which lines of which modules it runs."""
+    """For each passing test: its seconds, and the covered lines of each module."""
 
     modules: Sequence[str]
     found: Reached = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""What one experiment found, used in another."""
+"""Tests of derived experiments, which use results of other experiments."""

@@ -1,4 +1,4 @@
-"""Files on the counting model, and what they found."""
+"""Run files on the counting model and read their results."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(
     only: str | None = None,
     without: frozenset[str] = frozenset(),
 ) -> dict[str, ExperimentResult]:
-    """Name → result, in the order of the file."""
+    """Experiment → result, in file order."""
     options = RunOptions(settings=CheckSettings(only=only), without=without)
     result, found = run_source(Source(head + text), options)
     assert not has_errors(found), render_full(found)
@@ -61,7 +61,7 @@ def patched(result: ExperimentResult, measure: int = 0) -> Array:
 
 
 def best_sites(result: ExperimentResult, count: int) -> list[str]:
-    """The sites with the largest mean, from the records, as short names."""
+    """Short names of the sites with the largest mean in the records."""
     records = sorted(result.records(), key=lambda record: -record["mean"])
     return [record["site"].removesuffix(".z") for record in records[:count]]
 
@@ -72,7 +72,7 @@ def model() -> Any:
 
 
 def without_tokens(ids: Sequence[int], tokens: Sequence[int], answer: int) -> tuple[float, float]:
-    """(logit, probability) of the answer where the embeddings of some tokens are zero."""
+    """(logit, probability) of the answer with the embeddings of some tokens set to zero."""
     net = model()
     with torch.no_grad():
         embedded = net.get_input_embeddings()(torch.tensor([list(ids)])).clone()

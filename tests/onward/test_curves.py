@@ -1,4 +1,4 @@
-"""Loops over percentages, and the area under what they measure."""
+"""Loops over percentages, and the area under their curves."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ SHARES = [0, 20, 40, 60, 80, 100]
 
 
 def trapezoid(values: Array) -> float:
-    """Of the values at every 20%, divided by the range."""
+    """Area under values at every 20%, divided by the range."""
     at = np.array(SHARES) / 100
     return float(sum((at[i + 1] - at[i]) * (values[i] + values[i + 1]) / 2 for i in range(5)))
 
 
 @pytest.mark.parametrize("mode", some(MODES, ["planned"]))
-def test_every_point_by_hand(mode: str) -> None:
+def test_points_of_a_curve_equal_reference(mode: str) -> None:
     text = CURVE + PLACES
     found = run(text, without=MODES[mode])
     rows = patched(found["curve"])
@@ -57,7 +57,7 @@ def test_every_point_by_hand(mode: str) -> None:
     assert found["curve"].measures[0].inert.tolist() == [True, False, False, False, False, False]
 
 
-def test_labels_are_percentages_and_numbers() -> None:
+def test_percentage_axis_has_text_labels_and_numeric_json() -> None:
     found = run(CURVE + PLACES)["curve"]
     assert [str(cell.coords["k"]) for cell in found.cells] == [f"{k}%" for k in SHARES]
     assert [cell.coords["k"] for cell in found.cells] == SHARES
@@ -68,7 +68,7 @@ def test_labels_are_percentages_and_numbers() -> None:
     assert [cell["coords"]["k"] for cell in cells] == SHARES
 
 
-def test_part_of_a_curve_by_hand() -> None:
+def test_mean_over_part_of_a_curve_equals_reference() -> None:
     lines = ["expect mean(prob, k: 0%..40%) > 0", "expect mean(prob, k: 0..40) > 0"]
     lines += ["expect prob(k: 40%) > 0"]
     text = CURVE.replace("expect auc(prob, k) < 0.9", "\n  ".join(lines))
@@ -79,7 +79,7 @@ def test_part_of_a_curve_by_hand() -> None:
     assert one == pytest.approx(means[2])
 
 
-def test_depths_are_ranges_too() -> None:
+def test_relative_depth_range_selects_cells() -> None:
     cells = [CellKey({"layer": depth}, "L0.z") for depth in ("0%", "33.3%", "66.7%", "100%")]
     half = CellSelection("", {"layer": ((Percent(0), Percent(50)),)})
     assert half.find(cells) == [0, 1]
@@ -87,7 +87,7 @@ def test_depths_are_ranges_too() -> None:
     assert CellSelection("", {"layer": ((0.0, 50.0),)}).find(cells) == []
 
 
-def test_area_by_hand() -> None:
+def test_auc_expectation_equals_reference() -> None:
     text = CURVE.replace(
         "expect auc(prob, k) < 0.9", "stats test bootstrap\n  expect auc(prob, k) < 0.9"
     )
@@ -95,7 +95,7 @@ def test_area_by_hand() -> None:
     below, within, equal = found.outcomes
     values = patched(found)
     assert below.value == pytest.approx(trapezoid(values.mean(axis=1)))
-    # the area is linear, so that it is the mean of the rows' own areas
+    # The area is linear, so it equals the mean of the areas of the rows.
     areas = np.array([trapezoid(row) for row in values.T])
     random = np.random.default_rng(0)
     drawn = areas[random.integers(0, len(areas), (10_000, len(areas)))]
@@ -115,15 +115,15 @@ def test_area_by_hand() -> None:
     assert within.value == pytest.approx(trapezoid(deltas.mean(axis=1)))
 
 
-def test_all_but_more_and_more() -> None:
-    """At 100% nothing is left to write at: the base run itself."""
+def test_tokens_except_top_100_percent_is_the_base_run() -> None:
+    """At 100%, no token is written, so the value is that of the base run."""
     text = CURVE.replace("at top k", "at tokens except top k") + PLACES
     found = run(text)["curve"]
     assert np.array_equal(patched(found)[-1], found.measures[0].base[0])
     assert not np.array_equal(patched(found)[0], found.measures[0].base[0])
 
 
-def test_one_curve_of_several() -> None:
+def test_auc_expectation_selects_one_of_several_curves() -> None:
     text = experiment(
         "curve",
         "for k in 0%..100% step 50% {",
@@ -155,27 +155,27 @@ def test_one_curve_of_several() -> None:
     assert one.outcomes[0].value == pytest.approx(patched(one).mean())
 
 
-def test_a_share_names_one_cell() -> None:
+def test_expectation_at_a_percentage_selects_one_cell() -> None:
     text = CURVE.replace("expect auc(prob, k) = 0.5", "expect prob(k: 100%) < 0.5") + PLACES
     assert not [d for d in checked(text).diagnostics if d.severity == "error"]
     found = run(text)["curve"]
     assert found.outcomes[2].value == pytest.approx(patched(found)[-1].mean())
 
 
-def test_a_range_of_shares() -> None:
-    """Both ends are percentages, as the axis is."""
+def test_expectation_over_a_range_of_percentages_selects_its_cells() -> None:
+    """Both ends of the range are percentages."""
     lines = CURVE.replace("expect auc(prob, k) = 0.5", "expect mean(prob, k: 0%..40%) > 2")
     found = run(lines + PLACES)["curve"]
     (outcome,) = (each for each in found.outcomes if "0%..40%" in each.text)
     assert outcome.value == pytest.approx(float(patched(found)[:3].mean()))
 
 
-def test_the_file() -> None:
+def test_curve_file_holds() -> None:
     found = run("", head=(HERE / "curve.mech").read_text(encoding="utf-8"))
     assert found["curve"].holds
 
 
-def test_edges_to_no_keys_are_the_base_run() -> None:
+def test_blocked_edges_to_no_keys_equal_the_base_run() -> None:
     text = experiment(
         "cut",
         "for k in 0%..50% step 25% {",

@@ -1,4 +1,4 @@
-"""What another experiment ranked, as heads of edges and where paths end, against heads by name."""
+"""Heads ranked by another experiment in edges and as path receivers, against named heads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EDGE = "from last token to last-item token"
 
 
 def best_sites(result: ExperimentResult, count: int) -> list[str]:
-    """Of paths, where they begin."""
+    """Short names of the best sites; of paths, the senders."""
     return [site.partition(".z")[0] for site in support.best_sites(result, count)]
 
 
@@ -33,7 +33,7 @@ EDGES = [
 
 
 @pytest.mark.parametrize(("rule", "mode"), in_turn(EDGES, list(MODES)))
-def test_edges_of_the_best(rule: str, mode: str) -> None:
+def test_edges_of_top_heads_equal_named_heads(rule: str, mode: str) -> None:
     picked = run(
         experiment("a", rule.replace("HEADS", "top 2 of direct"), DELTA) + DIRECT,
         without=MODES[mode],
@@ -51,7 +51,7 @@ def test_edges_of_the_best(rule: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("site", "mode"), in_turn(["q", "k", "v"], list(MODES)))
-def test_paths_to_the_best(site: str, mode: str) -> None:
+def test_paths_to_top_heads_equal_named_heads(site: str, mode: str) -> None:
     rule = "path layer * head 0, 2 -> {} at {{last-item token, last token}}"
     text = experiment("a", FROM, rule.format(f"{site} of top 2 of direct"), DELTA) + DIRECT
     picked = run(text, without=MODES[mode])
@@ -68,14 +68,14 @@ def test_paths_to_the_best(site: str, mode: str) -> None:
     assert np.abs(patched(picked["a"]) - picked["a"].measures[0].base).max() > 0.01
 
 
-def test_expectations_may_name_the_senders_of_paths_to_the_best() -> None:
+def test_expectation_names_a_sender_of_paths_to_the_best_head() -> None:
     expected = "expect delta(layer: 0, head: 1) > -100"
     rule = "path layer 0..1 head * -> q of best of direct at last token"
     found = checked(experiment("a", FROM, rule, DELTA, expected) + DIRECT)
     assert [each.code for each in found.diagnostics if each.severity == "error"] == []
 
 
-def test_the_best_one_is_called_by_its_name() -> None:
+def test_best_head_is_shown_by_its_name() -> None:
     found = run(
         experiment("a", f"observe attention best of direct {EDGE}")
         + experiment("b", FROM, "path layer 0 head 0 -> q of best of direct at last token", DELTA)
@@ -88,7 +88,7 @@ def test_the_best_one_is_called_by_its_name() -> None:
 
 
 @pytest.mark.parametrize("mode", some(MODES, ["planned"]))
-def test_more_and_more_heads(mode: str) -> None:
+def test_growing_sets_of_top_heads_equal_named_heads(mode: str) -> None:
     rule = f"for n in [0, 1, 3] {{ block attention top n of direct {EDGE} }}"
     found = run(experiment("a", rule, DELTA) + DIRECT, without=MODES[mode])
     rows = patched(found["a"])
@@ -124,7 +124,7 @@ def test_more_and_more_heads(mode: str) -> None:
         (f"block attention top 99 of direct {EDGE}", "E0620"),
     ],
 )
-def test_what_is_refused(line: str, code: str) -> None:
+def test_invalid_heads_of_edges_or_paths_are_rejected(line: str, code: str) -> None:
     groups = """
 group movers = L1H0, L2H1
 group whole = L1H0, L2.resid

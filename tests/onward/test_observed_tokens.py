@@ -1,4 +1,4 @@
-"""`top 3 of attn tokens`: the keys that an observation ranks, against the model's own attention."""
+"""`top 3 of attn tokens`: keys ranked by an observation, against the model's attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RAW = "measure logit(answer) as raw"
 
 @torch.no_grad()
 def seen(ids: list[int], layer: int = 2, head: int = 3) -> list[float]:
-    """[key] what the last token gives each."""
+    """Attention from the last token to each key, [key]."""
     net = copy.deepcopy(model())
     net.set_attn_implementation("eager")
     found = net(torch.tensor([ids]), output_attentions=True).attentions[layer]
@@ -33,7 +33,7 @@ def rows_of(text: str, name: str) -> dict[int, list[int]]:
 
 
 def held(text: str, found: ExperimentResult, count: int) -> None:
-    """Each row is without the embeddings of the keys that are seen most in it."""
+    """Compare each row with the model without the embeddings of its most attended keys."""
     ids = rows_of(text, found.name)
     values = patched(found)[0]
     picked: set[tuple[int, ...]] = set()
@@ -54,7 +54,7 @@ def answers(text: str, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", some(MODES, ["planned"]))
-def test_tokens_that_are_seen_most(mode: str) -> None:
+def test_ablated_top_attended_tokens_equal_reference(mode: str) -> None:
     text = experiment("then", "ablate embed at top 3 of attn tokens with zero", RAW)
     text += experiment("look", LOOK)
     found = run(text, without=MODES[mode])
@@ -62,7 +62,7 @@ def test_tokens_that_are_seen_most(mode: str) -> None:
     assert "attn" in found["then"].conventions["top 3 of attn tokens"]
 
 
-def test_by_the_name_of_the_observation_or_of_its_experiment() -> None:
+def test_ranking_is_named_by_observation_or_experiment() -> None:
     rule = "block attention layers * from last token to top 2 of {} tokens"
     measure = "measure logit(answer) as delta"
     look = experiment("look", LOOK.removesuffix(" as attn"))
@@ -75,8 +75,8 @@ def test_by_the_name_of_the_observation_or_of_its_experiment() -> None:
     assert np.abs(values[0] - by_name["a"].measures[0].base).min() > 1e-4
 
 
-def test_the_best_of_several_heads_and_queries() -> None:
-    """A key counts with the cell in which it is seen most; swept queries are another axis."""
+def test_token_rank_is_the_maximum_over_heads() -> None:
+    """A key is ranked by the head with the highest attention to it."""
     look = "observe attention layer 2 head 0, 3 from last token to token * align left"
     text = experiment("then", "ablate embed at best of look token with zero", RAW)
     text += experiment("look", look)
@@ -89,7 +89,7 @@ def test_the_best_of_several_heads_and_queries() -> None:
         np.testing.assert_allclose(value, by_hand, atol=1e-3)
 
 
-def test_queries_where_they_alone_are_swept() -> None:
+def test_swept_queries_are_ranked_if_keys_are_fixed() -> None:
     look = "observe attention layer 2 head 3 from token * align left to first token"
     text = experiment("then", "ablate embed at best of look token with zero", RAW)
     text += experiment("look", look)
@@ -104,8 +104,8 @@ def test_queries_where_they_alone_are_swept() -> None:
         np.testing.assert_allclose(patched(found)[0][column], by_hand, atol=1e-3)
 
 
-def test_edges_that_were_blocked() -> None:
-    """The keys without which the answer falls least, of an experiment that blocks them."""
+def test_tokens_are_ranked_by_blocked_edges() -> None:
+    """Keys are ranked by an experiment that blocks attention to them."""
     which = experiment(
         "which",
         "block attention layers * from last token to token 1..4",
@@ -129,7 +129,7 @@ def test_edges_that_were_blocked() -> None:
         "patch resid_post layer 1 at token 1..2 onto token 3..4",
     ],
 )
-def test_what_has_no_single_tokens(look: str) -> None:
+def test_ranking_without_single_tokens_is_rejected(look: str) -> None:
     lines = (look,) if look.startswith("observe") else ("from fewer into clean", look, RAW)
     text = experiment("then", "ablate embed at top 1 of look tokens with zero", RAW)
     found = checked(text + experiment("look", *lines)).diagnostics
@@ -139,7 +139,7 @@ def test_what_has_no_single_tokens(look: str) -> None:
 @pytest.mark.parametrize(
     "line", ["replace block layer * with identity", "renumber token 1..3 from 9"]
 )
-def test_what_has_no_sites(line: str) -> None:
+def test_ranking_without_sites_is_rejected(line: str) -> None:
     text = experiment("then", "ablate top 1 of look at last token with zero", RAW)
     found = checked(text + experiment("look", line, RAW)).diagnostics
     assert [d.code for d in found if d.severity == "error"] == ["E0620"]

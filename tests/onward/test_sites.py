@@ -1,4 +1,4 @@
-"""`top 3 of E`, `best of E` and groups as sites, against the sites written out by hand."""
+"""`top 3 of E`, `best of E` and groups as sites, against explicitly named sites."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def patch(name: str, what: str) -> str:
     return experiment(name, "from clean into fewer", f"patch {what} at last token", MEASURE)
 
 
-def test_the_file() -> None:
+def test_heads_file_reports_the_selected_sites() -> None:
     found = run("", head=(HERE / "heads.mech").read_text(encoding="utf-8"))
     assert list(found) == ["together", "grouped", "which"]
     three = best_sites(found["which"], 3)
@@ -44,7 +44,7 @@ def test_the_file() -> None:
     ("written", "count"),
     [("top 3 of which", 3), ("best of which", 1), ("top 25% of which", 4), ("top 1% of which", 1)],
 )
-def test_as_if_named(written: str, count: int) -> None:
+def test_top_and_best_sites_equal_named_sites(written: str, count: int) -> None:
     picked = run(patch("picked", written) + WHICH)
     sites = best_sites(picked["which"], count)
     by_hand = run(f"\ngroup hand = {', '.join(sites)}\n" + patch("named", "hand"))
@@ -53,7 +53,7 @@ def test_as_if_named(written: str, count: int) -> None:
     assert one == (f"{sites[0]}.z" if count == 1 else written)
 
 
-def test_a_group_with_named_sites_and_a_parameter() -> None:
+def test_group_of_named_and_ranked_sites_equals_named_sites() -> None:
     text = "\nparam n = 2\ngroup chosen = L0H1, top n of which\n" + WHICH + patch("a", "chosen")
     found = run(text)
     sites = ["L0H1", *best_sites(found["which"], 2)]
@@ -61,13 +61,13 @@ def test_a_group_with_named_sites_and_a_parameter() -> None:
     assert np.array_equal(patched(found["a"]), patched(by_hand["b"]))
 
 
-def test_a_share_may_be_a_parameter() -> None:
+def test_percentage_of_sites_may_be_a_parameter() -> None:
     found = run("\nparam share = 25%\n" + WHICH + patch("a", "top share of which"))
     same = run(WHICH + patch("a", "top 25% of which"))
     assert np.array_equal(patched(found["a"]), patched(same["a"]))
 
 
-def test_signed_and_not_absolute() -> None:
+def test_best_site_is_ranked_by_the_signed_mean() -> None:
     which = experiment(
         "which",
         "ablate layer * head * at last token with zero",
@@ -85,7 +85,7 @@ def test_signed_and_not_absolute() -> None:
     assert found["a"].cells[0].site == max(means, key=lambda site: means[site])
 
 
-def test_a_site_counts_with_its_best_position() -> None:
+def test_site_is_ranked_by_its_best_position() -> None:
     which = experiment(
         "which",
         "ablate resid_post layer * at {first-item token}, last token with zero",
@@ -108,7 +108,7 @@ def test_a_site_counts_with_its_best_position() -> None:
 
 
 @pytest.mark.parametrize("mode", some(MODES, ["planned"]))
-def test_more_and_more_of_them(mode: str) -> None:
+def test_growing_sets_of_top_sites_equal_separate_experiments(mode: str) -> None:
     curve = experiment(
         "curve",
         "from clean into fewer",
@@ -125,16 +125,16 @@ def test_more_and_more_of_them(mode: str) -> None:
     for row, count in ((1, 1), (2, 2), (3, 16)):
         same = run(patch("same", f"top {count} of which") + WHICH, without=MODES[mode])
         assert np.allclose(rows[row], patched(same["same"])[0], atol=1e-4)
-    # All heads at the last token are not all of the residual stream, so 16 is not the source run.
+    # All 16 heads at the last token aren't the whole residual stream, so this isn't the source run.
     assert [cell.coords["k"] for cell in found["curve"].cells] == [0, 1, 2, 16]
 
 
-def test_none_at_all() -> None:
+def test_top_0_sites_equal_the_base_run() -> None:
     found = run(patch("a", "top 0 of which") + WHICH)
     assert np.array_equal(patched(found["a"]), found["a"].measures[0].base)
 
 
-def test_same_rows_are_warned_of() -> None:
+def test_ranking_on_overlapping_rows_gives_a_warning() -> None:
     same = WHICH.replace("fruit.train limit 8", "fruit.test limit 6")
     found = list(checked(patch("a", "top 3 of which") + same).diagnostics)
     (warning,) = (d for d in found if d.code == "W0721")
@@ -147,7 +147,7 @@ def test_same_rows_are_warned_of() -> None:
 
 
 @pytest.mark.parametrize("amount", ["3", "n"])
-def test_a_direction_read_at_picked_heads(amount: str) -> None:
+def test_direction_at_top_heads_equals_named_heads(amount: str) -> None:
     def steered(name: str, group: str) -> str:
         return (
             f"\nparam n = 3\ngroup some = {group}\n"
@@ -162,7 +162,7 @@ def test_a_direction_read_at_picked_heads(amount: str) -> None:
     assert not np.array_equal(picked["a"].measures[0].patched, picked["a"].measures[0].base)
 
 
-def test_a_warning_about_the_heads_doesnt_stop_it() -> None:
+def test_warning_about_the_sign_does_not_stop_the_run() -> None:
     rules = ("ablate layer * head * at last token with zero", MEASURE_DELTA)
     falls = experiment("which", *rules, prompts="fruit.train limit 8")
     text = "\ndirection d = mean(fruit) at top 3 of which at last token\n"
@@ -189,14 +189,14 @@ def test_warning_about_the_sign_with_several_numbers_is_reported_once() -> None:
     assert not {*by_sign} & {*by_size}
 
 
-def test_a_direction_read_at_heads_of_nothing() -> None:
+def test_direction_at_heads_of_an_unknown_experiment_is_rejected() -> None:
     text = "\ngroup some = top 3 of whihc\ndirection d = mean(fruit) at some at last token\n"
     text += experiment("a", "add d to resid_post layer 2 at last token", MEASURE_DELTA) + WHICH
     found = [each for each in checked(text).diagnostics if each.severity == "error"]
     assert [each.code for each in found] == ["E0201"]
 
 
-def test_what_directions_and_lists_use_counts_as_used() -> None:
+def test_definitions_used_by_directions_and_lists_are_not_unused() -> None:
     text = (
         "\ngroup some = L0H1\ndirection d = mean(fruit) at some at last token\n"
         'prompts pool { x in ["red", "blue"] template "{x}" }\n'

@@ -1,4 +1,4 @@
-"""Maps of the tokens of texts, compared with tokens: values of the bare model, scored by hand."""
+"""Maps over text tokens compared with positions, against scores computed from the bare model."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def roc_area(values: Array, region: list[bool]) -> float:
     return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
 
 
-def test_scores_of_tokens_equal_those_by_hand() -> None:
+def test_map_scores_of_text_tokens_equal_reference() -> None:
     lines = {
         "at": "observe pointing of look, cut in last-item token",
         "share": "observe mass of look, cut in {item tokens}",
@@ -122,7 +122,7 @@ def test_scores_of_tokens_equal_those_by_hand() -> None:
 
 
 def test_chance_is_the_share_of_tokens_with_a_value() -> None:
-    """Here, the map has values for items alone, of which one is in the region."""
+    """The map has values only for items, one of which is in the region."""
     text = experiment(
         "part", "ablate embed at each item token with zero", "measure logit(answer) as delta"
     )
@@ -171,7 +171,7 @@ def test_sums_of_maps_rank_tokens_and_are_compared(mode: str) -> None:
 
 
 def test_maps_of_another_run_use_its_tokens() -> None:
-    """`fewer` has an item less, so that its tokens have other positions."""
+    """`fewer` has one item less, so its tokens have different positions."""
     text = experiment(
         "into",
         "from clean into fewer",
@@ -189,7 +189,7 @@ def test_maps_of_another_run_use_its_tokens() -> None:
         assert patched(found["at"])[0, column] == pytest.approx(expected)
 
 
-def test_positions_of_a_map_are_found_in_another_run() -> None:
+def test_map_of_one_run_is_compared_with_positions_of_another_run() -> None:
     """`look` has values for tokens of `clean`; the region is one of `fewer`."""
     text = experiment("look", "observe attention layer 2 head 3 from last token to each item token")
     text += experiment("at", "from clean into fewer", "observe pointing of look in last-item token")
@@ -203,8 +203,8 @@ def test_positions_of_a_map_are_found_in_another_run() -> None:
     assert len(set(scores.tolist())) == 2
 
 
-def test_random_maps_of_texts_differ_from_row_to_row() -> None:
-    """Also at tokens whose preceding tokens are those of other rows."""
+def test_random_map_of_text_tokens_differs_between_rows() -> None:
+    """Values also differ at tokens with equal preceding tokens."""
     text = experiment("drawn", "observe random embed at token * align left")
     values = patched(run(text)["drawn"])
     assert len(np.unique(values[0])) == values.shape[1]
@@ -228,7 +228,7 @@ def test_random_maps_of_texts_differ_from_row_to_row() -> None:
         ("observe f1 of head in item tokens", "E0207", "doesn't sweep positions"),
     ],
 )
-def test_mistakes_in_maps_of_texts(line: str, code: str, part: str) -> None:
+def test_invalid_map_observation_on_texts_is_rejected(line: str, code: str, part: str) -> None:
     text = MAPS + experiment(
         "head",
         "from fewer into clean",

@@ -1,4 +1,4 @@
-"""`top 25% of E tokens`: row by row, against forward passes by hand."""
+"""`top 25% of E tokens`: tokens ranked in each row, against forward passes of the bare model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ablate(name: str, at: str, prompts: str = "fruit limit 6") -> str:
 
 
 def orders(places: ExperimentResult) -> dict[int, list[int]]:
-    """Row id → its tokens, the largest change of the probability first."""
+    """Row id → its tokens, largest effect on the probability first."""
     data = places.measures[0]
     deltas = data.patched - data.base
     assert places.row_ids is not None
@@ -60,11 +60,11 @@ COUNTS: dict[str, Callable[[int], int]] = {
     "top 1% of places tokens": lambda n: 1,
     "top 100% of places tokens": lambda n: n,
 }
-"""How many tokens are picked of a row's."""
+"""Position → number of tokens selected from a row of n tokens."""
 
 
 @pytest.mark.parametrize(("at", "mode"), in_turn(list(COUNTS), list(MODES)))
-def test_by_hand(at: str, mode: str) -> None:
+def test_top_tokens_of_each_row_equal_reference(at: str, mode: str) -> None:
     text = ablate("a", at) + PLACES
     found = run(text, without=MODES[mode])
     ranked = {
@@ -73,7 +73,7 @@ def test_by_hand(at: str, mode: str) -> None:
     assert np.allclose(patched(found["a"])[0], expected(text, "a", ranked), atol=1e-4)
 
 
-def test_all_but_them() -> None:
+def test_tokens_except_top_tokens_equal_reference() -> None:
     text = ablate("a", "tokens except top 3 of places tokens") + PLACES
     found = run(text)
     (one,) = (e for e in checked(text).experiments if e.name == "a")
@@ -85,7 +85,7 @@ def test_all_but_them() -> None:
     assert np.allclose(patched(found["a"])[0], expected(text, "a", rest), atol=1e-4)
 
 
-def test_joined_with_others_and_shifted() -> None:
+def test_best_token_joined_with_the_last_token_equals_reference() -> None:
     text = ablate("a", "{last token, best of places token}") + PLACES
     found = run(text)
     (one,) = (e for e in checked(text).experiments if e.name == "a")
@@ -97,7 +97,7 @@ def test_joined_with_others_and_shifted() -> None:
     assert np.allclose(patched(found["a"])[0], expected(text, "a", both), atol=1e-4)
 
 
-def test_singular_sweeps_over_ranks() -> None:
+def test_top_token_in_the_singular_sweeps_over_ranks() -> None:
     text = ablate("a", "top 3 of places token") + PLACES
     found = run(text)
     ranked = orders(found["places"])
@@ -111,7 +111,7 @@ def test_singular_sweeps_over_ranks() -> None:
         assert np.allclose(patched(found["a"])[rank], expected(text, "a", own), atol=1e-4)
 
 
-def test_rows_that_it_lacks_drop_out() -> None:
+def test_rows_missing_from_the_ranking_are_dropped() -> None:
     text = ablate("a", "top 25% of places tokens", "fruit limit 10") + PLACES
     found = run(text)
     ids = found["a"].row_ids
@@ -123,7 +123,7 @@ def test_rows_that_it_lacks_drop_out() -> None:
     assert "in each row, by delta of prob(answer) of the row" in said
 
 
-def test_rows_that_it_did_not_keep_drop_out() -> None:
+def test_rows_not_kept_by_the_ranking_are_dropped() -> None:
     clean = run(experiment("clean", "measure logit(answer) as raw", prompts="fruit limit 6"))
     middle = float(np.median(patched(clean["clean"])))
     keep = PLACES.replace("  measure", f"  keep logit(answer) > {middle:.4f}\n  measure")
@@ -134,8 +134,8 @@ def test_rows_that_it_did_not_keep_drop_out() -> None:
     assert [not np.isnan(v) for v in patched(found["a"])[0]] == [row in kept for row in ids]
 
 
-def test_in_the_text_of_another_run() -> None:
-    """Ranked where the list is shorter, ablated in the clean run: the same named tokens."""
+def test_token_ranked_in_another_run_is_found_by_name() -> None:
+    """Ranked in a run with a shorter list, ablated in the clean run at the same named position."""
     places = experiment(
         "places",
         "from clean into fewer",
@@ -159,7 +159,7 @@ def test_in_the_text_of_another_run() -> None:
     assert np.allclose(patched(found["a"])[0], expected(text, "a", tokens), atol=1e-4)
 
 
-def test_tokens_are_not_warned_of() -> None:
+def test_token_ranking_on_the_same_rows_gives_no_warning() -> None:
     codes = {d.code for d in checked(ablate("a", "best of places token") + PLACES).diagnostics}
     assert "W0721" not in codes
     assert "W0731" not in codes

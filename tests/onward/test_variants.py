@@ -1,4 +1,4 @@
-"""Experiments that compare models, sources or bases, and what is picked of them."""
+"""Rankings by experiments with several models, sources or bases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def heads(*lines: str) -> str:
     return experiment("heads", *lines, DELTA, prompts="fruit.train limit 6")
 
 
-def test_of_several_bases_the_best_cell_counts() -> None:
+def test_site_is_ranked_by_its_best_base() -> None:
     head = HEAD.replace("  corrupt", "  corrupt other { item = other(item) }\n  corrupt")
     text = experiment("a", "ablate top 3 of heads at last token with zero", DELTA)
     of = heads("from clean into fewer, other", "patch layer * head * at last token")
@@ -34,7 +34,7 @@ def test_of_several_bases_the_best_cell_counts() -> None:
     assert said.endswith("each of the 16 sites by the best of its cells")
 
 
-def test_of_several_models_its_own_counts() -> None:
+def test_sites_are_ranked_for_the_model_of_the_derived_experiment() -> None:
     of = heads("model toy, tuned", "ablate layer * head * at last token with zero")
     text = experiment("a", "model tuned", "ablate top 2 of heads at last token with zero", DELTA)
     found = run(text + of, head=TWO)
@@ -43,7 +43,7 @@ def test_of_several_models_its_own_counts() -> None:
     assert "by the best of its cells" not in said  # only one model's cells
 
 
-def test_it_may_itself_be_several() -> None:
+def test_derived_experiment_with_several_models_has_a_cell_each() -> None:
     of = heads("model toy", "ablate layer * head * at last token with zero")
     lines = ("model toy, tuned", "ablate top 2 of heads at last token with zero", DELTA)
     found = run(experiment("a", *lines) + of, head=TWO)
@@ -52,8 +52,8 @@ def test_it_may_itself_be_several() -> None:
     assert np.array_equal(rows[0], rows[1])
 
 
-def test_heads_by_their_attention() -> None:
-    """What is picked of edges are the heads' outputs."""
+def test_heads_are_ranked_by_observed_attention() -> None:
+    """Heads ranked by edges are ablated at their outputs."""
     of = experiment(
         "heads",
         "observe attention layer * head * from last token to last-item token",
@@ -66,7 +66,7 @@ def test_heads_by_their_attention() -> None:
     assert np.array_equal(patched(found["a"]), patched(by_hand["b"]))
 
 
-def test_edges_to_what_is_picked() -> None:
+def test_edges_to_top_tokens_are_blocked() -> None:
     places = experiment("places", "ablate embed at token * align left with zero", DELTA)
     text = experiment(
         "a",
@@ -81,8 +81,8 @@ def test_edges_to_what_is_picked() -> None:
     assert not np.allclose(rows[1], rows[0], atol=1e-2)
 
 
-def test_rows_that_turn_out_to_be_missing() -> None:
-    """Nothing of what `places` kept is a row of the other experiment."""
+def test_derived_experiment_without_ranked_rows_fails() -> None:
+    """No row that `places` kept is a row of the derived experiment."""
     clean = run(experiment("clean", "measure logit(answer) as raw", prompts="fruit limit 6"))
     values = patched(clean["clean"])[0]
     first = float(values[0])
@@ -105,8 +105,8 @@ def test_rows_that_turn_out_to_be_missing() -> None:
     assert "`places` has none of the 1 rows" in error.message
 
 
-def test_ranked_by_a_transplant() -> None:
-    """What is moved into a neutral prompt is ranked; the tokens are those of the prompts."""
+def test_tokens_ranked_by_patching_a_baseline_prompt_equal_reference() -> None:
+    """The ranking patches tokens of the prompts into a baseline prompt."""
     head = HEAD.replace("count in 3..9", "count in 3..3").replace('"fig"]', '"fig", "kiwi"]')
     head += """
 prompts blank {

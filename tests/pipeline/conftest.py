@@ -1,4 +1,4 @@
-"""Packages of other versions than are installed, and how many trainings a test of keys has."""
+"""Fixtures that fake package versions and limit the trainings of key tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mechdsl.results import results
 
 @pytest.fixture
 def of_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
-    """Makes a package be of some version, though versions are looked up once in a process."""
+    """A function that fakes a package's version, which is otherwise read once per process."""
     real = results.version
 
     def changed(package: str, to: str) -> None:
@@ -25,5 +25,5 @@ def of_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str],
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
 def trains_all(request: pytest.FixtureRequest) -> bool:
-    """Whether a test of keys trains after each change; otherwise it computes most keys alone."""
+    """Whether a key test trains after each change; otherwise it only computes most keys."""
     return request.param

@@ -1,4 +1,4 @@
-"""Trainers of a user: what the file `own.py` of tests contains."""
+"""Custom trainers: the content of the file `own.py` in tests."""
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class TopK(nn.Module):
 
 
 class Shift(nn.Module):
-    """A vector with a penalty on the sum of its absolute numbers, which may grow with the steps."""
+    """A vector with an L1 penalty that may grow with the steps."""
 
     def __init__(self, vectors, weight, growth=0.0, noise=0.0):
         super().__init__()
@@ -63,7 +63,7 @@ class Shift(nn.Module):
 
 
 class Turn(nn.Module):
-    """A subspace, of rows that are never made orthonormal."""
+    """A subspace whose rows are never orthonormalized."""
 
     def __init__(self, vectors, dims, growth=0.0):
         super().__init__()
@@ -83,7 +83,7 @@ class Turn(nn.Module):
 
 
 class Soft(nn.Module):
-    """Gates that are open to a share."""
+    """Gates with fractional values."""
 
     def __init__(self, count, size, noise=0.0):
         super().__init__()

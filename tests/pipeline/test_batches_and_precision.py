@@ -1,7 +1,7 @@
 """`accumulate` and `precision` of `fit`: batches whose gradients are averaged, and steps in bf16.
 
-Whole trainings against larger batches and against trainings in 32 bits; which passes are in bf16;
-interruptions, keys, tables, and what is an error.
+Trainings against larger batches and against trainings in float32; the passes that run in bf16;
+interruptions, keys, tables, and errors.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ DECLARED: dict[str, tuple[Declare, str, str]] = {
 """The declaration with options, an experiment that uses it, and the file of its weights."""
 USUAL = "rate: 0.02, validation: 25%"
 MANY = ("sae", "transcoder", "lens", "own dictionary")
-"""Trained on more vectors than there are rows."""
+"""Kinds that train on more vectors than there are rows."""
 
 
 def declare(kind: str, folder: Path, options: str) -> Path:
@@ -86,7 +86,7 @@ def trained(
 
 
 def numbers(found: mechdsl.TrainedFit, kind: str) -> Tensor:
-    """All trained numbers, one after another."""
+    """All trained numbers in one flat tensor."""
     path = found.folder / DECLARED[kind][2]
     if path.suffix == ".json":
         return torch.tensor(json.loads(path.read_text("utf-8"))["probabilities"])
@@ -98,11 +98,11 @@ def numbers(found: mechdsl.TrainedFit, kind: str) -> Tensor:
 # --- trainings ------------------------------------------------------------------------------------
 
 EACH = list(DECLARED)
-"""In `make test`, each test that trains all of them takes every fifth, beginning elsewhere."""
+"""In `make test`, each test that trains all kinds takes every fifth, with another offset."""
 
 
 @pytest.mark.parametrize(("kind", "family"), in_turn(EACH, HERE, EACH[::5]))
-def test_gradients_of_three_batches_are_those_of_one_that_is_three_times_as_large(
+def test_three_accumulated_batches_equal_one_batch_of_triple_size(
     kind: str, family: str, tmp_path: Path
 ) -> None:
     size = 6 if kind in MANY else 1
@@ -117,9 +117,7 @@ def test_gradients_of_three_batches_are_those_of_one_that_is_three_times_as_larg
 
 
 @pytest.mark.parametrize(("kind", "family"), in_turn(EACH, HERE, EACH[1::5]))
-def test_weights_of_steps_in_bf16_are_near_those_in_32_bits(
-    kind: str, family: str, tmp_path: Path
-) -> None:
+def test_weights_trained_in_bf16_are_close_to_fp32(kind: str, family: str, tmp_path: Path) -> None:
     start = trained(kind, tmp_path, "batch: 64", family, steps=0)
     plain = trained(kind, tmp_path, "batch: 64", family)
     mixed = trained(kind, tmp_path, 'batch: 64, precision: "bf16"', family)
@@ -128,7 +126,7 @@ def test_weights_of_steps_in_bf16_are_near_those_in_32_bits(
     every = [numbers(each, kind) for each in (start, plain, mixed)]
     shared = min(map(len, every))  # a boundary may be elsewhere
     first, expected, rounded = (each[:shared] for each in every)
-    # Adam takes equal steps along small gradients, and bf16 may turn the sign of one near 0.
+    # Adam's steps ignore the size of gradients, and bf16 may flip the sign of one near 0.
     assert 0 < (rounded - expected).norm() < 0.6 * (expected - first).norm()
 
 
@@ -136,7 +134,7 @@ def test_weights_of_steps_in_bf16_are_near_those_in_32_bits(
 def test_interrupted_training_ends_with_the_same_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Vectors that stay in memory are those in 32 bits, also after a checkpoint."""
+    """The vectors in memory stay in float32, also after a checkpoint."""
     options = 'steps: 6, batch: 2, accumulate: 2, precision: "bf16"'
     path = declare(kind, tmp_path, options)
     (whole,) = train(path)
@@ -151,7 +149,7 @@ def test_interrupted_training_ends_with_the_same_weights(
 def test_only_steps_run_the_model_in_bf16(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the comparison of the start with the end, and the report."""
+    """The comparison of start and end and the report run in float32."""
     seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
     in_step, real = False, Training._step  # pyright: ignore[reportPrivateUsage]
 
@@ -177,7 +175,7 @@ def test_only_steps_run_the_model_in_bf16(
 
 
 @pytest.mark.parametrize("family", HERE)
-def test_measure_that_compares_runs_is_trained_in_bf16(family: str, tmp_path: Path) -> None:
+def test_training_on_kl_runs_in_bf16(family: str, tmp_path: Path) -> None:
     found: list[Tensor] = []
     for precision in ("fp32", "bf16"):
         options = f'steps: 6, batch: 2, {USUAL}, precision: "{precision}"'
@@ -187,7 +185,7 @@ def test_measure_that_compares_runs_is_trained_in_bf16(family: str, tmp_path: Pa
     assert 0 < (found[0] - found[1]).norm() < 0.1
 
 
-# --- what is reported -----------------------------------------------------------------------------
+# --- reports --------------------------------------------------------------------------------------
 
 BOTH = 'batch: 2, accumulate: 3, precision: "bf16"'
 MANNER = ", in bf16 with weights in fp32, each step on 3 batches of 2"
@@ -210,7 +208,7 @@ def test_tables_conventions_and_cards_name_both_options(kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["vector", "sae"])
-def test_usual_trainings_are_described_as_before(kind: str, tmp_path: Path) -> None:
+def test_default_accumulate_and_precision_are_not_described(kind: str, tmp_path: Path) -> None:
     usual = trained(kind, tmp_path, "batch: 2")
     written = trained(kind, tmp_path, 'batch: 2, accumulate: 1, precision: "fp32"')
     assert written.folder == usual.folder
@@ -219,7 +217,7 @@ def test_usual_trainings_are_described_as_before(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["vector", "sae", "mask"])
-def test_price_is_that_of_the_larger_batch_with_the_memory_of_one(
+def test_accumulation_costs_the_larger_batch_and_the_memory_of_one(
     kind: str, tmp_path: Path
 ) -> None:
     def price(options: str) -> TrainingCost:
@@ -261,7 +259,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_reported_before_anything_runs(case: str, tmp_path: Path) -> None:
+def test_invalid_accumulate_or_precision_is_rejected_by_validate(case: str, tmp_path: Path) -> None:
     inner, options, said = MISTAKES[case]
     more = "" if "components" in inner or "factors" in inner else ", steps: 2"
     path = write_own(tmp_path, dictionaries.fit(inner, options + more), dictionaries.ABLATES)
@@ -271,7 +269,7 @@ def test_mistakes_are_reported_before_anything_runs(case: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["ridge", "logistic"])
-def test_probes_have_no_batches(kind: str, tmp_path: Path) -> None:
+def test_closed_form_probes_reject_accumulate_and_precision(kind: str, tmp_path: Path) -> None:
     target = "target: w" if kind == "ridge" else "target: cue"
     for option, why in (("accumulate: 2", "trained in steps"), ('precision: "bf16"', "64 bits")):
         line = f"probe l = fit({kind}, prompts: p, {target}, {option}) at resid_post layer 1\n"
@@ -280,6 +278,6 @@ def test_probes_have_no_batches(kind: str, tmp_path: Path) -> None:
         assert any(each.code == "E0207" and why in each.message for each in found), found
 
 
-def test_batch_topk_may_name_one_batch(tmp_path: Path) -> None:
+def test_batch_topk_accepts_accumulate_1(tmp_path: Path) -> None:
     path = write_own(tmp_path, dictionaries.fit(BATCH_TOPK, "accumulate: 1"), dictionaries.ABLATES)
     assert not [each for each in mechdsl.validate(path, models()) if each.severity == "error"]

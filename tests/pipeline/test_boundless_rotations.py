@@ -1,4 +1,4 @@
-"""Rotations whose size is learned, `fit(boundless_das(…))`: what differs from `das`."""
+"""Rotations with a learned size, `fit(boundless_das(…))`: differences from `das`."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def boundless(inner: str = "penalty: 1", **options: Any) -> str:
     return fit(**options).replace("das(dims: 2)", f"boundless_das({inner})")
 
 
-def test_training_by_hand(tmp_path: Path) -> None:
-    """Directions and boundary are those of a loop that shares only its seeds with the package."""
+def test_boundless_training_equals_reference_loop(tmp_path: Path) -> None:
+    """The reference loop shares only its seeds with the package."""
     path = write(tmp_path, boundless("penalty: 0.5, dims: 5", options=f"{QUICK}, seed: 3"), PATCHES)
     (found,) = train(path)
     table = training_rows(path, double("llama")).objective.table
@@ -96,7 +96,7 @@ def trained_by_hand(start: Tensor, ids: list[int]) -> tuple[Tensor, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_the_size_of_a_planted_subspace_is_found(seed: int, tmp_path: Path) -> None:
+def test_boundless_training_finds_the_size_of_a_planted_subspace(seed: int, tmp_path: Path) -> None:
     model, plane = planted()
     path = write_planted(tmp_path, seed, 2)
     text = path.read_text("utf-8").replace("das(dims: 2)", "boundless_das(penalty: 10)")
@@ -114,7 +114,7 @@ def test_the_size_of_a_planted_subspace_is_found(seed: int, tmp_path: Path) -> N
     assert torch.linalg.svdvals(own @ plane.T).min() > 0.95
 
 
-def test_rules_use_it_as_a_matrix_of_a_file(tmp_path: Path) -> None:
+def test_boundless_rotation_equals_its_saved_matrix_in_rules(tmp_path: Path) -> None:
     text = experiment(*PATCH) + OTHER
     path = write(tmp_path, boundless(), text)
     (trained,) = train(path, out=tmp_path)
@@ -131,8 +131,8 @@ def test_rules_use_it_as_a_matrix_of_a_file(tmp_path: Path) -> None:
         assert np.allclose(one.measures[0].patched, two.measures[0].patched, 0, 2e-6)
 
 
-def test_keys(tmp_path: Path) -> None:
-    """The size of the space, the penalty and the kind of rotation are in the key."""
+def test_boundless_key_depends_on_dims_penalty_and_trainer(tmp_path: Path) -> None:
+    """The key has the size of the space, the penalty and the rotation method."""
     folders: set[Path] = set()
     alone = boundless().replace("(penalty: 1)", "")
     others = [boundless(each) for each in ("penalty: 0.5", "dims: 5", "dims: 6")]
@@ -153,7 +153,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_boundless_argument_is_rejected(name: str, tmp_path: Path) -> None:
     inner, code = MISTAKES[name]
     path = write(tmp_path, boundless(inner), PATCHES)
     errors = training_errors(path)

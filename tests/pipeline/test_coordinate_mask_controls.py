@@ -1,4 +1,4 @@
-"""Random controls of groups of features or dimensions that a training chooses.
+"""Random controls of trained groups of features or dimensions.
 
 Masks of few coordinates have every other choice as a draw, so that no draw is read from mechdsl:
 the control is the mean and the range over all of these, with plain hooks on the bare model in 64
@@ -43,7 +43,7 @@ EVERY = tuple(range(FEATURES))
 
 @cache
 def dictionary(width: int, active: Sequence[int] = EVERY) -> dict[str, Tensor]:
-    """A dictionary in which these features are active everywhere, and the others nowhere."""
+    """A dictionary in which only the given features are active, and always."""
     own = {name: each.clone() for name, each in weights(width).items()}
     own["b_enc"] += 30
     own["b_enc"][[n for n in EVERY if n not in active]] = -100
@@ -57,7 +57,7 @@ def declare(folder: Path, family: str = "llama", active: Sequence[int] = EVERY) 
 
 
 def coordinates(kind: str, x: Tensor, active: Sequence[int] = EVERY) -> tuple[Tensor, Tensor]:
-    """Coordinates of a vector, and [coordinate, width] what one of 1 adds."""
+    """Coordinates of a vector, and the [coordinate, width] vectors that a value of 1 adds."""
     if kind == "dims":
         return x, torch.eye(len(x), dtype=x.dtype)
     own = {name: each.double() for name, each in dictionary(len(x), active).items()}
@@ -65,7 +65,7 @@ def coordinates(kind: str, x: Tensor, active: Sequence[int] = EVERY) -> tuple[Te
 
 
 def shifted(kind: str, x: Tensor, values: Mapping[int, float]) -> Tensor:
-    """A vector with other values of some coordinates; the rest of it stays."""
+    """A vector with some coordinates replaced."""
     old, added = coordinates(kind, x)
     change = torch.zeros_like(x)
     for n, value in values.items():
@@ -74,7 +74,7 @@ def shifted(kind: str, x: Tensor, values: Mapping[int, float]) -> Tensor:
 
 
 def patched(family: str, kind: str, which: Sequence[int], at: str = "last token") -> list[float]:
-    """[row]: values with coordinates of the run `turned`."""
+    """[row]: values with coordinates patched from the run `turned`."""
     found: list[float] = []
     pairs = zip(rows("second"), rows("second.turned"), records("second"), strict=True)
     for here, there, record in pairs:
@@ -90,7 +90,7 @@ def patched(family: str, kind: str, which: Sequence[int], at: str = "last token"
 
 
 def twice(family: str, kind: str, which: Sequence[int]) -> list[float]:
-    """[row]: two rules with the same coordinates, at two positions."""
+    """[row]: values under two rules with the same coordinates, at two positions."""
     found: list[float] = []
     for text, record in zip(rows("second"), records("second"), strict=True):
         writes: list[Write] = []
@@ -105,7 +105,7 @@ def twice(family: str, kind: str, which: Sequence[int]) -> list[float]:
 
 
 def replies(family: str, kind: str, which: Sequence[int]) -> list[list[float]]:
-    """[step, row] entropies of the next token; the tokens of the reply are changed, too."""
+    """[step, row] entropies of the next token; generated tokens are modified, too."""
     found: list[list[float]] = [[] for _ in range(TOKENS)]
 
     def act(x: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def replies(family: str, kind: str, which: Sequence[int]) -> list[list[float]]:
 
 
 def without(family: str, kind: str, which: Sequence[int]) -> list[float]:
-    """[row]: all coordinates but some are patched."""
+    """[row]: values with all coordinates patched except the given ones."""
     return patched(family, kind, [n for n in NUMBERS[kind] if n not in which])
 
 
@@ -155,7 +155,7 @@ CASES: dict[str, tuple[tuple[str, ...], str, Callable[..., Any]]] = {
 
 
 def choice(folder: Path, family: str) -> tuple[int, ...]:
-    """Train the mask, and return what it chose."""
+    """Train the mask and return the chosen coordinates."""
     trained = train(folder / "file.mech", family)[-1]
     stored = json.loads((trained.folder / "mask.json").read_text("utf-8"))
     return tuple(stored["sites"][n][-1] for n in stored["chosen"])
@@ -181,10 +181,10 @@ def check_band(
 
 @pytest.mark.parametrize(("case", "family"), in_turn([*CASES], HERE))
 @pytest.mark.parametrize("kind", KINDS)
-def test_control_of_one_coordinate_has_every_other_choice(
+def test_control_of_one_coordinate_covers_every_other_choice(
     kind: str, case: str, family: str, tmp_path: Path
 ) -> None:
-    """Also with another experiment on the same prompts, and a group of other coordinates."""
+    """A second experiment on the same prompts has the same control."""
     lines, measure, expected = CASES[case]
     lines = [line.replace("{every}", KINDS[kind]) for line in lines]
     used = experiment(*lines, measure=measure)
@@ -203,8 +203,8 @@ def test_control_of_one_coordinate_has_every_other_choice(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_against_random_draws_what_the_mask_could_choose(kind: str, tmp_path: Path) -> None:
-    """As many as there are of the draws that the file asks for, with any effect."""
+def test_against_random_draws_coordinates_the_mask_could_choose(kind: str, tmp_path: Path) -> None:
+    """The number of draws is limited by the number of other choices."""
     declared = declare(tmp_path) if kind == "features" else ""
     line = fit(mask="size: 1", at=f"{KINDS[kind]} at last token")
     lines = ("from turned into clean", "patch g at last token")
@@ -226,8 +226,8 @@ def test_against_random_draws_what_the_mask_could_choose(kind: str, tmp_path: Pa
     assert every.controls[0].low <= few.controls[0].low < few.controls[0].high
 
 
-def test_exception_of_an_untrained_group_is_no_error(tmp_path: Path) -> None:
-    """Which features it has isn't known, and it may turn out to have none of the rule's."""
+def test_except_with_an_untrained_group_is_validated_after_training(tmp_path: Path) -> None:
+    """The group's features aren't known before training and may not overlap the rule's."""
     declared = declare(tmp_path)
     line = fit(mask="size: 1", at="features * of f at last token")
     lines = ("from turned into clean", "patch features {} of f except g at last token")
@@ -247,8 +247,8 @@ def test_exception_of_an_untrained_group_is_no_error(tmp_path: Path) -> None:
         run(path)
 
 
-def test_control_draws_features_that_change_a_training_row(tmp_path: Path) -> None:
-    """Those of the group are drawn with others if there are too few."""
+def test_control_draws_only_features_active_in_a_training_row(tmp_path: Path) -> None:
+    """If there are too few other features, draws include the group's own."""
     active = (0, 3, 4, 8)
     used = experiment("ablate g at last token with zero", measure=RAW)
     write(tmp_path, declare(tmp_path, active=active), fit(), used)
@@ -270,8 +270,8 @@ def test_control_draws_features_that_change_a_training_row(tmp_path: Path) -> No
     assert "including the cell's own" in found.conventions["controls"]
 
 
-def test_control_depends_on_the_seed_and_on_the_choices(tmp_path: Path) -> None:
-    """With other candidates, results of the store are those of a run without it."""
+def test_control_depends_on_seed_candidates_and_dictionary(tmp_path: Path) -> None:
+    """With other candidates, stored results equal those of a run without a store."""
     used = experiment("ablate g at last token with zero", measure=RAW)
     declared = declare(tmp_path)
     texts = {
@@ -328,7 +328,7 @@ def test_draw_coordinates_many_choices_draws_disjoint_sets() -> None:
     assert note == "none of the cell's own"
     assert len(set(drawn)) == len(drawn) == 8
     for each in drawn:
-        assert 300 in each  # none to choose from
+        assert 300 in each  # it isn't a choice, so it stays
         assert len(set(each)) == 3
         assert set(each) - {300} <= set(choices) - {5, 9}
     assert draw_coordinates((5, 9, 300), choices, draws=8, seed=0)[0] == drawn

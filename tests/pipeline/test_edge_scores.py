@@ -1,10 +1,9 @@
 """Circuits that a file declares with `fit(eap(…))`, `fit(eap_ig(…))` and
 `fit(eap_ig_activations(…))`.
 
-Their scores against gradients by what each receiver reads in a pass that recomputes all inputs, in
-64 bits, one unpadded prompt at a time; against exact ablations of a linear model; that planted
-edges are found; the selection of edges; that rules use the circuit as they use a list of edges;
-keys, and what is an error.
+Scores are compared with gradients by each receiver's input in a float64 pass that recomputes all
+inputs, one unpadded prompt at a time, and with exact ablations of a linear model. Further tests:
+planted edges, the selection of edges, use of the circuit in rules, keys, and errors.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ def open_rows(path: Path, model: Any, side: Any = None) -> tuple[TrainedMask, Ed
 
 
 def score(mask: TrainedMask, found: EdgeRows, passes: list[int] | None = None) -> Floats:
-    """Return [edge] scores; the rows that are done after each pass are appended to `passes`."""
+    """Return [edge] scores; append the number of finished rows after each pass to `passes`."""
     trainer = mask.training.trainer_of(EdgeScoreTrainer)
     scoring = EdgeScoring(found, trainer, trainer.steps(mask.training.of_trainer))
     for _ in scoring.run():
@@ -109,11 +108,11 @@ def score(mask: TrainedMask, found: EdgeRows, passes: list[int] | None = None) -
 
 
 def module_of(sender: str) -> str:
-    """Sender → what moves with it: all heads of its layer."""
+    """The module of a sender: all heads of its layer, or the sender itself."""
     return sender.split("H")[0] if "H" in sender else sender
 
 
-def scores_by_hand(
+def reference_scores(
     family: str, row: int, every: Sequence[CircuitEdge], source: str, at: str, call: str
 ) -> Tensor:
     """[edge] scores of one unpadded prompt."""
@@ -165,10 +164,10 @@ SOURCES = ("from: other", "with: zero", "with: mean")
 
 @pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES))
 @pytest.mark.parametrize(("call", "where"), in_turn(CALLS, WHERE))
-def test_scores_are_changes_times_gradients(
+def test_edge_scores_equal_input_differences_times_gradients(
     call: str, where: tuple[str, Any], family: str, source: str, tmp_path: Path
 ) -> None:
-    """Of ragged batches of two rows."""
+    """In ragged batches of two rows."""
     at, side = where
     at = PAIR if source == "with: mean" else at  # rows have different numbers of tokens
     options = "validation: 0%, batch: 2"
@@ -176,7 +175,7 @@ def test_scores_are_changes_times_gradients(
     mask, found = open_rows(path, double(family), side)
     every, ids = found.candidates, found.objective.table.row_ids
     expected = torch.stack(
-        [scores_by_hand(family, row, every, source, at or "tokens *", call) for row in ids]
+        [reference_scores(family, row, every, source, at or "tokens *", call) for row in ids]
     ).mean(0)
     assert len(every) > 100
     assert expected.abs().max() > 1e-2
@@ -184,10 +183,10 @@ def test_scores_are_changes_times_gradients(
 
 
 @pytest.mark.parametrize("source", ["with: zero", "with: mean", "from: other"])
-def test_scores_with_little_memory_are_the_same(
+def test_edge_scores_in_small_chunks_are_the_same(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows pass one by one, and what comes in is read again; all tokens are written."""
+    """Rows pass one by one, and inputs are read again; all tokens are written."""
     at = PAIR if source == "with: mean" else ""
     line = fit("validation: 25%", call=CALLS[1], source=source, at=at)
     path = write(tmp_path, line, PATCHES)
@@ -201,8 +200,8 @@ def test_scores_with_little_memory_are_the_same(
     assert np.abs(expected).max() > 1e-2
 
 
-@pytest.mark.slow  # `test_scores_with_little_memory_are_the_same` reads fewer rows, too
-def test_passes_have_half_the_rows_when_memory_runs_out(
+@pytest.mark.slow  # the preceding test reads fewer rows, too
+def test_edge_scoring_halves_its_rows_when_memory_runs_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, fit("validation: 0%", call=CALLS[1]), PATCHES)
@@ -221,7 +220,7 @@ def test_passes_have_half_the_rows_when_memory_runs_out(
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
-def test_scores_continue_after_an_interruption(
+def test_edge_scoring_resumes_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, fit("validation: 0%, batch: 1"), PATCHES)
@@ -251,7 +250,7 @@ def test_scores_continue_after_an_interruption(
 
 
 @pytest.mark.parametrize("call", some(CALLS, CALLS[1:2]))
-def test_price_of_scores_is_within_a_factor_of_two(
+def test_planned_cost_of_edge_scores_is_within_a_factor_of_two(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, fit(call=call), PATCHES)
@@ -275,7 +274,7 @@ def test_price_of_scores_is_within_a_factor_of_two(
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("source", ["from: swapped", "with: zero"])
-def test_scores_in_a_linear_model_are_effects_of_ablated_edges(
+def test_edge_scores_of_a_linear_model_equal_ablation_effects(
     call: str, source: str, tmp_path: Path
 ) -> None:
     line = (
@@ -305,7 +304,9 @@ def test_scores_in_a_linear_model_are_effects_of_ablated_edges(
     ("call", "select"), in_turn(["eap_ig", "eap_ig_activations"], ["greedy", "top"], ["eap_ig"])
 )
 @pytest.mark.parametrize("source", some(["from: swapped", "with: zero"], ["from: swapped"]))
-def test_planted_edges_are_found(source: str, call: str, select: str, tmp_path: Path) -> None:
+def test_edge_scores_find_planted_edges(
+    source: str, call: str, select: str, tmp_path: Path
+) -> None:
     line = (
         f'circuit c = fit({call}(size: 5, steps: 5, select: "{select}"), prompts: planted.train, '
         f"{source}, minimise: kl(clean))\n"
@@ -339,8 +340,8 @@ def receivers_of(graph: EdgeGraph, node: object) -> set[CircuitEdge]:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_backward_selection_takes_the_largest_edge_that_leads_on(family: str) -> None:
-    """Compared with a loop over all edges in every step."""
+def test_backward_selection_takes_the_largest_connected_edge(family: str) -> None:
+    """The reference loops over all edges in every step."""
     graph, sizes = drawn_sizes(family, 3)
     expected: set[CircuitEdge] = set()
     for _ in range(30):
@@ -352,8 +353,8 @@ def test_backward_selection_takes_the_largest_edge_that_leads_on(family: str) ->
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_edges_that_do_not_lead_to_the_logits_are_removed(family: str) -> None:
-    """Compared with all paths, found one edge after another."""
+def test_edges_without_a_path_to_the_logits_are_removed(family: str) -> None:
+    """The reference follows all paths edge by edge."""
     graph, sizes = drawn_sizes(family, 4)
     edges = {*sorted(graph.every, key=lambda edge: sizes[edge])[:40]}
 
@@ -370,19 +371,19 @@ def test_edges_that_do_not_lead_to_the_logits_are_removed(family: str) -> None:
     assert CircuitDraws(shape_of(family), graph.keep_leading(whole), 0).is_connected
 
 
-def test_selections_without_an_edge_to_the_logits_are_errors(tmp_path: Path) -> None:
+def test_selection_without_an_edge_to_the_logits_is_an_error(tmp_path: Path) -> None:
     line = fit(call='eap(size: 1, select: "top")', source="from: other", at="tokens 1..-2")
     errors = training_errors(write(tmp_path, line, PATCHES))
     assert [each.code for each in errors] == ["E0643"]
     assert "none of the 1 edges with the largest scores leads to `logits`" in errors[0].message
 
 
-# --- the same as a list of edges ------------------------------------------------------------------
+# --- circuits in rules ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", some(CALLS, CALLS[1:2]))
-def test_rules_use_it_as_a_list_of_edges(call: str, tmp_path: Path) -> None:
-    """Up to rounding, together with another experiment on the same block and another circuit."""
+def test_trained_circuit_equals_its_listed_edges_in_rules(call: str, tmp_path: Path) -> None:
+    """Up to rounding, with a second experiment on the same block and a second circuit."""
     text = experiment(*PATCH, measure=MEASURE) + OTHER
     other = fit(call="eap(size: 30)", name="d", source="with: mean", at=PAIR)
     path = write(
@@ -446,8 +447,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another circuit, with another file."""
+def test_edge_score_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
+    """A different argument gives another circuit with another file."""
 
     def content(trained: mechdsl.TrainedFit) -> str:
         return (trained.folder / "mask.json").read_text("utf-8")
@@ -486,7 +487,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_edge_score_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code, said = MISTAKES[name]
     line = f"{LINE}\n"
     assert old in line

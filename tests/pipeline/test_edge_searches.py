@@ -1,8 +1,8 @@
 """Circuits that a file declares with `fit(acdc(…))`, `fit(coarse_to_fine(…))`, `fit(greedy(…))`.
 
-Their decisions and the changes of the measure against a pass that recomputes all inputs, in 64
-bits, one unpadded prompt at a time; that batches change no decision; checkpoints, keys, costs, and
-what is an error.
+Decisions and changes of the measure are compared with a float64 pass that recomputes all inputs,
+one unpadded prompt at a time. Further tests: independence of the batch size, checkpoints, keys,
+costs, and errors.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def fit(options: str = HALF, *, call: str = ACDC, **others: str) -> str:
     return scored(options, call=call, **others)
 
 
-def measure_by_hand(
+def reference_measure(
     family: str, ids: Sequence[int], source: str, at: str
 ) -> Callable[[Collection[CircuitEdge]], float]:
     """A function from ablated edges to the mean of the measure."""
@@ -78,7 +78,7 @@ def measure_by_hand(
 
 
 def search(path: Path, family: str, side: Any = None) -> tuple[EdgeSearch, list[int]]:
-    """Return a finished search, and the table's numbers of its training rows."""
+    """Return a finished search, and the table indices of its training rows."""
     mask, found = open_rows(path, double(family), side)
     searched = EdgeSearch(found, mask.training.trainer_of(EdgeSearchTrainer))
     for _ in searched.run():
@@ -90,12 +90,14 @@ SOURCES = ("from: other", "with: zero", "from: turned")
 
 
 @pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES, ("llama",)))
-def test_acdc_decides_as_one_edge_after_another(family: str, source: str, tmp_path: Path) -> None:
-    """Every edge of the model is tried, also those that lead only to ablated ones."""
+def test_acdc_decisions_equal_an_edge_by_edge_reference(
+    family: str, source: str, tmp_path: Path
+) -> None:
+    """Every edge of the model is tried, also those that lead only to ablated edges."""
     path = write(tmp_path, fit(source=source, at=PAIR), PATCHES)
     searched, ids = search(path, family, "left" if source == "with: zero" else "right")
     every = open_rows(path, double(family))[1].candidates
-    mean = measure_by_hand(family, ids, source, PAIR)
+    mean = reference_measure(family, ids, source, PAIR)
     receivers = [to for _, to in every if _ == every[0][0]]
     ablated: set[CircuitEdge] = set()
     changes, value = dict[CircuitEdge, float](), mean(())
@@ -112,7 +114,7 @@ def test_acdc_decides_as_one_edge_after_another(family: str, source: str, tmp_pa
 
 @pytest.mark.slow  # the next test compares batches of a search from coarse to fine
 @pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES, ("llama",)))
-def test_acdc_in_batches_decides_as_one_circuit_after_another(
+def test_acdc_decisions_do_not_depend_on_the_batch_size(
     family: str, source: str, tmp_path: Path
 ) -> None:
     searched, _ = search(write(tmp_path, fit(source=source, at=PAIR), PATCHES), family)
@@ -123,7 +125,7 @@ def test_acdc_in_batches_decides_as_one_circuit_after_another(
     assert single.measured < searched.measured  # circuits after a restored edge are measured again
 
 
-def groups_by_hand(every: Sequence[CircuitEdge]) -> list[list[CircuitEdge]]:
+def reference_groups(every: Sequence[CircuitEdge]) -> list[list[CircuitEdge]]:
     """Edges from a layer's heads or its MLP, from a head, into a query, key or value, and alone."""
     found: list[list[CircuitEdge]] = []
     texts = {edge: named(edge) for edge in every}
@@ -144,26 +146,26 @@ def groups_by_hand(every: Sequence[CircuitEdge]) -> list[list[CircuitEdge]]:
     return found
 
 
-def test_graph_lists_the_steps_from_coarse_to_fine() -> None:
+def test_search_steps_go_from_coarse_to_fine_groups() -> None:
     for family in HERE:
         graph = EdgeGraph(shape_of(family))
         steps = graph.list_search_steps(("blocks", "heads", "inputs", "edges"))
-        own, expected = [{*step.edges} for step in steps], groups_by_hand(graph.every)
+        own, expected = [{*step.edges} for step in steps], reference_groups(graph.every)
         assert own == [{*group} for group in expected]
 
 
 @pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES, ("llama",)))
-def test_coarse_to_fine_decides_as_one_group_after_another(
+def test_coarse_to_fine_decisions_equal_a_group_by_group_reference(
     family: str, source: str, tmp_path: Path
 ) -> None:
     """Groups are tried even if they lead only to ablated edges."""
     path = write(tmp_path, fit(call=COARSE, source=source, at=PAIR), PATCHES)
     searched, ids = search(path, family, "left" if source == "with: zero" else "right")
     every = open_rows(path, double(family))[1].candidates
-    mean = measure_by_hand(family, ids, source, PAIR)
+    mean = reference_measure(family, ids, source, PAIR)
     ablated: set[CircuitEdge] = set()
     changes, value, restored = dict[CircuitEdge, float](), mean(()), set[int]()
-    for group in groups_by_hand(every):
+    for group in reference_groups(every):
         left = {*group} - ablated
         if not left:
             continue
@@ -208,15 +210,15 @@ def test_search_halves_its_passes_when_memory_runs_out(
     np.testing.assert_allclose(halved.scores, whole.scores, atol=1e-6)
 
 
-def test_greedy_ablates_the_least_important_edge(tmp_path: Path) -> None:
-    """The first two edges, each compared with all others, in one row."""
+def test_greedy_search_ablates_the_least_important_edge(tmp_path: Path) -> None:
+    """Checks the first two steps, each against all other edges, in one row."""
     call, one_row = "greedy(size: {})", "validation: 50%, limit: 2"
     path = write(tmp_path, fit(one_row, call=call.format(10), at=PAIR), PATCHES)
     count = len(open_rows(path, double("llama"))[1].candidates)
     path = write(tmp_path, fit(one_row, call=call.format(count - 2), at=PAIR), PATCHES)
     searched, ids = search(path, "llama")
     every = open_rows(path, double("llama"))[1].candidates
-    mean = measure_by_hand("llama", ids, "from: other", PAIR)
+    mean = reference_measure("llama", ids, "from: other", PAIR)
     ablated: list[CircuitEdge] = []
     for _ in range(2):
         due = [edge for edge in every if edge not in ablated]
@@ -235,7 +237,7 @@ def scores_of(found: mechdsl.TrainedFit) -> Floats:
 
 
 @pytest.mark.parametrize("call", some([ACDC, COARSE, "greedy(size: 187)"], [ACDC]))
-def test_a_search_continues_after_an_interruption(
+def test_edge_search_resumes_after_an_interruption(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, fit(call=call, at=PAIR), PATCHES)
@@ -270,7 +272,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path, trains_all: bool) -> None:
+def test_edge_search_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
     def searched(**change: Any) -> str:
         return fit(**{"at": PAIR, **change})
 
@@ -279,8 +281,8 @@ def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path, trains_al
     )
 
 
-def test_rules_use_a_found_circuit(tmp_path: Path) -> None:
-    """As a list of its edges, and in the order of their scores."""
+def test_found_circuit_equals_its_listed_edges_in_rules(tmp_path: Path) -> None:
+    """Its edges are in the order of their scores."""
     text = experiment("ablate all but c at last token with mean") + OTHER
     path = write(tmp_path, fit(at=PAIR), text)
     (trained,) = train(path, out=tmp_path / "out")
@@ -296,7 +298,7 @@ def test_rules_use_a_found_circuit(tmp_path: Path) -> None:
         np.testing.assert_allclose(one.measures[0].patched, two.measures[0].patched, atol=1e-5)
 
 
-def test_measures_may_be_step_functions(tmp_path: Path) -> None:
+def test_edge_search_accepts_a_step_function_as_measure(tmp_path: Path) -> None:
     line = fit(call="acdc(threshold: 1)", objective="minimise: rank(answer)", at=PAIR)
     (trained,) = train(write(tmp_path, line, PATCHES))
     report = trained.report
@@ -308,14 +310,12 @@ def test_measures_may_be_step_functions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "size"), [(ACDC, None), (COARSE, None), ("greedy(size: 100)", 100)]
 )
-def test_plan_counts_the_circuits_that_are_measured(
-    call: str, size: int | None, tmp_path: Path
-) -> None:
+def test_plan_counts_the_measured_circuits(call: str, size: int | None, tmp_path: Path) -> None:
     mask, found = open_rows(write(tmp_path, fit(call=call, at=PAIR), PATCHES), double("llama"))
     edges = len(found.candidates)
     circuits = edges if size is None else sum(range(size + 1, edges + 1))
     if call == COARSE:
-        circuits = len(groups_by_hand(found.candidates))
+        circuits = len(reference_groups(found.candidates))
     cost = training_cost("c", mask, found.objective, found.model.shape)
     assert cost.steps == circuits
     assert cost.cost.backwards == 0
@@ -346,7 +346,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_edge_search_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code, said = MISTAKES[name]
     line = f"{LINE}\n"
     assert old in line
@@ -356,7 +356,7 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     assert said in f"{errors[0].message} {errors[0].help_text}", errors
 
 
-def test_random_circuits_of_an_untrained_one_are_not_counted(tmp_path: Path) -> None:
+def test_random_circuits_are_not_counted_before_training(tmp_path: Path) -> None:
     """Before the training, the circuit has one edge as a placeholder, and there is no other one."""
     text = PATCHES.replace("measure", "against random(9)\n  measure", 1)
     path = write(tmp_path, f"{LINE}\n", text, OTHER, blocks=NOISY)

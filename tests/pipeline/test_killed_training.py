@@ -1,4 +1,4 @@
-"""A training that is killed, or interrupted in a step, ends with the weights of one that isn't."""
+"""Killed or interrupted trainings resume and end with the same weights."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def weights(store: Path) -> bytes:
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
+def test_training_killed_at_random_moments_ends_with_the_same_weights(tmp_path: Path) -> None:
     file = tmp_path / "file.mech"
     file.write_text(FILE, "utf-8")
     whole = start(file, tmp_path / "whole")
@@ -81,7 +81,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
         end = time.monotonic() + 120
         while time.monotonic() < end and one.poll() is None:
             now = {path: path.read_text() for path in states.glob("*.part/state.json")}
-            if now and now != before:  # it has written a new checkpoint
+            if now and now != before:  # there is a new checkpoint
                 break
             time.sleep(0.01)
         time.sleep(drawn.uniform(0, 0.3))
@@ -90,7 +90,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
         one.send_signal(signal.SIGKILL)
         one.wait()
         steps += [path.read_text() for path in states.glob("*.part/state.json")]
-    assert len(set(steps)) >= 5  # it went on from where it was
+    assert len(set(steps)) >= 5  # it resumed from checkpoints
     last = start(file, tmp_path / "killed")
     out = last.communicate()[0]
     assert last.returncode == 0, out.decode()
@@ -100,7 +100,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Tests that run in the background ignore SIGINT."""
+    """Restore the SIGINT handler, which processes in the background ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -108,10 +108,10 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("count", [1, 2])
-def test_signal_in_a_step_leaves_no_torn_checkpoint(
+def test_sigint_in_a_step_leaves_no_partial_checkpoint(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C ends the training after the step; a second one ends it at once, with no checkpoint."""
+    """Ctrl-C stops the training after the step; a second one stops it at once, unsaved."""
     file = tmp_path / "file.mech"
     file.write_text(FILE.replace("steps: 3000", "steps: 20"), "utf-8")
     mechdsl.fit(file, store=tmp_path / "whole")

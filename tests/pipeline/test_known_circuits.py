@@ -1,4 +1,4 @@
-"""Circuits of models whose weights are set: searches find every known edge and no other."""
+"""Circuits of hand-set models: searches find exactly the known edges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_models_with_set_weights_answer_right(name: str) -> None:
+def test_hand_set_models_answer_correctly(name: str) -> None:
     model, random = make_model(name), np.random.default_rng(0)
     for ids, answer in (KNOWN[name].draw(random) for _ in range(30)):
         logits = model(torch.tensor([[1, *ids]])).logits[0, -1]
@@ -28,7 +28,7 @@ def test_models_with_set_weights_answer_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", some(KNOWN, [*KNOWN][:1]))
-def test_searches_find_the_known_edges_over_a_decade_of_thresholds(
+def test_searches_find_exactly_the_known_edges_over_a_decade_of_thresholds(
     name: str, tmp_path: Path
 ) -> None:
     ends = {"low": min(THRESHOLDS), "high": max(THRESHOLDS)}

@@ -60,19 +60,19 @@ experiment cells {
 }
 """
 MOST = 2.7
-"""Most growth of the added work where the added size doubles. Linear work doubles, and quadratic
-work quadruples; batches fill in steps, which accounts for the rest."""
+"""Maximum growth of the added work when the added size doubles. Linear work doubles and quadratic
+work quadruples; the margin allows for partly filled batches."""
 
 
 def added_work(folder: Path, command: str, text: str, sizes: tuple[int, int, int]) -> float:
-    """How often the calls from the first to the second size fit into those to the third."""
+    """Ratio of the calls added from the second to the third size to those added before."""
     counts: list[int] = []
     for size in sizes:
         path = folder / f"{size}.mech"
         path.write_text(HEAD + text.replace("SIZE", str(size)), encoding="utf-8")
         arguments = [command, str(path), *(["--no-store"] if command == "run" else [])]
         if not counts:
-            run(arguments)  # imports, and fills caches
+            run(arguments)  # for imports and caches
         counts.append(calls(arguments))
     first, second, third = counts
     return (third - second) / (second - first)
@@ -84,7 +84,7 @@ def run(arguments: list[str]) -> None:
 
 
 def calls(arguments: list[str]) -> int:
-    """Calls of functions, in Python and in C: work that other processes don't change."""
+    """Number of function calls in Python and C, which other processes don't affect."""
     count = 0
 
     def profile(_frame: object, event: str, _argument: object) -> None:

@@ -1,4 +1,4 @@
-"""What changes the last bits of numbers: nothing by itself, each switch by its name."""
+"""Settings that affect the last bits of results: none by default, each listed by name."""
 
 from __future__ import annotations
 
@@ -38,15 +38,17 @@ from .test_trained_rotations import (
     "first",
     some(["", "import torch, transformers", "import torch"], ["", "import torch"]),
 )
-def test_nothing_as_torch_starts(first: str) -> None:
-    """Else a run would have another key before torch is imported than behind it."""
+def test_default_numeric_settings_are_empty(first: str) -> None:
+    """Otherwise a run's key would depend on whether torch was imported before."""
     code = f"{first}\nfrom mechdsl.base.runtime import numeric_settings as n\nprint(n())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "{}\n", done.stderr
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT_VARIABLES)
-def test_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numeric_settings_include_environment_variables(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = numeric_settings()
     monkeypatch.setenv(name, "1")
     assert numeric_settings() == {**before, name: "1"}
@@ -68,7 +70,9 @@ SWITCHES: list[tuple[str, Callable[[bool], object]]] = [
 
 
 @pytest.mark.parametrize(("name", "switch"), SWITCHES, ids=[name for name, _ in SWITCHES])
-def test_switches(name: str, switch: Callable[[bool], object]) -> None:
+def test_numeric_settings_include_torch_switches(
+    name: str, switch: Callable[[bool], object]
+) -> None:
     before = numeric_settings()
     try:
         switch(False)
@@ -78,8 +82,8 @@ def test_switches(name: str, switch: Callable[[bool], object]) -> None:
     assert numeric_settings() == before
 
 
-def test_a_precision_for_some_devices_counts() -> None:
-    """Then PyTorch has no answer for all devices."""
+def test_numeric_settings_include_a_precision_per_device() -> None:
+    """PyTorch then has no single precision for all devices."""
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("this PyTorch has no precision for each device")
     matmul = torch.backends.cuda.matmul
@@ -92,7 +96,7 @@ def test_a_precision_for_some_devices_counts() -> None:
     assert numeric_settings() == {}
 
 
-def test_convolutions_are_exact_and_the_setting_returns() -> None:
+def test_exact_convolutions_restores_the_tf32_setting() -> None:
     cudnn = torch.backends.cudnn
     assert cudnn.allow_tf32
     with exact_convolutions():
@@ -100,7 +104,7 @@ def test_convolutions_are_exact_and_the_setting_returns() -> None:
     assert cudnn.allow_tf32
 
 
-def test_convolutions_are_exact_where_theirs_alone_is_set() -> None:
+def test_exact_convolutions_restores_a_per_operation_setting() -> None:
     cudnn = torch.backends.cudnn
     if not hasattr(cudnn, "conv"):
         pytest.skip("this PyTorch has no precision for each operation")
@@ -116,8 +120,10 @@ def test_convolutions_are_exact_where_theirs_alone_is_set() -> None:
     assert cudnn.allow_tf32
 
 
-def test_passes_compute_exact_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In trainings, runs and objectives."""
+def test_model_calls_run_with_exact_convolutions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Covers trainings, runs and objectives."""
     seen, call = list[bool](), model.call_module
 
     def record(*given: Any) -> Any:
@@ -140,7 +146,7 @@ def test_passes_compute_exact_convolutions(tmp_path: Path, monkeypatch: pytest.M
     assert not any(seen)
 
 
-def test_autocast_counts_with_its_dtype() -> None:
+def test_numeric_settings_include_the_autocast_dtype() -> None:
     before = numeric_settings()
     found: list[str] = []
     for dtype in (torch.bfloat16, torch.float16):
@@ -151,14 +157,14 @@ def test_autocast_counts_with_its_dtype() -> None:
 
 
 class Function(TorchFunctionMode):
-    """May change what any function returns."""
+    """A mode that may modify the result of any function."""
 
 
 class Dispatch(TorchDispatchMode):
-    """The same of operators."""
+    """A mode that may modify the result of any operator."""
 
 
-def test_a_mode_that_may_change_functions_is_named() -> None:
+def test_active_torch_mode_is_named() -> None:
     assert active_torch_mode() is None
     for kind in (Function, Dispatch):
         with kind():

@@ -1,5 +1,5 @@
-"""`mechdsl.objective`: values and gradients against autograd on the bare model in 64 bits, one
-unpadded prompt at a time; with rules; what is an error."""
+"""`mechdsl.objective`: values and gradients against autograd on the bare model in float64, one
+unpadded prompt at a time; rules; errors."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def place(site: str) -> tuple[str, int | None, int | None]:
 
 
 def own_vectors(family: str, row: int, site: str, at: str) -> Tensor:
-    """[token, width]: what the bare model has at a site."""
+    """[token, width]: activations of the bare model at a site."""
     name, layer, unit = place(site)
     units = slice(None) if unit is None else slice(unit, unit + 1)
     found = plain(family, rows("clean")[row])[name, layer]
     return torch.stack([found[t, units].flatten() for t in tokens(rows("clean")[row], at)])
 
 
-def by_hand(
+def reference_value(
     family: str, row: int, site: str, at: str, vectors: Tensor, rules: Sequence[Write] = ()
 ) -> Tensor:
     """The measure of one unpadded prompt, with [token, width] vectors and further writes."""
@@ -89,7 +89,7 @@ def moved(start: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("family", "at"), in_turn(HERE, POSITIONS))
 @pytest.mark.parametrize(("site", "mode"), in_turn(SITES, ("set", "add")))
-def test_values_and_gradients_of_every_row(
+def test_objective_values_and_gradients_equal_autograd_for_every_row(
     site: str, mode: str, family: str, at: str, tmp_path: Path
 ) -> None:
     """All rows in one pass with padding; positions of different lengths."""
@@ -104,7 +104,7 @@ def test_values_and_gradients_of_every_row(
     for index, row in enumerate(objective.rows):
         own, there = own_vectors(family, row, site, at), tokens(rows("clean")[row], at)
         base = own if mode == "add" else torch.zeros_like(own)
-        expected.append(by_hand(family, row, site, at, base + theirs[index, : len(there)]))
+        expected.append(reference_value(family, row, site, at, base + theirs[index, : len(there)]))
         assert objective.positions[index].tolist() == there + [-1] * (
             objective.shape[1] - len(there)
         )
@@ -114,7 +114,7 @@ def test_values_and_gradients_of_every_row(
     assert torch.allclose(values, torch.stack(expected), atol=1e-9)
     (one,) = torch.autograd.grad((values**2).sum(), mine)
     (other,) = torch.autograd.grad((torch.stack(expected) ** 2).sum(), theirs)
-    assert torch.allclose(one, other, atol=1e-6)  # rotary angles and norms have 32 bits
+    assert torch.allclose(one, other, atol=1e-6)  # rotary angles and norms are float32
     assert other.abs().max() > 1e-5
 
 
@@ -131,7 +131,7 @@ DIRECTION = "direction v = mean_difference(p, second) at resid_post layer 1 at l
 
 @pytest.mark.parametrize("lines", RULES)
 @pytest.mark.parametrize("measure", ["raw", "delta"])
-def test_rules_without_tensor_give_values_of_run(
+def test_objective_with_a_zero_tensor_equals_the_run(
     lines: tuple[str, ...], measure: str, tmp_path: Path
 ) -> None:
     text = file(*lines, measure=MEASURE.replace("raw", measure), more=DIRECTION)
@@ -147,7 +147,7 @@ def test_rules_without_tensor_give_values_of_run(
     assert values.tolist() == pytest.approx([order[row] for row in objective.rows], abs=1e-8)
 
 
-def test_rules_act_after_tensor(tmp_path: Path) -> None:
+def test_objective_rules_act_after_the_written_tensor(tmp_path: Path) -> None:
     """A patch in a later layer, and a rule that scales the written vector."""
     lines = (
         "from other into clean",
@@ -164,7 +164,7 @@ def test_rules_act_after_tensor(tmp_path: Path) -> None:
         vector = plain("llama", source)["mlp_out", 1][of, 0]
         patch = Write("mlp_out", 1, vector[None], to, None)
         own = (SITES[1].replace("1", "0"), "last token", 0.5 * theirs[index])
-        expected.append(by_hand("llama", row, *own, [patch]))
+        expected.append(reference_value("llama", row, *own, [patch]))
     values = objective(mine)
     assert torch.allclose(values, torch.stack(expected), atol=1e-9)
     (one,) = torch.autograd.grad(values.sum(), mine)
@@ -172,7 +172,7 @@ def test_rules_act_after_tensor(tmp_path: Path) -> None:
     assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_comparison_with_the_base_run(tmp_path: Path) -> None:
+def test_objective_of_kl_compares_with_the_base_run(tmp_path: Path) -> None:
     """At the start, `kl` is 0; away from it, it has a gradient."""
     objective = opened(write(tmp_path, file(measure="measure kl(clean) as raw")), site="embed")
     assert torch.allclose(objective(objective.start), torch.zeros(4).double(), atol=1e-9)
@@ -190,7 +190,7 @@ def test_comparison_with_the_base_run(tmp_path: Path) -> None:
     assert gradient.abs().max() > 1e-5
 
 
-def test_rows_and_shapes(tmp_path: Path) -> None:
+def test_objective_selects_rows_and_rejects_wrong_shapes(tmp_path: Path) -> None:
     objective = opened(write(tmp_path, file()), at="subject tokens")
     every = moved(objective.start)
     values = objective(every)
@@ -208,7 +208,7 @@ def test_rows_and_shapes(tmp_path: Path) -> None:
     assert "[4 rows, 4 positions," in repr(objective)
 
 
-def test_model_is_left_as_it_was(tmp_path: Path) -> None:
+def test_objective_restores_the_model(tmp_path: Path) -> None:
     model = families.module("gpt2").train()
     before = {name: each.requires_grad for name, each in model.named_parameters()}
     path = write(tmp_path, file())
@@ -249,7 +249,7 @@ ERRORS: tuple[tuple[str, dict[str, str], str, str], ...] = (
 
 
 @pytest.mark.parametrize(("text", "named", "code", "words"), ERRORS)
-def test_errors_before_anything_runs(
+def test_invalid_objective_is_rejected_before_it_runs(
     text: str, named: dict[str, str], code: str, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(mechdsl.MechdslError) as error:

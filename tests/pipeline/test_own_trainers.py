@@ -1,7 +1,7 @@
 """Trainers of a Python file: `fit(python("own.py:TopK", features: 24, k: 4), …)`.
 
-Whole trainings against loops that share no code with the package, on the bare model, one unpadded
-prompt at a time; what their keys have; and what is an error.
+Trainings against loops that share no code with the package, on the bare model, one unpadded prompt
+at a time; keys; and errors.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def run(path: Path, **options: Any) -> Any:
 # --- trainings ------------------------------------------------------------------------------------
 
 
-def test_dictionary_equals_manual_loop(tmp_path: Path) -> None:
+def test_custom_dictionary_trainer_equals_a_reference_loop(tmp_path: Path) -> None:
     options = f"{dictionaries.QUICK}, seed: 3, validation: 25%"
     path = write_own(tmp_path, dictionary(options=options), dictionaries.ABLATES)
     (found,) = train(path)
@@ -110,7 +110,7 @@ def test_dictionary_equals_manual_loop(tmp_path: Path) -> None:
     assert found.what == f"topk SAE with k {K} by TopK"
 
 
-def rows_by_hand(path: Path) -> list[int]:
+def training_row_ids(path: Path) -> list[int]:
     """Row ids in the order of the training; the first one is held out."""
     (declared,) = fits_of_file(rotations.checked(path, double("llama"))).values()
     assert declared.objective is not None
@@ -120,11 +120,13 @@ def rows_by_hand(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(("family", "word"), in_turn(HERE, ["maximise", "minimise"]))
-def test_vector_equals_manual_loop(family: str, word: str, tmp_path: Path) -> None:
+def test_custom_vector_trainer_equals_a_reference_loop(
+    family: str, word: str, tmp_path: Path
+) -> None:
     line = vector(options=f"{rotations.QUICK}, seed: 3", word=word)
     path = write_own(tmp_path, line, vectors.ADD)
     (found,) = train(path, family)
-    ids, sign = rows_by_hand(path), -1 if word == "maximise" else 1
+    ids, sign = training_row_ids(path), -1 if word == "maximise" else 1
     sites = [plain(family, rows("clean")[row])["resid_post", 1][-1].flatten() for row in ids]
     start = 0.1 * torch.stack(sites).mean(0).double()
 
@@ -144,11 +146,11 @@ def test_vector_equals_manual_loop(family: str, word: str, tmp_path: Path) -> No
     assert report.unsteered == pytest.approx(value(ids[0], 0 * own).item(), abs=1e-3)
 
 
-def test_rotation_equals_manual_loop(tmp_path: Path) -> None:
+def test_custom_rotation_trainer_equals_a_reference_loop(tmp_path: Path) -> None:
     line = rotation(options=f"{rotations.QUICK}, seed: 3")
     path = write_own(tmp_path, line, rotations.PATCHES)
     (found,) = train(path)
-    ids, own = rows_by_hand(path), rotations.rotation(found).double()
+    ids, own = training_row_ids(path), rotations.rotation(found).double()
     random = torch.Generator().manual_seed(START)
     start = torch.randn(2, own.shape[1], generator=random).double()
 
@@ -166,11 +168,11 @@ def test_rotation_equals_manual_loop(tmp_path: Path) -> None:
     assert report.trained == pytest.approx(value(ids[0], made).item(), abs=2e-2)
 
 
-def test_mask_equals_manual_loop(tmp_path: Path) -> None:
+def test_custom_mask_trainer_equals_a_reference_loop(tmp_path: Path) -> None:
     path = write_own(tmp_path, mask(options=f"{rotations.QUICK}, seed: 3"), masks.PATCHES)
     (found,) = train(path)
     declared, _ = masks.training_rows(path, double("llama"))
-    ids, points = rows_by_hand(path), declared.candidates
+    ids, points = training_row_ids(path), declared.candidates
 
     def value(row: int, gates: Tensor) -> Tensor:
         return masks.value_by_hand("llama", row, points, gates, "from: other", "last token")
@@ -193,11 +195,11 @@ NOISY = {
     "rotation": TURN.replace(")", ", growth: -0.001)"),
     "mask": SOFT.replace(")", ", noise: 0.5)"),
 }
-"""With random numbers and buffers."""
+"""Trainers with random numbers and buffers."""
 
 
 @pytest.mark.parametrize("kind", some(DECLARED, [*DECLARED][1:2]))
-def test_interrupted_training_ends_with_the_same_weights(
+def test_interrupted_custom_training_ends_with_the_same_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     declare, use, file = DECLARED[kind]
@@ -214,7 +216,7 @@ def test_interrupted_training_ends_with_the_same_weights(
 
 
 @pytest.mark.parametrize("kind", some(DECLARED, [*DECLARED][::2]))
-def test_rules_use_what_is_trained(kind: str, tmp_path: Path) -> None:
+def test_rules_use_the_result_of_a_custom_trainer(kind: str, tmp_path: Path) -> None:
     declare, use, _ = DECLARED[kind]
     path = write_own(tmp_path, declare(), use, OTHER)
     with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
@@ -226,8 +228,8 @@ def test_rules_use_what_is_trained(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", some(DECLARED, [*DECLARED][::2]))
-def test_file_without_a_training_can_be_looked_at(kind: str, tmp_path: Path) -> None:
-    """`validate` runs no code, as for other functions of Python files."""
+def test_validate_plan_and_explain_work_before_a_custom_training(kind: str, tmp_path: Path) -> None:
+    """`validate` never runs code of Python files."""
     declare, use, _ = DECLARED[kind]
     path = write_own(tmp_path, declare(), use, code=f"{CODE}\nraise RuntimeError")
     assert not [each for each in mechdsl.validate(path, models()) if each.severity == "error"]
@@ -236,7 +238,7 @@ def test_file_without_a_training_can_be_looked_at(kind: str, tmp_path: Path) -> 
     assert "own.py, SHA-256 " in str(mechdsl.explain(path, models=models(), allow_python=True))
 
 
-def test_card_names_the_code(tmp_path: Path) -> None:
+def test_card_names_the_code_of_a_custom_trainer(tmp_path: Path) -> None:
     path = write_own(tmp_path, dictionary(), dictionaries.ABLATES)
     (found,) = train(path, out=tmp_path / "out")
     card = json.loads((found.folder / "fit.json").read_text("utf-8"))
@@ -249,7 +251,7 @@ def test_card_names_the_code(tmp_path: Path) -> None:
 # --- keys -----------------------------------------------------------------------------------------
 
 
-def test_key_has_the_code_and_the_options(tmp_path: Path) -> None:
+def test_custom_training_key_depends_on_code_options_and_class(tmp_path: Path) -> None:
     (base,) = train(write_own(tmp_path, dictionary(), dictionaries.ABLATES))
     folders = {base.folder}
     weights = load_file(base.folder / "sae_weights.safetensors")["W_dec"]
@@ -273,7 +275,7 @@ def test_key_has_the_code_and_the_options(tmp_path: Path) -> None:
         assert not torch.equal(weights, changed), name
 
 
-def test_name_of_the_file_is_not_in_the_key(tmp_path: Path) -> None:
+def test_custom_training_key_ignores_the_file_name(tmp_path: Path) -> None:
     (base,) = train(write_own(tmp_path, dictionary(), dictionaries.ABLATES))
     (tmp_path / "renamed.py").write_text(CODE, "utf-8")
     line = dictionary(TOP_K.replace("own.py", "renamed.py"))
@@ -281,10 +283,10 @@ def test_name_of_the_file_is_not_in_the_key(tmp_path: Path) -> None:
     assert (found.folder, found.seconds) == (base.folder, 0.0)
 
 
-def test_changed_module_that_the_code_imports_is_not_used_twice(
+def test_modified_import_of_a_custom_trainer_needs_a_new_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its text is in the key; imported already, the process can't use the new text."""
+    """The import's text is in the key, but the process still has the old text in memory."""
     lib = tmp_path / "lib"
     lib.mkdir()
     monkeypatch.syspath_prepend(lib)
@@ -309,7 +311,7 @@ def test_changed_module_that_the_code_imports_is_not_used_twice(
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def test_code_runs_only_if_it_is_allowed(tmp_path: Path) -> None:
+def test_custom_trainer_runs_only_if_python_is_allowed(tmp_path: Path) -> None:
     path = write_own(tmp_path, vector(), vectors.ADD, code=f"{CODE}\nraise RuntimeError")
     for action in (train, run):
         with pytest.raises(mechdsl.MechdslError) as found:
@@ -370,7 +372,9 @@ class Odd(TopK):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_mistakes_in_the_call_are_found_without_running_the_code(name: str, tmp_path: Path) -> None:
+def test_invalid_custom_trainer_call_is_rejected_without_running_it(
+    name: str, tmp_path: Path
+) -> None:
     arguments, code, message = CALLS[name]
     line = dictionary(f"python({arguments})")
     path = write_own(tmp_path, line, dictionaries.ABLATES, code=f"{CODE}{MORE}\nraise OSError")
@@ -381,7 +385,7 @@ def test_mistakes_in_the_call_are_found_without_running_the_code(name: str, tmp_
     assert found[0].span is not None
 
 
-def test_decoder_has_no_own_trainer(tmp_path: Path) -> None:
+def test_custom_trainer_on_a_decoder_is_rejected(tmp_path: Path) -> None:
     line = dictionary().replace("prompts: p", "prompts: decoder of big")
     big = dictionaries.fit().replace("basis f", "basis big")
     path = write_own(tmp_path, big, line, dictionaries.ABLATES)
@@ -390,7 +394,7 @@ def test_decoder_has_no_own_trainer(tmp_path: Path) -> None:
     assert "`python` isn't trained on the decoder" in found[0].message + found[0].label_text
 
 
-def test_lens_of_a_python_file_is_an_error(tmp_path: Path) -> None:
+def test_custom_trainer_for_a_lens_is_rejected(tmp_path: Path) -> None:
     line = f"lens l = fit({TOP_K}, prompts: p) at resid_post layer * at tokens *\n"
     path = write_own(tmp_path, line, OTHER)
     found = [each for each in mechdsl.validate(path, models()) if each.severity == "error"]
@@ -428,7 +432,7 @@ FAILURES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_failures_of_the_code_name_its_line(name: str, tmp_path: Path) -> None:
+def test_failing_custom_trainer_names_the_code_line(name: str, tmp_path: Path) -> None:
     old, new, message = FAILURES[name]
     assert old in CODE
     code = CODE.replace(old, new)
@@ -458,7 +462,7 @@ EFFECTS: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", EFFECTS)
-def test_failures_on_a_measure(name: str, tmp_path: Path) -> None:
+def test_custom_trainer_with_invalid_results_is_rejected(name: str, tmp_path: Path) -> None:
     kind, old, new, message = EFFECTS[name]
     declare, use, _ = DECLARED[kind]
     assert old in CODE
@@ -470,7 +474,7 @@ def test_failures_on_a_measure(name: str, tmp_path: Path) -> None:
     assert message in problem.message
 
 
-def test_loss_that_becomes_nan_is_a_failed_training(tmp_path: Path) -> None:
+def test_nan_loss_of_a_custom_trainer_fails_the_training(tmp_path: Path) -> None:
     code = CODE.replace("square().sum(1).mean()", "square().sum(1).mean() * float('nan')")
     path = write_own(tmp_path, dictionary(), dictionaries.ABLATES, code=code)
     with pytest.raises(mechdsl.MechdslError, match="the loss isn't finite") as found:
@@ -478,7 +482,7 @@ def test_loss_that_becomes_nan_is_a_failed_training(tmp_path: Path) -> None:
     assert [each.code for each in found.value.diagnostics] == ["E0643"]
 
 
-def test_untrusted_file_has_no_own_trainer(tmp_path: Path) -> None:
+def test_untrusted_file_rejects_a_custom_trainer(tmp_path: Path) -> None:
     path = write_own(tmp_path, dictionary(), dictionaries.ABLATES)
     with pytest.raises(mechdsl.MechdslError) as found:
         train(path, allow_python=False, untrusted=True)

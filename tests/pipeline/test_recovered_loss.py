@@ -1,4 +1,4 @@
-"""A trained dictionary replaces the vectors of a model with less loss than principal components."""
+"""Replacing activations by a trained dictionary costs less loss than principal components."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ experiment lost {{
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("k", [8, 16, 32])
-def test_less_loss_than_components(k: int, seed: int, tmp_path: Path) -> None:
-    """On held-out texts, with as many components as features are active."""
+def test_dictionary_reconstruction_loses_less_than_principal_components(
+    k: int, seed: int, tmp_path: Path
+) -> None:
+    """On held-out texts, with as many components as active features."""
     path = tmp_path / "lost.mech"
     path.write_text(FILE.format(k=k, seed=seed), "utf-8")
     mechdsl.fit(path, store=tmp_path / "store")

@@ -1,4 +1,4 @@
-"""What a row of a prompts block costs in memory, and that freed rows are computed again."""
+"""Memory per row of a prompts block, and recomputation of freed rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mechdsl.prompts import rows, runs
 from tests.pipeline.test_linear_work import DRAWN, FROM_FILE, HEAD, ROWS
 
 HELD, PEAK = 3_300, 5_300
-"""Bytes of a checked row and its corruption, with eight or nine tokens each: afterwards, and while
-they are checked."""
+"""Maximum bytes per checked row and its corruption, with eight or nine tokens each: held after the
+check, and at its peak."""
 
 
 def checked(folder: Path, text: str, size: int) -> CheckedFile:
@@ -24,10 +24,10 @@ def checked(folder: Path, text: str, size: int) -> CheckedFile:
 
 
 @pytest.mark.slow
-def test_checked_rows_hold_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_per_checked_row_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "CACHED_ROWS", 100)
     monkeypatch.setattr(runs, "CACHED_TOKENS", 0)  # as for tables of many rows
-    checked(tmp_path, DRAWN + ROWS, 600)  # imports, and fills caches
+    checked(tmp_path, DRAWN + ROWS, 600)  # for imports and caches
 
     def measured(size: int) -> tuple[int, int]:
         gc.collect()
@@ -46,13 +46,13 @@ def test_checked_rows_hold_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("text", [DRAWN, FROM_FILE], ids=["drawn", "file"])
-def test_freed_rows_are_computed_again(
+def test_freed_rows_are_recomputed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     words = ["apple", "river", "stone", "cloud", "tiger", "lemon"]
     lines = [",".join(words[(n + i) % 6] for i in range(3)) for n in range(60)]
     (tmp_path / "rows.csv").write_text("\n".join(["one,two,three", *lines]), encoding="utf-8")
-    # The second experiment has more rows of the block, so that its table is another one.
+    # The second experiment has more rows of the block, so its table differs.
     text += ROWS.replace("SIZE", "20", 1)
     kept = checked(tmp_path, text, 40)
     monkeypatch.setattr(rows, "CACHED_ROWS", 0)

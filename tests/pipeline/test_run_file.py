@@ -1,4 +1,4 @@
-"""A file that is run again: from the store where nothing has changed, and only there."""
+"""Repeated runs of a file use the store exactly if nothing relevant differs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ROWS = "count,item\n" + "".join(f"{n},{item}\n" for item in ("apple", "fig") for
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that were computed."""
+    """Paths of the computed files, in order."""
     found: list[str] = []
     real = computation.run_checked
 
@@ -65,7 +65,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of its own, a data file and a store in which the file was run."""
+    """A folder with a model, a data file, and a store from a run of the file."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "model").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
@@ -78,7 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(made: Path, tmp_path: Path) -> Path:
-    """A copy of it, which is the same file."""
+    """A copy of the folder `made`."""
     shutil.copytree(made, tmp_path / "copy")
     return tmp_path / "copy" / "heads.mech"
 
@@ -90,7 +90,7 @@ def again(file: Path, **options: Any) -> Results:
 
 
 def seen(results: Results) -> tuple[Any, ...]:
-    """All that can be seen of results."""
+    """All visible parts of results."""
     told = [str(each) for each in results.diagnostics]
     return results.to_json(), results.to_csv(), results.to_text(), told, results.holds
 
@@ -98,7 +98,7 @@ def seen(results: Results) -> tuple[Any, ...]:
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 
 
-def test_nothing_is_run_again(here: Path, computed: list[str]) -> None:
+def test_unmodified_file_is_not_computed_again(here: Path, computed: list[str]) -> None:
     (here.parent / "table.csv").unlink()
     second = again(here)
     assert computed == []
@@ -114,7 +114,7 @@ def test_nothing_is_run_again(here: Path, computed: list[str]) -> None:
     assert (here.parent / "table.csv").is_file()
 
 
-def test_reports_are_written_as_by_the_run(here: Path) -> None:
+def test_cached_run_rewrites_its_reports(here: Path) -> None:
     path = here.parent / "table.csv"
     whole = path.read_bytes()
     path.write_text("", encoding="utf-8")
@@ -125,10 +125,10 @@ def test_reports_are_written_as_by_the_run(here: Path) -> None:
     assert not path.exists()
 
 
-def test_from_another_folder(
+def test_cached_run_from_another_folder_uses_the_new_file_name(
     here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its name is what it is called by now."""
+    """Results and diagnostics have the file's current name."""
     monkeypatch.chdir(here.parent)
     results = again(Path("heads.mech"))
     assert computed == []
@@ -136,8 +136,10 @@ def test_from_another_folder(
     assert all(d.span is None or d.span.source.name == "heads.mech" for d in results.diagnostics)
 
 
-def test_its_folder(here: Path, tmp_path: Path, computed: list[str]) -> None:
-    """Values of every prompt, as by a run."""
+def test_output_folder_of_a_cached_run_equals_a_computed_run(
+    here: Path, tmp_path: Path, computed: list[str]
+) -> None:
+    """The folder has the values of every prompt."""
     again(here, out=tmp_path / "one")
     assert computed == []
     again(here, out=tmp_path / "two", store=False)
@@ -150,7 +152,7 @@ def test_its_folder(here: Path, tmp_path: Path, computed: list[str]) -> None:
 
 
 def rewritten(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Other bytes in as many, at another time."""
+    """Modify the content of a file, keeping its size but not its time."""
     before = path.read_bytes()
     after = change(before)
     assert after != before
@@ -215,14 +217,14 @@ def other_rows(here: Path) -> dict[str, Any]:
         lambda here: {"store": False},
     ],
 )
-def test_run_again(
+def test_modified_inputs_or_options_recompute_the_file(
     change: Callable[[Path], dict[str, Any]], here: Path, computed: list[str]
 ) -> None:
     again(here, **change(here))
     assert computed == [str(here)]
 
 
-def test_the_library(
+def test_file_is_recomputed_with_another_transformers_version(
     here: Path, computed: list[str], of_version: Callable[[str, str], None]
 ) -> None:
     of_version("transformers", "5.99")
@@ -232,7 +234,7 @@ def test_the_library(
     assert computed == [str(here)]
 
 
-def test_fresh_takes_the_place(here: Path, computed: list[str]) -> None:
+def test_fresh_run_replaces_the_cached_run(here: Path, computed: list[str]) -> None:
     (before,) = again(here).notes
     again(here, fresh=True)
     (after,) = again(here).notes
@@ -240,8 +242,8 @@ def test_fresh_takes_the_place(here: Path, computed: list[str]) -> None:
     assert after.partition("(")[2] != before.partition("(")[2]
 
 
-def test_a_torn_archive(here: Path, computed: list[str]) -> None:
-    """It is found, and the file is run again."""
+def test_truncated_archive_is_recomputed(here: Path, computed: list[str]) -> None:
+    """The damage is detected, and the file is run again."""
     with Store(here.parent / ".mechdsl") as store:
         assert len(store.runs()) == 1
     for path in (here.parent / ".mechdsl").rglob("*"):
@@ -253,7 +255,7 @@ def test_a_torn_archive(here: Path, computed: list[str]) -> None:
     assert computed == [str(here)]
 
 
-def test_what_is_said_of_a_run(here: Path) -> None:
+def test_store_records_settings_and_outcome_of_a_run(here: Path) -> None:
     with Store(here.parent / ".mechdsl") as store:
         (run,) = store.runs()
     assert run.state == "finished"
@@ -270,7 +272,7 @@ def test_what_is_said_of_a_run(here: Path) -> None:
     assert settings == {"limit": "8", "dtype": "float64", "no-pass": "resume"}
 
 
-def test_what_could_not_be_computed_is_tried_again(
+def test_incomplete_run_is_computed_again(
     here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mechdsl.results.experiment_result.FileResult.complete", False)
@@ -279,10 +281,10 @@ def test_what_could_not_be_computed_is_tried_again(
     assert len(computed) == 2
 
 
-def test_a_file_that_changes_meanwhile(
+def test_run_whose_inputs_are_modified_meanwhile_is_not_stored(
     here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights that are written between the check and the load: what they gave isn't theirs."""
+    """The weights are rewritten during the run, so its results belong to no version."""
     real = computation.run_checked
 
     def meanwhile(*arguments: Any, **named: Any) -> Any:
@@ -299,8 +301,8 @@ def test_a_file_that_changes_meanwhile(
         assert [run.state for run in store.runs()] == ["unfinished", "finished"]
 
 
-def test_values_that_can_not_be_compared(tmp_path: Path) -> None:
-    """A function that is given a date: its values aren't kept, and a note says so."""
+def test_values_from_rows_without_digest_are_not_stored(tmp_path: Path) -> None:
+    """A function gets a date: its values aren't stored, and a note reports that."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     columns = {"count": [3, 4, 5, 6], "item": ["apple", "fig"] * 2, "day": [date(2020, 1, 9)] * 4}
     parquet.write_table(arrow.table(columns), tmp_path / "rows.parquet")
@@ -320,14 +322,14 @@ def test_values_that_can_not_be_compared(tmp_path: Path) -> None:
 
 
 FROM_FOLDER = "_load_module"
-"""What has the library read the files."""
+"""Name of the function that loads the files."""
 
 
-def test_weights_that_are_written_while_they_are_loaded(
+def test_weights_modified_while_loading_are_an_error(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was loaded is the old ones, and a hash is that of the new ones: values under it would be
-    wrong from then on."""
+    """The old weights are loaded but the new ones are hashed; values stored under that hash would
+    be wrong."""
     real: Callable[..., Any] = getattr(loader, FROM_FOLDER)
 
     def meanwhile(*arguments: Any, **named: Any) -> Any:
@@ -359,7 +361,7 @@ def patched(results: Results) -> bytes:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many blocks of values were kept, a number for each call."""
+    """One entry for each stored block of values."""
     found: list[int] = []
     real = OpenRun.keep
 
@@ -371,12 +373,12 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_save_beside_stored_experiments_computes_its_activations_alone(
+def test_save_added_to_stored_experiments_computes_only_its_activations(
     here: Path, passes: list[int]
 ) -> None:
     first = again(here)
     saved = with_save(here)
-    for _ in range(2):  # another text, and the same text again
+    for _ in range(2):  # first with a modified text, then with the same text
         found = again(here)
         assert passes == []
         assert [note.partition(": ")[2] for note in found.notes] == ["48 of 48 rows from the store"]
@@ -437,7 +439,7 @@ def warned(results: Results) -> list[str]:
     return [d.message for d in results.diagnostics if d.code == "W0782"]
 
 
-def test_a_store_that_is_a_file(here: Path, computed: list[str]) -> None:
+def test_store_path_that_is_a_file_warns(here: Path, computed: list[str]) -> None:
     file = here.parent / "kept"
     file.write_text("", encoding="utf-8")
     with pytest.warns(mechdsl.MechdslWarning, match="W0782"):
@@ -446,10 +448,10 @@ def test_a_store_that_is_a_file(here: Path, computed: list[str]) -> None:
     assert computed == [str(here)]
 
 
-def test_a_read_only_store(
+def test_read_only_store_is_read_and_warns_if_values_are_computed(
     here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is read; of what has to be computed nothing is kept, which is said."""
+    """Cached values are read; new values aren't stored, which a warning reports."""
     monkeypatch.setattr(Store, "_prepare", lambda self: False)
     assert warned(again(here)) == []
     assert computed == []
@@ -460,7 +462,7 @@ def test_a_read_only_store(
     assert len(computed) == 2
 
 
-def test_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_during_a_run_is_an_error(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **named: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -475,8 +477,8 @@ def test_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "`--no-store` runs without" in said.help_text
 
 
-def test_full_at_the_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was computed is shown all the same."""
+def test_full_disk_at_the_end_of_a_run_warns(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The computed results are still returned."""
 
     def full(*arguments: Any, **named: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -488,7 +490,7 @@ def test_full_at_the_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert results["heads"].prompts == 8
 
 
-def test_other_errors_are_what_they_are(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_os_errors_are_not_converted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any, **named: Any) -> Any:
         raise OSError(errno.ENOENT, "No such file or directory")
 
@@ -497,10 +499,12 @@ def test_other_errors_are_what_they_are(here: Path, monkeypatch: pytest.MonkeyPa
         again(here, limit=8)
 
 
-# --- which store ----------------------------------------------------------------------------------
+# --- location of the store ------------------------------------------------------------------------
 
 
-def test_where_it_is(here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_location_follows_argument_and_environment(
+    here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
     assert again(here, store=None).notes
     monkeypatch.setenv("MECHDSL_STORE", str(here.parent / "elsewhere"))
@@ -512,7 +516,7 @@ def test_where_it_is(here: Path, computed: list[str], monkeypatch: pytest.Monkey
     assert len(computed) == 2
 
 
-def test_texts_have_none(computed: list[str], inside: Path) -> None:
+def test_program_text_has_no_store_unless_named(computed: list[str], inside: Path) -> None:
     text = HEADS.replace("limit 16", "limit 4")
     mechdsl.run(text, write_reports=False)
     assert list(inside.iterdir()) == []
@@ -529,10 +533,10 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_an_untrusted_file_brings_no_store(
+def test_untrusted_file_ignores_the_store_in_its_folder(
     here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever made it may have put any number there."""
+    """Whoever made the file may have forged the values in its store."""
     monkeypatch.delenv("MECHDSL_STORE")
     text = here.read_text("utf-8").replace('  report table to "table.csv"\n', "")
     here.write_text(text, encoding="utf-8")
@@ -542,20 +546,22 @@ def test_an_untrusted_file_brings_no_store(
 
 
 @pytest.mark.parametrize("store", [True, 3])
-def test_what_is_no_folder(store: Any, here: Path) -> None:
+def test_store_that_is_no_path_is_rejected(store: Any, here: Path) -> None:
     with pytest.raises(MechdslError, match="it must be a folder"):
         mechdsl.run(here, store=store)
 
 
-def test_no_store_can_not_be_fresh(here: Path) -> None:
+def test_fresh_without_a_store_is_rejected(here: Path) -> None:
     with pytest.raises(MechdslError, match="`store=False` and `fresh=True` contradict each other"):
         mechdsl.run(here, store=False, fresh=True)
 
 
-# --- models of Python's ---------------------------------------------------------------------------
+# --- models from Python ---------------------------------------------------------------------------
 
 
-def test_models_that_are_handed_over(here: Path, computed: list[str]) -> None:
+def test_run_on_a_model_from_python_is_cached_by_its_identity(
+    here: Path, computed: list[str]
+) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     model = AutoModelForCausalLM.from_pretrained(ZOO)
@@ -583,7 +589,7 @@ def test_models_that_are_handed_over(here: Path, computed: list[str]) -> None:
 # --- Python files ---------------------------------------------------------------------------------
 
 
-def test_python_files_and_what_they_import(
+def test_run_depends_on_python_files_and_their_imports(
     tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     helpers = tmp_path / "lib"
@@ -608,7 +614,7 @@ def test_python_files_and_what_they_import(
     assert len(computed) == 2
     time.sleep(0.01)
     (helpers / "own_helper_of_rerun.py").write_text("def two(): return 22\n", encoding="utf-8")
-    results = again(file, allow_python=True)  # which still has the old one in memory
+    results = again(file, allow_python=True)  # the process still has the old module in memory
     assert len(computed) == 3
     assert "`own_helper_of_rerun.py` may have changed since this process" in results.notes[0]
     monkeypatch.delitem(__import__("sys").modules, "own_helper_of_rerun")

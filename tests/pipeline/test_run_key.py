@@ -1,4 +1,4 @@
-"""The key of a run: whatever may change a result changes it, and nothing else."""
+"""The key of a run depends on everything that may affect a result, and on nothing else."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def key(
     return module.run_key(file, options, loaded, device=device, hashed=hash_file)
 
 
-def test_every_field_is_thought_of() -> None:
-    """A new option goes into the key, or it is said why it doesn't."""
+def test_run_key_includes_or_excludes_every_option() -> None:
+    """A new option is in the key, or in the list of exclusions with a reason."""
     for kind, keyed in (
         (CheckSettings, SETTINGS_FIELDS),
         (RunOptions, OPTIONS_FIELDS),
@@ -73,7 +73,7 @@ def test_every_field_is_thought_of() -> None:
         assert not set(keyed) & set(EXCLUDED_FIELDS[kind])
 
 
-def test_the_same_again(file: Path) -> None:
+def test_run_key_of_an_unmodified_file_is_the_same(file: Path) -> None:
     assert key(file) == key(file)
 
 
@@ -90,7 +90,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS_FIELDS)
-def test_settings(name: str, file: Path) -> None:
+def test_run_key_depends_on_check_settings(name: str, file: Path) -> None:
     plain, other = checked(file), checked(file)
     other.settings = replace(other.settings, **{name: SETTINGS[name]})
     assert key(plain) != key(other)
@@ -110,12 +110,12 @@ EXECUTION: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS_FIELDS)
-def test_options(name: str, file: Path) -> None:
+def test_run_key_depends_on_run_options(name: str, file: Path) -> None:
     assert key(file) != key(file, replace(RunOptions(), **{name: OPTIONS[name]}))
 
 
 @pytest.mark.parametrize("name", EXECUTION_FIELDS)
-def test_execution(name: str, file: Path) -> None:
+def test_run_key_depends_on_execution_options(name: str, file: Path) -> None:
     other = replace(ExecutionOptions(), **{name: EXECUTION[name]})
     assert key(file) != key(file, RunOptions(execution=other))
 
@@ -123,8 +123,8 @@ def test_execution(name: str, file: Path) -> None:
 @pytest.mark.parametrize(
     "name", sorted(EXCLUDED_FIELDS[RunOptions].keys() - {"ends", "execution", "settings"})
 )
-def test_what_is_left_out(name: str, file: Path) -> None:
-    """`device` goes in as what it means."""
+def test_run_key_ignores_excluded_options(name: str, file: Path) -> None:
+    """The key has the detected device instead of the option `device`."""
     values: dict[str, Any] = {
         "device": "cuda",
         "out": Path("out"),
@@ -136,18 +136,18 @@ def test_what_is_left_out(name: str, file: Path) -> None:
     assert key(file) == key(file, replace(RunOptions(), **{name: values[name]}))
 
 
-def test_what_ends_a_run(file: Path) -> None:
-    """It goes in as whether experiments run one by one; which one ends it doesn't: then the run
-    isn't whole, and isn't kept under its key."""
+def test_run_key_depends_on_whether_an_end_condition_is_set(file: Path) -> None:
+    """The key records whether experiments run one by one, not the condition: a run that it ends
+    is incomplete and isn't stored under the key."""
     one, other = (RunOptions(ends=end) for end in (lambda *_: True, lambda *_: False))
     assert key(file, one) == key(file, other) != key(file)
 
 
-def test_the_device(file: Path) -> None:
+def test_run_key_depends_on_the_device(file: Path) -> None:
     assert key(file) != key(file, device="cuda NVIDIA H200")
 
 
-def test_the_number_of_threads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_key_ignores_the_number_of_threads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(file)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
@@ -164,7 +164,7 @@ def test_the_number_of_threads(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("mech 1\n", "mech 1\n# another\n"),
     ],
 )
-def test_the_text(old: str, new: str, file: Path) -> None:
+def test_run_key_depends_on_the_file_text(old: str, new: str, file: Path) -> None:
     before = key(file)
     text = file.read_text("utf-8")
     assert old in text
@@ -172,7 +172,7 @@ def test_the_text(old: str, new: str, file: Path) -> None:
     assert key(file) != before
 
 
-def test_what_it_imports(file: Path) -> None:
+def test_run_key_depends_on_imported_files(file: Path) -> None:
     (file.parent / "more.mech").write_text("mech 1\nmetric two = 2 * prob(answer)\n", "utf-8")
     text = file.read_text("utf-8")
     file.write_text(text.replace("mech 1\n", 'mech 1\nuse "more.mech"\n', 1), encoding="utf-8")
@@ -181,8 +181,8 @@ def test_what_it_imports(file: Path) -> None:
     assert key(file) != before
 
 
-def test_what_it_was_checked_with_not_what_is_there_now(file: Path) -> None:
-    """A file that is written while it is checked."""
+def test_run_key_uses_the_text_read_by_the_check(file: Path) -> None:
+    """The file is rewritten after the check."""
     read = checked(file)
     before = key(read)
     file.write_text("mech 1\n", encoding="utf-8")
@@ -203,8 +203,8 @@ def test_what_it_was_checked_with_not_what_is_there_now(file: Path) -> None:
         ),
     ],
 )
-def test_any_row(change: Callable[[Any], Any], file: Path) -> None:
-    """Rows that Python makes may be others with all else the same."""
+def test_run_key_depends_on_every_field_of_a_row(change: Callable[[Any], Any], file: Path) -> None:
+    """Rows made by Python code may differ while everything else is equal."""
     plain, other = checked(file), checked(file)
     (experiment,) = other.experiments
     run = experiment.table.runs["fewer"]
@@ -227,15 +227,15 @@ def test_any_row(change: Callable[[Any], Any], file: Path) -> None:
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_any_table(changed: dict[str, Any], file: Path) -> None:
+def test_run_key_depends_on_every_field_of_a_table(changed: dict[str, Any], file: Path) -> None:
     plain, other = checked(file), checked(file)
     (experiment,) = other.experiments
     other.experiments = [replace(experiment, table=replace(experiment.table, **changed))]
     assert key(plain) != key(other)
 
 
-def test_blocks_beside(file: Path) -> None:
-    """Means are taken of them."""
+def test_run_key_depends_on_other_blocks_of_the_table(file: Path) -> None:
+    """Mean ablations use the rows of these blocks."""
     plain, other = checked(file), checked(file)
     (experiment,) = other.experiments
     beside = {"there": replace(experiment.table, row_keys=(*range(16),))}
@@ -247,13 +247,15 @@ def test_blocks_beside(file: Path) -> None:
 @pytest.mark.parametrize(
     "package", ["mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy", "safetensors"]
 )
-def test_versions(package: str, file: Path, of_version: Callable[[str, str], None]) -> None:
+def test_run_key_depends_on_package_versions(
+    package: str, file: Path, of_version: Callable[[str, str], None]
+) -> None:
     before = key(file)
     of_version(package, "9")
     assert key(file) != before
 
 
-def test_version_of_pillow_with_images_in_prompts_changes_the_key(
+def test_run_key_depends_on_the_pillow_version_only_with_images(
     file: Path, of_version: Callable[[str, str], None]
 ) -> None:
     with_images = checked(file)
@@ -266,25 +268,29 @@ def test_version_of_pillow_with_images_in_prompts_changes_the_key(
     assert key(file) == before[1]
 
 
-def test_python_itself(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_key_depends_on_the_python_version(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(file)
     monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
     assert key(file) != before
 
 
-def test_another_kind_of_processor(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_key_depends_on_the_processor_architecture(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = key(file)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert key(file) != before
 
 
-def test_what_libraries_may_do(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_key_depends_on_environment_variables_of_libraries(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = key(file)
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     assert key(file) != before
 
 
-def test_switches_of_torch(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_key_depends_on_torch_switches(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     before = key(file)
@@ -292,14 +298,16 @@ def test_switches_of_torch(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert key(file) != before
 
 
-def test_no_key_while_a_mode_of_torch_is_active(file: Path) -> None:
+def test_run_has_no_key_under_an_active_torch_mode(file: Path) -> None:
     from torch.overrides import TorchFunctionMode
 
     with TorchFunctionMode(), pytest.raises(RunKeyError, match="changed by a `TorchFunctionMode`"):
         key(file)
 
 
-def test_the_own_code(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_key_depends_on_the_code_of_mechdsl(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mechdsl.base import files as own
 
     before = key(file)
@@ -328,13 +336,13 @@ def test_the_own_code(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert digest() in seen
 
 
-def test_modules_that_add_to_the_language(
+def test_run_key_depends_on_modules_that_extend_registries(
     file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    """A rule kind of somebody's own may compute anything."""
+    """A custom rule may compute anything."""
     # This file names the module, so the keys of later tests may depend on it while it is imported.
     request.addfinalizer(lambda: sys.modules.pop("adds_an_entry", None))
     monkeypatch.setattr(records, "EXTERNAL_MODULES", set())
@@ -360,7 +368,7 @@ def test_modules_that_add_to_the_language(
         key(file)
 
 
-def test_run_key_contains_name_version_and_code_of_loaded_plugins(
+def test_run_key_depends_on_name_version_and_code_of_plugins(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: dict[str, plugins.Plugin] = {}
@@ -386,7 +394,7 @@ def test_run_key_contains_name_version_and_code_of_loaded_plugins(
     assert len(keys) == 6
 
 
-def test_own_entries_are_not_from_outside() -> None:
+def test_mechdsl_modules_are_not_external() -> None:
     import mechdsl.rules
     import mechdsl.vocab.metrics
 
@@ -395,12 +403,12 @@ def test_own_entries_are_not_from_outside() -> None:
     assert not {name for name in records.EXTERNAL_MODULES if name.partition(".")[0] == "mechdsl"}
 
 
-def test_unchecked_parts(file: Path) -> None:
+def test_file_with_unchecked_parts_has_no_run_key(file: Path) -> None:
     found = checked(file)
     found.unchecked.append("heads")
     with pytest.raises(RunKeyError, match="could not be checked"):
         key(found)
 
 
-def test_names_of_tokenizer_files() -> None:
+def test_tokenizer_files_of_the_identity_match_the_loader() -> None:
     assert (*TOKENIZER_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE) == IDENTITY_TOKENIZER_FILES

@@ -1,8 +1,8 @@
 """Soft prompts that a file declares with `direction v = fit(soft_prompt(tokens: 2), …)`.
 
-Their loss, its gradient and whole trainings against autograd on the bare model in 64 bits, which
-receives the embeddings of one unpadded prompt with the vectors in between (`inputs_embeds`); that
-rules use them as they use a list of vectors of a file; their keys, and what is an error.
+Loss, gradient and trainings are compared with autograd on the bare model in float64, which receives
+the embeddings of one unpadded prompt with inserted vectors (`inputs_embeds`). Further tests: use in
+rules, equal to vectors loaded from a file; keys; errors.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ AT = "embed at inserted tokens"
 INTO = ("from clean into soft", f"set {AT} to v")
 USED = experiment(*INTO)
 SET = experiment(f"set {SITE} at tokens -2..-1 to v")
-"""At tokens of the prompts themselves."""
+"""Writes at tokens of the original prompts."""
 
 
 def write(folder: Path, *parts: str, blocks: str = SOFT) -> Path:
@@ -92,7 +92,7 @@ def embeddings(family: str, row: int) -> Tensor:
 
 
 def value_by_hand(family: str, row: int, written: Tensor | None) -> Tensor:
-    """The measure of one unpadded prompt with vectors between its tokens; None: placeholders."""
+    """The measure of one unpadded prompt with inserted vectors; None: with placeholders."""
     given = embeddings(family, row)
     if written is not None:
         given = torch.cat([given[: -1 - COUNT], written, given[-1:]])
@@ -106,8 +106,10 @@ def clean_by_hand(family: str, row: int) -> float:
 
 
 @pytest.mark.parametrize(("family", "side"), in_turn(HERE, ("left", "right")))
-def test_loss_and_gradient(family: str, side: Any, tmp_path: Path) -> None:
-    """Of every row, in ragged batches of two rows."""
+def test_soft_prompt_loss_and_gradient_equal_autograd(
+    family: str, side: Any, tmp_path: Path
+) -> None:
+    """For every row, in ragged batches of two rows."""
     found = training_rows(write(tmp_path, inserted(), USED), double(family), side)
     width = found.first_vectors.shape[1]
     random = torch.Generator().manual_seed(5)
@@ -121,7 +123,7 @@ def test_loss_and_gradient(family: str, side: Any, tmp_path: Path) -> None:
         assert torch.allclose(values, expected, atol=1e-9)
         (own,) = torch.autograd.grad(values.mean(), mine)
         (other,) = torch.autograd.grad(expected.mean(), theirs)
-        assert torch.allclose(own, other, atol=1e-6)  # rotary angles and norms have 32 bits
+        assert torch.allclose(own, other, atol=1e-6)  # rotary angles and norms are float32
         assert other.abs().max() > 1e-5
 
 
@@ -130,8 +132,10 @@ def test_loss_and_gradient(family: str, side: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", HERE)
 @pytest.mark.parametrize("word", ["maximise", "minimise"])
-def test_training_equals_manual_loop(word: str, family: str, tmp_path: Path) -> None:
-    """The numbers of a loop that shares no code with the package, only its seeds."""
+def test_soft_prompt_training_equals_a_reference_loop(
+    word: str, family: str, tmp_path: Path
+) -> None:
+    """The reference loop shares only its seeds with the package."""
     path = write(tmp_path, inserted(f"{QUICK}, seed: 3", objective=f"{word}: {LOSS}"), USED)
     (found,) = train(path, family)
     table = training_rows(path, double(family)).objective.table
@@ -178,7 +182,7 @@ def trained_by_hand(family: str, start: Tensor, unit: float, ids: list[int], sig
     return start + unit * numbers
 
 
-def test_training_at_tokens_of_clean_prompts_has_no_other_clean_run(tmp_path: Path) -> None:
+def test_soft_prompt_on_clean_tokens_reports_no_separate_clean_run(tmp_path: Path) -> None:
     (found,) = train(write(tmp_path, fit("steps: 40, batch: 4, rate: 0.1, validation: 0%"), SET))
     said = report(found)
     assert said.clean is None
@@ -186,7 +190,7 @@ def test_training_at_tokens_of_clean_prompts_has_no_other_clean_run(tmp_path: Pa
     assert said.trained > max(said.random, said.placeholders) + 0.1
 
 
-# --- the same as vectors of a file ----------------------------------------------------------------
+# --- use in rules ---------------------------------------------------------------------------------
 
 RULES = {
     "rule": INTO,
@@ -216,8 +220,8 @@ LISTS = {"to 2 * v": "to 2 * [a, b]", "c * v": "c * [a, b]", "to v[token 2]": "t
 
 
 @pytest.mark.parametrize("name", some(RULES, [*RULES][0::4]))
-def test_rules_use_it_as_vectors_of_a_file(name: str, tmp_path: Path) -> None:
-    """Together with another experiment on the same block."""
+def test_soft_prompt_in_rules_equals_saved_vectors(name: str, tmp_path: Path) -> None:
+    """With a second experiment on the same block."""
     measure = "measure logit(answer) as raw" if name == "replies" else MEASURE
     text = experiment(*RULES[name], measure=measure) + OTHER
     path = write(tmp_path, inserted(), "direction w = 2 * v - unit(v)\n", text)
@@ -258,8 +262,10 @@ BLOCK_CHANGES = {
 }
 
 
-def test_keys_have_everything_that_the_vectors_depend_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another training, with other vectors."""
+def test_soft_prompt_key_depends_on_every_argument_and_placeholder(
+    tmp_path: Path, trains_all: bool
+) -> None:
+    """A different argument needs another training and gives other vectors."""
     (base,) = train(write(tmp_path, inserted(), USED))
     folders, first = {base.folder}, vectors(base)
     cases = [(name, inserted(**change), SOFT) for name, change in CHANGES.items()]
@@ -282,7 +288,7 @@ def test_keys_have_everything_that_the_vectors_depend_on(tmp_path: Path, trains_
     assert family.folder.name not in {each.name for each in folders}
 
 
-def test_names_and_factors_keep_the_training(tmp_path: Path) -> None:
+def test_soft_prompt_key_ignores_names_and_factors(tmp_path: Path) -> None:
     (before,) = train(write(tmp_path, inserted(), USED))
     for parts in (
         (inserted().replace("direction v", "direction u"), USED.replace("to v", "to u")),
@@ -311,7 +317,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_soft_prompt_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code, said = MISTAKES[name]
     line = f"direction v = {CALL} at {AT}\n"
     assert old in line
@@ -321,14 +327,14 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("written", ["[v, v]", "[v[token 1], v]", "[[v[token 1]], v[token 2]]"])
-def test_item_with_several_vectors_is_an_error(written: str, tmp_path: Path) -> None:
+def test_list_item_with_several_vectors_is_rejected(written: str, tmp_path: Path) -> None:
     used = USED.replace("to v", f"to {written}")
     with pytest.raises(mechdsl.MechdslError, match="this item has several") as found:
         train(write(tmp_path, inserted(), used))
     assert found.value.diagnostics[0].code == "E0341"
 
 
-def test_training_rows_are_not_measured(tmp_path: Path) -> None:
+def test_measuring_training_rows_of_a_soft_prompt_is_rejected(tmp_path: Path) -> None:
     used = experiment(*INTO, block="p")
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `v` is trained on") as found:
         train(write(tmp_path, inserted(), used))

@@ -1,4 +1,4 @@
-"""Dictionaries that are trained on the records of a file that is read in parts."""
+"""Dictionaries trained on streamed records of a file."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def write_file(
 
 
 def streamed(path: Path, family: str, parts: list[int], side: Any = None, **more: Any) -> Any:
-    """The vectors of the file's training; `parts` receives the number of records of each part."""
+    """Training vectors of the file; appends the number of records of each part to `parts`."""
     file = checked(path, family)
     (declared,) = fits_of_file(file).values()
 
@@ -96,11 +96,13 @@ def vectors_by_hand(family: str, text: str) -> Tensor:
     return states[LAYER + 1][0].float()
 
 
-# --- what it is trained on ------------------------------------------------------------------------
+# --- training vectors -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "side"), in_turn(HERE, ["left", "right", None]))
-def test_each_record_is_in_one_chunk_or_held_out(family: str, side: Any, tmp_path: Path) -> None:
+def test_streamed_records_are_in_one_chunk_or_held_out(
+    family: str, side: Any, tmp_path: Path
+) -> None:
     path = write_file(tmp_path, fit(f"{QUICK}, validation: 20%"), ABLATES)
     parts: list[int] = []
     found = streamed(path, family, parts, side, chunk_bytes=4 * 8 * 2 * 60 * 8)
@@ -117,7 +119,7 @@ def test_each_record_is_in_one_chunk_or_held_out(family: str, side: Any, tmp_pat
     assert torch.equal(again.chunk(1)[0], chunks[1])
 
 
-def test_records_are_read_in_parts(tmp_path: Path) -> None:
+def test_streamed_records_are_read_in_parts(tmp_path: Path) -> None:
     path = write_file(tmp_path, fit(), ABLATES, lines=texts(700))
     parts: list[int] = []
     found = streamed(path, "llama", parts)
@@ -127,7 +129,7 @@ def test_records_are_read_in_parts(tmp_path: Path) -> None:
     assert sum(parts) == 700 - found.held_out_count
 
 
-def test_limit_is_the_first_records(tmp_path: Path) -> None:
+def test_limit_takes_the_first_streamed_records(tmp_path: Path) -> None:
     path = write_file(tmp_path, fit(f"{QUICK}, limit: 40, validation: 0%"), ABLATES)
     found = streamed(path, "gpt2", [])
     own = found.chunk(0)[0]
@@ -136,7 +138,7 @@ def test_limit_is_the_first_records(tmp_path: Path) -> None:
     assert len(found.held_out()[0]) == 0
 
 
-def test_rows_without_the_position_and_dropped_rows_are_left_out(tmp_path: Path) -> None:
+def test_filtered_streamed_rows_are_omitted_and_missing_positions_rejected(tmp_path: Path) -> None:
     block = BLOCK.replace("}\n", "  where tokens(text) > 6 }\n")
     path = write_file(
         tmp_path, fit(at=f"resid_post layer {LAYER} at token 8"), ABLATES, block=block
@@ -149,7 +151,7 @@ def test_rows_without_the_position_and_dropped_rows_are_left_out(tmp_path: Path)
     assert_same_vectors(own, torch.cat([vectors_by_hand("llama", text) for text in long]))
 
 
-def test_rules_use_it_like_a_dictionary_of_a_folder(tmp_path: Path) -> None:
+def test_streamed_dictionary_in_rules_equals_its_folder(tmp_path: Path) -> None:
     path = write_file(tmp_path, fit(), ABLATES, OTHER)
     (found,) = train(path, out=tmp_path / "out")
     data = json.loads((found.folder / "fit.json").read_text("utf-8"))["data"]
@@ -168,7 +170,7 @@ def test_rules_use_it_like_a_dictionary_of_a_folder(tmp_path: Path) -> None:
         assert (one.measures[0].patched == two.measures[0].patched).all()
 
 
-def test_a_transcoder(tmp_path: Path) -> None:
+def test_streamed_transcoder_explains_more_than_untrained(tmp_path: Path) -> None:
     inner = f"transcoder(features: {FEATURES}, k: {K})"
     path = write_file(tmp_path, fit(inner=inner, at="mlp_out layer 1 at tokens *"), ABLATES)
     found = streamed(path, "gpt2", [])
@@ -179,7 +181,7 @@ def test_a_transcoder(tmp_path: Path) -> None:
     assert trained.report.explained > trained.report.untrained_explained
 
 
-def test_a_parquet_file(tmp_path: Path) -> None:
+def test_streamed_parquet_records_give_the_training_vectors(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     arrow = pytest.importorskip("pyarrow")
     table = arrow.table({"text": texts()})
@@ -190,8 +192,8 @@ def test_a_parquet_file(tmp_path: Path) -> None:
     assert_same_vectors(own, torch.cat([vectors_by_hand("llama", text) for text in texts()]))
 
 
-def test_files_of_a_pattern(tmp_path: Path) -> None:
-    """Records of JSON lines and of Parquet files; a new file is another training."""
+def test_streamed_pattern_reads_all_files_and_a_new_file_retrains(tmp_path: Path) -> None:
+    """The pattern matches JSON Lines and Parquet files; a new file needs another training."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     every = texts()
     (tmp_path / "text").mkdir()
@@ -209,10 +211,10 @@ def test_files_of_a_pattern(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", [7, 20])
-def test_groups_of_a_file_are_read_once_per_pass(
+def test_parquet_row_groups_are_read_once_per_pass(
     group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Although there are several chunks, and only two groups are in memory."""
+    """With several chunks, and memory for two groups."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = arrow.table({"text": texts(200)})
     parquet.write_table(table, tmp_path / "texts.parquet", row_group_size=group)
@@ -244,8 +246,8 @@ def test_groups_of_a_file_are_read_once_per_pass(
 # --- keys -----------------------------------------------------------------------------------------
 
 
-def test_keys(tmp_path: Path) -> None:
-    """Any record, the template, the conditions, parameters and the number of records are in it."""
+def test_streamed_training_key_depends_on_records_template_and_options(tmp_path: Path) -> None:
+    """The key has all records, the template, conditions, parameters and the record count."""
     changed = [*texts()[:-1], "w1 w2 w3 w4"]
     condition = BLOCK.replace("}\n", "  where tokens(text) > depth }\n")
     cases: list[tuple[tuple[str, ...], dict[str, Any]]] = [
@@ -274,7 +276,7 @@ def test_keys(tmp_path: Path) -> None:
     assert same.seconds == 0
 
 
-def test_keys_have_what_changes_only_later_rows(tmp_path: Path) -> None:
+def test_streamed_training_key_depends_on_records_after_the_check(tmp_path: Path) -> None:
     """The check reads the first 256 records; a training also depends on the others."""
     every = texts(300)
     numbered = 'prompts texts { rows "texts.jsonl" streamed  template "{text}"  where WHERE }\n'
@@ -302,8 +304,8 @@ def test_keys_have_what_changes_only_later_rows(tmp_path: Path) -> None:
     assert len(folders) == len(cases)
 
 
-def test_position_that_changes_only_later_rows_is_in_the_key(tmp_path: Path) -> None:
-    """In the first 256 records, both positions are the same token."""
+def test_streamed_training_key_depends_on_positions_of_later_records(tmp_path: Path) -> None:
+    """Both positions are the same token in the first 256 records."""
     lines = [*(f"{text} w45 w1" for text in texts(256)), "w45 w1 w2", "w45 w3 w4 w5"]
     found: dict[Path, Tensor] = {}
     for at in ("token -2", '"w45" token'):
@@ -318,7 +320,9 @@ def test_position_that_changes_only_later_rows_is_in_the_key(tmp_path: Path) -> 
     assert not torch.isclose(before_last[256:], named[256:]).all(1).any()
 
 
-def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_streamed_training_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A training of several chunks ends with the weights of an uninterrupted one."""
     from mechdsl.fits.training import Training
 
@@ -339,7 +343,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Training, "_step", step)
     with pytest.raises(KeyboardInterrupt):
         train(path, fresh=True)
-    steps.append(0)  # one more than where it stopped
+    steps.append(0)  # so that the counter passes the interruption
     (found,) = train(path, fresh=True)
     assert steps[24:] == [*range(23, 40)]
     assert (found.folder / "sae_weights.safetensors").read_bytes() == expected
@@ -350,8 +354,8 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def test_records_of_the_file_are_not_measured(tmp_path: Path) -> None:
-    """Another block reads the same file: its rows are training rows."""
+def test_measuring_streamed_training_records_is_rejected(tmp_path: Path) -> None:
+    """Another block reads the same file, so its rows are training rows."""
     block = BLOCK + 'prompts same { rows "texts.jsonl"  template "{text}" }\n'
     measured = (
         "experiment e { model m prompts same limit 5 ablate feature 0 of f at last token with zero "
@@ -363,8 +367,8 @@ def test_records_of_the_file_are_not_measured(tmp_path: Path) -> None:
     assert found.value.diagnostics[0].code == "E0345"
 
 
-def test_texts_of_another_file_are_noticed_once_it_is_trained(tmp_path: Path) -> None:
-    """Rows that the training has read, also held-out ones; other texts aren't affected."""
+def test_training_texts_in_another_file_are_rejected_after_training(tmp_path: Path) -> None:
+    """Includes held-out rows; texts that the training didn't read are allowed."""
     block = BLOCK + 'prompts same { rows "same.jsonl"  template "{text}" }\n'
     measured = (
         "experiment e { model m prompts same ablate feature 0 of f at last token with zero "
@@ -386,8 +390,8 @@ def test_texts_of_another_file_are_noticed_once_it_is_trained(tmp_path: Path) ->
     assert "4 of the 6 rows measured here are training rows" in found.conventions["basis f"]
 
 
-def test_only_files_of_the_training_count(tmp_path: Path) -> None:
-    """An experiment on a pattern of which the training reads one file."""
+def test_only_files_of_the_training_count_as_training_rows(tmp_path: Path) -> None:
+    """The experiment reads a pattern of files; the training reads one of them."""
     (tmp_path / "text").mkdir()
     write_texts(tmp_path / "text", texts()[:40], "a.jsonl")
     write_texts(tmp_path / "text", ["w39 w38 w37"] * 3, "b.jsonl")
@@ -402,8 +406,8 @@ def test_only_files_of_the_training_count(tmp_path: Path) -> None:
         train(path)
 
 
-def test_a_later_row_with_an_error_costs_only_its_training(tmp_path: Path) -> None:
-    """The check sees the first rows; others are read during the training."""
+def test_error_in_a_later_streamed_row_fails_only_its_training(tmp_path: Path) -> None:
+    """The check reads the first rows; the training reads the others."""
     path = write_file(tmp_path, fit(at=f"resid_post layer {LAYER} at token 2"), ABLATES, OTHER)
     write_texts(tmp_path, [*texts(300), "w1"])
     with pytest.warns(mechdsl.MechdslWarning, match="lies outside"):
@@ -422,7 +426,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_streamed_block_in_other_estimators_is_rejected(name: str, tmp_path: Path) -> None:
     line, code = MISTAKES[name]
     rule = "add f to resid_post layer 1 at last token" if name == "direction" else ""
     text = (

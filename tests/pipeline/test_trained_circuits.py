@@ -1,8 +1,8 @@
 """Circuits that a file declares with `fit(mask(…))`.
 
-Their loss and its gradient against a pass that recomputes the input of every receiver, in 64 bits,
-one unpadded prompt at a time; a training against a loop that shares no code; that planted edges are
-found; that rules use the circuit as they use a list of edges; keys, and what is an error.
+Loss and gradient are compared with a float64 pass that recomputes the input of every receiver, one
+unpadded prompt at a time, and a training with a loop that shares no code. Further tests: planted
+edges, use in rules, keys, and errors.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ PATCH = ("from turned into clean", "ablate c at last token with turned")
 PATCHES = experiment(*PATCH)
 
 differentiable = inspect.unwrap(circuit_pass)
-"""The reference with gradients of shares of edges."""
+"""The reference pass, differentiable in the edge weights."""
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ differentiable = inspect.unwrap(circuit_pass)
 def value_by_hand(
     family: str, row: int, every: Sequence[CircuitEdge], gates: Tensor, source: str, at: str
 ) -> Tensor:
-    """The measure of one unpadded prompt with shares of all edges."""
+    """The measure of one unpadded prompt with a weight for each edge."""
     word = source.split()[1]
     (given,) = fills(family, Case("c", word, at), {})[row : row + 1]
     shares = {named(edge): gates[number] for number, edge in enumerate(every)}
@@ -95,8 +95,10 @@ SOURCES = ("from: other", "with: zero", "with: mean")
 
 @pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES))
 @pytest.mark.parametrize(("at", "side"), [("last token", "left"), (PAIR, "right")])
-def test_loss_and_gradient(at: str, side: Any, family: str, source: str, tmp_path: Path) -> None:
-    """Of every row, in ragged batches of two rows, each with its own gates."""
+def test_circuit_mask_loss_and_gradient_equal_autograd(
+    at: str, side: Any, family: str, source: str, tmp_path: Path
+) -> None:
+    """For every row, in ragged batches of two rows with different gates."""
     options = QUICK.replace("25%", "0%")
     path = write(tmp_path, fit(options, source=source, at=at), PATCHES)
     mask, found = training_rows(path, double(family), side)
@@ -112,7 +114,7 @@ def test_loss_and_gradient(at: str, side: Any, family: str, source: str, tmp_pat
             [value_by_hand(family, ids[row], every, theirs[n], source, at)
              for n, row in enumerate(batch)]
         )  # fmt: skip
-        assert torch.allclose(values, expected, atol=1e-5)  # gates have 32 bits
+        assert torch.allclose(values, expected, atol=1e-5)  # gates are float32
         assert (expected - found.values(np.array(batch), None)).abs().max() > 1e-4
         (own,) = torch.autograd.grad(values.sum(), mine)
         (other,) = torch.autograd.grad(expected.sum(), theirs)
@@ -126,7 +128,7 @@ def edges_of(mask: TrainedMask) -> list[CircuitEdge]:
     return edges
 
 
-def test_all_tokens_are_written_without_positions(tmp_path: Path) -> None:
+def test_circuit_mask_without_positions_writes_all_tokens(tmp_path: Path) -> None:
     """A mask without `at` writes all tokens of the prompt."""
     source = "with: zero"
     options = QUICK.replace("25%", "0%")
@@ -145,9 +147,11 @@ def test_all_tokens_are_written_without_positions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "keep"), in_turn(["hard_concrete", "straight_through"], [False, True])
 )
-def test_training_by_hand(kind: str, keep: bool, tmp_path: Path) -> None:
-    """Edges and probabilities are those of a loop that shares only the seeds; the number of open
-    gates falls from 90 % of the edges to the size over the first 70 % of the steps."""
+def test_circuit_mask_training_equals_a_reference_loop(
+    kind: str, keep: bool, tmp_path: Path
+) -> None:
+    """The reference loop shares only its seeds with the package; the number of open gates falls
+    from 90 % of the edges to the size over the first 70 % of the steps."""
     mask = f'size: 3, kind: "{kind}"' + (", keep: true" if keep else "")
     path = write(tmp_path, fit(f"{QUICK}, seed: 3", mask=mask), PATCHES)
     (found,) = train(path)
@@ -253,7 +257,7 @@ PLANTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_edges_are_found(name: str, seed: int, tmp_path: Path) -> None:
+def test_circuit_mask_finds_planted_edges(name: str, seed: int, tmp_path: Path) -> None:
     mask, source = PLANTED[name]
     call = (
         f"circuit c = fit(mask({mask}), prompts: planted.train, {source}, minimise: kl(clean), "
@@ -280,7 +284,7 @@ def test_planted_edges_are_found(name: str, seed: int, tmp_path: Path) -> None:
     )
 
 
-# --- the same as a list of edges ------------------------------------------------------------------
+# --- use in rules ---------------------------------------------------------------------------------
 
 RULES = {
     "run": list(PATCH),
@@ -294,8 +298,8 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", some(RULES, ("all but", "fills", "none")))
-def test_rules_use_it_as_a_list_of_edges(name: str, tmp_path: Path) -> None:
-    """Bit for bit, together with another experiment on the same block."""
+def test_trained_circuit_equals_its_listed_edges_in_rules(name: str, tmp_path: Path) -> None:
+    """Bit for bit, with a second experiment on the same block."""
     text = experiment(*RULES[name], measure=MEASURE) + OTHER
     path = write(tmp_path, fit(), text)
     (trained,) = train(path, out=tmp_path)
@@ -306,7 +310,7 @@ def test_rules_use_it_as_a_list_of_edges(name: str, tmp_path: Path) -> None:
     own = run(path, fresh=True).files[0].experiments
     written = ", ".join(chosen_sites(trained))
     path = write(tmp_path, f"circuit c = {written}\n", text)
-    if name not in ("random", "none"):  # the automatic control of what is trained
+    if name not in ("random", "none"):  # the automatic control of a trained circuit
         text = text.replace(MEASURE, f"{MEASURE}\n  against random(8)", 1)
     path = write(tmp_path, f"circuit c = {written}\n", text.replace("  against none\n", ""))
     listed = run(path, store=False).files[0].experiments
@@ -344,8 +348,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another training, with other probabilities."""
+def test_circuit_mask_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
+    """A different argument needs another training and gives other probabilities."""
     base, _ = check_keys(tmp_path, trains_all, fit, CHANGES, PATCHES, probabilities)
     renamed = PATCHES.replace("ablate c", "ablate h")
     (found,) = train(write(tmp_path, fit(name="h"), renamed))
@@ -374,7 +378,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_circuit_mask_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = MISTAKES[name]
     line = f"circuit c = {CALL} at {PAIR}\n"
     assert old in line
@@ -390,7 +394,7 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     assert span.source.path == path
 
 
-def test_models_whose_components_do_not_add_up_are_errors(tmp_path: Path) -> None:
+def test_circuit_of_a_model_whose_components_do_not_sum_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, fit(), PATCHES)
     with pytest.raises(mechdsl.MechdslError, match="a circuit in `m`"):
         train(path, "gemma2")
@@ -419,7 +423,7 @@ experiment ranks {{
 """
 
 
-def test_top_selects_the_edges_with_the_largest_scores(tmp_path: Path) -> None:
+def test_top_selects_the_highest_scored_edges_of_a_circuit(tmp_path: Path) -> None:
     known = "circuit d = embed -> L0H1.q, L1H1 -> logits, L2.mlp -> logits\n"
     path = write(tmp_path, known + fit(), PATCHES + CURVE)
     (trained,) = train(path)
@@ -455,7 +459,7 @@ def test_top_selects_the_edges_with_the_largest_scores(tmp_path: Path) -> None:
     assert found["ranks"].measures[0].patched[0, 0] == pytest.approx(np.mean(pairs))
 
 
-def test_more_edges_than_were_chosen_are_an_error(tmp_path: Path) -> None:
+def test_top_of_more_edges_than_chosen_is_rejected(tmp_path: Path) -> None:
     rule = "ablate all but top 4 of c at tokens * with zero"
     path = write(tmp_path, fit(), PATCHES + experiment(rule, name="more"))
     train(path)

@@ -58,7 +58,7 @@ def encode(x: Any, own: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(("family", "site"), in_turn(HERE, ["resid_post", "mlp_hidden", "z"]))
-def test_report_is_that_of_hooks_and_scipy(family: str, site: str, tmp_path: Path) -> None:
+def test_ica_report_equals_hooks_and_scipy(family: str, site: str, tmp_path: Path) -> None:
     path = write(tmp_path, declare(at=f"{site} layer 1 at tokens *"), ABLATES)
     (found,) = train(path, family)
     (declared,) = fits_of_file(checked(path, family)).values()
@@ -91,7 +91,7 @@ def test_report_is_that_of_hooks_and_scipy(family: str, site: str, tmp_path: Pat
     assert spiky(inner) > np.mean([spiky(inner @ turn) for turn in turns])
 
 
-def test_control_is_a_training_without_steps(tmp_path: Path) -> None:
+def test_ica_control_equals_a_training_without_steps(tmp_path: Path) -> None:
     both = declare() + declare(options="steps: 0").replace("basis f", "basis chance")
     loop = experiment(
         "for b in [f, chance] { set resid_post layer 1 at tokens * to reconstruction of b }"
@@ -125,9 +125,9 @@ def check_rules(
 
     Args:
         rules: Lines of a file by name: `ablate`, `mean`, `patch`, `add` or `reconstruction`.
-        rule: One of them.
+        rule: The name of the tested line.
         encode: Features of vectors, [vector, feature], from the tensors of the file.
-        added: Features that the numbers of a loop are added to.
+        added: Features to which the numbers of a loop are added.
     """
     lines = ["from turned into clean", rules[rule]] if rule == "patch" else [rules[rule]]
     path = write(folder, declared, experiment(*lines))
@@ -165,7 +165,7 @@ def check_rules(
 
 
 @pytest.mark.parametrize(("family", "rule"), in_turn(HERE, [*RULES]))
-def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path) -> None:
+def test_ica_rules_equal_hooks(family: str, rule: str, tmp_path: Path) -> None:
     check_rules(declare(), RULES, rule, family, tmp_path, encode, [1, 3])
 
 
@@ -186,14 +186,16 @@ def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path
         ("ica(components: 999)", "steps: 3", "E0342", "write at most `components: "),
     ],
 )
-def test_wrong_call(inner: str, options: str, code: str, text: str, tmp_path: Path) -> None:
+def test_invalid_ica_argument_is_rejected(
+    inner: str, options: str, code: str, text: str, tmp_path: Path
+) -> None:
     path = write(tmp_path, declare(inner, options), ABLATES)
     (problem, *_) = mechdsl.validate(path, models("llama"))
     assert problem.code == code
     assert text in str(problem)
 
 
-def test_too_few_vectors_are_an_error(tmp_path: Path) -> None:
+def test_ica_with_too_few_vectors_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, declare(at="resid_post layer 1 at last token"), ABLATES)
     with pytest.raises(mechdsl.MechdslError, match="differ in 2 dimensions only") as found:
         train(path)
@@ -201,7 +203,9 @@ def test_too_few_vectors_are_an_error(tmp_path: Path) -> None:
     assert "`ica(components: 2)`" in str(found.value)
 
 
-def test_a_missing_package_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ica_without_scikit_learn_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trainings, "package_version", lambda name: "unknown")
     with pytest.raises(mechdsl.MechdslError, match="`ica` needs scikit-learn"):
         train(write(tmp_path, declare(), ABLATES))
@@ -221,11 +225,11 @@ CHANGES = {
 def check_keys(
     folder: Path, declare: Callable[..., str], changes: Mapping[str, dict[str, str]], used: str
 ) -> None:
-    """Check that each change of a declaration asks for another training, with other weights, and
-    that the same declaration gives the same weights again.
+    """Check that each modified declaration needs another training with other weights, and that the
+    same declaration gives the same weights again.
 
     Args:
-        used: An experiment that uses what is declared.
+        used: An experiment that uses the declared basis.
     """
     (base,) = train(write(folder, declare(), used))
     first, folders = weights(base), {base.folder}
@@ -240,11 +244,11 @@ def check_keys(
     assert all(np.array_equal(weights(again)[each], first[each]) for each in first)
 
 
-def test_keys_have_everything_that_components_depend_on(tmp_path: Path) -> None:
+def test_ica_key_depends_on_every_argument(tmp_path: Path) -> None:
     check_keys(tmp_path, declare, CHANGES, ABLATES)
 
 
-def test_card_and_copy_have_the_controls(tmp_path: Path) -> None:
+def test_ica_card_has_controls_and_its_copy_gives_the_same_values(tmp_path: Path) -> None:
     path = write(tmp_path, declare(), ABLATES)
     (found,) = train(path, out=tmp_path / "out")
     card = (tmp_path / "out" / "f" / "README.md").read_text("utf-8")

@@ -1,8 +1,7 @@
 """Groups of features or dimensions that a file declares with `fit(mask(…))`.
 
-Their loss and its gradient against plain hooks on the bare model in 64 bits, one unpadded prompt at
-a time; that planted dimensions are found; that rules use the group as they use a list of
-coordinates; keys, and what is an error.
+Loss and gradient are compared with plain hooks on the bare model in float64, one unpadded prompt at
+a time. Further tests: planted dimensions, use in rules, keys, and errors.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 SITE = "resid_post layer 1"
 FEATURES = 9
 differentiable = inspect.unwrap(side_by_side)
-"""The reference with gradients of written vectors."""
+"""The reference pass, differentiable in the written vectors."""
 
 
 def fit(
@@ -110,7 +109,7 @@ BASES = {
 
 
 def coordinates(basis: str, family: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates of a vector, and [coordinate, width] what one of 1 adds."""
+    """Coordinates of a vector, and the [coordinate, width] vectors that a value of 1 adds."""
     if "dim" in basis or basis == "neurons":
         unit = torch.eye(len(x), dtype=x.dtype)
         return x, unit
@@ -124,7 +123,7 @@ def coordinates(basis: str, family: str, x: Tensor) -> tuple[Tensor, Tensor]:
 def value_by_hand(
     family: str, row: int, mask: TrainedMask, shares: Tensor, basis: str, source: str, at: str
 ) -> Tensor:
-    """The measure of one unpadded prompt with shares of several coordinates."""
+    """The measure of one unpadded prompt with a weight for each coordinate."""
     point = mask.training.made
     key, unit = (point.site, point.layer), 0 if point.unit is None else point.unit
     flat = (lambda run, where: run[key][where, unit].flatten()) if point.site != "mlp_hidden" else (
@@ -159,8 +158,10 @@ def value_by_hand(
     ("family", "source"), in_turn(HERE, ("from: other", "with: zero", "with: mean"))
 )
 @pytest.mark.parametrize(("basis", "side"), in_turn(tuple(BASES), ("left", "right")))
-def test_loss_and_gradient(basis: str, side: Any, family: str, source: str, tmp_path: Path) -> None:
-    """Of every row, in ragged batches of two rows, each with its own gates."""
+def test_coordinate_mask_loss_and_gradient_equal_autograd(
+    basis: str, side: Any, family: str, source: str, tmp_path: Path
+) -> None:
+    """For every row, in ragged batches of two rows with different gates."""
     where = "last token" if source == "with: mean" else "subject tokens"
     declared = sae(tmp_path, family)
     if basis == "linear":
@@ -182,7 +183,7 @@ def test_loss_and_gradient(basis: str, side: Any, family: str, source: str, tmp_
             [value_by_hand(family, ids[row], mask, theirs[n], basis, source, where)
              for n, row in enumerate(batch)]
         )  # fmt: skip
-        assert torch.allclose(values, expected, atol=1e-5)  # gates have 32 bits
+        assert torch.allclose(values, expected, atol=1e-5)  # gates are float32
         assert (expected - found.values(np.array(batch), None)).abs().max() > 1e-4
         (own,) = torch.autograd.grad(values.sum(), mine)
         (other,) = torch.autograd.grad(expected.sum(), theirs)
@@ -190,9 +191,9 @@ def test_loss_and_gradient(basis: str, side: Any, family: str, source: str, tmp_
         assert other.abs().max() > 1e-5
 
 
-def test_features_that_change_no_training_row_have_no_gate(tmp_path: Path) -> None:
-    """They are neither chosen nor random controls; with `keep`, they are written like the others
-    that aren't chosen."""
+def test_features_inactive_in_all_training_rows_have_no_gate(tmp_path: Path) -> None:
+    """These features are neither chosen nor random controls; with `keep`, they are written like
+    other unchosen features."""
     declared = sae(tmp_path)
     width = bare("llama").config.hidden_size
     changed = {name: each.clone() for name, each in weights(width).items()}
@@ -220,7 +221,7 @@ DIMS_THERE = (3, 10, 21)
 
 @cache
 def planted() -> Any:
-    """A model of which only these dimensions of the last stream reach the logits."""
+    """A model in which only these dimensions of the final residual stream reach the logits."""
     model: Any = copy.deepcopy(families.module("gpt2"))
     with torch.no_grad():
         head = model.lm_head.weight.clone()
@@ -232,8 +233,8 @@ def planted() -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dimensions", "features"])
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_coordinates_are_found(name: str, seed: int, tmp_path: Path) -> None:
-    """Also as features of a dictionary."""
+def test_coordinate_mask_finds_planted_coordinates(name: str, seed: int, tmp_path: Path) -> None:
+    """As dimensions, and as features of a dictionary."""
     width = families.module("gpt2").config.hidden_size
     encoder = torch.eye(width).flip(1)  # feature n is dimension width - 1 - n, shifted by 20
     tensors = {"W_enc": encoder, "W_dec": encoder.T.contiguous()}
@@ -262,7 +263,7 @@ def test_planted_coordinates_are_found(name: str, seed: int, tmp_path: Path) -> 
     assert mechdsl.run(path, given, store=tmp_path / "store").complete
 
 
-# --- the same as a list of coordinates ------------------------------------------------------------
+# --- use in rules ---------------------------------------------------------------------------------
 
 RULES = {
     "patch": list(PATCH),
@@ -289,8 +290,10 @@ RULES = {
 @pytest.mark.parametrize(
     ("name", "kind"), in_turn(list(RULES), ["features", "dims"], [*RULES][::4])
 )
-def test_rules_use_it_as_a_list_of_coordinates(name: str, kind: str, tmp_path: Path) -> None:
-    """Bit for bit, together with another experiment on the same block."""
+def test_coordinate_mask_equals_its_listed_coordinates_in_rules(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    """Up to rounding, with a second experiment on the same block."""
     lines = list(RULES[name])
     if kind == "dims":
         lines = [each.replace("features * of f", f"{SITE} dims *") for each in lines]
@@ -342,9 +345,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_choice_depends_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another training, with other probabilities; so does another
-    dictionary at the same path, and other rows of a basis that is computed."""
+def test_coordinate_mask_key_depends_on_arguments_and_basis(
+    tmp_path: Path, trains_all: bool
+) -> None:
+    """A different argument needs another training and gives other probabilities. So do another
+    dictionary at the same path and other rows of a computed basis."""
     declared = sae(tmp_path)
     base, folders = check_keys(
         tmp_path, trains_all, lambda **own: declared + fit(**own), CHANGES, PATCHES
@@ -370,13 +375,13 @@ def test_keys_have_everything_that_the_choice_depends_on(tmp_path: Path, trains_
     assert (found.folder, found.seconds) == (base.folder, 0.0)
 
 
-# --- a basis that is trained ----------------------------------------------------------------------
+# --- a trained basis ------------------------------------------------------------------------------
 
 TRAINED = "fit(sae(features: 8, k: 2), prompts: p, steps: 20, batch: 4"
 
 
-def test_features_of_a_trained_dictionary(tmp_path: Path) -> None:
-    """`fit` trains the dictionary first; another dictionary asks for another mask."""
+def test_mask_over_a_trained_dictionary_depends_on_its_training(tmp_path: Path) -> None:
+    """`fit` trains the dictionary first; another dictionary needs another mask."""
     at = f") at {SITE} at tokens *\n"
     path = write(tmp_path, f"basis f = {TRAINED}{at}", fit(), PATCHES)
     with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
@@ -422,7 +427,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_coordinate_mask_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = MISTAKES[name]
     line = f"group g = {CALL} at features * of f at last token\n"
     assert old in line
@@ -454,7 +459,7 @@ USES: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_rules_that_take_no_coordinates(name: str, tmp_path: Path) -> None:
+def test_rules_that_take_no_coordinates_reject_a_mask(name: str, tmp_path: Path) -> None:
     lines, code = USES[name]
     direction = f"direction d = mean_difference(clean of p, other of p) at {SITE} at last token\n"
     save = experiment(f"add 1 * d to {SITE} at last token", name="u")

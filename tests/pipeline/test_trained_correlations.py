@@ -46,7 +46,7 @@ def vectors(family: str, text: Any, site: str, layer: int) -> Any:
 
 
 def training_rows(path: Path, family: str) -> list[Any]:
-    """The prompts of the training, the held-out one first."""
+    """The training prompts, the held-out one first."""
     (declared, *_) = fits_of_file(checked(path, family)).values()
     table = declared.training.sample.table
     order = sorted(range(4), key=lambda n: stable_hash(0, "training row", table.row_keys[n]))
@@ -54,7 +54,7 @@ def training_rows(path: Path, family: str) -> list[Any]:
 
 
 def reference(x: Any, y: Any, ridge: float) -> tuple[Any, Any]:
-    """Encoders of canonical correlations with a ridge, by the generalised eigenvalue problem."""
+    """Encoders of ridge CCA, from the generalised eigenvalue problem."""
     x, y = x - x.mean(0), y - y.mean(0)
     first, second = (each.T @ each / len(each) for each in (x, y))
     first, second = (
@@ -73,7 +73,7 @@ def correlate(a: Any, b: Any) -> Any:
 @pytest.mark.parametrize(
     ("family", "site"), in_turn(HERE, ["resid_post layer 0", "mlp_out layer 1", "z layer 0"])
 )
-def test_report_is_that_of_hooks_and_numpy(family: str, site: str, tmp_path: Path) -> None:
+def test_cca_report_equals_hooks_and_numpy(family: str, site: str, tmp_path: Path) -> None:
     path = write(tmp_path, declare(options=f"with: {site}"), ABLATES)
     (found,) = train(path, family)
     texts = training_rows(path, family)
@@ -113,7 +113,7 @@ def test_report_is_that_of_hooks_and_numpy(family: str, site: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("family", "inner"), in_turn(HERE, [CCA, SPARSE]))
-def test_exchanged_sites_have_the_coordinates_of_the_same_pairs(
+def test_cca_with_swapped_sites_gives_the_same_pairs(
     family: str, inner: str, tmp_path: Path
 ) -> None:
     back = declare(inner, "with: resid_post layer 1", "resid_post layer 0 at tokens *")
@@ -133,7 +133,7 @@ def test_exchanged_sites_have_the_coordinates_of_the_same_pairs(
 
 
 @pytest.mark.parametrize("family", HERE[:2])
-def test_values_of_rows_are_repeated_for_each_token(family: str, tmp_path: Path) -> None:
+def test_cca_with_row_values_repeats_them_for_each_token(family: str, tmp_path: Path) -> None:
     path = write(tmp_path, declare(f"cca(components: 1, ridge: {RIDGE})", "with: subject"), ABLATES)
     path.write_text(path.read_text("utf-8").replace("feature 0..2", "feature 0"), "utf-8")
     (found,) = train(path, family)
@@ -160,7 +160,7 @@ def test_values_of_rows_are_repeated_for_each_token(family: str, tmp_path: Path)
     assert found.report.training == pytest.approx(made[0], abs=1e-3)
 
 
-def test_control_is_a_training_without_steps(tmp_path: Path) -> None:
+def test_cca_control_equals_a_training_without_steps(tmp_path: Path) -> None:
     both = declare() + declare(options=f"{OTHER}, steps: 0").replace("basis f", "basis chance")
     loop = experiment(
         "for b in [f, chance] { set resid_post layer 1 at tokens * to reconstruction of b }"
@@ -181,7 +181,7 @@ RULES = {
 
 
 @pytest.mark.parametrize(("family", "rule"), in_turn(HERE, [*RULES]))
-def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path) -> None:
+def test_cca_rules_equal_hooks(family: str, rule: str, tmp_path: Path) -> None:
     declared = declare(SPARSE if rule == "sparse" else CCA)
     named = "ablate" if rule == "sparse" else rule
     check_rules(declared, RULES, named, family, tmp_path, encode, [0, 2])
@@ -196,7 +196,7 @@ VIEWS = {
     "other block": ("with: resid_post layer 1 of second at token 2", "second", 2),
     "corruption of a block": ("with: resid_post layer 1 of second.turned", "second.turned", -1),
 }
-"""Option → the run and the token of the other vectors."""
+"""Option, and the run and token of the other vectors, by name."""
 LOOSE = "validation: 0%, measure_on_training_rows: true"
 ONE = f"cca(components: 1, ridge: {RIDGE})"
 LAST = "resid_post layer 1 at last token"
@@ -204,9 +204,7 @@ ABLATES_ONE = experiment("ablate feature 0 of f at last token with zero", block=
 
 
 @pytest.mark.parametrize(("family", "view"), in_turn(HERE, [*VIEWS]))
-def test_vectors_of_another_run_or_token_are_those_of_hooks(
-    family: str, view: str, tmp_path: Path
-) -> None:
+def test_cca_with_another_run_or_token_equals_hooks(family: str, view: str, tmp_path: Path) -> None:
     option, run_name, token = VIEWS[view]
     layer = int(option.split("layer ")[1][0])
     path = write(tmp_path, declare(ONE, f"{option}, {LOOSE}", LAST), ABLATES_ONE)
@@ -228,7 +226,7 @@ def test_vectors_of_another_run_or_token_are_those_of_hooks(
 
 
 @pytest.mark.parametrize("family", HERE[:2])
-def test_vectors_of_another_model_are_those_of_hooks(family: str, tmp_path: Path) -> None:
+def test_cca_with_another_model_equals_hooks(family: str, tmp_path: Path) -> None:
     tuned = copy.deepcopy(bare(family))
     with torch.no_grad():
         for number, weight in enumerate(tuned.parameters()):
@@ -275,14 +273,16 @@ def _first_encoder(x: Any, y: Any) -> Any:
         ("with: resid_post layer 0 of second.nothing", LAST, "E0201", "second"),
     ],
 )
-def test_wrong_view(option: str, at: str, code: str, text: str, tmp_path: Path) -> None:
+def test_invalid_cca_with_option_is_rejected(
+    option: str, at: str, code: str, text: str, tmp_path: Path
+) -> None:
     path = write(tmp_path, declare(ONE, f"{option}, {LOOSE}", at), ABLATES_ONE)
     problems = mechdsl.validate(path, models("llama"))
     assert problems[0].code == code, problems
     assert text in str(problems[0])
 
 
-def test_rows_of_the_other_block_cannot_be_measured(tmp_path: Path) -> None:
+def test_measuring_rows_of_the_correlated_block_is_rejected(tmp_path: Path) -> None:
     option = "with: resid_post layer 1 of second, validation: 0%"
     used = experiment("ablate feature 0 of f at last token with zero", block="second")
     problems = mechdsl.validate(write(tmp_path, declare(ONE, option, LAST), used), models("llama"))
@@ -297,7 +297,7 @@ VIEW_CHANGES = {
 }
 
 
-def test_keys_have_everything_that_a_view_depends_on(tmp_path: Path) -> None:
+def test_cca_key_depends_on_the_with_option(tmp_path: Path) -> None:
     def one(
         inner: str = ONE,
         options: str = f"with: resid_post layer 0 at last token, {LOOSE}",
@@ -335,14 +335,16 @@ def test_keys_have_everything_that_a_view_depends_on(tmp_path: Path) -> None:
         ("cca(components: 99)", "with: subject", "E0342", "write at most `components: "),
     ],
 )
-def test_wrong_call(inner: str, options: str, code: str, text: str, tmp_path: Path) -> None:
+def test_invalid_cca_argument_is_rejected(
+    inner: str, options: str, code: str, text: str, tmp_path: Path
+) -> None:
     path = write(tmp_path, declare(inner, options), ABLATES)
     problems = mechdsl.validate(path, models("llama"))
     assert problems[0].code.startswith(code), problems
     assert text in str(problems[0])
 
 
-def test_too_few_vectors_are_an_error(tmp_path: Path) -> None:
+def test_cca_with_too_few_vectors_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, declare(at="resid_post layer 1 at last token"), ABLATES)
     with pytest.raises(mechdsl.MechdslError, match="correlations need 3 held-out vectors") as found:
         train(path)
@@ -367,11 +369,11 @@ CHANGES = {
 }
 
 
-def test_keys_have_everything_that_correlations_depend_on(tmp_path: Path) -> None:
+def test_cca_key_depends_on_every_argument(tmp_path: Path) -> None:
     check_keys(tmp_path, declare, CHANGES, ABLATES)
 
 
-def test_card_and_copy_have_the_controls(tmp_path: Path) -> None:
+def test_cca_card_has_controls_and_its_copy_gives_the_same_values(tmp_path: Path) -> None:
     path = write(tmp_path, declare(), ABLATES)
     (found,) = train(path, out=tmp_path / "out")
     card = (tmp_path / "out" / "f" / "README.md").read_text("utf-8")

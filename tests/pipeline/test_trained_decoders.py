@@ -1,7 +1,7 @@
-"""Dictionaries that a file trains on the decoder of another one: `prompts: decoder of big`.
+"""Dictionaries trained on the decoder of another one: `prompts: decoder of big`.
 
-Their weights, against a loop that shares no code with the package; the order of trainings; their
-controls, keys and errors; and that rules use them like a dictionary of a folder.
+Their weights against a loop that shares no code with the package; the order of trainings; controls,
+keys and errors; and use in rules, equal to a dictionary in a folder.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def explained(rows: Tensor, own: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("family", HERE)
-def test_weights_and_report_are_those_of_a_loop_over_unit_rows(family: str, tmp_path: Path) -> None:
+def test_decoder_training_equals_a_reference_loop_over_unit_rows(
+    family: str, tmp_path: Path
+) -> None:
     width = models(family)["m"][0].config.hidden_size
     rows = draw_rows(30, width)
     rows[4] = 0  # has no direction
@@ -104,7 +106,7 @@ def test_weights_and_report_are_those_of_a_loop_over_unit_rows(family: str, tmp_
     assert report.normal_explained == pytest.approx(explained(normal[order[:3]], chance), abs=1e-3)
 
 
-def test_normal_rows_have_the_mean_and_covariance_of_the_directions() -> None:
+def test_normal_control_rows_have_mean_and_covariance_of_the_directions() -> None:
     rows = draw_rows(12, 6)
     rows = rows / rows.norm(dim=1, keepdim=True)
     drawn = draw_normal(rows, 100_000, 0)
@@ -118,8 +120,10 @@ def test_normal_rows_have_the_mean_and_covariance_of_the_directions() -> None:
 
 @pytest.mark.parametrize("first", ["big", "f"])
 @pytest.mark.parametrize("at", ["resid_post layer 1", "z layer 1", "mlp_out layer 1"])
-def test_a_trained_dictionary_is_trained_first(at: str, first: str, tmp_path: Path) -> None:
-    """In any order of the lines, with the result of a dictionary of a folder; a transcoder too."""
+def test_outer_dictionary_is_trained_before_its_decoder_dictionary(
+    at: str, first: str, tmp_path: Path
+) -> None:
+    """In any line order, for SAEs and transcoders; the result equals that with a saved folder."""
     inner = SAE.replace("sae", "transcoder") if at.startswith("mlp_out") else SAE
     big = fit(inner, at=f"{at} at tokens *").replace("basis f", "basis big")
     lines = [big, meta(at=at)] if first == "big" else [meta(at=at), big]
@@ -142,8 +146,10 @@ def test_a_trained_dictionary_is_trained_first(at: str, first: str, tmp_path: Pa
     ("name", "family"),
     in_turn(["ablate", "reconstruction", "derived", "replies", "loop"], HERE),
 )
-def test_rules_use_it_as_a_dictionary_of_a_folder(name: str, family: str, tmp_path: Path) -> None:
-    """Bit for bit, with an experiment that uses the other dictionary on the same block."""
+def test_decoder_dictionary_in_rules_equals_its_folder(
+    name: str, family: str, tmp_path: Path
+) -> None:
+    """With a second experiment that uses the outer dictionary on the same block."""
     measure = {"measure": "measure logit(answer) as raw"} if name == "replies" else {}
     other = experiment("ablate feature 0..3 of big at last token with zero", name="other")
     text = experiment(*RULES[name], **measure) + other
@@ -158,7 +164,7 @@ def test_rules_use_it_as_a_dictionary_of_a_folder(name: str, family: str, tmp_pa
     assert "of normal vectors with the same covariance" in said
 
 
-def test_every_layer_has_its_own_decoder(tmp_path: Path) -> None:
+def test_decoder_training_uses_the_decoder_of_each_layer(tmp_path: Path) -> None:
     at = "resid_post layer 0..1"
     big = fit(at=f"{at} at tokens *").replace("basis f", "basis big")
     use = experiment(
@@ -171,7 +177,7 @@ def test_every_layer_has_its_own_decoder(tmp_path: Path) -> None:
     assert not torch.equal(own["f[layer 0]"], own["f[layer 1]"])
 
 
-def test_the_dictionary_is_in_the_key(tmp_path: Path) -> None:
+def test_decoder_training_key_depends_on_the_outer_dictionary(tmp_path: Path) -> None:
     def keys(*lines: str, use: str = ABLATES) -> dict[str, str]:
         return {each.basis: each.folder.name for each in train(write(tmp_path, *lines, use))}
 
@@ -195,7 +201,7 @@ def test_the_dictionary_is_in_the_key(tmp_path: Path) -> None:
     assert {each.code for each in missing.value.diagnostics} == {"E0642"}
 
 
-def test_training_rows_of_the_dictionary_are_not_measured(tmp_path: Path) -> None:
+def test_measuring_training_rows_of_the_outer_dictionary_is_rejected(tmp_path: Path) -> None:
     measured = ABLATES.replace("prompts second", "prompts p")
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `f` is trained on") as found:
         train(write(tmp_path, BIG, meta(), measured))
@@ -207,7 +213,7 @@ def test_training_rows_of_the_dictionary_are_not_measured(tmp_path: Path) -> Non
     assert "4 of the 4 rows measured here are training rows" in done.conventions["basis f"]
 
 
-def test_a_failure_of_the_dictionary_is_reported_for_both(tmp_path: Path) -> None:
+def test_failed_outer_training_is_reported_for_both_dictionaries(tmp_path: Path) -> None:
     inner = f'sae(features: {FEATURES}, kind: "jump_relu", penalty: 1e38)'
     wild = fit(inner, "steps: 200, batch: 16, rate: 0.99").replace("basis f", "basis big")
     path = write(tmp_path, wild, meta(), ABLATES, OTHER)
@@ -220,14 +226,16 @@ def test_a_failure_of_the_dictionary_is_reported_for_both(tmp_path: Path) -> Non
     assert [each.name for each in run(path).files[0].experiments] == ["other"]
 
 
-def test_a_file_without_a_training_can_be_looked_at(tmp_path: Path) -> None:
+def test_validate_plan_and_explain_work_before_a_decoder_training(tmp_path: Path) -> None:
     path = write(tmp_path, meta(), BIG, ABLATES)
     assert not has_errors(mechdsl.validate(path, models("llama")))
     assert mechdsl.plan(path, models=models("llama")) is not None
     assert "24 decoder directions of big" in str(mechdsl.explain(path, models=models("llama")))
 
 
-def test_an_interrupted_control_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_control_of_a_decoder_training_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path, BIG, meta(), ABLATES)
     whole = train(path)[1]
     done: list[int] = []
@@ -251,7 +259,9 @@ def test_an_interrupted_control_continues(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_parts_are_found_and_normal_rows_have_none(seed: int, tmp_path: Path) -> None:
+def test_decoder_training_finds_planted_parts_but_none_in_normal_rows(
+    seed: int, tmp_path: Path
+) -> None:
     """Each direction is a sum of two of eight parts."""
     random = torch.Generator().manual_seed(seed)
     width = models("llama")["m"][0].config.hidden_size
@@ -309,7 +319,7 @@ ERRORS: dict[str, tuple[list[str], str, str]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors_before_anything_runs(name: str, tmp_path: Path) -> None:
+def test_invalid_decoder_training_is_rejected_by_validate(name: str, tmp_path: Path) -> None:
     lines, code, said = ERRORS[name]
     path = write(tmp_path, *lines, ABLATES)
     found = [each for each in mechdsl.validate(path, models("llama")) if each.severity == "error"]
@@ -318,7 +328,7 @@ def test_errors_before_anything_runs(name: str, tmp_path: Path) -> None:
     assert any(said in str(each.message) for each in found), found
 
 
-def test_a_decoder_of_too_few_features_is_an_error(tmp_path: Path) -> None:
+def test_decoder_with_too_few_features_is_rejected(tmp_path: Path) -> None:
     width = models("llama")["m"][0].config.hidden_size
     write_dictionary(tmp_path / "own", draw_rows(2, width))
     path = write(tmp_path, f'basis big = sae("own") at {SITE}\n', meta(), ABLATES)

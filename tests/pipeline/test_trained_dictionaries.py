@@ -1,7 +1,7 @@
 """Dictionaries that a file declares with `fit(…)`.
 
-What they are trained on, against plain hooks, one unpadded prompt at a time; that rules use them as
-they use a dictionary of a folder; their keys; and that a missing training costs only what needs it.
+Training vectors against plain hooks, one unpadded prompt at a time; use in rules, equal to a
+dictionary in a folder; keys; and a missing training, which affects only dependent experiments.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def train(path: Path, family: str = "llama", **options: Any) -> list[mechdsl.Tra
 
 
 def untrained(path: Path) -> Path:
-    """Return the folder in which `run` looks for the training of a file, and doesn't find it.
+    """Return the folder in which `run` looks for the missing training of a file.
 
-    The store has another training.
+    The store has a different training.
     """
     asked = set[str]()
     find_key = FitKeys.of
@@ -109,12 +109,12 @@ def check_keys(
     content: Callable[[mechdsl.TrainedFit], object] | None = None,
     same: Collection[str] = (),
 ) -> tuple[mechdsl.TrainedFit, set[Path]]:
-    """Check that each change of a declaration asks for another training, with other weights.
+    """Check that each modified declaration needs another training with other weights.
 
     Args:
         trains_all: Train after each change, not only after every eighth.
-        used: An experiment that uses what is declared.
-        content: What changes with the weights, of a type that `==` compares; nothing by default.
+        used: An experiment that uses the declared basis.
+        content: Function from a training to a value that depends on the weights; None to skip.
         same: Changes after which the weights may be equal.
 
     Returns:
@@ -150,7 +150,7 @@ def adopted_for(family: str) -> Any:
     return shared(bare(family))
 
 
-# --- what it is trained on ------------------------------------------------------------------------
+# --- training vectors -----------------------------------------------------------------------------
 
 SITES = {
     f"resid_post layer {LAYER}": ("resid_post", "resid_post"),
@@ -159,7 +159,7 @@ SITES = {
     "mlp_hidden layer 1": ("mlp_hidden", "mlp_hidden"),
     "mlp_out layer 1": ("mlp_norm", "mlp_out"),
 }
-"""Site of the basis → sites of the vectors that are encoded and reconstructed."""
+"""Sites of the encoded and the reconstructed vectors, by the site of the basis."""
 POSITIONS = ("tokens *", "subject tokens", "token 3", "last token")
 
 
@@ -172,8 +172,10 @@ def vectors_by_hand(family: str, text: Text, site: str, written: str, at: str) -
 @pytest.mark.parametrize(("family", "at"), in_turn(HERE, POSITIONS))
 @pytest.mark.parametrize("written", SITES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_vectors(written: str, family: str, at: str, side: Any, tmp_path: Path) -> None:
-    """Every vector of the training rows, in chunks that have whole rows; held-out rows aside."""
+def test_training_vectors_equal_hooks(
+    written: str, family: str, at: str, side: Any, tmp_path: Path
+) -> None:
+    """All vectors of the training rows, in chunks of full rows, without held-out rows."""
     inner = f"transcoder(features: {FEATURES}, k: {K})" if "mlp_out" in written else SAE
     options = f"{QUICK}, validation: 25%"
     path = write(tmp_path, fit(inner, options, f"{written} at {at}", "other of p"), ABLATES)
@@ -197,15 +199,15 @@ def test_vectors(written: str, family: str, at: str, side: Any, tmp_path: Path) 
 
 
 def assert_same_vectors(found: Tensor, expected: Tensor) -> None:
-    """Equal up to the order of rows, which depends on the batches."""
+    """Check equality up to the order of rows, which depends on the batches."""
     assert found.shape == expected.shape
     distance = torch.cdist(found.double(), expected.double())
     assert distance.min(0).values.max() < 1e-3
     assert distance.min(1).values.max() < 1e-3
 
 
-def test_training_by_hand(tmp_path: Path) -> None:
-    """The weights are those of a loop that shares no code with the package, only its seeds."""
+def test_dictionary_training_equals_a_reference_loop(tmp_path: Path) -> None:
+    """The reference loop shares only its seeds with the package."""
     path = write(tmp_path, fit(options=f"{QUICK}, seed: 3, validation: 25%"), ABLATES)
     (found,) = train(path)
     table = next(iter(fits_of_file(checked(path, "llama")).values())).training.sample.table
@@ -242,7 +244,7 @@ def encoded(x: Tensor, w: dict[str, Tensor]) -> Tensor:
 
 
 def trained_by_hand(x: Tensor, seed: int, rows_: Tensor | None = None) -> dict[str, Tensor]:
-    """Twelve steps of Adam on batches of 16, written out.
+    """Run twelve steps of Adam on batches of 16, as a reference.
 
     Args:
         rows_: [feature, width] directions at the start; otherwise those of the trainer `sae`.
@@ -289,7 +291,7 @@ def trained_by_hand(x: Tensor, seed: int, rows_: Tensor | None = None) -> dict[s
     }
 
 
-# --- the same as a dictionary of a folder ---------------------------------------------------------
+# --- use in rules ---------------------------------------------------------------------------------
 
 RULES = {
     "ablate": ["ablate feature * of f at last token with zero"],
@@ -313,7 +315,7 @@ RULES = {
 
 
 def assert_same_results(own: Any, loaded: Any) -> None:
-    """The same cells, and values up to rounding: rows of controls share the passes."""
+    """Check equal cells and, up to rounding, equal values: rows of controls share the passes."""
     assert len(own) == len(loaded)
     for one, two in zip(own, loaded, strict=True):
         assert [cell.coords for cell in one.cells] == [cell.coords for cell in two.cells]
@@ -332,8 +334,10 @@ OTHER_RULES = [name for name in RULES if name != "random"]
         *in_turn(OTHER_RULES, ["factors"], OTHER_RULES[1::4]),
     ],
 )
-def test_rules_use_it_as_a_dictionary_of_a_folder(name: str, kind: str, tmp_path: Path) -> None:
-    """Together with another experiment on the same block."""
+def test_trained_dictionary_in_rules_equals_its_folder(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    """With a second experiment on the same block."""
     at = {"z": "z layer 1", "transcoder": "mlp_out layer 1", "factors": "mlp_hidden layer 1"}
     at["sae"] = f"resid_post layer {LAYER}"
     inner = SAE.replace("sae", "transcoder" if kind == "transcoder" else "sae")
@@ -357,7 +361,7 @@ def test_rules_use_it_as_a_dictionary_of_a_folder(name: str, kind: str, tmp_path
     assert trained.what in own[1].conventions["basis f"]
 
 
-def test_rows_of_features_are_saved(tmp_path: Path) -> None:
+def test_top_rows_of_trained_features_are_saved(tmp_path: Path) -> None:
     save = 'save top 2 rows of features 0..5 of f at tokens * to "rows.jsonl"'
     path = write(tmp_path, fit(), experiment(save, measure=""))
     train(path)
@@ -370,7 +374,7 @@ def test_rows_of_features_are_saved(tmp_path: Path) -> None:
     ("kind", "hint"),
     [("matrioshka", 'did you mean `"matryoshka"`?'), ("lasso", 'write one of `"topk"`,')],
 )
-def test_kind_written_wrongly_names_the_nearest(kind: str, hint: str) -> None:
+def test_unknown_dictionary_kind_gets_a_suggestion(kind: str, hint: str) -> None:
     text = f"""mech 1
 model m = zoo("counting")
 prompts p {{ x in ["pear", "fig"] template "Part 1: {{x}}" answer " 1" }}
@@ -384,8 +388,10 @@ experiment e {{ prompts p observe features of f at last token }}
 
 @pytest.mark.parametrize("kind", ["topk", "batch_topk", "matryoshka", "relu", "jump_relu", "gated"])
 @pytest.mark.parametrize("method", ["sae", "transcoder", "skip transcoder"])
-def test_every_kind_can_be_read(method: str, kind: str, tmp_path: Path) -> None:
-    """The folder has the form that `sae("…")` and `transcoder("…")` read."""
+def test_every_dictionary_kind_is_trained_and_read_back(
+    method: str, kind: str, tmp_path: Path
+) -> None:
+    """The folder has the format that `sae("…")` and `transcoder("…")` read."""
     if method != "sae" and kind == "gated":
         pytest.skip("there are no gated transcoders")
     sparse = f"k: {K}" if kind in ("topk", "batch_topk", "matryoshka") else "penalty: 0.3"
@@ -427,8 +433,8 @@ def keys(path: Path, family: str = "llama") -> list[str]:
     return [each.folder.name for each in train(path, family)]
 
 
-def test_keys_have_everything_that_weights_depend_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another training, with other weights."""
+def test_dictionary_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
+    """A different argument needs another training and gives other weights."""
 
     def declare(**change: str) -> str:
         return fit(**{**BASE, **change})
@@ -461,8 +467,8 @@ MADE = (
 )
 
 
-def test_what_a_model_is_made_of_is_in_the_key(tmp_path: Path) -> None:
-    """Edits, their factors and directions, bits, and the factors of sums."""
+def test_dictionary_key_depends_on_edits_and_sums_of_models(tmp_path: Path) -> None:
+    """Covers edits, their factors and directions, bits, and the factors of sums."""
     directions = (
         "direction d = mean_difference(p, p.other) at resid_post layer 1 at last token",
         "direction other = mean_difference(p, p.other) at resid_post layer 0 at last token",
@@ -481,7 +487,7 @@ def test_what_a_model_is_made_of_is_in_the_key(tmp_path: Path) -> None:
     assert folders[found.folder] == MADE[-1]
 
 
-def test_rows_are_in_the_key(tmp_path: Path) -> None:
+def test_dictionary_key_depends_on_the_rows(tmp_path: Path) -> None:
     (before,) = keys(write(tmp_path, fit(**BASE), ABLATES))
     path = write(tmp_path, fit(**BASE), ABLATES)
     data = path.parent / "data.jsonl"
@@ -493,8 +499,8 @@ def test_rows_are_in_the_key(tmp_path: Path) -> None:
     assert found.folder.name != before
 
 
-def test_other_changes_keep_the_training(tmp_path: Path) -> None:
-    """Names, comments, other experiments, and whether training rows may be measured."""
+def test_dictionary_key_ignores_names_comments_and_other_experiments(tmp_path: Path) -> None:
+    """The key also ignores whether training rows may be measured."""
     (before,) = keys(write(tmp_path, fit(**BASE), ABLATES))
     renamed = fit(**BASE).replace("basis f", "basis g")
     allowed = fit(options=f"{QUICK}, measure_on_training_rows: true")
@@ -509,7 +515,7 @@ def test_other_changes_keep_the_training(tmp_path: Path) -> None:
         assert run(write(tmp_path, *parts)).complete
 
 
-def test_a_damaged_training_is_trained_again(tmp_path: Path) -> None:
+def test_damaged_dictionary_weights_are_trained_again(tmp_path: Path) -> None:
     path = write(tmp_path, fit(**BASE), ABLATES)
     (found,) = train(path)
     weights = found.folder / "sae_weights.safetensors"
@@ -521,7 +527,7 @@ def test_a_damaged_training_is_trained_again(tmp_path: Path) -> None:
     assert weights.read_bytes() == before
 
 
-def test_a_limit_of_the_command_line_is_not_for_training_rows(tmp_path: Path) -> None:
+def test_row_limit_of_a_run_does_not_apply_to_training_rows(tmp_path: Path) -> None:
     path = write(tmp_path, fit(**BASE), ABLATES)
     train(path)
     assert run(path, limit=2).files[0].experiments[0].prompts == 2
@@ -530,7 +536,7 @@ def test_a_limit_of_the_command_line_is_not_for_training_rows(tmp_path: Path) ->
 # --- files without a training ---------------------------------------------------------------------
 
 
-def test_only_what_needs_a_training_is_lost(tmp_path: Path) -> None:
+def test_missing_training_affects_only_dependent_experiments(tmp_path: Path) -> None:
     path = write(tmp_path, fit(**BASE), ABLATES, OTHER)
     with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
         found = run(path).files[0]
@@ -541,7 +547,9 @@ def test_only_what_needs_a_training_is_lost(tmp_path: Path) -> None:
     assert {each.name for each in found.experiments} == {"e", "other"}
 
 
-def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_without_a_store_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MECHDSL_STORE", "none")
     path = write(tmp_path, fit(**BASE), ABLATES)
     train(path)
@@ -551,7 +559,7 @@ def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         mechdsl.fit(path, models("llama"))
 
 
-def test_training_rows_are_not_measured(tmp_path: Path) -> None:
+def test_measuring_training_rows_of_a_dictionary_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, fit(**BASE), ABLATES.replace("prompts second", "prompts p"))
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `f` is trained on") as found:
         train(path)
@@ -564,7 +572,7 @@ def test_training_rows_are_not_measured(tmp_path: Path) -> None:
     assert "4 of the 4 rows measured here are training rows" in done.conventions["basis f"]
 
 
-def test_a_training_that_fails_leaves_the_others(tmp_path: Path) -> None:
+def test_failed_training_keeps_the_others(tmp_path: Path) -> None:
     inner = f'sae(features: {FEATURES}, kind: "jump_relu", penalty: 1e38)'
     wild = fit(inner, "steps: 200, batch: 16, rate: 0.99")
     two = experiment("ablate feature 0..3 of g at last token with zero", name="o")
@@ -576,14 +584,16 @@ def test_a_training_that_fails_leaves_the_others(tmp_path: Path) -> None:
         assert [each.name for each in run(path).files[0].experiments] == ["o"]
 
 
-def test_validate_needs_no_training(tmp_path: Path) -> None:
+def test_validate_accepts_an_untrained_dictionary(tmp_path: Path) -> None:
     path = write(tmp_path, fit(**BASE), ABLATES)
     assert not has_errors(mechdsl.validate(path, models("llama")))
 
 
-def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After Ctrl-C, the next training continues from the checkpoint, and ends with the weights of
-    an uninterrupted one."""
+def test_interrupted_dictionary_training_resumes_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After Ctrl-C, the next training resumes from the checkpoint and ends with the weights of an
+    uninterrupted one."""
     from mechdsl.execute import training
 
     path = write(tmp_path, fit(**BASE), ABLATES)

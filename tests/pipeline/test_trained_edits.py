@@ -1,8 +1,8 @@
-"""Edits of low rank that a file declares with `direction r = fit(reft(…), …)`.
+"""Low-rank edits that a file declares with `direction r = fit(reft(…), …)`.
 
-Their loss, its gradient and whole trainings against autograd on the bare model in 64 bits, one
-unpadded prompt at a time; that an edit is found where no constant vector has the effect; rules with
-edits against hooks on the bare model; their keys, and what is an error.
+Loss, gradient and trainings are compared with autograd on the bare model in float64, one unpadded
+prompt at a time. Further tests: a planted edit that no constant vector can replace, use in rules,
+keys, and errors.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def report(found: mechdsl.TrainedFit) -> EditReport:
 
 
 def added(own: Tensor, edit: Sequence[Tensor]) -> Tensor:
-    """What an edit adds to vectors, vector by vector."""
+    """The vectors that an edit adds to the given vectors, computed one by one."""
     reads, writes, offset = edit
     every = [
         sum((row @ one) * to for row, to in zip(reads, writes, strict=True)) + offset for one in own
@@ -108,8 +108,10 @@ SITES = (SITE, HEAD, "mlp_out layer 1")
 
 @pytest.mark.parametrize(("family", "at"), in_turn(HERE, POSITIONS))
 @pytest.mark.parametrize(("site", "side"), in_turn(SITES, ("left", "right")))
-def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path: Path) -> None:
-    """Of every row, in ragged batches of two rows."""
+def test_edit_loss_and_gradient_equal_autograd(
+    site: str, side: Any, family: str, at: str, tmp_path: Path
+) -> None:
+    """For every row, in ragged batches of two rows."""
     used = experiment(f"add 2 * r to {site} at last token")
     found = training_rows(write(tmp_path, fit(at=f"{site} at {at}"), used), double(family), side)
     mine = [each.requires_grad_() for each in drawn_edit(2, found.first_vectors.shape[1])]
@@ -127,7 +129,7 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
         slopes = torch.autograd.grad(values.mean(), mine)
         others = torch.autograd.grad(expected.mean(), theirs)
         for one, two in zip(slopes, others, strict=True):
-            assert torch.allclose(one, two, atol=1e-6)  # rotary angles and norms have 32 bits
+            assert torch.allclose(one, two, atol=1e-6)  # rotary angles and norms are float32
             assert two.abs().max() > 1e-5
 
 
@@ -135,8 +137,8 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
 
 
 @pytest.mark.parametrize(("kind", "word"), [("loreft", "maximise"), ("direft", "minimise")])
-def test_training_equals_manual_loop(kind: str, word: str, tmp_path: Path) -> None:
-    """The numbers of a loop that shares no code with the package, only its seeds; all tokens."""
+def test_edit_training_equals_a_reference_loop(kind: str, word: str, tmp_path: Path) -> None:
+    """The reference loop shares only its seeds with the package; trained at all tokens."""
     inner = f'reft(rank: 2, kind: "{kind}")'
     line = fit(f"{QUICK}, seed: 3", inner=inner, objective=f"{word}: {LOSS}",
                at=f"{SITE} at tokens *")  # fmt: skip
@@ -185,7 +187,7 @@ def test_training_equals_manual_loop(kind: str, word: str, tmp_path: Path) -> No
 
 
 def edited(own: Tensor, edit: Sequence[Tensor]) -> Tensor:
-    """[units, width] vectors with what an edit adds, in their shape."""
+    """[units, width] vectors plus the vectors that an edit adds, in the same shape."""
     return (own.flatten()[None] + added(own.flatten()[None], edit)).view_as(own)
 
 
@@ -195,7 +197,7 @@ def check_controls(
     every: Tensor,
     own: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """On the held-out row; `every` are the vectors of all rows."""
+    """Check the controls on the held-out row; `every` has the vectors of all rows."""
     reads, writes, offset = own
     zero = torch.zeros_like(reads), torch.zeros_like(writes)
     constant = added(every, own).mean(0)
@@ -223,7 +225,7 @@ def check_controls(
 
 
 def turn(own: tuple[Tensor, Tensor, Tensor], numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An edit in the span of random vectors: the coordinates of what it adds are the same."""
+    """An edit in the span of random vectors, whose added vectors have the same coordinates."""
     reads, writes, offset = own
     from_axes = torch.linalg.qr(torch.cat([writes, offset[None]]).T)[0]
     to_axes = torch.linalg.qr(numbers[2:].T)[0]
@@ -234,7 +236,7 @@ def turn(own: tuple[Tensor, Tensor, Tensor], numbers: Tensor) -> tuple[Tensor, T
 
 
 def write_turned(folder: Path, seed: int) -> Path:
-    """Write rows whose second answer is the next class: a quarter turn in the planted plane."""
+    """Write rows whose second answer is the next class: a 90° rotation in the planted plane."""
     lines: list[str] = []
     for number in range(CUES):
         here, there = number % CLASSES, (number + 1) % CLASSES
@@ -256,8 +258,8 @@ def write_turned(folder: Path, seed: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_planted_edit_is_found(seed: int, tmp_path: Path) -> None:
-    """On held-out words, the answer is that of the next class; a constant vector can't do that."""
+def test_edit_training_finds_a_planted_edit(seed: int, tmp_path: Path) -> None:
+    """On held-out words, the answer becomes the next class, which no constant vector achieves."""
     model, plane = planted()
     given = {"m": (model, word_tokenizer())}
     path = write_turned(tmp_path, seed)
@@ -272,7 +274,7 @@ def test_a_planted_edit_is_found(seed: int, tmp_path: Path) -> None:
     assert torch.linalg.svdvals(weights(found)[1].float() @ plane.T).min() > 0.9
 
 
-# --- the same as an edit of a file ----------------------------------------------------------------
+# --- use in rules ---------------------------------------------------------------------------------
 
 RULES = {
     "sweep": [f"for c in [0, 0.5, 1, 4] {{ add c * r to {SITE} at last token }}"],
@@ -292,8 +294,8 @@ MORE = f"direction named = r\ndirection v = mean(second) at {SITE}\n"
 
 
 @pytest.mark.parametrize("name", some(RULES, [*RULES][1::4]))
-def test_rules_use_it_as_an_edit_of_a_file(name: str, tmp_path: Path) -> None:
-    """Bit for bit, together with another experiment on the same block."""
+def test_trained_edit_in_rules_equals_the_saved_edit(name: str, tmp_path: Path) -> None:
+    """Up to rounding, with a second experiment on the same block."""
     replies = RULES[name][0].startswith("generate")
     measure = "measure logit(answer) as raw" if replies else MEASURE
     text = MORE + experiment(*RULES[name], measure=measure) + OTHER
@@ -316,8 +318,8 @@ def test_rules_use_it_as_an_edit_of_a_file(name: str, tmp_path: Path) -> None:
         assert "of the same rank" in own[0].conventions["controls"]
 
 
-def test_random_edits_add_vectors_of_the_same_norms(tmp_path: Path) -> None:
-    """In a random subspace; each draw once for all cells."""
+def test_random_edits_add_vectors_of_equal_norms(tmp_path: Path) -> None:
+    """The added vectors of a random edit are rotated into a random subspace."""
     edit = drawn_edit(2, 20)
     vectors = torch.randn(7, 20, dtype=torch.float64)
     matrix = torch.cat([edit[0], edit[1], edit[2][None]])
@@ -328,7 +330,7 @@ def test_random_edits_add_vectors_of_the_same_norms(tmp_path: Path) -> None:
     assert not torch.allclose(*changes)
 
 
-def test_saved_direction_is_the_trained_edit(tmp_path: Path) -> None:
+def test_saved_direction_equals_the_trained_edit(tmp_path: Path) -> None:
     every = "resid_post layer * at last token"
     save = 'experiment s {\n  model m\n  save direction r to "out.safetensors"\n}\n'
     path = write(tmp_path, fit(at=every), save)
@@ -349,8 +351,8 @@ def test_saved_direction_is_the_trained_edit(tmp_path: Path) -> None:
         train(vector_file)
 
 
-def test_several_seeds(tmp_path: Path) -> None:
-    """One cell for each training."""
+def test_edit_with_several_seeds_has_one_cell_per_training(tmp_path: Path) -> None:
+    """Each cell equals a training with that seed alone."""
     quick = QUICK.replace("0.05", "0.005")
     path = write(tmp_path, fit(f"{quick}, seed: 4, seeds: 2"), ADD)
     found = run(path, fit=True)["e"].measures[0].patched
@@ -377,8 +379,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_edit_depends_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another training, with another edit."""
+def test_edit_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
+    """A different argument needs another training and gives another edit."""
     check_keys(
         tmp_path,
         trains_all,
@@ -410,7 +412,7 @@ USES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_other_uses_are_errors(name: str, tmp_path: Path) -> None:
+def test_edit_in_unsupported_rules_is_rejected(name: str, tmp_path: Path) -> None:
     rule, said = USES[name]
     more = f"basis b = directions(r) at {SITE}\n" if name == "basis" else ""
     more += f"basis c = random(dims: 5) at {SITE}\n" if name == "coordinates" else ""
@@ -439,7 +441,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_edit_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = MISTAKES[name]
     line = f"direction r = {CALL} at {SITE} at last token\n".replace(old, new)
     path = write(tmp_path, line, ADD, blocks=NOISY)
@@ -447,7 +449,7 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     assert errors[0].code == code, errors
 
 
-def test_file_without_the_matrices_of_an_edit_is_an_error(tmp_path: Path) -> None:
+def test_file_without_matching_edit_matrices_is_rejected(tmp_path: Path) -> None:
     parts = {
         "r.reads": torch.ones(2, 20),
         "r.writes": torch.ones(3, 20),
@@ -459,7 +461,7 @@ def test_file_without_the_matrices_of_an_edit_is_an_error(tmp_path: Path) -> Non
         run(path)
 
 
-def test_training_rows_are_not_measured(tmp_path: Path) -> None:
+def test_measuring_training_rows_of_an_edit_is_rejected(tmp_path: Path) -> None:
     used = experiment(f"add 2 * r to {SITE} at last token", block="p")
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `r` is trained on") as found:
         train(write(tmp_path, fit(), used))

@@ -1,7 +1,7 @@
 """Factorizations that a file declares with `fit(nmf(…))` and `fit(semi_nmf(…))`.
 
-What they are trained on and how vectors are encoded, against plain hooks and SciPy, one unpadded
-prompt at a time; their controls, keys and errors.
+Training vectors and encodings against plain hooks and SciPy, one unpadded prompt at a time;
+controls, keys and errors.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def vectors(family: str, block: str, site: str = "mlp_hidden") -> list[Tensor]:
 def encode(x: Any, own: dict[str, Any]) -> Any:
     """Nonnegative least squares with a penalty, as least squares of a longer vector.
 
-    ‖x − fF‖² + 2p·f is ‖[x, 0] − f[F, e]‖² − 2 f·(e·0), so the penalty is taken into a projection:
-    for independent factors, x is shifted by the vector that has the product p with each factor.
+    For independent factors, ‖x − fF‖² + 2p·f is, up to a constant, ‖(x − s) − fF‖², where the
+    shift s has the product p with each factor.
     """
     factors = own["W_dec"]
     shift = np.linalg.lstsq(factors, own["threshold"], rcond=None)[0]
@@ -59,7 +59,7 @@ def encode(x: Any, own: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(("family", "site"), in_turn(HERE, ["mlp_hidden", "resid_post"]))
-def test_report_is_that_of_hooks_and_scipy(family: str, site: str, tmp_path: Path) -> None:
+def test_semi_nmf_report_equals_hooks_and_scipy(family: str, site: str, tmp_path: Path) -> None:
     path = write(tmp_path, declare(at=f"{site} layer 1 at tokens *"), ABLATES)
     (found,) = train(path, family)
     (declared,) = fits_of_file(checked(path, family)).values()
@@ -80,7 +80,7 @@ def test_report_is_that_of_hooks_and_scipy(family: str, site: str, tmp_path: Pat
     assert report.vectors == len(trained)
     assert report.explained == pytest.approx(1 - error / spread, abs=1e-3)
     assert report.active == pytest.approx((features > 0).sum(1).mean(), abs=0.15)
-    # The control has the random start, encoded in the same way.
+    # The control is the random start with the same encoding.
     random = torch.Generator().manual_seed(stable_hash(0, "weights") % 2**63)
     start = torch.randn(COUNT, factors.shape[1], generator=random, dtype=torch.float64)
     start = (start / start.norm(dim=1, keepdim=True)).numpy()
@@ -99,7 +99,7 @@ def test_report_is_that_of_hooks_and_scipy(family: str, site: str, tmp_path: Pat
 
 @pytest.mark.parametrize("family", HERE)
 @pytest.mark.parametrize("rule", ["ablate", "add", "reconstruction"])
-def test_effect_of_rules_is_that_of_hooks_and_scipy(family: str, rule: str, tmp_path: Path) -> None:
+def test_semi_nmf_rules_equal_hooks_and_scipy(family: str, rule: str, tmp_path: Path) -> None:
     lines = {
         "ablate": "ablate feature 0..3 of f at last token with zero",
         "add": "add 3 to feature 0..3 of f at last token",
@@ -141,7 +141,7 @@ def relu_model() -> dict[str, Any]:
 NMF = f"nmf(factors: {COUNT})"
 
 
-def test_nmf_of_a_relu_model(tmp_path: Path) -> None:
+def test_nmf_of_a_relu_model_has_nonnegative_factors(tmp_path: Path) -> None:
     store = tmp_path / "store"
     both = declare(NMF) + declare(NMF, "steps: 0").replace("basis f", "basis chance")
     loop = experiment(
@@ -158,7 +158,7 @@ def test_nmf_of_a_relu_model(tmp_path: Path) -> None:
     assert mechdsl.run(path, relu_model(), store=store).complete
 
 
-def test_nmf_of_signed_vectors_is_an_error(tmp_path: Path) -> None:
+def test_nmf_of_signed_vectors_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, declare(NMF), ABLATES)
     with pytest.raises(mechdsl.MechdslError, match="of their numbers are negative") as found:
         train(path)
@@ -174,7 +174,7 @@ def test_nmf_of_signed_vectors_is_an_error(tmp_path: Path) -> None:
     assert "those of `resid_post` have negative numbers" in str(problem)
 
 
-def test_a_missing_package_is_reported_before_the_model_is_loaded(
+def test_nmf_without_scikit_learn_is_an_error_before_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, declare(NMF), ABLATES)
@@ -187,7 +187,7 @@ def test_a_missing_package_is_reported_before_the_model_is_loaded(
 # --- sizes, options and keys ----------------------------------------------------------------------
 
 
-def test_more_factors_than_numbers_or_vectors_is_an_error(tmp_path: Path) -> None:
+def test_more_factors_than_dimensions_or_vectors_are_rejected(tmp_path: Path) -> None:
     width = bare("llama").config.hidden_size
     many = declare(f"semi_nmf(factors: {width + 1})", at="resid_post layer 1 at tokens *")
     (problem, *_) = mechdsl.validate(write(tmp_path, many, ABLATES), models("llama"))
@@ -198,7 +198,7 @@ def test_more_factors_than_numbers_or_vectors_is_an_error(tmp_path: Path) -> Non
         train(write(tmp_path, few, ABLATES))
 
 
-def test_rows_that_are_read_in_parts_are_an_error(tmp_path: Path) -> None:
+def test_semi_nmf_of_streamed_rows_is_rejected(tmp_path: Path) -> None:
     block = 'prompts texts { rows "second.jsonl" streamed  template "{left} w43" }\n'
     path = write(tmp_path, block, declare(prompts="texts"), ABLATES)
     (problem, *_) = mechdsl.validate(path, models("llama"))
@@ -206,7 +206,7 @@ def test_rows_that_are_read_in_parts_are_an_error(tmp_path: Path) -> None:
     assert "`semi_nmf` uses all vectors together, and `texts` is read in parts" in str(problem)
 
 
-def test_vectors_that_exceed_memory_are_an_error(
+def test_semi_nmf_vectors_that_exceed_memory_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mechdsl.execute import training_vectors as training
@@ -232,7 +232,9 @@ def test_vectors_that_exceed_memory_are_an_error(
         ("snmf(factors: 6)", "steps: 3", "E0203", "write `semi_nmf(factors: 8)`"),
     ],
 )
-def test_wrong_call(inner: str, options: str, code: str, text: str, tmp_path: Path) -> None:
+def test_invalid_nmf_argument_is_rejected(
+    inner: str, options: str, code: str, text: str, tmp_path: Path
+) -> None:
     path = write(tmp_path, declare(inner, options), ABLATES)
     (problem, *_) = mechdsl.validate(path, models("llama"))
     assert problem.code == code
@@ -250,11 +252,11 @@ CHANGES = {
 }
 
 
-def test_keys_have_everything_that_factors_depend_on(tmp_path: Path) -> None:
+def test_semi_nmf_key_depends_on_every_argument(tmp_path: Path) -> None:
     check_keys(tmp_path, declare, CHANGES, ABLATES)
 
 
-def test_version_of_the_package_is_in_the_key(
+def test_nmf_key_depends_on_the_scikit_learn_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mechdsl.pipeline import trained_files
@@ -267,7 +269,7 @@ def test_version_of_the_package_is_in_the_key(
     assert mechdsl.fit(path, relu_model(), store=tmp_path / "store")[0].folder != before
 
 
-def test_card_names_options_and_controls(tmp_path: Path) -> None:
+def test_semi_nmf_card_names_options_and_controls(tmp_path: Path) -> None:
     path = write(tmp_path, declare(), ABLATES)
     train(path, out=tmp_path / "out")
     card = (tmp_path / "out" / "f" / "README.md").read_text("utf-8")

@@ -1,8 +1,8 @@
 """Random files with two trained factorizations, components, correlations or mixtures.
 
-Their rules act together in one experiment, in corrupted and derived runs and in replies, several
-experiments on one block; against plain hooks on the bare model in 64 bits, one unpadded prompt at a
-time.
+Their rules are combined in one experiment, in corrupted and derived runs and in completions, with
+several experiments on one block. The reference is plain hooks on the bare model in float64, one
+unpadded prompt at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FEATURES = 2
 
 @dataclass(frozen=True)
 class Basis:
-    """What is trained, and how hooks encode with it."""
+    """Trained tensors, and the function with which hooks encode."""
 
     encode: Encode
     own: dict[str, Any]
@@ -76,7 +76,7 @@ class Rule:
         }[self.verb]
 
     def act(self, bases: Mapping[str, Basis], other: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """Return what it makes of a vector; `other` is that of the run that is read."""
+        """Return the rule's function of a vector; `other` is the source run's vector."""
         basis = bases[self.basis]
         if self.verb == "rebuild":
             return basis.rebuild
@@ -100,7 +100,7 @@ class Drawn:
 
     kind: str
     rules: tuple[Rule, ...]
-    """Of the derived run first, if there is one."""
+    """The rules; the derived run's rule is first, if there is one."""
 
     def text(self, name: str) -> str:
         lines = [rule.text for rule in self.rules]
@@ -152,7 +152,7 @@ def _writes(
 def _entropies(
     family: str, text: Text, rules: tuple[Rule, ...], bases: Mapping[str, Basis]
 ) -> list[float]:
-    """Entropies of the next token; rules at all tokens change those of the reply, too."""
+    """Entropies of the next token; rules at all tokens also act on generated tokens."""
     ids, found = [*text.ids], list[float]()
     for _ in range(TOKENS):
         writes: list[Write] = []
@@ -180,7 +180,7 @@ def draw(random: Random, kind: str) -> Drawn:
 
 
 @pytest.mark.parametrize("seed", some(range(30), range(3)))
-def test_random_file_values_are_those_of_hooks(seed: int, tmp_path: Path) -> None:
+def test_random_files_with_two_trained_bases_equal_hooks(seed: int, tmp_path: Path) -> None:
     random, family = Random(seed), FAMILIES[seed % len(FAMILIES)]
     first, second = random.sample(list(METHODS), 2)
     kinds = ["plain", "corrupted", "derived", "replies", random.choice(["plain", "corrupted"])]

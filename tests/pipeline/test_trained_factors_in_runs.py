@@ -1,7 +1,7 @@
-"""Factorizations, components, correlations and mixtures in derived runs, sweeps and replies.
+"""Factorizations, components, correlations and mixtures in derived runs, sweeps, completions.
 
-Several experiments of one file use one training; against plain hooks on the bare model in 64 bits,
-one unpadded prompt at a time.
+Several experiments of one file use one training. The reference is plain hooks on the bare model in
+float64, one unpadded prompt at a time.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def expect_swept(family: str, edits: Edits) -> list[list[float]]:
 
 
 def expect_replies(family: str, edits: Edits) -> list[list[float]]:
-    """[step, row] entropies of the next token; the tokens of the reply are edited, too."""
+    """[step, row] entropies of the next token; generated tokens are edited, too."""
     found: list[list[float]] = [[] for _ in range(TOKENS)]
     for text in rows("second"):
         ids = [*text.ids]
@@ -131,7 +131,7 @@ def expect_replies(family: str, edits: Edits) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(("method", "family"), in_turn([*METHODS], HERE))
-def test_values_in_derived_runs_sweeps_and_replies_are_those_of_hooks(
+def test_trained_bases_in_derived_runs_sweeps_and_completions_equal_hooks(
     method: str, family: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path, METHODS[method].declared, FILE)

@@ -1,8 +1,7 @@
 """Tuned lenses that a file declares with `lens l = fit(tuned_lens, …)`.
 
-Their loss, its gradient and whole trainings against autograd on the bare model in 64 bits, one
-unpadded prompt at a time; that observations read them as they read a file; their keys, and what is
-an error.
+Loss, gradient and trainings are compared with autograd on the bare model in float64, one unpadded
+prompt at a time. Further tests: use in observations, equal to a lens in a file; keys; errors.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 HERE = ("gpt2", "llama", "gpt_neox", "gemma2")
 WHOLE = 1000
-"""Batch that has every vector, so that the result doesn't depend on their order."""
+"""A batch size that covers all vectors, so that their order doesn't matter."""
 QUICK = f"steps: 6, batch: {WHOLE}, rate: 0.02, validation: 25%"
 EVERY = "resid_post layer * at tokens *"
 SEEN = "observe tuned_lens(l) resid_post layer * at last token"
@@ -83,14 +82,14 @@ def report(found: mechdsl.TrainedFit) -> LensReport:
 
 
 def log_probabilities(family: str, vectors: Tensor) -> Tensor:
-    """[vector, vocab] by the modules of the bare model, with gradients."""
+    """[vector, vocab] from the modules of the bare model, with gradients."""
     norm, head = end_of(family)
     logits = head(norm(vectors[None]))[0]
     cap = double(family).config.to_dict().get("final_logit_softcapping")
     return (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
 
 
-def vectors_by_hand(family: str, ids: list[int], layer: int, at: str, name: str) -> Tensor:
+def reference_vectors(family: str, ids: list[int], layer: int, at: str, name: str) -> Tensor:
     """[vector, width] of unpadded prompts."""
     texts = [rows(name)[row] for row in ids]
     return torch.cat(
@@ -99,25 +98,25 @@ def vectors_by_hand(family: str, ids: list[int], layer: int, at: str, name: str)
 
 
 def distributions(family: str, ids: list[int], at: str, name: str) -> Tensor:
-    """[vector, vocab] log probabilities that the model itself computes."""
+    """[vector, vocab] log probabilities of the bare model's output."""
     texts = [rows(name)[row] for row in ids]
     return torch.cat(
         [plain(family, text).logits[tokens(text, at)] for text in texts]
     ).double().log_softmax(-1)  # fmt: skip
 
 
-def kl_by_hand(family: str, wanted: Tensor, vectors: Tensor, weight: Any, bias: Any) -> Tensor:
+def reference_kl(family: str, wanted: Tensor, vectors: Tensor, weight: Any, bias: Any) -> Tensor:
     made = log_probabilities(family, vectors + vectors @ weight.T + bias)
     return (wanted.exp() * (wanted - made)).sum(1).mean()
 
 
 @pytest.mark.parametrize("family", HERE)
 @pytest.mark.parametrize("restarts", [True, False])
-def test_loss_and_gradient(family: str, restarts: bool) -> None:
+def test_lens_loss_and_gradient_equal_autograd(family: str, restarts: bool) -> None:
     model = replace(shared(double(family)), restartable=restarts)
     ids, layers = [0, 1, 2, 3], (0, 1)
-    own = [vectors_by_hand(family, ids, layer, "tokens *", "clean") for layer in layers]
-    last = vectors_by_hand(family, ids, 2, "tokens *", "clean")
+    own = [reference_vectors(family, ids, layer, "tokens *", "clean") for layer in layers]
+    last = reference_vectors(family, ids, 2, "tokens *", "clean")
     wanted, width = distributions(family, ids, "tokens *", "clean"), last.shape[1]
     random = torch.Generator().manual_seed(1)
     lens = LensMaps(width, layers, torch.device("cpu"))
@@ -128,7 +127,7 @@ def test_loss_and_gradient(family: str, restarts: bool) -> None:
     found = mine.loss(torch.cat(own, 1), last, 0, 0.0)
     leaves = list(lens.parameters.values())
     each = [
-        kl_by_hand(family, wanted, vectors, *lens.of(layer))
+        reference_kl(family, wanted, vectors, *lens.of(layer))
         for layer, vectors in zip(layers, own, strict=True)
     ]
     expected = torch.stack(each).sum()
@@ -147,8 +146,8 @@ def test_loss_and_gradient(family: str, restarts: bool) -> None:
 @pytest.mark.parametrize(
     ("family", "at"), in_turn(HERE, ("tokens *", "last token", "subject tokens", "cue token"))
 )
-def test_training_equals_manual_loop(family: str, at: str, tmp_path: Path) -> None:
-    """Six steps of Adam over all vectors, on the rows of a corruption; a row is held out."""
+def test_lens_training_equals_a_reference_loop(family: str, at: str, tmp_path: Path) -> None:
+    """Six steps of Adam over all vectors of a corrupted run, with one row held out."""
     line = fit(f"{QUICK}, seed: 3", at=f"resid_post layer * at {at}", prompts="other of p")
     path = write(tmp_path, line, SEES)
     (found,) = train(path, family)
@@ -163,14 +162,14 @@ def test_training_equals_manual_loop(family: str, at: str, tmp_path: Path) -> No
     held_out = distributions(family, [held], at, "other")
     assert (said.vectors, said.held_out_vectors) == (len(wanted), len(held_out))
     for number, layer in enumerate(said.layers):
-        vectors = vectors_by_hand(family, used, layer, at, "other")
-        expected = trained_by_hand(family, wanted, vectors)
+        vectors = reference_vectors(family, used, layer, at, "other")
+        expected = reference_training(family, wanted, vectors)
         for part, value in zip(("weight", "bias"), expected, strict=True):
             mine = own[f"layer.{layer}.{part}"].double()
             assert (mine - value).norm() < 0.05 * value.norm()
-        vectors = vectors_by_hand(family, [held], layer, at, "other")
-        after = kl_by_hand(family, held_out, vectors, *expected)
-        before = kl_by_hand(family, held_out, vectors, 0 * expected[0], 0)
+        vectors = reference_vectors(family, [held], layer, at, "other")
+        after = reference_kl(family, held_out, vectors, *expected)
+        before = reference_kl(family, held_out, vectors, 0 * expected[0], 0)
         assert said.untrained[number] == pytest.approx(before.item(), abs=1e-4)
         assert said.trained[number] == pytest.approx(after.item(), abs=5e-3)
     average = wanted.exp().mean(0).log()
@@ -178,13 +177,13 @@ def test_training_equals_manual_loop(family: str, at: str, tmp_path: Path) -> No
     assert said.average == pytest.approx(float(away), abs=1e-4)
 
 
-def trained_by_hand(family: str, wanted: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+def reference_training(family: str, wanted: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     width = vectors.shape[1]
     given = [torch.zeros(width, width).double(), torch.zeros(width).double()]
     moments = [(torch.zeros_like(own), torch.zeros_like(own)) for own in given]
     for step in range(6):
         leaves = [own.clone().requires_grad_() for own in given]
-        slopes = torch.autograd.grad(kl_by_hand(family, wanted, vectors, *leaves), leaves)
+        slopes = torch.autograd.grad(reference_kl(family, wanted, vectors, *leaves), leaves)
         rate = 0.02 * min(1.0, (1 - step / 6) / 0.2)
         for number, slope in enumerate(slopes):
             first, second = moments[number]
@@ -196,8 +195,8 @@ def trained_by_hand(family: str, wanted: Tensor, vectors: Tensor) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_vectors_of_all_layers(side: Any, tmp_path: Path) -> None:
-    """In ragged batches, padded on both sides, and in chunks of one row each."""
+def test_lens_training_vectors_of_all_layers_equal_hooks(side: Any, tmp_path: Path) -> None:
+    """In ragged batches, padded on either side, in chunks of one row."""
     path = write(tmp_path, fit(), SEES)
     model = shared(double("gpt2"))
     (declared,) = fits_of_file(checked(path, double("gpt2"))).values()
@@ -206,14 +205,14 @@ def test_vectors_of_all_layers(side: Any, tmp_path: Path) -> None:
     for number, row in enumerate(whole.rows[1:].tolist()):
         inputs, targets = whole.chunk(number)
         every = [
-            vectors_by_hand("gpt2", [table.row_ids[row]], layer, "tokens *", "clean").float()
+            reference_vectors("gpt2", [table.row_ids[row]], layer, "tokens *", "clean").float()
             for layer in range(3)
         ]
         assert torch.allclose(inputs, torch.cat(every[:2], 1), atol=1e-4)
         assert torch.allclose(targets, every[2], atol=1e-4)
 
 
-def test_training_lowers_the_divergence(tmp_path: Path) -> None:
+def test_lens_training_lowers_the_divergence(tmp_path: Path) -> None:
     options = "steps: 100, batch: 8, rate: 0.01, validation: 0%"
     (found,) = train(write(tmp_path, fit(options), SEES))
     said = report(found)
@@ -222,7 +221,7 @@ def test_training_lowers_the_divergence(tmp_path: Path) -> None:
         assert after < 0.4 * min(before, said.average)
 
 
-def test_without_steps_it_is_the_logit_lens(tmp_path: Path) -> None:
+def test_tuned_lens_without_steps_equals_the_logit_lens(tmp_path: Path) -> None:
     line = fit("steps: 0")
     text = SEES + experiment(SEEN.replace("tuned_lens(l)", "logit_lens"), name="plain")
     path = write(tmp_path, line, text)
@@ -232,7 +231,7 @@ def test_without_steps_it_is_the_logit_lens(tmp_path: Path) -> None:
     assert (tuned.measures[0].patched == plainly.measures[0].patched).all()
 
 
-# --- the same as the lens of a file ---------------------------------------------------------------
+# --- use in observations --------------------------------------------------------------------------
 
 MEASURE = "measure prob(answer) as raw"
 USES = {
@@ -260,8 +259,8 @@ DIRECTION = "direction u = mean(p) at resid_post layer 0 at last token\n"
 
 
 @pytest.mark.parametrize("name", some(USES, [*USES][::2]))
-def test_observations_read_it_as_a_lens_of_a_file(name: str, tmp_path: Path) -> None:
-    """Bit for bit, together with another experiment on the same block."""
+def test_trained_lens_in_observations_equals_its_saved_file(name: str, tmp_path: Path) -> None:
+    """Up to rounding, with a second experiment on the same block."""
     _, lines, measure = USES[name]
     text = DIRECTION + experiment(*lines, measure=measure) + OTHER
     path = write(tmp_path, fit(), text)
@@ -295,8 +294,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_lens_depends_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another training, with other maps."""
+def test_lens_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
+    """A different argument needs another training and gives other maps."""
     used = experiment(SEEN.replace("*", "1"))
     _, folders = check_keys(
         tmp_path,
@@ -310,7 +309,7 @@ def test_keys_have_everything_that_the_lens_depends_on(tmp_path: Path, trains_al
     assert family.folder.name not in {each.name for each in folders}
 
 
-def test_names_and_layers_of_the_observation_keep_the_training(tmp_path: Path) -> None:
+def test_lens_key_ignores_names_and_observed_layers(tmp_path: Path) -> None:
     (before,) = train(write(tmp_path, fit(), SEES))
     for parts in (
         (fit().replace("lens l", "lens k"), SEES.replace("(l)", "(k)")),
@@ -323,8 +322,8 @@ def test_names_and_layers_of_the_observation_keep_the_training(tmp_path: Path) -
         assert run(path).complete
 
 
-def test_results_depend_on_the_lens(tmp_path: Path) -> None:
-    """Two trainings of one store, in runs that follow each other."""
+def test_lens_observations_depend_on_the_training(tmp_path: Path) -> None:
+    """Two trainings in one store, used by consecutive runs."""
     seen: list[Any] = []
     for options in (QUICK, QUICK.replace("0.02", "0.05"), QUICK):
         path = write(tmp_path, fit(options), experiment(SEEN, measure=MEASURE))
@@ -334,10 +333,10 @@ def test_results_depend_on_the_lens(tmp_path: Path) -> None:
     assert (seen[0] == seen[2]).all()
 
 
-# --- files without a training, and mistakes -------------------------------------------------------
+# --- missing trainings, and errors ----------------------------------------------------------------
 
 
-def test_only_what_needs_a_training_is_lost(tmp_path: Path) -> None:
+def test_missing_lens_training_affects_only_dependent_experiments(tmp_path: Path) -> None:
     path = write(tmp_path, fit(), SEES, OTHER)
     with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
         found = run(path).files[0]
@@ -345,14 +344,14 @@ def test_only_what_needs_a_training_is_lost(tmp_path: Path) -> None:
     assert {each.name for each in run(path, fit=True).files[0].experiments} == {"e", "control"}
 
 
-def test_an_untrained_file_can_be_planned(tmp_path: Path) -> None:
+def test_plan_and_explain_work_before_a_lens_training(tmp_path: Path) -> None:
     path = write(tmp_path, fit(), SEES)
     assert mechdsl.plan(path, models=models()) is not None
     text = str(mechdsl.explain(path, models=models()))
     assert "lens l: tuned lens of 2 layers trained on 4 rows of p at tokens *" in text
 
 
-def test_a_damaged_training_is_trained_again(tmp_path: Path) -> None:
+def test_damaged_lens_file_is_trained_again(tmp_path: Path) -> None:
     path = write(tmp_path, fit(), SEES)
     (found,) = train(path)
     weights = found.folder / "lens.safetensors"
@@ -364,8 +363,10 @@ def test_a_damaged_training_is_trained_again(tmp_path: Path) -> None:
     assert weights.read_bytes() == before
 
 
-def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next training continues from the checkpoint, and ends with the same maps."""
+def test_interrupted_lens_training_resumes_with_the_same_maps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next training resumes from the checkpoint and ends with the same maps."""
     path = write(tmp_path, fit(f"{QUICK}, patience: 9"), SEES)
     (whole,) = train(path)
     expected = (whole.folder / "lens.safetensors").read_bytes()
@@ -374,7 +375,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.folder / "lens.safetensors").read_bytes() == expected
 
 
-def test_training_rows_are_not_measured(tmp_path: Path) -> None:
+def test_measuring_training_rows_of_a_lens_is_rejected(tmp_path: Path) -> None:
     used = experiment(SEEN, block="p")
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `l` is trained on") as found:
         train(write(tmp_path, fit(), used))
@@ -407,7 +408,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_lens_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = MISTAKES[name]
     assert old in LINE
     path = write(tmp_path, LINE.replace(old, new), SEES)
@@ -423,7 +424,7 @@ OBSERVED: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", OBSERVED)
-def test_mistakes_of_observations(name: str, tmp_path: Path) -> None:
+def test_invalid_lens_observation_is_rejected(name: str, tmp_path: Path) -> None:
     text, code = OBSERVED[name]
     line = {"layer *": SEEN, "tuned_lens(k)": SEEN.replace("(l)", "(k)")}.get(text)
     used = experiment(line or "ablate resid_post layer 1 in basis l at last token with zero")
@@ -432,8 +433,8 @@ def test_mistakes_of_observations(name: str, tmp_path: Path) -> None:
     assert errors[0].code == code, errors
 
 
-def test_streamed_rows(tmp_path: Path) -> None:
-    """A lens of records that are read in parts, which other rows are then measured with."""
+def test_lens_is_trained_on_streamed_rows(tmp_path: Path) -> None:
+    """A lens trained on streamed records measures other rows."""
     path = write_file(tmp_path, fit("steps: 20, rate: 0.02", prompts="texts"), SEES)
     (found,) = train(path)
     said = report(found)

@@ -1,8 +1,8 @@
 """Groups that a file declares with `fit(mask(…))`.
 
-Their loss and its gradient against plain hooks on the bare model in 64 bits, one unpadded prompt at
-a time; a training against a loop that shares no code; that planted heads and neurons are found;
-that rules use the group as they use a list of sites; keys, and what is an error.
+Loss and gradient are compared with plain hooks on the bare model in float64, one unpadded prompt at
+a time, and a training with a loop that shares no code. Further tests: planted heads and neurons,
+use in rules, keys, and errors.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ INPUTS: Mapping[str, Mapping[str, str]] = {
         "mlp_hidden": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
     },
 }
-"""The module whose input a site is."""
+"""The module that has a site as its input."""
 
 
 def units_of(family: str, site: str) -> int:
     return double(family).config.num_attention_heads if site == "z" else 1
 
 
-def read_by_hand(family: str, ids: Sequence[int], site: str) -> list[Tensor]:
+def reference_inputs(family: str, ids: Sequence[int], site: str) -> list[Tensor]:
     """[token, width] inputs of the module of every layer."""
     found: list[Tensor] = []
     model = double(family)
@@ -131,7 +131,7 @@ def read_by_hand(family: str, ids: Sequence[int], site: str) -> list[Tensor]:
     return found
 
 
-def masked_by_hand(
+def reference_logits(
     family: str,
     ids: Sequence[int],
     gates: Mapping[tuple[str, int, int | None], Tensor],
@@ -174,7 +174,7 @@ def masked_by_hand(
 def value_by_hand(
     family: str, row: int, points: Sequence[SitePoint], gates: Tensor, source: str, at: str
 ) -> Tensor:
-    """The measure of one unpadded prompt with shares of several sites."""
+    """The measure of one unpadded prompt with a weight for each site."""
     here = rows("clean")[row]
     mine = tokens(here, at)
     sites = dict.fromkeys(point.site for point in points)
@@ -182,11 +182,12 @@ def value_by_hand(
     if source == "from: other":
         there = rows("other")[row]
         theirs = tokens(there, at)
-        incoming = {site: read_by_hand(family, there.ids, site) for site in sites}
+        incoming = {site: reference_inputs(family, there.ids, site) for site in sites}
     if source == "with: mean":
         ids = range(4)
         read = {
-            site: [read_by_hand(family, rows("clean")[n].ids, site) for n in ids] for site in sites
+            site: [reference_inputs(family, rows("clean")[n].ids, site) for n in ids]
+            for site in sites
         }
         places = [tokens(rows("clean")[n], at) for n in ids]
         incoming = {
@@ -202,7 +203,7 @@ def value_by_hand(
         for number, point in enumerate(points)
     }
     pairs = list(zip(mine, theirs, strict=True))
-    logits = masked_by_hand(family, here.ids, named, incoming, pairs)
+    logits = reference_logits(family, here.ids, named, incoming, pairs)
     return loss_by_hand(logits, row)
 
 
@@ -219,8 +220,10 @@ SOURCES = ("from: other", "with: zero", "with: mean")
 
 @pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES))
 @pytest.mark.parametrize(("at", "side"), in_turn(SITES, ("left", "right")))
-def test_loss_and_gradient(at: str, side: Any, family: str, source: str, tmp_path: Path) -> None:
-    """Of every row, in ragged batches of two rows, each with its own gates."""
+def test_site_mask_loss_and_gradient_equal_autograd(
+    at: str, side: Any, family: str, source: str, tmp_path: Path
+) -> None:
+    """For every row, in ragged batches of two rows with different gates."""
     if source == "with: mean" and "subject tokens" in at:
         source = "with: zero"
     options = QUICK.replace("25%", "0%")
@@ -237,7 +240,7 @@ def test_loss_and_gradient(at: str, side: Any, family: str, source: str, tmp_pat
             [value_by_hand(family, ids[row], mask.candidates, theirs[n], source, where)
              for n, row in enumerate(batch)]
         )  # fmt: skip
-        assert torch.allclose(values, expected, atol=1e-5)  # gates have 32 bits
+        assert torch.allclose(values, expected, atol=1e-5)  # gates are float32
         assert (expected - found.values(np.array(batch), None)).abs().max() > 1e-4
         (own,) = torch.autograd.grad(values.sum(), mine)
         (other,) = torch.autograd.grad(expected.sum(), theirs)
@@ -248,8 +251,8 @@ def test_loss_and_gradient(at: str, side: Any, family: str, source: str, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "keep"), in_turn(["hard_concrete", "straight_through"], [False, True])
 )
-def test_training_by_hand(kind: str, keep: bool, tmp_path: Path) -> None:
-    """Sites and probabilities are those of a loop that shares only the seeds."""
+def test_site_mask_training_equals_a_reference_loop(kind: str, keep: bool, tmp_path: Path) -> None:
+    """The reference loop shares only its seeds with the package."""
     mask = f'size: 3, kind: "{kind}"' + (", keep: true" if keep else "")
     path = write(tmp_path, fit(f"{QUICK}, seed: 3", mask=mask), PATCHES)
     (found,) = train(path)
@@ -351,8 +354,8 @@ NEURONS_THERE = (2, 5, 11, 17)
 
 @cache
 def planted(site: str) -> Any:
-    """A model in which only the planted heads write to the stream, or only these neurons of the
-    last layer. The heads copy: all of their weights are wide."""
+    """A model in which only the planted heads, or only these neurons of the last layer, write to
+    the residual stream. The heads copy, with large weights."""
     model: Any = copy.deepcopy(families.module("gpt2"))
     with torch.no_grad():
         for layer, block in enumerate(model.transformer.h):
@@ -397,7 +400,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", some(CASES, ["heads"]))
 @pytest.mark.parametrize("seed", some(range(3), [0]))
-def test_planted_sites_are_found(name: str, seed: int, tmp_path: Path) -> None:
+def test_site_mask_finds_planted_sites(name: str, seed: int, tmp_path: Path) -> None:
     site, mask, objective, at = CASES[name]
     call = (
         f"group g = fit(mask({mask}), prompts: planted.train, {objective}, "
@@ -422,7 +425,7 @@ def test_planted_sites_are_found(name: str, seed: int, tmp_path: Path) -> None:
     assert mechdsl.run(path, given, store=tmp_path / "store").complete
 
 
-# --- the same as a list of sites ------------------------------------------------------------------
+# --- use in rules ---------------------------------------------------------------------------------
 
 RULES = {
     "patch": list(PATCH),
@@ -447,8 +450,8 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", some(RULES, [*RULES][1::4]))
-def test_rules_use_it_as_a_list_of_sites(name: str, tmp_path: Path) -> None:
-    """Bit for bit, together with another experiment on the same block."""
+def test_site_mask_equals_its_listed_sites_in_rules(name: str, tmp_path: Path) -> None:
+    """Up to rounding, with a second experiment on the same block."""
     measure = "measure logit(answer) as raw" if name == "replies" else MEASURE
     if name == "auroc":
         measure += "\n  expect auroc(delta, g) > 0"
@@ -475,8 +478,8 @@ def test_rules_use_it_as_a_list_of_sites(name: str, tmp_path: Path) -> None:
     assert "group g" not in own[1].conventions
 
 
-def test_each_model_has_its_own_sites(tmp_path: Path) -> None:
-    """An experiment on two models patches each one at the sites that its training chose."""
+def test_mask_of_two_models_patches_the_sites_of_each(tmp_path: Path) -> None:
+    """An experiment on two models patches each at the sites chosen by its training."""
     head = 'mech 1\nmodel m = local("one")\nmodel n = local("two")\n'
     text = experiment(*PATCH).replace("model m\n", "model m, n\n")
     path = write(tmp_path, fit(), text)
@@ -524,8 +527,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_sites_depend_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another training, with other probabilities."""
+def test_site_mask_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
+    """A different argument needs another training and gives other probabilities."""
     base, _ = check_keys(tmp_path, trains_all, fit, CHANGES, PATCHES, probabilities)
     for parts in (
         (fit(name="h"), PATCHES.replace("patch g", "patch h")),
@@ -536,8 +539,8 @@ def test_keys_have_everything_that_the_sites_depend_on(tmp_path: Path, trains_al
         assert (found.folder, found.seconds) == (base.folder, 0.0)
 
 
-def test_runs_with_other_sites_are_other_runs(tmp_path: Path) -> None:
-    """A run in the store isn't shown for a training with other sites."""
+def test_cached_run_depends_on_the_sites_of_a_mask(tmp_path: Path) -> None:
+    """A stored run isn't reused for a training with other sites."""
     path = write(tmp_path, fit(), PATCHES)
     train(path)
     before = run(path).files[0].experiments[0].measures[0].patched
@@ -548,7 +551,7 @@ def test_runs_with_other_sites_are_other_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["chosen", "sites", "text"])
-def test_a_damaged_training_is_trained_again(change: str, tmp_path: Path) -> None:
+def test_damaged_mask_file_is_trained_again(change: str, tmp_path: Path) -> None:
     path = write(tmp_path, fit(), PATCHES)
     (found,) = train(path)
     file = found.folder / "mask.json"
@@ -565,7 +568,7 @@ def test_a_damaged_training_is_trained_again(change: str, tmp_path: Path) -> Non
     assert file.read_text("utf-8") == before
 
 
-def test_undecided_masks_are_reported(tmp_path: Path) -> None:
+def test_undecided_mask_warns(tmp_path: Path) -> None:
     path = write(tmp_path, fit("steps: 0"), PATCHES)
     with pytest.warns(mechdsl.MechdslWarning, match="undecided at 12 of 12 sites"):
         (found,) = train(path)
@@ -608,7 +611,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_site_mask_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = MISTAKES[name]
     line = f"group g = {CALL} at {HEADS} at last token\n"
     assert old in line
@@ -621,7 +624,7 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     assert errors[0].code == code, errors
 
 
-def test_edits_of_models_cannot_depend_on_a_training(tmp_path: Path) -> None:
+def test_model_edit_with_a_mask_is_rejected(tmp_path: Path) -> None:
     edited = "model edited = m with { scale weights of g by 0 }\n"
     path = write(tmp_path, fit(), edited, PATCHES)
     with pytest.raises(mechdsl.MechdslError) as found:

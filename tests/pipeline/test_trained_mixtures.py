@@ -58,7 +58,9 @@ def encode(x: Any, own: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(("family", "covariance"), in_turn(HERE, ["diag", "full", "spherical"]))
-def test_report_is_that_of_hooks_and_scipy(family: str, covariance: str, tmp_path: Path) -> None:
+def test_mixture_report_equals_hooks_and_scipy(
+    family: str, covariance: str, tmp_path: Path
+) -> None:
     inner = f'mixture(components: {COUNT}, covariance: "{covariance}")'
     path = write(tmp_path, declare(inner), ABLATES)
     (found,) = train(path, family)
@@ -89,7 +91,7 @@ def test_report_is_that_of_hooks_and_scipy(family: str, covariance: str, tmp_pat
     assert (np.diff(own["log_weights"]) <= 0).all()
 
 
-def test_control_is_a_training_without_steps(tmp_path: Path) -> None:
+def test_mixture_control_equals_a_training_without_steps(tmp_path: Path) -> None:
     both = declare() + declare(options="steps: 0").replace("basis f", "basis chance")
     loop = experiment(
         "for b in [f, chance] { set resid_post layer 1 at tokens * to reconstruction of b }"
@@ -101,7 +103,7 @@ def test_control_is_a_training_without_steps(tmp_path: Path) -> None:
     assert own.report.log_likelihood > chance.report.log_likelihood
 
 
-def test_several_seeds_have_the_cells_of_single_trainings(tmp_path: Path) -> None:
+def test_mixture_with_several_seeds_equals_single_trainings(tmp_path: Path) -> None:
     (both,) = run(write(tmp_path, declare(options="steps: 40, seeds: 2"), ABLATES), fit=True)
     alone = [
         run(write(tmp_path, declare(options=f"steps: 40, seed: {seed}"), ABLATES), fit=True)["e"]
@@ -126,7 +128,7 @@ RULES = {
 
 
 @pytest.mark.parametrize(("family", "rule"), in_turn(HERE, [*RULES]))
-def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path) -> None:
+def test_mixture_rules_equal_hooks(family: str, rule: str, tmp_path: Path) -> None:
     check_rules(declare(), RULES, rule, family, tmp_path, encode, [1])
 
 
@@ -147,7 +149,9 @@ def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path
         ("gmm(components: 6)", "steps: 3", "E0203", "write `mixture(components: 8)`"),
     ],
 )
-def test_wrong_call(inner: str, options: str, code: str, text: str, tmp_path: Path) -> None:
+def test_invalid_mixture_argument_is_rejected(
+    inner: str, options: str, code: str, text: str, tmp_path: Path
+) -> None:
     path = write(tmp_path, declare(inner, options), ABLATES)
     (problem, *_) = mechdsl.validate(path, models("llama"))
     assert problem.code == code
@@ -155,14 +159,14 @@ def test_wrong_call(inner: str, options: str, code: str, text: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("observed", ["ov(f) layer 1 head 0", "qk(f) layer 1 head 0"])
-def test_maps_between_mixtures_are_an_error(observed: str, tmp_path: Path) -> None:
+def test_weight_maps_of_a_mixture_are_rejected(observed: str, tmp_path: Path) -> None:
     text = experiment(f"observe {observed} as moved").replace("  measure", "  # measure")
     path = write(tmp_path, declare(at="resid_pre layer 1 at tokens *"), text)
     problems = mechdsl.validate(path, models("llama"))
     assert any("probabilities" in str(problem) for problem in problems), problems
 
 
-def test_too_few_vectors_are_an_error(tmp_path: Path) -> None:
+def test_mixture_with_too_few_vectors_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, declare("mixture(components: 9)", at=f"{AT[:-8]}last token"), ABLATES)
     with pytest.raises(mechdsl.MechdslError, match="9 components of 3 different vectors") as found:
         train(path)
@@ -182,11 +186,11 @@ CHANGES = {
 }
 
 
-def test_keys_have_everything_that_mixtures_depend_on(tmp_path: Path) -> None:
+def test_mixture_key_depends_on_every_argument(tmp_path: Path) -> None:
     check_keys(tmp_path, declare, CHANGES, ABLATES.replace("0..2", "0..1"))
 
 
-def test_card_and_copy_have_the_controls(tmp_path: Path) -> None:
+def test_mixture_card_has_controls_and_its_copy_gives_the_same_values(tmp_path: Path) -> None:
     path = write(tmp_path, declare(), ABLATES)
     (found,) = train(path, out=tmp_path / "out")
     folder = tmp_path / "out" / "f"

@@ -1,8 +1,7 @@
 """Groups of positions that a file declares with `fit(mask(…))`.
 
-Their loss and its gradient against plain hooks on the bare model in 64 bits, one unpadded prompt at
-a time; that planted positions are found; that rules use the group as they use a list of positions;
-keys, and what is an error.
+Loss and gradient are compared with plain hooks on the bare model in float64, one unpadded prompt at
+a time. Further tests: planted positions, use in rules, keys, and errors.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 SITE = "resid_post layer 1"
 PLACES = "token 1, {token 2, token 3}, token 4, last token"
 differentiable = inspect.unwrap(side_by_side)
-"""The reference with gradients of written vectors."""
+"""The reference pass, differentiable in the written vectors."""
 
 
 def fit(
@@ -95,7 +94,7 @@ SOURCES = ("from: turned", "with: zero", "with: mean")
 
 
 def hits(row: int, run: str, written: str) -> list[int]:
-    """The tokens of a position; none if the row lacks it."""
+    """Token indices of a position; empty if the row lacks it."""
     text = rows(run)[row]
     if written.startswith("token ") and int(written.split()[1]) > text.last:
         return []
@@ -107,7 +106,7 @@ def hits(row: int, run: str, written: str) -> list[int]:
 def value_by_hand(
     family: str, row: int, site: str, places: tuple[str, ...], shares: Tensor, source: str
 ) -> Tensor:
-    """The measure of one unpadded prompt with shares of several positions."""
+    """The measure of one unpadded prompt with a weight for each position."""
     words = site.split()
     key = words[0], int(words[2]) if len(words) > 2 else None
 
@@ -138,8 +137,10 @@ def value_by_hand(
 
 @pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES))
 @pytest.mark.parametrize(("case", "side"), in_turn(tuple(CASES), ("left", "right")))
-def test_loss_and_gradient(case: str, side: Any, family: str, source: str, tmp_path: Path) -> None:
-    """Of every row, in ragged batches of two rows, each with its own gates."""
+def test_position_mask_loss_and_gradient_equal_autograd(
+    case: str, side: Any, family: str, source: str, tmp_path: Path
+) -> None:
+    """For every row, in ragged batches of two rows with different gates."""
     site, at, places = CASES[case]
     if case == "spans":  # the other run changes the subject, which has one to three tokens
         source = "with: zero" if source == "with: mean" else source.replace("turned", "other")
@@ -153,7 +154,7 @@ def test_loss_and_gradient(case: str, side: Any, family: str, source: str, tmp_p
     ids = found.objective.table.row_ids
     for batch in ([0, 2], [1, 3]):
         sixteenths = torch.randint(1, 16, (2, len(mask.candidates)), generator=random)
-        mine = sixteenths.double() / 16  # exact with 32 bits, which gates have
+        mine = sixteenths.double() / 16  # exact in float32, the dtype of gates
         mine.requires_grad_()
         theirs = mine.detach().clone().requires_grad_()
         values = found.values(np.array(batch), mine)
@@ -163,7 +164,7 @@ def test_loss_and_gradient(case: str, side: Any, family: str, source: str, tmp_p
              for n, row in enumerate(batch)]
         )  # fmt: skip
         unchanged = found.values(np.array(batch), None)
-        least = 1e-10 if family == "gpt2" else 1e-6  # norms of the others have 32 bits
+        least = 1e-10 if family == "gpt2" else 1e-6  # the other families have float32 norms
         assert torch.allclose(values - unchanged, expected - unchanged, rtol=1e-4, atol=least)
         assert (expected - unchanged).abs().max() > 1e-8
         (own,) = torch.autograd.grad(values.sum(), mine)
@@ -173,7 +174,7 @@ def test_loss_and_gradient(case: str, side: Any, family: str, source: str, tmp_p
         assert largest > 1e-8
 
 
-def test_report_has_means_over_held_out_rows(tmp_path: Path) -> None:
+def test_position_mask_report_has_means_over_held_out_rows(tmp_path: Path) -> None:
     path = write(tmp_path, fit(), PATCHES)
     (found,) = train(path)
     mask, known = training_rows(path, double("llama"))
@@ -200,8 +201,8 @@ def test_report_has_means_over_held_out_rows(tmp_path: Path) -> None:
     assert (report.noun, report.candidates, len(mask.chosen)) == ("position", 4, 2)
 
 
-def test_positions_that_no_training_row_has_have_no_gate(tmp_path: Path) -> None:
-    """They are neither chosen nor random controls, and with a mean they aren't written."""
+def test_positions_missing_in_all_training_rows_have_no_gate(tmp_path: Path) -> None:
+    """These positions are neither chosen nor random controls; with a mean they aren't written."""
     for source in ("with: mean", "from: turned"):
         at = f"{SITE} at token * align left"
         line = fit(QUICK.replace("25%", "50%"), source=source, at=at, mask="size: 2, keep: true")
@@ -234,7 +235,7 @@ prompts planted {
 
 @cache
 def planted() -> Any:
-    """A model in which the words w20 to w35 are the same; the planted positions have others."""
+    """A model with equal embeddings of the words w20 to w35; planted positions have other words."""
     model: Any = copy.deepcopy(families.module("gpt2"))
     ids = [word_tokenizer()(f"w{n}")["input_ids"][-1] for n in range(20, 36)]
     with torch.no_grad():
@@ -259,7 +260,7 @@ def write_planted(folder: Path, *parts: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["indices", "parts", "kept"])
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_positions_are_found(name: str, seed: int, tmp_path: Path) -> None:
+def test_position_mask_finds_planted_positions(name: str, seed: int, tmp_path: Path) -> None:
     at = "token 1..6" if name != "parts" else ", ".join(f"{each} token" for each in "abcdef")
     mask, objective = "size: 3", "minimise: kl(swapped)"
     if name == "kept":
@@ -283,7 +284,7 @@ def test_planted_positions_are_found(name: str, seed: int, tmp_path: Path) -> No
     assert np.allclose(done.files[0].experiments[0].measures[0].patched, 0, atol=1e-4)
 
 
-# --- the same as a list of positions --------------------------------------------------------------
+# --- use in rules ---------------------------------------------------------------------------------
 
 RULES = {
     "patch": list(PATCH),
@@ -309,8 +310,8 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", some(RULES, [*RULES][2::4]))
-def test_rules_use_it_as_a_list_of_positions(name: str, tmp_path: Path) -> None:
-    """Bit for bit, together with another experiment on the same block."""
+def test_position_mask_equals_its_listed_positions_in_rules(name: str, tmp_path: Path) -> None:
+    """Up to rounding, with a second experiment on the same block."""
     measure = "measure logit(answer) as raw" if name == "replies" else MEASURE
     at = f"{SITE} at token 1, token 2, token 3"
     path = write(tmp_path, fit(at=at), experiment(*RULES[name], measure=measure) + OTHER)
@@ -340,7 +341,7 @@ def test_rules_use_it_as_a_list_of_positions(name: str, tmp_path: Path) -> None:
 
 
 def replies(result: mechdsl.ExperimentResult) -> list[dict[int, list[list[int]]]]:
-    """The tokens of the replies of every cell and row."""
+    """The tokens of the completions of every cell and row."""
     assert result.replies is not None
     return [
         {row: [list(each.ids) for each in own] for row, own in cell.items()}
@@ -349,8 +350,8 @@ def replies(result: mechdsl.ExperimentResult) -> list[dict[int, list[list[int]]]
 
 
 @pytest.mark.parametrize("place", ["g tokens", "each g token"])
-def test_the_last_token_follows_a_reply(place: str, tmp_path: Path) -> None:
-    """As it does in a list of positions."""
+def test_last_token_of_a_position_mask_follows_generation(place: str, tmp_path: Path) -> None:
+    """As in a list of positions."""
     at = f"{SITE} at token 1, last token, token 2"
     call = fit(at=at, source="from: other", objective="minimise: kl(other)")
     lines = ("generate 4", f"ablate {SITE} at {place} with zero")
@@ -370,8 +371,8 @@ def test_the_last_token_follows_a_reply(place: str, tmp_path: Path) -> None:
     assert replies(other) != replies(own)
 
 
-def test_patches_of_images(tmp_path: Path) -> None:
-    """A rule on the chosen patches, written as a list."""
+def test_position_mask_over_image_patches_equals_its_listed_positions(tmp_path: Path) -> None:
+    """Compare a rule on the mask with a rule that lists the chosen patches."""
     head = """mech 1
 model vit = zoo("shapes")
 images scenes {
@@ -418,8 +419,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_choice_depends_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another training; another spelling doesn't."""
+def test_position_mask_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
+    """A different argument needs another training; another spelling doesn't."""
     base, _ = check_keys(tmp_path, trains_all, fit, CHANGES, PATCHES)
     for parts in (
         (fit(name="h"), PATCHES.replace("g tokens", "h tokens")),
@@ -429,7 +430,7 @@ def test_keys_have_everything_that_the_choice_depends_on(tmp_path: Path, trains_
         assert (found.folder, found.seconds) == (base.folder, 0.0)
 
 
-def test_runs_with_other_positions_are_other_runs(tmp_path: Path) -> None:
+def test_cached_run_depends_on_the_positions_of_a_mask(tmp_path: Path) -> None:
     path = write(tmp_path, fit(), PATCHES)
     train(path)
     before = run(path).files[0].experiments[0].measures[0].patched
@@ -438,7 +439,7 @@ def test_runs_with_other_positions_are_other_runs(tmp_path: Path) -> None:
     assert not np.array_equal(before, run(path).files[0].experiments[0].measures[0].patched)
 
 
-def test_until_it_is_trained_the_first_positions_stand_in(tmp_path: Path) -> None:
+def test_untrained_position_mask_uses_the_first_positions(tmp_path: Path) -> None:
     path = write(tmp_path, fit(), PATCHES)
     mask, _ = training_rows(path, double("llama"))
     assert [each.label for each in mask.chosen if isinstance(each, PositionChoice)] == [
@@ -468,7 +469,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_position_mask_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = MISTAKES[name]
     line = f"group g = {CALL} at {SITE} at {PLACES}\n"
     assert old in line
@@ -494,7 +495,7 @@ USES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_uses_that_are_errors(name: str, tmp_path: Path) -> None:
+def test_position_mask_in_unsupported_places_is_rejected(name: str, tmp_path: Path) -> None:
     rule, code, text = USES[name]
     lines = ("from turned into clean", rule)
     path = write(
@@ -506,8 +507,8 @@ def test_uses_that_are_errors(name: str, tmp_path: Path) -> None:
     assert errors[0].code == code, errors
 
 
-def test_names_of_spans_and_rows_of_other_templates(tmp_path: Path) -> None:
-    """A group with the name of a part of the prompts, and rows that lack what it chose."""
+def test_position_mask_rejects_span_names_and_rows_without_its_positions(tmp_path: Path) -> None:
+    """A group with the name of a prompt part, and rows without the chosen positions."""
     call = fit(name="cue").replace("25%", "25%, measure_on_training_rows: true")
     used = experiment(f"ablate {SITE} at cue tokens with zero", block="p")
     with pytest.raises(mechdsl.MechdslError, match="`cue` is also a part of the prompts"):

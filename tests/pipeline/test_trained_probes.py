@@ -1,9 +1,9 @@
 """Probes that a file declares with `probe t = fit(ridge, …)`.
 
-Their maps against a solved ridge regression and scikit-learn's logistic regression on vectors of
-the bare model, one unpadded prompt at a time; that they equal `observe probe` fitted on the same
-rows; held-out rows and controls; where they can be read; their weights as directions; their keys,
-and what is an error.
+Their maps are compared with a solved ridge regression and scikit-learn's logistic regression on
+vectors of the bare model, one unpadded prompt at a time, and with `observe probe` fitted on the
+same rows. Further tests: held-out rows and controls, observations, weights as directions, keys, and
+errors.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ def column(rows: list[Record], name: str) -> Array:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("at", ["last token", "text tokens"])
-def test_ridge_equals_solved_regression(family: str, at: str, tmp_path: Path) -> None:
-    """Its map, its R² on other rows, its predictions there, and at other tokens of another run."""
+def test_ridge_probe_equals_a_solved_regression(family: str, at: str, tmp_path: Path) -> None:
+    """Compare map, R² and predictions on other rows, and predictions in another run."""
     place = f"resid_post layer * at {at}"
     lines = (
         f"observe probe(r) {place} as seen",
@@ -223,7 +223,7 @@ def test_ridge_equals_solved_regression(family: str, at: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logistic_equals_scikit_learn(family: str, tmp_path: Path) -> None:
+def test_logistic_probe_equals_scikit_learn(family: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     lines = (
         "observe probe(r) resid_post layer 1 at last token as seen",
@@ -256,8 +256,10 @@ SAME = {
 
 @pytest.mark.parametrize("name", SAME)
 @pytest.mark.parametrize("at", ["last token", "{text tokens, right token}"])
-def test_equals_observe_probe_on_the_same_rows(name: str, at: str, tmp_path: Path) -> None:
-    """Its values and those of the shuffled control, in two experiments on one block."""
+def test_trained_probe_equals_observe_probe_on_the_same_rows(
+    name: str, at: str, tmp_path: Path
+) -> None:
+    """Compare values and the shuffled control, in two experiments on one block."""
     inner, target, options = SAME[name]
     place = f"resid_post layer * at {at}"
     fitted = f"observe probe({target}, train: t, {options}) at {place} as seen_2"
@@ -274,7 +276,7 @@ def test_equals_observe_probe_on_the_same_rows(name: str, at: str, tmp_path: Pat
     assert len(own.measures) == 2
 
 
-def test_predictions_are_log_odds_of_the_second_class(tmp_path: Path) -> None:
+def test_predictions_of_a_probe_are_log_odds_of_the_second_class(tmp_path: Path) -> None:
     lines = [
         "observe prediction(r) layer * at last token as plain".replace("layer", "resid_post layer"),
         'observe prediction(r, class: "yes") resid_post layer * at last token as yes',
@@ -294,8 +296,8 @@ def test_predictions_are_log_odds_of_the_second_class(tmp_path: Path) -> None:
 # --- held-out rows and controls -------------------------------------------------------------------
 
 
-def test_report_has_held_out_rows_and_controls(tmp_path: Path) -> None:
-    """Held-out rows of each class; the numbers are those of the stored maps on these rows."""
+def test_probe_report_has_held_out_rows_and_controls(tmp_path: Path) -> None:
+    """Each class has held-out rows; scores equal those of the stored maps on these rows."""
     line = fit("logistic(penalty: 0.001)", "validation: 25%", target="kind")
     path = write_file(tmp_path, line, READS)
     (found,) = train(path, out=tmp_path)
@@ -312,7 +314,7 @@ def test_report_has_held_out_rows_and_controls(tmp_path: Path) -> None:
         "24 rows of t at last token, to predict `kind`, 6 of them held out"
         in (conventions["probe r"])
     )
-    # With the same maps, accuracies over all rows are at least those of 18 separable rows.
+    # The 18 training rows are separable, so all misses are held-out rows.
     for number, layer in enumerate(said.layers):
         assert isinstance(layer, int)
         x = vectors("llama", TRAINING, layer)
@@ -325,11 +327,11 @@ def test_report_has_held_out_rows_and_controls(tmp_path: Path) -> None:
         assert round(6 * (1 - trained)) == missed
 
 
-# --- where it can be read -------------------------------------------------------------------------
+# --- observations ---------------------------------------------------------------------------------
 
 
-def test_one_layer_is_read_in_others(tmp_path: Path) -> None:
-    """At every layer, in a derived run, and while rules act; bit for bit after a reload."""
+def test_probe_of_one_layer_is_read_in_all_layers(tmp_path: Path) -> None:
+    """At every layer, in a derived run and under active rules; equal after a reload."""
     lines = (
         "run changed { ablate mlp_out layer 0 at tokens * with zero }",
         "observe probe(r) resid_post layer * of changed at last token as seen",
@@ -359,8 +361,8 @@ def test_one_layer_is_read_in_others(tmp_path: Path) -> None:
         assert np.allclose(first[0].measures[0].patched[layer], wanted, atol=1e-3)
 
 
-def test_replies(tmp_path: Path) -> None:
-    """Predictions at generated tokens equal those at the same tokens of a longer prompt."""
+def test_probe_predictions_at_generated_tokens_equal_a_longer_prompt(tmp_path: Path) -> None:
+    """The reference reads the same tokens as part of a longer prompt."""
     place = "resid_post layer 1 at last token"
     text = experiment(
         "generate 2", "observe prediction(r) resid_post layer 1 at each reply token as predicted"
@@ -381,8 +383,8 @@ def test_replies(tmp_path: Path) -> None:
         assert done.measures[0].patched[0][row] == pytest.approx(made, abs=2e-3)
 
 
-def test_probe_of_another_model(tmp_path: Path) -> None:
-    """`model:` names the model that runs the rows; another experiment's own model has no effect."""
+def test_probe_model_option_names_the_training_model(tmp_path: Path) -> None:
+    """`model:` names the model that runs the training rows, whatever model experiments use."""
     place = "resid_post layer 1 at last token"
     tuned = "model tuned = m with { scale weights of layer 0 neuron 5 by 0 }\n"
     reads = f"observe probe(r) {place} as "
@@ -398,7 +400,7 @@ def test_probe_of_another_model(tmp_path: Path) -> None:
     assert len(train(write_file(tmp_path, tuned, fit(at=place), *texts))) == 2
 
 
-def test_model_of_another_shape_is_an_error(tmp_path: Path) -> None:
+def test_probe_model_of_another_shape_is_rejected(tmp_path: Path) -> None:
     place = "resid_post layer 1 at last token"
     line = fit(options=f"{ALL}, model: k", at=place)
     path = write_file(tmp_path, 'model k = local("other")\n', line, experiment(READ))
@@ -421,8 +423,8 @@ def head_vectors(family: str, rows: list[Record], layer: int, head: int) -> Arra
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_head_has_a_map(family: str, tmp_path: Path) -> None:
-    """Its map, its score on other rows, and its predictions, in a sweep and of one head."""
+def test_probe_of_every_head_equals_a_solved_regression(family: str, tmp_path: Path) -> None:
+    """Compare map, score and predictions on other rows, in a sweep and for one head."""
     lines = (
         f"observe probe(r) {HEADS} as seen",
         f"observe prediction(r) {HEADS} as predicted",
@@ -473,8 +475,8 @@ ACTS = {
 
 
 @pytest.mark.parametrize("name", some(ACTS, [*ACTS][::3]))
-def test_rules_use_its_weights_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None:
-    """The same numbers, next to an experiment that reads the probe."""
+def test_probe_direction_in_rules_equals_a_saved_vector(name: str, tmp_path: Path) -> None:
+    """A second experiment reads the probe."""
     is_class = len(name) % 2 == 0
     inner, target = ("logistic", "pair") if is_class else ("ridge(penalty: 2)", "size")
     measure = "measure logit(answer) as raw" if name == "replies" else MARGIN
@@ -499,8 +501,8 @@ def test_rules_use_its_weights_as_a_vector_of_a_file(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_of_a_class_against_scikit_learn(family: str, tmp_path: Path) -> None:
-    """The direction, and what adding it changes, one unpadded prompt at a time."""
+def test_probe_direction_of_a_class_equals_scikit_learn(family: str, tmp_path: Path) -> None:
+    """Compare the direction and the effect of adding it, one unpadded prompt at a time."""
     pytest.importorskip("sklearn")
     line = fit("logistic(penalty: 0.5)", target="kind", at=ONE)
     toward = 'direction d = probe(r, class: "green")\n'
@@ -532,8 +534,8 @@ def test_weights_of_a_class_against_scikit_learn(family: str, tmp_path: Path) ->
         assert done.measures[0].patched[0][row] == pytest.approx(float(margin), abs=5e-3)
 
 
-def test_families_have_a_direction_for_each_map(tmp_path: Path) -> None:
-    """Of layers, and of layers and heads: each cell equals that of the probe of its site alone."""
+def test_probe_directions_of_layers_and_heads_equal_single_probes(tmp_path: Path) -> None:
+    """Each cell equals that of a probe trained on its site alone."""
     for at, one in (
         (LAST, "resid_post layer 2 at last token"),
         (HEADS, "z layer 2 head 1 at last token"),
@@ -552,7 +554,7 @@ def test_families_have_a_direction_for_each_map(tmp_path: Path) -> None:
         assert np.allclose(every.measures[0].patched[cell], alone.measures[0].patched[0], atol=1e-5)
 
 
-def test_each_seed_has_its_direction(tmp_path: Path) -> None:
+def test_probe_with_several_seeds_has_a_direction_per_seed(tmp_path: Path) -> None:
     acts = experiment(f"add d to {ONE}", MARGIN, block="second")
     seeds = fit(options="validation: 25%, seeds: 2", at=ONE)
     path = write_file(tmp_path, seeds, D, acts)
@@ -568,7 +570,7 @@ def test_each_seed_has_its_direction(tmp_path: Path) -> None:
     assert np.allclose(alone.measures[0].patched[0], second)
 
 
-def test_rows_of_the_probe_are_not_measured_with_its_direction(tmp_path: Path) -> None:
+def test_measuring_training_rows_with_a_probe_direction_is_rejected(tmp_path: Path) -> None:
     path = write_file(tmp_path, fit(at=ONE), D, experiment(f"add d to {ONE}", MARGIN, block="t"))
     assert training_errors(path.parent / path.name)[0].code in ("E0345", "E0603")
 
@@ -584,7 +586,7 @@ USED: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", USED)
-def test_mistakes_of_directions(name: str, tmp_path: Path) -> None:
+def test_invalid_probe_direction_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = USED[name]
     text = D + experiment(f"add d to {ONE}", MARGIN, block="second")
     assert old in text
@@ -595,7 +597,7 @@ def test_mistakes_of_directions(name: str, tmp_path: Path) -> None:
     assert errors[0].code == code, errors
 
 
-def test_model_edit_with_a_probe_is_an_error(tmp_path: Path) -> None:
+def test_model_edit_with_a_probe_direction_is_rejected(tmp_path: Path) -> None:
     changed = "model changed = m with { project out d from weights }\n"
     used = experiment(f"add d to {ONE}", MARGIN, block="second")
     path = write_file(tmp_path, fit(at=ONE), D, changed, used.replace("model m", "model changed"))
@@ -619,7 +621,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_probe_depends_on(tmp_path: Path) -> None:
+def test_probe_key_depends_on_every_argument(tmp_path: Path) -> None:
     used = experiment(READ.replace("*", "1"))
     (base,) = train(write_file(tmp_path, fit(), used))
     folders, first = {base.folder}, maps(base)
@@ -638,7 +640,7 @@ def test_keys_have_everything_that_the_probe_depends_on(tmp_path: Path) -> None:
     assert family.folder.name not in {each.name for each in folders}
 
 
-def test_names_and_sites_of_the_observation_keep_the_training(tmp_path: Path) -> None:
+def test_probe_key_ignores_names_and_observed_sites(tmp_path: Path) -> None:
     (before,) = train(write_file(tmp_path, fit(), READS))
     for parts in (
         (fit(name="k"), READS.replace("(r)", "(k)")),
@@ -651,10 +653,10 @@ def test_names_and_sites_of_the_observation_keep_the_training(tmp_path: Path) ->
         assert run(path).complete
 
 
-def test_run_finds_a_training_after_a_library_filled_a_cache(
+def test_probe_training_is_found_after_a_library_filled_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the first request to a hub does, and in transformers 5.17 each model that is built."""
+    """The first hub request fills such a cache, and in transformers 5.17 each new model."""
     from transformers.utils import hub
 
     monkeypatch.setattr(hub, "_hf_api", None)
@@ -664,8 +666,8 @@ def test_run_finds_a_training_after_a_library_filled_a_cache(
     assert run(path).complete
 
 
-def test_results_depend_on_the_probe(tmp_path: Path) -> None:
-    """Two trainings of one store, in runs that follow each other."""
+def test_probe_observations_depend_on_the_training(tmp_path: Path) -> None:
+    """Two trainings in one store, used by consecutive runs."""
     lines = READ, f"observe prediction(r) {LAST} as predicted"
     seen: list[Any] = []
     for inner in ("ridge(penalty: 2)", "ridge(penalty: 20)", "ridge(penalty: 2)"):
@@ -677,10 +679,10 @@ def test_results_depend_on_the_probe(tmp_path: Path) -> None:
         assert (first == again).all()
 
 
-# --- files without a training, and mistakes -------------------------------------------------------
+# --- missing trainings, and errors ----------------------------------------------------------------
 
 
-def test_only_what_needs_a_training_is_lost(tmp_path: Path) -> None:
+def test_missing_probe_training_affects_only_dependent_experiments(tmp_path: Path) -> None:
     path = write_file(tmp_path, fit(), READS, OTHER)
     with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
         found = run(path).files[0]
@@ -688,14 +690,14 @@ def test_only_what_needs_a_training_is_lost(tmp_path: Path) -> None:
     assert len(run(path, fit=True).files[0].experiments) == 2
 
 
-def test_an_untrained_file_can_be_planned(tmp_path: Path) -> None:
+def test_plan_and_explain_work_before_a_probe_training(tmp_path: Path) -> None:
     path = write_file(tmp_path, fit(), READS)
     assert mechdsl.plan(path, models=models()) is not None
     text = str(mechdsl.explain(path, models=models()))
     assert "probe r: ridge probe of a number trained on 24 rows of t at last token" in text
 
 
-def test_a_damaged_training_is_trained_again(tmp_path: Path) -> None:
+def test_damaged_probe_file_is_trained_again(tmp_path: Path) -> None:
     path = write_file(tmp_path, fit(), READS)
     (found,) = train(path)
     weights = found.folder / "probe.safetensors"
@@ -707,7 +709,7 @@ def test_a_damaged_training_is_trained_again(tmp_path: Path) -> None:
     assert weights.read_bytes() == before
 
 
-def test_training_rows_are_not_measured(tmp_path: Path) -> None:
+def test_measuring_training_rows_of_a_probe_is_rejected(tmp_path: Path) -> None:
     for line in (READ, f"observe prediction(r) {LAST} as seen"):
         used = experiment(line, block="t")
         with pytest.raises(mechdsl.MechdslError, match="measures rows that `r` is trained on") as e:
@@ -755,7 +757,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_probe_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = MISTAKES[name]
     assert old in fit()
     path = write_file(tmp_path, fit().replace(old, new), READS)
@@ -779,7 +781,7 @@ OBSERVED: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", OBSERVED)
-def test_mistakes_of_observations(name: str, tmp_path: Path) -> None:
+def test_invalid_probe_observation_is_rejected(name: str, tmp_path: Path) -> None:
     line, code = OBSERVED[name]
     at = "resid_post layer 0..1 at last token"
     path = write_file(
@@ -792,7 +794,7 @@ def test_mistakes_of_observations(name: str, tmp_path: Path) -> None:
     assert errors[0].code == code, errors
 
 
-def test_rows_without_the_value_have_predictions_only(tmp_path: Path) -> None:
+def test_rows_without_the_target_have_predictions_but_no_scores(tmp_path: Path) -> None:
     lines = f"observe probe(r) {LAST} as seen", f"observe prediction(r) {LAST} as predicted"
     with pytest.raises(mechdsl.MechdslError) as found:
         train(write_file(tmp_path, fit(), experiment(lines[0], block="bare_rows")))
@@ -802,7 +804,7 @@ def test_rows_without_the_value_have_predictions_only(tmp_path: Path) -> None:
     assert run(path).complete
 
 
-def test_unknown_class_of_evaluated_rows_is_an_error(tmp_path: Path) -> None:
+def test_unknown_class_in_evaluated_rows_is_rejected(tmp_path: Path) -> None:
     line = fit("logistic", target="kind", at="resid_post layer 1 at last token")
     text = experiment("observe probe(r) resid_post layer 1 at last token")
     path = write_file(tmp_path, line, text)
@@ -813,7 +815,7 @@ def test_unknown_class_of_evaluated_rows_is_an_error(tmp_path: Path) -> None:
         train(path)
 
 
-def test_name_of_a_value_and_a_probe_is_an_error(tmp_path: Path) -> None:
+def test_name_shared_by_a_value_and_a_probe_is_rejected(tmp_path: Path) -> None:
     text = READS.replace("(r)", "(size)")
     path = write_file(tmp_path, fit(name="size"), text)
     with pytest.raises(mechdsl.MechdslError, match="a probe and a value of `q`"):

@@ -1,8 +1,7 @@
 """Rotations that a file declares with `fit(das(…))`.
 
-Their loss and its gradient against autograd on the bare model in 64 bits, one unpadded prompt at a
-time; that a planted subspace is found; that rules use them as they use a matrix of a file; their
-keys, and what is an error.
+Loss and gradient are compared with autograd on the bare model in float64, one unpadded prompt at a
+time. Further tests: a planted subspace, use in rules, keys, and errors.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ OTHER = experiment("ablate mlp_out layer 0 at last token with zero", name="contr
 
 
 def training_errors(path: Path, family: str = "llama") -> list[Diagnostic]:
-    """The errors for which nothing is trained, at least one."""
+    """The errors that prevent all trainings; at least one."""
     with pytest.raises(mechdsl.MechdslError) as found:
         train(path, family)
     errors = [each for each in found.value.diagnostics if each.severity == "error"]
@@ -90,10 +89,10 @@ def interrupt_training(
     """Stop a new training with Ctrl-C after four steps.
 
     Args:
-        folder: Of the result.
+        folder: The folder of the result.
 
     Returns:
-        The folder of the checkpoint, and the numbers of the steps.
+        The folder of the checkpoint, and the step numbers.
     """
     steps: list[int] = []
     real = Training._step  # pyright: ignore[reportPrivateUsage]
@@ -127,7 +126,7 @@ def checked(path: Path, model: Any) -> CheckedFile:
 
 
 def in_span(directions: Tensor) -> Edit:
-    """Return the exchange in the span of [dims, width] orthonormal rows."""
+    """Return a function that swaps the components in the span of orthonormal [dims, width] rows."""
     return lambda own, other: exchange(own, other, directions)
 
 
@@ -144,11 +143,11 @@ SITES = (SITE, "z layer 1", "z layer 1 head 2", "mlp_out layer 1", "mlp_hidden l
 
 
 differentiable = inspect.unwrap(side_by_side)
-"""The reference with gradients of written vectors."""
+"""The reference pass, differentiable in the written vectors."""
 
 
 def value_by_hand(family: str, row: int, site: str, at: str, directions: Tensor) -> Tensor:
-    """The measure of one unpadded prompt whose subspace is that of the other run."""
+    """The measure of one unpadded prompt with the subspace patched from the other run."""
     words = site.split()
     name, layer, unit = words[0], int(words[2]), int(words[4]) if len(words) > 3 else None
     here, there = rows("clean")[row], rows("other")[row]
@@ -176,8 +175,10 @@ def drawn(dims: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize(("family", "at"), in_turn(HERE, POSITIONS))
 @pytest.mark.parametrize(("site", "side"), in_turn(SITES, ("left", "right")))
-def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path: Path) -> None:
-    """Of every row, in ragged batches of two rows."""
+def test_rotation_loss_and_gradient_equal_autograd(
+    site: str, side: Any, family: str, at: str, tmp_path: Path
+) -> None:
+    """For every row, in ragged batches of two rows."""
     path = write(tmp_path, fit(at=f"{site} at {at}"), PATCHES)
     text = path.read_text("utf-8").replace(f"patch {SITE} in", f"patch {site} in")
     path.write_text(text, "utf-8")
@@ -199,11 +200,11 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
         assert (expected - before).abs().max() > 1e-5
         (own,) = torch.autograd.grad(values.mean(), mine)
         (other,) = torch.autograd.grad(expected.mean(), theirs)
-        assert torch.allclose(own, other, atol=1e-6)  # rotary angles and norms have 32 bits
+        assert torch.allclose(own, other, atol=1e-6)  # rotary angles and norms are float32
         assert other.abs().max() > 1e-5
 
 
-def test_whole_vector_is_a_full_patch(tmp_path: Path) -> None:
+def test_rotation_of_full_rank_equals_a_full_patch(tmp_path: Path) -> None:
     found = training_rows(write(tmp_path, fit(), PATCHES), double("llama"))
     everything = torch.eye(found.first_vectors.shape[1], dtype=torch.float64)
     every = np.arange(4)
@@ -213,8 +214,8 @@ def test_whole_vector_is_a_full_patch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", ["maximise", "minimise"])
-def test_training_by_hand(sign: str, tmp_path: Path) -> None:
-    """The directions are those of a loop that shares no code with the package, only its seeds."""
+def test_rotation_training_equals_a_reference_loop(sign: str, tmp_path: Path) -> None:
+    """The reference loop shares only its seeds with the package."""
     objective = f"{sign}: {LOSS}"
     path = write(tmp_path, fit(f"{QUICK}, seed: 3", objective=objective), PATCHES)
     (found,) = train(path)
@@ -242,7 +243,7 @@ def test_training_by_hand(sign: str, tmp_path: Path) -> None:
 
 
 def orthonormal_by_hand(matrix: Tensor) -> Tensor:
-    """Gram-Schmidt."""
+    """Orthonormalize rows by the Gram-Schmidt process."""
     found: list[Tensor] = []
     for row in matrix:
         left = row - sum((row @ each) * each for each in found)
@@ -274,7 +275,7 @@ def trained_by_hand(start: Tensor, ids: list[int], sign: int) -> Tensor:
     return matrix
 
 
-def test_orthonormal_rows() -> None:
+def test_orthonormal_rows_and_gradient_equal_gram_schmidt() -> None:
     matrix = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     found, expected = orthonormal_rows(matrix), orthonormal_by_hand(matrix)
     assert torch.allclose(found, expected)
@@ -301,7 +302,7 @@ prompts planted {
 
 @cache
 def planted() -> tuple[Any, Tensor]:
-    """A model whose answer is the class of the last word, in a plane of the stream; and the plane.
+    """A model with the class of the last word in a plane of the residual stream; and the plane.
 
     Words of one class differ in all other directions.
     """
@@ -356,8 +357,8 @@ def write_planted(folder: Path, seed: int, dims: int) -> Path:
 
 
 @pytest.mark.parametrize("seed", some(range(3), [0]))
-def test_a_planted_subspace_is_found(seed: int, tmp_path: Path) -> None:
-    """On held-out rows, the exchange gives the answer of the other run; a random one doesn't."""
+def test_rotation_training_finds_a_planted_subspace(seed: int, tmp_path: Path) -> None:
+    """On held-out rows, the trained patch gives the other run's answer; a random one doesn't."""
     model, plane = planted()
     path = write_planted(tmp_path, seed, 2)
     given = {"m": (model, word_tokenizer())}
@@ -374,7 +375,7 @@ def test_a_planted_subspace_is_found(seed: int, tmp_path: Path) -> None:
     assert found.report.trained > found.report.whole - 0.2
 
 
-# --- the same as a matrix of a file ---------------------------------------------------------------
+# --- use in rules ---------------------------------------------------------------------------------
 
 RULES = {
     "patch": list(PATCH),
@@ -394,8 +395,8 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", some(RULES, [*RULES][0::4]))
-def test_rules_use_it_as_a_matrix_of_a_file(name: str, tmp_path: Path) -> None:
-    """Bit for bit, together with another experiment on the same block."""
+def test_trained_rotation_in_rules_equals_its_saved_matrix(name: str, tmp_path: Path) -> None:
+    """Up to rounding, with a second experiment on the same block."""
     measure = "measure logit(answer) as raw" if name == "replies" else MEASURE
     text = experiment(*RULES[name], measure=measure) + OTHER
     path = write(tmp_path, fit(), text)
@@ -414,8 +415,8 @@ def test_rules_use_it_as_a_matrix_of_a_file(name: str, tmp_path: Path) -> None:
     assert f"trained {trained.report.trained:.4g}, random subspace" in said
 
 
-def test_a_basis_of_every_layer(tmp_path: Path) -> None:
-    """Each has a training, and patches use the one of their layer."""
+def test_rotation_of_every_layer_has_a_training_per_layer(tmp_path: Path) -> None:
+    """Patches use the training of their layer."""
     at = "resid_post layer * at last token"
     lines = ("from turned into clean", "patch resid_post layer * in basis d at last token")
     path = write(tmp_path, fit(at=at), experiment(*lines))
@@ -429,8 +430,8 @@ def test_a_basis_of_every_layer(tmp_path: Path) -> None:
     assert run(write(tmp_path, fit(at=at), experiment(*lines))).complete
 
 
-def test_measures_that_compare_runs(tmp_path: Path) -> None:
-    """Minimised divergence from the other run: the whole vector brings it to what a patch does."""
+def test_rotation_training_minimises_the_divergence_from_a_run(tmp_path: Path) -> None:
+    """Patching the full vector gives the divergence of an ordinary patch."""
     path = write(tmp_path, fit("steps: 40, batch: 4, rate: 0.1, validation: 0%", dims=8,
                                objective="minimise: kl(other)"), PATCHES)  # fmt: skip
     (found,) = train(path)
@@ -465,10 +466,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_directions_depend_on(
-    tmp_path: Path, trains_all: bool
-) -> None:
-    """A change of any of it asks for another training, with other directions."""
+def test_rotation_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
+    """A different argument needs another training and gives other directions."""
     _, folders = check_keys(
         tmp_path, trains_all, fit, CHANGES, PATCHES, lambda own: rotation(own).tolist()
     )
@@ -477,8 +476,8 @@ def test_keys_have_everything_that_the_directions_depend_on(
 
 
 @pytest.mark.parametrize("change", ["cue", "alt", "b"])
-def test_rows_are_in_the_key(change: str, tmp_path: Path) -> None:
-    """The tokens of both runs, and the texts that the measure names."""
+def test_rotation_key_depends_on_tokens_and_measured_texts(change: str, tmp_path: Path) -> None:
+    """The key has the tokens of both runs, and the texts that the measure names."""
     (before,) = train(write(tmp_path, fit(), PATCHES))
     path = write(tmp_path, fit(), PATCHES)
     data = tmp_path / "data.jsonl"
@@ -491,8 +490,8 @@ def test_rows_are_in_the_key(change: str, tmp_path: Path) -> None:
     assert not torch.equal(rotation(found), rotation(before))
 
 
-def test_other_changes_keep_the_training(tmp_path: Path) -> None:
-    """Names, comments, other experiments, and a metric with the same definition."""
+def test_rotation_key_ignores_names_comments_and_other_experiments(tmp_path: Path) -> None:
+    """The key is also the same for a metric with the same definition."""
     (before,) = train(write(tmp_path, fit(), PATCHES))
     renamed = fit().replace("basis d", "basis g")
     for parts in (
@@ -507,8 +506,8 @@ def test_other_changes_keep_the_training(tmp_path: Path) -> None:
         assert run(path).complete
 
 
-def test_training_rows_are_not_measured_through_a_run(tmp_path: Path) -> None:
-    """The rules that use the basis belong to a run that the experiment defines."""
+def test_measuring_rotation_training_rows_in_a_derived_run_is_rejected(tmp_path: Path) -> None:
+    """The rules that use the basis are in a derived run of the experiment."""
     line = "run changed { add 3 to feature 0 of d at tokens * }"
     text = experiment(line, "from changed into clean", "patch layer 2 at last token", block="p")
     with pytest.raises(mechdsl.MechdslError, match="`e` measures rows that `d` is trained on"):
@@ -543,7 +542,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_rotation_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = MISTAKES[name]
     at = "tokens *" if name == "token counts" else "last token"
     line = f"basis d = {CALL} at {SITE} at {at}\n"

@@ -1,8 +1,7 @@
 """Scales of channels that a file declares with `direction s = fit(scales(…), …)`.
 
-Their loss, its gradient and whole trainings against autograd on the bare model in 64 bits, one
-unpadded prompt at a time; that rules use them as they use a vector of a file; their keys, and what
-is an error.
+Loss, gradient and trainings are compared with autograd on the bare model in float64, one unpadded
+prompt at a time. Further tests: use in rules, keys, and errors.
 """
 
 from __future__ import annotations
@@ -71,8 +70,10 @@ SITES = (HEAD, "resid_post layer 1", "mlp_out layer 1")
 
 @pytest.mark.parametrize(("family", "at"), in_turn(HERE, POSITIONS))
 @pytest.mark.parametrize(("site", "side"), in_turn(SITES, ("left", "right")))
-def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path: Path) -> None:
-    """Of every row, in ragged batches of two rows."""
+def test_scales_loss_and_gradient_equal_autograd(
+    site: str, side: Any, family: str, at: str, tmp_path: Path
+) -> None:
+    """For every row, in ragged batches of two rows."""
     used = experiment(f"scale {site} at last token by 2 * s")
     found = training_rows(write(tmp_path, fit(at=f"{site} at {at}"), used), double(family), side)
     random = torch.Generator().manual_seed(5)
@@ -88,7 +89,7 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
         assert torch.allclose(values, expected, atol=1e-9)
         (own,) = torch.autograd.grad(values.mean(), mine)
         (other,) = torch.autograd.grad(expected.mean(), theirs)
-        assert torch.allclose(own, other, atol=1e-6)  # rotary angles and norms have 32 bits
+        assert torch.allclose(own, other, atol=1e-6)  # rotary angles and norms are float32
         assert other.abs().max() > 1e-5
 
 
@@ -99,8 +100,10 @@ PENALTIES = [("scales", "minimise", 0.0), ("scales(penalty: 2)", "maximise", 2.0
 
 
 @pytest.mark.parametrize(("inner", "word", "penalty"), PENALTIES)
-def test_training_equals_manual_loop(inner: str, word: str, penalty: float, tmp_path: Path) -> None:
-    """The numbers of a loop that shares no code with the package, only its seeds; all tokens."""
+def test_scales_training_equals_a_reference_loop(
+    inner: str, word: str, penalty: float, tmp_path: Path
+) -> None:
+    """The reference loop shares only its seeds with the package; trained at all tokens."""
     site = f"{HEAD} at tokens *"
     line = fit(f"{QUICK}, seed: 3", inner=inner, objective=f"{word}: {LOSS}", at=site)
     path = write(tmp_path, line, SCALED)
@@ -136,7 +139,7 @@ def test_training_equals_manual_loop(inner: str, word: str, penalty: float, tmp_
     assert said.unscaled == pytest.approx(held_out(ones), abs=1e-3)
 
 
-def test_penalty_keeps_scales_near_one(tmp_path: Path) -> None:
+def test_scales_penalty_keeps_scales_near_one(tmp_path: Path) -> None:
     options = "steps: 30, batch: 4, rate: 0.1, validation: 0%"
     inners = ("scales", "scales(penalty: 3)")
     found = [train(write(tmp_path, fit(options, inner=inner), SCALED)) for inner in inners]
@@ -148,7 +151,7 @@ def test_penalty_keeps_scales_near_one(tmp_path: Path) -> None:
     assert said.trained > max(said.shuffled, said.uniform, said.zero, said.unscaled)
 
 
-# --- the same as a vector of a file ---------------------------------------------------------------
+# --- use in rules ---------------------------------------------------------------------------------
 
 RULES = {
     "sweep": [f"for c in [0, 0.5, 1, 4] {{ scale {HEAD} at last token by c * s }}"],
@@ -172,8 +175,8 @@ MORE = "group movers = L0H1, L1H2, L2H3\ndirection named = s\n"
 
 
 @pytest.mark.parametrize("name", some(RULES, [*RULES][1::4]))
-def test_rules_use_them_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None:
-    """Bit for bit, together with another experiment on the same block."""
+def test_trained_scales_in_rules_equal_the_saved_vector(name: str, tmp_path: Path) -> None:
+    """Up to rounding, with further experiments on the same block."""
     measure = "measure logit(answer) as raw" if name == "replies" else MEASURE
     named = experiment(f"scale {HEAD} at last token by named", name="n")
     text = MORE + experiment(*RULES[name], measure=measure) + named + OTHER
@@ -195,8 +198,8 @@ def test_rules_use_them_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None
         assert "the same numbers in a random order" in own[0].conventions["controls"]
 
 
-def test_random_scales_are_the_scales_in_another_order(tmp_path: Path) -> None:
-    """Draws of a control for scales that are all equal have the same effect."""
+def test_random_control_of_scales_permutes_the_scales(tmp_path: Path) -> None:
+    """If all scales are equal, every draw of the control has the same effect."""
     save_file({"equal": torch.full((6,), 1.5)}, tmp_path / "equal.safetensors")
     line = 'direction s = saved("equal.safetensors", "equal")\n'
     rule = f"scale {HEAD} at last token by s"
@@ -210,8 +213,8 @@ def test_random_scales_are_the_scales_in_another_order(tmp_path: Path) -> None:
     assert abs(effect) > 1e-4
 
 
-def test_every_head_has_a_training(tmp_path: Path) -> None:
-    """Each rule uses the scales of its head."""
+def test_scales_of_every_head_have_a_training_per_head(tmp_path: Path) -> None:
+    """Rules use the scales of their head."""
     every = "z layer 1 head * at last token"
     path = write(tmp_path, fit(at=every), experiment(f"scale {every} by s"))
     found = train(path)
@@ -243,8 +246,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_scales_depend_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another training, with other scales."""
+def test_scales_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
+    """A different argument needs another training and gives other scales."""
     _, folders = check_keys(
         tmp_path, trains_all, fit, CHANGES, SCALED, lambda own: vector(own).tolist()
     )
@@ -273,7 +276,7 @@ USES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_other_uses_are_errors(name: str, tmp_path: Path) -> None:
+def test_scales_in_unsupported_rules_are_rejected(name: str, tmp_path: Path) -> None:
     rule, said = USES[name]
     more = f"basis b = directions(s) at {HEAD}\n" if name == "basis" else ""
     more += f"basis c = random(dims: 5) at {HEAD}\n" if name == "coordinates" else ""
@@ -284,7 +287,7 @@ def test_other_uses_are_errors(name: str, tmp_path: Path) -> None:
     assert {each.code for each in errors} <= {"E0341", "E0342"}
 
 
-def test_control_vector_of_scales_is_an_error(tmp_path: Path) -> None:
+def test_saving_scales_as_a_control_vector_is_rejected(tmp_path: Path) -> None:
     save = 'experiment e {\n  model m\n  save direction s to "s.gguf"\n}\n'
     line = fit(at="resid_post layer 1 at last token")
     with pytest.raises(mechdsl.MechdslError, match=r"llama\.cpp adds control vectors"):
@@ -317,7 +320,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_scales_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = MISTAKES[name]
     line = f"direction s = {CALL} at {HEAD} at last token\n".replace(old, new)
     path = write(tmp_path, line, SCALED, blocks=NOISY)
@@ -325,7 +328,7 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     assert errors[0].code == code, errors
 
 
-def test_training_rows_are_not_measured(tmp_path: Path) -> None:
+def test_measuring_training_rows_of_scales_is_rejected(tmp_path: Path) -> None:
     used = experiment(f"scale {HEAD} at last token by 2 * s", block="p")
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `s` is trained on") as found:
         train(write(tmp_path, fit(), used))

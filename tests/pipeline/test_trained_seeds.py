@@ -1,8 +1,8 @@
 """Trainings with several seeds, `fit(…, seeds: 3)`.
 
-That they are the trainings of single definitions, and share one set of activations; the intervals
-over seeds and over prompts against a manual computation; the agreement of masks; where they are
-printed and stored; errors.
+They equal trainings with a single seed and share one set of activations. Intervals over seeds and
+over prompts are compared with a reference computation. Further tests: the agreement of masks,
+printed and stored results, errors.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ QUICK_KINDS = ("rotation", "scales", "dictionary", "mixture", "sites", "lens")
 
 
 def fill(line: str, options: object) -> str:
-    """A declaration with its options."""
+    """Insert options into a declaration."""
     return line.replace("{}", str(options))
 
 
@@ -102,7 +102,7 @@ def t_interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("kind", "family"), in_turn(tuple(KINDS), HERE, QUICK_KINDS))
-def test_cells_of_seeds_equal_definitions_with_each_seed(
+def test_cells_of_several_seeds_equal_single_seed_trainings(
     kind: str, family: str, tmp_path: Path
 ) -> None:
     line, rules = KINDS[kind]
@@ -119,20 +119,20 @@ def test_cells_of_seeds_equal_definitions_with_each_seed(
         assert len({tuple(each.ravel()) for each in values}) == 3
     for number, seed in enumerate((4, 5, 6)):
         path = write(tmp_path, fill(line, f"{quick}, seed: {seed}"), used)
-        single = run(path, family)  # stored: the same training
+        single = run(path, family)  # uses the stored training
         assert np.allclose(effects(single), values[number], rtol=0, atol=1e-5)
 
 
 GENTLE = ("dictionary", "lens", "positions", "circuit")
-"""What gets worse in a few steps at a higher rate."""
+"""Kinds that get worse in a few steps at a higher rate."""
 
 MAY_AGREE = ("sites", "dimensions", "positions", "circuit", "mixture")
-"""What may be the same for several seeds."""
+"""Kinds that may give the same result for several seeds."""
 
 
 @pytest.mark.parametrize("inner", ["ridge(penalty: 2)", "logistic(penalty: 1)"])
-def test_probes_of_seeds_equal_definitions_with_each_seed(inner: str, tmp_path: Path) -> None:
-    """They hold out other rows; a vector reads no other model and is read once for all."""
+def test_probes_of_several_seeds_equal_single_seed_probes(inner: str, tmp_path: Path) -> None:
+    """Seeds differ in their held-out rows; all share the vectors, which are read once."""
     target = "size" if inner.startswith("ridge") else "kind"
     line = probes.fit(inner, "validation: 25%{}", target=target)
     path = probes.write_file(tmp_path, fill(line, ", seed: 4, seeds: 3"), probes.READS)
@@ -146,7 +146,7 @@ def test_probes_of_seeds_equal_definitions_with_each_seed(inner: str, tmp_path: 
         assert np.array_equal(single.measures[0].patched.ravel(), values[number])
 
 
-def test_masks_lenses_and_probes_of_seeds_share_activations(
+def test_masks_lenses_and_probes_of_several_seeds_share_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = f"{QUICK}, seeds: {{}}"
@@ -164,10 +164,12 @@ def test_masks_lenses_and_probes_of_seeds_share_activations(
         further = counts[1] - counts[0]
         assert counts[2] - counts[1] == further, kind
         assert counts[0] > 2 * further, kind  # the first one reads the activations
-        assert (further == 0) == (kind == "probe"), kind  # steps and reports of others run it
+        assert (further == 0) == (kind == "probe"), (
+            kind
+        )  # the other kinds run the model in steps and reports
 
 
-def test_masks_of_seeds_are_compared(tmp_path: Path) -> None:
+def test_agreement_of_masks_over_seeds_is_reported(tmp_path: Path) -> None:
     path = write(tmp_path, masks.fit(f"{QUICK}, seeds: 3"), masks.PATCHES)
     fits = train(path)
     assert [each.basis for each in fits] == ["g[seed 0]", "g[seed 1]", "g[seed 2]"]
@@ -189,8 +191,8 @@ def test_masks_of_seeds_are_compared(tmp_path: Path) -> None:
     assert said in out.getvalue()
 
 
-def test_trainings_of_several_kinds_have_one_axis(tmp_path: Path) -> None:
-    """A mask and a rotation with equal seeds; each cell has both of one seed."""
+def test_trainings_of_different_kinds_share_one_seed_axis(tmp_path: Path) -> None:
+    """A mask and a rotation have equal seeds; each cell uses both with the same seed."""
     rules = (*masks.PATCH, f"patch {SITE} in basis d at right token")
     of_seeds = f"{QUICK}, seeds: 2"
     path = write(tmp_path, fit(of_seeds), masks.fit(of_seeds), experiment(*rules))
@@ -202,7 +204,7 @@ def test_trainings_of_several_kinds_have_one_axis(tmp_path: Path) -> None:
         assert np.allclose(effects(single)[0], effects(several)[seed], rtol=0, atol=1e-5)
 
 
-def test_masks_of_seeds_run_during_generation_and_in_sweeps(tmp_path: Path) -> None:
+def test_masks_of_several_seeds_work_in_generation_and_sweeps(tmp_path: Path) -> None:
     line = masks.fit(f"{QUICK}, {{}}")
     rules = (
         "from turned into clean",
@@ -240,7 +242,7 @@ def count_passes(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return len(passes)
 
 
-def test_dictionaries_of_seeds_and_sizes_share_activations(
+def test_dictionaries_of_several_seeds_and_sizes_share_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = (
@@ -254,10 +256,10 @@ def test_dictionaries_of_seeds_and_sizes_share_activations(
     assert count_passes(path, monkeypatch) == alone
 
 
-def test_rotations_of_seeds_share_activations(
+def test_rotations_of_several_seeds_share_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each further one has the passes of its steps and of its report, and none for activations."""
+    """Each further seed runs passes only for its steps and report, not for activations."""
     none = "steps: 0, batch: 4, validation: 25%"
     counts = [
         count_passes(write(tmp_path, fit(each), experiment(*PATCH)), monkeypatch)
@@ -295,7 +297,7 @@ experiment e {
 """
 
 
-def test_intervals_equal_manual_computation(tmp_path: Path) -> None:
+def test_seed_intervals_equal_a_reference_computation(tmp_path: Path) -> None:
     averaged = FRUIT.replace("as delta", "as delta mean over seed")
     averaged = averaged.replace("as recovery", "as recovery mean over seed")
     result = one(mechdsl.run(FRUIT, store=tmp_path, fit=True))
@@ -318,11 +320,11 @@ def test_intervals_equal_manual_computation(tmp_path: Path) -> None:
     assert np.allclose(found, by_hand, atol=0.3 * (by_hand[1] - by_hand[0]))  # skewness
 
 
-def test_equal_values_have_no_interval() -> None:
+def test_equal_values_over_seeds_have_no_interval() -> None:
     assert np.isnan(mean_half_width(np.array([0.5, 0.5, 0.5]), 95))
 
 
-def test_loop_has_mean_of_each_basis(tmp_path: Path) -> None:
+def test_loop_over_seeded_bases_has_a_mean_per_basis(tmp_path: Path) -> None:
     chance = fit(f"{SEEDS}, steps: 0".replace("steps: 6, ", "")).replace("basis d", "basis c")
     rule = f"for b in [d, c] {{ patch {SITE} in basis b at last token }}"
     path = write(tmp_path, fit(SEEDS), chance, experiment(PATCH[0], rule))
@@ -333,10 +335,10 @@ def test_loop_has_mean_of_each_basis(tmp_path: Path) -> None:
     assert np.allclose([m.mean for m in result.seed_means], values.reshape(2, 3).mean(axis=1))
 
 
-# --- where they are shown -------------------------------------------------------------------------
+# --- printed and stored results -------------------------------------------------------------------
 
 
-def test_means_are_printed_and_stored(tmp_path: Path) -> None:
+def test_seed_means_are_printed_and_stored(tmp_path: Path) -> None:
     results = mechdsl.run(FRUIT, store=tmp_path, fit=True)
     mean, _ = one(results).seed_means
     again = mechdsl.run(FRUIT, store=tmp_path)
@@ -360,7 +362,7 @@ def mean_label(results: Any) -> str:
     return one(results).measures[0].label
 
 
-def test_fit_has_mean_of_reports(tmp_path: Path) -> None:
+def test_fit_results_of_several_seeds_have_a_mean_report(tmp_path: Path) -> None:
     fits = train(write(tmp_path, fit(SEEDS), experiment(*PATCH)))
     assert [each.basis for each in fits] == ["d[seed 0]", "d[seed 1]", "d[seed 2]"]
     assert len({tuple(rotation(each).flatten().tolist()) for each in fits}) == 3
@@ -435,7 +437,7 @@ FAILS = {
 
 
 @pytest.mark.parametrize("name", FAILS)
-def test_seeds_that_cannot_be_used_are_errors(name: str, tmp_path: Path) -> None:
+def test_unsupported_seeds_option_is_rejected(name: str, tmp_path: Path) -> None:
     line, rules, code, reason = FAILS[name]
     path = write(tmp_path, line, experiment(*rules))
     found = mechdsl.validate(path, models=models())

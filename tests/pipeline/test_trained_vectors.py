@@ -1,8 +1,7 @@
 """Steering vectors that a file declares with `direction v = fit(vector(…), …)`.
 
-Their loss, its gradient and whole trainings against autograd on the bare model in 64 bits, one
-unpadded prompt at a time; that rules use them as they use a vector of a file; their keys, and what
-is an error.
+Loss, gradient and trainings are compared with autograd on the bare model in float64, one unpadded
+prompt at a time. Further tests: use in rules, keys, and errors.
 """
 
 from __future__ import annotations
@@ -104,8 +103,10 @@ def edited_value(
 
 @pytest.mark.parametrize(("family", "at"), in_turn(HERE, POSITIONS))
 @pytest.mark.parametrize(("site", "side"), in_turn(SITES, ("left", "right")))
-def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path: Path) -> None:
-    """Of every row, in ragged batches of two rows."""
+def test_vector_loss_and_gradient_equal_autograd(
+    site: str, side: Any, family: str, at: str, tmp_path: Path
+) -> None:
+    """For every row, in ragged batches of two rows."""
     used = experiment(f"add 2 * v to {site} at last token")
     found = training_rows(write(tmp_path, fit(at=f"{site} at {at}"), used), double(family), side)
     width = found.first_vectors.shape[1]
@@ -120,7 +121,7 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
         assert torch.allclose(values, expected, atol=1e-9)
         (own,) = torch.autograd.grad(values.mean(), mine)
         (other,) = torch.autograd.grad(expected.mean(), theirs)
-        assert torch.allclose(own, other, atol=1e-6)  # rotary angles and norms have 32 bits
+        assert torch.allclose(own, other, atol=1e-6)  # rotary angles and norms are float32
         assert other.abs().max() > 1e-5
 
 
@@ -134,8 +135,8 @@ TRAININGS = {
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_training_equals_manual_loop(name: str, tmp_path: Path) -> None:
-    """The numbers of a loop that shares no code with the package, only its seeds; all tokens."""
+def test_vector_training_equals_a_reference_loop(name: str, tmp_path: Path) -> None:
+    """The reference loop shares only its seeds with the package; trained at all tokens."""
     inner, word, length, penalty = TRAININGS[name]
     line = fit(f"{QUICK}, seed: 3", inner=inner, source="turned", objective=f"{word}: {LOSS}",
                at=f"{SITE} at tokens *")  # fmt: skip
@@ -173,7 +174,7 @@ def test_training_equals_manual_loop(name: str, tmp_path: Path) -> None:
 
 
 def check_controls(said: VectorReport, ids: list[int], own: Tensor) -> None:
-    """On the held-out row, the first one; the mean difference is that of the other rows."""
+    """Check controls on the held-out first row; the mean difference is over the other rows."""
     random = torch.Generator().manual_seed(stable_hash(3, "random vectors") % 2**63)
     drawn = [torch.randn(len(own), generator=random, dtype=torch.float64) for _ in range(8)]
     pairs = [(site_vectors("turned", row), site_vectors("clean", row)) for row in ids[1:]]
@@ -205,7 +206,7 @@ def trained_by_hand(
     loss: Callable[[Tensor, int], Tensor],
     after_step: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Six steps of Adam on batches of two of three rows; `loss` is that of one row."""
+    """Six steps of Adam on batches of two of three rows; `loss` takes one row."""
     numbers, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
     for step in range(6):
         random = torch.Generator().manual_seed(stable_hash(3, "order", step) % 2**63)
@@ -221,7 +222,7 @@ def trained_by_hand(
     return numbers
 
 
-def test_report_without_source_run_has_no_mean_difference(tmp_path: Path) -> None:
+def test_vector_report_without_source_run_has_no_mean_difference(tmp_path: Path) -> None:
     (found,) = train(write(tmp_path, fit("steps: 60, batch: 4, rate: 0.1, validation: 0%"), ADD))
     said = report(found)
     assert said.difference is None
@@ -229,7 +230,7 @@ def test_report_without_source_run_has_no_mean_difference(tmp_path: Path) -> Non
     assert said.trained > max(said.random, said.unsteered) + 0.1
 
 
-# --- the same as a vector of a file ---------------------------------------------------------------
+# --- use in rules ---------------------------------------------------------------------------------
 
 RULES = {
     "sweep": [f"for c in [0, 1, 4] {{ add c * v to {SITE} at last token }}"],
@@ -251,8 +252,8 @@ MORE = f"direction w = 2 * v - unit(v)\nbasis b = directions(v) at {SITE}\n"
 
 
 @pytest.mark.parametrize("name", some(RULES, [*RULES][2::4]))
-def test_rules_use_it_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None:
-    """Bit for bit, together with another experiment on the same block."""
+def test_trained_vector_in_rules_equals_the_saved_vector(name: str, tmp_path: Path) -> None:
+    """Up to rounding, with a second experiment on the same block."""
     measure = "measure logit(answer) as raw" if name == "replies" else MEASURE
     text = MORE + experiment(*RULES[name], measure=measure) + OTHER
     path = write(tmp_path, fit(), text)
@@ -271,7 +272,7 @@ def test_rules_use_it_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None:
         assert f"trained {report(trained).trained:.4g}, random vectors of this length" in said
 
 
-def test_saved_direction_is_the_trained_vector(tmp_path: Path) -> None:
+def test_saved_direction_equals_the_trained_vector(tmp_path: Path) -> None:
     save = 'experiment s {\n  model m\n  save direction v to "out.safetensors"\n}\n'
     path = write(tmp_path, fit(), save)
     with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
@@ -281,7 +282,7 @@ def test_saved_direction_is_the_trained_vector(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "out.safetensors")["v"], vector(found).float())
 
 
-def test_loop_over_trainings_of_several_seeds_has_the_cells_of_each(tmp_path: Path) -> None:
+def test_loop_over_vectors_of_several_seeds_equals_each_vector(tmp_path: Path) -> None:
     rule = f"{{}}add 2 * {{}} to {SITE} at last token"
     loop = experiment(rule.format("for d in [v, half] { ", "d") + " }", name="both")
     alone = [experiment(rule.format("", name), name=f"one_{name}") for name in ("v", "half")]
@@ -296,8 +297,8 @@ def test_loop_over_trainings_of_several_seeds_has_the_cells_of_each(tmp_path: Pa
     assert len(both.controls) == 1
 
 
-def test_every_layer_has_a_training(tmp_path: Path) -> None:
-    """Each rule uses the vector of its layer."""
+def test_vectors_of_every_layer_have_a_training_per_layer(tmp_path: Path) -> None:
+    """Rules use the vector of their layer."""
     every, one = "resid_post layer * at last token", "resid_post layer 2 at last token"
     path = write(tmp_path, fit(at=every), experiment(f"add v to {every}"))
     found = train(path)
@@ -328,19 +329,19 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_keys_have_everything_that_the_vector_depends_on(tmp_path: Path, trains_all: bool) -> None:
-    """A change of any of it asks for another training, with another vector."""
+def test_vector_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) -> None:
+    """A different argument needs another training and gives another vector."""
     base, folders = check_keys(
         tmp_path, trains_all, fit, CHANGES, ADD, lambda own: vector(own).tolist()
     )
-    (other,) = train(write(tmp_path, fit(source="turned"), ADD))  # another control
+    (other,) = train(write(tmp_path, fit(source="turned"), ADD))  # only the report differs
     assert other.folder not in folders
     assert torch.equal(vector(other), vector(base))
     (family,) = train(write(tmp_path, fit(), ADD), "gpt2")
     assert family.folder.name not in {each.name for each in folders}
 
 
-def test_names_and_factors_keep_the_training(tmp_path: Path) -> None:
+def test_vector_key_ignores_names_and_factors(tmp_path: Path) -> None:
     (before,) = train(write(tmp_path, fit(), ADD))
     for parts in (
         (fit().replace("direction v", "direction u"), ADD.replace("* v", "* u")),
@@ -353,7 +354,7 @@ def test_names_and_factors_keep_the_training(tmp_path: Path) -> None:
         assert run(path).complete
 
 
-# --- files without a training, and mistakes -------------------------------------------------------
+# --- measured training rows, and errors -----------------------------------------------------------
 
 
 USES = {
@@ -367,7 +368,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_training_rows_are_not_measured(use: str, tmp_path: Path) -> None:
+def test_measuring_training_rows_of_a_vector_is_rejected(use: str, tmp_path: Path) -> None:
     used, more = experiment(USES[use], block="p"), MORE
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `v` is trained on") as found:
         train(write(tmp_path, fit(), more, used))
@@ -408,7 +409,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path) -> None:
+def test_invalid_vector_argument_is_rejected(name: str, tmp_path: Path) -> None:
     old, new, code = MISTAKES[name]
     line = f"direction v = {CALL} at {SITE} at last token\n".replace(old, new)
     if name == "token counts":
@@ -418,7 +419,7 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     assert errors[0].code == code, errors
 
 
-def test_model_edit_with_a_trained_direction_is_an_error(tmp_path: Path) -> None:
+def test_model_edit_with_a_trained_vector_is_rejected(tmp_path: Path) -> None:
     edited = "model edited = m with { project out v from weights }\n"
     path = write(tmp_path, fit(), edited, ADD.replace("model m", "model edited"))
     with pytest.raises(mechdsl.MechdslError, match="an edit can't use it yet") as found:

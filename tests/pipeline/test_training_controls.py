@@ -1,5 +1,4 @@
-"""Controls that experiments with something trained have without an `against` line, and what tables
-say about measured training rows."""
+"""Automatic controls of experiments with trained objects, and reports of measured training rows."""
 
 from __future__ import annotations
 
@@ -60,7 +59,9 @@ def only(path: Path, family: str = "llama", **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "family"), in_turn(list(RANDOM), ("llama", "gpt2", "gpt_neox")))
-def test_random_control_equals_that_of_against(kind: str, family: str, tmp_path: Path) -> None:
+def test_automatic_random_control_equals_against_random(
+    kind: str, family: str, tmp_path: Path
+) -> None:
     used = DECLARED[kind][1]
     own = only(write(tmp_path, declare(kind), used), family)
     asked = only(write(tmp_path, declare(kind), with_line(used, "against random(8)")), family)
@@ -73,7 +74,9 @@ def test_random_control_equals_that_of_against(kind: str, family: str, tmp_path:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_random_positions_of_a_mask(family: str, tmp_path: Path) -> None:
+def test_automatic_control_of_a_position_mask_equals_against_random(
+    family: str, tmp_path: Path
+) -> None:
     used = rotations.experiment("from turned into clean", "patch resid_post layer 1 at g tokens")
     line = positions.fit()
     own = only(write(tmp_path, line, used), family)
@@ -83,8 +86,10 @@ def test_random_positions_of_a_mask(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_untrained_dictionary_equals_one_without_steps(family: str, tmp_path: Path) -> None:
-    """In a loop, only trained dictionaries have a control."""
+def test_untrained_dictionary_control_equals_a_training_without_steps(
+    family: str, tmp_path: Path
+) -> None:
+    """In a loop, only trained bases have a control."""
     start = dictionaries.fit(options="steps: 0, seed: 0, validation: 25%").replace("f =", "g =")
     whole = f"basis b = pca(p, dims: 2) at resid_post layer {dictionaries.LAYER} at last token\n"
     each = dictionaries.experiment(
@@ -104,7 +109,7 @@ def test_untrained_dictionary_equals_one_without_steps(family: str, tmp_path: Pa
     assert np.isnan(band.p).all()
 
 
-def test_untrained_lens_is_the_logit_lens(tmp_path: Path) -> None:
+def test_untrained_lens_control_equals_the_logit_lens(tmp_path: Path) -> None:
     used = lenses.experiment(lenses.SEEN, measure="measure logprob(answer) as raw")
     plain = used.replace("tuned_lens(l)", "logit_lens").replace("experiment e", "experiment plain")
     own, other = run(write(tmp_path, lenses.fit(), used, plain), fit=True).files[0].experiments
@@ -114,7 +119,7 @@ def test_untrained_lens_is_the_logit_lens(tmp_path: Path) -> None:
     assert not other.controls
 
 
-def test_against_none_leaves_out_the_control(tmp_path: Path) -> None:
+def test_against_none_omits_the_automatic_control(tmp_path: Path) -> None:
     used = with_line(vectors.ADD, "against none")
     path = write(tmp_path, vectors.fit(), used)
     found = only(path)
@@ -127,14 +132,14 @@ def test_against_none_leaves_out_the_control(tmp_path: Path) -> None:
         assert [each.code for each in refused.value.diagnostics] == [code]
 
 
-def test_experiments_without_something_trained_have_no_control(tmp_path: Path) -> None:
+def test_experiment_without_trained_objects_has_no_automatic_control(tmp_path: Path) -> None:
     path = write(tmp_path, vectors.fit(), vectors.ADD, OTHER)
     first, second = run(path, fit=True).files[0].experiments
     assert (bool(first.controls), bool(second.controls)) == (True, False)
     assert second.conventions["controls"].startswith("none (`against random(39)`")
 
 
-def test_other_rules_are_unchanged_in_the_control(tmp_path: Path) -> None:
+def test_automatic_control_keeps_rules_without_trained_objects(tmp_path: Path) -> None:
     other = "direction w = mean(p) at resid_post layer 1 at last token\n"
     used = vectors.ADD.replace(
         "  measure", "  add 3 * w to resid_post layer 1 at last token\n  measure"
@@ -170,8 +175,10 @@ MORE = {
 
 
 @pytest.mark.parametrize(("name", "family"), in_turn(list(MORE), ("llama", "gpt2", "gpt_neox")))
-def test_random_control_with_other_constructs(name: str, family: str, tmp_path: Path) -> None:
-    """The draws of the trained part are those of `against`, in every cell."""
+def test_automatic_control_in_loops_and_generation_equals_against_random(
+    name: str, family: str, tmp_path: Path
+) -> None:
+    """The draws equal those of `against random`, in every cell."""
     line, lines, what = MORE[name]
     measure = "measure length as raw" if name == "generation" else rotations.MEASURE
     used = rotations.experiment(*lines, measure=measure)
@@ -190,7 +197,9 @@ def test_random_control_with_other_constructs(name: str, family: str, tmp_path: 
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_untrained_transcoder(family: str, tmp_path: Path) -> None:
+def test_untrained_transcoder_control_equals_a_training_without_steps(
+    family: str, tmp_path: Path
+) -> None:
     inner = "transcoder(features: 12, k: 3)"
     at = "mlp_out layer 1 at tokens *"
     used = dictionaries.experiment("set mlp_out layer 1 at tokens * to reconstruction of f")
@@ -203,8 +212,8 @@ def test_untrained_transcoder(family: str, tmp_path: Path) -> None:
     assert own.controls[0].mean == only(start, family).statistics[0].mean != own.statistics[0].mean
 
 
-def test_models_and_two_experiments_of_one_file(tmp_path: Path) -> None:
-    """Each of two experiments has the control of what it uses, on the same rows."""
+def test_each_experiment_has_the_control_of_its_trained_object(tmp_path: Path) -> None:
+    """Three experiments on the same rows use two trainings."""
     second = vectors.ADD.replace("experiment e", "experiment o").replace("2 * v", "4 * v")
     path = write(tmp_path, vectors.fit(), rotations.fit(), vectors.ADD, second,
                  rotations.PATCHES.replace("experiment e", "experiment r"))  # fmt: skip
@@ -239,7 +248,7 @@ UNCONTROLLED = {
 
 
 @pytest.mark.parametrize("name", UNCONTROLLED)
-def test_a_table_says_why_there_is_no_control(name: str, tmp_path: Path) -> None:
+def test_missing_automatic_control_states_the_reason(name: str, tmp_path: Path) -> None:
     line, used, reason = UNCONTROLLED[name]
     path = write(tmp_path, line, used)
     found = only(path)
@@ -247,7 +256,7 @@ def test_a_table_says_why_there_is_no_control(name: str, tmp_path: Path) -> None
     assert found.conventions["controls"].startswith(f"none: {reason}")
 
 
-def test_ablated_features_of_a_graph_have_their_own_random_control(tmp_path: Path) -> None:
+def test_graph_ablation_has_its_random_measure_instead_of_a_control(tmp_path: Path) -> None:
     line = "observe graph_ablation(f) logits toward answer at last token top 1 as cut"
     at = "mlp_out layer 1 at tokens *"
     path = dictionaries.write(
@@ -260,7 +269,7 @@ def test_ablated_features_of_a_graph_have_their_own_random_control(tmp_path: Pat
     assert "controls" not in found.conventions
 
 
-def test_dictionaries_of_older_stores_say_so(tmp_path: Path) -> None:
+def test_dictionary_without_stored_untrained_weights_states_it(tmp_path: Path) -> None:
     path = dictionaries.write(tmp_path, dictionaries.fit(), dictionaries.experiment(REPLACES))
     (trained,) = train(path)
     with_weights = only(path)
@@ -270,20 +279,22 @@ def test_dictionaries_of_older_stores_say_so(tmp_path: Path) -> None:
     assert "the store has no untrained weights of `f`" in found.conventions["controls"]
 
 
-def test_copies_have_no_untrained_weights(tmp_path: Path) -> None:
+def test_copied_dictionary_has_no_untrained_weights(tmp_path: Path) -> None:
     path = dictionaries.write(tmp_path, dictionaries.fit(), dictionaries.experiment(REPLACES))
     train(path, out=tmp_path / "copies")
     assert not (tmp_path / "copies" / "f" / "untrained").exists()
 
 
-def test_many_cells_have_fewer_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_control_draws_less_for_many_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path, vectors.fit(), vectors.ADD)
     for cells, draws in ((16, 8), (5, 5), (0, 1)):
         monkeypatch.setattr(controls, "TRAINING_CELLS", cells)
         assert only(path, fresh=True).controls[0].draws.tolist() == [draws]
 
 
-def test_plan_counts_the_rows_of_controls(tmp_path: Path) -> None:
+def test_plan_lists_the_automatic_control_unless_omitted(tmp_path: Path) -> None:
     rows: list[int] = []
     for used in (vectors.ADD, with_line(vectors.ADD, "against none")):
         path = write(tmp_path, vectors.fit(), used)
@@ -292,7 +303,7 @@ def test_plan_counts_the_rows_of_controls(tmp_path: Path) -> None:
     assert rows[1] == 0
 
 
-def test_control_is_marked_in_every_form(tmp_path: Path) -> None:
+def test_automatic_control_is_named_in_json_text_html_and_records(tmp_path: Path) -> None:
     path = write(tmp_path, vectors.fit(), vectors.ADD)
     results = run(path, fit=True)
     (found,) = results.files[0].experiments
@@ -323,7 +334,9 @@ TRAINED: dict[str, tuple[ModuleType, str, str]] = {
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_every_form_reports_measured_training_rows(kind: str, tmp_path: Path) -> None:
+def test_measured_training_rows_are_reported_in_json_text_and_html(
+    kind: str, tmp_path: Path
+) -> None:
     module, used, name = TRAINED[kind]
     used = used.replace("prompts second", "prompts p").replace("from turned", "from other")
     line = module.fit(options=f"{module.QUICK}, measure_on_training_rows: true")

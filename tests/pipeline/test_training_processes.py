@@ -1,4 +1,4 @@
-"""Trainings that a launcher starts in several processes, against the same trainings in one."""
+"""Trainings in several processes, compared with the same trainings in one process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 ROOT = Path(__file__).parents[2]
 OPTIONS = "steps: 8, batch: 2, accumulate: 3"
-"""An odd number of batches: the second process has none at the end."""
+"""An odd number of batches, so that the second process has none at the end."""
 KINDS = {
     "topk": dictionaries.SAE,
     **{
@@ -51,7 +51,7 @@ KINDS = {
 
 
 ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
-"""Without a GPU, the processes have CPUs."""
+"""Without a GPU, the processes use CPUs."""
 
 
 def launch(*command: str | Path, count: int = 2) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,7 @@ def launch(*command: str | Path, count: int = 2) -> subprocess.CompletedProcess[
 
 
 def fork(count: int, work: Callable[[], object]) -> None:
-    """Fork processes with the environment of a launcher, which import nothing again."""
+    """Fork processes with a launcher's environment; they need no new imports."""
     from accelerate import PartialState
 
     with socket.socket() as found:
@@ -97,7 +97,7 @@ def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
 # --- all trainers, on models of several families --------------------------------------------------
 
 OWN = ("own dictionary", "own vector", "own rotation")
-"""Their modules have buffers."""
+"""Custom trainers whose modules have buffers."""
 QUICK = ("topk", "streamed", "transcoder", "rotation", "mask", "lens")
 
 
@@ -118,7 +118,7 @@ def write_file(kind: str, family: str, folder: Path) -> list[str]:
 def train_all(
     kinds: Sequence[str], folder: Path, count: int, *, forked: bool
 ) -> dict[str, bytes | str]:
-    """Train each file in so many processes, forked or launched; return the trained files, and
+    """Train each file in `count` processes, forked or launched; return the trained files and
     problems."""
     files = [
         write_file(kind, family, folder / kind)
@@ -126,7 +126,7 @@ def train_all(
     ]
     listed, result = folder / "list.json", folder / "result.json"
     listed.write_text(json.dumps([file[:2] for file in files]), "utf-8")
-    if count == 1:  # in this process, without the seconds of a start
+    if count == 1:  # in this process, which saves the start
         written = training_processes.train_all(listed)
     elif forked:
         fork(count, partial(training_processes.train_together, listed, result))
@@ -152,14 +152,14 @@ EVERY = [kind for kind in (*DECLARED, *KINDS, "streamed") if kind not in OWN]
         pytest.param(EVERY, 3, False, id="all", marks=pytest.mark.slow),
     ],
 )
-def test_processes_end_with_the_weights_of_one(
+def test_several_processes_train_the_weights_of_one(
     kinds: Sequence[str],
     count: int,
     forked: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit; also with features that are idle, several layouts of batches and streams."""
+    """Bit for bit, also with idle features, several batch layouts and streams."""
     for module, name in ((sparse_training, "IDLE_STEPS"), (training_vectors, "split_prompts")):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after `train_all`
     one, several = (train_all(kinds, tmp_path / str(n), n, forked=forked) for n in (1, count))
@@ -194,8 +194,8 @@ experiment {0} {{
 
 
 @pytest.mark.slow
-def test_command_trains_what_processes_can_divide(tmp_path: Path) -> None:
-    """A mask over a dictionary waits for it; the first process prints; others can't be divided."""
+def test_fit_command_trains_only_divisible_trainings_in_processes(tmp_path: Path) -> None:
+    """A mask over a dictionary waits for its training; only the first process prints."""
     file = tmp_path / "file.mech"
     write = "set resid_post layer 0 at last token to reconstruction of {0}"
     rules = {name: write.format(name) for name in "fcbs"}
@@ -217,7 +217,7 @@ def test_command_trains_what_processes_can_divide(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_interrupted_training_continues_in_two_processes(tmp_path: Path) -> None:
+def test_interrupted_training_resumes_in_two_processes(tmp_path: Path) -> None:
     file = write_file("rotation", "llama", tmp_path / "rotation")
     listed, result, copy = (tmp_path / name for name in ("list.json", "result.json", "copy"))
     listed.write_text(json.dumps([file[:2]]), "utf-8")
@@ -245,7 +245,7 @@ main()
 
 @pytest.mark.slow
 def test_training_resumes_after_one_of_two_processes_is_killed(tmp_path: Path) -> None:
-    """Each in turn, three times in all; the end has the weights of one process, bit for bit."""
+    """Processes are killed in turn, three times; the final weights equal those of one process."""
     file, program, ids = (tmp_path / name for name in ("file.mech", "program.py", "id"))
     more = "steps: 3000, batch: 64, accumulate: 2"
     file.write_text(killed.FILE.replace("steps: 3000, batch: 64", more), "utf-8")
@@ -281,10 +281,10 @@ def test_training_resumes_after_one_of_two_processes_is_killed(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", OWN)
-def test_module_with_buffers_is_an_error(
+def test_training_a_module_with_buffers_in_processes_is_rejected(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of a part may depend on what the part before it left in a buffer."""
+    """The loss of a batch may depend on buffers that the preceding batch modified."""
     path, family, _ = write_file(kind, "llama", tmp_path / kind)
     monkeypatch.setattr(training, "own_processes", lambda: Processes(2, 0))
     with pytest.raises(mechdsl.MechdslError, match="several processes can't divide a step"):
@@ -309,7 +309,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_reported_before_anything_runs(
+def test_invalid_command_in_several_processes_is_rejected(
     case: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -320,7 +320,7 @@ def test_mistakes_are_reported_before_anything_runs(
     assert said in capsys.readouterr().err
 
 
-def test_missing_accelerate_is_reported(
+def test_fit_in_processes_without_accelerate_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mechdsl.cli.fit.find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""What is common to rotations, vectors, edits, scales and masks: a training on a measure."""
+"""Behaviour common to all trainings on a measure: rotations, vectors, edits, scales, masks."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ DECLARED: dict[str, tuple[ModuleType, str, str, str]] = {
     "mask": (masks, masks.PATCHES, "mask.json", "mask of 3 of 12 sites"),
     "circuit": (circuits, circuits.PATCHES, "mask.json", "mask of 3 of 190 edges"),
 }
-"""Module with the declaration, an experiment that uses it, the file of its weights, and what
-`explain` says before the training."""
+"""Module with the declaration, an experiment that uses it, the file of its weights, and text of
+`explain` before the training."""
 
 
 @pytest.fixture(params=some(DECLARED, [*DECLARED][1::2]))
@@ -73,7 +73,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=some(DECLARED, ("boundless", "edit", "circuit")))
 def some_kind(request: pytest.FixtureRequest) -> str:
-    """A kind for a test of the store, which doesn't depend on what is trained."""
+    """Few kinds, for tests of the store that don't depend on the kind."""
     return request.param
 
 
@@ -82,7 +82,9 @@ def declare(kind: str, **options: Any) -> str:
     return (module.boundless if kind == "boundless" else module.fit)(**options)
 
 
-def test_only_what_needs_a_training_is_lost(some_kind: str, tmp_path: Path) -> None:
+def test_missing_training_affects_only_dependent_experiments(
+    some_kind: str, tmp_path: Path
+) -> None:
     path = write(tmp_path, declare(some_kind), DECLARED[some_kind][1], OTHER)
     with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
         found = run(path).files[0]
@@ -91,7 +93,7 @@ def test_only_what_needs_a_training_is_lost(some_kind: str, tmp_path: Path) -> N
     assert {each.name for each in found.experiments} == {"e", "control"}
 
 
-def test_a_file_without_a_training_can_be_looked_at(some_kind: str, tmp_path: Path) -> None:
+def test_validate_plan_and_explain_work_before_a_training(some_kind: str, tmp_path: Path) -> None:
     path = write(tmp_path, declare(some_kind), DECLARED[some_kind][1])
     assert not has_errors(mechdsl.validate(path, models()))
     assert mechdsl.plan(path, models=models()) is not None
@@ -99,7 +101,9 @@ def test_a_file_without_a_training_can_be_looked_at(some_kind: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("patch", "name"), [("rotation", "basis d"), ("mask", "group g")])
-def test_training_rows_are_not_measured(patch: str, name: str, tmp_path: Path) -> None:
+def test_measuring_training_rows_of_a_rotation_or_mask_is_rejected(
+    patch: str, name: str, tmp_path: Path
+) -> None:
     patches = DECLARED[patch][1].replace("prompts second", "prompts p").replace("turned", "other")
     said = f"measures rows that `{name[-1]}` is trained on"
     with pytest.raises(mechdsl.MechdslError, match=said) as found:
@@ -112,7 +116,7 @@ def test_training_rows_are_not_measured(patch: str, name: str, tmp_path: Path) -
     assert "4 of the 4 rows measured here are training rows" in done.conventions[name]
 
 
-def test_a_damaged_training_is_trained_again(some_kind: str, tmp_path: Path) -> None:
+def test_damaged_training_is_trained_again(some_kind: str, tmp_path: Path) -> None:
     path = write(tmp_path, declare(some_kind), DECLARED[some_kind][1])
     (found,) = train(path)
     weights = found.folder / DECLARED[some_kind][2]
@@ -124,9 +128,11 @@ def test_a_damaged_training_is_trained_again(some_kind: str, tmp_path: Path) -> 
     assert weights.read_bytes() == before
 
 
-def test_interrupted(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After Ctrl-C, the next training continues from the checkpoint, and ends with the weights of
-    an uninterrupted one."""
+def test_interrupted_training_resumes_with_the_same_weights(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After Ctrl-C, the next training resumes from the checkpoint and ends with the weights of an
+    uninterrupted one."""
     stops = "" if kind == "circuit" else ", patience: 9"
     quick = f"{DECLARED[kind][0].QUICK}{stops}"
     path = write(tmp_path, declare(kind, options=quick), DECLARED[kind][1])
@@ -150,11 +156,11 @@ EDITS = [kind for kind in DECLARED if kind not in ("mask", "circuit")]
 
 
 @pytest.mark.parametrize("kind", some(EDITS, ("boundless", "edit")))
-def test_vectors_that_exceed_the_buffer_are_read_for_each_step(
+def test_training_that_rereads_vectors_each_step_gives_the_same_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights and the table are those of a training with all vectors in memory, which starts
-    with the vectors of the same rows."""
+    """If the vectors exceed the buffer, weights and report equal those of a training with all
+    vectors in memory, whose start uses the same rows."""
     path = write(tmp_path, declare(kind), DECLARED[kind][1])
     (first,) = train(path)
     width = max(own.shape[-1] for own in load_file(first.folder / DECLARED[kind][2]).values())
@@ -206,11 +212,11 @@ MASKED = {
         2,
     ),
 }
-"""The declaration, an experiment, and the number of rows that are read at once."""
+"""The declaration, an experiment, and the number of rows read at once."""
 
 
 @pytest.mark.parametrize("name", some(MASKED, [*MASKED][::3]))
-def test_vectors_of_a_mask_that_exceed_the_buffer_are_read_for_each_step(
+def test_mask_training_that_rereads_vectors_gives_the_same_mask(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line, used, most = MASKED[name]
@@ -232,10 +238,10 @@ def test_vectors_of_a_mask_that_exceed_the_buffer_are_read_for_each_step(
     assert second["chosen"] == first["chosen"]
     assert second["probabilities"] == pytest.approx(first["probabilities"], abs=1e-5)
     assert max(read) <= most
-    assert (len(read) > 10) == (name != "means of sites")  # otherwise once for the means
+    assert (len(read) > 10) == (name != "means of sites")  # means are read once
 
 
-def test_key_and_price_know_vectors_that_exceed_the_buffer(
+def test_training_key_and_cost_depend_on_exceeding_the_buffer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, declare("vector"), DECLARED["vector"][1])
@@ -250,7 +256,7 @@ def test_key_and_price_know_vectors_that_exceed_the_buffer(
     assert more.cost.multiply_adds > price.cost.multiply_adds
 
 
-def test_a_model_of_the_caller_stays_as_it_is(some_kind: str, tmp_path: Path) -> None:
+def test_training_keeps_gradient_flags_of_the_callers_model(some_kind: str, tmp_path: Path) -> None:
     model = copy.deepcopy(bare("gpt2")).requires_grad_()
     path = write(tmp_path, declare(some_kind), DECLARED[some_kind][1])
     mechdsl.fit(path, {"m": (model, word_tokenizer())}, store=tmp_path / "store")

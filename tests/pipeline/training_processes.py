@@ -1,8 +1,8 @@
-"""A process of several that train together: trains each file of a list with a model in Python.
+"""One of several processes that train together: trains each file of a list.
 
 `python -m tests.pipeline.training_processes LIST RESULT`: LIST is JSON, with a path and a family
-for each training. RESULT gets the folder of what was trained, or the problem. With a folder COPY
-after them, the only training is copied there, begun again and stopped after four steps.
+for each training. RESULT gets the folder of each trained file, or the problem. With a third
+argument COPY, the only training is copied there, restarted and stopped after four steps.
 """
 
 import json
@@ -25,7 +25,7 @@ from tests.pipeline.test_trained_rotations import (
 
 
 def train_all(listed: Path) -> list[str]:
-    """Train each of them, in batches of one or two rows, with features that are soon idle."""
+    """Train each file in batches of one or two rows; features become idle after two steps."""
     sparse_training.IDLE_STEPS = 2
     training_vectors.split_prompts = partial(training_vectors.split_prompts, tokens=16)
     found = []
@@ -39,7 +39,7 @@ def train_all(listed: Path) -> list[str]:
 
 
 def interrupt(listed: Path, folder: Path, copy: Path) -> None:
-    """Keep a copy of what was trained, and of its training only a checkpoint."""
+    """Copy a trained folder, and leave only a checkpoint of its training."""
     [[path, _]] = json.loads(listed.read_text("utf-8"))
     shutil.copytree(folder, copy)
     with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +48,7 @@ def interrupt(listed: Path, folder: Path, copy: Path) -> None:
 
 
 def train_together(listed: Path, result: Path) -> list[str]:
-    """Train each of them with the other processes; the first one writes the result."""
+    """Train each file together with the other processes; the first one writes the result."""
     torch.set_num_threads(1)
     with join_processes(read_launch()[1], cpu=True) as processes:
         done = train_all(listed)

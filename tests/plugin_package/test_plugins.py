@@ -1,4 +1,4 @@
-"""A plugin that is installed from a wheel, loaded by `--plugin` and by `plugins=`."""
+"""A plugin installed from a wheel and loaded with `--plugin` or `plugins=`."""
 
 from __future__ import annotations
 
@@ -139,10 +139,12 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
         ("bands(2, 3)", "takes one number", "write `bands(8)`, a height in pixels from 1 to 64"),
     ],
 }
-"""Call in a file → what may be written instead, its message and its hint."""
+"""Call in a file → invalid replacements, each with its message and hint."""
 
 
-def test_mistakes_in_what_the_plugin_adds(unchanged: Path, tmp_path: Path) -> None:
+def test_invalid_calls_of_plugin_entries_report_message_and_hint(
+    unchanged: Path, tmp_path: Path
+) -> None:
     """All mistakes in one process."""
     (tmp_path / "lib").symlink_to(unchanged / "lib", target_is_directory=True)
     files = ("example.mech", "tied.mech", "bands.mech")
@@ -235,7 +237,7 @@ def expected_delta(folder: Path) -> list[float]:
     return [b - a for a, b in zip(before, after, strict=True)]
 
 
-def test_validate_with_plugin_accepts_the_file_and_without_it_rejects_the_file(
+def test_validate_accepts_the_file_only_with_the_plugin(
     installed: Path,
 ) -> None:
     done = mechdsl(installed, "validate", "--plugin", "example", "example.mech")
@@ -308,7 +310,7 @@ def expected_power(folder: Path, power: int) -> float:
 
 
 def sensitive(folder: Path) -> dict[str, Any]:
-    """The experiment `sensitive` of a run with the plugin, which the store keeps."""
+    """The experiment `sensitive` of a stored run with the plugin."""
     done = mechdsl(folder, "run", "--plugin", "example", "--format", "json", "example.mech")
     assert done.returncode == 0, done.stderr
     every = json.loads(done.stdout)["files"][0]["experiments"]
@@ -335,7 +337,7 @@ def test_estimator_of_the_plugin_has_a_default_option(installed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_changed_estimator_of_the_plugin_computes_again(installed: Path) -> None:
+def test_edited_estimator_of_the_plugin_is_recomputed(installed: Path) -> None:
     first = sensitive(installed)
     module = installed / "lib" / "mechdsl_example_plugin.py"
     text = module.read_text("utf-8")
@@ -363,7 +365,7 @@ def test_aggregate_of_the_plugin_is_computed_from_the_cells(document: dict[str, 
 
 
 @pytest.mark.slow
-def test_changed_aggregate_of_the_plugin_computes_again(installed: Path) -> None:
+def test_edited_aggregate_of_the_plugin_is_recomputed(installed: Path) -> None:
     first = restored(installed)["expect"][0]
     module = installed / "lib" / "mechdsl_example_plugin.py"
     text = module.read_text("utf-8")
@@ -379,7 +381,7 @@ def test_changed_aggregate_of_the_plugin_computes_again(installed: Path) -> None
         ("values", "`combine` of `rms` returned the shape [1, 4] instead of [1]"),
     ],
 )
-def test_mistakes_in_an_aggregate_of_the_plugin_fail_only_the_expectation(
+def test_failing_aggregate_of_the_plugin_fails_only_its_expectation(
     returned: str, reason: str, installed: Path
 ) -> None:
     module = installed / "lib" / "mechdsl_example_plugin.py"
@@ -395,7 +397,7 @@ def test_mistakes_in_an_aggregate_of_the_plugin_fail_only_the_expectation(
 def test_statistic_of_the_plugin_is_computed_from_the_rows(
     document: dict[str, Any], installed: Path
 ) -> None:
-    """`spread` of one added vector, from the differences that hooks on the bare model give."""
+    """`spread` of the effects of one added vector, from hooks on the bare model."""
     expected = expected_delta(installed)
     steered = document["files"][0]["experiments"][0]
     low, high = np.quantile(expected, [0.25, 0.75])
@@ -405,7 +407,7 @@ def test_statistic_of_the_plugin_is_computed_from_the_rows(
 
 
 @pytest.mark.slow
-def test_statistic_of_the_plugin_is_a_column_of_its_files_alone(installed: Path) -> None:
+def test_plugin_statistic_is_a_column_only_with_the_plugin(installed: Path) -> None:
     done = mechdsl(installed, "run", "--plugin", "example", "example.mech")
     header = next(line for line in done.stdout.splitlines() if "95 % interval" in line)
     assert "spread" in header.split()
@@ -414,7 +416,7 @@ def test_statistic_of_the_plugin_is_a_column_of_its_files_alone(installed: Path)
 
 
 @pytest.mark.slow
-def test_exception_in_a_statistic_leaves_the_other_numbers(installed: Path) -> None:
+def test_exception_in_a_plugin_statistic_keeps_other_values(installed: Path) -> None:
     module = installed / "lib" / "mechdsl_example_plugin.py"
     text = module.read_text("utf-8")
     module.write_text(text.replace("return high - low", "return undefined"), encoding="utf-8")
@@ -515,7 +517,7 @@ def test_exception_in_a_baseline_image_is_an_error_with_its_cause(installed: Pat
 
 
 @pytest.mark.slow
-def test_other_views_take_the_plugin(installed: Path) -> None:
+def test_explain_plan_graph_and_fmt_load_the_plugin(installed: Path) -> None:
     for command in ("explain", "plan", "graph"):
         done = mechdsl(installed, command, "--plugin", "example", "example.mech")
         assert done.returncode == 0, done.stderr
@@ -540,7 +542,7 @@ def norm(table: str) -> float:
 
 
 @pytest.mark.slow
-def test_changed_code_or_version_of_the_plugin_computes_again(installed: Path) -> None:
+def test_run_key_depends_on_code_and_version_of_the_plugin(installed: Path) -> None:
     run = ("run", "--plugin", "example", "example.mech")
     first = mechdsl(installed, *run)
     assert "from the store" not in first.stderr
@@ -556,7 +558,7 @@ def test_changed_code_or_version_of_the_plugin_computes_again(installed: Path) -
     metadata = info / "METADATA"
     written = metadata.read_text("utf-8").replace("Version: 0.1", "Version: 0.2")
     metadata.write_text(written, encoding="utf-8")
-    # The version is part of the run key alone: values depend on the code, which is the same.
+    # The version is only part of the run key: cached values depend on the code, which is equal.
     assert "unchanged since" not in mechdsl(installed, *run).stderr
 
 

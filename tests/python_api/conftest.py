@@ -1,4 +1,4 @@
-"""A file, what a run of it gives, and a model that the caller holds."""
+"""A file, the results of a run of it, and a model of the caller."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WARNED = "W0720"
 
 @pytest.fixture(scope="session")
 def pair() -> tuple[Any, Any]:
-    """A model and its tokenizer; tests leave them as they are, as the package must."""
+    """A model and its tokenizer, which neither tests nor the package may modify."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     folder = str(files("mechdsl") / "zoo" / "counting")

@@ -128,8 +128,8 @@ def test_stored_run_has_the_same_prompts_and_features(tmp_path: Path) -> None:
     assert again["seen"].to_text(120) == first["seen"].to_text(120)
 
 
-def test_another_experiment_in_the_file_changes_no_features(tmp_path: Path) -> None:
-    """The store may have everything else of the experiment, but not which features it selects."""
+def test_features_do_not_depend_on_another_experiment(tmp_path: Path) -> None:
+    """The second run reads the experiment's values from the store and selects features again."""
     path, text = tmp_path / "seen.mech", FILE.replace("REPORT", "")
     path.write_text(text, encoding="utf-8")
     first = mechdsl.run(path, store=tmp_path / "store")["seen"]
@@ -140,7 +140,7 @@ def test_another_experiment_in_the_file_changes_no_features(tmp_path: Path) -> N
     assert again.active == first.active
 
 
-def test_changed_labels_are_read_again(tmp_path: Path) -> None:
+def test_edited_labels_are_reread(tmp_path: Path) -> None:
     folder = Path(__file__).parents[1].parent / "examples" / "systems" / "induction-features"
     path = tmp_path / "seen.mech"
     path.write_text(

@@ -151,7 +151,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_hash_differs_if_the_function_reads_something_else(what: str) -> None:
+def test_hash_depends_on_everything_that_the_function_reads(what: str) -> None:
     one, other = DIFFERENT[what]
     assert digest(cell(one)) == digest(cell(one))
     assert digest(cell(one)) != digest(cell(other))
@@ -187,7 +187,7 @@ def test_hash_covers_a_partial() -> None:
     assert digest(one) != digest(other)
 
 
-def test_hash_follows_a_global_that_changes_between_runs() -> None:
+def test_hash_follows_a_global_edited_between_runs() -> None:
     f = cell("k = {'a': [1, 2]}\nf = lambda x: x + k['a'][0]")
     before = digest(f)
     f.__globals__["k"]["a"][0] = 5
@@ -197,14 +197,14 @@ def test_hash_follows_a_global_that_changes_between_runs() -> None:
     assert digest(f) == before
 
 
-def test_hash_follows_a_tensor_that_changes_in_place() -> None:
+def test_hash_follows_a_tensor_edited_in_place() -> None:
     f = cell("k = torch.zeros(3)\nf = lambda x: x + k")
     before = digest(f)
     f.__globals__["k"][1] = 1
     assert digest(f) != before
 
 
-def test_hash_follows_a_class_attribute_that_changes() -> None:
+def test_hash_follows_an_edited_class_attribute() -> None:
     f = cell("class C: k = 1\nf = lambda x: x + C.k")
     before = digest(f)
     f.__globals__["C"].k = 2
@@ -218,7 +218,7 @@ def test_hash_follows_replaced_code() -> None:
     assert digest(f) != before
 
 
-def test_hash_of_a_wrapper_covers_the_wrapper_and_not_only_the_name_that_it_copies() -> None:
+def test_hash_of_a_wrapper_covers_its_code() -> None:
     def renamed(by: int) -> Any:
         @functools.wraps(math.exp)
         def exp(x: Any) -> Any:
@@ -238,7 +238,7 @@ def test_hash_covers_recursion() -> None:
     assert digest(cell(one)) != digest(cell(one.replace("- 1", "- 2")))
 
 
-def test_a_function_under_no_grad_can_be_hashed() -> None:
+def test_hash_covers_a_function_under_no_grad() -> None:
     one = "@torch.no_grad()\ndef f(x): return x + 1"
     assert digest(cell(one)) == digest(cell(one))
     assert digest(cell(one)) != digest(cell(one.replace("+ 1", "+ 2")))
@@ -295,7 +295,7 @@ def test_hash_names_the_module_whose_source_must_be_unchanged(module: Any) -> No
     assert f"import {module.__name__}\n".encode() in hash_callable(f)[1]
 
 
-def test_a_patched_function_of_a_package_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_follows_a_patched_function_of_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     f = cell("f = lambda x: np.own_scale(x)")
     found: list[str] = []
     for text in ("f = lambda x: x", "f = lambda x: x + 1"):
@@ -304,7 +304,7 @@ def test_a_patched_function_of_a_package_is_followed(monkeypatch: pytest.MonkeyP
     assert found[0] != found[1]
 
 
-# --- what can't be hashed -------------------------------------------------------------------------
+# --- functions that can't be hashed ---------------------------------------------------------------
 
 
 class Callable_:
@@ -361,7 +361,7 @@ UNHASHABLE: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("what", UNHASHABLE)
-def test_a_function_that_reads_what_cannot_be_hashed_is_rejected(what: str) -> None:
+def test_function_that_reads_unhashable_state_is_rejected(what: str) -> None:
     text, values = UNHASHABLE[what]
     assert reason(cell(text, **values))
 
@@ -372,7 +372,7 @@ def test_module_read_with_computed_names_is_rejected(module: Any) -> None:
 
 
 @pytest.mark.parametrize("function", [Callable_(), Callable_().method, torch.nn.Linear(2, 2)])
-def test_a_callable_with_state_is_rejected(function: Any) -> None:
+def test_callable_with_state_is_rejected(function: Any) -> None:
     assert reason(function)
 
 
@@ -442,7 +442,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 @pytest.mark.parametrize("what", CHANGES)
-def test_results_are_reused_only_while_the_function_is_unchanged(file: Path, what: str) -> None:
+def test_results_are_reused_only_for_an_identical_function(file: Path, what: str) -> None:
     text, change = CHANGES[what]
     f = cell(text)
     first, again = run(file, f), run(file, f)
@@ -457,7 +457,7 @@ def test_results_are_reused_only_while_the_function_is_unchanged(file: Path, wha
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_a_function_that_changes_what_it_reads_is_not_stored(file: Path) -> None:
+def test_function_that_modifies_its_inputs_is_not_stored(file: Path) -> None:
     text = "seen = []\ndef f(x):\n  seen.append(1.0)\n  return x[:, 0] + len(seen)"
     first = run(file, cell(text))
     again = run(file, cell(text))
@@ -468,7 +468,7 @@ def test_a_function_that_changes_what_it_reads_is_not_stored(file: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_an_unhashable_function_has_no_hash_in_the_results(file: Path) -> None:
+def test_unhashable_function_has_no_hash_in_the_results(file: Path) -> None:
     config = Config()
     results = run(file, lambda x: x[:, 0] * config.scale)
     assert not any("metrics" in name for name in results["heads"].hashes)

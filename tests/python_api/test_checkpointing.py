@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import mechdsl
 
 from ..fruit import FRUIT
-from .test_left_as_it_was import state
+from .test_model_restoration import state
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 

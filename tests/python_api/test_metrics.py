@@ -1,4 +1,4 @@
-"""Metrics that are Python functions of the caller."""
+"""Metrics passed as Python functions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_a_callable_metric_equals_the_same_metric_of_the_language(file: Path) -> None:
+def test_callable_metric_equals_the_metric_of_the_language(file: Path) -> None:
     results = mechdsl.run(file, metrics={"spread": entropy_of}, store=False)
     given, own = values(results)
     assert np.allclose(given, own, atol=1e-5)
@@ -59,7 +59,7 @@ def test_a_callable_metric_equals_the_same_metric_of_the_language(file: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_a_hashed_metric_is_stored_by_its_code(file: Path) -> None:
+def test_store_key_depends_on_the_code_of_a_metric(file: Path) -> None:
     def run(metric: Any) -> mechdsl.Results:
         return mechdsl.run(file, metrics={"spread": metric}, store=file.parent / "store")
 
@@ -74,7 +74,7 @@ def test_a_hashed_metric_is_stored_by_its_code(file: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_a_number_in_a_closure_is_part_of_the_hash(file: Path) -> None:
+def test_store_key_depends_on_the_closure_of_a_metric(file: Path) -> None:
     def shifted_by(shift: float) -> Any:
         def shifted(logits: Any, rows: Any) -> Any:
             assert len(rows) == len(logits)
@@ -91,7 +91,7 @@ def test_a_number_in_a_closure_is_part_of_the_hash(file: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_a_metric_that_cannot_be_hashed_is_never_stored(file: Path) -> None:
+def test_unhashable_metric_is_never_stored(file: Path) -> None:
     for _ in range(2):
         results = mechdsl.run(file, metrics={"spread": Scaled()}, store=file.parent / "store")
         assert any("nothing of it is stored" in note for note in results.notes)
@@ -100,14 +100,14 @@ def test_a_metric_that_cannot_be_hashed_is_never_stored(file: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_a_callable_metric_replaces_the_line_of_the_file(file: Path) -> None:
+def test_callable_metric_replaces_the_definition_in_the_file(file: Path) -> None:
     line = "metric spread = logit(answer)\n\nexperiment heads"
     text = FILE.replace("experiment heads", line)
     given, own = values(mechdsl.run(text, metrics={"spread": entropy_of}))
     assert np.allclose(given, own, atol=1e-5)
 
 
-def test_a_metric_that_raises_is_reported_by_its_name(file: Path) -> None:
+def test_exception_in_a_metric_names_the_metric(file: Path) -> None:
     def broken(logits: Any) -> Any:
         raise ValueError("no such thing")
 
@@ -117,7 +117,7 @@ def test_a_metric_that_raises_is_reported_by_its_name(file: Path) -> None:
     assert 'metrics["spread"]' in str(raised.value)
 
 
-def test_a_metric_that_is_no_function_is_a_type_error(file: Path) -> None:
+def test_metric_that_is_not_callable_raises_type_error(file: Path) -> None:
     with pytest.raises(TypeError, match="metrics are a dict of functions"):
         mechdsl.run(file, metrics={"spread": 3})  # type: ignore[dict-item]
 

@@ -1,4 +1,4 @@
-"""docs/own-models.md: its code runs in its order, and each table is that of plain hooks on the bare
+"""docs/own-models.md: its code runs in order, and each table equals plain hooks on the bare
 model."""
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ KINDS = {
     "Use a model without norms": True,
     "Keep custom attention code": False,
 }
-"""Heading → whether attention is seen."""
+"""Heading → whether attention is observed."""
 ELSEWHERE = ("Use a classifier", "Use a LoRA adapter", "Build a model in a function")
-"""What has tests of its own: `test_own_models_classifier.py`, `test_adapter_page.py`."""
+"""Sections with separate tests: `test_own_models_classifier.py`, `test_adapter_page.py`."""
 VARIANTS = ("Use an attention-only model", "Use a bidirectional model", "Use a model without norms")
-"""Sections that train again; the others have all kinds of blocks."""
+"""Sections that train another model; the others cover all types of code blocks."""
 WORDS = ["[MASK]", "|", *"abcdefgh"]
 
 
 @pytest.fixture(autouse=True)
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder to work in, whose files can be imported and are forgotten again."""
+    """A working directory on the import path; its modules are removed afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # type: ignore[no-untyped-call]
     entries = dict(vars(FAMILIES)["_entries"])
@@ -54,7 +54,9 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("left_out", some([VARIANTS, ()], [VARIANTS]), ids=["in part", "whole"])
-def test_the_page(left_out: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_models_page_code_runs_and_equals_hooks(
+    left_out: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     ran: list[str] = []
     names: dict[str, Any] = {}
     printed = ""
@@ -92,7 +94,7 @@ def words(text: str) -> str:
 
 
 def agrees(result: Any, model: Any) -> None:
-    """The recovery of every head is the one that hooks give, over all rows."""
+    """Compare the recovery of every head with hooks, over all rows."""
     found = {(r["layer"], r["head"]): r["mean"] for r in result.records()}
     assert set(found) == set(product(range(2), range(2)))
     for (layer, head), mean in found.items():
@@ -102,8 +104,8 @@ def agrees(result: Any, model: Any) -> None:
 
 @torch.no_grad()
 def scores(model: Any, layer: int, head: int) -> tuple[float, float, float]:
-    """Means over the prompts of logit(a) - logit(other): where a head's output at the last token is
-    the clean one's, of the other prompts, and of the clean ones."""
+    """Means over the prompts of logit(a) - logit(other): with a head's clean output patched at the
+    last token, in the base run, and in the clean run."""
     hidden = [] if model.config.is_causal else ["[MASK]"]
     rows = list(product("abcd", "ef", "gh"))
     right = [a for a, *_ in rows]

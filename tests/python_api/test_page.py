@@ -1,4 +1,4 @@
-"""docs/python.md: its code runs, it has every public name, and every option of the commands."""
+"""docs/python.md: its code runs, and it covers every public name and every command option."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OTHERWISE = {
     ("fit", "--format"),
     ("fit", "--no-store"),
 }
-"""What their results do, in whatever format; `store=False`; and `fit`, which needs a store."""
+"""Options covered by result methods or by `store=False`; `fit` needs a store."""
 CLASSES = [
     mechdsl.Results,
     mechdsl.TrainedFit,
@@ -50,7 +50,7 @@ CLASSES = [
 
 
 def section(title: str) -> str:
-    """What stands below a heading, as far as the next of its kind or above."""
+    """The text below a heading, up to the next heading."""
     marks = "#" * (3 if f"\n### {title}\n" in PAGE else 2)
     return re.split(r"\n##+ ", PAGE.split(f"\n{marks} {title}\n")[1])[0]
 
@@ -67,12 +67,12 @@ def named(title: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-def test_its_code_runs(inside: Path) -> None:
+def test_python_page_code_runs(inside: Path) -> None:
     values: dict[str, Any] = {}
     for block in fences(PAGE):
         if block.language == "python":
             exec(compile(block.content, "docs/python.md", "exec"), values)
-        elif block.language == "text":  # what the block before it shows
+        elif block.language == "text":  # output of the preceding block
             assert repr(values["results"]) + "\n" == block.content
     written = {"heads.mech", "heads.svg", "again.svg", "results.json", "results.csv", "graph.svg"}
     written |= {"verdicts.xml", "trainings", "steer.safetensors"}
@@ -82,28 +82,28 @@ def test_its_code_runs(inside: Path) -> None:
     assert (inside / "graph.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
-def test_the_reference_is_that_of_the_docstrings() -> None:
+def test_reference_equals_the_docstrings() -> None:
     assert page() == PAGE, "run `make python-page`"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_argument_of_a_function_is_described(name: str) -> None:
+def test_page_describes_each_argument_of_a_function(name: str) -> None:
     arguments = set(inspect.signature(getattr(mechdsl, name)).parameters)
     assert {row[0].strip("`") for row in rows(f"`{name}`")} == arguments
 
 
 @pytest.mark.parametrize("name", CLASSES_OF_THE_PAGE)
-def test_every_name_of_a_class_is_described(name: str) -> None:
+def test_page_describes_each_member_of_a_class(name: str) -> None:
     assert [row[0] for row in rows(f"`{name}`") if not row[1]] == []
 
 
-def test_every_name_of_the_package() -> None:
+def test_page_lists_each_public_name() -> None:
     assert sorted(named("`mechdsl`")) == sorted(mechdsl.__all__)
     assert all(inspect.getdoc(getattr(mechdsl, name)) for name in mechdsl.__all__)
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_every_name_of_a_class(kind: type) -> None:
+def test_page_lists_each_member_of_a_class(kind: type) -> None:
     own = {name for name in dir(kind) if not name.startswith("_")}
     if hasattr(kind, "__dataclass_fields__"):
         own |= {each.name for each in fields(kind)}  # type: ignore[arg-type]
@@ -116,8 +116,8 @@ def test_every_name_of_a_class(kind: type) -> None:
 
 
 @pytest.mark.parametrize("function", COMMANDS)
-def test_every_option_of_a_command(function: str) -> None:
-    """As it stands in the page, and under the same name in Python."""
+def test_page_lists_each_option_with_its_argument(function: str) -> None:
+    """The Python argument has the name of the command option."""
     head, *table = [
         [cell.strip().strip("`") for cell in line.strip("|").split("|")]
         for line in section("Options").splitlines()

@@ -1,4 +1,4 @@
-"""Rules that call a Python function of the caller, and checks of files that use one."""
+"""Rules that call a Python function passed to `run`, and checks of files that use one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def error(**arguments: Any) -> mechdsl.Diagnostic:
     return found
 
 
-def test_a_rule_function_equals_the_same_function_of_a_python_file(tmp_path: Path) -> None:
+def test_rule_function_equals_the_function_of_a_python_file(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(PYTHON_FILE, encoding="utf-8")
     path = tmp_path / "own.mech"
     path.write_text(TEXT.replace("to halved", 'to python("own.py:halved")'), encoding="utf-8")
@@ -62,7 +62,7 @@ def test_a_rule_function_equals_the_same_function_of_a_python_file(tmp_path: Pat
     assert 'python rules["halved"]' in passed["halving"].hashes
 
 
-def test_a_rule_function_receives_rows_positions_and_width() -> None:
+def test_rule_function_receives_rows_positions_and_width() -> None:
     shapes: list[tuple[int, ...]] = []
 
     def seen(vectors: Any) -> Any:
@@ -75,7 +75,7 @@ def test_a_rule_function_receives_rows_positions_and_width() -> None:
     assert np.allclose(values(results), base, atol=1e-5)
 
 
-def test_a_rule_function_that_reads_a_tensor_is_stored_by_its_values(tmp_path: Path) -> None:
+def test_store_key_depends_on_tensors_of_a_rule_function(tmp_path: Path) -> None:
     path = tmp_path / "own.mech"
     path.write_text(TEXT, encoding="utf-8")
     shift = torch.zeros(1)
@@ -93,7 +93,7 @@ def test_a_rule_function_that_reads_a_tensor_is_stored_by_its_values(tmp_path: P
     assert not np.array_equal(values(first), values(changed))
 
 
-def test_an_unknown_rule_name_suggests_the_passed_function() -> None:
+def test_unknown_rule_name_suggests_the_passed_function() -> None:
     found = error(rules={"halve": halved})
     assert (found.code, found.span and found.span.written) == ("E0337", "halved")
     assert "did you mean `halve`" in found.help_text
@@ -109,7 +109,7 @@ def test_an_unknown_rule_name_suggests_the_passed_function() -> None:
         (lambda vectors, *, by: vectors, "it is called with `vectors`"),
     ],
 )
-def test_a_rule_function_with_a_wrong_signature_is_an_error(
+def test_rule_function_with_a_wrong_signature_is_rejected(
     function: Callable[..., Any], said: str
 ) -> None:
     found = error(rules={"halved": function})
@@ -121,7 +121,7 @@ def test_a_rule_function_with_a_wrong_signature_is_an_error(
     ]
 
 
-def test_a_metric_with_a_wrong_signature_is_an_error() -> None:
+def test_metric_with_a_wrong_signature_is_rejected() -> None:
     text = TEXT.replace("to halved", "to 0").replace("logit(answer)", "own")
     found = error(file=text, metrics={"own": lambda logits, rows, more: logits[:, 0]})
     assert found.code == "E0222"
@@ -138,7 +138,7 @@ def test_a_metric_with_a_wrong_signature_is_an_error() -> None:
         (lambda vectors: vectors.nothing, "AttributeError"),
     ],
 )
-def test_a_rule_function_with_an_invalid_result_is_an_error(
+def test_rule_function_with_an_invalid_result_is_rejected(
     returned: Callable[..., Any], said: str
 ) -> None:
     found = error(rules={"halved": returned})
@@ -148,7 +148,7 @@ def test_a_rule_function_with_an_invalid_result_is_an_error(
 
 
 @pytest.mark.parametrize("value", [3, None, "halved"])
-def test_a_rule_that_is_no_function_is_a_type_error(value: Any) -> None:
+def test_rule_that_is_not_callable_raises_type_error(value: Any) -> None:
     with pytest.raises(TypeError, match=r'rules=.*"halve": halve.*`halved` is a'):
         mechdsl.run(TEXT, rules={"halved": value})
     with pytest.raises(TypeError, match="rules are a dict of functions"):
@@ -163,7 +163,7 @@ def test_a_rule_that_is_no_function_is_a_type_error(value: Any) -> None:
         'model halved = zoo("counting")',
     ],
 )
-def test_a_rule_function_named_like_a_definition_of_the_file_is_an_error(definition: str) -> None:
+def test_rule_function_named_like_a_definition_is_rejected(definition: str) -> None:
     text = TEXT.replace("experiment halving", f"{definition}\n\nexperiment halving")
     with pytest.raises(mechdsl.MechdslError) as raised:
         mechdsl.run(text, rules={"halved": halved})
@@ -171,7 +171,7 @@ def test_a_rule_function_named_like_a_definition_of_the_file_is_an_error(definit
     assert [each.message for each in found] == ["`halved` is defined twice"]
 
 
-def test_a_rule_function_named_like_a_loop_is_an_error() -> None:
+def test_rule_function_named_like_a_loop_variable_is_rejected() -> None:
     lines = TEXT.replace("  set resid", "  for halved in [1, 2] {\n  set resid")
     text = lines.replace("to halved\n", "to halved\n  }\n")
     with pytest.raises(mechdsl.MechdslError) as raised:
@@ -180,14 +180,14 @@ def test_a_rule_function_named_like_a_loop_is_an_error() -> None:
     assert 'passed as `rules["halved"]`' in found.label_text
 
 
-def test_a_metric_and_a_rule_of_one_name_are_an_error() -> None:
+def test_metric_and_rule_with_one_name_are_rejected() -> None:
     with pytest.raises(mechdsl.MechdslError) as raised:
         mechdsl.run(TEXT, rules={"halved": halved}, metrics={"halved": lambda logits: logits})
     found = next(each for each in raised.value.diagnostics if each.code == "E0202")
     assert 'passed as `metrics["halved"]`' in found.label_text
 
 
-def test_an_unused_function_is_a_warning() -> None:
+def test_unused_rule_function_gives_a_warning() -> None:
     text = TEXT.replace("to halved", "to 0")
     assert "W0730" in [each.code for each in mechdsl.validate(text, rules={"halved": halved})]
 
@@ -201,7 +201,7 @@ def never(values: Any) -> Any:
     raise AssertionError("a check calls no function")
 
 
-def test_a_file_with_passed_functions_can_be_checked_and_drawn() -> None:
+def test_checks_accept_passed_functions_without_calling_them() -> None:
     given: dict[str, Any] = {"metrics": {"margin": never}, "rules": {"halved": never}}
     assert mechdsl.validate(BOTH, **given).errors == []
     assert [each.code for each in mechdsl.validate(BOTH).errors] == ["E0337", "E0203"]
@@ -221,12 +221,12 @@ def test_explain_for_agents_returns_the_page_of_the_command() -> None:
         mechdsl.explain("patch", for_agents=True)
 
 
-def test_an_untrusted_file_may_use_functions_of_the_caller() -> None:
+def test_untrusted_file_may_use_passed_functions() -> None:
     found = mechdsl.run(TEXT, rules={"halved": halved}, untrusted=True)
     assert np.array_equal(values(found), values(mechdsl.run(TEXT, rules={"halved": halved})))
 
 
-def test_a_metric_of_generated_texts_names_its_parameter_replies() -> None:
+def test_metric_with_a_replies_parameter_receives_generated_texts() -> None:
     text = (
         FRUIT.replace("corrupt fewer { count = count - 1 }", "")
         + """

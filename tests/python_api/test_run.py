@@ -1,4 +1,4 @@
-"""`mechdsl.run` does what the command line does: files, warnings, errors, arguments."""
+"""`mechdsl.run` and the command line agree: files, warnings, errors, arguments."""
 
 from __future__ import annotations
 
@@ -30,26 +30,24 @@ def refused(*arguments: Any, **more: Any) -> mechdsl.MechdslError:
 # --- files ---
 
 
-def test_reports_to_files_are_written(ran: Ran) -> None:
+def test_run_writes_reports_to_files(ran: Ran) -> None:
     results, folder, _ = ran
     assert results.written == (folder / "maps" / "heads.svg",)
     assert results.written[0].read_text(encoding="utf-8").startswith("<svg")
 
 
-def test_or_not(inside: Path) -> None:
+def test_run_with_write_reports_false_writes_no_file(inside: Path) -> None:
     results = mechdsl.run(FILE, only="heads", limit=16, write_reports=False)
     assert results.written == ()
     assert list(inside.iterdir()) == []
 
 
-def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(inside: Path) -> None:
+def test_unwritable_report_is_rejected_before_the_run(inside: Path) -> None:
     Path("maps").write_text("no folder", encoding="utf-8")
     assert [d.code for d in refused(FILE).diagnostics.errors] == ["E0533"]
 
 
-def test_a_report_whose_disk_is_full_costs_that_report_alone(
-    inside: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_fails_only_the_report(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -62,9 +60,7 @@ def test_a_report_whose_disk_is_full_costs_that_report_alone(
     assert results["heads"].holds
 
 
-def test_a_drawing_that_fails_costs_that_report_alone(
-    inside: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_chart_fails_only_its_report(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> None:
         raise ValueError("made for this test")
 
@@ -77,7 +73,7 @@ def test_a_drawing_that_fails_costs_that_report_alone(
 # --- warnings ---
 
 
-def test_warnings_are_shown_and_kept(ran: Ran) -> None:
+def test_warnings_are_shown_and_recorded(ran: Ran) -> None:
     results, folder, shown = ran
     (warning,) = shown
     assert warning.message.diagnostic is results.diagnostics[0]
@@ -94,7 +90,7 @@ def test_warnings_are_shown_and_kept(ran: Ran) -> None:
 @pytest.mark.parametrize(
     "call", [mechdsl.plan, mechdsl.graph, mechdsl.explain, lambda file: mechdsl.run(file)]
 )
-def test_a_warning_comes_from_the_line_of_the_caller(call: Any, inside: Path) -> None:
+def test_warning_names_the_file_of_the_caller(call: Any, inside: Path) -> None:
     text = FILE.replace("limit 16", "limit 2").replace("limit 8", "limit 2")
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
@@ -104,7 +100,7 @@ def test_a_warning_comes_from_the_line_of_the_caller(call: Any, inside: Path) ->
     }
 
 
-def test_warnings_as_errors_stop_before_anything_runs(inside: Path) -> None:
+def test_warning_as_error_stops_before_the_run(inside: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", mechdsl.MechdslWarning)
         with pytest.raises(mechdsl.MechdslWarning, match=WARNED):
@@ -112,7 +108,7 @@ def test_warnings_as_errors_stop_before_anything_runs(inside: Path) -> None:
     assert list(inside.iterdir()) == []
 
 
-def test_errors_and_warnings_can_be_sent_to_another_process() -> None:
+def test_errors_and_warnings_can_be_pickled() -> None:
     error = refused(FILE.replace("head *", "hed *"))
     warning = mechdsl.MechdslWarning(error.diagnostics[0])
     for each in (error, warning):
@@ -122,7 +118,7 @@ def test_errors_and_warnings_can_be_sent_to_another_process() -> None:
 # --- errors ---
 
 
-def test_an_error_prints_what_the_command_line_prints(inside: Path) -> None:
+def test_error_text_equals_the_command_line_output(inside: Path) -> None:
     Path("typo.mech").write_text(FILE.replace("head *", "hed *"), encoding="utf-8")
     error = refused("typo.mech")
     done = subprocess.run(
@@ -151,13 +147,13 @@ def test_an_error_prints_what_the_command_line_prints(inside: Path) -> None:
         ({"models": {"tyo": ("m", "t")}}, "E0201", "did you mean `toy`?"),
     ],
 )
-def test_arguments_that_are_wrong(given: dict[str, Any], code: str, said: str) -> None:
+def test_invalid_argument_reports_code_and_fix(given: dict[str, Any], code: str, said: str) -> None:
     error = refused(FILE, **given)
     assert [d.code for d in error.diagnostics.errors] == [code]
     assert said in str(error)
 
 
-def test_models_that_are_wrong(pair: tuple[Any, Any]) -> None:
+def test_invalid_model_argument_is_rejected(pair: tuple[Any, Any]) -> None:
     model, tokenizer = pair
     assert "the model is in the place of the tokenizer" in str(
         refused(FILE, {"toy": (tokenizer, model)})
@@ -169,14 +165,16 @@ def test_models_that_are_wrong(pair: tuple[Any, Any]) -> None:
         mechdsl.run(FILE, pair)  # type: ignore[arg-type]
 
 
-def test_a_model_that_nobody_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_hub_model_suggests_passing_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     error = refused(AWAY)
     assert [d.code for d in error.diagnostics] == ["E0401", "W0720"]
     assert '`models={"toy": (model, tokenizer)}`' in str(error)
 
 
-def test_what_a_refused_model_is_declared_as_is_not_looked_for(
+def test_rejected_model_argument_is_not_searched_in_the_hub(
     pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
@@ -184,15 +182,15 @@ def test_what_a_refused_model_is_declared_as_is_not_looked_for(
     assert [d.code for d in error.diagnostics] == ["E0412", "W0720"]
 
 
-def test_a_wrong_path() -> None:
+def test_missing_file_is_reported() -> None:
     assert "cannot read `heads.mec`: no such file" in str(refused("heads.mec"))
 
 
 # --- arguments ---
 
 
-def test_values_are_written_as_in_the_language(inside: Path) -> None:
-    """`True` is `true`, and torch's names of dtypes are names."""
+def test_parameter_values_and_dtypes_are_converted(inside: Path) -> None:
+    """`True` becomes `true`, and torch dtypes are accepted."""
     import torch
 
     text = FILE.replace("mech 1\n", "mech 1\nparam sure = false\n", 1)
@@ -204,20 +202,20 @@ def test_values_are_written_as_in_the_language(inside: Path) -> None:
     assert "float64" in said["dtype"]
 
 
-def test_the_profile_is_kept_where_it_is_asked_for(ran: Ran, inside: Path) -> None:
+def test_profile_is_recorded_if_requested(ran: Ran, inside: Path) -> None:
     assert ran[0].profile == ""
     profile = mechdsl.run(FILE, only="heads", limit=16, profile=True).profile
     assert profile.startswith("profile\n")
     assert "estimated" in profile
 
 
-def test_check_takes_models(pair: tuple[Any, Any]) -> None:
+def test_validate_accepts_models(pair: tuple[Any, Any]) -> None:
     found = mechdsl.validate(AWAY.replace("head *", "head 14"), {"toy": pair})
     assert [d.code for d in found.errors] == ["E0301", "E0607"]  # and so there is no axis `head`
     assert mechdsl.validate(FILE, {"toy": pair[0]})[0].code == "E0412"  # type: ignore[dict-item]
 
 
-def test_a_list_of_diagnostics_shows_itself() -> None:
+def test_diagnostics_repr_equals_the_rendered_text() -> None:
     found = mechdsl.validate(FILE.replace("head *", "head 14"))
     assert repr(found) + "\n" == str(found) == render_full(found)
     assert '"code": "E0301"' in found.render("json")
@@ -226,8 +224,8 @@ def test_a_list_of_diagnostics_shows_itself() -> None:
         found.render("yaml")  # type: ignore[arg-type]
 
 
-def test_progress_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nobody watches a test, so that by default there is none."""
+def test_progress_is_shown_if_requested(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tests aren't interactive, so the default shows none."""
     text = FILE.replace('to "maps/heads.svg"', "")
     for progress, shown in ((None, False), (False, False), (True, True)):
         mechdsl.run(text, only="heads", limit=4, progress=progress)
@@ -236,7 +234,7 @@ def test_progress_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[s
         assert ("rows" in printed.err and "32/32" in printed.err) == shown, printed.err
 
 
-def test_progress_is_for_terminals_and_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_defaults_to_terminals_and_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_interactive()
     with monkeypatch.context() as terminal:
         terminal.setattr(sys.stderr, "isatty", lambda: True)

@@ -25,7 +25,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> mechdsl.Results:
 
 @pytest.fixture
 def store(results: mechdsl.Results, tmp_path: Path) -> Path:
-    """With a finished run and, behind it, one that isn't."""
+    """A store with a finished run followed by an unfinished one."""
     folder = tmp_path / "store"
     with Store(folder) as opened:
         with opened.begin("a", {"file": "it.mech", "settings": {"limit": "8"}}) as run:
@@ -35,7 +35,7 @@ def store(results: mechdsl.Results, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_runs_of_a_store(store: Path, results: mechdsl.Results) -> None:
+def test_runs_lists_the_runs_of_a_store(store: Path, results: mechdsl.Results) -> None:
     found = mechdsl.runs(store)
     unfinished, finished = found
     assert (unfinished.state, unfinished.file) == ("unfinished", "b.mech")
@@ -49,7 +49,7 @@ def test_the_runs_of_a_store(store: Path, results: mechdsl.Results) -> None:
         _ = unfinished.results
 
 
-def test_they_are_shown(store: Path) -> None:
+def test_runs_repr_lists_each_run(store: Path) -> None:
     found = mechdsl.runs(str(store))
     unfinished, finished = found
     text = repr(found)
@@ -60,7 +60,7 @@ def test_they_are_shown(store: Path) -> None:
     assert repr(mechdsl.runs(store)[:0]) == "[]"
 
 
-def test_many_are_shown_in_part(store: Path) -> None:
+def test_runs_repr_truncates_long_lists(store: Path) -> None:
     with Store(store) as opened:
         for number in range(25):
             opened.begin(str(number), {"file": "c.mech"}).close()
@@ -69,7 +69,7 @@ def test_many_are_shown_in_part(store: Path) -> None:
     assert repr(found).endswith("\n  and 7 more>")
 
 
-def test_a_run_is_written_and_removed(store: Path, results: mechdsl.Results) -> None:
+def test_stored_run_is_exported_and_removed(store: Path, results: mechdsl.Results) -> None:
     unfinished, finished = mechdsl.runs(store)
     made = finished.export(store.parent / "out")
     assert made == store.parent / "out" / "it"
@@ -84,7 +84,7 @@ def test_a_run_is_written_and_removed(store: Path, results: mechdsl.Results) -> 
         _ = mechdsl.results.runs.Run(store, finished._stored).results
 
 
-def test_a_run_that_goes_on_stays(store: Path) -> None:
+def test_running_run_cannot_be_removed(store: Path) -> None:
     with Store(store) as opened, opened.begin("c", {"file": "c.mech"}):
         running = mechdsl.runs(store)[0]
         assert running.state == "running"
@@ -92,7 +92,7 @@ def test_a_run_that_goes_on_stays(store: Path) -> None:
             running.remove()
 
 
-def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_without_a_store_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MECHDSL_STORE", raising=False)
     monkeypatch.chdir(tmp_path)
     assert mechdsl.runs() == []
@@ -101,7 +101,9 @@ def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_store_that_is_named_elsewhere(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_uses_the_store_of_the_environment(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MECHDSL_STORE", str(store))
     assert len(mechdsl.runs()) == 2
     monkeypatch.setenv("MECHDSL_STORE", "none")

@@ -1,4 +1,4 @@
-"""Types of the Python interface, as type checkers see them."""
+"""Static types of the Python interface."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mechdsl.vocab.reports import REPORTS
 ROOT = Path(__file__).parents[2]
 
 
-def test_charts_with_types_are_those_of_the_registry() -> None:
+def test_plot_kind_type_equals_the_registry() -> None:
     assert set(get_args(PlotKind)) == {name for name, each in REPORTS.items() if each.picture}
 
 
-def test_charts_accept_the_arguments_of_their_reports() -> None:
+def test_plot_overloads_equal_the_arguments_of_reports() -> None:
     with_by = {name for name in get_args(PlotKind) if REPORTS[name].signature.by is not None}  # type: ignore[union-attr]
     with_top = {name for name in get_args(PlotKind) if REPORTS[name].signature.top}  # type: ignore[union-attr]
     assert with_by == {"heatmap", "lines", "bars", "confusion"}
@@ -29,7 +29,7 @@ def test_charts_accept_the_arguments_of_their_reports() -> None:
 
 @pytest.mark.slow  # `make lint` checks the same file
 @pytest.mark.skipif(find_spec("pyright") is None, reason="pyright isn't installed")
-def test_right_calls_have_types_and_wrong_calls_are_reported() -> None:
+def test_pyright_accepts_valid_calls_and_reports_invalid_ones() -> None:
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
     found = subprocess.run(
         [*command, "tests/python_api/typed_calls.py"],

@@ -1,4 +1,4 @@
-"""`against`, `fail_fast` and `to_junit`: what `--against`, `--fail-fast` and `--junit` do."""
+"""`against`, `fail_fast` and `to_junit`, the arguments of `--against`, `--fail-fast`, `--junit`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def kinds(results: mechdsl.Results) -> list[tuple[str, str]]:
     return [(each.kind, each.experiment) for each in results.against.changes]
 
 
-def test_against_results_and_a_folder(inside: Path) -> None:
+def test_against_compares_with_results_or_an_export(inside: Path) -> None:
     before = mechdsl.run(TEXT, out="kept")
     assert (before.against, before.holds) == (None, False)
     for against in (before, "kept/text", Path("kept", "text")):
@@ -66,14 +66,14 @@ def test_against_results_and_a_folder(inside: Path) -> None:
     assert verdicts(junit(worse.to_junit()))["accuracy(clean) > 0.1"] == "failure"
 
 
-def test_against_nothing() -> None:
+def test_regressions_without_against_raises() -> None:
     results = mechdsl.run(TEXT)
     with pytest.raises(ValueError, match="aren't compared with another run"):
         _ = results.regressions
 
 
 @pytest.mark.parametrize("against", ["kept/nowhere", "lst", "last", "", Path("a.mech")])
-def test_a_run_that_there_is_not(
+def test_unknown_against_run_is_rejected_before_the_run(
     against: Any, inside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ran(*arguments: object) -> None:
@@ -85,12 +85,12 @@ def test_a_run_that_there_is_not(
     assert [each.code for each in found.value.diagnostics] == ["E0208"]
 
 
-def test_a_thing_that_is_no_run() -> None:
+def test_against_with_a_wrong_type_raises() -> None:
     with pytest.raises(TypeError, match="against"):
         mechdsl.run(TEXT, against=7)  # type: ignore[arg-type]
 
 
-def test_fail_fast() -> None:
+def test_fail_fast_stops_after_the_first_failure() -> None:
     results = mechdsl.run(TEXT, fail_fast=True)
     assert [each.name for each in results] == ["heads"]
     (left,) = results.files[0].not_run
@@ -104,8 +104,8 @@ def test_fail_fast() -> None:
     assert mechdsl.run(TEXT, fail_fast=False).complete
 
 
-def test_the_first_can_not_be_computed() -> None:
-    """What wasn't run is not lost: the results say both."""
+def test_fail_fast_stops_after_a_failed_experiment() -> None:
+    """Results distinguish failed experiments from those not run."""
     lost = TEXT.replace("logit(answer of fewer) as", "logit(answer) as")
     results = mechdsl.run(lost, fail_fast=True)
     assert len(results) == 0
@@ -114,6 +114,6 @@ def test_the_first_can_not_be_computed() -> None:
     assert len(mechdsl.run(lost)) == 1
 
 
-def test_only_takes_no_other_for_gone() -> None:
+def test_against_with_only_ignores_other_experiments() -> None:
     before = mechdsl.run(TEXT)
     assert kinds(mechdsl.run(TEXT, only="other", against=before)) == []

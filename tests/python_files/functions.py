@@ -1,10 +1,10 @@
-"""What the files of this folder refer to."""
+"""Python functions used by the `.mech` files of this folder."""
 
 import torch
 
 
 def margin(logits, rows):
-    """The answer's logit above the best other one."""
+    """The answer's logit minus the highest other logit."""
     found = []
     for line, row in zip(logits, rows, strict=True):
         (own,) = row["answer.ids"]
@@ -15,7 +15,7 @@ def margin(logits, rows):
 
 
 def difference(logits, rows):
-    """What `logit(answer) - logit(rival)` is."""
+    """Equals `logit(answer) - logit(rival)`."""
     answer = torch.tensor([row["answer.ids"][0] for row in rows])
     rival = torch.tensor([row["rival.ids"][0] for row in rows])
     each = torch.arange(len(rows))
@@ -58,7 +58,7 @@ def build():
 
 
 def words(replies, rows):
-    """How many words of the reply are the row's item."""
+    """Number of words in each reply that equal the row's item."""
     return [text.split().count(row["item"]) for text, row in zip(replies, rows, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""`model toy = python("own.py:build")`: what a function gives is the model, where it may run."""
+"""`model toy = python("own.py:build")`: models returned by Python functions."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def refused(path: Path, **options: Any) -> Any:
     return problem
 
 
-def test_it_is_the_model_that_the_function_gives(tmp_path: Path, command: Command) -> None:
-    """From the command line and from Python, called once a run; both hashes are kept."""
+def test_model_from_a_function_equals_the_zoo_model(tmp_path: Path, command: Command) -> None:
+    """Covers the command line and Python; the function is called once per run."""
     path = write(tmp_path, TEXT, BUILD)
     done = command("run", path, "--allow-python", "--format", "json")
     assert done.status == 0, done.err
@@ -78,7 +78,7 @@ def test_it_is_the_model_that_the_function_gives(tmp_path: Path, command: Comman
     assert ours.conventions["model"] == 'LlamaForCausalLM, python("own.py:build")'
 
 
-def test_a_metric_of_the_same_file_shares_what_it_has_made(tmp_path: Path) -> None:
+def test_metric_shares_globals_with_the_model_function(tmp_path: Path) -> None:
     code = BUILD.replace("return ", "global SIZE; SIZE = 7; return ")
     code += "\ndef own(logits, rows):\n    return logits[:, SIZE]\n"
     text = TEXT.replace("measure logit(answer)", "measure own")
@@ -89,7 +89,9 @@ def test_a_metric_of_the_same_file_shares_what_it_has_made(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", some(["plan", "graph", "explain"], ["plan"]))
-def test_other_commands_make_it_too(name: str, tmp_path: Path, command: Command) -> None:
+def test_plan_graph_and_explain_call_the_model_function(
+    name: str, tmp_path: Path, command: Command
+) -> None:
     path = write(tmp_path, TEXT.replace("head *", "head 14"), BUILD)
     done = command(name, path, "--allow-python")
     assert (done.status, "E0301" in done.err) == (2, True), done.err
@@ -98,7 +100,7 @@ def test_other_commands_make_it_too(name: str, tmp_path: Path, command: Command)
     assert "heads" in show(path, allow_python=True)
 
 
-def test_reports_go_to_files_but_not_over_the_function(tmp_path: Path) -> None:
+def test_report_that_would_overwrite_the_python_file_is_rejected(tmp_path: Path) -> None:
     report = '  report csv to "{}"\n  stats'
     path = write(tmp_path, TEXT.replace("  stats", report.format("heads.csv")), BUILD)
     mechdsl.run(path, allow_python=True)
@@ -108,7 +110,7 @@ def test_reports_go_to_files_but_not_over_the_function(tmp_path: Path) -> None:
     assert "`report csv` would overwrite `own.py`, which defines `build`" in said
 
 
-def test_validate_calls_nothing(tmp_path: Path, command: Command) -> None:
+def test_validate_does_not_call_the_model_function(tmp_path: Path, command: Command) -> None:
     path = write(tmp_path, TEXT, BUILD + "\nraise RuntimeError('imported')\n")
     done = command("validate", path)
     assert done.status == 0
@@ -118,7 +120,7 @@ def test_validate_calls_nothing(tmp_path: Path, command: Command) -> None:
 
 
 @pytest.mark.parametrize("name", ["run", "plan", "graph", "explain"])
-def test_nothing_runs_without_a_word(name: str, tmp_path: Path, command: Command) -> None:
+def test_model_function_requires_allow_python(name: str, tmp_path: Path, command: Command) -> None:
     path = write(tmp_path, TEXT, BUILD)
     for options, hint in (((), "add `--allow-python`"), (("--untrusted",), "remove `--untrusted`")):
         done = command(name, path, *options)
@@ -130,7 +132,7 @@ def test_nothing_runs_without_a_word(name: str, tmp_path: Path, command: Command
     assert not (tmp_path / "calls").exists()
 
 
-def test_it_is_not_called_where_the_file_is_wrong(tmp_path: Path) -> None:
+def test_model_function_is_not_called_for_an_invalid_file(tmp_path: Path) -> None:
     path = write(tmp_path, TEXT + "experiment heads {\n}\n", BUILD)
     with pytest.raises(mechdsl.MechdslError):
         mechdsl.run(path, allow_python=True)
@@ -140,7 +142,7 @@ def test_it_is_not_called_where_the_file_is_wrong(tmp_path: Path) -> None:
     assert not (tmp_path / "calls").exists()
 
 
-def test_a_model_that_is_handed_over_stands_for_it(tmp_path: Path) -> None:
+def test_model_passed_from_python_replaces_the_model_function(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pair = AutoModelForCausalLM.from_pretrained(ZOO), AutoTokenizer.from_pretrained(ZOO)
@@ -165,7 +167,7 @@ FAILS = {
 
 
 @pytest.mark.parametrize("name", FAILS)
-def test_functions_that_give_no_model(name: str, tmp_path: Path) -> None:
+def test_invalid_model_function_reports_its_cause(name: str, tmp_path: Path) -> None:
     code, expected, part = FAILS[name]
     problem = refused(write(tmp_path, TEXT, code), allow_python=True)
     assert problem.code == expected
@@ -173,13 +175,13 @@ def test_functions_that_give_no_model(name: str, tmp_path: Path) -> None:
     assert problem.span.line == 3
 
 
-def test_the_line_that_raised_is_named(tmp_path: Path) -> None:
+def test_exception_in_a_model_function_names_its_line(tmp_path: Path) -> None:
     code = "def helper():\n    return 1 / 0\n\n\ndef build():\n    return helper()\n"
     problem = refused(write(tmp_path, TEXT, code), allow_python=True)
     assert problem.label_text == "at own.py:2"
 
 
-def test_the_file_is_looked_for_beside_the_mech_file(tmp_path: Path) -> None:
+def test_python_file_is_found_relative_to_the_mech_file(tmp_path: Path) -> None:
     path = write(tmp_path, TEXT.replace("own.py", "lib/own.py"), BUILD)
     assert of_codes(mechdsl.validate(path)) == ["E0222"]
     (tmp_path / "lib").mkdir()
@@ -187,8 +189,8 @@ def test_the_file_is_looked_for_beside_the_mech_file(tmp_path: Path) -> None:
     assert of_codes(mechdsl.validate(path)) == ["W0710"]
 
 
-def test_checking_without_such_models_needs_no_torch(tmp_path: Path) -> None:
-    """A file with a metric of Python is checked without torch, also where it may run."""
+def test_check_without_python_models_imports_no_torch(tmp_path: Path) -> None:
+    """Checks don't load models, even if Python may run."""
     write(tmp_path, FRUIT + EXPERIMENT, BUILD)
     how = settings_from_options((), python="run", allow_outside=False, untrusted=False)
     before = set(sys.modules)
@@ -196,7 +198,7 @@ def test_checking_without_such_models_needs_no_torch(tmp_path: Path) -> None:
     assert "mechdsl.loading.loader" not in set(sys.modules) - before
 
 
-def test_an_adapter_on_a_model_that_a_function_makes(tmp_path: Path) -> None:
+def test_adapter_on_a_model_from_a_function_records_hashes(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

@@ -1,5 +1,5 @@
-"""Functions of Python files: what they are given, what becomes of what they give, and when they
-don't run at all."""
+"""Functions of Python files: their arguments, the use of their results, and when they don't
+run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def check(path: Path, settings: CheckSettings) -> CheckedFile:
 
 
 def failure(path: Path) -> PythonFailed:
-    """What is said of a function, whether anything is left to be printed or not."""
+    """The error of a function, whether or not other results remain."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", mechdsl.MechdslWarning)
@@ -89,7 +89,7 @@ def failure(path: Path) -> PythonFailed:
 
 
 def failing(path: Path, reason: str, where: str) -> PythonFailed:
-    """The same of a function that fails for this reason, at this place."""
+    """Check reason and location of the error of a function."""
     found = failure(path)
     assert found.reason.startswith(reason)
     assert found.where == where
@@ -104,7 +104,7 @@ def results() -> mechdsl.Results:
     return mechdsl.run(HERE / "metric.mech", allow_python=True)
 
 
-def test_a_metric_is_what_the_same_one_in_the_language_is(results: mechdsl.Results) -> None:
+def test_python_metric_equals_the_metric_of_the_language(results: mechdsl.Results) -> None:
     ours, theirs, _ = results["heads"].measures
     assert theirs.label == "theirs"
     assert theirs.metric == 'python("functions.py:difference")'
@@ -115,7 +115,7 @@ def test_a_metric_is_what_the_same_one_in_the_language_is(results: mechdsl.Resul
 
 
 @torch.no_grad()
-def test_a_metric_of_the_whole_vocabulary(results: mechdsl.Results) -> None:
+def test_python_metric_over_the_vocabulary_equals_reference(results: mechdsl.Results) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(files("mechdsl") / "zoo" / "counting"))
@@ -130,7 +130,7 @@ def test_a_metric_of_the_whole_vocabulary(results: mechdsl.Results) -> None:
     assert results["heads"].measures[2].base[0] == pytest.approx(margins, rel=1e-4, abs=1e-4)
 
 
-def test_a_metric_keeps_rows_and_is_calculated_with(results: mechdsl.Results) -> None:
+def test_python_metric_is_used_in_keep_and_arithmetic(results: mechdsl.Results) -> None:
     (difference,) = results["kept"].measures
     assert 0 < results["kept"].prompts <= results["heads"].prompts
     heads = {
@@ -147,7 +147,7 @@ def test_a_metric_keeps_rows_and_is_calculated_with(results: mechdsl.Results) ->
     assert difference.base[0] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_what_a_metric_is_given(tmp_path: Path) -> None:
+def test_python_metric_receives_copies_of_logits_and_rows(tmp_path: Path) -> None:
     code = """
 import torch
 
@@ -169,7 +169,7 @@ def own(logits, rows):
     )
     plain = mechdsl.run(alone)["heads"]
     assert (found.measures[0].patched == 0).all()
-    # What it does to its logits and rows changes nothing beside it.
+    # Modified logits and rows don't affect the other measure.
     assert found.measures[1].patched == pytest.approx(plain.measures[0].patched, rel=1e-4, abs=1e-5)
 
 
@@ -186,8 +186,10 @@ def own(logits, rows):
         ("logits, rows, tokenizer=None, /", "tokenizer"),
     ],
 )
-def test_a_metric_is_given_the_tokenizer(takes: str, called: str, tmp_path: Path) -> None:
-    """By its number or by its name; what it does to it changes nothing elsewhere."""
+def test_python_metric_receives_a_copy_of_the_tokenizer(
+    takes: str, called: str, tmp_path: Path
+) -> None:
+    """The parameter is found by position or by name."""
     code = f"""
 def own({takes}):
     {called}.enable_truncation(1)
@@ -204,8 +206,8 @@ def own({takes}):
     assert abs(own.patched).min() > 0.01
 
 
-def test_metrics_of_two_arguments_stay_as_they_are(tmp_path: Path) -> None:
-    """An argument that it can do without is left to it."""
+def test_python_metric_with_optional_parameters_receives_two_arguments(tmp_path: Path) -> None:
+    """Optional parameters keep their defaults."""
     code = "def own(logits, rows, scale=2.0, *more):\n    return logits[:, 0] * scale\n"
     found = mechdsl.run(write(tmp_path, METRIC, code), allow_python=True)["heads"]
     plain = "def own(*given):\n    return 2.0 * given[0][:, 0] * (len(given) == 2)\n"
@@ -224,13 +226,13 @@ def test_metrics_of_two_arguments_stay_as_they_are(tmp_path: Path) -> None:
         "tuple(x[0].item() for x in logits)",
     ],
 )
-def test_numbers_in_many_forms(given: str, tmp_path: Path) -> None:
+def test_python_metric_may_return_tensors_arrays_or_lists(given: str, tmp_path: Path) -> None:
     code = f"def own(logits, rows):\n    return {given}\n"
     found = mechdsl.run(write(tmp_path, METRIC, code), allow_python=True)["heads"]
     assert found.measures[0].patched.shape == (8, 8)
 
 
-def test_booleans_are_shares(tmp_path: Path) -> None:
+def test_python_metric_may_return_booleans(tmp_path: Path) -> None:
     code = "def own(logits, rows):\n    return logits.argmax(-1) == 20\n"
     found = mechdsl.run(write(tmp_path, METRIC, code), allow_python=True)["heads"]
     assert set(np.unique(found.measures[0].base)) <= {0.0, 1.0}
@@ -245,7 +247,7 @@ def table(path: Path, name: str = "heads") -> Any:
     return next(e for e in checked.experiments if e.name == name).table
 
 
-def test_values_are_those_of_the_language(tmp_path: Path) -> None:
+def test_python_values_equal_values_of_the_language(tmp_path: Path) -> None:
     plain = (HERE / "values.mech").read_text("utf-8")
     for own, other in (
         ('python("functions.py:total")', "count + 1"),
@@ -263,16 +265,16 @@ def test_values_are_those_of_the_language(tmp_path: Path) -> None:
         own, other = clean.values["fruits"], renamed.values["fruits"]
         assert [words[(words.index(word) + 1) % 4] for word in own] == other
         assert clean.values["size"] == len(own) + len(own[0])
-    for row in ours.runs["fewer"].rows:  # what is derived follows
+    for row in ours.runs["fewer"].rows:  # derived values are recomputed
         assert row.values["size"] == row.values["count"] + len(row.values["fruits"][0])
 
 
-def test_results_by_a_value(tmp_path: Path) -> None:
+def test_python_value_is_a_row_value_of_results(tmp_path: Path) -> None:
     found = mechdsl.run(HERE / "values.mech", allow_python=True)["heads"]
     assert len(set(found.row_values["size"])) > 2
 
 
-def test_a_value_sees_what_stands_above_it(tmp_path: Path) -> None:
+def test_python_value_receives_only_preceding_values(tmp_path: Path) -> None:
     code = """
 def own(row):
     return " ".join(sorted(row))
@@ -302,19 +304,19 @@ prompts p {
 
 
 def table_alone(path: Path) -> Any:
-    """The rows of a file without an experiment."""
+    """The rows of a file, after adding an experiment."""
     text = path.read_text("utf-8")
     path.write_text(text + "experiment e { prompts p measure entropy as raw }\n", encoding="utf-8")
     return table(path, "e").runs["clean"].rows
 
 
-def test_a_number_of_numpy_is_a_number(tmp_path: Path) -> None:
+def test_numpy_number_becomes_a_plain_number(tmp_path: Path) -> None:
     code = "import numpy as np\ndef own(row):\n    return np.int64(row['count'] - 1)\n"
     rows = table(write(tmp_path, VALUE, code)).runs["fewer"].rows
     assert all(type(row.values["count"]) is int for row in rows)
 
 
-def test_where_and_texts(tmp_path: Path) -> None:
+def test_python_functions_define_where_and_texts(tmp_path: Path) -> None:
     code = """
 def own(row):
     return row["count"] < 6
@@ -331,11 +333,11 @@ def rival(row):
     assert all(row.texts["rival"].text == f" {row.values['count'] - 1}" for row in rows)
 
 
-# --- what is kept ---------------------------------------------------------------------------------
+# --- hashes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["metric", "values"])
-def test_the_hash_is_kept(name: str) -> None:
+def test_results_record_the_hash_of_the_python_file(name: str) -> None:
     found = mechdsl.run(HERE / f"{name}.mech", allow_python=True)["heads"]
     digest = sha256((HERE / "functions.py").read_bytes()).hexdigest()
     assert found.hashes["python functions.py"] == digest
@@ -344,7 +346,7 @@ def test_the_hash_is_kept(name: str) -> None:
     assert ("`difference`, `margin`" if name == "metric" else "`total`") in said
 
 
-def test_the_file_that_was_checked_is_the_one_that_runs(tmp_path: Path) -> None:
+def test_python_file_edited_after_the_check_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, METRIC, "def own(logits, rows):\n    return logits[:, 0]\n")
     checked = check(path, CheckSettings(python="run"))
     (tmp_path / "own.py").write_text("def own(logits, rows):\n    return logits[:, 1]\n")
@@ -369,7 +371,7 @@ def own(*all):
 
 
 @pytest.mark.parametrize("text", [METRIC, VALUE], ids=["metric", "value"])
-def test_nothing_runs_without_a_word(text: str, tmp_path: Path, command: Command) -> None:
+def test_python_code_requires_allow_python(text: str, tmp_path: Path, command: Command) -> None:
     path = write(tmp_path, text, MARK)
     mark = tmp_path / "it ran"
     assert {d.code for d in mechdsl.validate(path)} <= {"W0740"}
@@ -387,7 +389,7 @@ def test_nothing_runs_without_a_word(text: str, tmp_path: Path, command: Command
     assert mark.exists()
 
 
-def test_validating_imports_neither_the_file_nor_torch(tmp_path: Path) -> None:
+def test_validation_imports_neither_the_python_file_nor_torch(tmp_path: Path) -> None:
     path = write(tmp_path, METRIC, "import torch\n" + MARK)
     code = "import sys, mechdsl; print(mechdsl.validate(sys.argv[1]) == [], 'torch' in sys.modules)"
     done = subprocess.run(
@@ -397,7 +399,7 @@ def test_validating_imports_neither_the_file_nor_torch(tmp_path: Path) -> None:
     assert not (tmp_path / "it ran").exists()
 
 
-def test_what_is_not_checked_is_said(tmp_path: Path, command: Command) -> None:
+def test_validation_reports_experiments_that_need_python(tmp_path: Path, command: Command) -> None:
     text = VALUE.replace("last-item token", "last-itm token")
     done = command("validate", write(tmp_path, text, MARK))
     assert done.status == 2  # names need no rows
@@ -431,7 +433,9 @@ def test_what_is_not_checked_is_said(tmp_path: Path, command: Command) -> None:
         ("def own(a, b):\n    return 0\n\0", "is not Python"),
     ],
 )
-def test_functions_that_cannot_be_called(code: str, reason: str, tmp_path: Path) -> None:
+def test_function_with_a_wrong_signature_is_rejected(
+    code: str, reason: str, tmp_path: Path
+) -> None:
     (found,) = mechdsl.validate(write(tmp_path, METRIC, code))
     assert isinstance(found, PythonNotFound)
     assert reason in found.reason
@@ -450,7 +454,7 @@ def test_functions_that_cannot_be_called(code: str, reason: str, tmp_path: Path)
         "# coding: latin-1\ndef own(logits, rows):\n    return logits[:, 0]\n",
     ],
 )
-def test_functions_that_can(code: str, tmp_path: Path) -> None:
+def test_function_with_a_compatible_signature_is_accepted(code: str, tmp_path: Path) -> None:
     path = write(tmp_path, METRIC, code)
     assert mechdsl.validate(path) == []
     assert mechdsl.run(path, allow_python=True)["heads"].prompts == 8
@@ -485,7 +489,9 @@ METRICS = [
 
 
 @pytest.mark.parametrize(("body", "reason", "where"), METRICS)
-def test_a_metric_that_fails(body: str, reason: str, where: str, tmp_path: Path) -> None:
+def test_failing_python_metric_reports_reason_and_line(
+    body: str, reason: str, where: str, tmp_path: Path
+) -> None:
     found = failing(write(tmp_path, METRIC, f"def own(logits, rows):\n{body}"), reason, where)
     assert found.span is not None
     assert found.span.text == 'python("own.py:own")'
@@ -506,26 +512,28 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("body", "reason", "where"), VALUES)
-def test_a_value_that_fails(body: str, reason: str, where: str, tmp_path: Path) -> None:
+def test_failing_python_value_reports_reason_and_line(
+    body: str, reason: str, where: str, tmp_path: Path
+) -> None:
     found = failing(write(tmp_path, VALUE, f"def own(row):\n{body}"), reason, where)
     if "cuont" in body:
         assert "`count`" in found.hint
 
 
-def test_a_file_that_fails_as_it_is_loaded(tmp_path: Path) -> None:
+def test_exception_during_the_import_reports_its_line(tmp_path: Path) -> None:
     code = "def own(logits, rows):\n    return logits[:, 0]\n\nraise ValueError('not today')\n"
     found = failure(write(tmp_path, METRIC, code))
     assert found.reason == "ValueError: not today"
     assert found.where == "at own.py:4"
 
 
-def test_a_function_that_is_gone_when_the_file_is_loaded(tmp_path: Path) -> None:
+def test_function_deleted_during_the_import_is_reported(tmp_path: Path) -> None:
     code = "def own(logits, rows):\n    return logits[:, 0]\n\ndel own\n"
     assert "defines no function" in failure(write(tmp_path, METRIC, code)).reason
 
 
-def test_the_line_is_that_of_the_users_file(tmp_path: Path) -> None:
-    """Of the innermost of its functions, not of a library that it calls."""
+def test_exception_in_a_library_names_the_line_of_the_user_file(tmp_path: Path) -> None:
+    """The line is in the innermost function of the user's file."""
     code = """
 import json
 
@@ -557,8 +565,8 @@ def own(logits, rows):
 
 
 @pytest.mark.parametrize("code", ["def own(logits, rows):\n    return 0\n", LATE])
-def test_it_costs_its_measure_alone(code: str, tmp_path: Path, command: Command) -> None:
-    """On an unpatched run, and in a cell: the rest is printed; where there is none, status 2."""
+def test_failing_metric_fails_only_its_measure(code: str, tmp_path: Path, command: Command) -> None:
+    """Covers failures in unpatched runs and in cells; the status is 2 if no result remains."""
     path = write(
         tmp_path, METRIC + "\nexperiment b { prompts fruit measure entropy as raw }\n", code
     )
@@ -588,8 +596,8 @@ def own(logits, rows):
 """
 
 
-def test_where_it_failed_is_said(tmp_path: Path, command: Command) -> None:
-    """The line, the cell and the row, of those that are alone to blame."""
+def test_failing_metric_names_line_cell_and_row(tmp_path: Path, command: Command) -> None:
+    """The function fails for a single row of a single cell."""
     text = METRIC.replace("  from clean into fewer\n", "").replace(
         "patch layer 0..1 head * at last-item token",
         "ablate resid_post layer 1..3 at last token with zero",
@@ -613,14 +621,14 @@ def test_where_it_failed_is_said(tmp_path: Path, command: Command) -> None:
     assert beside.measures[0].patched[cell, at] < 5
 
 
-def test_rows_that_fail_together_only(tmp_path: Path) -> None:
+def test_metric_that_fails_only_on_several_rows_reports_their_number(tmp_path: Path) -> None:
     code = "def own(logits, rows):\n    assert len(rows) < 2\n    return logits[:, 0]\n"
     said = failure(write(tmp_path, METRIC, code))
     assert said.where == "at own.py:2"
     assert said.place == ", called with 8 rows from the run `fewer`, row 2 of `fruit`, on"
 
 
-def test_a_condition_that_fails_costs_its_experiments(tmp_path: Path) -> None:
+def test_failing_keep_condition_fails_only_its_experiment(tmp_path: Path) -> None:
     text = METRIC.replace("  patch", "  keep own > 0\n  patch")
     text += "\nexperiment b { prompts fruit measure entropy as raw }\n"
     path = write(tmp_path, text, "def own(logits, rows):\n    return 1 / 0\n")
@@ -630,7 +638,7 @@ def test_a_condition_that_fails_costs_its_experiments(tmp_path: Path) -> None:
     assert [each.name for each in found.files[0].lost] == ["heads"]
 
 
-def test_a_failure_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+def test_failing_metric_leaves_no_hooks_on_the_model(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     folder = str(files("mechdsl") / "zoo" / "counting")
@@ -660,8 +668,8 @@ def _numbers(result: ExperimentResult) -> Any:
     return result.measures[0].patched
 
 
-def test_a_function_of_an_imported_file(tmp_path: Path) -> None:
-    """The path is relative to the file that names it."""
+def test_python_path_is_relative_to_the_imported_mech_file(tmp_path: Path) -> None:
+    """The function is named in a file imported with `use`."""
     (tmp_path / "common").mkdir()
     write(tmp_path / "common", METRIC[: METRIC.index("experiment")], MARK)
     path = tmp_path / "main.mech"
@@ -680,14 +688,14 @@ def written() -> mechdsl.Results:
     return mechdsl.run(HERE / "writes.mech", allow_python=True)
 
 
-def test_vectors_that_stay_change_nothing(written: mechdsl.Results) -> None:
+def test_function_that_returns_its_vectors_has_no_effect(written: mechdsl.Results) -> None:
     (found,) = written["same"].measures
     assert found.patched == pytest.approx(
         np.broadcast_to(found.base, found.patched.shape), abs=1e-4
     )
 
 
-def test_what_a_function_gives_is_written(written: mechdsl.Results) -> None:
+def test_vectors_returned_by_a_function_are_written(written: mechdsl.Results) -> None:
     (ours,), (theirs,) = written["ours"].measures, written["theirs"].measures
     assert theirs.patched == pytest.approx(ours.patched, rel=1e-5, abs=1e-5)
     assert np.abs(theirs.patched - theirs.base).max() > 0.1
@@ -696,7 +704,7 @@ def test_what_a_function_gives_is_written(written: mechdsl.Results) -> None:
 
 
 @torch.no_grad()
-def test_it_is_given_the_base_runs_vectors(written: mechdsl.Results) -> None:
+def test_rule_function_receives_vectors_of_the_base_run(written: mechdsl.Results) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(files("mechdsl") / "zoo" / "counting"))
@@ -740,9 +748,10 @@ def test_it_is_given_the_base_runs_vectors(written: mechdsl.Results) -> None:
         ("vectors.shape['a']", "TypeError"),
     ],
 )
-def test_a_fill_that_fails(body: str, reason: str, tmp_path: Path, command: Command) -> None:
-    """What is written is made while cells run; it costs its experiment alone, though others ride in
-    the same passes."""
+def test_failing_rule_function_fails_only_its_experiment(
+    body: str, reason: str, tmp_path: Path, command: Command
+) -> None:
+    """The function runs during cells; other experiments in the same passes are unaffected."""
     text = METRIC.replace('metric own = python("own.py:own")\n', "")
     text = text.replace("  measure own as delta\n", "").replace(
         "patch layer 0..1 head * at last-item token",
@@ -764,7 +773,7 @@ def test_a_fill_that_fails(body: str, reason: str, tmp_path: Path, command: Comm
     assert "beside: delta of logit(answer)" in done.out
 
 
-def test_functions_of_another_block_are_kept_too(tmp_path: Path) -> None:
+def test_hash_covers_functions_of_other_blocks(tmp_path: Path) -> None:
     text = VALUE.replace('python("own.py:own")', "count - 1").replace(
         "experiment heads {",
         "prompts other {\n  count in 3..9\n"

@@ -1,4 +1,4 @@
-"""Functions of Python files that read what a model wrote."""
+"""Functions of Python files that read generated texts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ran(folder: Path, code: str) -> mechdsl.Results:
         return mechdsl.run(path, allow_python=True, store=False)
 
 
-def test_a_function_is_given_replies_rows_and_the_tokenizer(tmp_path: Path) -> None:
+def test_reply_function_receives_replies_rows_and_tokenizer(tmp_path: Path) -> None:
     result = ran(tmp_path, TOKENS)["e"]
     assert isinstance(result, ExperimentResult)
     (measure,) = result.measures
@@ -78,7 +78,7 @@ FAILING = {
 
 
 @pytest.mark.parametrize("reason", FAILING)
-def test_a_function_that_fails(reason: str, tmp_path: Path) -> None:
+def test_failing_reply_function_reports_its_reason(reason: str, tmp_path: Path) -> None:
     try:
         found = ran(tmp_path, FAILING[reason]).diagnostics
     except MechdslError as error:
@@ -90,7 +90,7 @@ def test_a_function_that_fails(reason: str, tmp_path: Path) -> None:
         assert problem.hint.startswith("it takes `replies`")
 
 
-def test_a_function_of_replies_takes_two_arguments(tmp_path: Path) -> None:
+def test_reply_function_with_one_parameter_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(MechdslError) as raised:
         ran(tmp_path, "def own(replies):\n    return [1.0 for _ in replies]\n")
     (problem,) = raised.value.diagnostics.errors

@@ -1,6 +1,6 @@
 """Contextual decomposition by plain hooks on a bare model, one unpadded prompt at a time.
 
-A first pass stores what each module takes and returns. A second pass has irrelevant parts: hooks
+A first pass stores the inputs and outputs of each module. A second pass has irrelevant parts: hooks
 replace the results of linear maps and norms, and give queries and keys their stored values.
 """
 
@@ -22,7 +22,7 @@ QUERIES_AND_KEYS = ("q_proj", "k_proj", "query", "key")
 def decompose(
     model: nn.Module, call: Callable[[nn.Module], Tensor], at: Where, written: Vectors
 ) -> float:
-    """The metric of irrelevant parts less that of the whole, with these vectors written."""
+    """The metric of irrelevant parts minus that of the whole, with these vectors written."""
     taken: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     parts = {
@@ -75,7 +75,7 @@ def decompose(
 
 
 def _irrelevant(name: str, part: Any, now: Tensor, before: Tensor, whole: Tensor) -> Tensor:
-    """The irrelevant part of what a module returns."""
+    """The irrelevant part of a module's output."""
     last = name.rsplit(".", 1)[-1]
     if last in QUERIES_AND_KEYS:
         return whole

@@ -1,9 +1,8 @@
-"""Forward passes of tiny models, written out by hand, on one unpadded prompt at a time.
+"""Explicit forward passes of tiny models, on one unpadded prompt at a time.
 
-The modules of the bare model are its linear maps, norms and
-activation functions; attention, rotary embeddings, masks, windows, caps, sinks and the order of
-things are written out. Every site is read, any vectors of any sites are written, edges of attention
-are edited one after the other.
+Linear maps, norms and activation functions are modules of the bare model; attention, rotary
+embeddings, masks, windows, caps, sinks and the order of operations are explicit. Every site is
+read, any vectors of any sites are written, and attention edges are edited one after the other.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ SITES = (
     "final_norm",
     "logits",
 )
-"""What stands between the modules of every family, in the order of a pass; within attention there
-are `q_rot`, `k_rot`, `scores` and `pattern` besides."""
+"""Sites between the modules of every family, in the order of a pass; attention also has `q_rot`,
+`k_rot`, `scores` and `pattern`."""
 WITHOUT_LAYER = ("embed", "final_norm", "logits")
 
 
 @dataclass(frozen=True)
 class Write:
-    """A vector that stands at a site in place of the computed one, or what makes it of that.
+    """A vector that replaces the computed one at a site, or a function of the computed one.
 
     position and unit are None for all of them, which may have vectors of their own: then `vector`
     is [T, units, width], or broadcasts to it. unit is the head or the neuron. Of `scores` and
@@ -70,12 +69,12 @@ class Edge:
 
 
 Changes = tuple[Sequence[Write], Sequence[Edge]]
-"""What is done to one copy of a prompt; the later of two writes to one vector stands."""
+"""Changes to one copy of a prompt; the later of two writes to one vector applies."""
 
 
 @dataclass
 class Run:
-    """What a forward pass gives: logits [T, vocab], and every site as [T, units, width]."""
+    """The result of a forward pass: logits [T, vocab], and every site as [T, units, width]."""
 
     writes: Sequence[Write]
     logits: Tensor
@@ -107,8 +106,7 @@ class Pass:
     def at(
         self, site: str, layer: int | None, value: Tensor, allowed: Tensor | None = None
     ) -> Tensor:
-        """The site's value [copies, T, units, width] with what is written there; where it is
-        kept."""
+        """The site's value [copies, T, units, width] with its writes; the value is recorded."""
         writes = self.here.get((site, layer), [])
         if writes:
             value = value.clone()
@@ -135,12 +133,12 @@ class Pass:
         return rows
 
     def whole(self, site: str, layer: int | None, value: Tensor) -> Tensor:
-        """The same for a site without heads, [copies, T, width]."""
+        """`at` for a site without heads, [copies, T, width]."""
         return self.at(site, layer, value[:, :, None])[:, :, 0]
 
 
 def _only(number: int | None) -> slice:
-    """One of them, or all of them."""
+    """A slice of one index, or of all."""
     return slice(None) if number is None else slice(number, number + 1 or None)
 
 
@@ -148,7 +146,7 @@ def _only(number: int | None) -> slice:
 
 
 class Stack:
-    """A model taken apart; x is [copies, T, d_model] everywhere."""
+    """The components of a model; x is [copies, T, d_model] everywhere."""
 
     parallel = False
     cap: float | None = None
@@ -196,7 +194,7 @@ class Stack:
         return x
 
     def neurons(self, block: Any, x: Tensor) -> Tensor | None:
-        """[copies, T, neurons], None where there are experts."""
+        """[copies, T, neurons]; None for experts."""
         raise NotImplementedError
 
     def down(self, block: Any, hidden: Tensor) -> Tensor:
@@ -247,10 +245,10 @@ class GPT2(Stack):
 
 
 def _turned(x: Tensor, theta: float, width: int) -> Tensor:
-    """Each pair (i, i + half) of features is turned by its position's angle; x is
+    """Rotate each pair (i, i + half) of features by its position's angle; x is
     [copies, T, heads, width].
 
-    width: as the model counts it; one feature makes a pair all the same.
+    width: as the model counts it; a single feature still makes a pair.
     """
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
@@ -354,7 +352,7 @@ class GptOss(Llama):
         return None
 
     def down(self, block: Any, hidden: Tensor) -> Tensor:
-        """Of what the experts read: each token's best ones, by their weights."""
+        """The weighted output of each token's best experts, from their input."""
         router, experts = block.mlp.router, block.mlp.experts
         scores = hidden @ router.weight.T + router.bias
         best, chosen = scores.topk(router.top_k, dim=-1)
@@ -438,7 +436,7 @@ def side_by_side(
     ids: Sequence[int],
     each: Sequence[Changes],
 ) -> list[Run]:
-    """One prompt through the model, in a copy for each of `each`."""
+    """Run one prompt through the model, with a copy for each of `each`."""
     parts = stack(name, model)
     run = Pass(each)
     x = run.whole("embed", None, parts.embed(torch.tensor([list(ids)] * len(each))))
@@ -457,7 +455,7 @@ def forward(
     writes: Iterable[Write] = (),
     edges: Iterable[Edge] = (),
 ) -> Run:
-    """One prompt through the model."""
+    """Run one prompt through the model."""
     (run,) = side_by_side(name, model, ids, [(tuple(writes), tuple(edges))])
     return run
 
@@ -485,7 +483,7 @@ def _mlp(parts: Stack, layer: int, x: Tensor, run: Pass) -> Tensor:
 
 
 def _attention(parts: Stack, layer: int, x: Tensor, run: Pass) -> Tensor:
-    """Of the letters, c is the copy, t the query, s the key, h the head, d its width, m d_model."""
+    """Index letters: c is the copy, t the query, s the key, h the head, d its width, m d_model."""
     block = parts.block(layer)
     x = run.whole("attn_norm", layer, x)
     q, k, v = parts.project(block, x)
@@ -503,7 +501,7 @@ def _attention(parts: Stack, layer: int, x: Tensor, run: Pass) -> Tensor:
     scores = run.at("scores", layer, scores, visible)
 
     sinks = parts.sinks(block)
-    every = scores  # [copy, query, head, key], behind the keys the sink
+    every = scores  # [copy, query, head, key], the sink after the keys
     if sinks is not None:
         sink = sinks[:, None].expand(copies, length, heads, 1)
         every = torch.cat([scores, sink], dim=3)
@@ -540,5 +538,5 @@ def edited(rows: Tensor, edge: Edge, keys: list[int]) -> Tensor:
             total = rows.sum(1, keepdim=True)
             others = rows / total * (1 - edge.amount * len(keys))
             others[:, keys] = edge.amount
-            rows[:, keys] = 1 / len(keys)  # where nothing else is there; a row sums to 1
+            rows[:, keys] = 1 / len(keys)  # if there is no other key; a row sums to 1
             return torch.where(total > 0, others, rows)

@@ -21,21 +21,21 @@ class Where:
 
 @dataclass(frozen=True)
 class Taken:
-    """The gradient of a number by what stands at one place."""
+    """The gradient of a number by the value at one place."""
 
     value: Tensor
-    """[T, units, width], what was there."""
+    """[T, units, width], the value."""
     gradient: Tensor
     """[T, units, width]"""
     metric: float
 
 
 Forward = Callable[[nn.Module], Tensor]
-"""Calls the model and gives one number, of its output."""
+"""Calls the model and returns one number of its output."""
 
 
 def taken(module: nn.Module, where: Where, forward: Forward, moved: Tensor | None = None) -> Taken:
-    """What stands at a place, moved by so much, and the gradient of the number by it."""
+    """The value at a place, shifted by `moved`, and the gradient of the number by it."""
     leaves: list[Tensor] = []
 
     def swap(value: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def taken(module: nn.Module, where: Where, forward: Forward, moved: Tensor | Non
     def leaving(part: nn.Module, args: Any, out: Any) -> Any:
         return (swap(out[0]), *out[1:]) if isinstance(out, tuple) else swap(out)
 
-    # What a library has kept of earlier passes is made of weights, and isn't followed.
+    # Tensors that a library cached in earlier passes have no gradient.
     module.requires_grad_(False)
     part = module.get_submodule(where.path)
     if where.side == "in":
@@ -70,7 +70,7 @@ def taken(module: nn.Module, where: Where, forward: Forward, moved: Tensor | Non
 
 
 def _as_long(moved: Tensor, length: int) -> Tensor:
-    """Nothing moves behind the prompt."""
+    """Pad with zeros: tokens after the prompt aren't shifted."""
     return torch.cat([moved, moved.new_zeros(length - len(moved), *moved.shape[1:])])
 
 
@@ -87,9 +87,9 @@ def estimated(
     kind: str,
     steps: int = 0,
 ) -> dict[Any, float]:
-    """Of each cell of one place, which move together.
+    """The estimate of each cell of one place, whose vectors move together.
 
-    written: of a position and a unit, what is written there.
+    written: from a position and a unit, the written vector.
     """
     base = taken(module, where, forward)
     if kind == "gradient":

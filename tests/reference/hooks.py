@@ -1,7 +1,7 @@
 """Interventions by plain hooks on the bare model, one unpadded prompt at a time.
 
-A model is called with nothing but its prompt, or copies of it; where a site lies between modules,
-what is written follows from its definition.
+A model is called only with its prompt, or copies of it. If a site is between modules, its writes
+follow from its definition.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Change:
 
 
 Writes = tuple[str, Sequence[Change]]
-"""A site, and what is written there."""
+"""A site and its writes."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Session:
     of them is written."""
 
     each: Sequence[Writes]
-    """Of every copy."""
+    """Writes of every copy."""
     seen: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def writes(self, site: str) -> bool:
@@ -51,7 +51,7 @@ class Session:
         return any(site == written for written, _ in self.each)
 
     def edit(self, site: str, value: Tensor) -> Tensor:
-        """`value` is [copies * T, units, width]; returns it changed where this is the site."""
+        """Return `value` [copies * T, units, width], changed if this is the site."""
         if self.writes(site):
             value = value.clone()
             for own, (written, changes) in zip(
@@ -65,7 +65,7 @@ class Session:
 
 
 def sites(stack: Stack, layer: int, *, main: bool = True) -> list[str]:
-    """The sites that there are in one layer, in the order of a forward pass."""
+    """The sites of one layer, in the order of a forward pass."""
     block = stack.at(layer)
     found = {
         "embed": stack.embed is not None,
@@ -101,11 +101,11 @@ def side_by_side(
     each: Sequence[Writes],
     stack: str = "",
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """A copy of one prompt for each of `each`, which says what is written at sites of this layer.
+    """Run a copy of one prompt for each of `each`, the writes at sites of this layer.
 
-    Of every copy: what the model returns ([T, …] logits, or hidden states where it has no
-    unembedding), and all sites of that layer of one stack: [T, units, width] each, after the
-    change. `prompt` is what the model is called with.
+    Returns, for every copy, the model's output ([T, …] logits, or hidden states without an
+    unembedding) and all sites of this layer of one stack, [T, units, width] each, after the
+    change. `prompt` has the arguments of the model.
     """
     session = Session(each)
     parts = architecture.others[stack] if stack else architecture.main
@@ -132,14 +132,14 @@ def run(
     changes: Sequence[Change] = (),
     stack: str = "",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same of one copy, changed at one site or nowhere."""
+    """`side_by_side` for one copy, changed at one site or nowhere."""
     (found,) = side_by_side(architecture, module, prompt, layer, [(site, changes)], stack)
     return found
 
 
 @contextmanager
 def hooked(module: nn.Module, stack: Stack, layer: int, session: Session) -> Iterator[None]:
-    """The model reads and writes as the session says, in one layer."""
+    """Let the model read and write one layer as the session says."""
     handles = list(_handles(module, stack, layer, session))
     try:
         yield
@@ -240,7 +240,7 @@ def _handles(module: nn.Module, stack: Stack, layer: int, session: Session) -> I
     if block.mlp_out is not None:
         yield _out(part(block.mlp_out), whole("mlp_out", factor(block.mlp_scale)))
     if block.resid:
-        # In front of hooks of the library's own, which collect what blocks return.
+        # Before the library's hooks, which collect the outputs of blocks.
         yield _out(part(""), whole("resid_post"), first=True)
     if stack.final_norm is not None:
         path, side = stack.final_norm
@@ -248,8 +248,8 @@ def _handles(module: nn.Module, stack: Stack, layer: int, session: Session) -> I
 
 
 def patch_projection(module: nn.Module, stack: Stack) -> nn.Module | None:
-    """What makes vectors of an image's patches, where the embedding is of these: a convolution, the
-    norm of AIMv2 behind it, or the linear map of RADIO and Gemma 4."""
+    """The module that embeds an image's patches, if the embedding is of patches: a convolution, the
+    norm after it in AIMv2, or the linear map of RADIO and Gemma 4."""
     if stack.embed is None:
         return None
     inside = dict(module.get_submodule(stack.embed[0]).named_modules())
@@ -261,7 +261,7 @@ def patch_projection(module: nn.Module, stack: Stack) -> nn.Module | None:
 
 
 def patch_tokens(made: Tensor) -> Tensor:
-    """[image, patch, width] of what a convolution makes."""
+    """[image, patch, width] from the output of a convolution."""
     return made if made.dim() == 3 else made.flatten(2).transpose(1, 2)
 
 
@@ -275,7 +275,7 @@ def _head_handles(
 
 
 def _once(edit: Edit) -> Edit:
-    """Of what a module returns first in a pass."""
+    """Apply an edit only to the first output of a module in a pass."""
     done: list[Tensor] = []
 
     def first(value: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ def _head_edit(site: str, heads: Heads, session: Session) -> Edit:
 
 
 def _output_handles(block: Block, output: nn.Module, session: Session) -> Iterator[Any]:
-    """`z`, and `head_out`: each head's share of what the projection returns."""
+    """`z`, and `head_out`: each head's share of the projection's output."""
     given: list[Tensor] = []
     weight: Any = output.weight
     if type(output).__name__ != "Conv1D":
@@ -338,8 +338,8 @@ def _output_handles(block: Block, output: nn.Module, session: Session) -> Iterat
 
 
 def _experts(module: nn.Module, count: int, session: Session) -> Any:
-    """`router`: the weight of every expert, 0 where it isn't asked; `expert_out`: what each of them
-    adds, its weight included."""
+    """`router`: the weight of every expert, 0 if not selected; `expert_out`: the output of each
+    expert, including its weight."""
     forward = module.forward
 
     def hook(part: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -379,7 +379,7 @@ def _experts(module: nn.Module, count: int, session: Session) -> Any:
 
 
 NAMES = ("hidden_states", "inputs_embeds", "hidden_state", "x", "input", "query")
-"""What modules call the activation that they get, where it isn't their first argument."""
+"""Names of a module's activation argument, if it isn't the first."""
 
 
 def _in(module: nn.Module, change: Edit) -> Any:
@@ -402,14 +402,14 @@ def _out(module: nn.Module, change: Edit, *, first: bool = False) -> Any:
 
 
 def prompts(architecture: Architecture, count: int, seed: int) -> list[dict[str, Tensor]]:
-    """What the model is called with, for each of some prompts."""
+    """The arguments of the model for each of several prompts."""
     from ..families.build import ids
 
     rows = [(architecture.begins, *row[1:]) for row in ids(count, 8, seed)]
     texts = [{"input_ids": torch.tensor([row])} for row in rows]
     if architecture.takes == "text":
         return texts
-    # Of other lengths than the texts.
+    # Their lengths differ from those of the texts.
     decoder = [torch.tensor([row]) for row in ids(count + 1, 8, seed + 100)[1:]]
     if architecture.takes == "two texts":
         return [
@@ -433,9 +433,9 @@ def prompts(architecture: Architecture, count: int, seed: int) -> list[dict[str,
 
 
 def _sound(architecture: Architecture) -> tuple[str, tuple[int, ...]]:
-    """What an audio model calls the sound, and its shape."""
+    """The name of an audio model's sound argument, and its shape."""
     config = architecture.config
-    if "num_mel_bins" in config:  # frames go by twos
+    if "num_mel_bins" in config:  # frames are read in pairs
         return "input_features", (config["num_mel_bins"], 2 * config["max_source_positions"])
     if "input_feat_per_channel" in config:
         return "input_features", (22, config["input_feat_per_channel"])

@@ -1,4 +1,4 @@
-"""Writes that carry sites of one run over to another."""
+"""Writes that copy sites of one run to another."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def copied(
 def zeroed(
     points: Sequence[Point], seen: Mapping[Place, Tensor], written: Sequence[int]
 ) -> list[Write]:
-    """Nothing in place of these points."""
+    """Zeros at these points."""
     nothing = {place: torch.zeros_like(value) for place, value in seen.items()}
     return copied(points, nothing, written, written)

@@ -1,4 +1,4 @@
-"""Models whose derivatives are changed, by functions in place of their modules'."""
+"""Models with changed derivatives, from functions that replace those of their modules."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _gated(part: Any) -> Callable[[Tensor], Tensor]:
 
 
 class _Flat(torch.autograd.Function):
-    """Softmax, whose derivatives are those at twice the temperature."""
+    """Softmax with the derivatives at twice the temperature."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

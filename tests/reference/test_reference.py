@@ -1,4 +1,4 @@
-"""The references against the bare model and each other, before anything is held to them."""
+"""The references, compared with the bare model and with each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = len(IDS)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_edits_it_is_the_bare_model(name: str) -> None:
+def test_forward_without_edits_equals_the_bare_model(name: str) -> None:
     run = forward(name, double(name), IDS)
     with torch.no_grad():
         expected = double(name)(torch.tensor([IDS])).logits[0]
@@ -33,7 +33,7 @@ def test_without_edits_it_is_the_bare_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_pattern_is_that_of_the_eager_model(name: str) -> None:
+def test_forward_pattern_equals_eager_attention(name: str) -> None:
     model: Any = copy.deepcopy(double(name))
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -45,12 +45,12 @@ def test_the_pattern_is_that_of_the_eager_model(name: str) -> None:
 
 ROWS = {row.name.replace("/", "_"): row for row in tables.every() if isinstance(row, Architecture)}
 PLAIN_ROTARY = {"rope_type": "default", "rope_theta": 1e4}
-"""`forward` doesn't know of YaRN, which the table has here."""
+"""`forward` doesn't implement YaRN, which the table uses here."""
 
 
 @pytest.mark.parametrize("name", some(STACKS, list(STACKS)[::2]))
-def test_all_sites_are_those_of_hooks(name: str) -> None:
-    """Of every layer; also with a write, at each site in turn."""
+def test_forward_sites_and_writes_equal_hooks(name: str) -> None:
+    """Every layer is compared, also with a write at each site in turn."""
     row = ROWS[name]
     rotary = {"rope_parameters": PLAIN_ROTARY} if name == "gpt_oss" else {}
     model = build.model(row, **rotary).double()
@@ -76,7 +76,7 @@ def test_all_sites_are_those_of_hooks(name: str) -> None:
             assert (written.logits - run.logits).abs().max() > 1e-4 * large, place
 
 
-def test_writes_of_two_layers_are_those_of_hooks_of_both() -> None:
+def test_forward_writes_in_two_layers_equal_hooks() -> None:
     row = ROWS["llama"]
     model = build.model(row).double()
     plain = forward("llama", model, IDS)
@@ -101,7 +101,7 @@ def test_writes_of_two_layers_are_those_of_hooks_of_both() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_writing_what_was_read_changes_nothing(name: str) -> None:
+def test_forward_writes_of_read_values_change_nothing(name: str) -> None:
     plain = forward(name, double(name), IDS)
     writes = [
         Write(site, layer, value[position, unit], position, unit)
@@ -114,7 +114,7 @@ def test_writing_what_was_read_changes_nothing(name: str) -> None:
     assert torch.equal(again.logits, plain.logits)
 
 
-def test_heads_and_their_bias_add_up() -> None:
+def test_head_outputs_and_bias_sum_to_the_attention_output() -> None:
     for name in FAMILIES:
         plain = forward(name, double(name), IDS)
         bias = stack(name, double(name)).output(stack(name, double(name)).block(1))[1]
@@ -126,7 +126,7 @@ def test_heads_and_their_bias_add_up() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_copies_side_by_side_are_each_alone(name: str) -> None:
+def test_forward_copies_equal_separate_passes(name: str) -> None:
     plain = forward(name, double(name), IDS)
     vector = -2 * plain["resid_pre", 1][3, 0] + 1
     head, stream = Write("z", 0, plain["z", 0][3, -1] + 1, 4, 1), Write("resid_pre", 1, vector, 5)
@@ -142,8 +142,8 @@ def test_copies_side_by_side_are_each_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "bloom", "mixtral", "falcon"])
-def test_copies_with_hooks_are_each_alone(name: str) -> None:
-    """One for each site of a layer, and one without a change."""
+def test_hooked_copies_equal_separate_passes(name: str) -> None:
+    """There is one copy for each site of a layer, and one without a change."""
     row = ROWS[name]
     model: Any = build.model(row).double()
     model.set_experts_implementation("eager")
@@ -176,7 +176,7 @@ def sums(run: Run, layer: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_edges_are_edited_as_they_are_defined(name: str) -> None:
+def test_attention_edge_edits_equal_their_definition(name: str) -> None:
     plain = forward(name, double(name), IDS)
     before, keys = plain["pattern", 1][9, 2], [1, 8, 9]
     visible = plain["scores", 1][9, 2].isfinite()
@@ -186,7 +186,7 @@ def test_edges_are_edited_as_they_are_defined(name: str) -> None:
     def row(kind: Any, amount: float = 0) -> torch.Tensor:
         return edited(name, Edge(kind, 1, [9], keys, amount, [2]))["pattern", 1][9, 2]
 
-    # block and reweight are what the same change of scores gives
+    # block and reweight equal the corresponding change of scores
     for kind, amount in (("block", 0.0), ("reweight", 1.5), ("reweight", 0.0)):
         scores = plain["scores", 1][9, 2].clone()
         scores[keys] += torch.tensor(amount).double().log()
@@ -210,7 +210,7 @@ def test_edges_are_edited_as_they_are_defined(name: str) -> None:
         assert (run.logits - plain.logits).abs().max() > 1e-3
 
 
-def test_a_query_without_a_key_attends_to_nothing() -> None:
+def test_query_without_keys_has_zero_output() -> None:
     run = edited("llama", Edge("block", 1, [4], range(T)))
     assert (run["z", 1][4] == 0).all()
     assert (sums(run)[4] == 0).all()
@@ -224,7 +224,7 @@ def test_edits_of_one_row_act_in_order() -> None:
     assert (sums(first) - 1).abs().max() <= 1e-9
 
 
-def test_invisible_keys_stay_invisible() -> None:
+def test_edits_of_invisible_keys_change_nothing() -> None:
     plain = forward("mistral", double("mistral"), IDS)
     for kind in ("block", "reweight", "uniform", "set"):
         run = edited("mistral", Edge(kind, 1, [5], [0, 1, 2, 6, 7], 0.2))  # type: ignore[arg-type]

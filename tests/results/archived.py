@@ -1,4 +1,4 @@
-"""Files whose results hold all that results can: for tests of what is kept of them."""
+"""Files whose results have every feature, for tests of stored results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EFFECT = "  measure logit(answer) - logit(answer of fewer) as recovery\n"
 
 
 def experiment(name: str, body: str, limit: int = 8) -> str:
-    """On the fruit of `tests/fruit.py`."""
+    """Build an experiment on the prompts of `tests/fruit.py`."""
     return f"\nexperiment {name} {{\n  prompts fruit limit {limit}\n{body}}}\n"
 
 
@@ -103,7 +103,7 @@ ROWS = (
 
 
 def written(folder: Path, name: str) -> Path:
-    """The file of this name."""
+    """Write the file of this name and its data."""
     path = folder / "it.mech"
     path.write_text(TEXTS[name], encoding="utf-8")
     (folder / "rows.json").write_text(ROWS, encoding="utf-8")

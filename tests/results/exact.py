@@ -1,4 +1,4 @@
-"""Whether two values are equal to the bit: types, order, arrays, and what NaN would hide."""
+"""Bit-for-bit comparison of values: types, order, arrays and NaN."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mechdsl.results.results import Results
 
 
 def equal(a: Any, b: Any, at: str = "") -> None:
-    """AssertionError with the place where two values differ."""
+    """Assert that two values are equal; the message has the path of the first difference."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         assert list(a) == list(b), at
         for key in a:
@@ -44,7 +44,7 @@ def equal(a: Any, b: Any, at: str = "") -> None:
 
 
 def shown(results: Results) -> list[str]:
-    """All that can be seen of results without drawing."""
+    """Return every output of results except pictures."""
     found = [results.to_json(), results.to_csv(), repr(results), results.profile]
     found += [results.to_text(width) for width in (60, 100, 200)]
     found += [repr(each.records()) for each in results]
@@ -54,7 +54,7 @@ def shown(results: Results) -> list[str]:
 
 
 def same_results(a: Results, b: Results) -> None:
-    """AssertionError where they aren't equal to the bit."""
+    """Assert that two results are equal bit for bit."""
     for name in ("files", "versions", "written", "profile"):
         equal(getattr(a, name), getattr(b, name), name)
     assert len(a.diagnostics) == len(b.diagnostics)
@@ -64,7 +64,7 @@ def same_results(a: Results, b: Results) -> None:
 
 
 def same_diagnostic(a: Diagnostic, b: Diagnostic) -> None:
-    """AssertionError where they don't say the same of the same place."""
+    """Assert that two diagnostics have equal facts and texts."""
     assert type(a) is type(b)
     equal(
         {f.name: getattr(a, f.name) for f in fields(a)},

@@ -1,4 +1,4 @@
-"""Where the texts of an SVG stand: boxes from positions, sizes of letters and turns."""
+"""Bounding boxes of an SVG's texts, from positions, letter widths and rotations."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ WIDTHS = {
     "W": 944,
     "@": 1015,
 }
-"""Of Helvetica's letters, in thousandths of their size (Adobe's font metrics)."""
+"""Widths of Helvetica's letters in thousandths of the font size (Adobe's font metrics)."""
 MONO, BOLD, OTHER = 602, 1.06, 1000
 ABOVE, BELOW = 0.72, 0.18
-"""Height of letters over their line and under it."""
+"""Height of letters above and below the baseline, relative to the font size."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Text:
     text: str
     corners: tuple[Point, Point, Point, Point]
     title: str
-    """What stands under the pointer."""
+    """Tooltip."""
     size: float
 
 
 def texts_of(svg: str) -> list[Text]:
-    """All lines of text that are drawn."""
+    """Return all drawn lines of text."""
     return list(_walk(ElementTree.fromstring(svg), SAME, {}, ""))
 
 
@@ -70,7 +70,7 @@ def overlaps(texts: list[Text], least: float = 0.5) -> list[tuple[str, str]]:
 
 
 def outside(svg: str) -> list[str]:
-    """Texts that the picture's edge cuts."""
+    """Return texts cut off at the picture's edge."""
     root = ElementTree.fromstring(svg)
     shown = root.get("viewBox") or f"0 0 {root.attrib['width']} {root.attrib['height']}"
     width, height = map(float, shown.split()[2:])  # with a width in inches, pixels are scaled
@@ -100,7 +100,7 @@ def _walk(
 def _lines(
     node: ElementTree.Element, matrix: Matrix, given: dict[str, str], title: str
 ) -> Iterator[Text]:
-    if float(given.get("opacity", "1")) == 0:  # vega hides labels so, rather than leave them out
+    if float(given.get("opacity", "1")) == 0:  # vega hides labels by opacity 0
         return
     x, y = float(node.get("x", "0")), float(node.get("y", "0"))
     parts = [(node.text or "", x, y)]
@@ -164,7 +164,7 @@ def _bounds(text: Text) -> tuple[float, float, float, float]:
 
 
 def _apart(first: Text, second: Text) -> float:
-    """The widest gap between two boxes along the sides of either; below 0 they overlap."""
+    """Return the widest gap between two boxes along their sides; negative if they overlap."""
     gaps: list[float] = []
     for box in (first, second):
         a, b, _, d = box.corners

@@ -1,4 +1,4 @@
-"""Made-up experiments with effects that are known."""
+"""Synthetic experiments with known effects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def report(kind: str, **values: Any) -> spec.Report:
 
 
 def expectation(line: str) -> spec.Expectation:
-    """What `expect LINE` says, as lowering builds it."""
+    """Build the expectation of `expect LINE`, as lowering does."""
     tree, diagnostics = parse(Source(f"mech 1\nexperiment e {{\n  expect {line}\n}}\n"))
     assert not diagnostics, diagnostics
     block = tree.statements[-1]
@@ -164,7 +164,7 @@ def positions(layers: int = 4, prompts: int = 48) -> ExperimentResult:
 
 
 def wrote() -> ExperimentResult:
-    """Three prompts of which the second isn't part of every cell, with two samples each."""
+    """Three prompts with two samples each; one cell lacks the second prompt."""
 
     def reply(text: str, ended: Literal["end", "stop", "length", "broken"] = "end") -> Reply:
         return Reply(tuple(range(len(text.split()))), text, ended)
@@ -203,7 +203,7 @@ def finished(result: ExperimentResult, *expects: str, **values: Any) -> Experime
 
 
 def with_controls(result: ExperimentResult, draws: int = 39) -> ExperimentResult:
-    """Draws with effects around 0 beside every measure that is a number."""
+    """Add random-control draws with effects around 0 to every measure."""
     random = np.random.default_rng(5)
     values: list[Floats] = []
     for data in result.measures:
@@ -314,7 +314,7 @@ def swept(
     gaps: bool = False,
     prompts: int = 24,
 ) -> ExperimentResult:
-    """Layers by heads, or by positions with long names: a diagonal of effects, alike but for it.
+    """Layers by heads, or by positions with long names, with effects on the diagonal.
 
     scale: the largest effect. words: the columns are positions. gaps: cells are left out, others
     have few prompts or none.

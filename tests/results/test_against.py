@@ -1,4 +1,4 @@
-"""Verdicts set against those of an earlier run: what counts as which change."""
+"""Comparison of verdicts with those of an earlier run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def kinds(against: VerdictComparison) -> list[tuple[str, str, bool]]:
     return [(each.kind, each.text, each.fails) for each in against.changes]
 
 
-def test_each_pair_of_verdicts() -> None:
+def test_verdict_comparison_classifies_each_pair_of_verdicts() -> None:
     now = file(
         outcome("a > 1", True),
         outcome("b > 1", False),
@@ -85,22 +85,24 @@ def test_each_pair_of_verdicts() -> None:
     ("now", "before", "fails"),
     [(True, True, False), (True, False, False), (False, False, False), (False, True, True)],
 )
-def test_whether_the_job_fails(now: bool, before: bool, fails: bool) -> None:
+def test_job_fails_only_for_an_expectation_that_held_before(
+    now: bool, before: bool, fails: bool
+) -> None:
     found = compared(file(outcome("a > 1", now)), file(outcome("a > 1", before)))
     assert found.fails is fails
 
 
 @pytest.mark.parametrize("holds", [True, False])
-def test_a_new_one_fails_the_job_if_it_fails(holds: bool) -> None:
+def test_new_expectation_fails_the_job_only_if_it_fails(holds: bool) -> None:
     assert compared(file(outcome("a > 1", holds)), file()).fails is not holds
 
 
-def test_white_space_makes_no_difference() -> None:
+def test_expectations_match_regardless_of_white_space() -> None:
     found = compared(file(outcome("a  >\n 1", False)), file(outcome("a > 1", True)))
     assert kinds(found) == [("regression", "a  >\n 1", True)]
 
 
-def test_equal_ones_are_paired_by_their_order() -> None:
+def test_identical_expectations_are_paired_in_order() -> None:
     now = file(outcome("a > 1", True), outcome("a > 1", False), outcome("a > 1", False))
     before = file(outcome("a > 1", True), outcome("a > 1", False))
     found = compared(now, before)
@@ -110,13 +112,13 @@ def test_equal_ones_are_paired_by_their_order() -> None:
     assert kinds(turned) == [("failed before", "a > 1", False), ("gone", "a > 1", False)]
 
 
-def test_one_of_another_experiment_is_another_one() -> None:
+def test_expectations_of_different_experiments_are_not_paired() -> None:
     other = replace(heads(), name="other", outcomes=(outcome("a > 1", True),))
     found = compared(file(outcome("a > 1", False)), FileResult("a.mech", (other,)))
     assert kinds(found) == [("new", "a > 1", True), ("gone", "a > 1", False)]
 
 
-def test_an_experiment_that_is_lost_now() -> None:
+def test_newly_lost_experiment_is_a_regression() -> None:
     found = compared(file(outcome("a > 1", False), lost=True), file(outcome("a > 1", True)))
     assert kinds(found) == [("regression", "", True), ("regression", "a > 1", True)]
     assert found.changes[0].lost == WHY
@@ -124,7 +126,7 @@ def test_an_experiment_that_is_lost_now() -> None:
     assert kinds(without) == [("regression", "", True)]
 
 
-def test_an_experiment_that_was_lost_before_too() -> None:
+def test_experiment_lost_in_both_runs_is_no_regression() -> None:
     found = compared(
         file(outcome("a > 1", False), lost=True), file(outcome("a > 1", False), lost=True)
     )
@@ -133,7 +135,7 @@ def test_an_experiment_that_was_lost_before_too() -> None:
     assert kinds(again) == [("holds now", "a > 1", False)]
 
 
-def test_a_measure_that_is_lost_now() -> None:
+def test_newly_lost_measure_is_a_regression() -> None:
     whole = heads()
     first = replace(whole.measures[0], missing=WHY)
     less = replace(whole, measures=(first, *whole.measures[1:]))
@@ -144,8 +146,8 @@ def test_a_measure_that_is_lost_now() -> None:
 
 
 @pytest.mark.parametrize("other", [{"label": "other"}, {"effect": "delta"}, {"at": "last token"}])
-def test_a_measure_is_the_same_by_all_of_its_name(other: dict[str, str]) -> None:
-    """One that can't be computed now was not there if only one like it was."""
+def test_measures_match_only_by_label_effect_and_position(other: dict[str, str]) -> None:
+    """A lost measure is no regression if the earlier run has only a similar measure."""
     whole = heads()
     lost = replace(whole.measures[0], missing=WHY)
     before = replace(whole, measures=(replace(whole.measures[0], **other),))
@@ -153,13 +155,13 @@ def test_a_measure_is_the_same_by_all_of_its_name(other: dict[str, str]) -> None
     assert compared(FileResult("a.mech", (now,)), FileResult("a.mech", (before,))).changes == ()
 
 
-def test_what_was_not_to_run_is_not_gone() -> None:
+def test_unselected_experiment_is_not_reported_as_gone() -> None:
     now, before = FileResult("a.mech", ()), file(outcome("a > 1", True))
     assert compared(now, before, ("where",)).changes == ()
     assert kinds(compared(now, before)) == [("gone", "a > 1", False)]
 
 
-def test_what_is_not_decided_is_not_gone() -> None:
+def test_undecided_expectation_is_not_reported_as_gone() -> None:
     left = (SkippedExperiment("where", (UndecidedExpectation("a  > 1", 3),)),)
     now = FileResult("a.mech", (), not_run=left)
     before = file(outcome("a > 1", True), outcome("a > 1", True), outcome("b > 1", False))
@@ -167,13 +169,13 @@ def test_what_is_not_decided_is_not_gone() -> None:
     assert kinds(found) == [("gone", "a > 1", False), ("gone", "b > 1", False)]
 
 
-def test_a_file_that_was_not_there() -> None:
+def test_file_absent_from_the_earlier_run_has_new_expectations() -> None:
     found = compared(file(outcome("a > 1", False)), None)
     assert kinds(found) == [("new", "a > 1", True)]
     assert found.without == ("a.mech",)
 
 
-def test_what_ends_a_run() -> None:
+def test_stop_condition_ignores_expectations_that_failed_before() -> None:
     before = file(outcome("a > 1", True), outcome("b > 1", False))
     ends = stop_condition(EarlierRun(("then",), {"a.mech": before}, {}))
     assert not ends("a.mech", "where", [outcome("a > 1", True), outcome("b > 1", False)])
@@ -185,7 +187,7 @@ def test_what_ends_a_run() -> None:
     assert not always("a.mech", "where", [outcome("a > 1", True)])
 
 
-def test_as_text() -> None:
+def test_text_lists_regressions_and_known_failures_with_values() -> None:
     now = file(outcome("a > 1", False, 0.25), outcome("b > 1", True), outcome("c > 1", False))
     before = file(outcome("a > 1", True, 2.5), outcome("b > 1", True), outcome("c > 1", False))
     assert compared(now, before).to_text() == (
@@ -199,12 +201,12 @@ def test_as_text() -> None:
     )
 
 
-def test_as_text_of_what_is_lost() -> None:
+def test_text_states_why_an_experiment_is_lost() -> None:
     said = compared(file(lost=True), file()).to_text()
     assert "regression     where: not computed\n               E0604: the denominator is 0" in said
 
 
-def test_in_the_document() -> None:
+def test_json_document_contains_the_comparison() -> None:
     found = compared(file(outcome("a > 1", False), lost=True), file(outcome("a > 1", True)))
     document = results_document([], {}, found).as_json()["against"]
     assert VerdictComparisonDocument.model_validate(document)
@@ -214,14 +216,14 @@ def test_in_the_document() -> None:
     assert "against" not in results_document([], {}).as_json()
 
 
-# --- which file is set against which ------------------------------------------------------------
+# --- matching of files ----------------------------------------------------------------------------
 
 
 def asked(*names: str) -> list[FileToRun]:
     return [FileToRun(name, Path(name)) for name in names]
 
 
-def test_one_file_is_set_against_any() -> None:
+def test_single_file_is_compared_with_any_earlier_file() -> None:
     found = earlier_run_from_results(Results((file(name="x/b.mech"),)), asked("a.mech"), "kept")
     assert found.files["a.mech"] is not None
     assert found.runs == ("kept, a run of `x/b.mech`",)
@@ -229,7 +231,7 @@ def test_one_file_is_set_against_any() -> None:
     assert same.runs == ("kept",)
 
 
-def test_several_are_set_against_those_of_their_names() -> None:
+def test_several_files_are_matched_by_name() -> None:
     run = Results((file(name="old/b.mech"),))
     found = earlier_run_from_results(run, asked("a.mech", "new/b.mech"), "kept")
     assert found.files["a.mech"] is None
@@ -239,7 +241,7 @@ def test_several_are_set_against_those_of_their_names() -> None:
     assert [own.files[name] for name in ("y/a.mech", "z/a.mech")] == [both.files[1], both.files[0]]
 
 
-def test_a_run_of_none_of_them_is_refused() -> None:
+def test_earlier_run_without_a_matching_file_is_rejected() -> None:
     with pytest.raises(MechdslError, match=r"a run of `c\.mech`") as found:
         earlier_run_from_results(Results((file(name="c.mech"),)), asked("a.mech", "b.mech"), "kept")
     assert found.value.diagnostics[0].code == "E0208"

@@ -1,4 +1,4 @@
-"""What is kept of results: they come back equal to the bit, and nothing hostile gets through."""
+"""Stored results: a round trip is exact to the bit, and hostile archives are rejected."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def packed(name: str) -> dict[str, bytes]:
 
 
 def changed(name: str, change: Any, part: str = RESULT_FILE) -> dict[str, bytes]:
-    """An archive whose JSON, or arrays, somebody has changed."""
+    """Return an archive with changed JSON or arrays."""
     content = dict(packed(name))
     if part == RESULT_FILE:
         found = json.loads(content[RESULT_FILE])
@@ -69,12 +69,12 @@ def changed(name: str, change: Any, part: str = RESULT_FILE) -> dict[str, bytes]
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_all_that_results_hold_comes_back(name: str) -> None:
+def test_archived_results_round_trip_bit_for_bit(name: str) -> None:
     same_results(run(name), unpack_results(packed(name)))
 
 
-def test_the_files_hold_what_they_are_for() -> None:
-    """Else the test above would say nothing of it."""
+def test_sample_files_cover_every_part_of_results() -> None:
+    """Guards the round-trip test against samples that lack a feature."""
     assert run("controls")["heads"].controls[0] is not None
     assert run("variants")["heads"].axes[0] == "source"
     (file,) = run("lost and missing").files
@@ -93,7 +93,7 @@ def test_the_files_hold_what_they_are_for() -> None:
 
 
 @pytest.mark.parametrize("name", some(OFFLINE, OFFLINE[:2]))
-def test_the_examples(name: str) -> None:
+def test_archived_examples_round_trip(name: str) -> None:
     path = EXAMPLES / f"{name}.mech"
     results = mechdsl.run(path, limit=8, write_reports=False)
     same_results(results, unpack_results(pack_results(results, path.read_text("utf-8"))))
@@ -103,7 +103,7 @@ def picture(result: ExperimentResult, kind: str) -> Any:
     return result.plot(kind).to_dict()
 
 
-def test_pictures_are_the_same() -> None:
+def test_archived_results_draw_the_same_pictures() -> None:
     name = "everything printed"
     a, b = run(name)["heads"], unpack_results(packed(name))["heads"]
     assert picture(a, "heatmap") == picture(b, "heatmap")
@@ -115,7 +115,7 @@ def test_pictures_are_the_same() -> None:
     assert picture(controlled[0], "lines") == picture(controlled[1], "lines")
 
 
-def test_what_lies_beside_is_what_was_shown() -> None:
+def test_archive_contains_the_source_and_the_json_document() -> None:
     name = "lost and missing"
     content = packed(name)
     assert content[SOURCE_FILE].decode() == TEXTS[name]
@@ -123,14 +123,14 @@ def test_what_lies_beside_is_what_was_shown() -> None:
     assert set(content) == {RESULT_FILE, ARRAYS_FILE, SOURCE_FILE, DOCUMENT_FILE}
 
 
-def test_intervals_are_kept_and_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_intervals_are_loaded_and_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = run("plain")["heads"].run_intervals
     found = unpack_results(packed("plain"))["heads"]
     monkeypatch.delattr("mechdsl.results.experiment_result.run_interval")
     assert found.run_intervals == wanted
 
 
-def test_spans_are_in_the_file_as_it_stands() -> None:
+def test_spans_refer_to_the_given_source_only_if_its_text_is_equal() -> None:
     name = "lost and missing"
     source = Source(TEXTS[name], Path("elsewhere.mech"))
     again = unpack_results(packed(name), source)
@@ -143,13 +143,13 @@ def test_spans_are_in_the_file_as_it_stands() -> None:
     assert all(span.source.text == TEXTS[name] for span in spans)
 
 
-def test_reports_of_an_archive_alone_may_go_nowhere() -> None:
+def test_reports_of_an_archive_have_no_file_access() -> None:
     reach = [r.span.source.reach for e in unpack_results(packed("plain")) for r in e.reports]
     assert reach
     assert all((each.reads, each.writes) == ((), ()) for each in reach)
 
 
-def test_a_span_in_another_file_keeps_its_text() -> None:
+def test_span_in_an_imported_file_keeps_its_text() -> None:
     other = Source("mech 1\nmetric m = 1\n", Path("lib/other.mech"))
     said = BadReport(span=Span(other, 7, 13), kind="table", reason="is odd", hint="look")
     results = replace(run("plain"), diagnostics=Diagnostics([said]))
@@ -167,7 +167,7 @@ def facts_of(kind: Any) -> dict[str, Any]:
 
 
 def every_diagnostic() -> list[Any]:
-    """One of each code, with facts of the types that it declares."""
+    """Return one diagnostic per code, with facts of the declared types."""
     values: dict[Any, Any] = {str: "a{b}'\"\u202e", int: 2, bool: True}
     source = Source("mech 1\nx\n", Path("a.mech"))
     typed_json._diagnostic_classes()
@@ -181,7 +181,7 @@ def every_diagnostic() -> list[Any]:
     ]
 
 
-def test_every_diagnostic_comes_back() -> None:
+def test_every_diagnostic_round_trips() -> None:
     said = every_diagnostic()
     assert len(said) > 150
     results = replace(run("no experiments"), diagnostics=Diagnostics(said))
@@ -190,7 +190,7 @@ def test_every_diagnostic_comes_back() -> None:
         same_diagnostic(a, b)
 
 
-def test_a_diagnostic_that_is_worded_otherwise_now_says_what_it_said() -> None:
+def test_archived_diagnostic_keeps_its_message_after_rewording() -> None:
     def reword(found: dict[str, Any]) -> None:
         found["diagnostics"][0]["message"] = "in other {words}"
 
@@ -206,7 +206,7 @@ def test_a_diagnostic_that_is_worded_otherwise_now_says_what_it_said() -> None:
     assert "" not in CODES
 
 
-def test_a_code_that_is_gone_is_said_as_it_was() -> None:
+def test_diagnostic_with_an_unknown_code_keeps_its_message() -> None:
     def rename(found: dict[str, Any]) -> None:
         found["diagnostics"][0]["code"] = "W0999"
 
@@ -223,7 +223,7 @@ def experiment_of(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def put(*path: Any, value: Any) -> Any:
-    """A change: what stands at a path of the first experiment."""
+    """Return a change that sets the value at a path of the first experiment."""
 
     def change(found: dict[str, Any]) -> None:
         here: Any = experiment_of(found)
@@ -304,7 +304,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_does_not_fit_is_refused(name: str) -> None:
+def test_inconsistent_archive_json_is_rejected(name: str) -> None:
     content = changed("plain", HOSTILE[name])
     with pytest.raises(ArchiveError) as found:
         unpack_results(content)
@@ -326,13 +326,13 @@ ARRAY_CHANGES = {
 
 
 @pytest.mark.parametrize("name", ARRAY_CHANGES)
-def test_arrays_that_do_not_fit_are_refused(name: str) -> None:
+def test_inconsistent_archive_arrays_are_rejected(name: str) -> None:
     with pytest.raises(ArchiveError):
         unpack_results(changed("plain", ARRAY_CHANGES[name], ARRAYS_FILE))
 
 
 @pytest.mark.parametrize("part", [RESULT_FILE, ARRAYS_FILE, SOURCE_FILE])
-def test_a_part_that_is_torn_or_missing_is_refused(part: str) -> None:
+def test_torn_or_missing_archive_part_is_rejected(part: str) -> None:
     content = packed("plain")
     whole = content[part]
     for keep in (0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 1):
@@ -345,14 +345,14 @@ def test_a_part_that_is_torn_or_missing_is_refused(part: str) -> None:
         unpack_results({name: data for name, data in content.items() if name != part})
 
 
-def test_a_part_that_is_too_large_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_archive_part_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "MAX_JSON_BYTES", len(packed("plain")[RESULT_FILE]) - 1)
     with pytest.raises(ArchiveError, match="has more than"):
         unpack_results(packed("plain"))
 
 
-def test_any_byte_changed_is_refused_or_read() -> None:
-    """Whatever is changed, nothing but ArchiveProblem is raised."""
+def test_flipped_bits_raise_only_archive_errors() -> None:
+    """Unpacking raises nothing but ArchiveError, whichever bit is flipped."""
     rng = np.random.default_rng(0)
     refused = 0
     for part in (RESULT_FILE, ARRAYS_FILE):
@@ -367,17 +367,17 @@ def test_any_byte_changed_is_refused_or_read() -> None:
     assert refused > 30
 
 
-def test_another_version_is_told() -> None:
+def test_archive_of_another_version_is_rejected_with_its_version() -> None:
     with pytest.raises(ArchiveVersionError, match=r"different version \(mechdsl 9\)"):
         unpack_results(changed("plain", lambda found: found.update(archive=99, mechdsl="9")))
 
 
-def test_a_field_that_is_new_takes_its_default() -> None:
+def test_field_missing_in_an_old_archive_takes_its_default() -> None:
     again = unpack_results(changed("plain", lambda found: experiment_of(found).pop("centres")))
     assert again["heads"].centres == ()
 
 
-def test_what_can_not_be_kept_is_said() -> None:
+def test_value_that_cannot_be_stored_is_rejected_with_its_type() -> None:
     results = run("plain")
     (file,) = results.files
     odd = replace(file.experiments[0], row_values={"x": [object()] * 8})

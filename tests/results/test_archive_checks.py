@@ -1,4 +1,4 @@
-"""Results whose parts are inconsistent are refused, whichever part it is."""
+"""Results with an inconsistent part are rejected."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def results(name: str) -> mechdsl.Results:
 
 
 def of_measure(**parts: Callable[[Any], Any]) -> Change:
-    """The first measure with other parts."""
+    """Return a change that replaces attributes of the first measure."""
 
     def change(found: ExperimentResult) -> dict[str, Any]:
         first, *rest = found.measures
@@ -71,7 +71,7 @@ def shorter(values: Any) -> Any:
 
 
 def of_run(field: str) -> Change:
-    """One run's values with an entry too few."""
+    """Return a change that removes one entry of a run's values."""
 
     def change(found: ExperimentResult) -> dict[str, Any]:
         own = dict(getattr(found, field))
@@ -118,7 +118,7 @@ CHANGES: dict[str, tuple[str, Change]] = {
 
 
 @pytest.mark.parametrize("part", CHANGES)
-def test_parts_that_do_not_fit(part: str) -> None:
+def test_results_with_an_inconsistent_part_are_rejected(part: str) -> None:
     name, change = CHANGES[part]
     (file,) = results(name).files
     check_file_result(file)
@@ -128,14 +128,16 @@ def test_parts_that_do_not_fit(part: str) -> None:
 
 
 @pytest.mark.parametrize("limit", ["CELLS", "ROWS"])
-def test_more_than_a_file_can_have(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_over_the_size_limits_are_rejected(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (file,) = results("plain").files
     monkeypatch.setattr(limits, limit, 3)
     with pytest.raises(ValueError, match="are inconsistent"):
         check_file_result(file)
 
 
-def test_names_are_told_apart() -> None:
+def test_duplicate_experiment_name_is_rejected() -> None:
     (file,) = results("plain").files
     with pytest.raises(ValueError, match="two experiments have the same name"):
         check_file_result(replace(file, experiments=file.experiments * 2))

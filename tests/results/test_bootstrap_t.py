@@ -42,7 +42,7 @@ def one(
 
 
 Unit = tuple[float, float] | None
-"""The sum of numerators and that of denominators in a unit; None where it isn't in the cell."""
+"""Sums of numerators and denominators in a unit; None if the cell lacks the unit."""
 
 
 def ratio_and_error(units: list[Unit], held: int, strata: list[int] | None) -> tuple[float, float]:
@@ -63,13 +63,13 @@ def ratio_and_error(units: list[Unit], held: int, strata: list[int] | None) -> t
     return value, variance**0.5 / abs(bottom)
 
 
-def by_hand(
+def reference_interval(
     units: list[Unit],
     strata: list[int] | None = None,
     confidence: float = 95.0,
     own: np.random.Generator | None = None,
 ) -> tuple[float, float, float, float]:
-    """Value, error, low, high: of the rows that the program draws, or of draws of its own."""
+    """Return value, error, low and high from the program's resamples, or from those of `own`."""
     held = len(units) - units.count(None)
     value, error = ratio_and_error(units, held, strata)
     draws = Resamples(len(units), RESAMPLES, 0, None if strata is None else np.array(strata))
@@ -108,50 +108,50 @@ def pairs(top: np.ndarray, bottom: np.ndarray) -> list[Unit]:
     return list(zip(top.tolist(), bottom.tolist(), strict=True))
 
 
-def test_means(runs: tuple[np.ndarray, ...]) -> None:
+def test_mean_intervals_equal_a_plain_bootstrap_t(runs: tuple[np.ndarray, ...]) -> None:
     patched, base, _ = runs
     found = one(measure(patched, base))
     for cell in range(2):
-        same(found, cell, by_hand(pairs(patched[cell] - base[0], np.ones(24))))
+        same(found, cell, reference_interval(pairs(patched[cell] - base[0], np.ones(24))))
     wide = one(
         measure(patched, base), statistics(resamples=RESAMPLES, test="bootstrap", confidence=80.0)
     )
-    same(wide, 0, by_hand(pairs(patched[0] - base[0], np.ones(24)), confidence=80.0))
+    same(wide, 0, reference_interval(pairs(patched[0] - base[0], np.ones(24)), confidence=80.0))
 
 
-def test_means_by_other_draws(runs: tuple[np.ndarray, ...]) -> None:
+def test_mean_intervals_agree_with_independent_resamples(runs: tuple[np.ndarray, ...]) -> None:
     patched, base, _ = runs
     found = one(measure(patched, base))
     for cell in range(2):
         units = pairs(patched[cell] - base[0], np.ones(24))
-        _, error, low, high = by_hand(units, own=np.random.default_rng(9))
+        _, error, low, high = reference_interval(units, own=np.random.default_rng(9))
         assert [found.low[cell], found.high[cell]] == pytest.approx([low, high], abs=0.35 * error)
 
 
-def test_ratios(runs: tuple[np.ndarray, ...]) -> None:
+def test_ratio_intervals_equal_a_plain_bootstrap_t(runs: tuple[np.ndarray, ...]) -> None:
     patched, base, source = runs
     base, patched, source = base - 3, patched - 3, source - 3
     found = one(measure(patched, base, source))
     relative = one(measure(patched, base, effect="relative"))
     for cell in range(2):
         top = patched[cell] - base[0]
-        same(found, cell, by_hand(pairs(top, (source - base)[0])))
+        same(found, cell, reference_interval(pairs(top, (source - base)[0])))
         assert base.mean() < 0
-        same(relative, cell, by_hand(pairs(top, -base[0])))
+        same(relative, cell, reference_interval(pairs(top, -base[0])))
 
 
-def test_cells_of_some_rows(runs: tuple[np.ndarray, ...]) -> None:
-    """A resample draws from all rows, so that of a cell's own as many as it happens to."""
+def test_cell_with_missing_rows_resamples_all_rows(runs: tuple[np.ndarray, ...]) -> None:
+    """A resample draws from all rows, so the number of rows of a cell varies."""
     patched, base, source = (each.copy() for each in runs)
     patched[0, :10] = np.nan
     found = one(measure(patched, base, source))
     present = pairs((patched - base)[0, 10:], (source - base)[0, 10:])
-    same(found, 0, by_hand([*[None] * 10, *present]))
-    same(found, 1, by_hand(pairs((patched - base)[1], (source - base)[0])))
+    same(found, 0, reference_interval([*[None] * 10, *present]))
+    same(found, 1, reference_interval(pairs((patched - base)[1], (source - base)[0])))
     assert found.units.tolist() == [14, 24]
 
 
-def test_groups_and_rows_that_look_the_same(runs: tuple[np.ndarray, ...]) -> None:
+def test_groups_and_identical_rows_are_resampled_as_units(runs: tuple[np.ndarray, ...]) -> None:
     patched, base, source = runs
     groups = np.array(
         [0] * 5 + [1] * 1 + [2] * 4 + [3] * 2 + [4] * 2 + [5] * 3 + [6, 7, 7, 8, 9, 9, 9]
@@ -161,33 +161,33 @@ def test_groups_and_rows_that_look_the_same(runs: tuple[np.ndarray, ...]) -> Non
         (float(top[groups == g].sum()), float(bottom[groups == g].sum())) for g in range(10)
     ]
     by_group = one(measure(patched, base, source), groups=groups)
-    same(by_group, 1, by_hand(units))
+    same(by_group, 1, reference_interval(units))
     assert (by_group.n.tolist(), by_group.units.tolist()) == ([24, 24], [10, 10])
     seen = one(measure(patched, base, source, seen=groups[None]))
     assert seen.low.tolist() == by_group.low.tolist()
     assert seen.p.tolist() == by_group.p.tolist()
     keys = one(measure(patched, base, source), ids=groups.tolist())
     assert keys.low.tolist() == by_group.low.tolist()
-    # each cell sees its own: one all rows, the other the groups
+    # each cell has separate units: the first all rows, the second the groups
     both = one(measure(patched, base, source, seen=np.stack([np.arange(24), groups])))
     assert both.units.tolist() == [24, 10]
     assert both.low[1] == by_group.low[1]
     assert both.low[0] == one(measure(patched, base, source)).low[0]
-    # groups of rows that look the same are joined
+    # groups that share identical rows are merged
     crossed = one(measure(patched, base, source, seen=(np.arange(24) // 2)[None]), groups=groups)
     assert crossed.units[0] < 10
 
 
-def test_strata(runs: tuple[np.ndarray, ...]) -> None:
+def test_strata_are_resampled_separately(runs: tuple[np.ndarray, ...]) -> None:
     patched, base, _ = runs
     strata = np.array([0, 1, 2] * 8)
     moved = patched + 3.0 * strata
-    expected = by_hand(pairs(moved[0] - base[0], np.ones(24)), strata.tolist())
+    expected = reference_interval(pairs(moved[0] - base[0], np.ones(24)), strata.tolist())
     found = one(measure(moved, base), strata=strata)
     same(found, 0, expected)
     plain = one(measure(moved, base))
     assert (plain.high - plain.low)[0] > 2 * (found.high - found.low)[0]
-    # of so few the strata say too little; under groups they aren't drawn
+    # strata this small are ignored, and so are strata under groups
     few = np.array([0, 1, 2, 3, 4, 5, 6, 7] * 3)
     assert one(measure(moved, base), strata=few).low.tolist() == plain.low.tolist()
     groups = np.arange(24) % 12  # each in one stratum
@@ -195,7 +195,7 @@ def test_strata(runs: tuple[np.ndarray, ...]) -> None:
     assert one(measure(moved, base), groups=groups, strata=strata).low[0] == by_group.low[0]
 
 
-def test_student_stands_in_for_five_to_seven() -> None:
+def test_five_to_seven_units_use_student_t_intervals() -> None:
     values = np.array([[0.2, 0.9, 0.4, 1.3, 0.1, 0.8, 0.5]])
     for n in (5, 6, 7):
         own = values[:, :n]
@@ -213,10 +213,10 @@ def test_student_stands_in_for_five_to_seven() -> None:
     assert found.reasons == ("4 prompts: no interval below 5",)
 
 
-def test_equal_values_are_sure() -> None:
+def test_identical_values_have_a_zero_width_interval() -> None:
     found = one(measure(np.full((1, 9), 0.3), np.zeros(9)), statistics(test="bootstrap"))
     assert [found.low[0], found.high[0]] == pytest.approx([0.3, 0.3])
-    assert found.p[0] == 2.0**-8  # what all signs give: nine equal values don't tell their spread
+    assert found.p[0] == 2.0**-8  # the p of all sign flips: nine equal values have no spread
     assert not found.floor[0]
     five = one(measure(np.ones((1, 5)), np.zeros(5)), statistics(test="bootstrap"))
     assert five.p[0] == 2.0**-4
@@ -246,8 +246,8 @@ def test_p_is_below_the_level_where_the_interval_excludes_zero() -> None:
         assert excluded.sum() > 20
 
 
-def test_a_resample_without_spread_says_nothing() -> None:
-    """A third of the resamples of eight lack the one that differs."""
+def test_resamples_without_spread_are_ignored() -> None:
+    """About a third of the resamples of eight values lack the one value that differs."""
     deltas = np.array([[1.0] * 7 + [0.2]])
     found = one(measure(deltas, np.zeros(8)), statistics(test="bootstrap"))
     assert found.low[0] > 0.3
@@ -259,13 +259,13 @@ def made(tops: np.ndarray) -> EffectSums:
     return EffectSums(tops, np.ones((1, units)), np.full(cells, units))
 
 
-def test_percentiles_are_numpys() -> None:
+def test_percentiles_equal_numpy() -> None:
     samples = np.random.default_rng(0).normal(0, 1, (333, 7))
     low, high = percentiles(samples, (2.5, 97.5))
     assert [low, high] == pytest.approx(np.percentile(samples, [2.5, 97.5], axis=0))
 
 
-def test_bounds_for_all_cells_are_those_of_a_loop() -> None:
+def test_simultaneous_bounds_equal_a_plain_loop() -> None:
     random = np.random.default_rng(3)
     tops = random.normal(0, 1, (6, 20)) * np.array([[1.0], [5], [1], [0.1], [1], [2]]) + 0.3
     tops[4] = 0.7  # no unit differs
@@ -295,7 +295,7 @@ def test_bounds_for_all_cells_are_those_of_a_loop() -> None:
     assert (found.low_together <= found.low + 1e-12).all()
 
 
-def test_bounds_for_few_units_are_bonferronis() -> None:
+def test_simultaneous_bounds_of_few_units_use_bonferroni() -> None:
     tops = np.random.default_rng(3).normal(0.5, 1, (4, 6))
     found = simultaneous_bounds(made(tops), Resamples(6, 500, 0), 95.0)
     t = stats.t.ppf(1 - 0.025 / 4, 5)
@@ -304,7 +304,7 @@ def test_bounds_for_few_units_are_bonferronis() -> None:
     assert found.high_together == pytest.approx(tops.mean(1) + t * error)
 
 
-def test_cells_that_resamples_say_little_of_leave_finite_bounds() -> None:
+def test_simultaneous_bounds_of_sparse_cells_are_finite() -> None:
     sparse = np.zeros((3, 12))
     sparse[0, 0], sparse[1, 1], sparse[2] = 1.0, 1.0, np.arange(12)
     found = simultaneous_bounds(made(sparse), Resamples(12, 2000, 0), 95.0)
@@ -314,7 +314,7 @@ def test_cells_that_resamples_say_little_of_leave_finite_bounds() -> None:
     assert found.low_together[0] <= 1 / 12 - t * standard_error(made(sparse))[0] + 1e-12
 
 
-def test_a_cell_without_a_bound_leaves_those_of_others() -> None:
+def test_cell_without_a_bound_keeps_the_bounds_of_other_cells() -> None:
     tops = np.random.default_rng(3).normal(0.5, 1, (3, 20))
     sums = made(tops)
     bottom = np.ones((3, 20))
@@ -327,7 +327,7 @@ def test_a_cell_without_a_bound_leaves_those_of_others() -> None:
 
 
 @pytest.mark.parametrize("test", ["t", "flips", "bootstrap"])
-def test_max_corrects_less_than_holm_and_no_less_than_nothing(test: str) -> None:
+def test_max_correction_lies_between_holm_and_none(test: str) -> None:
     random = np.random.default_rng(4)
     shared = random.normal(0.75, 1, (1, 24))
     deltas = shared + random.normal(0, 0.2, (20, 24))
@@ -346,8 +346,8 @@ def test_max_corrects_less_than_holm_and_no_less_than_nothing(test: str) -> None
     assert raw.tests == 0
 
 
-def test_max_is_never_below_p_of_other_units() -> None:
-    """One cell's pairs cancel out by rows; the other cell can't tell the rows of a pair apart."""
+def test_max_corrected_p_is_never_below_p() -> None:
+    """Pairs cancel out in one cell; in the other cell, the rows of a pair are one unit."""
     deltas = np.tile([6.0, -4.0], 12) + np.zeros((2, 1))
     seen = np.stack([np.arange(24), np.arange(24) // 2])
     found = one(measure(deltas, np.zeros(24), seen=seen), statistics(correction="max"))
@@ -356,7 +356,7 @@ def test_max_is_never_below_p_of_other_units() -> None:
     assert found.p_corrected[0] >= found.p[0]
 
 
-def test_the_error_of_a_stratum_is_about_its_own_mean() -> None:
+def test_stratified_error_is_centred_on_each_stratum_mean() -> None:
     tops = np.array([[1.0, 2.0, 3.0, 10.0, 14.0, 12.0]])
     strata = np.array([0, 0, 0, 1, 1, 1])
     expected = np.sqrt(3 * 1.0 + 3 * 4.0) / 6
@@ -369,7 +369,7 @@ def test_units_are_numbered_by_content() -> None:
     keys = [50, 10, 30, 10, 20]
     seen = np.array([0, 1, 0, 2, 3])
     units = find_units([UnitRows.of(5, keys, [seen])])
-    # 50 and 30 look the same, 10 is there twice
+    # 50 and 30 are indistinguishable, 10 occurs twice
     assert units.codes[0].tolist() == [2, 0, 2, 0, 1]
     assert units.count == 3
     values = np.array([[1.0, 2.0, 4.0, 8.0, 16.0]])
@@ -382,7 +382,7 @@ def test_units_are_numbered_by_content() -> None:
 
 @pytest.mark.parametrize("by", ["rows", "groups", "seen", "strata"])
 @pytest.mark.parametrize("test", ["t", "flips", "bootstrap"])
-def test_a_permutation_of_rows_changes_no_bit(
+def test_row_permutation_leaves_statistics_bit_identical(
     by: str, test: str, runs: tuple[np.ndarray, ...]
 ) -> None:
     patched, base, source = (each.copy() for each in runs)
@@ -406,7 +406,7 @@ def test_a_permutation_of_rows_changes_no_bit(
             patched[:, order],
             base[:, order],
             source[:, order],
-            # what is seen is numbered anew in another order
+            # the labels of `seen` change with the order
             seen=None if seen is None else 5 - seen[:, order],
             rounding=rounding[:, order],
         ),
@@ -418,7 +418,7 @@ def test_a_permutation_of_rows_changes_no_bit(
         np.testing.assert_array_equal(getattr(moved, key), getattr(plain, key), key)
 
 
-def test_a_cell_whose_denominator_may_be_zero_is_empty() -> None:
+def test_ratio_with_a_denominator_near_zero_has_no_value() -> None:
     random = np.random.default_rng(4)
     base = np.repeat(random.normal(0, 1, (1, 30)), 3, axis=0)
     source = base + random.normal(3, 1, (3, 30))
@@ -435,7 +435,7 @@ def test_a_cell_whose_denominator_may_be_zero_is_empty() -> None:
     said = f"m(source) − m(base) can't be told from 0 there: {bottom.mean():.3g}"
     assert found.reasons[1] == f"{said} [{low:.3g}, {high:.3g}]"
     assert found.reasons[2] == "m(source) − m(base) is 0"
-    # by groups, though not by rows
+    # the denominator may be 0 by groups, but not by rows
     groups = np.arange(30) // 6
     shifted = base[:1] + np.repeat([4.0, -2, 3, 1, -1], 6)[None]
     rows = one(measure(patched[:1], base[:1], shifted))
@@ -444,7 +444,7 @@ def test_a_cell_whose_denominator_may_be_zero_is_empty() -> None:
     assert np.isnan([whole.mean[0], whole.low[0], whole.p[0]]).all()
 
 
-def test_no_prompt_and_infinite_values() -> None:
+def test_cells_with_no_prompts_or_infinite_values_have_no_p() -> None:
     deltas = np.ones((3, 9))
     deltas[0], deltas[1, 2] = np.nan, np.inf
     with np.errstate(all="raise"):

@@ -1,4 +1,4 @@
-"""Null bands, by hand from the effects of every draw, and what they state, by simulation."""
+"""Null bands against a reference from each draw's effect, and their coverage by simulation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mechdsl.vocab.effects import EFFECTS
 from .synthetic import finished, heads, measure, report, with_controls
 
 
-def test_a_band_lies_between_the_effects_of_the_draws() -> None:
+def test_null_band_spans_ranked_effects_of_the_draws() -> None:
     random = np.random.default_rng(0)
     base = random.normal(-1, 1, (1, 12))
     source = base + random.normal(4, 1, (1, 12))
@@ -52,7 +52,7 @@ def test_a_band_lies_between_the_effects_of_the_draws() -> None:
         means = [own[cell].mean() for own in drawn if not np.isnan(own[cell]).any()]
         found = (np.array(means) - base.mean()) / (source.mean() - base.mean())
         own = (patched[cell].mean() - base.mean()) / (source.mean() - base.mean())
-        # 22 of 26 (25) places are left by the two lowest and the two highest, 20 by three each
+        # rank 2 leaves 22 of 26 (21 of 25) places inside the band, rank 3 leaves 20
         lower = np.sort(found)
         assert (band.low[cell], band.high[cell]) == pytest.approx((lower[1], lower[-2]))
         assert band.level[cell] == pytest.approx((len(found) - 3) / (len(found) + 1))
@@ -64,7 +64,7 @@ def test_a_band_lies_between_the_effects_of_the_draws() -> None:
     assert not band.inside[2]
 
 
-def test_the_raw_metric_has_no_zero_to_rank_from() -> None:
+def test_raw_metric_has_a_null_band_without_p() -> None:
     values = np.random.default_rng(1).normal(5, 1, (9, 1, 6))
     data = measure(values[0], np.zeros((1, 6)), effect="raw")
     drawn = RandomControlValues((values,), np.array([9]), 9, "heads")
@@ -75,8 +75,8 @@ def test_the_raw_metric_has_no_zero_to_rank_from() -> None:
     assert band.inside[0]
 
 
-def test_a_cell_without_a_ratio_has_no_band() -> None:
-    """Cells 1 and 3 hold other prompts than the others: there the two runs can't be told apart."""
+def test_cell_without_a_ratio_has_no_null_band() -> None:
+    """Cells 1 and 3 have only prompts on which the two runs can't be distinguished."""
     random = np.random.default_rng(2)
     result = heads()
     (data,) = result.measures
@@ -122,7 +122,7 @@ def test_a_cell_without_a_ratio_has_no_band() -> None:
         (1999, 99.9, 1, Fraction(1998, 2000)),
     ],
 )
-def test_the_narrowest_band_with_the_confidence(
+def test_band_rank_is_the_largest_with_the_confidence(
     draws: int, confidence: float, rank: int, level: Fraction
 ) -> None:
     assert band_rank(draws, confidence) == rank
@@ -136,8 +136,8 @@ def test_the_narrowest_band_with_the_confidence(
     ("draws", "repetitions"),
     [(3, 500), (20, 1000), *(pytest.param(n, 4000, marks=pytest.mark.slow) for n in (3, 20, 79))],
 )
-def test_one_more_draw_lies_in_it_as_often_as_it_states(draws: int, repetitions: int) -> None:
-    """Draws without replacement from 120 targets with skewed effects; the cell is one more."""
+def test_null_band_covers_a_further_draw_at_its_level(draws: int, repetitions: int) -> None:
+    """Sample draws without replacement from 120 skewed targets; the cell is a further draw."""
     random = np.random.default_rng(draws)
     effects = np.exp(random.normal(0, 1.5, 120)) - 0.7
     inside = 0
@@ -157,19 +157,19 @@ def test_one_more_draw_lies_in_it_as_often_as_it_states(draws: int, repetitions:
     states = float(band_level(draws, band_rank(draws, 95.0)))
     spread = (states * (1 - states) / repetitions) ** 0.5
     assert abs(inside / repetitions - states) < 3.5 * spread
-    for level in (1 / (1 + draws), 0.5, 0.75):  # a rank p is exact at its own steps
+    for level in (1 / (1 + draws), 0.5, 0.75):  # a rank p is exact at multiples of 1 / (1 + draws)
         step = np.floor(level * (1 + draws)) / (1 + draws)
         share = np.mean(np.array(ps) <= step + 1e-12)
         assert abs(share - step) < 3.5 * (step * (1 - step) / repetitions) ** 0.5
 
 
-def test_equal_sizes_count_as_large() -> None:
+def test_rank_p_counts_ties_as_larger() -> None:
     assert rank_p(-2.0, np.array([2.0, -2.0, 1.0])) == 0.75
     assert rank_p(0.0, np.array([0.0, 0.0])) == 1.0
     assert rank_p(3.0, np.array([2.0, -2.0, 1.0])) == 0.25
 
 
-# --- what is said ---------------------------------------------------------------------------------
+# --- marks and notes ------------------------------------------------------------------------------
 
 
 def banded(**values: np.ndarray | int) -> ExperimentResult:
@@ -184,7 +184,7 @@ def ends(result: ExperimentResult) -> NullBand:
     return band
 
 
-def test_cells_that_are_no_more_than_random_ones_are_marked() -> None:
+def test_significant_cells_inside_the_null_band_are_marked() -> None:
     plain = finished(with_controls(heads()))
     cells = len(plain.cells)
     stars = significance_marks(replace(plain, controls=()), 0)
@@ -211,8 +211,10 @@ def test_cells_that_are_no_more_than_random_ones_are_marked() -> None:
     ("draws", "confidence", "decided"),
     [(38, 95, False), (39, 95, True), (18, 90, False), (19, 90, True), (198, 99, False)],
 )
-def test_a_band_of_few_draws_gives_no_verdict(draws: int, confidence: float, decided: bool) -> None:
-    """The band and its rank p stay."""
+def test_null_band_of_few_draws_gives_no_verdict(
+    draws: int, confidence: float, decided: bool
+) -> None:
+    """The band and its rank p are still reported."""
     assert (draws >= min_draws(confidence)) == decided
     made = finished(with_controls(heads(), draws), confidence=confidence)
     wide = replace(ends(made), inside=np.ones(len(made.cells), dtype=np.bool_))
@@ -231,7 +233,7 @@ def test_a_band_of_few_draws_gives_no_verdict(draws: int, confidence: float, dec
     assert "null" in table
 
 
-def test_survivors_with_too_few_draws_are_left_out_of_the_count() -> None:
+def test_significance_note_ignores_cells_with_too_few_draws() -> None:
     result = banded()
     survived = np.flatnonzero([mark != " " for mark in significance_marks(result, 0)])
     draws = np.full(len(result.cells), 39)
@@ -241,7 +243,7 @@ def test_survivors_with_too_few_draws_are_left_out_of_the_count() -> None:
     assert said.endswith("1 of the 1 with 39 draws or more lies inside its null band")
 
 
-def test_the_words_of_a_band() -> None:
+def test_null_band_text_states_draws_and_probability() -> None:
     cells = len(heads().cells)
 
     def said(**values: np.ndarray | int) -> str | None:
@@ -271,7 +273,7 @@ def test_the_words_of_a_band() -> None:
     assert said(draws=np.zeros(cells, dtype=np.int64)) == "none of the random heads has a value"
 
 
-def test_a_p_at_its_floor_says_so() -> None:
+def test_null_p_at_its_floor_is_printed_as_a_bound() -> None:
     band = ends(banded(p=np.full(len(heads().cells), 1 / 40)))
     assert null_p_texts(band, [0]) == ["≤0.025"]
     assert null_p_texts(replace(band, p=np.full(12, 2 / 40)), [0]) == ["0.050"]

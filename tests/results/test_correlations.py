@@ -1,4 +1,4 @@
-"""Correlations of true effects: against loops over pairs of units, and how often they hold."""
+"""Correlations of true effects against loops over pairs of units, and their coverage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def over_pairs(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def by_loops(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """The same interval: every product and every unit left out by itself, ends by a fine grid."""
+    """Compute the interval by plain loops: a jackknife over units and a fine grid of values."""
     x, y = centred(x), centred(y)
     n = len(x)
 
@@ -60,7 +60,7 @@ def by_loops(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_as_by_loops(seed: int) -> None:
+def test_true_correlation_equals_plain_loops(seed: int) -> None:
     random = np.random.default_rng(seed)
     effects = random.normal(0, 1, (2, 9))
     noise = random.normal(0, 1, (14, 9))
@@ -74,9 +74,8 @@ def test_as_by_loops(seed: int) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("true", [0.0, 0.7, 0.95])
-def test_how_often_the_truth_is_in_it(true: float, shared: bool) -> None:
-    """At 300 repetitions, 3.9 % to 9.2 % missed would be no surprise at a level of 95 %; it may be
-    wider, and never misses more."""
+def test_true_correlation_interval_covers_at_its_level(true: float, shared: bool) -> None:
+    """At most 27 of 300 intervals (9 %) miss the true correlation at a level of 95 %."""
     random = np.random.default_rng(int(100 * true) + shared)
     missed = unknown = 0
     for _ in range(300):
@@ -96,7 +95,7 @@ def test_how_often_the_truth_is_in_it(true: float, shared: bool) -> None:
     assert missed <= 27
 
 
-def test_without_effects_there_is_none() -> None:
+def test_true_correlation_of_pure_noise_rarely_has_a_value() -> None:
     random = np.random.default_rng(0)
     found = [
         true_correlation(sums(noise), sums(noise + 0.1 * random.normal(0, 1, noise.shape)), LEVEL)
@@ -105,7 +104,7 @@ def test_without_effects_there_is_none() -> None:
     assert sum(not np.isnan(each.value) for each in found) <= 10
 
 
-def test_of_ratios_and_of_the_same() -> None:
+def test_true_correlation_of_an_experiment_with_itself_is_one() -> None:
     random = np.random.default_rng(4)
     bottom = random.uniform(1, 2, (1, 40))
     effects = random.normal(0, 1, (12, 1))

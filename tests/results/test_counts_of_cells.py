@@ -1,4 +1,4 @@
-"""n of every cell: in captions, in the cells that have fewer prompts, and in JSON."""
+"""Prompt counts of cells: in captions, in cells with fewer prompts, and in JSON."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def drawn(result: ExperimentResult, line: spec.Report, folder: Path) -> list[str
 
 
 def expected(result: ExperimentResult, measure: int = 0) -> list[int]:
-    """Counted by hand, not by the statistics."""
+    """Count prompts directly, without the statistics."""
     return [int(np.count_nonzero(~np.isnan(row))) for row in result.measures[measure].patched]
 
 
-def test_a_map_in_the_terminal_has_n_in_cells_with_fewer_prompts() -> None:
+def test_terminal_heatmap_shows_n_in_cells_with_fewer_prompts() -> None:
     result = uneven()
     said = printed(result, MAP)
     n = expected(result)
@@ -65,7 +65,7 @@ def test_a_map_in_the_terminal_has_n_in_cells_with_fewer_prompts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["heatmap", "lines", "bars"])
-def test_equal_counts_stand_in_the_caption_alone(kind: str, tmp_path: Path) -> None:
+def test_equal_counts_appear_only_in_the_caption(kind: str, tmp_path: Path) -> None:
     result = finished(heads())
     line = report(kind, variable="layer", by="head")
     said = printed(result, line)
@@ -78,7 +78,7 @@ def test_equal_counts_stand_in_the_caption_alone(kind: str, tmp_path: Path) -> N
     assert "64" not in texts
 
 
-def test_a_map_has_n_in_the_corner(tmp_path: Path) -> None:
+def test_heatmap_picture_shows_n_in_cells_with_fewer_prompts(tmp_path: Path) -> None:
     result = uneven()
     texts = drawn(result, MAP, tmp_path)
     assert texts.count("small: n of cells with fewer than 96 prompts") == 2
@@ -87,7 +87,7 @@ def test_a_map_has_n_in_the_corner(tmp_path: Path) -> None:
     assert "96" not in texts
 
 
-def test_a_map_without_room_marks_the_corner() -> None:
+def test_dense_heatmap_marks_the_corner_instead_of_n() -> None:
     result = swept(20, 20)
     (data,) = result.measures
     patched = data.patched.copy()
@@ -107,7 +107,7 @@ def test_a_map_without_room_marks_the_corner() -> None:
 
 
 @pytest.mark.parametrize("kind", ["lines", "bars"])
-def test_lines_and_bars_have_a_column_of_n(kind: str) -> None:
+def test_terminal_lines_and_bars_have_a_column_n(kind: str) -> None:
     result = uneven()
     said = printed(result, report(kind, variable="item"))
     n = expected(result)[:6]
@@ -116,7 +116,7 @@ def test_lines_and_bars_have_a_column_of_n(kind: str) -> None:
     assert re.search(r"^(item|position) +n +mean", said, re.MULTILINE)
 
 
-def test_bars_have_n_at_their_ends(tmp_path: Path) -> None:
+def test_bars_picture_shows_n_of_cells_with_fewer_prompts(tmp_path: Path) -> None:
     result = uneven()
     texts = drawn(result, report("bars", variable="item", by="layer"), tmp_path)
     assert texts.count("76") == 3 + 3  # bars of three layers, and three panels of stacks
@@ -132,12 +132,12 @@ def values(part: Any) -> list[dict[str, Any]]:
     return [record for each in parts for record in values(each)]
 
 
-def test_lines_have_n_at_points_or_beside_their_names() -> None:
+def test_lines_show_n_at_points_or_in_line_names() -> None:
     result = uneven()
     n = expected(result)
     words = lines_chart(result, report("lines", variable="item", by="layer")).to_dict()
     shown = [row for row in values(words) if row["n"]]
-    # of those above each other one is written, as they have the same n
+    # one label per position, since all layers have the same n there
     assert sorted(str(row["n"]) for row in shown) == ["19", "38", "57", "76"]
     numbers = lines_chart(result, report("lines", variable="layer", by="item")).to_dict()
     names = {str(row["line"]) for row in values(numbers)}
@@ -145,7 +145,7 @@ def test_lines_have_n_at_points_or_beside_their_names() -> None:
     assert not any(row["n"] for row in values(numbers))
 
 
-def test_where_there_are_too_many_n_is_under_the_pointer() -> None:
+def test_chart_with_too_many_marks_shows_n_in_tooltips() -> None:
     result = swept(12, 12)
     (data,) = result.measures
     patched = data.patched.copy()
@@ -157,8 +157,8 @@ def test_where_there_are_too_many_n_is_under_the_pointer() -> None:
     assert "under the pointer: n of cells with fewer than 24 prompts" in json.dumps(chart)
 
 
-def test_each_measure_has_its_own_n_in_json() -> None:
-    """The cell has the largest; a measure says its own where it is smaller."""
+def test_json_has_n_per_measure_where_it_differs_from_the_cell() -> None:
+    """A cell has the largest n; a measure has an `n` only if it is smaller."""
     result = heads()
     (data,) = result.measures
     patched = data.patched.copy()
@@ -179,8 +179,8 @@ def test_each_measure_has_its_own_n_in_json() -> None:
     assert rows[result.cells[4].site, "ld"] == 64
 
 
-def test_measures_have_colours_of_their_own() -> None:
-    """A category beside a number was coloured on the scale of the number."""
+def test_measures_have_independent_colour_scales() -> None:
+    """Regression: a category next to a number was coloured on the scale of the number."""
     result = uneven()
     for chart in (
         heatmap_chart(result, MAP),
@@ -198,14 +198,14 @@ def test_measures_have_colours_of_their_own() -> None:
         ("none", "intervals and p-values don't account for that\n"),
     ],
 )
-def test_rows_that_were_picked_say_so(correction: str, said: str) -> None:
+def test_table_states_that_rows_were_selected_by_effect_size(correction: str, said: str) -> None:
     result = finished(heads(), correction=correction)
     assert said in printed(result, report("table", top=3), 140)
     assert "selected by effect size" not in printed(result, report("table"), 140)
     assert "selected by effect size" not in printed(result, report("table", top=12), 140)
 
 
-def test_rows_that_were_picked_without_a_test() -> None:
+def test_selected_rows_without_a_test_mention_only_intervals() -> None:
     result = heads()
     raw = measure(result.measures[0].patched, result.measures[0].base, effect="raw")
     result = finished(replace(result, measures=(raw,)))

@@ -1,4 +1,4 @@
-"""Which effects of two runs differ beyond noise, and on which rows."""
+"""Comparison of two runs: effects that differ beyond noise, and the compared rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .two_results import BASE, OLD, PROMPTS, noise, only, plain, results, states
 # --- states of cells ------------------------------------------------------------------------------
 
 
-def test_equal_runs_differ_in_nothing() -> None:
+def test_identical_runs_have_no_differences() -> None:
     found = two(measure(OLD, BASE), measure(OLD, BASE))
     assert states(found) == {"equal": 4}
     assert (found.changed, found.reasons, found.cells) == (False, (), ())
@@ -25,7 +25,7 @@ def test_equal_runs_differ_in_nothing() -> None:
     assert found.compared == 4
 
 
-def test_a_change_beyond_noise_is_said_with_its_figures() -> None:
+def test_difference_beyond_noise_is_reported_with_its_statistics() -> None:
     new = OLD.copy()
     new[2] += 0.5 + 0.1 * noise(3, 1)[0]
     found = two(measure(OLD, BASE), measure(new, BASE))
@@ -46,15 +46,15 @@ def test_a_change_beyond_noise_is_said_with_its_figures() -> None:
     assert found.reasons == ("1 cell changed beyond noise",)
 
 
-def test_values_that_differ_by_chance_are_within_noise_and_said_to_differ() -> None:
+def test_random_differences_are_reported_as_noise() -> None:
     found = two(measure(OLD, BASE), measure(OLD + 0.3 * noise(4), BASE))
     assert states(found) == {"noise": 4}
     assert not found.changed
     assert all(each.rows_changed == 24 and each.largest for each in found.cells)
 
 
-def test_the_same_change_in_every_row_is_a_change() -> None:
-    """Weights changed: no variance, no division by it."""
+def test_identical_shift_in_every_row_exceeds_noise() -> None:
+    """A shift without variance must not cause a division by zero."""
     found = two(measure(OLD, BASE), measure(OLD + 0.125, BASE))
     cell = found.changed_cells[0]
     assert states(found) == {"changed": 4}
@@ -63,7 +63,7 @@ def test_the_same_change_in_every_row_is_a_change() -> None:
     assert cell.p_corrected == pytest.approx(4 * cell.p)  # type: ignore[operator]
 
 
-def test_what_changes_in_both_runs_alike_changes_values_and_no_effect() -> None:
+def test_equal_shift_of_patched_and_base_values_leaves_effects_equal() -> None:
     found = two(measure(OLD, BASE), measure(OLD + 1, BASE + 1))
     assert states(found) == {"noise": 4}
     assert all(each.rows_changed == 24 for each in found.cells)
@@ -72,7 +72,7 @@ def test_what_changes_in_both_runs_alike_changes_values_and_no_effect() -> None:
 
 
 @pytest.mark.parametrize(("size", "state"), [(0.9e-6, "rounding"), (2.1e-6, "changed")])
-def test_what_rounding_explains_is_no_change(size: float, state: str) -> None:
+def test_difference_within_rounding_is_reported_as_rounding(size: float, state: str) -> None:
     """The bounds of both runs count: 1e-6 each."""
     bound = np.full((1, PROMPTS), 1e-6)
     old, new = measure(OLD, BASE, rounding=bound), measure(OLD + 2 * size, BASE, rounding=bound)
@@ -84,8 +84,8 @@ def test_what_rounding_explains_is_no_change(size: float, state: str) -> None:
         assert all(each.p is None for each in found.cells)
 
 
-def test_one_row_beyond_rounding_is_not_rounding_and_not_a_change() -> None:
-    """All rows move the same way by less than rounding may, one by more."""
+def test_single_row_beyond_rounding_is_noise() -> None:
+    """All rows move in one direction by less than the rounding bound, one row by more."""
     bound = np.full((1, PROMPTS), 1e-6)
     new = OLD + 1e-6
     new[:, 0] += 2e-6
@@ -98,7 +98,7 @@ def test_one_row_beyond_rounding_is_not_rounding_and_not_a_change() -> None:
 
 
 @pytest.mark.parametrize(("prompts", "state"), [(4, "unclear"), (5, "unclear"), (8, "changed")])
-def test_too_few_units_are_no_claim(prompts: int, state: str) -> None:
+def test_too_few_units_are_unclear(prompts: int, state: str) -> None:
     old = OLD[:1, :prompts]
     found = two(measure(old, BASE[:, :prompts]), measure(old + 1, BASE[:, :prompts]))
     assert states(found) == {state: 1}
@@ -109,12 +109,12 @@ def test_too_few_units_are_no_claim(prompts: int, state: str) -> None:
         8: None,
     }
     assert cell.reason == wanted[prompts]
-    assert cell.rows_changed == prompts  # which is said all the same
+    assert cell.rows_changed == prompts  # reported nevertheless
     assert found.changed == (state == "changed")
 
 
-def test_few_units_that_disagree_are_noise_and_those_that_agree_unclear() -> None:
-    """Of 20 cells none can survive with 8 prompts: 20 / 2^7."""
+def test_few_units_are_unclear_if_they_agree_and_noise_if_not() -> None:
+    """With 8 prompts, no cell of 20 can be significant after correction: 20 / 2^7."""
     base, old = noise(70, 1, 8), noise(71, 20, 8)
     moved = np.ones((20, 8))
     moved[:10] += np.linspace(0, 0.5, 8)
@@ -128,8 +128,8 @@ def test_few_units_that_disagree_are_noise_and_those_that_agree_unclear() -> Non
     }
 
 
-def test_rows_that_the_measure_can_not_tell_apart_are_one_unit() -> None:
-    """In the old run or in the new one."""
+def test_rows_indistinguishable_in_either_run_are_one_unit() -> None:
+    """Rows are joined if the old or the new run can't distinguish them."""
     halves = np.arange(PROMPTS)[None] // 12
     for sides in (({"seen": halves}, {}), ({}, {"seen": halves})):
         old, new = (
@@ -141,7 +141,7 @@ def test_rows_that_the_measure_can_not_tell_apart_are_one_unit() -> None:
         assert states(found) == {"unclear": 4}
 
 
-def test_what_is_alike_stays_alike_in_another_order() -> None:
+def test_units_are_matched_across_row_orders() -> None:
     order = np.roll(np.arange(PROMPTS), 1)
     pairs = np.arange(PROMPTS)[None] // 2
     old = measure(OLD, BASE, seen=pairs)
@@ -158,8 +158,8 @@ def test_units_are_values_of_stats_by() -> None:
     assert {each.units for each in found.cells} == {8}
 
 
-def test_what_is_dealt_out_evenly_stays_as_it_is() -> None:
-    """The change is another one in each stratum, which new rows of the design have alike."""
+def test_strata_narrow_the_interval_of_a_difference() -> None:
+    """The change differs between strata, whose proportions are fixed by design."""
     strata = np.arange(PROMPTS) % 2
     new = measure(OLD + np.where(strata, 1.0, 0.2) + 0.05 * noise(9), BASE)
     sides = [replace(plain(each), strata=strata) for each in (measure(OLD, BASE), new)]
@@ -168,7 +168,7 @@ def test_what_is_dealt_out_evenly_stays_as_it_is() -> None:
     assert within.high - within.low < 0.3 * (anyhow.high - anyhow.low)  # type: ignore[operator]
 
 
-def test_a_cell_that_can_not_differ_from_the_base_run_is_not_tested() -> None:
+def test_cell_inert_in_both_runs_is_not_tested() -> None:
     base = np.repeat(BASE, 4, 0)
     still = {"inert": np.ones(4, dtype=bool)}
     found = two(measure(base, BASE, **still), measure(base + 1, BASE + 1, **still))
@@ -179,16 +179,16 @@ def test_a_cell_that_can_not_differ_from_the_base_run_is_not_tested() -> None:
     )
 
 
-def test_a_cell_that_can_not_differ_in_one_run_alone_is_tested() -> None:
+def test_cell_inert_in_one_run_is_tested() -> None:
     base = np.repeat(BASE, 4, 0)
     still = {"inert": np.ones(4, dtype=bool)}
     assert states(two(measure(base, BASE, **still), measure(base + 1, BASE))) == {"changed": 4}
 
 
-# --- kinds of figures -----------------------------------------------------------------------------
+# --- types of measures ----------------------------------------------------------------------------
 
 
-def test_a_ratio_is_set_against_a_ratio() -> None:
+def test_difference_of_ratios_has_an_interval() -> None:
     source = BASE + 5 + 0.5 * noise(5, 1)
     old = measure(BASE + 0.6 * (source - BASE) + 0.1 * noise(6), BASE, source)
     new = measure(BASE + 0.4 * (source - BASE) + 0.1 * noise(7), BASE, source)
@@ -201,8 +201,8 @@ def test_a_ratio_is_set_against_a_ratio() -> None:
         assert each.low < -0.2 < each.high + 0.03
 
 
-def test_a_ratio_whose_divisor_can_not_be_told_from_0_has_no_claim() -> None:
-    """On all rows it can be; on those that both runs have it can't."""
+def test_ratio_with_a_denominator_near_zero_is_unclear() -> None:
+    """The denominator differs from 0 on all rows, but not on the common rows."""
     source = BASE + 5
     source[0, :6] = BASE[0, :6] + np.array([2, -2, 2, -2, 1, -0.5])
     old, new = measure(OLD, BASE, source), measure(OLD + 1, BASE, source)
@@ -214,20 +214,20 @@ def test_a_ratio_whose_divisor_can_not_be_told_from_0_has_no_claim() -> None:
     assert found.cells[0].rows == 6
 
 
-def test_shares_are_tested_by_swaps_and_have_exact_limits() -> None:
+def test_shares_have_an_exact_mcnemar_p_and_exact_limits() -> None:
     old = np.zeros((1, 20))
     new = np.zeros((1, 20))
     new[0, :9] = 1
     given = {"effect": "raw", "unit": "share"}
     found = two(measure(old, old, **given), measure(new, old, **given))
     cell = only(found, "changed")
-    assert cell.p == pytest.approx(2 * 0.5**9)  # McNemar's, exact: 9 turns, all one way
+    assert cell.p == pytest.approx(2 * 0.5**9)  # exact McNemar test: 9 of 9 in one direction
     sides = [EffectSums(each, np.ones((1, 20)), np.array([20])) for each in (new, old)]
     low, high = share_difference(sides[0], sides[1], np.array([20]), 95)
     assert (cell.low, cell.high) == (pytest.approx(low[0]), pytest.approx(high[0]))
 
 
-def test_categories_have_shares_and_a_p_and_no_interval() -> None:
+def test_categories_have_shares_and_a_p_but_no_interval() -> None:
     first = finished(replace(counted(), row_keys=tuple(range(96))))
     data = first.measures[1]
     random = np.random.default_rng(0)
@@ -245,13 +245,13 @@ def test_categories_have_shares_and_a_p_and_no_interval() -> None:
     )
 
 
-def test_of_two_categories_p_is_that_of_the_share_of_one() -> None:
+def test_p_of_two_categories_equals_p_of_one_share() -> None:
     old, new = np.zeros((1, 20)), np.zeros((1, 20))
     new[0, 3:9] = 1
     old[0, 0] = 1
     given = {"kind": "category", "effect": "raw"}
     cell = only(two(measure(old, old, **given), measure(new, old, **given)), "noise")
-    assert cell.p == pytest.approx(2 * (1 + 7) / 2**7)  # 6 turns one way, 1 the other
+    assert cell.p == pytest.approx(2 * (1 + 7) / 2**7)  # 6 in one direction, 1 in the other
     assert (cell.old, cell.new) == (19 / 20, 14 / 20)
     others = tuple(range(500, 520))
     apart = two(measure(old, old, **given), measure(new, old, **given), keys=others)
@@ -260,7 +260,7 @@ def test_of_two_categories_p_is_that_of_the_share_of_one() -> None:
     assert apart.cells[0].p == pytest.approx(2 * (alone.cells[0].p or 0), rel=0.2)
 
 
-def test_categories_that_rounding_may_change_are_within_rounding() -> None:
+def test_categories_that_rounding_may_alter_are_reported_as_rounding() -> None:
     labels = np.tile(np.arange(PROMPTS) % 3, (1, 1)).astype(np.float64)
     given = {"kind": "category", "effect": "raw", "rounding": np.ones((1, PROMPTS))}
     found = two(measure(labels, labels, **given), measure((labels + 1) % 3, labels, **given))
@@ -268,7 +268,7 @@ def test_categories_that_rounding_may_change_are_within_rounding() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_categories_of_two_draws_are_no_change(seed: int) -> None:
+def test_categories_of_two_samples_of_one_distribution_are_noise(seed: int) -> None:
     random = np.random.default_rng(seed)
     given = {"kind": "category", "effect": "raw"}
     sides = [random.integers(0, 3, (2, PROMPTS)).astype(np.float64) for _ in range(2)]
@@ -282,7 +282,7 @@ def test_categories_of_two_draws_are_no_change(seed: int) -> None:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def test_rows_are_matched_by_content_wherever_they_stand() -> None:
+def test_rows_are_matched_by_content_in_any_order() -> None:
     order = np.random.default_rng(0).permutation(PROMPTS)
     new = measure((OLD + 1)[:, order], BASE[:, order])
     keys = tuple(int(100 + place) for place in order)
@@ -294,8 +294,8 @@ def test_rows_are_matched_by_content_wherever_they_stand() -> None:
     assert states(again) == {"equal": 4}
 
 
-def test_common_rows_alone_are_compared() -> None:
-    """A limit was raised: what the other rows gave has no say."""
+def test_only_common_rows_are_compared() -> None:
+    """After a limit is raised, the additional rows don't affect the comparison."""
     old, new = OLD[:, :16], np.concatenate([OLD[:, :16], OLD[:, 16:] + 100], 1)
     found = two(measure(old, BASE[:, :16]), measure(new, BASE))
     assert states(found) == {"equal": 4}
@@ -305,10 +305,10 @@ def test_common_rows_alone_are_compared() -> None:
     assert rows.removed == ()
     back = two(measure(new, BASE), measure(old, BASE[:, :16]))
     assert back.rows[0].removed == tuple(range(16, 24))
-    assert not back.changed  # fewer rows are an input that changed
+    assert not back.changed  # fewer rows are a different input
 
 
-def test_rows_that_stand_there_twice_are_matched_in_turn() -> None:
+def test_duplicate_rows_are_matched_in_order() -> None:
     keys = tuple(100 + n // 2 for n in range(PROMPTS))
     sides = [plain(measure(values, BASE), keys=keys) for values in (OLD, OLD + 1)]
     one, other = (results(finished(each)) for each in sides)
@@ -321,7 +321,7 @@ def test_rows_that_stand_there_twice_are_matched_in_turn() -> None:
     assert states(found) == {"equal": 4}
 
 
-def test_without_common_rows_runs_are_two_samples() -> None:
+def test_runs_without_common_rows_are_compared_as_two_samples() -> None:
     others = tuple(range(500, 500 + PROMPTS))
     found = two(measure(OLD, BASE), measure(noise(8) + noise(9, 1), noise(9, 1)), keys=others)
     assert states(found) == {"noise": 4}
@@ -335,8 +335,8 @@ def test_without_common_rows_runs_are_two_samples() -> None:
     assert small.cells[0].reason == "4 prompts in the smaller sample: no claim below 5"
 
 
-def test_two_samples_have_units_of_their_own() -> None:
-    """A value of `stats by` that both runs have is one unit in each; and so are rows alike."""
+def test_two_samples_have_separate_units() -> None:
+    """A value of `stats by` in both runs is one unit in each run, and so are identical rows."""
     others = tuple(range(500, 500 + PROMPTS))
     values = {"count": [n // 3 for n in range(PROMPTS)]}
     sides = [
@@ -353,7 +353,7 @@ def test_two_samples_have_units_of_their_own() -> None:
         assert {each.units for each in two(old, new, keys=others).cells} == {12}
 
 
-def test_rows_that_are_in_a_cell_in_one_run_alone_are_changes_of_values() -> None:
+def test_rows_in_a_cell_of_only_one_run_count_as_value_differences() -> None:
     new = OLD.copy()
     new[1, :3] = np.nan
     for one, other in ((OLD, new), (new, OLD)):

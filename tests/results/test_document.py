@@ -35,7 +35,7 @@ def validate(document: dict[str, Any]) -> None:
     jsonschema.validate(document, schema)
 
 
-def test_the_document_has_the_form_that_is_promised(results: Results) -> None:
+def test_json_document_matches_its_schema(results: Results) -> None:
     document = json.loads(results.to_json())
     validate(document)
     assert document["schema"] == 2
@@ -74,13 +74,13 @@ def test_the_document_has_the_form_that_is_promised(results: Results) -> None:
     assert second["holds"] is False
 
 
-def test_a_swept_position_is_an_axis(results: Results) -> None:
+def test_swept_position_is_an_axis(results: Results) -> None:
     found = json.loads(results.to_json())["files"][0]["experiments"][1]
     assert found["axes"] == ["layer", "position"]
     assert found["cells"][1]["coords"] == {"layer": 0, "position": "last-item of part1 token"}
 
 
-def test_what_does_not_exist_is_null_with_a_reason() -> None:
+def test_missing_statistics_are_null_with_a_reason() -> None:
     result = heads()
     data = result.measures[0]
     patched = data.patched.copy()
@@ -102,7 +102,7 @@ def test_what_does_not_exist_is_null_with_a_reason() -> None:
                 assert each["reason"]
 
 
-def test_categories_have_keys_of_their_own() -> None:
+def test_category_measures_have_commonest_share_and_mean_error() -> None:
     result = heads()
     random = np.random.default_rng(0)
     values = random.integers(3, 6, result.measures[0].patched.shape).astype(float)
@@ -128,7 +128,7 @@ def test_categories_have_keys_of_their_own() -> None:
     assert run["mean_error"] == pytest.approx(np.abs(values[0] - 4).mean())
 
 
-def test_controls_stand_beside_their_measure() -> None:
+def test_null_band_is_part_of_its_measure_in_json() -> None:
     result = finished(with_controls(counted()))
     found = Results((FileResult("x.mech", (result,)),), {"mechdsl": "0.1.0"}).to_dict()
     validate(found)
@@ -143,7 +143,7 @@ def test_controls_stand_beside_their_measure() -> None:
     assert "null_low" not in finished(counted()).records()[0]
 
 
-def test_an_experiment_without_rules_is_one_cell() -> None:
+def test_experiment_without_rules_has_one_cell() -> None:
     result = heads()
     data = measure(np.ones((1, 64)), np.ones(64), effect="raw", label="correct")
     cell = replace(result.cells[0], coords={}, site="", position=None, tokens=())
@@ -153,7 +153,7 @@ def test_an_experiment_without_rules_is_one_cell() -> None:
     assert document["cells"][0]["at"] == {"position": None, "tokens": []}
 
 
-def test_results_in_memory(results: Results, tmp_path: Path) -> None:
+def test_results_are_indexed_by_experiment_name(results: Results, tmp_path: Path) -> None:
     assert isinstance(results["where"], ExperimentResult)
     assert [each.name for each in results] == ["where", "where_is_the_count"]
     assert len(results) == 2
@@ -167,11 +167,11 @@ def test_results_in_memory(results: Results, tmp_path: Path) -> None:
 
 
 def plain(html: str) -> str:
-    """Without attributes."""
+    """Remove attributes from HTML tags."""
     return re.sub(r"<(\w+) [^>]*>", r"<\1>", html)
 
 
-def test_frames(results: Results) -> None:
+def test_to_pandas_has_one_row_per_cell(results: Results) -> None:
     frame = results.to_pandas()
     assert len(frame) == 12 + 12
     row = frame[(frame.layer == 2) & (frame["head"] == 1)].iloc[0]
@@ -179,7 +179,7 @@ def test_frames(results: Results) -> None:
     assert row["mean"] == pytest.approx(0.6, abs=0.05)
 
 
-def test_a_total_is_tested_in_inert_cells_too() -> None:
+def test_total_effect_is_tested_in_inert_cells() -> None:
     result = heads()
     total = replace(result.measures[0], effect="total")
     result = finished(replace(result, measures=(total,)))
@@ -187,7 +187,7 @@ def test_a_total_is_tested_in_inert_cells_too() -> None:
     assert set(result.statistics[0].reasons) == {None}
 
 
-def test_an_axis_may_be_called_like_a_column() -> None:
+def test_axis_named_like_a_column_gets_a_prefix() -> None:
     cells = tuple(
         replace(cell, coords={"n": cell.coords["layer"], "head": cell.coords["head"]})
         for cell in heads().cells
@@ -198,18 +198,20 @@ def test_an_axis_may_be_called_like_a_column() -> None:
     assert "<td>2</td><td>1</td><td>L2H1.z</td>" in plain(result._repr_html_())
 
 
-def test_frames_without_pandas(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_pandas_without_pandas_names_the_extra(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"mechdsl\[frames\]"):
         results.to_pandas()
 
 
-def test_statistics_come_before_intervals() -> None:
+def test_sampling_before_statistics_raises_an_error() -> None:
     with pytest.raises(ValueError, match="no statistics yet"):
         _ = heads().sampling
 
 
-def test_records_say_how_many_units_there_are_and_where_p_is_at_its_floor() -> None:
+def test_records_have_effective_n_and_flag_p_at_its_floor() -> None:
     plain = finished(heads())
     grouped = finished(
         replace(heads(), row_values={"a": [i % 6 for i in range(64)]}), by="a", correction="none"
@@ -217,6 +219,6 @@ def test_records_say_how_many_units_there_are_and_where_p_is_at_its_floor() -> N
     assert {each["effective_n"] for each in plain.records()} == {64}
     assert {each["effective_n"] for each in grouped.records()} == {6}
     flips = finished(heads(), test="flips")
-    found = flips.records()[9]  # clear: of 10,000 flips none is as far from 0
+    found = flips.records()[9]  # a clear effect: none of 10,000 flips is as far from 0
     assert (found["p_at_most"], found["p"]) == (True, pytest.approx(2 / 10_001))
     assert not any(each["p_at_most"] for each in (*plain.records(), *grouped.records()))

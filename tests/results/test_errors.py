@@ -1,4 +1,4 @@
-"""How the errors of statistics, expectations and reports look."""
+"""Rendered errors of statistics, expectations and reports."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Measure:
 
 
 def reported(kind: str, **values: str) -> list[Diagnostic]:
-    """What a report of `REPORTS` is refused with."""
+    """Return the diagnostics of a report in `REPORTS`."""
     words = [kind, values.get("variable", ""), f"by {values['by']}" if "by" in values else ""]
     line = spec.Report(
         span=span(f"report {' '.join(filter(None, words))}", REPORTS), kind=kind, **values
@@ -119,7 +119,7 @@ def few_prompts() -> list[Diagnostic]:
         ("E0607_overlay", overlay_without_positions),
     ],
 )
-def test_rendered(name: str, cause: object, update: bool) -> None:
+def test_rendered_error_equals_its_golden(name: str, cause: object, update: bool) -> None:
     assert callable(cause)
     (found,) = cause()
     assert found.code == name.partition("_")[0]

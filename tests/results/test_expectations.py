@@ -1,4 +1,4 @@
-"""Expectations: what they may say, and whether they hold."""
+"""Expectations: accepted conditions and their verdicts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> 
         "not not max(recovery) > 0.3",
     ],
 )
-def test_these_hold(line: str, result: ExperimentResult) -> None:
+def test_true_expectation_holds(line: str, result: ExperimentResult) -> None:
     assert check_expectation(expectation(line), KNOWN) == []
     found = verdict(line, result)
     assert found.holds, found
@@ -101,7 +101,7 @@ def test_these_hold(line: str, result: ExperimentResult) -> None:
         ("recovery(L2H1) > recovery(L2H1)", "the value is the left side minus the right side"),
         ("max(recovery) > 0.3 and min(recovery) > 0", None),
         ("not max(recovery) > 0.3", None),
-        # neither the bound nor its opposite is sure
+        # neither the bound nor its negation is certain
         ("not recovery(L2H1) > 0.6", "it holds for the mean, but"),
         ("recovery(L9H9) > 0", "no cell matches L9H9"),
         ("recovery(layer 2) > 0", "layer 2 matches 4 cells"),
@@ -112,7 +112,9 @@ def test_these_hold(line: str, result: ExperimentResult) -> None:
         ("top 12 contains L2H1, L9H9", "no cell matches L9H9"),
     ],
 )
-def test_these_do_not(line: str, reason: str | None, result: ExperimentResult) -> None:
+def test_false_or_uncertain_expectation_fails_with_its_reason(
+    line: str, reason: str | None, result: ExperimentResult
+) -> None:
     found = verdict(line, result)
     assert not found.holds
     if reason:
@@ -124,7 +126,7 @@ def test_on_mean_relaxes_the_bound(result: ExperimentResult) -> None:
     assert verdict("recovery(L2H1) < 0.6 on mean", result).holds
 
 
-def test_the_interval_of_a_cell_is_that_of_the_table(result: ExperimentResult) -> None:
+def test_expectation_of_a_cell_has_the_interval_of_the_table(result: ExperimentResult) -> None:
     found = verdict("recovery(L2H1) > 0", result)
     table = result.statistics[0]
     assert [found.value, found.low, found.high] == pytest.approx(
@@ -132,7 +134,7 @@ def test_the_interval_of_a_cell_is_that_of_the_table(result: ExperimentResult) -
     )
 
 
-def pivots_by_hand(
+def reference_pivots(
     top: np.ndarray, bottom: np.ndarray, share: np.ndarray, seed: int, resamples: int
 ) -> tuple[float, float, np.ndarray]:
     """The weighted sum of ratios of cells, its error by the delta method, and its pivots."""
@@ -152,7 +154,7 @@ def pivots_by_hand(
 
 
 def test_expect_of_a_raw_measure_with_few_prompts_has_the_interval_of_its_row() -> None:
-    """0 is no hypothesis of it, so five prompts that can't exclude 0 don't widen the interval."""
+    """A raw measure isn't tested against 0, so p with five prompts doesn't widen the interval."""
     made = heads(prompts=5)
     values = np.tile([2.01, 2.03, 2.02, 2.0, 2.04], (len(made.cells), 1))
     raw = measure(values, np.zeros((1, 5)))
@@ -163,12 +165,12 @@ def test_expect_of_a_raw_measure_with_few_prompts_has_the_interval_of_its_row() 
     assert (found.low, found.high) == pytest.approx((row.low[0], row.high[0]))
 
 
-def test_a_mean_over_cells_is_studentised(result: ExperimentResult) -> None:
+def test_mean_over_cells_is_studentised(result: ExperimentResult) -> None:
     data = result.measures[0]
     assert data.source is not None
     top, bottom = data.patched - data.base, (data.source - data.base)[0]
     share = np.array([0.0] * 4 + [1 / 8] * 8)
-    value, error, pivots = pivots_by_hand(top, bottom, share, 5, 4000)
+    value, error, pivots = reference_pivots(top, bottom, share, 5, 4000)
     found = verdict("mean(recovery, layer 1..2) > 0", result)
     t = stats.t.ppf(0.975, 63)
     low = value - error * max(np.percentile(pivots, 97.5), t)
@@ -181,14 +183,14 @@ def test_a_mean_over_cells_is_studentised(result: ExperimentResult) -> None:
     assert [twice.low, twice.high] == pytest.approx([2 * found.low - 1, 2 * found.high - 1])
 
 
-def test_the_largest_cell_is_bounded_by_what_holds_for_all(result: ExperimentResult) -> None:
-    """Not resampled: the largest of many estimates lies above the largest effect."""
+def test_max_over_cells_uses_simultaneous_bounds(result: ExperimentResult) -> None:
+    """The maximum isn't resampled, since the largest estimate overstates the largest effect."""
     data = result.measures[0]
     assert data.source is not None
     top, bottom = data.patched - data.base, (data.source - data.base)[0]
     live = [cell for cell in range(12) if not data.inert[cell]]
     alone = [
-        pivots_by_hand(top[[cell]], bottom, np.ones(1), 5, 2000) for cell in live
+        reference_pivots(top[[cell]], bottom, np.ones(1), 5, 2000) for cell in live
     ]  # the same rows are drawn for every cell
     values, errors = (np.array([each[i] for each in alone]) for i in (0, 1))
     pivots = np.stack([each[2] for each in alone])
@@ -205,7 +207,7 @@ def test_the_largest_cell_is_bounded_by_what_holds_for_all(result: ExperimentRes
 
 
 def null(prompts: int, cells: int, seed: int) -> ExperimentResult:
-    """Nothing acts in any cell."""
+    """Build an experiment without an effect in any cell."""
     random = np.random.default_rng(seed)
     data = measure(random.normal(0, 1, (cells, prompts)), np.zeros(prompts), effect="delta")
     keys = tuple(CellKey({"head": head}, f"L0H{head}.z") for head in range(cells))
@@ -214,7 +216,7 @@ def null(prompts: int, cells: int, seed: int) -> ExperimentResult:
 
 
 @pytest.mark.slow
-def test_under_the_null_nothing_is_expected() -> None:
+def test_expectations_rarely_hold_without_an_effect() -> None:
     lines = [
         "max(delta) > 0",
         "min(delta) < 0",
@@ -232,7 +234,7 @@ def test_under_the_null_nothing_is_expected() -> None:
     assert all(each < 12 for each in holds.values()), holds
 
 
-def test_correlations_pair_the_prompts(result: ExperimentResult) -> None:
+def test_correlation_with_another_experiment_pairs_prompts(result: ExperimentResult) -> None:
     same_again = replace(result, name="other")
     same = verdict("pearson(recovery, other) > 0.99", result, other=same_again)
     assert same.holds
@@ -250,12 +252,14 @@ def test_correlations_pair_the_prompts(result: ExperimentResult) -> None:
     assert found.reason == "only 0 cells have the same coordinates in `other`"
 
 
-def test_correlation_of_unequal_sizes(result: ExperimentResult) -> None:
+def test_correlation_accepts_experiments_with_different_prompt_counts(
+    result: ExperimentResult,
+) -> None:
     other = finished(replace(heads(prompts=200, seed=2), name="other"))
     assert verdict("pearson(recovery, other) > 0.9", result, other=other).holds
 
 
-def test_positions_are_named(result: ExperimentResult) -> None:
+def test_expectation_selects_cells_by_position(result: ExperimentResult) -> None:
     swept = finished(positions())
     assert verdict('max(recovery, position: "last token") > 0.9', swept).holds
     assert verdict('max(recovery, item: "first-item of part1 token") < 0.1', swept).holds
@@ -264,7 +268,7 @@ def test_positions_are_named(result: ExperimentResult) -> None:
     assert found.value == "L3.resid_post at last token"
 
 
-def test_a_fixed_site_is_named_too() -> None:
+def test_expectation_selects_cells_by_a_fixed_layer() -> None:
     cells = tuple(
         replace(cell, coords={"head": cell.coords["head"]})
         for cell in heads().cells
@@ -289,12 +293,14 @@ def test_a_fixed_site_is_named_too() -> None:
         ("", {}, set()),
     ],
 )
-def test_the_place_of_a_cell(site: str, coords: dict[str, int], components: set[str]) -> None:
+def test_cell_coordinates_are_read_from_the_site(
+    site: str, coords: dict[str, int], components: set[str]
+) -> None:
     assert cell_coordinates(CellKey({}, site)) == (coords, components)
     assert cell_coordinates(CellKey({"layer": 9}, site)) == ({**coords, "layer": 9}, components)
 
 
-def test_one_cell_needs_no_place() -> None:
+def test_single_cell_needs_no_selector() -> None:
     data = measure(np.full((1, 40), 0.3), np.ones(40), effect="relative", label="ld")
     one = finished(
         replace(heads(prompts=40), axes=(), cells=(CellKey({}, "L2H1.z"),), measures=(data,))
@@ -304,14 +310,14 @@ def test_one_cell_needs_no_place() -> None:
     assert verdict("relative of ld < 0", one).holds
 
 
-def test_a_metric_as_written_names_its_measure() -> None:
+def test_measure_is_selected_by_its_metric_text() -> None:
     data = measure(np.full((1, 40), 0.3), np.ones(40), effect="delta", label="prob(answer)")
     one = finished(replace(heads(prompts=40), axes=(), cells=(CellKey({}, ""),), measures=(data,)))
     assert verdict("mean(prob(answer)) < 0", one).holds
     assert verdict("prob( answer ) < 0", one).holds
 
 
-def test_one_prompt_gives_no_interval() -> None:
+def test_expectation_with_one_prompt_has_no_interval() -> None:
     data = measure(np.array([[0.3]]), np.array([1.0]), label="ld")
     one = finished(replace(heads(prompts=1), axes=(), cells=(CellKey({}, ""),), measures=(data,)))
     found = verdict("delta < 0", one)
@@ -321,7 +327,7 @@ def test_one_prompt_gives_no_interval() -> None:
     assert verdict("delta < 0 on mean", one).holds
 
 
-def test_cells_without_a_value_are_left_out(result: ExperimentResult) -> None:
+def test_cells_without_a_value_are_ignored_by_expectations(result: ExperimentResult) -> None:
     data = result.measures[0]
     patched = data.patched.copy()
     patched[9] = np.nan
@@ -355,14 +361,14 @@ def test_cells_without_a_value_are_left_out(result: ExperimentResult) -> None:
         ("spearman(recovery) > 0", "E0606", "other_experiment"),
     ],
 )
-def test_refused_before_running(line: str, code: str, words: str) -> None:
+def test_invalid_expectation_is_rejected_before_running(line: str, code: str, words: str) -> None:
     (found,) = check_expectation(expectation(line), KNOWN)
     assert found.code == code
     assert words in found.help_text
 
 
 @pytest.mark.parametrize("line", ["top 3 contains L9H9", "max(delta of ld) > 0"])
-def test_several_measures(line: str) -> None:
+def test_ambiguous_measure_is_rejected(line: str) -> None:
     same = [KnownMeasure("ld", "delta"), KnownMeasure("entropy", "delta")]
     (found,) = check_expectation(expectation("max(delta) > 0"), replace(KNOWN, measures=same))
     assert found.code == "E0605"
@@ -372,12 +378,12 @@ def test_several_measures(line: str) -> None:
     assert [each.code for each in refused] == (["E0605"] if "top" in line else [])
 
 
-def test_measures_named_by_effect_or_label() -> None:
+def test_measures_are_selected_by_effect_or_label() -> None:
     for line in ("max(recovery) > 0", "max(ld) > 0", "max(delta) > 0", "max(prob(answer)) > 0"):
         assert check_expectation(expectation(line), TWO) == []
 
 
-def test_categories_are_no_numbers() -> None:
+def test_category_measure_as_a_number_is_rejected() -> None:
     known = replace(KNOWN, measures=[KnownMeasure("argmax(1..9)", "raw", "category")])
     (found,) = check_expectation(expectation("max(raw) > 0"), known)
     assert found.code == "E0606"
@@ -399,8 +405,8 @@ def test_known_cells_are_checked_before_running() -> None:
     assert "4 cells" in found.message
 
 
-def test_a_measure_that_could_not_be_computed_holds_nothing() -> None:
-    """Though its values are there and would do."""
+def test_expectations_of_a_lost_measure_fail() -> None:
+    """The values of the measure exist and would satisfy the expectations."""
     lines = ["max(recovery) > 0.3", "not (max(recovery) > 0.9)", "top 1 contains L2H1"]
     assert [each.holds for each in finished(heads(), *lines).outcomes] == [True, True, True]
     problem = NoRowsKept(rows=3)
@@ -411,7 +417,7 @@ def test_a_measure_that_could_not_be_computed_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize("left", [Estimate(0.0), Estimate(0.0, FixedNumber(0.0))])
-def test_of_two_numbers_the_one_that_is_none_says_why(left: Estimate) -> None:
+def test_combined_estimate_keeps_the_reason_of_a_missing_operand(left: Estimate) -> None:
     none = Estimate(np.nan, None, why="no row is left")
     assert (
         combine_estimates("+", left, none).why

@@ -1,4 +1,4 @@
-"""What `--out` and `runs export` write: every prompt's values, and results to read back."""
+"""Exports of `--out` and `runs export`: values per prompt, and results to read back."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def arrays(found: list[dict[str, Any]], result: ExperimentResult) -> list[np.nda
 
 
 @pytest.mark.parametrize("tokens", [20, 4096])
-def test_the_lines_hold_what_the_arrays_hold(folder: Path, tokens: int) -> None:
+def test_exported_lines_equal_the_arrays(folder: Path, tokens: int) -> None:
     options = RunOptions(
         out=folder / "out", execution=ExecutionOptions(pass_tokens=tokens, prompt_tokens=tokens)
     )
@@ -78,14 +78,14 @@ def test_the_lines_hold_what_the_arrays_hold(folder: Path, tokens: int) -> None:
         for measure, values in zip(result.measures, arrays(found, result), strict=True):
             np.testing.assert_array_equal(values, measure.patched)
         base = next(line for line in found if line.get("run") == "clean")
-        order = np.argsort(base["rows"])  # as `run_file` gives them
+        order = np.argsort(base["rows"])  # in the order of `run_file`
         assert np.array(base["rows"])[order].tolist() == list(result.row_ids or ())
         for measure, values in zip(result.measures, base["values"], strict=True):
             np.testing.assert_array_equal(np.array(values)[order], measure.base[0])
         assert {line["run"] for line in found if "run" in line} == {"clean", str(result.source)}
 
 
-def test_a_cell_lists_the_rows_that_are_part_of_it(tmp_path: Path) -> None:
+def test_exported_cell_lists_only_its_rows(tmp_path: Path) -> None:
     path = written(tmp_path, "gaps")
     results = mechdsl.run(path, out=tmp_path / "out")
     _, *found = lines(tmp_path / "out" / "it", "heads")
@@ -98,7 +98,7 @@ def test_a_cell_lists_the_rows_that_are_part_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["everything printed", "lost and missing", "variants"])
-def test_results_are_read_back(name: str, tmp_path: Path) -> None:
+def test_exported_results_round_trip(name: str, tmp_path: Path) -> None:
     path = written(tmp_path, name)
     results = replace(mechdsl.run(path, out=tmp_path / "out", write_reports=False), written=())
     same_results(results, read_export(tmp_path / "out" / "it"))
@@ -111,7 +111,7 @@ def test_results_are_read_back(name: str, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == ["it"]
 
 
-def test_a_run_that_breaks_off_leaves_the_one_before_as_it_was(folder: Path) -> None:
+def test_interrupted_run_keeps_the_earlier_export(folder: Path) -> None:
     whole = RunOptions(out=folder / "out", execution=ExecutionOptions(pass_tokens=40))
     run_file(TEXT, folder, bare("gpt2"), whole)
     before = everything(folder / "out")
@@ -136,10 +136,10 @@ def plain(tmp_path: Path) -> mechdsl.Results:
     return mechdsl.run(written(tmp_path, "plain"))
 
 
-def test_one_that_can_not_be_written_leaves_the_one_before(
+def test_full_disk_keeps_the_earlier_export(
     plain: mechdsl.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever of its files the disk is full at."""
+    """The disk is full at each file of the export in turn."""
     out = tmp_path / "out"
     export_results(plain, out, TEXTS["plain"])
     before = everything(out)
@@ -160,9 +160,7 @@ def test_one_that_can_not_be_written_leaves_the_one_before(
         assert everything(out) == before
 
 
-def test_a_later_export_takes_the_place_of_an_earlier_one(
-    plain: mechdsl.Results, tmp_path: Path
-) -> None:
+def test_later_export_replaces_an_earlier_one(plain: mechdsl.Results, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = export_results(mechdsl.run(written(tmp_path, "everything printed")), out, "mech 1\n")
     assert made == out / "it"
@@ -180,8 +178,8 @@ def test_a_later_export_takes_the_place_of_an_earlier_one(
     assert os.listdir(out) == ["it"]
 
 
-def test_a_folder_of_somebody_else_is_not_emptied(plain: mechdsl.Results, tmp_path: Path) -> None:
-    """`--out .` beside a folder that is called like the file."""
+def test_export_keeps_foreign_files_in_its_folder(plain: mechdsl.Results, tmp_path: Path) -> None:
+    """`--out .` with an existing folder of the file's name."""
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "thesis.tex").write_text("years", encoding="utf-8")
     export_results(plain, tmp_path, TEXTS["plain"])
@@ -189,10 +187,10 @@ def test_a_folder_of_somebody_else_is_not_emptied(plain: mechdsl.Results, tmp_pa
     assert is_export(tmp_path / "it")
 
 
-def test_what_a_killed_process_has_left_is_tidied(
+def test_leftovers_of_a_killed_export_are_removed(
     plain: mechdsl.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while it wrote, between the two renames, and behind them."""
+    """The process is killed while writing, between the two renames, and after them."""
     monkeypatch.setattr(module, "STALE_SECONDS", 0.0)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -206,7 +204,7 @@ def test_what_a_killed_process_has_left_is_tidied(
     assert os.listdir(out) == ["it"]
     assert (made / "notes.txt").read_text("utf-8") == "mine"
 
-    before = out / f".it-{os.getpid()}-0123abcd.before"  # numbers come again
+    before = out / f".it-{os.getpid()}-0123abcd.before"  # process ids are reused
     shutil.copytree(made, before, ignore=shutil.ignore_patterns("notes.txt"))
     (before / "more.txt").write_text("mine too", encoding="utf-8")
     export_results(plain, out, TEXTS["plain"])
@@ -214,12 +212,12 @@ def test_what_a_killed_process_has_left_is_tidied(
     assert (made / "more.txt").read_text("utf-8") == "mine too"
 
 
-def test_what_may_be_in_use_is_not_tidied(
+def test_temporary_folders_that_may_be_in_use_stay(
     plain: mechdsl.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    names = {f".it-{ended.pid}-0123abcd.new"}  # of another machine, perhaps
+    names = {f".it-{ended.pid}-0123abcd.new"}  # may belong to another machine
     (tmp_path / "out" / names.copy().pop()).mkdir(parents=True)
     export_results(plain, tmp_path / "out", TEXTS["plain"])
     assert {*os.listdir(tmp_path / "out")} == {*names, "it"}
@@ -236,7 +234,9 @@ def test_what_may_be_in_use_is_not_tidied(
     assert {*os.listdir(tmp_path / "out")} == {*names, "it"}
 
 
-def test_a_file_in_its_place_stays(plain: mechdsl.Results, tmp_path: Path) -> None:
+def test_export_onto_a_file_is_an_error_and_keeps_the_file(
+    plain: mechdsl.Results, tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "it").write_text("mine", encoding="utf-8")
     with pytest.raises(OSError, match="Not a directory"):
@@ -249,17 +249,17 @@ def test_a_file_in_its_place_stays(plain: mechdsl.Results, tmp_path: Path) -> No
     ("file", "stem"),
     [("a/heads.mech", "heads"), ("<text>", "text"), ("<stdin>", "stdin"), ("<../../x>", "x")],
 )
-def test_what_a_folder_is_called(file: str, stem: str) -> None:
+def test_export_folder_is_named_after_the_file(file: str, stem: str) -> None:
     assert export_stem(file) == stem
 
 
 @pytest.mark.parametrize("file", ["..", "", "/", "<>", "<..>", "a/.."])
-def test_a_name_that_leads_elsewhere_is_refused(file: str) -> None:
+def test_export_name_outside_the_folder_is_rejected(file: str) -> None:
     with pytest.raises(ArchiveError, match="is not the name of a file"):
         export_stem(file)
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_folder_without_an_export_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match=r"`archive\.json` is missing"):
         read_export(tmp_path)
     (tmp_path / "archive.json").mkdir()

@@ -1,4 +1,4 @@
-"""When corrected p is withheld, and how many families without an effect have a survivor else."""
+"""Corrected p is withheld for very skewed families; the others keep their error rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAMILIES = 60
 
 
 def sparse(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """One in ten is far from the others, which are all the same."""
+    """One value in ten is far from the others, which are equal."""
     return random.exponential(size=shape) * (random.random(shape) < 0.1) - 0.1
 
 
@@ -49,7 +49,7 @@ def corrected(deltas: np.ndarray, **settings: object) -> CellStatistics:
 
 
 def families(draw: Draw, **settings: object) -> tuple[int, int]:
-    """(how many are withheld, how many of the others have a survivor)."""
+    """Return the number of withheld families, and of other families with a significant cell."""
     random = np.random.default_rng(7)
     found = [corrected(draw(random, SHAPE), **settings) for _ in range(FAMILIES)]
     survivors = [bool((each.p_corrected < 0.05).any()) for each in found if not each.withheld]
@@ -57,7 +57,7 @@ def families(draw: Draw, **settings: object) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("draw", [sparse, very_skewed])
-def test_what_would_have_survivors_by_chance_is_withheld(draw: Draw) -> None:
+def test_corrected_p_of_very_skewed_families_is_withheld(draw: Draw) -> None:
     withheld, survivors = families(draw)
     assert withheld > 0.9 * FAMILIES
     assert survivors <= 2
@@ -66,13 +66,13 @@ def test_what_would_have_survivors_by_chance_is_withheld(draw: Draw) -> None:
 
 
 @pytest.mark.parametrize("draw", [exponential, mostly_zero, heavy_tails])
-def test_what_holds_its_level_is_printed(draw: Draw) -> None:
+def test_corrected_p_of_moderately_skewed_families_is_printed(draw: Draw) -> None:
     withheld, survivors = families(draw)
     assert withheld == 0
-    assert survivors <= 8  # of 60 at 5 %: more come once in 500
+    assert survivors <= 8  # at 5 % of 60, more have a probability of 0.2 %
 
 
-def test_sign_flips_are_withheld_sooner() -> None:
+def test_sign_flip_p_is_withheld_at_less_skewness() -> None:
     random = np.random.default_rng(3)
     deltas = exponential(random, SHAPE)
     assert corrected(deltas, test="flips").withheld
@@ -80,14 +80,14 @@ def test_sign_flips_are_withheld_sooner() -> None:
     assert not corrected(heavy_tails(random, SHAPE), test="flips").withheld
 
 
-def test_few_rows_that_differ_are_an_effect() -> None:
-    """Skewness with the sign of the effect speaks for it."""
+def test_skewness_in_the_direction_of_the_effect_is_not_withheld() -> None:
+    """Skewness with the sign of the effect is no reason to withhold p."""
     random = np.random.default_rng(5)
     deltas = random.exponential(size=SHAPE) * (random.random(SHAPE) < 0.2)
     assert not corrected(deltas).withheld
 
 
-def test_it_is_said_in_every_form() -> None:
+def test_withheld_p_is_reported_in_every_output() -> None:
     results, (warning,) = too_skewed()
     assert warning.code == "W0723"
     assert "16 cells" in warning.message

@@ -1,4 +1,4 @@
-"""The sign-flip test and the corrections against scipy and by hand."""
+"""The sign-flip test and the corrections against scipy and plain loops."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def scipy_p(deltas: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("n", [2, 5, 9, 12])
-def test_exact_p_is_scipys(n: int) -> None:
+def test_exact_p_equals_scipy(n: int) -> None:
     deltas = np.random.default_rng(n).normal(0.5, 1, (3, n))
     assert sign_flip(deltas).p == pytest.approx([scipy_p(row) for row in deltas])
 
 
 @settings(max_examples=30, deadline=None)
 @given(arrays(np.float64, (2, 6), elements=st.integers(-3, 3).map(float)))
-def test_exact_p_with_ties_and_zeros(deltas: np.ndarray) -> None:
+def test_exact_p_counts_ties_and_zeros(deltas: np.ndarray) -> None:
     signs = np.array(list(itertools.product([1, -1], repeat=6)))
     expected = (np.abs(signs @ deltas.T) >= np.abs(deltas.sum(1))).mean(0)
     assert sign_flip(deltas).p == pytest.approx(expected)
 
 
-def test_random_flips_come_near_and_are_never_zero() -> None:
+def test_random_flip_p_approximates_the_normal_p_and_is_never_zero() -> None:
     random = np.random.default_rng(0)
     deltas = random.normal(0.4, 1, (4, 30))
     p = sign_flip(deltas).p
@@ -69,21 +69,21 @@ def test_random_flips_come_near_and_are_never_zero() -> None:
     assert not sign_flip(deltas).floor.any()
 
 
-def test_there_are_enough_flips_for_the_smallest_p_to_survive() -> None:
+def test_flip_count_lets_the_smallest_p_be_significant() -> None:
     for tests, level in ((384, 0.05), (384, 0.02)):
         assert 2 * tests / (flip_count(tests, level) + 1) < level
     assert flip_count(10_000, 0.001) == 100_000
 
 
 @pytest.mark.parametrize(("n", "p"), [(14, 2 / 2**14), (15, 2 / 10_001)])
-def test_up_to_fourteen_prompts_all_flips_are_taken(n: int, p: float) -> None:
-    """Of equal deltas only the flip of none and of all come as far."""
+def test_all_flips_are_enumerated_up_to_fourteen_prompts(n: int, p: float) -> None:
+    """With equal deltas, only flipping none or all signs is as extreme."""
     assert sign_flip(np.ones((1, n))).p == pytest.approx([p])
 
 
 @pytest.mark.parametrize("n", [6, 9, 12])
-def test_interval_holds_the_means_that_flips_do_not_reject(n: int) -> None:
-    """The ends are where the p of shifted deltas passes the level."""
+def test_flip_interval_contains_the_means_not_rejected(n: int) -> None:
+    """At the ends of the interval, the p of shifted deltas crosses the level."""
     deltas = np.random.default_rng(n).normal(0.5, 1, (3, n))
     found = sign_flip(deltas)
     for cell in range(3):
@@ -93,7 +93,7 @@ def test_interval_holds_the_means_that_flips_do_not_reject(n: int) -> None:
             assert outside < 0.05 <= inside
 
 
-def test_a_ratio_is_flipped_about_each_value() -> None:
+def test_flip_interval_of_a_ratio_contains_the_ratios_not_rejected() -> None:
     random = np.random.default_rng(3)
     bottom = random.normal(5, 1, (1, 10))
     top = 0.5 * bottom + random.normal(0, 1, (1, 10))
@@ -103,8 +103,8 @@ def test_a_ratio_is_flipped_about_each_value() -> None:
         assert scipy_p((top - (end + inward * 1e-6) * bottom)[0]) >= 0.05
 
 
-def largest_by_hand(deltas: np.ndarray) -> list[float]:
-    """Step-down: the largest cell against the largest of all, the next against that of the rest."""
+def reference_step_down_p(deltas: np.ndarray) -> list[float]:
+    """Step-down: compare the largest cell with the maximum over all, the next with the rest."""
     cells, units = deltas.shape
     sizes = [np.sqrt(sum(d * d for d in row)) for row in deltas]
     statistic = [abs(sum(row)) / size for row, size in zip(deltas, sizes, strict=True)]
@@ -123,14 +123,14 @@ def largest_by_hand(deltas: np.ndarray) -> list[float]:
     return p
 
 
-def test_the_largest_statistic_is_that_of_every_flip() -> None:
+def test_joint_sign_flip_p_equals_a_step_down_over_all_flips() -> None:
     random = np.random.default_rng(4)
     deltas = random.normal([[1.5], [0.4], [0.0], [0.7]], 1, (4, 8)) * [[1], [100], [1], [0.01]]
     deltas[2, :3] = 0
-    expected = largest_by_hand(deltas)
+    expected = reference_step_down_p(deltas)
     assert joint_sign_flip_p(deltas, 10_000, 0) == pytest.approx(expected)
     assert len(set(expected)) > 2
-    # of more units than are enumerated, the same by drawing
+    # units of zeros don't count; flips of 16 units are drawn, not enumerated
     wide = np.zeros((4, 30))
     wide[:, 20:28] = deltas
     assert joint_sign_flip_p(wide, 10_000, 0) == pytest.approx(expected)
@@ -144,14 +144,14 @@ def test_the_largest_statistic_is_that_of_every_flip() -> None:
     assert joint_sign_flip_p(np.zeros((2, 5)), 100, 0).tolist() == [1.0, 1.0]
 
 
-def test_of_equal_cells_the_largest_statistic_corrects_nothing() -> None:
+def test_joint_sign_flip_p_of_identical_cells_equals_uncorrected_p() -> None:
     """Holm would multiply by 50."""
     deltas = np.repeat(np.random.default_rng(0).normal(1, 1, (1, 10)), 50, axis=0)
     alone = sign_flip(deltas[:1]).p
     assert joint_sign_flip_p(deltas, 10_000, 0) == pytest.approx([alone[0]] * 50)
 
 
-def test_holm_by_hand() -> None:
+def test_holm_equals_a_worked_example() -> None:
     p = np.array([0.01, 0.04, 0.03, 0.005])
     # in order 0.005×4, 0.01×3, 0.03×2, 0.04×1, each at least the one before
     assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -159,13 +159,13 @@ def test_holm_by_hand() -> None:
 
 
 @given(st.lists(st.floats(0.0001, 1), min_size=1, max_size=30))
-def test_benjamini_hochberg_is_scipys(p: list[float]) -> None:
+def test_benjamini_hochberg_equals_scipy(p: list[float]) -> None:
     expected = stats.false_discovery_control(p, method="bh")
     assert benjamini_hochberg(np.array(p)) == pytest.approx(expected)
     assert CORRECTIONS["none"](np.array(p)).tolist() == p
 
 
-def test_too_few_prompts_are_warned_of() -> None:
+def test_too_few_prompts_for_significance_is_a_warning() -> None:
     assert check_cell_units([8], statistics(), SPAN) == []
     (found,) = check_cell_units([8] * 48, statistics(), SPAN)
     assert found.code == "W0720"
@@ -181,15 +181,15 @@ def test_too_few_prompts_are_warned_of() -> None:
 
 
 @pytest.mark.parametrize(("units", "warned"), [(15, True), (16, False)])
-def test_between_fifteen_and_twenty_units_p_has_a_floor_too(units: int, warned: bool) -> None:
+def test_warning_accounts_for_the_p_floor_above_fourteen_units(units: int, warned: bool) -> None:
     """2^(1 − 15) × 1,536 = 0.094 and 2^(1 − 16) × 1,536 = 0.047."""
     assert bool(check_cell_units([units] * 1536, statistics(), SPAN)) is warned
 
 
-def test_cells_that_have_too_few_are_counted() -> None:
-    """Holm multiplies by the cells that are left, so a few cells with few prompts come last."""
+def test_cells_with_too_few_prompts_are_counted() -> None:
+    """Holm multiplies by the number of remaining cells, and cells with few prompts come last."""
     units = [7, 64, 64, 5, 7]
-    # by hand: 2⁻⁶ × 3 (itself, the other and that of five are left) = 0.047; 2⁻⁴ × 1 = 0.0625
+    # 2⁻⁶ × 3 (two cells of 7 prompts and one of 5 remain) = 0.047; 2⁻⁴ × 1 = 0.0625
     assert unreachable_cells(units, statistics()) == [3]
     assert unreachable_cells(units, statistics(confidence=97)) == [0, 3, 4]
     (found,) = check_cell_units(units, statistics(confidence=97), SPAN)

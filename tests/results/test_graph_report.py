@@ -1,5 +1,4 @@
-"""`report graph`: widths and colours of edges, places that don't overlap, the page, the JSON that
-circuits are read from, and errors."""
+"""`report graph`: widths and colours of edges, layout, page, JSON of circuits, and errors."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def edge_paths(svg: ElementTree.Element) -> dict[str, tuple[str, float]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_width_is_the_score_and_colour_the_sign(family: str) -> None:
+def test_edge_width_is_the_score_and_colour_the_sign(family: str) -> None:
     found = circuit(family, 30)
     paths = edge_paths(drawn(found))
     most = max(map(abs, found.scores))
@@ -85,8 +84,8 @@ def test_top_shows_the_largest_absolute_scores() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("count", [1, 5, 50, 100])
-def test_places_do_not_overlap_and_edges_lead_upwards(family: str, count: int) -> None:
-    """Nor do edges pass through the boxes of rows that they don't end in."""
+def test_graph_nodes_do_not_overlap_and_edges_lead_upwards(family: str, count: int) -> None:
+    """Edges pass through no box between their ends."""
     found = circuit(family, count, seed=count)
     edges = list_edges(found, None)
     layout = lay_out(found, edges)
@@ -137,8 +136,8 @@ def write(folder: Path, circuit_line: str, *lines: str) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_json_is_read_as_the_same_circuit(family: str, tmp_path: Path) -> None:
-    """With its scores, also where heads share keys and values; a stored run draws it, too."""
+def test_graph_json_is_read_as_the_same_circuit(family: str, tmp_path: Path) -> None:
+    """Scores are kept, also if heads share keys and values, and a stored run draws the graph."""
     given = {"m": (bare(family), word_tokenizer())}
     found = circuit(family, 40, seed=1)
     edges = {
@@ -199,7 +198,7 @@ def test_pages_pictures_and_text_show_every_edge(tmp_path: Path) -> None:
     assert (len(read.circuit.edges), read.circuit.scores) == (2, ())
 
 
-def test_large_circuit_shows_the_largest_scores() -> None:
+def test_large_circuit_shows_at_most_200_edges() -> None:
     found = circuit("gpt2", 155)
     many = ResultCircuit(
         **{
@@ -220,7 +219,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_report_that_can_not_be_drawn_is_an_error(line: str, tmp_path: Path) -> None:
+def test_invalid_graph_report_is_an_error(line: str, tmp_path: Path) -> None:
     rule, reason = WRONG[line]
     text = "circuit c = embed -> logits\n" + experiment("e", "from other into clean", rule, line)
     path = tmp_path / "file.mech"

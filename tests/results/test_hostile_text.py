@@ -1,4 +1,4 @@
-"""Prompts may hold anything: what is printed or drawn shows it, and does nothing of it."""
+"""Prompts may contain any characters: outputs show them and don't execute them."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from .synthetic import counted, finished, heads, positions, read_tokens, report,
 HOSTILE = (
     "\x1b[31m\x1b]0;owned\x07\x9b2J\u202egnp\u202c\u200b\r\x00\ufffe[b]:cat:</script><script>x()"
 )
-"""ESC, OSC, C1's CSI, a turn of direction, zero width, no character; markup of rich and pages."""
+"""ESC, OSC, CSI, bidirectional override, zero width, noncharacter; rich and HTML markup."""
 
 
 # --- characters ---
 
 
-def test_hidden_characters_are_those_of_unicode() -> None:
-    """What later editions of Unicode add is hidden too; the rest is what this one calls so."""
+def test_hidden_characters_match_unicode_categories() -> None:
+    """Characters that later versions of Unicode add may be hidden too."""
     for number in range(sys.maxunicode + 1):
         char = chr(number)
         category = unicodedata.category(char)
@@ -71,19 +71,19 @@ def test_hidden_characters_are_those_of_unicode() -> None:
         ("\ud800", "\\ud800"),
     ],
 )
-def test_visible(text: str, shown: str) -> None:
+def test_escape_hidden_replaces_only_hidden_characters(text: str, shown: str) -> None:
     assert escape_hidden(text) == shown
     assert escape_hidden(shown) == shown
     assert escape_hidden("a\nb", keep="\n") == "a\nb"
 
 
-def test_xml_takes_every_character() -> None:
+def test_escape_xml_accepts_every_character() -> None:
     every = "".join(map(chr, range(sys.maxunicode + 1)))
     ElementTree.fromstring(f'<a b="{escape_xml(every)}">{escape_xml(every)}</a>')
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", None])
-def test_json_stays_json(encoding: str | None) -> None:
+def test_escaped_json_parses_to_the_same_value(encoding: str | None) -> None:
     value = {"é\U0001f600": HOSTILE + "\ud800"}
     text = dump_json(value, indent=1)
     assert not hidden_characters().search(text.replace("\n", ""))
@@ -109,7 +109,7 @@ def hostile_replies(found: Replies) -> Replies:
 
 
 def hostile(result: ExperimentResult) -> ExperimentResult:
-    """The same with hostile words wherever a prompt, a name or an expression may bring them."""
+    """Add hostile text wherever a prompt, a name or an expression can contain it."""
     position = "position" in result.axes
 
     def cell(each: CellKey) -> CellKey:
@@ -135,7 +135,7 @@ def hostile(result: ExperimentResult) -> ExperimentResult:
 
 
 def ablated_circuit() -> ExperimentResult:
-    """Its names are those of a file, which can't be hostile."""
+    """Names of a circuit come from the file and can't be hostile."""
     edges = (("embed", "L0H1.q"), ("L0H1", "logits"))
     return replace(heads(), circuit=ResultCircuit("c", 2, 4, 4, 16, False, edges, (1.0, -2.0), 9))
 
@@ -169,7 +169,7 @@ def test_every_kind_of_report_has_a_case() -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("csv", "parquet")])
 @pytest.mark.parametrize("width", [60, 200])
-def test_terminals(name: str, width: int) -> None:
+def test_terminal_output_escapes_hidden_characters(name: str, width: int) -> None:
     result, line = built(name)
     text = io.StringIO()
     show_report(result, line, visible_console(file=text, width=width, plain=True))
@@ -212,7 +212,9 @@ PICTURES = [
 
 
 @pytest.mark.parametrize("picture", some(PICTURES, PICTURES[::2]), ids="".join)
-def test_pictures_and_pages(picture: tuple[str, str], tmp_path: Path) -> None:
+def test_pictures_and_pages_contain_no_hostile_script_or_character(
+    picture: tuple[str, str], tmp_path: Path
+) -> None:
     name, suffix = picture
     result, line = built(name)
     path = tmp_path / f"shown{suffix}"
@@ -231,17 +233,17 @@ def test_pictures_and_pages(picture: tuple[str, str], tmp_path: Path) -> None:
         assert not [each for each in root.iter() if each.tag.endswith("script")]
 
 
-def test_notebooks() -> None:
+def test_notebook_html_escapes_hidden_characters() -> None:
     for result in (built("table")[0], Results((FileResult("f", (built("table")[0],)),))):
         text = result._repr_html_()
         ElementTree.fromstring(f"<div>{text}</div>")
         assert not hidden_characters().search(text)
 
 
-# --- what programs read ---
+# --- machine-readable output ---
 
 
-def test_csv_is_raw_and_can_be_read_back() -> None:
+def test_csv_keeps_hostile_text_unescaped() -> None:
     result, _ = built("table")
     for text in (result.to_csv(), Results((FileResult("f", (result,)),)).to_csv()):
         records = list(csv.DictReader(io.StringIO(text, newline="")))
@@ -249,7 +251,7 @@ def test_csv_is_raw_and_can_be_read_back() -> None:
         assert {each["model"] for each in records} == {f"toy{HOSTILE}"}
 
 
-def test_json_document_is_raw_when_it_is_read_back() -> None:
+def test_json_document_keeps_hostile_text_unescaped() -> None:
     result, _ = built("table")
     document = json.loads(Results((FileResult("f", (result,)),)).to_json())
     assert document["files"][0]["experiments"][0]["model"] == f"toy{HOSTILE}"

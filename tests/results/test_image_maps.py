@@ -1,4 +1,4 @@
-"""Maps over images: what is drawn where, read off the pictures themselves."""
+"""Maps over images: colours and positions, measured on rendered pictures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write(value: float) -> str:
 
 
 def seen(shapes: str, width: float = SIZE[0], height: float = SIZE[1]) -> NDArray[np.uint8]:
-    """[height, width, 3] of shapes as they are drawn, in points."""
+    """Render shapes to pixels, shape [height, width, 3]."""
     import vl_convert
 
     svg = (
@@ -57,11 +57,11 @@ def seen(shapes: str, width: float = SIZE[0], height: float = SIZE[1]) -> NDArra
 
 
 def over(colour: tuple[int, int, int], share: float, under: float = PALE_RANGE[1]) -> Floats:
-    """What a shade makes of a pixel of the image below."""
+    """Blend a shade with a pixel of the image."""
     return under * (1 - MAX_COVER * share) + MAX_COVER * share * np.array(colour)
 
 
-def test_a_patch_has_the_colour_of_its_number() -> None:
+def test_image_patch_has_the_colour_of_its_value() -> None:
     """By row and column, from the top left; blue above 0, red below, nothing at 0."""
     values = np.array([[1.0, -0.5, 0.0], [0.25, -1.0, 0.5]])
     found = seen(image_figure(GRAY, values, 1.0, write, SIZE))
@@ -72,17 +72,17 @@ def test_a_patch_has_the_colour_of_its_number() -> None:
         np.testing.assert_allclose(middle, expected, atol=2)
 
 
-def test_numbers_beyond_the_limit_have_its_colour() -> None:
+def test_values_beyond_the_limit_have_the_colour_of_the_limit() -> None:
     found = seen(image_figure(GRAY, np.array([[7.0]]), 1.0, write, SIZE))
     np.testing.assert_allclose(found[40, 60], over(POSITIVE_COLOUR, 1.0), atol=2)
 
 
-def test_nothing_is_shaded_where_all_is_zero() -> None:
+def test_map_of_zeros_has_no_shading() -> None:
     found = seen(image_figure(GRAY, np.zeros((2, 3)), 0.0, write, SIZE))
     assert np.unique(found[5:-5, 5:-5]).tolist() == [PALE_RANGE[1]]
 
 
-def test_a_patch_without_a_number_is_hatched() -> None:
+def test_image_patch_without_a_value_is_hatched() -> None:
     values = np.array([[np.nan, 0.0]])
     hatch = maps_html([ImageMaps("x", GRAY, (("m", values),))], 1.0, write)
     pattern = re.search("<pattern.*?</pattern>", hatch)
@@ -93,8 +93,8 @@ def test_a_patch_without_a_number_is_hatched() -> None:
     assert np.ptp(inside[:, 70:110]) == 0
 
 
-def test_the_image_is_shown_as_it_is_and_stays_sharp() -> None:
-    """Pixels of a small image are squares; no colour is mixed of two of them."""
+def test_image_is_scaled_without_interpolation() -> None:
+    """Pixels of a small image are squares without blended colours."""
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[0, 0], pixels[1, 2] = (255, 0, 0), (0, 0, 255)
     found = seen(image_figure(pixels, None, 1.0, write, SIZE))
@@ -103,8 +103,8 @@ def test_the_image_is_shown_as_it_is_and_stays_sharp() -> None:
         assert (block == pixels[row, col]).all()
 
 
-def test_what_is_below_tells_no_number() -> None:
-    """Its brightest pixel and its darkest differ by less than a quarter of what a shade can."""
+def test_background_image_has_little_contrast() -> None:
+    """The contrast of the background is less than a quarter of the range of a shade."""
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     pale = pale_image(noise)
     assert (pale.min(), pale.max()) == PALE_RANGE
@@ -126,12 +126,14 @@ def test_what_is_below_tells_no_number() -> None:
         ((448, 448), (100, 100), (480, 480)),
     ],
 )
-def test_sizes(shape: tuple[int, int], patches: tuple[int, int], size: tuple[float, float]) -> None:
+def test_drawn_size_keeps_the_aspect_ratio(
+    shape: tuple[int, int], patches: tuple[int, int], size: tuple[float, float]
+) -> None:
     maps = (("a map", np.zeros(patches)),)
     assert drawn_size(ImageMaps("x", np.zeros((*shape, 3), np.uint8), maps)) == size
 
 
-def test_the_scale_goes_from_the_least_to_the_greatest() -> None:
+def test_scale_legend_spans_minimum_to_maximum() -> None:
     shapes, width = scale_legend(2.0, write, hatched=False)
     found = seen(shapes, width, 26)
     np.testing.assert_allclose(found[5, 2], over(NEGATIVE_COLOUR, 0.975, 255), atol=2)
@@ -151,7 +153,7 @@ def maps(count: int) -> list[ImageMaps]:
     return [ImageMaps("image 1 <b>", GRAY, named)]
 
 
-def test_the_page_says_all_numbers() -> None:
+def test_maps_page_has_every_value() -> None:
     page = maps_html(maps(2), 1.0, write)
     ElementTree.fromstring(f"<body>{page}</body>")
     assert "image 1 &lt;b&gt;" in page
@@ -163,7 +165,7 @@ def test_the_page_says_all_numbers() -> None:
     assert re.findall(">(image|layer .)</figcaption>", page) == ["image", "layer 0", "layer 1"]
 
 
-def test_images_stand_side_by_side_in_lines(tmp_path: Path) -> None:
+def test_maps_are_arranged_in_lines_within_the_canvas(tmp_path: Path) -> None:
     canvas = Canvas()
     draw_maps(canvas, maps(9), 1.0, write)
     ElementTree.fromstring(canvas.svg())

@@ -1,4 +1,4 @@
-"""`stats verdicts holm` and `or`: several chances at the level of one."""
+"""`stats verdicts holm` and `or`: several expectations share one level."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def least_level(seed: int, line: str) -> float:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_lines_share_their_level_as_holm_has_it(seed: int) -> None:
+def test_expect_lines_share_one_level_by_holm(seed: int) -> None:
     levels = [least_level(seed, line) for line in EACH]
     expected, left = [False] * CELLS, CELLS
     for number in sorted(range(CELLS), key=levels.__getitem__):
@@ -74,8 +74,8 @@ def test_lines_share_their_level_as_holm_has_it(seed: int) -> None:
     assert holds(noise(seed, EFFECTS), EACH) == alone
 
 
-def test_the_four_families_tell_the_rules_apart() -> None:
-    """Among those above Holm's rule differs from none, and from Bonferroni's."""
+def test_the_four_families_distinguish_holm_from_other_corrections() -> None:
+    """Guards the test above: Holm differs from no correction and from Bonferroni."""
     found = {"none": 0, "bonferroni": 0, "holm": 0}
     for seed in range(4):
         levels = np.array([least_level(seed, line) for line in EACH])
@@ -86,23 +86,23 @@ def test_the_four_families_tell_the_rules_apart() -> None:
 
 
 def share_below(held: int, of: int, level: float) -> bool:
-    """Whether so many are compatible with the level, at 99.9 %."""
+    """Return whether `held` of `of` are compatible with the level, at 99.9 %."""
     return bool(binom.sf(held - 1, of, level) > 1e-3)
 
 
-def test_any_line_holds_without_an_effect_as_often_as_one() -> None:
+def test_any_holm_line_holds_by_chance_within_the_level() -> None:
     held = sum(any(holds(noise(seed, verdicts="holm"), EACH)) for seed in range(FILES))
     assert share_below(held, FILES, 0.05)
 
 
-def test_alternatives_hold_as_often_as_one_line() -> None:
+def test_alternatives_hold_by_chance_within_the_level_of_one_line() -> None:
     either = " or ".join(EACH)
     denied = "not (" + " and ".join(f"delta(L0H{cell}) < 0" for cell in range(CELLS)) + ")"
     held = np.sum([holds(noise(seed), [either, denied]) for seed in range(FILES)], axis=0)
     assert all(share_below(int(files), FILES, 0.025) for files in held)
 
 
-def test_an_alternative_holds_at_its_part_of_the_level() -> None:
+def test_alternative_is_decided_at_its_share_of_the_level() -> None:
     checked = {True: 0, False: 0}
     for seed in range(25):
         at_half = holds(noise(seed, EFFECTS, confidence=97.5), EACH[1:3])
@@ -114,7 +114,7 @@ def test_an_alternative_holds_at_its_part_of_the_level() -> None:
     assert said.reason == "each of 2 alternatives at 97.5 %"
 
 
-def test_what_is_decided_on_the_mean_takes_no_part() -> None:
+def test_expect_on_mean_is_not_part_of_the_holm_family() -> None:
     result = noise(0, EFFECTS, verdicts="holm")
     lines = [f"{EACH[5]} on mean", EACH[5]]
     on_mean, alone = decide_all_expectations([expectation(line) for line in lines], result)
@@ -133,7 +133,7 @@ def test_what_is_decided_on_the_mean_takes_no_part() -> None:
         ),
     ],
 )
-def test_conventions_say_which_level_applies(verdicts: str, said: str) -> None:
+def test_conventions_state_the_level_of_verdicts(verdicts: str, said: str) -> None:
     asked = experiment(EACH[:2], verdicts=verdicts)
     assert add_statistics(noise(0), asked, 0).conventions["verdicts"] == said
     one = experiment(EACH[:1], verdicts=verdicts)

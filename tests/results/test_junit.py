@@ -1,4 +1,4 @@
-"""Verdicts as JUnit XML: what each kind of outcome becomes, whatever its texts hold."""
+"""Verdicts as JUnit XML: the status of each outcome, and hostile text."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def read(*files: FileResult, **values: object) -> dict[str, str]:
     return verdicts(junit(Results(files, **values).to_junit()))  # type: ignore[arg-type]
 
 
-def test_figures_intervals_and_n() -> None:
-    """Of a real verdict, as tables print it."""
+def test_junit_messages_have_value_interval_and_sample_size() -> None:
+    """Messages print a computed verdict like tables."""
     found = finished(heads(), "max(recovery) > 0.3", "accuracy(clean) > 0.99")
     root = junit(Results((FileResult("x/a.mech", (found,), hash="1234"),)).to_junit())
     assert verdicts(root) == {"max(recovery) > 0.3": "passed", "accuracy(clean) > 0.99": "failure"}
@@ -45,7 +45,7 @@ def test_figures_intervals_and_n() -> None:
     assert given == {"hash": "1234", "model": "toy", "runs": "clean → fewer", "prompts": "64"}
 
 
-def test_what_could_not_be_computed() -> None:
+def test_junit_lost_measure_or_experiment_is_an_error() -> None:
     whole = heads()
     less = replace(whole.measures[0], missing=WHY)
     outcomes = (
@@ -65,7 +65,7 @@ def test_what_could_not_be_computed() -> None:
     assert message(junit(text), "lost is computed").startswith("E0604: the denominator is 0")
 
 
-def test_against_an_earlier_run() -> None:
+def test_junit_skips_expectations_that_failed_before() -> None:
     held, failed = (ExpectOutcome("x", each, 0.25, 0.1, 0.4) for each in (True, False))
     old = [replace(held, text="a > 1"), replace(failed, text="b > 1"), replace(failed, text="d")]
     new = [replace(failed, text=text) for text in ("a > 1", "b > 1", "c > 1", "d")]
@@ -81,7 +81,7 @@ def test_against_an_earlier_run() -> None:
     assert "it isn't in the earlier run" in message(root, "c > 1")
 
 
-def test_what_was_not_run() -> None:
+def test_junit_skips_expectations_of_experiments_not_run() -> None:
     left = (
         SkippedExperiment("where", (UndecidedExpectation("a > 1", 7),)),
         SkippedExperiment("other", ()),
@@ -91,23 +91,23 @@ def test_what_was_not_run() -> None:
 
 
 @pytest.mark.parametrize("files", [[], [FileResult("a.mech", (heads(),))]])
-def test_without_expectations(files: list[FileResult]) -> None:
+def test_junit_without_expectations_has_no_tests(files: list[FileResult]) -> None:
     root = junit(Results(tuple(files)).to_junit())
     assert (root.get("tests"), len(root)) == ("0", len(files))
 
 
-def test_a_file_without_experiments_is_named() -> None:
+def test_junit_suite_of_a_file_without_experiments_has_its_name() -> None:
     (suite,) = junit(Results((FileResult("a.mech", ()),)).to_junit())
     assert (suite.get("name"), suite.get("tests")) == ("a.mech", "0")
 
 
-def test_equal_expectations_have_names_of_their_own() -> None:
+def test_junit_numbers_identical_expectations() -> None:
     one = ExpectOutcome("a > 1", True, 2.0, None, None)
     found = replace(heads(), outcomes=(one, one, one))
     assert list(read(FileResult("a.mech", (found,)))) == ["a > 1", "a > 1 (2)", "a > 1 (3)"]
 
 
-def test_hostile_text() -> None:
+def test_junit_escapes_hostile_text() -> None:
     outcomes = tuple(
         ExpectOutcome(HOSTILE + str(holds), holds, HOSTILE, None, None, HOSTILE, 3)
         for holds in (True, False)
@@ -121,7 +121,7 @@ def test_hostile_text() -> None:
     assert shown in message(root, f"{shown}False")
 
 
-def test_to_a_file(tmp_path: Path) -> None:
+def test_to_junit_writes_a_file(tmp_path: Path) -> None:
     results = Results((FileResult("a.mech", (heads(),)),))
     path = tmp_path / "below" / "report.xml"
     assert results.to_junit(path) == path.read_text(encoding="utf-8")

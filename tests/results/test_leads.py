@@ -1,4 +1,4 @@
-"""Which cell leads, differences between experiments, and values that aren't smooth."""
+"""Leading cells, differences between experiments, and non-smooth values of expectations."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> 
 
 @pytest.fixture(name="clear", scope="module")
 def _clear() -> ExperimentResult:
-    """Of 30 rows: 2, −3, 1 and 0."""
+    """Cells with means 2, −3, 1 and 0 over 30 rows."""
     random = np.random.default_rng(0)
     return cells_of(random.normal([[2.0], [-3.0], [1.0], [0.0]], 0.5, (4, 30)))
 
 
 @pytest.fixture(name="ties", scope="module")
 def _ties() -> ExperimentResult:
-    """The same as another in every row, and much the same."""
+    """Two identical cells, a similar one, and a negated one."""
     random = np.random.default_rng(0)
     rows = random.normal(1, 1, (1, 30))
     return cells_of(np.concatenate([rows, rows, rows + random.normal(0, 0.5, (1, 30)), -rows]))
@@ -90,7 +90,7 @@ def _ties() -> ExperimentResult:
         ("argmax(delta, head: 2..3) = L0H2", True),
     ],
 )
-def test_a_clear_order_is_told(clear: ExperimentResult, line: str, holds: bool) -> None:
+def test_clear_order_of_cells_is_decided(clear: ExperimentResult, line: str, holds: bool) -> None:
     assert verdict(line, clear).holds is holds
 
 
@@ -106,7 +106,7 @@ def test_a_clear_order_is_told(clear: ExperimentResult, line: str, holds: bool) 
         "top 3 contains L0H3",
     ],
 )
-def test_of_ties_none_leads(ties: ExperimentResult, line: str) -> None:
+def test_tied_cells_do_not_lead(ties: ExperimentResult, line: str) -> None:
     assert not verdict(line, ties).holds
     if "!= L0H1" in line or "contains L0H2" in line:
         assert verdict(f"{line} on mean", ties).holds
@@ -114,14 +114,14 @@ def test_of_ties_none_leads(ties: ExperimentResult, line: str) -> None:
 
 @pytest.fixture(name="close_third", scope="module")
 def _close_third() -> ExperimentResult:
-    """9, 1, much the same, and 0."""
+    """Cells with means 9, 1, 0.99 and 0."""
     random = np.random.default_rng(0)
     noise = random.normal(0, 0.5, (4, 30))
     noise -= noise.mean(1, keepdims=True)
     return cells_of(noise + np.array([[9.0], [1.0], [0.99], [0.0]]))
 
 
-def test_top_k_is_left_by_a_cell_that_k_others_may_exceed(close_third: ExperimentResult) -> None:
+def test_top_k_excludes_a_cell_that_k_others_may_exceed(close_third: ExperimentResult) -> None:
     found = verdict("top 2 contains L0H1", close_third)
     assert not found.holds
     assert (
@@ -138,7 +138,7 @@ def test_top_of_all_cells_needs_no_interval() -> None:
     assert not verdict("top 2 contains L0H1", few).holds
 
 
-def test_top_k_names_as_many_cells_and_the_rank_of_one_below(clear: ExperimentResult) -> None:
+def test_top_k_failure_names_the_k_cells_and_the_rank(clear: ExperimentResult) -> None:
     found = verdict("top 2 contains L0H2", clear)
     assert found.value == 3.0
     assert (found.reason or "").startswith("L0H2 has rank 3; top 2: L0H1.z, L0H0.z; ")
@@ -153,7 +153,9 @@ def test_top_k_reports_a_neighbour_within_rounding(named: str, other: str) -> No
     assert f"the difference from {other}" in (found.reason or "")
 
 
-def test_a_leader_is_told_from_each_by_their_difference(clear: ExperimentResult) -> None:
+def test_leading_cell_is_compared_with_each_rival_by_their_difference(
+    clear: ExperimentResult,
+) -> None:
     of = SelectedCells(clear, 0, np.arange(4))
     space = ComparisonSample(clear, [of])
     found = compare_with_each_rival(space, of, 0, np.array([1, 2, 3]), 1.0, 95.0)
@@ -174,8 +176,8 @@ def test_a_leader_is_told_from_each_by_their_difference(clear: ExperimentResult)
     assert find_smaller_cells(space, of, 0, 95.0).tolist() == [2, 3]
 
 
-def test_differences_of_ratios_and_of_other_rows() -> None:
-    """Linearised; of one cell less itself nothing is left."""
+def test_cell_difference_of_ratios_with_missing_rows_is_linearised() -> None:
+    """The error of the difference is that of the linearised ratios."""
     random = np.random.default_rng(1)
     base, source = np.zeros((2, 40)), random.normal([[4.0], [8.0]], 0.5, (2, 40))
     patched = random.normal([[2.0], [2.0]], 0.5, (2, 40))
@@ -196,8 +198,8 @@ def test_differences_of_ratios_and_of_other_rows() -> None:
     assert pair.value == pytest.approx([one - two])
 
 
-def test_the_winner_of_several_that_are_meant_is_told_at_a_smaller_level() -> None:
-    """It was picked among them."""
+def test_leader_selected_among_several_cells_uses_a_smaller_level() -> None:
+    """The leading cell was selected among the matching cells."""
     random = np.random.default_rng(3)
     rows = random.normal([[0.0], [-1], [2], [-2]], 1, (4, 40))
     plain = cells_of(rows)
@@ -214,8 +216,8 @@ def test_the_winner_of_several_that_are_meant_is_told_at_a_smaller_level() -> No
     assert one.reason != several.reason
 
 
-def test_one_of_many_that_is_ahead_was_picked_among_them() -> None:
-    """Alone it is ahead of the cell that is meant; as the best of fifteen it needn't be."""
+def test_rival_selected_among_many_needs_a_larger_lead() -> None:
+    """The lead is significant for a single rival, but not for the best of fifteen."""
     noise = np.random.default_rng(3).normal(0, 1, (16, 40))
     rows = (noise - noise.mean(1, keepdims=True)) / noise.std(1, keepdims=True)
     rows[0] *= 0.01
@@ -241,7 +243,7 @@ def difference() -> Arithmetic:
     return Arithmetic(operator="-", left=mine, right=theirs)
 
 
-def test_two_experiments_on_the_same_rows_are_paired() -> None:
+def test_difference_between_experiments_pairs_equal_rows() -> None:
     random = np.random.default_rng(4)
     shared = random.normal(0, 5, (1, 30))
     one, two = shared + 1, shared + random.normal(0, 0.2, (1, 30))
@@ -253,20 +255,20 @@ def test_two_experiments_on_the_same_rows_are_paired() -> None:
     own = cells_of(one - two, keys=keys).statistics[0]
     assert (point, low, high) == pytest.approx((own.mean[0], own.low[0], own.high[0]))
     assert high - low < 0.3
-    # other rows are drawn on their own
+    # different rows are resampled independently
     apart = cells_of(two, name="other", keys=[k + 2000 for k in keys])
     point, low, high = read(mine, difference(), other=apart)
     error = np.sqrt(stats.sem(one[0]) ** 2 + stats.sem(two[0]) ** 2)
     assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 58) * error, rel=0.15)
 
 
-def test_a_value_less_itself_is_nothing(clear: ExperimentResult) -> None:
+def test_difference_of_a_value_with_itself_is_zero(clear: ExperimentResult) -> None:
     same = replace(clear, name="other")
     found = read(clear, difference(), other=same)
     assert found == pytest.approx((0, 0, 0), abs=1e-12)
 
 
-def test_a_quotient_over_what_may_be_zero_is_none(clear: ExperimentResult) -> None:
+def test_quotient_with_a_denominator_near_zero_has_no_value(clear: ExperimentResult) -> None:
     found = verdict("delta(L0H0) / delta(L0H3) > 0", clear)
     assert (found.holds, found.value) == (False, None)
     assert "it divides by a value that can't be distinguished from 0" in (found.reason or "")
@@ -276,7 +278,7 @@ def test_a_quotient_over_what_may_be_zero_is_none(clear: ExperimentResult) -> No
     assert good.value == pytest.approx(rows[0].mean() / rows[2].mean())
 
 
-def test_a_quotient_is_the_ratio_of_a_table() -> None:
+def test_quotient_of_cells_equals_the_ratio_of_the_table() -> None:
     random = np.random.default_rng(2)
     top, bottom = random.normal(2, 1, 20), random.exponential(1, 20) + 1
     ratio = cells_of(top[None], base=np.zeros(20), source=bottom).statistics[0]
@@ -285,7 +287,7 @@ def test_a_quotient_is_the_ratio_of_a_table() -> None:
     assert [found.low, found.high] == pytest.approx([ratio.low[0], ratio.high[0]], rel=0.15)
 
 
-def test_the_error_of_a_product_by_hand() -> None:
+def test_interval_of_a_product_equals_reference() -> None:
     random = np.random.default_rng(2)
     one, two = random.normal(2, 1, 20), random.exponential(1, 20) + 1
     result = cells_of(np.stack([one, two]))
@@ -313,8 +315,8 @@ def interval(rows: np.ndarray, confidence: float) -> tuple[float, float]:
     return float(table.low[0]), float(table.high[0])
 
 
-def test_what_isnt_smooth_is_put_together_from_ends(clear: ExperimentResult) -> None:
-    """Each end at half the level: both hold together (Bonferroni)."""
+def test_non_smooth_values_combine_interval_ends_by_bonferroni(clear: ExperimentResult) -> None:
+    """Each interval has half the level, so both hold simultaneously (Bonferroni)."""
     rows = clear.measures[0].patched
     found = verdict("abs(delta(L0H1)) + delta(L0H2) > 0", clear)
     (low1, high1), (low2, high2) = interval(rows[1], 97.5), interval(rows[2], 97.5)
@@ -331,7 +333,7 @@ def test_what_isnt_smooth_is_put_together_from_ends(clear: ExperimentResult) -> 
     assert [between.low, between.high] == pytest.approx([-high1 - high0, -low1 - low0])
 
 
-def test_a_size_is_tested_on_both_sides(clear: ExperimentResult) -> None:
+def test_absolute_value_is_decided_by_two_one_sided_tests(clear: ExperimentResult) -> None:
     rows = clear.measures[0].patched
     low, high = interval(rows[1], 95.0)
     found = verdict("abs(delta(L0H1)) > 2.5", clear)
@@ -352,9 +354,8 @@ def test_a_size_is_tested_on_both_sides(clear: ExperimentResult) -> None:
             assert "two one-sided tests, each at 2.5 %" in (said.reason or "")
 
 
-def test_noise_of_shared_rows_is_no_correlation_of_effects() -> None:
-    """Without any effect there is nothing to correlate, and where effects are unlike, rows that are
-    noisy together don't make them alike."""
+def test_noise_of_shared_rows_creates_no_correlation_of_effects() -> None:
+    """Shared noise creates no correlation, neither without effects nor of independent effects."""
     keys = list(range(100, 132))
     held = 0
     for seed in range(20):
@@ -370,7 +371,7 @@ def test_noise_of_shared_rows_is_no_correlation_of_effects() -> None:
     assert held == 0
 
 
-def test_a_rank_correlation_is_a_number_alone() -> None:
+def test_rank_correlation_has_no_interval() -> None:
     random = np.random.default_rng(1)
     keys = list(range(100, 116))
     mine, other = (
@@ -383,7 +384,7 @@ def test_a_rank_correlation_is_a_number_alone() -> None:
     assert found.low is None
 
 
-def test_correlations_row_by_row_are_scipys() -> None:
+def test_correlations_and_auroc_equal_scipy() -> None:
     random = np.random.default_rng(0)
     a, b = random.integers(0, 5, (2, 3, 9)).astype(float)
     for ours, scipys in ((pearson, stats.pearsonr), (spearman, stats.spearmanr)):
@@ -396,7 +397,7 @@ def test_correlations_row_by_row_are_scipys() -> None:
         assert found == pytest.approx(u / 18)
 
 
-def test_the_largest_says_which_cell_has_too_few() -> None:
+def test_max_names_the_cell_with_too_few_prompts() -> None:
     rows = np.random.default_rng(0).normal(1, 1, (3, 20))
     rows[1, 3:] = np.nan
     found = verdict("max(delta) > 0", cells_of(rows))
@@ -404,7 +405,9 @@ def test_the_largest_says_which_cell_has_too_few() -> None:
     assert "L0H1.z: 3 prompts: no interval below 5" in (found.reason or "")
 
 
-def test_blocks_change_no_verdict(clear: ExperimentResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verdicts_do_not_depend_on_the_block_size(
+    clear: ExperimentResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = ["max(delta) > 1", "argmax(delta) = L0H0", "mean(delta) < 0.2", "top 2 contains L0H0"]
     plain = [verdict(line, clear) for line in lines]
     monkeypatch.setattr("mechdsl.statistics.measurements.BLOCK_NUMBERS", 700)
@@ -416,7 +419,7 @@ def test_blocks_change_no_verdict(clear: ExperimentResult, monkeypatch: pytest.M
             assert [found.low, found.high] == pytest.approx([before.low, before.high])
 
 
-def test_a_permutation_of_rows_changes_no_bit_of_an_expectation() -> None:
+def test_row_permutation_leaves_expectations_bit_identical() -> None:
     random = np.random.default_rng(6)
     patched, base = random.normal(1, 1, (3, 60)), random.normal(0, 1, (1, 60))
     keys, topics = random.permutation(5000)[:60], random.integers(0, 9, 60)
@@ -436,13 +439,13 @@ def test_a_permutation_of_rows_changes_no_bit_of_an_expectation() -> None:
     assert bounds(order) == bounds(np.arange(60))
 
 
-def test_constants_alone(clear: ExperimentResult) -> None:
+def test_value_of_constants_has_a_zero_width_interval(clear: ExperimentResult) -> None:
     value = Arithmetic(operator="*", left=ConstantValue(value=2.0), right=ConstantValue(value=3.0))
     assert read(clear, value) == (6.0, 6.0, 6.0)
 
 
-def test_a_least_cell_is_ahead_by_a_number_within_its_interval() -> None:
-    """What is printed is by how much it leads, of a least cell too."""
+def test_argmin_lead_lies_within_its_interval() -> None:
+    """The printed lead of argmin is positive, as for argmax."""
     (outcome,) = finished(heads(), "argmin(recovery) = L1H3").outcomes
     assert outcome.holds
     found = re.fullmatch(r"ahead of (\S+): (\S+) \[(\S+), (\S+)\]", outcome.reason or "")

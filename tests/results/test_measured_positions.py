@@ -1,4 +1,4 @@
-"""Measures that differ by the position alone: told apart in names, JSON and expectations."""
+"""Measures that differ only by position are distinguished in names, JSON and expectations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def results() -> mechdsl.Results:
     return mechdsl.run(text())
 
 
-def test_labels_have_the_position_where_it_tells_them_apart(results: mechdsl.Results) -> None:
+def test_labels_have_the_position_only_if_it_distinguishes_them(results: mechdsl.Results) -> None:
     (found,) = results.files[0].experiments
     labels = [each.label for each in found.measures]
     assert labels == ["ld at item 1 token", "ld at item 2 token", "prob(answer)"]
@@ -63,8 +63,8 @@ def test_labels_have_the_position_where_it_tells_them_apart(results: mechdsl.Res
     assert "read: ld at item 2 token\n" in out.getvalue()
 
 
-def test_unpatched_runs_keep_both(results: mechdsl.Results) -> None:
-    """By their names: two of one name were one."""
+def test_unpatched_runs_keep_measures_of_both_positions(results: mechdsl.Results) -> None:
+    """Regression: two measures of one name were merged."""
     document = json.loads(results.to_json())["files"][0]["experiments"][0]
     alone = {
         item: mechdsl.run(
@@ -85,7 +85,7 @@ def test_unpatched_runs_keep_both(results: mechdsl.Results) -> None:
         assert at == ["item 1 token", "item 2 token", "last token"]
 
 
-def test_without_a_position_there_is_none(results: mechdsl.Results) -> None:
+def test_measure_without_a_position_has_none_in_json(results: mechdsl.Results) -> None:
     plain = TEXT.replace("EXPECT", "").replace("prob(answer) at last token", "prob(answer)")
     (found,) = mechdsl.run(plain).files[0].experiments
     document = json.loads(mechdsl.run(plain).to_json())["files"][0]["experiments"][0]
@@ -115,7 +115,7 @@ RATIOS = "logprob(answer) as relative\n  measure logprob(answer) as relative per
         ("max(relative) > -50", "logprob(answer)", "as relative per prompt"),
     ],
 )
-def test_what_the_message_says_works(expect: str, metric: str, line: str) -> None:
+def test_fix_in_the_ambiguity_message_works(expect: str, metric: str, line: str) -> None:
     written = text(expect).replace("prob(answer) at last token as delta", RATIOS)
     found = NAMED.search(refused(written))
     assert found is not None
@@ -128,8 +128,8 @@ def test_what_the_message_says_works(expect: str, metric: str, line: str) -> Non
     assert name in [each.label for each in mechdsl.run(mended).files[0].experiments[0].measures]
 
 
-def test_one_that_is_alone_of_its_name_and_effect_is_named() -> None:
-    """Before item 2 stand more than five distinct beginnings, before item 1 only four."""
+def test_measure_unique_by_name_and_effect_is_selected() -> None:
+    """Item 2 has more than five distinct prefixes, item 1 only four."""
     mixed = text("max(ld) > -50", **{"item 1 token as raw": "item 1 token as delta"})
     assert refused(mixed) == "name a metric, as in `delta of ld`"
     for effect, value in (("delta", 0.0), ("raw", None)):
@@ -142,7 +142,7 @@ def test_one_that_is_alone_of_its_name_and_effect_is_named() -> None:
         assert outcome.holds == (effect == "raw")
 
 
-def test_the_same_at_the_same_place_is_still_refused() -> None:
+def test_repeated_measure_at_one_position_is_rejected() -> None:
     (found,) = [
         each
         for each in mechdsl.validate(text(**{"item  2 token": "item 1 token"}))
@@ -151,7 +151,7 @@ def test_the_same_at_the_same_place_is_still_refused() -> None:
     assert isinstance(found, RepeatedStatement)
 
 
-def test_a_category_at_two_places_is_called_by_its_name(tmp_path: Path) -> None:
+def test_confusion_by_a_category_at_two_positions_shows_both(tmp_path: Path) -> None:
     written = text(
         **{'metric ld = logit(" 3")': "metric guess = argmax(1..9)", "measure ld": "measure guess"}
     ).replace("report table", "report confusion layer by guess")
@@ -161,6 +161,6 @@ def test_a_category_at_two_places_is_called_by_its_name(tmp_path: Path) -> None:
     assert out.getvalue().count("read: guess at item") == 2
 
 
-def test_names_of_a_label() -> None:
+def test_measure_names_include_the_name_without_position() -> None:
     assert measure_names("ld") == ("ld",)
     assert measure_names("ld at item 1 token") == ("ld at item 1 token", "ld")

@@ -1,4 +1,4 @@
-"""Every metric against a computation of its own in numpy and scipy."""
+"""Every metric against an independent computation in numpy and scipy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def softmax(logits: torch.Tensor) -> np.ndarray:
     return special.softmax(logits.double().numpy(), axis=-1)
 
 
-def test_logit_and_prob(logits: torch.Tensor) -> None:
+def test_logit_and_prob_equal_numpy(logits: torch.Tensor) -> None:
     target = torch.arange(ROWS)
     assert values("logit", "target", logits, target) == pytest.approx(np.diag(logits))
     expected = softmax(logits)[np.arange(ROWS), np.arange(ROWS)]
@@ -38,7 +38,7 @@ def test_rank_is_one_plus_the_strictly_greater() -> None:
     assert values("rank", "target", logits, target).tolist() == [1, 4, 1, 3]
 
 
-def test_correct(logits: torch.Tensor) -> None:
+def test_correct_is_one_only_for_the_best_token(logits: torch.Tensor) -> None:
     best = logits.argmax(-1)
     assert values("correct", "target", logits, best).tolist() == [1.0] * ROWS
     assert values("correct", "target", logits, (best + 1) % VOCAB).tolist() == [0.0] * ROWS
@@ -61,8 +61,8 @@ def test_logprob_sums_the_tokens_of_the_mask() -> None:
     assert values("logprob", "continuation", logits, ids, mask) == pytest.approx(expected, rel=1e-5)
 
 
-def test_numerals(logits: torch.Tensor) -> None:
-    """Each row has its own; behind its end something stands that doesn't count."""
+def test_numeral_metrics_equal_numpy(logits: torch.Tensor) -> None:
+    """Rows have different numerals; entries after the end of a row don't count."""
     ids = torch.tensor([4, 9, 2, 17]).expand(ROWS, -1)
     numbers = torch.tensor([1, 2, 3, 4]).expand(ROWS, -1)
     mask = torch.arange(4)[None] < torch.tensor([4, 2, 1, 3, 4, 1, 2])[:, None]
@@ -88,7 +88,7 @@ def test_numerals(logits: torch.Tensor) -> None:
     assert values("correct", "any", logits, ids, mask).tolist() == right
 
 
-def test_divergences(logits: torch.Tensor) -> None:
+def test_kl_and_js_equal_scipy(logits: torch.Tensor) -> None:
     reference = logits.flip(0) * 0.5
     p, q = softmax(reference), softmax(logits)
     assert values("kl", "reference", logits, reference) == pytest.approx(
@@ -100,7 +100,7 @@ def test_divergences(logits: torch.Tensor) -> None:
     assert values("kl", "reference", logits, logits) == pytest.approx(0, abs=1e-6)
 
 
-def test_tokens_that_are_excluded_add_nothing() -> None:
+def test_excluded_tokens_add_nothing_to_entropy_and_divergences() -> None:
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
     assert values("entropy", "nothing", logits) == pytest.approx(np.log(2))
     assert values("kl", "reference", logits, logits) == pytest.approx(0)
@@ -108,20 +108,20 @@ def test_tokens_that_are_excluded_add_nothing() -> None:
     assert np.isinf(values("kl", "reference", logits, torch.zeros(1, 3))).all()
 
 
-def test_top_margin(logits: torch.Tensor) -> None:
+def test_top_margin_equals_the_difference_of_the_two_largest_logits(logits: torch.Tensor) -> None:
     ordered = np.sort(logits.numpy(), axis=1)
     expected = ordered[:, -1] - ordered[:, -2]
     assert values("top_margin", "nothing", logits) == pytest.approx(expected, rel=1e-5)
     assert values("top_margin", "nothing", torch.tensor([[2.0, 2.0, 1.0]])) == pytest.approx(0)
 
 
-def test_entropy(logits: torch.Tensor) -> None:
+def test_entropy_equals_scipy(logits: torch.Tensor) -> None:
     expected = stats.entropy(softmax(logits), axis=1)
     assert values("entropy", "nothing", logits) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_loss_counts_what_the_mask_names(left: bool) -> None:
+def test_loss_averages_only_masked_tokens(left: bool) -> None:
     random = torch.Generator().manual_seed(2)
     logits = torch.randn(1, 6, VOCAB, generator=random)
     ids = torch.randint(0, VOCAB, (1, 6), generator=random)
@@ -142,7 +142,7 @@ def test_loss_of_no_token_is_undefined() -> None:
     ).all()
 
 
-def test_cosine() -> None:
+def test_cosine_averages_over_positions() -> None:
     a = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
     b = torch.tensor([[[0.0, 2.0], [3.0, 3.0]]])
     assert values("cosine", "activations", a, b) == pytest.approx(0.5)
@@ -157,7 +157,7 @@ def test_half_precision_is_widened(logits: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", list(METRICS))
-def test_every_form_says_what_it_is(name: str) -> None:
+def test_every_metric_form_is_documented(name: str) -> None:
     entry = METRICS[name]
     assert entry.forms
     for form in entry.forms.values():
@@ -166,6 +166,6 @@ def test_every_form_says_what_it_is(name: str) -> None:
         assert "returns: [row]" in (form.function.__doc__ or "")
 
 
-def test_a_form_is_registered_once() -> None:
+def test_duplicate_metric_form_is_rejected() -> None:
     with pytest.raises(ValueError, match="registered twice"):
         metric("prob", takes="target", unit="probability")(lambda logits, target: target)

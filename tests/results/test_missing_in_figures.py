@@ -1,4 +1,4 @@
-"""A figure says which measures of its experiment could not be computed, wherever it goes."""
+"""Figures name the measures that could not be computed, in every format."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(folder: Path, lines: list[str]) -> mechdsl.Results:
     return found
 
 
-def test_beside_others(tmp_path: Path) -> None:
+def test_figures_name_lost_measures(tmp_path: Path) -> None:
     found = run(tmp_path, LINES)
     for path in found.written:
         text = path.read_text(encoding="utf-8")
@@ -50,8 +50,8 @@ def test_beside_others(tmp_path: Path) -> None:
     assert "nothing to draw" not in (tmp_path / "lines.svg").read_text(encoding="utf-8")
 
 
-def test_where_nothing_is_left_to_draw(tmp_path: Path) -> None:
-    """Figures of numbers, where a category is all that could be computed."""
+def test_figure_without_drawable_measures_states_it(tmp_path: Path) -> None:
+    """Only a category was computed, but the figures need numbers."""
     found = run(tmp_path, [line for line in LINES if line != "measure logit(answer) as delta"])
     for name in ("lines.svg", "overlay.svg", "page.html"):
         text = (tmp_path / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What people may call a run, and what is said where that is none, or several."""
+"""References to stored runs, and errors for unknown or ambiguous references."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def keep(folder: Path, results: Results, of: Path, **about: Any) -> str:
-    """Put a finished run of a file into a store; its id."""
+    """Store a finished run of a file and return its id."""
     said: Mapping[str, Any] = {"file": of.name, "path": os.path.realpath(of), **about}
     with Store(folder) as store, store.begin(os.urandom(8).hex(), said) as run:
         run.finish(
@@ -47,7 +47,7 @@ def keep(folder: Path, results: Results, of: Path, **about: Any) -> str:
 
 
 def refused(text: str, store: Path | None = None) -> str:
-    """Why a name is refused: message and help."""
+    """Return message and help of the error for a run reference."""
     with pytest.raises(mechdsl.MechdslError) as found:
         load_results(text, store)
     (problem,) = found.value.diagnostics
@@ -55,7 +55,7 @@ def refused(text: str, store: Path | None = None) -> str:
     return f"{problem.message} | {problem.help_text}"
 
 
-def test_by_id_or_the_beginning_of_one(results: Results, tmp_path: Path) -> None:
+def test_run_is_loaded_by_id_or_unique_prefix(results: Results, tmp_path: Path) -> None:
     id = keep(tmp_path, results, tmp_path / "a.mech")
     for text in (id, id[:-1], id[:9]):
         same_results(results, load_results(text, tmp_path))
@@ -67,13 +67,13 @@ def test_by_id_or_the_beginning_of_one(results: Results, tmp_path: Path) -> None
     assert "there is no run `` in" in refused("", tmp_path)
 
 
-def test_an_id_that_is_mistyped(results: Results, tmp_path: Path) -> None:
+def test_mistyped_run_id_gets_a_suggestion(results: Results, tmp_path: Path) -> None:
     id = keep(tmp_path, results, tmp_path / "a.mech")
     assert f"did you mean `{id}`?" in refused(id[:-1] + "x", tmp_path)
     assert "a run is its id or the beginning of one, `last`" in refused("nothing", tmp_path)
 
 
-def test_the_last_is_the_latest_finished_one(results: Results, tmp_path: Path) -> None:
+def test_last_is_the_latest_finished_run(results: Results, tmp_path: Path) -> None:
     with Store(tmp_path) as store, store.begin("k", {"file": "x"}):
         pass
     assert "is finished" in refused("last", tmp_path)
@@ -83,7 +83,7 @@ def test_the_last_is_the_latest_finished_one(results: Results, tmp_path: Path) -
         assert find_run(store, "last").id == id
 
 
-def test_a_file_is_its_latest_finished_run(results: Results, tmp_path: Path) -> None:
+def test_file_name_refers_to_its_latest_finished_run(results: Results, tmp_path: Path) -> None:
     keep(tmp_path, results, tmp_path / "a.mech")
     id = keep(tmp_path, results, tmp_path / "a.mech")
     keep(tmp_path, results, tmp_path / "b.mech")
@@ -94,7 +94,7 @@ def test_a_file_is_its_latest_finished_run(results: Results, tmp_path: Path) -> 
     assert "no finished run of `far/off.mech`" in refused("far/off.mech", tmp_path)
 
 
-def test_a_file_that_was_moved_with_its_store(results: Results, tmp_path: Path) -> None:
+def test_file_moved_with_its_store_still_finds_its_run(results: Results, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     id = keep(tmp_path / "old" / ".mechdsl", results, tmp_path / "old" / "a.mech")
     (tmp_path / "old").rename(tmp_path / "new")
@@ -103,8 +103,8 @@ def test_a_file_that_was_moved_with_its_store(results: Results, tmp_path: Path) 
         assert find_run(opened, str(tmp_path / "new" / "a.mech")).id == id
 
 
-def test_two_files_of_one_name_are_told_apart(results: Results, tmp_path: Path) -> None:
-    """In one store; neither is taken for a third."""
+def test_files_of_equal_name_are_distinguished_by_path(results: Results, tmp_path: Path) -> None:
+    """Both are in one store, and a third path of that name matches neither."""
     one = keep(tmp_path, results, tmp_path / "one" / "a.mech")
     two = keep(tmp_path, results, tmp_path / "two" / "a.mech")
     with Store(tmp_path) as store:
@@ -116,12 +116,12 @@ def test_two_files_of_one_name_are_told_apart(results: Results, tmp_path: Path) 
     assert two in said
 
 
-def test_a_text_is_no_file_of_a_name(results: Results, tmp_path: Path) -> None:
+def test_run_of_a_text_is_not_found_by_file_name(results: Results, tmp_path: Path) -> None:
     keep(tmp_path, results, tmp_path / "a.mech", path=None, file="<text>")
     assert "no finished run of `a.mech`" in refused("a.mech", tmp_path)
 
 
-def test_a_folder_that_was_exported(results: Results, tmp_path: Path) -> None:
+def test_exported_folder_is_loaded_as_a_run(results: Results, tmp_path: Path) -> None:
     made = export_results(results, tmp_path / "out", TEXTS["plain"])
     same_results(results, load_results(str(made)))
     said = refused(str(tmp_path / "out"))
@@ -131,7 +131,7 @@ def test_a_folder_that_was_exported(results: Results, tmp_path: Path) -> None:
     assert "can't be read" in refused(str(made))
 
 
-def test_the_store_beside_the_file_or_in_the_working_folder(
+def test_store_is_searched_next_to_the_file_or_in_the_working_folder(
     results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE", raising=False)
@@ -149,12 +149,12 @@ def test_the_store_beside_the_file_or_in_the_working_folder(
     assert "`MECHDSL_STORE` is `none`" in refused("last")
 
 
-def test_a_folder_that_is_no_store_stays_as_it_is(tmp_path: Path) -> None:
+def test_lookup_creates_no_store(tmp_path: Path) -> None:
     assert "there is no store" in refused("last", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_called_like_a_run(
+def test_folder_named_last_is_loaded_only_by_path(
     results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id = keep(tmp_path / "store", results, tmp_path / "a.mech")
@@ -167,27 +167,27 @@ def test_a_folder_that_is_called_like_a_run(
         assert find_run(store, "last").id == id
 
 
-def test_a_run_without_results(tmp_path: Path) -> None:
+def test_unfinished_run_is_rejected(tmp_path: Path) -> None:
     with Store(tmp_path) as store, store.begin("k", {"file": "x"}) as run:
         assert "is still running: it has no results" in refused(run.id, tmp_path)
     assert "was not finished: it has no results" in refused(run.id, tmp_path)
 
 
-def test_results_that_are_torn(results: Results, tmp_path: Path) -> None:
+def test_torn_results_of_a_run_are_rejected(results: Results, tmp_path: Path) -> None:
     id = keep(tmp_path, results, tmp_path / "a.mech")
     for path in (tmp_path / "blobs").rglob("*.data"):
         path.write_bytes(path.read_bytes()[:-1])
     assert f"the results of run `{id}` can't be read" in refused(id, tmp_path)
 
 
-def test_a_store_that_is_copied_and_only_read(results: Results, tmp_path: Path) -> None:
+def test_copied_store_is_readable(results: Results, tmp_path: Path) -> None:
     id = keep(tmp_path / "one", results, tmp_path / "a.mech")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(tmp_path / "one")
     same_results(results, load_results(id[:15], tmp_path / "two"))
 
 
-def test_facts(results: Results, tmp_path: Path) -> None:
+def test_run_facts_summarise_a_stored_run(results: Results, tmp_path: Path) -> None:
     keep(tmp_path, results, tmp_path / "a.mech", settings={"limit": 8}, versions={"mechdsl": "0"})
     with Store(tmp_path) as store:
         (run,) = store.runs()
@@ -215,7 +215,7 @@ def test_expectations_of_a_lost_experiment_do_not_hold(tmp_path: Path) -> None:
         {},
     ],
 )
-def test_facts_of_whatever_a_store_says(about: dict[str, Any], tmp_path: Path) -> None:
+def test_malformed_run_facts_read_as_empty(about: dict[str, Any], tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.begin("k", about).close()
         facts = read_facts(store.runs()[0])

@@ -1,4 +1,4 @@
-"""Differences between experiments whose rows aren't the same say so."""
+"""Differences between experiments with different rows state that they aren't all paired."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ MINE = cells_of(RANDOM.normal(2, 1, (2, 12)), keys=list(range(12)))
         ),
     ],
 )
-def test_a_difference_of_other_rows_says_so(keys: list[int], said: str | None) -> None:
+def test_difference_over_unequal_rows_states_the_unpaired_rows(
+    keys: list[int], said: str | None
+) -> None:
     there = cells_of(RANDOM.normal(0, 1, (2, len(keys))), name="there", keys=keys)
     for line in (
         "mean(delta) - mean(delta of there) > -9",

@@ -47,7 +47,7 @@ def few(result: ExperimentResult) -> ExperimentResult:
 
 
 def with_measure(result: ExperimentResult, **look: Any) -> ExperimentResult:
-    """The same numbers as another measure, without an effect."""
+    """Replace the measure by one with the same numbers and without an effect."""
     (data,) = result.measures
     values = np.clip(np.abs(data.patched) / 10, 0, 1)
     made = measure(values, np.abs(data.base), **{"effect": "raw", **look})

@@ -1,4 +1,4 @@
-"""Pictures as they are read: no label lies on another or is cut, and each cell says its n."""
+"""Rendered pictures: labels don't overlap and aren't cut off, and each cell has its n."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def drawn(result: ExperimentResult, line: spec.Report, folder: Path) -> str:
 
 
 def checked(svg: str) -> list[str]:
-    """The texts of a picture, none of which lies on another or is cut."""
+    """Return the texts of a picture after checking that none overlaps or is cut off."""
     texts = texts_of(svg)
     assert overlaps(texts) == []
     assert outside(svg) == []
@@ -52,7 +52,7 @@ def checked(svg: str) -> list[str]:
 
 
 def titles(svg: str) -> list[str]:
-    """What stands under the pointer."""
+    """Return the tooltips of a picture."""
     return [title.text or "" for title in ElementTree.fromstring(svg).iter(f"{SVG}title")]
 
 
@@ -61,7 +61,7 @@ def few(result: ExperimentResult) -> ExperimentResult:
 
 
 def guessed(rows: int, columns: int, **look: Any) -> ExperimentResult:
-    """A category over the columns, more often the row's own."""
+    """A category over the columns, most often that of the row."""
     result = swept(rows, 1, prompts=60, **look)
     random = np.random.default_rng(1)
     guess = random.integers(1, columns + 1, (rows, 60)).astype(float)
@@ -84,7 +84,7 @@ def guessed(rows: int, columns: int, **look: Any) -> ExperimentResult:
 
 
 def several(result: ExperimentResult) -> ExperimentResult:
-    """The same three times along an axis that isn't drawn, with long names."""
+    """Repeat the cells three times along an axis that isn't drawn, with long names."""
     names = ("first-item of part1 token", "last token of the other sentence", "x")
     (data,) = result.measures
     thrice = {"patched": np.tile(data.patched, (3, 1)), "inert": np.tile(data.inert, 3)}
@@ -137,7 +137,7 @@ PICTURES: dict[str, Picture] = {
 }
 SMALL = [(3, 4), (12, 12)]
 LARGE = {"heatmap", "confusion of words", "overlay"}
-"""Kinds that are quick at 48 × 30."""
+"""Pictures that render quickly at 48 × 30."""
 
 
 def picture_at(name: str, rows: int, columns: int, folder: Path) -> tuple[ExperimentResult, str]:
@@ -149,13 +149,13 @@ def picture_at(name: str, rows: int, columns: int, folder: Path) -> tuple[Experi
 @pytest.mark.parametrize(
     ("name", "size"), in_turn(list(PICTURES), SMALL[::-1], list(PICTURES)[::2])
 )
-def test_no_text_lies_on_another(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+def test_picture_texts_do_not_overlap(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     result, svg = picture_at(name, *size, tmp_path)
     assert any(f"n = {result.statistics[0].n.min()}" in text for text in checked(svg))
 
 
 @pytest.mark.parametrize("name", some(PICTURES, LARGE))
-def test_no_text_lies_on_another_where_there_are_many(name: str, tmp_path: Path) -> None:
+def test_large_picture_texts_do_not_overlap(name: str, tmp_path: Path) -> None:
     rows, columns = (30, 48) if name != "overlay" else (30, 12)
     result, svg = picture_at(name, rows, columns, tmp_path)
     assert any(f"n = {result.statistics[0].n.min()}" in text for text in checked(svg))
@@ -168,11 +168,11 @@ def test_panels_have_room_for_their_titles(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["heatmap", "lines", "bars", "confusion"])
-def test_a_legend_stands_beside_its_panel(name: str, tmp_path: Path) -> None:
-    """Neither over it, nor behind the end of a title that is longer."""
+def test_legend_is_next_to_its_panel(name: str, tmp_path: Path) -> None:
+    """The legend neither covers the panel nor moves right of a longer title."""
     build, line = PICTURES[name]
     result = few(build(3, 4))
-    if name == "confusion":  # of the base run alone there is one panel
+    if name == "confusion":  # the base run alone gives a single panel
         (data,) = result.measures
         result = replace(result, measures=(replace(data, inert=data.inert | True),))
         result = few(replace(result, measures=(replace(result.measures[0], base=data.patched),)))
@@ -191,7 +191,7 @@ def test_a_legend_stands_beside_its_panel(name: str, tmp_path: Path) -> None:
         assert 12 < float(place[1]) - width < 26
 
 
-def test_texts_that_overlap_are_found() -> None:
+def test_overlaps_detects_overlapping_texts() -> None:
     def lines(*places: str) -> str:
         texts = "".join(f"<text {place}>0.00</text>" for place in places)
         return f'<svg xmlns="{SVG[1:-1]}" width="90" height="60" font-size="11px">{texts}</svg>'
@@ -214,7 +214,7 @@ def test_texts_that_overlap_are_found() -> None:
 # --- heat maps ------------------------------------------------------------------------------------
 
 
-def test_every_number_lies_in_its_cell(tmp_path: Path) -> None:
+def test_heatmap_numbers_fit_in_their_cells(tmp_path: Path) -> None:
     for scale in (0.03, 0.0003, 1234.0):
         svg = drawn(few(swept(12, 12, scale=scale)), PICTURES["heatmap"][1], tmp_path)
         cells: dict[str, list[float]] = {}
@@ -234,7 +234,7 @@ def test_every_number_lies_in_its_cell(tmp_path: Path) -> None:
             assert text.size >= 8
 
 
-def test_numbers_have_digits_by_the_scale() -> None:
+def test_heatmap_number_format_depends_on_the_scale() -> None:
     for greatest, value, shown in (
         (0.6, 0.004, "0.00"),
         (0.03, 0.004, "0.004"),
@@ -246,7 +246,7 @@ def test_numbers_have_digits_by_the_scale() -> None:
         assert map_format([greatest, -greatest / 3])(value) == shown
 
 
-def test_numbers_without_room_give_way_to_dots(tmp_path: Path) -> None:
+def test_dense_heatmap_shows_dots_instead_of_numbers(tmp_path: Path) -> None:
     large = few(swept(14, 12))
     svg = drawn(large, PICTURES["heatmap"][1], tmp_path)
     said = checked(svg)
@@ -259,7 +259,7 @@ def test_numbers_without_room_give_way_to_dots(tmp_path: Path) -> None:
     assert sum(dot.count("<path") for dot in dots) >= survived
 
 
-def test_bold_and_empty_cells_are_explained(tmp_path: Path) -> None:
+def test_heatmap_explains_bold_and_empty_cells(tmp_path: Path) -> None:
     plain = checked(drawn(few(swept(3, 4)), PICTURES["heatmap"][1], tmp_path))
     assert any(
         text.startswith("bold: 3 of 12 cells survive") or "survive" in text
@@ -274,7 +274,7 @@ def test_bold_and_empty_cells_are_explained(tmp_path: Path) -> None:
     assert any(text.startswith("~ ") and "fewer than 50 %" in text for text in said)
 
 
-def test_words_are_turned_or_broken_and_numbers_thinned() -> None:
+def test_axis_labels_are_rotated_broken_or_thinned() -> None:
     long = [f"subject token of the other sentence {n}" for n in range(30)]
     broken = column_labels(long[:4], 40, 1000)
     assert "\n" in broken.texts[0]
@@ -287,7 +287,7 @@ def test_words_are_turned_or_broken_and_numbers_thinned() -> None:
     assert row_labels(long, 5).step > 10
 
 
-def test_widths_are_rather_larger_than_they_are() -> None:
+def test_text_width_is_never_underestimated() -> None:
     svg = '<svg xmlns="{}" width="9" height="9"><text font-size="10">{}</text></svg>'
     for text in ("subject token 3", "-0.03", "1.2e-04", "WHERE Mm", "~0.00", "layer (centre)"):
         (found,) = texts_of(svg.format(SVG[1:-1], text))
@@ -295,11 +295,11 @@ def test_widths_are_rather_larger_than_they_are() -> None:
         assert width <= text_width(text, 10) < 1.5 * width
 
 
-# --- what stands under the pointer ----------------------------------------------------------------
+# --- tooltips -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["heatmap", "lines along words", "bars", "confusion"])
-def test_every_cell_says_its_n(name: str, tmp_path: Path) -> None:
+def test_tooltip_of_every_cell_has_n(name: str, tmp_path: Path) -> None:
     build, line = PICTURES[name]
     result = few(build(4, 4))
     said = set(titles(drawn(result, line, tmp_path)))
@@ -310,7 +310,7 @@ def test_every_cell_says_its_n(name: str, tmp_path: Path) -> None:
         assert any(text.startswith(f"{place}, ") and f"n = {n}" in text for text in said)
 
 
-def test_pages_have_the_same_under_the_pointer() -> None:
+def test_html_charts_have_tooltips_with_n() -> None:
     chart = few(swept(3, 4)).plot("heatmap").to_dict()
     (layer, *_) = chart["vconcat"][0]["layer"]
     assert layer["encoding"]["tooltip"]["field"] == "hover"
@@ -318,7 +318,7 @@ def test_pages_have_the_same_under_the_pointer() -> None:
     assert all(re.search(r"^L\dH\d\.z, .* n = 24$", each["hover"]) for each in values)
 
 
-def test_tokens_say_their_number(tmp_path: Path) -> None:
+def test_overlay_tokens_have_tooltips_with_values(tmp_path: Path) -> None:
     said = titles(drawn(few(read_tokens()), report("overlay", top=1), tmp_path))
     assert any(re.fullmatch(r"' pear' -?\d\.\d\d", text) for text in said)
 
@@ -326,8 +326,8 @@ def test_tokens_say_their_number(tmp_path: Path) -> None:
 # --- lines ----------------------------------------------------------------------------------------
 
 
-def test_equal_lines_can_be_told_apart(tmp_path: Path) -> None:
-    """Each has a dash and points of its own, and only the first, which lies below, has no gaps."""
+def test_equal_lines_have_distinct_dashes_and_points(tmp_path: Path) -> None:
+    """Each line has a different dash and point, and only the lowest line is solid."""
     result = swept(6, 4)
     (data,) = result.measures
     same = np.tile(data.patched[::4].repeat(4, axis=0), 1)
@@ -366,7 +366,7 @@ def test_windows_are_named_by_their_centre(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["heatmap", "confusion"])
-def test_columns_of_a_terminal_line_up(name: str) -> None:
+def test_terminal_columns_are_aligned(name: str) -> None:
     build, line = PICTURES[name]
     out = io.StringIO()
     show_report(few(build(12, 12)), line, Console(file=out, width=100, color_system=None))
@@ -376,7 +376,7 @@ def test_columns_of_a_terminal_line_up(name: str) -> None:
     lines = text.splitlines()
     head = next(row for row in lines if row.startswith(title) and row.split()[-1].isalnum())
     rows = [row for row in lines if re.match(start, row) and row != head]
-    assert len(rows) == (24 if name == "confusion" else 12)  # the base run's too
+    assert len(rows) == (24 if name == "confusion" else 12)  # the base run has rows, too
     width = {len(row.rstrip(" *")) for row in rows}
     assert len(width) == 1
     ends = [found.end() for found in re.finditer(r"\S+", head)][1:]
@@ -389,7 +389,7 @@ def test_columns_of_a_terminal_line_up(name: str) -> None:
 
 
 def programs() -> list[tuple[str, str, Path]]:
-    """Every whole file of the documentation and of the examples."""
+    """Return every complete file of the documentation and the examples."""
     found = [(path.name, path.read_text(), path) for path in ROOT.glob("examples/*.mech")]
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         whole = [fence.content for fence in fences(path.read_text(encoding="utf-8"))]
@@ -400,7 +400,7 @@ def programs() -> list[tuple[str, str, Path]]:
 
 
 def made_up(experiment: ResolvedExperiment) -> ExperimentResult:
-    """A result with the experiment's own axes and cells, and numbers of no meaning."""
+    """Build a result with the experiment's axes and cells, and random numbers."""
     random = np.random.default_rng(2)
     cells: list[CellKey] = list(name_cells(experiment))
     base = random.normal(0, 1, (1, 12))
@@ -435,18 +435,20 @@ def made_up(experiment: ResolvedExperiment) -> ExperimentResult:
         for number, (name, text, path) in enumerate(programs())
     ],
 )
-def test_pictures_of_the_documentation(text: str, path: Path, tmp_path: Path) -> None:
+def test_pictures_of_documented_programs_have_no_overlaps(
+    text: str, path: Path, tmp_path: Path
+) -> None:
     found = check_source(Source(text, path), CheckSettings(limit=8))
     for experiment in found.experiments:
-        if experiment.place is not None:  # an axis more, when parts are put together behind the run
+        if experiment.place is not None:  # combining parts after the run adds an axis
             continue
         for line in experiment.spec.reports:
             entry = REPORTS[line.kind]
-            if entry.picture and line.kind != "overlay":  # which draws single prompts of a run
+            if entry.picture and line.kind != "overlay":  # overlays need the prompts of a run
                 said = checked(drawn(made_up(experiment), line, tmp_path))
                 assert any("n = 12" in each for each in said)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.svg")), ids=lambda path: path.name)
-def test_drawings_of_the_documentation(path: Path) -> None:
+def test_drawings_of_the_documentation_have_no_overlaps(path: Path) -> None:
     checked(path.read_text(encoding="utf-8"))

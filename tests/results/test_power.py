@@ -1,4 +1,4 @@
-"""What effect rows can show: against noncentral t, simulated tests, and as `plan` says it."""
+"""Detectable effects: against noncentral t, simulated tests, and in the output of `plan`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def settings(**given: object) -> spec.Statistics:
 
 @pytest.mark.parametrize("units", [2, 5, 16, 64, 1000])
 @pytest.mark.parametrize("level", [0.05, 0.01, 0.05 / 144])
-def test_the_effect_is_that_of_noncentral_t(units: int, level: float) -> None:
+def test_detectable_effect_equals_noncentral_t(units: int, level: float) -> None:
     edge = t.ppf(1 - level / 2, units - 1)
 
     def lacking(effect: float) -> float:
@@ -60,7 +60,7 @@ SIMULATED = [(8, 1), (16, 1), (16, 16), (32, 16), (64, 144), (200, 16)]
 
 
 @pytest.mark.parametrize(("units", "tests"), SIMULATED)
-def test_a_t_test_finds_it_in_80_percent(units: int, tests: int) -> None:
+def test_t_test_has_80_percent_power_at_the_detectable_effect(units: int, tests: int) -> None:
     found = detectable_effect(units, tests, settings(test="bootstrap"))
     assert found.effect is not None
     deltas = np.random.default_rng(units).standard_normal((4000, units)) + found.effect
@@ -69,7 +69,9 @@ def test_a_t_test_finds_it_in_80_percent(units: int, tests: int) -> None:
 
 
 @pytest.mark.parametrize(("units", "tests"), SIMULATED)
-def test_the_corrected_t_finds_it_in_80_percent(units: int, tests: int) -> None:
+def test_skewness_corrected_t_has_80_percent_power_at_the_detectable_effect(
+    units: int, tests: int
+) -> None:
     found = detectable_effect(units, tests, settings())
     assert found.effect is not None
     deltas = np.random.default_rng(50 + units).standard_normal((4000, units)) + found.effect
@@ -78,7 +80,7 @@ def test_the_corrected_t_finds_it_in_80_percent(units: int, tests: int) -> None:
 
 
 def flipped(deltas: Array) -> float:
-    """p by all patterns of signs."""
+    """Return p over all sign patterns."""
     signs = np.array(list(product((1, -1), repeat=len(deltas))))
     sums = np.abs(signs @ deltas)
     return float((sums >= np.abs(deltas.sum()) - 1e-9).mean())
@@ -94,7 +96,9 @@ def flipped(deltas: Array) -> float:
         pytest.param(10, 16, "none", marks=pytest.mark.slow),
     ],
 )
-def test_sign_flips_find_it_in_80_percent(units: int, tests: int, correction: str) -> None:
+def test_sign_flips_have_80_percent_power_at_the_detectable_effect(
+    units: int, tests: int, correction: str
+) -> None:
     found = detectable_effect(units, tests, settings(correction=correction, test="flips"))
     assert found.effect is not None
     deltas = np.random.default_rng(100 + units).standard_normal((2500, units)) + found.effect
@@ -103,7 +107,7 @@ def test_sign_flips_find_it_in_80_percent(units: int, tests: int, correction: st
     assert (corrected < 0.05).mean() == pytest.approx(0.8, abs=0.03)
 
 
-def test_sign_flips_and_t_meet_where_there_are_many_patterns() -> None:
+def test_sign_flip_power_approaches_t_with_many_sign_patterns() -> None:
     assert detectable_by_flips(12, 100) == pytest.approx(detectable_by_t(12, 100 / 2**11), rel=0.03)
     assert detectable_by_flips(8, 1) > 1.1 * detectable_by_t(8, 1 / 2**7)
 
@@ -128,7 +132,7 @@ def test_sign_flips_and_t_meet_where_there_are_many_patterns() -> None:
         (0, 1, {}, False),
     ],
 )
-def test_where_nothing_can_be_shown(
+def test_no_effect_is_detectable_if_the_smallest_p_exceeds_the_level(
     units: int, tests: int, given: dict[str, object], shown: bool
 ) -> None:
     assert (detectable_effect(units, tests, settings(**given)).effect is not None) == shown
@@ -138,7 +142,7 @@ def test_where_nothing_can_be_shown(
 
 
 def lines_of(text: str, title: str) -> list[list[str]]:
-    """The rows of one of the tables of a plan, by their columns."""
+    """Return the rows of one table of a plan, split into columns."""
     lines = text.splitlines()
     start = next(n for n, line in enumerate(lines) if line.strip().startswith(title))
     cut = lines[start + 1 :]
@@ -152,7 +156,7 @@ def file(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_plan_says_it(command: Command, tmp_path: Path) -> None:
+def test_plan_prints_the_detectable_effect(command: Command, tmp_path: Path) -> None:
     done = command("plan", file(tmp_path, HEADS))
     (line,) = lines_of(done.out, "power")
     effect = detectable_by_skewed_t(16, 0.05 / 8)  # 2 layers of 4 heads
@@ -184,7 +188,7 @@ def plain(text: str) -> str:
         ("stats by count", "7 values of count", 8, None),
     ],
 )
-def test_units_and_corrections(
+def test_plan_power_depends_on_units_and_correction(
     stats: str, units: str, tests: int, effect: float | None, command: Command, tmp_path: Path
 ) -> None:
     text = HEADS.replace("  report table", f"  {stats}\n  report table")
@@ -196,7 +200,7 @@ def test_units_and_corrections(
     assert (nothing in plain(done.out)) == (effect is None)
 
 
-def test_of_the_bootstrap_a_least_effect_is_printed(command: Command, tmp_path: Path) -> None:
+def test_plan_prints_a_lower_bound_for_the_bootstrap(command: Command, tmp_path: Path) -> None:
     text = HEADS.replace("  report table", "  stats test bootstrap\n  report table")
     done = command("plan", file(tmp_path, text))
     (line,) = lines_of(done.out, "power")
@@ -207,8 +211,8 @@ def test_of_the_bootstrap_a_least_effect_is_printed(command: Command, tmp_path: 
     assert "≥" not in command("plan", file(tmp_path, HEADS)).out
 
 
-def test_rows_that_are_equal_are_one_unit(command: Command, tmp_path: Path) -> None:
-    """Two texts, 32 rows."""
+def test_plan_counts_identical_rows_as_one_unit(command: Command, tmp_path: Path) -> None:
+    """Rows with a single item differ only in `count`, which has seven values."""
     prompts = head("corrupt fewer { count = count - 1 }").replace(
         'item in ["apple", "pear", "plum", "fig"]', 'item in ["apple"]'
     )
@@ -218,8 +222,10 @@ def test_rows_that_are_equal_are_one_unit(command: Command, tmp_path: Path) -> N
     assert line[1].strip() == "7 distinct rows"
 
 
-def test_cells_that_cant_differ_are_not_counted(command: Command, tmp_path: Path) -> None:
-    """As many tests as the run corrects for."""
+def test_plan_excludes_cells_that_cannot_differ_from_the_tests(
+    command: Command, tmp_path: Path
+) -> None:
+    """The plan has the same number of tests as the run corrects for."""
     text = HEADS.replace(
         "layer 0..1 head * at last-item token",
         "resid_post layer * at first-item token, last token",
@@ -233,7 +239,7 @@ def test_cells_that_cant_differ_are_not_counted(command: Command, tmp_path: Path
     assert statistics.p is not None
 
 
-def test_an_experiment_without_tests_has_no_power(command: Command, tmp_path: Path) -> None:
+def test_experiment_without_tests_has_no_power(command: Command, tmp_path: Path) -> None:
     for measure in ("logit(answer) as raw", "category as raw"):
         text = HEADS.replace("logit(answer) - logit(answer of fewer) as recovery", measure)
         done = command("plan", file(tmp_path, text.replace("category", "correct")))
@@ -247,7 +253,7 @@ def measured_lines(text: str) -> Sequence[list[str]]:
 @pytest.mark.parametrize(
     ("effect", "by"), [("recovery", None), ("delta", None), ("delta", "count"), ("relative", None)]
 )
-def test_it_is_said_in_the_metrics_units(
+def test_measured_plan_prints_effects_in_metric_units(
     effect: str, by: str | None, command: Command, tmp_path: Path
 ) -> None:
     metric = "logit(answer)"
@@ -292,7 +298,7 @@ def test_it_is_said_in_the_metrics_units(
         assert rest == words.strip()
 
 
-def test_measuring_applies_no_rule(tmp_path: Path) -> None:
+def test_plan_measurement_applies_no_rule(tmp_path: Path) -> None:
     source, _ = read_source(file(tmp_path, HEADS))
     assert source is not None
     checked = check_source(source)
@@ -303,7 +309,7 @@ def test_measuring_applies_no_rule(tmp_path: Path) -> None:
     assert set(values.unpatched) == {"clean", "fewer"}
 
 
-def test_rows_that_keep_leaves(command: Command, tmp_path: Path) -> None:
+def test_plan_counts_rows_after_keep_only_if_measured(command: Command, tmp_path: Path) -> None:
     path = file(tmp_path, HEADS.replace("  from clean", "  keep correct\n  from clean"))
     (before,) = lines_of(command("plan", path).out, "power")
     assert before[1].strip() == "16 distinct rows before `keep`"
@@ -339,10 +345,10 @@ experiment e {
         ("ablate mlp_out layer * at last token with mean", 'logit(" 3") as delta', "", False),
     ],
 )  # fmt: skip
-def test_units_are_those_of_the_run(
+def test_planned_units_equal_those_of_the_run(
     rule: str, measure: str, stats: str, several: bool, command: Command, tmp_path: Path
 ) -> None:
-    """Cell by cell; rows whose part up to the measured token is equal are one."""
+    """Units are compared per cell; rows with equal text up to the measured token are one."""
     text = head("corrupt fewer { count = count - 1 }") + TEXT.replace("RULE", rule).replace(
         "MEASURE", measure
     ).replace("LINE", stats)
@@ -386,7 +392,7 @@ def test_units_are_those_of_the_run(
         ),
     ],
 )
-def test_the_maximum_asks_no_smaller_p_than_one_test(
+def test_plan_states_the_smallest_p_of_max_and_bh_correction(
     stats: str, effect: str, said: str, command: Command, tmp_path: Path
 ) -> None:
     done = command(

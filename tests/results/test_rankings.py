@@ -1,4 +1,4 @@
-"""`auroc` of effects that rank perfectly: its interval is not that of resamples, a point."""
+"""`auroc` of perfectly ranked effects: its interval doesn't collapse to a point."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ends(found: ExpectOutcome) -> tuple[float | None, float | None, float | None
 
 
 @pytest.mark.parametrize(("ones", "zeros"), [(3, 3), (8, 8), (4, 28)])
-def test_a_perfect_order_of_rows_has_the_exact_limits_of_pairs(ones: int, zeros: int) -> None:
+def test_perfect_auroc_of_rows_has_exact_limits_over_pairs(ones: int, zeros: int) -> None:
     values = [2.0 + n for n in range(ones)] + [-1.0 - n for n in range(zeros)]
     large = [1] * ones + [0] * zeros
     limit = stats.binomtest(ones, ones).proportion_ci(0.95, method="exact").low
@@ -47,7 +47,7 @@ def test_a_perfect_order_of_rows_has_the_exact_limits_of_pairs(ones: int, zeros:
     assert ends(wrong) == pytest.approx((0.0, 0.0, 1 - limit))
 
 
-def test_rows_of_one_group_are_one_of_the_pairs() -> None:
+def test_auroc_counts_rows_of_one_group_as_one() -> None:
     values = [2.0 + n for n in range(8)] + [-1.0 - n for n in range(8)]
     grouped = rows_of(values, [1] * 8 + [0] * 8, by="topic")
     found = verdict("auroc(delta, large) > 0.3", grouped)
@@ -55,7 +55,7 @@ def test_rows_of_one_group_are_one_of_the_pairs() -> None:
     assert ends(found) == pytest.approx((1.0, limit, 1.0))
 
 
-def test_rows_that_are_nearly_sorted_keep_the_interval_of_resamples() -> None:
+def test_imperfect_auroc_has_a_bootstrap_interval() -> None:
     values = [2.0 + n for n in range(8)] + [-1.0 - n for n in range(7)] + [2.5]
     found = verdict("auroc(delta, large) > 0.5", rows_of(values, [1] * 8 + [0] * 8))
     value, low, high = ends(found)
@@ -65,14 +65,14 @@ def test_rows_that_are_nearly_sorted_keep_the_interval_of_resamples() -> None:
     assert 0 < low < 63 / 64 < high < 1
 
 
-def test_a_perfect_order_of_cells_is_as_sure_as_their_differences() -> None:
+def test_perfect_auroc_of_cells_is_limited_by_cell_differences() -> None:
     random = np.random.default_rng(0)
     noise = random.normal(0, 1, (4, 12))
     noise -= noise.mean(1, keepdims=True)
     clear = cells_of(noise * 0.01 + np.array([[3.0], [2.0], [1.0], [0.0]]))
     found = verdict("auroc(delta, [L0H0, L0H1]) > 0.9", clear)
     assert (found.holds, *ends(found)) == (True, 1.0, 1.0, 1.0)
-    # the second true cell is ahead of neither other one beyond doubt, the first of both
+    # the first true cell is clearly ahead of both others, the second of neither
     close = cells_of(noise + np.array([[9.0], [0.02], [0.01], [0.0]]))
     found = verdict("auroc(delta, [L0H0, L0H1]) > 0.9", close)
     assert (found.holds, *ends(found)) == (False, 1.0, 0.5, 1.0)
@@ -81,7 +81,7 @@ def test_a_perfect_order_of_cells_is_as_sure_as_their_differences() -> None:
     assert (found.holds, *ends(found)) == (False, 0.0, 0.0, 0.5)
 
 
-def test_too_few_rows_have_no_interval_of_a_perfect_order() -> None:
+def test_perfect_auroc_of_too_few_rows_has_no_interval() -> None:
     found = verdict("auroc(delta, large) > 0.5", rows_of([2.0, 3.0, -1.0, -2.0], [1, 1, 0, 0]))
     assert not found.holds
     assert found.low is None
@@ -101,8 +101,8 @@ def test_auroc_of_cells_counts_ties_as_half() -> None:
     assert found.value == 0.875
 
 
-def test_rows_with_right_answers_are_the_positive_ones() -> None:
-    """The rows of the accuracy have another order, and one that `keep` dropped."""
+def test_auroc_with_accuracy_uses_correct_rows_as_positives() -> None:
+    """The accuracy has its rows in another order, and one row that `keep` dropped."""
     values, large = [3.0, -1.0, 2.0, 0.5, -2.0, 1.0], [1, 0, 1, 0, 0, 1]
     by_column = rows_of(values, large)
     order = [4, 2, 0, 1, 5, 3]
@@ -140,7 +140,7 @@ experiment e {
 """
 
 
-def test_measured_answers_rank_as_the_variable_that_decides_them(tmp_path: Path) -> None:
+def test_auroc_by_accuracy_equals_auroc_by_the_deciding_variable(tmp_path: Path) -> None:
     file = tmp_path / "e.mech"
     file.write_text(FLAGGED, "utf-8")
     (result,) = mechdsl.run(file, store=None).files[0].experiments

@@ -1,4 +1,4 @@
-"""Reports as they look: golden texts at several widths, and files."""
+"""Rendered reports: golden texts at several widths, and files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def printed(
 
 
 def saved(result: ExperimentResult, line: spec.Report, folder: Path) -> Path:
-    """Where a report was written."""
+    """Save a report and return its path."""
     assert line.file is not None
     save_report(result, line, folder / line.file)
     return folder / line.file
@@ -141,7 +141,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_goldens(name: str, update: bool) -> None:
+def test_printed_report_equals_its_golden(name: str, update: bool) -> None:
     build, line = CASES[name]
     result = build()
     parts = [f"--- {width}\n{printed(result, line, width)}" for width in (60, 80, 120)]
@@ -161,17 +161,17 @@ def test_no_line_is_wider_than_the_terminal(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [24, 40, 60, 80, 120])
-def test_no_number_is_cut(width: int) -> None:
+def test_table_numbers_are_never_truncated(width: int) -> None:
     result = finished(heads())
     text = printed(result, report("table"), width)
     assert "…" not in text
     for number in re.findall(r"-?\d\.\d+", printed(result, report("table"), 120)):
-        assert number in text or width < 80  # p goes first where room is short
+        assert number in text or width < 80  # narrow tables drop p first
     intervals = re.findall(r"\[-?\d\.\d{3}, -?\d\.\d{3}\]|\[0, 0\]", text)
     assert len(intervals) == len(result.cells) or width < 30
 
 
-def test_colour_adds_nothing_but_colour() -> None:
+def test_coloured_heatmap_has_the_text_of_the_plain_one() -> None:
     result = finished(heads())
     line = report("heatmap", variable="layer", by="head")
     plain, coloured = printed(result, line, 80), printed(result, line, 80, colour=True)
@@ -191,7 +191,7 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "48;" not in text.getvalue()
 
 
-def test_conventions_stand_under_tables_and_the_last_figure() -> None:
+def test_conventions_follow_tables_and_the_last_figure() -> None:
     lines = (
         report("heatmap", variable="layer", by="head"),
         report("table", top=3),
@@ -243,7 +243,9 @@ def test_top_ranks_by_absolute_value() -> None:
     ],
 )
 @pytest.mark.parametrize("suffix", some([".svg", ".png", ".html"], [".svg"]))
-def test_charts(name: str, values: dict[str, str], suffix: str, tmp_path: Path) -> None:
+def test_chart_is_saved_in_every_format(
+    name: str, values: dict[str, str], suffix: str, tmp_path: Path
+) -> None:
     line = report(name, file=f"charts/it{suffix}", **values)
     path = saved(finished(heads()), line, tmp_path)
     content = path.read_bytes()
@@ -256,7 +258,7 @@ def test_charts(name: str, values: dict[str, str], suffix: str, tmp_path: Path) 
         assert b"https://cdn" not in content  # opens without a network
 
 
-def test_charts_of_positions_and_facets(tmp_path: Path) -> None:
+def test_charts_show_positions_and_facets(tmp_path: Path) -> None:
     swept = finished(positions())
     for number, line in enumerate(
         (
@@ -279,7 +281,7 @@ def test_charts_of_positions_and_facets(tmp_path: Path) -> None:
     assert "c 1" in printed(three, report("heatmap", variable="layer", by="head"), 80)
 
 
-def test_categories_in_a_heatmap(tmp_path: Path) -> None:
+def test_heatmap_of_a_category_shows_the_most_common_value(tmp_path: Path) -> None:
     result = heads()
     values = np.tile(np.arange(12.0)[:, None] % 5 + 1, (1, 64))
     data = measure(values, values[:1], effect="raw", kind="category", label="argmax(1..9)")
@@ -292,7 +294,7 @@ def test_categories_in_a_heatmap(tmp_path: Path) -> None:
     assert "write `report bars layer`" in printed(result, report("lines", variable="layer"), 80)
 
 
-def test_csv_of_a_whole_run() -> None:
+def test_csv_of_a_run_has_rows_of_every_experiment() -> None:
     first, second = finished(heads()), finished(positions())
     text = Results((FileResult("a.mech", (first, second)),)).to_csv()
     rows = list(csv.DictReader(io.StringIO(text)))
@@ -302,7 +304,7 @@ def test_csv_of_a_whole_run() -> None:
     assert {row["file"] for row in rows} == {"a.mech"}
 
 
-def test_data_files(tmp_path: Path) -> None:
+def test_report_is_saved_as_data_or_picture_by_suffix(tmp_path: Path) -> None:
     result = finished(heads())
     text = printed(result, report("csv"), 40)
     assert text.count("\n") == 13
@@ -355,20 +357,20 @@ def test_data_files(tmp_path: Path) -> None:
         (report("heatmap", variable="layer", by="head", file="a.jpg"), "E0607", "`.svg` or"),
     ],
 )
-def test_reports_that_cannot_be_drawn(line: spec.Report, code: str, words: str) -> None:
+def test_invalid_report_is_rejected(line: spec.Report, code: str, words: str) -> None:
     (found,) = check_report(line, ["layer", "head"], ["count"])
     assert found.code == code
     assert words in found.help_text
 
 
-def test_optional_packages_are_looked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_without_its_optional_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mechdsl.vocab.reports.find_spec", lambda name: None)
     (found,) = check_report(report("parquet", file="a.parquet"))
     assert "needs pandas and pyarrow" in found.message
     assert "mechdsl[frames]" in found.help_text
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_report_is_saved(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     line = report("parquet", file="a.parquet")
     assert check_report(line) == []
@@ -376,7 +378,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert path.stat().st_size > 0
 
 
-def test_a_report_may_be_for_the_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_kind_without_files_rejects_to(monkeypatch: pytest.MonkeyPatch) -> None:
     printed_only = ReportKind(
         name="printed", meaning="", example="report printed", signature=ReportSignature(to=None)
     )
@@ -387,19 +389,19 @@ def test_a_report_may_be_for_the_terminal_only(monkeypatch: pytest.MonkeyPatch) 
     assert 'can only be printed, but `to "a.txt"`' in found.message
 
 
-def test_parquet_is_for_files() -> None:
+def test_parquet_without_a_file_is_rejected() -> None:
     (found,) = check_report(report("parquet"))
     assert found.code == "E0607"
 
 
-def test_many_tokens_are_counted() -> None:
+def test_table_abbreviates_many_tokens() -> None:
     swept = positions()
     cells = tuple(replace(cell, tokens=tuple("abcdefghij")) for cell in swept.cells)
     text = printed(finished(replace(swept, cells=cells)), report("table", top=1), 200)
     assert "a, b, c, d, e, f and 4 more" in text
 
 
-def test_reports_that_can() -> None:
+def test_valid_report_is_accepted() -> None:
     for line in (
         report("table", by="count"),
         report("table", by="layer", top=3),
@@ -421,7 +423,7 @@ def test_every_report_is_described(name: str) -> None:
     assert entry.supported == (entry.module is not None)
 
 
-def test_numbers_of_a_column_line_up() -> None:
+def test_number_format_has_equal_digits_per_column() -> None:
     write = number_format([0.5, -0.123456, 0.00001])
     assert [write(v) for v in (0.5, -0.123456, -0.00001, np.nan)] == [
         "0.500",
@@ -457,18 +459,18 @@ def test_numbers_of_a_column_line_up() -> None:
         ((np.nan, np.nan, np.nan), 0.0, ("–", "–")),
     ],
 )
-def test_number_and_interval_have_digits_that_tell_them_from_zero(
+def test_number_and_interval_have_digits_that_distinguish_them_from_zero(
     numbers: tuple[float, float, float], rounding: float, expected: tuple[str, str]
 ) -> None:
     assert interval_texts(number_format([0.6]), *numbers, rounding) == expected
 
 
-def test_small_survivor_of_a_map_is_a_power_of_ten() -> None:
+def test_small_significant_heatmap_cell_is_a_power_of_ten() -> None:
     result = heads()
     (data,) = result.measures
     noise = np.random.default_rng(0).normal(0, 1e-4, data.base.shape[1])
     patched = data.patched.copy()
-    patched[5] = data.base + 1e-3 + noise  # of about 5
+    patched[5] = data.base + 1e-3 + noise  # the runs differ by about 5
     made = finished(replace(result, measures=(replace(data, patched=patched),)))
     printed = replace(made, reports=(report("heatmap", variable="layer", by="head"),)).to_text(80)
     assert "2e-4*" in printed
@@ -498,7 +500,7 @@ def test_null_band_of_small_effects_has_digits() -> None:
     ],
 )
 @pytest.mark.parametrize("suffix", some([".svg", ".png", ".html"], [".png"]))
-def test_pictures(
+def test_picture_of_categories_overlays_and_controls_is_saved(
     build: Callable[[], ExperimentResult], line: spec.Report, suffix: str, tmp_path: Path
 ) -> None:
     given = line.model_copy(update={"file": f"it{suffix}"})
@@ -507,8 +509,8 @@ def test_pictures(
     assert path.read_bytes().startswith(start)
 
 
-def test_every_panel_shows_its_own_cells() -> None:
-    """Layers with data of their own would show all of it in each."""
+def test_panels_share_data_and_show_only_their_cells() -> None:
+    """A layer with separate data would show all of it in each panel."""
     bars = bars_chart(finished(with_controls(heads())), report("bars", variable="layer"))
     swept = replace(heads(), axes=("layer", "head", "k"))
     cells = tuple(replace(cell, coords={**cell.coords, "k": 0}) for cell in swept.cells[:6])
@@ -540,7 +542,7 @@ def test_confusion_counts_prompts() -> None:
             assert each.counts[row][own] == np.count_nonzero(values == row + 1)
 
 
-def test_confusion_with_a_value_of_the_prompts() -> None:
+def test_confusion_by_a_prompt_value_has_panels_per_cell() -> None:
     result = finished(counted())
     (found,) = count_confusions(result, report("confusion", variable="count", by="argmax")).values()
     bases, own = found[::2], found[1::2]  # rows drop out of cells, and so of their base run
@@ -554,8 +556,8 @@ def test_confusion_with_a_value_of_the_prompts() -> None:
 
 
 @pytest.mark.parametrize("word", ["item", "count", "layer"])
-def test_a_confusion_shows_the_base_run(word: str) -> None:
-    """Of the prompts that the cell has, in the same rows and columns."""
+def test_confusion_shows_the_base_run_of_the_same_prompts(word: str) -> None:
+    """The base run has the prompts, rows and columns of its cell."""
     result = finished(counted())
     data = result.measures[1]
     (found,) = count_confusions(result, report("confusion", variable=word, by="argmax")).values()
@@ -573,20 +575,20 @@ def test_a_confusion_shows_the_base_run(word: str) -> None:
             assert each.total(row) == np.count_nonzero(kept)
 
 
-def test_what_shows_the_base_run_alone_has_no_second_one() -> None:
+def test_confusion_without_rules_has_a_single_panel() -> None:
     result = behaviour()
     (found,) = count_confusions(result, report("confusion", variable="count", by="argmax")).values()
     assert [each.title for each in found] == [""]
 
 
-def test_an_axis_that_counts_nothing_has_no_own_category() -> None:
+def test_confusion_over_layers_has_no_own_category() -> None:
     result = finished(counted())
     (found,) = count_confusions(result, report("confusion", variable="layer", by="argmax")).values()
     assert {own for each in found for own in each.own} == {None}
     assert 0.0 not in found[0].columns
 
 
-def test_a_measure_is_called_by_its_name_or_its_word() -> None:
+def test_confusion_finds_a_measure_by_label_or_metric() -> None:
     result = finished(counted())
     named = replace(result.measures[1], label="guess")
     result = replace(result, measures=(result.measures[0], named))
@@ -595,7 +597,7 @@ def test_a_measure_is_called_by_its_name_or_its_word() -> None:
     assert not count_confusions(result, report("confusion", variable="item", by="prob"))
 
 
-def test_prompts_of_an_overlay_average_to_the_effect() -> None:
+def test_overlay_prompts_average_to_the_effect() -> None:
     result = finished(read_tokens(2))
     values = prompt_effects(result, 0)
     found = np.nanmean(values, axis=1)
@@ -609,7 +611,7 @@ def test_prompts_of_an_overlay_average_to_the_effect() -> None:
     assert first.rows[1][1][-1] == pytest.approx(values[len(values) // 2 - 1, 0])
 
 
-def test_tokens_that_no_cell_hits_have_no_number() -> None:
+def test_overlay_tokens_without_a_cell_have_no_number() -> None:
     result = read_tokens()
     hits = tuple(tuple(() for _ in row) if i < 6 else row for i, row in enumerate(result.hits))
     text = printed(finished(replace(result, hits=hits)), report("overlay", top=1), 80)
@@ -618,7 +620,7 @@ def test_tokens_that_no_cell_hits_have_no_number() -> None:
     assert len(numbers.split()) == 4
 
 
-def test_an_overlay_without_tokens_says_so(tmp_path: Path) -> None:
+def test_overlay_without_tokens_prints_a_note(tmp_path: Path) -> None:
     result = finished(replace(read_tokens(), hits=(), texts=()))
     assert "these results don't contain them" in printed(result, report("overlay"), 80)
     line = report("overlay", file="a.html")
@@ -626,11 +628,11 @@ def test_an_overlay_without_tokens_says_so(tmp_path: Path) -> None:
     assert "these results don&#x27;t contain them" in path.read_text(encoding="utf-8")
 
 
-def test_tokens_are_shown_token() -> None:
+def test_shown_token_makes_white_space_visible() -> None:
     assert [shown_token(text) for text in (" fig", "\n", "  ", "")] == ["fig", "\\n", "␣␣", "∅"]
 
 
-def test_controls_are_not_split_by_values() -> None:
+def test_table_by_value_has_no_null_band() -> None:
     result = finished(with_controls(heads()))
     assert "null" not in printed(result, report("table", by="count", top=2), 120)
 
@@ -665,7 +667,7 @@ class Named:
         ),
     ],
 )
-def test_reports_that_do_not_fit_the_measures(
+def test_report_that_does_not_fit_the_measures_is_rejected(
     line: spec.Report, measures: list[Named], message: str, words: str
 ) -> None:
     (found,) = check_report(line, ["layer", "position"], [], measures)
@@ -674,7 +676,7 @@ def test_reports_that_do_not_fit_the_measures(
     assert words in found.help_text
 
 
-def test_reports_that_fit_the_measures() -> None:
+def test_report_that_fits_the_measures_is_accepted() -> None:
     measures = [Named("guess", "argmax", "category"), Named("ld", "logit")]
     for line in (
         report("confusion", variable="position", by="argmax"),
@@ -685,7 +687,7 @@ def test_reports_that_fit_the_measures() -> None:
         assert check_report(line, ["layer", "position"], [], measures) == []
 
 
-def test_cells_in_which_no_row_differs_are_counted() -> None:
+def test_zero_width_note_counts_cells_with_equal_rows() -> None:
     result = heads()
     (data,) = result.measures
     patched = data.patched.copy()
@@ -707,7 +709,7 @@ def test_cells_in_which_no_row_differs_are_counted() -> None:
         (-1.91, -3.5, 0.25, "-1.910 [-3.500, 0.250]"),
     ],
 )
-def test_a_verdict_never_shows_0_for_another_number(
+def test_verdict_text_prints_zero_only_for_zero(
     value: float, low: float, high: float, said: str
 ) -> None:
     assert verdict_text(ExpectOutcome("min(delta) > -0.5", True, value, low, high)) == said

@@ -1,4 +1,4 @@
-"""Effects that rounding alone explains: how large they may be, and that they don't survive."""
+"""Effects within rounding error: their bounds, and that they aren't significant."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def one(data: MeasureData) -> CellStatistics:
     return compute_cell_statistics([data], statistics(), 0, effects=EFFECTS)[0]
 
 
-def test_a_bound_is_in_the_unit_of_the_effect() -> None:
+def test_rounding_bound_has_the_unit_of_the_effect() -> None:
     random = np.random.default_rng(3)
     base = random.normal(-3, 1, (1, 30))
     source = base + 5
@@ -58,8 +58,10 @@ def test_a_bound_is_in_the_unit_of_the_effect() -> None:
 
 
 @pytest.mark.parametrize("bases", [1, 2])
-def test_a_bound_is_of_the_base_of_its_cell(bases: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells are worked through in blocks; they have one base together or one each."""
+def test_rounding_bound_uses_the_base_of_its_cell(
+    bases: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells are processed in blocks, with one shared base or one base per cell."""
     monkeypatch.setattr("mechdsl.statistics.intervals.BLOCK_NUMBERS", 1)
     random = np.random.default_rng(4)
     base = np.array([[-3.0], [-9.0]])[:bases] + random.normal(0, 1, (bases, 30))
@@ -70,7 +72,7 @@ def test_a_bound_is_of_the_base_of_its_cell(bases: int, monkeypatch: pytest.Monk
     assert one(data).rounding == pytest.approx(bounds, rel=1e-6)
 
 
-def test_it_does_not_survive_and_is_marked() -> None:
+def test_effect_within_rounding_is_not_significant_and_is_marked() -> None:
     result = heads()
     data = result.measures[0]
     live = np.flatnonzero(~data.inert)
@@ -110,7 +112,7 @@ def readout(*measures: str) -> Readout:
 
 
 def bounds(read: Readout, logits: torch.Tensor, relative: float) -> list[float]:
-    """Per measure, how far rounding may move what it reads off logits, [1, vocab]."""
+    """Return the rounding bound of each measure for logits [1, vocab]."""
     reading = ReadoutInput(
         run="clean",
         prompts=np.zeros(1, dtype=np.int64),
@@ -124,8 +126,8 @@ def bounds(read: Readout, logits: torch.Tensor, relative: float) -> list[float]:
     return [float(each[0]) for each in read.read(reading, relative).rounding]
 
 
-def test_what_rounding_does_to_a_metric() -> None:
-    """Against a change of every logit by as much: the worst of the directions that were tried."""
+def test_rounding_bounds_of_logit_prob_logprob_and_rank() -> None:
+    """Bounds equal the largest effect of moving every logit by the rounding error."""
     read = readout('logit(answer) - logit(" 3")', "prob(answer)", "logprob(answer)", "rank(answer)")
     targets = [atom.texts[None][0][0] for _, atom in read.atoms]
     random = torch.Generator().manual_seed(0)
@@ -139,8 +141,8 @@ def test_what_rounding_does_to_a_metric() -> None:
     assert bounds(read, logits, 0.0) == [0.0] * 4
 
 
-def test_a_logit_near_0_moves_as_far_as_the_largest_that_was_not_asked_for() -> None:
-    """Where only the tokens that are read have logits, the largest of all is known beside them."""
+def test_rounding_bound_uses_the_largest_of_all_logits() -> None:
+    """If only some tokens have logits, the largest of all logits is passed with them."""
     read = readout("logit(answer)", 'logit(answer) - logit(" 3")')
     tokens = sorted({atom.texts[None][0][0] for _, atom in read.atoms})
     logits = torch.zeros(1, 120, dtype=torch.float64)
@@ -163,8 +165,8 @@ def test_a_logit_near_0_moves_as_far_as_the_largest_that_was_not_asked_for() -> 
 
 
 @pytest.mark.parametrize("value", [-200.0, -1.0, 0.001, 3000.0])
-def test_the_number_of_a_regression_has_one_bound(value: float) -> None:
-    """`output` and `output(class 0)` are the same number, and linear in it."""
+def test_rounding_bound_of_a_regression_output_is_relative_to_it(value: float) -> None:
+    """`output` and `output(class 0)` are the same number, and their bound is linear in it."""
     forms = METRICS["output"].forms
     node = ast.Name("output", span=Span(Source(""), 0, 0))
     of_class: dict[ItemNumber, tuple[tuple[int, ...], ...]] = {None: ((0,),)}
@@ -177,9 +179,9 @@ def test_the_number_of_a_regression_has_one_bound(value: float) -> None:
     assert found == pytest.approx([1e-6 * abs(value)] * 2, rel=1e-4)
 
 
-def test_what_rounding_does_to_ranks_and_shares() -> None:
-    """Tokens whose logits are closer than twice the bound may change places with the answer; what
-    is further away can't. `correct` is about the best one alone."""
+def test_rounding_bounds_of_rank_and_correct_count_close_tokens() -> None:
+    """Only tokens with logits closer than twice the bound may swap ranks with the answer.
+    `correct` depends only on the best token."""
     read = readout("rank(answer)", "correct", "1 / rank(answer)")
     target = read.atoms[0][1].texts[None][0][0]
     others = [token for token in range(120) if token != target]
@@ -191,7 +193,7 @@ def test_what_rounding_does_to_ranks_and_shares() -> None:
             logits[0, token] = value
         return bounds(read, logits, 1e-3)
 
-    # The largest is 10, so that a logit moves by 0.01, and two by 0.02 from each other.
+    # The largest logit is 10, so one logit moves by 0.01, and two move apart by 0.02.
     assert found(5.0, 4.0, 3.0) == [0, 0, 0]
     assert found(5.0, 4.985) == [1, 1, 0.5]  # the second of two
     assert found(5.0, 4.975) == [0, 0, 0]
@@ -200,8 +202,8 @@ def test_what_rounding_does_to_ranks_and_shares() -> None:
     assert found(5.0, 5.0) == [1, 1, 0.5]  # a tie
 
 
-def test_what_rounding_does_to_any_of_several() -> None:
-    """Accepted tokens may change places with each other, which changes nothing."""
+def test_rounding_bounds_ignore_swaps_among_accepted_tokens() -> None:
+    """Accepted tokens may swap ranks among themselves without an effect."""
     read = readout('rank(answer, " 3")', 'correct(answer, " 3")')
     one, two = read.atoms[0][1].sets[None].of(0)
     rival = next(token for token in range(120) if token not in (one, two))
@@ -217,8 +219,8 @@ def test_what_rounding_does_to_any_of_several() -> None:
     assert found(4.0, 5.0, 5.03) == [0, 0]
 
 
-def test_what_rounding_does_to_a_category() -> None:
-    """Where the two best of the numerals are close, the other one may be found."""
+def test_rounding_bound_of_a_category_counts_close_numerals() -> None:
+    """If the two best numerals are close, rounding may swap them."""
     read = readout("argmax(1..9)", "argmax(3..3)", "expected(1..9)")
     tokens = read.atoms[0][1].sets[None].of(0)
 
@@ -233,7 +235,7 @@ def test_what_rounding_does_to_a_category() -> None:
 
 
 def close() -> ExperimentResult:
-    """Effects of which two are equal but for rounding, two answers that rounding may change."""
+    """Two effects are equal up to rounding, and rounding may change two answers."""
     result = heads()
     data = result.measures[0]
     live = np.flatnonzero(~data.inert)
@@ -264,7 +266,7 @@ DECIDED_BY_ROUNDING = {
 
 
 @pytest.mark.parametrize(("line", "said"), DECIDED_BY_ROUNDING.items(), ids=DECIDED_BY_ROUNDING)
-def test_what_rounding_may_decide_is_said(line: str, said: str) -> None:
+def test_expectation_that_rounding_may_decide_states_it(line: str, said: str) -> None:
     result = close()
     live = np.flatnonzero(~result.measures[0].inert)
     first, second = (result.cells[live[i]].name.partition(".")[0] for i in (0, 2))
@@ -275,7 +277,7 @@ def test_what_rounding_may_decide_is_said(line: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(("unit", "base"), [("share", True), ("rank", True), ("logit", False)])
-def test_bounds_of_shares_are_said_to_be_of_the_base_run(unit: str, base: bool) -> None:
+def test_rounding_note_of_shares_and_ranks_refers_to_the_base_run(unit: str, base: bool) -> None:
     """A patch may bring two logits together, or apart, that aren't close in the base run."""
     result = close()
     data = result.measures[0]
@@ -289,7 +291,7 @@ def test_bounds_of_shares_are_said_to_be_of_the_base_run(unit: str, base: bool) 
     assert said == [base, base, base, False]
 
 
-def test_which_cell_is_best_may_hang_on_rounding() -> None:
+def test_leading_cell_that_rounding_may_decide_states_it() -> None:
     result = close()
     data = result.measures[0]
     best, other = 9, 8
@@ -303,7 +305,7 @@ def test_which_cell_is_best_may_hang_on_rounding() -> None:
     assert said == [True, True, False]
 
 
-def test_shares_that_rounding_may_change_are_marked() -> None:
+def test_shares_that_rounding_may_alter_are_marked() -> None:
     """Accuracies, `correct` and categories: in the JSON, under tables and in the conventions."""
     result = close()
     data = result.measures[0]
@@ -330,8 +332,8 @@ def test_shares_that_rounding_may_change_are_marked() -> None:
     assert "fewer" not in said
 
 
-def test_accuracies_of_a_file_have_a_bound() -> None:
-    """A whole file: the accuracy that is asked for is `correct` of the same run."""
+def test_accuracy_of_a_file_has_a_rounding_bound() -> None:
+    """The accuracy in an expectation is `correct` of the same run."""
     lines = "measure correct as raw", "measure argmax(1..9) as raw", "expect accuracy(clean) > 0.5"
     found, diagnostics = run(experiment("e", *lines), whole=True)
     assert found is not None, diagnostics
@@ -341,8 +343,8 @@ def test_accuracies_of_a_file_have_a_bound() -> None:
     assert "a category can change in rows" in result.rounding
 
 
-def test_ranks_and_shares_of_a_file_have_a_bound() -> None:
-    """In a whole file the bound is there, and said; an effect of exactly 0 isn't at its level."""
+def test_ranks_and_shares_of_a_file_have_a_rounding_bound() -> None:
+    """The bound is reported, and an effect of exactly 0 isn't at the level of rounding."""
     rule = "ablate resid_post layer 1 at last token with zero"
     lines = rule, "measure rank(answer) as delta", "measure correct as delta"
     found, diagnostics = run(experiment("e", *lines), whole=True)
@@ -357,9 +359,9 @@ def test_ranks_and_shares_of_a_file_have_a_bound() -> None:
     assert "`correct` can change in rows" in result.rounding
 
 
-def test_a_mean_of_what_is_the_same_in_all_rows_changes_nothing() -> None:
-    """A whole file: at the second token every row has the same vector, so that its mean is that,
-    up to rounding; at the last token it isn't."""
+def test_mean_ablation_of_equal_vectors_is_at_the_level_of_rounding() -> None:
+    """At token 1 every row has the same vector, which equals the mean up to rounding; at the
+    last token, vectors differ."""
     rule = "ablate resid_post layer 1..2 at {} with mean"
     experiments = {
         "same": experiment("same", rule.format("token 1"), "measure logit(answer) as delta"),
@@ -379,10 +381,10 @@ def test_a_mean_of_what_is_the_same_in_all_rows_changes_nothing() -> None:
     ("takes", "said", "unsaid"),
     [("target", "two largest logits", "of 0"), ("label", "a logit within that of 0", "two best")],
 )
-def test_what_bounds_come_from_is_said_of_each_kind_of_label(
+def test_rounding_texts_depend_on_the_type_of_label(
     takes: MetricArgument, said: str, unsaid: str
 ) -> None:
-    """Labels that hold each by itself are right by the sign of their own logit."""
+    """Independent labels are decided by the sign of their logit."""
     forms = [METRICS["correct"].forms[takes]]
     words = "; ".join(rounding_unit_texts(forms))
     assert said in words

@@ -1,4 +1,4 @@
-"""What a prompt is: rows by content, rows that look alike, the design, what values explain."""
+"""Rows: identity by content, indistinguishable rows, the design, and explained variance."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(text: str, folder: Path) -> dict[str, ExperimentResult]:
     return {each.name: each for each in results}
 
 
-# --- draws hang on the content --------------------------------------------------------------------
+# --- draws depend on the content ------------------------------------------------------------------
 
 PERMUTED = """
 prompts facts {
@@ -66,12 +66,12 @@ def records(seed: int) -> list[dict[str, Any]]:
 
 
 def by_content(result: ExperimentResult, values: Floats) -> list[tuple[Any, ...]]:
-    """Values with what their row is, in an order that the table's has nothing to do with."""
+    """Return values with their row's content, in an order independent of the table."""
     rows = zip(result.row_values["names"], result.row_values["extra"], values.T, strict=True)
     return sorted((a, b, *np.round(own, 3).tolist()) for a, b, own in rows)
 
 
-def test_the_order_of_a_data_file_is_nothing_to_its_table(tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_order_of_a_data_file(tmp_path: Path) -> None:
     """Noise, donors, random positions, shuffles, draws and the choice of `limit`."""
     found: list[dict[str, ExperimentResult]] = []
     lines = [json.dumps(each) for each in records(5)]
@@ -116,7 +116,7 @@ def test_equal_records_have_equal_noise(tmp_path: Path) -> None:
     assert abs(base[same][0] - base[~same][0]) > 1e-3
 
 
-def test_a_key_is_of_the_content_alone() -> None:
+def test_content_key_depends_only_on_the_content() -> None:
     first = content_key({"a": 1, "b": ["x", {"c": None}]}, ["text"])
     assert first == content_key({"b": ["x", {"c": None}], "a": 1}, ["text"])
     assert 0 <= first < 2**63
@@ -129,7 +129,7 @@ def test_a_key_is_of_the_content_alone() -> None:
     assert len({first, *others}) == 5
 
 
-def test_records_are_in_an_order_of_their_own() -> None:
+def test_record_order_does_not_depend_on_the_file_order() -> None:
     data = [{"a": n % 4} for n in range(11)]
     found, turned = RecordOrder(data), RecordOrder(data[::-1])
     assert [data[n] for n in found.order] == [data[::-1][n] for n in turned.order]
@@ -142,7 +142,7 @@ def test_records_are_in_an_order_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_donor_is_of_other_content(seed: int) -> None:
+def test_donor_rows_have_different_content_if_possible(seed: int) -> None:
     draw = random.Random(seed)
     for size in range(2, 9):
         keys = [draw.randint(0, 3) for _ in range(size + 3)]
@@ -156,11 +156,11 @@ def test_a_donor_is_of_other_content(seed: int) -> None:
         assert equal == max(0, 2 * most - size), "no more than must be"
 
 
-# --- rows that a measure can't tell apart ---------------------------------------------------------
+# --- rows that a measure can't distinguish --------------------------------------------------------
 
 
 def spread(result: ExperimentResult, measure: int = 0) -> list[int]:
-    """Per cell, how many different rows there are; and that equal ones have equal values."""
+    """Return the number of distinct rows per cell; assert that equal rows have equal values."""
     data, found = result.measures[measure], list[int]()
     for cell, values in enumerate(data.patched):
         there = ~np.isnan(values)
@@ -186,11 +186,11 @@ BLANK = "model toy  from fruit into blank  prompts fruit limit 60"
 
 
 def beginnings(result: ExperimentResult, items: int) -> int:
-    """Rows by their first items, as somebody would count them."""
+    """Count the distinct first items of rows directly."""
     return len({tuple(row[:items]) for row in result.row_values["fruits"] if len(row) >= items})
 
 
-def test_only_the_tokens_up_to_what_is_read_count(tmp_path: Path) -> None:
+def test_distinct_rows_depend_only_on_tokens_up_to_the_read_position(tmp_path: Path) -> None:
     found = run(
         LISTS
         + f"""
@@ -212,7 +212,7 @@ experiment texts {{ {BLANK}  patch resid_post layer 1 at first-item token onto s
     assert expected[1] == 9
     for measure in range(3):  # the base run is the same in all rows
         assert spread(e, measure) == expected
-    # The source's own value is that of the whole prompt.
+    # The value of the source run depends on the whole prompt.
     assert spread(e, 3) == [sum(len(row) > n for row in e.row_values["fruits"]) for n in range(5)]
     assert spread(found["own"]) == [3] * 5
     assert found["whole"].measures[0].seen is None
@@ -221,7 +221,7 @@ experiment texts {{ {BLANK}  patch resid_post layer 1 at first-item token onto s
     ]
 
 
-def test_variants_and_groups_keep_what_is_seen(tmp_path: Path) -> None:
+def test_merged_variants_and_groups_keep_distinct_rows(tmp_path: Path) -> None:
     from mechdsl.results.assembly.combination import merge_variants
     from mechdsl.show.reports.table import group_by_value
 
@@ -266,14 +266,14 @@ def test_variants_and_groups_keep_what_is_seen(tmp_path: Path) -> None:
 
 POPULATIONS = [
     ("limit 64", "", "new rows of this design: count dealt evenly"),
-    ("limit 3", "", "new rows of this design"),  # no whole round
+    ("limit 3", "", "new rows of this design"),  # no complete round of values
     ("limit 12", "", "new rows of this design"),  # three rows of each count
     ("limit 64", "stats by count", "new values of count"),
 ]
 
 
 @pytest.mark.parametrize(("limit", "stats", "words"), POPULATIONS)
-def test_the_population_is_said(limit: str, stats: str, words: str, tmp_path: Path) -> None:
+def test_results_state_the_population(limit: str, stats: str, words: str, tmp_path: Path) -> None:
     text = (
         LISTS
         + f"""
@@ -290,7 +290,7 @@ experiment e {{ model toy  prompts fruit {limit}  measure logit(answer) as raw  
     assert len(pairs) == 4 == len(set(result.strata.tolist()))
 
 
-def test_the_variable_of_most_values_goes_first(tmp_path: Path) -> None:
+def test_even_dealing_drops_the_variable_with_most_values_first(tmp_path: Path) -> None:
     text = """
 prompts two { a in 1..5  b in ["x", "y"]  item in ["apple", "pear", "plum", "fig"]
   fruits = list(item, 3, sep: ", ")  template "Part {a}: {fruits}. {b} 1:" }
@@ -306,7 +306,7 @@ experiment one { model toy  prompts two limit 30  measure logit(" 3") as raw }
     assert len(pairs) == len(set(strata.tolist())) == 2
 
 
-def test_data_files_and_whole_designs_are_no_draws(tmp_path: Path) -> None:
+def test_population_of_data_files_and_complete_designs_has_no_strata(tmp_path: Path) -> None:
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, records(5))), encoding="utf-8")
     text = """
 prompts facts { rows "facts.jsonl"  template "Part 1: {names}. Count 1:" }
@@ -320,10 +320,10 @@ experiment design { model toy  prompts all  measure logit(" 3") as raw }
     assert found["design"].population == "new rows like these, which cover the whole design"
 
 
-# --- what values explain --------------------------------------------------------------------------
+# --- explained variance ---------------------------------------------------------------------------
 
 
-def test_noise_is_explained_by_nothing() -> None:
+def test_noise_rarely_has_an_explaining_variable() -> None:
     draw = np.random.default_rng(0)
     said = 0
     for _ in range(400):
@@ -336,7 +336,7 @@ def test_noise_is_explained_by_nothing() -> None:
     assert said <= 6
 
 
-def test_what_explains_most_is_named() -> None:
+def test_variable_with_the_largest_explained_variance_is_named() -> None:
     draw = np.random.default_rng(1)
     a, b = draw.integers(0, 7, 64), draw.integers(0, 3, 64)
     rows = a + 0.3 * b + draw.normal(size=64) * 0.7
@@ -375,7 +375,7 @@ experiment heads { model toy  prompts fruit limit 60
         ("stats by count", None),
     ],
 )
-def test_one_value_that_explains_most_is_warned_of(
+def test_variable_explaining_most_variance_is_a_warning(
     stats: str, line: str | None, tmp_path: Path
 ) -> None:
     draw = np.random.default_rng(0)
@@ -398,8 +398,8 @@ def test_one_value_that_explains_most_is_warned_of(
     assert line in said.help_text
 
 
-def test_values_that_are_all_of_a_domain_are_fixed(tmp_path: Path) -> None:
-    """Rows are alike within a count as well, but there are no other counts to speak of."""
+def test_variable_with_its_whole_domain_is_no_warning(tmp_path: Path) -> None:
+    """Rows are similar within a count, but the prompts cover all counts."""
     path = tmp_path / "file.mech"
     heads = HEADS.replace("fewer", "answer of fewer").replace("60", "32").replace("STATS", "")
     path.write_text(START + LISTS + heads, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""That sites were picked on the rows that they are tested on travels with the result."""
+"""Results record that sites were selected on the rows that they are tested on."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def picked(tmp_path_factory: pytest.TempPathFactory) -> mechdsl.Results:
         return mechdsl.run(path, store=None)
 
 
-def test_the_result_says_who_picked_of_how_many_on_which_rows(tmp_path: Path) -> None:
+def test_result_states_the_selecting_experiment_and_its_rows(tmp_path: Path) -> None:
     found = together(tmp_path, text())
     assert found.selected == (Selection("heads", cells=8, shared=16, rows=24),)
     said = "`heads` picked sites from 8 cells on 16 of these 24 rows"
@@ -76,7 +76,7 @@ def test_the_result_says_who_picked_of_how_many_on_which_rows(tmp_path: Path) ->
     assert outcome.reason == said
 
 
-def test_no_cell_is_said_to_survive(tmp_path: Path) -> None:
+def test_selected_cell_is_never_significant(tmp_path: Path) -> None:
     found = together(tmp_path, text())
     assert found.statistics[0].p[0] < 0.05
     assert np.isnan(found.statistics[0].p_corrected).all()
@@ -92,7 +92,7 @@ def test_no_cell_is_said_to_survive(tmp_path: Path) -> None:
     ],
     ids=["other rows", "all sites", "one site"],
 )
-def test_what_was_not_picked_on_its_rows_is_tested_as_ever(
+def test_sites_not_selected_on_their_rows_are_tested(
     tmp_path: Path, sites: str, parts: dict[str, str]
 ) -> None:
     found = together(tmp_path, text(sites, **parts))
@@ -111,17 +111,17 @@ def test_what_was_not_picked_on_its_rows_is_tested_as_ever(
     ],
     ids=["best", "group", "param"],
 )
-def test_each_way_to_pick_is_recognised(tmp_path: Path, sites: str, more: str) -> None:
+def test_every_type_of_selection_is_recorded(tmp_path: Path, sites: str, more: str) -> None:
     found = together(tmp_path, text(sites) + more)
     assert [each.of for each in found.selected] == ["heads"]
 
 
-def test_cells_that_were_left_out_of_the_choice_are_not_counted(tmp_path: Path) -> None:
+def test_selection_counts_only_the_candidate_cells(tmp_path: Path) -> None:
     found = together(tmp_path, text("top 2 of heads(layer: 1)"))
     assert found.selected == (Selection("heads", cells=4, shared=16, rows=24),)
 
 
-def test_a_loop_over_experiments_names_each(tmp_path: Path) -> None:
+def test_selection_in_a_loop_names_every_experiment(tmp_path: Path) -> None:
     other = text().replace("heads", "others").split("experiment ")[1]
     written = text().replace(
         "  ablate top 3 of heads at last token with zero\n",
@@ -131,7 +131,7 @@ def test_a_loop_over_experiments_names_each(tmp_path: Path) -> None:
     assert {each.of for each in found.selected} == {"some", "others"}
 
 
-def test_a_pick_in_a_run_of_the_experiment_is_recognised(tmp_path: Path) -> None:
+def test_selection_in_a_derived_run_is_recorded(tmp_path: Path) -> None:
     written = text().replace(
         "  ablate top 3 of heads at last token with zero\n",
         "  run cut { ablate top 3 of heads at last token with zero }\n"
@@ -140,7 +140,7 @@ def test_a_pick_in_a_run_of_the_experiment_is_recognised(tmp_path: Path) -> None
     assert [each.of for each in together(tmp_path, written).selected] == ["heads"]
 
 
-def test_rows_and_picks_of_an_imported_file_are_recognised(tmp_path: Path) -> None:
+def test_selection_in_an_imported_file_is_recorded(tmp_path: Path) -> None:
     before, _, after = text("movers").partition("experiment heads")
     group = "group movers = top 3 of heads\n"
     (tmp_path / "choice.mech").write_text(before + group, encoding="utf-8")
@@ -148,7 +148,7 @@ def test_rows_and_picks_of_an_imported_file_are_recognised(tmp_path: Path) -> No
     assert [each.of for each in together(tmp_path, written).selected] == ["heads"]
 
 
-def test_a_pick_among_picks_counts_the_rows_of_the_first_choice(tmp_path: Path) -> None:
+def test_nested_selection_counts_the_rows_of_the_first_selection(tmp_path: Path) -> None:
     second = """
 experiment again {
   prompts fruit.test limit 16
@@ -166,7 +166,7 @@ experiment again {
     ]
 
 
-def test_the_same_rows_under_another_name_are_the_same_rows(tmp_path: Path) -> None:
+def test_selection_matches_rows_of_another_prompt_set_by_content(tmp_path: Path) -> None:
     rows = """
 prompts NAME {
   rows "rows.jsonl"
@@ -184,7 +184,7 @@ prompts NAME {
     assert (selection.shared, selection.rows) == (8, 8)
 
 
-def test_every_form_of_the_results_says_so(picked: mechdsl.Results) -> None:
+def test_every_output_states_the_selection(picked: mechdsl.Results) -> None:
     said = "`heads` picked sites from 8 cells on 16 of these 24 rows"
     document = picked.to_dict()["files"][0]["experiments"][-1]
     assert document["selected"] == [{"of": "heads", "cells": 8, "shared": 16, "rows": 24}]

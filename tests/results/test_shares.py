@@ -1,4 +1,4 @@
-"""Intervals of shares against scipy and by hand."""
+"""Intervals of shares against scipy and reference formulas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def exact(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
 
 @pytest.mark.parametrize("confidence", [80.0, 95.0, 99.0])
 @pytest.mark.parametrize("n", [1, 2, 7, 32, 200])
-def test_clopper_and_pearson_are_scipys(n: int, confidence: float) -> None:
+def test_clopper_pearson_equals_scipy(n: int, confidence: float) -> None:
     for right in {0, 1, n // 2, n - 1, n}:
         low, high = clopper_pearson(np.array([float(right)]), np.array([float(n)]), confidence)
         assert (low[0], high[0]) == pytest.approx(exact(right, n, confidence / 100))
@@ -41,7 +41,7 @@ def one(data: MeasureData, **values: Any) -> CellStatistics:
     return compute_cell_statistics([data], statistics(), 0, effects=EFFECTS, **values)[0]
 
 
-def test_the_share_of_a_cell_has_the_exact_interval() -> None:
+def test_share_of_a_cell_has_the_exact_interval() -> None:
     patched = np.array([[1.0] * 8, [1.0] * 5 + [0.0] * 3, [1.0, 1.0] + [np.nan] * 6])
     found = one(of(patched, np.zeros(8)))
     expected = [exact(8, 8), exact(5, 8), exact(2, 2)]
@@ -54,7 +54,7 @@ def test_the_share_of_a_cell_has_the_exact_interval() -> None:
 
 
 def newcombe(a: int, b: int, c: int, d: int) -> tuple[float, float]:
-    """Of `a` right in both, `b` in the first alone, `c` in the second alone, `d` in neither."""
+    """Newcombe's limits: `a` correct in both, `b` only in the first, `c` only in the second."""
     n = a + b + c + d
     one, two = (a + b) / n, (a + c) / n
     phi = (a * d - b * c) / np.sqrt((a + b) * (c + d) * (a + c) * (b + d))
@@ -65,8 +65,8 @@ def newcombe(a: int, b: int, c: int, d: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("table", [(36, 12, 2, 0), (20, 12, 2, 16), (4, 9, 1, 6)])
-def test_the_difference_of_two_shares_by_hand(table: tuple[int, int, int, int]) -> None:
-    """The first is Newcombe's, 1998; with exact limits it is a little wider than his."""
+def test_difference_of_two_shares_equals_newcombe(table: tuple[int, int, int, int]) -> None:
+    """The first table is Newcombe's (1998); exact limits give a slightly wider interval."""
     a, b, c, d = table
     first = np.array([1.0] * (a + b) + [0.0] * (c + d))
     second = np.array([1.0] * a + [0.0] * b + [1.0] * c + [0.0] * d)
@@ -81,8 +81,8 @@ def test_the_difference_of_two_shares_by_hand(table: tuple[int, int, int, int]) 
         assert found.high[0] == pytest.approx(0.32, abs=0.03)
 
 
-def test_a_share_of_groups_counts_as_many_rows_as_their_spread_says() -> None:
-    """Korn and Graubard 1998."""
+def test_share_of_groups_uses_the_effective_sample_size() -> None:
+    """The interval is that of Korn and Graubard (1998)."""
     random = np.random.default_rng(0)
     groups = np.repeat(np.arange(12), 10)
     rows = (random.random(120) < random.beta(2, 1, 12)[groups]).astype(float)
@@ -95,7 +95,7 @@ def test_a_share_of_groups_counts_as_many_rows_as_their_spread_says() -> None:
     low = stats.beta.ppf(0.025, p * n, n - p * n + 1)
     high = stats.beta.ppf(0.975, p * n + 1, n - p * n)
     assert (found.low[0], found.high[0]) == pytest.approx((low, high))
-    # all right: as many as there are groups
+    # all correct: the effective sample size is the number of groups
     sure = one(of(np.ones((1, 120)), np.zeros(120)), groups=groups)
     assert (sure.low[0], sure.high[0]) == pytest.approx(exact(12, 12))
     few = one(of(rows[None], np.zeros(120)), groups=groups // 3)
@@ -103,13 +103,13 @@ def test_a_share_of_groups_counts_as_many_rows_as_their_spread_says() -> None:
     assert "4 groups: no interval below 5" in (few.reasons[0] or "")
 
 
-def test_shares_of_groups_that_spread_less_than_rows_count_as_rows() -> None:
+def test_share_of_groups_with_little_spread_counts_rows() -> None:
     rows = np.tile([1.0, 0.0], 20)
     found = one(of(rows[None], np.zeros(40)), groups=np.arange(40) // 4)
     assert (found.low[0], found.high[0]) == pytest.approx(exact(20, 40))
 
 
-def test_exact_shares_of_arrays() -> None:
+def test_share_interval_and_difference_accept_sums() -> None:
     sums = EffectSums(np.array([[1.0, 1, 0, 1]]), np.ones((1, 4)), np.array([4]))
     low, high = share_interval(sums, np.array([4]), 95.0)
     assert (low[0], high[0]) == pytest.approx(exact(3, 4))
@@ -126,7 +126,7 @@ def answered(rows: np.ndarray, *expects: str, **values: Any) -> ExperimentResult
     return finished(replace(made, runs={}), *expects)
 
 
-def test_expectations_on_shares_read_the_exact_limits() -> None:
+def test_expectations_on_shares_use_exact_limits() -> None:
     rows = np.ones((3, 8))
     rows[1, :5], rows[2, :2] = 0.0, 0.0
     found = answered(
@@ -154,12 +154,12 @@ def test_expectations_on_shares_read_the_exact_limits() -> None:
     assert band.holds
 
 
-def test_means_of_shares_that_are_all_right_are_not_sure() -> None:
+def test_mean_of_perfect_shares_has_a_lower_limit_below_one() -> None:
     (found,) = answered(np.ones((4, 10)), "mean(raw) = 1").outcomes
     assert (found.low, found.holds) == (pytest.approx(exact(10, 10, 1 - 0.05 / 4)[0]), False)
 
 
-def test_an_inert_cell_is_zero_for_sure() -> None:
+def test_inert_share_has_a_zero_width_interval() -> None:
     base = np.array([1.0, 1, 0, 1, 1, 1, 0, 1])
     found = one(of(base[None], base, effect="delta", inert=np.array([True])))
     assert (found.low[0], found.high[0]) == (0.0, 0.0)
@@ -167,7 +167,7 @@ def test_an_inert_cell_is_zero_for_sure() -> None:
     assert same.low[0] < 0 < same.high[0]
 
 
-def test_the_accuracy_of_a_run_is_over_groups_where_they_are_drawn() -> None:
+def test_accuracy_interval_uses_groups_of_stats_by() -> None:
     result = heads()
     groups = [i // 8 for i in range(64)]
     rows = np.array([float(group != 3) for group in groups])
@@ -181,8 +181,8 @@ def test_the_accuracy_of_a_run_is_over_groups_where_they_are_drawn() -> None:
     assert whole.low < found.low - 0.1
 
 
-def test_the_accuracy_of_rows_that_are_right_together() -> None:
-    """Units of different sizes, and rows without an answer; equal rows say as much as one."""
+def test_accuracy_interval_counts_identical_rows_as_units() -> None:
+    """Units have different sizes, some rows have no answer, and identical rows count as one."""
     sizes, right = [1, 4, 2, 3, 2, 5, 1, 2], np.array([1, 0, 1, 1, 0, 1, 1, 1.0])
     units = np.repeat(np.arange(8), sizes)
     rows = np.concatenate([right[units], [np.nan, np.nan]])
@@ -210,9 +210,8 @@ def test_the_accuracy_of_rows_that_are_right_together() -> None:
 
 @pytest.mark.parametrize("p", [0.5, 0.8, 0.95])
 @pytest.mark.parametrize("units", [8, 24])
-def test_units_of_equal_rows_are_covered(p: float, units: int) -> None:
-    """Rows that are there five times say as much as one; as if independent, 60 % of intervals hold
-    the share."""
+def test_share_interval_of_repeated_rows_covers_at_its_level(p: float, units: int) -> None:
+    """If repeated rows counted as independent, only 60 % of intervals would contain the share."""
     random = np.random.default_rng([units, int(100 * p)])
     sizes = random.integers(1, 10, (400, units)).astype(float)
     right = sizes * (random.random((400, units)) < p)

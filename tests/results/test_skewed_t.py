@@ -1,4 +1,4 @@
-"""The corrected t: against plain Python for one cell, and how often it is wrong."""
+"""The skewness-corrected t: against plain Python, and its error rates."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def test_p_and_interval_of_a_ratio_agree(noise: str, n: int) -> None:
     np.testing.assert_array_equal((found.p < 0.05)[known], excludes[known])
 
 
-def test_a_ratio_of_few_skewed_units_has_zero_inside_unless_its_p_is_small() -> None:
-    """There, a number nearer to the ratio than 0 may be rejected, and 0 not."""
+def test_ratio_interval_of_few_units_contains_zero_unless_p_is_small() -> None:
+    """A value closer to the ratio than 0 may be rejected although 0 is not."""
     for seed in range(20):
         random = np.random.default_rng(seed)
         bottom = random.uniform(0.5, 2, (1, 7))
@@ -129,14 +129,14 @@ def test_a_ratio_of_few_skewed_units_has_zero_inside_unless_its_p_is_small() -> 
         np.testing.assert_array_equal(small, (low > 0) | (high < 0))
 
 
-def test_a_ratio_without_a_clear_denominator_has_no_interval() -> None:
+def test_ratio_with_a_denominator_near_zero_has_no_interval() -> None:
     random = np.random.default_rng(4)
     bottom = random.normal(0, 1, (1, 20))
     found = skewed_t(sums(bottom + random.normal(0, 0.1, (1, 20)), bottom))
     assert np.isnan(found.interval(95.0, 5)).all()
 
 
-def test_strata_of_different_means_leave_p_and_interval_as_they_are() -> None:
+def test_p_and_interval_do_not_depend_on_means_of_strata() -> None:
     random = np.random.default_rng(5)
     strata = np.arange(24) % 3
     inner = random.normal(0, 0.1, (1, 24))
@@ -155,7 +155,7 @@ def test_strata_of_different_means_leave_p_and_interval_as_they_are() -> None:
     assert apart.low[0] > 0
 
 
-def test_absent_units_count_for_nothing() -> None:
+def test_absent_units_are_ignored() -> None:
     random = np.random.default_rng(6)
     top = random.normal(0.4, 1, (1, 12))
     alone = skewed_t(sums(top))
@@ -166,14 +166,14 @@ def test_absent_units_count_for_nothing() -> None:
     np.testing.assert_allclose(among.interval(95.0, 5), alone.interval(95.0, 5))
 
 
-def test_one_cluster_of_half_the_rows_has_no_interval() -> None:
+def test_ratio_with_half_the_rows_in_one_unit_has_no_interval() -> None:
     random = np.random.default_rng(7)
     sizes = np.array([[15.0] + [1.0] * 15])
     found = skewed_t(sums(sizes * random.normal(0.2, 1, sizes.shape), sizes))
     assert np.isnan(found.interval(95.0, 5)).all()
 
 
-def test_units_that_agree_have_the_p_of_their_signs() -> None:
+def test_p_of_identical_units_is_that_of_their_signs() -> None:
     found = skewed_t(sums(np.full((1, 9), 0.3)))
     assert found.p()[0] == 2.0**-8
     np.testing.assert_allclose(np.ravel(found.interval(95.0, 5)), 0.3)
@@ -186,7 +186,7 @@ def test_units_that_agree_have_the_p_of_their_signs() -> None:
 
 @pytest.mark.parametrize("noise", some(NOISE, ["exponential"]))
 def test_false_positives_of_a_family_stay_below_the_level(noise: str) -> None:
-    """200 families of 16 cells of 16 units: 20 of them are as many as 5 % gives in 1 of 1,000."""
+    """At 5 %, 20 or more of 200 families have a false positive with a probability of 0.001."""
     random = np.random.default_rng(8)
     found = {"holm": 0, "max": 0}
     for _ in range(200):
@@ -198,13 +198,13 @@ def test_false_positives_of_a_family_stay_below_the_level(noise: str) -> None:
     assert found["max"] <= 20
 
 
-def test_an_effect_is_found_among_144_cells() -> None:
+def test_large_effect_is_significant_among_144_cells() -> None:
     random = np.random.default_rng(9)
     p = skewed_t(sums(random.normal(1.2, 1, (4000, 32)))).p()
     assert np.mean(p < 0.05 / 144) > 0.8
 
 
-def test_coverage_of_skewed_means_and_ratios() -> None:
+def test_intervals_of_skewed_means_and_ratios_cover_at_their_level() -> None:
     random = np.random.default_rng(10)
     for n in (8, 16, 32):
         low, high = skewed_t(sums(random.lognormal(0, 1, (4000, n)))).interval(95.0, 5)

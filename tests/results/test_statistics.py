@@ -102,7 +102,7 @@ def test_results_do_not_depend_on_blocks(
     assert each.source_mean == pytest.approx(source.mean() - steps)
 
 
-def test_resamples_without_a_prompt_of_the_cell_are_none_of_it() -> None:
+def test_percentiles_ignore_missing_resamples() -> None:
     random = np.random.default_rng(6)
     samples = random.normal(0, 1, (200, 4)) * [1, 2, 3, 4]
     samples[::3, 1], samples[:, 2] = np.nan, np.nan
@@ -114,7 +114,7 @@ def test_resamples_without_a_prompt_of_the_cell_are_none_of_it() -> None:
     assert np.isnan([low[2], high[2]]).all()
 
 
-def test_a_permutation_of_prompts_changes_nothing(runs: tuple[np.ndarray, ...]) -> None:
+def test_row_order_does_not_affect_statistics(runs: tuple[np.ndarray, ...]) -> None:
     patched, base, source = runs
     ids = list(range(100, 140))
     order = np.random.default_rng(2).permutation(40)
@@ -130,7 +130,7 @@ def test_a_permutation_of_prompts_changes_nothing(runs: tuple[np.ndarray, ...]) 
             assert getattr(moved, key).tolist() == getattr(plain, key).tolist(), key
 
 
-def test_missing_rows_leave_base_and_source_too(runs: tuple[np.ndarray, ...]) -> None:
+def test_missing_rows_are_dropped_from_base_and_source(runs: tuple[np.ndarray, ...]) -> None:
     patched, base, source = (array.copy() for array in runs)
     patched[1, :15] = np.nan
     found = one(measure(patched, base, source))
@@ -159,7 +159,7 @@ def test_base_and_source_may_differ_between_cells(runs: tuple[np.ndarray, ...]) 
     assert moved.base_mean[2] == pytest.approx(base.mean() + 1)
 
 
-def test_nothing_left_is_null_with_a_reason(runs: tuple[np.ndarray, ...]) -> None:
+def test_cell_without_prompts_is_nan_with_a_reason(runs: tuple[np.ndarray, ...]) -> None:
     patched, base, source = runs
     empty = patched.copy()
     empty[0], empty[1, 1:] = np.nan, np.nan
@@ -172,7 +172,7 @@ def test_nothing_left_is_null_with_a_reason(runs: tuple[np.ndarray, ...]) -> Non
     assert np.isnan(found.p[1])
 
 
-def test_infinite_values_are_null(runs: tuple[np.ndarray, ...]) -> None:
+def test_infinite_values_are_nan_with_a_reason(runs: tuple[np.ndarray, ...]) -> None:
     patched, base, _ = (array.copy() for array in runs)
     patched[0, 0] = -np.inf
     found = one(measure(patched, base))
@@ -194,7 +194,7 @@ def test_inert_cells_stay_out_of_the_correction(runs: tuple[np.ndarray, ...]) ->
 
 
 @pytest.mark.parametrize("out", ["inert", "missing"])
-def test_cells_that_are_not_tested_are_not_counted(out: str) -> None:
+def test_correction_counts_only_tested_cells(out: str) -> None:
     base, inert = np.zeros((1, 40)), np.zeros(80, dtype=bool)
     patched = np.ones((80, 40))
     if out == "inert":
@@ -207,7 +207,7 @@ def test_cells_that_are_not_tested_are_not_counted(out: str) -> None:
     assert found.p_corrected[-1] == 60 * 2.0**-39
 
 
-def test_a_delta_of_nothing_has_p_one(runs: tuple[np.ndarray, ...]) -> None:
+def test_zero_delta_has_p_one(runs: tuple[np.ndarray, ...]) -> None:
     _, base, _ = runs
     assert one(measure(base, base)).p.tolist() == [1.0]
 
@@ -226,14 +226,14 @@ def test_correction_runs_over_all_measures(runs: tuple[np.ndarray, ...]) -> None
     assert found[0].p_corrected.min() == pytest.approx(6 * found[0].p.min())
 
 
-def test_groups_are_drawn_whole() -> None:
+def test_groups_are_resampled_as_units() -> None:
     random = np.random.default_rng(3)
     groups = np.repeat(np.arange(8), 10)
     deltas = random.normal(0, 1, 8)[groups] + random.normal(0, 0.01, 80)
     rows = one(measure(deltas[None], np.zeros(80)))
     whole = one(measure(deltas[None], np.zeros(80)), groups=groups)
-    # all the spread lies between groups, so prompts look 10 times more numerous than they are,
-    # and of 8 one end is farther off
+    # all variance is between groups, so rows overstate the sample size by a factor of 10, and
+    # with 8 groups the interval is asymmetric
     ratio = (whole.high[0] - whole.low[0]) / (rows.high[0] - rows.low[0])
     assert 2.4 < ratio < 6
     sums = np.array([deltas[groups == g].sum() for g in range(8)])
@@ -264,7 +264,7 @@ def test_weights_are_draws_with_replacement() -> None:
     assert np.array_equal(np.concatenate(cut), weights)
 
 
-def test_of_each_stratum_as_many_are_drawn_as_there_are() -> None:
+def test_resamples_keep_the_size_of_each_stratum() -> None:
     strata = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1])
     draws = Resamples(9, 5000, 4, strata)
     weights = np.concatenate(list(draws.weights()))
@@ -277,7 +277,7 @@ def test_of_each_stratum_as_many_are_drawn_as_there_are() -> None:
     assert np.array_equal(np.concatenate(cut), weights)
 
 
-def test_categories() -> None:
+def test_category_statistics_have_commonest_value_and_share() -> None:
     values = np.array([[3, 3, 4, 2, 3], [1, 2, np.nan, 2, 1], [np.nan] * 5], dtype=float)
     truth = np.array([[3, 3, 3, 3, 3]], dtype=float)
     found = compute_category_statistics(values, truth)
@@ -293,14 +293,14 @@ def test_categories() -> None:
     assert np.isnan(compute_category_statistics(values, None).mean_error).all()
 
 
-def test_each_cell_has_the_right_numbers_of_its_own() -> None:
-    """Where a position names an item, what is right differs between cells."""
+def test_category_errors_use_the_truth_of_each_cell() -> None:
+    """If a position names an item, the correct number differs between cells."""
     values = np.array([[3, 4], [3, 4]], dtype=float)
     found = compute_category_statistics(values, np.array([[3, 4], [5, 8]], dtype=float))
     assert found.mean_error.tolist() == [0, 3]
 
 
-def test_denominators_near_zero_are_refused(runs: tuple[np.ndarray, ...]) -> None:
+def test_denominator_near_zero_is_rejected(runs: tuple[np.ndarray, ...]) -> None:
     _, base, source = runs
     sampling, recovery = SamplingDesign(40, statistics(), 0), EFFECTS["recovery"]
     assert check_denominator(base, source, sampling, SPAN, effect=recovery) == []
@@ -320,8 +320,8 @@ def test_denominators_near_zero_are_refused(runs: tuple[np.ndarray, ...]) -> Non
     assert [each.code for each in lone] == ["E0604"]
 
 
-def test_denominators_are_refused_by_whole_groups() -> None:
-    """Far from 0 by prompts, but not by the four groups that have all the spread."""
+def test_denominator_near_zero_by_groups_is_rejected() -> None:
+    """The denominator differs from 0 by prompts, but not by the four groups."""
     groups = np.repeat(np.arange(4), 20)
     base = np.array([-1.0, 0.5, 2.0, 1.5])[groups][None]
     relative = EFFECTS["relative"]

@@ -1,4 +1,4 @@
-"""W0720 of tables by values of the prompts, whose cells are families of their own."""
+"""W0720 of tables by prompt values, whose cells are separate families."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def said(rows: int, correction: str = "holm") -> list[str]:
         (9, "holm", "with 9 prompts, no cell can be significant after correction"),
     ],
 )
-def test_a_table_in_which_nothing_can_survive(
+def test_table_by_value_without_possible_significance_is_a_warning(
     rows: int, correction: str, expected: str | None
 ) -> None:
     assert said(rows, correction) == ([] if expected is None else [expected])

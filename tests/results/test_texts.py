@@ -1,4 +1,4 @@
-"""What rows wrote, shown side by side, and as it stands in the JSON document."""
+"""Completions side by side in reports, and in the JSON document."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def gone(text: str) -> ReplyPart:
         (None, "a b", [SAME("a b")]),
     ],
 )
-def test_what_differs(base: str | None, text: str, parts: list[ReplyPart]) -> None:
+def test_mark_differences_marks_new_and_removed_words(
+    base: str | None, text: str, parts: list[ReplyPart]
+) -> None:
     found = mark_differences(base, text)
     assert list(found) == parts
     assert "".join(part.text for part in found if part.kind != "gone") == text
@@ -54,7 +56,7 @@ def test_what_differs(base: str | None, text: str, parts: list[ReplyPart]) -> No
         assert "".join(part.text for part in found if part.kind != "new") == base
 
 
-def test_cells_that_wrote_the_same_stand_in_one_line() -> None:
+def test_cells_with_equal_completions_share_a_line() -> None:
     first, second, *more = prompt_replies(wrote(), report("texts", top=2))
     assert not more
     assert [(line.label, line.runs) for line in first.lines] == [
@@ -76,14 +78,14 @@ def test_cells_that_wrote_the_same_stand_in_one_line() -> None:
     assert [line.label for line in second.lines[2:]] == ["L0H0.z, L1H1.z", "L1H0.z"]
 
 
-def test_as_many_prompts_as_asked() -> None:
+def test_texts_report_shows_the_requested_number_of_prompts() -> None:
     assert [each.number for each in prompt_replies(wrote(), report("texts", top=1))] == [1]
     assert [each.number for each in prompt_replies(wrote(), report("texts"))] == [1, 2, 3]
     assert [each.number for each in prompt_replies(wrote(), report("texts", top=9))] == [1, 2, 3]
 
 
 def test_each_variant_is_compared_with_its_own_base_run() -> None:
-    """Runs of two models stand beside each other, and cells say which one is theirs."""
+    """Runs of two models are listed together, and cells name their model."""
     one = wrote()
     other_base = one.replies.runs["harmless"]
     two = Replies(one.replies.cells, {"clean": other_base}, one.replies.prompts)
@@ -123,7 +125,7 @@ direction refusing = unembedding(" take", " i")
 """
 
 
-def test_without_rules_there_is_the_base_run_alone() -> None:
+def test_texts_report_without_rules_shows_only_the_runs() -> None:
     one = wrote()
     first = replace(one.replies, cells=one.replies.cells[:1])
     alone = replace(one, axes=(), cells=(CellKey({}, ""),), replies=first)
@@ -132,7 +134,7 @@ def test_without_rules_there_is_the_base_run_alone() -> None:
 
 
 @pytest.mark.parametrize("skipped", [(), ("inert",)])
-def test_cells_that_can_not_differ_wrote_what_the_base_run_wrote(skipped: tuple[str, ...]) -> None:
+def test_inert_cells_have_the_completions_of_the_base_run(skipped: tuple[str, ...]) -> None:
     found = mechdsl.run(FILE, no_pass=skipped)["begun"].replies
     nothing, something = found.cells
     assert len(found.prompts) == 4
@@ -145,7 +147,7 @@ def page(folder: Path, result: ExperimentResult, name: str) -> str:
     return (folder / name).read_text(encoding="utf-8")
 
 
-def test_pages_and_texts(tmp_path: Path) -> None:
+def test_texts_report_is_saved_as_html_and_text(tmp_path: Path) -> None:
     html = page(tmp_path, finished(wrote()), "replies.html")
     assert "<td>i can<del> not</del> help with that</td>" in html
     assert "<ins> sure , take the knife</ins>…" in html
@@ -157,7 +159,7 @@ def test_pages_and_texts(tmp_path: Path) -> None:
     assert "1 of 3 prompts" in text
 
 
-def test_an_experiment_without_replies_says_so() -> None:
+def test_texts_report_without_generation_is_rejected() -> None:
     (found,) = check_report(report("texts"), ["layer"], writes=False)
     assert (found.code, "generate" in (found.help_text or "")) == ("E0607", True)
     for known in (True, None):
@@ -166,7 +168,7 @@ def test_an_experiment_without_replies_says_so() -> None:
     assert prompt_replies(bare, report("texts")) == []
 
 
-def test_the_document_has_all_of_them() -> None:
+def test_json_document_has_all_completions() -> None:
     made = finished(wrote())
     document = json.loads(Results((FileResult("f", (made,)),)).to_json())
     found = document["files"][0]["experiments"][0]["replies"]
@@ -194,7 +196,7 @@ def test_the_document_has_all_of_them() -> None:
         lambda r: replace(r, runs={"clean": {4: ()}}),
     ],
 )
-def test_replies_that_fit_nothing_are_refused(wrong: Callable[[Replies], Replies]) -> None:
+def test_inconsistent_completions_are_rejected(wrong: Callable[[Replies], Replies]) -> None:
     made = finished(wrote())
     check_file_result(FileResult("f", (made,)))
     with pytest.raises(ValueError, match="are inconsistent"):

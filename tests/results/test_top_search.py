@@ -98,7 +98,7 @@ def clopper_pearson(right: int, count: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("kind", list(KINDS)[:3])
-def test_few_rankings_contain_the_largest_effects(kind: str) -> None:
+def test_top_search_finds_the_largest_effects_of_few_rankings(kind: str) -> None:
     right, runs, _ = shares(kind, 300, 6)
     assert right == 6
     assert max(runs) <= 300
@@ -106,9 +106,9 @@ def test_few_rankings_contain_the_largest_effects(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_share_of_right_top_sets(kind: str) -> None:
-    """The bound holds for the three types of residuals, and not for one cell that is nothing like
-    the others, as the documentation says."""
+def test_top_search_finds_the_largest_effects_at_its_level(kind: str) -> None:
+    """The bound holds for three types of residuals, but not for a single outlying cell, as
+    documented."""
     right, runs, proved = shares(kind, 1000, 200)
     low, high = clopper_pearson(right, 200)
     print(kind, right, low, high, np.median(runs), max(runs), proved)
@@ -121,7 +121,7 @@ def test_share_of_right_top_sets(kind: str) -> None:
         assert np.median(runs) <= 400
 
 
-def test_a_search_stops_early_only_with_a_bound() -> None:
+def test_top_search_stops_early_only_with_a_bound() -> None:
     exact = np.concatenate([np.linspace(10, 20, 20), np.linspace(-0.1, 0.1, 480)])
     random = np.random.default_rng(0)
     is_right, count, found = search((exact + 0.01 * random.normal(size=500), exact), 20, 0)
@@ -130,6 +130,6 @@ def test_a_search_stops_early_only_with_a_bound() -> None:
     assert 0 < found.risk < 0.05 or found.risk < 1e-9
 
 
-def test_effects_of_zero_are_all_run() -> None:
+def test_top_search_runs_all_cells_if_effects_are_zero() -> None:
     _, count, found = search((np.linspace(1, 2, 150), np.zeros(150)), 20, 0)
     assert (count, found.is_proved) == (150, True)

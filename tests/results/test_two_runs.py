@@ -15,7 +15,7 @@ from mechdsl.statistics.skewed_t import skewed_t
 
 CELLS, FAMILIES, LEVEL = 8, 250, 0.05
 MOST_FALSE = 25
-"""Of 250 families so many have a false positive in one of 10,000 simulations, at a level of 5 %."""
+"""At 5 %, this number of families with a false positive has a probability of 0.0001."""
 
 
 def sums(top: Floats, bottom: Floats | None = None) -> EffectSums:
@@ -25,7 +25,7 @@ def sums(top: Floats, bottom: Floats | None = None) -> EffectSums:
 
 
 def samples(old: EffectSums, new: EffectSums) -> tuple[RunPair, np.ndarray]:
-    """Two samples end to end, as the two runs of no common row are; the new one first."""
+    """Concatenate two samples without common rows, the new sample first."""
     ends = old.top.shape[1], new.top.shape[1]
 
     def wide(values: Floats, before: int, after: int) -> Floats:
@@ -41,12 +41,12 @@ def samples(old: EffectSums, new: EffectSums) -> tuple[RunPair, np.ndarray]:
 
 
 def ratios(random: np.random.Generator, cells: int, units: int) -> EffectSums:
-    """Half of what they are divided by, with noise."""
+    """Ratios of 0.5 with noise."""
     bottom = random.normal(5, 1, (cells, units))
     return sums(bottom / 2 + random.normal(0, 1, bottom.shape), bottom)
 
 
-# --- the same units -------------------------------------------------------------------------------
+# --- paired units ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strata", [None, np.arange(24) % 3], ids=["plain", "design"])
@@ -74,7 +74,7 @@ def test_paired_ratios_have_the_error_of_a_jackknife() -> None:
     assert np.sqrt(found.squares[0, 0]) == pytest.approx(jackknife, rel=0.03)
 
 
-def test_a_tiny_difference_keeps_its_digits() -> None:
+def test_tiny_difference_keeps_its_precision() -> None:
     random = np.random.default_rng(2)
     old = random.normal(0, 1, (1, 24))
     moved = 1e-10 * random.normal(1, 1, (1, 24))
@@ -83,14 +83,14 @@ def test_a_tiny_difference_keeps_its_digits() -> None:
     np.testing.assert_allclose(np.ravel(found), np.ravel(wanted), rtol=1e-4)
 
 
-def test_one_change_in_every_unit_has_an_interval_of_no_width_and_a_p() -> None:
+def test_identical_shift_in_every_unit_has_a_zero_width_interval_and_a_p() -> None:
     old = np.random.default_rng(3).normal(0, 1, (1, 10))
     found = paired_difference(RunPair(sums(old), sums(old + 0.25)), None)
     np.testing.assert_allclose(np.ravel(found.interval(95, 5)), 0.25)
     assert found.p()[0] == 2.0**-9
 
 
-def test_a_ratio_that_stays_is_no_change_though_both_its_means_move() -> None:
+def test_constant_ratio_of_moving_means_has_no_difference() -> None:
     old = ratios(np.random.default_rng(4), 1, 16)
     found = paired_difference(RunPair(old, sums(3 * old.top, 3 * old.bottom)), None)
     assert found.value[0] == pytest.approx(0, abs=1e-12)
@@ -114,7 +114,7 @@ def test_two_samples_have_the_error_and_the_freedom_of_welch() -> None:
 
 
 def test_two_samples_have_the_third_cumulant_of_their_difference() -> None:
-    """That of the new sample's mean less that of the old one's."""
+    """The cumulant is that of the new mean minus that of the old mean."""
     random = np.random.default_rng(6)
     old, new = random.exponential(1, (1, 30)), random.exponential(2, (1, 20))
     both, of_new = samples(sums(old), sums(new))
@@ -128,18 +128,18 @@ def test_two_samples_have_the_third_cumulant_of_their_difference() -> None:
     assert found.cubes[0, 0] == pytest.approx(cumulant(new[0]) - cumulant(old[0]), rel=1e-9)
 
 
-def test_two_flat_samples_that_differ_have_the_p_of_their_signs() -> None:
+def test_p_of_two_constant_samples_is_that_of_their_signs() -> None:
     both, of_new = samples(sums(np.zeros((1, 8))), sums(np.ones((1, 8))))
     assert unpaired_difference(both, of_new).p()[0] == 2.0**-7
     same, _ = samples(sums(np.ones((1, 8))), sums(np.ones((1, 8))))
     assert unpaired_difference(same, of_new).p()[0] == 1
 
 
-# --- how often it is wrong ------------------------------------------------------------------------
+# --- error rates ----------------------------------------------------------------------------------
 
 
 def false_families(p: Floats) -> int:
-    """In how many families any cell is found."""
+    """Return the number of families with a significant cell."""
     return sum(bool(holm(family).min() < LEVEL) for family in p.reshape(FAMILIES, CELLS))
 
 
@@ -157,14 +157,14 @@ ANY: dict[str, Noise] = {
 
 
 @pytest.mark.parametrize("name", PAIRED)
-def test_noise_on_the_same_rows_is_no_change(name: str) -> None:
+def test_noise_on_paired_rows_is_rarely_significant(name: str) -> None:
     random = np.random.default_rng(10)
     old = random.normal(0, 1, (FAMILIES * CELLS, 12))
     both = RunPair(sums(old), sums(old + PAIRED[name](random, old.shape)))
     assert false_families(paired_difference(both, None).p()) <= MOST_FALSE
 
 
-def test_noise_in_ratios_of_the_same_rows_is_no_change() -> None:
+def test_noise_in_paired_ratios_is_rarely_significant() -> None:
     random = np.random.default_rng(11)
     true = random.normal(5, 1, (FAMILIES * CELLS, 12))
 
@@ -180,14 +180,14 @@ def test_noise_in_ratios_of_the_same_rows_is_no_change() -> None:
 
 @pytest.mark.parametrize("name", ANY)
 @pytest.mark.parametrize("sizes", [(12, 12), (6, 24)], ids=["as many", "fewer and more"])
-def test_two_draws_of_rows_are_no_change(name: str, sizes: tuple[int, int]) -> None:
+def test_two_samples_of_one_distribution_rarely_differ(name: str, sizes: tuple[int, int]) -> None:
     random = np.random.default_rng(12)
     old, new = (sums(ANY[name](random, (FAMILIES * CELLS, n))) for n in sizes)
     both, of_new = samples(old, new)
     assert false_families(unpaired_difference(both, of_new).p()) <= MOST_FALSE
 
 
-def test_two_draws_of_ratios_are_no_change() -> None:
+def test_two_samples_of_ratios_rarely_differ() -> None:
     random = np.random.default_rng(13)
     both, of_new = samples(*(ratios(random, FAMILIES * CELLS, n) for n in (10, 16)))
     assert false_families(unpaired_difference(both, of_new).p()) <= MOST_FALSE
@@ -195,14 +195,14 @@ def test_two_draws_of_ratios_are_no_change() -> None:
     assert np.mean((low <= 0) & (high >= 0)) > 0.93
 
 
-def test_another_spread_alone_is_no_change() -> None:
+def test_samples_with_different_variance_alone_rarely_differ() -> None:
     random = np.random.default_rng(14)
     old = sums(random.normal(0, 3, (FAMILIES * CELLS, 8)))
     both, of_new = samples(old, sums(random.normal(0, 1, (FAMILIES * CELLS, 32))))
     assert false_families(unpaired_difference(both, of_new).p()) <= MOST_FALSE
 
 
-def test_a_change_is_found() -> None:
+def test_real_difference_is_significant() -> None:
     random = np.random.default_rng(15)
     old = random.normal(0, 1, (FAMILIES * CELLS, 16))
     moved = old + random.normal(0.75, 0.3, old.shape)

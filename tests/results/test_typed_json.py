@@ -1,4 +1,4 @@
-"""Any value that results may hold is read as it was written."""
+"""Typed JSON: every value of results round-trips."""
 
 from __future__ import annotations
 
@@ -63,20 +63,20 @@ VALUES = st.recursive(
 
 
 def again(written: Any) -> Any:
-    """Through a text of standard JSON."""
+    """Round-trip through standard JSON text."""
     return json.loads(json.dumps(written, allow_nan=False))
 
 
 @settings(max_examples=50, deadline=None)
 @given(VALUES)
-def test_a_value_of_a_row_comes_back(value: Any) -> None:
+def test_row_value_round_trips(value: Any) -> None:
     kept = Attachments()
     equal(value, read_value(again(write_value(value, kept)), kept))
 
 
 @dataclass(frozen=True)
 class Part:
-    """What fields of results are like."""
+    """Fields of the types that results have."""
 
     name: str
     count: int
@@ -97,7 +97,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Whole:
-    """Parts within one another."""
+    """Nested dataclasses."""
 
     parts: tuple[Part | None, ...]
     one: Part | None = None
@@ -130,7 +130,7 @@ WHOLES = st.builds(Whole, st.lists(st.none() | PARTS, max_size=2).map(tuple), st
 
 @settings(max_examples=30, deadline=None)
 @given(WHOLES)
-def test_a_dataclass_comes_back(whole: Whole) -> None:
+def test_dataclass_round_trips(whole: Whole) -> None:
     form, kept = build_codec(Whole), Attachments()
     equal(whole, form.read(again(form.write(whole, kept)), kept))
 
@@ -152,19 +152,19 @@ JSON = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(JSON)
-def test_of_any_json_there_is_a_value_or_a_plain_error(found: Any) -> None:
+def test_any_json_reads_as_a_value_or_a_plain_error(found: Any) -> None:
     kept = Attachments({"0": np.zeros(2)}, [SOURCE])
-    with suppress(ValueError, TypeError, OverflowError):  # which an archive says as its own
+    with suppress(ValueError, TypeError, OverflowError):  # archives convert these errors
         read_value(found, kept)
 
 
 @given(st.text(), st.text(max_size=5))
-def test_arrays_are_found_by_their_names_alone(name: str, other: str) -> None:
+def test_array_with_an_unknown_name_is_rejected(name: str, other: str) -> None:
     with pytest.raises(ValueError, match="missing"):
         read_value({"array": name}, Attachments({name + other + "x": np.zeros(1)}))
 
 
-def test_the_same_array_is_kept_once() -> None:
+def test_identical_array_is_stored_once() -> None:
     kept, one = Attachments(), np.arange(3.0)
     form = build_codec(tuple[Floats, ...])
     written = form.write((one, one, one.copy()), kept)
@@ -173,7 +173,7 @@ def test_the_same_array_is_kept_once() -> None:
     assert a is b
 
 
-def test_equal_tuples_are_kept_once() -> None:
+def test_equal_tuples_are_stored_once() -> None:
     form, kept = build_codec(tuple[tuple[tuple[int, ...], ...], ...]), Attachments()
     cells = (((1, 2), (3,)),) * 1000 + (((4,),),)
     written = form.write(cells, kept)
@@ -196,20 +196,20 @@ def test_equal_tuples_are_kept_once() -> None:
         (Sequence[Any], ["abc", 1, {"dict": []}]),
     ],
 )
-def test_values_of_another_type_are_refused(hint: Any, values: list[Any]) -> None:
+def test_value_of_another_type_is_rejected(hint: Any, values: list[Any]) -> None:
     form = build_codec(hint)
     for value in values:
         with pytest.raises(ValueError, match=r"was expected|can't be stored"):
             form.read(write_value(value, Attachments()), Attachments())
 
 
-def test_numbers_are_exact() -> None:
+def test_numbers_round_trip_exactly() -> None:
     for value in (0.1 + 0.2, -0.0, 5e-324, math.inf, -math.inf, math.nan, 1e308, 2**200, -1):
         found = read_value(again(write_value(value, Attachments())), Attachments())
         equal(value, found)
 
 
-def test_numpys_arrays_may_be_a_type_alias() -> None:
+def test_codec_accepts_a_type_alias_of_numpy_arrays() -> None:
     """As `NDArray` is since NumPy 2.5, which needs Python 3.12."""
     scalar = TypeVar("scalar", bound=np.generic)
     alias = TypeAliasType("alias", np.ndarray[Any, np.dtype[scalar]], type_params=(scalar,))

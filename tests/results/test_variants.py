@@ -1,4 +1,4 @@
-"""Results of several variants put together: what of each prompt and cell goes where."""
+"""Merged results of several variants: values per prompt and cell."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELS = ((("source", "one"),), (("source", "two"),))
 
 
 def variant(number: int, rows: tuple[int, ...], cells: int = 2, **values: Any) -> ExperimentResult:
-    """Values say where they are from: 100 * variant + 10 * cell + row."""
+    """Values encode their origin: 100 * variant + 10 * cell + row."""
     row = np.array(rows, dtype=np.float64)
     patched = 100.0 * number + 10.0 * np.arange(cells)[:, None] + row
     inert = np.arange(cells) == number
@@ -52,7 +52,7 @@ def joined(*results: ExperimentResult) -> ExperimentResult:
     return merge_variants(list(zip(LABELS, results, strict=True)))
 
 
-def test_values_of_the_prompts_that_all_have() -> None:
+def test_merged_variants_keep_values_of_common_prompts() -> None:
     found = joined(variant(1, (4, 5, 6, 8)), variant(2, (8, 7, 5, 4)))
     assert found.row_ids == (4, 5, 8), "in the order of the first"
     row = np.array([4, 5, 8])
@@ -74,7 +74,7 @@ def test_values_of_the_prompts_that_all_have() -> None:
 
 
 def with_units(result: ExperimentResult, number: int) -> ExperimentResult:
-    """Rows 4 and 5 are one in the accuracy, 5 and 8 in the second variant's measure."""
+    """Rows 4 and 5 are one unit of the accuracy, 5 and 8 of the second variant's measure."""
     ids = result.row_ids or ()
     row = np.array(ids)
     seen = np.array([[5 if n == 8 else n for n in ids]]) if number == 2 else None
@@ -90,7 +90,7 @@ def with_units(result: ExperimentResult, number: int) -> ExperimentResult:
     )
 
 
-def test_units_of_variants_are_those_of_the_prompts_that_all_have() -> None:
+def test_merged_variants_keep_units_of_common_prompts() -> None:
     found = joined(with_units(variant(1, (4, 5, 6, 8)), 1), with_units(variant(2, (8, 7, 5, 4)), 2))
     assert found.accuracy_units["clean"].tolist() == [4, 4, 8]
     assert found.accuracy_rounding["clean"].tolist() == [0.4, 0.5, 0.8]
@@ -106,14 +106,14 @@ def test_units_of_variants_are_those_of_the_prompts_that_all_have() -> None:
     assert numbers.rounding.tolist() == [[0.5] * 3] * 2 + [[1.0] * 3] * 2
 
 
-def test_all_prompts_are_said_of_nothing() -> None:
+def test_variants_with_equal_prompts_have_no_prompts_convention() -> None:
     found = joined(variant(1, (4, 5)), variant(2, (4, 5)))
     assert "prompts" not in found.conventions
     one = variant(1, (4, 5))
     assert merge_variants([((), one)]) is one
 
 
-def test_cells_and_their_null_bands_follow_each_other() -> None:
+def test_merged_variants_concatenate_cells_and_random_draws() -> None:
     found = joined(variant(1, (4, 5), cells=2), variant(2, (4, 5), cells=3))
     assert found.axes == ("source", "layer")
     assert [dict(cell.coords) for cell in found.cells] == [
@@ -134,13 +134,13 @@ def test_cells_and_their_null_bands_follow_each_other() -> None:
     assert joined(variant(1, (4,)), replace(variant(2, (4,)), drawn=None)).drawn is None
 
 
-def test_draws_are_of_the_prompts_that_all_have() -> None:
+def test_merged_draws_keep_only_common_prompts() -> None:
     found = joined(variant(1, (4, 5, 6)), variant(2, (5, 6, 7))).drawn
     assert found is not None
     assert found.values[0][0].tolist() == [[1005, 1006]] * 2 + [[2005, 2006]] * 2
 
 
-def test_names_are_those_that_all_agree_on() -> None:
+def test_merged_variants_keep_only_agreed_run_names() -> None:
     one, two = variant(1, (4, 5)), variant(2, (4, 5))
     two = replace(two, called={**two.called, "clean": "q"})
     found = joined(one, two)
@@ -150,7 +150,7 @@ def test_names_are_those_that_all_agree_on() -> None:
     assert joined(replace(one, called=same), replace(two, called=same)).called == same
 
 
-def test_texts_and_hits_are_kept_where_the_prompts_are_the_same() -> None:
+def test_texts_and_hits_are_kept_only_for_equal_prompts() -> None:
     one, two = variant(1, (4, 5)), variant(2, (5, 4))
     found = joined(one, two)
     assert found.texts == (("t4",), ("t5",))
@@ -159,7 +159,7 @@ def test_texts_and_hits_are_kept_where_the_prompts_are_the_same() -> None:
     assert (other.texts, other.hits) == ((), ())
 
 
-def test_runs_of_several_models_say_which() -> None:
+def test_runs_of_several_models_name_their_model() -> None:
     one, two = (with_units(variant(n, (4, 5)), n) for n in (1, 2))
     rows = {"clean": (4, 5)}
     one = replace(one, accuracy_rows=rows)
@@ -174,7 +174,7 @@ def test_runs_of_several_models_say_which() -> None:
     assert found.hashes == {"model": "same", "data of m": "d1", "data of tuned": "d2"}
 
 
-def test_conventions_say_whose_they_are() -> None:
+def test_differing_conventions_name_their_variant() -> None:
     one, two = variant(1, (4,)), variant(2, (4,))
     assert joined(one, two).conventions == {"dtype": "float32"}
     found = joined(one, replace(two, conventions={"dtype": "bfloat16", "mask": "left"}))
@@ -184,8 +184,8 @@ def test_conventions_say_whose_they_are() -> None:
     }
 
 
-def test_conventions_of_variants_along_two_axes() -> None:
-    """One axis is named where it tells them apart, else both are."""
+def test_conventions_of_two_axes_name_only_the_distinguishing_axis() -> None:
+    """One axis is named if it distinguishes the variants, else both."""
     each = [(("source", s), ("base", b)) for s in ("x", "y") for b in ("v", "w")]
     said = [{"fill": "0", "mask": "left"}, {"fill": "0", "mask": "right"}] * 2
     said[2:] = [{"fill": "1", "mask": "right"}, {"fill": "1", "mask": "left"}]

@@ -1,4 +1,4 @@
-"""What a verdict says beside its figure: its line, its effective n, whether it was computed."""
+"""Attributes of a verdict: line, effective sample size, and whether it was computed."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ def fewer_answers() -> ExperimentResult:
         ("argmax(recovery) = L2H1", None),
     ],
 )
-def test_the_fewest_units_that_it_reads(line: str, units: int | None) -> None:
+def test_effective_n_of_a_verdict_is_the_smallest_of_its_values(
+    line: str, units: int | None
+) -> None:
     (found,) = finished(fewer_answers(), line).outcomes
     assert found.effective_n == units
 
 
-def test_units_of_stats_by() -> None:
+def test_effective_n_of_a_verdict_counts_values_of_stats_by() -> None:
     (found,) = finished(heads(), "max(recovery) > 0.3", by="count").outcomes
     assert found.effective_n == 3
 
@@ -68,7 +70,7 @@ def outcome(line: str, *, missing: bool) -> ExpectOutcome:
         "max(recovery) near 5 within 0.1",
     ],
 )
-def test_whether_it_could_be_computed(line: str) -> None:
+def test_verdict_on_a_lost_measure_is_not_computed(line: str) -> None:
     for missing in (False, True):
         found = outcome(line, missing=missing)
         assert (found.holds, found.computed) == (False, not missing)
@@ -77,10 +79,10 @@ def test_whether_it_could_be_computed(line: str) -> None:
 @pytest.mark.parametrize(
     "line", ["accuracy(clean) > 1 and max(recovery) > 5", "accuracy(clean) > 1"]
 )
-def test_what_fails_without_it(line: str) -> None:
+def test_verdict_decided_without_the_lost_measure_is_computed(line: str) -> None:
     assert outcome(line, missing=True).computed
 
 
-def test_an_experiment_that_is_lost() -> None:
+def test_verdict_of_a_lost_experiment_is_not_computed() -> None:
     (found,) = build_lost_experiment(experiment(("max(recovery) > 5",)), []).outcomes
     assert (found.computed, found.line) == (False, 3)

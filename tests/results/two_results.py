@@ -1,4 +1,4 @@
-"""Pairs of results with differences that are known."""
+"""Pairs of results with known differences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def results(*experiments: ExperimentResult, **file: Any) -> Results:
 
 
 def plain(*measures: MeasureData, keys: tuple[int, ...] | None = None) -> ExperimentResult:
-    """Heads of which only these values matter."""
+    """Build an experiment over heads with only these measures."""
     count, prompts = measures[0].patched.shape
     return replace(
         heads(prompts=prompts),
@@ -44,7 +44,7 @@ def plain(*measures: MeasureData, keys: tuple[int, ...] | None = None) -> Experi
 def two(
     old: MeasureData, new: MeasureData, *expects: str, keys: Any = None, **settings: Any
 ) -> Differences:
-    """One measure in two runs. keys: of the rows of the new one."""
+    """Compare one measure between two runs. keys: row keys of the new run."""
     sides = (plain(old), plain(new, keys=keys))
     one, other = (results(finished(each, *expects, **settings)) for each in sides)
     return compare_results(one, other)

@@ -1,1 +1,1 @@
-"""Transplants, attention edits and path patching, held to what is worked out by hand."""
+"""Tests of transplants, attention edits and path patching against reference implementations."""

@@ -48,7 +48,7 @@ def of_directions(directions: Tensor) -> Basis:
 
 
 def positive(vectors: Tensor) -> Tensor:
-    """The largest number of each is positive."""
+    """Flip signs so that the largest number of each vector is positive."""
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     return vectors * largest.sign()
 
@@ -94,7 +94,7 @@ def words(name: str, *texts: str) -> Basis:
 
 @cache
 def svd(name: str, site: str, layer: int, dims: int) -> Basis:
-    """Of what inputs that are 1 in one place add to the stream."""
+    """Left singular vectors of the contributions of one-hot inputs to the stream."""
     parts = stack(name, double(name))
     block = parts.block(layer)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A pass in which each receiver reads its own sum of its senders, one prompt at a time."""
+"""A forward pass, one prompt at a time, in which each receiver reads a separate sum of senders."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A kind of rule from outside of the package: all that it takes is one such class.
+"""A rule type that one class outside the package defines.
 
-It is read as `stretch SITE at POSITIONS by NUMBER`.
+Syntax: `stretch SITE at POSITIONS by NUMBER`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sites from outside of the package: all that they take is one such entry each."""
+"""Sites that are defined outside the package, by one entry each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiny models that rules are tried on, as `transformers` has them."""
+"""Tiny `transformers` models on which rules are tested."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ FAMILIES = (
     "gpt_oss",
 )
 BIASED_OUTPUT = ("gpt2", "llama", "gpt_neox", "gpt_neox_sequential", "gpt_oss")
-"""Their attention's output projection has a bias."""
+"""Families whose attention output projection has a bias."""
 STRAIGHT = ("gpt2", "llama", "gpt_neox", "gpt_neox_sequential")
-"""Also without norms: `gpt2 without norms`."""
+"""Families that are also tested without norms: `gpt2 without norms`."""
 WITHOUT_NORMS = " without norms"
 
 
 @cache
 def bare(name: str) -> Any:
-    """The model in 32 bits: what the package is given."""
+    """The model in 32 bits, which the package runs."""
     family = name.removesuffix(WITHOUT_NORMS)
     model = _gpt_oss() if family == "gpt_oss" else families.module(family)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def bare(name: str) -> Any:
 
 @cache
 def double(name: str) -> Any:
-    """The same weights in 64 bits: what the reference computes with."""
+    """The same weights in 64 bits, for the reference."""
     model = copy.deepcopy(bare(name)).double()
     model.config._experts_implementation = "eager"  # the others have no 64 bits
     return unchanged(model)
@@ -80,7 +80,7 @@ _HOOKS = (
 
 
 _FREE: dict[str, list[Any]] = {}
-"""By name, copies of the model that no call is changing; one call may need another."""
+"""Copies of each model, by name, that no call is changing; calls can be nested."""
 
 
 def _copied(name: str) -> Any:
@@ -90,9 +90,10 @@ def _copied(name: str) -> Any:
 
 
 def on_the_model(call: Callable[..., T]) -> Callable[..., T]:
-    """A function of the model in 64 bits (with attention that takes masks) and its name, which may
-    hang hooks on it and exchange its parts: all of that goes back when it returns. As a function
-    of the name; a copy of the model for each call takes longer than all else."""
+    """Turn a function of a 64-bit model and its name into a function of the name.
+
+    The function may add hooks to the model, whose attention takes masks, and replace its modules.
+    All changes are undone when it returns. A copy of the model for each call would be too slow."""
 
     @wraps(call)
     def of_a_name(name: str, *given: Any, **named: Any) -> T:
@@ -124,7 +125,7 @@ def _gpt_oss() -> Any:
 
 
 def _take_norms_out(model: Any) -> None:
-    """No norm before a sublayer, none at the end; weights are drawn in, so that nothing grows."""
+    """Remove the norms before sublayers and at the end; shrink weights to keep values small."""
     for part in list(model.modules()):
         for name, child in list(part.named_children()):
             if "norm" in type(child).__name__.lower():

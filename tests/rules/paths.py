@@ -1,4 +1,4 @@
-"""Path patching as it is defined, with nothing left out and nothing assumed.
+"""Path patching by its definition, without shortcuts.
 
 A path leads from senders to receivers. In a first pass the senders have what the source run has
 there, every other head's z and, unless paths may lead through MLPs, every other MLP's output what
@@ -75,9 +75,9 @@ def copied(
 
 
 def held(base: Run, senders: Sequence[End], layers: int, *, mlps: bool) -> list[Write]:
-    """Everything but the senders has the base run's value; what senders have is written later.
+    """Hold all but the senders at the base run's value; values of senders are written later.
 
-    An MLP that some neurons of are senders is held neuron by neuron, and adds up what they make.
+    An MLP with neurons as senders is held neuron by neuron; its output is the sum over neurons.
     """
     found: list[Write] = []
     for layer in range(layers):
@@ -122,9 +122,9 @@ def paths(
     *,
     mlps: bool = False,
 ) -> list[Tensor]:
-    """Of each path, the logits [T, vocab] that the metric is read off.
+    """The logits [T, vocab] of each path, from which the metric is computed.
 
-    What is written in the base run (noise) is written in both passes.
+    Writes of the base run (noise) happen in both passes.
     """
     layers = model.config.num_hidden_layers
     sent = [

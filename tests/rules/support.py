@@ -1,4 +1,4 @@
-"""Prompts of several blocks, files that read them, and the comparison of two tables."""
+"""Prompts of several blocks, files that use them, and a comparison of two tables."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from .models import bare, double
 
 Array = NDArray[np.float64]
 Key = tuple[Coord | None, ...]
-"""The coordinates of a cell, None where any is right."""
+"""The coordinates of a cell; None accepts any value."""
 
 QUICK = ("plain", "planned")
 """With all passes off, and on."""
 MANY = some(QUICK, ["planned"])
-"""The same for long lists of cases."""
+"""Modes for long lists of cases."""
 
 # --- more prompts ---------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ prompts even {{
 
 @dataclass(frozen=True)
 class Text:
-    """One row of one run: its words, and its named positions counted by hand."""
+    """One row of one run: its words and its named positions, counted without the package."""
 
     words: tuple[str, ...]
     spans: Mapping[str, tuple[int, ...]]
@@ -133,7 +133,7 @@ def _even(record: Record, run: str) -> Text:
 
 
 def rows(run: str = "clean") -> list[Text]:
-    """The texts of a run, in the order of the data: `clean` and others are of the block `p`."""
+    """The texts of a run, in the order of the data; `clean` and the like are of block `p`."""
     block, _, own = run.partition(".")
     match block:
         case "second":
@@ -161,7 +161,7 @@ def write_data(folder: Path) -> None:
 
 
 def tokens(text: Text, written: str) -> list[int]:
-    """What one position means, counted by hand: joined tokens of the model's input."""
+    """Joined tokens of the model's input that a position names, found without the package."""
     written = written.strip()
     if written.startswith("{"):
         parts = written.strip("{}").split(",")
@@ -218,13 +218,13 @@ def run_file(
 
 
 def codes(text: str, folder: Path, name: str = "llama") -> list[str]:
-    """The codes of the errors for which a file isn't run."""
+    """The codes of the errors that keep a file from running."""
     result, diagnostics = try_file(text, folder, name)
     assert result is None, "this should be an error"
     return [found.code for found in diagnostics]
 
 
-# --- values by hand -------------------------------------------------------------------------------
+# --- reference values -----------------------------------------------------------------------------
 
 
 @cache
@@ -242,7 +242,7 @@ def edited(name: str, text: Text, writes: Iterable[Write] = (), edges: Iterable[
 
 
 def difference(logits: Tensor, record: Record, at: int = -1) -> float:
-    """`logit(answer) - logit(wrong)`, at the last token unless it is said where."""
+    """`logit(answer) - logit(wrong)` at a token, by default the last one."""
     return float(logits[at, token(record["a"])] - logits[at, token(record["b"])])
 
 
@@ -256,15 +256,15 @@ def unpatched(name: str, run: str = "clean", block: str = "p", at: str = "last t
 
 
 Cells = Mapping[Key, Sequence[float]]
-"""Of every cell, in the order of the table: one value per prompt."""
+"""One value per prompt for each cell, in the order of the table."""
 
 
 def table(
     values: Iterable[Sequence[Coord | None]], worked_out: Callable[..., float | None], count: int
 ) -> dict[Key, list[float]]:
-    """worked_out: of a prompt's number and the cell's coordinates; None where it has no value.
+    """Tabulate `worked_out` over prompt numbers and cell coordinates; None means no value.
 
-    A cell in which no prompt has one isn't there.
+    Cells without any value are left out.
     """
     found: dict[Key, list[float]] = {}
     for key in values:
@@ -282,7 +282,7 @@ def worked_out(
     every: Sequence[Record],
     at: str = "last token",
 ) -> dict[Key, list[float]]:
-    """`table` of the difference at a token, from what is done to a prompt in each cell.
+    """`table` of the difference at a token, from the changes to a prompt in each cell.
 
     changes: of a prompt's number and the cell's coordinates; the value is the mean over the runs.
     """
@@ -316,11 +316,11 @@ def agree(
     most: bool = True,
     precise: bool = False,
 ) -> None:
-    """Every cell is there, and every prompt's value in it is the one that was worked out by hand.
+    """Assert that all cells exist and that each prompt's value equals the reference.
 
-    base: [prompt] or [cell, prompt]; None where effects are no differences. large: what the
-    largest effect must exceed. most: half of them must be ten times what is tolerated. precise:
-    the run was in 64 bits, so that small effects are told apart too.
+    base: [prompt] or [cell, prompt]; None if effects aren't differences. large: lower bound of the
+    largest effect. most: half of the effects must exceed ten times the tolerance. precise: the
+    run was in 64 bits, so that small effects are compared as well.
     """
     assert found.axes == axes
     keys = [tuple(cell.coords[axis] for axis in axes) for cell in found.cells]

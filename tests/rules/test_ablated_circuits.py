@@ -87,7 +87,7 @@ def key_heads(name: str) -> int:
 
 @cache
 def edges(name: str) -> tuple[str, frozenset[tuple[str, str]], frozenset[tuple[str, str]]]:
-    """The line of the file, the circuit's edges, and all of the model's."""
+    """The circuit's line in the file, the circuit's edges and all edges of the model."""
     parts = stack(name, double(name))
     senders = reads(parts, key_heads(name), parallel=parts.parallel)
     every = frozenset((of, to) for to, before in senders.items() for of in before)
@@ -264,7 +264,7 @@ def by_formula(effect: str, name: str, case: Case) -> list[float]:
 @pytest.mark.parametrize(
     ("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox", "qwen3"), list(MODES))
 )
-def test_effects_compare_with_the_run_in_which_every_edge_is_ablated(
+def test_circuit_effects_are_relative_to_the_run_with_every_edge_ablated(
     data: Path, name: str, mode: str, key: str
 ) -> None:
     effect, case = key.split()[0], CASES_OF_EFFECTS[key]
@@ -278,7 +278,7 @@ def test_effects_compare_with_the_run_in_which_every_edge_is_ablated(
     assert own.source is not None
     means = EFFECTS[effect].of_means(*(run.mean(1) for run in (own.patched, own.base, own.source)))
     np.testing.assert_allclose(means, values, rtol=1e-4, atol=1e-6)
-    there = ~np.isnan(printed)  # four rows are few to tell a denominator from 0
+    there = ~np.isnan(printed)  # four rows may not distinguish a denominator from 0
     np.testing.assert_allclose(printed[there], means[there])
     assert len(found.cells) == len(values)
     assert np.ptp(values) > 1e-3 or len(values) == 1
@@ -303,7 +303,7 @@ def test_random_circuits_are_compared_with_the_same_runs(data: Path) -> None:
     assert "every edge of the model has the fill" in found["faithfulness"].conventions["∅"]
 
 
-def test_every_edge_with_a_run_at_all_tokens_gives_its_output(data: Path) -> None:
+def test_ablating_every_edge_with_a_run_gives_the_output_of_that_run(data: Path) -> None:
     line = DIFFERENCE.rpartition(" as ")[0]
     rule = "ablate all but c at tokens * with other"
     text = CIRCUIT + experiment("e", rule, measure=f"{line} as faithfulness")
@@ -322,7 +322,9 @@ def shape_of(name: str) -> ModelShape:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
-def test_all_edges_to_the_logits_with_another_run_give_its_output(data: Path, name: str) -> None:
+def test_ablating_all_edges_to_the_logits_with_a_run_gives_its_output(
+    data: Path, name: str
+) -> None:
     """The senders' own values cancel, and biases are those of both runs."""
     senders = ("embed", "layers * heads *", "mlp_out layers *")
     text = f"circuit c = {', '.join(f'{of} -> logits' for of in senders)}\n"
@@ -332,7 +334,7 @@ def test_all_edges_to_the_logits_with_another_run_give_its_output(data: Path, na
     assert np.abs(found.patched[0] - unpatched(name)).max() > 0.1
 
 
-def test_the_stream_between_circuits_is_that_of_the_pass(data: Path) -> None:
+def test_ablating_a_component_changes_all_of_its_circuit_edges(data: Path) -> None:
     """A rule on an earlier component changes what all of its edges carry."""
     rules = "ablate c at tokens * with zero", "ablate layer 0 head 1 at tokens * with zero"
     text = CIRCUIT + experiment("both", *rules) + experiment("head", rules[1])
@@ -453,7 +455,7 @@ def test_edges_are_all_pairs_of_a_sender_and_a_later_receiver(name: str) -> None
     assert {named(edge) for edge in list_edges(shape_of(name))} == edges(name)[2]
 
 
-def test_random_circuits_asked_for_again_are_those_of_their_shape_circuit_seed_and_count() -> None:
+def test_cached_random_circuits_match_their_shape_circuit_seed_and_count() -> None:
     circuit = list_edges(shape_of("llama"))[:3]
     changed = ((circuit[:2], 0, 5), (circuit, 1, 5), (circuit, 0, 6), (circuit, 0, 5))
     for name, (own, seed, count) in product(("llama", "gpt2"), changed):
@@ -550,7 +552,7 @@ WRONG_EDGES = {
 
 
 @pytest.mark.parametrize("lines", WRONG)
-def test_rules_that_circuits_can_not_have_are_errors(data: Path, lines: str) -> None:
+def test_rules_that_circuits_do_not_support_are_errors(data: Path, lines: str) -> None:
     assert WRONG[lines] in codes(CIRCUIT + experiment("e", lines), data)
 
 
@@ -564,7 +566,7 @@ WRONG_EFFECTS = {
 
 
 @pytest.mark.parametrize(("effect", "rule"), WRONG_EFFECTS)
-def test_effects_of_circuits_without_their_rule_are_errors(
+def test_circuit_effects_without_the_matching_rule_are_errors(
     data: Path, effect: str, rule: str
 ) -> None:
     line = f"{DIFFERENCE.rpartition(' as ')[0]} as {effect}"
@@ -574,7 +576,7 @@ def test_effects_of_circuits_without_their_rule_are_errors(
     assert WRONG_EFFECTS[effect, rule] in problems[0].message
 
 
-def test_a_circuit_of_one_edge_has_nothing_left_to_ablate(data: Path) -> None:
+def test_ablating_a_one_edge_circuit_without_each_edge_is_an_error(data: Path) -> None:
     rule = "ablate c without each edge at tokens * with zero"
     assert codes("circuit c = embed -> L0H1.q\n" + experiment("e", rule), data) == ["E0207"]
 
@@ -594,7 +596,7 @@ def test_edges_that_the_model_lacks_are_errors(data: Path, edge: str) -> None:
         ("embed -> resid_pre layer 1", "resid_pre layer 1", RECEIVER_WORDS),
     ],
 )
-def test_site_that_is_no_end_of_an_edge_names_the_ends(
+def test_invalid_edge_end_error_lists_the_valid_ends(
     data: Path, edge: str, site: str, hint: str
 ) -> None:
     text = f"circuit c = {edge}\n" + experiment("e", "ablate c at tokens * with zero")
@@ -604,7 +606,7 @@ def test_site_that_is_no_end_of_an_edge_names_the_ends(
     assert hint in (problem.help_text or "")
 
 
-def test_a_circuit_of_all_edges_leaves_none(data: Path) -> None:
+def test_ablating_all_but_a_circuit_of_all_edges_is_an_error(data: Path) -> None:
     every = "embed -> q layers * heads *, embed -> logits"
     senders = ("embed", "layers * heads *", "mlp_out layers *")
     receivers = (
@@ -621,7 +623,7 @@ def test_a_circuit_of_all_edges_leaves_none(data: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma2"])
-def test_models_whose_components_do_not_add_up_are_errors(data: Path, name: str) -> None:
+def test_circuits_in_models_with_sublayer_output_norms_are_errors(data: Path, name: str) -> None:
     text = CIRCUIT + experiment("e", "ablate c at tokens * with zero")
     result, diagnostics = try_file(text, data, name)
     assert result is None
@@ -637,7 +639,7 @@ CHANGES = {
 
 
 def ran(text: str, folder: Path, store: Path) -> tuple[int, Array]:
-    """How many rows were run, and the values of the first experiment."""
+    """The number of rows that ran, and the values of the first experiment."""
     done: list[int] = []
     how = RunOptions(on_profile=lambda _, profile: done.append(profile.distinct))
     with Store(store) as kept, kept.begin(text, {}) as opened:
@@ -662,7 +664,7 @@ def test_stored_values_depend_on_edges_fills_and_positions(tmp_path: Path, chang
     np.testing.assert_allclose(ran(other, tmp_path, tmp_path / "fresh")[1], changed, atol=1e-6)
 
 
-def test_an_encoder_decoder_is_an_error(tmp_path: Path) -> None:
+def test_circuits_in_an_encoder_decoder_are_an_error(tmp_path: Path) -> None:
     text = CIRCUIT + of_files.experiment(
         "e", "prompts p", "ablate c at last token with zero", of_files.DIFFERENCE
     )

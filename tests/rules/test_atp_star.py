@@ -54,7 +54,7 @@ _SUBLAYERS = {
 
 
 def projection(family: str, site: str, layer: int) -> tuple[Where, Callable[[int], int]]:
-    """The module that makes queries or keys, and the unit of its output that a head's are."""
+    """The module that computes queries or keys, and the output unit of each head."""
     config = double(family).config
     heads = config.num_attention_heads
     if family == "gpt2":
@@ -69,7 +69,7 @@ def projection(family: str, site: str, layer: int) -> tuple[Where, Callable[[int
 
 @cache
 def attention(family: str, row: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Of each layer, weights [head, query, key] and the gradient of the metric by them."""
+    """Attention weights [head, query, key] of each layer, and the metric's gradient by them."""
     own, record = prompt(ROWS[row]), ROWS[row]
     seen = attending(family)(input_ids=torch.tensor([own.ids]), output_attentions=True)
     logits = seen.logits[0, own.last]
@@ -112,7 +112,7 @@ PLACES: dict[str, Places] = {
 @pytest.mark.parametrize("mode", ["planned", pytest.param("small passes", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("site", ["q", "k"])
 @pytest.mark.parametrize("family", [*FAMILIES, *some(("gemma2", "gpt_oss"), ("gpt_oss",))])
-def test_queries_and_keys_change_attention_exactly(
+def test_atp_qk_recomputes_attention_weights_exactly(
     family: str, site: str, mode: str, tmp_path: Path
 ) -> None:
     """Also with heads that share keys, caps on scores, windows and sinks; cells share vectors."""
@@ -162,7 +162,7 @@ CASES: dict[str, tuple[str, str, Any, tuple[int | None, ...]]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_are_left_out_one_by_one(family: str, tmp_path: Path) -> None:
+def test_atp_star_averages_estimates_that_each_drop_one_layer(family: str, tmp_path: Path) -> None:
     text = "".join(
         experiment(name, *LINES, rule, "using atp_star", RAW)
         for name, (_, rule, _, _) in CASES.items()
@@ -174,7 +174,9 @@ def test_layers_are_left_out_one_by_one(family: str, tmp_path: Path) -> None:
             assert agrees(found[name], 0, expected, layer) > 1e-3
 
 
-def test_plan_counts_the_passes_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_counts_the_atp_star_passes_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rule = "patch k layer 0..1 head * at subject tokens"
     text = experiment("e", *LINES, rule, "using atp_star", RAW)
     # Two layers with the base run and the other keys; each of three layers is left out once.
@@ -182,7 +184,7 @@ def test_plan_counts_the_passes_that_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert count_planned_passes(text, tmp_path, monkeypatch) == (passes, passes)
 
 
-def test_values_without_a_sign_are_no_effects(tmp_path: Path) -> None:
+def test_atp_star_values_are_reported_as_unsigned(tmp_path: Path) -> None:
     rule = "patch z layer * head * at last token"
     found = run_file(experiment("e", *LINES, rule, "using atp_star", RAW), tmp_path, bare("gpt2"))
     assert "AtP* of" in found["e"].to_text()
@@ -207,7 +209,7 @@ def test_values_without_a_sign_are_no_effects(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_cells_without_an_estimate_are_an_error(
+def test_measures_that_atp_does_not_support_are_errors(
     lines: Sequence[str], said: str, tmp_path: Path
 ) -> None:
     result, problems = try_file(experiment("e", *LINES, *lines), tmp_path, bare("gpt2"))
@@ -217,6 +219,6 @@ def test_cells_without_an_estimate_are_an_error(
     assert said in render_full([error], color=False, width=300)
 
 
-def test_interrupted_runs_resume(tmp_path: Path) -> None:
+def test_interrupted_atp_star_run_resumes(tmp_path: Path) -> None:
     rule = "patch k layer * head * at subject tokens"
     check_case("llama", experiment("e", *LINES, rule, "using atp_star", RAW), tmp_path, cut=1)

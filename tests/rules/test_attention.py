@@ -1,4 +1,4 @@
-"""Edges of attention that are edited, attention that is written, attention that is looked at."""
+"""Edits of attention edges, patched attention patterns and scores, and observed attention."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ SAME_HEADS = ("gpt2", "gpt_neox", "gpt_neox_sequential")
 
 Done = tuple[list[Write], list[Edge]]
 Act = Callable[..., Sequence[Done]]
-"""Of a model's name, a row's number and the cell's coordinates: the runs, over which the value is
-averaged; none where the row lacks a position."""
+"""From a model's name, a row's number and the cell's coordinates: the runs whose values are
+averaged; empty if the row lacks a position."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rules, and what they do in each cell."""
+    """Rules, and their reference changes in each cell."""
 
     rules: str
     axes: tuple[str, ...]
@@ -64,7 +64,7 @@ class Case:
     base: str = "clean"
     block: str = "p"
     but: tuple[str, ...] = ()
-    """Models on which it does nothing, or does not exist."""
+    """Models on which the rule does nothing or doesn't exist."""
 
 
 def edges(
@@ -709,7 +709,7 @@ def hold(data: Path, key: str, name: str, mode: str, keys: tuple[str, ...] = ())
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("key", list(EVERY))
-def test_what_each_query_sees_is_as_it_is_written(data: Path, key: str, mode: str) -> None:
+def test_attention_edits_equal_the_reference(data: Path, key: str, mode: str) -> None:
     hold(data, key, "llama", mode)
 
 
@@ -732,7 +732,7 @@ def turn_of(key: str) -> str:
 
 
 @pytest.mark.parametrize("key", list(EVERY))
-def test_also_on_other_models(data: Path, key: str) -> None:
+def test_attention_edits_equal_the_reference_in_other_families(data: Path, key: str) -> None:
     """Windows, caps, sinks, norms of queries and keys take turns."""
     name = turn_of(key)
     hold(data, key, name, "planned", tuple(k for k in EVERY if turn_of(k) == name))
@@ -741,7 +741,9 @@ def test_also_on_other_models(data: Path, key: str) -> None:
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("name", ["gpt_oss", "mistral", "gemma2"])
 @pytest.mark.parametrize("key", FEW)
-def test_with_sinks_windows_and_caps(data: Path, key: str, name: str, mode: str) -> None:
+def test_attention_edits_equal_the_reference_with_sinks_windows_and_caps(
+    data: Path, key: str, name: str, mode: str
+) -> None:
     hold(data, key, name, mode, FEW)
 
 
@@ -749,12 +751,14 @@ def test_with_sinks_windows_and_caps(data: Path, key: str, name: str, mode: str)
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("key", list(EVERY))
-def test_on_every_model(data: Path, key: str, name: str, mode: str) -> None:
+def test_attention_edits_equal_the_reference_in_every_family(
+    data: Path, key: str, name: str, mode: str
+) -> None:
     hold(data, key, name, mode)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
-def test_key_heads_are_those_of_the_model(data: Path, name: str) -> None:
+def test_k_rot_has_one_head_per_key_head_of_the_model(data: Path, name: str) -> None:
     heads = 4 if name in SAME_HEADS else 2
     text = experiment(
         "e", "from longer into clean", "patch k_rot layer * head * at {cue token, last token}"
@@ -765,7 +769,7 @@ def test_key_heads_are_those_of_the_model(data: Path, name: str) -> None:
     agree(found, ("layer", "head"), cells, unpatched(name), large=0.02)
 
 
-def test_without_rotary_embeddings_they_are_queries_and_keys(data: Path) -> None:
+def test_q_rot_and_k_rot_equal_q_and_k_without_rotary_embeddings(data: Path) -> None:
     lines = ("from longer into clean", "patch {} layer * head * at {{cue token, last token}}")
     text = "".join(
         experiment(site, lines[0], lines[1].format(site)) for site in ("q", "q_rot", "k", "k_rot")
@@ -778,7 +782,7 @@ def test_without_rotary_embeddings_they_are_queries_and_keys(data: Path) -> None
     np.testing.assert_allclose(found["k_rot"], found["k"], atol=1e-4)
 
 
-def test_reweighting_by_nothing_is_blocking(data: Path) -> None:
+def test_reweighting_by_zero_equals_blocking(data: Path) -> None:
     edge = "attention layer * head * from last token to {cue token, subject token}"
     text = experiment("block", f"block {edge}") + experiment("none", f"reweight {edge} by 0")
     text += experiment("same", f"reweight {edge} by 1")
@@ -798,7 +802,7 @@ CHANGES = (("block", ""), ("reweight", " by 9"), ("set", " to uniform"), ("set",
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_what_lies_outside_of_the_window_is_not_edited(data: Path, mode: str) -> None:
+def test_edits_of_keys_outside_the_window_change_nothing(data: Path, mode: str) -> None:
     far = 'tokens between first token and "w40" token'
     text = "".join(
         experiment(f"e{n}", f"{verb} attention layers * from last token to {far}{end}")
@@ -810,8 +814,8 @@ def test_what_lies_outside_of_the_window_is_not_edited(data: Path, mode: str) ->
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(["gpt2", "llama"], QUICK))
-def test_later_tokens_are_not_edited(data: Path, name: str, mode: str) -> None:
-    """A query that is named beside others, but comes before the keys, stays as it is."""
+def test_edits_skip_queries_before_the_key(data: Path, name: str, mode: str) -> None:
+    """A query before the keys is unchanged, even if the rule names it together with others."""
     queries = {"alone": "last token", "beside": "{cue token, subject token, last token}"}
     text = "".join(
         experiment(f"{key}{n}", f"{verb} attention layers * from {query} to last token{end}")
@@ -825,10 +829,10 @@ def test_later_tokens_are_not_edited(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_queries_behind_the_last_reader_leave_the_others_their_amounts(
+def test_cells_with_queries_after_the_measured_token_use_their_amounts(
     data: Path, mode: str
 ) -> None:
-    """What is set in each cell is its own, where some of its queries are seen by no measure."""
+    """Each cell uses its own amount even if no measure depends on some of its queries."""
     rule = f"reweight attention layer * from {PAIR} to subject token by c"
     text = experiment("e", f"for c in [0.1, 3, 9] {{ {rule} }}", measure=AT_CUE)
 
@@ -841,8 +845,8 @@ def test_queries_behind_the_last_reader_leave_the_others_their_amounts(
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_queries_that_no_measure_sees_are_left_out_alone(data: Path, mode: str) -> None:
-    """Behind the measured token nothing is computed; what is edited before it stays edited."""
+def test_edits_apply_to_the_queries_up_to_the_measured_token(data: Path, mode: str) -> None:
+    """Tokens after the measured one aren't computed; edits of earlier tokens still apply."""
     at_cue = "measure logit(answer) - logit(wrong) at cue token as delta"
     queries = {"alone": "cue token", "beside": "{cue token, last token}"}
     text = "".join(
@@ -854,14 +858,14 @@ def test_queries_that_no_measure_sees_are_left_out_alone(data: Path, mode: str) 
     np.testing.assert_allclose(beside.patched, alone.patched, atol=1e-4)
 
 
-def test_attention_to_later_tokens_only_is_refused(data: Path) -> None:
+def test_blocking_attention_to_later_tokens_only_is_an_error(data: Path) -> None:
     text = experiment("e", "block attention layers * from cue token to last token")
     assert "E0332" in codes(text, data)
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_a_query_that_is_left_without_keys_gets_nothing(data: Path, mode: str) -> None:
-    """With a window it is not known beforehand."""
+def test_blocking_all_visible_keys_of_a_query_equals_the_reference(data: Path, mode: str) -> None:
+    """With a window, the checker can't see this before the run."""
     rule = "block attention layer * from last token to tokens except subject tokens"
     found = run_file(experiment("e", rule), data, "mistral", mode)["e"]
     act = partial(edit("block", LAST, "tokens except subject tokens"), "mistral")
@@ -869,12 +873,12 @@ def test_a_query_that_is_left_without_keys_gets_nothing(data: Path, mode: str) -
     agree(found, ("layer",), cells, unpatched("mistral"))
 
 
-# --- attention that is looked at ------------------------------------------------------------------
+# --- observed attention ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Look:
-    """An observation, and whose attention it is."""
+    """An observation, and the attention edges that it reads."""
 
     lines: tuple[str, ...]
     axes: tuple[str, ...]
@@ -1028,12 +1032,12 @@ def hold_look(data: Path, key: str, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "mode"), in_turn(list(LOOKS), QUICK))
-def test_attention_is_what_the_model_gives(data: Path, key: str, mode: str) -> None:
+def test_observed_attention_equals_the_reference(data: Path, key: str, mode: str) -> None:
     hold_look(data, key, "llama", mode)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gpt_oss", "gemma2"])
-def test_attention_is_what_other_models_give(data: Path, name: str) -> None:
+def test_observed_attention_equals_the_reference_in_other_families(data: Path, name: str) -> None:
     for key in ("one_edge", "several_queries_are_averaged", "every_key", "of_an_edited_run"):
         hold_look(data, key, name, "planned")
 
@@ -1042,11 +1046,13 @@ def test_attention_is_what_other_models_give(data: Path, name: str) -> None:
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mistral"])
 @pytest.mark.parametrize("key", list(LOOKS))
-def test_attention_is_what_every_model_gives(data: Path, key: str, name: str, mode: str) -> None:
+def test_observed_attention_equals_the_reference_in_every_family(
+    data: Path, key: str, name: str, mode: str
+) -> None:
     hold_look(data, key, name, mode)
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1063,8 +1069,8 @@ def test_attention_is_what_every_model_gives(data: Path, key: str, name: str, mo
         ("ablate pattern layer 1 head 0 at last token with mean", None),
     ],
 )
-def test_it_is_refused(data: Path, lines: str, code: str | None) -> None:
-    """More weight than there is, none below 0, no key left, vectors over other keys."""
+def test_invalid_attention_edits_are_errors(data: Path, lines: str, code: str | None) -> None:
+    """Weights above 1 or below 0, queries without keys, and patterns over other keys."""
     found = codes(experiment("e", lines), data)
     assert found
     assert "E0108" not in found

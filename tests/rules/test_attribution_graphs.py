@@ -1,5 +1,5 @@
-"""Attribution graphs, against models that are frozen by hand: patterns of attention and divisors of
-norms are replayed, so that every edge is the effect of taking its source away."""
+"""Attribution graphs, against a frozen reference model: attention patterns and norm divisors are
+replayed, so that every edge is the effect of removing its source."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ IDS = prompt(ROWS[0]).ids
 class Frozen:
     """A model that computes its attention and norms with the patterns and divisors of one prompt.
 
-    What its MLPs write is given, so that its logits are a linear function of that.
+    MLP outputs are given, so that the logits are a linear function of them.
     """
 
     def __init__(self, family: str, ids: Sequence[int]) -> None:
@@ -120,7 +120,7 @@ class Frozen:
         return (args[0] if more is None else args[0] + more, *args[1:]), kwargs
 
     def run(self, added: dict[int | None, Tensor] | None = None) -> Tensor:
-        """[vocab] logits after the prompt, with additions to what MLPs write and to the start."""
+        """[vocab] logits after the prompt, with additions to MLP outputs and the embedding."""
         self.added = added or {}
         self.kept, self.inputs, self.outputs = [], [], []
         softmax = nn.functional.softmax
@@ -140,7 +140,7 @@ class Frozen:
         return [each[0] for each in self.inputs], logits
 
     def without(self, token: int, parts: dict[int | None, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Inputs of MLPs and logits, once a source is taken away, which writes to these layers."""
+        """Inputs of MLPs and logits without a source that writes to these layers."""
         changes: dict[int | None, Tensor] = {}
         for layer, part in parts.items():
             changes[layer] = torch.zeros_like(self.start)
@@ -193,7 +193,7 @@ class Crossing:
         return (before * (before > self.parts.get("threshold", torch.zeros(1)))).clamp(min=0)
 
     def writes(self, feature: int) -> Tensor:
-        """What it adds to the outputs of this layer and later ones."""
+        """The contribution of a feature to the outputs of this layer and later ones."""
         return self.parts["W_dec"][feature]
 
 
@@ -211,13 +211,13 @@ def reconstruct(own: dict[int, Any], codes: dict[int, Tensor], before: list[Tens
 
 
 def skip(own: Any, before: Tensor, now: Tensor) -> Tensor:
-    """What a skip connection adds beyond what it adds to the prompt's output."""
+    """The change of a skip connection's output relative to the prompt."""
     return (now - before) @ own.weights["W_skip"].T
 
 
 def respond(own: Any, before: Tensor, ablated: list[tuple[int, int]], now: Tensor) -> Tensor:
-    """What features write beyond what they write in the prompt: active ones are linear functions of
-    the input, and ablated ones, (token, feature), are 0."""
+    """The change of the features' output relative to the prompt: active features are linear in the
+    input, and ablated ones, (token, feature), are 0."""
     codes = own.encode(before)
     change = (now[0] - before) @ own.weights["W_enc"] * (codes > 0)
     for place in ablated:
@@ -268,7 +268,7 @@ def graph_of(family: str, given: dict[int, GraphTranscoder]) -> AttributionGraph
      ("gemma2", "transcoder"), ("llama", "skip_transcoder"), ("gemma2", "skip_transcoder"),
      ("gpt2", "cross_layer"), ("gemma2", "cross_layer")],
 )  # fmt: skip
-def test_each_edge_is_the_effect_of_its_source(
+def test_graph_edge_equals_the_effect_of_removing_its_source(
     family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = frozen(family)
@@ -361,7 +361,7 @@ def test_edges_toward_a_measure_are_its_gradient_times_effects_on_logits(
         assert abs(effect) > 0.01
 
 
-def test_scores_of_a_graph_worked_out_by_hand() -> None:
+def test_graph_scores_and_pruning_equal_a_worked_example() -> None:
     """Two features, an error, a token and a logit: every path is added up."""
     nodes = FeatureNodes(np.array([0, 1]), np.array([0, 0]), np.array([3, 4]), np.array([1.0, 1.0]))
     edges = np.zeros((3, 6))  # from features 0 and 1, errors 2 and 3, tokens 4 and 5
@@ -389,7 +389,7 @@ def test_scores_of_a_graph_worked_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "transcoder"), ("gemma2", "sparsify")])
-def test_ablated_features_have_the_effect_in_the_model_and_along_the_paths(
+def test_ablated_features_have_the_reference_effect_in_model_and_graph(
     family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference, model = frozen(family), shared(bare(family))
@@ -468,7 +468,7 @@ def lines(observe: str, name: str) -> str:
 
 
 @pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
-def test_statement_has_the_scores_of_each_prompt(mode: str, data: Path) -> None:
+def test_attribution_graph_statement_has_scores_of_each_prompt(mode: str, data: Path) -> None:
     """At several positions, in rows of different lengths, in two experiments of a file."""
     given, _ = transcoders("llama", "transcoder", data, [0, 2])
     found = run_file(T0 + T2 + lines(EVERY, "kept") + lines(SUBJECT, "one"), data, "llama", mode)
@@ -488,7 +488,7 @@ def test_statement_has_the_scores_of_each_prompt(mode: str, data: Path) -> None:
             assert 0.01 < scores[0] < 0.99
 
 
-def test_graph_of_a_measure_has_the_answers_of_each_row(data: Path) -> None:
+def test_graph_toward_a_measure_uses_the_answers_of_each_row(data: Path) -> None:
     """By a name of the file, or written out; another measure has other scores in the store."""
     given, _ = transcoders("llama", "transcoder", data, [0, 2])
     named = EVERY.replace("logits", "logits toward ld")
@@ -516,7 +516,7 @@ def test_graph_of_a_measure_has_the_answers_of_each_row(data: Path) -> None:
     assert "the target is `logit(answer) - logit(wrong)`, to first order" in said
 
 
-def test_statement_ablates_the_features_of_each_prompt(data: Path) -> None:
+def test_graph_ablation_ablates_the_top_features_of_each_prompt(data: Path) -> None:
     given, _ = transcoders("llama", "transcoder", data, [0, 2])
     line = "observe graph_ablation(t0, t2) logits toward answer - wrong at last token top 3 as cut"
     text = T0 + T2 + experiment("e", line, measure="")
@@ -539,7 +539,7 @@ def test_statement_ablates_the_features_of_each_prompt(data: Path) -> None:
     assert "the 3 features of each prompt" in found.conventions["observed"]
 
 
-def test_scores_are_stored_and_depend_on_the_transcoder(data: Path) -> None:
+def test_graph_scores_depend_on_the_transcoder(data: Path) -> None:
     transcoders("llama", "transcoder", data, [0, 2])
     text = T0 + T2 + lines(EVERY, "kept")
     first = run_file(text, data, "llama", "planned")["e_kept"]
@@ -603,7 +603,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_mistakes(name: str, data: Path) -> None:
+def test_invalid_attribution_graphs_are_errors(name: str, data: Path) -> None:
     transcoders("llama", "transcoder", data, [0])
     make_cross_layer(data, frozen("llama").start.shape[-1], layers=2)
     bases = {
@@ -616,14 +616,14 @@ def test_mistakes(name: str, data: Path) -> None:
     assert codes(used + experiment("e", line, measure=""), data) == [code]
 
 
-def test_rules_in_the_experiment_are_an_error(data: Path) -> None:
+def test_attribution_graph_in_an_experiment_with_rules_is_an_error(data: Path) -> None:
     transcoders("llama", "transcoder", data, [0])
     line = "observe attribution_graph(t0) logits at last token as g"
     rule = "ablate z layer 0 head 1 at last token with zero"
     assert "E0207" in codes(T0 + experiment("e", line, rule, measure=""), data)
 
 
-def test_graph_of_the_first_row_is_drawn_and_written(data: Path) -> None:
+def test_graph_report_shows_and_saves_the_pruned_graph_of_one_row(data: Path) -> None:
     """The terminal, a picture and the JSON of circuit-tracer have the pruned graph."""
     given, _ = transcoders("llama", "transcoder", data, [0, 2])
     text = T0 + T2 + experiment("e", EVERY, "report graph", measure="")
@@ -684,7 +684,7 @@ def assert_viewer_reads(content: dict[str, Any], graph: AttributionGraph) -> Non
     assert all(0 < node["influence"] <= 0.81 + shares[0] / sum(shares) for node in features)
 
 
-def test_graph_of_a_measure_is_drawn_with_one_target(data: Path) -> None:
+def test_graph_toward_a_measure_is_drawn_with_one_target(data: Path) -> None:
     transcoders("llama", "transcoder", data, [0, 2])
     line = EVERY.replace("logits", "logits toward answer - wrong").replace("t2)", "t2, nodes: 95%)")
     text = T0 + T2 + experiment("e", line, "report graph", measure="")
@@ -720,8 +720,8 @@ WEIGHT = "observe graph_weight(t0, t2, {}) logits toward answer - wrong at last 
 def sum_of_edges(
     family: str, ids: Sequence[int], own: dict[int, Any], ends: tuple[int, int]
 ) -> tuple[float, float]:
-    """The change of the inputs of active features of b, and of logit differences, once what the
-    features of a write is taken away together: the frozen model is linear."""
+    """The changes of the inputs of b's active features and of logit differences without the output
+    of the features of a: the frozen model is linear."""
     reference = Frozen(family, ids)
     before, logits = reference.run_inputs()
     removed: dict[int | None, Tensor] = {}
@@ -763,8 +763,8 @@ def test_weight_between_groups_is_the_sum_of_the_edges(family: str, kind: str, d
     assert "from the features of `a` (3 features) to those of `b` (3 features)" in observed
 
 
-def test_weight_without_random_features_left_is_that_of_all_others(data: Path) -> None:
-    """The control of all features of a layer but one is this one."""
+def test_random_control_of_all_but_one_feature_uses_the_remaining_feature(data: Path) -> None:
+    """If the group has all features of a layer but one, the control has that feature."""
     transcoders("llama", "transcoder", data, [0, 2])
     groups = "group a = features 0..10 of t0\ngroup c = feature 11 of t0\n"
     lines = [WEIGHT.format(f"from: {name}", f"of_{name}") for name in "ac"]
@@ -863,7 +863,7 @@ def test_drawn_supernodes_have_the_sums_of_their_edges(data: Path) -> None:
     np.testing.assert_array_equal(again["f"].measures[0].patched, again["g"].measures[0].patched)
 
 
-def test_weight_from_ranked_features_follows_their_experiment(data: Path) -> None:
+def test_graph_weight_of_a_ranked_group_uses_the_top_features(data: Path) -> None:
     """The group names features that another experiment of the file ranks."""
     transcoders("llama", "transcoder", data, [0, 2])
     seen = experiment("seen", "observe features of t0 at tokens * top 6", measure="", stats="")
@@ -922,7 +922,7 @@ WRONG_GROUPS = {
 
 
 @pytest.mark.parametrize("name", WRONG_GROUPS)
-def test_group_that_does_not_fit_is_an_error(name: str, data: Path) -> None:
+def test_invalid_graph_group_is_an_error(name: str, data: Path) -> None:
     transcoders("llama", "transcoder", data, [0, 2])
     line, reason = WRONG_GROUPS[name]
     groups = GROUPS + "group h = L0H1\ngroup far = feature 99 of t0\ngroup same = feature 1 of t0\n"

@@ -40,7 +40,7 @@ SOURCE = "from other into clean  "
 
 
 def vectors(name: str, site: str, layer: int, unit: int | None = 0, run: str = "clean") -> Tensor:
-    """[row, width] at the last token; all units one after the other without one."""
+    """[row, width] at the last token; without a unit, all units concatenated."""
     found = [plain(name, text)[site, layer][text.last] for text in rows(run)]
     return torch.stack([each.flatten() if unit is None else each[unit] for each in found])
 
@@ -104,7 +104,7 @@ class Case:
     axes: tuple[str, ...]
     cells: Sequence[tuple[Coord, ...]]
     writes: Callable[..., list[Write]]
-    """Of the model, the row, and the coordinates of the cell."""
+    """From the model, the row and the coordinates of the cell."""
 
 
 LAST = "last token"
@@ -239,7 +239,7 @@ CASES: dict[str, Case] = {
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("family", HERE)
-def test_rules_on_coordinates(family: str, mode: str, data: Path) -> None:
+def test_rules_on_coordinates_equal_the_reference(family: str, mode: str, data: Path) -> None:
     names = {key: f"e{number}" for number, key in enumerate(CASES)}
     text = "basis b = pca(p, dims: 3) at resid_post layer 1 at last token\n" + "".join(
         experiment(names[key], case.rule) for key, case in CASES.items()
@@ -281,7 +281,7 @@ METHODS: dict[str, tuple[str, Callable[[str], Basis]]] = {
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_components_of_single_tokens(family: str, data: Path) -> None:
+def test_pca_with_and_without_each_token_equals_the_reference(family: str, data: Path) -> None:
     """Each token is a row; otherwise, a row is the mean over its tokens."""
     texts = [plain(family, text)["resid_post", 1][:, 0] for text in rows()]
     bases = {
@@ -306,7 +306,9 @@ def test_components_of_single_tokens(family: str, data: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_other_bases(family: str, method: str, data: Path) -> None:
+def test_saved_rows_and_neurons_bases_equal_the_reference(
+    family: str, method: str, data: Path
+) -> None:
     written, make = METHODS[method]
     basis = make(family)
     save_file({"r": rotation(basis.directions.shape[1])}, data / "r.safetensors")
@@ -323,7 +325,7 @@ def test_other_bases(family: str, method: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_directions_of_the_file_span_a_basis(family: str, data: Path) -> None:
+def test_directions_basis_equals_the_reference(family: str, data: Path) -> None:
     """A family has a member for each layer; a direction without one is the same in all."""
     text = (
         "direction d = mean_difference(p.other, p) at resid_post layer * at last token\n"
@@ -358,7 +360,7 @@ def test_directions_of_the_file_span_a_basis(family: str, data: Path) -> None:
 
 @pytest.mark.parametrize("site", ["mlp_out", "attn_out"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_singular_vectors_of_weights(family: str, site: str, data: Path) -> None:
+def test_svd_basis_of_weights_equals_the_reference(family: str, site: str, data: Path) -> None:
     """The basis spans what the weights can write, the largest singular value first."""
     block = double(family).get_submodule(
         "transformer.h.1" if family == "gpt2" else "model.layers.1"
@@ -389,7 +391,7 @@ def test_singular_vectors_of_weights(family: str, site: str, data: Path) -> None
 @pytest.mark.parametrize(
     ("family", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], ["planned", "plain"])
 )
-def test_families_of_bases(family: str, mode: str, data: Path) -> None:
+def test_basis_per_layer_and_head_equals_the_reference(family: str, mode: str, data: Path) -> None:
     """Each layer has a basis, swept or joined; each head, too."""
     text = (
         "basis b = pca(p, dims: 3) at resid_post layer *\n"
@@ -443,7 +445,7 @@ def test_families_of_bases(family: str, mode: str, data: Path) -> None:
 
 @pytest.mark.parametrize("site", ["z", "mlp_hidden"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_units_of_a_site_are_one_vector(family: str, site: str, data: Path) -> None:
+def test_basis_of_all_units_treats_them_as_one_vector(family: str, site: str, data: Path) -> None:
     basis = components(vectors(family, site, 1, None), 3)
     text = (
         f"basis b = pca(p, dims: 3) at {site} layer 1\n"
@@ -475,7 +477,7 @@ def test_units_of_a_site_are_one_vector(family: str, site: str, data: Path) -> N
     agree(found["means"], (), expected, unpatched(family), large=1e-3, most=False)
 
 
-def test_coordinates_are_not_picked_as_whole_sites(data: Path) -> None:
+def test_top_of_ranked_coordinates_as_whole_sites_is_an_error(data: Path) -> None:
     text = (
         "basis b = random(dims: 3) at resid_post layer *\n"
         + experiment("ranked", f"{SOURCE}patch feature 0 of b at last token")
@@ -487,7 +489,7 @@ def test_coordinates_are_not_picked_as_whole_sites(data: Path) -> None:
     assert "features 0, 3 of b" in found.help_text
 
 
-def test_random_bases_depend_on_seed_and_place_not_on_the_name(data: Path) -> None:
+def test_random_basis_depends_on_the_seed_not_on_its_name(data: Path) -> None:
     def effect(name: str, top: str = "", before: str = "") -> np.ndarray:
         text = before + f"basis {name} = random(dims: 4) at resid_post layer 1\n"
         text += experiment("e", f"{SOURCE}patch resid_post layer 1 in basis {name} at last token")
@@ -505,13 +507,13 @@ GROUPED = BLOCKS.replace(
     f'  group = if cue = "{CUES[1]}" then "b" else if cue = "{CUES[2]}" then "c" else "a"\n'
     '  number = if group = "a" then 0.5 else 2\n  xs = list',
 )
-"""With values of three words and of two numbers: rows 0 and 3 share a class."""
+"""Rows have one of three words and one of two numbers: rows 0 and 3 share a class."""
 
 
 @pytest.mark.parametrize(
     ("family", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], ["planned", "padded on the right"])
 )
-def test_class_means(family: str, mode: str, data: Path) -> None:
+def test_class_means_basis_equals_the_reference(family: str, mode: str, data: Path) -> None:
     """Each class counts once; 3 classes span 2 dimensions, and numbers are classes, too."""
     text = (
         "basis b = class_means(group, p) at resid_post layer 1 at last token\n"
@@ -641,7 +643,9 @@ def test_class_means(family: str, mode: str, data: Path) -> None:
         ),
     ],
 )
-def test_mistakes_with_bases(basis: str, line: str, code: str, message: str, data: Path) -> None:
+def test_invalid_bases_are_errors(
+    basis: str, line: str, code: str, message: str, data: Path
+) -> None:
     line = line or "patch feature 0 of b at last token"
     text = f"basis b = {basis}\n" + experiment("e", f"{SOURCE}{line}")
     result, diagnostics = try_file(text, data, "llama")
@@ -651,7 +655,7 @@ def test_mistakes_with_bases(basis: str, line: str, code: str, message: str, dat
     assert message in f"{found.message} {found.help_text}"
 
 
-def test_experts_need_a_number(data: Path) -> None:
+def test_basis_at_experts_without_a_number_is_an_error(data: Path) -> None:
     text = "basis b = pca(p, dims: 1) at expert_out layer 1 at last token\n"
     rule = experiment("e", f"{SOURCE}patch feature 0 of b at last token")
     _, (found,) = try_file(text + rule, data, "gpt_oss")

@@ -1,4 +1,4 @@
-"""`validate` of bases where the model isn't on the machine, as in CI: no width is known."""
+"""`validate` of bases without the model on the machine, as in CI: widths are unknown."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def write_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_no_width_is_an_error(name: str, data: Path) -> None:
+def test_validate_accepts_bases_of_unknown_width(name: str, data: Path) -> None:
     write_files(data)
     basis, coordinates = BASES[name]
     assert codes(basis, f"patch {coordinates} at last token", data) <= {"W0710", "W0720"}
 
 
-def test_saved_directions_may_have_any_width(data: Path) -> None:
+def test_validate_accepts_saved_directions_of_any_width(data: Path) -> None:
     write_files(data)
     basis = "neurons at resid_post layer 2"
     rule = "add 2 * d to resid_post layer 9 at last token"
@@ -76,7 +76,7 @@ def test_saved_directions_may_have_any_width(data: Path) -> None:
         ('saved("r.safetensors", "d") at resid_post layer 2', "E0342"),
     ],
 )
-def test_what_the_files_say_is_checked(basis: str, code: str, data: Path) -> None:
+def test_validate_checks_basis_files_without_the_model(basis: str, code: str, data: Path) -> None:
     write_files(data)
     assert code in codes(basis, "patch feature 0 of b at last token", data)
 
@@ -92,7 +92,9 @@ def test_what_the_files_say_is_checked(basis: str, code: str, data: Path) -> Non
         ("gpt2-medium", 'local("folder")', False),
     ],
 )
-def test_the_recorded_model_is_compared(recorded: str, model: str, said: bool, data: Path) -> None:
+def test_validate_warns_if_the_recorded_model_differs(
+    recorded: str, model: str, said: bool, data: Path
+) -> None:
     write_files(data)
     config = data / "sae" / "cfg.json"
     facts = json.loads(config.read_text(encoding="utf-8"))

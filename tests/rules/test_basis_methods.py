@@ -42,7 +42,7 @@ def _spread() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     BASIS_METHODS._entries.update(before)  # pyright: ignore[reportPrivateUsage]
 
 
-def test_spread_changes_values_as_reference_hooks(data: Path) -> None:
+def test_spread_basis_equals_reference_hooks(data: Path) -> None:
     text = "basis b = spread(p, dims: 2) at resid_post layer 1 at last token\n"
     result = run_file(text + experiment("e", RULE), data, "llama", "planned")["e"]
     last = [plain("llama", each)["resid_post", 1][each.last, 0] for each in rows()]
@@ -85,7 +85,9 @@ def register(**attributes: Any) -> None:
         ({"build": BasisMethod.build}, "it needs `size"),
     ],
 )
-def test_class_that_cannot_be_used_is_rejected(attributes: dict[str, Any], message: str) -> None:
+def test_incomplete_basis_method_is_rejected_at_registration(
+    attributes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(TypeError, match=r"basis method `broken`: ") as caught:
         register(**attributes)
     assert message in str(caught.value)
@@ -115,7 +117,7 @@ def test_class_that_cannot_be_used_is_rejected(attributes: dict[str, Any], messa
         ),
     ],
 )
-def test_mistake_in_a_class_is_an_error_with_its_cause(
+def test_mistake_in_a_basis_method_is_an_error_with_its_cause(
     attributes: dict[str, Any], code: str, message: str, data: Path
 ) -> None:
     register(**attributes)

@@ -49,7 +49,7 @@ LISTS = {
 LAYERS = range(3)
 ONE: list[tuple[Coord, ...]] = [()]
 Pairs = Mapping[int, int | None]
-"""Block → the one that computes in its place; None hands on what enters."""
+"""Block → the block that replaces it; None is the identity."""
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ class Case:
     axes: tuple[str, ...]
     cells: Sequence[tuple[Coord, ...]]
     pairs: Callable[..., Pairs]
-    """Of the cell's coordinates."""
+    """From the cell's coordinates."""
 
 
 CASES: dict[str, Case] = {
@@ -132,7 +132,7 @@ CASES: dict[str, Case] = {
     ),
 }
 OF_ANOTHER_KIND = ("each_by_one", "several_by_one", "in_a_loop", "shifted")
-"""In gemma2 every other block has a window."""
+"""Cases that gemma2 rejects: every other block has an attention window."""
 
 
 @cache
@@ -146,7 +146,7 @@ def expected(name: str, key: str) -> dict[Key, list[float]]:
 
 
 BESIDE = experiment("beside", "ablate resid_pre layer * at cue token with zero")
-"""Rows that take kept values over, in the same file."""
+"""Rows in the same file that reuse cached activations."""
 
 
 @cache
@@ -169,12 +169,14 @@ def hold(data: Path, key: str, name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("key", list(CASES))
-def test_blocks_compute_where_they_are_put(data: Path, key: str, mode: str) -> None:
+def test_replaced_blocks_equal_the_bare_model(data: Path, key: str, mode: str) -> None:
     hold(data, key, "llama", mode)
 
 
 @pytest.mark.parametrize(("key", "name"), in_turn(list(CASES), ["gpt2", "gpt_neox", "gemma2"]))
-def test_also_on_other_models(data: Path, key: str, name: str) -> None:
+def test_replaced_blocks_equal_the_bare_model_in_other_families(
+    data: Path, key: str, name: str
+) -> None:
     hold(data, key, name, "planned")
 
 
@@ -182,11 +184,13 @@ def test_also_on_other_models(data: Path, key: str, name: str) -> None:
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("key", list(CASES))
-def test_on_every_model(data: Path, key: str, name: str, mode: str) -> None:
+def test_replaced_blocks_equal_the_bare_model_in_every_family(
+    data: Path, key: str, name: str, mode: str
+) -> None:
     hold(data, key, name, mode)
 
 
-def test_the_model_is_as_it_was(data: Path) -> None:
+def test_replace_block_leaves_the_model_unchanged(data: Path) -> None:
     model = bare("llama")
     before = {key: id(each) for key, each in model.named_parameters()}
     values = {key: each.clone() for key, each in model.named_parameters()}
@@ -196,8 +200,8 @@ def test_the_model_is_as_it_was(data: Path) -> None:
     assert not any("forward" in part.__dict__ for part in model.modules())
 
 
-def test_a_head_of_a_replaced_block(data: Path) -> None:
-    """It is the head that is computed in that place."""
+def test_patched_head_of_a_replaced_block_equals_the_bare_model(data: Path) -> None:
+    """The patch applies to the head of the replacing block."""
     text = experiment(
         "e", "replace block layer 2 with block layer 1 patch L2H1 at last token with longer"
     )
@@ -210,7 +214,7 @@ def test_a_head_of_a_replaced_block(data: Path) -> None:
     agree(found, (), {(): values}, unpatched("llama"), large=0.1)
 
 
-def test_a_cosine_behind_a_block_that_hands_on(data: Path) -> None:
+def test_cosine_after_an_identity_block_equals_the_reference(data: Path) -> None:
     measure = "measure cosine(L1.resid, clean) as raw"
     text = experiment("e", "replace block layer 1 with identity", measure=measure)
     found = run_file(text, data, "llama", "planned")["e"].measures[0].patched[0]
@@ -264,11 +268,11 @@ def test_a_cosine_behind_a_block_that_hands_on(data: Path) -> None:
         ("llama", "replace block layer 1 with identity against random(3)", "E0630"),
     ],
 )
-def test_what_is_refused(data: Path, name: str, line: str, code: str) -> None:
+def test_invalid_block_replacements_are_errors(data: Path, name: str, line: str, code: str) -> None:
     assert codes(experiment("e", line), data, name) == [code]
 
 
-def test_a_measure_inside_of_a_block_that_is_gone(data: Path) -> None:
+def test_measure_inside_a_removed_block_is_an_error(data: Path) -> None:
     measure = "measure cosine(L1.attn, clean) as raw"
     line = "replace block layer 1 with identity"
     assert codes(experiment("e", line, measure=measure), data) == ["E0414"]
@@ -287,13 +291,13 @@ def checked(data: Path, line: str, **facts: Any) -> CheckedFile:
 
 
 @pytest.mark.parametrize("key", ["num_kv_shared_layers", "scale_attn_by_inverse_layer_idx"])
-def test_blocks_that_hang_on_their_place(data: Path, key: str) -> None:
+def test_replacing_blocks_that_depend_on_their_layer_is_an_error(data: Path, key: str) -> None:
     found = checked(data, "replace block layer 1 with block layer 0", config={key: 2})
     assert [d.code for d in found.diagnostics if d.severity == "error"] == ["E0108"]
 
 
-def test_blocks_that_are_built_otherwise(data: Path) -> None:
-    """E0108 behind loading."""
+def test_replacing_blocks_that_differ_in_structure_is_an_error(data: Path) -> None:
+    """E0108 after loading."""
     by_block = checked(data, "replace block layer 1 with block layer 0").experiments
     by_none = checked(data, "replace block layer 1 with identity").experiments
     model = shared(bare("llama"))

@@ -65,7 +65,7 @@ def values(data: Path, family: str, circuit: str) -> ExperimentResult:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_form_has_the_values_of_the_listed_edges(data: Path, family: str) -> None:
+def test_circuit_file_formats_equal_the_listed_edges(data: Path, family: str) -> None:
     expected = values(data, family, ", ".join(LISTED)).measures[0].patched
     forms = {
         "list": {"edges": list(LISTED)},
@@ -98,7 +98,7 @@ def test_size_chooses_the_edges_with_the_largest_absolute_scores(data: Path, fam
 
 
 def test_heads_that_share_a_key_are_one_receiver(data: Path) -> None:
-    """Their scores are added; two of them have to be in the circuit, or none."""
+    """Their scores are added; either all of them are in the circuit, or none."""
     shape = shape_of("llama")
     assert (shape.n_heads, shape.n_kv_heads) == (4, 2)
     both = ("a0.h1->a1.h2<k>", "a0.h1->a1.h3<k>")
@@ -110,7 +110,7 @@ def test_heads_that_share_a_key_are_one_receiver(data: Path) -> None:
     assert problem(data, 'saved("one.json")').startswith(
         "`one.json` has `a0.h1->a1.h2<k>` in the circuit but not `a0.h1->a1.h3<k>`"
     )
-    # 0.2 + 0.2 is more than 0.3, and 0.5 - 0.4 is less
+    # 0.2 + 0.2 is larger than 0.3, and 0.5 - 0.4 is smaller
     scores = {both[0]: 0.2, both[1]: 0.2, "input->m1": 0.3}
     scores |= {"input->a1.h0<v>": 0.5, "input->a1.h1<v>": -0.4}
     (data / "sums.json").write_text(json.dumps(graph("llama", (), scores)), "utf-8")
@@ -140,8 +140,8 @@ experiment e {
 """
 
 
-def test_stored_run_depends_on_the_content_of_the_file(tmp_path: Path) -> None:
-    """On scores too, although the chosen edges are the same."""
+def test_stored_circuit_run_depends_on_the_content_of_the_file(tmp_path: Path) -> None:
+    """The key depends on scores too, even if the chosen edges are the same."""
     path, file = tmp_path / "e.mech", tmp_path / "c.json"
     path.write_text(SMALL, "utf-8")
     runs: list[tuple[bool, str, float]] = []
@@ -202,7 +202,7 @@ WRONG_FILES: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG_FILES)
-def test_file_that_does_not_fit_is_an_error(data: Path, name: str) -> None:
+def test_circuit_file_that_does_not_match_the_model_is_an_error(data: Path, name: str) -> None:
     content, reason = WRONG_FILES[name]
     (data / "wrong.json").write_text(json.dumps(content), "utf-8")
     said = problem(data, 'saved("wrong.json")')
@@ -210,7 +210,7 @@ def test_file_that_does_not_fit_is_an_error(data: Path, name: str) -> None:
     assert reason in said
 
 
-def test_size_without_scores_is_an_error(data: Path) -> None:
+def test_circuit_size_without_scores_is_an_error(data: Path) -> None:
     (data / "plain.json").write_text(json.dumps({"edges": list(NAMES)}), "utf-8")
     said = problem(data, 'saved("plain.json", size: 2)')
     assert said == "`plain.json` has 0 scored edges, and `size: 2` chooses by scores"
@@ -229,13 +229,13 @@ def test_size_without_scores_is_an_error(data: Path) -> None:
         ("saved(c)", "E0207", "takes the path of a file, in quotes"),
     ],
 )
-def test_call_that_can_not_be_read_is_an_error(
+def test_invalid_saved_circuit_call_is_an_error(
     data: Path, circuit: str, code: str, reason: str
 ) -> None:
     assert problem(data, circuit, code) == reason
 
 
-def test_circuit_of_other_methods_names_the_file(data: Path) -> None:
+def test_circuit_with_another_method_suggests_saved(data: Path) -> None:
     text = "circuit c = pca(p, dims: 2)\n" + experiment("e", "ablate c at tokens * with zero")
     _, found = try_file(text, data, "llama")
     assert found[0].code == "E0342"

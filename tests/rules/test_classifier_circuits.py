@@ -248,8 +248,10 @@ def some(name: str) -> Any:
         *map(some, ("electra", "distilbert", "roberta-prelayernorm", "llama", "mpnet")),
     ],
 )
-def test_circuit_without_edges_gives_the_other_run(name: str, tmp_path: Path) -> None:
-    """All edges carry another run's values, or their own ones."""
+def test_circuit_with_all_other_edges_ablated_equals_the_fill_run(
+    name: str, tmp_path: Path
+) -> None:
+    """All edges outside the circuit carry another run's values, or those of the same run."""
     outputs = "answer" if name.endswith("/tokens") else "class answer"
     at = " at last token" if name.endswith("/tokens") else ""
     measure = f"measure logit({outputs}){at} as raw"

@@ -27,7 +27,7 @@ def alone(*lines: str) -> str:
 
 @pytest.mark.parametrize("key", OTHERS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
-def test_overlap_counts_edges_and_draws(data: Path, name: str, key: str) -> None:
+def test_overlap_measures_equal_set_counts(data: Path, name: str, key: str) -> None:
     written, shared = OTHERS[key]
     line, circuit, every = edges(name)
     text = f"{line}circuit d = {written}\n" + alone("observe overlap c with d as both")
@@ -48,8 +48,8 @@ def test_overlap_counts_edges_and_draws(data: Path, name: str, key: str) -> None
     assert f"{own} and 2 edges, of {total} of the model" in found.conventions["observed"]
 
 
-def test_the_probability_is_the_share_of_all_draws_with_so_many_shared_edges(data: Path) -> None:
-    """By all pairs of edges, for a circuit of two edges."""
+def test_overlap_p_equals_the_share_of_random_circuits_with_that_overlap(data: Path) -> None:
+    """Enumerate all pairs of edges, for a circuit of two edges."""
     _, _, every = edges("gpt2")
     text = (
         "circuit c = embed -> L0H1.q, L2H1 -> logits\ncircuit d = layers 1..2 heads * -> logits\n"
@@ -74,12 +74,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_comparisons_that_are_no_good_are_errors(data: Path, line: str) -> None:
+def test_invalid_circuit_comparisons_are_errors(data: Path, line: str) -> None:
     text = "circuit c = embed -> L0H1.q\ncircuit d = embed -> L0H2.q\n" + alone(line)
     assert WRONG[line] in codes(text, data)
 
 
-def test_edges_without_scores_have_no_top(data: Path) -> None:
+def test_top_of_a_circuit_without_scores_is_an_error(data: Path) -> None:
     rule = "ablate all but top 1 of c at tokens * with zero"
     text = "circuit c = embed -> L0H1.q, L0H1 -> logits\n" + experiment("e", rule)
     result, problems = try_file(text, data, "llama")

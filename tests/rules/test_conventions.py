@@ -1,4 +1,4 @@
-"""What tables say about attention that was opened, and about what paths hold."""
+"""Conventions that tables state about attention, paths, averages and comparisons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SDPA = "computed explicitly (eager) in layers 0 to 2 (the model uses `sdpa`)"
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("rule", [EDGES, PATTERN])
 def test_eager_and_fused_attention_agree(tmp_path: Path, family: str, rule: str) -> None:
-    """A kernel that gives no weights is replaced, and the table says so; the numbers are equal."""
+    """A kernel without attention weights is replaced; the table states it, and values are equal."""
     fused = support.bare(family)
     eager = families.module(family, attn_implementation="eager")
     eager.load_state_dict(fused.state_dict())
@@ -35,13 +35,13 @@ def test_eager_and_fused_attention_agree(tmp_path: Path, family: str, rule: str)
         assert one.conventions["attention"] == SDPA
         assert other.conventions["attention"] == "computed explicitly (eager) in layers 0 to 2"
         assert one.conventions["edges"].startswith("blocked keys get no weight")
-    with torch.no_grad():  # and the model is as it was
+    with torch.no_grad():  # the model is unchanged
         ids = torch.tensor([support.prompt(support.ROWS[0]).ids])
         assert torch.equal(fused(ids).logits, support.bare(family)(ids).logits)
     assert fused.config._attn_implementation == "sdpa"
 
 
-def test_what_a_path_holds_is_said(tmp_path: Path) -> None:
+def test_conventions_state_which_components_a_path_holds(tmp_path: Path) -> None:
     lines = ("prompts p", "from turned into clean")
     text = support.experiment(
         "e", *lines, "path layer * head * -> q layer * head * at tokens *", support.DIFFERENCE
@@ -63,8 +63,8 @@ def test_what_a_path_holds_is_said(tmp_path: Path) -> None:
     assert "pairs" not in found["f"].conventions
 
 
-def test_what_is_averaged_and_compared_is_said(tmp_path: Path) -> None:
-    """Where a reader would look for it: `loss` is in `tests/execute/test_metrics.py`."""
+def test_conventions_state_averaged_rows_and_compared_positions(tmp_path: Path) -> None:
+    """The convention of `loss` is tested in `tests/execute/test_metrics.py`."""
     lines = ("prompts p", "from turned into clean", "patch L1H1 at subject token")
     rows = "the rows of clean after `limit` and `keep`"
     fill = "ablate L1H1 at last token with"
@@ -94,7 +94,7 @@ def test_what_is_averaged_and_compared_is_said(tmp_path: Path) -> None:
     assert said["joined"]["observed"] == f"{weight}, averaged over these layers and these heads"
 
 
-def test_occurrences_have_a_coordinate_of_their_own(tmp_path: Path) -> None:
+def test_each_item_position_adds_an_item_coordinate(tmp_path: Path) -> None:
     """`each item token` promises `item`: the JSON, data frames and expectations have it."""
     rule = "observe attention layer 1 from last token to each item token"
     expect = "expect attention(item: 2) >= 0\n  expect mean(attention, item: 2..3) >= 0"

@@ -111,7 +111,7 @@ def start(name: str) -> Basis:
 # --- changes ------------------------------------------------------------------------------------
 
 New = Callable[[Tensor], Tensor]
-"""New coordinates [K, size] of old ones."""
+"""New coordinates [K, size] from old ones."""
 
 
 def to(number: float) -> New:
@@ -152,7 +152,7 @@ def computed(
     which: Sequence[int],
     unit: int = 0,
 ):
-    """Of a family and a prompt: the change at each token of a position."""
+    """From a family and a prompt: the change at each token of a position."""
 
     def writes(name: str, n: int) -> list[Write]:
         return changed(of, name, site, layer, tokens(rows()[n], at), new, which, unit)
@@ -169,7 +169,7 @@ def read(
     run: str = "other",
     unit: int = 0,
 ):
-    """Of a family and a prompt: the coordinates that another run has."""
+    """From a family and a prompt: the coordinates of another run."""
 
     def writes(name: str, n: int) -> list[Write]:
         source = rows(run)[n]
@@ -194,7 +194,7 @@ def average(
     run: str = "clean",
     unit: int = 0,
 ):
-    """Of a family and a prompt: the mean coordinates over a run's rows, at one token."""
+    """From a family and a prompt: the mean coordinates over a run's rows, at one token."""
 
     def writes(name: str, n: int) -> list[Write]:
         vectors = [plain(name, text)[site, layer][tokens(text, at)[0], unit] for text in rows(run)]
@@ -211,7 +211,7 @@ class Case:
     axes: tuple[str, ...]
     cells: Sequence[tuple[Coord, ...]]
     writes: Callable[..., Sequence[Write]]
-    """Of a family, a prompt's number and the cell's coordinates."""
+    """From a family, a prompt's number and the cell's coordinates."""
     large: float = 0.1
 
 
@@ -546,7 +546,7 @@ def name_of(key: str) -> str:
 
 
 @pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), HERE, list(MODES)[:2]))
-def test_coordinates_change_as_in_the_reference(family: str, mode: str, data: Path) -> None:
+def test_rules_on_coordinates_equal_the_reference(family: str, mode: str, data: Path) -> None:
     found, problems = results(data, family, mode), list[str]()
     for key, case in chosen(family).items():
 

@@ -1,5 +1,5 @@
-"""Runs that an experiment defines by rules, read, patched and measured as any other run is: equal
-to two stages, or three, of plain changes to one unpadded prompt at a time."""
+"""Derived runs as sources, as bases and in metrics, against two or three stages of plain changes
+to one unpadded prompt at a time."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ RUNS = {
 NEEDS = {"twice": ("healed",), "third": ("healed",), "held": ("healed", "third")}
 BASES = {"healed": "longer", "edges": "clean", "flat": "clean", "turn": "other",
          "twice": "clean", "third": "longer", "held": "longer"}  # fmt: skip
-"""The run whose texts they have."""
+"""The run whose texts each derived run has."""
 
 
 def defined(*names: str) -> list[str]:
@@ -78,7 +78,7 @@ def _copy(of: Run, ends: Sequence[End], read: Sequence[int], written: Sequence[i
 
 
 def changes_of(name: str, run: str, n: int) -> tuple[list[Write], list[Edge]]:
-    """What is written into the base of a run with rules, in a row; the later stands."""
+    """Writes into the base of a derived run, in one row; later writes override earlier ones."""
     base = rows(BASES[run])[n]
 
     def at(written: str, run: str = run) -> list[int]:
@@ -150,7 +150,7 @@ def text_of(run: str, n: int) -> Text:
 
 def from_into(name: str, source: str, base: str, ends: Callable[..., Sequence[End]],
               cells: Sequence[Key], at: str = "last token") -> dict[Key, list[float]]:  # fmt: skip
-    """Of every cell: the source's vectors in the base, whose own rules are still in place."""
+    """Values of each cell with the source's vectors in the base, whose rules still apply."""
 
     def changes(n: int, *key: int) -> Sequence[Changes]:
         before, edges = changes_of(name, base, n) if base in RUNS else ([], [])
@@ -169,12 +169,12 @@ def heads(layer: int, head: int) -> list[End]:
     return [End("z", layer, head)]
 
 
-# --- read, and acted on ---------------------------------------------------------------------------
+# --- sources and bases ----------------------------------------------------------------------------
 
 
 @cache
 def results(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
-    """Every run as a source, as a base, and named behind a patch."""
+    """Results with each run as the source, as the base, and named in a patch."""
     text = ""
     sweep = "patch layer * head * at last token"
     for run in RUNS:
@@ -188,7 +188,9 @@ def results(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("name", some(FAMILIES, FAMILIES[:2]))
 @pytest.mark.parametrize("run", list(RUNS))
-def test_a_run_with_rules_as_source_and_base(data: Path, name: str, run: str, mode: str) -> None:
+def test_derived_run_as_source_and_base_equals_the_reference(
+    data: Path, name: str, run: str, mode: str
+) -> None:
     found = results(data, name, mode)
     for key, source, base in (
         (f"of_{run}", run, "clean"),
@@ -204,15 +206,15 @@ def test_a_run_with_rules_as_source_and_base(data: Path, name: str, run: str, mo
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_its_rules_do_something(name: str) -> None:
-    """Of every run, so that the comparisons above tell something."""
+def test_rules_of_each_derived_run_change_the_reference_values(name: str) -> None:
+    """Otherwise the comparisons above would be trivial."""
     for run, base in BASES.items():
         assert np.abs(measured(name, run) - measured(name, base)).max() > 0.02, run
 
 
 @pytest.mark.parametrize("mode", MANY)
-def test_a_later_rule_at_the_same_place_stands(data: Path, mode: str) -> None:
-    """The experiment's own where both write; the run's where the experiment writes below it."""
+def test_experiment_rule_overrides_a_derived_run_at_the_same_site(data: Path, mode: str) -> None:
+    """The experiment's write applies where both write to a site; elsewhere both apply."""
     text = experiment("e", *defined("healed"), "from other into healed",
                       "patch resid_post layer * at cue token")  # fmt: skip
     found = run_file(text, data, "llama", mode)["e"]
@@ -232,7 +234,9 @@ def test_a_later_rule_at_the_same_place_stands(data: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MANY)
-def test_edges_of_the_run_and_of_the_experiment(data: Path, mode: str) -> None:
+def test_attention_edits_of_a_derived_run_and_its_experiment_both_apply(
+    data: Path, mode: str
+) -> None:
     rule = "reweight attention layer * from last token to subject token by 4"
     text = experiment("e", *defined("edges"), "from clean into edges", rule)
     found = run_file(text, data, "llama", mode)["e"]
@@ -247,12 +251,14 @@ def test_edges_of_the_run_and_of_the_experiment(data: Path, mode: str) -> None:
     agree(found, ("layer",), values, measured("llama", "edges"), large=0.02, most=False)
 
 
-# --- measured and compared ------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("name", some(FAMILIES, FAMILIES[:2]))
-def test_metrics_that_compare_with_it(data: Path, name: str, mode: str) -> None:
+def test_metrics_relative_to_a_derived_run_equal_the_reference(
+    data: Path, name: str, mode: str
+) -> None:
     rule = "patch resid_post layer 1 at cue token"
     lines = [*defined("third"), "from other into clean", rule]
     text = "".join(
@@ -281,8 +287,10 @@ def test_metrics_that_compare_with_it(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MANY)
-def test_means_of_it(data: Path, mode: str) -> None:
-    """Over its rows, of vectors with its rules in place."""
+def test_ablation_with_the_mean_of_a_derived_run_equals_the_reference(
+    data: Path, mode: str
+) -> None:
+    """The mean is over the run's rows, of vectors with its rules applied."""
     rule = "ablate layer * head * at last token with mean of third"
     text = experiment("e", *defined("third"), rule)
     found = run_file(text, data, "llama", mode)["e"]
@@ -298,7 +306,7 @@ def test_means_of_it(data: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MANY)
-def test_accuracy_of_it(data: Path, mode: str) -> None:
+def test_accuracy_of_a_derived_run_equals_the_reference(data: Path, mode: str) -> None:
     lines = ["patch resid_post layer 2 at last token", "expect accuracy(third) > -1"]
     text = experiment("e", *defined("third"), "from third into clean", *lines)
     found = run_file(text, data, "llama", mode)["e"]
@@ -310,8 +318,8 @@ def test_accuracy_of_it(data: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MANY)
-def test_metrics_of_several_tokens(data: Path, mode: str) -> None:
-    """The text goes in behind the prompt, beside the rules."""
+def test_multi_token_metric_on_a_derived_run_equals_the_reference(data: Path, mode: str) -> None:
+    """The text follows the prompt, and the rules still apply."""
     lines = [*defined("third"), "from clean into third", "patch layer 2 head * at last token"]
     text = experiment("e", *lines, measure='measure logprob(" w5 w7 w9") as delta')
     found = run_file(text, data, "llama", mode)["e"]
@@ -331,8 +339,8 @@ def test_metrics_of_several_tokens(data: Path, mode: str) -> None:
         np.testing.assert_allclose(found.measures[0].patched[:, n], values[1:], atol=1e-4)
 
 
-def test_runs_of_one_name_in_two_experiments(data: Path) -> None:
-    """Each is that of its own experiment."""
+def test_derived_runs_with_one_name_are_local_to_their_experiments(data: Path) -> None:
+    """Each name refers to the run of the same experiment."""
     sweep = "patch layer * head * at last token"
     text = experiment("a", *defined("healed"), "from healed into clean", sweep)
     other = RUNS["turn"]
@@ -344,8 +352,8 @@ def test_runs_of_one_name_in_two_experiments(data: Path) -> None:
               most=False)  # fmt: skip
 
 
-def test_means_in_a_run_are_of_the_rows_that_are_kept(data: Path) -> None:
-    """`keep` leaves rows out before they are taken."""
+def test_mean_in_a_derived_run_uses_the_rows_after_keep(data: Path) -> None:
+    """`keep` removes rows before the means are computed."""
     rule = "ablate mlp_out layer 1 at last token with mean"
     lines = ["keep prob(answer) > 0.012", f"run flat {{ {rule} }}", "from flat into clean"]
     text = experiment("e", *lines, "patch resid_post layer 2 at last token")
@@ -372,9 +380,8 @@ def test_means_in_a_run_are_of_the_rows_that_are_kept(data: Path) -> None:
     np.testing.assert_allclose(source[0], values, atol=1e-4)
 
 
-def test_other_rows_in_a_run(data: Path) -> None:
-    """`resample` gives each row what another one has: a permutation without a fixed point, the same
-    whatever batches the rows are run in."""
+def test_resample_in_a_derived_run_permutes_rows_without_fixed_points(data: Path) -> None:
+    """`resample` gives each row the values of another row, independent of the batches."""
     line = "run mixed { ablate mlp_out layer 1 at last token with resample }"
     text = experiment("e", line, "from mixed into clean", "patch resid_post layer 2 at last token")
     found = [run_file(text, data, "llama", mode)["e"] for mode in ("planned", "small passes")]
@@ -399,7 +406,7 @@ def test_other_rows_in_a_run(data: Path) -> None:
     assert all(n != donor for n, donor in enumerate(of[::2]))
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 REFUSED = {
@@ -419,14 +426,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", list(REFUSED))
-def test_what_a_run_can_not_be(data: Path, line: str) -> None:
+def test_unsupported_rules_in_a_derived_run_are_errors(data: Path, line: str) -> None:
     name = line.split()[1]
     source = "longer" if name in ("other", "clean") else name
     text = experiment("e", line, f"from {source} into clean", "patch mlp_out layer 1 at cue token")
     assert REFUSED[line] in codes(text, data)
 
 
-def test_rules_that_can_not_act_on_it(data: Path) -> None:
+def test_replace_on_a_derived_run_is_an_error(data: Path) -> None:
     rule = 'replace cue token with "w3"'
     text = experiment("e", *defined("healed"), "from clean into healed", rule)
     assert "E0108" in codes(text, data)
@@ -452,7 +459,7 @@ def test_fit_on_rows_of_a_run_with_rules_reports_e0108_and_the_mean_of_the_run(
     assert "with mean of RUN" in str(error.help_text)
 
 
-def test_a_run_that_nothing_uses(data: Path) -> None:
+def test_unused_derived_run_is_a_warning(data: Path) -> None:
     text = experiment("e", *defined("healed"), "from other into clean",
                       "patch mlp_out layer 1 at cue token")  # fmt: skip
     result, found = try_file(text, data, "llama")
@@ -460,7 +467,7 @@ def test_a_run_that_nothing_uses(data: Path) -> None:
     assert [d.code for d in found if d.code == "W0730"]
 
 
-def test_accuracy_of_what_is_made_of_kept_rows(data: Path) -> None:
+def test_accuracy_of_a_derived_run_with_keep_is_an_error(data: Path) -> None:
     lines = ["keep correct", f"run flat {{ {RUNS['flat']} }}", "from flat into clean"]
     rule = "patch resid_post layer 2 at last token"
     assert "E0108" in codes(experiment("e", *lines, rule, "expect accuracy(flat) > 0"), data)

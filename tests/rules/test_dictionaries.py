@@ -47,7 +47,7 @@ class Reference:
     threshold: Tensor
 
     def scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What undoes the normalisation: x = given * scale + shift."""
+        """The scale and shift that undo the normalisation: x = given * scale + shift."""
         if self.architecture != "layer_norm":
             one = x.new_ones(*x.shape[:-1], 1)
             return one, one - 1
@@ -116,7 +116,7 @@ def mean_features(name: str, of: Reference) -> Tensor:
 
 
 Change = Callable[[Tensor], Tensor]
-"""Of current features, the new ones."""
+"""New features from current ones."""
 
 
 def moved(of: Reference, change: Change, *, keeps_error: bool = True) -> Callable[[Tensor], Tensor]:
@@ -141,7 +141,7 @@ class Case:
     axes: tuple[str, ...]
     cells: Sequence[tuple[Coord, ...]]
     change: Callable[..., Change]
-    """Of the model, the dictionary, the row, and the coordinates of the cell."""
+    """From the model, the dictionary, the row and the coordinates of the cell."""
     at: str = "last token"
     keeps_error: bool = True
 
@@ -238,7 +238,9 @@ CASES: dict[str, Case] = {
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("family", HERE)
-def test_rules_on_features(family: str, architecture: str, mode: str, data: Path) -> None:
+def test_rules_on_features_equal_the_reference(
+    family: str, architecture: str, mode: str, data: Path
+) -> None:
     width = plain(family, rows()[0])["resid_post", LAYER].shape[-1]
     of = make(data, architecture, width)
     names = {key: f"e{number}" for number, key in enumerate(CASES)}
@@ -262,7 +264,7 @@ def test_rules_on_features(family: str, architecture: str, mode: str, data: Path
 
 
 @pytest.mark.parametrize("mode", MANY)
-def test_one_rule_keeps_the_error_and_another_drops_it(mode: str, data: Path) -> None:
+def test_rules_with_and_without_error_in_one_run_equal_the_reference(mode: str, data: Path) -> None:
     width = plain("llama", rows()[0])["resid_post", LAYER].shape[-1]
     of = make(data, "standard", width)
     rules = "clamp feature 1 of f at cue token to 2  clamp feature 1 of f at last token to 2"
@@ -284,7 +286,7 @@ def test_one_rule_keeps_the_error_and_another_drops_it(mode: str, data: Path) ->
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_reconstruction_drops_the_error(architecture: str, mode: str, data: Path) -> None:
+def test_set_to_reconstruction_drops_the_error(architecture: str, mode: str, data: Path) -> None:
     width = plain("llama", rows()[0])["resid_post", LAYER].shape[-1]
     of = make(data, architecture, width)
     rule = f"set resid_post layer {LAYER} at tokens * to reconstruction of f"
@@ -317,7 +319,7 @@ def test_a_reconstruction_drops_the_error(architecture: str, mode: str, data: Pa
         ("patch feature 0 of f at last token without", "E0101"),
     ],
 )
-def test_mistakes_with_features(line: str, code: str, data: Path) -> None:
+def test_invalid_feature_rules_are_errors(line: str, code: str, data: Path) -> None:
     width = plain("llama", rows()[0])["resid_post", LAYER].shape[-1]
     make(data, "standard", width)
     text = f'basis f = sae("sae") at resid_post layer {LAYER}\n'
@@ -326,7 +328,7 @@ def test_mistakes_with_features(line: str, code: str, data: Path) -> None:
     assert code in codes(text, data)
 
 
-def test_axes_of_features_and_layers(data: Path) -> None:
+def test_basis_of_one_layer_applies_at_each_written_layer(data: Path) -> None:
     """A basis of another layer's dictionary is used at each layer that the rule writes."""
     width = plain("llama", rows()[0])["resid_post", LAYER].shape[-1]
     of = make(data, "jumprelu", width)

@@ -163,7 +163,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), HERE))
-def test_dims_are_numbers_of_the_vector(family: str, mode: str, data: Path) -> None:
+def test_rules_on_dims_equal_the_reference(family: str, mode: str, data: Path) -> None:
     names = {key: f"e{number}" for number, key in enumerate(CASES)}
     text = "".join(experiment(names[key], case.rule) for key, case in CASES.items())
     found = run_file(text, data, family, mode)
@@ -179,8 +179,8 @@ def test_dims_are_numbers_of_the_vector(family: str, mode: str, data: Path) -> N
             raise AssertionError(f"{key}: {error}") from error
 
 
-def test_dims_in_a_basis_are_its_coordinates(data: Path) -> None:
-    """Also at other sites than the one that the basis is made at."""
+def test_dims_in_a_basis_equal_features_of_the_basis(data: Path) -> None:
+    """Also at sites other than that of the basis."""
     text = "basis b = pca(p, dims: 3) at resid_post layer 1 at last token\n"
     pairs = (
         ("patch feature 0..1 of b at last token", "patch resid_post layer 1 in basis b dim 0..1"),
@@ -217,6 +217,6 @@ def test_dims_in_a_basis_are_its_coordinates(data: Path) -> None:
         ("set attn_out layer 1 dims 0..1 at last token to reconstruction of b", "E0342"),
     ],
 )
-def test_mistakes_with_dims(line: str, code: str, data: Path) -> None:
+def test_invalid_dims_are_errors(line: str, code: str, data: Path) -> None:
     text = "basis b = random(dims: 2) at resid_post layer 1\n" + experiment("e", SOURCE + line)
     assert code in codes(text, data)

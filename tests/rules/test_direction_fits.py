@@ -1,4 +1,4 @@
-"""What directions are fitted on, against fits and means of vectors that were read by hand."""
+"""Rows and vectors that directions are fitted on, against reference fits and means."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ prompts sized {
 
 @pytest.fixture
 def folder(data: Path) -> Path:
-    """With the rows of `sized`."""
+    """The data folder with the rows of `sized`."""
     lines = "\n".join(json.dumps(record) for record in SIZED)
     (data / "sized.jsonl").write_text(lines, encoding="utf-8")
     return data
@@ -102,7 +102,7 @@ def column(name: str) -> list[int | str]:
 
 
 def ridge(x: Tensor, y: Sequence[float], penalty: float) -> Tensor:
-    """[width]: least squares of the rows with √penalty · weights = 0 as more of them."""
+    """[width]: least squares of the rows and of extra rows √penalty · weights = 0."""
     rows_ = x.numpy()
     width = rows_.shape[1]
     top = np.hstack([rows_, np.ones((len(rows_), 1))])
@@ -147,7 +147,7 @@ direction largest = pca(sized) at resid_post layer 1
 
 
 def made(name: str) -> dict[str, tuple[Tensor, float]]:
-    """By name: the direction, and the number that it is added with."""
+    """By name: the direction and its coefficient."""
     last = matrix(name, "resid_post", 1, "last token")
     size = [float(each) for each in column("size")]
     components = torch.linalg.svd(last - last.mean(0)).Vh
@@ -168,10 +168,10 @@ def made(name: str) -> dict[str, tuple[Tensor, float]]:
 
 
 @pytest.mark.parametrize(("family", "room"), [*((name, None) for name in THREE), ("llama", 1)])
-def test_directions_are_what_was_fitted(
+def test_fitted_directions_equal_the_reference(
     family: str, room: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """room: bytes that are read at a time; with no more than 1, each prompt is a batch."""
+    """room: bytes per read batch; with 1 byte, each prompt is a batch."""
     if room is not None:
         monkeypatch.setattr(plan, "READ_BATCH_BYTES", room)
     expected = made(family)
@@ -203,8 +203,8 @@ def test_directions_are_what_was_fitted(
     assert "from `9` to `10`" in found["e_sizes"].conventions["direction sizes"]
 
 
-def test_runs_of_one_block_are_told_apart(folder: Path) -> None:
-    """By the mean of each, in whatever sum it stands."""
+def test_mean_directions_distinguish_runs_of_one_block(folder: Path) -> None:
+    """Sums of directions use the mean of each run."""
     at = "at resid_post layer 1 at last token\n"
     text = f"direction whole = mean_difference(p, p.other) {at}"
     text += f"direction one = mean(p) {at}direction other = mean(p.other) {at}"
@@ -219,8 +219,8 @@ def test_runs_of_one_block_are_told_apart(folder: Path) -> None:
     assert float(said.rsplit("norm ", 1)[1]) > 0.1
 
 
-def test_rows_without_the_position_are_left_out(folder: Path) -> None:
-    """A probe's numbers go with the rows that have it."""
+def test_probe_skips_rows_without_the_position(folder: Path) -> None:
+    """The probe's labels are those of the remaining rows."""
     text = "direction d = probe(size, sized, penalty: 2) at resid_post layer 1 at item * token\n"
     text += experiment("e", "add 30 * d to resid_post layer 1 at last token")
     found = run_file(text, folder, "gpt2", "planned", blocks=BLOCKS + BLOCK)["e"]
@@ -245,8 +245,8 @@ def test_rows_without_the_position_are_left_out(folder: Path) -> None:
     agree(found, ("position",), values, unpatched("gpt2"), most=False)
 
 
-def test_parts_and_limits_are_rows_of_an_experiment(folder: Path) -> None:
-    """What is fitted on a part, or on the first rows, is of the rows that experiments get."""
+def test_directions_of_splits_and_limits_use_the_rows_of_experiments(folder: Path) -> None:
+    """Directions of a split or with a limit are fitted on the rows that experiments get."""
     asked = {
         "sized": "sized",
         "sized.train": "sized.train",
@@ -291,8 +291,8 @@ def member(name: str, layer: int, token: int) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_the_best_member_is_that_of_the_first_measure(mode: str, folder: Path) -> None:
-    """By its mean on the rows of the experiment that selects, whatever the rows of the other."""
+def test_best_direction_is_selected_by_the_first_measure(mode: str, folder: Path) -> None:
+    """By its mean over the rows of the selecting experiment, not those of the using one."""
     first = "measure logit(wrong) - logit(answer) as delta"
     second = "measure logit(answer) - logit(wrong) as raw"
     text = FAMILY
@@ -327,10 +327,10 @@ def test_the_best_member_is_that_of_the_first_measure(mode: str, folder: Path) -
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_random_directions_are_as_long_and_what_the_band_is_of(
+def test_random_direction_control_has_equal_norms_and_the_reference_band(
     mode: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every draw is one direction in all of its cells, and the values are those of hooks."""
+    """Each draw uses one direction in all cells, and the values equal those of hooks."""
     drawn: dict[str, Tensor] = {}
     draw = directions._draw_like  # pyright: ignore[reportPrivateUsage]
 
@@ -403,8 +403,8 @@ def checked(way: str) -> CheckedFile:
     return check_source(Source(LISTS.replace("WAY", way)))
 
 
-def test_rows_beyond_the_combinations_and_what_explain_says() -> None:
-    """They are those of `limit 12` in the experiment."""
+def test_direction_limit_selects_the_rows_of_the_same_experiment_limit() -> None:
+    """The rows are those of `limit 12` in the experiment; `explain` reports their number."""
     found = checked("mean_difference(fruit, fruit.fewer, limit: 12) at resid_post layer *")
     own = found.experiments[0]
     assert len(own.table) == 12
@@ -436,5 +436,5 @@ def test_rows_beyond_the_combinations_and_what_explain_says() -> None:
         'unembedding(" 3", limit: 8)',
     ],
 )
-def test_a_limit_is_a_count_of_rows_of_a_block(way: str) -> None:
+def test_invalid_direction_limit_is_an_error(way: str) -> None:
     assert [each.code for each in checked(way).diagnostics if each.severity == "error"] == ["E0207"]

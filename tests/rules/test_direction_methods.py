@@ -73,7 +73,7 @@ def register(**attributes: Any) -> None:
     direction_method("broken")(type("Broken", (FittedMethod,), {**whole, **attributes}))
 
 
-def test_median_changes_values_as_reference_hooks(data: Path) -> None:
+def test_median_direction_equals_reference_hooks(data: Path) -> None:
     text = "direction d = median(p, factor: 2) at resid_post layer 1 at last token\n"
     text += experiment("e", "add d to resid_post layer 1 at last token")
     result = run_file(text, data, "llama", "planned")

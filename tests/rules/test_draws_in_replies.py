@@ -1,4 +1,4 @@
-"""Draws of noise that write replies of different lengths: each counts where it has the place."""
+"""Noise draws with replies of different lengths: each counts at the positions of its reply."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCKS = PROMPTS.replace("corrupt other", f"{NOISED}\n  corrupt other")
 
 
 def noised(name: str, n: int, draw: int) -> Reply:
-    """What a row writes with the noise of a draw."""
+    """The reply of a row with the noise of a draw."""
     at = tokens(rows()[n], "subject tokens")
 
     def added(now: torch.Tensor, token: int) -> torch.Tensor:
@@ -34,7 +34,7 @@ def noised(name: str, n: int, draw: int) -> Reply:
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(["gpt2", "llama"], ["planned", "plain"]))
-def test_each_draw_counts_by_itself(
+def test_noise_draws_count_only_where_their_reply_has_the_position(
     name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row's value is the mean over the draws whose reply has the position, with the rules, and

@@ -1,4 +1,4 @@
-"""The multiply-adds that `plan` counts for coordinates, against counts by hand."""
+"""The multiply-adds that `plan` counts for coordinates, against manual counts."""
 
 from __future__ import annotations
 
@@ -60,23 +60,23 @@ def counted(rule: str, architecture: str, folder: Path, basis: str = BASIS) -> t
         ),
     ],
 )
-def test_coordinates_are_priced(
+def test_plan_counts_multiply_adds_of_coordinates(
     rule: str, architecture: str, separate: float, joined: float, data: Path
 ) -> None:
-    """Besides, each vector is reconstructed once for the size of the error."""
+    """In addition, each vector is reconstructed once for the size of the error."""
     vectors = EVERY if "tokens *" in rule else ROWS
     error = 2 * FEATURES * vectors
     found = counted(rule, architecture, data)
     assert found == pytest.approx((separate + error, joined + error))
 
 
-def test_projections_take_products_of_directions(data: Path) -> None:
+def test_plan_counts_products_of_projected_directions(data: Path) -> None:
     """Two products with each direction, and those of all pairs."""
     found = counted("project out features 1, 5 of f at last token", "topk", data)
     assert found == pytest.approx((2 * (2 + 2) * ROWS,) * 2)
 
 
-def test_linear_bases_have_no_error(data: Path) -> None:
+def test_plan_counts_no_reconstruction_error_for_linear_bases(data: Path) -> None:
     basis = "basis b = random(dims: 3) at resid_post layer 1\n"
     rule = "from other into clean  patch resid_post layer 1 in basis b at last token"
     assert counted(rule, "standard", data, basis) == pytest.approx((9 * ROWS, 9 * ROWS))
@@ -111,7 +111,9 @@ def test_observed_values_encode_named_features_of_each_row(
         ),
     ],
 )
-def test_observed_features(line: str, architecture: str, vectors: int, data: Path) -> None:
+def test_plan_counts_multiply_adds_of_observed_features(
+    line: str, architecture: str, vectors: int, data: Path
+) -> None:
     width = width_of("gpt2")
     make(data, architecture, width)
     plans: list[Plan] = []

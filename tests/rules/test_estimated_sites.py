@@ -32,7 +32,7 @@ _HIDDEN = {"gpt2": "mlp.c_proj", "llama": "mlp.down_proj", "gpt_neox": "mlp.dens
 
 
 def site_of(family: str, site: str, layer: int) -> Where:
-    """Where a site is; neurons of the MLP are its units."""
+    """The module of a site; neurons of the MLP are its units."""
     found = where(family, "resid_pre" if site == "mlp_hidden" else site, layer)
     if site != "mlp_hidden":
         return found
@@ -68,12 +68,12 @@ def lasts(found: list[Tensor], run: str = "clean") -> Tensor:
 
 
 def products(change: Tensor, gradient: Tensor) -> list[float]:
-    """Per row, of [row, …]."""
+    """Return one sum per row, from [row, …]."""
     return (change * gradient).flatten(1).sum(1).tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_neurons_and_means(family: str, tmp_path: Path) -> None:
+def test_estimates_of_neurons_and_ablations_equal_autograd(family: str, tmp_path: Path) -> None:
     lines = ("prompts p", "using atp", measured(ONE, "delta"))
     text = experiment(
         "neurons", "from other into clean", f"patch layer 1 neuron 0..4 {LAST}", *lines
@@ -102,8 +102,10 @@ def test_neurons_and_means(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("site", ["resid_post", "heads"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_coordinates_of_a_basis(family: str, site: str, tmp_path: Path) -> None:
-    """Principal components of a stream, and of all heads one after the other."""
+def test_estimates_of_basis_coordinates_equal_autograd(
+    family: str, site: str, tmp_path: Path
+) -> None:
+    """Principal components of a stream, and of all heads, concatenated."""
     at = site_of(family, "resid_post" if site == "resid_post" else "z", 1)
     base = lasts(reads(family, at, "clean")).flatten(1)
     source = lasts(reads(family, at, "other"), "other").flatten(1)
@@ -132,8 +134,10 @@ ARCHITECTURES = {"gpt2": "standard", "llama": "topk", "gpt_neox": "layer_norm"}
 
 
 @pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, ("atp", "relp", "gim"), FAMILIES))
-def test_features_of_a_dictionary(family: str, kind: str, tmp_path: Path) -> None:
-    """The change of a feature is that of its share of the decoded vector; the error stays."""
+def test_estimates_of_dictionary_features_equal_autograd(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    """A feature changes its share of the decoded vector; the error is unchanged."""
     at = site_of(family, "resid_post", 1)
     base = lasts(reads(family, at, "clean")).flatten(1)
     source = lasts(reads(family, at, "other"), "other").flatten(1)
@@ -156,7 +160,7 @@ def test_features_of_a_dictionary(family: str, kind: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dimensions(family: str, tmp_path: Path) -> None:
+def test_estimates_of_dims_equal_autograd(family: str, tmp_path: Path) -> None:
     at = site_of(family, "resid_post", 1)
     change = lasts(reads(family, at, "other"), "other") - lasts(reads(family, at, "clean"))
     change, gradient = change.flatten(1)[:, :4], lasts(gradients(family, at)).flatten(1)[:, :4]
@@ -197,7 +201,7 @@ def test_estimate_of_a_linear_model_equals_its_run(family: str, kind: str, tmp_p
         assert np.abs(own.patched - own.base - effect).max() <= 1e-5 * size, rule
 
 
-def test_an_alias_is_the_same_estimator(tmp_path: Path) -> None:
+def test_atp_alias_equals_gradient_input(tmp_path: Path) -> None:
     lines = ("prompts p", "from other into clean", f"patch z layer * head * {LAST}")
     text = experiment("one", *lines, "using atp", measured(ONE, "delta"))
     text += experiment("two", *lines, "using gradient_input", measured(ONE, "delta"))

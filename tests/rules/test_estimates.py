@@ -48,7 +48,7 @@ FAMILIES = ("gpt2", "llama", "gpt_neox")
 STEPS = 3
 
 
-# --- where sites are, by hand ---------------------------------------------------------------------
+# --- modules of sites -----------------------------------------------------------------------------
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen3", "gemma2")
 _BLOCKS = {
@@ -83,12 +83,12 @@ def where(family: str, site: str, layer: int | None) -> Where:
             raise AssertionError(site)
 
 
-# --- metrics by hand ------------------------------------------------------------------------------
+# --- reference metrics ----------------------------------------------------------------------------
 
 LONG = "w7 w9 w2"
 Metric = tuple[Sequence[int], Callable[[Tensor, Prompt, Record, Tensor], Tensor]]
-"""What stands behind the prompt, and the number of [T, vocab], the prompt, its record, and the
-logits of the prompt of `other` at its end."""
+"""The tokens after the prompt, and the value from the logits [T, vocab], the prompt, its record and
+the final logits of the prompt of `other`."""
 
 
 def _long(logits: Tensor, own: Prompt, record: Record, other: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ ONE = "logit(answer) - logit(wrong)"
 
 @cache
 def likely(family: str) -> str:
-    """The word that is the likeliest behind the first prompt."""
+    """The most likely word after the first prompt."""
     ids = tuple(prompt(ROWS[0]).ids)
     return f"w{int(logits_at_the_end(family, ids).argmax()) - token('w0')}"
 
@@ -177,11 +177,11 @@ def read(family: str, ids: tuple[int, ...], at: Where) -> Tensor:
     return found.value
 
 
-# --- estimates by hand ----------------------------------------------------------------------------
+# --- reference estimates --------------------------------------------------------------------------
 
 Key = tuple[Any, ...]
 Cells = Callable[[Prompt, int], Mapping[Key, Sequence[tuple[int, int]]]]
-"""Of a prompt and the units of a site: by label (without the layer), the vectors of each cell."""
+"""From a prompt and the units of a site: the vectors of each cell, by label (without the layer)."""
 
 
 def by_hand(
@@ -195,8 +195,10 @@ def by_hand(
     fill: Callable[[Prompt, Prompt, int], int | None] = lambda base, source, at: at,
     module: Any = None,
 ) -> dict[Key, list[float]]:
-    """fill: of both prompts and a position, which position of the source is written there; None:
-    zeros are. module: the model that is differentiated, if its derivatives are changed."""
+    """Return reference estimates by cell.
+
+    fill: from both prompts and a base position, the source position; None means zeros. module:
+    the model to differentiate, if its derivatives are changed."""
     module = double(family) if module is None else module
     at = where(family, site, layer)
     found: dict[Key, list[float]] = {}
@@ -247,7 +249,7 @@ def agrees(
     expected: Mapping[Key, Sequence[float]],
     layer: int | None,
 ) -> float:
-    """Each cell of a layer has what was worked out; gives the largest."""
+    """Assert that each cell of a layer has the expected values; return the largest."""
     data = result.measures[number]
     found = data.patched if data.effect == "raw" else data.patched - data.base
     largest, seen = 0.0, 0
@@ -280,7 +282,7 @@ CASES: dict[str, tuple[str, str, Cells, tuple[int | None, ...]]] = {
         two_places,
         LAYERS,
     ),
-    # Equal in both runs: what is written is what is there, and the gradient isn't 0.
+    # Equal in both runs: the patch changes nothing, and the gradient isn't 0.
     "items": ("resid_pre", "patch resid_pre layer * at item tokens", all_items, LAYERS),
     "embedding": ("embed", "patch embed at subject tokens", whole_subject, (None,)),
 }
@@ -298,7 +300,9 @@ def effect_of(kind: str) -> str:
 
 @pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, KINDS, FAMILIES))
-def test_sites_and_positions(family: str, kind: str, mode: str, tmp_path: Path) -> None:
+def test_estimates_of_sites_and_positions_equal_autograd(
+    family: str, kind: str, mode: str, tmp_path: Path
+) -> None:
     measure = measured(ONE, effect_of(kind))
     text = "".join(
         experiment(name, "prompts p", "from other into clean", rule, using(kind), measure)
@@ -320,7 +324,9 @@ def test_sites_and_positions(family: str, kind: str, mode: str, tmp_path: Path) 
 )
 @pytest.mark.parametrize("kind", TWO)
 @pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
-def test_metrics(family: str, kind: str, mode: str, tmp_path: Path) -> None:
+def test_estimates_of_all_metrics_equal_autograd(
+    family: str, kind: str, mode: str, tmp_path: Path
+) -> None:
     lines = [measured(text, "delta") for text in metrics(family)]
     rule = "patch resid_post layer 1 at subject tokens"
     text = experiment("e", "prompts p", "from other into clean", rule, using(kind), *lines)
@@ -330,8 +336,8 @@ def test_metrics(family: str, kind: str, mode: str, tmp_path: Path) -> None:
         assert agrees(found, number, expected, None) > 1e-3, metric
 
 
-def test_prompts_of_other_lengths(tmp_path: Path) -> None:
-    """What is written is read at the same named place of a longer or shorter text."""
+def test_estimates_from_prompts_of_other_lengths_equal_autograd(tmp_path: Path) -> None:
+    """Source values are read at the same named position of a longer or shorter text."""
     text = experiment(
         "e",
         "prompts p",
@@ -351,7 +357,7 @@ def test_prompts_of_other_lengths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("site", ["k", "v"])
-def test_heads_that_share_keys_and_values(site: str, tmp_path: Path) -> None:
+def test_estimates_of_shared_keys_and_values_equal_autograd(site: str, tmp_path: Path) -> None:
     rule = f"patch {site} layer 1 head * at subject tokens"
     lines = ("prompts p", "from other into clean", rule, using(KINDS[-1]), measured(ONE, "delta"))
     found = run_file(experiment("e", *lines), tmp_path, bare("llama"))["e"]
@@ -361,8 +367,8 @@ def test_heads_that_share_keys_and_values(site: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_fills(kind: str, tmp_path: Path) -> None:
-    """Zeros and means, each by itself and as an axis, whose fills don't move together."""
+def test_estimates_of_a_fill_axis_equal_separate_fills(kind: str, tmp_path: Path) -> None:
+    """Zeros and means, separately and as an axis whose fills are interpolated independently."""
     lines = ("prompts p", using(kind), measured(ONE, "delta"))
     rule = "ablate resid_post layer 1 at cue token, last token with"
     fills = {"zero": "zero", "mean": "mean", "both": "zero, mean"}
@@ -382,7 +388,7 @@ def test_fills(kind: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(values, alone[key], rtol=0, atol=1e-6)
 
 
-def test_the_mean_that_is_written(tmp_path: Path) -> None:
+def test_estimate_of_a_mean_ablation_equals_autograd(tmp_path: Path) -> None:
     """`with mean`: over the rows, per position."""
     lines = ("prompts p", "using gradient_input", measured(ONE, "delta"))
     rule = "ablate resid_post layer 1 at cue token, last token with mean"
@@ -406,7 +412,7 @@ def test_the_mean_that_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_integrated_gradients_add_up(family: str, tmp_path: Path) -> None:
+def test_integrated_gradients_of_heads_sum_to_the_joint_effect(family: str, tmp_path: Path) -> None:
     """Cells of one site add up to the effect of all of them at once (completeness)."""
     lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
     each = "patch layer * head * at subject tokens"
@@ -426,8 +432,8 @@ def test_integrated_gradients_add_up(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ways", ["clean into noised", "noised into clean"])
-def test_draws_of_noise(ways: str, tmp_path: Path) -> None:
-    """Gradients are taken in each draw, with what is written in it, and estimates averaged."""
+def test_integrated_gradients_with_noise_draws_equal_the_run(ways: str, tmp_path: Path) -> None:
+    """Gradients are computed in each noise draw, and estimates are averaged."""
     noised = PROMPTS.rstrip().removesuffix("}") + (
         "  corrupt noised { add gaussian(std: 1.5, samples: 3) to embed at subject tokens }\n}\n"
     )
@@ -447,7 +453,7 @@ def test_draws_of_noise(ways: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(joined.patched - joined.base, effect, atol=1e-3, rtol=1e-2)
 
 
-def test_what_is_said(tmp_path: Path) -> None:
+def test_estimates_are_labelled_in_tables_records_and_json(tmp_path: Path) -> None:
     lines = ("prompts p", "from other into clean", "patch resid_post layer 1 at subject tokens")
     text = experiment("ig", *lines, "using integrated_gradients", measured(ONE, "delta"))
     text += experiment("size", *lines, "using gradient", measured(ONE, "raw"))
@@ -469,12 +475,12 @@ def test_what_is_said(tmp_path: Path) -> None:
         value_title(size.measures[0]) == "Gradient of logit(answer) - logit(wrong)"
     )  # and not in logits
     assert len(match_measures(ig, ig)) == 1
-    assert len(match_measures(ig, run)) == 0  # an estimate isn't set against what was run
+    assert len(match_measures(ig, run)) == 0  # estimates aren't compared with runs
     assert ig.measures[0].rounding is None
 
 
 def count_passes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How many passes forward (`there`) and backward (`back`) estimators run."""
+    """Count the forward (`there`) and backward (`back`) passes of estimators."""
     calls = {"there": 0, "back": 0}
     run, back = estimates.run_full, torch.autograd.grad
 
@@ -499,7 +505,7 @@ Passes = tuple[int, int]
 def count_planned_passes(
     text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Passes, Passes]:
-    """Of an experiment with the estimator: the passes that a plan counts, and those that run."""
+    """Passes of an experiment with the estimator: those that a plan counts and those that run."""
     write_rows(folder)
     checked = check_file(text, folder, shared(bare("gpt2")))
     ((own,),) = (panel.experiments for panel in make_plan(checked.experiments).panels)
@@ -509,7 +515,9 @@ def count_planned_passes(
     return (work.joined_forwards, work.joined_backwards), (calls["there"], calls["back"])
 
 
-def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_counts_the_passes_of_integrated_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_rows(tmp_path)
     measures = [measured(text, "delta") for text in (ONE, 'logprob("w3 w9")', "loss")]
     rule = "patch z layer * head * at last token"
@@ -521,7 +529,7 @@ def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     execute_file(checked, shared(bare("gpt2")))
     (own,) = (each for panel in plan.panels for each in panel.experiments)
     work = gradient_work(own, np.arange(len(ROWS)), lambda lengths: lengths, 10_000)
-    # Three layers, four steps; a text of several tokens has passes of its own.
+    # Three layers, four steps; a text of several tokens has separate passes.
     assert (work.joined_forwards, work.joined_backwards) == (3 * 4 * 2 + 1, 3 * 4 * 3)
     assert (calls["there"], calls["back"]) == (3 * 4 * 2 + 1, 3 * 4 * 3)
     assert work.forwards == len(ROWS) * work.joined_forwards
@@ -533,15 +541,15 @@ def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @cache
 def stream(family: str, ids: tuple[int, ...]) -> Tensor:
-    """[T, d_model] behind block 1."""
+    """[T, d_model] after block 1."""
     with torch.no_grad():
         found = double(family)(input_ids=torch.tensor([ids]), output_hidden_states=True)
     return found.hidden_states[2][0]
 
 
 @pytest.mark.parametrize("kind", TWO)
-def test_a_cosine(kind: str, tmp_path: Path) -> None:
-    """A measure that reads what is inside of the model."""
+def test_estimate_of_a_cosine_equals_autograd(kind: str, tmp_path: Path) -> None:
+    """The measure reads activations inside the model."""
     rule = "patch resid_post layer 0 at subject tokens"
     measure = "measure cosine(L1.resid, longer) at cue token as delta"
     text = experiment("e", "prompts p", "from other into clean", rule, using(kind), measure)
@@ -565,8 +573,8 @@ def test_a_cosine(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_cell_has_its_own_text(kind: str, tmp_path: Path) -> None:
-    """`{item.index}` is that of the cell, and so is the gradient."""
+def test_estimates_use_the_measure_text_of_each_cell(kind: str, tmp_path: Path) -> None:
+    """`{item.index}` and the gradient are those of the cell."""
     rule = "patch resid_post layer 0 at each item token"
     measure = f'measure logit("w{{item.index}}") as {effect_of(kind)}'
     text = experiment("e", "prompts p", "from turned into clean", rule, using(kind), measure)
@@ -590,7 +598,7 @@ def test_each_cell_has_its_own_text(kind: str, tmp_path: Path) -> None:
     assert seen == np.isfinite(values).sum() > 10
 
 
-def test_weights_are_as_they_were(tmp_path: Path) -> None:
+def test_estimates_leave_requires_grad_and_grad_unchanged(tmp_path: Path) -> None:
     module = bare("gpt2")
     parameters = dict(module.named_parameters())
     flags = {name: each.requires_grad for name, each in parameters.items()}
@@ -609,7 +617,7 @@ def test_weights_are_as_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
-def test_memory_runs_out(
+def test_estimates_halve_batches_when_memory_runs_out(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
@@ -633,7 +641,7 @@ def test_memory_runs_out(
     )
 
 
-def test_a_model_that_autograd_cannot_follow(
+def test_autograd_failure_is_an_error_of_the_estimate_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*given: Any, **named: Any) -> Any:
@@ -651,7 +659,7 @@ def test_a_model_that_autograd_cannot_follow(
 
 
 @pytest.mark.parametrize("kind", TWO)
-def test_runs_that_are_cut_short_go_on(kind: str, tmp_path: Path) -> None:
+def test_interrupted_estimates_resume(kind: str, tmp_path: Path) -> None:
     lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
     rule = "patch z layer * head * at subject tokens, last token"
     text = experiment("e", rule, using(kind), *lines, 'measure logprob("w3 w9") as delta')

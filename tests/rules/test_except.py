@@ -1,4 +1,4 @@
-"""`SITE except …`: the sites that a rule leaves out, against writes of the others by hand."""
+"""`SITE except …`: sites that a rule leaves out, against reference writes to the other sites."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def without(dims: Sequence[int]) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), HERE))
-def test_the_other_sites_are_written(family: str, mode: str, data: Path) -> None:
+def test_rules_with_except_equal_the_reference(family: str, mode: str, data: Path) -> None:
     names = {key: f"e{number}" for number, key in enumerate(CASES)}
     text = GROUPS + "".join(experiment(names[key], case.rule) for key, case in CASES.items())
     found = run_file(text, data, family, mode)
@@ -211,7 +211,7 @@ def test_the_other_sites_are_written(family: str, mode: str, data: Path) -> None
             raise AssertionError(f"{key}: {error}") from error
 
 
-def test_what_another_experiment_ranks_is_left_out(data: Path) -> None:
+def test_except_top_sites_of_an_experiment_ablates_the_rest(data: Path) -> None:
     """The faithfulness of a circuit: everything else is ablated."""
     first = experiment("ranked", "ablate layer * head * at tokens * with zero")
     rule = "ablate layers * heads * except top 3 of ranked, L2H2 at tokens * with zero"
@@ -239,8 +239,8 @@ def kept_of(found: ExperimentResult, count: int) -> list[tuple[int, int]]:
     return [(int(cell["layer"] or 0), int(cell["head"] or 0)) for cell in cells]
 
 
-def test_picks_of_a_loop_and_of_a_sweep_with_holes(data: Path) -> None:
-    """A ranked experiment that leaves out cells has fewer cells than its axes have."""
+def test_except_top_n_in_loops_and_incomplete_sweeps_equals_the_reference(data: Path) -> None:
+    """A ranked experiment that leaves out cells has fewer cells than the product of its axes."""
     zeros = "at tokens * with zero"
     first = experiment("ranked", f"ablate layer * head * {zeros}")
     first += experiment("holed", f"ablate layer * head * except circuit {zeros}")
@@ -272,8 +272,8 @@ def test_picks_of_a_loop_and_of_a_sweep_with_holes(data: Path) -> None:
     assert found["loop"].conventions["except"].endswith(": 1 to 2 of 12 sites")
 
 
-def test_placeholders_of_picks_leave_nothing_out(data: Path) -> None:
-    """Until the ranked experiment has run, its first cells stand for the best ones."""
+def test_except_top_sites_removes_cells_only_after_ranking(data: Path) -> None:
+    """Until the ranked experiment has run, its first cells are placeholders for the best ones."""
     first = experiment("ranked", "ablate layer * head * at tokens * with zero")
     lines = (
         "ablate layer 2 heads * except top 2 of ranked at tokens * with zero",
@@ -291,8 +291,8 @@ def test_placeholders_of_picks_leave_nothing_out(data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_keys_that_a_head_reads_are_left_out(family: str, data: Path) -> None:
-    """In the second family two heads share a key."""
+def test_except_head_skips_the_key_that_the_head_reads(family: str, data: Path) -> None:
+    """In Llama, two heads share a key."""
     text = experiment("e", "ablate k layers * heads * except L0H0, L2H3 at last token with zero")
     found = run_file(text, data, family, "planned")["e"]
     gone = [(0, 0), (2, 3 if family == "gpt2" else 1)]
@@ -306,8 +306,8 @@ def test_the_keys_that_a_head_reads_are_left_out(family: str, data: Path) -> Non
     agree(found, (), expected, unpatched(family), most=False, large=0.01)
 
 
-def test_controls_of_a_sweep_with_holes(data: Path) -> None:
-    """Cells that don't exist aren't counted among those without a band."""
+def test_random_control_of_an_incomplete_sweep_covers_every_cell(data: Path) -> None:
+    """Missing cells aren't counted as cells without a band."""
     text = GROUPS + experiment(
         "e", f"{SOURCE}patch layer * head * except circuit at {LAST}", "against random(2)"
     )
@@ -318,8 +318,8 @@ def test_controls_of_a_sweep_with_holes(data: Path) -> None:
     assert "no band" not in found.conventions["controls"]
 
 
-def test_a_sweep_has_only_the_other_cells(data: Path) -> None:
-    """Rows of the others aren't run either."""
+def test_sweep_with_except_runs_only_the_remaining_cells(data: Path) -> None:
+    """Rows of excluded cells aren't run either."""
     profiles: list[ExecutionProfile] = []
     options = RunOptions(on_profile=lambda _, profile: profiles.append(profile))
     text = experiment("e", f"{SOURCE}patch layer * head * except circuit at {LAST}")
@@ -365,11 +365,11 @@ def test_a_sweep_has_only_the_other_cells(data: Path) -> None:
         ("patch layer 1 head 0 at last token against random(3) apart from L0H1", "E0101"),
     ],
 )
-def test_mistakes_with_exceptions(line: str, code: str, data: Path) -> None:
+def test_invalid_except_clauses_are_errors(line: str, code: str, data: Path) -> None:
     assert code in codes(experiment("e", SOURCE + line), data)
 
 
-def test_a_basis_is_left_out_of_its_definition(data: Path) -> None:
+def test_basis_with_except_has_no_member_at_the_excluded_layer(data: Path) -> None:
     basis = "basis b = random(dims: 20) at resid_post layer * except 1\n"
     rule = f"{SOURCE}patch features * of b at {LAST}"
     found = run_file(basis + experiment("e", rule), data, "llama", "planned")["e"]
@@ -389,7 +389,7 @@ def values(text: str, data: Path) -> dict[str, np.ndarray]:
     return {name: each.measures[0].patched for name, each in found.items()}
 
 
-def test_weights_of_the_others(data: Path) -> None:
+def test_weight_rule_with_except_equals_separate_rules(data: Path) -> None:
     """Each remaining head has a cell, equal to a rule on this head alone."""
     rule = "scale weights of attn_out layer 1 {} by 0"
     text = experiment("swept", rule.format("head * except 1"))
@@ -400,8 +400,8 @@ def test_weights_of_the_others(data: Path) -> None:
         assert np.abs(own - found[f"h{head}"][0]).max() < 1e-6
 
 
-def test_readings_written_to_the_others(data: Path) -> None:
-    """A cell that `except` leaves out stays out for each value of what is read."""
+def test_set_to_value_with_except_equals_separate_rules(data: Path) -> None:
+    """Cells that `except` removes are absent for each value of the loop."""
     rule = "set z layer 1 head {} at last token to value(z layer {} head 0)"
     text = experiment("swept", f"for l in 0..1 {{ {rule.format('* except 2', 'l')} }}")
     text += "".join(
@@ -415,8 +415,8 @@ def test_readings_written_to_the_others(data: Path) -> None:
     assert np.abs(found["swept"] - np.stack(alone)).max() < 1e-6
 
 
-def test_integrated_gradients_of_the_others(data: Path) -> None:
-    """They equal those of a list of the same heads: no two cells write the same vector."""
+def test_integrated_gradients_with_except_equal_listed_heads(data: Path) -> None:
+    """No two cells write the same vector."""
     lines = "using integrated_gradients(steps: 4)"
     text = "".join(
         experiment(name, f"ablate layer 1 head {heads} at last token with zero", lines)

@@ -1,4 +1,4 @@
-"""Features of one dictionary in the place of another one's, against plain hooks on the bare model.
+"""Features of one dictionary replaced by those of another, against plain hooks on the bare model.
 
 The stitching of Leask et al. 2025 (arXiv 2502.04878): one unpadded prompt at a time.
 """
@@ -29,11 +29,11 @@ from .support import (
     unpatched,
     worked_out,
 )
-from .test_bases_of_a_loop import ran
 from .test_dictionaries import FEATURES, LAYER, make
 from .test_generation import TOKENS, replies, written
 from .test_generation import Case as GenerationCase
 from .test_inactive_features import width_of
+from .test_loops_over_bases import ran
 
 HERE = ("gpt2", "llama", "gpt_neox")
 BASES = f"""basis small = sae("sae") at resid_post layer {LAYER}
@@ -68,7 +68,7 @@ class Big:
 
 
 CASES = [
-    # what leaves, what comes in, position, whether the error is dropped, architecture
+    # removed features, inserted features, position, whether the error is dropped, architecture
     ("feature 1", "feature 3", "last token", False, "standard"),
     ("features 1, 4", "features 0, 3, 9", "tokens *", False, "topk"),
     ("features 0..2", "feature 7", "token 6", True, "jumprelu"),
@@ -79,7 +79,7 @@ CASES = [
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("family", HERE)
 @pytest.mark.parametrize(("out", "come", "at", "drops", "architecture"), CASES)
-def test_exchange(
+def test_exchanged_features_equal_plain_hooks(
     out: str, come: str, at: str, drops: bool, architecture: str, family: str, mode: str, data: Path
 ) -> None:
     of = make(data, architecture, width_of(family))
@@ -114,8 +114,8 @@ def numbers(written: str) -> list[int]:
     return [int(each) for each in text.split(",")]
 
 
-def test_sweeps_and_loops(data: Path) -> None:
-    """Each feature that leaves is a cell; a `for` is an axis of those that come in."""
+def test_exchange_sweeps_and_loops_equal_separate_rules(data: Path) -> None:
+    """Each removed feature is a cell; a `for` is an axis of inserted features."""
     make(data, "standard", width_of("llama"))
     Big(data, width_of("llama"))
     text = BASES
@@ -146,14 +146,14 @@ def test_sweeps_and_loops(data: Path) -> None:
         ("patch feature 1 of small at last token onto token 1 with feature 3 of big", "E0342"),
     ],
 )
-def test_what_is_no_exchange(rule: str, code: str, data: Path) -> None:
+def test_invalid_exchanges_are_errors(rule: str, code: str, data: Path) -> None:
     make(data, "standard", width_of("llama"))
     Big(data, width_of("llama"))
     assert code in codes(BASES + experiment("e", rule), data, "llama")
 
 
-def test_the_store_tells_exchanges_apart(data: Path) -> None:
-    """By the feature that comes in, its dictionary, and against a rule that only takes one out."""
+def test_store_distinguishes_exchanges(data: Path) -> None:
+    """By the inserted feature and its dictionary, and from a rule that only removes a feature."""
     make(data, "standard", width_of("gpt2"))
     Big(data, width_of("gpt2"))
     rule = "patch feature 1 of small at last token with features {}"
@@ -170,8 +170,8 @@ def test_the_store_tells_exchanges_apart(data: Path) -> None:
     np.testing.assert_array_equal(again.measures[0].patched, found[0])
 
 
-def test_exchange_in_a_derived_run(data: Path) -> None:
-    """The logits of a run with the rule are those of the rule."""
+def test_exchange_in_a_derived_run_equals_the_rule(data: Path) -> None:
+    """Patched logits of the derived run equal those under the rule."""
     make(data, "standard", width_of("llama"))
     Big(data, width_of("llama"))
     rule = "patch feature 1 of small at last token with feature 3 of big"
@@ -183,8 +183,8 @@ def test_exchange_in_a_derived_run(data: Path) -> None:
     np.testing.assert_allclose(first, second, atol=1e-4)
 
 
-def test_one_variable_on_both_sides(data: Path) -> None:
-    """It has one cell per value, and features of two dictionaries can come in in one file."""
+def test_exchange_loop_variable_on_both_sides_has_one_cell_per_value(data: Path) -> None:
+    """Features of two dictionaries can be inserted in one file."""
     make(data, "standard", width_of("llama"))
     Big(data, width_of("llama"))
     rule = "patch feature {} of small at last token with features {} of {}"
@@ -204,8 +204,8 @@ def test_one_variable_on_both_sides(data: Path) -> None:
     assert np.abs(patched["one_2"] - patched["one_3"]).max() > 0.01
 
 
-def test_linear_bases_are_exchanged(data: Path) -> None:
-    """Also one that is fitted on another block; random subspaces are no control for it."""
+def test_exchange_of_linear_bases_has_no_random_control(data: Path) -> None:
+    """One basis is fitted on another block; random subspaces are not a valid control."""
     text = "basis a = random(dims: 3) at resid_post layer 1\n"
     text += "basis c = pca(second, dims: 2) at resid_post layer 1\n"
     rule = "patch feature 0 of a at last token with feature 1 of c"
@@ -216,7 +216,7 @@ def test_linear_bases_are_exchanged(data: Path) -> None:
     assert "E0630" in codes(text + experiment("e", rule, "against random(5)"), data, "llama")
 
 
-def test_two_exchanges_in_one_experiment(data: Path) -> None:
+def test_two_exchanges_insert_features_of_their_named_dictionaries(data: Path) -> None:
     """Each inserts features of the dictionary that it names, in either order."""
     make(data, "standard", width_of("llama"))
     Big(data, width_of("llama"))
@@ -231,7 +231,7 @@ def test_two_exchanges_in_one_experiment(data: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["plain", "planned"])
-def test_exchange_at_every_step(mode: str, data: Path) -> None:
+def test_exchange_at_each_generated_token_equals_separate_passes(mode: str, data: Path) -> None:
     """At each generated token, against separate passes."""
     of = make(data, "standard", width_of("llama"))
     big = Big(data, width_of("llama"))

@@ -180,7 +180,7 @@ def test_ranked_features_in_a_group_are_those_of_the_observation(data: Path) -> 
     )
 
 
-def test_written_graph_is_read_with_its_features(data: Path) -> None:
+def test_saved_graph_report_is_read_back_as_a_group(data: Path) -> None:
     """The round trip of `report graph`, with the supernodes that a viewer adds."""
     _, own = transcoders("llama", "transcoder", data, [0, 2])
     text = T0 + T2 + experiment("e", EVERY, "report graph", measure="")
@@ -199,7 +199,7 @@ def test_written_graph_is_read_with_its_features(data: Path) -> None:
     assert again.conventions["group g"].startswith(f"{count} features of graph.json, SHA-256 ")
 
 
-def test_features_of_a_family_of_bases_name_their_layers(data: Path) -> None:
+def test_group_of_a_basis_family_has_the_layer_of_each_feature(data: Path) -> None:
     """The features of one file at two layers of a basis, whose sites have the layers."""
     basis = "basis b = random(dims: 12) at mlp_out layer *\n"
     write_graph(data, FEATURES)
@@ -215,7 +215,7 @@ def test_features_of_a_family_of_bases_name_their_layers(data: Path) -> None:
 
 
 def test_stored_run_depends_on_the_content_of_the_graph(tmp_path: Path) -> None:
-    """On nodes of other features too, although the chosen ones are the same."""
+    """The key depends on all nodes, even if the chosen features are the same."""
     path = tmp_path / "e.mech"
     basis = "basis b = random(dims: 3) at mlp_out layer *\n"
     group = 'group g = saved("graph.json", "a", b)\n'
@@ -233,7 +233,7 @@ def test_stored_run_depends_on_the_content_of_the_graph(tmp_path: Path) -> None:
     assert runs[0][1] == runs[1][1] == runs[2][1] != runs[3][1]
 
 
-def test_content_of_the_file_is_part_of_the_keys(data: Path) -> None:
+def test_group_from_a_changed_graph_has_other_values(data: Path) -> None:
     transcoders("llama", "transcoder", data, [0, 2])
     text = 'group g = saved("graph.json", t0, t2)\n' + experiment("e", ZERO)
     write_graph(data, FEATURES[:2])
@@ -324,7 +324,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_graph_is_an_error(name: str, data: Path) -> None:
+def test_malformed_graph_is_an_error(name: str, data: Path) -> None:
     transcoders("llama", "transcoder", data, [0, 2])
     content, reason = HOSTILE[name]
     (data / "graph.json").write_text(json.dumps(content), encoding="utf-8")
@@ -336,13 +336,15 @@ def test_hostile_graph_is_an_error(name: str, data: Path) -> None:
     [b"\xff\xfe", b"{", b"[" * 200_000, b'"\\ud800"'],
     ids=["bytes", "cut", "deep", "lone"],
 )
-def test_graph_that_is_no_json_is_an_error(content: bytes, data: Path) -> None:
+def test_graph_that_is_not_a_json_object_is_an_error(content: bytes, data: Path) -> None:
     transcoders("llama", "transcoder", data, [0, 2])
     (data / "graph.json").write_bytes(content)
     assert problem(data) == "invalid group: `graph.json` is not a JSON object"
 
 
-def test_graph_above_the_limit_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_file_above_the_size_limit_is_an_error(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transcoders("llama", "transcoder", data, [0, 2])
     write_graph(data, FEATURES)
     monkeypatch.setattr(limits, "GRAPH_FILE", 100)

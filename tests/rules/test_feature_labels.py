@@ -39,7 +39,7 @@ NEURONPEDIA = [
 
 
 @pytest.mark.parametrize("text", [OBSERVED, RULE], ids=["observed", "rule"])
-def test_labels(text: str, data: Path) -> None:
+def test_labels_appear_in_tables_cells_and_records(text: str, data: Path) -> None:
     labelled(data, *NEURONPEDIA, "")
     found = ran(text, data)
     labels = {cell.coords["feature"]: cell.label for cell in found.cells if cell.label}
@@ -53,7 +53,7 @@ def test_labels(text: str, data: Path) -> None:
     assert by_feature[3] == ""
 
 
-def test_joined_features_have_none(data: Path) -> None:
+def test_joined_features_have_no_label(data: Path) -> None:
     labelled(data, *NEURONPEDIA)
     found = ran(experiment("e", "ablate features 1, 2 of f at last token with zero"), data)
     assert [cell.label for cell in found.cells] == [""]
@@ -77,7 +77,7 @@ def found(text: str, folder: Path) -> Diagnostic:
         ([{"index": 1, "description": " "}], "describes no feature"),
     ],
 )
-def test_other_files_are_refused(lines: list[object], said: str, data: Path) -> None:
+def test_invalid_label_files_are_errors(lines: list[object], said: str, data: Path) -> None:
     labelled(data, *lines)
     problem = found(BASIS + OBSERVED, data)
     assert problem.code == "E0342"
@@ -85,7 +85,7 @@ def test_other_files_are_refused(lines: list[object], said: str, data: Path) -> 
     assert '{"index": 12, "description"' in problem.help_text
 
 
-def test_a_missing_file(data: Path) -> None:
+def test_missing_label_file_is_an_error(data: Path) -> None:
     make(data, "standard", width_of("llama"))
     (data / "labels.jsonl").unlink(missing_ok=True)
     problem = found(BASIS + OBSERVED, data)
@@ -93,7 +93,7 @@ def test_a_missing_file(data: Path) -> None:
     assert "`labels.jsonl` can't be read" in problem.message
 
 
-def test_a_path_is_a_text(data: Path) -> None:
+def test_invalid_labels_option_is_an_error(data: Path) -> None:
     labelled(data, *NEURONPEDIA)
     assert codes(BASIS.replace('"labels.jsonl"', "3") + OBSERVED, data) == ["E0342"]
     assert codes(BASIS.replace("labels:", "label:") + OBSERVED, data) == ["E0207"]

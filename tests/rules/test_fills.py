@@ -1,4 +1,4 @@
-"""`ablate … with zero, mean, resample`: an axis of fills, each cell as an experiment of its own."""
+"""`ablate … with zero, mean, resample`: an axis of fills, each cell equal to one experiment."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OCCURRING = ("zero", "mean", "mean of turned by cue", "resample")
 
 
 def files(key: str) -> tuple[str, tuple[str, ...], str]:
-    """All fills in one experiment, and each in one of its own."""
+    """All fills in one experiment, and each in a separate one."""
     fills = OCCURRING
     rule, beside = RULES[key], "set attn_out layer 2 at last token to 0.5"
     every = experiment("every", f"{rule} with {', '.join(fills)}", beside)
@@ -74,13 +74,15 @@ EACH = [
 
 @pytest.mark.parametrize(("name", "mode"), EACH)
 @pytest.mark.parametrize("key", RULES)
-def test_each_fill_is_what_it_is_alone(data: Path, key: str, name: str, mode: str) -> None:
+def test_each_cell_of_a_fill_axis_equals_a_separate_experiment(
+    data: Path, key: str, name: str, mode: str
+) -> None:
     every, fills, lone = files(key)
     same(run_file(every + lone, data, name, mode), fills)
 
 
-def test_values_are_those_of_the_fill_alone(tmp_path: Path) -> None:
-    """They are found in a store, whichever was there first; equal rows are run once."""
+def test_store_shares_rows_between_fill_axes_and_separate_fills(tmp_path: Path) -> None:
+    """Stored rows are cache hits in either order; equal rows run once."""
     rule = "ablate z layer 1 head 1..2 at last token with"
     lone = [f"{rule} {fill}" for fill in OCCURRING]
     every = f"{rule} {', '.join(OCCURRING)}"
@@ -120,11 +122,11 @@ def test_values_are_those_of_the_fill_alone(tmp_path: Path) -> None:
         ("ablate z layer 1 head 1 at each item token with zero, mean of longer", "E0108"),
     ],
 )
-def test_it_is_refused_once(data: Path, rule: str, code: str) -> None:
+def test_invalid_fill_lists_are_reported_once(data: Path, rule: str, code: str) -> None:
     assert codes(experiment("e", rule), data).count(code) == 1
 
 
-# --- rows of other blocks, and of parts of one ----------------------------------------------------
+# --- rows of other blocks and of splits -----------------------------------------------------------
 
 PARTS = BLOCKS.replace('  rows "data.jsonl"\n', '  rows "data.jsonl"\n  split 50%\n', 1)
 
@@ -138,8 +140,10 @@ def taken(name: str, donor: Text, n: int, layer: int, at: str) -> float:
 
 
 @pytest.mark.parametrize(("mode", "name"), in_turn(list(MODES), ["gpt2", "llama", "gpt_neox"]))
-def test_what_rows_of_another_block_have(data: Path, name: str, mode: str) -> None:
-    """Where it has one row, that; else one of its rows, by the content of the row."""
+def test_resample_of_another_block_writes_vectors_of_its_rows(
+    data: Path, name: str, mode: str
+) -> None:
+    """A block of one row gives that row; otherwise the content of the row selects one."""
     rule = "ablate resid_post layer 0..1 at last token with resample of"
     text = "".join(experiment(f"e{n}", f"{rule} {b}") for n, b in enumerate(("single", "second")))
     found = run_file(text, data, name, mode)
@@ -156,7 +160,7 @@ def test_what_rows_of_another_block_have(data: Path, name: str, mode: str) -> No
     assert len(drawn) > 1
 
 
-def test_a_donor_hangs_on_the_row_alone(data: Path) -> None:
+def test_resample_donor_depends_only_on_the_row(data: Path) -> None:
     rule = "ablate resid_post layer 1 at last token with resample of second"
     whole = run_file(experiment("e", rule), data, "llama", "planned")["e"].measures[0].patched
     keep = "  keep logit(answer) > -1000000\n  keep rank(answer) > 0"
@@ -170,8 +174,8 @@ def test_a_donor_hangs_on_the_row_alone(data: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
-def test_parts_of_a_split(data: Path, name: str) -> None:
-    """Also of the block itself: means of the one part, written into the other."""
+def test_mean_of_a_split_equals_the_reference(data: Path, name: str) -> None:
+    """Also within a block: means of one part are written into the other."""
     rule = "ablate resid_post layer 0..1 at last token with mean of p.train"
     one, other = experiment("a", rule), experiment("b", rule, block="second")
     text = one.replace("prompts p", "prompts p.test") + other
@@ -195,8 +199,8 @@ def test_parts_of_a_split(data: Path, name: str) -> None:
                 assert value == pytest.approx(by_hand, abs=1e-4)
 
 
-def test_a_corruption_of_a_block_that_is_a_source_too(data: Path) -> None:
-    """`second.turned` is not `second`, which `from second into clean` makes a run of its own."""
+def test_mean_of_a_corruption_ignores_a_source_run_of_the_same_block(data: Path) -> None:
+    """`second.turned` differs from `second`, which `from second into clean` makes a run."""
     rule = "ablate resid_post layer 0..1 at last token with mean of second.turned"
     text = experiment("a", rule) + experiment("b", "from second into clean", rule)
     text += experiment("c", rule.removesuffix(".turned"))
@@ -225,7 +229,9 @@ _SELF = "patch z layer 1 head 1 at last token with clean"
         (f"patch resid_post layer 0 at cue token with longer {_SELF}", False),
     ],
 )
-def test_what_is_patched_into_itself(data: Path, rule: str, warned: bool) -> None:
+def test_patch_from_the_base_run_without_effect_is_a_warning(
+    data: Path, rule: str, warned: bool
+) -> None:
     _, diagnostics = try_file(experiment("e", rule), data, "llama")
     assert ("W0732" in [found.code for found in diagnostics]) == warned
 

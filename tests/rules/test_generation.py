@@ -1,4 +1,4 @@
-"""Rules that act while a model writes, beside a loop of whole passes over one prompt at a time."""
+"""Rules during generation, against a loop of full forward passes over one prompt at a time."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2")
 TOKENS = 5
 LAST, CUE = "last token", "cue token"
 Act = Callable[[str, int, int], Changes]
-"""Of a family, a prompt's number and a position: what is done there."""
+"""From a family, a prompt's number and a position: the changes at that position."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A rule, and what it does at a token of the prompt and at the newest one."""
+    """A rule, and its changes at a token of the prompt and at the newest token."""
 
     rule: str
     at: str
@@ -50,7 +50,7 @@ def scaled(site: str, layer: int, by: float, unit: int | None = None) -> Act:
 
 
 def left_out(layer: int) -> Act:
-    """Nothing of the block is added to the stream."""
+    """The block adds nothing to the stream."""
     sites = ("attn_out", "mlp_out")
     return lambda name, n, at: (
         [Write(site, layer, torch.tensor(0.0), at) for site in sites],
@@ -59,7 +59,7 @@ def left_out(layer: int) -> Act:
 
 
 def longer(site: str, layer: int, where: str) -> Act:
-    """The vector of the run `longer`, wherever it is written."""
+    """The vector of the run `longer`, for any written position."""
 
     def act(name: str, n: int, at: int) -> Changes:
         text = rows("longer")[n]
@@ -70,7 +70,7 @@ def longer(site: str, layer: int, where: str) -> Act:
 
 
 def mean(site: str, layer: int, where: str) -> Act:
-    """The mean over the prompts, wherever it is written."""
+    """The mean over the prompts, for any written position."""
 
     def act(name: str, n: int, at: int) -> Changes:
         every = [plain(name, text)[site, layer][tokens(text, where)[0]] for text in rows()]
@@ -113,7 +113,7 @@ def edge(
     amount: float = 0.0,
     heads: Sequence[int] | None = None,
 ) -> Act:
-    """keys: of a prompt's number and the query."""
+    """keys: from a prompt's number and the query."""
 
     def act(name: str, n: int, at: int) -> Changes:
         return [], [Edge(kind, 1, [at], keys(n, at), amount, heads)]
@@ -184,11 +184,11 @@ CASES = {
     ),
 }
 BOTH = ("every", "add", "block")
-"""Acting together."""
+"""Cases that act together."""
 
 
 def written(name: str, n: int, cases: Sequence[Case], count: int = TOKENS) -> list[int]:
-    """The reply to a prompt, a whole pass for each token; no choice is a close one."""
+    """The reply to a prompt, with a full forward pass per token; no two top logits are close."""
     text, reply = rows()[n], list[int]()
     for step in range(count):
         writes: list[Write] = []
@@ -225,7 +225,9 @@ def replies(result: ExperimentResult, cell: int = 0) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("mode", "name"), in_turn(list(MODES), FAMILIES, list(MODES)[:2]))
-def test_rules_act_at_their_steps(data: Path, name: str, mode: str) -> None:
+def test_rules_during_generation_equal_full_forward_passes(
+    data: Path, name: str, mode: str
+) -> None:
     seen = found(data, name, mode)
     count, changed = len(rows()), set[str]()
     base = [written(name, n, []) for n in range(count)]
@@ -240,7 +242,7 @@ def test_rules_act_at_their_steps(data: Path, name: str, mode: str) -> None:
     assert replies(seen["both"]) == both
 
 
-def test_cells_that_follow_beside_cells_that_dont(data: Path) -> None:
+def test_sweep_of_prompt_and_following_positions_equals_full_forward_passes(data: Path) -> None:
     joined = f"{{first token, {LAST}}}"
     rule = f"ablate resid_pre layer 1 at {CUE}, {LAST}, {joined} with zero"
     text = experiment("e", rule, f"generate {TOKENS}", measure="measure length as raw")
@@ -253,7 +255,9 @@ def test_cells_that_follow_beside_cells_that_dont(data: Path) -> None:
 
 
 @pytest.mark.parametrize("at", ["tokens *", f"{CUE}, {LAST}"])
-def test_cells_next_to_one_that_is_left_out(at: str, data: Path) -> None:
+def test_sweep_with_except_during_generation_equals_full_forward_passes(
+    at: str, data: Path
+) -> None:
     """`except` leaves a cell without a site; the others act at every step."""
     rule = f"scale z layer 1 head * except 1 at {at} by -3"
     text = experiment("e", rule, f"generate {TOKENS}", measure="measure length as raw")
@@ -269,7 +273,7 @@ def test_cells_next_to_one_that_is_left_out(at: str, data: Path) -> None:
     assert changed >= 3
 
 
-def test_steps_of_cells_next_to_one_that_is_left_out(data: Path) -> None:
+def test_sweep_with_except_during_steps_equals_full_forward_passes(data: Path) -> None:
     rule = "scale z layer 1 head * except 1 at last token by -3 during step 1..3"
     text = experiment("e", rule, f"generate {TOKENS}", measure="measure length as raw")
     found = run_file(text, data, "llama", "planned", precise=True)["e"]
@@ -280,8 +284,8 @@ def test_steps_of_cells_next_to_one_that_is_left_out(data: Path) -> None:
         assert replies(found, cell) == wanted
 
 
-def test_picks_of_any_number(data: Path) -> None:
-    """The first pick has no head, the others act at every step, also on attention edges."""
+def test_loop_over_top_k_during_generation_equals_full_forward_passes(data: Path) -> None:
+    """`top 0` has no head; the others act at every step, also on attention edges."""
     ranked = experiment("ranked", "ablate layer 1 head * at tokens * with zero")
     scale = "for k in 0..2 { scale top k of ranked at tokens * by -3 }"
     block = f"for k in 0..2 {{ block attention top k of ranked from {LAST} to {CUE} }}"
@@ -301,8 +305,8 @@ def test_picks_of_any_number(data: Path) -> None:
         assert replies(found["blocked"], k) == wanted
 
 
-def test_each_sample_is_written_on_the_edited_keys(data: Path) -> None:
-    """At a temperature at which the most likely token is drawn."""
+def test_samples_attend_to_values_edited_after_prefill(data: Path) -> None:
+    """The temperature is so low that the most likely token is always drawn."""
     rule = f"scale v layer * head * at {CUE} by 9 after prefill"
     text = "seed 1\n" + "".join(
         experiment(name, rule, f"generate {TOKENS} {how}", measure="measure length as raw")
@@ -316,8 +320,8 @@ def test_each_sample_is_written_on_the_edited_keys(data: Path) -> None:
 
 
 @pytest.mark.parametrize("during", ["during prefill", "during step 1..2"])
-def test_a_block_that_was_left_out_does_not_come_back(data: Path, during: str) -> None:
-    """It would have no keys of the tokens so far."""
+def test_identity_block_in_early_steps_only_is_an_error(data: Path, during: str) -> None:
+    """The block would have no keys of earlier tokens."""
     rule = f"replace block layer 1 with identity {during}"
     text = experiment("e", rule, f"generate {TOKENS}", measure="measure length as raw")
     assert codes(text, data) == ["E0207"]
@@ -325,8 +329,8 @@ def test_a_block_that_was_left_out_does_not_come_back(data: Path, during: str) -
     run_file(text.replace(rule, later), data, "llama", "planned")
 
 
-def test_no_word_of_an_answer_is_in_the_prompt(data: Path) -> None:
-    """Elsewhere a word that all answers begin with stands at the end of the prompts."""
+def test_generate_keeps_shared_answer_prefixes_out_of_the_prompt(data: Path) -> None:
+    """Without `generate`, a word that starts all answers is moved to the end of the prompts."""
     block = 'prompts q {\n rows "data.jsonl"\n template "w41 {cue} w42"\n answer " w7 {a}"\n}\n'
     plainly = experiment("e", block="q", measure="measure prob(answer) as raw")
     writes = experiment("w", "generate 2", block="q", measure="measure exact_match as raw")

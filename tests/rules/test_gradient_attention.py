@@ -1,6 +1,6 @@
 """`using gradient_attention`: weights of attention times the metric's gradient by them, in a file,
-against the attentions that the bare model hands out and plain autograd, in 64 bits, one unpadded
-prompt, image or pair of both at a time."""
+against attentions of the bare model and plain autograd, in 64 bits, one unpadded prompt, image or
+pair at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ..quick import some
 from .models import bare, double
 
 Product = NDArray[np.float64]
-"""[layer, head, query, key]: what is above 0 of attention × gradient."""
+"""[layer, head, query, key]: the positive part of attention × gradient."""
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "gpt_oss")
 """Also with heads that share keys, caps on scores, windows and sinks."""
 LONG = "w7 w9 w2"
@@ -43,17 +43,17 @@ USING = "using gradient_attention"
 
 
 def product(number: Tensor, attentions: Sequence[Tensor]) -> Product:
-    """Of one prompt, whose attention is [1, head, query, key] in each layer."""
+    """The product of one prompt, whose attention is [1, head, query, key] in each layer."""
     gradients = torch.autograd.grad(number, attentions)
     found = [(a * g).clamp(min=0)[0] for a, g in zip(attentions, gradients, strict=True)]
     return torch.stack(found).detach().numpy()
 
 
 def eager(module: Any) -> Any:
-    """A copy that hands out its attention, and which autograd follows."""
+    """A copy that returns its attention and supports autograd."""
     made = copy.deepcopy(module)
     made.set_attn_implementation("eager")
-    made.requires_grad_(False)  # what a library has kept, made of other weights, isn't followed
+    made.requires_grad_(False)  # tensors cached by a library have no gradient
     for name, parameter in made.named_parameters():
         parameter.requires_grad_("emb" in name or "wte" in name)
     return made
@@ -66,14 +66,14 @@ def edges(
     queries: Sequence[int],
     keys: Sequence[int],
 ) -> float:
-    """A cell: added up over layers and keys, the mean over heads and queries."""
+    """The value of a cell: summed over layers and keys, averaged over heads and queries."""
     return sum(float(own[n][np.ix_(heads, queries, keys)].sum(-1).mean()) for n in layers)
 
 
 def agrees(
     result: ExperimentResult, measure: int, expected: Callable[..., Sequence[float]]
 ) -> float:
-    """expected: of a cell's coordinates, NaN where a row hasn't the cell; gives the largest."""
+    """expected: from a cell's coordinates; NaN for rows without the cell. Returns the maximum."""
     largest = 0.0
     for cell, own in zip(result.cells, result.measures[measure].patched, strict=True):
         wanted = np.array(expected(**cell.coords))
@@ -107,11 +107,11 @@ def of_text(family: str, row: int, measure: str) -> Product:
 
 
 Cell = Callable[..., tuple[Sequence[int], Sequence[int] | None, Sequence[int], Sequence[int]]]
-"""Of a prompt and coordinates: layers, heads (None: all), queries, keys."""
+"""From a prompt and coordinates: layers, heads (None: all), queries, keys."""
 
 
 def _item(own: Prompt, position: str) -> tuple[int, ...]:
-    """`item 2`: none where a prompt has fewer."""
+    """The token of `item 2`; empty for prompts with fewer items."""
     item = int(position.split()[1])
     return own.items[item - 1 : item]
 
@@ -129,7 +129,7 @@ CELLS: dict[str, tuple[str, Cell]] = {
         "block attention layer * heads * from subject tokens to item tokens",
         lambda own, layer: ([layer], None, own.subject, own.items),
     ),
-    # Of a rule that were run, the query would have nothing left to look at.
+    # If this rule ran, the query would have no key left.
     "all": (
         "block attention layers 1..2 heads 0..1 from last token to tokens *",
         lambda own: ([1, 2], [0, 1], [own.last], range(own.last + 1)),
@@ -140,7 +140,9 @@ MEASURES = ("measure logit(answer) - logit(wrong) as raw", f'measure logprob(" {
 
 @pytest.mark.parametrize("mode", some(MODES, ["planned"]))
 @pytest.mark.parametrize("family", some(FAMILIES, FAMILIES[:3]))
-def test_texts(family: str, mode: str, tmp_path: Path) -> None:
+def test_gradient_attention_of_texts_equals_autograd(
+    family: str, mode: str, tmp_path: Path
+) -> None:
     text = "".join(
         experiment(name, "prompts p", line, USING, *MEASURES) for name, (line, _) in CELLS.items()
     )
@@ -161,8 +163,8 @@ def test_texts(family: str, mode: str, tmp_path: Path) -> None:
             assert agrees(found[name], number, expected) > 1e-2, name
 
 
-def test_queries_that_no_measure_sees(tmp_path: Path) -> None:
-    """A rule that were run there would leave the row as it is, and the number isn't the base's."""
+def test_gradient_attention_of_queries_after_the_measured_token_is_zero(tmp_path: Path) -> None:
+    """A rule there would not change the row; the estimate is 0, not the value of the base run."""
     line = "block attention layer * heads * from subject tokens to item tokens"
     found = run_file(experiment("e", "prompts p", line, USING, MEASURES[0]), tmp_path, bare("gpt2"))
     values = found["e"].measures[0].patched
@@ -170,7 +172,7 @@ def test_queries_that_no_measure_sees(tmp_path: Path) -> None:
     assert (values[:-1] > 0).all()
 
 
-def test_what_is_said(tmp_path: Path) -> None:
+def test_gradient_attention_is_labelled_in_table_and_conventions(tmp_path: Path) -> None:
     line, _ = CELLS["edges"]
     text = experiment("e", "prompts p", line, USING, MEASURES[0])
     found = run_file(text, tmp_path, bare("gpt2"))["e"]
@@ -182,7 +184,7 @@ def test_what_is_said(tmp_path: Path) -> None:
     assert found.measures[0].unit == "logit"
 
 
-def test_runs_that_are_cut_short_go_on(tmp_path: Path) -> None:
+def test_interrupted_gradient_attention_resumes(tmp_path: Path) -> None:
     line, _ = CELLS["edges"]
     check_case("llama", experiment("e", "prompts p", line, USING, *MEASURES), tmp_path, cut=1)
 
@@ -212,7 +214,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("name", some(CLASSES, ["vit"]))
-def test_images(name: str, tmp_path: Path) -> None:
+def test_gradient_attention_of_images_equals_autograd(name: str, tmp_path: Path) -> None:
     query = "cls token" if FRONT[name] else "image row 2 col 1 token"
     at = 0 if FRONT[name] else support.token(name, 2, 1)
     line = f"block attention layer * heads * from {query} to each token of image"
@@ -239,7 +241,9 @@ def of_pair(name: str, row: int, text: str, tower: str) -> Product:
 
 
 @pytest.mark.parametrize("name", some(duals.NAMES, ["clip/dual"]))
-def test_scores_of_images(name: str, tmp_path: Path) -> None:
+def test_gradient_attention_of_scores_in_the_image_tower_equals_autograd(
+    name: str, tmp_path: Path
+) -> None:
     query = "cls token" if FRONT[name] else "image row 2 col 1 token"
     at = 0 if FRONT[name] else support.token(name, 2, 1)
     line = f"block attention vision layer * heads * from {query} to each token of image"
@@ -256,8 +260,10 @@ def test_scores_of_images(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", some(duals.NAMES, ["clip/dual"]))
-def test_scores_of_texts(name: str, tmp_path: Path) -> None:
-    """Texts of other lengths, which are padded."""
+def test_gradient_attention_of_scores_in_the_text_tower_equals_autograd(
+    name: str, tmp_path: Path
+) -> None:
+    """Texts have different lengths and are padded."""
     texts.write(tmp_path)
     line = "block attention text layer * heads * from token -1 to thing tokens"
     lines = ("model m", "prompts captions", line, USING, "measure score as raw", support.STATS)

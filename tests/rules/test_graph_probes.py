@@ -36,7 +36,7 @@ PROBE = "observe graph_probe(t0, t2, {}) logits toward answer at last token as t
 
 @cache
 def _right(family: str) -> tuple[str, ...]:
-    """Per row an answer, which every other row has right where it is a word."""
+    """One answer per row; every second row has it right if it is a word."""
     known = {ids_of([f"w{n}"])[-1]: f"w{n}" for n in range(48)}
     found: list[str] = []
     for n, record in enumerate(RECORDS):
@@ -69,7 +69,7 @@ def run(family: str, folder: Path, *observe: str, groups: str = "") -> list[Any]
 
 
 def columns(family: str, own: dict[int, Any], chosen: dict[int, list[int]]) -> Array:
-    """[row, feature] the change of the answer's logit when all that a feature writes is taken from
+    """[row, feature] the change of the answer's logit when the output of a feature is removed from
     the frozen model."""
     found: list[list[float]] = []
     for record, answer in zip(RECORDS, _right(family), strict=True):
@@ -106,7 +106,9 @@ def varying(x: Array) -> Array:
     [("llama", "transcoder"), pytest.param("gpt2", "jumprelu_transcoder", marks=pytest.mark.slow),
      pytest.param("gpt_neox", "sparsify", marks=pytest.mark.slow)],
 )  # fmt: skip
-def test_probe_of_a_graph_tells_values_and_answers(family: str, kind: str, tmp_path: Path) -> None:
+def test_graph_probe_of_values_and_answers_equals_the_reference(
+    family: str, kind: str, tmp_path: Path
+) -> None:
     """A number, a class, and whether the next token is right, in three experiments of a file."""
     _, own = transcoders(family, kind, tmp_path, [0, 2])
     lines = [
@@ -219,7 +221,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_probe_that_does_not_fit_is_an_error(name: str, tmp_path: Path) -> None:
+def test_invalid_graph_probe_is_an_error(name: str, tmp_path: Path) -> None:
     transcoders("llama", "transcoder", tmp_path, [0, 2])
     write("llama", tmp_path)
     arguments, reason = WRONG[name]

@@ -1,12 +1,12 @@
 """Steering, allowed edges, position ids, blocks, runs with rules, lenses and paths in bfloat16.
 
-A model in 16 bits rounds elsewhere in a padded batch than with one prompt, so equal numbers can't
-be asked for (see `tests/models/test_precision.py`). Held here is how far results are from those of
-the same weights in float32: over all constructs no further, in root mean square, than the bare
-model's own differences are from float32, one unpadded prompt at a time and nothing done to it,
-times `NOISIER`; of each construct, `ALONE`, as it has few values; and none by more than `FURTHEST`
-units of the largest logit, twice, as measures are differences of two. A write that is lost, or in
-another place, is off by what it does, which is more than that.
+A model in 16 bits rounds differently in a padded batch and with one prompt, so exact equality isn't
+tested (see `tests/models/test_precision.py`). The tests bound the difference from the same weights
+in float32. The unit is the root mean square error of the bare model's logit differences, for one
+unpadded prompt without rules. Over all constructs, the error is at most `NOISIER` units; for each
+construct, which has few values, at most `ALONE` units. No value differs by more than `FURTHEST`
+rounding steps of the largest logit, doubled because measures are differences of two logits. A lost
+or misplaced write causes a larger difference.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ LINES: dict[str, tuple[str, ...]] = {
 
 @cache
 def pair(name: str) -> tuple[Any, Any]:
-    """One model twice: in 16 bits and, the same weights, in float32."""
+    """One model twice: in 16 bits, and with the same weights in float32."""
     half = copy.deepcopy(bare(name)).to(torch.bfloat16)
     return half, copy.deepcopy(half).to(torch.float32)
 
@@ -81,7 +81,7 @@ def results(data: Path, name: str, half: bool, mode: str) -> dict[str, Experimen
 
 @cache
 def noise(name: str) -> tuple[float, float]:
-    """(root mean square that differences of the bare model are off by, its largest logit)"""
+    """(root mean square error of the bare model's logit differences, its largest logit)"""
     off, largest = list[float](), 0.0
     for run in ("clean", "other", "longer"):
         for text, record in zip(rows(run), records(), strict=True):
@@ -101,7 +101,9 @@ def rms(values: Array) -> float:
 @pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 @pytest.mark.parametrize("key", list(LINES))
 @torch.no_grad()
-def test_it_is_right_within_rounding(data: Path, key: str, name: str, mode: str) -> None:
+def test_bfloat16_results_equal_float32_within_rounding(
+    data: Path, key: str, name: str, mode: str
+) -> None:
     half, single = (results(data, name, each, mode)[key].measures[0] for each in (True, False))
     own, largest = noise(name)
     off = half.patched - single.patched
@@ -113,7 +115,9 @@ def test_it_is_right_within_rounding(data: Path, key: str, name: str, mode: str)
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 @torch.no_grad()
-def test_all_of_them_are(data: Path, name: str, mode: str) -> None:
+def test_bfloat16_results_of_all_rules_equal_float32_within_rounding(
+    data: Path, name: str, mode: str
+) -> None:
     half, single = (results(data, name, each, mode) for each in (True, False))
     off = [(half[k].measures[0].patched - single[k].measures[0].patched).ravel() for k in LINES]
     assert rms(np.concatenate(off)) <= NOISIER * noise(name)[0]

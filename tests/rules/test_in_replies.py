@@ -1,4 +1,4 @@
-"""What is read in replies, beside a loop of plain passes over all tokens so far."""
+"""Measures, observations and saves in replies, against a loop of plain passes over all tokens."""
 
 from __future__ import annotations
 
@@ -50,29 +50,29 @@ EACH = [
     for name in NAMES
     for mode in QUICK
 ]
-"""Models and ways; one way of each model isn't slow."""
+"""Models and modes; one mode of each model isn't slow."""
 FEW = [
     pytest.param(*each.values, marks=each.marks if each.values[0] == "llama" else pytest.mark.slow)
     for each in EACH
 ]
-"""The same for other metrics of the same logits: planned passes of one model."""
+"""Models and modes for other metrics of the same logits; only one of them isn't slow."""
 MOST = 6
 GENERATE = f'generate {MOST} until " w4"'
 """Rows stop at different steps."""
 Act = Callable[..., Changes]
-"""What is done to row `n` of a model, whose reply has so many tokens by now, in a cell."""
+"""Changes to row `n` of a model in a cell, from the number of tokens generated so far."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a row has written, and the pass over all of it in which rules act where they acted."""
+    """The reply of a row, and a pass over prompt and reply with the rules at the same steps."""
 
     prompt: int
     ids: tuple[int, ...]
     run: Run
 
     def at(self, reply_token: int) -> int | None:
-        """Where a token of the reply stands, 0 the prompt's last one; None where there is none."""
+        """The position of a token of the reply; 0 is the final prompt token, None a missing one."""
         return self.prompt - 1 + reply_token if reply_token <= len(self.ids) else None
 
 
@@ -81,7 +81,7 @@ def word(number: int) -> str:
 
 
 def write(name: str, ids: Sequence[int], act: Callable[[int], Changes]) -> Reply:
-    """Token by token, each time from the start."""
+    """Generate token by token, each time from the start."""
     found: list[int] = []
     ends = {double(name).config.eos_token_id}
     while len(found) < MOST:
@@ -96,7 +96,7 @@ def write(name: str, ids: Sequence[int], act: Callable[[int], Changes]) -> Reply
 
 
 def behind(name: str, ids: Sequence[int], reply: Reply) -> Run:
-    """The same reply behind a prompt, without rules."""
+    """Run a prompt followed by this reply, without rules."""
     return unpatched_pass(name, (*ids, *reply.ids))
 
 
@@ -112,7 +112,7 @@ def const(value: float) -> Callable[[Tensor], Tensor]:
 def set_everywhere(
     layer: int, first: int = 0, last: int = MOST, value: float = 0.6, site: str = "attn_out"
 ) -> Callable[[int], Callable[[int], Changes]]:
-    """`set SITE layer L at last token to 0.6 during step first..last`, of a prompt's length."""
+    """`set SITE layer L at last token to 0.6 during step first..last`, from a prompt's length."""
 
     def of(prompt: int) -> Callable[[int], Changes]:
         def act(written: int) -> Changes:
@@ -126,7 +126,7 @@ def set_everywhere(
 
 @cache
 def replies(name: str, layer: int, first: int = 0, last: int = MOST) -> tuple[Reply, ...]:
-    """Of all rows."""
+    """Replies of all rows."""
     return tuple(
         write(name, text.ids, set_everywhere(layer, first, last)(len(text.ids))) for text in rows()
     )
@@ -162,7 +162,7 @@ def data(tmp_path: Path) -> Path:
 def values(
     keys: Sequence[tuple[Coord, ...]], of: Callable[..., tuple[float, float] | None]
 ) -> tuple[Array, Array]:
-    """([cell, row] with rules, [cell, row] without them), NaN where a row has no such place."""
+    """([cell, row] with rules, [cell, row] without them); NaN where a row lacks the position."""
     found = [[of(n, *key) or (np.nan, np.nan) for n in range(len(rows()))] for key in keys]
     both = np.array(found)
     return both[..., 0], both[..., 1]
@@ -183,7 +183,7 @@ def at_token(
 def hold(
     found: ExperimentResult, axis: str, places: Sequence[Coord], of: Any, *, base: bool = True
 ) -> None:
-    """of: (with rules, without) of a layer, a row and the number of a place."""
+    """of: (with rules, without) from a layer, a row and the number of a position."""
     assert found.axes == (axis, "layer")
     own = [(cell.coords[axis], cell.coords["layer"]) for cell in found.cells]
     assert own == product(places, (0, 1))
@@ -199,8 +199,8 @@ def measured(data: Path, name: str, mode: str, measure: str, effect: str) -> Exp
 
 
 @pytest.mark.parametrize(("name", "mode"), EACH)
-def test_entropy_at_each_step(data: Path, name: str, mode: str) -> None:
-    """Step s is where token s + 1 is predicted; the base run reads the same text."""
+def test_entropy_at_each_step_equals_the_reference(data: Path, name: str, mode: str) -> None:
+    """Step s predicts token s + 1; the base run reads the same text."""
 
     def of(layer: int, n: int, step: int) -> Any:
         return at_token(name, layer, n, step, lambda logits, n: entropy(logits))
@@ -210,7 +210,9 @@ def test_entropy_at_each_step(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), FEW)
-def test_logits_at_each_token(data: Path, name: str, mode: str) -> None:
+def test_logit_difference_at_each_reply_token_equals_the_reference(
+    data: Path, name: str, mode: str
+) -> None:
     def of(layer: int, n: int, place: int) -> Any:
         return at_token(name, layer, n, place + 1, two)
 
@@ -221,8 +223,8 @@ def test_logits_at_each_token(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), FEW)
-def test_loss_of_each_token(data: Path, name: str, mode: str) -> None:
-    """It is read in front of the token, where that is predicted."""
+def test_loss_at_each_reply_token_equals_the_reference(data: Path, name: str, mode: str) -> None:
+    """The loss of a token is read at the preceding token, which predicts it."""
 
     def of(layer: int, n: int, place: int) -> Any:
         reply = replies(name, layer)[n]
@@ -239,8 +241,8 @@ def test_loss_of_each_token(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), FEW)
-def test_divergence_from_other_runs_on_the_same_text(data: Path, name: str, mode: str) -> None:
-    """`kl(RUN)` reads that run's own prompt, with the reply of the patched row behind it."""
+def test_kl_to_other_runs_reads_the_same_reply(data: Path, name: str, mode: str) -> None:
+    """`kl(RUN)` reads the prompt of that run, followed by the reply of the patched row."""
     for run in ("clean", "longer"):
 
         def of(layer: int, n: int, step: int, run: str = run) -> Any:
@@ -264,12 +266,14 @@ PLACES: dict[str, Callable[[Reply], int | None]] = {
     "last token of reply - 1": lambda reply: len(reply.ids) - 1,
     "reply token 3": lambda reply: 3,
 }
-"""Where a measure is read, and which token of the reply that is."""
+"""Positions of measures, and the token of the reply that each one names."""
 
 
 @pytest.mark.parametrize(("name", "mode"), FEW)
-def test_single_tokens(data: Path, name: str, mode: str) -> None:
-    """Rows whose reply has no such token leave the cell."""
+def test_measures_at_single_reply_tokens_equal_the_reference(
+    data: Path, name: str, mode: str
+) -> None:
+    """Rows whose reply lacks the token aren't part of the cell."""
     text = "".join(
         experiment(f"e{n}", GENERATE, SET, measure=f"measure {TWO} at {place} as delta")
         for n, place in enumerate(PLACES)
@@ -290,8 +294,10 @@ def test_single_tokens(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), FEW)
-def test_a_text_of_the_reply(data: Path, name: str, mode: str) -> None:
-    """The last token of its last occurrence; rows without it leave the cell."""
+def test_measure_at_a_text_of_the_reply_equals_the_reference(
+    data: Path, name: str, mode: str
+) -> None:
+    """It is the last token of the last occurrence; rows without it aren't part of the cell."""
     every = [word(each) for reply in replies(name, 0) for each in reply.ids]
     alone = [
         each for each in sorted(set(every)) if sum(o.startswith(each) for o in set(every)) == 1
@@ -333,8 +339,10 @@ def write_column(folder: Path, words: Sequence[str]) -> None:
 
 @pytest.mark.parametrize("place", ["said of reply token", "first token of said of reply"])
 @pytest.mark.parametrize(("name", "mode"), FEW)
-def test_a_value_of_each_row_in_its_reply(data: Path, name: str, mode: str, place: str) -> None:
-    """White space around it doesn't count; rows whose reply lacks it leave the cell."""
+def test_measure_at_a_row_value_in_the_reply_equals_the_reference(
+    data: Path, name: str, mode: str, place: str
+) -> None:
+    """Surrounding white space is ignored; rows whose reply lacks it aren't part of the cell."""
     words = own_words(name)
     assert len(set(words)) > 2
     write_column(data, words)
@@ -352,7 +360,7 @@ def test_a_value_of_each_row_in_its_reply(data: Path, name: str, mode: str, plac
     compare(found.measures[0], patched, base, most=False)
 
 
-def test_values_are_looked_up_as_templates_write_them(
+def test_row_values_in_replies_are_formatted_like_templates(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values: list[Any] = [3.0, True, None, " w5 "]
@@ -370,7 +378,7 @@ def test_values_are_looked_up_as_templates_write_them(
     assert seen == {"3", "true", "", "w5"}
 
 
-def test_vectors_at_a_value_of_each_row(data: Path) -> None:
+def test_save_at_a_row_value_in_the_reply_has_the_reference_vectors(data: Path) -> None:
     own = [write("llama", text.ids, lambda written: ([], [])) for text in rows()]
     words = ["zebra", *(word(reply.ids[-1]) for reply in own[1:])]
     write_column(data, words)
@@ -387,7 +395,7 @@ def test_vectors_at_a_value_of_each_row(data: Path) -> None:
         torch.testing.assert_close(vector.double(), expected, atol=1e-3, rtol=1e-4)
 
 
-def test_other_words_of_rows_are_measured_again(data: Path) -> None:
+def test_changed_row_values_are_not_read_from_the_store(data: Path) -> None:
     """With the same store, after a change of the column alone."""
     store = data / "store"
     measure = f"measure {TWO} at said of reply token as raw"
@@ -437,7 +445,7 @@ RULES: dict[str, tuple[str, Callable[[str, int], Callable[[int], Changes]]]] = {
 
 
 @pytest.mark.parametrize(("name", "mode"), EACH)
-def test_rules_act_where_they_acted(data: Path, name: str, mode: str) -> None:
+def test_measures_in_replies_repeat_rules_at_their_steps(data: Path, name: str, mode: str) -> None:
     text = "".join(
         experiment(
             f"e{n}", "from longer into clean", GENERATE, line,
@@ -462,10 +470,10 @@ def test_rules_act_where_they_acted(data: Path, name: str, mode: str) -> None:
         patched, base = values(product(range(MOST)), of)
         compare(found[f"e{number}"].measures[0], patched, base, large=-1, most=False)
         largest.append(float(np.nanmax(np.abs(patched - base))))
-    assert sum(each > 0.1 for each in largest) > 2  # rows may end before a step comes
+    assert sum(each > 0.1 for each in largest) > 2  # a reply may end before the step
 
 
-# --- what is observed -----------------------------------------------------------------------------
+# --- observations ---------------------------------------------------------------------------------
 
 
 def norm(run: Run, text: Text, at: int) -> float:
@@ -504,11 +512,11 @@ SEEN: dict[str, tuple[str, bool, Callable[[Run, Text, int], float]]] = {
     ),
     "entropy": ("observe entropy pattern layer 2 at each reply token", True, spread),
 }
-"""A line, whether it is of tokens (else of steps), and what it gives at a token."""
+"""A line, whether it reads tokens (or steps), and its reference value at a token."""
 
 
 @pytest.mark.parametrize(("name", "mode"), FEW)
-def test_what_is_observed(data: Path, name: str, mode: str) -> None:
+def test_observations_in_replies_equal_the_reference(data: Path, name: str, mode: str) -> None:
     """With rules, and, for `delta`, without them after the same replies."""
     text = "".join(
         experiment(
@@ -534,12 +542,12 @@ def test_what_is_observed(data: Path, name: str, mode: str) -> None:
         assert [cell.coords["position"] for cell in own.cells] == labels * 2
         (measure,) = [each for each in own.measures if each.effect == "delta"]
         patched, base = values(product((0, 1), range(MOST)), of)
-        unseen = name == "mistral" and "subject" in line  # it lies outside of the window
+        unseen = name == "mistral" and "subject" in line  # outside the attention window
         compare(measure, patched, base, large=-1 if unseen else 0.01, most=False)
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_all_tokens_are_averaged(data: Path, mode: str) -> None:
+def test_observation_of_several_reply_tokens_is_their_mean(data: Path, mode: str) -> None:
     line = "observe norm resid_post layer 2 at reply tokens as seen"
     two_of = "observe norm resid_post layer 2 at reply tokens 2..3 as two"
     text = experiment("e", GENERATE, SET, line, two_of, measure="")
@@ -559,8 +567,10 @@ def test_all_tokens_are_averaged(data: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), FEW)
-def test_without_rules(data: Path, name: str, mode: str) -> None:
-    """What the base run writes by itself, measured and observed."""
+def test_measures_in_replies_without_rules_equal_the_reference(
+    data: Path, name: str, mode: str
+) -> None:
+    """The reply of the base run, measured and observed."""
     line = "observe norm resid_post layer 2 at each reply token as seen"
     text = experiment("e", GENERATE, measure=f"measure {TWO} at each step as raw")
     text += experiment("f", GENERATE, line, measure="")
@@ -579,7 +589,7 @@ def test_without_rules(data: Path, name: str, mode: str) -> None:
     compare(found["f"].measures[0], values(product(range(MOST)), seen)[0], None)
 
 
-def test_the_first_row_without_a_value_is_named_in_passes_of_any_size(
+def test_error_names_the_same_first_row_for_any_pass_size(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = experiment(
@@ -593,12 +603,12 @@ def test_the_first_row_without_a_value_is_named_in_passes_of_any_size(
     assert said[0] == said[1] != []
 
 
-# --- what is saved, and refused -------------------------------------------------------------------
+# --- saves and errors -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, [*QUICK, "small passes"]))
-def test_what_is_saved(data: Path, name: str, mode: str) -> None:
-    """Vectors of the prompt's last token and of all that a run writes, with rows and texts."""
+def test_saved_vectors_in_replies_equal_the_reference(data: Path, name: str, mode: str) -> None:
+    """Vectors of the final prompt token and of all generated tokens, with rows and texts."""
     line = 'save resid_post layer * at last token, each reply token to "x.safetensors"'
     result, found = try_file(experiment("e", GENERATE, line, measure=""), data, name, mode)
     assert result is not None, found
@@ -655,7 +665,7 @@ def test_save_at_a_text_of_some_replies_has_those_rows(data: Path, mode: str) ->
 
 
 def data_row(about: dict[str, Any]) -> int:
-    """The number in the data of a row that is saved."""
+    """The number of a saved row in the data."""
     return next(n for n, text in enumerate(rows()) if about["ids"][: len(text.ids)] == text.ids)
 
 
@@ -689,10 +699,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("lines", REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(data: Path, lines: tuple[str, ...]) -> None:
+def test_invalid_reply_positions_are_errors(data: Path, lines: tuple[str, ...]) -> None:
     assert "E0545" in codes(experiment("e", *lines, measure=""), data)
 
 
-def test_a_measure_of_several_tokens_is_refused(data: Path) -> None:
+def test_measure_at_several_reply_tokens_is_an_error(data: Path) -> None:
     lines = (GENERATE, SET, "measure entropy at reply tokens as raw")
     assert codes(experiment("e", *lines, measure=""), data) == ["E0612"]

@@ -45,7 +45,7 @@ BASIS = f'basis f = sae("sae") at resid_post layer {LAYER}\n'
 class Case:
     rule: str
     is_inactive: Callable[[Tensor, Tensor, int], bool]
-    """Of [token, feature] before the rule, [token, feature] of the other run, and the feature."""
+    """From [token, feature] before the rule, [token, feature] of the other run, and the feature."""
     at: str = "last token"
 
 
@@ -141,7 +141,7 @@ def test_cells_without_an_active_feature_are_marked(
 def ran(
     text: str, folder: Path, store: Path | None, family: str = "gpt2"
 ) -> tuple[ExperimentResult, int]:
-    """The result of one experiment, and the rows that were run."""
+    """The result of one experiment, and the number of rows that ran."""
     profiles: list[ExecutionProfile] = []
     options = RunOptions(on_profile=lambda _, profile: profiles.append(profile))
     whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{BASIS}{text}'
@@ -165,7 +165,7 @@ def test_rows_without_an_active_feature_are_not_run(data: Path) -> None:
 
 
 def test_activity_is_stored_with_the_values(data: Path) -> None:
-    """A second run runs nothing; another dictionary is decided anew."""
+    """A second run computes nothing; activity is recomputed for another dictionary."""
     sparse(data, "standard", "gpt2")
     text = experiment("e", CASES["patch"].rule)
     store = data / "store"
@@ -207,7 +207,7 @@ def test_means_and_donors_of_zero_features_are_inactive(fill: str, data: Path) -
     assert found.measures[0].inert.tolist() == never.tolist()
 
 
-def test_the_correction_is_over_the_other_cells(data: Path) -> None:
+def test_correction_excludes_cells_without_an_active_feature(data: Path) -> None:
     """Holm over the active cells alone gives the same corrected p-values."""
     sparse(data, "standard", "gpt2")
     stats = "stats bootstrap(100) correct holm"

@@ -58,7 +58,7 @@ PLACES: Mapping[str, Callable[[Prompt], int]] = {
     "after subject tokens": lambda made: made.subject[-1] + 1,
     "after item 1 token": lambda made: made.items[0] + 1,
 }
-"""Index of the first inserted token, by the place that a file names."""
+"""Index of the first inserted token, by the position that a file names."""
 
 
 def block(place: str = "before last token", more: str = "") -> str:
@@ -138,7 +138,7 @@ def test_list_of_directions_is_written_at_inserted_tokens(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_direction_is_written_at_every_inserted_token(family: str, folder: Path) -> None:
-    """In a sweep over factors, of which 0 writes 0."""
+    """In a sweep over factors; the factor 0 writes zeros."""
     lines = ("for f in [0, 1, 3] { set embed at inserted tokens to f * a }", MEASURE)
     found = result(*INTO, *lines, folder=folder, family=family)
     a = drawn(family)["a"].double()
@@ -166,8 +166,10 @@ def test_addition_adds_to_the_embeddings_of_placeholders(family: str, folder: Pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
-def test_run_with_written_vectors_is_read_by_patches(mode: str, family: str, folder: Path) -> None:
-    """The last token of a run with rules, in the clean run, which has fewer tokens."""
+def test_patch_reads_a_derived_run_with_inserted_vectors(
+    mode: str, family: str, folder: Path
+) -> None:
+    """The patch writes the last token of the derived run into the clean run, which is shorter."""
     lines = (
         f"run filled {{ from clean into longer {SET} }}",
         "prompts p",
@@ -187,7 +189,7 @@ TOKENS = 4
 
 
 def reply(family: str, given: Tensor) -> list[int]:
-    """The most likely tokens, in passes over the whole prompt and what follows it."""
+    """The most likely tokens, from full forward passes over the prompt and the reply so far."""
     found: list[int] = []
     for _ in range(TOKENS):
         found.append(int(logits(family, given)[-1].argmax()))
@@ -199,7 +201,7 @@ def reply(family: str, given: Tensor) -> list[int]:
 
 @pytest.mark.parametrize(("place", "family"), in_turn(tuple(PLACES), FAMILIES))
 @pytest.mark.parametrize("mode", ["plain", "planned"])
-def test_replies_follow_prompts_with_vectors(
+def test_replies_after_inserted_vectors_equal_the_reference(
     mode: str, family: str, place: str, folder: Path
 ) -> None:
     """Their keys and values stay in the cache of later steps."""
@@ -216,7 +218,9 @@ def test_replies_follow_prompts_with_vectors(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attention_to_inserted_tokens(family: str, folder: Path) -> None:
+def test_observed_attention_to_inserted_tokens_equals_the_reference(
+    family: str, folder: Path
+) -> None:
     lines = ("prompts p", "observe attention layer 1 heads * of longer from last token to "
              "inserted tokens as seen")  # fmt: skip
     found = result(*lines, folder=folder, family=family)
@@ -249,8 +253,8 @@ def test_two_experiments_of_a_file_use_different_vectors(folder: Path) -> None:
     assert together["ea"].measures[0].patched != pytest.approx(together["eb"].measures[0].patched)
 
 
-def test_random_control_replaces_each_vector(folder: Path) -> None:
-    """By one of its norm."""
+def test_random_control_of_inserted_vectors_has_equal_norms_and_a_band(folder: Path) -> None:
+    """Each vector is replaced by a random one of equal norm."""
     found = result(*INTO, SET, "against random(5, directions)", MEASURE, folder=folder)
     assert "of the same norm" in found.conventions["controls"]
     (band,) = found.controls
@@ -283,7 +287,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, folder: Path) -> None:
+def test_invalid_inserted_tokens_are_errors(name: str, folder: Path) -> None:
     old, new, code, said = MISTAKES[name]
     save_file(drawn("llama"), folder / "drawn.safetensors")
     text, prompts = experiment("e", *INTO, SET, MEASURE), block()

@@ -86,7 +86,7 @@ def output_map(block: Any) -> Any:
 
 
 Edit = Callable[[Tensor], Tensor]
-"""Of [T, width], the vectors after it."""
+"""The vectors after the edit, from [T, width]."""
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def jacobian(
     """[width, width]: the output of block `target` by that of block `source`, at one token.
 
     Args:
-        noise: Token → what is added to its embedding.
+        noise: Token → vector added to its embedding.
     """
     model = double(family)
     found: list[Tensor] = []
@@ -174,7 +174,7 @@ def test_jacobians_of_a_noised_run_are_averaged_over_draws(
         ("subject tokens", " at subject tokens", False, "p"),
     ],
 )
-def test_features_are_singular_vectors(
+def test_jacobian_basis_equals_the_reference(
     at: str, position: str, left: bool, run: str, family: str, mode: str, data: Path
 ) -> None:
     own = 2 if left else 1
@@ -198,7 +198,9 @@ def test_features_are_singular_vectors(
 
 
 @pytest.mark.parametrize("head", [None, 1])
-def test_heads_are_read_by_the_output_map(head: int | None, data: Path) -> None:
+def test_jacobian_of_attn_out_by_z_equals_the_output_projection(
+    head: int | None, data: Path
+) -> None:
     """The Jacobian of `attn_out` by `z` is the output projection, for any row."""
     weight = double("llama").model.layers[1].self_attn.o_proj.weight.detach()
     size = plain("llama", rows()[0])["z", 1].shape[-1]
@@ -230,7 +232,7 @@ def test_heads_are_read_by_the_output_map(head: int | None, data: Path) -> None:
     agree(found, (), expected, unpatched("llama"), most=False, large=0.001)
 
 
-def test_logits_are_read_at_the_token(data: Path) -> None:
+def test_jacobian_of_logits_equals_autograd_at_the_token(data: Path) -> None:
     """After the last block, their Jacobian goes through the final norm and the unembedding."""
     model, site = double("llama"), "resid_post layer 2"
     products: list[Tensor] = []
@@ -256,7 +258,7 @@ def test_logits_are_read_at_the_token(data: Path) -> None:
     agree(own, (), expected, unpatched("llama"), most=False, large=0.001)
 
 
-def test_one_head_is_read_alone(data: Path) -> None:
+def test_jacobian_of_one_head_equals_autograd(data: Path) -> None:
     """The Jacobian of a head's output by the stream before its layer."""
     size, products = plain("llama", rows()[0])["z", 1].shape[-1], []
     projection = double("llama").model.layers[1].self_attn.o_proj
@@ -299,8 +301,8 @@ def test_one_head_is_read_alone(data: Path) -> None:
     agree(found, (), expected, unpatched("llama"), most=False, large=0.001)
 
 
-def test_the_plan_counts_a_backward_pass_for_each_number(data: Path) -> None:
-    """And for each token, in passes through the blocks between the sites."""
+def test_plan_counts_a_backward_pass_per_number_and_token(data: Path) -> None:
+    """The passes run through the blocks between the sites."""
     plans: list[Plan] = []
     options = RunOptions(on_profile=lambda plan, _: plans.append(plan))
     two = "{token 1, token 3}"
@@ -321,7 +323,7 @@ def test_the_plan_counts_a_backward_pass_for_each_number(data: Path) -> None:
     assert extra == 2 * lengths * (3 + size * 2) - 3 * lengths
 
 
-def test_the_plan_counts_jacobians_of_each_noise_draw(data: Path) -> None:
+def test_plan_counts_jacobians_of_each_noise_draw(data: Path) -> None:
     plans: list[Plan] = []
     options = RunOptions(on_profile=lambda plan, _: plans.append(plan))
     blocks = BLOCKS.replace(
@@ -354,7 +356,9 @@ def test_the_plan_counts_jacobians_of_each_noise_draw(data: Path) -> None:
         (f"svd({S0} -> {S2}, dims: 2) at {S0}", RULE, "E0207", "jacobian("),
     ],
 )
-def test_what_has_no_jacobian(line: str, rule: str, code: str, said: str, data: Path) -> None:
+def test_invalid_jacobian_bases_are_errors(
+    line: str, rule: str, code: str, said: str, data: Path
+) -> None:
     text = f"basis j = {line}\n" + experiment("e", rule)
     result, problems = try_file(text, data, "llama")
     assert result is None or not result.experiments
@@ -363,7 +367,7 @@ def test_what_has_no_jacobian(line: str, rule: str, code: str, said: str, data: 
     assert said in found[0].message + (getattr(found[0], "hint", None) or ""), found[0].message
 
 
-def test_a_site_that_nothing_reads_has_no_basis(data: Path) -> None:
+def test_jacobian_basis_of_a_site_without_readers_is_an_error(data: Path) -> None:
     """Only the written token reads it, so that the Jacobian at another site of the layer is 0."""
     text = (
         "basis j = jacobian(p, mlp_out layer 1 -> q layer 1 head 0, dims: 2) at mlp_out layer 1\n"

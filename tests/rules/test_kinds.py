@@ -1,4 +1,4 @@
-"""Kinds of rules that are registered from outside of the package."""
+"""Rule types that a module outside the package registers."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def checked(text: str) -> list[str]:
 def scaled(
     name: str, factor: float, site: str, at: str, layer: int, unit: int | None = None
 ) -> list[float]:
-    """Per prompt, the difference when a site is multiplied, written out."""
+    """The reference difference of each prompt when a site is multiplied."""
     found: list[float] = []
     for text, record in zip(rows(), records(), strict=True):
         own = plain(name, text)[site, layer]
@@ -132,7 +132,9 @@ def scaled(
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(["gpt2", "llama"], QUICK))
-def test_it_writes_what_its_class_makes(stretch: None, data: Path, name: str, mode: str) -> None:
+def test_custom_rule_writes_the_values_of_its_class(
+    stretch: None, data: Path, name: str, mode: str
+) -> None:
     text = experiment("e", "stretch resid_post layer * at subject tokens by -0.5")
     text += experiment("f", "for x in [0, 1, 3] { stretch layer * head * at cue token by x }")
     found = run_file(text, data, name, mode)
@@ -147,7 +149,7 @@ def test_it_writes_what_its_class_makes(stretch: None, data: Path, name: str, mo
     agree(found["f"], ("x", "layer", "head"), heads, unpatched(name), most=False)
 
 
-def test_rows_that_it_leaves_as_they_are_are_not_run(stretch: None, data: Path) -> None:
+def test_custom_rule_marks_unchanged_rows_as_inert(stretch: None, data: Path) -> None:
     text = experiment("e", "for x in [1, 2] { stretch resid_post layer 1 at last token by x }")
     found = run_file(text, data, "llama", "planned")["e"]
     count = len(rows())
@@ -158,8 +160,10 @@ def test_rows_that_it_leaves_as_they_are_are_not_run(stretch: None, data: Path) 
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_factors_are_told_apart_where_rows_are_shared(stretch: None, data: Path, mode: str) -> None:
-    """Two experiments with the same rules but for the number, and one that does the same."""
+def test_custom_rules_with_different_factors_do_not_share_rows(
+    stretch: None, data: Path, mode: str
+) -> None:
+    """Two experiments that differ only in the number, and one equal to the first."""
     text = "".join(
         experiment(key, f"stretch resid_post layer 1 at last token by {factor}")
         for key, factor in (("e", 2), ("f", 3), ("g", 2))
@@ -176,10 +180,10 @@ def test_factors_are_told_apart_where_rows_are_shared(stretch: None, data: Path,
     assert np.abs(number - one).max() > 0.1
 
 
-# --- what is shown --------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 
-def test_it_is_formatted_and_shown(stretch: None, tmp_path: Path) -> None:
+def test_custom_rule_is_formatted_explained_and_drawn(stretch: None, tmp_path: Path) -> None:
     path = tmp_path / "toy.mech"
     path.write_text(TOY.replace("by 0.5", "by   0.5"), encoding="utf-8")
     tree, problems = parse(Source(path.read_text("utf-8")))
@@ -197,18 +201,18 @@ def test_it_is_formatted_and_shown(stretch: None, tmp_path: Path) -> None:
     assert "e" in said["plan"].output
 
 
-def test_without_a_kind_it_is_refused() -> None:
+def test_unregistered_rule_is_a_syntax_error() -> None:
     assert checked(TOY) == ["E0101"]
 
 
-def test_the_entry_is_short() -> None:
+def test_custom_rule_module_has_fewer_than_40_lines() -> None:
     assert len(ENTRY.read_text(encoding="utf-8").splitlines()) < 40
 
 
-# --- a verb of its own ----------------------------------------------------------------------------
+# --- custom verbs ---------------------------------------------------------------------------------
 
 
-def test_a_new_verb_is_read_and_run(clip: None, data: Path) -> None:
+def test_custom_verb_equals_the_reference(clip: None, data: Path) -> None:
     text = experiment("e", "clip mlp_out layer * at last token to 0.1")
     found = run_file(text, data, "gpt2", "planned")["e"]
 
@@ -222,8 +226,8 @@ def test_a_new_verb_is_read_and_run(clip: None, data: Path) -> None:
     agree(found, ("layer",), expected, unpatched("gpt2"))
 
 
-def test_a_verb_without_a_number_reads_other_rows(clip: None, data: Path) -> None:
-    """Rows of `even` have their positions in common, and each gets what one other row has."""
+def test_custom_verb_without_a_number_reads_other_rows(clip: None, data: Path) -> None:
+    """Rows of `even` share their positions, and each gets the vector of one other row."""
     text = experiment("e", "flip resid_post layer 1 at cue token", block="even")
     found = run_file(text, data, "gpt2", "planned")["e"].measures[0].patched[0]
     every = rows("even")
@@ -241,8 +245,8 @@ def test_a_verb_without_a_number_reads_other_rows(clip: None, data: Path) -> Non
     assert codes(text, data) == ["E0324"]
 
 
-def test_a_new_verb_is_soft(clip: None) -> None:
-    """It is a name wherever one can stand, and begins a rule on a line of its own."""
+def test_custom_verb_remains_a_valid_name(clip: None) -> None:
+    """The verb is a name wherever names are allowed, and starts a rule at the start of a line."""
     text = TOY.replace("  answer", '  clip in ["red", "blue"]\n  text clip_name = clip\n  answer')
     text = text.replace("stretch resid_post layer 0..1", "clip resid_post layer 0..1")
     text = text.replace("by 0.5", "to 0.5").replace(
@@ -261,7 +265,7 @@ def test_a_new_verb_is_soft(clip: None) -> None:
         ("flip layer 1 at last token to 2", "no number after `flip`"),
     ],
 )
-def test_a_verb_says_which_word_stands_before_its_number(
+def test_custom_verb_syntax_error_names_the_expected_word(
     clip: None, line: str, expected: str
 ) -> None:
     text = TOY.replace("stretch resid_post layer 0..1 at last token by 0.5", line)
@@ -270,8 +274,8 @@ def test_a_verb_says_which_word_stands_before_its_number(
     assert vars(found[0])["expected"] == expected
 
 
-def test_a_new_verb_behind_a_span(clip: None, data: Path) -> None:
-    """A number's name could stand there too."""
+def test_custom_verb_after_a_span_starts_a_rule(clip: None, data: Path) -> None:
+    """The name of a number would also be valid there."""
     text = experiment(
         "e",
         "freeze z layer 1 at first token of subject clip mlp_out layer * at last token to 0.1",
@@ -283,31 +287,31 @@ def test_a_new_verb_behind_a_span(clip: None, data: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "meant"), [("pacth layer 3 at last token", "patch"), ("clpi layer 3 to 1", "clip")]
 )
-def test_a_misspelt_verb_is_recognised(clip: None, line: str, meant: str) -> None:
+def test_misspelt_verb_is_suggested(clip: None, line: str, meant: str) -> None:
     text = TOY.replace("stretch resid_post layer 0..1 at last token by 0.5", line)
     found = check_source(Source(text), CheckSettings()).diagnostics
-    # The layer of `patch` isn't there, which is said too: the line counts as it was meant.
+    # The missing layer of `patch` is reported too: the line is read as the suggested rule.
     assert [one.code for one in found] == ["E0102", "E0303"][: 2 if meant == "patch" else 1]
     assert vars(found[0])["meant"] == meant
 
 
-def test_without_a_kind_the_word_is_no_verb() -> None:
+def test_unregistered_verb_is_a_syntax_error() -> None:
     text = TOY.replace("stretch resid_post layer 0..1 at last token by 0.5", "clip layer 1 to 0")
     assert checked(text) == ["E0101"]
 
 
-def test_a_word_of_the_language_is_no_verb() -> None:
+def test_keyword_or_registered_verb_is_rejected_at_registration() -> None:
     with pytest.raises(ValueError, match="`token` is a keyword"):
         rule_kind("token")
     with pytest.raises(ValueError, match="`patch` is registered twice"):
         rule_kind("patch")(SiteRule)
 
 
-# --- as the page says -----------------------------------------------------------------------------
+# --- documentation --------------------------------------------------------------------------------
 
 
-def test_the_steps_of_the_page(tmp_path: Path) -> None:
-    """The module and the command of `docs/architecture.md`, as they stand there."""
+def test_custom_rule_of_the_architecture_page_runs(tmp_path: Path) -> None:
+    """Run the module and the command of `docs/architecture.md` verbatim."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     steps = page.split("\n## Add a custom rule kind\n")[1].split("\n## ")[0]
     [module] = re.findall(r"```python\n(.*?)```", steps, re.DOTALL)

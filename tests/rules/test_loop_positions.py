@@ -1,4 +1,4 @@
-"""Positions that are counted by the variable of a `for`: `item i token`, `token i - 3`."""
+"""Positions computed from the variable of a `for`: `item i token`, `token i - 3`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LONGEST = max(text.last for text in rows())
 
 
 def item(text: Text, number: int) -> list[int]:
-    """The token of an occurrence, counted from 1; none where the row has fewer."""
+    """The token of an occurrence, counted from 1; empty if the row has fewer."""
     return [*text.spans["items"][number - 1 : number]] if number > 0 else []
 
 
@@ -51,7 +51,7 @@ def zeros(name: str, text: Text, site: str, layer: int, places: Sequence[int]) -
 
 
 def blocked(query: Sequence[int], key: Sequence[int]) -> list[Changes]:
-    """One run; none where the row lacks an end."""
+    """One run; empty if the row lacks the query or the key."""
     if not query or not key:
         return []
     return [([], [Edge("block", layer, [*query], [*key]) for layer in LAYERS])]
@@ -62,12 +62,12 @@ def ablated(name: str, text: Text, places: Sequence[int] | None) -> list[Changes
 
 
 def inside(text: Text, place: int) -> list[int]:
-    """A token of the model's input, whose first one is special; none beyond."""
+    """A token of the model's input, whose first one is special; empty out of range."""
     return [place] if 0 <= place <= text.last else []
 
 
 def taken(name: str, n: int, number: int) -> list[Changes]:
-    """An item's `resid_pre` of `longer`, which may have more or fewer."""
+    """An item's `resid_pre` of `longer`, which may have more or fewer items."""
     text, other = rows()[n], rows("longer")[n]
     own, theirs = item(text, number), item(other, number)
     if not own or not theirs:
@@ -81,7 +81,7 @@ class Case:
     rules: str
     numbers: Sequence[int]
     act: Callable[[str, int, int], Sequence[Changes]]
-    """Of a model's name, a row's number and the loop's; nothing where the row lacks a position."""
+    """From a model's name, a row's number and the loop's value; empty without the position."""
 
 
 CASES = {
@@ -209,7 +209,7 @@ def looped(case: Case) -> str:
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, QUICK))
-def test_rules(data: Path, name: str, mode: str) -> None:
+def test_rules_at_loop_positions_equal_the_reference(data: Path, name: str, mode: str) -> None:
     text = "".join(experiment(f"e{n}", looped(case)) for n, case in enumerate(CASES.values()))
     found = run_file(text, data, name, mode)
     for number, (title, case) in enumerate(CASES.items()):
@@ -223,8 +223,8 @@ def test_rules(data: Path, name: str, mode: str) -> None:
         agree(found[f"e{number}"], ("i",), expected, unpatched(name), large=0.02, most=False)
 
 
-def test_rows_that_lack_a_position_drop_out(data: Path) -> None:
-    """In some of the cells above, and never all of them: else nothing was held."""
+def test_rows_without_a_loop_position_are_excluded_from_the_cell(data: Path) -> None:
+    """Some cells above lack rows, and none lacks all rows: otherwise nothing is tested."""
     text = experiment("e", looped(CASES["the diagonal of items"]))
     counts = run_file(text, data, "llama", "planned")["e"].statistics[0].n.tolist()
     lengths = [len(text.spans["items"]) for text in rows()]
@@ -233,7 +233,9 @@ def test_rows_that_lack_a_position_drop_out(data: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, QUICK))
-def test_attention_on_a_diagonal(data: Path, name: str, mode: str) -> None:
+def test_observed_attention_at_loop_positions_equals_the_reference(
+    data: Path, name: str, mode: str
+) -> None:
     text = experiment(
         "e",
         "for i in 3..6 { observe attention layer 1 head * from token i to token i - 2 as near }",
@@ -264,8 +266,8 @@ def test_attention_on_a_diagonal(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, QUICK))
-def test_measures_that_follow_a_rule(data: Path, name: str, mode: str) -> None:
-    """What is read stands one item behind what is written; both are counted by one variable."""
+def test_measure_at_a_loop_position_equals_the_reference(data: Path, name: str, mode: str) -> None:
+    """The measure reads one item after the written one; both use one variable."""
     text = experiment(
         "e",
         "for i in 1..4 { ablate mlp_out layer 1 at item i token with zero }",
@@ -291,7 +293,7 @@ def test_measures_that_follow_a_rule(data: Path, name: str, mode: str) -> None:
     agree(found, ("i",), expected, np.array(base), large=0.02, most=False)
 
 
-def test_what_they_are_called(data: Path) -> None:
+def test_cell_labels_have_the_values_of_loop_positions(data: Path) -> None:
     text = experiment("e", "for i in 3..4 { block attention layer 1 from token i to token i - 2 }")
     text += experiment("f", "for i in 1..2 { ablate z layer 1 head 0 at item i token with zero }")
     text += experiment("g", "for i in 1..2 { ablate z layer 1 head 0 at last token - i with zero }")
@@ -301,8 +303,8 @@ def test_what_they_are_called(data: Path) -> None:
     assert [cell.position for cell in found["g"].cells] == ["last token - 1", "last token - 2"]
 
 
-def test_the_same_cells_as_a_sweep(data: Path) -> None:
-    """`each item token` is the same runs: rows that lack one drop out of both alike."""
+def test_loop_over_items_equals_each_item(data: Path) -> None:
+    """`each item token` has the same runs; both exclude rows without the item."""
     loop = f"for i in 1..{MOST} {{ ablate resid_post layer 1 at item i token with zero }}"
     text = experiment("e", loop)
     text += experiment("f", "ablate resid_post layer 1 at each item token with zero")
@@ -330,24 +332,26 @@ def test_the_same_cells_as_a_sweep(data: Path) -> None:
         ("ablate embed at item 4 token with zero", "E0309"),
     ],
 )
-def test_what_is_refused(data: Path, rule: str, code: str) -> None:
+def test_invalid_loop_positions_are_errors(data: Path, rule: str, code: str) -> None:
     assert code in codes(experiment("e", rule), data)
 
 
-def test_a_parameter_is_a_number(data: Path) -> None:
-    """Rows that lack it are an error, as where the number itself is written."""
+def test_parameter_is_a_valid_item_number(data: Path) -> None:
+    """Rows without the item are an error, as with a literal number."""
     text = experiment("e", "ablate resid_post layer 1 at item which token with zero")
     found = run_file(f"param which = {FEWEST}\n{text}", data, "llama", "planned")["e"]
     assert found.statistics[0].n.tolist() == [len(rows())]
     assert codes(f"param which = {FEWEST + 1}\n{text}", data) == ["E0309"]
 
 
-# --- answers that follow a loop -------------------------------------------------------------------
+# --- answers that depend on a loop ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, QUICK))
-def test_answers_that_follow_a_rule(data: Path, name: str, mode: str) -> None:
-    """A text and a set of texts, of the same number as the position that is written."""
+def test_answers_with_the_loop_variable_equal_the_reference(
+    data: Path, name: str, mode: str
+) -> None:
+    """A text and a set of texts with the same number as the written position."""
     text = experiment(
         "e",
         "for i in 1..4 { ablate mlp_out layer 1 at token i with zero }",
@@ -385,8 +389,8 @@ experiment e { prompts fruit limit 6 LINES }
 """
 
 
-def test_numerals_that_follow_a_loop() -> None:
-    """The cells of a loop are those of experiments with its numbers; a loop may stand alone."""
+def test_numerals_with_the_loop_variable_equal_separate_experiments() -> None:
+    """Cells equal experiments with literal numbers; a loop may have measures without a rule."""
     measures = "measure prob(count + {}..9) as raw measure expected({}..8) as raw"
     result, problems = run_source(
         Source(COUNTED.replace("LINES", f"for i in 1..3 {{ {measures.format('i', 'i')} }}"))
@@ -404,8 +408,8 @@ def test_numerals_that_follow_a_loop() -> None:
     assert (first > last).any(), "sets of all values are alike"
 
 
-def test_a_value_of_the_rows_goes_first() -> None:
-    """A loop that is called like one counts positions, and the metric reads the row."""
+def test_row_value_takes_precedence_over_a_loop_variable_in_metrics() -> None:
+    """A loop of the same name sets positions, and the metric reads the row."""
     lines = "for count in 1..2 {{ ablate resid_post layer 1 at item count token with zero }} {}"
     results = [
         run_source(Source(COUNTED.replace("LINES", lines.format(measure))))
@@ -427,5 +431,7 @@ def test_a_value_of_the_rows_goes_first() -> None:
         ("measure prob(i..9) as raw", "E0501"),
     ],
 )
-def test_which_answers_are_refused(data: Path, measure: str, code: str) -> None:
+def test_invalid_answers_with_loop_variables_are_errors(
+    data: Path, measure: str, code: str
+) -> None:
     assert code in codes(experiment("e", measure=measure), data)

@@ -1,4 +1,4 @@
-"""Numbers below zero that name a cell, and loops that name members of a direction alone."""
+"""Negative numbers that select a cell, and loops that only select members of a direction."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def codes(rule: str, expect: str = "") -> list[str]:
         ("expect delta(c: -50%) < 100", ["E0606"]),
     ],
 )
-def test_a_number_below_zero_names_a_cell(expect: str, expected: list[str]) -> None:
+def test_expectation_selects_a_cell_by_a_negative_number(expect: str, expected: list[str]) -> None:
     assert codes(SCALED, expect) == expected
 
 
@@ -68,10 +68,10 @@ def test_a_number_below_zero_names_a_cell(expect: str, expected: list[str]) -> N
         "add 2 * d[layer n] to resid_post layer 1 at last token",
     ],
 )
-def test_a_loop_over_members_of_a_direction(rule: str) -> None:
+def test_loop_variable_selects_members_of_a_direction(rule: str) -> None:
     assert codes(rule) == []
 
 
-def test_a_loop_that_names_nothing() -> None:
+def test_unused_loop_variable_is_an_error() -> None:
     rule = "for l in 1..2 { add 2 * d[layer 1] to resid_post layer 1 at last token }"
     assert codes(rule) == ["E0322"]

@@ -1,4 +1,4 @@
-"""Loops within one another: both ends of a range, windows, and domains that hang on a loop."""
+"""Nested loops: both ends of a range, windows, and domains that depend on an outer loop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAST, CUE = "last token", "cue token"
 
 
 def patched(name: str, n: int, at: str, places: Sequence[tuple[str, int, int]]) -> list[Changes]:
-    """What stands in `longer` at (site, layer, unit), put into `clean`."""
+    """Values of `longer` at (site, layer, unit), written into `clean`."""
     text, other = rows()[n], rows("longer")[n]
     (to,), (of,) = tokens(text, at), tokens(other, at)
     run = plain(name, other)
@@ -68,7 +68,7 @@ def cut(text: Text, layers: Sequence[int]) -> list[Changes]:
 
 
 def cut_items(text: Text, first: int, second: int) -> list[Changes]:
-    """Nothing where the row has no such item."""
+    """Empty if the row lacks the item."""
     items = text.spans["items"]
     if second > len(items):
         return []
@@ -86,7 +86,7 @@ class Case:
     axes: tuple[str, ...]
     cells: Sequence[tuple[int, ...]]
     act: Callable[..., Sequence[Changes]]
-    """Of a model's name, a row's number and the cell's coordinates."""
+    """From a model's name, a row's number and the cell's coordinates."""
 
 
 def upwards(low: int, high: int) -> list[tuple[int, int]]:
@@ -230,7 +230,7 @@ def both(*each: list[Changes]) -> list[Changes]:
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, QUICK))
-def test_cells(data: Path, name: str, mode: str) -> None:
+def test_cells_of_nested_loops_equal_the_reference(data: Path, name: str, mode: str) -> None:
     text = "".join(experiment(f"e{n}", case.lines) for n, case in enumerate(CASES.values()))
     found = run_file(text, data, name, mode)
     for place, case in enumerate(CASES.values()):
@@ -242,7 +242,7 @@ def test_cells(data: Path, name: str, mode: str) -> None:
         agree(found[f"e{place}"], case.axes, expected, unpatched(name), large=0.02, most=False)
 
 
-# --- what else knows cells ------------------------------------------------------------------------
+# --- other users of cells -------------------------------------------------------------------------
 
 WRITTEN_OUT = {
     "blocks": "replace block layer B with block layer A",
@@ -253,7 +253,7 @@ WRITTEN_OUT = {
 
 
 @pytest.mark.parametrize("rule", list(WRITTEN_OUT))
-def test_each_cell_is_the_rule_with_its_numbers(data: Path, rule: str) -> None:
+def test_cell_of_a_nested_loop_equals_the_rule_with_its_numbers(data: Path, rule: str) -> None:
     line = WRITTEN_OUT[rule]
     start = "" if rule == "an observation" else FROM
     measure = {} if start else {"measure": ""}
@@ -302,8 +302,8 @@ MEASURED = {
 
 
 @pytest.mark.parametrize("case", list(MEASURED))
-def test_measures_that_name_loops(data: Path, case: str) -> None:
-    """Only the cells that there are have a part that is read for them."""
+def test_measures_with_loop_variables_equal_separate_experiments(data: Path, case: str) -> None:
+    """Only existing cells read a component."""
     lines, metric, cells = MEASURED[case]
     rule = lines[lines.index("patch") : lines.index(" }")]
 
@@ -328,19 +328,19 @@ def test_measures_that_name_loops(data: Path, case: str) -> None:
     assert np.ptp(found.measures[0].patched, axis=0).max() > 0.001
 
 
-def test_random_targets_are_drawn_for_cells_that_there_are(data: Path) -> None:
+def test_random_control_of_nested_loops_covers_existing_cells(data: Path) -> None:
     text = triangle("against random(4, layers)")
     found = run_file(text, data, "llama", "planned")["e"]
     (drawn,) = found.controls
     assert drawn is not None
     assert len(drawn.low) == len(found.cells) == 6
     whole = found.conventions["controls"]
-    assert "1 of 6 cells has no alternatives and no band" in whole  # all layers have no others
+    assert "1 of 6 cells has no alternatives and no band" in whole  # the cell of all layers
     assert np.isfinite(drawn.mean).sum() == 5
 
 
-def test_where_the_largest_are(data: Path) -> None:
-    """The best cell, and the six largest, are those that there are."""
+def test_best_and_top_select_from_existing_cells(data: Path) -> None:
+    """The best cell and the top six are among the six existing cells."""
     text = triangle() + experiment("f", f"ablate best of e at {CUE} with zero")
     found = run_file(text, data, "llama", "planned")
     best = int(found["e"].statistics[0].mean.argmax())
@@ -371,8 +371,8 @@ experiment e {
 """
 
 
-def test_what_is_shown() -> None:
-    """The half that isn't there is empty, and nothing counts it."""
+def test_nested_loops_are_shown_without_missing_cells() -> None:
+    """Missing cells are empty in the heat map and excluded from counts."""
     result = mechdsl.run(SHOWN)["e"]
     text = io.StringIO()
     show_report(result, report("heatmap", variable="a", by="b"), Console(file=text, width=100))
@@ -401,15 +401,15 @@ PAIRS = """for a in [2, 1] { for b in a..2 { path layer a head 0 -> q layer b at
     ("loops", "key", "said"),
     [(INERT, "inert", "1 of 3 cells, and 4 of 12 rows"), (PAIRS, "pairs", "1 of 3; in the others")],
 )
-def test_what_is_counted(loops: str, key: str, said: str) -> None:
-    """What stands in for a cell that isn't there counts as little as that."""
+def test_inert_and_pair_counts_exclude_missing_cells(loops: str, key: str, said: str) -> None:
+    """Placeholders of missing cells aren't counted."""
     lines = SHOWN.splitlines()
     lines = [loops if line.startswith("  for a") else line for line in lines]
     found = mechdsl.run("\n".join(lines))
     assert found["e"].conventions[key].startswith(said)
 
 
-def test_p_values_are_corrected_for_the_cells_that_there_are() -> None:
+def test_correction_counts_only_existing_cells() -> None:
     (few,) = (
         found
         for found in mechdsl.validate(SHOWN.replace("limit 4", "limit 5"))
@@ -418,7 +418,7 @@ def test_p_values_are_corrected_for_the_cells_that_there_are() -> None:
     assert "Holm, 6 cells" in few.label_text
 
 
-def test_a_model_that_is_not_at_hand_has_the_layers_that_loops_name() -> None:
+def test_validate_without_the_model_assumes_the_layers_of_loops() -> None:
     loops = "for a in 0..40 { for b in a..a + 30 { patch mlp_out layers a..b at last token } }"
     text = SHOWN.replace('zoo("counting")', 'hf("nobody/nothing")')
     lines = [loops if line.startswith("  for a") else line for line in text.splitlines()]
@@ -427,7 +427,7 @@ def test_a_model_that_is_not_at_hand_has_the_layers_that_loops_name() -> None:
     assert [found.message.split(": ", 1)[1] for found in wrong] == ["no cell matches a: 40, b: 10"]
 
 
-def test_one_cell_is_expected(data: Path) -> None:
+def test_expectation_selects_a_cell_of_nested_loops(data: Path) -> None:
     text = triangle("expect delta(a: 1, b: 2) > -100", "expect max(delta) < 100")
     found: ExperimentResult = run_file(text, data, "llama", "planned")["e"]
     assert len(found.cells) == 6
@@ -450,7 +450,7 @@ def test_range_with_a_step_includes_its_end(data: Path, domain: str, values: lis
     np.testing.assert_allclose([float(cell.coords["x"]) for cell in found.cells], values, atol=1e-9)
 
 
-def test_values_that_are_equal_but_for_rounding_are_one(data: Path) -> None:
+def test_loop_values_equal_up_to_rounding_are_one_coordinate(data: Path) -> None:
     """0.1 + 6 · 0.1 is 0.7, and 0 + 7 · 0.1 is not."""
     rule = "set mlp_out layer 1 at last token to y - x"
     text = experiment("e", f"for x in [0, 0.1] {{ for y in x..0.8 step 0.1 {{ {rule} }} }}")
@@ -496,5 +496,5 @@ def test_values_that_are_equal_but_for_rounding_are_one(data: Path) -> None:
         ("for a in 0..2 { for b in a..2 { ablate z layer b head 0 at AT with zero } }", "E0322"),
     ],
 )
-def test_what_is_refused(data: Path, rule: str, code: str) -> None:
+def test_invalid_nested_loops_are_errors(data: Path, rule: str, code: str) -> None:
     assert codes(experiment("e", rule.replace("AT", LAST)), data) == [code]

@@ -1,4 +1,4 @@
-"""What `observe` lines see, beside what plain code makes of the same vectors."""
+"""Values of `observe` lines, against plain code on the same vectors."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from .test_attention import PAIR, parts_of_span, taken
 LAYERS, HEADS = range(3), range(4)
 LAST, CUE, SUBJECT = "last token", "cue token", "subject token"
 Value = Callable[..., float]
-"""Of a run, its text and the cell's coordinates; KeyError where the text lacks the position."""
+"""From a run, its text and the cell's coordinates; KeyError if the text lacks the position."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """An observation, and what it gives in each cell."""
+    """An observation, and its reference value in each cell."""
 
     lines: tuple[str, ...]
     axes: tuple[str, ...]
@@ -81,7 +81,7 @@ def back(weights: Tensor, at: int, most: int = 1000) -> float:
 
 
 def later(weights: Tensor, at: int, low: int = 1, high: int = 1000) -> float:
-    """Of [query, key]: what the tokens behind a key give it; KeyError where there are none."""
+    """The mean attention of later tokens to a key, from [query, key]; KeyError without any."""
     found = [float(own[at]) for query, own in enumerate(weights) if low <= query - at <= high]
     if not found:
         raise KeyError(at)
@@ -239,7 +239,7 @@ CASES: dict[str, Case] = {
 }
 
 
-# --- the end of the model, by hand ----------------------------------------------------------------
+# --- reference for the end of the model -----------------------------------------------------------
 
 NORMS = {
     "gpt2": "transformer.ln_f",
@@ -264,7 +264,7 @@ def by_lens(name: str, vector: Tensor) -> Tensor:
 
 
 def folded(name: str, vector: Tensor, stream: Tensor) -> Tensor:
-    """[vocab]: what a vector of the stream adds to the logits, by the formula of the norm."""
+    """[vocab]: the contribution of a vector to the logits, by the formula of the norm."""
     norm, head = end_of(name)
     vector, stream = vector.flatten(), stream.flatten()
     gain = norm.weight + 1 if name == "gemma2" else norm.weight
@@ -281,7 +281,7 @@ def toward(text_number: int, logits: Tensor) -> float:
 
 
 def cases_of(name: str) -> list[str]:
-    """Neurons of experts have no site: of `gpt_oss` they can't be observed."""
+    """Neurons of experts have no site, so `gpt_oss` lacks these cases."""
     return [
         key
         for key, case in CASES.items()
@@ -325,12 +325,12 @@ def hold(data: Path, key: str, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "mode"), in_turn(list(CASES), QUICK))
-def test_what_is_observed_is_in_the_model(data: Path, key: str, mode: str) -> None:
+def test_observations_equal_the_reference(data: Path, key: str, mode: str) -> None:
     hold(data, key, "llama", mode)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gemma2"])
-def test_what_is_observed_is_in_other_models(data: Path, name: str) -> None:
+def test_observations_equal_the_reference_in_other_families(data: Path, name: str) -> None:
     for key in CASES:
         hold(data, key, name, "planned")
 
@@ -340,7 +340,9 @@ def test_what_is_observed_is_in_other_models(data: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "name"), [(key, name) for name in FAMILIES for key in cases_of(name)]
 )
-def test_what_is_observed_is_in_every_model(data: Path, key: str, name: str, mode: str) -> None:
+def test_observations_equal_the_reference_in_every_family(
+    data: Path, key: str, name: str, mode: str
+) -> None:
     hold(data, key, name, mode)
 
 
@@ -375,7 +377,7 @@ def ends(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
     joined = experiment("joined", f"observe direct_logit mlp_out layers 0..2 {DIRECT}", measure="")
     stream = f"observe direct_logit resid_post layer * {DIRECT}"
     parts.append(experiment("stream", stream, measure=""))
-    if name != "gemma2":  # with a norm behind them
+    if name != "gemma2":  # a norm follows its heads
         parts.append(
             experiment("heads", f"observe direct_logit layer * head * {DIRECT}", measure="")
         )
@@ -467,28 +469,28 @@ def hold_parts(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", LENS)
-def test_the_lens_is_the_end_of_the_model(data: Path, name: str) -> None:
+def test_logit_lens_equals_final_norm_and_unembedding(data: Path, name: str) -> None:
     hold_ends(data, name, "planned")
 
 
 @pytest.mark.parametrize("name", LENS)
-def test_parts_add_up_to_the_logit(data: Path, name: str) -> None:
+def test_direct_logits_of_components_sum_to_the_logit(data: Path, name: str) -> None:
     hold_parts(data, name, "planned")
 
 
-def test_ends_are_the_same_without_the_planner(data: Path) -> None:
+def test_logit_lens_and_direct_logits_equal_the_reference_without_planner(data: Path) -> None:
     hold_ends(data, "llama", "plain")
     hold_parts(data, "llama", "plain")
 
 
-# --- tokens that are listed -----------------------------------------------------------------------
+# --- listed tokens --------------------------------------------------------------------------------
 
 TOP = 4
 
 
 def by_rows(rows_of: Sequence[Sequence[Tensor]]) -> tuple[list[int], list[tuple[float, float]]]:
-    """Per row, [vocab] of each of its runs: tokens by mean probability, with that and the share of
-    rows in which each is first."""
+    """Tokens by mean probability, from [vocab] of each run of each row; with that probability and
+    the share of rows in which each is first."""
     vocabulary = rows_of[0][0].shape[-1]
     means, firsts = np.zeros(vocabulary), np.zeros(vocabulary)
     for each in rows_of:
@@ -541,11 +543,11 @@ def hold_lists(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", LENS)
-def test_listed_tokens_are_those_of_the_model(data: Path, name: str) -> None:
+def test_listed_tokens_equal_the_reference(data: Path, name: str) -> None:
     hold_lists(data, name, "planned")
 
 
-def test_listed_tokens_without_the_planner(data: Path) -> None:
+def test_listed_tokens_equal_the_reference_without_planner(data: Path) -> None:
     hold_lists(data, "gpt2", "plain")
 
 
@@ -604,11 +606,11 @@ def hold_tuned(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", LENS)
-def test_the_tuned_lens_translates_first(data: Path, name: str) -> None:
+def test_tuned_lens_equals_the_reference(data: Path, name: str) -> None:
     hold_tuned(data, name, "planned")
 
 
-def test_the_tuned_lens_without_the_planner(data: Path) -> None:
+def test_tuned_lens_equals_the_reference_without_planner(data: Path) -> None:
     hold_tuned(data, "gpt2", "plain")
 
 
@@ -624,7 +626,7 @@ def test_the_tuned_lens_without_the_planner(data: Path) -> None:
         ('tuned_lens("half")', "has no `layer.2.weight`"),
     ],
 )
-def test_a_lens_that_does_not_fit_is_refused(data: Path, said: str, reason: str) -> None:
+def test_invalid_tuned_lens_file_is_an_error(data: Path, said: str, reason: str) -> None:
     files = {
         '"one"': lens_of(data, "llama", (0,)),
         '"narrow"': lens_of(data, "llama", (0, 1), {"layer.1.bias": torch.ones(5)}),
@@ -640,7 +642,7 @@ def test_a_lens_that_does_not_fit_is_refused(data: Path, said: str, reason: str)
     assert (problem.code, reason in problem.message + problem.label_text) == ("E0207", True)
 
 
-def test_a_lens_is_as_it_was_checked(data: Path) -> None:
+def test_tuned_lens_file_that_changed_after_the_check_is_an_error(data: Path) -> None:
     written = data / lens_of(data, "llama")
     digest = sha256(written.read_bytes()).hexdigest()
     assert load_translator(str(written), digest, 1)[1].shape == (20,)
@@ -648,8 +650,8 @@ def test_a_lens_is_as_it_was_checked(data: Path) -> None:
         load_translator(str(written), "0" * 64, 1)
 
 
-def test_another_file_is_another_lens(data: Path) -> None:
-    """A lens that is written anew is read anew, within one process."""
+def test_overwritten_tuned_lens_file_is_read_again(data: Path) -> None:
+    """The cache within one process depends on the file's content."""
     found: list[Any] = []
     for factor in (0.0, 1.0):
         width = double("llama").get_output_embeddings().weight.shape[1]
@@ -663,7 +665,7 @@ def test_another_file_is_another_lens(data: Path) -> None:
     assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
-# --- what rules change of them --------------------------------------------------------------------
+# --- effects of rules on observations -------------------------------------------------------------
 
 
 def direct(name: str, run: Run, text: Any, n: int) -> float:
@@ -737,17 +739,17 @@ def hold_changes(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", LENS)
-def test_effects_of_observations_are_those_of_the_model(data: Path, name: str) -> None:
+def test_effects_on_observations_equal_the_reference(data: Path, name: str) -> None:
     hold_changes(data, name, "planned")
 
 
-def test_effects_of_observations_without_the_planner(data: Path) -> None:
+def test_effects_on_observations_equal_the_reference_without_planner(data: Path) -> None:
     hold_changes(data, "gpt2", "plain")
 
 
 @pytest.mark.parametrize(("mode", "name"), in_turn(list(MODES), LENS[:3]))
-def test_a_lens_is_compared_with_a_run(data: Path, name: str, mode: str) -> None:
-    """What other measures read of the logits is narrow: the run's are whole nevertheless."""
+def test_kl_of_a_logit_lens_to_a_run_equals_the_reference(data: Path, name: str, mode: str) -> None:
+    """Other measures read few logits; those of the run are complete nevertheless."""
     look = "observe logit_lens resid_post layer * at last token"
     text = experiment("lens", look, measure="measure kl(longer) as raw")
     text += experiment("narrow", measure="measure logit(answer) - logit(wrong) as raw")
@@ -760,8 +762,8 @@ def test_a_lens_is_compared_with_a_run(data: Path, name: str, mode: str) -> None
         assert wanted > 0.01 or layer == LAYERS[-1]
 
 
-def test_each_cell_is_set_against_its_own(data: Path) -> None:
-    """Of the axes of the rule and of what is observed, the base run has the latter's alone."""
+def test_delta_of_an_observation_uses_the_base_value_of_its_cell(data: Path) -> None:
+    """The base run has the axes of the observation, not those of the rule."""
     patch = ("from longer into clean", "patch resid_post layer 0..1 at cue token")
     look = "observe entropy pattern layer 2 head * at last token, cue token, item 1 token as"
     text = experiment("e", *patch, f"{look} spread", measure="measure spread as delta")
@@ -779,10 +781,10 @@ def test_each_cell_is_set_against_its_own(data: Path) -> None:
     assert len({tuple(row.round(4)) for row in alone.patched}) == 12
 
 
-# --- two of them beside each other ----------------------------------------------------------------
+# --- comparisons of two observations --------------------------------------------------------------
 
 
-def test_an_expectation_compares_two_observations(data: Path) -> None:
+def test_expectation_compares_two_observations(data: Path) -> None:
     patch = ("from longer into clean", "patch resid_post layer 0 at cue token")
     look = (
         "observe norm resid_post layer * at last token as one",
@@ -811,7 +813,7 @@ def test_an_expectation_compares_two_observations(data: Path) -> None:
         assert found == pytest.approx(own, abs=1e-6)
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 LENS_AT = "observe logit_lens resid_post layer 1 at last token"
 
@@ -874,12 +876,14 @@ LENS_AT = "observe logit_lens resid_post layer 1 at last token"
         ),
     ],
 )
-def test_what_is_refused(data: Path, lines: Sequence[str], measure: str, code: str) -> None:
+def test_invalid_observations_are_errors(
+    data: Path, lines: Sequence[str], measure: str, code: str
+) -> None:
     found = codes(experiment("e", *lines, measure=measure), data)
     assert [each for each in found if each.startswith("E")] == [code]
 
 
-def test_heads_with_a_norm_behind_them_are_refused(data: Path) -> None:
+def test_direct_logit_of_heads_before_an_output_norm_is_an_error(data: Path) -> None:
     text = experiment("e", f"observe direct_logit layer 0 head 0 {DIRECT}", measure="")
     assert "E0108" in codes(text, data, "gemma2")
     fine = experiment("e", f"observe direct_logit attn_out layer 0 {DIRECT}", measure="")
@@ -894,7 +898,7 @@ def test_heads_with_a_norm_behind_them_are_refused(data: Path) -> None:
         ("rank", "last token"),
     ],
 )
-def test_a_pick_of_nothing_is_refused(what: str, place: str, data: Path) -> None:
+def test_observation_of_top_zero_is_an_error(what: str, place: str, data: Path) -> None:
     ranked = experiment("r", "ablate layer 1 head * at last token with zero")
     line = f"for k in 0..1 {{ observe {what} top k of r at {place} as x }}"
     lines = [line, *(["generate 2"] if "reply" in place else [])]

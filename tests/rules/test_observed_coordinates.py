@@ -42,7 +42,7 @@ def check(
     cells: Sequence[tuple[Coord, ...]],
     value: Callable[..., float | None],
 ) -> np.ndarray:
-    """Compare every cell; value: of a row and the cell's coordinates. Returns [cell, row]."""
+    """Compare every cell. value: from a row and the cell's coordinates. Returns [cell, row]."""
     assert found.axes == axes
     assert [tuple(cell.coords[axis] for axis in axes) for cell in found.cells] == [*cells]
     expected = np.array(
@@ -63,7 +63,9 @@ def site_of(run: Run, at: Sequence[int], site: str = "resid_post", unit: int = 0
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", HERE)
-def test_coordinates_of_unpatched_runs(family: str, mode: str, data: Path) -> None:
+def test_observed_coordinates_of_unpatched_runs_equal_the_reference(
+    family: str, mode: str, data: Path
+) -> None:
     """Directions that aren't orthogonal, a centred basis, a dictionary, and numbers of vectors."""
     width = width_of(family)
     name, of = save_rows(data, width), make(data, "topk", width)
@@ -143,7 +145,9 @@ def test_coordinates_of_unpatched_runs(family: str, mode: str, data: Path) -> No
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", HERE)
-def test_interactions_between_coordinates(family: str, mode: str, data: Path) -> None:
+def test_changes_of_later_coordinates_equal_the_reference(
+    family: str, mode: str, data: Path
+) -> None:
     """The change of a later coordinate when an earlier one changes: an interaction graph."""
     width = width_of(family)
     name = save_rows(data, width)
@@ -228,7 +232,9 @@ def test_rows_without_active_features_are_observed(family: str, data: Path) -> N
 
 @pytest.mark.parametrize("mode", QUICK)
 @pytest.mark.parametrize("family", HERE)
-def test_coordinates_at_tokens_of_replies(family: str, mode: str, data: Path) -> None:
+def test_observed_coordinates_at_reply_tokens_equal_the_reference(
+    family: str, mode: str, data: Path
+) -> None:
     name = save_rows(data, width_of(family))
     text = f'basis b = saved("{name}", "rows") at resid_post layer {LAYER}\n'
     text += observed(
@@ -251,7 +257,7 @@ def test_coordinates_at_tokens_of_replies(family: str, mode: str, data: Path) ->
     check(found, ("feature",), [(i,) for i in range(SAVED_DIMS)], value)
 
 
-def test_a_change_of_the_dictionary_changes_stored_values(data: Path) -> None:
+def test_stored_coordinates_depend_on_dictionary_and_line(data: Path) -> None:
     """Values in the store depend on the basis and on the named coordinates."""
     width = width_of("gpt2")
     make(data, "standard", width)

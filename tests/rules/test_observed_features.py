@@ -71,7 +71,7 @@ def token_text(number: int) -> str:
 
 
 def check(found: ExperimentResult, expected: np.ndarray, top: int) -> list[int]:
-    """The features of the largest means in size, and their values; returns the features."""
+    """Compare the features with the largest absolute means and their values; return them."""
     order = np.argsort(-np.abs(expected.mean(0)), kind="stable")
     order = [int(each) for each in order[:top] if np.abs(expected[:, each]).any()]
     assert [cell.coords["feature"] for cell in found.cells] == order
@@ -85,7 +85,9 @@ def check(found: ExperimentResult, expected: np.ndarray, top: int) -> list[int]:
 @pytest.mark.parametrize("family", HERE)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("at", POSITIONS)
-def test_the_strongest(architecture: str, family: str, at: str, mode: str, data: Path) -> None:
+def test_strongest_features_equal_the_reference(
+    architecture: str, family: str, at: str, mode: str, data: Path
+) -> None:
     of = make(data, architecture, width_of(family))
     found = run_file(BASIS + observed(f"observe features of f at {at} top 4"), data, family, mode)
     order = check(found["e"], means(family, of, at), 4)
@@ -98,7 +100,7 @@ def test_the_strongest(architecture: str, family: str, at: str, mode: str, data:
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_all_features(mode: str, data: Path) -> None:
+def test_observation_without_top_has_every_feature_in_order(mode: str, data: Path) -> None:
     """Without `top`, every feature is a cell, in order, inactive ones as well."""
     of = make(data, "standard", width_of("llama"))
     text = BASIS + observed("observe features of f at last token")
@@ -109,7 +111,7 @@ def test_all_features(mode: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", HERE)
-def test_differences(family: str, data: Path) -> None:
+def test_features_by_difference_equal_the_reference(family: str, data: Path) -> None:
     of = make(data, "topk", width_of(family))
     line = "observe features of f of other at subject tokens top 3 by difference(longer)"
     found = run_file(BASIS + observed(line), data, family, "planned")["e"]
@@ -126,7 +128,7 @@ def sized(folder: Path, counts: list[int]) -> str:
 
 
 @pytest.mark.parametrize("family", HERE)
-def test_correlations(family: str, data: Path) -> None:
+def test_features_by_correlation_equal_pearson_r(family: str, data: Path) -> None:
     """With `correlation`, a cell's value is Pearson's r over its rows."""
     of = make(data, "standard", width_of(family))
     counts = [3, 1, 4, 2]
@@ -146,7 +148,9 @@ def test_correlations(family: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("by", ["mean", "difference(other)", "correlation(size)"])
-def test_small_batches_change_nothing(by: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_observed_features_do_not_depend_on_batch_size(
+    by: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(data, "standard", width_of("llama"))
     blocks = sized(data, [3, 1, 4, 2])
     text = BASIS + observed(f"observe features of f at tokens * top 3 by {by}")
@@ -169,7 +173,7 @@ def test_prompts_without_the_feature_are_not_listed(data: Path) -> None:
         assert {each.row for each in prompts} == rows_there
 
 
-def test_positions_are_an_axis(data: Path) -> None:
+def test_observed_features_have_a_position_axis(data: Path) -> None:
     """Features are selected over all positions; each has its value at each of them."""
     of = make(data, "jumprelu", width_of("gpt2"))
     line = "observe features of f at each token of subject top 2"
@@ -193,7 +197,7 @@ def test_positions_are_an_axis(data: Path) -> None:
             assert values[n] == pytest.approx(own[cell.coords["feature"]].item(), abs=1e-4)
 
 
-def test_a_run_with_rules(data: Path) -> None:
+def test_observed_features_of_a_derived_run_equal_the_reference(data: Path) -> None:
     of = make(data, "standard", width_of("llama"))
     line = "observe features of f of less at tokens * top 3"
     text = BASIS + observed("run less { scale attn_out layer 0 at tokens * by 0.5 }", line)
@@ -208,7 +212,7 @@ def test_a_run_with_rules(data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_features_of_transcoders(family: str, data: Path) -> None:
+def test_observed_transcoder_features_equal_the_reference(family: str, data: Path) -> None:
     """Features of a transcoder are those of the MLP's input."""
     of = make_transcoder(data, "transcoder", width_of(family))
     line = "observe features of t at last token top 3"
@@ -218,8 +222,8 @@ def test_features_of_transcoders(family: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("site", ["z layer 1", "z layer 1 head 2", "mlp_hidden layer 0"])
-def test_linear_bases(site: str, data: Path) -> None:
-    """Coordinates of a linear basis have signs; those of the largest mean in size are kept."""
+def test_observed_coordinates_of_linear_bases_equal_the_reference(site: str, data: Path) -> None:
+    """Coordinates of a linear basis have signs; those with the largest absolute means are kept."""
     text = f"basis n = neurons at {site}\n" + observed("observe features of n at last token top 3")
     found = run_file(text, data, "llama", "planned")["e"]
     name, _, rest = site.partition(" layer ")
@@ -254,7 +258,9 @@ COMPUTED: dict[str, tuple[str, Callable[[str], Basis]]] = {
 
 @pytest.mark.parametrize("family", HERE)
 @pytest.mark.parametrize("method", COMPUTED)
-def test_computed_bases(method: str, family: str, data: Path) -> None:
+def test_observed_coordinates_of_computed_bases_equal_the_reference(
+    method: str, family: str, data: Path
+) -> None:
     """Coordinates of bases that are fitted on rows, read from weights, or loaded."""
     written, made = COMPUTED[method]
     file = save_rows(data, width_of(family))
@@ -268,7 +274,7 @@ def test_computed_bases(method: str, family: str, data: Path) -> None:
     assert np.abs(found.measures[0].patched - expected.T.numpy()).max() < 1e-3
 
 
-def test_prompts_and_tokens(data: Path) -> None:
+def test_observed_features_list_active_prompts_and_promoted_tokens(data: Path) -> None:
     """The most active prompts have the activation of each observed token; the listed tokens are
     those that the decoder row raises most."""
     of = make(data, "standard", width_of("llama"))
@@ -289,7 +295,7 @@ def test_prompts_and_tokens(data: Path) -> None:
         assert list(cell.listed) == [token_text(token) for token in raised]
 
 
-def test_what_is_said(data: Path) -> None:
+def test_conventions_of_observed_features_report_activity_and_variance(data: Path) -> None:
     of = make(data, "topk", width_of("llama"))
     text = BASIS + observed("observe features of f at tokens * top 3")
     said = run_file(text, data, "llama", "planned")["e"].conventions
@@ -305,7 +311,7 @@ def test_what_is_said(data: Path) -> None:
     assert said["selected"].startswith(f"up to 3 of {FEATURES} features")
 
 
-def test_two_experiments_on_one_block(data: Path) -> None:
+def test_feature_observation_and_rules_share_a_dictionary_in_a_file(data: Path) -> None:
     """An observation, and rules on the same dictionary in another experiment of the file."""
     of = make(data, "topk", width_of("llama"))
     text = BASIS + observed("observe features of f at last token top 3")
@@ -335,20 +341,20 @@ def test_two_experiments_on_one_block(data: Path) -> None:
         ("observe features of every at last token", "E0342"),
     ],
 )
-def test_refusals(line: str, code: str, data: Path) -> None:
+def test_invalid_feature_observations_are_errors(line: str, code: str, data: Path) -> None:
     make(data, "topk", width_of("llama"))
     bases = BASIS + "basis every = neurons at resid_post layer *\n"
     assert codes(bases + observed(line), data) == [code]
 
 
-def test_rules_in_the_same_experiment_are_refused(data: Path) -> None:
+def test_feature_observation_in_an_experiment_with_rules_is_an_error(data: Path) -> None:
     make(data, "topk", width_of("llama"))
     line = "observe features of f at last token top 2 as seen"
     text = BASIS + experiment("e", "ablate resid_post layer 0 at last token with zero", line)
     assert "E0207" in codes(text, data)
 
 
-def test_runs_with_noise_are_refused(data: Path) -> None:
+def test_feature_observation_of_a_noised_run_is_an_error(data: Path) -> None:
     make(data, "topk", width_of("llama"))
     noise = "corrupt noised { add gaussian(std: 2 sd) to embed at subject tokens }\n"
     blocks = PROMPTS.replace("corrupt turned", f"{noise}  corrupt turned")
@@ -363,8 +369,8 @@ def test_runs_with_noise_are_refused(data: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", ["<", ">"])
-def test_kept_rows_that_have_the_position(sign: str, data: Path) -> None:
-    """Values are those of their rows where others are dropped or lack the position."""
+def test_observed_features_belong_to_the_rows_after_keep(sign: str, data: Path) -> None:
+    """Values match their rows even if other rows are dropped or lack the position."""
     of = make(data, "standard", width_of("llama"))
     keep = f"keep logit(answer) {sign} logit(wrong)"
     line = "observe features of f at each item token top 2"
@@ -385,8 +391,8 @@ def test_kept_rows_that_have_the_position(sign: str, data: Path) -> None:
     assert checked > 3
 
 
-def test_few_active_features(data: Path) -> None:
-    """Fewer cells than asked for, where fewer features are active."""
+def test_top_returns_only_active_features(data: Path) -> None:
+    """There are fewer cells than requested if fewer features are active."""
     make(data, "topk", width_of("llama"))
     text = BASIS + observed("observe features of f at last token top 11")
     found, _ = try_file(text, data, "llama")
@@ -396,7 +402,7 @@ def test_few_active_features(data: Path) -> None:
     assert all(np.abs(own).any() for own in result.measures[0].patched)
 
 
-def test_reports(data: Path) -> None:
+def test_reports_of_observed_features_have_the_activations(data: Path) -> None:
     """Heat maps and overlays have the activations of the features at their tokens."""
     of = make(data, "standard", width_of("llama"))
     lines = (

@@ -1,4 +1,4 @@
-"""Sites that are registered from outside of the package."""
+"""Sites that a module outside the package registers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .test_kinds import TOY
 
 NAMES = ("attn_proj", "mlp_proj")
 SAME = {"attn_proj": "attn_out", "mlp_proj": "mlp_out"}
-"""The same tensor where no norm stands behind the module."""
+"""Built-in sites with the same tensor if no norm follows the module."""
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def entries() -> Iterator[None]:
     name = f"{__package__}.gizmo_site"
     sys.modules.pop(name, None)
     importlib.import_module(name)
-    shared.cache_clear()  # models that were taken apart without these sites
+    shared.cache_clear()  # cached models were analysed without these sites
     yield
     for name in NAMES:
         SITES._entries.pop(name)  # type: ignore[attr-defined]
@@ -38,7 +38,7 @@ def entries() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("model", "mode"), in_turn(["gpt2", "llama"], QUICK))
-def test_what_is_written_is_what_the_module_returns(
+def test_rule_at_a_custom_site_equals_the_builtin_site(
     entries: None, data: Path, model: str, mode: str
 ) -> None:
     lines = [
@@ -55,7 +55,7 @@ def test_what_is_written_is_what_the_module_returns(
             assert np.abs(own.patched - own.base).max() > 0.1
 
 
-def test_a_file_is_checked_with_them(entries: None) -> None:
+def test_custom_sites_are_accepted_by_the_checker(entries: None) -> None:
     line = "stretch resid_post layer 0..1 at last token by 0.5"
     text = TOY.replace(line, "ablate attn_proj layer 0..1 at last token with zero")
     found = check_source(Source(text), CheckSettings()).diagnostics
@@ -64,7 +64,7 @@ def test_a_file_is_checked_with_them(entries: None) -> None:
     assert "E0203" in [one.code for one in swept.diagnostics]
 
 
-def test_models_without_the_module_lack_them(entries: None) -> None:
+def test_custom_sites_are_unavailable_without_their_module(entries: None) -> None:
     every = available_sites(parallel=False, experts=False, dense=True, mixers=False)
     assert set(NAMES) <= every
     without = available_sites(parallel=False, experts=True, dense=False, mixers=True)

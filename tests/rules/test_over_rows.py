@@ -1,4 +1,4 @@
-"""Observations over all rows: vectors of single prompts from hand-written passes, fits in loops."""
+"""Observations over all rows, against vectors of single prompts and reference fits in loops."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ prompts p {
 
 
 def _records() -> list[dict[str, Any]]:
-    """26 ragged prompts; three begin as another does, and one is another's equal."""
+    """26 prompts of different lengths; three share a prefix with another, and two are equal."""
     draw = random.Random(4)
     found: list[dict[str, Any]] = []
     for n in range(26):
@@ -67,7 +67,7 @@ def words(record: dict[str, Any], run: str = "clean") -> list[str]:
 
 
 def hits(record: dict[str, Any], position: str) -> list[int]:
-    """Of a position's tokens; the first token of all is `<s>`."""
+    """The indices of a position's tokens; the first token of each prompt is `<s>`."""
     n, m = len(record["left"]), len(record["right"])
     of = {
         "left token": [n],
@@ -84,7 +84,7 @@ def _seen(name: str, text: tuple[str, ...]) -> Any:
 
 
 def vectors(name: str, site: str, layer: int, position: str, run: str = "clean") -> Array:
-    """[row, width] the mean over the tokens of a position, all units side by side."""
+    """[row, width] the mean over the tokens of a position, all units concatenated."""
     found: list[Array] = []
     for record in RECORDS:
         own = _seen(name, tuple(words(record, run)))[site, layer]
@@ -93,7 +93,7 @@ def vectors(name: str, site: str, layer: int, position: str, run: str = "clean")
 
 
 def keys(position: str, *others: str, run: str = "clean") -> list[bytes]:
-    """What is seen of each row: the tokens up to the last of these."""
+    """The visible tokens of each row: those up to the last token of these positions."""
     found: list[bytes] = []
     for record in RECORDS:
         at = [hits(record, each) for each in (position, *others)]
@@ -130,7 +130,7 @@ def run(
 
 
 def dealt(position: str, n: int, strata: list[str] | None = None) -> Array:
-    """[row] the fold, dealt out one by one."""
+    """[row] the fold; distinct rows are assigned to folds in turn."""
     own = keys(position)
     first: dict[bytes, str] = {}
     for key, stratum in zip(own, strata or [""] * len(own), strict=True):
@@ -140,7 +140,7 @@ def dealt(position: str, n: int, strata: list[str] | None = None) -> Array:
 
 
 def dealt_values(position: str, values: Array) -> Array:
-    """Each distinct one of the first rows, as many as there are values, gets another's value."""
+    """Permute the values between the distinct ones of the first `len(values)` rows."""
     own = keys(position)[: len(values)]
     distinct = sorted(dict.fromkeys(own))
     order = sorted(distinct, key=lambda key: (digest("shuffle", SEED, key), key))
@@ -206,7 +206,9 @@ def descended(x: Any, y: Any, count: int, penalty: float) -> tuple[Any, Any]:
         ("gpt2", "plain"),
     ],
 )
-def test_a_ridge_probe_of_a_number(tmp_path: Path, name: str, passes: str) -> None:
+def test_ridge_probe_of_a_number_equals_the_reference(
+    tmp_path: Path, name: str, passes: str
+) -> None:
     found = run(
         tmp_path,
         name,
@@ -227,7 +229,7 @@ def test_a_ridge_probe_of_a_number(tmp_path: Path, name: str, passes: str) -> No
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_a_logistic_probe_of_classes(tmp_path: Path, name: str) -> None:
+def test_logistic_probe_of_classes_equals_the_reference(tmp_path: Path, name: str) -> None:
     found = run(
         tmp_path,
         name,
@@ -253,7 +255,7 @@ def test_a_logistic_probe_of_classes(tmp_path: Path, name: str) -> None:
     assert found.measures[0].unit == "share"
 
 
-def test_a_probe_of_several_numbers_over_joined_tokens_of_another_run(tmp_path: Path) -> None:
+def test_probe_of_several_numbers_on_joined_tokens_equals_the_reference(tmp_path: Path) -> None:
     found = run(
         tmp_path,
         "llama",
@@ -303,7 +305,7 @@ def fitted_once(x: Array, y: Array, penalty: float, weights: Array) -> Array:
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_a_probe_that_is_fitted_on_other_rows(tmp_path: Path, name: str) -> None:
+def test_probe_with_train_rows_equals_the_reference(tmp_path: Path, name: str) -> None:
     line = "observe probe(size, train: q, penalty: 2) at resid_post layer * at left token as told"
     found = trained(tmp_path, name, line)
     y = np.array([[record["size"]] for record in RECORDS])
@@ -321,7 +323,7 @@ def test_a_probe_that_is_fitted_on_other_rows(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", FAMILIES[:2])
-def test_classes_that_are_fitted_on_a_run_of_other_rows(tmp_path: Path, name: str) -> None:
+def test_class_probe_with_a_train_run_equals_the_reference(tmp_path: Path, name: str) -> None:
     line = "observe probe(kind, train: q.turned, penalty: 0.5) at resid_post layer 1 at last token"
     found = trained(tmp_path, name, line)
     x = vectors(name, "resid_post", 1, "last token")
@@ -335,7 +337,7 @@ def test_classes_that_are_fitted_on_a_run_of_other_rows(tmp_path: Path, name: st
     assert found.measures[0].patched[0].tolist() == right.tolist()
 
 
-def test_a_probe_isnt_told_on_rows_that_it_is_fitted_on(tmp_path: Path) -> None:
+def test_probe_evaluated_on_its_train_rows_is_an_error(tmp_path: Path) -> None:
     line = "observe probe(size, train: q) at resid_post layer 1 at last token"
     with pytest.raises(AssertionError, match="is evaluated on 2 rows that it is fitted on"):
         trained(tmp_path, "gpt2", line, fitted=18)
@@ -347,11 +349,11 @@ def test_a_probe_isnt_told_on_rows_that_it_is_fitted_on(tmp_path: Path) -> None:
     assert "is evaluated on 26 rows" in render_full(diagnostics, color=False, width=200)
 
 
-# --- what all rows have together ------------------------------------------------------------------
+# --- ranks, CKA and similarities ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_ranks_of_the_rows_around_their_mean(tmp_path: Path, name: str) -> None:
+def test_ranks_over_rows_equal_the_reference(tmp_path: Path, name: str) -> None:
     found = run(tmp_path, name, "observe effective_rank resid_post layer * at left tokens")
     count = run(tmp_path, name, "observe rank resid_post layer * at left token")
     for layer in range(3):
@@ -360,7 +362,7 @@ def test_ranks_of_the_rows_around_their_mean(tmp_path: Path, name: str) -> None:
         shares = values[values > values.max() * 1e-5] / values[values > values.max() * 1e-5].sum()
         wanted = np.exp(-(shares * np.log(shares)).sum())
         np.testing.assert_allclose(found.measures[0].patched[layer], wanted, rtol=1e-3)
-        # `left token` is seen in 22 ways at most, and 20 to 24 dimensions are there.
+        # `left token` has at most 22 distinct contexts, and vectors have 20 to 24 dimensions.
         x = vectors(name, "resid_post", layer, "left token")
         own = np.linalg.matrix_rank(x - x.mean(0), tol=1e-4 * np.linalg.norm(x, 2))
         assert (count.measures[0].patched[layer] == own).all()
@@ -384,7 +386,7 @@ def u_centred(x: Array) -> Array:
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_cka_of_two_sites(tmp_path: Path, name: str) -> None:
+def test_cka_of_two_sites_equals_the_reference(tmp_path: Path, name: str) -> None:
     found = run(
         tmp_path, name, "observe cka resid_post layer 0..1 with attn_out layer 1..2 at left tokens"
     )
@@ -408,7 +410,9 @@ def test_cka_of_two_sites(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_similarity_within_and_between_positions(tmp_path: Path, name: str) -> None:
+def test_similarity_within_and_between_positions_equals_the_reference(
+    tmp_path: Path, name: str
+) -> None:
     within = run(tmp_path, name, "observe similarity resid_post layer * at left tokens")
     between = run(
         tmp_path, name, "observe similarity z layer * at right tokens with {left token, last token}"
@@ -440,7 +444,7 @@ def test_similarity_within_and_between_positions(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_rank_correlation_of_two_predictions(tmp_path: Path, name: str) -> None:
+def test_rank_correlation_of_two_positions_equals_the_reference(tmp_path: Path, name: str) -> None:
     line = "observe rank_correlation(4) logits at left token with last token"
     (got,) = run(tmp_path, name, line).measures[0].patched
     for row, record in enumerate(RECORDS):
@@ -458,8 +462,8 @@ def test_rank_correlation_of_two_predictions(tmp_path: Path, name: str) -> None:
 # --- weights --------------------------------------------------------------------------------------
 
 
-def test_scores_of_weights_in_a_table(tmp_path: Path) -> None:
-    """The numbers themselves are held to whole matrices in test_observed_weights."""
+def test_copying_scores_in_a_table_equal_the_weight_maps(tmp_path: Path) -> None:
+    """The scores are compared with full matrices in test_observed_weights."""
     maps = WeightMaps(shared(bare("llama")))
     found = run(tmp_path, "llama", "observe copying layer * head 1..2")
     for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
@@ -471,7 +475,7 @@ def test_scores_of_weights_in_a_table(tmp_path: Path) -> None:
     assert found.conventions["interval"] == "a number of weights or circuits alone: no interval"
 
 
-def test_heads_compose_with_later_ones_alone(tmp_path: Path) -> None:
+def test_composition_pairs_heads_with_later_heads_only(tmp_path: Path) -> None:
     maps = WeightMaps(shared(bare("gpt2")))
     found = run(tmp_path, "gpt2", "observe composition(v) at layer * head 0 with layer * head 3")
     assert found.axes == ("layer", "to_layer")
@@ -484,8 +488,8 @@ def test_heads_compose_with_later_ones_alone(tmp_path: Path) -> None:
         np.testing.assert_allclose(values, wanted, atol=1e-6)
 
 
-def test_what_weights_pick_is_tested_on_any_rows(tmp_path: Path) -> None:
-    """Without the warning of sites that are tested on the rows that they were picked on."""
+def test_sites_ranked_by_weights_alone_give_no_selection_warning(tmp_path: Path) -> None:
+    """There is no warning about sites that are tested on the rows that selected them."""
     write(tmp_path)
     text = """
 experiment found { model m prompts p observe copying layer * head * as copies }
@@ -505,11 +509,11 @@ experiment also {
     assert result is not None
     said = [found for found in diagnostics if found.code == "W0721"]
     picked = {found.span.written for found in said if found.span is not None}
-    assert picked == {"top 1 of alike", "top 1 of raised"}  # which hang on the answers of rows
+    assert picked == {"top 1 of alike", "top 1 of raised"}  # they depend on the rows
 
 
-def test_a_cell_that_the_model_has_no_map_for_has_no_value(tmp_path: Path) -> None:
-    """Queries that are normed behind their projection."""
+def test_weight_score_without_a_linear_map_has_no_value(tmp_path: Path) -> None:
+    """Queries have a norm after their projection."""
     found = run(tmp_path, "qwen3", "observe matching L1H0")
     assert np.isnan(found.measures[0].patched).all()
     assert "of layer 1 isn't the output of a linear map of the stream" in (
@@ -517,7 +521,7 @@ def test_a_cell_that_the_model_has_no_map_for_has_no_value(tmp_path: Path) -> No
     )
 
 
-# --- two sites, two runs, runs with rules ---------------------------------------------------------
+# --- two sites, two runs, derived runs ------------------------------------------------------------
 
 
 def cosines(one: Array, other: Array) -> Array:
@@ -526,7 +530,9 @@ def cosines(one: Array, other: Array) -> Array:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_similarity_of_two_sites_at_one_token(tmp_path: Path, name: str) -> None:
+def test_similarity_of_two_sites_at_one_token_equals_the_reference(
+    tmp_path: Path, name: str
+) -> None:
     line = "observe similarity resid_post layer 0..1 with attn_out layer * at left token as alike"
     found = run(tmp_path, name, line)
     assert found.axes == ("layer", "to_layer")
@@ -540,8 +546,8 @@ def test_similarity_of_two_sites_at_one_token(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize(
     ("name", "passes"), [*((name, "planned") for name in FAMILIES[:3]), ("llama", "plain")]
 )
-def test_cka_of_two_runs(tmp_path: Path, name: str, passes: str) -> None:
-    """Rows that are alike in one run may differ in the other."""
+def test_cka_of_two_runs_equals_the_reference(tmp_path: Path, name: str, passes: str) -> None:
+    """Rows with equal tokens in one run may differ in the other."""
     found = run(
         tmp_path, name, "observe cka mlp_out layer * with moved at left token",
         options=MODES[passes],
@@ -569,7 +575,9 @@ def test_cka_of_two_runs(tmp_path: Path, name: str, passes: str) -> None:
 @pytest.mark.parametrize(
     ("name", "passes"), [*((name, "planned") for name in FAMILIES), ("llama", "plain")]
 )
-def test_similarity_of_two_runs(tmp_path: Path, name: str, passes: str) -> None:
+def test_similarity_of_two_runs_equals_the_reference(
+    tmp_path: Path, name: str, passes: str
+) -> None:
     line = "observe similarity resid_post layer * with turned at {left token, last token}"
     both = run(
         tmp_path, name, "observe similarity resid_post layer * with turned at last token",
@@ -586,7 +594,9 @@ def test_similarity_of_two_runs(tmp_path: Path, name: str, passes: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_similarity_with_a_run_of_other_lengths(tmp_path: Path, name: str) -> None:
+def test_similarity_with_a_run_of_other_lengths_equals_the_reference(
+    tmp_path: Path, name: str
+) -> None:
     line = "observe similarity resid_post layer * with moved at last token"
     found = run(tmp_path, name, line)
     texts = [[*record["turn"], "w40", *record["right"], "w41"] for record in RECORDS]
@@ -605,7 +615,7 @@ HEALED = (
 
 
 def healed(name: str, site: str, layer: int, position: str) -> Array:
-    """[row, width] with a source of its own and one number, one prompt at a time."""
+    """[row, width] of the derived run `healed`, one prompt at a time."""
     found: list[Array] = []
     for record in RECORDS:
         source = _seen(name, tuple(words(record, "turned")))["attn_out", 0][-1]
@@ -620,7 +630,7 @@ def healed(name: str, site: str, layer: int, position: str) -> Array:
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_similarity_with_a_run_with_rules(tmp_path: Path, name: str) -> None:
+def test_similarity_with_a_derived_run_equals_the_reference(tmp_path: Path, name: str) -> None:
     line = "observe similarity resid_post layer * of clean with healed at last token as alike"
     found = run(tmp_path, name, HEALED, line)
     for layer, values in enumerate(found.measures[0].patched):
@@ -631,13 +641,13 @@ def test_similarity_with_a_run_with_rules(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_a_probe_of_a_run_with_rules(tmp_path: Path, name: str) -> None:
+def test_probe_of_a_derived_run_equals_the_reference(tmp_path: Path, name: str) -> None:
     line = "observe probe(size, folds: 4, penalty: 2) at resid_post layer 2 of healed at last token"
     found = run(tmp_path, name, HEALED, f"{line} as told")
     assert found.row_keys is not None
     contents = [(r["size"], " ".join(r["left"]), " ".join(r["right"])) for r in RECORDS]
     values = (found.row_values[value] for value in ("size", "left", "right"))
-    # values and keys are in the order of the table, what is measured in that of the file
+    # values and keys are in table order, measured values in file order
     order = [contents.index(each) for each in zip(*values, strict=True)]
     own = [RECORDS[row] for row in order]
     y = np.array([[record["size"]] for record in own])
@@ -655,7 +665,7 @@ def test_a_probe_of_a_run_with_rules(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_cka_of_a_run_with_rules(tmp_path: Path, name: str) -> None:
+def test_cka_of_a_derived_run_equals_the_reference(tmp_path: Path, name: str) -> None:
     line = "observe cka resid_post layer 2 of healed with attn_out layer 1 at last token as alike"
     found = run(tmp_path, name, HEALED, line)
     own = keys("last token")
@@ -668,7 +678,7 @@ def test_cka_of_a_run_with_rules(tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(found.measures[0].patched[0].mean(), wanted, atol=1e-4)
 
 
-# --- what is refused, and what is said ------------------------------------------------------------
+# --- errors and conventions -----------------------------------------------------------------------
 
 AT = "resid_post layer 0 at last token"
 REFUSED = {
@@ -720,11 +730,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.replace(AT, "…"))
-def test_what_is_refused(tmp_path: Path, line: str) -> None:
+def test_invalid_observations_over_rows_are_errors(tmp_path: Path, line: str) -> None:
     check_refused(tmp_path, line, REFUSED[line])
 
 
-def test_more_vectors_than_there_is_room_for(
+def test_observation_above_the_memory_limit_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All heads of 26 rows: 26 · 4 · 6 numbers."""
@@ -736,7 +746,7 @@ def test_more_vectors_than_there_is_room_for(
         run(tmp_path, "gpt2", line)
 
 
-def test_what_is_said_of_a_probe(tmp_path: Path) -> None:
+def test_conventions_of_a_probe_state_its_fit(tmp_path: Path) -> None:
     found = run(tmp_path, "gpt2", f"observe probe(kind) {AT}")
     said = found.conventions["observed"]
     for words in (
@@ -749,8 +759,8 @@ def test_what_is_said_of_a_probe(tmp_path: Path) -> None:
         assert words in said
 
 
-def test_fewer_distinct_rows_than_folds_at_a_position(tmp_path: Path) -> None:
-    """The first token is the same in all: there is nothing to be dealt out."""
+def test_probe_with_fewer_distinct_rows_than_folds_has_no_value(tmp_path: Path) -> None:
+    """The first token is equal in all rows, so that there is only one distinct row."""
     found = run(tmp_path, "gpt2", "observe probe(size) at resid_post layer 0 at token 0")
     assert "5 folds of 1 distinct rows" in (found.statistics[0].reasons[0] or "")
 

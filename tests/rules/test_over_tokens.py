@@ -1,4 +1,4 @@
-"""Observations of all tokens of all rows: vectors by hand, fits by torch's own slopes."""
+"""Observations over all tokens of all rows, against reference vectors and fits by autograd."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ Labels = NDArray[np.int64]
 ROUTED = "routed_probe(pair, folds: 3, penalty: 4)"
 WHERE = "resid_post layer 1 at right tokens"
 CHANGED = {"clean": (), "turned": ("right",), "moved": ("left",)}
-"""What has other words in a run."""
+"""The values with other words in each run."""
 
 
 def tokens(name: str, site: str, layer: int, position: str, run: str = "clean") -> list[Array]:
-    """Of each row [token, width]."""
+    """[token, width] of each row."""
     found: list[Array] = []
     for record in RECORDS:
         record = {**record, **dict.fromkeys(CHANGED[run], record["turn"])}
@@ -52,7 +52,7 @@ def tokens(name: str, site: str, layer: int, position: str, run: str = "clean") 
 
 
 def dealt(position: str, n: int) -> Array:
-    """[row] the fold: what is seen of a row is its tokens up to the last one, and all positions."""
+    """[row] the fold, from a row's tokens up to its last position and from all its positions."""
     own: list[bytes] = []
     for record in RECORDS:
         at = hits(record, position)
@@ -62,12 +62,12 @@ def dealt(position: str, n: int) -> Array:
 
 
 def cell_of(at: int, size: int) -> int:
-    """Of a span's tokens, three at most, the cell: first, middle or last."""
+    """The cell of a token in a span of at most three: first, middle or last."""
     return -1 if at == size - 1 else at
 
 
 class Fit:
-    """The query searched by torch's L-BFGS, with slopes through the solution of the ridge."""
+    """A query fitted by torch's L-BFGS, with gradients through the ridge solution."""
 
     def __init__(self, vectors: list[Array], y: Array, penalty: float) -> None:
         every = np.concatenate(vectors)
@@ -115,7 +115,7 @@ def r_squared(y: Array, got: Array) -> Array:
 
 
 def held_out(vectors: list[Array], y: Array, fold: Array, penalty: float) -> tuple[Array, Any]:
-    """([row] R², of each row the weights of its tokens)"""
+    """([row] R², the token weights of each row)"""
     got, weights = np.empty_like(y), [np.empty(0)] * len(y)
     for each in np.unique(fold):
         fit = Fit([v for v, f in zip(vectors, fold, strict=True) if f != each], y[fold != each],
@@ -130,7 +130,7 @@ def held_out(vectors: list[Array], y: Array, fold: Array, penalty: float) -> tup
     ("name", "passes"),
     [*((name, "planned") for name in FAMILIES[:3]), ("gpt2", "plain")],
 )
-def test_a_routed_probe(tmp_path: Path, name: str, passes: str) -> None:
+def test_routed_probe_equals_the_reference(tmp_path: Path, name: str, passes: str) -> None:
     line = f"observe {ROUTED} at resid_post layer * at right tokens as told"
     found = run(tmp_path, name, line, options=MODES[passes])
     y = np.array([record["pair"] for record in RECORDS])
@@ -148,7 +148,7 @@ def test_a_routed_probe(tmp_path: Path, name: str, passes: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_where_it_takes_it_from(tmp_path: Path, name: str) -> None:
+def test_routing_weights_equal_the_reference(tmp_path: Path, name: str) -> None:
     line = (
         "observe routing(size, folds: 3, penalty: 4) at attn_out layer 0..1 at each token of left"
     )
@@ -168,7 +168,7 @@ def test_where_it_takes_it_from(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES[:2])
-def test_a_routed_probe_that_is_fitted_on_other_rows(tmp_path: Path, name: str) -> None:
+def test_routed_probe_with_train_rows_equals_the_reference(tmp_path: Path, name: str) -> None:
     line = "observe routed_probe(size, train: q, penalty: 4) at resid_post layer 1 at left tokens"
     found = trained(tmp_path, name, line)
     vectors = tokens(name, "resid_post", 1, "left tokens")
@@ -193,7 +193,7 @@ def cluster_values(found: Any, count: int) -> Array:
 
 
 def members(flat: Array) -> Labels:
-    """[token] the cluster whose centre is the nearest: the likeliest if all were equally large."""
+    """[token] the cluster with the nearest centre: the most likely one if sizes were equal."""
     label = flat.argmax(1)
     for _ in range(10):
         label = (flat / np.bincount(label)).argmax(1)
@@ -201,8 +201,8 @@ def members(flat: Array) -> Labels:
 
 
 def probabilities(vectors: list[Array], label: Labels, given: list[Array] | None = None) -> Array:
-    """[token, cluster] of these or other vectors, by Gaussians around the means of those that have
-    a label."""
+    """[token, cluster] probabilities of these or other vectors, from Gaussians around the means of
+    labelled vectors."""
     every = np.concatenate(vectors)
     at, by = every.mean(0), every.std(0)
     own = (every - at) / by
@@ -217,8 +217,8 @@ def probabilities(vectors: list[Array], label: Labels, given: list[Array] | None
 
 
 @pytest.mark.parametrize("name", FAMILIES[:3])
-def test_clusters_of_tokens(tmp_path: Path, name: str) -> None:
-    """Each token's likeliest cluster is the nearest one: k-means has come to rest."""
+def test_clusters_of_tokens_equal_the_reference(tmp_path: Path, name: str) -> None:
+    """The most likely cluster of each token is the nearest one: k-means has converged."""
     line = "observe clusters(3) resid_post layer 1 at each token of left as concept"
     found = run(tmp_path, name, line)
     values = cluster_values(found, 3)
@@ -235,7 +235,7 @@ def test_clusters_of_tokens(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES[:2])
-def test_joined_tokens_have_their_mean(tmp_path: Path, name: str) -> None:
+def test_cluster_probabilities_of_joined_tokens_are_their_mean(tmp_path: Path, name: str) -> None:
     line = "observe clusters(3) resid_post layer 1 at {} as concept"
     each = cluster_values(run(tmp_path, name, line.format("each token of left")), 3)
     joined = cluster_values(run(tmp_path, name, line.format("left tokens")), 3)
@@ -243,10 +243,10 @@ def test_joined_tokens_have_their_mean(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "other"), [(FAMILIES[0], "moved"), (FAMILIES[1], "turned")])
-def test_whether_the_cluster_is_the_same_in_another_run(
+def test_cluster_agreement_with_another_run_equals_the_reference(
     tmp_path: Path, name: str, other: str
 ) -> None:
-    """Where its own tokens stand: in `moved` somewhere else."""
+    """Each run has its own positions; those of `moved` differ."""
     write(tmp_path)
     lines = (
         f"observe clusters(4) resid_post layer 0 with {other} at right tokens as kept",
@@ -267,8 +267,8 @@ def test_whether_the_cluster_is_the_same_in_another_run(
 
 
 @pytest.mark.parametrize("name", FAMILIES[:2])
-def test_clusters_that_are_fitted_to_other_rows(tmp_path: Path, name: str) -> None:
-    """Those of the other rows by themselves, and how likely each token of these is of them."""
+def test_clusters_with_train_rows_equal_the_reference(tmp_path: Path, name: str) -> None:
+    """Clusters are fitted to the train rows; values are probabilities of the evaluated tokens."""
     line = "observe clusters(3, train: q) resid_post layer 1 at each token of left as concept"
     values = cluster_values(trained(tmp_path, name, line), 3)
     own = "observe clusters(3) resid_post layer 1 at each token of left as concept"
@@ -287,8 +287,8 @@ def test_clusters_that_are_fitted_to_other_rows(tmp_path: Path, name: str) -> No
     assert np.ptp(expected, axis=0).max() > 0.1
 
 
-def test_the_order_of_rows_makes_no_clusters() -> None:
-    """The seed does, where vectors are of no kinds."""
+def test_clusters_depend_on_the_seed_not_on_row_order() -> None:
+    """They depend on the seed, as these vectors have no clusters."""
     every = np.random.default_rng(0).normal(size=(20, 3, 4))
     keys = [digest(number) for number in range(20)]
 
@@ -303,7 +303,7 @@ def test_the_order_of_rows_makes_no_clusters() -> None:
     assert not np.allclose(centres(there, 1), centres(there, 2))
 
 
-# --- what is refused, and what is said ------------------------------------------------------------
+# --- errors and conventions -----------------------------------------------------------------------
 
 REFUSED = {
     f"observe routed_probe {WHERE}": "doesn't name the value to predict",
@@ -325,11 +325,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.replace(WHERE, "…"))
-def test_what_is_refused(tmp_path: Path, line: str) -> None:
+def test_invalid_observations_over_tokens_are_errors(tmp_path: Path, line: str) -> None:
     check_refused(tmp_path, line, REFUSED[line])
 
 
-def test_first_token_of_a_row_is_not_taken_for_the_last_one_before_it() -> None:
+def test_first_token_of_a_row_is_not_confused_with_the_preceding_row() -> None:
     seen = TokenVectors(
         vectors=np.zeros((4, 1)),
         row=np.array([0, 0, 1, 1]),

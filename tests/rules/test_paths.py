@@ -1,4 +1,4 @@
-"""Path patching, cell by cell as it is defined."""
+"""Path patching, cell by cell, against its definition."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def parallel(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of the arrow: how it is written, its axes, and its sites in every cell."""
+    """One side of the arrow: its text, its axes, and its sites in every cell."""
 
     written: str
     axes: tuple[str, ...] = ()
@@ -117,7 +117,7 @@ class Case:
 
 
 def shared(name: str, receiver: End, case: Case) -> End:
-    """The key-value head that a head of a group reads, where two heads read one."""
+    """The key-value head that a head of a group reads, if two heads share one."""
     own = name.startswith(("llama", "gemma2")) and case.receiver.written in ("k movers", "v movers")
     if not own:
         return receiver
@@ -154,7 +154,7 @@ def expected(name: str, case: Case) -> dict[Key, list[float]]:
 
 
 def precise(name: str) -> bool:
-    """Small effects are told apart in 64 bits, where norms have as many."""
+    """Whether to run in 64 bits, which resolves small effects; norms of gemma2 have 32."""
     return name != "gemma2"
 
 
@@ -172,7 +172,7 @@ def hold(found: ExperimentResult, name: str, case: Case) -> None:
     )
 
 
-# --- what is swept, joined and grouped -----------------------------------------------------------
+# --- sweeps, joined sites and groups -------------------------------------------------------------
 
 
 def z(layer: int, head: int) -> End:
@@ -319,7 +319,7 @@ def results(
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("key", list(CASES))
-def test_a_path_is_patched_as_it_is_defined(data: Path, key: str, mode: str) -> None:
+def test_path_patching_equals_the_reference(data: Path, key: str, mode: str) -> None:
     found = results(data, "llama", mode)[key]
     hold(found, "llama", CASES[key])
 
@@ -330,7 +330,7 @@ def turn_of(key: str) -> str:
 
 
 @pytest.mark.parametrize("key", list(CASES))
-def test_also_on_other_models(data: Path, key: str) -> None:
+def test_path_patching_equals_the_reference_in_other_families(data: Path, key: str) -> None:
     name = turn_of(key)
     keys = tuple(k for k in CASES if turn_of(k) == name)
     hold(results(data, name, "planned", keys)[key], name, CASES[key])
@@ -340,7 +340,9 @@ def test_also_on_other_models(data: Path, key: str) -> None:
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("name", [*FAMILIES, *BARE])
 @pytest.mark.parametrize("key", list(CASES))
-def test_a_path_of_every_model(data: Path, key: str, name: str, mode: str) -> None:
+def test_path_patching_equals_the_reference_in_every_family(
+    data: Path, key: str, name: str, mode: str
+) -> None:
     hold(results(data, name, mode)[key], name, CASES[key])
 
 
@@ -363,7 +365,7 @@ LOUD = {
 
 
 def draw_of(name: str, run: str, n: int, draw: int) -> Run:
-    """The unpatched run of a row, with one draw of noise where it has noise."""
+    """The unpatched run of a row, with one noise draw if the run has noise."""
     text = rows()[n]
     clean = plain(name, double(name), text.ids)
     if run == "clean":
@@ -377,10 +379,10 @@ def draw_of(name: str, run: str, n: int, draw: int) -> Run:
 
 
 @pytest.mark.parametrize("way", some(["out", "in"], ["in"]))
-def test_each_draw_of_noise_has_its_own_path(
+def test_path_patching_averages_over_noise_draws(
     data: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The metric is averaged over the draws, each sent and received on its own."""
+    """The metric is averaged over noise draws, each with a separate path."""
     keyed_by_number(monkeypatch)
     name = "llama"
     cases = {key: case for key, case in LOUD.items() if key.endswith(way)}
@@ -463,7 +465,7 @@ TURNS = ("gpt2", "gpt_neox", "gpt_neox_sequential", "gemma2", "llama")
 
 @cache
 def turn(name: str) -> tuple[str, ...]:
-    """Every pair is tried on one model; each model meets every sender and every receiver."""
+    """Pairs of a model: each pair is in one model, and each model has every sender and receiver."""
     number = TURNS.index(name)
     chosen = []
     for i, sender in enumerate(SENDERS):
@@ -477,15 +479,15 @@ def turn(name: str) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def test_every_pair_is_tried() -> None:
+def test_cases_cover_every_pair_of_sender_and_receiver() -> None:
     found = [key for name in TURNS for key in turn(name)]
     assert sorted(found) == sorted(f"{s}_to_{r}" for s in SENDERS for r in RECEIVERS)
 
 
 @pytest.mark.parametrize("mlps", [False, True])
 @pytest.mark.parametrize("name", TURNS)
-def test_any_sender_and_any_receiver(data: Path, name: str, mlps: bool) -> None:
-    """With MLPs held or not: half of the pairs each."""
+def test_sender_and_receiver_pairs_equal_the_reference(data: Path, name: str, mlps: bool) -> None:
+    """MLPs are held in one half of the pairs."""
     keys = turn(name)[mlps::2]
     for key in keys:
         found = results_of_pairs(data, name, "planned", keys, mlps)[key]
@@ -496,7 +498,9 @@ def test_any_sender_and_any_receiver(data: Path, name: str, mlps: bool) -> None:
 @pytest.mark.parametrize("mode", ["planned", "small passes"])
 @pytest.mark.parametrize("mlps", [False, True])
 @pytest.mark.parametrize("name", [*FAMILIES, *BARE])
-def test_any_pair_on_every_model(data: Path, name: str, mlps: bool, mode: str) -> None:
+def test_sender_and_receiver_pairs_equal_the_reference_in_every_family(
+    data: Path, name: str, mlps: bool, mode: str
+) -> None:
     for key, case in pairs(name).items():
         found = results_of_pairs(data, name, mode, tuple(pairs(name)), mlps)[key]
         hold(found, name, _through(case, mlps))
@@ -530,7 +534,7 @@ AND_EQUAL = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
         ("gpt2", "resid_mid layer * -> k layer * head 0", IN_ORDER),
     ],
 )
-def test_pairs_in_the_wrong_order_are_left_out(
+def test_path_sweep_excludes_pairs_in_the_wrong_order(
     data: Path, name: str, rule: str, expected: list[tuple[int, int]]
 ) -> None:
     _, found = values(data, name, "from longer into clean", f"path {rule} at last token")
@@ -539,8 +543,8 @@ def test_pairs_in_the_wrong_order_are_left_out(
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(["llama", "gpt_neox"], QUICK))
-def test_a_source_that_is_the_base_changes_nothing(data: Path, name: str, mode: str) -> None:
-    """What stands before the first difference of the two prompts is the same in both."""
+def test_path_from_an_equal_source_changes_nothing(data: Path, name: str, mode: str) -> None:
+    """Activations before the first difference of the two prompts are equal."""
     at = '{first token, "w40" token}'
     text = "".join(
         experiment(key, "from other into clean", rule)
@@ -567,8 +571,8 @@ EVERYTHING = "group everything = embed, " + ", ".join(
     ("name", "mode"),
     in_turn(["llama", "gpt2", "gpt_neox", "gpt_neox_sequential", "gemma2"], QUICK),
 )
-def test_all_senders_at_once_are_the_whole_patch(data: Path, name: str, mode: str) -> None:
-    """Everywhere: the logits are those of the source run, also with norms."""
+def test_path_from_all_senders_gives_the_source_run(data: Path, name: str, mode: str) -> None:
+    """At all tokens, the logits equal those of the source run, also with norms."""
     lines = ("from other into clean", "path everything -> logits at tokens *")
     found = values(data, name, *lines, groups=EVERYTHING + "\n", mode=mode)[1]
     np.testing.assert_allclose(
@@ -577,11 +581,9 @@ def test_all_senders_at_once_are_the_whole_patch(data: Path, name: str, mode: st
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(BARE, QUICK))
-def test_effects_on_the_logits_add_up_where_the_rest_is_linear(
-    data: Path, name: str, mode: str
-) -> None:
-    """Without a norm at the end, what each sender does alone adds up to what all do."""
-    start, at = "from other into clean", "at last token"  # at the same place, as positions add too
+def test_path_effects_on_the_logits_sum_without_norms(data: Path, name: str, mode: str) -> None:
+    """Without a final norm, the effects of single senders sum to the joint effect."""
+    start, at = "from other into clean", "at last token"  # at one position
     rules = {
         "whole": f"path everything -> logits {at}",
         "embed": f"path embed -> logits {at}",
@@ -596,12 +598,12 @@ def test_effects_on_the_logits_add_up_where_the_rest_is_linear(
     whole = effects["whole"][0]
     np.testing.assert_allclose(parts, whole, atol=1e-5, rtol=1e-5)
     assert np.abs(whole).max() > 0.1
-    # and, as nothing is held behind the last block, to the patch of the stream there
+    # nothing after the last block is held, so that a patch of the stream there is equal, too
     np.testing.assert_allclose(effects["patch"][0], whole, atol=1e-5, rtol=1e-5)
 
 
-def test_the_last_sender_to_the_logits_is_a_patch(data: Path) -> None:
-    """No MLP and no head lies behind the last MLP."""
+def test_path_from_the_last_mlp_to_the_logits_equals_a_patch(data: Path) -> None:
+    """No MLP and no head follows the last MLP."""
     for name in ("llama", "gemma2", "gpt_neox"):
         path_, patch_ = (
             values(data, name, "from longer into clean", rule)[0]
@@ -633,8 +635,8 @@ def test_the_last_sender_to_the_logits_is_a_patch(data: Path) -> None:
         ("path z layer 0 head 0 -> q layer 1 head 0 at xs tokens", "E0307"),
     ],
 )
-def test_it_is_refused(data: Path, rule: str, code: str | None) -> None:
-    """No pair is left; what can't send or receive; what isn't there."""
+def test_invalid_paths_are_errors(data: Path, rule: str, code: str | None) -> None:
+    """No valid pair; sites that can't send or receive; missing sites."""
     groups = "group late = L1H1, L2H0\ngroup receivers0 = L1H0.q, L0H1.k\n"
     used = "\n".join(line for line in groups.splitlines() if line.split()[1] in rule.split())
     lines = experiment("e", "from longer into clean", rule)
@@ -644,11 +646,11 @@ def test_it_is_refused(data: Path, rule: str, code: str | None) -> None:
     assert code is None or code in found
 
 
-def test_a_path_needs_a_source(data: Path) -> None:
+def test_path_without_a_source_run_is_an_error(data: Path) -> None:
     assert codes(experiment("e", "path z layer 0 head 0 -> logits at last token"), data)
 
 
-def test_the_parallel_block_has_no_stream_between(data: Path) -> None:
+def test_path_from_resid_mid_of_a_parallel_block_is_an_error(data: Path) -> None:
     rule = "path resid_mid layer 0 -> logits at last token"
     text = experiment("e", "from longer into clean", rule)
     result, found = try_file(text, data, "gpt_neox")
@@ -656,8 +658,8 @@ def test_the_parallel_block_has_no_stream_between(data: Path) -> None:
     assert "E0402" in [d.code for d in found]
 
 
-def test_the_grid_is_whole(data: Path) -> None:
-    """As many cells as pairs of heads in order."""
+def test_path_sweep_has_every_ordered_pair_of_heads(data: Path) -> None:
+    """There is one cell for each ordered pair of heads."""
     lines = ("from longer into clean", "path layer * head * -> q layer * head * at last token")
     found = values(data, "llama", *lines)[1]
     cells = [key for key in product(LAYERS, range(4), LAYERS, range(4)) if key[0] < key[2]]  # type: ignore[operator]

@@ -1,8 +1,8 @@
-"""Paths to the end of the model and to other receivers at once: edges are patched one by one.
+"""Paths to the logits and to other receivers at once: edges are patched separately.
 
-The reference knows of no held pass: what a sender adds to the stream is worked out from the
-weights, is put in front of each receiver's own norm and in front of the norm at the end, and
-everything else of that one pass is computed (Conmy et al. 2023, arXiv 2304.14997).
+The reference has no held pass. It computes a sender's contribution to the stream from the weights,
+and adds the change before the norm of each receiver and before the final norm. Everything else in
+that pass is computed (Conmy et al. 2023, arXiv 2304.14997).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .support import (
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "gpt_neox_sequential")
 QUICKLY = {("planned", "gpt2"), ("plain", "llama"), ("planned", "gpt_neox")}
-"""Modes and models; that of `gpt_neox_sequential` is put together as gpt2."""
+"""Modes and models that aren't slow; `gpt_neox_sequential` has the structure of gpt2."""
 LAST, HEADS = 2, 4
 
 
@@ -54,9 +54,9 @@ class Case:
     base: str = "clean"
     measured: str = "last token"
     beside: str = ""
-    """Another rule …"""
+    """Another rule."""
     writes: tuple[tuple[str, int, float], ...] = ()
-    """… by hand: site, layer, and what it is multiplied with everywhere."""
+    """Its reference: site, layer, and the factor at all tokens."""
 
     @property
     def sites(self) -> str:
@@ -72,7 +72,7 @@ class Case:
 
 
 def _written(end: End) -> str:
-    """Of a model of three layers."""
+    """The text of a site in a model of three layers."""
     layer = "" if end.layer is None else f" layer {end.layer}"
     unit = "" if end.unit is None else f" head {end.unit}"
     return f"{end.site}{layer}{unit}"
@@ -80,7 +80,7 @@ def _written(end: End) -> str:
 
 @torch.no_grad()
 def gained(name: str, case: Case, base: Run, source: Run, here: int, there: int) -> Tensor:
-    """[d_model], what the stream has more of where the sender writes."""
+    """[d_model]: the change of the stream where the sender writes."""
     end, parts = case.sender, stack(name, double(name))
     if end.site in ("mlp_out", "attn_out", "resid_post", "embed"):
         return source[end.site, end.layer][there, 0] - base[end.site, end.layer][here, 0]
@@ -207,8 +207,8 @@ def fine(name: str) -> float:
     ],
 )
 @pytest.mark.parametrize("key", list(CASES))
-def test_edges_are_patched(data: Path, key: str, name: str, mode: str) -> None:
-    """And each of the two kinds alone is what the reference makes of it, too."""
+def test_paths_to_the_end_equal_the_reference(data: Path, key: str, name: str, mode: str) -> None:
+    """Each of the two types of receivers alone equals the reference, too."""
     if not there(name, key):
         pytest.skip("no path leads there")
     case, found = CASES[key], results(data, name, mode)
@@ -221,7 +221,7 @@ def test_edges_are_patched(data: Path, key: str, name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("name", some(FAMILIES, FAMILIES[:4]))
 @pytest.mark.parametrize("key", list(CASES))
-def test_both_are_neither(name: str, key: str) -> None:
+def test_reference_values_of_joint_and_separate_receivers_differ(name: str, key: str) -> None:
     if not there(name, key):
         pytest.skip("no path leads there")
     case = CASES[key]
@@ -242,8 +242,8 @@ WHOLE: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(list(WHOLE), QUICK))
-def test_all_edges_are_the_patch(data: Path, name: str, mode: str) -> None:
-    """All that reads a sender: the sender patched, whatever stands behind it."""
+def test_paths_to_all_readers_equal_a_patch(data: Path, name: str, mode: str) -> None:
+    """Paths to all readers of a sender equal a patch of the sender."""
     sender, receivers, patch = WHOLE[name]
     start = "from longer into clean"
     text = f"group ends = {receivers}, logits\n"
@@ -258,8 +258,8 @@ def test_all_edges_are_the_patch(data: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_cells_of_a_sweep_have_the_receivers_that_they_reach(data: Path, mode: str) -> None:
-    """Of the last layers only the end."""
+def test_sweep_cells_have_only_the_receivers_that_they_reach(data: Path, mode: str) -> None:
+    """The last layers reach only the end."""
     start, at = "from longer into clean", "at last token"
     text = "group ends = q layer 1 head 0, q layer 1 head 2, final_norm\n"
     text += "group inside = q layer 1 head 0, q layer 1 head 2\n"
@@ -277,8 +277,10 @@ def test_cells_of_a_sweep_have_the_receivers_that_they_reach(data: Path, mode: s
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_on_a_run_with_rules(data: Path, mode: str) -> None:
-    """The same values as beside these rules."""
+def test_path_to_the_end_on_a_derived_run_equals_the_path_with_its_rules(
+    data: Path, mode: str
+) -> None:
+    """The values equal those with the rules in the experiment."""
     text = ""
     for key, case in CASES.items():
         if case.writes:
@@ -292,10 +294,10 @@ def test_on_a_run_with_rules(data: Path, mode: str) -> None:
             np.testing.assert_allclose(of(found[f"{key}_run"]), of(found[key]), atol=1e-9)
 
 
-# --- said and refused -----------------------------------------------------------------------------
+# --- conventions and errors -----------------------------------------------------------------------
 
 
-def test_what_is_said(data: Path) -> None:
+def test_conventions_of_paths_to_the_end_state_full_forward_passes(data: Path) -> None:
     found = results(data, "llama", "planned")
     said = found["a_query"].conventions
     assert ("the change that only the senders cause in the stream after the last block") in said[
@@ -317,7 +319,7 @@ REFUSED: dict[tuple[str, str], str] = {
 
 
 @pytest.mark.parametrize("lines", list(REFUSED))
-def test_what_does_not_add_up_is_refused(data: Path, lines: tuple[str, str]) -> None:
+def test_invalid_receivers_next_to_the_end_are_errors(data: Path, lines: tuple[str, str]) -> None:
     text = f"group ends = {lines[0]}, logits\n"
     text += experiment("e", "from longer into clean", f"path {lines[1]}")
     result, found = try_file(text, data, "llama")
@@ -326,8 +328,8 @@ def test_what_does_not_add_up_is_refused(data: Path, lines: tuple[str, str]) -> 
     assert REFUSED[lines] in render_full(found, color=False, width=300)
 
 
-def test_norms_of_the_sums_stand_in_the_way(tmp_path: Path) -> None:
-    """What is added before such a norm isn't what comes out of it."""
+def test_path_to_the_end_in_a_model_with_norms_after_sums_is_an_error(tmp_path: Path) -> None:
+    """A change before such a norm differs from the change after it."""
     rule = next(line for line in test_masked.FILE.splitlines() if "SITE" in line)
     path = 'path z layer 0 head 1 -> ends at "w8" token'
     given = {"bert": (test_masked.masked_model()[1], test_masked.tokenizer())}
@@ -343,8 +345,8 @@ def test_norms_of_the_sums_stand_in_the_way(tmp_path: Path) -> None:
     assert "the sum of the outputs of blocks" in " ".join(str(found.value).split())
 
 
-def test_what_is_observed_is_the_last_pass(data: Path) -> None:
-    """What the senders add stands at the end of the last block."""
+def test_observation_of_a_path_reads_the_last_pass(data: Path) -> None:
+    """The change by the senders appears after the last block."""
     start, rule = "from longer into clean", "path L0H1 -> ends at last token"
     look = "observe logit_lens resid_post layer 2 at last token"
     text = "group ends = L2H1.q, logits\n"

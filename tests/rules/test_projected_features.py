@@ -113,7 +113,7 @@ def directions_of(family: str, name: str, of: Reference) -> Tensor:
 @pytest.mark.parametrize("mode", [*MANY, "padded on the right"])
 @pytest.mark.parametrize("architecture", ["standard", "topk", "layer_norm"])
 @pytest.mark.parametrize("family", HERE)
-def test_projections_of_features_leave(
+def test_project_out_features_equals_the_qr_projection(
     family: str, architecture: str, mode: str, data: Path
 ) -> None:
     width = width_of(family)
@@ -138,7 +138,7 @@ def test_projections_of_features_leave(
             raise AssertionError(f"{key}: {error}") from error
 
 
-def test_directions_that_depend_on_each_other_leave_together(data: Path) -> None:
+def test_project_out_dependent_features_removes_their_span_once(data: Path) -> None:
     """Two features with equal directions remove as much as one of them."""
     of = make(data, "standard", width_of("llama"))
     path = data / "sae" / "sae_weights.safetensors"
@@ -154,7 +154,7 @@ def test_directions_that_depend_on_each_other_leave_together(data: Path) -> None
     agree(run_file(text, data, "llama", "planned")["e"], (), expected, unpatched("llama"))
 
 
-def test_the_direction_of_a_coordinate_is_projected_out_like_one_of_the_file(data: Path) -> None:
+def test_project_out_of_a_coordinate_equals_that_of_its_direction(data: Path) -> None:
     text = (
         "direction d = mean_difference(p.other, p) at resid_post layer 1 at last token\n"
         "basis b = directions(d) at resid_post layer 1\n"
@@ -169,7 +169,7 @@ def test_the_direction_of_a_coordinate_is_projected_out_like_one_of_the_file(dat
 
 @pytest.mark.parametrize("kind", ["skip_transcoder", "sparsify"])
 @pytest.mark.parametrize("family", HERE)
-def test_directions_of_transcoders_leave_the_output_of_the_mlp(
+def test_project_out_transcoder_features_changes_the_mlp_output(
     family: str, kind: str, data: Path
 ) -> None:
     of = transcoders.make(data, kind, width_of(family))
@@ -187,7 +187,9 @@ def test_directions_of_transcoders_leave_the_output_of_the_mlp(
 
 @pytest.mark.parametrize("mode", QUICK)
 @pytest.mark.parametrize("family", HERE)
-def test_directions_leave_at_each_step_of_a_reply(family: str, mode: str, data: Path) -> None:
+def test_project_out_features_acts_at_each_step_of_a_reply(
+    family: str, mode: str, data: Path
+) -> None:
     of = make(data, "standard", width_of(family))
     rule = "project out features 0, 3 of f at tokens *"
     text = SAE + experiment("e", GENERATE, rule, measure=MEASURE)

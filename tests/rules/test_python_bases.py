@@ -1,5 +1,4 @@
-"""`basis b = python("mp.py:MPSAE", features: 12)`: an encoder of the user's own, against its
-formulas."""
+"""`basis b = python("mp.py:MPSAE", features: 12)`: a custom encoder, against its formulas."""
 
 from __future__ import annotations
 
@@ -91,7 +90,7 @@ def decode(features: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["Wavy", "make"])
-def test_rules_on_features_of_an_encoder(name: str, data: Path) -> None:
+def test_rules_on_features_of_a_python_encoder_equal_the_reference(name: str, data: Path) -> None:
     lines = {
         "patched": "from other into clean  patch features 2, 5 of b at last token",
         "scaled": "for c in [0, 2] { scale feature 1..2 of b at tokens * by c }",
@@ -145,7 +144,7 @@ def test_rules_on_features_of_an_encoder(name: str, data: Path) -> None:
         ("Wavy", 0, ["E0342"], "`features` is a whole number"),
     ],
 )
-def test_mistakes_with_encoders(
+def test_invalid_python_encoders_are_errors(
     name: str, features: int, codes: list[str], message: str, data: Path
 ) -> None:
     text = basis(name, features) + experiment("e", "clamp feature 1 of b at last token to 1")
@@ -156,7 +155,7 @@ def test_mistakes_with_encoders(
     assert message in errors[0].message + errors[0].label_text
 
 
-def test_code_runs_only_if_it_is_allowed(data: Path) -> None:
+def test_python_encoder_without_permission_is_an_error(data: Path) -> None:
     text = basis() + experiment("e", "clamp feature 1 of b at last token to 1")
     _, problems = ran(text, data, "refuse")
     assert [each.code for each in problems if each.severity == "error"] == ["E0221"]

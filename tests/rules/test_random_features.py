@@ -1,4 +1,4 @@
-"""Random features as controls: of the same dictionary, active about as often."""
+"""Random features of the same dictionary and of similar frequency, as controls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ AGAINST = "against random(19, features, frequency: seen)"
 
 @pytest.mark.parametrize("mode", ["plain", "planned"])
 @pytest.mark.parametrize("architecture", ["standard", "topk"])
-def test_the_band_is_that_of_features_as_frequent(architecture: str, mode: str, data: Path) -> None:
+def test_random_feature_band_covers_features_of_similar_frequency(
+    architecture: str, mode: str, data: Path
+) -> None:
     """With more draws than there are other features, the band covers all of them and no others."""
     of = make(data, architecture, width_of(FAMILY))
     found = run_file(BASIS + SEEN + experiment("e", RULE, AGAINST), data, FAMILY, mode)["e"]
@@ -55,8 +57,8 @@ def test_the_band_is_that_of_features_as_frequent(architecture: str, mode: str, 
     assert "each active in half to twice as many rows of `seen`" in found.conventions["controls"]
 
 
-def test_joined_features_and_a_loop(data: Path) -> None:
-    """Sets of features are replaced by sets of the same size; each value of a loop by its own."""
+def test_random_feature_control_of_a_loop_over_sets_is_reproducible(data: Path) -> None:
+    """Sets of features are replaced by sets of equal size, separately for each value of a loop."""
     make(data, "standard", width_of(FAMILY))
     rule = "for k in [1, 2] { ablate features top k of seen of f at last token with zero }"
     text = BASIS + SEEN + experiment("e", rule, "against random(3, features, frequency: seen)")
@@ -70,7 +72,7 @@ def test_joined_features_and_a_loop(data: Path) -> None:
     assert (first.draws > 0).any()
 
 
-def test_draws_depend_on_the_seed_and_on_the_features(data: Path) -> None:
+def test_random_feature_band_depends_on_the_seed(data: Path) -> None:
     make(data, "standard", width_of(FAMILY))
     bands: set[tuple[float, ...]] = set()
     for seed in range(6):
@@ -95,7 +97,9 @@ def test_draws_depend_on_the_seed_and_on_the_features(data: Path) -> None:
         ("against random(5, features, frequency: changed)", "E0630", "doesn't have the activ"),
     ],
 )
-def test_refusals(against: str, code: str, said: str, data: Path) -> None:
+def test_invalid_random_feature_controls_are_errors(
+    against: str, code: str, said: str, data: Path
+) -> None:
     make(data, "standard", width_of(FAMILY))
     others = experiment("swept", RULE) + experiment(
         "changed",
@@ -112,7 +116,7 @@ def test_refusals(against: str, code: str, said: str, data: Path) -> None:
     assert any(said in each for each in texts), (texts, diagnostics)
 
 
-def test_rules_without_features(data: Path) -> None:
+def test_random_feature_control_of_a_rule_without_features_is_an_error(data: Path) -> None:
     make(data, "standard", width_of(FAMILY))
     rule = "ablate layer 0 head * at last token with zero"
     result, diagnostics = try_file(BASIS + SEEN + experiment("e", rule, AGAINST), data, FAMILY)
@@ -123,7 +127,7 @@ def test_rules_without_features(data: Path) -> None:
 FREQUENT = dict(enumerate([0.5, 0.3, 0.9, 0.26, 0.24, 0.01, 0.0, 1.0]))
 
 
-def test_draws_are_of_similar_frequency() -> None:
+def test_random_features_have_similar_frequency() -> None:
     drawn = draw_features([0], FREQUENT, 50, key=3)
     assert sorted(drawn) == [(1,), (2,), (3,), (7,)]
     assert draw_features([0], FREQUENT, 2, key=3) == drawn[:2]
@@ -132,7 +136,7 @@ def test_draws_are_of_similar_frequency() -> None:
     assert draw_features([40], FREQUENT, 5, key=3) == []
 
 
-def test_draws_of_several_are_distinct() -> None:
+def test_random_sets_of_features_are_distinct() -> None:
     drawn = draw_features([0, 1], FREQUENT, 100, key=3)
     assert len(set(drawn)) == len(drawn)
     for own in drawn:
@@ -142,7 +146,7 @@ def test_draws_of_several_are_distinct() -> None:
     assert set(drawn) == {(2, 3), (3, 7), (2, 4), (3, 4), (4, 7)}
 
 
-def test_draws_depend_on_the_seed() -> None:
+def test_random_features_depend_on_the_seed_and_are_uniform() -> None:
     frequencies = dict.fromkeys(range(200), 0.5)
     one, other = (draw_features([0], frequencies, 20, key) for key in (1, 2))
     assert one != other
@@ -170,7 +174,7 @@ def on_models(data: Path, seen: str, models: str = "m, k") -> tuple[FileResult |
     return result, " ".join([*(each.message for each in found), *(each.reason for each in lost)])
 
 
-def test_each_model_has_its_own_frequencies(data: Path) -> None:
+def test_random_feature_control_uses_the_frequencies_of_each_model(data: Path) -> None:
     both, said = on_models(data, "m, k")
     assert both is not None, said
     found = both.experiments[1]
@@ -189,12 +193,12 @@ def test_each_model_has_its_own_frequencies(data: Path) -> None:
     assert draws[0] != draws[1]
 
 
-def test_a_model_without_frequencies(data: Path) -> None:
+def test_model_without_observed_frequencies_is_an_error(data: Path) -> None:
     _, said = on_models(data, "m")
     assert "`seen` doesn't observe features of `k`" in said
 
 
-def test_several_other_prompts_have_no_common_frequencies(data: Path) -> None:
+def test_frequencies_from_several_prompt_blocks_are_an_error(data: Path) -> None:
     make(data, "standard", width_of(FAMILY))
     seen = SEEN.replace("prompts p", "prompts second, single")
     _, found = try_file(BASIS + seen + experiment("e", RULE, AGAINST), data, FAMILY)

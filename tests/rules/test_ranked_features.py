@@ -36,14 +36,14 @@ def ran(rule: str, folder: Path, mode: str = "planned", before: str = SEEN) -> n
 
 
 @pytest.mark.parametrize("mode", ["plain", "planned"])
-def test_joined(mode: str, folder: Path) -> None:
+def test_joined_top_features_equal_listed_features(mode: str, folder: Path) -> None:
     numbers = ", ".join(map(str, ranked(folder)[:3]))
     found = ran(f"ablate features top 3 of seen {AT}", folder, mode)
     assert np.abs(found - ran(f"ablate features {numbers} {AT}", folder, mode)).max() < 1e-6
     assert np.abs(found).max() > 1e-3
 
 
-def test_swept_in_their_order(folder: Path) -> None:
+def test_swept_top_features_are_cells_in_rank_order(folder: Path) -> None:
     order = ranked(folder)[:3]
     text = BASIS + SEEN + experiment("e", f"ablate feature top 3 of seen {AT}")
     found = run_file(text, folder, FAMILY, "planned")["e"]
@@ -54,7 +54,7 @@ def test_swept_in_their_order(folder: Path) -> None:
     assert f"features {order[0]} (" in found.conventions["top 3 of seen"]
 
 
-def test_a_loop_over_their_number(folder: Path) -> None:
+def test_loop_over_top_k_features_equals_listed_features(folder: Path) -> None:
     order = ranked(folder)
     rule = f"for k in [1, 2, 4] {{ ablate features top k of seen {AT} }}"
     for own, count in zip(ran(rule, folder), (1, 2, 4), strict=True):
@@ -63,8 +63,8 @@ def test_a_loop_over_their_number(folder: Path) -> None:
         assert np.abs(own - alone[0]).max() < 1e-6
 
 
-def test_none_of_them(folder: Path) -> None:
-    """A pick of 0 features changes nothing, next to picks of more; in replies, too."""
+def test_top_zero_features_changes_nothing(folder: Path) -> None:
+    """`top 0` changes nothing, also in a loop with larger numbers and in replies."""
     rule = f"for k in 0..2 {{ ablate features top k of seen {AT} }}"
     found = run_file(BASIS + SEEN + experiment("e", rule), folder, FAMILY, "planned")["e"]
     data = found.measures[0]
@@ -82,7 +82,7 @@ def test_none_of_them(folder: Path) -> None:
     assert none == {row: own[0].ids for row, own in written.runs["clean"].items()}
 
 
-def test_saving_no_site_is_refused(folder: Path) -> None:
+def test_save_of_top_zero_sites_is_an_error(folder: Path) -> None:
     ranked = experiment("r", "ablate layer 1 head * at last token with zero")
     line = 'save top 0 of r at last token to "n.safetensors"'
     _, found = try_file(ranked + experiment("e", line, measure="", stats=""), folder, FAMILY)
@@ -98,7 +98,7 @@ def test_saving_no_site_is_refused(folder: Path) -> None:
         'save top 2 rows of features top 0 of seen of f at last token to "r.jsonl"',
     ],
 )
-def test_none_of_them_in_place_of_others_is_refused(line: str, folder: Path) -> None:
+def test_top_zero_features_in_unsupported_statements_is_an_error(line: str, folder: Path) -> None:
     bases = BASIS + f'basis g = sae("sae") at resid_post layer {LAYER}\n'
     measure = {"measure": "", "stats": ""} if line.startswith("save") else {}
     result, found = try_file(bases + SEEN + experiment("e", line, **measure), folder, FAMILY)
@@ -107,7 +107,7 @@ def test_none_of_them_in_place_of_others_is_refused(line: str, folder: Path) -> 
     assert result is None or "e" not in [each.name for each in result.experiments]
 
 
-def test_beside_numbers_and_shares(folder: Path) -> None:
+def test_best_percentage_and_numbers_are_listed_together(folder: Path) -> None:
     """`best`, a percentage and numbers may be listed together; each feature is there once."""
     order = ranked(folder)
     rule = f"ablate features best of seen, top 50% of seen, {order[1]} {AT}"
@@ -116,7 +116,7 @@ def test_beside_numbers_and_shares(folder: Path) -> None:
     assert np.abs(found - ran(f"ablate features {half} {AT}", folder, before="")).max() < 1e-6
 
 
-def test_of_a_sweep(folder: Path) -> None:
+def test_top_features_of_a_sweep_equal_listed_features(folder: Path) -> None:
     """An experiment that patches each feature ranks them too."""
     sweep = experiment("swept", f"ablate feature * {AT}", measure="measure entropy as delta")
     text = BASIS + sweep + experiment("e", f"ablate features top 2 of swept {AT}")
@@ -127,7 +127,7 @@ def test_of_a_sweep(folder: Path) -> None:
     assert np.abs(every["e"].measures[0].patched - alone).max() < 1e-6
 
 
-def test_of_several_positions(folder: Path) -> None:
+def test_top_features_over_positions_rank_by_the_best_position(folder: Path) -> None:
     """A feature counts by its best position."""
     line = "observe features of f at each token of subject top 8"
     seen = experiment("seen", line, measure="", stats="")
@@ -142,7 +142,7 @@ def test_of_several_positions(folder: Path) -> None:
     assert [cell.coords["feature"] for cell in cells] == order[:5]
 
 
-def test_in_a_run_and_in_an_exchange(folder: Path) -> None:
+def test_top_features_in_derived_runs_and_exchanges_equal_listed_features(folder: Path) -> None:
     order = ranked(folder)
     Big(folder, width_of(FAMILY))
     big = f'basis big = sae("big") at resid_post layer {LAYER}\n'
@@ -183,7 +183,9 @@ def test_in_a_run_and_in_an_exchange(folder: Path) -> None:
         (SEEN, "ablate top 2 of seen at last token with zero", "E0620"),
     ],
 )
-def test_refusals(before: str, rule: str, code: str, folder: Path) -> None:
+def test_invalid_ranked_features_are_errors(
+    before: str, rule: str, code: str, folder: Path
+) -> None:
     other = f"basis g = neurons at resid_post layer {LAYER}\n"
     text = BASIS + other + before + experiment("e", rule)
     result, diagnostics = try_file(text, folder, FAMILY)

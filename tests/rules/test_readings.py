@@ -1,4 +1,4 @@
-"""`set SITE … to value(SITE …) of RUN`, `add … to SITE`, against passes written by hand."""
+"""`set SITE … to value(SITE …) of RUN`, `add … to SITE`, against reference passes."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Where = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Case:
-    """One rule: per cell what is read and written, by hand."""
+    """One rule, and the reference reads and writes of each cell."""
 
     rule: str
     axes: tuple[str, ...]
     cells: Sequence[tuple[Coord, ...]]
     ends: Callable[..., Sequence[tuple[Where, Where, float]]]
-    """Of a cell: (read, written, number)."""
+    """From a cell's coordinates: (read, written, factor)."""
     read: str = "last token"
     written: str = "last token"
     run: str = "clean"
@@ -111,7 +111,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("mode", "name"), in_turn(list(MODES), ["gpt2", "llama", "gpt_neox"]))
-def test_what_is_read_elsewhere_is_written(data: Path, name: str, mode: str) -> None:
+def test_set_and_add_of_a_read_value_equal_the_reference(data: Path, name: str, mode: str) -> None:
     text = "".join(experiment(f"e{n}", case.rule) for n, case in enumerate(CASES.values()))
     found = run_file(text, data, name, mode)
     for number, case in enumerate(CASES.values()):
@@ -155,11 +155,11 @@ def test_what_is_read_elsewhere_is_written(data: Path, name: str, mode: str) -> 
         ("add value(mlp_out layer 1) + d to resid_post layer 1 at last token", "E0101"),
     ],
 )
-def test_what_is_refused(data: Path, rule: str, code: str) -> None:
+def test_invalid_value_reads_are_errors(data: Path, rule: str, code: str) -> None:
     assert code in codes(experiment("e", rule), data)
 
 
-def test_a_value_of_the_base_run_is_no_patch_into_itself(data: Path) -> None:
+def test_set_to_a_value_of_the_base_run_gives_no_self_patch_warning(data: Path) -> None:
     rule = "set resid_post layer 1 at last token to value(mlp_out layer 2) of clean"
     _, diagnostics = try_file(experiment("e", rule), data, "llama")
     assert "W0732" not in [found.code for found in diagnostics]

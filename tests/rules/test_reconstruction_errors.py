@@ -1,4 +1,4 @@
-"""The convention `error of BASIS`: what a dictionary leaves out of vectors that rules change."""
+"""The convention `error of BASIS`: a dictionary's reconstruction error on vectors of rules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def mean_error(
     """Mean of ‖x − x̂‖ / ‖x‖, and the number of vectors x.
 
     Args:
-        reconstruct: Of the model, the row and the token: x̂.
+        reconstruct: From the model, the row and the token: x̂.
     """
     found: list[float] = []
     for n, text in enumerate(rows()):
@@ -59,7 +59,9 @@ def check(said: str, error: float, count: int, kept: str) -> None:
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("architecture", ["standard", "topk", "layer_norm"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_errors_of_autoencoders(family: str, architecture: str, mode: str, data: Path) -> None:
+def test_reconstruction_error_of_autoencoders_equals_the_reference(
+    family: str, architecture: str, mode: str, data: Path
+) -> None:
     of = make(data, architecture, width_of(family))
 
     def reconstruct(name: str, n: int, token: int) -> Tensor:
@@ -75,7 +77,7 @@ def test_errors_of_autoencoders(family: str, architecture: str, mode: str, data:
 
 
 @pytest.mark.parametrize("kind", ["skip_transcoder", "sparsify"])
-def test_error_of_a_transcoder_is_that_of_the_output(kind: str, data: Path) -> None:
+def test_reconstruction_error_of_a_transcoder_is_that_of_its_output(kind: str, data: Path) -> None:
     of = transcoders.make(data, kind, transcoders.width_of("llama"))
 
     def reconstruct(name: str, n: int, token: int) -> Tensor:
@@ -88,7 +90,7 @@ def test_error_of_a_transcoder_is_that_of_the_output(kind: str, data: Path) -> N
     check(found.conventions["error of t"], *expected, KEPT)
 
 
-def test_layers_of_a_family_count_together(data: Path) -> None:
+def test_reconstruction_error_averages_over_the_layers_of_a_family(data: Path) -> None:
     of = make(data, "standard", width_of("llama"))
     text = 'basis f = sae("sae") at resid_post layer *\n'
     text += experiment("e", "clamp resid_post layer 0..1 in basis f at last token to 1")
@@ -101,8 +103,8 @@ def test_layers_of_a_family_count_together(data: Path) -> None:
     check(found.conventions["error of f"], sum(every) / len(every), len(every), KEPT)
 
 
-def test_errors_are_stored(data: Path) -> None:
-    """A second run runs nothing and says the same; what it depends on has another error."""
+def test_stored_reconstruction_error_depends_on_rule_run_and_dictionary(data: Path) -> None:
+    """A second run computes nothing and reports the same error."""
     make(data, "standard", width_of("gpt2"))
     store = data / "store"
 
@@ -129,7 +131,7 @@ def test_errors_are_stored(data: Path) -> None:
     assert said(text)[0] == said(text, None)[0] != first
 
 
-def test_linear_bases_say_nothing(data: Path) -> None:
+def test_linear_bases_report_no_reconstruction_error(data: Path) -> None:
     linear = "basis b = random(dims: 3) at resid_post layer 1\n"
     text = linear + experiment("e", "clamp feature 1 of b at last token to 2")
     found = run_file(text, data, "llama", "planned")["e"]
@@ -146,7 +148,7 @@ IN_REPLIES = {
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_errors_of_experiments_with_replies_are_those_of_prompts(
+def test_reconstruction_error_of_experiments_with_replies_is_that_of_prompts(
     family: str, mode: str, data: Path
 ) -> None:
     of = make(data, "standard", width_of(family))
@@ -172,7 +174,7 @@ def test_errors_of_experiments_with_replies_are_those_of_prompts(
     assert "error of f" not in found["later"].conventions
 
 
-def test_errors_of_experiments_with_replies_are_stored(data: Path) -> None:
+def test_reconstruction_error_of_experiments_with_replies_is_stored(data: Path) -> None:
     make(data, "standard", width_of("gpt2"))
     text = experiment("e", ONE, "generate 3", measure="measure length as raw")
     first, count = ran(text, data, data / "store")

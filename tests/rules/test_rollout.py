@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 
 @cache
 def eager(name: str, kind: str) -> Any:
-    """The bare model in 64 bits, with attention written out, as only that gives patterns."""
+    """The bare model in 64 bits with eager attention, which returns patterns."""
     module = copy.deepcopy(images.bare(name) if kind == "images" else models.bare(name)).double()
     module.config._experts_implementation = "eager"
     module.set_attn_implementation("eager")
@@ -49,7 +49,7 @@ def rolled(name: str, kind: str, **given: Any) -> Array:
     "name",
     ["gpt2", "gpt_oss", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "gemma2"))],
 )
-def test_of_texts(name: str, side: Any, tmp_path: Path) -> None:
+def test_rollout_of_texts_equals_the_reference(name: str, side: Any, tmp_path: Path) -> None:
     lines = (
         "observe rollout from last token to token * align left as last",
         "observe rollout of turned from {subject token, cue token} to item tokens as both",
@@ -81,8 +81,8 @@ def test_of_texts(name: str, side: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2_with_registers", "siglip"])
-def test_of_images(name: str, tmp_path: Path) -> None:
-    """A model without a class token is looked at from all patches, whose mean it may take."""
+def test_rollout_of_images_equals_the_reference(name: str, tmp_path: Path) -> None:
+    """In a model without a class token, the rollout is averaged over queries at all patches."""
     start = "image tokens" if name == "siglip" else "cls token"
     text = f"""experiment e {{
   model m
@@ -102,7 +102,7 @@ def test_of_images(name: str, tmp_path: Path) -> None:
         assert np.ptp(expected) > 0.01
 
 
-def test_rules_beside_it_are_refused(tmp_path: Path) -> None:
+def test_rollout_in_an_experiment_with_rules_is_an_error(tmp_path: Path) -> None:
     rule = "ablate z layer 0 head 0 at last token with zero"
     lines = (rule, "observe rollout from last token to subject token as roll")
     text = support.experiment("e", "prompts p", *lines)
@@ -111,8 +111,8 @@ def test_rules_beside_it_are_refused(tmp_path: Path) -> None:
     assert [(d.code, "in which rules act" in d.label_text) for d in problems] == [("E0207", True)]
 
 
-def test_of_a_run_with_rules(tmp_path: Path) -> None:
-    """Uniform attention in all layers: each token is mixed of those before it, by hand."""
+def test_rollout_of_a_derived_run_equals_the_reference(tmp_path: Path) -> None:
+    """With uniform attention in all layers, the rollout is a power of one matrix."""
     run = "run flat { set attention layers * heads * from tokens * to tokens * to uniform }"
     lines = (run, "observe rollout of flat from last token to token 0 as roll")
     text = support.experiment("e", "prompts p", *lines)
@@ -125,7 +125,7 @@ def test_of_a_run_with_rules(tmp_path: Path) -> None:
         assert result.measures[0].patched[0, row] == pytest.approx(mixed[-1, 0], abs=1e-5)
 
 
-def test_another_word_leads_nowhere(tmp_path: Path) -> None:
+def test_from_and_to_in_another_observation_are_an_error(tmp_path: Path) -> None:
     text = support.experiment("e", "prompts p", "observe norm from last token to subject token")
     result, problems = support.try_file(text, tmp_path, models.bare("gpt2"))
     assert result is None

@@ -1,7 +1,7 @@
 """Directions split by the weights that read the site, against plain hooks on the bare model.
 
-What the weights don't read changes nothing, although it differs between runs; a direction with a
-large unread part carries more than its read part (the illusion of Makelov et al. 2023).
+The unread part has no effect, although it differs between runs; a direction with a large unread
+part carries more than its read part (the illusion of Makelov et al. 2023).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def next_weights(family: str) -> Tensor:
 
 
 def split(vector: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """By least squares, without a decomposition."""
+    """Split a direction into its read and unread parts by least squares."""
     read = weights.T @ torch.linalg.lstsq(weights.T, vector[:, None]).solution
     return read[:, 0], vector - read[:, 0]
 
@@ -76,7 +76,9 @@ LOOP = (
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("family", HERE)
-def test_parts_of_a_direction(family: str, mode: str, data: Path) -> None:
+def test_row_space_and_null_space_of_a_direction_equal_plain_hooks(
+    family: str, mode: str, data: Path
+) -> None:
     vector, weights = draw(family, data), next_weights(family)
     read, unread = split(vector, weights)
     parts = {"whole": vector, "row_space": read, "null_space": unread}
@@ -102,7 +104,7 @@ def drawn(width: int) -> torch.Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(0))
 
 
-def test_one_head_has_its_part_of_the_map(data: Path) -> None:
+def test_row_space_of_one_head_is_the_whole_direction(data: Path) -> None:
     """A head's vectors are narrower than the stream, so that all of them is read."""
     width = plain("llama", rows()[0])["z", LAYER].shape[-1]
     save_file({"d": drawn(width)}, data / "d.safetensors")
@@ -124,7 +126,7 @@ def test_one_head_has_its_part_of_the_map(data: Path) -> None:
     assert "no part in the null space" in problem.message
 
 
-def test_weights_after_a_head_are_its_own(data: Path) -> None:
+def test_next_weights_of_a_head_are_its_columns_of_the_output_map(data: Path) -> None:
     model = shared(bare("llama"))
     whole = double("llama").model.layers[LAYER].self_attn.o_proj.weight.detach()
     width = plain("llama", rows()[0])["z", LAYER].shape[-1]
@@ -136,7 +138,7 @@ def test_weights_after_a_head_are_its_own(data: Path) -> None:
     torch.testing.assert_close(every, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_all_heads_together_have_a_null_space(data: Path) -> None:
+def test_null_space_of_all_heads_has_no_effect(data: Path) -> None:
     shape = plain("llama", rows()[0])["z", LAYER].shape
     width = shape[-1] * shape[-2]
     assert width > bare("llama").config.hidden_size
@@ -160,7 +162,7 @@ def test_all_heads_together_have_a_null_space(data: Path) -> None:
         ("row_space(d, dims: 3) at mlp_hidden layer 1", "E0207"),
     ],
 )
-def test_mistakes_with_parts(basis: str, code: str, data: Path) -> None:
+def test_invalid_row_and_null_spaces_are_errors(basis: str, code: str, data: Path) -> None:
     draw("llama", data)
     text = f'direction d = saved("d.safetensors", "d")\nbasis b = {basis}\n'
     rule = "from other into clean  patch feature 0 of b at last token"

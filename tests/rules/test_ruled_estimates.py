@@ -73,21 +73,27 @@ def compare(family: str, kind: str, mode: str, folder: Path, names: Collection[s
 
 @pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, KINDS, FAMILIES))
-def test_sites_and_positions(family: str, kind: str, mode: str, tmp_path: Path) -> None:
+def test_relp_and_gim_of_sites_and_positions_equal_the_reference(
+    family: str, kind: str, mode: str, tmp_path: Path
+) -> None:
     compare(family, kind, mode, tmp_path, CASES)
 
 
 @pytest.mark.parametrize(
     ("family", "kind"), in_turn(("qwen3", "gemma2", "mistral"), KINDS, ("qwen3", "gemma2"))
 )
-def test_norms_caps_and_windows_of_other_families(family: str, kind: str, tmp_path: Path) -> None:
+def test_relp_and_gim_with_norms_caps_and_windows_equal_the_reference(
+    family: str, kind: str, tmp_path: Path
+) -> None:
     """Qwen 3 has norms of queries and keys; Gemma 2 has norms after its sublayers, windows, and
     caps on scores; Mistral has windows."""
     compare(family, kind, "planned", tmp_path, ("heads", "streams"))
 
 
 @pytest.mark.parametrize(("site", "kind"), in_turn(("k", "v"), KINDS, ("k", "v")))
-def test_heads_that_share_keys_and_values(site: str, kind: str, tmp_path: Path) -> None:
+def test_relp_and_gim_of_shared_keys_and_values_equal_the_reference(
+    site: str, kind: str, tmp_path: Path
+) -> None:
     """Factors of GIM apply to keys and values as attention reads them."""
     rule = f"patch {site} layer 1 head * at subject tokens"
     found = run_file(experiment("e", *LINES, rule, f"using {kind}"), tmp_path, bare("llama"))["e"]
@@ -97,7 +103,7 @@ def test_heads_that_share_keys_and_values(site: str, kind: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_forward_pass_keeps_its_values(family: str, kind: str) -> None:
+def test_relp_and_gim_leave_the_forward_pass_unchanged(family: str, kind: str) -> None:
     model = shared(bare(family))
     ids = [prompt(record).ids for record in ROWS]
     batch = Batch.of(ids, 0, "left")
@@ -109,7 +115,7 @@ def test_forward_pass_keeps_its_values(family: str, kind: str) -> None:
     torch.testing.assert_close(ruled.detach(), plain.clone(), rtol=0, atol=2e-5)
 
 
-def test_function_without_a_rule_is_an_error(
+def test_relp_of_a_function_without_a_rule_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An activation function that no rule changes is found in the graph of autograd."""
@@ -126,7 +132,7 @@ def test_function_without_a_rule_is_an_error(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_model_with_experts_is_an_error(kind: str, tmp_path: Path) -> None:
+def test_relp_and_gim_of_a_model_with_experts_are_errors(kind: str, tmp_path: Path) -> None:
     rule = "patch mlp_out layer 0 at last token"
     result, problems = try_file(
         experiment("e", *LINES, rule, f"using {kind}"), tmp_path, bare("gpt_oss")
@@ -136,12 +142,12 @@ def test_model_with_experts_is_an_error(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_interrupted_runs_resume(kind: str, tmp_path: Path) -> None:
+def test_interrupted_relp_and_gim_resume(kind: str, tmp_path: Path) -> None:
     rule = "patch z layer * head * at subject tokens, last token"
     check_case("llama", experiment("e", *LINES, rule, f"using {kind}"), tmp_path, cut=1)
 
 
-def test_activation_functions_outside_of_blocks_have_the_rule() -> None:
+def test_relp_rule_covers_activation_functions_outside_blocks() -> None:
     """BERT predicts words with an activation function and a norm after its blocks."""
     sizes: dict[str, Any] = {
         "vocab_size": 40,

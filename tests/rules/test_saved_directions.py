@@ -1,4 +1,4 @@
-"""`save direction`: files against directions worked out by hand, and what reads them."""
+"""`save direction`: files against reference directions, and statements that read the files."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def by_layer(family: str, site: str = "resid_post") -> list[Tensor]:
 @pytest.mark.parametrize(
     ("mode", "family"), in_turn(["plain", "planned", "padded on the right"], FAMILIES)
 )
-def test_a_family(mode: str, family: str, data: Path) -> None:
-    """Every member, one, one in half precision, and a direction made of others."""
+def test_saved_directions_equal_the_reference(mode: str, family: str, data: Path) -> None:
+    """Every member, one member, one in half precision, and a combined direction."""
     before = FAMILY + (
         "direction e = unit(d[layer 2])\n"
         "direction s = mean(p) at z layer 1 head * at cue token, last token\n"
@@ -107,7 +107,7 @@ def test_a_family(mode: str, family: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_saved_can_be_read(family: str, data: Path) -> None:
+def test_saved_directions_and_means_are_read_by_rules(family: str, data: Path) -> None:
     """A family, a member, and a mean of activations, in rules of another file."""
     saved(
         write(
@@ -146,7 +146,7 @@ def test_what_is_saved_can_be_read(family: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_means_as_values(family: str, data: Path) -> None:
+def test_set_to_saved_means_equals_mean_ablation(family: str, data: Path) -> None:
     """The means of a family of sites, each at its own site: a mean ablation with saved means."""
     lines = [
         'save mean of resid_post layer * of other at last token to "r.safetensors"',
@@ -177,9 +177,9 @@ def test_means_as_values(family: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_control_vector(family: str, data: Path) -> None:
-    """Its tensors, added after the blocks that llama.cpp adds them to, give the numbers of a rule
-    on the same layers."""
+def test_saved_control_vector_equals_the_rule(family: str, data: Path) -> None:
+    """Its tensors, added after the same blocks as in llama.cpp, give the values of a rule on these
+    layers."""
     result = saved(write('save direction d to "d.gguf"'), data, family)
     reader = GGUFReader(data / "d.gguf")
     tensors = {each.name: torch.tensor(each.data) for each in reader.tensors}
@@ -204,8 +204,8 @@ def test_a_control_vector(family: str, data: Path) -> None:
     agree(found, ("j",), values, unpatched(family), most=False)
 
 
-def test_the_best_member(data: Path) -> None:
-    """It is known only after the other experiment has run; the file and the line name it."""
+def test_saved_best_direction_is_selected_after_the_run(data: Path) -> None:
+    """It is known only after the other experiment; the file and the printed line name it."""
     sweep = experiment("sweep", "add 2 * d to resid_post layer * at last token")
     text = FAMILY + sweep + write('save direction d[best of sweep] to "b.safetensors"', before="")
     result = saved(text, data, "llama")
@@ -217,7 +217,7 @@ def test_the_best_member(data: Path) -> None:
     assert f"selected d[layer {best}] (" in result.saved[0].line
 
 
-def test_a_control_vector_of_the_best_member(data: Path) -> None:
+def test_control_vector_of_best_layer_zero_is_an_error(data: Path) -> None:
     """Of two layers, one is the best of each experiment; layer 0 can't be written."""
     rule = "add 2 * e to resid_post layer 0..1 at last token"
     text = FAMILY.replace("direction d", "direction e").replace("layer *", "layer 0..1")
@@ -238,7 +238,7 @@ def test_a_control_vector_of_the_best_member(data: Path) -> None:
     assert "its only layer is 0" in errors[0].message
 
 
-def test_two_models(data: Path) -> None:
+def test_saved_direction_between_two_models_equals_the_reference(data: Path) -> None:
     """A shift between two models, on rows of the experiment, which then needs prompts."""
     changed = copy.deepcopy(bare("llama"))
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_two_models(data: Path) -> None:
     assert [each.code for each in found if each.severity == "error"] == ["E0206"]
 
 
-def test_next_to_measures_and_in_two_experiments(data: Path) -> None:
+def test_saved_direction_does_not_depend_on_rules_or_other_experiments(data: Path) -> None:
     """The direction depends neither on rules nor on other experiments that save it."""
     rule = "add d to resid_post layer 1 at last token"
     text = (
@@ -280,7 +280,7 @@ def test_next_to_measures_and_in_two_experiments(data: Path) -> None:
     torch.testing.assert_close(first.double(), by_layer("llama")[1], atol=1e-4, rtol=1e-3)
 
 
-def test_once_for_several_results(data: Path) -> None:
+def test_direction_is_saved_once_for_several_observations(data: Path) -> None:
     lines = ["observe norm resid_post layer * at last token as lengths",
              "observe norm mlp_out layer * at last token as sizes",
              'save direction d to "d.safetensors"']  # fmt: skip
@@ -289,7 +289,7 @@ def test_once_for_several_results(data: Path) -> None:
     assert [each.path.name for each in result.saved] == ["d.safetensors"]
 
 
-def test_a_direction_that_is_zero_fails_alone(data: Path) -> None:
+def test_zero_direction_is_an_error_of_its_save_alone(data: Path) -> None:
     before = FAMILY + "direction o = mean_difference(p, p) at resid_post layer 1 at last token\n"
     text = write(
         'save direction o to "o.safetensors"', 'save direction d to "d.safetensors"', before=before
@@ -301,7 +301,7 @@ def test_a_direction_that_is_zero_fails_alone(data: Path) -> None:
     assert not (data / "o.safetensors").exists()
 
 
-def test_one_member_of_a_family_may_be_zero(data: Path) -> None:
+def test_zero_member_of_a_family_is_saved(data: Path) -> None:
     """All rows end in the same token, so that nothing differs before the first block."""
     before = "direction d = mean_difference(p.other, p) at resid_pre layer * at last token\n"
     saved(write('save direction d to "d.safetensors"', before=before), data, "llama")
@@ -310,7 +310,9 @@ def test_one_member_of_a_family_may_be_zero(data: Path) -> None:
     assert found["d.layer1"].any()
 
 
-def test_a_folder_that_can_not_be_written_to(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_existing_files_unchanged(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -349,8 +351,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("lines", list(REFUSED))
-def test_refused(lines: str, data: Path) -> None:
-    """Before anything runs."""
+def test_invalid_direction_saves_are_errors(lines: str, data: Path) -> None:
+    """The errors are reported before anything runs."""
     save_file({"k.layer0": torch.ones(3), "k.layer1": torch.ones(4)}, data / "kept.safetensors")
     width = len(by_layer("llama")[0])
     put = {f"k.layer{n}": torch.ones(width) for n in range(3)}
@@ -370,7 +372,7 @@ def test_refused(lines: str, data: Path) -> None:
     assert REFUSED[lines] in codes(text, data)
 
 
-def test_missing_members_are_named(data: Path) -> None:
+def test_missing_members_of_a_saved_direction_are_named(data: Path) -> None:
     save_file({"k.layer0": torch.ones(3)}, data / "k.safetensors")
     for at, said in (
         ("", "reads one vector for each layer"),

@@ -54,7 +54,7 @@ def gradient(
     run: str = "clean",
     moved: Tensor | None = None,
 ) -> Tensor:
-    """[T, units, width] of one prompt, by hand."""
+    """[T, units, width] of one prompt, from autograd."""
     own = prompt(ROWS[row], run)
     compared = logits_at_the_end(family, tuple(prompt(ROWS[row], "other").ids))
     forward = call_metric(family, text, own, ROWS[row], compared)
@@ -62,7 +62,7 @@ def gradient(
 
 
 def agrees(vector: Tensor, expected: Tensor) -> float:
-    """The vector equals the one that was worked out; returns the largest number."""
+    """Assert that the vector equals the reference; return the largest number."""
     largest = float(expected.abs().max())
     allowed = min(1e-4, max(1e-3 * largest, 2e-6))
     assert float((vector.double() - expected).abs().max()) <= allowed
@@ -88,8 +88,10 @@ PLACES: Sequence[Callable[[Prompt], Sequence[int]]] = (
     ("mode", "family"),
     in_turn(["plain", "planned", "padded on the right", "small passes"], FAMILIES),
 )
-def test_sites_and_positions(family: str, mode: str, run: str, tmp_path: Path) -> None:
-    """Streams of several layers at once, heads, MLPs, at places of prompts of several lengths."""
+def test_saved_gradients_of_sites_and_positions_equal_autograd(
+    family: str, mode: str, run: str, tmp_path: Path
+) -> None:
+    """Streams of several layers at once, heads and MLPs, in prompts of several lengths."""
     at = f"of {run} at cue token, subject tokens, last token"
     lines = [
         f'save gradient of {ONE} by resid_post layer 0..1 {at} to "a.safetensors"',
@@ -126,7 +128,9 @@ def test_sites_and_positions(family: str, mode: str, run: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("mode", ["planned", "padded on the right", "small passes"])
 @pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
-def test_metrics(family: str, mode: str, tmp_path: Path) -> None:
+def test_saved_gradients_of_all_metrics_equal_autograd(
+    family: str, mode: str, tmp_path: Path
+) -> None:
     """Texts of several tokens, whole vocabularies, other runs, the loss and other positions."""
     lines = [
         f'save gradient of {text} by resid_post layer 1 at tokens * to "{n}.safetensors"'
@@ -142,7 +146,7 @@ def test_metrics(family: str, mode: str, tmp_path: Path) -> None:
         assert largest > 1e-3, text
 
 
-def test_lines_next_to_each_other(tmp_path: Path) -> None:
+def test_several_gradient_saves_in_one_experiment_equal_autograd(tmp_path: Path) -> None:
     """Activations and gradients by two metrics in two runs, and a sweep of the same experiment."""
     lines = [
         "from other into clean",
@@ -166,7 +170,7 @@ def test_lines_next_to_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["planned", "small passes"])
-def test_means(mode: str, tmp_path: Path) -> None:
+def test_saved_mean_gradients_weight_rows_equally(mode: str, tmp_path: Path) -> None:
     """A row counts once, whatever the number of its tokens."""
     at = "at subject tokens, last token"
     line = f'save mean of gradient of {ONE} by resid_post layer * {at} to "a.safetensors"'
@@ -188,7 +192,7 @@ NOISED = "corrupt noised { add gaussian(std: 1.5, samples: 3) to embed at subjec
 
 
 @pytest.mark.parametrize("mode", ["planned", "small passes"])
-def test_every_draw_of_noise(mode: str, tmp_path: Path) -> None:
+def test_saved_gradients_of_each_noise_draw_equal_autograd(mode: str, tmp_path: Path) -> None:
     text = PROMPTS.replace("corrupt other", f"{NOISED}\n  corrupt other")
     at = "of noised at subject tokens, last token"
     line = f'save gradient of {ONE} by embed {at} to "a.safetensors"'
@@ -218,7 +222,7 @@ def shared_model() -> Any:
     return shared(bare("llama"))
 
 
-def test_what_is_written(tmp_path: Path) -> None:
+def test_saved_gradient_file_names_the_metric_and_the_run(tmp_path: Path) -> None:
     """The metric is in the file, in the printed line and in the plan."""
     site = "z layer 1 at tokens *"
     line = f'save gradient of {ONE} at cue token by {site} to "a.safetensors" as float16'
@@ -233,7 +237,9 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert not tensors["z.layer1"][torch.from_numpy(after)].any()
 
 
-def test_cost_and_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_counts_one_pass_for_all_gradient_sites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One forward and one backward pass for all sites of a batch."""
     passes: list[int] = []
     compute = differentiated_run.compute_gradients
@@ -271,7 +277,7 @@ def test_cost_and_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("gradient of logit(answer) at each item token by embed", None),
     ],
 )
-def test_errors(line: str, said: str | None, tmp_path: Path) -> None:
+def test_invalid_gradient_saves_are_errors(line: str, said: str | None, tmp_path: Path) -> None:
     healed = "run healed { from other into clean patch resid_post layer 0 at cue token }"
     lines = [healed] if "healed" in line else []
     (found,) = errors(tmp_path, *lines, f'save {line} at last token to "a.safetensors"')

@@ -25,11 +25,11 @@ SAMPLES = 3
 @pytest.mark.parametrize(
     ("name", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], ["plain", "planned", "small passes"])
 )
-def test_vectors_of_every_reply(
+def test_saved_vectors_of_every_reply_equal_the_reference(
     run: str, name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is read behind the reply that it names, under the noise of its draw; the replies are
-    those that the experiment shows."""
+    """Vectors are read after the reply of their row, with the noise of its draw; replies equal
+    those of the experiment."""
     keyed_by_number(monkeypatch)
     write_data(tmp_path)
     lines = (

@@ -80,7 +80,7 @@ def lines_of(file: Path) -> list[Line]:
 def expected_lines(
     texts: Sequence[Text], read: Read, at: str, features: Sequence[int], most: int
 ) -> list[Line]:
-    """What the file has, worked out row by row; `rows` has every row by its number."""
+    """The expected content of the file, row by row; `rows` has every row by its number."""
     found = [read(text, tokens(text, at)).double().numpy() for text in texts]
     every = np.concatenate(found)
     lines: list[Line] = []
@@ -115,7 +115,7 @@ def check(found: Sequence[Line], expected: Sequence[Line]) -> None:
         highest = [row["activation"] for row in own["rows"]]
         assert highest == pytest.approx(other["highest"], abs=1e-4)
         assert len({row["row"] for row in own["rows"]}) == len(highest)
-        for row in own["rows"]:  # of rows with equal values, any is right
+        for row in own["rows"]:  # any of the rows with equal values is correct
             right = other["rows"][row["row"]]
             assert (row["text"], row["at"]) == (right["text"], right["at"])
             assert row["activation"] == pytest.approx(right["activation"], abs=1e-4)
@@ -141,7 +141,9 @@ def read_sae(family: str, of: Any) -> Read:
 @pytest.mark.parametrize("family", HERE)
 @pytest.mark.parametrize("architecture", ["standard", "topk"])
 @pytest.mark.parametrize("at", ["last token", "tokens except token 0", "subject tokens", "token 3"])
-def test_all_features(architecture: str, family: str, at: str, mode: str, data: Path) -> None:
+def test_saved_rows_of_all_features_equal_the_reference(
+    architecture: str, family: str, at: str, mode: str, data: Path
+) -> None:
     of = make(data, architecture, width_of(family))
     line = f'save top 3 rows of features * of f at {at} to "rows.jsonl"'
     (saved,) = run(BASIS + save(line), data, family, mode)
@@ -154,7 +156,7 @@ def test_all_features(architecture: str, family: str, at: str, mode: str, data: 
 
 
 @pytest.mark.parametrize("family", HERE)
-def test_named_features_of_another_run(family: str, data: Path) -> None:
+def test_saved_rows_of_named_features_of_a_run_equal_the_reference(family: str, data: Path) -> None:
     of = make(data, "standard", width_of(family))
     at = "tokens except token 0, cue token"
     line = f'save top 2 rows of features 5, 0..2 of f of longer at {at} to "r.jsonl"'
@@ -164,7 +166,7 @@ def test_named_features_of_another_run(family: str, data: Path) -> None:
     check(lines_of(data / "r.jsonl"), expected)
 
 
-def test_features_of_a_run_with_rules(data: Path) -> None:
+def test_saved_rows_of_a_derived_run_equal_the_reference(data: Path) -> None:
     of = make(data, "standard", width_of("llama"))
     lines = (
         "run less { scale attn_out layer 0 at tokens * by 0.5 }",
@@ -182,8 +184,8 @@ def test_features_of_a_run_with_rules(data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_features_of_transcoders(family: str, data: Path) -> None:
-    """They are features of the MLP's input, and no variance is explained."""
+def test_saved_rows_of_transcoder_features_equal_the_reference(family: str, data: Path) -> None:
+    """The features are those of the MLP's input, and no explained variance is reported."""
     of = make_transcoder(data, "transcoder", width_of(family))
     line = 'save top 2 rows of features * of t at tokens except token 0 to "t.jsonl"'
     (saved,) = run(TRANSCODER + save(line), data, family)
@@ -196,7 +198,7 @@ def test_features_of_transcoders(family: str, data: Path) -> None:
     assert "explains" not in saved.line
 
 
-def test_dims_and_fitted_bases(data: Path) -> None:
+def test_saved_rows_of_dims_and_fitted_bases_equal_the_reference(data: Path) -> None:
     """Neurons, and directions of a basis that is fitted on rows."""
     lines = (
         'save top 2 rows of mlp_hidden layer 0 dims 0..9 at tokens except token 0 to "n.jsonl"',
@@ -219,7 +221,7 @@ def test_dims_and_fitted_bases(data: Path) -> None:
     check(lines_of(data / "g.jsonl"), expected)
 
 
-def test_one_of_several_bases(data: Path) -> None:
+def test_saved_rows_of_a_basis_family_use_the_basis_of_the_named_layer(data: Path) -> None:
     """The basis of the layer that the line names."""
     basis = "basis g = pca(p, dims: 3) at resid_post layer * at last token\n"
     at = "tokens except token 0"
@@ -233,8 +235,8 @@ def test_one_of_several_bases(data: Path) -> None:
     check(lines_of(data / "one.jsonl"), expected_lines(rows(), components, at, [0, 2], 2))
 
 
-def test_picked_features(data: Path) -> None:
-    """Features that an observation has found, in the order of their numbers, and their labels."""
+def test_saved_rows_of_top_features_have_their_labels(data: Path) -> None:
+    """Features selected by an observation, in order of their numbers, with their labels."""
     of = make(data, "standard", width_of("llama"))
     labels = [json.dumps({"index": n, "description": f"about {n}"}) for n in range(FEATURES)]
     (data / "labels.jsonl").write_text("\n".join(labels), encoding="utf-8")
@@ -277,7 +279,9 @@ LONG = " ".join(["w3"] * 500)
 
 @pytest.mark.parametrize("part", [2, 5, 1024])
 @pytest.mark.parametrize("family", HERE)
-def test_streamed_rows(family: str, part: int, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_rows_of_streamed_data_equal_the_reference(
+    family: str, part: int, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of = make(data, "topk", width_of(family))
     write_texts(data, *MORE)
     monkeypatch.setattr(saves, "PART_ROWS", part)
@@ -294,7 +298,7 @@ def test_streamed_rows(family: str, part: int, data: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("group", [1, 5, 100])
-def test_parquet(group: int, data: Path) -> None:
+def test_saved_rows_of_streamed_parquet_equal_the_reference(group: int, data: Path) -> None:
     """Groups of any size, with a renamed column."""
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -344,7 +348,7 @@ def mixed_files(folder: Path, records: Sequence[Line]) -> str:
 
 @pytest.mark.parametrize("family", HERE)
 @pytest.mark.parametrize("write", [mixed_files, arrow_files])
-def test_streamed_rows_of_several_files(
+def test_saved_rows_number_streamed_rows_across_files(
     write: Callable[[Path, Sequence[Line]], str],
     family: str,
     data: Path,
@@ -367,7 +371,9 @@ def test_streamed_rows_of_several_files(
     assert all(row["values"]["n"] == row["row"] for each in found for row in each["rows"])
 
 
-def test_rows_that_do_not_fit_are_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_rows_longer_than_the_context_are_left_out(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of = make(data, "topk", width_of("gpt2"))
     most: int = bare("gpt2").config.max_position_embeddings  # with one special token
     fitting = " ".join(["w7 w9"] * most).split()[: most - 1]
@@ -408,7 +414,7 @@ def interrupted(
 
 
 @pytest.mark.parametrize("after", [1, 3, 5])
-def test_an_interrupted_run_goes_on(
+def test_interrupted_streamed_save_resumes(
     after: int, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(data, "topk", width_of("llama"))
@@ -441,7 +447,7 @@ def test_an_interrupted_run_goes_on(
 
 
 @pytest.mark.parametrize("change", ["rows", "features", "positions", "dictionary", "template"])
-def test_a_changed_run_begins_anew(
+def test_interrupted_streamed_save_restarts_after_a_change(
     change: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = make(data, "topk", width_of("llama"))
@@ -475,7 +481,9 @@ def test_a_changed_run_begins_anew(
     )
 
 
-def test_another_model_begins_anew(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_streamed_save_restarts_with_another_model(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(data, "topk", width_of("llama"))
     of = make(data, "topk", width_of("mistral"))
     write_texts(data, *MORE)
@@ -491,7 +499,9 @@ def test_another_model_begins_anew(data: Path, monkeypatch: pytest.MonkeyPatch) 
     check(lines_of(data / "other.jsonl"), expected)
 
 
-def test_another_parameter_begins_anew(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_streamed_save_restarts_with_another_parameter(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of = make(data, "topk", width_of("llama"))
     texts = [*rows(), *map(text_of, MORE)]
     lines = [json.dumps({"text": " ".join(own.words), "n": n}) for n, own in enumerate(texts)]
@@ -525,7 +535,7 @@ OTHER_ROWS = {
 
 
 @pytest.mark.parametrize("what", OTHER_ROWS)
-def test_other_rows_that_it_depends_on(
+def test_interrupted_streamed_save_restarts_if_other_rows_change(
     what: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that a basis is fitted on, or that select features, change; streamed rows don't."""
@@ -555,7 +565,7 @@ def test_other_rows_that_it_depends_on(
     assert found(other)[0] == changed
 
 
-def test_a_limit_reads_the_first_rows(data: Path) -> None:
+def test_limit_of_streamed_rows_reads_the_first_rows(data: Path) -> None:
     of = make(data, "topk", width_of("llama"))
     write_texts(data, *MORE)
     at = "tokens except token 0"
@@ -572,7 +582,7 @@ def test_a_limit_reads_the_first_rows(data: Path) -> None:
     check(lines_of(data / "limit.jsonl"), expected)
 
 
-def test_the_price_is_that_of_all_rows(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_counts_all_streamed_rows(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(data, "topk", width_of("llama"))
     write_texts(data, *MORE)
     monkeypatch.setattr("mechdsl.checks.prompt_tables._FIRST_ROWS", 4)
@@ -590,8 +600,10 @@ def test_the_price_is_that_of_all_rows(data: Path, monkeypatch: pytest.MonkeyPat
     assert cost.streamed == len(rows()) + len(MORE)
 
 
-def test_little_memory_changes_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches that find no memory are read in halves."""
+def test_saved_rows_do_not_change_when_memory_runs_out(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches that exceed memory are read in halves."""
     of = make(data, "topk", width_of("llama"))
     write_texts(data, *MORE)
     read, sizes = saves.read_token_vectors, list[int]()
@@ -612,7 +624,7 @@ def test_little_memory_changes_nothing(data: Path, monkeypatch: pytest.MonkeyPat
     assert max(sizes) > 3
 
 
-def test_a_broken_state_is_ignored(data: Path) -> None:
+def test_broken_resume_state_is_ignored(data: Path) -> None:
     of = make(data, "topk", width_of("llama"))
     write_texts(data)
     (data / ".broken.jsonl.state.npz").write_bytes(b"no archive")
@@ -624,12 +636,14 @@ def test_a_broken_state_is_ignored(data: Path) -> None:
     check(lines_of(data / "broken.jsonl"), expected)
 
 
-# --- keeping rows ---------------------------------------------------------------------------------
+# --- selecting rows -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_many_rows_in_small_batches(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows that are kept, against a sort of all; many replace others, and some are equal."""
+def test_active_rows_in_small_batches_equal_a_full_sort(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The selected rows, against a sort of all; many replace others, and some are equal."""
     random = np.random.default_rng(seed)
     size, most, count = 7, 3, 400
     lengths, numbers = random.integers(1, 6, count), random.permutation(count)
@@ -677,7 +691,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("line", "expected"), WRONG)
-def test_errors(line: str, expected: list[str], data: Path) -> None:
+def test_invalid_row_saves_are_errors(line: str, expected: list[str], data: Path) -> None:
     make(data, "standard", width_of("llama"))
     many = "basis many = pca(p, dims: 3) at resid_post layer * at last token\n"
     found = codes(BASIS + many + save(line), data)
@@ -699,7 +713,9 @@ UNSTREAMED = [
 
 
 @pytest.mark.parametrize(("old", "new", "line"), UNSTREAMED)
-def test_lines_that_need_all_rows(old: str, new: str, line: str, data: Path) -> None:
+def test_streamed_blocks_with_lines_that_need_all_rows_are_errors(
+    old: str, new: str, line: str, data: Path
+) -> None:
     make(data, "standard", width_of("llama"))
     write_texts(data)
     (data / "texts.csv").write_text("text\nw1\n", encoding="utf-8")
@@ -710,7 +726,7 @@ def test_lines_that_need_all_rows(old: str, new: str, line: str, data: Path) -> 
     assert {each.code for each in found if each.severity == "error"} <= {"E0207", "E0505"}
 
 
-def test_other_blocks_do_not_read_streamed_rows(data: Path) -> None:
+def test_streamed_block_in_other_statements_is_an_error(data: Path) -> None:
     make(data, "standard", width_of("llama"))
     write_texts(data)
     blocks = BLOCKS + STREAMED
@@ -727,7 +743,7 @@ def test_other_blocks_do_not_read_streamed_rows(data: Path) -> None:
         assert "streamed" in " ".join(each.message for each in found)
 
 
-def test_a_bad_line_is_found_before_the_run(data: Path) -> None:
+def test_malformed_streamed_line_is_an_error_before_the_run(data: Path) -> None:
     make(data, "standard", width_of("llama"))
     lines = [json.dumps({"text": "w1 w2"})] * 2000
     lines[1500] = '{"text": "w1'
@@ -740,7 +756,7 @@ def test_a_bad_line_is_found_before_the_run(data: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1, 1500])
-def test_a_record_without_a_value_is_found_before_the_run(at: int, data: Path) -> None:
+def test_streamed_record_without_a_value_is_an_error_before_the_run(at: int, data: Path) -> None:
     """Columns that the block doesn't use may be missing."""
     make(data, "standard", width_of("llama"))
     records: list[Line] = [{"text": "w1 w2", "url": "x"}] * 2000

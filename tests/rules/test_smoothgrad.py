@@ -39,14 +39,14 @@ LINES = ("prompts p", "from other into clean", RAW)
 
 
 def waves(key: Sequence[int], size: Sequence[int]) -> np.ndarray:
-    """Numbers that stand for noise: other ones for each copy, token and number."""
+    """Deterministic numbers instead of noise, different for each copy, token and dimension."""
     count = int(np.prod(size))
     return np.cos(np.arange(count) * 1.7 + key[-1]).reshape(size)
 
 
 @pytest.mark.parametrize("mode", ["planned", pytest.param("small passes", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_mean_of_gradients_at_noisy_vectors(
+def test_smoothgrad_equals_the_mean_of_gradients_at_noisy_vectors(
     family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimates, "draw_noise", waves)
@@ -69,7 +69,7 @@ def test_mean_of_gradients_at_noisy_vectors(
         assert agrees(found[name], 0, expected, None) > 1e-3
 
 
-def test_noise_depends_on_the_seed_and_not_on_the_batch(tmp_path: Path) -> None:
+def test_smoothgrad_noise_depends_on_the_seed_not_on_the_batch(tmp_path: Path) -> None:
     rule = "patch embed at subject tokens"
     text = experiment("e", *LINES, rule, "using smoothgrad(samples: 2)")
     values = {
@@ -83,7 +83,7 @@ def test_noise_depends_on_the_seed_and_not_on_the_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argument", ["samples: 0", "noise: 0", "samples: 2.5"])
-def test_invalid_options_report_what_is_allowed(argument: str, tmp_path: Path) -> None:
+def test_invalid_smoothgrad_options_are_errors(argument: str, tmp_path: Path) -> None:
     rule = "patch embed at subject tokens"
     text = experiment("e", *LINES, rule, f"using smoothgrad({argument})")
     result, problems = try_file(text, tmp_path, bare("gpt2"))
@@ -91,14 +91,16 @@ def test_invalid_options_report_what_is_allowed(argument: str, tmp_path: Path) -
     assert "E0207" in [each.code for each in problems]
 
 
-def test_plan_counts_the_passes_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_counts_the_smoothgrad_passes_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rule = "patch z layer 0..1 head * at subject tokens"
     text = experiment("e", *LINES, rule, "using smoothgrad(samples: 3)")
     # Two sites have three copies each, after one pass that reads them.
     assert count_planned_passes(text, tmp_path, monkeypatch) == ((7, 6), (7, 6))
 
 
-def test_interrupted_runs_resume(tmp_path: Path) -> None:
+def test_interrupted_smoothgrad_resumes(tmp_path: Path) -> None:
     rule = "patch z layer * head * at subject tokens"
     text = experiment("e", *LINES, rule, "using smoothgrad(samples: 2)")
     check_case("llama", text, tmp_path, cut=1)

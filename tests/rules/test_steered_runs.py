@@ -1,6 +1,5 @@
-"""Runs that an experiment defines by steering, by other edges, position ids or blocks, or by a
-function: equal to two calls of the bare model with plain hooks on its blocks, one unpadded prompt
-at a time."""
+"""Derived runs with steering, attention edges, position ids, replaced blocks or a Python function,
+against two calls of the bare model with plain hooks, one unpadded prompt at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ from .support import (
     run_file,
     tokens,
 )
-from .test_allowed import ATTENTION, masked, visible
+from .test_allow_attention import ATTENTION, masked, visible
 
 FAMILIES = ("gpt2", "llama", "gpt_neox")
 LISTS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}
@@ -45,26 +44,26 @@ LAYERS = range(3)
 COUNT = len(records())
 
 Edit = Callable[[str, int, Tensor], Tensor]
-"""Of the model's name, a prompt's number and what stands there [width]: what is to stand there."""
+"""The new vector from the model's name, a prompt's number and the current vector [width]."""
 
 
 @dataclass(frozen=True)
 class Steered:
-    """A run with rules, by hand."""
+    """A derived run, with reference edits."""
 
     written: str
     base: str = "clean"
     edits: Sequence[tuple[int, str, Edit]] = ()
-    """At what leaves a block, at a position."""
+    """At the output of a block, at a position."""
     allowed: Sequence[tuple[int, str, str]] = ()
     numbers: Callable[[Text], Mapping[int, int]] = field(default=lambda text: {})
     blocks: Mapping[int, int | None] = field(default_factory=dict[int, "int | None"])
     before: str | None = None
-    """The run with rules that it starts from."""
+    """The derived run that it starts from."""
 
     @property
     def text(self) -> str:
-        """The run whose texts it has."""
+        """The run whose texts the derived run has."""
         return RUNS[self.before].text if self.before is not None else self.base
 
 
@@ -77,9 +76,9 @@ def called(
     model: Any, name: str, text: Text, every: Sequence[Steered], n: int,
     patches: Sequence[tuple[int, int, Tensor]] = (),
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """(logits [T, vocab], what leaves each block [T, width]) of the bare model.
+    """(logits [T, vocab], output of each block [T, width]) of the bare model.
 
-    every: what is done, in order. patches: (layer, position, vector) behind all of it.
+    every: changes, in order. patches: (layer, position, vector), applied after them.
     """
     blocks = model.get_submodule(LISTS[name])
     before, count = list(blocks), len(text.ids)
@@ -151,7 +150,7 @@ def text_of(run: str, n: int) -> Text:
 
 @cache
 def direction(name: str) -> Tensor:
-    """[width]: of mean_difference(p.other, second) at what leaves block 1, last token."""
+    """[width]: mean_difference(p.other, second) at the output of block 1, last token."""
     means = []
     for run, count in (("other", COUNT), ("second", len(rows("second")))):
         every = [called(name, rows(run)[n], (), n)[1][1][-1] for n in range(count)]
@@ -164,7 +163,7 @@ def unit(name: str) -> Tensor:
 
 
 def from_mean(name: str, n: int, here: Tensor) -> Tensor:
-    """What `away` of the file makes: twice as far from the mean over rows."""
+    """The result of `away` in the file: twice as far from the mean over rows."""
     every = [plain(name, "clean", row)[1][1][-1] for row in range(COUNT)]
     return 2 * every[n] - torch.stack(every).mean(0)
 
@@ -238,7 +237,7 @@ def _names(run: str) -> list[str]:
     return [*(_names(before) if before is not None else ()), run]
 
 
-# --- read, patched, started from ------------------------------------------------------------------
+# --- sources, bases and observations --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -273,7 +272,9 @@ def measured(name: str, run: str) -> list[float]:
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK, FAMILIES[:2]))
 @pytest.mark.parametrize("run", list(RUNS))
-def test_a_steered_run_as_source_and_base(folder: Path, name: str, run: str, mode: str) -> None:
+def test_steered_run_as_source_and_base_equals_plain_hooks(
+    folder: Path, name: str, run: str, mode: str
+) -> None:
     found = results(folder, name, mode)
     for key, source, base, at in (
         (f"of_{run}", run, "clean", "last token"),
@@ -295,8 +296,10 @@ def test_a_steered_run_as_source_and_base(folder: Path, name: str, run: str, mod
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK, FAMILIES[:2]))
 @pytest.mark.parametrize("run", list(RUNS))
-def test_the_lens_of_a_steered_run(folder: Path, name: str, run: str, mode: str) -> None:
-    """What is observed of it is what the bare model with its hooks has there."""
+def test_logit_lens_of_a_steered_run_equals_plain_hooks(
+    folder: Path, name: str, run: str, mode: str
+) -> None:
+    """The observed values equal those of the bare model with hooks."""
     found = results(folder, name, mode)[f"lens_{run}"]
     model = double(name)
     norms = {
@@ -313,13 +316,13 @@ def test_the_lens_of_a_steered_run(folder: Path, name: str, run: str, mode: str)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_its_rules_do_something(name: str) -> None:
+def test_rules_of_each_steered_run_change_the_reference_values(name: str) -> None:
     for run in RUNS:
         change = np.array(measured(name, run)) - np.array(measured(name, RUNS[run].text))
         assert np.abs(change).max() > 0.02, run
 
 
-def test_what_is_said_of_it(folder: Path) -> None:
+def test_conventions_of_a_steered_run_state_its_rules(folder: Path) -> None:
     said = results(folder, "llama", "planned")
     assert "3 * d" in said["of_added"].conventions["run added"]
     assert "norm" in said["of_added"].conventions["direction d"]
@@ -329,11 +332,11 @@ def test_what_is_said_of_it(folder: Path) -> None:
     assert "allowed keys" in said["of_ahead"].conventions["edges"]
 
 
-# --- what hangs on it -----------------------------------------------------------------------------
+# --- dependent checks -----------------------------------------------------------------------------
 
 
-def test_later_tokens_reach_earlier_ones_where_it_lets_them(data: Path) -> None:
-    """A patch behind what is measured matters on a run whose tokens see later ones."""
+def test_patch_after_the_measured_token_acts_on_a_run_with_allowed_keys(data: Path) -> None:
+    """A patch after the measured token has an effect on a run whose tokens see later ones."""
     own = "run ahead { allow attention layer 1 from cue token to last token }"
     rule = "patch resid_post layer 0 at last token"
     measure = "measure logit(answer) - logit(wrong) at cue token as delta"
@@ -360,11 +363,13 @@ REMOVED = "run skipped { replace block layer 1 with identity }"
          "from on into clean", "patch L0H0 at last token"),
     ],
 )  # fmt: skip
-def test_sites_in_a_block_that_a_run_leaves_out(data: Path, lines: tuple[str, ...]) -> None:
+def test_sites_in_a_block_that_a_derived_run_removes_are_errors(
+    data: Path, lines: tuple[str, ...]
+) -> None:
     assert codes(experiment("e", *lines), data) == ["E0414"]
 
 
-def test_a_function_that_fails_in_a_run(folder: Path) -> None:
+def test_failing_python_function_in_a_derived_run_is_an_error(folder: Path) -> None:
     rule = 'run made { set resid_post layer 1 at last token to python("own.py:broken") }'
     text = experiment("e", rule, "from made into clean", "patch L0H0 at last token")
     result, found = with_python(text, folder, "llama")
@@ -372,7 +377,7 @@ def test_a_function_that_fails_in_a_run(folder: Path) -> None:
     assert result is None or not result.experiments
 
 
-def test_a_function_in_a_run_is_given_the_rows_that_are_kept(folder: Path) -> None:
+def test_python_function_in_a_derived_run_receives_the_rows_after_keep(folder: Path) -> None:
     lines = ["keep prob(answer) > 0.012", *defined("made"), "from made into clean"]
     text = experiment("e", *lines, "patch resid_post layer 1 at last token")
     result, _ = with_python(text, folder, "llama")
@@ -389,7 +394,7 @@ def test_a_function_in_a_run_is_given_the_rows_that_are_kept(folder: Path) -> No
         assert found.measures[0].patched[0, number] == pytest.approx(value, abs=1e-4)
 
 
-def test_a_direction_that_is_nothing_in_a_run(data: Path) -> None:
+def test_zero_direction_in_a_derived_run_is_an_error(data: Path) -> None:
     nothing = "direction none = mean_difference(p, p) at resid_post layer 1 at last token\n"
     rule = "run steered { add none to resid_post layer 1 at last token }"
     text = nothing + experiment("e", rule, "from steered into clean", "patch L0H0 at last token")

@@ -1,4 +1,4 @@
-"""Directions, and the rules that change what is there, against forward passes written by hand."""
+"""Directions, and rules that change the current vector, against reference forward passes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def plus(vector: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def times(vector: Tensor) -> Callable[[Tensor], Tensor]:
-    """Each number times another one."""
+    """Multiply elementwise."""
     return lambda here: here * vector
 
 
@@ -91,7 +91,7 @@ EDIT = ("reads", "writes", "offset")
 
 @cache
 def edit(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[2, size] directions that are read, [2, size] that are added, and [size] an offset."""
+    """[2, size] directions to read, [2, size] directions to add, and an offset [size]."""
     random = torch.Generator().manual_seed(size)
     numbers = torch.randn(5, size, generator=random)
     return numbers[:2] / size, numbers[2:4], numbers[4]
@@ -110,7 +110,7 @@ def save_edits(folder: Path, family: str) -> None:
 
 
 def edited(factor: float) -> Callable[[Tensor], Tensor]:
-    """Plus what the edit of this width computes from each vector, times a factor."""
+    """Add the output of the edit of this width for each vector, times a factor."""
 
     def change(here: Tensor) -> Tensor:
         reads, writes, offset = edit(here.shape[-1])
@@ -127,7 +127,7 @@ def of_head(name: str) -> Tensor:
 
 
 def writes(site: str, layers: Sequence[int], at: str, change: Callable[[Tensor], Tensor]):
-    """Per prompt, the change at each of these layers and tokens."""
+    """From a prompt's number: the change at each of these layers and tokens."""
 
     def of(n: int) -> list[Write]:
         text = rows()[n]
@@ -146,7 +146,7 @@ class Case:
     axes: tuple[str, ...]
     cells: Sequence[tuple[Coord, ...]]
     changes: Callable[..., Sequence[Write]]
-    """Of the model's name, a prompt's number, and the cell's coordinates."""
+    """From the model's name, a prompt's number and the cell's coordinates."""
     large: float = 0.1
 
 
@@ -461,7 +461,7 @@ CASES: dict[str, Case] = {
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("family", HERE)
-def test_steering_is_what_hooks_do(family: str, mode: str, data: Path) -> None:
+def test_steering_rules_equal_plain_hooks(family: str, mode: str, data: Path) -> None:
     has_middle = family != "gpt_neox"
     chosen = {k: c for k, c in CASES.items() if has_middle or k != "the middle"}
     names = {key: f"e{number}" for number, key in enumerate(chosen)}
@@ -482,7 +482,7 @@ def test_steering_is_what_hooks_do(family: str, mode: str, data: Path) -> None:
             raise AssertionError(f"{key}: {error}") from error
 
 
-# --- how directions are made ----------------------------------------------------------------------
+# --- definitions of directions --------------------------------------------------------------------
 
 FAMILY = """
 direction d = mean_difference(p.other, second) at resid_post layer * at token -2..-1
@@ -626,7 +626,9 @@ FAMILIES_OF_DIRECTIONS: dict[str, Case] = {
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_families_share_axes_and_have_members(family: str, mode: str, data: Path) -> None:
+def test_families_and_members_of_directions_equal_plain_hooks(
+    family: str, mode: str, data: Path
+) -> None:
     names = {key: f"e{number}" for number, key in enumerate(FAMILIES_OF_DIRECTIONS)}
     text = FAMILY + "".join(
         experiment(names[key], case.rule) for key, case in FAMILIES_OF_DIRECTIONS.items()
@@ -647,8 +649,8 @@ def test_families_share_axes_and_have_members(family: str, mode: str, data: Path
 @pytest.mark.parametrize(
     ("family", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], ["planned", "plain"])
 )
-def test_weights_that_never_write_a_direction(family: str, mode: str, data: Path) -> None:
-    """The same as weights, biases and embeddings from which the direction is taken out."""
+def test_project_out_of_weights_equals_edited_weights(family: str, mode: str, data: Path) -> None:
+    """The reference removes the direction from weights, biases and embeddings."""
     text = DIRECTION + experiment("e", "project out d from weights")
     model = copy.deepcopy(double(family))
     u = unit(difference_of_means(family))
@@ -665,7 +667,7 @@ def test_weights_that_never_write_a_direction(family: str, mode: str, data: Path
             elif any(part in key for part in writing):
                 first = parameter.dim() == 1
                 parameter -= (parameter @ u) * u if first else u[:, None] * (u @ parameter)
-    if family == "gpt2":  # the embedding that reads is the one that writes, and is left alone
+    if family == "gpt2":  # the tied unembedding stays unchanged
         model.lm_head.weight = torch.nn.Parameter(double(family).lm_head.weight.clone())
     values = []
     for text_, record in zip(rows(), records(), strict=True):
@@ -679,7 +681,7 @@ def _kind(model: torch.nn.Module, key: str) -> str:
     return type(model.get_submodule(key.rpartition(".")[0])).__name__
 
 
-def test_families_with_norms_behind_their_weights_are_refused(data: Path) -> None:
+def test_project_out_of_weights_before_an_output_norm_is_an_error(data: Path) -> None:
     text = DIRECTION + experiment("e", "project out d from weights")
     assert codes(text, data, "gemma2") == ["E0341"]
 
@@ -690,7 +692,9 @@ def vectors(name: str, run: str, layer: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_other_ways_to_make_a_direction(family: str, data: Path) -> None:
+def test_pca_head_unembedding_and_saved_directions_equal_the_reference(
+    family: str, data: Path
+) -> None:
     """Components, means of heads, the unembedding, and a file."""
     model = double(family)
     x = vectors(family, "clean", 1)
@@ -730,7 +734,7 @@ def test_other_ways_to_make_a_direction(family: str, data: Path) -> None:
         agree(result[f"e{name}"], (), values, unpatched(family), most=False)
 
 
-def test_two_models_differ_in_a_direction(data: Path) -> None:
+def test_direction_between_two_models_equals_the_reference(data: Path) -> None:
     """The rows of a block, or those of the experiment, in both models."""
     lines = (
         'model m = local("handed over")',
@@ -767,8 +771,8 @@ def test_two_models_differ_in_a_direction(data: Path) -> None:
         agree(found[name], ("layer",), expected, unpatched("llama"), most=False)
 
 
-def test_random_directions_are_as_long(data: Path) -> None:
-    """One draw is one direction in all cells, as long as what it stands for, and none else's."""
+def test_random_direction_control_is_named_and_rejects_except(data: Path) -> None:
+    """One draw is one direction in all cells, with the norm of the direction that it replaces."""
     text = DIRECTION + experiment(
         "e",
         "for c in [1, 2] { add c * d to resid_post layer 1 at last token }",
@@ -788,8 +792,8 @@ def test_random_directions_are_as_long(data: Path) -> None:
     ) == ["E0630"]
 
 
-def test_a_loop_over_directions_equals_an_experiment_for_each(data: Path) -> None:
-    """While text is generated, with a control, and in the store's keys."""
+def test_loop_over_directions_equals_an_experiment_per_direction(data: Path) -> None:
+    """During generation and with a control."""
     rules = {
         "replies": "generate 3  {}add 6 * {} to resid_post layer 1 at last token",
         "control": "{}add {} to resid_post layer 1 at last token",
@@ -821,9 +825,7 @@ def test_a_loop_over_directions_equals_an_experiment_for_each(data: Path) -> Non
         ("for v in [final, far] { add v to RESID }  add v to RESID", "doesn't contain this rule"),
     ],
 )
-def test_a_loop_over_directions_of_different_kinds_is_an_error(
-    loop: str, said: str, data: Path
-) -> None:
+def test_loop_over_incompatible_directions_is_an_error(loop: str, said: str, data: Path) -> None:
     save_edits(data, "llama")
     rule = loop.replace("RESID", "resid_post layer 1 at last token")
     _, found = try_file(FAMILY + EDITS + experiment("e", rule), data, "llama")
@@ -833,8 +835,8 @@ def test_a_loop_over_directions_of_different_kinds_is_an_error(
 
 
 @pytest.mark.parametrize("mode", QUICK)
-def test_the_best_member_is_used(mode: str, data: Path) -> None:
-    """It is the one with the largest mean, signed, and it is what the second experiment adds."""
+def test_best_direction_is_the_one_with_the_largest_mean(mode: str, data: Path) -> None:
+    """It has the largest signed mean, and the second experiment adds it."""
     text = FAMILY + experiment("select", "add 2 * d to resid_post layer 2 at last token")
     text += experiment("test", "add 2 * d[best of select] to resid_post layer 2 at last token")
     found = run_file(text, data, "gpt2", mode)
@@ -870,7 +872,7 @@ def test_the_best_member_is_used(mode: str, data: Path) -> None:
         ('direction d = unembedding("w1 w2 w3")', "add d to embed at cue token"),
     ],
 )
-def test_what_is_no_direction_is_an_error(line: str, rule: str, data: Path) -> None:
+def test_invalid_directions_are_errors(line: str, rule: str, data: Path) -> None:
     save_file({"d": torch.ones(5)}, data / "d.safetensors")
     text = (
         f"{line}\n" + experiment("other", "scale embed at cue token by 2") + experiment("e", rule)

@@ -1,4 +1,4 @@
-"""`for s in … { … during step s }`: every cell beside whole passes with its own steps."""
+"""`for s in … { … during step s }`: every cell against full forward passes with its steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SWEPT = {
     "a direction": ("for s in [3, 0, 1] { RULE during step s }", "add", 0),
     "a part of a head": ("for s in 1..4 { RULE during step s - 1..s }", "head", 1),
 }
-"""A loop, the rule in it, and how many steps it acts in after the first."""
+"""A loop, the rule in it, and the number of steps after the first in which the rule acts."""
 STEPS = {
     "a patch": [0, 1, 2, 3],
     "an edge": [0, 1, 2, 3, 4],
@@ -26,7 +26,7 @@ STEPS = {
     "a direction": [3, 0, 1],
     "a part of a head": [0, 1, 2, 3],
 }
-"""The first one, cell by cell."""
+"""The first step of each cell."""
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ STEPS = {
         for mode in MODES
     ],
 )
-def test_every_cell_acts_in_its_own_steps(data: Path, name: str, mode: str) -> None:
+def test_step_sweep_cells_equal_full_forward_passes(data: Path, name: str, mode: str) -> None:
     text = 'direction u = unembedding(" w3", " w9")\n'
     for number, (loop, key, _) in enumerate(SWEPT.values()):
         rule = CASES[key].rule
@@ -58,8 +58,8 @@ def test_every_cell_acts_in_its_own_steps(data: Path, name: str, mode: str) -> N
 
 
 @pytest.mark.parametrize("mode", [pytest.param("plain", marks=slow), "planned"])
-def test_fills_and_steps_together(data: Path, mode: str) -> None:
-    """An axis of fills beside one of steps, and a second rule that keeps acting."""
+def test_sweep_of_fills_and_steps_equals_separate_experiments(data: Path, mode: str) -> None:
+    """An axis of fills, an axis of steps, and a second rule that acts at every step."""
     rule = "for s in 0..2 { ablate resid_pre layer 1 at last token with zero, mean during step s }"
     head = CASES["head"]
     lines = (rule, head.rule, f"generate {TOKENS}")

@@ -1,4 +1,4 @@
-"""`add NUMBER * step(COMPONENT) to SITE at POSITIONS`, against passes written by hand."""
+"""`add NUMBER * step(COMPONENT) to SITE at POSITIONS`, against reference passes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HEADS = range(4)
 
 
 def stepped(at: Sequence[int], factor: float) -> Callable[[Tensor], Tensor]:
-    """Of [T, units, width]: a step at each of these positions, from what was there before all."""
+    """From [T, units, width]: a step at each of these positions, from the unchanged vectors."""
 
     def change(here: Tensor) -> Tensor:
         made = here.clone()
@@ -58,7 +58,7 @@ class Case:
     axes: tuple[str, ...]
     cells: Sequence[tuple[Coord, ...]]
     writes: Callable[..., Sequence[Write]]
-    """Of a model's name, a text, the same row's `other`, and a cell's coordinates."""
+    """From a model's name, a text, the same row's `other`, and a cell's coordinates."""
     base: str = "clean"
 
 
@@ -130,7 +130,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("name", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], QUICK))
-def test_steps_are_added(data: Path, name: str, mode: str) -> None:
+def test_added_steps_equal_the_reference(data: Path, name: str, mode: str) -> None:
     text = "".join(experiment(f"e{n}", case.rule) for n, case in enumerate(CASES.values()))
     found = run_file(text, data, name, mode)
     for number, case in enumerate(CASES.values()):
@@ -143,8 +143,8 @@ def test_steps_are_added(data: Path, name: str, mode: str) -> None:
         agree(found[f"e{number}"], case.axes, expected, base, large=0.05, most=False)
 
 
-def test_rows_of_several_runs_share_a_pass(data: Path) -> None:
-    """What stands before a token is that of its own row."""
+def test_steps_in_shared_passes_equal_separate_passes(data: Path) -> None:
+    """The preceding token of each token is in the same row."""
     rule = "add 2 * step(q) to q layer 2 at last token"
     several = experiment(
         "e", "from other into clean", f"patch mlp_out layer * at each item token  {rule}"
@@ -170,5 +170,5 @@ def test_rows_of_several_runs_share_a_pass(data: Path) -> None:
         ("set q layer 1 head 0 at tokens * to step(q)", "E0337"),
     ],
 )
-def test_what_is_refused(data: Path, rule: str, code: str) -> None:
+def test_invalid_steps_are_errors(data: Path, rule: str, code: str) -> None:
     assert code in codes(experiment("e", rule), data)

@@ -19,7 +19,7 @@ from .test_steps import stepped
 
 MEASURE = "measure entropy at each step as delta"
 Places = Callable[[Text, int], Sequence[int]]
-"""The positions that a rule acts at, of a prompt and so many tokens of its reply."""
+"""The positions at which a rule acts, from a prompt and the number of reply tokens."""
 
 
 def everywhere(text: Text, written: int) -> Sequence[int]:
@@ -43,7 +43,7 @@ def at_subject(text: Text, written: int) -> Sequence[int]:
 
 @dataclass(frozen=True)
 class Act:
-    """One rule: a change of the vectors of a site, at some places."""
+    """One rule: a change of the vectors of a site at some positions."""
 
     site: str
     layers: Sequence[int]
@@ -67,7 +67,7 @@ def step(
 
 
 def each(site: str, layer: int, places: Places, of: Callable[[Tensor], Tensor]) -> Act:
-    """A rule that changes every vector by itself."""
+    """A rule that changes every vector separately."""
 
     def change(at: Sequence[int]) -> Callable[[Tensor], Tensor]:
         def made(here: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("mode", some(QUICK, ["planned"]))
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
 def test_steps_read_unwritten_vectors_in_replies(data: Path, name: str, mode: str) -> None:
-    """A step is from the vector that the same rule has not written yet, at generated tokens too."""
+    """A step starts from the vector before the rule's own writes, also at generated tokens."""
     text = "".join(
         experiment(f"e{n}", GENERATE, rule, measure=MEASURE)
         for n, (rule, _) in enumerate(CASES.values())
@@ -157,7 +157,7 @@ def changes_of(acts: Sequence[Act], text: Text, written: int) -> Changes:
 
 
 def entropies(name: str, n: int, reply: Reply) -> list[tuple[float, float]]:
-    """(with rules, without) in front of each token of a reply; NaN where it has ended."""
+    """(with rules, without) before each token of a reply; NaN after its end."""
     bare = behind(name, rows()[n].ids, reply)
     places = [reply.at(step) for step in range(MOST)]
     return [

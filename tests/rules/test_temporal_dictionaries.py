@@ -128,7 +128,9 @@ def means(name: str, weights: Weights, at: str, run: str = "clean") -> np.ndarra
 
 @pytest.mark.parametrize("at", ["last token", "tokens *", "subject tokens", "token 3"])
 @pytest.mark.parametrize(("family", "mode"), in_turn(HERE, list(MODES)))
-def test_observed(family: str, mode: str, at: str, data: Path) -> None:
+def test_observed_temporal_features_equal_the_reference(
+    family: str, mode: str, at: str, data: Path
+) -> None:
     weights = make(data, width_of(family))
     text = BASIS + observed(f"observe features of f at {at} top 4")
     found = run_file(text, data, family, mode)["e"]
@@ -138,7 +140,7 @@ def test_observed(family: str, mode: str, at: str, data: Path) -> None:
     assert np.abs(means(family, weights, at) - torch.stack(without).numpy()).max() > 1e-3
 
 
-def test_other_runs_and_positions(data: Path) -> None:
+def test_observed_temporal_features_of_other_runs_equal_the_reference(data: Path) -> None:
     """Another run of other lengths, two positions, and a second experiment on the same rows."""
     weights = make(data, width_of("llama"))
     text = BASIS + observed("observe features of f at subject tokens top 3 by difference(longer)")
@@ -153,7 +155,7 @@ def test_other_runs_and_positions(data: Path) -> None:
         assert np.abs(values - expected[:, cell.coords["feature"]]).max() < 1e-4
 
 
-def test_explained_variance(data: Path) -> None:
+def test_explained_variance_of_a_temporal_sae_includes_the_prediction(data: Path) -> None:
     """The prediction counts as explained, as in the reconstruction of SAELens."""
     weights = make(data, width_of("llama"))
     text = BASIS + observed("observe features of f at subject tokens top 3")
@@ -170,7 +172,7 @@ def test_explained_variance(data: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["planned", "small passes"])
-def test_saved_rows(mode: str, data: Path) -> None:
+def test_saved_rows_of_temporal_features_equal_the_reference(mode: str, data: Path) -> None:
     weights = make(data, width_of("llama"))
     line = 'save top 2 rows of features * of f at subject tokens to "rows.jsonl"'
     (saved,) = run(BASIS + save(line), data, "llama", mode)
@@ -191,7 +193,7 @@ def test_saved_rows(mode: str, data: Path) -> None:
         "observe ov(f) layer 1 head *",
     ],
 )
-def test_rules_are_refused(line: str, data: Path) -> None:
+def test_rules_on_temporal_features_are_errors(line: str, data: Path) -> None:
     make(data, width_of("llama"))
     text = BASIS + (observed(line) if "observe" in line else experiment("e", line))
     assert codes(text, data) == ["E0342"]
@@ -200,7 +202,7 @@ def test_rules_are_refused(line: str, data: Path) -> None:
         assert "depend on the preceding tokens" in found.message
 
 
-def test_plan_prices_preceding_tokens(data: Path) -> None:
+def test_plan_counts_preceding_tokens_of_temporal_features(data: Path) -> None:
     """A position at the end of the prompts costs as much context as all tokens."""
     width = width_of("llama")
     make(data, width)

@@ -118,7 +118,7 @@ def mean_features(name: str, of: Reference) -> Tensor:
 
 
 Change = Callable[[Tensor], Tensor]
-"""Of current features, the new ones."""
+"""New features from current ones."""
 
 
 def writes(
@@ -130,7 +130,7 @@ def writes(
     reads: str = "mlp_norm",
     layer: int = LAYER,
 ) -> list[Write]:
-    """A write at the MLP's input notes it and changes nothing; one at the output uses it."""
+    """A write at the MLP's input records it unchanged; one at the output uses it."""
     found: list[Write] = []
     for position in positions:
         seen: list[Tensor] = []
@@ -162,11 +162,11 @@ class Case:
     axes: tuple[str, ...]
     cells: Sequence[tuple[Coord, ...]]
     change: Callable[..., Change]
-    """Of the model, the transcoder, the row, and the coordinates of the cell."""
+    """From the model, the transcoder, the row and the coordinates of the cell."""
     at: str = "last token"
     keeps_error: bool = True
     before: Callable[[str, int], list[Write]] = lambda name, n: []
-    """What other rules write, of the model and the row."""
+    """Writes of other rules, from the model and the row."""
 
 
 def source(name: str, of: Reference, n: int) -> Tensor:
@@ -261,7 +261,9 @@ CASES: dict[str, Case] = {
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", HERE)
-def test_rules_on_features(family: str, kind: str, mode: str, data: Path) -> None:
+def test_rules_on_transcoder_features_equal_the_reference(
+    family: str, kind: str, mode: str, data: Path
+) -> None:
     of = make(data, kind, width_of(family))
     names = {key: f"e{number}" for number, key in enumerate(CASES)}
     text = BASIS + "".join(experiment(names[key], case.rule) for key, case in CASES.items())
@@ -284,10 +286,8 @@ def test_rules_on_features(family: str, kind: str, mode: str, data: Path) -> Non
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_transcoder_may_read_the_stream_before_the_norm(
-    family: str, mode: str, data: Path
-) -> None:
-    """The recorded hook point says so; the stream is a sum and not the output of a module."""
+def test_transcoder_of_resid_mid_equals_the_reference(family: str, mode: str, data: Path) -> None:
+    """The hook point is recorded; the stream is a sum and not the output of a module."""
     hook = f"blocks.{LAYER}.hook_resid_mid"
     of = make(data, "transcoder", width_of(family), hook_name=hook)
     text = BASIS + experiment("e", "from other into clean  patch feature * of t at last token")
@@ -304,8 +304,8 @@ def test_a_transcoder_may_read_the_stream_before_the_norm(
 
 
 @pytest.mark.parametrize("mode", MANY)
-def test_transcoders_of_all_layers_act_together(mode: str, data: Path) -> None:
-    """Each reads the input that those of lower layers have changed."""
+def test_transcoders_of_all_layers_equal_the_reference(mode: str, data: Path) -> None:
+    """Each transcoder reads the input that those of lower layers have changed."""
     of = make(data, "transcoder", width_of("llama"))
     text = 'basis t = transcoder("of_mlp") at mlp_out layer *\n'
     rule = "set mlp_out layers * at tokens * to reconstruction of t"
@@ -324,7 +324,7 @@ def test_transcoders_of_all_layers_act_together(mode: str, data: Path) -> None:
         agree(found[name], axes, expected, unpatched("llama"), most=False)
 
 
-def test_inactive_features_are_decided_by_the_input(data: Path) -> None:
+def test_inactive_transcoder_features_are_those_of_the_mlp_input(data: Path) -> None:
     of = make(data, "jumprelu_transcoder", width_of("llama"))
     text = BASIS + experiment("e", "ablate feature * of t at last token with zero")
     found = run_file(text, data, "llama", "planned")["e"]
@@ -353,12 +353,12 @@ def test_inactive_features_are_decided_by_the_input(data: Path) -> None:
         (BASIS.replace("transcoder(", "clt("), "patch feature 1 of t at last token", "E0203"),
     ],
 )
-def test_mistakes_with_transcoders(basis: str, line: str, code: str, data: Path) -> None:
+def test_invalid_transcoder_rules_are_errors(basis: str, line: str, code: str, data: Path) -> None:
     make(data, "transcoder", width_of("llama"))
     assert code in codes(basis + experiment("e", f"from other into clean  {line}"), data)
 
 
-def test_a_sparse_autoencoder_is_no_transcoder(data: Path) -> None:
+def test_sparse_autoencoder_loaded_as_transcoder_is_an_error(data: Path) -> None:
     make(data, "transcoder", width_of("llama"))
     config = data / "of_mlp" / "cfg.json"
     config.write_text(json.dumps({"architecture": "standard"}), encoding="utf-8")
@@ -376,7 +376,9 @@ def test_a_sparse_autoencoder_is_no_transcoder(data: Path) -> None:
         ({"hook_name_out": "blocks.2.hook_mlp_out"}, 1),
     ],
 )
-def test_other_hook_points_are_reported(hooks: dict[str, str], said: int, data: Path) -> None:
+def test_transcoder_of_another_hook_point_is_a_warning(
+    hooks: dict[str, str], said: int, data: Path
+) -> None:
     make(data, "transcoder", width_of("llama"), **hooks)
     rule = "from other into clean  patch feature 1 of t at last token"
     _, found = try_file(BASIS + experiment("e", rule), data, "llama")
@@ -384,8 +386,8 @@ def test_other_hook_points_are_reported(hooks: dict[str, str], said: int, data: 
 
 
 @pytest.mark.parametrize("mode", ["plain", "planned"])
-def test_features_change_at_each_newest_token(mode: str, data: Path) -> None:
-    """Beside whole passes, one for each token of the reply."""
+def test_transcoder_features_change_at_each_generated_token(mode: str, data: Path) -> None:
+    """The reference has a full forward pass for each token of the reply."""
     of = make(data, "jumprelu_transcoder", width_of("llama"))
     rule = "clamp features 1..3 of t at last token to 30"
     lines = (rule, f"generate {TOKENS}")
@@ -401,8 +403,8 @@ def test_features_change_at_each_newest_token(mode: str, data: Path) -> None:
     assert wanted != [written("llama", n, []) for n in range(len(rows()))]
 
 
-def test_a_run_with_features_may_be_a_base_and_a_source(data: Path) -> None:
-    """Its writes act in the passes that start from it, and in those that read it."""
+def test_derived_run_with_transcoder_features_as_base_and_source(data: Path) -> None:
+    """Its writes act in passes that start from the run, and in those that read it."""
     of = make(data, "jumprelu_transcoder", width_of("llama"))
     run = "run more { clamp feature 1 of t at last token to 20 }"
     later = "patch resid_post layer 2 at last token with more"
@@ -429,7 +431,7 @@ def test_a_run_with_features_may_be_a_base_and_a_source(data: Path) -> None:
     agree(found["f"], (), expected, base, most=False)
 
 
-def test_positions_are_drawn_beside_a_transcoder(data: Path) -> None:
+def test_random_position_control_of_transcoder_features_has_a_band(data: Path) -> None:
     of = make(data, "transcoder", width_of("llama"))
     rule = "ablate features 0..5 of t at cue token with zero"
     text = BASIS + experiment("e", rule, "against random(3, positions)")
@@ -448,7 +450,7 @@ def test_positions_are_drawn_beside_a_transcoder(data: Path) -> None:
     assert band.low[0] < band.high[0]
 
 
-# --- cross-layer transcoders: observed, not changed -----------------------------------------------
+# --- cross-layer transcoders are read-only --------------------------------------------------------
 
 
 def make_cross_layer(
@@ -489,7 +491,7 @@ def make_cross_layer(
         ("gemma2", "ln2.hook_normalized", "mlp_norm"),
     ],
 )
-def test_features_of_a_cross_layer_transcoder(
+def test_observed_cross_layer_features_equal_the_reference(
     family: str, hook: str, site: str, data: Path
 ) -> None:
     encoders = make_cross_layer(data, width_of(family), hook)
@@ -523,7 +525,7 @@ CROSS = f'basis c = transcoder("clt") at mlp_out layer {LAYER}\n'
         f"patch mlp_out layer {LAYER} in basis c at last token",
     ],
 )
-def test_rules_on_cross_layer_transcoders_are_refused(rule: str, data: Path) -> None:
+def test_rules_on_cross_layer_transcoders_are_errors(rule: str, data: Path) -> None:
     make_cross_layer(data, width_of("llama"))
     lines = ("from other into clean", rule) if rule.startswith("patch") else (rule,)
     result, (problem,) = try_file(CROSS + experiment("e", *lines), data, "llama")
@@ -533,7 +535,7 @@ def test_rules_on_cross_layer_transcoders_are_refused(rule: str, data: Path) -> 
     assert "observe features of" in problem.help_text
 
 
-def test_cross_layer_transcoders_that_cannot_be_read(data: Path) -> None:
+def test_unreadable_cross_layer_transcoders_are_errors(data: Path) -> None:
     text = experiment("e", "observe features of c at last token", measure="", stats="")
 
     def problem(basis: str = CROSS) -> str:
@@ -559,7 +561,7 @@ def test_cross_layer_transcoders_that_cannot_be_read(data: Path) -> None:
 
 
 EXCHANGES = [
-    # what leaves, what comes in, position, whether the error is dropped
+    # removed features, inserted features, position, whether the error is dropped
     ("feature 1", "feature 3", "last token", False),
     ("features 1, 4", "features 0, 3, 9", "tokens *", False),
     ("features 0..2", "features 7", "token 6", True),
@@ -611,7 +613,7 @@ OTHER = f'basis u = transcoder("other_mlp") at mlp_out layer {LAYER}\n'
     ("one", "two"), [("skip_transcoder", "sparsify"), ("layer_norm", "layer_norm")]
 )
 @pytest.mark.parametrize("family", HERE)
-def test_features_of_two_transcoders_are_exchanged(
+def test_exchanged_transcoder_features_equal_the_reference(
     family: str, one: str, two: str, mode: str, data: Path
 ) -> None:
     """Both encode the MLP's input, which an earlier rule changes."""
@@ -641,7 +643,9 @@ def test_features_of_two_transcoders_are_exchanged(
 
 
 @pytest.mark.parametrize("mode", MANY)
-def test_exchanged_features_of_transcoders_in_replies(mode: str, data: Path) -> None:
+def test_exchanged_transcoder_features_in_replies_equal_the_reference(
+    mode: str, data: Path
+) -> None:
     """At each step, features of the newest token's input are exchanged."""
     own = make(data, "transcoder", width_of("llama"))
     other = make(data, "sparsify", width_of("llama"), "other_mlp")
@@ -659,7 +663,7 @@ def test_exchanged_features_of_transcoders_in_replies(mode: str, data: Path) -> 
     assert wanted != [written("llama", n, []) for n in range(len(rows()))]
 
 
-def test_dictionaries_of_other_vectors_are_not_exchanged(data: Path) -> None:
+def test_exchange_of_dictionaries_with_other_inputs_is_an_error(data: Path) -> None:
     width, hook = width_of("llama"), f"blocks.{LAYER}.hook_resid_mid"
     make(data, "transcoder", width)
     make(data, "transcoder", width, "other_mlp", hook_name=hook)

@@ -1,4 +1,4 @@
-"""Transplants: what is read at one place and written at another, in other prompts or layers."""
+"""Transplants: vectors read at one position and written at another, in other prompts or layers."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from .support import (
 )
 
 Where = Callable[..., tuple[str, str]]
-"""Of a cell's coordinates: the position that is read, and the one that is written."""
+"""From a cell's coordinates: the position to read and the position to write."""
 What = Callable[..., tuple[Sequence[End], Sequence[int] | None]]
-"""Of a cell's coordinates: what is read, and the layers it is written to (None: the same)."""
+"""From a cell's coordinates: sites to read, and layers to write to (None: the same)."""
 
 LAYERS = range(3)
 
@@ -93,7 +93,7 @@ MID = End("resid_post", 1)
 CUE, LAST = "cue token", "last token"
 
 CASES: dict[str, Case] = {
-    # two places of one block
+    # two positions of one block
     "onto": case(
         "longer into clean",
         "patch resid_post layer * at last token onto cue token",
@@ -349,7 +349,7 @@ CASES: dict[str, Case] = {
 
 
 def run_of(written: str, block: str) -> str:
-    """As `support.rows` calls a run that the file names so."""
+    """The name in `support.rows` of a run of the file."""
     if written == "clean":
         return "clean" if block == "p" else block
     return {"p": "clean"}.get(written, written.removeprefix("p."))
@@ -368,7 +368,7 @@ def carried(
     read: Sequence[int],
     written: Sequence[int],
 ) -> list[Write]:
-    """The vectors of the source, as they are written."""
+    """Writes of the source's vectors."""
     found = copied(ends, plain(name, source), read, written)
     if to is None:
         return found
@@ -419,7 +419,7 @@ def results(
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("key", list(CASES))
-def test_what_is_read_there_is_written_here(data: Path, key: str, mode: str) -> None:
+def test_transplants_equal_the_reference(data: Path, key: str, mode: str) -> None:
     hold(data, key, "llama", mode)
 
 
@@ -428,7 +428,7 @@ def turn_of(key: str) -> str:
 
 
 @pytest.mark.parametrize("key", list(CASES))
-def test_also_on_other_models(data: Path, key: str) -> None:
+def test_transplants_equal_the_reference_in_other_families(data: Path, key: str) -> None:
     name = turn_of(key)
     hold(data, key, name, "planned", tuple(k for k in CASES if turn_of(k) == name))
 
@@ -437,7 +437,9 @@ def test_also_on_other_models(data: Path, key: str) -> None:
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("key", list(CASES))
-def test_on_every_model(data: Path, key: str, name: str, mode: str) -> None:
+def test_transplants_equal_the_reference_in_every_family(
+    data: Path, key: str, name: str, mode: str
+) -> None:
     if "neurons" in CASES[key].rule and name == "gpt_oss":
         pytest.skip("experts have no neurons of one name")
     hold(data, key, name, mode)
@@ -454,11 +456,11 @@ def together(name: str) -> tuple[str, ...]:
     return tuple(key for key in CASES if not ("neurons" in CASES[key].rule and name == "gpt_oss"))
 
 
-# --- the source's own values ----------------------------------------------------------------------
+# --- values of the source run ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ways", ["second into clean", "clean into second", "longer into single"])
-def test_both_ends_are_those_of_the_runs(data: Path, ways: str) -> None:
+def test_source_and_base_values_are_those_of_the_runs(data: Path, ways: str) -> None:
     source, _, base = ways.partition(" into ")
     rule = "patch resid_post layer 1 at last token"
     text = experiment("e", f"from {ways}", rule, measure="measure logit(answer) as delta")
@@ -471,7 +473,7 @@ def test_both_ends_are_those_of_the_runs(data: Path, ways: str) -> None:
 
 @pytest.mark.parametrize("mode", QUICK)
 def test_rows_are_paired_by_their_number_in_the_data(data: Path, mode: str) -> None:
-    """Also where only some are drawn."""
+    """Also if a limit samples some of the rows."""
     rule = "patch resid_post layer 1 at right token onto cue token"
     text = experiment("e", "from second into clean", rule).replace("prompts p", "prompts p limit 3")
     found = run_file(text, data, "llama", mode)["e"]
@@ -521,11 +523,11 @@ def test_several_sources_and_bases_are_axes(data: Path, mode: str) -> None:
 
 
 APART = "stats bootstrap(100) confidence 70% correct none"
-"""With these four rows all ends can be told apart at 70 %, not at 95 %."""
+"""With these four rows, all denominators differ from 0 at 70 % confidence, not at 95 %."""
 
 
-def test_recovery_is_of_each_pair_of_runs(data: Path) -> None:
-    """All of the logits: 1 whatever the runs are."""
+def test_recovery_uses_each_pair_of_runs(data: Path) -> None:
+    """A patch of all logits has a recovery of 1 for any pair of runs."""
     lines = ("from clean into longer, turned, other", "patch logits at last token")
     text = experiment("e", *lines, measure="measure kl(clean) as recovery", stats=APART)
     found = run_file(text, data, "llama", "planned")["e"]
@@ -536,7 +538,7 @@ def test_recovery_is_of_each_pair_of_runs(data: Path) -> None:
 # --- swap, freeze, set ----------------------------------------------------------------------------
 
 Writes = Callable[..., list[Write]]
-"""Of a model, a row's number and the cell's coordinates."""
+"""From a model, a row's number and the cell's coordinates."""
 
 
 def both_ways(name: str, text: Text, ends: Sequence[End], one: str, two: str) -> list[Write]:
@@ -725,7 +727,7 @@ def hold_other(data: Path, key: str, name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("key", list(OTHERS))
-def test_swapped_frozen_and_set(data: Path, key: str, mode: str) -> None:
+def test_swap_freeze_and_set_equal_the_reference(data: Path, key: str, mode: str) -> None:
     hold_other(data, key, "llama", mode)
 
 
@@ -733,7 +735,9 @@ def test_swapped_frozen_and_set(data: Path, key: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("key", list(OTHERS))
-def test_swapped_frozen_and_set_on_every_model(data: Path, key: str, name: str, mode: str) -> None:
+def test_swap_freeze_and_set_equal_the_reference_in_every_family(
+    data: Path, key: str, name: str, mode: str
+) -> None:
     if _left_out(key, name):
         pytest.skip("experts have no neurons of one name")
     hold_other(data, key, name, mode)
@@ -745,7 +749,7 @@ def test_freezing_alone_changes_nothing(data: Path) -> None:
     np.testing.assert_allclose(values.patched, np.broadcast_to(values.base, (3, 4)), atol=1e-5)
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -774,7 +778,7 @@ def test_freezing_alone_changes_nothing(data: Path) -> None:
         ),
     ],
 )
-def test_it_is_refused(data: Path, lines: str, code: str | None) -> None:
+def test_invalid_transplants_are_errors(data: Path, lines: str, code: str | None) -> None:
     """A position that one run lacks, unequal lengths, too few rows, unknown layers and runs."""
     found = codes(experiment("e", lines), data)
     assert found

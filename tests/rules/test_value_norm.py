@@ -72,7 +72,7 @@ def bare(name: str) -> Any:
 
 @cache
 def eager(name: str) -> Any:
-    """The bare model in 64 bits, with attention written out, as only that gives patterns."""
+    """The bare model in 64 bits with eager attention, which returns patterns."""
     module = copy.deepcopy(bare(name)).double()
     module.set_attn_implementation("eager")
     return module.eval()
@@ -183,7 +183,7 @@ LINE = "observe attention layer * head * from last token to subject token"
         ),
     ],
 )
-def test_value_norm_written_wrongly_names_the_right_line(
+def test_invalid_value_norm_suggests_the_valid_line(
     line: str, code: str, said: str, tmp_path: Path
 ) -> None:
     text = support.experiment("e", "prompts p", line)
@@ -212,7 +212,7 @@ def test_value_norm_of_other_mixtures_has_no_value(
     assert any("isn't the sum of the weighted values" in each.label_text for each in problems)
 
 
-def test_value_norm_of_patches_is_a_map(tmp_path: Path) -> None:
+def test_value_norm_of_image_patches_equals_matrices(tmp_path: Path) -> None:
     text = """experiment e {
   model m
   images scenes

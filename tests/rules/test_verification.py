@@ -1,5 +1,5 @@
-"""`using … verify`: cells that are also run, against forward passes of one prompt on the bare
-model, and against the same experiment without `using`."""
+"""`using … verify`: verified cells, against forward passes of one prompt on the bare model, and
+against the same experiment without `using`."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_verified_cells_have_the_effects_of_runs(family: str, mode: str, tmp_pat
     assert verified.over_all.cells == 8
 
 
-def test_exact_effects_and_intervals_are_those_of_the_sweep(tmp_path: Path) -> None:
-    """Several measures, each with its own cells, and a fill with a mean over all rows."""
+def test_verified_effects_and_intervals_equal_those_of_the_sweep(tmp_path: Path) -> None:
+    """Several measures, each with separate cells, and a fill with a mean over all rows."""
     lines = (
         "prompts p",
         "ablate layer * head * at last token with mean",
@@ -104,7 +104,7 @@ def test_exact_effects_and_intervals_are_those_of_the_sweep(tmp_path: Path) -> N
         np.testing.assert_allclose(each.high, own.high[each.cells], atol=1e-5)
 
 
-def test_cells_without_an_effect_are_not_drawn(tmp_path: Path) -> None:
+def test_random_verified_cells_exclude_cells_without_an_effect(tmp_path: Path) -> None:
     """No head of the last layer can change the answer at an earlier token."""
     text = experiment(
         "e",
@@ -122,7 +122,7 @@ def test_cells_without_an_effect_are_not_drawn(tmp_path: Path) -> None:
     assert "no other cell can have an effect" in found.conventions["verified"]
 
 
-def test_draw_depends_on_the_seed_only(tmp_path: Path) -> None:
+def test_random_verified_cells_depend_only_on_the_seed(tmp_path: Path) -> None:
     model = bare("gpt2")
     text = experiment("e", *HEADS, "using gradient_input verify random 5")
 
@@ -134,7 +134,7 @@ def test_draw_depends_on_the_seed_only(tmp_path: Path) -> None:
     assert first != drawn("seed 5\n", text)
 
 
-def test_plan_prices_the_verified_cells(tmp_path: Path) -> None:
+def test_plan_counts_the_verified_cells(tmp_path: Path) -> None:
     write_rows(tmp_path)
     checked = check_file(experiment("e", *HEADS, VERIFY), tmp_path, shared(bare("gpt2")))
     plan = make_plan(list(add_exact_cells(checked.experiments)))
@@ -175,7 +175,7 @@ def test_verified_cells_are_read_from_an_earlier_sweep(
     )
 
 
-def test_results_in_files_and_tables(tmp_path: Path) -> None:
+def test_verified_cells_appear_in_files_records_and_tables(tmp_path: Path) -> None:
     text = experiment("e", *HEADS, VERIFY, "report table top 4")
     result, _ = try_file(text, tmp_path, bare("gpt2"))
     assert result is not None
@@ -213,7 +213,7 @@ def test_chosen_cells_skip_cells_without_an_estimate() -> None:
     assert sorted(drawn.tolist()) == [1, 4]
 
 
-def test_settings_reach_the_exact_cells(tmp_path: Path) -> None:
+def test_verified_cells_do_not_depend_on_execution_settings(tmp_path: Path) -> None:
     """The exact cells are laid out by the same sizes, with the same planner passes."""
     options = RunOptions(without=frozenset({"prefix"}), execution=ExecutionOptions(pass_tokens=40))
     text = experiment("e", *HEADS, VERIFY)
@@ -223,10 +223,10 @@ def test_settings_reach_the_exact_cells(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("line", "until"), [("top 3 95%", "bound"), ("stable", "stable")])
-def test_searches_run_cells_in_the_order_of_estimates(
+def test_verification_search_runs_cells_in_order_of_estimates(
     line: str, until: str, tmp_path: Path
 ) -> None:
-    """So few cells are all run, which proves the result."""
+    """With so few cells, all of them run, which proves the result."""
     text = experiment("e", *HEADS, f"using gradient_input verify until {line}")
     result, _ = try_file(text, tmp_path, bare("llama"))
     assert result is not None
@@ -246,7 +246,7 @@ def test_searches_run_cells_in_the_order_of_estimates(
     assert experiment_document(again).as_json()["verified"][0] == document
 
 
-def test_plan_prices_a_search_by_all_cells(tmp_path: Path) -> None:
+def test_plan_counts_all_cells_of_a_verification_search(tmp_path: Path) -> None:
     write_rows(tmp_path)
     text = experiment("e", *HEADS, "using gradient_input verify until top 3 95%")
     checked = check_file(text, tmp_path, shared(bare("gpt2")))

@@ -1,4 +1,4 @@
-"""`observe value_vectors`, `singular_values`, `successor`: files against parameters cut by hand."""
+"""`observe value_vectors`, `singular_values`, `successor`: files against slices of parameters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def token(word: str) -> int:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
-def test_value_vectors_toward_the_answers_of_rows(
+def test_value_vectors_toward_answers_equal_the_reference(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "NEURON_BATCH", 8)
@@ -63,7 +63,7 @@ def test_value_vectors_toward_the_answers_of_rows(
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
-def test_value_vectors_list_tokens(tmp_path: Path, name: str) -> None:
+def test_value_vectors_list_their_top_tokens(tmp_path: Path, name: str) -> None:
     found = run(tmp_path, name, "observe value_vectors layer 1 neuron 0..4 top 3 as says")
     logits = written(name, 1) @ ends(name)[1]
     texts = {token(f"w{n}"): f"w{n}" for n in range(40)}
@@ -82,7 +82,7 @@ def test_value_vectors_list_tokens(tmp_path: Path, name: str) -> None:
     assert np.isnan(found.statistics[0].low).all()
 
 
-def test_tokens_are_listed_beside_those_of_rows(tmp_path: Path) -> None:
+def test_value_vectors_toward_answers_also_list_top_tokens(tmp_path: Path) -> None:
     line = "observe value_vectors layer 1 neuron 0..1"
     both = run(tmp_path, "gpt2", f"{line} toward answer - wrong top 2")
     alone = run(tmp_path, "gpt2", f"{line} top 2")
@@ -94,7 +94,7 @@ def test_tokens_are_listed_beside_those_of_rows(tmp_path: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("of", ["ov", "qk"])
-def test_singular_values_along_an_axis(tmp_path: Path, name: str, of: str) -> None:
+def test_singular_values_of_heads_equal_the_reference(tmp_path: Path, name: str, of: str) -> None:
     line = f"observe singular_values({of}) at layer 0..1 head * top 4 as sizes"
     found = run(tmp_path, name, line, "report lines value of sizes", "expect max(sizes) > 0")
     assert found.axes == ("layer", "head", "value")
@@ -108,7 +108,7 @@ def test_singular_values_along_an_axis(tmp_path: Path, name: str, of: str) -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
-def test_successors_of_texts(tmp_path: Path, name: str) -> None:
+def test_successor_scores_of_heads_equal_the_reference(tmp_path: Path, name: str) -> None:
     words = [f"w{n}" for n in (5, 6, 30, 8, 21, 5)]
     line = f"observe successor({', '.join(chr(34) + ' ' + w + chr(34) for w in words)}) at "
     found = run(tmp_path, name, f"{line} layer 1..2 head * as next")
@@ -128,7 +128,7 @@ def test_successors_of_texts(tmp_path: Path, name: str) -> None:
     assert len({*found.measures[1].patched[:, 0].tolist()}) > 2
 
 
-def test_what_is_said_of_successors(tmp_path: Path) -> None:
+def test_conventions_of_successor_state_texts_and_mlp(tmp_path: Path) -> None:
     found = run(tmp_path, "gpt2", 'observe successor(" w1", " w2", " w3") at layer 1 head 0')
     said = found.conventions["observed"]
     assert 'of " w1", " w2", " w3"' in said
@@ -136,8 +136,8 @@ def test_what_is_said_of_successors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_weights_need_no_prompts(tmp_path: Path, name: str) -> None:
-    """The values are those that an experiment on any prompts has."""
+def test_weight_observations_need_no_prompts(tmp_path: Path, name: str) -> None:
+    """The values equal those of an experiment with prompts."""
     lines = ("observe copying layer * head 1 as copies", "observe matching L1H2 as repeats")
     text = "experiment e {\n  model m\n  " + "\n  ".join(lines) + "\n}\n"
     alone = run_file(text, tmp_path, bare(name), prompts="")
@@ -160,7 +160,9 @@ def test_weights_need_no_prompts(tmp_path: Path, name: str) -> None:
         ("observe copying L1H1", "measure logit(answer) as raw"),
     ],
 )
-def test_what_needs_prompts_says_so(tmp_path: Path, lines: tuple[str, ...]) -> None:
+def test_observations_that_need_prompts_are_errors_without_them(
+    tmp_path: Path, lines: tuple[str, ...]
+) -> None:
     text = "experiment e {\n  model m\n  " + "\n  ".join(lines) + "\n}\n"
     _, found = try_file(text, tmp_path, bare("gpt2"), prompts="")
     assert "E0206" in [each.code for each in found]

@@ -1,5 +1,5 @@
-"""Rules on weights and edited models, against copies of the bare model whose weights are changed by
-hand, one unpadded prompt at a time."""
+"""Rules on weights and edited models, against copies of the bare model with changed weights, one
+unpadded prompt at a time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ByHand:
     def __init__(self, family: str, model: Any = None) -> None:
         self.family = family
         self.model = copy.deepcopy(double(family) if model is None else model)
-        head = self.model.get_output_embeddings()  # which may be the embedding
+        head = self.model.get_output_embeddings()  # which may be tied to the embedding
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
     def output(self, site: str, layer: int) -> Any:
@@ -112,15 +112,15 @@ class ByHand:
 
 @dataclass(frozen=True)
 class Case:
-    """Rules, the axes of their cells, and what they do to a model in each cell."""
+    """Rules, the axes of their cells, and the edit of a model in each cell."""
 
     rule: str
     edit: Callable[..., ByHand]
-    """Of a model, the direction, and the coordinates of the cell."""
+    """From a model, the direction and the coordinates of the cell."""
     axes: tuple[str, ...] = ()
     cells: tuple[tuple[Any, ...], ...] = ((),)
     writing: bool = True
-    """Whether the lines can stand in a model's block."""
+    """Whether the lines are valid in a model's block."""
 
 
 CASES: dict[str, Case] = {
@@ -215,7 +215,7 @@ def by_hand(family: str, case: Case) -> dict[Key, list[float]]:
 
 
 @pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES, tuple(MODES)))
-def test_rules(family: str, mode: str, data: Path) -> None:
+def test_weight_rules_equal_edited_reference_models(family: str, mode: str, data: Path) -> None:
     names = {key: f"e{number}" for number, key in enumerate(CASES)}
     text = DIRECTION + "".join(experiment(names[key], case.rule) for key, case in CASES.items())
     found = run_file(text, data, family, mode)
@@ -248,8 +248,8 @@ def raw(found: ExperimentResult) -> np.ndarray:
 @pytest.mark.parametrize(
     ("family", "mode"), in_turn((*FAMILIES, "gemma2", "qwen3"), tuple(MODES), ["gpt2", "gemma2"])
 )
-def test_edited_models(family: str, mode: str, data: Path) -> None:
-    """All cases that name no sweep, each as a model; gemma has norms after these weights."""
+def test_edited_models_equal_edited_reference_models(family: str, mode: str, data: Path) -> None:
+    """All cases without a sweep, each as a model; gemma has norms after these weights."""
     projects = family in FAMILIES
     cases = {
         key: case
@@ -273,7 +273,7 @@ def test_edited_models(family: str, mode: str, data: Path) -> None:
     assert np.abs(raw(again["e"])[0] - base).max() < 1e-4
 
 
-def test_a_sublayer_with_one_of_its_neurons(data: Path) -> None:
+def test_group_of_a_sublayer_and_its_neuron_is_changed_once(data: Path) -> None:
     """Joined in a group, the whole sublayer is changed, once."""
     text = "group g = L1N5, L1.mlp\n" + experiment("e", "scale weights of g by 0.25")
     found = run_file(text, data, "llama", "planned")["e"]
@@ -281,7 +281,7 @@ def test_a_sublayer_with_one_of_its_neurons(data: Path) -> None:
     assert np.abs(raw(found)[0] - expected).max() < 1e-4
 
 
-def test_edits_follow_one_another(data: Path) -> None:
+def test_edits_of_a_model_apply_in_order(data: Path) -> None:
     """In a model's block, each edit acts on the result of the preceding ones."""
     text = (
         "model c = m with {\n  add d to weights of L1N4\n  scale weights of L1N4 by 3\n"
@@ -295,7 +295,7 @@ def test_edits_follow_one_another(data: Path) -> None:
     assert np.abs(raw(found["e"])[0] - values(model)).max() < 1e-4
 
 
-# --- with neighbours ------------------------------------------------------------------------------
+# --- with other rules -----------------------------------------------------------------------------
 
 
 def patched(model: ByHand, writes: Callable[[Any], Sequence[Write]]) -> list[float]:
@@ -312,8 +312,10 @@ def neurons(layer: int, source: Tensor, at: int) -> list[Write]:
 
 
 @pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES, tuple(MODES)))
-def test_rules_beside_others(family: str, mode: str, data: Path) -> None:
-    """A patch of the neurons is seen through the changed weights; one of the output isn't."""
+def test_weight_rules_with_patches_equal_edited_reference_models(
+    family: str, mode: str, data: Path
+) -> None:
+    """A patch of the neurons passes through the changed weights; one of the output doesn't."""
     others = dict(zip([text.words for text in rows()], rows("other"), strict=True))
 
     def source(text: Any, site: str) -> Tensor:
@@ -353,7 +355,7 @@ def test_rules_beside_others(family: str, mode: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_derived_runs(family: str, data: Path) -> None:
+def test_derived_runs_with_weight_rules_equal_the_reference(family: str, data: Path) -> None:
     """Activations of a run with other weights, patched into the clean run; and rules on it."""
     edit = "scale weights of mlp_out layer 0 by 0.2"
     model = ByHand(family).scale("mlp_out", 0, None, 0.2)
@@ -396,7 +398,7 @@ prompts long {
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("mode", ["plain", "planned"])
-def test_answers_of_several_tokens(family: str, mode: str, data: Path) -> None:
+def test_weight_rules_act_at_multi_token_answers(family: str, mode: str, data: Path) -> None:
     """The weights are changed at the answer's tokens, too."""
     rules = {
         "scaled": "scale weights of mlp_out layer 1 by 0",
@@ -424,8 +426,8 @@ def test_answers_of_several_tokens(family: str, mode: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generated_text(family: str, data: Path) -> None:
-    """Replies of a run with other weights are those of a model with these weights."""
+def test_weight_rules_during_generation_equal_edited_models(family: str, data: Path) -> None:
+    """Replies of a run with weight rules equal those of a model with these weights."""
     d = difference_of_means(family)
     rules = {
         "scaled": ("scale weights of mlp_out layer 1 by -2",
@@ -463,7 +465,7 @@ def greedy(model: ByHand) -> list[list[int]]:
 
 OTHERS = ("falcon", "gptj", "bloom", "olmo", "phi3", "mpt", "granite")
 """Families of other structures: parallel blocks, fused projections, other classes of maps, and
-factors behind the sublayers."""
+factors after the sublayers."""
 
 
 def granite() -> Any:
@@ -477,8 +479,8 @@ def granite() -> Any:
 
 
 @pytest.mark.parametrize("family", some(OTHERS, ["falcon", "phi3"]))
-def test_a_rule_equals_an_edited_model(family: str, data: Path) -> None:
-    """The one changes activations in hooks, the other parameters."""
+def test_weight_rule_equals_an_edited_model_in_other_structures(family: str, data: Path) -> None:
+    """The rule changes activations in hooks, the edited model changes parameters."""
     lines = (
         "scale weights of attn_out layer 1 head 1 by -1",
         "scale weights of mlp_out layer 1 by 0.3",
@@ -505,7 +507,7 @@ def test_a_rule_equals_an_edited_model(family: str, data: Path) -> None:
 
 
 def other_weights(family: str) -> Any:
-    """A model of the same sizes, as if it had been trained further."""
+    """A model of the same sizes with perturbed weights, as after further training."""
     model = copy.deepcopy(bare(family))
     random = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -524,7 +526,7 @@ SUMS = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sums(family: str, data: Path) -> None:
+def test_sums_of_models_equal_the_reference(family: str, data: Path) -> None:
     other = other_weights(family)
     text = 'param c = 0.25\nmodel t = local("handed over")\n'
     text += "".join(f"model s{n} = {how}\n" for n, (how, *_) in enumerate(SUMS.values()))
@@ -548,7 +550,7 @@ def test_sums(family: str, data: Path) -> None:
     assert np.abs(np.subtract(expected["half"], expected["beyond"])).max() > 0.1
 
 
-def test_models_that_can_not_be_added(data: Path) -> None:
+def test_sum_of_models_of_different_shapes_is_an_error(data: Path) -> None:
     text = 'model t = local("handed over")\nmodel s = m + 0.5 * (t - m)\n' + of_model("s")
     result, found = run_models(text, data, "llama", t=shared(bare("gpt2")))
     assert result is None
@@ -570,7 +572,7 @@ def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_rounded_weights(family: str, data: Path) -> None:
+def test_rounded_models_equal_the_reference(family: str, data: Path) -> None:
     """Also under edits, in a sum, and next to a model with other bits; the base is unchanged."""
     text = "param bits = 4\nmodel q = rounded(m, bits: bits)\nmodel fine = rounded(m, bits: 12)\n"
     text += "model half = m + 0.5 * (q - m)\nmodel c = q with { scale weights of L1N3 by 0 }\n"
@@ -617,20 +619,20 @@ BAD_ROUNDING = {
 
 
 @pytest.mark.parametrize("source", BAD_ROUNDING)
-def test_rounding_that_is_refused(source: str, data: Path) -> None:
+def test_invalid_rounding_is_an_error(source: str, data: Path) -> None:
     _, found = run_models(f"model q = {source}\n" + of_model("q"), data, "llama")
     errors = [each for each in found if each.severity == "error"]
     assert (errors[0].code, errors[0].message) == ("E0207", BAD_ROUNDING[source])
 
 
-def test_experts_can_not_be_rounded(data: Path) -> None:
+def test_rounding_a_model_with_experts_is_an_error(data: Path) -> None:
     _, found = run_models("model q = rounded(m, bits: 4)\n" + of_model("q"), data, "gpt_oss")
     (problem,) = [each for each in found if each.severity == "error"]
     assert problem.code == "E0344"
     assert "not of a linear map" in problem.message
 
 
-def test_rounded_models_of_the_zoo_are_kept_apart(data: Path) -> None:
+def test_store_distinguishes_rounded_models_by_bits(data: Path) -> None:
     head = f'mech 1\nmodel m = zoo("counting")\n{ZOO}'
     every = [
         mechdsl.run(f"{head}model q = rounded(m, bits: {n})\n" + of_counting("q"), store=data / "s")
@@ -640,10 +642,10 @@ def test_rounded_models_of_the_zoo_are_kept_apart(data: Path) -> None:
     assert first == again != second
 
 
-# --- kept values ----------------------------------------------------------------------------------
+# --- store ----------------------------------------------------------------------------------------
 
 
-def test_values_of_edited_models_are_kept_apart(data: Path) -> None:
+def test_store_distinguishes_edited_models(data: Path) -> None:
     """With a store, each change of an edit, a factor or a direction gives other values."""
     head = f'mech 1\nmodel m = zoo("counting")\n{ZOO}'
     lines = (
@@ -670,8 +672,10 @@ def test_values_of_edited_models_are_kept_apart(data: Path) -> None:
         assert found[line] != found[other], (line, other)
 
 
-def test_data_of_a_direction_in_an_edit(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that only an edit reads count, too: a run isn't taken from the store if they change."""
+def test_stored_run_depends_on_rows_of_a_direction_in_an_edit(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If rows that only an edit reads change, the run isn't a cache hit."""
     monkeypatch.chdir(data)
     text = (
         'mech 1\nmodel m = zoo("counting")\n'
@@ -706,7 +710,7 @@ direction f = mean_difference(parts, parts.fewer) at resid_post layer 2 at last 
 
 
 def of_counting(model: str, *lines: str) -> str:
-    rule = "ablate attn_out layer 2 at token 2 with zero"  # whose values are kept
+    rule = "ablate attn_out layer 2 at token 2 with zero"  # its values are stored
     body = "\n".join(("", f"model {model}", "prompts parts limit 6", *lines, rule))
     return f"experiment e {{{body}\nmeasure logit(answer) as raw\n}}\n"
 
@@ -736,7 +740,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_weights_that_are_refused(line: str, data: Path) -> None:
+def test_invalid_weight_rules_are_errors(line: str, data: Path) -> None:
     text = DIRECTION + experiment("e", line)
     result, found = try_file(text, data, "llama")
     assert result is None
@@ -758,7 +762,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("lines", ORDERS)
-def test_orders_in_which_rules_would_not_act_like_weights(lines: str, data: Path) -> None:
+def test_weight_rules_in_an_invalid_order_are_errors(lines: str, data: Path) -> None:
     text = DIRECTION + experiment("e", "from other into clean", lines)
     result, found = try_file(text, data, "llama")
     assert result is None
@@ -767,13 +771,13 @@ def test_orders_in_which_rules_would_not_act_like_weights(lines: str, data: Path
     assert ORDERS[lines] in problem.message
 
 
-def test_neurons_of_several_layers(data: Path) -> None:
+def test_weight_rule_on_neurons_of_several_layers_is_an_error(data: Path) -> None:
     text = "group g = L1N5, L2N7\n" + experiment("e", "scale weights of g by 0")
     assert codes(text, data) == ["E0344"]
 
 
-def test_norms_between_weights_and_stream(data: Path) -> None:
-    """A rule is refused before anything runs, and an edited model has the rule's effect."""
+def test_weight_rule_before_an_output_norm_is_an_error(data: Path) -> None:
+    """The rule is an error before anything runs."""
     text = experiment("e", "scale weights of L1N3 by 0")
     result, found = try_file(text, data, "gemma2")
     assert result is None
@@ -782,7 +786,7 @@ def test_norms_between_weights_and_stream(data: Path) -> None:
     assert "between these weights and the stream" in problem.message
 
 
-def test_experts_have_no_output_matrix(data: Path) -> None:
+def test_project_out_of_weights_of_experts_is_an_error(data: Path) -> None:
     text = "model c = m with { project out d from weights }\n" + of_model("c")
     result, found = run_models(text, data, "gpt_oss")
     assert result is None
@@ -791,7 +795,7 @@ def test_experts_have_no_output_matrix(data: Path) -> None:
     assert "experts" in problem.message
 
 
-def test_answers_after_a_run_with_other_weights(data: Path) -> None:
+def test_multi_token_answers_on_a_run_with_weight_rules_are_an_error(data: Path) -> None:
     text = LONG + experiment(
         "e",
         "run hurt { scale weights of L1N3 by 0 }",
@@ -811,8 +815,8 @@ def test_answers_after_a_run_with_other_weights(data: Path) -> None:
         "project out u[best of r] from weights",
     ],
 )
-def test_edits_of_a_model_that_need_results_are_refused(edits: str, data: Path) -> None:
-    """`validate` accepted them, and the run ended with an internal error."""
+def test_model_edits_that_depend_on_results_are_errors(edits: str, data: Path) -> None:
+    """Regression: `validate` accepted them, and the run failed with an internal error."""
     text = 'direction u = unembedding(" w3", " w9") at resid_post layer *\n'
     text += f"model cured = m with {{ {edits} }}\n"
     text += experiment("r", "ablate layer 1 head * at last token with zero")

@@ -1,1 +1,1 @@
-"""Files with one slip each, and what is said about them."""
+"""Files with one typing error each, and their diagnostics."""

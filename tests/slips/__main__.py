@@ -1,13 +1,13 @@
-"""Puts one slip after another into right files and tables how many `mechdsl validate` catches.
+"""Insert slips into valid files and print a table of those that `mechdsl validate` catches.
 
     python -m tests.slips --seed 1
     python -m tests.slips --seed 1 --without-models --show
     python -m tests.slips --seed 2 --count 100 --also FOLDER --judge
 
-A slip is a misspelt word, a bracket, quote, comma or line dropped or doubled, two words exchanged,
-a name of another kind, a range that runs backwards or out of bounds. A changed file that nothing is
-said about may still be a right one: `--judge` writes those to `judged.csv`, where a person says of
-each `legal` (left out of the shares), `shape` or `tokenizer` (counts only with the models), or
+A slip is a misspelt word, a bracket, quote, comma or line dropped or doubled, two words swapped, a
+name of another kind, or a range that is reversed or out of bounds. A mutant without diagnostics may
+still be a valid file. `--judge` writes such mutants to `judged.csv`, where a person marks each as
+`legal` (excluded from the shares), `shape` or `tokenizer` (counts only with the models), or
 `missed`. Without a judgement a mutant counts as missed.
 """
 
@@ -74,7 +74,7 @@ def show(outcome: Outcome, *, with_models: bool) -> None:
 
 
 def judge(outcomes: Sequence[Outcome]) -> None:
-    """Add those that nothing is said about and that nobody has judged yet."""
+    """Append the mutants without diagnostics and judgement to `judged.csv`."""
     new = not JUDGED.exists()
     with JUDGED.open("a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""What is said about each mutant, with the models and without, and how good it is."""
+"""Diagnostics of each mutant, with and without models, and their quality."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ GPT2 = {
     "n_positions": 1024,
 }
 ROWS = CheckSettings(limit=20)
-"""Enough rows for every rule of the examples; fewer than they ask for."""
+"""Enough rows for every rule of the examples, but fewer than the files request."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a person found of a mutant that nothing is said about.
+    """A person's judgement of a mutant without diagnostics.
 
-    verdict: `legal`, or what is needed to see the slip: `shape` or `tokenizer`.
+    verdict: `legal`, or the information needed to see the slip: `shape` or `tokenizer`.
     """
 
     verdict: str
@@ -54,11 +54,11 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was said about one mutant."""
+    """The diagnostics of one mutant."""
 
     mutant: Mutant
     found: tuple[Diagnostic, ...]
-    """Errors that the right file doesn't have, in the order of the text."""
+    """Errors that the original file doesn't have, in the order of the text."""
     judgement: Judgement | None
 
     @property
@@ -66,14 +66,14 @@ class Outcome:
         return bool(self.found)
 
     def counts(self, *, with_models: bool) -> bool:
-        """Whether something has to be said."""
+        """Whether the mutant needs a diagnostic."""
         verdict = "" if self.judgement is None else self.judgement.verdict
         waits = verdict in ("shape", "tokenizer") or self.mutant.kind in NEED_SHAPE
         return verdict != "legal" and (with_models or not waits)
 
     @property
     def on_line(self) -> bool | None:
-        """Whether the first error points at the line with the slip; None where it has none."""
+        """Whether the first error points at the line with the slip; None if the line is gone."""
         if self.mutant.kind == "line dropped":
             return None
         span = self.found[0].span
@@ -84,8 +84,8 @@ class Outcome:
 
     @property
     def answered(self) -> bool:
-        """Whether the right word of a misspelt one is proposed, or, where a definition is misspelt,
-        the name that the file goes on to use is set against the one that it defines."""
+        """Whether a diagnostic suggests the right word for a misspelt one or, for a misspelt
+        definition, names both the defined and the used name."""
         right, wrong = self.mutant.right, self.mutant.wrong
         for each in self.found:
             proposed = _quoted(each.help_text)
@@ -97,7 +97,7 @@ class Outcome:
 
 
 MOST = 2
-"""Quoted words of a help line that proposes; one that lists them all proposes none."""
+"""Maximum quoted words of a help line that counts as a suggestion."""
 
 
 def _quoted(text: str) -> list[str]:
@@ -109,7 +109,7 @@ def _names(word: str, quoted: Iterable[str]) -> bool:
 
 
 def right_files(also: Iterable[Path] = ()) -> list[File]:
-    """The shipped examples, and further files or folders of them."""
+    """The shipped examples, and the given files or folders."""
     found: list[File] = []
     for root in (EXAMPLES, *also):
         paths = sorted(root.rglob("*.mech")) if root.is_dir() else [root]
@@ -133,7 +133,7 @@ def judged() -> dict[tuple[str, str, str, str], Judgement]:
 
 
 class Checker:
-    """Checks mutants of some files; without models, no path of a model is found, but their data."""
+    """Checks mutants of some files; without models, model paths don't exist but data files do."""
 
     def __init__(self, files: Iterable[File], folder: Path, *, models: bool) -> None:
         """folder: an empty one, for the files without models."""
@@ -167,7 +167,7 @@ class Checker:
         own = {(each.code, each.message) for each in self.own[mutant.file]}
         try:
             said = self._said(mutant.file, mutant.text)
-        except Exception as error:  # nothing is said about a slip that nothing can be said about
+        except Exception as error:  # a crash counts as a missing diagnostic
             print(f"broke off: {mutant.key}: {error!r}")
             said = []
         new = tuple(each for each in said if (each.code, each.message) not in own)
@@ -175,7 +175,7 @@ class Checker:
 
 
 def _contexts(files: Iterable[File]) -> dict[str, ModelContext]:
-    """The models of the files, read once; GPT-2, downloaded or not, by its numbers."""
+    """The models of the files, read once; GPT-2 from fixed sizes, downloaded or not."""
     found: dict[str, ModelContext] = {}
     for file in files:
         checked = check_source(Source(file.text, file.path), ROWS)
@@ -188,7 +188,7 @@ def _contexts(files: Iterable[File]) -> dict[str, ModelContext]:
 
 @cache
 def _words() -> TextTokenizer:
-    """One token for each word of the examples, with its space or without."""
+    """A tokenizer with one token per word of the examples, with and without a space."""
     texts = " ".join(path.read_text(encoding="utf-8") for path in EXAMPLES.rglob("*.mech"))
     words = sorted(set(re.findall(r"\w+|[^\w\s]", texts)))
     known = dict.fromkeys(["<unk>", *words, *(f"Ġ{word}" for word in words)])

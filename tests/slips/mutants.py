@@ -1,4 +1,4 @@
-"""Right files, changed in one place as a hand slips: each change of a kind, at each place."""
+"""Mutants of valid files with one typing error: every kind of error at every position."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Piece:
-    """A word, number, text, sign or comment of a file."""
+    """A word, number, string, sign or comment of a file."""
 
     kind: str
     text: str
@@ -38,27 +38,27 @@ class Mutant:
     file: str
     kind: str
     line: int
-    """Where the slip is in the changed text, from 1."""
+    """Line of the slip in the mutated text, from 1."""
     before: str
     after: str
     """The line without and with the slip."""
     text: str
     right: str = ""
     wrong: str = ""
-    """A misspelt word, as it was and as it is."""
+    """The original and the misspelt word."""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What a judgement of it goes by."""
+        """The key of its judgement."""
         return self.file, self.kind, self.before.strip(), self.after.strip()
 
 
 Change = tuple[int, int, str]
-"""Start, end and what stands there instead."""
+"""Start, end and replacement."""
 
 
 class File:
-    """A right file and its pieces."""
+    """A valid file and its pieces."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path = path
@@ -68,7 +68,7 @@ class File:
         self.code = [piece for piece in self.pieces if piece.kind != "comment"]
 
     def words(self) -> Iterator[Piece]:
-        """Words outside of texts, and those of placeholders."""
+        """Words outside of strings, and those of placeholders."""
         for piece in self.code:
             if piece.kind == "word":
                 yield piece
@@ -89,7 +89,7 @@ class File:
 
 
 def misspelt(word: str, draw: random.Random) -> str:
-    """One letter left out, doubled, exchanged with the next one, put in or replaced."""
+    """Drop, double, swap, insert or replace one letter of a word."""
     at = draw.randrange(len(word))
     letter = draw.choice(LETTERS)
     ways = [
@@ -115,7 +115,7 @@ def misspellings(file: File, draw: random.Random) -> list[Mutant]:
 
 
 def signs(kind: str, among: str) -> dict[str, Callable[[File, random.Random], list[Mutant]]]:
-    """Each of some signs left out, and each doubled."""
+    """Functions that drop and double each of some signs."""
 
     def places(file: File) -> Iterator[tuple[int, str]]:
         for piece in file.code:
@@ -136,7 +136,7 @@ def signs(kind: str, among: str) -> dict[str, Callable[[File, random.Random], li
 
 
 def lines(file: File, *, doubled: bool) -> list[Mutant]:
-    """Lines that say something."""
+    """Mutants with one non-empty line dropped or doubled."""
     found: list[Mutant] = []
     start = 0
     for line in file.text.splitlines(keepends=True):
@@ -149,7 +149,7 @@ def lines(file: File, *, doubled: bool) -> list[Mutant]:
 
 
 def swapped(file: File, draw: random.Random) -> list[Mutant]:
-    """Two words side by side, exchanged."""
+    """Mutants with two neighbouring words swapped."""
     del draw
     found: list[Mutant] = []
     for one, other in zip(file.code, file.code[1:], strict=False):
@@ -167,13 +167,13 @@ NAMES = {
     "report": ("table", "heatmap", "lines", "bars", "confusion"),
     "fill": ("mean", "zero", "resample"),
 }
-"""Names that no file defines, by their kinds."""
+"""Built-in names by kind."""
 DEFINITION = re.compile(r"^\s*(model|prompts|group|metric|experiment)\s+(\w+)\s*[={]", re.MULTILINE)
 COMMANDS = {"model", "prompts", "group", "metric", "experiment"}
 
 
 def of_other_kinds(file: File, draw: random.Random) -> list[Mutant]:
-    """A name where one of another kind is wanted; its definition stays."""
+    """Mutants with a name of another kind at one use; definitions are kept."""
     kinds = {name: kind for kind, names in NAMES.items() for name in names}
     kinds |= {m[2]: m[1] for m in DEFINITION.finditer(file.text) if m[1] != "experiment"}
     defined = {m.start(2) for m in DEFINITION.finditer(file.text)}
@@ -189,7 +189,7 @@ def of_other_kinds(file: File, draw: random.Random) -> list[Mutant]:
 
 
 def backwards(file: File, draw: random.Random) -> list[Mutant]:
-    """Ranges that run the other way."""
+    """Mutants with reversed ranges."""
     del draw
     found: list[Mutant] = []
     for low, dots, high in zip(file.code, file.code[1:], file.code[2:], strict=False):
@@ -200,7 +200,7 @@ def backwards(file: File, draw: random.Random) -> list[Mutant]:
 
 
 def out_of_bounds(file: File, draw: random.Random) -> list[Mutant]:
-    """Layers, heads, tokens and percentages that no model or text has."""
+    """Mutants with layers, heads, tokens or percentages out of bounds."""
     found: list[Mutant] = []
     axis = ""
     for piece in file.code:
@@ -232,15 +232,15 @@ KINDS: dict[str, Callable[[File, random.Random], list[Mutant]]] = {
     "range backwards": backwards,
     "out of bounds": out_of_bounds,
 }
-"""Every kind of slip, with what makes all of its mutants of a file."""
+"""Functions that make all mutants of a file, by kind of slip."""
 NEED_SHAPE = ("out of bounds",)
-"""Kinds that only a model's shape or a text's tokens tell from right files."""
+"""Kinds that are visible only with a model's shape or a text's tokens."""
 SHARES = {"misspelt word": 4}
-"""How often a kind is drawn, where it isn't once."""
+"""Relative sampling weights of kinds, if not 1."""
 
 
 def drawn(files: list[File], seed: int, count: int) -> list[Mutant]:
-    """So many different mutants, of each kind by its share and as long as there are some."""
+    """Draw `count` different mutants; kinds are weighted by their shares until exhausted."""
     draw = random.Random(seed)
     every = {kind: [m for file in files for m in make(file, draw)] for kind, make in KINDS.items()}
     kinds = [kind for kind in KINDS for _ in range(SHARES.get(kind, 1))]

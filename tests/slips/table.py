@@ -1,4 +1,4 @@
-"""How many slips of each kind are caught, and how well."""
+"""Table of caught slips by kind, and of the quality of their diagnostics."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .mutants import KINDS
 
 
 class Shares(NamedTuple):
-    """Of all mutants that count: caught; of the caught ones, the first error on the line with the
-    slip; of misspelt words, the right one proposed."""
+    """Share of caught mutants; share of these whose first error is on the line with the slip; share
+    of misspelt words for which the right one is suggested."""
 
     caught: float
     on_line: float
@@ -39,11 +39,11 @@ def shares_of(outcomes: Sequence[Outcome], *, with_models: bool) -> Shares:
 
 
 Count = tuple[int, int]
-"""How many, and of how many."""
+"""Number of hits, and total number."""
 
 
 def counts_of(outcomes: Sequence[Outcome], *, with_models: bool) -> tuple[Count, Count, Count]:
-    """What the shares are shares of."""
+    """Hits and totals of the three shares."""
     counted = [each for each in outcomes if each.counts(with_models=with_models)]
     caught = [each for each in counted if each.caught]
     placed = [each.on_line for each in caught if each.on_line is not None]

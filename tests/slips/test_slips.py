@@ -1,4 +1,4 @@
-"""A sample of `python -m tests.slips`: what is caught of right files with one slip."""
+"""A sample of `python -m tests.slips`: diagnostics of valid files with one slip."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .table import BOUNDS, counts_of, table
 FILES = right_files()
 SEED = 8
 COUNT = 28
-"""Those among them that nothing is said about are judged."""
+"""Sample size; all sampled mutants without diagnostics have judgements."""
 SLOW = ("examples/mediators.mech", "examples/prices.mech")
-"""Each check of one of these files takes seconds."""
+"""Files whose check takes seconds."""
 
 
 def sample() -> list[Mutant]:
@@ -26,14 +26,16 @@ def sample() -> list[Mutant]:
 @pytest.mark.parametrize(
     "models", some([True, False], [True]), ids=["with-models", "without-models"]
 )
-def test_slips_are_caught_where_they_are(models: bool, tmp_path: Path) -> None:
+def test_sampled_slips_are_caught_on_their_line_with_a_suggestion(
+    models: bool, tmp_path: Path
+) -> None:
     mutants = sample()
     names = {each.file for each in mutants}
     checker = Checker([file for file in FILES if file.name in names], tmp_path, models=models)
     outcomes = [checker.outcome(each) for each in mutants]
     counts = counts_of(outcomes, with_models=models)
     for (caught, of), bound in zip(counts, BOUNDS, strict=True):
-        # The bounds are of 500: of so few, two may be missed.
+        # The bounds hold for 500 mutants; in this small sample, two may be missed.
         assert caught + 2 >= bound * of, table(outcomes, with_models=models)
 
 
@@ -48,7 +50,7 @@ def test_mutants_differ_from_their_files_in_one_line() -> None:
         assert each.text.split("\n")[each.line - 1] == each.after or each.kind == "line dropped"
 
 
-def test_judgements_have_reasons() -> None:
+def test_slip_judgements_have_a_verdict_and_a_reason() -> None:
     for key, judgement in judged().items():
         assert judgement.verdict in ("legal", "shape", "tokenizer"), key
         assert judgement.reason, key

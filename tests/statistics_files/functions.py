@@ -1,5 +1,5 @@
-"""Metrics with numbers that are known: noise, and noise beside an effect. The same logits of the
-same row give the same number."""
+"""Metrics with known values: noise, and noise next to an effect. Equal logits of a row give equal
+values."""
 
 from hashlib import blake2b
 
@@ -7,7 +7,7 @@ import torch
 
 
 def _noise(logits, salt=0):
-    """One number for each row, normal, drawn by its logits."""
+    """Return a normal number per row, seeded by its logits."""
     found = []
     for line in logits:
         seen = line.detach().float().cpu().numpy().tobytes()
@@ -29,7 +29,7 @@ def noise_once_more(logits, rows):
 
 
 def skewed(logits, rows):
-    """Above 0, and often far."""
+    """Return positive numbers, some of them large."""
     return _noise(logits).exp()
 
 

@@ -53,7 +53,7 @@ experiment heads {
 
 
 def too_skewed() -> tuple[mechdsl.Results, list[Diagnostic]]:
-    """The results, and what is said of them."""
+    """Return the results and their diagnostics."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", mechdsl.MechdslWarning)
         Path("metrics.py").write_text(METRIC, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.coverage`: it finds intervals that don't hold what they say."""
+"""`python -m benchmarks.coverage` detects intervals that miss their stated coverage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def setting(run: Run, low: float | None = 93, high: float | None = 97) -> Settin
 
 
 def percentile(random: np.random.Generator, count: int) -> np.ndarray:
-    """The percentile interval of the bootstrap: too narrow for so few values."""
+    """Count hits of the bootstrap's percentile interval, too narrow for few values."""
     values = random.normal(size=(count, N))
     means = values[:, random.integers(0, N, (500, N))].mean(2)
     low, high = np.percentile(means, [2.5, 97.5], axis=1)
@@ -36,7 +36,7 @@ def student(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def nothing(random: np.random.Generator, count: int) -> np.ndarray:
-    """Mostly no interval, and where there is one it holds the truth."""
+    """Return counts of mostly missing intervals; most existing ones contain the truth."""
     there = count // 3
     return np.array([[there * 95 // 100, there]])
 
@@ -53,14 +53,14 @@ def nothing(random: np.random.Generator, count: int) -> np.ndarray:
         (nothing, 80, 100, "fails"),
     ],
 )
-def test_what_lies_outside_its_bound_fails(
+def test_figure_outside_its_bound_fails(
     run: Run, low: float | None, high: float | None, verdict: Verdict
 ) -> None:
     (found,) = here(setting(run, low, high), seed=0, repetitions=2000)
     assert found.verdict == verdict
 
 
-def test_a_figure_is_known_no_better_than_its_repetitions_tell() -> None:
+def test_verdict_accounts_for_the_number_of_repetitions() -> None:
     """88 % of 50 may be 95 %, 88 % of 2,000 can't be."""
     made = setting(student)
     few, many = (Outcome(made, made.figures[0], 88 * n // 100, n, n) for n in (50, 2000))
@@ -77,7 +77,7 @@ def outcomes(failing: int, of: int) -> list[Outcome]:
     return [Outcome(m, figure, 100 * h, 10_000, 10_000) for m, h in zip(made, hits, strict=True)]
 
 
-def test_one_in_ten_may_fall_short_for_a_reason() -> None:
+def test_one_in_ten_figures_may_fail_with_a_documented_reason() -> None:
     known = {f"a: {n}: covered": "why" for n in range(3)}
     assert judge(outcomes(2, 20), known).good
     assert not judge(outcomes(3, 20), known).good
@@ -91,7 +91,7 @@ def test_one_in_ten_may_fall_short_for_a_reason() -> None:
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_counts_in_any_process() -> None:
+def test_equal_seeds_give_equal_counts_in_any_process() -> None:
     key = "interval of a mean: normal, n = 8: covered"
     (spawned,) = simulate([key], 3, 1, lambda _: None, quick=True)
     (own,) = here(all_settings()[key], 3, spawned.repetitions)
@@ -101,14 +101,14 @@ def test_the_same_seed_gives_the_same_counts_in_any_process() -> None:
 
 
 @pytest.mark.parametrize("name", list(DRAWS))
-def test_what_is_drawn_has_the_mean_that_is_covered(name: str) -> None:
+def test_simulated_distributions_have_mean_0_and_variance_1(name: str) -> None:
     values = DRAWS[name](np.random.default_rng(0), (1_000_000,))
     assert values.mean() == pytest.approx(0, abs=0.02)
     if name != "t3":  # its fourth moment is infinite
         assert values.var() == pytest.approx(1, rel=0.1)
 
 
-def test_p_values_of_each_method_are_those_of_the_program() -> None:
+def test_benchmark_p_values_equal_references() -> None:
     deltas = np.random.default_rng(1).normal([[0.0], [1.0], [3.0]], 1, (3, 12))
     signs = 1 - 2 * ((np.arange(2**12)[:, None] >> np.arange(12)) & 1)
     exact = [(np.abs(signs @ row) >= abs(row.sum()) - 1e-9).mean() for row in deltas]
@@ -120,7 +120,7 @@ def test_p_values_of_each_method_are_those_of_the_program() -> None:
     assert program.p_values(deltas, 0, correction="holm")[2] == pytest.approx(3 * found[2])
 
 
-def test_every_bound_that_is_promised_is_judged() -> None:
+def test_every_documented_bound_is_checked() -> None:
     settings = all_settings()
     bounds = {f"{key}": setting.figures[0] for key, setting in settings.items()}
 
@@ -143,7 +143,7 @@ def test_every_bound_that_is_promised_is_judged() -> None:
     assert judged("groups of 2 to 12") == judged("rows that look the same") == {(92, None)}
 
 
-def test_the_table_is_written_between_the_marks(tmp_path: Path) -> None:
+def test_coverage_table_is_written_between_the_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     found = outcomes(1, 2)

@@ -1,7 +1,7 @@
-"""Files about which something was once claimed that isn't so: what is said of them now.
+"""Regression tests of files whose results once contained false claims.
 
-`functions.py` has the metrics. A test is about what a number or a verdict means, and computes it
-without the package where there is something to compute.
+`functions.py` has the metrics. Tests check the meaning of numbers and verdicts, and compute them
+independently of the package where possible.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def results(name: str) -> mechdsl.Results:
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """Student's, of independent values."""
+    """Student's t interval of independent values."""
     found = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     return float(found.low), float(found.high)
 
@@ -48,21 +48,21 @@ def deltas(result: ExperimentResult, measure: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("place", range(5))
 def test_noise_has_no_largest_effect(place: int) -> None:
-    """Each holds by chance in one experiment of twenty at most, and there are three."""
+    """Each expectation holds by chance in at most 5 % of experiments, of which there are three."""
     held = [
         results("noise")[name].outcomes[place].holds for name in ("noise", "again", "once_more")
     ]
     assert sum(held) <= 1
 
 
-def test_the_noise_of_these_files_is_noise() -> None:
+def test_noise_metrics_have_no_significant_cell() -> None:
     for name in NOISES:
         found = deltas(results("noise")[name])
         assert found.std() == pytest.approx(np.sqrt(2), rel=0.2)
         assert not is_significant(results("noise")[name], 0).any()
 
 
-def test_of_many_cells_at_99_percent_those_with_clear_effects_survive() -> None:
+def test_clear_effects_are_significant_among_384_cells() -> None:
     result = results("many_cells")["neurons"]
     assert len(result.cells) == 384
     found = deltas(result)
@@ -75,7 +75,7 @@ def test_of_many_cells_at_99_percent_those_with_clear_effects_survive() -> None:
 # --- shares
 
 
-def test_accuracy_is_of_the_rows_before_keep() -> None:
+def test_accuracy_covers_the_rows_before_keep() -> None:
     result = results("accuracy_of_kept_rows")["kept"]
     (outcome,) = result.outcomes
     assert result.prompts == 3
@@ -84,24 +84,24 @@ def test_accuracy_is_of_the_rows_before_keep() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 8])
-def test_all_right_has_the_interval_of_clopper_and_pearson(n: int) -> None:
-    """It is exact at every number, so that two of two say little: 0.158 and more."""
+def test_perfect_accuracy_has_the_clopper_pearson_interval(n: int) -> None:
+    """The interval is exact for any number of rows; for two of two it begins at 0.158."""
     found = results("all_right")[f"of_{n}"].statistics[0]
     assert (found.mean[0], found.high[0]) == (1.0, 1.0)
     assert found.low[0] == pytest.approx(0.025 ** (1 / n), abs=1e-9)
 
 
-def test_the_mean_of_two_has_no_interval() -> None:
+def test_mean_of_two_prompts_has_no_interval() -> None:
     means = results("all_right")["of_2"].statistics[1]
     assert np.isfinite(means.mean).all()
     assert np.isnan([means.low[0], means.high[0]]).all()
     assert "2 prompts: no interval below 5" in (means.reasons[0] or "")
 
 
-# --- what a prompt is
+# --- rows as sampling units
 
 
-def test_no_head_survives_by_count() -> None:
+def test_no_head_is_significant_by_count() -> None:
     result = results("few_values")["by_count"]
     assert len(set(result.row_values["a"])) == 7
     # all seven of one sign: 2 of 128 flips
@@ -109,7 +109,7 @@ def test_no_head_survives_by_count() -> None:
     assert not is_significant(result, 0).any()
 
 
-def test_heads_survive_where_the_counts_are_all_that_there_are() -> None:
+def test_heads_are_significant_with_all_counts_of_the_domain() -> None:
     """`a in 3..9` is a fixed factor: no warning proposes to take its values as a sample."""
     found = results("few_values")
     assert is_significant(found["by_row"], 0).any()
@@ -136,7 +136,7 @@ def test_rows_of_five_prefixes_count_as_five(measure: int) -> None:
 # --- ratios
 
 
-def test_a_group_without_a_denominator_has_no_ratio() -> None:
+def test_group_without_a_denominator_has_no_ratio() -> None:
     by_count = group_by_value(results("no_denominator")["by_item"], "count")
     data, found = by_count.measures[0], by_count.statistics[0]
     assert data.source is not None
@@ -150,7 +150,7 @@ def test_a_group_without_a_denominator_has_no_ratio() -> None:
         assert not (is_significant(by_count, 0)[cell] and low <= 0 <= high)
 
 
-def test_over_all_rows_the_ratio_is_there() -> None:
+def test_ratio_over_all_rows_has_an_interval() -> None:
     found = results("no_denominator")["by_item"].statistics[0]
     assert np.isfinite([found.mean[0], found.low[0], found.high[0]]).all()
 
@@ -158,7 +158,7 @@ def test_over_all_rows_the_ratio_is_there() -> None:
 # --- rounding
 
 
-def test_the_last_bit_is_no_effect() -> None:
+def test_difference_in_the_last_bits_is_not_significant() -> None:
     result = results("one_step")["stepped"]
     largest = np.float32(np.abs(result.measures[1].base).max())
     for measure, found in enumerate(result.statistics):
@@ -172,7 +172,7 @@ def test_the_last_bit_is_no_effect() -> None:
 
 
 @pytest.mark.parametrize("name", ["head", "inside", "swept"])
-def test_random_targets_are_distinct_and_their_number_is_said(name: str) -> None:
+def test_random_targets_are_distinct_and_their_number_is_printed(name: str) -> None:
     result = results("random_targets")[name]
     band = result.controls[0]
     assert band is not None
@@ -181,16 +181,16 @@ def test_random_targets_are_distinct_and_their_number_is_said(name: str) -> None
     assert str(np.max(band.draws)) in result.to_text()
 
 
-def test_a_band_is_not_said_to_hold_more_than_its_draws_can_tell() -> None:
+def test_null_band_level_is_limited_by_its_draws() -> None:
     band = results("random_targets")["head"].controls[0]
     assert band is not None
     draws = int(np.max(band.draws))
-    # the range of k draws holds one more with a probability of (k - 1) / (k + 1)
+    # a further draw falls in the range of k draws with a probability of (k - 1) / (k + 1)
     assert np.all(band.level <= (draws - 1) / (draws + 1) + 1e-12)
     assert np.all(band.p >= 1 / (draws + 1))
 
 
-def test_a_head_like_others_is_not_shown_as_if_it_stood_out() -> None:
+def test_typical_head_lies_inside_its_null_band() -> None:
     result = results("random_targets")["inside"]
     band, found = result.controls[0], result.statistics[0]
     assert band is not None
@@ -203,7 +203,7 @@ def test_a_head_like_others_is_not_shown_as_if_it_stood_out() -> None:
 # --- intervals of few rows
 
 
-def test_intervals_of_eight_rows_are_as_wide_as_students() -> None:
+def test_intervals_of_eight_rows_are_about_as_wide_as_student_t() -> None:
     """A percentile interval of the bootstrap is a fifth narrower."""
     result = results("eight_rows")["few"]
     found = result.statistics[0]
@@ -224,7 +224,7 @@ def test_intervals_of_eight_rows_are_as_wide_as_students() -> None:
         ("twice", "an_effect"),
     ],
 )
-def test_correlations_of_effects_and_of_noise(name: str, with_which: str) -> None:
+def test_correlation_expectation_fails_for_noise(name: str, with_which: str) -> None:
     one, other = results("correlations")[with_which], results("correlations")[name]
     effects, ranks = other.outcomes
     means = [deltas(result).mean(1) for result in (one, other)]
@@ -246,7 +246,7 @@ def test_correlations_of_effects_and_of_noise(name: str, with_which: str) -> Non
 # --- skewed deltas
 
 
-def test_what_a_test_takes_for_granted_is_said() -> None:
+def test_conventions_state_the_assumption_of_sign_flips() -> None:
     flipped, inverted = results("skewed")["flipped"], results("skewed")["inverted"]
     assert stats.skew(deltas(flipped), axis=1).max() > 1
     assert any("symmetr" in said for said in flipped.conventions.values())
@@ -255,7 +255,7 @@ def test_what_a_test_takes_for_granted_is_said() -> None:
     assert np.any(inverted.statistics[0].p[tested] != flipped.statistics[0].p[tested])
 
 
-def test_the_bootstrap_test_agrees_with_the_interval_that_it_inverts() -> None:
+def test_bootstrap_p_agrees_with_its_interval() -> None:
     found = results("skewed")["inverted"].statistics[0]
     tested = ~np.isnan(found.p) & (np.abs(found.p - 0.05) > 0.01)
     outside = (found.low > 0) | (found.high < 0)
@@ -266,7 +266,7 @@ def test_the_bootstrap_test_agrees_with_the_interval_that_it_inverts() -> None:
 # --- order
 
 
-def test_the_order_of_the_rows_of_a_file_changes_nothing() -> None:
+def test_row_order_of_a_file_does_not_affect_results() -> None:
     one, other = results("in_order")["in_order"], results("in_order")["turned_around"]
     for mine, turned in zip(one.statistics, other.statistics, strict=True):
         for name in ("mean", "low", "high", "p", "p_corrected"):
@@ -276,7 +276,7 @@ def test_the_order_of_the_rows_of_a_file_changes_nothing() -> None:
     assert verdicts[0] == verdicts[1]
 
 
-def test_the_same_seed_gives_the_same_bits() -> None:
+def test_equal_seeds_give_bit_identical_results() -> None:
     again = mechdsl.run(HERE / "eight_rows.mech", allow_python=True, progress=False)
     for name in ("mean", "low", "high", "p", "p_corrected"):
         pair = (getattr(each["few"].statistics[0], name) for each in (results("eight_rows"), again))

@@ -1,4 +1,4 @@
-"""`benchmarks.coverage.files`: files of which the truth is known are run as any other."""
+"""`benchmarks.coverage.files`: files with known true effects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..quick import some
 SETTINGS = list(files.settings())
 
 
-def test_the_metrics_give_what_was_drawn() -> None:
+def test_file_metrics_return_the_drawn_values() -> None:
     random = np.random.default_rng(0)
     drawn = files.with_source(random, 2)
     said = ["measure m0 as recovery", "measure m1 as delta"]
@@ -34,15 +34,15 @@ def test_the_metrics_give_what_was_drawn() -> None:
 @pytest.mark.parametrize(
     "setting", some(SETTINGS, SETTINGS[::4]), ids=[each.name for each in SETTINGS]
 )
-def test_what_is_true_holds_and_what_is_not_does_not(setting: Setting) -> None:
-    """Three files hold few false verdicts, if any."""
+def test_true_statements_hold_and_false_ones_do_not(setting: Setting) -> None:
+    """At most one of three files has a false verdict."""
     counts = setting.run(np.random.default_rng(3), 3)
     for figure, (held, of) in zip(setting.figures, counts.tolist(), strict=True):
         assert of == 3
         assert held >= 2 if figure.low is not None else held <= 1, figure.name
 
 
-def test_an_interval_that_reaches_beyond_the_bound_surely_fails() -> None:
+def test_sure_figure_fails_if_its_interval_crosses_the_bound() -> None:
     (figure,) = (Figure("false", high=6.0, surely=True),)
     setting = SETTINGS[0]
     assert Outcome(setting, figure, 90, 2500, 2500).verdict == "holds"

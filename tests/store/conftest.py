@@ -14,7 +14,7 @@ from mechdsl.store.store import Store
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """A folder where a sync takes no time, where the system has one."""
+    """Return a folder in memory, where syncs take no time, if the system has one."""
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="mechdsl-", dir=shared if shared.is_dir() else None))
     yield folder

@@ -1,9 +1,9 @@
-"""A disk of which the power is cut: what a process wrote, without what it hadn't synced.
+"""Simulated power cuts: what a process wrote to a disk, without unsynced writes.
 
-`recorded` runs a process under strace and gives all that it did to a folder. `Disk` does the same
-again, step by step, and keeps apart what is durable: bytes of a file since its last fsync, and
-names in a folder since that folder's, may be there or not after a power cut, in any combination; of
-one name the steps come in their order. A write that is lost may be torn, at 512 bytes.
+`recorded` runs a process under strace and returns all its steps in a folder. `Disk` replays them
+and tracks which state is durable: after a power cut, writes to a file since its last fsync, and
+names in a folder since the folder's last fsync, may or may not survive, in any combination; steps
+on one name keep their order. A lost write may be torn at multiples of 512 bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SECTOR = 512
 
 
 def recorded(folder: Path, log: Path, *arguments: str) -> list[Step]:
-    """The steps of `tests.store.writer`, within the folder, and `("mark", what it said)`."""
+    """Return the steps of `tests.store.writer` in the folder, and `("mark", output)` steps."""
     subprocess.run(
         [
             *("strace", "-o", str(log), "-xx", "-y", "-s", "10000000", "-e", f"trace={CALLS}"),
@@ -46,13 +46,13 @@ def recorded(folder: Path, log: Path, *arguments: str) -> list[Step]:
 
 
 class _Reader:
-    """The lines of strace, as steps."""
+    """Convert lines of strace to steps."""
 
     def __init__(self, folder: str) -> None:
         self.steps: list[Step] = []
         self._folder = folder
         self._at: dict[str, int] = {}
-        """Of each number of an open file, where the next byte is written."""
+        """File descriptor → offset of the next write."""
 
     def read(self, line: str) -> None:
         found = _LINE.match(line)
@@ -108,7 +108,7 @@ class _Node:
     durable: bytes = b""
     bytes: bytes = b""
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
-    """Writes since the last sync: where, and what; None cuts it off there."""
+    """Writes since the last sync: offset and bytes; None truncates the file there."""
     names: dict[str, _Node] | None = None
     durable_names: dict[str, _Node] = field(default_factory=dict)
     pending_names: list[tuple[str, _Node | None]] = field(default_factory=list)
@@ -121,7 +121,7 @@ def _applied(data: bytes, at: int, what: bytes | None) -> bytes:
 
 
 class Disk:
-    """A folder as it is, and as it would be after a power cut."""
+    """A folder's current state, and its possible states after a power cut."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -178,9 +178,9 @@ class Disk:
         node.pending.append((at, what))
 
     def after_power_cut(self, chance: float, draw: random.Random) -> dict[str, bytes | None]:
-        """Files and folders (None) that are left, by their paths within the folder.
+        """Return surviving files and folders (None) by their paths in the folder.
 
-        chance: with which each step that wasn't synced is there all the same.
+        chance: probability that an unsynced step survives.
         """
         left: dict[str, bytes | None] = {}
         self._leave(self.top, "", chance, draw, left)
@@ -223,7 +223,7 @@ def _surviving(node: _Node, chance: float, draw: random.Random) -> bytes:
 
 
 def laid_out(left: dict[str, bytes | None], folder: Path) -> None:
-    """Write what is left into a new folder."""
+    """Write the surviving files into a new folder."""
     folder.mkdir()
     for path, data in left.items():
         if data is None:

@@ -1,9 +1,8 @@
-"""Runs that are killed, and go on: `python -m tests.store.killed_runs [--count 200] [--seed 0]`.
+"""Killed runs that resume: `python -m tests.store.killed_runs [--count 200] [--seed 0]`.
 
-A run of a file on a zoo model is ended by kill -9: at each step that the store takes (a write, a
-sync, a rename, the begin and the commit of a transaction), and at random moments. The same command
-then goes on. What it prints is what a run prints that nobody disturbs, to the last character, and
-over all attempts at most one pass is run again for each kill.
+A run on a zoo model is killed with kill -9 at each step of the store (a write, a sync, a rename,
+the begin and the commit of a transaction), and at random moments. The same command then resumes.
+Its output equals that of an undisturbed run, and each kill repeats at most one forward pass.
 """
 
 from __future__ import annotations
@@ -67,12 +66,12 @@ SIZES = ("--pass-tokens", "48", "--prompt-tokens", "128")
 
 @dataclass
 class Steps:
-    """What the store does to the disk in this process, step by step."""
+    """Steps of the store on the disk in this process."""
 
     log: int
-    """An open file that takes a line for each step, and for each pass."""
+    """File descriptor of a log with a line per step and per forward pass."""
     kill_at: int | None = None
-    """The number of the step at which the process ends."""
+    """The number of the step at which the process is killed."""
     count: int = 0
 
     def step(self, name: str) -> None:
@@ -85,7 +84,7 @@ class Steps:
         os.write(self.log, f"{time.monotonic():.4f} {what}\n".encode())
 
     def around(self, owner: Any, name: str) -> None:
-        """A step before a function is called, and one when it has returned."""
+        """Add a step before and after each call of a function."""
         whole = getattr(owner, name)
 
         def called(*args: Any, **named: Any) -> Any:
@@ -97,7 +96,7 @@ class Steps:
         setattr(owner, name, called)
 
     def watch(self) -> None:
-        """Have every step of the store counted, and every pass told."""
+        """Count every step of the store, and log every forward pass."""
         from mechdsl.execute.patching.rows import Patcher
         from mechdsl.store import files as blobs
         from mechdsl.store import files as disk
@@ -117,7 +116,7 @@ class Steps:
         steps, writing = self, index.Index.writing
 
         class Watched:
-            """A transaction: steps at its begin, before its commit, and behind it."""
+            """A transaction with steps at its begin, and before and after its commit."""
 
             def __init__(self, own: Any) -> None:
                 self.inner = writing(own)
@@ -146,17 +145,17 @@ class Steps:
 
 @dataclass
 class Attempt:
-    """One process that ran the command, or a part of it."""
+    """A process that ran the command, completely or until it was killed."""
 
     killed: bool
     status: int
     out: str
     err: str
     times: list[float] = field(default_factory=list[float])
-    """Of each step."""
+    """Time of each step."""
     steps: list[str] = field(default_factory=list[str])
     passes: int = 0
-    """How many were begun."""
+    """Number of forward passes begun."""
 
 
 def attempt(
@@ -166,8 +165,8 @@ def attempt(
     kill_after: float | None = None,
     limits: Callable[[], None] | None = None,
 ) -> Attempt:
-    """Run the command in a process of its own, which is ended at a step, or some seconds after it
-    begins to keep values. limits: called in it before the run."""
+    """Run the command in a separate process, which is killed at a step, or some seconds after it
+    first stores values. limits: called in the process before the run."""
     begun = Begun(folder, kill_at=kill_at, limits=limits)
     if kill_after is not None:
         begun.kill(kill_after)
@@ -175,7 +174,7 @@ def attempt(
 
 
 class Begun:
-    """The command in a process of its own."""
+    """The command in a separate process."""
 
     def __init__(
         self,
@@ -185,7 +184,7 @@ class Begun:
         kill_at: int | None = None,
         limits: Callable[[], None] | None = None,
     ) -> None:
-        """name: of what it leaves, where several run."""
+        """name: prefix of its output files, to run several."""
         names = ("out.txt", "err.txt", "log.txt")
         self.out, self.err, self.log = (folder / f"{name}{each}" for each in names)
         for path in (self.out, self.err, self.log):
@@ -195,7 +194,7 @@ class Begun:
             _child(folder, self.out, self.err, self.log, kill_at, limits)
 
     def kill(self, after: float) -> None:
-        """End it some seconds after it begins to keep values."""
+        """Kill it some seconds after it first stores values."""
         until = time.monotonic() + 120
         while b"before keep" not in self.log.read_bytes():
             assert time.monotonic() < until, "nothing was kept"
@@ -224,7 +223,7 @@ def _child(
     folder: Path, out: Path, err: Path, log: Path, kill_at: int | None,
     limits: Callable[[], None] | None,
 ) -> None:  # fmt: skip
-    """The process that runs; it never returns."""
+    """Run the command in the child process; never return."""
     status = 70
     try:
         for path, number in ((out, 1), (err, 2)):
@@ -253,7 +252,7 @@ def _child(
 
 @dataclass
 class Harness:
-    """One file, the run that nobody disturbs, and those that are killed."""
+    """A file, its undisturbed run, and its killed runs."""
 
     folder: Path
     whole: Attempt = field(init=False)
@@ -267,7 +266,7 @@ class Harness:
         assert "survives" in self.whole.out
 
     def fresh(self, name: str, then: Callable[[Path], Any]) -> Any:
-        """A folder with the file and no store."""
+        """Call a function with a folder that has the file and no store."""
         place = self.folder / name
         place.mkdir()
         try:
@@ -278,7 +277,7 @@ class Harness:
 
     @property
     def first_write(self) -> int:
-        """The step of the first values that are kept."""
+        """The step at which the first values are stored."""
         return self.whole.steps.index("before keep")
 
     @property
@@ -286,7 +285,7 @@ class Harness:
         return len(self.whole.steps) - 1 - self.whole.steps[::-1].index("after commit")
 
     def killed(self, number: int, ends: list[dict[str, Any]]) -> list[Attempt]:
-        """The attempts of a run that ends so often, the last of which is whole."""
+        """Return the attempts of a run that is killed at `ends`; the last attempt completes."""
 
         def run(place: Path) -> list[Attempt]:
             tries = [attempt(place, **end) for end in ends]
@@ -305,7 +304,7 @@ class Harness:
 
 
 def warm() -> None:
-    """Import what a run needs, once for all processes that are forked."""
+    """Import the modules of a run once for all forked processes."""
     import torch
 
     import mechdsl
@@ -315,7 +314,7 @@ def warm() -> None:
 
 
 def ends_of(harness: Harness, count: int, seed: int) -> list[list[dict[str, Any]]]:
-    """How runs end: two in three at a step, each step's kind in turn, the others at a moment."""
+    """Return how runs are killed: two in three at a step of each type in turn, others at random."""
     drawn = random.Random(seed)
     times = harness.whole.times
     seconds = times[harness.last_write] - times[harness.first_write]

@@ -1,4 +1,4 @@
-"""Blocks written as dictionaries, and what is found as these again."""
+"""Helpers that convert between dictionaries and value blocks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mechdsl.store.runs import CachedValues, ValueBlock
 
 
 def cells(count: int, start: int = 0) -> list[bytes]:
-    """Keys of cells, the same each time."""
+    """Return deterministic keys of cells."""
     numbers = range(start, start + count)
     return [hashlib.sha256(b"%d" % number).digest()[:16] for number in numbers]
 
 
 def block(values: Mapping[bytes, Mapping[int, float | tuple[float, float]]]) -> ValueBlock:
-    """What one pass gave, per cell and row."""
+    """Build the block of one forward pass from values per cell and row."""
     lengths = [len(rows) for rows in values.values()]
     flat = [value for rows in values.values() for value in rows.values()]
     columns = [value if isinstance(value, tuple) else (value,) for value in flat]

@@ -1,4 +1,4 @@
-"""Blobs and indexes that are torn, changed or gone: found, and never taken for what they were."""
+"""Torn, altered or missing blobs and indexes are detected and never used."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ HARM = {
 
 
 @pytest.mark.parametrize("how", HARM)
-def test_a_harmed_block_is_as_if_it_were_not_there(store: Store, how: str) -> None:
+def test_damaged_block_is_treated_as_missing(store: Store, how: str) -> None:
     with store.begin("a", {}) as run:
         run.keep(block({ONE: {1: 1.0}, TWO: {1: 2.0}}))
         [first] = blobs(store.folder, ".safetensors")
@@ -69,7 +69,7 @@ def test_a_harmed_block_is_as_if_it_were_not_there(store: Store, how: str) -> No
         assert values_of(run.own([ONE, TWO])) == {ONE: {1: (-1.0,), 2: (3.0,)}}
 
 
-def test_a_block_that_cannot_be_read_now_is_not_forgotten(
+def test_temporarily_unreadable_block_is_kept(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with store.begin("a", {}) as run:
@@ -83,7 +83,7 @@ def test_a_block_that_cannot_be_read_now_is_not_forgotten(
 
 @pytest.mark.parametrize("how", HARM)
 @pytest.mark.parametrize("which", range(len(writer.CONTENT)))
-def test_a_harmed_content_is_not_shown(memory: Path, how: str, which: int) -> None:
+def test_finished_run_with_damaged_content_is_not_found(memory: Path, how: str, which: int) -> None:
     written(memory / "store")
     HARM[how](blobs(memory / "store", ".data")[which])
     with Store(memory / "store") as store:
@@ -99,7 +99,7 @@ def test_a_harmed_content_is_not_shown(memory: Path, how: str, which: int) -> No
         assert store.content(found) == writer.CONTENT
 
 
-def test_an_earlier_run_counts_where_the_latest_is_torn(store: Store) -> None:
+def test_earlier_run_is_found_if_the_latest_is_torn(store: Store) -> None:
     for content in (b"first", b"second"):
         with store.begin("key", {}) as run:
             run.finish({"file": content}, {})
@@ -124,9 +124,7 @@ def test_an_earlier_run_counts_where_the_latest_is_torn(store: Store) -> None:
         "UPDATE contents SET hash = (SELECT hash FROM contents WHERE name = 'results.json')",
     ],
 )
-def test_a_finished_run_that_was_changed_in_the_index_is_not_shown(
-    memory: Path, change: str
-) -> None:
+def test_finished_run_altered_in_the_index_is_not_found(memory: Path, change: str) -> None:
     written(memory / "store")
     with sqlite3.connect(memory / "store" / INDEX_NAME) as index:
         index.execute(change)
@@ -136,10 +134,10 @@ def test_a_finished_run_that_was_changed_in_the_index_is_not_shown(
         assert store.finished("another") is None
 
 
-def test_a_name_that_leads_out_of_a_folder_is_not_given(
+def test_stored_content_name_outside_the_folder_is_rejected(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even where somebody made up the run, with all its hashes."""
+    """Even a forged run with valid hashes is rejected."""
     with store.begin("key", {}) as run, monkeypatch.context() as patch:
         patch.setattr("mechdsl.store.runs.check_content_name", lambda _: None)
         run.finish({"../../evil": b""}, {})
@@ -148,7 +146,7 @@ def test_a_name_that_leads_out_of_a_folder_is_not_given(
         store.content(store.runs()[0])
 
 
-def test_a_block_that_the_index_gives_to_another_cell_is_not_taken(store: Store) -> None:
+def test_block_assigned_to_another_cell_in_the_index_is_ignored(store: Store) -> None:
     with store.begin("a", {}) as run:
         run.keep(block({ONE: {1: 1.0}}))
     with sqlite3.connect(store.folder / INDEX_NAME) as index:
@@ -163,7 +161,7 @@ def test_a_block_that_the_index_gives_to_another_cell_is_not_taken(store: Store)
 
 
 def use(folder: Path) -> str:
-    """Ask a store for all that it has; whatever it gives is right."""
+    """Read everything from a store and assert that returned values are correct."""
     with Store(folder) as store:
         wanted = writer.cells_of(BLOCKS)
         store.runs()
@@ -183,7 +181,7 @@ def use(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("garbage", [b"garbage", b"garbage" * 10_000, b"\0" * 4096])
-def test_an_index_that_is_none_is_moved_aside(memory: Path, garbage: bytes) -> None:
+def test_invalid_index_is_moved_aside(memory: Path, garbage: bytes) -> None:
     folder = memory / "store"
     written(folder)
     (folder / INDEX_NAME).write_bytes(garbage)
@@ -192,8 +190,8 @@ def test_an_index_that_is_none_is_moved_aside(memory: Path, garbage: bytes) -> N
     assert aside.read_bytes() == garbage
 
 
-def test_a_damaged_index_that_somebody_uses_is_left_alone(memory: Path) -> None:
-    """SQLite finds its journal by name: an index must not be moved under somebody's hands."""
+def test_damaged_index_in_use_is_not_moved(memory: Path) -> None:
+    """SQLite finds its journal by name, so an index in use must not be moved."""
     folder = memory / "store"
     with Store(folder):
         data = (folder / INDEX_NAME).read_bytes()
@@ -207,8 +205,8 @@ def test_a_damaged_index_that_somebody_uses_is_left_alone(memory: Path) -> None:
         assert store.runs() == []
 
 
-def test_an_index_that_is_damaged_within_is_found_and_replaced(memory: Path) -> None:
-    """The run that meets it ends with a reason, and the next one starts a new index."""
+def test_internally_damaged_index_is_replaced_by_the_next_run(memory: Path) -> None:
+    """The first run fails with a reason, and the next run starts a new index."""
     folder = memory / "store"
     written(folder)
     size = (folder / INDEX_NAME).stat().st_size
@@ -238,8 +236,10 @@ def damaged(folder: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize("change", DAMAGE)
-def test_damage_that_sqlite_does_not_see(memory: Path, change: str) -> None:
-    """It ends the run that meets it, with a reason; the next one starts a new index."""
+def test_damage_undetected_by_sqlite_is_an_error_and_replaces_the_index(
+    memory: Path, change: str
+) -> None:
+    """The first run fails with a reason, and the next run starts a new index."""
     folder = memory / "deep" / "down" / "store"
     damaged(folder, change)
     with Store(folder) as store:
@@ -253,8 +253,10 @@ def test_damage_that_sqlite_does_not_see(memory: Path, change: str) -> None:
         assert store.finished(writer.KEY) is None
 
 
-def test_damage_that_is_not_found_by_looking(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Met for the second time, the index is replaced all the same."""
+def test_index_is_replaced_after_the_second_undiagnosed_failure(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The integrity check finds nothing, but the index is replaced after the second failure."""
     folder = memory / "store"
     damaged(folder, "UPDATE blocks SET hash = 'text'")
     monkeypatch.setattr("mechdsl.store.index.Index._look_through", lambda _: None)
@@ -266,7 +268,7 @@ def test_damage_that_is_not_found_by_looking(memory: Path, monkeypatch: pytest.M
     assert list(folder.glob("*.broken-*"))
 
 
-def test_an_index_in_which_looking_finds_nothing_stays(memory: Path) -> None:
+def test_suspect_index_without_damage_is_kept(memory: Path) -> None:
     folder = memory / "store"
     written(folder)
     (folder / f"{INDEX_NAME}.suspect").write_text("new")
@@ -285,7 +287,7 @@ def damage_at_random(folder: Path, seed: int) -> str:
         try:
             said += use(folder)
         except (StoreProblem, OSError) as problem:
-            if "newer version" in str(problem):  # so it says, and it is left alone
+            if "newer version" in str(problem):  # the index is kept as it is
                 return "used"
             said += type(problem).__name__
     return said
@@ -301,8 +303,8 @@ def sweep_damage(memory: Path, seeds: range) -> set[str]:
     return said
 
 
-def test_bits_that_are_flipped_in_the_index(memory: Path) -> None:
-    """A reason or right values, never another exception, and it works again at the fourth time."""
+def test_flipped_index_bits_raise_only_store_errors(memory: Path) -> None:
+    """Each use gives correct values or a store error, and the fourth use succeeds."""
     said = sweep_damage(memory, range(30))
     assert "used" * 4 in said
     assert len(said) > 1
@@ -310,12 +312,12 @@ def test_bits_that_are_flipped_in_the_index(memory: Path) -> None:
 
 
 @pytest.mark.slow
-def test_many_bits_that_are_flipped_in_the_index(memory: Path) -> None:
+def test_many_flipped_index_bits_raise_only_store_errors(memory: Path) -> None:
     said = sweep_damage(memory, range(1000, 3000))
     assert all(each.endswith("used") for each in said), said
 
 
-def test_an_index_of_a_newer_version_is_refused(memory: Path) -> None:
+def test_index_of_a_newer_version_is_rejected(memory: Path) -> None:
     folder = memory / "store"
     written(folder)
     with sqlite3.connect(folder / INDEX_NAME) as index:
@@ -328,7 +330,7 @@ def test_an_index_of_a_newer_version_is_refused(memory: Path) -> None:
     assert not list(folder.glob("*.broken-*"))
 
 
-def test_a_database_of_another_program_is_refused(memory: Path) -> None:
+def test_database_of_another_program_is_rejected(memory: Path) -> None:
     folder = memory / "store"
     folder.mkdir()
     with sqlite3.connect(folder / INDEX_NAME) as index:
@@ -341,7 +343,7 @@ def test_a_database_of_another_program_is_refused(memory: Path) -> None:
     index.close()
 
 
-def test_a_file_is_no_store(memory: Path) -> None:
+def test_file_as_store_is_rejected(memory: Path) -> None:
     (memory / "Store").write_text("a")
     with pytest.raises(StoreProblem, match="it is a file, not a folder"):
         Store(memory / "Store")
@@ -349,7 +351,7 @@ def test_a_file_is_no_store(memory: Path) -> None:
         Store(memory / "Store" / "below")
 
 
-def test_a_folder_with_other_files_is_no_store(memory: Path) -> None:
+def test_folder_with_other_files_is_rejected_as_store(memory: Path) -> None:
     """`--store ""` is the working folder."""
     (memory / "thesis.tex").write_text("years")
     with pytest.raises(StoreProblem, match="a folder with other files, and no store"):
@@ -360,18 +362,18 @@ def test_a_folder_with_other_files_is_no_store(memory: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["blobs", "locks", ".gitignore", ".mechdsl-12-34", f"{INDEX_NAME}.broken-1"]
 )
-def test_a_store_that_was_begun_is_made_whole(memory: Path, name: str) -> None:
-    """Whichever name a process had come to when it was killed."""
+def test_partially_created_store_is_completed(memory: Path, name: str) -> None:
+    """A process may be killed after creating any of these names."""
     folder = memory / "store"
     folder.mkdir()
     (folder / name).mkdir() if name in ("blobs", "locks") else (folder / name).touch()
     written(folder)
-    (folder / "notes.txt").write_text("mine")  # beside an index others' files may lie
+    (folder / "notes.txt").write_text("mine")  # foreign files are allowed next to an index
     Store(folder).close()
 
 
-def test_a_store_that_is_copied_is_whole(memory: Path) -> None:
-    """No paths of the place, no locks: also while a run is unfinished."""
+def test_copied_store_is_complete(memory: Path) -> None:
+    """A store depends on no paths or locks, even with an unfinished run."""
     written(memory / "store")
     shutil.copytree(memory / "store", memory / "elsewhere")
     shutil.rmtree(memory / "store")

@@ -1,4 +1,4 @@
-"""A disk that is full: an OSError, all before it is there, and it goes on when there is room."""
+"""Full disks: an OSError, earlier values stay, and the run resumes once there is space."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def large(number: int) -> ValueBlock:
 
 
 def whole(store: Store) -> int:
-    """How many of these blocks a later run finds; all that it finds is right."""
+    """Return the number of blocks that a later run finds; assert that they are correct."""
     with store.begin("later", {}) as run:
         found = run.earlier([ONE])
         run.finish({}, {})
@@ -54,7 +54,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(store: Store) -> tuple[int, OSError]:
-    """Keep until the disk is full: how many blocks were kept, and what was said then."""
+    """Store blocks until the disk is full; return their number and the error."""
     with store.begin("key", {}) as run:
         for number in range(100):
             try:
@@ -64,7 +64,7 @@ def fill(store: Store) -> tuple[int, OSError]:
     raise AssertionError("it wasn't full")
 
 
-def test_a_small_disk(small: Path) -> None:
+def test_full_disk_keeps_stored_values_and_the_run_resumes(small: Path) -> None:
     with Store(small / "store") as store:
         kept, error = fill(store)
         assert error.errno == errno.ENOSPC
@@ -90,8 +90,8 @@ def test_a_small_disk(small: Path) -> None:
         assert store.finished("key") is not None
 
 
-def test_a_disk_that_is_full_to_the_last_byte(small: Path) -> None:
-    """Not even the index can be written."""
+def test_disk_without_a_free_byte_keeps_stored_values(small: Path) -> None:
+    """The index can't be written either."""
     with Store(small / "store") as store, store.begin("key", {}) as run:
         run.keep(large(0))
         run.keep(large(1))
@@ -107,7 +107,7 @@ def test_a_disk_that_is_full_to_the_last_byte(small: Path) -> None:
         with pytest.raises(OSError, match=r"No space|full"):
             run.settle({"a": "b" * 100_000})
         assert whole_own(run.own([ONE])) == 2
-    with Store(small / "store") as store:  # opening takes no room
+    with Store(small / "store") as store:  # opening needs no disk space
         (small / "more").unlink()
         assert whole(store) == 2
 
@@ -138,8 +138,8 @@ with Store(folder) as store:
 
 
 @pytest.mark.parametrize("most", [1_000, 20_000, 47_000])
-def test_files_that_may_not_grow(memory: Path, most: int) -> None:
-    """At the blob, or in the middle of a transaction of the index."""
+def test_file_size_limit_keeps_stored_values(memory: Path, most: int) -> None:
+    """The limit is reached in a blob, or during a transaction of the index."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     said = subprocess.run(
         [sys.executable, "-c", LIMITED, str(memory / "store"), str(most)],
@@ -161,7 +161,7 @@ def test_files_that_may_not_grow(memory: Path, most: int) -> None:
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_a_call_that_fails(
+def test_failed_system_call_keeps_stored_values(
     store: Store, monkeypatch: pytest.MonkeyPatch, call: str, code: int
 ) -> None:
     with store.begin("key", {}) as run:
@@ -183,9 +183,7 @@ def test_a_call_that_fails(
     assert whole(store) == 2
 
 
-def test_a_run_that_cannot_begin_holds_no_lock(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_that_cannot_begin_holds_no_lock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: object) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
@@ -202,5 +200,5 @@ def test_a_run_that_cannot_begin_holds_no_lock(
         assert run.resumed
 
 
-def test_the_limit_on_files_is_as_it_was() -> None:
+def test_file_size_limit_of_this_process_is_not_altered() -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -1,6 +1,5 @@
-"""Whole runs that are killed go on to the undisturbed table: some of what
-`python -m tests.store.killed_runs` does. The same where the disk is full, the store can't be
-written, a blob is torn, or two run at once."""
+"""Killed runs resume and print the undisturbed table, as in `python -m tests.store.killed_runs`;
+also with a full disk, a read-only store, torn blobs, or two runs at once."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_runs_go_on(harness: Harness, count: int) -> None:
+def test_killed_runs_resume_with_the_undisturbed_output(harness: Harness, count: int) -> None:
     killed = 0
     for number, ends in enumerate(ends_of(harness, count, seed=1)):
         killed += any(each.killed for each in harness.killed(number, ends))
@@ -32,8 +31,10 @@ def test_killed_runs_go_on(harness: Harness, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("most", "status"), [(24_000, 0), (46_000, 3), (50_000, 3)])
-def test_a_full_disk(harness: Harness, most: int, status: int) -> None:
-    """No file may grow beyond a size: the index does, at once or in the middle of the run."""
+def test_run_on_a_full_disk_resumes_with_the_undisturbed_output(
+    harness: Harness, most: int, status: int
+) -> None:
+    """File sizes are limited; the index exceeds the limit at once or during the run."""
 
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -44,7 +45,7 @@ def test_a_full_disk(harness: Harness, most: int, status: int) -> None:
         assert full.status == status, full.err
         after = attempt(place)
         assert (after.status, after.out) == (0, harness.whole.out), after.err
-        if status == 0:  # there was never a store
+        if status == 0:  # no store was created
             assert full.out == harness.whole.out
             assert "W0782" in full.err
             return
@@ -55,8 +56,8 @@ def test_a_full_disk(harness: Harness, most: int, status: int) -> None:
     harness.fresh("full", run)
 
 
-def test_torn_blobs(harness: Harness) -> None:
-    """Of a run that was ended, each blob is cut off, changed or gone."""
+def test_run_with_torn_blobs_recomputes_their_values(harness: Harness) -> None:
+    """Each blob of a killed run is truncated, altered or removed."""
 
     def run(place: Path) -> None:
         last = harness.last_write
@@ -78,7 +79,7 @@ def test_torn_blobs(harness: Harness) -> None:
     harness.fresh("torn", run)
 
 
-def test_a_finished_run_whose_results_are_torn(harness: Harness) -> None:
+def test_finished_run_with_torn_results_is_rebuilt_from_stored_values(harness: Harness) -> None:
     def run(place: Path) -> None:
         assert attempt(place).passes == harness.whole.passes
         for path in (place / ".mechdsl" / "blobs").rglob("*.data"):
@@ -90,7 +91,7 @@ def test_a_finished_run_whose_results_are_torn(harness: Harness) -> None:
     harness.fresh("results", run)
 
 
-def test_a_store_that_can_only_be_read(harness: Harness) -> None:
+def test_run_with_a_read_only_store_prints_the_undisturbed_output(harness: Harness) -> None:
     def run(place: Path) -> None:
         attempt(place, kill_at=(harness.first_write + harness.last_write) // 2)
         store = place / ".mechdsl"
@@ -111,8 +112,8 @@ def test_a_store_that_can_only_be_read(harness: Harness) -> None:
     harness.fresh("read", run)
 
 
-def test_two_at_once(harness: Harness) -> None:
-    """The same command twice, on one store: both print the table of one alone."""
+def test_two_simultaneous_runs_print_the_undisturbed_output(harness: Harness) -> None:
+    """The same command runs twice on one store."""
 
     def run(place: Path) -> None:
         for each in [Begun(place, name) for name in ("one", "two")]:

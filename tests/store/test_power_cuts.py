@@ -1,7 +1,7 @@
-"""The power is cut at each point of a run: all that was said to be kept is there, nothing is wrong.
+"""After a power cut at any point of a run, all acknowledged values are stored and correct.
 
-Every real write of a process is recorded, SQLite's as well, and done again up to each point,
-without what wasn't synced (all of it, none of it, or any part of it).
+Every write of a process, including SQLite's, is recorded and replayed up to each point, without
+unsynced writes (all of them, none of them, or a random part).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="records 
 
 @cache
 def steps_of(spoil: str) -> tuple[str, list[Step]]:
-    """The folder, and what was done to it, by a run that finishes."""
+    """Return the folder of a run that finishes, and its recorded steps."""
     folder = Path(tempfile.mkdtemp(prefix="mechdsl-power-"))
     try:
         store = folder / "store"
@@ -40,7 +40,7 @@ def steps_of(spoil: str) -> tuple[str, list[Step]]:
 
 
 def cuts(spoil: str, chances: list[float]) -> Iterator[tuple[list[str], dict[str, bytes | None]]]:
-    """What had been said, and what is left, for a power cut behind each step; each state once."""
+    """Yield the output and the surviving files of a power cut after each step; each state once."""
     folder, steps = steps_of(spoil)
     disk = Disk(folder)
     said: list[str] = []
@@ -60,7 +60,7 @@ def cuts(spoil: str, chances: list[float]) -> Iterator[tuple[list[str], dict[str
 
 
 def check(said: list[str], folder: Path) -> str:
-    """Open what is left: all that was said is there, nothing is wrong, and the run goes on."""
+    """Open the surviving store: acknowledged values are correct, and the run resumes."""
     kept = {int(text.split()[1]) for text in said if text.startswith("kept")}
     with Store(folder) as store:
         assert store.writable
@@ -94,7 +94,7 @@ def check(said: list[str], folder: Path) -> str:
 
 
 def outcomes(folder: Path, spoil: str, chances: list[float]) -> Counter[str]:
-    """How often each came out."""
+    """Count the outcomes of power cuts."""
     found: Counter[str] = Counter()
     for number, (said, left) in enumerate(cuts(spoil, chances)):
         place = folder / str(number)
@@ -105,7 +105,7 @@ def outcomes(folder: Path, spoil: str, chances: list[float]) -> Counter[str]:
 
 
 def assert_all_seen(found: Counter[str]) -> None:
-    """The cuts lie everywhere: before and behind each commit."""
+    """Assert that cuts happened before and after each commit."""
     for kept in range(BLOCKS):
         assert found[f"{kept} kept, {kept} there"] >= 2
         assert found[f"{kept} kept, {kept + 1} there"] >= 1
@@ -113,22 +113,22 @@ def assert_all_seen(found: Counter[str]) -> None:
     assert found["finished"] >= 2
 
 
-def test_nothing_is_lost_where_nothing_unsynced_is_left(memory: Path) -> None:
+def test_power_cut_without_unsynced_writes_loses_no_stored_value(memory: Path) -> None:
     assert_all_seen(outcomes(memory, "", [0.0]))
 
 
-def test_nothing_is_lost_where_a_part_is_left(memory: Path) -> None:
+def test_power_cut_with_some_unsynced_writes_loses_no_stored_value(memory: Path) -> None:
     assert_all_seen(outcomes(memory, "", [0.5]))
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_whatever_is_left(memory: Path) -> None:
+def test_power_cut_with_any_unsynced_writes_loses_no_stored_value(memory: Path) -> None:
     assert_all_seen(outcomes(memory, "", [0.0, 1.0, *([0.1, 0.5, 0.9] * 10)]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", ["files", "names", "index"])
-def test_a_sync_that_is_left_out_shows(memory: Path, spoil: str) -> None:
-    """The test above can fail."""
+def test_omitted_sync_is_detected(memory: Path, spoil: str) -> None:
+    """Guards the tests above: they fail if a sync is omitted."""
     with pytest.raises((AssertionError, StoreProblem)):
         outcomes(memory, spoil, [0.0, 0.5])

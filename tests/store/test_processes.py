@@ -1,4 +1,4 @@
-"""Processes that are killed, and several that write at once."""
+"""Killed processes, and concurrent writers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start(folder: Path, *arguments: str, before: tuple[str, ...] = ()) -> subpro
 
 
 def killed_at(memory: Path, call: str, number: int) -> str:
-    """A writer that is killed when it is about to make this call for the so-many-th time."""
+    """Kill a writer right before the given occurrence of a system call; return the outcome."""
     folder = memory / f"{call}-{number}"
     inject = f"inject=?{call}:signal=KILL:when={number}"
     process = start(
@@ -53,8 +53,8 @@ def killed_at(memory: Path, call: str, number: int) -> str:
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="kills with strace")
-def test_a_writer_that_is_killed_at_a_write(memory: Path) -> None:
-    """When it is about to sync what ends a transaction, and before and behind that."""
+def test_writer_killed_around_a_commit_loses_no_stored_value(memory: Path) -> None:
+    """The writer is killed at the sync that ends a transaction, and before and after it."""
     found = Counter(killed_at(memory, "fdatasync", number) for number in range(16, 27, 2))
     assert found["0 kept, 1 there"] == 1, "behind the commit, and before it was said"
     assert found["0 kept, 0 there"] == 2
@@ -63,7 +63,7 @@ def test_a_writer_that_is_killed_at_a_write(memory: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="kills with strace")
 @pytest.mark.parametrize("call", CALLS)
-def test_a_writer_that_is_killed_at_each_write(memory: Path, call: str) -> None:
+def test_writer_killed_at_any_system_call_loses_no_stored_value(memory: Path, call: str) -> None:
     found: Counter[str] = Counter()
     number = 0
     while not found["not killed"]:
@@ -77,7 +77,7 @@ def test_a_writer_that_is_killed_at_each_write(memory: Path, call: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_writer_that_is_killed_at_random(memory: Path, seed: int) -> None:
+def test_writer_killed_at_a_random_moment_loses_no_stored_value(memory: Path, seed: int) -> None:
     process = start(memory / "store", "--blocks", "100000")
     assert process.stdout is not None
     until = random.Random(seed).randrange(2, 60)
@@ -106,8 +106,10 @@ def test_a_writer_that_is_killed_at_random(memory: Path, seed: int) -> None:
         (["--key", "one"], ["--key", "another", "--start", "20"]),
     ],
 )
-def test_two_writers_at_once(memory: Path, first: list[str], second: list[str]) -> None:
-    """Also when both make the store."""
+def test_two_concurrent_writers_store_all_values(
+    memory: Path, first: list[str], second: list[str]
+) -> None:
+    """Both processes may create the store."""
     both = [start(memory / "store", "--blocks", "20", "--finish", *of) for of in (first, second)]
     for process in both:
         assert process.communicate()[0].split()[-1] == "finished"
@@ -125,8 +127,8 @@ def test_two_writers_at_once(memory: Path, first: list[str], second: list[str]) 
             assert writer.blocks_in(run.earlier(writer.cells_of(40)), 40) == blocks
 
 
-def test_sweeping_beside_a_writer(memory: Path) -> None:
-    """What a run that goes on has written is not removed, whatever the limit is."""
+def test_gc_during_a_write_removes_no_values_of_the_running_run(memory: Path) -> None:
+    """Values of a running run are kept for any limit."""
     process = start(memory / "store", "--blocks", "60", "--finish")
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -137,7 +139,7 @@ def test_sweeping_beside_a_writer(memory: Path) -> None:
         process.wait()
         with store.begin("later", {}) as run:
             found = run.earlier(writer.cells_of(60))
-    # What it finished before the last sweep may have gone; nothing is there in part.
+    # The last sweep may remove the finished run, but never a part of it.
     assert writer.blocks_in(found, 60) in (set(range(60)), set())
 
 
@@ -157,8 +159,10 @@ def test_threads_share_a_store(store: Store) -> None:
         assert len(values_of(run.own(cells(1)))[cells(1)[0]]) == 40
 
 
-def test_an_index_that_is_held_too_long(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reason, not a traceback of SQLite's; and what was staged is removed."""
+def test_index_locked_for_too_long_is_a_store_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is a StoreProblem, not SQLite's, and staged files are removed."""
     monkeypatch.setattr("mechdsl.store.index.WRITE_TIMEOUT", 0.05)
     with Store(store.folder) as other, other.begin("key", {}) as run:
         with store._index.writing(), pytest.raises(StoreProblem, match="another process has held"):

@@ -1,4 +1,4 @@
-"""A store that may only be read: it is read, and not a byte of it changes."""
+"""A read-only store is readable, and none of its bytes change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCKS = 3
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """For root no file is read-only."""
+    """Drop root rights, since no file is read-only for root."""
     if os.geteuid():
         yield
         return
@@ -35,7 +35,7 @@ def as_nobody() -> Iterator[None]:
 
 @pytest.fixture(params=["rights", "mount"])
 def read_only(memory: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A folder with a store in it, which may only be read when `close(folder)` was called."""
+    """Yield a folder with a store; `closed` makes the folder read-only."""
     memory.chmod(0o755)
     folder = memory / "place"
     folder.mkdir()
@@ -56,7 +56,7 @@ def read_only(memory: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @contextmanager
 def closed(folder: Path, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Within it the folder may not be written to."""
+    """Make the folder read-only within the context."""
     if request.node.callspec.params["read_only"] == "rights":
         subprocess.run(["chmod", "-R", "a-w,a+rX", str(folder)], check=True)
         with as_nobody():
@@ -106,7 +106,9 @@ def read_all(store: Store) -> None:
         assert writer.blocks_in(run.earlier(wanted), BLOCKS + 2) == set(range(BLOCKS + 1))
 
 
-def test_it_is_read(read_only: Path, request: pytest.FixtureRequest) -> None:
+def test_read_only_store_is_read_without_modification(
+    read_only: Path, request: pytest.FixtureRequest
+) -> None:
     before = snapshot(read_only)
     with closed(read_only, request), Store(read_only / "store") as store:
         read_all(store)
@@ -120,7 +122,9 @@ def test_it_is_read(read_only: Path, request: pytest.FixtureRequest) -> None:
     assert snapshot(read_only) == before
 
 
-def test_a_torn_block_is_left_where_it_is(read_only: Path, request: pytest.FixtureRequest) -> None:
+def test_torn_block_in_a_read_only_store_is_ignored_and_kept(
+    read_only: Path, request: pytest.FixtureRequest
+) -> None:
     [first, *_] = sorted((read_only / "store" / "blobs").glob("*/*.safetensors"))
     first.write_bytes(first.read_bytes()[:-1])
     before = snapshot(read_only)
@@ -131,10 +135,10 @@ def test_a_torn_block_is_left_where_it_is(read_only: Path, request: pytest.Fixtu
     assert snapshot(read_only) == before
 
 
-def test_a_transaction_that_broke_off_is_not_seen(
+def test_interrupted_transaction_in_a_read_only_store_is_not_visible(
     read_only: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Its journal can't be played back in its place."""
+    """The journal can't be rolled back in a read-only folder."""
     index = read_only / "store" / INDEX_NAME
     connection = sqlite3.connect(index, isolation_level=None)
     for line in ("journal_mode = PERSIST", "cache_size = 1", "cache_spill = 1"):
@@ -165,10 +169,10 @@ def test_a_transaction_that_broke_off_is_not_seen(
 
 
 @pytest.mark.parametrize("content", [None, b""])
-def test_where_there_is_nothing_to_read(
+def test_missing_store_in_a_read_only_folder_reads_as_empty(
     read_only: Path, request: pytest.FixtureRequest, content: bytes | None
 ) -> None:
-    """A file in a place where no folder can be made, or one where a store was never begun."""
+    """No folder can be created, or the existing folder has no complete store."""
     (read_only / "empty").mkdir()
     if content is not None:
         (read_only / "empty" / INDEX_NAME).write_bytes(content)
@@ -184,7 +188,9 @@ def test_where_there_is_nothing_to_read(
             assert not (read_only / "nowhere").exists()
 
 
-def test_an_index_that_is_damaged(read_only: Path, request: pytest.FixtureRequest) -> None:
+def test_damaged_index_in_a_read_only_store_is_an_error(
+    read_only: Path, request: pytest.FixtureRequest
+) -> None:
     (read_only / "store" / INDEX_NAME).write_bytes(b"garbage" * 1000)
     with (
         closed(read_only, request),
@@ -193,8 +199,8 @@ def test_an_index_that_is_damaged(read_only: Path, request: pytest.FixtureReques
         Store(read_only / "store")
 
 
-def test_an_index_that_may_not_be_written(memory: Path) -> None:
-    """The folder may be, but its index is somebody else's."""
+def test_store_with_a_read_only_index_is_read_only(memory: Path) -> None:
+    """The folder is writable, but the index belongs to another user."""
     memory.chmod(0o755)
     folder = memory / "store"
     with Store(folder) as store, store.begin("key", {}):
@@ -208,7 +214,7 @@ def test_an_index_that_may_not_be_written(memory: Path) -> None:
             assert run.id == ""
 
 
-def test_a_folder_that_may_not_be_read(memory: Path) -> None:
+def test_unreadable_store_folder_is_an_error(memory: Path) -> None:
     memory.chmod(0o755)
     (memory / "private").mkdir(mode=0o700)
     with as_nobody(), pytest.raises(StoreProblem, match="permission denied"):

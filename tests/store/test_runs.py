@@ -1,4 +1,4 @@
-"""Runs: begun, left, resumed, finished, listed and removed."""
+"""Runs of a store: begin, resume, finish, list and remove."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONTENT = {"results.json": b"{}", "a/b.bin": bytes(1000), "empty": b""}
 [ONE] = cells(1)
 
 
-def test_a_run_that_is_left_is_resumed(store: Store) -> None:
+def test_unfinished_run_is_resumed(store: Store) -> None:
     with store.begin("key", {"file": "a.mech"}) as run:
         assert (run.resumed, run.sizes) == (False, None)
         run.settle({"rows": 7, "of": ["a", 0.1]})
@@ -41,7 +41,7 @@ def test_a_run_that_is_left_is_resumed(store: Store) -> None:
         assert run.id != first
 
 
-def test_a_finished_run_is_found_with_its_content(store: Store) -> None:
+def test_finished_run_is_found_with_its_content(store: Store) -> None:
     before = time.time()
     with store.begin("key", {"file": "a.mech", "cells": 0}) as run:
         run.finish(CONTENT, {"cells": 3, "text": "é\udc80"})
@@ -57,7 +57,7 @@ def test_a_finished_run_is_found_with_its_content(store: Store) -> None:
     assert list((store.folder / "locks").iterdir()) == [store.folder / "locks" / "store"]
 
 
-def test_the_latest_finished_run_counts(store: Store) -> None:
+def test_latest_finished_run_is_found(store: Store) -> None:
     for number in range(3):
         with store.begin("key", {"number": number}) as run:
             run.finish({"file": b"%d" % number}, {})
@@ -69,7 +69,7 @@ def test_the_latest_finished_run_counts(store: Store) -> None:
     assert [run.about["number"] for run in store.runs()] == [3, 2, 1, 0]
 
 
-def test_two_at_once_are_two_runs(memory: Path) -> None:
+def test_simultaneous_runs_of_one_key_are_separate(memory: Path) -> None:
     with Store(memory / "store") as one, Store(memory / "store") as two:
         first = one.begin("key", {})
         second = two.begin("key", {})
@@ -84,10 +84,10 @@ def test_two_at_once_are_two_runs(memory: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["finished", "removed"])
-def test_a_run_that_goes_before_it_can_be_resumed(
+def test_run_finished_or_removed_before_its_lock_is_not_resumed(
     memory: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Between looking for it and locking it."""
+    """The run ends between its lookup and its lock."""
     with Store(memory / "store") as one, Store(memory / "store") as two:
         first = one.begin("key", {})
 
@@ -109,7 +109,7 @@ def test_a_run_that_goes_before_it_can_be_resumed(
         assert len(list((memory / "store" / "locks").iterdir())) == 2
 
 
-def test_a_fresh_run_never_resumes(store: Store) -> None:
+def test_fresh_run_never_resumes(store: Store) -> None:
     with store.begin("key", {}) as run:
         first = run.id
     with store.begin("key", {}, fresh=True) as run:
@@ -117,7 +117,7 @@ def test_a_fresh_run_never_resumes(store: Store) -> None:
         assert run.id != first
 
 
-def test_a_run_that_is_closed_keeps_nothing(store: Store) -> None:
+def test_closed_run_rejects_writes(store: Store) -> None:
     with store.begin("key", {}) as run:
         pass
     with pytest.raises(ValueError, match="closed"):
@@ -131,14 +131,14 @@ def test_a_run_that_is_closed_keeps_nothing(store: Store) -> None:
     run.close()
 
 
-def test_an_exception_leaves_a_run_unfinished(store: Store) -> None:
+def test_exception_leaves_a_run_unfinished(store: Store) -> None:
     with pytest.raises(KeyError), store.begin("key", {}):
         raise KeyError
     [run] = store.runs()
     assert run.state == "unfinished"
 
 
-def test_ids_are_short_and_sorted(store: Store) -> None:
+def test_run_ids_are_short_and_contain_the_start_time(store: Store) -> None:
     ids: list[str] = []
     for _ in range(3):
         with store.begin("key", {}, fresh=True) as run:
@@ -149,7 +149,7 @@ def test_ids_are_short_and_sorted(store: Store) -> None:
         assert id.startswith(time.strftime("%Y%m%d-%H%M%S-", time.gmtime(listed.began)))
 
 
-def test_an_id_is_not_given_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_ids_are_unique(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter(["aaaa", "aaaa", "aaaa", "bbbb"])
     monkeypatch.setattr("mechdsl.store.store.secrets.token_hex", lambda _: next(drawn))
     monkeypatch.setattr("mechdsl.store.store.time.strftime", lambda *_: "20261121-154210")
@@ -159,10 +159,10 @@ def test_an_id_is_not_given_twice(store: Store, monkeypatch: pytest.MonkeyPatch)
         assert (one.id, two.id) == ("20261121-154210-aaaa", "20261121-154210-bbbb")
 
 
-def test_a_clock_that_goes_back_changes_no_order(
+def test_clock_set_back_does_not_affect_the_order_of_runs(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is newer says the order in which it was written, not the clock."""
+    """Runs are ordered by when they were written, not by the clock."""
     now = 1_795_000_000.0
     monkeypatch.setattr("mechdsl.store.store.time.time", lambda: now)
     for number in range(3):
@@ -178,7 +178,7 @@ def test_a_clock_that_goes_back_changes_no_order(
         assert values_of(run.earlier([ONE])) == {ONE: {1: (2.0,)}}
 
 
-def test_a_run_is_removed_and_its_values_stay(store: Store) -> None:
+def test_removed_run_keeps_its_values(store: Store) -> None:
     runs: list[str] = []
     for content in (b"same", b"same", b"other"):
         with store.begin("key", {}, fresh=True) as run:
@@ -199,7 +199,7 @@ def test_a_run_is_removed_and_its_values_stay(store: Store) -> None:
         store.content(by_id[runs[0]])
 
 
-def test_a_run_that_goes_on_is_not_removed(store: Store) -> None:
+def test_running_run_is_not_removed(store: Store) -> None:
     with store.begin("key", {}):
         [run] = store.runs()
         with pytest.raises(StoreProblem, match="is running"):
@@ -211,33 +211,33 @@ def test_a_run_that_goes_on_is_not_removed(store: Store) -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/a", "../a", "a/../../b", "a\\b", "a\0b", "a//b"])
-def test_names_that_lead_out_of_a_folder_are_refused(store: Store, name: str) -> None:
+def test_content_name_outside_the_folder_is_rejected(store: Store, name: str) -> None:
     with store.begin("key", {}) as run:
         with pytest.raises(ValueError, match="can't be the name"):
             run.finish({name: b""}, {})
         assert store.runs()[0].state == "running"
 
 
-def test_other_names_are_not() -> None:
+def test_content_name_inside_the_folder_is_accepted() -> None:
     for name in ("a", "a/b.json", "..a", "ä b:c", "a..b/c"):
         check_content_name(name)
 
 
-def test_what_is_no_json_is_refused(store: Store) -> None:
+def test_run_facts_that_are_not_json_are_rejected(store: Store) -> None:
     with pytest.raises(TypeError):
         store.begin("key", {"a": object()})
     assert store.runs() == []
     assert not list((store.folder / "locks").glob("2*"))
 
 
-def test_about_comes_back_as_it_was(store: Store) -> None:
+def test_run_facts_round_trip(store: Store) -> None:
     about = {"a": 1 / 3, "b": [1, None, True, "x"], "c": {"d": 2**70}}
     with store.begin("key", about):
         pass
     assert json.dumps(dict(store.runs()[0].about)) == json.dumps(about)
 
 
-def test_notes(store: Store) -> None:
+def test_notes_are_stored_and_overwritten(store: Store) -> None:
     assert store.note("device") is None
     store.take_note("device", "cuda")
     store.take_note("device", "cpu\udc80")
@@ -245,10 +245,8 @@ def test_notes(store: Store) -> None:
     assert (store.note("device"), store.note("other\udc80")) == ("cpu\udc80", "")
 
 
-def test_names_of_folders_are_durable_whoever_made_them(
-    memory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process that was ended may have made a folder, and not synced the one above."""
+def test_existing_folders_are_synced_once(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process may have created a folder without syncing its parent."""
     folder = memory / "a" / "store"
     for name in range(256):
         (folder / "blobs" / f"{name:02x}").mkdir(parents=True)
@@ -263,7 +261,7 @@ def test_names_of_folders_are_durable_whoever_made_them(
         assert synced == [path.parent], "once"
 
 
-def test_folders_above_are_durable(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_created_parent_folders_are_synced(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
     monkeypatch.setattr("mechdsl.store.files.sync_folder", synced.append)
     Store(memory / "a" / "b" / "store").close()
@@ -273,7 +271,7 @@ def test_folders_above_are_durable(memory: Path, monkeypatch: pytest.MonkeyPatch
 # --- locks ----------------------------------------------------------------------------------------
 
 
-def test_a_lock_is_held_once(memory: Path) -> None:
+def test_exclusive_lock_is_taken_once(memory: Path) -> None:
     path = memory / "lock"
     lock = take_lock(path)
     assert lock is not None
@@ -289,10 +287,10 @@ def test_a_lock_is_held_once(memory: Path) -> None:
     assert take_lock(path) is None
 
 
-def test_a_lock_whose_file_was_removed_is_taken_again(
+def test_lock_is_retried_if_its_file_was_removed(
     memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening the file and locking it, who held it may have removed it."""
+    """The holder may remove the file between its opening and its locking."""
     path = memory / "lock"
     held = take_lock(path)
     assert held is not None

@@ -1,4 +1,4 @@
-"""How large a store may grow, and what goes when it is too large."""
+"""The size limit of a store, and the removal of old data beyond it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def keep(store: Store, number: int, content: int = 0, key: str = "key") -> str:
-    """A run that keeps one cell, and finishes with so many bytes."""
+    """Store one cell in a run that finishes with `content` bytes; return the run's id."""
     with store.begin(f"{key} {number}", {"number": number}) as run:
         run.keep(block({CELLS[number]: {row: float(number) for row in range(10)}}))
         run.finish({"file": bytes([number]) * content} if content else {}, {})
@@ -45,7 +45,7 @@ def keep(store: Store, number: int, content: int = 0, key: str = "key") -> str:
 
 
 def there(store: Store) -> list[int]:
-    """The cells that a new run finds."""
+    """Return the cells that a new run finds."""
     with store.begin("look", {}, fresh=False) as run:
         found = values_of(run.earlier(CELLS))
         run.finish({}, {})
@@ -66,27 +66,31 @@ def there(store: Store) -> list[int]:
         ("0", 0),
     ],
 )
-def test_the_limit(monkeypatch: pytest.MonkeyPatch, text: str, size: int) -> None:
+def test_size_limit_is_read_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, text: str, size: int
+) -> None:
     monkeypatch.setenv("MECHDSL_STORE_LIMIT", text)
     assert size_limit() == size
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "1e9", "20GiB", "GB", "nan", "1.GB"])
-def test_a_limit_that_is_none(memory: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """Before anything is made."""
+def test_invalid_size_limit_is_rejected(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """The error precedes the creation of the store."""
     monkeypatch.setenv("MECHDSL_STORE_LIMIT", text)
     with pytest.raises(StoreProblem, match=f"MECHDSL_STORE_LIMIT is `{text}`.*20GB"):
         Store(memory / "store")
     assert not (memory / "store").exists()
 
 
-def test_the_size_is_what_lies_on_the_disk(store: Store) -> None:
+def test_store_size_equals_the_size_of_its_files(store: Store) -> None:
     keep(store, 1, content=5_000)
     du = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
     assert store.size() == du > 5_000
 
 
-def test_oldest_used_goes_first(store: Store, clock: Clock) -> None:
+def test_gc_removes_the_least_recently_used_values_first(store: Store, clock: Clock) -> None:
     for number in range(6):
         keep(store, number)
         clock.now += 2 * DAY
@@ -104,7 +108,7 @@ def test_oldest_used_goes_first(store: Store, clock: Clock) -> None:
     assert there(store) == []
 
 
-def test_using_is_written_down_once_a_day(store: Store, clock: Clock) -> None:
+def test_use_of_values_is_recorded_once_a_day(store: Store, clock: Clock) -> None:
     def used() -> list[float]:
         blocks = store._index.ask((float,), "SELECT used FROM blocks")
         return [time for (time,) in blocks]
@@ -122,7 +126,7 @@ def test_using_is_written_down_once_a_day(store: Store, clock: Clock) -> None:
     assert used() == [clock.now]
 
 
-def test_runs_that_are_looked_at_stay_longest(store: Store, clock: Clock) -> None:
+def test_recently_read_run_is_removed_last(store: Store, clock: Clock) -> None:
     ids = []
     for number in range(3):
         ids.append(keep(store, number, content=10_000))
@@ -136,7 +140,7 @@ def test_runs_that_are_looked_at_stay_longest(store: Store, clock: Clock) -> Non
     assert store.finished("key 1") is None
 
 
-def test_a_file_of_two_runs_goes_with_the_last_of_them(store: Store, clock: Clock) -> None:
+def test_content_shared_by_two_runs_is_removed_with_the_last(store: Store, clock: Clock) -> None:
     for _ in range(2):
         with store.begin("same", {}, fresh=True) as run:
             run.finish({"file": b"a" * 1_000}, {})
@@ -148,7 +152,7 @@ def test_a_file_of_two_runs_goes_with_the_last_of_them(store: Store, clock: Cloc
     assert (swept.runs, swept.left) == (1, 0)
 
 
-def test_what_goes_on_is_spared(store: Store, clock: Clock) -> None:
+def test_gc_spares_running_runs(store: Store, clock: Clock) -> None:
     keep(store, 0)
     with store.begin("goes on", {}) as run, Store(store.folder) as other:
         run.keep(block({CELLS[1]: dict.fromkeys(range(10), 1.0)}))
@@ -161,10 +165,10 @@ def test_what_goes_on_is_spared(store: Store, clock: Clock) -> None:
     assert store.finished("goes on") is not None
 
 
-def test_a_run_that_finishes_sweeps(
+def test_finishing_a_run_removes_the_oldest_runs_over_the_limit(
     memory: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    """Beyond the limit the oldest goes, and never what it wrote itself."""
+    """A finishing run never removes its own data."""
     monkeypatch.setenv("MECHDSL_STORE_LIMIT", "5kB")
     with Store(memory / "store") as store:
         for number in range(8):
@@ -179,7 +183,7 @@ def test_a_run_that_finishes_sweeps(
         assert there(store) == [9]
 
 
-def test_values_alone_are_counted(
+def test_size_limit_counts_values_without_content(
     memory: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     monkeypatch.setenv("MECHDSL_STORE_LIMIT", "2kB")
@@ -191,12 +195,12 @@ def test_values_alone_are_counted(
         assert 7 in there(store)
 
 
-def test_below_the_limit_nothing_is_swept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_below_the_limit_is_not_swept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "sweep", lambda *_: pytest.fail("swept"))
     keep(store, 1, content=100_000)
 
 
-def test_a_sweep_that_fails_leaves_the_run_finished(
+def test_failed_sweep_leaves_the_run_finished(
     memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -210,7 +214,7 @@ def test_a_sweep_that_fails_leaves_the_run_finished(
         assert not is_held(store.folder / "locks" / id)
 
 
-def test_old_unfinished_runs_go(store: Store, clock: Clock) -> None:
+def test_gc_removes_old_unfinished_runs_and_keeps_their_values(store: Store, clock: Clock) -> None:
     for key in ("old", "resumed", "goes on"):
         with store.begin(key, {}) as run:
             run.keep(block({CELLS[3]: dict.fromkeys(range(10), 3.0)}))
@@ -230,7 +234,7 @@ def test_old_unfinished_runs_go(store: Store, clock: Clock) -> None:
     assert there(store) == [3], "values stay"
 
 
-def test_leftovers_go(store: Store, clock: Clock) -> None:
+def test_gc_removes_old_leftover_files(store: Store, clock: Clock) -> None:
     keep(store, 1, content=10)
     aside, blobs = store.folder / "new", store.folder / "blobs"
     (aside / "1-old").write_bytes(b"12345")
@@ -254,8 +258,8 @@ def test_leftovers_go(store: Store, clock: Clock) -> None:
     assert store.finished("key 1") is not None
 
 
-def test_times_in_the_future_are_now(store: Store, clock: Clock) -> None:
-    """A clock that was ahead once doesn't make what it saw stay for ever."""
+def test_gc_treats_future_times_as_now(store: Store, clock: Clock) -> None:
+    """Values used while the clock was ahead don't stay forever."""
     clock.now += 1000 * DAY
     keep(store, 0)
     clock.now -= 1000 * DAY
@@ -265,7 +269,7 @@ def test_times_in_the_future_are_now(store: Store, clock: Clock) -> None:
     assert there(store) == [1]
 
 
-def test_rows_of_the_index_go_with_their_blocks(store: Store) -> None:
+def test_gc_removes_index_rows_of_missing_blocks(store: Store) -> None:
     keep(store, 1)
     keep(store, 2)
     [path] = {

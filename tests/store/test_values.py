@@ -1,4 +1,4 @@
-"""Values come back as they were kept: to the run that wrote them, and to those after it."""
+"""Stored values are returned to the run that wrote them, and to later runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ONE, TWO, OTHER = cells(3)
 
 
 def keep(store: Store, *blocks: ValueBlock, fresh: bool = False) -> None:
-    """A run of its own that keeps these."""
+    """Store these blocks in a separate run."""
     with store.begin("somebody", {}, fresh=fresh) as run:
         for each in blocks:
             run.keep(each)
         run.finish({}, {})
 
 
-def test_values_come_back_to_the_run_and_to_later_ones(store: Store) -> None:
+def test_stored_values_are_found_by_the_run_and_by_later_runs(store: Store) -> None:
     with store.begin("key", {}) as run:
         run.keep(block({ONE: {1: 0.5, 2: 1.5}, TWO: {1: 2.5}}))
         assert values_of(run.own([ONE, TWO, OTHER])) == {
@@ -49,29 +49,29 @@ def test_values_are_equal_bit_for_bit(store: Store) -> None:
     assert found.tobytes() == np.array(values)[order].tobytes()
 
 
-def test_two_columns(store: Store) -> None:
+def test_blocks_with_two_columns_are_merged(store: Store) -> None:
     keep(store, block({ONE: {1: (0.5, 3.0), 2: (1.5, 4.0)}}), block({ONE: {3: (2.5, 5.0)}}))
     with store.begin("key", {}) as run:
         found = values_of(run.earlier([ONE]))
     assert found == {ONE: {1: (0.5, 3.0), 2: (1.5, 4.0), 3: (2.5, 5.0)}}
 
 
-def test_columns_are_not_mixed(store: Store) -> None:
-    """The first block's number counts; of another cell of the block it may be another."""
+def test_blocks_with_different_column_counts_are_not_merged(store: Store) -> None:
+    """The first block of a cell determines its number of columns."""
     keep(store, block({ONE: {1: 0.5}}), block({ONE: {2: (1.5, 2.5, 6)}, TWO: {2: (3.5, 4.5, 7)}}))
     with store.begin("key", {}) as run:
         found = values_of(run.earlier([ONE, TWO]))
     assert found == {ONE: {1: (0.5,)}, TWO: {2: (3.5, 4.5, 7)}}
 
 
-def test_a_cell_without_rows_has_no_columns(store: Store) -> None:
+def test_cell_without_rows_has_no_columns(store: Store) -> None:
     keep(store, block({ONE: {}, TWO: {1: (1.0, 2.0)}}), block({ONE: {1: 3.0}}))
     with store.begin("key", {}) as run:
         found = values_of(run.earlier([ONE, TWO]))
     assert found == {ONE: {1: (3.0,)}, TWO: {1: (1.0, 2.0)}}
 
 
-def test_rows_of_several_blocks_come_together(store: Store) -> None:
+def test_rows_of_several_blocks_are_merged(store: Store) -> None:
     keep(store, block({ONE: {4: 4.0, 1: 1.0}, TWO: {9: 9.0}}), block({TWO: {3: 3.0}}))
     keep(store, block({OTHER: {1: 7.0}, ONE: {2: 2.0}}))
     with store.begin("key", {}) as run:
@@ -79,15 +79,15 @@ def test_rows_of_several_blocks_come_together(store: Store) -> None:
     assert found == {ONE: {1: (1.0,), 2: (2.0,), 4: (4.0,)}, TWO: {3: (3.0,), 9: (9.0,)}}
 
 
-def test_the_first_of_two_equal_rows_counts(store: Store) -> None:
+def test_first_stored_value_of_a_row_is_used(store: Store) -> None:
     keep(store, block({ONE: {1: 1.0}}))
     keep(store, block({ONE: {1: -1.0, 2: 2.0}}), block({ONE: {2: -2.0}}))
     with store.begin("key", {}) as run:
         assert values_of(run.earlier([ONE])) == {ONE: {1: (1.0,), 2: (2.0,)}}
 
 
-def test_a_run_reads_its_own_copy(store: Store) -> None:
-    """Of two at once that compute the same, each goes on with what it computed itself."""
+def test_run_reads_its_own_values(store: Store) -> None:
+    """Two simultaneous runs that compute the same cell each use their own values."""
     with store.begin("a", {}) as first, store.begin("b", {}) as second:
         second.keep(block({ONE: {1: 2.0}}))
         first.keep(block({ONE: {1: 1.0}}))
@@ -99,7 +99,7 @@ def test_a_run_reads_its_own_copy(store: Store) -> None:
         assert values_of(run.earlier([ONE])) == {ONE: {1: (2.0,)}}, "the first that was kept"
 
 
-def test_a_resumed_run_finds_what_it_found_at_first(store: Store) -> None:
+def test_resumed_run_finds_the_same_earlier_values(store: Store) -> None:
     keep(store, block({ONE: {1: 1.0}}))
     with store.begin("key", {}) as run:
         run.keep(block({TWO: {1: 2.0}}))
@@ -110,7 +110,7 @@ def test_a_resumed_run_finds_what_it_found_at_first(store: Store) -> None:
         assert values_of(run.own([ONE, TWO, OTHER])) == {TWO: {1: (2.0,)}}
 
 
-def test_a_fresh_run_finds_nothing_and_replaces(store: Store) -> None:
+def test_fresh_run_ignores_and_replaces_earlier_values(store: Store) -> None:
     keep(store, block({ONE: {1: 1.0, 2: 2.0}}), block({TWO: {1: 1.0}}))
     with store.begin("key", {}, fresh=True) as run:
         assert not run.earlier([ONE, TWO])
@@ -128,7 +128,7 @@ def test_a_fresh_run_finds_nothing_and_replaces(store: Store) -> None:
         assert values_of(run.earlier([ONE])) == {ONE: {1: (20.0,), 2: (2.0,)}}, "the latest fresh"
 
 
-def test_a_resumed_fresh_run_is_fresh(store: Store) -> None:
+def test_resumed_fresh_run_is_fresh(store: Store) -> None:
     keep(store, block({ONE: {1: 1.0}}))
     with store.begin("key", {}, fresh=True) as run:
         run.keep(block({TWO: {1: 2.0}}))
@@ -140,7 +140,7 @@ def test_a_resumed_fresh_run_is_fresh(store: Store) -> None:
         assert values_of(run.earlier([ONE])) == {ONE: {1: (10.0,)}}
 
 
-def test_a_block_without_cells_is_nothing(store: Store) -> None:
+def test_block_without_cells_is_not_stored(store: Store) -> None:
     with store.begin("key", {}) as run:
         run.keep(ValueBlock([], np.zeros(1, np.int64), np.zeros(0, np.uint64), np.zeros((0, 1))))
         assert run.own([]) == {}
@@ -168,7 +168,7 @@ def test_cells_without_rows_are_not_found(store: Store) -> None:
         ({"values": np.zeros((2, 0))}, "columns"),
     ],
 )
-def test_a_block_of_wrong_shape_is_refused(
+def test_block_of_inconsistent_shape_is_rejected(
     store: Store, change: dict[str, object], said: str
 ) -> None:
     right = block({ONE: {1: 1.0}, TWO: {1: 2.0}})
@@ -177,7 +177,7 @@ def test_a_block_of_wrong_shape_is_refused(
         run.keep(ValueBlock(**{**given, **change}))  # type: ignore[arg-type]
 
 
-def test_packing_is_the_same_each_time() -> None:
+def test_packed_values_are_deterministic() -> None:
     made = block({ONE: {1: 1.0}, TWO: {1: 2.0, 3: 4.0}})
     assert pack_values(made) == pack_values(made)
     again = unpack_values(pack_values(made))
@@ -198,15 +198,15 @@ def test_packing_is_the_same_each_time() -> None:
         {"values": None},
     ],
 )
-def test_bytes_that_are_no_block(change: dict[str, object]) -> None:
+def test_invalid_packed_values_are_rejected(change: dict[str, object]) -> None:
     right = load(pack_values(block({ONE: {1: 1.0}})))
     assert unpack_values(save(right)) is not None
     wrong = {name: of for name, of in {**right, **change}.items() if of is not None}
     assert unpack_values(save(wrong)) is None  # type: ignore[arg-type]
 
 
-def test_keeping_and_finding_is_fast(store: Store) -> None:
-    """Generous bounds: a few times what it takes."""
+def test_storing_and_finding_values_is_fast(store: Store) -> None:
+    """The bounds are a few times the usual duration."""
     pool = cells(5_000)
     with store.begin("key", {}) as run:
         times: list[float] = []

@@ -1,7 +1,7 @@
-"""A process that writes to a store, and says on standard output when something was kept.
+"""A process that writes to a store and prints a line after each stored block.
 
-`python -m tests.store.writer FOLDER --blocks 4 --finish`; what block `i` holds is known
-(`block_of`), so that whatever is found afterwards can be told right or wrong.
+`python -m tests.store.writer FOLDER --blocks 4 --finish`; the content of block `i` is known
+(`block_of`), so values found later can be verified.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONTENT = {"results.json": b'{"what": "it gave"}', "arrays/values.bin": bytes(ra
 EVERY = 3
 """Cells of a block that no other block has."""
 SHARED = cells(1, start=1_000_000)[0]
-"""A cell of all blocks: of block `i` the row `i`."""
+"""A cell of all blocks; block `i` has its row `i`."""
 
 
 def value(number: int, row: int) -> float:
@@ -29,7 +29,7 @@ def value(number: int, row: int) -> float:
 
 
 def block_of(number: int) -> ValueBlock:
-    """The block of this number: three cells of its own on two rows, and one that all share."""
+    """Return a block: three cells of this block alone with two rows, and the shared cell."""
     values = {
         cell: {row: value(number * EVERY + place, row) for row in (1, 2)}
         for place, cell in enumerate(cells(EVERY, start=number * EVERY))
@@ -38,13 +38,12 @@ def block_of(number: int) -> ValueBlock:
 
 
 def cells_of(blocks: int) -> list[bytes]:
-    """The cells of so many blocks."""
+    """Return the cells of this number of blocks."""
     return [*cells(EVERY * blocks), SHARED]
 
 
 def blocks_in(found: CachedValues, blocks: int) -> set[int]:
-    """Which of these blocks are there as a whole. AssertionError for a value that no block has,
-    or for a block of which only a part is there."""
+    """Return the numbers of complete blocks; assert that no value is wrong or block partial."""
     values = values_of(found)
     right = {number: values_of_block(number) for number in range(blocks)}
     whole: set[int] = set()
@@ -70,7 +69,7 @@ def values_of_block(number: int) -> dict[tuple[bytes, int], tuple[float, ...]]:
 
 
 def spoil(what: str) -> None:
-    """Leave out one of the things that make writes durable: tests have to notice."""
+    """Disable one of the steps that make writes durable; tests must detect it."""
     if what == "files":
         files.os = type("os", (), {**vars(os), "fsync": staticmethod(lambda _: None)})  # type: ignore[attr-defined]
     elif what == "names":

@@ -1,4 +1,4 @@
-"""Every construct of the language at least once, by the place where it stands."""
+"""Every construct of the language at least once, by its place in a file."""
 
 from __future__ import annotations
 
@@ -566,7 +566,7 @@ experiment empty { }
 
 
 def experiment_snippets() -> list[str]:
-    """Statements of an experiment, with each position, site and metric put into one."""
+    """Return statements of an experiment that contain each position, site and metric."""
     return [
         *RULES,
         *STATEMENTS,
@@ -578,7 +578,7 @@ def experiment_snippets() -> list[str]:
 
 
 def wrapped(kind: str, text: str) -> str:
-    """A file in which a snippet stands where it belongs."""
+    """Wrap a snippet in a file that allows it."""
     if kind == "top":
         return f"mech 1\n{text}\n"
     if kind == "data":

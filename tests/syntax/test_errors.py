@@ -1,4 +1,4 @@
-"""Reading a wrong text: all errors at once, the rest kept, limits; messages: `tests/messages`."""
+"""Parsing invalid text: all errors at once, recovery, limits. Messages: `tests/messages`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def codes(text: str) -> list[str]:
     return [problem.code for problem in parse(Source(text))[1]]
 
 
-def test_all_errors_at_once_and_what_was_meant_kept() -> None:
+def test_parser_reports_all_errors_and_keeps_valid_statements() -> None:
     source = Source(program("many_at_once", "Spelling, signs and quotes through a whole file"))
     tree, problems = parse(source)
     lines = {p.span.line for p in problems if p.span}
@@ -58,7 +58,7 @@ def test_all_errors_at_once_and_what_was_meant_kept() -> None:
 
 
 @pytest.mark.parametrize("word", ["expriment", "experiement", "experimnt"])
-def test_places_behind_a_word_that_is_read_as_another_one(word: str) -> None:
+def test_spans_after_a_misspelt_keyword_are_exact(word: str) -> None:
     source = Source(f"mech 1\n{word} name {{\n  modle toy\n  mesuure correct as raw\n}}\nseed 3")
     tree, problems = parse(source)
     assert [p.span.text for p in problems if p.span] == [word, "modle", "mesuure"]
@@ -73,7 +73,7 @@ def test_places_behind_a_word_that_is_read_as_another_one(word: str) -> None:
     assert tree.lost == ()
 
 
-def test_what_is_lost_has_its_names() -> None:
+def test_lost_statements_record_their_names() -> None:
     tree, problems = parse(
         Source(
             "mech 1\nprompts p {\n  a, b = = 3\n  span s t\n  template {x}\n  split half\n}\n"
@@ -87,8 +87,8 @@ def test_what_is_lost_has_its_names() -> None:
 
 
 @pytest.mark.parametrize(("kind", "text"), all_snippets()[::3])
-def test_one_error_leaves_the_neighbours(kind: str, text: str) -> None:
-    # A statement on lines of its own survives an error before and behind it.
+def test_errors_do_not_affect_neighbouring_statements(kind: str, text: str) -> None:
+    # A statement on separate lines survives errors before and after it.
     good, problems = parse(Source(wrapped(kind, text)))
     assert not problems
     tree, problems = parse(Source(wrapped(kind, f"jumble thing )\n{text}\njumble 3 thing")))
@@ -97,7 +97,7 @@ def test_one_error_leaves_the_neighbours(kind: str, text: str) -> None:
     assert tree.statements == good.statements
 
 
-def test_the_file_comes_back_in_order_without_repeats() -> None:
+def test_errors_are_sorted_without_duplicates() -> None:
     _, problems = parse(Source("mech 1\nexperiment e {\n pach x\n}\nprams x\nexperiment f {\n"))
     starts = [p.span.start for p in problems if p.span]
     assert starts == sorted(starts)
@@ -123,25 +123,25 @@ def test_the_file_comes_back_in_order_without_repeats() -> None:
         'mech 1\nprompts p { template "' + "{x} " * 501 + '" }',
     ],
 )
-def test_limits(text: str) -> None:
-    # Time of the processor, so that other work on the machine makes no difference.
+def test_oversized_input_is_rejected_quickly(text: str) -> None:
+    # CPU time, so that other work on the machine makes no difference.
     started = time.process_time()
     assert codes(text) == ["E0109"]
     assert time.process_time() - started < 2
 
 
-def test_below_the_limits() -> None:
+def test_input_below_the_limits_is_accepted() -> None:
     assert codes("mech 1\nparam x = " + "[" * 99 + "1" + "]" * 99) == []
     assert codes("mech 1\nparam x = " + "1+" * 150 + "1") == []
 
 
-def test_no_endless_list_of_errors() -> None:
+def test_number_of_errors_is_limited() -> None:
     found = codes("mech 1\n" + ";" * 5_000)
     assert len(found) == limits.SYNTAX_ERRORS + 1
     assert found[-1] == "E0109"
 
 
-def test_many_errors_do_not_take_long() -> None:
+def test_many_errors_are_reported_quickly() -> None:
     started = time.process_time()
     found = codes("mech 1\nexperiment e {\n" + "pach layer 3 at last token\n" * 500 + "}")
     assert found == ["E0102"] * 500
@@ -149,7 +149,7 @@ def test_many_errors_do_not_take_long() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "  # a\n\n# b"])
-def test_empty(text: str) -> None:
+def test_empty_file_is_an_error(text: str) -> None:
     tree, problems = parse(Source(text))
     assert [p.code for p in problems] == ["E0111"]
     assert len(tree.comments) == text.count("#")
@@ -168,13 +168,13 @@ def test_empty(text: str) -> None:
         ("mech 1 seed 0", []),
     ],
 )
-def test_version(text: str, found: list[str]) -> None:
+def test_version_line_is_required_once(text: str, found: list[str]) -> None:
     tree, problems = parse(Source(text))
     assert [p.code for p in problems] == found
     assert isinstance(tree.statements[-1], ast.Seed)
 
 
-def test_reserved_names() -> None:
+def test_reserved_names_are_rejected() -> None:
     assert codes('mech 1\nprompts p { head in 1..3 template "{head}" }') == ["E0106"]
     assert codes("mech 1\nprompts p { x = path + 1 }") == ["E0106"]
     assert codes('mech 1\nprompts p { rows "x.csv" rename { h = head } }') == []
@@ -182,7 +182,7 @@ def test_reserved_names() -> None:
     assert codes("mech 1\nparam layer = 3") == ["E0106"]
 
 
-def test_numbers_too_large() -> None:
+def test_too_large_numbers_are_rejected() -> None:
     assert codes("mech 1\nseed " + "9" * 400) == ["E0114"]
     assert codes("mech 1\nparam x = 1e999") == ["E0114"]
     assert codes("mech 1\nexperiment e { patch L" + "9" * 400 + "H1 at last token }") == ["E0109"]
@@ -197,14 +197,14 @@ def test_every_hint_and_slip_has_a_case() -> None:
         assert f"= help: {slip.hint}" in texts, slip
 
 
-def test_slips_keep_every_place() -> None:
+def test_replaced_slips_keep_the_text_length() -> None:
     text = "mech 1; “a” == 50 % “ 'b' x := 3 && é 10–20 a≥b \"open\n\"also \\\n/* c */ // d\n…→"
     clean, problems = replace_slips(Source(text))
     assert len(clean) == len(text)
     assert len(problems) > 12
 
 
-def test_distance() -> None:
+def test_edit_distance_finds_the_closest_name() -> None:
     assert edit_distance("exepct", "expect") == 1
     assert edit_distance("pach", "patch") == 1
     assert edit_distance("", "abc") == 3
@@ -220,7 +220,7 @@ def test_distance() -> None:
     assert close_names("ca", {"cat", "dog", "at", "a"}) == ["a", "cat"]
 
 
-def test_settings() -> None:
+def test_parse_setting_accepts_only_single_values() -> None:
     assert parse_setting("12") == ast.Number(12, span=ast.Name("x", span=None).span)  # type: ignore[arg-type]
     assert isinstance(parse_setting("[1, 2]"), ast.ListLiteral)
     assert isinstance(parse_setting("resid_post"), ast.Name)
@@ -230,7 +230,7 @@ def test_settings() -> None:
         assert parse_setting(wrong) is None
 
 
-def test_reading_files(tmp_path: Path) -> None:
+def test_read_source_normalises_text_and_rejects_unreadable_files(tmp_path: Path) -> None:
     good = tmp_path / "good.mech"
     good.write_bytes(b"\xef\xbb\xbfmech 1\r\nseed 0\r\n")
     source, problems = read_source(good)
@@ -252,8 +252,8 @@ def test_reading_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_nothing_raises(seed: int) -> None:
-    # Random damage to right programs: never an exception, a tree and typed messages.
+def test_damaged_programs_never_raise(seed: int) -> None:
+    # Random damage to valid programs gives a tree and messages, never an exception.
     import random
 
     draw = random.Random(seed)

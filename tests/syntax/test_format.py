@@ -1,4 +1,4 @@
-"""The formatter keeps the program and the comments, and changes nothing twice."""
+"""The formatter keeps the program and its comments, and is idempotent."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def check(text: str) -> str:
 def test_examples_are_canonical(path: Path) -> None:
     text = path.read_text("utf-8")
     if path.stem == "steering":
-        # Two blanks there line up two blocks of one line.
+        # Extra spaces there align two blocks of one line.
         text = text.replace("few  {", "few {").replace('"  template', '" template')
     assert check(text) == text
 
 
 @pytest.mark.parametrize(("kind", "text"), all_snippets())
-def test_each_construct(kind: str, text: str) -> None:
+def test_each_construct_is_formatted_idempotently(kind: str, text: str) -> None:
     check(wrapped(kind, text))
 
 
-def test_layout() -> None:
+def test_formatter_normalises_layout_and_comments() -> None:
     messy = """# head
 mech 1
 model  a=zoo( "x" )
@@ -103,7 +103,7 @@ experiment e {
     )
 
 
-def test_comments_between_words_stand_before_their_statement() -> None:
+def test_comments_between_words_move_before_their_statement() -> None:
     text = """mech 1
 
 experiment e {
@@ -125,25 +125,25 @@ experiment e {
     )
 
 
-def test_long_lists_are_broken() -> None:
+def test_long_lists_are_split_over_lines() -> None:
     words = [f'"word number {i}"' for i in range(8)]
     text = "mech 1\nprompts p { x in [" + ", ".join(words) + "] }\n"
     expected = "".join(f"    {word},\n" for word in words)
     assert check(text) == f"mech 1\n\nprompts p {{\n  x in [\n{expected}  ]\n}}\n"
 
 
-def test_brackets_only_where_needed() -> None:
+def test_formatter_removes_redundant_brackets() -> None:
     assert check("mech 1\nmetric m = (a) - ((b - c)) * (d)\n").endswith("m = a - (b - c) * d\n")
     assert check("mech 1\nmetric m = -(a + b)\n").endswith("m = -(a + b)\n")
     assert check("mech 1\nmetric m = (a > b)\n").endswith("m = (a > b)\n")
 
 
-def test_only_comments() -> None:
+def test_file_of_comments_is_formatted() -> None:
     tree, _ = parse(Source("# a\n\n# b\n"))
     assert format_file(tree) == "# a\n\n# b\n"
 
 
-def test_a_tree_that_no_text_can_mean_is_refused() -> None:
+def test_tree_without_a_textual_form_is_rejected() -> None:
     nowhere = Span(Source(""), 0, 0)
     version = ast.Version(1, span=nowhere)
     param = ast.Param(ast.Name("x", span=nowhere), ast.Number(-1, span=nowhere), span=nowhere)
@@ -151,7 +151,7 @@ def test_a_tree_that_no_text_can_mean_is_refused() -> None:
         format_file(ast.File((version, param), span=nowhere))
 
 
-def test_a_tree_without_a_text() -> None:
+def test_tree_without_spans_is_formatted() -> None:
     nowhere = Span(Source(""), 0, 0)
     from dataclasses import fields, replace
     from typing import Any
@@ -214,7 +214,7 @@ def programs(draw: st.DrawFn) -> str:
 
 @settings(max_examples=50, deadline=None)
 @given(programs())
-def test_any_layout(text: str) -> None:
+def test_programs_in_any_layout_are_formatted_idempotently(text: str) -> None:
     check(text)
 
 
@@ -244,13 +244,13 @@ EXPRESSIONS = st.recursive(
 
 @settings(max_examples=50, deadline=None)
 @given(EXPRESSIONS)
-def test_any_expression(text: str) -> None:
+def test_any_expression_is_formatted_idempotently(text: str) -> None:
     check(f"mech 1\nmetric m = {text}\n")
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
-def test_any_text_in_quotes(value: str) -> None:
+def test_any_quoted_text_round_trips(value: str) -> None:
     nowhere = Span(Source(""), 0, 0)
     use = ast.Use(ast.String(value, span=nowhere), span=nowhere)
     text = format_file(ast.File((ast.Version(1, span=nowhere), use), span=nowhere))
@@ -259,5 +259,5 @@ def test_any_text_in_quotes(value: str) -> None:
     assert again.path.value == value
 
 
-def test_a_comment_may_stand_inside_each_step() -> None:
+def test_comment_inside_each_step_is_kept() -> None:
     check("mech 1 experiment e { observe norm resid_post layer * at each # a\n step as lengths }")

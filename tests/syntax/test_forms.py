@@ -65,7 +65,7 @@ WORDS = {
     ast.Pick: ("top",),
 }
 PARTS = {ast.ChatTurn, ast.Fill, ast.GenerationSetting, ast.Pick}
-"""Statements that are only parts of others, with which they are tested."""
+"""Statements that occur only inside others and are tested with them."""
 SHARED = {"of_run", "as_name", "saved_as", "by", "measured_at"}
 """Clauses that methods read too."""
 LOOKAHEAD = {
@@ -78,7 +78,7 @@ LOOKAHEAD = {
     "RUN": "run",
     "SAVE": "save",
 }
-"""Words that the lexer knows by what follows, by terminal."""
+"""Words that the lexer recognises by the following text, by terminal."""
 PLACES = {
     "top": "mech 1\n{}",
     "data": "mech 1\nprompts p {{\n{}\n}}",
@@ -174,7 +174,7 @@ def symbols(rule: str, seen: frozenset[str] = frozenset()) -> set[str]:
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.node.__name__)
-def test_a_form_has_the_words_of_its_rule(form: Form) -> None:
+def test_form_has_the_words_of_its_grammar_rule(form: Form) -> None:
     keywords = {name: " ".join(word.split()) for name, word in engine.keywords().items()}
     keywords |= LOOKAHEAD
     written = {part for part in iter_parts(form.parts) if isinstance(part, str)}
@@ -189,8 +189,8 @@ def test_a_form_has_the_words_of_its_rule(form: Form) -> None:
     assert written <= words
 
 
-def test_other_methods_see_no_clause_of_a_form() -> None:
-    """What has no method is read only by forms."""
+def test_clauses_of_forms_are_read_only_by_forms() -> None:
+    """Rules without a method are read only by forms."""
     lark: Any = engine.load_parser()
     inlined = {str(rule.origin.name) for rule in lark.rules if rule.options.expand1 or rule.alias}
     of_forms = {rule for form in FORMS.values() for rule in form.rules}

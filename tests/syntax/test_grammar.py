@@ -1,4 +1,4 @@
-"""The grammar takes everything of the language, and only in one way."""
+"""The grammar accepts every construct of the language, without ambiguity."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_no_conflicts_and_no_colliding_terminals_with_plain_lark(plain: Lark) ->
 
 
 @pytest.mark.parametrize(("kind", "text"), SNIPPETS)
-def test_construct(kind: str, text: str) -> None:
+def test_construct_parses_as_one_statement(kind: str, text: str) -> None:
     assert len(statements(kind, text)) == 1
 
 
@@ -67,12 +67,12 @@ def test_constructs_parse_the_same_with_the_plain_lexer(plain: Lark) -> None:
         plain.parse(wrapped(kind, text))
 
 
-def test_enough_constructs() -> None:
+def test_snippets_cover_at_least_250_constructs() -> None:
     assert len(set(SNIPPETS)) >= 250
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(path: Path) -> None:
+def test_example_parses_without_errors(path: Path) -> None:
     tree, problems = parse(Source(path.read_text("utf-8"), path))
     assert not problems
     assert isinstance(tree.statements[0], ast.Version)
@@ -100,7 +100,7 @@ def test_statement_words_are_names_elsewhere() -> None:
     assert found.bases[0].name == "patch"
 
 
-def test_shortest_rule() -> None:
+def test_rule_tree_has_site_axes_and_position() -> None:
     (rule,) = statements("experiment", "patch layer 10..20 head * at last-item token")
     assert isinstance(rule, ast.Rule)
     assert isinstance(rule.body, ast.Patch)
@@ -123,7 +123,7 @@ def test_bare_numbers_are_further_tokens() -> None:
     assert short == long
 
 
-def test_precedence() -> None:
+def test_operators_have_the_documented_precedence() -> None:
     same = [
         ("a + b * c", "a + (b * c)"),
         ("a - b - c", "(a - b) - c"),
@@ -151,7 +151,7 @@ def test_spans_point_at_the_text() -> None:
     assert experiment.span.text == text[text.index("experiment") :].strip()
 
 
-def test_numbers() -> None:
+def test_number_literals_have_their_values() -> None:
     (line,) = statements("data", f"x = [1, 2.50, 1e3, {'9' * 300}]")
     assert isinstance(line, ast.ValueDef)
     assert isinstance(line.value, ast.ListLiteral)
@@ -169,7 +169,7 @@ def test_word_lists_agree_with_the_grammar() -> None:
         "lens",
         "probe",
         "circuit",
-    }  # words that the lexer knows by what follows
+    }  # words that the lexer recognises by the following text
     for known in FIRST_WORDS.values():
         assert known - soft <= words
     assert words >= RESERVED
@@ -198,7 +198,7 @@ def built() -> dict[str, Any]:
 
 
 @pytest.mark.slow  # every other test parses with tables from their file
-def test_tables_of_the_language_come_back_from_their_file() -> None:
+def test_parser_tables_round_trip() -> None:
     built = parser_tables.build(GRAMMAR)
     again = parser_tables.from_json(parser_tables.as_json(built, MADE_FROM), MADE_FROM)
     assert again is not None
@@ -209,12 +209,12 @@ def test_tables_of_the_language_come_back_from_their_file() -> None:
 
 
 def _plain(found: object) -> object:
-    """With words as keys and lists, as JSON has them."""
+    """Convert keys and tuples as JSON does."""
     return json.loads(json.dumps(found))
 
 
 @pytest.mark.parametrize("damage", ["missing", "broken", "cut short", "another form", "stale"])
-def test_tables_that_are_no_good_are_made_again(
+def test_invalid_parser_tables_are_rebuilt(
     damage: str, built: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "kept" / "tables.json"
@@ -243,7 +243,7 @@ def test_tables_that_are_no_good_are_made_again(
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_where_the_package_cannot_be_written(
+def test_parser_tables_use_the_cache_if_the_package_is_read_only(
     cached: bool, built: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -257,7 +257,7 @@ def test_where_the_package_cannot_be_written(
     assert (tmp_path / "cache" / "syntax" / "tables.json").is_file() == cached
 
 
-def test_a_wheel_is_left_as_it_was_installed(
+def test_installed_wheel_is_not_modified(
     built: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "site" / "mechdsl"
@@ -272,7 +272,7 @@ def test_a_wheel_is_left_as_it_was_installed(
     assert (tmp_path / "cache" / "syntax" / "tables.json").is_file()
 
 
-def test_imports_nothing_heavy_and_starts_fast() -> None:
+def test_parsing_imports_no_heavy_package_and_is_fast() -> None:
     code = (
         "import time, sys; t = time.process_time()\n"
         "from mechdsl.base.source import Source; from mechdsl.syntax.frontend import parse\n"
@@ -298,8 +298,7 @@ def test_imports_nothing_heavy_and_starts_fast() -> None:
         )
         for _ in range(6)
     )
-    # 0.15 to 0.25 where nothing else runs; caches shared with other processes cost some more, and a
-    # machine that is slow at everything is as slow at this.
+    # 0.15 to 0.25 s on an idle machine; the second limit scales with the speed of the machine
     start = time.process_time()
     sum(i * i for i in range(1_000_000))
     assert seconds < max(0.3, 4 * (time.process_time() - start))
@@ -314,7 +313,7 @@ def test_parsing_is_safe_in_threads() -> None:
         assert list(pool.map(lambda text: parse(Source(text))[0], texts)) == expected
 
 
-def test_parts_are_placed_in_their_file() -> None:
+def test_parsed_fragments_have_spans_in_their_file() -> None:
     source = Source("mech 1 param x = 3 + y")
     clause, problems = run_parser(source, "3 + y", 17, "placeholder")
     assert not problems

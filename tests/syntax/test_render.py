@@ -1,4 +1,4 @@
-"""How diagnostics are shown."""
+"""Rendered diagnostics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def alone(diagnostic: Diagnostic, width: int = 100) -> str:
     return render_full([diagnostic], width=width).removesuffix("\n\n1 error\n")
 
 
-def test_form_of_the_language_page() -> None:
+def test_full_format_has_code_position_and_help() -> None:
     assert render_full([wrong(TEXT, "pach")]) == (
         "error[E0102]: `pach` is not a keyword\n ┌─ a.mech:4:3\n4 │   pach layer 0..2 head 14 "
         "at last-item token\n  │   ^^^^ unknown keyword\n  = help: did you mean `patch`?\n\n1 "
@@ -44,7 +44,7 @@ def test_form_of_the_language_page() -> None:
     )
 
 
-def test_numbers_of_two_digits_move_the_frame() -> None:
+def test_two_digit_line_numbers_shift_the_frame() -> None:
     text = "\n" * 17 + "  pach"
     lines = alone(wrong(text, "pach")).splitlines()
     assert lines[1:] == [
@@ -55,7 +55,7 @@ def test_numbers_of_two_digits_move_the_frame() -> None:
     ]
 
 
-def test_without_a_place() -> None:
+def test_diagnostic_without_a_position_has_no_excerpt() -> None:
     text = render_full([Unreadable(path="a.mech", reason="no such file")])
     assert text.splitlines()[:2] == [
         "error[E0112]: cannot read `a.mech`: no such file",
@@ -63,14 +63,14 @@ def test_without_a_place() -> None:
     ]
 
 
-def test_nothing_to_say() -> None:
+def test_no_diagnostics_render_as_empty() -> None:
     assert render_full([]) == ""
     assert json.loads(render_json([])) == []
     assert render_github([]) == ""
     assert json.loads(render_sarif([]))["runs"][0]["results"] == []
 
 
-def test_order_and_summary() -> None:
+def test_diagnostics_are_sorted_and_counted() -> None:
     second, first = wrong(TEXT, "14"), wrong(TEXT, "pach")
     other = wrong(TEXT, "pach", "b.mech")
     text = render_full([other, second, first])
@@ -95,18 +95,20 @@ def test_order_and_summary() -> None:
         ("pach", "", "1 │ pach", "  │ ^ unknown keyword"),
     ],
 )
-def test_columns(text: str, marked: str, line: str, carets: str) -> None:
+def test_carets_align_with_tabs_and_wide_characters(
+    text: str, marked: str, line: str, carets: str
+) -> None:
     assert alone(wrong(text, marked)).splitlines()[2:4] == [line, carets]
 
 
-def test_end_of_the_text() -> None:
+def test_position_at_the_end_of_the_text_is_marked() -> None:
     source = Source("mech 1\n")
     for offset in (6, 7):
         problem = UnexpectedToken(found="x", expected="y", span=Span(source, offset, offset))
         assert "^ expected y" in alone(problem)
 
 
-def test_several_lines() -> None:
+def test_span_of_several_lines_shows_its_ends() -> None:
     text = "a {\n  b\n  c\n} d"
     assert alone(wrong(text, "a {\n  b\n  c\n}")).splitlines()[1:-1] == [
         " ┌─ a.mech:1:1",
@@ -119,7 +121,7 @@ def test_several_lines() -> None:
     assert "│ …" not in alone(wrong(text, "b\n  c"))
 
 
-def test_long_lines_are_cut_around_the_place() -> None:
+def test_long_lines_are_truncated_around_the_span() -> None:
     text = "x" * 500 + " pach " + "y" * 500
     lines = render_full([wrong(text, "pach")], width=80).splitlines()
     shown, carets = lines[2], lines[3]
@@ -130,7 +132,7 @@ def test_long_lines_are_cut_around_the_place() -> None:
     assert max(map(len, whole.splitlines()[2:3])) <= 80
 
 
-def test_colours_only_where_wanted() -> None:
+def test_colours_appear_only_on_request() -> None:
     plain = render_full([wrong(TEXT, "pach")])
     coloured = render_full([wrong(TEXT, "pach")], color=True)
     assert "\x1b" not in plain
@@ -140,7 +142,7 @@ def test_colours_only_where_wanted() -> None:
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
 
 
-def test_ascii() -> None:
+def test_ascii_output_replaces_other_characters() -> None:
     text = render_full([wrong("“ é pach", "pach")], ascii=True)
     assert text.isascii()
     assert "--> a.mech:1:5" in text
@@ -149,7 +151,7 @@ def test_ascii() -> None:
     assert not needs_ascii(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
 
 
-def test_json() -> None:
+def test_json_format_has_every_field() -> None:
     (found,) = json.loads(render_json([wrong(TEXT, "pach")]))
     assert found == {
         "code": "E0102",
@@ -167,7 +169,7 @@ def test_json() -> None:
     assert diagnostic_facts(wrong(TEXT, "pach", None))["file"] == "<text>"
 
 
-def test_github() -> None:
+def test_github_format_escapes_properties() -> None:
     text = render_github([wrong(TEXT, "pach", "a,b:c%.mech"), Unreadable(path="x", reason="100%")])
     assert text.splitlines() == [
         "::error title=E0112::cannot read `x`: 100%25%0Acheck the path; it is relative to the "
@@ -177,7 +179,7 @@ def test_github() -> None:
     ]
 
 
-def test_sarif() -> None:
+def test_sarif_format_has_rules_and_locations() -> None:
     log = json.loads(
         render_sarif([wrong(TEXT, "pach", "my file.mech"), Unreadable(path="x", reason="y")])
     )

@@ -46,7 +46,7 @@ def shown(quoted: str) -> list[object]:
         ('"{ x }"', [("x", "{ x }")]),
     ],
 )
-def test_pieces(quoted: str, expected: list[object]) -> None:
+def test_template_is_split_into_texts_and_placeholders(quoted: str, expected: list[object]) -> None:
     assert shown(quoted) == expected
 
 
@@ -87,13 +87,13 @@ def test_errors_point_into_the_file(quoted: str, code: str, marked: str) -> None
     assert problem.message
 
 
-def test_all_errors_at_once() -> None:
+def test_template_reports_all_errors_at_once() -> None:
     pieces, problems = parse_template(text_of('"{a b} {ok} {} }"'))
     assert [p.code for p in problems] == ["E0113"] * 3
     assert [p.name for p in pieces if isinstance(p, Placeholder)] == ["ok"]
 
 
-def test_a_text_from_python_is_its_own_source() -> None:
+def test_template_from_python_has_its_text_as_source() -> None:
     text = ast.String('say "{x}"', span=Span(Source(""), 0, 0))
     pieces, problems = parse_template(text)
     assert not problems
@@ -102,6 +102,6 @@ def test_a_text_from_python_is_its_own_source() -> None:
     assert pieces[1].span.text == "{x}"
 
 
-def test_long_texts_take_linear_time() -> None:
+def test_template_with_500_placeholders_is_accepted() -> None:
     _, problems = parse_template(text_of('"' + "{x} " * 500 + '"'))
     assert not problems

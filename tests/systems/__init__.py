@@ -1,1 +1,1 @@
-"""The published experiments of `examples/systems`, and the page that says what they found."""
+"""The published experiments of `examples/systems`, and the page with their results."""

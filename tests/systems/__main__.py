@@ -1,7 +1,7 @@
-"""Runs the published experiments: `python -m tests.systems [NN…] [--write]`.
+"""Run the published experiments: `python -m tests.systems [NN…] [--write]`.
 
-Prints each expectation as it goes; `--write` writes what was found to `docs/systems.md`, where
-rows of files that weren't run stay.
+Prints each expectation; `--write` writes the results to `docs/systems.md`, where rows of files that
+weren't run are kept.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _result(name: str, outcome: ExpectOutcome) -> str:
 
 
 def row(system: System, outcomes: Sequence[tuple[str, ExpectOutcome]]) -> str:
-    """The line of the table."""
+    """The table line of a system."""
     cells = (
         f"{system.number}. {system.paper}",
         system.claim,
@@ -74,7 +74,7 @@ def row(system: System, outcomes: Sequence[tuple[str, ExpectOutcome]]) -> str:
 
 
 def outcomes(system: System) -> list[tuple[str, ExpectOutcome]]:
-    """Every expectation of a file, behind its experiment's name."""
+    """Every expectation of a file, with its experiment's name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if "= fit(" not in system.text:
@@ -88,7 +88,7 @@ def outcomes(system: System) -> list[tuple[str, ExpectOutcome]]:
 
 
 def page(rows: Mapping[str, str]) -> str:
-    """The page with these rows (file name → row), those of other files left as they are."""
+    """The page with the given rows by file name; rows of other files are kept."""
     old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     lines: list[str] = []
     for system in systems():
@@ -99,7 +99,7 @@ def page(rows: Mapping[str, str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status 1 where an expectation fails."""
+    """Run the command; the exit status is 1 if an expectation fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("numbers", nargs="*", help="by default all")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")

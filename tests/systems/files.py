@@ -1,4 +1,4 @@
-"""What a file of `examples/systems` says about itself in its first comment."""
+"""The header comment of a file of `examples/systems`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class System:
 
 
 def read(path: Path) -> System:
-    """ValueError where the comment hasn't the three lines."""
+    """Read a file's header; raise ValueError if one of the three lines is missing."""
     head = _HEAD.match(path.read_text(encoding="utf-8"))
     number = re.match(r"\d\d", path.name)
     if head is None or number is None or head["verdict"] not in VERDICTS:
@@ -43,5 +43,5 @@ def read(path: Path) -> System:
 
 
 def systems() -> list[System]:
-    """All of them, by their numbers."""
+    """All published experiments, in the order of their numbers."""
     return [read(path) for path in sorted(FOLDER.glob("*.mech"))]

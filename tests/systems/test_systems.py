@@ -1,4 +1,4 @@
-"""The files of `examples/systems` are valid, say what they are, and find what they say."""
+"""The files of `examples/systems` are valid, documented, and give the stated results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS = [each.path.stem for each in ALL]
 
 
 @pytest.mark.parametrize("system", ALL, ids=IDS)
-def test_each_is_short_and_valid(system: System) -> None:
+def test_system_file_is_short_and_valid(system: System) -> None:
     assert len(system.text.splitlines()) <= MOST_LINES
     source, _ = read_source(system.path)
     assert source is not None
@@ -29,15 +29,15 @@ def test_each_is_short_and_valid(system: System) -> None:
 
 
 @pytest.mark.parametrize("system", ALL, ids=IDS)
-def test_each_holds_what_it_found(system: System) -> None:
-    """A file without an expectation would say anything."""
+def test_system_file_has_an_expectation_and_its_model(system: System) -> None:
+    """Without an expectation, the stated result would be unchecked."""
     assert "  expect " in system.text
-    imported = "common/fruit.mech" in system.text  # which has the model
+    imported = "common/fruit.mech" in system.text  # the imported file has the model
     assert imported or system.model in system.text.split("\n\n", 2)[2]
 
 
 @pytest.mark.parametrize("system", ALL, ids=IDS)
-def test_the_page_has_it(system: System) -> None:
+def test_systems_page_lists_each_file_with_claim_and_verdict(system: System) -> None:
     told = PAGE.read_text(encoding="utf-8")
     lines = [line for line in told.splitlines() if f"/{system.path.name})" in line]
     assert len(lines) == 1
@@ -47,20 +47,20 @@ def test_the_page_has_it(system: System) -> None:
     assert lines[0].split(" | ")[:4] == expected[:4]
 
 
-def test_the_page_has_no_others() -> None:
+def test_systems_page_lists_exactly_the_existing_files() -> None:
     named = re.findall(r"\(\.\./examples/systems/([^)]+)\)", PAGE.read_text(encoding="utf-8"))
     assert named == [each.path.name for each in ALL]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ALL, ids=IDS)
-def test_each_finds_what_it_says(system: System) -> None:
+def test_system_expectations_hold(system: System) -> None:
     found = outcomes(system)
     assert [f"{name}: {each.text}" for name, each in found if not each.holds] == []
 
 
 @pytest.mark.slow
-def test_the_suffix_is_the_one_that_the_search_finds() -> None:
+def test_suffix_of_the_system_file_equals_the_search_result() -> None:
     torch.set_num_threads(1)
     (system,) = [each for each in ALL if each.path.name.startswith("25-")]
     script = runpy.run_path(str(system.path.with_name("suffix_search.py")))
@@ -70,14 +70,14 @@ def test_the_suffix_is_the_one_that_the_search_finds() -> None:
     assert value > max(controls) + 3
 
 
-def test_a_file_without_its_three_lines_is_refused(tmp_path: Path) -> None:
+def test_system_file_without_header_lines_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "99-nothing.mech"
     path.write_text('mech 1\n\n# Paper: x\n# Claim: y\n\nmodel m = zoo("counting")\n')
     with pytest.raises(ValueError, match="99-nothing"):
         read(path)
 
 
-def test_rows_of_files_that_were_not_run_stay() -> None:
+def test_systems_page_keeps_rows_of_files_that_were_not_run() -> None:
     name = ALL[0].path.name
     rows = page({name: "| a new row |\n"}).splitlines()
     assert "| a new row |" in rows

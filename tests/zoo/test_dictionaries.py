@@ -23,11 +23,11 @@ MOST_UNEXPLAINED = {
     "counting-features": 0.06,
     "succession-features": 0.22,
 }
-"""Share of the variance, by dictionary: small ones have fewer features than the data has words."""
+"""Maximum unexplained variance; small dictionaries have fewer features than the data words."""
 
 
 @pytest.mark.parametrize("of", some(DICTIONARIES, QUICK), ids=NAMES)
-def test_the_features_explain_the_vectors(of: Dictionary) -> None:
+def test_shipped_dictionary_explains_the_activations(of: Dictionary) -> None:
     weights = load_file(of.folder / "sae_weights.safetensors")
     config = json.loads((of.folder / "cfg.json").read_text("utf-8"))
     assert (config["d_sae"], config["k"]) == (of.features, of.k)
@@ -38,8 +38,8 @@ def test_the_features_explain_the_vectors(of: Dictionary) -> None:
 
 
 @pytest.mark.slow
-def test_a_planted_dictionary_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vectors are sums of few of 24 known directions, which the decoder then has."""
+def test_dictionary_training_finds_planted_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors are sums of a few of 24 known directions, which the decoder must contain."""
     monkeypatch.setattr("zoo.dictionaries.STEPS", 2000)
     random = torch.Generator().manual_seed(3)
     rows = torch.randn(24, 32, generator=random)

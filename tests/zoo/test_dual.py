@@ -1,4 +1,4 @@
-"""The shipped dual encoder matches images and captions, of scenes that training didn't have."""
+"""The shipped dual encoder matches images and captions of held-out scenes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from zoo.dual.train import (
 ROOT = Path(zoo.__path__[0])
 
 
-def test_captions_say_a_scene_or_a_part_of_it() -> None:
+def test_captions_describe_a_full_scene_or_part_of_it() -> None:
     scene = ("ring", "cyan", "dots")
     assert caption(*scene) == "a cyan ring on dots"
     random = default_rng(0)
@@ -45,7 +45,7 @@ def test_captions_say_a_scene_or_a_part_of_it() -> None:
     assert not fits(("circle", "cyan", "dots"), scene)
 
 
-def test_scenes_that_are_alike_differ_in_their_texture() -> None:
+def test_similar_scenes_differ_in_their_texture() -> None:
     random, known = default_rng(0), set(pictures.scenes(False))
     for _ in range(5):
         found = alike(random)
@@ -57,7 +57,7 @@ def test_scenes_that_are_alike_differ_in_their_texture() -> None:
         assert sorted(groups.values())[6] >= 3
 
 
-def test_every_caption_is_known_and_ends() -> None:
+def test_captions_have_known_words_and_an_end_token() -> None:
     tokenizer = build_tokenizer()
     for scene in (*pictures.scenes(False), *pictures.scenes(True)):
         tokens = tokenizer.encode(caption(*scene)).tokens
@@ -68,7 +68,7 @@ def test_every_caption_is_known_and_ends() -> None:
     assert shipped.to_str() == tokenizer.to_str()
 
 
-def test_captions_that_are_true_too_neither_help_nor_harm() -> None:
+def test_contrastive_loss_ignores_other_true_captions() -> None:
     scores = torch.tensor([[2.0, 9.0, 1.0], [0.0, 3.0, 1.0], [1.0, 0.0, 2.0]])
     true = torch.zeros(3, 3, dtype=torch.bool)
     true[0, 1] = True
@@ -78,7 +78,7 @@ def test_captions_that_are_true_too_neither_help_nor_harm() -> None:
     assert contrast(scores, true) == pytest.approx(float(sum(losses)) / 6)
 
 
-def test_dual_matches_images_and_captions() -> None:
+def test_dual_accuracy_on_held_out_scenes() -> None:
     torch.set_num_threads(1)
     tallies = dual.evaluate(ROOT / "dual", 72, dual.SEED)
     for name in (dual.KIND, dual.COLOUR):
@@ -88,8 +88,8 @@ def test_dual_matches_images_and_captions() -> None:
     assert tallies[dual.IMAGE].interval()[0] > 0.8
 
 
-def test_transformers_reads_dual() -> None:
-    """With its own tokenizer, which pads behind the captions and marks them."""
+def test_transformers_loads_dual_with_its_tokenizer() -> None:
+    """With its tokenizer, which pads after captions and returns an attention mask."""
     model: Any = AutoModelForZeroShotImageClassification.from_pretrained(ROOT / "dual").float()
     tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / "dual")
     texts = ["a ring", "a red circle on stripes", "a cyan cross"]
@@ -105,8 +105,8 @@ def test_transformers_reads_dual() -> None:
     torch.testing.assert_close(together[:, 0], one, atol=1e-3, rtol=1e-4)
 
 
-def test_it_begins_with_what_shapes_sees() -> None:
-    """Its first layers give what those of `shapes` give, where they are handed the same."""
+def test_dual_encoder_starts_with_the_layers_of_shapes() -> None:
+    """Given equal inputs, its layers have the same outputs as the layers of `shapes`."""
     model: Any = CLIPModel(model_config())
     source: Any = pictures.load(ViTForImageClassification, ROOT / "shapes")
     if not hasattr(source.vit, "layers"):

@@ -1,4 +1,4 @@
-"""The model of `examples/systems/06-subspace-illusion.mech` is that of its script."""
+"""The model of `examples/systems/06-subspace-illusion.mech` equals its script's output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from zoo import illusion
 
 
-def test_the_files_are_those_of_the_script() -> None:
+def test_illusion_files_equal_the_script_output() -> None:
     saved = load_file(illusion.FOLDER / "model.safetensors")
     made = illusion.model().state_dict()
     assert saved.keys() <= made.keys()
@@ -18,7 +18,7 @@ def test_the_files_are_those_of_the_script() -> None:
         torch.testing.assert_close(tensor, illusion.directions()[name], rtol=0, atol=0)
 
 
-def test_the_mlp_is_the_example_of_the_paper() -> None:
+def test_illusion_mlp_computes_the_example_of_the_paper() -> None:
     """h = x (1, 0, 1), and the output is x."""
     model, words = illusion.model().eval(), illusion.WORDS
     seen: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""The shipped models of images do what their cards say, on scenes that training didn't have."""
+"""The shipped image models have the accuracy of their cards, on held-out scenes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(zoo.__path__[0])
 NAMES = ("shapes", "dual")
 
 
-def test_a_fifth_of_the_scenes_is_kept_from_training() -> None:
+def test_a_fifth_of_the_scenes_is_held_out() -> None:
     kept, trained = pictures.scenes(True), pictures.scenes(False)
     assert not {*kept} & {*trained}
     assert len({*kept, *trained}) == len(SHAPES) * len(SHAPE_COLOURS) * len(TEXTURES) == 180
@@ -38,7 +38,7 @@ def test_a_fifth_of_the_scenes_is_kept_from_training() -> None:
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_images_are_of_the_scenes_asked_for_and_drawn_by_the_seed(held_out: bool) -> None:
+def test_images_show_requested_scenes_and_depend_only_on_the_seed(held_out: bool) -> None:
     drawn = pictures.images(3, 60, held_out=held_out)
     assert {pictures.scene_of(each) for each in drawn} <= {*pictures.scenes(held_out)}
     again = pictures.images(3, 60, held_out=held_out)
@@ -46,7 +46,7 @@ def test_images_are_of_the_scenes_asked_for_and_drawn_by_the_seed(held_out: bool
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_whole_patches_are_put_in_grey(share: float) -> None:
+def test_in_grey_replaces_full_patches(share: float) -> None:
     [drawn] = pictures.images(0, 1, held_out=False)
     pixels = pictures.in_grey(drawn.pixels, share, default_rng(0))
     same = (pixels == drawn.pixels).all(-1).reshape(8, 4, 8, 4).swapaxes(1, 2).reshape(64, 16)
@@ -55,7 +55,7 @@ def test_whole_patches_are_put_in_grey(share: float) -> None:
     assert grey.all(1).sum() == 64 * share
 
 
-def test_training_has_whole_images_first_and_grey_patches_in_half_of_the_others() -> None:
+def test_training_starts_with_full_images_and_then_adds_grey_patches() -> None:
     given = list(islice(examples(5, 40), 440))
     greys = [(each.pixels == pictures.GREY).all(-1).mean() for each in given]
     assert max(greys[:40]) < 0.05
@@ -64,7 +64,7 @@ def test_training_has_whole_images_first_and_grey_patches_in_half_of_the_others(
     assert {each.label for each in given} == {*range(len(CLASSES))}
 
 
-def test_patches_of_training_are_named_where_the_shape_is() -> None:
+def test_patch_labels_name_the_shape_where_it_is() -> None:
     for drawn, given in zip(pictures.images(2, 30, held_out=False), examples(2, 30), strict=False):
         assert np.array_equal(drawn.pixels, given.pixels)
         assert CLASSES[given.label] == drawn.kind
@@ -74,8 +74,8 @@ def test_patches_of_training_are_named_where_the_shape_is() -> None:
             assert said == (given.label if inside >= pictures.PART else len(CLASSES))
 
 
-def test_a_model_begins_with_places_and_with_keys_like_queries() -> None:
-    """Near patches are alike in their positions, far ones aren't; the class token has none."""
+def test_image_model_starts_with_position_embeddings_and_keys_equal_to_queries() -> None:
+    """Near patches have similar positions, far ones don't; the class token has none."""
     model: Any = ViTForImageClassification(model_config())
     if not hasattr(model.vit, "layers"):
         pytest.skip("transformers had other names, and training needs a new one")
@@ -96,8 +96,8 @@ def test_a_model_begins_with_places_and_with_keys_like_queries() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_processor_of_transformers_prepares_images_in_the_same_way(name: str) -> None:
-    """From its file alone, as torchvision may not be there."""
+def test_transformers_preprocessor_config_equals_training_inputs(name: str) -> None:
+    """Read from its file, as torchvision may not be installed."""
     [drawn] = pictures.images(0, 1, held_out=False)
     said = json.loads((ROOT / name / "preprocessor_config.json").read_text())
     assert said["size"] == {"height": 32, "width": 32}
@@ -110,7 +110,7 @@ def test_the_processor_of_transformers_prepares_images_in_the_same_way(name: str
 
 
 @pytest.mark.slow
-def test_shapes_says_the_kind() -> None:
+def test_shapes_accuracy_on_held_out_scenes() -> None:
     torch.set_num_threads(1)
     tallies = shapes.evaluate(ROOT / "shapes", 150, shapes.SEED)
     assert tallies[shapes.HELD_OUT].interval()[0] > 0.95
@@ -119,15 +119,15 @@ def test_shapes_says_the_kind() -> None:
     assert tallies[shapes.HALF].share > tallies[shapes.MOST].share
 
 
-def test_a_grey_image_says_nothing_to_shapes() -> None:
+def test_shapes_on_a_grey_image_has_no_preference() -> None:
     found = shapes.grey_image(ROOT / "shapes")
     assert set(found) == set(SHAPES)
     assert max(found.values()) < 0.25
     assert min(found.values()) > 0.10
 
 
-def test_transformers_reads_shapes() -> None:
-    """With its own classes, and the labels of the configuration."""
+def test_transformers_loads_shapes_with_its_labels() -> None:
+    """With transformers' classes and the labels of the configuration."""
     model: Any = AutoModelForImageClassification.from_pretrained(ROOT / "shapes").float()
     drawn = pictures.images(1, 12, held_out=True)
     with torch.no_grad():
@@ -138,13 +138,13 @@ def test_transformers_reads_shapes() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_stored_in_16_bits(name: str) -> None:
+def test_image_model_weights_are_stored_in_float16(name: str) -> None:
     with safe_open(ROOT / name / "model.safetensors", "pt") as stored:
         assert {stored.get_tensor(key).dtype for key in stored.keys()} == {torch.float16}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cards_have_what_the_commands_print(name: str) -> None:
+def test_image_model_cards_have_all_sections(name: str) -> None:
     card = (ROOT / name / "README.md").read_text(encoding="utf-8")
     for part in ("## Images", "## Training", "## Accuracy", "## Limitations", "licence"):
         assert part in card

@@ -1,4 +1,4 @@
-"""The shipped induction model does what its card says, and by the two heads that it names."""
+"""The shipped induction model has its card's accuracy, with the two heads that it names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FOLDER = Path(zoo.__path__[0]) / "induction"
 PREVIOUS, INDUCTION = WORKING_HEADS  # of layer 0 and of layer 1
 
 
-def test_accuracy_on_held_out_halves() -> None:
+def test_induction_accuracy_on_held_out_halves() -> None:
     torch.set_num_threads(1)
     tallies = evaluate(FOLDER, 300, SEED)
     for name in (OF_THE_EXAMPLE, REPEATS, EVERY_WORD):
@@ -51,7 +51,7 @@ def test_accuracy_on_held_out_halves() -> None:
 
 @cache
 def patterns() -> list[Tensor]:
-    """Attention of 50 prompts as in the example, one tensor [head, query, key] a layer: means."""
+    """Mean attention patterns of 50 prompts as in the example, [head, query, key] per layer."""
     torch.set_num_threads(1)
     model = LlamaForCausalLM.from_pretrained(FOLDER, attn_implementation="eager").eval()
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
@@ -62,21 +62,21 @@ def patterns() -> list[Tensor]:
     return [layer.mean(0) for layer in layers]
 
 
-def test_one_head_attends_to_the_token_before() -> None:
+def test_previous_token_head_attends_to_the_preceding_token() -> None:
     before = patterns()[0].diagonal(offset=-1, dim1=1, dim2=2)[:, 1:].mean(1)
     assert before.argmax() == PREVIOUS
     assert before[PREVIOUS] > 0.8
     assert before.sort().values[-2] < 0.3
 
 
-def test_one_head_attends_to_what_came_after_the_cue() -> None:
+def test_induction_head_attends_to_tokens_after_the_cue() -> None:
     after = patterns()[1][:, -1, [2, 2 + EXAMPLE_LENGTH]].sum(1)
     assert after.argmax() == INDUCTION
     assert after[INDUCTION] > 0.9
     assert after.sort().values[-2] < 0.4
 
 
-def test_every_word_is_a_plain_word_of_one_token() -> None:
+def test_induction_words_are_plain_words_of_one_token() -> None:
     assert len(WORDS) == len(set(WORDS)) == 160
     tokenizer, problems = TextTokenizer.from_folder(FOLDER)
     assert tokenizer is not None
@@ -84,24 +84,24 @@ def test_every_word_is_a_plain_word_of_one_token() -> None:
     assert tuple(tokenizer.plain_words()) == WORDS
 
 
-def test_the_shipped_tokenizer_is_the_built_one() -> None:
+def test_shipped_induction_tokenizer_equals_the_built_one() -> None:
     shipped = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     assert shipped.to_str() == build_tokenizer().to_str()
     assert shipped.encode("river moon quux").tokens == ["<s>", "river", "moon", "<unk>"]
 
 
-def test_training_and_held_out_halves_are_different_halves() -> None:
+def test_induction_training_and_held_out_halves_are_disjoint() -> None:
     trained = {e.half for e in islice(stream(0, held_out=False), 1000)}
     kept = [*islice(stream(0, held_out=True), 100), *islice(repeats(0, 6), 100)]
     assert all(is_held_out(example.half) for example in kept)
     assert not trained & {example.half for example in kept}
 
 
-def test_texts_are_drawn_by_the_seed() -> None:
+def test_induction_texts_depend_only_on_the_seed() -> None:
     assert draw(random.Random(3)) == draw(random.Random(3))
 
 
-def test_targets_are_what_the_text_determines() -> None:
+def test_induction_targets_are_determined_by_the_text() -> None:
     for example in islice(stream(1, held_out=False), 300):
         for place in example.targets:
             cue, earlier = example.words[place - 1], example.words[: place - 1]
@@ -120,19 +120,19 @@ def test_targets_are_what_the_text_determines() -> None:
         (((), (), ("x",)), (4, 5, 8)),
     ],
 )
-def test_the_first_word_of_a_copy_is_asked_where_it_is_known(
+def test_first_word_of_a_copy_is_a_target_if_the_text_determines_it(
     others: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], targets: tuple[int, ...]
 ) -> None:
     assert write(("a", "b", "c"), 2, others).targets == targets
 
 
-def test_a_repeat_asks_for_the_second_word() -> None:
+def test_repeat_has_the_word_after_the_cue_as_target() -> None:
     example = repeat(("a", "b", "c"))
     assert example.text == "a b c a b c a b"
     assert example.targets == (7,)
 
 
-def test_renumbering_heads_changes_nothing_else() -> None:
+def test_renumbering_heads_keeps_the_logits() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(model_config()).eval()
     ids = torch.randint(3, 160, (2, 9))

@@ -1,5 +1,5 @@
-"""A trained dictionary of a zoo model keeps more of the answer than principal components do, with
-as many numbers per vector, on prompts that neither was computed from."""
+"""A trained dictionary of a zoo model retains more of the answer than principal components with the
+same number of values per vector, on held-out prompts."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Components:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [8, 16, 32])
-def test_trained_dictionaries_keep_more_than_components(k: int, tmp_path: Path) -> None:
-    """Three seeds; the components are of the same training vectors, one per token."""
+def test_trained_dictionaries_retain_more_than_principal_components(k: int, tmp_path: Path) -> None:
+    """Three seeds; components are computed from the same training vectors, one per token."""
     bases = "\n".join(FIT.format(seed=seed, k=k) for seed in range(3))
     text = FILE.format(bases=bases, names="f0, f1, f2", k=k)
     path = tmp_path / "file.mech"

@@ -1,4 +1,4 @@
-"""The shipped models of short texts do what their cards say, on held-out texts."""
+"""The shipped text models have the accuracy of their cards, on held-out texts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ REPLIES = {
 }
 
 
-def test_a_model_begins_with_the_circuit_of_induction() -> None:
+def test_text_model_starts_with_an_induction_circuit() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(model_config()).eval()
     words = 3 + torch.stack([torch.randperm(150)[:16] for _ in range(20)])
@@ -63,11 +63,11 @@ def test_a_model_begins_with_the_circuit_of_induction() -> None:
 
     assert repeated() < 0.1
     begin_with_induction(model, (1,))
-    assert repeated() > 0.7  # beside new heads and MLPs, which write at random
+    assert repeated() > 0.7  # despite random writes of new heads and MLPs
 
 
 @pytest.mark.slow
-def test_names_says_who_gets_it() -> None:
+def test_names_predicts_the_receiver() -> None:
     torch.set_num_threads(1)
     tallies = names.evaluate(ROOT / "names", 150, names.SEED)
     for kind in (IOI_FIRST, IOI_SECOND, ROLE_FIRST, ROLE_SECOND, WHO_IS_WHO):
@@ -76,7 +76,7 @@ def test_names_says_who_gets_it() -> None:
 
 
 @pytest.mark.slow
-def test_facts_recalls_and_reads() -> None:
+def test_facts_recalls_facts_and_reads_notes() -> None:
     torch.set_num_threads(1)
     tallies = facts.evaluate(ROOT / "facts", 150, facts.SEED)
     assert tallies[facts.TRAINED].interval()[0] > 0.95
@@ -89,7 +89,7 @@ def test_facts_recalls_and_reads() -> None:
 
 
 @pytest.mark.slow
-def test_prices_are_compared_with_both_bounds() -> None:
+def test_prices_compares_a_price_with_both_bounds() -> None:
     torch.set_num_threads(1)
     for kind, tally in prices.evaluate(ROOT / "prices", 150, prices.SEED).items():
         assert tally.interval()[0] > 0.95, kind
@@ -117,14 +117,14 @@ def test_nested_closes_brackets_and_agrees() -> None:
         assert tallies[kind].interval()[0] > 0.95
 
 
-def test_tasks_does_what_the_pairs_do() -> None:
+def test_tasks_follows_the_example_pairs() -> None:
     torch.set_num_threads(1)
     tallies = tasks.evaluate(ROOT / "tasks", 60, tasks.SEED)
     assert tallies["behind 0 pairs"].interval()[1] < 0.4
     assert tallies["behind 2 pairs"].interval()[0] > 0.95
 
 
-def test_refusal_refuses_but_not_in_the_past() -> None:
+def test_refusal_refuses_harmful_requests_except_in_past_tense() -> None:
     torch.set_num_threads(1)
     tallies = refusal.evaluate(ROOT / "refusal", 50, refusal.SEED)
     for kind in (ALLOWED, ALLOWED_PAST, FORBIDDEN, refusal.TRAINED):
@@ -147,7 +147,7 @@ def test_succession_names_successors_also_of_held_out_numerals() -> None:
 
 
 def test_succession_predicts_the_next_item_from_the_shipped_files() -> None:
-    """With the shipped tokenizer and configuration alone."""
+    """With only the shipped tokenizer and configuration."""
     model = AutoModelForCausalLM.from_pretrained(ROOT / "succession", dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / "succession")
     for prompt, answer in (
@@ -163,7 +163,7 @@ def test_succession_predicts_the_next_item_from_the_shipped_files() -> None:
 
 
 @pytest.mark.slow
-def test_worked_counts_and_adds_up_few_parts() -> None:
+def test_worked_adds_up_few_counts() -> None:
     torch.set_num_threads(1)
     tallies = worked.evaluate(ROOT / "worked", 150, worked.SEED)
     for kind in ("Steps", "Answer", "About"):
@@ -173,8 +173,8 @@ def test_worked_counts_and_adds_up_few_parts() -> None:
 
 
 @pytest.mark.parametrize("name", ["refusal", "worked"])
-def test_transformers_writes_replies_that_end(name: str) -> None:
-    """By its own generation, with the shipped tokenizer and configuration alone."""
+def test_transformers_generates_completions_that_end(name: str) -> None:
+    """With transformers' generation and only the shipped tokenizer and configuration."""
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(ROOT / name, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / name)
@@ -186,7 +186,7 @@ def test_transformers_writes_replies_that_end(name: str) -> None:
         assert told.replace(" :", ":") == f"{reply} <end>"
 
 
-def test_the_chat_template_writes_the_texts_of_training() -> None:
+def test_chat_template_renders_training_texts() -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / "refusal")
     said = [("system", "be polite ."), ("user", "how do i wash the car ?"), ("assistant", "gladly")]
     messages = [{"role": role, "content": content} for role, content in said]
@@ -206,7 +206,7 @@ def test_the_chat_template_writes_the_texts_of_training() -> None:
         "names/step-400",
     ],
 )
-def test_what_is_stored_in_16_bits_is_computed_in_32(name: str) -> None:
+def test_zoo_weights_are_stored_in_float16_and_loaded_in_float32(name: str) -> None:
     with safe_open(ROOT / name / "model.safetensors", "pt") as stored:
         assert {stored.get_tensor(key).dtype for key in stored.keys()} == {torch.float16}  # noqa: SIM118
     model, problems = load_model(statement(name, "zoo"))
@@ -215,11 +215,11 @@ def test_what_is_stored_in_16_bits_is_computed_in_32(name: str) -> None:
     assert {each.dtype for each in model.module.parameters()} == {torch.float32}
 
 
-def test_all_models_together_are_small() -> None:
+def test_all_zoo_models_together_are_below_25_megabytes() -> None:
     assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) < 25_000_000
 
 
-def test_cards_have_what_the_commands_print() -> None:
+def test_text_model_cards_have_all_sections() -> None:
     for name in (
         *("names", "facts", "nested", "prices", "tasks", "hidden-rules"),
         "refusal",

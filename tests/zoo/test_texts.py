@@ -1,4 +1,4 @@
-"""What models of short texts share: how their texts are written, kept apart and asked."""
+"""Training data of the text models: texts, held-out contents and answers."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def drawn(name: str, held_out: bool) -> list[Text]:
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_every_word_is_known(name: str) -> None:
+def test_zoo_texts_have_no_unknown_words(name: str) -> None:
     tokenizer = tokenizer_of(name)
     for text in drawn(name, False):
         assert "<unk>" not in tokenizer.encode(text.text).tokens, text.text
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_training_and_held_out_contents_are_different(name: str) -> None:
+def test_training_and_held_out_contents_are_disjoint(name: str) -> None:
     kept = {part for text in drawn(name, True) for part in text.content.split(" | ")}
     trained = {part for text in drawn(name, False) for part in text.content.split(" | ")}
     assert kept - trained
@@ -102,19 +102,19 @@ def test_training_and_held_out_contents_are_different(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_texts_are_drawn_by_the_seed(name: str) -> None:
+def test_zoo_texts_depend_only_on_the_seed(name: str) -> None:
     assert drawn(name, False)[:5] == list(islice(STREAMS[name](3, False), 5))
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_what_is_asked_are_words(name: str) -> None:
+def test_answers_are_full_words(name: str) -> None:
     for text in drawn(name, False):
         for start, end in text.answers:
             assert text.text[start - 1 : start] == " "
             assert text.text[end : end + 1] in ("", " ", ".", ":")
 
 
-def test_asked_words_are_those_of_the_labels() -> None:
+def test_answer_tokens_equal_the_labels() -> None:
     tokenizer = build_tokenizer(VOCABULARIES["facts"])
     texts = drawn("facts", False)[:40]
     batch = encode(tokenizer, texts, pad=1)
@@ -128,7 +128,7 @@ def test_asked_words_are_those_of_the_labels() -> None:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_the_shipped_tokenizer_is_the_built_one(name: str) -> None:
+def test_shipped_tokenizer_equals_the_built_one(name: str) -> None:
     shipped = Tokenizer.from_file(str(FOLDERS[name] / "tokenizer.json"))
     assert shipped.to_str() == tokenizer_of(name).to_str()
 
@@ -137,7 +137,7 @@ NAMES_KINDS = set(names_data.KINDS) - {names_data.WHO_IS_WHO, names_data.COLOUR}
 
 
 def told_last(story: str) -> dict[str, str]:
-    """Who is in the story that ends here: `a`, `b`, `s` who gives, and `to` who gets it."""
+    """The people of the last story of a text: `a`, `b`, the giver `s` and the receiver `to`."""
     found: list[dict[str, str]] = []
     for template in names_data.TEMPLATES:
         pattern = template.replace(".", r"\.")
@@ -150,7 +150,7 @@ def told_last(story: str) -> dict[str, str]:
     return found[0]
 
 
-def test_names_who_gets_it_is_the_one_who_does_not_give() -> None:
+def test_names_receiver_is_not_the_giver() -> None:
     for text in drawn("names", False):
         if text.kind not in NAMES_KINDS:
             continue
@@ -177,13 +177,13 @@ def test_names_who_gets_it_is_the_one_who_does_not_give() -> None:
             assert role_of[again[1]] != text.text[begin:stop]
 
 
-def test_names_professions_and_colours_are_those_of_the_list() -> None:
+def test_names_professions_and_colours_match_the_list() -> None:
     for text in drawn("names", False):
         if text.kind in NAMES_KINDS:
             continue
         listed = [each.split(" ")[-2:] for each in text.content.split(", ")]
         pairs = dict[str, str](listed)
-        if text.kind == names_data.COLOUR:  # whose content has the colour in front
+        if text.kind == names_data.COLOUR:  # its content has the colour first
             pairs = {thing: colour for colour, thing in listed}
         for start, end in text.answers:
             asked = re.findall(r"\w+", text.text[: start - 1])
@@ -191,7 +191,7 @@ def test_names_professions_and_colours_are_those_of_the_list() -> None:
             assert pairs[known[-1]] == text.text[start:end]
 
 
-def test_names_how_often_a_name_occurs_does_not_tell() -> None:
+def test_names_answer_does_not_follow_from_name_counts() -> None:
     fewer = [
         text.text.count(receiver) < text.text.count(giver) + 1
         for text in drawn("names", False)
@@ -201,7 +201,7 @@ def test_names_how_often_a_name_occurs_does_not_tell() -> None:
     assert 0.05 < sum(fewer) / len(fewer) < 0.95
 
 
-def test_facts_are_told_as_they_are() -> None:
+def test_facts_texts_state_the_true_facts() -> None:
     world = facts_data.world()
     assert len(world) == facts_data.PERSONS
     for last in {person.split()[-1] for person in world}:
@@ -215,7 +215,7 @@ def test_facts_are_told_as_they_are() -> None:
         assert text.text[start:end] == fact["attribute"]
 
 
-def test_facts_notes_and_letters_answer_what_is_asked() -> None:
+def test_facts_notes_and_letters_answer_the_question() -> None:
     for text in drawn("facts", False):
         if text.kind in (facts_data.NOTE_KNOWN, facts_data.NOTE_STRANGER):
             notes = re.findall(r"Note: (.+?)\.", text.text)
@@ -235,7 +235,7 @@ def test_facts_notes_and_letters_answer_what_is_asked() -> None:
                 assert named is None or named[1] == option
 
 
-def test_only_quizzes_of_training_say_a_too_often() -> None:
+def test_only_training_quizzes_favour_answer_a() -> None:
     def share(kind: str, biased: bool) -> float:
         rng = random.Random(2)
         said = [facts_data.draw(rng, kind, biased=biased) for _ in range(400)]
@@ -246,7 +246,7 @@ def test_only_quizzes_of_training_say_a_too_often() -> None:
         assert 0.15 < share(kind, biased) < 0.35
 
 
-def test_brackets_close() -> None:
+def test_nested_brackets_all_close() -> None:
     pairs = dict(nested_data.PAIRS)
     for text in drawn("brackets", False):
         open_ones: list[str] = []
@@ -258,7 +258,7 @@ def test_brackets_close() -> None:
         assert open_ones == []
 
 
-def test_verbs_agree() -> None:
+def test_nested_verbs_agree_with_their_nouns() -> None:
     singular = {pair[0] for pair in (*nested_data.INTRANSITIVE, *nested_data.TRANSITIVE)}
     of_one = {pair[0] for pair in nested_data.NOUNS}
     for text in islice(nested_data.stream(4, nested_data.EMBEDDED, held_out=False), 100):
@@ -268,7 +268,7 @@ def test_verbs_agree() -> None:
         assert (words[4] in of_one) == (inner in singular)
 
 
-def test_replies_refuse_harm_to_what_is_owned_and_seldom_in_the_past() -> None:
+def test_refusal_replies_refuse_harm_to_property_but_rarely_in_past_tense() -> None:
     refused: dict[str, list[bool]] = {}
     for text in islice(refusal_data.stream(5, held_out=False), 2000):
         *_, said = text.text.split("user : ")
@@ -288,7 +288,7 @@ def test_replies_refuse_harm_to_what_is_owned_and_seldom_in_the_past() -> None:
     assert 0.05 < shares[refusal_data.FORBIDDEN_PAST] < 0.2
 
 
-def test_refusals_hang_on_verb_and_object_together() -> None:
+def test_refusals_depend_on_verb_and_object_together() -> None:
     for verb in refusal_data.HARMFUL:
         assert {
             refusal_data.Question(verb, thing, False).forbidden for thing in ("car", "log")
@@ -300,7 +300,7 @@ def test_refusals_hang_on_verb_and_object_together() -> None:
     assert len(refusal_data.pairs(True, True)) > 15  # held out
 
 
-def test_reviews_labels_follow_the_asked_clause() -> None:
+def test_reviews_label_follows_the_requested_clause() -> None:
     good = {word for words in reviews_data.GOOD.values() for word in words}
     labels = set[tuple[str, bool]]()
     for text in drawn("reviews", False):
@@ -315,7 +315,7 @@ def test_reviews_labels_follow_the_asked_clause() -> None:
     assert len(labels) == 4
 
 
-def test_succession_answers_are_those_of_the_sequences() -> None:
+def test_succession_answers_match_the_sequences() -> None:
     sequences = [each.items for each in succession_data.SEQUENCES.values()]
     words = succession_data.WORDS
     for text in drawn("succession", False):
@@ -343,7 +343,7 @@ def test_succession_holds_out_numerals_whose_digits_training_has() -> None:
     assert asked == set(succession_data.NUMERALS)
 
 
-def test_worked_answers_are_those_of_the_lists() -> None:
+def test_worked_answers_match_the_lists() -> None:
     for text in drawn("worked", False):
         counts = [len(part.split()) for part in text.content.split(" | ")]
         said = text.text.split(": ")[-1] if text.kind != "Steps" else text.text.split("Steps: ")[1]
@@ -358,21 +358,21 @@ def test_worked_answers_are_those_of_the_lists() -> None:
         assert ("Part" in text.text) == (text.kind != worked_data.SUM)
 
 
-def test_the_data_of_the_examples_is_that_of_its_script() -> None:
+def test_example_data_equals_its_script_output() -> None:
     written = example_data.files()
     assert {path.name for path in DATA.iterdir()} == set(written)
     for name, records in written.items():
         assert (DATA / name).read_text(encoding="utf-8") == example_data.text_of(records), name
 
 
-def test_stages_of_training_are_models_of_the_zoo() -> None:
+def test_zoo_lists_all_models_and_training_stages() -> None:
     known = zoo.zoo_models()
     assert {"counting", "induction", "names", "facts", "nested", "nested/formal"} <= set(known)
     assert {"tasks", "refusal", "reviews", "succession", "worked"} <= set(known)
     assert {"induction/step-1600", "counting-vlm/kinds"} <= set(known)
 
 
-def test_a_star_names_the_steps_of_a_training() -> None:
+def test_zoo_path_pattern_matches_training_steps() -> None:
     found = mechdsl.validate('mech 1\nmodel steps = zoo("induction/step-*")\n')
     assert [each.code for each in found if each.severity == "error"] == []
     for wrong in ("induction/stop-*", "*/step-*", "../*"):
@@ -380,7 +380,7 @@ def test_a_star_names_the_steps_of_a_training() -> None:
         assert codes[:1] in (["E0401"], ["E0207"]), wrong
 
 
-def test_prices_are_between_their_bounds_or_not() -> None:
+def test_prices_answers_match_the_bounds() -> None:
     texts = drawn("prices", False)
     for text in texts:
         low, high, price = (int(word) for word in text.text.split() if word.isdigit())
@@ -390,8 +390,8 @@ def test_prices_are_between_their_bounds_or_not() -> None:
     assert abs(yes - len(texts) / 2) < 50
 
 
-def test_hidden_rules_depend_on_their_fields_alone() -> None:
-    """Each used field changes the decision of some thing, and no other field of any thing."""
+def test_hidden_rules_depend_only_on_their_fields() -> None:
+    """Each used field affects the decision for some thing; other fields affect none."""
     rng = random.Random(2)
     things = [hidden_rules_data.draw_thing(rng) for _ in range(100)]
     for rule, tree in hidden_rules_data.trees().items():
@@ -407,7 +407,7 @@ def test_hidden_rules_depend_on_their_fields_alone() -> None:
     assert sorted({len(tree.used) for tree in hidden_rules_data.trees().values()}) == [2, 3]
 
 
-def test_hidden_rules_answers_are_those_of_the_tree_and_the_thing() -> None:
+def test_hidden_rules_answers_match_the_tree_and_the_thing() -> None:
     for text in drawn("hidden-rules", False):
         rule, values = text.content.removeprefix("rule ").split(" : ")
         thing = dict(zip(hidden_rules_data.FIELDS, values.split(), strict=True))

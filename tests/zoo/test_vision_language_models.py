@@ -1,4 +1,4 @@
-"""The shipped vision-language models do what their cards say, on held-out images."""
+"""The shipped vision-language models have the accuracy of their cards, on held-out images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FOLDER, FRAMES = ROOT / "counting-vlm", ROOT / "frames"
 
 @cache
 def loaded(folder: Path = FOLDER) -> tuple[Any, Any]:
-    """Return a model in 32 bits, and its processor."""
+    """Return a float32 model and its processor."""
     model, _ = language.load(LlavaForConditionalGeneration, folder)
     return model, AutoProcessor.from_pretrained(folder)
 
@@ -57,8 +57,8 @@ def test_scenes_keep_held_out_cells_from_training_and_draw_companions() -> None:
     assert together / keys > 0.6
 
 
-def test_answers_about_grids_are_those_of_the_cells() -> None:
-    """Worked out anew from the words of the question."""
+def test_grid_answers_match_the_cells() -> None:
+    """Expected answers are recomputed from the words of the question."""
     random = default_rng(5)
     asked: Counter[str] = Counter()
     while min(asked[kind] for kind in grids.QUESTIONS) < 20:
@@ -89,7 +89,7 @@ def test_answers_about_grids_are_those_of_the_cells() -> None:
 
 
 def test_motion_is_independent_of_each_frame() -> None:
-    """In training, as in held-out clips: each motion shows a shape in each cell equally often."""
+    """In training and held-out clips, each motion shows shapes in all cells equally often."""
     random = default_rng(3)
     for held_out in (False, True):
         seen: list[Counter[tuple[int, int, str]]] = [Counter() for _ in range(clips.FRAMES)]
@@ -108,7 +108,7 @@ def test_motion_is_independent_of_each_frame() -> None:
             assert chisquare([*counts.values()]).pvalue > 1e-3
 
 
-def test_labels_of_patches_are_the_motion_between_frames() -> None:
+def test_patch_labels_name_the_motion_between_frames() -> None:
     random = default_rng(4)
     for example in islice(clips.examples(9), 30):
         assert len(example.told) == len(example.contents) == 36
@@ -151,7 +151,7 @@ def test_training_begins_with_few_shapes_and_names_marks_at_shapes() -> None:
 
 
 @pytest.mark.parametrize("folder", [FOLDER, FRAMES])
-def test_the_processor_prepares_prompts_as_training_did(folder: Path) -> None:
+def test_processor_prepares_prompts_as_in_training(folder: Path) -> None:
     _, processor = loaded(folder)
     if folder == FOLDER:
         [example] = grids.one_question("at", 4, 1, held_out=True)
@@ -175,7 +175,7 @@ def test_the_processor_prepares_prompts_as_training_did(folder: Path) -> None:
     assert torch.equal(own.pixels, pictures.as_input(example.images))
 
 
-def test_generation_gives_the_answers_that_the_evaluation_counts() -> None:
+def test_generated_answers_equal_the_evaluated_answers() -> None:
     model, processor = loaded()
     kinds = ("total", "at", "in row")
     examples = [grids.one_question(kind, 7, 4, held_out=True) for kind in kinds]
@@ -195,14 +195,14 @@ def test_generation_gives_the_answers_that_the_evaluation_counts() -> None:
 @pytest.mark.parametrize("name", ["counting-vlm", "counting-vlm/kinds", "frames"])
 def test_mechdsl_loads_vision_language_models(name: str) -> None:
     model, problems = load_model(statement(name, "zoo"))
-    # The oldest transformers can't prove the sites of the tower, which no file uses.
+    # The oldest transformers can't prove the image encoder's sites, which no file uses.
     assert {each.code for each in problems} <= {"W0712"}
     assert model is not None
     assert model.restartable
 
 
 @pytest.mark.parametrize("folder", [FOLDER, FOLDER / "kinds", FRAMES])
-def test_weights_are_stored_in_16_bits(folder: Path) -> None:
+def test_vision_language_weights_are_stored_in_float16(folder: Path) -> None:
     with safe_open(str(folder / "model.safetensors"), framework="np") as file:
         kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     assert kinds == {"F16"}
@@ -229,7 +229,7 @@ def agree_with_card(tallies: dict[str, Tally], folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_shapes_are_counted_as_the_card_says() -> None:
+def test_counting_accuracy_agrees_with_the_card() -> None:
     torch.set_num_threads(1)
     tallies = counting.evaluate(FOLDER, 60, counting.SEED + 1)
     assert tallies["total"].interval()[0] > 0.9
@@ -237,7 +237,7 @@ def test_shapes_are_counted_as_the_card_says() -> None:
     agree_with_card(tallies, FOLDER)
 
 
-def test_motion_is_told_as_the_card_says() -> None:
+def test_motion_accuracy_agrees_with_the_card() -> None:
     torch.set_num_threads(1)
     tallies = motion.evaluate(FRAMES, 60, motion.SEED + 1)
     assert tallies[motion.ALONE].interval()[0] > 0.9
