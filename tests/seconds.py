@@ -1,6 +1,7 @@
 """Pytest plugin that measures the processor seconds of tests and writes them to seconds.json.
 
-`make test-seconds` runs it, without the budget of quick.py, which reads the file.
+`make test-seconds` runs it, without the budget of quick.py, which reads the file. Functions that
+don't run keep their seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from .quick import COSTLY, SECONDS
+from .quick import COSTLY, SECONDS, read_seconds
 
 _began = pytest.StashKey[float]()
 _measured: defaultdict[str, list[float]] = defaultdict(list)
@@ -50,7 +51,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):
-        text = json.dumps(find_costly(_measured), indent=0, sort_keys=True)
+        others = {each: s for each, s in read_seconds().items() if each not in _measured}
+        text = json.dumps(others | find_costly(_measured), indent=0, sort_keys=True)
         SECONDS.write_text(text + "\n", encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from mechdsl import cli, zoo
+from mechdsl.base import records
 from mechdsl.execute.patching.rows import Patcher
 from mechdsl.pipeline import computation
 
@@ -73,6 +74,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
         patch.chdir(folder)
         patch.setenv("COLUMNS", "100")
         patch.setattr(sys, "argv", ["mechdsl", "run", "heads.mech", "--store", "kept"])
+        patch.setattr(records, "EXTERNAL_MODULES", set[str]())  # without those of other tests
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as done:
             cli.main()
     assert done.value.code == 1, err.getvalue()

@@ -212,9 +212,12 @@ class _PartialForward:
         due = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         for part in self.parts:
             due[part.rows.to(due.device), part.columns.to(due.device)] = False
-        found = hidden.new_zeros(*hidden.shape[:2], self.width or hidden.shape[2])
-        if bool(due.any()):
-            found[due] = self.forward(hidden[due][None])[0]
+        # Under autocast, the output may have another dtype than the input.
+        computed = self.forward(hidden[due][None])[0] if bool(due.any()) else None
+        like = hidden if computed is None else computed
+        found = like.new_zeros(*hidden.shape[:2], self.width or hidden.shape[2])
+        if computed is not None:
+            found[due] = computed
         for part in self.parts:
             if part.vectors is not None:
                 index = part.rows.to(due.device), part.columns.to(due.device)
