@@ -40,7 +40,7 @@ FEW = 2
 """Number of model families in `make test` for tests with further parameters; other tests: one."""
 PRODUCT = 6
 """Minimum number of tests for which a product of parameters without a family is thinned."""
-BUDGET = 0.75
+BUDGET = 0.5
 """Processor seconds that `make test` spends on one function's parameters."""
 COSTLY = 0.1
 """Minimum seconds of a test for which its function has a budget."""
