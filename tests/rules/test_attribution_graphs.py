@@ -18,6 +18,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+import mechdsl
+from mechdsl.base.arrays import Floats
 from mechdsl.dictionaries.features import load_cross_decoder, load_dictionary
 from mechdsl.dictionaries.folder import read_cross_decoder, read_dictionary
 from mechdsl.execute.observation import attribution_graphs
@@ -38,8 +40,9 @@ from mechdsl.execute.observation.attribution_graphs import (
 )
 from mechdsl.show.reports import graph as graph_report
 
-from ..execute.support import ROWS, ids_of, prompt, shared
+from ..execute.support import ROWS, ids_of, prompt, shared, word_tokenizer
 from .models import bare, double
+from .support import BLOCKS as PROMPTS
 from .support import codes, experiment, rows, run_file, try_file
 from .test_transcoders import make, make_cross_layer
 
@@ -546,6 +549,24 @@ def test_graph_scores_depend_on_the_transcoder(data: Path) -> None:
     transcoders("llama", "jumprelu_transcoder", data, [0, 2])
     other = run_file(text, data, "llama", "planned")["e_kept"]
     assert not np.allclose(first.measures[0].patched, other.measures[0].patched, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_stored_graph_scores_depend_on_the_transcoder(data: Path, tmp_path: Path) -> None:
+    path = data / "graph.mech"
+    text = f'mech 1\nmodel m = local("from Python")\n{PROMPTS}\n' + T0 + T2 + lines(EVERY, "kept")
+    path.write_text(text, encoding="utf-8")
+    models = {"m": (bare("llama"), word_tokenizer())}
+
+    def score(store: Path | None) -> Floats:
+        return mechdsl.run(path, models=models, store=store)["e_kept"].measures[0].patched
+
+    transcoders("llama", "transcoder", data, [0, 2])
+    first = score(tmp_path / "store")
+    transcoders("llama", "jumprelu_transcoder", data, [0, 2])
+    other = score(tmp_path / "store")
+    np.testing.assert_allclose(other, score(None), atol=1e-5)
+    assert np.abs(other - first).max() > 1e-3
 
 
 BAD = {
