@@ -139,7 +139,7 @@ def test_invalid_tokens_call_is_rejected(where: str, more: str, code: str) -> No
 
 
 def test_missing_tokenizer_skips_token_count_errors(tmp_path: Path) -> None:
-    """Words stand in for tokens, so no error reports that no row is left."""
+    """Token counts are unknown without it, so no error reports that all rows are dropped."""
     path = tmp_path / "a.mech"
     text = """mech 1
 model far = local("nowhere")

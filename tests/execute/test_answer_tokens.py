@@ -356,9 +356,9 @@ def expected(family: str, measure: str, change: Change | None) -> Array:
             ("some", "ragged"),
         ):
             if f"({text})" in measure:
-                behind = PromptAndText(family, row, "clean", name)
-                done = ((), ()) if change is None else change(behind)
-                scores[text] = behind.score(*done) if done is not None else np.nan
+                prompt_and_text = PromptAndText(family, row, "clean", name)
+                done = ((), ()) if change is None else change(prompt_and_text)
+                scores[text] = prompt_and_text.score(*done) if done is not None else np.nan
         first, *rest = scores.values()
         found.append(first - sum(rest))
     return np.array(found)

@@ -284,7 +284,7 @@ def test_invalid_saves_are_errors(lines: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "observations",
     [
         ["observe norm resid_post layer * at last token as lengths"],
         ["observe norm resid_post layer * of longer at last token as lengths"],
@@ -298,11 +298,11 @@ def test_invalid_saves_are_errors(lines: str, tmp_path: Path) -> None:
     ids=["named", "of another run", "without a name", "a lens that measures read"],
 )
 def test_save_in_an_experiment_with_observations_reads_the_base_run(
-    beside: list[str], tmp_path: Path
+    observations: list[str], tmp_path: Path
 ) -> None:
     """The base run is saved once, for any results of the experiment."""
     line = 'save resid_post layer 1 at cue token to "a.safetensors"'
-    result = saved(tmp_path, "llama", line, *beside)
+    result = saved(tmp_path, "llama", line, *observations)
     assert [each.path.name for each in result.saved] == ["a.safetensors"]
     assert {each.name.split(".")[0] for each in result.experiments} == {"e"}
     tensors = load_file(tmp_path / "a.safetensors")

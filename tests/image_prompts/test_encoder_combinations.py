@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,10 +55,10 @@ Change = tuple[str, int, Edit]
 """Site and layer of the encoder, and an edit."""
 
 
-def value(name: str, given: dict[str, Tensor], *changes: Change, **edits: object) -> float:
+def value(name: str, given: dict[str, Tensor], *changes: Change, **edits: Any) -> float:
     """The difference of logits under changes in the encoder and edits in the language model."""
     with opened(name, *changes):
-        return difference(bare(name).run(given, **edits))  # type: ignore[arg-type]
+        return difference(bare(name).run(given, **edits))
 
 
 def opened(name: str, *changes: Change) -> ExitStack:

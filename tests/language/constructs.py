@@ -2258,7 +2258,7 @@ _onward(
     "patch top 3 of cie(layer: 1) at last token",
     "Selects only cells of `cie` with these values along its axes: numbers, quoted texts "
     '(`base: "fewer"`), a `param` or a `for` variable. In a loop, each cell can thus use the '
-    "token order of its own map: `for a in 0..3 { for b in a..3 { for k in 0%..100% step 10% { "
+    "token order of its map: `for a in 0..3 { for b in a..3 { for k in 0%..100% step 10% { "
     "patch embed at top k of ranges(a: a, b: b) tokens } } }`. Observations of maps use the "
     "same syntax: `observe pointing of ranges(a: 1, b: 3), deleted in object`.",
     OWN,

@@ -212,7 +212,7 @@ class Case:
     written: str
     senders: Sequence[End]
     receivers: Sequence[End]
-    beside: OtherRules
+    other_rules: OtherRules
     at: str = "last token"
     mlps: bool = False
     frozen: bool = False
@@ -228,7 +228,7 @@ class Case:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        both = (self.beside.written, self.rule)
+        both = (self.other_rules.written, self.rule)
         return tuple(line for line in (both if self.first else both[::-1]) if line)
 
 
@@ -258,8 +258,8 @@ def copied(ends: Sequence[End], of: Call, read: Sequence[int], written: Sequence
 def patched(name: str, case: Case, source: Text, base: Text, n: int) -> Tensor:
     """[T, vocab]"""
     own, other = tokens(base, case.at), tokens(source, case.at)
-    rules = case.beside.edits(name, base, n)
-    model = case.beside(name, base, rules)
+    rules = case.other_rules.edits(name, base, n)
+    model = case.other_rules(name, base, rules)
     neurons = {layer for site, layer, _ in case.senders if site == "mlp_hidden"}
     held: list[tuple[Tap, Change]] = []
     for layer in LAYERS:
@@ -272,11 +272,11 @@ def patched(name: str, case: Case, source: Text, base: Text, n: int) -> Tensor:
     sent = copied(case.senders, called(name, source), other, own)
     order = [*rules, *sent] if case.first else [*sent, *rules]
     frozen = model.normed if case.frozen else None
-    sending = case.beside(name, base, [*held, *order], frozen=frozen)
+    sending = case.other_rules(name, base, [*held, *order], frozen=frozen)
     if case.receivers[0][0] == "logits":
         return sending.logits
     got = copied(case.receivers, sending, own, own)
-    return case.beside(name, base, [*got, *rules]).logits
+    return case.other_rules(name, base, [*got, *rules]).logits
 
 
 # --- cases ----------------------------------------------------------------------------------------
@@ -345,9 +345,9 @@ TO_Q = "L0H1 -> q layer 2 heads *"
 Q2: list[End] = [("q", 2, head) for head in range(HEADS)]
 LOGITS: list[End] = [("logits", None, None)]
 CASES: dict[str, Case] = {
-    **{f"to_logits_beside_{key}": Case("L0H1 -> logits", H01, LOGITS, own)
+    **{f"to_logits_next_to_{key}": Case("L0H1 -> logits", H01, LOGITS, own)
        for key, own in OTHERS.items()},
-    **{f"to_a_query_beside_{key}": Case(TO_Q, H01, Q2, own, mlps=key == "a_norm")
+    **{f"to_a_query_next_to_{key}": Case(TO_Q, H01, Q2, own, mlps=key == "a_norm")
        for key, own in OTHERS.items()},
     "behind_the_senders_scale": Case(
         "L0H1 -> logits", H01, LOGITS, OTHERS["the_sender"], first=True
@@ -379,7 +379,7 @@ CASES: dict[str, Case] = {
         [*(("mlp_hidden", 1, u) for u in range(5, 12)), ("mlp_hidden", 2, 20)],
         NOTHING,
     ),
-    "a_neuron_beside_its_own_rule": Case(
+    "a_neuron_next_to_its_own_rule": Case(
         "L0H1 -> mlp_hidden layer 1 neuron 3", H01, [("mlp_hidden", 1, 3)],
         OtherRules("scale mlp_hidden layer 1 neuron 3 at last token by 3",
                setting("mlp_hidden", 1, [3], "last token", lambda x: 3 * x)),
@@ -394,7 +394,7 @@ CASES: dict[str, Case] = {
         [("mlp_out", 1, None)],
         [("mlp_hidden", 2, u) for u in range(4, 10)], NOTHING, frozen=True,
     ),
-    "with_frozen_norms_beside_a_stream_of_zeros": Case(
+    "with_frozen_norms_next_to_a_stream_of_zeros": Case(
         "L1H0 -> logits", [("z", 1, 0)], LOGITS,
         OtherRules("set resid_post layer 0 at last token to 0",
                setting("resid_post", 0, [None], "last token", zero)),
@@ -439,7 +439,7 @@ def expected(name: str, key: str) -> tuple[list[float], list[float]]:
     for n, record in enumerate(records()):
         base = rows()[n]
         found.append(difference(patched(name, case, rows("longer")[n], base, n), record))
-        own = case.beside(name, base, case.beside.edits(name, base, n))
+        own = case.other_rules(name, base, case.other_rules.edits(name, base, n))
         alone.append(difference(own.logits, record))
     return found, alone
 
@@ -476,7 +476,7 @@ def test_path_with_other_rules_equals_plain_hooks(
 def test_other_rules_change_the_reference_values(every: bool) -> None:
     for name in FAMILIES:
         for key in CASES:
-            if CASES[key].beside.written and (every or TURN[key] == name):
+            if CASES[key].other_rules.written and (every or TURN[key] == name):
                 _, alone = expected(name, key)
                 assert np.abs(np.array(alone) - unpatched(name)).max() > 1e-3, key
 
@@ -490,10 +490,10 @@ def test_path_on_a_derived_run_equals_the_path_with_its_rules(
 ) -> None:
     """The values are equal; the base is the run with the rules."""
     text = GROUPS
-    chosen = [key for key in CASES if CASES[key].beside.written and "the_" not in key]
+    chosen = [key for key in CASES if CASES[key].other_rules.written and "the_" not in key]
     chosen = [key for key in chosen if "its_own" not in key and "patch" not in key]
     for key in chosen:
-        own = f"run there {{ {CASES[key].beside.written} }}"
+        own = f"run there {{ {CASES[key].other_rules.written} }}"
         text += experiment(key, own, "from longer into there", CASES[key].rule)
     text = text.removeprefix(GROUPS)
     found = run_file(text, data, name, mode, precise=True)
@@ -549,12 +549,12 @@ def test_rule_without_effect_leaves_path_values_unchanged(data: Path, mode: str)
     for n, path in enumerate(paths):
         text += experiment(f"alone_{n}", "from other into clean", f"path {path}")
         nothing = "reweight attention layer 0 from last token to cue token by 1"
-        text += experiment(f"beside_{n}", "from other into clean", nothing, f"path {path}")
+        text += experiment(f"joint_{n}", "from other into clean", nothing, f"path {path}")
     found = run_file(text, data, "llama", mode, precise=True)
     for n in range(len(paths)):
-        alone, beside = (found[f"{key}_{n}"] for key in ("alone", "beside"))
-        assert [c.coords for c in alone.cells] == [c.coords for c in beside.cells]
-        np.testing.assert_allclose(cells(alone), cells(beside), atol=1e-9)
+        alone, joint = (found[f"{key}_{n}"] for key in ("alone", "joint"))
+        assert [c.coords for c in alone.cells] == [c.coords for c in joint.cells]
+        np.testing.assert_allclose(cells(alone), cells(joint), atol=1e-9)
         assert np.abs(cells(alone) - alone.measures[0].base).max() > 1e-3
 
 
@@ -572,8 +572,8 @@ def test_sweep_of_a_path_and_another_rule_equals_plain_hooks(data: Path) -> None
         if (number * 7) % 5:  # some of them
             continue
         h, of, to = (int(cell.coords[axis]) for axis in found.axes)  # type: ignore[arg-type]
-        beside = OtherRules("", setting("z", 1, [h], "last token", lambda x: -x))
-        case = Case("", [("z", 0, of)], [("q", 2, to)], beside)
+        other_rules = OtherRules("", setting("z", 1, [h], "last token", lambda x: -x))
+        case = Case("", [("z", 0, of)], [("q", 2, to)], other_rules)
         for n, record in enumerate(records()):
             own = patched("llama", case, rows("longer")[n], rows()[n], n)
             assert cells(found)[number, n] == pytest.approx(difference(own, record), abs=1e-5)
@@ -597,7 +597,7 @@ def test_conventions_state_other_rules_and_frozen_norms(data: Path) -> None:
     def conventions(key: str) -> dict[str, str]:
         return results(data, TURN[key], "planned", True)[key].conventions
 
-    said = conventions("to_logits_beside_a_held_head")["outside the path"]
+    said = conventions("to_logits_next_to_a_held_head")["outside the path"]
     assert "the other rules act in each of its passes" in said
     assert "outside the path" not in conventions("a_head_to_a_neuron")
     frozen = conventions("to_logits_with_frozen_norms")["path"]
