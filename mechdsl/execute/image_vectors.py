@@ -11,21 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from mechdsl.base.records import Record
 from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, WriteMismatch
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import (
     IMAGE_INPUTS,
     IMAGE_TOKENS,
+    BlockStack,
     ImageTokenTable,
     LoadedModel,
     build_arguments,
@@ -85,6 +87,8 @@ class ImageVectors:
         """By extent of an image, its patches in the vision encoder, or why they aren't known."""
         self._proved: set[tuple[object, ...]] = set()
         """The patches that `_prove` found to be right, by all that they depend on."""
+        self._video_stack: BlockStack | None = None
+        """The vision encoder of videos, if it isn't that of images."""
         self._tokens = torch.empty(0, dtype=torch.long, device=model.device)
         """[N] ascending: the tokens of images."""
         self._vectors = torch.empty(0, model.shape.d_model, dtype=model.dtype, device=model.device)
@@ -303,6 +307,7 @@ class ImageVectors:
         patches = self.find_patches(model, pictures[0])
         if isinstance(patches, SiteNotOnModel):
             raise WriteMismatch(patches.reason)
+        model = self._with_encoder(model, pictures[0].picture.extent)
         batch, own = prepare_images(model, self.reader, pictures)
         batch = batch.with_inputs(batch.extra, vision=Batch.grid(len(distinct), patches.count))
         batch = batch.take(torch.tensor([distinct.index(marker) for marker, _ in lanes]))
@@ -332,7 +337,27 @@ class ImageVectors:
             self._patches[extent] = self._find_patches(model, image)
         return self._patches[extent]
 
+    def _with_encoder(self, model: LoadedModel, extent: tuple[int, ...]) -> LoadedModel:
+        """Return the model with the encoder of images, or of videos, as its stack `vision`.
+
+        Raises:
+            UnsupportedProcessor: The two encoders differ in their modules.
+        """
+        names = self.reader.layout.video_encoder
+        if names is None or len(extent) == 2:
+            return model
+        if self._video_stack is None:
+            own = model.stack("vision")
+            if not _have_equal_modules(model.module, *names):
+                raise UnsupportedProcessor("its encoders of images and videos differ")
+            self._video_stack = replace(own, anatomy=_move(own.anatomy, *names))
+        return replace(model, others={**model.others, "vision": self._video_stack})
+
     def _find_patches(self, model: LoadedModel, image: PromptPicture) -> _Patches | SiteNotOnModel:
+        try:
+            model = self._with_encoder(model, image.picture.extent)
+        except UnsupportedProcessor as unfit:
+            return _report_patches(model, str(unfit))
         batch, own = prepare_images(model, self.reader, [image])
         count, tile = _count_patches(model, batch)
         size = EncoderSize(tile, model.shape.merged_side)
@@ -350,16 +375,20 @@ class ImageVectors:
         none = (-1,) * size.side**2
         of_token = torch.tensor([none if cell is None else next(rest) for cell in cells])
         patches = _Patches(count, of_token)
-        sizes = (count, tile, image.expansion.size, tuple(groups))
+        is_video = isinstance(image.picture, Video)
+        sizes = (is_video, count, tile, image.expansion.size, tuple(groups))
         if sizes in self._proved:
             return patches
-        if not self._prove(model, batch, own, patches):
+        is_first = all(each[0] != is_video for each in self._proved)
+        if not self._prove(model, batch, own, patches, every=is_first):
             reason = "a change of the patches of some of its tokens changes other tokens"
             return _report_patches(model, reason)
         self._proved.add(sizes)
         return patches
 
-    def _prove(self, model: LoadedModel, batch: Batch, own: Tensor, patches: _Patches) -> bool:
+    def _prove(
+        self, model: LoadedModel, batch: Batch, own: Tensor, patches: _Patches, *, every: bool
+    ) -> bool:
         """Return whether a change of the patches of some tokens changes these tokens only.
 
         Patches are changed after the last block that the language model reads, each set of tokens
@@ -370,12 +399,13 @@ class ImageVectors:
             batch: A prompt of one image.
             own: [1, T] bool, its tokens.
             patches: The patches to test.
+            every: As in `_divide_tokens`.
         """
         columns = own[0].nonzero()[:, 0]
         if len(patches.of_token) != len(columns) or not patches.are_distinct():
             return False
         there = (patches.of_token[:, 0] >= 0).nonzero()[:, 0]
-        changed = _divide_tokens(len(there), every=not self._proved)
+        changed = _divide_tokens(len(there), every=every)
         layers = list(reversed(range(model.stack("vision").shape.n_layers)))
         for start in range(0, len(changed), _AT_ONCE - 1):
             lanes = [torch.zeros_like(changed[0]), *changed[start : start + _AT_ONCE - 1]]
@@ -394,6 +424,44 @@ class ImageVectors:
             if not bool((found == expected).all()):
                 return False
         return True
+
+
+def _have_equal_modules(module: nn.Module, first: str, second: str) -> bool:
+    """Return whether two parts of a model have the same classes of modules and parameter shapes."""
+
+    def describe(name: str) -> list[tuple[str, type[nn.Module], list[tuple[str, torch.Size]]]]:
+        [part] = (own for path, own in module.named_modules() if path.rpartition(".")[2] == name)
+        return [
+            (path, type(own), [(key, each.shape) for key, each in own.named_parameters()])
+            for path, own in part.named_modules()
+        ]
+
+    return describe(first) == describe(second)
+
+
+MovedT = TypeVar("MovedT")
+
+
+def _move(value: MovedT, old: str, new: str) -> MovedT:
+    """Return an anatomy whose paths have another name for a module."""
+    moved: Any = value
+    match value:
+        case str():
+            moved = ".".join(new if name == old else name for name in value.split("."))
+        case tuple():
+            moved = tuple(_move(each, old, new) for each in cast("tuple[Any, ...]", value))
+        case Mapping():
+            own = cast("Mapping[str, Any]", value)
+            moved = {key: _move(each, old, new) for key, each in own.items()}
+        case Record():
+            names = (each.name for each in fields(cast("Any", value)))
+            moved = replace(
+                cast("Any", value),
+                **{name: _move(getattr(value, name), old, new) for name in names},
+            )
+        case _:
+            pass
+    return moved
 
 
 def _divide_tokens(count: int, *, every: bool) -> list[Tensor]:

@@ -392,6 +392,8 @@ class ImageLayout:
     """Whether the model also adds vectors of images after its first blocks."""
     without_vision: ClassVar[str] = "the patches of its image tokens aren't known"
     """Why rules can't act in the vision encoder; empty if `patches` is known."""
+    video_encoder: ClassVar[tuple[str, str] | None] = None
+    """Names of the modules that encode images and videos, if each has an encoder."""
 
     def image_text(self, processor: Any, config: Any) -> ImageText:
         """Return the texts that stand for an image. Raises UnsupportedProcessor."""
@@ -811,7 +813,7 @@ class VideoLlava(PatchRows):
     """Video-LLaVA (Lin et al. 2023, arXiv:2311.10122); frames keep their class tokens."""
 
     documentation = "one token for each patch, row by row; frames begin with a class token"
-    without_vision = "images and frames have separate vision encoders"
+    video_encoder = "image_tower", "video_tower"
     processors = ("VideoLlavaProcessor",)
     image_processors = ("VideoLlavaImageProcessor",)
     video_processors = ("VideoLlavaVideoProcessor",)

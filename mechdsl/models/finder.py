@@ -232,10 +232,10 @@ class _Finder:
 
     def _is_ours(self, path: str) -> bool:
         """Return whether a list of blocks may be the requested stack."""
-        vision = bool(re.search(r"vision|visual|image|audio", path))
+        vision = bool(re.search(r"vision|visual|image|audio|video_tower", path))
         match self.stack:
             case "vision":
-                return vision and "audio" not in path
+                return vision and not re.search(r"audio|video_tower", path)
             case "encoder":
                 return "encoder" in path
             case _:

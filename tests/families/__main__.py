@@ -100,9 +100,10 @@ Some models do more with images than read their vectors:
 Rules in the vision encoder (`patch resid_post vision layer 4 at photo row 2 col 3 token`) act on
 all patches that the vector of an image token is made from:
 
-- one patch in `llava`, `vipllava`, `paligemma`, and in the tiles and thumbnails of `llava_next` and
-  `llava_onevision`. If `llava_onevision` interpolates the patches of a large image to fewer tokens,
-  or those of frames, the rule is E0413.
+- one patch in `llava`, `vipllava`, `paligemma`, `video_llava` (of the encoder of images or of that
+  of videos), and in the tiles and thumbnails of `llava_next` and `llava_onevision`. If
+  `llava_onevision` interpolates the patches of a large image to fewer tokens, or those of frames,
+  the rule is E0413.
 - the patches that the model merges into a token, row by row: 2 x 2 in `internvl`, `idefics3`,
   `smolvlm` and the Qwen models (of two frames, in a video), and 4 x 4 in `gemma3`. Numbers depend
   on the config.
@@ -110,8 +111,7 @@ all patches that the vector of an image token is made from:
 `patch`, `swap` and means pair the patches of two tokens in this order. `add` adds its vector to
 each patch, and `observe norm` is the mean over the patches. Class tokens, row ends and tile tags
 have no patch (E0310). In `qwen3_vl`, the vectors that the model adds after its first blocks change
-too. `idefics2`, whose resampler reads all patches for each token, `video_llava`, whose frames have
-another encoder, and `mllama` are E0108.
+too. `idefics2`, whose resampler reads all patches for each token, and `mllama` are E0108.
 
 Before such a rule, mechdsl tests the patches of each new arrangement of tiles and rows: it changes
 the patches of some tokens after the last block that the language model reads, and only the vectors

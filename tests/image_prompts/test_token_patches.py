@@ -179,6 +179,7 @@ TOWERS = {
     "llava_onevision_frames": Tower(
         side=4, thumbnail="first", cut=((0, 0), (0, 0), (1, 0), (0, 1))
     ),
+    "video_llava": Tower("model.image_tower.encoder.layers", front=1),
     "gemma3": Tower(merged=4),
     "internvl": INTERN,
     "idefics3": IDEFICS,

@@ -3106,8 +3106,8 @@ _in_prompt(
     "all its tokens, and each row is a full forward pass. All sites except scores, patterns and "
     "rotated queries and keys; `patch`, `swap`, `freeze`, `ablate`, `add`, `set`, `scale`, "
     "`project out`, `project onto` and `observe norm` (the mean over the patches), also before "
-    "replies; others are E0108, and so are Idefics2, Video-LLaVA and Llama 3.2 Vision. Class "
-    "tokens, row ends and tile tags have no patch.",
+    "replies; others are E0108, and so are Idefics2 and Llama 3.2 Vision. Class tokens, row ends "
+    "and tile tags have no patch. At frames of a video, Video-LLaVA's other encoder is changed.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '
     "corrupt hidden { mask photo }",
     test="test_token_patches.py",
