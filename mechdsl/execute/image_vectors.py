@@ -31,6 +31,7 @@ from mechdsl.forward.hooks.model import (
     ImageTokenTable,
     LoadedModel,
     build_arguments,
+    build_batch,
     call_module,
     find_tokens,
 )
@@ -813,7 +814,7 @@ def _prepare_sound(model: LoadedModel, extractor: Any, sound: Sound) -> dict[str
 
 
 def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the vectors of an image that blocks attend to, and the tiles that it fills."""
+    """Return the vectors of an image that blocks attend to, the tiles that it fills, and pixels."""
     module: Any = model.module
     own = module.model
     names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
@@ -825,6 +826,7 @@ def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tens
     return {
         ATTENDED: vectors.reshape(-1, vectors.shape[-1]).cpu(),
         TILES: made["aspect_ratio_mask"][0, 0].cpu(),
+        **{name: each[0].cpu() for name, each in given.items()},
     }
 
 
@@ -981,6 +983,8 @@ def _check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel
     The first image of each extent is tested.
     """
     every = list(rows)
+    if model.shape.encodes_apart:
+        return _check_attended_patches(model, every)
     first = _first_image(model, every)
     if first is None:
         return None
@@ -990,6 +994,53 @@ def _check_patches(model: LoadedModel, rows: Iterable[RunRow]) -> SiteNotOnModel
         if isinstance(found, SiteNotOnModel):
             return found
     return None
+
+
+_ATTENDED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""By model, whether `_have_own_vectors` found this."""
+
+
+def _check_attended_patches(model: LoadedModel, rows: Sequence[RunRow]) -> SiteNotOnModel | None:
+    """Return E0413 if blocks read a token of an image from another token of the vision encoder.
+
+    The first image decides, because the encoder has equal columns for all of them.
+    """
+    row = next((own for own in rows if own.pictures), None)
+    if row is None:
+        return None
+    if model.module not in _ATTENDED:
+        provide_images(model, [row])
+        _ATTENDED[model.module] = _have_own_vectors(model, row)
+    if _ATTENDED[model.module]:
+        return None
+    reason = "a change of some tokens of an image changes what blocks read of other tokens"
+    hint = "use `k cross` and `v cross` at the tokens of an image"
+    return replace(_report_patches(model, reason), hint=hint)
+
+
+def _have_own_vectors(model: LoadedModel, row: RunRow) -> bool:
+    """Return whether a change of tokens after the last block of the encoder changes the values that
+    blocks compute from these tokens only, in sets of `_divide_tokens`."""
+    last = model.stack("vision").shape.n_layers - 1
+    layer = model.stack("cross").anatomy.layers("v")[0]
+    read = SiteRead("v", layer, "cross")
+    batch = build_batch(model, [row.ids], [row.source], model.calling.side)
+    changed = _divide_tokens(row.source, every=True)
+    for start in range(0, len(changed), _AT_ONCE - 1):
+        lanes = torch.stack([torch.zeros_like(changed[0]), *changed[start : start + _AT_ONCE - 1]])
+        rows, positions = lanes.nonzero(as_tuple=True)
+        factor = torch.full((len(rows), 1), -2.0, device=model.device)
+        unit = torch.zeros_like(rows)
+        turned = SiteWrite(
+            "resid_post", last, rows, positions, unit, factor, mode="scale", stack="vision"
+        )
+        given = batch.take(torch.zeros(len(lanes), dtype=torch.long))
+        values = run_full(model, given, stop=layer + 1, writes=[turned], reads=[read]).reads[read]
+        values = values.flatten(2)
+        apart = (values - values[:1]).abs().amax(-1) > _TOLERANCE * values[0].abs().max()
+        if not bool((apart.cpu() == lanes).all()):
+            return False
+    return True
 
 
 def _compare_forms(

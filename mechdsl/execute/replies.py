@@ -192,6 +192,8 @@ class ReplyGenerator:
     @staticmethod
     def _embedded(model: LoadedModel, rows: GenerationRequest, prefill: RuleWrites) -> RuleWrites:
         """Return the writes to prompts, with those in the vision encoder as writes at `embed`."""
+        if model.shape.encodes_apart:  # each pass of a reply encodes the image
+            return prefill
         if not any(write.stack == "vision" for write in prefill.writes):
             return prefill
         ids = [rows.run.rows[prompt].ids for prompt in rows.prompts.tolist()]

@@ -1310,7 +1310,7 @@ class Mllama(ImageLayout):
     """Llama 3.2 Vision (Grattafiori et al. 2024, arXiv:2407.21783, section 7)."""
 
     documentation = "for each tile, a class token, then one token for each patch, row by row"
-    without_vision = "the image is encoded once, before the language model runs"
+    without_vision = ""
     processors = ("MllamaProcessor",)
     image_processors = ("MllamaImageProcessor",)
     attended = True

@@ -60,7 +60,7 @@ from mechdsl.models.block import is_norm, is_transposed
 from mechdsl.models.config import limit_sites, stack_shape
 from mechdsl.models.finder import find_anatomies
 from mechdsl.models.folder import json_digest
-from mechdsl.models.shape import ModelShape, stack_names, unit_count, vector_width
+from mechdsl.models.shape import ModelShape, required_stacks, stack_names, unit_count, vector_width
 from mechdsl.program.code_hashes import CodeHashError, code_digest, hash_module_code
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
@@ -715,7 +715,7 @@ def _finish_model(
     model = replace(model, shape=replace(model.shape, others=shapes))
     if any(outcome.identity == ATTENTION_IDENTITY and outcome.passed for outcome in checks):
         model = add_attention_sites(model)
-        if model.shape.encodes_apart and model.others.keys() >= set(stack_names(model.shape)):
+        if model.shape.encodes_apart and model.others.keys() >= required_stacks(model.shape):
             model = add_stack_attention(model, build_sample(model))
     proved = replace(
         model,

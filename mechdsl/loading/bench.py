@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.hook_points import apply_scale, get_scale
-from mechdsl.forward.hooks.model import CheckOutcome, LoadedModel, call_model
+from mechdsl.forward.hooks.model import (
+    CheckOutcome,
+    LoadedModel,
+    VisionColumns,
+    call_model,
+    without_vectors,
+)
 from mechdsl.forward.hooks.module_exchange import get_activation
 from mechdsl.models.anatomy import ATTENDED, Anatomy, Family, HookPoint, ModelInputs, find_family
 from mechdsl.models.shape import ModelShape
@@ -63,9 +69,11 @@ def add_encoded(model: LoadedModel, tokens: Batch) -> Batch:
     family, config = get_family(model), get_config(model)
     if model.shape.takes == "attended image":
         given = build_inputs(model, family.picture(config))
-        return tokens.with_inputs(
-            given, encoder=Batch.grid(2, given[ATTENDED].shape[1], model.device)
-        )
+        frames = {"encoder": Batch.grid(2, given[ATTENDED].shape[1], model.device)}
+        if "vision" in model.others:
+            columns = VisionColumns.of(model.shape)
+            frames["vision"] = Batch.grid(2, columns.count, model.device)
+        return tokens.with_inputs(given, **frames)
     images = model.shape.takes == "image to text"
     given = build_inputs(
         model, family.picture(config["encoder"]) if images else family.sound(config)
@@ -261,6 +269,7 @@ class CheckBench:
         anatomy = model.stack(stack).anatomy
         long = max(batch.ids.shape[1], batch.of_site("z", stack).ids.shape[1]) > _MAX_TOKENS
         batch = batch.part(slice(0, 1)) if long else batch
+        batch = without_vectors(batch) if stack == "vision" else batch
         wanted = [
             SiteRead(name, layer, stack)
             for name in list_sites(model, stack)
@@ -391,7 +400,7 @@ class CheckBench:
 def list_linked_reads(model: LoadedModel, stack: str) -> list[SiteRead]:
     """List sites of other stacks that are added to this stack, read by it, or computed from it."""
     if stack == "vision":
-        return [SiteRead("embed")]
+        return [] if "cross" in model.others else [SiteRead("embed")]
     if "cross" not in model.others or stack not in ("", "cross"):
         return []
     site, other = ("resid_mid", "") if stack else ("attn_out", "cross")
@@ -443,7 +452,8 @@ def compute_difference(found: Tensor, expected: Tensor, added: Tensor | None = N
 
 
 def has_images(batch: Batch) -> bool:
-    return "vision" in batch.frames
+    """Return whether tokens of the prompts stand for images."""
+    return "vision" in batch.frames and "encoder" not in batch.frames
 
 
 def write_whole_site(

@@ -98,7 +98,7 @@ from mechdsl.models.folder import (
     require_model,
     weight_files,
 )
-from mechdsl.models.shape import ModelShape, stack_names
+from mechdsl.models.shape import ModelShape, required_stacks
 from mechdsl.program import spec
 from mechdsl.program.python_functions import PythonFailure, PythonFunction
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer, read_prompt_tokenizer
@@ -311,7 +311,7 @@ def _without_shared_rows(
     """Replace an encoder-decoder by E0407 if its rows weren't proved to be independent."""
     if model is None or not model.shape.encodes_apart:
         return model, found
-    missing = [stack for stack in stack_names(model.shape) if stack not in model.others]
+    missing = sorted(required_stacks(model.shape) - model.others.keys())
     stacks = name_list(f"`{stack}`" for stack in missing)
     reason = f"the sites in its stack {stacks} are not available" if stacks else ""
     if not model.restartable and not model.anatomy.whole:

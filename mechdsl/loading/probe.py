@@ -22,6 +22,7 @@ from mechdsl.forward.hooks.model import (
     call_module,
     call_with_batch,
     narrow_unembedding,
+    without_vectors,
 )
 from mechdsl.loading.bench import (
     PROMPT_LENGTHS,
@@ -327,6 +328,7 @@ def _probe_structure(model: LoadedModel) -> LoadedModel:
 
     batch = None if model.shape.takes == "text" else build_sample(model)
     if "vision" in model.others and batch is not None:
+        batch = without_vectors(batch)
         stacks["vision"] = _find_token_norm(model, batch)
     with ExitStack() as stack:
         for tap in {tap.path: tap for tap in taps}.values():

@@ -268,6 +268,12 @@ class Family:
         return block
 
     @staticmethod
+    def block_lists(config: ModelConfig) -> Mapping[str, int]:
+        """Return the ends of the paths of several lists that form a stack, in order, each with its
+        number of blocks; empty for one list."""
+        return {}
+
+    @staticmethod
     def whole(config: ModelConfig) -> str:
         """Return the reason that rows can't start at a middle block, from cached activations of an
         unpatched run; empty if they can."""

@@ -330,12 +330,12 @@ def shape_from_config(
     if takes == "image":
         text = subconfig(config, "vision_config")
     shape, found = _shape(text, config, names, takes, model=model, span=span)
+    if shape is not None and takes == "attended image":
+        shape = _with_attended_image(shape, config)
     if shape is not None and shape.encodes_apart:
         shape = _with_stacks(shape, config)
     if shape is not None and takes == "image and text":
         shape = _with_vision(shape, config)
-    if shape is not None and takes == "attended image":
-        shape = _with_attended_image(shape, config)
     return shape, found
 
 
@@ -347,7 +347,7 @@ def _with_attended_image(shape: ModelShape, config: Mapping[str, Any]) -> ModelS
     if not (isinstance(size, int) and isinstance(patch, int) and isinstance(tiles, int) and patch):
         return shape
     count = tiles * ((size // patch) ** 2 + 1)
-    return replace(shape, attended=count, attending=len(blocks) if blocks else 0)
+    return replace(shape, attended=count, attending=len(blocks) if blocks else 0, tiles=tiles)
 
 
 def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
@@ -478,7 +478,8 @@ def stack_shape(shape: ModelShape, config: Mapping[str, Any], stack: str) -> Mod
             if "embed_dim" in part:  # `hidden_size` is then the language model's
                 part = {**part, "hidden_size": part["embed_dim"]}
     found, _ = _shape(part, part, [shape.architecture], "image", causal=False)
-    return found
+    lists = find_family("" if found is None else found.family).block_lists(part)
+    return replace(found, n_layers=sum(lists.values())) if found is not None and lists else found
 
 
 def _encoder_numbers(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,8 @@ class _Finder:
         self.parts = self.family.parts(shape.config)
         self.scales = self.family.scales(shape.config)
         self.without = self.family.without(shape.config)
-        self.root = self._blocks()
+        self.block_paths = self._block_paths()
+        self.root = self.block_paths[0].rpartition(".")[0]
         self.hybrid = (
             self.family.mixes
             or has_mixer_blocks(shape.config)
@@ -209,7 +210,26 @@ class _Finder:
     # --- the trunk ------------------------------------------------------------------------
 
     def block_path(self, layer: int) -> str:
-        return f"{self.root}.{layer}"
+        return self.block_paths[layer]
+
+    def _block_paths(self) -> Sequence[str]:
+        """Return the paths of all blocks, from one list or several."""
+        lists = self.family.block_lists(self.shape.config) if self.stack else {}
+        if not lists:
+            root = self._blocks()
+            return [f"{root}.{layer}" for layer in self.layers]
+        found: list[str] = []
+        for name, count in lists.items():
+            paths = [
+                path
+                for layer in range(count)
+                for path in self.modules
+                if f".{path}".endswith(f".{name}.{layer}")
+            ]
+            if len(paths) != count:
+                raise MissingComponent("list of blocks", f"no list of {count} modules at `{name}`")
+            found += paths
+        return found
 
     def _blocks(self) -> str:
         """Return the path of the list of blocks."""

@@ -183,6 +183,8 @@ class ModelShape(Record):
     """Number of tokens of an image that some blocks attend to, before the text of each prompt."""
     attending: int = 0
     """Number of these blocks."""
+    tiles: int = 0
+    """Number of tiles, each of the same number of these tokens."""
     starts: tuple[int, ...] | None = None
     """Tokens that a decoder begins with; None for other models, and if the config names none."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
@@ -251,11 +253,16 @@ class ModelShape(Record):
 def stack_names(shape: ModelShape) -> Iterator[str]:
     """Yield the names of the stacks other than the main one."""
     if shape.takes == "attended image":
-        yield "cross"
+        yield from ("cross", "vision") if shape.tiles else ("cross",)
     elif shape.has_encoder:
         yield from ("encoder", "cross")
     elif shape.takes == "image and text":
         yield "vision"
+
+
+def required_stacks(shape: ModelShape) -> frozenset[str]:
+    """Return the stacks without which nothing runs on an encoder-decoder."""
+    return frozenset(stack_names(shape)) - {"vision"}
 
 
 def unit_count(shape: ModelShape, site: str, layer: int | None = None) -> int:

@@ -771,7 +771,8 @@ def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
 
 def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
     """Count the multiply-adds of rules in the vision encoder: it runs on the images of each row,
-    and once more on those of the runs that are read."""
+    and once more on those of the runs that are read. If blocks attend to images, each pass of a
+    reply encodes them again."""
     experiment = plan.experiment
     if not experiment.in_vision:
         return 0.0
@@ -784,7 +785,9 @@ def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
     block = _BlockCost.of(shape)
     each = np.array([block.whole(np.array(own, dtype=np.int64)).sum() for own in images])
     read = {experiment.spec.base, *(rule.run for rule in experiment.every_rule if rule.in_vision)}
-    adds = each[rows.prompt].sum() * plan.draws + each[prompts].sum() * len(read)
+    said = experiment.generation
+    passes = 1 if said is None or not model.encodes_apart else said.tokens * said.samples
+    adds = each[rows.prompt].sum() * plan.draws * passes + each[prompts].sum() * len(read)
     return float(adds) * shape.n_layers
 
 

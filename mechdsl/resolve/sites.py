@@ -507,7 +507,9 @@ class ExperimentContext:
 
     def reading(self, sites: SiteTargets | None) -> ExperimentContext:
         """Return the context for positions at these sites, in an encoder-decoder."""
-        points = [] if sites is None else [p for here in sites.points.values() for p in here]
+        if sites is None:  # after an error
+            return replace(self, side="")
+        points = [p for here in sites.points.values() for p in here]
         return replace(self, side=find_side(points, self.model.shape))
 
     @property
@@ -1272,10 +1274,7 @@ def named_stack(word: ast.Name, shape: ModelShape) -> str:
     return word.id if word.id in STACK_SITES and not is_tower else ""
 
 
-ATTENDED_IMAGE_HINT = (
-    "use `k cross` and `v cross` at the tokens of the image: in this model, the image is encoded "
-    "once, before the language model runs"
-)
+ATTENDED_IMAGE_HINT = "use `k cross` and `v cross` at the tokens of the image"
 
 
 def check_stack(word: ast.Name, context: SiteContext) -> bool:
@@ -1319,7 +1318,10 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
                 hint = "remove `text`: rules act in the language model"
             problem = replace(problem, later=hint)
         elif context.shape.takes == "attended image":
-            problem = replace(problem, later=ATTENDED_IMAGE_HINT)
+            hint = ATTENDED_IMAGE_HINT
+            if "vision" in context.shape.others:
+                hint += ", or `vision`, the encoder of images"
+            problem = replace(problem, later=hint)
         elif word.id == "vision" and context.shape.takes in ("image to text", "sound to text"):
             read = context.shape.takes.split()[0]
             hint = f"write `encoder`, the stack of this model that reads the {read}"
@@ -1337,7 +1339,9 @@ def report_unknown_stack(word: ast.Name, context: SiteContext) -> None:
 def find_side(points: Sequence[SitePoint], shape: ModelShape) -> TokenSide:
     """Return the tokens at which sites have vectors, if only some have one; empty otherwise."""
     side = SITES[points[0].site].side if points else "target"
-    return side if shape.encodes_apart or side == "image" else ""
+    if shape.encodes_apart:
+        return "source" if side == "image" else side
+    return side if side == "image" else ""
 
 
 def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:

@@ -111,7 +111,14 @@ all patches that the vector of an image token is made from:
 `patch`, `swap` and means pair the patches of two tokens in this order. `add` adds its vector to
 each patch, and `observe norm` is the mean over the patches. Class tokens, row ends and tile tags
 have no patch (E0310). In `qwen3_vl`, the vectors that the model adds after its first blocks change
-too. `idefics2`, whose resampler reads all patches for each token, and `mllama` are E0108.
+too. `idefics2`, whose resampler reads all patches for each token, is E0108.
+
+The encoder of `mllama` has local blocks, then global ones. They count as one stack: with 32 local
+and 8 global blocks, `vision layer 0..31` are local and `vision layer 32..39` global. The norm and
+the positions of tiles between the two are part of neither. `attn_out` and `mlp_out` of global
+blocks include their gates. Tokens of all tiles attend to each other. Blocks of `cross` read the
+last block and some local ones, and so rules in the encoder change `k cross` and `v cross`. Its
+padding of tiles has no tokens.
 
 Before such a rule, mechdsl tests the patches of each new arrangement of tiles and rows: it changes
 the patches of some tokens after the last block that the language model reads, and only the vectors

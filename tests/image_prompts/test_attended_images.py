@@ -496,7 +496,7 @@ ERRORS = {
     ("patch v cross layer 0 heads * at photo row 1 col 1 token", "", ""): "E0414",
     ("patch z layer 1 head 0 at last token", "", ""): "E0414",
     ("patch resid_post encoder layer 0 at photo tokens", "", ""): "E0108",
-    ("patch resid_post vision layer 0 at last token", "", ""): "E0108",
+    ("patch resid_post vision layer 0 at last token", "", ""): "E0310",
     ("patch v cross layer 1 heads * at photo row 9 col 1 token", "", ""): "E0310",
     ("patch v cross layer 1 heads * at what tokens", "", ""): "E0310",
     ("patch v cross layer 1 heads * at last token", "", ""): "E0310",

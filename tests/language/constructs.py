@@ -3106,8 +3106,9 @@ _in_prompt(
     "all its tokens, and each row is a full forward pass. All sites except scores, patterns and "
     "rotated queries and keys; `patch`, `swap`, `freeze`, `ablate`, `add`, `set`, `scale`, "
     "`project out`, `project onto` and `observe norm` (the mean over the patches), also before "
-    "replies; others are E0108, and so are Idefics2 and Llama 3.2 Vision. Class tokens, row ends "
-    "and tile tags have no patch. At frames of a video, Video-LLaVA's other encoder is changed.",
+    "replies; others are E0108, and so is Idefics2. Class tokens, row ends and tile tags have no "
+    "patch. At frames of a video, Video-LLaVA's other encoder is changed. In Llama 3.2 Vision, "
+    "blocks of `cross` read the changed image.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '
     "corrupt hidden { mask photo }",
     test="test_token_patches.py",
@@ -3151,8 +3152,8 @@ _in_prompt(
     "image that blocks attend to",
     "patch v cross layer 13 heads * at photo tokens",
     "Some blocks of Llama 3.2 Vision attend to an image in place of earlier tokens. `k cross` and "
-    "`v cross` of these blocks are at its patches, and other sites at tokens of the text. The "
-    "encoder of images has no sites. Prompts contain one image.",
+    "`v cross` of these blocks, and sites of `vision`, are at its patches, and other sites at "
+    "tokens of the text. Prompts contain one image.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '
     "corrupt hidden { mask photo }",
     test="test_attended_images.py",

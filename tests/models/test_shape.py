@@ -225,7 +225,8 @@ def test_every_registered_family_is_in_the_tables() -> None:
     rows = [row for row in every() if isinstance(row, Architecture)]
     parts = {kind for row in rows if row.takes == "image and text" for kind in parts_of(row)}
     parts |= {f"{row.name}_text_model" for row in every() if not isinstance(row, Architecture)}
-    parts |= {"mllama", "mllama_text_model"}  # tests/image_prompts/test_attended_images.py
+    # tests/image_prompts/test_attended_images.py and test_attended_encoder.py
+    parts |= {"mllama", "mllama_text_model", "mllama_vision_model"}
     assert set(FAMILIES) <= types | parts | {*(name.removesuffix("/dual") for name in duals.NAMES)}
 
 

@@ -126,6 +126,8 @@ class Batch:
     """[B, T] long, position ids; None: tokens are counted."""
     inserted: int = 0
     """Number of tokens after each image for which the model's embedding returns no vector."""
+    tiles: tuple[int, int] | None = None
+    """Number of tokens of a tile, and of columns, which padding follows; None without tiles."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -193,6 +195,7 @@ class Batch:
             frames={name: frame._rows(of) for name, frame in self.frames.items()},
             numbers=None if self.numbers is None else of(self.numbers),
             inserted=self.inserted,
+            tiles=self.tiles,
         )
 
     def of_site(self, site: str, stack: str) -> Batch:
@@ -219,6 +222,9 @@ class Batch:
         Raises:
             ValueError: A decoder has no vector of the position, which is the encoder's.
         """
+        if self.tiles is not None:
+            tokens, columns = self.tiles
+            return positions // tokens * columns + positions % tokens
         found = self.starts[rows] + positions
         if "encoder" in self.frames and bool((found < 0).any()):
             raise ValueError("a position of the encoder's text is not one of the decoder")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
@@ -228,7 +228,41 @@ def build_batch(
     split = list(zip(ids, sources, strict=True))
     source = Batch.of([own[:count] for own, count in split], model.pad_id, "right", model.device)
     target = Batch.of([own[count:] for own, count in split], model.pad_id, "right", model.device)
-    return target.after(source)
+    batch = target.after(source)
+    if "vision" not in model.others:
+        return batch
+    columns = VisionColumns.of(model.shape)
+    vision = Batch.grid(len(batch), columns.count, model.device)
+    vision = replace(vision, tiles=(columns.tokens, columns.padded))
+    return batch.with_inputs(batch.extra, **batch.frames, vision=vision)
+
+
+_TILE_MULTIPLE = 8
+"""Tiles are padded to a multiple of this number of tokens in the encoder of `attended image`."""
+
+
+@dataclass(frozen=True)
+class VisionColumns:
+    """The columns of an image's tokens in an encoder that reads padded tiles together."""
+
+    tokens: int
+    """Tokens of a tile."""
+    padded: int
+    """Columns of a tile."""
+    count: int
+    """Columns of all tiles."""
+
+    @staticmethod
+    def of(shape: ModelShape) -> VisionColumns:
+        tokens = shape.attended // shape.tiles
+        padded = -(-tokens // _TILE_MULTIPLE) * _TILE_MULTIPLE
+        return VisionColumns(tokens, padded, padded * shape.tiles)
+
+
+def without_vectors(batch: Batch) -> Batch:
+    """Remove the vectors of images that were encoded before; the model then encodes the pixels."""
+    extra = {name: each for name, each in batch.extra.items() if name != ATTENDED}
+    return replace(batch, extra=extra)
 
 
 @contextmanager
@@ -410,19 +444,43 @@ def split_vision(
 
 IMAGE_INPUTS: WeakKeyDictionary[nn.Module, dict[int, Mapping[str, Tensor]]] = WeakKeyDictionary()
 """By model whose encoder reads images or sounds, the inputs for each known one, by its first token,
-without the batch dimension; on the host. They are pixels, a spectrogram, or `ATTENDED` and
-`TILES`."""
+without the batch dimension; on the host. They are pixels, a spectrogram, or pixels with `ATTENDED`
+and `TILES`."""
 
 
-def _find_inputs(model: LoadedModel, ids: Tensor) -> dict[str, Any]:
-    """Return the inputs [B, …] for the images whose tokens [B, T] an encoder reads."""
+def _find_inputs(model: LoadedModel, ids: Tensor, *, encoded: bool = True) -> dict[str, Any]:
+    """Return the inputs [B, …] for the images whose tokens [B, T] an encoder reads.
+
+    encoded: whether to prefer vectors that were computed before to pixels.
+    """
     known = IMAGE_INPUTS[model.module]
     found = [known[token] for token in ids[:, 0].tolist()]
-    return {name: torch.stack([own[name] for own in found]).to(model.device) for name in found[0]}
+    names = [name for name in found[0] if name == TILES or (name == ATTENDED) == encoded]
+    if ATTENDED not in found[0]:
+        names = list(found[0])
+    return {name: torch.stack([own[name] for own in found]).to(model.device) for name in names}
+
+
+def open_vision(
+    model: LoadedModel,
+    batch: Batch,
+    writes: Sequence[SiteWrite],
+    reads: Sequence[SiteRead],
+) -> Batch:
+    """Return a batch whose images are encoded in the pass, if it reads or changes the encoder of a
+    model whose blocks attend to images; other batches as they are."""
+    if model.shape.takes != "attended image":
+        return batch
+    if not any(each.stack == "vision" for each in (*writes, *reads)):
+        return batch
+    if batch.extra:
+        return without_vectors(batch)
+    ids = batch.of_stack("encoder").ids
+    return replace(batch, extra=_find_inputs(model, ids, encoded=False))
 
 
 def _attend_to_image(model: LoadedModel, ids: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the vectors of images and the tiles that each token [B, T] attends to.
+    """Return the vectors or pixels of images, and the tiles that each token [B, T] attends to.
 
     Tokens attend to the image from its token on; without one, all tokens do.
     """
@@ -430,7 +488,10 @@ def _attend_to_image(model: LoadedModel, ids: Tensor, given: Mapping[str, Any]) 
     seen = (ids == module.config.image_token_index).cumsum(1) > 0
     seen |= ~seen.any(1, keepdim=True)
     mask = seen.long()[:, :, None, None] * given[TILES][:, None, None]
-    return {ATTENDED: given[ATTENDED], "cross_attention_mask": mask}
+    if ATTENDED in given:
+        return {ATTENDED: given[ATTENDED], "cross_attention_mask": mask}
+    pixels = {name: each for name, each in given.items() if name != TILES}
+    return {**pixels, "cross_attention_mask": mask}
 
 
 ENCODED = "encoder_outputs"

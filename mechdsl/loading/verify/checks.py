@@ -97,7 +97,7 @@ class _WriteTrial:
 
     def __init__(self, bench: CheckBench) -> None:
         self.bench = bench
-        self.seen = bench.stack == "vision"
+        self.seen = bench.stack == "vision" and has_images(bench.batch)
         """Whether the effect shows in the input of the language model."""
         self.before = bench.reads[_EMBED_READ][0] if self.seen else bench.logits[0]
         self.still: list[tuple[str, int | None]] = []
@@ -645,13 +645,16 @@ def add_stack_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
     """
     others: dict[str, BlockStack] = {}
     for stack, own in model.others.items():
+        if stack == "vision":
+            continue
         partly = dict(own.shape.partly)
         if "z" in partly:
             partly |= dict.fromkeys(STACK_ATTENTION_SITES, partly["z"])
         sites = own.shape.sites | STACK_ATTENTION_SITES
         others[stack] = replace(own, shape=replace(own.shape, sites=sites, partly=partly))
-    shapes = {stack: own.shape for stack, own in others.items()}
-    found = replace(model, others=others, shape=replace(model.shape, others=shapes))
+    found = replace(model, others={**model.others, **others})
+    shapes = {stack: own.shape for stack, own in found.others.items()}
+    found = replace(found, shape=replace(model.shape, others=shapes))
     reads = [
         SiteRead("pattern", layer, stack)
         for stack, own in others.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -82,10 +83,51 @@ class MllamaWithImages(Family):
     @staticmethod
     def picture(config: ModelConfig) -> ModelInputs:
         vision = config["vision_config"]
-        tiles = vision["max_num_tiles"]
-        patches = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+        tiles, side = vision["max_num_tiles"], vision["image_size"]
+        patches = (side // vision["patch_size"]) ** 2 + 1
         width = config["text_config"]["hidden_size"]
-        return {ATTENDED: (1, tiles * patches, width), TILES: [[1] * tiles]}
+        ratios = vision["supported_aspect_ratios"]
+        largest = max(range(len(ratios)), key=lambda n: ratios[n][0] * ratios[n][1])
+        filled = ratios[largest][0] * ratios[largest][1]
+        mask = [1] * filled + [0] * (tiles - filled)
+        return {
+            ATTENDED: (1, tiles * patches, width),
+            TILES: [mask],
+            "pixel_values": (1, 1, tiles, vision["num_channels"], side, side),
+            "aspect_ratio_ids": [[largest + 1]],
+            "aspect_ratio_mask": [[mask]],
+        }
+
+
+@family("mllama_vision_model")
+class MllamaVision(Family):
+    """Two encoders, of which the second has gates. A norm and positions of tiles lie between."""
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        return {"final_norm": ""}
+
+    @staticmethod
+    def block_lists(config: ModelConfig) -> Mapping[str, int]:
+        count = int(config.get("num_global_layers", 8))
+        return {
+            "vision_model.transformer.layers": int(config["num_hidden_layers"]),
+            "vision_model.global_transformer.layers": count,
+        }
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        if ".global_transformer." not in block.path:
+            is_last = layer == config["num_hidden_layers"] - 1
+            return replace(block, stream_scale=None) if is_last else block
+        gates = {"attn_out": "gate_attn", "resid_mid": "gate_attn", "mlp_out": "gate_ffn"}
+        return block.with_taps(
+            **{
+                site: replace(block.taps[site], scaled_by=f"{block.path}.{name}", squashed=True)
+                for site, name in gates.items()
+                if site in block.taps
+            }
+        )
 
 
 @family("siglip_text_model")

@@ -621,8 +621,8 @@ class _OneSide(Record):
             spans = [node for node in walk(item) if isinstance(node, ast.SpanRef)]
             own = [node for node in spans if images & {node.name, node.of}]
             if own and self.side == "target":
-                hint = "name a site at the tokens of the image, `k cross` or `v cross`, or a token "
-                hint += "of the text: `last token`"
+                hint = "name a site at the tokens of the image, `k cross`, `v cross` or one of "
+                hint += "`vision`, or a token of the text: `last token`"
                 written = own[0].span.written
                 return NotInDecoder(span=self.positions.span, position=written, hint=hint)
             if not own and self.side == "source":

@@ -65,9 +65,10 @@ def reply_conventions(
     yield "lengths", "; ".join(_reply_lengths(plan, measured))
     way = choose_method(model)
     if model.shape.encodes_apart:
+        encoded = "runs in each pass" if experiment.in_vision else "runs once"
         yield (
             "kept keys",
-            "none: each token needs a full pass of the decoder; the encoder runs once",
+            f"none: each token needs a full pass of the decoder; the encoder {encoded}",
         )
     elif way.kind == "whole":
         yield "kept keys", f"none: each token needs a full forward pass, because {way.reason}"
@@ -388,12 +389,15 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
             f"{measured.rows:,} rows in all, can't differ from the base run",
         )
     if plan.experiment.in_vision:
+        shape = plan.experiment.model.shape
+        replaced = (
+            "blocks of `cross` then read"
+            if shape.takes == "attended image"
+            else "replace `embed` of all its tokens, before other rules act there"
+        )
         yield (
             "vision encoder",
-            (
-                f"{_describe_patches(plan.experiment.model.shape.merged_side)}; a changed image's "
-                "vectors replace `embed` of all its tokens, before other rules act there"
-            ),
+            f"{_describe_patches(shape.merged_side)}; a changed image's vectors {replaced}",
         )
         yield (
             "planner",
