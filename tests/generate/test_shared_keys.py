@@ -17,6 +17,7 @@ from mechdsl.forward.generation.key_value_cache import (
     KeyValueCache,
     SharedKeyValues,
     SingleQueryAttention,
+    sum_weighted,
 )
 from mechdsl.forward.hooks.model import LoadedModel
 
@@ -299,3 +300,18 @@ def test_cache_growth_keeps_keys_after_rows_have_ended() -> None:
     expected = torch.cat([before[:2], newest[:2], again], dim=2)
     assert torch.equal(keys, expected)
     assert torch.equal(values, -expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("keys", [0, 1, 3, 4, 5, 9, 16, 17])
+def test_weighted_sum_of_few_or_many_keys_equals_the_matrix_product(
+    keys: int, queries: int, dtype: torch.dtype
+) -> None:
+    drawn = torch.Generator().manual_seed(keys)
+    weights = torch.rand(5, 2, queries, keys, generator=drawn, dtype=dtype)
+    values = torch.randn(5, 2, 30, 24, generator=drawn, dtype=dtype)[:, :, :keys]
+    expected = (weights[..., None] * values[:, :, None]).sum(dim=3)
+    found = sum_weighted(weights, values)
+    assert found.shape == (5, 2, queries, 24)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)

@@ -448,6 +448,31 @@ class KeyValueCache(Cache):
         mine[here, :, place - self.common] = its[there, :, place]
 
 
+MIN_PRODUCTS = 400
+"""Multiply-adds of one product of a batch below which torch doesn't call its fast library: it adds
+products in a plain loop, which takes two to six times as long for one query."""
+
+
+def sum_weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Return `weights @ values` [n, heads, queries, width], also fast with few keys.
+
+    Args:
+        weights: [n, heads, queries, key].
+        values: [n, heads, key, width].
+    """
+    _, _, queries, keys = weights.shape
+    products = queries * keys * values.shape[-1]
+    if not products or products >= MIN_PRODUCTS or weights.device.type != "cpu":
+        return weights @ values
+    if keys <= 4:
+        found = weights[..., 0, None] * values[:, :, None, 0]
+        for key in range(1, keys):
+            found.addcmul_(weights[..., key, None], values[:, :, None, key])
+        return found
+    copies = -(-MIN_PRODUCTS // products)
+    return (weights.repeat(1, 1, copies, 1) @ values)[:, :, :queries]
+
+
 _SUPPORTED_ATTENTION = {"eager", "sdpa"}
 """Attention implementations whose masks are available in full."""
 
@@ -495,7 +520,7 @@ class SingleQueryAttention:
         scores = apply_mask(scores[:, :, :, None, None], self._added(call.mask), how.shared)
         weights = how.weights(scores, how.sink(scores)).to(call.value.dtype)
         found = self._values(call.layer, weights[:, :, :, 0, 0])
-        return found.view(rows, 1, heads * how.shared, -1)
+        return found.reshape(rows, 1, heads * how.shared, -1)
 
     def _scores(self, layer: int, queries: Tensor) -> Tensor:
         """Return [n, key-value heads, head of that, key] scores.
@@ -514,7 +539,7 @@ class SingleQueryAttention:
         weights: [n, key-value heads, head of that, key].
         """
         shared, common = self.kept.shared, self.kept.common
-        own = weights[..., common:] @ self.kept.own(layer)[1]
+        own = sum_weighted(weights[..., common:], self.kept.own(layer)[1])
         if shared is None:
             return own
         return own.add_(shared.values(layer, self.kept.rows_of(layer), weights[..., :common]))
