@@ -58,14 +58,12 @@ class PickBySign(Diagnostic):
     code = "W0751"
     title = "`{text}` ranks by signed value; ranking by absolute value gives a different selection"
     label = "only by signed value: {picked}; only by absolute value: {by_size}"
-    help = (
-        "if decreases matter, make the negative the first measure of `{of}`: `measure "
-        "-logit(answer) as delta`"
-    )
+    help = "if decreases matter, {hint}"
     text: str
     picked: str
     by_size: str
     of: str
+    hint: str
 
 
 @keyword_record

@@ -876,7 +876,8 @@ class FindingPicker:
             by_size = finding.by_size.sites[:count]
             if {site.points for site in by_size} != {site.points for site in chosen}:
                 labels = [[site.label for site in each] for each in (chosen, by_size)]
-                _warn_sign(node, _differing(*labels), _differing(*labels[::-1]), diagnostics)
+                picked, other = _differing(*labels), _differing(*labels[::-1])
+                _warn_sign(node, finding, picked, other, diagnostics)
         return chosen
 
     def pick_features(
@@ -921,7 +922,8 @@ class FindingPicker:
         by_size = list(finding.by_size.features)[:count]
         if set(by_size) != set(chosen):
             names = [[f"feature {each}" for each in some] for some in (chosen, by_size)]
-            _warn_sign(node, _differing(*names), _differing(*names[::-1]), diagnostics)
+            picked, other = _differing(*names), _differing(*names[::-1])
+            _warn_sign(node, finding, picked, other, diagnostics)
         return chosen
 
     def _say_sites(
@@ -992,7 +994,8 @@ class FindingPicker:
             ]
             if rows:
                 picked = f"tokens of {len(rows)} of {len(orders)} rows"
-                _warn_sign(node, picked, "other tokens of these rows", diagnostics, base.span)
+                others = "other tokens of these rows"
+                _warn_sign(node, finding, picked, others, diagnostics, base.span)
         return found
 
     def _hits(
@@ -1185,6 +1188,7 @@ def _differing(labels: Sequence[str], others: Sequence[str]) -> str:
 
 def _warn_sign(
     node: ast.RankedSelection,
+    finding: Finding,
     picked: str,
     by_size: str,
     diagnostics: list[Diagnostic],
@@ -1192,7 +1196,20 @@ def _warn_sign(
 ) -> None:
     """Append W0751, once for each source location, even if a `for` gives several numbers."""
     where = span or node.span
-    warning = PickBySign(span=where, text=where.written, picked=picked, by_size=by_size, of=node.of)
+    observed = any(
+        rule.does.changes == "nothing" for part in finding.parts for rule in part.experiment.rules
+    )
+    warning = PickBySign(
+        span=where,
+        text=where.written,
+        picked=picked,
+        by_size=by_size,
+        of=node.of,
+        hint="observe the reverse, such as `toward wrong - answer`, or name what to select"
+        if observed
+        else f"make the negative the first measure of `{node.of}`: `measure -logit(answer) as "
+        "delta`",
+    )
     earlier = (each for each in diagnostics if isinstance(each, PickBySign))
     if not any((each.span, each.of) == (where, node.of) for each in earlier):
         diagnostics.append(warning)

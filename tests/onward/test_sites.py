@@ -189,6 +189,16 @@ def test_warning_about_the_sign_with_several_numbers_is_reported_once() -> None:
     assert not {*by_sign} & {*by_size}
 
 
+def test_warning_about_the_sign_of_observed_values_does_not_propose_a_measure() -> None:
+    look = "observe direct_logit layer * head * toward answer - answer of fewer at last token"
+    ranked = experiment("which", look, prompts="fruit")
+    patched = experiment("a", "ablate top 8 of which at last token with zero", MEASURE_DELTA)
+    _, found = run_source(Source(HEAD + ranked + patched), RunOptions())
+    (warning,) = [each for each in found if each.code == "W0751"]
+    assert "toward wrong - answer" in warning.help_text
+    assert "measure" not in warning.help_text
+
+
 def test_direction_at_heads_of_an_unknown_experiment_is_rejected() -> None:
     text = "\ngroup some = top 3 of whihc\ndirection d = mean(fruit) at some at last token\n"
     text += experiment("a", "add d to resid_post layer 2 at last token", MEASURE_DELTA) + WHICH

@@ -563,6 +563,8 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(r"^split\s+$", r"([0-9]+)(?![0-9%.])", "write the percent sign: `split {0}%`", "PERCENT"),
     Hint(r"\b([0-9]+(?:\.[0-9]+)?)$", r"[x×](?!\w)", "write the number alone: `{0}`"),
+    Hint(r"\b([0-9]+)$", r"_([0-9]+)(?![_0-9])", "write the number without `_`: `{0}{1}`"),
+    Hint(r"\b[0-9]+$", r"_[0-9]", "write the number without `_`"),
     Hint(
         r"\btoken\s+except\s*$",
         r"",
