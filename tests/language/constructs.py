@@ -827,7 +827,7 @@ _file(
     "`resid_mid` if the configuration records it, and rules change `mlp_out` by (f′ − f) W_dec. "
     "`set mlp_out layer 1 at tokens * to reconstruction of t` replaces the MLP. Of a "
     "cross-layer transcoder in circuit-tracer's layout, the features can be observed, also in an "
-    "`attribution_graph`, but not changed.",
+    "`attribution_graph`, and ablated by `graph_ablation`, but not changed by rules.",
     "tests/rules/test_transcoders.py",
     "Dunefsky et al. 2024, arXiv 2406.11944",
 )

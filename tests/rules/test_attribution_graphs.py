@@ -43,7 +43,7 @@ from mechdsl.show.reports import graph as graph_report
 from ..execute.support import ROWS, ids_of, prompt, shared, word_tokenizer
 from .models import bare, double
 from .support import BLOCKS as PROMPTS
-from .support import codes, experiment, rows, run_file, try_file
+from .support import DIFFERENCE, codes, experiment, rows, run_file, try_file
 from .test_transcoders import make, make_cross_layer
 
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}
@@ -218,14 +218,19 @@ def skip(own: Any, before: Tensor, now: Tensor) -> Tensor:
     return (now - before) @ own.weights["W_skip"].T
 
 
-def respond(own: Any, before: Tensor, ablated: list[tuple[int, int]], now: Tensor) -> Tensor:
-    """The change of the features' output relative to the prompt: active features are linear in the
+def recode(own: Any, before: Tensor, ablated: list[tuple[int, int]], now: Tensor) -> Tensor:
+    """The change of the features relative to the prompt: active features are linear in the
     input, and ablated ones, (token, feature), are 0."""
     codes = own.encode(before)
     change = (now[0] - before) @ own.weights["W_enc"] * (codes > 0)
     for place in ablated:
         change[place] = -codes[place]
-    return change @ own.weights["W_dec"]
+    return change
+
+
+def respond(own: Any, before: Tensor, ablated: list[tuple[int, int]], now: Tensor) -> Tensor:
+    """The change of the features' output."""
+    return recode(own, before, ablated, now) @ own.weights["W_dec"]
 
 
 def without_features(family: str, own: dict[int, Any], nodes: FeatureNodes) -> Tensor:
@@ -234,18 +239,18 @@ def without_features(family: str, own: dict[int, Any], nodes: FeatureNodes) -> T
     blocks = model.get_submodule(BLOCKS.get(family, "model.layers"))
     inputs: dict[int, Tensor] = {}
     for layer, block in enumerate(blocks):
-        places = [place[1:] for place in named(nodes) if place[0] == layer]
 
         def keep(_: Any, given: Any, layer: int = layer) -> None:
             inputs[layer] = given[0][0]
 
-        def change(
-            _: Any, given: Any, output: Tensor, layer: int = layer, places: Any = places
-        ) -> Tensor:
+        def change(_: Any, given: Any, output: Tensor, layer: int = layer) -> Tensor:
             output = output.clone()
-            for token, feature in places:
-                amount = own[layer].encode(inputs[layer])[token, feature]
-                output[0, token] -= amount * own[layer].weights["W_dec"][feature]
+            for of, token, feature in named(nodes):
+                crosses = isinstance(own[of], Crossing)
+                if of == layer or (crosses and of < layer):
+                    amount = own[of].encode(inputs[of])[token, feature]
+                    rows_of = own[of].writes(feature) if crosses else own[of].weights["W_dec"]
+                    output[0, token] -= amount * rows_of[layer - of if crosses else feature]
             return output
 
         block.mlp.register_forward_pre_hook(keep)
@@ -391,7 +396,11 @@ def test_graph_scores_and_pruning_equal_a_worked_example() -> None:
     assert few.tolist() == [False, False, False, False, True, True]  # nothing leads to it
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "transcoder"), ("gemma2", "sparsify")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", "transcoder"), ("gemma2", "sparsify"), ("gpt2", "cross_layer"),
+     ("gemma2", "cross_layer")],
+)  # fmt: skip
 def test_ablated_features_have_the_reference_effect_in_model_and_graph(
     family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,7 +435,19 @@ def test_ablated_features_have_the_reference_effect_in_model_and_graph(
 
     plain = value()
     places = {at: [place[1:] for place in named(nodes) if place[0] == at] for at in own}
-    responses = {at: partial(respond, own[at], before[at], places[at]) for at in own}
+    responses: dict[int, Any] = {
+        at: partial(respond, own[at], before[at], places[at]) for at in own
+    }
+    if kind == "cross_layer":
+        responses = {
+            at: lambda _, at=at: sum(
+                recode(own[of], before[of], places[of], reference.inputs[of])
+                @ own[of].parts["W_dec"][:, at - of]
+                for of in own
+                if of <= at
+            )
+            for at in range(len(before))
+        }
     monkeypatch.setattr(reference, "responses", responses)
     assert predict_ablation(graph, chosen) == pytest.approx(value() - plain, abs=1e-3)
     assert abs(value() - plain) > 0.05
@@ -733,6 +754,7 @@ def test_graph_has_no_drawing_without_a_report(data: Path) -> None:
 
 # --- groups of features ---------------------------------------------------------------------------
 
+CROSS = "".join(f'basis t{n} = transcoder("clt") at mlp_out layer {n}\n' for n in (0, 2))
 GROUPS = "group a = features 1, 3 of t0, feature 6 of t2\ngroup b = features 2, 4, 5 of t2\n"
 FROM, TO = {0: [1, 3], 2: [6]}, {2: [2, 4, 5]}
 WEIGHT = "observe graph_weight(t0, t2, {}) logits toward answer - wrong at last token as {}"
@@ -748,7 +770,10 @@ def sum_of_edges(
     removed: dict[int | None, Tensor] = {}
     for layer, features in FROM.items():
         codes = own[layer].encode(before[layer])[:, features]
-        removed[layer] = -(codes @ own[layer].weights["W_dec"][features])[None]
+        crosses = isinstance(own[layer], Crossing)
+        made = own[layer].writes(features) if crosses else own[layer].weights["W_dec"][features]
+        for later, rows_of in enumerate(made.unbind(1) if crosses else [made]):
+            removed[layer + later] = removed.get(layer + later, 0.0) - (codes @ rows_of)[None]
     after, ablated = reference.run_inputs(removed)
     total = 0.0
     for layer, features in TO.items():
@@ -762,13 +787,13 @@ def sum_of_edges(
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", "transcoder"), ("gpt2", "jumprelu_transcoder"),
+    [("llama", "transcoder"), ("gpt2", "jumprelu_transcoder"), ("gpt2", "cross_layer"),
      pytest.param("gpt_neox", "sparsify", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_weight_between_groups_is_the_sum_of_the_edges(family: str, kind: str, data: Path) -> None:
     """Of each row, between groups and to the target, in two experiments of a file."""
     _, own = transcoders(family, kind, data, [0, 2])
-    text = T0 + T2 + GROUPS
+    text = (CROSS if kind == "cross_layer" else T0 + T2) + GROUPS
     for name, groups in (("inner", "from: a, to: b"), ("ends", "from: a")):
         text += experiment(name, WEIGHT.format(groups, f"of_{name}"), measure="")
     found = run_file(text, data, family, "planned")
@@ -809,13 +834,18 @@ def test_features_of_groups_are_nodes_in_large_graphs(
     np.testing.assert_allclose(part, whole, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "transcoder"), ("gemma2", "sparsify")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", "transcoder"), ("gemma2", "sparsify"), ("gpt2", "cross_layer"),
+     ("gemma2", "cross_layer")],
+)  # fmt: skip
 def test_features_of_a_group_are_ablated_where_they_are_active(
     family: str, kind: str, data: Path
 ) -> None:
     given, own = transcoders(family, kind, data, [0, 2])
     line = "observe graph_ablation(t0, t2, features: a) logits toward answer - wrong at last token"
-    text = T0 + T2 + GROUPS + experiment("e", line + " as cut", measure="")
+    text = CROSS if kind == "cross_layer" else T0 + T2
+    text += GROUPS + experiment("e", line + " as cut", measure="")
     found = run_file(text, data, family, "planned")["e"]
     cut, predicted, random = (measure.patched[0] for measure in found.measures)
     row, record = rows("clean")[0], ROWS[0]
@@ -842,14 +872,16 @@ def test_features_of_a_group_are_ablated_where_they_are_active(
     assert "the features of `a` (3 features) are set to 0" in found.conventions["observed"]
 
 
-def test_drawn_supernodes_have_the_sums_of_their_edges(data: Path) -> None:
+@pytest.mark.parametrize(("family", "kind"), [("llama", "transcoder"), ("gpt2", "cross_layer")])
+def test_drawn_supernodes_have_the_sums_of_their_edges(family: str, kind: str, data: Path) -> None:
     """Those of each layer; the JSON has the features, which a group can read."""
-    transcoders("llama", "transcoder", data, [0, 2])
+    transcoders(family, kind, data, [0, 2])
+    bases = CROSS if kind == "cross_layer" else T0 + T2
     groups = "group a = features 1, 9 of t0, feature 6 of t2\ngroup b = features 2, 3, 4 of t2\n"
     options = "t2, supernodes: [a, b], nodes: 100%, edges: 100%)"
     line = EVERY.replace("t2)", options)
-    text = T0 + T2 + groups + experiment("e", line, "report graph", measure="")
-    found = run_file(text, data, "llama", "planned")["e"]
+    text = bases + groups + experiment("e", line, "report graph", measure="")
+    found = run_file(text, data, family, "planned")["e"]
     report = next(each for each in found.reports if each.kind == "graph")
     members = {"L0.f1": "L0.a", "L0.f9": "L0.a", "L2.f6": "L2.a"}
     members |= {f"L2.f{number}": "L2.b" for number in (2, 3, 4)}
@@ -871,16 +903,13 @@ def test_drawn_supernodes_have_the_sums_of_their_edges(data: Path) -> None:
     assert [each[0] for each in options["supernodes"]] == ["a", "b"]
     assert options["pinnedIds"] == [name for each in options["supernodes"] for name in each[1:]]
     read = 'group c = saved("s.json", "b", t0, t2)\n'
-    rule = "ablate {} at tokens * with zero"
-    text = (
-        T0
-        + T2
-        + groups
-        + read
-        + experiment("f", rule.format("c"))
-        + experiment("g", rule.format("b"))
-    )
-    again = run_file(text, data, "llama", "planned")
+    line, measure = "ablate {0} at tokens * with zero", DIFFERENCE
+    if kind == "cross_layer":  # rules don't change its features
+        line, measure = WEIGHT.format("from: {0}", "of_{0}"), ""
+    text = bases + groups + read
+    for name, group in (("f", "c"), ("g", "b")):
+        text += experiment(name, line.format(group), measure=measure)
+    again = run_file(text, data, family, "planned")
     np.testing.assert_array_equal(again["f"].measures[0].patched, again["g"].measures[0].patched)
 
 

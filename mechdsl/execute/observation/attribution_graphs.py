@@ -22,7 +22,7 @@ from mechdsl.dictionaries.features import Dictionary
 from mechdsl.dictionaries.folder import SKIP
 from mechdsl.execute.bases import OutputMap
 from mechdsl.execute.measurement.values import GraphFindings, GraphNode
-from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, indices_to_device
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.gradients import AutogradFailed
@@ -516,6 +516,17 @@ def ablate_nodes(prompt: GraphPrompt, every: Sequence[FeatureNodes]) -> Tensor:
     features ablated, whose activations in the run are set to 0."""
     model, ids = prompt.model, [prompt.ids] * (1 + len(every))
     batch = Batch.of(ids, model.pad_id, model.calling.side, model.device)
+    crosses = any(len(own.decoders) > 1 for own in prompt.transcoders.values())
+    writes = (_ablate_across if crosses else _ablate_in_place)(prompt, batch, every)
+    found = run_full(model, batch, writes=writes, logits_at=batch.lengths[:, None] - 1)
+    assert found.logits is not None
+    return found.logits[:, 0]
+
+
+def _ablate_in_place(
+    prompt: GraphPrompt, batch: Batch, every: Sequence[FeatureNodes]
+) -> list[SiteWrite]:
+    """Return the writes of `ablate_nodes` for transcoders of single layers."""
     writes: list[SiteWrite] = []
     for row, nodes in enumerate(every, 1):
         places = zip(
@@ -528,9 +539,47 @@ def ablate_nodes(prompt: GraphPrompt, every: Sequence[FeatureNodes]) -> Tensor:
             zero, which = torch.zeros(1, 1), torch.tensor([[feature]])
             write = SiteWrite("mlp_out", layer, rows, positions, units, zero, mode=mode, to=which)
             writes.append(write)
-    found = run_full(model, batch, writes=writes, logits_at=batch.lengths[:, None] - 1)
-    assert found.logits is not None
-    return found.logits[:, 0]
+    return writes
+
+
+def _ablate_across(
+    prompt: GraphPrompt, batch: Batch, every: Sequence[FeatureNodes]
+) -> list[SiteWrite]:
+    """Return the writes of `ablate_nodes` for a cross-layer transcoder.
+
+    What a feature adds to the MLPs' outputs of its layer and later ones is subtracted there. Its
+    activation depends on the features that are ablated in earlier layers: each layer's activations
+    are read in a pass with the writes so far.
+    """
+    row = np.repeat(np.arange(1, 1 + len(every)), [len(nodes) for nodes in every])
+    layer, token, feature = (
+        np.concatenate([getattr(nodes, name) for nodes in every])
+        for name in ("layer", "token", "feature")
+    )
+    writes: list[SiteWrite] = []
+    for own_layer in np.unique(layer).tolist():
+        own, here = prompt.transcoders[own_layer], np.flatnonzero(layer == own_layer)
+        place = SiteRead(own.site, own_layer)
+        before = [write for write in writes if (write.layer or 0) <= own_layer]
+        found = run_full(
+            prompt.model, batch, stop=own_layer + 1, writes=before, reads=[place]
+        ).reads[place]
+        at, which = np.unique(
+            np.stack([row[here], token[here]], axis=1), axis=0, return_inverse=True
+        )
+        rows, positions = (torch.from_numpy(each) for each in at.T)
+        vectors = found[indices_to_device((rows, batch.columns(rows, positions)), found.device)]
+        index = torch.from_numpy(which.reshape(-1)), torch.from_numpy(feature[here])
+        index = indices_to_device(index, found.device)
+        wide = torch.promote_types(found.dtype, torch.float32)
+        amounts = torch.zeros(len(at), own.decoders.shape[1], dtype=wide, device=found.device)
+        amounts[index] = own.dictionary.encode(vectors[:, 0].to(wide))[index]
+        for later, decoder in enumerate(own.decoders):
+            units, values = torch.zeros_like(rows), -(amounts @ decoder.to(wide))
+            writes.append(
+                SiteWrite("mlp_out", own_layer + later, rows, positions, units, values, mode="add")
+            )
+    return writes
 
 
 def score_ablation(

@@ -371,16 +371,7 @@ class GraphAblation(AttributionGraphs):
             if wrong:
                 report_bad_observation(rule, work, reason, hint)
         found = super().resolve(rule, work)
-        if found is None or has_errors(work.diagnostics[before:]):
-            return None
-        assert isinstance(found.does, GraphAblation)
-        if found.does.decoders:
-            reason = (
-                "can't ablate features of a cross-layer transcoder, which write to several layers"
-            )
-            report_bad_observation(rule, work, reason, "name transcoders of single layers")
-            return None
-        return found
+        return None if has_errors(work.diagnostics[before:]) else found
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         which = f"the {self.top} features of each prompt with the most influence on it"
