@@ -298,6 +298,7 @@ def _run_pass(
             reads=[*wanted, *noised],
             logits_at=at,
             tokens=tokens,
+            ends=True,
             edges=due.edges,
         )
         if kept is not None and noised:

@@ -388,13 +388,33 @@ def test_logits_of_selected_tokens_equal_a_slice_of_all(name: str) -> None:
     model = loaded(name)
     batch = batch_of(model)
     some = torch.tensor([5, 3, 40])
-    found = run_full(model, batch, tokens=some)
+    found = run_full(model, batch, tokens=some, ends=True)
     every, narrow = run_full(model, batch).logits, found.logits
     assert every is not None
     assert narrow is not None
     assert torch.allclose(narrow, every[..., some], atol=1e-5)
     assert found.largest is not None
     assert torch.allclose(found.largest, every.abs().amax(-1), atol=1e-5)
+
+
+def test_run_full_without_ends_computes_only_the_selected_logits() -> None:
+    """Patched passes don't need the largest logit, which costs the whole unembedding."""
+    model = loaded("bert")
+    some, multiplied = torch.tensor([5, 3, 40]), list[torch.Size]()
+    linear = torch.nn.functional.linear
+
+    def counted(vectors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        multiplied.append(weight.shape)
+        return linear(vectors, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", counted)
+        found = run_full(model, batch_of(model), tokens=some)
+    assert found.largest is None
+    assert found.logits is not None
+    assert found.logits.shape[-1] == len(some)
+    assert (len(some), model.shape.d_model) in multiplied
+    assert model.shape.vocab_size not in {rows for rows, _ in multiplied}
 
 
 @pytest.mark.parametrize("name", ["convbert", "fnet", "nystromformer", "yoso"])

@@ -967,7 +967,7 @@ class FullPassResult:
     logits: Tensor | None
     """[B, T, vocab], or [B, n, vocab] with `logits_at`; None if the run stopped early."""
     largest: Tensor | None = None
-    """[B, n], with `tokens`: magnitude of the largest logit of the whole vocabulary."""
+    """[B, n], with `tokens` and `ends`: magnitude of the largest logit of the whole vocabulary."""
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
     """[B, T, units, width] each, copies (inference tensors, except with `gradients`) of the values
     after all writes at the same site."""
@@ -982,6 +982,7 @@ def run_full(
     reads: Sequence[SiteRead] = (),
     logits_at: Tensor | None = None,
     tokens: Tensor | None = None,
+    ends: bool = False,
     edges: Sequence[EdgeWrite] = (),
     circuits: Sequence[CircuitWrite | CircuitRead] = (),
     gradients: bool = False,
@@ -998,6 +999,7 @@ def run_full(
         logits_at: [B, n] long, positions (in the unpadded prompt) whose logits are requested; all
             by default. Logits can't be read or written with it.
         tokens: [K] long, the only tokens whose logits are requested; `vocab` is then K.
+        ends: With `tokens`, compute `largest`, which needs the logits of all tokens.
         edges: Changed attention edges.
         circuits: Edges between components that carry other values or are read; only without `stop`.
         gradients: Whether autograd tracks the effect of written values that require a gradient.
@@ -1015,7 +1017,7 @@ def run_full(
     work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=backward)
     if logits_at is not None:
         work.keep_logits(logits_at)
-    narrow = narrow_unembedding(model, tokens, ends=True)
+    narrow = narrow_unembedding(model, tokens, ends=ends)
     mode = _enable_gradients(model) if gradients else torch.inference_mode()
     rules = nullcontext() if ruled is None else ruled.opened()
     with mode, work.installed(), open_attention(model, work, ruled), narrow, rules:
@@ -1027,10 +1029,9 @@ def run_full(
     if logits is not None:
         if ruled is not None:
             ruled.check(logits)
-        logits = select_token_logits(model, work.output(logits), tokens, ends=True)
-        if tokens is not None:
-            logits, ends = logits[..., :-2], logits[..., -2:]
-            largest = ends.abs().amax(-1)
+        logits = select_token_logits(model, work.output(logits), tokens, ends=ends)
+        if tokens is not None and ends:
+            logits, largest = logits[..., :-2], logits[..., -2:].abs().amax(-1)
     work.check()
     return FullPassResult(logits, largest, work.found | seen)
 
