@@ -25,6 +25,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import number_names
 from mechdsl.vocab.effects import DELTA, RAW
+from mechdsl.vocab.sites import SITES
 
 STATEMENT = "objective"
 
@@ -206,10 +207,16 @@ def _check_spec(own: spec.Experiment) -> Iterator[Diagnostic]:
 
 
 def _check_place(found: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield E0207 for a site or positions that aren't one vector of one or several tokens."""
+    """Yield E0207 for a site or positions that aren't one vector of one or several tokens, and
+    E0608 for a site in the vision encoder."""
     (save,) = found.saves
     run, said = found.table.runs[save.run], save.spec
-    if len(save.points) > 1:
+    if any(SITES[point.site].stack == "vision" for point in save.points):
+        what = f"`{said.site.span.written}`"
+        reason = "the vision encoder runs before the language model, without gradients"
+        hint = "write `embed` at tokens of the image, the output of the encoder and its projector"
+        yield _refuse(said.site.span, what, reason, hint)
+    elif len(save.points) > 1:
         reason = f"names {len(save.points)} vectors of a token"
         yield _bad_place(said.site.span, reason, "name one layer, and one head or all")
     elif len(save.cells) > 1:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.records import Record
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, WriteMismatch
 from mechdsl.forward.hooks.full_pass import run_full
@@ -49,6 +50,7 @@ from mechdsl.prompts.tokens.image_prompts import (
     ImagePromptTokenizer,
 )
 from mechdsl.resolve.types import (
+    FitSample,
     FittedBasis,
     FittedVector,
     JacobianBasis,
@@ -923,11 +925,21 @@ def find_image_problem(
         if problem is None and in_vision:
             problem = _check_patches(model, run.rows)
         if problem is not None:
-            block = table.block_rows
-            pictures = () if block is None else block.block.spec.pictures
-            span = pictures[0].span if pictures else None
-            return replace(problem, span=span, model=run.model or experiment.model.name)
+            named = run.model or experiment.model.name
+            return replace(problem, span=_first_picture(table), model=named)
     return None
+
+
+def find_sample_problem(model: LoadedModel, sample: FitSample) -> ImagesNotVectors | None:
+    """Return E0458 if the images of rows that a training reads act by more than their vectors."""
+    problem = _check_images_as_vectors(model, sample.run.rows[:1])
+    return None if problem is None else replace(problem, span=_first_picture(sample.table))
+
+
+def _first_picture(table: PromptTable) -> Span | None:
+    """Return the span of the first image that a block names."""
+    pictures = () if table.block_rows is None else table.block_rows.block.spec.pictures
+    return pictures[0].span if pictures else None
 
 
 def _list_read_runs(

@@ -17,6 +17,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.names import BadArgument
+from mechdsl.execute.image_vectors import find_image_problem, provide_images
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes, write_point
 from mechdsl.execute.patching.rows import Patcher
 from mechdsl.execute.patching.writes import build_writes, select_readable_rows
@@ -88,8 +89,12 @@ class ObjectiveRun:
             options: Sizes of passes.
 
         Raises:
-            ObjectiveFailed: An unpatched run has no value, or no row is left.
+            ObjectiveFailed: Images can't be read (E0413, E0458), an unpatched run has no value, or
+                no row is left.
         """
+        problem = find_image_problem(experiment, models)
+        if problem is not None:
+            raise ObjectiveFailed([problem])
         plan = make_plan([experiment])
         (panel,) = plan.panels
         self.model = models[panel.model]
@@ -195,6 +200,8 @@ class ObjectiveRun:
             AutogradFailed: The model can't be differentiated.
         """
         runs, prompts = self._panel.runs, self.prompts[rows]
+        # A model from Python forgets its images after each call.
+        provide_images(self.model, (self.run.rows[prompt] for prompt in prompts.tolist()))
         differentiated = DifferentiatedRun(runs, self.run, self._readout, self.prompts)
         lanes = DrawLanes.of(differentiated.unpatched(), prompts, 1)
         is_used = np.zeros(len(self.prompts), dtype=np.bool_)

@@ -256,10 +256,29 @@ def _train_due(
         run = partial(_run_training, models=models, checked=checked, options=options, cache=cache)
         with torch.random.fork_rng(devices=[]):
             for fit, folder in _group_by_vectors(due):
+                refused = _find_image_problem(fit, models)
+                if refused is not None:
+                    problems += [] if refused in problems else [refused]
+                    continue
                 found, problem = _train_one(fit, folder, partial(run, on_progress=on_progress))
                 done += [] if found is None else [found]
                 problems += [] if problem is None else [problem]
         return done, problems
+
+
+def _find_image_problem(fit: DeclaredFit, models: Mapping[str, LoadedModel]) -> Diagnostic | None:
+    """Return E0458 or E0413 if a training can't run on the images of its prompts."""
+    from mechdsl.execute.image_vectors import find_image_problem, find_sample_problem
+
+    if fit.objective is not None:
+        return find_image_problem(fit.objective, models)
+    if fit.training.decoder is not None:
+        return None
+    partner, paired = _partner_model(fit, models), fit.training.paired
+    problem = find_sample_problem(models[fit.model], fit.training.sample)
+    if problem is None and partner is not None and paired is not None and paired.sample is not None:
+        return find_sample_problem(partner, paired.sample)
+    return problem
 
 
 def _group_by_vectors(
