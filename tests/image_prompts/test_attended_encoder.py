@@ -7,30 +7,35 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
+from mechdsl.base.source import Source
 from mechdsl.execute.run.panel import execute
 from mechdsl.forward.hooks import model as loaded_models
 from mechdsl.loading.loader import adopt_model
 from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.results.assembly.collection import check_denominators
 
-from ..execute.support import as_in_the_data, check_file
+from ..execute.support import as_in_the_data, check_file, run_on
 from ..quick import some
-from .support import BLOCK, RECORDS, experiment
+from .support import BLOCK, RECORDS, experiment, succeeded
 from .test_attended_images import (
     GRIDS,
+    IMAGE,
     Hook,
     at,
     bare,
     difference,
     folder,
+    inputs,
     loaded,
     other,
     outputs,
@@ -39,6 +44,7 @@ from .test_attended_images import (
     read,
     replied,
     run_text,
+    token,
     try_text,
 )
 
@@ -359,3 +365,67 @@ def test_store_depends_on_the_image_and_the_layer_of_the_encoder(tmp_path: Path)
         seen.append(float(stored.patched[0, 0]))
     assert seen[0] == seen[3]
     assert len({round(value, 4) for value in seen}) == 3
+
+
+def test_tiles_and_masked_images_equal_hooks_on_the_bare_model() -> None:
+    """Images without a tile are left out of its cell."""
+    text = experiment(
+        "t", "for t in 1..4 { ablate resid_post vision layer 1 at photo tile t tokens with zero }"
+    )
+    text += experiment("h", "from hidden into clean", f"patch resid_post vision layer 2 at {ONE}")
+    block = BLOCK.replace("{ file = other }", "{ file = other }\n  corrupt hidden { mask photo }")
+    tiles, masked = run_text(text, block=block)
+    for n, record in enumerate(RECORDS):
+        count = GRIDS[n][0] * GRIDS[n][1]
+        for tile in range(4):
+            value = tiles.measures[0].patched[tile, n]
+            if tile >= count:
+                assert np.isnan(value)
+                continue
+            own = [tile * PADDED + 1 + k for k in range(4)]
+            zero = written("resid_post", 1, own, torch.zeros(()))
+            np.testing.assert_allclose(value, difference(n, n, [zero]), atol=2e-4)
+        gray = Image.new("RGB", Image.open(folder() / f"{n}.png").size, (128, 128, 128))
+        prompt = f"{IMAGE} how many {record['what']} are there ? answer :"
+        given = processor()(text=[prompt], images=[[gray]], return_tensors="pt")
+        vector = seen_in(bare(), dict(given), 2)[column(n, 1, 2)]
+        value = difference(n, n, [written("resid_post", 2, [column(n, 1, 2)], vector)])
+        np.testing.assert_allclose(masked.measures[0].patched[0, n], value, atol=2e-4)
+
+
+@torch.no_grad()
+def seen_in(model: Any, given: dict[str, Any], layer: int) -> Tensor:
+    """The output of a block of the encoder of some model, [column, width]."""
+    found: list[Tensor] = []
+    module = model.get_submodule(place("resid_post", layer)[0])
+    handle = module.register_forward_hook(lambda _, __, output: found.append(output[0].clone()))
+    try:
+        model(**given, use_cache=False)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@pytest.mark.slow
+def test_patch_from_another_model_equals_hooks() -> None:
+    tuned = deepcopy(bare())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in tuned.model.vision_model.parameters():
+            if weight.dim() > 1:
+                weight += 0.2 * torch.randn_like(weight)
+    other_model, found = adopt_model("tuned", tuned, processor())
+    assert other_model is not None, found
+    line = f"patch resid_post vision layer 0 at {ONE}"
+    text = experiment("e", "from tuned into m", line, measure="measure logit(answer) as delta")
+    source = f'mech 1\nmodel m = local("a")\nmodel tuned = local("b")\n{BLOCK}\n{text}'
+    results = succeeded(
+        *run_on(Source(source, folder() / "f.mech"), {"m": loaded(), "tuned": other_model})
+    )
+    for n, record in enumerate(RECORDS):
+        vector = seen_in(tuned, inputs(n, n), 0)[column(n, 1, 2)]
+        hook = written("resid_post", 0, [column(n, 1, 2)], vector)
+        logits = outputs(n, n, [hook]).logits[0, -1]
+        value = float(logits[token(str(record["n"]))])
+        np.testing.assert_allclose(results["e"].measures[0].patched[0, n], value, atol=2e-4)
+    assert np.abs(results["e"].measures[0].patched - results["e"].measures[0].base).max() > 0.05

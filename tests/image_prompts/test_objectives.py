@@ -121,6 +121,7 @@ def test_images_that_are_more_than_vectors_report_e0458(kind: str, tmp_path: Pat
     assert not [*tmp_path.glob("fits/*")]
 
 
+@pytest.mark.slow
 def test_training_on_images_that_are_vectors_succeeds(tmp_path: Path) -> None:
     pair = bare("qwen2_vl").model, bare("qwen2_vl").processor
     [trained] = mechdsl.fit(written(FIT + USED), {"m": pair}, store=tmp_path)

@@ -223,6 +223,7 @@ def test_rules_on_an_image_and_a_video_of_one_prompt_equal_hooks() -> None:
         assert np.abs(np.array(values) - base).max() > 0.05
 
 
+@pytest.mark.slow
 def test_different_encoders_of_images_and_videos_report_e0413() -> None:
     """Rules outside of the encoder keep their results."""
     own: Any = deepcopy(bare(NAME).model)
