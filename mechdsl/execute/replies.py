@@ -198,7 +198,7 @@ class ReplyGenerator:
             return prefill
         ids = [rows.run.rows[prompt].ids for prompt in rows.prompts.tolist()]
         batch = build_batch(model, ids, [0] * len(ids), model.calling.side)
-        return replace(prefill, writes=split_vision(model, batch, prefill.writes)[0])
+        return replace(prefill, writes=split_vision(model, batch, prefill.writes)[1])
 
     def _known(
         self, model: LoadedModel, rows: GenerationRequest, asked: _ReplyRequest

@@ -59,7 +59,6 @@ from mechdsl.forward.hooks.model import (
     LoadedModel,
     call_with_batch,
     narrow_unembedding,
-    open_vision,
     select_token_logits,
     split_vision,
 )
@@ -1011,8 +1010,7 @@ def run_full(
         ReadMismatch: A read didn't happen.
         RuleNotApplied: A function of the model has no rule in `backward`.
     """
-    batch = open_vision(model, batch, writes, reads)
-    writes, reads, seen = split_vision(model, batch, writes, reads)
+    batch, writes, reads, seen = split_vision(model, batch, writes, reads)
     ruled = RuledPass(model, backward) if backward and backward.of_functions else None
     work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=backward)
     if logits_at is not None:

@@ -422,24 +422,25 @@ def split_vision(
     batch: Batch,
     writes: Sequence[SiteWrite],
     reads: Sequence[SiteRead] = (),
-) -> tuple[list[SiteWrite], list[SiteRead], dict[SiteRead, Tensor]]:
+) -> tuple[Batch, list[SiteWrite], list[SiteRead], dict[SiteRead, Tensor]]:
     """Run the vision encoder for reads and writes there, in prompts whose images are vectors.
 
     Returns:
-        The writes, with those in the encoder replaced by their effect on `embed`, which comes
-        first; the reads outside of the encoder; the values of those in it.
+        The batch, with pixels if blocks attend to images: the encoder then runs in the pass; the
+        writes, with those in the encoder replaced by their effect on `embed`, which comes first;
+        the reads outside of the encoder; the values of those in it.
     """
     table = IMAGE_TOKENS.get(model.module)
     inside = [write for write in writes if write.stack == "vision"]
     asked = [read for read in reads if read.stack == "vision"]
     no_images = "vision" in batch.frames or "vision" not in model.others
     if no_images or not (inside or asked):
-        return list(writes), list(reads), {}
+        return _open_vision(model, batch, inside, asked), list(writes), list(reads), {}
     if table is None or table.encode is None:
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
     embedded, found = table.encode(batch, inside, asked)
     outside = [write for write in writes if write.stack != "vision"]
-    return [*embedded, *outside], [read for read in reads if read not in found], found
+    return batch, [*embedded, *outside], [read for read in reads if read not in found], found
 
 
 IMAGE_INPUTS: WeakKeyDictionary[nn.Module, dict[int, Mapping[str, Tensor]]] = WeakKeyDictionary()
@@ -461,17 +462,12 @@ def _find_inputs(model: LoadedModel, ids: Tensor, *, encoded: bool = True) -> di
     return {name: torch.stack([own[name] for own in found]).to(model.device) for name in names}
 
 
-def open_vision(
-    model: LoadedModel,
-    batch: Batch,
-    writes: Sequence[SiteWrite],
-    reads: Sequence[SiteRead],
+def _open_vision(
+    model: LoadedModel, batch: Batch, writes: Sequence[SiteWrite], reads: Sequence[SiteRead]
 ) -> Batch:
-    """Return a batch whose images are encoded in the pass, if it reads or changes the encoder of a
-    model whose blocks attend to images; other batches as they are."""
-    if model.shape.takes != "attended image":
-        return batch
-    if not any(each.stack == "vision" for each in (*writes, *reads)):
+    """Return a batch whose images are encoded in the pass, if there are writes or reads in the
+    encoder of a model whose blocks attend to images; other batches as they are."""
+    if model.shape.takes != "attended image" or not (writes or reads):
         return batch
     if batch.extra:
         return without_vectors(batch)
