@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -1018,12 +1018,11 @@ def run_full(
     narrow = narrow_unembedding(model, tokens, ends=ends)
     mode = _enable_gradients(model) if gradients else torch.inference_mode()
     rules = nullcontext() if ruled is None else ruled.opened()
-    with mode, work.installed(), open_attention(model, work, ruled), narrow, rules:
-        try:
-            logits = call_with_batch(model, batch)
-        except PassStopped:
-            logits = None
+    logits: Tensor | None = None
     largest: Tensor | None = None
+    stopping = suppress(PassStopped)
+    with mode, work.installed(), open_attention(model, work, ruled), narrow, rules, stopping:
+        logits = call_with_batch(model, batch)
     if logits is not None:
         if ruled is not None:
             ruled.check(logits)
