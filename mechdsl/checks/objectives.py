@@ -87,7 +87,7 @@ def resolve_objective(
             "against": None,
         }
     )
-    problems = [*_check_spec(asked)]
+    problems = [*_check_spec(asked), *_check_encoders(own)]
     if problems:
         return None, problems
     found, problems = resolve_experiment(asked, checked.program, own.model, own.table, RULES)
@@ -234,6 +234,20 @@ def _check_place(found: ResolvedExperiment) -> Iterator[Diagnostic]:
 
 def _bad_place(span: Span, reason: str, hint: str) -> BadArgument:
     return BadArgument(span=span, name=span.written, reason=reason, hint=hint)
+
+
+def _check_encoders(found: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0608 for an encoder-decoder, and for rules in a vision encoder."""
+    name = found.model.name
+    if found.model.shape.encodes_apart:
+        reason = f"`{name}` is an encoder-decoder, or its blocks attend to an image"
+        hint = "choose a model whose blocks read the whole prompt"
+        yield _refuse(found.spec.span, f"`{found.name}`", reason, hint)
+        return
+    for rule in found.rules:
+        if rule.in_vision:
+            reason = "it acts in the vision encoder, before the language model"
+            yield _refuse(rule.spec.span, f"`{rule.spec.verb}`", reason, "remove the rule")
 
 
 def _check_gradient(found: ResolvedExperiment) -> Iterator[Diagnostic]:

@@ -17,6 +17,7 @@ from mechdsl.pipeline.objectives import Objective
 
 from ..images import prompts_of_images as vlm
 from ..quick import some
+from . import test_attended_images as attended
 from .support import experiment
 from .test_families import ALL, BLOCK, bare, cells, difference, folder, inputs
 
@@ -94,11 +95,32 @@ def difference_of(logits: Tensor) -> Tensor:
     return logits[vlm.WORDS["w1"]] - logits[vlm.WORDS["w2"]]
 
 
-def test_objective_in_the_vision_encoder_reports_e0608() -> None:
+VISION = "scale resid_post vision layer 0 at photo row 1 col 2 token by -3"
+REFUSED = {
+    "site": (PLAIN, "resid_post vision layer 0", "write `embed` at tokens of the image"),
+    "rule": (experiment("e", VISION), "resid_post layer 0", "acts in the vision encoder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_objective_in_the_vision_encoder_reports_e0608(case: str) -> None:
+    text, site, told = REFUSED[case]
+    pair = bare("llava_class").model, bare("llava_class").processor
     with pytest.raises(mechdsl.MechdslError) as raised:
-        opened("llava_class", "resid_post vision layer 0", AT)
+        mechdsl.objective(written(text), models={"m": pair}, site=site, at=AT)
     assert [each.code for each in raised.value.diagnostics] == ["E0608"]
-    assert "write `embed` at tokens of the image" in str(raised.value)
+    assert told in str(raised.value)
+
+
+def test_objective_of_a_model_that_attends_to_images_reports_e0608() -> None:
+    pair = attended.bare(), attended.processor()
+    path = attended.folder() / "objective.mech"
+    text = PLAIN.replace("layer 1", "layer 0")
+    path.write_text(f'mech 1\nmodel m = local("x")\n{attended.BLOCK}\n{text}', encoding="utf-8")
+    with pytest.raises(mechdsl.MechdslError) as raised:
+        mechdsl.objective(path, models={"m": pair}, site="resid_post layer 0", at="last token")
+    assert [each.code for each in raised.value.diagnostics] == ["E0608"]
+    assert "its blocks attend to an image" in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["objective", "fit"])
