@@ -128,23 +128,25 @@ class SkewedT:
         """
         level = 1 - confidence / 100
         known = (self.held >= fewest) & np.isfinite(self.value)
-        low, high = self._end(-1.0, level), self._end(1.0, level)
-        low, high = (np.where(self.flat, self.value, end) for end in (low, high))
+        low, high = (np.where(self.flat, self.value, end) for end in self._ends(level))
         known &= np.isfinite(low) & np.isfinite(high)
         return np.where(known, low, np.nan), np.where(known, high, np.nan)
 
-    def _end(self, side: float, level: float) -> Floats:
-        """Return one end, infinite if there is none. Shape [cell]."""
-        end = self._straight_end(side, level)
+    def _ends(self, level: float) -> tuple[Floats, Floats]:
+        """Return both ends, infinite if there is none. Shape [cell] each."""
+        bounds = self._critical(level)
+        low, high = (self._straight_end(side, bounds) for side in (-1.0, 1.0))
         curved = np.flatnonzero(self.squares[1:].any(axis=0) | self.cubes[1:].any(axis=0))
         if len(curved):
-            end[curved] = self._of(curved)._searched_end(side, level)
-        return end
+            twice, sides = np.tile(curved, 2), np.repeat([-1.0, 1.0], len(curved))
+            found = self._of(twice)._searched_end(sides, (bounds[0][twice], bounds[1][twice]))
+            low[curved], high[curved] = np.split(found, 2)
+        return low, high
 
-    def _straight_end(self, side: float, level: float) -> Floats:
+    def _straight_end(self, side: float, bounds: tuple[Floats, Floats]) -> Floats:
         """Return one end where T is proportional to the shift and the skewness doesn't depend on
         it, as with equal denominators. Shape [cell]."""
-        plain, tail = self._critical(level)
+        plain, tail = bounds
         with np.errstate(divide="ignore", invalid="ignore"):
             _, skew = self.statistic(np.full_like(self.value, side))
             against = _against(np.sign(-side * self.slope), skew, np.maximum(self.freedom, 1.0))
@@ -156,9 +158,13 @@ class SkewedT:
         columns = {each.name: getattr(self, each.name)[..., cells] for each in fields(self)}
         return SkewedT(**columns)
 
-    def _searched_end(self, side: float, level: float) -> Floats:
-        """Return one end by bisection of a compatible and an incompatible number. Shape [cell]."""
-        bounds = self._critical(level)
+    def _searched_end(self, side: Floats, bounds: tuple[Floats, Floats]) -> Floats:
+        """Return one end by bisection of a compatible and an incompatible number. Shape [cell].
+
+        Args:
+            side: -1 for the low end, 1 for the high end, shape [cell].
+            bounds: The quantiles of `_critical`, shape [cell] each.
+        """
         # 0 is inside exactly if it isn't rejected, even if a number nearer to the value is.
         faces_zero, rejects_zero = side * self.value < 0, self._rejects(-self.value, bounds)
         inside = np.where(faces_zero & ~rejects_zero, -self.value, 0.0)
@@ -279,9 +285,9 @@ def _quantile(size: Floats, against: Floats) -> Floats:
         for _ in range(_NEWTON_STEPS):
             slope = 1 + 2 * against * q / 3 + 3 * CURVATURE * against**2 * q**2
             nearer = np.maximum(q - (_corrected(q, against) - size) / slope, 0.0)
-            if np.array_equal(nearer, q, equal_nan=True):
+            if not (nearer < q).any():  # only rounding makes a step increase
                 break
-            q = nearer
+            q = np.minimum(nearer, q)
     return np.where(np.isinf(size), np.inf, q)
 
 
