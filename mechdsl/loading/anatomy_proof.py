@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
+from importlib import metadata
 from math import isinf
 from pathlib import Path
 from types import FunctionType
@@ -67,6 +68,9 @@ from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.types import ModelContext
 from mechdsl.store.index import StoreProblem
 from mechdsl.vocab.sites import SITES, STACK_SITES
+
+version = cache(metadata.version)
+"""Return the version of an installed package, which is read once."""
 
 _FILE_KEYS = ("_name_or_path", "transformers_version")
 """Keys of a config that describe its source files."""

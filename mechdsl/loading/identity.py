@@ -157,16 +157,17 @@ class ReachedCode:
             values[f"default {name}"] = self._of(value, f"a default of {where}", own)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             try:
-                held = cell.cell_contents
+                kept = cell.cell_contents
             except ValueError:  # not assigned yet
                 continue
             values[f"closure {name}"] = self._of(
-                held, f"`{name}`, which {where} keeps,", own, names
+                kept, f"`{name}`, which {where} keeps,", own, names
             )
         if self._is_followed(home):
             self._names |= names
-            for name in sorted(names):
-                value = function.__globals__.get(name, _find_imported(name, function))
+            held = function.__globals__
+            for name in sorted(names if own else held.keys() & names):
+                value = held[name] if name in held else _find_imported(name, function)
                 if value is not _MISSING and (own or not _is_cache(home, name, value)):
                     told = self._of(value, f"`{name}`, which {where} reads,", own, names)
                     values[f"global {name}"] = told
@@ -183,11 +184,12 @@ class ReachedCode:
                 continue
             own, name = not is_library(base.__module__), self._label(base, _qualified_name(base))
             for attribute, value in list(vars(base).items()):
+                if attribute not in self._names and not (whole and attribute.startswith("__")):
+                    continue
                 if attribute in _COMMON_ATTRIBUTES or (name, attribute) in self._bindings:
                     continue
-                if attribute in self._names or (whole and attribute.startswith("__")):
-                    where = f"`{base.__qualname__}.{attribute}`"
-                    self._bindings[name, attribute] = self._of(value, where, own)
+                where = f"`{base.__qualname__}.{attribute}`"
+                self._bindings[name, attribute] = self._of(value, where, own)
 
     def _attributes(
         self,
@@ -365,6 +367,8 @@ def _list_rebound_globals(module: str) -> frozenset[str]:
         return frozenset()
     with suppress(OSError):
         source = Path(file).read_text("utf-8", "replace")
+        if "global " not in source:  # the pattern is slow
+            return frozenset()
         found = re.findall(r"^[ \t]+global ([\w, ]+)$", source, re.MULTILINE)
         return frozenset(name.strip() for names in found for name in names.split(","))
     return frozenset()
@@ -382,9 +386,7 @@ _MISSING = object()
 
 
 def _find_imported(name: str, function: FunctionType) -> object:
-    """Find a module that a function may import itself, if it has been imported."""
-    if is_library(get_globals_module(function)):
-        return _MISSING
+    """Find a module that the user's function may import itself, if it has been imported."""
     package = function.__globals__.get("__package__") or ""
     found = sys.modules.get(name) or sys.modules.get(f"{package}.{name}")
     return _MISSING if found is None else found
