@@ -2,7 +2,7 @@
 
 Loading a model and proving its anatomy takes half of the time of a run of a small file. Zoo models
 are shared by default; a test module registers other models with `unchanged`. A test that modifies
-a model builds a separate one.
+a model builds a separate one. Worker processes share the proofs of unchanged models.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 
@@ -121,7 +122,9 @@ def _adopt_once(name: str, module: Any, tokenizer: Any, **more: Any) -> Outcome:
         return _ADOPT(name, module, tokenizer, **more)
     key = name, id(module), id(tokenizer), *SITES
     if key not in _ADOPTED:
-        model, found = _ADOPT(name, module, tokenizer)
+        # In the session's folder, for the other worker; mechdsl keeps such proofs in memory.
+        with patch.object(loader, "ProcessProofStore", loader.ProofStore):
+            model, found = _ADOPT(name, module, tokenizer)
         if model is not None and not found:
             _ADOPTED[key] = tokenizer, model
         return model, found
