@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from mechdsl.base.arrays import Ints
+from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 from mechdsl.models.restart import (
     FULL_PASS,
     BlockWork,
@@ -23,7 +24,7 @@ from mechdsl.models.restart import (
     TokenMask,
     block_work,
 )
-from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.planner.encoding import encoding_adds, observation_adds
 from mechdsl.planner.plan import (
     BATCH_ROWS,
@@ -754,11 +755,12 @@ class _BlockCost:
 
 
 def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
-    """Count the multiply-adds per token of the ablation of some edges, besides those of the pass.
+    """Count the multiply-adds per token that the ablation of some edges adds to those of a pass."""
+    return _count_edge_work(*number_edge_ends(next(iter(circuit.edges.values()))), shape)
 
-    Each receiver sums what its senders gain, and each query, key or value is projected again.
-    """
-    senders, receivers = number_edge_ends(next(iter(circuit.edges.values())))
+
+def _count_edge_work(senders: EdgeEnds, receivers: EdgeEnds, shape: ModelShape) -> int:
+    """Each receiver sums what its senders gain, and each query, key or value is projected again."""
     layers = [-1 if of.site == "resid_pre" else of.layer or 0 for of in senders.points]
     heads = sum(of.site == "z" for of in senders.points)
     projected = sum(to.unit is not None for to in receivers.points)
@@ -767,6 +769,65 @@ def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
         for to in receivers.points
     )
     return shape.d_model * (summed + (projected + heads) * shape.d_head)
+
+
+def _count_settled_work(
+    graph: CircuitGraph, ends: tuple[EdgeEnds, EdgeEnds], block: _BlockCost, shape: ModelShape
+) -> int:
+    """Count the multiply-adds per token of the ablation of some edges without those of the nodes
+    that aren't computed, because they give what the ablated edges carry; may be negative."""
+    senders, receivers = ends
+    columns = np.array([graph.column[_node(each)] for each in senders.points], dtype=np.int64)
+    rows = np.array([graph.row[_node(each)] for each in receivers.points], dtype=np.int64)
+    kept = graph.before.copy()
+    kept[rows[receivers.of_edge], columns[senders.of_edge]] = False
+    filled = np.isin(np.arange(len(graph.senders)), columns)
+    settled = graph.settle(kept, filled)
+    heads = np.array([site == "z" for site, _, _ in graph.senders])
+    written = settled & filled & (heads | (shape.n_experts == 0))
+    left = filled & ~settled
+    due = graph.read_by(~written) & (graph.before & ~kept)[:, left].any(axis=1)
+    projected = np.array([site in ("q", "k", "v") for site, _, _ in graph.receivers])
+    summed = int(graph.before[np.ix_(due, left)].sum())
+    maps = int((due & projected).sum() + (left & heads).sum())
+    by_layer = Counter(graph.senders[n][1] for n in np.flatnonzero(written & heads).tolist())
+    full = sum(count == unit_count(shape, "z", layer) for layer, count in by_layer.items())
+    saved = int((written & ~heads).sum()) * block.mlp + full * block.project
+    return shape.d_model * (summed + maps * shape.d_head) - saved
+
+
+def _node(point: SitePoint) -> CircuitNode:
+    return point.site, point.layer, point.unit or 0
+
+
+def _settles_circuits(plan: ExperimentPlan) -> bool:
+    """Return whether only logits are read, and nothing acts but circuits whose ablated edges carry
+    unpatched runs on prompts of equal length, so that some nodes aren't computed.
+
+    Norms after the sums, which prevent it, aren't known here: only encoders usually have them.
+    """
+    experiment = plan.experiment
+    runs, base = experiment.table.runs, experiment.spec.base
+    every = [runs.get(rule.rule.run) for rule in plan.rules if rule.rule.does.reads == "run"]
+    return (
+        experiment.model.shape.causal
+        and len(every) == len(plan.rules)
+        and all(
+            rule.rule.circuit is not None
+            and not rule.rule.circuit.waits  # its edges are placeholders
+            and rule.rule.apart is None
+            for rule in plan.rules
+        )
+        and all(atom.point is None for measure in experiment.measures for atom in measure.atoms)
+        and all(
+            run is not None
+            and run.derived is None
+            and run.model is None
+            and run.noise is None
+            and np.array_equal(run.lengths, runs[base].lengths)
+            for run in every
+        )
+    )
 
 
 def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
@@ -886,6 +947,33 @@ class PanelCount:
         self.shape = self.plans[0].experiment.model.shape
         self.block = _BlockCost.of(self.shape)
         self.sharer = RowSharer(self.plans, share=True)
+        self._circuit_adds: dict[tuple[int, bool], Ints] = {}
+
+    @cached_property
+    def _graph(self) -> CircuitGraph:
+        return CircuitGraph(self.shape)
+
+    def circuit_adds(self, rule: RulePlan, *, settles: bool) -> Ints:
+        """Return [circuit + 1]: the multiply-adds per token that each ablated circuit of a rule
+        adds to a pass, and 0 where the rule doesn't act.
+
+        Args:
+            rule: A rule that ablates circuits.
+            settles: Whether nodes aren't computed that give what ablated edges carry.
+        """
+        key = id(rule), settles
+        if key not in self._circuit_adds:
+            given = self.block, self.shape
+            self._circuit_adds[key] = np.array(
+                [
+                    _count_settled_work(self._graph, ends, *given)
+                    if settles
+                    else _count_edge_work(*ends, self.shape)
+                    for ends in rule.edge_ends
+                ]
+                + [0]
+            )
+        return self._circuit_adds[key]
 
     def chunks(self) -> Iterator[Ints]:
         """Yield groups of prompts whose rows can be laid out together."""
@@ -966,6 +1054,8 @@ class PanelWork:
         self.patched = self._whole()
         self.unpatched = panel.unpatched(stopped=False) if self.first else Cost()
         self.shortcuts = FULL_PASS
+        self.settles = False
+        """Whether nodes of circuits aren't computed that give what ablated edges carry."""
         self.keeps_tokens = False
         self.joins = False
         self.readings = ReadPasses.of(panel.plans, self.rows)
@@ -1044,6 +1134,7 @@ class PanelWork:
         """Skip rows that can't differ from the base run."""
         plans = zip(self.panel.plans, self.rows, strict=True)
         left = [np.flatnonzero(~plan.is_inert(rows)) for plan, rows in plans]
+        self.settles = True
         self.rows = [rows.take(own) for rows, own in zip(self.rows, left, strict=True)]
         self.readings = self.readings.take(left)
         self.patched = self._whole()
@@ -1065,7 +1156,7 @@ class PanelWork:
         tokens = 0
         adds = self.patched.rows * float(shape.d_model * shape.outputs)
         for one in self.shapes:
-            more_tokens, more_adds = one.work(self.panel.block, shape, self.shortcuts)
+            more_tokens, more_adds = one.work(self.panel, self.shortcuts, settles=self.settles)
             tokens += more_tokens
             adds += more_adds
         self.patched = replace(self.patched, tokens=tokens, multiply_adds=adds)
@@ -1156,6 +1247,8 @@ class _Shapes:
             table, points, combination = self._places(rule)
             blocks = _blocks(table, points)[combination[rows.cell]]
             columns += [blocks, first, rule.written.tokens.counts(run)]
+            if rule.rule.circuit is not None:
+                columns.append(rule.site_of_cell[rows.cell])
         at = [
             np.asarray(measure.at[plan.experiment.spec.base])[rows.prompt]
             for measure in plan.experiment.measures
@@ -1174,9 +1267,16 @@ class _Shapes:
         )
         self.width = int(np.maximum(1, self.lengths - begin) @ self.counts) * plan.token_weight
 
-    def work(self, block: _BlockCost, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:
-        """Return (tokens through blocks, multiply-adds)."""
+    def work(self, panel: PanelCount, shortcuts: Shortcuts, *, settles: bool) -> tuple[int, int]:
+        """Return (tokens through blocks, multiply-adds).
+
+        Args:
+            panel: The panel of the rows.
+            shortcuts: What rows reuse of their starting run.
+            settles: Whether nodes aren't computed that give what ablated edges carry.
+        """
         tokens = adds = 0
+        block, shape = panel.block, panel.shape
         shortcuts = FULL_PASS if self.plan.whole else shortcuts
         for each in block_work(
             self.masks,
@@ -1191,7 +1291,12 @@ class _Shapes:
         for rule in self.plan.rules:
             if rule.rule.circuit is not None:
                 written = rule.written.tokens.counts(rule.written_runs(self.rows))
-                adds += int(written @ self.counts) * count_circuit_work(rule.rule.circuit, shape)
+                number = rule.site_of_cell[self.rows.cell]
+                each = panel.circuit_adds(rule, settles=False)[number]
+                if settles and _settles_circuits(self.plan):
+                    fewer = panel.circuit_adds(rule, settles=True)[number]
+                    each = np.where(written == self.lengths, fewer, each)
+                adds += int((written * self.counts) @ each)
         return tokens, adds
 
     def _places(self, rule: RulePlan) -> tuple[Sequence[SitePoint], RaggedColumn, Ints]:

@@ -130,7 +130,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "store/*.py": ("tests/store",),
     "resolve/*.py": ("tests/compiler", *CHECKED, *FILES),
-    "resolve/circuits.py forward/hooks/settled.py forward/hooks/circuits.py": (
+    "resolve/circuits.py models/circuit_graph.py forward/hooks/settled.py "
+    "forward/hooks/circuits.py": (
         "tests/rules/test_ablated_circuits.py",
         "tests/rules/test_classifier_circuits.py",
         "tests/rules/test_compared_circuits.py",

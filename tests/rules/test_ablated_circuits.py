@@ -13,11 +13,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from mechdsl.execute.patching import rows as patched_rows
 from mechdsl.forward.hooks.batch import CircuitWrite
+from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.settled import CircuitSettler
 from mechdsl.models.shape import ModelShape
 from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.cost import PanelCount
+from mechdsl.planner.passes import plan_cost
+from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
 from mechdsl.resolve.circuits import (
     RECEIVER_WORDS,
     SENDER_WORDS,
@@ -224,6 +230,35 @@ def test_random_edges_of_any_number_carry_another_run(data: Path, name: str, mod
     for n, own in enumerate(kept):
         values = expected(name, Case("", "other"), {}, frozenset(every) - own)
         np.testing.assert_allclose(found[f"e{n}"].measures[0].patched[0], values, atol=1e-5)
+
+
+@pytest.mark.parametrize(("share", "name"), in_turn((0.0, *SHARES), ("gpt2", "llama")))
+def test_plan_counts_only_nodes_of_circuits_that_are_computed(
+    data: Path, monkeypatch: pytest.MonkeyPatch, name: str, share: float
+) -> None:
+    """Within a factor of 1.5 of the floating-point operations of the patched rows, which are
+    padded."""
+    every = sorted(edges(name)[2])
+    random = np.random.default_rng(0)
+    own = [edge for edge in every if random.random() < share] or [every[-1]]
+    done, plans = [0], list[Plan]()
+
+    def counted(*given: Any, **options: Any) -> FullPassResult:
+        with FlopCounterMode(display=False) as counter:
+            found = run_full(*given, **options)
+        done[0] += counter.get_total_flops()
+        return found
+
+    monkeypatch.setattr(patched_rows, "run_full", counted)
+    text = f"circuit c = {', '.join(f'{of} -> {to}' for of, to in own)}\n"
+    rule = "ablate all but c at tokens * with other"
+    text += of_files.experiment("e", "prompts p", rule, of_files.DIFFERENCE)
+    options = RunOptions(on_profile=lambda plan, _: plans.append(plan))
+    of_files.run_file(text, data, bare(name), options)
+    [panel] = plans[0].panels
+    unpatched = PanelCount(panel, PASS_TOKENS, PROMPT_TOKENS).unpatched(stopped=True)
+    planned = plan_cost(plans[0]).planned.flops - unpatched.flops
+    assert done[0] / 1.5 < planned < done[0] * 1.5
 
 
 # --- effects --------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """Nodes of a circuit whose output is that of the run which ablated edges carry.
 
-If every edge into a node carries the values of a run at all tokens, its output is that of the run.
-Edges from it then change nothing: their columns are removed from the mask, and the output of a head
-or MLP is the fill. A node without a path to the logits may have any output, so it reads ablated
-edges too.
+Edges from them change nothing: their columns are removed from the mask, and the output of a head or
+MLP is the fill.
 """
 
 from __future__ import annotations
@@ -16,74 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Bools, Ints
+from mechdsl.base.arrays import Ints
 from mechdsl.forward.hooks.batch import CircuitWrite, SenderFill, SiteRead
 from mechdsl.forward.hooks.circuits import find_norms_after
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.models.shape import unit_count
-
-Node = tuple[SiteRead, int]
-"""A site and a head; 0 for whole vectors."""
-
-
-class _Graph:
-    """All senders and receivers of a model, in forward order."""
-
-    def __init__(self, model: LoadedModel) -> None:
-        shape = model.shape
-        self.senders: list[Node] = [(SiteRead("resid_pre", 0), 0)]
-        self.receivers: list[Node] = []
-        self.inputs: list[list[int]] = [[]]
-        """Of each sender, the receivers that it is computed from."""
-        ends: list[int] = []
-        for layer in range(shape.n_layers):
-            heads = unit_count(shape, "z", layer)
-            own: list[list[int]] = [[] for _ in range(heads)]
-            for site in ("q", "k", "v"):
-                count = unit_count(shape, site, layer)
-                for head in range(heads):
-                    own[head].append(len(self.receivers) + head * count // heads)
-                self.receivers += [(SiteRead(site, layer), unit) for unit in range(count)]
-                ends += [len(self.senders)] * count
-            self.senders += [(SiteRead("z", layer), head) for head in range(heads)]
-            self.inputs += own
-            if shape.has("mlp_out", layer):
-                self.inputs.append([len(self.receivers)])
-                self.receivers.append((SiteRead("mlp_norm", layer), 0))
-                ends.append(len(self.senders))
-                self.senders.append((SiteRead("mlp_out", layer), 0))
-        self.receivers.append((SiteRead("logits"), 0))
-        ends.append(len(self.senders))
-        self.before = np.arange(len(self.senders)) < np.array(ends)[:, None]
-        """[receiver, sender]: whether a receiver may read a sender."""
-
-    def settle(self, kept: Bools) -> Bools:
-        """Return [sender]: whether the output is that of the run.
-
-        Args:
-            kept: [receiver, sender] edges that aren't ablated.
-        """
-        settled = np.zeros(len(self.senders), dtype=np.bool_)
-        for sender, own in enumerate(self.inputs):
-            settled[sender] = bool(own) and not kept[own][:, ~settled].any()
-        return settled
-
-    def reach_logits(self, kept: Bools) -> Bools:
-        """Return [receiver]: whether the logits depend on it."""
-        found = np.zeros(len(self.receivers), dtype=np.bool_)
-        found[-1] = True
-        for sender in range(len(self.senders) - 1, -1, -1):
-            if kept[found, sender].any():
-                found[self.inputs[sender]] = True
-        return found
-
-    def read_by(self, computed: Bools) -> Bools:
-        """Return [receiver]: whether the logits or one of these senders are computed from it."""
-        found = np.zeros(len(self.receivers), dtype=np.bool_)
-        found[-1] = True
-        for sender in np.flatnonzero(computed):
-            found[self.inputs[sender]] = True
-        return found
+from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +31,7 @@ class _Settled:
     """Of each fill, the indices of the heads whose output is written."""
     mlps: tuple[bool, ...]
     """Of each fill, whether it is the output of an MLP that isn't computed."""
-    receivers: tuple[Node, ...]
+    receivers: tuple[tuple[SiteRead, int], ...]
     mask: Tensor
 
 
@@ -109,8 +44,8 @@ class CircuitSettler:
         """By identity of the mask, which is kept so that no other tensor gets it."""
 
     @cached_property
-    def _graph(self) -> _Graph:
-        return _Graph(self.model)
+    def _graph(self) -> CircuitGraph:
+        return CircuitGraph(self.model.shape)
 
     def settle(self, write: CircuitWrite, lengths: Ints) -> CircuitWrite:
         """Return a circuit that gives the same logits with fewer senders, heads and MLPs.
@@ -144,15 +79,13 @@ class CircuitSettler:
 
     def _examine(self, write: CircuitWrite) -> _Settled:
         graph, fills = self._graph, write.fills
-        column = {node: n for n, node in enumerate(graph.senders)}
-        place = {node: n for n, node in enumerate(graph.receivers)}
-        columns = [column[fill.where, unit] for fill in fills for unit in fill.units]
+        own = [[graph.column[_node(fill.where, unit)] for unit in fill.units] for fill in fills]
+        columns = [column for nodes in own for column in nodes]
+        rows = [graph.row[_node(*each)] for each in write.receivers]
         kept = graph.before.copy()
-        kept[np.ix_([place[each] for each in write.receivers], columns)] &= write.mask.numpy() == 0
-        filled = np.isin(np.arange(len(column)), columns)
-        kept[np.ix_(~graph.reach_logits(kept), filled)] = False
-        settled = graph.settle(kept)
-        own = [[column[fill.where, unit] for unit in fill.units] for fill in fills]
+        kept[np.ix_(rows, columns)] &= write.mask.numpy() == 0
+        filled = np.isin(np.arange(len(graph.senders)), columns)
+        settled = graph.settle(kept, filled)
         units = [tuple(n for n, node in enumerate(nodes) if not settled[node]) for nodes in own]
         heads = [
             tuple(n for n, node in enumerate(nodes) if settled[node] and fill.where.site == "z")
@@ -175,9 +108,18 @@ class CircuitSettler:
             tuple(units),
             tuple(heads),
             tuple(mlps),
-            tuple(graph.receivers[n] for n in np.flatnonzero(due)),
+            tuple(_receiver(graph.receivers[n]) for n in np.flatnonzero(due)),
             torch.from_numpy(ablated[due]).to(write.mask),
         )
+
+
+def _node(where: SiteRead, unit: int) -> CircuitNode:
+    return where.site, where.layer, unit
+
+
+def _receiver(node: CircuitNode) -> tuple[SiteRead, int]:
+    site, layer, unit = node
+    return SiteRead(site, layer), unit
 
 
 def _take_units(
