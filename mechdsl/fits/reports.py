@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from mechdsl.base.records import Record, record
 from mechdsl.base.text import count_noun
 
 CARD_FILE = "fit.json"
@@ -34,8 +34,8 @@ LISTED_SITES = 8
 """Chosen sites of a mask, or correlations, that a table lists."""
 
 
-@dataclass(frozen=True)
-class Column:
+@record
+class Column(Record):
     """A number of a report: a column of its table, and words in texts."""
 
     title: str
@@ -59,8 +59,8 @@ class Column:
         return value if isinstance(value, str) else format(value, self.style)
 
 
-@dataclass(frozen=True)
-class FitReport(ABC):
+@record
+class FitReport(Record, ABC):
     """What is known of every training. A subclass has fields for its numbers, and says in
     `columns` how each is shown."""
 
@@ -129,7 +129,7 @@ class FitReport(ABC):
 # --- on vectors -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class VectorsReport(FitReport):
     """What a training on vectors led to, without a measure."""
 
@@ -157,7 +157,7 @@ def _explained(noun: str) -> Column:
     return Column("explained", "explained", note, card=card)
 
 
-@dataclass(frozen=True)
+@record
 class TrainingReport(VectorsReport):
     """What a training of a dictionary led to, on vectors of rows that it didn't use."""
 
@@ -223,7 +223,7 @@ class TrainingReport(VectorsReport):
         return [f"- Loss: squared error of the reconstruction{penalty}"]
 
 
-@dataclass(frozen=True)
+@record
 class DecoderReport(TrainingReport):
     """What a training on the decoder of a dictionary led to; its rows are decoder directions."""
 
@@ -252,7 +252,7 @@ class DecoderReport(TrainingReport):
         return f"- The dictionary of the decoder: {card['dictionary']}\n{rows}"
 
 
-@dataclass(frozen=True)
+@record
 class IndependenceReport(VectorsReport):
     """How independent components are, on vectors of rows that the training didn't use."""
 
@@ -296,7 +296,7 @@ class IndependenceReport(VectorsReport):
         )
 
 
-@dataclass(frozen=True)
+@record
 class CorrelationReport(VectorsReport):
     """How coordinates of two sets of vectors correlate, on rows that the training didn't use."""
 
@@ -382,7 +382,7 @@ class CorrelationReport(VectorsReport):
         ]
 
 
-@dataclass(frozen=True)
+@record
 class MixtureReport(VectorsReport):
     """How likely a mixture is, on vectors of rows that the training didn't use."""
 
@@ -451,7 +451,7 @@ class MixtureReport(VectorsReport):
         )
 
 
-@dataclass(frozen=True)
+@record
 class LensReport(VectorsReport):
     """What the training of a lens led to: for each layer, means of KL(p ‖ q) in nats over vectors
     of rows that it didn't use, where p is the model's distribution over next tokens."""
@@ -503,7 +503,7 @@ class LensReport(VectorsReport):
 # --- on values of rows ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@record
 class ProbeReport(FitReport):
     """How well a probe predicts, in each of its layers, on rows that it wasn't trained on: the
     accuracy for a class, R² for a number, None if it isn't defined."""
@@ -611,7 +611,7 @@ CLEAN_RUN = Column(
 """The column of the measure in the clean run."""
 
 
-@dataclass(frozen=True)
+@record
 class MeasureReport(FitReport):
     """What a training on a measure led to: means of the measure over rows that it didn't use."""
 
@@ -640,7 +640,7 @@ class MeasureReport(FitReport):
         return f"mean over {self.measured_on} rows: {listed}"
 
 
-@dataclass(frozen=True)
+@record
 class RotationReport(MeasureReport):
     """What the training of a rotation led to."""
 
@@ -677,7 +677,7 @@ class RotationReport(MeasureReport):
         return [f"- The subspace of `{card['from']}` comes in, to {self.objective}"]
 
 
-@dataclass(frozen=True)
+@record
 class VectorEditReport(MeasureReport):
     """What the training of one or several vectors led to, or of an edit that adds them."""
 
@@ -704,7 +704,7 @@ class VectorEditReport(MeasureReport):
         return f"- {what}: {self.length:.4f}; vectors of the site have {self.site_length:.4f}"
 
 
-@dataclass(frozen=True)
+@record
 class VectorReport(VectorEditReport):
     """What the training of a vector led to."""
 
@@ -753,7 +753,7 @@ class VectorReport(VectorEditReport):
         ]
 
 
-@dataclass(frozen=True)
+@record
 class SoftPromptReport(VectorEditReport):
     """What the training of a soft prompt led to."""
 
@@ -813,7 +813,7 @@ class SoftPromptReport(VectorEditReport):
         ]
 
 
-@dataclass(frozen=True)
+@record
 class EditReport(VectorEditReport):
     """What the training of an edit led to."""
 
@@ -875,7 +875,7 @@ class EditReport(VectorEditReport):
         ]
 
 
-@dataclass(frozen=True)
+@record
 class ScaleReport(MeasureReport):
     """What the training of scales led to."""
 
@@ -945,7 +945,7 @@ class ScaleReport(MeasureReport):
         ]
 
 
-@dataclass(frozen=True)
+@record
 class ChoiceReport(MeasureReport):
     """What the training of a choice of sites, positions, coordinates or edges led to."""
 
@@ -959,7 +959,7 @@ class ChoiceReport(MeasureReport):
         return f"the run `{card['from']}`" if card["from"] else f"the {card['with']}"
 
 
-@dataclass(frozen=True)
+@record
 class MaskReport(ChoiceReport):
     """What the training of a mask led to: means of its measure with 0 and 1 instead of the values
     of gates. The scores of `chosen` are the probabilities of their gates."""
@@ -1066,7 +1066,7 @@ class MaskReport(ChoiceReport):
         ]
 
 
-@dataclass(frozen=True)
+@record
 class CircuitReport(ChoiceReport):
     """What the search for a circuit by scores of edges led to. The scores of `chosen`, in
     descending order of their sizes, are changes of the measure, on training rows, if the edge
