@@ -9,7 +9,7 @@ from math import comb
 from typing import TYPE_CHECKING, Any, cast, overload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 DIGEST_BYTES = 16
@@ -94,7 +94,7 @@ _WORD = (1 << 64) - 1
 
 _ROUNDS = 6
 
-_CACHED_HALF = 10
+_CACHED_HALF = 12
 """Maximum bits of half an index for which a permutation caches the mixed halves of each round."""
 
 
@@ -102,6 +102,16 @@ def stable_hash(*parts: object) -> int:
     """Return a number in 0..2^128-1 that is the same on every machine and in every version."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+
+
+def stable_hashes(numbers: Iterable[int], *parts: object) -> Iterator[int]:
+    """Yield `stable_hash(*parts, number)` for each number, in half the time."""
+    text = "".join(f"{part}\x1f" for part in parts)
+    start = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16)
+    for number in numbers:
+        made = start.copy()
+        made.update(str(number).encode())
+        yield int.from_bytes(made.digest())
 
 
 class Permutation(Sequence[int]):
@@ -115,7 +125,8 @@ class Permutation(Sequence[int]):
         self.size = size
         self._half = max(1, ((size - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half) - 1
-        self._rounds = [(stable_hash(*key, n) & _WORD, dict[int, int]()) for n in range(_ROUNDS)]
+        keys = stable_hashes(range(_ROUNDS), *key)
+        self._rounds = [(own & _WORD, dict[int, int]()) for own in keys]
 
     def __len__(self) -> int:
         return self.size

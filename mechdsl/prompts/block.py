@@ -548,6 +548,8 @@ class PromptsBlock:
             d for c in prompts.corruptions for d in change_problems(c.changes, parameters)
         ] + check_image_changes(prompts)
         self._templates: dict[int, CompiledTemplate] = {}
+        self._value_names: dict[int, tuple[str, ...]] = {}
+        self._affected: dict[tuple[int, tuple[str, ...]], set[str]] = {}
         self._pools: dict[str, DataFile | None] = {}
         self._columns: dict[str, Sequence[RowValue]] = {}
         self.image_files = ImageFiles()
@@ -852,6 +854,51 @@ class PromptsBlock:
         found |= dict.fromkeys(each.name for each in self.spec.pictures)
         found |= dict.fromkeys(self.texts) | dict.fromkeys(self.parameters)
         return found | dict.fromkeys(("true", "false"))
+
+    def value_names(self, template: CompiledTemplate) -> tuple[str, ...]:
+        """Return the names of a row's values besides columns and changed names."""
+        found = self._value_names.get(id(template))
+        if found is None:
+            names = (*(name for name, _ in self.axes), *self.definitions, *template.definitions)
+            tiles = () if self.spec.tiles is None else (IMAGE_SPAN,)
+            found = self._value_names[id(template)] = tuple(dict.fromkeys((*names, *tiles)))
+        return found
+
+    def affected(self, template: CompiledTemplate, changed: tuple[str, ...]) -> set[str]:
+        """Return the changed names, and the names whose values may depend on them in a template.
+
+        Images, and functions of Python files, may depend on every value.
+        """
+        key = id(template), changed
+        if key not in self._affected:
+            found = {*changed, IMAGE_SPAN, *(each.name for each in self.spec.pictures)}
+            values = {name: each.value for name, each in template.definitions.items()}
+            values |= {name: each.value for name, each in self.definitions.items()} | self.texts
+            reads = {name: self._read_names(value) for name, value in values.items()}
+            before = -1
+            while before != (before := len(found)):
+                found |= {n for n, own in reads.items() if own is None or not found.isdisjoint(own)}
+            self._affected[key] = found
+        return self._affected[key]
+
+    def _read_names(self, value: ast.Expr) -> set[str] | None:
+        """Return every name in an expression, and those marked in their texts; None for all."""
+        found: set[str] = set()
+        for node in walk(value):
+            match node:
+                case ast.Call(name="python"):
+                    return None
+                case ast.String():
+                    for inner in self.placeholders(node):
+                        own = self._read_names(inner)
+                        if own is None:
+                            return None
+                        found |= own
+                case ast.Name(id=name) | ast.Attribute(name=name) | ast.Index(name=name):
+                    found |= {name, *(mark.name.id for mark in self.marks.get(name, ()))}
+                case _:
+                    pass
+        return found
 
     def _unknown(self, name: str, span: Span) -> UnknownValue:
         names = [n for n in self.names() if n not in ("true", "false")]

@@ -515,6 +515,10 @@ def _pool(call: CallSite, source: ast.Name, *, drawn: bool) -> Sequence[RowValue
 
 _LARGEST = 10**limits.DIGITS
 
+# Tuples: a union of classes would be rebuilt for each test.
+_LITERALS = (ast.Number, ast.Percent)
+_NUMBERS = (int, float)
+
 _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "!=": operator.ne,
@@ -536,47 +540,16 @@ def evaluate(node: ast.Expr, scope: Scope, key: DrawKey) -> RowValue:
     Raises:
         Refusal: E0501, E0503, E0506, E0512 to E0515.
     """
-    match node:
-        case ast.Name(id=name):
-            return scope.value(name, node.span)
-        case ast.Number(value=number) | ast.Percent(value=number):
-            return number
-        case ast.String():
-            return scope.text(node, key)
-        case ast.Attribute(name=name, attribute=attribute):
-            return scope.attribute(name, attribute, node.span)
-        case ast.Index():
-            return _index(node, scope, key)
-        case ast.Call():
-            return _call(node, scope, key)
-        case ast.ListLiteral():
-            return [
-                value
-                for item in node.items
-                for value in (
-                    _range(item, scope, key)
-                    if isinstance(item, ast.Range)
-                    else [evaluate(item, scope, key)]
-                )
-            ]
-        case ast.Negative(operand=operand):
-            return -evaluate_number(operand, scope, key)
-        case ast.Binary():
-            return _binary(node, scope, key)
-        case ast.Conditional(condition=condition, then=then, otherwise=otherwise):
-            return evaluate(
-                then if is_condition_true(condition, scope, key) else otherwise, scope, key
-            )
-        case ast.Compare() | ast.InRange() | ast.Near() | ast.Logical() | ast.Not():
-            return _condition(node, scope, key)
-        case (
-            ast.ShortSite()
-            | ast.QualifiedRef()
-            | ast.ExperimentMeasure()
-            | ast.EdgeTokenOf()
-            | ast.ClassOutput()
-        ):
-            raise bad_value(node.span, "prompts have no such value", "write a value of the row")
+    if isinstance(node, ast.Name):  # the most common, and tests of classes are slow
+        return scope.value(node.id, node.span)
+    if isinstance(node, _LITERALS):
+        return node.value
+    if isinstance(node, ast.String):
+        return scope.text(node, key)
+    how = _EVALUATORS.get(type(node))
+    if how is None:
+        raise bad_value(node.span, "prompts have no such value", "write a value of the row")
+    return how(node, scope, key)
 
 
 def is_condition_true(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
@@ -590,7 +563,7 @@ def is_condition_true(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
 def evaluate_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int | float:
     """Evaluate an expression that has to be a number."""
     value = evaluate(node, scope, key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         shown = to_plain(value)
         hint = 'numbers are written without quotes; join texts in quotes: `"{a} {b}"`'
         if isinstance(shown, str) and parse_number(shown) is not None:
@@ -664,51 +637,75 @@ def _is_one(found: object, item: ast.Expr | ast.Range, scope: Scope, key: DrawKe
     return found == to_plain(evaluate(item, scope, key))
 
 
-def _condition(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
-    match node:
-        case ast.Compare(operator=sign, left=left, right=right):
-            a, b = to_plain(evaluate(left, scope, key)), to_plain(evaluate(right, scope, key))
-            try:
-                return bool(_COMPARE[sign](a, b))
-            except TypeError:
-                reason = f"{a!r} and {b!r} can't be ordered"
-                hint = "compare numbers with numbers and texts with texts"
-                text = left if isinstance(a, str) else right
-                if {type(a), type(b)} in ({str, int}, {str, float}) and isinstance(text, ast.Name):
-                    hint = (
-                        f"`{text.id}` holds texts; if all of them are numbers, write "
-                        f"`number({text.id})`"
-                    )
-                raise bad_value(node.span, reason, hint) from None
-        case ast.InRange(value=inner, within=ast.Range() as within):
-            number = evaluate_number(inner, scope, key)
-            low, high = (
-                evaluate_number(within.low, scope, key),
-                evaluate_number(within.high, scope, key),
-            )
-            return low <= number <= high
-        case ast.InRange(value=inner, within=ast.ListLiteral(items=items)):
-            found = to_plain(evaluate(inner, scope, key))
-            # Ranges of many numbers aren't expanded for every row.
-            return True in [_is_one(found, item, scope, key) for item in items]
-        case ast.InRange(value=inner, within=within):
-            values = to_plain(evaluate(cast("ast.Expr", within), scope, key))
-            if not isinstance(values, list):
-                raise bad_value(
-                    node.span, "the right side of `in` isn't a list", "write `x in [1, 2]`"
-                )
-            return to_plain(evaluate(inner, scope, key)) in values
-        case ast.Near(value=inner, target=target, tolerance=tolerance):
-            distance = evaluate_number(inner, scope, key) - evaluate_number(target, scope, key)
-            return abs(distance) <= evaluate_number(tolerance, scope, key)
-        case ast.Logical(operator="and", left=left, right=right):
-            return is_condition_true(left, scope, key) and is_condition_true(right, scope, key)
-        case ast.Logical(left=left, right=right):
-            return is_condition_true(left, scope, key) or is_condition_true(right, scope, key)
-        case ast.Not(operand=operand):
-            return not is_condition_true(operand, scope, key)
-        case _:
-            raise AssertionError(f"{type(node).__name__} is no condition")
+def _attribute(node: ast.Attribute, scope: Scope, key: DrawKey) -> RowValue:
+    return scope.attribute(node.name, node.attribute, node.span)
+
+
+def _literal(node: ast.ListLiteral, scope: Scope, key: DrawKey) -> list[RowValue]:
+    found: list[RowValue] = []
+    for item in node.items:
+        if isinstance(item, ast.Range):
+            found += _range(item, scope, key)
+        else:
+            found.append(evaluate(item, scope, key))
+    return found
+
+
+def _negative(node: ast.Negative, scope: Scope, key: DrawKey) -> int | float:
+    return -evaluate_number(node.operand, scope, key)
+
+
+def _conditional(node: ast.Conditional, scope: Scope, key: DrawKey) -> RowValue:
+    holds = is_condition_true(node.condition, scope, key)
+    return evaluate(node.then if holds else node.otherwise, scope, key)
+
+
+def _compare(node: ast.Compare, scope: Scope, key: DrawKey) -> bool:
+    a = to_plain(evaluate(node.left, scope, key))
+    b = to_plain(evaluate(node.right, scope, key))
+    try:
+        return bool(_COMPARE[node.operator](a, b))
+    except TypeError:
+        reason = f"{a!r} and {b!r} can't be ordered"
+        hint = "compare numbers with numbers and texts with texts"
+        text = node.left if isinstance(a, str) else node.right
+        if {type(a), type(b)} in ({str, int}, {str, float}) and isinstance(text, ast.Name):
+            hint = f"`{text.id}` holds texts; if all of them are numbers, write `number({text.id})`"
+        raise bad_value(node.span, reason, hint) from None
+
+
+def _in_range(node: ast.InRange, scope: Scope, key: DrawKey) -> bool:
+    within = node.within
+    if isinstance(within, ast.Range):
+        number = evaluate_number(node.value, scope, key)
+        low = evaluate_number(within.low, scope, key)
+        high = evaluate_number(within.high, scope, key)
+        return low <= number <= high
+    if isinstance(within, ast.ListLiteral):
+        found = to_plain(evaluate(node.value, scope, key))
+        # Ranges of many numbers aren't expanded for every row.
+        return True in [_is_one(found, item, scope, key) for item in within.items]
+    values = to_plain(evaluate(within, scope, key))
+    if not isinstance(values, list):
+        raise bad_value(node.span, "the right side of `in` isn't a list", "write `x in [1, 2]`")
+    return to_plain(evaluate(node.value, scope, key)) in values
+
+
+def _near(node: ast.Near, scope: Scope, key: DrawKey) -> bool:
+    value = evaluate_number(node.value, scope, key)
+    distance = value - evaluate_number(node.target, scope, key)
+    return abs(distance) <= evaluate_number(node.tolerance, scope, key)
+
+
+def _logical(node: ast.Logical, scope: Scope, key: DrawKey) -> bool:
+    left = is_condition_true(node.left, scope, key)
+    if left is (node.operator != "and"):
+        return left
+    return is_condition_true(node.right, scope, key)
+
+
+def _not(node: ast.Not, scope: Scope, key: DrawKey) -> bool:
+    return not is_condition_true(node.operand, scope, key)
 
 
 def _call(node: ast.Call, scope: Scope, key: DrawKey) -> RowValue:
@@ -718,6 +715,22 @@ def _call(node: ast.Call, scope: Scope, key: DrawKey) -> RowValue:
         hint = did_you_mean(node.name, FUNCTIONS, f"there are {known}")
         raise Refusal(UnknownFunction, node.span, name=node.name, hint=hint)
     return function.apply(CallSite(node, function, scope, key.call(), evaluate))
+
+
+_EVALUATORS: Mapping[type[ast.Node], Callable[[Any, Scope, DrawKey], RowValue]] = {
+    ast.Attribute: _attribute,
+    ast.Index: _index,
+    ast.Call: _call,
+    ast.ListLiteral: _literal,
+    ast.Negative: _negative,
+    ast.Binary: _binary,
+    ast.Conditional: _conditional,
+    ast.Compare: _compare,
+    ast.InRange: _in_range,
+    ast.Near: _near,
+    ast.Logical: _logical,
+    ast.Not: _not,
+}
 
 
 PlaceholderLookup: TypeAlias = Callable[[ast.String], Sequence[ast.Expr]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cache, cached_property
 from itertools import pairwise
@@ -77,7 +77,6 @@ from mechdsl.prompts.values import (
     render_value,
     to_hashable,
     to_plain,
-    unmarked_text,
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import Placeholder
@@ -610,7 +609,7 @@ class ImageRow:
                 made = {each.name: row_picture(row, each.value, each.name)}
             for name, picture in made.items():
                 changes = row_image_changes(row, picture, each.name) if self.image_changes else ()
-                made[name] = replace(picture, changes=changes)
+                made[name] = replace(picture, changes=changes) if changes else picture
             if each.is_video and row.block.joins_frames:
                 made = {each.name: join_frames(each, tuple(made.values()))}
             found |= made
@@ -764,6 +763,9 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 """Shared by all rows: 200,000 rows would each hold several empty mappings."""
 
 
+_PROPERTIES = ("prompt", "turns", "plain_values", "key", "mark", *IMAGE_PROPERTIES)
+
+
 class Row(ImageRow):
     """One row of a block, clean or corrupted. Its methods raise `Refusal`."""
 
@@ -813,8 +815,10 @@ class Row(ImageRow):
         """Invalidate all cached values because the row changed."""
         self._cache = {}
         self._texts = {}
-        for worked_out in ("prompt", "turns", "plain_values", "key", "mark", *IMAGE_PROPERTIES):
-            self.__dict__.pop(worked_out, None)
+        own = self.__dict__
+        for name in _PROPERTIES:
+            if name in own:
+                del own[name]
 
     def forget_steps(self) -> None:
         """Drop intermediate values of the texts; they are recomputed on access."""
@@ -840,7 +844,8 @@ class Row(ImageRow):
         texts = (self.named_text(name) for name in sorted(self.block.texts))
         written = ((t.id if isinstance(t, TokenId) else t) for t in texts)
         # The key of a chat is independent of the model's chat template.
-        said = [part for turn in self.turns for part in (turn.role, turn.rich.text)]
+        turns = self.turns if self.template.turns else ()
+        said = [part for turn in turns for part in (turn.role, turn.rich.text)]
         return content_key(self.plain_values, [*(said or [self.prompt.text]), *written])
 
     @cached_property
@@ -880,12 +885,14 @@ class Row(ImageRow):
             return self._cache[name]
         definition = self._definition(name)
         if definition is not None:
-            if self.clean is not self and self.clean.known(name):
-                self.clean.value(name, span)  # draws first: the corrupted row can reuse the draws
+            clean = self._clean
+            if clean is not None and clean.known(name):
+                clean.value(name, span)  # draws first: the corrupted row can reuse the draws
             self._cache |= self._assigned(definition.names, definition.value, definition.path)
             return self._cache[name]
         if name in self.record:
-            return self.record[name]
+            value = self._cache[name] = self.record[name]
+            return value
         for picture in self.block.spec.pictures:
             if picture.name == name:
                 return self.picture_text(picture)
@@ -925,13 +932,10 @@ class Row(ImageRow):
 
     def text(self, node: ast.String, key: DrawKey) -> RichText:
         """Fill in the placeholders of a text; each named placeholder becomes a span."""
-        parts: list[tuple[str, RichText]] = []
-        for piece in self.block.template(node).pieces:
-            if isinstance(piece, str):
-                parts.append(("", unmarked_text(piece)))
-            else:
-                parts.append((piece.name or "", self._placed(piece, key)))
-        whole = concatenate(parts)
+        whole = concatenate(
+            piece if isinstance(piece, str) else (piece.name or "", self._placed(piece, key))
+            for piece in self.block.template(node).pieces
+        )
         # Nested texts can grow exponentially before a tokenizer sees them.
         if len(whole.text) > limits.TEXT:
             raise Refusal(
@@ -1106,6 +1110,10 @@ class Row(ImageRow):
                 row.image_changes.append(change)
             elif isinstance(kind, ValueChange):
                 kind.apply(row, change)
+        if row.template is self.template and not row.image_changes:
+            changed = self.block.affected(self.template, (*row.changed, *row.item_changes))
+            row._cache = {n: value for n, value in self._cache.items() if n not in changed}
+            row._texts = {n: text for n, text in self._texts.items() if n not in changed}
         return row
 
     def assign(self, names: tuple[ast.Name, ...], value: ast.Expr) -> None:
@@ -1161,9 +1169,10 @@ class Row(ImageRow):
     @cached_property
     def prompt(self) -> RichText:
         """The prompt with its spans, in text order; for an image, its text representation."""
-        if self.image is not None:
+        if self.block.spec.image is not None and self.image is not None:
             return RichText(self.image.text)
-        rich = self._chat() if self.turns else self.text(self.template.text, DrawKey(TEMPLATE))
+        chat = bool(self.template.turns)
+        rich = self._chat() if chat else self.text(self.template.text, DrawKey(TEMPLATE))
         spans = list(rich.spans)
         for definition in self.block.spec.spans:
             if definition.literal is not None:
@@ -1208,12 +1217,20 @@ class Row(ImageRow):
     @cached_property
     def plain_values(self) -> Mapping[str, object]:
         """All values of the row, without spans."""
-        names = dict.fromkeys(self.record) | dict.fromkeys(n for n, _ in self.block.axes)
-        names |= dict.fromkeys(self.block.definitions) | dict.fromkeys(self.template.definitions)
-        names |= dict.fromkeys([IMAGE_SPAN] if self.block.spec.tiles is not None else [])
-        names |= dict.fromkeys(self.changed)
+        names = self.block.value_names(self.template)
+        if self.record or self.changed:
+            names = dict.fromkeys((*self.record, *names, *self.changed))
         span = self.block.spec.span
         return {name: to_plain(self.value(name, span)) for name in names}
+
+    @property
+    def content(self) -> RowContent:
+        """Everything that a table needs of the row."""
+        values, texts = self.plain_values, tuple(map(self.named_text, self.block.texts))
+        if self.block.spec.image is None and not self.block.spec.pictures:
+            return RowContent(self.prompt, values, texts, None, _NOTHING, _NOTHING, _NOTHING)
+        pictures = self.pictures, self.picture_regions
+        return RowContent(self.prompt, values, texts, self.image, self.regions, *pictures)
 
     def describe(self) -> str:
         """Identify the row, for messages."""
@@ -1263,8 +1280,23 @@ class BlockRows:
         self.block = block
         self._rows: dict[int, Row] = {}
         self._corrupted: dict[tuple[int, str], Row] = {}
+        self._order: list[int] = []
+        """The first numbers of the first round, in its seeded order."""
         self.built: dict[int, BuiltRow] = {}
         """The content of cached rows that are in a table."""
+
+    def in_order(self, turn: int) -> Iterator[int]:
+        """Yield the numbers of combinations, without tiles, in the seeded order of a round."""
+        block = self.block
+        images = block.combinations // block.tiles
+        order = Permutation(images, block.seed, block.name, "rows", turn)
+        known = () if turn else self._order
+        yield from known
+        for place in range(len(known), images):
+            number = block.in_file(order[place])
+            if not turn and place == len(self._order) < CACHED_ROWS:
+                self._order.append(number)
+            yield number
 
     def keep_built(self, row_id: int, built: BuiltRow) -> None:
         """Store the content of a row if the row is cached."""

@@ -11,7 +11,6 @@ from math import prod
 from typing import Literal
 
 from mechdsl.base import limits
-from mechdsl.base.hashing import Permutation
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -33,7 +32,6 @@ from mechdsl.prompts.rows import (
     BlockRows,
     BuiltRow,
     Row,
-    RowContent,
     source_image_name,
 )
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
@@ -175,7 +173,7 @@ class _Collector:
         self.failures: dict[tuple[type[Diagnostic], Span], Diagnostic] = {}
         self.failing = 0
         share = block.spec.split if block.spec.split is not None else 100.0
-        self.share = Fraction(str(share)) / 100
+        self.share = (Fraction(str(share)) / 100).as_integer_ratio()
         self.only_values = [c.name for c in block.spec.corruptions if _only_values(c)]
         self.used = self.only_values if used is None else used
 
@@ -254,9 +252,8 @@ class _Collector:
         turn = 0
         while True:
             images = block.combinations // block.tiles
-            order = Permutation(images, block.seed, block.name, "rows", turn)
-            for place in range(images):
-                first = turn * block.combinations + block.in_file(order[place])
+            for number in self.rows.in_order(turn):
+                first = turn * block.combinations + number
                 for tile in range(block.tiles):
                     yield self.rows[first + tile * images]
             if self.limit is None or not block.draws:
@@ -308,24 +305,19 @@ class _Collector:
         """Compute everything now, so that errors name the row and nothing fails later."""
         made = self.rows.built.get(row.id)
         if made is None:
-            clean, *others = map(self._content, (row, *corrupted))
+            clean, *others = (each.content for each in (row, *corrupted))
             made = BuiltRow(row.id, row.key, template_number(row), clean, tuple(others))
             self.rows.keep_built(row.id, made)
         for each in (row, *corrupted):
             each.forget_steps()
         return made
 
-    def _content(self, row: Row) -> RowContent:
-        values, texts = row.plain_values, tuple(map(row.named_text, self.block.texts))
-        return RowContent(
-            row.prompt, values, texts, row.image, row.regions, row.pictures, row.picture_regions
-        )
-
     def _belongs(self, number: int) -> bool:
         """Return whether the row, or image of tiles, with this number (from 1) is in the part."""
         if self.part is None:
             return True
-        train = int(number * self.share) > int((number - 1) * self.share)
+        share, whole = self.share
+        train = number * share // whole > (number - 1) * share // whole
         return train == (self.part == "train")
 
     def _gave_up(self) -> TooManyValues:

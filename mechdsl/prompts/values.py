@@ -128,11 +128,15 @@ def _join(items: ItemList) -> RichText:
     return concatenate(parts)
 
 
-def concatenate(parts: Iterable[tuple[str, RichText]]) -> RichText:
-    """Concatenate texts; each is a span of its name, unless the name is empty."""
+def concatenate(parts: Iterable[str | tuple[str, RichText]]) -> RichText:
+    """Concatenate texts; each with a name that isn't empty is a span of it."""
     text = ""
     spans: list[TextSpan] = []
-    for name, rich in parts:
+    for part in parts:
+        if isinstance(part, str):
+            text += part
+            continue
+        name, rich = part
         at = len(text)
         text += rich.text
         if name:

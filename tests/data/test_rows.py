@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mechdsl.base.hashing import stable_hash, stable_hashes
 from mechdsl.prompts import rows
+from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import content_key
@@ -32,6 +34,13 @@ def texts(made: PromptTable, run: str = "clean") -> list[str]:
 
 def values(made: PromptTable, name: str, run: str = "clean") -> list[Any]:
     return [row.values[name] for row in made.runs[run].rows]
+
+
+def test_hashes_of_numbers_equal_those_of_each_number() -> None:
+    parts = ("é\ud800", 2, 0.5)
+    numbers = [0, 7, 2**70]
+    assert list(stable_hashes(numbers, *parts)) == [stable_hash(*parts, n) for n in numbers]
+    assert list(stable_hashes([3])) == [stable_hash(3)]
 
 
 def codes(text: str, tokenizer: TextTokenizer, **options: Any) -> list[str]:
@@ -368,6 +377,64 @@ class TestCorruptions:
             assert [blank.text[s.start : s.end] for s in blank.spans if s.name == "item"] == (
                 things.split()
             )
+
+
+REUSED = {
+    "values through a text": """a in 1..3 b = a + 1 text = "{b} of" d = "same" e = other(d)
+        d in ["x", "y"] template "{text} {d} {e}" answer " {b}" corrupt c { a = a + 10 }""",
+    "texts of a list": """x in ["apple", "pear", "fig"] n in 1..4
+        xs = list("{x} {n}", 3, sep: ", ") cue = xs[2] template "{xs} {cue}"
+        corrupt c { n = n + 5 }""",
+    "items of a list": """x in ["apple", "pear", "fig"] xs = list(x, 3, sep: " ") cue = xs[2]
+        y in ["apple", "plum"] z = other(y) template "{xs} {cue} {y} {z}"
+        corrupt c { x = other(x) }""",
+    "draws of several names": """x in words(toy) a, b = others(x) y in ["plum", "kiwi"]
+        z = choice("apple", "fig") t = if y = "plum" then a else b
+        template "{x} {a} {b} {t} {z}" corrupt c { y = other(y) } corrupt d { a = x }""",
+    "a text of a metric": """a in 1..3 b in 4..6 template "{a} {b}{wrong}" wrong " {b}"
+        answer "{wrong}" corrupt c { b = b + 3 } corrupt d { swap a, b }""",
+    "another template": """a in 1..3 b = a + 1 template "{a} {b} {c = a + b}"
+        corrupt c { template "{b}: {a} {c = a * b}" a = a + 1 }""",
+}
+
+
+class TestReusedValues:
+    """A corrupted row takes from the clean one the values that no change affects."""
+
+    def test_names_that_read_a_changed_name_have_new_values(self, words: TextTokenizer) -> None:
+        made = table(REUSED["values through a text"], words)
+        for clean, row in zip(made.runs["clean"].rows, made.runs["c"].rows, strict=True):
+            first, *rest = clean.text.split()
+            assert row.text.split() == [str(int(first) + 10), *rest]
+            assert row.texts["answer"].text == f" {int(first) + 10}"
+
+    @pytest.mark.parametrize("text", REUSED.values(), ids=list(REUSED))
+    def test_corrupted_rows_equal_rows_built_without_reuse(
+        self, text: str, words: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = table(text, words, limit=20)
+        monkeypatch.setattr(PromptsBlock, "affected", lambda self, *given: set(self.names()))
+        alone = table(text, words, limit=20)
+        assert alone.row_keys == made.row_keys
+        assert alone.runs == made.runs
+
+    def test_text_with_a_marked_column_is_written_again(
+        self, words: TextTokenizer, tmp_path: Path
+    ) -> None:
+        rows = [{"prompt": "the apple", "subject": "apple", "other": "fig"}]
+        (tmp_path / "d.json").write_text(json.dumps(rows))
+        text = """rows "d.json" said = "see {prompt}" template "{said} {subject}"
+        span subject in prompt corrupt c { subject = other }"""
+        made = table(text, words, path=tmp_path / "f.mech")
+        assert texts(made, "c") == ["see the fig fig"]
+
+    def test_python_function_is_called_again(self, words: TextTokenizer, tmp_path: Path) -> None:
+        (tmp_path / "f.py").write_text("def both(row):\n    return row['a'] + row['b']\n")
+        text = """a in 1..3 b in 4..6 total = python("f.py:both") half = total / 2
+        template "{a} {b} {half}" corrupt c { a = a + 1 }"""
+        made = table(text, words, path=tmp_path / "f.mech", python=True)
+        for clean, row in zip(made.runs["clean"].rows, made.runs["c"].rows, strict=True):
+            assert row.values["half"] == clean.values["half"] + 0.5
 
 
 class TestSplit:

@@ -295,10 +295,11 @@ class SpanFinder:
         if name in m.row.places and ref.view is None:
             return [SpanOccurrence(0, 0, tokens) for tokens in m.row.places[name]]
         pictures = self.pictures_of(n, ref)
-        tiles = (self.tiles_of(ref, own.picture.expansion) for own in pictures)
-        of_image = list_places(name, zip(pictures, tiles, strict=True))
-        if of_image or ref.view is not None:
-            return [SpanOccurrence(0, 0, tokens) for tokens in of_image]
+        if pictures or ref.view is not None:
+            tiles = (self.tiles_of(ref, own.picture.expansion) for own in pictures)
+            of_image = list_places(name, zip(pictures, tiles, strict=True))
+            if of_image or ref.view is not None:
+                return [SpanOccurrence(0, 0, tokens) for tokens in of_image]
         if ref.literal is not None:
             found = find_text(m.row.text, ref.literal)
             if ref.of is not None:
@@ -411,7 +412,7 @@ class SpanFinder:
         found = self.all_places(replace(ref, occurrence=None))
         if found is None:
             return False
-        sizes = [max((len(place.tokens) for place in places), default=0) for places in found]
+        sizes = [max([0, *(len(place.tokens) for place in places)]) for places in found]
         several = [n for n, size in enumerate(sizes) if size > 1]
         if not several:
             return True
@@ -654,7 +655,8 @@ class SpanFinder:
         if not self._known(ref) or not self._views_fit(ref):
             return None
         found = [self.places(n, ref) for n in range(self.total)]
-        bare = [n for n, places in enumerate(found) if any(not p.tokens for p in places)]
+        empty = (n for n, places in enumerate(found) for p in places if not p.tokens)
+        bare = list(dict.fromkeys(empty))
         if bare:
             place = next(p for p in found[bare[0]] if not p.tokens)
             text = self.maps[bare[0]].row.text[place.start : place.end]

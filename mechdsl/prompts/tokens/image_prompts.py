@@ -14,7 +14,7 @@ from re import Match
 from typing import Any, TypeVar, cast
 
 from mechdsl.base.files import PACKAGE_FOLDER, cache_folder, write_atomically
-from mechdsl.base.hashing import digest, stable_hash
+from mechdsl.base.hashing import digest, stable_hashes
 from mechdsl.base.source import Span
 from mechdsl.base.text import quote
 from mechdsl.diagnostics.core import Diagnostic
@@ -705,30 +705,31 @@ class _MarkerOffsets:
     """Characters of a text with markers, from those of the text with images' texts instead."""
 
     def __init__(self, markers: Sequence[Match[str]], lengths: Sequence[int]) -> None:
-        self._markers = markers
         self.starts: list[int] = []
         """First characters of images' texts, which have these lengths."""
-        self._ends: list[int] = []
+        self._places: list[tuple[int, int, int, int]] = []
+        """Start and end of each image's text, and of its marker."""
         shift = 0
         for marker, length in zip(markers, lengths, strict=True):
-            self.starts.append(marker.start() + shift)
-            self._ends.append(self.starts[-1] + length)
-            shift += length - len(marker[0])
+            start, end = marker.span()
+            self.starts.append(start + shift)
+            self._places.append((start + shift, start + shift + length, start, end))
+            shift += length - (end - start)
 
     def of(self, start: int, end: int) -> tuple[int, int] | None:
         """Return the characters of a token; None if it lies within the text of an image."""
-        places = zip(self.starts, self._ends, strict=True)
-        if any(first <= start and end <= last for first, last in places):
-            return None
+        for first, last, _, _ in self._places:
+            if first <= start and end <= last:
+                return None
         return self._moved(start, is_end=False), self._moved(end, is_end=True)
 
     def _moved(self, place: int, *, is_end: bool) -> int:
         shift = 0
-        for first, last, marker in zip(self.starts, self._ends, self._markers, strict=True):
+        for first, last, start, end in self._places:
             if place >= last:
-                shift = marker.end() - last
+                shift = end - last
             elif place > first:
-                return marker.start() if is_end else marker.end()
+                return start if is_end else end
         return place + shift
 
 
@@ -738,11 +739,9 @@ def _hash_vectors(tokenizer: str, marker: str, is_image: tuple[bool, ...]) -> tu
     match = MARKER.fullmatch(marker)
     is_video = match is not None and len(marker_extent(match)) == 3
     first = _VIDEO_TOKEN if is_video else IMAGE_TOKEN
-    return tuple(
-        first | stable_hash("image token", tokenizer, marker, number) >> 67
-        for number, is_vector in enumerate(is_image)
-        if is_vector
-    )
+    numbers = (number for number, is_vector in enumerate(is_image) if is_vector)
+    hashes = stable_hashes(numbers, "image token", tokenizer, marker)
+    return tuple(first | each >> 67 for each in hashes)
 
 
 STAND_IN_SIDE = 14
