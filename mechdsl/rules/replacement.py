@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.spec import constant_value
 from mechdsl.prompts.insertion import has_inserted_tokens
-from mechdsl.prompts.runs import PromptRun, RunRow
+from mechdsl.prompts.runs import PromptRun
 from mechdsl.prompts.table import change_row_patches, check_chat_markers, replace_tokens
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.runs import RuleKind
@@ -174,31 +174,59 @@ def resolve_paint(rule: spec.Rule, work: ExperimentContext) -> PictureChange | N
 
 def _painted(
     rule: spec.Rule, paint: PictureChange, positions: PositionTargets, work: ExperimentContext
-) -> dict[AxisIndices, PromptRun]:
-    """Create the images with these patches replaced."""
+) -> Mapping[AxisIndices, PromptRun]:
+    """Return the images with these patches replaced."""
     base, reader = work.experiment.base, work.model.tokenizer
-    run, found = work.table.runs[base], dict[AxisIndices, PromptRun]()
+    run = work.table.runs[base]
     if run.noise is not None:
         what = "`replace` on a noised run"
         work.diagnostics.append(NotSupported(span=rule.span, what=what))
     if not isinstance(reader, ImageTokenizer):
         return dict.fromkeys(positions.written, run)
+    patches, changed = frozenset(reader.layout.grid), dict[AxisIndices, list[list[int]]]()
     for key, cell in positions.written.items():
-        rows: list[RunRow] = []
-        for row, hits, own in zip(run.rows, cell.hits, work.table.row_keys, strict=True):
-            tokens = sorted({token for hit in hits for token in hit})
-            other = next((t for t in tokens if reader.layout.place(t) is None), None)
-            if other is not None and not reader.stands_in:
-                reason, hint = "isn't a patch", "write `image tokens` for all of them"
-                name = reader.label(other)
-                problem = BadArgument(span=rule.at.span, name=name, reason=reason, hint=hint)
-                work.diagnostics.append(problem)
-                return {}
-            seed = digest_number("replace", work.program.seed, own) if paint.how == "noise" else 0
-            there = [token for token in tokens if reader.layout.place(token) is not None]
-            rows.append(change_row_patches(row, replace(paint, seed=seed), there, reader))
-        found[key] = replace(run, rows=tuple(rows))
-    return found
+        every = [sorted({token for hit in hits for token in hit}) for hits in cell.hits]
+        other = next((t for tokens in every for t in tokens if t not in patches), None)
+        if other is not None and not reader.stands_in:
+            reason, hint = "isn't a patch", "write `image tokens` for all of them"
+            name = reader.label(other)
+            problem = BadArgument(span=rule.at.span, name=name, reason=reason, hint=hint)
+            work.diagnostics.append(problem)
+            return {}
+        changed[key] = [[t for t in tokens if t in patches] for tokens in every]
+    seeds = [
+        digest_number("replace", work.program.seed, own) if paint.how == "noise" else 0
+        for own in work.table.row_keys
+    ]
+    return _PaintedRuns(run, changed, [replace(paint, seed=seed) for seed in seeds], reader)
+
+
+class _PaintedRuns(Mapping[AxisIndices, PromptRun]):
+    """Runs of images with replaced patches, created on access: a check needs none of them."""
+
+    def __init__(
+        self,
+        run: PromptRun,
+        tokens: Mapping[AxisIndices, Sequence[Sequence[int]]],
+        changes: Sequence[PictureChange],
+        reader: ImageTokenizer,
+    ) -> None:
+        """tokens: the replaced patches of each row. changes: how, for each row."""
+        self._run, self._tokens, self._changes, self._reader = run, tokens, changes, reader
+        self._made: dict[AxisIndices, PromptRun] = {}
+
+    def __getitem__(self, key: AxisIndices) -> PromptRun:
+        if key not in self._made:
+            rows = zip(self._run.rows, self._changes, self._tokens[key], strict=True)
+            painted = (change_row_patches(*row, self._reader) for row in rows)
+            self._made[key] = replace(self._run, rows=tuple(painted))
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[AxisIndices]:
+        return iter(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
 
 
 IDENTITY = "identity"
