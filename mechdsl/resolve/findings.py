@@ -69,6 +69,10 @@ class RankedSite(Record):
     """NaN if the experiment hasn't run."""
 
 
+RowPositions = tuple[int, int, dict[int, int]]
+"""A row: its column in the values, its id, and position number → token."""
+
+
 @dataclass(frozen=True, eq=False)
 class VariantFinding:
     """One variant of an experiment (most have only one), with its results once it has run."""
@@ -88,12 +92,21 @@ class VariantFinding:
     """For each cell: row id → completions of the row, one for each sample and noise draw."""
     chosen: Mapping[str, int] = field(default_factory=dict[str, int])
     """Axis → index of the selected value, if only some cells are selected."""
+    _indices: list[AxisIndices] = field(default_factory=list[AxisIndices], repr=False)
+    """Indices of all cells, once known. Selections of cells share them."""
+    _positions: dict[tuple[int, str, bool], tuple[PromptTable, list[RowPositions]]] = field(
+        default_factory=dict[tuple[int, str, bool], tuple[PromptTable, "list[RowPositions]"]],
+        repr=False,
+    )
+    """Results of `positions`. Selections of cells share them."""
 
     def grid(self) -> Iterator[tuple[int, AxisIndices]]:
         """Yield the number of each selected cell and its indices along the axes, in grid order."""
         names = [axis.name for axis in self.experiment.axes]
         there = [(names.index(axis), number) for axis, number in self.chosen.items()]
-        for cell, index in enumerate(_cells(self.experiment)):
+        if not self._indices:
+            self._indices.extend(_cells(self.experiment))
+        for cell, index in enumerate(self._indices):
             if all(index[place] == number for place, number in there):
                 yield cell, index
 
@@ -228,11 +241,19 @@ class VariantFinding:
 
     def positions(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
-    ) -> Iterator[tuple[int, int, dict[int, int]]]:
-        """Yield for each row its column in `values`, its id, and position number → token.
+    ) -> Sequence[RowPositions]:
+        """Return for each row its column in `values`, its id, and position number → token.
 
         Rows without positions are omitted.
         """
+        key = id(table), run, self.values is None
+        if key not in self._positions:  # the table is stored too, so that its id stays unique
+            self._positions[key] = table, list(self._find_positions(table, run, tokenizer))
+        return self._positions[key][1]
+
+    def _find_positions(
+        self, table: PromptTable, run: str, tokenizer: TextTokenizer
+    ) -> Iterator[RowPositions]:
         own = self.experiment
         by_label = _by_label(own, _token_rule(own), table, run, tokenizer)
         found: dict[int, dict[int, int]] = {row: {} for row in table.row_ids}

@@ -92,11 +92,16 @@ def _rewritten(value: Any, change: Callable[[ast.Node], ast.Node]) -> Any:
     if isinstance(value, ast.Node):
         changed: dict[str, Any] = {}
         for name in field_names(type(value)):
-            changed[name] = _rewritten(getattr(value, name), change)
-        return change(replace(value, **changed))
+            before = getattr(value, name)
+            after = _rewritten(before, change)
+            if after is not before:
+                changed[name] = after
+        return change(replace(value, **changed) if changed else value)
     if isinstance(value, tuple):
         items: list[Any] = []
+        same = True
         for item in value:  # pyright: ignore[reportUnknownVariableType]
             items.append(_rewritten(item, change))
-        return tuple(items)
+            same = same and items[-1] is item
+        return value if same else tuple(items)  # pyright: ignore[reportUnknownVariableType]
     return value
