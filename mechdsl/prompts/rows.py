@@ -863,11 +863,11 @@ class Row(ImageRow):
     def known(self, name: str) -> bool:
         return (
             name in self.changed
-            or any(each.name == name for each in self.block.spec.pictures)
             or name in self.values
             or name in self.record
             or self._definition(name) is not None
             or name in self.block.parameters
+            or any(each.name == name for each in self.block.spec.pictures)
         )
 
     def _definition(self, name: str) -> Definition | None:

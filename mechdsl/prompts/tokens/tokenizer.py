@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from itertools import pairwise, starmap
+from itertools import compress, pairwise, starmap
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -335,10 +335,10 @@ class TextTokenizer:
         for start in range(0, len(texts), _BATCH):
             batch = list(texts[start : start + _BATCH])
             for e in self._backend.encode_batch(batch, add_special_tokens=add_special):
-                special = _flags(tuple(e.special_tokens_mask))
-                offsets = [
-                    (0, 0) if added else at for at, added in zip(e.offsets, special, strict=True)
-                ]
+                special, offsets = _flags(tuple(e.special_tokens_mask)), e.offsets
+                if True in special:
+                    pairs = zip(offsets, special, strict=True)
+                    offsets = [(0, 0) if added else at for at, added in pairs]
                 _place_prefixes(e, offsets, special)
                 out.append(EncodedText(tuple(e.ids), tuple(starmap(_place, offsets)), special))
         return out
@@ -513,12 +513,15 @@ def _place_prefixes(
     Such a token (`▁`, `Ġ`) claims the first character after it, which belongs to the next token;
     it covers nothing.
     """
+    overlaps = [one[1] > other[0] for one, other in pairwise(offsets)]
+    if True not in overlaps:
+        return
     tokens: list[str] | None = None  # token texts are slow to obtain and rarely needed
-    for n, ((start, end), (following, _)) in enumerate(pairwise(tuple(offsets))):
-        if end > following and not special[n + 1]:
+    for n in compress(range(len(overlaps)), overlaps):
+        if not special[n + 1]:
             tokens = encoding.tokens if tokens is None else tokens
             if set(tokens[n]) in ({"▁"}, {"Ġ"}):
-                offsets[n] = (start, start)
+                offsets[n] = (offsets[n][0], offsets[n][0])
 
 
 @lru_cache(maxsize=2**10)
