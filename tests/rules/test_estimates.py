@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.execute.patching import differentiated_run, estimates
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.cost import gradient_work
 from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.results.differences.cells import match_measures
@@ -639,6 +641,30 @@ def test_estimates_halve_batches_when_memory_runs_out(
     np.testing.assert_allclose(
         found.measures[0].patched, whole.measures[0].patched, rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_estimates_of_long_prompts_are_unchanged_by_recomputed_activations(
+    family: str, tmp_path: Path
+) -> None:
+    """In passes of fewer tokens than a prompt has in all layers, activations aren't stored."""
+    lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
+    text = "".join(
+        experiment(f"e{n}", f"patch {site} at subject tokens", f"using {using}", *lines)
+        for n, (site, using) in enumerate(
+            (("resid_post layer *", "atp"), ("z layer * head *", "integrated_gradients(steps: 2)"),
+             ("mlp_hidden layer 1", "gradient_input"), ("attn_out layer *", "relp"))
+        )
+    )  # fmt: skip
+    whole = run_file(text, tmp_path, bare(family))
+    small = RunOptions(execution=ExecutionOptions(pass_tokens=5))
+    found = run_file(text, tmp_path, bare(family), small)
+    for name, each in found.items():
+        expected = whole[name].measures[0].patched
+        np.testing.assert_allclose(each.measures[0].patched, expected, rtol=0, atol=1e-5)
+        assert np.abs(expected - whole[name].measures[0].base).max() > 1e-3
+    assert "computed activations again where possible" in found["e0"].conventions["gradients"]
+    assert "gradients" not in whole["e0"].conventions
 
 
 def test_autograd_failure_is_an_error_of_the_estimate_alone(

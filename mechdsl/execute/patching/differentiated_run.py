@@ -110,6 +110,8 @@ class DifferentiatedRun:
     """The prompts of the batch."""
     backward: BackwardRules | None = None
     """Changes of the derivatives."""
+    recompute: bool = False
+    """Whether backward passes compute activations again to save memory, if that is possible."""
 
     @property
     def model(self) -> LoadedModel:
@@ -147,6 +149,7 @@ class DifferentiatedRun:
                     logits_at=None if full else at,
                     circuits=circuits,
                     gradients=True,
+                    recompute=self.recompute,
                     backward=self.backward,
                 )
             logits, found = require_logits(result.logits), result.reads
@@ -190,6 +193,7 @@ class DifferentiatedRun:
             logits_at=find_continuation_positions(atom, lanes.prompts, lanes.lengths),
             circuits=circuits,
             gradients=True,
+            recompute=self.recompute,
             backward=self.backward,
         )
         return require_logits(result.logits)

@@ -852,9 +852,9 @@ class PanelRunner:
         self.profile.estimated += len(rows)
         given = self.readouts[key], self.means_and_donors[key], self.runs
         estimates = GradientEstimates(plan, *given, patcher.lanes_of(number, batch, None), batch)
-        due = np.unique(rows.prompt)
+        due, n_layers = np.unique(rows.prompt), self.runs.model.shape.n_layers
         while len(due):
-            most = max(1, self.sizes.pass_tokens // self.runs.model.shape.n_layers)
+            most = max(1, self.sizes.pass_tokens // n_layers)
             prompts, tokens = estimates.first(due, most)
             own = rows.take(np.flatnonzero(np.isin(rows.prompt, prompts)))
             member = PassMember(number, own, np.arange(len(own)))
@@ -865,6 +865,9 @@ class PanelRunner:
                 yield own, known
                 due = due[len(prompts) :]
                 continue
+            if tokens * n_layers > self.sizes.limit:
+                estimates.recompute()
+                self.profile.recomputed += len(prompts)
             try:
                 with measure_seconds() as seconds:
                     found = estimates.of(own, self.measured[key].base_of(plan, own))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from mechdsl.forward.hooks.batch import (
 )
 from mechdsl.forward.hooks.circuits import open_circuit, skip_modules
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
-from mechdsl.forward.hooks.gradients import disable_checkpoints
+from mechdsl.forward.hooks.gradients import disable_checkpoints, recompute_blocks
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
     InputHook,
@@ -477,6 +478,8 @@ class SiteHooks:
         self.model = model
         self.frame = frame
         self.stop = stop
+        self.again = partial(SiteHooks, model, frame, writes, reads, stop, edges, changes=changes)
+        """Creates the hooks of a pass over the same tokens, without circuits."""
         # packed and generated tokens enter after the embedding, or are the model's own
         self._inserted = frame.inserted if isinstance(frame, Batch) else 0
         self._sites = SiteSteps(self._inserted)
@@ -485,6 +488,8 @@ class SiteHooks:
         self._steps = defaultdict(list)
         self._by_heads: set[tuple[str, HookSide, int]] = set()
         self._called_again: set[str] = set()
+        self._reads_stream = False
+        """Whether a step in a block needs the stream before the block."""
         self._patches: set[str] = set()
         """Paths of modules that embed patches, whose output a site needs."""
         self._experts: list[tuple[str, ExpertHook | RouterHook]] = []
@@ -749,6 +754,7 @@ class SiteHooks:
             case "resid_mid" if self._is_sum(where, tap):
                 stream = self._tap(replace(where, site="resid_pre"))
                 remember_order = (order[0], SITES["resid_pre"].order + 1)
+                self._reads_stream = True
                 self._on(self._spot(stream), remember_order, self._sites.remember(stream.path))
                 step = self._sites.between(places, reads, stream.path, self._scale(tap))
             case "head_out":
@@ -875,6 +881,12 @@ class SiteHooks:
         """Whether the hooks can run again in a pass over other tokens with the same layout."""
         return not (self.within or self._called_again or self._reads)
 
+    @property
+    def repeats_blocks(self) -> bool:
+        """Whether a block's steps depend on its input alone, so that it can run again by itself."""
+        outside = self._called_again, self._experts, self._circuits, self._reads_stream
+        return not (self.within or any(outside))
+
     def begin(self) -> None:
         """Start a further pass."""
         self._sites.begin()
@@ -985,6 +997,7 @@ def run_full(
     edges: Sequence[EdgeWrite] = (),
     circuits: Sequence[CircuitWrite | CircuitRead] = (),
     gradients: bool = False,
+    recompute: bool = False,
     backward: BackwardRules | None = None,
 ) -> FullPassResult:
     """Run the whole model on padded rows, with writes and reads.
@@ -995,17 +1008,17 @@ def run_full(
             computed, and `logits` is None. None runs everything.
         writes: Writes at sites.
         reads: Sites to read.
-        logits_at: [B, n] long, positions (in the unpadded prompt) whose logits are requested; all
-            by default. Logits can't be read or written with it.
+        logits_at: [B, n] long, positions in the unpadded prompt of requested logits; default: all.
         tokens: [K] long, the only tokens whose logits are requested; `vocab` is then K.
         ends: With `tokens`, compute `largest`, which needs the logits of all tokens.
         edges: Changed attention edges.
         circuits: Edges between components that carry other values or are read; only without `stop`.
         gradients: Whether autograd tracks the effect of written values that require a gradient.
+        recompute: Whether backward passes compute activations again if possible, to save memory.
         backward: Changes of the derivatives that autograd computes.
 
     Raises:
-        ValueError: A site or position doesn't exist.
+        ValueError: A site or position doesn't exist, or is that of logits, with `logits_at`.
         WriteMismatch: A write didn't happen exactly once.
         ReadMismatch: A read didn't happen.
         RuleNotApplied: A function of the model has no rule in `backward`.
@@ -1018,10 +1031,10 @@ def run_full(
     narrow = narrow_unembedding(model, tokens, ends=ends)
     mode = _enable_gradients(model) if gradients else torch.inference_mode()
     rules = nullcontext() if ruled is None else ruled.opened()
-    logits: Tensor | None = None
-    largest: Tensor | None = None
-    stopping = suppress(PassStopped)
-    with mode, work.installed(), open_attention(model, work, ruled), narrow, rules, stopping:
+    blocks = _recompute(work) if recompute and ruled is None else nullcontext()
+    logits = largest = None
+    hooks = work.installed(), open_attention(model, work, ruled)
+    with mode, hooks[0], hooks[1], narrow, rules, blocks, suppress(PassStopped):
         logits = call_with_batch(model, batch)
     if logits is not None:
         if ruled is not None:
@@ -1031,6 +1044,22 @@ def run_full(
             logits, largest = logits[..., :-2], logits[..., -2:].abs().amax(-1)
     work.check()
     return FullPassResult(logits, largest, work.found | seen)
+
+
+def _recompute(work: SiteHooks) -> AbstractContextManager[None]:
+    """Let backward passes compute the activations of blocks again, if the hooks allow that."""
+    if not work.repeats_blocks:
+        return nullcontext()
+
+    @contextmanager
+    def run_again() -> Generator[None]:
+        again = work.again()
+        with _enable_gradients(work.model), again.installed(), open_attention(work.model, again):
+            yield
+
+    blocks = work.model.anatomy.blocks[: work.stop]
+    modules = [work.model.module.get_submodule(block.path) for block in blocks]
+    return recompute_blocks(modules, run_again)
 
 
 @contextmanager

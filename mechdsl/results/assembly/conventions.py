@@ -466,6 +466,12 @@ def fallback_conventions(model: LoadedModel, profile: ExecutionProfile) -> dict[
     if profile.halved:
         times = "once" if profile.halved == 1 else f"{profile.halved} times"
         found["memory"] = f"ran out {times}; passes were halved and run again"
+    if profile.recomputed:
+        prompts = count_noun(profile.recomputed, "prompt")
+        found["gradients"] = (
+            f"backward passes of {prompts} computed activations again where possible, to save "
+            "memory"
+        )
     return found
 
 
