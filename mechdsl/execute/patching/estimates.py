@@ -312,9 +312,9 @@ class GradientEstimates:
         count = max(1, int(np.searchsorted(ends, most, side="right")))
         return prompts[:count], int(ends[count - 1])
 
-    def recompute(self) -> None:
-        """From now on, let backward passes compute activations again, to save memory."""
-        self.differentiated = replace(self.differentiated, recompute=True)
+    def recompute(self, wanted: bool) -> None:
+        """Set whether backward passes compute activations again, to save memory."""
+        self.differentiated = replace(self.differentiated, recompute=wanted)
 
     def of(self, rows: RowTable, base: Sequence[Floats]) -> ReadoutResult:
         """Estimate the measures: the base run's value plus the estimated effect.

@@ -865,9 +865,9 @@ class PanelRunner:
                 yield own, known
                 due = due[len(prompts) :]
                 continue
-            if tokens * n_layers > self.sizes.limit:
-                estimates.recompute()
-                self.profile.recomputed += len(prompts)
+            is_long = tokens * n_layers > self.sizes.limit
+            estimates.recompute(is_long)
+            self.profile.recomputed += len(prompts) * is_long
             try:
                 with measure_seconds() as seconds:
                     found = estimates.of(own, self.measured[key].base_of(plan, own))
