@@ -407,7 +407,7 @@ def check_other_stacks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     vision encoder of prompts with images, yet."""
     encodes = experiment.model.shape.encodes_apart
     if not (encodes or experiment.in_vision):
-        yield from _check_merged_saves(experiment)
+        yield from _check_vision_saves(experiment)
         return
     own = experiment.spec
     of = "of an encoder-decoder" if encodes else "with rules in the vision encoder"
@@ -441,15 +441,22 @@ def check_other_stacks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         yield NotSupported(span=own.span, what=f"noise in the prompts {of}", later=hint)
 
 
-def _check_merged_saves(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield E0108 for saved vectors of patches, several of which a token of an image stands for."""
-    if experiment.model.shape.merged_side == 1:
-        return
+def _check_vision_saves(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0108 for saved gradients by patches, and for saved vectors of patches, several of which
+    a token of an image stands for."""
+    merged = experiment.model.shape.merged_side != 1
     for save in experiment.saves:
-        if any(SITES[point.site].stack == "vision" for point in save.points):
+        if all(SITES[point.site].stack != "vision" for point in save.points):
+            continue
+        if save.gradient is not None:
+            what = "`save gradient` by sites in the vision encoder"
+            later = "save the gradient by `embed` at the tokens of the image"
+        elif merged:
             what = "`save` of the patches that a token of an image is made from"
             later = "save `embed` at the tokens of the image"
-            yield NotSupported(span=save.spec.span, what=what, later=later)
+        else:
+            continue
+        yield NotSupported(span=save.spec.span, what=what, later=later)
 
 
 def _check_stack_rule(rule: ResolvedRule, of: str, *, encodes: bool) -> Diagnostic | None:

@@ -340,6 +340,8 @@ ERRORS = {
     "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0413",
     "block attention vision layer 0 from photo tokens to photo tokens": "E0413",
     "patch resid_post vision layer 0 at photo tokens\n  using gradient_input": "E0108",
+    "save gradient of logit(answer) by resid_post vision layer 0 of clean at photo tokens to "
+    '"g.safetensors"\n  patch resid_post layer 0 at last token': "E0108",
     f"{VISION}\n  against random(5)": "E0108",
     "path z layer 0 head 0 -> logits at last token\n  " + VISION: "E0108",
     "ablate resid_post encoder layer 0 at photo tokens with zero": "E0413",
