@@ -442,8 +442,8 @@ def check_other_stacks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
 
 
 def _check_vision_saves(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield E0108 for saved gradients by patches, and for saved vectors of patches, several of which
-    a token of an image stands for."""
+    """Yield E0108 for saved gradients by patches, and for saved vectors of patches if a token of an
+    image stands for several."""
     merged = experiment.model.shape.merged_side != 1
     for save in experiment.saves:
         if all(SITES[point.site].stack != "vision" for point in save.points):
