@@ -150,7 +150,7 @@ class ExperimentPlan:
             for of, to in plan.edge_ends:
                 senders = max(senders, len(of.points))
                 layers = Counter(point.layer for point in to.points)
-                receivers = max(receivers, *layers.values())
+                receivers = max([receivers, *layers.values()])
         return 1 + (senders + 2 * receivers) // VECTORS_PER_TOKEN
 
     @property

@@ -26,6 +26,7 @@ from mechdsl.program.trainers import (
     ChoosingTrainer,
     DictionaryTrainer,
     DirectionTrainer,
+    EdgeScoreTrainer,
     EditTrainer,
     RotationTrainer,
     trainer_call,
@@ -477,10 +478,11 @@ def _content(row: RunRow) -> tuple[object, ...]:
 
 
 def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
-    """Return E0342 for a mask that chooses all of its candidates, or more."""
+    """Return E0342 for a mask that chooses all of its candidates, or more; scores rank all."""
     training, count = mask.training, len(mask.candidates)
-    size = training.trainer_of(ChoosingTrainer).size(training.of_trainer)
-    if size is None or size < count:
+    trainer = training.trainer_of(ChoosingTrainer)
+    size = trainer.size(training.of_trainer)
+    if size is None or size < count + isinstance(trainer, EdgeScoreTrainer):
         return None
     return BadBasis(
         span=training.span,

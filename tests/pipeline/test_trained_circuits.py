@@ -24,7 +24,7 @@ from torch import Tensor
 import mechdsl
 from mechdsl.base.hashing import stable_hash
 from mechdsl.fits.reports import MaskReport
-from mechdsl.resolve.circuits import CircuitDraws
+from mechdsl.resolve.circuits import CircuitDraws, list_edges
 from mechdsl.resolve.types import CircuitEdge, TrainedMask
 
 from ..execute.support import unchanged, word_tokenizer
@@ -364,7 +364,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "unknown fill": ("from: other", "with: resample", "E0207"),
     "unknown run": ("from: other", "from: othr", "E0201"),
     "no size": ("mask(size: 3)", "mask", "E0207"),
-    "all": ("size: 3", "size: 2000", "E0342"),
+    "all": ("size: 3", f"size: {len(list_edges(shape_of('llama')))}", "E0342"),
+    "more than all": ("mask(size: 3)", "eap(size: 2000)", "E0342"),
     "step function": (f"maximise: {LOSS}", "maximise: rank(answer)", "E0608"),
     "noise": ("from: other", "from: noised", "E0342"),
     "early stopping": (f"maximise: {LOSS}", f"maximise: {LOSS}, patience: 3", "E0342"),

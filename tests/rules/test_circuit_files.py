@@ -97,6 +97,21 @@ def test_size_chooses_the_edges_with_the_largest_absolute_scores(data: Path, fam
     assert ", those with the largest absolute scores, of " in found.conventions["circuit c"]
 
 
+def test_curve_ends_with_the_circuit_of_all_edges(data: Path) -> None:
+    """Nothing is ablated there, so the run is the clean one."""
+    edges = list_edges(shape_of("gpt2"))
+    names = [f"{graph_name(of)}->{graph_name(to)}" + (
+        f"<{to.site}>" if to.site in ("q", "k", "v") else "") for of, to in edges]  # fmt: skip
+    content = graph("gpt2", names, dict(zip(names, range(1, 1 + len(names)), strict=True)))
+    (data / "all.json").write_text(json.dumps(content), "utf-8")
+    count = len(edges)
+    rule = f"for n in [3, {count}] {{ ablate all but top n of c at tokens * with zero }}"
+    text = 'circuit c = saved("all.json")\n' + experiment("e", rule)
+    own = run_file(text, data, "gpt2", "planned")["e"].measures[0]
+    np.testing.assert_allclose(own.patched[1], own.base[0], atol=1e-5)
+    assert np.abs(own.patched[0] - own.base[0]).max() > 0.1
+
+
 def test_heads_that_share_a_key_are_one_receiver(data: Path) -> None:
     """Their scores are added; either all of them are in the circuit, or none."""
     shape = shape_of("llama")
