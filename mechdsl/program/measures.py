@@ -16,7 +16,12 @@ from mechdsl.program.estimators import ESTIMATOR_ALIASES, ESTIMATORS, GradientEs
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import constant_value, whole_number_value
-from mechdsl.program.statements import Statements, expand_metrics, mark_names_used
+from mechdsl.program.statements import (
+    CIRCUIT_HINT,
+    Statements,
+    expand_metrics,
+    mark_names_used,
+)
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import parse_template
 from mechdsl.syntax.traversal import walk
@@ -374,7 +379,7 @@ def lower_estimator(work: Statements) -> spec.Estimator | None:
     name = named.id if isinstance(named, ast.Name) else named.name
     arguments = () if isinstance(named, ast.Name) else named.arguments
     if name in PLANNED_ESTIMATORS:
-        work.later(line.span, f"`using {name}`")
+        work.later(line.span, f"`using {name}`", CIRCUIT_HINT)
         return None
     if ESTIMATOR_ALIASES.get(name, name) not in ESTIMATORS:
         known = (*ESTIMATORS, *ESTIMATOR_ALIASES, *PLANNED_ESTIMATORS)

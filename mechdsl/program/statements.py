@@ -13,6 +13,7 @@ from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, RepeatedStatement, UnknownName
 from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
 from mechdsl.program import spec
+from mechdsl.program.effect_trainers import SCORE_EXAMPLE, SEARCH_EXAMPLE
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN
 from mechdsl.syntax import ast
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
 
 
 # Valid syntax that no stage executes yet, by node class.
-UNSUPPORTED_NODES: dict[type[ast.Node], str] = {
-    ast.Discover: "`discover`",
-    ast.Search: "`search`",
+CIRCUIT_HINT = f"fit a circuit: {SCORE_EXAMPLE}"
+
+UNSUPPORTED_NODES: dict[type[ast.Node], tuple[str, str]] = {
+    ast.Discover: ("`discover`", CIRCUIT_HINT),
+    ast.Search: ("`search`", f"fit a circuit: {SEARCH_EXAMPLE}"),
 }
+"""Statements of the language that no stage executes yet → what they are, and a hint."""
 
 BASIS_HINT = (
     "use a basis in `patch`, `ablate`, `set`, `add`, `scale`, `clamp` and `observe value`, at the "
@@ -142,7 +146,7 @@ class Statements:
                 case ast.Expect():
                     self.expects.append(statement)
                 case _:
-                    self.later(statement.span, UNSUPPORTED_NODES[type(statement)])
+                    self.later(statement.span, *UNSUPPORTED_NODES[type(statement)])
 
     def _with_coordinates(self, statement: NodeT) -> NodeT:
         """Return a statement that names the coordinates of groups that a training chooses from,
@@ -232,7 +236,7 @@ class Statements:
         before, whole = len(self.diagnostics), set[Span]()
         for node in walk(statement):
             if type(node) in UNSUPPORTED_NODES:
-                self.later(node.span, UNSUPPORTED_NODES[type(node)])
+                self.later(node.span, *UNSUPPORTED_NODES[type(node)])
             elif isinstance(node, ast.ObserveFeatures):
                 known = self.scope.use("basis", node.basis.id, node.basis.span)
                 self.unsupported = self.unsupported or not known
