@@ -367,7 +367,7 @@ def test_logits_of_selected_tokens_equal_a_slice_of_all(loaded: dict[str, Loaded
         narrow = logits_of(model, batch, tokens=wanted)
         assert torch.allclose(narrow, logits_of(model, batch)[:, wanted], atol=1e-5)
         at = batch.lengths[:, None] - 1
-        found = run_full(model, batch, tokens=wanted, logits_at=at)
+        found = run_full(model, batch, tokens=wanted, ends=True, logits_at=at)
         last = found.logits
         assert last is not None
         assert last.shape == (3, 1, 4)
@@ -384,9 +384,9 @@ def test_largest_logit_of_chunked_unembedding_is_the_same(
 ) -> None:
     model, some = loaded["llama"], torch.tensor([3, 9])
     batch = batch_of(model)
-    whole = run_full(model, batch, tokens=some).largest
+    whole = run_full(model, batch, tokens=some, ends=True).largest
     monkeypatch.setattr("mechdsl.forward.hooks.model.MAX_BOUND_LOGITS", 1)
-    parts = run_full(model, batch, tokens=some).largest
+    parts = run_full(model, batch, tokens=some, ends=True).largest
     assert whole is not None
     assert parts is not None
     assert torch.allclose(parts, whole, atol=1e-5)
