@@ -3107,9 +3107,9 @@ _in_prompt(
     "rotated queries and keys; `patch`, `swap`, `freeze`, `ablate`, `add`, `set`, `scale`, "
     "`project out`, `project onto` and `observe norm` (the mean over the patches), also before "
     "replies; others are E0108, and so is Idefics2. Without such rules, `save` writes vectors "
-    "where a token has one patch, but no gradients. Class tokens, row ends and tile tags have no patch. "
-    "At frames of a video, Video-LLaVA's other encoder is changed. In Llama 3.2 Vision, blocks of "
-    "`cross` read the changed image.",
+    "where a token has one patch, but no gradients. Class tokens, row ends and tile tags have no "
+    "patch. At frames of a video, Video-LLaVA's other encoder is changed. In Llama 3.2 Vision, "
+    "blocks of `cross` read the changed image.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '
     "corrupt hidden { mask photo }",
     test="test_token_patches.py",
