@@ -266,6 +266,14 @@ def test_bases_page_section_runs(
 
 
 @pytest.mark.slow
+def test_circuit_of_a_task_keeps_the_measure_on_other_pairs(
+    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MECHDSL_STORE")
+    run_page(DOCS / "bases.md", command, update, {"Find the circuit of a task"})
+
+
+@pytest.mark.slow
 def test_custom_trainer_section_runs(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
