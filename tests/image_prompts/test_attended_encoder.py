@@ -21,6 +21,7 @@ from mechdsl.base.source import Source
 from mechdsl.execute.run.panel import execute
 from mechdsl.forward.hooks import model as loaded_models
 from mechdsl.loading.loader import adopt_model
+from mechdsl.models.shape import ModelShape
 from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.results.assembly.collection import check_denominators
 
@@ -324,8 +325,8 @@ def test_columns_of_other_tokens_report_e0413(monkeypatch: pytest.MonkeyPatch) -
     assert model is not None, found
     right = loaded_models.VisionColumns.of
 
-    def wrong(shape: object) -> loaded_models.VisionColumns:
-        own = right(shape)  # type: ignore[arg-type]
+    def wrong(shape: ModelShape) -> loaded_models.VisionColumns:
+        own = right(shape)
         return loaded_models.VisionColumns(own.tokens, own.padded - 1, own.count)
 
     monkeypatch.setattr(loaded_models.VisionColumns, "of", staticmethod(wrong))

@@ -1033,8 +1033,8 @@ def run_full(
     rules = nullcontext() if ruled is None else ruled.opened()
     blocks = _recompute(work) if recompute and ruled is None else nullcontext()
     logits = largest = None
-    hooks = work.installed(), open_attention(model, work, ruled)
-    with mode, hooks[0], hooks[1], narrow, rules, blocks, suppress(PassStopped):
+    hooks, attention = work.installed(), open_attention(model, work, ruled)
+    with mode, hooks, attention, narrow, rules, blocks, suppress(PassStopped):
         logits = call_with_batch(model, batch)
     if logits is not None:
         if ruled is not None:
