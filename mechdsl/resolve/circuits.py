@@ -552,7 +552,8 @@ MAX_TRIES = 200
 
 
 class CircuitDraws:
-    """Random circuits with the same number of edges as a circuit.
+    """Random circuits with the same number of edges as a circuit. The only circuit of its size
+    represents each of them.
 
     If each edge of the circuit is on a path of the circuit from `embed` to `logits`, so is each
     edge of a random circuit, which is then grown path by path: an edge is drawn uniformly, and
@@ -577,7 +578,10 @@ class CircuitDraws:
         self._before = {node[to]: [edge[each] for each in to_] for to, to_ in graph.before.items()}
 
     def draws(self, count: int) -> list[tuple[CircuitEdge, ...]]:
-        """Return up to `count` different circuits, each with its edges in forward order."""
+        """Return up to `count` different circuits, each with its edges in forward order; of the
+        only circuit of its size, this number of copies."""
+        if self.is_only:
+            return [tuple(self.every[edge] for edge in sorted(self._own))] * count
         found: dict[frozenset[int], None] = {}
         for _ in range(MAX_TRIES * count):
             drawn = self._grown() if self.is_connected else self._drawn()
@@ -586,6 +590,13 @@ class CircuitDraws:
             if len(found) == count:
                 break
         return [tuple(self.every[edge] for edge in sorted(own)) for own in found]
+
+    @property
+    def is_only(self) -> bool:
+        """Whether there is no other circuit of this size: without edges, with every edge, or with
+        the one edge from `embed` to `logits`."""
+        size = len(self.circuit)
+        return size in (0, len(self.every)) or (size == 1 and self.is_connected)
 
     def _drawn(self) -> frozenset[int]:
         return frozenset(self._random.sample(range(len(self.every)), len(self.circuit)))
@@ -629,12 +640,20 @@ class AskedCircuits:
     count: int
 
 
-@lru_cache(maxsize=64)
-def draw_circuits(asked: AskedCircuits) -> tuple[list[tuple[CircuitEdge, ...]], bool]:
-    """Draw random circuits; a file that is checked again has the same.
+@record
+class DrawnCircuits(Record):
+    """Random circuits of one size."""
 
-    Returns:
-        The circuits, and whether each of their edges is on a path from `embed` to `logits`.
-    """
+    circuits: tuple[tuple[CircuitEdge, ...], ...]
+    is_connected: bool
+    """Whether each of their edges is on a path from `embed` to `logits`."""
+    is_only: bool
+    """Whether there is one circuit of this size, repeated."""
+
+
+@lru_cache(maxsize=64)
+def draw_circuits(asked: AskedCircuits) -> DrawnCircuits:
+    """Draw random circuits; a file that is checked again has the same."""
     drawing = CircuitDraws(asked.shape, asked.circuit, asked.seed)
-    return drawing.draws(asked.count), drawing.is_connected
+    circuits = tuple(drawing.draws(asked.count))
+    return DrawnCircuits(circuits, drawing.is_connected, drawing.is_only)

@@ -674,23 +674,40 @@ def _draw_circuits(
     """
     drawn: dict[AxisIndices, tuple[CircuitEdge, ...]] = {}
     counts: dict[AxisIndices, int] = {}
-    every_path = True
+    every_path, only, others = True, set[int](), 0
     for key, own in circuit.named.items():
         asked = AskedCircuits(experiment.model.shape, frozenset(own), experiment.seed, draws)
-        found, is_connected = draw_circuits(asked)
-        counts[key] = len(found)
-        every_path &= is_connected
-        drawn |= {(n, *key): (found[n] if n < len(found) else own) for n in range(draws)}
+        found = draw_circuits(asked)
+        counts[key] = len(found.circuits)
+        every_path &= found.is_connected
+        if found.is_only:
+            only.add(len(own))
+        else:
+            others = max(others, counts[key])
+        each = (*found.circuits, *[own] * (draws - counts[key]))
+        drawn |= {(n, *key): each[n] for n in range(draws)}
     sizes = sorted({len(own) for own in circuit.named.values()})
-    size = " to ".join(f"{each:,}" for each in dict.fromkeys((sizes[0], sizes[-1])))
-    edges = "edge" if sizes[-1] == 1 else "edges"
-    most = max(counts.values())
-    if not circuit.waits and (most == 0 or (len(counts) == 1 and most < draws)):
-        reason = f"there are only {most} others with {size} {edges}"
-        raise _NoAlternatives(reason, f"write `against random({most})`")
+    size = _list_sizes(sizes)
+    if not circuit.waits and others == 0:
+        path = " on a path from `embed` to `logits`" if sizes == [1] else ""
+        hint = "remove this line, or ablate a circuit of a different size"
+        raise _NoAlternatives(f"there is no other circuit with {size}{path}", hint)
+    if not circuit.waits and len(counts) == 1 and others < draws:
+        reason = f"there are only {others} other circuits with {size}"
+        reason = f"there is only one other circuit with {size}" if others == 1 else reason
+        raise _NoAlternatives(reason, f"write `against random({others})`")
     path = ", each on a path from `embed` to `logits`" if every_path else ""
     few = "; fewer draws where there are fewer circuits" if min(counts.values()) < draws else ""
-    return drawn, counts, f"of {size} {edges}{path}, at the same tokens{few}"
+    if only:
+        few += f"; each draw with {_list_sizes(sorted(only), ' or ')} is the only such circuit"
+    return drawn, counts, f"of {size}{path}, at the same tokens{few}"
+
+
+def _list_sizes(sizes: Sequence[int], between: str = " to ") -> str:
+    """Return a range of sizes as `3 to 5 edges`, or a list of them as `0 or 110 edges`."""
+    named = (sizes[0], sizes[-1]) if between == " to " else sizes
+    words = between.join(f"{each:,}" for each in dict.fromkeys(named))
+    return f"{words} {'edge' if sizes[-1] == 1 else 'edges'}"
 
 
 def _check_no_exceptions(apart: Sequence[ExcludedSite], drawn: str) -> None:

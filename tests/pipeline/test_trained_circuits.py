@@ -449,8 +449,12 @@ def test_top_selects_the_highest_scored_edges_of_a_circuit(tmp_path: Path) -> No
     area, distance = (each.value for each in curve.outcomes)
     assert area == pytest.approx(np.trapezoid(shares, SIZES) / 3, abs=1e-6)
     assert distance == pytest.approx(np.trapezoid(np.abs(1 - shares), SIZES) / 3, abs=1e-6)
-    assert "fewer draws where there are fewer circuits" in curve.conventions["controls"]
     assert "random circuits, 3 draws, seed 0; of 0 to 3 edges" in curve.conventions["controls"]
+    assert "each draw with 0 edges is the only such circuit" in curve.conventions["controls"]
+    band = curve.control(0)
+    assert band is not None
+    assert band.draws.tolist() == [3] * len(SIZES)
+    assert (band.low[0], band.high[0]) == (0, 0)
     true = known.removeprefix("circuit d = ").strip().split(", ")
     pairs = [
         (scores[edge] > scores[other]) + (scores[edge] == scores[other]) / 2

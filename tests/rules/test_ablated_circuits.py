@@ -496,7 +496,8 @@ def test_cached_random_circuits_match_their_shape_circuit_seed_and_count() -> No
     for name, (own, seed, count) in product(("llama", "gpt2"), changed):
         shape = shape_of(name)
         expected = CircuitDraws(shape, own, seed).draws(count)
-        assert draw_circuits(AskedCircuits(shape, frozenset(own), seed, count))[0] == expected
+        found = draw_circuits(AskedCircuits(shape, frozenset(own), seed, count))
+        assert found.circuits == tuple(expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -555,6 +556,27 @@ def test_the_control_ablates_random_circuits_of_the_same_size(data: Path) -> Non
         "random circuits, 3 draws, seed 0; of 3 edges, each on a path from `embed` to `logits`, at "
         "the same tokens"
     )
+
+
+@pytest.mark.parametrize("edges", ["L0H1 -> logits, embed -> L1H0.q", "embed -> logits"])
+def test_draws_of_sizes_with_one_circuit_repeat_this_circuit(edges: str) -> None:
+    every = list_edges(shape_of("gpt2"))
+    wanted = [f"{of} -> {to}" for of, to in map(named, every)]
+    circuit = [edge for edge, text in zip(every, wanted, strict=True) if text in edges.split(", ")]
+    draws = CircuitDraws(shape_of("gpt2"), circuit, 0).draws(3)
+    is_path = len(circuit) == 1
+    assert (draws == [tuple(circuit)] * 3) == is_path
+    for own in ([], every):
+        assert CircuitDraws(shape_of("gpt2"), own, 0).draws(3) == [tuple(own)] * 3
+
+
+def test_control_of_the_only_circuit_of_a_size_is_an_error_with_a_valid_fix(data: Path) -> None:
+    lines = ("ablate all but c at tokens * with zero", "against random(39)")
+    text = "circuit c = embed -> logits\n" + experiment("e", *lines)
+    (problem,) = try_file(text, data, "gpt2")[1]
+    assert problem.code == "E0630"
+    assert "there is no other circuit with 1 edge on a path from `embed`" in problem.message
+    assert problem.help_text == "remove this line, or ablate a circuit of a different size"
 
 
 # --- errors and keys ------------------------------------------------------------------------------
