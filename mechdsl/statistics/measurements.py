@@ -472,6 +472,16 @@ class EffectSums:
         bottom = self.bottom if len(self.bottom) == 1 else self.bottom[cells]
         return EffectSums(self.top[cells], bottom, self.held[cells])
 
+    def weigh(self, share: Floats) -> EffectSums | None:
+        """Return the weighted mean of the cells as one cell; None if their denominators differ.
+
+        Args:
+            share: Weights with the sum 1, shape [cell].
+        """
+        if (self.bottom != self.bottom[:1]).any():
+            return None
+        return EffectSums((share @ self.top)[None], self.bottom[:1], self.held.min(keepdims=True))
+
 
 def effect_parts(data: MeasureData, effect: EffectKind, cells: CellIndex) -> EffectParts:
     """Return the effect parts of some cells of a measure."""

@@ -15,6 +15,7 @@ from mechdsl.checks.expectations import check_expectation
 from mechdsl.diagnostics.experiments import NoRowsKept
 from mechdsl.resolve.cells import CellKey
 from mechdsl.results.assembly.collection import drop_measures
+from mechdsl.results.assembly.combination import average_over_axis
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.verdicts.decision import decide_all_expectations
 from mechdsl.results.verdicts.estimates import Estimate, FixedNumber, combine_estimates
@@ -163,6 +164,21 @@ def test_expect_of_a_raw_measure_with_few_prompts_has_the_interval_of_its_row() 
     row = result.statistics[0]
     assert found.holds
     assert (found.low, found.high) == pytest.approx((row.low[0], row.high[0]))
+
+
+@pytest.mark.parametrize("test", ["t", "flips", "bootstrap"])
+@pytest.mark.parametrize("effect", ["recovery", "delta"])
+def test_expect_of_a_mean_or_area_has_the_interval_of_its_table_row(test: str, effect: str) -> None:
+    made = heads(prompts=12)
+    cells = [CellKey({"layer": n // 4, "k": n % 4}, cell.site) for n, cell in enumerate(made.cells)]
+    measures = (replace(made.measures[0], effect=effect),)
+    made = replace(made, axes=("layer", "k"), cells=tuple(cells), measures=measures)
+    for area in (False, True):
+        line = f"auc({effect}, k, layer: 1)" if area else f"mean({effect}, layer: 1)"
+        found = verdict(f"{line} > 0", finished(made, test=test))
+        row = finished(average_over_axis(made, "k", area=area), test=test).statistics[0]
+        expected = [row.mean[1], row.low[1], row.high[1]]
+        assert [found.value, found.low, found.high] == pytest.approx(expected, rel=1e-9)
 
 
 def test_mean_over_cells_is_studentised(result: ExperimentResult) -> None:

@@ -585,7 +585,7 @@ class ValueReader:
         if value.aggregate in ("", "mean"):
             share = np.full(len(of.cells), 1 / len(of.cells))
             about = replace(about, point=float(means.mean()), rounding=float(rounding.mean()))
-            return replace(about, smooth=WeightedCells(sums, share, self.limits(of, sums, share)))
+            return replace(about, smooth=self.weigh(of, sums, share))
         if not method.extreme:
             point = float(combine_cells(method, means[None])[0])
             slope = cell_slopes(method, means[None])[0]
@@ -617,13 +617,22 @@ class ValueReader:
         units, place = self.space.units, self.space.place(of.result)
         return share_limits(data, EFFECTS[data.effect], of.cells, units, confidence, place)
 
-    def limits(self, of: SelectedCells, sums: EffectSums, share: Floats) -> IntervalFunction | None:
-        """Return the limits of a weighted mean of cells. Cells that are shares have exact limits
-        (several: by Bonferroni); a single cell of another type has those of its table row."""
-        if self.shares(of, 95.0) is None:
-            effect = EFFECTS[of.result.measures[of.measure].effect]
-            return self._row_limits(sums, effect.tested) if len(share) == 1 else None
+    def weigh(self, of: SelectedCells, sums: EffectSums, share: Floats) -> WeightedCells:
+        """Return a weighted mean of cells, with its limits.
 
+        Cells that are shares have exact limits (several: by Bonferroni). Other cells with the same
+        rows and denominators are averaged to one cell, which has the limits of a table row, as
+        with `mean over` and `auc over`.
+        """
+        if self.shares(of, 95.0) is not None:
+            return WeightedCells(sums, share, self._share_limits(of, share))
+        joined = sums.weigh(share)
+        if joined is None:
+            return WeightedCells(sums, share)
+        effect = EFFECTS[of.result.measures[of.measure].effect]
+        return WeightedCells(joined, np.ones(1), self._row_limits(joined, effect.tested))
+
+    def _share_limits(self, of: SelectedCells, share: Floats) -> IntervalFunction:
         def found(confidence: float) -> tuple[float, float]:
             every = self.shares(of, 100 - (100 - confidence) / len(share))
             assert every is not None
@@ -679,7 +688,7 @@ class ValueReader:
         of = replace(of, cells=cells)
         means, sums = result.statistics[value.measure].mean[cells], self.space.sums(of)
         whole = float(means @ share)
-        smooth: SmoothNumber = WeightedCells(sums, share, self.limits(of, sums, share))
+        smooth: SmoothNumber = self.weigh(of, sums, share)
         if value.to_one:
             method = _DistanceToOne(share)
             whole = float(combine_cells(method, means[None])[0])
