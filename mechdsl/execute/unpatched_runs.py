@@ -660,7 +660,8 @@ class UnpatchedRuns:
         if key in self._lanes:
             return self._lanes[key]
         self.passes += 1
-        request = UnpatchedRequest(reads=reads, stop=self.model.shape.n_layers + 1)
+        stop, shares = self.model.shape.n_layers + 1, self.plan.shares_rows
+        request = UnpatchedRequest(reads=reads, stop=stop, shares=shares)
         (found,) = compute_unpatched(
             self.model, [(run, request)], prompts, table.row_keys, seed=self.seed, side=self.side
         )
@@ -696,7 +697,7 @@ class UnpatchedRuns:
         Its passes stop after the highest site: see `mechdsl.execute.vectors.read_vectors`.
         """
         model = self.model_of(run)
-        request = request_sites(points, model.shape)
+        request = replace(request_sites(points, model.shape), shares=self.plan.shares_rows)
 
         def lanes(prompts: Ints) -> UnpatchedBatch:
             rules = self._rules(run, prompts)
@@ -784,6 +785,7 @@ class UnpatchedRuns:
             stop=self._stop(run),
             tokens=self.tokens(self.readouts, prompts) if self.narrow else None,
             fuse=self.plan.fuses_kernels,
+            shares=self.plan.shares_rows,
             loss=self.loss if measured and continuation is None else None,
             continuation=continuation,
         )

@@ -47,7 +47,7 @@ from mechdsl.planner.rows import (
     iter_basis_fits,
     number_edge_ends,
 )
-from mechdsl.prompts.runs import PromptRun, ReplyPosition
+from mechdsl.prompts.runs import PromptRun, ReplyPosition, share_beginnings
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import (
     CircuitTargets,
@@ -55,6 +55,7 @@ from mechdsl.resolve.types import (
     JacobianBasis,
     SitePoint,
     count_numbers,
+    find_image_layout,
     iter_fitted_vectors,
 )
 from mechdsl.vocab.sites import stop_layer
@@ -987,13 +988,46 @@ class PanelCount:
         that are only read stop early."""
         found = Cost()
         for name, times in self.sweeps.items():
-            needs = self.panel.runs.get(name)
-            stop = None if needs is None or not stopped else needs.stop
-            found += times * run_cost(self.shape, self.panel.table.runs[name], stop)
+            found += times * run_cost(
+                self.shape, self.panel.table.runs[name], self._stop(name, stopped)
+            )
         for run, blocks in (*self.fitted, *self.beside):  # these always stop early
             found += run_cost(self.shape, run, blocks)
         for basis in self.jacobians:
             found += jacobian_cost(self.shape, basis)
+        return found
+
+    def _stop(self, name: str, stopped: bool) -> int | None:
+        needs = self.panel.runs.get(name)
+        return None if needs is None or not stopped else needs.stop
+
+    def saved_by_sharing(self, *, stopped: bool) -> Cost:
+        """Return the cost of equal beginnings of unpatched prompts, except the first of each."""
+        tokens, adds = 0, 0.0
+        each = self.block.project + self.block.output
+        each += 0 if self.shape.n_experts else self.block.mlp
+        for name, times in self.sweeps.items():
+            stop = self._stop(name, stopped)
+            blocks = self.shape.n_layers if stop is None else min(stop, self.shape.n_layers)
+            copies = times * blocks * self._count_copies(self.panel.table.runs[name])
+            tokens, adds = tokens + copies, adds + float(copies * each)
+        return Cost(tokens=tokens, multiply_adds=adds)
+
+    def _count_copies(self, run: PromptRun) -> int:
+        """Count the tokens that equal those of another prompt in their batch."""
+        experiment = self.plans[0].experiment
+        layout = find_image_layout(experiment.model, self.table)
+        ahead = layout is not None and bool(layout.prefix_end)
+        differs = run.derived is not None or run.noise is not None
+        if ahead or differs or not self.shape.reads_prefix:
+            return 0
+        found, size = 0, batch_size(self.panel, self.prompt_tokens)
+        for first in range(0, len(run.rows), size):
+            ids = [row.ids for row in run.rows[first : first + size]]
+            owner = share_beginnings(ids, np.zeros(len(ids), dtype=np.bool_))
+            if owner is not None:
+                own = (owner < 0) | (owner == np.arange(len(ids))[:, None])
+                found += int((~own).sum())
         return found
 
     @cached_property
@@ -1054,6 +1088,8 @@ class PanelWork:
         self.patched = self._whole()
         self.unpatched = panel.unpatched(stopped=False) if self.first else Cost()
         self.shortcuts = FULL_PASS
+        self.stopped = False
+        """Whether unpatched runs stop above their highest read."""
         self.settles = False
         """Whether nodes of circuits aren't computed that give what ablated edges carry."""
         self.keeps_tokens = False
@@ -1127,6 +1163,7 @@ class PanelWork:
 
     def stop_early(self) -> None:
         """Stop unpatched runs that are only read above their highest read."""
+        self.stopped = True
         if self.first:
             self.unpatched = self.panel.unpatched(stopped=True)
 
@@ -1141,13 +1178,18 @@ class PanelWork:
         self.encoding = self._encoding()
 
     def share(self) -> None:
-        """Run equal rows once."""
+        """Run equal rows, and equal beginnings of unpatched prompts, once."""
         shared = self.panel.sharer.of(self.rows)
         own = [np.flatnonzero(shared.owner == n) for n in range(len(self.panel.plans))]
         self.rows = [shared.rows.take(rows) for rows in own]
         self.readings = self.readings.shared(shared).take(own)
         self.patched = self._whole()
         self.encoding = self._encoding()
+        if self.first:
+            saved = self.panel.saved_by_sharing(stopped=self.stopped)
+            left = self.unpatched.tokens - saved.tokens
+            adds = self.unpatched.multiply_adds - saved.multiply_adds
+            self.unpatched = replace(self.unpatched, tokens=left, multiply_adds=adds)
 
     def restart(self, **shortcuts: bool) -> None:
         """Let rows reuse one more part of the unpatched run."""

@@ -116,10 +116,12 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     ),
     PlanPass(
         name="share",
-        leaves_out="duplicate rows, within and across experiments",
+        leaves_out="duplicate rows, within and across experiments; in unpatched runs, linear maps "
+        "of tokens in equal beginnings of prompts, such as an image before several questions",
         why="they start from the same run of the same prompt and write the same vectors to the "
-        "same positions",
-        does="rows shared by several cells or experiments are run once",
+        "same positions; in a causal model, equal beginnings have equal activations",
+        does="rows shared by several cells or experiments are run once, and so are equal "
+        "beginnings of unpatched prompts",
         shown=PanelWork.share,
         apply=lambda plan: replace(plan, shares_rows=True),
     ),

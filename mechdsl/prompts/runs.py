@@ -19,7 +19,7 @@ from mechdsl.program.images import FRAME_SPAN
 from mechdsl.prompts.values import TextSpan
 
 if TYPE_CHECKING:
-    from mechdsl.base.arrays import Ints
+    from mechdsl.base.arrays import Bools, Ints
 
 
 ANSWER_SPAN = "answer"
@@ -529,3 +529,39 @@ def extend_row(row: RunRow, moved: tuple[int, ...], text: str) -> RunRow:
         offsets=(*row.offsets[:end], at, *row.offsets[end:]),
         special=(*row.special[:end], False, *row.special[end:]),
     )
+
+
+MIN_SHARED_TOKENS = 512
+"""Fewest copies of tokens in a batch of unpatched prompts that are worth sharing."""
+
+
+def share_beginnings(prompts: Sequence[tuple[int, ...]], apart: Bools) -> Ints | None:
+    """Find the tokens of unpatched prompts that equal those of an earlier one in a causal model.
+
+    Args:
+        prompts: [prompt] token ids; tokens of an image have separate ids for each image.
+        apart: [prompt] whether its activations differ from those of prompts with equal tokens.
+
+    Returns:
+        [prompt, position]: the first prompt with the same tokens up to there, and -1 after the last
+        token; None if too few tokens are copies.
+    """
+    import numpy as np  # lazy: checking a file doesn't need NumPy
+
+    lengths = np.array([len(ids) for ids in prompts], dtype=np.int64)
+    numbers = np.arange(len(prompts))
+    found = np.where(np.arange(lengths.max())[None, :] < lengths[:, None], numbers[:, None], -1)
+    state = np.where(apart, numbers + 1, 0)
+    for position in range(found.shape[1]):
+        rows = np.flatnonzero(lengths > position)
+        tokens = np.array([prompts[row][position] for row in rows.tolist()], dtype=np.int64)
+        order = np.lexsort((rows, tokens, state[rows]))
+        begins = np.diff(state[rows][order], prepend=-1) != 0
+        begins |= np.diff(tokens[order], prepend=-1) != 0
+        if begins.all():
+            break
+        group = begins.cumsum() - 1
+        state[rows[order]] = group
+        found[rows[order], position] = rows[order][begins][group]
+    copies = int((found != numbers[:, None]).sum() - (found < 0).sum())
+    return found if copies >= max(MIN_SHARED_TOKENS, lengths.sum() // 4) else None

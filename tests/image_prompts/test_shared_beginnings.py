@@ -1,0 +1,147 @@
+"""Unpatched prompts that begin alike: their linear maps run once for equal tokens."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mechdsl.execute import unpatched_runs
+from mechdsl.execute.run.panel import execute
+from mechdsl.planner.passes import make_plan, plan_cost
+from mechdsl.prompts import runs
+from mechdsl.prompts.runs import share_beginnings
+from mechdsl.results.assembly.collection import check_denominators
+
+from ..execute.support import check_file
+from ..quick import some
+from .reference import at
+from .support import experiment
+from .test_families import NAMES, bare, difference, every_cell, folder, inputs_of, loaded, run_text
+
+WORDS = ("w1", "w2 w1", "w3 w1 w2", "w2")
+PAIRS = [(image, words) for image in (0, 1) for words in WORDS]
+"""(number of the image, question): prompts of several lengths, four for each of two images."""
+BLOCK = """
+prompts ask {
+  rows "questions.jsonl"
+  image photo = "{file}"
+  template "w3 w2 {photo} w1 {words} w3"
+  answer " w1"
+  wrong " w2"
+  corrupt changed { file = other }
+}
+"""
+RULES = (
+    "patch resid_post layer 1 at last token",
+    "ablate resid_post layer 0 at photo tokens with zero",
+)
+EVERY = "".join(
+    experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(RULES)
+)
+
+
+@pytest.fixture(autouse=True)
+def _always_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MIN_SHARED_TOKENS", 1)
+    lines = [
+        {"file": f"{image}.png", "other": f"{1 - image}.png", "words": words}
+        for image, words in PAIRS
+    ]
+    (folder() / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+@cache
+def expected(name: str) -> list[list[float]]:
+    """[run without rules, then each rule][prompt] by plain hooks, one prompt at a time."""
+    own = bare(name)
+    found: list[list[float]] = [[] for _ in range(1 + len(RULES))]
+    for image, words in PAIRS:
+        clean, base = (inputs_of(name, words, each) for each in (image, 1 - image))
+        blocks = own.states(clean)["blocks"]
+        last = at([-1], blocks[1][-1])
+        zero = at(every_cell(name, 0, 1 - image), torch.zeros(()))
+        values = own.run(base), own.run(base, blocks={1: last}), own.run(base, blocks={0: zero})
+        for row, value in zip(found, values, strict=True):
+            row.append(difference(value))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["planned", "padded on the right"])
+@pytest.mark.parametrize("name", some(NAMES, ("qwen2_5_vl", "gemma3")))
+def test_prompts_with_a_shared_image_equal_hooks(name: str, mode: str) -> None:
+    experiments = run_text(name, EVERY, mode, BLOCK)
+    base, *patched = expected(name)
+    for found, values in zip(experiments, patched, strict=True):
+        measure = found.measures[0]
+        np.testing.assert_allclose(measure.base[0], base, atol=1e-4)
+        np.testing.assert_allclose(measure.patched[0], values, atol=1e-4)
+    assert np.abs(np.array(patched) - base).max(1).min() > 0.1
+
+
+def count(name: str, *, without: frozenset[str] = frozenset()) -> tuple[int, float]:
+    """(multiply-adds that the run counts, multiply-adds that the plan prints)."""
+    text = experiment("e", "from clean into changed", RULES[0])
+    block = BLOCK.replace(' w3"', ' w3 \\n"') if name.startswith("paligemma") else BLOCK
+    plan = make_plan(check_file(text, folder(), loaded(name), block).experiments, without=without)
+    execute(plan, {"m": loaded(name)}, None, check=check_denominators)  # encodes the images
+    with FlopCounterMode(display=False) as counter:
+        execute(plan, {"m": loaded(name)}, None, check=check_denominators)
+    return counter.get_total_flops() // 2, plan_cost(plan).planned.multiply_adds
+
+
+@pytest.mark.parametrize("name", some(NAMES, ("llava_class",)))
+def test_shared_images_save_the_planned_products(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PaliGemma's tokens of an image see the question, so nothing is shared there. The plan counts
+    each run separately, also if few prompts let two runs share a pass."""
+    monkeypatch.setattr(unpatched_runs, "MAX_SHARED_TOKENS", 0)
+    (counted, planned), (apart, more) = count(name), count(name, without=frozenset(["share"]))
+    if name.startswith("paligemma"):
+        assert (counted, planned) == (apart, more)
+        return
+    assert counted < 0.75 * apart
+    assert 0.8 < (more - planned) / (apart - counted) < 1.25
+
+
+def test_share_beginnings_ragged_prompts_returns_first_owner() -> None:
+    prompts = [(5, 6, 7), (5, 6), (5, 6, 7, 8), (6, 6, 7), (5, 6, 7, 8)]
+    found = share_beginnings(prompts, np.array([False, False, False, False, True]))
+    assert found is not None
+    assert found.tolist() == [
+        [0, 0, 0, -1],
+        [0, 0, -1, -1],
+        [0, 0, 0, 2],
+        [3, 3, 3, -1],
+        [4, 4, 4, 4],
+    ]
+
+
+def test_share_beginnings_few_copies_returns_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = np.zeros(3, dtype=np.bool_)
+    assert share_beginnings([(1, 2), (2, 2), (3, 2)], none) is None
+    assert share_beginnings([(1, 2), (1, 2), (3, 2)], none) is not None
+    monkeypatch.setattr(runs, "MIN_SHARED_TOKENS", 3)
+    assert share_beginnings([(1, 2), (1, 2), (3, 2)], none) is None
+
+
+def test_noise_at_shared_images_changes_each_prompt_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts with noise in activations don't share, and their clean runs do."""
+    noise = "corrupt noised { add gaussian(std: 1, samples: 2) to embed at photo tokens }"
+    block = BLOCK.replace("corrupt changed { file = other }", noise)
+    text = experiment("e", "from clean into noised", RULES[0])
+    [shared] = run_text("qwen2_5_vl", text, block=block)
+    monkeypatch.setattr(runs, "MIN_SHARED_TOKENS", 1 << 30)
+    [apart] = run_text("qwen2_5_vl", text, block=block)
+    for one, other in zip(shared.measures, apart.measures, strict=True):
+        assert one.source is not None
+        assert other.source is not None
+        np.testing.assert_allclose(one.base, other.base, atol=1e-5)
+        np.testing.assert_allclose(one.source, other.source, atol=1e-5)
+        np.testing.assert_allclose(one.patched, other.patched, atol=1e-5)
+        assert np.abs(one.base - one.source).min() > 1e-3
