@@ -61,10 +61,12 @@ from mechdsl.forward.hooks.batch import (
 )
 from mechdsl.forward.hooks.circuits import compute_edge_scores
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
+from mechdsl.forward.hooks.full_pass import open_rules
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
 from mechdsl.planner.rows import number_edge_ends
 from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_scored_rows, count_single_rows
+from mechdsl.program.estimators import BackwardRules
 from mechdsl.program.trainers import EdgeScoreTrainer, EdgeSearchTrainer, MaskTrainer
 from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph
 from mechdsl.resolve.sites import label_candidates
@@ -734,7 +736,8 @@ class EdgeRows(EdgeMaskRows):
         with torch.no_grad():
             fills = self._fills(int(self._vectors_of(rows)[1].sum()), self._incoming(rows))
         read = CircuitRead(*self._places(rows, lanes), fills, self._ends)
-        found = self._score_at(rows, lanes, read)
+        score = partial(self._score_at, rows, lanes, read, backward=trainer.backward)
+        found = score()
         every = number_senders(fills)
         moved = {"inputs": list(every)[:1], "activations": list(every)}.get(trainer.path or "", [])
         for where in moved:
@@ -744,7 +747,7 @@ class EdgeRows(EdgeMaskRows):
                 change = (1 - step / steps) * read.changes[every[where]].sum(0)
                 point = SitePoint(_ADDED_AT[where.site], where.layer, None)
                 added = self._addition(point, lanes, rows, change)
-                found += self._score_at(rows, lanes, read, added, wanted)
+                found += score(added=added, wanted=wanted)
         return found / steps
 
     def _score_at(
@@ -754,6 +757,7 @@ class EdgeRows(EdgeMaskRows):
         read: CircuitRead,
         added: SiteWrite | None = None,
         wanted: slice = slice(None),
+        backward: BackwardRules | None = None,
     ) -> Tensor:
         """Return [receiver, sender]: sums of scores with the gradients of one pass.
 
@@ -761,6 +765,7 @@ class EdgeRows(EdgeMaskRows):
             read: What passes over the rows read; after the first one, with the changes of senders.
             added: How far some senders have moved to their other values; None: the clean run.
             wanted: Senders that are scored.
+            backward: Changes of the derivatives, also of the norms before receivers.
         """
         size, width = len(read.rows), self.model.shape.d_model
         dtype = torch.promote_types(self.model.dtype, torch.float32)
@@ -768,8 +773,9 @@ class EdgeRows(EdgeMaskRows):
         writes = [self._addition(EMBEDDING, lanes, rows, leaf)]
         if added is not None:
             writes.append(added)
-        values = self._measure(rows, lanes, writes, [read])
-        return compute_edge_scores(values.sum(), read, wanted)
+        values = self._measure(rows, lanes, writes, [read], backward)
+        with open_rules(self.model, backward):
+            return compute_edge_scores(values.sum(), read, wanted)
 
     def _addition(
         self, point: SitePoint, lanes: DrawLanes, rows: Ints, vectors: Tensor

@@ -31,6 +31,7 @@ from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import build_save_panel
 from mechdsl.planner.training_cost import CHUNK_BYTES, FLOAT, count_held_out
 from mechdsl.program import spec
+from mechdsl.program.estimators import BackwardRules
 from mechdsl.program.images import IMAGE_SPAN, INSERTED_SPAN
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.trainings import paired_positions
@@ -268,9 +269,15 @@ class EffectRows(ABC, Generic[EditT]):
         lanes: DrawLanes,
         writes: Sequence[SiteWrite],
         circuits: Sequence[CircuitWrite | CircuitRead],
+        backward: BackwardRules | None = None,
     ) -> Tensor:
-        """Return [row] float64 values of the measure in a pass. Raises AutogradFailed."""
-        differentiated = DifferentiatedRun(self._unpatched, self._runs[0], self._readout, rows)
+        """Return [row] float64 values of the measure in a pass.
+
+        Raises AutogradFailed, and RuleNotApplied for a function without a rule in `backward`.
+        """
+        differentiated = DifferentiatedRun(
+            self._unpatched, self._runs[0], self._readout, rows, backward
+        )
         reading, _ = differentiated.read(writes, lanes, (), circuits)
         (values,) = self._readout.tensors(reading)
         return values

@@ -340,8 +340,12 @@ def _explain_failure(fit: DeclaredFit, error: Exception) -> Diagnostic | None:
     from mechdsl.execute.training_vectors import NoVectors
     from mechdsl.fits.factors import NotFactored
     from mechdsl.fits.training import Diverged, IndivisibleMemory
+    from mechdsl.forward.hooks.backward_rules import RuleNotApplied
     from mechdsl.forward.hooks.gradients import AutogradFailed
 
+    if isinstance(error, RuleNotApplied):
+        reason = f"its rules of gradients don't cover the model ({str(error)[:200]})"
+        return _failed(fit, reason, "use `eap`, `eap_ig` or a search such as `acdc`")
     if isinstance(error, AutogradFailed):
         reason = f"autograd can't follow the model ({str(error)[:200]})"
         return _failed(fit, reason, "train on a model without in-place operations")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 from mechdsl.base.limits import INSERTED
 from mechdsl.base.text import name_list
 from mechdsl.program.direction_methods import Problem, check_kind
+from mechdsl.program.estimators import GradientInteractionModifications, RelevancePatching
 from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import (
     EFFECT_DEFAULTS,
@@ -401,6 +402,31 @@ class IntegratedActivationTrainer(EstimatedEffectTrainer):
     options = ("size", "steps", "select")
     required = ("size", "steps")
     path = "activations"
+
+
+@trainer("relp")
+class RelevanceEdgeTrainer(EstimatedEffectTrainer):
+    """Edge attribution patching with coefficients of relevance propagation instead of gradients,
+    those of `using relp`.
+
+    References:
+        Jafari et al. 2025, arXiv 2508.21258.
+    """
+
+    example = "relp(size: 20)"
+    backward = RelevancePatching.backward
+
+
+@trainer("gim")
+class InteractionEdgeTrainer(EstimatedEffectTrainer):
+    """Edge attribution patching with gradients that allow for interactions, those of `using gim`.
+
+    References:
+        Edin et al. 2025, arXiv 2505.17630.
+    """
+
+    example = "gim(size: 20)"
+    backward = GradientInteractionModifications.backward
 
 
 # --- search by ablations --------------------------------------------------------------------------

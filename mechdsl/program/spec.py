@@ -28,6 +28,7 @@ from mechdsl.base.text import Percent, count_noun
 from mechdsl.program.estimators import (
     ESTIMATOR_ALIASES,
     ESTIMATORS,
+    BackwardRules,
     GradientEstimator,
     call_text,
 )
@@ -819,6 +820,8 @@ class Experiment(Spec):
     """Whether a statement was rejected: the experiment is only checked for further errors."""
     differentiated: Literal["edited runs", "clean run", "nowhere"] = "edited runs"
     """Where a training takes gradients of the measure."""
+    backward: BackwardRules | None = None
+    """Changes of the derivatives of these gradients."""
     trains: str = ""
     """`fit(das(…))` for the rows, the patch and the measure of a training, which no user sees."""
 

@@ -32,6 +32,7 @@ from mechdsl.fits.reports import (
     VectorReport,
 )
 from mechdsl.program.direction_methods import Problem, call_class_problem
+from mechdsl.program.estimators import BackwardRules
 from mechdsl.program.spec import Constant
 from mechdsl.syntax import ast
 
@@ -416,6 +417,8 @@ class EdgeScoreTrainer(CircuitTrainer):
     path: ClassVar[Literal["inputs", "activations"] | None] = None
     """What moves from the run `from` to the clean run while gradients are taken: the embedding, or
     the outputs of one module after another; None for gradients of the clean run."""
+    backward: ClassVar[BackwardRules | None] = None
+    """Changes of the derivatives."""
 
     @abstractmethod
     def size(self, options: Mapping[str, Constant]) -> int:

@@ -35,7 +35,12 @@ from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.prompts import named_corruptions
 from mechdsl.program.spec import SEED_AXIS, Constant, constant_value
 from mechdsl.program.statements import Statements, mark_names_used, resolve_run_name
-from mechdsl.program.trainers import EffectTrainer, RotationTrainer, trainer_call
+from mechdsl.program.trainers import (
+    EdgeScoreTrainer,
+    EffectTrainer,
+    RotationTrainer,
+    trainer_call,
+)
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
@@ -185,6 +190,7 @@ def _lower_objective(
         measures=(measure,),
         statistics=lower_statistics(work),
         differentiated=trainer.differentiates(spec.call_constants(inner, parts.parameters)),
+        backward=trainer.backward if isinstance(trainer, EdgeScoreTrainer) else None,
         trains=f"fit({inner.name}(…))",
     )
 

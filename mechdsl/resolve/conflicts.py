@@ -15,7 +15,7 @@ from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
-from mechdsl.program.estimators import first_of_place
+from mechdsl.program.estimators import BackwardRules, first_of_place
 from mechdsl.program.runs import COMPARING_METRICS
 from mechdsl.prompts.positions.cells import is_after_prompts, refers_to_reply
 from mechdsl.prompts.runs import PositionCell
@@ -156,11 +156,8 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         span, reason = own.generation.span, "a sampled or selected token has no gradient"
         yield _no_estimate(said, span, "generated text", reason, NO_ESTIMATE_HINT)
     rules, shape = said.kind.backward, experiment.model.shape
-    if rules is not None and shape.n_experts:
-        what, reason = f"`{experiment.model.name}`", "its rules don't know routers and experts"
-        yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
-    elif rules is not None and rules.in_attention and not _computes_attention(shape):
-        what, reason = f"`{experiment.model.name}`", "its attention can't be computed separately"
+    if reason := explain_missing_rule(rules, shape):
+        what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
     if rules is not None and rules.decomposed and shape.takes != "text":
         what, reason = f"`{experiment.model.name}`", "it doesn't read texts alone"
@@ -186,6 +183,15 @@ def _no_dropped_layers(shape: ModelShape) -> str:
     )
     layer = next(lacking, None)
     return "" if layer is None else f"layer {layer} has no `attn_out` or no `mlp_out`"
+
+
+def explain_missing_rule(rules: BackwardRules | None, shape: ModelShape) -> str:
+    """Return why changed derivatives don't cover a model, or an empty text."""
+    if rules is not None and shape.n_experts:
+        return "its rules don't know routers and experts"
+    if rules is not None and rules.in_attention and not _computes_attention(shape):
+        return "its attention can't be computed separately"
+    return ""
 
 
 def _computes_attention(shape: ModelShape) -> bool:

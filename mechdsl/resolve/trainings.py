@@ -36,7 +36,11 @@ from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
 from mechdsl.prompts.record_files import StreamedRecords
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, RunRow
-from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT, find_flat_part
+from mechdsl.resolve.conflicts import (
+    SITES_WITHOUT_GRADIENT,
+    explain_missing_rule,
+    find_flat_part,
+)
 from mechdsl.resolve.types import (
     BasisMember,
     BasisTargets,
@@ -724,6 +728,12 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     if found is None and measure.in_reply is not None:
         hint = "measure a logit, a probability or a difference of logits"
         found = said.span, "tokens of a reply", "a selected token has no gradient", hint
+    if found is None and (
+        reason := explain_missing_rule(objective.spec.backward, objective.model.shape)
+    ):
+        assert rule.spec.site is not None
+        hint = "use `eap`, `eap_ig` or a search such as `acdc`"
+        found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
     points = () if rule.sites is None else (p for own in rule.sites.points.values() for p in own)
     flat = sorted({point.site for point in points} & {*SITES_WITHOUT_GRADIENT})
     if found is None and flat:

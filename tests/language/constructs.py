@@ -788,11 +788,12 @@ _file(
     "`eap` takes the "
     "gradient in the clean run, `eap_ig` the mean at k/`steps` (k = 1 to `steps`) of the way from "
     "the other embedding to the clean one, and `eap_ig_activations` on the way of the sender's own "
-    'module. `select` is "greedy" (default), from `logits` backwards, or "top". `batch` (8) and '
+    "module. `relp` and `gim` are `eap` with the gradients of `using relp` and `using gim`. "
+    '`select` is "greedy" (default), from `logits` backwards, or "top". `batch` (8) and '
     "`validation` (20%) are the options of `fit`; other values are as for a trained circuit.",
     "tests/pipeline/test_edge_scores.py",
     "Syed et al. 2023, arXiv 2310.10348; Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, "
-    "arXiv 2504.13151",
+    "arXiv 2504.13151; Jafari et al. 2025, arXiv 2508.21258; Edin et al. 2025, arXiv 2505.17630",
 )
 _file(
     "circuit: by a search",

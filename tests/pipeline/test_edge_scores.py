@@ -8,15 +8,17 @@ planted edges, the selection of edges, use of the circuit in rules, keys, and er
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
@@ -26,17 +28,18 @@ from mechdsl.execute.mask_training import EdgeRows, EdgeScoring, find_circuit, o
 from mechdsl.execute.training import TrainingJob
 from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.fits.reports import CircuitReport
-from mechdsl.forward.hooks import circuits
+from mechdsl.forward.hooks import backward_rules, circuits
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.program.trainers import EdgeScoreTrainer
 from mechdsl.resolve.circuits import EMBEDDING, END, CircuitDraws, EdgeGraph
 from mechdsl.resolve.types import CircuitEdge, TrainedMask
 
-from ..execute.support import shared, word_tokenizer
+from ..execute.support import ROWS, shared, token, word_tokenizer
 from ..quick import in_turn, some
-from ..reference.forward import stack
-from ..rules.circuits import EMBED, outputs
+from ..reference.forward import forward, stack
+from ..reference.ruled import ruled
+from ..rules.circuits import EMBED, circuit_pass, outputs
 from ..rules.models import WITHOUT_NORMS, double
 from ..rules.support import plain, rows, tokens
 from ..rules.test_ablated_circuits import Case, fills, named, shape_of
@@ -116,7 +119,9 @@ def reference_scores(
     family: str, row: int, every: Sequence[CircuitEdge], source: str, at: str, call: str
 ) -> Tensor:
     """[edge] scores of one unpadded prompt."""
-    word, model = source.split()[1], double(family)
+    word, kind = source.split()[1], call.split("(")[0]
+    rules = kind if kind in ("relp", "gim") else ""
+    model = ruled(double(family), rules) if rules else double(family)
     given = fills(family, Case("c", word, at), {})[row]
     here = rows("clean")[row]
     there = tokens(here, at)
@@ -133,7 +138,9 @@ def reference_scores(
             to: torch.zeros_like(clean[EMBED]).requires_grad_()
             for to in dict.fromkeys(to for _, to in names)
         }
-        logits = differentiable(family, model, ids, given, {}, there, moved=moved, added=leaves)
+        logits = differentiable(
+            family, model, ids, given, {}, there, moved=moved, added=leaves, rules=rules
+        )
         found = torch.autograd.grad(loss_by_hand(logits[-1], row), list(leaves.values()))
         return dict(zip(leaves, found, strict=True))
 
@@ -157,6 +164,8 @@ def reference_scores(
     return found
 
 
+LINEAR = ("gpt2", "llama", "gpt_neox")
+RULED = ("relp(size: 12)", "gim(size: 12)")
 CALLS = ("eap(size: 12)", "eap_ig(size: 12, steps: 3)", "eap_ig_activations(size: 12, steps: 2)")
 WHERE = (("", "left"), (PAIR, "right"))
 SOURCES = ("from: other", "with: zero", "with: mean")
@@ -168,6 +177,20 @@ def test_edge_scores_equal_input_differences_times_gradients(
     call: str, where: tuple[str, Any], family: str, source: str, tmp_path: Path
 ) -> None:
     """In ragged batches of two rows."""
+    compare_scores(call, where, family, source, tmp_path)
+
+
+@pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES))
+@pytest.mark.parametrize(("call", "where"), in_turn(RULED, WHERE))
+def test_edge_scores_with_changed_derivatives_equal_those_of_changed_modules(
+    call: str, where: tuple[str, Any], family: str, source: str, tmp_path: Path
+) -> None:
+    compare_scores(call, where, family, source, tmp_path)
+
+
+def compare_scores(
+    call: str, where: tuple[str, Any], family: str, source: str, tmp_path: Path
+) -> None:
     at, side = where
     at = PAIR if source == "with: mean" else at  # rows have different numbers of tokens
     options = "validation: 0%, batch: 2"
@@ -295,6 +318,64 @@ def test_edge_scores_of_a_linear_model_equal_ablation_effects(
     effects = [found.mean(rows_, alone[edge], 8) - base for edge in chosen]
     assert np.abs(effects).max() > 0.1
     np.testing.assert_allclose(scores[chosen], effects, atol=1e-4)
+
+
+class Ones(nn.Module):
+    """An activation function that makes the other factor of a gated MLP its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+
+@cache
+def linear_model(family: str) -> Any:
+    """A model without norms, with attention to all tokens equally and linear MLPs."""
+    model = copy.deepcopy(double(family + WITHOUT_NORMS))
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "q_proj" in key or "k_proj" in key:
+                weight.zero_()
+            elif "c_attn.weight" in key:
+                weight[:, : 2 * len(weight)] = 0
+            elif "c_attn.bias" in key:
+                weight[: 2 * len(weight) // 3] = 0
+            elif "query_key_value" in key:
+                weight.unflatten(0, (model.config.num_attention_heads, 3, -1))[:, :2] = 0
+    for part in model.modules():
+        for name in ("act", "act_fn"):
+            if hasattr(part, name):
+                setattr(part, name, Ones() if hasattr(part, "gate_proj") else nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize(("family", "source"), in_turn(LINEAR, SOURCES[:2]))
+@pytest.mark.parametrize("call", [*CALLS, RULED[0]])
+def test_edge_scores_of_linear_families_equal_exact_ablations_within_1e_5(
+    call: str, family: str, source: str, tmp_path: Path
+) -> None:
+    """Each of the edges with the largest scores is ablated in passes of the reference."""
+    objective = "maximise: logit(answer)"
+    line = fit("validation: 0%, batch: 2", call=call, source=source, objective=objective)
+    model = linear_model(family)
+    mask, found = open_rows(write(tmp_path, line, PATCHES), model)
+    scores, parts = score(mask, found), stack(family, model)
+    chosen = np.argsort(-np.abs(scores))[[*range(0, 40, 4)]].tolist()
+    effects = np.zeros(len(chosen))
+    for row in found.objective.table.row_ids:
+        own, ids = rows("other")[row].ids, rows("clean")[row].ids
+        given = outputs(forward(family, model, own), parts)
+        if source == "with: zero":
+            given = {sender: torch.zeros_like(value) for sender, value in given.items()}
+
+        def logit(*ablated: tuple[str, str], given: Any = given, ids: Any = ids, row: int = row):
+            logits = circuit_pass(family, model, ids, given, ablated, range(len(ids)))
+            return float(logits[-1, token(ROWS[row]["a"])])
+
+        base = logit()
+        effects += [logit(named(found.candidates[n])) - base for n in chosen]
+    effects /= len(found.objective.table.row_ids)
+    assert np.abs(effects).max() > 0.1
+    np.testing.assert_allclose(scores[chosen], effects, atol=1e-5)
 
 
 # --- planted edges, and the selection -------------------------------------------------------------
@@ -459,8 +540,26 @@ def test_edge_score_key_depends_on_every_argument(tmp_path: Path, trains_all: bo
 
 # --- mistakes -------------------------------------------------------------------------------------
 
+
+def test_changed_derivatives_of_a_model_with_experts_are_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(call=RULED[0]), PATCHES)
+    (error,) = training_errors(path, "gpt_oss")
+    assert error.code == "E0608"
+    assert "its rules don't know routers and experts" in error.message
+
+
+def test_function_without_a_changed_derivative_is_an_error_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backward_rules, "is_activation", lambda _: False)
+    (error,) = training_errors(write(tmp_path, fit(call=RULED[0]), PATCHES), "gpt2")
+    assert "its rules of gradients don't cover the model (no rule applies" in error.message
+
+
 CALL = f"fit(eap(size: 3), prompts: p, from: other, maximise: {LOSS})"
 LINE = f"circuit c = {CALL} at {PAIR}"
+
+
 ONE_STEP = CALL.replace("eap(size: 3", "eap_ig(size: 3, steps: 1").replace(LOSS, "kl(clean)")
 MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "no source": ("from: other, ", "", "E0207", "needs `from: …`"),

@@ -63,7 +63,7 @@ def _gated(part: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-class _Flat(torch.autograd.Function):
+class FlatSoftmax(torch.autograd.Function):
     """Softmax with the derivatives at twice the temperature."""
 
     @staticmethod
@@ -92,5 +92,5 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **given: Any)
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     if (window := given.get("sliding_window")) is not None:
         seen = seen.triu(1 - window)
-    weights = _Flat.apply(scores.masked_fill(~seen, float("-inf")))
+    weights = FlatSoftmax.apply(scores.masked_fill(~seen, float("-inf")))
     return (weights @ v).transpose(1, 2).contiguous(), None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference.forward import Run, Stack, stack
+from ..reference.ruled import FlatSoftmax
 
 EMBED = "embed"
 LOGITS = "logits"
@@ -55,6 +56,7 @@ def circuit_pass(
     *,
     moved: Mapping[str, Tensor] | None = None,
     added: Mapping[str, Tensor] | None = None,
+    rules: str = "",
 ) -> Tensor:
     """The logits [T, vocab] if ablated edges carry the fills, [T, d_model] by sender, at these
     positions, and all others what their senders give in the same pass; or a share of the fill, the
@@ -63,6 +65,7 @@ def circuit_pass(
     Args:
         moved: Sender → [T, d_model] added to its output.
         added: Receiver → [T, d_model] added to what it reads.
+        rules: "relp" or "gim" for these derivatives, of a model by `ruled`.
     """
     moves, adds = moved or {}, added or {}
     shares = ablated if isinstance(ablated, Mapping) else dict.fromkeys(ablated, 1.0)
@@ -101,6 +104,7 @@ def circuit_pass(
                 every[own, :, range(len(own))].transpose(0, 1)[None]
                 for every, own in zip(projected, inputs, strict=True)
             ),
+            rules,
         )
         weight, bias = parts.output(block)
         each = torch.einsum("thd,hdm->htm", z, weight.unflatten(0, (parts.heads, -1)))
@@ -111,15 +115,22 @@ def circuit_pass(
         x = x + sum(given[head(layer, n)] for n in range(parts.heads))
         x = x + (0 if bias is None else bias)
         mlp_input = seen_by(mlp(layer)) if mlp_input is None else mlp_input
-        hidden = parts.neurons(block, second(mlp_input))
-        given[mlp(layer)] = parts.down(block, second(mlp_input) if hidden is None else hidden)[0]
+        if rules:
+            given[mlp(layer)] = block.mlp(second(mlp_input))[0]
+        else:
+            hidden = parts.neurons(block, second(mlp_input))
+            normed = second(mlp_input) if hidden is None else hidden
+            given[mlp(layer)] = parts.down(block, normed)[0]
         given[mlp(layer)] = given[mlp(layer)] + moves.get(mlp(layer), 0)
         x = x + given[mlp(layer)]
     return parts.unembed(parts.final(seen_by(LOGITS)))[0]
 
 
-def _attended(parts: Stack, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attended(parts: Stack, layer: int, q: Tensor, k: Tensor, v: Tensor, rules: str = "") -> Tensor:
     """[T, head, d_head]"""
+    if rules == "gim":
+        for part, divisor in ((q, 4), (k, 4), (v, 2)):
+            part.register_hook(lambda grad, divisor=divisor: grad / divisor)
     q, k = parts.rotate(q)[0], parts.rotate(k)[0]
     shared = parts.heads // k.shape[1]
     k, v = k.repeat_interleave(shared, dim=1), v[0].repeat_interleave(shared, dim=1)
@@ -132,5 +143,6 @@ def _attended(parts: Stack, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tens
     if sinks is not None:
         sink = sinks[:, None].expand(length, parts.heads, 1)
         scores = torch.cat([scores, sink], dim=2)
-    pattern = scores.softmax(2)[..., :length]
+    weights = FlatSoftmax.apply(scores) if rules == "gim" else scores.softmax(2)
+    pattern = weights[..., :length]
     return torch.einsum("ths,shd->thd", pattern, v)

@@ -1081,6 +1081,14 @@ def _enable_gradients(model: LoadedModel) -> Generator[None]:
 
 
 @contextmanager
+def open_rules(model: LoadedModel, backward: BackwardRules | None) -> Generator[None]:
+    """Apply changed derivatives to modules that are called outside of passes, such as norms."""
+    rules = nullcontext() if backward is None else RuledPass(model, backward).opened()
+    with _enable_gradients(model), rules:
+        yield
+
+
+@contextmanager
 def open_attention(
     model: LoadedModel, work: SiteHooks, ruled: RuledPass | None = None
 ) -> Generator[None]:
