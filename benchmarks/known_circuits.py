@@ -1,9 +1,11 @@
-"""Circuits with known edges against what trainers of circuits find: a table of docs/estimators.md.
+"""Circuits with known edges and nodes against what trainers of circuits, estimators and patching
+find: two tables of docs/estimators.md.
 
     python -m benchmarks.known_circuits [MODEL…] [--write]
 
 The weights of three models of 2 layers, 4 heads and 110 edges are set, not trained. Heads and MLPs
-outside of the circuit add small random vectors. All norms are identities.
+outside of the circuit add small random vectors. All norms are identities. The fourth model is
+trained: `zoo("induction")`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +26,10 @@ from torch import Tensor, nn
 import mechdsl
 from benchmarks.estimators import PAGE, write_table
 from mechdsl.fits.reports import CircuitReport
+from mechdsl.results.experiment_result import ExperimentResult
 
 BEGIN, END = "<!-- circuits: begin -->", "<!-- circuits: end -->"
+NODES_BEGIN, NODES_END = "<!-- nodes: begin -->", "<!-- nodes: end -->"
 SIZE, SPACES, HEADS, LAYERS = 16, 5, 4, 2
 """Tokens and positions, spaces of the stream, heads and layers."""
 TOKEN, POSITION, MIDDLE, TARGET, OUTPUT = (slice(SIZE * n, SIZE * (n + 1)) for n in range(SPACES))
@@ -41,7 +45,7 @@ THRESHOLDS = (0.05, 0.1, 0.2, 0.5)
 
 @dataclass(frozen=True)
 class KnownCircuit:
-    """A model with a known circuit, and its prompts."""
+    """A model whose weights are set, with a known circuit, and its prompts."""
 
     edges: tuple[str, ...]
     set_weights: Callable[[Any], None]
@@ -191,6 +195,28 @@ KNOWN: Mapping[str, KnownCircuit] = {
 }
 
 
+TRAINED = "trained induction"
+"""The trained model: its heads attend to the previous token and to the token after an equal one."""
+TRAINED_EDGES = (
+    *(f"embed -> L0H2.{letter}" for letter in "qkv"),
+    *("embed -> L1H1.q", "L0H2 -> L1H1.k", "embed -> L1H1.v", "L1H1 -> logits"),
+)
+TRAINED_PROMPTS = """mech 1
+model m = zoo("induction")
+prompts p {
+  word in words(m)
+  half = list(word, 8, sep: " ", distinct: true)
+  template "{half} {again = half} {cue = half[1]}"
+  answer " {half[2]}"
+  split 60%
+}"""
+EDGES: Mapping[str, tuple[str, ...]] = {
+    **{name: each.edges for name, each in KNOWN.items()},
+    TRAINED: TRAINED_EDGES,
+}
+"""Model → its known edges."""
+
+
 def make_model(name: str) -> Any:
     """Return a model with a known circuit."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -238,18 +264,11 @@ def write_file(name: str, folder: Path, circuits: Mapping[str, str], *parts: str
         circuits: Name → trainer, such as `acdc(threshold: 0.1)`.
         parts: Further lines.
     """
-    random, known = np.random.default_rng(5), KNOWN[name]
-    drawn = {tuple(ids): answer for ids, answer in (known.draw(random) for _ in range(64))}
-    words = [" ".join(f"w{n}" for n in ids) for ids in drawn]
-    rows = zip(words, drawn.values(), strict=True)
-    lines = [json.dumps({"text": text, "target": f"w{answer}"}) for text, answer in rows]
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    trained = "prompts: p.train, limit: 24, with: zero, maximise: logprob(answer)"
+    prompts = TRAINED_PROMPTS if name == TRAINED else _write_rows(name, folder)
+    trained = f"prompts: p.train, limit: {ROWS}, {fill(name, ': ')}, maximise: {MEASURE}"
     text = [
-        'mech 1\nmodel m = local("handed over")',
-        'prompts p {\n  rows "rows.jsonl"\n  template "{text}"\n  answer " {target}"',
-        "  split 50%\n}",
-        f"circuit known = {', '.join(known.edges)}",
+        prompts,
+        f"circuit known = {', '.join(EDGES[name])}",
         *(f"circuit {own} = fit({trainer}, {trained})" for own, trainer in circuits.items()),
         *parts,
     ]
@@ -258,10 +277,34 @@ def write_file(name: str, folder: Path, circuits: Mapping[str, str], *parts: str
     return path
 
 
+def fill(name: str, between: str = " ") -> str:
+    """Return the fill of a model: `with zero`, and the mean for a trained one."""
+    return f"with{between}{'mean' if name == TRAINED else 'zero'}"
+
+
+def _write_rows(name: str, folder: Path) -> str:
+    """Write the rows of a model, and return its prompts."""
+    random, known = np.random.default_rng(5), KNOWN[name]
+    drawn = {tuple(ids): answer for ids, answer in (known.draw(random) for _ in range(64))}
+    words = [" ".join(f"w{n}" for n in ids) for ids in drawn]
+    rows = zip(words, drawn.values(), strict=True)
+    lines = [json.dumps({"text": text, "target": f"w{answer}"}) for text, answer in rows]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return (
+        'mech 1\nmodel m = local("handed over")\n'
+        'prompts p {\n  rows "rows.jsonl"\n  template "{text}"\n  answer " {target}"\n'
+        "  split 50%\n}"
+    )
+
+
+ROWS = 24
+MEASURE = "logprob(answer)"
 TRAINERS: Mapping[str, str] = {
     "eap": "eap(size: {size})",
     "eap_ig": "eap_ig(size: {size}, steps: 5)",
     "eap_ig_activations": "eap_ig_activations(size: {size}, steps: 5)",
+    "relp": "relp(size: {size})",
+    "gim": "gim(size: {size})",
     **{f"acdc_{n}": f"acdc(threshold: {value})" for n, value in enumerate(THRESHOLDS)},
     **{f"coarse_{n}": f"coarse_to_fine(threshold: {value})" for n, value in enumerate(THRESHOLDS)},
 }
@@ -269,26 +312,28 @@ TRAINERS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a trainer finds of a known circuit."""
+    """What a method finds of a known circuit."""
 
-    trainer: str
+    method: str
     auroc: float
-    """Share of pairs of a known and another edge whose scores are in the right order."""
+    """Share of pairs of a known and another edge or node whose scores are in the right order."""
     found: int
-    """Known edges in its circuit."""
+    """Known edges or nodes that it finds."""
     others: int
-    """Other edges in its circuit."""
+    """Others that it finds."""
 
 
 def recover(name: str, folder: Path) -> list[Recovery]:
-    """Find a known circuit with each trainer."""
-    known = {*KNOWN[name].edges}
+    """Find a known circuit with each trainer, and by patching one edge at a time."""
+    known = {*EDGES[name]}
     calls = {own: call.format(size=len(known)) for own, call in TRAINERS.items()}
     parts = [
         f"experiment e_{own} {{\n  model m\n  observe edge_auroc {own} with known as of_{own}\n}}"
         for own in calls
     ]
-    given = {"m": (make_model(name), make_tokenizer())}
+    every = _edge_names()
+    parts += [f"circuit every = {', '.join(every)}", _sweep_of_edges(name)]
+    given = models_of(name)
     path = write_file(name, folder, calls, *parts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mechdsl.MechdslWarning)
@@ -297,38 +342,151 @@ def recover(name: str, folder: Path) -> list[Recovery]:
         }
         found = mechdsl.run(path, given, store=folder / "store")
     chosen = {n: {*own.chosen} for n, own in trained.items() if isinstance(own, CircuitReport)}
-    ranked = {each.name: float(each.measures[0].patched.mean()) for each in found.experiments}
+    results = {each.name: each for each in found.experiments}
+    sizes = sizes_of(results.pop("patched"))
+    ranked = {own: float(each.measures[0].patched.mean()) for own, each in results.items()}
     return [
-        Recovery(call, ranked[f"e_{own}"], len(known & chosen[own]), len(chosen[own] - known))
-        for own, call in calls.items()
+        *(
+            Recovery(
+                f"`{call.format(size='n')}`",
+                ranked[f"e_{own}"],
+                len(known & chosen[own]),
+                len(chosen[own] - known),
+            )
+            for own, call in TRAINERS.items()
+        ),
+        *(compare_sizes(PATCHED.format(value), sizes, known, value) for value in THRESHOLDS),
     ]
 
 
-def table(found: Mapping[str, Sequence[Recovery]]) -> str:
-    """Format the table of the page: a row for each trainer, the models in columns."""
-    models = [f"{name}, {len(KNOWN[name].edges)} edges" for name in found]
-    head = ["trainer", *models]
+PATCHED = "one edge at a time, above {}"
+
+
+def models_of(name: str) -> dict[str, Any]:
+    """Return the model that Python passes, if the file doesn't name it."""
+    return {} if name == TRAINED else {"m": (make_model(name), make_tokenizer())}
+
+
+def _edge_names() -> list[str]:
+    """Return the edges of a model of these sizes, as a file writes them."""
+    senders, found = ["embed"], list[str]()
+    for layer in range(LAYERS):
+        heads = [f"L{layer}H{head}" for head in range(HEADS)]
+        inputs = [f"{head}.{letter}" for head in heads for letter in "qkv"]
+        found += [f"{of} -> {to}" for of in senders for to in inputs]
+        senders += heads
+        found += [f"{of} -> L{layer}.mlp" for of in senders]
+        senders.append(f"L{layer}.mlp")
+    return [*found, *(f"{of} -> logits" for of in senders)]
+
+
+def _sweep_of_edges(name: str) -> str:
+    """Return an experiment in which one edge after another carries the fill."""
+    return (
+        f"experiment patched {{\n  model m\n  prompts p.train limit {ROWS}\n"
+        f"  ablate all but every without each edge at tokens * {fill(name)}\n"
+        f"  measure {MEASURE} as delta\n}}"
+    )
+
+
+def sizes_of(result: ExperimentResult) -> dict[str, float]:
+    """Return the sizes of mean effects by the edges or sites of their cells."""
+    means = np.abs(result.statistics[0].mean)
+    where = [str(cell.coords.get("edge", cell.site)) for cell in result.cells]
+    return dict(zip(where, np.nan_to_num(means).tolist(), strict=True))
+
+
+def compare_sizes(
+    method: str, sizes: Mapping[str, float], known: Collection[str], least: float | None = None
+) -> Recovery:
+    """Compare the sizes of effects or scores with the known ones.
+
+    Args:
+        least: Those that count as found; None for as many as are known.
+    """
+    order = sorted(sizes, key=lambda each: -sizes[each])
+    found = order[: len(known)] if least is None else [e for e in order if sizes[e] >= least]
+    there = np.array([sizes[each] for each in known])[:, None]
+    others = np.array([size for each, size in sizes.items() if each not in known])[None]
+    auroc = float(((there > others) + (there == others) / 2).mean())
+    right = len({*found} & {*known})
+    return Recovery(method, auroc, right, len(found) - right)
+
+
+# --- nodes ----------------------------------------------------------------------------------------
+
+ESTIMATORS = ("atp", "integrated_gradients(steps: 16)", "relp", "gim", "atp_qk")
+NODE_SITES = ("z", "q", "k", "v", "mlp_out")
+
+
+def known_nodes(name: str) -> set[str]:
+    """Return the outputs of the heads and MLPs of a circuit, and the inputs of its heads."""
+    ends = {part.split(".")[0] for edge in EDGES[name] for part in edge.split(" -> ")}
+    heads = {each for each in ends if "H" in each}
+    mlps = {edge.split(" -> ")[1] for edge in EDGES[name] if edge.endswith(".mlp")}
+    return {f"{each}.{letter}" for each in heads for letter in "zqkv"} | {
+        each.replace(".mlp", ".mlp_out") for each in mlps
+    }
+
+
+def find_nodes(name: str, folder: Path) -> list[Recovery]:
+    """Find the nodes of a circuit by patching and by each estimator."""
+    uses = {"run": "", **{f"by_{n}": f"\n  using {own}" for n, own in enumerate(ESTIMATORS)}}
+    parts = [
+        f"experiment {own}_{site} {{\n  model m\n  prompts p.train limit {ROWS}\n"
+        f"  ablate {site} layer *{'' if site == 'mlp_out' else ' head *'} at tokens * {fill(name)}"
+        f"{using}\n  measure {MEASURE} as delta\n}}"
+        for own, using in uses.items()
+        for site in NODE_SITES
+    ]
+    path = write_file(name, folder, {}, *parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mechdsl.MechdslWarning)
+        results = {each.name: each for each in mechdsl.run(path, models_of(name)).experiments}
+    sizes: dict[str, dict[str, float]] = {}
+    for own in uses:
+        each = [sizes_of(results[f"{own}_{site}"]) for site in NODE_SITES]
+        sizes[own] = {label: size for part in each for label, size in part.items()}
+    known = known_nodes(name)
+    return [
+        *(compare_sizes(f"patching, above {t}", sizes["run"], known, t) for t in THRESHOLDS),
+        *(compare_sizes(f"`{e}`", sizes[f"by_{n}"], known) for n, e in enumerate(ESTIMATORS)),
+    ]
+
+
+def table(found: Mapping[str, Sequence[Recovery]], known: Mapping[str, int], what: str) -> str:
+    """Format a table of the page: a row for each method, the models in columns.
+
+    Args:
+        known: Model → the number of known edges or nodes.
+        what: `edges` or `nodes`.
+    """
+    head = ["method", *(f"{name}, {known[name]} {what}" for name in found)]
     lines = [head, ["---"] * len(head)]
-    for number, key in enumerate(TRAINERS):
-        own = [each[number] for each in found.values()]
-        cells = [f"{each.auroc:.3f} ({each.found} and {each.others})" for each in own]
-        lines.append([f"`{TRAINERS[key].format(size='n')}`", *cells])
+    for each in zip(*found.values(), strict=True):
+        cells = [f"{own.auroc:.3f} ({own.found} and {own.others})" for own in each]
+        lines.append([each[0].method, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
     """Print the table, or write it into the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(KNOWN)}")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(EDGES)}")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     given = parser.parse_args()
-    found: dict[str, list[Recovery]] = {}
-    for name in given.models or KNOWN:
+    edges: dict[str, list[Recovery]] = {}
+    nodes: dict[str, list[Recovery]] = {}
+    for name in given.models or EDGES:
         with TemporaryDirectory() as folder:
-            found[name] = recover(name, Path(folder))
-    print(table(found))
+            edges[name] = recover(name, Path(folder))
+            nodes[name] = find_nodes(name, Path(folder))
+    of_edges = table(edges, {name: len(EDGES[name]) for name in edges}, "edges")
+    of_nodes = table(nodes, {name: len(known_nodes(name)) for name in nodes}, "nodes")
+    print(of_edges, of_nodes, sep="\n\n")
     if given.write:
-        write_table(table(found), BEGIN, END)
+        write_table(of_edges, BEGIN, END)
+        write_table(of_nodes, NODES_BEGIN, NODES_END)
 
 
 if __name__ == "__main__":
