@@ -72,6 +72,8 @@ _WORDS = {
     "attn": "attn_out",
     "attention": "attn_out",
     "unembed": "logits",
+    "projector": "embed",
+    "multi_modal_projector": "embed",
 }
 """Component of pyvene, or a word of papers → site."""
 
@@ -196,7 +198,9 @@ def _translate_path(path: str) -> str | None:
         kind = "resid_pre" if numbers and not tail else None
     else:
         kind = _kind_of(tail, inside=bool(numbers))
-    return None if kind is None else _written(kind, f"layer {layer}")
+    outer = parts[: numbers[0]] if numbers else parts[:-1]
+    stack = "vision " if any(part.startswith("vis") for part in outer) else ""
+    return None if kind is None else _written(kind, f"layer {layer}", stack)
 
 
 def _kind_of(tail: list[str], *, inside: bool) -> str | None:
@@ -227,10 +231,10 @@ def translate_word(word: str, rest: str = "") -> str | None:
     return _written(kind, layer)
 
 
-def _written(kind: str, layer: str) -> str:
+def _written(kind: str, layer: str, stack: str = "") -> str:
     """Return a site with its axes; `attn layer 3 head 2` names the output of the head."""
     if " head" in layer and kind not in _PER_HEAD:
         if kind == "attn_out":
-            return f"head_out {layer}"
+            return f"head_out {stack}{layer}"
         layer = layer.partition(" head")[0]
-    return kind if kind in _WITHOUT_LAYER else f"{kind} {layer}"
+    return f"{kind} {stack}".rstrip() if kind in _WITHOUT_LAYER else f"{kind} {stack}{layer}"

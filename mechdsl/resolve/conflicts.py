@@ -499,8 +499,9 @@ ENCODER_DECODER_HINT = (
 )
 
 VISION_HINT = (
-    "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale` and `observe norm`; "
-    "others act in the language model, such as on `embed` at the tokens of an image"
+    "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale`, `swap`, `freeze`, "
+    "`project out`, `project … onto` and `observe norm`; others act in the language model, such as "
+    "on `embed` at the tokens of an image"
 )
 
 

@@ -237,14 +237,16 @@ def _check_components(
     if not wrong:
         return True
     listed = ", ".join(f"`{name}`" for name in allowed if name in work.sites.shape.sites)
-    if verb == "start":
+    hint = f"write one of {listed}"
+    if SITES[wrong[0]].stack == "vision":
+        reason = "a path stays in the language model"
+        hint = "start a path at `embed` at the tokens of the image, and end it at a later block"
+    elif verb == "start":
         reason = "it doesn't add to the residual stream directly"
     else:
         reason = "a receiver is an input of a block, a head or an MLP"
     work.diagnostics.append(
-        NotOnAPath(
-            span=site.span, verb=verb, site=wrong[0], reason=reason, hint=f"write one of {listed}"
-        )
+        NotOnAPath(span=site.span, verb=verb, site=wrong[0], reason=reason, hint=hint)
     )
     return False
 

@@ -285,7 +285,9 @@ def _name(token: Token) -> ast.Name:
 
 
 def _is_name(child: object) -> bool:
-    return isinstance(child, ast.Name) or (isinstance(child, Token) and child.type == "NAME")
+    return isinstance(child, ast.Name) or (
+        isinstance(child, Token) and child.type in ("NAME", "WITHOUT_LAYERS")
+    )
 
 
 def _named(child: ast.Name | Token) -> ast.Name:

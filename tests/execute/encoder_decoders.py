@@ -210,7 +210,18 @@ def place(family: str, site: str, layer: int, head: int | None = None) -> Place:
         attention = f"{block}.{'encoder_attn' if stack == 'cross' else 'self_attn'}"
         mlp, output = f"{block}.fc2", "out_proj"
         names = {each: f"{each}_proj" for each in "qkv"}
+    root = block.partition(".layers.")[0].partition(".block.")[0]
     match component:
+        case "embed":
+            return Place(f"{root}.embed_tokens")
+        case "final_norm" if name_of(family) in LIKE_T5:
+            return Place(f"{root}.final_layer_norm")
+        case "final_norm" if name_of(family) == "t5gemma":
+            return Place(f"{root}.norm")
+        case "final_norm" if (found := f"{root}.layer_norm") in dict(model(family).named_modules()):
+            return Place(found)
+        case "final_norm":
+            return Place(f"{root}.layers.{ENCODER_LAYERS - 1}")
         case "resid_post":
             return Place(block)
         case "resid_pre":

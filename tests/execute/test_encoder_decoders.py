@@ -99,6 +99,35 @@ def test_patch_encoder_equals_hooks(
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_of_an_encoder_without_layers_equal_hooks(family: str, tmp_path: Path) -> None:
+    """`embed encoder` and `final_norm encoder`, in two experiments of a file."""
+    sites = ("embed encoder", "final_norm encoder")
+    found = run(
+        family,
+        "".join(
+            experiment(
+                f"e{n}",
+                "prompts p",
+                "from other into clean",
+                f"patch {site} at subject token",
+                DIFFERENCE,
+            )
+            for n, site in enumerate(sites)
+        ),
+        tmp_path,
+    )
+    for n, site in enumerate(sites):
+        own, expected = place(family, site, 0), []
+        for record in ROWS:
+            base, source = text(record), text(record, "other")
+            write = copied(family, source, own, base.subject[-1:], source.subject[-1:])
+            expected.append(difference(logits(family, base, [write]), record))
+        measure = found[f"e{n}"].measures[0]
+        np.testing.assert_allclose(measure.patched[0], expected, atol=2e-4)
+        assert np.abs(expected - measure.base[0]).max() > 0.02
+
+
 HEAD_SITES = ("z encoder", "v encoder", "q encoder", "z", "v", "z cross", "q cross")
 """Sites with heads; keys and values of `cross` are at the encoder's tokens."""
 

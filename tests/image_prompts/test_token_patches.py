@@ -407,6 +407,62 @@ def test_rules_equal_hooks_on_the_patches_of_tokens(name: str, mode: str) -> Non
     assert min(largest) > 0.03
 
 
+@contextmanager
+def edited_embedding(name: str, edit: Edit) -> Generator[None]:
+    """Change the output of the patch projection, before position embeddings; [token of the encoder,
+    width] with zeros for class tokens."""
+    own = TOWERS[name]
+    tower = own.blocks.rpartition(".")[0].removesuffix(".encoder")
+    [projection] = (
+        module
+        for path, module in bare(name).model.get_submodule(tower).named_modules()
+        if path.startswith(("embeddings.patch_embedding", "patch_embed."))
+        and isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d)
+    )
+
+    def change(module: torch.nn.Module, args: object, value: Tensor) -> Tensor:
+        patches = value.flatten(2).transpose(1, 2) if value.dim() == 4 else value.flatten(1)[None]
+        full = torch.nn.functional.pad(patches, (0, 0, own.front, 0))
+        new = edit(full.flatten(0, 1).clone()).view(full.shape)[:, own.front :]
+        return (new.transpose(1, 2) if value.dim() == 4 else new).reshape(value.shape)
+
+    handle = projection.register_forward_hook(change)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
+def test_rules_at_the_embedding_of_patches_equal_hooks(name: str, mode: str) -> None:
+    """`embed vision` is the output of the patch projection, without position embeddings."""
+    own, found = TOWERS[name], list[Tensor]()
+    rules = (
+        "ablate embed vision at photo row 1 col 2 token with zero",
+        "patch embed vision at photo row 2 col 1 token",
+    )
+    text = "".join(
+        experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(rules)
+    )
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value.clone())
+        return value
+
+    def patch(n: int) -> Edit:
+        with edited_embedding(name, keep):
+            bare(name).run(inputs(name, n, n))
+        return at(own.cell(other(n), 2, 1), found[-1][own.cell(n, 2, 1)])
+
+    edits = (lambda n: at(own.cell(other(n), 1, 2), torch.zeros(())), patch)
+    for result, edit in zip(run_text(name, text, mode), edits, strict=True):
+        measure = result.measures[0]
+        values = under_edits(name, partial(edited_embedding, name), edit)
+        np.testing.assert_allclose(measure.patched[0], values, atol=1e-4)
+        assert np.abs(np.array(values) - measure.base[0]).max() > 0.05
+
+
 # --- in combination -------------------------------------------------------------------------------
 
 

@@ -1204,7 +1204,8 @@ _site(
 _site(
     "stack",
     "z cross layer 1 head *",
-    "A stack of an encoder-decoder: `encoder`, such as `resid_post encoder layer 2`, or `cross`, "
+    "A stack of an encoder-decoder: `encoder`, such as `resid_post encoder layer 2` and "
+    "`embed encoder`, or `cross`, "
     "the decoder's attention to the encoder. Without one, the site is the decoder's. The encoder "
     "reads the prompt, and the decoder writes the answer after its first tokens, which its config "
     "names. At sites of `encoder`, and at `k cross` and `v cross`, positions are tokens of the "
@@ -3104,7 +3105,8 @@ _in_prompt(
     "A rule in the vision encoder, at all patches that a token of an image is made from, in tiles "
     "too: one, or 2 x 2 or 4 x 4 in models that merge or pool patches "
     "([Models](models.md#image-tokens)). The changed image's projected vectors replace `embed` of "
-    "all its tokens, and each row is a full forward pass. All sites except scores, patterns and "
+    "all its tokens, and each row is a full forward pass. `embed vision` is the output of the "
+    "patch projection, before position embeddings. All sites except scores, patterns and "
     "rotated queries and keys; `patch`, `swap`, `freeze`, `ablate`, `add`, `set`, `scale`, "
     "`project out`, `project onto` and `observe norm` (the mean over the patches), also before "
     "replies; others are E0108, and so is Idefics2. Without such rules, `save` writes vectors "

@@ -110,7 +110,10 @@ def check_stream_sites(
         kind = SITES[point.site]
         if point.site in also:
             continue
-        if point.site not in STREAM_SITES:
+        if kind.stack == "vision":
+            reason = "is in the vision encoder, not in the residual stream of the language model"
+            hint = "name `resid_post layer *`, at the tokens of the image"
+        elif point.site not in STREAM_SITES:
             reason = f"is not in the residual stream, and isn't added to it ({kind.shape})"
             hint = "name `resid_post`, `attn_out`, `mlp_out` or `head_out`"
         elif kind.unit is not None and point.unit is None:

@@ -777,6 +777,16 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(r"^measure\b", r"", "name the effect: `as recovery`, `as delta` or `as raw`", "AS"),
     Hint(
+        r"\b([a-z]\w*)\s+((?:layers?|heads?|neurons?)\s[^=]*?)\s*$",
+        r"(vision|text|encoder|decoder|cross)\b",
+        "write the stack before the axes: `{0} {2} {1}`",
+    ),
+    Hint(
+        r"\b(embed|final_norm)\s+\w+\s*$",
+        r"at\b",
+        "write `{0}` alone, or a stack after it: `{0} vision`, `{0} encoder`",
+    ),
+    Hint(
         r"^(?:patch|ablate|freeze|scale|clamp|path|set|swap)\b",
         r"",
         "give the rule a position, such as `at last token`",
