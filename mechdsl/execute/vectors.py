@@ -54,6 +54,7 @@ from mechdsl.resolve.types import (
     DirectionMember,
     DirectionVector,
     DrawnBasis,
+    DrawnVector,
     FitSample,
     FittedBasis,
     FittedVector,
@@ -503,6 +504,9 @@ class DirectionFits:
                 return found / found.norm() if found.any() else found
             case RandomVector(of=of, draw=draw, seed=seed, shuffles=shuffles):
                 return _draw_like(self._vector(of), draw, seed, shuffles=shuffles)
+            case DrawnVector(width=width, draw=draw, seed=seed):
+                like = torch.full((width,), width**-0.5, dtype=torch.float64)
+                return _draw_like(like, draw, seed, shuffles=False)
 
     def _fitted(self, fit: FittedVector) -> Tensor:
         """[width] float64. Raises MethodError, and what the method raises."""

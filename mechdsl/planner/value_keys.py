@@ -25,6 +25,7 @@ from mechdsl.resolve.types import (
     Coordinates,
     DirectionVector,
     DrawnBasis,
+    DrawnVector,
     FitSample,
     FittedBasis,
     FittedVector,
@@ -360,6 +361,8 @@ class OperandKeys:
             case RandomVector(shuffles=shuffles):
                 kind = "shuffled" if shuffles else "random"
                 return digest(kind, self.direction(vector.of), vector.draw, vector.seed)
+            case DrawnVector(width=width, draw=draw, seed=seed):
+                return digest("unit random", width, draw, seed)
 
     def basis(self, bases: PointBases) -> bytes:
         """Digest everything that the bases of a rule's points depend on."""

@@ -23,7 +23,7 @@ from mechdsl.diagnostics.experiments import BadControl
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import TooManyCells
 from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary
-from mechdsl.models.shape import ModelShape, unit_count
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import Hits, PositionCell
@@ -60,6 +60,7 @@ from mechdsl.resolve.types import (
     DirectionTargets,
     DrawCounts,
     DrawnBasis,
+    DrawnVector,
     Intervention,
     PointBases,
     PositionTargets,
@@ -264,17 +265,20 @@ def build_direction_control(
     The random directions are distributed uniformly over all directions and have the norm of the
     original one. A rule that scales by a direction has its numbers in a random order instead. An
     edit adds vectors in a random subspace instead. Rules and cells that share a direction also
-    share it in each draw.
+    share it in each draw. A rule that adds activations adds, in each draw, one random direction to
+    all rows, with the norms of their activations.
 
     Args:
         only: Numbers of the rules whose directions are replaced; None for all.
     """
-    rules = [
-        rule
-        if rule.direction is None or (only is not None and number not in only)
-        else _with_random_directions(rule, rule.direction, draws, experiment)
-        for number, rule in enumerate(experiment.rules)
-    ]
+    rules: list[ResolvedRule] = []
+    for number, rule in enumerate(experiment.rules):
+        if only is not None and number not in only:
+            rules.append(rule)
+        elif rule.direction is not None:
+            rules.append(_with_random_directions(rule, rule.direction, draws, experiment))
+        else:
+            rules.append(_redirect(rule, draws, experiment))
     pairs = zip(experiment.rules, rules, strict=True)
     steered = [own for own, drawn in pairs if own is not drawn]
     drawn = dict.fromkeys(_DRAWN.get(rule.does.mode, _DRAWN["add"]) for rule in steered)
@@ -460,6 +464,21 @@ def _with_random_directions(
     return replace(rule, direction=DirectionTargets((DRAW_AXIS, *own.axes), members, own.families))
 
 
+def _redirect(rule: ResolvedRule, draws: int, experiment: ResolvedExperiment) -> ResolvedRule:
+    """Let a rule that adds activations add random directions of the same norms; leave others."""
+    does, sites = rule.does.redirected, rule.sites
+    if does is None or sites is None:
+        return rule
+    members: dict[AxisIndices, DirectionMember] = {}
+    for draw, (key, points) in product(range(draws), sites.points.items()):
+        width = vector_width(experiment.model.shape, points[0].site, points[0].layer)
+        name = f"random {draw} of {width} numbers"
+        vector = DrawnVector(width, name, experiment.seed)
+        members[draw, *key] = DirectionMember(name, vector, "random, with the norm of each row's")
+    direction = DirectionTargets((DRAW_AXIS, *sites.axes), members)
+    return replace(rule, does=does, direction=direction)
+
+
 def _with_random_subspaces(
     rule: ResolvedRule, own: BasisTargets, draws: int, experiment: ResolvedExperiment
 ) -> ResolvedRule:
@@ -605,6 +624,8 @@ def _build_control(
         return _build_circuit_control(experiment, asked, apart, draws)
     with_directions = any(rule.direction is not None for rule in experiment.rules)
     with_bases = any(rule.basis is not None for rule in experiment.rules)
+    adds = any(rule.does.redirected is not None for rule in experiment.rules)
+    with_directions |= adds and asked.what == "directions"
     if asked.what in (None, "directions") and with_directions:
         _check_no_exceptions(apart, "directions")
         return build_direction_control(experiment, asked, draws)

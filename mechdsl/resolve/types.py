@@ -150,8 +150,23 @@ class RandomVector(Record):
     """Whether it has the numbers of the other one in a random order, as a control of scales."""
 
 
+@record
+class DrawnVector(Record):
+    """A random direction of norm 1, for a rule whose vectors are known only when it runs."""
+
+    width: int
+    draw: str
+    seed: int
+
+
 DirectionVector: TypeAlias = (
-    FittedVector | UnembeddingVector | SavedVector | WeightedSum | UnitVector | RandomVector
+    FittedVector
+    | UnembeddingVector
+    | SavedVector
+    | WeightedSum
+    | UnitVector
+    | RandomVector
+    | DrawnVector
 )
 
 
@@ -749,6 +764,8 @@ def iter_leaf_vectors(
                 yield from iter_leaf_vectors(part)
         case UnitVector(of=of) | RandomVector(of=of):
             yield from iter_leaf_vectors(of)
+        case DrawnVector():
+            pass
         case _:
             yield vector
 
@@ -1047,6 +1064,12 @@ class Intervention:
     def untrained(self) -> tuple[Intervention, str] | None:
         """The same with the values before the training, and what that is; None if it is no
         control."""
+        return None
+
+    @property
+    def redirected(self) -> Intervention | None:
+        """The same with random directions in place of the vectors that it adds, which keep their
+        norms; None if it adds no vectors that it reads."""
         return None
 
     @property

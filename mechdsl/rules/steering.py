@@ -146,8 +146,24 @@ class ValueAddition(ValueAssignment):
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
         return amounts == 0
 
+    @property
+    def redirected(self) -> Intervention | None:
+        return RANDOM_ADDITION
+
+
+class RandomAddition(ValueAddition):
+    """Addition of a random direction with the norm of an activation of the same row."""
+
+    name = "add random"
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        read = vectors.read()
+        size = read.norm(dim=1, keepdim=True) * vectors.amounts[:, None].to(read)
+        return vectors.direction().to(read) * size
+
 
 VALUE_ADDITION = ValueAddition()
+RANDOM_ADDITION = RandomAddition()
 
 
 def resolve_value(

@@ -1581,7 +1581,8 @@ _rule(
     "add 0.3 * value(attn_out layer 1) of clean to resid_post layer 2 at last token",
     "Adds the row's own vector from an unpatched run, by default the base run, times the "
     "number. It is added to the value in the current forward pass. Both sites must have the "
-    "same width.",
+    "same width. The control `against random(39, directions)` adds, in each draw, one random "
+    "direction to all rows, with the norm of the row's own vector.",
     OWN,
     "tests/rules/test_readings.py",
 )

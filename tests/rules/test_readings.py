@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+from mechdsl.base.hashing import stable_hash
 from mechdsl.resolve.cells import Coord
 
 from ..execute.support import MODES
@@ -163,3 +166,48 @@ def test_set_to_a_value_of_the_base_run_gives_no_self_patch_warning(data: Path) 
     rule = "set resid_post layer 1 at last token to value(mlp_out layer 2) of clean"
     _, diagnostics = try_file(experiment("e", rule), data, "llama")
     assert "W0732" not in [found.code for found in diagnostics]
+
+
+@pytest.mark.parametrize(("mode", "name"), in_turn(["planned", "plain"], ["llama", "gpt2"]))
+def test_random_directions_of_added_values_equal_the_reference(
+    data: Path, name: str, mode: str
+) -> None:
+    """Each draw adds one direction to all rows, with the norm of the row's own vector."""
+    rule = "add 0.7 * value(attn_out layer 0) of longer to resid_post layer 1 at last token"
+    found = run_file(experiment("e", rule, "against random(2, directions)"), data, name, mode)["e"]
+    width = plain(name, rows()[0])["attn_out", 0].shape[-1]
+
+    def changes(n: int, draw: int) -> Sequence[Changes]:
+        of, to = rows("longer")[n], rows()[n]
+        seed = stable_hash(0, "direction", f"random {draw} of {width} numbers")
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed])))
+        drawn = torch.from_numpy(random.standard_normal(width))
+        size = plain(name, of)["attn_out", 0][of.last, 0].norm()
+        vector = 0.7 * size * drawn / drawn.norm()
+        write = Write("resid_post", 1, lambda here: here + vector, to.last)
+        return [([write], ())]
+
+    expected = worked_out(name, [(0,), (1,)], changes, rows(), records())
+    base = unpatched(name)
+    means = [float(np.mean(np.array(expected[draw,]) - base)) for draw in (0, 1)]
+    band = found.control(0)
+    assert band is not None
+    np.testing.assert_allclose([band.low[0], band.high[0]], sorted(means), atol=1e-4)
+    assert abs(means[0] - means[1]) > 0.01
+    own = found.measures[0]
+    assert abs(float(np.mean(own.patched[0] - own.base[0])) - means[0]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ("set resid_post layer 1 at last token to value(mlp_out layer 2)", "has directions"),
+        ("ablate resid_post layer 1 at last token with zero", "has directions"),
+    ],
+)
+def test_random_directions_of_rules_that_add_nothing_are_errors(
+    data: Path, rule: str, reason: str
+) -> None:
+    _, found = try_file(experiment("e", rule, "against random(2, directions)"), data, "llama")
+    assert [each.code for each in found if each.severity == "error"] == ["E0630"]
+    assert reason in str(found[0])
