@@ -582,12 +582,15 @@ def exact_match(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
 def contains(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
     """Whether the reply contains one of these texts, letter for letter.
 
+    A space at the beginning of a text also matches the beginning of the reply, because some
+    tokenizers drop the space of a reply's first word.
+
     replies, wanted: [row]
     returns: [row], 1.0 or 0.0
     source: Zou et al. 2023, arXiv 2307.15043, for phrases of refusal
     """
     return [
-        float(any(text in reply.text for text in texts))
+        float(any(text in reply.text or f" {reply.text}".startswith(text) for text in texts))
         for reply, texts in zip(replies, wanted, strict=True)
     ]
 

@@ -40,6 +40,14 @@ def test_contains_is_case_sensitive_and_literal() -> None:
     assert read("contains", replies, wanted) == [1, 0, 1, 0, 1]
 
 
+def test_leading_space_of_a_contained_text_matches_the_beginning_of_a_completion() -> None:
+    """Some tokenizers drop the space of the first word."""
+    replies = ["Paris.", " Paris.", "in Paris", "inParis", "Parisian", "Lyon Paris"]
+    found = read("contains", replies, [(" Paris",)] * 6)
+    assert found == [1, 1, 1, 0, 1, 1]
+    assert read("contains", ["Paris"], [("  Paris",)]) == [0]
+
+
 def test_matches_searches_the_pattern_in_the_completion() -> None:
     replies = ["it is 42.", "it is 4.", "No", "Nothing"]
     wanted = [("[0-9]{2}",), ("[0-9]{2}",), (r"No\b",), (r"No\b",)]
