@@ -892,25 +892,30 @@ class FoundCircuit:
 def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -> FoundCircuit:
     """Return the edges with the largest scores. Raises AutogradFailed and NoCircuit."""
     trainer, options = training.trainer_of(EdgeScoreTrainer), training.of_trainer
-    steps, size, how = trainer.steps(options), trainer.size(options), trainer.selection(options)
+    steps, how = trainer.steps(options), trainer.selection(options)
     scoring = EdgeScoring(rows, trainer, steps)
     job.search(scoring)
     scores = scoring.scores
     if not np.isfinite(scores).all():
         raise NoCircuit("a score is NaN or infinite", "use another measure, or other rows")
-    order = np.argsort(-np.abs(scores), kind="stable")
-    graph = EdgeGraph(rows.model.shape)
-    selected = frozenset(rows.candidates[n] for n in order[:size].tolist())
+    every = np.argsort(-np.abs(scores), kind="stable")
+    graph, count = EdgeGraph(rows.model.shape), trainer.size(options) or len(every)
+    order = [rows.candidates[n] for n in every[:count].tolist()]
     if how == "greedy":
         sizes = dict(zip(rows.candidates, np.abs(scores).tolist(), strict=True))
-        selected = graph.select_backwards(sizes, size)
-    kept = graph.keep_leading(selected)
-    chosen = [n for n in order.tolist() if rows.candidates[n] in kept]
+        order = graph.select_backwards(sizes, count)
+    least, said = trainer.faithfulness(options), ""
+    if least is not None:
+        search = SizeSearch(scoring, rows, graph, order, least)
+        job.search(search)
+        order, said = order[: search.size], search.describe()
+    kept = graph.keep_leading(frozenset(order))
+    chosen = [n for n in every.tolist() if rows.candidates[n] in kept]
     if not chosen:
-        reason = f"none of the {len(selected):,} edges with the largest scores leads to `logits`"
+        reason = f"none of the {len(order):,} edges with the largest scores leads to `logits`"
         raise NoCircuit(reason, "write a larger `size`, or leave `select` out")
-    made = _describe(how, len(selected), len(chosen))
-    return FoundCircuit(chosen, scores, steps, len(selected), made)
+    made = _describe(how, len(order), len(chosen)) + said
+    return FoundCircuit(chosen, scores, steps, len(order), made)
 
 
 class EdgeScoring:
@@ -986,6 +991,106 @@ def _search_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) 
     return FoundCircuit(chosen, search.scores, search.measured, len(chosen), made)
 
 
+class CircuitMeter:
+    """The measure of circuits on the training rows."""
+
+    def __init__(self, rows: EdgeRows) -> None:
+        self.measured = 0
+        """Number of circuits that were measured."""
+        self._rows, self._batch = rows, rows.batch
+
+    @property
+    def together(self) -> int:
+        """Number of circuits in a pass."""
+        return max(1, self._batch // len(self._rows.trained))
+
+    def means(self, circuits: Bools) -> Floats:
+        """Return [circuit]: the means over training rows of circuits, [circuit, edge].
+
+        If memory runs out, further passes have half as many rows. Raises NoCircuit.
+        """
+        self.measured += len(circuits)
+        found: list[Floats] = []
+        while sum(map(len, found)) < len(circuits):
+            first = sum(map(len, found))
+            part = circuits[first : first + self.together]
+            measure = partial(self._rows.means_with, self._rows.trained, part, self._batch)
+            part_means = try_pass(measure, can_shrink=self._batch > 1)
+            if part_means is None:
+                self._batch //= 2
+            else:
+                found.append(part_means)
+        means = np.concatenate(found)
+        if not np.isfinite(means).all():
+            raise NoCircuit("the measure is NaN or infinite", "use another measure, or other rows")
+        return means
+
+
+class SizeSearch:
+    """A search for the smallest circuit in an order of edges whose faithfulness exceeds a number.
+
+    Sizes are tried one after another from 1, because faithfulness may fall when an edge is added.
+    """
+
+    def __init__(
+        self,
+        scoring: EdgeScoring,
+        rows: EdgeRows,
+        graph: EdgeGraph,
+        order: Sequence[CircuitEdge],
+        least: float,
+    ) -> None:
+        self.size = 0
+        """The largest size that was tried."""
+        self.faithfulness = math.nan
+        """On the training rows, of the circuit with this size."""
+        self._scoring, self._graph, self._order, self._least = scoring, graph, order, least
+        self._candidates = rows.candidates
+        self._meter = CircuitMeter(rows)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Number of sizes that were tried, and of all sizes."""
+        return self.size, len(self._order)
+
+    def run(self) -> Iterator[None]:
+        """Search, and yield after each pass. Raises NoCircuit."""
+        count = len(self._candidates)
+        whole, clean = self._meter.means(np.array([[False] * count, [True] * count])).tolist()
+        if whole == clean:
+            raise NoCircuit("the measure doesn't change if every edge is ablated", "write `size`")
+        while not self.faithfulness > self._least:
+            sizes = range(self.size + 1, len(self._order) + 1)[: self._meter.together]
+            if not sizes:
+                reason = f"no circuit has a faithfulness above {self._least:g}"
+                raise NoCircuit(reason, "write a smaller `faithfulness`")
+            means = self._meter.means(np.stack([self._circuit(size) for size in sizes]))
+            for size, mean in zip(sizes, means.tolist(), strict=True):
+                self.size, self.faithfulness = size, (mean - whole) / (clean - whole)
+                if self.faithfulness > self._least:
+                    break
+            yield
+
+    def _circuit(self, size: int) -> Bools:
+        kept = self._graph.keep_leading(frozenset(self._order[:size]))
+        return np.array([edge in kept for edge in self._candidates])
+
+    def describe(self) -> str:
+        """Describe the circuit."""
+        return (
+            f", the smallest circuit in this order with a faithfulness above {self._least:g} "
+            f"({self.faithfulness:.3f}, on training rows)"
+        )
+
+    def capture(self) -> dict[str, Any]:
+        """Return the state as JSON, with that of the scores."""
+        return {**self._scoring.capture(), "size": self.size, "faithfulness": self.faithfulness}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. Raises KeyError."""
+        self.size, self.faithfulness = state["size"], state["faithfulness"]
+
+
 class EdgeSearch:
     """A search for a circuit, which ablates one edge after another for good."""
 
@@ -995,8 +1100,7 @@ class EdgeSearch:
         self.scores = np.zeros(len(rows.candidates))
         """[edge] the change of the measure when an edge was last ablated, alone or in a group; 0
         for edges that were dropped because they led only to ablated ones."""
-        self.measured = 0
-        """Number of circuits that were measured."""
+        self._meter = CircuitMeter(rows)
         self._rows, self._graph = rows, EdgeGraph(rows.model.shape)
         self._value = math.nan
         options = rows.declared.of_trainer
@@ -1004,7 +1108,11 @@ class EdgeSearch:
         self._steps = self._graph.list_search_steps(trainer.levels)
         self._numbers = {edge: number for number, edge in enumerate(rows.candidates)}
         self._decided = 0
-        self._batch = rows.batch
+
+    @property
+    def measured(self) -> int:
+        """Number of circuits that were measured."""
+        return self._meter.measured
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -1051,17 +1159,12 @@ class EdgeSearch:
     def _due(self, unit: SitePoint) -> list[list[int]]:
         """Return the edges that are left of each of the next steps of a unit, in one pass."""
         found: list[list[int]] = []
-        for step in self._steps[self._decided : self._decided + self._together]:
+        for step in self._steps[self._decided : self._decided + self._meter.together]:
             left = [n for n in map(self._numbers.__getitem__, step.edges) if self.kept[n]]
             if step.unit != unit or not left:
                 break
             found.append(left)
         return found
-
-    @property
-    def _together(self) -> int:
-        """Number of circuits in a pass."""
-        return max(1, self._batch // len(self._rows.trained))
 
     def _drop_dead(self) -> None:
         """Ablate the edges that lead only to ablated ones."""
@@ -1089,28 +1192,11 @@ class EdgeSearch:
         return change if self._rows.declared.minimises else -change
 
     def _means(self, ablated: Sequence[Sequence[int]]) -> Floats:
-        """Return [circuit]: the means over training rows with some more edges ablated.
-
-        If memory runs out, further passes have half as many rows.
-        """
+        """Return [circuit]: the means over training rows with some more edges ablated."""
         circuits = np.tile(self.kept, (len(ablated), 1))
         for circuit, own in zip(circuits, ablated, strict=True):
             circuit[list(own)] = False
-        self.measured += len(circuits)
-        found: list[Floats] = []
-        while sum(map(len, found)) < len(circuits):
-            first = sum(map(len, found))
-            part = circuits[first : first + self._together]
-            measure = partial(self._rows.means_with, self._rows.trained, part, self._batch)
-            part_means = try_pass(measure, can_shrink=self._batch > 1)
-            if part_means is None:
-                self._batch //= 2
-            else:
-                found.append(part_means)
-        means = np.concatenate(found)
-        if not np.isfinite(means).all():
-            raise NoCircuit("the measure is NaN or infinite", "use another measure, or other rows")
-        return means
+        return self._meter.means(circuits)
 
     # --- checkpoints
 
@@ -1127,7 +1213,7 @@ class EdgeSearch:
         kept, scores = np.array(state["kept"], dtype=np.bool_), np.array(state["scores"])
         if kept.shape != self.kept.shape or scores.shape != self.scores.shape:
             raise ValueError("a checkpoint of other edges")
-        self._decided, self.measured, self._value = state["numbers"]
+        self._decided, self._meter.measured, self._value = state["numbers"]
         self.kept, self.scores = kept, scores
 
 

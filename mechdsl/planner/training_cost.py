@@ -417,6 +417,8 @@ def _circuit_cost(
         points = trainer.steps(training.of_trainer)
         if trainer.path == "activations":
             points = 1 + (points - 1) * len({(of.site, of.layer) for of in senders})
+        if trainer.faithfulness(training.of_trainer) is not None:
+            tried = len(circuit.every)
     else:
         assert isinstance(trainer, EdgeSearchTrainer)
         tried = len(EdgeGraph(shape).list_search_steps(trainer.levels))

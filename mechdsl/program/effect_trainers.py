@@ -335,23 +335,39 @@ class EstimatedEffectTrainer(EdgeScoreTrainer):
     """A circuit of edges with large scores: the change of the output of the sender times the
     gradient of the measure by the input of the receiver."""
 
-    options = ("size", "select")
-    required = ("size",)
+    options = ("size", "faithfulness", "select")
     other_options: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("until", "least"), "faithfulness"),
         **dict.fromkeys(("ig_steps", "n_steps"), "steps"),
         **dict.fromkeys(("method", "choice", "by"), "select"),
     }
     defaults: ClassVar[Mapping[str, Constant]] = {**EFFECT_DEFAULTS, "batch": 8}
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "faithfulness":
+            if isinstance(value, float) and 0 < value < 1:
+                return None
+            return "`faithfulness` is a number between 0 and 1", "write `faithfulness: 0.9`"
         if name != "select":
             return super().check_option(name, value)
         known = get_args(Selection)
         listed = name_list([f'"{each}"' for each in known])
         return None if value in known else ("`select` has no such value", f"write one of {listed}")
 
-    def size(self, options: Mapping[str, Constant]) -> int:
-        return int(options["size"])
+    def check(self, options: Mapping[str, Constant]) -> Problem | None:
+        given = [name for name in ("size", "faithfulness") if name in options]
+        if len(given) == 1:
+            return None
+        reason = f"`{self.name}` needs `size: …` or `faithfulness: …`"
+        reason = "`size` and `faithfulness` both select the number of edges" if given else reason
+        other = self.example.replace("size: 20", "faithfulness: 0.9")
+        return reason, f"write `{self.example}`, or `{other}`"
+
+    def size(self, options: Mapping[str, Constant]) -> int | None:
+        return int(options["size"]) if "size" in options else None
+
+    def faithfulness(self, options: Mapping[str, Constant]) -> float | None:
+        return float(options["faithfulness"]) if "faithfulness" in options else None
 
     def steps(self, options: Mapping[str, Constant]) -> int:
         return int(options.get("steps", 1))
@@ -383,8 +399,8 @@ class IntegratedEdgeTrainer(EstimatedEffectTrainer):
     """
 
     example = "eap_ig(size: 20, steps: 5)"
-    options = ("size", "steps", "select")
-    required = ("size", "steps")
+    options = ("size", "faithfulness", "steps", "select")
+    required = ("steps",)
     path = "inputs"
 
 
@@ -399,8 +415,8 @@ class IntegratedActivationTrainer(EstimatedEffectTrainer):
     """
 
     example = "eap_ig_activations(size: 20, steps: 5)"
-    options = ("size", "steps", "select")
-    required = ("size", "steps")
+    options = ("size", "faithfulness", "steps", "select")
+    required = ("steps",)
     path = "activations"
 
 

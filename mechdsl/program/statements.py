@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 CIRCUIT_HINT = f"fit a circuit: {SCORE_EXAMPLE}"
 
 UNSUPPORTED_NODES: dict[type[ast.Node], tuple[str, str]] = {
-    ast.Discover: ("`discover`", CIRCUIT_HINT),
+    ast.Discover: (
+        "`discover`",
+        f"{CIRCUIT_HINT}; `until faithfulness > 0.9` is `faithfulness: 0.9` instead of `size`",
+    ),
     ast.Search: ("`search`", f"fit a circuit: {SEARCH_EXAMPLE}"),
 }
 """Statements of the language that no stage executes yet → what they are, and a hint."""

@@ -421,8 +421,13 @@ class EdgeScoreTrainer(CircuitTrainer):
     """Changes of the derivatives."""
 
     @abstractmethod
-    def size(self, options: Mapping[str, Constant]) -> int:
-        """Return the number of edges that are selected."""
+    def size(self, options: Mapping[str, Constant]) -> int | None:
+        """Return the number of edges that are selected; None if `faithfulness` decides."""
+
+    def faithfulness(self, options: Mapping[str, Constant]) -> float | None:
+        """Return the number that the faithfulness of the smallest selection exceeds; None if `size`
+        decides."""
+        return None
 
     @abstractmethod
     def steps(self, options: Mapping[str, Constant]) -> int:

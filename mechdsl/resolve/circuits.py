@@ -517,9 +517,7 @@ class EdgeGraph:
             edges
         )
 
-    def select_backwards(
-        self, sizes: Mapping[CircuitEdge, float], count: int
-    ) -> frozenset[CircuitEdge]:
+    def select_backwards(self, sizes: Mapping[CircuitEdge, float], count: int) -> list[CircuitEdge]:
         """Select the edges with the largest sizes, one after another, from the end of the model
         backwards: each leads to a node that the selected edges lead on from.
 
@@ -528,7 +526,7 @@ class EdgeGraph:
             count: Number of edges; there may be fewer that lead to the end.
         """
         order = {edge: number for number, edge in enumerate(self.every)}
-        found: set[CircuitEdge] = set()
+        found: list[CircuitEdge] = []
         due: list[tuple[float, int, CircuitEdge]] = []
         seen: set[CircuitEdge] = set()
         node = END
@@ -540,9 +538,9 @@ class EdgeGraph:
             if not due:
                 break
             _, _, edge = heappop(due)
-            found.add(edge)
+            found.append(edge)
             node = edge[0]
-        return frozenset(found)
+        return found
 
 
 # --- random circuits ------------------------------------------------------------------------------

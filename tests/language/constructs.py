@@ -789,6 +789,8 @@ _file(
     "gradient in the clean run, `eap_ig` the mean at k/`steps` (k = 1 to `steps`) of the way from "
     "the other embedding to the clean one, and `eap_ig_activations` on the way of the sender's own "
     "module. `relp` and `gim` are `eap` with the gradients of `using relp` and `using gim`. "
+    "Instead of `size`, `faithfulness: 0.9` selects the smallest circuit in this order whose "
+    "faithfulness on the training rows exceeds 0.9; sizes are tried one after another. "
     '`select` is "greedy" (default), from `logits` backwards, or "top". `batch` (8) and '
     "`validation` (20%) are the options of `fit`; other values are as for a trained circuit.",
     "tests/pipeline/test_edge_scores.py",

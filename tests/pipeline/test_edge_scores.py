@@ -24,7 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import mechdsl
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute import mask_training, objective_rows
-from mechdsl.execute.mask_training import EdgeRows, EdgeScoring, find_circuit, open_edges
+from mechdsl.execute.mask_training import (
+    CircuitMeter,
+    EdgeRows,
+    EdgeScoring,
+    SizeSearch,
+    find_circuit,
+    open_edges,
+)
 from mechdsl.execute.training import TrainingJob
 from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.fits.reports import CircuitReport
@@ -32,7 +39,8 @@ from mechdsl.forward.hooks import backward_rules, circuits
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.program.trainers import EdgeScoreTrainer
-from mechdsl.resolve.circuits import EMBEDDING, END, CircuitDraws, EdgeGraph
+from mechdsl.resolve.circuits import EMBEDDING, END, CircuitDraws, EdgeGraph, list_edges
+from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.types import CircuitEdge, TrainedMask
 
 from ..execute.support import ROWS, shared, token, word_tokenizer
@@ -429,8 +437,83 @@ def test_backward_selection_takes_the_largest_connected_edge(family: str) -> Non
         ends = {END, *(of for of, _ in expected)}
         due = {edge for end in ends for edge in receivers_of(graph, end)} - expected
         expected.add(max(due, key=lambda edge: sizes[edge]))
-    assert graph.select_backwards(sizes, 30) == expected
-    assert graph.select_backwards(sizes, 10**6) == {*graph.every}
+    assert {*graph.select_backwards(sizes, 30)} == expected
+    assert {*graph.select_backwards(sizes, 10**6)} == {*graph.every}
+
+
+@pytest.mark.parametrize("family", LINEAR)
+@pytest.mark.parametrize("select", ["greedy", pytest.param("top", marks=pytest.mark.slow)])
+def test_faithfulness_selects_the_smallest_circuit_above_it_in_the_order_of_scores(
+    select: str, family: str, tmp_path: Path
+) -> None:
+    """The reference ablates the other edges of each smaller circuit."""
+    options = "validation: 0%, batch: 8"
+    call = f'eap(faithfulness: 0.4, select: "{select}")'
+    path = write(tmp_path, fit(options, call=call), PATCHES)
+    mask, found = open_rows(path, double(family))
+    trainer = mask.training.trainer_of(EdgeScoreTrainer)
+    job = TrainingJob(tmp_path, {}, tmp_path, lambda: False, lambda *_: None)
+    report = find_circuit(mask, found, job)
+    scores = np.abs(score(mask, found))
+    sizes = dict(zip(found.candidates, scores.tolist(), strict=True))
+    graph, every = EdgeGraph(shape_of(family)), {named(edge) for edge in found.candidates}
+    order = sorted(sizes, key=lambda edge: -sizes[edge])
+    if select == "greedy":
+        order = graph.select_backwards(sizes, len(order))
+
+    def mean(kept: set[tuple[str, str]]) -> float:
+        values: list[float] = []
+        for row in found.objective.table.row_ids:
+            ids = rows("clean")[row].ids
+            own = outputs(plain(family, rows("other")[row]), stack(family, double(family)))
+            logits = circuit_pass(family, double(family), ids, own, every - kept, range(len(ids)))
+            values.append(float(loss_by_hand(logits[-1], row)))
+        return float(np.mean(values))
+
+    clean, whole = mean(every), mean(set())
+    curve = [
+        (mean({named(edge) for edge in graph.keep_leading(order[:n])}) - whole) / (clean - whole)
+        for n in range(1, report.selected + 1)
+    ]
+    assert trainer.size(mask.training.of_trainer) is None
+    assert 2 < report.selected < len(order)
+    assert curve[-1] > 0.4 >= max(curve[:-1])
+    assert f"above 0.4 ({curve[-1]:.3f}, on training rows)" in report.made
+    assert {*report.chosen} == {
+        label_candidates((edge,)) for edge in graph.keep_leading(order[: report.selected])
+    }
+
+
+@pytest.mark.slow  # the search for scores resumes in the quick tests
+def test_search_for_a_size_resumes_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = "eap(faithfulness: 0.4)"
+    path = write(tmp_path, fit("validation: 0%, batch: 4", call=call), PATCHES)
+    (whole,) = train(path)
+    measure, sizes = CircuitMeter.means, list[int]()
+
+    def recorded(self: CircuitMeter, given: Any) -> Floats:
+        sizes.extend(given.sum(1).tolist())
+        return measure(self, given)
+
+    def interrupted(self: SizeSearch) -> tuple[int, int]:
+        if self.size == 2:
+            raise KeyboardInterrupt
+        return self.size, 0
+
+    monkeypatch.setattr(CircuitMeter, "means", recorded)
+    with monkeypatch.context() as patch:
+        patch.setattr(SizeSearch, "progress", property(interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            train(path, fresh=True)
+    first = len(sizes)
+    (again,) = train(path, fresh=True)
+    assert isinstance(again.report, CircuitReport)
+    ends = [0, len(list_edges(shape_of("llama")))]
+    assert sizes[:first] == [*ends, 1, 2]
+    assert sizes[first:] == [*ends, *range(3, again.report.selected + 1)]
+    assert again.report == whole.report
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
@@ -563,9 +646,11 @@ LINE = f"circuit c = {CALL} at {PAIR}"
 ONE_STEP = CALL.replace("eap(size: 3", "eap_ig(size: 3, steps: 1").replace(LOSS, "kl(clean)")
 MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "no source": ("from: other, ", "", "E0207", "needs `from: …`"),
-    "no size": ("eap(size: 3)", "eap", "E0207", "needs `size: …`"),
+    "no size": ("eap(size: 3)", "eap", "E0342", "needs `size: …` or `faithfulness: …`"),
     "no steps": ("eap(size: 3)", "eap_ig(size: 3)", "E0207", "needs `steps: …`"),
     "all": ("size: 3", "size: 2000", "E0342", "chooses 2,000 of"),
+    "two sizes": ("size: 3", "size: 3, faithfulness: 0.9", "E0342", "both select"),
+    "faithfulness": ("size: 3", "faithfulness: 90", "E0342", "between 0 and 1"),
     "selection": ("size: 3", 'size: 3, select: "best"', "E0342", "no such value"),
     "of other tools": ("size: 3", 'size: 3, method: "top"', "E0207", "is no argument"),
     "zero": ("size: 3", "size: 0", "E0342", "whole number"),
