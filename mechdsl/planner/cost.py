@@ -424,6 +424,9 @@ def gradient_work(
         if len(texts) < len(measure.atoms):
             found += _pass(lengths, joined, whole, forwards=0 if plain else 1, backwards=kinds)
             plain = True
+    if plan.path is not None:
+        times = kinds * len(experiment.measures)
+        return found + _held_work(plan.path, lengths, joined, whole, times)
     if said.steps is None and not said.kind.adds_noise:
         rounds = experiment.model.shape.n_layers if said.kind.drops_layers else 1
         sites = {
@@ -440,6 +443,25 @@ def gradient_work(
     times = copies * len(set(cell_sites(plan).tolist()))
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
     return sum((found for _ in range(times)), first)
+
+
+def _held_work(
+    rule: RulePlan, lengths: Ints, joined: int, whole: Callable[[Ints], Ints], gradients: int
+) -> GradientWork:
+    """Count the work of the passes in which heads and MLPs are held.
+
+    The first forward pass reads their values. If MLPs are held too, nothing in a block has a
+    gradient, so backward passes from receivers are free.
+
+    Args:
+        gradients: Number of gradients of metrics by the receivers.
+    """
+    assert rule.paths is not None
+    ends = rule.paths.points
+    receivers = {tuple(_list(ends, pair)) for pair in range(len(ends.offsets) - 1)}
+    receivers.discard(())  # of pairs without a path
+    backwards = gradients * len(receivers) if rule.paths.through_mlps else 0
+    return _pass(lengths, joined, whole, forwards=2, backwards=backwards)
 
 
 def _pass(

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from mechdsl.base.arrays import Floats
 
-Place = Literal["sites", "attention"]
-"""What a cell's rule names: vectors of a site (`patch`, `ablate`), or attention weights (`block`).
-"""
+Place = Literal["sites", "attention", "paths"]
+"""What a cell's rule names: vectors of a site (`patch`, `ablate`), attention weights (`block`), or
+edges between components (`path`)."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,10 @@ class GradientEstimator:
 
         Args:
             written: [vector, width] float64, what the rule writes; for attention, 1 at the keys
-                that the rule names, and 0 elsewhere.
+                that the rule names, and 0 elsewhere; for paths, the senders' values.
             base: [vector, width] float64, the base run's vectors.
-            gradient: [vector, width] float64, of the metric by `base`.
+            gradient: [vector, width] float64, of the metric by `base`; for paths, along the edges
+                of a cell.
             options: The values of `options`.
 
         Returns:
@@ -171,9 +172,20 @@ def _class_problem(name: str, entry: type[GradientEstimator]) -> str | None:
         return "`options` must not contain `steps`: set the attribute `steps`"
     if entry.value_name and not (entry.formula and entry.value_said):
         return "values that aren't effects need the texts `formula` and `value_said`"
+    if entry.place == "paths" and not _is_plain(entry):
+        return (
+            "estimators of paths have no `steps`, `backward`, `fixes_attention`, `drops_layers` "
+            "or `adds_noise`"
+        )
     if entry.values is GradientEstimator.values:
         return "it has no `values(self, written, base, gradient, options)`"
     return None
+
+
+def _is_plain(entry: type[GradientEstimator]) -> bool:
+    """Return whether gradients are those of the model in the base run."""
+    changed = entry.fixes_attention or entry.drops_layers or entry.adds_noise
+    return entry.steps is None and entry.backward is None and not changed
 
 
 def find_estimator(text: str) -> GradientEstimator | None:
@@ -331,6 +343,36 @@ class GradientAttention(GradientEstimator):
         self, written: Tensor, base: Tensor, gradient: Tensor, options: Mapping[str, int | float]
     ) -> Tensor:
         return (written * (base * gradient).clamp(min=0)).sum(-1)
+
+
+@estimator("eap")
+class EdgeAttributionPatching(_GradientTimesChange):
+    """Edge attribution patching, the first-order estimate of a path's effect.
+
+    The value of a cell is Σ (u' − u) · ∂m/∂u along the edges from its senders u to its receivers
+    (Syed et al. 2023). The derivative of a receiver's input by u is that of the pass in which all
+    other heads and MLPs are held. The derivative of the metric by the input is that of the base
+    run.
+    """
+
+    example = "path L0H1 -> L2H1.q at last token using eap"
+    documentation = (
+        "Estimates the effect of each cell of a `path` to first order, without running the cells. "
+        "The estimate is the difference between the sender's source and base value, times the "
+        "derivative of the receiver's input by it with all else held, times the gradient of the "
+        "metric by this input in the base run. `through mlps` and `with frozen norms` apply to the "
+        "derivative. Senders of a cell may be heads and MLPs of several layers, or one site of the "
+        "stream. Its receivers are heads' inputs or one site of one layer, with or without the end "
+        "of the model (E0608). One forward pass, one backward pass per measure, two forward passes "
+        "with all else held, and a short backward pass per receiver serve all cells."
+    )
+    source = "Syed et al. 2023, arXiv 2310.10348"
+    convention = (
+        "estimates, no cell was run: to first order, the change of the senders, times the "
+        "derivative of the receivers' inputs while all else is held, times the gradient of the "
+        "metric by these inputs (Syed et al. 2023, arXiv 2310.10348, edge attribution patching)"
+    )
+    place = "paths"
 
 
 @estimator("integrated_gradients")

@@ -366,7 +366,7 @@ VERIFIED_WORDS = ("top", "random")
 STABLE_TOP = 20
 """Number of cells that `verify until stable` searches."""
 
-PLANNED_ESTIMATORS = ("eap", "eap_ig")
+PLANNED_ESTIMATORS = ("eap_ig",)
 """Estimators of the language that no stage executes yet."""
 
 
@@ -379,7 +379,8 @@ def lower_estimator(work: Statements) -> spec.Estimator | None:
     name = named.id if isinstance(named, ast.Name) else named.name
     arguments = () if isinstance(named, ast.Name) else named.arguments
     if name in PLANNED_ESTIMATORS:
-        work.later(line.span, f"`using {name}`", CIRCUIT_HINT)
+        hint = f"write `using eap` with a `path`, or {CIRCUIT_HINT}"
+        work.later(line.span, f"`using {name}`", hint)
         return None
     if ESTIMATOR_ALIASES.get(name, name) not in ESTIMATORS:
         known = (*ESTIMATORS, *ESTIMATOR_ALIASES, *PLANNED_ESTIMATORS)

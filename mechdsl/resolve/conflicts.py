@@ -15,7 +15,7 @@ from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
-from mechdsl.program.estimators import BackwardRules, first_of_place
+from mechdsl.program.estimators import BackwardRules, Place, first_of_place
 from mechdsl.program.runs import COMPARING_METRICS
 from mechdsl.prompts.positions.cells import is_after_prompts, refers_to_reply
 from mechdsl.prompts.runs import PositionCell
@@ -23,6 +23,7 @@ from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisTargets,
     OutputWeights,
+    PathTargets,
     PositionTargets,
     ResolvedExperiment,
     ResolvedMeasure,
@@ -47,6 +48,11 @@ ADD_TO_WEIGHTS, PROJECT_OUT_OF_WEIGHTS = "add to weights", "project out of weigh
 SITE_RULE_HINT = "write `patch SITE at POSITIONS` or `ablate SITE at POSITIONS with zero`"
 
 EDGE_RULE_HINT = "write `block attention layer * heads * from QUERIES to KEYS`"
+
+PATH_RULE_HINT = "write `path SENDER -> RECEIVER at POSITIONS`"
+
+RULE_HINTS = {"sites": SITE_RULE_HINT, "attention": EDGE_RULE_HINT, "paths": PATH_RULE_HINT}
+"""Rules of estimators, by `GradientEstimator.place`."""
 
 NO_ESTIMATE_HINT = "remove `using`, so that each cell is run"
 
@@ -203,7 +209,7 @@ def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[
     rules = experiment.rules
     if not rules:
         what = "an experiment without a rule"
-        hint = EDGE_RULE_HINT if said.kind.place == "attention" else SITE_RULE_HINT
+        hint = RULE_HINTS[said.kind.place]
         yield _no_estimate(said, said.span, what, NO_GENERATION_REASON, hint)
     for rule in rules:
         found = next(_of_rule(rule, experiment, said), None)
@@ -227,14 +233,21 @@ def _of_rule(
     if said.kind.place == "attention":
         yield from _of_edges(rule, verb, experiment, said)
         return
+    if said.kind.place == "paths":
+        yield from _of_path(rule, verb, experiment, said)
+        return
     if rule.circuit is not None:
         reason = "the edges of a circuit are ablated together, and run"
         yield _no_estimate(said, own.span, "a circuit", reason, NO_ESTIMATE_HINT)
         return
     if own.verb not in ESTIMABLE_VERBS or rule.path is not None or rule.does.changes != "sites":
         reason = "the written value must be a vector of an unpatched run, or zero"
-        of_edges = f"write `using {first_of_place('attention').name}`"
-        hint = of_edges if verb == "block" else SITE_RULE_HINT
+        others: dict[str, Place] = {"block": "attention", "path": "paths"}
+        hint = SITE_RULE_HINT
+        if verb in others:
+            hint = f"write `using {first_of_place(others[verb]).name}`"
+        if rule.path is not None:
+            reason = "it estimates writes at sites, not edges between components"
         yield _no_estimate(said, own.span, f"`{verb}`", reason, hint)
         return
     assert rule.sites is not None
@@ -318,6 +331,68 @@ def _of_edges(
     yield from _of_answers(rule.edge.keys, own.onto.span, experiment, said)
 
 
+_ATTENTION_OUTPUTS, _MLP_OUTPUTS = ("z", "head_out", "attn_out"), ("mlp_hidden", "mlp_out")
+"""Senders whose values are added to the stream, for each sublayer."""
+
+
+def _adds_up(senders: Sequence[SitePoint], path: PathTargets) -> bool:
+    """Return whether the changes that senders of a cell cause add up to first order."""
+    places = {(point.site, point.layer) for point in senders}
+    sublayers = {(site in _MLP_OUTPUTS, layer) for site, layer in places}
+    sites = {site for site, _ in places}
+    if len(places) < 2:
+        return True
+    if len(sublayers) < len(places) or not sites <= {"embed", *_ATTENTION_OUTPUTS, *_MLP_OUTPUTS}:
+        return False
+    return not (path.through_mlps and sites & {*_MLP_OUTPUTS})
+
+
+def _of_path(
+    rule: ResolvedRule, verb: str, experiment: ResolvedExperiment, said: spec.Estimator
+) -> Iterator[Diagnostic]:
+    """Yield the conflicts of a rule on edges between components."""
+    own, path = rule.spec, rule.path
+    if path is None:
+        reason = "it estimates edges between components"
+        if any(each.path is not None for each in experiment.rules):
+            what, reason = f"`{verb}` together with a path", "an estimate is of one rule"
+            hint = "write an experiment for each rule"
+            yield _no_estimate(said, own.span, what, reason, hint)
+            return
+        other = (
+            "" if verb not in ESTIMABLE_VERBS or rule.circuit is not None else ", or `using atp`"
+        )
+        yield _no_estimate(said, own.span, f"`{verb}`", reason, f"{PATH_RULE_HINT}{other}")
+        return
+    assert rule.sites is not None
+    assert own.site is not None
+    assert own.receiver is not None
+    if not all(_adds_up(here, path) for here in rule.sites.points.values()):
+        what, reason = "these senders together", "the value of one replaces the change of another"
+        hint = "sweep them: `layer *`, or `for s in [attn_out, mlp_out]`"
+        yield _no_estimate(said, own.site.span, what, reason, hint)
+    for here in path.receivers.points.values():
+        inner = {(p.layer, p.site) for p in here if SITES[p.site].when != "output"}
+        layers, sites = {layer for layer, _ in inner}, {site for _, site in inner}
+        if len(layers) > 1 or (len(sites) > 1 and not sites <= {"q", "k", "v"}):
+            what, reason = "these receivers together", "the change of one reaches another"
+            hint = "sweep them, or name heads' inputs of one layer"
+            yield _no_estimate(said, own.receiver.span, what, reason, hint)
+            break
+    ends = (p for here in path.receivers.points.values() for p in here)
+    if any(SITES[p.site].when == "output" for p in ends):
+        for measure, line in zip(experiment.measures, experiment.spec.measures, strict=True):
+            if any(atom.point is not None for atom in measure.atoms):
+                reason = "at the end of the model, it would read activations that are held"
+                hint = "measure logits, probabilities or the loss"
+                yield _no_estimate(said, line.metric.span, f"`{measure.label}`", reason, hint)
+        frozen = BackwardRules(fixed_norms=True) if path.frozen_norms else None
+        if reason := explain_missing_rule(frozen, experiment.model.shape):
+            hint = f"remove `with frozen norms`, or {NO_ESTIMATE_HINT}"
+            yield _no_estimate(said, own.span, f"`{verb} … with frozen norms`", reason, hint)
+    yield from _of_answers(rule.positions, own.at.span, experiment, said)
+
+
 def _of_answers(
     positions: PositionTargets, span: Span, experiment: ResolvedExperiment, said: spec.Estimator
 ) -> Iterator[Diagnostic]:
@@ -371,7 +446,9 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
             measure,
             experiment.spec.base,
             at_base=said.steps is None,
-            along_path=", or write `using integrated_gradients`",
+            along_path=", or write `using integrated_gradients`"
+            if said.kind.place == "sites"
+            else "",
         )
         if flat is not None:
             text, reason, hint = flat

@@ -146,6 +146,20 @@ DIFFERENT: dict[str, list[str]] = {
             for word in ("entropy", "distance", "distance(2)", "distance(3)")
         ),
     ],
+    "estimated paths": [
+        one("path z layer 0 head 1 -> q layer 2 head 1 at last token"),
+        *(
+            one(f"path {rule}", "using eap")
+            for rule in (
+                "z layer 0 head 1 -> q layer 2 head 1 at last token",
+                "z layer 0 head 2 -> q layer 2 head 1 at last token",
+                "z layer 0 head 2 -> q layer 2 head 2 at last token",
+                "z layer 0 head 2 -> v layer 2 head 1 at last token through mlps",
+                "z layer 0 head 2 -> v layer 2 head 1 at last token",
+                "z layer 0 head 2 -> v layer 2 head 1 at last token with frozen norms",
+            )
+        ),
+    ],
     "paths": [
         one("path z layer 0 head 1 -> q layer 1 head 1 at last token"),
         one("path z layer 0 head 1 -> k layer 1 head 1 at last token"),

@@ -2515,8 +2515,8 @@ def _estimator_test(kind: GradientEstimator) -> str:
         return "tests/rules/test_atp_star.py"
     if kind.backward is not None:
         return "tests/rules/test_ruled_estimates.py"
-    own = kind.place == "attention"
-    return f"tests/rules/{'test_gradient_attention' if own else 'test_estimates'}.py"
+    files = {"attention": "test_gradient_attention", "paths": "test_path_estimates"}
+    return f"tests/rules/{files.get(kind.place, 'test_estimates')}.py"
 
 
 for _estimator in dict(ESTIMATORS.items()).values():
@@ -2537,7 +2537,7 @@ _experiment(
 )
 _experiment(
     "verify",
-    "using gradient_input verify top 2, random 3",
+    "using atp verify top 2, random 3",
     "Also runs the 2 cells with the largest absolute estimates, and 3 drawn from the others with "
     "the seed, on the same rows. A table below the estimates has their exact effects with "
     "intervals. Below it are Pearson's and Spearman's correlation of estimates and exact effects, "
@@ -2549,7 +2549,7 @@ _experiment(
 )
 _experiment(
     "verify until",
-    "using gradient_input verify until top 2 95%",
+    "using atp verify until top 2 95%",
     "Also runs cells until the 2 largest exact effects are known with this confidence: 60 drawn "
     "at random, then those with the largest absolute estimates in batches. After each batch, a "
     "regression of the exact effects on the estimates gives the probability that another cell is "
@@ -2562,7 +2562,7 @@ _experiment(
 )
 _experiment(
     "verify until stable",
-    "using gradient_input verify until stable",
+    "using atp verify until stable",
     "Also runs cells in the order of their absolute estimates, in batches of 20, until a batch "
     "leaves the 20 largest exact effects as they were. This is a heuristic without a bound.",
     "tests/rules/test_verification.py",

@@ -207,6 +207,31 @@ class DifferentiatedRun:
         dtype = torch.promote_types(self.model.dtype, torch.float32)
         return torch.zeros(size, dtype=dtype, device=self.model.device, requires_grad=True)
 
+    def add_zeros(
+        self, places: Iterable[SiteLayer], lane: Tensor, token: Tensor
+    ) -> tuple[dict[SiteLayer, Tensor], list[SiteWrite]]:
+        """Add zeros at all units of sites, which the metric is differentiated by.
+
+        Args:
+            places: Sites and layers, which may repeat.
+            lane: [vector]
+            token: [vector]
+
+        Returns:
+            The zeros [vector, units, width] of each site and layer, and the writes that add them.
+        """
+        shape = self.model.shape
+        leaves: dict[SiteLayer, Tensor] = {}
+        adds: list[SiteWrite] = []
+        for site, layer in dict.fromkeys(places):
+            units = unit_count(shape, site, layer)
+            leaf = self.zeros(len(lane), units, vector_width(shape, site, layer))
+            unit = torch.arange(units).repeat(len(lane))
+            at = lane.repeat_interleave(units), token.repeat_interleave(units), unit
+            leaves[site, layer] = leaf
+            adds.append(SiteWrite(site, layer, *at, leaf.flatten(0, 1), mode="add"))
+        return leaves, adds
+
     def noise(self, lanes: DrawLanes) -> list[SiteWrite]:
         """Build the noise of a corrupted run."""
         table, seed = self.runs.table, self.runs.seed
@@ -259,17 +284,8 @@ def _gradients(
     Args:
         spots: [2, spot] lane and token.
     """
-    model = run.model
     lane, token = (torch.from_numpy(each) for each in spots)
-    leaves: dict[SiteLayer, Tensor] = {}
-    adds: list[SiteWrite] = []
-    for site, layer in dict.fromkeys((point.site, point.layer) for point in points):
-        units = unit_count(model.shape, site, layer)
-        leaf = run.zeros(len(lane), units, vector_width(model.shape, site, layer))
-        unit = torch.arange(units).repeat(len(lane))
-        at = lane.repeat_interleave(units), token.repeat_interleave(units), unit
-        leaves[site, layer] = leaf
-        adds.append(SiteWrite(site, layer, *at, leaf.flatten(0, 1), mode="add"))
+    leaves, adds = run.add_zeros(((point.site, point.layer) for point in points), lane, token)
     reading, _ = run.read(adds, lanes, ())
     (values,) = run.readout.tensors(reading)
     found = compute_gradients(values.sum(), list(leaves.values()), keep=False)

@@ -13,6 +13,7 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.hashing import digest_number
 from mechdsl.execute.measurement.readout import Readout, ReadoutInput, ReadoutResult, ValueGap
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
+from mechdsl.execute.patching.held_passes import HeldPass, PathEdges
 from mechdsl.execute.patching.writes import (
     RuleInputs,
     RuleReader,
@@ -333,6 +334,11 @@ class GradientEstimates:
         prompts = np.unique(drawn.prompt)
         lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
         lanes = DrawLanes.of(self.differentiated.unpatched(), prompts, draws)
+        if self.kind.place == "paths":
+            edges = PathEdges.of(self.plan, drawn, draw, lane_of_row, self.model.shape)
+            senders = drawn.take(edges.first), draw[edges.first], lane_of_row[edges.first]
+            sums = self._along_edges(edges, *senders, lanes, self._environments(drawn))
+            return self._result(sums, wanted, base)
         if self.kind.place == "attention":
             edges = build_edges(self.plan, drawn, self.model.shape)
             writes = [_select_keys(edge, lanes.batch.key_width) for edge in edges]
@@ -345,9 +351,7 @@ class GradientEstimates:
             return self._result(sums, wanted, base)
         shape = self.model.shape
         written = [_WrittenVectors.of(write, lane_of_row, shape) for write in writes]
-        environments = [self.plan.items[cell] for cell in drawn.cell]
-        if not any(atom.by_item for _, atom in self.readout.atoms):
-            environments = [None] * len(drawn)
+        environments = self._environments(drawn)
         if self.kind.adds_noise:
             sums = self._near_base(written, lanes, environments)
         elif self.steps is None:
@@ -356,6 +360,12 @@ class GradientEstimates:
             groups = cell_sites(self.plan)[drawn.cell]
             sums = self._along(written, lanes, environments, groups)
         return self._result(sums, wanted, base)
+
+    def _environments(self, rows: RowTable) -> Sequence[ItemNumber]:
+        """Return the occurrence that measures read in each row; None if they read none."""
+        if not any(atom.by_item for _, atom in self.readout.atoms):
+            return [None] * len(rows)
+        return [self.plan.items[cell] for cell in rows.cell]
 
     def _result(self, sums: Floats, wanted: Ints, base: Sequence[Floats]) -> ReadoutResult:
         """Average values [measure, row and draw] over draws, and add those of the base run."""
@@ -484,6 +494,51 @@ class GradientEstimates:
             ]
             for each in sums:
                 found[number, own] += each[own]
+        return found
+
+    def _along_edges(
+        self,
+        edges: PathEdges,
+        senders: RowTable,
+        draws: Ints,
+        lane_of_sender: Ints,
+        lanes: DrawLanes,
+        environments: Sequence[ItemNumber],
+    ) -> Floats:
+        """Return [measure, row]: the change of senders times the gradient along edges.
+
+        Args:
+            edges: The edges of all rows.
+            senders: The rows with distinct senders.
+            draws: [sender] noise draw.
+            lane_of_sender: [sender]
+            lanes: The lanes of all rows.
+            environments: [row]
+        """
+        shape, run = self.model.shape, self.differentiated
+        given = (self.lanes_of, self.means_and_donors, shape)
+        writes = build_writes(self.plan, senders, draws, *given)
+        written = [_WrittenVectors.of(write, lane_of_sender, shape) for write in writes]
+        paths = edges.rule.paths
+        if paths is not None and paths.at_the_end and paths.frozen_norms:
+            run = replace(run, backward=BackwardRules(fixed_norms=True))
+        received, adds = run.add_zeros(edges.sites, *edges.tokens)
+        reading, _ = run.read(adds, lanes, ())
+        leaves = [run.zeros(len(each.lane), each.width(shape)) for each in written]
+        adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
+        held = HeldPass.run(edges, run.model, run.runs.norms, lanes.batch, run.noise(lanes), adds)
+        bases = [each.base(held.senders[each.where], lanes.batch) for each in written]
+        found = np.zeros((len(self.readout.measures), len(environments)))
+        for measure, own, slopes in self._gradients(reading, list(received.values()), environments):
+            by_site = dict(zip(received, slopes, strict=True))
+            for number in np.unique(edges.receivers_of_row[own]).tolist():
+                rows = own[edges.receivers_of_row[own] == number]
+                gradients = held.gradients(number, by_site, leaves)
+                parts = zip(written, bases, gradients, strict=True)
+                sums = np.zeros(len(senders))
+                for each in parts:
+                    sums += self._sums(*each, len(senders))
+                found[measure, rows] = sums[edges.sender[rows]]
         return found
 
     def _near_base(

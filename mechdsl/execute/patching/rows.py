@@ -34,6 +34,7 @@ from mechdsl.execute.measurement.readout import (
     read_samples,
 )
 from mechdsl.execute.measurement.values import UnusableRow
+from mechdsl.execute.patching.held_passes import hold_rows, hold_sublayers
 from mechdsl.execute.patching.writes import (
     RuleInputs,
     RuleReader,
@@ -83,7 +84,6 @@ from mechdsl.forward.hooks.model import (
     select_row_logits,
 )
 from mechdsl.forward.hooks.settled import CircuitSettler
-from mechdsl.forward.hooks.weight_maps import FrozenNorms
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.models.restart import HeldSublayers
 from mechdsl.models.shape import ModelShape, unit_count
@@ -267,17 +267,6 @@ class _ReceiverVectors:
     """Index into the receivers' table."""
 
 
-def hold_rows(plan: RulePlan, count: int) -> HeldSublayers:
-    """Hold `count` rows of a path rule."""
-    assert plan.paths is not None
-    paths = plan.paths
-    return HeldSublayers(
-        np.ones(count, dtype=np.bool_),
-        np.full(count, not paths.through_mlps, dtype=np.bool_),
-        np.full(count, paths.frozen_norms, dtype=np.bool_),
-    )
-
-
 def compute_receiver_writes(
     experiment: ExperimentPlan,
     plan: RulePlan,
@@ -369,83 +358,6 @@ def _list_receiver_vectors(
         row, token = row[there], token[there]
     index, point = plan.paths.points.expand(plan.paths.pair_of_cell[rows.cell][row])
     return _ReceiverVectors(row[index], token[index], point)
-
-
-# --- full passes ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def hold_sublayers(
-    model: LoadedModel,
-    norms: FrozenNorms,
-    batch: Batch,
-    held: HeldSublayers,
-    acting: RuleWrites,
-    noise: Sequence[SiteWrite],
-    beside: RuleWrites,
-) -> Generator[list[SiteWrite]]:
-    """Hold heads and MLPs of held rows at the base run in a full pass, and norms if requested.
-
-    Held values precede the writes of rules, which act on them again in their order.
-
-    Args:
-        norms: Its norms, which are frozen for held rows while the context is open.
-        held: Which rows, MLPs and norms are held.
-        acting: Writes of all rules.
-        noise: Writes of the base run's noise.
-        beside: Writes of rules outside the path, which also act on the base run.
-
-    Yields:
-        Writes that hold the sublayers.
-    """
-    shape, rows = model.shape, np.flatnonzero(held.rows)
-    without_mlps = np.flatnonzero(held.rows & held.mlps)
-    neurons = {write.layer for write in acting.writes if write.site == "mlp_hidden"}
-    removed = {to for to, of in acting.blocks if of is None}
-    wanted: list[tuple[SiteRead, Ints]] = []
-    for layer in range(shape.n_layers):
-        if layer in removed:
-            continue
-        heads = next(s for s in ("z", "mixer_out", "attn_out") if shape.has(s, layer))
-        wanted.append((SiteRead(heads, layer, before=True), rows))
-        mlp = "mlp_hidden" if layer in neurons else "mlp_out"
-        if shape.has(mlp, layer):
-            wanted.append((SiteRead(mlp, layer, before=True), without_mlps))
-    wanted = [(read, own) for read, own in wanted if len(own)]
-    frozen = bool(held.norms.any())
-    # Norms may follow the last one of the stream: then the pass can't stop early.
-    stop = None if frozen else shape.n_layers
-    beside = beside.below(shape.n_layers + int(frozen), shape.n_layers)
-    last = None if has_single_output(model) else (batch.lengths - 1)[:, None]
-    with norms.recorded(held.norms) as scales:
-        found = run_full(
-            model,
-            batch,
-            writes=[*noise, *beside.writes],
-            reads=[read for read, _ in wanted],
-            stop=stop,
-            logits_at=last,
-            edges=beside.edges,
-        ).reads
-    lengths = batch.lengths.numpy()
-    with norms.kept(held.norms, scales):
-        yield [
-            _write_all_tokens(found[read], read.site, read.layer, own, batch, lengths)
-            for read, own in wanted
-        ]
-
-
-def _write_all_tokens(
-    read: Tensor, site: str, layer: int | None, rows: Ints, batch: Batch, lengths: Ints
-) -> SiteWrite:
-    """Write the values read of these rows at all tokens and units."""
-    count = read.shape[2]
-    index, within = count_columns(lengths[rows] * count)
-    where = torch.from_numpy(rows[index]), torch.from_numpy(within // count)
-    unit = torch.from_numpy(within % count)
-    index = where[0], batch.columns(*where), unit
-    values = read[indices_to_device(index, read.device)]
-    return SiteWrite(site, layer, *where, unit, values)
 
 
 class Patcher:

@@ -357,6 +357,9 @@ class SiteWrite:
     rule: int = -1
     """Number of the writing rule, in the order of the file; the last one for vectors of several
     rules in one write. -1 is before all rules."""
+    holds: bool = False
+    """Whether it is the first write of its site and replaces all vectors of the pass, so that no
+    gradient passes what the model computed."""
 
     def __post_init__(self) -> None:
         split_stack(self)

@@ -233,6 +233,7 @@ class SiteSteps:
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             if places:
+                value = value.detach() if places[0].write.holds else value
                 value = value.clone(memory_format=torch.contiguous_format)
             view = view_layout(value, layout)
             for place in places:

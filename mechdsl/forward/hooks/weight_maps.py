@@ -280,7 +280,8 @@ class FrozenNorms:
                     module: nn.Module, args: Any, kwargs: Any, out: Tensor,
                     norm: _NormMap = self._norms[path], due: Any = due,
                 ) -> Tensor:  # fmt: skip
-                    given, scale = get_activation(args, kwargs), next(due)
+                    # A clone, because tensors created in inference mode can't be differentiated.
+                    given, scale = get_activation(args, kwargs), next(due).clone()
                     frozen = norm.divided(given, out, scale)
                     each = np.repeat(rows, out.shape[0] // len(rows))
                     chosen = array_to_device(each, out.device)

@@ -1,0 +1,247 @@
+"""Full passes in which heads and MLPs are held, for path rules, and gradients along the edges of a
+path (`using eap`)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    RuleWrites,
+    SiteRead,
+    SiteWrite,
+    indices_to_device,
+)
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
+from mechdsl.forward.hooks.model import LoadedModel, has_single_output
+from mechdsl.forward.hooks.weight_maps import FrozenNorms
+from mechdsl.models.restart import HeldSublayers
+from mechdsl.models.shape import ModelShape
+from mechdsl.planner.plan import ExperimentPlan
+from mechdsl.planner.rows import RowTable, RulePlan, count_columns
+from mechdsl.resolve.types import SiteLayer, SitePoint
+from mechdsl.vocab.sites import SITES
+
+
+def hold_rows(plan: RulePlan, count: int) -> HeldSublayers:
+    """Hold `count` rows of a path rule."""
+    assert plan.paths is not None
+    paths = plan.paths
+    return HeldSublayers(
+        np.ones(count, dtype=np.bool_),
+        np.full(count, not paths.through_mlps, dtype=np.bool_),
+        np.full(count, paths.frozen_norms, dtype=np.bool_),
+    )
+
+
+@contextmanager
+def hold_sublayers(
+    model: LoadedModel,
+    norms: FrozenNorms,
+    batch: Batch,
+    held: HeldSublayers,
+    acting: RuleWrites,
+    noise: Sequence[SiteWrite],
+    beside: RuleWrites,
+) -> Generator[list[SiteWrite]]:
+    """Hold heads and MLPs of held rows at the base run in a full pass, and norms if requested.
+
+    Held values precede the writes of rules, which act on them again in their order.
+
+    Args:
+        norms: Its norms, which are frozen for held rows while the context is open.
+        held: Which rows, MLPs and norms are held.
+        acting: Writes of all rules.
+        noise: Writes of the base run's noise.
+        beside: Writes of rules outside the path, which also act on the base run.
+
+    Yields:
+        Writes that hold the sublayers.
+    """
+    shape, rows = model.shape, np.flatnonzero(held.rows)
+    without_mlps = np.flatnonzero(held.rows & held.mlps)
+    neurons = {write.layer for write in acting.writes if write.site == "mlp_hidden"}
+    removed = {to for to, of in acting.blocks if of is None}
+    wanted: list[tuple[SiteRead, Ints]] = []
+    for layer in range(shape.n_layers):
+        if layer in removed:
+            continue
+        heads = next(s for s in ("z", "mixer_out", "attn_out") if shape.has(s, layer))
+        wanted.append((SiteRead(heads, layer, before=True), rows))
+        mlp = "mlp_hidden" if layer in neurons else "mlp_out"
+        if shape.has(mlp, layer):
+            wanted.append((SiteRead(mlp, layer, before=True), without_mlps))
+    wanted = [(read, own) for read, own in wanted if len(own)]
+    frozen = bool(held.norms.any())
+    # Norms may follow the last one of the stream: then the pass can't stop early.
+    stop = None if frozen else shape.n_layers
+    beside = beside.below(shape.n_layers + int(frozen), shape.n_layers)
+    last = None if has_single_output(model) else (batch.lengths - 1)[:, None]
+    with norms.recorded(held.norms) as scales:
+        found = run_full(
+            model,
+            batch,
+            writes=[*noise, *beside.writes],
+            reads=[read for read, _ in wanted],
+            stop=stop,
+            logits_at=last,
+            edges=beside.edges,
+        ).reads
+    lengths = batch.lengths.numpy()
+    with norms.kept(held.norms, scales):
+        yield [
+            _write_all_tokens(found[read], read.site, read.layer, own, batch, lengths)
+            for read, own in wanted
+        ]
+
+
+def _write_all_tokens(
+    read: Tensor, site: str, layer: int | None, rows: Ints, batch: Batch, lengths: Ints
+) -> SiteWrite:
+    """Write the values read of these rows at all tokens and units."""
+    count = read.shape[2]
+    index, within = count_columns(lengths[rows] * count)
+    where = torch.from_numpy(rows[index]), torch.from_numpy(within // count)
+    unit = torch.from_numpy(within % count)
+    index = where[0], batch.columns(*where), unit
+    values = read[indices_to_device(index, read.device)]
+    holds = len(np.unique(rows)) == len(lengths)
+    return SiteWrite(site, layer, *where, unit, values, holds=holds)
+
+
+@dataclass(frozen=True, eq=False)
+class PathEdges:
+    """The edges of some rows of a path rule."""
+
+    rule: RulePlan
+    first: Ints
+    """[sender] index of the first row with each value of its senders."""
+    sender: Ints
+    """[row] index into `first`."""
+    receivers: tuple[tuple[SitePoint, ...], ...]
+    """The receivers of a cell, each tuple once; the end of the model is the last stream."""
+    receivers_of_row: Ints
+    """[row] index into `receivers`."""
+    tokens: tuple[Tensor, Tensor]
+    """Lane and position of each token that a row writes."""
+
+    @staticmethod
+    def of(
+        plan: ExperimentPlan, rows: RowTable, draws: Ints, lane_of_row: Ints, shape: ModelShape
+    ) -> PathEdges:
+        """Number the senders and the receivers of rows."""
+        rule = plan.path
+        assert rule is not None
+        assert rule.paths is not None
+        paths, at = rule.paths, rule.written_runs(rows)
+        same = np.stack([plan.senders[rows.cell], at, rows.alternative, rows.prompt, draws])
+        _, first, sender = np.unique(same, axis=1, return_index=True, return_inverse=True)
+        number: dict[tuple[SitePoint, ...], int] = {}
+        end = SitePoint("resid_post", shape.n_layers - 1, None)
+        table = [end if SITES[point.site].when == "output" else point for point in paths.table]
+        of_pair: list[int] = []
+        for pair in range(len(paths.points.offsets) - 1):
+            _, points = paths.points.expand(np.array([pair]))
+            own = tuple(dict.fromkeys(table[point] for point in points.tolist()))
+            of_pair.append(number.setdefault(own, len(number)))
+        row, token = rule.written.tokens.expand(at)
+        places = np.unique(np.stack([lane_of_row[row], token]), axis=1)
+        return PathEdges(
+            rule,
+            first,
+            sender.reshape(-1),
+            tuple(number),
+            np.array(of_pair, dtype=np.int64)[paths.pair_of_cell[rows.cell]],
+            (torch.from_numpy(places[0]), torch.from_numpy(places[1])),
+        )
+
+    @property
+    def sites(self) -> list[SiteLayer]:
+        """The sites and layers of all receivers."""
+        points = (point for own in self.receivers for point in own)
+        return list(dict.fromkeys((point.site, point.layer) for point in points))
+
+
+@dataclass(frozen=True, eq=False)
+class HeldPass:
+    """What receivers read in a pass in which all heads and MLPs but the senders are held.
+
+    It has the values of the base run, and its autograd graph leads to the senders alone.
+    """
+
+    edges: PathEdges
+    senders: Mapping[SiteRead, Tensor]
+    """[lane, column, unit, width] values at the senders' sites."""
+    inputs: Mapping[SiteLayer, Tensor]
+    """[token, unit, width] values at the receivers' sites."""
+
+    @staticmethod
+    def run(
+        edges: PathEdges,
+        model: LoadedModel,
+        norms: FrozenNorms,
+        batch: Batch,
+        noise: Sequence[SiteWrite],
+        adds: Sequence[SiteWrite],
+    ) -> HeldPass:
+        """Run the pass. Raises AutogradFailed.
+
+        Args:
+            edges: The edges of all rows.
+            model: The model.
+            norms: Its norms.
+            batch: The lanes of all rows.
+            noise: Writes of the base run's noise.
+            adds: Zeros at the senders.
+        """
+        of_site = {
+            (site, layer): SiteRead(site, layer, before=site != "resid_post")
+            for site, layer in edges.sites
+        }
+        wheres = [each.where for each in adds]
+        held = hold_rows(edges.rule, len(batch.lengths))
+        given = (held, RuleWrites(adds), noise, RuleWrites())
+        with (
+            hold_sublayers(model, norms, batch, *given) as writes,
+            catch_autograd_errors(),
+        ):
+            found = run_full(
+                model,
+                batch,
+                stop=model.shape.n_layers,
+                writes=[*noise, *writes, *adds],
+                reads=[*of_site.values(), *wheres],
+                gradients=True,
+            ).reads
+        row, column = edges.tokens[0], batch.columns(*edges.tokens)
+        inputs = {
+            place: found[read][indices_to_device((row, column), found[read].device)]
+            for place, read in of_site.items()
+        }
+        return HeldPass(edges, {where: found[where] for where in wheres}, inputs)
+
+    def gradients(
+        self, number: int, slopes: Mapping[SiteLayer, Tensor], leaves: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the gradient of a metric by each leaf along edges. Raises AutogradFailed.
+
+        Args:
+            number: Index into the receivers of the edges.
+            slopes: [token, unit, width] gradients of the metric by the receivers' sites.
+            leaves: The zeros that were added at the senders.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        for point in self.edges.receivers[number]:
+            place = point.site, point.layer
+            units = slice(None) if point.unit is None else point.unit
+            values, slope = self.inputs[place][:, units], slopes[place][:, units]
+            total = total.to(values.device) + (values.to(slope) * slope).sum().double()
+        return compute_gradients(total, leaves, keep=True)

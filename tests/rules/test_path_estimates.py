@@ -1,0 +1,395 @@
+"""`path … using eap`: estimates of edges, against autograd on an explicit forward pass of one
+unpadded prompt, and against runs where the model is linear."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.execute.patching import differentiated_run, held_passes
+from mechdsl.planner.cost import gradient_work
+from mechdsl.planner.passes import make_plan
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import Record, check_file, execute_file, token
+from ..execute.support import shared as shared_model
+from ..execute.test_stored_values import check_case
+from ..quick import some
+from ..reference.forward import Changes, Run, Write, side_by_side
+from .models import bare, double
+from .paths import LAST, End, Way, held, leads, plain
+from .support import (
+    BLOCKS,
+    Key,
+    agree,
+    experiment,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+    unpatched,
+    write_data,
+)
+from .test_estimates import agrees, by_hand, metrics, whole_subject
+from .test_paths import CASES, GROUPS, Case, grid, joined, parallel, precise, swept
+
+KEYS = (
+    "heads_to_queries",
+    "heads_to_keys",
+    "heads_to_logits",
+    "heads_to_logits_through_mlps",
+    "heads_to_queries_through_mlps",
+    "everywhere_through_mlps",
+    "positions_are_swept",
+    "heads_are_joined",
+    "mlps_to_mlps",
+    "heads_to_mlps",
+    "neurons_send",
+    "heads_to_blocks",
+    "a_block_to_blocks",
+    "from_the_clean_run",
+    "a_group_sends",
+    "windows_of_senders",
+    "a_group_to_logits",
+    "neurons_and_what_comes_before",
+)
+OWN = {key: CASES[key] for key in KEYS} | {
+    "embedding_to_norms": Case(
+        joined("embed", End("embed")),
+        swept("attn_norm", "attn_norm layer *", "layer", range(3), ()),
+    ),
+    "inputs_of_one_layer": Case(
+        grid("z", (0, 2)), joined("inputs", End("q", 2, 1), End("k", 2, 0), End("v", 2, 1))
+    ),
+    "neurons_receive": Case(
+        swept("z", "layer 0 head *", "head", [0], range(4)),
+        joined("L2N3", End("mlp_hidden", 2, 3)),
+    ),
+}
+INPUTS = "group inputs = L2H1.q, L2H0.k, L2H1.v\n"
+FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+
+def with_gradients(name: str, ids: Sequence[int], each: Sequence[Changes]) -> list[Run]:
+    call: Any = side_by_side
+    with torch.enable_grad():
+        return call.__wrapped__(name, double(name), ids, each) if each else []
+
+
+def moved(ends: Sequence[End], run: Run, places: Sequence[int]) -> tuple[list[Write], list[Tensor]]:
+    """Writes that add zeros at the ends, and these zeros: [place, unit, width] of each end."""
+    writes: list[Write] = []
+    leaves: list[Tensor] = []
+    for end in ends:
+        own = run[end.site, end.layer][list(places)]
+        leaf = torch.zeros_like(own, requires_grad=True)
+        leaves.append(leaf)
+        for unit in range(own.shape[1]) if end.unit is None else [end.unit]:
+            for n, place in enumerate(places):
+                part = leaf[n, unit]
+                add = lambda value, part=part: value + part  # noqa: E731
+                writes.append(Write(end.site, end.layer, add, place, unit))
+    return writes, leaves
+
+
+def metric(run: Run, record: Record, at: int) -> Tensor:
+    return run.logits[at, token(record["a"])] - run.logits[at, token(record["b"])]
+
+
+def estimated(
+    name: str, ids: Sequence[int], runs: tuple[Run, Run], ways: Sequence[Way], case: Case,
+    record: Record, at: int,
+) -> list[float]:  # fmt: skip
+    """The estimate of each path: the gradient by its receivers' inputs, and that of these inputs by
+    its senders while all else is held. Each path has a separate copy of the prompt."""
+    base, source = runs
+    ended = [any(to.site in LAST for to in way.receivers) for way in ways]
+    inner = [way for way, end in zip(ways, ended, strict=True) if not end]
+    reads = [moved(way.receivers, base, way.written) for way in inner]
+    found = with_gradients(name, ids, [(writes, ()) for writes, _ in reads])
+    total = sum((metric(run, record, at) for run in found), torch.zeros(()))
+    flat = [leaf for _, leaves in reads for leaf in leaves]
+    slopes = iter(torch.autograd.grad(total, flat) if flat else ())
+    layers = range(double(name).config.num_hidden_layers)
+    sent = [moved(way.senders, base, way.written) for way in ways]
+    kept = [held(base, way.senders, len(layers), mlps=case.mlps) for way in ways]
+    changes = [([*own, *adds], ()) for own, (adds, _) in zip(kept, sent, strict=True)]
+    totals: list[Tensor] = []
+    for way, end, run in zip(ways, ended, with_gradients(name, ids, changes), strict=True):
+        if end:
+            totals.append(metric(run, record, at))
+        for to in () if end else way.receivers:
+            totals.append((run[to.site, to.layer][list(way.written)] * next(slopes)).sum())
+    leaves = [leaf for _, own in sent for leaf in own]
+    whole = sum(totals, torch.zeros(()))
+    gradients = iter(torch.autograd.grad(whole, leaves, materialize_grads=True, allow_unused=True))
+    values: list[float] = []
+    for way in ways:
+        value = 0.0
+        for of in way.senders:
+            change = source[of.site, of.layer][list(way.read)]
+            change = change - base[of.site, of.layer][list(way.written)]
+            value += float((change * next(gradients)).sum())
+        values.append(value)
+    return values
+
+
+@cache
+def expected(name: str, key: str) -> dict[Key, list[float]]:
+    case = OWN[key]
+    found: dict[Key, list[float]] = {}
+    cells: list[tuple[Sequence[End], Sequence[End], str]] = []
+    combined = itertools.product(case.sender.cells, case.receiver.cells, case.positions)
+    for (of, senders), (to, receivers), where in combined:
+        if any(leads(s, r, parallel=parallel(name)) for s in senders for r in receivers):
+            found[(*of, *to, *((where,) if len(case.positions) > 1 else ()))] = []
+            cells.append((senders, receivers, where))
+    model = double(name)
+    for n, record in enumerate(records()):
+        base, source = rows(case.base)[n], rows(case.run)[n]
+        ways = [
+            Way(senders, receivers, tokens(source, where), tokens(base, where))
+            for senders, receivers, where in cells
+        ]
+        runs = plain(name, model, base.ids), plain(name, model, source.ids)
+        at = tokens(base, case.measured)[0]
+        own = estimated(name, base.ids, runs, ways, case, record, at)
+        whole = float(metric(runs[0], record, at))
+        for values, value in zip(found.values(), own, strict=True):
+            values.append(whole + value)
+    return found
+
+
+def lines(case: Case, *more: str) -> tuple[str, ...]:
+    return (f"from {case.run} into {case.base}", case.rule, *more)
+
+
+def measure(case: Case) -> str:
+    return f"measure logit(answer) - logit(wrong) at {case.measured} as delta"
+
+
+@cache
+def results(data: Path, name: str, mode: str, keys: tuple[str, ...]) -> dict[str, ExperimentResult]:
+    """The cases in one file."""
+    text = GROUPS + INPUTS
+    for key in keys:
+        text += experiment(key, *lines(OWN[key], "using eap"), measure=measure(OWN[key]))
+    return run_file(text, data, name, mode, precise=precise(name))
+
+
+def equal_autograd(data: Path, name: str, mode: str, keys: tuple[str, ...]) -> None:
+    fine = precise(name)
+    large = 1e-3 if fine else 1e-2
+    for key, found in results(data, name, mode, keys).items():
+        base, values = unpatched(name, OWN[key].base, at=OWN[key].measured), expected(name, key)
+        agree(found, OWN[key].axes, values, base, large=large, most=False, precise=fine)
+
+
+PARTS = {
+    family: tuple(OWN)[number::3] for number, family in enumerate(("llama", "gpt2", "gpt_neox"))
+}
+
+
+@pytest.mark.parametrize("part", list(PARTS))
+def test_estimates_of_edges_equal_autograd(data: Path, part: str) -> None:
+    """Each case in one family, in passes of few prompts, padded."""
+    equal_autograd(data, part, "small passes", PARTS[part])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["planned", "plain", "small passes", "padded on the right"])
+@pytest.mark.parametrize("family", [*PARTS, "gemma2", "gpt_neox_sequential"])
+def test_estimates_of_edges_equal_autograd_in_every_family(
+    data: Path, family: str, mode: str
+) -> None:
+    equal_autograd(data, family, mode, tuple(OWN))
+
+
+# --- linear models and sums -----------------------------------------------------------------------
+
+MODELS_OF_SLOW_CASES = ("llama without norms", "gpt2 without norms")
+LINEAR = (
+    ("gpt2", "path layer * head * -> logits at last token with frozen norms"),
+    ("llama", "path mlp_out layer * -> logits at last token with frozen norms"),
+    ("gpt_neox", "path resid_pre layer 1 -> final_norm at last token with frozen norms"),
+    ("llama without norms", "path layer * head * -> logits at last token"),
+    ("gpt2 without norms", "path layer 0 neuron 0..3 -> logits at last token"),
+    ("gpt_neox without norms", "path layer * head 1 -> v layer 2 heads * at tokens *"),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        pytest.param(*own, marks=pytest.mark.slow if own[0] in MODELS_OF_SLOW_CASES else ())
+        for own in LINEAR
+    ],
+)
+def test_estimates_of_linear_paths_equal_their_runs(data: Path, name: str, rule: str) -> None:
+    """With frozen norms, logits are linear in a sender. Without norms, the last block of a model
+    with parallel sublayers is linear in values."""
+    given = ("from other into clean", rule)
+    text = experiment("run", *given) + experiment("estimate", *given, "using eap")
+    found = run_file(text, data, name, "small passes", precise=True)
+    own, run = (found[key].measures[0] for key in ("estimate", "run"))
+    assert np.abs(run.patched - run.base).max() > 1e-3
+    np.testing.assert_allclose(own.patched, run.patched, rtol=0, atol=1e-5)
+
+
+def test_estimate_of_receivers_together_is_the_sum_of_their_estimates(data: Path) -> None:
+    given = "from longer into clean", "using eap"
+    groups = "group ends = L2H1.q, L2H3.v, logits\n"
+    receivers = {"q": "q layer 2 head 1", "v": "v layer 2 head 3", "end": "logits", "all": "ends"}
+    text = groups
+    for key, receiver in receivers.items():
+        rule = f"path layer 0..1 head * -> {receiver} at {{cue token, last token}}"
+        text += experiment(key, rule, *given)
+    found = run_file(text, data, "gpt2", "planned", precise=True)
+    effects = {key: own.measures[0].patched - own.measures[0].base for key, own in found.items()}
+    parts = [effects[key] for key in ("q", "v", "end")]
+    assert all(np.abs(part).max() > 1e-3 for part in parts)
+    np.testing.assert_allclose(effects["all"], sum(parts), rtol=0, atol=1e-9)
+
+
+NOISED = BLOCKS.replace(
+    "corrupt other { subject = alt }",
+    "corrupt noised { add gaussian(std: 0.5, samples: 3) to embed at subject tokens }",
+)
+
+
+@pytest.mark.parametrize(
+    "ways", some(["clean into noised", "noised into clean"], ["noised into clean"])
+)
+def test_estimates_of_linear_paths_are_averaged_over_noise_draws(data: Path, ways: str) -> None:
+    given = f"from {ways}", "path layer * head * -> logits at last token with frozen norms"
+    text = experiment("run", *given) + experiment("estimate", *given, "using eap")
+    found = run_file(text, data, "llama", "planned", precise=True, blocks=NOISED)
+    own, run = (found[key].measures[0] for key in ("estimate", "run"))
+    assert np.abs(run.patched - run.base).max() > 1e-3
+    np.testing.assert_allclose(own.patched, run.patched, rtol=0, atol=1e-5)
+
+
+# --- every metric ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_estimates_of_all_metrics_equal_autograd(data: Path, layer: int) -> None:
+    """From a stream to the same stream, a path is a patch, whose estimate the bare model gives."""
+    name, site = "gpt_neox", f"resid_post layer {layer}"
+    receiver = "logits" if layer == 2 else f"resid_pre layer {layer + 1}"
+    measures = [f"measure {text} as delta" for text in metrics(name)]
+    rule = f"path {site} -> {receiver} at subject tokens"
+    text = experiment("e", "from other into clean", rule, "using eap", *measures, measure="")
+    found = run_file(text, data, name, "small passes")["e"]
+    for number, metric in enumerate(metrics(name)):
+        given = (name, "resid_post", layer, whole_subject, metric, "gradient_input")
+        largest = agrees(found, number, by_hand(*given), None)
+        assert layer == 2 or largest > 1e-3, metric
+
+
+# --- cells that are run, plans, stored values -----------------------------------------------------
+
+HEADS = ("from other into clean", "path layer 0 head * -> q layer * head * at last token")
+
+
+def test_verified_edges_have_the_effects_of_runs(data: Path) -> None:
+    text = experiment("swept", *HEADS)
+    text += experiment("some", *HEADS, "using eap verify top 3, random 6")
+    text += experiment("stable", *HEADS, "using eap verify until stable")
+    found = run_file(text, data, "llama", "planned")
+    exact = found["swept"].statistics[0].mean
+    assert np.abs(exact).max() > 1e-2
+    for key in ("some", "stable"):
+        (verified,) = found[key].verified
+        np.testing.assert_allclose(verified.exact, exact[verified.cells], rtol=1e-3, atol=1e-5)
+    (verified,) = found["some"].verified
+    estimates = found["some"].statistics[0].mean
+    order = np.argsort(-np.abs(estimates), kind="stable")
+    assert verified.cells[:3].tolist() == order[:3].tolist()
+    assert verified.over_random is not None
+    assert "Spearman" in found["some"].to_text()
+
+
+@pytest.mark.parametrize(("through", "backwards"), [("", 2), (" through mlps", 2 + 2 * 8)])
+def test_plan_counts_the_passes_of_edges(
+    tmp_path: Path, through: str, backwards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward passes from receivers only cost where they pass MLPs: here from 8 queries."""
+    write_data(tmp_path)
+    measures = "measure loss as delta", "measure logit(answer) as delta"
+    text = experiment("e", HEADS[0], HEADS[1] + through, "using eap", *measures, measure="")
+    checked = check_file(text, tmp_path, shared_model(bare("gpt2")))
+    ((own,),) = (panel.experiments for panel in make_plan(checked.experiments).panels)
+    work = gradient_work(own, np.arange(len(records())), lambda lengths: lengths, 10_000)
+    assert (work.joined_forwards, work.joined_backwards) == (3, backwards)
+    calls: list[str] = []
+
+    def count(module: Any, name: str) -> None:
+        run = getattr(module, name)
+
+        def counted(*given: Any, **more: Any) -> Any:
+            calls.append(name)
+            return run(*given, **more)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for module in (differentiated_run, held_passes):
+        count(module, "run_full")
+    count(torch.autograd, "grad")
+    execute_file(checked, shared_model(bare("gpt2")))
+    assert (calls.count("run_full"), calls.count("grad")) == (3, 2 + 2 * 8)
+
+
+def test_interrupted_estimates_of_edges_resume(tmp_path: Path) -> None:
+    text = experiment("e", *HEADS, "using eap", 'measure logprob("w3 w9") as delta')
+    check_case("llama", text.replace("  model m\n", ""), tmp_path, cut=1)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+EDGE = "path layer 0 head * -> q layer 1 head * at last token"
+WRONG = {
+    "patch": ("patch layer 0 head * at last token", "eap", "or `using atp`"),
+    "circuit": ("ablate c at tokens * with zero", "eap", "write `path SENDER"),
+    "block": ("block attention layer 0 from last token to subject token", "eap", "write `path"),
+    "atp": (EDGE, "atp", "write `using eap`"),
+    "relp": (EDGE, "relp", "write `using eap`"),
+    "streams": ("path late -> logits at last token", "eap", "sweep them"),
+    "sublayer": ("path both -> logits at last token", "eap", "sweep them"),
+    "mlps": ("path mlps -> logits at last token through mlps", "eap", "sweep them"),
+    "layers": ("path embed -> q layers * head * at last token", "eap", "heads' inputs"),
+    "input": ("path embed -> inner at last token", "eap", "heads' inputs"),
+    "two rules": (f"{EDGE}\n  ablate L0H1 at last token with zero", "eap", "each rule"),
+    "answer": ("path layer 0 head * -> logits at answer token", "eap", "name tokens of the prompt"),
+}
+ENDS = """
+group late = resid_post layer 0, L1H1
+group both = L0H1, attn_out layer 0
+group mlps = L0.mlp, L1.mlp
+group inner = L1H1.q, attn_norm layer 1
+circuit c = embed -> L1H1.q
+"""
+
+
+@pytest.mark.parametrize("key", list(WRONG))
+def test_edges_without_an_estimate_are_errors(data: Path, key: str) -> None:
+    rule, word, hint = WRONG[key]
+    text = ENDS + experiment("e", "from other into clean", rule, f"using {word}")
+    found, problems = try_file(text, data, "gpt2")
+    assert found is None
+    written = render_full(problems[:1], color=False, width=100)
+    assert "E0608" in written, written
+    assert hint in written, written
