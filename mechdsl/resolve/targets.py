@@ -12,6 +12,7 @@ from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
+from mechdsl.diagnostics.models import SiteNotOnModel
 from mechdsl.diagnostics.names import UnequalIndexTokens, UnknownName
 from mechdsl.diagnostics.positions import AbsentOccurrence, NotInReply, OutsidePrompt, UnequalUnion
 from mechdsl.diagnostics.rules import (
@@ -24,7 +25,7 @@ from mechdsl.diagnostics.rules import (
     UnpairedPositions,
 )
 from mechdsl.diagnostics.syntax import NotSupported
-from mechdsl.models.shape import ModelShape, unit_count
+from mechdsl.models.shape import ModelShape, check_site, unit_count
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import NO_REPLIES, check_token_counts, resolve_positions
 from mechdsl.prompts.positions.spans import AnswerTokens
@@ -35,7 +36,6 @@ from mechdsl.resolve.loops import evaluate_arithmetic
 from mechdsl.resolve.sites import (
     ExperimentContext,
     SiteContext,
-    check_component,
     check_stack,
     find_missing_point,
     label_points,
@@ -141,13 +141,14 @@ def resolve_later_positions(
     base = work.table.runs[work.experiment.base]
 
     def later(row: int, tokens: Iterable[int]) -> tuple[int, ...]:
-        end = len(base.rows[row].ids)
+        source, every = base.rows[row].source, len(base.rows[row].ids)
+        first, end = (0, source) if work.side == "source" else (source, every)
         last = end if high is None else high + 1
         found: set[int] = set()
         for token in tokens:
             found.update(range(token + low, min(end, token + last)))
             if both:
-                found.update(range(max(0, token - last + 1), token - low + 1))
+                found.update(range(max(first, token - last + 1), token - low + 1))
         return tuple(sorted(found))
 
     def find(values: NamedValues) -> PositionMatch | None:
@@ -729,7 +730,9 @@ def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSit
         what, hint = "attention of named heads of an encoder-decoder", "write `layer 2 head 3`"
         context.diagnostics.append(NotSupported(span=edge.heads.span, what=what, later=hint))
         return None, ()
-    if not check_component(pattern, edge.span, context):
+    missing = check_site(context.shape, pattern.name, model=context.model, span=edge.span)
+    if missing is not None:
+        context.diagnostics.append(_name_attention(missing, stack))
         return None, ()
     if edge.heads is not None:
         targets, axes = _resolve_named_heads(edge.heads, [pattern], None, context), ()
@@ -751,6 +754,20 @@ def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSit
         return None, ()
     labels = {key: label.replace(".pattern", ".attention") for key, label in targets.labels.items()}
     return replace(targets, labels=labels), axes
+
+
+def _name_attention(missing: Diagnostic, stack: str) -> Diagnostic:
+    """Replace `pattern` by the word of the rule, and name a rule for the stack instead."""
+    if not isinstance(missing, SiteNotOnModel) or not stack:
+        return missing
+    found = replace(missing, site=f"attention {stack}")
+    if missing.reason.startswith("not a part of its stack"):
+        found = replace(
+            found,
+            reason=f"attention weights of its stack `{stack}` aren't read or changed",
+            hint=f"change what its heads write: `ablate z {stack} layer 3 head 0 at … with zero`",
+        )
+    return found
 
 
 def resolve_receivers(site: ast.Site, context: SiteContext) -> ResolvedSites:

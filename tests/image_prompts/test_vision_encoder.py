@@ -358,6 +358,13 @@ def test_invalid_line_reports_the_code_before_anything_runs(line: str, code: str
     assert errors(try_file(text, LLAVA)[1]) == [code]
 
 
+def test_rule_on_attention_of_the_encoder_is_named_as_in_the_file() -> None:
+    line = "block attention vision layer 0 from photo tokens to photo tokens"
+    (problem,) = try_file(experiment("e", line), LLAVA)[1]
+    assert "has no `attention vision`" in problem.message
+    assert "pattern" not in str(problem)
+
+
 DEFINITIONS = {
     "basis b = pca(ask, dims: 2) at resid_post vision layer 0 at last token": "E0310",
     "basis b = pca(ask, dims: 2) at resid_post vision layer 0 at tokens *": "E0310",
