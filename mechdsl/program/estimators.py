@@ -413,8 +413,9 @@ class RelevancePatching(_GradientTimesChange):
         "propagation instead of gradients. The size that a norm divides by is a constant (LN "
         "rule). An activation function f(x) is x times the constant f(x) / x (identity rule). Each "
         "factor of a product of two activations, as in a gated MLP, has half its gradient (half "
-        "rule). Attention has its own gradients, as in the authors' code. Models with experts are "
-        "rejected (E0608). One forward pass, and one backward pass per measure, serve all cells."
+        "rule). Attention has its own gradients, as in the authors' code. Models with experts and "
+        "encoder-decoders are rejected (E0608). One forward pass, and one backward pass per "
+        "measure, serve all cells."
     )
     source = "Jafari et al. 2025, arXiv 2508.21258"
     convention = (
@@ -441,9 +442,9 @@ class GradientInteractionModifications(_GradientTimesChange):
         "attention's softmax are those at twice the temperature, so that saturated attention has "
         "gradients. The size that a norm divides by is a constant. Gradients are divided by the "
         "number of interacting factors: by 4 at queries and keys, by 2 at values and at both "
-        "factors of a gated MLP. Models with experts, and those whose attention weights can't be "
-        "written, are rejected (E0608). One forward pass, and one backward pass per measure, "
-        "serve all cells."
+        "factors of a gated MLP. Models with experts, encoder-decoders, and models whose attention "
+        "weights can't be written are rejected (E0608). One forward pass, and one backward pass "
+        "per measure, serve all cells."
     )
     source = "Edin et al. 2025, arXiv 2505.17630"
     convention = (
@@ -518,7 +519,7 @@ class AttributionPatchingOfPatterns(_FixedAttention):
         "saturated attention doesn't hide an effect. At other sites, values are those of "
         "`gradient_input`. Each site and layer of queries or keys needs two further forward "
         "passes. There, models whose attention can't be computed separately are rejected (E0608), "
-        "and answers of several tokens at `k`."
+        "and answers of several tokens at `k`. Encoder-decoders are rejected at all sites."
     )
     source = "Kramár et al. 2024, arXiv 2403.00745, section 3.1.1"
     convention = (
@@ -545,7 +546,8 @@ class AttributionPatchingStar(_FixedAttention):
         "out (GradDrop). Direct and indirect effects that cancel in a gradient remain visible. The "
         "value has no sign, so it isn't an effect: it needs `as raw` and has no p. The layer that "
         "contains the site is left out of the mean. One forward pass, and one backward pass per "
-        "measure, for each layer serve all cells. Models with one layer are rejected (E0608)."
+        "measure, for each layer serve all cells. Models with one layer and encoder-decoders are "
+        "rejected (E0608)."
     )
     source = "Kramár et al. 2024, arXiv 2403.00745"
     convention = (

@@ -1239,6 +1239,7 @@ def _operand(
     None if a required fact isn't available. Raises BasisError.
     """
     call = definition.method
+    _check_stack(method, point, call, work)
     try:
         match method.takes:
             case "block" | "value and block":
@@ -1269,6 +1270,26 @@ def _operand(
                 return DrawnBasis(draw, work.program.seed), 0, ""
     except DirectionError as problem:
         raise BasisError(problem.node, problem.reason, problem.hint) from problem
+
+
+_OF_THE_MAIN_STACK: Mapping[str, str] = {
+    "weights": "the weights are those of the decoder's layers",
+    "tokens": "the unembedding reads the decoder's residual stream",
+    "dictionary": "the file of a dictionary names a layer without a stack",
+}
+"""What a method takes → why it isn't for another stack."""
+
+
+def _check_stack(
+    method: BasisMethod, point: SitePoint, call: ast.Call, work: ExperimentContext
+) -> None:
+    """Check that a method computes bases for the stack of a point. Raises BasisError."""
+    stack, reason = SITES[point.site].stack, _OF_THE_MAIN_STACK.get(method.takes)
+    if work.model.shape.encodes_apart and method.takes == "jacobian":
+        reason = "Jacobians of an encoder-decoder aren't computed"
+    elif reason is None or not stack:
+        return
+    raise BasisError(call, reason, "compute it from activations: `pca(PROMPTS, dims: 8)`")
 
 
 def _fitted(

@@ -41,6 +41,7 @@ ESTIMABLE_VERBS = ("patch", "ablate")
 """Rules whose vectors are known from unpatched runs, at one site."""
 
 SITES_WITHOUT_GRADIENT = (*ATTENTION_INTERNAL_SITES, "router", "expert_out", "logits")
+"""Sites without gradients, in every stack."""
 
 ADD_TO_WEIGHTS, PROJECT_OUT_OF_WEIGHTS = "add to weights", "project out of weights"
 """Verbs of rules on weights."""
@@ -60,6 +61,12 @@ OTHER_ESTIMATOR_HINT = "write `using gradient_input`"
 
 FLAT_UNITS = ("rank", "share")
 """Units of metrics that are piecewise constant."""
+
+
+def list_sites_without_gradient(points: Iterable[SitePoint]) -> list[str]:
+    """Return the sites of points at which gradients aren't computed, sorted."""
+    sites = {point.site for point in points}
+    return sorted(name for name in sites if SITES[name].component in SITES_WITHOUT_GRADIENT)
 
 
 def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
@@ -99,7 +106,7 @@ def _gradient_problem(
     measure, said = save.gradient, save.spec.gradient
     assert measure is not None
     assert said is not None
-    flat = sorted({point.site for point in save.points} & {*SITES_WITHOUT_GRADIENT})
+    flat = list_sites_without_gradient(save.points)
     if flat:
         what = f"with respect to `{flat[0]}`"
         reason = "mechdsl doesn't compute gradients at this site"
@@ -168,7 +175,11 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
     if rules is not None and rules.decomposed and shape.takes != "text":
         what, reason = f"`{experiment.model.name}`", "it doesn't read texts alone"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
-    if said.kind.drops_layers and (reason := _no_dropped_layers(shape)):
+    elif shape.encodes_apart and (rules is not None or said.kind.fixes_attention):
+        what = f"`{experiment.model.name}`"
+        reason = f"`{said.name}` is computed for one stack of blocks, without an encoder"
+        yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
+    elif said.kind.drops_layers and (reason := _no_dropped_layers(shape)):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, "write `using atp_qk`")
     if experiment.derived:
@@ -256,7 +267,7 @@ def _of_rule(
     if rule.basis is not None:
         yield from _of_basis(rule.basis, site.span, said)
     points = [here for here in rule.sites.points.values() if here]
-    flat = sorted({p.site for here in points for p in here} & {*SITES_WITHOUT_GRADIENT})
+    flat = list_sites_without_gradient(p for here in points for p in here)
     if flat:
         reason = "gradients aren't computed there"
         yield _no_estimate(said, site.span, f"`{flat[0]}`", reason, NO_ESTIMATE_HINT)
@@ -477,7 +488,7 @@ def find_flat_part(
             return text, "a text has no gradient", hint
         if atom.form.kind == "category" or atom.form.unit in FLAT_UNITS:
             return text, "it is a step function, whose gradient is 0", hint
-        if atom.point is not None and atom.point.site in SITES_WITHOUT_GRADIENT:
+        if atom.point is not None and list_sites_without_gradient([atom.point]):
             return text, f"gradients of `{atom.point.site}` aren't computed", hint
         if at_base and atom.run == run and atom.name in COMPARING_METRICS:
             reason = f"it is compared with `{atom.run}`, where its gradient is 0"
@@ -488,28 +499,38 @@ def find_flat_part(
 def check_other_stacks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0108 for everything that isn't computed for an encoder-decoder, or with rules in the
     vision encoder of prompts with images, yet."""
-    encodes = experiment.model.shape.encodes_apart
-    if not (encodes or experiment.in_vision):
+    shape, attends = experiment.model.shape, experiment.model.shape.takes == "attended image"
+    if attends or experiment.in_vision:
+        yield from _check_vision(experiment, attends=attends)
+    elif shape.encodes_apart:
+        yield from _check_encoder_decoder(experiment)
+    else:
         yield from _check_vision_saves(experiment)
-        return
+    if shape.encodes_apart:
+        yield from _check_decoder_measures(experiment)
+
+
+def _check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0108 for rules that aren't computed for an encoder-decoder."""
     own = experiment.spec
-    of = "of an encoder-decoder" if encodes else "with rules in the vision encoder"
     for rule in experiment.every_rule:
-        problem = _check_stack_rule(rule, of, encodes=encodes)
-        if problem is not None:
-            yield problem
+        verb = _name_rule(rule)
+        if rule.circuit is not None:
+            what, hint = f"`{verb}` of a circuit", EDGES_HINT
+        elif verb not in _IN_ENCODER_DECODERS:
+            what, hint = f"`{verb}`", _OTHER_STACK_HINTS.get(verb, ENCODER_DECODER_HINT)
+        else:
+            continue
+        what += " in an encoder-decoder"
+        yield NotSupported(span=rule.spec.span, what=what, later=hint)
     for mask in experiment.masks:
-        what = f"the group `{mask.training.definition}`, which is trained, {of}"
+        what = f"the group `{mask.training.definition}`, which is trained, of an encoder-decoder"
         yield NotSupported(span=own.span, what=what, later="name its sites")
-    if own.estimator is not None:
-        what = f"`using {own.estimator.name}` {of}"
-        yield NotSupported(span=own.estimator.span, what=what, later=NO_ESTIMATE_HINT)
-    if own.against is not None:
-        yield NotSupported(span=own.against.span, what=f"`against` {of}", later="remove `against`")
-    for save in (*own.saves, *own.saved_directions):
-        yield NotSupported(span=save.span, what=f"`save` {of}", later="observe vectors instead")
-    if not encodes:
-        return
+
+
+def _check_decoder_measures(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0108 for measures of the prompt, which an encoder doesn't predict, and for noise."""
+    own, of = experiment.spec, "of an encoder-decoder"
     for measure, said in zip(experiment.measures, own.measures, strict=True):
         takes = {atom.form.takes for atom in measure.atoms}
         if said.at is not None and refers_to_reply(said.at, experiment.table):
@@ -522,6 +543,33 @@ def check_other_stacks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     if any(run.noise is not None for run in runs):
         hint = "change the text, as in `item = other(item)`"
         yield NotSupported(span=own.span, what=f"noise in the prompts {of}", later=hint)
+
+
+def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[Diagnostic]:
+    """Yield E0108 for everything that isn't computed with rules in a vision encoder.
+
+    attends: Whether blocks of the language model attend to the image, so that none of its rules
+        is computed in other combinations either.
+    """
+    own = experiment.spec
+    of = "in a model whose blocks attend to an image" if attends else _WITH_VISION
+    for rule in experiment.every_rule:
+        problem = _check_vision_rule(rule, of, attends=attends)
+        if problem is not None:
+            yield problem
+    for mask in experiment.masks:
+        what = f"the group `{mask.training.definition}`, which is trained, {of}"
+        yield NotSupported(span=own.span, what=what, later="name its sites")
+    if own.estimator is not None:
+        what = f"`using {own.estimator.name}` {of}"
+        yield NotSupported(span=own.estimator.span, what=what, later=NO_ESTIMATE_HINT)
+    if own.against is not None:
+        yield NotSupported(span=own.against.span, what=f"`against` {of}", later="remove `against`")
+    for save in (*own.saves, *own.saved_directions):
+        yield NotSupported(span=save.span, what=f"`save` {of}", later="observe vectors instead")
+
+
+_WITH_VISION = "with rules in the vision encoder"
 
 
 def _check_vision_saves(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
@@ -542,38 +590,68 @@ def _check_vision_saves(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         yield NotSupported(span=save.spec.span, what=what, later=later)
 
 
-def _check_stack_rule(rule: ResolvedRule, of: str, *, encodes: bool) -> Diagnostic | None:
-    """Return E0108 for a rule that isn't computed in an encoder-decoder, or a vision encoder."""
-    verb = rule.spec.verb if rule.spec.observed is None else f"observe {rule.spec.observed.word}"
+def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnostic | None:
+    """Return E0108 for a rule that isn't computed together with rules in a vision encoder."""
+    verb = _name_rule(rule)
     points = () if rule.sites is None else rule.sites.points.values()
     inside = sorted({p.site for each in points for p in each if _is_inside_attention(p.site)})
-    if not (encodes or rule.in_vision):
+    if not (attends or rule.in_vision):
         what = f"`{verb}` {of}" if rule.path is not None or rule.circuit is not None else ""
-    elif verb not in _IN_OTHER_STACKS:
+    elif verb not in _IN_VISION:
         what = f"`{verb}` {of}"
     elif rule.basis is not None:
         what = f"a basis {of}"
-    elif rule.after_prefill and not encodes:
+    elif rule.after_prefill and not attends:
         what = f"a change after the prompt {of}"
     else:
         what = f"`{inside[0]}` {of}" if inside and rule.edge is None else ""
-    hint = ENCODER_DECODER_HINT if encodes else VISION_HINT
+    hint = ENCODER_DECODER_HINT if attends else VISION_HINT
     return NotSupported(span=rule.spec.span, what=what, later=hint) if what else None
+
+
+def _name_rule(rule: ResolvedRule) -> str:
+    observed = rule.spec.observed
+    return rule.spec.verb if observed is None else f"observe {observed.word}"
 
 
 def _is_inside_attention(site: str) -> bool:
     return SITES[site].component in ATTENTION_INTERNAL_SITES
 
 
-_IN_OTHER_STACKS = frozenset((
+_IN_VISION = frozenset((
     "patch", "swap", "freeze", "ablate", "add", "set", "scale", "project out", "project onto",
     "block", "reweight", "set edge", "observe norm", "observe attention",
 ))  # fmt: skip
-"""Rules and observations that act on the stacks of an encoder-decoder, and in vision encoders."""
+"""Rules and observations that act in vision encoders, and on blocks that attend to an image."""
+
+_IN_ENCODER_DECODERS = _IN_VISION | frozenset((
+    "clamp", "replace", "observe entropy", "observe distance", "observe received", "observe value",
+    "observe features", "observe rank", "observe effective_rank", "observe similarity",
+    "observe cka",
+))  # fmt: skip
+"""Rules and observations that act on the stacks of an encoder-decoder."""
 
 ENCODER_DECODER_HINT = (
     "docs/load-models.md lists what is computed for encoder-decoders: `patch`, `ablate`, `add`, …"
 )
+
+EDGES_HINT = (
+    "edges are those of one stream, but cross attention reads another one, the encoder's: patch "
+    "the sender, as in `patch z cross layer 2 head 1 at last token`"
+)
+
+_OTHER_STACK_HINTS = {
+    "path": EDGES_HINT,
+    "allow": "remove it: the encoder sees all of its tokens, and the decoder all of the encoder's",
+    "replace block": "its blocks also attend to the encoder: ablate `attn_out` and `mlp_out`",
+    "observe rollout": "it multiplies the patterns of one text, but the decoder also attends to "
+    "the encoder: write `observe attention cross …` or `observe attention encoder …`",
+} | dict.fromkeys(
+    ("scale weights", "set weights", "add to weights", "project out of weights"),
+    "edits of weights aren't computed in a stack that another one attends to: change what they "
+    "write, as in `scale z layer 0 head 1 at last token by 2`",
+)
+"""Rules that aren't computed in an encoder-decoder → the reason and what to write."""
 
 VISION_HINT = (
     "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale`, `swap`, `freeze`, "

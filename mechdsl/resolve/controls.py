@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from typing import Any, Literal
 
 from mechdsl.base import limits
@@ -45,7 +45,7 @@ from mechdsl.resolve.matched_draws import (
     merge_targets,
 )
 from mechdsl.resolve.observations import Observation
-from mechdsl.resolve.sites import SiteContext, label_all_points, resolve_site
+from mechdsl.resolve.sites import SiteContext, find_side, label_all_points, resolve_site
 from mechdsl.resolve.trainings import UNTRAINED_FOLDER
 from mechdsl.resolve.types import (
     DRAW_AXIS,
@@ -78,7 +78,7 @@ from mechdsl.resolve.types import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 from mechdsl.vocab.effects import ControlTitle
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, Stack
 
 
 @record
@@ -125,19 +125,19 @@ def group_excluded_units(
         kind = SITES[point.site].unit
         if kind is None or point.unit is None:
             continue
-        size = unit_count(shape, point.site, point.layer)
-        sizes = {size, shape.n_heads, shape.n_kv_heads} if UNIT_WORDS[kind] == "heads" else {size}
+        size, own = unit_count(shape, point.site, point.layer), shape.in_stack(point.site)[0]
+        sizes = {size, own.n_heads, own.n_kv_heads} if UNIT_WORDS[kind] == "heads" else {size}
         for other in sizes:
-            slot = ExchangeGroup(UNIT_WORDS[kind], other, point.layer)
+            slot = ExchangeGroup(UNIT_WORDS[kind], other, point.layer, SITES[point.site].stack)
             same = range(point.unit * other // size, -(-(point.unit + 1) * other // size))
             found.setdefault(slot, set()).update(same)
     return {slot: tuple(sorted(here)) for slot, here in found.items()}
 
 
-def find_excluded_layers(parts: Sequence[ExcludedSite]) -> frozenset[int]:
-    """Return the layers that are excluded without a unit, at any site."""
+def find_excluded_layers(parts: Sequence[ExcludedSite]) -> frozenset[tuple[Stack, int]]:
+    """Return the layers of each stack that are excluded without a unit, at any site."""
     return frozenset(
-        point.layer
+        (SITES[point.site].stack, point.layer)
         for part in parts
         for point in part.points
         if point.layer is not None and point.unit is None
@@ -172,12 +172,18 @@ class AlternativeSites:
         return {slot: tuple(sorted(targets)) for slot, targets in found.items()}
 
     def slot(self, point: SitePoint, kind: spec.ControlTarget | None) -> ExchangeGroup | None:
+        stack = SITES[point.site].stack
         if kind == "layers":
-            return ExchangeGroup("layers", self.shape.n_layers, None)
+            return ExchangeGroup("layers", self._layer_count(point), None, stack)
         unit = SITES[point.site].unit
         if kind is None or point.unit is None or unit is None or UNIT_WORDS[unit] != kind:
             return None
-        return ExchangeGroup(kind, unit_count(self.shape, point.site, point.layer), point.layer)
+        size = unit_count(self.shape, point.site, point.layer)
+        return ExchangeGroup(kind, size, point.layer, stack)
+
+    def _layer_count(self, point: SitePoint) -> int:
+        """Return the number of layers of the stack of a point."""
+        return self.shape.in_stack(point.site)[0].n_layers
 
     def fitting(
         self, written: Mapping[int, Sequence[SitePoint]], kinds: Sequence[spec.ControlTarget | None]
@@ -188,7 +194,8 @@ class AlternativeSites:
 
         def fits(layer: int) -> bool:
             return all(
-                self.shape.has(p.site, layer)
+                layer < self._layer_count(p)
+                and self.shape.has(p.site, layer)
                 and unit_count(self.shape, p.site, layer) == unit_count(self.shape, p.site, p.layer)
                 for p in points
                 if p.layer is not None
@@ -197,15 +204,16 @@ class AlternativeSites:
         def apart(layer: int) -> bool:
             return any(self._is_apart(p, layer) for p in moved)
 
-        layers = range(self.shape.n_layers)
+        layers = range(max(self.shape.n_layers, *map(self._layer_count, points), 0))
         return tuple(layer for layer in layers if fits(layer) and not apart(layer))
 
     def _is_apart(self, point: SitePoint, layer: int) -> bool:
         """Return whether a point is excluded in this layer."""
         unit = SITES[point.site].unit
         if point.unit is None or unit is None:
-            return layer in self.without_layers
-        slot = ExchangeGroup(UNIT_WORDS[unit], unit_count(self.shape, point.site, layer), layer)
+            return (SITES[point.site].stack, layer) in self.without_layers
+        size, stack = unit_count(self.shape, point.site, layer), SITES[point.site].stack
+        slot = ExchangeGroup(UNIT_WORDS[unit], size, layer, stack)
         return point.unit in self.without_units.get(slot, ())
 
     def moved(
@@ -1289,7 +1297,8 @@ class _Draws:
                 found.add(UNIT_WORDS[unit])
         # A path depends on the order of its layers, so its layers aren't drawn.
         in_layers = all(point.layer is not None for point in points)
-        if rule.path is None and self.shape.n_layers > 1 and in_layers:
+        layers = max(self.shape.in_stack(p.site)[0].n_layers for p in points) if points else 0
+        if rule.path is None and layers > 1 and in_layers:
             found.add("layers")
         if rule.does.drawn_positions and not self._is_behind(rule) and not rule.acts_later:
             found.add("positions")
@@ -1457,11 +1466,15 @@ class _Draws:
         other = self.experiment.table.runs[rule.run].rows
         if not across and any(a.ids != b.ids for a, b in zip(base, other, strict=True)):
             self.notes["read at the same token of the other run"] = None
+        points = [] if rule.sites is None else chain(*rule.sites.points.values())
+        side = find_side(list(points), self.shape)
         allowed = [
             tuple(
                 token
                 for token, special in enumerate(row.special)
-                if not special and (across or (token < len(there.ids) and not there.special[token]))
+                if side in ("", "target" if token >= row.source else "source")
+                and not special
+                and (across or (token < len(there.ids) and not there.special[token]))
             )
             for row, there in zip(base, other, strict=True)
         ]

@@ -23,6 +23,7 @@ from mechdsl.base.hashing import (
 from mechdsl.base.records import Record, record
 from mechdsl.program import spec
 from mechdsl.prompts.runs import Hits
+from mechdsl.vocab.sites import Stack
 
 UNIT_WORDS: Mapping[str, spec.ControlTarget] = {
     "head": "heads",
@@ -42,6 +43,7 @@ class ExchangeGroup(Record):
     word: spec.ControlTarget
     size: int
     layer: int | None
+    stack: Stack = ""
 
 
 CellTargets: TypeAlias = Mapping[ExchangeGroup, tuple[int, ...]]
@@ -111,7 +113,7 @@ def find_site_options(
         apart: Targets that are never drawn.
         fitting: Layers that can be drawn.
     """
-    slots = sorted(own, key=lambda slot: (slot.word, slot.size, slot.layer or 0))
+    slots = sorted(own, key=lambda slot: (slot.word, slot.size, slot.layer or 0, slot.stack))
     everything = {
         slot: _exclude(
             tuple(fitting) if slot.word == "layers" else range(slot.size), apart.get(slot, ())
@@ -131,7 +133,8 @@ def find_site_options(
         if not without and all(set(own[s]).issubset(everything[s]) for s in slots):
             itself = _rank([rank_subset(everything[s], own[s]) for s in slots], sizes)
         parts = [(slot.word, slot.size, slot.layer, own[slot]) for slot in slots]
-        key = stable_hash(seed, "control", *parts, *map(len, pools))
+        stacks = [slot.stack for slot in slots if slot.stack]
+        key = stable_hash(seed, "control", *parts, *map(len, pools), *stacks)
         found = SiteOptions(own, slots, pools, sizes, itself, key, note)
         if found.count > (0 if chosen is None else chosen.count):
             chosen = found

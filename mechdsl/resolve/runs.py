@@ -37,7 +37,7 @@ from mechdsl.resolve.directions import (
 )
 from mechdsl.resolve.measures import resolve_measure_positions
 from mechdsl.resolve.observations import Observation, RowSetObservation
-from mechdsl.resolve.sites import ExperimentContext, MeasureContext, resolve_site
+from mechdsl.resolve.sites import ExperimentContext, MeasureContext, find_side, resolve_site
 from mechdsl.resolve.targets import report_empty_selection
 from mechdsl.resolve.types import (
     AxisIndices,
@@ -744,6 +744,7 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
         ranked=work.ranked,
         answers=AnswerTokens(reason=_PROMPT_ONLY),
         replies=_replies(run, work) if save.rows is None else _NO_REPLY_ROWS,
+        side=find_side(points or (), work.model.shape),
     )
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     gradient = None if save.gradient is None else _metric(save.gradient, run, context)

@@ -37,9 +37,9 @@ from mechdsl.prompts.record_files import StreamedRecords
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, RunRow
 from mechdsl.resolve.conflicts import (
-    SITES_WITHOUT_GRADIENT,
     explain_missing_rule,
     find_flat_part,
+    list_sites_without_gradient,
 )
 from mechdsl.resolve.types import (
     BasisMember,
@@ -735,7 +735,7 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
         hint = "use `eap`, `eap_ig` or a search such as `acdc`"
         found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
     points = () if rule.sites is None else (p for own in rule.sites.points.values() for p in own)
-    flat = sorted({point.site for point in points} & {*SITES_WITHOUT_GRADIENT})
+    flat = list_sites_without_gradient(points)
     if found is None and flat:
         assert rule.spec.site is not None
         hint = "name a site such as `resid_post`, `z` or `mlp_out`"

@@ -236,7 +236,8 @@ class AllowRule(EdgeRule, EdgeIntervention):
             return True
         if has_additive_positions(shape.family, shape.config):
             what = "`allow` in a model that adds positions to scores"
-            work.diagnostics.append(NotSupported(span=rule.span, what=what))
+            hint = "name keys that the query sees, with `reweight attention …` or `set attention …`"
+            work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
             return False
         if shape.causal:
             known = not work.model.tokenizer.stands_in

@@ -7,7 +7,7 @@ a file is checked (`tests/rules/gizmo_rule.py` is an example). Its verb is a new
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mechdsl.base.records import Registry
 from mechdsl.diagnostics.experiments import BadPick
@@ -28,6 +28,7 @@ from mechdsl.resolve.types import (
     Intervention,
     PositionTargets,
     ResolvedRule,
+    SitePoint,
     SiteTargets,
 )
 from mechdsl.syntax import ast
@@ -179,6 +180,11 @@ def check_one_side(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext)
     and outside of a vision encoder."""
     every = [p for here in sites.points.values() for p in here]
     every += [p for here in (sites.sources or {}).values() for p in here]
+    return check_same_side(rule, every, work)
+
+
+def check_same_side(rule: spec.Rule, every: Sequence[SitePoint], work: ExperimentContext) -> bool:
+    """Report E0317 or E0108 for points at different tokens."""
     if len({find_side([point], work.model.shape) for point in every}) < 2:
         return True
     by_side = {SITES[point.site].side: point.site for point in every}

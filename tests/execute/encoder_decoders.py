@@ -383,15 +383,50 @@ def weights_times(
     factor: float = 0.0,
     seen: list[Tensor] | None = None,
 ) -> Generator[None]:
+    """Multiply weights of attention in one layer.
+
+    Args:
+        family: The family.
+        stack: `encoder`, `cross`, or empty for the decoder's own attention.
+        layer: The layer.
+        edges: (head, query, key) whose weights are multiplied; a query's sum to 1 again.
+        factor: The factor.
+        seen: Receives the weights, [head, query, key].
+    """
+
+    def change(weights: Tensor) -> Tensor:
+        for head, query, key in edges:
+            weights[head, query, key] *= factor
+        weights = weights / weights.sum(-1, keepdim=True)
+        if seen is not None:
+            seen.append(weights)
+        return weights
+
+    with explicit_attention(family, stack, layer, weighed=change):
+        yield
+
+
+def unchanged_values(values: Tensor) -> Tensor:
+    return values
+
+
+@contextmanager
+def explicit_attention(
+    family: str,
+    stack: str,
+    layer: int,
+    *,
+    scored: Change = unchanged_values,
+    weighed: Change = unchanged_values,
+) -> Generator[None]:
     """Compute the attention of one layer explicitly, from the projections of the bare model.
 
     Args:
         family: The family, which determines the scale and position biases of scores.
         stack: `encoder`, `cross`, or empty for the decoder's own attention.
         layer: The layer.
-        edges: (head, query, key) whose weights are multiplied; a query's sum to 1 again.
-        factor: The factor.
-        seen: Receives the weights, [head, query, key].
+        scored: Returns new scores, [head, query, key].
+        weighed: Returns new weights, [head, query, key].
     """
     whole, site = model(family), f"z {stack}".strip()
     of_t5 = name_of(family) in LIKE_T5
@@ -419,12 +454,7 @@ def weights_times(
             scores = scores + whole.get_submodule(first).compute_bias(*scores.shape[-2:])[0]
         if not stack:
             scores = scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)
-        weights = scores.softmax(-1)
-        for head, query, key in edges:
-            weights[head, query, key] *= factor
-        weights = weights / weights.sum(-1, keepdim=True)
-        if seen is not None:
-            seen.append(weights)
+        weights = weighed(scored(scores).softmax(-1))
         return ((weights @ found["v"]).transpose(0, 1).flatten(1)[None],)
 
     output = whole.get_submodule(place(family, site, layer).path)
@@ -434,6 +464,36 @@ def weights_times(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def read_attention(family: str, of: Text, site: str, stack: str, layer: int) -> Tensor:
+    """[head, query, key] scores or weights of an unpatched run."""
+    found: list[Tensor] = []
+
+    def keep(values: Tensor) -> Tensor:
+        found.append(values.clone())
+        return values
+
+    changes = {"scored" if site == "scores" else "weighed": keep}
+    with explicit_attention(family, stack, layer, **changes):
+        logits(family, of)
+    return found[0]
+
+
+@contextmanager
+def written_query(
+    family: str, site: str, stack: str, layer: int, head: int, query: int, change: Change
+) -> Generator[None]:
+    """Change the scores or weights of one query, [key]."""
+
+    def whole(values: Tensor) -> Tensor:
+        values = values.clone()
+        values[head, query] = change(values[head, query])
+        return values
+
+    changes = {"scored" if site == "scores" else "weighed": whole}
+    with explicit_attention(family, stack, layer, **changes):
+        yield
 
 
 def rotated(whole: Any, stack: str, vectors: Tensor) -> Tensor:

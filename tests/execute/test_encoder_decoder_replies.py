@@ -27,10 +27,12 @@ from .encoder_decoders import (
     cases,
     copied,
     difference,
+    explicit_attention,
     logits,
     model,
     place,
     read,
+    read_attention,
     starts,
     text,
     tokenizer,
@@ -312,6 +314,53 @@ def test_replies_under_changed_attention_equal_written_out_attention(
     results = run(family, lines, tmp_path)
     for number, name in enumerate(EDGES):
         expected = [with_edges(family, record, name) for record in ROWS]
+        check(results[f"e{number}"].replies.cells[0], expected, steps)
+
+
+PREFILL = ("pattern encoder", "scores cross", "pattern")
+"""Sites whose vectors over keys are written in the pass over the prompt."""
+
+
+def with_vectors(family: str, record: Record, site: str) -> tuple[list[int], list[Array]]:
+    """A reply with vectors of the other run in all heads of layer 1, a full pass for each token."""
+    component, _, stack = site.partition(" ")
+    base, other = text(record), text(record, "other")
+    query, source = (each.last if stack == "encoder" else last(family) for each in (base, other))
+    vectors = read_attention(family, other, component, stack, 1)[:, source]
+
+    def change(values: torch.Tensor) -> torch.Tensor:
+        values = values.clone()
+        values[:, query, : vectors.shape[1]] = vectors
+        return values
+
+    reply, found = list[int](), list[Array]()
+    changes = {"scored" if component == "scores" else "weighed": change}
+    for _ in range(TOKENS):
+        with explicit_attention(family, stack, 1, **changes):
+            found.append(logits(family, base, (), reply)[-1])
+        reply.append(int(found[-1].argmax()))
+        if reply[-1] == model(family).config.eos_token_id:
+            return reply[:-1], found
+    return reply, found
+
+
+@pytest.mark.parametrize("family", [f"{each} writing" for each in ("t5", "bart", "t5gemma")])
+def test_replies_after_written_scores_equal_explicit_attention(
+    family: str, tmp_path: Path, steps: dict[int, list[Array]]
+) -> None:
+    given = "prompts p", "from other into clean", f"generate {TOKENS}"
+    lines = "".join(
+        experiment(
+            f"e{number}",
+            *given,
+            f"patch {site} layer 1 heads * at last token during prefill",
+            LENGTH,
+        )
+        for number, site in enumerate(PREFILL)
+    )
+    results = run(family, lines, tmp_path)
+    for number, site in enumerate(PREFILL):
+        expected = [with_vectors(family, record, site) for record in ROWS]
         check(results[f"e{number}"].replies.cells[0], expected, steps)
 
 

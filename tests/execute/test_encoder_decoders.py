@@ -361,12 +361,21 @@ ERRORS = {
     "patch resid_post encode layer 1 at last token": "E0203",
     "for c in [v, z] { patch c cross layer 1 head * at last token }": "E0317",
     "path z layer 0 head 0 -> logits at last token": "E0108",
-    "patch pattern layer 0 head 0 at last token": "E0108",
     "block attention cross layer 0 from item token to last token": "E0316",
     "allow attention encoder layer 0 from first token to last token": "E0108",
-    "patch z encoder layer 0 head 0 at last token\n  using atp": "E0108",
-    "patch z encoder layer 0 head 0 at last token\n  against random(5)": "E0108",
-    "patch resid_post encoder layer 0 in basis b at last token": "E0108",
+    "replace block layer 1 with identity": "E0108",
+    "scale weights of z layer 0 head 0 by 2": "E0108",
+    "observe rollout from last token to subject tokens": "E0108",
+    "observe attention cross layer 0 from last token to subject tokens by value_norm": "E0108",
+    "observe logit_lens resid_post layer * at last token": "E0108",
+    "observe distance pattern cross layer 0 head 0 at last token": "E0207",
+    "observe received pattern cross layer 0 head 0 at last token": "E0207",
+    "observe similarity z encoder layer 0 head 0 with z layer 0 head 0 at last token": "E0317",
+    "patch z encoder layer 0 head 0 at last token\n  using relp": "E0608",
+    "patch z encoder layer 0 head 0 at last token\n  using atp_qk": "E0608",
+    "patch pattern cross layer 0 head 0 at last token\n  using atp": "E0608",
+    "observe norm resid_post encoder layer * at last token\n  save gradient of logit(answer) by "
+    'pattern cross layer 0 at last token to "x.safetensors"': "E0608",
 }
 
 
@@ -374,13 +383,37 @@ ERRORS = {
 def test_invalid_line_reports_the_code_before_anything_runs(
     line: str, code: str, tmp_path: Path
 ) -> None:
-    text_of = "basis b = pca(p, dims: 2) at resid_post encoder layer 0 at last token\n"
-    text_of = text_of if "basis" in line else ""
-    lines = ("prompts p", "from other into clean", line, DIFFERENCE)
-    _, found = try_file(
-        text_of + experiment("e", *lines), tmp_path, model("t5"), None, tokenizer=tokenizer()
-    )
-    assert [each.code for each in found if each.severity == "error"] == [code]
+    measures = () if line.startswith("observe") else ("from other into clean", DIFFERENCE)
+    lines = experiment("e", "prompts p", line, *measures)
+    _, found = try_file(lines, tmp_path, model("t5"), None, tokenizer=tokenizer())
+    (problem,) = [each for each in found if each.severity == "error"]
+    assert problem.code == code
+
+
+def test_vector_over_keys_of_a_longer_text_reports_e0333(tmp_path: Path) -> None:
+    line = "patch pattern encoder layer 0 head 0 at last token"
+    lines = experiment("e", "prompts p", "from longer into clean", line, DIFFERENCE)
+    _, found = try_file(lines, tmp_path, model("t5"), None, tokenizer=tokenizer())
+    assert [each.code for each in found if each.severity == "error"] == ["E0333"]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_replaced_tokens_equal_the_other_text(family: str, tmp_path: Path) -> None:
+    ablate = "ablate z cross layer 0 head 1 at last token with zero"
+    own, last = place(family, "z cross", 0, 1), [len(starts(family)) - 1]
+    subject, cue = [], []
+    for row in ROWS:
+        base = text(row)
+        at = base.subject[-1] + 2
+        other = replace(base, ids=(*base.ids[:at], token("w44"), *base.ids[at + 1 :]))
+        subject.append(difference(logits(family, masked(row)), row))
+        cue.append(difference(logits(family, other, [zeroed(own, last)]), row))
+    for lines, expected in (
+        (['replace subject tokens with "w44"'], subject),
+        (['replace cue token with "w44"', ablate], cue),
+    ):
+        found = values(family, tmp_path, "prompts p", *lines)[0] + clean(family)
+        np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
 def test_stack_of_a_decoder_only_model_reports_e0413(tmp_path: Path) -> None:

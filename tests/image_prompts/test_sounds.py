@@ -372,6 +372,69 @@ def test_observed_and_blocked_attention_to_frames_equal_the_bare_model() -> None
         bare(name).set_attn_implementation("sdpa")
 
 
+def test_patterns_over_frames_equal_the_bare_model() -> None:
+    name, (width, wide) = "multilingual", (5, 10)
+    cases: dict[str, dict[str, str]] = {
+        "observe entropy pattern encoder layer * head * at a frame 2 token": {"measure": ""},
+        "observe entropy pattern cross layer * head * at last token": {"measure": ""},
+        "ablate pattern encoder layer 1 head 0 at a frame 2 token with zero": {},
+        "ablate pattern cross layer 2 head 1 at last token with zero": {},
+    }
+    text = "".join(
+        experiment(f"e{n}", line, **given) for n, (line, given) in enumerate(cases.items())
+    )
+    found = [each.measures[0].patched for each in run_text(text, name)]
+    last = len(STARTS[name]) - 1
+    bare(name).set_attn_implementation("eager")
+    try:
+        for n in range(len(RECORDS)):
+            seen = outputs(name, n, output_attentions=True)
+            for own, weights, query in (
+                (found[0], seen.encoder_attentions, 1),
+                (found[1], seen.cross_attentions, last),
+            ):
+                entropy = torch.cat(
+                    [torch.special.entr(each[0, :, query]).sum(-1) for each in weights]
+                )
+                np.testing.assert_allclose(own[:, n], entropy, atol=1e-4)
+    finally:
+        bare(name).set_attn_implementation("sdpa")
+    for values, site, layer, head, token_, size in (
+        (found[2], "z encoder", 1, 0, 1, wide),
+        (found[3], "z cross", 2, 1, last, width),
+    ):
+        columns = slice(head * size, (head + 1) * size)
+        for n in range(len(RECORDS)):
+            write = copied_columns(place(site, layer), [token_], columns, torch.zeros(FRAMES, 20))
+            np.testing.assert_allclose(values[0, n], difference(name, n, n, [write]), atol=2e-4)
+
+
+def test_estimates_of_frames_equal_autograd() -> None:
+    name, site = "multilingual", "resid_post encoder"
+    text = experiment(
+        "e", "from clean into changed", f"patch {site} layer * at a frame 3 token",
+        "using gradient_input",
+    )  # fmt: skip
+    [found] = run_text(text, name)
+    module, expected = bare(name), list[list[float]]()
+    for layer in range(2):
+        row, own = list[float](), place(site, layer)
+        for n in range(len(RECORDS)):
+            old, new = read(name, other(n), own)[2], read(name, n, own)[2]
+            leaf = old.clone().requires_grad_()
+            write = own, [2], lambda _, leaf=leaf: leaf[None]
+            with torch.enable_grad(), changed(module, [write]):
+                ids = torch.tensor([STARTS[name]])
+                given = {"input_features": features(other(n)), "use_cache": False}
+                logits = module(decoder_input_ids=ids, **given).logits[0, -1]
+            answer, wrong = (token(str(RECORDS[n][key])) for key in ("n", "m"))
+            (slope,) = torch.autograd.grad(logits[answer] - logits[wrong], leaf)
+            row.append(float(((new - old) * slope).sum()))
+        expected.append(row)
+    measure = found.measures[0]
+    np.testing.assert_allclose(measure.patched - measure.base, expected, atol=2e-4)
+
+
 def difference_without(name: str, n: int, keys: Sequence[int]) -> float:
     """The measure while the last token's cross attention of the middle layer skips some frames."""
     attention = bare(name).get_submodule("model.decoder.layers.1.encoder_attn")

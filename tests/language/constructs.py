@@ -1212,7 +1212,10 @@ _site(
     "reads the prompt, and the decoder writes the answer after its first tokens, which its config "
     "names. At sites of `encoder`, and at `k cross` and `v cross`, positions are tokens of the "
     "prompt. At other sites they are tokens of the decoder, and a measure reads its last one. "
-    "`attention cross …` and `attention encoder …` are edges of these stacks.",
+    "`attention cross …` and `attention encoder …` are edges of these stacks. `pattern cross …` is "
+    "at tokens of the decoder and has a weight for each token of the prompt. `path`, `allow`, "
+    "trainings and other constructs that "
+    "[load-models.md](load-models.md#experiment-on-an-encoder-decoder) lists are E0108 or E0342.",
     "tests/execute/test_encoder_decoders.py",
     ATTENTION,
 )

@@ -22,6 +22,7 @@ from mechdsl.execute.patching.writes import (
     select_readable_rows,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.forward.hooks.attention_hooks import keys_of
 from mechdsl.forward.hooks.batch import (
     Batch,
     EdgeWrite,
@@ -97,8 +98,9 @@ class _WrittenVectors:
         spot = self.spot[torch.from_numpy(own)]
         return replace(self, row=self.row[own], spot=spot, values=values)
 
-    def width(self, shape: ModelShape) -> int:
+    def width(self, model: LoadedModel) -> int:
         """Return the length of the vector of a spot."""
+        shape = model.stack(self.where.stack).shape
         return self.unit.shape[1] * vector_width(shape, self.where.site, self.where.layer)
 
     @property
@@ -341,7 +343,7 @@ class GradientEstimates:
             return self._result(sums, wanted, base)
         if self.kind.place == "attention":
             edges = build_edges(self.plan, drawn, self.model.shape)
-            writes = [_select_keys(edge, lanes.batch.key_width) for edge in edges]
+            writes = [_select_keys(edge, lanes.batch) for edge in edges]
         else:
             given = (self.lanes_of, self.means_and_donors, self.model.shape)
             writes = build_writes(self.plan, drawn, draw, *given)
@@ -475,7 +477,7 @@ class GradientEstimates:
         if self.kind.place == "attention":
             widths = [each.values.shape[1] for each in written]
         else:
-            widths = [each.width(self.model.shape) for each in written]
+            widths = [each.width(self.model) for each in written]
         sizes = [(len(each.lane), width) for each, width in zip(written, widths, strict=True)]
         sizes += [(len(each.columns), each.pattern.shape[-1]) for each in fixed]
         leaves = [run.zeros(*size) for size in sizes]
@@ -575,7 +577,7 @@ class GradientEstimates:
         batch = lanes.batch.of_site(where.site, where.stack)
         lane, position = batch.tokens()
         vectors = read[indices_to_device((lane, batch.columns(lane, position)), read.device)]
-        ends = np.cumsum(batch.lengths.numpy())[:-1].tolist()
+        ends = np.cumsum(np.bincount(lane.numpy()))[:-1].tolist()
         values: list[Floats] = []
         by_lane = zip(lanes.prompts, lanes.draws, vectors.tensor_split(ends), strict=True)
         for prompt, draw, own in by_lane:
@@ -664,11 +666,13 @@ class GradientEstimates:
                 yield number, own, found
 
 
-def _select_keys(edge: EdgeWrite, width: int) -> SiteWrite:
+def _select_keys(edge: EdgeWrite, batch: Batch) -> SiteWrite:
     """Build vectors over keys: 1 at the keys of an edge, else 0."""
+    width = keys_of(batch, edge.stack).key_width
     values = torch.zeros(len(edge.rows), width, dtype=torch.float64)
     values[edge.entries, edge.keys] = 1
-    return SiteWrite("pattern", edge.layer, edge.rows, edge.queries, edge.heads, values)
+    given = edge.layer, edge.rows, edge.queries, edge.heads, values
+    return SiteWrite("pattern", *given, stack=edge.stack)
 
 
 def _iter_places(rows: RowTable) -> Iterator[tuple[int, int, int]]:

@@ -346,7 +346,7 @@ def build_attention_hooks(
             here = replace(write, values=values, to=to)
             work.rotated[write.site].append((token, head, here))
             continue
-        begin = frame.columns(rows, torch.zeros_like(positions)).cpu()[there.cpu()]
+        begin = _first_columns(keys_of(frame, write.stack), rows, positions)[there.cpu()]
         none = torch.zeros(0, dtype=torch.long)
         kind = "scores" if write.site == "scores" else "pattern"
         change = _AttentionChange(
@@ -363,6 +363,13 @@ def build_attention_hooks(
 def keys_of(frame: TokenFrame, stack: str) -> TokenFrame:
     """Return the tokens that attention of a stack attends to."""
     return frame.of_site("k", stack) if isinstance(frame, Batch) else frame
+
+
+def _first_columns(frame: TokenFrame, rows: Tensor, positions: Tensor) -> Tensor:
+    """Return [K]: the column of key 0, which in a decoder is before the first column."""
+    if isinstance(frame, Batch):
+        return frame.starts[rows]
+    return frame.columns(rows, torch.zeros_like(positions)).cpu()
 
 
 def _build_edge_change(

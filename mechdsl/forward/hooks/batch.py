@@ -232,8 +232,10 @@ class Batch:
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Return row and position of all tokens, row by row, on the host."""
-        rows = torch.arange(len(self)).repeat_interleave(self.lengths)
-        before = self.lengths.cumsum(0) - self.lengths
+        first = self.frames["encoder"].lengths if "encoder" in self.frames else 0
+        counts = self.lengths - first
+        rows = torch.arange(len(self)).repeat_interleave(counts)
+        before = counts.cumsum(0) - self.lengths
         return rows, torch.arange(len(rows)) - before[rows]
 
     @property

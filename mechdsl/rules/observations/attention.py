@@ -46,6 +46,7 @@ from mechdsl.rules.observations.registry import (
 )
 from mechdsl.rules.observations.rows import check_no_rules
 from mechdsl.syntax import ast
+from mechdsl.vocab.sites import SITES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,12 +59,29 @@ class PatternObservation(SiteObservation):
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         assert rule.site is not None
-        if all(point.site == "pattern" for point in iter_points(sites)):
+        if all(SITES[point.site].component == "pattern" for point in iter_points(sites)):
             return True
         reason, hint = "isn't an attention pattern", "write `pattern layer * head *`"
         name, span = rule.site.span.written, rule.site.span
         work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
         return False
+
+
+def is_causal(sites: SiteTargets | None, work: ExperimentContext) -> bool:
+    """Return whether queries attend to earlier keys only, which an encoder's don't."""
+    encodes = sites is not None and any(
+        SITES[point.site].stack == "encoder" for point in iter_points(sites)
+    )
+    return work.model.shape.causal and not encodes
+
+
+def in_one_text(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+    """Report E0207 for attention to an encoder, whose keys are in another text than queries."""
+    if all(SITES[point.site].stack != "cross" for point in iter_points(sites)):
+        return True
+    reason = "compares positions in one text, and the decoder's attention is to the encoder's text"
+    report_bad_observation(rule, work, reason, "write `observe entropy`, or `observe attention`")
+    return False
 
 
 @observation("entropy", unit="nat")
@@ -117,7 +135,10 @@ class AttentionDistance(PatternObservation):
         grid = None if layout is None else (len(layout.front), layout.rows, layout.cols)
         if found is None or not right or (layout and not _check_patches(rule, found, layout, work)):
             return None
-        causal = work.model.shape.causal and not mixes_images(work.model, work.table)
+        assert found.sites is not None
+        if not in_one_text(rule, found.sites, work):
+            return None
+        causal = is_causal(found.sites, work) and not mixes_images(work.model, work.table)
         does = AttentionDistance(window, causal=causal, grid=grid)
         return replace(found, does=does)
 
@@ -276,9 +297,12 @@ class ReceivedAttention(PatternObservation):
             work.add_axis(axis)
         if window is None or not fits:
             return None
-        causal = work.model.shape.causal
+        if sites is not None and not in_one_text(rule, sites, work):
+            return None
+        causal = is_causal(sites, work)
         sites, keys = fill_empty_picks(
-            sites, resolve_later_positions(rule.at, *window, work, both=not causal)
+            sites,
+            resolve_later_positions(rule.at, *window, work.reading(sites), both=not causal),
         )
         if sites is None or keys is None or not self.sites_fit(rule, sites, work):
             return None

@@ -14,6 +14,7 @@ is the meaning of `observe WORD SITE at POSITIONS`, and `each` computes a number
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from mechdsl.base.records import Registry
@@ -266,5 +267,9 @@ def check_unembedding(rule: spec.Rule, work: ExperimentContext) -> bool:
     if shape.encodes_apart and shape.task == "tokens":
         reason = "which attends to the tokens of an encoder"
     what = f"`observe {rule.observed.word}` of `{work.model.name}`, {reason},"
-    work.diagnostics.append(NotSupported(span=rule.observed.span, what=what))
+    problem = NotSupported(span=rule.observed.span, what=what)
+    if shape.encodes_apart:
+        hint = "measure `logit(answer)` with a rule: `ablate z layer 2 head 1 at … with zero`"
+        problem = replace(problem, later=hint)
+    work.diagnostics.append(problem)
     return False

@@ -39,6 +39,7 @@ from mechdsl.resolve.types import (
     SiteTargets,
     count_numbers,
 )
+from mechdsl.rules.kinds import check_same_side
 from mechdsl.rules.observations.registry import (
     SiteObservation,
     check_unembedding,
@@ -151,6 +152,13 @@ def resolve_compared_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTarg
     if found is None:
         return None
     return replace(found, axes=tuple(f"to_{n}" if n in own else n for n in found.axes))
+
+
+def _compares_one_side(found: ResolvedRule, others: SiteTargets, work: ExperimentContext) -> bool:
+    """Report E0317 if the compared sites have vectors at different tokens."""
+    every = (here for sites in (found.sites, others) if sites is not None
+             for here in sites.points.values())  # fmt: skip
+    return check_same_side(found.spec, [point for here in every for point in here], work)
 
 
 def repeat_sites(sites: SiteTargets, axis: str, count: int) -> SiteTargets:
@@ -328,7 +336,7 @@ class Similarity(SiteRowSetObservation):
                 rule, work, reason, "sweep at one of them, and name or join the other: `{A, B}`"
             )
             return None
-        others = resolve_base_positions(rule.onto, work)
+        others = resolve_base_positions(rule.onto, work.reading(found.sites))
         return None if others is None else replace(found, spec=rule, edge=EdgeTargets(None, others))
 
     def _of_sites(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -336,6 +344,8 @@ class Similarity(SiteRowSetObservation):
         found, nothing = super().resolve(rule, work), is_unknown_name(rule.receiver, work)
         others = None if nothing else resolve_compared_sites(rule, work)
         if found is None or others is None or not self.sites_fit(rule, others, work):
+            return None
+        if not _compares_one_side(found, others, work):
             return None
         shape = work.sites.shape
         widths = {
@@ -518,6 +528,8 @@ class Cka(SiteRowSetObservation):
             None if is_unknown_name(rule.receiver, work) else resolve_compared_sites(rule, work)
         )
         if found is None or others is None or not self.sites_fit(rule, others, work):
+            return None
+        if not _compares_one_side(found, others, work):
             return None
         return replace(found, beside=others)
 

@@ -1,0 +1,336 @@
+"""Estimates, saved vectors and gradients, coordinates and controls in encoder-decoders, against
+autograd and plain hooks on the bare model for one unpadded prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mechdsl.pipeline.options import RunOptions
+
+from ..quick import some
+from .encoder_decoders import (
+    ENCODER_LAYERS,
+    HEADS,
+    LAYERS,
+    Place,
+    Text,
+    Write,
+    changed,
+    columns,
+    difference,
+    explicit_attention,
+    logits,
+    model,
+    place,
+    read,
+    starts,
+    text,
+    tokenizer,
+)
+from .support import (
+    DIFFERENCE,
+    PROMPTS,
+    ROWS,
+    Record,
+    by_name,
+    experiment,
+    token,
+    try_file,
+)
+
+FAMILIES = ("t5", "bart", "t5gemma")
+SITES = ["z encoder", "resid_post", "v cross", "resid_post encoder", "z cross", "mlp_out", "z"]
+
+
+def run(
+    family: str, lines: str, folder: Path, options: RunOptions | None = None, prompts: str = PROMPTS
+) -> Any:
+    ran = try_file(lines, folder, model(family), options, tokenizer=tokenizer(), prompts=prompts)
+    return by_name(*ran)
+
+
+def is_encoded(site: str) -> bool:
+    """Whether the site has vectors at the encoder's tokens."""
+    return "encoder" in site or site in ("k cross", "v cross")
+
+
+def at(family: str, site: str, of: Text) -> int:
+    return of.last if is_encoded(site) else len(starts(family)) - 1
+
+
+def layers(family: str, site: str) -> list[Place]:
+    """Whole vectors of each layer."""
+    count = ENCODER_LAYERS if "encoder" in site else LAYERS
+    return [place(family, site, layer) for layer in range(count)]
+
+
+def of_cells(site: str, values: Tensor) -> list[float]:
+    """Sums over the numbers of each cell of a layer: its heads, or all."""
+    parts = values.unflatten(-1, (HEADS, -1)) if site[0] in "zkqv" else values[:, None]
+    return parts.double().sum((0, 2)).tolist()
+
+
+def axes(site: str) -> str:
+    return "layer * head *" if site[0] in "zkqv" else "layer *"
+
+
+def run_with_gradients(family: str, of: Text, writes: Sequence[Write], record: Record) -> Tensor:
+    """The logit difference, as a tensor of autograd."""
+    module = model(family)
+    with torch.enable_grad(), changed(module, writes):
+        found = module(
+            input_ids=torch.tensor([of.ids]),
+            decoder_input_ids=torch.tensor([starts(family)]),
+            use_cache=False,
+        )
+    last = found.logits[0, -1].double()
+    return last[token(record["a"])] - last[token(record["b"])]
+
+
+def gradient(
+    family: str, of: Text, own: Place, tokens: Sequence[int], record: Record, given: Tensor
+) -> Tensor:
+    """The gradient by the vectors of some tokens, [token, width], at the given vectors."""
+    leaf = given.clone().requires_grad_()
+    value = run_with_gradients(family, of, [(own, tokens, lambda _: leaf)], record)
+    (found,) = torch.autograd.grad(value, leaf)
+    return found
+
+
+def vectors(family: str, of: Text, own: Place, tokens: Sequence[int]) -> Tensor:
+    every = read(family, of, own)
+    return every[list(tokens)]
+
+
+ESTIMATES = {
+    "gradient_input": DIFFERENCE,
+    "integrated_gradients(steps: 3)": DIFFERENCE,
+    "gradient": "measure logit(answer) - logit(wrong) as raw",
+    "smoothgrad(samples: 2, noise: 0.00001)": "measure logit(answer) - logit(wrong) as raw",
+}
+
+
+def estimates(family: str, site: str, own: Place, record: Record) -> list[list[float]]:
+    """Values of the cells of a layer, of each estimator."""
+    base, other = text(record), text(record, "other")
+    to, of = [at(family, site, base)], [at(family, site, other)]
+    old, new = read(family, base, own)[to], read(family, other, own)[of]
+    change = new - old
+    slope = gradient(family, base, own, to, record, old)
+    along = [
+        gradient(family, base, own, to, record, old + (n + 0.5) / 3 * change) for n in range(3)
+    ]
+    size = np.sqrt(of_cells(site, slope**2)).tolist()
+    first, mean = (of_cells(site, change * each) for each in (slope, torch.stack(along).mean(0)))
+    return [first, mean, size, size]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", some(SITES, SITES[:3]))
+def test_estimates_equal_autograd(family: str, site: str, tmp_path: Path) -> None:
+    line = f"patch {site} {axes(site)} at last token"
+    given = "prompts p", "from other into clean", line
+    lines = "".join(
+        experiment(f"e{number}", *given, measure, f"using {name}")
+        for number, (name, measure) in enumerate(ESTIMATES.items())
+    )
+    found = run(family, lines, tmp_path)
+    by_layer = [
+        [estimates(family, site, own, record) for record in ROWS] for own in layers(family, site)
+    ]  # layer, row, estimator, head
+    expected = np.array(by_layer).transpose(2, 0, 3, 1)
+    for number, wanted in enumerate(expected):
+        measure = found[f"e{number}"].measures[0]
+        given = measure.patched - (measure.base if number < 2 else 0)
+        near = 1e-4 if number < 3 else 3e-3  # noise moves the gradient
+        np.testing.assert_allclose(given, wanted.reshape(given.shape), rtol=near, atol=5e-5)
+        assert np.abs(wanted).max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stack", ["encoder", "cross", ""])
+def test_gradient_times_attention_equals_autograd(family: str, stack: str, tmp_path: Path) -> None:
+    keys = "subject tokens" if stack else "first token"
+    line = f"block attention {stack} layer * heads * from last token to {keys}"
+    measure = "measure logit(answer) - logit(wrong) as raw"
+    lines = experiment(
+        "e", "prompts p", " ".join(line.split()), measure, "using gradient_attention"
+    )
+    found = run(family, lines, tmp_path)["e"].measures[0].patched
+    expected = []
+    for layer in range(ENCODER_LAYERS if stack == "encoder" else LAYERS):
+        row = []
+        for record in ROWS:
+            of, leaves = text(record), list[Tensor]()
+
+            def keep(weights: Tensor, leaves: list[Tensor] = leaves) -> Tensor:
+                leaves.append(weights.detach().requires_grad_())
+                return leaves[-1]
+
+            with explicit_attention(family, stack, layer, weighed=keep):
+                value = run_with_gradients(family, of, [], record)
+            (slope,) = torch.autograd.grad(value, leaves)
+            query = of.last if stack == "encoder" else len(starts(family)) - 1
+            own = list(of.subject) if stack else [0]
+            products = (leaves[0] * slope).clamp(min=0)[:, query, own]
+            row.append(float(products.sum(-1).mean()))
+        expected.append(row)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", some(SITES, SITES[:3]))
+def test_saved_vectors_and_gradients_equal_autograd(family: str, site: str, tmp_path: Path) -> None:
+    where = f"{site} {axes(site)} at last token"
+    lines = experiment(
+        "e",
+        "prompts p",
+        f"observe norm {where}",
+        f'save {where} to "a.safetensors"',
+        f'save gradient of logit(answer) - logit(wrong) by {where} to "b.safetensors"',
+    )
+    run(family, lines, tmp_path)
+    saved, slopes = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert saved.keys() == slopes.keys()
+    name = site.replace(" ", ".")
+    for layer, own in enumerate(layers(family, site)):
+        for number, row in enumerate(saved["row"].tolist()):
+            of, record = text(ROWS[row]), ROWS[row]
+            tokens = [at(family, site, of)]
+            vectors = read(family, of, own)[tokens]
+            wanted = gradient(family, of, own, tokens, record, vectors)
+            heads = range(HEADS) if site[0] in "zkqv" else [None]
+            for head in heads:
+                key = f"{name}.layer{layer}" + ("" if head is None else f".head{head}")
+                part = columns(Place(own.path, head=head), vectors.shape[-1])
+                for given, every in ((vectors, saved), (wanted, slopes)):
+                    np.testing.assert_allclose(
+                        every[key][number].flatten(), given[0, part], atol=2e-5
+                    )
+
+
+BASIS_SITES = ["resid_post encoder", "attn_out cross", "mlp_out", "attn_out encoder", "resid_post"]
+
+
+def components(family: str, site: str, own: Place) -> tuple[Tensor, Tensor]:
+    """Two principal components, [2, width], and the mean of the rows."""
+    rows = [read(family, text(record), own)[at(family, site, text(record))] for record in ROWS]
+    every = torch.stack(rows).double()
+    _, _, directions = torch.linalg.svd(every - every.mean(0), full_matrices=False)
+    return directions[:2], every.mean(0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", some(BASIS_SITES, BASIS_SITES[:3]))
+def test_coordinates_of_principal_components_equal_hooks(
+    family: str, site: str, tmp_path: Path
+) -> None:
+    """Two experiments and a saved basis of one file."""
+    lines = f"basis b = pca(p, dims: 2) at {site} layer 1 at last token\n"
+    patch = f"patch {site} layer 1 in basis b at last token"
+    lines += experiment("e", "prompts p", "from other into clean", patch, DIFFERENCE)
+    lines += experiment("f", "prompts p", "observe features of b at last token")
+    lines += experiment(
+        "g", "prompts p", f"ablate {site} layer 1 in basis b at last token with mean", DIFFERENCE
+    )
+    found = run(family, lines, tmp_path)
+    own = place(family, site, 1)
+    directions, mean = components(family, site, own)
+    patched, ablated, features = [], [], []
+    for record in ROWS:
+        base, other = text(record), text(record, "other")
+        to, of = at(family, site, base), at(family, site, other)
+        old, new = read(family, base, own)[to].double(), read(family, other, own)[of].double()
+        features.append((directions @ (old - mean)).abs().tolist())
+        for vector, row in ((new, patched), (mean, ablated)):
+            inserted = old + directions.T @ (directions @ (vector - old))
+
+            def change(_: Tensor, inserted: Tensor = inserted) -> Tensor:
+                return inserted.float()[None]
+
+            row.append(difference(logits(family, base, [(own, [to], change)]), record))
+    np.testing.assert_allclose(found["e"].measures[0].patched[0], patched, atol=2e-4)
+    np.testing.assert_allclose(found["g"].measures[0].patched[0], ablated, atol=2e-4)
+    given = np.abs(found["f"].measures[0].patched)  # the sign of a component is arbitrary
+    np.testing.assert_allclose(given, np.array(features).T, atol=1e-4)
+
+
+OTHER_BASES = {
+    "svd(weights: attn_out, dims: 2)": "the weights are those of the decoder's layers",
+    'rows(unembed, "w3", "w4")': "the unembedding reads the decoder's residual stream",
+    "jacobian(p, resid_post encoder layer 0 -> resid_post encoder layer 1, dims: 2)": "Jacobians",
+    "fit(ica(components: 2), prompts: p)": "a training on an encoder-decoder isn't supported",
+}
+
+
+@pytest.mark.parametrize("basis", OTHER_BASES)
+def test_basis_of_the_decoder_at_an_encoder_site_reports_e0342(basis: str, tmp_path: Path) -> None:
+    lines = f"basis b = {basis} at resid_post encoder layer 1 at last token\n"
+    lines = lines.replace(" at last token", "") if "jacobian" not in basis else lines
+    lines += experiment("e", "prompts p", "observe features of b at last token")
+    _, found = try_file(lines, tmp_path, model("t5"), None, tokenizer=tokenizer())
+    (problem,) = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0342"
+    assert OTHER_BASES[basis] in problem.message
+
+
+def test_singular_vectors_are_those_of_the_decoder(tmp_path: Path) -> None:
+    lines = "basis b = svd(weights: attn_out, dims: 2) at attn_out layer 1\n"
+    lines += experiment("f", "prompts p", "observe features of b at last token")
+    found = run("bart", lines, tmp_path)["f"].measures[0].patched
+    own = place("bart", "attn_out", 1)
+    weight = model("bart").get_submodule(place("bart", "z", 1).path).weight.detach()
+    directions = torch.linalg.svd(weight)[0][:, :2]
+    expected = [
+        read("bart", text(record), own)[at("bart", "attn_out", text(record))] @ directions
+        for record in ROWS
+    ]
+    np.testing.assert_allclose(np.abs(found), torch.stack(expected).T.abs(), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_controls_equal_hooks_on_the_drawn_targets(family: str, tmp_path: Path) -> None:
+    lines = "".join(
+        experiment(name, "prompts p", "from other into clean", line, DIFFERENCE, against)
+        for name, line, against in (
+            ("layers", "patch resid_post encoder layer * at last token", "against random(1)"),
+            ("heads", "patch z cross layer * head * at last token", "against random(1)"),
+        )
+    )
+    results = run(family, lines, tmp_path)
+    for name in ("layers", "heads"):
+        measure, band = results[name].measures[0], results[name].control(0)
+        effects = (measure.patched - measure.base).mean(1)
+        others = effects.reshape(-1, 2)[:, ::-1].flatten()  # the only other layer, or head
+        np.testing.assert_allclose(band.low, others, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(band.high, others, rtol=1e-3, atol=1e-4)
+
+
+def test_controls_leave_out_layers_of_the_same_stack_only(tmp_path: Path) -> None:
+    given = "prompts p", "from other into clean"
+    lines = "".join(
+        experiment(
+            name,
+            *given,
+            "patch resid_post encoder layer 0 at last token",
+            DIFFERENCE,
+            f"against random(1) except {excluded}",
+        )
+        for name, excluded in (
+            ("kept", "resid_post layer 1"),
+            ("out", "resid_post encoder layer 1"),
+        )
+    )
+    _, found = try_file(lines, tmp_path, model("t5"), None, tokenizer=tokenizer())
+    (problem,) = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0630"
+    assert problem.span is not None
+    assert "experiment out" in problem.span.source.text[: problem.span.start]
