@@ -955,9 +955,9 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
         elif experiment.broken:
             continue  # the error may be why a source or rule is missing
         elif effect.circuit is not None and not _has_circuit_rule(experiment, effect, program):
-            form = effect.circuit.replace("CIRCUIT", next(iter(program.circuits), "CIRCUIT"))
             reason = f"`{effect.name}` is defined for `{effect.circuit} …`"
-            hint = f"write the rule `{form} at tokens * with resample`, or measure `as delta`"
+            rule = _suggest_circuit_rule(experiment, effect.circuit, program)
+            hint = f"write the rule `{rule}`, or measure `as delta`"
             text = measure.span.written
             found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif effect.needs_source and experiment.source is None:
@@ -973,6 +973,17 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 )
             )
     return found
+
+
+def _suggest_circuit_rule(experiment: spec.Experiment, form: str, program: spec.Program) -> str:
+    """Return the rule on a circuit in a form such as `ablate all but CIRCUIT`, with the circuit,
+    the positions and the fill of the experiment's own one, if it has one."""
+    for rule in experiment.rules:
+        if rule.circuit_name in program.circuits and rule.site is not None:
+            own = rule.span.source.text[rule.at.span.start : rule.span.end]
+            return f"{form.replace('CIRCUIT', rule.site.span.written)} at {own}"
+    named = form.replace("CIRCUIT", next(iter(program.circuits), "CIRCUIT"))
+    return f"{named} at tokens * with {experiment.source or 'zero'}"
 
 
 def _has_circuit_rule(

@@ -805,7 +805,10 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
                         for each in ("embed", "logits")
                     )
                     edges = (ast.SiteMap(*ends, span=name.span),)
-                circuit = spec.Circuit(span=statement.span, name=name.id, edges=edges)
+                is_open = statement.source is not None
+                circuit = spec.Circuit(
+                    span=statement.span, name=name.id, edges=edges, is_open=is_open
+                )
                 parts.circuits[name.id] = circuit
         case ast.Seed(value=value):
             first = parts.seeded

@@ -607,6 +607,8 @@ class Circuit(Spec):
     scores: tuple[float, ...] = ()
     """Of every edge of the model, in the order of `mechdsl.resolve.circuits.list_edges`; empty if
     the edges have no scores."""
+    is_open: bool = False
+    """Whether a call gives its edges, which aren't known yet; or never, after an error."""
 
 
 class Expectation(Spec):

@@ -207,6 +207,8 @@ def _pick_edges(
     if node is None:
         return (), {(): edges}
     trained = circuit.name in work.program.masks
+    if circuit.is_open and not trained:
+        return None  # its call has an error
     if not found.scores and not trained:
         reason = "lists its edges without scores, and `top` selects those with the largest"
         hint = f"write `{circuit.name}`, or let `fit` choose its edges: `fit(mask(size: 20), …)`"

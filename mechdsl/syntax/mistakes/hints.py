@@ -775,6 +775,11 @@ HINTS: tuple[Hint, ...] = (
         r"(?:verify\s+)?((?:top|random)\s+[0-9]+(?:,\s*(?:top|random)\s+[0-9]+)*)",
         "name the estimator first: `using gradient_input verify {0}`",
     ),
+    Hint(
+        r"^circuit\b[\s\S]*[=,]\s*([^=,>]+?)\s*->[^,>]*,\s*([^=,>]+?)\s*$",
+        r"\s*(?:,|$)",
+        "write both ends of each edge: `{0} -> {1}`",
+    ),
     Hint(r"^measure\b", r"", "name the effect: `as recovery`, `as delta` or `as raw`", "AS"),
     Hint(
         r"\b([a-z]\w*)\s+((?:layers?|heads?|neurons?)\s[^=]*?)\s*$",
