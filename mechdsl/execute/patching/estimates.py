@@ -526,7 +526,7 @@ class GradientEstimates:
             run = replace(run, backward=BackwardRules(fixed_norms=True))
         received, adds = run.add_zeros(edges.sites, *edges.tokens)
         reading, _ = run.read(adds, lanes, ())
-        leaves = [run.zeros(len(each.lane), each.width(shape)) for each in written]
+        leaves = [run.zeros(len(each.lane), each.width(self.model)) for each in written]
         adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
         held = HeldPass.run(edges, run.model, run.runs.norms, lanes.batch, run.noise(lanes), adds)
         bases = [each.base(held.senders[each.where], lanes.batch) for each in written]
