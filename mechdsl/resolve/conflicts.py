@@ -315,8 +315,9 @@ def _of_changed_attention(
 def _of_basis(basis: BasisTargets, span: Span, said: spec.Estimator) -> Iterator[Diagnostic]:
     """Yield the conflict of a rule on coordinates."""
     hint = f"{OTHER_ESTIMATOR_HINT}, which estimates each cell separately"
-    if said.steps is not None:
+    if said.steps is not None and len(basis.coordinates) > 1:
         reason = "all cells of a site move together, and cells of a basis write the same vectors"
+        hint += "; or name the coordinates of one cell: `patch … in basis b`"
     elif not said.kind.reads_written:
         reason = "its gradient is of whole vectors, not of coordinates"
     elif any(member.reads for member in basis.members):

@@ -130,6 +130,45 @@ def test_estimates_of_basis_coordinates_equal_autograd(
     assert agrees(found["mean"], 0, {(): products(moved, gradient)}, None) > 1e-3
 
 
+@pytest.mark.parametrize("site", ["resid_post", "heads"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integrated_gradients_of_basis_coordinates_equal_autograd(
+    family: str, site: str, tmp_path: Path
+) -> None:
+    """The coordinates of a subspace, and one feature of three, move from the base values."""
+    at = site_of(family, "resid_post" if site == "resid_post" else "z", 1)
+    base = lasts(reads(family, at, "clean")).flatten(1)
+    source = lasts(reads(family, at, "other"), "other").flatten(1)
+    basis: Basis = components(base, 3)
+    change = basis.encode(source) - basis.encode(base)
+
+    def along(moved: Tensor) -> list[float]:
+        found: list[float] = []
+        for record, own in zip(ROWS, moved, strict=True):
+            here = prompt(record)
+            way = torch.zeros(len(here.ids), own.numel(), dtype=own.dtype)
+            way[here.last] = own
+            forward = call_metric(family, ONE, here, record, torch.zeros(()))
+            way = way.unflatten(1, (at.units, -1))
+            parts = [
+                taken(double(family), at, forward, way * (step + 0.5) / 3).gradient
+                for step in range(3)
+            ]
+            found.append(float((torch.stack(parts).mean(0) * way).sum()))
+        return found
+
+    place = "resid_post layer 1" if site == "resid_post" else "z layer 1"
+    lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
+    lines = (*lines, "using integrated_gradients(steps: 3)")
+    text = f"basis b = pca(p, dims: 3) at {place} {LAST}\n"
+    text += experiment("all", f"patch {place} in basis b {LAST}", *lines)
+    text += experiment("one", f"patch feature 1 of b {LAST}", *lines)
+    found = run_file(text, tmp_path, bare(family))
+    whole = along(change @ basis.directions)
+    assert agrees(found["all"], 0, {(): whole}, None) > 1e-3
+    assert agrees(found["one"], 0, {(): along(change[:, 1:2] * basis.directions[1])}, None) > 1e-3
+
+
 ARCHITECTURES = {"gpt2": "standard", "llama": "topk", "gpt_neox": "layer_norm"}
 
 
@@ -186,8 +225,8 @@ def test_estimate_of_a_linear_model_equals_its_run(family: str, kind: str, tmp_p
     lines = ("prompts p", measured(ONE, "delta"))
     rules = (*LINEAR, f"patch layer 2 head * {LAST}") if family == "gpt_neox" else LINEAR
     text = f"basis b = pca(p, dims: 3) at resid_post layer 2 {LAST}\n"
-    if "steps" not in kind:
-        rules = (*rules, f"patch feature * of b {LAST}")
+    whole = f"patch resid_post layer 2 in basis b {LAST}"
+    rules = (*rules, whole if "steps" in kind else f"patch feature * of b {LAST}")
     for number, rule in enumerate(rules):
         own = (rule,) if rule.startswith("ablate") else ("from other into clean", rule)
         text += experiment(f"run{number}", *lines, *own)

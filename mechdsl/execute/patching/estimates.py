@@ -96,7 +96,8 @@ class _WrittenVectors:
         own = np.flatnonzero(rows[self.row])
         values = self.values[array_to_device(own, self.values.device)]
         spot = self.spot[torch.from_numpy(own)]
-        return replace(self, row=self.row[own], spot=spot, values=values)
+        which = None if self.which is None else self.which[torch.from_numpy(own)]
+        return replace(self, row=self.row[own], spot=spot, values=values, which=which)
 
     def width(self, model: LoadedModel) -> int:
         """Return the length of the vector of a spot."""
@@ -618,7 +619,7 @@ class GradientEstimates:
                 each = whole.some(groups == group)
                 way = torch.zeros_like(base)
                 spot = to_device(each.spot, base.device)
-                way[spot] = each.values.to(base) - base[spot]
+                way[spot] = each.written(base[spot]).to(base) - base[spot]
                 for step in range(self.steps):
                     leaf = (way * ((step + 0.5) / self.steps)).requires_grad_()
                     reading, _ = self.differentiated.read([each.added(leaf)], lanes, ())
