@@ -71,6 +71,8 @@ class GradientEstimator:
     convention: ClassVar[str]
     """Description below results; `{steps}` is the number of steps, `{NAME}` an option."""
     place: ClassVar[Place] = "sites"
+    takes_paths: ClassVar[bool] = False
+    """Whether it also estimates `path`, with its `backward` along the edges."""
     options: ClassVar[Mapping[str, int | float]] = {}
     """Arguments `NAME: NUMBER` → default value; if that is an int, only whole numbers are valid."""
     steps: ClassVar[int | None] = None
@@ -172,20 +174,19 @@ def _class_problem(name: str, entry: type[GradientEstimator]) -> str | None:
         return "`options` must not contain `steps`: set the attribute `steps`"
     if entry.value_name and not (entry.formula and entry.value_said):
         return "values that aren't effects need the texts `formula` and `value_said`"
-    if entry.place == "paths" and not _is_plain(entry):
+    if (entry.place == "paths" or entry.takes_paths) and _is_of_sites(entry):
         return (
-            "estimators of paths have no `steps`, `backward`, `fixes_attention`, `drops_layers` "
-            "or `adds_noise`"
+            "estimators of paths have no `steps`, `fixes_attention`, `drops_layers`, `adds_noise`"
         )
     if entry.values is GradientEstimator.values:
         return "it has no `values(self, written, base, gradient, options)`"
     return None
 
 
-def _is_plain(entry: type[GradientEstimator]) -> bool:
-    """Return whether gradients are those of the model in the base run."""
+def _is_of_sites(entry: type[GradientEstimator]) -> bool:
+    """Return whether gradients are taken in a way that edges don't have."""
     changed = entry.fixes_attention or entry.drops_layers or entry.adds_noise
-    return entry.steps is None and entry.backward is None and not changed
+    return entry.steps is not None or changed
 
 
 def find_estimator(text: str) -> GradientEstimator | None:
@@ -373,6 +374,7 @@ class EdgeAttributionPatching(_GradientTimesChange):
         "metric by these inputs (Syed et al. 2023, arXiv 2310.10348, edge attribution patching)"
     )
     place = "paths"
+    takes_paths = True
 
 
 @estimator("integrated_gradients")
@@ -413,7 +415,8 @@ class RelevancePatching(_GradientTimesChange):
         "propagation instead of gradients. The size that a norm divides by is a constant (LN "
         "rule). An activation function f(x) is x times the constant f(x) / x (identity rule). Each "
         "factor of a product of two activations, as in a gated MLP, has half its gradient (half "
-        "rule). Attention has its own gradients, as in the authors' code. Models with experts and "
+        "rule). Attention has its own gradients, as in the authors' code. For a `path`, these "
+        "coefficients also apply along its edges, as in `eap`. Models with experts and "
         "encoder-decoders are rejected (E0608). One forward pass, and one backward pass per "
         "measure, serve all cells."
     )
@@ -425,6 +428,7 @@ class RelevancePatching(_GradientTimesChange):
         "half their gradient (half rule), attention has its gradient (Jafari et al. 2025, arXiv "
         "2508.21258)"
     )
+    takes_paths = True
     backward = BackwardRules(fixed_norms=True, identity_activations=True, halved_products=True)
 
 
@@ -442,9 +446,10 @@ class GradientInteractionModifications(_GradientTimesChange):
         "attention's softmax are those at twice the temperature, so that saturated attention has "
         "gradients. The size that a norm divides by is a constant. Gradients are divided by the "
         "number of interacting factors: by 4 at queries and keys, by 2 at values and at both "
-        "factors of a gated MLP. Models with experts, encoder-decoders, and models whose attention "
-        "weights can't be written are rejected (E0608). One forward pass, and one backward pass "
-        "per measure, serve all cells."
+        "factors of a gated MLP. For a `path`, these also apply along its edges, as in `eap`. "
+        "Models with experts, encoder-decoders, and models whose attention weights can't be "
+        "written are rejected (E0608). One forward pass, and one backward pass per measure, serve "
+        "all cells."
     )
     source = "Edin et al. 2025, arXiv 2505.17630"
     convention = (
@@ -453,6 +458,7 @@ class GradientInteractionModifications(_GradientTimesChange):
         "at queries and keys, by 2 at values and at factors of a product of activations (Edin et "
         "al. 2025, arXiv 2505.17630)"
     )
+    takes_paths = True
     backward = BackwardRules(
         fixed_norms=True,
         halved_products=True,

@@ -244,7 +244,7 @@ def _of_rule(
     if said.kind.place == "attention":
         yield from _of_edges(rule, verb, experiment, said)
         return
-    if said.kind.place == "paths":
+    if said.kind.place == "paths" or (said.kind.takes_paths and rule.path is not None):
         yield from _of_path(rule, verb, experiment, said)
         return
     if rule.circuit is not None:

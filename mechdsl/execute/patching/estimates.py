@@ -337,7 +337,7 @@ class GradientEstimates:
         prompts = np.unique(drawn.prompt)
         lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
         lanes = DrawLanes.of(self.differentiated.unpatched(), prompts, draws)
-        if self.kind.place == "paths":
+        if self.plan.path is not None:
             edges = PathEdges.of(self.plan, drawn, draw, lane_of_row, self.model.shape)
             senders = drawn.take(edges.first), draw[edges.first], lane_of_row[edges.first]
             sums = self._along_edges(edges, *senders, lanes, self._environments(drawn))
@@ -524,12 +524,14 @@ class GradientEstimates:
         written = [_WrittenVectors.of(write, lane_of_sender, shape) for write in writes]
         paths = edges.rule.paths
         if paths is not None and paths.at_the_end and paths.frozen_norms:
-            run = replace(run, backward=BackwardRules(fixed_norms=True))
+            rules = self.kind.backward or BackwardRules()
+            run = replace(run, backward=replace(rules, fixed_norms=True))
         received, adds = run.add_zeros(edges.sites, *edges.tokens)
         reading, _ = run.read(adds, lanes, ())
         leaves = [run.zeros(len(each.lane), each.width(self.model)) for each in written]
         adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
-        held = HeldPass.run(edges, run.model, run.runs.norms, lanes.batch, run.noise(lanes), adds)
+        given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), adds)
+        held = HeldPass.run(edges, *given, self.kind.backward)
         bases = [each.base(held.senders[each.where], lanes.batch) for each in written]
         found = np.zeros((len(self.readout.measures), len(environments)))
         for measure, own, slopes in self._gradients(reading, list(received.values()), environments):

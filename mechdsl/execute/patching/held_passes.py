@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from mechdsl.models.restart import HeldSublayers
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.planner.rows import RowTable, RulePlan, count_columns
+from mechdsl.program.estimators import BackwardRules
 from mechdsl.resolve.types import SiteLayer, SitePoint
 from mechdsl.vocab.sites import SITES
 
@@ -191,6 +192,7 @@ class HeldPass:
         batch: Batch,
         noise: Sequence[SiteWrite],
         adds: Sequence[SiteWrite],
+        backward: BackwardRules | None,
     ) -> HeldPass:
         """Run the pass. Raises AutogradFailed.
 
@@ -201,6 +203,7 @@ class HeldPass:
             batch: The lanes of all rows.
             noise: Writes of the base run's noise.
             adds: Zeros at the senders.
+            backward: Changes of the derivatives.
         """
         of_site = {
             (site, layer): SiteRead(site, layer, before=site != "resid_post")
@@ -208,6 +211,8 @@ class HeldPass:
         }
         wheres = [each.where for each in adds]
         held = hold_rows(edges.rule, len(batch.lengths))
+        if backward is not None and backward.fixed_norms:  # norms have the values of the base run
+            held = replace(held, norms=np.zeros_like(held.norms))
         given = (held, RuleWrites(adds), noise, RuleWrites())
         with (
             hold_sublayers(model, norms, batch, *given) as writes,
@@ -220,6 +225,7 @@ class HeldPass:
                 writes=[*noise, *writes, *adds],
                 reads=[*of_site.values(), *wheres],
                 gradients=True,
+                backward=backward,
             ).reads
         row, column = edges.tokens[0], batch.columns(*edges.tokens)
         inputs = {
