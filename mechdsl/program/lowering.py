@@ -106,7 +106,7 @@ from mechdsl.program.spec import (
     whole_number_value,
 )
 from mechdsl.program.statements import Statements, expand_metrics, mark_names_used
-from mechdsl.program.trainings import lower_objectives, split_by_seed
+from mechdsl.program.trainings import lower_objectives, split_by_seed, split_rows_of_circuits
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse, parse_setting, read_source
 from mechdsl.syntax.traversal import walk
@@ -517,6 +517,13 @@ _LISTED = 1000
 _MANY = f"more than {limits.FILES} files are imported"
 
 
+def _note_splits(automatic: Mapping[str, str], parts: Definitions) -> None:
+    """Note the circuits that blocks are split for."""
+    for block, circuit in automatic.items():
+        if (own := parts.prompts.get(block)) is not None:
+            parts.prompts[block] = own.model_copy(update={"split_for": circuit})
+
+
 def lower_program(
     tree: ast.File,
     source: Source,
@@ -530,13 +537,13 @@ def lower_program(
     for imports that may not be read, E06xx for incomplete experiments, W0730 for unused names,
     W0780 for paths of an untrusted file.
     """
-    scope = Namespace()
+    scope, parts = Namespace(), Definitions()
+    tree, automatic = split_rows_of_circuits(tree)
     files = _with_imports(tree, source, scope.diagnostics)
     scope.derived = frozenset(run.name.id for run in derived_runs(tree))
-    parts = Definitions()
     _parameters(files, parts, scope, settings or {})
+    trees = [file for file, _ in files]
     if source.reach.reads is not None:
-        trees = [file for file, _ in files]
         scope.diagnostics.extend(warn_named_paths(trees, parts.parameters))
     for call in callables:
         _define_callable(call, parts, scope)
@@ -544,15 +551,15 @@ def lower_program(
     for file, imported in files:
         for statement in file.statements:
             _define(statement, imported, parts, scope)
-    check_bases([file for file, _ in files], parts, scope)
+    _note_splits(automatic, parts)
+    check_bases(trees, parts, scope)
     check_averaged_images(parts, scope)
     _mark_pools(files, scope)
     _refer_to_images(parts, scope)
     _directions_and_bases(files, parts, scope)
-    lower_edits((file for file, _ in files), parts, scope)
-    for file, imported in files:
-        if not imported:
-            _lower_experiments(file, parts, scope)
+    lower_edits(trees, parts, scope)
+    for file in (file for file, imported in files if not imported):
+        _lower_experiments(file, parts, scope)
     parts.experiments = add_run_order(tree, parts, scope)
     _warn_unused_names(tree, scope)
     whole = spec.Program(

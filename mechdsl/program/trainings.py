@@ -13,7 +13,8 @@ one for each seed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownName
@@ -43,6 +44,94 @@ from mechdsl.program.trainers import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
+
+HELD_OUT_SPLIT = 80.0
+"""Percentage of the rows of a block that circuits are trained on, if the file doesn't split it."""
+
+
+def split_rows_of_circuits(tree: ast.File) -> tuple[ast.File, dict[str, str]]:
+    """Split the rows of circuits that are trained and tested on the same rows.
+
+    If an experiment on a block without `split` uses a circuit that is trained on this block, the
+    block has the line `split 80%`. Circuits are trained on its part `train`, and experiments that
+    use them have the part `test`.
+
+    Returns:
+        The file, and the name of a circuit for each block that is split.
+    """
+    own = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
+    own = {name: each for name, each in own.items() if not _is_split(each)}
+    trained = {
+        each.name.id: block
+        for each in tree.statements
+        if isinstance(each, ast.CircuitDef) and (block := _block_of(each)) in own
+    }
+    uses = {
+        number: blocks
+        for number, each in enumerate(tree.statements)
+        if isinstance(each, ast.ExperimentDef) and (blocks := _tested_blocks(each, trained))
+    }
+    split = {block: name for blocks in uses.values() for block, name in blocks.items()}
+    if not split:
+        return tree, {}
+    found: list[ast.TopLevel] = []
+    for number, each in enumerate(tree.statements):
+        if isinstance(each, ast.PromptsDef) and each.name.id in split:
+            percent = ast.Percent(HELD_OUT_SPLIT, span=each.name.span)
+            line = ast.SplitLine(percent, span=each.name.span)
+            each = replace(each, lines=(*each.lines, line))
+        elif isinstance(each, ast.CircuitDef) and trained.get(each.name.id) in split:
+            assert each.source is not None
+            arguments = tuple(map(_train_part, each.source.arguments))
+            each = replace(each, source=replace(each.source, arguments=arguments))
+        elif isinstance(each, ast.ExperimentDef) and number in uses:
+            lines = (_test_part(line, uses[number]) for line in each.statements)
+            each = replace(each, statements=tuple(lines))
+        found.append(each)
+    return replace(tree, statements=tuple(found)), split
+
+
+def _is_split(block: ast.PromptsDef) -> bool:
+    return any(isinstance(line, ast.SplitLine) for line in block.lines)
+
+
+def _block_of(circuit: ast.CircuitDef) -> str | None:
+    """Return the block that a circuit is trained on, without a part or a run; None if its rows may
+    be measured."""
+    if circuit.source is None or circuit.source.name != "fit":
+        return None
+    given = {each.name: each.value for each in circuit.source.arguments}
+    rows = given.get("prompts")
+    if "measure_on_training_rows" in given or not isinstance(rows, ast.Name):
+        return None
+    return rows.id
+
+
+def _tested_blocks(experiment: ast.ExperimentDef, trained: Mapping[str, str]) -> dict[str, str]:
+    """Return the whole blocks of an experiment that a circuit which it uses is trained on, with
+    this circuit."""
+    names = {node.id for node in walk(experiment) if isinstance(node, ast.Name)}
+    names |= {node.of for node in walk(experiment) if isinstance(node, ast.RankedSelection)}
+    uses = [each for each in experiment.statements if isinstance(each, ast.UsePrompts)]
+    whole = {ref.name for use in uses for ref in use.prompts if ref.part is None}
+    return {block: name for name, block in trained.items() if name in names and block in whole}
+
+
+def _train_part(argument: ast.Argument) -> ast.Argument:
+    if argument.name != "prompts" or not isinstance(argument.value, ast.Name):
+        return argument
+    part = ast.Attribute(argument.value.id, "train", span=argument.value.span)
+    return replace(argument, value=part)
+
+
+def _test_part(line: ast.Statement, blocks: Collection[str]) -> ast.Statement:
+    if not isinstance(line, ast.UsePrompts):
+        return line
+    refs = tuple(
+        replace(ref, part="test") if ref.part is None and ref.name in blocks else ref
+        for ref in line.prompts
+    )
+    return replace(line, prompts=refs)
 
 
 def lower_objectives(parts: spec.Definitions, scope: Namespace) -> None:

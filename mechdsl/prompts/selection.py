@@ -466,6 +466,8 @@ def rows_convention(
         text = f"{kept:,} drawn from {block.combinations:,} {unit}"
     if part is not None and block.spec.split is not None:
         text += f", part `{part}` of a {block.spec.split:g}% split"
+        if block.spec.split_for:
+            text += f" (automatic: `{block.spec.split_for}` is trained on part `train`)"
     if limit is not None and kept < limit:
         text += f" (limit {limit:,}, no more exist)"
     if found.repeated:

@@ -775,7 +775,8 @@ _file(
     "from 90 % of the edges to `size` over the first 70 % of the steps, by equal factors, because "
     "an edge often matters only together with the rest of its path. `patience` is E0342. The "
     "random choices of the table, and the control of experiments without `against`, are circuits "
-    "as `against random` draws them.",
+    "as `against random` draws them. Without `split`, a block on which a circuit is trained and "
+    "tested is split: the circuit has 80 % of its rows, experiments that use it have the others.",
     "tests/pipeline/test_trained_circuits.py",
     "Bhaskar et al. 2024, arXiv 2406.16778; Conmy et al. 2023, arXiv 2304.14997",
 )

@@ -53,6 +53,7 @@ from ..rules.support import plain, rows, tokens
 from ..rules.test_ablated_circuits import Case, fills, named, shape_of
 from .test_trained_circuits import EDGES_THERE, PAIR, PATCH, PATCHES, differentiable, planted
 from .test_trained_dictionaries import (
+    BLOCKS,
     check_keys,
     experiment,
     run,
@@ -619,6 +620,58 @@ def test_edge_score_key_depends_on_every_argument(tmp_path: Path, trains_all: bo
 
     # Both selections may have the same edges.
     check_keys(tmp_path, trains_all, fit, CHANGES, PATCHES, content, same=["selection"])
+
+
+# --- held-out rows --------------------------------------------------------------------------------
+
+TESTED = "ablate all but c at tokens * with zero"
+OF_OTHERS = experiment("ablate mlp_out layer 0 at last token with zero", name="plain", block="p")
+
+
+def row_ids(path: Path) -> dict[str, list[int]]:
+    """The rows of each experiment, and those of the training."""
+    found = checked(path, double("llama"))
+    ids = {each.name: [*each.table.row_ids] for each in found.experiments}
+    (declared,) = fits_of_file(found).values()
+    assert declared.objective is not None
+    return {**ids, "fit": [*declared.objective.table.row_ids]}
+
+
+@pytest.mark.parametrize("rule", [TESTED, TESTED.replace("c at", "top 2 of c at")])
+def test_circuit_is_tested_on_rows_that_it_is_not_trained_on(rule: str, tmp_path: Path) -> None:
+    found = row_ids(write(tmp_path, fit(), experiment(rule, name="tested", block="p") + OF_OTHERS))
+    assert len(found["plain"]) == 4
+    assert found["tested"]
+    assert sorted([*found["tested"], *found["fit"]]) == sorted(found["plain"])
+    explicit = fit().replace("prompts: p,", "prompts: p.train,")
+    blocks = BLOCKS.replace("prompts p {", "prompts p {\n  split 80%", 1)
+    tested = experiment(rule, name="tested", block="p.test")
+    again = row_ids(write(tmp_path, explicit, tested + OF_OTHERS, blocks=blocks))
+    assert again == found
+
+
+def test_conventions_name_the_circuit_that_rows_are_split_for(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(), experiment(TESTED, name="tested", block="p") + OF_OTHERS)
+    train(path)
+    tested, plain = run(path).files[0].experiments
+    said = "part `test` of a 80% split (automatic: `c` is trained on part `train`)"
+    assert said in tested.conventions["rows"]
+    assert "trained on 3 rows of p.train" in tested.conventions["circuit c"]
+    assert "split" not in plain.conventions["rows"]
+
+
+UNSPLIT = {
+    "a circuit of training rows": fit(f"{HALF}, measure_on_training_rows: true"),
+    "a circuit of another block": fit(source="with: zero").replace(
+        "prompts: p,", "prompts: second,"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSPLIT)
+def test_rows_are_not_split_for(name: str, tmp_path: Path) -> None:
+    found = row_ids(write(tmp_path, UNSPLIT[name], experiment(TESTED, name="tested", block="p")))
+    assert len(found["tested"]) == 4
 
 
 # --- mistakes -------------------------------------------------------------------------------------
