@@ -1132,7 +1132,7 @@ def _check_site(point: SitePoint, node: ast.Node, work: ExperimentContext) -> No
         hint = "leave the neuron out" if kind.width == "one" else "name `resid_post layer 2`"
         raise BasisError(node, f"`{point.site}` has {what}, which no basis describes", hint)
     several = point.unit is None and unit_count(work.model.shape, point.site, point.layer) > 1
-    if several and point.site not in JOINED_SITES:
+    if several and kind.component not in JOINED_SITES:
         unit = "expert" if kind.unit == "expert" else "head"
         raise BasisError(
             node,
@@ -1363,6 +1363,9 @@ def _trained(
         assert made.training is not None
         text += f", with {paired.label}"
     stream = made.training.stream
+    if stream is not None and work.model.shape.encodes_apart:
+        reason = "streamed rows of an encoder-decoder aren't read"
+        raise BasisError(definition.method, reason, "train on a `prompts` block")
     if stream is not None:
         text = f"{stream.count:,} streamed rows of {sample.table.name} at {sample.cell.label}"
     trainer = made.training.trainer

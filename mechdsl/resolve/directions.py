@@ -482,6 +482,10 @@ def _width(points: Sequence[SitePoint], work: ExperimentContext) -> int:
     return vector_width(work.model.shape, first.site, first.layer)
 
 
+ENCODER_DECODER_TRAINERS = ("sae", "nmf", "semi_nmf", "ica", "mixture")
+"""Trainings that read one activation of each token, and nothing else of an encoder-decoder."""
+
+
 def resolve_samples(
     call: ast.Call, rows: FitRows, at: ast.Positions | None, work: ExperimentContext
 ) -> dict[str, FitSample] | None:
@@ -495,8 +499,12 @@ def resolve_samples(
         hint = "train it at `embed`, or compute it, as `mean_difference(…)` does"
         raise DirectionError(call, reason, hint)
     if call.name == FIT_CALL and work.model.shape.encodes_apart:
-        reason = "a training on an encoder-decoder isn't supported yet"
-        raise DirectionError(call, reason, "compute it instead, as `mean_difference(…)` does")
+        inner = call.arguments[0].value
+        if not isinstance(inner, ast.Call) or inner.name not in ENCODER_DECODER_TRAINERS:
+            known = ", ".join(f"`{name}(…)`" for name in ENCODER_DECODER_TRAINERS)
+            reason = "this training on an encoder-decoder isn't supported yet"
+            hint = f"train it on activations alone, with one of {known}, or compute it: `pca(…)`"
+            raise DirectionError(call, reason, hint)
     table = work.table if rows.key == "" else work.table.beside.get(rows.key)
     if table is None or table.stands_in or rows.run not in table.runs:
         return None
