@@ -253,15 +253,24 @@ def test_coordinates_of_principal_components_equal_hooks(
     lines += experiment(
         "g", "prompts p", f"ablate {site} layer 1 in basis b at last token with mean", DIFFERENCE
     )
+    for name, steps in (("h", "gradient_input"), ("i", "integrated_gradients(steps: 3)")):
+        given = "prompts p", "from other into clean", patch, DIFFERENCE
+        lines += experiment(name, *given, f"using {steps}")
     found = run(family, lines, tmp_path)
     own = place(family, site, 1)
     directions, mean = components(family, site, own)
     patched, ablated, features = [], [], []
+    estimated: dict[str, list[float]] = {"h": [], "i": []}
     for record in ROWS:
         base, other = text(record), text(record, "other")
         to, of = at(family, site, base), at(family, site, other)
         old, new = read(family, base, own)[to].double(), read(family, other, own)[of].double()
         features.append((directions @ (old - mean)).abs().tolist())
+        step = (directions.T @ (directions @ (new - old)))[None].float()
+        for name, parts in (("h", [0.0]), ("i", [1 / 6, 3 / 6, 5 / 6])):
+            points = [old[None].float() + part * step for part in parts]
+            slopes = [gradient(family, base, own, [to], record, each) for each in points]
+            estimated[name].append(float((step * torch.stack(slopes).mean(0)).sum()))
         for vector, row in ((new, patched), (mean, ablated)):
             inserted = old + directions.T @ (directions @ (vector - old))
 
@@ -271,6 +280,9 @@ def test_coordinates_of_principal_components_equal_hooks(
             row.append(difference(logits(family, base, [(own, [to], change)]), record))
     np.testing.assert_allclose(found["e"].measures[0].patched[0], patched, atol=2e-4)
     np.testing.assert_allclose(found["g"].measures[0].patched[0], ablated, atol=2e-4)
+    for name, wanted in estimated.items():
+        measure = found[name].measures[0]
+        np.testing.assert_allclose((measure.patched - measure.base)[0], wanted, atol=2e-4)
     given = np.abs(found["f"].measures[0].patched)  # the sign of a component is arbitrary
     np.testing.assert_allclose(given, np.array(features).T, atol=1e-4)
 
