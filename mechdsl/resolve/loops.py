@@ -255,7 +255,9 @@ def _values(
             found.extend(part)
             continue
         if value is None:
-            _bad_loop(loop, "this value can't be looped over", diagnostics)
+            sites = "name each site: `group a = L9H9`, `group b = L9H6`, `for g in [a, b]`"
+            hint = sites if isinstance(item, ast.ShortSite) else None
+            _bad_loop(loop, "this value can't be looped over", diagnostics, hint)
             return None
         found.append(value)
     return tuple(found)

@@ -1242,6 +1242,10 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
             bad = BadArgument(span=span, name=str(name), reason=reason, hint=hint)
             context.diagnostics.append(bad)
             return None
+        if kind is None and any(
+            isinstance(each, BadLoopValue) and each.name == word.id for each in context.diagnostics
+        ):
+            return None  # a stand-in for values that are reported
         if kind is None:
             others = (*context.groups, *context.loops)
             span = context.words.get((word.id, str(name)), word.span)

@@ -205,7 +205,7 @@ def test_two_processes_with_one_pass_size_are_equal_bit_for_bit(
     assert file["sizes"] == {"pass_tokens": 40, "prompt_tokens": 4096, "chosen": "given"}
     (found,) = file["experiments"]
     said = "up to 40 tokens each, prompts in batches of up to 4,096"
-    assert found["conventions"]["passes"] == said
+    assert found["conventions"]["pass sizes"] == said
     rows = [(heads.parent / name / "heads" / "heads.jsonl") for name in ("one", "other")]
     assert rows[0].read_bytes() == rows[1].read_bytes()
     assert rows[0].read_text("utf-8").count('"cell"') == 8

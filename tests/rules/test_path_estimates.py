@@ -262,6 +262,9 @@ def test_estimates_of_linear_paths_equal_their_runs(data: Path, name: str, rule:
     own, run = (found[key].measures[0] for key in ("estimate", "run"))
     assert np.abs(run.patched - run.base).max() > 1e-3
     np.testing.assert_allclose(own.patched, run.patched, rtol=0, atol=1e-5)
+    whole = "full forward pass" in found["run"].conventions.get("passes", "")
+    assert whole == ("frozen norms" in rule)
+    assert "full forward pass" not in found["estimate"].conventions.get("passes", "")
 
 
 def test_estimate_of_receivers_together_is_the_sum_of_their_estimates(data: Path) -> None:

@@ -481,7 +481,7 @@ def pass_size_convention(sizes: PassSizes) -> dict[str, str]:
     if sizes.chosen == "default" and sizes.prompt_tokens == PROMPT_TOKENS:
         return {}
     passes, prompts = f"{sizes.pass_tokens:,}", f"{sizes.prompt_tokens:,}"
-    return {"passes": f"up to {passes} tokens each, prompts in batches of up to {prompts}"}
+    return {"pass sizes": f"up to {passes} tokens each, prompts in batches of up to {prompts}"}
 
 
 _PROBABILITY = {
@@ -666,7 +666,11 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
         where = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
         by_itself = f" (the model uses `{own}`)" if own not in ("", "eager") else ""
         found["attention"] = f"computed explicitly (eager) in {where}{by_itself}"
-    return {**found, **_rule_notes(others, model)}
+    found |= _rule_notes(others, model)
+    estimator = plan.experiment.spec.estimator
+    if estimator is not None and estimator.verify is None:
+        found.pop("passes", None)  # no row runs
+    return found
 
 
 def _exceptions(rules: Sequence[ResolvedRule]) -> Iterator[str]:

@@ -72,7 +72,7 @@ STATISTICS_CONVENTIONS = frozenset(
         "interval",
         "null band",
         "p",
-        "passes",
+        "pass sizes",
         "population",
         "rounding",
         "rows",
