@@ -11,7 +11,7 @@ import torch
 import mechdsl.execute.patching.rows
 import mechdsl.execute.unpatched_runs
 from mechdsl.checks.file_check import CheckSettings
-from mechdsl.execute.patching import rows
+from mechdsl.execute.patching import held_passes, rows
 from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile
 from mechdsl.forward.hooks.batch import Batch
 from mechdsl.forward.packed.packed_pass import PackedResult, run_packed
@@ -127,7 +127,8 @@ def test_planned_full_passes_of_paths_equal_those_of_the_run(
         tokens.append(int(batch.lengths.sum()) * model.shape.n_layers)
         return real(model, batch, *given, **named)
 
-    monkeypatch.setattr(rows, "run_full", counted)
+    for module in (rows, held_passes):
+        monkeypatch.setattr(module, "run_full", counted)
     text = "group ends = L2H1.q, L2H3.q, logits\n"
     text += experiment("e", "prompts p", FROM, WHOLE[name], DIFFERENCE)
     planned, _ = costs(text, folder, monkeypatch, frozenset({"stop_early"}))
