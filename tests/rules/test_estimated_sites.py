@@ -100,6 +100,12 @@ def test_estimates_of_neurons_and_ablations_equal_autograd(family: str, tmp_path
     assert agrees(found["zero"], 0, {(): products(-base, gradient)}, None) > 1e-4
 
 
+def vectors_of_runs(family: str, at: Where) -> tuple[Tensor, Tensor]:
+    """[prompt, width] at the last token, in the runs `clean` and `other`."""
+    base = lasts(reads(family, at, "clean")).flatten(1)
+    return base, lasts(reads(family, at, "other"), "other").flatten(1)
+
+
 @pytest.mark.parametrize("site", ["resid_post", "heads"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_estimates_of_basis_coordinates_equal_autograd(
@@ -107,8 +113,7 @@ def test_estimates_of_basis_coordinates_equal_autograd(
 ) -> None:
     """Principal components of a stream, and of all heads, concatenated."""
     at = site_of(family, "resid_post" if site == "resid_post" else "z", 1)
-    base = lasts(reads(family, at, "clean")).flatten(1)
-    source = lasts(reads(family, at, "other"), "other").flatten(1)
+    base, source = vectors_of_runs(family, at)
     gradient = lasts(gradients(family, at)).flatten(1)
     basis: Basis = components(base, 3)
     change = basis.encode(source) - basis.encode(base)
@@ -137,8 +142,7 @@ def test_integrated_gradients_of_basis_coordinates_equal_autograd(
 ) -> None:
     """The coordinates of a subspace, and one feature of three, move from the base values."""
     at = site_of(family, "resid_post" if site == "resid_post" else "z", 1)
-    base = lasts(reads(family, at, "clean")).flatten(1)
-    source = lasts(reads(family, at, "other"), "other").flatten(1)
+    base, source = vectors_of_runs(family, at)
     basis: Basis = components(base, 3)
     change = basis.encode(source) - basis.encode(base)
 
@@ -178,8 +182,7 @@ def test_estimates_of_dictionary_features_equal_autograd(
 ) -> None:
     """A feature changes its share of the decoded vector; the error is unchanged."""
     at = site_of(family, "resid_post", 1)
-    base = lasts(reads(family, at, "clean")).flatten(1)
-    source = lasts(reads(family, at, "other"), "other").flatten(1)
+    base, source = vectors_of_runs(family, at)
     gradient = lasts(gradients(family, at, kind)).flatten(1)
     of = make(tmp_path, ARCHITECTURES[family], base.shape[1])
     features, given = of.encode(base), of.encode(source)

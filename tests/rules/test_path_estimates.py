@@ -37,7 +37,6 @@ from .support import (
     agree,
     experiment,
     records,
-    rows,
     run_file,
     tokens,
     try_file,
@@ -54,7 +53,18 @@ from .test_estimates import (
     where,
     whole_subject,
 )
-from .test_paths import CASES, GROUPS, Case, grid, joined, parallel, precise, swept
+from .test_paths import (
+    CASES,
+    GROUPS,
+    Case,
+    Cell,
+    grid,
+    joined,
+    parallel,
+    precise,
+    swept,
+    ways_of_prompts,
+)
 
 KEYS = (
     "heads_to_queries",
@@ -164,19 +174,14 @@ def estimated(
 def expected(name: str, key: str) -> dict[Key, list[float]]:
     case = OWN[key]
     found: dict[Key, list[float]] = {}
-    cells: list[tuple[Sequence[End], Sequence[End], str]] = []
+    cells: list[Cell] = []
     combined = itertools.product(case.sender.cells, case.receiver.cells, case.positions)
     for (of, senders), (to, receivers), place in combined:
         if any(leads(s, r, parallel=parallel(name)) for s in senders for r in receivers):
             found[(*of, *to, *((place,) if len(case.positions) > 1 else ()))] = []
             cells.append((senders, receivers, place))
     model = double(name)
-    for n, record in enumerate(records()):
-        base, source = rows(case.base)[n], rows(case.run)[n]
-        ways = [
-            Way(senders, receivers, tokens(source, place), tokens(base, place))
-            for senders, receivers, place in cells
-        ]
+    for record, base, source, ways in ways_of_prompts(case, cells):
         runs = plain(name, model, base.ids), plain(name, model, source.ids)
         at = tokens(base, case.measured)[0]
         own = estimated(name, base.ids, runs, ways, case, record, at)

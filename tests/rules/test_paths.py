@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
-from ..execute.support import MODES
+from ..execute.support import MODES, Prompt, Record
 from ..quick import in_turn, some
 from ..reference.forward import Run, Write, forward
 from ..reference.noise import keyed_by_number, noise
@@ -125,10 +125,27 @@ def shared(name: str, receiver: End, case: Case) -> End:
     return End(receiver.site, receiver.layer, receiver.unit // 2)
 
 
+Cell = tuple[Sequence[End], Sequence[End], str]
+"""Senders, receivers and the name of a position."""
+
+
+def ways_of_prompts(
+    case: Case, cells: Sequence[Cell]
+) -> Iterator[tuple[Record, Prompt, Prompt, list[Way]]]:
+    """Yield each record with its base prompt, its source prompt and the way of each cell."""
+    for n, record in enumerate(records()):
+        base, source = rows(case.base)[n], rows(case.run)[n]
+        ways = [
+            Way(senders, receivers, tokens(source, place), tokens(base, place))
+            for senders, receivers, place in cells
+        ]
+        yield record, base, source, ways
+
+
 @cache
 def expected(name: str, case: Case) -> dict[Key, list[float]]:
     found: dict[Key, list[float]] = {}
-    cells: list[tuple[Sequence[End], Sequence[End], str]] = []
+    cells: list[Cell] = []
     combined = itertools.product(case.sender.cells, case.receiver.cells, case.positions)
     for (at, senders), (to, receivers), where in combined:
         reached = [
@@ -140,12 +157,7 @@ def expected(name: str, case: Case) -> dict[Key, list[float]]:
             found[(*at, *to, *((where,) if len(case.positions) > 1 else ()))] = []
             cells.append((senders, reached, where))
     model = double(name)
-    for n, record in enumerate(records()):
-        base, source = rows(case.base)[n], rows(case.run)[n]
-        ways = [
-            Way(senders, reached, tokens(source, where), tokens(base, where))
-            for senders, reached, where in cells
-        ]
+    for record, base, source, ways in ways_of_prompts(case, cells):
         runs = plain(name, model, base.ids), plain(name, model, source.ids)
         every = paths(name, model, base.ids, *runs, ways, mlps=case.mlps)
         for values, logits in zip(found.values(), every, strict=True):
