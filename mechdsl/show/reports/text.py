@@ -421,7 +421,7 @@ def verification_notes(result: ExperimentResult, measure: int) -> list[str]:
         if over.cells == verified.others:
             cells = f"all {count_noun(over.cells, 'other cell')}"
         said.append(f"agreement over {cells}: {_agreement_text(over)}")
-    if over is None or own.cells > over.cells:
+    if own.cells > 1 and (over is None or own.cells > over.cells):
         cells = f"all {count_noun(own.cells, 'verified cell')}, which are no random sample"
         said.append(f"agreement over {cells}: {_agreement_text(own)}")
     recall = verified.recall
