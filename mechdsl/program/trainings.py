@@ -112,6 +112,7 @@ def _tested_blocks(experiment: ast.ExperimentDef, trained: Mapping[str, str]) ->
     this circuit."""
     names = {node.id for node in walk(experiment) if isinstance(node, ast.Name)}
     names |= {node.of for node in walk(experiment) if isinstance(node, ast.RankedSelection)}
+    names -= {node.name.id for node in walk(experiment) if isinstance(node, ast.For)}
     uses = [each for each in experiment.statements if isinstance(each, ast.UsePrompts)]
     whole = {ref.name for use in uses for ref in use.prompts if ref.part is None}
     return {block: name for name, block in trained.items() if name in names and block in whole}

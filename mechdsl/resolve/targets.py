@@ -765,7 +765,7 @@ def _name_attention(missing: Diagnostic, stack: str) -> Diagnostic:
         found = replace(
             found,
             reason=f"attention weights of its stack `{stack}` aren't read or changed",
-            hint=f"change what its heads write: `ablate z {stack} layer 3 head 0 at … with zero`",
+            hint=f"change what its heads write: `ablate z {stack} layer 0 head 0 at … with zero`",
         )
     return found
 

@@ -650,6 +650,14 @@ def test_circuit_is_tested_on_rows_that_it_is_not_trained_on(rule: str, tmp_path
     assert again == found
 
 
+def test_loop_variable_named_like_a_circuit_does_not_use_it(tmp_path: Path) -> None:
+    loop = "for c in [0, 1] { ablate mlp_out layer c at last token with zero }"
+    tested = experiment(TESTED, name="tested", block="p")
+    found = row_ids(write(tmp_path, fit(), tested + experiment(loop, name="plain", block="p")))
+    assert len(found["plain"]) == 4
+    assert len(found["tested"]) == 1
+
+
 def test_conventions_name_the_circuit_that_rows_are_split_for(tmp_path: Path) -> None:
     path = write(tmp_path, fit(), experiment(TESTED, name="tested", block="p") + OF_OTHERS)
     train(path)

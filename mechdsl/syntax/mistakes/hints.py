@@ -782,7 +782,7 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(r"^measure\b", r"", "name the effect: `as recovery`, `as delta` or `as raw`", "AS"),
     Hint(
-        r"\b([a-z]\w*)\s+((?:layers?|heads?|neurons?)\s[^=]*?)\s*$",
+        r"\b([a-z]\w*)\s+((?:layers?|heads?|neurons?)\s[^=,]*?)\s*$",
         r"(vision|text|encoder|decoder|cross)\b",
         "write the stack before the axes: `{0} {2} {1}`",
     ),
