@@ -265,43 +265,26 @@ def test_bases_page_section_runs(
     run_page(DOCS / "bases.md", command, update, {section})
 
 
-@pytest.mark.slow
-def test_circuit_of_a_task_keeps_the_measure_on_other_pairs(
-    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("page", "section"),
+    [
+        ("observations.md", "Train a probe once"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("bases.md", "Find the circuit of a task"),
+                ("bases.md", "Write a trainer"),
+                ("observations.md", "Train a tuned lens"),
+                ("steering.md", "Train an edit"),
+            )
+        ),
+    ],
+)
+def test_section_with_a_training_runs(
+    page: str, section: str, command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
-    run_page(DOCS / "bases.md", command, update, {"Find the circuit of a task"})
-
-
-@pytest.mark.slow
-def test_custom_trainer_section_runs(
-    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MECHDSL_STORE")
-    run_page(DOCS / "bases.md", command, update, {"Write a trainer"})
-
-
-@pytest.mark.slow
-def test_tuned_lens_section_runs(
-    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MECHDSL_STORE")
-    run_page(DOCS / "observations.md", command, update, {"Train a tuned lens"})
-
-
-@pytest.mark.slow
-def test_trained_edit_section_runs(
-    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MECHDSL_STORE")
-    run_page(DOCS / "steering.md", command, update, {"Train an edit"})
-
-
-def test_trained_probe_section_runs(
-    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MECHDSL_STORE")
-    run_page(DOCS / "observations.md", command, update, {"Train a probe once"})
+    run_page(DOCS / page, command, update, {section})
 
 
 @pytest.mark.slow
