@@ -732,7 +732,7 @@ def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSit
         return None, ()
     missing = check_site(context.shape, pattern.name, model=context.model, span=edge.span)
     if missing is not None:
-        context.diagnostics.append(_name_attention(missing, stack))
+        context.diagnostics.append(_name_attention(missing, stack, context.shape))
         return None, ()
     if edge.heads is not None:
         targets, axes = _resolve_named_heads(edge.heads, [pattern], None, context), ()
@@ -756,12 +756,12 @@ def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSit
     return replace(targets, labels=labels), axes
 
 
-def _name_attention(missing: Diagnostic, stack: str) -> Diagnostic:
+def _name_attention(missing: Diagnostic, stack: str, shape: ModelShape) -> Diagnostic:
     """Replace `pattern` by the word of the rule, and name a rule for the stack instead."""
     if not isinstance(missing, SiteNotOnModel) or not stack:
         return missing
     found = replace(missing, site=f"attention {stack}")
-    if missing.reason.startswith("not a part of its stack"):
+    if stack in shape.others:
         found = replace(
             found,
             reason=f"attention weights of its stack `{stack}` aren't read or changed",

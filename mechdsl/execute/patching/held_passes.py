@@ -51,7 +51,7 @@ def hold_sublayers(
     held: HeldSublayers,
     acting: RuleWrites,
     noise: Sequence[SiteWrite],
-    beside: RuleWrites,
+    others: RuleWrites,
 ) -> Generator[list[SiteWrite]]:
     """Hold heads and MLPs of held rows at the base run in a full pass, and norms if requested.
 
@@ -62,7 +62,7 @@ def hold_sublayers(
         held: Which rows, MLPs and norms are held.
         acting: Writes of all rules.
         noise: Writes of the base run's noise.
-        beside: Writes of rules outside the path, which also act on the base run.
+        others: Writes of rules outside the path, which also act on the base run.
 
     Yields:
         Writes that hold the sublayers.
@@ -84,17 +84,17 @@ def hold_sublayers(
     frozen = bool(held.norms.any())
     # Norms may follow the last one of the stream: then the pass can't stop early.
     stop = None if frozen else shape.n_layers
-    beside = beside.below(shape.n_layers + int(frozen), shape.n_layers)
+    others = others.below(shape.n_layers + int(frozen), shape.n_layers)
     last = None if has_single_output(model) else (batch.lengths - 1)[:, None]
     with norms.recorded(held.norms) as scales:
         found = run_full(
             model,
             batch,
-            writes=[*noise, *beside.writes],
+            writes=[*noise, *others.writes],
             reads=[read for read, _ in wanted],
             stop=stop,
             logits_at=last,
-            edges=beside.edges,
+            edges=others.edges,
         ).reads
     lengths = batch.lengths.numpy()
     with norms.kept(held.norms, scales):

@@ -114,7 +114,7 @@ class PassRows:
     draw: Ints
     acting: RuleWrites = field(default_factory=RuleWrites)
     held: HeldSublayers | None = None
-    beside: RuleWrites = field(default_factory=RuleWrites)
+    others: RuleWrites = field(default_factory=RuleWrites)
     """For held rows, the rules outside their path, which act before sublayers are held."""
     whole: bool = False
     """Whether the rows share no activations with an unpatched run."""
@@ -147,7 +147,7 @@ class PassRows:
             self,
             acting=self.acting.then(part.acting.moved(where)),
             held=held,
-            beside=self.beside.then(part.beside.moved(where)),
+            others=self.others.then(part.others.moved(where)),
             whole=self.whole or part.whole,
             later=self.later.then(part.later.moved(where)),
         )
@@ -573,8 +573,8 @@ class Patcher:
 
         ends = find_pass_ends(plan, rows, text)
         got, added = compute_receiver_writes(plan, path, rows, draw, sent, without, shape, ends)
-        beside = self._acting(number, rows, draw, run, batch, text, senders=False)
-        return replace(own, acting=RuleWrites(got).then(beside).then(RuleWrites(added)))
+        others = self._acting(number, rows, draw, run, batch, text, senders=False)
+        return replace(own, acting=RuleWrites(got).then(others).then(RuleWrites(added)))
 
     def _held(
         self,
@@ -586,9 +586,9 @@ class Patcher:
     ) -> PassRows:
         """Build path rows, in which the senders are patched and everything else is held."""
         given = (number, rows, own.draw, own.run, own.batch, text)
-        beside = RuleWrites() if not own.whole else self._acting(*given, senders=False)
+        others = RuleWrites() if not own.whole else self._acting(*given, senders=False)
         held = hold_rows(path, len(rows))
-        return replace(own, acting=self._acting(*given), held=held, beside=beside)
+        return replace(own, acting=self._acting(*given), held=held, others=others)
 
     def _acting(
         self,
@@ -758,7 +758,7 @@ class Patcher:
             if rows.held is not None:
                 held = hold_sublayers(
                     *(self.model, self.runs.norms, batch),
-                    *(rows.held, rows.acting, added, rows.beside),
+                    *(rows.held, rows.acting, added, rows.others),
                 )
                 added = [*added, *stack.enter_context(held)]
             alone = not (added or reads or rows.held is not None)
