@@ -69,7 +69,8 @@ class GradientEstimator:
     source: ClassVar[str] = ""
     """The publication."""
     convention: ClassVar[str]
-    """Description below results; `{steps}` is the number of steps, `{NAME}` an option."""
+    """Description below results; `{steps}` is the number of steps, `{NAME}` an option, and
+    `{change}` what the gradient is multiplied by, for estimators of sites that take paths."""
     place: ClassVar[Place] = "sites"
     takes_paths: ClassVar[bool] = False
     """Whether it also estimates `path`, with its `backward` along the edges."""
@@ -422,11 +423,10 @@ class RelevancePatching(_GradientTimesChange):
     )
     source = "Jafari et al. 2025, arXiv 2508.21258"
     convention = (
-        "estimates, no cell was run: what is written less what is there, times coefficients of "
-        "relevance propagation: norms divide by a constant (LN rule), activation functions are x "
-        "times the constant f(x) / x (identity rule), factors of a product of activations have "
-        "half their gradient (half rule), attention has its gradient (Jafari et al. 2025, arXiv "
-        "2508.21258)"
+        "estimates, no cell was run: {change}, times coefficients of relevance propagation: "
+        "norms divide by a constant (LN rule), activation functions are x times the constant "
+        "f(x) / x (identity rule), factors of a product of activations have half their gradient "
+        "(half rule), attention has its gradient (Jafari et al. 2025, arXiv 2508.21258)"
     )
     takes_paths = True
     backward = BackwardRules(fixed_norms=True, identity_activations=True, halved_products=True)
@@ -453,8 +453,8 @@ class GradientInteractionModifications(_GradientTimesChange):
     )
     source = "Edin et al. 2025, arXiv 2505.17630"
     convention = (
-        "estimates, no cell was run: what is written less what is there, times modified gradients: "
-        "attention's softmax at temperature 2, norms divide by a constant, gradients divided by 4 "
+        "estimates, no cell was run: {change}, times modified gradients: attention's "
+        "softmax at temperature 2, norms divide by a constant, gradients divided by 4 "
         "at queries and keys, by 2 at values and at factors of a product of activations (Edin et "
         "al. 2025, arXiv 2505.17630)"
     )

@@ -461,6 +461,7 @@ def rows_convention(
     """
     unit = "records" if block.data is not None and block.size == 1 else "combinations"
     unit = unit if block.spec.tiles is None else "tiles"
+    unit = unit.removesuffix("s") if block.combinations == 1 else unit
     text = f"{kept:,} of {block.combinations:,} {unit}"
     if block.draws:
         text = f"{kept:,} drawn from {block.combinations:,} {unit}"

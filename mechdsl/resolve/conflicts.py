@@ -446,7 +446,9 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
         if raw == said.kind.is_effect:
             what = f"`{measure.label} as {own.effect}`"
             reason = f"it returns {said.kind.value_said}, which isn't an effect of a write"
-            hint = "measure `as raw`, or write `using gradient_input`"
+            on_paths = any(rule.path is not None for rule in experiment.rules)
+            effects = "eap" if on_paths else "gradient_input"
+            hint = f"measure `as raw`, or write `using {effects}`"
             if said.kind.place == "attention":
                 reason = f"it returns {said.kind.value_said}, which isn't an effect of a block"
                 hint = "measure `as raw`, or remove `using`, so that each cell is run"

@@ -683,7 +683,11 @@ def _check_rows(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     rule, table = objective.rules[0], objective.table
     cell, span = paired_positions(objective)[0], rule.spec.at.span
     rows = [row for row, hits in enumerate(cell.hits) if hits]
-    if len(rows) < FEWEST_ROWS:
+    if len(table) < FEWEST_ROWS:
+        span = rule.spec.span
+        reason = f"`{table.name}` has {count_noun(len(table), 'row')}, fewer than {FEWEST_ROWS}"
+        hint = "train on more rows: a larger part of the split, or a block with more rows"
+    elif len(rows) < FEWEST_ROWS:
         where = " in both runs" if rule.spec.source is not None else ""
         reason = f"fewer than {FEWEST_ROWS} rows of `{table.name}` have `{cell.label}`{where}"
         hint = "name a position that more rows have"

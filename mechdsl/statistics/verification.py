@@ -321,10 +321,15 @@ def _misfit(parameters: Floats, estimates: Floats, exact: Floats) -> float:
     return float(body.sum() - len(exact) * constant)
 
 
+MIN_CORRELATED = 3
+"""Minimum number of cells for a correlation."""
+
+
 def agreement(
     estimates: Floats, exact: Floats, chosen: Bools, confidence: float | None
 ) -> Agreement:
-    """Return the correlations over the chosen cells that have an exact effect.
+    """Return the correlations over the chosen cells that have an exact effect; NaN over fewer than
+    three, because those of two cells are 1 or −1 whatever their effects.
 
     Args:
         confidence: Of the intervals, in percent; None if the cells aren't a random sample of
@@ -340,7 +345,7 @@ def _correlation(
     of: Callable[[Floats, Floats], Floats], one: Floats, two: Floats, confidence: float | None
 ) -> CorrelationEstimate:
     count = len(one)
-    value = float(of(one[None], two[None])[0]) if count > 1 else math.nan
+    value = float(of(one[None], two[None])[0]) if count >= MIN_CORRELATED else math.nan
     none = CorrelationEstimate(value, math.nan, math.nan)
     if confidence is None or count < MIN_UNITS or not abs(value) < 1 - 1e-12:
         return none

@@ -22,7 +22,7 @@ from mechdsl.statistics.measurements import (
     NullBand,
     may_round_differently,
 )
-from mechdsl.statistics.verification import Agreement, VerifiedCells
+from mechdsl.statistics.verification import MIN_CORRELATED, Agreement, VerifiedCells
 
 MISSING = "–"
 
@@ -416,12 +416,12 @@ def verification_notes(result: ExperimentResult, measure: int) -> list[str]:
         return []
     over, own, said = verified.over_random, verified.over_all, list[str]()
     said += _search_notes(verified)
-    if over is not None:
+    if over is not None and over.cells >= MIN_CORRELATED:
         cells = f"{count_noun(over.cells, 'cell')} drawn from {verified.others:,}"
         if over.cells == verified.others:
             cells = f"all {count_noun(over.cells, 'other cell')}"
         said.append(f"agreement over {cells}: {_agreement_text(over)}")
-    if own.cells > 1 and (over is None or own.cells > over.cells):
+    if own.cells >= MIN_CORRELATED and (over is None or own.cells > over.cells):
         cells = f"all {count_noun(own.cells, 'verified cell')}, which are no random sample"
         said.append(f"agreement over {cells}: {_agreement_text(own)}")
     recall = verified.recall
