@@ -106,6 +106,7 @@ def _first_label(case: dict[str, Any]) -> str:
     return cells[0]["measures"][0]["label"]
 
 
+@pytest.mark.slow
 def test_device_values_are_compared_with_the_baseline(tmp_path: Path) -> None:
     path = tmp_path / "function_vectors.json"
     case = example("function_vectors")

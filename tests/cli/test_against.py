@@ -143,6 +143,7 @@ def test_files_without_expectations_have_nothing_to_compare(command: Command) ->
     assert comparison(done.out) == f"against kept/plain: {said}\n"
 
 
+@pytest.mark.slow
 def test_several_files_are_compared_with_their_runs(command: Command) -> None:
     """Each file is compared with its run in a folder of exports; without a run it is new."""
     file("b.mech", HELD)

@@ -173,6 +173,7 @@ def cores(count: int, program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", found], capture_output=True, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_validate_output_does_not_depend_on_the_number_of_cores(tmp_path: Path) -> None:
     for number in range(8):
         where = "last token" if number % 3 else f"item {number + 20} token"

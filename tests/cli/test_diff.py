@@ -154,6 +154,7 @@ def test_diff_with_a_single_run_is_rejected(command: Command) -> None:
     assert "error[E0208]" in done.err
 
 
+@pytest.mark.slow
 def test_stored_runs_are_compared_without_torch(kept: Kept) -> None:
     old, new = kept.run(EXPECTING, "--limit", 8), kept.run(EXPECTING)
     found = imported_by("diff", old, new, "--store", str(kept.store))

@@ -80,6 +80,7 @@ def sorted_values(text: str) -> np.ndarray:
     return np.sort(mechdsl.run(text, store=False)["e"].measures[0].patched[0])
 
 
+@pytest.mark.slow
 def test_exported_model_has_the_logits_of_the_edited_run(file: Path, command: Command) -> None:
     done = command("export", "file.mech", "--model", "cured", "--weights", "out/cured")
     assert done.status == 0

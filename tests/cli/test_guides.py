@@ -225,6 +225,7 @@ def test_page_picture_equals_the_picture_drawn_by_its_file(
     assert difference.mean() < 2
 
 
+@pytest.mark.slow
 def test_tour_runs_and_shows_the_printed_tables(command: Command, update: bool) -> None:
     run_page(DOCS / "tour.md", command, update)
     assert Path("heads.png").read_bytes().startswith(b"\x89PNG")
@@ -243,6 +244,7 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
     run_page(DOCS / page, command, update)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "section",
     [
@@ -265,6 +267,7 @@ def test_bases_page_section_runs(
     run_page(DOCS / "bases.md", command, update, {section})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "section"),
     [

@@ -447,6 +447,7 @@ ASCII = {
 }
 
 
+@pytest.mark.slow
 def test_characters_missing_in_the_encoding_are_replaced(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

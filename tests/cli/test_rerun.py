@@ -111,6 +111,7 @@ def test_rerun_prints_the_stored_results_without_torch(form: str, first: tuple[P
     assert again.done.stderr.replace(f"{note}\n", "") == plain.err
 
 
+@pytest.mark.slow
 def test_python_rerun_does_not_import_torch(made: Path) -> None:
     code = (
         "import sys, mechdsl\n"

@@ -140,6 +140,7 @@ def test_training_cost_counts_the_passes_of_a_training(
     assert passes / 2 < forwards < 2 * passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", some([name for name in DECLARED if name not in SOLVED], ["sae", "das"])
 )
@@ -170,6 +171,7 @@ def test_estimated_training_memory_is_within_a_factor_of_two(
     assert largest / 2 < price(path).memory < 2 * largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some([name for name in SOLVED if name not in PROBES], ["cca"]))
 def test_estimated_memory_of_a_factorisation_is_within_a_factor_of_two(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -237,6 +239,7 @@ def test_probe_cost_has_one_pass_and_the_memory_of_decompositions(
     assert (largest + vectors) / 2 < costs[1].memory < 2 * (largest + vectors)
 
 
+@pytest.mark.slow
 def test_training_cost_grows_about_linearly_with_steps(tmp_path: Path) -> None:
     """Reading vectors of all layers, and decompositions of all vectors, cost as much as the steps
     of a short training."""

@@ -165,6 +165,7 @@ def test_band_of_heads_in_other_layers_equals_explicit_experiments() -> None:
     assert all(p.layer != 1 and p.unit == head for (_, head), (p,) in points.items())
 
 
+@pytest.mark.slow
 def test_band_of_neurons_equals_explicit_experiments() -> None:
     rules = []
     for points in drawn(control("neurons")).values():
@@ -220,6 +221,7 @@ def test_band_of_random_positions_equals_hooks() -> None:
     check_band(results()["elsewhere"], 0, values.mean(axis=1))
 
 
+@pytest.mark.slow
 def test_bands_do_not_depend_on_planner_passes() -> None:
     source, _ = read_source(FILE)
     assert source is not None

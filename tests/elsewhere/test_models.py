@@ -261,6 +261,7 @@ def save(family: str, seed: int, folder: Path, **overrides: int) -> None:
     fast(families.tokenizer()).save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_models_in_natural_order(folder: Path) -> None:
     """Labels are the text matched by `*`, as numbers if all are numbers."""
     from mechdsl.base.source import Source

@@ -205,6 +205,7 @@ def test_row_with_nan_is_left_out_of_every_accuracy() -> None:
     assert result.conventions["accuracy"].startswith("of all 3 rows, before `keep`")
 
 
+@pytest.mark.slow
 def test_accuracy_is_separate_for_each_model(tmp_path: Path) -> None:
     """The second model predicts other tokens and is never right."""
     folder = str(files("mechdsl") / "zoo" / "counting")

@@ -283,6 +283,7 @@ def test_nearly_equal_tokens_count_as_rounding(tmp_path: Path) -> None:
         assert [found.accuracy_rows["clean"][n] for n in near] == [2] * tied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", some(["prob(accepted)", "logprob(accepted)"], ["logprob(accepted)"])
 )

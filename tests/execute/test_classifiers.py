@@ -310,6 +310,7 @@ def of_pooled(kind: type[_Pooled], end: str, folder: Path, **options: Any) -> Ex
     return mechdsl.run(folder / "file.mech", models=models, **options)["e"]
 
 
+@pytest.mark.slow
 def test_packed_rows_of_pooled_classifiers_equal_full_forward_passes(tmp_path: Path) -> None:
     """The head follows the selection of a token, which the model makes, not the planner."""
     kinds = (PooledForSequenceClassification, "w9 <pad>"), (VeryLastForSequenceClassification, "w9")

@@ -431,6 +431,7 @@ def test_categories_report_most_common_value_share_and_mean_error(shared: Path) 
         assert statistics.mean_error[cell] == np.abs(values - truth).mean()
 
 
+@pytest.mark.slow
 def test_item_index_in_a_measure_text_is_that_of_the_cell(shared: Path) -> None:
     """`{item.index}` is the value of the sweep; base and source are measured per cell, too."""
     text = experiment(

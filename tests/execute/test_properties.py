@@ -136,6 +136,7 @@ def all_cells(options: RunOptions) -> RunOptions:
     return replace(options, without=options.without | {"inert"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patch_of_a_run_with_itself_changes_nothing(folder: Path, family: str) -> None:
     for mode in MODES if family == "llama" else ("planned",):

@@ -223,6 +223,7 @@ def test_inside_projects_no_token_in_the_block_of_a_written_key(folder: Path) ->
     assert work.of("o") == [0, 2 * rows, rows]
 
 
+@pytest.mark.slow
 def test_no_planner_pass_adds_work(folder: Path) -> None:
     """No pass adds work."""
     text = sweep("z layer * head 0..1", "subject token, cue token")

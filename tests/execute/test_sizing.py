@@ -355,6 +355,7 @@ def same_values(one: Kept, other: Kept) -> None:
         np.testing.assert_allclose(values, other[place], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_retried_rows_are_stored_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that ran out of memory stores nothing."""
     whole, passes = kept_values("whole", folder, monkeypatch)
@@ -501,6 +502,7 @@ def test_trial_passes_are_not_counted(folder: Path, monkeypatch: pytest.MonkeyPa
     same(found, given)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_pass_takes_a_second")
 def test_trial_passes_are_not_stored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store gets only the passes that count."""

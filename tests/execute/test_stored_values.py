@@ -196,6 +196,7 @@ TWICE = f"""experiment e {{
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 @pytest.mark.parametrize("experiments", some([1, 2], [1]))
 def test_resumed_rows_with_equal_content_keep_their_bits(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -61,6 +62,7 @@ def write(model: Any, ids: list[int], layer: int, position: int, vectors: Tensor
     return logits
 
 
+@pytest.mark.slow
 def test_patch_sweep_on_24_layers_equals_a_loop_of_hooks(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -113,6 +113,7 @@ def test_walk_detects_keys_taken_for_values() -> None:
     assert any(" v " in text and "off by" in text for text in found.wrong())
 
 
+@pytest.mark.slow
 def test_walk_detects_shifted_heads() -> None:
     """The offset of all heads is wrong by one feature."""
 
@@ -124,6 +125,7 @@ def test_walk_detects_shifted_heads() -> None:
     assert any(" q " in text and "off by" in text for text in found.wrong())
 
 
+@pytest.mark.slow
 def test_walk_reports_a_tap_at_a_missing_module() -> None:
     def lost(taps: Any) -> HookPoint:
         return replace(taps["z"], path="nowhere")
@@ -132,6 +134,7 @@ def test_walk_reports_a_tap_at_a_missing_module() -> None:
     assert any("reading z 1" in text for text in found.wrong())
 
 
+@pytest.mark.slow
 def test_walk_detects_a_reference_with_shifted_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     side_by_side = hooks.side_by_side
 
@@ -171,6 +174,7 @@ def test_walk_detects_wrong_values_in_packed_rows(monkeypatch: pytest.MonkeyPatc
     assert "packed" in found.where
 
 
+@pytest.mark.slow
 def test_walk_lists_missing_and_extra_sites() -> None:
     full = row("gpt2")
     less = replace(full, main=replace(full.main, block=replace(full.main.block, q=None)))

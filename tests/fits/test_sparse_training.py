@@ -187,6 +187,7 @@ def planted(seed: int) -> tuple[Tensor, Tensor]:
 RECOVERED = {"topk": 3, "batch_topk": 3, "relu": 0.5, "jump_relu": 1.0, "gated": 2.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", some(range(3), [0]))
 @pytest.mark.parametrize("kind", some(RECOVERED, ["topk"]))
 def test_sparse_dictionary_recovers_planted_features(kind: str, seed: int) -> None:

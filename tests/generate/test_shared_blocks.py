@@ -129,6 +129,7 @@ def test_prefill_shares_blocks_of_rows_with_equal_tokens(
     assert rows[0][0] < rows[0][1] < len(ROWS) == rows[0][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefill_without_last_tokens_stops_at_the_keys_of_the_last_block(

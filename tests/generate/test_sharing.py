@@ -66,6 +66,7 @@ def test_row_alone_gives_the_completion_of_the_batch(name: str, what: Any) -> No
         agree(alone, as_expected(together)[row : row + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 9, 40])
 @pytest.mark.parametrize("cached", [True, False])
 def test_completions_do_not_depend_on_the_pass_limit(

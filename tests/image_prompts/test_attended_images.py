@@ -475,6 +475,7 @@ def test_pixels_of_one_cell_change_the_vector_of_its_token_most() -> None:
         assert moved.nonzero().tolist() == [[tile, place - 1]]
 
 
+@pytest.mark.slow
 def test_model_in_a_folder_equals_the_one_passed_from_python(tmp_path: Path) -> None:
     bare().save_pretrained(tmp_path / "model")
     processor().save_pretrained(tmp_path / "model")

@@ -181,6 +181,7 @@ def test_store_key_depends_on_the_content_of_a_prompt_image(tmp_path: Path) -> N
     assert np.abs(values[2] - values[0]).max() > 0.05
 
 
+@pytest.mark.slow
 def test_image_vectors_use_the_current_weights_of_a_python_model() -> None:
     """Image vectors aren't cached across weight edits, also in a copy of the model."""
     text = experiment("e", "ablate resid_post layer 0 at photo row 1 col 1 token with zero")
@@ -197,6 +198,7 @@ def test_image_vectors_use_the_current_weights_of_a_python_model() -> None:
             np.testing.assert_allclose(values, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_edited_model_with_images_equals_hooks() -> None:
     """One file uses a model and an edited copy of it."""
     edited = "model n = m with { scale weights of L0.mlp by 0 }\n"

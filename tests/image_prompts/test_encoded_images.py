@@ -372,6 +372,7 @@ def difference_without(name: str, n: int, keys: Sequence[int]) -> float:
         return difference(name, n, n)
 
 
+@pytest.mark.slow
 def test_model_in_a_folder_equals_the_one_passed_from_python(tmp_path: Path) -> None:
     bare("vit").save_pretrained(tmp_path / "model")
     processor("vit").save_pretrained(tmp_path / "model")

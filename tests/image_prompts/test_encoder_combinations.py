@@ -94,6 +94,7 @@ def compare(
     assert np.abs(np.subtract(expected, base)).max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", some(NAMES, QUICK))
 def test_rules_on_two_images_of_one_prompt_equal_hooks(name: str, mode: str) -> None:

@@ -229,6 +229,7 @@ def lens(name: str, n: int, layer: int, token: int) -> float:
     return difference(bare(name).run(inputs(name, n, n), blocks={len(vectors) - 1: edit})[[token]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
 @pytest.mark.parametrize("name", some(IN_A_GRID, ("qwen2_5_vl", "paligemma2")))
 def test_logit_lens_at_image_tokens_equals_the_last_layer(name: str, mode: str) -> None:
@@ -364,6 +365,7 @@ def continued(name: str, n: int) -> float:
     return found[0] - found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", some(EVERY_MODE, EVERY_MODE[:2]))
 @pytest.mark.parametrize("name", some(PLACED, ("qwen2_5_vl", "qwen3_vl", "paligemma")))
 def test_two_images_with_completions_and_long_answers_equal_hooks(name: str, mode: str) -> None:
@@ -392,6 +394,7 @@ def test_two_images_with_completions_and_long_answers_equal_hooks(name: str, mod
     assert np.abs(sums.measures[0].patched[0] - sums.measures[0].base[0]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "paligemma", "paligemma2"])
 def test_completions_of_prompts_of_very_different_lengths_equal_hooks(name: str) -> None:
     """The passes over short prompts begin after columns of padding."""
@@ -472,6 +475,7 @@ def keeping(kept: list[Tensor]) -> Callable[[Tensor], Tensor]:
     return edit
 
 
+@pytest.mark.slow
 def test_line_breaks_merge_with_those_of_the_processor() -> None:
     """Gemma's processor writes line breaks around images; the tokenizer joins them with others."""
     model, processor = bare("gemma3").model, deepcopy(vlm.processor("gemma3"))

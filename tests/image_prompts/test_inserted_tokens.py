@@ -177,6 +177,7 @@ def test_inserted_tokens_of_each_family_equal_hooks(family: str) -> None:
     assert largest > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "internvl"])
 def test_inserted_tokens_between_adjacent_images_equal_hooks(family: str) -> None:
     """The tokens are between the closing markers of one image and the opening ones of the next."""
@@ -255,6 +256,7 @@ def test_vectors_trained_in_prompts_with_images_equal_hooks(
     assert report.placeholders == pytest.approx(values["placeholders"][held_out], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_trained_vectors_improve_the_measure(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(support.folder_of("llava"), folder)

@@ -81,6 +81,7 @@ def test_overlay_shows_each_image_of_a_prompt() -> None:
     assert np.isfinite(second.maps[0][1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [IMAGES, BOTH])
 def test_overlay_of_image_prompts_is_written_in_each_format(line: str, tmp_path: Path) -> None:
     result = run(line)

@@ -73,6 +73,7 @@ def test_vision_weights_edited_between_runs_affect_the_second_run(
     assert np.abs(np.subtract(first, second)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_adopted_model_rereads_images_after_another_run() -> None:
     """The run puts back hooks of the model that was adopted first, but forgets its images."""
     pair, folder, block = llava()

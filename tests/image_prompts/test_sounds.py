@@ -506,6 +506,7 @@ def test_generated_sounds_in_prompts_equal_the_bare_model() -> None:
             )
 
 
+@pytest.mark.slow
 def test_model_in_a_folder_equals_the_one_passed_from_python(tmp_path: Path) -> None:
     """Language, task and time stamps come from `generation_config.json`."""
     bare("multilingual").save_pretrained(tmp_path / "model")

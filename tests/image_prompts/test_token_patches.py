@@ -484,6 +484,7 @@ def turned(patches: Sequence[int]) -> Edit:
     return edit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
 @pytest.mark.parametrize(
     "name", some(["llava_next", "gemma3", "internvl", "qwen2_5_vl", "qwen3_vl"], ["qwen3_vl"])

@@ -153,6 +153,7 @@ def test_kl_to_another_model_uses_its_own_image_pixels(name: str) -> None:
             assert abs(measure.patched[step, n] - expected) < 1e-4 * max(1, expected)
 
 
+@pytest.mark.slow
 def test_models_with_different_image_layouts_are_rejected() -> None:
     """A different layout of the image is E0416, before anything runs."""
     name = "qwen2_5_vl"

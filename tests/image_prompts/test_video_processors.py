@@ -300,6 +300,7 @@ def with_two(name: str, n: int) -> dict[str, Tensor]:
     return {key: value for key, value in given.items() if key != "video_metadata"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])
 @pytest.mark.parametrize("name", some(LAYOUTS, ["qwen3_vl"]))
 def test_rules_in_one_of_two_videos_are_what_hooks_give(name: str, mode: str) -> None:

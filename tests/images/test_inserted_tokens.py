@@ -174,6 +174,7 @@ def test_vectors_written_at_layers_of_inserted_tokens_equal_reference(
         check(name, found.measures[0].patched[cell], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
 def test_patches_between_runs_with_and_without_inserted_tokens_equal_reference(

@@ -122,6 +122,7 @@ def test_infidelity_of_maps_equals_reference(name: str, tmp_path: Path) -> None:
     assert found["told"].measures[0].unit == "logit²"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", pytest.param("clip", marks=pytest.mark.slow)])
 def test_sensitivity_of_maps_equals_reference(name: str, tmp_path: Path) -> None:
     text = MAPS

@@ -71,6 +71,7 @@ def _mean(folder: Path, blocks: str) -> tuple[str, np.ndarray]:
     return image.words, found
 
 
+@pytest.mark.slow
 def test_mean_of_noise_images_uses_the_model_size(tmp_path: Path) -> None:
     folder_of(tmp_path)
     noisy = 'images snow { x in 1..20 image noise answer "circle" }'

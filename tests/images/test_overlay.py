@@ -182,6 +182,7 @@ def test_packed_results_keep_overlay_images(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.pixels, other.pixels)
 
 
+@pytest.mark.slow
 def test_overlay_is_written_as_svg_png_and_html(tmp_path: Path) -> None:
     result = run(tmp_path, "vit", *LINES)
     for ending in ("svg", "png", "html"):

@@ -100,6 +100,7 @@ def test_text_tower_rule_equals_hooks(key: str, name: str, mode: str) -> None:
 # --- tokens that some models have -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "written", "at"),
     [
@@ -291,6 +292,7 @@ def test_encoder_measures_of_activations_equal_hooks(name: str, mode: str) -> No
     assert found.measures[0].patched.min() < 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "siglip"])
 def test_jacobian_of_a_classifier_equals_finite_differences(name: str) -> None:
     """A classifier has one output per image, whatever the token."""

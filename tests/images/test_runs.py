@@ -62,6 +62,7 @@ def values(folder: Path, **how: object) -> np.ndarray:
     return measure.patched - measure.base
 
 
+@pytest.mark.slow
 def test_image_model_in_a_folder_equals_the_one_passed_from_python(folder: Path) -> None:
     own = values(folder, store=False)
     handed = {"vit": (support.bare("vit"), support.processor("vit"))}

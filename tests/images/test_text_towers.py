@@ -28,6 +28,7 @@ def run(folder: Path, name: str, *lines: str, blocks: str = BLOCKS) -> Experimen
     return support.run_file(text, folder, name, blocks=blocks)["e"]
 
 
+@pytest.mark.slow
 def test_eos_token_is_the_largest_id_if_the_config_has_none(tmp_path: Path) -> None:
     line = "patch resid_post layer * at thing tokens"
     found = run(tmp_path, duals.OLD, "from clean into changed", line)

@@ -176,6 +176,7 @@ def test_each_tile_has_a_distinct_key(tmp_path: Path) -> None:
     assert len(ids) == 4 * (7 + 6 + 4)
 
 
+@pytest.mark.slow
 def test_mean_image_of_a_tiled_block_averages_tiles(tmp_path: Path) -> None:
     block = SHAPES + "images average { image mean of scenes }\n"
     line = "from scenes into average\n patch embed at image row 1 col 1 token"

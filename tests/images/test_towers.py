@@ -151,6 +151,7 @@ def test_two_tower_model_in_a_folder_equals_the_one_passed_from_python(
     assert np.ptp(own) > 0.1
 
 
+@pytest.mark.slow
 def test_processor_config_takes_precedence_over_preprocessor_config(tmp_path: Path) -> None:
     """transformers saves the combined file; the file of images alone is older."""
     path = write(tmp_path)
@@ -272,6 +273,7 @@ images scenes {
     assert ("sigmoid" in said.get("prob", "")) == (name in duals.PADDED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
 def test_two_tower_scores_in_bfloat16_are_close_to_fp32(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, name)

@@ -110,6 +110,7 @@ LAYERS = [[Point("resid_post", layer)] for layer in range(3)]
 # --- in a file ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", some(lora.TARGETS, ["gpt2"]))
 def test_base_and_adapter_values_equal_merged_weights(folder: Path, family: str) -> None:
     """Both as an axis, and patched from one into the other, against merged weights."""
@@ -143,6 +144,7 @@ def test_base_and_adapter_values_equal_merged_weights(folder: Path, family: str)
     )
 
 
+@pytest.mark.slow
 def test_adapters_of_a_path_pattern_load_their_base_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +184,7 @@ def test_adapter_folder_applies_to_a_base_from_python(folder: Path) -> None:
     assert lora.same_weights(own, lora.base("llama"))
 
 
+@pytest.mark.slow
 def test_adapter_on_another_adapter_equals_peft(folder: Path) -> None:
     lora.build("llama", folder / "base")
     first = lora.trained("llama")

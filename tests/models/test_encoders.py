@@ -355,6 +355,7 @@ def test_reads_in_packed_rows_equal_full_passes() -> None:
 # --- calling conventions --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_calling_convention_of_each_model_is_detected() -> None:
     """Position ids, token types (zeros for BERT, several for TAPAS, looked up among the tokens by
     GPT-2), what packed rows are called with, and whether the unembedding makes the logits alone."""
@@ -500,6 +501,7 @@ def cases(base: int, source: int, units: int, draw: random.Random) -> list[tuple
     return [(read, written, unit) for read, written in pairs for unit in chosen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [(0, 5), pytest.param(range(6), marks=pytest.mark.slow)])
 def test_every_site_of_a_published_encoder_equals_hooks(layers: Sequence[int]) -> None:
     """The reference runs one unpadded sentence at a time with plain hooks on the bare model;

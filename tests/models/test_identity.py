@@ -337,6 +337,7 @@ def other_two(self: Any, x: Any) -> Any:
     return 2.0
 
 
+@pytest.mark.slow
 def test_identity_depends_on_user_objects_in_a_module(
     module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -857,6 +858,7 @@ def test_run_on_a_model_with_a_modified_class_is_recomputed(
     assert second == run(store=False)[0] != first
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:W0720", "ignore:`is_gradient_checkpointing`")
 def test_run_on_a_model_with_adapters_is_cached_until_a_scale_differs(
     module: Any, tmp_path: Path

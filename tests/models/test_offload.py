@@ -210,6 +210,7 @@ def test_model_after_cpu_offload_equals_the_model_in_memory(
     assert furthest(away.reads[where], here.reads[where]) <= CLOSE
 
 
+@pytest.mark.slow
 def test_weight_hash_of_an_offloaded_model_is_the_same(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -232,6 +233,7 @@ def test_model_on_the_meta_device_is_rejected(folders: dict[str, Path]) -> None:
     assert "meta device" in problem.label_text
 
 
+@pytest.mark.slow
 def test_offloaded_model_reports_device_and_dtype(folders: dict[str, Path], tmp_path: Path) -> None:
     _, away = both(folders["llama"], "all", tmp_path)
     assert away.device == torch.device("cpu")
@@ -262,6 +264,7 @@ def in_memory() -> list[Any]:
     return cells(mechdsl.run(EXAMPLE, limit=40))
 
 
+@pytest.mark.slow
 def test_file_on_an_offloaded_model_gives_the_same_table(
     in_memory: list[Any], tmp_path: Path
 ) -> None:
@@ -302,6 +305,7 @@ def test_offload_option_of_the_command_line_gives_the_same_table(
     assert seen == [True]
 
 
+@pytest.mark.slow
 def test_offload_option_writes_nothing_if_the_model_fits(
     in_memory: list[Any], tmp_path: Path
 ) -> None:

@@ -380,6 +380,7 @@ def test_model_without_a_head_has_no_logits(name: str) -> None:
 # --- wrappers, hooks and memory -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_model_is_unwrapped() -> None:
     module = families.module("gpt2")
     compiled: Any = torch.compile(module)
@@ -394,6 +395,7 @@ def test_failed_check_names_a_user_hook() -> None:
     assert "a hook of yours on `transformer.h.1." in found[0].help_text
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_the_checks_is_not_a_wrong_anatomy() -> None:
     module: Any = families.module("gpt2")
     calls = iter(range(1000))

@@ -247,6 +247,7 @@ def test_modified_model_from_python_is_checked_again(
     assert adopt_model("m", module, families.tokenizer())[0] is None
 
 
+@pytest.mark.slow
 def test_proof_cache_of_models_from_python_is_bounded(
     own_proofs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +271,7 @@ experiment plain {{
 """
 
 
+@pytest.mark.slow
 def test_edited_model_is_checked_once_per_edit(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,6 +217,7 @@ def test_checks_cover_self_and_cross_attention(name: str) -> None:
         assert identity in identities
 
 
+@pytest.mark.slow
 def test_checks_detect_a_wrong_norm_of_cross_attention() -> None:
     """BART has a norm after cross attention, inside the sum; mBART has it before."""
     for name, wrong in (("bart", "middle"), ("mbart", "attn_norm")):
@@ -259,6 +260,7 @@ def test_checks_in_small_chunks_cover_the_same_identities(
     assert [check.identity for check in model.checks] == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), [("q", "k"), ("q", "v"), ("k", "v")])
 def test_checks_detect_swapped_heads_of_an_encoder_with_custom_attention(
     one: str, other: str

@@ -229,6 +229,7 @@ def test_fault_in_single_layers_of_a_deep_model_is_rejected(
     assert identity in tried.problems[0].message
 
 
+@pytest.mark.slow
 def test_check_cost_grows_with_layers_but_not_with_heads() -> None:
     """Each layer is restarted in a separate row; other checks cover many layers at once."""
 

@@ -145,6 +145,7 @@ def test_chance_is_the_share_of_tokens_with_a_value() -> None:
     assert positive > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", some(MODES, ["planned"]))
 def test_sums_of_maps_rank_tokens_and_are_compared(mode: str) -> None:
     text = MAPS + experiment("both", "observe sum of look, -0.5 * cut at token * align left as b")

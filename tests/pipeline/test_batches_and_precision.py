@@ -116,6 +116,7 @@ def test_three_accumulated_batches_equal_one_batch_of_triple_size(
     assert (other[:shared] - expected[:shared]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "family"), in_turn(EACH, HERE, EACH[1::5]))
 def test_weights_trained_in_bf16_are_close_to_fp32(kind: str, family: str, tmp_path: Path) -> None:
     start = trained(kind, tmp_path, "batch: 64", family, steps=0)
@@ -130,6 +131,7 @@ def test_weights_trained_in_bf16_are_close_to_fp32(kind: str, family: str, tmp_p
     assert 0 < (rounded - expected).norm() < 0.6 * (expected - first).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some(EACH, EACH[2::5]))
 def test_interrupted_training_ends_with_the_same_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

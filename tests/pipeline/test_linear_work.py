@@ -100,6 +100,7 @@ def calls(arguments: list[str]) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "text"),
     [

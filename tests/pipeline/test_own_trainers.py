@@ -198,6 +198,7 @@ NOISY = {
 """Trainers with random numbers and buffers."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some(DECLARED, [*DECLARED][1:2]))
 def test_interrupted_custom_training_ends_with_the_same_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

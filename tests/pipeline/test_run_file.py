@@ -559,6 +559,7 @@ def test_fresh_without_a_store_is_rejected(here: Path) -> None:
 # --- models from Python ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_on_a_model_from_python_is_cached_by_its_identity(
     here: Path, computed: list[str]
 ) -> None:

@@ -144,6 +144,7 @@ def test_circuit_mask_without_positions_writes_all_tokens(tmp_path: Path) -> Non
     assert torch.allclose(values, torch.stack(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "keep"), in_turn(["hard_concrete", "straight_through"], [False, True])
 )

@@ -191,6 +191,7 @@ def test_coordinate_mask_loss_and_gradient_equal_autograd(
         assert other.abs().max() > 1e-5
 
 
+@pytest.mark.slow
 def test_features_inactive_in_all_training_rows_have_no_gate(tmp_path: Path) -> None:
     """These features are neither chosen nor random controls; with `keep`, they are written like
     other unchosen features."""

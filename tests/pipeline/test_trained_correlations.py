@@ -112,6 +112,7 @@ def test_cca_report_equals_hooks_and_numpy(family: str, site: str, tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "inner"), in_turn(HERE, [CCA, SPARSE]))
 def test_cca_with_swapped_sites_gives_the_same_pairs(
     family: str, inner: str, tmp_path: Path

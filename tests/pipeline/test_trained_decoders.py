@@ -233,6 +233,7 @@ def test_validate_plan_and_explain_work_before_a_decoder_training(tmp_path: Path
     assert "24 decoder directions of big" in str(mechdsl.explain(path, models=models("llama")))
 
 
+@pytest.mark.slow
 def test_interrupted_control_of_a_decoder_training_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

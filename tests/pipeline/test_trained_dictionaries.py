@@ -499,6 +499,7 @@ def test_dictionary_key_depends_on_the_rows(tmp_path: Path) -> None:
     assert found.folder.name != before
 
 
+@pytest.mark.slow
 def test_dictionary_key_ignores_names_comments_and_other_experiments(tmp_path: Path) -> None:
     """The key also ignores whether training rows may be measured."""
     (before,) = keys(write(tmp_path, fit(**BASE), ABLATES))

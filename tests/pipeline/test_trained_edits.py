@@ -330,6 +330,7 @@ def test_random_edits_add_vectors_of_equal_norms(tmp_path: Path) -> None:
     assert not torch.allclose(*changes)
 
 
+@pytest.mark.slow
 def test_saved_direction_equals_the_trained_edit(tmp_path: Path) -> None:
     every = "resid_post layer * at last token"
     save = 'experiment s {\n  model m\n  save direction r to "out.safetensors"\n}\n'
@@ -351,6 +352,7 @@ def test_saved_direction_equals_the_trained_edit(tmp_path: Path) -> None:
         train(vector_file)
 
 
+@pytest.mark.slow
 def test_edit_with_several_seeds_has_one_cell_per_training(tmp_path: Path) -> None:
     """Each cell equals a training with that seed alone."""
     quick = QUICK.replace("0.05", "0.005")

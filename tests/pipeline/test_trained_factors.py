@@ -141,6 +141,7 @@ def relu_model() -> dict[str, Any]:
 NMF = f"nmf(factors: {COUNT})"
 
 
+@pytest.mark.slow
 def test_nmf_of_a_relu_model_has_nonnegative_factors(tmp_path: Path) -> None:
     store = tmp_path / "store"
     both = declare(NMF) + declare(NMF, "steps: 0").replace("basis f", "basis chance")

@@ -179,6 +179,7 @@ def draw(random: Random, kind: str) -> Drawn:
     return Drawn(kind, tuple(rules))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", some(range(30), range(3)))
 def test_random_files_with_two_trained_bases_equal_hooks(seed: int, tmp_path: Path) -> None:
     random, family = Random(seed), FAMILIES[seed % len(FAMILIES)]

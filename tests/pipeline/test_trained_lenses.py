@@ -212,6 +212,7 @@ def test_lens_training_vectors_of_all_layers_equal_hooks(side: Any, tmp_path: Pa
         assert torch.allclose(targets, every[2], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_lens_training_lowers_the_divergence(tmp_path: Path) -> None:
     options = "steps: 100, batch: 8, rate: 0.01, validation: 0%"
     (found,) = train(write(tmp_path, fit(options), SEES))
@@ -309,6 +310,7 @@ def test_lens_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) ->
     assert family.folder.name not in {each.name for each in folders}
 
 
+@pytest.mark.slow
 def test_lens_key_ignores_names_and_observed_layers(tmp_path: Path) -> None:
     (before,) = train(write(tmp_path, fit(), SEES))
     for parts in (

@@ -398,6 +398,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(CASES, ["heads"]))
 @pytest.mark.parametrize("seed", some(range(3), [0]))
 def test_site_mask_finds_planted_sites(name: str, seed: int, tmp_path: Path) -> None:
@@ -478,6 +479,7 @@ def test_site_mask_equals_its_listed_sites_in_rules(name: str, tmp_path: Path) -
     assert "group g" not in own[1].conventions
 
 
+@pytest.mark.slow
 def test_mask_of_two_models_patches_the_sites_of_each(tmp_path: Path) -> None:
     """An experiment on two models patches each at the sites chosen by its training."""
     head = 'mech 1\nmodel m = local("one")\nmodel n = local("two")\n'

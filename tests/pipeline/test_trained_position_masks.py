@@ -371,6 +371,7 @@ def test_last_token_of_a_position_mask_follows_generation(place: str, tmp_path: 
     assert replies(other) != replies(own)
 
 
+@pytest.mark.slow
 def test_position_mask_over_image_patches_equals_its_listed_positions(tmp_path: Path) -> None:
     """Compare a rule on the mask with a rule that lists the chosen patches."""
     head = """mech 1

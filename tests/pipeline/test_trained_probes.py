@@ -383,6 +383,7 @@ def test_probe_predictions_at_generated_tokens_equal_a_longer_prompt(tmp_path: P
         assert done.measures[0].patched[0][row] == pytest.approx(made, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_probe_model_option_names_the_training_model(tmp_path: Path) -> None:
     """`model:` names the model that runs the training rows, whatever model experiments use."""
     place = "resid_post layer 1 at last token"
@@ -534,6 +535,7 @@ def test_probe_direction_of_a_class_equals_scikit_learn(family: str, tmp_path: P
         assert done.measures[0].patched[0][row] == pytest.approx(float(margin), abs=5e-3)
 
 
+@pytest.mark.slow
 def test_probe_directions_of_layers_and_heads_equal_single_probes(tmp_path: Path) -> None:
     """Each cell equals that of a probe trained on its site alone."""
     for at, one in (
@@ -554,6 +556,7 @@ def test_probe_directions_of_layers_and_heads_equal_single_probes(tmp_path: Path
         assert np.allclose(every.measures[0].patched[cell], alone.measures[0].patched[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_probe_with_several_seeds_has_a_direction_per_seed(tmp_path: Path) -> None:
     acts = experiment(f"add d to {ONE}", MARGIN, block="second")
     seeds = fit(options="validation: 25%, seeds: 2", at=ONE)

@@ -430,6 +430,7 @@ def test_rotation_of_every_layer_has_a_training_per_layer(tmp_path: Path) -> Non
     assert run(write(tmp_path, fit(at=at), experiment(*lines))).complete
 
 
+@pytest.mark.slow
 def test_rotation_training_minimises_the_divergence_from_a_run(tmp_path: Path) -> None:
     """Patching the full vector gives the divergence of an ordinary patch."""
     path = write(tmp_path, fit("steps: 40, batch: 4, rate: 0.1, validation: 0%", dims=8,
@@ -490,6 +491,7 @@ def test_rotation_key_depends_on_tokens_and_measured_texts(change: str, tmp_path
     assert not torch.equal(rotation(found), rotation(before))
 
 
+@pytest.mark.slow
 def test_rotation_key_ignores_names_comments_and_other_experiments(tmp_path: Path) -> None:
     """The key is also the same for a metric with the same definition."""
     (before,) = train(write(tmp_path, fit(), PATCHES))

@@ -139,6 +139,7 @@ def test_scales_training_equals_a_reference_loop(
     assert said.unscaled == pytest.approx(held_out(ones), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_scales_penalty_keeps_scales_near_one(tmp_path: Path) -> None:
     options = "steps: 30, batch: 4, rate: 0.1, validation: 0%"
     inners = ("scales", "scales(penalty: 3)")
@@ -213,6 +214,7 @@ def test_random_control_of_scales_permutes_the_scales(tmp_path: Path) -> None:
     assert abs(effect) > 1e-4
 
 
+@pytest.mark.slow
 def test_scales_of_every_head_have_a_training_per_head(tmp_path: Path) -> None:
     """Rules use the scales of their head."""
     every = "z layer 1 head * at last token"

@@ -169,6 +169,7 @@ def test_masks_lenses_and_probes_of_several_seeds_share_activations(
         )  # the other kinds run the model in steps and reports
 
 
+@pytest.mark.slow
 def test_agreement_of_masks_over_seeds_is_reported(tmp_path: Path) -> None:
     path = write(tmp_path, masks.fit(f"{QUICK}, seeds: 3"), masks.PATCHES)
     fits = train(path)
@@ -191,6 +192,7 @@ def test_agreement_of_masks_over_seeds_is_reported(tmp_path: Path) -> None:
     assert said in out.getvalue()
 
 
+@pytest.mark.slow
 def test_trainings_of_different_kinds_share_one_seed_axis(tmp_path: Path) -> None:
     """A mask and a rotation have equal seeds; each cell uses both with the same seed."""
     rules = (*masks.PATCH, f"patch {SITE} in basis d at right token")
@@ -324,6 +326,7 @@ def test_equal_values_over_seeds_have_no_interval() -> None:
     assert np.isnan(mean_half_width(np.array([0.5, 0.5, 0.5]), 95))
 
 
+@pytest.mark.slow
 def test_loop_over_seeded_bases_has_a_mean_per_basis(tmp_path: Path) -> None:
     chance = fit(f"{SEEDS}, steps: 0".replace("steps: 6, ", "")).replace("basis d", "basis c")
     rule = f"for b in [d, c] {{ patch {SITE} in basis b at last token }}"
@@ -338,6 +341,7 @@ def test_loop_over_seeded_bases_has_a_mean_per_basis(tmp_path: Path) -> None:
 # --- printed and stored results -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_seed_means_are_printed_and_stored(tmp_path: Path) -> None:
     results = mechdsl.run(FRUIT, store=tmp_path, fit=True)
     mean, _ = one(results).seed_means

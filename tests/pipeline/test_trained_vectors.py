@@ -222,6 +222,7 @@ def trained_by_hand(
     return numbers
 
 
+@pytest.mark.slow
 def test_vector_report_without_source_run_has_no_mean_difference(tmp_path: Path) -> None:
     (found,) = train(write(tmp_path, fit("steps: 60, batch: 4, rate: 0.1, validation: 0%"), ADD))
     said = report(found)
@@ -282,6 +283,7 @@ def test_saved_direction_equals_the_trained_vector(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "out.safetensors")["v"], vector(found).float())
 
 
+@pytest.mark.slow
 def test_loop_over_vectors_of_several_seeds_equals_each_vector(tmp_path: Path) -> None:
     rule = f"{{}}add 2 * {{}} to {SITE} at last token"
     loop = experiment(rule.format("for d in [v, half] { ", "d") + " }", name="both")
@@ -341,6 +343,7 @@ def test_vector_key_depends_on_every_argument(tmp_path: Path, trains_all: bool) 
     assert family.folder.name not in {each.name for each in folders}
 
 
+@pytest.mark.slow
 def test_vector_key_ignores_names_and_factors(tmp_path: Path) -> None:
     (before,) = train(write(tmp_path, fit(), ADD))
     for parts in (

@@ -174,6 +174,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), in_turn(list(MORE), ("llama", "gpt2", "gpt_neox")))
 def test_automatic_control_in_loops_and_generation_equals_against_random(
     name: str, family: str, tmp_path: Path
@@ -196,6 +197,7 @@ def test_automatic_control_in_loops_and_generation_equals_against_random(
     assert np.array_equal(band.mean, asked.controls[0].mean, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_untrained_transcoder_control_equals_a_training_without_steps(
     family: str, tmp_path: Path
@@ -285,6 +287,7 @@ def test_copied_dictionary_has_no_untrained_weights(tmp_path: Path) -> None:
     assert not (tmp_path / "copies" / "f" / "untrained").exists()
 
 
+@pytest.mark.slow
 def test_automatic_control_draws_less_for_many_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,7 @@ def train_all(
 EVERY = [kind for kind in (*DECLARED, *KINDS, "streamed") if kind not in OWN]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "count", "forked"),
     [

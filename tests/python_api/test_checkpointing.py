@@ -75,6 +75,7 @@ def agree(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert np.abs(np.asarray(own)).max() > 1e-3, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpointing_of_transformers_changes_no_number_and_no_identity(
     reentrant: bool, pair: tuple[Any, Any], tmp_path: Path

@@ -105,6 +105,7 @@ def test_run_on_model_in_training_mode_computes_without_dropout(pair: tuple[Any,
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_run_on_model_that_returns_tuples_gives_the_same_values(
     pair: tuple[Any, Any], tmp_path: Path
 ) -> None:
@@ -151,6 +152,7 @@ def test_estimates_do_not_depend_on_no_grad_or_inference_mode(
     assert np.abs(expected[0] - expected[0][0]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_adapter_on_the_model_keeps_weights_and_gradients(
     used: tuple[Any, Any], inside: Path
 ) -> None:

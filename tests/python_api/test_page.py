@@ -66,6 +66,7 @@ def named(title: str) -> list[str]:
     return [row[0].strip("`").removesuffix("()") for row in rows(title)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 def test_python_page_code_runs(inside: Path) -> None:
     values: dict[str, Any] = {}

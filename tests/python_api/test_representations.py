@@ -66,6 +66,7 @@ def shown(result: ExperimentResult, tmp_path: Path) -> Read:
 # --- representations ---
 
 
+@pytest.mark.slow
 def test_repr_of_results_is_short(results: mechdsl.Results) -> None:
     first = results["heads"]
     assert repr(first) == (
@@ -193,6 +194,7 @@ def test_plot_selects_one_measure() -> None:
         both.plot("heatmap", measure=first.called)
 
 
+@pytest.mark.slow
 def test_plot_width_is_given_in_paper_columns() -> None:
     result = finished(heads())
     widths = []

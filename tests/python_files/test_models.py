@@ -198,6 +198,7 @@ def test_check_without_python_models_imports_no_torch(tmp_path: Path) -> None:
     assert "mechdsl.loading.loader" not in set(sys.modules) - before
 
 
+@pytest.mark.slow
 def test_adapter_on_a_model_from_a_function_records_hashes(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -103,6 +103,7 @@ def picture(result: ExperimentResult, kind: str) -> Any:
     return result.plot(kind).to_dict()
 
 
+@pytest.mark.slow
 def test_archived_results_draw_the_same_pictures() -> None:
     name = "everything printed"
     a, b = run(name)["heads"], unpack_results(packed(name))["heads"]

@@ -229,6 +229,7 @@ def test_identical_values_have_a_zero_width_interval() -> None:
     assert np.isnan(lone.p[0])
 
 
+@pytest.mark.slow
 def test_p_is_below_the_level_where_the_interval_excludes_zero() -> None:
     random = np.random.default_rng(2)
     n = 20

@@ -132,6 +132,7 @@ def test_band_rank_is_the_largest_with_the_confidence(
     assert Fraction(draws + 1 - 2 * (rank + 1), draws + 1) < asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draws", "repetitions"),
     [(3, 500), (20, 1000), *(pytest.param(n, 4000, marks=pytest.mark.slow) for n in (3, 20, 79))],

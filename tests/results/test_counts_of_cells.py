@@ -116,6 +116,7 @@ def test_terminal_lines_and_bars_have_a_column_n(kind: str) -> None:
     assert re.search(r"^(item|position) +n +mean", said, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_bars_picture_shows_n_of_cells_with_fewer_prompts(tmp_path: Path) -> None:
     result = uneven()
     texts = drawn(result, report("bars", variable="item", by="layer"), tmp_path)
@@ -179,6 +180,7 @@ def test_json_has_n_per_measure_where_it_differs_from_the_cell() -> None:
     assert rows[result.cells[4].site, "ld"] == 64
 
 
+@pytest.mark.slow
 def test_measures_have_independent_colour_scales() -> None:
     """Regression: a category next to a number was coloured on the scale of the number."""
     result = uneven()

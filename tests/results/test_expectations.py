@@ -181,6 +181,7 @@ def test_expect_of_a_mean_or_area_has_the_interval_of_its_table_row(test: str, e
         assert [found.value, found.low, found.high] == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_mean_over_cells_is_studentised(result: ExperimentResult) -> None:
     data = result.measures[0]
     assert data.source is not None

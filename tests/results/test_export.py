@@ -160,6 +160,7 @@ def test_full_disk_keeps_the_earlier_export(
         assert everything(out) == before
 
 
+@pytest.mark.slow
 def test_later_export_replaces_an_earlier_one(plain: mechdsl.Results, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = export_results(mechdsl.run(written(tmp_path, "everything printed")), out, "mech 1\n")

@@ -90,11 +90,13 @@ def share_below(held: int, of: int, level: float) -> bool:
     return bool(binom.sf(held - 1, of, level) > 1e-3)
 
 
+@pytest.mark.slow
 def test_any_holm_line_holds_by_chance_within_the_level() -> None:
     held = sum(any(holds(noise(seed, verdicts="holm"), EACH)) for seed in range(FILES))
     assert share_below(held, FILES, 0.05)
 
 
+@pytest.mark.slow
 def test_alternatives_hold_by_chance_within_the_level_of_one_line() -> None:
     either = " or ".join(EACH)
     denied = "not (" + " and ".join(f"delta(L0H{cell}) < 0" for cell in range(CELLS)) + ")"

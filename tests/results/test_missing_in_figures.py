@@ -40,6 +40,7 @@ def run(folder: Path, lines: list[str]) -> mechdsl.Results:
     return found
 
 
+@pytest.mark.slow
 def test_figures_name_lost_measures(tmp_path: Path) -> None:
     found = run(tmp_path, LINES)
     for path in found.written:

@@ -308,6 +308,7 @@ def test_legend_of_layers_begins_at_the_bottom(build: Any) -> None:
     assert found["scale"]["domain"] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_panels_of_layers_above_one_another_begin_at_the_bottom() -> None:
     chart = bars_chart(few(swept(11, 12, words=True)), report("bars", variable="position"))
     (drawn,) = chart.to_dict()["vconcat"]
@@ -316,6 +317,7 @@ def test_panels_of_layers_above_one_another_begin_at_the_bottom() -> None:
     assert drawn["facet"]["sort"][-1].startswith("layer 0")
 
 
+@pytest.mark.slow
 def test_confusion_rows_of_layers_begin_at_the_bottom() -> None:
     guess = np.arange(1.0, 4.0)[:, None] * np.ones((3, 60))
     data = measure(guess, guess[:1], effect="raw", kind="category", label="guess", unit="")
@@ -360,6 +362,7 @@ def test_pdf_embeds_its_fonts(name: str, tmp_path: Path) -> None:
         assert all(font[7:].startswith(b"LiberationSans") for font in named)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_png_has_300_dots_per_inch(name: str, tmp_path: Path) -> None:
     build, line = PICTURES[name]

@@ -154,6 +154,7 @@ def test_picture_texts_do_not_overlap(name: str, size: tuple[int, int], tmp_path
     assert any(f"n = {result.statistics[0].n.min()}" in text for text in checked(svg))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(PICTURES, LARGE))
 def test_large_picture_texts_do_not_overlap(name: str, tmp_path: Path) -> None:
     rows, columns = (30, 48) if name != "overlay" else (30, 12)
@@ -349,6 +350,7 @@ def test_equal_lines_have_distinct_dashes_and_points(tmp_path: Path) -> None:
 # --- windows --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_windows_are_named_by_their_centre(tmp_path: Path) -> None:
     result = few(replace(swept(3, 4), centres=("layer",)))
     for kind in ("heatmap", "lines", "bars"):

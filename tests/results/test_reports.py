@@ -258,6 +258,7 @@ def test_chart_is_saved_in_every_format(
         assert b"https://cdn" not in content  # opens without a network
 
 
+@pytest.mark.slow
 def test_charts_show_positions_and_facets(tmp_path: Path) -> None:
     swept = finished(positions())
     for number, line in enumerate(
@@ -509,6 +510,7 @@ def test_picture_of_categories_overlays_and_controls_is_saved(
     assert path.read_bytes().startswith(start)
 
 
+@pytest.mark.slow
 def test_panels_share_data_and_show_only_their_cells() -> None:
     """A layer with separate data would show all of it in each panel."""
     bars = bars_chart(finished(with_controls(heads())), report("bars", variable="layer"))

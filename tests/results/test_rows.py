@@ -71,6 +71,7 @@ def by_content(result: ExperimentResult, values: Floats) -> list[tuple[Any, ...]
     return sorted((a, b, *np.round(own, 3).tolist()) for a, b, own in rows)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_order_of_a_data_file(tmp_path: Path) -> None:
     """Noise, donors, random positions, shuffles, draws and the choice of `limit`."""
     found: list[dict[str, ExperimentResult]] = []

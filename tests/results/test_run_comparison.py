@@ -274,6 +274,7 @@ def _other_rows(random: np.random.Generator) -> tuple[MeasureData, MeasureData, 
     return old, new, tuple(range(500, 512))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [_noise_on_rows, _other_rows])
 def test_comparison_has_at_most_5_percent_false_positives(pair: Pair) -> None:
     """More than 16 of 120 pairs differ by chance with a probability of 0.0001."""

@@ -184,6 +184,7 @@ def test_p_of_identical_units_is_that_of_their_signs() -> None:
     assert infer_shares(*shares, np.array([7]), 95.0).p[0] == 2.0**-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", some(NOISE, ["exponential"]))
 def test_false_positives_of_a_family_stay_below_the_level(noise: str) -> None:
     """At 5 %, 20 or more of 200 families have a false positive with a probability of 0.001."""

@@ -219,6 +219,7 @@ def test_measures_that_atp_does_not_support_are_errors(
     assert said in render_full([error], color=False, width=300)
 
 
+@pytest.mark.slow
 def test_interrupted_atp_star_run_resumes(tmp_path: Path) -> None:
     rule = "patch k layer * head * at subject tokens"
     check_case("llama", experiment("e", *LINES, rule, "using atp_star", RAW), tmp_path, cut=1)

@@ -491,6 +491,7 @@ def lines(observe: str, name: str) -> str:
     return experiment("e_" + name, observe, measure="")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
 def test_attribution_graph_statement_has_scores_of_each_prompt(mode: str, data: Path) -> None:
     """At several positions, in rows of different lengths, in two experiments of a file."""
@@ -785,6 +786,7 @@ def sum_of_edges(
     return total, float(change[good] - change[bad])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("llama", "transcoder"), ("gpt2", "jumprelu_transcoder"), ("gpt2", "cross_layer"),
@@ -809,6 +811,7 @@ def test_weight_between_groups_is_the_sum_of_the_edges(family: str, kind: str, d
     assert "from the features of `a` (3 features) to those of `b` (3 features)" in observed
 
 
+@pytest.mark.slow
 def test_random_control_of_all_but_one_feature_uses_the_remaining_feature(data: Path) -> None:
     """If the group has all features of a layer but one, the control has that feature."""
     transcoders("llama", "transcoder", data, [0, 2])

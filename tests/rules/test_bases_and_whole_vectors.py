@@ -115,6 +115,7 @@ def test_rules_on_all_coordinates_of_image_tokens_equal_rules_on_the_vector(rule
     agree(head, lines, site)
 
 
+@pytest.mark.slow
 def test_rules_on_all_coordinates_equal_rules_on_the_vector_in_16_bits() -> None:
     before, rule, measure = CASES["patch"]
     head = 'mech 1\nmodel toy = zoo("counting", dtype: "bfloat16")\n' + TEXTS

@@ -163,6 +163,7 @@ def test_circuit_of_bert_classifier_equals_a_loop(
         assert abs(float(expected - plain)) > 1e-3
 
 
+@pytest.mark.slow
 def test_edge_scores_of_bert_classifier_equal_derivatives(tmp_path: Path) -> None:
     """EAP: the derivative by the share of each edge. EAP-IG moves the embeddings to the fill."""
     edges = list_edges()

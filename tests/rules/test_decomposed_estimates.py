@@ -128,6 +128,7 @@ experiment e {
 """.replace("TEXTS", str(list(TEXTS)).replace("'", '"'))
 
 
+@pytest.mark.slow
 def test_cdt_of_a_bert_classifier_equals_plain_hooks(tmp_path: Path) -> None:
     """Prompts have different lengths, and BERT's attention would see padding."""
     file = tmp_path / "reviews.mech"

@@ -413,6 +413,7 @@ def test_estimate_of_a_mean_ablation_equals_autograd(tmp_path: Path) -> None:
     agrees(found, 0, expected, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_integrated_gradients_of_heads_sum_to_the_joint_effect(family: str, tmp_path: Path) -> None:
     """Cells of one site add up to the effect of all of them at once (completeness)."""
@@ -433,6 +434,7 @@ def test_integrated_gradients_of_heads_sum_to_the_joint_effect(family: str, tmp_
     assert np.abs(changes).max() < 10 * np.abs(effect).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", ["clean into noised", "noised into clean"])
 def test_integrated_gradients_with_noise_draws_equal_the_run(ways: str, tmp_path: Path) -> None:
     """Gradients are computed in each noise draw, and estimates are averaged."""

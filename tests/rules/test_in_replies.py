@@ -240,6 +240,7 @@ def test_loss_at_each_reply_token_equals_the_reference(data: Path, name: str, mo
     hold(found, "measured", places, of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), FEW)
 def test_kl_to_other_runs_reads_the_same_reply(data: Path, name: str, mode: str) -> None:
     """`kl(RUN)` reads the prompt of that run, followed by the reply of the patched row."""
@@ -444,6 +445,7 @@ RULES: dict[str, tuple[str, Callable[[str, int], Callable[[int], Changes]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), EACH)
 def test_measures_in_replies_repeat_rules_at_their_steps(data: Path, name: str, mode: str) -> None:
     text = "".join(

@@ -123,6 +123,7 @@ def worked_basis(
     return Basis(vectors * sign[:, None], torch.zeros(vectors.shape[1]).double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [*MANY, "padded on the right", "small passes"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_jacobians_of_a_noised_run_are_averaged_over_draws(

@@ -484,6 +484,7 @@ def test_other_rules_change_the_reference_values(every: bool) -> None:
 # --- derived runs ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 def test_path_on_a_derived_run_equals_the_path_with_its_rules(
     data: Path, name: str, mode: str
@@ -535,6 +536,7 @@ def test_direct_effects_sum_with_frozen_norms(data: Path, name: str, mode: str) 
     assert np.abs(effects["whole"]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", QUICK)
 def test_rule_without_effect_leaves_path_values_unchanged(data: Path, mode: str) -> None:
     """Packed and full forward passes agree, also if a receiver is a sender."""

@@ -478,6 +478,7 @@ def test_direct_logits_of_components_sum_to_the_logit(data: Path, name: str) -> 
     hold_parts(data, name, "planned")
 
 
+@pytest.mark.slow
 def test_logit_lens_and_direct_logits_equal_the_reference_without_planner(data: Path) -> None:
     hold_ends(data, "llama", "plain")
     hold_parts(data, "llama", "plain")

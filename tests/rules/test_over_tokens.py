@@ -126,6 +126,7 @@ def held_out(vectors: list[Array], y: Array, fold: Array, penalty: float) -> tup
     return r_squared(y, got), weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "passes"),
     [*((name, "planned") for name in FAMILIES[:3]), ("gpt2", "plain")],

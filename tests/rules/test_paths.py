@@ -390,6 +390,7 @@ def draw_of(name: str, run: str, n: int, draw: int) -> Run:
     return forward(name, double(name), text.ids, changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", some(["out", "in"], ["in"]))
 def test_path_patching_averages_over_noise_draws(
     data: Path, way: str, monkeypatch: pytest.MonkeyPatch

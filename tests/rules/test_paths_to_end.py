@@ -297,6 +297,7 @@ def test_path_to_the_end_on_a_derived_run_equals_the_path_with_its_rules(
 # --- conventions and errors -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_conventions_of_paths_to_the_end_state_full_forward_passes(data: Path) -> None:
     found = results(data, "llama", "planned")
     said = found["a_query"].conventions

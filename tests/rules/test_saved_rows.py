@@ -600,6 +600,7 @@ def test_plan_counts_all_streamed_rows(data: Path, monkeypatch: pytest.MonkeyPat
     assert cost.streamed == len(rows()) + len(MORE)
 
 
+@pytest.mark.slow
 def test_saved_rows_do_not_change_when_memory_runs_out(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

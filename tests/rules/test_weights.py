@@ -245,6 +245,7 @@ def raw(found: ExperimentResult) -> np.ndarray:
     return found.measures[0].patched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "mode"), in_turn((*FAMILIES, "gemma2", "qwen3"), tuple(MODES), ["gpt2", "gemma2"])
 )
@@ -478,6 +479,7 @@ def granite() -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", some(OTHERS, ["falcon", "phi3"]))
 def test_weight_rule_equals_an_edited_model_in_other_structures(family: str, data: Path) -> None:
     """The rule changes activations in hooks, the edited model changes parameters."""
@@ -525,6 +527,7 @@ SUMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sums_of_models_equal_the_reference(family: str, data: Path) -> None:
     other = other_weights(family)
@@ -571,6 +574,7 @@ def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_rounded_models_equal_the_reference(family: str, data: Path) -> None:
     """Also under edits, in a sum, and next to a model with other bits; the base is unchanged."""

@@ -62,6 +62,7 @@ def test_noise_metrics_have_no_significant_cell() -> None:
         assert not is_significant(results("noise")[name], 0).any()
 
 
+@pytest.mark.slow
 def test_clear_effects_are_significant_among_384_cells() -> None:
     result = results("many_cells")["neurons"]
     assert len(result.cells) == 384

@@ -91,6 +91,7 @@ def test_finished_run_with_torn_results_is_rebuilt_from_stored_values(harness: H
     harness.fresh("results", run)
 
 
+@pytest.mark.slow
 def test_run_with_a_read_only_store_prints_the_undisturbed_output(harness: Harness) -> None:
     def run(place: Path) -> None:
         attempt(place, kill_at=(harness.first_write + harness.last_write) // 2)
@@ -112,6 +113,7 @@ def test_run_with_a_read_only_store_prints_the_undisturbed_output(harness: Harne
     harness.fresh("read", run)
 
 
+@pytest.mark.slow
 def test_two_simultaneous_runs_print_the_undisturbed_output(harness: Harness) -> None:
     """The same command runs twice on one store."""
 

@@ -117,6 +117,7 @@ def test_power_cut_without_unsynced_writes_loses_no_stored_value(memory: Path) -
     assert_all_seen(outcomes(memory, "", [0.0]))
 
 
+@pytest.mark.slow
 def test_power_cut_with_some_unsynced_writes_loses_no_stored_value(memory: Path) -> None:
     assert_all_seen(outcomes(memory, "", [0.5]))
 

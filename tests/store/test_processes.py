@@ -52,6 +52,7 @@ def killed_at(memory: Path, call: str, number: int) -> str:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="kills with strace")
 def test_writer_killed_around_a_commit_loses_no_stored_value(memory: Path) -> None:
     """The writer is killed at the sync that ends a transaction, and before and after it."""

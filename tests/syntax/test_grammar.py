@@ -272,6 +272,7 @@ def test_installed_wheel_is_not_modified(
     assert (tmp_path / "cache" / "syntax" / "tables.json").is_file()
 
 
+@pytest.mark.slow
 def test_parsing_imports_no_heavy_package_and_is_fast() -> None:
     code = (
         "import time, sys; t = time.process_time()\n"

@@ -358,6 +358,7 @@ def test_worked_answers_match_the_lists() -> None:
         assert ("Part" in text.text) == (text.kind != worked_data.SUM)
 
 
+@pytest.mark.slow
 def test_example_data_equals_its_script_output() -> None:
     written = example_data.files()
     assert {path.name for path in DATA.iterdir()} == set(written)

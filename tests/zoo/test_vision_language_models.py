@@ -237,6 +237,7 @@ def test_counting_accuracy_agrees_with_the_card() -> None:
     agree_with_card(tallies, FOLDER)
 
 
+@pytest.mark.slow
 def test_motion_accuracy_agrees_with_the_card() -> None:
     torch.set_num_threads(1)
     tallies = motion.evaluate(FRAMES, 60, motion.SEED + 1)
