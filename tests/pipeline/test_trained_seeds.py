@@ -157,6 +157,9 @@ def test_masks_lenses_and_probes_of_several_seeds_share_activations(
         "lens": (lenses.fit(quick), lens_rules, write),
         "probe": (probe, probes.READS, probes.write_file),
     }
+    train(
+        write(tmp_path, fill(cases["sites"][0], 2), masks.PATCHES), fresh=True
+    )  # checks the model
     for kind, (line, used, make) in cases.items():
         counts = [
             count_passes(make(tmp_path, fill(line, each), used), monkeypatch) for each in (2, 3, 4)
