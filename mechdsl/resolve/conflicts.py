@@ -366,7 +366,7 @@ def _of_path(
     own, path = rule.spec, rule.path
     if path is None:
         reason = "it estimates edges between components"
-        if any(each.path is not None for each in experiment.rules):
+        if experiment.has_path:
             what, reason = f"`{verb}` together with a path", "an estimate is of one rule"
             hint = "write an experiment for each rule"
             yield _no_estimate(said, own.span, what, reason, hint)
@@ -446,8 +446,7 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
         if raw == said.kind.is_effect:
             what = f"`{measure.label} as {own.effect}`"
             reason = f"it returns {said.kind.value_said}, which isn't an effect of a write"
-            on_paths = any(rule.path is not None for rule in experiment.rules)
-            effects = "eap" if on_paths else "gradient_input"
+            effects = "eap" if experiment.has_path else "gradient_input"
             hint = f"measure `as raw`, or write `using {effects}`"
             if said.kind.place == "attention":
                 reason = f"it returns {said.kind.value_said}, which isn't an effect of a block"

@@ -1633,6 +1633,11 @@ class ResolvedExperiment(Record):
         return found
 
     @property
+    def has_path(self) -> bool:
+        """Whether one of its rules is a `path`."""
+        return any(rule.path is not None for rule in self.rules)
+
+    @property
     def generation(self) -> Generation | None:
         """Generation settings of its rows; None if they generate no text."""
         return self.spec.generation

@@ -728,6 +728,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "discover": ("eap(size: 3)", "discover(size: 3)", "E0203", "eap_ig"),
     "group": (LINE, f"group c = {CALL} at layers * heads * at last token", "E0342", "a circuit"),
     "alone": (CALL, "eap(size: 3)", "E0342", "fit("),
+    "one row": ("prompts: p,", "prompts: p, limit: 1,", "E0342", "has 1 row, fewer than 2"),
 }
 
 

@@ -358,6 +358,10 @@ def test_estimates_of_edges_with_changed_derivatives_equal_autograd(data: Path, 
     frozen = "path attn_out layer 1 -> logits at last token with frozen norms"
     text += experiment("frozen", frozen, *given) + experiment("run", frozen, given[0])
     found = run_file(text, data, "llama", "small passes", precise=True)
+    said = found["queries"].conventions["estimates"]
+    assert "the change of the senders, times" in said
+    assert "along the edges, while all else is held" in said
+    assert "what is written" not in said
     module = ruled(double("llama"), kind)
     expected = np.zeros((16, len(records())))
     ends = np.zeros(len(records()))

@@ -18,7 +18,7 @@ from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.results import Results, pack_results, unpack_results
 from mechdsl.show.notebook import experiment_html
-from mechdsl.statistics.verification import choose_cells, top_recall
+from mechdsl.statistics.verification import agreement, choose_cells, top_recall
 from mechdsl.store.runs import OpenRun
 
 from ..execute.support import MODES as WAYS
@@ -204,6 +204,15 @@ def test_recall_counts_random_cells_above_the_top() -> None:
     assert (found.found, found.above) == (2, 2)
     assert found.low == pytest.approx(0.0943, abs=1e-3)
     assert found.high == pytest.approx(0.9916, abs=1e-3)
+
+
+def test_correlations_of_two_cells_are_nan() -> None:
+    values = np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 5.0])
+    three = agreement(*values, np.ones(3, dtype=bool), None)
+    assert (three.cells, three.spearman.value) == (3, 1)
+    two = agreement(*values, np.array([True, True, False]), None)
+    assert two.cells == 2
+    assert np.isnan([two.pearson.value, two.spearman.value]).all()
 
 
 def test_chosen_cells_skip_cells_without_an_estimate() -> None:

@@ -254,8 +254,9 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     where = f"gradients of the {base} run"
     if said.steps is not None:
         where = f"gradients between the {base} run and the written values"
-    on_paths = any(rule.path is not None for rule in experiment.rules)
-    change = "the change of the senders" if on_paths else "what is written less what is there"
+    change = "what is written less what is there"
+    if experiment.has_path:
+        change = "the change of the senders"
     text = said.kind.convention
     for name, value in {"steps": said.steps, "change": change, **dict(said.options)}.items():
         text = text.replace(f"{{{name}}}", str(value))
@@ -273,7 +274,7 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     alias = "" if said.name == said.kind.name else f"`{said.name}` is "
     decomposed = said.kind.backward is not None and said.kind.backward.decomposed
     where = "" if decomposed else f"; {where}, by autograd"
-    if on_paths and said.kind.place == "sites":
+    if experiment.has_path and said.kind.place == "sites":
         where = (
             "; the same along the edges, while all else is held, and from the inputs of the "
             f"receivers to the metric{where}"
