@@ -415,6 +415,7 @@ def gradient_work(
     if decomposed:
         kinds, each = 0, DECOMPOSED_TOKENS
     joined = -(-int(lengths.sum()) // each)
+    points = 1 if plan.path is None or said.steps is None else said.steps
     plain, found = False, GradientWork()
     for measure in experiment.measures:
         texts = [atom.appended for atom in measure.atoms if any(atom.appended)]
@@ -425,6 +426,7 @@ def gradient_work(
             found += _pass(lengths, joined, whole, forwards=0 if plain else 1, backwards=kinds)
             plain = True
     if plan.path is not None:
+        found = sum((found for _ in range(points - 1)), found)
         times = kinds * len(experiment.measures)
         return found + _held_work(plan.path, lengths, joined, whole, times)
     if said.steps is None and not said.kind.adds_noise:

@@ -501,7 +501,7 @@ class ExperimentKeys:
         starting = self.plan.starting_run(rows)
         found = mix_numbers(self._written(rows), self._of_measure(number, rows, starting))
         said = self.plan.experiment.spec.estimator
-        if said is None or said.steps is None:
+        if said is None or not said.joins_cells:
             return found
         return mix_numbers(found, self._beside[self._sites[rows.cell], rows.prompt])
 

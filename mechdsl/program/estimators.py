@@ -77,8 +77,10 @@ class GradientEstimator:
     options: ClassVar[Mapping[str, int | float]] = {}
     """Arguments `NAME: NUMBER` → default value; if that is an int, only whole numbers are valid."""
     steps: ClassVar[int | None] = None
-    """If set, gradients are taken at the midpoints of this number of steps on the line from the
-    base run's vectors to the written ones, and averaged. The argument `steps` changes the number.
+    """If set, gradients are taken at this number of points, and averaged. The argument `steps`
+    changes the number. Estimators of sites take the midpoints of steps on the line from the base
+    run's vectors to the written ones. Estimators of paths take points k/m of the line on which the
+    stream that enters block 0 moves from the source run to the base run, k = 1 … m.
     """
     value_name: ClassVar[str] = ""
     """Column name of values that aren't effects of the rule; empty for estimates of effects."""
@@ -175,9 +177,11 @@ def _class_problem(name: str, entry: type[GradientEstimator]) -> str | None:
         return "`options` must not contain `steps`: set the attribute `steps`"
     if entry.value_name and not (entry.formula and entry.value_said):
         return "values that aren't effects need the texts `formula` and `value_said`"
-    if (entry.place == "paths" or entry.takes_paths) and _is_of_sites(entry):
+    on_line = entry.steps is not None and entry.place != "paths"
+    if (entry.place == "paths" or entry.takes_paths) and (on_line or _is_of_sites(entry)):
         return (
-            "estimators of paths have no `steps`, `fixes_attention`, `drops_layers`, `adds_noise`"
+            "estimators of paths have no `fixes_attention`, `drops_layers`, `adds_noise`; if they "
+            "also estimate sites, no `steps`"
         )
     if entry.values is GradientEstimator.values:
         return "it has no `values(self, written, base, gradient, options)`"
@@ -186,8 +190,7 @@ def _class_problem(name: str, entry: type[GradientEstimator]) -> str | None:
 
 def _is_of_sites(entry: type[GradientEstimator]) -> bool:
     """Return whether gradients are taken in a way that edges don't have."""
-    changed = entry.fixes_attention or entry.drops_layers or entry.adds_noise
-    return entry.steps is not None or changed
+    return entry.fixes_attention or entry.drops_layers or entry.adds_noise
 
 
 def find_estimator(text: str) -> GradientEstimator | None:
@@ -357,7 +360,7 @@ class EdgeAttributionPatching(_GradientTimesChange):
     run.
     """
 
-    example = "path L0H1 -> L2H1.q at last token using eap"
+    example = "path L0H1 -> logits at last token using eap"
     documentation = (
         "Estimates the effect of each cell of a `path` to first order, without running the cells. "
         "The estimate is the difference between the sender's source and base value, times the "
@@ -376,6 +379,34 @@ class EdgeAttributionPatching(_GradientTimesChange):
     )
     place = "paths"
     takes_paths = True
+
+
+@estimator("eap_ig")
+class IntegratedEdgeAttributionPatching(EdgeAttributionPatching):
+    """Edge attribution patching with integrated gradients over the model's input.
+
+    As `eap`, but the derivative of the metric by a receiver's input is the mean over k = 1 … m of
+    that in the base run with x' + k/m (x − x') as the stream that enters block 0, where x is the
+    stream of the base run and x' that of the source run (Hanna et al. 2024, equation 4).
+    """
+
+    example = "path L0H1 -> logits at last token using eap_ig"
+    documentation = (
+        "Estimates the effect of each cell of a `path` like `eap`, with the mean gradient of the "
+        "metric at `steps` points (5 by default). At point k, the stream that enters block 0 is "
+        "x' + k/steps (x − x') at all tokens, where x is that of the base run and x' that of the "
+        "source run: the last point is the base run. Both prompts of a row must have the same "
+        "number of tokens (E0608). The derivative along the edge is that of the base run. Not "
+        "with frozen norms at the end of the model, where `eap` equals the effect (E0608). Each "
+        "point needs a forward pass, and a backward pass per measure."
+    )
+    source = "Hanna et al. 2024, arXiv 2403.17806"
+    convention = (
+        "estimates, no cell was run: the change of the senders, times the derivative of the "
+        "receivers' inputs while all else is held, times the mean gradient of the metric by these "
+        "inputs at {steps} points (Hanna et al. 2024, arXiv 2403.17806, EAP-IG inputs)"
+    )
+    steps = 5
 
 
 @estimator("integrated_gradients")

@@ -17,7 +17,6 @@ from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import constant_value, whole_number_value
 from mechdsl.program.statements import (
-    CIRCUIT_HINT,
     Statements,
     expand_metrics,
     mark_names_used,
@@ -366,24 +365,17 @@ VERIFIED_WORDS = ("top", "random")
 STABLE_TOP = 20
 """Number of cells that `verify until stable` searches."""
 
-PLANNED_ESTIMATORS = ("eap_ig",)
-"""Estimators of the language that no stage executes yet."""
-
 
 def lower_estimator(work: Statements) -> spec.Estimator | None:
-    """Lower the `using` line of an experiment. Codes: E0108, E0203, E0207."""
+    """Lower the `using` line of an experiment. Codes: E0203, E0207."""
     if not work.using:
         return None
     line = work.using[0]
     named = line.estimator
     name = named.id if isinstance(named, ast.Name) else named.name
     arguments = () if isinstance(named, ast.Name) else named.arguments
-    if name in PLANNED_ESTIMATORS:
-        hint = f"write `using eap` with a `path`, or {CIRCUIT_HINT}"
-        work.later(line.span, f"`using {name}`", hint)
-        return None
     if ESTIMATOR_ALIASES.get(name, name) not in ESTIMATORS:
-        known = (*ESTIMATORS, *ESTIMATOR_ALIASES, *PLANNED_ESTIMATORS)
+        known = (*ESTIMATORS, *ESTIMATOR_ALIASES)
         hint = did_you_mean(name, known, f"write one of {', '.join(ESTIMATORS)}")
         problem = UnknownWord(span=named.span, kind="estimator", word=name, hint=hint)
         work.diagnostics.append(problem)

@@ -678,7 +678,7 @@ class Estimator(Spec):
     name: str
     """Its word after `using`, a name or an alias of an estimator."""
     steps: int | None = None
-    """Number of points on the line at which gradients are taken; None: only at the base run."""
+    """Number of points at which gradients are taken; None: only in the base run."""
     options: tuple[tuple[str, int | float], ...] = ()
     """Values of all other arguments."""
     verify: Verification | None = None
@@ -688,6 +688,11 @@ class Estimator(Spec):
     def kind(self) -> GradientEstimator:
         """The registered estimator."""
         return ESTIMATORS[ESTIMATOR_ALIASES.get(self.name, self.name)]
+
+    @property
+    def joins_cells(self) -> bool:
+        """Whether all cells of a site move together on the line to what they write."""
+        return self.steps is not None and self.kind.place == "sites"
 
     @property
     def text(self) -> str:

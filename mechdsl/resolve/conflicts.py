@@ -402,7 +402,33 @@ def _of_path(
         if reason := explain_missing_rule(frozen, experiment.model.shape):
             hint = f"remove `with frozen norms`, or {NO_ESTIMATE_HINT}"
             yield _no_estimate(said, own.span, f"`{verb} … with frozen norms`", reason, hint)
+    if said.steps is not None:
+        yield from _of_moved_inputs(rule, path, experiment, said)
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
+
+
+def _of_moved_inputs(
+    rule: ResolvedRule, path: PathTargets, experiment: ResolvedExperiment, said: spec.Estimator
+) -> Iterator[Diagnostic]:
+    """Yield conflicts of a path whose gradients are taken between two runs."""
+    own, runs, hint = rule.spec, experiment.table.runs, "write `using eap`"
+    ends = [p for here in path.receivers.points.values() for p in here]
+    if path.frozen_norms and all(SITES[p.site].when == "output" for p in ends):
+        what, reason = "a path to the end with frozen norms", "norms of other runs aren't frozen"
+        yield _no_estimate(said, own.span, what, reason, hint)
+    if rule.apart is not None:
+        what, reason = f"the run `{rule.run}`", "it has another model or other prompts"
+        yield _no_estimate(said, own.span, what, reason, hint)
+        return
+    base, source = experiment.spec.base, rule.run
+    pairs = zip(runs[base].rows, runs[source].rows, strict=True)
+    for number, (first, second) in enumerate(pairs):
+        if len(first.ids) != len(second.ids):
+            counts = f"row {number} has {len(first.ids)} tokens in `{base}`"
+            reason = f"{counts} and {len(second.ids)} in `{source}`, and each token moves"
+            fix = f"choose texts with as many tokens, or {hint}"
+            yield _no_estimate(said, own.span, "prompts of different lengths", reason, fix)
+            return
 
 
 def _of_answers(

@@ -159,6 +159,8 @@ DIFFERENT: dict[str, list[str]] = {
                 "z layer 0 head 2 -> v layer 2 head 1 at last token with frozen norms",
             )
         ),
+        one("path z layer 0 head 1 -> q layer 2 head 1 at last token", "using eap_ig(steps: 2)"),
+        one("path z layer 0 head 1 -> q layer 2 head 1 at last token", "using eap_ig(steps: 3)"),
     ],
     "paths": [
         one("path z layer 0 head 1 -> q layer 1 head 1 at last token"),

@@ -391,7 +391,7 @@ _file(
 _file(
     "direction: two models",
     "direction d = mean_difference(toy, twin, prompts: fruit) at resid_post layer 2",
-    "The same rows in two models of equal shape. Without `prompts:`, the rows of the "
+    "The difference of the same rows in two models of equal shape. Without `prompts:`, the rows of the "
     "experiment that uses the direction.",
     _STEERING,
     OWN,

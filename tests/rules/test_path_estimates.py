@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,17 @@ from ..execute.test_stored_values import check_case
 from ..quick import some
 from ..reference.forward import Changes, Run, Write, side_by_side
 from ..reference.gradients import Where, taken
+from ..reference.noise import keyed_by_number
 from ..reference.ruled import ruled
 from . import test_classifier_circuits as bert
 from .models import bare, double
 from .paths import LAST, End, Way, held, leads, plain
 from .support import (
-    BLOCKS,
     Key,
     agree,
     experiment,
     records,
+    rows,
     run_file,
     tokens,
     try_file,
@@ -55,9 +57,12 @@ from .test_estimates import (
 )
 from .test_paths import (
     CASES,
+    DRAWS,
     GROUPS,
+    NOISED,
     Case,
     Cell,
+    draw_of,
     grid,
     joined,
     parallel,
@@ -90,6 +95,8 @@ OWN = {key: CASES[key] for key in KEYS} | {
     "embedding_to_norms": Case(
         joined("embed", End("embed")),
         swept("attn_norm", "attn_norm layer *", "layer", range(3), ()),
+        "tokens *",
+        run="other",
     ),
     "inputs_of_one_layer": Case(
         grid("z", (0, 2)), joined("inputs", End("q", 2, 1), End("k", 2, 0), End("v", 2, 1))
@@ -132,24 +139,44 @@ def metric(run: Run, record: Record, at: int) -> Tensor:
     return run.logits[at, token(record["a"])] - run.logits[at, token(record["b"])]
 
 
+def received(
+    name: str, ids: Sequence[int], runs: tuple[Run, Run], ways: Sequence[Way], record: Record,
+    at: int, points: int,
+) -> list[Tensor]:  # fmt: skip
+    """The mean gradients of a metric by the receivers of all paths. At each point, the stream that
+    enters block 0 is nearer to that of the base run, which is the last point."""
+    reads = [moved(way.receivers, runs[0], way.written) for way in ways]
+    flat = [leaf for _, leaves in reads for leaf in leaves]
+    total = torch.zeros(())
+    base, source = (run["resid_pre", 0] for run in runs)
+    for point in range(1, points + 1):
+        far = 1 - point / points
+        more = [Write("resid_pre", 0, lambda value, far=far: value + far * (source - base))]
+        before = [*runs[0].writes, *(more if far else ())]
+        writes = [([*before, *own], ()) for own, _ in reads]
+        for run in with_gradients(name, ids, writes):
+            total = total + metric(run, record, at) / points
+    return list(torch.autograd.grad(total, flat)) if flat else []
+
+
 def estimated(
     name: str, ids: Sequence[int], runs: tuple[Run, Run], ways: Sequence[Way], case: Case,
-    record: Record, at: int,
+    record: Record, at: int, points: int = 1,
 ) -> list[float]:  # fmt: skip
     """The estimate of each path: the gradient by its receivers' inputs, and that of these inputs by
     its senders while all else is held. Each path has a separate copy of the prompt."""
     base, source = runs
+    if points > 1:
+        end = End("resid_post", double(name).config.num_hidden_layers - 1)
+        onto = [[end if to.site in LAST else to for to in way.receivers] for way in ways]
+        ways = [replace(way, receivers=own) for way, own in zip(ways, onto, strict=True)]
     ended = [any(to.site in LAST for to in way.receivers) for way in ways]
     inner = [way for way, end in zip(ways, ended, strict=True) if not end]
-    reads = [moved(way.receivers, base, way.written) for way in inner]
-    found = with_gradients(name, ids, [(writes, ()) for writes, _ in reads])
-    total = sum((metric(run, record, at) for run in found), torch.zeros(()))
-    flat = [leaf for _, leaves in reads for leaf in leaves]
-    slopes = iter(torch.autograd.grad(total, flat) if flat else ())
+    slopes = iter(received(name, ids, runs, inner, record, at, points))
     layers = range(double(name).config.num_hidden_layers)
     sent = [moved(way.senders, base, way.written) for way in ways]
     kept = [held(base, way.senders, len(layers), mlps=case.mlps) for way in ways]
-    changes = [([*own, *adds], ()) for own, (adds, _) in zip(kept, sent, strict=True)]
+    changes = [([*base.writes, *own, *adds], ()) for own, (adds, _) in zip(kept, sent, strict=True)]
     totals: list[Tensor] = []
     for way, end, run in zip(ways, ended, with_gradients(name, ids, changes), strict=True):
         if end:
@@ -171,8 +198,8 @@ def estimated(
 
 
 @cache
-def expected(name: str, key: str) -> dict[Key, list[float]]:
-    case = OWN[key]
+def expected(name: str, key: str, points: int = 1) -> dict[Key, list[float]]:
+    case = aligned(OWN[key]) if points > 1 else OWN[key]
     found: dict[Key, list[float]] = {}
     cells: list[Cell] = []
     combined = itertools.product(case.sender.cells, case.receiver.cells, case.positions)
@@ -184,11 +211,16 @@ def expected(name: str, key: str) -> dict[Key, list[float]]:
     for record, base, source, ways in ways_of_prompts(case, cells):
         runs = plain(name, model, base.ids), plain(name, model, source.ids)
         at = tokens(base, case.measured)[0]
-        own = estimated(name, base.ids, runs, ways, case, record, at)
+        own = estimated(name, base.ids, runs, ways, case, record, at, points)
         whole = float(metric(runs[0], record, at))
         for values, value in zip(found.values(), own, strict=True):
             values.append(whole + value)
     return found
+
+
+def aligned(case: Case) -> Case:
+    """The case with runs whose prompts have the same number of tokens."""
+    return replace(case, run="other", base="clean")
 
 
 def lines(case: Case, *more: str) -> tuple[str, ...]:
@@ -200,20 +232,27 @@ def measure(case: Case) -> str:
 
 
 @cache
-def results(data: Path, name: str, mode: str, keys: tuple[str, ...]) -> dict[str, ExperimentResult]:
+def results(
+    data: Path, name: str, mode: str, keys: tuple[str, ...], points: int = 1
+) -> dict[str, ExperimentResult]:
     """The cases in one file."""
+    using = "using eap" if points == 1 else f"using eap_ig(steps: {points})"
     groups = (line for line in GROUPS.splitlines() if name != "gpt_oss" or "mixed" not in line)
     text = "\n".join(groups) + "\n" + INPUTS
     for key in keys:
-        text += experiment(key, *lines(OWN[key], "using eap"), measure=measure(OWN[key]))
+        case = aligned(OWN[key]) if points > 1 else OWN[key]
+        text += experiment(key, *lines(case, using), measure=measure(case))
     return run_file(text, data, name, mode, precise=precise(name))
 
 
-def equal_autograd(data: Path, name: str, mode: str, keys: tuple[str, ...]) -> None:
+def equal_autograd(
+    data: Path, name: str, mode: str, keys: tuple[str, ...], points: int = 1
+) -> None:
     fine = precise(name)
     large = 1e-3 if fine else 1e-2
-    for key, found in results(data, name, mode, keys).items():
-        base, values = unpatched(name, OWN[key].base, at=OWN[key].measured), expected(name, key)
+    for key, found in results(data, name, mode, keys, points).items():
+        base = unpatched(name, "clean" if points > 1 else OWN[key].base, at=OWN[key].measured)
+        values = expected(name, key, points)
         agree(found, OWN[key].axes, values, base, large=large, most=False, precise=fine)
 
 
@@ -236,6 +275,82 @@ def test_estimates_of_edges_equal_autograd_in_every_family(
 ) -> None:
     keys = (key for key in OWN if family != "gpt_oss" or not key.startswith("neurons"))
     equal_autograd(data, family, mode, tuple(keys))
+
+
+MOVED = {
+    "llama": ("heads_to_queries", "neurons_send", "heads_to_logits_through_mlps"),
+    "gpt2": ("inputs_of_one_layer", "mlps_to_mlps"),
+    "gpt_neox": ("embedding_to_norms", "heads_to_queries_through_mlps"),
+}
+"""Cases of `eap_ig` in each family."""
+
+
+@pytest.mark.parametrize("family", list(MOVED))
+def test_estimates_with_moved_inputs_equal_autograd(data: Path, family: str) -> None:
+    equal_autograd(data, family, "small passes", MOVED[family], points=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["planned", "plain", "padded on the right"])
+@pytest.mark.parametrize("family", [*PARTS, "gemma2", "gpt_neox_sequential", "qwen3"])
+def test_estimates_of_all_cases_with_moved_inputs_equal_autograd(
+    data: Path, family: str, mode: str
+) -> None:
+    quiet = ["neurons_receive"] if family == "gemma2" else []
+    keys = [key for key in OWN if key not in quiet]
+    equal_autograd(data, family, mode, tuple(keys), points=4)
+
+
+def test_estimates_at_one_point_are_those_of_the_base_run(data: Path) -> None:
+    """Both experiments of the file are separate in the store, too."""
+    given = "from other into clean", "path layer 0..1 head * -> q layer 2 head * at last token"
+    usings = {
+        "plain": "eap",
+        "one": "eap_ig(steps: 1)",
+        "five": "eap_ig",
+        "five_too": "eap_ig(steps: 5)",
+    }
+    text = "".join(experiment(key, *given, f"using {each}") for key, each in usings.items())
+    found = run_file(text, data, "llama", "small passes", precise=True)
+    values = {key: own.measures[0].patched for key, own in found.items()}
+    np.testing.assert_allclose(values["one"], values["plain"], rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(values["five"], values["five_too"])
+    assert np.abs(values["five"] - values["one"]).max() > 1e-3
+    said = found["five"].conventions["estimates"]
+    assert "at 5 points" in said
+    assert "moves from the other run to the clean run, which is the last point" in said
+    assert "between the clean run and the written values" not in said
+
+
+@pytest.mark.parametrize(
+    "way", some(["noised into clean", "clean into noised"], ["noised into clean"])
+)
+def test_inputs_move_between_noise_draws(
+    data: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyed_by_number(monkeypatch)
+    name, case = "llama", CASES["heads_to_queries"]
+    source, into = way.split(" into ")
+    text = experiment("e", f"from {way}", case.rule, "using eap_ig(steps: 2)")
+    found = run_file(text, data, name, "small passes", precise=True, blocks=NOISED)["e"]
+    cells = [
+        (senders, receivers)
+        for (_, senders), (_, receivers) in itertools.product(
+            case.sender.cells, case.receiver.cells
+        )
+        if any(leads(s, r, parallel=False) for s in senders for r in receivers)
+    ]
+    expected = np.zeros((len(cells), len(records())))
+    for n, record in enumerate(records()):
+        text = rows()[n]
+        ways = [Way(*cell, *[tokens(text, case.at)] * 2) for cell in cells]
+        for draw in range(DRAWS):
+            runs = draw_of(name, into, n, draw), draw_of(name, source, n, draw)
+            own = estimated(name, text.ids, runs, ways, case, record, text.last, 2)
+            expected[:, n] += np.array(own) / DRAWS
+    own = found.measures[0]
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(own.patched - own.base, expected, rtol=0, atol=1e-6)
 
 
 # --- linear models and sums -----------------------------------------------------------------------
@@ -285,12 +400,6 @@ def test_estimate_of_receivers_together_is_the_sum_of_their_estimates(data: Path
     parts = [effects[key] for key in ("q", "v", "end")]
     assert all(np.abs(part).max() > 1e-3 for part in parts)
     np.testing.assert_allclose(effects["all"], sum(parts), rtol=0, atol=1e-9)
-
-
-NOISED = BLOCKS.replace(
-    "corrupt other { subject = alt }",
-    "corrupt noised { add gaussian(std: 0.5, samples: 3) to embed at subject tokens }",
-)
 
 
 @pytest.mark.parametrize(
@@ -454,18 +563,22 @@ def test_verified_edges_have_the_effects_of_runs(data: Path) -> None:
     assert "Spearman" in found["some"].to_text()
 
 
-@pytest.mark.parametrize(("through", "backwards"), [("", 2), (" through mlps", 2 + 2 * 8)])
+@pytest.mark.parametrize(
+    ("through", "using", "gradients"),
+    [("", "eap", 1), (" through mlps", "eap", 1), ("", "eap_ig(steps: 4)", 4)],
+)
 def test_plan_counts_the_passes_of_edges(
-    tmp_path: Path, through: str, backwards: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, through: str, using: str, gradients: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Backward passes from receivers only cost where they pass MLPs: here from 8 queries."""
+    backwards = 2 * (gradients + (8 if through else 0))
     write_data(tmp_path)
     measures = "measure loss as delta", "measure logit(answer) as delta"
-    text = experiment("e", HEADS[0], HEADS[1] + through, "using eap", *measures, measure="")
+    text = experiment("e", HEADS[0], HEADS[1] + through, f"using {using}", *measures, measure="")
     checked = check_file(text, tmp_path, shared_model(bare("gpt2")))
     ((own,),) = (panel.experiments for panel in make_plan(checked.experiments).panels)
     work = gradient_work(own, np.arange(len(records())), lambda lengths: lengths, 10_000)
-    assert (work.joined_forwards, work.joined_backwards) == (3, backwards)
+    assert (work.joined_forwards, work.joined_backwards) == (2 + gradients, backwards)
     calls: list[str] = []
 
     def count(module: Any, name: str) -> None:
@@ -481,7 +594,8 @@ def test_plan_counts_the_passes_of_edges(
         count(module, "run_full")
     count(torch.autograd, "grad")
     execute_file(checked, shared_model(bare("gpt2")))
-    assert (calls.count("run_full"), calls.count("grad")) == (3, 2 + 2 * 8)
+    assert calls.count("run_full") == 2 + gradients
+    assert calls.count("grad") == 2 * (gradients + 8)
 
 
 def test_interrupted_estimates_of_edges_resume(tmp_path: Path) -> None:
@@ -505,6 +619,12 @@ WRONG = {
     "input": ("path embed -> inner at last token", "eap", "heads' inputs"),
     "two rules": (f"{EDGE}\n  ablate L0H1 at last token with zero", "eap", "each rule"),
     "answer": ("path layer 0 head * -> logits at answer token", "eap", "name tokens of the prompt"),
+    "lengths": (f"from longer into clean\n  {EDGE}", "eap_ig", "texts with as many tokens"),
+    "norms": (
+        "path layer 0 head * -> logits at last token with frozen norms",
+        "eap_ig",
+        "write `using eap`",
+    ),
 }
 ENDS = """
 group late = resid_post layer 0, L1H1
@@ -518,7 +638,8 @@ circuit c = embed -> L1H1.q
 @pytest.mark.parametrize("key", list(WRONG))
 def test_edges_without_an_estimate_are_errors(data: Path, key: str) -> None:
     rule, word, hint = WRONG[key]
-    text = ENDS + experiment("e", "from other into clean", rule, f"using {word}")
+    runs = () if rule.startswith("from") else ("from other into clean",)
+    text = ENDS + experiment("e", *runs, rule, f"using {word}")
     found, problems = try_file(text, data, "gpt2")
     assert found is None
     written = render_full(problems[:1], color=False, width=100)

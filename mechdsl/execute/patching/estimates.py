@@ -21,6 +21,7 @@ from mechdsl.execute.patching.writes import (
     build_writes,
     select_readable_rows,
 )
+from mechdsl.execute.unpatched_batch import build_noise_writes
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.forward.hooks.attention_hooks import keys_of
 from mechdsl.forward.hooks.batch import (
@@ -42,7 +43,7 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.cost import DECOMPOSED_TOKENS
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
-from mechdsl.planner.rows import RowTable
+from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules, GradientEstimator
 from mechdsl.resolve.types import ItemNumber
 
@@ -297,6 +298,7 @@ class GradientEstimates:
         assert said is not None
         self.plan = plan
         self.kind, self.steps, self.options = said.kind, said.steps, dict(said.options)
+        self.joins_cells = said.joins_cells
         self.readout = readout
         self.means_and_donors = means_and_donors
         self.model = runs.model
@@ -384,7 +386,7 @@ class GradientEstimates:
         Returns:
             All rows, and the indices of the requested ones.
         """
-        if self.steps is None:
+        if not self.joins_cells:
             return rows, np.arange(len(rows))
         sites = cell_sites(self.plan)
         every = self.plan.rows(np.unique(rows.prompt))
@@ -527,14 +529,17 @@ class GradientEstimates:
             rules = self.kind.backward or BackwardRules()
             run = replace(run, backward=replace(rules, fixed_norms=True))
         received, adds = run.add_zeros(edges.sites, *edges.tokens)
-        reading, _ = run.read(adds, lanes, ())
+        moves = [[], *self._moved_inputs(edges.rule, lanes)]
+        of_inputs = self._mean_gradients(
+            run, list(received.values()), adds, moves, lanes, environments
+        )
         leaves = [run.zeros(len(each.lane), each.width(self.model)) for each in written]
-        adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
-        given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), adds)
+        sent = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
+        given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), sent)
         held = HeldPass.run(edges, *given, self.kind.backward)
         bases = [each.base(held.senders[each.where], lanes.batch) for each in written]
         found = np.zeros((len(self.readout.measures), len(environments)))
-        for measure, own, slopes in self._gradients(reading, list(received.values()), environments):
+        for measure, own, slopes in of_inputs:
             by_site = dict(zip(received, slopes, strict=True))
             for number in np.unique(edges.receivers_of_row[own]).tolist():
                 rows = own[edges.receivers_of_row[own] == number]
@@ -557,23 +562,67 @@ class GradientEstimates:
         noise = self.differentiated.noise(lanes)
         read = run_full(self.model, lanes.batch, writes=noise, reads=wheres).reads
         found = np.zeros((len(self.readout.measures), len(environments)))
-        samples = int(self.options["samples"])
         for each in written:
             base = each.base(read[each.where], lanes.batch)
-            owners: list[tuple[int, Ints]] = []
-            totals: list[Tensor] = []
-            for sample in range(samples):
-                moved = self._noise_at(each.where, read[each.where], lanes, sample)
-                leaf = self.differentiated.zeros(*base.shape)
-                reading, _ = self.differentiated.read([moved, each.added(leaf)], lanes, ())
-                every = list(self._gradients(reading, [leaf], environments))
-                owners = [(number, own) for number, own, _ in every]
-                new = [gradients[0] for _, _, gradients in every]
-                totals = [a + b for a, b in zip(totals, new, strict=True)] if totals else new
-            for (number, own), total in zip(owners, totals, strict=True):
-                sums = self._sums(each, base, total / samples, len(environments))
+            leaf = self.differentiated.zeros(*base.shape)
+            moves = [
+                [self._noise_at(each.where, read[each.where], lanes, sample)]
+                for sample in range(int(self.options["samples"]))
+            ]
+            given = (self.differentiated, [leaf], [each.added(leaf)], moves, lanes, environments)
+            for number, own, (gradient,) in self._mean_gradients(*given):
+                sums = self._sums(each, base, gradient, len(environments))
                 found[number, own] += sums[own]
         return self.kind.finish(found)
+
+    def _mean_gradients(
+        self,
+        run: DifferentiatedRun,
+        leaves: Sequence[Tensor],
+        adds: Sequence[SiteWrite],
+        moves: Sequence[Sequence[SiteWrite]],
+        lanes: DrawLanes,
+        environments: Sequence[ItemNumber],
+    ) -> list[tuple[int, Ints, Sequence[Tensor]]]:
+        """Return what `_gradients` yields, averaged over passes.
+
+        Args:
+            leaves: The zeros that `adds` writes.
+            moves: Further writes of each pass.
+        """
+        total: list[tuple[int, Ints, Sequence[Tensor]]] = []
+        for moved in moves:
+            reading, _ = run.read([*moved, *adds], lanes, ())
+            found = list(self._gradients(reading, leaves, environments))
+            sums = [gradients for *_, gradients in (total or found)]
+            if total:
+                pairs = zip(sums, (gradients for *_, gradients in found), strict=True)
+                sums = [[a + b for a, b in zip(*both, strict=True)] for both in pairs]
+            total = [(number, own, new) for (number, own, _), new in zip(found, sums, strict=True)]
+        return [(number, own, [each / len(moves) for each in sums]) for number, own, sums in total]
+
+    def _moved_inputs(self, rule: RulePlan, lanes: DrawLanes) -> list[list[SiteWrite]]:
+        """Return writes that move the stream that enters block 0 toward the source run, for each
+        point but the last one."""
+        if self.steps is None or self.steps < 2:
+            return []
+        runs, prompts = self.differentiated.runs, lanes.prompts
+        where, (lane, token) = SiteRead("resid_pre", 0), lanes.batch.tokens()
+        named = runs.named(rule.rule.run)
+        other = DrawLanes.of(self.lanes_of(rule), np.unique(prompts), self.plan.draws)
+        streams: list[Tensor] = []
+        for own, run in ((lanes, self.differentiated.run), (other, named)):
+            noise = build_noise_writes(
+                self.model, run.noise, own.prompts, runs.table.row_keys, runs.seed
+            )
+            read = run_full(self.model, own.batch, stop=1, writes=noise, reads=[where]).reads[where]
+            index = lane, own.batch.columns(lane, token)
+            streams.append(read[indices_to_device(index, read.device)][:, 0])
+        change = streams[1] - streams[0]
+        return [
+            [SiteWrite("resid_pre", 0, lane, token, torch.zeros_like(lane), part, mode="add")]
+            for part in (change * (1 - k / self.steps) for k in range(1, self.steps))
+        ]
 
     def _noise_at(self, where: SiteRead, read: Tensor, lanes: DrawLanes, sample: int) -> SiteWrite:
         """Build noise at all vectors of a site; read: [lane, column, unit, width] of it."""

@@ -252,8 +252,13 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     if said is None:
         return
     where = f"gradients of the {base} run"
-    if said.steps is not None:
+    if said.joins_cells:
         where = f"gradients between the {base} run and the written values"
+    elif said.steps is not None:
+        where = (
+            f"gradients as the stream that enters block 0 moves from the "
+            f"{experiment.spec.source} run to the {base} run, which is the last point"
+        )
     change = "what is written less what is there"
     if experiment.has_path:
         change = "the change of the senders"
