@@ -391,8 +391,8 @@ _file(
 _file(
     "direction: two models",
     "direction d = mean_difference(toy, twin, prompts: fruit) at resid_post layer 2",
-    "The difference of the same rows in two models of equal shape. Without `prompts:`, the rows of the "
-    "experiment that uses the direction.",
+    "The difference of the same rows in two models of equal shape. Without `prompts:`, the rows of "
+    "the experiment that uses the direction.",
     _STEERING,
     OWN,
 )
