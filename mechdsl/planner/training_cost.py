@@ -41,7 +41,7 @@ from mechdsl.resolve.types import (
     Training,
     count_numbers,
 )
-from mechdsl.vocab.sites import stop_layer
+from mechdsl.vocab.sites import SITES, stop_layer
 
 CHUNK_BYTES = 1 << 28
 """Bytes of the vectors of a training that are in memory at once."""
@@ -352,7 +352,7 @@ def _effect_cost(
     steps, batch = int(options["steps"]), min(int(options["batch"]), rows)
     every = min(int(options["batch"]) * int(options["accumulate"]), rows)
     points = mask_points(objective) if isinstance(made, TrainedMask) else (training.made,)
-    above = max(_blocks_above(point, shape) for point in points)
+    above = max(_share_above(point, shape, base) for point in points)
     runs = {atom.run for atom in objective.measures[0].atoms}
     compared = runs - {None, base.name}
     measured = (held_out or rows) * _count_controls(made, objective)
@@ -370,7 +370,7 @@ def _effect_cost(
     forward = (steps * every + measured) * (1 + len(compared))
     backwards = steps * -(-every // batch) if batch else steps
     passes = backwards * (1 + len(compared)) + -(-measured * (1 + len(compared)) // batch)
-    back = steps * every * above / shape.n_layers
+    back = steps * every * above
     vectors, share = count_edited_bytes(made, objective, shape), 1.0
     if vectors > CHUNK_BYTES:
         if _reads_again(made, objective):
@@ -386,7 +386,7 @@ def _effect_cost(
     )
     cost = sum(reads, cost)
     longest = int(base.lengths[there].max(initial=1))
-    saved = longest * above * _saved_numbers(shape, longest)
+    saved = longest * above * shape.depth * _saved_numbers(shape, longest)
     saved += 0 if circuit is None else written * _saved_by_edges(circuit, shape)
     memory = vectors + FLOAT * batch * saved
     return TrainingCost(name, rows, held_out, steps, cost, int(memory), shape.n_layers)
@@ -483,6 +483,23 @@ def _blocks_above(point: SitePoint, shape: ModelShape) -> int:
     """Return the number of blocks that a gradient passes through down to a site."""
     own = point.site not in ("resid_post", "mlp_out") and point.layer is not None
     return min(shape.n_layers, shape.n_layers - _stop(point, shape) + own)
+
+
+def _share_above(point: SitePoint, shape: ModelShape, run: PromptRun) -> float:
+    """Return the share of a forward pass that a gradient passes through down to a site.
+
+    In an encoder-decoder, the encoder is the forward pass of the tokens that it reads, and the
+    decoder that of its own tokens.
+    """
+    kind = SITES[point.site]
+    if kind.stack == "encoder":
+        own = shape.others["encoder"]
+        return _blocks_above(replace(point, site=kind.component), own) / own.n_layers
+    share = _blocks_above(point, shape) / shape.n_layers
+    if not shape.encodes_apart:
+        return share
+    read = sum(row.source for row in run.rows)
+    return share * (1 - read / max(1, int(run.lengths.sum())))
 
 
 def _saved_by_edges(circuit: CircuitTargets, shape: ModelShape) -> int:

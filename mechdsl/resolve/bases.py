@@ -1470,6 +1470,7 @@ def _paired(
         if other is None:
             return None
         _check_site(other, node, work)
+        _check_tokens(node, other, point, work)
         found = PairedVectors(label_points((other,)), other)
     else:
         items = node.items if isinstance(node, ast.ListLiteral) else (node,)
@@ -1491,6 +1492,18 @@ def _paired(
             f"write at most `components: {size}`",
         )
     return sample, found
+
+
+def _check_tokens(
+    node: ast.Site, other: SitePoint, point: SitePoint, work: ExperimentContext
+) -> None:
+    """Check that two sites have vectors at the same tokens. Raises BasisError."""
+    shape, names = work.model.shape, {"source": "the prompt", "target": "the decoder"}
+    own, theirs = (names.get(find_side([each], shape), "") for each in (point, other))
+    if own != theirs:
+        reason = f"`{other.site}` has vectors at tokens of {theirs}, and `{point.site}` at those "
+        hint = f"name their position: `with: {node.span.written} at last token`"
+        raise BasisError(node, f"{reason}of {own}", hint)
 
 
 def _are_same_tokens(sample: FitSample, other: FitSample | None) -> bool:
@@ -1518,7 +1531,12 @@ def _viewed(
     at = node.at or definition.at or last_token(definition.method)
     table = replace(sample.table, name=run.prompts or sample.table.name)
     cells, problems = resolve_positions(
-        at, table, run.name, tokenizer=reader.tokenizer, loop_values=work.program.numbers
+        at,
+        table,
+        run.name,
+        tokenizer=reader.tokenizer,
+        loop_values=work.program.numbers,
+        side=find_side([point], reader.shape),
     )
     work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
     if has_errors(problems):
@@ -1798,9 +1816,10 @@ def _check_transcoder(
     if not file.transcodes:
         return
     if point.site != "mlp_out":
+        of = "an MLP of the decoder" if work.model.shape.encodes_apart else "an MLP"
         raise BasisError(
             call,
-            f"a transcoder reconstructs the output of an MLP, not `{point.site}`",
+            f"a transcoder reconstructs the output of {of}, not `{point.site}`",
             f"write `at mlp_out layer {point.layer or 0}`",
         )
     reads = SitePoint(find_encoded_site(file), point.layer, None)

@@ -540,7 +540,6 @@ def check_other_stacks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
 
 def _check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0108 for rules that aren't computed for an encoder-decoder."""
-    own = experiment.spec
     for rule in experiment.every_rule:
         verb = _name_rule(rule)
         if rule.circuit is not None:
@@ -551,9 +550,6 @@ def _check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnosti
             continue
         what += " in an encoder-decoder"
         yield NotSupported(span=rule.spec.span, what=what, later=hint)
-    for mask in experiment.masks:
-        what = f"the group `{mask.training.definition}`, which is trained, of an encoder-decoder"
-        yield NotSupported(span=own.span, what=what, later="name its sites")
 
 
 def _check_decoder_measures(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
@@ -655,7 +651,7 @@ _IN_VISION = frozenset((
 _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "clamp", "replace", "observe entropy", "observe distance", "observe received", "observe value",
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
-    "observe cka",
+    "observe cka", "observe probe", "observe prediction",
 ))  # fmt: skip
 """Rules and observations that act on the stacks of an encoder-decoder."""
 

@@ -46,7 +46,7 @@ from mechdsl.program.directions import (
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.python_functions import FIT_CALL
 from mechdsl.program.spec import SEED_AXIS, Constant, constant_value
-from mechdsl.program.trainers import EditTrainer
+from mechdsl.program.trainers import EditTrainer, trainer_call
 from mechdsl.program.trainings import SEEDS_DIFFER, SEEDS_HINT
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
@@ -482,29 +482,20 @@ def _width(points: Sequence[SitePoint], work: ExperimentContext) -> int:
     return vector_width(work.model.shape, first.site, first.layer)
 
 
-ENCODER_DECODER_TRAINERS = ("sae", "nmf", "semi_nmf", "ica", "mixture")
-"""Trainings that read one activation of each token, and nothing else of an encoder-decoder."""
-
-
 def resolve_samples(
     call: ast.Call, rows: FitRows, at: ast.Positions | None, work: ExperimentContext
 ) -> dict[str, FitSample] | None:
     """Resolve the rows of a fit, by position label; None after an error.
 
     Raises:
-        DirectionError: For a training on an encoder-decoder or in a vision encoder.
+        DirectionError: For a training in a vision encoder, and some of an encoder-decoder.
     """
     if call.name == FIT_CALL and work.side == "image":
         reason = "a training in the vision encoder isn't supported yet"
         hint = "train it at `embed`, or compute it, as `mean_difference(…)` does"
         raise DirectionError(call, reason, hint)
     if call.name == FIT_CALL and work.model.shape.encodes_apart:
-        inner = call.arguments[0].value
-        if not isinstance(inner, ast.Call) or inner.name not in ENCODER_DECODER_TRAINERS:
-            known = ", ".join(f"`{name}(…)`" for name in ENCODER_DECODER_TRAINERS)
-            reason = "this training on an encoder-decoder isn't supported yet"
-            hint = f"train it on activations alone, with one of {known}, or compute it: `pca(…)`"
-            raise DirectionError(call, reason, hint)
+        _check_trainer_of_two_stacks(call, work)
     table = work.table if rows.key == "" else work.table.beside.get(rows.key)
     if table is None or table.stands_in or rows.run not in table.runs:
         return None
@@ -524,6 +515,20 @@ def resolve_samples(
         return None
     targets = _targets(call, table.runs[rows.run].rows)
     return {cell.label: FitSample(table, run, cell, targets) for cell in cells}
+
+
+TRAINERS_ON_ACTIVATIONS = ("sae", "nmf", "semi_nmf", "ica", "mixture")
+"""Trainings that read one activation of each token."""
+
+
+def _check_trainer_of_two_stacks(call: ast.Call, work: ExperimentContext) -> None:
+    """Check that a training works with an encoder and a decoder. Raises DirectionError."""
+    attends = work.model.shape.takes == "attended image"
+    if attends and trainer_call(call).name not in TRAINERS_ON_ACTIVATIONS:
+        known = ", ".join(f"`{name}(…)`" for name in TRAINERS_ON_ACTIVATIONS)
+        reason = "this training of a model whose blocks attend to an image isn't supported yet"
+        hint = f"train it on activations alone, with one of {known}, or compute it: `pca(…)`"
+        raise DirectionError(call, reason, hint)
 
 
 def _names_value(call: ast.Call) -> bool:

@@ -232,7 +232,7 @@ class AllowRule(EdgeRule, EdgeIntervention):
     ) -> bool:
         """Report E0108 or E0332 if no key is hidden, or the scores of hidden keys are unknown."""
         shape = work.sites.shape
-        if shape.stands_in:
+        if shape.stands_in or shape.encodes_apart:  # E0108 of an encoder-decoder follows
             return True
         if has_additive_positions(shape.family, shape.config):
             what = "`allow` in a model that adds positions to scores"

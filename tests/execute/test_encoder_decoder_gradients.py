@@ -291,7 +291,7 @@ OTHER_BASES = {
     "svd(weights: attn_out, dims: 2)": "the weights are those of the decoder's layers",
     'rows(unembed, "w3", "w4")': "the unembedding reads the decoder's residual stream",
     "jacobian(p, resid_post encoder layer 0 -> resid_post encoder layer 1, dims: 2)": "Jacobians",
-    "fit(das(dims: 2), prompts: p, from: other, maximise: logit(answer))": "isn't supported yet",
+    "fit(transcoder(features: 4, k: 2), prompts: p)": "the output of an MLP of the decoder",
 }
 
 

@@ -363,6 +363,8 @@ ERRORS = {
     "path z layer 0 head 0 -> logits at last token": "E0108",
     "block attention cross layer 0 from item token to last token": "E0316",
     "allow attention encoder layer 0 from first token to last token": "E0108",
+    "allow attention encoder layer 0 from last token to first token": "E0108",
+    "allow attention cross layer 0 from last token to first token": "E0108",
     "replace block layer 1 with identity": "E0108",
     "scale weights of z layer 0 head 0 by 2": "E0108",
     "observe rollout from last token to subject tokens": "E0108",

@@ -1214,8 +1214,8 @@ _site(
     "names. At sites of `encoder`, and at `k cross` and `v cross`, positions are tokens of the "
     "prompt. At other sites they are tokens of the decoder, and a measure reads its last one. "
     "`attention cross …` and `attention encoder …` are edges of these stacks. `pattern cross …` is "
-    "at tokens of the decoder and has a weight for each token of the prompt. `path`, `allow`, "
-    "trainings and other constructs that "
+    "at tokens of the decoder and has a weight for each token of the prompt. `fit` trains at sites "
+    "of all stacks. `path`, `allow` and other constructs that "
     "[load-models.md](load-models.md#experiment-on-an-encoder-decoder) lists are E0108 or E0342.",
     "tests/execute/test_encoder_decoders.py",
     ATTENTION,
