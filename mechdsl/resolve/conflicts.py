@@ -776,6 +776,10 @@ READ_BY_RECEIVERS = ("attn_norm", "mlp_norm", "final_norm", "head_out")
 """Sites whose values edges of a circuit compute themselves."""
 
 
+def _receiver_sites(path: PathTargets) -> set[str]:
+    return {point.site for here in path.receivers.points.values() for point in here}
+
+
 def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0108 for rules that can't act together with an ablated circuit."""
     rules = [rule for rule in experiment.rules if rule.circuit is not None]
@@ -787,7 +791,12 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         points = () if rule.sites is None else rule.sites.points.values()
         sites = {point.site for here in points for point in here}
         what, later = "", "write an experiment for each"
-        if rule.circuit is not None and rule is not rules[0] and rule.only is None:
+        if rule.path is not None and rule.path.frozen_norms:
+            what = "`with frozen norms` together with a circuit"
+        elif rule.path is not None and "attn_norm" in _receiver_sites(rule.path):
+            what = "a path to `attn_norm` together with a circuit"
+            later = "name what reads this norm: `q`, `k` and `v` of its heads"
+        elif rule.circuit is not None and rule is not rules[0] and rule.only is None:
             what, later = "a second circuit", "join the edges of both in one `circuit`"
         elif rule.circuit is None and rule.does.changes == "sites" and sites & {*READ_BY_RECEIVERS}:
             what = f"a rule on `{min(sites & {*READ_BY_RECEIVERS})}` together with a circuit"

@@ -1699,7 +1699,8 @@ _rule(
     "provides the held values, in the pass with the patched senders, and in the final pass. "
     "They don't act in the source run, which provides the senders' values. A run with rules as "
     "the base (`from clean into ablated`) gives the same values, with effects relative to that "
-    "run. An experiment can have one path.",
+    "run. An experiment can have one path. Next to an ablated circuit, `with frozen norms` and the "
+    "receiver `attn_norm` are E0108.",
     PATHS,
     "tests/rules/test_joint_paths.py",
 )

@@ -56,6 +56,8 @@ def circuit_pass(
     *,
     moved: Mapping[str, Tensor] | None = None,
     added: Mapping[str, Tensor] | None = None,
+    held: Mapping[str, Tensor] | None = None,
+    record: dict[str, Tensor] | None = None,
     rules: str = "",
 ) -> Tensor:
     """The logits [T, vocab] if ablated edges carry the fills, [T, d_model] by sender, at these
@@ -65,12 +67,23 @@ def circuit_pass(
     Args:
         moved: Sender → [T, d_model] added to its output.
         added: Receiver → [T, d_model] added to what it reads.
+        held: Sender or `resid_pre 1` → [T, d_model], or query, key or value → [T, width], instead
+            of what the pass computes; NaN keeps the computed number.
+        record: Filled with the values of these names.
         rules: "relp" or "gim" for these derivatives, of a model by `ruled`.
     """
-    moves, adds = moved or {}, added or {}
+    moves, adds, fixed = moved or {}, added or {}, held or {}
+    seen_so_far = {} if record is None else record
+
+    def taken(key: str, value: Tensor) -> Tensor:
+        own = fixed.get(key, torch.full_like(value, torch.nan))
+        seen_so_far[key] = torch.where(own.isnan(), value, own)
+        return seen_so_far[key]
+
     shares = ablated if isinstance(ablated, Mapping) else dict.fromkeys(ablated, 1.0)
     parts = stack(name, model)
     x = parts.positions(parts.embed(torch.tensor([list(ids)])))[0] + moves.get(EMBED, 0)
+    x = taken(EMBED, x)
     given = {EMBED: x}
     kv = getattr(model.config, "num_key_value_heads", None) or parts.heads
     there = torch.zeros(len(ids), 1, dtype=x.dtype)
@@ -88,6 +101,7 @@ def circuit_pass(
 
     for layer in range(parts.layers):
         block = parts.block(layer)
+        x = taken(f"resid_pre {layer}", x)
         first, second = parts.norms(block)
         counts = (parts.heads, kv, kv)
         names = [
@@ -97,20 +111,20 @@ def circuit_pass(
         ]
         projected = parts.project(block, first(torch.cat([seen_by(name) for name in names])))
         inputs = torch.arange(len(names)).split(counts)  # of each query, key and value
-        z = _attended(
-            parts,
-            layer,
-            *(
-                every[own, :, range(len(own))].transpose(0, 1)[None]
-                for every, own in zip(projected, inputs, strict=True)
-            ),
-            rules,
-        )
+        own_inputs = [
+            every[own, :, range(len(own))] for every, own in zip(projected, inputs, strict=True)
+        ]
+        qkv = [
+            torch.stack([taken(names[n], x) for n, x in zip(own.tolist(), each, strict=True)], 1)
+            for own, each in zip(inputs, own_inputs, strict=True)
+        ]
+        z = _attended(parts, layer, *(each[None] for each in qkv), rules)
         weight, bias = parts.output(block)
         each = torch.einsum("thd,hdm->htm", z, weight.unflatten(0, (parts.heads, -1)))
         mlp_input = seen_by(mlp(layer)) if parts.parallel else None
         given |= {
-            head(layer, n): each[n] + moves.get(head(layer, n), 0) for n in range(parts.heads)
+            head(layer, n): taken(head(layer, n), each[n] + moves.get(head(layer, n), 0))
+            for n in range(parts.heads)
         }
         x = x + sum(given[head(layer, n)] for n in range(parts.heads))
         x = x + (0 if bias is None else bias)
@@ -121,7 +135,7 @@ def circuit_pass(
             hidden = parts.neurons(block, second(mlp_input))
             normed = second(mlp_input) if hidden is None else hidden
             given[mlp(layer)] = parts.down(block, normed)[0]
-        given[mlp(layer)] = given[mlp(layer)] + moves.get(mlp(layer), 0)
+        given[mlp(layer)] = taken(mlp(layer), given[mlp(layer)] + moves.get(mlp(layer), 0))
         x = x + given[mlp(layer)]
     return parts.unembed(parts.final(seen_by(LOGITS)))[0]
 

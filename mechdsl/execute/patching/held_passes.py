@@ -82,8 +82,9 @@ def hold_sublayers(
             wanted.append((SiteRead(mlp, layer, before=True), without_mlps))
     wanted = [(read, own) for read, own in wanted if len(own)]
     frozen = bool(held.norms.any())
-    # Norms may follow the last one of the stream: then the pass can't stop early.
-    stop = None if frozen else shape.n_layers
+    # Norms may follow the last one of the stream, and circuits end at the logits: then the pass
+    # can't stop early.
+    stop = None if frozen or others.circuits else shape.n_layers
     others = others.below(shape.n_layers + int(frozen), shape.n_layers)
     last = None if has_single_output(model) else (batch.lengths - 1)[:, None]
     with norms.recorded(held.norms) as scales:
@@ -95,6 +96,7 @@ def hold_sublayers(
             stop=stop,
             logits_at=last,
             edges=others.edges,
+            circuits=others.circuits,
         ).reads
     lengths = batch.lengths.numpy()
     with norms.kept(held.norms, scales):

@@ -61,6 +61,10 @@ _SHARED = 0.5
 """Share of the heads of a projection that read its input; below it, the heads are computed instead
 of the projection."""
 
+_EARLIER = 2
+"""Steps at receivers precede those that read a site before its writes, whose order is one less than
+that of the site."""
+
 _REPLACED = -1
 """Number of the input of a projection whose output isn't used."""
 
@@ -484,7 +488,7 @@ class CircuitHooks(ABC):
             return self._at_whole(norm, row, value)
 
         layer_order, order = write_order("final_norm" if layer is None else "mlp_norm", layer)
-        return self._add(spot, (layer_order, order - 1), step)
+        return self._add(spot, (layer_order, order - _EARLIER), step)
 
     def _input_tap(self, layer: int | None) -> HookPoint:
         """Return the hook point of the input of an MLP, or of the end of the model."""
@@ -703,7 +707,7 @@ class _WriteHooks(CircuitHooks):
         def after(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return self._project(heads, common, value, module)
 
-        order = (layer, SITES["q"].order - 1)
+        order = (layer, SITES["q"].order - _EARLIER)
         yield self._add((path, "in", 0), order, before)
         yield self._add((path, "out", 0), order, after)
 
@@ -821,7 +825,7 @@ class _ReadHooks(CircuitHooks):
             self._read.taps.append(EdgeTap(value, rows, to_stream, len(self._outputs) - 1))
             return value.clone()
 
-        yield self._add((path, "out", 0), (layer, SITES["q"].order - 1), step)
+        yield self._add((path, "out", 0), (layer, SITES["q"].order - _EARLIER), step)
 
     def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
         stream = None if self._stream is None else self._stream.detach()
