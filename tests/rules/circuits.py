@@ -118,7 +118,8 @@ def circuit_pass(
             torch.stack([taken(names[n], x) for n, x in zip(own.tolist(), each, strict=True)], 1)
             for own, each in zip(inputs, own_inputs, strict=True)
         ]
-        z = _attended(parts, layer, *(each[None] for each in qkv), rules)
+        q, k, v = (each[None] for each in qkv)
+        z = _attended(parts, layer, q, k, v, rules)
         weight, bias = parts.output(block)
         each = torch.einsum("thd,hdm->htm", z, weight.unflatten(0, (parts.heads, -1)))
         mlp_input = seen_by(mlp(layer)) if parts.parallel else None
