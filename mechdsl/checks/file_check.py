@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -53,7 +53,7 @@ from mechdsl.diagnostics.names import (
     BadArgument,
     FirstTokenWrite,
     MissingLine,
-    SelfPatch,
+    SelfWrite,
     ShadowedMetric,
     UnknownName,
     UnknownWord,
@@ -106,7 +106,12 @@ from mechdsl.resolve.experiment import find_omitted_answers, outline_experiment
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.model_pairs import attach_texts, check_fit_model
 from mechdsl.resolve.trainings import check_objective
-from mechdsl.resolve.types import ExperimentOutline, ModelContext, ResolvedExperiment
+from mechdsl.resolve.types import (
+    ExperimentOutline,
+    ModelContext,
+    ResolvedExperiment,
+    ResolvedRule,
+)
 from mechdsl.rules.kinds import RULES
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
@@ -840,7 +845,7 @@ def _outline(
         found += check_measure_tokens(resolved)
         found += check_image_support(resolved)
         for each in (*resolved.derived.values(), resolved):
-            found += _first_tokens(each) if experiment.prompts != spec.NO_PROMPTS else []
+            found += _write_warnings(each) if experiment.prompts != spec.NO_PROMPTS else []
         found += _answers(resolved)
         found += _tested_where_picked(resolved)
     checked.diagnostics.extend(filter_certain(found, known.unknown))
@@ -939,7 +944,9 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
         if experiment.broken or not all(_patches_itself(rule, run) for rule in rules):
             continue  # the patch undoes another rule's write
         for rule in rules:
-            found.append(SelfPatch(span=rule.span, run=rule.source or ""))
+            does = f"this rule patches `{rule.source}` into itself"
+            hint = "name two runs, as in `from clean into CORRUPTION`, unless this is a control"
+            found.append(SelfWrite(span=rule.span, does=does, hint=hint, by_text=True))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
         if effect is None:
@@ -1034,6 +1041,10 @@ def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:
     ]
 
 
+def _write_warnings(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    return [*_first_tokens(experiment), *_single_rows(experiment)]
+
+
 def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Warn of a write at token 0, which may be the attention sink."""
     base = experiment.table.runs[experiment.spec.base]
@@ -1053,3 +1064,59 @@ def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
                 found.append(FirstTokenWrite(span=rule.spec.at.span, token=token))
                 break
     return found
+
+
+def _single_rows(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """Warn of ablations that average or exchange the vectors of one row.
+
+    There is no warning if another rule changes the run, since the ablation then restores values.
+    """
+    if experiment.table.stands_in or experiment.spec.trains:
+        return []
+    rules = [rule for rule in experiment.rules if rule.spec.verb != "observe"]
+    changing = [rule for rule in rules if not _keeps_rows(rule, experiment)]
+    found: dict[Span, Diagnostic] = {}
+    for rule in rules:
+        if any(_act_together(rule, each) for each in changing):
+            continue  # also if the rule itself changes rows
+        fill = "" if rule.spec.fill is None else rule.spec.fill.span.written
+        within = f" by {rule.spec.by}" if rule.spec.by else ""
+        does = f"`with {fill}{within}` has no second row, so each row keeps its values"
+        hint = _suggest_rows(experiment)
+        found[rule.spec.span] = SelfWrite(span=rule.spec.span, does=does, hint=hint)
+    return list(found.values())
+
+
+def _act_together(first: ResolvedRule, second: ResolvedRule) -> bool:
+    """Whether some cell has both rules: they aren't alternatives, such as two fills."""
+    one, other = first.only, second.only
+    return one is None or other is None or one.axis != other.axis or one == other
+
+
+def _keeps_rows(rule: ResolvedRule, experiment: ResolvedExperiment) -> bool:
+    """Whether an ablation writes the vectors of a row into the same row, at all positions."""
+    same_run = rule.apart is None and rule.run == experiment.spec.base
+    if rule.does.reads not in ("mean", "donor") or not same_run:
+        return False
+    groups = rule.groups or ("",) * len(experiment.table)
+    cells = [cell for cell in rule.positions.written.values() if any(cell.hits)]
+    sizes = (
+        Counter(group for group, hits in zip(groups, cell.hits, strict=True) if hits)
+        for cell in cells
+    )
+    return bool(cells) and all(max(counts.values()) == 1 for counts in sizes)
+
+
+def _suggest_rows(experiment: ResolvedExperiment) -> str:
+    """Return the hint for an experiment with too few rows for a mean."""
+    own, table = experiment.spec, experiment.table
+    if own.limit is not None and len(table) == own.limit:
+        return f"write a larger number than `limit {own.limit}`"
+    block = None if table.block_rows is None else table.block_rows.block
+    if block is not None and block.draws:
+        written = own.part is not None and not block.spec.split_for
+        name = f"{table.name}.{own.part}" if written else table.name
+        return f"write how many rows to draw: `prompts {name} limit 40`"
+    if own.part == "test":
+        return f"write the mean of the training rows: `with mean of {table.name}.train`"
+    return f"give `{table.name}` more rows"

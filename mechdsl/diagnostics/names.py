@@ -213,14 +213,17 @@ class FirstTokenWrite(Diagnostic):
 
 
 @keyword_record
-class SelfPatch(Diagnostic):
-    """Source and base are one run: what is written is there already."""
+class SelfWrite(Diagnostic):
+    """A rule that writes the values of a row into the same row: a patch of a run into itself, or
+    the mean of one row."""
 
     code = "W0732"
-    title = "this rule patches `{run}` into itself"
+    hangs_on = frozenset({"rows", "tokens"})
+    title = "{does}"
     label = "writes values that are already there"
-    help = "name two runs, as in `from clean into CORRUPTION`, unless this is a control"
-    run: str
+    help = "{hint}"
+    does: str
+    hint: str
 
 
 @keyword_record

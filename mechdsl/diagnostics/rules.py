@@ -218,13 +218,15 @@ class MeasuredOnTrainingRows(Diagnostic):
     label = "{shared} of its {rows} rows are training rows"
     help = (
         "train on `{block}.train` and measure `{block}.test`, with a line such as `split 80%` in "
-        "`prompts {block}`; or write `measure_on_training_rows: true` in `fit(…)`"
+        "`prompts {block}`{where}; or write `measure_on_training_rows: true` in `fit(…)`"
     )
     experiment: str
     basis: str
     shared: int
     rows: int
     block: str
+    where: str = ""
+    """` of FILE` for a block of an imported file."""
 
 
 @keyword_record

@@ -577,7 +577,7 @@ def check_fit_rows(
         hint = f"it has {hint}" if hint else f"write `{name}`: it has no other run"
         written = node.span.written
         if written in (f"{name}.train", f"{name}.test"):
-            hint = suggest_split(name)
+            hint = suggest_split(name, block.span, node.span)
         scope.diagnostics.append(UnknownName(span=node.span, kind="run", name=written, hint=hint))
 
 

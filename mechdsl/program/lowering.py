@@ -444,7 +444,7 @@ def _rows(
             span=ref.span,
             kind="part",
             name=f"{prompts.name}.{part}",
-            hint=suggest_split(prompts.name)
+            hint=suggest_split(prompts.name, prompts.span, ref.span)
             if prompts.split is None
             else f"the parts are `{prompts.name}.train` and `{prompts.name}.test`",
         )
@@ -517,11 +517,11 @@ _LISTED = 1000
 _MANY = f"more than {limits.FILES} files are imported"
 
 
-def _note_splits(automatic: Mapping[str, str], parts: Definitions) -> None:
+def _note_splits(automatic: Mapping[str, tuple[str, ...]], parts: Definitions) -> None:
     """Note the circuits that blocks are split for."""
-    for block, circuit in automatic.items():
+    for block, circuits in automatic.items():
         if (own := parts.prompts.get(block)) is not None:
-            parts.prompts[block] = own.model_copy(update={"split_for": circuit})
+            parts.prompts[block] = own.model_copy(update={"split_for": circuits})
 
 
 def lower_program(

@@ -106,6 +106,14 @@ def line_reference(of: Span, seen_from: Span) -> str:
     return of.source.describe_line(of.line)
 
 
-def suggest_split(block: str) -> str:
-    """Return the hint for a part of a block that isn't divided into parts."""
-    return f"add `split 50%` to `prompts {block}`: it makes `{block}.train` and `{block}.test`"
+def suggest_split(block: str, of: Span, seen_from: Span) -> str:
+    """Return the hint for a part of a block that isn't divided into parts.
+
+    Args:
+        block: The name of the block.
+        of: The block.
+        seen_from: Where the part is named.
+    """
+    where = "" if of.source is seen_from.source else f" of {of.source.name}"
+    parts = f"`{block}.train` and `{block}.test`"
+    return f"add `split 50%` to `prompts {block}`{where}: it makes {parts}"

@@ -340,8 +340,8 @@ class Prompts(Spec):
     where: tuple[ExprText, ...] = ()
     split: float | None = None
     """Percentage of the rows in `NAME.train`."""
-    split_for: str = ""
-    """The circuit that is trained on `NAME.train`, if the file doesn't split the rows."""
+    split_for: tuple[str, ...] = ()
+    """The circuits that are trained on `NAME.train`, if the file doesn't split the rows."""
     texts: tuple[TextDef, ...] = ()
     scored_with: RefText | None = None
     """For texts: the block of images that a two-tower model compares them with."""

@@ -49,7 +49,7 @@ HELD_OUT_SPLIT = 80.0
 """Percentage of the rows of a block that circuits are trained on, if the file doesn't split it."""
 
 
-def split_rows_of_circuits(tree: ast.File) -> tuple[ast.File, dict[str, str]]:
+def split_rows_of_circuits(tree: ast.File) -> tuple[ast.File, dict[str, tuple[str, ...]]]:
     """Split the rows of circuits that are trained and tested on the same rows.
 
     If an experiment on a block without `split` uses a circuit that is trained on this block, the
@@ -57,7 +57,7 @@ def split_rows_of_circuits(tree: ast.File) -> tuple[ast.File, dict[str, str]]:
     use them have the part `test`.
 
     Returns:
-        The file, and the name of a circuit for each block that is split.
+        The file, and the names of the circuits that are trained on each block that is split.
     """
     own = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
     own = {name: each for name, each in own.items() if not _is_split(each)}
@@ -67,13 +67,14 @@ def split_rows_of_circuits(tree: ast.File) -> tuple[ast.File, dict[str, str]]:
         if isinstance(each, ast.CircuitDef) and (block := _block_of(each)) in own
     }
     uses = {
-        number: blocks
+        number: used
         for number, each in enumerate(tree.statements)
-        if isinstance(each, ast.ExperimentDef) and (blocks := _tested_blocks(each, trained))
+        if isinstance(each, ast.ExperimentDef) and (used := _tested_blocks(each, trained))
     }
-    split = {block: name for blocks in uses.values() for block, name in blocks.items()}
-    if not split:
+    blocks = dict.fromkeys(block for used in uses.values() for block in used)
+    if not blocks:
         return tree, {}
+    split = {block: tuple(name for name, of in trained.items() if of == block) for block in blocks}
     found: list[ast.TopLevel] = []
     for number, each in enumerate(tree.statements):
         if isinstance(each, ast.PromptsDef) and each.name.id in split:
@@ -107,15 +108,14 @@ def _block_of(circuit: ast.CircuitDef) -> str | None:
     return rows.id
 
 
-def _tested_blocks(experiment: ast.ExperimentDef, trained: Mapping[str, str]) -> dict[str, str]:
-    """Return the whole blocks of an experiment that a circuit which it uses is trained on, with
-    this circuit."""
+def _tested_blocks(experiment: ast.ExperimentDef, trained: Mapping[str, str]) -> set[str]:
+    """Return the whole blocks of an experiment that a circuit which it uses is trained on."""
     names = {node.id for node in walk(experiment) if isinstance(node, ast.Name)}
     names |= {node.of for node in walk(experiment) if isinstance(node, ast.RankedSelection)}
     names -= {node.name.id for node in walk(experiment) if isinstance(node, ast.For)}
     uses = [each for each in experiment.statements if isinstance(each, ast.UsePrompts)]
     whole = {ref.name for use in uses for ref in use.prompts if ref.part is None}
-    return {block: name for name, block in trained.items() if name in names and block in whole}
+    return {block for name, block in trained.items() if name in names} & whole
 
 
 def _train_part(argument: ast.Argument) -> ast.Argument:

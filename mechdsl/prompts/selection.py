@@ -12,7 +12,7 @@ from typing import Literal
 
 from mechdsl.base import limits
 from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import (
@@ -347,6 +347,7 @@ class _Collector:
                 hint = "change the condition, or give more values"
             elif self.part is not None:
                 reason = f"too few rows for the part `{self.part}`"
+                hint = self._suggest_more_rows()
             span = where[0].span if where else block.spec.span
             result.diagnostics.append(
                 NoRows(
@@ -357,6 +358,19 @@ class _Collector:
                     unit=block.spec.unit,
                 )
             )
+
+    def _suggest_more_rows(self) -> str:
+        """Return the hint for a part of a split that has no rows."""
+        block = self.block
+        if block.draws:
+            return (
+                "without `limit`, it has one row for each combination of values: write how many "
+                f"rows to draw, `limit: 400` in `fit(…)` or `prompts {block.name} limit 40`"
+            )
+        rest = "give it more values" if block.data is None else "use a file with more records"
+        if block.spec.split_for:
+            return f"{rest}: mechdsl trains on 80 % of the rows and tests on the others"
+        return f"{rest}, or write another share than `split {block.spec.split:g}%`"
 
     def _all_unchanged(self) -> list[Diagnostic]:
         """Return E0510 at corruptions that change no row, else E0509: each row lacks a change."""
@@ -468,7 +482,8 @@ def rows_convention(
     if part is not None and block.spec.split is not None:
         text += f", part `{part}` of a {block.spec.split:g}% split"
         if block.spec.split_for:
-            text += f" (automatic: `{block.spec.split_for}` is trained on part `train`)"
+            trained = "is trained" if len(block.spec.split_for) == 1 else "are trained"
+            text += f" (automatic: {name_list(block.spec.split_for)} {trained} on part `train`)"
     if limit is not None and kept < limit:
         text += f" (limit {limit:,}, no more exist)"
     if found.repeated:

@@ -73,6 +73,7 @@ from mechdsl.resolve.sites import (
 from mechdsl.resolve.targets import cut_to_shared_rows, remove_tokens
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
+    explain_few_rows,
     explain_seeds,
     outline_training,
     split_by_seed,
@@ -1344,6 +1345,10 @@ def _trained(
         return None
     sample, text = found
     rows = count_used_rows(sample.cell)
+    if len(sample.table) < FEWEST_ROWS and not sample.table.stands_in:
+        read = fit_rows_of_basis(definition, work.program)
+        limit = None if read is None else read.limit
+        raise BasisError(definition.method, *explain_few_rows(sample.table, limit))
     if rows < FEWEST_ROWS:
         many = "no row" if not rows else "one row only"
         raise BasisError(

@@ -54,10 +54,10 @@ from mechdsl.resolve.findings import Finding, PickError, VariantFinding
 from mechdsl.resolve.loops import evaluate_arithmetic
 from mechdsl.resolve.sites import ExperimentContext, SiteContext, resolve_site
 from mechdsl.resolve.trainings import (
-    FEWEST_ROWS,
     AnyTrained,
     check_training_rows,
     describe_training,
+    explain_few_rows,
     name_edit_tensors,
     name_probe_map,
     outline_vector,
@@ -233,7 +233,7 @@ def resolve_fitted_family(
     for key in list_axis_indices(swept):
         site_key, label = (key[:-1], labels[key[-1]]) if len(labels) > 1 else (key, labels[0])
         read = tuple(own[label] for own in by_label)
-        check_row_count(call, read, label, fitted_method(call.name).min_rows)
+        check_row_count(call, read, rows, label, fitted_method(call.name).min_rows)
         made = _describe_fit(call, read, rows, options)
         fitted = FittedVector(call.name, read, points[site_key], options)
         made += f", at {sites.labels[site_key]}, {describe_position(label)}"
@@ -278,7 +278,6 @@ def _resolve_trained_family(
         reason, hint = "a direction is trained at one position", "join them: `{A, B}`"
         raise DirectionError(definition.at, reason, hint)
     ((label, sample),) = samples.items()
-    check_row_count(call, (sample,), label, FEWEST_ROWS)
     options = {
         each.name: value
         for each in call.arguments
@@ -620,21 +619,35 @@ def resolve_one_sample(
         reason, hint = f"a {what} is trained at one position", "join them: `{A, B}`"
         raise DirectionError(definition.at, reason, hint)
     ((label, sample),) = samples.items()
-    check_row_count(definition.method, (sample,), label, fewest)
+    check_row_count(definition.method, (sample,), (rows,), label, fewest)
     return sample, f"{describe_rows(sample, rows)} at {label}"
 
 
-def check_row_count(call: ast.Call, read: Sequence[FitSample], label: str, fewest: int) -> None:
-    """Check that enough rows have a position. Raises DirectionError."""
-    for sample in read:
+def check_row_count(
+    call: ast.Call,
+    read: Sequence[FitSample],
+    rows: Sequence[FitRows],
+    label: str,
+    fewest: int,
+) -> None:
+    """Check that enough rows have a position. Raises DirectionError.
+
+    Args:
+        read: The samples, one for each of `rows`.
+        label: The position.
+    """
+    for sample, own in zip(read, rows, strict=True):
         there = count_used_rows(sample.cell)
-        if there < fewest:
-            many = "no row" if not there else f"{count_noun(there, 'row')} only"
-            raise DirectionError(
-                call,
-                f"{many} of `{sample.table.name}` has `{label}`",
-                f"at least {fewest} are needed: name a position that more rows have",
-            )
+        if there >= fewest:
+            continue
+        if len(sample.table) < fewest and not sample.table.stands_in:
+            raise DirectionError(call, *explain_few_rows(sample.table, own.limit, fewest))
+        many = "no row" if not there else f"{count_noun(there, 'row')} only"
+        raise DirectionError(
+            call,
+            f"{many} of `{sample.table.name}` has `{label}`",
+            f"at least {fewest} are needed: name a position that more rows have",
+        )
 
 
 def count_used_rows(cell: PositionCell) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from mechdsl.base.files import SafetensorsFile
 from mechdsl.base.hashing import digest_number
 from mechdsl.base.records import Record, record
+from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate
@@ -519,19 +520,33 @@ def check_training_rows(
             shared=shared,
             rows=len(table),
             block=table.name,
+            where=_imported_from(table, experiment.span),
         )
     limited = any(each.name == "limit" for each in definition.method.arguments)
     if limited or training.decoder is not None or training.stream is not None:
         return
     trained = training.sample.table
     draws = trained.block_rows is not None and trained.block_rows.block.draws
-    if draws and len(trained) < FEW_DRAWN_ROWS and not trained.cut and not trained.stands_in:
+    if (
+        draws
+        and FEWEST_ROWS <= len(trained) < FEW_DRAWN_ROWS
+        and not trained.cut
+        and not trained.stands_in
+    ):
         yield FewDrawnRows(
             span=definition.method.span,
             basis=definition.name,
             rows=count_noun(len(trained), "row"),
             block=trained.name,
         )
+
+
+def _imported_from(table: PromptTable, seen_from: Span) -> str:
+    """Return ` of FILE` for rows of a block that another file defines."""
+    if table.block_rows is None:
+        return ""
+    source = table.block_rows.block.spec.span.source
+    return "" if source is seen_from.source else f" of {source.name}"
 
 
 def describe_training(
@@ -678,6 +693,24 @@ def _check_position(objective: ResolvedExperiment, cell: PositionCell) -> Diagno
     return BadBasis(span=rule.spec.at.span, reason=reason, hint=hint, what=what)
 
 
+def explain_few_rows(
+    table: PromptTable, limit: int | None, fewest: int = FEWEST_ROWS
+) -> tuple[str, str]:
+    """Return why a fit has too few rows, and a hint.
+
+    Args:
+        table: The rows of the fit, fewer than `fewest`.
+        limit: Its `limit`.
+        fewest: The number of rows that it needs.
+    """
+    hint = "name more rows: a larger part of the split, or a block with more rows"
+    if limit is not None and limit < fewest:
+        hint = f"write a larger number than `limit: {limit}`"
+    elif limit is None and table.block_rows is not None and table.block_rows.block.draws:
+        hint = "write how many rows to draw: `limit: 400`"
+    return f"`{table.name}` has {count_noun(len(table), 'row')}, fewer than {fewest}", hint
+
+
 def _check_rows(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0342 for positions that too few rows have, or that share tokens."""
     rule, table = objective.rules[0], objective.table
@@ -685,8 +718,7 @@ def _check_rows(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     rows = [row for row, hits in enumerate(cell.hits) if hits]
     if len(table) < FEWEST_ROWS:
         span = rule.spec.span
-        reason = f"`{table.name}` has {count_noun(len(table), 'row')}, fewer than {FEWEST_ROWS}"
-        hint = "train on more rows: a larger part of the split, or a block with more rows"
+        reason, hint = explain_few_rows(table, objective.spec.limit)
     elif len(rows) < FEWEST_ROWS:
         where = " in both runs" if rule.spec.source is not None else ""
         reason = f"fewer than {FEWEST_ROWS} rows of `{table.name}` have `{cell.label}`{where}"

@@ -668,6 +668,16 @@ def test_conventions_name_the_circuit_that_rows_are_split_for(tmp_path: Path) ->
     assert "split" not in plain.conventions["rows"]
 
 
+def test_conventions_name_every_circuit_that_rows_are_split_for(tmp_path: Path) -> None:
+    both = fit() + fit(name="d", call="eap(size: 5)")
+    other = experiment(TESTED.replace("c at", "d at"), name="also", block="p")
+    path = write(tmp_path, both, experiment(TESTED, name="tested", block="p") + other + OF_OTHERS)
+    train(path)
+    for found in run(path).files[0].experiments[:2]:
+        said = "(automatic: `c`, `d` are trained on part `train`)"
+        assert said in found.conventions["rows"]
+
+
 UNSPLIT = {
     "a circuit of training rows": fit(f"{HALF}, measure_on_training_rows: true"),
     "a circuit of another block": fit(source="with: zero").replace(
