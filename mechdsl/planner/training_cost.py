@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from mechdsl.base.text import count_noun
 from mechdsl.fits.reports import IndependenceReport, MixtureReport
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.cost import Cost, count_circuit_work, list_fitted_runs, run_cost
@@ -94,6 +95,8 @@ class TrainingCost:
     """Bytes besides the weights of the model."""
     blocks: int
     """Blocks of the model."""
+    assumed: str = ""
+    """`55 of 110 edges`, the size that other rows of the plan assume if the training decides it."""
 
 
 def training_cost(
@@ -445,7 +448,11 @@ def _circuit_cost(
     memory += size * max(tokens, default=1) * len(senders) * shape.d_model
     memory = max(memory, batch * written * _saved_by_edges(circuit, shape))
     steps, memory = points or tried, int(vectors + FLOAT * memory)
-    return TrainingCost(name, rows, held_out, steps, cost, memory, shape.n_layers)
+    assumed = ""
+    decides = trainer.size(training.of_trainer) is None
+    if decides and not made.is_trained:
+        assumed = f"{len(made.chosen):,} of {count_noun(len(made.candidates), made.noun)}"
+    return TrainingCost(name, rows, held_out, steps, cost, memory, shape.n_layers, assumed)
 
 
 def _count_controls(made: Declared, objective: ResolvedExperiment) -> int:

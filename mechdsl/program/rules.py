@@ -363,7 +363,10 @@ def _ablate(
     named = body.site.circuit_name
     circuit = named is not None and named in work.scope.names("circuit")
     if (body.all_but or body.without_edge) and not circuit:
-        work.scope.use("circuit", named or body.site.span.written, body.site.span)
+        if any(loop.name == named for loop in work.loops):
+            _refuse_loop_over_circuits(body.site, work)
+        else:
+            work.scope.use("circuit", named or body.site.span.written, body.site.span)
         work.unsupported = True
     source = None
     if circuit and prompts is not None and isinstance(body.fill, ast.Name):
@@ -374,6 +377,20 @@ def _ablate(
     lowered = _at(rule, "ablate", body, fill=body.fill, by=by)
     update = {"source": source, "all_but": body.all_but, "without_edge": body.without_edge}
     return lowered.model_copy(update=update)
+
+
+def _refuse_loop_over_circuits(site: ast.Site, work: Statements) -> None:
+    """Report E0207 for the variable of a `for` in place of a circuit."""
+    assert site.circuit_name is not None
+    known = work.scope.names("circuit")
+    for name in known:
+        work.scope.has("circuit", name)
+    example = known[0] if known else "c"
+    reason = "is the variable of a `for`, and a `for` can't go over circuits"
+    hint = f"write an experiment for each circuit: `ablate all but {example} at …`"
+    work.scope.diagnostics.append(
+        BadArgument(span=site.span, name=site.circuit_name, reason=reason, hint=hint)
+    )
 
 
 def _replace_block(rule: ast.Rule, body: ast.ReplaceBlock) -> spec.Rule:

@@ -467,9 +467,11 @@ def _overlap(cells: list[PositionCell]) -> bool:
 
 
 def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
+    # An estimator that doesn't fit the path is an error already, and the next one has effects.
+    fits = said.kind.place == "paths" or said.kind.takes_paths or not experiment.has_path
     for measure, own in zip(experiment.measures, experiment.spec.measures, strict=True):
         raw = own.effect == "raw"
-        if raw == said.kind.is_effect:
+        if raw == said.kind.is_effect and fits:
             what = f"`{measure.label} as {own.effect}`"
             reason = f"it returns {said.kind.value_said}, which isn't an effect of a write"
             effects = "eap" if experiment.has_path else "gradient_input"

@@ -1164,8 +1164,19 @@ class _Draws:
         self.drawn: dict[str, None] = {}
         self.like: list[str] = []
         """Labels of written targets without alternatives."""
+        self.suggests = True
+        """Whether an error names another type of target, for which it is tried."""
 
-    def control(self) -> ResolvedControl:
+    def check(self) -> None:
+        """Raise _NoDraws unless a cell has alternatives, without another type as a hint."""
+        self.suggests = False
+        self._drawn_rules()
+
+    def _drawn_rules(
+        self,
+    ) -> tuple[list[spec.ControlTarget | None], list[ResolvedRule], DrawCounts]:
+        """Return the type of target that is drawn for each rule, the rules with drawn targets, and
+        the number of draws in each cell. Raises _NoDraws."""
         kinds: list[spec.ControlTarget | None] = [
             self._kind(rule) if self.only is None or number in self.only else None
             for number, rule in enumerate(self.experiment.rules)
@@ -1173,7 +1184,10 @@ class _Draws:
         if not any(kinds):
             raise self._nothing()
         self._apart_is_drawn(kinds)
-        rules, counts = self._rules(kinds)
+        return (kinds, *self._rules(kinds))
+
+    def control(self) -> ResolvedControl:
+        kinds, rules, counts = self._drawn_rules()
         draws = max(counts.counts.values())
         kept = [
             f"`{rule.spec.span.written}` unchanged"
@@ -1268,13 +1282,43 @@ class _Draws:
             return _NoAlternatives(
                 reason, "let it write something: for example `top 3` instead of `top 0`"
             )
-        has = {word for rule in self.experiment.rules for word in self._has(rule)}
-        word = next((each for each in DRAWN_KINDS if each in has and each not in kinds), None)
-        hint = "leave out fewer targets" if self.apart else "join fewer targets"
+        hints = ["leave out fewer targets"] if self.apart else []
+        if not self.apart and self._joins_targets(kinds):
+            hints.append("join fewer targets")
+        word = self._find_other_kind(kinds) if self.suggests else None
         if word is not None:
-            hint += f", or draw something else: `random({self.asked.draws}, {word})`"
+            hints.append(f"draw something else: `random({self.asked.draws}, {word})`")
         but = " except those left out" if self.apart else ""
+        hint = ", or ".join(hints) or "remove this line"
         return _NoAlternatives(f"there is no alternative to {self.like[0]}{but}", hint)
+
+    def _joins_targets(self, kinds: Sequence[spec.ControlTarget | None]) -> bool:
+        """Return whether a cell has several of the targets that are drawn."""
+        for rule, kind in zip(self.experiment.rules, kinds, strict=True):
+            hits = (hit for cell in rule.positions.written.values() for hit in cell.hits)
+            if kind == "positions" and any(sum(map(len, hit)) > 1 for hit in hits):
+                return True
+            sites = {} if rule.sites is None else rule.sites.points
+            if kind is not None and any(len(here) > 1 for here in sites.values()):
+                return True
+        return sum(kind is not None for kind in kinds) > 1
+
+    def _find_other_kind(
+        self, kinds: Sequence[spec.ControlTarget | None]
+    ) -> spec.ControlTarget | None:
+        """Return another type of target that has alternatives; None if there is none."""
+        has = {word for rule in self.experiment.rules for word in self._has(rule)}
+        for word in DRAWN_KINDS:
+            if word not in has or word in kinds:
+                continue
+            asked = self.asked.model_copy(update={"what": word})
+            other = _Draws(self.experiment, asked, self.apart, self.draws, self.only)
+            try:
+                other.check()
+            except _NoDraws:
+                continue
+            return word
+        return None
 
     # --- what is drawn ----------------------------------------------------------------------------
 

@@ -1232,6 +1232,9 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
         if kind is None and name in context.circuits:
             hint = f"write `ablate {name} at … with zero`, or `ablate all but {name} …`"
             reason = "is a circuit, whose edges can only be ablated"
+            if word.id in context.loops:
+                reason = "is a circuit, and a `for` can't go over circuits"
+                hint = f"write an experiment for each circuit: `ablate {name} at …`"
             bad = BadArgument(span=word.span, name=str(name), reason=reason, hint=hint)
             context.diagnostics.append(bad)
             return None
@@ -1472,6 +1475,16 @@ def _chosen(values: AxisValues, at: Mapping[str, int], applies: bool) -> tuple[i
     return values.chosen(at) if applies and values.choices else (None,)
 
 
+def _suggest_list(site: ast.Site, word: str) -> str:
+    """Return the hint for an axis that a site has twice; `q layer 1 head 2, k layer 1 head 3` reads
+    as the heads 2 and `k` of a site with two layers."""
+    second = re.search(r",\s*([a-z_]+)\s+layers?\b", site.span.written)
+    if second is not None and second[1] in SITES:
+        named = re.sub(r"\b(layer|head|neuron) (?=\*|\w+ *\.\.)", r"\1s ", site.span.written)
+        return f"write several sites as a group: `group g = {named}`, and name `g`"
+    return f"write a list: `{word} 0, 3`"
+
+
 def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
     allowed = set(kind.axes)
     for axis in site.axes:
@@ -1487,14 +1500,14 @@ def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
             )
             return False
     words = [axis.word for axis in site.axes]
-    for word in set(words):
+    for word in dict.fromkeys(words):
         if words.count(word) > 1:
             context.diagnostics.append(
                 AxisDoesNotFit(
                     span=site.axes[-1].span,
                     site=kind.name,
                     reason=f"names the axis `{word}` twice",
-                    hint=f"write a list: `{word} 0, 3`",
+                    hint=_suggest_list(site, word),
                 )
             )
             return False

@@ -278,7 +278,8 @@ class MaskFile(Record):
 def outline_mask(
     definition: spec.Basis, objective: ResolvedExperiment, program: spec.Program
 ) -> TrainedMask:
-    """Return what a group with `fit` declares, with what it chose if that is known.
+    """Return what a group with `fit` declares, with what it chose if that is known; otherwise with
+    the first candidates, half of them if the training decides the number.
 
     Args:
         objective: As in `mechdsl.program.trainings`, resolved.
@@ -289,7 +290,9 @@ def outline_mask(
     sample = FitSample(table, table.runs[objective.spec.base], paired_positions(objective)[0])
     training = _describe_training(definition, options, sample, point, program, objective.model)
     training = replace(training, name=_name(definition, objective.model.key))
-    size = training.trainer_of(ChoosingTrainer).size(training.of_trainer) or 1
+    size = training.trainer_of(ChoosingTrainer).size(training.of_trainer)
+    if size is None:  # known after the training
+        size = (len(candidates) + 1) // 2
     file = program.trained.get(training.name, (None, ""))[0]
     if isinstance(file, MaskFile):
         return TrainedMask(candidates, file.chosen, file.digest, training, scores=file.scores)

@@ -1009,6 +1009,8 @@ class Convention(Record):
     text: str
     closing: str = ""
     """Text printed once, after the texts of all rules with this key."""
+    of_runs: bool = False
+    """Whether it describes the run of a cell, which an estimate has only with `verify`."""
 
 
 ChangeTarget = Literal["sites", "edges", "circuit", "input", "positions", "blocks", "nothing"]

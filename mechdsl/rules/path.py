@@ -180,22 +180,23 @@ class PathPatching(RuleKind, Intervention):
         how = f", {' and '.join(free)} recomputed" if free else ""
         how += ", norms divide by their values in the base run" if path.frozen_norms else ""
         ends = {SITES[p.site].when for here in path.receivers.points.values() for p in here}
-        after = "" if ends == {"output"} else "; receivers are then written into the base run"
+        yield Convention(
+            "path", f"except for the senders, {' and '.join(held)} are held at the base run{how}"
+        )
+        after = "receivers are then written into the base run"
         if path.also_at_the_end:
             after += (
                 ", and the change that only the senders cause in the stream after the last "
                 "block is added there"
             )
+        if ends != {"output"}:
+            yield Convention("path", after, of_runs=True)
         to = rule.spec.receiver
         named = to is not None and to.names and (to.ranked is not None or len(to.names) > 1)
         if named and any(
             p.site in ("k", "v") for here in path.receivers.points.values() for p in here
         ):
-            after += "; keys and values of a head are those of its key-value head"
-        yield Convention(
-            "path",
-            f"except for the senders, {' and '.join(held)} are held at the base run{how}{after}",
-        )
+            yield Convention("path", "keys and values of a head are those of its key-value head")
 
 
 class FullPassPath(PathPatching, Intervention):

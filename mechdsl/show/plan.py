@@ -532,6 +532,9 @@ def _print_trainings(trainings: Sequence[TrainingCost], console: Console) -> Non
         style="dim",
         highlight=False,
     )
+    for each in (own for own in trainings if own.assumed):
+        text = f"{each.name}: counted with {each.assumed} until its training decides the number"
+        console.print(text, style="dim", highlight=False)
 
 
 def estimate_training_seconds(training: TrainingCost, rate: float, pace: float) -> float:

@@ -29,7 +29,8 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
             console,
         )
     for fit in fits:
-        what = "; ".join([*fit.report.remarks(), f"{fit.what} at {fit.site}, in {fit.folder}"])
+        site = fit.site.removeprefix("edges at ")  # `what` counts the edges
+        what = "; ".join([*fit.report.remarks(), f"{fit.what} at {site}, in {fit.folder}"])
         print_hanging(f"  {fit.basis}: ", what, console)
 
 

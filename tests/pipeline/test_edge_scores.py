@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -56,6 +57,7 @@ from .test_trained_dictionaries import (
     BLOCKS,
     check_keys,
     experiment,
+    models,
     run,
     train,
     write,
@@ -483,6 +485,23 @@ def test_faithfulness_selects_the_smallest_circuit_above_it_in_the_order_of_scor
     assert {*report.chosen} == {
         label_candidates((edge,)) for edge in graph.keep_leading(order[: report.selected])
     }
+
+
+def test_plan_counts_half_of_the_edges_of_a_circuit_whose_size_isnt_known(tmp_path: Path) -> None:
+    """Cells of different sizes aren't counted as equal."""
+    sizes = "for n in [1, 2, 5] { ablate all but top n of c at tokens * with zero }\n  against none"
+    tested = experiment(sizes, name="curve", block="p")
+    call = "eap(faithfulness: 0.4)"
+    paths = {}
+    for name, own in {"size": "eap(size: 20)", "faithfulness": call}.items():
+        (tmp_path / name).mkdir()
+        paths[name] = write(tmp_path / name, fit(call=own), tested)
+    plans = {name: str(mechdsl.plan(path, models("gpt2"))) for name, path in paths.items()}
+    rows = {name: re.findall(r"\n share +(\d+)", text) for name, text in plans.items()}
+    assert rows["size"] == rows["faithfulness"] == ["3"]
+    note = "c: counted with 131 of 262 edges until its training decides the number"
+    assert note in " ".join(plans["faithfulness"].split())
+    assert "until its training" not in plans["size"]
 
 
 @pytest.mark.slow  # the search for scores resumes in the quick tests

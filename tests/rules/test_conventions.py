@@ -63,6 +63,23 @@ def test_conventions_state_which_components_a_path_holds(tmp_path: Path) -> None
     assert "pairs" not in found["f"].conventions
 
 
+def test_conventions_of_an_estimated_path_write_receivers_only_in_verified_cells(
+    tmp_path: Path,
+) -> None:
+    lines = (
+        "prompts p",
+        "from turned into clean",
+        "path layer 0 head * -> q layer 2 head 1 at last token",
+    )
+    text = support.experiment("e", *lines, "using eap", support.DIFFERENCE)
+    text += support.experiment("f", *lines, "using eap verify top 2", support.DIFFERENCE)
+    found = support.run_file(text, tmp_path, support.bare("llama"))
+    held = found["e"].conventions["path"]
+    assert held.endswith("are held at the base run, norms recomputed")
+    written = "; in cells that `verify` runs, receivers are then written into the base run"
+    assert found["f"].conventions["path"] == held + written
+
+
 def test_conventions_state_averaged_rows_and_compared_positions(tmp_path: Path) -> None:
     """The convention of `loss` is tested in `tests/execute/test_metrics.py`."""
     lines = ("prompts p", "from turned into clean", "patch L1H1 at subject token")

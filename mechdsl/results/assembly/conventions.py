@@ -20,7 +20,7 @@ from mechdsl.execute.unpatched_batch import compute_noise_scale
 from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
-from mechdsl.program.spec import Generation
+from mechdsl.program.spec import Estimator, Generation
 from mechdsl.prompts.insertion import has_inserted_tokens
 from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.class_outputs import describe_pooling
@@ -666,7 +666,8 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
     every = plan.experiment.every_rule
     edges = [rule for rule in every if rule.edge is not None]
     others = [rule for rule in every if rule.edge is None]
-    found = _rule_notes(edges, model)
+    estimator = plan.experiment.spec.estimator
+    found = _rule_notes(edges, model, estimator)
     left = list(_exceptions(others))
     if left:
         found["except"] = "; ".join(left)
@@ -679,8 +680,7 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
         where = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
         by_itself = f" (the model uses `{own}`)" if own not in ("", "eager") else ""
         found["attention"] = f"computed explicitly (eager) in {where}{by_itself}"
-    found |= _rule_notes(others, model)
-    estimator = plan.experiment.spec.estimator
+    found |= _rule_notes(others, model, estimator)
     if estimator is not None and estimator.verify is None:
         found.pop("passes", None)  # no row runs
     return found
@@ -695,13 +695,24 @@ def _exceptions(rules: Sequence[ResolvedRule]) -> Iterator[str]:
                 yield f"`{' '.join(written.span.written.split())}`: {targets.left_out} sites"
 
 
-def _rule_notes(rules: Sequence[ResolvedRule], model: LoadedModel) -> dict[str, str]:
-    """Return the notes of rules by key."""
+def _rule_notes(
+    rules: Sequence[ResolvedRule], model: LoadedModel, estimator: Estimator | None
+) -> dict[str, str]:
+    """Return the notes of rules by key.
+
+    Args:
+        estimator: The estimator in place of runs, if any.
+    """
     found: dict[str, dict[str, None]] = {}
     closing: dict[str, str] = {}
     for rule in rules:
         for each in rule.does.conventions(rule, model.shape.n_layers):
-            found.setdefault(each.key, {})[each.text] = None
+            text = each.text
+            if each.of_runs and estimator is not None:
+                if estimator.verify is None:
+                    continue
+                text = f"in cells that `verify` runs, {text}"
+            found.setdefault(each.key, {})[text] = None
             if each.closing:
                 closing[each.key] = each.closing
     return {

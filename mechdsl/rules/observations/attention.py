@@ -363,12 +363,31 @@ def _read_range(rule: spec.Rule, work: ExperimentContext) -> tuple[int, int | No
 
 def _check_single_tokens(rule: spec.Rule, keys: PositionTargets, work: ExperimentContext) -> bool:
     """Report E0207 for joined tokens, because each has different later tokens."""
-    hits = (hit for cell in keys.written.values() for hit in cell.hits)
+    hits = [hit for cell in keys.written.values() for hit in cell.hits]
     if all(sum(map(len, hit)) <= 1 for hit in hits):
         return True
     reason = "observes one token at a time"
-    report_bad_observation(rule, work, reason, "sweep them: `at each SPAN token`, `at token *`")
+    report_bad_observation(rule, work, reason, f"sweep them: {_suggest_sweep(rule.at)}")
     return False
+
+
+def _suggest_sweep(at: ast.Positions) -> str:
+    """Return positions that sweep the tokens which a rule joins."""
+    body = at.items[0].body if len(at.items) == 1 else None
+    match body.base if isinstance(body, ast.Point) and body.offset == 0 else None:
+        case ast.SpanTokens(low=None) as node:
+            return f"`at each {node.of.span.written} token`"
+        case ast.EachTokenOf() as node:
+            name = node.of.span.written
+            return f"`at first token of {name}, last token of {name}`"
+        case ast.ChosenTokens() as node:
+            return f"`at each {node.name} token`"
+        case ast.PositionUnion() as node:
+            return f"`at {node.items.span.written}`"
+        case ast.TokenIndex(low=None):
+            return "`at token * align left`"
+        case _:
+            return "`at each SPAN token`, `at token 1..3`"
 
 
 @observation("rollout", unit="share of attention")

@@ -371,6 +371,12 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(r"^path\b.*->.*$", r"->", "a path has one sender and one receiver"),
     Hint(
+        r"^path\b.*->\s*(\w+)\s*$",
+        r",\s*(\w+)\b",
+        "a path has one receiver; several are a group that repeats layer and heads, "
+        "`group ends = {0} layer 1 heads *, {1} layer 1 heads *`, and `-> ends`",
+    ),
+    Hint(
         r"^path\b(?!.*->).*$",
         r"(?:to|into|at)\b|=|,",
         "write `->` between sender and receiver: `path layer 0 head * -> logits at last token`",
