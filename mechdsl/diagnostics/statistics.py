@@ -99,7 +99,7 @@ class UndefinedCells(Diagnostic):
 class ZeroDenominator(Diagnostic):
     code = "E0604"
     title = "the denominator of `{effect}` is not significantly different from 0"
-    label = "{divisor} is {mean} over {n} rows, with a {confidence} % interval from {low} to {high}"
+    label = "{divisor} is {mean} over {n} rows, {interval}"
     help = (
         "measure `as delta`, use more rows, or choose a metric and a corruption that "
         "separate the runs"
@@ -107,9 +107,8 @@ class ZeroDenominator(Diagnostic):
     effect: str
     divisor: str
     mean: str
-    low: str
-    high: str
-    confidence: str
+    interval: str
+    """`with a 95 % interval from LOW to HIGH`, or why there is none."""
     n: int
 
 

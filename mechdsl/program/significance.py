@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from operator import neg
 
+from mechdsl.base.text import count_noun
 from mechdsl.program import spec
 
 MAX_EXACT_FLIPS = 14
@@ -40,6 +41,27 @@ def smallest_p_value(units: int, settings: spec.Statistics) -> float:
     if settings.test == "flips" and units > MAX_EXACT_FLIPS:
         return max(least, 2 / (MAX_RESAMPLES + 1))
     return least
+
+
+def interval_gap(
+    units: int, word: str, settings: spec.Statistics, *, is_ratio: bool = False
+) -> str:
+    """Describe why an estimate over this number of units has no interval.
+
+    Args:
+        units: Number of sampling units.
+        word: Name of one unit.
+        settings: Method and confidence.
+        is_ratio: Whether units differ in their denominators, not only in their numbers of rows.
+    """
+    words = count_noun(units, word)
+    if units < MIN_UNITS:
+        return f"{words}: no interval below {MIN_UNITS}"
+    level = 1 - settings.confidence / 100
+    if settings.test == "flips" and smallest_p_value(units, settings) >= level:
+        return f"{words}: sign flips of so few give no p below {level:.4g}"
+    sizes = "denominators" if is_ratio else "numbers of rows"
+    return f"{words}: too unequal {sizes} for a {settings.confidence:.6g} % interval"
 
 
 def unreachable_cells(units: Sequence[int], settings: spec.Statistics) -> list[int]:

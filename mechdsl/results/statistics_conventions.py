@@ -17,14 +17,15 @@ from mechdsl.program.estimators import find_estimator
 from mechdsl.program.significance import CORRECTION_NAMES
 from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.statistics.cell_statistics import SHARE_RUNS
+from mechdsl.statistics.cell_statistics import SHARE_RUNS, share_mask
 from mechdsl.statistics.measurements import (
     NO_INTERVAL_REASONS,
+    CellStatistics,
     MeasureData,
     cells_by_view,
     may_round_differently,
 )
-from mechdsl.vocab.effects import EffectKind
+from mechdsl.vocab.effects import EFFECTS, EffectKind
 from mechdsl.vocab.row_statistics import ROW_STATISTICS
 
 _METHODS = {
@@ -140,13 +141,25 @@ def _interval_text(result: ExperimentResult) -> str:
     by_block = ", separately for each block" if PROMPTS_AXIS in result.axes else ""
     within = most.strata is not None and settings.test != "flips"
     design = (by_block or ", within the values that are dealt evenly") if within else ""
-    exact = [data.unit == "share" and data.effect in SHARE_RUNS for data in numbers]
+    shares = [data for data in numbers if data.unit == "share" and data.effect in SHARE_RUNS]
+    exact = [share_mask(data, EFFECTS[data.effect]) for data in shares]
     kinds: list[str] = []
-    if not all(exact):
+    mixed = not all(each.all() for each in exact)
+    if len(shares) < len(numbers) or mixed:
         kinds.append(_METHODS[settings.test].format(over=f"{over}{design}", n=settings.resamples))
-    if any(exact):
-        kinds.append("shares: the exact limits of Clopper and Pearson")
+    if shares and (not mixed or any(each.any() for each in exact)):
+        which = " of rows that are all 0 or 1" if mixed else ""
+        kinds.append(f"shares{which}: the exact limits of Clopper and Pearson")
+    level = round(1 - settings.confidence / 100, 10)
+    if any(_reaches_zero(each, level) for each in result.statistics):
+        kinds.append(f"extended to 0 where so few values that aren't 0 give no p below {level:g}")
     return f"{settings.confidence:g} % {'; '.join(kinds)}"
+
+
+def _reaches_zero(cells: CellStatistics, level: float) -> bool:
+    """Whether the interval of a cell ends at 0 because its p can't be below the level."""
+    at_zero = (cells.low == 0) | (cells.high == 0)
+    return bool((at_zero & (cells.mean != 0) & (cells.p >= level)).any())
 
 
 def rank_by_size(result: ExperimentResult, measure: int, count: int) -> list[int]:

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Bools, CellIndex, Floats, Ints
 from mechdsl.base.records import Registry
 from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.statistics import ZeroDenominator
 from mechdsl.program import spec
-from mechdsl.program.significance import MAX_RESAMPLES, MIN_UNITS
+from mechdsl.program.significance import MAX_RESAMPLES, MIN_UNITS, interval_gap
 from mechdsl.statistics.corrections import add_corrected_p
 from mechdsl.statistics.intervals import (
     FLIPS_PER_TEST,
@@ -69,13 +68,14 @@ class Inference:
     @classmethod
     def of(cls, low: Floats, high: Floats, p: Floats, floor: Bools, level: float) -> Inference:
         """Return the inference of a tested value: the interval includes 0 if p isn't below the
-        level, and p is missing if the interval is."""
+        level. Interval and p are missing if an end is infinite or missing."""
         includes_zero = ~np.isnan(p) & (p >= level)
-        known = ~np.isnan(low) & ~np.isnan(high)
+        known = np.isfinite(low) & np.isfinite(high)
         with np.errstate(invalid="ignore"):
             low = np.where(includes_zero, np.minimum(low, 0.0), low)
             high = np.where(includes_zero, np.maximum(high, 0.0), high)
-        return cls(low, high, np.where(known, p, np.nan), floor & known)
+        low, high, p = (np.where(known, each, np.nan) for each in (low, high, p))
+        return cls(low, high, p, floor & known)
 
 
 def infer(
@@ -98,7 +98,8 @@ def infer(
     low, high, p, floor = _by_method(sums, settings, draws, tests)
     if tested:
         return Inference.of(low, high, p, floor, 1 - settings.confidence / 100)
-    nothing = np.full(len(p), np.nan)
+    known, nothing = np.isfinite(low) & np.isfinite(high), np.full(len(p), np.nan)
+    low, high = (np.where(known, end, np.nan) for end in (low, high))
     return Inference(low, high, nothing, np.zeros(len(p), dtype=bool))
 
 
@@ -266,7 +267,13 @@ def _numbers(
             if about is not None:
                 for values in (found.mean, found.low, found.high, found.p):
                     values[cell] = np.nan
-            reasons[cell] = _reason(data, effect, found, cell, undefined, word, about)
+            gap = interval_gap(
+                int(found.units[cell]),
+                word,
+                sampling.settings,
+                is_ratio=rows.denominator is not None and about is None,
+            )
+            reasons[cell] = _reason(data, effect, found, cell, undefined, gap, about)
     for values in (found.mean, found.low, found.high, found.base_mean, found.source_mean):
         values[~np.isfinite(values)] = np.nan
     return replace(found, reasons=tuple(reasons), further=further, failures=failures)
@@ -298,22 +305,88 @@ def _inference(
 ) -> Inference:
     """Compute the inference by the type of value."""
     settings, cells = sampling.settings, block.cells
+    nothing = np.full(len(cells), np.nan)
     if data.spread != "rows":
-        nothing = np.full(len(cells), np.nan)
         return Inference(nothing, nothing, nothing, np.zeros(len(cells), dtype=bool))
-    limits = share_limits(data, effect, cells, block.units, settings.confidence)
-    if limits is None:
-        draws = sampling.draws(block.units, whole=block.whole)
+    shares = cell_shares(data, effect, cells)
+    draws = sampling.draws(block.units, whole=block.whole)
+    if shares is None:
         return infer(block.sums, settings, draws, tests, tested=effect.tested)
-    runs = _share_sums(data, effect, cells, block.units)
-    if len(runs) == 1:  # a single share isn't a difference and has no p
-        return Inference(*limits, np.full(len(cells), np.nan), np.zeros(len(cells), dtype=bool))
-    patched, base = runs
-    found = infer_shares(patched, base, block.n, settings.confidence)
-    still = data.inert[cells] & effect.of_intervention & ~np.isnan(found.low)
-    return replace(
-        found, low=np.where(still, 0.0, found.low), high=np.where(still, 0.0, found.high)
-    )
+    found = _share_inference(data, effect, block, shares, settings.confidence)
+    others = np.flatnonzero(~shares.exact)
+    if not len(others):
+        return found
+    rest = infer(block.sums.chosen(others), settings, draws, tests, tested=effect.tested)
+    for name in ("low", "high", "p", "floor"):
+        getattr(found, name)[others] = getattr(rest, name)
+    return found
+
+
+def _share_inference(
+    data: MeasureData,
+    effect: EffectKind,
+    block: _UnitBlock,
+    shares: CellShares,
+    confidence: float,
+) -> Inference:
+    """Compute the inference of shares, and of differences of shares."""
+    own, *other = shares.sums(block.units)
+    if not other:  # a single share isn't a difference and has no p
+        low, high = share_interval(own, block.n, confidence)
+        return Inference(low, high, np.full(len(low), np.nan), np.zeros(len(low), dtype=bool))
+    found = infer_shares(own, other[0], block.n, confidence)
+    still = data.inert[block.cells] & effect.of_intervention & ~np.isnan(found.low)
+    low, high = (np.where(still, 0.0, end) for end in (found.low, found.high))
+    return replace(found, low=low, high=high)
+
+
+@dataclass(frozen=True, eq=False)
+class CellShares:
+    """Cells whose effect is a share, or the difference of two shares."""
+
+    exact: Bools
+    """Whether all rows of the cell are 0 or 1, shape [cell]."""
+    present: Bools
+    """Shape [cell, prompt]."""
+    runs: tuple[Floats, ...]
+    """The run with the share and the one that it is compared with, each [cell, prompt]."""
+
+    def sums(self, units: Units, of: int = 0) -> list[EffectSums]:
+        """Return the sums of each run over units; `of` is the experiment's index among those of
+        the units."""
+        bottom = units.total(self.present.astype(np.float64), of)
+        held = units.held(self.present, of)
+        return [
+            EffectSums(units.total(np.where(self.present, run, 0.0), of), bottom, held)
+            for run in self.runs
+        ]
+
+
+def cell_shares(data: MeasureData, effect: EffectKind, cells: Ints) -> CellShares | None:
+    """Return the shares among some cells; None if there are none."""
+    if data.unit != "share" or effect.name not in SHARE_RUNS:
+        return None
+    present = effect_parts(data, effect, cells).present
+    exact = np.ones(len(cells), dtype=bool)
+    runs: list[Floats] = []
+    for name in SHARE_RUNS[effect.name]:
+        if name is None:
+            continue
+        values = {"patched": data.patched, "base": data.base, "source": data.source}[name]
+        if values is None:
+            return None
+        rows = values[cells] if len(values) > 1 else values
+        runs.append(np.broadcast_to(rows, (len(cells), rows.shape[1])))
+        exact &= (np.isin(runs[-1], (0.0, 1.0)) | ~present).all(axis=1)
+    return CellShares(exact, present, tuple(runs)) if exact.any() else None
+
+
+def share_mask(data: MeasureData, effect: EffectKind) -> Bools:
+    """Return which of the cells with rows are shares or differences of shares. Shape [cell with
+    rows]."""
+    there = np.flatnonzero(effect_parts(data, effect, slice(None)).present.any(axis=1))
+    shares = cell_shares(data, effect, there)
+    return np.zeros(len(there), dtype=bool) if shares is None else shares.exact
 
 
 def share_limits(
@@ -323,52 +396,28 @@ def share_limits(
     units: Units,
     confidence: float,
     of: int = 0,
-) -> tuple[Floats, Floats] | None:
-    """Return exact limits of shares and of differences of shares, shape [cell] each; None for
-    others.
+) -> tuple[Bools, Floats, Floats] | None:
+    """Return which cells are shares or differences of shares, and their exact limits, shape [cell]
+    each; None if there are none.
 
     Args:
+        data: The measure.
+        effect: Its effect.
+        cells: Indices of the cells.
+        units: Units of the rows.
+        confidence: In percent.
         of: Index of the experiment among those of the units.
     """
-    sums = _share_sums(data, effect, cells, units, of)
-    if not sums:
+    shares = cell_shares(data, effect, cells)
+    if shares is None:
         return None
-    own, *other = sums
-    n = np.count_nonzero(effect_parts(data, effect, cells).present, axis=1)
+    own, *other = shares.sums(units, of)
+    n = np.count_nonzero(shares.present, axis=1)
     if not other:
-        return share_interval(own, n, confidence)
+        return shares.exact, *share_interval(own, n, confidence)
     low, high = share_difference(own, other[0], n, confidence)
     still = data.inert[cells] & effect.of_intervention & ~np.isnan(low)
-    return np.where(still, 0.0, low), np.where(still, 0.0, high)
-
-
-def _share_sums(
-    data: MeasureData, effect: EffectKind, cells: Ints, units: Units, of: int = 0
-) -> list[EffectSums]:
-    """Return the sums of the one or two shares in an effect; empty for other effects."""
-    runs = _shares(data, effect, cells)
-    if runs is None:
-        return []
-    present = effect_parts(data, effect, cells).present
-    bottom, held = units.total(present.astype(np.float64), of), units.held(present, of)
-    return [EffectSums(units.total(np.where(present, run, 0.0), of), bottom, held) for run in runs]
-
-
-def _shares(data: MeasureData, effect: EffectKind, cells: Ints) -> list[Floats] | None:
-    """Return the values of the one or two runs whose shares form an effect, each [cell, prompt];
-    None for other effects."""
-    if data.unit != "share" or effect.name not in SHARE_RUNS:
-        return None
-    found: list[Floats] = []
-    for name in SHARE_RUNS[effect.name]:
-        if name is None:
-            continue
-        values = {"patched": data.patched, "base": data.base, "source": data.source}[name]
-        if values is None or not np.isin(values[~np.isnan(values)], (0.0, 1.0)).all():
-            return None
-        rows = values[cells] if len(values) > 1 else values
-        found.append(np.broadcast_to(rows, (len(cells), rows.shape[1])))
-    return found
+    return shares.exact, np.where(still, 0.0, low), np.where(still, 0.0, high)
 
 
 def _zero_denominators(
@@ -454,10 +503,10 @@ def _reason(
     found: CellStatistics,
     cell: int,
     undefined: int,
-    unit: str,
+    gap: str,
     zero: tuple[float, float, float] | None,
 ) -> str | None:
-    """Describe why a value of a cell is missing."""
+    """Describe why a value of a cell is missing; `gap` is the reason if it has no interval."""
     said: list[str] = []
     if data.missing is not None:
         return f"not computed ({data.missing.code}): {data.missing.reason}"
@@ -469,17 +518,15 @@ def _reason(
         said.append(f"the base run's value is 0 in {undefined} of {found.n[cell]} prompts")
     elif zero is not None and not zero[1] == zero[2] == 0:
         value, low, high = zero
-        said.append(
-            f"{effect.divisor} can't be told from 0 there: {value:.3g} [{low:.3g}, {high:.3g}]"
-        )
+        ends = f"[{low:.3g}, {high:.3g}]" if np.isfinite(low) else f"without an interval ({gap})"
+        said.append(f"{effect.divisor} can't be told from 0 there: {value:.3g} {ends}")
     elif not np.isfinite(found.mean[cell]):
         by_zero = effect.denominator is not None and not np.isinf(found.mean[cell])
         said.append(f"{effect.divisor} is 0" if by_zero else "infinite for at least one prompt")
-    units = int(found.units[cell])
     if data.spread in NO_INTERVAL_REASONS:
         said.append(NO_INTERVAL_REASONS[data.spread])
     elif np.isfinite(found.mean[cell]) and not np.isfinite(found.low[cell]):
-        said.append(f"{count_noun(units, unit)}: no interval below {MIN_UNITS}")
+        said.append(gap)
     if data.inert[cell]:
         said.append("cannot differ from the base run: not tested")
     elif not effect.tested:
@@ -622,17 +669,20 @@ def check_denominator(
     confidence = sampling.settings.confidence
     strata = sampling.draws(units, whole=bool(sampling.whole(present).all())).strata
     ends = denominator_interval(sums, strata, confidence)
-    for value, low, high, n in zip(sums.value, *ends, present.sum(1), strict=True):
+    for value, low, high, n, held in zip(sums.value, *ends, present.sum(1), sums.held, strict=True):
         if n and not (low > 0 or high < 0):
+            gap = interval_gap(int(held), sampling.unit_word(units), sampling.settings)
             return [
                 ZeroDenominator(
                     span=span,
                     effect=effect.name,
                     divisor=effect.divisor,
                     mean=f"{value:.3g}",
-                    low=f"{low:.3g}",
-                    high=f"{high:.3g}",
-                    confidence=f"{confidence:g}",
+                    interval=(
+                        f"with a {confidence:g} % interval from {low:.3g} to {high:.3g}"
+                        if np.isfinite(low)
+                        else f"without an interval ({gap})"
+                    ),
                     n=int(n),
                 )
             ]

@@ -17,6 +17,7 @@ from mechdsl.statistics.measurements import CellStatistics, EffectSums, MeasureD
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import finished, heads, measure, statistics
+from .two_results import plain
 
 
 def exact(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -51,6 +52,43 @@ def test_share_of_a_cell_has_the_exact_interval() -> None:
     assert raw.low[0] == raw.high[0] == 0.5, "no share of rows: as any mean"
     assert total.mean[0] == pytest.approx(5 / 8)
     assert total.low[0] < 5 / 8 < total.high[0]
+
+
+@pytest.mark.parametrize("effect", ["raw", "delta"])
+def test_interval_of_a_share_does_not_depend_on_other_cells(effect: str) -> None:
+    """With several samples per row, rows of one cell may all be 0 or 1 and others not."""
+    share, mixed = np.array([1.0] * 6 + [0.0] * 2), np.array([0.5] * 5 + [1.0] * 3)
+    base = np.array([1.0] * 2 + [0.0] * 6)
+    alone = one(of(share[None], base, effect=effect))
+    both = one(of(np.stack([mixed, share, mixed]), base, effect=effect))
+    for name in ("mean", "low", "high", "p"):
+        assert getattr(both, name)[1] == pytest.approx(getattr(alone, name)[0], nan_ok=True)
+    mean = one(of(mixed[None], base, effect=effect, unit=""))
+    for name in ("mean", "low", "high", "p"):
+        for cell in (0, 2):
+            assert getattr(both, name)[cell] == pytest.approx(getattr(mean, name)[0], nan_ok=True)
+
+
+def test_expectations_on_shares_do_not_depend_on_other_cells() -> None:
+    share, mixed = np.array([1.0] * 8), np.array([0.5] * 5 + [1.0] * 3)
+    lines = ("raw(head: 1) > 0.6", "min(raw) > 0", "max(raw) > 0", "max(raw) < 2")
+    data = of(np.stack([mixed, share]), np.zeros(8))
+    sole, least, most, below = finished(plain(data), *lines).outcomes
+    table = one(data)
+    assert sole.low == pytest.approx(exact(8, 8)[0])
+    assert least.low == pytest.approx(table.low.min())
+    assert below.high == pytest.approx(table.high.max())
+    # each of the two groups of cells has half of the level
+    assert most.low == pytest.approx(max(exact(8, 8, 0.975)[0], table.low[0]), abs=0.03)
+    assert "rows that are all 0 or 1" in finished(plain(data)).conventions["interval"]
+
+
+def test_rows_outside_a_cell_do_not_make_its_base_run_no_share() -> None:
+    patched = np.array([[1.0] * 8 + [np.nan]])
+    base = np.array([1.0, 0, 1, 0, 1, 0, 1, 0, 0.5])
+    found = one(of(patched, base, effect="delta"))
+    alone = one(of(patched[:, :8], base[:8], effect="delta"))
+    assert (found.low[0], found.high[0]) == pytest.approx((alone.low[0], alone.high[0]))
 
 
 def newcombe(a: int, b: int, c: int, d: int) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from mechdsl.program import spec
 from mechdsl.program.significance import (
     CORRECTION_NAMES,
     MIN_UNITS,
+    interval_gap,
     smallest_p_value,
     unreachable_cells,
 )
@@ -23,10 +24,10 @@ from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.cell_statistics import (
     Inference,
+    cell_shares,
     denominator_interval,
     infer_shares,
     rounding_bound,
-    share_limits,
 )
 from mechdsl.statistics.comparisons import RunPair, paired_difference, unpaired_difference
 from mechdsl.statistics.corrections import CORRECTIONS
@@ -41,6 +42,7 @@ from mechdsl.statistics.measurements import (
     find_units,
     group_cells_by_view,
 )
+from mechdsl.statistics.skewed_t import skewed_t
 from mechdsl.vocab.effects import EFFECTS
 
 
@@ -421,8 +423,8 @@ class MeasureComparison:
 
     def _unbounded(self, block: CellBlock) -> list[str | None]:
         """Return a reason for ratios whose denominator can't be distinguished from 0 on the
-        compared rows. Shape [cell]."""
-        found: list[str | None] = [None] * len(block.cells)
+        compared rows, and for effects that have no interval in one of the runs. Shape [cell]."""
+        found = self._gaps(block)
         effect = self.aligned.effect
         if effect.denominator is None or self.aligned.new.per_prompt:
             return found
@@ -436,6 +438,22 @@ class MeasureComparison:
                 bounded = (low > 0) | (high < 0)
             for place in np.flatnonzero(~bounded).tolist():
                 found[place] = f"{effect.divisor} can't be distinguished from 0 on these rows"
+        return found
+
+    def _gaps(self, block: CellBlock) -> list[str | None]:
+        """Return the reasons of a table for effects of either run without an interval; None for
+        shares. Shape [cell]."""
+        found: list[str | None] = [None] * len(block.cells)
+        shares = self._shares(block)
+        settings = self.settings.model_copy(update={"test": "t"})
+        word = self.rows.sampling.unit_word(block.units)
+        is_ratio = self.aligned.effect.denominator is not None and not self.aligned.new.per_prompt
+        for sums in (block.both.old, block.both.new):
+            strata = block.units.strata if block.whole and self.rows.paired else None
+            low, _ = skewed_t(sums, strata).interval(settings.confidence, MIN_UNITS)
+            for place in np.flatnonzero(np.isnan(low) & ~shares).tolist():
+                held = int(sums.held[place])
+                found[place] = interval_gap(held, word, settings, is_ratio=is_ratio)
         return found
 
     # --- categories -------------------------------------------------------------------------------
@@ -512,28 +530,31 @@ class MeasureComparison:
     def _test(self, block: CellBlock) -> None:
         cells, both = block.cells, block.both
         confidence, level = self.settings.confidence, 1 - self.settings.confidence / 100
-        found = self._share_difference(block)
-        if found is None:
-            strata = block.units.strata if block.whole else None
-            own = (
-                paired_difference(both, strata)
-                if self.rows.paired
-                else unpaired_difference(both, block.of_new)
-            )
-            nothing = np.zeros(len(cells), dtype=bool)
-            found = Inference.of(*own.interval(confidence, MIN_UNITS), own.p(), nothing, level)
+        strata = block.units.strata if block.whole else None
+        own = (
+            paired_difference(both, strata)
+            if self.rows.paired
+            else unpaired_difference(both, block.of_new)
+        )
+        nothing = np.zeros(len(cells), dtype=bool)
+        found = Inference.of(*own.interval(confidence, MIN_UNITS), own.p(), nothing, level)
+        exact = self._shares(block)
+        if exact.any():
+            n = block.n
+            shares = infer_shares(both.new, both.old, n[1], confidence, n[0])
+            for name in ("low", "high", "p", "floor"):
+                getattr(found, name)[exact] = getattr(shares, name)[exact]
         self.low[cells], self.high[cells] = found.low, found.high
         self.p[cells], self.floor[cells] = found.p, found.floor
 
-    def _share_difference(self, block: CellBlock) -> Inference | None:
-        """Test the difference of two shares, with the exact limits of both."""
-        confidence, effect = self.settings.confidence, self.aligned.effect
-        if effect.name != "raw":
-            return None
+    def _shares(self, block: CellBlock) -> Bools:
+        """Return which cells are shares in both runs, whose exact limits give those of the
+        difference. Shape [cell]."""
+        found = np.full(len(block.cells), self.aligned.effect.name == "raw" and not self.category)
         for data in (self.aligned.old, self.aligned.new):
-            if share_limits(data, effect, block.cells, block.units, confidence) is None:
-                return None
-        return infer_shares(block.both.new, block.both.old, block.n[1], confidence, block.n[0])
+            shares = cell_shares(data, self.aligned.effect, block.cells)
+            found &= False if shares is None else shares.exact
+        return found
 
     def decide(self, corrected: Floats) -> None:
         """Decide which cells changed; `corrected` are the p-values of the tested cells."""

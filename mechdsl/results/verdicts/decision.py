@@ -386,6 +386,8 @@ class _Judge:
         confidence = 100 - (100 - self.confidence) / int(mine.sum())
         next_ = compare_with_each_rival(space, of, winner, of.cells[~mine], sign, confidence)
         apart = f"{next_.value:.3g} [{next_.low:.3g}, {next_.high:.3g}]"
+        if math.isnan(next_.low):
+            apart = f"{next_.value:.3g}, {space.gap(space.held, confidence)}"
         name = self.result.cells[next_.cell].name
         good = next_.low > 0
         word = "ahead of" if good else "by the mean, but can't be distinguished from"

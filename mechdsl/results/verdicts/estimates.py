@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -143,6 +143,18 @@ def evaluate_resamples(number: SmoothNumber, weights: Floats) -> tuple[Floats, F
             return value, (by_one - value[:, None] * by_two) / two
 
 
+def weighted_cells(number: SmoothNumber) -> Iterator[WeightedCells | CombinedCells]:
+    """Yield the cells that a number is computed from."""
+    match number:
+        case FixedNumber():
+            return
+        case CombinedNumbers(left=left, right=right):
+            yield from weighted_cells(left)
+            yield from weighted_cells(right)
+        case _:
+            yield number
+
+
 def is_single_cell(number: SmoothNumber) -> bool:
     """Whether a number is one cell, shifted and scaled by fixed numbers."""
     match number:
@@ -174,17 +186,32 @@ def is_linear(number: SmoothNumber) -> bool:
 def exact_interval(number: SmoothNumber, confidence: float) -> tuple[float, float] | None:
     """Return the ends of a single cell with exact limits, shifted and scaled by fixed numbers; None
     for other numbers."""
+
+    def found(inner: SmoothNumber) -> tuple[float, float] | None:
+        limits = inner.limits if isinstance(inner, WeightedCells) else None
+        return None if limits is None else limits(confidence)
+
+    return map_interval(number, found)
+
+
+def map_interval(
+    number: SmoothNumber, interval: Callable[[SmoothNumber], tuple[float, float] | None]
+) -> tuple[float, float] | None:
+    """Return the ends of a number that is another one, shifted and scaled by fixed numbers.
+
+    Args:
+        number: The shifted and scaled number.
+        interval: Function that returns the ends of the other number, or None.
+    """
     match number:
-        case WeightedCells() if number.limits is not None:
-            return number.limits(confidence)
-        case CombinedNumbers(sign, left, FixedNumber(value)):
-            found = exact_interval(left, confidence)
+        case CombinedNumbers(sign, inner, FixedNumber(value)):
+            found = map_interval(inner, interval)
             ends = [] if found is None else [float(OPERATIONS[sign](e, value)) for e in found]
-        case CombinedNumbers(sign, FixedNumber(value), right) if sign != "/":
-            found = exact_interval(right, confidence)
+        case CombinedNumbers(sign, FixedNumber(value), inner) if sign != "/":
+            found = map_interval(inner, interval)
             ends = [] if found is None else [float(OPERATIONS[sign](value, e)) for e in found]
         case _:
-            return None
+            return interval(number)
     return (min(ends), max(ends)) if ends else None
 
 

@@ -34,11 +34,13 @@ from mechdsl.checks.conditions import (
     truth_value,
 )
 from mechdsl.fits.rankings import auroc, pearson, spearman
-from mechdsl.program.significance import MIN_UNITS
+from mechdsl.program import spec
+from mechdsl.program.significance import MIN_UNITS, interval_gap
 from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.verdicts.estimates import (
     CombinedCells,
+    CombinedNumbers,
     Estimate,
     FixedNumber,
     IntervalFunction,
@@ -55,10 +57,12 @@ from mechdsl.results.verdicts.estimates import (
     fisher_interval,
     is_linear,
     is_single_cell,
+    map_interval,
     number_skewed_t,
     studentise_number,
+    weighted_cells,
 )
-from mechdsl.statistics.cell_statistics import infer, share_limits
+from mechdsl.statistics.cell_statistics import Inference, infer, share_limits
 from mechdsl.statistics.comparisons import true_correlation
 from mechdsl.statistics.intervals import SimultaneousBounds, clopper_pearson, simultaneous_bounds
 from mechdsl.statistics.measurements import (
@@ -97,7 +101,7 @@ def compare_with_each_rival(
     end."""
     low, high, value = (np.full(len(rivals), np.nan) for _ in range(3))
     sums = cell_differences(space, of, np.full(len(rivals), leader), rivals, sign, -sign)
-    settings = space.mine.sampling.settings.model_copy(update={"confidence": confidence})
+    settings = space.settings(confidence)
     step = max(1, 4_000_000 // space.draws.resamples)
     for start in range(0, len(rivals), step):
         block = slice(start, start + step)
@@ -121,7 +125,7 @@ def compare_with_rival(
     """Return the differences to one rival with simultaneous bounds. Shape [leader]."""
     rivals = np.full(len(leaders), rival)
     sums = cell_differences(space, of, leaders, rivals, sign, -sign)
-    return simultaneous_bounds(sums, space.draws, confidence)
+    return space.together(sums, confidence)
 
 
 def find_smaller_cells(
@@ -140,7 +144,7 @@ def find_smaller_cells(
         above.bottom if len(above.bottom) == 1 else np.concatenate([above.bottom, below.bottom]),
         np.concatenate([above.held, below.held]),
     )
-    low = simultaneous_bounds(both, space.draws, confidence).low_together.reshape(2, -1)
+    low = space.together(both, confidence).low_together.reshape(2, -1)
     return rivals[(low > 0).all(0)]
 
 
@@ -182,7 +186,7 @@ def rank_true_cells(
         sign = 1.0 if point else -1.0
         left, right = np.meshgrid(of.cells[true], of.cells[~true])
         pairs = cell_differences(space, of, left.ravel(), right.ravel(), sign, -sign)
-        sure = simultaneous_bounds(pairs, space.draws, confidence).low_together > 0
+        sure = space.together(pairs, confidence).low_together > 0
         return _perfect_estimate(point, float(sure.mean()))
     found = [auroc(sums.under(weights), true) for weights in space.draws.weights(4 * len(sums.top))]
     return _resampled_estimate(point, np.concatenate(found), confidence)
@@ -469,8 +473,40 @@ class ComparisonSample:
         """Why there is no interval, if there is none."""
         if self.held >= MIN_UNITS:
             return None
-        words = count_noun(self.held, self.mine.sampling.unit_word(self.units))
-        return f"{words}: no interval below {MIN_UNITS}"
+        return self.gap(self.held, self.mine.sampling.settings.confidence)
+
+    def gap(self, held: int, confidence: float) -> str:
+        """Return why a value over `held` units has no interval."""
+        effects = [EFFECTS[each.result.measures[each.measure].effect] for each in self.read]
+        return interval_gap(
+            held,
+            self.mine.sampling.unit_word(self.units),
+            self.settings(confidence),
+            is_ratio=any(each.denominator is not None for each in effects),
+        )
+
+    def intervals(self, sums: EffectSums, confidence: float, *, tested: bool = True) -> Inference:
+        """Return the intervals of cells by the method of the table."""
+        return infer(sums, self.settings(confidence), self.draws, 1, tested=tested)
+
+    def together(
+        self, sums: EffectSums, confidence: float, *, tested: bool = True
+    ) -> SimultaneousBounds:
+        """Return the cells' own intervals, by the method of the table, and simultaneous bounds
+        that are never nearer to the values."""
+        found = simultaneous_bounds(sums, self.draws, confidence)
+        own = self.intervals(sums, confidence, tested=tested)
+        return SimultaneousBounds(
+            found.value,
+            own.low,
+            own.high,
+            np.minimum(found.low_together, own.low),
+            np.maximum(found.high_together, own.high),
+        )
+
+    def settings(self, confidence: float) -> spec.Statistics:
+        """Return the settings of the table at another confidence."""
+        return self.mine.sampling.settings.model_copy(update={"confidence": confidence})
 
 
 class _DistanceToOne(CellAggregate):
@@ -547,22 +583,53 @@ class ValueReader:
         """Return the estimate with the ends of its interval."""
         if estimate.smooth is None or isinstance(estimate.smooth, FixedNumber):
             return estimate
-        ends, few = exact_interval(estimate.smooth, confidence), self.space.too_few
+        ends = exact_interval(estimate.smooth, confidence)
         known = ends is not None and not any(map(math.isnan, ends))
         if ends is not None and known and is_single_cell(estimate.smooth):
             return replace(estimate, low=ends[0], high=ends[1])
-        if few is not None:
-            return replace(estimate, why=estimate.why or few)
+        gap = self.space.too_few or self.gap(estimate.smooth, confidence)
+        if gap is not None:
+            return replace(estimate, why=estimate.why or gap)
+        if ends is not None and known:
+            found = studentise_number(estimate.smooth, self.space.draws, self.space.held)
+            if found.error[0] == 0:
+                return replace(estimate, low=ends[0], high=ends[1])
+        ends = map_interval(
+            estimate.smooth, lambda number: self.number_interval(number, confidence)
+        )
+        assert ends is not None
+        return replace(estimate, low=ends[0], high=ends[1])
+
+    def number_interval(self, number: SmoothNumber, confidence: float) -> tuple[float, float]:
+        """Return the interval of several cells' number. That of a sum or difference of tested
+        effects includes 0 if its p isn't below the level, as in the table."""
         draws, held = self.space.draws, self.space.held
-        found = studentise_number(estimate.smooth, draws, held)
-        if ends is not None and known and found.error[0] == 0:
-            return replace(estimate, low=ends[0], high=ends[1])
-        low, high = found.interval(confidence)
-        by_t = self.cells.result.sampling.settings.test == "t"
-        if by_t and is_linear(estimate.smooth):
-            corrected = number_skewed_t(estimate.smooth, draws, held)
-            low, high = corrected.interval(confidence, MIN_UNITS)
-        return replace(estimate, low=float(low[0]), high=float(high[0]))
+        linear = is_linear(number)
+        if linear and self.cells.result.sampling.settings.test == "t":
+            corrected = number_skewed_t(number, draws, held)
+            (low, high), p = corrected.interval(confidence, MIN_UNITS), corrected.p()
+        else:
+            found = studentise_number(number, draws, held)
+            (low, high), (p, _) = found.interval(confidence), found.p()
+        effects = [each.result.measures[each.measure].effect for each in self.space.read]
+        is_difference = isinstance(number, CombinedNumbers) and number.sign == "-"
+        if linear and (is_difference or all(EFFECTS[name].tested for name in effects)):
+            nothing = np.zeros(len(p), dtype=bool)
+            cut = Inference.of(low, high, p, nothing, 1 - confidence / 100)
+            low, high = cut.low, cut.high
+        return float(low[0]), float(high[0])
+
+    def gap(self, number: SmoothNumber, confidence: float) -> str | None:
+        """Return why a number has no interval: one of its cells has none."""
+        for cells in weighted_cells(number):
+            limits = cells.limits if isinstance(cells, WeightedCells) else None
+            if limits is not None:
+                lacking = np.isnan(limits(confidence)).any(keepdims=True)
+            else:
+                lacking = np.isnan(self.space.intervals(cells.sums, confidence).low)
+            if lacking.any():
+                return self.space.gap(int(cells.sums.held[lacking.argmax()]), confidence)
+        return None
 
     def of_cells(self, value: CellValue, confidence: float) -> Estimate:
         of = self.cells.of(value)
@@ -600,8 +667,8 @@ class ValueReader:
         few = np.flatnonzero(np.isnan(found.low) | np.isnan(found.high))
         if len(few):
             name = of.result.cells[int(of.cells[few[0]])].name
-            reason = of.result.statistics[of.measure].reasons[int(of.cells[few[0]])]
-            return replace(about, why=f"{name}: {reason}" if reason else "no interval")
+            reason = self.space.gap(int(sums.held[few[0]]), confidence)
+            return replace(about, why=f"{name}: {reason}")
         # The largest value exceeds every cell's simultaneous bound and is below the largest of the
         # separate bounds.
         low, high = (
@@ -611,8 +678,9 @@ class ValueReader:
         )
         return replace(about, low=float(low), high=float(high))
 
-    def shares(self, of: SelectedCells, confidence: float) -> tuple[Floats, Floats] | None:
-        """Return the exact limits of cells that are shares, shape [cell] each; otherwise None."""
+    def shares(self, of: SelectedCells, confidence: float) -> tuple[Bools, Floats, Floats] | None:
+        """Return which cells are shares, and their exact limits, shape [cell] each; None if none
+        is."""
         data = of.result.measures[of.measure]
         units, place = self.space.units, self.space.place(of.result)
         return share_limits(data, EFFECTS[data.effect], of.cells, units, confidence, place)
@@ -624,7 +692,8 @@ class ValueReader:
         rows and denominators are averaged to one cell, which has the limits of a table row, as
         with `mean over` and `auc over`.
         """
-        if self.shares(of, 95.0) is not None:
+        shares = self.shares(of, 95.0)
+        if shares is not None and shares[0].all():
             return WeightedCells(sums, share, self._share_limits(of, share))
         joined = sums.weigh(share)
         if joined is None:
@@ -636,16 +705,13 @@ class ValueReader:
         def found(confidence: float) -> tuple[float, float]:
             every = self.shares(of, 100 - (100 - confidence) / len(share))
             assert every is not None
-            return float(every[0] @ share), float(every[1] @ share)
+            return float(every[1] @ share), float(every[2] @ share)
 
         return found
 
     def _row_limits(self, sums: EffectSums, tested: bool) -> IntervalFunction:
-        settings = self.cells.result.sampling.settings
-
         def found(confidence: float) -> tuple[float, float]:
-            own = settings.model_copy(update={"confidence": confidence})
-            inference = infer(sums, own, self.space.draws, 1, tested=tested)
+            inference = self.space.intervals(sums, confidence, tested=tested)
             return float(inference.low[0]), float(inference.high[0])
 
         return found
@@ -653,14 +719,26 @@ class ValueReader:
     def together(
         self, of: SelectedCells, sums: EffectSums, confidence: float
     ) -> SimultaneousBounds:
-        """Return simultaneous bounds of cells; for shares by Bonferroni, because no resample of a
-        share of 1 is below 1."""
+        """Return the cells' own intervals and simultaneous bounds; those of shares are by
+        Bonferroni, because no resample of a share of 1 is below 1."""
+        tested = EFFECTS[of.result.measures[of.measure].effect].tested
         alone = self.shares(of, confidence)
         if alone is None:
-            return simultaneous_bounds(sums, self.space.draws, confidence)
+            return self.space.together(sums, confidence, tested=tested)
         every = self.shares(of, 100 - (100 - confidence) / len(of.cells))
         assert every is not None
-        return SimultaneousBounds(sums.value, *alone, *every)
+        found = SimultaneousBounds(sums.value, *alone[1:], *every[1:])
+        others = np.flatnonzero(~alone[0])
+        if not len(others):
+            return found
+        # Both groups of cells share the level.
+        part, rest = 100 - (100 - confidence) * len(others) / len(of.cells), sums.chosen(others)
+        own = self.space.intervals(rest, confidence, tested=tested)
+        bounds = self.space.together(rest, part, tested=tested)
+        found.low[others], found.high[others] = own.low, own.high
+        found.low_together[others] = bounds.low_together
+        found.high_together[others] = bounds.high_together
+        return found
 
     def area(self, value: Area) -> Estimate:
         """Estimate an area by trapezoids, divided by the range of the axis."""

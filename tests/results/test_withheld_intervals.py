@@ -1,0 +1,142 @@
+"""Estimates without an interval: the reason, and expectations and comparisons that depend on it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mechdsl.results.differences.comparison import compare_results
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.cell_statistics import check_denominator
+from mechdsl.statistics.measurements import SamplingDesign
+from mechdsl.vocab.effects import EFFECTS
+
+from .synthetic import SPAN, finished, measure, statistics
+from .two_results import only, plain, results, states
+
+GROUPS = ["a", "b", "c", "d", "e", "f", *"zzzzzz"]
+"""Six groups of one row, and one with half of the rows."""
+
+UNEQUAL = "7 values of g: too unequal numbers of rows for a 95 % interval"
+FLIPS = "5 prompts: sign flips of so few give no p below 0.05"
+
+
+def grouped(*values: np.ndarray, seed: int = 0, **settings: str) -> ExperimentResult:
+    rows = len(GROUPS)
+    random = np.random.default_rng(seed)
+    patched = values or (
+        np.stack([2 + 0.1 * random.normal(size=rows), 4 + 0.1 * random.normal(size=rows)]),
+    )
+    found = plain(measure(patched[0], np.zeros(rows)))
+    return replace(found, row_values={"g": GROUPS})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "delta(head: 1) > 1",
+        "1 < delta(head: 1)",
+        "delta(head: 1) - 1 > 0",
+        "2 * delta(head: 1) > 2",
+        "mean(delta) > 1",
+        "max(delta) > 1",
+        "min(delta) > 1",
+        "delta(head: 1) - delta(head: 0) > 1",
+        "delta(head: 1) / delta(head: 0) > 1",
+        "delta(head: 1) * delta(head: 0) > 1",
+        "abs(delta(head: 1)) > 1",
+        "abs(delta(head: 1)) - abs(delta(head: 0)) > 1",
+        "delta(head: 1) near 4 within 3",
+    ],
+)
+def test_expectation_fails_with_the_reason_of_the_table(line: str) -> None:
+    found = finished(grouped(), line, by="g")
+    assert found.statistics[0].reasons == (UNEQUAL, UNEQUAL)
+    assert np.isnan(found.statistics[0].low).all()
+    (outcome,) = found.outcomes
+    assert not outcome.holds
+    assert UNEQUAL.split(" for ")[0] in (outcome.reason or "")
+    assert (outcome.low, outcome.high) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "line", ["argmax(delta) = L0H1", "argmax(delta) != L0H0", "top 1 contains L0H1"]
+)
+def test_ranking_of_cells_without_an_interval_is_not_claimed(line: str) -> None:
+    (outcome,) = finished(grouped(), line, by="g").outcomes
+    assert not outcome.holds
+    assert "nan" not in (outcome.reason or "")
+
+
+def test_same_rows_in_groups_of_equal_size_have_an_interval() -> None:
+    equal = replace(grouped(), row_values={"g": [*"aabbccddeeff"]})
+    assert finished(equal, "delta(head: 1) > 1", by="g").outcomes[0].holds
+
+
+def test_stricter_level_without_an_interval_is_not_decided_by_another_method() -> None:
+    """At 95 % the cell has an interval; at the level of one of ten alternatives it has none."""
+    two = ["a", "b", "c", "d", "e", "f", "g", "h", *"zzz"]
+    rows = len(two)
+    values = 4 + 0.1 * np.random.default_rng(1).normal(size=(1, rows))
+    result = replace(plain(measure(values, np.zeros(rows))), row_values={"g": two})
+    lines = ["delta(head: 0) > 1", " or ".join(["delta(head: 0) > 1"] * 60)]
+    alone, many = finished(result, *lines, by="g").outcomes
+    assert alone.holds
+    assert not many.holds
+    assert "too unequal numbers of rows for a 99.9167 % interval" in (many.reason or "")
+
+
+def test_differences_of_unequal_groups_are_unclear() -> None:
+    rows = len(GROUPS)
+    old = np.random.default_rng(2).normal(size=(1, rows))
+    new = old + 3 + 0.1 * np.random.default_rng(3).normal(size=(1, rows))
+    sides = (finished(grouped(old), by="g"), finished(grouped(new), by="g"))
+    found = compare_results(results(sides[0]), results(sides[1]))
+    assert states(found) == {"unclear": 1}
+    cell = only(found, "unclear")
+    assert (cell.low, cell.high, cell.p) == (None, None, None)
+    assert cell.reason == UNEQUAL
+
+
+def test_denominator_without_an_interval_is_rejected_with_the_reason() -> None:
+    rows = len(GROUPS)
+    base = 5 + np.random.default_rng(4).normal(size=(1, rows))
+    sampling = SamplingDesign(rows, statistics(by="g"), 0, groups=np.array(GROUPS))
+    (found,) = check_denominator(base, None, sampling, SPAN, effect=EFFECTS["relative"])
+    assert found.code == "E0604"
+    assert found.label_text.endswith(f"over 12 rows, without an interval ({UNEQUAL})")
+    found = finished(
+        replace(
+            plain(measure(base + 1, base, effect="relative")),
+            row_values={"g": GROUPS},
+        ),
+        by="g",
+    )
+    (reason,) = found.statistics[0].reasons
+    assert f"without an interval ({UNEQUAL})" in (reason or "")
+    assert "nan" not in (reason or "")
+
+
+@pytest.mark.parametrize("line", ["delta > -100", "abs(delta) > -1", "mean(delta) > -100"])
+def test_five_units_have_neither_interval_nor_p_by_sign_flips(line: str) -> None:
+    values = np.array([[4.0, 5.0, 5.5, 6.0, 7.0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = finished(plain(measure(values, np.zeros(5))), line, test="flips")
+    cells = found.statistics[0]
+    assert np.isnan([cells.low[0], cells.high[0], cells.p[0]]).all()
+    assert cells.reasons == (FLIPS,)
+    (outcome,) = found.outcomes
+    assert not outcome.holds
+    assert FLIPS in (outcome.reason or "")
+    assert (outcome.low, outcome.high) == (None, None)
+
+
+def test_six_units_have_interval_and_p_by_sign_flips() -> None:
+    values = np.array([[4.0, 5.0, 5.5, 6.0, 7.0, 8.0]])
+    found = finished(plain(measure(values, np.zeros(6))), "delta > 3", test="flips")
+    assert found.statistics[0].p[0] == pytest.approx(2 / 64)
+    assert found.outcomes[0].holds
