@@ -105,6 +105,13 @@ from mechdsl.resolve.expansion import find_selections, split_by_group
 from mechdsl.resolve.experiment import find_omitted_answers, outline_experiment
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.model_pairs import attach_texts, check_fit_model
+from mechdsl.resolve.node_circuits import (
+    NODE_FORMS,
+    find_node_problem,
+    names_circuit,
+    suggest_node_rule,
+    with_everything,
+)
 from mechdsl.resolve.trainings import check_objective
 from mechdsl.resolve.types import (
     ExperimentOutline,
@@ -798,7 +805,7 @@ def _outline(
 ) -> ExperimentOutline:
     """Return the outline of an experiment, and report its errors."""
     program = select_seed(checked.program, experiment)
-    filled = fill_groups(experiment, program, checked.objectives)
+    filled = fill_groups(with_everything(experiment, program), program, checked.objectives)
     experiment = filled.experiment
     fitted = fit_rows_of_experiment(experiment, checked.program)
     others = [run.model for run in experiment.elsewhere if run.model is not None]
@@ -961,10 +968,18 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
             found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif experiment.broken:
             continue  # the error may be why a source or rule is missing
+        elif effect.name in NODE_FORMS and not names_circuit(experiment, program):
+            problem = find_node_problem(experiment, effect.name, program)
+            if problem is not None:
+                reason, hint = problem
+                hint = hint or _suggest_effect_rule(experiment, effect, program)
+                text = measure.span.written
+                found.append(
+                    UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint)
+                )
         elif effect.circuit is not None and not _has_circuit_rule(experiment, effect, program):
             reason = f"`{effect.name}` is defined for `{effect.circuit} …`"
-            rule = _suggest_circuit_rule(experiment, effect.circuit, program)
-            hint = f"write the rule `{rule}`, or measure `as delta`"
+            hint = _suggest_effect_rule(experiment, effect, program)
             text = measure.span.written
             found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif effect.needs_source and experiment.source is None:
@@ -980,6 +995,17 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 )
             )
     return found
+
+
+def _suggest_effect_rule(
+    experiment: spec.Experiment, effect: EffectKind, program: spec.Program
+) -> str:
+    """Return the fix with a rule that an effect is defined for, on a group if the file has no
+    circuit."""
+    if effect.name in NODE_FORMS and not program.circuits:
+        return suggest_node_rule(experiment, effect.name, program)
+    rule = _suggest_circuit_rule(experiment, effect.circuit or "", program)
+    return f"write the rule `{rule}`, or measure `as delta`"
 
 
 def _suggest_circuit_rule(experiment: spec.Experiment, form: str, program: spec.Program) -> str:

@@ -106,7 +106,11 @@ def fill_groups(
             waits = mask is None or not mask.is_trained
             coordinates.append(_ChosenCoordinates(definition, sites[0], waits))
         old = groups[definition.name]
-        found = {"sites": sites, "choices": () if mask is None else tuple(_list_choices(mask))}
+        found = {
+            "sites": sites,
+            "choices": () if mask is None else tuple(_list_choices(mask)),
+            "waits": mask is None or not mask.is_trained,
+        }
         groups[definition.name] = old.model_copy(update=found)
     expects = tuple(
         each.model_copy(update={"groups": tuple(groups[own.name] for own in each.groups)})

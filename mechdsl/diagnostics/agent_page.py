@@ -27,7 +27,7 @@ A `.mech` file defines models, prompts and experiments. Commands:
 
     mechdsl validate FILE --format json  # exit status 2: errors
     mechdsl plan FILE  # cost
-    mechdsl run FILE --format json  # results; --limit 8: quick try, --set name=VALUE
+    mechdsl run FILE --format json  # --limit 8: quick try, --set name=VALUE
     mechdsl explain FILE  # tokens of prompts
     mechdsl explain WORD  # word or code: E0301
     mechdsl sites counting
@@ -37,9 +37,9 @@ Rules of the notation:
 
 - The first line is `mech 1`. `#` begins a comment.
 - Blocks are in braces. Options have a colon: `pca(fruit, component: 2)`. Texts are in `"…"`.
-- Layers and heads count from 0. Ranges include both ends: `0..3`. `*` means all.
+- Layers and heads count from 0. Ranges include both ends. `*` means all.
 - The singular sweeps (`layer 0..2`: three runs), the plural joins (`layers 0..2`: one run).
-- Order in a rule: verb, site, `at` position, the rest: `patch resid_post layer 3 at last token`.
+- Order in a rule: verb, site, `at` position: `patch resid_post layer 3 at last token`.
 - `from SOURCE into BASE` names runs: `clean`, a `corrupt` block, or `other_prompts.clean`.
   Rules act on the base run; `patch` reads from the source run.
 - In texts `{name}` inserts a value and marks a span: `last-name token`.

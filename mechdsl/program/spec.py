@@ -584,6 +584,8 @@ class Group(Spec):
     """SHA-256 of the file that it is read from, if any."""
     made: str = ""
     """What was read from this file, for conventions."""
+    waits: bool = False
+    """Whether a training chooses its sites and hasn't run, so that they are placeholders."""
 
     @property
     def names_features(self) -> bool:
@@ -812,6 +814,9 @@ class Experiment(Spec):
     """Runs that it defines; each follows those it uses."""
     loops: tuple[Loop, ...] = ()
     rules: tuple[Rule, ...] = ()
+    everything: tuple[Rule, ...] = ()
+    """The rules as they ablate everything that a circuit of nodes is chosen from, if an effect is
+    measured relative to that run; filled in when the experiment is checked."""
     keep: tuple[ExprText, ...] = ()
     measures: tuple[Measure, ...]
     saves: tuple[Save, ...] = ()

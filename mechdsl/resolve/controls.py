@@ -44,6 +44,7 @@ from mechdsl.resolve.matched_draws import (
     find_site_options,
     merge_targets,
 )
+from mechdsl.resolve.node_circuits import draw_groups
 from mechdsl.resolve.observations import Observation
 from mechdsl.resolve.sites import SiteContext, find_side, label_all_points, resolve_site
 from mechdsl.resolve.trainings import UNTRAINED_FOLDER
@@ -598,7 +599,7 @@ def resolve_control(
     try:
         draws = asked.draws if draws_enough is None else min(asked.draws, draws_enough)
         masks = find_trained_rules(experiment.rules, program)
-        masks = [each for each in masks if each.kind == "coordinates"]
+        masks = [each for each in masks if each.kind in ("coordinates", "positions")]
         return _build_control(experiment, asked, apart, masks, draws, onward), []
     except _NoDraws as nothing:
         reason, hint, span = nothing.reason, nothing.hint, nothing.span or asked.span
@@ -630,6 +631,9 @@ def _build_control(
         )
     if any(rule.circuit is not None for rule in experiment.rules):
         return _build_circuit_control(experiment, asked, apart, draws)
+    if experiment.everything:
+        return _build_group_control(experiment, asked, apart, masks, draws)
+    masks = [each for each in masks if each.kind == "coordinates"]
     with_directions = any(rule.direction is not None for rule in experiment.rules)
     with_bases = any(rule.basis is not None for rule in experiment.rules)
     adds = any(rule.does.redirected is not None for rule in experiment.rules)
@@ -687,6 +691,57 @@ def _build_circuit_control(
         numbers = DrawCounts(sites.axes, counts)
     found = _drawn_control(experiment, asked, rules, draws, ("random circuits", like))
     return replace(found, experiment=replace(found.experiment, drawn=numbers))
+
+
+def _build_group_control(
+    experiment: ResolvedExperiment,
+    asked: spec.Control,
+    apart: Sequence[ExcludedSite],
+    masks: Sequence[_TrainedRule],
+    draws: int,
+) -> ResolvedControl:
+    """Create a control with random groups of the same size, at the same tokens; or at random tokens
+    if the rules have groups of tokens only.
+
+    Raises:
+        _NoDraws: There is no other group, or sites are excluded.
+    """
+    if apart:
+        reason = "groups are drawn from all sites that the rules ablate without `except`"
+        raise _NoDraws(reason, "remove `except` after `against`", apart[0].site.span)
+    choices = {mask.number: mask.choices for mask in masks if mask.kind == "coordinates"}
+    found = draw_groups(experiment, draws, choices)
+    if asked.what is not None and (found is not None or asked.what != "positions"):
+        drawn = "positions" if found is None else "groups"
+        reason = f"{drawn} are drawn, and an experiment has one kind of targets"
+        raise _NoDraws(reason, f"write `against random({asked.draws})`")
+    if found is None and any(mask.waits for mask in masks):
+        like = "of the size of the trained group"
+        rules = [_repeat(rule, draws) for rule in experiment.rules]
+        return _drawn_control(experiment, asked, rules, draws, ("random groups", like))
+    if found is None:
+        asked = asked.model_copy(update={"what": "positions"})
+        return _Draws(experiment, asked, (), draws).control()
+    if not found.draws:
+        reason = f"there is no other group of the same size: {found.sizes}"
+        raise _NoAlternatives(reason, "remove this line, or test a group of a different size")
+    few = min(found.counts.counts.values()) < draws
+    chosen = " and the training could choose" if found.of_choices else ""
+    like = f"of {found.sizes}, drawn from those that ∅ ablates{chosen}, at the same tokens"
+    like += "; fewer draws where there are fewer groups" if few else ""
+    control = _drawn_control(experiment, asked, found.rules, found.draws, ("random groups", like))
+    return replace(control, experiment=replace(control.experiment, drawn=found.counts))
+
+
+def _repeat(rule: ResolvedRule, draws: int) -> ResolvedRule:
+    """Return a rule with its own targets in each draw."""
+    if rule.sites is None or rule.does.changes == "nothing":
+        return rule
+    own = rule.sites
+    keys = [(draw, *key) for draw, key in product(range(draws), own.points)]
+    points = {key: own.points[key[1:]] for key in keys}
+    labels = {key: own.labels[key[1:]] for key in keys}
+    return replace(rule, sites=SiteTargets((DRAW_AXIS, *own.axes), points, labels))
 
 
 def _draw_circuits(
@@ -775,6 +830,8 @@ class _TrainedRule(Record):
     """What it uses: definitions of the file."""
     choices: tuple[int, ...] = ()
     """Coordinates that a mask could choose."""
+    waits: bool = False
+    """Whether it is a group that isn't trained yet."""
 
 
 def find_trained_rules(rules: Sequence[ResolvedRule], program: spec.Program) -> list[_TrainedRule]:
@@ -824,7 +881,8 @@ def _find_mask(number: int, rule: ResolvedRule, program: spec.Program) -> _Train
         if mask.chooses_positions and name in positions:
             return _TrainedRule(number, "positions", (name,))
         if mask.site.coordinates is not None and name in words:
-            return _TrainedRule(number, "coordinates", (name,), program.groups[name].choices)
+            own = program.groups[name]
+            return _TrainedRule(number, "coordinates", (name,), own.choices, own.waits)
         if name in named:
             return _TrainedRule(number, "edges" if mask.chooses_edges else "sites", (name,))
     return None
@@ -914,7 +972,9 @@ def _draw_trained(
     if all(experiment.rules[own.number].does.changes == "nothing" for own in used):
         return _build_untrained_control(experiment)
     asked = spec.Control(span=experiment.spec.span, draws=count)
-    if "edges" in kinds:
+    if experiment.everything:
+        found = _build_group_control(experiment, asked, (), used, draws)
+    elif "edges" in kinds:
         found = _build_circuit_control(experiment, asked, (), draws)
     elif "directions" in kinds:
         found = build_direction_control(experiment, asked, draws, kinds["directions"])

@@ -39,6 +39,7 @@ from mechdsl.resolve.measures import (
     resolve_measure_positions,
     resolve_run,
 )
+from mechdsl.resolve.node_circuits import resolve_everything
 from mechdsl.resolve.observations import Observation
 from mechdsl.resolve.probes import resolve_direction_probes
 from mechdsl.resolve.runs import (
@@ -378,6 +379,7 @@ def outline_experiment(
     derived = define_runs(work, kinds)
     table = work.table
     rules = _rules(work, kinds)
+    everything = resolve_everything(work, rules, lambda again: _rules(again, kinds))
     _check_loops_used(work)
     _check_single_rules(work, kinds)
     diagnostics.extend(check_derived_base(rules, work))
@@ -427,6 +429,7 @@ def outline_experiment(
         seeds=experiment.seeds or tuple(map(int, work.family_axes.get(SEED_AXIS, ()))),
         seed=program.seed,
         nested=work.sites.nested,
+        everything=everything,
         picks=onward.picks,
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,

@@ -646,7 +646,7 @@ def build_circuit_baselines(
         )
         if not numbers:
             continue
-        rules = [
+        rules = experiment.everything or [
             rule if rule.circuit is None else keep_baseline(rule, which)
             for rule in experiment.rules
         ]

@@ -1605,6 +1605,9 @@ class ResolvedExperiment(Record):
         default_factory=dict[CircuitBaseline, "BaselineExperiment"]
     )
     """Baselines for effects of an ablated circuit."""
+    everything: tuple[ResolvedRule, ...] = field(default=(), compare=False)
+    """Its rules as they ablate everything that a circuit of nodes is chosen from, one for each
+    rule; empty if no effect is relative to that run."""
     as_base: bool = False
     """Whether it reads prompts and replies without its rules, which were active in generation."""
     control_of: str | None = None

@@ -345,7 +345,7 @@ class MeasureDocument(DocumentPart):
     )
     source: float | None = Field(
         description="mean of the metric on the source run; of `faithfulness` and `completeness`, "
-        "on the run with every edge ablated; of `minimality`, the difference between the base run "
+        "on the run with everything ablated; of `minimality`, the difference between the base run "
         "and that one"
     )
     commonest: float | None = Field(default=None, description="categories: most common value")

@@ -51,7 +51,7 @@ def statistics_conventions(
     if settings is None or not result.statistics:
         return {}
     said = {
-        data.called: _effect_formula(data, effects)
+        data.called: _effect_formula(data, effects, result)
         for data in result.measures
         if data.kind == "number"
     }
@@ -109,7 +109,9 @@ def selection_text(result: ExperimentResult) -> str:
     )
 
 
-def _effect_formula(data: MeasureData, effects: Registry[EffectKind]) -> str:
+def _effect_formula(
+    data: MeasureData, effects: Registry[EffectKind], result: ExperimentResult
+) -> str:
     """Return the formula of an effect."""
     effect = effects[data.effect]
     formula = effect.per_prompt_formula or "" if data.per_prompt else effect.formula
@@ -120,6 +122,8 @@ def _effect_formula(data: MeasureData, effects: Registry[EffectKind]) -> str:
         return formula.replace("(m(patched) − m(base))", "estimate").replace(
             CHANGE_FORMULA, "estimate"
         )
+    if effect.circuit is not None and result.circuit is None:  # a circuit of nodes
+        return formula.replace("every edge", "everything")
     return formula
 
 

@@ -531,7 +531,8 @@ class Except(Node):
     """`tokens except P`, `each token except P`."""
 
     each: bool
-    excluded: Point | Between | Except
+    excluded: Point | Between | Except | None
+    """None for all tokens that P is chosen from, which no file writes."""
 
 
 @record

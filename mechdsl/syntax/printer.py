@@ -341,7 +341,7 @@ def _position_set(node: ast.Point | ast.Between | ast.Except) -> str:
     each = "each token" if node.each else "tokens"
     if isinstance(node, ast.Between):
         return f"{each} between {_position_set(node.low)} and {_position_set(node.high)}"
-    return f"{each} except {_position_set(node.excluded)}"
+    return each if node.excluded is None else f"{each} except {_position_set(node.excluded)}"
 
 
 def _base(node: ast.PointBase) -> str:

@@ -13,11 +13,11 @@ CircuitForm: TypeAlias = Literal[
 ]
 """A rule on a circuit, by the edges that it ablates."""
 
-CircuitBaseline: TypeAlias = Literal["every edge", "circuit"]
-"""A run that effects of a circuit are compared with: every edge is ablated, or all edges but the
-circuit's."""
+CircuitBaseline: TypeAlias = Literal["everything", "circuit"]
+"""A run that effects of a circuit are compared with: every edge or every candidate is ablated, or
+all edges but the circuit's."""
 
-CIRCUIT_BASELINES: tuple[CircuitBaseline, ...] = ("every edge", "circuit")
+CIRCUIT_BASELINES: tuple[CircuitBaseline, ...] = ("everything", "circuit")
 
 EffectTerm = Callable[[Any, Any, Any], Any]
 """Function of (patched, base, source) values, linear in all three and shape-preserving."""
@@ -44,6 +44,8 @@ class EffectKind(Record):
     needs_source: bool = False
     circuit: CircuitForm | None = None
     """The rule on a circuit that it needs. Its `source` is then the run with every edge ablated."""
+    node_form: str | None = None
+    """The rule that it needs of a circuit of nodes, if it is defined for one."""
     from_circuit: bool = False
     """Whether its `base` is the run with the whole circuit, and its `source` the difference
     between the base run and that with every edge ablated."""
@@ -152,8 +154,9 @@ RECOVERY = _effect(
 )
 
 
-def _circuit_effect(name: str, meaning: str, form: CircuitForm) -> EffectKind:
-    """Register a share of the measure between the run with every edge ablated and the base run.
+def _circuit_effect(name: str, meaning: str, form: CircuitForm, node_form: str) -> EffectKind:
+    """Register a share of the measure between the run with every edge ablated and the base run; for
+    a circuit of nodes, between the run with all its candidates ablated and the base run.
 
     References: Marks et al. 2024 (arXiv 2403.19647), section 4; Mueller et al. 2025 (arXiv
     2504.13151), section 3.2.
@@ -167,6 +170,7 @@ def _circuit_effect(name: str, meaning: str, form: CircuitForm) -> EffectKind:
             denominator=lambda patched, base, source: base - source,
             divisor="m(base) − m(∅)",
             circuit=form,
+            node_form=node_form,
             zero="every edge ablated",
             one="base run",
             scale_free=True,
@@ -178,12 +182,14 @@ FAITHFULNESS = _circuit_effect(
     "faithfulness",
     "the share of the metric that a circuit keeps, of what all edges of the model give",
     "ablate all but CIRCUIT",
+    "ablate SITES except GROUP",
 )
 
 COMPLETENESS = _circuit_effect(
     "completeness",
     "the share of the metric that is left without a circuit: 0 if the circuit is complete",
     "ablate CIRCUIT",
+    "ablate GROUP",
 )
 
 MINIMALITY = _effect(

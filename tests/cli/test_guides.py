@@ -256,6 +256,7 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
                 "Correlate two sites",
                 "Find clusters",
                 "Compare with a random or an untrained control",
+                "Test a group as a circuit",
             )
         ),
     ],

@@ -345,7 +345,7 @@ _file(
 _file(
     "observe overlap",
     "circuit c = embed -> L0H1.q circuit d = embed -> L1H1.q "
-    "experiment e { observe overlap c with d as same }",
+    "experiment e { observe overlap c with d }",
     "The number of edges that two circuits of a model share, without prompts. `same jaccard` is "
     "|c ∩ d| / |c ∪ d|, `same precision` |c ∩ d| / |c|, `same recall` |c ∩ d| / |d|, and "
     "`same expected` |c| |d| / N for the N edges of the model. `same p` is the probability of as "
@@ -359,7 +359,7 @@ _file(
 _file(
     "observe edge_auroc",
     "circuit c = fit(mask(size: 2), prompts: fruit, with: zero, minimise: loss) "
-    "circuit d = embed -> L0H1.q experiment e { observe edge_auroc c with d as ranks }",
+    "circuit d = embed -> L0H1.q experiment e { observe edge_auroc c with d }",
     "The AUROC of the absolute scores of all edges of the model, as the training of c gives them, "
     "for the edges of d. Ties count half. E0207 for a circuit c without scores.",
     _COMPARED,
@@ -1524,6 +1524,19 @@ _rule(
     "an error, unless it is a pick.",
     OWN,
     "tests/rules/test_except.py",
+)
+_rule(
+    "circuit of nodes",
+    "ablate mlp_out layers * except 1 at tokens * with zero",
+    "With `measure … as faithfulness`, the group after `except` is a circuit of nodes: sites, "
+    "features, dimensions or positions. In ∅, the same rules ablate the group, too; `tokens except "
+    "P` are then all tokens of the prompt's text, without special tokens. All rules are ablations. "
+    "`ablate g … as completeness` needs a group that a training chooses: ∅ ablates all that it is "
+    "chosen from. Other rules, a sweep over what is left out, `generate` and `using` are E0612. "
+    "`against random(39)` and the control of trained groups draw groups of equal size from what ∅ "
+    "ablates.",
+    "Wang et al. 2022, arXiv 2211.00593; Marks et al. 2024, arXiv 2403.19647",
+    "tests/rules/test_node_circuits.py",
 )
 _rule(
     "a member of a family",

@@ -665,6 +665,10 @@ def effects() -> Iterator[Line]:
                 "experiment ", "circuit c = embed -> L0H1.q, L0H1 -> logits\n\nexperiment ", 1
             )
             formula += f", with the rule `{effect.circuit}`"
+            if effect.node_form:
+                formula += (
+                    f"; with `{effect.node_form}`, ∅ ablates all that the group is chosen from"
+                )
             test = "tests/rules/test_ablated_circuits.py"
         source = EFFECT_SOURCES.get(name, OWN)
         yield Line(measure, f"{_sentence(effect.meaning)} {formula}.", source, test, text)

@@ -1056,6 +1056,11 @@ class _Resolver:
         return span_cells("between", tokens, lengths)
 
     def _except(self, body: ast.Except, align: str | None) -> list[PositionCell]:
+        if body.excluded is None:
+            every: list[Hits] = [(tuple(m.text_tokens),) for m in self.maps]
+            if body.each:
+                return self.counted.by_index(body, every, align)
+            return [PositionCell(body.span.written, tuple(every))]
         if self._answer_in(body.excluded):
             self.diagnostics.append(
                 NotInAnswer(
@@ -1081,10 +1086,10 @@ class _Resolver:
             kept.append((tokens,) if tokens or ranked else ())
         lacking = [] if ranked else [n for n, row in enumerate(kept) if not row]
         if lacking:
-            every = (each for each in walk(body.excluded) if isinstance(each, ast.TokenIndex))
+            named = (each for each in walk(body.excluded) if isinstance(each, ast.TokenIndex))
             self.diagnostics.append(
                 NoPositionLeft(
-                    by_text=any(each.low is None for each in every),
+                    by_text=any(each.low is None for each in named),
                     span=body.span,
                     position=body.span.written,
                     run=self.run,

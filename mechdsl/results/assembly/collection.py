@@ -42,6 +42,7 @@ from mechdsl.resolve.cells import CellKey
 from mechdsl.resolve.expansion import name_cells
 from mechdsl.resolve.findings import VariantFinding
 from mechdsl.resolve.measures import MEASURED_AXIS
+from mechdsl.resolve.node_circuits import describe_everything
 from mechdsl.resolve.observations import Observation, RowSetObservation
 from mechdsl.resolve.sites import label_node
 from mechdsl.resolve.types import ResolvedControl, ResolvedExperiment, ResolvedMeasure
@@ -724,6 +725,8 @@ def add_circuit_baselines(
             else:
                 measures[number] = replace(own, source=values)
             said["∅"] = "every edge of the model has the fill, at the same tokens of the same rows"
+            if plan.experiment.everything:
+                said["∅"] = describe_everything(plan.experiment)
     return replace(result, measures=tuple(measures), conventions={**result.conventions, **said})
 
 

@@ -156,7 +156,8 @@ def scale_note(result: ExperimentResult, data: MeasureData) -> str | None:
         return f"0 is {with_value('the circuit', base, unit)}, 1 is {effect.divisor} ({gap})"
     if effect.circuit is not None:
         base_run = with_value(result.shown(result.base), base, "")
-        return f"0 is {with_value('every edge ablated', source, '')}, 1 is {base_run}"
+        nothing = "everything ablated" if result.circuit is None else effect.zero
+        return f"0 is {with_value(nothing, source, '')}, 1 is {base_run}"
     behind = " after the same replies" if data.as_patched else ""
     zero = f"0 is {with_value(result.shown(result.base) + behind, base, unit)}"
     if data.source is None or data.effect == "relative":
