@@ -563,6 +563,21 @@ def _effects_of_categories(
             )
 
 
+def _facts_for_reports(said: spec.Experiment, program: spec.Program) -> dict[str, bool]:
+    """Return whether an experiment generates replies, has a circuit, and one with positions."""
+    names = [rule.circuit_name for rule in said.rules]
+    circuits = [program.circuits[name] for name in names if name in program.circuits]
+    graph = any(
+        rule.observed is not None and rule.observed.word in GRAPH_OBSERVATIONS
+        for rule in said.rules
+    )
+    return {
+        "writes": said.generation is not None,
+        "circuit": bool(circuits) or graph,
+        "placed": any(circuit.has_places for circuit in circuits),
+    }
+
+
 def _against_axes(
     variants: Sequence[ExperimentOutline], program: spec.Program, every: ExperimentVariants
 ) -> list[Diagnostic]:
@@ -579,14 +594,8 @@ def _against_axes(
     found: list[Diagnostic] = [*_effects_of_categories(measures, said)]
     all_known = None not in experiment.measures
     for report in said.reports:
-        writes = said.generation is not None
         of = measures if all_known else None
-        circuit = any(
-            rule.circuit_name in program.circuits
-            or (rule.observed is not None and rule.observed.word in GRAPH_OBSERVATIONS)
-            for rule in said.rules
-        )
-        found.extend(check_report(report, axes, values, of, writes=writes, circuit=circuit))
+        found.extend(check_report(report, axes, values, of, **_facts_for_reports(said, program)))
     by = said.statistics.by
     if by is not None and by not in values and not columns_unknown:
         found.append(

@@ -161,7 +161,8 @@ def _sites_of(chosen: tuple[MaskCandidate, ...], site: ast.Site, span: Span) -> 
 def _edges_of(chosen: tuple[MaskCandidate, ...], span: Span) -> Iterator[ast.SiteMap]:
     """Yield chosen edges as a file names them."""
     for edge in (each for each in chosen if isinstance(each, tuple)):
-        yield ast.SiteMap(*(_end(own, span) for own in edge), span=span)
+        of, to = (_end(own, span) for own in edge)
+        yield ast.SiteMap(of, to, span=span)
 
 
 def _end(point: SitePoint, span: Span) -> ast.Site:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -210,7 +211,7 @@ class RowSharer:
             for key in range(len(rule.points.offsets) - 1)
         ]
         for key, ends in enumerate(rule.edge_ends):  # without the last one, where it doesn't act
-            points[key] = self._edges(*ends)
+            points[key] = tuple(self._edges(*own) for own in ends)
         receivers = None
         if rule.paths is not None:
             paths = rule.paths
@@ -232,7 +233,7 @@ class RowSharer:
                 )
             ),
             np.array([self._number(one) for one in points], dtype=np.int64),
-            self._tokens(rule.written),
+            self._written(rule),
             self._tokens(rule.read),
             whole,
             None if rule.keys is None else self._tokens(rule.keys),
@@ -287,6 +288,17 @@ class RowSharer:
             begin, end = hits.tokens.offsets[run : run + 2]
             found[run] = -1 - self._number(hits.tokens.values[begin:end].tobytes())
         return found
+
+    def _written(self, rule: RulePlan) -> Ints:
+        """Return a number for each run's written tokens, with their classes if it ablates a circuit
+        with positions. Shape [run]."""
+        found, classes = self._tokens(rule.written), rule.written_classes
+        if classes is None:
+            return found
+        ends = rule.written.tokens.offsets
+        own = [classes[first:last].tobytes() for first, last in pairwise(ends.tolist())]
+        pairs = zip(found.tolist(), own, strict=True)
+        return np.array([-1 - self._number(("classes", *pair)) for pair in pairs], dtype=np.int64)
 
     def _number(self, content: Hashable) -> int:
         return self._numbers.setdefault(content, len(self._numbers))
@@ -781,7 +793,8 @@ class _BlockCost:
 
 def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
     """Count the multiply-adds per token that the ablation of some edges adds to those of a pass."""
-    return _count_edge_work(*number_edge_ends(next(iter(circuit.edges.values()))), shape)
+    (edges,) = next(iter(circuit.edges.values()))  # a circuit that is trained has no positions
+    return _count_edge_work(*number_edge_ends(edges), shape)
 
 
 def _count_edge_work(senders: EdgeEnds, receivers: EdgeEnds, shape: ModelShape) -> int:
@@ -840,6 +853,7 @@ def _settles_circuits(plan: ExperimentPlan) -> bool:
         and all(
             rule.rule.circuit is not None
             and not rule.rule.circuit.waits  # its edges are placeholders
+            and not rule.rule.circuit.places
             and rule.rule.apart is None
             for rule in plan.rules
         )
@@ -979,8 +993,8 @@ class PanelCount:
         return CircuitGraph(self.shape)
 
     def circuit_adds(self, rule: RulePlan, *, settles: bool) -> Ints:
-        """Return [circuit + 1]: the multiply-adds per token that each ablated circuit of a rule
-        adds to a pass, and 0 where the rule doesn't act.
+        """Return [circuit + 1, class]: the multiply-adds per token of a class that each ablated
+        circuit of a rule adds to a pass, and 0 where the rule doesn't act.
 
         Args:
             rule: A rule that ablates circuits.
@@ -991,12 +1005,15 @@ class PanelCount:
             given = self.block, self.shape
             self._circuit_adds[key] = np.array(
                 [
-                    _count_settled_work(self._graph, ends, *given)
-                    if settles
-                    else _count_edge_work(*ends, self.shape)
-                    for ends in rule.edge_ends
+                    [
+                        _count_settled_work(self._graph, ends, *given)
+                        if settles
+                        else _count_edge_work(*ends, self.shape)
+                        for ends in own
+                    ]
+                    for own in rule.edge_ends
                 ]
-                + [0]
+                + [[0] * len(rule.edge_ends[0])]
             )
         return self._circuit_adds[key]
 
@@ -1314,7 +1331,7 @@ class _Shapes:
             blocks = _blocks(table, points)[combination[rows.cell]]
             columns += [blocks, first, rule.written.tokens.counts(run)]
             if rule.rule.circuit is not None:
-                columns.append(rule.site_of_cell[rows.cell])
+                columns += [rule.site_of_cell[rows.cell], *rule.class_counts(rows).T]
         at = [
             np.asarray(measure.at[plan.experiment.spec.base])[rows.prompt]
             for measure in plan.experiment.measures
@@ -1356,13 +1373,13 @@ class _Shapes:
             adds += more_adds
         for rule in self.plan.rules:
             if rule.rule.circuit is not None:
-                written = rule.written.tokens.counts(rule.written_runs(self.rows))
+                written = rule.class_counts(self.rows)
                 number = rule.site_of_cell[self.rows.cell]
                 each = panel.circuit_adds(rule, settles=False)[number]
                 if settles and _settles_circuits(self.plan):
                     fewer = panel.circuit_adds(rule, settles=True)[number]
-                    each = np.where(written == self.lengths, fewer, each)
-                adds += int((written * self.counts) @ each)
+                    each = np.where(written == self.lengths[:, None], fewer, each)
+                adds += int(self.counts @ (written * each).sum(axis=1))
         return tokens, adds
 
     def _places(self, rule: RulePlan) -> tuple[Sequence[SitePoint], RaggedColumn, Ints]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -147,7 +147,7 @@ class ExperimentPlan:
         stores the outputs of all senders and the inputs of a block's receivers."""
         senders = receivers = 0
         for plan in self.rules:
-            for of, to in plan.edge_ends:
+            for of, to in chain.from_iterable(plan.edge_ends):
                 senders = max(senders, len(of.points))
                 layers = Counter(point.layer for point in to.points)
                 receivers = max([receivers, *layers.values()])

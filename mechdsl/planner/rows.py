@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -248,10 +249,55 @@ class RulePlan:
         return found + (ALL_TOKENS + 1) * self.keys_follow[self.key_of_cell[rows.cell]]
 
     @cached_property
-    def edge_ends(self) -> tuple[tuple[EdgeEnds, EdgeEnds], ...]:
-        """The senders and the receivers of the edges that it ablates, for each circuit."""
+    def edge_ends(self) -> tuple[tuple[tuple[EdgeEnds, EdgeEnds], ...], ...]:
+        """The senders and the receivers of the edges that it ablates, for each circuit and each
+        class of tokens."""
         circuit = self.rule.circuit
-        return () if circuit is None else tuple(map(number_edge_ends, circuit.edges.values()))
+        every = () if circuit is None else circuit.edges.values()
+        return tuple(tuple(map(number_edge_ends, own)) for own in every)
+
+    @cached_property
+    def _class_table(self) -> Ints:
+        """The class of each token of the base run, shape [prompt, token]; the last column is the
+        class of later tokens, which have no place."""
+        circuit = self.rule.circuit
+        assert circuit is not None
+        hits = [[{*chain(*own)} for own in place.hits] for place in circuit.places]
+        longest = max((token for own in hits for row in own for token in row), default=-1)
+        found = np.zeros((self.written.prompts, longest + 2), dtype=np.int64)
+        number = {places: n for n, places in enumerate(circuit.classes)}
+        for prompt, rows in enumerate(zip(*hits, strict=True)):
+            for token in set[int]().union(*rows):
+                places = frozenset(n for n, row in enumerate(rows) if token in row)
+                found[prompt, token] = number[places]
+        return found
+
+    def classes_of(self, prompt: Ints, token: Ints) -> Ints:
+        """Return the class of each token of the base run, as an index into the classes of its
+        circuit. Shape [token]."""
+        table = self._class_table
+        return table[prompt, np.minimum(token, table.shape[1] - 1)]
+
+    @cached_property
+    def written_classes(self) -> Ints | None:
+        """The class of each of `written.tokens.values`; None without places."""
+        if self.rule.circuit is None or not self.rule.circuit.places:
+            return None
+        keys, _ = self.written.runs.expand(np.arange(len(self.written.runs.offsets) - 1))
+        run, token = self.written.tokens.expand(np.arange(len(keys)))
+        return self.classes_of((keys % self.written.prompts)[run], token)
+
+    def class_counts(self, rows: RowTable) -> Ints:
+        """Return the number of written tokens of each class. Shape [row, class]."""
+        runs = self.written_runs(rows)
+        classes = self.written_classes
+        if classes is None:
+            return self.written.tokens.counts(runs)[:, None]
+        row, found = RaggedColumn(self.written.tokens.offsets, classes).expand(runs)
+        assert self.rule.circuit is not None
+        counts = np.zeros((len(rows), len(self.rule.circuit.classes)), dtype=np.int64)
+        np.add.at(counts, (row, found), 1)
+        return counts
 
     @property
     def placed(self) -> Iterator[tuple[Sequence[PositionCell], Ints]]:

@@ -595,7 +595,8 @@ class ExperimentKeys:
                 ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
             if rule.rule.circuit is not None:
-                own = [*map(_digest_edges, rule.edge_ends), b""]  # the last one: it doesn't act
+                edges = [b"".join(map(_digest_edges, ends)) for ends in rule.edge_ends]
+                own = [*edges, b""]  # the last one: it doesn't act
                 parts.append([own[site] for site in rule.site_of_cell.tolist()])
             if rule.active is not None:  # where it doesn't act, the key omits it
                 acts = rule.active.tolist()
@@ -626,7 +627,7 @@ class ExperimentKeys:
         return _RuleNumbers(
             plan=plan,
             source=self.contents.of(read, table) if each else None,
-            written=number_lists(plan.written.tokens),
+            written=_number_written(plan),
             read=number_lists(plan.read.tokens),
             keys=None if plan.keys is None else number_lists(plan.keys.tokens),
             means=self._means(plan) if reads == "mean" else None,
@@ -706,6 +707,15 @@ def _static(rule: ResolvedRule) -> bytes:
 def _written(point: SitePoint) -> bytes:
     """Encode a site, of which there may be tens of thousands (neurons)."""
     return f"{point.site} {point.layer} {point.unit};".encode()
+
+
+def _number_written(plan: RulePlan) -> KeyNumbers:
+    """Number the tokens of each run that a rule writes, with their classes if it ablates a circuit
+    with positions. Shape [run]."""
+    found, classes = number_lists(plan.written.tokens), plan.written_classes
+    if classes is None:
+        return found
+    return mix_numbers(found, number_lists(RaggedColumn(plan.written.tokens.offsets, classes)))
 
 
 def _digest_edges(ends: tuple[EdgeEnds, EdgeEnds]) -> bytes:

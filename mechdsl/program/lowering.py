@@ -109,7 +109,7 @@ from mechdsl.program.statements import Statements, expand_metrics, mark_names_us
 from mechdsl.program.trainings import lower_objectives, split_by_seed, split_rows_of_circuits
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse, parse_setting, read_source
-from mechdsl.syntax.traversal import walk
+from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.syntax.words import WEIGHT_OBSERVATIONS
 
 
@@ -807,11 +807,11 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
         case ast.CircuitDef(name=name, edges=edges):
             if scope.define("circuit", name, imported=imported):
                 if statement.source is not None:  # until its edges are known
-                    ends = (
+                    of, to = (
                         ast.Site((ast.Name(each, span=name.span),), span=name.span)
                         for each in ("embed", "logits")
                     )
-                    edges = (ast.SiteMap(*ends, span=name.span),)
+                    edges = (ast.SiteMap(of, to, span=name.span),)
                 is_open = statement.source is not None
                 circuit = spec.Circuit(
                     span=statement.span, name=name.id, edges=edges, is_open=is_open
@@ -994,6 +994,8 @@ def _bases(
     for circuit in parts.circuits.values():
         for node in walk(circuit.edges):
             _ = isinstance(node, ast.Name) and scope.has("group", node.id)
+        for name in number_names(circuit.edges):
+            scope.has("param", name)
     for statement in found:
         basis = lower_basis(statement, parts, scope)
         if basis is not None:

@@ -614,6 +614,11 @@ class Circuit(Spec):
     is_open: bool = False
     """Whether a call gives its edges, which aren't known yet; or never, after an error."""
 
+    @property
+    def has_places(self) -> bool:
+        """Whether some of its edges have positions."""
+        return any(edge.at is not None for edge in self.edges)
+
 
 class Expectation(Spec):
     text: str

@@ -28,21 +28,27 @@ from mechdsl.program import spec
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import constant_value
 from mechdsl.program.trainers import SearchLevel
+from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import counts_from_end
 from mechdsl.resolve.circuit_files import EMBEDDING, END, SavedCircuit, read_circuit
 from mechdsl.resolve.findings import PickError, count_picked
 from mechdsl.resolve.sites import (
     ExperimentContext,
+    describe_position,
     find_missing_point,
     label_candidates,
     label_node,
     resolve_site,
 )
+from mechdsl.resolve.targets import resolve_edge_place
 from mechdsl.resolve.types import (
     Axis,
     AxisIndices,
     CircuitEdge,
     CircuitTargets,
+    Convention,
+    PlacedEdges,
+    PositionTargets,
     ResolvedRule,
     SitePoint,
     SiteTargets,
@@ -93,7 +99,7 @@ def resolve_circuit(
     edges = find_circuit_edges(circuit, rule.site.span, work)
     if edges is None:
         return None
-    every, scores = edges.every, edges.scores
+    every, scores, classes = edges.every, edges.scores, _list_classes(edges.places)
     picked = _pick_edges(circuit, edges, rule.site, work)
     if picked is None:
         return None
@@ -101,21 +107,34 @@ def resolve_circuit(
     name = rule.site.span.written if rule.site.ranked is not None else circuit.name
     left, labels = named, _label_picks(name, rule, named, work)
     if rule.without_edge:
-        own = tuple(edge for edge in every if edge in named.get((), ()))
-        texts = tuple(label_candidates((edge,)) for edge in own)
+        of_all = named.get((), {})
+        own = tuple(edge for edge in every if edge in of_all)
+        texts = tuple(_label_edge(edge, of_all[edge], edges.places) for edge in own)
         work.add_axis(Axis(EDGE_AXIS, texts, rule.site.span))
-        left = {(n,): (*own[:n], *own[n + 1 :]) for n in range(len(own))}
+        left = {
+            (n,): {edge: at for edge, at in of_all.items() if edge != each}
+            for n, each in enumerate(own)
+        }
         labels = dict.fromkeys(left, f"{labels[()]} without one edge")
         axes = (EDGE_AXIS,)
-    ablated = {key: _list_ablated(every, own, rule) for key, own in left.items()}
-    if not any(ablated.values()):
+    ablated = {key: _list_ablated(every, own, classes, rule) for key, own in left.items()}
+    if not any(chain.from_iterable(ablated.values())):
         _report_nothing_ablated(name, rule, len(every), work)
         return None
     sites = SiteTargets(axes, _list_senders(ablated), labels)
     known = {edge: scores[edge] for own in named.values() for edge in own if edge in scores}
-    about = {"digest": edges.digest, "made": edges.made}
-    waits = circuit.name in work.program.masks and not known
-    return sites, CircuitTargets(circuit.name, ablated, every, named, known, **about, waits=waits)
+    return sites, CircuitTargets(
+        circuit.name,
+        ablated,
+        every,
+        named,
+        edges.places,
+        classes,
+        known,
+        edges.digest,
+        edges.made,
+        waits=circuit.name in work.program.masks and not known,
+    )
 
 
 @record
@@ -128,6 +147,10 @@ class CircuitEdges(Record):
     """In descending order of the sizes of their scores, or forward order without scores."""
     scores: Mapping[CircuitEdge, float]
     """The scores of these edges, perhaps of more; empty without scores."""
+    at: PlacedEdges = field(default_factory=dict[CircuitEdge, "frozenset[int] | None"])
+    """Those of these edges that the circuit has at some tokens only."""
+    places: tuple[PositionCell, ...] = ()
+    """Positions of edges in the base run, once each."""
     digest: str = ""
     """SHA-256 of the file that it was read from; empty without one."""
     made: str = ""
@@ -138,7 +161,7 @@ def find_circuit_edges(
     circuit: spec.Circuit, span: Span, work: ExperimentContext
 ) -> CircuitEdges | None:
     """Return the edges of a circuit; None after E0108 for a model without such edges, E0342 for
-    a file, and errors of sites."""
+    a file, and errors of sites and positions."""
     shape = work.sites.shape
     every = list_edges(shape)
     points = [point for edge in every for point in edge if point != END]
@@ -150,21 +173,29 @@ def find_circuit_edges(
     if missing is not None:
         work.diagnostics.append(missing)
         return None
-    found = set(every) if circuit.name == spec.EVERY_EDGE else set[CircuitEdge]()
+    found = dict[CircuitEdge, frozenset[int] | None]()
+    if circuit.name == spec.EVERY_EDGE:
+        found = dict.fromkeys(every)
     before = len(work.diagnostics)
     saved = None if circuit.source is None else _read_saved(circuit.source, every, work)
+    places = dict[PositionCell, int]()
     for edge in circuit.edges:
-        found.update(_resolve_edge(edge, work))
+        place = None if edge.at is None else resolve_edge_place(edge.at, work)
+        number = None if place is None else places.setdefault(place, len(places))
+        for each in _resolve_edge(edge, work):
+            others = found.get(each, frozenset[int]())
+            found[each] = None if number is None or others is None else others | {number}
     if has_errors(work.diagnostics[before:]):
         return None
     scores: Mapping[CircuitEdge, float] = dict(zip(every, circuit.scores, strict=False))
     about: dict[str, str] = {}
     if saved is not None:
-        found, scores = set(saved.edges), saved.scores
+        found, scores = dict.fromkeys(saved.edges), saved.scores
         about = {"digest": saved.digest, "made": saved.made}
     edges = [edge for edge in every if edge in found]
     edges.sort(key=lambda edge: -abs(scores.get(edge, 0)))  # stable
-    return CircuitEdges(tuple(every), tuple(edges), scores, **about)
+    at = {edge: own for edge, own in found.items() if own is not None}
+    return CircuitEdges(tuple(every), tuple(edges), scores, at, tuple(places), **about)
 
 
 def _read_saved(
@@ -190,6 +221,36 @@ def _read_saved(
         return None
 
 
+def _list_classes(places: Sequence[PositionCell]) -> tuple[frozenset[int], ...]:
+    """Return the distinct sets of places that have a token in common, after the empty set."""
+    found = set[frozenset[int]]()
+    for rows in zip(*(place.hits for place in places), strict=True):
+        at: dict[int, set[int]] = defaultdict(set)
+        for number, row in enumerate(rows):
+            for token in chain.from_iterable(row):
+                at[token].add(number)
+        found.update(map(frozenset, at.values()))
+    return (frozenset(), *sorted(found, key=sorted))
+
+
+def _label_edge(
+    edge: CircuitEdge, at: frozenset[int] | None, places: Sequence[PositionCell]
+) -> str:
+    """Format an edge with its positions: `embed -> L0H1.q at last token`."""
+    text = label_candidates((edge,))
+    return text if at is None else f"{text} at {label_places(at, places)}"
+
+
+def label_places(at: Collection[int], places: Sequence[PositionCell]) -> str:
+    """Format the positions of an edge: `s1 token and last token`.
+
+    Args:
+        at: Their numbers.
+        places: Those of the circuit.
+    """
+    return " and ".join(describe_position(places[number].label) for number in sorted(at))
+
+
 EDGE_AXIS = "edge"
 """Name of the axis of `without each edge`."""
 
@@ -199,13 +260,13 @@ def _pick_edges(
     found: CircuitEdges,
     site: ast.Site,
     work: ExperimentContext,
-) -> tuple[tuple[str, ...], dict[AxisIndices, tuple[CircuitEdge, ...]]] | None:
+) -> tuple[tuple[str, ...], dict[AxisIndices, PlacedEdges]] | None:
     """Return the edges of `c`, or those of `top n of c` for every value of the `for` variables in
     it, with the names of these; None after E0207 for a circuit without scores, and E0620 for
     picks of too many edges."""
     node, edges = site.ranked, found.edges
     if node is None:
-        return (), {(): edges}
+        return (), {(): {edge: found.at.get(edge) for edge in edges}}
     trained = circuit.name in work.program.masks
     if circuit.is_open and not trained:
         return None  # its call has an error
@@ -217,13 +278,13 @@ def _pick_edges(
         return None
     variables = set(number_names(node))
     loops = tuple(name for name in work.loops if name in variables)
-    picked: dict[AxisIndices, tuple[CircuitEdge, ...]] = {}
+    picked: dict[AxisIndices, PlacedEdges] = {}
     known = found.scores and not work.sites.shape.stands_in  # otherwise, edges are placeholders
     there = f"`{circuit.name}` has {{}} edges" if known else None
     for key, values in work.sites.combinations(loops):
         try:
             here = {**work.sites.parameters, **values}
-            picked[key] = edges[: count_picked(node, here, len(edges), there)]
+            picked[key] = dict.fromkeys(edges[: count_picked(node, here, len(edges), there)])
         except PickError as problem:
             bad = BadPick(
                 span=site.span, text=node.span.written, reason=problem.reason, hint=problem.hint
@@ -268,35 +329,45 @@ def _report_nothing_ablated(
 
 
 def _list_ablated(
-    every: Collection[CircuitEdge], named: Collection[CircuitEdge], rule: spec.Rule
-) -> tuple[CircuitEdge, ...]:
-    """Return the edges that a rule ablates if it names some edges, in forward order."""
-    own = frozenset(named)
-    return tuple(edge for edge in every if (edge in own) != rule.all_but)
+    every: Collection[CircuitEdge],
+    named: PlacedEdges,
+    classes: Sequence[frozenset[int]],
+    rule: spec.Rule,
+) -> tuple[tuple[CircuitEdge, ...], ...]:
+    """Return the edges that a rule ablates if it names some edges, for each class of tokens in
+    forward order."""
+    found: list[tuple[CircuitEdge, ...]] = []
+    for places in classes:
+        own = {edge for edge, at in named.items() if at is None or at & places}
+        found.append(tuple(edge for edge in every if (edge in own) != rule.all_but))
+    return tuple(found)
 
 
 def _list_senders(
-    edges: Mapping[AxisIndices, tuple[CircuitEdge, ...]],
+    edges: Mapping[AxisIndices, tuple[tuple[CircuitEdge, ...], ...]],
 ) -> dict[AxisIndices, tuple[SitePoint, ...]]:
-    return {key: tuple(dict.fromkeys(of for of, _ in own)) for key, own in edges.items()}
+    return {
+        key: tuple(dict.fromkeys(of for of, _ in chain.from_iterable(own)))
+        for key, own in edges.items()
+    }
 
 
 def replace_circuit(
     rule: ResolvedRule,
     axes: tuple[str, ...],
-    named: Mapping[AxisIndices, Collection[CircuitEdge]],
+    named: Mapping[AxisIndices, PlacedEdges],
     label: str,
 ) -> ResolvedRule:
     """Return a rule on a circuit as it is with other circuits.
 
     Args:
         axes: Axes of the circuits.
-        named: The edges that the rule names, for every key of these axes.
+        named: The edges that the rule names, for every key of these axes; at the same places.
         label: Name of each of them in tables.
     """
     assert rule.circuit is not None
-    every = rule.circuit.every
-    edges = {key: _list_ablated(every, own, rule.spec) for key, own in named.items()}
+    every, classes = rule.circuit.every, rule.circuit.classes
+    edges = {key: _list_ablated(every, own, classes, rule.spec) for key, own in named.items()}
     return replace(
         rule,
         sites=SiteTargets(axes, _list_senders(edges), dict.fromkeys(edges, label)),
@@ -310,7 +381,9 @@ def keep_baseline(rule: ResolvedRule, which: CircuitBaseline) -> ResolvedRule:
     assert rule.circuit is not None
     if which == "circuit":
         return replace_circuit(rule, (), rule.circuit.named, which)
-    return replace_circuit(rule, (), {(): () if rule.spec.all_but else rule.circuit.every}, which)
+    named = dict.fromkeys(() if rule.spec.all_but else rule.circuit.every)
+    unplaced = replace(rule.circuit, places=(), classes=(frozenset(),))
+    return replace_circuit(replace(rule, circuit=unplaced), (), {(): named}, which)
 
 
 def list_edges(shape: ModelShape) -> list[CircuitEdge]:
@@ -417,7 +490,9 @@ def describe_circuit(rule: ResolvedRule) -> str:
     """Describe what a rule ablates: `all but c: 118 of 121 edges`."""
     assert rule.circuit is not None
     assert rule.sites is not None
-    counts = sorted({len(ablated) for ablated in rule.circuit.edges.values()})
+    there = find_classes(rule.circuit, rule.positions)
+    every = rule.circuit.edges.values()
+    counts = sorted({len(own[number]) for own in every for number in there})
     ablated = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
     label = next(iter(rule.sites.labels.values()))
     if len(set(rule.sites.labels.values())) > 1:
@@ -426,6 +501,56 @@ def describe_circuit(rule: ResolvedRule) -> str:
         label = before + rule.spec.site.span.written
     total = count_noun(len(rule.circuit.every), "edge")
     return f"`{label}`: {ablated} of {total} ablated"
+
+
+def describe_places(rule: ResolvedRule) -> Iterator[Convention]:
+    """Yield the positions of a circuit's edges."""
+    circuit = rule.circuit
+    if circuit is None or not circuit.places:
+        return
+    of_all = {edge: at for own in circuit.named.values() for edge, at in own.items()}
+    some = sum(at is not None for at in of_all.values())
+    at = ", ".join(f"`{describe_position(place.label)}`" for place in circuit.places)
+    text = f"{some} of {count_noun(len(of_all), 'edge')} at some tokens only: {at}"
+    note = (
+        "an edge with a position is in the circuit at these tokens of its receiver, of each row's "
+        "base run; those of a key or a value are its own"
+    )
+    yield Convention("positions of edges", text, note)
+
+
+def check_ablated_tokens(
+    circuit: CircuitTargets, positions: PositionTargets, rule: spec.Rule, work: ExperimentContext
+) -> None:
+    """Report E0207 if no edge is ablated at any token of a rule, because of their positions."""
+    there = find_classes(circuit, positions)
+    if any(own[number] for own in circuit.edges.values() for number in there):
+        return
+    assert rule.site is not None
+    at = ", ".join(f"`{describe_position(place.label)}`" for place in circuit.places)
+    reason = f"ablates no edge at `{rule.at.span.written}`: its edges are at {at}"
+    hint = "write `at tokens *`"
+    if rule.all_but:
+        reason = f"has every edge of `{work.sites.model}` at `{rule.at.span.written}`"
+        hint = "write other tokens, or name fewer edges"
+    bad = BadArgument(span=rule.site.span, name=circuit.name, reason=reason, hint=hint)
+    work.diagnostics.append(bad)
+
+
+def find_classes(circuit: CircuitTargets, positions: PositionTargets) -> set[int]:
+    """Return the classes of the tokens that a rule on a circuit writes, by number."""
+    if not circuit.places:
+        return {0}
+    tokens = [set[int]() for _ in circuit.places[0].hits]
+    for cell in positions.written.values():
+        for own, row in zip(tokens, cell.hits, strict=True):
+            own.update(chain.from_iterable(row))
+    found = set[int]()
+    for number, own in enumerate(tokens):
+        hits = [{*chain.from_iterable(place.hits[number])} for place in circuit.places]
+        sets = {frozenset(n for n, there in enumerate(hits) if token in there) for token in own}
+        found.update(map(circuit.classes.index, sets))
+    return found
 
 
 # --- paths through the model ----------------------------------------------------------------------

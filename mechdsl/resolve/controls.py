@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, product
+from random import Random
 from typing import Any, Literal
 
 from mechdsl.base import limits
@@ -63,6 +64,7 @@ from mechdsl.resolve.types import (
     DrawnBasis,
     DrawnVector,
     Intervention,
+    PlacedEdges,
     PointBases,
     PositionTargets,
     PythonBasis,
@@ -746,8 +748,9 @@ def _repeat(rule: ResolvedRule, draws: int) -> ResolvedRule:
 
 def _draw_circuits(
     experiment: ResolvedExperiment, circuit: CircuitTargets, draws: int
-) -> tuple[dict[AxisIndices, tuple[CircuitEdge, ...]], dict[AxisIndices, int], str]:
-    """Draw random circuits for each size of a circuit.
+) -> tuple[dict[AxisIndices, PlacedEdges], dict[AxisIndices, int], str]:
+    """Draw random circuits for each size of a circuit, with the positions of its edges in random
+    order.
 
     Returns:
         The circuits by draw and key, where a draw that doesn't exist repeats the circuit; the
@@ -756,7 +759,7 @@ def _draw_circuits(
     Raises:
         _NoAlternatives: There are too few circuits of one size, or none of any size.
     """
-    drawn: dict[AxisIndices, tuple[CircuitEdge, ...]] = {}
+    drawn: dict[AxisIndices, PlacedEdges] = {}
     counts: dict[AxisIndices, int] = {}
     every_path, only, others = True, set[int](), 0
     for key, own in circuit.named.items():
@@ -768,8 +771,10 @@ def _draw_circuits(
             only.add(len(own))
         else:
             others = max(others, counts[key])
-        each = (*found.circuits, *[own] * (draws - counts[key]))
-        drawn |= {(n, *key): each[n] for n in range(draws)}
+        for n in range(draws):
+            edges = found.circuits[n] if n < counts[key] else None
+            placed = None if edges is None else _assign_places(edges, own, experiment.seed, n)
+            drawn[n, *key] = own if placed is None else placed
     sizes = sorted({len(own) for own in circuit.named.values()})
     size = _list_sizes(sizes)
     if not circuit.waits and others == 0:
@@ -781,10 +786,25 @@ def _draw_circuits(
         reason = f"there is only one other circuit with {size}" if others == 1 else reason
         raise _NoAlternatives(reason, f"write `against random({others})`")
     path = ", each on a path from `embed` to `logits`" if every_path else ""
+    if circuit.places:
+        path += " regardless of positions" if path else ""
+        path += ", with the positions of the circuit's edges in random order"
     few = "; fewer draws where there are fewer circuits" if min(counts.values()) < draws else ""
     if only:
         few += f"; each draw with {_list_sizes(sorted(only), ' or ')} is the only such circuit"
     return drawn, counts, f"of {size}{path}, at the same tokens{few}"
+
+
+def _assign_places(
+    edges: Sequence[CircuitEdge], like: PlacedEdges, seed: int, draw: int
+) -> PlacedEdges:
+    """Return the edges of a random circuit with the positions of the edges of a circuit, which has
+    the same number of edges, in random order."""
+    places = list(like.values())
+    if any(at is not None for at in places):
+        key = sorted(str(edge) for edge in like)
+        Random(stable_hash(seed, "control", "circuit positions", draw, *key)).shuffle(places)
+    return dict(zip(edges, places, strict=True))
 
 
 def _list_sizes(sizes: Sequence[int], between: str = " to ") -> str:

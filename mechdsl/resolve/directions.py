@@ -52,7 +52,12 @@ from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.findings import Finding, PickError, VariantFinding
 from mechdsl.resolve.loops import evaluate_arithmetic
-from mechdsl.resolve.sites import ExperimentContext, SiteContext, resolve_site
+from mechdsl.resolve.sites import (
+    ExperimentContext,
+    SiteContext,
+    describe_position,
+    resolve_site,
+)
 from mechdsl.resolve.trainings import (
     AnyTrained,
     check_training_rows,
@@ -117,11 +122,6 @@ def name_member(name: str, axes: Sequence[Axis], key: AxisIndices) -> str:
 def name_coordinate(axis: Axis, label: AxisLabel) -> str:
     """Return a coordinate of a family's member: `layer 3`, `token -1`."""
     return describe_position(label) if axis.name == "position" else f"{axis.name} {label}"
-
-
-def describe_position(label: AxisLabel) -> str:
-    """Describe a position: `token -2`, `last token`."""
-    return f"token {label}" if str(label).lstrip("-").isdigit() else str(label)
 
 
 @record

@@ -1558,6 +1558,11 @@ def label_node(point: SitePoint) -> str:
     return head if point.site == "z" else f"{head}.{point.site}"
 
 
+def describe_position(label: AxisLabel) -> str:
+    """Describe a position: `token -2`, `last token`."""
+    return f"token {label}" if str(label).lstrip("-").isdigit() else str(label)
+
+
 def label_candidates(candidates: Sequence[MaskCandidate]) -> str:
     """Format candidates: `L0H2.z + L1H3.z`, `features 3, 12 of f`, `L3.resid_post dims 0..7`,
     `item 2 + token 5`, `embed -> L0H1.q, L0H1 -> logits`."""
@@ -1566,9 +1571,7 @@ def label_candidates(candidates: Sequence[MaskCandidate]) -> str:
         return ", ".join(f"{label_node(of)} -> {label_node(to)}" for of, to in edges)
     positions = [each.label for each in candidates if isinstance(each, PositionChoice)]
     if positions:
-        return " + ".join(
-            f"token {label}" if label.lstrip("-").isdigit() else label for label in positions
-        )
+        return " + ".join(map(describe_position, positions))
     points = [each for each in candidates if isinstance(each, SitePoint)]
     coordinates = [each for each in candidates if isinstance(each, SiteCoordinate)]
     if not coordinates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any, TypeAlias
@@ -28,7 +28,7 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape, check_site, unit_count
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import NO_REPLIES, check_token_counts, resolve_positions
-from mechdsl.prompts.positions.spans import AnswerTokens
+from mechdsl.prompts.positions.spans import AnswerTokens, row_example
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import has_open_positions, report_token_mismatch
@@ -193,6 +193,76 @@ def resolve_later_positions(
         return PositionMatch([pair[0] for pair in there], [pair[1] for pair in there], left_out)
 
     return lay_out_positions(find, [positions], work)
+
+
+def resolve_edge_place(position: ast.Position, work: ExperimentContext) -> PositionCell | None:
+    """Resolve the tokens of an edge of a circuit in the base run: one run of tokens in every row.
+
+    None after E0108, E0304, E0310, E0322 and errors of positions.
+    """
+    positions = ast.Positions((position,), span=position.span)
+    problem = _reject_edge_place(position, work)
+    cells = None
+    if problem is None:
+        cells = _cells(positions, work.experiment.base, work.program.numbers, work)
+        if cells is None:
+            return None
+        problem = _check_edge_place(cells, position.span, work)
+    if problem is not None:
+        work.diagnostics.extend([] if problem in work.diagnostics else [problem])
+        return None
+    assert cells is not None
+    return cells[0]
+
+
+def _reject_edge_place(position: ast.Position, work: ExperimentContext) -> Diagnostic | None:
+    """Return E0108 or E0322 for a position of an edge that a circuit can't have."""
+    unknown = (name for name in number_names(position) if name not in work.program.numbers)
+    if any(isinstance(node, ast.RankedSelection) for node in walk(position)):
+        what, later = "a pick from another experiment", "name the tokens"
+    elif any(isinstance(node, ast.Position) and node.and_answer for node in walk(position)):
+        what, later = "`and answer`", "name tokens of the prompt"
+    elif (name := next(unknown, None)) is not None:
+        reason = "is no `param`, and circuits are outside of every `for`"
+        hint = f"write a number, or define it: `param {name} = 1`"
+        return BadLoopValue(span=position.span, name=name, reason=reason, hint=hint)
+    else:
+        return None
+    what += " in the position of an edge"
+    return NotSupported(span=position.span, what=what, later=later)
+
+
+def _check_edge_place(
+    cells: Sequence[PositionCell], span: Span, work: ExperimentContext
+) -> Diagnostic | None:
+    """Return E0304 for a sweep, and E0310 or E0108 for rows that lack the position or have several
+    runs of tokens there."""
+    if len(cells) != 1:
+        return AxisDoesNotFit(
+            span=span,
+            site=span.written,
+            reason="sweeps inside a circuit, whose edges are joined",
+            hint="name one position, such as `last token`, or join some: `{token 1, last token}`",
+        )
+    if work.table.stands_in or work.model.tokenizer.stands_in:
+        return None
+    run = work.table.runs[work.experiment.base]
+    lacking = [row for row, hits in enumerate(cells[0].hits) if not any(hits)]
+    if lacking:
+        return OutsidePrompt(
+            span=span,
+            position=span.written,
+            run=run.name,
+            lacking=len(lacking),
+            total=len(run.rows),
+            example=row_example(run.rows[lacking[0]]),
+            hint="an edge of a circuit needs a position that every row has",
+            unit="prompt" if run.rows[0].image is None else "image",
+        )
+    if any(len(hits) > 1 for hits in cells[0].hits):
+        what = f"`{span.written}`, which is averaged over tokens, as the position of an edge"
+        return NotSupported(span=span, what=what, later="name one token, or join some with `{…}`")
+    return None
 
 
 def sweeps_positions(positions: ast.Positions, work: ExperimentContext) -> bool:

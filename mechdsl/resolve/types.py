@@ -836,6 +836,9 @@ CircuitEdge = tuple[SitePoint, SitePoint]
 """A sender (`resid_pre` of layer 0, `z` or `mlp_out`) and a receiver (`q`, `k`, `v`, `mlp_norm` or
 `logits`) that reads its output in the residual stream."""
 
+PlacedEdges: TypeAlias = Mapping[CircuitEdge, frozenset[int] | None]
+"""Edges of a circuit, each with the numbers of its places; None for all tokens."""
+
 MaskCandidate: TypeAlias = SitePoint | SiteCoordinate | PositionChoice | CircuitEdge
 """What a mask chooses from."""
 
@@ -945,12 +948,17 @@ class CircuitTargets(Record):
 
     name: str = field(compare=False)
     """Name of the circuit in the file."""
-    edges: Mapping[AxisIndices, tuple[CircuitEdge, ...]]
+    edges: Mapping[AxisIndices, tuple[tuple[CircuitEdge, ...], ...]]
+    """Those that it ablates at the tokens of each of `classes`."""
     every: tuple[CircuitEdge, ...] = field(compare=False)
     """The edges of the model."""
-    named: Mapping[AxisIndices, tuple[CircuitEdge, ...]] = field(compare=False)
+    named: Mapping[AxisIndices, PlacedEdges] = field(compare=False)
     """The edges of the circuit that the rule names, with those that `without each edge` removes,
     for every key of its loops."""
+    places: tuple[PositionCell, ...] = ()
+    """Positions of edges in the base run, once each; a row has one run of tokens at each."""
+    classes: tuple[frozenset[int], ...] = (frozenset(),)
+    """Distinct sets of places, by number, that have a token in common; the first is empty."""
     scores: Mapping[CircuitEdge, float] = field(
         default_factory=dict[CircuitEdge, float], compare=False
     )

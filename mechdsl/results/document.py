@@ -504,6 +504,9 @@ class EdgeDocument(DocumentPart):
         "feature, `logit 17` or `target`"
     )
     score: float | None = Field(default=None, description="its score, if the circuit has scores")
+    at: str | None = Field(
+        default=None, description="positions of the receiver; absent for an edge at all tokens"
+    )
 
 
 class CircuitDocument(DocumentPart):
@@ -885,9 +888,10 @@ def _circuit_document(circuit: ResultCircuit | None) -> CircuitDocument | None:
     if circuit is None:
         return None
     scores = circuit.scores or (None,) * len(circuit.edges)
+    places = circuit.places or ("",) * len(circuit.edges)
     edges = [
-        EdgeDocument(sender=of, receiver=to, **known_fields(score=score))
-        for (of, to), score in zip(circuit.edges, scores, strict=True)
+        EdgeDocument(sender=of, receiver=to, **known_fields(score=score, at=at or None))
+        for (of, to), score, at in zip(circuit.edges, scores, places, strict=True)
     ]
     row = None if circuit.graph is None else circuit.graph.row
     return CircuitDocument(

@@ -218,6 +218,9 @@ class ResultCircuit(Record):
     """Number of circuits in a sweep; `edges` has those of all of them."""
     graph: ResultGraph | None = None
     """The nodes of an attribution graph."""
+    places: tuple[str, ...] = ()
+    """The positions of each edge, as text: `s1 token and last token`, empty for all tokens; empty
+    if no edge has positions."""
 
 
 TEXT_RENDERER = "mechdsl.show.output:experiment_text"

@@ -14,7 +14,13 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.bases import EXCHANGE
-from mechdsl.resolve.circuits import CIRCUIT_NOTE, describe_circuit, resolve_circuit
+from mechdsl.resolve.circuits import (
+    CIRCUIT_NOTE,
+    check_ablated_tokens,
+    describe_circuit,
+    describe_places,
+    resolve_circuit,
+)
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.targets import resolve_rule_positions
@@ -193,6 +199,8 @@ class AblateRule(RuleKind):
             found = resolve_circuit(definition, rule, work)
             positions = resolve_rule_positions(rule, read, work, apart)
             sites, circuit = (None, None) if found is None else found
+            if circuit is not None and positions is not None:
+                check_ablated_tokens(circuit, positions, rule, work)
             does = None if does is None else CIRCUIT_FILLS[does.name]
         else:
             sites, positions = resolve_targets(rule, read, work, apart)
@@ -226,6 +234,7 @@ class CircuitFill(Intervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from super().conventions(rule, n_layers)
         yield Convention("circuit", describe_circuit(rule), CIRCUIT_NOTE)
+        yield from describe_places(rule)
         if rule.circuit is not None and rule.circuit.made:
             yield Convention(f"circuit {rule.circuit.name}", rule.circuit.made)
         yield Convention("passes", "rows of an ablated circuit are full forward passes")

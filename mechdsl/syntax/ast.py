@@ -345,10 +345,14 @@ class Site(Node):
 
 @record
 class SiteMap(Node):
-    """`resid_post layer 0 -> resid_post layer 2`: the map from one site to a later one."""
+    """`resid_post layer 0 -> resid_post layer 2`: the map from one site to a later one; or an edge
+    of a circuit."""
 
     source: Site
     target: Site
+    at: Position | None = None
+    """`embed -> L0H1.q at last token`: the tokens of the receiver that an edge of a circuit leads
+    to; None for all tokens."""
 
 
 @record
@@ -1462,8 +1466,8 @@ class GroupDef(Node):
 @statement("circuit {name:new} = ({source:training} [at {at:positions}] | {edges})", "circuit_def")
 @record
 class CircuitDef(Node):
-    """`circuit c = embed -> L0H1.q, L0H1 -> logits`: edges between components of a model; or those
-    that a training chooses, whose tokens `at` are written."""
+    """`circuit c = embed -> L0H1.q, L0H1 -> logits at last token`: edges between components of a
+    model; or those that a training chooses, whose tokens `at` are written."""
 
     name: Name
     edges: tuple[SiteMap, ...] = ()

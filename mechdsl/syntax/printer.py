@@ -207,7 +207,8 @@ def _argument(node: ast.Argument) -> str:
 
 
 def _site_map(node: ast.SiteMap) -> str:
-    return f"{format_site(node.source)} -> {format_site(node.target)}"
+    text = f"{format_site(node.source)} -> {format_site(node.target)}"
+    return text if node.at is None else f"{text} at {format_position(node.at)}"
 
 
 def format_domain(node: ast.Domain) -> str:

@@ -934,6 +934,10 @@ class TreeBuilder(Transformer[Token, Any]):
     def site_map(self, c: list[Any]) -> ast.SiteMap:
         return ast.SiteMap(c[0], c[2], span=_span(c))
 
+    def placed_edge(self, c: list[Any]) -> ast.SiteMap:
+        of, at = c[0], next((part for part in c if isinstance(part, ast.Position)), None)
+        return of if at is None else ast.SiteMap(of.source, of.target, at, span=_span(c))
+
     view_run = _clause("view run", _second)
     view_at = _clause("view at", lambda c: ast.Positions((c[1],), span=c[1].span))
 

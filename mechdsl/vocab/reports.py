@@ -257,6 +257,7 @@ def check_report(
     *,
     writes: bool | None = None,
     circuit: bool | None = None,
+    placed: bool = False,
 ) -> list[Diagnostic]:
     """Check a `report` line: E0108, E0203, E0607.
 
@@ -266,6 +267,7 @@ def check_report(
         measures: Measures of the experiment; None if they aren't known yet.
         writes: Whether rows generate replies.
         circuit: Whether rules ablate a circuit.
+        placed: Whether edges of this circuit have positions.
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
@@ -276,6 +278,10 @@ def check_report(
         shown = [name for name, each in REPORTS.items() if each.supported]
         later = f"reports that can be drawn are {', '.join(shown)}"
         return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
+    if kind.of_circuits and placed and report.file and report.file.lower().endswith(".json"):
+        what = f'`report {kind.name} to "{report.file}"` of a circuit whose edges have positions'
+        later = "graphs of EAP-IG have no positions: write a picture, such as `.svg` or `.html`"
+        return [NotSupported(span=report.span, what=what, later=later)]
     wrong = (
         _wrong_words(kind, signature, report)
         or _wrong_experiment(kind, writes, circuit)

@@ -52,6 +52,7 @@ METHODS = [
     "Induction heads",
     "Faithfulness of a circuit",
     "Edges of a circuit",
+    "Give edges positions",
     "Checkpoints",
     "Controls",
     "Check experiments in CI",

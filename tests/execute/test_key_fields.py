@@ -96,6 +96,8 @@ EXPERIMENTS = {
     "paths": one("path z layer 0 head 1..2 -> q layer 1..2 head 1 at last token"),
     "circuit": "circuit c = L0H1 -> L1H1.k, L1H1 -> logits\n"
     + one("ablate c at subject token with zero"),
+    "placed circuit": "circuit c = L0H1 -> L1H1.k at subject token, L1H1 -> logits\n"
+    + one("ablate c at subject token with zero"),
     "text": one('replace subject tokens with "w7"', ends=""),
     "item": one(
         "patch resid_post layer 1 at each item token", 'measure prob("w{item.index}") as raw'
@@ -253,8 +255,8 @@ def one_more(values: dict[Any, Any], change: Change) -> dict[Any, Any]:
     return {**values, last: change(values[last])}
 
 
-def fewer_edges(edges: tuple[CircuitEdge, ...]) -> tuple[CircuitEdge, ...]:
-    return edges[:1]
+def fewer_edges(classes: tuple[tuple[CircuitEdge, ...], ...]) -> tuple[Any, ...]:
+    return tuple(edges[:1] for edges in classes)
 
 
 def moved(cell: PositionCell) -> PositionCell:
@@ -365,7 +367,10 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "through_mlps": ("paths", lambda through: not through),
         "frozen_norms": ("paths", lambda frozen: not frozen),
     },
-    CircuitTargets: {"edges": ("circuit", lambda edges: one_more(edges, fewer_edges))},
+    CircuitTargets: {
+        "edges": ("circuit", lambda edges: one_more(edges, fewer_edges)),
+        "places": ("placed circuit", lambda places: tuple(map(moved, places))),
+    },
     ExternalRun: {
         "table": ("apart", other_table),
         "run": ("apart of two runs", lambda run: "changed"),
@@ -476,6 +481,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     CircuitTargets: {
         "every": "the edges of the model, whose key is part of the key",
         "named": "`edges` are those that are ablated",
+        "classes": "sets of `places`; `edges` are those of each class",
         "name": SHOWN,
         "scores": SHOWN,
         "digest": "`edges` are those that are ablated",

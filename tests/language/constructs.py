@@ -298,6 +298,23 @@ _file(
     "Conmy et al. 2023, arXiv 2304.14997",
 )
 _file(
+    "circuit: edges at positions",
+    "circuit c = embed -> L0H1.q at last token",
+    "`at` names tokens of the receiver at which the edge is in the circuit; without `at`, it is "
+    "in the circuit at all tokens. The token of `k` and `v` is that of the key or value. The "
+    "position is resolved in the base run of each row. It is one position, such as "
+    "`{token 1, last token}`, that every row has; sweeps are E0304, and `and answer` and tokens "
+    "that another experiment ranks are E0108. A position after the last edge of a list is that of "
+    "this edge only. `ablate c` ablates edges at their positions, `ablate all but c` all edges "
+    "elsewhere, both only at the tokens of the rule. A rule without any edge at its tokens is "
+    "E0207. `without each edge` removes an edge at all of its positions. `against random(39)` "
+    "draws edges regardless of positions and assigns the positions of the circuit's edges to them "
+    "at random. `observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take "
+    "edges with positions (E0108).",
+    "tests/rules/test_placed_circuits.py",
+    "Conmy et al. 2023, arXiv 2304.14997; Haklay et al. 2025, arXiv 2502.04577",
+)
+_file(
     "circuit: from a file",
     'circuit c = saved("circuit.json")',
     "The edges of a JSON file of EAP-IG or MIB that have `in_graph: true`, those that a trained "

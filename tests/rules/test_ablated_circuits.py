@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -172,12 +172,17 @@ def expected(
     return values
 
 
-def find_donors(name: str, case: Case, values: Array) -> dict[int, int]:
-    """The row that each row takes its values from: the one whose values give the nearest result."""
+def find_donors(
+    name: str, case: Case, values: Array, compute: Callable[..., list[float]] = expected
+) -> dict[int, int]:
+    """The row that each row takes its values from: the one whose values give the nearest result.
+
+    compute: of the model, the case and the donors; the value of each prompt.
+    """
     if case.fill != "resample":
         return {}
     of = [
-        expected(name, case, {n: m for n in range(4) for m in [(n + shift) % 4]})
+        compute(name, case, {n: m for n in range(4) for m in [(n + shift) % 4]})
         for shift in range(4)
     ]
     found: dict[int, int] = {}
@@ -241,6 +246,19 @@ def test_plan_counts_only_nodes_of_circuits_that_are_computed(
     every = sorted(edges(name)[2])
     random = np.random.default_rng(0)
     own = [edge for edge in every if random.random() < share] or [every[-1]]
+    text = f"circuit c = {', '.join(f'{of} -> {to}' for of, to in own)}\n"
+    done, planned = count_operations(data, monkeypatch, name, text)
+    assert done / 1.5 < planned < done * 1.5
+
+
+def count_operations(
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    circuit: str,
+    rule: str = "ablate all but c at tokens * with other",
+) -> tuple[float, float]:
+    """The floating-point operations of patched rows that a run does, and those that it plans."""
     done, plans = [0], list[Plan]()
 
     def counted(*given: Any, **options: Any) -> FullPassResult:
@@ -250,15 +268,13 @@ def test_plan_counts_only_nodes_of_circuits_that_are_computed(
         return found
 
     monkeypatch.setattr(patched_rows, "run_full", counted)
-    text = f"circuit c = {', '.join(f'{of} -> {to}' for of, to in own)}\n"
-    rule = "ablate all but c at tokens * with other"
-    text += of_files.experiment("e", "prompts p", rule, of_files.DIFFERENCE)
+    text = circuit + of_files.experiment("e", "prompts p", rule, of_files.DIFFERENCE)
     options = RunOptions(on_profile=lambda plan, _: plans.append(plan))
     of_files.run_file(text, data, bare(name), options)
     [panel] = plans[0].panels
     unpatched = PanelCount(panel, PASS_TOKENS, PROMPT_TOKENS).unpatched(stopped=True)
     planned = plan_cost(plans[0]).planned.flops - unpatched.flops
-    assert done[0] / 1.5 < planned < done[0] * 1.5
+    return done[0], planned
 
 
 # --- effects --------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ SAMPLES = {
     "direction": "d[best of chosen]",
     "domain": "1..9 step 2",
     "edge": "attention layer * head * from last token to token 0",
-    "edges": "embed -> L0H1.q, L0H1 -> logits",
+    "edges": "embed -> L0H1.q at last token, L0H1 -> logits",
     "expr": "if a then 1 else 2",
     "flag": "",
     "further": ", mean by kind, zero",

@@ -131,16 +131,19 @@ class RuleInputs:
     )
     """Vectors from functions of whole cells, as returned by `compute_cell_vectors`."""
     directions: FittedDirections = field(default_factory=FittedDirections)
-    edges: dict[tuple[int, int], EdgeTable] = field(
-        default_factory=dict[tuple[int, int], EdgeTable]
+    edges: dict[tuple[int, int, int], EdgeTable] = field(
+        default_factory=dict[tuple[int, int, int], EdgeTable]
     )
-    """The circuits that passes have ablated, by number of the rule and of the circuit."""
+    """The circuits that passes have ablated, by number of the rule, of the circuit and of the class
+    of tokens."""
 
-    def tabulate(self, rule: RulePlan, number: int) -> EdgeTable:
-        """Return the edges of a rule's circuit, which are counted once for all passes."""
-        found = self.edges.get((rule.number, number))
+    def tabulate(self, rule: RulePlan, number: int, of_class: int) -> EdgeTable:
+        """Return the edges of a rule's circuit at a class of tokens, which are counted once for all
+        passes."""
+        key = rule.number, number, of_class
+        found = self.edges.get(key)
         if found is None:
-            found = self.edges[rule.number, number] = _tabulate(*rule.edge_ends[number])
+            found = self.edges[key] = _tabulate(*rule.edge_ends[number][of_class])
         return found
 
     def made_with(self, rule: int, text: Continuation | None) -> CellVectors | None:
@@ -578,7 +581,8 @@ def _iter_circuits(
     shape: ModelShape,
     text: Continuation | None,
 ) -> Iterator[CircuitWrite]:
-    """Yield the edges that rules ablate in these rows, rule by rule and circuit by circuit."""
+    """Yield the edges that rules ablate in these rows, rule by rule and circuit by circuit, for
+    each class of tokens."""
     for rule in plan.rules:
         circuit = rule.rule.circuit
         if circuit is None:
@@ -586,11 +590,12 @@ def _iter_circuits(
         every = _list_token_entries(plan, rule, rows, means_and_donors, text)
         edges = list(circuit.edges.values())
         which = rule.site_of_cell[rows.cell][every.row]
-        for number in np.unique(which).tolist():
-            if number == len(edges) or not edges[number]:  # the rule doesn't act there
+        classes = rule.classes_of(rows.prompt[every.row], every.written)
+        for number, of_class in np.unique(np.stack([which, classes]), axis=1).T.tolist():
+            if number == len(edges) or not edges[number][of_class]:  # the rule doesn't act there
                 continue
-            own = np.flatnonzero(which == number)
-            table = means_and_donors.tabulate(rule, number)
+            own = np.flatnonzero((which == number) & (classes == of_class))
+            table = means_and_donors.tabulate(rule, number, of_class)
             asked = _RuleVectors(
                 rule,
                 table.senders[0][0],
@@ -620,8 +625,9 @@ def _iter_circuits(
 
 def _name_source(rule: RulePlan, every: _WriteTokens, own: Ints) -> str:
     """Return the run whose values are written at the same tokens of the same rows; empty if there
-    is none."""
+    is none, or if the edges of a circuit have positions."""
     same = rule.rule.does.reads == "run" and rule.rule.apart is None
+    same = same and rule.rule.circuit is not None and not rule.rule.circuit.places
     same = same and np.array_equal(every.read[own], every.written[own])
     return rule.rule.run if same else ""
 

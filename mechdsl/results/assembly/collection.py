@@ -39,6 +39,7 @@ from mechdsl.prompts.runs import PlacedPicture, PromptRun, RunRow
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.cells import CellKey
+from mechdsl.resolve.circuits import label_places
 from mechdsl.resolve.expansion import name_cells
 from mechdsl.resolve.findings import VariantFinding
 from mechdsl.resolve.measures import MEASURED_AXIS
@@ -333,7 +334,8 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
     if found is None:
         return None
     shape = experiment.model.shape
-    named = tuple(dict.fromkeys(edge for own in found.named.values() for edge in own))
+    named = {edge: at for own in found.named.values() for edge, at in own.items()}
+    places = ["" if at is None else label_places(at, found.places) for at in named.values()]
     return ResultCircuit(
         name=found.name,
         layers=shape.n_layers,
@@ -345,6 +347,7 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         scores=tuple(found.scores[edge] for edge in named) if found.scores else (),
         total=len(found.every),
         circuits=len(set(map(frozenset, found.named.values()))),
+        places=tuple(places) if any(places) else (),
     )
 
 

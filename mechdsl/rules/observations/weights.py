@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell
@@ -566,13 +567,19 @@ class CircuitComparison(WeightObservation):
     def _circuit(
         self, site: ast.Site | None, rule: spec.Rule, work: ExperimentContext
     ) -> spec.Circuit | None:
-        """Return a named circuit; None after E0207."""
+        """Return a named circuit; None after E0207, and after E0108 for edges with positions."""
         name = None if site is None or site.bare is None else site.bare.id
         circuit = None if name is None else work.program.circuits.get(name)
         if circuit is None:
             known = name_list(work.program.circuits) or "the file has none"
             hint = f"write `observe {self.word} c with d as shared`; circuits: {known}"
             report_bad_observation(rule, work, "compares two circuits of the file", hint)
+            return None
+        if circuit.has_places:
+            what = f"`observe {self.word}` of a circuit whose edges have positions"
+            later = "compare circuits without positions"
+            work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
+            return None
         return circuit
 
     def scores_fit(self, circuit: CircuitEdges, rule: spec.Rule, work: ExperimentContext) -> bool:

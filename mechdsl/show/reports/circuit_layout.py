@@ -161,12 +161,14 @@ def join_supernodes(circuit: ResultCircuit) -> ResultCircuit:
 def list_edges(circuit: ResultCircuit, top: int | None) -> list[DrawnEdge]:
     """Return the edges, or the `top` ones with the largest absolute scores, these first."""
     scores = circuit.scores or (None,) * len(circuit.edges)
-    pairs = list(zip(circuit.edges, scores, strict=True))
-    pairs.sort(key=lambda pair: -abs(pair[1] or 0.0))
+    places = circuit.places or ("",) * len(circuit.edges)
+    listed = list(zip(circuit.edges, scores, places, strict=True))
+    listed.sort(key=lambda each: -abs(each[1] or 0.0))
     found: list[DrawnEdge] = []
-    for (of, to), score in pairs[:top]:
+    for (of, to), score, at in listed[:top]:
         receiver, reads = _component(to, circuit)
-        found.append(DrawnEdge(_component(of, circuit)[0], receiver, reads, f"{of} -> {to}", score))
+        text = f"{of} -> {to} at {at}" if at else f"{of} -> {to}"
+        found.append(DrawnEdge(_component(of, circuit)[0], receiver, reads, text, score))
     return found
 
 

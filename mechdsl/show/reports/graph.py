@@ -112,6 +112,8 @@ class CircuitPicture:
                 said.append("edges of a supernode's features in one layer are summed")
         if not circuit.scores:
             said.append("its edges have no scores")
+        if circuit.places:
+            said.append(f"{sum(map(bool, circuit.places)):,} of its edges at some tokens only")
         if any(edge.receiver.kind == "key-value" for edge in self.edges):
             heads = count_noun(circuit.heads // circuit.key_heads, "head")
             said.append(f"a key or a value is read by {heads}: dotted lines")

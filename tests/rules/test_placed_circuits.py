@@ -1,0 +1,419 @@
+"""Edges of circuits at positions, against passes with a share of each edge for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.base.hashing import stable_hash
+from mechdsl.forward.hooks import full_pass
+from mechdsl.forward.hooks.batch import CircuitWrite
+from mechdsl.forward.hooks.circuits import CircuitHooks
+from mechdsl.resolve.circuits import CircuitDraws, list_edges
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
+from mechdsl.vocab.effects import EFFECTS
+
+from ..execute import support as of_files
+from ..execute.support import MODES
+from ..quick import in_turn
+from .circuits import EMBED, LOGITS, circuit_pass, head, mlp
+from .support import (
+    Text,
+    agree,
+    codes,
+    difference,
+    double,
+    experiment,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+    unpatched,
+)
+from .test_ablated_circuits import (
+    CASES,
+    FAMILIES,
+    Case,
+    count_operations,
+    edges,
+    fills,
+    find_donors,
+    key_heads,
+    named,
+    ran,
+    shape_of,
+)
+
+Edge = tuple[str, str]
+Written = tuple[str, str, list[Edge]]
+"""Edges in the file, their position, these edges."""
+EVERY_TOKEN = "tokens *"
+
+
+def written_edges(name: str) -> list[Written]:
+    values = [(EMBED, f"{head(0, n)}.v") for n in range(key_heads(name))]
+    return [
+        ("embed -> L0H1.q", "last token", [(EMBED, "L0H1.q")]),
+        ("embed -> L0H1.k", "cue token", [(EMBED, "L0H1.k")]),
+        ("embed -> L0H1.k", "subject tokens", [(EMBED, "L0H1.k")]),
+        ("embed -> v layer 0 heads *", "", values),
+        (
+            "layer 0 heads 0..1 -> L1H0.v",
+            "{cue token, last token}",
+            [("L0H0", "L1H0.v"), ("L0H1", "L1H0.v")],
+        ),
+        ("L0H2 -> L1.mlp", "tokens except last token", [("L0H2", mlp(1))]),
+        ("L1H3 -> L2H3.q", "last token", [("L1H3", "L2H3.q")]),
+        ("L0.mlp -> L2.mlp", "", [(mlp(0), mlp(2))]),
+        ("L1.mlp -> logits", "last token", [(mlp(1), LOGITS)]),
+        ("embed -> logits", "token 1", [(EMBED, LOGITS)]),  # the last token isn't at this position
+        ("L1H1 -> L2H0.q", "", [("L1H1", "L2H0.q")]),
+        ("L1H1 -> L2H0.q", "last token", [("L1H1", "L2H0.q")]),  # adds nothing
+    ]
+
+
+def define(written: Sequence[Written]) -> str:
+    each = [f"{edge} at {at}" if at else edge for edge, at, _ in written]
+    return f"circuit c = {', '.join(each)}\n"
+
+
+def tokens_of_edges(written: Sequence[Written], text: Text) -> dict[Edge, set[int]]:
+    """The tokens at which each edge is in the circuit."""
+    found: dict[Edge, set[int]] = {}
+    for _, at, own in written:
+        for edge in own:
+            found.setdefault(edge, set()).update(tokens(text, at or EVERY_TOKEN))
+    return found
+
+
+def shares(
+    name: str, text: Text, placed: Mapping[Edge, set[int]], *, all_but: bool
+) -> dict[Edge, Tensor]:
+    """[T, 1] by edge: 1 where it is ablated."""
+    every = edges(name)[2] if all_but else placed
+    found: dict[Edge, Tensor] = {}
+    for edge in every:
+        there = torch.zeros(len(text.ids), 1, dtype=torch.double)
+        there[sorted(placed.get(edge, ()))] = 1
+        found[edge] = 1 - there if all_but else there
+    return found
+
+
+def expected(name: str, case: Case, donors: Mapping[int, int]) -> list[float]:
+    values: list[float] = []
+    every_fill, all_but = fills(name, case, donors), case.rule.startswith("all but")
+    for n, (text, record) in enumerate(zip(rows(case.base), records(), strict=True)):
+        ablated = shares(name, text, tokens_of_edges(written_edges(name), text), all_but=all_but)
+        at = tokens(text, case.at)
+        logits = circuit_pass(name, double(name), text.ids, every_fill[n], ablated, at)
+        values.append(difference(logits, record))
+    return values
+
+
+@cache
+def results(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
+    """All cases in one file, whose rows share passes, with those of a circuit without positions."""
+    text = define(written_edges(name)) + "".join(
+        case.experiment(key) for key, case in CASES.items()
+    )
+    bare = ", ".join(dict.fromkeys(edge for edge, _, _ in written_edges(name)))
+    text += f"circuit d = {bare}\n" + experiment("whole", "ablate all but d at tokens * with other")
+    return run_file(text, data, name, mode, precise=True)
+
+
+@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, list(MODES)))
+def test_ablated_edges_carry_the_fill_at_their_positions(
+    data: Path, name: str, mode: str, key: str
+) -> None:
+    case = CASES[key]
+    found = results(data, name, mode)[key]
+    donors = find_donors(name, case, found.measures[0].patched[0], expected)
+    values = expected(name, case, donors)
+    agree(found, (), {(): values}, unpatched(name, case.base), most=False, precise=True, large=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_circuit_without_positions_differs_in_the_same_file(data: Path, name: str) -> None:
+    found = results(data, name, "planned")
+    placed, whole = (found[key].measures[0].patched for key in ("all_but_other", "whole"))
+    assert np.abs(placed - whole).max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "mode"), in_turn(("llama", "gpt2"), list(MODES)))
+def test_rows_of_circuits_that_differ_in_positions_are_separate(
+    data: Path, name: str, mode: str
+) -> None:
+    """Experiments of one file, two of them with equal circuits, and rows that start from a run."""
+    at = {"c": "last token", "d": "cue token", "e": "last token", "f": ""}
+    lines = [
+        f"circuit {key} = embed -> L0H1.v{' at ' if own else ''}{own}\n" for key, own in at.items()
+    ]
+    run = "run r { ablate layer 1 head 0 at last token with zero }"
+    rule = "ablate {} at {{cue token, last token}} with zero"
+    text = "".join(lines)
+    text += "".join(experiment(f"x{key}", rule.format(key)) for key in at)
+    started = [experiment(f"y{key}", run, "from clean into r", rule.format(key)) for key in at]
+    found = run_file(text + "".join(started), data, name, mode, precise=True)
+    for kind in "xy":
+        values = {key: found[kind + key].measures[0].patched[0] for key in at}
+        np.testing.assert_array_equal(values["c"], values["e"])
+        for key, other in (("c", "d"), ("c", "f"), ("d", "f")):
+            assert np.abs(values[key] - values[other]).max() > 1e-5
+    for key, own in at.items():
+        for n, (row, record) in enumerate(zip(rows(), records(), strict=True)):
+            fill = {EMBED: torch.zeros(len(row.ids), 1, dtype=torch.double)}
+            there = tokens(row, own or "{cue token, last token}")
+            logits = circuit_pass(name, double(name), row.ids, fill, {(EMBED, "L0H1.v")}, there)
+            value = difference(logits, record)
+            assert found[f"x{key}"].measures[0].patched[0, n] == pytest.approx(value, abs=1e-6)
+
+
+def mean_with(name: str, placed: Sequence[Mapping[Edge, set[int]]], *, all_but: bool) -> float:
+    """The mean of the measure if these edges, or all others, carry another run's values.
+
+    Args:
+        placed: By row, the tokens of each edge.
+    """
+    values: list[float] = []
+    given = fills(name, Case("", "other"), {})
+    for text, record, fill, own in zip(rows(), records(), given, placed, strict=True):
+        ablated = shares(name, text, own, all_but=all_but)
+        every = range(len(text.ids))
+        logits = circuit_pass(name, double(name), text.ids, fill, ablated, every)
+        values.append(difference(logits, record))
+    return float(np.mean(values))
+
+
+def test_effects_of_circuits_with_positions_equal_ratios_of_reference_means(data: Path) -> None:
+    """Of a circuit with paths from `embed` to `logits` at single tokens."""
+    name, rule = "gpt2", "at tokens * with other"
+    written: list[Written] = [
+        ("embed -> L0H1.v", "{cue token, last token}", [(EMBED, "L0H1.v")]),
+        ("embed -> L0H1.v", "subject tokens", [(EMBED, "L0H1.v")]),
+        ("L0H1 -> L1.mlp", "last token", [("L0H1", mlp(1))]),
+        ("L1.mlp -> logits", "", [(mlp(1), LOGITS)]),
+        ("embed -> logits", "", [(EMBED, LOGITS)]),
+    ]
+    rules = {
+        "faithfulness": f"ablate all but c {rule}",
+        "completeness": f"ablate c {rule}",
+        "minimality": f"ablate all but c without each edge {rule}",
+    }
+    measure = "measure logit(answer) - logit(wrong) as {}"
+    each = (
+        experiment(effect, own, measure=measure.format(effect), stats="")
+        for effect, own in rules.items()
+    )
+    found = run_file(define(written) + "".join(each), data, name, "planned", precise=True)
+    placed = [tokens_of_edges(written, text) for text in rows()]
+    circuit, rest = (mean_with(name, placed, all_but=own) for own in (True, False))
+    none = mean_with(name, [{} for _ in rows()], all_but=True)
+    whole = float(np.mean(unpatched(name))) - none
+
+    def means(effect: str) -> list[float]:
+        own = found[effect].measures[0]
+        assert own.source is not None
+        runs = (run.mean(1) for run in (own.patched, own.base, own.source))
+        return EFFECTS[effect].of_means(*runs).tolist()
+
+    assert abs(circuit - none) > 1e-3
+    assert means("faithfulness") == pytest.approx([(circuit - none) / whole], abs=1e-6)
+    assert means("completeness") == pytest.approx([(rest - none) / whole], abs=1e-6)
+    labels = [str(cell.coords["edge"]) for cell in found["minimality"].cells]
+    assert labels == [
+        "embed -> L0H1.v at {cue token, last token} and subject tokens",
+        "embed -> logits",
+        "L0H1 -> L1.mlp at last token",
+        "L1.mlp -> logits",
+    ]
+    for label, value in zip(labels, means("minimality"), strict=True):
+        sender, receiver = label.partition(" at ")[0].split(" -> ")
+        fewer = [{e: t for e, t in own.items() if e != (sender, receiver)} for own in placed]
+        without = mean_with(name, fewer, all_but=True)
+        assert value == pytest.approx((circuit - without) / whole, abs=1e-6)
+
+
+def test_each_class_of_tokens_has_one_write_with_one_mask(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[CircuitWrite] = []
+    open_circuit = full_pass.open_circuit
+
+    def spy(*given: Any) -> CircuitHooks:
+        writes.append(given[2])
+        return open_circuit(*given)
+
+    monkeypatch.setattr(full_pass, "open_circuit", spy)
+    text = "circuit c = embed -> L0H1.q at cue token, embed -> L0H1.k at {cue token, last token}\n"
+    text += experiment("e", "ablate all but c at tokens * with zero")
+    run_file(text, data, "gpt2", "plain")
+    assert all(write.mask.dim() == 2 for write in writes)
+    total = len(list_edges(shape_of("gpt2")))
+    edges_of = {int(write.mask.sum()): len(write.rows) for write in writes}
+    every = sum(len(row.ids) for row in rows())
+    assert len(writes) == 3
+    assert edges_of == {total: every - 8, total - 1: 4, total - 2: 4}
+
+
+def test_plan_counts_edges_only_at_their_tokens(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, planned = "ablate c at tokens * with zero", dict[str, float]()
+    for at in ("last token", "{cue token, last token}", "tokens *", ""):
+        circuit = f"circuit c = embed -> q layers * heads * {at and f'at {at}'}\n"
+        _, planned[at] = count_operations(data, monkeypatch, "gpt2", circuit, rule)
+    one, two, every, whole = planned.values()
+    assert two > one
+    assert every == whole
+    tokens_of = sum(len(row.ids) for row in rows())
+    assert (every - one) / (tokens_of - 4) == pytest.approx((two - one) / 4)
+
+
+def test_control_assigns_positions_to_random_edges(data: Path) -> None:
+    name = "gpt2"
+    circuit = "circuit c = embed -> L0H1.v at cue token, L0H1 -> L1.mlp at last token, "
+    circuit += "L1.mlp -> logits\n"
+    lines = ("ablate all but c at tokens * with other", "against random(3)")
+    text = circuit + experiment("e", "from other into clean", *lines)
+    found = run_file(text, data, name, "planned", precise=True)["e"]
+    ends = {(EMBED, "L0H1.v"): "cue token", ("L0H1", mlp(1)): "last token", (mlp(1), LOGITS): ""}
+    own = [edge for edge in list_edges(shape_of(name)) if named(edge) in ends]
+    effects: list[float] = []
+    for n, drawn in enumerate(CircuitDraws(shape_of(name), own, 0).draws(3)):
+        places = [ends[named(edge)] for edge in own]
+        key = sorted(map(str, own))
+        Random(stable_hash(0, "control", "circuit positions", n, *key)).shuffle(places)
+        placed = [
+            {
+                named(edge): {*tokens(row, at or EVERY_TOKEN)}
+                for edge, at in zip(drawn, places, strict=True)
+            }
+            for row in rows()
+        ]
+        effects.append(mean_with(name, placed, all_but=True) - float(np.mean(unpatched(name))))
+    band = found.control(0)
+    assert band is not None
+    assert (float(band.low[0]), float(band.high[0])) == pytest.approx((min(effects), max(effects)))
+    assert found.conventions["controls"] == (
+        "random circuits, 3 draws, seed 0; of 3 edges, each on a path from `embed` to `logits` "
+        "regardless of positions, with the positions of the circuit's edges in random order, at "
+        "the same tokens"
+    )
+
+
+def test_table_graph_and_document_show_the_positions_of_edges(data: Path) -> None:
+    text = "circuit c = embed -> L0H1.q at last token, embed -> L0H1.q at token 1, L0H1 -> logits\n"
+    rule = "ablate all but c at tokens * with zero"
+    found = run_file(text + experiment("e", rule), data, "gpt2", "planned")["e"]
+    assert found.circuit is not None
+    assert found.circuit.places == ("last token and token 1", "")
+    total = len(list_edges(shape_of("gpt2")))
+    convention = found.conventions["circuit"]
+    assert convention.startswith(f"`all but c`: {total - 2} to {total - 1} of {total} edges")
+    positions = found.conventions["positions of edges"]
+    assert positions.startswith("1 of 2 edges at some tokens only: `last token`, `token 1`; ")
+    edges_of = [edge.text for edge in draw_edges(found.circuit, None)]
+    assert edges_of == ["embed -> L0H1.q at last token and token 1", "L0H1 -> logits"]
+
+
+# --- errors and keys ------------------------------------------------------------------------------
+
+C = "circuit c = embed -> L0H1.q at last token, L0H1 -> logits at last token\n"
+WRONG = {
+    "each item token": "E0304",
+    "token 1, 2": "E0101",
+    "item 3 token": "E0309",  # rows with two items lack it
+    "token n": "E0322",
+    "tokens * and answer": "E0108",
+    "top 2 of e tokens": "E0108",
+    "nothing token": "E0308",
+}
+
+
+@pytest.mark.parametrize("at", WRONG)
+def test_positions_that_edges_cannot_have_are_errors(data: Path, at: str) -> None:
+    text = f"circuit c = embed -> L0H1.q at {at}\n"
+    assert codes(text + experiment("e", "ablate c at tokens * with zero"), data) == [WRONG[at]]
+
+
+WRONG_RULES = {
+    "ablate c at token 1 with zero": ("E0207", "ablates no edge at `token 1`"),
+    "ablate c at tokens * with zero generate 3": ("E0108", "`generate`"),
+    'ablate c at tokens * with zero report graph to "c.json"': ("E0108", "`report graph to"),
+    "run r { ablate c at last token with zero } from r into clean patch L0H1 at token 1": (
+        "E0108",
+        "an ablated circuit in a `run`",
+    ),
+    "ablate top 1 of c at tokens * with zero": ("E0207", "without scores"),
+}
+
+
+@pytest.mark.parametrize("lines", WRONG_RULES)
+def test_rules_that_circuits_with_positions_do_not_support_are_errors(
+    data: Path, lines: str
+) -> None:
+    code, message = WRONG_RULES[lines]
+    problems = try_file(C + experiment("e", lines), data, "llama")[1]
+    errors = [each for each in problems if each.severity == "error"]
+    assert [(each.code, message in each.message) for each in errors] == [(code, True)]
+
+
+@pytest.mark.parametrize("word", ["overlap", "edge_auroc"])
+def test_comparison_of_circuits_with_positions_is_an_error(data: Path, word: str) -> None:
+    for own in ("c with d", "d with c"):
+        text = f"{C}circuit d = embed -> logits\n"
+        text += f"experiment e {{ model m observe {word} {own} as shared }}\n"
+        (problem,) = (each for each in try_file(text, data, "llama")[1] if each.code == "E0108")
+        assert "whose edges have positions" in problem.message
+
+
+def test_variable_of_a_loop_in_the_position_of_an_edge_is_an_error(data: Path) -> None:
+    text = "circuit c = embed -> L0H1.q at token i\n"
+    rule = "for i in 1..2 { ablate c at token i with zero }"
+    (problem,) = try_file(text + experiment("e", rule), data, "llama")[1]
+    assert problem.code == "E0322"
+    assert "`i`" in problem.message
+    assert problem.help_text == "write a number, or define it: `param i = 1`"
+
+
+def test_param_in_the_position_of_an_edge_has_its_value(data: Path) -> None:
+    text = "param n = 2\ncircuit c = embed -> L0H1.v at token n\n"
+    text += "circuit d = embed -> L0H1.v at token 2\n"
+    each = (experiment(f"x{key}", f"ablate {key} at tokens * with zero") for key in "cd")
+    found = run_file(text + "".join(each), data, "llama", "planned")
+    first, second = (found[key].measures[0].patched for key in ("xc", "xd"))
+    np.testing.assert_array_equal(first, second)
+
+
+CHANGES = {
+    "place": ("at last token,", "at token 1,"),
+    "no place": (" at last token,", ","),
+    "other edge": ("L0H1.v at last token, L0H2 -> logits", "L0H1.v, L0H2 -> logits at last token"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_stored_values_depend_on_positions_of_edges(tmp_path: Path, change: str) -> None:
+    text = "circuit c = embed -> L0H1.v at last token, L0H2 -> logits\n"
+    rule = "ablate c at tokens * with zero"
+    text += of_files.experiment("e", "prompts p", rule, of_files.DIFFERENCE)
+    other = text.replace(*CHANGES[change])
+    assert other != text
+    first, values = ran(text, tmp_path, tmp_path / "store")
+    again, changed = ran(other, tmp_path, tmp_path / "store")
+    renamed, same = ran(text.replace(" c ", " own "), tmp_path, tmp_path / "store")
+    assert (first, again, renamed) == (len(records()), len(records()), 0)
+    np.testing.assert_array_equal(values, same)
+    assert np.abs(values - changed).max() > 1e-6
+    np.testing.assert_allclose(ran(other, tmp_path, tmp_path / "fresh")[1], changed, atol=1e-6)
