@@ -26,7 +26,7 @@ from mechdsl.models.restart import (
     block_work,
 )
 from mechdsl.models.shape import ModelShape, unit_count
-from mechdsl.planner.encoding import encoding_adds, observation_adds
+from mechdsl.planner.encoding import encoding_adds, observation_adds, unembedding_adds
 from mechdsl.planner.plan import (
     BATCH_ROWS,
     ExperimentPlan,
@@ -1126,6 +1126,8 @@ class PanelWork:
         self.first, self.prompts = bool(len(prompts)) and prompts[0] == 0, prompts
         self.batches = -(-len(prompts) // batch_size(panel.panel, panel.prompt_tokens))
         self.rows = [plan.passes(prompts) for plan in panel.plans]
+        self.observed = self.rows
+        """The rows of all cells, which may share a pass."""
         self.patched = self._whole()
         self.unpatched = panel.unpatched(stopped=False) if self.first else Cost()
         self.shortcuts = FULL_PASS
@@ -1135,6 +1137,8 @@ class PanelWork:
         """Whether nodes of circuits aren't computed that give what ablated edges carry."""
         self.keeps_tokens = False
         self.joins = False
+        self.narrows = False
+        """Whether two rows of the unembedding suffice."""
         self.readings = ReadPasses.of(panel.plans, self.rows)
         given = prompts, panel.block.whole, panel.pass_tokens
         every = (gradient_work(plan, *given) for plan in panel.plans)
@@ -1147,12 +1151,15 @@ class PanelWork:
         return self.patched + self.unpatched + self.encoding + self._replies() + self._estimates()
 
     def _encoding(self) -> Cost:
-        """Return the cost of coordinates in bases, and of images in the vision encoder."""
+        """Return the cost of coordinates in bases, lenses, and images in the vision encoder."""
         plans = zip(self.panel.plans, self.rows, strict=True)
         adds = sum(encoding_adds(plan, rows, joined=self.joins) for plan, rows in plans)
         adds += sum(observation_adds(plan, self.prompts) for plan in self.panel.plans)
         pairs = zip(self.panel.plans, self.rows, strict=True)
         adds += sum(vision_adds(plan, rows, self.prompts) for plan, rows in pairs)
+        pairs = zip(self.panel.plans, self.observed, strict=True)
+        outputs = 2 if self.narrows else self.panel.shape.outputs
+        adds += sum(unembedding_adds(plan, rows, outputs) for plan, rows in pairs)
         return Cost(multiply_adds=adds)
 
     def _estimates(self) -> Cost:
@@ -1249,7 +1256,8 @@ class PanelWork:
         measures = [m for plan in self.panel.plans for m in plan.experiment.measures]
         if not all(atom.form.narrow for measure in measures for atom in measure.atoms):
             return
-        shape = self.panel.shape
+        shape, self.narrows = self.panel.shape, True
+        self.encoding = self._encoding()
         saved = self.patched.rows * float(shape.d_model * (shape.outputs - 2))
         left = self.patched.multiply_adds - saved
         self.patched = replace(self.patched, multiply_adds=left)

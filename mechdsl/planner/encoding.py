@@ -13,7 +13,7 @@ from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.prompts.runs import Hits
 from mechdsl.resolve.bases import CoordinateChange
-from mechdsl.resolve.observations import RowSetObservation, join_positions
+from mechdsl.resolve.observations import Observation, RowSetObservation, join_positions
 from mechdsl.resolve.types import BasisMember, PythonBasis
 
 
@@ -102,6 +102,20 @@ def observation_adds(plan: ExperimentPlan, prompts: Ints) -> float:
     hits = [every.hits[row] for row in prompts.tolist()]
     context = max(context_adds(each, hits) for each in rule.rule.basis.members)
     return runs * (float(tokens) * (basis.encoding + basis.reconstruction + again) + context)
+
+
+def unembedding_adds(plan: ExperimentPlan, rows: RowTable, outputs: int) -> float:
+    """Return the multiply-adds of an observation that reads vectors through the unembedding.
+
+    Args:
+        outputs: Number of logits that are computed of each vector.
+    """
+    seen = None if plan.observes is None else plan.observes.rule.does
+    if not isinstance(seen, Observation) or isinstance(seen, RowSetObservation):
+        return 0.0
+    if seen.gives != "logits":
+        return 0.0
+    return float(len(rows)) * plan.draws * plan.experiment.model.shape.d_model * outputs
 
 
 def context_adds(member: BasisMember, hits: Iterable[Hits]) -> float:

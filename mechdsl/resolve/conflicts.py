@@ -654,6 +654,7 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "clamp", "replace", "observe entropy", "observe distance", "observe received", "observe value",
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
     "observe cka", "observe probe", "observe prediction",
+    "observe logit_lens", "observe tuned_lens",
 ))  # fmt: skip
 """Rules and observations that act on the stacks of an encoder-decoder."""
 

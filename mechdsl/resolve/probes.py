@@ -272,12 +272,16 @@ def _resolve_lens(definition: spec.Basis, work: ExperimentContext) -> TrainedLen
     layers = _lens_layers(definition, work)
     if layers is None:
         return None
-    found = resolve_one_sample(definition, "lens", FEWEST_ROWS, work)
+    reading = replace(work, side=find_side((), work.model.shape))
+    found = resolve_one_sample(definition, "lens", FEWEST_ROWS, reading)
     if found is None:
         return None
     sample, text = found
     lens = outline_lens(definition, sample, layers, work.program, work.model)
     stream = lens.training.stream
+    if stream is not None and work.model.shape.encodes_apart:
+        reason = "streamed rows of an encoder-decoder aren't read"
+        raise DirectionError(definition.method, reason, "train on a `prompts` block")
     if stream is not None:
         text = f"{stream.count:,} streamed rows of {sample.table.name} at {sample.cell.label}"
     return replace(lens, made=check_training(definition, lens, text, work))

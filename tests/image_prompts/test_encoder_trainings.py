@@ -127,3 +127,28 @@ def test_trained_rotation_acts_as_hooks(reader: str, tmp_path: Path) -> None:
         values.append(module.difference(name, n, n, [write]))
     np.testing.assert_allclose(found.measures[0].patched[0], values, atol=3e-4)
     assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.01
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_logit_lens_of_a_decoder_equals_its_unembedding(reader: str, tmp_path: Path) -> None:
+    """Whisper's decoder has a final norm, and TrOCR's has none."""
+    module, name, *_ = READERS[reader]
+    lens = "observe logit_lens resid_post layer * at last token"
+    lines = experiment("e", lens, measure="measure logit(answer) as raw")
+    path = write_file(tmp_path, reader, lines)
+    prepared = images.processor(name) if reader == "trocr" else sounds.processor()
+    models = {"m": (module.bare(name), prepared)}
+    [found] = map(as_in_the_data, mechdsl.run(path, models, store=tmp_path / "store"))
+    values = np.zeros_like(found.measures[0].patched)
+    for layer in range(module.LAYERS):
+        for n, record in enumerate(module.RECORDS):
+            vector = module.read(name, n, module.place("resid_post", layer))[-1]
+            with torch.no_grad():
+                if reader == "trocr":
+                    logits = module.bare(name).decoder.output_projection(vector)
+                else:
+                    normed = module.bare(name).model.decoder.layer_norm(vector)
+                    logits = module.bare(name).proj_out(normed)
+            values[layer, n] = logits[module.token(str(record["n"]))]
+    np.testing.assert_allclose(found.measures[0].patched, values, atol=2e-4)
+    assert np.ptp(values) > 0.1

@@ -1866,7 +1866,8 @@ _rule(
     "The vector after the model's final norm and unembedding, as if its layer were the last. "
     "Metrics of the experiment read these logits. Without a measure, the value is the "
     "probability of the most likely token. For `attn_out`, `mlp_out` and `head_out`, the norm "
-    "uses the scale of that vector alone. In prompts with images, it reads tokens of images too.",
+    "uses the scale of that vector alone. In prompts with images, it reads tokens of images too. "
+    "In an encoder-decoder, it reads the decoder.",
     'nostalgebraist 2020, "interpreting GPT: the logit lens"',
     _OBSERVED,
     "measure prob(answer) as raw",

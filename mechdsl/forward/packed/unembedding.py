@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import catch_autograd_errors
-from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.model import ENCODED, LoadedModel
 from mechdsl.forward.hooks.module_exchange import BlockStub, replace_forward
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
@@ -56,16 +57,10 @@ class ModelUnembedding:
 
         Raises AutogradFailed.
         """
-        place, model = SiteRead("resid_post", self.model.shape.n_layers - 1), self.model
-        count = len(vectors)
-        first = torch.zeros(count, dtype=torch.long)
-        write = SiteWrite(place.site, place.layer, torch.arange(count), first, first, vectors)
-        with ExitStack() as stack, catch_autograd_errors():
-            for block in model.anatomy.blocks if model.restartable else ():
-                module = model.module.get_submodule(block.path)
-                stub = BlockStub(model.calling.block_returns)
-                stack.enter_context(replace_forward(module, stub))
-            return self._full_pass(write, count, None, gradients=True)
+        place = SiteRead("resid_post", self.model.shape.n_layers - 1)
+        write = self._write(place, vectors)
+        with catch_autograd_errors():
+            return self._full_pass(write, len(vectors), None, gradients=True)
 
     def share(self, vectors: Tensor, stream: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Implement the protocol: the norm is a linear map with its scale on the stream.
@@ -117,8 +112,7 @@ class ModelUnembedding:
 
     def _rows(self, place: SiteRead, vectors: Tensor, tokens: Tensor | None) -> Tensor:
         count = len(vectors)
-        first = torch.zeros(count, dtype=torch.long)
-        write = SiteWrite(place.site, place.layer, torch.arange(count), first, first, vectors)
+        write = self._write(place, vectors)
         if self._kept is None:
             return self._full_pass(write, count, tokens)
         rows = np.arange(count)
@@ -135,26 +129,50 @@ class ModelUnembedding:
             fuse=False,
         ).logits
 
+    def _write(self, place: SiteRead, vectors: Tensor) -> SiteWrite:
+        """Write vectors [K, d_model] at the only token of K rows, or of their decoders."""
+        count, first = len(vectors), torch.zeros(len(vectors), dtype=torch.long)
+        tokens = first + self._token
+        return SiteWrite(place.site, place.layer, torch.arange(count), tokens, first, vectors)
+
     def _full_pass(
         self, write: SiteWrite, count: int, tokens: Tensor | None, *, gradients: bool = False
     ) -> Tensor:
-        batch = self._batch.take(torch.zeros(count, dtype=torch.long))
-        at = torch.zeros(count, 1, dtype=torch.long)
-        logits = run_full(
-            self.model, batch, writes=[write], logits_at=at, tokens=tokens, gradients=gradients
-        ).logits
+        """Return [K, tokens]: logits after a write, in passes without blocks if possible."""
+        model, batch = self.model, self._batch.take(torch.zeros(count, dtype=torch.long))
+        at = torch.full((count, 1), self._token)
+        with ExitStack() as stack:
+            for block in model.anatomy.blocks if model.restartable else ():
+                module = model.module.get_submodule(block.path)
+                stub = BlockStub(model.calling.block_returns)
+                stack.enter_context(replace_forward(module, stub))
+            logits = run_full(
+                model, batch, writes=[write], logits_at=at, tokens=tokens, gradients=gradients
+            ).logits
         assert logits is not None
         return logits[:, 0]
 
     @cached_property
     def _batch(self) -> Batch:
+        """A row of one token; in an encoder-decoder, one of the decoder, after one of an encoder
+        that doesn't run."""
         model = self.model
-        return Batch.of([(0,)], model.pad_id, model.calling.side, model.device)
+        own = Batch.of([(0,)], model.pad_id, model.calling.side, model.device)
+        if not model.shape.encodes_apart:
+            return own
+        width = model.shape.others["encoder"].d_model
+        encoded = torch.zeros(1, 1, width, dtype=model.dtype, device=model.device)
+        return replace(own, extra={ENCODED: encoded}).after(own)
+
+    @property
+    def _token(self) -> int:
+        """The position of the only token, which in a decoder follows that of the encoder."""
+        return int(self._batch.lengths[0]) - 1
 
     @cached_property
     def _kept(self) -> ActivationCache | None:
         """Cache that rows of one token start from; None if they are full passes."""
-        if not self.model.restartable:
+        if not self.model.restartable or self.model.shape.encodes_apart:
             return None
         with record_activations(self.model, self._batch, self.model.shape.n_layers - 1) as kept:
             run_full(self.model, self._batch)

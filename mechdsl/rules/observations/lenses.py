@@ -122,7 +122,10 @@ class TunedLens(LogitLens):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.sites is not None
-        said = "h + A h + b of its layer through the model's final norm and unembedding"
+        said = (
+            "h + A h + b of its layer through the model's final norm, if it has one, and its "
+            "unembedding"
+        )
         trained, origin = self._declared, f"{Path(self.path).name}, SHA-256 {self.digest[:12]}…"
         origin = origin if trained is None else f"`{trained.training.definition}`"
         yield Convention(

@@ -256,15 +256,22 @@ def report_bad_observation(
     work.diagnostics.append(found)
 
 
-def check_unembedding(rule: spec.Rule, work: ExperimentContext) -> bool:
-    """Report E0108 for a model whose stream an unembedding doesn't follow, or not in one stack."""
+def check_unembedding(rule: spec.Rule, work: ExperimentContext, *, decoders: bool = False) -> bool:
+    """Report E0108 for a model whose stream an unembedding doesn't follow, or not in one stack.
+
+    Args:
+        decoders: Whether the decoder of an encoder-decoder is accepted.
+    """
     shape = work.sites.shape
     reads_text = shape.takes in ("text", "image and text")
     if shape.stands_in or (shape.task == "tokens" and shape.causal and reads_text):
         return True
+    apart = shape.encodes_apart and shape.task == "tokens"
+    if apart and decoders and shape.takes != "attended image":
+        return True
     assert rule.observed is not None
     reason = "which doesn't predict next tokens"
-    if shape.encodes_apart and shape.task == "tokens":
+    if apart:
         reason = "which attends to the tokens of an encoder"
     what = f"`observe {rule.observed.word}` of `{work.model.name}`, {reason},"
     problem = NotSupported(span=rule.observed.span, what=what)

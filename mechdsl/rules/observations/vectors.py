@@ -113,7 +113,10 @@ def check_stream_sites(
         if kind.stack == "vision":
             reason = "is in the vision encoder, not in the residual stream of the language model"
             hint = "name `resid_post layer *`, at the tokens of the image"
-        elif point.site not in STREAM_SITES:
+        elif kind.stack == "encoder":
+            reason = "is in the encoder, whose vectors no unembedding reads"
+            hint = "write `resid_post layer * at last token`, which is in the decoder"
+        elif kind.component not in STREAM_SITES:
             reason = f"is not in the residual stream, and isn't added to it ({kind.shape})"
             hint = "name `resid_post`, `attn_out`, `mlp_out` or `head_out`"
         elif kind.unit is not None and point.unit is None:
@@ -142,7 +145,7 @@ class LogitLens(SiteObservation):
     takes = ("top",)
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        there = check_unembedding(rule, work)
+        there = check_unembedding(rule, work, decoders=True)
         found = super().resolve(rule, work)
         return found if there else None
 
@@ -170,7 +173,7 @@ class LogitLens(SiteObservation):
         return seen.unembedding.logits(seen.vectors, seen.tokens)
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        said = "the vector through the model's final norm and unembedding"
+        said = "the vector through the model's final norm, if it has one, and its unembedding"
         assert rule.sites is not None
         sites = {point.site for point in iter_points(rule.sites)}
         if sites - {"resid_pre", "resid_mid", "resid_post"}:
