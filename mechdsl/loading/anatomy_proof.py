@@ -293,12 +293,24 @@ def has_adapters(module: Any) -> bool:
     return hasattr(module, "peft_config")
 
 
-def explain_adapters(module: Any) -> str | None:
-    """Return advice about adapters if they probably cause failed checks; else None."""
+def explain_wrappers(module: Any) -> str | None:
+    """Return advice about adapters or wrapped modules if they probably cause failed checks."""
     if not has_adapters(module):
-        return None
+        return _explain_checkpoint_wrappers(module)
     merge = "merge its adapters first, and pass the result of `model.merge_and_unload()`"
     return f"unmerged adapters change the computation of its modules: {merge}"
+
+
+def _explain_checkpoint_wrappers(module: Any) -> str | None:
+    """Return advice about modules that torch wraps for activation checkpointing."""
+    for path, part in module.named_modules():
+        if hasattr(part, "_checkpoint_wrapped_module"):
+            return (
+                f"`{path}` is in a `{type(part).__name__}`, which hides the modules of a block: "
+                "pass the model without `apply_activation_checkpointing`, or use "
+                "`model.gradient_checkpointing_enable()`"
+            )
+    return None
 
 
 def check_adapters(module: Any, name: str, span: Span | None) -> Diagnostic | None:
@@ -756,7 +768,7 @@ def _report_broken_identity(
         identity=identity,
         reason=reason,
     )
-    hint = _explain_user_hooks(model.module) or explain_adapters(model.module) or problem.hint
+    hint = _explain_user_hooks(model.module) or explain_wrappers(model.module) or problem.hint
     return replace(problem, hint=hint)
 
 

@@ -341,13 +341,15 @@ def run(
         problems: list[Diagnostic] = []
         if fit:
             _, problems = _train(source, models, options, progress)
-            warn_diagnostics(problems)
+        failed = [each for each in problems if each.severity == "error"]
+        warn_diagnostics([each for each in problems if each not in failed])
         verdicts = VerdictRequest(against, fail_fast)
         try:
             results = _run(source, models, options, bar, verdicts, write_reports=write_reports)
         except MechdslError as error:  # probably because of what wasn't trained
-            failed = [each for each in problems if each.severity == "error"]
-            raise MechdslError([*failed, *error.diagnostics]) from error
+            again = [each for each in error.diagnostics if each not in failed]
+            raise MechdslError([*failed, *again]) from error
+        warn_diagnostics(failed)
         sizes = results.files[0].sizes
         return replace(results, profile=_profile_text(profiles, sizes))
 

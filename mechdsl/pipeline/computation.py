@@ -199,7 +199,16 @@ class FileRun:
         return execution
 
     def _say(self, found: Sequence[Diagnostic]) -> None:
-        self.diagnostics += [each for each in found if each not in self.diagnostics]
+        for each in found:
+            if each not in self.diagnostics and not self._has_pick(each):
+                self.diagnostics.append(each)
+
+    def _has_pick(self, found: Diagnostic) -> bool:
+        """Whether W0751 is reported for the same pick in another cell, experiment or variant."""
+        if not isinstance(found, PickBySign):
+            return False
+        earlier = (each for each in self.diagnostics if isinstance(each, PickBySign))
+        return any((each.span, each.of) == (found.span, found.of) for each in earlier)
 
     def _lose(self, name: str, reasons: Sequence[Diagnostic]) -> None:
         self._say(reasons)

@@ -95,15 +95,12 @@ from mechdsl.resolve.types import (
 from mechdsl.results.results import package_version
 from mechdsl.store.files import take_lock
 from mechdsl.store.index import StoreProblem
-from mechdsl.store.store import Store
+from mechdsl.store.store import FITS_FOLDER, Store
 
 if TYPE_CHECKING:
     from mechdsl.forward.hooks.model import LoadedModel
     from mechdsl.planner.training_cost import TrainingCost
     from mechdsl.planner.value_keys import RunContents
-
-FITS_FOLDER = "fits"
-"""Folder of trainings in a store."""
 
 
 @dataclass(frozen=True, eq=False)

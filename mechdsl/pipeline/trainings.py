@@ -31,7 +31,6 @@ from mechdsl.fits.reports import (
 from mechdsl.pipeline.identities import RunKeyError
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import (
-    FITS_FOLDER,
     DeclaredFit,
     FitKeys,
     attach_fits,
@@ -58,7 +57,7 @@ from mechdsl.resolve.types import (
 from mechdsl.results.results import NOT_INSTALLED, package_version
 from mechdsl.store.files import make_folder, sync_folder, take_lock
 from mechdsl.store.index import StoreProblem
-from mechdsl.store.store import Store
+from mechdsl.store.store import FITS_FOLDER, Store
 
 if TYPE_CHECKING:
     from mechdsl.execute.training import TrainingJob

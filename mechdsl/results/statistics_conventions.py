@@ -157,6 +157,7 @@ def _interval_text(result: ExperimentResult) -> str:
     level = round(1 - settings.confidence / 100, 10)
     if any(_reaches_zero(each, level) for each in result.statistics):
         kinds.append(f"extended to 0 where so few values that aren't 0 give no p below {level:g}")
+    kinds += _beyond_limits(result)
     return f"{settings.confidence:g} % {'; '.join(kinds)}"
 
 
@@ -164,6 +165,33 @@ def _reaches_zero(cells: CellStatistics, level: float) -> bool:
     """Whether the interval of a cell ends at 0 because its p can't be below the level."""
     at_zero = (cells.low == 0) | (cells.high == 0)
     return bool((at_zero & (cells.mean != 0) & (cells.p >= level)).any())
+
+
+LIMITED_UNITS = ("probability", "share", "share of attention")
+"""Units of metrics with values from 0 to 1."""
+
+
+ROUNDED = 0.0005
+"""Largest excess that tables with three decimals don't show."""
+
+
+def _beyond_limits(result: ExperimentResult) -> list[str]:
+    """Describe intervals that contain numbers which no mean of a probability or share can be."""
+    found: list[str] = []
+    for data, own in zip(result.measures, result.statistics, strict=True):
+        if data.unit not in LIMITED_UNITS or not data.word or data.estimator:
+            continue
+        if data.effect not in SHARE_RUNS:
+            continue
+        lowest = 0.0 if data.effect == "raw" else -1.0
+        beyond = (own.low < lowest - ROUNDED) | (own.high > 1.0 + ROUNDED)
+        count = int(np.count_nonzero(beyond))
+        if count:
+            found.append(
+                f"in {count_noun(count, 'cell')}, a limit of {data.label} is outside of {lowest:g} "
+                "to 1, the range of its means"
+            )
+    return found
 
 
 def rank_by_size(result: ExperimentResult, measure: int, count: int) -> list[int]:

@@ -192,6 +192,8 @@ def _tensor(anatomy: Anatomy, site: str) -> str:
 
 def _tensor_note(site: str, tap: HookPoint, path: str, anatomy: Anatomy) -> str:
     side = "input" if tap.side == "in" else "output"
+    if tap.patches is not None:
+        return f"output of {tap.patches}, before positions are added"
     if site == "head_out":
         return f"per-head contributions to the {side} of {path}"
     if site == "resid_mid" and anatomy.blocks[0].middle is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import time
 from collections import Counter
@@ -214,6 +215,12 @@ _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _OURS = ("blobs", "locks", "new", ".gitignore", ".mechdsl-", INDEX_NAME)
 """Prefixes of names in a store; `write_atomically` creates `.mechdsl-` files."""
 
+FITS_FOLDER = "fits"
+"""Folder of the trainings in a store, by their keys."""
+
+_TRAINING = re.compile(r"[0-9a-f]{64}(\.part|\.lock)?")
+"""Names in the folder of the trainings."""
+
 _ASIDE = ("", "-journal", "-wal", "-shm", ".suspect")
 
 _RUN = "SELECT number, id, key, began, ended, about, seal FROM runs"
@@ -287,8 +294,18 @@ class Store:
         if (self.folder / INDEX_NAME).exists():
             return
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            if not all(name.startswith(_OURS) for name in os.listdir(self.folder)):
+            others = {name for name in os.listdir(self.folder) if not name.startswith(_OURS)}
+            if FITS_FOLDER in others and self._has_trainings():
+                others.remove(FITS_FOLDER)
+            if others:
                 raise StoreProblem("it is a folder with other files, and no store")
+
+    def _has_trainings(self) -> bool:
+        """Whether the folder of the trainings has nothing else, such as a copy without an index."""
+        try:
+            return all(map(_TRAINING.fullmatch, os.listdir(self.folder / FITS_FOLDER)))
+        except NotADirectoryError:
+            return False
 
     def _open(self) -> Index:
         """Open the index; a damaged one is set aside and replaced by a new one."""

@@ -82,3 +82,14 @@ def test_sites_of_an_invalid_model_path_are_an_error(command: Command, tmp_path:
     done = command("sites", families.build("gpt2", tmp_path / "m") / "config.json")
     assert done.status == 2
     assert "error[E0401]" in done.err
+
+
+@pytest.mark.parametrize("stack", ["", "vision"])
+def test_sites_name_the_patch_embedding_before_positions(command: Command, stack: str) -> None:
+    """`embed` of an image encoder is read before positions are added, not at the module that adds
+    them."""
+    name = "counting-vlm" if stack else "dual"
+    done = command("sites", name, "--format", "json")
+    tensor = json.loads(done.out)["stacks"][stack]["sites"]["embed"]["tensor"]
+    assert tensor.startswith("output of ")
+    assert tensor.endswith("embeddings.patch_embedding, before positions are added")

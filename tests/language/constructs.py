@@ -802,7 +802,8 @@ _file(
     "circuit c = fit(eap_ig(size: 2, steps: 3), prompts: fruit, from: fewer, minimise: loss)",
     "The edges of the model that have the largest scores: the difference between the other value "
     "and the output of the sender, times the gradient of the metric by the input of the receiver "
-    "(q, k and v apart, through its norm), summed over tokens and averaged over training rows. "
+    "(q, k and v separately, through its norm), summed over tokens and averaged over training "
+    "rows. "
     "`eap` takes the "
     "gradient in the clean run, `eap_ig` the mean at k/`steps` (k = 1 to `steps`) of the way from "
     "the other embedding to the clean one, and `eap_ig_activations` on the way of the sender's own "

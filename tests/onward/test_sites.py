@@ -217,3 +217,21 @@ def test_definitions_used_by_directions_and_lists_are_not_unused() -> None:
     unused = [each for each in checked(text).diagnostics if each.code == "W0730"]
     assert [each.message for each in unused if "`pool`" in each.message] == []
     assert [each.message for each in unused if "`some`" in each.message] == []
+
+
+def test_warning_about_the_sign_of_picked_tokens_is_reported_once() -> None:
+    """Cells with different layers and numbers pick different tokens by size."""
+    ranked = experiment(
+        "which",
+        "ablate resid_post layer 0..2 at each item token with mean",
+        MEASURE_DELTA,
+        prompts="fruit",
+    )
+    rules = (
+        "for l in 0..2 { for k in [1, 2, 3] { ablate resid_post layer l at top k of "
+        "which(layer: l) tokens with zero } }"
+    )
+    _, found = run_source(
+        Source(HEAD + ranked + experiment("a", rules, MEASURE_DELTA, prompts="fruit")), RunOptions()
+    )
+    assert len([each for each in found if each.code == "W0751"]) == 1

@@ -7,6 +7,8 @@ dictionary in a folder; keys; and a missing training, which affects only depende
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.training_vectors import RowVectors
-from mechdsl.pipeline.trained_files import FITS_FOLDER, DeclaredFit, FitKeys, fits_of_file
+from mechdsl.pipeline.trained_files import DeclaredFit, FitKeys, fits_of_file
+from mechdsl.store.store import FITS_FOLDER
 
 from ..execute.support import context, word_tokenizer
 from ..quick import in_turn
@@ -558,6 +561,38 @@ def test_training_without_a_store_is_rejected(
         run(path, store=False)
     with pytest.raises(mechdsl.MechdslError, match="trainings are kept in a store"):
         mechdsl.fit(path, models("llama"))
+
+
+def test_copied_trainings_without_an_index_are_a_store(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(**BASE), ABLATES)
+    (done,) = train(path)
+    copy = tmp_path / "copy"
+    shutil.copytree(done.folder, copy / FITS_FOLDER / done.folder.name)
+    (found,) = run(path, store=copy).files[0].experiments
+    assert found.name == "e"
+    other = tmp_path / "other"
+    (other / FITS_FOLDER).mkdir(parents=True)
+    (other / FITS_FOLDER / "data.csv").write_text("1", encoding="utf-8")
+    with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
+        run(path, store=other)
+    assert not (other / ".gitignore").exists()
+
+
+def test_model_that_cannot_be_loaded_is_reported_once(tmp_path: Path) -> None:
+    """`run(fit=True)` loads it for the training, and again for the run."""
+    bare("llama").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
+    path = write(tmp_path, fit(**BASE), ABLATES)
+    text = path.read_text("utf-8").replace('local("handed over")', 'local("model")')
+    path.write_text(text, encoding="utf-8")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(mechdsl.MechdslError) as found:
+            mechdsl.run(path, store=tmp_path / "store", fit=True)
+    codes = [each.code for each in found.value.diagnostics if each.severity == "error"]
+    assert len(codes) == len({*codes}) > 0
+    assert codes[0] not in "".join(str(each.message) for each in warned)
 
 
 def test_measuring_training_rows_of_a_dictionary_is_rejected(tmp_path: Path) -> None:
