@@ -77,6 +77,11 @@ class Percent(float):
         return f"{float(self):g}%"
 
 
+def mixes_counts_and_shares(values: Iterable[object]) -> bool:
+    """Whether some values are percentages and others aren't, so that they have no common scale."""
+    return len({isinstance(value, Percent) for value in values}) == 2
+
+
 @cache
 def hidden_characters() -> re.Pattern[str]:
     """Compile the pattern of hidden characters.

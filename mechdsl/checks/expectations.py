@@ -8,7 +8,7 @@ from operator import add, mul, sub, truediv
 from typing import Any, Literal
 
 from mechdsl.base.records import closest_name
-from mechdsl.base.text import count_noun, find_run, name_list
+from mechdsl.base.text import count_noun, find_run, mixes_counts_and_shares, name_list
 from mechdsl.checks.conditions import (
     Absolute,
     Accuracy,
@@ -331,6 +331,8 @@ class _ConditionReader(CellReader):
             reason = f"values of `{axis}` are words, such as `{word}`, but a curve needs numbers"
             hint = "name a numeric axis, or write `mean(…)` for the mean over cells"
             raise unreadable_expectation(named.span, reason, hint)
+        if mixes_counts_and_shares(at):
+            raise unreadable_expectation(named.span, *_mixture(axis))
         if any(each in self.known.axes for each in self.known.open_axes):
             return
         distinct = set(at)
@@ -705,6 +707,12 @@ def _averaged(variants: Sequence[ExperimentOutline]) -> Iterator[Diagnostic]:
             )
 
 
+def _mixture(axis: str) -> tuple[str, str]:
+    """Return why counts and shares form no curve, and a fix."""
+    reason = f"values of `{axis}` are counts and percentages, but a curve needs one scale"
+    return reason, "write all of them as counts, or all as percentages"
+
+
 def _no_curve(variants: Sequence[ExperimentOutline], named: str) -> tuple[str, str]:
     """Return why measures aren't curves over an axis, and a fix; empty if they are."""
     axes = [axis for e in variants for axis in e.axes if named in (axis.name, axis.alias)]
@@ -714,6 +722,8 @@ def _no_curve(variants: Sequence[ExperimentOutline], named: str) -> tuple[str, s
         said = f", such as `{word}`" if word is not None else ""
         reason = f"values of `{named}` are words{said}, but a curve needs numbers"
         return reason, "name a numeric axis, or write `mean over`"
+    if mixes_counts_and_shares(value for axis in axes for value in axis.labels):
+        return _mixture(named)
     if len(over) < 2:
         return f"`{named}` has one value, but a curve needs at least two", "sweep over more values"
     return "", ""

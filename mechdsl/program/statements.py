@@ -41,6 +41,9 @@ BASIS_HINT = (
     "written site"
 )
 
+RULE_OPERANDS = ("param", "direction", "group", "basis", "circuit")
+"""Kinds of definitions that rules name where they could also name the variable of a `for`."""
+
 DIMS_HINT = "use `dims` in `patch`, `ablate`, `set`, `add`, `scale`, `clamp` and `observe value`"
 
 # Lists of which a statement takes one item.
@@ -221,10 +224,18 @@ class Statements:
                 )
             )
         else:
+            self._check_loop_name(name)
             domain = statement.domain
             self.loops.append(spec.Loop(span=name.span, name=name.id, domain=domain, within=loops))
         mark_names_used(statement.domain, self)
         self.collect(statement.body, (*loops, name.id))
+
+    def _check_loop_name(self, name: ast.Name) -> None:
+        """Report E0202 for a variable of a `for` that a rule could also read as a definition."""
+        first = self.scope.definitions.get(name.id)
+        if first is not None and first.kind in RULE_OPERANDS:
+            where = line_reference(first.span, name.span)
+            self.diagnostics.append(DuplicateName(span=name.span, name=name.id, first=where))
 
     def rule(self, rule: ast.Rule, loops: tuple[str, ...]) -> None:
         """Record a rule that can be executed; E0108 at unsupported parts."""

@@ -1151,7 +1151,7 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
     seeds = list_seeds(definition, work.program)
     if seeds:
         raise BasisError(definition.method, *explain_seeds(definition.name, "a basis", seeds))
-    sites, axes = resolve_site(definition.site, replace(work.sites, loops={}))
+    sites, axes = resolve_site(definition.site, work.sites.of_definitions())
     if sites is None or has_errors(work.diagnostics[before:]):
         return None
     call = definition.method
@@ -1650,7 +1650,7 @@ def _jacobian(
 def _one_point(site: ast.Site, work: ExperimentContext) -> SitePoint | None:
     """Return the point of a site that names one; None after other errors. Raises BasisError."""
     before = len(work.diagnostics)
-    found, axes = resolve_site(site, replace(work.sites, loops={}))
+    found, axes = resolve_site(site, work.sites.of_definitions())
     if found is None or has_errors(work.diagnostics[before:]):
         return None
     points = [

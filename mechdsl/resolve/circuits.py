@@ -104,6 +104,11 @@ def resolve_circuit(
     if picked is None:
         return None
     axes, named = picked
+    if rule.without_edge and axes:
+        what = f"`without each edge` of a circuit whose edges depend on `{axes[0]}`"
+        later = f"write a number instead of `{axes[0]}`, and an experiment for each number"
+        work.diagnostics.append(NotSupported(span=rule.site.span, what=what, later=later))
+        return None
     name = rule.site.span.written if rule.site.ranked is not None else circuit.name
     left, labels = named, _label_picks(name, rule, named, work)
     if rule.without_edge:
@@ -444,7 +449,7 @@ def _resolve_nodes(site: ast.Site, verb: str, work: ExperimentContext) -> list[S
         what = "a pick from another experiment in a `circuit`"
         work.diagnostics.append(NotSupported(span=site.span, what=what, later="name the sites"))
         return []
-    targets, axes = resolve_site(site, work.sites)
+    targets, axes = resolve_site(site, work.sites.of_definitions())
     if targets is None:
         return []
     if axes or targets.axes:

@@ -250,7 +250,7 @@ def _sites(
     """Return the sites of a definition, None after an error, and the axes that it sweeps."""
     assert definition.site is not None
     before = len(work.diagnostics)
-    sites, axes = resolve_site(definition.site, replace(work.sites, loops={}))
+    sites, axes = resolve_site(definition.site, work.sites.of_definitions())
     return (None if has_errors(work.diagnostics[before:]) else sites), axes
 
 
@@ -330,7 +330,7 @@ def _resolve_probe_family(
         work.diagnostics.extend([] if number in work.diagnostics else [number])
         return None
     name = probe.training.definition
-    sites, axes = resolve_site(work.program.bases[name].site, replace(work.sites, loops={}))
+    sites, axes = resolve_site(work.program.bases[name].site, work.sites.of_definitions())
     if sites is None:
         return None
     if sites.missing:
@@ -806,7 +806,7 @@ def _swept(definition: spec.Direction, work: ExperimentContext) -> tuple[Axis, .
     """Return the axes that a definition's site sweeps, if it has one; None after an error."""
     if definition.site is None:
         return ()
-    sites, axes = resolve_site(definition.site, replace(work.sites, loops={}))
+    sites, axes = resolve_site(definition.site, work.sites.of_definitions())
     return None if sites is None else axes
 
 

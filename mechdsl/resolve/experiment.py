@@ -32,7 +32,7 @@ from mechdsl.resolve.conflicts import (
 from mechdsl.resolve.controls import ExcludedSite, resolve_exclusions
 from mechdsl.resolve.directions import expand_own_layers
 from mechdsl.resolve.findings import Finding, FindingPicker
-from mechdsl.resolve.loops import label_by_depth, resolve_loops
+from mechdsl.resolve.loops import LoopLabels, label_by_depth, resolve_loops
 from mechdsl.resolve.measures import (
     MEASURED_AXIS,
     resolve_measure,
@@ -72,6 +72,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
+from mechdsl.vocab.sites import SITES
 
 
 def resolve_measure_groups(
@@ -527,6 +528,7 @@ def _build_context(
         },
         circuits=program.circuits,
     )
+    diagnostics.extend(_find_component_loops(experiment, loops))
     experiment, problems = expand_own_layers(experiment, sites)
     diagnostics.extend(problems)
     work = ExperimentContext(experiment, program, model, table, sites)
@@ -536,6 +538,18 @@ def _build_context(
             loop.name, loops[loop.name], loop.span, of_windows=loop.name in centres
         )
     return work
+
+
+def _find_component_loops(
+    experiment: spec.Experiment, loops: Mapping[str, LoopLabels]
+) -> Iterator[Diagnostic]:
+    """Yield E0322 for loops over words whose variable has the name of a component: a site that
+    begins with it could mean either."""
+    for loop in experiment.loops:
+        if loop.name in SITES and any(isinstance(label, str) for label in loops[loop.name]):
+            reason = "it is the name of a component"
+            hint = "rename the variable: `for s in …`"
+            yield BadLoopValue(span=loop.span, name=loop.name, reason=reason, hint=hint)
 
 
 def _too_many(resolved: ResolvedExperiment, program: spec.Program) -> Diagnostic | None:
@@ -612,11 +626,18 @@ def _sweep_unknown(rule: spec.Rule, work: ExperimentContext) -> bool:
 
 def _check_loops_used(work: ExperimentContext) -> None:
     """Report loops whose variable is unused, which would run the same cell repeatedly."""
+    parts = [part for rule in work.experiment.rules for part in walk(_rule_nodes(rule))]
+    components = {
+        name.span
+        for part in parts
+        if isinstance(part, ast.Site)
+        for name in part.names
+        if name.id in SITES
+    }
     used = {
         part.name if isinstance(part, ast.Index) else part.id
-        for rule in work.experiment.rules
-        for part in walk(_rule_nodes(rule))
-        if isinstance(part, ast.Name | ast.Index)
+        for part in parts
+        if isinstance(part, ast.Name | ast.Index) and part.span not in components
     }
     for rule in work.experiment.rules:
         used.update(number_names(_rule_nodes(rule)))

@@ -95,6 +95,10 @@ class SiteContext:
     circuits: Collection[str] = ()
     """Names of circuits, which only ablations take."""
 
+    def of_definitions(self) -> SiteContext:
+        """Return the context for sites of definitions, which are outside of every loop."""
+        return replace(self, loops={}, nested=None)
+
     def combinations(
         self, names: Collection[str]
     ) -> Iterator[tuple[AxisIndices, dict[str, AxisLabel]]]:
@@ -1045,7 +1049,7 @@ def _resolve_groups(
             bad = BadArgument(span=span, name=group.name, reason=reason, hint=hint)
             context.diagnostics.append(bad)
             return None
-        targets, _ = _resolve_joined(site, group.sites, context)
+        targets, _ = _resolve_joined(site, group.sites, context.of_definitions())
         if targets is None:
             return None
         found.append(targets)
@@ -1204,6 +1208,12 @@ def _no_component(span: Span, context: SiteContext) -> None:
     context.diagnostics.append(NoComponent(span=span, components=components))
 
 
+def _is_component_loop(word: ast.Name, context: SiteContext) -> bool:
+    """Whether the first word of a site is the variable of a `for`. A variable with the name of a
+    component is a number, which no site begins with."""
+    return word.id in context.loops and word.id not in SITES
+
+
 def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
     """Resolve the component of a site; several if a `for` runs over components."""
     words = list(site.names)
@@ -1222,7 +1232,7 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
         _no_component(site.span, context)
         return None
     word = words[0]
-    names = context.loops.get(word.id, (word.id,))
+    names = context.loops[word.id] if _is_component_loop(word, context) else (word.id,)
     kinds: list[SiteKind] = []
     for name in names:
         kind = SITES.get(str(name))
@@ -1427,7 +1437,8 @@ def resolve_swept_site(
     units_ = resolve_axis(unit_axis, kinds, context)
     if layers is None or units_ is None:
         return None, ()
-    component_loop = site.names[0].id if site.names and site.names[0].id in context.loops else None
+    looped = site.names and _is_component_loop(site.names[0], context)
+    component_loop = site.names[0].id if looped else None
 
     axes: list[Axis] = []
     loops: list[str] = []

@@ -2223,9 +2223,12 @@ _rule(
     "for",
     "for l in 0..2 { patch attn_out layer l at last token patch mlp_out layer l at last token }",
     "An axis that several rules share. It can also range over numbers (`[0, 1, 4]`, `0%..100% "
-    "step 5%`) and components (`[attn_out, mlp_out]`).",
+    "step 5%`) and components (`[attn_out, mlp_out]`). The variable can't have the name of a "
+    "`param`, direction, group, basis or circuit of the file (E0202) and, in a loop over words, that "
+    "of a component (E0322). Definitions don't see it: in `for k in 0..2 { patch k layer 1 head k … "
+    "}`, the first `k` is the component.",
     OWN,
-    _COORDINATES,
+    "tests/rules/test_loop_names.py",
 )
 _rule(
     "both ends",
@@ -2903,7 +2906,7 @@ _expectation(
     "expect auc",
     "expect auc(prob, k) < 0.4",
     "The area under the curve of a measure over a numeric axis (trapezoidal rule), divided by "
-    "the range of the axis.",
+    "the range of the axis. Counts and percentages on one axis are E0606.",
     "tests/onward/test_curves.py",
     DELETION,
     context="for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero } "

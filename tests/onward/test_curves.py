@@ -13,6 +13,7 @@ from mechdsl.checks.conditions import CellSelection
 from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
+from mechdsl.show.reports.grid import is_numeric
 
 from ..quick import some
 from .support import HERE, MODES, Array, checked, experiment, patched, run
@@ -168,6 +169,33 @@ def test_expectation_over_a_range_of_percentages_selects_its_cells() -> None:
     found = run(lines + PLACES)["curve"]
     (outcome,) = (each for each in found.outcomes if "0%..40%" in each.text)
     assert outcome.value == pytest.approx(float(patched(found)[:3].mean()))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ("[0, 2, 25%, 100%]", "measure prob(answer) as raw  expect auc(prob, k) < 2"),
+        ("[0, 2, 25%, 100%]", "measure prob(answer) as raw auc over k"),
+        ("[0%, 2]", "measure prob(answer) as raw  expect auc(prob, k) < 2"),
+    ],
+)
+def test_curve_over_counts_and_percentages_is_an_error(values: str, line: str) -> None:
+    rule = "ablate embed at top k of places tokens with zero"
+    text = experiment("mixed", f"for k in {values} {{ {rule} }}", line) + PLACES
+    (problem,) = (each for each in checked(text).diagnostics if each.severity == "error")
+    assert "values of `k` are counts and percentages, but a curve needs one scale" in (
+        problem.message
+    )
+    assert problem.help_text == "write all of them as counts, or all as percentages"
+
+
+def test_counts_and_percentages_without_a_curve_are_separate_cells() -> None:
+    rule = "ablate embed at top k of places tokens with zero"
+    line = "measure prob(answer) as raw"
+    text = experiment("mixed", f"for k in [2, 50%] {{ {rule} }}", line, prompts="fruit limit 6")
+    found = run(text + PLACES)["mixed"]
+    assert [cell.coords["k"] for cell in found.cells] == [2, Percent(50)]
+    assert not is_numeric([cell.coords["k"] for cell in found.cells])
 
 
 def test_curve_file_holds() -> None:

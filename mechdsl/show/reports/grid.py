@@ -11,7 +11,7 @@ from textwrap import shorten
 import numpy as np
 
 from mechdsl.base.arrays import Floats
-from mechdsl.base.text import escape_hidden, shown_token
+from mechdsl.base.text import escape_hidden, mixes_counts_and_shares, shown_token
 from mechdsl.program import spec
 from mechdsl.resolve.cells import CellKey, Coord
 from mechdsl.results.experiment_result import ExperimentResult
@@ -50,8 +50,8 @@ def axis_values(result: ExperimentResult, axis: str) -> list[Coord]:
 
 
 def is_numeric(values: Sequence[Coord]) -> bool:
-    """Whether the values are numbers, or relative depths such as `33.3%`."""
-    return not any(
+    """Whether the values are numbers on one scale, or relative depths such as `33.3%`."""
+    return not mixes_counts_and_shares(values) and not any(
         isinstance(value, str) and not DEPTH_PATTERN.fullmatch(value) for value in values
     )
 
