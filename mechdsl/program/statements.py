@@ -41,9 +41,6 @@ BASIS_HINT = (
     "written site"
 )
 
-RULE_OPERANDS = ("param", "direction", "group", "basis", "circuit")
-"""Kinds of definitions that rules name where they could also name the variable of a `for`."""
-
 DIMS_HINT = "use `dims` in `patch`, `ablate`, `set`, `add`, `scale`, `clamp` and `observe value`"
 
 # Lists of which a statement takes one item.
@@ -224,16 +221,20 @@ class Statements:
                 )
             )
         else:
-            self._check_loop_name(name)
+            self._check_loop_name(statement)
             domain = statement.domain
             self.loops.append(spec.Loop(span=name.span, name=name.id, domain=domain, within=loops))
         mark_names_used(statement.domain, self)
         self.collect(statement.body, (*loops, name.id))
 
-    def _check_loop_name(self, name: ast.Name) -> None:
-        """Report E0202 for a variable of a `for` that a rule could also read as a definition."""
+    def _check_loop_name(self, loop: ast.For) -> None:
+        """Report E0202 for a variable of a `for` that a rule could also read as a definition: with
+        the name of a direction or, in a loop over words, of a group or circuit."""
+        name, numbers = loop.name, {*self.scope.names("param"), *(x.name for x in self.loops)}
+        words = {x.id for x in walk(loop.domain) if isinstance(x, ast.Name)} - numbers
         first = self.scope.definitions.get(name.id)
-        if first is not None and first.kind in RULE_OPERANDS:
+        kinds = ("direction", *(("group", "circuit") if words else ()))
+        if first is not None and first.kind in kinds:
             where = line_reference(first.span, name.span)
             self.diagnostics.append(DuplicateName(span=name.span, name=name.id, first=where))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -111,6 +111,7 @@ from mechdsl.resolve.types import (
     iter_leaf_vectors,
 )
 from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import rewrite
 from mechdsl.vocab.sites import SITES, CoordinateOperation, write_order
 
 if TYPE_CHECKING:
@@ -912,9 +913,21 @@ def _written_site(
     read = read_exceptions(site, work.sites)
     excluded = tuple(each for each in read if isinstance(each, ast.Site))
     if definition and not (site.names or axes or site.short or site.ranked):
-        return replace(definition.site, excluded=(*definition.site.excluded, *excluded))
+        own = rewrite(definition.site, partial(_with_parameters, work=work))
+        return replace(own, excluded=(*own.excluded, *excluded))
     own = excluded if site.coordinates is not None else site.excluded
     return replace(site, basis=None, axes=axes, excluded=own)
+
+
+def _with_parameters(node: ast.Node, work: ExperimentContext) -> ast.Node:
+    """Return a bound of a definition's site with the value of its `param`, if a variable of a `for`
+    has the same name."""
+    if not isinstance(node, ast.Bound) or node.name not in work.loops:
+        return node
+    value = work.program.parameters.get(node.name)
+    if not isinstance(value, int):  # reported where the definition is resolved
+        return node
+    return replace(node, name=None, value=value + node.offset, offset=0)
 
 
 def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -528,7 +528,8 @@ def _build_context(
         },
         circuits=program.circuits,
     )
-    diagnostics.extend(_find_component_loops(experiment, loops))
+    named = {*SITES, *program.groups, *program.circuits}
+    diagnostics.extend(_find_component_loops(experiment, loops, named))
     experiment, problems = expand_own_layers(experiment, sites)
     diagnostics.extend(problems)
     work = ExperimentContext(experiment, program, model, table, sites)
@@ -541,12 +542,12 @@ def _build_context(
 
 
 def _find_component_loops(
-    experiment: spec.Experiment, loops: Mapping[str, LoopLabels]
+    experiment: spec.Experiment, loops: Mapping[str, LoopLabels], sites: Collection[str]
 ) -> Iterator[Diagnostic]:
-    """Yield E0322 for loops over words whose variable has the name of a component: a site that
-    begins with it could mean either."""
+    """Yield E0322 for loops over words that sites begin with, whose variable has the name of a
+    component: a site that begins with it could mean either."""
     for loop in experiment.loops:
-        if loop.name in SITES and any(isinstance(label, str) for label in loops[loop.name]):
+        if loop.name in SITES and any(label in sites for label in loops[loop.name]):
             reason = "it is the name of a component"
             hint = "rename the variable: `for s in …`"
             yield BadLoopValue(span=loop.span, name=loop.name, reason=reason, hint=hint)

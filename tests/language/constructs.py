@@ -2224,9 +2224,9 @@ _rule(
     "for l in 0..2 { patch attn_out layer l at last token patch mlp_out layer l at last token }",
     "An axis that several rules share. It can also range over numbers (`[0, 1, 4]`, `0%..100% "
     "step 5%`) and components (`[attn_out, mlp_out]`). The variable can't have the name of a "
-    "`param`, direction, group, basis or circuit of the file (E0202) and, in a loop over words, that "
-    "of a component (E0322). Definitions don't see it: in `for k in 0..2 { patch k layer 1 head k … "
-    "}`, the first `k` is the component.",
+    "direction of the file or, in a loop over words, of a group or circuit (E0202). It hides a "
+    "`param` or a basis of its name. In a loop over components, groups or circuits, it can't have "
+    "the name of a component (E0322). Definitions don't see it, and in `for k in 0..2 { patch k layer 1 head k … }`, the first `k` is the component.",
     OWN,
     "tests/rules/test_loop_names.py",
 )

@@ -448,7 +448,7 @@ USES: dict[str, tuple[tuple[str, ...], str]] = {
     "in a basis": (("from turned into clean", "patch g in basis f at last token"), "E0"),
     "onto": (("project g at last token onto d",), "E0"),
     "loop": (
-        ("from turned into clean", "for v in [g, h] { patch v at last token }"),
+        ("from turned into clean", "for s in [g, h] { patch s at last token }"),
         "E0207",
     ),
     "edge": (("block attention g from last token to cue token",), "E0"),

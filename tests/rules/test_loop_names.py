@@ -17,9 +17,16 @@ group g2 = L0H1, L1H0
 circuit c = embed -> k layer 1 heads *, L0H1 -> L1H0.q
 circuit f = fit(eap(size: 12), prompts: p, with: zero, minimise: logit(answer), METHOD)
 param n = 1
+basis on_layer_n = pca(p, dims: 2) at resid_post layer n at last token
 """.replace("METHOD", "measure_on_training_rows: true")
 
+DIRECTIONS = "for {} in [d, d2] {{ add {} to resid_post layer 0 at last token }}"
+LAYERS = "for {} in 0..1 {{ patch layer {} head 0 at cue token }}"
 NUMBERS = {
+    "param": f"{LAYERS}  patch feature 0 of on_layer_n at cue token",
+    "group_of_its_name": f"{LAYERS}  ablate g at last token with zero",
+    "circuit_of_its_name": f"{LAYERS}  ablate c at last token with zero",
+    "directions": DIRECTIONS + "  patch v layer 0 head 0 at cue token",
     "component": "for {} in 0..1 {{ patch k layer 1 head {} at cue token }}",
     "basis": "for {} in [0, 1] {{ patch feature {} of b at cue token }}",
     "group": (
@@ -36,32 +43,34 @@ NUMBERS = {
 }
 
 
-def test_number_variable_named_like_a_component_is_not_the_component(data: Path) -> None:
-    """A site that begins with the word is the component, in rules and definitions."""
-    defined = "\n".join(line for line in DEFINITIONS.split("\n") if line[:9] in KEPT) + "\n"
+def test_variable_with_another_meaning_changes_nothing_but_its_axis(data: Path) -> None:
+    """A site that begins with the name of a component is the component, in rules and definitions,
+    and definitions read the `param`."""
+    defined = "\n".join(line for line in DEFINITIONS.split("\n") if line.startswith(KEPT)) + "\n"
     text = defined
     for key, line in NUMBERS.items():
-        for name in ("j", "k"):
+        for name in ("j", LETTERS.get(key, "k")):
             start = "from longer into clean"
             text += experiment(f"{key}_{name}", start, line.replace("{}", name).format())
     found = run_file(text, data, "llama", "planned")
     for key in NUMBERS:
-        one, other = (found[f"{key}_{name}"] for name in ("j", "k"))
-        assert other.axes == tuple("k" if axis == "j" else axis for axis in one.axes)
+        one, other = (found[f"{key}_{name}"] for name in ("j", LETTERS.get(key, "k")))
+        assert [*other.axes] == [LETTERS.get(key, "k") if a == "j" else a for a in one.axes]
         values, others = (each.measures[0].patched for each in (one, other))
         np.testing.assert_array_equal(values, others)
         assert np.abs(values - one.measures[0].base).max() > 1e-3, key
 
 
-KEPT = ("basis b =", "group g =", "circuit c")
+KEPT = ("basis b =", "group g =", "circuit c", "direction", "param n =", "basis on_")
+LETTERS = {"directions": "v", "param": "n", "group_of_its_name": "g", "circuit_of_its_name": "c"}
+"""The name of the variable, instead of `k`."""
 
 USED_TWICE = {
     "for d in [d, d2] { add d to resid_post layer 0 at last token }": "d",
     "for d in [d2] { add d to resid_post layer 0 at last token }": "d",
     "for g in [g2] { ablate g at last token with zero }": "g",
-    "for n in 0..1 { patch layer n head 0 at last token }": "n",
-    "for b in 0..1 { patch layer b head 0 at last token }": "b",
-    "for c in 0..1 { patch layer c head 0 at last token }": "c",
+    "for d in 0..1 { add d * d2 to resid_post layer 0 at last token }": "d",
+    "for c in [f] { ablate c at last token with zero }": "c",
 }
 
 
@@ -78,12 +87,11 @@ COMPONENTS = (
     "for attn_out in [mlp_out, resid_post] { patch attn_out layer 0 at last token }",
     "for k in [q, v] { patch k layer 1 head 0 at last token }",
     "for z in [g, g2] { ablate z at last token with zero }",
-    "for v in [d, d2] { add v to resid_post layer 0 at last token }",
 )
 
 
 @pytest.mark.parametrize("line", COMPONENTS)
-def test_word_variable_named_like_a_component_is_an_error(data: Path, line: str) -> None:
+def test_variable_over_sites_named_like_a_component_is_an_error(data: Path, line: str) -> None:
     lines = "from other into clean", line
     result, problems = try_file(DEFINITIONS + experiment("e", *lines), data, "llama")
     assert result is None

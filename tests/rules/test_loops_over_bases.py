@@ -38,7 +38,7 @@ RULES = {
     "mean": ("ablate resid_post layer 1 in basis {} at last token with mean", "abc"),
     "zero": ("ablate resid_post layer 1 in basis {} at tokens * with zero", "abcd"),
     "scale": (
-        "for c in [-1, 2] {{ scale resid_post layer 1 in basis {} at last token by c }}",
+        "for m in [-1, 2] {{ scale resid_post layer 1 in basis {} at last token by m }}",
         "ad",
     ),
     "layers": (FROM + "patch resid_post layer * in basis {} at last token", "bg"),
