@@ -922,7 +922,7 @@ def _written_site(
 def _with_parameters(node: ast.Node, work: ExperimentContext) -> ast.Node:
     """Return a bound of a definition's site with the value of its `param`, if a variable of a `for`
     has the same name."""
-    if not isinstance(node, ast.Bound) or node.name not in work.loops:
+    if not isinstance(node, ast.Bound) or node.name is None or node.name not in work.loops:
         return node
     value = work.program.parameters.get(node.name)
     if not isinstance(value, int):  # reported where the definition is resolved
