@@ -24,7 +24,7 @@ from mechdsl.program.trainings import used_masks
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.circuit_files import EMBEDDING
 from mechdsl.resolve.directions import describe_rows
-from mechdsl.resolve.sites import label_candidates
+from mechdsl.resolve.sites import label_candidates, without_coordinates
 from mechdsl.resolve.trainings import (
     check_mask_size,
     check_training_rows,
@@ -110,6 +110,7 @@ def fill_groups(
             "sites": sites,
             "choices": () if mask is None else tuple(_list_choices(mask)),
             "waits": mask is None or not mask.is_trained,
+            "ranked": () if mask is None else tuple(_rank_sites(mask, definition)),
         }
         groups[definition.name] = old.model_copy(update=found)
     expects = tuple(
@@ -134,6 +135,14 @@ def _list_choices(mask: TrainedMask) -> Iterator[int]:
     for candidate, score in zip(mask.candidates, scores, strict=True):
         if score and isinstance(candidate, SiteCoordinate):
             yield candidate.number
+
+
+def _rank_sites(mask: TrainedMask, definition: spec.Basis) -> Iterator[ast.Site]:
+    """Yield the chosen sites one by one, those with the largest scores first; equal scores in the
+    order of the candidates."""
+    scores = dict(zip(mask.candidates, mask.scores, strict=False))
+    for candidate in sorted(mask.chosen, key=lambda each: -scores.get(each, 0.0)):
+        yield from _sites_of((candidate,), definition.site, definition.span)
 
 
 def _sites_of(chosen: tuple[MaskCandidate, ...], site: ast.Site, span: Span) -> Iterator[ast.Site]:
@@ -275,19 +284,10 @@ def _insert_in_place(
 
 def _numbers_of(item: ast.Site, site: ast.Site) -> list[ast.AxisRange]:
     """Return the coordinates that an exception names if a site names some of the same vector."""
-    if item.coordinates is None or _without_values(item) != _without_values(site):
+    if item.coordinates is None or without_coordinates(item) != without_coordinates(site):
         return []
     values = item.coordinates.values
     return [replace(own, span=item.span) for own in values if isinstance(own, ast.AxisRange)]
-
-
-def _without_values(site: ast.Site) -> ast.Site:
-    """Return a site without the numbers of its coordinates and without exceptions."""
-    axes = tuple(
-        replace(axis, values=(), plural=True) if axis is site.coordinates else axis
-        for axis in site.axes
-    )
-    return replace(site, axes=axes, excluded=())
 
 
 def check_masks(

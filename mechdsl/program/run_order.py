@@ -50,7 +50,7 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
         e.name: [
             own
             for node in _ranked(e, parts)
-            if node.of not in parts.circuits
+            if node.of not in parts.circuits and node not in _mask_picks(e, parts, known)
             for own in _each_of(node, called[e.name])
         ]
         for e in parts.experiments
@@ -62,16 +62,12 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
     for node in {(node.span, node.of): node for node in every}.values():
         if node.of not in known:
             listed = name_list(known)
-            scope.diagnostics.append(
-                UnknownName(
-                    span=node.span,
-                    kind="experiment",
-                    name=node.of,
-                    hint=did_you_mean(
-                        node.of, [*known, *results], f"the file has {listed or 'none'}"
-                    ),
-                )
-            )
+            hint = did_you_mean(node.of, [*known, *results], f"the file has {listed or 'none'}")
+            if node.of in parts.masks:
+                hint = f"`{node.of}` is a group: `top` selects from groups that `fit` chooses, as "
+                hint += "the site of a rule or after its `except`"
+            problem = UnknownName(span=node.span, kind="experiment", name=node.of, hint=hint)
+            scope.diagnostics.append(problem)
     _circles(ranked, scope)
     for edits in parts.edits.values():
         node = next(_ranked(edits, parts), None)
@@ -164,6 +160,23 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultR
         yield from _in_tree(experiment.against.apart, parts.groups)
         if experiment.against.frequency is not None:
             yield experiment.against.frequency
+
+
+def _mask_picks(
+    experiment: spec.Experiment, parts: Definitions, known: Collection[str]
+) -> list[ast.RankedSelection]:
+    """Return every `top n of g` that is a site of an experiment's rules, where a training chooses
+    the group `g`."""
+    sites = (
+        node
+        for rule in experiment.every_rule
+        for name in spec.spec_fields(type(rule))
+        for node in walk(getattr(rule, name))
+        if isinstance(node, ast.Site) and node.ranked is not None
+    )
+    picks = (site.ranked for site in sites if site.ranked is not None)
+    groups = {name for name, mask in parts.masks.items() if not mask.chooses_positions}
+    return [node for node in picks if node.of in groups and node.of not in known]
 
 
 def _in_tree(

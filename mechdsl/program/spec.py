@@ -586,6 +586,8 @@ class Group(Spec):
     """What was read from this file, for conventions."""
     waits: bool = False
     """Whether a training chooses its sites and hasn't run, so that they are placeholders."""
+    ranked: tuple[SiteText, ...] = ()
+    """Each site that the training chose, in descending order of the scores."""
 
     @property
     def names_features(self) -> bool:

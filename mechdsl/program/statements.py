@@ -351,7 +351,7 @@ def mark_names_used(node: ast.Node, work: Statements) -> None:
             kinds = ("group", "circuit", "param", "direction", "basis")
             _ = any(work.scope.has(kind, part.id) for kind in kinds)
         elif isinstance(part, ast.RankedSelection):
-            work.scope.has("circuit", part.of)
+            _ = any(work.scope.has(kind, part.of) for kind in ("group", "circuit"))
         elif isinstance(part, ast.SpanRef) and part.name in work.parts.masks:
             work.scope.has("group", part.name)
         elif isinstance(part, ast.Index):

@@ -66,6 +66,7 @@ from mechdsl.resolve.sites import (
     find_side,
     label_points,
     number_exceptions,
+    picks_numbers,
     read_exceptions,
     resolve_axis,
     resolve_site,
@@ -911,7 +912,8 @@ def _written_site(
     """Return the site without coordinates; that of the basis if only these are named."""
     axes = tuple(axis for axis in site.axes if axis is not site.coordinates)
     read = read_exceptions(site, work.sites)
-    excluded = tuple(each for each in read if isinstance(each, ast.Site))
+    sites = (each for each in read if isinstance(each, ast.Site))
+    excluded = tuple(each for each in sites if not picks_numbers(each, site, work.sites))
     if definition and not (site.names or axes or site.short or site.ranked):
         own = rewrite(definition.site, partial(_with_parameters, work=work))
         return replace(own, excluded=(*own.excluded, *excluded))

@@ -731,6 +731,9 @@ def _build_group_control(
     chosen = " and the training could choose" if found.of_choices else ""
     like = f"of {found.sizes}, drawn from those that ∅ ablates{chosen}, at the same tokens"
     like += "; fewer draws where there are fewer groups" if few else ""
+    like += (
+        "; where there is no other group, each draw is the group itself" if found.some_alone else ""
+    )
     control = _drawn_control(experiment, asked, found.rules, found.draws, ("random groups", like))
     return replace(control, experiment=replace(control.experiment, drawn=found.counts))
 

@@ -144,13 +144,17 @@ def _has_exception(rule: spec.Rule) -> bool:
 def _find_masks(
     rule: spec.Rule, experiment: spec.Experiment, program: spec.Program
 ) -> list[spec.Basis]:
-    """Return the trained groups that a rule ablates as a whole, several in a `for`."""
+    """Return the trained groups that a rule ablates as a whole, several in a `for`; or the one
+    whose best sites it ablates, `top n of g`."""
     if rule.verb != "ablate" or rule.site is None:
         return []
     positions = _find_chosen_positions(rule, program)
     if positions is not None:
         return [positions]
     site = rule.site
+    if site.ranked is not None and not (site.names or site.axes or site.excluded):
+        mask = program.masks.get(site.ranked.of)
+        return [mask] if mask is not None and not mask.chooses_positions else []
     if len(site.names) != 1 or site.excluded or site.basis is not None:
         return []
     name = site.names[0].id
@@ -439,6 +443,8 @@ class DrawnGroups(Record):
     """Sizes of the groups: `3 of 16 sites`."""
     of_choices: bool
     """Whether some groups are drawn only from what their training could choose."""
+    some_alone: bool
+    """Whether each draw of some cells is the group itself, because there is no other."""
 
 
 def draw_groups(
@@ -447,7 +453,8 @@ def draw_groups(
     """Draw groups of equal size from what the groups of the rules are chosen from.
 
     Rules whose groups have the same layers and units share each draw. No two draws of a cell are
-    equal, and none is the group itself. None if no rule has a group of sites or coordinates.
+    equal, and none is the group itself, unless it is the only one of its size. None if no rule has
+    a group of sites or coordinates.
 
     Args:
         choices: Number of a rule → the coordinates that a training could choose.
@@ -464,7 +471,7 @@ def draw_groups(
     names = tuple(axis.name for axis in axes)
     counts: dict[AxisIndices, int] = {}
     groups: dict[tuple[int, int, AxisIndices], frozenset[Hashable]] = {}
-    sizes: dict[str, None] = {}
+    sizes: dict[tuple[int, int], list[int]] = {}
     of_choices = False
     for cell in product(*(range(len(axis)) for axis in axes)):
         at = dict(zip(names, cell, strict=True))
@@ -472,20 +479,23 @@ def draw_groups(
             n: read_choice(*pairs[n], kind, at, choices.get(n, ())) for n, kind in kinds.items()
         }
         for n, choice in found.items():
-            sizes[_describe_size(choice, kinds[n], pairs[n][1])] = None
+            size = sum(node in choice.group for node in choice.pool)
+            sizes.setdefault((n, len(choice.pool)), []).append(size)
             of_choices |= bool(choice.fixed)
         drawn = _draw_cell(found, draws, experiment.seed)
         counts[cell] = len(drawn)
         for draw, n in product(range(draws), found):
             groups[n, draw, cell] = drawn[draw][n] if draw < len(drawn) else found[n].group
     most = max(counts.values(), default=0)
+    alone = [cell for cell, count in counts.items() if not count]
+    counts |= dict.fromkeys(alone, most)
     rules = list(experiment.rules)
     for n, kind in kinds.items():
         own = {(d, cell): group for (m, d, cell), group in groups.items() if m == n and d < most}
         rules[n] = _with_groups(*pairs[n], kind, names, own)
-    return DrawnGroups(
-        tuple(rules), most, DrawCounts(names, counts), " and ".join(sizes), of_choices
-    )
+    said = _describe_sizes(sizes, pairs, kinds)
+    drawn_counts = DrawCounts(names, counts)
+    return DrawnGroups(tuple(rules), most, drawn_counts, said, of_choices, bool(alone))
 
 
 def _choice_axes(rule: ResolvedRule) -> Iterator[str]:
@@ -514,11 +524,18 @@ def _draw_cell(
     return drawn
 
 
-def _describe_size(choice: NodeChoice, kind: NodeKind, whole: ResolvedRule) -> str:
-    """Return the size of a group: `3 of 16 sites`."""
-    pool = choice.pool
-    group = sum(node in choice.group for node in pool)
-    return f"{group:,} of {count_noun(len(pool), _noun_of(kind, whole))}"
+def _describe_sizes(
+    sizes: Mapping[tuple[int, int], Sequence[int]],
+    pairs: Sequence[tuple[ResolvedRule, ResolvedRule]],
+    kinds: Mapping[int, NodeKind],
+) -> str:
+    """Return the sizes of groups, by the number of a rule and that of the nodes to draw from: `1 to
+    3 of 16 sites`."""
+    said: dict[str, None] = {}
+    for (n, total), own in sizes.items():
+        size = " to ".join(f"{each:,}" for each in dict.fromkeys((min(own), max(own))))
+        said[f"{size} of {count_noun(total, _noun_of(kinds[n], pairs[n][1]))}"] = None
+    return " and ".join(said)
 
 
 def _with_groups(

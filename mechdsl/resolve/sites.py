@@ -11,14 +11,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mechdsl.base import limits
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.experiments import UnreadableMeasure
+from mechdsl.diagnostics.experiments import BadPick, UnreadableMeasure
 from mechdsl.diagnostics.models import SiteNotInBlock
 from mechdsl.diagnostics.names import BadArgument, IndexBeyondModels, UnknownWord
 from mechdsl.diagnostics.prompts import MultiTokenText
@@ -45,7 +45,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import Hits, TextTokens
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer, single_token_spelling
 from mechdsl.resolve.cells import counts_from_end, is_open
-from mechdsl.resolve.findings import FindingPicker
+from mechdsl.resolve.findings import FindingPicker, PickError, count_picked
 from mechdsl.resolve.observations import Observation
 from mechdsl.resolve.types import (
     Axis,
@@ -767,9 +767,44 @@ def read_exceptions(site: ast.Site, context: SiteContext) -> tuple[ast.Site | as
     return tuple(map(read, site.excluded))
 
 
-def number_exceptions(site: ast.Site, context: SiteContext) -> list[ast.AxisRange]:
-    """Return the numbers that `except` names."""
-    return [each for each in read_exceptions(site, context) if isinstance(each, ast.AxisRange)]
+NumberException: TypeAlias = ast.AxisRange | ast.Site
+"""Numbers after `except`, or `top n of g` where a training chooses coordinates."""
+
+
+def number_exceptions(site: ast.Site, context: SiteContext) -> list[NumberException]:
+    """Return what `except` names of the last axis of a site."""
+    return [
+        item
+        for item in read_exceptions(site, context)
+        if isinstance(item, ast.AxisRange) or picks_numbers(item, site, context)
+    ]
+
+
+def picks_numbers(item: ast.Site, site: ast.Site, context: SiteContext) -> bool:
+    """Whether an exception selects the best coordinates of a group that a training chooses from the
+    coordinates of the same vector as those of a site."""
+    group = None if item.ranked is None or item.names else context.groups.get(item.ranked.of)
+    if group is None or not group.ranked or group.ranked[0].coordinates is None:
+        return False
+    return without_coordinates(group.ranked[0]) == without_coordinates(site)
+
+
+def without_coordinates(site: ast.Site) -> ast.Site:
+    """Return a site without the numbers of its coordinates and without exceptions."""
+    axes = tuple(
+        replace(axis, values=(), plural=True) if axis is site.coordinates else axis
+        for axis in site.axes
+    )
+    return replace(site, axes=axes, excluded=())
+
+
+def _rank_numbers(group: spec.Group) -> list[int]:
+    """Return the coordinates of a group, those with the largest scores first; none until it is
+    trained."""
+    axes = (site.coordinates for site in group.ranked)
+    values = (value for axis in axes if axis is not None for value in axis.values)
+    numbers = (value.low.value for value in values if isinstance(value, ast.AxisRange))
+    return [] if group.waits else [number for number in numbers if number is not None]
 
 
 def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> SiteTargets | None:
@@ -911,12 +946,20 @@ def _numbered_exception(
 
 
 def _number_ranges(
-    item: ast.AxisRange, context: SiteContext
-) -> tuple[tuple[str, ...], dict[AxisIndices, range]] | None:
-    """Return the numbers of a range for every value of the loop that it names.
+    item: NumberException, context: SiteContext
+) -> tuple[tuple[str, ...], Mapping[AxisIndices, Sequence[int]]] | None:
+    """Return the numbers of a range, or of a pick, for every value of the loops that it names.
 
-    None after E0343.
+    None after E0343 or E0620.
     """
+    if isinstance(item, ast.Site):
+        assert item.ranked is not None
+        group = context.groups[item.ranked.of]
+        ranked = _rank_numbers(group)
+        counts = _count_of_group(item, item.ranked, len(group.ranked), context)
+        if counts is None:
+            return None
+        return counts[0], {key: ranked[:count] for key, count in counts[1].items()}
     loops = tuple(name for name in context.loops if name == item.low.name)
     found: dict[AxisIndices, range] = {}
     for key, values in context.combinations(loops):
@@ -931,10 +974,10 @@ def _number_ranges(
 
 
 def exclude_values(
-    found: AxisValues, numbers: Sequence[ast.AxisRange], context: SiteContext
+    found: AxisValues, numbers: Sequence[NumberException], context: SiteContext
 ) -> AxisValues | None:
     """Leave out coordinates of an axis; None after E0343."""
-    read: list[tuple[tuple[str, ...], dict[AxisIndices, range]]] = []
+    read: list[tuple[tuple[str, ...], Mapping[AxisIndices, Sequence[int]]]] = []
     for each in numbers:
         ranges = _number_ranges(each, context)
         if ranges is None:
@@ -957,6 +1000,7 @@ def exclude_values(
             left = every & set(ranges[tuple(at[name] for name in names)])
             group = context.groups.get(each.span.written.split()[0])
             is_chosen = group is not None and bool(group.choices)  # by a training
+            is_chosen |= isinstance(each, ast.Site)
             if not left and not is_chosen:
                 reason = f"names no coordinate of the rule{loop_hint(values)}"
                 _report_exception(each, reason, context)
@@ -1145,6 +1189,10 @@ def _resolve_picked(
     """Resolve `top 10 of cie` to joined points, for every value of the `for` variables in it."""
     named = set(number_names(node))
     loops = tuple(name for name in context.loops if name in named)
+    group = context.groups.get(node.of)
+    is_result = node.of in context.onward.found or node.of in context.onward.called
+    if group is not None and (group.ranked or group.waits) and not is_result:
+        return _pick_from_group(site, node, group, context)
     points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
     labels: dict[AxisIndices, str] = {}
     for key, values in context.combinations(loops):
@@ -1156,6 +1204,62 @@ def _resolve_picked(
         several = context.onward.said(node, here) if loops else site.span.written
         labels[key] = found[0].label if len(found) == 1 else several
     return SiteTargets(loops, points, labels)
+
+
+def _pick_from_group(
+    site: ast.Site,
+    node: ast.RankedSelection,
+    group: spec.Group,
+    context: SiteContext,
+) -> SiteTargets | None:
+    """Resolve `top 2 of g` to the sites with the largest scores of a group that a training chooses.
+
+    None after E0207 for a group of features or dimensions, and E0620 for picks of too many sites.
+    """
+    if any(each.coordinates is not None for each in (*group.ranked, *group.sites)):
+        reason = "is a group of features or dimensions, and `top` selects sites of a group"
+        hint = f"write `{node.of}`, or train a smaller group"
+        bad = BadArgument(span=site.span, name=node.of, reason=reason, hint=hint)
+        context.diagnostics += [] if bad in context.diagnostics else [bad]
+        return None
+    targets, _ = _resolve_joined(site, group.ranked or group.sites, context)
+    if targets is None:
+        return None
+    ranked = targets.points[()]
+    counts = _count_of_group(site, node, len(ranked), context)
+    if counts is None:
+        return None
+    points = {key: ranked[:count] for key, count in counts[1].items()}
+    labels = {
+        key: f"top {len(own)} of {node.of}" if counts[0] else site.span.written
+        for key, own in points.items()
+    }
+    return SiteTargets(counts[0], points, labels)
+
+
+def _count_of_group(
+    site: ast.Site, node: ast.RankedSelection, total: int, context: SiteContext
+) -> tuple[tuple[str, ...], dict[AxisIndices, int]] | None:
+    """Return how many members `top n of g` selects, for every value of the `for` variables in it,
+    with their names; None after E0620.
+
+    Args:
+        total: Number of members.
+    """
+    named = set(number_names(node))
+    loops = tuple(name for name in context.loops if name in named)
+    known = context.groups[node.of].ranked and not context.shape.stands_in
+    there = f"`{node.of}` has {{}} members" if known else None
+    counts: dict[AxisIndices, int] = {}
+    for key, values in context.combinations(loops):
+        try:
+            counts[key] = count_picked(node, {**context.parameters, **values}, total, there)
+        except PickError as problem:
+            text, reason, hint = node.span.written, problem.reason, problem.hint
+            bad = BadPick(span=site.span, text=text, reason=reason, hint=hint)
+            context.diagnostics.append(bad)
+            return None
+    return loops, counts
 
 
 def _resolve_short_name(short: ast.ShortSite, context: SiteContext) -> SitePoint | None:

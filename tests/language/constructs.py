@@ -1550,7 +1550,8 @@ _rule(
     "features, dimensions or positions. In ∅, the same rules ablate the group, too; `tokens except "
     "P` are then all tokens of the prompt's text, without special tokens. All rules are ablations. "
     "`ablate g … as completeness` needs a group that a training chooses: ∅ ablates all that it is "
-    "chosen from. Other rules, a sweep over what is left out, `generate` and `using` are E0612. "
+    "chosen from. `except top n of g` keeps the n members of a trained group with the largest "
+    "probabilities. Other rules, a sweep over what is left out, `generate` and `using` are E0612. "
     "`against random(39)` and the control of trained groups draw groups of equal size from what ∅ "
     "ablates.",
     "Wang et al. 2022, arXiv 2211.00593; Marks et al. 2024, arXiv 2403.19647",

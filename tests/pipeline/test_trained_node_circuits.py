@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from math import comb
 from pathlib import Path
@@ -13,9 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mechdsl
+from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.fits.reports import MaskReport
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..execute.support import context, shared
 from ..reference.forward import Changes, Write
 from ..rules.models import bare
 from ..rules.support import Array, records, rows, tokens, worked_out
@@ -268,3 +272,98 @@ def test_group_of_each_seed_is_compared_with_all_candidates(tmp_path: Path) -> N
     every = [zeroed(EVERY_HEAD, LAST)]
     check("llama", found["e"], [zeroed(g, LAST) for g in groups], every)
     check("llama", found["k"], [zeroed(less(EVERY_HEAD, g), LAST) for g in groups], every)
+
+
+def ranked(found: mechdsl.TrainedFit, names: Sequence[str]) -> list[str]:
+    """Names of candidates, those with the largest probabilities first."""
+    stored = json.loads((found.folder / "mask.json").read_text("utf-8"))
+    order = np.argsort(-np.array(stored["probabilities"]), kind="stable")
+    own = [str(names[int(n)]) for n in order]
+    return [name for name in own if name in chosen(found)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_curve_over_the_size_of_a_group_equals_plain_passes(family: str, tmp_path: Path) -> None:
+    """`top n of g` are the sites with the largest probabilities, also of no site."""
+    loop = "for n in [0, 1, 3] {{ ablate {} at last token with zero }}"
+    text = [
+        fit(mask="size: 4"),
+        experiment(
+            loop.format(f"{HEADS} except top n of g"),
+            "against random(5)",
+            measure=f"{FAITHFUL}  expect cmd(faithfulness, n) < 1000 on mean",
+        ),
+        experiment(loop.format("top n of g"), name="whole", measure=COMPLETE),
+        experiment("ablate top 50% of g at last token with zero", name="half", measure=COMPLETE),
+    ]
+    fits, found = trained(write(tmp_path, *text), family)
+    names = [f"L{layer}H{head}.z" for _, layer, head in EVERY_HEAD]
+    best = [EVERY_HEAD[names.index(name)] for name in ranked(fits["g"], names)]
+    assert len(best) == 4
+    every = [zeroed(EVERY_HEAD, LAST)]
+    check(family, found["e"], [zeroed(less(EVERY_HEAD, best[:n]), LAST) for n in (0, 1, 3)], every)
+    check(family, found["whole"], [zeroed(best[:n], LAST) for n in (0, 1, 3)], every)
+    check(family, found["half"], [zeroed(best[:2], LAST)], every)
+    said = found["e"].conventions["controls"]
+    assert "of 0 to 3 of 12 sites, drawn" in said
+    assert said.endswith("where there is no other group, each draw is the group itself")
+
+
+def test_curve_over_the_number_of_features_equals_plain_passes(tmp_path: Path) -> None:
+    loop = "for n in 0..3 { ablate features * of f except top n of g at last token with zero }"
+    text = [
+        sae(tmp_path),
+        fit(mask="size: 3", at="features * of f at last token"),
+        experiment(loop, measure=FAITHFUL),
+    ]
+    path = write(tmp_path, *text)
+    fits, found = trained(path, "llama")
+    best = [
+        int(name.split()[1])
+        for name in ranked(fits["g"], [f"feature {n} of f" for n in range(FEATURES)])
+    ]
+    kept = [[n for n in range(FEATURES) if n not in best[:k]] for k in range(4)]
+    check(
+        "llama", found["e"], [removed(own, LAST) for own in kept], [removed(range(FEATURES), LAST)]
+    )
+
+
+FAILING = {
+    "too many": ("ablate layers * heads * except top 4 of g at last token with zero", "E0620"),
+    "too many features": (
+        "ablate features * of f except top 3 of h at last token with zero",
+        "E0620",
+    ),
+    "features alone": ("ablate top 1 of h at last token with zero", "E0207"),
+    "features of another basis": (
+        "ablate features * of k except top 1 of h at last token with zero",
+        "E0207",
+    ),
+    "positions": ("ablate top 1 of places at last token with zero", "E0201"),
+    "tokens": (f"ablate {SITE} at tokens except top 1 of g tokens with zero", "E0201"),
+    "listed": ("ablate layers * heads * except top 1 of listed at last token with zero", "E0201"),
+    "exclusion of a control": (
+        "ablate layer 1 head * at last token with zero  against random(2) except top 1 of g",
+        "E0201",
+    ),
+}
+
+
+@pytest.mark.parametrize("key", FAILING)
+def test_top_of_a_group_is_an_error_where_it_selects_no_sites(key: str, tmp_path: Path) -> None:
+    rule, code = FAILING[key]
+    text = [
+        sae(tmp_path),
+        sae(tmp_path).replace("basis f", "basis k"),
+        "group listed = L0H1, L1H2\n",
+        fit(mask="size: 3"),
+        fit(mask="size: 2", name="h", at="features * of f at last token"),
+        fit(
+            mask="size: 1", name="places", source="with: zero", at=f"{SITE} at token 2, last token"
+        ),
+        experiment(rule),
+    ]
+    source = Source(write(tmp_path, *text).read_text("utf-8"), tmp_path / "file.mech")
+    own = context(source, "m", shared(bare("llama")))
+    found = check_source(source, models={"m": own}).diagnostics
+    assert code in [each.code for each in found if each.severity == "error"]
