@@ -353,6 +353,8 @@ def parse_selection(node: ast.ArgumentValue) -> CellSelection:
         hint += f", or the value of an axis: `position: {text}`"
     if isinstance(node, ast.EdgeTokenOf):
         hint = f'write a position as a quoted value of its axis: `position: "{text}"`'
+    if isinstance(node, ast.Number):
+        hint += f"; values of `for` are compared as cells: `delta(NAME: {text}) > …`"
     if isinstance(node, ast.Name):
         node = ast.Site(names=(node,), span=node.span)
     if not isinstance(node, ast.Site):
@@ -551,12 +553,29 @@ class CellReader:
     def one_of(
         self, site: ast.Expr | ast.Site, among: Sequence[CellSelection] = ()
     ) -> CellSelection:
-        """Parse a site that at least one of these cells has; otherwise it would never match."""
+        """Parse a site that some of these cells have, but not all of several: the condition would
+        never hold, or always."""
         own = parse_selection(site)
         where = (own, *among)
-        if self.known.cells is not None and not self.find(where):
+        if self.known.cells is None:
+            return own
+        found, every = self.find(where), self.find(among)
+        if not found:
             self.not_one(site.span, where, [])
+        if len(found) == len(every) > 1 and not self.known.open_axes:
+            axes = [axis for axis in self.known.axes if self._differ(axis, found)]
+            name = axes[0] if axes else "NAME"
+            raise unreadable_expectation(
+                site.span,
+                f"all {len(found)} cells match {own.text}",
+                f"compare single cells: `{self.known.measures[0].effect}({name}: …) > …`",
+            )
         return own
+
+    def _differ(self, axis: str, cells: Sequence[int]) -> bool:
+        """Return whether cells differ in a coordinate."""
+        every = self.known.cells or ()
+        return len({every[cell].coords.get(axis) for cell in cells}) > 1
 
     def wheres(self, arguments: Sequence[ast.Argument]) -> tuple[CellSelection, ...]:
         return tuple(

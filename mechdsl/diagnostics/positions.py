@@ -233,15 +233,22 @@ NO_REPLY_REASON = "the experiment generates no reply"
 
 @keyword_record
 class NotInReply(Diagnostic):
-    """Tokens of a reply that can't be named so, or where none is written."""
+    """Tokens of a reply that can't be named like this, or an experiment without replies."""
 
     code = "E0545"
     title = "`{position}` can't be used in a reply: {reason}"
-    label = "a reply comes after the prompt and needs `generate`"
+    label = "not possible at tokens of a reply"
     help = "{hint}"
     position: str
     reason: str
     hint: str
+
+    @property
+    def label_text(self) -> str:
+        """The formatted text next to the carets."""
+        if self.reason == NO_REPLY_REASON:
+            return "a reply comes after the prompt and needs `generate`"
+        return super().label_text
 
 
 @keyword_record

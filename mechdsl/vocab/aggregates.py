@@ -8,6 +8,7 @@ valid.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from mechdsl.base.records import Registry, attribute_problem
@@ -32,6 +33,10 @@ class CellAggregate:
     """For the value of one leading cell: which one. It has simultaneous bounds."""
     min_cells: ClassVar[int] = 1
     """Fewest cells that it is defined for."""
+
+    def limits(self, cells: int) -> tuple[float, float]:
+        """Return the smallest and the largest possible aggregate; intervals are cut to them."""
+        return -inf, inf
 
     def combine(self, values: Floats) -> Floats:
         """Return the aggregates, shape [resample], of effects of shape [resample, cell]."""
@@ -122,8 +127,11 @@ class Mean(CellAggregate):
 class Participation(CellAggregate):
     documentation = (
         "The effective number of cells with an effect: the participation ratio (Σ e²)² / Σ e⁴ of "
-        "effects e."
+        "effects e. Its interval is cut to the possible range, from 1 to the number of cells."
     )
+
+    def limits(self, cells: int) -> tuple[float, float]:
+        return 1.0, float(cells)
 
     def combine(self, values: Floats) -> Floats:
         import numpy as np

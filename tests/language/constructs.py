@@ -2849,7 +2849,8 @@ _expectation(
     "expect mean(delta, layer 0..1) < 0.05",
     "The mean over cells, or with `participation` in its place the effective number of cells with "
     "an effect: the participation ratio (Σ e²)² / Σ e⁴ of the effects e. It is 1 if one cell has "
-    "all of the effect, and the number of cells if all effects are equal in size.",
+    "all of the effect, and the number of cells if all effects are equal in size; its interval is "
+    "cut to this range.",
 )
 _expectation("expect argmax", "expect argmax(delta) = L1H2", "The cell with the largest effect.")
 _expectation(

@@ -47,7 +47,7 @@ mechdsl explain freeze
 
 Each row has an example, its meaning, the source of the definition, and the test that checks it.
 mechdsl parses some further constructs but rejects them with [E0108](errors/E0108.md):
-more estimators, circuits, search, and images in prompts.
+`search`, and some combinations of others.
 
 These terms and rules apply throughout the page:
 

@@ -16,6 +16,9 @@ from mechdsl.results.verdicts.estimates import (
 from mechdsl.statistics.measurements import EffectSums, Resamples
 from mechdsl.vocab.aggregates import AGGREGATES, CellAggregate, aggregate, expectation_functions
 
+from .synthetic import finished, measure
+from .two_results import plain
+
 
 class RootMeanSquare(CellAggregate):
     name = "rms"
@@ -122,3 +125,24 @@ def test_functions_contain_each_aggregate_once() -> None:
     names = expectation_functions()
     assert len(set(names)) == len(names)
     assert {"max", "min", "mean", "auroc"} <= set(names)
+
+
+def test_interval_of_participation_is_inside_the_possible_range() -> None:
+    """Three cells: the number of cells with an effect is from 1 to 3."""
+    random = np.random.default_rng(0)
+    for means in ([3.0, 3.1, 2.9], [5.0, 0.05, 0.0]):
+        values = np.array(means)[:, None] + random.normal(size=(3, 12))
+        found = finished(plain(measure(values, np.zeros(12))), "participation(delta) >= 1")
+        (outcome,) = found.outcomes
+        assert outcome.holds
+        assert outcome.low is not None
+        assert outcome.high is not None
+        assert 1 <= outcome.low <= float(outcome.value or 0) <= outcome.high <= 3
+    assert outcome.low == 1
+    double = finished(plain(measure(values, np.zeros(12))), "2 * participation(delta) + 1 >= 3")
+    assert double.outcomes[0].low == 3
+
+
+def test_participation_of_cells_without_an_effect_is_zero() -> None:
+    found = finished(plain(measure(np.zeros((3, 12)), np.zeros(12))), "participation(delta) <= 0")
+    assert (found.outcomes[0].value, found.outcomes[0].low) == (0, 0)

@@ -384,6 +384,38 @@ def test_invalid_expectation_is_rejected_before_running(line: str, code: str, wo
     assert words in found.help_text
 
 
+CELLS = [CellKey({"c": value}, "L2.mlp_out", "last token") for value in (0.5, 1)]
+SWEEP = replace(
+    KNOWN,
+    axes=["c"],
+    cells=CELLS,
+)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "argmax(recovery) = L2.mlp_out",
+        "argmin(recovery) != L2.mlp_out",
+        "top 1 contains L2.mlp_out",
+    ],
+)
+def test_condition_on_a_site_of_all_cells_is_rejected(line: str) -> None:
+    """It would hold, or fail, for any effects."""
+    (found,) = check_expectation(expectation(line), SWEEP)
+    assert found.code == "E0606"
+    assert found.message.startswith("this expectation cannot be decided: all 2 cells match L2")
+    assert found.help_text == "compare single cells: `recovery(c: …) > …`"
+    single = replace(SWEEP, cells=CELLS[:1])
+    assert check_expectation(expectation(line), single) == []
+
+
+def test_number_as_a_site_names_the_comparison_of_cells() -> None:
+    (found,) = check_expectation(expectation("argmax(recovery) = 2"), SWEEP)
+    assert found.code == "E0606"
+    assert "values of `for` are compared as cells: `delta(NAME: 2) > …`" in found.help_text
+
+
 @pytest.mark.parametrize("line", ["top 3 contains L9H9", "max(delta of ld) > 0"])
 def test_ambiguous_measure_is_rejected(line: str) -> None:
     same = [KnownMeasure("ld", "delta"), KnownMeasure("entropy", "delta")]

@@ -82,7 +82,6 @@ def _ties() -> ExperimentResult:
         ("argmax(delta) != L0H2", True),
         ("argmax(delta) != L0H0", False),
         ("not argmin(delta) = L0H3", True),
-        ("argmax(delta) = L0.z", True),
         ("top 1 contains L0H1", True),
         ("top 2 contains L0H0, L0H1", True),
         ("top 2 contains L0H2", False),

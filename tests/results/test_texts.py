@@ -78,6 +78,19 @@ def test_cells_with_equal_completions_share_a_line() -> None:
     assert [line.label for line in second.lines[2:]] == ["L0H0.z, L1H1.z", "L1H0.z"]
 
 
+@pytest.mark.parametrize("axis", ["step", "measured"])
+def test_cells_of_one_site_read_at_several_tokens_are_named_once(axis: str) -> None:
+    result = wrote()
+    reply = result.replies.cells[1]
+    cells = tuple(
+        CellKey({axis: n if axis == "step" else f"reply {n}"}, "L2.mlp_out", "last token")
+        for n in range(4)
+    )
+    same = replace(result, cells=cells, replies=replace(result.replies, cells=(reply,) * 4))
+    first = prompt_replies(same, report("texts", top=1))[0]
+    assert [line.label for line in first.lines if not line.runs] == ["L2.mlp_out"]
+
+
 def test_texts_report_shows_the_requested_number_of_prompts() -> None:
     assert [each.number for each in prompt_replies(wrote(), report("texts", top=1))] == [1]
     assert [each.number for each in prompt_replies(wrote(), report("texts"))] == [1, 2, 3]

@@ -198,7 +198,7 @@ class ReplyTokens(Record):
 
 NO_REPLIES = ReplyTokens()
 
-_ALL_EMPTY = "all of them are empty", "name a position of the prompt"
+_ALL_EMPTY = "all replies are empty", "name a position of the prompt"
 
 
 def refers_to_reply(node: ast.Node, table: PromptTable) -> bool:

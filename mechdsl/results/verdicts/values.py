@@ -617,6 +617,13 @@ class ValueReader:
             nothing = np.zeros(len(p), dtype=bool)
             cut = Inference.of(low, high, p, nothing, 1 - confidence / 100)
             low, high = cut.low, cut.high
+        if not isinstance(number, CombinedCells):
+            return float(low[0]), float(high[0])
+        value = float(combine_cells(number.method, number.sums.value[None])[0])
+        least, most = number.method.limits(len(number.sums.top))
+        if not least <= value <= most:  # cells without any effect
+            return float(low[0]), float(high[0])
+        low, high = np.clip(low, least, most), np.clip(high, least, most)
         return float(low[0]), float(high[0])
 
     def gap(self, number: SmoothNumber, confidence: float) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,6 +20,7 @@ from rich.text import Text
 from mechdsl.base.text import count_noun, escape_hidden, escape_xml
 from mechdsl.program import spec
 from mechdsl.resolve.cells import CellKey
+from mechdsl.resolve.measures import MEASURED_AXIS, STEP_AXIS
 from mechdsl.results.experiment_result import DEFAULT_SHOWN_PROMPTS, ExperimentResult
 from mechdsl.show.console import visible_console
 from mechdsl.show.reports.canvas import FONT, INK, MONO_FONT, QUIET_INK
@@ -151,9 +152,15 @@ def _base_replies(result: ExperimentResult, row: int, cell: CellKey) -> Sequence
 
 
 def _cells_label(cells: Sequence[CellKey]) -> str:
-    names = [cell.name for cell in cells[:_MAX_NAMED_CELLS]]
-    more = len(cells) - len(names)
-    return ", ".join(names) + (f" and {more} more" if more else "")
+    """Name cells without the positions at which measures are read: they share the replies."""
+    names = list(dict.fromkeys(_without_read_positions(cell).name for cell in cells))
+    more = len(names) - _MAX_NAMED_CELLS
+    return ", ".join(names[:_MAX_NAMED_CELLS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _without_read_positions(cell: CellKey) -> CellKey:
+    axes = (MEASURED_AXIS, STEP_AXIS)
+    return replace(cell, coords={k: v for k, v in cell.coords.items() if k not in axes})
 
 
 def mark_differences(base: str | None, text: str) -> tuple[ReplyPart, ...]:

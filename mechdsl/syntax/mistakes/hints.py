@@ -689,6 +689,18 @@ HINTS: tuple[Hint, ...] = (
         r"([0-9]+)\s+(layers?\s+\S+)",
         "write the window after its axis: `{1} window {0}`",
     ),
+    Hint(
+        r"\b(contains)\s+$",
+        r"([0-9]+)",
+        "write a site, such as `{0} layer {1}`; values of `for` are compared as cells: "
+        "`delta(NAME: {1}) > …`",
+    ),
+    Hint(
+        r"\bcontains\s+(?:.*,\s*)?(\w+)\s+$",
+        r"([0-9]+)",
+        "write a site, such as `L{1}.{0}`; values of `for` are compared as cells: "
+        "`delta({0}: {1}) > …`",
+    ),
     Hint(r"\b(\w+)\s+$", r"([0-9]+|\*)", "name the axis: `{0} layer {1}`", "LAYER"),
     Hint(r"(?:at|onto|to|from|with|,)\s*$", r"(-?[0-9]+)", "write `token {0}`", "TOKEN"),
     Hint(r"", r"to\b", "write `onto` to name where the activation is written", "ONTO"),
