@@ -607,3 +607,25 @@ def test_training_and_its_use_in_parts_of_a_split_block(tmp_path: Path) -> None:
         write = where.write("bart", of, lambda own: apply_file("vector", trained, own, own))
         value = difference(logits("bart", of, [write]), ROWS[number])
         np.testing.assert_allclose(found.measures[0].patched[0, column], value, atol=3e-4)
+
+
+@pytest.mark.parametrize(
+    ("statement", "use"),
+    [
+        ("basis b = fit(sae(features: 4, k: 2)", "observe features of b at last token"),
+        ("lens b = fit(tuned_lens", "observe tuned_lens(b) at resid_post layer * at last token"),
+    ],
+)
+def test_streamed_rows_of_an_encoder_decoder_report_e0342(
+    statement: str, use: str, tmp_path: Path
+) -> None:
+    lines = [f'{{"text": "w{n} w{n + 1} w3 w4"}}' for n in range(20)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    block = 'prompts texts { rows "texts.jsonl" streamed  template "{text}" }\n'
+    text = f"{statement}, prompts: texts, steps: 2) at resid_post layer * at last token\n"
+    text = text if "lens" in statement else text.replace("layer *", "layer 1")
+    text = block + text + experiment("e", "prompts p", use)
+    _, found = try_file(text, tmp_path, model("t5"), None, tokenizer=tokenizer())
+    problems = [each for each in found if each.severity == "error"]
+    assert [each.code for each in problems] == ["E0342"]
+    assert "streamed rows of an encoder-decoder aren't read" in problems[0].message
