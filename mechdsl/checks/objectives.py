@@ -237,10 +237,9 @@ def _bad_place(span: Span, reason: str, hint: str) -> BadArgument:
 
 
 def _check_encoders(found: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield E0608 for an encoder-decoder, and for rules in a vision encoder."""
-    name = found.model.name
-    if found.model.shape.encodes_apart:
-        reason = f"`{name}` is an encoder-decoder, or its blocks attend to an image"
+    """Yield E0608 for blocks that attend to an image, and for rules in a vision encoder."""
+    if found.model.shape.takes == "attended image":
+        reason = f"the blocks of `{found.model.name}` attend to an image"
         hint = "choose a model whose blocks read the whole prompt"
         yield _refuse(found.spec.span, f"`{found.name}`", reason, hint)
         return

@@ -90,7 +90,10 @@ class Objective:
 
     @property
     def positions(self) -> Tensor:
-        """[row, position] index of the written token in the prompt; -1 where the row has none."""
+        """[row, position] index of the written token in `ids`; -1 where the row has none.
+
+        In an encoder-decoder, the tokens of the decoder follow those of the encoder.
+        """
         import torch
 
         found, vectors = torch.full(self.shape[:2], -1), self._run.vectors

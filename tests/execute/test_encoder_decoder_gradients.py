@@ -406,3 +406,58 @@ def test_controls_leave_out_layers_of_the_same_stack_only(tmp_path: Path) -> Non
     assert problem.code == "E0630"
     assert problem.span is not None
     assert "experiment out" in problem.span.source.text[: problem.span.start]
+
+
+OBJECTIVES = {
+    "resid_post encoder layer 1": "subject tokens",
+    "z cross layer 1 head 1": "last token",
+    "v cross layer 0": "last token",
+    "mlp_out layer 1": "last token",
+}
+
+
+@pytest.mark.parametrize(("family", "mode"), [("t5", "set"), ("bart", "add"), ("t5gemma", "set")])
+@pytest.mark.parametrize("site", some(OBJECTIVES, tuple(OBJECTIVES)[:2]))
+def test_objective_values_and_gradients_equal_autograd(
+    site: str, family: str, mode: Any, tmp_path: Path
+) -> None:
+    """With a rule in the other stack, on prompts of different lengths."""
+    name, at_text = site.partition(" layer ")[0], OBJECTIVES[site]
+    numbers = [int(word) for word in site.split() if word.isdigit()]
+    rule = "ablate z encoder layer 0 head 0 at last token with zero"
+    rule = "scale resid_post layer 0 at last token by 0.5" if "encoder" in site else rule
+    measure = "measure logit(answer) - logit(wrong) as raw"
+    lines = experiment("e", "prompts p", rule, measure)
+    write_rows(tmp_path)
+    path = tmp_path / "file.mech"
+    path.write_text(f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\n{lines}', "utf-8")
+    models = {"m": (model(family), tokenizer())}
+    objective = mechdsl.objective(path, models=models, site=site, at=at_text, mode=mode)
+    random = torch.Generator().manual_seed(3)
+    mine = objective.start + 0.3 * torch.randn(objective.shape, generator=random)
+    theirs = mine.clone().requires_grad_()
+    mine.requires_grad_()
+    with torch.enable_grad():
+        values = objective(mine)
+        wanted = []
+        for index, row in enumerate(objective.rows):
+            of, own = text(ROWS[row]), place(family, name, *numbers)
+            tokens = list(of.subject) if "subject" in at_text else [at(family, name, of)]
+            first = len(of.ids) if not is_encoded(name) else 0
+            assert objective.positions[index][: len(tokens)].tolist() == [
+                first + token for token in tokens
+            ]
+            new = theirs[index, : len(tokens)]
+
+            def change(old: Tensor, new: Tensor = new) -> Tensor:
+                return old + new if mode == "add" else new
+
+            half = place(family, "resid_post", 0), [len(starts(family)) - 1], lambda old: 0.5 * old
+            none = place(family, "z encoder", 0, 0), [of.last], torch.zeros_like
+            other = half if "encoder" in site else none
+            wanted.append(run_with_gradients(family, of, [(own, tokens, change), other], ROWS[row]))
+        (slope,) = torch.autograd.grad((values**2).sum(), mine)
+        (expected,) = torch.autograd.grad((torch.stack(wanted) ** 2).sum(), theirs)
+    np.testing.assert_allclose(values.detach(), torch.stack(wanted).detach(), atol=1e-4)
+    np.testing.assert_allclose(slope, expected, atol=1e-4, rtol=1e-3)
+    assert expected.abs().max() > 1e-3

@@ -120,7 +120,7 @@ def test_objective_of_a_model_that_attends_to_images_reports_e0608() -> None:
     with pytest.raises(mechdsl.MechdslError) as raised:
         mechdsl.objective(path, models={"m": pair}, site="resid_post layer 0", at="last token")
     assert [each.code for each in raised.value.diagnostics] == ["E0608"]
-    assert "its blocks attend to an image" in str(raised.value)
+    assert "the blocks of `m` attend to an image" in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["objective", "fit"])
