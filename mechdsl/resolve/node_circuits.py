@@ -586,16 +586,24 @@ def describe_everything(experiment: ResolvedExperiment) -> str:
         if kind is not None:
             parts.append(_list_numbers(rule, whole, kind))
         if rule.positions != whole.positions:
-            tokens = "all tokens of the prompt's text, without special tokens"
-            if not keeps_group(rule):
-                tokens = "all positions that the training chooses from"
-            parts.append(f"at {tokens}")
+            parts.append(_describe_tokens(rule))
         own = " ".join(rule.spec.span.written.split())
         said[f"`{own}` ablates {' '.join(parts)}" if parts else f"`{own}` as it is"] = None
     bases = [rule.basis for rule in experiment.rules if rule.basis and not rule.spec.drops_error]
     names = {own.definition: None for own in bases if own.definition != ast.STANDARD_BASIS}
     rest = [f"what `{name}` doesn't represent stays" for name in names]
     return "; ".join([*said, "in the same rows", *rest])
+
+
+def _describe_tokens(rule: ResolvedRule) -> str:
+    """Return the tokens of a rule with everything ablated, if they are others."""
+    if not keeps_group(rule):
+        return "at all positions that the training chooses from"
+    every = "all tokens of the prompt's text, without special tokens"
+    is_alone = len(rule.spec.at.items) == 1 and isinstance(rule.spec.at.items[0].body, ast.Except)
+    if is_alone:
+        return f"at {every}"
+    return f"at the named tokens, where `tokens except …` are {every}"
 
 
 def _list_numbers(rule: ResolvedRule, whole: ResolvedRule, kind: NodeKind) -> str:

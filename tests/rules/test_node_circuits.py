@@ -375,3 +375,16 @@ prompts uneven {
 }
 """
 """Rows of equal length in which `left` is at different tokens."""
+
+
+def test_conventions_name_the_tokens_of_the_run_with_all_ablated(data: Path) -> None:
+    every = "all tokens of the prompt's text, without special tokens; in the same rows"
+    heads = "ablate layers * heads * except a at tokens except cue token with zero"
+    parts = "ablate resid_post layer 1 at {tokens except cue token, token 0} with zero"
+    text = experiment("heads", heads, measure=FAITHFUL) + experiment(
+        "parts", parts, measure=FAITHFUL
+    )
+    found = run_file(GROUPS + text, data, "gpt2", "planned")
+    said = {name: each.conventions["∅"] for name, each in found.items()}
+    assert said["heads"] == f"`{heads}` ablates 12 sites instead of 9 at {every}"
+    assert said["parts"].endswith(f"at the named tokens, where `tokens except …` are {every}")
