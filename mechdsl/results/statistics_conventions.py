@@ -17,7 +17,7 @@ from mechdsl.program.estimators import find_estimator
 from mechdsl.program.significance import CORRECTION_NAMES
 from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.statistics.cell_statistics import SHARE_RUNS, share_mask
+from mechdsl.statistics.cell_statistics import SHARE_RUNS, is_share, share_mask
 from mechdsl.statistics.measurements import (
     NO_INTERVAL_REASONS,
     CellStatistics,
@@ -145,7 +145,7 @@ def _interval_text(result: ExperimentResult) -> str:
     by_block = ", separately for each block" if PROMPTS_AXIS in result.axes else ""
     within = most.strata is not None and settings.test != "flips"
     design = (by_block or ", within the values that are dealt evenly") if within else ""
-    shares = [data for data in numbers if data.unit == "share" and data.effect in SHARE_RUNS]
+    shares = [data for data in numbers if data.effect in SHARE_RUNS and is_share(data)]
     exact = [share_mask(data, EFFECTS[data.effect]) for data in shares]
     kinds: list[str] = []
     mixed = not all(each.all() for each in exact)
@@ -154,6 +154,9 @@ def _interval_text(result: ExperimentResult) -> str:
     if shares and (not mixed or any(each.any() for each in exact)):
         which = " of rows that are all 0 or 1" if mixed else ""
         kinds.append(f"shares{which}: the exact limits of Clopper and Pearson")
+        unnamed = [data.label for data in shares if data.unit != "share"]
+        if unnamed:
+            kinds.append(f"all values of {', '.join(unnamed)} are 0 or 1: treated as shares")
     level = round(1 - settings.confidence / 100, 10)
     if any(_reaches_zero(each, level) for each in result.statistics):
         kinds.append(f"extended to 0 where so few values that aren't 0 give no p below {level:g}")

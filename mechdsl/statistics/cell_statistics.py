@@ -19,6 +19,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.statistics import ZeroDenominator
 from mechdsl.program import spec
+from mechdsl.program.python_functions import PYTHON_CALL
 from mechdsl.program.significance import MAX_RESAMPLES, MIN_UNITS, interval_gap
 from mechdsl.statistics.corrections import add_corrected_p
 from mechdsl.statistics.intervals import (
@@ -362,9 +363,20 @@ class CellShares:
         ]
 
 
+def is_share(data: MeasureData) -> bool:
+    """Return whether a measure counts rows: by its unit, or for a function of a Python file, which
+    has no unit, if all values of all runs are 0 or 1."""
+    if data.unit == "share":
+        return True
+    if data.word != PYTHON_CALL or data.unit or data.estimator:
+        return False
+    runs = [each for each in (data.patched, data.base, data.source) if each is not None]
+    return all(bool((np.isin(each, (0.0, 1.0)) | np.isnan(each)).all()) for each in runs)
+
+
 def cell_shares(data: MeasureData, effect: EffectKind, cells: Ints) -> CellShares | None:
     """Return the shares among some cells; None if there are none."""
-    if data.unit != "share" or effect.name not in SHARE_RUNS:
+    if effect.name not in SHARE_RUNS or not is_share(data):
         return None
     present = effect_parts(data, effect, cells).present
     exact = np.ones(len(cells), dtype=bool)

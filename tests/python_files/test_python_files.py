@@ -786,3 +786,13 @@ def test_hash_covers_functions_of_other_blocks(tmp_path: Path) -> None:
     assert {d.code for d in mechdsl.validate(path)} == {"W0740"}
     found = mechdsl.run(path, allow_python=True)["heads"]
     assert found.hashes["python own.py"] == sha256((tmp_path / "own.py").read_bytes()).hexdigest()
+
+
+def test_metric_that_returns_booleans_has_the_exact_limits_of_a_share(tmp_path: Path) -> None:
+    code = "def own(logits, rows):\n    return logits[:, 0] == logits[:, 0]\n"
+    path = write(tmp_path, METRIC.replace("own as delta", "own as raw"), code)
+    found = mechdsl.run(path, allow_python=True, store=False)["heads"]
+    assert found.statistics[0].mean[0] == 1
+    assert found.statistics[0].high[0] == 1
+    assert found.statistics[0].low[0] == pytest.approx(0.025 ** (1 / 8))
+    assert "treated as shares" in found.conventions["interval"]

@@ -83,6 +83,38 @@ def test_expectations_on_shares_do_not_depend_on_other_cells() -> None:
     assert "rows that are all 0 or 1" in finished(plain(data)).conventions["interval"]
 
 
+PYTHON = {"metric": "python", "label": "own", "unit": ""}
+
+
+def test_python_metric_of_zeros_and_ones_is_a_share() -> None:
+    """`own` returns 1 in each of five rows: the mean has the exact limits, not [1, 1]."""
+    data = of(np.ones((1, 5)), np.zeros(5), **PYTHON)
+    found = finished(plain(data), "raw < 1")
+    table = found.statistics[0]
+    assert (table.low[0], table.high[0]) == pytest.approx(exact(5, 5))
+    assert not found.outcomes[0].holds
+    assert "all values of own are 0 or 1: treated as shares" in found.conventions["interval"]
+    assert "Student" not in found.conventions["interval"]
+    change = one(of(np.ones((1, 5)), np.zeros(5), effect="delta", **PYTHON))
+    assert change.low[0] < 1 == change.high[0]
+
+
+@pytest.mark.parametrize(
+    ("patched", "base", "values"),
+    [
+        (np.array([[1.0] * 8, [2.0] * 8]), np.zeros(8), PYTHON),  # a count
+        (np.ones((1, 8)), np.full(8, 0.5), PYTHON),
+        (np.ones((1, 8)), np.zeros(8), {"metric": "length", "unit": "token"}),
+        (np.ones((1, 8)), np.zeros(8), {"metric": "python(1) - python(2)", "unit": ""}),
+    ],
+)
+def test_numbers_that_happen_to_be_one_are_no_share(
+    patched: np.ndarray, base: np.ndarray, values: dict[str, Any]
+) -> None:
+    found = one(of(patched, base, **values))
+    assert (found.low[0], found.high[0]) == (1, 1)
+
+
 def test_rows_outside_a_cell_do_not_make_its_base_run_no_share() -> None:
     patched = np.array([[1.0] * 8 + [np.nan]])
     base = np.array([1.0, 0, 1, 0, 1, 0, 1, 0, 0.5])
