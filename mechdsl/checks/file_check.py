@@ -1097,7 +1097,8 @@ def _single_rows(experiment: ResolvedExperiment) -> list[Diagnostic]:
 
     There is no warning if another rule changes the run, since the ablation then restores values.
     """
-    if experiment.table.stands_in or experiment.spec.trains:
+    table = experiment.table
+    if table.stands_in or table.cut or experiment.spec.trains:
         return []
     rules = [rule for rule in experiment.rules if rule.spec.verb != "observe"]
     changing = [rule for rule in rules if not _keeps_rows(rule, experiment)]

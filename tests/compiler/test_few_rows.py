@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import mechdsl
+from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
 
 HEAD = 'mech 1\n\nmodel lm = zoo("names")\n\n'
@@ -99,6 +101,17 @@ ENOUGH: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("name", ENOUGH)
 def test_mean_that_changes_rows_has_no_warning(name: str, tmp_path: Path) -> None:
     assert not found(tmp_path, *ENOUGH[name], code="W0732")
+
+
+def test_groups_of_rows_that_a_check_does_not_read_have_no_warning(tmp_path: Path) -> None:
+    """Each group has three rows, of which a check of five rows may read one."""
+    path, large = tmp_path / "file.mech", NAMES.replace("{io} and", "{io}{n} and")
+    large = large.replace("prompts ioi {", "prompts ioi {\n  n in 1..500")
+    text = HEAD + large + experiment(f"{HEADS} with mean by n")
+    checked = check_source(Source(text, path), CheckSettings(prompts_enough=1))
+    codes = {each.code for each in checked.diagnostics}
+    assert "W0790" in codes
+    assert "W0732" not in codes
 
 
 def test_mean_of_one_row_leaves_the_run_unchanged(tmp_path: Path) -> None:
