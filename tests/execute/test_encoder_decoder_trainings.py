@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ from .support import (
     as_in_the_data,
     context,
     experiment,
+    token,
     try_file,
     write_rows,
 )
@@ -433,6 +434,31 @@ def test_trained_vector_acts_with_rules_in_the_other_stack(family: str, tmp_path
         )
         [cell] = reply.replies.cells[0][number]
         assert list(cell.ids) == written(family, of, [added], count=4)[0]
+
+
+@pytest.mark.parametrize("family", some(("t5", "bart"), ("t5",)))
+def test_soft_prompt_at_inserted_tokens_of_the_encoder_equals_hooks(
+    family: str, tmp_path: Path
+) -> None:
+    """All later tokens move, and the decoder attends to the inserted ones."""
+    insert = 'corrupt soft { insert 2 tokens before subject tokens with " w44" }'
+    block = PROMPTS.replace("  corrupt turned", f"  {insert}\n  corrupt turned")
+    options = OPTIONS.replace("prompts: p", "prompts: soft of p")
+    lines = f"direction d = fit(soft_prompt(tokens: 2), {options}) at embed encoder at inserted "
+    lines += "tokens\n"
+    rule = "set embed encoder at inserted tokens to d"
+    lines += experiment("e", "prompts p", "from clean into soft", rule, DIFFERENCE)
+    trained, [found] = train_and_run(tmp_path, lines, family, prompts=block)
+    saved = load_file(next(trained.folder.glob("*.safetensors")))
+    vectors = torch.stack([saved["vector.position0"], saved["vector.position1"]])
+    own = place(family, "embed encoder", 0)
+    for number, record in enumerate(ROWS):
+        of = text(record)
+        first = of.subject[0]
+        longer = replace(of, ids=(*of.ids[:first], token("w44"), token("w44"), *of.ids[first:]))
+        write = own, [first, first + 1], lambda _: vectors
+        value = difference(logits(family, longer, [write]), record)
+        np.testing.assert_allclose(found.measures[0].patched[0, number], value, atol=2e-4)
 
 
 # --- probes, and trainings on two sites -----------------------------------------------------------
