@@ -163,6 +163,33 @@ def test_circuit_of_bert_classifier_equals_a_loop(
         assert abs(float(expected - plain)) > 1e-3
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["c", "all but c"])
+def test_circuit_of_bert_classifier_with_positions_equals_a_loop(rule: str, tmp_path: Path) -> None:
+    """Every second edge is in the circuit at two tokens only."""
+    places = ["" if n % 2 else " at {cue token, token 1}" for n in range(len(SOME))]
+    written = [edge + at for edge, at in zip(SOME, places, strict=True)]
+    measure = "measure logit(class answer) - logit(class wrong) as raw"
+    lines = ("prompts p", f"ablate {rule} at tokens * with other", measure)
+    text = f"circuit c = {', '.join(written)}\n" + support.experiment("e", *lines)
+    found = support.run_file(text, tmp_path, bare(), prompts=PROMPTS)["e"].measures[0].patched
+    both = zip(support.prompts(), support.prompts("other"), strict=True)
+    for row, (own, other) in enumerate(both):
+        _, filled = classify(other.ids)
+        every = torch.ones(len(own.ids), 1, dtype=torch.double)
+        some = torch.zeros_like(every)
+        some[[own.cue, 1]] = 1
+        shares = {
+            edge: some if at else every
+            for edges, at in zip(SOME.values(), places, strict=True)
+            for edge in edges
+        }
+        if rule == "all but c":
+            shares = {edge: 1 - shares.get(edge, 0 * every) for edge in list_edges()}
+        expected, _ = classify(own.ids, filled, shares)
+        assert found[0, row] == pytest.approx(float(expected), abs=1e-4)
+
+
 @pytest.mark.slow
 def test_edge_scores_of_bert_classifier_equal_derivatives(tmp_path: Path) -> None:
     """EAP: the derivative by the share of each edge. EAP-IG moves the embeddings to the fill."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.forward.hooks import full_pass
 from mechdsl.forward.hooks.batch import CircuitWrite
 from mechdsl.forward.hooks.circuits import CircuitHooks
@@ -23,10 +25,11 @@ from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 from mechdsl.vocab.effects import EFFECTS
 
 from ..execute import support as of_files
-from ..execute.support import MODES
+from ..execute.support import MODES, token
 from ..quick import in_turn
 from .circuits import EMBED, LOGITS, circuit_pass, head, mlp
 from .support import (
+    QUICK,
     Text,
     agree,
     codes,
@@ -77,8 +80,8 @@ def written_edges(name: str) -> list[Written]:
         ("L0.mlp -> L2.mlp", "", [(mlp(0), mlp(2))]),
         ("L1.mlp -> logits", "last token", [(mlp(1), LOGITS)]),
         ("embed -> logits", "token 1", [(EMBED, LOGITS)]),  # the last token isn't at this position
-        ("L1H1 -> L2H0.q", "", [("L1H1", "L2H0.q")]),
-        ("L1H1 -> L2H0.q", "last token", [("L1H1", "L2H0.q")]),  # adds nothing
+        ("L0.mlp -> L1H0.k", "", [(mlp(0), "L1H0.k")]),
+        ("L0.mlp -> L1H0.k", "last token", [(mlp(0), "L1H0.k")]),  # adds nothing
     ]
 
 
@@ -244,6 +247,73 @@ def test_effects_of_circuits_with_positions_equal_ratios_of_reference_means(data
         assert value == pytest.approx((circuit - without) / whole, abs=1e-6)
 
 
+OTHER_RULES = {
+    "path": "path L0H1 -> q layer 2 heads * at last token",
+    "patch": "patch L1H0 at last token",
+    "attention": "block attention layer 1 head 0 from last token to cue token",
+    "input": 'replace cue token with "w7"',
+    "two fills": "",
+}
+
+
+@pytest.mark.parametrize("key", OTHER_RULES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(("llama", "gpt2"), QUICK))
+def test_edges_at_a_position_equal_edges_of_a_rule_at_that_position(
+    data: Path, name: str, mode: str, key: str
+) -> None:
+    """Next to other rules, and with fills as an axis."""
+    edge = "embed -> L0H1.v{0}, layer 0 heads * -> L1.mlp{0}, L1H3 -> L2H3.q{0}"
+    text = f"circuit c = {edge.format(' at {cue token, last token}')}\n"
+    text += f"circuit d = {edge.format('')}\n"
+    fill, every = "zero", "tokens *"
+    if key == "two fills":
+        fill, every = "zero, mean", "{token 1, cue token, last token}"
+    for circuit, at in (("c", every), ("d", "{cue token, last token}")):
+        lines = (f"ablate {circuit} at {at} with {fill}", OTHER_RULES[key])
+        text += experiment(f"x{circuit}", "from other into clean", *lines)
+    found = run_file(text, data, name, mode, precise=True)
+    own, other = (found[each].measures[0].patched for each in ("xc", "xd"))
+    np.testing.assert_allclose(own, other, atol=1e-9)
+    assert np.abs(own - unpatched(name)).max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox"), QUICK))
+def test_answers_of_several_tokens_are_at_no_position(data: Path, name: str, mode: str) -> None:
+    """Edges with positions are ablated at the first token of the answer, as it is at none."""
+    written: list[Written] = [
+        ("embed -> logits", "last token", [(EMBED, LOGITS)]),
+        ("L0.mlp -> logits", "", [(mlp(0), LOGITS)]),
+        ("embed -> L0.mlp", "tokens except cue token", [(EMBED, mlp(0))]),
+    ]
+    two = """prompts two {
+      rows "data.jsonl"
+      xs = list(item, from: words, sep: " ")
+      template "{xs} w40 {subject} w41 {cue} w42"
+      answer " {a} {b}"
+    }
+    """
+    rule = "ablate all but c at tokens * and answer with zero"
+    lines = {"block": "two", "measure": "measure logprob(answer) as raw"}
+    text = two + define(written) + experiment("e", rule, **lines)
+    found = run_file(text, data, name, mode, precise=True)["e"].measures[0].patched[0]
+    for n, (row, record) in enumerate(zip(rows(), records(), strict=True)):
+        answer = [token(record["a"]), token(record["b"])]
+        ids = [*row.ids, answer[0]]
+        every = edges(name)[2]
+        placed = tokens_of_edges(written, row)
+        placed[EMBED, mlp(0)].add(0)  # `except` keeps the first token
+        placed[mlp(0), LOGITS].add(len(row.ids))
+        ablated: dict[Edge, Tensor] = {}
+        for edge in every:
+            ablated[edge] = torch.ones(len(ids), 1, dtype=torch.double)
+            ablated[edge][sorted(placed.get(edge, ()))] = 0
+        fill = {of: torch.zeros(len(ids), 1, dtype=torch.double) for of, _ in every}
+        logits = circuit_pass(name, double(name), ids, fill, ablated, range(len(ids)))
+        likely = logits[-2:].log_softmax(-1)
+        value = float(likely[0, answer[0]] + likely[1, answer[1]])
+        assert found[n] == pytest.approx(value, abs=1e-5)
+
+
 def test_each_class_of_tokens_has_one_write_with_one_mask(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,18 +352,23 @@ def test_plan_counts_edges_only_at_their_tokens(
 
 def test_control_assigns_positions_to_random_edges(data: Path) -> None:
     name = "gpt2"
-    circuit = "circuit c = embed -> L0H1.v at cue token, L0H1 -> L1.mlp at last token, "
-    circuit += "L1.mlp -> logits\n"
-    lines = ("ablate all but c at tokens * with other", "against random(3)")
+    ends = {
+        (EMBED, "L0H1.v"): "",
+        ("L0H1", mlp(1)): "{cue token, last token}",
+        (mlp(1), LOGITS): "last token",
+    }
+    circuit = "circuit c = embed -> L0H1.v, L0H1 -> L1.mlp at {cue token, last token}, "
+    circuit += "L1.mlp -> logits at last token\n"
+    lines = ("ablate all but c at tokens * with other", "against random(2)")
     text = circuit + experiment("e", "from other into clean", *lines)
     found = run_file(text, data, name, "planned", precise=True)["e"]
-    ends = {(EMBED, "L0H1.v"): "cue token", ("L0H1", mlp(1)): "last token", (mlp(1), LOGITS): ""}
     own = [edge for edge in list_edges(shape_of(name)) if named(edge) in ends]
-    effects: list[float] = []
-    for n, drawn in enumerate(CircuitDraws(shape_of(name), own, 0).draws(3)):
+    effects, in_order = list[float](), list[float]()
+    for n, drawn in enumerate(CircuitDraws(shape_of(name), own, 0).draws(2) * 2):
         places = [ends[named(edge)] for edge in own]
         key = sorted(map(str, own))
-        Random(stable_hash(0, "control", "circuit positions", n, *key)).shuffle(places)
+        if n < 2:
+            Random(stable_hash(0, "control", "circuit positions", n, *key)).shuffle(places)
         placed = [
             {
                 named(edge): {*tokens(row, at or EVERY_TOKEN)}
@@ -301,12 +376,14 @@ def test_control_assigns_positions_to_random_edges(data: Path) -> None:
             }
             for row in rows()
         ]
-        effects.append(mean_with(name, placed, all_but=True) - float(np.mean(unpatched(name))))
+        effect = mean_with(name, placed, all_but=True) - float(np.mean(unpatched(name)))
+        (effects if n < 2 else in_order).append(effect)
     band = found.control(0)
     assert band is not None
     assert (float(band.low[0]), float(band.high[0])) == pytest.approx((min(effects), max(effects)))
+    assert max(effects) != pytest.approx(max(in_order), abs=1e-3)
     assert found.conventions["controls"] == (
-        "random circuits, 3 draws, seed 0; of 3 edges, each on a path from `embed` to `logits` "
+        "random circuits, 2 draws, seed 0; of 3 edges, each on a path from `embed` to `logits` "
         "regardless of positions, with the positions of the circuit's edges in random order, at "
         "the same tokens"
     )
@@ -387,6 +464,22 @@ def test_variable_of_a_loop_in_the_position_of_an_edge_is_an_error(data: Path) -
     assert problem.help_text == "write a number, or define it: `param i = 1`"
 
 
+def test_rule_without_edges_at_its_tokens_is_no_error_without_the_tokenizer(data: Path) -> None:
+    """Tokens are placeholders, and `token 1` may be in `name`."""
+    text = """mech 1
+model m = hf("no/such-model")
+prompts p {
+  name in ["Anna", "Robert"]
+  template "Yesterday {name} went"
+  answer " to"
+}
+circuit c = embed -> L0H2.q at name token, L1H1 -> logits at last token
+experiment q { model m prompts p ablate c at token 1 with zero measure loss as raw }
+"""
+    found = check_source(Source(text, data / "file.mech")).diagnostics
+    assert not [each for each in found if each.severity == "error"]
+
+
 def test_param_in_the_position_of_an_edge_has_its_value(data: Path) -> None:
     text = "param n = 2\ncircuit c = embed -> L0H1.v at token n\n"
     text += "circuit d = embed -> L0H1.v at token 2\n"
@@ -398,6 +491,7 @@ def test_param_in_the_position_of_an_edge_has_its_value(data: Path) -> None:
 
 CHANGES = {
     "place": ("at last token,", "at token 1,"),
+    "edge with a place": ("L0H1.v at", "L0H0.v at"),
     "no place": (" at last token,", ","),
     "other edge": ("L0H1.v at last token, L0H2 -> logits", "L0H1.v, L0H2 -> logits at last token"),
 }
