@@ -197,6 +197,57 @@ def test_path_to_an_mlp_without_its_own_norm_reads_what_the_circuit_gives(data: 
     np.testing.assert_allclose(*values, atol=1e-5, rtol=1e-4)
 
 
+FEW = "circuit few = embed -> L0H1.v, L0H1 -> logits, L1.mlp -> logits, L2H1 -> logits\n"
+SHIFT = "set resid_post layer 0 at last token to 0.5"
+
+
+@cache
+def all_but_few(data: Path, name: str) -> dict[str, ExperimentResult]:
+    rule = f"ablate all but few at {LAST} with zero"
+    text = FEW + experiment("zeros", rule) + experiment("shifted", rule, SHIFT)
+    return {
+        **run_file(text, data, name, "planned"),
+        "precise": run_file(text, data, name, "planned", precise=True)["shifted"],
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_receivers_without_kept_senders_read_biases_alone(data: Path, name: str) -> None:
+    """In 32 bits; the stream minus all senders would be noise, which norms amplify."""
+    parts = stack(name, double(name))
+    senders = reads(parts, key_heads(name), parallel=parts.parallel)
+    kept = {("embed", "L0H1.v"), *((of, "logits") for of in ("L0H1", "L1.mlp", "L2H1"))}
+    ablated = frozenset((of, to) for to, own in senders.items() for of in own) - kept
+    values: list[float] = []
+    for n, record in enumerate(records()):
+        text = rows()[n]
+        zeros = fill_of(name, Case("c", "zero", LAST, ""), n)
+        at = tokens(text, LAST)
+        logits = circuit_pass(name, double(name), text.ids, zeros, ablated, at)
+        values.append(difference(logits, record))
+    found = all_but_few(data, name)["zeros"].measures[0].patched[0]
+    np.testing.assert_allclose(found, values, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("edge", ["L2H1 -> logits", "L1.mlp -> logits"])
+def test_components_that_read_nothing_give_exact_zeros(data: Path, edge: str) -> None:
+    """Llama has no biases, so that every number is 0 in exact arithmetic."""
+    rule = "ablate all but c at tokens * with zero"
+    text = f"circuit c = {edge}\n" + experiment("e", rule)
+    found = run_file(text, data, "llama", "planned")["e"].measures[0].patched
+    np.testing.assert_array_equal(found, np.zeros_like(found))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_write_to_the_stream_stays_in_receivers_without_kept_senders(data: Path, name: str) -> None:
+    found = all_but_few(data, name)
+    values, zeros = (found[key].measures[0].patched[0] for key in ("shifted", "zeros"))
+    np.testing.assert_allclose(
+        values, found["precise"].measures[0].patched[0], atol=1e-3, rtol=1e-3
+    )
+    assert np.abs(values - zeros).max() > 1e-2
+
+
 WRONG = {
     "path L0H1 -> attn_norm layer 1 at last token": "a path to `attn_norm`",
     "path L0H1 -> logits at last token with frozen norms": "`with frozen norms`",

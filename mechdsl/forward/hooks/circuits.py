@@ -1,7 +1,9 @@
 """Edges of a circuit in a full pass: each receiver reads its own sum of its senders.
 
 A receiver's input is the stream of this pass plus mask * (fill - value) summed over the senders
-before it. Queries, keys and values of each head read separately, through the norm of the block and
+before it. If all fills are 0 and most edges of a receiver are ablated, its input is the sum of the
+other senders instead, because a difference of equal numbers is noise, which a norm would amplify.
+Queries, keys and values of each head read separately, through the norm of the block and
 the head's columns of the projection; the MLP and the end of the model read through their norms.
 
 If norms follow the sums (BERT), the input of a receiver is the stream recomputed from the outputs
@@ -30,6 +32,7 @@ from mechdsl.forward.hooks.batch import (
     EdgeTap,
     SenderFill,
     SiteRead,
+    SiteWrite,
     TokenFrame,
     WriteMismatch,
     indices_to_device,
@@ -64,6 +67,13 @@ of the projection."""
 _EARLIER = 2
 """Steps at receivers precede those that read a site before its writes, whose order is one less than
 that of the site."""
+
+_SUMMED = 0.5
+"""Share of a receiver's edges that are ablated with 0; from there on, its input is the sum of the
+other senders."""
+
+_IN_THE_STREAM = ("resid_pre", "attn_out", "mixer_out", "resid_mid", "resid_post")
+"""Sites whose writes change the stream, but no sender."""
 
 _REPLACED = -1
 """Number of the input of a projection whose output isn't used."""
@@ -280,12 +290,17 @@ def _take(tensor: Tensor, index: Sequence[int], dim: int = 0) -> Tensor:
 
 
 def open_circuit(
-    model: LoadedModel, frame: TokenFrame, circuit: CircuitWrite | CircuitRead
+    model: LoadedModel,
+    frame: TokenFrame,
+    circuit: CircuitWrite | CircuitRead,
+    writes: Sequence[SiteWrite] = (),
 ) -> CircuitHooks:
-    """Return the steps of a circuit."""
+    """Return the steps of a circuit; writes: those of the pass."""
     if isinstance(circuit, CircuitRead):
         return _ReadHooks(model, frame, circuit)
-    return _WriteHooks(model, frame, circuit)
+    changed = (write.rows for write in writes if write.site in _IN_THE_STREAM)
+    adds_up = not any(bool(torch.isin(rows, circuit.rows).any()) for rows in changed)
+    return _WriteHooks(model, frame, circuit, adds_up=adds_up)
 
 
 class CircuitHooks(ABC):
@@ -383,6 +398,8 @@ class CircuitHooks(ABC):
             if where.site == "z":
                 weight = _take(get_head_weights(module, tap.layout), fill.units).to(now)
                 gained = apply_scale(torch.bmm((values - now).transpose(0, 1), weight), scale)
+                width = tap.layout.units * tap.layout.width
+                self._remember_bias(module, value.new_zeros(1, 1, width), scale)
             else:
                 gained = (values - apply_scale(now, scale)).transpose(0, 1)
             self._remember_change(where, gained)
@@ -397,6 +414,16 @@ class CircuitHooks(ABC):
     def _seen(self, value: Tensor) -> Tensor:
         """Return the output of senders as changes are computed from it."""
         return value
+
+    @abstractmethod
+    def _remember_bias(self, module: nn.Module, nothing: Tensor, scale: float | Tensor) -> None:
+        """Keep the bias that is added after heads.
+
+        Args:
+            module: Their output projection.
+            nothing: […, in] zeros.
+            scale: Factor of its output.
+        """
 
     def _output(self, tap: HookPoint, site: str, layer: int | None) -> CircuitStep:
         """Keep the vectors that enter the first block, or the output of a sublayer."""
@@ -509,11 +536,32 @@ class CircuitHooks(ABC):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class _BegunInput:
+    """The input of an MLP without the heads of its block."""
+
+    vectors: Tensor
+    """[K, d_model] its sum, or only the changes of the senders before the block."""
+    end: int
+    """Number of these senders."""
+    summed: bool
+    biases: Tensor
+    """[d_model] sum of the biases before the block."""
+
+
 class _WriteHooks(CircuitHooks):
     """The steps of a `CircuitWrite`."""
 
-    def __init__(self, model: LoadedModel, frame: TokenFrame, write: CircuitWrite) -> None:
+    def __init__(
+        self, model: LoadedModel, frame: TokenFrame, write: CircuitWrite, *, adds_up: bool
+    ) -> None:
+        """Prepare the steps; adds_up: whether the stream is the sum of senders and biases."""
         super().__init__(model, frame, write)
+        self._of_zeros = adds_up and not any(bool(fill.values.any()) for fill in write.fills)
+        """Whether the stream without all senders is the sum of biases."""
+        wide = torch.promote_types(model.dtype, torch.float32)
+        self._biases = torch.zeros(model.shape.d_model, dtype=wide, device=model.device)
+        """[d_model] the sum of biases that were added after heads so far."""
         self._differences: list[tuple[int, Tensor]] = []
         """(column of the mask, [unit, K, d_model]) of the senders so far, if autograd follows."""
         self._changes: Tensor | None = None
@@ -532,8 +580,9 @@ class _WriteHooks(CircuitHooks):
         self._heads, self._outputs_of_mlps = write.heads, write.outputs
         self._replaced: list[str] = []
         """Projections whose output is replaced."""
-        self._begun: dict[int, tuple[Tensor, int]] = {}
-        """Of an MLP, [K, d_model] the changes of the senders before its block, and their number."""
+        self._begun: dict[int, _BegunInput] = {}
+        """By number of an MLP."""
+        self._counts: dict[SiteRead, tuple[int, bool]] = {}
 
     def steps(self) -> Iterator[CircuitStep]:
         for fill in self._heads:
@@ -588,12 +637,18 @@ class _WriteHooks(CircuitHooks):
         self._changes[1 + columns.start : 1 + columns.stop] = gained
         self._end = columns.stop
 
-    def _inputs(self, mask: Tensor, stream: Tensor) -> Tensor:
+    def _remember_bias(self, module: nn.Module, nothing: Tensor, scale: float | Tensor) -> None:
+        if self._of_zeros:
+            bias = apply_scale(_compute_bias(module, nothing).flatten(), scale)
+            self._biases = self._biases + bias.to(self._biases)
+
+    def _inputs(self, mask: Tensor, stream: Tensor, reader: SiteRead) -> Tensor:
         """Return [input, K, d_model]: the stream and the shares of masked senders so far.
 
         Args:
             mask: [input, sender] or [K, input, sender]
             stream: [K, d_model]
+            reader: A receiver of these inputs.
         """
         if self._sums:
             return stream + (
@@ -602,18 +657,45 @@ class _WriteHooks(CircuitHooks):
         if self._changes is not None:
             self._changes[0] = stream
             changes = self._changes[: 1 + self._end]
-            weights = nn.functional.pad(mask[..., : self._end], (1, 0), value=1).to(changes)
+            own, summed = mask[..., : self._end], self._are_summed(mask, reader)
+            due = torch.arange(self._end, device=mask.device) < self._count_before(reader)[0]
+            weights = torch.cat([1 - summed, own - summed * due], dim=-1).to(changes)
             if mask.dim() == 2:
                 found = (weights @ changes.flatten(1)).unflatten(1, stream.shape)
+                summed = summed[:, None]
             else:
                 found = torch.einsum("kru,ukd->rkd", weights, changes)
-            return found.to(stream.device)
+                summed = summed.movedim(1, 0)
+            return (found + summed.to(found) * self._biases.to(found)).to(stream.device)
         found = stream.expand(mask.shape[-2], *stream.shape)
         sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
         for column, gained in self._differences:
             own = mask[..., column : column + len(gained)].to(gained)
             found = found + torch.einsum(sums, own, gained).to(found.device)
         return found
+
+    def _are_summed(self, mask: Tensor, reader: SiteRead) -> Tensor:
+        """Return [input, 1] or [K, input, 1]: 1 for an input that is the sum of the senders whose
+        edges aren't ablated and of biases, 0 for the stream plus changes."""
+        count, complete = self._count_before(reader)
+        if not (self._of_zeros and complete):
+            return torch.zeros_like(mask[..., :1])
+        return (mask[..., :count].mean(-1, keepdim=True) >= _SUMMED).to(mask)
+
+    def _count_before(self, reader: SiteRead) -> tuple[int, bool]:
+        """Return the number of senders in the mask that a receiver reads, which come first, and
+        whether these are all that it reads."""
+        if reader not in self._counts:
+            shape, layer = self.model.shape, reader.layer
+            own = reader.site == "mlp_norm" and not shape.parallel_block
+            ends = range(shape.n_layers if layer is None else layer)
+            every = 1 + sum(unit_count(shape, "z", n) + shape.has("mlp_out", n) for n in ends)
+            if own and layer is not None:
+                every += unit_count(shape, "z", layer)
+            due = (fill for fill in self._fills if _is_before(fill.where, reader))
+            count = sum(len(fill.units) for fill in due if own or fill.where.layer != layer)
+            self._counts[reader] = count, count == every
+        return self._counts[reader]
 
     def _stream_of(self, mask: Tensor) -> Tensor:
         """Return [receiver, K, d_model]: the stream that receivers read, if norms follow sums.
@@ -666,13 +748,16 @@ class _WriteHooks(CircuitHooks):
         """
         if self._normed_layer != layer:
             assert self._stream is not None
-            distinct = self._number_inputs(layer)
-            inputs = self._inputs(distinct.mask, self._stream)
-            self._begun = {
-                row: (inputs[number] - inputs[0], self._end)
-                for row, number in distinct.of_receiver.items()
-                if self._receivers[row][0].site == "mlp_norm" and self._changes is not None
-            }
+            distinct, reader = self._number_inputs(layer), SiteRead("q", layer)
+            inputs = self._inputs(distinct.mask, self._stream, reader)
+            self._begun = {}
+            for row, number in distinct.of_receiver.items():
+                where, _ = self._receivers[row]
+                if where.site == "mlp_norm" and self._changes is not None:
+                    summed = bool(self._are_summed(distinct.mask[number], reader))
+                    summed = summed and self._count_before(where)[1]
+                    own = inputs[number] if summed else inputs[number] - inputs[0]
+                    self._begun[row] = _BegunInput(own, self._end, summed, self._biases)
             norm = self.model.anatomy.blocks[layer].attn_norm
             self._normed_of_layer, self._normed_layer = self._normed(norm, inputs, value), layer
         self._check_input(self._normed_of_layer[0], value)
@@ -751,12 +836,18 @@ class _WriteHooks(CircuitHooks):
 
     def _input(self, row: int, stream: Tensor) -> Tensor:
         """Return [K, d_model]: what an MLP or the end of the model reads."""
+        where, _ = self._receivers[row]
         if row not in self._begun or self._changes is None:
-            return self._inputs(self._mask[..., row : row + 1, :], stream)[0]
-        gained, end = self._begun[row]
-        heads = self._changes[1 + end : 1 + self._end].flatten(1)
-        added = self._mask[row, end : self._end].to(heads) @ heads
-        return stream + gained + added.view_as(gained).to(stream.device)
+            return self._inputs(self._mask[..., row : row + 1, :], stream, where)[0]
+        begun = self._begun[row]
+        if begun.summed and self.model.shape.parallel_block:
+            return begun.vectors
+        heads = self._changes[1 + begun.end : 1 + self._end].flatten(1)
+        share = self._mask[row, begun.end : self._end].to(heads)
+        added = ((share - 1 if begun.summed else share) @ heads).view_as(begun.vectors)
+        if begun.summed:
+            return begun.vectors + (added + (self._biases - begun.biases)).to(stream.device)
+        return stream + begun.vectors + added.to(stream.device)
 
 
 class _ReadHooks(CircuitHooks):
@@ -798,6 +889,9 @@ class _ReadHooks(CircuitHooks):
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
         assert self._read.changes is not None
         self._read.changes[self._senders[where]] = gained
+
+    def _remember_bias(self, module: nn.Module, nothing: Tensor, scale: float | Tensor) -> None:
+        """Keep nothing: what receivers read is the stream itself."""
 
     def _projection(
         self, layer: int, path: str, parts: list[tuple[TensorLayout, list[int]]]

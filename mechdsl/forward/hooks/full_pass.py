@@ -509,7 +509,7 @@ class SiteHooks:
         every = range(n_layers if changes.in_attention else 0)
         self.within = self._within() | {("", layer) for layer in every}
         self._layers: dict[tuple[str, int], AttentionHooks] = {}
-        self._circuits = [open_circuit(model, frame, circuit) for circuit in circuits]
+        self._circuits = [open_circuit(model, frame, each, writes) for each in circuits]
         self._plan()
         if changes.dropped_layer is not None:
             self._drop_gradients(changes.dropped_layer)
