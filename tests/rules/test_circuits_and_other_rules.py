@@ -229,12 +229,14 @@ def test_receivers_without_kept_senders_read_biases_alone(data: Path, name: str)
     np.testing.assert_allclose(found, values, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("edge", ["L2H1 -> logits", "L1.mlp -> logits"])
-def test_components_that_read_nothing_give_exact_zeros(data: Path, edge: str) -> None:
-    """Llama has no biases, so that every number is 0 in exact arithmetic."""
-    rule = "ablate all but c at tokens * with zero"
-    text = f"circuit c = {edge}\n" + experiment("e", rule)
-    found = run_file(text, data, "llama", "planned")["e"].measures[0].patched
+@pytest.mark.parametrize(
+    ("edges", "at"),
+    [("L1.mlp -> logits", LAST), ("embed -> L0H1.v, L1.mlp -> logits", "tokens *")],
+)
+def test_components_that_read_nothing_give_exact_zeros(data: Path, edges: str, at: str) -> None:
+    """Mistral has no biases, so that every number is 0 in exact arithmetic."""
+    text = f"circuit c = {edges}\n" + experiment("e", f"ablate all but c at {at} with zero")
+    found = run_file(text, data, "mistral", "planned")["e"].measures[0].patched
     np.testing.assert_array_equal(found, np.zeros_like(found))
 
 
