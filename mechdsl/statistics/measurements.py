@@ -181,12 +181,13 @@ class NullBand:
     """Probability that the band contains a further draw: (k + 1 - 2 rank)/(k + 1)."""
     rank: Ints
     p: Floats
-    """(1 + b)/(1 + k), with b draws at least as large in absolute value as the effect; NaN if an
-    effect of 0 doesn't mean "no effect"."""
+    """(1 + b)/(1 + k), with b draws at least as large in absolute value as the effect, or at least
+    as small if values near 0 show it; NaN if an effect of 0 doesn't mean "no effect"."""
     inside: Bools
     """Whether the effect is in the band."""
-    nearer: Bools
-    """Whether the effect is between 0 and the band: random targets have more of it."""
+    weaker: Bools
+    """Whether the effect is between 0 and the band: random targets have more of it. If values near
+    0 show it: whether the effect is beyond the band, away from 0."""
     made: Ints
     """Number of different draws."""
     asked: int

@@ -70,10 +70,13 @@ def band_level(draws: int, rank: int) -> float:
     return max(0, draws + 1 - 2 * rank) / (draws + 1)
 
 
-def rank_p(own: float, draws: Floats) -> float:
+def rank_p(own: float, draws: Floats, *, near_zero: bool = False) -> float:
     """Return two-sided p by absolute value: (1 + b)/(1 + k), where b of the k draws, shape [k], are
-    at least as far from 0 as the effect. At least 1/(1 + k)."""
-    return (1 + int(np.count_nonzero(np.abs(draws) >= abs(own)))) / (1 + len(draws))
+    at least as far from 0 as the effect, or with `near_zero` at least as near. At least 1/(1 + k).
+    """
+    sizes, size = np.abs(draws), abs(own)
+    beyond = sizes <= size if near_zero else sizes >= size
+    return (1 + int(np.count_nonzero(beyond))) / (1 + len(draws))
 
 
 def _band(
@@ -105,10 +108,11 @@ def _band(
         low[cell], high[cell], mean[cell] = here[r - 1], here[k - r], here.mean()
         level[cell] = band_level(k, r)
         if effect.tested and drawn.title != "untrained":
-            p[cell] = rank_p(float(own[cell]), here)
+            p[cell] = rank_p(float(own[cell]), here, near_zero=effect.is_shown_by_zero)
     with np.errstate(invalid="ignore"):
         inside = (low <= own) & (own <= high)
         nearer = ((own >= 0) & (own < low)) | ((own <= 0) & (own > high))
+        farther = ((own >= 0) & (own > high)) | ((own <= 0) & (own < low))
     return NullBand(
         low=low,
         high=high,
@@ -118,7 +122,7 @@ def _band(
         rank=rank,
         p=p,
         inside=inside,
-        nearer=nearer,
+        weaker=farther if effect.is_shown_by_zero else nearer,
         made=drawn.counts,
         asked=drawn.asked,
         what=drawn.what,

@@ -49,6 +49,9 @@ class EffectKind(Record):
     from_circuit: bool = False
     """Whether its `base` is the run with the whole circuit, and its `source` the difference
     between the base run and that with every edge ablated."""
+    is_shown_by_zero: bool = False
+    """Whether values near 0 show what it measures, so that random targets are compared with these.
+    """
     per_prompt_formula: str | None = None
     """Formula of `per prompt` (the mean of the ratios), if that is permitted."""
     zero: str | None = None
@@ -154,7 +157,9 @@ RECOVERY = _effect(
 )
 
 
-def _circuit_effect(name: str, meaning: str, form: CircuitForm, node_form: str) -> EffectKind:
+def _circuit_effect(
+    name: str, meaning: str, form: CircuitForm, node_form: str, *, is_shown_by_zero: bool = False
+) -> EffectKind:
     """Register a share of the measure between the run with every edge ablated and the base run; for
     a circuit of nodes, between the run with all its candidates ablated and the base run.
 
@@ -171,6 +176,7 @@ def _circuit_effect(name: str, meaning: str, form: CircuitForm, node_form: str) 
             divisor="m(base) − m(∅)",
             circuit=form,
             node_form=node_form,
+            is_shown_by_zero=is_shown_by_zero,
             zero="every edge ablated",
             one="base run",
             scale_free=True,
@@ -190,6 +196,7 @@ COMPLETENESS = _circuit_effect(
     "the share of the metric that is left without a circuit: 0 if the circuit is complete",
     "ablate CIRCUIT",
     "ablate GROUP",
+    is_shown_by_zero=True,
 )
 
 MINIMALITY = _effect(

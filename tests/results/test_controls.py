@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from mechdsl.base.records import Registry
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.text import (
@@ -24,7 +25,7 @@ from mechdsl.statistics.null_bands import (
     min_draws,
     rank_p,
 )
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.effects import EFFECTS, EffectKind
 
 from .synthetic import finished, heads, measure, report, with_controls
 
@@ -95,7 +96,7 @@ def test_cell_without_a_ratio_has_no_null_band() -> None:
     for values in (band.low, band.high, band.mean, band.level, band.p):
         assert np.isnan(values).tolist() == empty.tolist()
     assert not band.inside[empty].any()
-    assert not band.nearer[empty].any()
+    assert not band.weaker[empty].any()
     assert (band.draws == np.where(empty, 0, 39)).all()
     inside = (band.low <= statistics.mean) & (statistics.mean <= band.high)
     assert band.inside.tolist() == inside.tolist()
@@ -190,9 +191,9 @@ def test_significant_cells_inside_the_null_band_are_marked() -> None:
     cells = len(plain.cells)
     stars = significance_marks(replace(plain, controls=()), 0)
     assert "*" in stars
-    for key, text in (("inside", "lie inside their null bands"), ("nearer", "the band")):
+    for key, text in (("inside", "lie inside their null bands"), ("weaker", "the band")):
         no = np.zeros(cells, dtype=np.bool_)
-        found = banded(**{"inside": no, "nearer": no, key: ~no})
+        found = banded(**{"inside": no, "weaker": no, key: ~no})
         assert significance_marks(found, 0) == [star.replace("*", "°") for star in stars]
         said = significance_note(found, 0, "*", "°")
         assert said is not None
@@ -201,11 +202,33 @@ def test_significant_cells_inside_the_null_band_are_marked() -> None:
         words = "in band" if key == "inside" else "below band"
         table = replace(found, reports=(report("table"),)).to_text(160)
         assert table.count(f" {words}") == stars.count("*")
-    none = banded(inside=no, nearer=no)
+    none = banded(inside=no, weaker=no)
     assert significance_marks(none, 0) == stars
     assert "none of these lie inside their null bands" in (
         significance_note(none, 0, "*", "°") or ""
     )
+
+
+def test_effects_that_zero_shows_are_weaker_beyond_the_band() -> None:
+    """Such as completeness: the cells with the largest effects have a rank p near 1."""
+    made = with_controls(heads())
+    kinds = Registry[EffectKind]("effect")
+    for name, entry in EFFECTS.items():
+        kinds.add(name, replace(entry, is_shown_by_zero=True))
+    assert made.drawn is not None
+    means = [each.mean for each in finished(made).statistics]
+    given = (made.measures, made.drawn)
+    bands = [
+        compute_null_bands(*given, means=means, confidence=95, effects=effects)[0]
+        for effects in (EFFECTS, kinds)
+    ]
+    plain, zero = (band for band in bands if band is not None)
+    values = means[0]
+    away = ((values >= 0) & (values > plain.high)) | ((values <= 0) & (values < plain.low))
+    assert zero.weaker.tolist() == away.tolist()
+    assert away.any()
+    strongest = int(np.argmax(np.abs(values)))
+    assert zero.p[strongest] > 0.5 > plain.p[strongest]
 
 
 @pytest.mark.parametrize(

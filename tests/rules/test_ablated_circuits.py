@@ -574,6 +574,28 @@ def test_the_control_ablates_random_circuits_of_the_same_size(data: Path) -> Non
     )
 
 
+def test_complete_circuits_are_compared_with_draws_of_small_completeness(data: Path) -> None:
+    """The completeness of a distance from the base run is 1 minus its share of the largest one, so
+    the draws that are more complete are those with a larger effect."""
+    text = "circuit d = embed -> L0.mlp, L0.mlp -> logits\n"
+    of_d = ("from other into clean", "ablate d at tokens * with other", "against random(9)")
+    effects = ("completeness", "delta")
+    for key, names in (("both", effects), ("one", effects[:1])):
+        measures = "\n".join(f"measure kl(clean) as {name}" for name in names)
+        stats = "stats bootstrap(100) confidence 50% correct none"  # of four rows
+        text += experiment(key, *of_d, measure=measures, stats=stats)
+    found = run_file(text, data, "gpt2", "planned", precise=True)
+    of_ratio, of_distance = (found["both"].control(number) for number in range(2))
+    assert of_ratio is not None
+    assert of_distance is not None
+    assert 0 < of_ratio.low[0] < of_ratio.high[0] < 1
+    assert 0.1 < of_distance.p[0] < 1
+    assert of_ratio.p[0] == of_distance.p[0]
+    said = [found[key].conventions["null band"] for key in ("both", "one")]
+    assert "at least as large (`completeness`: small) in size as the cell" in said[0]
+    assert "at least as small in size as the cell" in said[1]
+
+
 @pytest.mark.parametrize("edges", ["L0H1 -> logits, embed -> L1H0.q", "embed -> logits"])
 def test_draws_of_sizes_with_one_circuit_repeat_this_circuit(edges: str) -> None:
     every = list_edges(shape_of("gpt2"))

@@ -38,6 +38,7 @@ from mechdsl.resolve.types import (
 from mechdsl.results.experiment_result import ANSWER_TOKENS_KEY
 from mechdsl.statistics.null_bands import min_draws
 from mechdsl.syntax import ast
+from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import Reply
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 
@@ -341,7 +342,7 @@ def _of_controls(plan: ExperimentPlan) -> ConventionItems:
     if experiment.control is not None:
         yield "controls", experiment.control.said
         if experiment.control.title == "null":
-            yield "null band", _null_band(experiment.spec.statistics.confidence)
+            yield "null band", _null_band(experiment)
     elif experiment.spec.estimator is not None:
         yield "controls", "none: random targets aren't estimated"
     elif experiment.without_control:
@@ -430,13 +431,19 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
         )
 
 
-def _null_band(confidence: float) -> str:
+def _null_band(experiment: ResolvedExperiment) -> str:
     """Describe the meaning of a null band and its p-value."""
+    confidence = experiment.spec.statistics.confidence
+    effects = dict.fromkeys(each.effect for each in experiment.spec.measures)
+    by_zero = [name for name in effects if EFFECTS[name].is_shown_by_zero]
+    size = "large"
+    if by_zero:
+        size = "small" if len(by_zero) == len(effects) else f"large (`{by_zero[0]}`: small)"
     return (
         "from the r-th lowest to the r-th highest of k different draws; a further draw falls "
         "in this range with probability (k + 1 − 2r)/(k + 1); r is the largest for which that "
         f"is at least {confidence:g} %, else 1 (the whole range); `p null` is (1 + b)/(1 + k), "
-        "where b draws are at least as large in size as the cell; each cell is compared "
+        f"where b draws are at least as {size} in size as the cell; each cell is compared "
         "separately, and its `p null` is at least 1/(1 + k); with k below "
         f"{min_draws(confidence)}, no effect is reported as inside its band"
     )

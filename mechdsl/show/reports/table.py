@@ -376,6 +376,8 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     correction = result.settings.correction if result.settings else "none"
     survived, small = is_significant(result, measure), found.at_rounding
     alike = is_within_random(result, measure)
+    by_zero = EFFECTS[result.measures[measure].effect].is_shown_by_zero
+    weaker = "above band" if by_zero else "below band"
     verdicts = [
         "inert"
         if result.measures[measure].inert[i]
@@ -383,7 +385,7 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         if np.isnan(found.p_corrected[i])
         else "rounding"
         if small[i]
-        else ("in band" if band is not None and band.inside[i] else "below band")
+        else ("in band" if band is not None and band.inside[i] else weaker)
         if alike[i]
         else "yes"
         if survived[i]

@@ -334,12 +334,12 @@ def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> 
 
 def is_within_random(result: ExperimentResult, measure: int) -> Bools:
     """Return whether the effect is significant after correction, but random targets reach it: it is
-    in its null band, or between 0 and the band. Bands of too few draws don't count. Shape
+    in its null band, or weaker than the band. Bands of too few draws don't count. Shape
     [cell]."""
     band, survived = result.control(measure), is_significant(result, measure)
     if band is None:
         return np.zeros_like(survived)
-    return survived & band.decides & (band.inside | band.nearer)
+    return survived & band.decides & (band.inside | band.weaker)
 
 
 def significance_marks(result: ExperimentResult, measure: int) -> list[str]:
@@ -382,9 +382,13 @@ def significance_note(
     )
     if band is None or not decided:
         return lead + said
-    inside, nearer = (int(np.count_nonzero(alike & each)) for each in (band.inside, band.nearer))
+    from mechdsl.vocab.effects import EFFECTS
+
+    inside, weaker = (int(np.count_nonzero(alike & each)) for each in (band.inside, band.weaker))
+    by_zero = EFFECTS[result.measures[measure].effect].is_shown_by_zero
+    where = "beyond the band, away from 0" if by_zero else "between 0 and the band"
     lie = "lies inside its null band" if inside == 1 else "lie inside their null bands"
-    more = f", {nearer} between 0 and the band" if nearer else ""
+    more = f", {weaker} {where}" if weaker else ""
     which = f"{random}{':' * (len(random) > 1)} " if random and alike.any() else ""
     these = "these" if decided == good else f"the {decided} with {band.fewest} draws or more"
     return f"{lead}{said}; {which}{inside or 'none'} of {these} {lie}{more}"
