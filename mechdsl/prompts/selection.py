@@ -368,6 +368,8 @@ class _Collector:
                 f"rows to draw, `limit: 400` in `fit(…)` or `prompts {block.name} limit 40`"
             )
         rest = "give it more values" if block.data is None else "use a file with more records"
+        if block.spec.split is None:
+            return rest
         if block.spec.split_for:
             return f"{rest}: mechdsl trains on 80 % of the rows and tests on the others"
         return f"{rest}, or write another share than `split {block.spec.split:g}%`"

@@ -628,11 +628,14 @@ def _sweep_unknown(rule: spec.Rule, work: ExperimentContext) -> bool:
 def _check_loops_used(work: ExperimentContext) -> None:
     """Report loops whose variable is unused, which would run the same cell repeatedly."""
     parts = [part for rule in work.experiment.rules for part in walk(_rule_nodes(rule))]
+    sites = [part for part in parts if isinstance(part, ast.Site)]
+    excluded = (each for site in sites for each in site.excluded)
+    values = {id(each) for each in excluded if isinstance(each, ast.Site) and not each.axes}
     components = {
         name.span
-        for part in parts
-        if isinstance(part, ast.Site)
-        for name in part.names
+        for site in sites
+        if id(site) not in values  # `dims * except k`
+        for name in site.names
         if name.id in SITES
     }
     used = {

@@ -34,6 +34,12 @@ from .test_trained_rotations import (
 )
 
 
+@pytest.fixture(autouse=True)
+def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENVIRONMENT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize(
     "first",
     some(["", "import torch, transformers", "import torch"], ["", "import torch"]),

@@ -113,7 +113,12 @@ def test_validate_with_median_imports_no_numpy() -> None:
         ("median(fruit, fruit)", "E0207", "`median(fruit)`", "the same number of arguments"),
         ("median(fruit, factr: 2)", "E0207", "`factr`", "did you mean `factor`?"),
         ("median(fruit, factor: true)", "E0341", "a factor is a number", "`factor: 2`"),
-        ("median(fruit, limit: 2)", "E0341", "2 rows only", "at least 3 are needed"),
+        (
+            "median(fruit, limit: 2)",
+            "E0341",
+            "2 rows, fewer than 3",
+            "larger number than `limit: 2`",
+        ),
     ],
 )
 def test_wrong_call_is_rejected(call: str, code: str, message: str, fix: str) -> None:
