@@ -26,6 +26,7 @@ from mechdsl.resolve.circuit_files import EMBEDDING
 from mechdsl.resolve.directions import describe_rows
 from mechdsl.resolve.sites import label_candidates, without_coordinates
 from mechdsl.resolve.trainings import (
+    check_mask_rows,
     check_mask_size,
     check_training_rows,
     describe_training,
@@ -308,6 +309,7 @@ def check_masks(
         definition = program.masks[mask.training.definition]
         for problem in (
             check_mask_size(mask),
+            check_mask_rows(mask, definition),
             *check_training_rows(definition, mask.training, experiment, table),
             _named_as_span(definition, experiment, table),
             _compared_across_models(definition, experiment),

@@ -19,8 +19,7 @@ from mechdsl.execute.training import TrainingJob, train_dictionary
 from mechdsl.fits.factors import NotFactored
 from mechdsl.fits.reports import DecoderReport
 from mechdsl.fits.training import TrainingState
-from mechdsl.planner.training_cost import count_held_out
-from mechdsl.resolve.trainings import FEWEST_ROWS
+from mechdsl.resolve.trainings import FEWEST_ROWS, count_held_out
 from mechdsl.resolve.types import TrainedDictionary
 from mechdsl.resolve.types import Training as DeclaredTraining
 

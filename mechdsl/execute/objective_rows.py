@@ -29,12 +29,12 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import build_save_panel
-from mechdsl.planner.training_cost import CHUNK_BYTES, FLOAT, count_held_out
+from mechdsl.planner.training_cost import CHUNK_BYTES, FLOAT
 from mechdsl.program import spec
 from mechdsl.program.estimators import BackwardRules
 from mechdsl.program.images import IMAGE_SPAN, INSERTED_SPAN
 from mechdsl.prompts.runs import PositionCell, PromptRun
-from mechdsl.resolve.trainings import paired_positions
+from mechdsl.resolve.trainings import count_held_out, paired_positions
 from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave, SitePoint, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 

@@ -21,16 +21,11 @@ from mechdsl.fits.processes import own_processes
 from mechdsl.fits.training import TrainingState, VectorSource
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
-from mechdsl.planner.training_cost import (
-    CHUNK_BYTES,
-    count_held_out,
-    most_held_out,
-    most_vectors,
-)
+from mechdsl.planner.training_cost import CHUNK_BYTES, most_held_out, most_vectors
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.record_files import GROUP_BYTES, GROUP_COUNT
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.trainings import hash_texts
+from mechdsl.resolve.trainings import count_held_out, hash_texts
 from mechdsl.resolve.types import FitSample, RecordStream, SitePoint, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 

@@ -28,7 +28,7 @@ from mechdsl.program.trainers import (
 )
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.circuits import EdgeGraph
-from mechdsl.resolve.trainings import mask_points
+from mechdsl.resolve.trainings import count_held_out, mask_points
 from mechdsl.resolve.types import (
     CircuitTargets,
     ResolvedExperiment,
@@ -118,12 +118,6 @@ def training_cost(
     if isinstance(made, TrainedMask) and isinstance(made.training.trainer, CircuitTrainer):
         return _circuit_cost(name, made, objective, shape)
     return _effect_cost(name, made, objective, shape)
-
-
-def count_held_out(training: Training, rows: int) -> int:
-    """Return how many of the rows, or of groups of rows, are held out."""
-    share = float(training.options["validation"]) / 100
-    return min(max(1, round(share * rows)), rows - 1) if share else 0
 
 
 def most_vectors(training: Training, shape: ModelShape, size: int) -> int:

@@ -485,6 +485,29 @@ def _content(row: RunRow) -> tuple[object, ...]:
     return row.ids, row.image and row.image.text
 
 
+def count_held_out(training: Training, rows: int) -> int:
+    """Return how many of the rows, or of groups of rows, are held out."""
+    share = float(training.options["validation"]) / 100
+    return min(max(1, round(share * rows)), rows - 1) if share else 0
+
+
+def check_mask_rows(mask: TrainedMask, definition: spec.Basis) -> Diagnostic | None:
+    """Return E0342 for a mask with the mean of one training row: it is the row's own vector."""
+    every = definition.method.arguments
+    fill = next((each.value.span.written for each in every if each.name == "with"), "")
+    rows = sum(map(bool, mask.training.sample.cell.hits))
+    held_out = count_held_out(mask.training, rows)
+    if fill != "mean" or rows - held_out > 1:
+        return None
+    return BadBasis(
+        span=mask.training.span,
+        reason=f"it trains on {count_noun(rows - held_out, 'row')} and holds out {held_out}, and "
+        "the mean over one row is the row's own vector",
+        hint="name more rows, or write `validation: 0%`",
+        what=mask.declares,
+    )
+
+
 def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
     """Return E0342 for a mask that chooses all of its candidates, or more; scores rank all."""
     training, count = mask.training, len(mask.candidates)

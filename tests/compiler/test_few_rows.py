@@ -186,6 +186,33 @@ def test_training_on_one_row_names_rows_and_limit(line: str, rule: str, tmp_path
     assert "write a larger number than `limit: 1`" in error.help_text
 
 
+GROUP = "group c = fit(mask(size: 2), prompts: ioi, with: mean, maximise: logprob(answer)) "
+GROUP += "at layers * heads * at last token\n"
+OF_TWO: dict[str, tuple[str, str, int]] = {
+    "circuit": (CIRCUIT, "limit: 2", 1),
+    "group": (GROUP, "limit: 2", 1),
+    "zero": (CIRCUIT.replace("mean", "zero"), "limit: 2", 0),
+    "three rows": (CIRCUIT, "limit: 3", 0),
+    "no validation": (CIRCUIT, "limit: 2, validation: 0%", 0),
+}
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_mean_of_one_training_row_is_an_error(name: str, tmp_path: Path) -> None:
+    line, more, count = OF_TWO[name]
+    line = line.replace("prompts: ioi", f"prompts: ioi.train, {more}")
+    block = DRAWN.replace("answer", "split 50%\n  answer")
+    rule = (
+        "ablate c at last token with zero" if "group" in line else "ablate c at tokens * with zero"
+    )
+    own = experiment(rule, " limit 4", block="ioi.test")
+    problems = found(tmp_path, block, line, own, code="E0342")
+    assert len(problems) == count
+    for problem in problems:
+        assert "it trains on 1 row and holds out 1" in problem.message
+        assert problem.help_text == "name more rows, or write `validation: 0%`"
+
+
 def test_split_of_an_imported_block_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "block.mech").write_text(f"mech 1\n{NAMES}", encoding="utf-8")
     use = 'use "block.mech"\n'
