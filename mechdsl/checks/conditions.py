@@ -536,10 +536,20 @@ class CellReader:
         if not found:
             axes = name_list(self.known.axes) or "none"
             hint = f"name a cell of {self.whose}; its axes are {axes}"
+            hint = next(self._quoted(where), hint)
             raise unreadable_expectation(span, f"no cell matches {text}", hint)
         count = "several" if self.known.open_axes else len(found)
         example = f"add `{self._apart(found)}` to select one, or take `max(…)` over them"
         raise unreadable_expectation(span, f"{text} matches {count} cells", example)
+
+    def _quoted(self, where: Sequence[CellSelection]) -> Iterator[str]:
+        """Yield hints for numbers that are texts, as in `position: "14"`."""
+        coords = [item for cell in self.known.cells or () for item in cell.coords.items()]
+        known = {_written(*item) for item in coords}
+        for each in where:
+            axis, _, value = each.text.partition(": ")
+            if (text := f'{axis}: "{value}"') in known:
+                yield f"write `{text}`"
 
     def _apart(self, found: Sequence[int]) -> str:
         """Describe what distinguishes these cells."""
