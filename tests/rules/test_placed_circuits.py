@@ -24,7 +24,6 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 from mechdsl.vocab.effects import EFFECTS
 
-from ..execute import support as of_files
 from ..execute.support import MODES, token
 from ..quick import in_turn
 from .circuits import EMBED, LOGITS, circuit_pass, head, mlp
@@ -47,13 +46,13 @@ from .test_ablated_circuits import (
     CASES,
     FAMILIES,
     Case,
+    check_stored_values,
     count_operations,
     edges,
     fills,
     find_donors,
     key_heads,
     named,
-    ran,
     shape_of,
 )
 
@@ -499,15 +498,5 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_stored_values_depend_on_positions_of_edges(tmp_path: Path, change: str) -> None:
-    text = "circuit c = embed -> L0H1.v at last token, L0H2 -> logits\n"
-    rule = "ablate c at tokens * with zero"
-    text += of_files.experiment("e", "prompts p", rule, of_files.DIFFERENCE)
-    other = text.replace(*CHANGES[change])
-    assert other != text
-    first, values = ran(text, tmp_path, tmp_path / "store")
-    again, changed = ran(other, tmp_path, tmp_path / "store")
-    renamed, same = ran(text.replace(" c ", " own "), tmp_path, tmp_path / "store")
-    assert (first, again, renamed) == (len(records()), len(records()), 0)
-    np.testing.assert_array_equal(values, same)
-    assert np.abs(values - changed).max() > 1e-6
-    np.testing.assert_allclose(ran(other, tmp_path, tmp_path / "fresh")[1], changed, atol=1e-6)
+    circuit = "circuit c = embed -> L0H1.v at last token, L0H2 -> logits\n"
+    check_stored_values(circuit, CHANGES[change], tmp_path, 1e-6)
