@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.cells import list_token_places
 from mechdsl.resolve.types import (
     CircuitEdge,
     Coordinates,
@@ -262,14 +263,12 @@ class RulePlan:
         class of later tokens, which have no place."""
         circuit = self.rule.circuit
         assert circuit is not None
-        hits = [[{*chain(*own)} for own in place.hits] for place in circuit.places]
-        longest = max((token for own in hits for row in own for token in row), default=-1)
+        rows = list_token_places(circuit.places)
+        longest = max(chain.from_iterable(rows), default=-1)
         found = np.zeros((self.written.prompts, longest + 2), dtype=np.int64)
-        number = {places: n for n, places in enumerate(circuit.classes)}
-        for prompt, rows in enumerate(zip(*hits, strict=True)):
-            for token in set[int]().union(*rows):
-                places = frozenset(n for n, row in enumerate(rows) if token in row)
-                found[prompt, token] = number[places]
+        for prompt, tokens in enumerate(rows):
+            for token, places in tokens.items():
+                found[prompt, token] = circuit.classes.index(places)
         return found
 
     def classes_of(self, prompt: Ints, token: Ints) -> Ints:

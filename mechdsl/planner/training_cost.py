@@ -489,8 +489,8 @@ def _blocks_above(point: SitePoint, shape: ModelShape) -> int:
 def _share_above(point: SitePoint, shape: ModelShape, run: PromptRun) -> float:
     """Return the share of a forward pass that a gradient passes through down to a site.
 
-    In an encoder-decoder, the encoder is the forward pass of the tokens that it reads, and the
-    decoder that of its own tokens.
+    An encoder-decoder runs the encoder on the tokens of the prompt, and the decoder on those that
+    it continues.
     """
     kind = SITES[point.site]
     if kind.stack == "encoder":

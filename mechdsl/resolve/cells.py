@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from mechdsl.diagnostics.core import UnknownFact
 from mechdsl.diagnostics.names import UnequalIndexTokens
@@ -20,6 +21,21 @@ Coord = int | float | str
 
 _LETTERS = {"layer": "L", "head": "H", "neuron": "N", "expert": "H"}
 """Letter before each kind of number in the name of a site."""
+
+
+def list_token_places(places: Sequence[PositionCell]) -> list[dict[int, frozenset[int]]]:
+    """Return the numbers of the positions that each token is at, for the tokens of each row that
+    some position has; empty without positions."""
+    found: list[dict[int, frozenset[int]]] = []
+    for rows in zip(*(place.hits for place in places), strict=True):
+        tokens = [{*chain.from_iterable(row)} for row in rows]
+        found.append(
+            {
+                token: frozenset(n for n, own in enumerate(tokens) if token in own)
+                for token in set[int]().union(*tokens)
+            }
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import constant_value
 from mechdsl.program.trainers import SearchLevel
 from mechdsl.prompts.runs import PositionCell
-from mechdsl.resolve.cells import counts_from_end
+from mechdsl.resolve.cells import counts_from_end, list_token_places
 from mechdsl.resolve.circuit_files import EMBEDDING, END, SavedCircuit, read_circuit
 from mechdsl.resolve.findings import PickError, count_picked
 from mechdsl.resolve.sites import (
@@ -228,13 +228,7 @@ def _read_saved(
 
 def _list_classes(places: Sequence[PositionCell]) -> tuple[frozenset[int], ...]:
     """Return the distinct sets of places that have a token in common, after the empty set."""
-    found = set[frozenset[int]]()
-    for rows in zip(*(place.hits for place in places), strict=True):
-        at: dict[int, set[int]] = defaultdict(set)
-        for number, row in enumerate(rows):
-            for token in chain.from_iterable(row):
-                at[token].add(number)
-        found.update(map(frozenset, at.values()))
+    found = {own for row in list_token_places(places) for own in row.values()}
     return (frozenset(), *sorted(found, key=sorted))
 
 
@@ -548,15 +542,11 @@ def find_classes(circuit: CircuitTargets, positions: PositionTargets) -> set[int
     """Return the classes of the tokens that a rule on a circuit writes, by number."""
     if not circuit.places:
         return {0}
-    tokens = [set[int]() for _ in circuit.places[0].hits]
+    rows, found = list_token_places(circuit.places), set[int]()
     for cell in positions.written.values():
-        for own, row in zip(tokens, cell.hits, strict=True):
-            own.update(chain.from_iterable(row))
-    found = set[int]()
-    for number, own in enumerate(tokens):
-        hits = [{*chain.from_iterable(place.hits[number])} for place in circuit.places]
-        sets = {frozenset(n for n, there in enumerate(hits) if token in there) for token in own}
-        found.update(map(circuit.classes.index, sets))
+        for places, hits in zip(rows, cell.hits, strict=True):
+            own = {places.get(token, frozenset()) for token in chain.from_iterable(hits)}
+            found.update(map(circuit.classes.index, own))
     return found
 
 

@@ -775,9 +775,10 @@ def _draw_circuits(
         else:
             others = max(others, counts[key])
         for n in range(draws):
-            edges = found.circuits[n] if n < counts[key] else None
-            placed = None if edges is None else _assign_places(edges, own, experiment.seed, n)
-            drawn[n, *key] = own if placed is None else placed
+            is_drawn = n < counts[key]
+            drawn[n, *key] = (
+                _assign_places(found.circuits[n], own, experiment.seed, n) if is_drawn else own
+            )
     sizes = sorted({len(own) for own in circuit.named.values()})
     size = _list_sizes(sizes)
     if not circuit.waits and others == 0:

@@ -487,14 +487,14 @@ def resolve_samples(
     """Resolve the rows of a fit, by position label; None after an error.
 
     Raises:
-        DirectionError: For a training in a vision encoder, and some of an encoder-decoder.
+        DirectionError: For a training in a vision encoder, and some if blocks attend to an image.
     """
     if call.name == FIT_CALL and work.side == "image":
         reason = "a training in the vision encoder isn't supported yet"
         hint = "train it at `embed`, or compute it, as `mean_difference(…)` does"
         raise DirectionError(call, reason, hint)
-    if call.name == FIT_CALL and work.model.shape.encodes_apart:
-        _check_trainer_of_two_stacks(call, work)
+    if call.name == FIT_CALL and work.model.shape.takes == "attended image":
+        _check_trainer_with_attended_image(call)
     table = work.table if rows.key == "" else work.table.beside.get(rows.key)
     if table is None or table.stands_in or rows.run not in table.runs:
         return None
@@ -520,10 +520,9 @@ TRAINERS_ON_ACTIVATIONS = ("sae", "nmf", "semi_nmf", "ica", "mixture")
 """Trainings that read one activation of each token."""
 
 
-def _check_trainer_of_two_stacks(call: ast.Call, work: ExperimentContext) -> None:
-    """Check that a training works with an encoder and a decoder. Raises DirectionError."""
-    attends = work.model.shape.takes == "attended image"
-    if attends and trainer_call(call).name not in TRAINERS_ON_ACTIVATIONS:
+def _check_trainer_with_attended_image(call: ast.Call) -> None:
+    """Check that a training works if blocks attend to an image. Raises DirectionError."""
+    if trainer_call(call).name not in TRAINERS_ON_ACTIVATIONS:
         known = ", ".join(f"`{name}(…)`" for name in TRAINERS_ON_ACTIVATIONS)
         reason = "this training of a model whose blocks attend to an image isn't supported yet"
         hint = f"train it on activations alone, with one of {known}, or compute it: `pca(…)`"

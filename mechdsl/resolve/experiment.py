@@ -629,15 +629,10 @@ def _check_loops_used(work: ExperimentContext) -> None:
     """Report loops whose variable is unused, which would run the same cell repeatedly."""
     parts = [part for rule in work.experiment.rules for part in walk(_rule_nodes(rule))]
     sites = [part for part in parts if isinstance(part, ast.Site)]
-    excluded = (each for site in sites for each in site.excluded)
-    values = {id(each) for each in excluded if isinstance(each, ast.Site) and not each.axes}
-    components = {
-        name.span
-        for site in sites
-        if id(site) not in values  # `dims * except k`
-        for name in site.names
-        if name.id in SITES
-    }
+    excluded = (each for site in sites for each in site.excluded if isinstance(each, ast.Site))
+    values = {name.span for each in excluded if not each.axes for name in each.names}
+    components = {name.span for site in sites for name in site.names if name.id in SITES}
+    components -= values  # `dims * except k`
     used = {
         part.name if isinstance(part, ast.Index) else part.id
         for part in parts

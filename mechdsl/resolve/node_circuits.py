@@ -78,8 +78,9 @@ def find_node_problem(
     if experiment.estimator is not None:
         reason = f"`{effect}` is computed exactly"
         return reason, f"remove `using {experiment.estimator.name}`, or measure `as delta`"
-    sites = {_candidates_of(rule, experiment, program) for rule in nodes}
-    if effect == COMPLETENESS.name and None in sites:
+    if effect == COMPLETENESS.name and not all(
+        _candidates_of(rule, experiment, program) for rule in nodes
+    ):
         reason = "the groups of the `for` are chosen from different sites"
         return reason, "write an experiment for each group"
     return None

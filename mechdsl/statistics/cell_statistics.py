@@ -78,6 +78,11 @@ class Inference:
         low, high, p = (np.where(known, each, np.nan) for each in (low, high, p))
         return cls(low, high, p, floor & known)
 
+    def fill(self, cells: Ints, own: Inference) -> None:
+        """Replace the values of some cells."""
+        self.low[cells], self.high[cells] = own.low, own.high
+        self.p[cells], self.floor[cells] = own.p, own.floor
+
 
 def infer(
     sums: EffectSums,
@@ -310,16 +315,17 @@ def _inference(
     if data.spread != "rows":
         return Inference(nothing, nothing, nothing, np.zeros(len(cells), dtype=bool))
     shares = cell_shares(data, effect, cells)
-    draws = sampling.draws(block.units, whole=block.whole)
+
+    def by_method(sums: EffectSums) -> Inference:
+        draws = sampling.draws(block.units, whole=block.whole)
+        return infer(sums, settings, draws, tests, tested=effect.tested)
+
     if shares is None:
-        return infer(block.sums, settings, draws, tests, tested=effect.tested)
+        return by_method(block.sums)
     found = _share_inference(data, effect, block, shares, settings.confidence)
     others = np.flatnonzero(~shares.exact)
-    if not len(others):
-        return found
-    rest = infer(block.sums.chosen(others), settings, draws, tests, tested=effect.tested)
-    for name in ("low", "high", "p", "floor"):
-        getattr(found, name)[others] = getattr(rest, name)
+    if len(others):
+        found.fill(others, by_method(block.sums.chosen(others)))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,6 @@ from mechdsl.execute.patching.writes import (
     build_writes,
     select_readable_rows,
 )
-from mechdsl.execute.unpatched_batch import build_noise_writes
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.forward.hooks.attention_hooks import keys_of
 from mechdsl.forward.hooks.batch import (
@@ -529,10 +528,9 @@ class GradientEstimates:
             rules = self.kind.backward or BackwardRules()
             run = replace(run, backward=replace(rules, fixed_norms=True))
         received, adds = run.add_zeros(edges.sites, *edges.tokens)
-        moves = [[], *self._moved_inputs(edges.rule, lanes)]
-        of_inputs = self._mean_gradients(
-            run, list(received.values()), adds, moves, lanes, environments
-        )
+        moves = self._moved_inputs(edges.rule, lanes)
+        given = (run, list(received.values()), adds, moves, lanes, environments)
+        of_inputs = self._mean_gradients(*given)
         leaves = [run.zeros(len(each.lane), each.width(self.model)) for each in written]
         sent = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
         given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), sent)
@@ -565,10 +563,8 @@ class GradientEstimates:
         for each in written:
             base = each.base(read[each.where], lanes.batch)
             leaf = self.differentiated.zeros(*base.shape)
-            moves = [
-                [self._noise_at(each.where, read[each.where], lanes, sample)]
-                for sample in range(int(self.options["samples"]))
-            ]
+            samples = range(int(self.options["samples"]))
+            moves = ([self._noise_at(each.where, read[each.where], lanes, n)] for n in samples)
             given = (self.differentiated, [leaf], [each.added(leaf)], moves, lanes, environments)
             for number, own, (gradient,) in self._mean_gradients(*given):
                 sums = self._sums(each, base, gradient, len(environments))
@@ -580,7 +576,7 @@ class GradientEstimates:
         run: DifferentiatedRun,
         leaves: Sequence[Tensor],
         adds: Sequence[SiteWrite],
-        moves: Sequence[Sequence[SiteWrite]],
+        moves: Iterable[Sequence[SiteWrite]],
         lanes: DrawLanes,
         environments: Sequence[ItemNumber],
     ) -> list[tuple[int, Ints, Sequence[Tensor]]]:
@@ -590,39 +586,38 @@ class GradientEstimates:
             leaves: The zeros that `adds` writes.
             moves: Further writes of each pass.
         """
-        total: list[tuple[int, Ints, Sequence[Tensor]]] = []
+        count, total = 0, list[tuple[int, Ints, Sequence[Tensor]]]()
         for moved in moves:
             reading, _ = run.read([*moved, *adds], lanes, ())
             found = list(self._gradients(reading, leaves, environments))
-            sums = [gradients for *_, gradients in (total or found)]
             if total:
-                pairs = zip(sums, (gradients for *_, gradients in found), strict=True)
-                sums = [[a + b for a, b in zip(*both, strict=True)] for both in pairs]
-            total = [(number, own, new) for (number, own, _), new in zip(found, sums, strict=True)]
-        return [(number, own, [each / len(moves) for each in sums]) for number, own, sums in total]
+                found = [
+                    (number, own, [a + b for a, b in zip(sums, new, strict=True)])
+                    for (number, own, new), (*_, sums) in zip(found, total, strict=True)
+                ]
+            count, total = count + 1, found
+        return [(number, own, [each / count for each in sums]) for number, own, sums in total]
 
-    def _moved_inputs(self, rule: RulePlan, lanes: DrawLanes) -> list[list[SiteWrite]]:
-        """Return writes that move the stream that enters block 0 toward the source run, for each
-        point but the last one."""
-        if self.steps is None or self.steps < 2:
-            return []
-        runs, prompts = self.differentiated.runs, lanes.prompts
+    def _moved_inputs(self, rule: RulePlan, lanes: DrawLanes) -> Iterator[list[SiteWrite]]:
+        """Yield the writes that move the stream that enters block 0 toward the source run, for each
+        point; none for the base run, which comes first."""
+        yield []
+        steps = self.steps or 1
+        if steps == 1:
+            return
         where, (lane, token) = SiteRead("resid_pre", 0), lanes.batch.tokens()
-        named = runs.named(rule.rule.run)
-        other = DrawLanes.of(self.lanes_of(rule), np.unique(prompts), self.plan.draws)
+        source = replace(self.differentiated, run=self.differentiated.runs.named(rule.rule.run))
+        other = DrawLanes.of(self.lanes_of(rule), np.unique(lanes.prompts), self.plan.draws)
         streams: list[Tensor] = []
-        for own, run in ((lanes, self.differentiated.run), (other, named)):
-            noise = build_noise_writes(
-                self.model, run.noise, own.prompts, runs.table.row_keys, runs.seed
-            )
-            read = run_full(self.model, own.batch, stop=1, writes=noise, reads=[where]).reads[where]
-            index = lane, own.batch.columns(lane, token)
+        for run, own in ((self.differentiated, lanes), (source, other)):
+            noise = run.noise(own)
+            found = run_full(self.model, own.batch, stop=1, writes=noise, reads=[where])
+            read, index = found.reads[where], (lane, own.batch.columns(lane, token))
             streams.append(read[indices_to_device(index, read.device)][:, 0])
-        change = streams[1] - streams[0]
-        return [
-            [SiteWrite("resid_pre", 0, lane, token, torch.zeros_like(lane), part, mode="add")]
-            for part in (change * (1 - k / self.steps) for k in range(1, self.steps))
-        ]
+        change, unit = streams[1] - streams[0], torch.zeros_like(lane)
+        for point in range(1, steps):
+            part = change * (1 - point / steps)
+            yield [SiteWrite("resid_pre", 0, lane, token, unit, part, mode="add")]
 
     def _noise_at(self, where: SiteRead, read: Tensor, lanes: DrawLanes, sample: int) -> SiteWrite:
         """Build noise at all vectors of a site; read: [lane, column, unit, width] of it."""

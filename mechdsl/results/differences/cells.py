@@ -538,12 +538,11 @@ class MeasureComparison:
         )
         nothing = np.zeros(len(cells), dtype=bool)
         found = Inference.of(*own.interval(confidence, MIN_UNITS), own.p(), nothing, level)
-        exact = self._shares(block)
-        if exact.any():
-            n = block.n
-            shares = infer_shares(both.new, both.old, n[1], confidence, n[0])
-            for name in ("low", "high", "p", "floor"):
-                getattr(found, name)[exact] = getattr(shares, name)[exact]
+        exact = np.flatnonzero(self._shares(block))
+        if len(exact):
+            old, new = (sums.chosen(exact) for sums in (both.old, both.new))
+            old_rows, new_rows = (rows[exact] for rows in block.n)
+            found.fill(exact, infer_shares(new, old, new_rows, confidence, old_rows))
         self.low[cells], self.high[cells] = found.low, found.high
         self.p[cells], self.floor[cells] = found.p, found.floor
 
