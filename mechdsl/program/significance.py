@@ -60,8 +60,20 @@ def interval_gap(
     level = 1 - settings.confidence / 100
     if settings.test == "flips" and smallest_p_value(units, settings) >= level:
         return f"{words}: sign flips of so few give no p below {level:.4g}"
+    return unequal_units(units, word, settings.confidence, is_ratio=is_ratio)
+
+
+def unequal_units(units: int, word: str, confidence: float, *, is_ratio: bool = False) -> str:
+    """Describe an estimate without an interval because few units hold most of the rows.
+
+    Args:
+        units: Number of sampling units.
+        word: Name of one unit.
+        confidence: In percent.
+        is_ratio: Whether units differ in their denominators, not only in their numbers of rows.
+    """
     sizes = "denominators" if is_ratio else "numbers of rows"
-    return f"{words}: too unequal {sizes} for a {settings.confidence:.6g} % interval"
+    return f"{count_noun(units, word)}: too unequal {sizes} for a {confidence:.6g} % interval"
 
 
 def unreachable_cells(units: Sequence[int], settings: spec.Statistics) -> list[int]:

@@ -422,6 +422,14 @@ class EffectParts:
     undefined: Ints
     """Number of prompts whose own denominator is 0 (`per prompt` only), shape [cell]."""
 
+    def chosen_rows(self, rows: Bools) -> EffectParts:
+        """Select some rows of a mean, shape [prompt]; the others are in no cell."""
+        return replace(
+            self,
+            numerator=np.where(rows, self.numerator, 0.0),
+            present=self.present & rows,
+        )
+
     def mean(self) -> Floats:
         """Return the effect, NaN without prompts or with a denominator of 0. Shape [cell]."""
         with np.errstate(divide="ignore", invalid="ignore"):

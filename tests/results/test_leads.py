@@ -21,9 +21,9 @@ from mechdsl.results.verdicts.values import (
     SelectedCells,
     ValueReader,
     cell_differences,
+    compare_sizes,
     compare_with_each_rival,
     compare_with_rival,
-    find_smaller_cells,
 )
 from mechdsl.statistics.measurements import Resamples
 
@@ -171,8 +171,8 @@ def test_leading_cell_is_compared_with_each_rival_by_their_difference(
     together = compare_with_rival(space, of, np.array([0, 1]), 2, 1.0, 95.0)
     assert together.value == pytest.approx([(rows[i] - rows[2]).mean() for i in (0, 1)])
     assert together.low_together[0] < low + 1e-9
-    assert find_smaller_cells(space, of, 1, 95.0).tolist() == [0, 2, 3]
-    assert find_smaller_cells(space, of, 0, 95.0).tolist() == [2, 3]
+    assert (compare_sizes(space, of, 1, 95.0) > 0).tolist() == [True, True, True]
+    assert (compare_sizes(space, of, 0, 95.0) > 0).tolist() == [False, True, True]
 
 
 def test_cell_difference_of_ratios_with_missing_rows_is_linearised() -> None:

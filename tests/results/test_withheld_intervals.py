@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from mechdsl.results.differences.comparison import compare_results
-from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.statistics.cell_statistics import check_denominator
 from mechdsl.statistics.measurements import SamplingDesign
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import SPAN, finished, measure, statistics
+from .test_leads import verdict
 from .two_results import only, plain, results, states
 
 GROUPS = ["a", "b", "c", "d", "e", "f", *"zzzzzz"]
@@ -63,12 +64,81 @@ def test_expectation_fails_with_the_reason_of_the_table(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["argmax(delta) = L0H1", "argmax(delta) != L0H0", "top 1 contains L0H1"]
+    ("line", "reason"),
+    [
+        ("argmax(delta) = L0H1", "by the mean, but the difference of 1.97 from L0H0.z has no"),
+        ("argmax(delta) != L0H0", "by the mean, but the difference from L0H0.z has no"),
+        ("top 1 contains L0H1", "L0H1 is in the top 1 by its mean, but differences from other"),
+    ],
 )
-def test_ranking_of_cells_without_an_interval_is_not_claimed(line: str) -> None:
+def test_ranking_of_cells_without_an_interval_gives_the_reason(line: str, reason: str) -> None:
     (outcome,) = finished(grouped(), line, by="g").outcomes
     assert not outcome.holds
-    assert "nan" not in (outcome.reason or "")
+    assert (outcome.reason or "").startswith(reason)
+    assert (outcome.reason or "").endswith(f"({UNEQUAL})")
+
+
+@pytest.mark.parametrize("test", ["t", "flips", "bootstrap"])
+def test_auroc_of_cells_over_unequal_groups_is_withheld(test: str) -> None:
+    random = np.random.default_rng(5)
+    for shift in (4.0, 0.05):  # a perfect order, and an imperfect one
+        values = random.normal(size=(4, len(GROUPS))) + shift * np.array([[2], [1.1], [1], [0]])
+        line = "auroc(delta, [L0H0, L0H2]) > 0.01"
+        (outcome,) = finished(grouped(values), line, by="g", test=test).outcomes
+        assert not outcome.holds
+        assert (outcome.low, outcome.high) == (None, None)
+        assert (outcome.reason or "").startswith(UNEQUAL)
+
+
+def ranked_rows(values: np.ndarray, large: list[int], groups: list[str]) -> ExpectOutcome:
+    made = plain(measure(values[None], np.zeros(len(values))))
+    rows = {"g": groups, "large": large}
+    line = "auroc(delta, large) > 0.01"
+    return finished(replace(made, row_values=rows), line, by="g").outcomes[0]
+
+
+def test_auroc_of_rows_over_unequal_groups_is_withheld() -> None:
+    """If the groups of all rows, of the positive rows or of the other rows are unequal."""
+    large = [1, 0] * 6
+    values = np.random.default_rng(6).normal(size=12) + np.array(large)
+    for perfect in (0, 9):
+        outcome = ranked_rows(values + perfect * np.array(large), large, GROUPS)
+        assert (outcome.holds, outcome.low, outcome.high) == (False, None, None)
+        assert (outcome.reason or "").startswith(UNEQUAL)
+    equal = [*"aabbccddeeff"]
+    assert ranked_rows(values, large, equal).low is not None
+
+
+@pytest.mark.parametrize(("positive", "said"), [(1, "positive rows: "), (0, "other rows: ")])
+def test_auroc_of_unequal_positive_rows_is_withheld(positive: int, said: str) -> None:
+    # eight groups of six rows; those of one kind are mostly in `a`
+    groups = [name for name in "abcdefgh" for _ in range(6)]
+    large = [
+        positive if name == "a" or n % 6 == 0 else 1 - positive for n, name in enumerate(groups)
+    ]
+    values = np.random.default_rng(7).normal(size=48)
+    outcome = ranked_rows(values, large, groups)
+    assert (outcome.low, outcome.high) == (None, None)
+    assert (outcome.reason or "").startswith(f"{said}8 values of g: too unequal numbers of rows")
+
+
+@pytest.mark.parametrize("test", ["t", "flips"])
+def test_correlation_over_unequal_groups_is_withheld(test: str) -> None:
+    random = np.random.default_rng(8)
+    cells = random.normal(size=(12, 1)) * 3
+    values = [cells + 0.1 * random.normal(size=(12, len(GROUPS))) for _ in range(2)]
+
+    def pair(groups: list[str]) -> ExpectOutcome:
+        one, two = (
+            finished(replace(grouped(each), row_values={"g": groups}), by="g", test=test)
+            for each in values
+        )
+        return verdict("pearson(delta, other) > 0.5", one, other=replace(two, name="other"))
+
+    outcome = pair(GROUPS)
+    assert (outcome.holds, outcome.low, outcome.high) == (False, None, None)
+    assert (outcome.reason or "").startswith(UNEQUAL)
+    assert pair([*"aabbccddeeff"]).holds
 
 
 def test_same_rows_in_groups_of_equal_size_have_an_interval() -> None:
@@ -133,6 +203,36 @@ def test_five_units_have_neither_interval_nor_p_by_sign_flips(line: str) -> None
     assert not outcome.holds
     assert FLIPS in (outcome.reason or "")
     assert (outcome.low, outcome.high) == (None, None)
+
+
+LINES_OF_FEW = {
+    "delta(head: 1) * delta(head: 2) > 1": 0.0,
+    "delta(head: 1) * delta(head: 1) > 1": 0.0,
+    "raw(head: 1) / delta(head: 2) > 0.1": None,
+    "auroc(delta, [L0H3, L0H4]) > 0.5": 0.5,
+    "pearson(delta, other) > 0.5": 0.0,
+}
+"""Lines that hold with six units → low end with five, None without an interval."""
+
+
+@pytest.mark.parametrize("units", [5, 6])
+@pytest.mark.parametrize(("line", "least"), LINES_OF_FEW.items())
+def test_five_units_show_no_product_auroc_or_correlation(
+    line: str, least: float | None, units: int
+) -> None:
+    """All have the same sign by chance with probability 2⁻⁴, whatever is computed from them."""
+    random = np.random.default_rng(9)
+    values = np.array([1.0, 5.0, 3.0, 7.0, 4.5, 2.0])[:, None] + 0.01 * random.normal(
+        size=(6, units)
+    )
+    data = measure(values, np.zeros(units))
+    one = finished(replace(plain(data), measures=(data, replace(data, effect="raw"))))
+    other = finished(plain(measure(values + 0.01 * random.normal(size=(6, units)), [0.0] * units)))
+    outcome = verdict(line, one, other=replace(other, name="other"))
+    assert outcome.holds == (units == 6)
+    if units == 5 and least is not None:
+        assert outcome.low == least
+        assert outcome.high is not None
 
 
 def test_six_units_have_interval_and_p_by_sign_flips() -> None:

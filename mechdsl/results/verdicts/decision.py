@@ -36,10 +36,10 @@ from mechdsl.results.verdicts.values import (
     ComparisonSample,
     SelectedCells,
     ValueReader,
+    compare_sizes,
     compare_with_each_rival,
     compare_with_rival,
     count_intervals,
-    find_smaller_cells,
     has_base_run_bounds,
     rounding_bounds,
     select_value_cells,
@@ -385,10 +385,11 @@ class _Judge:
         # The winner was selected among the named cells.
         confidence = 100 - (100 - self.confidence) / int(mine.sum())
         next_ = compare_with_each_rival(space, of, winner, of.cells[~mine], sign, confidence)
-        apart = f"{next_.value:.3g} [{next_.low:.3g}, {next_.high:.3g}]"
-        if math.isnan(next_.low):
-            apart = f"{next_.value:.3g}, {space.gap(space.held, confidence)}"
         name = self.result.cells[next_.cell].name
+        if math.isnan(next_.low):
+            said.append(self.no_difference(space, name, confidence, f" of {next_.value:.3g}"))
+            return False
+        apart = f"{next_.value:.3g} [{next_.low:.3g}, {next_.high:.3g}]"
         good = next_.low > 0
         word = "ahead of" if good else "by the mean, but can't be distinguished from"
         said.append(f"{word} {name}: {apart}")
@@ -408,11 +409,21 @@ class _Judge:
         place = int(np.flatnonzero(others == winner)[0])
         for rival in of.cells[mine].tolist():
             found = compare_with_rival(space, of, others, rival, sign, self.confidence)
-            if not found.low_together[place] > 0:
-                name = self.result.cells[rival].name
+            low, name = found.low_together[place], self.result.cells[rival].name
+            if math.isnan(low):
+                said.append(self.no_difference(space, name, self.confidence))
+                return False
+            if not low > 0:
                 said.append(f"by the mean, but can't be distinguished from {name}")
                 return False
         return True
+
+    def no_difference(
+        self, space: ComparisonSample, name: str, confidence: float, amount: str = ""
+    ) -> str:
+        """Return why a cell's difference from the cell `name` has no interval."""
+        gap = space.gap(space.held, confidence)
+        return f"by the mean, but the difference{amount} from {name} has no interval ({gap})"
 
     def top(self, condition: TopCellsCondition) -> Verdict:
         missing = self.result.measures[condition.measure].missing
@@ -457,10 +468,14 @@ class _Judge:
         """Return why a cell among the first may not be one of them."""
         if space.too_few:
             return [f"{space.too_few}; `on mean` would test the mean alone"]
-        smaller = find_smaller_cells(space, of, own, self.confidence)
-        larger = len(of.cells) - 1 - len(smaller)
+        low = compare_sizes(space, of, own, self.confidence)
+        larger = int(np.count_nonzero(~(low > 0)))
         if larger < top:
             return []
+        if np.isnan(low).any():
+            gap = space.gap(space.held, self.confidence)
+            text = f"{name} is in the top {top} by its mean, but differences from"
+            return [f"{text} other cells have no interval ({gap})"]
         others = count_noun(larger, "other cell")
         return [f"{name} is in the top {top} by its mean, but {others} may be at least as large"]
 

@@ -35,7 +35,12 @@ from mechdsl.checks.conditions import (
 )
 from mechdsl.fits.rankings import auroc, pearson, spearman
 from mechdsl.program import spec
-from mechdsl.program.significance import MIN_UNITS, interval_gap
+from mechdsl.program.significance import (
+    MIN_UNITS,
+    interval_gap,
+    smallest_p_value,
+    unequal_units,
+)
 from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.verdicts.estimates import (
@@ -75,6 +80,7 @@ from mechdsl.statistics.measurements import (
     effect_parts,
     find_units,
 )
+from mechdsl.statistics.skewed_t import skewed_t
 from mechdsl.vocab.aggregates import AGGREGATES, CellAggregate
 from mechdsl.vocab.effects import EFFECTS
 
@@ -128,10 +134,11 @@ def compare_with_rival(
     return space.together(sums, confidence)
 
 
-def find_smaller_cells(
+def compare_sizes(
     space: ComparisonSample, of: SelectedCells, leader: int, confidence: float
-) -> Ints:
-    """Return the cells with a smaller absolute value than the leader, by simultaneous bounds."""
+) -> Floats:
+    """Return simultaneous low bounds of how much the leader's absolute value exceeds that of each
+    other cell, NaN without an interval. Shape [other cell]."""
     places = {int(cell): n for n, cell in enumerate(of.cells)}
     mine = space.sums(of).value[places[leader]]
     sign = -1.0 if mine < 0 else 1.0
@@ -144,8 +151,7 @@ def find_smaller_cells(
         above.bottom if len(above.bottom) == 1 else np.concatenate([above.bottom, below.bottom]),
         np.concatenate([above.held, below.held]),
     )
-    low = space.together(both, confidence).low_together.reshape(2, -1)
-    return rivals[(low > 0).all(0)]
+    return space.together(both, confidence).low_together.reshape(2, -1).min(0)
 
 
 def cell_differences(
@@ -180,8 +186,9 @@ def rank_true_cells(
         raise NoNumber(f"{which} of the {len(true)} cells is a true one")
     sums = space.sums(of)
     point = float(auroc(sums.value[None], true)[0])
-    if space.too_few:
-        return Estimate(point, why=space.too_few)
+    gap = space.too_few or space.too_unequal(sums, confidence, space.draws.strata)
+    if gap is not None:
+        return Estimate(point, why=gap)
     if point in (0.0, 1.0):
         sign = 1.0 if point else -1.0
         left, right = np.meshgrid(of.cells[true], of.cells[~true])
@@ -189,7 +196,7 @@ def rank_true_cells(
         sure = space.together(pairs, confidence).low_together > 0
         return _perfect_estimate(point, float(sure.mean()))
     found = [auroc(sums.under(weights), true) for weights in space.draws.weights(4 * len(sums.top))]
-    return _resampled_estimate(point, np.concatenate(found), confidence)
+    return _resampled_estimate(space, point, np.concatenate(found), confidence)
 
 
 def list_truths(result: ExperimentResult, ranking: Ranking) -> list[bool | None]:
@@ -226,12 +233,17 @@ def rank_true_rows(
     if not true.any() or not false.any():
         name = ranking.column or f"accuracy({ranking.run})"
         raise NoNumber(f"`{name}` is the same in all {int(known.sum())} rows")
-    effects, codes = found.numerator[0], space.units.codes[space.place(of.result)]
+    place = space.place(of.result)
+    effects, codes = found.numerator[0], space.units.codes[place]
     ahead = effects[true][:, None] - effects[false][None]
     wins = (ahead > 0) + 0.5 * (ahead == 0)
     point = float(wins.mean())
-    if space.too_few:
-        return Estimate(point, why=space.too_few)
+    gap = space.too_few
+    for words, rows in (("", known), ("positive rows: ", true), ("other rows: ", false)):
+        why = space.too_unequal(found.chosen_rows(rows).sums(space.units, place), confidence)
+        gap = gap or (why and words + why)
+    if gap is not None:
+        return Estimate(point, why=gap)
     if point in (0.0, 1.0):
         pairs = np.array([min(len(np.unique(codes[each])) for each in (true, false))], dtype=float)
         low, high = clopper_pearson(point * pairs, pairs, confidence)
@@ -241,12 +253,14 @@ def rank_true_rows(
         for weights in space.draws.weights(4 * len(effects)):
             one, two = weights[:, codes[true]], weights[:, codes[false]]
             resampled.append(((one @ wins) * two).sum(1) / (one.sum(1) * two.sum(1)))
-    return _resampled_estimate(point, np.concatenate(resampled), confidence)
+    return _resampled_estimate(space, point, np.concatenate(resampled), confidence)
 
 
-def _resampled_estimate(point: float, resampled: Floats, confidence: float) -> Estimate:
+def _resampled_estimate(
+    space: ComparisonSample, point: float, resampled: Floats, confidence: float
+) -> Estimate:
     low, high = fisher_interval(2 * point - 1, 2 * resampled - 1, confidence)
-    return Estimate(point, None, (low + 1) / 2, (high + 1) / 2)
+    return Estimate(point, None, *space.include((low + 1) / 2, (high + 1) / 2, 0.5, confidence))
 
 
 def _perfect_estimate(point: float, sure: float) -> Estimate:
@@ -485,6 +499,38 @@ class ComparisonSample:
             is_ratio=any(each.denominator is not None for each in effects),
         )
 
+    def too_unequal(
+        self, sums: EffectSums, confidence: float, strata: Ints | None = None
+    ) -> str | None:
+        """Return why cells have no interval by resampling or the jackknife although their units are
+        enough: Student's t gives none, because few units hold most of the rows.
+
+        Args:
+            sums: Effects of the cells.
+            confidence: In percent.
+            strata: Strata of the units, shape [unit], if every cell has all units.
+        """
+        low, _ = skewed_t(sums, strata).interval(confidence, 1)
+        if not np.isnan(low).any():
+            return None
+        effects = [EFFECTS[each.result.measures[each.measure].effect] for each in self.read]
+        return unequal_units(
+            int(sums.held[np.isnan(low).argmax()]),
+            self.mine.sampling.unit_word(self.units),
+            confidence,
+            is_ratio=any(each.denominator is not None for each in effects),
+        )
+
+    def include(
+        self, low: float, high: float, value: float, confidence: float
+    ) -> tuple[float, float]:
+        """Extend an interval to the value that means "no effect" if so few units can't show one:
+        they would all be on one side of it by chance too often."""
+        level = 1 - confidence / 100
+        if smallest_p_value(self.held, self.settings(confidence)) < level:
+            return low, high
+        return min(low, value), max(high, value)
+
     def intervals(self, sums: EffectSums, confidence: float, *, tested: bool = True) -> Inference:
         """Return the intervals of cells by the method of the table."""
         return infer(sums, self.settings(confidence), self.draws, 1, tested=tested)
@@ -617,6 +663,9 @@ class ValueReader:
             nothing = np.zeros(len(p), dtype=bool)
             cut = Inference.of(low, high, p, nothing, 1 - confidence / 100)
             low, high = cut.low, cut.high
+        is_product = isinstance(number, CombinedNumbers) and number.sign in ("*", "/")
+        if is_product and any(EFFECTS[name].tested for name in effects):
+            return self.space.include(float(low[0]), float(high[0]), 0.0, confidence)
         if not isinstance(number, CombinedCells):
             return float(low[0]), float(high[0])
         value = float(combine_cells(number.method, number.sums.value[None])[0])
@@ -807,12 +856,17 @@ class ValueReader:
             return Estimate(
                 measured, why="a rank correlation has no interval: it uses the measured effects"
             )
-        if self.space.too_few:
-            return Estimate(measured, why=self.space.too_few)
+        gap = self.space.too_few
+        for sums in (one, two):
+            gap = gap or self.space.too_unequal(sums, confidence)
+        if gap is not None:
+            return Estimate(measured, why=gap)
         found = true_correlation(one, two, confidence)
         if math.isnan(found.value):
             return Estimate(measured, why="the effects don't differ between cells beyond chance")
-        return Estimate(found.value, None, found.low, found.high)
+        return Estimate(
+            found.value, None, *self.space.include(found.low, found.high, 0.0, confidence)
+        )
 
     def ranking(self, value: Ranking, confidence: float) -> Estimate:
         of = self.cells.of(value)
