@@ -97,6 +97,8 @@ def test_area_under_curve_uses_trapezoids() -> None:
     )
     assert area_under_curve(np.array([[2.0, 2.0, 2.0], [0.0, 0.5, 1.0]]), at).tolist() == [2, 0.5]
     assert area_under_curve(np.array([3.0, 5.0]), np.array([10.0, 30.0])) == 4
+    for steps in ([0.1, 0.2, 1.3], [0.1, 0.7, 1.8], [0.4, 0.6, 1.1, 1.5, 1.7]):
+        assert area_under_curve(np.ones(len(steps)), np.array(steps)) == 1, "exactly"
     for wrong in ([0.0], [0.0, 0.0], [1.0, 0.0]):
         with pytest.raises(ValueError, match="two steps"):
             area_under_curve(np.ones(len(wrong)), np.array(wrong))

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mechdsl.program.python_functions import PYTHON_CALL
 from mechdsl.resolve.cells import CellKey
+from mechdsl.results.assembly.combination import average_over_axis
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.cell_statistics import compute_cell_statistics
 from mechdsl.statistics.intervals import clopper_pearson, share_difference, share_interval
@@ -226,7 +228,41 @@ def test_expectations_on_shares_use_exact_limits() -> None:
 
 def test_mean_of_perfect_shares_has_a_lower_limit_below_one() -> None:
     (found,) = answered(np.ones((4, 10)), "mean(raw) = 1").outcomes
-    assert (found.low, found.holds) == (pytest.approx(exact(10, 10, 1 - 0.05 / 4)[0]), False)
+    assert (found.low, found.holds) == (pytest.approx(exact(10, 10)[0]), False)
+    rows = np.ones((2, 10))
+    rows[1, 5:] = np.nan  # cells with different rows: exact limits at half of the level each
+    (found,) = answered(rows, "mean(raw) = 1").outcomes
+    ends = [exact(n, n, 1 - 0.05 / 2)[0] for n in (10, 5)]
+    assert (found.low, found.holds) == (pytest.approx(np.mean(ends)), False)
+
+
+@pytest.mark.parametrize("word", ["", "Python"])
+@pytest.mark.parametrize("effect", ["raw", "delta"])
+@pytest.mark.parametrize("rows", ["any", "ones", "equal cells"])
+def test_mean_and_area_of_shares_have_the_interval_of_their_table_row(
+    rows: str, effect: str, word: str
+) -> None:
+    """A row with several cells is no longer 0 or 1, so that the mean has the interval of a mean."""
+    random = np.random.default_rng(3)
+    values = (random.random((12, 16)) < 0.8).astype(float)
+    if rows == "ones":
+        values[:] = 1.0
+    elif rows == "equal cells":
+        values[1:] = values[0]
+    base = np.zeros(16) if effect == "raw" else np.array([1.0, 0] * 8)
+    given = {"unit": "", "metric": f"{PYTHON_CALL}()"} if word else {}
+    made = answered(values, effect=effect, **given)
+    data = of(values, base, effect=effect, **given)
+    at = [0.1, 0.7, 0.9, 1.7]
+    keys = [CellKey({"layer": n // 4, "k": at[n % 4]}, f"L0H{n}.z") for n in range(12)]
+    made = replace(made, axes=("layer", "k"), cells=tuple(keys), measures=(data,))
+    for area in (False, True):
+        line = f"auc({effect}, k, layer: 1)" if area else f"mean({effect}, layer: 1)"
+        (found,) = finished(made, f"{line} > 2").outcomes
+        row = finished(average_over_axis(made, "k", area=area)).statistics[0]
+        expected = [row.mean[1], row.low[1], row.high[1]]
+        assert [found.value, found.low, found.high] == pytest.approx(expected, rel=1e-9)
+        assert row.low[1] < row.high[1]
 
 
 def test_inert_share_has_a_zero_width_interval() -> None:

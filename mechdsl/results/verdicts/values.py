@@ -73,6 +73,7 @@ from mechdsl.statistics.intervals import SimultaneousBounds, clopper_pearson, si
 from mechdsl.statistics.measurements import (
     NO_INTERVAL_REASONS,
     EffectSums,
+    MeasureData,
     Resamples,
     UnitRows,
     Units,
@@ -363,6 +364,39 @@ class CellSelector:
                 yield from self.pair(value)
             case _:
                 yield self.of(value)
+
+
+def average_cells(data: MeasureData, cells: Ints, share: Floats) -> MeasureData | None:
+    """Return the weighted average of each row over cells, as a measure of one cell; None if the
+    cells have different rows.
+
+    Args:
+        data: The measure.
+        cells: Indices of its cells.
+        share: Weights with the sum 1, shape [cell].
+    """
+    there = ~np.isnan(data.patched[cells])
+    if (there != there[:1]).any():
+        return None
+
+    def averaged(values: Floats | None) -> Floats | None:
+        if values is None:
+            return None
+        rows = values[cells] if len(values) > 1 else values
+        found = share @ np.broadcast_to(rows, there.shape)
+        # Rounding must not turn an average of equal values into another value.
+        return np.clip(found, rows.min(0), rows.max(0))[None]
+
+    patched, base = averaged(data.patched), averaged(data.base)
+    assert patched is not None
+    assert base is not None
+    return replace(
+        data,
+        patched=patched,
+        base=base,
+        source=averaged(data.source),
+        inert=data.inert[cells].all(keepdims=True),
+    )
 
 
 def is_selected(result: ExperimentResult, cell: int, where: Sequence[CellSelection]) -> bool:
@@ -744,18 +778,18 @@ class ValueReader:
     def weigh(self, of: SelectedCells, sums: EffectSums, share: Floats) -> WeightedCells:
         """Return a weighted mean of cells, with its limits.
 
-        Cells that are shares have exact limits (several: by Bonferroni). Other cells with the same
-        rows and denominators are averaged to one cell, which has the limits of a table row, as
-        with `mean over` and `auc over`.
+        Cells with the same rows and denominators are averaged to one cell, which has the limits of
+        a table row, as with `mean over` and `auc over`. Other cells that are shares have exact
+        limits by Bonferroni.
         """
-        shares = self.shares(of, 95.0)
+        shares, joined, average = self.shares(of, 95.0), sums.weigh(share), None
+        if shares is not None:
+            average = average_cells(of.result.measures[of.measure], of.cells, share)
+        if joined is not None and (shares is None or average is not None):
+            return WeightedCells(joined, np.ones(1), self._row_limits(of, joined, average))
         if shares is not None and shares[0].all():
             return WeightedCells(sums, share, self._share_limits(of, share))
-        joined = sums.weigh(share)
-        if joined is None:
-            return WeightedCells(sums, share)
-        effect = EFFECTS[of.result.measures[of.measure].effect]
-        return WeightedCells(joined, np.ones(1), self._row_limits(joined, effect.tested))
+        return WeightedCells(sums, share)
 
     def _share_limits(self, of: SelectedCells, share: Floats) -> IntervalFunction:
         def found(confidence: float) -> tuple[float, float]:
@@ -765,9 +799,20 @@ class ValueReader:
 
         return found
 
-    def _row_limits(self, sums: EffectSums, tested: bool) -> IntervalFunction:
+    def _row_limits(
+        self, of: SelectedCells, sums: EffectSums, average: MeasureData | None
+    ) -> IntervalFunction:
+        """Return the limits of cells that are averaged to one; `average`: of shares."""
+        effect = EFFECTS[of.result.measures[of.measure].effect]
+        place, cell = self.space.place(of.result), np.zeros(1, dtype=np.int64)
+
         def found(confidence: float) -> tuple[float, float]:
-            inference = self.space.intervals(sums, confidence, tested=tested)
+            shares = average and share_limits(
+                average, effect, cell, self.space.units, confidence, place
+            )
+            if shares is not None:
+                return float(shares[1][0]), float(shares[2][0])
+            inference = self.space.intervals(sums, confidence, tested=effect.tested)
             return float(inference.low[0]), float(inference.high[0])
 
         return found
