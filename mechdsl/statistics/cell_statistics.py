@@ -342,9 +342,18 @@ def _share_inference(
         low, high = share_interval(own, block.n, confidence)
         return Inference(low, high, np.full(len(low), np.nan), np.zeros(len(low), dtype=bool))
     found = infer_shares(own, other[0], block.n, confidence)
-    still = data.inert[block.cells] & effect.of_intervention & ~np.isnan(found.low)
-    low, high = (np.where(still, 0.0, end) for end in (found.low, found.high))
+    low, high = _inert_at_zero(data, effect, block.cells, (found.low, found.high))
     return replace(found, low=low, high=high)
+
+
+def _inert_at_zero(
+    data: MeasureData, effect: EffectKind, cells: Ints, limits: tuple[Floats, Floats]
+) -> tuple[Floats, Floats]:
+    """Return limits of differences of shares, shape [cell], with those of inert cells at 0: no row
+    of them can differ from the base run."""
+    low, high = limits
+    still = data.inert[cells] & effect.of_intervention & ~np.isnan(low)
+    return np.where(still, 0.0, low), np.where(still, 0.0, high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -433,9 +442,8 @@ def share_limits(
     n = np.count_nonzero(shares.present, axis=1)
     if not other:
         return shares.exact, *share_interval(own, n, confidence)
-    low, high = share_difference(own, other[0], n, confidence)
-    still = data.inert[cells] & effect.of_intervention & ~np.isnan(low)
-    return shares.exact, np.where(still, 0.0, low), np.where(still, 0.0, high)
+    limits = share_difference(own, other[0], n, confidence)
+    return shares.exact, *_inert_at_zero(data, effect, cells, limits)
 
 
 def _zero_denominators(
