@@ -212,13 +212,18 @@ class BandCondition(Record):
 
 @record
 class BestCellCondition(Record):
-    """`argmax(recovery) = L9H9`."""
+    """`argmax(recovery) = L9H9`, `argmax(recovery) = recovery(c: 2)`."""
 
     how: Literal["argmax", "argmin"]
     measure: int
     where: tuple[CellSelection, ...]
-    site: CellSelection
+    named: tuple[CellSelection, ...]
+    """Selections that the winner must all match."""
     equal: bool = True
+
+    def names(self, cell: CellKey) -> bool:
+        """Whether a cell is one of the named cells."""
+        return all(each.matches(cell) for each in self.named)
 
 
 @record
@@ -354,7 +359,7 @@ def parse_selection(node: ast.ArgumentValue) -> CellSelection:
     if isinstance(node, ast.EdgeTokenOf):
         hint = f'write a position as a quoted value of its axis: `position: "{text}"`'
     if isinstance(node, ast.Number):
-        hint += f"; values of `for` are compared as cells: `delta(NAME: {text}) > …`"
+        hint += f", or a value of `for` as a cell: `delta(NAME: {text})`"
     if isinstance(node, ast.Name):
         node = ast.Site(names=(node,), span=node.span)
     if not isinstance(node, ast.Site):
@@ -566,21 +571,27 @@ class CellReader:
         """Parse a site that some of these cells have, but not all of several: the condition would
         never hold, or always."""
         own = parse_selection(site)
-        where = (own, *among)
+        self.must_select(site.span, (own,), among)
+        return own
+
+    def must_select(
+        self, span: Span, own: Sequence[CellSelection], among: Sequence[CellSelection]
+    ) -> None:
+        """Report E0606 if a selection has none of these cells, or all of several."""
         if self.known.cells is None:
-            return own
+            return
+        where = (*own, *among)
         found, every = self.find(where), self.find(among)
         if not found:
-            self.not_one(site.span, where, [])
+            self.not_one(span, where, [])
         if len(found) == len(every) > 1 and not self.known.open_axes:
             axes = [axis for axis in self.known.axes if self._differ(axis, found)]
             name = axes[0] if axes else "NAME"
             raise unreadable_expectation(
-                site.span,
-                f"all {len(found)} cells match {own.text}",
+                span,
+                f"all {len(found)} cells match {', '.join(each.text for each in own)}",
                 f"compare single cells: `{self.known.measures[0].effect}({name}: …) > …`",
             )
-        return own
 
     def _differ(self, axis: str, cells: Sequence[int]) -> bool:
         """Return whether cells differ in a coordinate."""

@@ -150,10 +150,21 @@ class _ConditionReader(CellReader):
                     )
                 of, measure, where = self.cells(best)
                 self.must_be_own(best, of)
-                return BestCellCondition(
-                    how, measure, where, self.one_of(site, where), operator == "="
-                )
+                named = self.named_cells(site, measure, where)
+                return BestCellCondition(how, measure, where, named, operator == "=")
         return Comparison(operator, self.value(left), self.value(right))
+
+    def named_cells(
+        self, node: ast.Expr, measure: int, among: Sequence[CellSelection]
+    ) -> tuple[CellSelection, ...]:
+        """Read the other side of an `argmax`: a site, or a cell of the measure, as in
+        `recovery(c: 2)`."""
+        known = self.known.measures[measure]
+        if not isinstance(node, ast.Call) or node.name not in (known.effect, *known.names):
+            return (self.one_of(node, among),)
+        named = self.wheres(node.arguments)
+        self.must_select(node.span, named, among)
+        return named
 
     def top(self, expectation: spec.Expectation) -> TopCellsCondition:
         span = expectation.span

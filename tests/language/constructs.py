@@ -2852,7 +2852,12 @@ _expectation(
     "all of the effect, and the number of cells if all effects are equal in size; its interval is "
     "cut to this range.",
 )
-_expectation("expect argmax", "expect argmax(delta) = L1H2", "The cell with the largest effect.")
+_expectation(
+    "expect argmax",
+    "expect argmax(delta) = L1H2",
+    "The cell with the largest effect. A value of a `for` is written as a cell of the measure: "
+    "`argmax(delta) = delta(c: 3)`.",
+)
 _expectation(
     "expect top n contains",
     "expect top 5 contains L1H2, L0H1",

@@ -21,6 +21,7 @@ from mechdsl.results.verdicts.decision import decide_all_expectations
 from mechdsl.results.verdicts.estimates import Estimate, FixedNumber, combine_estimates
 
 from .synthetic import expectation, finished, heads, measure, positions
+from .two_results import plain
 
 KNOWN = KnownNames(
     measures=[KnownMeasure("ld", "recovery")],
@@ -392,6 +393,42 @@ SWEEP = replace(
 )
 
 
+def test_cell_of_a_loop_can_be_the_largest() -> None:
+    """The cells have one site, so that only the value of the `for` names one of them."""
+    random = np.random.default_rng(0)
+    values = np.array([[1.0], [3.0], [2.0]]) + 0.1 * random.normal(size=(3, 16))
+    made = plain(measure(values, np.zeros(16)))
+    keys = tuple(CellKey({"c": c}, "L2.mlp_out", "last token") for c in (0.5, 1, 2))
+    made = replace(made, axes=("c",), cells=keys)
+    lines = {
+        "argmax(delta) = delta(c: 1)": True,
+        "argmax(delta) != delta(c: 2)": True,
+        "argmin(delta) = delta(c: 0.5)": True,
+        "argmax(delta) = delta(c: 2)": False,
+        "argmax(delta) = delta(c: 0.5..1)": True,
+        "argmax(delta, c: 1..2) = delta(layer 2, c: 2)": False,
+        "delta(c: 1) = argmax(delta)": True,
+        "not argmax(delta) = delta(c: 2)": True,
+    }
+    found = finished(made, *lines)
+    assert [each.holds for each in found.outcomes] == list(lines.values())
+    assert (found.outcomes[0].reason or "").startswith("ahead of ")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("argmax(recovery) = recovery(c: 3)", "no cell matches c: 3"),
+        ("argmax(recovery) = recovery(c: 0..1)", "all 2 cells match c: 0..1"),
+        ("argmax(recovery) = max(recovery)", "`max(recovery)` is not a site"),
+    ],
+)
+def test_invalid_cell_of_an_argmax_is_rejected(line: str, words: str) -> None:
+    (found,) = check_expectation(expectation(line), SWEEP)
+    assert found.code == "E0606"
+    assert words in found.message
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -413,7 +450,7 @@ def test_condition_on_a_site_of_all_cells_is_rejected(line: str) -> None:
 def test_number_as_a_site_names_the_comparison_of_cells() -> None:
     (found,) = check_expectation(expectation("argmax(recovery) = 2"), SWEEP)
     assert found.code == "E0606"
-    assert "values of `for` are compared as cells: `delta(NAME: 2) > …`" in found.help_text
+    assert "a value of `for` as a cell: `delta(NAME: 2)`" in found.help_text
 
 
 @pytest.mark.parametrize("line", ["top 3 contains L9H9", "max(delta of ld) > 0"])

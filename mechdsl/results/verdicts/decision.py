@@ -354,8 +354,8 @@ class _Judge:
         means = sign * self.result.statistics[condition.measure].mean[of.cells]
         winner = int(of.cells[int(means.argmax())])
         name = self.result.cells[winner].name
-        mine = np.array([condition.site.matches(self.result.cells[i]) for i in of.cells], bool)
-        here = condition.site.matches(self.result.cells[winner])
+        mine = np.array([condition.names(self.result.cells[i]) for i in of.cells], bool)
+        here = condition.names(self.result.cells[winner])
         good, said = here == condition.equal, list[str]()
         if good and not self.on_mean and not mine.all() and mine.any():
             space = ComparisonSample(self.result, [of])
@@ -367,7 +367,7 @@ class _Judge:
             else:
                 good = self.overtaken(space, of, winner, mine, sign, said)
         for other in self.as_large(of, winner, of.cells, size=False):
-            if condition.site.matches(self.result.cells[other]) != here:
+            if condition.names(self.result.cells[other]) != here:
                 said.append(self.too_close(condition.measure, other))
                 break
         return Verdict(good, name, reason="; ".join(said) or None)

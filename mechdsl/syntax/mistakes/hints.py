@@ -690,16 +690,26 @@ HINTS: tuple[Hint, ...] = (
         "write the window after its axis: `{1} window {0}`",
     ),
     Hint(
+        r"\b(arg(?:max|min))\((\w+)[^=]*\)\s*!?=\s*(\w+)\s+$",
+        r"([0-9]+)",
+        "write a value of `for` as a cell: `{0}({1}) = {1}({2}: {3})`",
+    ),
+    Hint(
+        r"\bexpect\b.*\((?:[^()]*,\s*)?(\w+)\s+$",
+        r"([0-9]+)",
+        "write the value after a colon: `{0}: {1}`",
+    ),
+    Hint(
         r"\b(contains)\s+$",
         r"([0-9]+)",
-        "write a site, such as `{0} layer {1}`; values of `for` are compared as cells: "
-        "`delta(NAME: {1}) > …`",
+        "write a site, such as `{0} layer {1}`; values of `for` are cells: write "
+        "`argmax(delta) = delta(NAME: {1})`, or `delta(NAME: {1}) > …`",
     ),
     Hint(
         r"\bcontains\s+(?:.*,\s*)?(\w+)\s+$",
         r"([0-9]+)",
-        "write a site, such as `L{1}.{0}`; values of `for` are compared as cells: "
-        "`delta({0}: {1}) > …`",
+        "write a site, such as `L{1}.{0}`; values of `for` are cells: write "
+        "`argmax(delta) = delta({0}: {1})`, or `delta({0}: {1}) > …`",
     ),
     Hint(r"\b(\w+)\s+$", r"([0-9]+|\*)", "name the axis: `{0} layer {1}`", "LAYER"),
     Hint(r"(?:at|onto|to|from|with|,)\s*$", r"(-?[0-9]+)", "write `token {0}`", "TOKEN"),
