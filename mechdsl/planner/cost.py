@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from mechdsl.base.arrays import Ints
 from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 from mechdsl.models.restart import (
     FULL_PASS,
-    BlockWork,
     HeldSublayers,
     RowMasks,
     Shortcuts,
@@ -27,6 +27,7 @@ from mechdsl.models.restart import (
 )
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.planner.encoding import encoding_adds, observation_adds, unembedding_adds
+from mechdsl.planner.pass_cost import BlockCost, PassCost
 from mechdsl.planner.plan import (
     BATCH_ROWS,
     ExperimentPlan,
@@ -375,9 +376,9 @@ class GradientWork:
     """Number of forward passes with several prompts per pass."""
     joined_backwards: int = 0
     tokens: int = 0
-    """Tokens through each block, forward and backward."""
+    """Tokens times blocks, forward and backward."""
     adds: float = 0.0
-    """Multiply-adds in each block, forward and backward."""
+    """Multiply-adds in all blocks, forward and backward."""
     logits: int = 0
     """Tokens whose logits are computed or differentiated."""
 
@@ -397,15 +398,28 @@ DECOMPOSED_TOKENS = 1 << 13
 """Maximum number of tokens of a pass of contextual decomposition."""
 
 
+class CountWork(Protocol):
+    """Counts the work of full forward passes."""
+
+    def __call__(self, lengths: Ints, sources: Ints) -> tuple[Ints, Ints]:
+        """Return (tokens times blocks, multiply-adds), [row] each.
+
+        Args:
+            lengths: [row] tokens of each prompt.
+            sources: [row] of these, the tokens that an encoder reads.
+        """
+        ...
+
+
 def gradient_work(
-    plan: ExperimentPlan, prompts: Ints, whole: Callable[[Ints], Ints], pass_tokens: int
+    plan: ExperimentPlan, prompts: Ints, count: CountWork, pass_tokens: int
 ) -> GradientWork:
     """Count the work of gradients.
 
     A backward pass costs as much as a forward pass: activations have gradients, weights have none.
 
     Args:
-        whole: Multiply-adds of prompts of given lengths in one block.
+        count: Counts the work of passes.
         pass_tokens: Maximum tokens of a pass over rows; in a pass with a backward pass, all blocks
             share its memory.
     """
@@ -420,7 +434,7 @@ def gradient_work(
     if decomposed:  # two lanes for each row
         times = 2 * run.draws * present.sum(axis=0)
     own = np.repeat(prompts, times)
-    lengths = run.lengths[own]
+    lengths, whole = run.lengths[own], partial(count, sources=run.sources[own])
     by_item = any(atom.by_item for measure in experiment.measures for atom in measure.atoms)
     kinds = len(set(plan.items)) if by_item else 1
     each = max(1, pass_tokens // experiment.model.shape.n_layers)
@@ -460,7 +474,11 @@ def gradient_work(
 
 
 def _held_work(
-    rule: RulePlan, lengths: Ints, joined: int, whole: Callable[[Ints], Ints], gradients: int
+    rule: RulePlan,
+    lengths: Ints,
+    joined: int,
+    whole: Callable[[Ints], tuple[Ints, Ints]],
+    gradients: int,
 ) -> GradientWork:
     """Count the work of the passes in which heads and MLPs are held.
 
@@ -479,17 +497,23 @@ def _held_work(
 
 
 def _pass(
-    lengths: Ints, joined: int, whole: Callable[[Ints], Ints], *, forwards: int, backwards: int
+    lengths: Ints,
+    joined: int,
+    whole: Callable[[Ints], tuple[Ints, Ints]],
+    *,
+    forwards: int,
+    backwards: int,
 ) -> GradientWork:
     """Count numbers of forward and backward passes over all prompts, in `joined` passes."""
     times = forwards + backwards
+    tokens, adds = whole(lengths)
     return GradientWork(
         forwards * len(lengths),
         backwards * len(lengths),
         forwards * joined,
         backwards * joined,
-        times * int(lengths.sum()),
-        times * float(whole(lengths).sum()),
+        times * int(tokens.sum()),
+        times * float(adds.sum()),
         times * len(lengths),
     )
 
@@ -544,21 +568,37 @@ def reply_work(
     )
 
 
-def generation_lengths(plan: ExperimentPlan, rows: RowTable, *, unpatched: bool) -> Ints:
-    """Return the lengths, in tokens, of the prompts after which an experiment generates text.
+def generation_lengths(
+    plan: ExperimentPlan, rows: RowTable, *, unpatched: bool
+) -> tuple[Ints, Ints]:
+    """Return the lengths, in tokens, of the prompts after which an experiment generates text, and
+    the number of these tokens that an encoder reads.
 
     There is one entry per row and noise draw.
 
     Args:
         unpatched: Append the prompts of the base and source runs.
     """
-    found = [np.repeat(plan.lengths(rows), plan.draws)]
+    found = [np.repeat([plan.lengths(rows), plan.sources(rows)], plan.draws, axis=1)]
     if unpatched:
         experiment = plan.experiment
         names = dict.fromkeys((experiment.spec.base, experiment.spec.source))
         runs = [experiment.table.runs[name] for name in names if name is not None]
-        found += [np.repeat(run.lengths, run.draws) for run in runs]
-    return np.concatenate(found)
+        found += [np.repeat([run.lengths, run.sources], run.draws, axis=1) for run in runs]
+    lengths, sources = np.concatenate(found, axis=1)
+    return lengths, sources
+
+
+@dataclass(frozen=True, eq=False)
+class ReplyPasses:
+    """Full forward passes over prompts, or over prompts and replies."""
+
+    lengths: Ints
+    """Shape [row]."""
+    sources: Ints
+    """Of these tokens, those that an encoder reads, shape [row]."""
+    logits: int
+    """Number of distributions that are read, over all rows."""
 
 
 def read_pass_work(lengths: Ints, logits: int, samples: int, pass_tokens: int | None) -> ReplyWork:
@@ -622,29 +662,45 @@ class ReadPasses:
         found = ReplyWork(0, 0, 0, 0)
         if said is None:
             return found
-        every = list(self._lengths(plans, rows))
-        every += _unpatched(plans, self.most) if unpatched else []
-        by_pass: dict[str, list[tuple[Ints, int]]] = {}
-        for name, lengths, logits in every:
-            by_pass.setdefault(name, []).append((lengths + said.tokens, logits))
-        for parts in by_pass.values():
-            lengths = np.concatenate([own for own, _ in parts])
-            logits = sum(own for _, own in parts)
-            found += read_pass_work(lengths, logits, said.samples, pass_tokens)
+        for own in self.list_passes(plans, rows, said.tokens, unpatched=unpatched):
+            found += read_pass_work(own.lengths, own.logits, said.samples, pass_tokens)
         return found
 
-    def _lengths(
+    def list_passes(
+        self,
+        plans: Sequence[ExperimentPlan],
+        rows: Sequence[RowTable],
+        tokens: int,
+        *,
+        unpatched: bool,
+    ) -> Iterator[ReplyPasses]:
+        """Yield the passes over prompts and replies of so many tokens, as in `work`."""
+        every = list(self._prompts(plans, rows))
+        every += _unpatched(plans, self.most) if unpatched else []
+        by_pass: dict[str, list[ReplyPasses]] = {}
+        for name, own in every:
+            by_pass.setdefault(name, []).append(own)
+        for parts in by_pass.values():
+            yield ReplyPasses(
+                np.concatenate([own.lengths for own in parts]) + tokens,
+                np.concatenate([own.sources for own in parts]),
+                sum(own.logits for own in parts),
+            )
+
+    def _prompts(
         self, plans: Sequence[ExperimentPlan], rows: Sequence[RowTable]
-    ) -> Iterator[tuple[str, Ints, int]]:
-        """Yield (pass, prompt lengths [row], number of read distributions), per noise draw."""
+    ) -> Iterator[tuple[str, ReplyPasses]]:
+        """Yield passes over prompts with their names; there is one per noise draw."""
         for passes, plan, own in zip(self.passes, plans, rows, strict=True):
             for name, places in passes.items():
                 chosen = own.take(np.flatnonzero(places))
                 if name == _RULES:
-                    lengths = plan.lengths(chosen)
+                    given = plan.lengths(chosen), plan.sources(chosen)
                 else:
-                    lengths = plan.experiment.table.runs[name].lengths[chosen.prompt]
-                yield name, np.repeat(lengths, plan.draws), int(places.sum()) * plan.draws
+                    run = plan.experiment.table.runs[name]
+                    given = run.lengths[chosen.prompt], run.sources[chosen.prompt]
+                lengths, sources = (np.repeat(each, plan.draws) for each in given)
+                yield name, ReplyPasses(lengths, sources, int(places.sum()) * plan.draws)
 
 
 def _reads(plan: ExperimentPlan) -> Iterator[str]:
@@ -669,9 +725,9 @@ def _places(plan: ExperimentPlan) -> set[ReplyPosition | None]:
     return found - {None} or {None}
 
 
-def _unpatched(plans: Sequence[ExperimentPlan], places: int) -> list[tuple[str, Ints, int]]:
+def _unpatched(plans: Sequence[ExperimentPlan], places: int) -> list[tuple[str, ReplyPasses]]:
     """Return the passes of base and source runs, which are measured once after their replies."""
-    found: dict[tuple[str, str], Ints] = {}
+    found: dict[tuple[str, str], ReplyPasses] = {}
     for plan in plans:
         experiment = plan.experiment
         if all(measure.in_reply is None for measure in experiment.measures):
@@ -681,12 +737,11 @@ def _unpatched(plans: Sequence[ExperimentPlan], places: int) -> list[tuple[str, 
             if name is None or run is None:
                 continue
             for other in ("", *_references(plan)):
-                prompts = (experiment.table.runs[other] if other else run).lengths
-                found[name, other] = np.repeat(prompts, run.draws)
-    return [
-        (f"{name} {other}", lengths, len(lengths) * places)
-        for (name, other), lengths in found.items()
-    ]
+                prompts = experiment.table.runs[other] if other else run
+                given = prompts.lengths, prompts.sources
+                lengths, sources = (np.repeat(each, run.draws) for each in given)
+                found[name, other] = ReplyPasses(lengths, sources, len(lengths) * places)
+    return [(f"{name} {other}", own) for (name, other), own in found.items()]
 
 
 @dataclass(frozen=True)
@@ -730,65 +785,7 @@ class Cost:
         return 2 * self.multiply_adds
 
 
-# --- one token in one block -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _BlockCost:
-    """Multiply-adds per token of a block's components."""
-
-    project: int
-    output: int
-    mlp: int
-    key: int
-    """Attention's multiply-adds per key that a query sees."""
-    image: int = 0
-    """Number of tokens, before each text, of an image that some blocks attend to."""
-    share: float = 0
-    """The share of these blocks."""
-    encode: int = 0
-    """Multiply-adds of the keys and values of one image token."""
-
-    @staticmethod
-    def of(shape: ModelShape) -> _BlockCost:
-        heads = shape.n_heads * shape.d_head
-        # An MLP of four widths usually has no gate; MLPs of other sizes do.
-        matrices = 2 if shape.d_mlp == 4 * shape.d_model else 3
-        return _BlockCost(
-            project=shape.d_model * (heads + 2 * shape.n_kv_heads * shape.d_head),
-            output=heads * shape.d_model,
-            mlp=matrices * shape.d_model * shape.d_mlp,
-            key=2 * heads,
-            image=shape.attended,
-            share=shape.attending / shape.n_layers,
-            encode=2 * shape.d_model * shape.n_kv_heads * shape.d_head,
-        )
-
-    def whole(self, lengths: Ints) -> Ints:
-        """Count all tokens of a prompt in one block, on average if some blocks attend to an image
-        in place of earlier tokens. Shape [row]."""
-        own = lengths - self.image
-        pairs = own * (own + 1) // 2
-        found = own * (self.project + self.output + self.mlp) + pairs * self.key
-        if not self.image:
-            return found
-        more = (self.image - own) * self.encode + (own * self.image - pairs) * self.key
-        return found + (self.share * more).astype(np.int64)
-
-    def of_work(self, work: BlockWork, counts: Ints) -> tuple[int, int]:
-        """Return (tokens, multiply-adds) of rows with the given multiplicities."""
-        seen = np.arange(1, work.present.shape[1] + 1)
-
-        def tokens(mask: TokenMask) -> int:
-            return int(mask.sum(axis=1) @ counts)
-
-        adds = (
-            tokens(work.project) * self.project
-            + tokens(work.output) * self.output
-            + tokens(work.mlp) * self.mlp
-            + int((work.attend @ seen) @ counts) * self.key
-        )
-        return tokens(work.present), adds
+# --- circuits -----------------------------------------------------------------------------------
 
 
 def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
@@ -810,7 +807,7 @@ def _count_edge_work(senders: EdgeEnds, receivers: EdgeEnds, shape: ModelShape) 
 
 
 def _count_settled_work(
-    graph: CircuitGraph, ends: tuple[EdgeEnds, EdgeEnds], block: _BlockCost, shape: ModelShape
+    graph: CircuitGraph, ends: tuple[EdgeEnds, EdgeEnds], block: BlockCost, shape: ModelShape
 ) -> int:
     """Count the multiply-adds per token of the ablation of some edges without those of the nodes
     that aren't computed, because they give what the ablated edges carry; may be negative."""
@@ -878,12 +875,13 @@ def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
         return 0.0
     model = experiment.model.shape
     shape, patches = model.others["vision"], model.merged_side**2
-    images = [
-        [sum(each.expansion.is_image) * patches for each in row.pictures.values()]
-        for row in experiment.table.runs[experiment.spec.base].rows
-    ]
-    block = _BlockCost.of(shape)
-    each = np.array([block.whole(np.array(own, dtype=np.int64)).sum() for own in images])
+    block, rows_of = BlockCost.of(shape), experiment.table.runs[experiment.spec.base].rows
+    each = np.zeros(len(rows_of))
+    for number, row in enumerate(rows_of):
+        for picture in row.pictures.values():  # patches of a tile see each other
+            tiles = max(1, len(picture.expansion.layout.tiles))
+            tokens = sum(picture.expansion.is_image) * patches
+            each[number] += tiles * block.whole(np.array([tokens // tiles])).sum()
     read = {experiment.spec.base, *(rule.run for rule in experiment.every_rule if rule.in_vision)}
     said = experiment.generation
     passes = 1 if said is None or not model.encodes_apart else said.tokens * said.samples
@@ -894,12 +892,10 @@ def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
 def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
     """Return the cost of all prompts of a run, each in a separate pass through `stop` blocks (None:
     all blocks and the logits of one token)."""
-    lengths, draws = run.lengths, run.draws
-    blocks = shape.depth if stop is None or shape.encodes_apart else min(stop, shape.n_layers)
-    prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
+    prompts = len(run.lengths) * run.draws
     logits = prompts * shape.d_model * shape.outputs if stop is None else 0
-    per_block = int(_BlockCost.of(shape).whole(lengths).sum()) * draws
-    return Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
+    tokens, adds = PassCost.of(shape).whole(run.lengths, run.sources, stop)
+    return Cost(0, 0, prompts, int(tokens.sum()) * run.draws, int(adds.sum()) * run.draws + logits)
 
 
 def list_fitted_runs(
@@ -930,7 +926,7 @@ def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
     times = count_numbers(basis.target, shape)
     blocks = last + times * (last - first)
     run = basis.sample.run
-    adds = float((_BlockCost.of(shape).whole(run.lengths) * counts).sum()) * blocks
+    adds = float((BlockCost.of(shape).whole(run.lengths) * counts).sum()) * blocks
     tokens = int((run.lengths * counts).sum()) * blocks
     spots = int(counts.sum())
     return Cost(0, 0, spots, tokens, adds, backwards=spots * times)
@@ -938,7 +934,7 @@ def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
 
 def reply_cost(shape: ModelShape, work: ReplyWork, stop: int | None = None) -> Cost:
     """Return the cost after the prompts, through `stop` blocks; None is all."""
-    block, blocks = _BlockCost.of(shape), shape.n_layers if stop is None else stop
+    block, blocks = BlockCost.of(shape), shape.n_layers if stop is None else stop
     each = block.project + block.output + block.mlp
     adds = blocks * float(work.tokens * each + work.keys * block.key)
     adds += float(work.logits * shape.d_model * shape.outputs)
@@ -946,29 +942,44 @@ def reply_cost(shape: ModelShape, work: ReplyWork, stop: int | None = None) -> C
 
 
 def decoder_reply_cost(
-    shape: ModelShape, lengths: Ints, first: int, tokens: int, samples: int
+    shape: ModelShape, lengths: Ints, sources: Ints, tokens: int, samples: int
 ) -> Cost:
-    """Return the cost of an encoder-decoder's replies after the prefill.
-
-    Each step runs the decoder on all of its tokens, and projects the encoder's outputs again.
+    """Return the cost of the replies of an encoder-decoder after the prefill.
 
     Args:
         shape: The model.
         lengths: [row] number of tokens that encoder and decoder read.
-        first: Number of tokens that the decoder begins with.
+        sources: [row] of these, the tokens of the encoder.
         tokens: Maximum length of a reply.
         samples: Number of replies per row.
     """
-    block, heads = _BlockCost.of(shape), shape.n_heads * shape.d_head
-    own = first + np.arange(1, tokens, dtype=np.int64)
-    rows, sources = len(lengths) * samples, int((lengths - first).sum()) * samples
-    each = block.project + block.output + block.mlp + 2 * shape.d_model * heads
-    adds = rows * float((own * each + own * (own + 1) // 2 * block.key).sum())
-    projected = len(own) * 2 * shape.d_model * shape.n_kv_heads * shape.d_head
-    adds += sources * float(projected + own.sum() * block.key)
-    logits = rows * len(own) * float(shape.d_model * shape.outputs)
-    passed = rows * int(own.sum()) * shape.n_layers
-    return Cost(0, 0, rows * len(own), passed, adds * shape.n_layers + logits)
+    steps = tokens - 1
+    passes = len(lengths) * samples * steps
+    passed, adds = PassCost.of(shape).replies(lengths, sources, steps)
+    logits = passes * float(shape.d_model * shape.outputs)
+    return Cost(0, 0, passes, passed * samples, adds * samples + logits)
+
+
+def read_pass_cost(
+    shape: ModelShape,
+    passes: ReplyPasses,
+    samples: int,
+    pass_tokens: int | None,
+    stop: int | None = None,
+) -> Cost:
+    """Return the cost of full forward passes of an encoder-decoder over prompts and replies.
+
+    Args:
+        shape: The model.
+        passes: The passes.
+        samples: Number of replies per row.
+        pass_tokens: Tokens of passes shared by rows; None if each row has its own pass.
+        stop: Number of blocks of the decoder to run; None is all.
+    """
+    tokens, adds = PassCost.of(shape).whole(passes.lengths, passes.sources, stop)
+    count = len(tokens) if pass_tokens is None else -(-int(passes.lengths.sum()) // pass_tokens)
+    logits = passes.logits * float(shape.d_model * shape.outputs)
+    return samples * Cost(0, 0, count, int(tokens.sum()), float(adds.sum()) + logits)
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -984,7 +995,8 @@ class PanelCount:
         self.plans = panel.experiments
         self.table = self.plans[0].experiment.table
         self.shape = self.plans[0].experiment.model.shape
-        self.block = _BlockCost.of(self.shape)
+        self.block = BlockCost.of(self.shape)
+        self.full_pass = PassCost.of(self.shape)
         self.sharer = RowSharer(self.plans, share=True)
         self._circuit_adds: dict[tuple[int, bool], Ints] = {}
 
@@ -1140,7 +1152,7 @@ class PanelWork:
         self.narrows = False
         """Whether two rows of the unembedding suffice."""
         self.readings = ReadPasses.of(panel.plans, self.rows)
-        given = prompts, panel.block.whole, panel.pass_tokens
+        given = prompts, panel.full_pass.whole, panel.pass_tokens
         every = (gradient_work(plan, *given) for plan in panel.plans)
         self.gradients = sum(every, GradientWork())
         self.encoding = self._encoding()
@@ -1168,8 +1180,8 @@ class PanelWork:
         forwards, backwards = found.forwards, found.backwards
         if self.joins:
             forwards, backwards = found.joined_forwards, found.joined_backwards
-        adds = found.adds * shape.n_layers + found.logits * float(shape.d_model * shape.outputs)
-        return Cost(0, 0, forwards, found.tokens * shape.n_layers, adds, backwards)
+        adds = found.adds + found.logits * float(shape.d_model * shape.outputs)
+        return Cost(0, 0, forwards, found.tokens, adds, backwards)
 
     def _replies(self) -> Cost:
         """Return the cost after the prefill; unpatched runs generate once per panel."""
@@ -1180,13 +1192,13 @@ class PanelWork:
             generation_lengths(plan, rows, unpatched=self.first and not number)
             for number, (plan, rows) in enumerate(zip(self.panel.plans, self.rows, strict=True))
         ]
-        lengths = np.concatenate(parts)
+        lengths, sources = np.concatenate(parts, axis=1)
         together = self.panel.pass_tokens if self.joins else None
-        read = self.readings.work(self.panel.plans, self.rows, together, unpatched=self.first)
-        if self.panel.shape.encodes_apart:
-            row = self.panel.table.runs[self.panel.plans[0].experiment.spec.base].rows[0]
-            given = lengths, len(row.ids) - row.source, said.tokens, said.samples
-            return decoder_reply_cost(self.panel.shape, *given) + reply_cost(self.panel.shape, read)
+        shape, given = self.panel.shape, (self.panel.plans, self.rows)
+        if shape.encodes_apart:
+            cost = decoder_reply_cost(shape, lengths, sources, said.tokens, said.samples)
+            read = self.readings.list_passes(*given, said.tokens, unpatched=self.first)
+            return sum((read_pass_cost(shape, own, said.samples, together) for own in read), cost)
         work = reply_work(
             lengths,
             said.tokens,
@@ -1194,7 +1206,8 @@ class PanelWork:
             kept=self.keeps_tokens,
             pass_tokens=self.panel.pass_tokens,
         )
-        return reply_cost(self.panel.shape, work + read)
+        read = self.readings.work(*given, together, unpatched=self.first)
+        return reply_cost(shape, work + read)
 
     def keep_tokens(self) -> None:
         """Compute only the newest token in each step of a reply, except of an encoder-decoder."""
@@ -1277,13 +1290,12 @@ class PanelWork:
         """Return the cost of every row as a full forward pass."""
         count = tokens = 0
         adds = 0.0
-        shape, block = self.panel.shape, self.panel.block
-        n, logits = shape.depth, shape.d_model * shape.outputs
+        logits = self.panel.shape.d_model * self.panel.shape.outputs
         for plan, one in zip(self.panel.plans, self.rows, strict=True):
-            lengths = plan.lengths(one)
+            passed, added = self.panel.full_pass.whole(plan.lengths(one), plan.sources(one))
             count += len(one) * plan.draws
-            tokens += int(lengths.sum()) * plan.draws * n
-            adds += float(block.whole(lengths).sum()) * plan.draws * n
+            tokens += int(passed.sum()) * plan.draws
+            adds += float(added.sum()) * plan.draws
             adds += len(one) * plan.draws * float(logits)
         # The first prompts suffice, because all prompts have the same cells.
         cells = sum(len(np.unique(one.cell)) for one in self.rows) if self.first else 0
@@ -1330,8 +1342,8 @@ class _Shapes:
     def __init__(self, plan: ExperimentPlan, rows: RowTable, *, recording: bool = False) -> None:
         self.plan = plan
         self.recording = recording
-        lengths = plan.lengths(rows)
-        columns: list[Ints] = [lengths]
+        lengths, sources = plan.lengths(rows), plan.sources(rows)
+        columns: list[Ints] = [lengths, sources]
         for rule in plan.rules:
             run = rule.written_runs(rows)
             first = rule.written.leftmost(run) if len(rows) else run
@@ -1348,7 +1360,7 @@ class _Shapes:
         code = combine_columns([[*columns, *at]], [len(rows)])
         _, first, counts = np.unique(code, return_index=True, return_counts=True)
         self.rows = rows.take(first)
-        self.lengths = lengths[first]
+        self.lengths, self.sources = lengths[first], sources[first]
         self.counts = counts * plan.draws
         self.masks = self._masks([column[first] for column in at])
         begin = np.where(
@@ -1366,19 +1378,7 @@ class _Shapes:
             shortcuts: What rows reuse of their starting run.
             settles: Whether nodes aren't computed that give what ablated edges carry.
         """
-        tokens = adds = 0
-        block, shape = panel.block, panel.shape
-        shortcuts = FULL_PASS if self.plan.whole else shortcuts
-        for each in block_work(
-            self.masks,
-            shape.depth,
-            parallel=shape.parallel_block,
-            causal=shape.causal,
-            shortcuts=shortcuts,
-        ):
-            more_tokens, more_adds = block.of_work(each, self.counts)
-            tokens += more_tokens
-            adds += more_adds
+        tokens, adds = self._blocks(panel, FULL_PASS if self.plan.whole else shortcuts)
         for rule in self.plan.rules:
             if rule.rule.circuit is not None:
                 written = rule.class_counts(self.rows)
@@ -1388,6 +1388,25 @@ class _Shapes:
                     fewer = panel.circuit_adds(rule, settles=True)[number]
                     each = np.where(written == self.lengths[:, None], fewer, each)
                 adds += int(self.counts @ (written * each).sum(axis=1))
+        return tokens, adds
+
+    def _blocks(self, panel: PanelCount, shortcuts: Shortcuts) -> tuple[int, int]:
+        """Return (tokens through blocks, multiply-adds) without those of ablated edges."""
+        shape = panel.shape
+        if shape.encodes_apart:
+            passed, added = panel.full_pass.whole(self.lengths, self.sources)
+            return int(passed @ self.counts), int(added @ self.counts)
+        tokens = adds = 0
+        for each in block_work(
+            self.masks,
+            shape.n_layers,
+            parallel=shape.parallel_block,
+            causal=shape.causal,
+            shortcuts=shortcuts,
+        ):
+            more_tokens, more_adds = panel.block.of_work(each, self.lengths, self.counts)
+            tokens += more_tokens
+            adds += more_adds
         return tokens, adds
 
     def _places(self, rule: RulePlan) -> tuple[Sequence[SitePoint], RaggedColumn, Ints]:

@@ -15,7 +15,10 @@ from mechdsl.planner.cost import (
     Cost,
     PanelCount,
     PanelWork,
+    ReplyPasses,
+    decoder_reply_cost,
     list_fitted_runs,
+    read_pass_cost,
     read_pass_work,
     reply_cost,
     reply_work,
@@ -365,9 +368,13 @@ def _of_replies(
 ) -> Cost:
     """Return the cost of a run's generation and of a pass over prompts and replies that stops after
     the last read block."""
-    lengths = np.repeat(run.lengths, run.draws)
+    lengths, sources = (np.repeat(own, run.draws) for own in (run.lengths, run.sources))
     first = replace(run_cost(shape, run, None), forwards=batches)
     given = (said.tokens, said.samples)
+    if shape.encodes_apart:
+        passes = ReplyPasses(lengths + said.tokens, sources, 0)
+        read = read_pass_cost(shape, passes, said.samples, PROMPT_TOKENS, stop)
+        return first + decoder_reply_cost(shape, lengths, sources, *given) + read
     writing = reply_work(lengths, *given, kept=True, pass_tokens=PASS_TOKENS)
     reading = read_pass_work(lengths + said.tokens, 0, said.samples, PROMPT_TOKENS)
     blocks = shape.n_layers if stop is None else min(stop, shape.n_layers)

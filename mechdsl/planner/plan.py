@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, pairwise
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -336,10 +336,18 @@ class ExperimentPlan:
 
     def lengths(self, rows: RowTable) -> Ints:
         """Return the number of prompt tokens of each row's starting run. Shape [row]."""
+        return self._of_starting_run(rows, "lengths")
+
+    def sources(self, rows: RowTable) -> Ints:
+        """Return the number of these tokens that an encoder reads. Shape [row]."""
+        return self._of_starting_run(rows, "sources")
+
+    def _of_starting_run(self, rows: RowTable, name: Literal["lengths", "sources"]) -> Ints:
         which = self.starting_run(rows)
         found = np.zeros(len(rows), dtype=np.int64)
         for index, run in enumerate(self.starting_runs):
-            found = np.where(which == index, run.lengths[rows.prompt], found)
+            own = run.lengths if name == "lengths" else run.sources
+            found = np.where(which == index, own[rows.prompt], found)
         return found
 
     def leftmost(self, rows: RowTable) -> Ints:

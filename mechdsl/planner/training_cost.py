@@ -15,6 +15,7 @@ from mechdsl.base.text import count_noun
 from mechdsl.fits.reports import IndependenceReport, MixtureReport
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.cost import Cost, count_circuit_work, list_fitted_runs, run_cost
+from mechdsl.planner.pass_cost import PassCost
 from mechdsl.planner.plan import PROMPT_TOKENS
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import (
@@ -489,18 +490,19 @@ def _blocks_above(point: SitePoint, shape: ModelShape) -> int:
 def _share_above(point: SitePoint, shape: ModelShape, run: PromptRun) -> float:
     """Return the share of a forward pass that a gradient passes through down to a site.
 
-    An encoder-decoder runs the encoder on the tokens of the prompt, and the decoder on those that
-    it continues.
+    In an encoder-decoder, a gradient passes the decoder before it reaches the encoder.
     """
-    kind = SITES[point.site]
+    if not shape.encodes_apart:
+        return _blocks_above(point, shape) / shape.n_layers
+    kind, count = SITES[point.site], PassCost.of(shape)
+    encoder, whole = (
+        float(count.whole(run.lengths, run.sources, stop)[1].sum()) for stop in (0, None)
+    )
     if kind.stack == "encoder":
         own = shape.others["encoder"]
-        return _blocks_above(replace(point, site=kind.component), own) / own.n_layers
-    share = _blocks_above(point, shape) / shape.n_layers
-    if not shape.encodes_apart:
-        return share
-    read = sum(row.source for row in run.rows)
-    return share * (1 - read / max(1, int(run.lengths.sum())))
+        below = own.n_layers - _blocks_above(replace(point, site=kind.component), own)
+        return 1 - encoder * below / own.n_layers / max(1.0, whole)
+    return _blocks_above(point, shape) / shape.n_layers * (1 - encoder / max(1.0, whole))
 
 
 def _saved_by_edges(circuit: CircuitTargets, shape: ModelShape) -> int:

@@ -300,6 +300,15 @@ class PromptRun(Record):
         found.setflags(write=False)
         return found
 
+    @cached_property
+    def sources(self) -> Ints:
+        """[row] tokens of each prompt that an encoder-decoder's encoder reads; read only."""
+        import numpy as np  # lazy: checking a file doesn't need NumPy
+
+        found = np.array([row.source for row in self.rows], dtype=np.int64)
+        found.setflags(write=False)
+        return found
+
     @property
     def draws(self) -> int:
         """Noise draws per row."""

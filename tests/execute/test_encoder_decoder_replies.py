@@ -554,4 +554,4 @@ def test_planned_cost_is_near_the_counted_products(family: str, tmp_path: Path) 
         with FlopCounterMode(display=False) as counter:
             execute(plan, {"m": loaded}, None, check=check_denominators)
         planned = plan_cost(plan).planned.multiply_adds
-        assert 0.5 < planned / (counter.get_total_flops() / 2) < 2
+        assert 0.7 < planned / (counter.get_total_flops() / 2) < 1.4  # of padded prompts

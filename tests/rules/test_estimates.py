@@ -513,7 +513,9 @@ def count_planned_passes(
     write_rows(folder)
     checked = check_file(text, folder, shared(bare("gpt2")))
     ((own,),) = (panel.experiments for panel in make_plan(checked.experiments).panels)
-    work = gradient_work(own, np.arange(len(ROWS)), lambda lengths: lengths, 10_000)
+    work = gradient_work(
+        own, np.arange(len(ROWS)), lambda lengths, sources: (lengths, lengths), 10_000
+    )
     calls = count_passes(monkeypatch)
     execute_file(checked, shared(bare("gpt2")))
     return (work.joined_forwards, work.joined_backwards), (calls["there"], calls["back"])
@@ -532,7 +534,9 @@ def test_plan_counts_the_passes_of_integrated_gradients(
     calls = count_passes(monkeypatch)
     execute_file(checked, shared(bare("gpt2")))
     (own,) = (each for panel in plan.panels for each in panel.experiments)
-    work = gradient_work(own, np.arange(len(ROWS)), lambda lengths: lengths, 10_000)
+    work = gradient_work(
+        own, np.arange(len(ROWS)), lambda lengths, sources: (lengths, lengths), 10_000
+    )
     # Three layers, four steps; a text of several tokens has separate passes.
     assert (work.joined_forwards, work.joined_backwards) == (3 * 4 * 2 + 1, 3 * 4 * 3)
     assert (calls["there"], calls["back"]) == (3 * 4 * 2 + 1, 3 * 4 * 3)

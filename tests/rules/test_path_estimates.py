@@ -577,7 +577,9 @@ def test_plan_counts_the_passes_of_edges(
     text = experiment("e", HEADS[0], HEADS[1] + through, f"using {using}", *measures, measure="")
     checked = check_file(text, tmp_path, shared_model(bare("gpt2")))
     ((own,),) = (panel.experiments for panel in make_plan(checked.experiments).panels)
-    work = gradient_work(own, np.arange(len(records())), lambda lengths: lengths, 10_000)
+    work = gradient_work(
+        own, np.arange(len(records())), lambda lengths, sources: (lengths, lengths), 10_000
+    )
     assert (work.joined_forwards, work.joined_backwards) == (2 + gradients, backwards)
     calls: list[str] = []
 

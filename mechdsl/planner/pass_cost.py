@@ -1,0 +1,223 @@
+"""The multiply-adds of full forward passes over prompts, of a token in a block, and of the tokens
+that a decoder generates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mechdsl.base.arrays import Ints
+from mechdsl.models.restart import BlockWork, TokenMask
+from mechdsl.models.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Multiply-adds per token of a block's components."""
+
+    project: int
+    output: int
+    mlp: int
+    key: int
+    """Attention's multiply-adds per key that a query sees."""
+    causal: bool
+    """Queries see no later keys."""
+    image: int = 0
+    """Number of tokens, before each text, of an image that some blocks attend to."""
+    share: float = 0
+    """The share of these blocks."""
+    encode: int = 0
+    """Multiply-adds of the keys and values of one image token."""
+
+    @staticmethod
+    def of(shape: ModelShape) -> BlockCost:
+        heads = shape.n_heads * shape.d_head
+        return BlockCost(
+            project=shape.d_model * (heads + 2 * shape.n_kv_heads * shape.d_head),
+            output=heads * shape.d_model,
+            mlp=(3 if _has_gate(shape) else 2) * shape.d_model * shape.d_mlp,
+            key=2 * heads,
+            causal=shape.causal,
+            image=shape.attended,
+            share=shape.attending / shape.n_layers,
+            encode=2 * shape.d_model * shape.n_kv_heads * shape.d_head,
+        )
+
+    @property
+    def token(self) -> int:
+        """Multiply-adds of a token, without attention's products with keys."""
+        return self.project + self.output + self.mlp
+
+    def pairs(self, lengths: Ints) -> Ints:
+        """Count the pairs of a query and a key that it sees, in prompts of these lengths."""
+        return lengths * (lengths + 1) // 2 if self.causal else lengths**2
+
+    def whole(self, lengths: Ints) -> Ints:
+        """Count all tokens of a prompt in one block, on average if some blocks attend to an image
+        in place of earlier tokens. Shape [row]."""
+        own = lengths - self.image
+        pairs = self.pairs(own)
+        found = own * self.token + pairs * self.key
+        if not self.image:
+            return found
+        more = (self.image - own) * self.encode + (own * self.image - pairs) * self.key
+        return found + (self.share * more).astype(np.int64)
+
+    def of_work(self, work: BlockWork, lengths: Ints, counts: Ints) -> tuple[int, int]:
+        """Return (tokens, multiply-adds) of rows with the given lengths and multiplicities."""
+        seen = np.arange(1, work.present.shape[1] + 1)
+
+        def tokens(mask: TokenMask) -> int:
+            return int(mask.sum(axis=1) @ counts)
+
+        keys = work.attend @ seen if self.causal else work.attend.sum(axis=1) * lengths
+        adds = (
+            tokens(work.project) * self.project
+            + tokens(work.output) * self.output
+            + tokens(work.mlp) * self.mlp
+            + int(keys @ counts) * self.key
+        )
+        return tokens(work.present), adds
+
+
+def _has_gate(shape: ModelShape) -> bool:
+    """Whether an MLP has three matrices, as far as the config shows it."""
+    config = shape.config
+    if isinstance(form := config.get("feed_forward_proj"), str):
+        return form.startswith("gated")
+    if shape.patches is not None:
+        return bool(config.get("use_swiglu_ffn"))
+    if any(key in config for key in ("encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim")):
+        return False
+    # An MLP of four widths usually has no gate; MLPs of other sizes do.
+    return shape.d_mlp != 4 * shape.d_model
+
+
+@dataclass(frozen=True)
+class CrossCost:
+    """Multiply-adds of an encoder, and of a decoder's attention to it in one block."""
+
+    encoder: BlockCost
+    blocks: int
+    """Number of blocks of the encoder."""
+    entrance: int
+    """Of one token of the encoder: convolutions before the first block."""
+    front: int
+    """Number of tokens of the encoder that aren't part of an image, such as a class token."""
+    exit: int
+    """Of one token of the encoder: the map to the width that the decoder reads."""
+    query: int
+    """Of one token of the decoder, in one block: its query, and the output of attention."""
+    source: int
+    """Of one token of the encoder, in one block of the decoder: its key and value."""
+    key: int
+    """Of one pair of a query and a key, in one block."""
+
+    @staticmethod
+    def of(shape: ModelShape) -> CrossCost | None:
+        """Return the costs of an encoder-decoder; None for other models."""
+        encoder = shape.others.get("encoder")
+        if encoder is None:
+            return None
+        reads_encoder = shape.config.get("cross_attention_hidden_size") is not None
+        width = encoder.d_model if reads_encoder else shape.d_model
+        heads = shape.n_heads * shape.d_head
+        # Without `cross`, a decoder attends to its own and the encoder's tokens in one operation.
+        own = 2 * shape.d_model * heads if "cross" in shape.others else 0
+        return CrossCost(
+            replace(BlockCost.of(encoder), causal=False),
+            encoder.n_layers,
+            _count_convolutions(encoder),
+            0 if encoder.patches is None else len(encoder.patches.front),
+            0 if width == encoder.d_model else encoder.d_model * width,
+            own,
+            2 * width * shape.n_kv_heads * shape.d_head,
+            2 * heads,
+        )
+
+    def encode(self, sources: Ints) -> Ints:
+        """Count the multiply-adds of the encoder on prompts of these lengths. Shape [row]."""
+        entering = (sources - self.front) * self.entrance
+        return self.blocks * self.encoder.whole(sources) + entering + sources * self.exit
+
+
+def _count_convolutions(encoder: ModelShape) -> int:
+    """Count the multiply-adds per token of an encoder's convolutions over pixels or frames."""
+    config: Any = encoder.config
+    width = encoder.d_model
+    if encoder.patches is not None:
+        high, wide = encoder.patches.patch
+        return int(config.get("num_channels") or 3) * high * wide * width
+    bands = config.get("num_mel_bins")
+    if encoder.family == "whisper" and isinstance(bands, int):  # two frames give one token
+        return 3 * width * (2 * bands + width)
+    return 0
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """The work of full forward passes without the unembedding."""
+
+    n_layers: int
+    block: BlockCost
+    cross: CrossCost | None
+    """The encoder of an encoder-decoder; None for other models."""
+
+    @staticmethod
+    def of(shape: ModelShape) -> PassCost:
+        return PassCost(shape.n_layers, BlockCost.of(shape), CrossCost.of(shape))
+
+    def whole(self, lengths: Ints, sources: Ints, stop: int | None = None) -> tuple[Ints, Ints]:
+        """Count the work of full forward passes.
+
+        Args:
+            lengths: [row] tokens of each prompt.
+            sources: [row] of these, the tokens that an encoder reads; 0 in other models.
+            stop: Number of blocks of the main stack to run; None is all.
+
+        Returns:
+            (tokens times blocks [row], multiply-adds [row]).
+        """
+        blocks = self.n_layers if stop is None else min(stop, self.n_layers)
+        if self.cross is None:
+            return lengths * blocks, self.block.whole(lengths) * blocks
+        own = lengths - sources
+        each = self.block.whole(own) + self._attend(own, own * sources, sources)
+        tokens = sources * self.cross.blocks + own * blocks
+        return tokens, self.cross.encode(sources) + each * blocks
+
+    def _attend(self, own: Ints, pairs: Ints, projected: Ints) -> Ints:
+        """Count the multiply-adds of attention to the encoder, in one block.
+
+        Args:
+            own: Tokens of the decoder.
+            pairs: Pairs of a token of the decoder and one of the encoder.
+            projected: Tokens of the encoder whose keys and values are computed.
+        """
+        assert self.cross is not None
+        cross = self.cross
+        return own * cross.query + pairs * cross.key + projected * cross.source
+
+    def replies(self, lengths: Ints, sources: Ints, steps: int) -> tuple[int, float]:
+        """Count the work of `steps` passes after the first one, of replies of a decoder.
+
+        Each pass runs the decoder on all of its tokens, and projects the outputs of the encoder,
+        which are cached, again.
+
+        Args:
+            lengths: [row] tokens that encoder and decoder read.
+            sources: [row] of these, the tokens of the encoder, or of an image.
+            steps: Number of passes.
+
+        Returns:
+            (tokens times blocks, multiply-adds).
+        """
+        later, source = np.arange(1, steps + 1, dtype=np.int64), sources[:, None]
+        own = lengths[:, None] - source + later
+        if self.cross is None:  # blocks attend to an image, which `lengths` include
+            each = self.block.whole(own + source)
+        else:
+            each = self.block.whole(own) + self._attend(own, own * source, source)
+        return int(own.sum()) * self.n_layers, float(each.sum()) * self.n_layers
