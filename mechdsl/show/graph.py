@@ -1,12 +1,11 @@
-"""The intervention graph as DOT, Mermaid or SVG, with a plain layered layout."""
+"""The intervention graph as DOT, Mermaid, SVG or text, and the layout of graphs by Graphviz."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import networkx as nx
 
@@ -180,6 +179,83 @@ def _edges(graph: Graph, names: Mapping[Node, str]) -> list[tuple[Node, Node]]:
     return sorted(graph.edges, key=lambda edge: (int(names[edge[0]][1:]), int(names[edge[1]][1:])))
 
 
+# --- layout ---------------------------------------------------------------------------------------
+
+NodeT = TypeVar("NodeT", bound=Hashable)
+
+Point: TypeAlias = tuple[float, float]
+
+_POINTS_PER_INCH = 72
+"""Graphviz has sizes in inches and places in points; a point is a pixel here."""
+
+
+@dataclass(frozen=True)
+class Layout(Generic[NodeT]):
+    """Places in pixels from the top left."""
+
+    centres: Mapping[NodeT, Point]
+    """The middle of each node."""
+    curves: Mapping[tuple[NodeT, NodeT], Sequence[Point]]
+    """The control points of each edge: its start, then three for each cubic Bézier curve."""
+    size: Point
+
+
+def lay_out_graph(
+    sizes: Mapping[NodeT, Point],
+    edges: Iterable[tuple[NodeT, NodeT]],
+    *,
+    rows: Iterable[Sequence[NodeT]] = (),
+    gaps: Point = (0.0, 0.0),
+    curved: bool = True,
+) -> Layout[NodeT]:
+    """Place nodes in rows from top to bottom, so that edges cross and bend as little as possible.
+
+    Args:
+        sizes: Width and height of each node, in pixels.
+        edges: Pairs of nodes; an edge leads downwards.
+        rows: Nodes that are in one row; those that are in none are placed by their edges.
+        gaps: Pixels between two nodes of a row, and between two rows.
+        curved: Whether to compute the curves of edges.
+
+    References:
+        Gansner et al. 1993, "A technique for drawing directed graphs".
+    """
+    import pygraphviz
+
+    names = {node: f"n{number}" for number, node in enumerate(sizes)}
+    across, down = (gap / _POINTS_PER_INCH for gap in gaps)
+    graph: Any = pygraphviz.AGraph(
+        directed=True, nodesep=across, ranksep=down, splines=str(curved).lower()
+    )
+    for node, (width, height) in sizes.items():
+        graph.add_node(
+            names[node],
+            shape="box",
+            fixedsize="true",
+            label="",
+            width=width / _POINTS_PER_INCH,
+            height=height / _POINTS_PER_INCH,
+        )
+    for row in rows:
+        graph.add_subgraph([names[node] for node in row], rank="same")
+    pairs = list(dict.fromkeys(edges))
+    for start, end in pairs:
+        graph.add_edge(names[start], names[end])
+    graph.layout("dot")
+    _, _, right, top = (float(each) for each in graph.graph_attr["bb"].split(","))
+
+    def point(written: str) -> Point:
+        x, y = written.split(",")
+        return float(x), top - float(y)
+
+    centres = {node: point(graph.get_node(name).attr["pos"]) for node, name in names.items()}
+    curves: dict[tuple[NodeT, NodeT], Sequence[Point]] = {}
+    for start, end in pairs if curved else ():
+        tip, *points = graph.get_edge(names[start], names[end]).attr["pos"].split()
+        curves[start, end] = [*map(point, points), point(tip.removeprefix("e,"))]
+    return Layout(centres, curves, (right, top))
+
+
 # --- SVG ------------------------------------------------------------------------------------------
 
 LINE_HEIGHT, CHARACTER_WIDTH, PADDING, GAP_X, GAP_Y, MARGIN = 16, 6.7, 9, 22, 46, 20
@@ -187,59 +263,15 @@ LINE_HEIGHT, CHARACTER_WIDTH, PADDING, GAP_X, GAP_Y, MARGIN = 16, 6.7, 9, 22, 46
 WRAP_CHARACTERS = 32
 
 
-@dataclass(frozen=True)
-class _Bend:
-    """The point where an edge passes a layer between two boxes instead of crossing them."""
-
-    start: Node
-    end: Node
-    level: int
-
-
-_Position: TypeAlias = Node | _Bend
-
-_PlaceT = TypeVar("_PlaceT")
-
-
-@dataclass
-class _Box:
-    lines: list[str]
-    width: float
-    height: float
-    x: float = 0.0
-    y: float = 0.0
-    floor: float = 0.0
-    """Bottom of its layer; edges bend below it."""
-
-
 def to_svg(graph: Graph) -> str:
-    """Draw the graph as SVG: layers from top to bottom, each sorted by the position of inputs."""
+    """Draw the graph as SVG: edges lead downwards."""
     names = _node_names(graph)
-    layers: list[list[_Position]] = [[*layer] for layer in _layers(graph, names)]
-    routes = _routes(layers, _edges(graph, names))
-    before: dict[_Position, list[_Position]] = {place: [] for layer in layers for place in layer}
-    after: dict[_Position, list[_Position]] = {place: [] for layer in layers for place in layer}
-    for route in routes:
-        for upper, lower in pairwise(route):
-            before[lower].append(upper)
-            after[upper].append(lower)
-    for _ in range(4):
-        reorder_layers(layers, before)
-        reorder_layers(layers[::-1], after)
-    boxes = {place: _box(place) for layer in layers for place in layer}
-    widths = [sum(boxes[n].width + GAP_X for n in layer) - GAP_X for layer in layers]
-    width = max(widths, default=0) + 2 * MARGIN
-    y: float = MARGIN
-    for layer, own in zip(layers, widths, strict=True):
-        x = (width - own) / 2
-        height = max(boxes[n].height for n in layer)
-        for place in layer:
-            boxes[place].x, boxes[place].y, boxes[place].floor = x, y, y + height
-            x += boxes[place].width + GAP_X
-        y += height + GAP_Y
-    height = y - GAP_Y + MARGIN
-    shapes = [_line([boxes[place] for place in route]) for route in routes]
-    shapes += [_rectangle(node, boxes[node]) for node in names]
+    texts = {node: _lines(node) for node in names}
+    sizes = {node: _size(lines) for node, lines in texts.items()}
+    layout = lay_out_graph(sizes, _edges(graph, names), gaps=(GAP_X, GAP_Y))
+    width, height = (side + 2 * MARGIN for side in layout.size)
+    shapes = [_curve(points) for points in layout.curves.values()]
+    shapes += [_rectangle(node, texts[node], layout.centres[node], sizes[node]) for node in names]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" '
@@ -247,103 +279,45 @@ def to_svg(graph: Graph) -> str:
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
         'markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#888"/></marker></defs>\n'
         f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>\n'
-        + "\n".join(shapes)
-        + "\n</svg>\n"
+        f'<g transform="translate({MARGIN},{MARGIN})">\n' + "\n".join(shapes) + "\n</g>\n</svg>\n"
     )
 
 
-def _box(place: _Position) -> _Box:
-    """Return the size of a node with its text; a passing edge needs little space."""
-    if isinstance(place, _Bend):
-        return _Box([], 0, 0)
-    parts = describe_node(place)
-    lines = [parts[0], *(line for part in parts[1:] for line in _wrap_text(part))]
-    width = max(len(line) for line in lines) * CHARACTER_WIDTH + 2 * PADDING
-    return _Box(lines, width, len(lines) * LINE_HEIGHT + 2 * PADDING)
+def _lines(node: Node) -> list[str]:
+    first, *others = describe_node(node)
+    return [first, *(line for other in others for line in _wrap_text(other))]
 
 
 def _wrap_text(text: str) -> list[str]:
     return textwrap.wrap(text, WRAP_CHARACTERS, break_on_hyphens=False)
 
 
-def _layers(graph: Graph, names: Mapping[Node, str]) -> list[list[Node]]:
-    """Sort nodes by depth, but as low as their dependents allow, so that edges are short."""
-    layers: list[list[Node]] = list(nx.topological_generations(graph))
-    level = {node: number for number, layer in enumerate(layers) for node in layer}
-    for layer in reversed(layers):
-        for node in layer:
-            below = [level[after] for after in graph.successors(node)]
-            if below:
-                level[node] = min(below) - 1
-    found: list[list[Node]] = [[] for _ in layers]
-    for layer in layers:
-        for node in layer:
-            found[level[node]].append(node)
-    return [sorted(layer, key=lambda node: int(names[node][1:])) for layer in found if layer]
+def _size(lines: Sequence[str]) -> tuple[float, float]:
+    """Return the width and the height of a box with this text."""
+    width = max(len(line) for line in lines) * CHARACTER_WIDTH + 2 * PADDING
+    return width, len(lines) * LINE_HEIGHT + 2 * PADDING
 
 
-def _routes(layers: list[list[_Position]], edges: list[tuple[Node, Node]]) -> list[list[_Position]]:
-    """Return the points that each edge passes, and add its bends to the layers in between."""
-    level = {place: number for number, layer in enumerate(layers) for place in layer}
-    routes: list[list[_Position]] = []
-    for start, end in edges:
-        bends = [_Bend(start, end, number) for number in range(level[start] + 1, level[end])]
-        for bend in bends:
-            layers[bend.level].append(bend)
-        routes.append([start, *bends, end])
-    return routes
-
-
-def reorder_layers(
-    layers: Sequence[list[_PlaceT]], neighbours: Mapping[_PlaceT, list[_PlaceT]]
-) -> None:
-    """Sort each layer by the mean position of its neighbours in the preceding layers."""
-    where: dict[_PlaceT, float] = {}
-    for layer in layers:
-        wanted: dict[_PlaceT, float] = {}
-        for number, place in enumerate(layer):
-            known = [where[n] for n in neighbours.get(place, ()) if n in where]
-            wanted[place] = sum(known) / len(known) if known else number / len(layer)
-        layer.sort(key=wanted.__getitem__)  # stable for equal positions
-        for number, place in enumerate(layer):
-            where[place] = (number + 0.5) / len(layer)
-
-
-def route_path(stops: Sequence[tuple[float, float, float]]) -> str:
-    """Return the path of an edge as SVG: curves between stops, and a line through each.
-
-    Args:
-        stops: (x, y where the edge enters, y where it leaves) of each place.
-    """
-    x, enters, y = stops[0]
-    path = f"M{x:.1f},{enters:.1f} L{x:.1f},{y:.1f}"
-    for to, enters, leaves in stops[1:]:
-        half = (enters - y) / 2
-        path += f" C{x:.1f},{y + half:.1f} {to:.1f},{enters - half:.1f} {to:.1f},{enters:.1f}"
-        path += "" if enters == leaves else f" L{to:.1f},{leaves:.1f}"
-        x, y = to, leaves
-    return path
-
-
-def _line(boxes: list[_Box]) -> str:
-    """Draw an edge from the first box to the last, straight through the layers in between."""
-    first, *others = boxes
-    stops = [(first.x + first.width / 2, first.y + first.height, first.floor)]
-    stops += [(box.x + box.width / 2, box.y, box.floor) for box in others[:-1]]
-    stops += [(box.x + box.width / 2, box.y - 2, box.y - 2) for box in others[-1:]]
-    path = route_path(stops)
+def _curve(points: Sequence[tuple[float, float]]) -> str:
+    """Draw an edge; see `mechdsl.show.graphviz.Layout.curves`."""
+    start, *others = (f"{x:.1f},{y:.1f}" for x, y in points)
+    path = f"M{start} C{' '.join(others[:-1])} L{others[-1]}"
     return f'<path d="{path}" fill="none" stroke="#888" marker-end="url(#arrow)"/>'
 
 
-def _rectangle(node: Node, box: _Box) -> str:
+def _rectangle(
+    node: Node, lines: Sequence[str], centre: tuple[float, float], size: tuple[float, float]
+) -> str:
+    (x, y), (width, height) = centre, size
+    left, top = x - width / 2, y - height / 2
     texts = "".join(
-        f'<text x="{box.x + PADDING:.1f}" y="{box.y + PADDING + LINE_HEIGHT * (i + 0.78):.1f}" '
+        f'<text x="{left + PADDING:.1f}" y="{top + PADDING + LINE_HEIGHT * (i + 0.78):.1f}" '
         f'font-weight="{"bold" if i == 0 else "normal"}">{escape_xml(line)}</text>'
-        for i, line in enumerate(box.lines)
+        for i, line in enumerate(lines)
     )
     return (
-        f'<g><rect x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" '
-        f'height="{box.height:.1f}" rx="6" fill="{COLOURS[type(node)]}" stroke="#999"/>{texts}</g>'
+        f'<g><rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" '
+        f'height="{height:.1f}" rx="6" fill="{COLOURS[type(node)]}" stroke="#999"/>{texts}</g>'
     )
 
 

@@ -102,6 +102,7 @@ def test_graph_nodes_do_not_overlap_and_edges_lead_upwards(family: str, count: i
     assert max(box[3] for box in boxes) <= height + 1e-6
     for edge in edges:
         stops = layout.routes[edge.pair]
+        assert all(0 <= x <= width for x, _, _ in stops)
         for (_, _, leaves), (_, enters, _) in pairwise(stops):
             assert enters < leaves  # y is 0 at the top
         for x, bottom, top in stops[1:-1]:

@@ -1,25 +1,20 @@
 """Places of the components and edges of a circuit: layers from bottom to top, few crossings.
 
 A row contains the heads or the MLP of a layer. The edges of a sender with one sign share their
-points in the rows that they pass. Rows are sorted as in the intervention graph; the distances
-within a row are the least squares of the distances between connected places (isotonic regression).
+points in the rows that they pass. Graphviz sorts the rows and places what is in them.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-import numpy as np
-from scipy.optimize import isotonic_regression
-
 from mechdsl.base.text import count_noun
 from mechdsl.results.experiment_result import TARGET_LABEL, ResultCircuit, ResultGraph
-from mechdsl.show.graph import reorder_layers
+from mechdsl.show.graph import lay_out_graph
 
 ComponentKind = Literal[
     "embed", "key-value", "head", "mlp", "logits", "token", "feature", "supernode", "error", "logit"
@@ -44,12 +39,6 @@ NODE_GAP, BEND_WIDTH, ROW_GAP, MAX_ROW_GAP = 16, 5, 40, 110
 
 EDGES_PER_GAP = 12
 """Number of edges between two rows that widens their gap by `ROW_GAP`."""
-
-SWEEPS = 12
-"""Number of times that rows are sorted, and that places in them are moved."""
-
-BEND_WEIGHT = 4.0
-"""Weight of a passing edge compared with a component: edges are straight where they pass."""
 
 
 @dataclass(frozen=True)
@@ -223,10 +212,10 @@ def lay_out(circuit: ResultCircuit, edges: Sequence[DrawnEdge]) -> CircuitLayout
         if head.kind == "head" and head.level[0] == own.level[0] and head.unit // group == own.unit
     ]
     pairs = dict.fromkeys(edge.pair for edge in edges)
-    made = _place_in_rows(components, pairs, shared)
+    made = _list_rows(components, pairs)
     across = _spread(made, shared)
-    left = min(across[own] - own.width / 2 for own in components)
-    right = max(across[own] + own.width / 2 for own in components)
+    left = min(x - _width(place) / 2 for place, x in across.items())
+    right = max(x + _width(place) / 2 for place, x in across.items())
     tops, bottoms, height = _heights(made)
     levels = sorted({own.level for own in components})
     number = {level: n for n, level in enumerate(levels)}
@@ -258,71 +247,33 @@ def lay_out(circuit: ResultCircuit, edges: Sequence[DrawnEdge]) -> CircuitLayout
     return CircuitLayout(placed, routes, shared, bands, (right - left, height))
 
 
-def _place_in_rows(
-    components: Sequence[Component],
-    pairs: Mapping[Pair, None],
-    shared: Sequence[tuple[Component, Component]],
-) -> _Rows:
-    """Sort the places of each row."""
+def _list_rows(components: Sequence[Component], pairs: Mapping[Pair, None]) -> _Rows:
+    """Return the places of each row, and those of each edge."""
     levels = sorted({own.level for own in components})
     made = _Rows([[own for own in components if own.level == level] for level in levels])
     number = {level: n for n, level in enumerate(levels)}
-    before: dict[_Place, list[_Place]] = defaultdict(list)
-    after: dict[_Place, list[_Place]] = defaultdict(list)
-
-    def join(lower: _Place, upper: _Place) -> None:
-        if lower not in before[upper]:
-            before[upper].append(lower)
-            after[lower].append(upper)
-
     for of, to, is_negative in pairs:
         passed = levels[number[of.level] + 1 : number[to.level]]
         bends = [_Bend(of, is_negative, level) for level in passed]
         for bend in bends:
             if bend not in made.rows[number[bend.level]]:
                 made.rows[number[bend.level]].append(bend)
-        route: list[_Place] = [of, *bends, to]
-        made.routes[of, to, is_negative] = route
-        for lower, upper in itertools.pairwise(route):
-            join(lower, upper)
-    for own, head in shared:
-        join(own, head)
-    for _ in range(SWEEPS):
-        reorder_layers(made.rows, before)
-        reorder_layers(made.rows[::-1], after)
+        made.routes[of, to, is_negative] = [of, *bends, to]
     return made
 
 
 def _spread(made: _Rows, shared: Sequence[tuple[Component, Component]]) -> dict[_Place, float]:
     """Return x of the middle of each place."""
-    neighbours: dict[_Place, list[_Place]] = defaultdict(list)
-    for route in made.routes.values():
-        for lower, upper in itertools.pairwise(route):
-            neighbours[lower].append(upper)
-            neighbours[upper].append(lower)
-    for own, head in shared:
-        neighbours[own].append(head)
-        neighbours[head].append(own)
-    across: dict[_Place, float] = {}
-    gaps: list[np.ndarray] = []
-    for row in made.rows:
-        widths = [_width(place) for place in row]
-        offsets = np.cumsum([0.0, *((a + b) / 2 for a, b in itertools.pairwise(widths))])
-        gaps.append(offsets)
-        across |= dict(zip(row, offsets - offsets[-1] / 2, strict=True))
-    order = [*range(len(made.rows)), *reversed(range(len(made.rows)))]
-    for _ in range(SWEEPS):
-        for n in order:
-            row, offsets = made.rows[n], gaps[n]
-            wanted = [
-                np.mean([across[near] for near in neighbours[place]]) if neighbours[place]
-                else across[place]
-                for place in row
-            ]  # fmt: skip
-            weights = [BEND_WEIGHT if isinstance(place, _Bend) else 1.0 for place in row]
-            fitted = isotonic_regression(np.array(wanted) - offsets, weights=weights)
-            across |= dict(zip(row, (fitted.x + offsets).tolist(), strict=True))
-    return across
+    layout = lay_out_graph(
+        {place: (_width(place), 0.0) for row in made.rows for place in row},
+        [
+            *(pair for route in made.routes.values() for pair in itertools.pairwise(route)),
+            *shared,
+        ],
+        rows=made.rows,
+        curved=False,
+    )
+    return {place: x for place, (x, _) in layout.centres.items()}
 
 
 def _width(place: _Place) -> float:

@@ -22,7 +22,6 @@ from mechdsl.results.experiment_result import (
     ResultGraph,
     ResultNode,
 )
-from mechdsl.show.graph import route_path
 from mechdsl.show.reports.canvas import FONT, INK, QUIET_INK, Canvas, text_width
 from mechdsl.show.reports.circuit_layout import (
     NODE_HEIGHT,
@@ -362,10 +361,26 @@ def _edge(
         said += f": {write(edge.score)}"
     return (
         f'<g class="edge" data-of="{edge.sender.label}" data-to="{edge.receiver.label}">'
-        f'<path d="{route_path(stops)}" fill="none" stroke="{edge_colour(edge.score)}" '
+        f'<path d="{_route_path(stops)}" fill="none" stroke="{edge_colour(edge.score)}" '
         f'stroke-width="{found.width(edge.score):.2f}" stroke-opacity="0.75"/>'
         f"<title>{escape_xml(said)}</title></g>"
     )
+
+
+def _route_path(stops: Sequence[tuple[float, float, float]]) -> str:
+    """Return the path of an edge as SVG: curves between stops, and a line through each.
+
+    Args:
+        stops: (x, y where the edge enters, y where it leaves) of each place.
+    """
+    x, enters, y = stops[0]
+    path = f"M{x:.1f},{enters:.1f} L{x:.1f},{y:.1f}"
+    for to, enters, leaves in stops[1:]:
+        half = (enters - y) / 2
+        path += f" C{x:.1f},{y + half:.1f} {to:.1f},{enters - half:.1f} {to:.1f},{enters:.1f}"
+        path += "" if enters == leaves else f" L{to:.1f},{leaves:.1f}"
+        x, y = to, leaves
+    return path
 
 
 def _shared_line(layout: CircuitLayout, own: Component, head: Component) -> str:
