@@ -54,7 +54,7 @@ from mechdsl.resolve.cells import (
     join_cells,
 )
 from mechdsl.resolve.expansion import name_cells, split_by_group
-from mechdsl.resolve.types import ExperimentOutline, ResolvedMeasure
+from mechdsl.resolve.types import ExperimentOutline, ResolvedExperiment, ResolvedMeasure
 from mechdsl.syntax import ast
 from mechdsl.syntax.words import GRAPH_OBSERVATIONS
 from mechdsl.vocab.aggregates import AGGREGATES
@@ -576,8 +576,11 @@ def _effects_of_categories(
             )
 
 
-def _facts_for_reports(said: spec.Experiment, program: spec.Program) -> dict[str, bool]:
-    """Return whether an experiment generates replies, has a circuit, and one with positions."""
+def _facts_for_reports(
+    said: spec.Experiment, program: spec.Program, resolved: ResolvedExperiment | None
+) -> dict[str, bool]:
+    """Return whether an experiment generates replies, has a circuit, one with positions, and one
+    with neurons."""
     names = [rule.circuit_name for rule in said.rules]
     circuits = [program.circuits[name] for name in names if name in program.circuits]
     graph = any(
@@ -588,6 +591,10 @@ def _facts_for_reports(said: spec.Experiment, program: spec.Program) -> dict[str
         "writes": said.generation is not None,
         "circuit": bool(circuits) or graph,
         "placed": any(circuit.has_places for circuit in circuits),
+        "neurons": any(
+            rule.circuit is not None and bool(rule.circuit.neurons)
+            for rule in (() if resolved is None else resolved.rules)
+        ),
     }
 
 
@@ -606,9 +613,10 @@ def _against_axes(
     measures = _measures(experiment)
     found: list[Diagnostic] = [*_effects_of_categories(measures, said)]
     all_known = None not in experiment.measures
+    facts = _facts_for_reports(said, program, experiment.resolved)
     for report in said.reports:
         of = measures if all_known else None
-        found.extend(check_report(report, axes, values, of, **_facts_for_reports(said, program)))
+        found.extend(check_report(report, axes, values, of, **facts))
     by = said.statistics.by
     if by is not None and by not in values and not columns_unknown:
         found.append(

@@ -45,7 +45,7 @@ from mechdsl.diagnostics.models import (
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.diagnostics.syntax import NotSupported
-from mechdsl.forward.hooks.circuits import explain_no_circuits
+from mechdsl.forward.hooks.circuits import explain_no_circuits, explain_no_neurons
 from mechdsl.forward.hooks.model import (
     BASE_PREFIX,
     PYTHON_PREFIX,
@@ -1096,7 +1096,8 @@ def _check_end_receiver(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
 
 def _check_circuit(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
     """Report E0108 if edges between the components of the model can't be separated."""
-    reason = explain_no_circuits(model)
+    layers = () if rule.circuit is None else rule.circuit.neurons
+    reason = explain_no_circuits(model) or explain_no_neurons(model, layers)
     what = f"a circuit in `{model.name}` ({reason})"
     return NotSupported(span=rule.spec.span, what=what) if reason else None
 

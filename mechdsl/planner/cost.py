@@ -6,7 +6,7 @@ size of an MLP is an estimate.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -212,7 +212,9 @@ class RowSharer:
             for key in range(len(rule.points.offsets) - 1)
         ]
         for key, ends in enumerate(rule.edge_ends):  # without the last one, where it doesn't act
-            points[key] = tuple(self._edges(*own) for own in ends)
+            assert rule.rule.circuit is not None
+            neurons = tuple(rule.rule.circuit.neurons.items())
+            points[key] = (neurons, *(self._edges(*own) for own in ends))
         receivers = None
         if rule.paths is not None:
             paths = rule.paths
@@ -791,19 +793,40 @@ class Cost:
 def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
     """Count the multiply-adds per token that the ablation of some edges adds to those of a pass."""
     (edges,) = next(iter(circuit.edges.values()))  # a circuit that is trained has no positions
-    return _count_edge_work(*number_edge_ends(edges), shape)
+    return _count_edge_work(*number_edge_ends(edges), BlockCost.of(shape), shape)
 
 
-def _count_edge_work(senders: EdgeEnds, receivers: EdgeEnds, shape: ModelShape) -> int:
-    """Each receiver sums what its senders gain, and each query, key or value is projected again."""
+def _count_edge_work(
+    senders: EdgeEnds, receivers: EdgeEnds, block: BlockCost, shape: ModelShape
+) -> int:
+    """Each receiver sums what its senders gain, each query, key or value is projected again, and
+    the neurons of a layer are computed for each distinct input of these."""
     layers = [-1 if of.site == "resid_pre" else of.layer or 0 for of in senders.points]
     heads = sum(of.site == "z" for of in senders.points)
-    projected = sum(to.unit is not None for to in receivers.points)
+    neurons = sum(
+        1 if of.unit is not None else shape.d_mlp
+        for of in senders.points
+        if of.site == "mlp_hidden"
+    )
+    projected = sum(to.site in ("q", "k", "v") for to in receivers.points)
     summed = sum(
         sum(layer < shape.n_layers if to.layer is None else layer < to.layer for layer in layers)
         for to in receivers.points
     )
-    return shape.d_model * (summed + (projected + heads) * shape.d_head)
+    read = _count_neuron_inputs(senders, receivers) * (block.mlp - shape.d_model * shape.d_mlp)
+    return shape.d_model * (summed + (projected + heads) * shape.d_head + neurons) + read
+
+
+def _count_neuron_inputs(senders: EdgeEnds, receivers: EdgeEnds) -> int:
+    """Count the sets of senders that differ between the neurons of a layer."""
+    sets: dict[int, set[int]] = defaultdict(set)
+    reads = [to.site == "mlp_hidden" for to in receivers.points]
+    if not any(reads):
+        return 0
+    for of, to in zip(senders.of_edge.tolist(), receivers.of_edge.tolist(), strict=True):
+        if reads[to]:
+            sets[to].add(of)
+    return len({(receivers.points[to].layer, frozenset(own)) for to, own in sets.items()})
 
 
 def _count_settled_work(
@@ -851,6 +874,7 @@ def _settles_circuits(plan: ExperimentPlan) -> bool:
             rule.rule.circuit is not None
             and not rule.rule.circuit.waits  # its edges are placeholders
             and not rule.rule.circuit.places
+            and not rule.rule.circuit.neurons
             and rule.rule.apart is None
             for rule in plan.rules
         )
@@ -1020,7 +1044,7 @@ class PanelCount:
                     [
                         _count_settled_work(self._graph, ends, *given)
                         if settles
-                        else _count_edge_work(*ends, self.shape)
+                        else _count_edge_work(*ends, *given)
                         for ends in own
                     ]
                     for own in rule.edge_ends

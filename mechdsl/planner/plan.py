@@ -144,14 +144,19 @@ class ExperimentPlan:
     @cached_property
     def token_weight(self) -> int:
         """Number of tokens whose memory a token of its rows takes: of an ablated circuit, the pass
-        stores the outputs of all senders and the inputs of a block's receivers."""
-        senders = receivers = 0
+        stores the outputs of all senders and the inputs of a block's receivers, and the neurons of
+        each of these inputs."""
+        senders = receivers = neurons = 0
+        shape = self.experiment.model.shape
         for plan in self.rules:
             for of, to in chain.from_iterable(plan.edge_ends):
                 senders = max(senders, len(of.points))
                 layers = Counter(point.layer for point in to.points)
                 receivers = max([receivers, *layers.values()])
-        return 1 + (senders + 2 * receivers) // VECTORS_PER_TOKEN
+                of_neurons = (p.layer for p in to.points if p.site == "mlp_hidden")
+                neurons = max([neurons, *Counter(of_neurons).values()])
+        vectors = senders + 2 * receivers + 2 * neurons * shape.d_mlp // shape.d_model
+        return 1 + vectors // VECTORS_PER_TOKEN
 
     @property
     def path(self) -> RulePlan | None:

@@ -22,6 +22,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.types import (
     BasisMember,
+    CircuitTargets,
     Coordinates,
     DirectionVector,
     DrawnBasis,
@@ -595,7 +596,8 @@ class ExperimentKeys:
                 ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
             if rule.rule.circuit is not None:
-                edges = [b"".join(map(_digest_edges, ends)) for ends in rule.edge_ends]
+                neurons = _digest_neurons(rule.rule.circuit)
+                edges = [neurons + b"".join(map(_digest_edges, ends)) for ends in rule.edge_ends]
                 own = [*edges, b""]  # the last one: it doesn't act
                 parts.append([own[site] for site in rule.site_of_cell.tolist()])
             if rule.active is not None:  # where it doesn't act, the key omits it
@@ -726,6 +728,14 @@ def _digest_edges(ends: tuple[EdgeEnds, EdgeEnds]) -> bytes:
         for written in [[_written(point) for point in own.points]]
     ]
     return digest(b"".join(chain.from_iterable(zip(*columns, strict=True))))
+
+
+def _digest_neurons(circuit: CircuitTargets) -> bytes:
+    """Return a digest of the neurons that are nodes; empty if there are none.
+
+    The other neurons of their layers are one node.
+    """
+    return digest(*circuit.neurons.items()) if circuit.neurons else b""
 
 
 def _inserted(bases: Sequence[bytes], own: Coordinates) -> tuple[object, ...]:

@@ -13,6 +13,7 @@ from heapq import heappop, heappush
 from itertools import chain, product
 from random import Random
 
+from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import Record, record
@@ -58,11 +59,20 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.vocab.effects import CircuitBaseline
 
-SENDER_WORDS = "`embed`, `L0H1` or `L0.mlp`"
+SENDER_WORDS = "`embed`, `L0H1`, `L0.mlp` or `L0N3`"
 
-RECEIVER_WORDS = "`L1H0.q`, `L1H0.k`, `L1H0.v`, `L1.mlp` or `logits`"
+RECEIVER_WORDS = "`L1H0.q`, `L1H0.k`, `L1H0.v`, `L1.mlp`, `L1N3` or `logits`"
 
-_SENDERS = {"embed": "resid_pre", "z": "z", "head_out": "z", "mlp_out": "mlp_out"}
+NEURONS = "mlp_hidden"
+"""Site of neurons, which are senders and receivers."""
+
+_SENDERS = {
+    "embed": "resid_pre",
+    "z": "z",
+    "head_out": "z",
+    "mlp_out": "mlp_out",
+    NEURONS: NEURONS,
+}
 """Component of a sender → the site of its output."""
 
 _RECEIVERS = {
@@ -71,6 +81,7 @@ _RECEIVERS = {
     "v": "v",
     "mlp_norm": "mlp_norm",
     "mlp_out": "mlp_norm",
+    NEURONS: NEURONS,
     "logits": "logits",
     "final_norm": "logits",
 }
@@ -81,6 +92,11 @@ CIRCUIT_NOTE = (
     "with the fill instead of the output of the senders of ablated edges, through norms that are "
     "recomputed; `embed` is the stream that enters block 0, with positions; biases that are added "
     "after heads belong to no sender"
+)
+
+NEURON_NOTE = (
+    "a neuron sends its activation times its output weights and reads the stream separately; the "
+    "other neurons of its layer are one node, and the bias of the MLP belongs to no node"
 )
 
 
@@ -135,6 +151,7 @@ def resolve_circuit(
         named,
         edges.places,
         classes,
+        edges.neurons,
         known,
         edges.digest,
         edges.made,
@@ -160,13 +177,15 @@ class CircuitEdges(Record):
     """SHA-256 of the file that it was read from; empty without one."""
     made: str = ""
     """How its edges were read from a file, for conventions."""
+    neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    """As in `CircuitTargets`."""
 
 
 def find_circuit_edges(
     circuit: spec.Circuit, span: Span, work: ExperimentContext
 ) -> CircuitEdges | None:
-    """Return the edges of a circuit; None after E0108 for a model without such edges, E0342 for
-    a file, and errors of sites and positions."""
+    """Return the edges of a circuit; None after E0108 for a model without such edges, E0334 for
+    an MLP and its neurons, E0342 for a file, and errors of sites and positions."""
     shape = work.sites.shape
     every = list_edges(shape)
     points = [point for edge in every for point in edge if point != END]
@@ -184,23 +203,77 @@ def find_circuit_edges(
     before = len(work.diagnostics)
     saved = None if circuit.source is None else _read_saved(circuit.source, every, work)
     places = dict[PositionCell, int]()
+    resolved: list[tuple[ast.SiteMap, list[CircuitEdge]]] = []
     for edge in circuit.edges:
         place = None if edge.at is None else resolve_edge_place(edge.at, work)
         number = None if place is None else places.setdefault(place, len(places))
-        for each in _resolve_edge(edge, work):
+        resolved.append((edge, _resolve_edge(edge, work)))
+        for each in resolved[-1][1]:
             others = found.get(each, frozenset[int]())
             found[each] = None if number is None or others is None else others | {number}
+    neurons = _list_neurons(found)
+    if neurons:
+        _check_neurons(circuit, resolved, neurons, work)
     if has_errors(work.diagnostics[before:]):
         return None
+    every = list_edges(shape, neurons) if neurons else every
     scores: Mapping[CircuitEdge, float] = dict(zip(every, circuit.scores, strict=False))
-    about: dict[str, str] = {}
+    digest = made = ""
     if saved is not None:
         found, scores = dict.fromkeys(saved.edges), saved.scores
-        about = {"digest": saved.digest, "made": saved.made}
+        digest, made = saved.digest, saved.made
     edges = [edge for edge in every if edge in found]
     edges.sort(key=lambda edge: -abs(scores.get(edge, 0)))  # stable
     at = {edge: own for edge, own in found.items() if own is not None}
-    return CircuitEdges(tuple(every), tuple(edges), scores, at, tuple(places), **about)
+    return CircuitEdges(
+        tuple(every), tuple(edges), scores, at, tuple(places), digest, made, neurons
+    )
+
+
+def _list_neurons(edges: Collection[CircuitEdge]) -> dict[int, tuple[int, ...]]:
+    """Return the neurons at the ends of edges, by layer."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for end in chain.from_iterable(edges):
+        if end.site == NEURONS and end.layer is not None and end.unit is not None:
+            found[end.layer].add(end.unit)
+    return {layer: tuple(sorted(own)) for layer, own in sorted(found.items())}
+
+
+def _check_neurons(
+    circuit: spec.Circuit,
+    edges: Sequence[tuple[ast.SiteMap, Sequence[CircuitEdge]]],
+    neurons: Mapping[int, tuple[int, ...]],
+    work: ExperimentContext,
+) -> None:
+    """Report E0207 for a circuit with too many neurons, and E0334 for one that also names the MLP
+    of a neuron.
+
+    Args:
+        edges: Those of each `A -> B` in the file.
+    """
+    count = sum(map(len, neurons.values()))
+    if count > limits.CIRCUIT_NEURONS:
+        work.diagnostics.append(_too_many_neurons(circuit.name, count, circuit.span))
+    for node, own in edges:
+        for verb, site, points in (
+            ("start", node.source, [of for of, _ in own if of.site == "mlp_out"]),
+            ("end", node.target, [to for _, to in own if to.site == "mlp_norm"]),
+        ):
+            point = next((each for each in points if each.layer in neurons), None)
+            if point is None or point.layer is None:
+                continue
+            named = label_node(SitePoint(NEURONS, point.layer, neurons[point.layer][0]))
+            reason = f"the circuit names `{named}`, a neuron of this MLP"
+            hint = f"name neurons of layer {point.layer} only, or `L{point.layer}.mlp` only"
+            bad = NotOnAPath(span=site.span, verb=verb, site=point.site, reason=reason, hint=hint)
+            if bad not in work.diagnostics:
+                work.diagnostics.append(bad)
+
+
+def _too_many_neurons(name: str, count: int, span: Span) -> BadArgument:
+    reason = f"names {count:,} neurons, and at most {limits.CIRCUIT_NEURONS:,} can be nodes"
+    hint = "name fewer neurons, or whole MLPs such as `L0.mlp`"
+    return BadArgument(span=span, name=name, reason=reason, hint=hint)
 
 
 def _read_saved(
@@ -385,14 +458,26 @@ def keep_baseline(rule: ResolvedRule, which: CircuitBaseline) -> ResolvedRule:
     return replace_circuit(replace(rule, circuit=unplaced), (), {(): named}, which)
 
 
-def list_edges(shape: ModelShape) -> list[CircuitEdge]:
-    """List the edges of a model, from each sender to all receivers after it."""
+def list_edges(
+    shape: ModelShape, neurons: Mapping[int, tuple[int, ...]] | None = None
+) -> list[CircuitEdge]:
+    """List the edges of a model, from each sender to all receivers after it.
+
+    Args:
+        neurons: Neurons that are nodes, by layer; in these layers, all others are one node.
+    """
     senders, receivers = [EMBEDDING], list[SitePoint]()
     for layer in range(shape.n_layers):
         for site in ("q", "k", "v"):
             receivers += (SitePoint(site, layer, n) for n in range(unit_count(shape, site, layer)))
         senders += (SitePoint("z", layer, n) for n in range(unit_count(shape, "z", layer)))
-        if shape.has("mlp_out", layer):
+        if neurons and layer in neurons:
+            own = [SitePoint(NEURONS, layer, n) for n in neurons[layer]]
+            if len(own) < unit_count(shape, NEURONS, layer):
+                own.append(SitePoint(NEURONS, layer, None))
+            receivers += own
+            senders += own
+        elif shape.has("mlp_out", layer):
             receivers.append(SitePoint("mlp_norm", layer, None))
             senders.append(SitePoint("mlp_out", layer, None))
     receivers.append(END)
@@ -451,11 +536,19 @@ def _resolve_nodes(site: ast.Site, verb: str, work: ExperimentContext) -> list[S
             span=site.span,
             site=site.span.written,
             reason="sweeps inside a circuit, whose edges are joined",
-            hint="write the plural: `layers`, `heads`",
+            hint="write the plural: `layers`, `heads`, `neurons`",
         )
         work.diagnostics.append(problem)
         return []
     points = targets.points[()]
+    count = sum(
+        unit_count(work.sites.shape, NEURONS, point.layer) if point.unit is None else 1
+        for point in points
+        if point.site == NEURONS
+    )
+    if count > limits.CIRCUIT_NEURONS:
+        work.diagnostics.append(_too_many_neurons(site.span.written, count, site.span))
+        return []
     wrong = next((p.site for p in points if p.site not in words), None)
     if wrong is None:
         return [
@@ -478,8 +571,8 @@ def _resolve_nodes(site: ast.Site, verb: str, work: ExperimentContext) -> list[S
 
 
 def _units(point: SitePoint, shape: ModelShape) -> Iterator[int | None]:
-    """Yield the unit of a point, or each head if it names all of them."""
-    if point.unit is None and point.site in ("q", "k", "v", "z", "head_out"):
+    """Yield the unit of a point, or each head or neuron if it names all of them."""
+    if point.unit is None and point.site in ("q", "k", "v", "z", "head_out", NEURONS):
         yield from range(unit_count(shape, point.site, point.layer))
     else:
         yield point.unit
@@ -516,6 +609,14 @@ def describe_places(rule: ResolvedRule) -> Iterator[Convention]:
         "base run; those of a key or a value are its own"
     )
     yield Convention("positions of edges", text, note)
+
+
+def describe_neurons(rule: ResolvedRule) -> Iterator[Convention]:
+    """Yield the layers in which neurons are nodes of a circuit."""
+    neurons = {} if rule.circuit is None else rule.circuit.neurons
+    if neurons:
+        of = [f"{count_noun(len(own), 'neuron')} of layer {n}" for n, own in neurons.items()]
+        yield Convention("neurons of circuits", ", ".join(of), NEURON_NOTE)
 
 
 def check_ablated_tokens(

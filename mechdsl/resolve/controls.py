@@ -687,6 +687,9 @@ def _build_circuit_control(
         if rule.spec.without_edge:
             reason = "random circuits without each of their edges aren't drawn"
             raise _NoDraws(reason, "remove `without each edge`")
+        if circuit.neurons:
+            reason = "random circuits aren't drawn for a circuit with neurons"
+            raise _NoDraws(reason, "remove this line, or name whole MLPs such as `L0.mlp`")
         drawn, counts, like = _draw_circuits(experiment, circuit, draws)
         label = f"random circuit like {next(iter(sites.labels.values()))}"
         rules.append(replace_circuit(rule, (DRAW_AXIS, *sites.axes), drawn, label))

@@ -1663,10 +1663,12 @@ def label_all_points(points: Sequence[SitePoint]) -> str:
 
 
 def label_node(point: SitePoint) -> str:
-    """Format one end of an edge as a file names it: `embed`, `L0H1`, `L1H0.q`, `L1.mlp`,
+    """Format one end of an edge as a file names it: `embed`, `L0H1`, `L1H0.q`, `L1.mlp`, `L1N3`,
     `logits`."""
     if point.layer is None:
         return "logits"
+    if point.site == "mlp_hidden":
+        return f"L{point.layer}N{'*' if point.unit is None else point.unit}"
     if point.unit is None:
         return "embed" if point.site == "resid_pre" else f"L{point.layer}.mlp"
     head = f"L{point.layer}H{point.unit}"

@@ -834,7 +834,8 @@ class PositionChoice(Record):
 
 CircuitEdge = tuple[SitePoint, SitePoint]
 """A sender (`resid_pre` of layer 0, `z` or `mlp_out`) and a receiver (`q`, `k`, `v`, `mlp_norm` or
-`logits`) that reads its output in the residual stream."""
+`logits`) that reads its output in the residual stream. A neuron is `mlp_hidden` as both; without a
+unit, the neurons of a layer that a circuit doesn't name."""
 
 PlacedEdges: TypeAlias = Mapping[CircuitEdge, frozenset[int] | None]
 """Edges of a circuit, each with the numbers of its places; None for all tokens."""
@@ -959,6 +960,8 @@ class CircuitTargets(Record):
     """Positions of edges in the base run, once each; a row has one run of tokens at each."""
     classes: tuple[frozenset[int], ...] = (frozenset(),)
     """Distinct sets of places, by number, that have a token in common; the first is empty."""
+    neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    """The neurons that are nodes, by layer; the others of these layers are one node together."""
     scores: Mapping[CircuitEdge, float] = field(
         default_factory=dict[CircuitEdge, float], compare=False
     )

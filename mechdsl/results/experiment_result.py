@@ -9,10 +9,12 @@ this one.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from itertools import chain
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
@@ -208,8 +210,8 @@ class ResultCircuit(Record):
     parallel: bool
     """Whether the heads and the MLP of a block read the same stream."""
     edges: tuple[tuple[str, str], ...]
-    """(sender, receiver), as in a file: `embed`, `L0H1`, `L0.mlp`; `L1H0.q`, `L1.mlp`, `logits`. Of
-    an attribution graph the labels of its nodes."""
+    """(sender, receiver), as in a file: `embed`, `L0H1`, `L0.mlp`, `L0N3`; `L1H0.q`, `L1.mlp`,
+    `L1N2`, `logits`. Of an attribution graph the labels of its nodes."""
     scores: tuple[float, ...]
     """The score of each edge; empty if they have none."""
     total: int
@@ -221,6 +223,12 @@ class ResultCircuit(Record):
     places: tuple[str, ...] = ()
     """The positions of each edge, as text: `s1 token and last token`, empty for all tokens; empty
     if no edge has positions."""
+
+    @property
+    def has_neurons(self) -> bool:
+        """Whether some of its nodes are neurons."""
+        ends = () if self.graph is not None else chain.from_iterable(self.edges)
+        return any(re.fullmatch(r"L\d+N\d+", end) for end in ends)
 
 
 TEXT_RENDERER = "mechdsl.show.output:experiment_text"

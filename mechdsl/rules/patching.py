@@ -18,6 +18,7 @@ from mechdsl.resolve.circuits import (
     CIRCUIT_NOTE,
     check_ablated_tokens,
     describe_circuit,
+    describe_neurons,
     describe_places,
     resolve_circuit,
 )
@@ -235,6 +236,7 @@ class CircuitFill(Intervention):
         yield from super().conventions(rule, n_layers)
         yield Convention("circuit", describe_circuit(rule), CIRCUIT_NOTE)
         yield from describe_places(rule)
+        yield from describe_neurons(rule)
         if rule.circuit is not None and rule.circuit.made:
             yield Convention(f"circuit {rule.circuit.name}", rule.circuit.made)
         yield Convention("passes", "rows of an ablated circuit are full forward passes")

@@ -318,4 +318,5 @@ def _report_problems(
     circuit = result.circuit
     placed = circuit is not None and bool(circuit.places)
     given = {"writes": writes, "circuit": circuit is not None, "placed": placed}
+    given["neurons"] = circuit is not None and circuit.has_neurons
     return check_report(report, axes, values, result.measures, **given)

@@ -258,6 +258,7 @@ def check_report(
     writes: bool | None = None,
     circuit: bool | None = None,
     placed: bool = False,
+    neurons: bool = False,
 ) -> list[Diagnostic]:
     """Check a `report` line: E0108, E0203, E0607.
 
@@ -268,6 +269,7 @@ def check_report(
         writes: Whether rows generate replies.
         circuit: Whether rules ablate a circuit.
         placed: Whether edges of this circuit have positions.
+        neurons: Whether some of its nodes are neurons.
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
@@ -278,9 +280,13 @@ def check_report(
         shown = [name for name, each in REPORTS.items() if each.supported]
         later = f"reports that can be drawn are {', '.join(shown)}"
         return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
-    if kind.of_circuits and placed and report.file and report.file.lower().endswith(".json"):
-        what = f'`report {kind.name} to "{report.file}"` of a circuit whose edges have positions'
-        later = "graphs of EAP-IG have no positions: write a picture, such as `.svg` or `.html`"
+    to_json = kind.of_circuits and report.file and report.file.lower().endswith(".json")
+    if to_json and (placed or neurons):
+        lacks, of = "neurons", "with neurons"
+        if placed:
+            lacks, of = "positions", "whose edges have positions"
+        what = f'`report {kind.name} to "{report.file}"` of a circuit {of}'
+        later = f"graphs of EAP-IG have no {lacks}: write a picture, such as `.svg` or `.html`"
         return [NotSupported(span=report.span, what=what, later=later)]
     wrong = (
         _wrong_words(kind, signature, report)

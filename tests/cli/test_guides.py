@@ -53,6 +53,7 @@ METHODS = [
     "Faithfulness of a circuit",
     "Edges of a circuit",
     "Give edges positions",
+    "Use neurons as nodes",
     "Checkpoints",
     "Controls",
     "Check experiments in CI",

@@ -98,6 +98,8 @@ EXPERIMENTS = {
     + one("ablate c at subject token with zero"),
     "placed circuit": "circuit c = L0H1 -> L1H1.k at subject token, L1H1 -> logits\n"
     + one("ablate c at subject token with zero"),
+    "neurons": "circuit c = L0N1 -> L1N1, L1N2 -> logits\n"
+    + one("ablate all but c at subject token with zero"),
     "text": one('replace subject tokens with "w7"', ends=""),
     "item": one(
         "patch resid_post layer 1 at each item token", 'measure prob("w{item.index}") as raw'
@@ -370,6 +372,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
     CircuitTargets: {
         "edges": ("circuit", lambda edges: one_more(edges, fewer_edges)),
         "places": ("placed circuit", lambda places: tuple(map(moved, places))),
+        "neurons": ("neurons", lambda neurons: {0: (1,)}),
     },
     ExternalRun: {
         "table": ("apart", other_table),

@@ -315,6 +315,22 @@ _file(
     "Conmy et al. 2023, arXiv 2304.14997; Haklay et al. 2025, arXiv 2502.04577",
 )
 _file(
+    "circuit: neurons",
+    "circuit c = embed -> L0N3, L0N3 -> logits",
+    "Neurons as senders and receivers: `L0N3`, `mlp_hidden layer 0 neurons 3..5`, or a group. A "
+    "neuron sends its activation times its output weights. It reads the stream separately, "
+    "through the norm before the MLP. In a layer of which a circuit names neurons, all other "
+    "neurons are one node, and the MLP can't be named (E0334). The bias of such an MLP belongs to "
+    "no node. Neurons of one layer whose edges are ablated alike share one input; each further "
+    "input costs the first maps of the MLP once more. `against random(39)` is E0630, and "
+    "`observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take such "
+    "circuits (E0108), nor do models with a norm after the MLP or whose MLP isn't one module "
+    "(E0108). Layers of experts have no neurons (E0413). Circuits from `fit(…)` and `saved(…)` "
+    "have none.",
+    "tests/rules/test_neuron_circuits.py",
+    "Conmy et al. 2023, arXiv 2304.14997; Marks et al. 2024, arXiv 2403.19647",
+)
+_file(
     "circuit: from a file",
     'circuit c = saved("circuit.json")',
     "The edges of a JSON file of EAP-IG or MIB that have `in_graph: true`, those that a trained "

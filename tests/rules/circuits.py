@@ -23,25 +23,49 @@ def mlp(layer: int) -> str:
     return f"L{layer}.mlp"
 
 
-def reads(parts: Stack, kv: int, *, parallel: bool) -> dict[str, list[str]]:
-    """Receiver → the senders before it."""
+def neuron(layer: int, number: int) -> str:
+    return f"L{layer}N{number}"
+
+
+def neuron_weights(parts: Stack, layer: int, count: int) -> tuple[Tensor, Tensor]:
+    """What each neuron adds to the stream per unit of activation, [neuron, d_model], and the bias
+    of the MLP, [d_model]."""
+    block = parts.block(layer)
+    nothing = torch.zeros(count, count, dtype=next(block.parameters()).dtype)
+    bias = parts.down(block, nothing[:1])[0]
+    return parts.down(block, nothing.fill_diagonal_(1)) - bias, bias
+
+
+def reads(
+    parts: Stack, kv: int, *, parallel: bool, split: Mapping[int, int] | None = None
+) -> dict[str, list[str]]:
+    """Receiver → the senders before it.
+
+    split: layers whose neurons are nodes instead of the MLP, with the number of neurons.
+    """
     found: dict[str, list[str]] = {}
     before = [EMBED]
     for layer in range(parts.layers):
         heads = [head(layer, n) for n in range(parts.heads)]
         for letter, count in (("q", parts.heads), ("k", kv), ("v", kv)):
             found |= {f"{head(layer, n)}.{letter}": [*before] for n in range(count)}
-        found[mlp(layer)] = [*before, *([] if parallel else heads)]
-        before += [*heads, mlp(layer)]
+        count = (split or {}).get(layer)
+        names = [mlp(layer)] if count is None else [neuron(layer, n) for n in range(count)]
+        found |= {name: [*before, *([] if parallel else heads)] for name in names}
+        before += [*heads, *names]
     return {**found, LOGITS: before}
 
 
-def outputs(run: Run, parts: Stack) -> dict[str, Tensor]:
-    """Sender → its output in a run, [T, d_model]."""
+def outputs(run: Run, parts: Stack, split: Collection[int] = ()) -> dict[str, Tensor]:
+    """Sender → its output in a run, [T, d_model]; split: layers whose neurons are nodes."""
     found = {EMBED: run["resid_pre", 0][:, 0]}
     for layer in range(parts.layers):
         found |= {head(layer, n): run["head_out", layer][:, n] for n in range(parts.heads)}
         found[mlp(layer)] = run["mlp_out", layer][:, 0]
+        if layer in split:
+            hidden = run["mlp_hidden", layer].flatten(1)
+            weights, _ = neuron_weights(parts, layer, hidden.shape[1])
+            found |= {neuron(layer, n): hidden[:, n, None] * own for n, own in enumerate(weights)}
     return found
 
 
@@ -59,6 +83,7 @@ def circuit_pass(
     held: Mapping[str, Tensor] | None = None,
     record: dict[str, Tensor] | None = None,
     rules: str = "",
+    split: Mapping[int, int] | None = None,
 ) -> Tensor:
     """The logits [T, vocab] if ablated edges carry the fills, [T, d_model] by sender, at these
     positions, and all others what their senders give in the same pass; or a share of the fill, the
@@ -71,6 +96,7 @@ def circuit_pass(
             of what the pass computes; NaN keeps the computed number.
         record: Filled with the values of these names.
         rules: "relp" or "gim" for these derivatives, of a model by `ruled`.
+        split: Layers whose neurons are senders and receivers, with the number of neurons.
     """
     moves, adds, fixed = moved or {}, added or {}, held or {}
     seen_so_far = {} if record is None else record
@@ -122,14 +148,25 @@ def circuit_pass(
         z = _attended(parts, layer, q, k, v, rules)
         weight, bias = parts.output(block)
         each = torch.einsum("thd,hdm->htm", z, weight.unflatten(0, (parts.heads, -1)))
-        mlp_input = seen_by(mlp(layer)) if parts.parallel else None
+        nodes = [mlp(layer)]
+        if split and layer in split:
+            nodes = [neuron(layer, n) for n in range(split[layer])]
+        mlp_input = torch.cat(list(map(seen_by, nodes))) if parts.parallel else None
         given |= {
             head(layer, n): taken(head(layer, n), each[n] + moves.get(head(layer, n), 0))
             for n in range(parts.heads)
         }
         x = x + sum(given[head(layer, n)] for n in range(parts.heads))
         x = x + (0 if bias is None else bias)
-        mlp_input = seen_by(mlp(layer)) if mlp_input is None else mlp_input
+        mlp_input = torch.cat(list(map(seen_by, nodes))) if mlp_input is None else mlp_input
+        if split and layer in split:
+            hidden = parts.neurons(block, second(mlp_input))
+            assert hidden is not None
+            weights, bias = neuron_weights(parts, layer, len(nodes))
+            for n, name in enumerate(nodes):
+                given[name] = taken(name, hidden[n, :, n, None] * weights[n])
+            x = x + sum(given[name] for name in nodes) + bias
+            continue
         if rules:
             given[mlp(layer)] = block.mlp(second(mlp_input))[0]
         else:

@@ -17,6 +17,7 @@ from mechdsl.execute.unpatched_batch import Continuation, UnpatchedBatch, count_
 from mechdsl.execute.vectors import FittedDirections
 from mechdsl.forward.generation.rules import GenerationRules, StepEdge, StepRules
 from mechdsl.forward.hooks.batch import (
+    OTHERS,
     CircuitWrite,
     EdgeWrite,
     PositionIdWrite,
@@ -109,9 +110,12 @@ class RuleMeans:
 class EdgeTable:
     """The edges of a circuit, as `CircuitWrite` lists them."""
 
-    senders: tuple[tuple[SiteLayer, tuple[int, ...]], ...]
+    senders: tuple[tuple[SiteLayer, tuple[int, ...], tuple[int, ...]], ...]
+    """(site and layer, units, neurons that are one sender together)."""
     receivers: tuple[tuple[SiteRead, int], ...]
     mask: Tensor
+    others: Mapping[int, tuple[int, ...]]
+    """By layer, the neurons that are one node together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,13 +141,19 @@ class RuleInputs:
     """The circuits that passes have ablated, by number of the rule, of the circuit and of the class
     of tokens."""
 
-    def tabulate(self, rule: RulePlan, number: int, of_class: int) -> EdgeTable:
+    def tabulate(self, rule: RulePlan, number: int, of_class: int, shape: ModelShape) -> EdgeTable:
         """Return the edges of a rule's circuit at a class of tokens, which are counted once for all
         passes."""
         key = rule.number, number, of_class
         found = self.edges.get(key)
         if found is None:
-            found = self.edges[key] = _tabulate(*rule.edge_ends[number][of_class])
+            assert rule.rule.circuit is not None
+            others = {
+                layer: tuple(sorted({*range(unit_count(shape, "mlp_hidden", layer))} - {*own}))
+                for layer, own in rule.rule.circuit.neurons.items()
+            }
+            found = _tabulate(*rule.edge_ends[number][of_class], others)
+            self.edges[key] = found
         return found
 
     def made_with(self, rule: int, text: Continuation | None) -> CellVectors | None:
@@ -595,7 +605,7 @@ def _iter_circuits(
             if number == len(edges) or not edges[number][of_class]:  # the rule doesn't act there
                 continue
             own = np.flatnonzero((which == number) & (classes == of_class))
-            table = means_and_donors.tabulate(rule, number, of_class)
+            table = means_and_donors.tabulate(rule, number, of_class, shape)
             asked = _RuleVectors(
                 rule,
                 table.senders[0][0],
@@ -614,12 +624,18 @@ def _iter_circuits(
                 torch.from_numpy(every.row[own]),
                 torch.from_numpy(every.written[own]),
                 tuple(
-                    SenderFill(SiteRead(*place), units, _fill(replace(asked, place=place), units))
-                    for place, units in table.senders
+                    SenderFill(
+                        SiteRead(*place),
+                        units,
+                        _fill(replace(asked, place=place), units, others),
+                        others,
+                    )
+                    for place, units, others in table.senders
                 ),
                 table.receivers,
                 table.mask,
                 _name_source(rule, every, own),
+                others=table.others,
             )
 
 
@@ -635,15 +651,26 @@ def _name_source(rule: RulePlan, every: _WriteTokens, own: Ints) -> str:
 def group_senders(
     senders: Sequence[SitePoint],
 ) -> Iterator[tuple[SiteLayer, tuple[int, ...]]]:
-    """Yield the senders of edges in forward order, with the heads of each layer together."""
+    """Yield the senders of edges in forward order, with the heads or neurons of each layer
+    together; without a node of several neurons."""
     places = {(sender.site, sender.layer) for sender in senders}
     for place in sorted(places, key=lambda place: write_order(*place)):
-        own = {s.unit or 0 for s in senders if (s.site, s.layer) == place}
-        yield place, tuple(sorted(own))
+        own = {_number_unit(s) for s in senders if (s.site, s.layer) == place}
+        yield place, tuple(sorted(own - {OTHERS}))
 
 
-def _fill(asked: _RuleVectors, units: tuple[int, ...]) -> Tensor:
-    """Return [K, unit, width]: the values of a rule at its tokens, for each of some heads."""
+def _number_unit(node: SitePoint) -> int:
+    """Return the number of a head or neuron, 0 for whole vectors, or `OTHERS`."""
+    return OTHERS if node.unit is None and node.site == "mlp_hidden" else node.unit or 0
+
+
+def _fill(asked: _RuleVectors, units: tuple[int, ...], others: tuple[int, ...] = ()) -> Tensor:
+    """Return [K, unit, width]: the values of a rule at its tokens, for each of some heads or
+    neurons, then for others of these neurons."""
+    if others:  # most neurons of the layer: they are read as one vector
+        whole = replace(asked, joins=True, unit=np.zeros_like(asked.chosen))
+        found = asked.plan.rule.does.values(asked.plan.rule, whole)
+        return found[:, [*units, *others], None]
     chosen, unit = np.repeat(asked.chosen, len(units)), np.tile(units, len(asked.chosen))
     values = asked.plan.rule.does.values(
         asked.plan.rule, replace(asked, chosen=chosen, unit=unit.astype(np.int64))
@@ -651,14 +678,24 @@ def _fill(asked: _RuleVectors, units: tuple[int, ...]) -> Tensor:
     return values.unflatten(0, (len(asked.chosen), len(units)))
 
 
-def _tabulate(senders: EdgeEnds, receivers: EdgeEnds) -> EdgeTable:
-    places = tuple(group_senders(senders.points))
-    columns = {where: n for n, where in enumerate((*p, unit) for p, own in places for unit in own)}
-    column = np.array([columns[of.site, of.layer, of.unit or 0] for of in senders.points])
+def _tabulate(
+    senders: EdgeEnds, receivers: EdgeEnds, others: Mapping[int, tuple[int, ...]]
+) -> EdgeTable:
+    joined: dict[SiteLayer, tuple[int, ...]] = {
+        (of.site, of.layer): others[of.layer]
+        for of in senders.points
+        if _number_unit(of) == OTHERS and of.layer is not None
+    }
+    places = tuple(
+        (place, own, joined.get(place, ())) for place, own in group_senders(senders.points)
+    )
+    nodes = ((*p, unit) for p, own, rest in places for unit in (*own, *[OTHERS][: len(rest)]))
+    columns = {where: n for n, where in enumerate(nodes)}
+    column = np.array([columns[of.site, of.layer, _number_unit(of)] for of in senders.points])
     mask = torch.zeros(len(receivers.points), len(columns))
     mask[receivers.of_edge, column[senders.of_edge]] = 1
-    ends = tuple((SiteRead(to.site, to.layer), to.unit or 0) for to in receivers.points)
-    return EdgeTable(places, ends, mask)
+    ends = tuple((SiteRead(to.site, to.layer), _number_unit(to)) for to in receivers.points)
+    return EdgeTable(places, ends, mask, others)
 
 
 def build_position_ids(
@@ -700,6 +737,8 @@ class _RuleVectors:
     made: CellVectors | None
     means_and_donors: RuleInputs
     shape: ModelShape
+    joins: bool = False
+    """Whether the neurons of a layer are read as one vector, for a circuit."""
 
     def part(self, own: Ints) -> _RuleVectors:
         """Select some of the vectors."""
@@ -713,7 +752,7 @@ class _RuleVectors:
     @property
     def joins_units(self) -> bool:
         """Whether a vector is that of all units of the site."""
-        return self.plan.joins_units(self.place, self.shape)
+        return self.joins or self.plan.joins_units(self.place, self.shape)
 
     @property
     def amounts(self) -> Tensor:
@@ -721,7 +760,10 @@ class _RuleVectors:
 
     @property
     def width(self) -> int:
-        return 1 if SITES[self.place[0]].width == "key" else vector_width(self.shape, *self.place)
+        if SITES[self.place[0]].width == "key":
+            return 1
+        units = unit_count(self.shape, *self.place) if self.joins else 1
+        return units * vector_width(self.shape, *self.place)
 
     def direction(self) -> Tensor:
         return self.means_and_donors.directions.of(self.plan, self.rows.cell[self.row])

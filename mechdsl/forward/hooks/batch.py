@@ -591,15 +591,26 @@ class SenderFill:
 
     where: SiteRead
     units: tuple[int, ...]
-    """Heads; 0 for whole vectors."""
+    """Heads or neurons; 0 for whole vectors."""
     values: Tensor
-    """[K, unit, width]"""
+    """[K, unit, width]; those of `others` follow those of `units`."""
+    others: tuple[int, ...] = ()
+    """Neurons that are one more sender together, after the units."""
+
+    @property
+    def count(self) -> int:
+        """The number of senders."""
+        return len(self.units) + bool(self.others)
+
+
+OTHERS = -1
+"""Number of the receiver that represents all neurons of a layer that are no other receivers."""
 
 
 def number_senders(fills: Sequence[SenderFill]) -> dict[SiteRead, slice]:
     """Return the columns of senders in masks and tables of edges, which are in the order of fills,
     unit by unit."""
-    ends = accumulate((len(fill.units) for fill in fills), initial=0)
+    ends = accumulate((fill.count for fill in fills), initial=0)
     return {fill.where: slice(*own) for fill, own in zip(fills, pairwise(ends), strict=True)}
 
 
@@ -618,7 +629,8 @@ class CircuitWrite:
     fills: tuple[SenderFill, ...]
     """The senders; their columns of the mask are in this order, unit by unit."""
     receivers: tuple[tuple[SiteRead, int], ...]
-    """Sites that read the stream, with their heads: `q`, `k`, `v`, `mlp_norm` or `logits`."""
+    """Sites that read the stream, with their heads or neurons: `q`, `k`, `v`, `mlp_norm`,
+    `mlp_hidden` or `logits`."""
     mask: Tensor
     """[receiver, sender], 1 for an edge that carries the fill; [K, receiver, sender] if tokens
     differ. A share between 0 and 1 adds this share of fill - value."""
@@ -628,6 +640,8 @@ class CircuitWrite:
     """[K, d_model] outputs of MLPs, by layer, which aren't computed at these tokens."""
     heads: tuple[SenderFill, ...] = ()
     """Heads whose outputs are written, not computed; the tokens are then all of their rows."""
+    others: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    """The neurons that the receiver `OTHERS` of `mlp_hidden` stands for, by layer."""
 
     def moved(self, rows: Tensor) -> CircuitWrite:
         """Renumber rows: row i becomes row `rows[i]`."""

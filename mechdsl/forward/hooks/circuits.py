@@ -16,9 +16,10 @@ References:
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.forward.hooks.batch import (
+    OTHERS,
     CircuitRead,
     CircuitWrite,
     EdgeTap,
@@ -51,7 +53,7 @@ from mechdsl.forward.hooks.hook_points import (
     view_layout,
 )
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.forward.hooks.module_exchange import load_weights, replace_forward
+from mechdsl.forward.hooks.module_exchange import load_weights, replace_forward, restore_forwards
 from mechdsl.models.anatomy import HookPoint, HookSide, TensorLayout
 from mechdsl.models.block import linear_sizes, unwrap_adapter
 from mechdsl.models.shape import unit_count
@@ -59,6 +61,12 @@ from mechdsl.vocab.sites import SITES, write_order
 
 ATTENTION_INPUTS = ("q", "k", "v")
 """Inputs of a head, as receivers of edges."""
+
+MLP_INPUTS = ("mlp_norm", "mlp_hidden")
+"""Receivers in an MLP: all of it, and its neurons."""
+
+_PROJECTED = {"z": "attn_out", "mlp_hidden": "mlp_out"}
+"""Sites of senders that a linear map adds to the stream, and the site of its output."""
 
 _SHARED = 0.5
 """Share of the heads of a projection that read its input; below it, the heads are computed instead
@@ -108,6 +116,24 @@ def explain_no_circuits(model: LoadedModel) -> str:
         for site in ATTENTION_INPUTS:
             if _find_projection(model, site, number) is None:
                 return f"{where}, `{site}` isn't a linear map of the norm of the stream"
+    return ""
+
+
+def explain_no_neurons(model: LoadedModel, layers: Iterable[int]) -> str:
+    """Return why neurons of some layers can't be nodes of a circuit; empty if they can."""
+    for layer in layers:
+        where, block = f"in block {layer}", model.anatomy.blocks[layer]
+        if block.mlp_output_norm is not None:
+            return f"{where}, a norm follows the MLP, so that its neurons don't add up"
+        if block.down is None or not {"mlp_norm", "mlp_hidden", "mlp_out"} <= block.taps.keys():
+            return f"{where}, the MLP isn't the sum of the outputs of its neurons"
+        if len(block.mlp) != 1 or not block.down.startswith(f"{block.mlp[0]}."):
+            return f"{where}, the neurons aren't computed inside one module"
+        mlp: Any = type(model.module.get_submodule(block.mlp[0]))
+        given = list(inspect.signature(mlp.forward).parameters.values())[2:]
+        rest = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        if any(each.default is each.empty and each.kind not in rest for each in given):
+            return f"{where}, the MLP isn't a function of the stream alone"
     return ""
 
 
@@ -298,7 +324,12 @@ def open_circuit(
     """Return the steps of a circuit; writes: those of the pass."""
     if isinstance(circuit, CircuitRead):
         return _ReadHooks(model, frame, circuit)
-    changed = (write.rows for write in writes if write.site in _IN_THE_STREAM)
+    changed = (
+        write.rows
+        for write in writes
+        if write.site in _IN_THE_STREAM
+        or (write.site == "mlp_out" and write.layer in circuit.others)
+    )
     adds_up = not any(bool(torch.isin(rows, circuit.rows).any()) for rows in changed)
     return _WriteHooks(model, frame, circuit, adds_up=adds_up)
 
@@ -356,6 +387,8 @@ class CircuitHooks(ABC):
                 found = _find_projection(self.model, where.site, where.layer)
                 assert found is not None
                 by_path[where.layer, found[0]].append((found[1], rows))
+            elif where.site == "mlp_hidden":
+                yield from self._neurons(where, rows)
             else:
                 yield self._whole(where, rows[0])
         for (layer, path), parts in by_path.items():
@@ -389,17 +422,24 @@ class CircuitHooks(ABC):
         where = fill.where
         tap = self.model.tap(where.site, where.layer)
         scale = get_scale(self.model.module, tap)
-        if where.site == "z":
-            scale = get_scale(self.model.module, self.model.tap("attn_out", where.layer))
+        if where.site in _PROJECTED:
+            output = self.model.tap(_PROJECTED[where.site], where.layer)
+            scale = get_scale(self.model.module, output)
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            now = _take(self._at(view_layout(self._seen(value), tap.layout)), fill.units, 1)
+            every = (*fill.units, *fill.others)
+            now = _take(self._at(view_layout(self._seen(value), tap.layout)), every, 1)
             values = to_device(fill.values, now.device).to(now)
-            if where.site == "z":
-                weight = _take(get_head_weights(module, tap.layout), fill.units).to(now)
-                gained = apply_scale(torch.bmm((values - now).transpose(0, 1), weight), scale)
+            if where.site in _PROJECTED:
+                weight = _take(get_head_weights(module, tap.layout), every).to(now)
+                changes, count = (values - now).transpose(0, 1), len(fill.units)
+                gained = torch.bmm(changes[:count], weight[:count])
+                if fill.others:
+                    joined = changes[count:, :, 0].T @ weight[count:, 0]
+                    gained = torch.cat([gained, joined[None]])
+                gained = apply_scale(gained, scale)
                 width = tap.layout.units * tap.layout.width
-                self._remember_bias(module, value.new_zeros(1, 1, width), scale)
+                self._remember_bias(where, module, value.new_zeros(1, 1, width), scale)
             else:
                 gained = (values - apply_scale(now, scale)).transpose(0, 1)
             self._remember_change(where, gained)
@@ -416,10 +456,13 @@ class CircuitHooks(ABC):
         return value
 
     @abstractmethod
-    def _remember_bias(self, module: nn.Module, nothing: Tensor, scale: float | Tensor) -> None:
-        """Keep the bias that is added after heads.
+    def _remember_bias(
+        self, where: SiteRead, module: nn.Module, nothing: Tensor, scale: float | Tensor
+    ) -> None:
+        """Keep the bias that is added after heads or neurons.
 
         Args:
+            where: The heads or neurons.
             module: Their output projection.
             nothing: […, in] zeros.
             scale: Factor of its output.
@@ -450,7 +493,7 @@ class CircuitHooks(ABC):
     def _reads_entrance(self, layer: int, site: str) -> bool:
         """Return whether a receiver reads the stream that enters its block, at a module other than
         its norm."""
-        return site in ATTENTION_INPUTS or (site == "mlp_norm" and self._mlp_norm(layer) is None)
+        return site in ATTENTION_INPUTS or (site in MLP_INPUTS and self._mlp_norm(layer) is None)
 
     def _mlp_norm(self, layer: int) -> str | None:
         """Return the norm that only the MLP reads."""
@@ -499,9 +542,28 @@ class CircuitHooks(ABC):
             parts: Queries, keys or values in its output, with the numbers of their receivers.
         """
 
+    @abstractmethod
+    def _neurons(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
+        """Yield the steps at the neurons of a layer, each of which reads separately.
+
+        Args:
+            rows: The numbers of these receivers.
+        """
+
     def _whole(self, where: SiteRead, row: int) -> CircuitStep:
         """Add a step at the input of an MLP or of the end of the model."""
-        layer, anatomy = where.layer, self.model.anatomy
+        return self._entrance(where.layer, lambda norm, value: self._at_whole(norm, row, value))
+
+    def _entrance(
+        self, layer: int | None, act: Callable[[str | None, Tensor], Tensor]
+    ) -> CircuitStep:
+        """Add a step at the input of an MLP, or of the end of the model.
+
+        Args:
+            layer: None for the end of the model.
+            act: (norm, value) → the value that the model continues with, as in `_at_whole`.
+        """
+        anatomy = self.model.anatomy
         after = layer is not None and self._mlp_norm(layer) is None
         path = anatomy.final_norm if layer is None else self._mlp_norm(layer)
         path = None if self._sums else path
@@ -512,7 +574,7 @@ class CircuitHooks(ABC):
         norm = anatomy.blocks[layer].mlp_norm if after and layer is not None else None
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            return self._at_whole(norm, row, value)
+            return act(norm, value)
 
         layer_order, order = write_order("final_norm" if layer is None else "mlp_norm", layer)
         return self._add(spot, (layer_order, order - _EARLIER), step)
@@ -583,6 +645,9 @@ class _WriteHooks(CircuitHooks):
         self._begun: dict[int, _BegunInput] = {}
         """By number of an MLP."""
         self._counts: dict[SiteRead, tuple[int, bool]] = {}
+        self._others = write.others
+        self._entrance_biases: dict[int, Tensor] = {}
+        """By layer, [d_model] the sum of biases before the attention of the block."""
 
     def steps(self) -> Iterator[CircuitStep]:
         for fill in self._heads:
@@ -637,8 +702,12 @@ class _WriteHooks(CircuitHooks):
         self._changes[1 + columns.start : 1 + columns.stop] = gained
         self._end = columns.stop
 
-    def _remember_bias(self, module: nn.Module, nothing: Tensor, scale: float | Tensor) -> None:
+    def _remember_bias(
+        self, where: SiteRead, module: nn.Module, nothing: Tensor, scale: float | Tensor
+    ) -> None:
         if self._of_zeros:
+            if where.site == "z" and where.layer is not None:
+                self._entrance_biases[where.layer] = self._biases
             bias = apply_scale(_compute_bias(module, nothing).flatten(), scale)
             self._biases = self._biases + bias.to(self._biases)
 
@@ -666,7 +735,10 @@ class _WriteHooks(CircuitHooks):
             else:
                 found = torch.einsum("kru,ukd->rkd", weights, changes)
                 summed = summed.movedim(1, 0)
-            return (found + summed.to(found) * self._biases.to(found)).to(stream.device)
+            biases = self._biases
+            if reader.site == "mlp_hidden" and self.model.shape.parallel_block:
+                biases = self._entrance_biases.get(reader.layer or 0, biases)
+            return (found + summed.to(found) * biases.to(found)).to(stream.device)
         found = stream.expand(mask.shape[-2], *stream.shape)
         sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
         for column, gained in self._differences:
@@ -687,15 +759,23 @@ class _WriteHooks(CircuitHooks):
         whether these are all that it reads."""
         if reader not in self._counts:
             shape, layer = self.model.shape, reader.layer
-            own = reader.site == "mlp_norm" and not shape.parallel_block
+            own = reader.site in MLP_INPUTS and not shape.parallel_block
             ends = range(shape.n_layers if layer is None else layer)
-            every = 1 + sum(unit_count(shape, "z", n) + shape.has("mlp_out", n) for n in ends)
+            every = 1 + sum(unit_count(shape, "z", n) + self._count_mlp(n) for n in ends)
             if own and layer is not None:
                 every += unit_count(shape, "z", layer)
-            due = (fill for fill in self._fills if _is_before(fill.where, reader))
-            count = sum(len(fill.units) for fill in due if own or fill.where.layer != layer)
-            self._counts[reader] = count, count == every
+            before = [fill for fill in self._fills if _is_before(fill.where, reader)]
+            due = [fill for fill in before if own or fill.where.layer != layer]
+            units = sum(len(fill.units) + len(fill.others) for fill in due)
+            self._counts[reader] = sum(fill.count for fill in due), units == every
         return self._counts[reader]
+
+    def _count_mlp(self, layer: int) -> int:
+        """Return the number of units of an MLP: its neurons if they are senders, otherwise 1."""
+        shape = self.model.shape
+        if layer in self._others:
+            return unit_count(shape, "mlp_hidden", layer)
+        return int(shape.has("mlp_out", layer))
 
     def _stream_of(self, mask: Tensor) -> Tensor:
         """Return [receiver, K, d_model]: the stream that receivers read, if norms follow sums.
@@ -712,6 +792,8 @@ class _WriteHooks(CircuitHooks):
 
     def _shares(self, mask: Tensor, where: SiteRead) -> Tensor:
         """Return [receiver, K, d_model]: what the masked senders of a sublayer add."""
+        if where.site == "mlp_out" and where not in self._gains:
+            where = SiteRead("mlp_hidden", where.layer)
         gained = self._gains.get(where)
         if gained is None:
             size = mask.shape[-2], *self._outputs[0].shape
@@ -827,6 +909,84 @@ class _WriteHooks(CircuitHooks):
             put_layout(value, layout, view)
         return value
 
+    def _neurons(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
+        """Yield a step that keeps the inputs of neurons, and one that writes the activations of
+        those that don't read the stream as it is."""
+        layer = where.layer
+        assert layer is not None
+        inputs, tap = number_inputs(self._mask, rows), self.model.tap("mlp_hidden", layer)
+        pairs = [
+            (unit, inputs.of_receiver[row] - 1)
+            for row in rows
+            for unit in self._list_neurons(layer, self._receivers[row][1])
+            if inputs.of_receiver[row]
+        ]
+        normed: list[Tensor] = []
+
+        def read(norm: str | None, value: Tensor) -> Tensor:
+            stream = self._at(value) if norm is None else self._stream
+            assert stream is not None
+            if norm is not None:
+                self._check_input(self._normed(norm, stream, value), value)
+            elif not self._sums:
+                norm = self._mlp_norm(layer)
+            normed[:] = [self._normed(norm, self._inputs(inputs.mask, stream, where), value)]
+            return value
+
+        def write(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            own_inputs = normed.pop().to(value)
+            first = view_layout(self._compute_neurons(layer, own_inputs[:1, :1]), tap.layout)
+            self._check_neurons(first[0], self._at(view_layout(value, tap.layout))[:1])
+            hidden = view_layout(self._compute_neurons(layer, own_inputs[1:]), tap.layout)
+            units, numbers = (torch.tensor(own) for own in zip(*pairs, strict=True))
+            index = self._rows.to(value.device)[:, None], self._columns.to(value.device)[:, None]
+            value = value.clone(memory_format=torch.contiguous_format)
+            view = view_layout(value, tap.layout)
+            own = hidden[to_device(numbers, value.device), :, to_device(units, value.device)]
+            view[*index, to_device(units, value.device)[None]] = own.transpose(0, 1).to(view)
+            put_layout(value, tap.layout, view)
+            return value
+
+        if pairs:
+            yield self._entrance(layer, read)
+            order = (layer, SITES["mlp_hidden"].order - _EARLIER)
+            yield self._add((tap.path, tap.side, tap.item), order, write)
+
+    def _list_neurons(self, layer: int, unit: int) -> Sequence[int]:
+        return self._others[layer] if unit == OTHERS else (unit,)
+
+    def _compute_neurons(self, layer: int, vectors: Tensor) -> Tensor:
+        """Return [input, K, …]: what the last map of an MLP reads.
+
+        Args:
+            vectors: [input, K, d_model]
+        """
+        block, found = self.model.anatomy.blocks[layer], list[Tensor]()
+        assert block.down is not None
+        mlp, down = (self.model.module.get_submodule(each) for each in (block.mlp[0], block.down))
+
+        def keep(hidden: Tensor) -> Tensor:
+            found.append(hidden)
+            return hidden.new_zeros(*hidden.shape[:-1], self.model.shape.d_model)
+
+        with restore_forwards(mlp), replace_forward(down, keep):
+            mlp(vectors)
+        (hidden,) = found
+        return hidden.view(*vectors.shape[:2], -1)
+
+    def _check_neurons(self, computed: Tensor, given: Tensor) -> None:
+        """Check that neurons are functions of the MLP's input.
+
+        Args:
+            computed: [K, …] from the input of the pass.
+            given: [K, …] in the pass.
+
+        Raises:
+            WriteMismatch: They aren't.
+        """
+        if (computed - given).abs().amax() > _SAME_INPUT * given.abs().amax():
+            raise WriteMismatch("neurons of a circuit aren't functions of the MLP's input")
+
     def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
         if norm is None:
             return self._put(value, self._input(row, self._at(value)))
@@ -890,8 +1050,14 @@ class _ReadHooks(CircuitHooks):
         assert self._read.changes is not None
         self._read.changes[self._senders[where]] = gained
 
-    def _remember_bias(self, module: nn.Module, nothing: Tensor, scale: float | Tensor) -> None:
+    def _remember_bias(
+        self, where: SiteRead, module: nn.Module, nothing: Tensor, scale: float | Tensor
+    ) -> None:
         """Keep nothing: what receivers read is the stream itself."""
+
+    def _neurons(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
+        """Raise WriteMismatch: no training chooses from edges of neurons."""
+        raise WriteMismatch("gradients by the inputs of neurons aren't read")
 
     def _projection(
         self, layer: int, path: str, parts: list[tuple[TensorLayout, list[int]]]
@@ -997,5 +1163,5 @@ def _is_before(sender: SiteRead, receiver: SiteRead) -> bool:
         return True
     assert sender.layer is not None
     return sender.layer < receiver.layer or (
-        sender.layer == receiver.layer and receiver.site == "mlp_norm" and sender.site == "z"
+        sender.layer == receiver.layer and receiver.site in MLP_INPUTS and sender.site == "z"
     )

@@ -57,7 +57,8 @@ class CircuitSettler:
             lengths: [row of the batch] tokens.
         """
         rows = np.unique(write.rows.numpy())
-        if len(write.rows) != lengths[rows].sum() or find_norms_after(self.model):
+        partial = len(write.rows) != lengths[rows].sum()
+        if partial or write.others or find_norms_after(self.model):
             return write
         number = id(write.mask)
         if number not in self._found:

@@ -544,6 +544,11 @@ class CircuitComparison(WeightObservation):
         second = find_circuit_edges(other, rule.span, work)
         if first is None or second is None:
             return None
+        if first.neurons or second.neurons:
+            what = f"`observe {self.word}` of a circuit with neurons"
+            later = "compare circuits of heads and whole MLPs"
+            work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
+            return None
         untrained = one.name in work.program.masks and not first.scores
         if not untrained and not self.scores_fit(first, rule, work):
             return None

@@ -17,16 +17,27 @@ from mechdsl.results.experiment_result import TARGET_LABEL, ResultCircuit, Resul
 from mechdsl.show.graph import lay_out_graph
 
 ComponentKind = Literal[
-    "embed", "key-value", "head", "mlp", "logits", "token", "feature", "supernode", "error", "logit"
+    "embed",
+    "key-value",
+    "head",
+    "mlp",
+    "neuron",
+    "logits",
+    "token",
+    "feature",
+    "supernode",
+    "error",
+    "logit",
 ]
 
-_LABEL = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|\.mlp)")
+_LABEL = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|\.mlp|N(\d+))")
 
 NODE_HEIGHT: Mapping[ComponentKind, float] = {
     "embed": 24,
     "key-value": 20,
     "head": 36,
     "mlp": 24,
+    "neuron": 24,
     "logits": 24,
     "token": 24,
     "feature": 24,
@@ -174,7 +185,10 @@ def _component(
         return Component("logits", "logits", (circuit.layers, 0)), None
     layer = int(match[1])
     if match[2] is None:
-        return Component(label, "mlp", (layer, 1 if circuit.parallel else 2)), None
+        level = layer, 1 if circuit.parallel else 2
+        if match[4] is not None:
+            return Component(label, "neuron", level, int(match[4])), None
+        return Component(label, "mlp", level), None
     unit, reads = int(match[2]), match[3]
     if reads in ("k", "v") and circuit.key_heads < circuit.heads:
         return Component(label, "key-value", (layer, 0), unit), None

@@ -1,0 +1,438 @@
+"""Circuits of neurons, against passes in which every neuron of a layer reads separately."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.base import limits
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
+from mechdsl.vocab.effects import EFFECTS
+
+from ..execute.support import DIFFERENCE, MODES
+from ..quick import in_turn
+from ..reference.forward import stack
+from .circuits import EMBED, LOGITS, circuit_pass, mlp, neuron, outputs, reads
+from .models import WITHOUT_NORMS, double
+from .support import (
+    agree,
+    codes,
+    difference,
+    experiment,
+    plain,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+    unpatched,
+)
+from .test_ablated_circuits import (
+    CASES,
+    Case,
+    check_stored_values,
+    count_operations,
+    find_donors,
+    key_heads,
+    shape_of,
+)
+
+Edge = tuple[str, str]
+FAMILIES = (
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox_sequential",
+    "qwen3",
+    "mistral",
+    "llama" + WITHOUT_NORMS,
+    "gpt_neox" + WITHOUT_NORMS,
+)
+SOME: dict[str, list[Edge]] = {
+    "embed -> L0N3, embed -> L0N5": [(EMBED, "L0N3"), (EMBED, "L0N5")],
+    "L0H1 -> L0N5": [("L0H1", "L0N5")],  # not in parallel blocks
+    "layer 0 heads 0..1 -> L1N2": [("L0H0", "L1N2"), ("L0H1", "L1N2")],
+    "L0N3 -> L1H0.q": [("L0N3", "L1H0.q")],
+    "layer 0 neurons 3..5 -> mlp_hidden layer 1 neurons 2..3": [
+        (neuron(0, of), neuron(1, to)) for of in (3, 4, 5) for to in (2, 3)
+    ],
+    "embed -> L1N3": [(EMBED, "L1N3")],
+    "L1N2 -> L2.mlp": [("L1N2", mlp(2))],
+    "neurons 3 layers 0..1 -> logits": [("L0N3", LOGITS), ("L1N3", LOGITS)],
+    "L2.mlp -> logits": [(mlp(2), LOGITS)],
+    "embed -> L2H1.v": [(EMBED, "L2H1.v")],
+}
+
+
+@cache
+def split(name: str, layers: Collection[int] = (0, 1)) -> dict[int, int]:
+    """The layers whose neurons are nodes, with their numbers of neurons."""
+    return dict.fromkeys(layers, shape_of(name).d_mlp)
+
+
+@cache
+def every_edge(name: str) -> frozenset[Edge]:
+    """The edges of the model, of every neuron in two layers."""
+    parts = stack(name, double(name))
+    before = reads(parts, key_heads(name), parallel=parts.parallel, split=split(name))
+    return frozenset((of, to) for to, own in before.items() for of in own)
+
+
+@cache
+def edges(name: str) -> tuple[str, frozenset[Edge]]:
+    """The circuit's line in the file, and its edges."""
+    written = [
+        each
+        for each in SOME
+        if (each != "L0H1 -> L0N5" or not stack(name, double(name)).parallel)
+        and (each != "embed -> L2H1.v" or key_heads(name) > 1)
+    ]
+    found = {edge for each in written for edge in SOME[each]}
+    assert found <= every_edge(name)
+    return f"circuit c = {', '.join(written)}\n", frozenset(found)
+
+
+def fills(name: str, case: Case, donors: Mapping[int, int]) -> list[dict[str, Tensor]]:
+    """By prompt and sender, [T of the base run, d_model] with the fill where the rule acts."""
+    parts = stack(name, double(name))
+    word, _, of = case.fill.partition(" of ")
+    run = of or ("clean" if word in ("zero", "mean", "resample") else word)
+    given = [outputs(plain(name, text), parts, split(name)) for text in rows(run)]
+    at = [tokens(text, case.at) for text in rows(run)]
+    found: list[dict[str, Tensor]] = []
+    for n, text in enumerate(rows(case.base)):
+        own: dict[str, Tensor] = {}
+        for sender, value in given[n].items():
+            filled = torch.zeros(len(text.ids), value.shape[1], dtype=value.dtype)
+            if word == "mean":
+                several = [each[sender][places] for each, places in zip(given, at, strict=True)]
+                filled[tokens(text, case.at)] = torch.stack(several).mean(0)
+            elif word != "zero":
+                donor = donors.get(n, n)
+                filled[tokens(text, case.at)] = given[donor][sender][at[donor]]
+            own[sender] = filled
+        found.append(own)
+    return found
+
+
+def expected(
+    name: str,
+    case: Case,
+    donors: Mapping[int, int],
+    ablated: frozenset[Edge] | None = None,
+) -> list[float]:
+    """The values of each prompt if the edges of the case carry the fill, or other edges."""
+    circuit = edges(name)[1]
+    if ablated is None:
+        ablated = every_edge(name) - circuit if case.rule.startswith("all but") else circuit
+    values: list[float] = []
+    every_fill = fills(name, case, donors)
+    for n, (text, record) in enumerate(zip(rows(case.base), records(), strict=True)):
+        at = tokens(text, case.at)
+        model = double(name)
+        logits = circuit_pass(name, model, text.ids, every_fill[n], ablated, at, split=split(name))
+        values.append(difference(logits, record))
+    return values
+
+
+EACH = in_turn(FAMILIES, list(MODES))
+
+
+@cache
+def results(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
+    """All cases in one file, whose rows share passes."""
+    text = edges(name)[0] + "".join(case.experiment(key) for key, case in CASES.items())
+    return run_file(text, data, name, mode, precise=True)
+
+
+@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
+def test_ablated_edges_of_neurons_carry_the_fill(
+    data: Path, name: str, mode: str, key: str
+) -> None:
+    case = CASES[key]
+    found = results(data, name, mode)[key]
+    donors = find_donors(name, case, found.measures[0].patched[0], expected)
+    values = expected(name, case, donors)
+    agree(found, (), {(): values}, unpatched(name, case.base), most=False, precise=True, large=1e-3)
+
+
+SHARES = (0.05, 0.5, 0.9)
+"""Of the edges of some neurons that a circuit keeps."""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox", "qwen3"), list(MODES))
+)
+def test_random_edges_of_some_neurons_carry_another_run(data: Path, name: str, mode: str) -> None:
+    """Also of all neurons but one of a layer, so that the other one is a node alone."""
+    named = {neuron(0, n) for n in range(2)}
+    named |= {neuron(1, n) for n in range(shape_of(name).d_mlp - 1)}
+    nodes = [
+        (of, to) for of, to in sorted(every_edge(name)) if {*filter(is_neuron, (of, to))} <= named
+    ]
+    random = np.random.default_rng(0)
+    kept = [[edge for edge in nodes if random.random() < share] for share in SHARES]
+    text = "".join(
+        f"circuit c{n} = {', '.join(f'{of} -> {to}' for of, to in own)}\n"
+        + experiment(f"a{n}", f"ablate all but c{n} at tokens * with other")
+        + experiment(f"b{n}", f"ablate c{n} at tokens * with other")
+        for n, own in enumerate(kept)
+    )
+    found = run_file(text, data, name, mode, precise=True)
+    for n, own in enumerate(kept):
+        case = Case("", "other")
+        values = expected(name, case, {}, every_edge(name) - frozenset(own))
+        np.testing.assert_allclose(found[f"a{n}"].measures[0].patched[0], values, atol=1e-5)
+        values = expected(name, case, {}, frozenset(own))
+        np.testing.assert_allclose(found[f"b{n}"].measures[0].patched[0], values, atol=1e-5)
+
+
+def is_neuron(node: str) -> bool:
+    return node[0] == "L" and "N" in node
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_every_neuron_of_a_layer_may_be_named(data: Path, name: str) -> None:
+    """All of their edges to the logits carry another run: the MLP's edge does."""
+    fill = "ablate {} at tokens * with other"
+    text = """
+        circuit c = mlp_hidden layers 0..1 neurons * -> logits
+        circuit d = mlp_hidden layer 1 -> logits
+        circuit w = mlp_out layers 0..1 -> logits
+        circuit v = L1.mlp -> logits
+    """
+    text += "".join(experiment(f"x{own}", fill.format(own)) for own in "cwdv")
+    found = run_file(text, data, name, "planned", precise=True)
+    neurons, whole, second, alone = (found[f"x{own}"].measures[0].patched for own in "cwdv")
+    np.testing.assert_allclose(neurons, whole, atol=1e-6)
+    np.testing.assert_allclose(second, alone, atol=1e-6)
+    if name != "gpt_neox":  # the last token is equal, and its MLP reads the embedding alone
+        assert np.abs(neurons - second).max() > 1e-3
+    assert np.abs(whole - unpatched(name)).max() > 1e-2
+
+
+CIRCUIT = "circuit c = embed -> L0N3, L0N3 -> L1N2, L1N2 -> logits, L0N5 -> L1H0.v\n"
+OTHER_RULES = {
+    "neuron": ("ablate mlp_hidden layer 0 neuron 3 at {} with zero", "L0N3"),
+    "another neuron": ("ablate mlp_hidden layer 0 neuron 4 at {} with zero", "L0N4"),
+    "head": ("ablate L0H1 at {} with zero", "L0H1"),
+    "later MLP": ("ablate mlp_out layer 2 at {} with zero", "L2.mlp"),
+}
+
+
+@pytest.mark.parametrize("key", OTHER_RULES)
+@pytest.mark.parametrize("fill", ["zero", "other"])
+@pytest.mark.parametrize(("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox"), list(MODES)))
+def test_edges_of_neurons_carry_what_other_rules_write(
+    data: Path, name: str, mode: str, fill: str, key: str
+) -> None:
+    rule, node = OTHER_RULES[key]
+    edges_of_c = {(EMBED, "L0N3"), ("L0N3", "L1N2"), ("L1N2", LOGITS)}
+    edges_of_c |= {("L0N5", "L1H0.v")}
+    text = CIRCUIT
+    for own, circuit in (("a", "all but c"), ("b", "c")):
+        lines = f"ablate {circuit} at tokens * with {fill}", rule.format("tokens *")
+        text += experiment(f"x{own}", *lines)
+    found = run_file(text, data, name, mode, precise=True)
+    model, given = double(name), fills(name, Case("", fill), {})
+    for own, ablated in (("a", every_edge(name) - edges_of_c), ("b", edges_of_c)):
+        for n, (text_, record) in enumerate(zip(rows(), records(), strict=True)):
+            held = {node: torch.zeros_like(given[n][EMBED])}
+            at = tokens(text_, "tokens *")
+            logits = circuit_pass(
+                name, model, text_.ids, given[n], ablated, at, held=held, split=split(name)
+            )
+            value = difference(logits, record)
+            assert found[f"x{own}"].measures[0].patched[0, n] == pytest.approx(value, abs=1e-5)
+
+
+EFFECTS_OF = {
+    "faithfulness": "all but c",
+    "completeness": "c",
+    "minimality": "all but c without each edge",
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_effects_of_neuron_circuits_equal_ratios_of_reference_means(data: Path, name: str) -> None:
+    line = f"{DIFFERENCE.rpartition(' as ')[0]} as {{}}"
+    lines, circuit = edges(name)
+    text = lines + "".join(
+        experiment(effect, f"ablate {rule} at tokens * with other", measure=line.format(effect))
+        for effect, rule in EFFECTS_OF.items()
+    )
+    found = run_file(text, data, name, "planned", precise=True)
+    case = Case("", "other")
+
+    def mean(ablated: frozenset[Edge]) -> float:
+        return float(np.mean(expected(name, case, {}, ablated)))
+
+    every, base = every_edge(name), float(np.mean(unpatched(name)))
+    empty, kept, cut = mean(every), mean(every - circuit), mean(circuit)
+
+    def means(effect: str) -> list[float]:
+        own = found[effect].measures[0]
+        assert own.source is not None
+        runs = (run.mean(1) for run in (own.patched, own.base, own.source))
+        return EFFECTS[effect].of_means(*runs).tolist()
+
+    assert means("faithfulness") == pytest.approx([(kept - empty) / (base - empty)], abs=1e-5)
+    assert means("completeness") == pytest.approx([(cut - empty) / (base - empty)], abs=1e-5)
+    labels = [str(cell.coords["edge"]) for cell in found["minimality"].cells]
+    assert len(labels) == len(circuit)
+    for label, value in zip(labels, means("minimality"), strict=True):
+        of, to = label.split(" -> ")
+        without = mean(every - (circuit - {(of, to)}))
+        assert value == pytest.approx((kept - without) / (base - empty), abs=1e-5)
+    assert found["faithfulness"].conventions["circuit"].startswith("`all but c`")
+    said = found["faithfulness"].conventions["neurons of circuits"]
+    assert said.startswith("3 neurons of layer 0, 2 neurons of layer 1; a neuron sends")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox"), ("plain", "planned"))
+)
+def test_edges_of_neurons_may_have_positions(data: Path, name: str, mode: str) -> None:
+    """With another circuit of the file in the same passes."""
+    written = {
+        "embed -> L0N3": ("last token", [(EMBED, "L0N3")]),
+        "L0N3 -> L1N2": ("{cue token, last token}", [("L0N3", "L1N2")]),
+        "L1N2 -> logits": ("", [("L1N2", LOGITS)]),
+        "L0N5 -> L1H0.v": ("cue token", [("L0N5", "L1H0.v")]),
+    }
+    each = (f"{edge} at {at}" if at else edge for edge, (at, _) in written.items())
+    text = f"circuit c = {', '.join(each)}\n{edges(name)[0].replace('circuit c', 'circuit d')}"
+    for key, rule in (("a", "all but c"), ("b", "c"), ("d", "all but d")):
+        text += experiment(f"x{key}", f"ablate {rule} at tokens * with other")
+    found = run_file(text, data, name, mode, precise=True)
+    given = fills(name, Case("", "other"), {})
+    values = expected(name, Case("all but", "other"), {})
+    np.testing.assert_allclose(found["xd"].measures[0].patched[0], values, atol=1e-5)
+    for n, (row, record) in enumerate(zip(rows(), records(), strict=True)):
+        placed: dict[Edge, Tensor] = {}
+        for at, own in written.values():
+            there = torch.zeros(len(row.ids), 1, dtype=torch.double)
+            there[list(tokens(row, at or "tokens *"))] = 1
+            placed |= dict.fromkeys(own, there)
+        rest = {edge: 1 - placed.get(edge, torch.zeros(1)) for edge in every_edge(name)}
+        for key, ablated in (("a", rest), ("b", placed)):
+            logits = circuit_pass(
+                name,
+                double(name),
+                row.ids,
+                given[n],
+                ablated,
+                range(len(row.ids)),
+                split=split(name),
+            )
+            value = difference(logits, record)
+            assert found[f"x{key}"].measures[0].patched[0, n] == pytest.approx(value, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("rule", ["all but c", "c"])
+def test_plan_counts_neurons_of_each_distinct_input(
+    data: Path, monkeypatch: pytest.MonkeyPatch, name: str, rule: str
+) -> None:
+    line = f"ablate {rule} at tokens * with other"
+    done, planned = count_operations(data, monkeypatch, name, edges(name)[0], line)
+    assert done / 2 < planned < done * 2  # the MLP of this GPT-2 is counted as gated
+
+
+# --- errors and keys ------------------------------------------------------------------------------
+
+WRONG_EDGES = {
+    "embed -> L1N3, L1.mlp -> logits": ("E0334", "`L1N3`, a neuron of this MLP"),
+    "embed -> mlp_norm layers *, L0N1 -> logits": ("E0334", "`L0N1`, a neuron of this MLP"),
+    "embed -> mlp_hidden layer 1 neuron 0..3": ("E0304", "`neurons`"),
+    "embed -> L1N900": ("E0301", "neuron 900"),
+    "L1N3 -> L1N4": ("E0335", "`L1N4`"),
+    "L1N3 -> L0.mlp": ("E0335", "`L0.mlp`"),
+    "L1N3 -> q layer 1 heads *": ("E0335", "`logits`"),
+}
+
+
+@pytest.mark.parametrize("edge", WRONG_EDGES)
+def test_edges_of_neurons_that_the_model_lacks_are_errors(data: Path, edge: str) -> None:
+    text = f"circuit c = {edge}\n" + experiment("e", "ablate c at tokens * with zero")
+    code, said = WRONG_EDGES[edge]
+    (problem,) = (each for each in try_file(text, data, "gpt2")[1] if each.code == code)
+    assert said in render_full([problem], color=False, width=200)
+
+
+def test_more_neurons_than_the_limit_are_an_error(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "CIRCUIT_NEURONS", 3)
+    rule = experiment("e", "ablate c at tokens * with zero")
+    for edge, count in (("embed -> neurons 0..3 layer 0", 4), (edges("gpt2")[0][12:-1], 5)):
+        (problem,) = try_file(f"circuit c = {edge}\n{rule}", data, "gpt2")[1]
+        assert problem.code == "E0207"
+        assert f"names {count} neurons, and at most 3 can be nodes" in problem.message
+
+
+def test_what_neuron_circuits_do_not_support_is_an_error(data: Path) -> None:
+    rule = "ablate c at tokens * with zero"
+    random = CIRCUIT + experiment("e", rule, "against random(3)")
+    assert codes(random, data) == ["E0630"]
+    text = CIRCUIT + "circuit d = embed -> logits\n"
+    for first, second in ("cd", "dc"):
+        observed = f"observe overlap {first} with {second}"
+        assert codes(text + f"experiment e {{ {observed} }}\n", data) == ["E0108"]
+    drawn = experiment("e", rule, 'report graph to "c.json"')
+    assert "E0108" in codes(CIRCUIT + drawn, data)
+    alone = experiment("e", rule)
+    assert run_file(CIRCUIT + alone, data, "gpt2", "plain")["e"].conventions["controls"] == (
+        "none: random circuits aren't drawn for a circuit with neurons"
+    )
+
+
+@pytest.mark.parametrize(("name", "code"), [("gemma2", "E0108"), ("gpt_oss", "E0413")])
+def test_models_whose_neurons_cannot_be_nodes_are_an_error(
+    data: Path, name: str, code: str
+) -> None:
+    text = CIRCUIT + experiment("e", "ablate c at tokens * with zero")
+    result, problems = try_file(text, data, name)
+    assert result is None
+    assert {each.code for each in problems if each.severity == "error"} == {code}
+
+
+CHANGES = {
+    "edge": ("embed -> L0N3", "embed -> L0N4"),
+    "rest": ("ablate c", "ablate all but c"),
+    "fill": ("with zero", "with other"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_stored_values_depend_on_edges_of_neurons(tmp_path: Path, change: str) -> None:
+    check_stored_values(CIRCUIT, CHANGES[change], tmp_path, 1e-5)
+
+
+def test_picture_of_a_circuit_has_its_neurons(data: Path) -> None:
+    text = CIRCUIT + experiment("e", "ablate c at tokens * with zero")
+    circuit = run_file(text, data, "gpt2", "plain")["e"].circuit
+    assert circuit is not None
+    assert circuit.has_neurons
+    drawn = draw_edges(circuit, None)
+    assert [each.text for each in drawn] == [
+        "embed -> L0N3",
+        "L0N3 -> L1N2",
+        "L0N5 -> L1H0.v",
+        "L1N2 -> logits",
+    ]
+    ends = {end for each in drawn for end in (each.sender, each.receiver)}
+    assert {(end.label, end.level) for end in ends if end.kind == "neuron"} == {
+        ("L0N3", (0, 2)),
+        ("L0N5", (0, 2)),
+        ("L1N2", (1, 2)),
+    }
