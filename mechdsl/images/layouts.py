@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import cached_property
 from itertools import islice
 from typing import Any, ClassVar, Literal, TypeVar, cast
@@ -284,6 +285,13 @@ class ImagePrompt(Record):
         """Return the number of prepared frames of a video, given by its index from 0."""
         return len(self.inputs["pixel_values_videos"][number])
 
+    @property
+    def frames_of_each(self) -> int:
+        """The number of prepared frames of each video, if the processor writes those of all videos
+        as images, one after the other."""
+        pixels = self.inputs["pixel_values"]
+        return math.prod(pixels.shape[:-3]) // len(self.sizes)
+
     def setting(self, name: str) -> Any:
         """Return a setting of the image preparation: the processor's has priority."""
         own: Mapping[str, Any] = getattr(self.processor, "images_kwargs", None) or {}
@@ -298,10 +306,15 @@ class ImagePrompt(Record):
         Raises:
             UnsupportedProcessor: The module has none of this name.
         """
-        found = getattr(sys.modules[type(self.images).__module__], name, None)
-        if found is None:
-            raise _unknown(f"`{type(self.images).__name__}` sizes images without `{name}`")
-        return found
+        return _library(self.images, name)
+
+
+def _library(processor: Any, name: str) -> Any:
+    """Return a definition in the module of a processor. Raises UnsupportedProcessor."""
+    found = getattr(sys.modules[type(processor).__module__], name, None)
+    if found is None:
+        raise _unknown(f"the module of `{type(processor).__name__}` has no `{name}`")
+    return found
 
 
 def _pair(value: Any) -> Size:
@@ -352,7 +365,7 @@ class ImageText(Record):
 
 
 FRAMES_PER_SECOND = 2
-"""The rate of the frames that a video processor gets, the one at which Qwen's samples videos."""
+"""The rate of the frames that a video processor gets, at which Qwen's samples videos."""
 
 _NATURAL_SIZE = (224, 224)
 
@@ -394,6 +407,10 @@ class ImageLayout:
     """Why rules can't act in the vision encoder; empty if `patches` is known."""
     video_encoder: ClassVar[tuple[str, str] | None] = None
     """Names of the modules that encode images and videos, if each has an encoder."""
+    video_token: ClassVar[str] = "video_token_id"
+    """The config's attribute with the token that each vector of a video replaces."""
+    joins_images_and_videos: ClassVar[bool] = True
+    """Whether the processor prepares images and videos of one prompt together."""
 
     def image_text(self, processor: Any, config: Any) -> ImageText:
         """Return the texts that stand for an image. Raises UnsupportedProcessor."""
@@ -402,8 +419,23 @@ class ImageLayout:
             raise UnsupportedProcessor("it names no image token")
         return ImageText(text, text, text)
 
-    def video_text(self, processor: Any, config: Any) -> ImageText:
-        """Return the texts that stand for a video: those of an image with the video token."""
+    def frame_rate(self, videos: Any) -> float:
+        """Return the number of frames per second that the processor gets.
+
+        videos: the video processor.
+        """
+        return FRAMES_PER_SECOND
+
+    def video_chat(self, processor: Any) -> str:
+        """Return the chat template that the processor uses for videos, which have the type `video`
+        there; empty if it is that of images."""
+        return ""
+
+    def video_text(self, processor: Any, config: Any, frames: int) -> ImageText:
+        """Return the texts that stand for a video: those of an image with the video token.
+
+        frames: the number of its frames.
+        """
         own = self.image_text(processor, config)
         token = str(processor.video_token)
         given, written = (text.replace(own.token, token) for text in (own.given, own.written))
@@ -577,7 +609,7 @@ def video_layout(
     _check_class(entry.video_processors, processor.video_processor, config)
     prompt = ImagePrompt(processor, config, inputs, tuple(sizes))
     features = [list(entry.video_features(prompt, number)) for number in range(len(sizes))]
-    return _located(entry, prompt, features, config.video_token_id, "video")
+    return _located(entry, prompt, features, getattr(config, entry.video_token), "video")
 
 
 def find_layout(model_type: str) -> ImageLayout:
@@ -1072,10 +1104,10 @@ class Qwen3(Qwen):
     documentation = "as `qwen2_vl`"
     several_layers = True
 
-    def video_text(self, processor: Any, config: Any) -> ImageText:
+    def video_text(self, processor: Any, config: Any, frames: int) -> ImageText:
         """Return the video token, in whose place the processor writes each pair of frames with its
         time and tokens around it."""
-        own, merged = super().video_text(processor, config), processor.video_processor
+        own, merged = super().video_text(processor, config, frames), processor.video_processor
         seconds = (merged.temporal_patch_size - 1) / FRAMES_PER_SECOND / 2  # mean of the first pair
         return replace(own, given=own.token, written=f"<{seconds:.1f} seconds>{own.written}")
 
@@ -1110,9 +1142,9 @@ class Idefics2(ImageLayout):
                 yield tile, 0, 0, box
 
 
-@layout("idefics3", "smolvlm")
+@layout("idefics3")
 class Idefics3(ImageLayout):
-    """Idefics3 (Laurençon et al. 2024, arXiv:2408.12637) and SmolVLM."""
+    """Idefics3 (Laurençon et al. 2024, arXiv:2408.12637)."""
 
     documentation = "tiles with tags, then the thumbnail; a token merges several patches"
     without_vision = ""
@@ -1162,6 +1194,50 @@ class Idefics3(ImageLayout):
         return math.ceil(height / tile), math.ceil(width / tile)
 
 
+@layout("smolvlm")
+class SmolVLM(Idefics3):
+    """SmolVLM (Marafioti et al. 2025, arXiv:2504.05299): frames are images with their times."""
+
+    video_processors = ("SmolVLMVideoProcessor",)
+    video_token = "image_token_id"
+    joins_images_and_videos = False
+
+    def frame_rate(self, videos: Any) -> float:
+        """Return the rate at which the processor samples videos. Raises UnsupportedProcessor."""
+        rate: object = getattr(videos, "fps", None)
+        if rate is None:
+            return FRAMES_PER_SECOND
+        if not isinstance(rate, int | float) or not 1e-3 <= rate <= 1e3:
+            raise _unknown(f"its `fps` is {rate!r}, not a number of frames per second")
+        return rate
+
+    def video_chat(self, processor: Any) -> str:
+        return str(_library(processor, "DEFAULT_CHAT_TEMPLATE"))
+
+    def video_text(self, processor: Any, config: Any, frames: int) -> ImageText:
+        """Return the video token, in whose place the processor writes the number of frames, the
+        time of the last one, and each frame after its time."""
+        seconds = int((frames - 1) / self.frame_rate(processor.video_processor))
+        intro: str = _library(processor, "DEFAULT_VIDEO_INTRO").format(
+            frame_count=_library(processor, "num2words")(frames),
+            video_duration=str(timedelta(seconds=seconds)),
+        )
+        intro += _library(processor, "FRAME_TIMESTAMP_MESSAGE").format(timestamp="00:00")
+        token, end = processor.image_token, _library(processor, "DEFAULT_MEDIA_OUTTRO")
+        return ImageText(processor.video_token, f"{intro}{token}{end}", token)
+
+    def video_features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        videos, scale = prompt.processor.video_processor, prompt.config.scale_factor
+        if not videos.do_resize:
+            raise _unknown("it keeps the size of frames")
+        side = _edges(videos.max_image_size)["longest_edge"]
+        cell = prompt.patch[0] * scale, prompt.patch[1] * scale
+        view = View.of(prompt.sizes[number]).resized(side, side)
+        _check_square(view, cell, prompt.processor.image_seq_len)
+        for frame in range(prompt.frames_of_each):
+            yield from grid(view, cell, tile=frame + 1)
+
+
 @layout("paligemma")
 class PaliGemma(ImageLayout):
     """PaliGemma (Beyer et al. 2024, arXiv:2407.07726) and PaliGemma 2."""
@@ -1186,6 +1262,8 @@ class InternVL(ImageLayout):
     without_vision = ""
     processors = ("InternVLProcessor",)
     image_processors = ("GotOcr2ImageProcessor",)
+    video_processors = ("InternVLVideoProcessor",)
+    video_token = "image_token_id"
     start = "start_image_token_id"
     end = "end_image_token_id"
 
@@ -1208,6 +1286,21 @@ class InternVL(ImageLayout):
         yield from tiles(View.of(size).resized(rows * tile[0], cols * tile[1]), tile, cell)
         if rows * cols > 1:
             yield from grid(whole, cell, tile=THUMBNAIL)
+
+    def video_text(self, processor: Any, config: Any, frames: int) -> ImageText:
+        """Return the video token, in whose place the processor writes each frame as an image of one
+        tile, after its number."""
+        token, tokenizer = processor.image_token, processor.tokenizer
+        frame = f"Frame1: {tokenizer.start_image_token}{token}{tokenizer.end_image_token}"
+        return ImageText(processor.video_token, frame, token)
+
+    def video_features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        merge = round(1 / prompt.config.downsample_ratio)
+        cell = prompt.patch[0] * merge, prompt.patch[1] * merge
+        view = prepared_view(prompt.processor.video_processor, prompt.sizes[number])
+        _check_square(view, cell, prompt.processor.image_seq_length)
+        for frame in range(prompt.frames_of_each):
+            yield from grid(view, cell, tile=frame + 1)
 
 
 @layout("gemma3")

@@ -10,7 +10,6 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoTokenFor
 from mechdsl.diagnostics.prompts import EmptyPrompt, PromptTooLong, UnknownWords
 from mechdsl.images.baselines import GRAY_LEVEL
-from mechdsl.images.layouts import FRAMES_PER_SECOND
 from mechdsl.images.picture import PictureChange, Video
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.block import PromptsBlock
@@ -114,7 +113,7 @@ def _joined_frames(name: str, rows: Sequence[RunRow], tokenizer: TextTokenizer) 
     videos = [each for row in rows for each in row.whole_pictures if each.name == name]
     counts = sorted({each.picture.picture.count for each in videos})
     shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    said = f"{shown} frames, {FRAMES_PER_SECOND} per second, all read by the model's "
+    said = f"{shown} frames, {tokenizer.frame_rate:g} per second, all read by the model's "
     said += f"`{tokenizer.video_processor_name}`"
     if (merged := videos[0].merged_frames) > 1:
         said += f", which merges {merged} frames: `frame 1` is the first {merged}"

@@ -62,8 +62,8 @@ The processors of `internvl`, `llava_onevision`, `qwen2_vl`, `qwen2_5_vl`, `qwen
 (`pip install "mechdsl[video]"`). Their image processors are then other classes, whose pixels may
 differ; the conventions name the class. That of `smolvlm` also needs num2words.
 
-The video processors of `video_llava`, `llava_onevision` and the Qwen models read the frames of a
-`video` line together:
+The video processors of `video_llava`, `llava_onevision`, `smolvlm`, `internvl` and the Qwen models
+read the frames of a `video` line together:
 
 - All frames are read: mechdsl turns the processor's sampling of frames off. They have one size.
 - `video_llava` reads each frame as an image with a class token. `llava_onevision` pools 2 x 2
@@ -71,10 +71,15 @@ The video processors of `video_llava`, `llava_onevision` and the Qwen models rea
 - The Qwen models merge two frames, so `frame 1` is the first two, and the last frame of an odd
   number counts twice. Frames are 0.5 s apart, as their processors sample videos: position ids of
   `qwen2_5_vl` and the times that `qwen3_vl` writes before each pair depend on it.
+- `smolvlm` and `internvl` read each frame as an image without tiles, after its time ("Frame from
+  00:01:") or number ("Frame2:"). These texts are tokens of the prompt, but not of the frames.
+- `smolvlm` also writes the number of frames and the time of the last one before the first frame.
+  The times depend on `fps` of its video processor; without it, frames are 0.5 s apart. Images and
+  videos in one prompt are E0459.
+- The videos of one prompt have the same number of frames, except in the Qwen models (E0459).
 - In chats, a video is written where the template writes an image. Its tokens are those around a
-  video without a chat: `qwen3_vl` has start and end tokens only around each pair.
-
-In `smolvlm` and `internvl`, whose frames have texts between them, `video` lines are E0459.
+  video without a chat: `qwen3_vl` has start and end tokens only around each pair. `smolvlm` has
+  another chat template for videos, from its processor's class.
 
 Prompts of files contain images of all of these types; those of `vision-encoder-decoder` contain
 nothing else ([load-models.md](load-models.md#experiment-on-the-reader-of-an-image)). In `mllama`,

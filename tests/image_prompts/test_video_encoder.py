@@ -245,3 +245,85 @@ def test_rule_at_a_class_token_of_a_frame_reports_e0310() -> None:
     text = experiment("e", "ablate resid_post vision layer 0 at tokens 3..5 with zero")
     _, found = videos.try_file(text, NAME)
     assert [each.code for each in found if each.severity == "error"] == ["E0310"]
+
+
+# --- frames that the encoder of images reads ------------------------------------------------------
+
+MERGED = {
+    "smolvlm": ("model.vision_model.encoder.layers", 0),
+    "internvl": ("model.vision_tower.encoder.layer", 1),
+}
+"""Family → blocks of the encoder, and class tokens of each frame, before 4 x 4 patches."""
+MERGED_RULES = (
+    "patch resid_post vision layer * at frame 2 row 2 col 1 token",
+    "scale resid_pre vision layer 1 at each frame tokens by -2",
+    "swap resid_pre vision layer 0 at frame 1 row 1 col 1 token with frame 4 row 2 col 2 token",
+    "patch mlp_out vision layer 0 at clip tokens",
+)
+
+
+def merged(name: str, frame: int, row: int, col: int) -> list[int]:
+    """The numbers of the 2 x 2 patches of a token in the encoder, which counts those of all
+    frames."""
+    front = MERGED[name][1]
+    first = (frame - 1) * (front + 16) + front + 8 * (row - 1) + 2 * (col - 1)
+    return [first + down + along for down in (0, 4) for along in (0, 1)]
+
+
+def merged_frame(name: str, frame: int) -> list[int]:
+    return [own for row in (1, 2) for col in (1, 2) for own in merged(name, frame, row, col)]
+
+
+def in_frames(name: str, site: str, layer: int, edit: Edit) -> AbstractContextManager[None]:
+    part, is_input = PLACES[site]
+    module = bare(name).model.get_submodule(f"{MERGED[name][0]}.{layer}{part}")
+    return edited_module(module, lambda value: edit(value.flatten(0, -2)), is_input=is_input)
+
+
+def frame_state(name: str, site: str, layer: int, n: int) -> Tensor:
+    given = inputs(name, n, record(n)["a"])
+    return record_value(partial(in_frames, name, site, layer), partial(bare(name).run, given))
+
+
+def under(name: str, n: int, site: str, layer: int, edit: Edit) -> float:
+    with in_frames(name, site, layer, edit):
+        return videos.changed(name, n)
+
+
+def merged_cells(name: str, n: int) -> list[list[float]]:
+    """As `cells_of`, for `MERGED_RULES`."""
+    one, frames = merged(name, 2, 2, 1), [merged_frame(name, k) for k in range(1, FRAMES + 1)]
+    first, last = merged(name, 1, 1, 1), merged(name, 4, 2, 2)
+    every = [own for frame in frames for own in frame]
+
+    def exchange(value: Tensor) -> Tensor:
+        value[first + last] = value[last + first]
+        return value
+
+    def clean(site: str, layer: int, patches: Sequence[int]) -> Edit:
+        return at(patches, frame_state(name, site, layer, n)[list(patches)])
+
+    return [
+        [under(name, n, "resid_post", m, clean("resid_post", m, one)) for m in (0, 1)],
+        [under(name, n, "resid_pre", 1, scaled(own, -2)) for own in frames],
+        [under(name, n, "resid_pre", 0, exchange)],
+        [under(name, n, "mlp_out", 0, clean("mlp_out", 0, every))],
+    ]
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+@pytest.mark.parametrize("name", MERGED)
+def test_rules_at_merged_patches_of_frames_equal_hooks_on_the_encoder(name: str, mode: str) -> None:
+    rules = MERGED_RULES if name == "smolvlm" else MERGED_RULES[:3]  # scaled after the MLP
+    text = "".join(
+        experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(rules)
+    )
+    found = videos.run(text, name, mode)
+    base = [videos.changed(name, n) for n in ALL]
+    expected = [merged_cells(name, n) for n in ALL]
+    for number, (rule, result) in enumerate(zip(rules, found.values(), strict=True)):
+        values = np.array([each[number] for each in expected]).T
+        [measure] = result.measures
+        np.testing.assert_allclose(measure.base[0], base, atol=1e-4)
+        np.testing.assert_allclose(measure.patched, values, atol=1e-4, err_msg=rule)
+        assert np.abs(values - base).max() > 0.02, rule

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -79,6 +80,8 @@ class Layout:
     """Number of frames that the processor merges."""
     cell: int = 4
     """Side of a cell in pixels; 0: each frame has 2 x 2 cells."""
+    least: float = 0.1
+    """A lower bound of the effect of one cell, which is small in long prompts."""
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         return (size[0] // self.cell, size[1] // self.cell) if self.cell else (2, 2)
@@ -97,7 +100,12 @@ LAYOUTS: Mapping[str, Layout] = {
     "qwen2_vl": Layout(0, 0, opening=1, merged=2),  # <start>
     "qwen2_5_vl": Layout(0, 0, opening=1, merged=2),
     "qwen3_vl": Layout(3, 1, merged=2),  # "<0.2", "seconds>", <start>; <end>
+    # "\nFrame", "from", "00:01:", two tags; a tag
+    "smolvlm": Layout(5, 1, opening=13, cell=0, least=0.05),
+    "internvl": Layout(2, 1, cell=0),  # "\nFrame2:", <start>; <end>
 }
+OF_IMAGES = ("smolvlm", "internvl")
+"""Families whose frames have the token of images."""
 QUICK = ("llava_onevision_frames", "qwen2_5_vl")
 
 
@@ -143,6 +151,12 @@ def run(
     return succeeded(*try_file(text, name, mode, block))
 
 
+def metadata(name: str, frames: int) -> dict[str, Any]:
+    """The rate of a family's frames, and all frames. frames: their number."""
+    rate = 1 if name == "smolvlm" else 2
+    return {"total_num_frames": frames, "fps": rate, "frames_indices": [*range(frames)]}
+
+
 def inputs_of(name: str, text: str, files: Sequence[str], count: int | None = None) -> Any:
     """The inputs of a prompt with one video. count: the number of its frames, None for all."""
     frames = [np.asarray(Image.open(folder() / file).convert("RGB")) for file in files][:count]
@@ -150,9 +164,7 @@ def inputs_of(name: str, text: str, files: Sequence[str], count: int | None = No
         text=[text],
         videos=[np.stack(frames)],
         do_sample_frames=False,
-        video_metadata=[
-            {"total_num_frames": len(frames), "fps": 2, "frames_indices": [*range(len(frames))]}
-        ],
+        video_metadata=[metadata(name, len(frames))],
         return_tensors="pt",
     )
     return {key: value for key, value in given.items() if key != "video_metadata"}
@@ -182,13 +194,16 @@ def cell(name: str, n: int, frame: int, row: int, col: int) -> int:
 
 
 def compare(
-    found: ExperimentResult, base: Sequence[float], expected: Sequence[Sequence[float]]
+    found: ExperimentResult,
+    base: Sequence[float],
+    expected: Sequence[Sequence[float]],
+    least: float = 0.1,
 ) -> None:
-    """base: [prompt]; expected: [cell, prompt]. Effects have to exceed 0.1."""
+    """base: [prompt]; expected: [cell, prompt]. Effects have to exceed `least`."""
     [measure] = found.measures
     np.testing.assert_allclose(measure.base[0], base, atol=1e-4)
     np.testing.assert_allclose(measure.patched, expected, atol=2e-4)
-    assert (np.abs(np.array(expected) - base).max(1) > 0.1).all()
+    assert (np.abs(np.array(expected) - base).max(1) > least).all()
 
 
 MIXED = [
@@ -223,7 +238,8 @@ def test_rules_at_frames_of_each_family_equal_hooks(name: str, mode: str) -> Non
     def patched(n: int, layer: int, positions: list[int]) -> float:
         return changed(name, n, blocks={layer: at(positions, states[n][layer][positions])})
 
-    compare(found["e0"], base, [[patched(n, 0, [cell(name, n, 2, 2, 1)]) for n in ALL]])
+    one = [patched(n, 0, [cell(name, n, 2, 2, 1)]) for n in ALL]
+    compare(found["e0"], base, [one], LAYOUTS[name].least)
     each = [
         [changed(name, n, blocks={0: at(tokens(name, n, k), zero)}) for n in ALL] for k in steps
     ]
@@ -237,7 +253,8 @@ def test_rules_at_frames_of_each_family_equal_hooks(name: str, mode: str) -> Non
     compare(found["e3"], base, [[patched(n, 1, whole[n]) for n in ALL]])
 
 
-@pytest.mark.parametrize("name", [pytest.param(each, marks=pytest.mark.slow) for each in QUICK])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*QUICK, *OF_IMAGES])
 def test_completions_with_an_ablated_frame_equal_hooks(name: str) -> None:
     rule = "ablate resid_post layer 0 at frame 1 tokens with zero"
     measure = 'measure contains("w1") as raw\n  report texts'
@@ -289,7 +306,7 @@ def with_two(name: str, n: int) -> dict[str, Tensor]:
         np.stack([np.asarray(Image.open(folder() / f"{own['size']}-{k}.png")) for k in each])
         for each in ((own["a"], own["a"], 4, own["a"]), (own["b"], 4, own["b"], 4))
     ]
-    count = {"total_num_frames": 4, "fps": 2, "frames_indices": [*range(4)]}
+    count = metadata(name, 4)
     given = bare(name).processor(
         text=[f"w3 w2 {marker} w1 {marker} {WORDS[n]} w3"],
         videos=videos,
@@ -319,7 +336,8 @@ def test_rules_in_one_of_two_videos_are_what_hooks_give(name: str, mode: str) ->
         values: list[float] = []
         for n in ALL:
             ids = given[n]["input_ids"][0].tolist()
-            places = [place for place, token in enumerate(ids) if token == vlm.SPECIAL["<video>"]]
+            token = vlm.SPECIAL["<image>" if name in OF_IMAGES else "<video>"]
+            places = [place for place, own in enumerate(ids) if own == token]
             later = (places[len(places) // 2] - places[0]) * video
             edit = {0: at([later + token for token in tokens(name, n, 2)], zero)}
             values.append(families.difference(own.run(given[n], blocks=edit)))
@@ -330,8 +348,8 @@ def test_rules_in_one_of_two_videos_are_what_hooks_give(name: str, mode: str) ->
         compare(found[f"e{video}"], base, [values])
 
 
-def test_tokens_of_a_video_are_written_as_its_processor_writes_them() -> None:
-    name = "qwen2_5_vl"
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *OF_IMAGES])
+def test_tokens_of_a_video_are_written_as_its_processor_writes_them(name: str) -> None:
     text = experiment("e", "ablate resid_post layer 0 at clip tokens with zero")
     checked = check_file(text, folder(), loaded(name), BLOCK)
     reader = loaded(name).tokenizer
@@ -341,7 +359,8 @@ def test_tokens_of_a_video_are_written_as_its_processor_writes_them() -> None:
     found = sorted([reader.token_text(token) for token in row.ids] for row in rows)
     assert found == sorted([reader.token_text(token) for token in ids] for ids in due)
     assert sorted(reader.decode(row.ids) for row in rows) == sorted(map(reader.decode, due))
-    assert all("<video>" in each for each in found)
+    token = "<image>" if name in OF_IMAGES else "<video>"
+    assert all(token in each for each in found)
 
 
 @pytest.mark.slow
@@ -409,11 +428,15 @@ CHAT = """\
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llava_onevision_frames", "qwen2_5_vl", "qwen3_vl"])
-def test_videos_in_chats_equal_hooks(name: str) -> None:
+@pytest.mark.parametrize("name", ["llava_onevision_frames", "qwen2_5_vl", "qwen3_vl", *OF_IMAGES])
+def test_videos_in_chats_equal_hooks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Bare(bare(name).model, vlm.with_videos(name))
     marker = vlm.FAMILIES[name].marker
     own.processor.tokenizer.chat_template = CHAT.replace("<image>", marker)
+    if name == "smolvlm":  # its processor has another template for videos
+        kind = import_module(type(own.processor).__module__)
+        monkeypatch.setattr(kind, "DEFAULT_CHAT_TEMPLATE", CHAT.replace("image", "video"))
+        own.processor.tokenizer.chat_template = "{{ messages }}"
     model, found = adopt_model("m", deepcopy(own.model), own.processor)
     assert model is not None, found
     block = BLOCK.replace('template "w3 w2 {clip} w1 {words} w3"', 'chat { user "{clip} {words}" }')
@@ -464,6 +487,40 @@ def test_invalid_position_reports_code_and_fix(
     _, problems = try_file(experiment("e", RULE.format(position)), name)
     assert [each.code for each in problems if each.severity == "error"] == [code]
     assert told in render_full(problems, color=False, width=100)
+
+
+def test_conventions_of_a_video_name_the_rate_of_its_processor() -> None:
+    found = run(experiment("e", RULE.format("frame 2 tokens")), "smolvlm")["e"]
+    said = found.conventions["video `clip`"]
+    assert said == (
+        "4 frames, 1 per second, all read by the model's `SmolVLMVideoProcessor`; 2 x 2 tokens, "
+        "rows and columns counted from 1 at the top left"
+    )
+
+
+SECOND = {
+    "late": '  video late = ["{size}-{b}.png", "{size}-4.png"]\n  template',
+    "photo": '  image photo = "{size}-3.png"\n  template',
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "second", "told"),
+    [
+        ("smolvlm", "photo", "it prepares images or videos, not both in a prompt"),
+        ("internvl", "late", "it can't prepare videos of different numbers of frames in one"),
+        ("video_llava", "late", "it can't prepare videos of different numbers of frames in one"),
+    ],
+)
+def test_pictures_that_a_processor_does_not_prepare_together_report_e0459(
+    name: str, second: str, told: str
+) -> None:
+    block = BLOCK.replace("  template", SECOND[second])
+    block = block.replace("{clip} w1", f"{{clip}} w1 {{{second}}}")
+    _, problems = try_file(experiment("e", RULE.format("last token")), name, block=block)
+    [error] = [each for each in problems if each.severity == "error"]
+    assert error.code == "E0459"
+    assert told in render_full([error], color=False, width=1000)
 
 
 def test_frames_of_different_sizes_are_rejected() -> None:
@@ -529,7 +586,7 @@ def test_facts_of_videos_are_read_from_cache(tmp_path: Path) -> None:
     """The second tokenizer has no processor."""
 
     def reader(**changes: Any) -> ImagePromptTokenizer:
-        made = loaded(QUICK[1]).tokenizer
+        made = loaded("smolvlm").tokenizer
         assert isinstance(made, ImagePromptTokenizer)
         other = made.with_processor(*made._read)
         other.__dict__.update({"_cache": tmp_path, **changes})
@@ -537,9 +594,18 @@ def test_facts_of_videos_are_read_from_cache(tmp_path: Path) -> None:
 
     def facts(own: ImagePromptTokenizer) -> list[object]:
         own.check_frames()
-        return [own.reads_videos, own.video_text, own.video_id, own.expansion((8, 16, 4))]
+        return [
+            own.reads_videos,
+            own.video_text(3),
+            own.video_text(4),
+            own.video_id,
+            own.frame_rate,
+            own.video_chat,
+            own.expansion((8, 16, 4)),
+        ]
 
     plain = facts(reader())
+    assert plain[1] != plain[2]
     assert facts(reader(_read=None)) == plain
 
 

@@ -197,10 +197,10 @@ def test_completions_with_an_ablated_frame_equal_hooks() -> None:
 FAMILY_BLOCK = test_families.BLOCK.replace(
     'image photo = "{file}"', 'video photo = ["{file}", "2.png"]'
 )
-FAMILIES = ("llava_class", "vipllava", "llava_next", "idefics3", "smolvlm", "internvl")
+FAMILIES = ("llava_class", "vipllava", "llava_next", "idefics3")
 
 
-@pytest.mark.parametrize("name", some(FAMILIES, FAMILIES[2::3]))
+@pytest.mark.parametrize("name", some(FAMILIES, FAMILIES[2:3]))
 def test_ablated_frame_of_each_family_equals_hooks(name: str) -> None:
     rule = "ablate resid_post layer 0 at frame 2 tokens with zero"
     whole = f'mech 1\nmodel m = local("x")\n{FAMILY_BLOCK}\n{experiment("e", rule)}'

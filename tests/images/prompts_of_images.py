@@ -45,6 +45,9 @@ SPECIAL = {
 }
 """Tokens that the processors need, below `build.VOCABULARY`."""
 WORDS = {"w1": 3, "w2": 4, "w3": 5, "\n": 40, "\n\n": 41}
+FRAME_WORDS = ["Frame1:", "\nFrame2:", "\nFrame3:", "\nFrame4:", "3", "4", "0:00:02", "0:00:03"]
+FRAME_WORDS += ["video.\n\nFrame", "\nFrame", "00:00:", "00:01:", "00:02:", "00:03:"]
+"""Words that processors write between frames."""
 NAMED = {
     "image_token": "<image>",
     "video_token": "<video>",
@@ -70,6 +73,8 @@ def tokenizer(*, dense: bool = False) -> PreTrainedTokenizerFast:
     known = {**SPECIAL, **WORDS}
     others = set(range(build.VOCABULARY)) - {*known.values()} if dense else ()
     known |= {f"other{number}": number for number in others}
+    if not dense:
+        known |= {word: 6 + number for number, word in enumerate(FRAME_WORDS)}
     made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     made.add_special_tokens(list(SPECIAL))
@@ -126,6 +131,8 @@ QWEN = {
 SPLIT = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
 SQUARE = {"size": {"height": 16, "width": 16}}
 PATCH_2 = {**rows_vlm.SIGLIP, "image_size": 16, "patch_size": 2}
+
+LONG = {"max_position_embeddings": 128}
 
 FAMILIES: Mapping[str, Family] = {
     "llava": Family(
@@ -243,6 +250,7 @@ FAMILIES: Mapping[str, Family] = {
         "SmolVLMImageProcessor",
         SPLIT,
         {"image_seq_len": 4},
+        overrides={"text_config": {**rows_vlm.IDEFICS3["text_config"], **LONG}},
         tower="model.vision_model",
     ),
     "paligemma": Family(
@@ -263,6 +271,7 @@ FAMILIES: Mapping[str, Family] = {
         "GotOcr2ImageProcessor",
         {**SQUARE, "min_patches": 1, "max_patches": 4},
         {"image_seq_length": 4},
+        overrides={"text_config": {**rows_vlm.TEXT, "model_type": "qwen2", **LONG}},
     ),
     "gemma3": Family(
         "Gemma3Processor",
@@ -334,7 +343,8 @@ def _no_attention(_: nn.Module, __: Any, output: Any) -> Any:
 def processor(name: str, backend: str = "Pil") -> Any:
     """Return a processor. backend: the end of the image processor's class.
 
-    Some need torchvision for videos only: here they have no video processor, and no `num2words`.
+    Some need torchvision for videos only: here they have no video processor. Without `num2words`,
+    numbers of frames are digits.
     """
     import transformers
 
@@ -344,11 +354,10 @@ def processor(name: str, backend: str = "Pil") -> Any:
     kind = getattr(transformers, family.processor)
     with_video = "video_processor" in kind.get_attributes()
     given: dict[str, Any] = {"video_processor": None} if with_video else {}
-    module = import_module(kind.__module__)
-    with (
-        patch.object(ProcessorMixin, "check_argument_for_proper_class"),
-        patch.object(module, "num2words", str, create=True),
-    ):
+    module: Any = import_module(kind.__module__)
+    if hasattr(module, "num2words"):
+        module.num2words = str
+    with patch.object(ProcessorMixin, "check_argument_for_proper_class"):
         made = kind(
             image_processor=images(**family.settings),
             tokenizer=tokenizer(dense=bool(family.before_end)),
@@ -411,6 +420,8 @@ VIDEOS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2_vl": ("Qwen2VLVideoProcessor", QWEN_VIDEO),
     "qwen2_5_vl": ("Qwen2VLVideoProcessor", QWEN_VIDEO),
     "qwen3_vl": ("Qwen3VLVideoProcessor", QWEN_VIDEO),
+    "smolvlm": ("SmolVLMVideoProcessor", {**SPLIT, "fps": 1}),
+    "internvl": ("InternVLVideoProcessor", SQUARE),
 }
 """Family → class and settings of its video processor."""
 
@@ -450,6 +461,10 @@ class _StandIn(dict[str, Any]):
         frames = [np.stack([self._prepared(own) for own in each]) for each in videos]
         if not hasattr(self, "merge_size"):
             pixels = torch.tensor(np.stack(frames)).movedim(-1, 2)
+            if hasattr(self, "max_image_size"):
+                mask = torch.ones(pixels[:, :, 0].shape, dtype=torch.int64)
+                names = "pixel_values", "pixel_attention_mask", "video_metadata"
+                return dict(zip(names, (pixels, mask, metadata), strict=True))
             return {"pixel_values_videos": pixels, "video_metadata": metadata}
         made = [self._patches(each) for each in frames]
         return {
@@ -462,6 +477,7 @@ class _StandIn(dict[str, Any]):
         """Return [height, width, 3] from -1 to 1; Qwen's frames keep their size."""
         size: Mapping[str, int] = self.__dict__["size"]
         side = size.get("height", size["shortest_edge"] if "crop_size" in self.__dict__ else 0)
+        side = self.__dict__.get("max_image_size", {}).get("longest_edge", side)
         image = Image.fromarray(frame)
         image = image.resize((side, side)) if side else image
         return np.asarray(image, np.float32) / 127.5 - 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.images.layouts import ImageTokens, PixelBox, video_layout
+from mechdsl.images.layouts import IMAGE_LAYOUTS, ImageTokens, PixelBox, video_layout
 from mechdsl.images.processing import UnsupportedProcessor
 
 from . import prompts_of_images as vlm
@@ -82,26 +82,62 @@ def test_pairs_of_qwen3_are_separated_by_time() -> None:
     assert own.markers == {"start": (3, 11), "end": (8, 16), "text": (9, 10)}
 
 
-@pytest.mark.parametrize(
-    ("name", "side", "cell"), [("video_llava", 8, 4), ("llava_onevision_frames", 16, 8)]
-)
-def test_changed_pixels_of_frame_change_vector_at_its_position(
-    name: str, side: int, cell: int
-) -> None:
-    made, config = vlm.with_stand_in(name, do_resize=False, do_center_crop=None), vlm.model(name)
-    pixels = torch.randn((1, 3, 3, side, side), generator=torch.Generator().manual_seed(0))
-    count = 15 if name == "video_llava" else 13
-    ids = torch.tensor([[1, 3, *[VIDEO] * count, 4]])
-    inputs = {"input_ids": ids, "pixel_values_videos": pixels}
+def test_frames_of_smolvlm_follow_tokens_of_text_and_tags() -> None:
+    """Two frames of 10 x 20 pixels, each resized to 16 x 16: 2 x 2 cells of 8 x 8."""
+    settings = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+    made = vlm.with_stand_in("smolvlm", do_resize=True, **settings)
+    tag, whole, image = (
+        vlm.SPECIAL[name] for name in ("<fake_token_around_image>", "<global-img>", "<image>")
+    )
+    frame = [2, 2, 2, tag, whole, *[image] * 4, tag]
+    inputs = {"input_ids": [1, 2, *frame, *frame, 41], "pixel_values": np.zeros((1, 2, 3, 16, 16))}
+    [own] = video_layout(made, vlm.model("smolvlm").config, inputs, [(10, 20)])
+    assert frames_of(own) == {1: [7, 8, 9, 10], 2: [17, 18, 19, 20]}
+    assert [(each.row, each.col) for each in own.cells] == [(1, 1), (1, 2), (2, 1), (2, 2)] * 2
+    assert (own.start, own.end, own.rows, own.cols) == (5, 22, 2, 2)
+    assert box_of(own, 2, 2, 1) == (0, 5, 10, 10)
+
+
+def test_frames_of_internvl_follow_their_numbers() -> None:
+    """Three frames of 10 x 20 pixels, each resized to 16 x 16: 2 x 2 cells of 8 x 8."""
+    size = {"height": 16, "width": 16}
+    made = vlm.with_stand_in("internvl", do_resize=True, size=size, do_center_crop=None)
+    frame = [2, vlm.SPECIAL["<start>"], *[vlm.SPECIAL["<image>"]] * 4, vlm.SPECIAL["<end>"]]
+    inputs = {"input_ids": [1, *frame * 3, 3], "pixel_values": np.zeros((3, 3, 16, 16))}
+    [own] = video_layout(made, vlm.model("internvl").config, inputs, [(10, 20)])
+    assert frames_of(own) == {1: [3, 4, 5, 6], 2: [10, 11, 12, 13], 3: [17, 18, 19, 20]}
+    assert own.markers == {"start": (2, 9, 16), "end": (7, 14, 21), "text": (8, 15)}
+    assert box_of(own, 3, 1, 2) == (10, 0, 20, 5)
+
+
+STREAMS = {
+    "video_llava": (8, 4, [VIDEO] * 15),
+    "llava_onevision_frames": (16, 8, [VIDEO] * 13),
+    "smolvlm": (16, 8, [42, 43, 55, 55, 55, 55, 42] * 3),
+    "internvl": (16, 8, [56, 55, 55, 55, 55, 57] * 3),
+}
+"""Family → sides of frames and of cells in pixels, and the tokens of three frames."""
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_changed_pixels_of_frame_change_vector_at_its_position(name: str) -> None:
+    side, cell, tokens = STREAMS[name]
+    size = {"height": side, "width": side}
+    settings = {"size": size, "max_image_size": {"longest_edge": side}, "do_center_crop": None}
+    made, config = vlm.with_stand_in(name, do_resize=True, **settings), vlm.model(name)
+    shape = (3, 3, side, side) if name == "internvl" else (1, 3, 3, side, side)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    key = "pixel_values" if name in ("smolvlm", "internvl") else "pixel_values_videos"
+    inputs = {"input_ids": torch.tensor([[1, 3, *tokens, 4]]), key: pixels}
     [own] = video_layout(made, config.config, inputs, [(side, side)])
     before = vlm.stream(name, inputs)
+    assert len(own.cells) == 12
     for each in own.cells:
         other = pixels.clone()
         top, left = (each.row - 1) * cell, (each.col - 1) * cell
-        other[0, each.tile - 1, :, top : top + cell, left : left + cell] += 1
-        difference = (vlm.stream(name, {**inputs, "pixel_values_videos": other}) - before).norm(
-            dim=-1
-        )
+        frame = other.view(3, 3, side, side)[each.tile - 1]
+        frame[:, top : top + cell, left : left + cell] += 1
+        difference = (vlm.stream(name, {**inputs, key: other}) - before).norm(dim=-1)
         assert difference.nonzero().flatten().tolist() == [each.position]
 
 
@@ -137,7 +173,8 @@ def test_model_type_without_layout_of_videos_is_rejected_by_name() -> None:
     told = rejection("llava", vlm.processor("llava"), {"input_ids": [VIDEO]})
     assert "the positions of video tokens aren't known for models of the type `llava`" in told
     assert told.endswith(
-        "known are video_llava, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe"
+        "known are video_llava, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, "
+        "smolvlm, internvl"
     )
 
 
@@ -153,6 +190,20 @@ def test_first_patch_that_the_model_drops_is_rejected() -> None:
     made.vision_feature_select_strategy = "default"
     told = rejection("llava_onevision_frames", made, {"input_ids": [VIDEO]})
     assert told == "the model drops the first patch of each frame"
+
+
+def test_frames_that_keep_their_size_are_rejected() -> None:
+    made = vlm.with_stand_in("smolvlm", do_resize=False)
+    told = rejection("smolvlm", made, {"input_ids": [VIDEO]})
+    assert told == "it keeps the size of frames"
+
+
+@pytest.mark.parametrize("rate", ["fast", 0, -1.0, 1e-300, float("inf"), float("nan")])
+def test_invalid_rate_of_frames_is_rejected(rate: object) -> None:
+    made = vlm.with_stand_in("smolvlm", fps=rate)
+    with pytest.raises(UnsupportedProcessor) as caught:
+        IMAGE_LAYOUTS["smolvlm"].video_text(made, vlm.model("smolvlm").config, 3)
+    assert str(caught.value) == f"its `fps` is {rate!r}, not a number of frames per second"
 
 
 def test_prompt_of_another_length_is_rejected_with_numbers() -> None:

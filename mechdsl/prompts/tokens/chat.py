@@ -60,12 +60,15 @@ class ChatTemplate(Record):
     """Texts that are always a single token, and whether each is a special token."""
     image: str = ""
     """The text that stands for an image in formatted texts; empty without images."""
+    part: str = "image"
+    """The type of images in the lists of parts that the template gets."""
 
     @cached_property
     def digest(self) -> str:
         """Digest of everything that formatted texts depend on."""
         parts = (self.text, sorted(self.tokens.items()), sorted(self.added.items()))
         parts += (self.image,) if self.image else ()
+        parts += (self.part,) if self.part != "image" else ()
         return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
@@ -182,7 +185,7 @@ class ChatTemplate(Record):
             if not number or owners[number] != owners[number - 1]:
                 messages.append({"role": turn.role, "content": []})
             is_image = MARKER.fullmatch(turn.rich.text) is not None
-            part = {"type": "image"} if is_image else {"type": "text", "text": text}
+            part = {"type": self.part} if is_image else {"type": "text", "text": text}
             messages[-1]["content"].append(part)
         names = {
             "messages": messages,

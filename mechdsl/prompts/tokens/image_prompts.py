@@ -20,7 +20,6 @@ from mechdsl.base.text import quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoImageProcessor, UnpreparedImages
 from mechdsl.images.layouts import (
-    FRAMES_PER_SECOND,
     EncoderSize,
     ImageCell,
     ImageExpansion,
@@ -55,6 +54,9 @@ _VIDEO_TOKEN = IMAGE_TOKEN | 1 << 62
 """As `IMAGE_TOKEN`, of videos that the video processor reads."""
 
 _FILES = (PROCESSOR_FILE, PREPROCESSOR_FILE, "config.json")
+
+_SOME_FRAMES = 2
+"""A number of frames, where the text that stands for a video doesn't depend on it."""
 
 _VIDEO_FILE = "video_preprocessor_config.json"
 
@@ -202,22 +204,49 @@ class ImagePromptTokenizer(TextTokenizer):
         return found.given, found.written, found.token
 
     @cached_property
-    def video_text(self) -> ImageText:
-        """As `image_text`, for a video that the video processor reads."""
-        return self._recall_layout("video text", self._find_video_text, lambda own: ImageText(*own))
+    def _video_texts(self) -> dict[int, ImageText]:
+        return {}
 
-    def _find_video_text(self) -> tuple[str, str, str]:
-        found = self.layout.video_text(*self._read)
+    def video_text(self, frames: int) -> ImageText:
+        """As `image_text`, for a video with this number of frames that the video processor
+        reads."""
+        if frames not in self._video_texts:
+            self._video_texts[frames] = self._recall_layout(
+                f"video text {frames}",
+                lambda: self._find_video_text(frames),
+                lambda own: ImageText(*own),
+            )
+        return self._video_texts[frames]
+
+    def _find_video_text(self, frames: int) -> tuple[str, str, str]:
+        found = self.layout.video_text(*self._read, frames)
         return found.given, found.written, found.token
 
     def text_of(self, extent: tuple[int, ...]) -> ImageText:
         """Return the texts that stand for a picture, given its `Picture.extent`."""
-        return self.image_text if len(extent) == 2 else self.video_text
+        return self.image_text if len(extent) == 2 else self.video_text(extent[2])
 
     @cached_property
     def video_id(self) -> int:
         """As `image_id`, for a video that the video processor reads."""
-        return self._recall("video token", lambda: int(self._read[1].video_token_id), int)
+        return self._recall_layout("video token", self._find_video_id, int)
+
+    def _find_video_id(self) -> int:
+        return int(getattr(self._read[1], self.layout.video_token))
+
+    @cached_property
+    def video_chat(self) -> str:
+        """The chat template of the processor for videos; empty if it is that of images."""
+        if not self.reads_videos:
+            return ""
+        return self._recall_layout("chat", lambda: self.layout.video_chat(self.processor), str)
+
+    @cached_property
+    def frame_rate(self) -> float:
+        """Frames per second of the videos that the video processor reads."""
+        return self._recall_layout(
+            "frame rate", lambda: self.layout.frame_rate(self.processor.video_processor), float
+        )
 
     def token_of(self, extent: tuple[int, ...]) -> int:
         """Return the token in whose place the model puts a vector of a picture."""
@@ -449,7 +478,8 @@ class ImagePromptTokenizer(TextTokenizer):
         ]
         images = [own[0] for own, extent in zip(black, extents, strict=True) if len(extent) == 2]
         videos = [own for own, extent in zip(black, extents, strict=True) if len(extent) == 3]
-        given = self.prepare([text], [images] if images else [], videos)
+        options = {"return_tensors": "pt"} if videos else {}  # the text may depend on their shape
+        given = self.prepare([text], [images] if images else [], videos, **options)
         return [int(token) for token in given["input_ids"][0]], given
 
     def prepare(
@@ -475,7 +505,7 @@ class ImagePromptTokenizer(TextTokenizer):
             options["videos"] = [np.stack([np.asarray(own) for own in each]) for each in videos]
             counts = [len(each) for each in videos]
             options["video_metadata"] = [
-                {"total_num_frames": n, "fps": FRAMES_PER_SECOND, "frames_indices": [*range(n)]}
+                {"total_num_frames": n, "fps": self.frame_rate, "frames_indices": [*range(n)]}
                 for n in counts
             ]
             options["do_sample_frames"] = False
@@ -490,23 +520,58 @@ class ImagePromptTokenizer(TextTokenizer):
         """Raise UnsupportedProcessor if several pictures in a prompt have other tokens than each
         alone."""
         each = tuple(map(self.sized, extents))
-
-        def count() -> int:
-            text = " ".join(self.text_of(own).given for own in each)
-            written, _ = self._written(text, *each)
-            return sum(map(written.count, {self.token_of(own) for own in each}))
-
         if each in self._joint_sizes:
             return
-        alone = sum(sum(self.expansion(own).is_image) for own in each)
-        if self._recall_layout(f"tokens of {each}", count, int) != alone:
+        if not self.layout.joins_images_and_videos and len(set(map(len, each))) > 1:
+            unfit = UnsupportedProcessor("it prepares images or videos, not both in a prompt")
+            unfit.hint = "write images and videos in prompts of different blocks"
+            raise unfit
+        written = self._recall_layout(
+            f"tokens of {each}", lambda: self._write_joined(each), list[int]
+        )
+        if written != self._join(each):
+            if len({own[2] for own in each if len(own) == 3}) > 1:
+                raise _different_frames()
             raise UnsupportedProcessor("it prepares several images in a prompt in another way")
         self._joint_sizes.add(each)
+
+    def _write_joined(self, extents: Sequence[tuple[int, ...]]) -> list[int]:
+        """Return the tokens that the processor writes for several pictures.
+
+        Raises:
+            UnsupportedProcessor: It can't prepare videos of different numbers of frames.
+        """
+        text = " ".join(self.text_of(own).given for own in extents)
+        try:
+            return self._written(text, *extents)[0]
+        except ValueError as error:
+            if len({own[2] for own in extents if len(own) == 3}) < 2:
+                raise
+            raise _different_frames() from error
+
+    def _join(self, extents: Sequence[tuple[int, ...]]) -> list[int]:
+        """Return the tokens of several pictures, from those of each."""
+        moved = self.bos_after_images
+        first, ranges, whole = 0, list[tuple[int, int]](), ""
+        for text in map(self.text_of, extents):
+            whole += " " if whole else ""
+            ranges.append(text.token_range(len(whole)))
+            whole += text.written
+        whole += self.layout.prefix_end
+        [plain] = super()._raw([whole], add_special=moved is None)
+        ids: list[int] = []
+        for place, extent in zip(self._places(plain, ranges), extents, strict=True):
+            ids += [*plain.ids[first:place], *self.expansion(extent).ids]
+            first = place + 1
+        return [*ids, *(() if moved is None else (moved,)), *plain.ids[first:]]
 
     def chat_for(self, prompts: spec.Prompts) -> ChatTemplate | None:
         if self.chat is None or not (prompts.chat and prompts.pictures):
             return self.chat
         try:
+            if any(each.is_video for each in prompts.pictures) and self.video_chat:
+                given = self.video_text(_SOME_FRAMES).given
+                return replace(self.chat, text=self.video_chat, image=given, part="video")
             return replace(self.chat, image=self.image_text.given)
         except UnsupportedProcessor:  # an error of the model
             return self.chat
@@ -654,6 +719,15 @@ class ImagePromptTokenizer(TextTokenizer):
         if token < IMAGE_TOKEN:
             return token
         return self.image_id if token < _VIDEO_TOKEN else self.video_id
+
+
+def _different_frames() -> UnsupportedProcessor:
+    """Return the error of a processor that pads videos of a prompt, or can't prepare them."""
+    unfit = UnsupportedProcessor(
+        "it can't prepare videos of different numbers of frames in one prompt"
+    )
+    unfit.hint = "give all videos of a prompt the same number of frames"
+    return unfit
 
 
 def _unreadable(error: Exception) -> UnsupportedProcessor:
