@@ -17,9 +17,11 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 from mechdsl.vocab.effects import EFFECTS
 
+from ..execute import support as of_files
 from ..execute.support import DIFFERENCE, MODES
 from ..quick import in_turn
 from ..reference.forward import stack
+from . import test_classifier_circuits as classifiers
 from .circuits import EMBED, LOGITS, circuit_pass, mlp, neuron, outputs, reads
 from .models import WITHOUT_NORMS, double
 from .support import (
@@ -436,3 +438,62 @@ def test_picture_of_a_circuit_has_its_neurons(data: Path) -> None:
         ("L0N5", (0, 2)),
         ("L1N2", (1, 2)),
     }
+
+
+# --- further families -----------------------------------------------------------------------------
+
+NEURONS = (
+    "embed -> mlp_hidden layers 0..1 neurons *, mlp_hidden layer 0 neurons * -> logits, "
+    "mlp_hidden layer 1 neurons * -> L2H0.q"
+)
+MLPS = "embed -> mlp_norm layers 0..1, L0.mlp -> logits, L1.mlp -> L2H0.q"
+SAME = f"circuit c = {NEURONS}\ncircuit d = {MLPS}\n"
+
+
+@pytest.mark.parametrize("name", ["phi3", "gptj", "gpt_neo", "cohere", "falcon", "apertus", "phi"])
+def test_all_neurons_of_a_layer_equal_its_mlp_as_a_node(data: Path, name: str) -> None:
+    """The MLP of `d` isn't computed if it runs alone, but both circuits share passes."""
+    text = SAME + "".join(
+        experiment(f"x{n}{own}", f"ablate {rule} {own} at tokens * with other")
+        for own in "cd"
+        for n, rule in enumerate(("", "all but"))
+    )
+    found = run_file(text, data, name, "planned", precise=True)
+    values = {key: own.measures[0].patched for key, own in found.items()}
+    for n in range(2):
+        np.testing.assert_allclose(values[f"x{n}c"], values[f"x{n}d"], atol=1e-9)
+        assert np.abs(values[f"x{n}c"] - found["x0c"].measures[0].base).max() > 1e-2
+
+
+@pytest.mark.parametrize("rule", ["c", "all but c"])
+def test_all_neurons_equal_the_mlp_where_norms_follow_sums(tmp_path: Path, rule: str) -> None:
+    measure = "measure logit(class answer) - logit(class wrong) as raw"
+    text = SAME + "".join(
+        of_files.experiment(
+            f"x{own}", "prompts p", f"ablate {line} at tokens * with other", measure
+        )
+        for own, line in (("c", rule), ("d", rule.replace("c", "d")))
+    )
+    model = classifiers.bare_family("distilbert")
+    found = of_files.run_file(text, tmp_path, model, prompts=classifiers.PROMPTS)
+    neurons, mlps = (found[key].measures[0].patched for key in ("xc", "xd"))
+    np.testing.assert_allclose(neurons, mlps, atol=1e-5)
+    assert np.abs(neurons - found["xc"].measures[0].base).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_neurons_of_mlps_that_read_more_than_the_stream_are_an_error(data: Path, name: str) -> None:
+    result, problems = try_file(
+        CIRCUIT + experiment("e", "ablate c at tokens * with zero"), data, name
+    )
+    assert result is None
+    assert "the neurons aren't computed inside one module" in str(problems)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_inputs_without_most_senders_have_no_rounding_of_the_stream(data: Path, name: str) -> None:
+    """Where most edges carry 0, the input is the sum of the others: in 32 bits as in 64 bits."""
+    text = edges(name)[0] + experiment("e", "ablate all but c at tokens * with zero")
+    precise = run_file(text, data, name, "planned", precise=True)["e"].measures[0].patched
+    found = run_file(text, data, name, "planned")["e"].measures[0].patched
+    np.testing.assert_allclose(found, precise, atol=1e-5)

@@ -807,12 +807,12 @@ class Patcher:
 
     def _settles(self, rows: PassRows) -> bool:
         """Return whether only circuits act, whose ablated edges carry values of unpatched runs on
-        prompts of equal length."""
+        prompts of equal length, and which need no step inside an MLP."""
         acting = rows.acting
         if acting.writes or acting.edges or acting.numbers or acting.blocks:
             return False
         for circuit in acting.circuits:
-            if not circuit.source:
+            if not circuit.source or circuit.others:
                 return False
             run = self.runs.named(circuit.source)
             if run.derived is not None or run.model is not None or run.noise is not None:

@@ -53,12 +53,12 @@ class CircuitSettler:
         Args:
             write: Its fills are the values of a run of the same model at the same tokens, on
                 prompts of equal length; nothing else is written in its rows, and only logits are
-                read. Writes with one mask have the same senders and receivers.
+                read. Writes with one mask have the same senders and receivers, none of them
+                neurons.
             lengths: [row of the batch] tokens.
         """
         rows = np.unique(write.rows.numpy())
-        partial = len(write.rows) != lengths[rows].sum()
-        if partial or write.others or find_norms_after(self.model):
+        if len(write.rows) != lengths[rows].sum() or find_norms_after(self.model):
             return write
         number = id(write.mask)
         if number not in self._found:
