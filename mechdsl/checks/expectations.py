@@ -54,7 +54,7 @@ from mechdsl.resolve.cells import (
     join_cells,
 )
 from mechdsl.resolve.expansion import name_cells, split_by_group
-from mechdsl.resolve.types import ExperimentOutline, ResolvedExperiment, ResolvedMeasure
+from mechdsl.resolve.types import ExperimentOutline, ResolvedMeasure
 from mechdsl.syntax import ast
 from mechdsl.syntax.words import GRAPH_OBSERVATIONS
 from mechdsl.vocab.aggregates import AGGREGATES
@@ -577,24 +577,22 @@ def _effects_of_categories(
 
 
 def _facts_for_reports(
-    said: spec.Experiment, program: spec.Program, resolved: ResolvedExperiment | None
+    variants: Sequence[ExperimentOutline], program: spec.Program
 ) -> dict[str, bool]:
     """Return whether an experiment generates replies, has a circuit, one with positions, and one
     with neurons."""
-    names = [rule.circuit_name for rule in said.rules]
-    circuits = [program.circuits[name] for name in names if name in program.circuits]
+    said = variants[0].spec
     graph = any(
         rule.observed is not None and rule.observed.word in GRAPH_OBSERVATIONS
         for rule in said.rules
     )
+    resolved = [each.resolved for each in variants if each.resolved is not None]
+    circuits = [rule.circuit for each in resolved for rule in each.rules]
     return {
         "writes": said.generation is not None,
-        "circuit": bool(circuits) or graph,
-        "placed": any(circuit.has_places for circuit in circuits),
-        "neurons": any(
-            rule.circuit is not None and bool(rule.circuit.neurons)
-            for rule in (() if resolved is None else resolved.rules)
-        ),
+        "circuit": graph or any(rule.circuit_name in program.circuits for rule in said.rules),
+        "placed": any(circuit is not None and circuit.places for circuit in circuits),
+        "neurons": any(circuit is not None and bool(circuit.neurons) for circuit in circuits),
     }
 
 
@@ -613,7 +611,7 @@ def _against_axes(
     measures = _measures(experiment)
     found: list[Diagnostic] = [*_effects_of_categories(measures, said)]
     all_known = None not in experiment.measures
-    facts = _facts_for_reports(said, program, experiment.resolved)
+    facts = _facts_for_reports(variants, program)
     for report in said.reports:
         of = measures if all_known else None
         found.extend(check_report(report, axes, values, of, **facts))

@@ -34,6 +34,7 @@ from mechdsl.resolve.trainings import (
 )
 from mechdsl.resolve.types import (
     MaskCandidate,
+    PlacedEdge,
     PositionChoice,
     ResolvedExperiment,
     SiteCoordinate,
@@ -94,8 +95,12 @@ def fill_groups(
         if definition.chooses_edges:
             if mask is not None:
                 old = circuits[definition.name]
-                edges = tuple(_edges_of(mask.chosen, definition.span))
-                found = {"edges": edges, "scores": mask.scores}
+                edges = tuple(_edges_of(mask.chosen, definition))
+                found: dict[str, object] = {"edges": edges, "scores": mask.scores}
+                if isinstance(mask.candidates[0], PlacedEdge):
+                    scores = dict(zip(mask.candidates, mask.scores, strict=False))
+                    own = tuple(scores[each] for each in mask.chosen if each in scores)
+                    found = {"edges": edges, "placed_scores": own}
                 circuits[definition.name] = old.model_copy(update=found)
             continue
         if mask is not None:
@@ -168,11 +173,17 @@ def _sites_of(chosen: tuple[MaskCandidate, ...], site: ast.Site, span: Span) -> 
         yield replace(site, axes=axes, excluded=(), span=span)
 
 
-def _edges_of(chosen: tuple[MaskCandidate, ...], span: Span) -> Iterator[ast.SiteMap]:
+def _edges_of(chosen: tuple[MaskCandidate, ...], definition: spec.Basis) -> Iterator[ast.SiteMap]:
     """Yield chosen edges as a file names them."""
-    for edge in (each for each in chosen if isinstance(each, tuple)):
-        of, to = (_end(own, span) for own in edge)
-        yield ast.SiteMap(of, to, span=span)
+    span = definition.span
+    for each in chosen:
+        edge, at = each if isinstance(each, tuple) else None, None
+        if isinstance(each, PlacedEdge):
+            assert definition.at is not None
+            edge, at = each.edge, definition.at.items[each.place]
+        if edge is not None:
+            of, to = (_end(own, span) for own in edge)
+            yield ast.SiteMap(of, to, at, span=span)
 
 
 def _end(point: SitePoint, span: Span) -> ast.Site:

@@ -68,12 +68,13 @@ from mechdsl.planner.rows import number_edge_ends
 from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_scored_rows, count_single_rows
 from mechdsl.program.estimators import BackwardRules
 from mechdsl.program.trainers import EdgeScoreTrainer, EdgeSearchTrainer, MaskTrainer
-from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph
+from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph, PathGraph, PlacedGraph
 from mechdsl.resolve.sites import label_candidates
-from mechdsl.resolve.trainings import key_of_candidate, paired_cells
+from mechdsl.resolve.trainings import key_of_candidate, order_places, paired_cells
 from mechdsl.resolve.types import (
     CircuitEdge,
     MaskCandidate,
+    PlacedEdge,
     PositionChoice,
     ResolvedExperiment,
     SiteCoordinate,
@@ -123,9 +124,22 @@ class MaskRows(EffectRows[Tensor]):
         return torch.from_numpy(self._vectors_of(rows)[0])
 
     @cached_property
+    def _tokens(self) -> Ints:
+        """[vector, 2] the position of each vector, and the number of its token there."""
+        cells = [written for written, _ in paired_cells(self.objective)]
+        found = [
+            (number, token)
+            for row in np.sort(self.rows).tolist()
+            for number, cell in enumerate(cells)
+            for hit in cell.hits[row]
+            for token in range(len(hit))
+        ]
+        return np.array(found, dtype=np.int64)
+
+    @cached_property
     def _slots(self) -> Ints:
-        """[vector] number of the token of a row: vectors with equal numbers are averaged."""
-        return np.concatenate([np.arange(own) for own in np.diff(self._starts)])
+        """[vector] number of its token at its position: vectors with equal numbers are averaged."""
+        return np.unique(self._tokens, axis=0, return_inverse=True)[1].reshape(-1)
 
     def _average(self, read: Callable[[Ints], Sequence[Tensor]]) -> list[Tensor]:
         """Return [token, …]: the means of what is read over the vectors of training rows, for each
@@ -270,14 +284,20 @@ class SiteMaskRows(VectorMaskRows):
 
 @dataclass(frozen=True, eq=False)
 class EdgeMaskRows(VectorMaskRows):
-    """The rows of a mask over the edges between components of the model."""
+    """The rows of a mask over the edges between components of the model, perhaps at each of several
+    positions."""
 
-    candidates: Sequence[CircuitEdge]
+    candidates: Sequence[CircuitEdge] | Sequence[PlacedEdge]
+
+    @cached_property
+    def edges(self) -> list[CircuitEdge]:
+        """The edge of each candidate."""
+        return [each.edge if isinstance(each, PlacedEdge) else each for each in self.candidates]
 
     @cached_property
     def _senders(self) -> dict[SiteLayer, tuple[int, ...]]:
         """The units of all senders, in forward order."""
-        return dict(group_senders(number_edge_ends(self.candidates)[0].points))
+        return dict(group_senders(number_edge_ends(self.edges)[0].points))
 
     @property
     def _written(self) -> Sequence[SiteLayer]:
@@ -288,25 +308,51 @@ class EdgeMaskRows(VectorMaskRows):
         """The column of each sender in a mask."""
         every = [(where, unit) for where, units in self._senders.items() for unit in units]
         number = {each: column for column, each in enumerate(every)}
-        return {of: number[(of.site, of.layer), of.unit or 0] for of, _ in self.candidates}
+        return {of: number[(of.site, of.layer), of.unit or 0] for of, _ in self.edges}
 
     @cached_property
     def _receivers(self) -> dict[SitePoint, int]:
         """The row of each receiver in a mask."""
-        return {to: n for n, to in enumerate(dict.fromkeys(to for _, to in self.candidates))}
+        return {to: n for n, to in enumerate(dict.fromkeys(to for _, to in self.edges))}
+
+    @property
+    def _size(self) -> tuple[int, int, int]:
+        """Sizes of the masks of all positions, [position, receiver, sender]; without positions of
+        edges, one mask."""
+        places = {each.place for each in self.candidates if isinstance(each, PlacedEdge)}
+        return max(1, len(places)), len(self._receivers), len(self._columns)
 
     @cached_property
     def _cells_of_mask(self) -> Tensor:
-        """[edge] number of its entry in a mask, [receiver, sender]."""
-        count = len(self._columns)
+        """[candidate] number of its entry in the masks, [position, receiver, sender]."""
+        _, receivers, senders = self._size
+        places = [each.place if isinstance(each, PlacedEdge) else 0 for each in self.candidates]
         return torch.tensor(
-            [self._receivers[to] * count + self._columns[of] for of, to in self.candidates]
+            [
+                (place * receivers + self._receivers[to]) * senders + self._columns[of]
+                for place, (of, to) in zip(places, self.edges, strict=True)
+            ]
         )
+
+    def _places_of(self, rows: Ints) -> Tensor:
+        """Return [vector] the mask of each vector of some rows."""
+        if self._size[0] == 1:
+            return torch.zeros(len(self._vectors_of(rows)[0]), dtype=torch.long)
+        return torch.from_numpy(self._tokens[self._vectors_of(rows)[0], 0])
+
+    @cached_property
+    def graph(self) -> PathGraph[Any, Any]:
+        """The candidates as edges between nodes."""
+        shape = self.model.shape
+        placed = [each for each in self.candidates if isinstance(each, PlacedEdge)]
+        if placed:
+            return PlacedGraph(shape, placed, order_places(self.objective))
+        return EdgeGraph(shape)
 
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
         """Return random circuits of the same number of edges, as `against random` draws them."""
         number = {edge: n for n, edge in enumerate(self.candidates)}
-        drawing = CircuitDraws(self.model.shape, [self.candidates[n] for n in chosen], seed)
+        drawing = CircuitDraws(self.graph, [self.candidates[n] for n in chosen], seed)
         drawn = drawing.draws(RANDOM_CONTROLS)
         if len(drawn) < RANDOM_CONTROLS:  # there are hardly any others on paths
             return super().random_choices(chosen, seed)
@@ -318,11 +364,11 @@ class EdgeMaskRows(VectorMaskRows):
     def _circuits(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[CircuitWrite]:
         """Return what the gates of each row change of the inputs of receivers."""
         shares = self._shares(rows, edit)
-        size = len(self._receivers), len(self._columns)
-        mask = shares.new_zeros(len(shares), size[0] * size[1])
+        mask = shares.new_zeros(len(shares), math.prod(self._size))
         mask = mask.index_copy(1, self._cells_of_mask.to(shares.device), shares)
+        mask = mask.unflatten(1, self._size)[torch.arange(len(mask)), self._places_of(rows)]
         ends = self._fills(len(shares), self._incoming(rows)), self._ends
-        return [CircuitWrite(*self._places(rows, lanes), *ends, mask.unflatten(1, size))]
+        return [CircuitWrite(*self._places(rows, lanes), *ends, mask)]
 
     def _fills(
         self, count: int, incoming: Mapping[SiteLayer, Tensor] | None
@@ -357,23 +403,6 @@ class PositionMaskRows(VectorMaskRows):
     """
 
     candidates: Sequence[PositionChoice]
-
-    @cached_property
-    def _tokens(self) -> Ints:
-        """[vector, 2] the candidate of each vector, and the number of its token there."""
-        cells = [written for written, _ in paired_cells(self.objective)]
-        found = [
-            (number, token)
-            for row in np.sort(self.rows).tolist()
-            for number, cell in enumerate(cells)
-            for hit in cell.hits[row]
-            for token in range(len(hit))
-        ]
-        return np.array(found, dtype=np.int64)
-
-    @cached_property
-    def _slots(self) -> Ints:
-        return np.unique(self._tokens, axis=0, return_inverse=True)[1].reshape(-1)
 
     @cached_property
     def active(self) -> Ints:
@@ -508,7 +537,7 @@ def open_rows(
     """Return the rows that a mask is trained on."""
     given = mask.training, objective, model, side
     edges = [each for each in mask.candidates if isinstance(each, tuple)]
-    if edges:
+    if edges:  # a mask has edges at all of its tokens
         return EdgeMaskRows(*given, edges, cache=cache)
     sites = [each for each in mask.candidates if isinstance(each, SitePoint)]
     if sites:
@@ -710,6 +739,16 @@ class EdgeRows(EdgeMaskRows):
         tokens = int(np.diff(self._starts).max(initial=1))
         return count_scored_rows(len(self._columns), tokens, self.batch, self.model.shape)
 
+    def describe_rest(self) -> str:
+        """Describe the tokens at no position, if edges are scored at several."""
+        here, run = self.trained, self._runs[0]
+        total = sum(len(run.rows[row].ids) for row in here.tolist())
+        rest = total - len(self._vectors_of(here)[0])
+        if self._size[0] == 1 or not rest:
+            return ""
+        text = f"{rest:,} of {count_noun(total, 'token')} of the training rows"
+        return f"; {text} are at no position: edges there weren't scored or ablated"
+
     @property
     def trained(self) -> Ints:
         """[row] ascending numbers of the training rows."""
@@ -718,7 +757,7 @@ class EdgeRows(EdgeMaskRows):
     # --- scores
 
     def score(self, rows: Ints, trainer: EdgeScoreTrainer, steps: int) -> Floats:
-        """Return [edge]: the sums of scores over some rows. Raises AutogradFailed.
+        """Return [candidate]: the sums of scores over some rows. Raises AutogradFailed.
 
         Args:
             rows: In ascending order; one pass has them all.
@@ -731,11 +770,12 @@ class EdgeRows(EdgeMaskRows):
         return found.flatten().cpu()[self._cells_of_mask].numpy()
 
     def _score(self, rows: Ints, trainer: EdgeScoreTrainer, steps: int) -> Tensor:
-        """Return [receiver, sender]: the sums of scores over some rows."""
+        """Return [position, receiver, sender]: the sums of scores over some rows."""
         lanes = self._lanes(rows)
         with torch.no_grad():
             fills = self._fills(int(self._vectors_of(rows)[1].sum()), self._incoming(rows))
-        read = CircuitRead(*self._places(rows, lanes), fills, self._ends)
+        places = self._places_of(rows).to(self.model.device) if self._size[0] > 1 else None
+        read = CircuitRead(*self._places(rows, lanes), fills, self._ends, places)
         score = partial(self._score_at, rows, lanes, read, backward=trainer.backward)
         found = score()
         every = number_senders(fills)
@@ -759,7 +799,7 @@ class EdgeRows(EdgeMaskRows):
         wanted: slice = slice(None),
         backward: BackwardRules | None = None,
     ) -> Tensor:
-        """Return [receiver, sender]: sums of scores with the gradients of one pass.
+        """Return [position, receiver, sender]: sums of scores with the gradients of one pass.
 
         Args:
             read: What passes over the rows read; after the first one, with the changes of senders.
@@ -818,13 +858,12 @@ class EdgeRows(EdgeMaskRows):
         """Return what ablated edges change of the inputs of their receivers.
 
         Args:
-            ablated: [draw, edge]
+            ablated: [draw, candidate]
         """
         draws, vectors = len(ablated), len(self._vectors_of(rows)[0])
-        size = len(self._receivers), len(self._columns)
-        mask = torch.zeros(draws, size[0] * size[1])
-        mask = mask.index_copy(1, self._cells_of_mask, ablated.float()).unflatten(1, size)
-        receivers, senders = mask.any(2).any(0), mask.any(1).any(0)
+        every = torch.zeros(draws, math.prod(self._size))
+        every = every.index_copy(1, self._cells_of_mask, ablated.float()).unflatten(1, self._size)
+        receivers, senders = (every.flatten(0, 1).any(end).any(0) for end in (2, 1))
         if not receivers.any():
             return []
         fills: list[SenderFill] = []
@@ -836,8 +875,10 @@ class EdgeRows(EdgeMaskRows):
             if senders[own.start : own.stop].any():
                 fills.append(replace(fill, values=fill.values.repeat(draws, 1, 1)))
                 columns += own
-        mask = mask[:, receivers][:, :, columns]
-        mask = mask[0] if draws == 1 else mask.repeat_interleave(vectors, dim=0)
+        every = every[:, :, receivers][..., columns]
+        mask = every[0, 0]
+        if draws > 1 or len(every[0]) > 1:  # a mask for each vector
+            mask = every[:, self._places_of(rows)].flatten(0, 1)
         ends = tuple(e for e, used in zip(self._ends, receivers.tolist(), strict=True) if used)
         return [CircuitWrite(*self._places(rows, lanes), tuple(fills), ends, mask)]
 
@@ -851,8 +892,10 @@ def open_edges(
 ) -> EdgeRows:
     """Return the rows of a search for a circuit."""
     edges = [each for each in circuit.candidates if isinstance(each, tuple)]
+    placed = [each for each in circuit.candidates if isinstance(each, PlacedEdge)]
     batch = int(circuit.training.options["batch"])
-    return EdgeRows(circuit.training, objective, model, side, edges, batch, cache=cache)
+    given = circuit.training, objective, model, side, edges or placed, batch
+    return EdgeRows(*given, cache=cache)
 
 
 def find_circuit(declared: TrainedMask, rows: EdgeRows, job: TrainingJob) -> CircuitReport:
@@ -899,7 +942,7 @@ def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -
     if not np.isfinite(scores).all():
         raise NoCircuit("a score is NaN or infinite", "use another measure, or other rows")
     every = np.argsort(-np.abs(scores), kind="stable")
-    graph, count = EdgeGraph(rows.model.shape), trainer.size(options) or len(every)
+    graph, count = rows.graph, trainer.size(options) or len(every)
     order = [rows.candidates[n] for n in every[:count].tolist()]
     if how == "greedy":
         sizes = dict(zip(rows.candidates, np.abs(scores).tolist(), strict=True))
@@ -914,7 +957,7 @@ def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -
     if not chosen:
         reason = f"none of the {len(order):,} edges with the largest scores leads to `logits`"
         raise NoCircuit(reason, "write a larger `size`, or leave `select` out")
-    made = _describe(how, len(order), len(chosen)) + said
+    made = _describe(how, len(order), len(chosen)) + said + rows.describe_rest()
     return FoundCircuit(chosen, scores, steps, len(order), made)
 
 
@@ -1036,8 +1079,8 @@ class SizeSearch:
         self,
         scoring: EdgeScoring,
         rows: EdgeRows,
-        graph: EdgeGraph,
-        order: Sequence[CircuitEdge],
+        graph: PathGraph[Any, Any],
+        order: Sequence[CircuitEdge | PlacedEdge],
         least: float,
     ) -> None:
         self.size = 0
@@ -1168,7 +1211,7 @@ class EdgeSearch:
 
     def _drop_dead(self) -> None:
         """Ablate the edges that lead only to ablated ones."""
-        edges = self._rows.candidates
+        edges = self._rows.edges
         left = {edge for edge, kept in zip(edges, self.kept.tolist(), strict=True) if kept}
         dead = left - self._graph.keep_leading(left)
         numbers = [self._numbers[edge] for edge in dead]

@@ -154,8 +154,11 @@ def count_edited_bytes(made: Declared, objective: ResolvedExperiment, shape: Mod
 
 def _written_points(mask: TrainedMask, objective: ResolvedExperiment) -> Sequence[SitePoint]:
     """Return the sites that a mask writes; those of the senders of edges."""
-    edges = [each[0] for each in mask.candidates if isinstance(each, tuple)]
-    return edges or mask_points(objective)
+    if mask.noun == "edge":
+        circuit = objective.rules[0].circuit
+        assert circuit is not None
+        return [of for of, _ in circuit.every]
+    return mask_points(objective)
 
 
 def most_held_out(training: Training, shape: ModelShape, size: int) -> int:
@@ -416,7 +419,7 @@ def _circuit_cost(
         if trainer.path == "activations":
             points = 1 + (points - 1) * len({(of.site, of.layer) for of in senders})
         if trainer.faithfulness(training.of_trainer) is not None:
-            tried = len(circuit.every)
+            tried = len(made.candidates)
     else:
         assert isinstance(trainer, EdgeSearchTrainer)
         tried = len(EdgeGraph(shape).list_search_steps(trainer.levels))

@@ -10,6 +10,7 @@ from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.activation_trainers import (
     LENS_EXAMPLE,
@@ -56,6 +57,7 @@ from mechdsl.program.trainers import (
     ChoosingTrainer,
     CircuitTrainer,
     DictionaryTrainer,
+    EdgeScoreTrainer,
     EditTrainer,
     EffectTrainer,
     MaskTrainer,
@@ -448,15 +450,18 @@ def lower_circuit_mask(
     """Lower a circuit whose edges a training chooses, and report errors that don't depend on the
     model; None after an error.
 
-    Codes: E0201, E0203, E0207, E0342.
+    Codes: E0108, E0201, E0203, E0207, E0342.
     """
     call, at = statement.source, statement.at
     assert call is not None
     if not _check_mask(call, "circuit", parts, scope):
         return None
-    if at is not None and lists_positions(at):
-        reason, hint = "edges are written at one position", "join the positions: `at {A, B}`"
-        scope.diagnostics.append(BadBasis(span=at.span, reason=reason, hint=hint, what="circuit"))
+    trainer = find_trainer(trainer_call(call))
+    if at is not None and lists_positions(at) and not isinstance(trainer, EdgeScoreTrainer):
+        name = trainer_call(call).name
+        what = f"`fit({name}(…))` of a circuit with several positions"
+        later = "join them: `at {A, B}`; `eap` and `eap_ig` score edges at each of several"
+        scope.diagnostics.append(NotSupported(span=at.span, what=what, later=later))
         return None
     span = statement.name.span
     return spec.Basis(

@@ -612,7 +612,9 @@ class Circuit(Spec):
     """The call `saved(…)` of a circuit in a file."""
     scores: tuple[float, ...] = ()
     """Of every edge of the model, in the order of `mechdsl.resolve.circuits.list_edges`; empty if
-    the edges have no scores."""
+    the edges have no scores, or have them at positions."""
+    placed_scores: tuple[float, ...] = ()
+    """Of each of `edges` at its position; empty without such scores."""
     is_open: bool = False
     """Whether a call gives its edges, which aren't known yet; or never, after an error."""
 

@@ -5,13 +5,15 @@ References: Conmy et al. 2023 (arXiv 2304.14997), section 3.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from heapq import heappop, heappush
 from itertools import chain, product
 from random import Random
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile
@@ -48,7 +50,10 @@ from mechdsl.resolve.types import (
     CircuitEdge,
     CircuitTargets,
     Convention,
+    EdgeAtPlace,
+    PlacedEdge,
     PlacedEdges,
+    PlaceOrder,
     PositionTargets,
     ResolvedRule,
     SitePoint,
@@ -115,7 +120,7 @@ def resolve_circuit(
     edges = find_circuit_edges(circuit, rule.site.span, work)
     if edges is None:
         return None
-    every, scores, classes = edges.every, edges.scores, _list_classes(edges.places)
+    every, classes = edges.every, _list_classes(edges.places)
     picked = _pick_edges(circuit, edges, rule.site, work)
     if picked is None:
         return None
@@ -143,7 +148,7 @@ def resolve_circuit(
         _report_nothing_ablated(name, rule, len(every), work)
         return None
     sites = SiteTargets(axes, _list_senders(ablated), labels)
-    known = {edge: scores[edge] for own in named.values() for edge in own if edge in scores}
+    known = _find_scores(edges, named.values())
     return sites, CircuitTargets(
         circuit.name,
         ablated,
@@ -159,6 +164,13 @@ def resolve_circuit(
     )
 
 
+def _find_scores(edges: CircuitEdges, named: Iterable[PlacedEdges]) -> dict[EdgeAtPlace, float]:
+    """Return the scores of named edges at each of their positions, in descending order of sizes."""
+    there = {(edge, n) for own in named for edge, at in own.items() for n in _list_places(at)}
+    scores = edges.by_place
+    return {each: scores[each] for each in edges.listed if each in there and each in scores}
+
+
 @record
 class CircuitEdges(Record):
     """The edges of a circuit in a model."""
@@ -168,9 +180,8 @@ class CircuitEdges(Record):
     edges: tuple[CircuitEdge, ...]
     """In descending order of the sizes of their scores, or forward order without scores."""
     scores: Mapping[CircuitEdge, float]
-    """The scores of these edges, perhaps of more; empty without scores."""
-    at: PlacedEdges = field(default_factory=dict[CircuitEdge, "frozenset[int] | None"])
-    """Those of these edges that the circuit has at some tokens only."""
+    """The scores of these edges, perhaps of more; empty without scores, or if edges have them at
+    positions."""
     places: tuple[PositionCell, ...] = ()
     """Positions of edges in the base run, once each."""
     digest: str = ""
@@ -179,6 +190,10 @@ class CircuitEdges(Record):
     """How its edges were read from a file, for conventions."""
     neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     """As in `CircuitTargets`."""
+    listed: tuple[EdgeAtPlace, ...] = ()
+    """These edges at each of their positions, in descending order of the sizes of their scores."""
+    by_place: Mapping[EdgeAtPlace, float] = field(default_factory=dict[EdgeAtPlace, float])
+    """The scores of edges at their positions; empty without scores."""
 
 
 def find_circuit_edges(
@@ -202,15 +217,20 @@ def find_circuit_edges(
         found = dict.fromkeys(every)
     before = len(work.diagnostics)
     saved = None if circuit.source is None else _read_saved(circuit.source, every, work)
-    places = dict[PositionCell, int]()
+    places, cells = dict[PositionCell, int](), dict[ast.Position, PositionCell | None]()
+    by_place = dict[EdgeAtPlace, float]()
     resolved: list[tuple[ast.SiteMap, list[CircuitEdge]]] = []
-    for edge in circuit.edges:
-        place = None if edge.at is None else resolve_edge_place(edge.at, work)
+    given_scores = circuit.placed_scores or (None,) * len(circuit.edges)
+    for edge, score in zip(circuit.edges, given_scores, strict=True):
+        if edge.at is not None and edge.at not in cells:
+            cells[edge.at] = resolve_edge_place(edge.at, work)
+        place = None if edge.at is None else cells[edge.at]
         number = None if place is None else places.setdefault(place, len(places))
         resolved.append((edge, _resolve_edge(edge, work)))
         for each in resolved[-1][1]:
             others = found.get(each, frozenset[int]())
             found[each] = None if number is None or others is None else others | {number}
+            by_place |= {} if score is None else {(each, number): score}
     neurons = _list_neurons(found)
     if neurons:
         _check_neurons(circuit, resolved, neurons, work)
@@ -224,10 +244,25 @@ def find_circuit_edges(
         digest, made = saved.digest, saved.made
     edges = [edge for edge in every if edge in found]
     edges.sort(key=lambda edge: -abs(scores.get(edge, 0)))  # stable
-    at = {edge: own for edge, own in found.items() if own is not None}
-    return CircuitEdges(
-        tuple(every), tuple(edges), scores, at, tuple(places), digest, made, neurons
-    )
+    by_place |= {(edge, None): score for edge, score in scores.items()}
+    listed = [(edge, place) for edge in edges for place in _list_places(found[edge])]
+    listed.sort(key=lambda each: -abs(by_place.get(each, 0)))
+    given = tuple(every), tuple(edges), scores, tuple(places), digest, made, neurons
+    return CircuitEdges(*given, listed=tuple(listed), by_place=by_place)
+
+
+def _list_places(at: frozenset[int] | None) -> Sequence[int | None]:
+    """Return the numbers of an edge's places; None for all tokens."""
+    return (None,) if at is None else sorted(at)
+
+
+def _join_places(listed: Iterable[EdgeAtPlace]) -> PlacedEdges:
+    """Return edges with the places at which they are listed."""
+    found = dict[CircuitEdge, frozenset[int] | None]()
+    for edge, place in listed:
+        others = found.get(edge, frozenset[int]())
+        found[edge] = None if place is None or others is None else others | {place}
+    return found
 
 
 def _list_neurons(edges: Collection[CircuitEdge]) -> dict[int, tuple[int, ...]]:
@@ -336,13 +371,13 @@ def _pick_edges(
     """Return the edges of `c`, or those of `top n of c` for every value of the `for` variables in
     it, with the names of these; None after E0207 for a circuit without scores, and E0620 for
     picks of too many edges."""
-    node, edges = site.ranked, found.edges
+    node, listed = site.ranked, found.listed
     if node is None:
-        return (), {(): {edge: found.at.get(edge) for edge in edges}}
+        return (), {(): _join_places(listed)}
     trained = circuit.name in work.program.masks
     if circuit.is_open and not trained:
         return None  # its call has an error
-    if not found.scores and not trained:
+    if not found.by_place and not trained:
         reason = "lists its edges without scores, and `top` selects those with the largest"
         hint = f"write `{circuit.name}`, or let `fit` choose its edges: `fit(mask(size: 20), …)`"
         bad = BadArgument(span=site.span, name=circuit.name, reason=reason, hint=hint)
@@ -351,12 +386,13 @@ def _pick_edges(
     variables = set(number_names(node))
     loops = tuple(name for name in work.loops if name in variables)
     picked: dict[AxisIndices, PlacedEdges] = {}
-    known = found.scores and not work.sites.shape.stands_in  # otherwise, edges are placeholders
-    there = f"`{circuit.name}` has {{}} edges" if known else None
+    known = found.by_place and not work.sites.shape.stands_in  # otherwise, edges are placeholders
+    noun = "edges at positions" if found.places else "edges"
+    there = f"`{circuit.name}` has {{}} {noun}" if known else None
     for key, values in work.sites.combinations(loops):
         try:
             here = {**work.sites.parameters, **values}
-            picked[key] = dict.fromkeys(edges[: count_picked(node, here, len(edges), there)])
+            picked[key] = _join_places(listed[: count_picked(node, here, len(listed), there)])
         except PickError as problem:
             bad = BadPick(
                 span=site.span, text=node.span.written, reason=problem.reason, hint=problem.hint
@@ -369,7 +405,7 @@ def _pick_edges(
 def _label_picks(
     name: str,
     rule: spec.Rule,
-    named: Mapping[AxisIndices, Collection[CircuitEdge]],
+    named: Mapping[AxisIndices, PlacedEdges],
     work: ExperimentContext,
 ) -> dict[AxisIndices, str]:
     """Return the names of what a rule ablates: `all but top 5 of c`."""
@@ -377,7 +413,8 @@ def _label_picks(
     before = "all but " if rule.all_but else ""
     if node is None or len(named) == 1:
         return dict.fromkeys(named, before + name)
-    return {key: f"{before}top {len(own)} of {node.of}" for key, own in named.items()}
+    counts = {key: sum(len(_list_places(at)) for at in own.values()) for key, own in named.items()}
+    return {key: f"{before}top {count} of {node.of}" for key, count in counts.items()}
 
 
 def _report_nothing_ablated(
@@ -664,8 +701,98 @@ class SearchStep(Record):
     edges: tuple[CircuitEdge, ...]
 
 
-class EdgeGraph:
+EdgeT = TypeVar("EdgeT", bound=Hashable)
+NodeT = TypeVar("NodeT", bound=Hashable)
+
+PlacedNode: TypeAlias = tuple[SitePoint, int | None]
+"""A node at the tokens of a position; the end of the model is one node, at None."""
+
+
+class PathGraph(ABC, Generic[EdgeT, NodeT]):
+    """Edges between nodes, from the start to the end of a model."""
+
+    every: Sequence[EdgeT]
+    """Senders are in forward order."""
+    starts: frozenset[NodeT]
+    """Nodes that need no edge."""
+    end: NodeT
+
+    @abstractmethod
+    def sender(self, edge: EdgeT) -> NodeT:
+        """Return the node that an edge starts from."""
+
+    @abstractmethod
+    def leads(self, edge: EdgeT) -> Sequence[NodeT]:
+        """Return the nodes that depend on the receiver of an edge; for the end of the model,
+        itself."""
+
+    @cached_property
+    def after(self) -> dict[NodeT, list[EdgeT]]:
+        """Edges from each sender."""
+        found: dict[NodeT, list[EdgeT]] = defaultdict(list)
+        for edge in self.every:
+            found[self.sender(edge)].append(edge)
+        return found
+
+    @cached_property
+    def before(self) -> dict[NodeT, list[EdgeT]]:
+        """Edges to the receivers of each sender, and to the end of the model."""
+        found: dict[NodeT, list[EdgeT]] = defaultdict(list)
+        for edge in self.every:
+            for node in self.leads(edge):
+                found[node].append(edge)
+        return found
+
+    def keep_leading(self, edges: Collection[EdgeT]) -> frozenset[EdgeT]:
+        """Return those of some edges that lead to the end of the model, by others of them."""
+        leading, found = {self.end}, list[EdgeT]()
+        for edge in reversed(self.every):  # senders in forward order
+            if edge in edges and leading.intersection(self.leads(edge)):
+                leading.add(self.sender(edge))
+                found.append(edge)
+        return frozenset(found)
+
+    def covers(self, edges: Collection[EdgeT]) -> bool:
+        """Return whether each edge is on a path of these edges from the start to the end of the
+        model."""
+        reached = {*self.starts}
+        for edge in self.every:
+            if edge in edges and self.sender(edge) in reached:
+                reached.update(self.leads(edge))
+        all_reached = all(self.sender(edge) in reached for edge in edges)
+        return all_reached and self.keep_leading(edges) == frozenset(edges)
+
+    def select_backwards(self, sizes: Mapping[EdgeT, float], count: int) -> list[EdgeT]:
+        """Select the edges with the largest sizes, one after another, from the end of the model
+        backwards: each leads to a node that the selected edges lead on from.
+
+        Args:
+            sizes: Of every edge.
+            count: Number of edges; there may be fewer that lead to the end.
+        """
+        order = {edge: number for number, edge in enumerate(self.every)}
+        found: list[EdgeT] = []
+        due: list[tuple[float, int, EdgeT]] = []
+        seen: set[EdgeT] = set()
+        node: NodeT = self.end
+        while len(found) < count:
+            for edge in self.before[node]:
+                if edge not in seen:
+                    seen.add(edge)
+                    heappush(due, (-sizes[edge], order[edge], edge))
+            if not due:
+                break
+            _, _, edge = heappop(due)
+            found.append(edge)
+            node = self.sender(edge)
+        return found
+
+
+class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
     """The nodes and edges of a model."""
+
+    starts = frozenset((EMBEDDING,))
+    end = END
 
     def __init__(self, shape: ModelShape) -> None:
         self.every = list_edges(shape)
@@ -674,14 +801,12 @@ class EdgeGraph:
             for layer in range(shape.n_layers)
             for site in ("q", "k", "v")
         }
-        self.after: dict[SitePoint, list[CircuitEdge]] = defaultdict(list)
-        """Edges from each sender."""
-        self.before: dict[SitePoint, list[CircuitEdge]] = defaultdict(list)
-        """Edges to the receivers of each sender, and to the end of the model."""
-        for edge in self.every:
-            self.after[edge[0]].append(edge)
-            for node in self.nodes(edge[1]):
-                self.before[node].append(edge)
+
+    def sender(self, edge: CircuitEdge) -> SitePoint:
+        return edge[0]
+
+    def leads(self, edge: CircuitEdge) -> list[SitePoint]:
+        return self.nodes(edge[1])
 
     def nodes(self, receiver: SitePoint) -> list[SitePoint]:
         """Return the senders that depend on a receiver; for the end of the model, itself."""
@@ -692,15 +817,6 @@ class EdgeGraph:
         shared = self._shared[receiver.site, receiver.layer]
         first = receiver.unit * shared
         return [SitePoint("z", receiver.layer, n) for n in range(first, first + shared)]
-
-    def keep_leading(self, edges: Collection[CircuitEdge]) -> frozenset[CircuitEdge]:
-        """Return those of some edges that lead to the end of the model, by others of them."""
-        leading, found = {END}, list[CircuitEdge]()
-        for edge in reversed(self.every):  # senders in forward order
-            if edge in edges and leading.intersection(self.nodes(edge[1])):
-                leading.add(edge[0])
-                found.append(edge)
-        return frozenset(found)
 
     def list_search_steps(self, levels: Sequence[SearchLevel]) -> list[SearchStep]:
         """List the steps of a search, level after level, each from the end of the model
@@ -731,41 +847,50 @@ class EdgeGraph:
             elif to.unit is not None:  # MLPs and the end of the model have one input
                 yield SearchStep(replace(to, unit=None), tuple(edges))
 
-    def covers(self, edges: Collection[CircuitEdge]) -> bool:
-        """Return whether each edge is on a path of these edges from `embed` to the end of the
-        model."""
-        reached = {EMBEDDING}
-        for edge in self.every:
-            if edge in edges and edge[0] in reached:
-                reached.update(self.nodes(edge[1]))
-        return all(of in reached for of, _ in edges) and self.keep_leading(edges) == frozenset(
-            edges
-        )
 
-    def select_backwards(self, sizes: Mapping[CircuitEdge, float], count: int) -> list[CircuitEdge]:
-        """Select the edges with the largest sizes, one after another, from the end of the model
-        backwards: each leads to a node that the selected edges lead on from.
+class PlacedGraph(PathGraph[PlacedEdge, PlacedNode]):
+    """The edges of a model at positions. Attention moves from the tokens of a position to those of
+    its queries, and nothing else moves between positions."""
 
-        Args:
-            sizes: Of every edge.
-            count: Number of edges; there may be fewer that lead to the end.
-        """
-        order = {edge: number for number, edge in enumerate(self.every)}
-        found: list[CircuitEdge] = []
-        due: list[tuple[float, int, CircuitEdge]] = []
-        seen: set[CircuitEdge] = set()
-        node = END
-        while len(found) < count:
-            for edge in self.before[node]:
-                if edge not in seen:
-                    seen.add(edge)
-                    heappush(due, (-sizes[edge], order[edge], edge))
-            if not due:
-                break
-            _, _, edge = heappop(due)
-            found.append(edge)
-            node = edge[0]
-        return found
+    end = END, None
+
+    def __init__(self, shape: ModelShape, edges: Sequence[PlacedEdge], order: PlaceOrder) -> None:
+        self.every = edges
+        self._model, self._order = EdgeGraph(shape), order
+        *self._places, self._rest = range(len(order.reads_end))
+        self._heads = [of for of in self._model.after if of.site == "z"]
+        self._leads: dict[tuple[SitePoint, int], list[PlacedNode]] = {}
+        starts = {(EMBEDDING, place) for place in self._places}
+        self.starts = frozenset((*starts, *self._after_rest(-1)))
+
+    def _after_rest(self, layer: int) -> Iterator[PlacedNode]:
+        """Yield the heads of later layers that read tokens at no position, whose edges are never
+        ablated."""
+        for place in self._places:
+            if self._order.reaches[self._rest][place]:
+                yield from ((of, place) for of in self._heads if (of.layer or 0) > layer)
+
+    def sender(self, edge: PlacedEdge) -> PlacedNode:
+        return edge.edge[0], edge.place
+
+    def leads(self, edge: PlacedEdge) -> list[PlacedNode]:
+        key = edge.edge[1], edge.place
+        if key not in self._leads:
+            self._leads[key] = list(dict.fromkeys(self._list_leads(*key)))
+        return self._leads[key]
+
+    def _list_leads(self, receiver: SitePoint, place: int) -> Iterator[PlacedNode]:
+        order, nodes = self._order, self._model.nodes(receiver)
+        if receiver == END:
+            yield from (self.end,) if order.reads_end[place] else ()
+        elif receiver.site not in ("k", "v"):
+            yield from ((node, place) for node in nodes)
+        else:
+            reached = order.reaches[place]
+            yield from ((node, own) for own in self._places if reached[own] for node in nodes)
+            if reached[self._rest]:
+                yield from (self.end,) if order.reads_end[self._rest] else ()
+                yield from self._after_rest(receiver.layer or 0)
 
 
 # --- random circuits ------------------------------------------------------------------------------
@@ -774,7 +899,7 @@ MAX_TRIES = 200
 """Most attempts to draw one random circuit that isn't drawn yet."""
 
 
-class CircuitDraws:
+class CircuitDraws(Generic[EdgeT]):
     """Random circuits with the same number of edges as a circuit. The only circuit of its size
     represents each of them.
 
@@ -783,24 +908,32 @@ class CircuitDraws:
     completed by random edges to the nodes that the circuit already has.
     """
 
-    def __init__(self, shape: ModelShape, circuit: Collection[CircuitEdge], seed: int) -> None:
-        graph = EdgeGraph(shape)
+    def __init__(self, graph: PathGraph[EdgeT, Any], circuit: Collection[EdgeT], seed: int) -> None:
         self.every = graph.every
         self.circuit = frozenset(circuit)
         self.is_connected = graph.covers(self.circuit)
         key = sorted(map(str, self.circuit))
         self._random = Random(stable_hash(seed, "control", "circuit", *key))
         # Thousands of paths are drawn: nodes and edges are numbered.
-        node = {each: number for number, each in enumerate((EMBEDDING, END, *graph.before))}
+        node = {each: n for n, each in enumerate(dict.fromkeys((*graph.after, *graph.before)))}
         edge = {each: number for number, each in enumerate(self.every)}
+        live = graph.keep_leading(edge.keys())
         self._own = frozenset(edge[each] for each in self.circuit)
-        self._ends = node[EMBEDDING], node[END]
-        self._senders = [node[of] for of, _ in self.every]
-        self._nodes = [[node[each] for each in graph.nodes(to)] for _, to in self.every]
-        self._after = {node[of]: [edge[each] for each in out] for of, out in graph.after.items()}
+        self._starts = frozenset(node[each] for each in graph.starts if each in node)
+        self._end = node[graph.end]
+        self._live = [edge[each] for each in self.every if each in live]
+        self._senders = [node[graph.sender(each)] for each in self.every]
+        self._after = {
+            node[of]: [edge[each] for each in out if each in live]
+            for of, out in graph.after.items()
+        }
         self._before = {node[to]: [edge[each] for each in to_] for to, to_ in graph.before.items()}
+        leading = {self._end, *(self._senders[each] for each in self._live)}
+        self._nodes = [
+            [node[to] for to in graph.leads(each) if node[to] in leading] for each in self.every
+        ]
 
-    def draws(self, count: int) -> list[tuple[CircuitEdge, ...]]:
+    def draws(self, count: int) -> list[tuple[EdgeT, ...]]:
         """Return up to `count` different circuits, each with its edges in forward order; of the
         only circuit of its size, this number of copies."""
         if self.is_only:
@@ -819,17 +952,22 @@ class CircuitDraws:
         """Whether there is no other circuit of this size: without edges, with every edge, or with
         the one edge from `embed` to `logits`."""
         size = len(self.circuit)
-        return size in (0, len(self.every)) or (size == 1 and self.is_connected)
+        if size == 1 and self.is_connected:
+            return sum(map(self._is_path, self._live)) == 1
+        return size in (0, len(self.every)) or (self.is_connected and size == len(self._live))
+
+    def _is_path(self, edge: int) -> bool:
+        """Whether one edge is a path from the start to the end of the model."""
+        return self._senders[edge] in self._starts and self._end in self._nodes[edge]
 
     def _drawn(self) -> frozenset[int]:
         return frozenset(self._random.sample(range(len(self.every)), len(self.circuit)))
 
     def _grown(self) -> frozenset[int] | None:
         """Grow a circuit path by path; None if the last path doesn't fit its size."""
-        choice, edges = self._random.choice, range(len(self.every))
-        first, end = self._ends
+        choice, edges = self._random.choice, self._live
         found: set[int] = set()
-        reached, leading = {first}, {end}
+        reached, leading = {*self._starts}, {self._end}
         for _ in range(MAX_TRIES):
             edge = choice(edges)
             path = {edge}
@@ -846,7 +984,7 @@ class CircuitDraws:
             if len(found | path) > len(self.circuit):
                 continue
             found |= path
-            reached |= {node for to in path for node in self._nodes[to]} - {end}
+            reached |= {node for to in path for node in self._nodes[to]} - {self._end}
             leading |= {self._senders[of] for of in path}
             if len(found) == len(self.circuit):
                 return frozenset(found)
@@ -877,6 +1015,6 @@ class DrawnCircuits(Record):
 @lru_cache(maxsize=64)
 def draw_circuits(asked: AskedCircuits) -> DrawnCircuits:
     """Draw random circuits; a file that is checked again has the same."""
-    drawing = CircuitDraws(asked.shape, asked.circuit, asked.seed)
+    drawing = CircuitDraws(EdgeGraph(asked.shape), asked.circuit, asked.seed)
     circuits = tuple(drawing.draws(asked.count))
     return DrawnCircuits(circuits, drawing.is_connected, drawing.is_only)

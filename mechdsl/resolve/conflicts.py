@@ -11,6 +11,7 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.experiments import NO_GENERATION_REASON, NoEstimate
 from mechdsl.diagnostics.models import SiteNotInBlock
+from mechdsl.diagnostics.positions import OutsidePrompt
 from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
@@ -18,7 +19,8 @@ from mechdsl.program import spec
 from mechdsl.program.estimators import BackwardRules, Place, first_of_place
 from mechdsl.program.runs import COMPARING_METRICS
 from mechdsl.prompts.positions.cells import is_after_prompts, refers_to_reply
-from mechdsl.prompts.runs import PositionCell
+from mechdsl.prompts.positions.spans import row_example
+from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisTargets,
@@ -928,3 +930,27 @@ def _find_overlap(removed: SiteTargets, other: SiteTargets) -> SitePoint | None:
         if inside is not None:
             return inside
     return None
+
+
+def find_lacking_row(
+    cell: PositionCell, span: Span, run: PromptRun, source: str | None = None
+) -> Diagnostic | None:
+    """Return E0310 for the position of an edge of a circuit that some row of a run lacks.
+
+    Args:
+        cell: Its tokens in this run; rows that lack it in the source run have none either.
+        source: Name of the source run.
+    """
+    lacking = [row for row, hits in enumerate(cell.hits) if not any(hits)]
+    if not lacking:
+        return None
+    return OutsidePrompt(
+        span=span,
+        position=span.written,
+        run=run.name if source is None else f"{run.name}` or `{source}",
+        lacking=len(lacking),
+        total=len(run.rows),
+        example=row_example(run.rows[lacking[0]]),
+        hint="an edge of a circuit needs a position that every row has",
+        unit="prompt" if run.rows[0].image is None else "image",
+    )

@@ -55,6 +55,7 @@ from mechdsl.resolve.types import (
     LoopCells,
     MaskCandidate,
     ModelContext,
+    PlacedEdge,
     PositionChoice,
     SiteCoordinate,
     SitePoint,
@@ -1682,7 +1683,10 @@ def describe_position(label: AxisLabel) -> str:
 
 def label_candidates(candidates: Sequence[MaskCandidate]) -> str:
     """Format candidates: `L0H2.z + L1H3.z`, `features 3, 12 of f`, `L3.resid_post dims 0..7`,
-    `item 2 + token 5`, `embed -> L0H1.q, L0H1 -> logits`."""
+    `item 2 + token 5`, `embed -> L0H1.q, L0H1 -> logits at last token`."""
+    placed = [each for each in candidates if isinstance(each, PlacedEdge)]
+    if placed:
+        return ", ".join(f"{label_candidates((each.edge,))} at {each.label}" for each in placed)
     edges = [each for each in candidates if isinstance(each, tuple)]
     if edges:
         return ", ".join(f"{label_node(of)} -> {label_node(to)}" for of, to in edges)

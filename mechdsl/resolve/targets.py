@@ -28,10 +28,11 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape, check_site, unit_count
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import NO_REPLIES, check_token_counts, resolve_positions
-from mechdsl.prompts.positions.spans import AnswerTokens, row_example
+from mechdsl.prompts.positions.spans import AnswerTokens
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import has_open_positions, report_token_mismatch
+from mechdsl.resolve.conflicts import find_lacking_row
 from mechdsl.resolve.loops import evaluate_arithmetic
 from mechdsl.resolve.sites import (
     ExperimentContext,
@@ -247,18 +248,9 @@ def _check_edge_place(
     if work.table.stands_in or work.model.tokenizer.stands_in:
         return None
     run = work.table.runs[work.experiment.base]
-    lacking = [row for row, hits in enumerate(cells[0].hits) if not any(hits)]
-    if lacking:
-        return OutsidePrompt(
-            span=span,
-            position=span.written,
-            run=run.name,
-            lacking=len(lacking),
-            total=len(run.rows),
-            example=row_example(run.rows[lacking[0]]),
-            hint="an edge of a circuit needs a position that every row has",
-            unit="prompt" if run.rows[0].image is None else "image",
-        )
+    problem = find_lacking_row(cells[0], span, run)
+    if problem is not None:
+        return problem
     if any(len(hits) > 1 for hits in cells[0].hits):
         what = f"`{span.written}`, which is averaged over tokens, as the position of an edge"
         return NotSupported(span=span, what=what, later="name one token, or join some with `{…}`")

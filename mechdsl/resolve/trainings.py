@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -15,7 +16,7 @@ from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate
-from mechdsl.diagnostics.rules import BadBasis, FewDrawnRows, MeasuredOnTrainingRows
+from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, FewDrawnRows, MeasuredOnTrainingRows
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
 from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
@@ -40,6 +41,7 @@ from mechdsl.prompts.runs import PositionCell, RunRow
 from mechdsl.resolve.conflicts import (
     explain_missing_rule,
     find_flat_part,
+    find_lacking_row,
     list_sites_without_gradient,
 )
 from mechdsl.resolve.types import (
@@ -49,6 +51,8 @@ from mechdsl.resolve.types import (
     JacobianBasis,
     MaskCandidate,
     ModelContext,
+    PlacedEdge,
+    PlaceOrder,
     PositionChoice,
     RecordStream,
     ResolvedExperiment,
@@ -64,6 +68,7 @@ from mechdsl.resolve.types import (
     count_numbers,
 )
 from mechdsl.syntax import ast
+from mechdsl.syntax.printer import format_position
 
 if TYPE_CHECKING:
     import numpy as np
@@ -308,9 +313,13 @@ def mask_points(objective: ResolvedExperiment) -> tuple[SitePoint, ...]:
 
 def list_candidates(objective: ResolvedExperiment) -> tuple[MaskCandidate, ...]:
     """Return what a mask chooses from: sites, positions, coordinates of the vector of a site, or
-    edges."""
+    edges, at each of several positions."""
     points, basis = mask_points(objective), objective.rules[0].basis
     circuit = objective.rules[0].circuit
+    if circuit is not None and chooses_positions(objective):
+        places = [format_position(each) for each in objective.rules[0].spec.at.items]
+        each = product(circuit.every, enumerate(places))
+        return tuple(PlacedEdge(edge, *place) for edge, place in each)
     if circuit is not None:
         return circuit.every
     if chooses_positions(objective):
@@ -326,7 +335,9 @@ def list_candidates(objective: ResolvedExperiment) -> tuple[MaskCandidate, ...]:
 
 def key_of_candidate(candidate: MaskCandidate) -> list[str | int | None]:
     """Return a candidate as a list: `["z", 2, 0]`, `["resid_post", 3, null, "f", 12]`, `[4]`,
-    `["z", 0, 1, "q", 1, 0]`."""
+    `["z", 0, 1, "q", 1, 0]`, and with the number of a position `["z", 0, 1, "q", 1, 0, 2]`."""
+    if isinstance(candidate, PlacedEdge):
+        return [*key_of_candidate(candidate.edge), candidate.place]
     if isinstance(candidate, tuple):
         return [part for end in candidate for part in key_of_candidate(end)]
     if isinstance(candidate, PositionChoice):
@@ -638,6 +649,39 @@ def _join(cells: Sequence[PositionCell], label: str) -> PositionCell:
     return PositionCell(label, tuple((tuple(own),) if own else () for own in joined))
 
 
+def order_places(objective: ResolvedExperiment) -> PlaceOrder:
+    """Return where information at the positions of a training moves to, in some row."""
+    cells, run = [own for own, _ in paired_cells(objective)], objective.spec.base
+    causal, count = objective.model.shape.causal, len(cells) + 1
+    reaches = [[False] * count for _ in range(count)]
+    reads_end = [False] * count
+    for number, row in enumerate(objective.table.runs[run].rows):
+        tokens = [{token for hit in cell.hits[number] for token in hit} for cell in cells]
+        measured = _measured_tokens(objective, number, row)
+        tokens.append({*range(len(row.ids)), *measured}.difference(*tokens))
+        for one, own in enumerate(tokens):
+            reads_end[one] |= bool(own & measured)
+            for two, others in enumerate(tokens):
+                if own and others:
+                    reaches[one][two] |= not causal or min(own) <= max(others)
+    return PlaceOrder(tuple(map(tuple, reaches)), tuple(reads_end))
+
+
+def _measured_tokens(objective: ResolvedExperiment, number: int, row: RunRow) -> set[int]:
+    """Return the tokens at which a measure reads logits in a row of the base run."""
+    (measure,), every = objective.measures, set(range(len(row.ids)))
+    if not objective.model.shape.causal:
+        return every
+    at = measure.at.get(objective.spec.base)
+    found = {len(row.ids) - 1 if at is None else at[number]}
+    for atom in measure.atoms:
+        if atom.form.takes in ("prompt", "rows", "activations", "observation", "reply"):
+            return every
+        longest = max((len(own[number]) for own in atom.texts.values()), default=1)
+        found |= set(range(len(row.ids), len(row.ids) + longest - 1))
+    return found
+
+
 def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield problems of the rows and the measure that a rotation, vector or mask is trained on.
 
@@ -679,6 +723,8 @@ def _check_coordinates(objective: ResolvedExperiment) -> Diagnostic | None:
     rule = objective.rules[0]
     assert rule.spec.site is not None
     count = len(mask_points(objective))
+    if rule.circuit is not None:
+        return _check_places(objective)
     if rule.basis is None:
         if count == 1 or not chooses_positions(objective):
             return None
@@ -693,6 +739,28 @@ def _check_coordinates(objective: ResolvedExperiment) -> Diagnostic | None:
     else:
         return None
     return BadBasis(span=rule.spec.site.span, reason=reason, hint=hint, what="group")
+
+
+def _check_places(objective: ResolvedExperiment) -> Diagnostic | None:
+    """Return E0304 for a sweep among the positions at which edges are scored separately, and E0310
+    for one that some row lacks."""
+    cells, rule = paired_cells(objective), objective.rules[0]
+    items = rule.spec.at.items
+    if len(cells) == 1 and len(items) == 1:
+        return None
+    if len(cells) != len(items):
+        return AxisDoesNotFit(
+            span=rule.spec.at.span,
+            site=rule.spec.at.span.written,
+            reason="sweeps inside a circuit, whose edges are scored at the named positions",
+            hint="name each position: `item 1 token, item 2 token, last token`",
+        )
+    for item, (written, _) in zip(items, cells, strict=True):
+        run = objective.table.runs[objective.spec.base]
+        problem = find_lacking_row(written, item.span, run, rule.spec.source)
+        if problem is not None:
+            return problem
+    return None
 
 
 def _fit_models(basis: BasisTargets) -> Iterator[str]:
@@ -753,6 +821,8 @@ def _check_rows(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
         row, token, first, second = found
         reason = f"`{first}` and `{second}` are both token {token} of row {row}"
         hint = "a mask chooses between positions without common tokens: leave one out"
+        if rule.circuit is not None:
+            hint = "each token is at one position: leave one out, or write `tokens except …`"
     else:
         return
     yield BadBasis(span=span, reason=reason, hint=hint, what=_statement(objective))
@@ -761,13 +831,16 @@ def _check_rows(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
 def _shared_token(objective: ResolvedExperiment) -> tuple[int, int, str, str] | None:
     """Return the first row, token and labels of two positions that share a token of a row."""
     cells = [written for written, _ in paired_cells(objective)]
+    items, names = objective.rules[0].spec.at.items, [cell.label for cell in cells]
+    if len(items) == len(cells):
+        names = [format_position(item) for item in items]
     for row in range(len(objective.table)):
         owners: dict[int, int] = {}
         for number, cell in enumerate(cells):
             for token in (token for run in cell.hits[row] for token in run):
                 first = owners.setdefault(token, number)
                 if first != number:
-                    return row, token, cells[first].label, cell.label
+                    return row, token, names[first], names[number]
     return None
 
 

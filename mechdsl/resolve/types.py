@@ -560,7 +560,7 @@ class TrainedMask(Trained, Record):
     def noun(self) -> str:
         """What one candidate is: `site`, `position`, `feature`, `dimension` or `edge`."""
         first = self.candidates[0]
-        if isinstance(first, tuple):
+        if isinstance(first, tuple | PlacedEdge):
             return "edge"
         if isinstance(first, SitePoint):
             return "site"
@@ -577,6 +577,10 @@ class TrainedMask(Trained, Record):
     def kind(self) -> str:
         """Description for tables and conventions."""
         every = count_noun(len(self.candidates), self.noun)
+        places = {each.place for each in self.candidates if isinstance(each, PlacedEdge)}
+        if places:
+            own = len(self.candidates) // len(places)
+            every += f" ({own:,} at each of {count_noun(len(places), 'position')})"
         if not self.digest and isinstance(self.training.trainer, CircuitTrainer):
             return f"{self.training.trainer.name} over {every}"
         return f"{self.training.trainer.name} of {len(self.chosen):,} of {every}"
@@ -840,7 +844,33 @@ unit, the neurons of a layer that a circuit doesn't name."""
 PlacedEdges: TypeAlias = Mapping[CircuitEdge, frozenset[int] | None]
 """Edges of a circuit, each with the numbers of its places; None for all tokens."""
 
-MaskCandidate: TypeAlias = SitePoint | SiteCoordinate | PositionChoice | CircuitEdge
+
+@record
+class PlacedEdge(Record):
+    """An edge of a circuit at one of the positions that a training scores separately."""
+
+    edge: CircuitEdge
+    place: int
+    """Number of the position, in the order of the file."""
+    label: str = field(compare=False)
+
+
+@record
+class PlaceOrder(Record):
+    """Where information at the positions of a training moves to. The last position is all tokens
+    at no position, whose edges never carry other values."""
+
+    reaches: tuple[tuple[bool, ...], ...]
+    """[position][position] whether a token at the first one is at or before one at the second, or
+    the model reads later tokens; never, if no row has tokens at one of them."""
+    reads_end: tuple[bool, ...]
+    """[position] whether the measure reads the output of the model at one of its tokens."""
+
+
+EdgeAtPlace: TypeAlias = tuple[CircuitEdge, int | None]
+"""An edge of a circuit and the number of one of its places; None for all tokens."""
+
+MaskCandidate: TypeAlias = SitePoint | SiteCoordinate | PositionChoice | CircuitEdge | PlacedEdge
 """What a mask chooses from."""
 
 
@@ -962,10 +992,10 @@ class CircuitTargets(Record):
     """Distinct sets of places, by number, that have a token in common; the first is empty."""
     neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     """The neurons that are nodes, by layer; the others of these layers are one node together."""
-    scores: Mapping[CircuitEdge, float] = field(
-        default_factory=dict[CircuitEdge, float], compare=False
+    scores: Mapping[EdgeAtPlace, float] = field(
+        default_factory=dict[EdgeAtPlace, float], compare=False
     )
-    """The score of each named edge; empty if they have none."""
+    """The score of each named edge at each of its places; empty if they have none."""
     digest: str = field(default="", compare=False)
     """SHA-256 of the file that it was read from; empty without one."""
     made: str = field(default="", compare=False)

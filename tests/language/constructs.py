@@ -833,6 +833,20 @@ _file(
     "arXiv 2504.13151; Jafari et al. 2025, arXiv 2508.21258; Edin et al. 2025, arXiv 2505.17630",
 )
 _file(
+    "circuit: by scores of edges at positions",
+    "circuit c = fit(eap(size: 2), prompts: fruit, with: zero, minimise: loss) "
+    "at item 1 token, last token",
+    "With several positions after `at`, `eap`, `eap_ig`, `eap_ig_activations`, `relp` and `gim` "
+    "score each edge at each position: the sum of its products over the tokens of the position. "
+    "The circuit has edges at positions; `size` and `top n of c` count each edge at each of its "
+    "positions. Edges at tokens of no position keep their values in training and can't be chosen. "
+    "Selected edges lead to `logits` from their tokens: keys and values also at later tokens. A "
+    "position that some row lacks is E0310, positions with a common token are E0342, sweeps are "
+    "E0304; other trainers with several positions are E0108.",
+    "tests/pipeline/test_placed_edge_scores.py",
+    "Haklay et al. 2025, arXiv 2502.04577",
+)
+_file(
     "circuit: by a search",
     "circuit c = fit(acdc(threshold: 1), prompts: fruit, with: zero, minimise: loss)",
     "The edges that are left when others are ablated one after another, for good. `acdc`: each "

@@ -126,10 +126,10 @@ def module_of(sender: str) -> str:
     return sender.split("H")[0] if "H" in sender else sender
 
 
-def reference_scores(
+def reference_products(
     family: str, row: int, every: Sequence[CircuitEdge], source: str, at: str, call: str
 ) -> Tensor:
-    """[edge] scores of one unpadded prompt."""
+    """[edge, T] scores of one unpadded prompt, at each token."""
     word, kind = source.split()[1], call.split("(")[0]
     rules = kind if kind in ("relp", "gim") else ""
     model = ruled(double(family), rules) if rules else double(family)
@@ -163,7 +163,7 @@ def reference_scores(
         }
 
     steps = int(call.split("steps: ")[1].rstrip(")")) if "steps" in call else 1
-    found = torch.zeros(len(every), dtype=torch.float64)
+    found = torch.zeros(len(every), len(ids), dtype=torch.float64)
     modules = list(dict.fromkeys(map(module_of, clean)))
     for step in range(1, steps + 1):
         of = {module: gradients(moves(step, steps, {module})) for module in modules}
@@ -171,7 +171,7 @@ def reference_scores(
             of = dict.fromkeys(modules, of[EMBED])
         for number, (sender, to) in enumerate(names):
             product = changes[sender] * of[module_of(sender)][to]
-            found[number] += product.sum().double() / steps
+            found[number] += product.sum(-1).double() / steps
     return found
 
 
@@ -209,7 +209,10 @@ def compare_scores(
     mask, found = open_rows(path, double(family), side)
     every, ids = found.candidates, found.objective.table.row_ids
     expected = torch.stack(
-        [reference_scores(family, row, every, source, at or "tokens *", call) for row in ids]
+        [
+            reference_products(family, row, every, source, at or "tokens *", call).sum(-1)
+            for row in ids
+        ]
     ).mean(0)
     assert len(every) > 100
     assert expected.abs().max() > 1e-2
@@ -551,8 +554,8 @@ def test_edges_without_a_path_to_the_logits_are_removed(family: str) -> None:
     assert 0 < len(kept) < len(edges)
     begun = {edge for edge in kept if edge[0] == EMBEDDING}
     whole = {e for e in kept if e in begun or any(reaches(b, e[0]) for b in begun)}
-    assert not CircuitDraws(shape_of(family), kept, 0).is_connected
-    assert CircuitDraws(shape_of(family), graph.keep_leading(whole), 0).is_connected
+    assert not CircuitDraws(EdgeGraph(shape_of(family)), kept, 0).is_connected
+    assert CircuitDraws(EdgeGraph(shape_of(family)), graph.keep_leading(whole), 0).is_connected
 
 
 def test_selection_without_an_edge_to_the_logits_is_an_error(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 import mechdsl
 from mechdsl.base.hashing import stable_hash
 from mechdsl.fits.reports import MaskReport
-from mechdsl.resolve.circuits import CircuitDraws, list_edges
+from mechdsl.resolve.circuits import CircuitDraws, EdgeGraph, list_edges
 from mechdsl.resolve.types import CircuitEdge, TrainedMask
 
 from ..execute.support import unchanged, word_tokenizer
@@ -180,7 +180,7 @@ def test_circuit_mask_training_equals_a_reference_loop(
     assert isinstance(report, MaskReport)
     hard = torch.zeros(len(every), dtype=torch.float64)
     hard[chosen] = 1
-    drawn = CircuitDraws(shape_of("llama"), [every[n] for n in chosen], 3).draws(8)
+    drawn = CircuitDraws(EdgeGraph(shape_of("llama")), [every[n] for n in chosen], 3).draws(8)
     randoms = [
         value(ids[0], torch.tensor([float(edge in own) for edge in every])).item() for own in drawn
     ]
@@ -370,8 +370,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "step function": (f"maximise: {LOSS}", "maximise: rank(answer)", "E0608"),
     "noise": ("from: other", "from: noised", "E0342"),
     "early stopping": (f"maximise: {LOSS}", f"maximise: {LOSS}, patience: 3", "E0342"),
-    "two positions": (f"at {PAIR}", "at last token, cue token", "E0342"),
-    "each token": (f"at {PAIR}", "at each subject token", "E0342"),
+    "two positions": (f"at {PAIR}", "at last token, cue token", "E0108"),
+    "each token": (f"at {PAIR}", "at each subject token", "E0108"),
     "all of uneven prompts": (f"at {PAIR}", "", "E0307"),
     "rotation": ("mask(size: 3)", "das(dims: 2)", "E0342"),
     "no training": (CALL, "pca(p, dims: 2)", "E0342"),

@@ -29,6 +29,7 @@ from mechdsl.resolve.circuits import (
     SENDER_WORDS,
     AskedCircuits,
     CircuitDraws,
+    EdgeGraph,
     draw_circuits,
     list_edges,
 )
@@ -511,7 +512,7 @@ def test_cached_random_circuits_match_their_shape_circuit_seed_and_count() -> No
     changed = ((circuit[:2], 0, 5), (circuit, 1, 5), (circuit, 0, 6), (circuit, 0, 5))
     for name, (own, seed, count) in product(("llama", "gpt2"), changed):
         shape = shape_of(name)
-        expected = CircuitDraws(shape, own, seed).draws(count)
+        expected = CircuitDraws(EdgeGraph(shape), own, seed).draws(count)
         found = draw_circuits(AskedCircuits(shape, frozenset(own), seed, count))
         assert found.circuits == tuple(expected)
 
@@ -523,12 +524,12 @@ def test_random_circuits_have_paths_from_the_embedding_to_the_logits(name: str) 
     wanted = {(EMBED, "L0H1.q"), ("L0H1", LOGITS), (EMBED, mlp(1)), (mlp(1), "L2H0.v")}
     wanted |= {("L2H1" if name == "llama" else "L2H0", LOGITS)}  # two heads read one value
     circuit = [edge for edge in every if named(edge) in wanted]
-    drawing = CircuitDraws(shape, circuit, 0)
+    drawing = CircuitDraws(EdgeGraph(shape), circuit, 0)
     drawn = drawing.draws(50)
     assert drawing.is_connected
     assert len({frozenset(own) for own in drawn}) == 50
-    assert CircuitDraws(shape, circuit[::-1], 0).draws(50) == drawn
-    assert CircuitDraws(shape, circuit, 1).draws(50) != drawn
+    assert CircuitDraws(EdgeGraph(shape), circuit[::-1], 0).draws(50) == drawn
+    assert CircuitDraws(EdgeGraph(shape), circuit, 1).draws(50) != drawn
     shared = 1 if name == "gpt2" else 2
     for own in drawn:
         assert len(own) == len(circuit)
@@ -557,7 +558,7 @@ def test_the_control_ablates_random_circuits_of_the_same_size(data: Path) -> Non
     ends = {(EMBED, "L0H1.v"), ("L0H1", mlp(1)), (mlp(1), LOGITS)}
     circuit_edges = [edge for edge in list_edges(shape) if named(edge) in ends]
     given, effects = fills("gpt2", Case("all but c", "other"), {}), list[float]()
-    for own in CircuitDraws(shape, circuit_edges, 0).draws(3):
+    for own in CircuitDraws(EdgeGraph(shape), circuit_edges, 0).draws(3):
         ablated = every - {named(edge) for edge in own}
         values = [
             circuit_pass("gpt2", double("gpt2"), row.ids, fill, ablated, range(len(row.ids)))
@@ -601,11 +602,11 @@ def test_draws_of_sizes_with_one_circuit_repeat_this_circuit(edges: str) -> None
     every = list_edges(shape_of("gpt2"))
     wanted = [f"{of} -> {to}" for of, to in map(named, every)]
     circuit = [edge for edge, text in zip(every, wanted, strict=True) if text in edges.split(", ")]
-    draws = CircuitDraws(shape_of("gpt2"), circuit, 0).draws(3)
+    draws = CircuitDraws(EdgeGraph(shape_of("gpt2")), circuit, 0).draws(3)
     is_path = len(circuit) == 1
     assert (draws == [tuple(circuit)] * 3) == is_path
     for own in ([], every):
-        assert CircuitDraws(shape_of("gpt2"), own, 0).draws(3) == [tuple(own)] * 3
+        assert CircuitDraws(EdgeGraph(shape_of("gpt2")), own, 0).draws(3) == [tuple(own)] * 3
 
 
 def test_control_of_the_only_circuit_of_a_size_is_an_error_with_a_valid_fix(data: Path) -> None:

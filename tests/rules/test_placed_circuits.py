@@ -19,7 +19,7 @@ from mechdsl.checks.file_check import check_source
 from mechdsl.forward.hooks import full_pass
 from mechdsl.forward.hooks.batch import CircuitWrite
 from mechdsl.forward.hooks.circuits import CircuitHooks
-from mechdsl.resolve.circuits import CircuitDraws, list_edges
+from mechdsl.resolve.circuits import CircuitDraws, EdgeGraph, list_edges
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 from mechdsl.vocab.effects import EFFECTS
@@ -363,7 +363,7 @@ def test_control_assigns_positions_to_random_edges(data: Path) -> None:
     found = run_file(text, data, name, "planned", precise=True)["e"]
     own = [edge for edge in list_edges(shape_of(name)) if named(edge) in ends]
     effects, in_order = list[float](), list[float]()
-    for n, drawn in enumerate(CircuitDraws(shape_of(name), own, 0).draws(2) * 2):
+    for n, drawn in enumerate(CircuitDraws(EdgeGraph(shape_of(name)), own, 0).draws(2) * 2):
         places = [ends[named(edge)] for edge in own]
         key = sorted(map(str, own))
         if n < 2:

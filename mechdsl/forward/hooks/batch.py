@@ -678,6 +678,8 @@ class CircuitRead:
     """The senders, in forward order."""
     receivers: tuple[tuple[SiteRead, int], ...]
     """As in `CircuitWrite`."""
+    places: Tensor | None = None
+    """[K] long, numbers of positions whose tokens are summed separately; None for one sum."""
     changes: Tensor | None = None
     """[sender, K, d_model]: what the stream would gain with the fills."""
     taps: list[EdgeTap] = field(default_factory=list[EdgeTap])

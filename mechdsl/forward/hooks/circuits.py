@@ -1122,9 +1122,10 @@ class _ReadHooks(CircuitHooks):
 
 
 def compute_edge_scores(total: Tensor, read: CircuitRead, senders: slice) -> Tensor:
-    """Return [receiver, sender]: the derivative of a value by the shares of edges, at shares of 0.
+    """Return [place, receiver, sender]: the derivative of a value by the shares of edges at the
+    tokens of each of `read.places`, at shares of 0; [1, receiver, sender] of all tokens without.
 
-    All edges into the receivers of a module are one matrix product.
+    All edges into the receivers of a module are one matrix product for each place.
 
     Args:
         total: The value, from a pass with `read`.
@@ -1137,7 +1138,11 @@ def compute_edge_scores(total: Tensor, read: CircuitRead, senders: slice) -> Ten
     changes = read.changes
     assert changes is not None
     gradients = compute_gradients(total, [tap.tensor for tap in read.taps], keep=False)
-    found = total.new_zeros((len(read.receivers), len(changes)), dtype=torch.float64)
+    masks = [None]
+    if read.places is not None:
+        masks = [read.places == place for place in range(int(read.places.max()) + 1)]
+    size = len(masks), len(read.receivers), len(changes)
+    found = total.new_zeros(size, dtype=torch.float64)
     for tap, gradient in zip(read.taps, gradients, strict=True):
         receiver, _ = read.receivers[tap.receivers[0]]
         before = [len(fill.units) for fill in read.fills if _is_before(fill.where, receiver)]
@@ -1150,9 +1155,12 @@ def compute_edge_scores(total: Tensor, read: CircuitRead, senders: slice) -> Ten
             parts = read.to_senders(vectors, tap.sublayers)
         for columns, part in parts:
             own = slice(max(columns.start, due.start), min(columns.stop, due.stop))
-            if own.start < own.stop:
-                product = part.to(changes).flatten(1) @ changes[own].flatten(1).T
-                found[tap.receivers, own] += product.to(found)
+            for place, mask in enumerate(masks if own.start < own.stop else ()):
+                given, change = part.to(changes), changes[own]
+                if mask is not None:
+                    given, change = given[:, mask], change[:, mask]
+                product = given.flatten(1) @ change.flatten(1).T
+                found[place, tap.receivers, own] += product.to(found)
     read.taps.clear()
     return found
 

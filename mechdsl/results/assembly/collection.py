@@ -335,7 +335,10 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         return None
     shape = experiment.model.shape
     named = {edge: at for own in found.named.values() for edge, at in own.items()}
-    places = ["" if at is None else label_places(at, found.places) for at in named.values()]
+    listed = [*named.items()]
+    if found.scores:  # of each edge at each of its positions
+        listed = [(edge, None if n is None else frozenset((n,))) for edge, n in found.scores]
+    places = ["" if at is None else label_places(at, found.places) for _, at in listed]
     return ResultCircuit(
         name=found.name,
         layers=shape.n_layers,
@@ -343,10 +346,10 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         key_heads=shape.n_kv_heads,
         width=shape.d_model,
         parallel=shape.parallel_block,
-        edges=tuple((label_node(of), label_node(to)) for of, to in named),
-        scores=tuple(found.scores[edge] for edge in named) if found.scores else (),
+        edges=tuple((label_node(of), label_node(to)) for (of, to), _ in listed),
+        scores=tuple(found.scores.values()),
         total=len(found.every),
-        circuits=len(set(map(frozenset, found.named.values()))),
+        circuits=len({frozenset(own.items()) for own in found.named.values()}),
         places=tuple(places) if any(places) else (),
     )
 

@@ -1,0 +1,349 @@
+"""Circuits whose edges `fit(eap(…)) at A, B` scores at each position separately.
+
+Scores are compared with gradients by each receiver's input in a float64 pass that recomputes all
+inputs, one unpadded prompt at a time, summed over the tokens of each position.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import mechdsl
+from mechdsl.execute.mask_training import EdgeRows, find_circuit
+from mechdsl.execute.training import TrainingJob
+from mechdsl.resolve.types import PlacedEdge, TrainedMask
+
+from ..quick import in_turn
+from ..reference.forward import stack
+from ..rules.circuits import EMBED, LOGITS, circuit_pass
+from ..rules.models import double
+from ..rules.support import rows, tokens
+from ..rules.test_ablated_circuits import Case, edges, fills, key_heads, named
+from .test_edge_scores import CALLS, HERE, RULED, fit, open_rows, reference_products, score
+from .test_trained_circuits import PAIR
+from .test_trained_dictionaries import experiment, run, train, write
+from .test_trained_rotations import loss_by_hand, training_errors
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+Placed = tuple[tuple[str, str], int]
+"""The names of an edge, and the number of its position."""
+USE = experiment("from other into clean", "ablate c at tokens * with other", block="p")
+ALL_ROWS = "validation: 0%, batch: 2, measure_on_training_rows: true"
+REST = f"tokens except {PAIR}"
+PLACES = ("last token", "subject tokens", "cue token")
+COVERED = ("cue token", "last token", REST)
+
+
+def scored(path: Path, model: Any, side: Any = None) -> dict[Placed, float]:
+    """The score of each edge at each position."""
+    mask, found = open_rows(path, model, side)
+    edges = [each for each in mask.candidates if isinstance(each, PlacedEdge)]
+    assert len(edges) == len(mask.candidates)
+    each = zip(edges, score(mask, found).tolist(), strict=True)
+    return {(named(edge.edge), edge.place): own for edge, own in each}
+
+
+WHERE = ((PLACES, "left"), (COVERED, "right"))
+
+
+@pytest.mark.parametrize(("family", "source"), in_turn(HERE, ("from: other", "with: zero")))
+@pytest.mark.parametrize(("call", "where"), in_turn((*CALLS, *RULED), WHERE))
+def test_placed_scores_equal_sums_of_products_at_each_position(
+    call: str, where: tuple[tuple[str, ...], Any], family: str, source: str, tmp_path: Path
+) -> None:
+    """In ragged batches of two rows."""
+    compare_scores(call, *where, family, source, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_placed_scores_with_means_equal_sums_of_products_at_each_position(
+    family: str, tmp_path: Path
+) -> None:
+    compare_scores(CALLS[0], ("cue token", "last token"), "left", family, "with: mean", tmp_path)
+
+
+def compare_scores(
+    call: str, places: tuple[str, ...], side: Any, family: str, source: str, tmp_path: Path
+) -> None:
+    line = fit(ALL_ROWS, call=call, source=source, at=", ".join(places))
+    path = write(tmp_path, line, USE)
+    mask, found = open_rows(path, double(family), side)
+    every = list(
+        dict.fromkeys(each.edge for each in mask.candidates if isinstance(each, PlacedEdge))
+    )
+    joined = f"{{{', '.join(places)}}}"
+    at = "tokens between first token and last token" if REST in places else joined
+    expected = torch.zeros(len(every), len(places), dtype=torch.float64)
+    ids = found.objective.table.row_ids
+    for row in ids:
+        text = rows("clean")[row]
+        products = reference_products(family, row, every, source, at, call)
+        for number, place in enumerate(places):
+            expected[:, number] += products[:, tokens(text, place)].sum(-1) / len(ids)
+    own = scored(path, double(family), side)
+    values = torch.tensor([[own[named(e), n] for n in range(len(places))] for e in every])
+    assert (expected.abs().amax(0) > 1e-3).all()
+    np.testing.assert_allclose(values, expected, atol=1e-6, rtol=1e-4)
+
+
+# --- circuits -------------------------------------------------------------------------------------
+
+
+def circuit_value(
+    family: str, row: int, chosen: Sequence[PlacedEdge], places: Sequence[str], source: str
+) -> float:
+    """The measure while all edges but some carry other values at all tokens of the positions."""
+    text = rows("clean")[row]
+    given = fills(family, Case("c", source.split()[1], "tokens *"), {})[row]
+    every = {at for place in places for at in tokens(text, place)}
+    ablated = dict[tuple[str, str], Tensor]()
+    for edge in edges(family)[2]:
+        own = (tokens(text, places[e.place]) for e in chosen if named(e.edge) == edge)
+        kept = {at for each in own for at in each}
+        ablated[edge] = torch.ones(len(text.ids), 1, dtype=torch.double)
+        ablated[edge][sorted(kept)] = 0
+    logits = circuit_pass(family, double(family), text.ids, given, ablated, sorted(every))
+    return float(loss_by_hand(logits[-1], row))
+
+
+def choose(mask: TrainedMask, found: EdgeRows, folder: Path) -> tuple[list[PlacedEdge], Any]:
+    """The chosen edges, and the report."""
+    job = TrainingJob(folder, {}, folder, lambda: False, lambda *_: None)
+    report = find_circuit(mask, found, job)
+    stored = json.loads((folder / "mask.json").read_text("utf-8"))
+    chosen = [mask.candidates[n] for n in stored["chosen"]]
+    assert list(report.chosen) == [stored["labels"][n] for n in stored["chosen"]]
+    return [each for each in chosen if isinstance(each, PlacedEdge)], report
+
+
+@pytest.mark.parametrize(
+    ("family", "places"), in_turn(("llama", "gpt2", "gpt_neox"), (PLACES, COVERED))
+)
+def test_report_on_placed_circuit_equals_passes_with_its_edges(
+    family: str, places: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Means over held-out rows, of the circuit and without edges."""
+    monkeypatch.setattr(TrainingJob, "write_card", lambda *_: None)
+    options = "validation: 50%, batch: 2, measure_on_training_rows: true"
+    path = write(tmp_path, fit(options, at=", ".join(places)), USE)
+    mask, found = open_rows(path, double(family))
+    chosen, report = choose(mask, found, tmp_path)
+    ids = [found.objective.table.row_ids[n] for n in found.measured]
+    for value, own in ((report.trained, chosen), (report.whole, [])):
+        by_hand = [circuit_value(family, row, own, places, "from: other") for row in ids]
+        assert value == pytest.approx(np.mean(by_hand), abs=1e-6)
+    assert len({each.place for each in chosen}) > 1
+    assert abs(report.trained - report.whole) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_each_selected_placed_edge_leads_to_the_measured_token(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference follows single tokens of each row."""
+    monkeypatch.setattr(TrainingJob, "write_card", lambda *_: None)
+    for select in ("", ', select: "top"'):
+        path = write(
+            tmp_path, fit(ALL_ROWS, call=f"eap(size: 40{select})", at=", ".join(COVERED)), USE
+        )
+        mask, found = open_rows(path, double(family))
+        chosen, report = choose(mask, found, tmp_path)
+        assert leading(family, chosen, COVERED) == {*chosen}
+        if select:
+            largest = np.argsort(-np.abs(score(mask, found)), kind="stable")[:40]
+            top = [mask.candidates[n] for n in largest]
+            assert {*chosen} == leading(family, top, COVERED)
+            assert 0 < len(chosen) < 40
+            assert f"{40 - len(chosen)} of them removed" in report.made
+        else:
+            assert len(chosen) == 40
+
+
+def leading(family: str, edges_: Sequence[Any], places: Sequence[str]) -> set[Any]:
+    """The edges from which the logits of the last token can be reached in some row, by others of
+    them and by every edge at tokens of no position."""
+    found = set[Any]()
+    shared = stack(family, double(family)).heads // key_heads(family)
+    for text in rows("clean"):
+        at = [tokens(text, place) for place in places]
+        others = {*range(len(text.ids))}.difference(*at)
+        here = [(named(each.edge), token, each) for each in edges_ for token in at[each.place]]
+        here += [(edge, token, None) for edge in edges(family)[2] for token in others]
+        here.sort(key=lambda own: own[0][0], reverse=True)  # later layers first
+        nodes, before = {(LOGITS, text.last)}, 0
+        while len(nodes) > before:
+            before = len(nodes)
+            for (sender, to), token, each in here:
+                if not nodes.isdisjoint(targets(to, token, text.last, shared)):
+                    nodes.add((sender, token))
+                    found |= {each} - {None}
+    return found
+
+
+def reached(family: str, edges_: Sequence[Any], places: Sequence[str]) -> set[Any]:
+    """The edges that can be reached from the embedding of a token in some row, by others of them
+    and by every edge at tokens of no position."""
+    found = set[Any]()
+    shared = stack(family, double(family)).heads // key_heads(family)
+    for text in rows("clean"):
+        at = [tokens(text, place) for place in places]
+        others = {*range(len(text.ids))}.difference(*at)
+        here = [(named(each.edge), token, each) for each in edges_ for token in at[each.place]]
+        here += [(edge, token, None) for edge in edges(family)[2] for token in others]
+        nodes, before = {(EMBED, token) for token in range(len(text.ids))}, 0
+        while len(nodes) > before:
+            before = len(nodes)
+            for (sender, to), token, each in here:
+                if (sender, token) in nodes:
+                    nodes |= targets(to, token, text.last, shared)
+                    found |= {each} - {None}
+    return found
+
+
+SOME = ("subject tokens", "cue token")
+"""Without the token that the measure reads."""
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("places", [PLACES, COVERED, SOME])
+def test_random_placed_circuits_have_paths_between_positions(
+    places: tuple[str, ...], family: str, tmp_path: Path
+) -> None:
+    """Those of a circuit whose edges are all on paths; others are drawn from all edges."""
+    path = write(tmp_path, fit(ALL_ROWS, at=", ".join(places)), USE)
+    mask, found = open_rows(path, double(family))
+    every = [each for each in mask.candidates if isinstance(each, PlacedEdge)]
+    sizes = {each: own for own, each in enumerate(every)}
+    selected = found.graph.select_backwards(sizes, 60)
+    assert leading(family, selected, places) == {*selected}
+    some = every[:: len(every) // 60]
+    assert found.graph.keep_leading(some) == leading(family, some, places)
+    live = leading(family, every, places)
+    assert found.graph.keep_leading(every) == live
+    assert len(live) < len(every)
+    circuit = [*(reached(family, selected, places) & {*selected})]
+    assert found.graph.covers(circuit) == (leading(family, circuit, places) == {*circuit})
+    begun = [each for each in every if named(each.edge)[0] == EMBED and each in live]
+    direct = [each for each in begun if {each} == leading(family, [each], places)][:9]
+    numbers = [every.index(each) for each in direct]
+    assert found.graph.covers(direct)
+    drawn = [[every[n] for n in own] for own in found.random_choices(numbers, 0)]
+    assert len({*map(frozenset, drawn)}) == 8
+    for own in drawn:
+        assert len(own) == len(direct)
+        assert leading(family, own, places) == {*own} == reached(family, own, places)
+
+
+@cache
+def targets(to: str, token: int, last: int, shared: int) -> frozenset[tuple[str, int]]:
+    """The nodes that a receiver at a token is an input of."""
+    name, _, part = to.partition(".")
+    if to == LOGITS or part == "mlp":
+        return frozenset(((to, token),))
+    if part == "q":
+        return frozenset(((name, token),))
+    layer, number = name.removeprefix("L").split("H")
+    heads = range(int(number) * shared, (int(number) + 1) * shared)
+    return frozenset((f"L{layer}H{n}", later) for n in heads for later in range(token, last + 1))
+
+
+def test_placed_circuit_equals_its_listed_edges_in_rules(tmp_path: Path) -> None:
+    """With picks of its largest edges, a control, and a second experiment on the same block."""
+    at = ", ".join(COVERED)
+    rule = "ablate all but {} at tokens * with other"
+    uses = "".join(
+        experiment("from other into clean", rule.format(own), name=f"e{n}", block="p")
+        for n, own in enumerate(("c", "top 50 of c", "top 0 of c"))
+    )
+    path = write(tmp_path, fit(ALL_ROWS, call="eap(size: 60)", at=at), uses)
+    (trained,) = train(path)
+    content = json.loads((trained.folder / "mask.json").read_text("utf-8"))
+    labels = [content["labels"][n] for n in content["chosen"]]
+    assert len(labels) == 60
+    found = run(path, store=path.parent / "store").files[0].experiments
+    listed = experiment("from other into clean", rule.format("d"), block="p")
+    for n, count in enumerate((60, 50)):
+        again = write(tmp_path, f"circuit d = {', '.join(labels[:count])}\n", listed)
+        own = run(again, store=False).files[0].experiments[0]
+        np.testing.assert_allclose(found[n].measures[0].patched, own.measures[0].patched, atol=1e-5)
+    circuit = found[0].circuit
+    assert circuit is not None
+    pairs = [
+        f"{of} -> {to} at {at}" for (of, to), at in zip(circuit.edges, circuit.places, strict=True)
+    ]
+    assert pairs == labels
+    assert list(circuit.scores) == pytest.approx([content["scores"][n] for n in content["chosen"]])
+    every = [each.measures[0].patched for each in found]
+    assert np.abs(every[0] - every[1]).max() > 1e-4
+    assert np.abs(every[1] - every[2]).max() > 1e-4
+
+
+def test_joined_and_separate_positions_have_different_trainings(tmp_path: Path) -> None:
+    keys = set[str]()
+    for at in (PAIR, "cue token, last token"):
+        (trained,) = train(write(tmp_path, fit(ALL_ROWS, at=at), USE))
+        keys.add(trained.folder.name)
+    assert len(keys) == 2
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "lacking": ("token 8, last token", "eap(size: 3)", "E0310", "in 1 of 4 rows"),
+    "shared": ("last token, token 1, tokens 1..2", "eap(size: 3)", "E0342", "at one position"),
+    "all": ("tokens *, last token", "eap(size: 3)", "E0342", "are both token"),
+    "sweep": ("each item token, last token", "eap(size: 3)", "E0304", "name each position"),
+    "sweep of one": ("token 1..2", "eap(size: 3)", "E0304", "name each position"),
+    "search": ("cue token, last token", "acdc(threshold: 0.1)", "E0108", "at {A, B}"),
+    "greedy": ("cue token, last token", "greedy(size: 3)", "E0108", "fit(greedy(…))"),
+    "coarse": ("cue token, last token", "coarse_to_fine(threshold: 0.1)", "E0108", "join them"),
+    "mask": ("cue token, last token", "mask(size: 3)", "E0108", "join them"),
+    "answer": ("cue token, tokens * and answer", "eap(size: 3)", "E0342", "not of the answer"),
+    "size": ("cue token, last token", "eap(size: 20000)", "E0342", "20,000 of"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_positions_at_which_edges_cannot_be_scored_are_errors(name: str, tmp_path: Path) -> None:
+    at, call, code, said = MISTAKES[name]
+    (error,) = training_errors(write(tmp_path, fit(ALL_ROWS, call=call, at=at), USE))
+    assert error.code == code, error
+    assert said in f"{error.message} {error.help_text}", error
+
+
+def test_position_that_measured_rows_lack_is_an_error(tmp_path: Path) -> None:
+    use = experiment("ablate c at tokens * with zero")
+    (error,) = training_errors(write(tmp_path, fit(ALL_ROWS, at="cue token, last token"), use))
+    assert error.code == "E0308"
+    assert "`cue`" in error.message
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_uses_that_need_circuits_without_positions_are_errors(
+    trained: bool, tmp_path: Path
+) -> None:
+    line = fit(ALL_ROWS, at="cue token, last token")
+    if trained:
+        train(write(tmp_path, line, USE))
+    rule = "ablate c at tokens * with zero"
+    graph = experiment(rule, 'report graph to "c.json"', block="p")
+    listed = (
+        "circuit d = embed -> logits\nexperiment o { model m observe overlap c with d as shared }\n"
+    )
+    for use, what in ((graph, "`report graph to"), (USE + listed, "`observe overlap`")):
+        path = write(tmp_path, line, use)
+        with pytest.raises(mechdsl.MechdslError) as found:
+            run(path, store=tmp_path / "store")
+        errors = [each for each in found.value.diagnostics if each.severity == "error"]
+        assert [each.code for each in errors if what in each.message] == ["E0108"]
+        assert {each.code for each in errors} <= {"E0108", "E0642"}
