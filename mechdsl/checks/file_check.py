@@ -713,14 +713,15 @@ def _resolve_objectives(
             continue
         before = len(checked.diagnostics)
         known = _outline_apart(objective, checked, contexts)
-        default = objective.rules[0].at.span.source  # positions that the file doesn't have
-        checked.diagnostics[before:] = [
-            each
-            if each.span is None or each.span.source is not default
-            else replace(each, span=span)
-            for span in [objective.rules[0].span]
-            for each in checked.diagnostics[before:]
-        ]
+        default = objective.rules[0].at.span.source
+        if default is not objective.span.source:  # positions that the file doesn't have
+            checked.diagnostics[before:] = [
+                each
+                if each.span is None or each.span.source is not default
+                else replace(each, span=span)
+                for span in [objective.rules[0].span]
+                for each in checked.diagnostics[before:]
+            ]
         if known.resolved is None:
             continue
         problems = list(check_objective(known.resolved))

@@ -429,7 +429,32 @@ def add_generation_defaults(
     """Add the tokens that a decoder begins with, which newer folders have in another file."""
     keys = (*_START_KEYS, *_SPEECH_KEYS)
     more = {key: generation[key] for key in keys if generation.get(key) is not None}
-    return {**config, **more} if config.get("is_encoder_decoder") else dict(config)
+    return {**config, **more} if _has_encoder_and_decoder(config) else dict(config)
+
+
+_ENCODER_DECODER_KEYS = (
+    ("decoder_start_token_id",),
+    ("num_layers", "num_decoder_layers"),
+    ("encoder_layers", "decoder_layers"),
+    ("encoder", "decoder"),
+)
+"""Keys that only the configs of encoder-decoders have, together."""
+
+
+def _has_encoder_and_decoder(config: Mapping[str, Any]) -> bool:
+    """Return whether a config is that of an encoder-decoder.
+
+    Without `is_encoder_decoder`, transformers takes the default of the class, and other keys of the
+    config show which.
+    """
+    stated = config.get("is_encoder_decoder")
+    if stated is not None:
+        return bool(stated)
+    names = [str(name) for name in config.get("architectures") or ()]
+    if any(name.endswith(("ForCausalLM", "EncoderModel")) for name in names):
+        return False
+    given = {key for key, value in config.items() if value is not None}
+    return any(given.issuperset(keys) for keys in _ENCODER_DECODER_KEYS)
 
 
 def _scores(config: Mapping[str, Any], names: list[str]) -> OutputTask | None:
@@ -496,7 +521,7 @@ def _encoder_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _takes(config: Mapping[str, Any], names: list[str]) -> ModelInput:
     decodes = any(name.endswith("ForCausalLM") for name in names)
-    if config.get("is_encoder_decoder") and not decodes:
+    if _has_encoder_and_decoder(config) and not decodes:
         kind = str(config.get("model_type"))
         entry = IMAGE_LAYOUTS.get(kind)
         if find_family(kind).sound(config):

@@ -848,6 +848,11 @@ def _named_bases(
         if name in work.sites.loops:
             span = work.sites.words.get((name, each), node.span)
             reason, hint = f"`{each}` is no basis", "let the `for` loop over bases only"
+            if (name, each) not in work.sites.words:  # a number
+                reason = f"`{name}` is the variable of a `for` over numbers"
+                if name in work.program.bases:
+                    reason += f", which hides the basis `{name}`"
+                    hint = "rename the variable"
             work.diagnostics.append(BadBasis(span=span, reason=reason, hint=hint))
         return names, None
     return names, tuple(found)

@@ -626,22 +626,10 @@ def _sweep_unknown(rule: spec.Rule, work: ExperimentContext) -> bool:
 
 
 def _check_loops_used(work: ExperimentContext) -> None:
-    """Report loops whose variable is unused, which would run the same cell repeatedly."""
-    parts = [part for rule in work.experiment.rules for part in walk(_rule_nodes(rule))]
-    sites = [part for part in parts if isinstance(part, ast.Site)]
-    excluded = (each for site in sites for each in site.excluded if isinstance(each, ast.Site))
-    values = {name.span for each in excluded if not each.axes for name in each.names}
-    components = {name.span for site in sites for name in site.names if name.id in SITES}
-    components -= values  # `dims * except k`
-    used = {
-        part.name if isinstance(part, ast.Index) else part.id
-        for part in parts
-        if isinstance(part, ast.Name | ast.Index) and part.span not in components
-    }
-    for rule in work.experiment.rules:
-        used.update(number_names(_rule_nodes(rule)))
-        used.update([rule.site.basis_name or ""] if rule.site is not None else [])
-    used.update(find_measured_loops(work))
+    """Report loops whose variable is unused, which would run the same cell repeatedly, and rules
+    that use the variable of a loop that they aren't in."""
+    variables = [_find_variables(rule, work) for rule in work.experiment.rules]
+    used = find_measured_loops(work).union(*variables)
     if has_errors(work.diagnostics):
         return  # an earlier error may be why a variable looks unused
     for loop in work.experiment.loops:
@@ -654,6 +642,35 @@ def _check_loops_used(work: ExperimentContext) -> None:
                     hint=f"use it in a rule, for example `layer {loop.name}`",
                 )
             )
+        for rule, names in zip(work.experiment.rules, variables, strict=True):
+            if loop.name in names and loop.name not in rule.loops:
+                hint = f"move this line into the block of `for {loop.name} in …`"
+                if loop.name in work.program.parameters:
+                    hint += f", or rename the variable if it means the `param {loop.name}`"
+                reason = "this line is outside of its `for`"
+                work.diagnostics.append(
+                    BadLoopValue(span=rule.span, name=loop.name, reason=reason, hint=hint)
+                )
+
+
+def _find_variables(rule: spec.Rule, work: ExperimentContext) -> set[str]:
+    """Return the names in a rule that may be variables of loops: neither components nor groups and
+    circuits of these names."""
+    nodes = _rule_nodes(rule)
+    parts = [*walk(nodes)]
+    sites = [part for part in parts if isinstance(part, ast.Site)]
+    excluded = (each for site in sites for each in site.excluded if isinstance(each, ast.Site))
+    values = {name.span for each in excluded if not each.axes for name in each.names}
+    defined = {*SITES, *work.program.groups, *work.program.circuits}
+    components = {name.span for site in sites for name in site.names if name.id in defined}
+    components -= values  # `dims * except k`
+    found = {
+        part.name if isinstance(part, ast.Index) else part.id
+        for part in parts
+        if isinstance(part, ast.Name | ast.Index) and part.span not in components
+    }
+    basis = rule.site.basis_name if rule.site is not None else None
+    return {*found, *number_names(nodes), *([] if basis is None else [basis])}
 
 
 def _check_single_rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> None:

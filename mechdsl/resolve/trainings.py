@@ -549,6 +549,8 @@ def check_training_rows(
         table: The rows of the experiment.
     """
     shared, read = count_training_rows(training, experiment, table), training.with_rows
+    if experiment.broken:
+        shared = 0  # an unknown part of the block is an error, and stands for the whole block
     if shared and read is not None and not read.options["measure_on_training_rows"]:
         yield MeasuredOnTrainingRows(
             span=experiment.span,

@@ -655,3 +655,27 @@ def test_streamed_rows_of_an_encoder_decoder_report_e0342(
     problems = [each for each in found if each.severity == "error"]
     assert [each.code for each in problems] == ["E0342"]
     assert "streamed rows of an encoder-decoder aren't read" in problems[0].message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "basis f = fit(das(dims: 2), prompts: p, from: other, maximise: logit(answer), {}",
+        "direction f = fit(vector(length: 3), prompts: p, maximise: logit(answer), {}",
+        "basis f = fit(sae(features: 4, k: 2), prompts: p, {}",
+    ],
+)
+def test_position_of_a_training_that_the_decoder_lacks_is_reported_once(
+    line: str, tmp_path: Path
+) -> None:
+    """The training's experiment resolves the position too, at the same place of the file."""
+    line = line.format("measure_on_training_rows: true) at mlp_out layer 1 at cue token\n")
+    use = "add f to mlp_out layer 1 at last token"
+    if line.startswith("basis"):
+        use = "ablate feature 0 of f at last token with zero"
+    text = line + experiment("e", "prompts p", use, DIFFERENCE)
+    _, problems = try_file(text, tmp_path, model("t5"), tokenizer=tokenizer())
+    (problem,) = (each for each in problems if each.severity == "error")
+    assert problem.code == "E0316"
+    assert problem.span is not None
+    assert problem.span.written == "cue token"

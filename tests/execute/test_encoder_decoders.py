@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from mechdsl.base.source import Source
+from mechdsl.models.config import shape_from_config
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.value_keys import RunContents
 from mechdsl.prompts.rows import PromptTable
@@ -533,3 +534,27 @@ def test_blocked_encoder_and_patched_cross_heads_act_together(tmp_path: Path) ->
             stack.enter_context(weights_times("t5", "cross", 1, own))
             expected.append(difference(logits("t5", base, [write]), record))
     np.testing.assert_allclose(found, expected - clean("t5"), atol=5e-4)
+
+
+@pytest.mark.parametrize("family", [*CONFIGS])
+def test_config_without_is_encoder_decoder_has_the_shape_of_its_class(family: str) -> None:
+    """transformers takes the class's default for a missing key, and so loads an encoder-decoder."""
+    config = model(family).config.to_dict()
+    shape, problems = shape_from_config(config)
+    assert shape is not None
+    assert (shape.takes, problems) == ("two texts", [])
+    del config["is_encoder_decoder"]
+    assert shape_from_config(config) == (shape, [])
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("t5", "T5EncoderModel"), ("bart", "BartForCausalLM"), ("funnel", "FunnelForMaskedLM")],
+)
+def test_config_of_one_stack_without_is_encoder_decoder_stays_one_stack(
+    key: str, name: str
+) -> None:
+    config = {**AutoConfig.for_model(key, vocab_size=50).to_dict(), "architectures": [name]}
+    config.pop("is_encoder_decoder", None)
+    shape, _ = shape_from_config(config)
+    assert shape is None or shape.takes == "text"

@@ -2257,7 +2257,8 @@ _rule(
     "step 5%`) and components (`[attn_out, mlp_out]`). The variable can't have the name of a "
     "direction of the file or, in a loop over words, of a group or circuit (E0202). It hides a "
     "`param` or a basis of its name. In a loop over components, groups or circuits, it can't have "
-    "the name of a component (E0322). Definitions don't see it, and in "
+    "the name of a component (E0322). Rules outside of the block can't use it (E0322); measures "
+    "and `save` lines can. Definitions don't see it, and in "
     "`for k in 0..2 { patch k layer 1 head k … }`, the first `k` is the component.",
     OWN,
     "tests/rules/test_loop_names.py",

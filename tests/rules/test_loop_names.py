@@ -105,6 +105,69 @@ def test_unused_number_variable_named_like_a_component_is_an_error(data: Path) -
     assert codes(experiment("e", "from other into clean", line), data) == ["E0322"]
 
 
+LOOP = "for j in 0..1 { patch layer j head 0 at cue token }"
+OUTSIDE = {
+    "scale mlp_out layer 0 at last token by j": "j",
+    "patch layer j head 1 at cue token": "j",
+    "block attention layer 0 from last token to token j": "j",
+    "observe entropy pattern layer j head 0 at last token as h": "j",
+    "for i in 0..1 { patch layer i head j at last token }": "j",
+    "for i in 0..1 { patch layer j head i at last token }": "j",
+}
+
+
+@pytest.mark.parametrize("line", OUTSIDE)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_variable_outside_of_its_loop_is_an_error(data: Path, line: str, order: str) -> None:
+    """It took the values of the loop, without a word."""
+    lines = (LOOP, line) if order == "after" else (line, LOOP)
+    result, problems = try_file(experiment("e", "from other into clean", *lines), data, "llama")
+    assert result is None
+    (problem,) = (each for each in problems if each.severity == "error")
+    assert problem.code == "E0322"
+    assert problem.message == "`j` can't be used here: this line is outside of its `for`"
+    assert problem.help_text == "move this line into the block of `for j in …`"
+
+
+def test_param_named_like_a_variable_outside_of_its_loop_is_an_error(data: Path) -> None:
+    lines = ("from other into clean", LOOP.replace("j", "n"), "patch layer n head 1 at cue token")
+    result, problems = try_file(DEFINITIONS + experiment("e", *lines), data, "llama")
+    assert result is None
+    (problem,) = (each for each in problems if each.severity == "error")
+    assert problem.code == "E0322"
+    assert problem.help_text.endswith("or rename the variable if it means the `param n`")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "hint"),
+    [
+        ("b", "over numbers, which hides the basis `b`", "rename the variable"),
+        ("i", "over numbers", "let the `for` loop over bases only"),
+    ],
+)
+def test_variable_of_numbers_as_a_basis_is_an_error(
+    data: Path, name: str, reason: str, hint: str
+) -> None:
+    rule = f"for {name} in 0..1 {{ patch feature 0 of {name} at last token }}"
+    lines = "from other into clean", rule
+    result, problems = try_file(DEFINITIONS + experiment("e", *lines), data, "llama")
+    assert result is None
+    (problem,) = (each for each in problems if each.severity == "error")
+    assert problem.code == "E0342"
+    assert problem.message == f"invalid basis: `{name}` is the variable of a `for` {reason}"
+    assert problem.help_text == hint
+
+
+@pytest.mark.parametrize("name", ["g", "c"])
+def test_variable_of_numbers_that_only_names_a_definition_is_unused(data: Path, name: str) -> None:
+    """`ablate g` is the group, so that every cell would be the same."""
+    line = f"for {name} in 0..1 {{ ablate {name} at last token with zero }}"
+    result, problems = try_file(DEFINITIONS + experiment("e", line), data, "llama")
+    assert result is None
+    (problem,) = (each for each in problems if each.severity == "error")
+    assert problem.message == f"`{name}` can't be used here: no rule of this loop uses it"
+
+
 @pytest.mark.parametrize("values", ["[1]", "[2, 4]"])
 def test_edges_of_a_swept_circuit_left_out_one_by_one_are_an_error(data: Path, values: str) -> None:
     rule = "ablate all but top m of f without each edge at last token with zero"
