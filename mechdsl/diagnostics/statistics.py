@@ -13,15 +13,13 @@ class NotFinite(Diagnostic):
     code = "E0621"
     title = "`{model}` gives NaN or infinity in the {run}, row {row} of `{prompts}`"
     label = "{where}"
-    help = (
-        "half precision may have too small a range: try `--dtype float32`, or use `--allow-nan` "
-        "to exclude and count these rows"
-    )
+    help = "{hint}, or use `--allow-nan` to exclude and count these rows"
     model: str
     run: str
     row: int
     prompts: str
     where: str
+    hint: str
 
 
 @keyword_record

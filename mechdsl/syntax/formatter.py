@@ -8,7 +8,7 @@ A statement of several lines has a blank line before and after it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mechdsl.base.source import Source
@@ -18,6 +18,7 @@ from mechdsl.syntax.printer import (
     format_header,
     format_line,
     format_names,
+    format_site_map,
     format_values,
     statement_body,
 )
@@ -219,6 +220,10 @@ def _fitted(node: Any, text: str, indent: str) -> list[str]:
             head = f"{format_names(node.names)} = "
         case ast.Param(value=ast.ListLiteral() as items):
             head = f"param {node.name.id} = "
+        case ast.CircuitDef(edges=edges) if len(edges) > 1:
+            head = indent + format_line(replace(node, edges=()))
+            lines = ",\n".join(f"{indent}  {format_site_map(edge)}" for edge in edges)
+            return [head, *lines.split("\n")]
         case _:
             return [text]
     broken = [f"{indent}  {format_values(item)}," for item in items.items]

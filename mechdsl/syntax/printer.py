@@ -200,13 +200,13 @@ def _argument(node: ast.Argument) -> str:
         text += "" if value.run is None else f" of {value.run.whole}"
         text += "" if value.at is None else f" at {format_positions(value.at)}"
     elif isinstance(value, ast.SiteMap):
-        text = _site_map(value)
+        text = format_site_map(value)
     else:
         text = format_values(value)
     return text if node.name is None else f"{node.name}: {text}"
 
 
-def _site_map(node: ast.SiteMap) -> str:
+def format_site_map(node: ast.SiteMap) -> str:
     text = f"{format_site(node.source)} -> {format_site(node.target)}"
     return text if node.at is None else f"{text} at {format_position(node.at)}"
 
@@ -657,7 +657,7 @@ _WRITERS: Mapping[str, Callable[[Any], str]] = {
     "direction": _sum,
     "domain": format_domain,
     "edge": format_edge,
-    "edges": lambda edges: join_items(map(_site_map, edges)),
+    "edges": lambda edges: join_items(map(format_site_map, edges)),
     "expr": format_expression,
     "further": lambda fills: "".join(f", {format_line(each)}" for each in fills),
     "integer": str,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
@@ -19,7 +21,10 @@ from mechdsl.loading.loader import adopt_model
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 
+from .encoder_decoders import GEMMA, tokenizer
 from .nan import HEAD, MEASURE, ROWS, WITH_FIG, broken, experiment, run
+from .support import DIFFERENCE, try_file
+from .support import experiment as on_words
 
 HEADS = experiment(
     "heads",
@@ -252,12 +257,34 @@ def test_nan_in_a_text_after_the_prompt_is_an_error_with_its_site() -> None:
 def test_nan_error_without_a_site_and_for_one_row_states_the_rows() -> None:
     text = HEAD + experiment("e", MEASURE, "measure rank(answer) as raw")
     (found,) = check_source(Source(text)).experiments
-    several = report_not_finite(found, UnusableRow(0, "clean"), 3)
+    model, problems = adopt_model("toy", *broken())
+    assert model is not None, problems
+    several = report_not_finite(found, UnusableRow(0, "clean"), 3, model)
     assert several.span is not None
     assert several.span.text == MEASURE
     assert several.label_text == "in 3 of 8 rows"
-    one = report_not_finite(found, UnusableRow(0, "clean", place="in `embed`"), 1)
+    one = report_not_finite(found, UnusableRow(0, "clean", place="in `embed`"), 1, model)
     assert one.label_text == "first in `embed`"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_padding_that_sees_no_token_in_float64_is_an_error_with_the_cause(
+    dtype: str, tmp_path: Path
+) -> None:
+    """transformers masks with the lowest float64, and computes the softmax in float32: a query of
+    padding beyond the window of real tokens sees nothing, and its NaN spreads."""
+    config = AutoConfig.for_model("gemma2", **{**GEMMA, "num_hidden_layers": 2}, sliding_window=2)
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    rule = "ablate resid_post layer 0 at last token with zero"
+    text = on_words("e", "prompts p", rule, DIFFERENCE)
+    found, problems = try_file(text, tmp_path, module, tokenizer=tokenizer())
+    errors = [each for each in problems if each.severity == "error"]
+    assert [each.code for each in errors] == ["E0621"] * (dtype == "float64")
+    if dtype == "float64":
+        assert "the mask of float64 is infinite in the softmax of float32" in errors[0].help_text
+    else:
+        assert found is not None
 
 
 def test_stream_reads_cover_every_block_in_order() -> None:

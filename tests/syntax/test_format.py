@@ -132,6 +132,15 @@ def test_long_lists_are_split_over_lines() -> None:
     assert check(text) == f"mech 1\n\nprompts p {{\n  x in [\n{expected}  ]\n}}\n"
 
 
+def test_long_circuits_are_split_over_lines() -> None:
+    edges = [f"L{n}H{n} -> L{n + 1}H{n}.q at last token" for n in range(4)]
+    short = "circuit c = L0H1 -> L1H0.q, L0H1 -> logits\n"
+    text = f"mech 1\n\n{short}circuit d = {', '.join(edges)}\n"
+    broken = "circuit d =\n" + ",\n".join(f"  {edge}" for edge in edges) + "\n"
+    assert check(text) == f"mech 1\n\n{short}\n{broken}"
+    assert check(check(text)) == check(text)
+
+
 def test_formatter_removes_redundant_brackets() -> None:
     assert check("mech 1\nmetric m = (a) - ((b - c)) * (d)\n").endswith("m = a - (b - c) * d\n")
     assert check("mech 1\nmetric m = -(a + b)\n").endswith("m = -(a + b)\n")

@@ -16,6 +16,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.statistics import NotFinite, UndefinedCells, UndefinedMeasure
 from mechdsl.execute.measurement.readout import ListedToken, MeasureFailure, Readout, ReadoutResult
 from mechdsl.forward.hooks.batch import array_to_device
+from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.plan import ExperimentPlan, Panel
 from mechdsl.planner.rows import RowTable
 from mechdsl.resolve.types import ResolvedExperiment, ResolvedMeasure
@@ -448,12 +449,16 @@ def describe_row(unusable: UnusableRow, experiment: ResolvedExperiment) -> str:
     return f"{describe_run(unusable, experiment)}, {row}"
 
 
-def report_not_finite(experiment: ResolvedExperiment, first: UnusableRow, count: int) -> Diagnostic:
+def report_not_finite(
+    experiment: ResolvedExperiment, first: UnusableRow, count: int, model: LoadedModel
+) -> Diagnostic:
     """Report E0621 for an experiment.
 
     Args:
+        experiment: The experiment.
         first: The first unusable row, with its location.
         count: Number of rows with invalid numbers, as far as known.
+        model: Its model.
     """
     rows = len(experiment.table)
     return NotFinite(
@@ -468,7 +473,20 @@ def report_not_finite(experiment: ResolvedExperiment, first: UnusableRow, count:
                 *([f"in {count} of {rows} rows"] if count > 1 or not first.place else []),
             ]
         ),
+        hint=_suggest_range(model),
     )
+
+
+def _suggest_range(model: LoadedModel) -> str:
+    """Return how to avoid numbers that the dtype of a model can't represent."""
+    if model.dtype in (torch.float16, torch.bfloat16):
+        return "half precision may have too small a range: try `--dtype float32`"
+    implementations = {config._attn_implementation for config in model.attention_configs}
+    if model.dtype == torch.float64 and "eager" in implementations:
+        # transformers masks with the lowest float64, and computes the softmax in float32.
+        reason = "with `eager` attention, the mask of float64 is infinite in the softmax of float32"
+        return f"{reason}, and padding that sees no token is NaN: try `--dtype float32`"
+    return "a rule may write numbers that are too large"
 
 
 def explain_missing_values(

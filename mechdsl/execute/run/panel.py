@@ -182,6 +182,10 @@ class PanelRunner:
         """An experiment can't be computed; with it goes what it is set against."""
         self.lost.setdefault(get_owner_key(plan), []).extend(reasons)
 
+    def _lose_not_finite(self, plan: ExperimentPlan, first: UnusableRow, count: int) -> None:
+        """An experiment whose model gives NaN can't be computed."""
+        self._lose(plan, report_not_finite(plan.experiment, first, count, self.runs.model))
+
     # --- before any cell --------------------------------------------------------------------------
 
     def prepare(self, check: MeasureCheck) -> None:
@@ -498,7 +502,7 @@ class PanelRunner:
         if unusable and not (self.allow_nan and len(self.kept)):
             place = locate_in_run(self.runs, self.keep, next(iter(unusable.values())))
             for plan in self.panel.experiments:
-                self._lose(plan, report_not_finite(plan.experiment, place, len(unusable)))
+                self._lose_not_finite(plan, place, len(unusable))
         elif not len(self.kept):
             for plan in self.panel.experiments:
                 span = plan.experiment.spec.keep[0].span
@@ -517,7 +521,7 @@ class PanelRunner:
             return
         first = measured.unusable[min(rows)]
         first = locate_in_run(self.runs, self.readouts[plan.experiment.key], first)
-        self._lose(plan, report_not_finite(plan.experiment, first, len(rows)))
+        self._lose_not_finite(plan, first, len(rows))
 
     def _batches(self, prompts: Ints) -> list[Ints]:
         """Prompts in groups of similar size in tokens, in the order of the table."""
@@ -686,7 +690,7 @@ class PanelRunner:
             out = rows[get_owner_key(plan)] & set(measured.kept.tolist())
             if out and len(out) == len(measured.kept):
                 first = next(iter(measured.unusable.values()))
-                self._lose(plan, report_not_finite(plan.experiment, first, len(out)))
+                self._lose_not_finite(plan, first, len(out))
             elif out:
                 measured.leave_out(sorted(out))
                 measured.tokens.forget()
@@ -712,7 +716,7 @@ class PanelRunner:
             return
         row = int(chosen[member.at[int(broken.argmax())]])
         place = locate_in_cell(patcher, shared, row, run, batch, seen[0])
-        self._lose(plan, report_not_finite(plan.experiment, place, 1))
+        self._lose_not_finite(plan, place, 1)
 
     def _saw_no_value(self, member: PassMember, found: ReadoutResult) -> None:
         """Measures that can't be computed in rows of a pass, and cells that have no value."""
