@@ -236,9 +236,18 @@ def test_mean_of_perfect_shares_has_a_lower_limit_below_one() -> None:
     assert (found.low, found.holds) == (pytest.approx(np.mean(ends)), False)
 
 
+def test_mean_of_shares_of_different_rows_with_equal_content_has_exact_limits() -> None:
+    """Both cells have one row of each unit, so that their denominators are equal."""
+    rows = np.ones((2, 16))
+    rows[0, ::2], rows[1, 1::2] = np.nan, np.nan
+    made = replace(answered(rows), row_keys=tuple(n // 2 for n in range(16)))
+    (found,) = finished(made, "mean(raw) = 1").outcomes
+    assert found.low == pytest.approx(exact(8, 8, 1 - 0.05 / 2)[0])
+
+
 @pytest.mark.parametrize("word", ["", "Python"])
 @pytest.mark.parametrize("effect", ["raw", "delta"])
-@pytest.mark.parametrize("rows", ["any", "ones", "equal cells"])
+@pytest.mark.parametrize("rows", ["any", "ones", "equal cells", "as in the base run"])
 def test_mean_and_area_of_shares_have_the_interval_of_their_table_row(
     rows: str, effect: str, word: str
 ) -> None:
@@ -250,7 +259,11 @@ def test_mean_and_area_of_shares_have_the_interval_of_their_table_row(
     elif rows == "equal cells":
         values[1:] = values[0]
     base = np.zeros(16) if effect == "raw" else np.array([1.0, 0] * 8)
-    given = {"unit": "", "metric": f"{PYTHON_CALL}()"} if word else {}
+    given: dict[str, Any] = {"unit": "", "metric": f"{PYTHON_CALL}()"} if word else {}
+    if rows == "as in the base run":
+        base = np.array([1.0, 1, 1, 0] * 4)
+        values[:] = base
+        given["inert"] = np.arange(12) == 4  # other cells can differ in other rows
     made = answered(values, effect=effect, **given)
     data = of(values, base, effect=effect, **given)
     at = [0.1, 0.7, 0.9, 1.7]

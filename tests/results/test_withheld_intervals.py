@@ -141,6 +141,27 @@ def test_correlation_over_unequal_groups_is_withheld(test: str) -> None:
     assert pair([*"aabbccddeeff"]).holds
 
 
+def test_correlation_with_other_rows_in_unequal_groups_is_withheld() -> None:
+    """Only the other experiment's groups are unequal."""
+    random = np.random.default_rng(8)
+    cells = random.normal(size=(12, 1)) * 3
+    groups, keys = ([*"aabbccddeeff"], GROUPS), (range(12), range(20, 32))
+    one, two = (
+        finished(
+            replace(
+                grouped(cells + 0.1 * random.normal(size=(12, 12))),
+                row_values={"g": own},
+                row_keys=tuple(rows),
+            ),
+            by="g",
+        )
+        for own, rows in zip(groups, keys, strict=True)
+    )
+    outcome = verdict("pearson(delta, other) > 0.5", one, other=replace(two, name="other"))
+    assert (outcome.low, outcome.high) == (None, None)
+    assert "too unequal numbers of rows" in (outcome.reason or "")
+
+
 def test_same_rows_in_groups_of_equal_size_have_an_interval() -> None:
     equal = replace(grouped(), row_values={"g": [*"aabbccddeeff"]})
     assert finished(equal, "delta(head: 1) > 1", by="g").outcomes[0].holds
