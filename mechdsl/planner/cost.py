@@ -792,7 +792,7 @@ class Cost:
 
 def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
     """Count the multiply-adds per token that the ablation of some edges adds to those of a pass."""
-    (edges,) = next(iter(circuit.edges.values()))  # a circuit that is trained has no positions
+    (edges,) = next(iter(circuit.edges.values()))  # a training writes all edges
     return _count_edge_work(*number_edge_ends(edges), BlockCost.of(shape), shape)
 
 

@@ -301,7 +301,7 @@ def lower_saved_circuit(
                 BadBasis(span=argument.span, reason=reason, hint=hint, what="circuit")
             )
     if statement.at is not None:
-        reason = "a circuit in a file has no positions"
+        reason = "positions of a circuit in a file are those of its edges"
         hint = "write them where it is used: `ablate all but c at last token with mean`"
         scope.diagnostics.append(
             BadBasis(span=statement.at.span, reason=reason, hint=hint, what="circuit")

@@ -2,7 +2,8 @@
 
 EAP-IG and the circuit track of MIB write graphs: `cfg` has the sizes of the model, `edges` maps
 `a0.h1->m2` or `input->a1.h0<q>` to `score` and `in_graph`. In a manually written file, `edges` is a
-list of names. A trained mask of edges has `labels`, `probabilities` and `chosen`.
+list of names. A trained mask of edges has `labels`, `probabilities` and `chosen`. In these two
+forms, names may have positions: `L0H1 -> L1H0.q at last token`.
 
 References:
     Hanna et al. 2024 (arXiv 2403.17806); Mueller et al. 2025 (arXiv 2504.13151).
@@ -15,22 +16,32 @@ import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, load_json
 from mechdsl.base.records import Record, record
+from mechdsl.base.source import Source
 from mechdsl.base.text import count_noun
 from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.resolve.types import CircuitEdge, SitePoint
+from mechdsl.syntax import ast
+from mechdsl.syntax.frontend import parse
+from mechdsl.syntax.traversal import number_names
 
 EMBEDDING = SitePoint("resid_pre", 0, None)
 """The sender `embed`: the stream that enters the first block."""
 
 END = SitePoint("logits", None, None)
 
+NamedEdge: TypeAlias = tuple[CircuitEdge, str | None]
+"""An edge, and the position that a file gives it; None for all tokens."""
+
 _EDGES = "edges are `a0.h1->m2`, `input->a1.h0<q>`, `m1->logits`, or `L0H1 -> L1H0.q` as in a file"
+
+_AT = " at "
+"""Between an edge and its position."""
 
 _CONVERSION = (
     'convert the file with EAP-IG where you trust it: `python -c "from eap.graph import Graph; '
@@ -75,9 +86,11 @@ class CircuitFile(Record):
 class SavedCircuit(Record):
     """The edges of a file, as edges of a model."""
 
-    edges: tuple[CircuitEdge, ...]
-    scores: Mapping[CircuitEdge, float]
+    edges: tuple[NamedEdge, ...]
+    scores: Mapping[NamedEdge, float]
     """The scores of these edges; empty if the file has none."""
+    places: Mapping[str, ast.Position]
+    """Positions of edges, by their text in the file."""
     digest: str
     made: str
     """How they were chosen, for conventions."""
@@ -103,14 +116,17 @@ def read_circuit(
     """
     file = _read_file(path, written)
     if shape.stands_in:  # the names are those of a model that isn't available
-        return SavedCircuit(((EMBEDDING, END),), {}, file.digest, "")
+        return SavedCircuit((((EMBEDDING, END), None),), {}, {}, file.digest, "")
     _check_sizes(file, written, shape)
-    scores: dict[CircuitEdge, list[float]] = {}
-    names: dict[CircuitEdge, list[str]] = {}
-    known = set(every)
+    scores: dict[NamedEdge, list[float]] = {}
+    names: dict[NamedEdge, list[str]] = {}
+    known, places = set(every), dict[str, ast.Position]()
     for name, score in file.scores.items():
+        of_edge, _, at = name.partition(_AT)
         try:
-            edge = edge_of_name(name, shape)
+            edge = edge_of_name(of_edge, shape)
+            if at and at not in places:
+                places[at] = _parse_position(at)
         except NotAnEdge as problem:
             raise UnreadableFile(f"`{written}` has `{name}`, {problem}", _EDGES) from None
         if edge not in known:
@@ -118,9 +134,9 @@ def read_circuit(
                 f"`{written}` has `{name}`, but the receiver reads before or at the sender",
                 "check that the file was written for this model",
             )
-        names.setdefault(edge, []).append(name)
+        names.setdefault((edge, at or None), []).append(name)
         if score is not None:
-            scores.setdefault(edge, []).append(score)
+            scores.setdefault((edge, at or None), []).append(score)
     total = {edge: sum(own) for edge, own in scores.items()}
     if size is not None:
         edges = _choose_largest(total, size, written, every)
@@ -129,15 +145,18 @@ def read_circuit(
     kept = {edge: total[edge] for edge in edges} if total.keys() >= set(edges) else {}
     how = "those with the largest absolute scores" if size is not None else "those in the circuit"
     made = f"{len(edges):,} of {count_noun(len(every), 'edge')}, {how}"
+    if any(at is not None for _, at in edges):
+        made = f"{len(edges):,} edges at positions, {how}"
     added = any(len(scores[edge]) > 1 for edge in kept)
     shared = "; scores of heads that share a key or value are added" if added else ""
     said = f"{made}, of {written}, SHA-256 {file.digest[:12]}…{shared}"
-    return SavedCircuit(edges, kept, file.digest, said)
+    used = {at: places[at] for _, at in edges if at is not None}
+    return SavedCircuit(edges, kept, used, file.digest, said)
 
 
 def _choose_largest(
-    scores: Mapping[CircuitEdge, float], size: int, written: str, every: tuple[CircuitEdge, ...]
-) -> tuple[CircuitEdge, ...]:
+    scores: Mapping[NamedEdge, float], size: int, written: str, every: tuple[CircuitEdge, ...]
+) -> tuple[NamedEdge, ...]:
     """Return the edges with the largest absolute scores, in the order of the model."""
     if len(scores) < size:
         have = count_noun(len(scores), "scored edge")
@@ -146,25 +165,25 @@ def _choose_largest(
             "remove `size`, or write a smaller one" if scores else "remove `size`",
         )
     place = {edge: number for number, edge in enumerate(every)}
-    found = sorted(scores, key=lambda edge: (-abs(scores[edge]), place[edge]))[:size]
-    return tuple(sorted(found, key=place.__getitem__))
+    found = sorted(scores, key=lambda each: (-abs(scores[each]), place[each[0]]))[:size]
+    return tuple(sorted(found, key=lambda each: place[each[0]]))
 
 
 def _choose_marked(
     file: CircuitFile,
-    names: Mapping[CircuitEdge, list[str]],
+    names: Mapping[NamedEdge, list[str]],
     written: str,
     every: tuple[CircuitEdge, ...],
     shape: ModelShape,
-) -> tuple[CircuitEdge, ...]:
+) -> tuple[NamedEdge, ...]:
     """Return the edges that the file chooses, in the order of the model."""
-    found: list[CircuitEdge] = []
-    for edge in every:
-        own = names.get(edge, [])
+    found, place = list[NamedEdge](), {edge: number for number, edge in enumerate(every)}
+    for each in sorted(names, key=lambda each: place[each[0]]):
+        own = names[each]
         marked = [name for name in own if name in file.chosen]
         if not marked:
             continue
-        shared = _shared_heads(edge[1], shape) if _is_graph_name(marked[0]) else 1
+        shared = _shared_heads(each[0][1], shape) if _is_graph_name(marked[0]) else 1
         if len(marked) < shared:
             other = next((name for name in own if name not in file.chosen), "the others")
             raise UnreadableFile(
@@ -172,7 +191,7 @@ def _choose_marked(
                 "share it",
                 "write `size: 100` to choose edges by the sums of their scores",
             )
-        found.append(edge)
+        found.append(each)
     if not found:
         raise UnreadableFile(
             f"`{written}` has no edge in the circuit",
@@ -222,6 +241,20 @@ def edge_of_name(name: str, shape: ModelShape) -> CircuitEdge:
         raise NotAnEdge("which isn't an edge")
     sender, receiver, reads = match.groups()
     return _point(sender, None, shape, "sender"), _point(receiver, reads, shape, "receiver")
+
+
+def _parse_position(text: str) -> ast.Position:
+    """Parse the position of an edge. Raises NotAnEdge."""
+    tree, problems = parse(Source(f"mech 1\ncircuit c = embed -> logits at {text}\n"))
+    _, *defined = tree.statements  # after the version
+    edges = defined[0].edges if len(defined) == 1 and isinstance(defined[0], ast.CircuitDef) else ()
+    at = edges[0].at if len(edges) == 1 else None
+    if problems or tree.lost or at is None:
+        raise NotAnEdge(f"and `{text}` isn't a position")
+    name = next(iter(number_names(at)), None)
+    if name is not None:
+        raise NotAnEdge(f"and `{name}` has no value in it")
+    return at
 
 
 def _is_graph_name(name: str) -> bool:
@@ -322,6 +355,11 @@ def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitF
     scores: dict[str, float | None] = {}
     chosen: set[str] = set()
     for name, own in edges.items():
+        if _AT in name:
+            reason = f"`{written}` has `{name}`, and graphs of EAP-IG have no positions"
+            raise UnreadableFile(
+                reason, f'write a list: `{{"edges": ["L0H1 -> logits{_AT}last token"]}}`'
+            )
         score = own.get("score")
         if score is not None and not math.isfinite(float(score)):
             reason = f"`{written}` has the score {score} for `{name}`"

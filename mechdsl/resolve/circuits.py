@@ -212,43 +212,85 @@ def find_circuit_edges(
     if missing is not None:
         work.diagnostics.append(missing)
         return None
-    found = dict[CircuitEdge, frozenset[int] | None]()
-    if circuit.name == spec.EVERY_EDGE:
-        found = dict.fromkeys(every)
     before = len(work.diagnostics)
     saved = None if circuit.source is None else _read_saved(circuit.source, every, work)
-    places, cells = dict[PositionCell, int](), dict[ast.Position, PositionCell | None]()
-    by_place = dict[EdgeAtPlace, float]()
+    parts = _CircuitParts(work)
+    if circuit.name == spec.EVERY_EDGE:
+        parts.found = dict.fromkeys(every)
     resolved: list[tuple[ast.SiteMap, list[CircuitEdge]]] = []
     given_scores = circuit.placed_scores or (None,) * len(circuit.edges)
     for edge, score in zip(circuit.edges, given_scores, strict=True):
-        if edge.at is not None and edge.at not in cells:
-            cells[edge.at] = resolve_edge_place(edge.at, work)
-        place = None if edge.at is None else cells[edge.at]
-        number = None if place is None else places.setdefault(place, len(places))
         resolved.append((edge, _resolve_edge(edge, work)))
-        for each in resolved[-1][1]:
-            others = found.get(each, frozenset[int]())
-            found[each] = None if number is None or others is None else others | {number}
-            by_place |= {} if score is None else {(each, number): score}
-    neurons = _list_neurons(found)
+        parts.add(resolved[-1][1], edge.at, score)
+    if saved is not None and circuit.source is not None:
+        for edge, at in saved.edges:
+            place = None if at is None else saved.places[at]
+            parts.add([edge], place, saved.scores.get((edge, at)), circuit.source)
+    neurons = _list_neurons(parts.found)
     if neurons:
         _check_neurons(circuit, resolved, neurons, work)
     if has_errors(work.diagnostics[before:]):
         return None
-    every = list_edges(shape, neurons) if neurons else every
-    scores: Mapping[CircuitEdge, float] = dict(zip(every, circuit.scores, strict=False))
-    digest = made = ""
-    if saved is not None:
-        found, scores = dict.fromkeys(saved.edges), saved.scores
-        digest, made = saved.digest, saved.made
+    every, found = list_edges(shape, neurons) if neurons else every, parts.found
+    by_place = dict[EdgeAtPlace, float](parts.by_place)
+    by_place |= {(edge, None): own for edge, own in zip(every, circuit.scores, strict=False)}
+    scores = {edge: own for (edge, at), own in by_place.items() if at is None}
     edges = [edge for edge in every if edge in found]
     edges.sort(key=lambda edge: -abs(scores.get(edge, 0)))  # stable
-    by_place |= {(edge, None): score for edge, score in scores.items()}
     listed = [(edge, place) for edge in edges for place in _list_places(found[edge])]
     listed.sort(key=lambda each: -abs(by_place.get(each, 0)))
-    given = tuple(every), tuple(edges), scores, tuple(places), digest, made, neurons
+    digest, made = ("", "") if saved is None else (saved.digest, saved.made)
+    given = tuple(every), tuple(edges), scores, tuple(parts.places), digest, made, neurons
     return CircuitEdges(*given, listed=tuple(listed), by_place=by_place)
+
+
+class _CircuitParts:
+    """The edges of a circuit, while they are resolved one after another."""
+
+    def __init__(self, work: ExperimentContext) -> None:
+        self.found = dict[CircuitEdge, frozenset[int] | None]()
+        self.places = dict[PositionCell, int]()
+        self.by_place = dict[EdgeAtPlace, float]()
+        self._work = work
+        self._cells = dict[ast.Position, PositionCell | None]()
+
+    def add(
+        self,
+        edges: Sequence[CircuitEdge],
+        at: ast.Position | None,
+        score: float | None,
+        source: ast.Call | None = None,
+    ) -> None:
+        """Add edges at a position, with their score; None for all tokens. Reports errors of the
+        position.
+
+        Args:
+            source: The call of a file that has the position.
+        """
+        if at is not None and at not in self._cells:
+            self._cells[at] = self._resolve(at, source)
+        place = None if at is None else self._cells[at]
+        number = None if place is None else self.places.setdefault(place, len(self.places))
+        for each in edges:
+            others = self.found.get(each, frozenset[int]())
+            self.found[each] = None if number is None or others is None else others | {number}
+            self.by_place |= {} if score is None else {(each, number): score}
+
+    def _resolve(self, at: ast.Position, source: ast.Call | None) -> PositionCell | None:
+        """Resolve a position; E0342 at the call for one of a file that doesn't fit the rows."""
+        before = len(self._work.diagnostics)
+        cell = resolve_edge_place(at, self._work)
+        if source is None:
+            return cell
+        new = self._work.diagnostics[before:]
+        del self._work.diagnostics[before:]
+        for problem in new:
+            reason = f"its file has edges at `{at.span.written}`: {problem.message}"
+            hint = problem.help_text or "use a file that was written for these prompts"
+            bad = BadBasis(span=source.span, reason=reason, hint=hint, what="circuit")
+            if bad not in self._work.diagnostics:
+                self._work.diagnostics.append(bad)
+        return cell
 
 
 def _list_places(at: frozenset[int] | None) -> Sequence[int | None]:

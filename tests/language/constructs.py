@@ -336,7 +336,8 @@ _file(
     "The edges of a JSON file of EAP-IG or MIB that have `in_graph: true`, those that a trained "
     "mask "
     'chose (`saved("trained/c/mask.json")`), or those of a list: '
-    '`{"edges": ["embed -> L0H1.q", "L0H1 -> logits"]}`. `saved("circuit.json", size: 100)` '
+    '`{"edges": ["embed -> L0H1.q", "L0H1 -> logits at last token"]}`; edges of the latter two may '
+    'have positions. `saved("circuit.json", size: 100)` '
     "chooses the edges with the largest absolute scores instead; of equal scores, those of "
     "earlier senders. Names are `input->a0.h1<q>`, `a0.h1->m2` and `m2->logits`, or those of this "
     "language. In EAP-IG, query heads that share a key or a value have an edge each; here it is "

@@ -272,8 +272,10 @@ def test_placed_circuit_equals_its_listed_edges_in_rules(tmp_path: Path) -> None
     assert len(labels) == 60
     found = run(path, store=path.parent / "store").files[0].experiments
     listed = experiment("from other into clean", rule.format("d"), block="p")
-    for n, count in enumerate((60, 50)):
-        again = write(tmp_path, f"circuit d = {', '.join(labels[:count])}\n", listed)
+    (tmp_path / "mask.json").write_text(json.dumps(content), "utf-8")
+    parts = (f"circuit d = {', '.join(labels)}\n", f"circuit d = {', '.join(labels[:50])}\n")
+    for n, line in ((0, parts[0]), (1, parts[1]), (0, 'circuit d = saved("mask.json")\n')):
+        again = write(tmp_path, line, listed)
         own = run(again, store=False).files[0].experiments[0]
         np.testing.assert_allclose(found[n].measures[0].patched, own.measures[0].patched, atol=1e-5)
     circuit = found[0].circuit

@@ -238,7 +238,11 @@ def test_circuit_size_without_scores_is_an_error(data: Path) -> None:
         ('saved("c.pt")', "E0342", "`c.pt` is a pickle, which may run code when it is loaded"),
         ('saved("c.json", size: 0)', "E0342", "`size` is a number of edges"),
         ('saved("c.json", size: 50%)', "E0342", "`size` is a number of edges"),
-        ('saved("c.json") at last token', "E0342", "a circuit in a file has no positions"),
+        (
+            'saved("c.json") at last token',
+            "E0342",
+            "positions of a circuit in a file are those of its edges",
+        ),
         ('saved("c.json", top: 3)', "E0207", "is no argument of `saved`"),
         ('saved("c.json", "c")', "E0207", "takes the path of a file, in quotes"),
         ("saved(c)", "E0207", "takes the path of a file, in quotes"),

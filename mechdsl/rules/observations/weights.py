@@ -544,6 +544,9 @@ class CircuitComparison(WeightObservation):
         second = find_circuit_edges(other, rule.span, work)
         if first is None or second is None:
             return None
+        if first.places or second.places:
+            self._reject_places(rule, work)
+            return None
         if first.neurons or second.neurons:
             what = f"`observe {self.word}` of a circuit with neurons"
             later = "compare circuits of heads and whole MLPs"
@@ -581,11 +584,14 @@ class CircuitComparison(WeightObservation):
             report_bad_observation(rule, work, "compares two circuits of the file", hint)
             return None
         if circuit.has_places:
-            what = f"`observe {self.word}` of a circuit whose edges have positions"
-            later = "compare circuits without positions"
-            work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
+            self._reject_places(rule, work)
             return None
         return circuit
+
+    def _reject_places(self, rule: spec.Rule, work: ExperimentContext) -> None:
+        what = f"`observe {self.word}` of a circuit whose edges have positions"
+        later = "compare circuits without positions"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
 
     def scores_fit(self, circuit: CircuitEdges, rule: spec.Rule, work: ExperimentContext) -> bool:
         """Report E0207 for a first circuit without the scores that it needs."""
