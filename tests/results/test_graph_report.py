@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from random import Random
@@ -16,8 +17,15 @@ import mechdsl
 from mechdsl.resolve.circuits import list_edges as edges_of_model
 from mechdsl.resolve.sites import label_node
 from mechdsl.results.experiment_result import ResultCircuit
-from mechdsl.show.reports.circuit_layout import NODE_HEIGHT, lay_out, list_edges
-from mechdsl.show.reports.graph import MAX_EDGES, MAX_WIDTH, MIN_WIDTH, CircuitPicture, draw_circuit
+from mechdsl.show.reports.circuit_layout import NODE_HEIGHT, join_positions, lay_out, list_edges
+from mechdsl.show.reports.graph import (
+    MAX_EDGES,
+    MAX_WIDTH,
+    MIN_WIDTH,
+    CircuitPicture,
+    draw_circuit,
+    list_positions,
+)
 
 from ..execute.support import word_tokenizer
 from ..rules.models import bare
@@ -80,6 +88,33 @@ def test_top_shows_the_largest_absolute_scores() -> None:
     assert {*paths} == {" -> ".join(found.edges[n]) for n in order}
     notes = CircuitPicture(found, list_edges(found, 7)).notes
     assert notes[1] == "7 shown, those with the largest absolute scores"
+
+
+def test_picture_lists_positions_and_joins_edges_at_several() -> None:
+    pairs = (("embed", "L0H1.q"), ("L0H1", "logits"), ("embed", "L0H1.q"), ("embed", "L0.mlp"))
+    places = ("last token", "last token", "tokens between token 1 and cue token", "")
+    sizes = (3, 4, 4, 24)
+    given = ResultCircuit("c", *sizes, False, pairs, (0.5, 0.4, -0.7, 0.1), 90, places=places)
+    found = join_positions(given)
+    assert found.edges == (pairs[0], pairs[1], pairs[3])
+    assert found.scores == (-0.7, 0.4, 0.1)
+    picture = CircuitPicture(found, list_edges(found, 2), joins=True)
+    assert [edge.text for edge in picture.edges] == [
+        "embed -> L0H1.q at last token and tokens between token 1 and cue token",
+        "L0H1 -> logits at last token",
+    ]
+    assert picture.notes == [
+        "3 of 90 edges of the model",
+        "2 shown, those with the largest absolute scores",
+        "2 of its edges at some tokens only",
+        "an edge at several positions has its largest score",
+    ]
+    assert [*list_positions(given, picture)] == [
+        "last token: embed -> L0H1.q, L0H1 -> logits",
+        "tokens between token 1 and cue token: embed -> L0H1.q",
+    ]
+    alone = replace(given, places=())
+    assert join_positions(alone) is alone
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -158,6 +158,21 @@ def join_supernodes(circuit: ResultCircuit) -> ResultCircuit:
     return replace(circuit, edges=tuple(sums), scores=tuple(sums.values()), graph=joined_graph)
 
 
+def join_positions(circuit: ResultCircuit) -> ResultCircuit:
+    """Return a circuit with one edge for all positions of an edge, and its largest score."""
+    if not circuit.places or len({*circuit.edges}) == len(circuit.edges):
+        return circuit
+    scores = circuit.scores or (0.0,) * len(circuit.edges)
+    largest: dict[tuple[str, str], float] = {}
+    places: dict[tuple[str, str], list[str]] = {}
+    for edge, score, at in zip(circuit.edges, scores, circuit.places, strict=True):
+        largest[edge] = max(score, largest.get(edge, 0.0), key=abs)
+        places.setdefault(edge, []).append(at)
+    joined = tuple(" and ".join(own) for own in places.values())
+    own = tuple(largest.values()) if circuit.scores else ()
+    return replace(circuit, edges=tuple(largest), scores=own, places=joined)
+
+
 def list_edges(circuit: ResultCircuit, top: int | None) -> list[DrawnEdge]:
     """Return the edges, or the `top` ones with the largest absolute scores, these first."""
     scores = circuit.scores or (None,) * len(circuit.edges)

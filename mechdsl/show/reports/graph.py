@@ -6,7 +6,7 @@ above 0 and red below, as in maps; edges without scores are grey and of equal wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mechdsl.show.reports.circuit_layout import (
     Component,
     ComponentKind,
     DrawnEdge,
+    join_positions,
     join_supernodes,
     lay_out,
     list_edges,
@@ -42,6 +43,9 @@ MAX_EDGES = 200
 
 LISTED_EDGES = 20
 """Edges that are printed without `top n`."""
+
+MAX_LISTED = 6
+"""Edges of a position that a picture lists above the graph."""
 
 FILLS: dict[ComponentKind, str] = {
     "embed": "#eeeeee",
@@ -82,6 +86,8 @@ class CircuitPicture:
 
     circuit: ResultCircuit
     edges: Sequence[DrawnEdge]
+    joins: bool = False
+    """Whether an edge at several positions is one line with its largest score."""
 
     @property
     def limit(self) -> float:
@@ -101,7 +107,7 @@ class CircuitPicture:
         circuit = self.circuit
         shown, every = len(self.edges), len(circuit.edges)
         of = "the model" if circuit.graph is None else f"the graph of row {circuit.graph.row}"
-        said = [f"{every:,} of {count_noun(circuit.total, 'edge')} of {of}"]
+        said = [f"{len({*circuit.edges}):,} of {count_noun(circuit.total, 'edge')} of {of}"]
         if circuit.circuits > 1:
             said.append(f"those of {circuit.circuits:,} circuits of a sweep together")
         if shown < every:
@@ -113,21 +119,34 @@ class CircuitPicture:
         if not circuit.scores:
             said.append("its edges have no scores")
         if circuit.places:
-            said.append(f"{sum(map(bool, circuit.places)):,} of its edges at some tokens only")
+            own = zip(circuit.edges, circuit.places, strict=True)
+            placed = {edge for edge, at in own if at}
+            said.append(f"{len(placed):,} of its edges at some tokens only")
+        if self.joins:
+            said.append("an edge at several positions has its largest score")
         if any(edge.receiver.kind == "key-value" for edge in self.edges):
             heads = count_noun(circuit.heads // circuit.key_heads, "head")
             said.append(f"a key or a value is read by {heads}: dotted lines")
         return said
 
 
-def picture_of(result: ExperimentResult, top: int | None) -> CircuitPicture | None:
-    """Return the edges to draw; None if the result has no circuit."""
+def picture_of(
+    result: ExperimentResult, top: int | None, *, joined: bool = False
+) -> CircuitPicture | None:
+    """Return the edges to draw; None if the result has no circuit.
+
+    Args:
+        joined: Whether an edge at several positions is one line.
+    """
     circuit = result.circuit
     if circuit is None:
         return None
     circuit = join_supernodes(circuit)
+    if joined:
+        circuit = join_positions(circuit)
+    joins = bool(circuit.places) and len(circuit.edges) < len(result.circuit.edges)
     most = MAX_EDGES if circuit.scores else len(circuit.edges)
-    return CircuitPicture(circuit, list_edges(circuit, top or most))
+    return CircuitPicture(circuit, list_edges(circuit, top or most), joins)
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
@@ -154,7 +173,7 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     if suffix == ".json":
         path.write_text(_json_text(result, report.top), encoding="utf-8")
         return
-    found = picture_of(result, report.top)
+    found = picture_of(result, report.top, joined=True)
     if suffix == ".html":
         path.write_text(_page(result, found), encoding="utf-8")
         return
@@ -173,7 +192,20 @@ def _heading(result: ExperimentResult, found: CircuitPicture | None) -> list[str
     if found is None:
         return [f"{result.name}: no circuit"]
     facts = [f"{result.model} · {'; '.join(found.notes)}"]
-    return [_title(result, found), *facts]
+    positions = () if result.circuit is None else list_positions(result.circuit, found)
+    return [_title(result, found), *facts, *positions]
+
+
+def list_positions(circuit: ResultCircuit, found: CircuitPicture) -> Iterator[str]:
+    """Yield a line for each position of the shown edges: `last token: embed -> L1H1.q`."""
+    shown = {edge.text.partition(" at ")[0] for edge in found.edges}
+    edges: dict[str, list[str]] = {}
+    for (of, to), at in zip(circuit.edges, circuit.places, strict=False):
+        if at and f"{of} -> {to}" in shown:
+            edges.setdefault(at, []).append(f"{of} -> {to}")
+    for at, own in edges.items():
+        more = len(own) - MAX_LISTED
+        yield f"{at}: {', '.join(own[:MAX_LISTED])}{f' and {more:,} more' if more > 0 else ''}"
 
 
 def _title(result: ExperimentResult, found: CircuitPicture) -> str:
