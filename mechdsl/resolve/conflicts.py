@@ -792,15 +792,24 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         return
     started = experiment.derived.get(experiment.spec.base)
     others = [] if started is None else list(started.rules)
+    neurons = {
+        layer for rule in rules if rule.circuit is not None for layer in rule.circuit.neurons
+    }
     for rule in (*others, *experiment.rules):
         points = () if rule.sites is None else rule.sites.points.values()
         sites = {point.site for here in points for point in here}
+        layers = {p.layer for here in points for p in here if p.site == "mlp_out"}
         what, later = "", "write an experiment for each"
         if rule.path is not None and rule.path.frozen_norms:
             what = "`with frozen norms` together with a circuit"
         elif rule.path is not None and "attn_norm" in _receiver_sites(rule.path):
             what = "a path to `attn_norm` together with a circuit"
             later = "name what reads this norm: `q`, `k` and `v` of its heads"
+        elif rule.path is not None and neurons:
+            what = "a `path` together with a circuit with neurons"
+        elif rule.circuit is None and rule.does.changes == "sites" and layers & neurons:
+            what = "a rule on the MLP of a layer in which neurons are nodes of a circuit"
+            later = f"name its neurons: `mlp_hidden layer {min(neurons)}`"
         elif rule.circuit is not None and rule is not rules[0] and rule.only is None:
             what, later = "a second circuit", "join the edges of both in one `circuit`"
         elif rule.circuit is None and rule.does.changes == "sites" and sites & {*READ_BY_RECEIVERS}:

@@ -324,8 +324,9 @@ _file(
     "no node. Neurons of one layer whose edges are ablated alike share one input; each further "
     "input costs the first maps of the MLP once more. `against random(39)` is E0630, and "
     "`observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take such "
-    "circuits (E0108), nor do models with a norm after the MLP or whose MLP isn't one module "
-    "(E0108). Layers of experts have no neurons (E0413). Circuits from `fit(…)` and `saved(…)` "
+    "circuits. Neither a `path` nor a rule on the MLP of such a layer can be in one experiment "
+    "with them, and models can't have a norm after the MLP or an MLP of several modules (all "
+    "E0108). Layers of experts have no neurons (E0413). Circuits from `fit(…)` and `saved(…)` "
     "have none.",
     "tests/rules/test_neuron_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Marks et al. 2024, arXiv 2403.19647",

@@ -81,10 +81,10 @@ def split(name: str, layers: Collection[int] = (0, 1)) -> dict[int, int]:
 
 
 @cache
-def every_edge(name: str) -> frozenset[Edge]:
-    """The edges of the model, of every neuron in two layers."""
+def every_edge(name: str, layers: Collection[int] = (0, 1)) -> frozenset[Edge]:
+    """The edges of the model, of every neuron in some layers."""
     parts = stack(name, double(name))
-    before = reads(parts, key_heads(name), parallel=parts.parallel, split=split(name))
+    before = reads(parts, key_heads(name), parallel=parts.parallel, split=split(name, layers))
     return frozenset((of, to) for to, own in before.items() for of in own)
 
 
@@ -398,6 +398,21 @@ def test_what_neuron_circuits_do_not_support_is_an_error(data: Path) -> None:
     )
 
 
+UNSUPPORTED = {
+    "path": "path L0H1 -> logits at last token",
+    "path to neurons": "path L0H1 -> mlp_hidden layer 2 neurons * at last token",
+    "MLP": "patch mlp_out layer 1 at last token",
+    "weights of a neuron": "scale weights of mlp_out layer 1 neuron 2 by 0",
+    "input of an MLP": "patch mlp_norm layer 1 at last token",
+}
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_rules_that_do_not_act_on_nodes_are_errors(data: Path, key: str) -> None:
+    lines = ("from other into clean", "ablate c at tokens * with zero", UNSUPPORTED[key])
+    assert "E0108" in codes(CIRCUIT + experiment("e", *lines), data)
+
+
 @pytest.mark.parametrize(("name", "code"), [("gemma2", "E0108"), ("gpt_oss", "E0413")])
 def test_models_whose_neurons_cannot_be_nodes_are_an_error(
     data: Path, name: str, code: str
@@ -497,3 +512,36 @@ def test_inputs_without_most_senders_have_no_rounding_of_the_stream(data: Path, 
     precise = run_file(text, data, name, "planned", precise=True)["e"].measures[0].patched
     found = run_file(text, data, name, "planned")["e"].measures[0].patched
     np.testing.assert_allclose(found, precise, atol=1e-5)
+
+
+def test_circuits_with_equal_ablated_edges_and_other_neurons_differ(data: Path) -> None:
+    """All edges of one neuron are in each circuit: the ablated edges are those of the others."""
+    kept = "embed -> L0N{0}, layer 0 heads * -> L0N{0}, L0N{0} -> logits, L0N{0} -> L1.mlp, "
+    kept += "L0N{0} -> L2.mlp" + "".join(
+        f", L0N{{0}} -> {letter} layers 1..2 heads *" for letter in "qkv"
+    )
+    text = "".join(f"circuit c{n} = {kept.format(n)}\n" for n in (3, 4))
+    text += "".join(
+        experiment(f"x{n}", f"ablate all but c{n} at tokens * with zero") for n in (3, 4)
+    )
+    found = run_file(text, data, "gpt2", "planned", precise=True)
+    for n in (3, 4):
+        nodes = {edge for edge in every_edge("gpt2", (0,)) if neuron(0, n) in edge}
+        ablated = every_edge("gpt2", (0,)) - nodes
+        for number, (row, record) in enumerate(zip(rows(), records(), strict=True)):
+            model = double("gpt2")
+            own = outputs(plain("gpt2", row), stack("gpt2", model), (0,))
+            given = {node: torch.zeros_like(value) for node, value in own.items()}
+            logits = circuit_pass(
+                "gpt2",
+                model,
+                row.ids,
+                given,
+                ablated,
+                range(len(row.ids)),
+                split=split("gpt2", (0,)),
+            )
+            value = found[f"x{n}"].measures[0].patched[0, number]
+            assert value == pytest.approx(difference(logits, record), abs=1e-5)
+    values = [found[f"x{n}"].measures[0].patched for n in (3, 4)]
+    assert np.abs(values[0] - values[1]).max() > 1e-4

@@ -53,7 +53,7 @@ from mechdsl.forward.hooks.hook_points import (
     view_layout,
 )
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.forward.hooks.module_exchange import load_weights, replace_forward, restore_forwards
+from mechdsl.forward.hooks.module_exchange import load_weights, replace_forward, suspend_hooks
 from mechdsl.models.anatomy import HookPoint, HookSide, TensorLayout
 from mechdsl.models.block import linear_sizes, unwrap_adapter
 from mechdsl.models.shape import unit_count
@@ -324,12 +324,7 @@ def open_circuit(
     """Return the steps of a circuit; writes: those of the pass."""
     if isinstance(circuit, CircuitRead):
         return _ReadHooks(model, frame, circuit)
-    changed = (
-        write.rows
-        for write in writes
-        if write.site in _IN_THE_STREAM
-        or (write.site == "mlp_out" and write.layer in circuit.others)
-    )
+    changed = (write.rows for write in writes if write.site in _IN_THE_STREAM)
     adds_up = not any(bool(torch.isin(rows, circuit.rows).any()) for rows in changed)
     return _WriteHooks(model, frame, circuit, adds_up=adds_up)
 
@@ -969,7 +964,7 @@ class _WriteHooks(CircuitHooks):
             found.append(hidden)
             return hidden.new_zeros(*hidden.shape[:-1], self.model.shape.d_model)
 
-        with restore_forwards(mlp), replace_forward(down, keep):
+        with suspend_hooks(mlp), replace_forward(down, keep):
             mlp(vectors)
         (hidden,) = found
         return hidden.view(*vectors.shape[:2], -1)

@@ -79,42 +79,28 @@ class BlockStub:
         return hidden if self.returns is None else (hidden, *[None] * (self.returns - 1))
 
 
-_REPLACED: dict[nn.Module, Any] = {}
-"""The forward functions that instances had before `replace_forward`; None for that of the class."""
-
-
 @contextmanager
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
     """Replace a module's forward while the context is open; hooks on the module stay in place."""
     before = module.__dict__.get("forward")
-    is_first = module not in _REPLACED
-    if is_first:
-        _REPLACED[module] = before
-    _set_forward(module, forward)
+    module.forward = forward
     try:
         yield
     finally:
-        _set_forward(module, before)
-        if is_first:
-            del _REPLACED[module]
+        del module.__dict__["forward"]
+        if before is not None:
+            module.forward = before
 
 
-def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
-    if forward is not None:
-        module.forward = forward
-    else:
-        module.__dict__.pop("forward", None)
+_PACKAGE = __name__.partition(".")[0]
 
 
 @contextmanager
-def restore_forwards(module: nn.Module) -> Generator[None]:
-    """Compute a module and its submodules as the model does while the context is open: without
-    hooks of this package, and without functions of `replace_forward`."""
+def suspend_hooks(module: nn.Module) -> Generator[None]:
+    """Compute a module and its submodules without hooks of this package while the context is
+    open."""
     with ExitStack() as stack:
         for part in module.modules():
-            if part in _REPLACED:
-                stack.callback(_set_forward, part, part.__dict__.get("forward"))
-                _set_forward(part, _REPLACED[part])
             for name in ("_forward_pre_hooks", "_forward_hooks"):
                 table: dict[int, Any] = vars(part)[name]
                 hooks = dict(table)
@@ -125,9 +111,6 @@ def restore_forwards(module: nn.Module) -> Generator[None]:
                     if str(getattr(own, "__module__", "")).partition(".")[0] == _PACKAGE:
                         del table[key]
         yield
-
-
-_PACKAGE = __name__.partition(".")[0]
 
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
