@@ -135,19 +135,19 @@ def fill_groups(
 
 
 def _list_choices(mask: TrainedMask) -> Iterator[int]:
-    """Yield the coordinates that a mask could choose: all until it is trained, and then those that
-    have a gate."""
+    """Yield the coordinates that a training could choose: all until it is trained, and then those
+    that change a training row."""
     scores = mask.scores or (1.0,) * len(mask.candidates)
     for candidate, score in zip(mask.candidates, scores, strict=True):
-        if score and isinstance(candidate, SiteCoordinate):
+        if mask.can_choose(score) and isinstance(candidate, SiteCoordinate):
             yield candidate.number
 
 
 def _rank_sites(mask: TrainedMask, definition: spec.Basis) -> Iterator[ast.Site]:
-    """Yield the chosen sites one by one, those with the largest scores first; equal scores in the
-    order of the candidates."""
+    """Yield the chosen sites one by one, those whose scores have the largest sizes first; equal
+    sizes in the order of the candidates."""
     scores = dict(zip(mask.candidates, mask.scores, strict=False))
-    for candidate in sorted(mask.chosen, key=lambda each: -scores.get(each, 0.0)):
+    for candidate in sorted(mask.chosen, key=lambda each: -abs(scores.get(each, 0.0))):
         yield from _sites_of((candidate,), definition.site, definition.span)
 
 

@@ -1,5 +1,5 @@
-"""Training of a declared mask, and search for a declared circuit by scores of edges: what each
-chooses, its controls and its file.
+"""Training of a declared mask, and choice of a declared circuit or group by scores of edges or
+nodes: what each chooses, its controls and its file.
 
 A gate m of a site or a position writes x + m (y − x), where x is the vector of the running pass,
 after the writes at earlier layers, and y the vector of the source run, the mean of the training
@@ -13,13 +13,16 @@ the largest probabilities are 1 and the others 0.
 The score of the edge from u to v is (u′ − u) · ∂m/∂(input of v), summed over tokens and averaged
 over training rows: u′ is the other value of the sender, u its output in the clean run, and m the
 measure. One forward and one backward pass of a batch score all edges. Gradients at points of a path
-from the other run to the clean one are averaged.
+from the other run to the clean one are averaged. The score of a node is the gradient of the measure
+by the share of its gate: Σ (y − x) · ∂m/∂x, in the clean run, where all gates are 0, or averaged
+over midpoints of a line on which all gates of a site and layer open together.
 
 References:
     Louizos et al. 2018, arXiv 1712.01312; Cao et al. 2021, arXiv 2104.03514 (masks that find
     subnetworks); Bhaskar et al. 2024, arXiv 2406.16778 (masks over edges); Syed et al. 2023,
     arXiv 2310.10348 (EAP); Hanna et al. 2024, arXiv 2403.17806 (EAP-IG, and the selection from the
-    end of the model backwards); Mueller et al. 2025, arXiv 2504.13151 (MIB).
+    end of the model backwards); Mueller et al. 2025, arXiv 2504.13151 (MIB); Nanda 2023,
+    Attribution patching (scores of nodes); Sundararajan et al. 2017, arXiv 1703.01365 (on a line).
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,7 +51,7 @@ from mechdsl.execute.training import TrainingJob, read_settings
 from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.execute.vectors import DirectionFits
 from mechdsl.fits.gates import Gates
-from mechdsl.fits.reports import MASK_FILE, CircuitReport, MaskReport
+from mechdsl.fits.reports import MASK_FILE, CircuitReport, MaskReport, NodeReport
 from mechdsl.fits.training import Training, TrainingSettings, TrainingState
 from mechdsl.forward.hooks.batch import (
     CircuitRead,
@@ -62,12 +65,18 @@ from mechdsl.forward.hooks.batch import (
 from mechdsl.forward.hooks.circuits import compute_edge_scores
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.full_pass import open_rules
+from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
 from mechdsl.planner.rows import number_edge_ends
 from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_scored_rows, count_single_rows
 from mechdsl.program.estimators import BackwardRules
-from mechdsl.program.trainers import EdgeScoreTrainer, EdgeSearchTrainer, MaskTrainer
+from mechdsl.program.trainers import (
+    EdgeScoreTrainer,
+    EdgeSearchTrainer,
+    MaskTrainer,
+    NodeScoreTrainer,
+)
 from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph, PathGraph, PlacedGraph
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import key_of_candidate, order_places, paired_cells
@@ -110,6 +119,11 @@ class MaskRows(EffectRows[Tensor]):
         """[gate] numbers of the candidates with a gate: writing the others changes no training
         row."""
         return np.arange(len(self.candidates))
+
+    @property
+    def joint(self) -> Sequence[Ints]:
+        """Numbers of the candidates of each site and layer."""
+        return [np.arange(len(self.candidates))]
 
     @property
     def _fill(self) -> str | None:
@@ -164,6 +178,11 @@ class MaskRows(EffectRows[Tensor]):
     def _slots_of(self, rows: Ints) -> Tensor:
         """Return [vector] the numbers of the means of some rows' vectors."""
         return torch.from_numpy(self._slots[self._vectors_of(rows)[0]])
+
+    @property
+    def trained(self) -> Ints:
+        """[row] ascending numbers of the training rows."""
+        return np.sort(self.rows[self.held_out_count :])
 
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
         """Return random choices of the same number of gates.
@@ -265,6 +284,10 @@ class SiteMaskRows(VectorMaskRows):
         return {where: np.array(own, dtype=np.int64) for where, own in found.items()}
 
     @property
+    def joint(self) -> Sequence[Ints]:
+        return list(self._gates.values())
+
+    @property
     def _written(self) -> Sequence[SiteLayer]:
         return list(self._gates)
 
@@ -288,6 +311,7 @@ class EdgeMaskRows(VectorMaskRows):
     positions."""
 
     candidates: Sequence[CircuitEdge] | Sequence[PlacedEdge]
+    noun: ClassVar[str] = "edge"
 
     @cached_property
     def edges(self) -> list[CircuitEdge]:
@@ -550,14 +574,15 @@ def open_rows(
 
 
 class TooFewCandidates(Exception):
-    """A mask chooses as many candidates as change a training row, or more."""
+    """A training chooses as many candidates as change a training row, or more."""
 
     hint = "write a smaller `size`, or use other rows"
 
     def __init__(self, mask: TrainedMask, count: int, size: int) -> None:
         every = count_noun(len(mask.candidates), mask.noun)
         text = f"writing them changes the training rows at {count:,} of {every}"
-        super().__init__(f"{text}, and the mask chooses {size:,}")
+        what = "group" if mask.is_scored else "mask"
+        super().__init__(f"{text}, and the {what} chooses {size:,}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -719,7 +744,7 @@ _ADDED_AT = {"resid_pre": "resid_pre", "z": "attn_out", "mlp_out": "mlp_out"}
 
 
 class NoCircuit(Exception):
-    """The scores of edges make no circuit."""
+    """The scores make no circuit or group."""
 
     def __init__(self, reason: str, hint: str) -> None:
         super().__init__(reason)
@@ -748,11 +773,6 @@ class EdgeRows(EdgeMaskRows):
             return ""
         text = f"{rest:,} of {count_noun(total, 'token')} of the training rows"
         return f"; {text} are at no position: edges there weren't scored or ablated"
-
-    @property
-    def trained(self) -> Ints:
-        """[row] ascending numbers of the training rows."""
-        return np.sort(self.rows[self.held_out_count :])
 
     # --- scores
 
@@ -936,11 +956,9 @@ def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -
     """Return the edges with the largest scores. Raises AutogradFailed and NoCircuit."""
     trainer, options = training.trainer_of(EdgeScoreTrainer), training.of_trainer
     steps, how = trainer.steps(options), trainer.selection(options)
-    scoring = EdgeScoring(rows, trainer, steps)
+    scoring = EffectScoring(rows, lambda part: rows.score(part, trainer, steps))
     job.search(scoring)
     scores = scoring.scores
-    if not np.isfinite(scores).all():
-        raise NoCircuit("a score is NaN or infinite", "use another measure, or other rows")
     every = np.argsort(-np.abs(scores), kind="stable")
     graph, count = rows.graph, trainer.size(options) or len(every)
     order = [rows.candidates[n] for n in every[:count].tolist()]
@@ -949,7 +967,12 @@ def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -
         order = graph.select_backwards(sizes, count)
     least, said = trainer.faithfulness(options), ""
     if least is not None:
-        search = SizeSearch(scoring, rows, graph, order, least)
+
+        def keep(size: int) -> Bools:
+            kept = graph.keep_leading(frozenset(order[:size]))
+            return np.array([edge in kept for edge in rows.candidates])
+
+        search = SizeSearch(scoring, rows, keep, len(order), least)
         job.search(search)
         order, said = order[: search.size], search.describe()
     kept = graph.keep_leading(frozenset(order))
@@ -961,17 +984,24 @@ def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -
     return FoundCircuit(chosen, scores, steps, len(order), made)
 
 
-class EdgeScoring:
-    """Scores of all edges, added up over the training rows."""
+class EffectScoring:
+    """Scores of all candidates, added up over the training rows."""
 
-    def __init__(self, rows: EdgeRows, trainer: EdgeScoreTrainer, steps: int) -> None:
-        self._rows, self._trainer, self._steps = rows, trainer, steps
+    def __init__(self, rows: EdgeRows | NodeRows, score: Callable[[Ints], Floats]) -> None:
+        """Prepare the scores.
+
+        Args:
+            score: Returns [candidate] the sums of scores over some training rows, in one pass.
+        """
+        self._rows, self._score = rows, score
         self._total = np.zeros(len(rows.candidates))
         self._done = 0
 
     @property
     def scores(self) -> Floats:
-        """[edge] means over the training rows."""
+        """[candidate] means over the training rows. Raises NoCircuit unless all are finite."""
+        if not np.isfinite(self._total).all():
+            raise NoCircuit("a score is NaN or infinite", "use another measure, or other rows")
         return self._total / len(self._rows.trained)
 
     @property
@@ -987,7 +1017,7 @@ class EdgeScoring:
         size = self._rows.pass_rows
         while self._done < len(self._rows.trained):
             part = self._rows.trained[self._done : self._done + size]
-            score = partial(self._rows.score, part, self._trainer, self._steps)
+            score = partial(self._score, part)
             found = try_pass(score, can_shrink=len(part) > 1)
             if found is None:
                 size = len(part) // 2
@@ -1004,7 +1034,7 @@ class EdgeScoring:
         """Continue from a state. Raises KeyError and ValueError."""
         total = np.array(state["total"])
         if total.shape != self._total.shape:
-            raise ValueError("a checkpoint of other edges")
+            raise ValueError("a checkpoint of other candidates")
         self._total, self._done = total, int(state["done"])
 
 
@@ -1035,9 +1065,9 @@ def _search_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) 
 
 
 class CircuitMeter:
-    """The measure of circuits on the training rows."""
+    """The measure of circuits or groups on the training rows."""
 
-    def __init__(self, rows: EdgeRows) -> None:
+    def __init__(self, rows: EdgeRows | NodeRows) -> None:
         self.measured = 0
         """Number of circuits that were measured."""
         self._rows, self._batch = rows, rows.batch
@@ -1048,7 +1078,7 @@ class CircuitMeter:
         return max(1, self._batch // len(self._rows.trained))
 
     def means(self, circuits: Bools) -> Floats:
-        """Return [circuit]: the means over training rows of circuits, [circuit, edge].
+        """Return [circuit]: the means over training rows of circuits, [circuit, candidate].
 
         If memory runs out, further passes have half as many rows. Raises NoCircuit.
         """
@@ -1070,58 +1100,66 @@ class CircuitMeter:
 
 
 class SizeSearch:
-    """A search for the smallest circuit in an order of edges whose faithfulness exceeds a number.
+    """A search for the smallest circuit or group in an order of candidates whose faithfulness
+    exceeds a number.
 
-    Sizes are tried one after another from 1, because faithfulness may fall when an edge is added.
+    Sizes are tried one after another from 1, because faithfulness may fall when one is added.
     """
 
     def __init__(
         self,
-        scoring: EdgeScoring,
-        rows: EdgeRows,
-        graph: PathGraph[Any, Any],
-        order: Sequence[CircuitEdge | PlacedEdge],
+        scoring: EffectScoring,
+        rows: EdgeRows | NodeRows,
+        keep: Callable[[int], Bools],
+        most: int,
         least: float,
     ) -> None:
+        """Prepare a search.
+
+        Args:
+            keep: Returns [candidate] those that a circuit or group of a size keeps.
+            most: Largest size.
+            least: Number that the faithfulness exceeds.
+        """
         self.size = 0
         """The largest size that was tried."""
         self.faithfulness = math.nan
         """On the training rows, of the circuit with this size."""
-        self._scoring, self._graph, self._order, self._least = scoring, graph, order, least
-        self._candidates = rows.candidates
+        self._scoring, self._keep, self._most, self._least = scoring, keep, most, least
+        self._count, self._noun = len(rows.candidates), rows.noun
+        self._what = "circuit" if self._noun == "edge" else "group"
         self._meter = CircuitMeter(rows)
 
     @property
     def progress(self) -> tuple[int, int]:
         """Number of sizes that were tried, and of all sizes."""
-        return self.size, len(self._order)
+        return self.size, self._most
 
     def run(self) -> Iterator[None]:
         """Search, and yield after each pass. Raises NoCircuit."""
-        count = len(self._candidates)
+        count = self._count
         whole, clean = self._meter.means(np.array([[False] * count, [True] * count])).tolist()
         if whole == clean:
-            raise NoCircuit("the measure doesn't change if every edge is ablated", "write `size`")
+            reason = f"the measure doesn't change if every {self._noun} is ablated"
+            raise NoCircuit(reason, "write `size`")
         while not self.faithfulness > self._least:
-            sizes = range(self.size + 1, len(self._order) + 1)[: self._meter.together]
+            sizes = range(self.size + 1, self._most + 1)[: self._meter.together]
             if not sizes:
-                reason = f"no circuit has a faithfulness above {self._least:g}"
+                most = count_noun(self._most, self._noun)
+                reason = f"no {self._what} of {most} or fewer has a faithfulness above "
+                reason += f"{self._least:g}, on training rows"
                 raise NoCircuit(reason, "write a smaller `faithfulness`")
-            means = self._meter.means(np.stack([self._circuit(size) for size in sizes]))
+            means = self._meter.means(np.stack(list(map(self._keep, sizes))))
             for size, mean in zip(sizes, means.tolist(), strict=True):
                 self.size, self.faithfulness = size, (mean - whole) / (clean - whole)
                 if self.faithfulness > self._least:
                     break
             yield
 
-    def _circuit(self, size: int) -> Bools:
-        kept = self._graph.keep_leading(frozenset(self._order[:size]))
-        return np.array([edge in kept for edge in self._candidates])
-
     def describe(self) -> str:
         """Describe the circuit."""
         return (
-            f", the smallest circuit in this order with a faithfulness above {self._least:g} "
+            f", the smallest {self._what} in this order with a faithfulness above {self._least:g} "
             f"({self.faithfulness:.3f}, on training rows)"
         )
 
@@ -1258,6 +1296,175 @@ class EdgeSearch:
             raise ValueError("a checkpoint of other edges")
         self._decided, self._meter.measured, self._value = state["numbers"]
         self.kept, self.scores = kept, scores
+
+
+# --- groups by scores of nodes --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class NodeRows:
+    """The rows of a choice of sites, positions or coordinates by scores."""
+
+    masked: MaskRows
+    noun: str
+    """What one candidate is."""
+    batch: int
+    """Largest number of rows of a pass."""
+
+    @property
+    def candidates(self) -> Sequence[MaskCandidate]:
+        return self.masked.candidates
+
+    @property
+    def trained(self) -> Ints:
+        """[row] ascending numbers of the training rows."""
+        return self.masked.trained
+
+    @property
+    def pass_rows(self) -> int:
+        """Largest number of rows of a pass that scores candidates."""
+        return self.batch
+
+    def score(self, rows: Ints, trainer: NodeScoreTrainer, steps: int) -> Floats:
+        """Return [candidate]: the sums of scores over some rows. Raises AutogradFailed.
+
+        Args:
+            rows: In ascending order; one pass has them all.
+            trainer: Where gradients are taken.
+            steps: Number of midpoints of each line.
+        """
+        shares = torch.zeros(len(self.candidates), dtype=torch.float64)
+        if not trainer.integrates:
+            return self._slopes(rows, shares)
+        found = np.zeros(len(self.candidates))
+        for own in self.masked.joint:
+            for step in range(steps):
+                moved = shares.clone()
+                moved[torch.from_numpy(own)] = (step + 0.5) / steps
+                found[own] += self._slopes(rows, moved)[own] / steps
+        return found
+
+    def _slopes(self, rows: Ints, shares: Tensor) -> Floats:
+        """Return [candidate]: gradients of the sum of the measure over rows by shares."""
+        with torch.enable_grad():
+            leaf = shares.repeat(len(rows), 1).requires_grad_()
+            total = self.masked.values(rows, leaf).sum()
+            (found,) = compute_gradients(total, [leaf], keep=False)
+        return found.sum(0).numpy()
+
+    def mean_with(self, rows: Ints, written: Bools) -> float:
+        """Return the mean of the measure over rows while some candidates are written.
+
+        Args:
+            written: [candidate]
+        """
+        return self.masked.mean(rows, torch.from_numpy(written).float(), self.batch)
+
+    def means_with(self, rows: Ints, groups: Bools, batch: int) -> Floats:
+        """Return [group]: the mean of the measure over rows while all candidates but those of a
+        group are written.
+
+        Args:
+            groups: [group, candidate]
+            batch: Largest number of rows of a pass.
+        """
+        written = (torch.from_numpy(~own).float() for own in groups)
+        return np.array([self.masked.mean(rows, own, batch) for own in written])
+
+
+def find_group(declared: TrainedMask, masked: MaskRows, job: TrainingJob) -> NodeReport:
+    """Choose a group by scores of nodes, and write it.
+
+    Raises:
+        AutogradFailed: The model can't be differentiated.
+        NoBasis: The basis whose coordinates it chooses from can't be computed.
+        NoCircuit: A score isn't finite, all are 0, or no group has the faithfulness.
+        TooFewCandidates: It chooses as many candidates as change a training row, or more.
+        OSError: A file can't be written.
+    """
+    training = declared.training
+    trainer, options = training.trainer_of(NodeScoreTrainer), training.of_trainer
+    rows = NodeRows(masked, declared.noun, int(training.options["batch"]))
+    size, count, least = trainer.size(options), len(masked.active), trainer.faithfulness(options)
+    if size is not None and size >= count:
+        raise TooFewCandidates(declared, count, size)
+    steps = trainer.steps(options)
+    scoring = EffectScoring(rows, lambda part: rows.score(part, trainer, steps))
+    job.search(scoring)
+    scores = scoring.scores
+    if not scores.any():
+        reason = f"the estimated effect of every {declared.noun} on the measure is 0"
+        hint = f"name {declared.noun}s that the measure depends on"
+        if not trainer.integrates:
+            hint += ", or use `integrated_gradients(size: 4, steps: 16)`"
+        raise NoCircuit(reason, hint)
+    active = masked.active
+    order = active[np.argsort(-np.abs(scores[active]), kind="stable")]
+    made = f"the {count_noun(size or 1, declared.noun)} with the largest estimated effects"
+    if least is not None:
+
+        def keep(own: int) -> Bools:
+            return np.isin(np.arange(len(scores)), order[:own])
+
+        search = SizeSearch(scoring, rows, keep, count - 1, least)
+        job.search(search)
+        size = search.size
+        made = f"{count_noun(size, declared.noun)}{search.describe()}"
+    report = _report_nodes(rows, order[:size], scores, steps, made)
+    _write_scores(job.folder / MASK_FILE, rows, np.sort(order[:size]), scores)
+    job.write_card(report, MASK_FILE)
+    return report
+
+
+def _report_nodes(
+    rows: NodeRows, chosen: Ints, scores: Floats, steps: int, made: str
+) -> NodeReport:
+    """Compare a group with its controls.
+
+    Args:
+        chosen: Numbers of its candidates, in descending order of the sizes of their scores.
+        scores: [candidate]
+        steps: Points of each line.
+        made: How it was selected.
+    """
+    masked, measured, count = rows.masked, rows.masked.measured, len(scores)
+    every, none = np.ones(count, dtype=np.bool_), np.zeros(count, dtype=np.bool_)
+    own = np.isin(np.arange(count), chosen)
+    random: list[float] = []
+    for drawn in masked.random_choices(chosen.tolist(), masked.declared.seed):
+        left = every.copy()
+        left[masked.active[drawn]] = False
+        random.append(rows.mean_with(measured, left))
+    return NodeReport(
+        *masked.outcome(TrainingState(step=steps)),
+        chosen={label_candidates((rows.candidates[n],)): float(scores[n]) for n in chosen.tolist()},
+        candidates=len(masked.active),
+        made=made,
+        trained=rows.mean_with(measured, ~own),
+        random=float(np.mean(random)),
+        draws=len(random),
+        alone=rows.mean_with(measured, own),
+        unpatched=rows.mean_with(measured, none),
+        whole=rows.mean_with(measured, every),
+        inactive=count - len(masked.active),
+        noun=rows.noun,
+    )
+
+
+def _write_scores(path: Path, rows: NodeRows, chosen: Ints, scores: Floats) -> None:
+    """Write the candidates with their scores, null for those that change no training row, and the
+    numbers of those of the group."""
+    active = frozenset(rows.masked.active.tolist())
+    content = {
+        "sites": [key_of_candidate(each) for each in rows.candidates],
+        "labels": [label_candidates((each,)) for each in rows.candidates],
+        "scores": [own if n in active else None for n, own in enumerate(scores.tolist())],
+        "chosen": chosen.tolist(),
+    }
+    path.write_text(json.dumps(content) + "\n", "utf-8")
+
+
+# --- reports of circuits --------------------------------------------------------------------------
 
 
 def _report(rows: EdgeRows, found: FoundCircuit) -> CircuitReport:

@@ -18,8 +18,8 @@ ROTATION_FILE = "rotation.safetensors"
 """The directions of a trained rotation, in its folder."""
 
 MASK_FILE = "mask.json"
-"""The sites of a trained mask with their probabilities, or the edges of a circuit with their
-scores, in its folder."""
+"""The sites of a trained mask with their probabilities, or the nodes or edges of a group or circuit
+with their scores, in its folder."""
 
 LENS_FILE = "lens.safetensors"
 """The maps of a trained lens, in its folder, as `tuned_lens("…")` reads them."""
@@ -1137,6 +1137,116 @@ class CircuitReport(ChoiceReport):
             f"{self._name_source(card)}, to {self.objective}",
             f"- Edges with their scores: {listed}",
             f"- Of {self.candidates:,} edges; {self.made}",
+        ]
+
+
+@record
+class NodeReport(ChoiceReport):
+    """What the choice of a group by scores of nodes led to. The scores of `chosen`, in descending
+    order of their sizes, are estimated changes of the measure, on training rows, if the node alone
+    has the other value."""
+
+    declares = "group"
+    columns = (
+        Column("chosen", "chosen_share", "nodes of the group, of all that can be chosen"),
+        Column(
+            "kept",
+            "trained",
+            "mean of the measure over held-out rows while all other nodes are written; without "
+            "held-out rows, over training rows",
+            words="all other {report.noun}s written",
+            card="Mean of the measure over {report.measured_on} rows, with all other "
+            "{report.noun}s written",
+        ),
+        Column(
+            "random",
+            "random",
+            "mean of `kept` over random groups of this size",
+            "the same for {report.draws} random groups",
+            "The same for {report.draws} random groups of this size",
+        ),
+        Column(
+            "written",
+            "alone",
+            "the same while the group is written",
+            "the group written",
+            "The same while the group is written",
+        ),
+        CLEAN_RUN,
+        Column(
+            "all",
+            "whole",
+            "the same while every node is written",
+            "all {report.noun}s written",
+            "The same with every {report.noun}",
+        ),
+    )
+
+    made: str
+    """How the nodes were selected."""
+    trained: float
+    """The measure while all candidates are written but those of the group."""
+    random: float
+    """The mean of the same over random groups of the same size."""
+    draws: int
+    """Number of random groups."""
+    alone: float
+    """The measure while the group is written."""
+    unpatched: float
+    """The measure of the clean run."""
+    whole: float
+    """The measure while every candidate is written."""
+    inactive: int = 0
+    """Number of further candidates, which don't change any training row; neither the group nor
+    random groups have them."""
+    noun: str = "site"
+    """What one candidate is: `site`, `position`, `feature` or `dimension`."""
+
+    @property
+    def chosen_share(self) -> str:
+        """`4 of 16`."""
+        return f"{len(self.chosen):,} of {self.candidates:,}"
+
+    @property
+    def measure(self) -> str:
+        """`logit(answer)`; its direction has no effect on scores."""
+        return self.objective.partition(" ")[2]
+
+    def list_chosen(self) -> str:
+        """Return `L3H1.z (-0.89), L2H0.z (0.12)`, at most `LISTED_SITES` of them."""
+        return _list_first([f"{name} ({score:.3g})" for name, score in self.chosen.items()])
+
+    def _list_remarks(self) -> list[str]:
+        """Return how the nodes were selected, and how many candidates can't be."""
+        if not self.inactive:
+            return [self.made]
+        return [self.made, f"{self.inactive:,} further {self.noun}s change no training row"]
+
+    def remarks(self) -> list[str]:
+        return [
+            f"estimated effects {self.list_chosen()}",
+            *self._list_remarks(),
+            f"measure {self.measure}",
+        ]
+
+    def describe(self) -> str:
+        return "; ".join(
+            [
+                f"by estimated effects on {self.measure}",
+                *self._list_remarks(),
+                self._list_means(),
+                f"estimated effects, on training rows: {self.list_chosen()}",
+            ]
+        )
+
+    def _describe_training(self, card: Mapping[str, Any]) -> list[str]:
+        listed = ", ".join(f"{name} ({score:.4g})" for name, score in self.chosen.items())
+        unchanged = f"- Further {self.noun}s that change no training row: {self.inactive:,}"
+        return [
+            f"- Chosen by the estimated effects of {self._name_source(card)} on {self.measure}",
+            f"- Chosen {self.noun}s with their estimated effects: {listed}",
+            f"- Of {count_noun(self.candidates, self.noun)}; {self.made}",
+            *([unchanged] if self.inactive else []),
         ]
 
 

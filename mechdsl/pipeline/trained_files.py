@@ -11,6 +11,7 @@ everything that the weights depend on. Checkpoints of a training under way are i
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -61,7 +62,6 @@ from mechdsl.program.prompts import texts_within
 from mechdsl.program.python_functions import block_functions
 from mechdsl.program.trainers import (
     ChoosingTrainer,
-    CircuitTrainer,
     RotationTrainer,
 )
 from mechdsl.resolve.trainings import (
@@ -493,10 +493,10 @@ def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
     if compute_digest(path) != digest or listed != [key_of_candidate(own) for own in candidates]:
         raise ValueError("the file is damaged")
     chosen = tuple(candidates[number] for number in content["chosen"])
-    is_circuit = isinstance(mask.training.trainer, CircuitTrainer)
-    scores = tuple(map(float, content["scores" if is_circuit else "probabilities"]))
+    given = content["scores" if mask.is_scored else "probabilities"]
+    scores = tuple(math.nan if own is None else float(own) for own in given)
     most = len(candidates) if size is None else size
-    least = 1 if is_circuit else most
+    least = 1 if mask.is_scored else most
     if not least <= len(set(chosen)) <= most or len(scores) != len(candidates):
         raise ValueError("the file is damaged")
     return MaskFile(chosen, scores, digest)

@@ -40,7 +40,7 @@ from mechdsl.pipeline.trained_files import (
 )
 from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFailure
-from mechdsl.program.trainers import CircuitTrainer, PairedTrainer, ProbeTrainer, SolvedTrainer
+from mechdsl.program.trainers import PairedTrainer, ProbeTrainer, ScoringTrainer, SolvedTrainer
 from mechdsl.resolve.sites import label_all_points, label_candidates, label_points
 from mechdsl.resolve.trainings import UNTRAINED_FOLDER, name_without_seed, resolve_part
 from mechdsl.resolve.types import (
@@ -215,7 +215,7 @@ def _undivided(fit: DeclaredFit, processes: Processes) -> Diagnostic | None:
     if isinstance(trainer, SolvedTrainer | PairedTrainer | ProbeTrainer):
         reason = f"`{trainer.name}` uses all vectors together, so {count} processes can't divide it"
         return _failed(fit, reason, ONE_PROCESS_HINT)
-    if isinstance(trainer, CircuitTrainer):
+    if isinstance(trainer, ScoringTrainer):
         reason = f"`{trainer.name}` isn't trained in steps that {count} processes can divide"
         return _failed(fit, reason, ONE_PROCESS_HINT)
     indivisible, parts = trainer.check_parts(training.of_trainer), training.options["accumulate"]
@@ -376,7 +376,13 @@ def _run_training(
 ) -> FitReport:
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
     from mechdsl.execute.edit_training import train_rotation, train_scales, train_vector
-    from mechdsl.execute.mask_training import find_circuit, open_edges, open_rows, train_mask
+    from mechdsl.execute.mask_training import (
+        find_circuit,
+        find_group,
+        open_edges,
+        open_rows,
+        train_mask,
+    )
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.probe_training import train_probe
     from mechdsl.execute.training import TrainingJob
@@ -398,10 +404,11 @@ def _run_training(
     job = TrainingJob(result, facts, result.parent, is_due, on_step)
     if isinstance(fit.file, TrainedMask):
         assert fit.objective is not None
-        if isinstance(fit.training.trainer, CircuitTrainer):
+        if fit.file.is_scored and fit.file.noun == "edge":
             edges = open_edges(fit.file, fit.objective, model, side, cache)
             return find_circuit(fit.file, edges, job)
-        return train_mask(fit.file, open_rows(fit.file, fit.objective, model, side, cache), job)
+        choose = find_group if fit.file.is_scored else train_mask
+        return choose(fit.file, open_rows(fit.file, fit.objective, model, side, cache), job)
     if fit.objective is not None:
         rows = ObjectiveRows(fit.training, fit.objective, model, side, cache=cache)
         if isinstance(fit.file, TrainedVector):

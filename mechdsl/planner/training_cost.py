@@ -19,12 +19,12 @@ from mechdsl.planner.pass_cost import PassCost
 from mechdsl.planner.plan import PROMPT_TOKENS
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import (
-    CircuitTrainer,
     DirectionTrainer,
     EdgeScoreTrainer,
     EdgeSearchTrainer,
-    MaskTrainer,
+    NodeScoreTrainer,
     PairedTrainer,
+    ScoringTrainer,
     SolvedTrainer,
 )
 from mechdsl.prompts.runs import PromptRun
@@ -116,8 +116,9 @@ def training_cost(
     if objective is None:
         assert isinstance(made, OnVectors)
         return _vectors_cost(name, made, shape)
-    if isinstance(made, TrainedMask) and isinstance(made.training.trainer, CircuitTrainer):
-        return _circuit_cost(name, made, objective, shape)
+    if isinstance(made, TrainedMask) and made.is_scored:
+        cost = _circuit_cost if made.noun == "edge" else _group_cost
+        return cost(name, made, objective, shape)
     return _effect_cost(name, made, objective, shape)
 
 
@@ -406,7 +407,7 @@ def _circuit_cost(
     """Return the cost of scores of edges or of a search, and of the table of `mechdsl fit`."""
     training, table, circuit = made.training, objective.table, objective.rules[0].circuit
     assert circuit is not None
-    trainer, batch = training.trainer_of(CircuitTrainer), int(training.options["batch"])
+    trainer, batch = training.trainer_of(ScoringTrainer), int(training.options["batch"])
     base, source = table.runs[objective.spec.base], table.runs[objective.rules[0].run]
     tokens = [sum(map(len, hits)) for hits in training.sample.cell.hits]
     there = [row for row, count in enumerate(tokens) if count]
@@ -446,11 +447,61 @@ def _circuit_cost(
     memory += size * max(tokens, default=1) * len(senders) * shape.d_model
     memory = max(memory, batch * written * _saved_by_edges(circuit, shape))
     steps, memory = points or tried, int(vectors + FLOAT * memory)
-    assumed = ""
-    decides = trainer.size(training.of_trainer) is None
-    if decides and not made.is_trained:
-        assumed = f"{len(made.chosen):,} of {count_noun(len(made.candidates), made.noun)}"
+    assumed = "" if made.is_trained else _assume_size(made)
     return TrainingCost(name, rows, held_out, steps, cost, memory, shape.n_layers, assumed)
+
+
+def _group_cost(
+    name: str, made: TrainedMask, objective: ResolvedExperiment, shape: ModelShape
+) -> TrainingCost:
+    """Return the cost of scores of nodes, and of the table of `mechdsl fit`."""
+    training, table = made.training, objective.table
+    trainer, batch = training.trainer_of(NodeScoreTrainer), int(training.options["batch"])
+    base, source = table.runs[objective.spec.base], table.runs[objective.rules[0].run]
+    there = [row for row, hits in enumerate(training.sample.cell.hits) if hits]
+    held_out = count_held_out(training, len(there))
+    rows = len(there) - held_out
+    points = mask_points(objective)
+    steps = trainer.steps(training.of_trainer)
+    above = [_share_above(point, shape, base) for point in points]
+    count = 1
+    if trainer.integrates:
+        count = steps * len({(point.site, point.layer) for point in points})
+    compared = len({atom.run for atom in objective.measures[0].atoms} - {None, base.name})
+    tried = 0
+    if trainer.faithfulness(training.of_trainer) is not None:
+        tried = len(made.candidates) + 2
+    measured = (held_out or rows) * _count_controls(made, objective) + tried * rows
+    row = _per_row(run_cost(shape, base, None), base)
+    forwards = (count * rows + measured) * (1 + compared)
+    backwards = count * -(-rows // batch)
+    whole = forwards + count * rows * max(above)
+    cost = Cost(
+        forwards=backwards * (1 + compared) + -(-measured * (1 + compared) // batch),
+        tokens=int(whole * row.tokens),
+        multiply_adds=whole * row.multiply_adds,
+        backwards=backwards,
+    )
+    vectors, share = count_edited_bytes(made, objective, shape), 1.0
+    if vectors > CHUNK_BYTES:
+        if _reads_again(made, objective):
+            share = (count * rows + measured) / len(there)
+        vectors = CHUNK_BYTES
+    stop = _stop(points[-1], shape)
+    cost = sum((_times(run_cost(shape, run, stop), share) for run in (base, source)), cost)
+    longest = int(base.lengths[there].max(initial=1))
+    saved = longest * max(above) * shape.depth * _saved_numbers(shape, longest)
+    memory = vectors + FLOAT * min(batch, rows) * saved
+    assumed = "" if made.is_trained else _assume_size(made)
+    return TrainingCost(name, rows, held_out, steps, cost, int(memory), shape.n_layers, assumed)
+
+
+def _assume_size(made: TrainedMask) -> str:
+    """Return `55 of 110 edges` if the training decides the size; empty otherwise."""
+    size = made.training.trainer_of(ScoringTrainer).size(made.training.of_trainer)
+    if size is not None:
+        return ""
+    return f"{len(made.chosen):,} of {count_noun(len(made.candidates), made.noun)}"
 
 
 def _count_controls(made: Declared, objective: ResolvedExperiment) -> int:
@@ -458,8 +509,8 @@ def _count_controls(made: Declared, objective: ResolvedExperiment) -> int:
     if isinstance(made, TrainedRotation):
         return 4  # trained, random, no patch, whole
     own = RANDOM_CONTROLS + 2  # trained, and nothing
-    if isinstance(made, TrainedMask):  # all sites; of a mask, also the largest single effects
-        return own + 1 + isinstance(made.training.trainer, MaskTrainer)
+    if isinstance(made, TrainedMask):  # all, and single effects of a mask or the group itself
+        return own + 1 + (made.noun != "edge" or not made.is_scored)
     assert made.training is not None
     if isinstance(made, TrainedVector) and made.role == "scales":
         return own + 2  # the mean scale, and 0

@@ -40,8 +40,10 @@ from mechdsl.program.directions import (
 from mechdsl.program.effect_trainers import (
     EDGE_MASK_EXAMPLE,
     MASK_EXAMPLE,
+    NODE_EXAMPLE,
     OTHER_EFFECT_TRAINERS,
     OTHER_MASK_OPTIONS,
+    SCORE_EXAMPLE,
     TRAINING_ARGUMENTS,
 )
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
@@ -55,15 +57,16 @@ from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import (
     TRAINERS,
     ChoosingTrainer,
-    CircuitTrainer,
     DictionaryTrainer,
     EdgeScoreTrainer,
     EditTrainer,
+    EffectScoreTrainer,
     EffectTrainer,
     MaskTrainer,
     PairedTrainer,
     ProbeTrainer,
     ScaleTrainer,
+    ScoringTrainer,
     Statement,
     Trainer,
     trainer_call,
@@ -705,6 +708,9 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         reason = f"`{name}` makes a {found.declares}"
         place = "" if found.declares == "circuit" else " at …"
         hint = f"write `{found.declares} NAME = {call.name}({found.example}, …){place}`"
+        if isinstance(found, EffectScoreTrainer) and what in ("group", "circuit"):
+            other = NODE_EXAMPLE if what == "group" else SCORE_EXAMPLE
+            hint += f", or choose {'sites' if what == 'group' else 'edges'}: {other}"
         scope.diagnostics.append(BadBasis(span=node.span, reason=reason, hint=hint, what=what))
         return
     options: dict[str, Constant] = {}
@@ -765,11 +771,12 @@ def _unused_options(call: ast.Call, trainer: Trainer) -> Iterator[BadArgument]:
         if each.name in trainer.unused:
             has_steps = "steps" not in trainer.unused
             why = "uses all vectors in every step" if has_steps else "isn't trained in steps"
-            if each.name == "precision" and not isinstance(trainer, CircuitTrainer):
+            if each.name == "precision" and not isinstance(trainer, ScoringTrainer):
                 why = "computes in 64 bits"
             hint = f"remove `{each.name}`"
-        elif each.name == "seeds" and isinstance(trainer, CircuitTrainer):
-            why, hint = "has no random start", "declare a circuit for each seed: `seed: 1`"
+        elif each.name == "seeds" and isinstance(trainer, ScoringTrainer):
+            hint = f"declare a {trainer.declares} for each seed: `seed: 1`"
+            why = "has no random start"
         else:
             continue
         reason = f"is no argument of `fit` with `{trainer.name}`, which {why}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, get_args
 
@@ -15,7 +16,9 @@ from mechdsl.program.trainers import (
     EdgeScoreTrainer,
     EdgeSearchTrainer,
     EditTrainer,
+    EffectScoreTrainer,
     MaskTrainer,
+    NodeScoreTrainer,
     RotationTrainer,
     ScaleTrainer,
     Selection,
@@ -52,6 +55,8 @@ SCORE_EXAMPLE = (
     "minimise: kl(clean))`"
 )
 
+NODE_EXAMPLE = MASK_EXAMPLE.replace("mask(size: 4)", "atp(size: 4)")
+
 SEARCH_EXAMPLE = SCORE_EXAMPLE.replace("eap_ig(size: 20, steps: 5)", "acdc(threshold: 0.02)")
 
 COARSE_EXAMPLE = SCORE_EXAMPLE.replace(
@@ -78,9 +83,14 @@ OTHER_EFFECT_TRAINERS: dict[str, str] = {
         f"choose heads or neurons: {MASK_EXAMPLE}",
     ),
     **dict.fromkeys(
-        ("discover", "EAP", "EAP_IG", "edge_attribution", "attribution_patching"),
-        f"choose edges by their estimated effects: {SCORE_EXAMPLE}",
+        ("discover", "EAP", "EAP_IG", "edge_attribution"),
+        f"choose edges by their estimated effects: {SCORE_EXAMPLE}, or sites: {NODE_EXAMPLE}",
     ),
+    **dict.fromkeys(
+        ("attribution_patching", "AtP", "ATP", "gradient_input", "node_attribution", "attribution"),
+        f"choose sites by their estimated effects: {NODE_EXAMPLE}, or edges: {SCORE_EXAMPLE}",
+    ),
+    **dict.fromkeys(("ig", "IG"), "write `integrated_gradients(size: 4, steps: 16)`"),
     **dict.fromkeys(
         ("ACDC", "search", "greedy_search"),
         f"choose edges by ablating them one after another: {SEARCH_EXAMPLE}",
@@ -331,16 +341,17 @@ class GateTrainer(MaskTrainer):
 # --- scores of edges ------------------------------------------------------------------------------
 
 
-class EstimatedEffectTrainer(EdgeScoreTrainer):
-    """A circuit of edges with large scores: the change of the output of the sender times the
-    gradient of the measure by the input of the receiver."""
+class EstimatedEffectTrainer(EffectScoreTrainer):
+    """Candidates with large scores: the number is given, or their faithfulness decides."""
 
-    options = ("size", "faithfulness", "select")
+    options = ("size", "faithfulness")
     other_options: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("until", "least"), "faithfulness"),
         **dict.fromkeys(("ig_steps", "n_steps"), "steps"),
         **dict.fromkeys(("method", "choice", "by"), "select"),
     }
+    noun: ClassVar[str]
+    """What a candidate is."""
     defaults: ClassVar[Mapping[str, Constant]] = {**EFFECT_DEFAULTS, "batch": 8}
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
@@ -348,19 +359,16 @@ class EstimatedEffectTrainer(EdgeScoreTrainer):
             if isinstance(value, float) and 0 < value < 1:
                 return None
             return "`faithfulness` is a number between 0 and 1", "write `faithfulness: 0.9`"
-        if name != "select":
-            return super().check_option(name, value)
-        known = get_args(Selection)
-        listed = name_list([f'"{each}"' for each in known])
-        return None if value in known else ("`select` has no such value", f"write one of {listed}")
+        return super().check_option(name, value)
 
     def check(self, options: Mapping[str, Constant]) -> Problem | None:
         given = [name for name in ("size", "faithfulness") if name in options]
         if len(given) == 1:
             return None
         reason = f"`{self.name}` needs `size: …` or `faithfulness: …`"
-        reason = "`size` and `faithfulness` both select the number of edges" if given else reason
-        other = self.example.replace("size: 20", "faithfulness: 0.9")
+        both = f"`size` and `faithfulness` both select the number of {self.noun}s"
+        reason = both if given else reason
+        other = re.sub("size: [0-9]+", "faithfulness: 0.9", self.example)
         return reason, f"write `{self.example}`, or `{other}`"
 
     def size(self, options: Mapping[str, Constant]) -> int | None:
@@ -372,12 +380,27 @@ class EstimatedEffectTrainer(EdgeScoreTrainer):
     def steps(self, options: Mapping[str, Constant]) -> int:
         return int(options.get("steps", 1))
 
+
+class EstimatedEdgeTrainer(EstimatedEffectTrainer, EdgeScoreTrainer):
+    """A circuit of edges with large scores: the change of the output of the sender times the
+    gradient of the measure by the input of the receiver."""
+
+    options = ("size", "faithfulness", "select")
+    noun = "edge"
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name != "select":
+            return super().check_option(name, value)
+        known = get_args(Selection)
+        listed = name_list([f'"{each}"' for each in known])
+        return None if value in known else ("`select` has no such value", f"write one of {listed}")
+
     def selection(self, options: Mapping[str, Constant]) -> Selection:
         return "top" if options.get("select") == "top" else "greedy"
 
 
 @trainer("eap")
-class EdgeAttributionTrainer(EstimatedEffectTrainer):
+class EdgeAttributionTrainer(EstimatedEdgeTrainer):
     """Edge attribution patching: the score of the edge from u to v is
     (u′ − u) · ∂m/∂(input of v) in the clean run.
 
@@ -389,7 +412,7 @@ class EdgeAttributionTrainer(EstimatedEffectTrainer):
 
 
 @trainer("eap_ig")
-class IntegratedEdgeTrainer(EstimatedEffectTrainer):
+class IntegratedEdgeTrainer(EstimatedEdgeTrainer):
     """Edge attribution patching with integrated gradients over the input: the score of the edge
     from u to v is (u′ − u) · mean over k = 1 … m of ∂m/∂(input of v) with the embedding
     z′ + k/m (z − z′).
@@ -405,7 +428,7 @@ class IntegratedEdgeTrainer(EstimatedEffectTrainer):
 
 
 @trainer("eap_ig_activations")
-class IntegratedActivationTrainer(EstimatedEffectTrainer):
+class IntegratedActivationTrainer(EstimatedEdgeTrainer):
     """Edge attribution patching with integrated gradients over activations: as `eap_ig`, but the
     output of the module of u moves from u′ to u instead of the embedding, for all heads of a layer
     together.
@@ -421,7 +444,7 @@ class IntegratedActivationTrainer(EstimatedEffectTrainer):
 
 
 @trainer("relp")
-class RelevanceEdgeTrainer(EstimatedEffectTrainer):
+class RelevanceEdgeTrainer(EstimatedEdgeTrainer):
     """Edge attribution patching with coefficients of relevance propagation instead of gradients,
     those of `using relp`.
 
@@ -434,7 +457,7 @@ class RelevanceEdgeTrainer(EstimatedEffectTrainer):
 
 
 @trainer("gim")
-class InteractionEdgeTrainer(EstimatedEffectTrainer):
+class InteractionEdgeTrainer(EstimatedEdgeTrainer):
     """Edge attribution patching with gradients that allow for interactions, those of `using gim`.
 
     References:
@@ -443,6 +466,49 @@ class InteractionEdgeTrainer(EstimatedEffectTrainer):
 
     example = "gim(size: 20)"
     backward = GradientInteractionModifications.backward
+
+
+# --- scores of nodes ------------------------------------------------------------------------------
+
+
+class EstimatedNodeTrainer(EstimatedEffectTrainer, NodeScoreTrainer):
+    """A group of sites, positions, features or dimensions with large scores: the difference between
+    the other value and that of the clean run, times a gradient of the measure."""
+
+    other_options: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("k", "n", "top", "heads", "count", "budget", "sites", "nodes"), "size"),
+        **EstimatedEffectTrainer.other_options,
+    }
+    defaults: ClassVar[Mapping[str, Constant]] = EFFECT_DEFAULTS
+    noun = "node"
+
+
+@trainer("atp")
+class NodeAttributionTrainer(EstimatedNodeTrainer):
+    """Attribution patching: the score of a candidate with the value x in the clean run and the
+    other value x′ is Σ (x′ − x) · ∂m/∂x, with the gradient of the clean run, that of `using atp`.
+
+    References:
+        Nanda 2023, Attribution patching; Shrikumar et al. 2016, arXiv 1605.01713.
+    """
+
+    example = "atp(size: 4)"
+
+
+@trainer("integrated_gradients")
+class IntegratedNodeTrainer(EstimatedNodeTrainer):
+    """Integrated gradients: as `atp`, with the mean gradient at `steps` midpoints of the line from
+    x to x′, on which all candidates of a site and layer move together, that of
+    `using integrated_gradients`.
+
+    References:
+        Sundararajan et al. 2017, arXiv 1703.01365.
+    """
+
+    example = "integrated_gradients(size: 4, steps: 16)"
+    options = ("size", "faithfulness", "steps")
+    required = ("steps",)
+    integrates = True
 
 
 # --- search by ablations --------------------------------------------------------------------------

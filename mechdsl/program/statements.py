@@ -13,7 +13,7 @@ from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, RepeatedStatement, UnknownName
 from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
 from mechdsl.program import spec
-from mechdsl.program.effect_trainers import SCORE_EXAMPLE, SEARCH_EXAMPLE
+from mechdsl.program.effect_trainers import NODE_EXAMPLE, SCORE_EXAMPLE, SEARCH_EXAMPLE
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN
 from mechdsl.syntax import ast
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # Valid syntax that no stage executes yet, by node class.
-CIRCUIT_HINT = f"fit a circuit: {SCORE_EXAMPLE}"
+CIRCUIT_HINT = f"fit a circuit: {SCORE_EXAMPLE}, or a group: {NODE_EXAMPLE}"
 
 UNSUPPORTED_NODES: dict[type[ast.Node], tuple[str, str]] = {
     ast.Discover: (

@@ -24,6 +24,7 @@ from mechdsl.fits.reports import (
     FitReport,
     LensReport,
     MaskReport,
+    NodeReport,
     ProbeReport,
     RotationReport,
     ScaleReport,
@@ -393,11 +394,9 @@ class MaskTrainer(ChoosingTrainer):
         """
 
 
-class CircuitTrainer(ChoosingTrainer):
-    """A circuit that is found without training steps."""
+class ScoringTrainer(ChoosingTrainer):
+    """A circuit or a group that is chosen by scores, without training steps."""
 
-    declares = "circuit"
-    report = CircuitReport
     unused = ("steps", "rate", "patience", "accumulate", "precision")
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
@@ -411,18 +410,8 @@ Selection = Literal["greedy", "top"]
 selected edge leads to it, or those with the largest scores of all."""
 
 
-class EdgeScoreTrainer(CircuitTrainer):
-    """A circuit of the edges with the largest estimated effects."""
-
-    path: ClassVar[Literal["inputs", "activations"] | None] = None
-    """What moves from the run `from` to the clean run while gradients are taken: the embedding, or
-    the outputs of one module after another; None for gradients of the clean run."""
-    backward: ClassVar[BackwardRules | None] = None
-    """Changes of the derivatives."""
-
-    @abstractmethod
-    def size(self, options: Mapping[str, Constant]) -> int | None:
-        """Return the number of edges that are selected; None if `faithfulness` decides."""
+class EffectScoreTrainer(ScoringTrainer):
+    """Candidates with the largest estimated effects."""
 
     def faithfulness(self, options: Mapping[str, Constant]) -> float | None:
         """Return the number that the faithfulness of the smallest selection exceeds; None if `size`
@@ -431,7 +420,19 @@ class EdgeScoreTrainer(CircuitTrainer):
 
     @abstractmethod
     def steps(self, options: Mapping[str, Constant]) -> int:
-        """Return the number of points of `path` at which gradients are taken."""
+        """Return the number of points at which gradients are taken."""
+
+
+class EdgeScoreTrainer(EffectScoreTrainer):
+    """A circuit of the edges with the largest estimated effects."""
+
+    declares = "circuit"
+    report = CircuitReport
+    path: ClassVar[Literal["inputs", "activations"] | None] = None
+    """What moves from the run `from` to the clean run while gradients are taken: the embedding, or
+    the outputs of one module after another; None for gradients of the clean run."""
+    backward: ClassVar[BackwardRules | None] = None
+    """Changes of the derivatives."""
 
     def differentiates(self, options: Mapping[str, Constant]) -> Differentiated:
         return "edited runs" if self.steps(options) > 1 else "clean run"
@@ -441,15 +442,32 @@ class EdgeScoreTrainer(CircuitTrainer):
         """Return how the edges are selected."""
 
 
+class NodeScoreTrainer(EffectScoreTrainer):
+    """A group of the sites, positions, features or dimensions with the largest estimated
+    effects."""
+
+    declares = "group"
+    report = NodeReport
+    integrates: ClassVar[bool] = False
+    """Whether gradients are the mean over midpoints of the line from the clean run to the other
+    values, on which all candidates of a site and layer move together; otherwise, they are those of
+    the clean run."""
+
+    def differentiates(self, options: Mapping[str, Constant]) -> Differentiated:
+        return "edited runs" if self.integrates else "clean run"
+
+
 SearchLevel = Literal["blocks", "heads", "inputs", "edges"]
 """Edges that a search ablates together: those from all heads or the MLP of a layer, from one head,
 into one query, key or value, or single ones."""
 
 
-class EdgeSearchTrainer(CircuitTrainer):
+class EdgeSearchTrainer(ScoringTrainer):
     """A circuit of the edges that a search leaves, which ablates one edge or group of edges after
     another and measures each time."""
 
+    declares = "circuit"
+    report = CircuitReport
     levels: ClassVar[tuple[SearchLevel, ...]] = ("edges",)
     """What a search with a threshold ablates, from coarse to fine."""
 
@@ -472,6 +490,7 @@ TRAINER_KINDS: tuple[type[Trainer], ...] = (
     MaskTrainer,
     EdgeScoreTrainer,
     EdgeSearchTrainer,
+    NodeScoreTrainer,
     LensTrainer,
     ProbeTrainer,
 )

@@ -520,7 +520,8 @@ def check_mask_rows(mask: TrainedMask, definition: spec.Basis) -> Diagnostic | N
 
 
 def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
-    """Return E0342 for a mask that chooses all of its candidates, or more; scores rank all."""
+    """Return E0342 for a mask that chooses all of its candidates, or more; a circuit by scores of
+    edges may have all."""
     training, count = mask.training, len(mask.candidates)
     trainer = training.trainer_of(ChoosingTrainer)
     size = trainer.size(training.of_trainer)
@@ -857,7 +858,10 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     where = objective.spec.differentiated
     if where == "nowhere":
         return
-    hint = ", or take the gradients along a path: `eap_ig(size: 20, steps: 5)`"
+    path = "eap_ig(size: 20, steps: 5)"
+    if _statement(objective) == "group":
+        path = "integrated_gradients(size: 4, steps: 16)"
+    hint = f", or take the gradients along a path: `{path}`"
     problem = find_flat_part(
         measure, objective.spec.base, at_base=where == "clean run", along_path=hint
     )

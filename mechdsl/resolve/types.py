@@ -11,7 +11,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from math import prod
+from math import isnan, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
@@ -30,10 +30,10 @@ from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import Generation
 from mechdsl.program.trainers import (
-    CircuitTrainer,
     EditTrainer,
     RotationTrainer,
     ScaleTrainer,
+    ScoringTrainer,
     Trainer,
     TrainerT,
 )
@@ -546,15 +546,24 @@ class TrainedMask(Trained, Record):
     made: str = field(default="", compare=False)
     """How it was trained, for conventions."""
     scores: tuple[float, ...] = field(default=(), compare=False)
-    """Of each candidate, once it is trained: the probability of its gate; of an edge of a circuit
-    without gates, the change of the measure if the edge carries the other value."""
+    """Of each candidate, once it is trained: the probability of its gate; without gates, the change
+    of the measure if the edge carries the other value or the node has it, and NaN for a node that
+    no training row changes."""
 
     @property
     def keeps(self) -> bool:
         """Whether the candidates that aren't chosen are written in training, instead of the
         chosen."""
-        circuit = isinstance(self.training.trainer, CircuitTrainer)
-        return circuit or bool(self.training.of_trainer.get("keep", False))
+        return self.is_scored or bool(self.training.of_trainer.get("keep", False))
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its candidates have scores instead of gates with probabilities."""
+        return isinstance(self.training.trainer, ScoringTrainer)
+
+    def can_choose(self, score: float) -> bool:
+        """Whether a candidate with a score of `scores` can be chosen: it changes a training row."""
+        return not isnan(score) if self.is_scored else score > 0
 
     @property
     def noun(self) -> str:
@@ -581,7 +590,7 @@ class TrainedMask(Trained, Record):
         if places:
             own = len(self.candidates) // len(places)
             every += f" ({own:,} at each of {count_noun(len(places), 'position')})"
-        if not self.digest and isinstance(self.training.trainer, CircuitTrainer):
+        if not self.digest and self.is_scored:
             return f"{self.training.trainer.name} over {every}"
         return f"{self.training.trainer.name} of {len(self.chosen):,} of {every}"
 

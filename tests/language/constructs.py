@@ -801,6 +801,23 @@ _file(
     "arXiv 2104.03514",
 )
 _file(
+    "group: by scores of sites",
+    "group g = fit(atp(size: 2), prompts: fruit, with: zero, minimise: loss) at layers * heads *",
+    "The sites, positions, features or dimensions that have the largest scores in size: the "
+    "difference between the other value and that of the clean run, times the gradient of the "
+    "metric, summed over tokens and averaged over training rows. `atp` takes the gradient in the "
+    "clean run, like `using atp`; `integrated_gradients(size: 2, steps: 16)` takes the mean at the "
+    "midpoints of `steps` steps to the other value, on which all candidates of a site and layer "
+    "move together. Instead of `size`, `faithfulness: 0.9` selects the smallest group in this "
+    "order whose faithfulness on the training rows exceeds 0.9. `batch` (32) and `validation` "
+    "(20%) are the options of `fit`; other values are as for a trained mask. The table has the "
+    "mean of the metric over held-out rows while all other candidates are written (`kept`), and "
+    "while the group is (`written`).",
+    "tests/pipeline/test_node_scores.py",
+    "Nanda 2023, Attribution patching; Shrikumar et al. 2016, arXiv 1605.01713; Sundararajan et "
+    "al. 2017, arXiv 1703.01365",
+)
+_file(
     "circuit: trained",
     "circuit c = fit(mask(size: 2), prompts: fruit, with: zero, minimise: loss)",
     "The edges that a mask chooses from all edges of the model, as it chooses the sites of a "
@@ -865,7 +882,7 @@ _file(
 _file(
     "group: a trained mask of positions",
     "group g = fit(mask(size: 1), prompts: fruit.train, with: mean, minimise: loss) "
-    "at resid_post layer 1 at each item token, last token",
+    "at embed at each item token",
     "With one site and several positions, a mask chooses positions, the same for all rows. Rules "
     "use them at any site: `at g tokens` are the tokens of all chosen positions together, "
     "`at each g token` are one run for each. Each position has one gate. Positions that share a "

@@ -28,7 +28,7 @@ from mechdsl.execute import mask_training, objective_rows
 from mechdsl.execute.mask_training import (
     CircuitMeter,
     EdgeRows,
-    EdgeScoring,
+    EffectScoring,
     SizeSearch,
     find_circuit,
     open_edges,
@@ -111,7 +111,8 @@ def open_rows(path: Path, model: Any, side: Any = None) -> tuple[TrainedMask, Ed
 def score(mask: TrainedMask, found: EdgeRows, passes: list[int] | None = None) -> Floats:
     """Return [edge] scores; append the number of finished rows after each pass to `passes`."""
     trainer = mask.training.trainer_of(EdgeScoreTrainer)
-    scoring = EdgeScoring(found, trainer, trainer.steps(mask.training.of_trainer))
+    steps = trainer.steps(mask.training.of_trainer)
+    scoring = EffectScoring(found, lambda part: found.score(part, trainer, steps))
     for _ in scoring.run():
         if passes is not None:
             passes.append(scoring.progress[0])
@@ -263,21 +264,21 @@ def test_edge_scoring_resumes_after_an_interruption(
     path = write(tmp_path, fit("validation: 0%, batch: 1"), PATCHES)
     (whole,) = train(path)
     content = (whole.folder / "mask.json").read_bytes()
-    score_rows, steps = EdgeRows.score, EdgeScoring.progress.fget
+    score_rows, steps = EdgeRows.score, EffectScoring.progress.fget
     scored: list[int] = []
 
     def recorded(self: EdgeRows, rows: Ints, *given: Any) -> Floats:
         scored.extend(rows.tolist())
         return score_rows(self, rows, *given)
 
-    def interrupted(self: EdgeScoring) -> tuple[int, int]:
+    def interrupted(self: EffectScoring) -> tuple[int, int]:
         if len(scored) == 2:
             raise KeyboardInterrupt
         assert steps is not None
         return steps(self)
 
     monkeypatch.setattr(EdgeRows, "score", recorded)
-    monkeypatch.setattr(EdgeScoring, "progress", property(interrupted))
+    monkeypatch.setattr(EffectScoring, "progress", property(interrupted))
     with pytest.raises(KeyboardInterrupt):
         train(path, fresh=True)
     (again,) = train(path, fresh=True)
