@@ -39,20 +39,23 @@ from mechdsl.planner.graph import (
     run_with_dependencies,
     unpatched_forward,
 )
+from mechdsl.planner.inert import (
+    InertWrites,
+    find_equal_cells,
+    find_inert_writes,
+    inert_cells,
+    inert_rows,
+)
 from mechdsl.planner.rows import (
     ALL_TOKENS,
     NEWEST_TOKEN,
     NO_TOKENS,
-    InertWrites,
     PathPlan,
     RaggedColumn,
     RowTable,
     RulePlan,
     TokenHits,
     count_columns,
-    find_inert_writes,
-    inert_cells,
-    inert_rows,
 )
 from mechdsl.program.spec import SEED_AXIS, Generation
 from mechdsl.prompts.rows import PromptTable
@@ -114,6 +117,9 @@ class ExperimentPlan:
     """Per rule, its writes that have no effect."""
     inert: NDArray[np.bool_]
     """Per cell, whether its structure makes all of its rows equal to the base run."""
+    inert_of: tuple[NDArray[np.bool_], ...]
+    """Per measure and cell, whether the structure fixes its effect: the rows equal the base run
+    where it is read, or the run that the effect of a circuit is compared with."""
     items: tuple[ItemNumber, ...]
     """Per cell, its occurrence number, if an axis is over occurrences."""
     drawn: NDArray[np.bool_] | None = None
@@ -439,6 +445,7 @@ def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
         if axis.items:
             items = [axis.items[i] for i in by_name[axis.name]]
     inert_runs = tuple(find_inert_writes(experiment, plan) for plan in rules)
+    inert = inert_cells(inert_runs, rules, count)
     return ExperimentPlan(
         experiment=experiment,
         runs=tuple(forward.run for forward in each.runs),
@@ -446,10 +453,37 @@ def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
         rules=rules,
         lowest=_lowest(experiment, rules, count),
         inert_runs=inert_runs,
-        inert=inert_cells(inert_runs, rules, count),
+        inert=inert,
+        inert_of=tuple(
+            inert | _find_inert(experiment, rules, number, by_name, count)
+            for number in range(len(experiment.measures))
+        ),
         items=tuple(items),
         drawn=_there(experiment, by_name, count),
     )
+
+
+def _find_inert(
+    experiment: ResolvedExperiment,
+    rules: Sequence[RulePlan],
+    number: int,
+    by_name: Mapping[str, Ints],
+    count: int,
+) -> NDArray[np.bool_]:
+    """Return whether the structure of each cell fixes the effect of one measure. Shape [cell]."""
+    measure = experiment.measures[number]
+    inert = [find_inert_writes(experiment, plan, measure) for plan in rules]
+    found = inert_cells(inert, rules, count)
+    of_effect = [each for each in experiment.circuit_baselines.items() if number in each[1].numbers]
+    for which, baseline in of_effect[-1:]:  # the circuit, if it is one of two
+        shape = experiment.model.shape
+        others = [
+            plan if rule is plan.rule else _rule_plan(rule, by_name, count, shape)
+            for plan, rule in zip(rules, baseline.experiment.rules, strict=True)
+        ]
+        equal = find_equal_cells(experiment, rules, others, measure, count)
+        found = equal if which == "circuit" else found | equal
+    return found
 
 
 def _there(

@@ -1,8 +1,8 @@
-"""Rules and rows as columns of integers, and the rows that must equal the base run."""
+"""Rules and rows as columns of integers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -21,7 +21,6 @@ from mechdsl.resolve.types import (
     FittedBasis,
     FittedVector,
     JacobianBasis,
-    ResolvedExperiment,
     ResolvedRule,
     SiteLayer,
     SitePoint,
@@ -408,207 +407,10 @@ CARRIED_STAGES = ("stream", "norm", "key")
 OWN_TOKEN_STAGES = (*CARRIED_STAGES, "query")
 """Stages of the first block that depend only on the position's own token."""
 
-MIDDLE_BLOCKS, ABOVE_ATTENTION, BELOW_ATTENTION = range(3)
-"""Range of writes: middle blocks, above the last attention, below the first attention."""
-
-
-@dataclass(frozen=True, eq=False)
-class InertWrites:
-    """Writes of one rule that can't affect any measurement."""
-
-    where: Ints
-    """Range of the writes, shape [site combination]; `MIDDLE_BLOCKS` unless all are elsewhere."""
-    runs: Bools
-    """Shape [range, run of the rule's positions]."""
-    never: bool = False
-    """Whether rows always differ from the base run's, because their replies are sampled separately
-    or the results aren't effects."""
-
-
-def find_inert_writes(experiment: ResolvedExperiment, plan: RulePlan) -> InertWrites:
-    """Determine, for every run of a rule's positions, whether writes there have no effect."""
-    runs = len(plan.written.tokens.offsets) - 1
-    combinations = len(plan.points.offsets) - 1
-    said = experiment.generation
-    estimator = experiment.spec.estimator
-    # A gradient exists whatever is written.
-    never = (said is not None and said.sampled) or (
-        estimator is not None and not estimator.kind.is_effect
-    )
-    nothing = plan.rule.sites is None or plan.rule.does.changes == "nothing"
-    apart = experiment.model.shape.encodes_apart or plan.rule.in_vision
-    if nothing or apart:  # tokens of an encoder see later ones
-        none = np.zeros((3, runs), dtype=np.bool_)
-        return InertWrites(np.zeros(combinations, dtype=np.int64), none, never)
-    keys, _ = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
-    _, token = plan.written.tokens.expand(np.arange(runs))
-    of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
-    prompt = (keys % plan.written.prompts)[of_run]
-    none = np.zeros(len(token), dtype=np.bool_)
-    ahead = experiment.looks_ahead or experiment.mixes_images
-    causal = experiment.model.shape.causal and not ahead
-    same = alike = none
-    shared = _shared_prefix(experiment, plan.rule)
-    if shared is not None:
-        at_the_same = token == plan.read.tokens.values
-        same = at_the_same & (token < shared[prompt]) if causal else none
-        equal = _equal_tokens(experiment, plan.rule)
-        inside = token < equal.shape[1]
-        alike = at_the_same & inside & equal[prompt, np.where(inside, token, 0)]
-    unread = elsewhere = none
-    reads = _read_positions(experiment)
-    if reads is not None:
-        last = reads.shape[1] - 1 - reads[:, ::-1].argmax(axis=1)
-        unread = token > last[prompt] if causal else none
-        seen = token < reads.shape[1]
-        elsewhere = unread | ~seen | ~reads[prompt, np.where(seen, token, 0)]
-    elif causal:
-        unread = elsewhere = token >= _ends(experiment)[prompt]
-    last_layer = experiment.model.shape.n_layers - 1
-    where = np.full(combinations, MIDDLE_BLOCKS)
-    if plan.paths is None:
-        where[_all_points(plan, lambda point: _is_above_attention(point, last_layer))] = (
-            ABOVE_ATTENTION
-        )
-    elif plan.paths.at_the_end:  # all attention is frozen
-        where[:] = ABOVE_ATTENTION
-    where[_all_points(plan, is_below_attention)] = BELOW_ATTENTION
-    tokens = (same | unread, same | elsewhere, alike | unread)
-    found = np.stack([_all_of(mask, of_run, runs) for mask in tokens])
-    if plan.rule.acts_later:
-        found &= plan.follows[keys // plan.written.prompts] == NO_TOKENS
-    return InertWrites(where, found, never)
-
-
-def inert_rows(inert: Sequence[InertWrites], rules: Sequence[RulePlan], rows: RowTable) -> Bools:
-    """Return whether all writes of a row have no effect. Shape [row]."""
-    found = np.full(len(rows), _may_be(inert), dtype=np.bool_)
-    for one, plan in zip(inert, rules, strict=True):
-        dead = one.runs[one.where[plan.site_of_cell[rows.cell]], plan.written_runs(rows)]
-        if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
-            none = plan.keys.tokens.counts(plan.key_runs(rows)) == 0
-            dead |= none & (plan.keys_follow[plan.key_of_cell[rows.cell]] == NO_TOKENS)
-        dead |= plan.rule.does.unchanged(plan.amounts)[rows.cell]
-        found &= dead | ~plan.acts(rows)
-    return found
-
-
-def _may_be(inert: Sequence[InertWrites]) -> bool:
-    return bool(inert) and not any(one.never for one in inert)
-
-
-def _changes_edges(plan: RulePlan) -> bool:
-    """Whether it changes edges to keys, which may be absent."""
-    return plan.rule.does.changes == "edges"
-
-
-def inert_cells(inert: Sequence[InertWrites], rules: Sequence[RulePlan], count: int) -> Bools:
-    """Return whether all writes of a cell's rows have no effect. Shape [cell]."""
-    found = np.full(count, _may_be(inert), dtype=np.bool_)
-    for one, plan in zip(inert, rules, strict=True):
-        key, run = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
-        dead = np.ones((3, len(plan.positions)), dtype=np.bool_)
-        for where in range(3):
-            np.logical_and.at(dead[where], key // plan.written.prompts, one.runs[where, run])
-        own = dead[one.where[plan.site_of_cell], plan.position_of_cell]
-        if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
-            key, run = plan.keys.runs.expand(np.arange(len(plan.keys.runs.offsets) - 1))
-            none = np.ones(int(plan.key_of_cell.max()) + 1, dtype=np.bool_)
-            empty = plan.keys.tokens.counts(run) == 0
-            np.logical_and.at(none, key // plan.keys.prompts, empty)
-            own |= (none & (plan.keys_follow == NO_TOKENS))[plan.key_of_cell]
-        own |= plan.rule.does.unchanged(plan.amounts)
-        found &= own if plan.active is None else own | ~plan.active
-    return found
-
-
-def _all_of(mask: Bools, group: Ints, count: int) -> Bools:
-    """Return whether all members of a group satisfy the mask. Shape [group]."""
-    found = np.ones(count, dtype=np.bool_)
-    np.logical_and.at(found, group, mask)
-    return found
-
-
-def _all_points(plan: RulePlan, holds: Callable[[SitePoint], bool]) -> Bools:
-    """Return whether all sites of a combination satisfy a condition. Shape [site combination]."""
-    found = np.array([holds(point) for point in plan.point_table], dtype=np.bool_)
-    combinations = len(plan.points.offsets) - 1
-    index, point = plan.points.expand(np.arange(combinations))
-    return _all_of(found[point], index, combinations)
-
-
-def _is_above_attention(point: SitePoint, last_layer: int) -> bool:
-    on_top = point.layer == last_layer and SITES[point.site].stage not in CARRIED_STAGES
-    return on_top or SITES[point.site].when == "output"
-
 
 def is_below_attention(point: SitePoint) -> bool:
     made_of_own = SITES[point.site].stage in OWN_TOKEN_STAGES
     return point.site == "embed" or (point.layer == 0 and made_of_own)
-
-
-def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
-    """Return the base run's measured positions, shape [prompt, position]; None for all."""
-    if experiment.model.shape.output_at == "image":
-        return None  # a classification head may pool the patches
-    base = experiment.spec.base
-    lengths = experiment.table.runs[base].lengths
-    found = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)
-    if experiment.generation is not None:
-        found[np.arange(len(lengths)), lengths - 1] = True
-    for measure in experiment.measures:
-        if any(atom.form.takes in ("prompt", "continuation") for atom in measure.atoms):
-            return None
-        if measure.reply is not None:
-            continue
-        at = measure.at.get(base)
-        found[np.arange(len(lengths)), lengths - 1 if at is None else np.asarray(at)] = True
-    return found
-
-
-def _ends(experiment: ResolvedExperiment) -> Ints:
-    """Return the first position after each prompt. Shape [prompt]."""
-    appended = np.zeros(len(experiment.table), dtype=np.int64)
-    for measure in experiment.measures:
-        for atom in measure.atoms:
-            if atom.texts:
-                appended = np.maximum(appended, atom.appended)
-    return experiment.table.runs[experiment.spec.base].lengths + appended
-
-
-def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints | None:
-    """Return the number of leading tokens that source and base share, shape [prompt]; None if the
-    rule isn't a patch between two plain prompts."""
-    source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
-    if not rule.does.copies or source.noise is not None or base.noise is not None:
-        return None
-    if rule.sites is not None and rule.sites.sources is not None:  # the source is in another layer
-        return None
-    if source.model != base.model:
-        return None
-    if source is not base and (source.derived is not None or base.derived is not None):
-        return None  # equal tokens, but with rules
-    if source is base:
-        return base.lengths
-    shared: list[int] = []
-    for a, b in zip(source.rows, base.rows, strict=True):
-        same = 0
-        for x, y in zip(a.ids, b.ids, strict=False):
-            if x != y:
-                break
-            same += 1
-        shared.append(same)
-    return np.array(shared, dtype=np.int64)
-
-
-def _equal_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> Bools:
-    """Return whether source and base have the same token. Shape [prompt, position]."""
-    source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
-    found = np.zeros((len(base.rows), max(len(row.ids) for row in base.rows)), dtype=np.bool_)
-    for prompt, (a, b) in enumerate(zip(source.rows, base.rows, strict=True)):
-        equal = [x == y for x, y in zip(a.ids, b.ids, strict=False)]
-        found[prompt, : len(equal)] = equal
-    return found
 
 
 def iter_basis_fits(

@@ -370,7 +370,8 @@ class MeasureDocument(DocumentPart):
     )
     inert: Literal[True] | None = Field(
         default=None,
-        description="the cell can't differ from the base run and isn't part of the correction",
+        description="the cell can't differ from the base run, or in effects of circuits from the "
+        "run that they compare with, and isn't part of the correction",
     )
     rounding: float | None = Field(
         default=None,

@@ -554,7 +554,7 @@ def _reason(
     elif np.isfinite(found.mean[cell]) and not np.isfinite(found.low[cell]):
         said.append(gap)
     if data.inert[cell]:
-        said.append("cannot differ from the base run: not tested")
+        said.append(f"cannot differ from {effect.name_inert_runs('the base run')}: not tested")
     elif not effect.tested:
         said.append(f"`{effect.name}` is not a difference: no p")
     return "; ".join(said) or None

@@ -65,6 +65,16 @@ class EffectKind(Record):
         """Whether it is an effect of the rules that is 0 if they change nothing."""
         return self.of_intervention and self.tested and self.circuit is None
 
+    def name_inert_runs(self, base: str) -> str:
+        """Name the runs of which an inert cell equals one.
+
+        Args:
+            base: Name of the base run.
+        """
+        if self.from_circuit:
+            return "the circuit"
+        return base if self.circuit is None else f"{base} or ∅"
+
     @property
     def circuit_baselines(self) -> tuple[CircuitBaseline, ...]:
         """The further runs that it depends on."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mechdsl.vocab.effects import EFFECTS
+
 from ..quick import in_turn
 from ..reference.forward import Write
 from .support import (
@@ -28,9 +30,14 @@ from .support import (
 AT_CUE = "measure logit(answer) - logit(wrong) at cue token as delta"
 
 
-def marks(folder: Path, *lines: str, mode: str = "planned", family: str = "gpt2") -> list[bool]:
-    """The marks of an experiment's cells; marked ones have no effect, the others have one."""
-    text = experiment("e", "prompts p", *lines)
+def marks(
+    folder: Path, *lines: str, mode: str = "planned", family: str = "gpt2", before: str = ""
+) -> list[bool]:
+    """The marks of an experiment's cells; marked ones have no effect, the others have one.
+
+    before: statements of the file before the experiment.
+    """
+    text = before + experiment("e", "prompts p", *lines)
     options = MODES[mode]
     found = run_file(text, folder, bare(family), options)["e"]
     measure = found.measures[0]
@@ -188,3 +195,113 @@ def test_inert_row_of_a_cell_that_is_not_inert_equals_the_base_run(folder: Path)
     effects = np.abs(found.patched - found.base)[0]
     assert effects[0] == 0
     assert (effects[1:] > 1e-3).all()
+
+
+# --- one of several measures ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_measure_of_a_later_token_keeps_the_marks_of_other_measures(
+    folder: Path, mode: str
+) -> None:
+    rule = "patch attn_out layer 1 at subject token, cue token, last token"
+    text = "".join(
+        experiment(name, "prompts p", "from longer into clean", rule, *measures)
+        for name, measures in {"alone": [AT_CUE], "both": [AT_CUE, DIFFERENCE]}.items()
+    )
+    found = run_file(text, folder, bare("gpt2"), MODES[mode])
+    (alone,), both = found["alone"].measures, found["both"].measures
+    assert alone.inert.tolist() == both[0].inert.tolist() == [False, False, True]
+    assert both[1].inert.tolist() == [False, False, False]
+    np.testing.assert_allclose(both[0].patched, alone.patched, atol=1e-4)
+    assert (both[0].patched[2] == both[0].base[-1]).all(), "without rounding"
+    assert (np.abs(both[1].patched[2] - both[1].base[-1]) > 1e-3).any()
+
+
+def test_measure_of_a_prompt_does_not_depend_on_rules_in_replies(folder: Path) -> None:
+    lines = (
+        "generate 2",
+        "scale attn_out layer 1 at cue token, last token by 3",
+        "measure logit(answer) at cue token as delta",
+        "measure length as delta",
+    )
+    text = experiment("e", "prompts p", *lines)
+    measures = run_file(text, folder, bare("gpt2"))["e"].measures
+    assert [data.inert.tolist() for data in measures] == [[False, True], [False, False]]
+
+
+# --- edges of circuits ----------------------------------------------------------------------------
+
+PLACED = """circuit c = L0H1 -> L1H2.v at cue token, L0H2 -> L2H1.q,
+  L1H0 -> logits, L1H2 -> logits, L2H1 -> logits
+"""
+HEADS = "layers * heads *"
+AT_THREE = "at subject token, cue token, last token with zero"
+
+
+@pytest.mark.parametrize(
+    ("edges", "rule", "marked"),
+    [
+        ("L0H1 -> L1H2.v at cue token", f"ablate c {AT_THREE}", [True, False, True]),
+        ("L0H1 -> L1H2.v at cue token", "ablate c at {cue token, last token} with zero", [False]),
+        ("L0H2 -> L2H1.q", f"ablate c {AT_THREE}", [True, True, False]),
+        ("L0H2 -> L2H1.k", f"ablate c {AT_THREE}", [False, False, False]),
+        ("L0H2 -> L2H1.v", f"ablate c {AT_THREE}", [False, False, False]),
+        ("L0H2 -> L1H1.q", f"ablate c {AT_THREE}", [False, False, False]),
+        ("L1H2 -> L1.mlp", f"ablate c {AT_THREE}", [False, False, False]),
+        ("L1H2 -> L2.mlp, L0H2 -> logits", f"ablate c {AT_THREE}", [True, True, False]),
+        ("embed -> L2.mlp, embed -> L2H0.k", f"ablate c {AT_THREE}", [False, False, False]),
+        (
+            "L0H1 -> L1H2.v at cue token, L1H0 -> logits at last token",
+            f"ablate c without each edge {AT_THREE}",
+            [True, True, False, True, False, True],
+        ),
+    ],
+)
+@pytest.mark.parametrize("mode", ["planned", "plain"])
+def test_ablation_of_edges_that_no_measured_token_depends_on_is_inert(
+    folder: Path, edges: str, rule: str, marked: list[bool], mode: str
+) -> None:
+    before = f"circuit c = {edges}\n"
+    assert marks(folder, rule, DIFFERENCE, mode=mode, before=before) == marked
+
+
+def test_query_read_at_its_token_is_not_inert(folder: Path) -> None:
+    rule = "ablate c at cue token, last token with zero"
+    assert marks(folder, rule, AT_CUE, before="circuit c = L0H2 -> L2H1.q\n") == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("effect", "rule", "marked", "values"),
+    [
+        ("completeness", f"ablate c {AT_THREE}", [True, False, False], {0: 1}),
+        (
+            "minimality",
+            "ablate all but c without each edge at cue token, last token with zero",
+            [False, True, *[True, False] * 4],
+            dict.fromkeys((1, 2, 4, 6, 8), 0),
+        ),
+        (
+            "faithfulness",
+            f"for n in 0..2 {{ ablate {HEADS} except top n of pick at last token with zero }}",
+            [True, False, False],
+            {0: 0},
+        ),
+    ],
+)
+@pytest.mark.parametrize("mode", ["planned", "plain"])
+def test_cell_that_ablates_like_a_baseline_of_a_circuit_is_inert(
+    folder: Path, effect: str, rule: str, marked: list[bool], values: dict[int, float], mode: str
+) -> None:
+    text = PLACED + experiment(
+        "pick", "prompts p", "ablate layer * head * at cue token with zero", DIFFERENCE
+    )
+    text += experiment("e", "prompts p", rule, DIFFERENCE.replace("delta", effect))
+    found = run_file(text, folder, bare("gpt2"), MODES[mode])["e"]
+    assert found.measures[0].inert.tolist() == marked
+    data = found.measures[0]
+    means = (run.mean(1) for run in (data.patched, data.base, data.source) if run is not None)
+    shares = EFFECTS[effect].of_means(*means)
+    assert shares[data.inert] == pytest.approx(list(values.values()), abs=1e-4)
+    assert (np.abs(shares[~data.inert]) > 1e-5).all()
+    assert np.isnan(found.statistics[0].p_corrected[data.inert]).all()

@@ -313,11 +313,12 @@ class MeasuredValues:
         self.with_changes[changing] = True
         self.inactive += len(inactive)
 
-    def find_inert_cells(self, plan: ExperimentPlan) -> Bools:
-        """Return [cell] whether all rows of a cell equal the base run."""
+    def find_inactive_cells(self) -> Bools | bool:
+        """Return [cell] whether all rows of a cell equal the base run, since the changed features
+        of some are 0."""
         if self.with_inactive is None or self.with_changes is None:
-            return plan.inert
-        return plan.inert | (self.with_inactive & ~self.with_changes)
+            return False
+        return self.with_inactive & ~self.with_changes
 
     def saw(self, found: Iterable[UnusableRow]) -> None:
         """Record unusable rows; the first report of a row stays."""

@@ -484,20 +484,23 @@ def _collect_measures(
         truth = None
         if resolved.truth is not None:
             truth = np.array([[resolved.truth[i] for i in kept]], dtype=np.float64)
+        base = expand_base_values(plan, measured, experiment.spec.base, number)
+        values = measured.patched[number]
+        if EFFECTS[said.effect].circuit is None:  # without rounding if another measure needs a row
+            equal = plan.inert_of[number] & ~plan.inert
+            values = np.where(equal[:, None] & ~np.isnan(values), base, values)
         yield MeasureData(
             label=resolved.label,
             metric=resolved.text,
             effect=said.effect,
             kind=resolved.kind,
             per_prompt=said.per_prompt,
-            patched=_mask_absent_rows(measured.patched[number][there], resolved, kept),
-            base=_select_cells(
-                there, expand_base_values(plan, measured, experiment.spec.base, number)
-            ),
+            patched=_mask_absent_rows(values[there], resolved, kept),
+            base=_select_cells(there, base),
             source=None
             if source is None
             else _select_cells(there, expand_base_values(plan, measured, source, number)),
-            inert=measured.find_inert_cells(plan)[there],
+            inert=(plan.inert_of[number] | measured.find_inactive_cells())[there],
             truth=truth,
             unit=resolved.unit if estimator is None or estimator.kind.keeps_unit else "",
             # The effect of rounding on an estimate is unknown: no cell's metric was computed.

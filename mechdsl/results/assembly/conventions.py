@@ -424,7 +424,7 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
         yield "planner", f"{said}blocks, outside their outputs"
     if measured.with_inactive is not None:
         there = int(plan.exists.sum())
-        still = int((measured.find_inert_cells(plan) & ~plan.inert & plan.exists).sum())
+        still = int((measured.find_inactive_cells() & ~plan.inert & plan.exists).sum())
         yield (
             "inactive",
             f"{still:,} of {there:,} cells, and {measured.inactive:,} of {measured.rows:,} rows in "

@@ -316,7 +316,7 @@ class PlannedUnits:
     """Units of one measure."""
 
     counts: Ints
-    """Number of units of each cell that can differ from the base run. Shape [cell]."""
+    """Number of units of each cell whose effect the structure doesn't fix. Shape [cell]."""
     codes: Ints
     """Unit of each row, in a cell with the most units. Shape [row]."""
 
@@ -343,7 +343,7 @@ def plan_units(
     for cells, units in every.items():
         counts[list(cells)] = units.held(present[list(cells)])
     most = max(every.values(), key=lambda units: units.count, default=sampling.units())
-    return PlannedUnits(counts[~plan.inert[there]], most.codes[0])
+    return PlannedUnits(counts[~plan.inert_of[number][there]], most.codes[0])
 
 
 def plan_sampling(experiment: ResolvedExperiment, kept: Ints) -> SamplingDesign:

@@ -403,14 +403,17 @@ def centre_note(result: ExperimentResult) -> str | None:
 
 def inert_note(result: ExperimentResult, measure: int) -> str | None:
     """Count the cells that were omitted because they can't differ."""
+    from mechdsl.vocab.effects import EFFECTS
+
     count = int(np.count_nonzero(result.measures[measure].inert))
     if not count:
         return None
     cells, they = ("1 cell is", "it") if count == 1 else (f"{count} cells are", "they")
     verb = "is" if count == 1 else "are"
+    runs = EFFECTS[result.measures[measure].effect].name_inert_runs(result.base)
     return (
-        f"{cells} inert: {they} can't differ from {result.base}, so {they} {verb} neither tested "
-        "nor corrected for"
+        f"{cells} inert: {they} can't differ from {runs}, so {they} {verb} neither tested nor "
+        "corrected for"
     )
 
 
