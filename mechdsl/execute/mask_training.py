@@ -895,12 +895,21 @@ class EdgeRows(EdgeMaskRows):
             if senders[own.start : own.stop].any():
                 fills.append(replace(fill, values=fill.values.repeat(draws, 1, 1)))
                 columns += own
-        every = every[:, :, receivers][..., columns]
-        mask = every[0, 0]
-        if draws > 1 or len(every[0]) > 1:  # a mask for each vector
-            mask = every[:, self._places_of(rows)].flatten(0, 1)
+        every, places = every[:, :, receivers][..., columns], self._places_of(rows)
         ends = tuple(e for e, used in zip(self._ends, receivers.tolist(), strict=True) if used)
-        return [CircuitWrite(*self._places(rows, lanes), tuple(fills), ends, mask)]
+        lane, token = self._places(rows, lanes)
+        if draws > 1:
+            mask = every[:, places].flatten(0, 1)
+            return [CircuitWrite(lane, token, tuple(fills), ends, mask)]
+        found: list[CircuitWrite] = []
+        for number, mask in enumerate(every[0]):  # one mask for all tokens of a position
+            own = torch.nonzero(places == number).flatten()
+            parts = [
+                replace(each, values=each.values[own.to(each.values.device)]) for each in fills
+            ]
+            if mask.any():
+                found.append(CircuitWrite(lane[own], token[own], tuple(parts), ends, mask))
+        return found
 
 
 def open_edges(

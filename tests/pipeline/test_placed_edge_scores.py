@@ -146,6 +146,41 @@ def test_report_on_placed_circuit_equals_passes_with_its_edges(
     assert abs(report.trained - report.whole) > 1e-4
 
 
+def test_placed_circuits_in_one_pass_equal_passes_of_each(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(ALL_ROWS, at=", ".join(PLACES)), USE)
+    _, found = open_rows(path, double("llama"))
+    random = np.random.default_rng(0)
+    circuits = random.random((3, len(found.candidates))) < [[0.2], [0.5], [0.8]]
+    circuits[:, 0] = True
+    together = found.means_with(found.trained, circuits, 8)
+    alone = [found.mean_with(found.trained, np.flatnonzero(own).tolist()) for own in circuits]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    shares = torch.from_numpy(1.0 - circuits)
+    gates = [found.mean(found.trained, own, 8) for own in shares]
+    np.testing.assert_allclose(gates, alone, atol=1e-5)
+    assert np.ptp(alone) > 1e-3
+
+
+def test_faithfulness_selects_the_smallest_placed_circuit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingJob, "write_card", lambda *_: None)
+    line = fit(ALL_ROWS, call="eap(faithfulness: 0.5)", at=", ".join(COVERED))
+    path = write(tmp_path, line, USE)
+    mask, found = open_rows(path, double("llama"))
+    chosen, report = choose(mask, found, tmp_path)
+    numbers = [mask.candidates.index(each) for each in chosen]
+    ids = found.objective.table.row_ids
+    circuit, none = (
+        np.mean([circuit_value("llama", row, own, COVERED, "from: other") for row in ids])
+        for own in (chosen, ())
+    )
+    clean = found.mean(found.trained, None, 8)
+    assert (circuit - none) / (clean - none) > 0.5
+    assert found.mean_with(found.trained, numbers) == pytest.approx(circuit, abs=1e-6)
+    assert "the smallest circuit in this order with a faithfulness above 0.5" in report.made
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_each_selected_placed_edge_leads_to_the_measured_token(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
