@@ -807,9 +807,9 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
             later = "name what reads this norm: `q`, `k` and `v` of its heads"
         elif rule.path is not None and neurons:
             what = "a `path` together with a circuit with neurons"
-        elif rule.circuit is None and rule.does.changes == "sites" and layers & neurons:
+        elif rule.circuit is None and rule.does.changes == "sites" and neurons & layers:
             what = "a rule on the MLP of a layer in which neurons are nodes of a circuit"
-            later = f"name its neurons: `mlp_hidden layer {min(neurons)}`"
+            later = f"name its neurons: `mlp_hidden layer {min(neurons & layers)}`"
         elif rule.circuit is not None and rule is not rules[0] and rule.only is None:
             what, later = "a second circuit", "join the edges of both in one `circuit`"
         elif rule.circuit is None and rule.does.changes == "sites" and sites & {*READ_BY_RECEIVERS}:
