@@ -180,7 +180,8 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
     elif shape.encodes_apart and (rules is not None or said.kind.fixes_attention):
         what = f"`{experiment.model.name}`"
         reason = f"`{said.name}` is computed for one stack of blocks, without an encoder"
-        yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
+        hint = "write `using eap`" if experiment.has_path else OTHER_ESTIMATOR_HINT
+        yield _no_estimate(said, said.span, what, reason, hint)
     elif said.kind.drops_layers and (reason := _no_dropped_layers(shape)):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, "write `using atp_qk`")
@@ -381,6 +382,10 @@ def _of_path(
     assert rule.sites is not None
     assert own.site is not None
     assert own.receiver is not None
+    if said.steps is not None and experiment.model.shape.encodes_apart:
+        what, hint = f"`{experiment.model.name}`", "write `using eap`"
+        reason = f"`{said.name}` moves the input of one stack, but an encoder-decoder has two"
+        yield _no_estimate(said, said.span, what, reason, hint)
     if not all(_adds_up(here, path) for here in rule.sites.points.values()):
         what, reason = "these senders together", "the value of one replaces the change of another"
         hint = "sweep them: `layer *`, or `for s in [attn_out, mlp_out]`"
@@ -656,7 +661,7 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "clamp", "replace", "observe entropy", "observe distance", "observe received", "observe value",
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
     "observe cka", "observe probe", "observe prediction",
-    "observe logit_lens", "observe tuned_lens",
+    "observe logit_lens", "observe tuned_lens", "path",
 ))  # fmt: skip
 """Rules and observations that act on the stacks of an encoder-decoder."""
 
@@ -670,7 +675,6 @@ EDGES_HINT = (
 )
 
 _OTHER_STACK_HINTS = {
-    "path": EDGES_HINT,
     "allow": "remove it: the encoder sees all of its tokens, and the decoder all of the encoder's",
     "replace block": "its blocks also attend to the encoder: ablate `attn_out` and `mlp_out`",
     "observe rollout": "it multiplies the patterns of one text, but the decoder also attends to "

@@ -56,6 +56,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
+from mechdsl.syntax.words import STACKS
 from mechdsl.vocab.sites import SITES, SiteKind
 
 
@@ -836,7 +837,7 @@ def resolve_receivers(site: ast.Site, context: SiteContext) -> ResolvedSites:
     """Resolve the receivers of a path: a site, or heads' inputs (`q of top 2 of cie`)."""
     if site.ranked is not None and site.names:
         heads = ast.Site(ranked=site.ranked, span=site.ranked.span)
-    elif len(site.names) > 1 and not site.axes:
+    elif len(site.names) > 1 and not site.axes and site.names[1].id not in STACKS:
         heads = ast.Site((site.names[1],), span=site.names[1].span)
     else:
         return resolve_site(site, context)
@@ -937,19 +938,18 @@ def _points_of_head(
         alone: Whether no other point is named. If others are, a point for all heads is expanded
             into single heads, so that no head is named twice.
     """
+    name = f"{kind.name} {SITES[point.site].stack}".strip()
     if point.unit is None:
-        every = range(unit_count(shape, kind.name, point.layer))
-        yield from (
-            SitePoint(kind.name, point.layer, unit) for unit in ([None] if alone else every)
-        )
+        every = range(unit_count(shape, name, point.layer))
+        yield from (SitePoint(name, point.layer, unit) for unit in ([None] if alone else every))
         return
     own, other = (
         unit_count(shape, point.site, point.layer),
-        unit_count(shape, kind.name, point.layer),
+        unit_count(shape, name, point.layer),
     )
     if other <= own:
-        yield SitePoint(kind.name, point.layer, point.unit * other // own)
+        yield SitePoint(name, point.layer, point.unit * other // own)
         return
     shared = other // own
     first = point.unit * shared
-    yield from (SitePoint(kind.name, point.layer, first + i) for i in range(shared))
+    yield from (SitePoint(name, point.layer, first + i) for i in range(shared))

@@ -1294,20 +1294,31 @@ def select_reached(
 
 
 def precedes(sender: SitePoint, receiver: SitePoint, *, parallel: bool) -> bool:
-    """Return whether the sender's output is part of the stream that the receiver reads."""
-    if SITES[receiver.site].when == "output" or SITES[sender.site].when == "embedding":
+    """Return whether the sender's output is part of the stream that the receiver reads.
+
+    Keys and values of a decoder's attention to an encoder read the output of the encoder.
+    """
+    of, to = SITES[sender.site], SITES[receiver.site]
+    sends, reads = of.stack == "encoder", to.side == "source"
+    if sends or reads:
+        if not (sends and reads) or to.stack == "cross":
+            return sends and reads
+        of, to = SITES[of.component], SITES[to.component]
+    if to.when == "output" or of.when == "embedding":
         return True
     assert sender.layer is not None
     assert receiver.layer is not None
     if sender.layer != receiver.layer:
         return sender.layer < receiver.layer
-    if receiver.site == "resid_pre":  # the sender is this point or comes after it
+    if to.name == "resid_pre":  # the sender is this point or comes after it
         return False
-    if sender.site == "resid_pre":
+    if of.name == "resid_pre":
         return True
-    of_attention = sender.site in ("z", "head_out", "attn_out", "resid_mid")
-    in_mlp = receiver.site in ("mlp_norm", "mlp_hidden")
-    return in_mlp and of_attention and not parallel
+    in_mlp = to.name in ("mlp_norm", "mlp_hidden")
+    if of.stack == "cross":
+        return in_mlp
+    of_attention = of.name in ("z", "head_out", "attn_out", "resid_mid")
+    return of_attention and not parallel and (in_mlp or to.stack == "cross")
 
 
 AxisLabel = int | float | str

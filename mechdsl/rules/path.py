@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import product
 
 from mechdsl.diagnostics.rules import NoPath, NotOnAPath
+from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.resolve.cells import counts_from_end
 from mechdsl.resolve.runs import RuleKind
@@ -26,7 +27,7 @@ from mechdsl.resolve.types import (
     precedes,
     select_reached,
 )
-from mechdsl.rules.kinds import rule_kind
+from mechdsl.rules.kinds import check_one_side, rule_kind
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 from mechdsl.vocab.sites import SITES
@@ -82,11 +83,12 @@ def _describe_point(point: SitePoint) -> str:
     return f"`{' '.join(words)}`"
 
 
-def _sublayer(receiver: SitePoint, *, parallel: bool) -> tuple[int, bool]:
+def _sublayer(receiver: SitePoint, *, parallel: bool) -> tuple[int, int]:
     """Return the sublayer of a receiver; changes in one sublayer don't reach its other
     receivers."""
     assert receiver.layer is not None
-    return receiver.layer, receiver.site in ("mlp_norm", "mlp_hidden") and not parallel
+    in_mlp = receiver.site in ("mlp_norm", "mlp_hidden") and not parallel
+    return receiver.layer, 2 if in_mlp else int(SITES[receiver.site].stack == "cross")
 
 
 SENDERS = (
@@ -115,6 +117,9 @@ RECEIVERS = (
 
 OUTPUT_SITES = ("final_norm", "logits")
 
+_CROSS_SENDERS, _CROSS_RECEIVERS = ("z", "head_out", "attn_out"), ("attn_norm", "q", "k", "v")
+"""Sites of a decoder's attention to an encoder."""
+
 
 @rule_kind("path")
 class PathPatching(RuleKind, Intervention):
@@ -141,12 +146,10 @@ class PathPatching(RuleKind, Intervention):
             )
         for axis in (*axes, *(replace(axis, name=f"to_{axis.name}") for axis in more)):
             work.add_axis(axis)
-        positions = resolve_rule_positions(rule, run, work)
+        positions = resolve_rule_positions(rule, run, work.reading(senders))
         if senders is None or receivers is None or positions is None:
             return None
-        fine = _check_components(rule.site, senders, SENDERS, "start", work)
-        fine = _check_components(rule.receiver, receivers, RECEIVERS, "end", work) and fine
-        if not fine or not _check_path_exists(rule, senders, receivers, work):
+        if not _check_ends(rule, senders, receivers, work):
             return None
         whole = rule.frozen_norms or _has_later_neurons(rule, senders, work)
         path = PathTargets(receivers, rule.through_mlps, rule.frozen_norms)
@@ -157,6 +160,8 @@ class PathPatching(RuleKind, Intervention):
         elif _has_site(receivers, OUTPUT_SITES) and not _check_no_observation(rule, work):
             return None
         does: Intervention = FULL_PASS_PATH if whole else self
+        if work.model.shape.encodes_apart:
+            does = ENCODER_DECODER_PATH
         return ResolvedRule(
             spec=rule, does=does, run=run, sites=senders, positions=positions, path=path
         )
@@ -170,11 +175,15 @@ class PathPatching(RuleKind, Intervention):
         receiver = "" if rule.spec.receiver is None else rule.spec.receiver.span.written
         return f"to {receiver}{through}"
 
+    def _held(self, last: int) -> tuple[str, str]:
+        """Describe the heads and the MLPs that are held; last: the last layer."""
+        layers = f"of layers 0 to {last}"
+        return f"the heads (z) {layers}", f"the MLPs (mlp_out) {layers}"
+
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        last, path = n_layers - 1, _path_targets(rule)
-        held = [f"the heads (z) of layers 0 to {last}"]
-        if not path.through_mlps:
-            held.append(f"the MLPs (mlp_out) of layers 0 to {last}")
+        path = _path_targets(rule)
+        held = [*self._held(n_layers - 1)]
+        held = held[:1] if path.through_mlps else held
         free = ["MLPs"] if path.through_mlps else []
         free += [] if path.frozen_norms else ["norms"]
         how = f", {' and '.join(free)} recomputed" if free else ""
@@ -215,6 +224,19 @@ class FullPassPath(PathPatching, Intervention):
         yield Convention("passes", "rows of this `path` are full forward passes")
 
 
+class EncoderDecoderPath(PathPatching, Intervention):
+    """Path patching in an encoder-decoder, whose rows are full forward passes.
+
+    The decoder's attention to the encoder has heads that are held, too. Its keys and values read
+    the output of the encoder, so that a path from the encoder to the decoder ends there.
+    """
+
+    def _held(self, last: int) -> tuple[str, str]:
+        del last
+        heads = "the heads of the encoder (z encoder) and of the decoder (z, z cross)"
+        return heads, "the MLPs of both (mlp_out encoder, mlp_out)"
+
+
 def _path_targets(rule: ResolvedRule) -> PathTargets:
     assert rule.path is not None
     return rule.path
@@ -223,6 +245,25 @@ def _path_targets(rule: ResolvedRule) -> PathTargets:
 def _receiver_axis(name: str, axes: tuple[Axis, ...]) -> str:
     """Rename an axis of the receiver if the sender has one of that name."""
     return f"to_{name}" if name in {axis.name for axis in axes} else name
+
+
+def _check_ends(
+    rule: spec.Rule, senders: SiteTargets, receivers: SiteTargets, work: ExperimentContext
+) -> bool:
+    """Report the ends that a path can't have: E0334, E0317 and E0335."""
+    assert rule.site is not None
+    assert rule.receiver is not None
+    fine = _check_components(rule.site, senders, SENDERS, "start", work)
+    fine = _check_components(rule.receiver, receivers, RECEIVERS, "end", work) and fine
+    fine = fine and all(check_one_side(rule, ends, work) for ends in (senders, receivers))
+    return fine and _check_path_exists(rule, senders, receivers, work)
+
+
+def _names_of_stack(allowed: tuple[str, ...], stack: str) -> tuple[str, ...]:
+    """Return the names of a stack's sites, `z cross`, at which a path can start or end."""
+    if stack == "cross":
+        allowed = _CROSS_SENDERS if allowed is SENDERS else _CROSS_RECEIVERS
+    return tuple(f"{name} {stack}".strip() for name in allowed if stack == "" or name != "logits")
 
 
 def _check_components(
@@ -234,10 +275,12 @@ def _check_components(
 ) -> bool:
     """Report E0334 for a component at which a path can't start or end."""
     named = {p.site for points in targets.points.values() for p in points}
-    wrong = sorted(named - set(allowed))
+    there = {stack: _names_of_stack(allowed, stack) for stack in ("", "encoder", "cross")}
+    wrong = sorted(named - {name for names in there.values() for name in names})
     if not wrong:
         return True
-    listed = ", ".join(f"`{name}`" for name in allowed if name in work.sites.shape.sites)
+    names = there.get(SITES[wrong[0]].stack, allowed)
+    listed = ", ".join(f"`{name}`" for name in names if work.sites.shape.has(name, None))
     hint = f"write one of {listed}"
     if SITES[wrong[0]].stack == "vision":
         reason = "a path stays in the language model"
@@ -357,23 +400,41 @@ def _check_path_exists(
     assert rule.receiver is not None
     picked = [[p for here in ends.points.values() for p in here] for ends in (senders, receivers)]
     of, to = (next(iter(points), SitePoint("q", None, None)) for points in picked)
-    last = work.sites.shape.n_layers - 1
-    example = f"{to.site} layer {min((of.layer or 0) + 1, last)}"
-    example += " head *" if SITES[to.site].unit else ""
-    if of.layer == last:
-        example = "logits"
+    reason, example = _describe_missing_path(of, to, work.sites.shape)
     work.diagnostics.append(
         NoPath(
             span=rule.receiver.span,
             sender=rule.site.span.written,
             receiver=rule.receiver.span.written,
-            reason="every receiver reads before or at the site that the sender writes"
-            if all(picked)
-            else "one of them is nothing",
+            reason=reason if all(picked) else "one of them is nothing",
             example=example,
         )
     )
     return False
 
 
+def _describe_missing_path(
+    sender: SitePoint, receiver: SitePoint, shape: ModelShape
+) -> tuple[str, str]:
+    """Return the reason that no path leads to a receiver, and the name of another receiver."""
+    of, to = SITES[sender.site], SITES[receiver.site]
+    if of.stack == "encoder" and to.side != "source":
+        reason = (
+            "with all else held, a change in the encoder ends at the keys and values of `cross`"
+        )
+        return reason, "v cross layer * head *"
+    reason = "every receiver reads before or at the site that the sender writes"
+    if of.stack != "encoder" and to.side == "source":
+        reason, to = "the encoder doesn't read the decoder", SITES["q"]
+    own, _ = shape.in_stack(sender.site)
+    last = own.n_layers - 1
+    example = f"{to.name} layer {min((sender.layer or 0) + 1, last)}"
+    example += " head *" if to.unit else ""
+    if sender.layer == last:
+        example = "v cross layer * head *" if of.stack == "encoder" else "logits"
+    return reason, example
+
+
 FULL_PASS_PATH = FullPassPath()
+
+ENCODER_DECODER_PATH = EncoderDecoderPath()

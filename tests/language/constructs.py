@@ -1282,10 +1282,25 @@ _site(
     "prompt. At other sites they are tokens of the decoder, and a measure reads its last one. "
     "`attention cross …` and `attention encoder …` are edges of these stacks. `pattern cross …` is "
     "at tokens of the decoder and has a weight for each token of the prompt. `fit` trains at sites "
-    "of all stacks. `path`, `allow` and other constructs that "
+    "of all stacks. `allow` and other constructs that "
     "[load-models.md](load-models.md#experiment-on-an-encoder-decoder) lists are E0108 or E0342.",
     "tests/execute/test_encoder_decoders.py",
     ATTENTION,
+)
+_site(
+    "path in a stack",
+    "q cross layer 2 head 1",
+    "An end of a `path` in an encoder-decoder, such as `path z cross layer * head * -> q cross "
+    "layer 2 head 1 at last token`. The heads of the encoder, of the decoder and of its attention "
+    "to the "
+    "encoder (`z cross`) are held, and so are the MLPs of both. Receivers in that attention that "
+    "read the decoder are `attn_norm cross` and `q cross`. Paths from the encoder end at its heads "
+    "and MLPs, at its output (`final_norm encoder`), or at the keys and values that the decoder "
+    "reads: `path z encoder layer 0 head * -> v cross layers * heads * at capital tokens`. They "
+    "don't go on to `logits`, because the decoder's heads are held (E0335). `using eap` estimates "
+    "such paths, `using eap_ig` is E0608.",
+    "tests/execute/test_encoder_decoder_paths.py",
+    PATHS,
 )
 
 # --- rules ----------------------------------------------------------------------------------------

@@ -581,7 +581,7 @@ EFFECT_SOURCES = {
     "completeness": "Marks et al. 2024, arXiv 2403.19647",
     "minimality": "Wang et al. 2022, arXiv 2211.00593",
 }
-NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out", "stack")
+NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out", "stack", "path in a stack")
 """Sites that the model of the examples lacks."""
 
 

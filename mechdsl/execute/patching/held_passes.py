@@ -26,7 +26,7 @@ from mechdsl.forward.hooks.weight_maps import FrozenNorms
 from mechdsl.models.restart import HeldSublayers
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.plan import ExperimentPlan
-from mechdsl.planner.rows import RowTable, RulePlan, count_columns
+from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules
 from mechdsl.resolve.types import SiteLayer, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -67,20 +67,8 @@ def hold_sublayers(
     Yields:
         Writes that hold the sublayers.
     """
-    shape, rows = model.shape, np.flatnonzero(held.rows)
-    without_mlps = np.flatnonzero(held.rows & held.mlps)
-    neurons = {write.layer for write in acting.writes if write.site == "mlp_hidden"}
-    removed = {to for to, of in acting.blocks if of is None}
-    wanted: list[tuple[SiteRead, Ints]] = []
-    for layer in range(shape.n_layers):
-        if layer in removed:
-            continue
-        heads = next(s for s in ("z", "mixer_out", "attn_out") if shape.has(s, layer))
-        wanted.append((SiteRead(heads, layer, before=True), rows))
-        mlp = "mlp_hidden" if layer in neurons else "mlp_out"
-        if shape.has(mlp, layer):
-            wanted.append((SiteRead(mlp, layer, before=True), without_mlps))
-    wanted = [(read, own) for read, own in wanted if len(own)]
+    shape = model.shape
+    wanted = _list_held_sites(shape, held, acting)
     frozen = bool(held.norms.any())
     # Norms may follow the last one of the stream, and circuits end at the logits: then the pass
     # can't stop early.
@@ -98,26 +86,43 @@ def hold_sublayers(
             edges=others.edges,
             circuits=others.circuits,
         ).reads
-    lengths = batch.lengths.numpy()
     with norms.kept(held.norms, scales):
-        yield [
-            _write_all_tokens(found[read], read.site, read.layer, own, batch, lengths)
-            for read, own in wanted
-        ]
+        yield [_write_all_tokens(found[read], read, own, batch) for read, own in wanted]
 
 
-def _write_all_tokens(
-    read: Tensor, site: str, layer: int | None, rows: Ints, batch: Batch, lengths: Ints
-) -> SiteWrite:
+def _list_held_sites(
+    shape: ModelShape, held: HeldSublayers, acting: RuleWrites
+) -> list[tuple[SiteRead, Ints]]:
+    """List the sites that are held, each with its rows; those of all stacks of a model."""
+    rows, without_mlps = np.flatnonzero(held.rows), np.flatnonzero(held.rows & held.mlps)
+    neurons = {(each.stack, each.layer) for each in acting.writes if each.site == "mlp_hidden"}
+    removed = {to for to, of in acting.blocks if of is None}
+    stacks = {"": shape} | {name: own for name, own in shape.others.items() if name != "vision"}
+    wanted: list[tuple[SiteRead, Ints]] = []
+    for stack, own in stacks.items():
+        for layer in range(own.n_layers):
+            if layer in removed and stack != "encoder":
+                continue
+            heads = next(s for s in ("z", "mixer_out", "attn_out") if own.has(s, layer))
+            wanted.append((SiteRead(heads, layer, stack, before=True), rows))
+            mlp = "mlp_hidden" if (stack, layer) in neurons else "mlp_out"
+            if own.has(mlp, layer):
+                wanted.append((SiteRead(mlp, layer, stack, before=True), without_mlps))
+    return [(read, own) for read, own in wanted if len(own)]
+
+
+def _write_all_tokens(values: Tensor, read: SiteRead, rows: Ints, batch: Batch) -> SiteWrite:
     """Write the values read of these rows at all tokens and units."""
-    count = read.shape[2]
-    index, within = count_columns(lengths[rows] * count)
-    where = torch.from_numpy(rows[index]), torch.from_numpy(within // count)
-    unit = torch.from_numpy(within % count)
-    index = where[0], batch.columns(*where), unit
-    values = read[indices_to_device(index, read.device)]
-    holds = len(np.unique(rows)) == len(lengths)
-    return SiteWrite(site, layer, *where, unit, values, holds=holds)
+    count, own = values.shape[2], batch.of_read(read)
+    row, token = own.tokens()
+    is_held = torch.zeros(len(batch), dtype=torch.bool)
+    is_held[torch.from_numpy(rows)] = True
+    row, token = (each[is_held[row]].repeat_interleave(count) for each in (row, token))
+    unit = torch.arange(count).repeat(len(row) // count)
+    index = row, own.columns(row, token), unit
+    held = values[indices_to_device(index, values.device)]
+    holds = bool(is_held.all())
+    return SiteWrite(read.site, read.layer, row, token, unit, held, stack=read.stack, holds=holds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,11 +234,10 @@ class HeldPass:
                 gradients=True,
                 backward=backward,
             ).reads
-        row, column = edges.tokens[0], batch.columns(*edges.tokens)
-        inputs = {
-            place: found[read][indices_to_device((row, column), found[read].device)]
-            for place, read in of_site.items()
-        }
+        inputs: dict[SiteLayer, Tensor] = {}
+        for place, read in of_site.items():
+            index = edges.tokens[0], batch.of_read(read).columns(*edges.tokens)
+            inputs[place] = found[read][indices_to_device(index, found[read].device)]
         return HeldPass(edges, {where: found[where] for where in wheres}, inputs)
 
     def gradients(
