@@ -347,7 +347,8 @@ def family(*model_types: str) -> Callable[[type[Family]], type[Family]]:
 
 def has_additive_positions(family: str, config: ModelConfig) -> bool:
     """Return whether the config adds a position term to attention scores."""
-    return find_family(family).additive_positions or bool(config.get("alibi"))
+    keys = ("alibi", "relative_attention_num_buckets")
+    return find_family(family).additive_positions or any(config.get(key) for key in keys)
 
 
 def find_family(model_type: str) -> type[Family]:

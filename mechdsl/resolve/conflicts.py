@@ -661,7 +661,7 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "clamp", "replace", "observe entropy", "observe distance", "observe received", "observe value",
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
     "observe cka", "observe probe", "observe prediction",
-    "observe logit_lens", "observe tuned_lens", "path",
+    "observe logit_lens", "observe tuned_lens", "path", "allow",
 ))  # fmt: skip
 """Rules and observations that act on the stacks of an encoder-decoder."""
 
@@ -675,7 +675,6 @@ EDGES_HINT = (
 )
 
 _OTHER_STACK_HINTS = {
-    "allow": "remove it: the encoder sees all of its tokens, and the decoder all of the encoder's",
     "replace block": "its blocks also attend to the encoder: ablate `attn_out` and `mlp_out`",
     "observe rollout": "it multiplies the patterns of one text, but the decoder also attends to "
     "the encoder: write `observe attention cross …` or `observe attention encoder …`",

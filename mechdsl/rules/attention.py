@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -232,8 +232,12 @@ class AllowRule(EdgeRule, EdgeIntervention):
     ) -> bool:
         """Report E0108 or E0332 if no key is hidden, or the scores of hidden keys are unknown."""
         shape = work.sites.shape
-        if shape.stands_in or shape.encodes_apart:  # E0108 of an encoder-decoder follows
+        if shape.stands_in:
             return True
+        assert rule.edge is not None
+        stack = "" if rule.edge.stack is None else named_stack(rule.edge.stack, shape)
+        if stack:
+            return _reject_seen_keys(rule, stack, work)
         if has_additive_positions(shape.family, shape.config):
             what = "`allow` in a model that adds positions to scores"
             hint = "name keys that the query sees, with `reweight attention …` or `set attention …`"
@@ -259,6 +263,29 @@ class AllowRule(EdgeRule, EdgeIntervention):
             )
         )
         return False
+
+
+_WINDOW_KEYS = ("sliding_window", "local_radius", "attention_window", "block_size")
+"""Keys of configs of encoders, some or all of whose layers see a part of the text."""
+
+
+def _reject_seen_keys(rule: spec.Rule, stack: str, work: ExperimentContext) -> bool:
+    """Report E0332, or E0108 in encoders with windows, for edges of a stack without a mask."""
+    shape = work.sites.shape
+    own = shape.others.get(stack, shape)
+    if stack == "encoder" and any(own.config.get(key) for key in _WINDOW_KEYS):
+        what = "`allow` in an encoder whose queries see a window of the text"
+        hint = "name keys that the query sees, with `reweight attention …` or `set attention …`"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
+        return False
+    seen = "the decoder sees all tokens of the encoder"
+    if stack != "cross":
+        seen = f"every token of the {stack} sees all others"
+    assert rule.onto is not None
+    hint = f"remove it, or write `reweight attention {stack} …`"
+    reason = "the queries already see these keys"
+    work.diagnostics.append(BadEdit(span=rule.onto.span, reason=reason, what=seen, hint=hint))
+    return False
 
 
 class UniformWeights(EdgeIntervention):
@@ -390,12 +417,13 @@ def _check_keys_left(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
 ) -> bool:
     """Report E0332 if a query would have no key left in some cell, apart from windows and sinks."""
+    rows = work.table.runs[work.experiment.base].rows
     for query, key in _edges(queries, keys):
-        found = _emptied(query, key)
+        found = _emptied(query, key, [row.source for row in rows])
         if found is None:
             continue
         row, token = found
-        ids = work.table.runs[work.experiment.base].rows[row].ids
+        ids = rows[row].ids
         text = "of the answer"
         if token < len(ids):
             text = f"`{work.model.tokenizer.token_text(ids[token]).strip()}`"
@@ -411,14 +439,19 @@ def _check_keys_left(
     return True
 
 
-def _emptied(query: PositionCell, key: PositionCell) -> tuple[int, int] | None:
-    """Return the row and token of a query whose own and earlier tokens are all keys, or None."""
+def _emptied(
+    query: PositionCell, key: PositionCell, first: Sequence[int]
+) -> tuple[int, int] | None:
+    """Return the row and token of a query whose own and earlier tokens are all keys, or None.
+
+    first: The first token of each row that the model, or its decoder, reads.
+    """
     for row, (asking, blocked) in enumerate(zip(query.hits, key.hits, strict=True)):
         for number, tokens in enumerate(asking):
             if not blocked:
                 continue
             gone: Any = set(blocked[min(number, len(blocked) - 1)])
             for token in tokens:
-                if gone.issuperset(range(token + 1)):
+                if gone.issuperset(range(first[row], token + 1)):
                     return row, token
     return None

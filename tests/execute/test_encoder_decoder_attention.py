@@ -3,8 +3,8 @@ projections for one unpadded prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from .encoder_decoders import (
     text,
     tokenizer,
     written_query,
+    zeroed,
 )
 from .support import (
     DIFFERENCE,
@@ -179,6 +180,84 @@ def test_queries_and_keys_after_rotary_equal_hooks(family: str, site: str, tmp_p
             row.append(difference(changed, record))
         expected.append(row)
     np.testing.assert_allclose(measure.patched, expected, atol=2e-4)
+
+
+@contextmanager
+def sees(family: str, layer: int, heads: Sequence[int], query: int, key: int) -> Generator[None]:
+    """Own attention of the decoder, with a mask that shows one later key to some heads."""
+    count = len(starts(family))
+
+    def show(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        hidden = torch.full((count, count), torch.finfo(torch.float32).min).triu(1)
+        mask = hidden.repeat(1, HEADS, 1, 1)
+        mask[0, list(heads), query, key] = 0
+        return args, {**kwargs, "attention_mask": mask}
+
+    path = place(family, "z", layer).path.rpartition(".")[0]
+    handle = model(family).get_submodule(path).register_forward_pre_hook(show, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_allowed_keys_of_the_decoder_equal_a_mask_on_the_bare_model(tmp_path: Path) -> None:
+    """In BART, whose decoder begins with two tokens, in two experiments, with a rule in the
+    encoder and a blocked edge to it."""
+    family, edge = "bart", "from first token to last token"
+    others = (
+        "ablate resid_post encoder layer 0 at subject token with zero",
+        "block attention cross layer 1 head 1 from last token to subject tokens",
+    )
+    lines = experiment(
+        "e", "prompts p", f"allow attention layer * head * {edge}", DIFFERENCE
+    ) + experiment("n", "prompts p", *others, f"allow attention layers 0..1 {edge}", DIFFERENCE)
+    found = run(family, lines, tmp_path)
+    expected = [
+        [effect(family, record, sees(family, layer, [head], 0, 1)) for record in ROWS]
+        for layer, head in units("")
+    ]
+    measure = found["e"].measures[0]
+    np.testing.assert_allclose(measure.patched - measure.base, expected, atol=2e-5)
+    assert np.abs(expected).max() > 0.01
+    together = []
+    for record in ROWS:
+        base = text(record)
+        removed = zeroed(place(family, "resid_post encoder", 0), base.subject[-1:])
+
+        def hide(weights: Tensor, keys: Any = base.subject) -> Tensor:
+            weights[list(keys)] = 0
+            return weights / weights.sum()
+
+        with ExitStack() as opened:
+            for layer in (0, 1):
+                opened.enter_context(sees(family, layer, range(HEADS), 0, 1))
+            opened.enter_context(written_query(family, "pattern", "cross", 1, 1, 1, hide))
+            together.append(difference(logits(family, base, [removed]), record))
+    np.testing.assert_allclose(found["n"].measures[0].patched[0], together, atol=2e-5)
+
+
+IMPOSSIBLE = {
+    "bart": {
+        "allow attention encoder layer 0 from first token to last token": "E0332",
+        "allow attention cross layer 0 from last token to subject token": "E0332",
+        "allow attention layer 0 from last token to first token": "E0332",
+        "block attention layer 0 from last token to tokens *": "E0332",
+    },
+    "t5": {
+        "allow attention layer 0 from first token to last token": "E0108",
+        "block attention layer 0 from last token to last token": "E0332",
+    },
+    "t5gemma": {"allow attention encoder layer 0 from first token to last token": "E0108"},
+}
+
+
+@pytest.mark.parametrize("family", IMPOSSIBLE)
+def test_edges_that_a_stack_cannot_change_report_the_code(family: str, tmp_path: Path) -> None:
+    for line, code in IMPOSSIBLE[family].items():
+        lines = experiment("e", "prompts p", line, DIFFERENCE)
+        _, found = try_file(lines, tmp_path, model(family), None, tokenizer=tokenizer())
+        assert [each.code for each in found if each.severity == "error"] == [code], line
 
 
 OBSERVED = {

@@ -1282,7 +1282,7 @@ _site(
     "prompt. At other sites they are tokens of the decoder, and a measure reads its last one. "
     "`attention cross …` and `attention encoder …` are edges of these stacks. `pattern cross …` is "
     "at tokens of the decoder and has a weight for each token of the prompt. `fit` trains at sites "
-    "of all stacks. `allow` and other constructs that "
+    "of all stacks. Constructs that "
     "[load-models.md](load-models.md#experiment-on-an-encoder-decoder) lists are E0108 or E0342.",
     "tests/execute/test_encoder_decoders.py",
     ATTENTION,
@@ -1745,7 +1745,7 @@ _rule(
     "Lets the queries attend to these keys too, including later keys and keys outside a "
     "window, with the model's scores. The softmax then covers all visible keys, and other "
     "attention rules act on this larger set. Each row is a full forward pass. Models that add "
-    "positions to scores (ALiBi) aren't supported.",
+    "positions to scores (ALiBi, T5) aren't supported.",
     "Wang et al. 2024, arXiv 2407.01100",
     "tests/rules/test_allow_attention.py",
 )
