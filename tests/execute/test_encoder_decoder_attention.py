@@ -30,6 +30,7 @@ from .encoder_decoders import (
     starts,
     text,
     tokenizer,
+    written,
     written_query,
     zeroed,
 )
@@ -188,6 +189,8 @@ def sees(family: str, layer: int, heads: Sequence[int], query: int, key: int) ->
     count = len(starts(family))
 
     def show(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if (args[0] if args else kwargs["hidden_states"]).shape[1] != count:  # a later step
+            return args, kwargs
         hidden = torch.full((count, count), torch.finfo(torch.float32).min).triu(1)
         mask = hidden.repeat(1, HEADS, 1, 1)
         mask[0, list(heads), query, key] = 0
@@ -302,3 +305,28 @@ def test_observed_patterns_equal_explicit_attention(family: str, tmp_path: Path)
         ]
         given = found[f"e{number}"].measures[0].patched
         np.testing.assert_allclose(given, expected, atol=1e-4, err_msg=name)
+
+
+def entropies(family: str, record: Record) -> list[float]:
+    """Those of the distributions at each step of a reply."""
+    reply, found = written(family, text(record), count=4)
+    steps = [torch.tensor(each).log_softmax(-1) for each in found[: len(reply) or 1]]
+    return [float(-(each.exp() * each).sum()) for each in steps]
+
+
+def test_allowed_keys_of_a_prefill_equal_the_cached_model(tmp_path: Path) -> None:
+    """The first token, which sees the second one in the first pass, is cached for later steps."""
+    family = "bart writing"
+    rule = "allow attention layers * from first token to last token"
+    lines = ("prompts p", "generate 4", rule, "measure entropy at each step as raw")
+    measure = run(family, experiment("e", *lines), tmp_path)["e"].measures[0]
+    moved = 0.0
+    for row, record in enumerate(ROWS):
+        with ExitStack() as opened:
+            for layer in range(LAYERS):
+                opened.enter_context(sees(family, layer, range(HEADS), 0, 1))
+            expected = entropies(family, record)
+        given = measure.patched[: len(expected), row]
+        np.testing.assert_allclose(given, expected, atol=2e-5)
+        moved = max(moved, abs(expected[-1] - entropies(family, record)[len(expected) - 1]))
+    assert moved > 1e-3
