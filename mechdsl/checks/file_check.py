@@ -415,7 +415,7 @@ def _saved(
     for save, _ in saves:
         with_rows = isinstance(save, spec.Save) and not (save.mean or save.rows)
         rows_file = str(PurePath(save.file).with_suffix(".jsonl"))
-        for written in (save.file, rows_file) if with_rows else (save.file,):
+        for written in dict.fromkeys((save.file, rows_file) if with_rows else (save.file,)):
             target, problems = path_to_write("save", written, save.span)
             if target is None:
                 yield from problems

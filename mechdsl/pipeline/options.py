@@ -66,6 +66,18 @@ def word_problem(
     return [BadCommandLine(reason=f"`{name}={word!r}`: there is no such {name}", hint=hint)]
 
 
+def text_problem(name: str, value: object, hint: str) -> list[Diagnostic]:
+    """Report an argument that isn't a text.
+
+    Args:
+        hint: The argument that was probably meant.
+    """
+    if value is None or isinstance(value, str):
+        return []
+    reason = f"`{name}` is of the type {type(value).__name__}, not a text"
+    return [BadCommandLine(reason=reason, hint=hint)]
+
+
 def dtype_problem(dtype: str | torch.dtype | None) -> list[Diagnostic]:
     from mechdsl.program.models import MODEL_DTYPES
 

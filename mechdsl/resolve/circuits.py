@@ -680,9 +680,12 @@ def describe_places(rule: ResolvedRule) -> Iterator[Convention]:
     if circuit is None or not circuit.places:
         return
     of_all = {edge: at for own in circuit.named.values() for edge, at in own.items()}
-    some = sum(at is not None for at in of_all.values())
-    at = ", ".join(f"`{describe_position(place.label)}`" for place in circuit.places)
-    text = f"{some} of {count_noun(len(of_all), 'edge')} at some tokens only: {at}"
+    placed = [at for at in of_all.values() if at is not None]
+    if not placed:
+        return
+    used = [circuit.places[n] for n in sorted(frozenset[int]().union(*placed))]
+    at = ", ".join(f"`{describe_position(place.label)}`" for place in used)
+    text = f"{len(placed)} of {count_noun(len(of_all), 'edge')} at positions: {at}"
     note = (
         "an edge with a position is in the circuit at these tokens of its receiver, of each row's "
         "base run; those of a key or a value are its own"

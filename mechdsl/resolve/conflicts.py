@@ -371,7 +371,7 @@ def _of_path(
         reason = "it estimates edges between components"
         if experiment.has_path:
             what, reason = f"`{verb}` together with a path", "an estimate is of one rule"
-            hint = "write an experiment for each rule"
+            hint = f"remove `using {said.name}` to compute the rules together"
             yield _no_estimate(said, own.span, what, reason, hint)
             return
         other = (

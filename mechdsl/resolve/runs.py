@@ -703,6 +703,8 @@ _NO_REPLY_ROWS = ReplyTokens(
 
 _PROMPT_ONLY = "`save` reads only the prompt"
 
+_WRITES_PROMPT = "an objective writes only tokens of the prompt"
+
 
 def resolve_saves(work: ExperimentContext, context: MeasureContext) -> tuple[ResolvedSave, ...]:
     """Resolve the `save` lines of an experiment, without those that have errors.
@@ -742,7 +744,7 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
         loop_values=work.program.numbers,
         with_runs=(),
         ranked=work.ranked,
-        answers=AnswerTokens(reason=_PROMPT_ONLY),
+        answers=AnswerTokens(reason=_PROMPT_ONLY if save.file else _WRITES_PROMPT),
         replies=_replies(run, work) if save.rows is None else _NO_REPLY_ROWS,
         side=find_side(points or (), work.model.shape),
     )

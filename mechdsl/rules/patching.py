@@ -331,6 +331,8 @@ def _not_a_fill(
     if is_circuit:
         first, last = [*first, last], f"a run: {name_list(work.table.runs)}"
     hint = did_you_mean(name, FILLS, f"write {', '.join(first)} or {last}")
+    if name in work.table.runs and not is_circuit:
+        hint = f"write `patch … with {name}`; `ablate` takes a run only for the edges of a circuit"
     work.diagnostics.append(
         UnknownWord(span=span, kind="fill of an ablation", word=span.written, hint=hint)
     )

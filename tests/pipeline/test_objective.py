@@ -235,6 +235,7 @@ ERRORS: tuple[tuple[str, dict[str, str], str, str], ...] = (
     (file(), {"at": "item * token"}, "E0207", "positions"),
     (file(), {"at": "item 4 token"}, "E0309", "2 of 4 rows"),
     (file(), {"at": "nothing token"}, "E0308", "no span called `nothing`"),
+    (file(), {"at": "answer tokens"}, "E0540", "an objective writes only tokens of the prompt"),
     (file(), {"measure": "logit"}, "E0208", "no measure `logit`"),
     (file(), {"experiment": "f"}, "E0208", "no experiment `f`"),
     (file(), {"mode": "write"}, "E0208", "there is no such mode"),
@@ -256,3 +257,11 @@ def test_invalid_objective_is_rejected_before_it_runs(
         opened(write(tmp_path, text), **named)
     assert [each.code for each in error.value.diagnostics] == [code]
     assert words in str(error.value)
+
+
+def test_models_in_place_of_the_measure_are_reported(tmp_path: Path) -> None:
+    models: Any = {"m": "model"}
+    with pytest.raises(mechdsl.MechdslError) as error:
+        mechdsl.objective(write(tmp_path, file()), models, site="embed", at="last token")
+    assert "`measure` is of the type dict, not a text" in str(error.value)
+    assert "name the models: `models={…}`" in str(error.value)

@@ -106,7 +106,7 @@ def test_picture_lists_positions_and_joins_edges_at_several() -> None:
     assert picture.notes == [
         "3 of 90 edges of the model",
         "2 shown, those with the largest absolute scores",
-        "2 of its edges at some tokens only",
+        "2 of its edges at positions",
         "an edge at several positions has its largest score",
     ]
     assert [*list_positions(given, picture)] == [

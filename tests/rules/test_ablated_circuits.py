@@ -352,7 +352,17 @@ def test_random_circuits_are_compared_with_the_same_runs(data: Path) -> None:
     shares = [(each - empty) / (base - empty) for each in (raw.low, raw.high)]
     np.testing.assert_allclose([own.low, own.high], np.sort(shares, axis=0), atol=1e-12)
     assert own.high > own.low
-    assert "every edge of the model has the fill" in found["faithfulness"].conventions["∅"]
+    assert found["faithfulness"].conventions["∅"] == (
+        "every edge of the model has the fill, at the same tokens of the same rows"
+    )
+
+
+def test_convention_names_other_rules_that_act_with_every_edge_ablated(data: Path) -> None:
+    rules = "ablate c at tokens * with zero\n  scale z layer 0 head 0 at last token by 2"
+    text = edges("gpt2")[0]
+    text += experiment("e", rules, measure="measure kl(clean) as completeness")
+    found = run_file(text, data, "gpt2", "planned")["e"]
+    assert found.conventions["∅"].endswith("of the same rows, with the other rules")
 
 
 def test_ablating_every_edge_with_a_run_gives_the_output_of_that_run(data: Path) -> None:

@@ -43,7 +43,7 @@ def test_edges_at_positions_in_a_file_equal_listed_edges(data: Path, name: str) 
         own, other = found.measures[0].patched, listed.measures[0].patched
         np.testing.assert_array_equal(own, other)
         positions = found.conventions["positions of edges"].partition(":")[0]
-        assert positions == "3 of 4 edges at some tokens only"
+        assert positions == "3 of 4 edges at positions"
         said = "6 edges at positions, those in the circuit, of placed.json, SHA-256"
         assert found.conventions["circuit c"].startswith(said)
 

@@ -388,6 +388,18 @@ def test_control_assigns_positions_to_random_edges(data: Path) -> None:
     )
 
 
+def test_convention_of_positions_names_only_edges_that_have_them(data: Path) -> None:
+    both = "embed -> L0H1.q at last token, embed -> L0H1.q"
+    text = f"circuit c = {both}, L0H1 -> logits at tokens *\ncircuit d = {both}\n"
+    text += "".join(
+        experiment(f"of_{name}", f"ablate {name} at tokens * with zero") for name in "cd"
+    )
+    found = run_file(text, data, "gpt2", "planned")
+    positions = found["of_c"].conventions["positions of edges"]
+    assert positions.startswith("1 of 2 edges at positions: `tokens *`; ")
+    assert "positions of edges" not in found["of_d"].conventions
+
+
 def test_table_graph_and_document_show_the_positions_of_edges(data: Path) -> None:
     text = "circuit c = embed -> L0H1.q at last token, embed -> L0H1.q at token 1, L0H1 -> logits\n"
     rule = "ablate all but c at tokens * with zero"
@@ -398,7 +410,7 @@ def test_table_graph_and_document_show_the_positions_of_edges(data: Path) -> Non
     convention = found.conventions["circuit"]
     assert convention.startswith(f"`all but c`: {total - 2} to {total - 1} of {total} edges")
     positions = found.conventions["positions of edges"]
-    assert positions.startswith("1 of 2 edges at some tokens only: `last token`, `token 1`; ")
+    assert positions.startswith("1 of 2 edges at positions: `last token`, `token 1`; ")
     edges_of = [edge.text for edge in draw_edges(found.circuit, None)]
     assert edges_of == ["embed -> L0H1.q at last token and token 1", "L0H1 -> logits"]
 

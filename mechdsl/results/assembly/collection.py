@@ -734,6 +734,9 @@ def add_circuit_baselines(
             else:
                 measures[number] = replace(own, source=values)
             said["∅"] = "every edge of the model has the fill, at the same tokens of the same rows"
+            rules = plan.experiment.rules
+            if any(rule.circuit is None and rule.does.changes != "nothing" for rule in rules):
+                said["∅"] += ", with the other rules"
             if plan.experiment.everything:
                 said["∅"] = describe_everything(plan.experiment)
     return replace(result, measures=tuple(measures), conventions={**result.conventions, **said})

@@ -121,7 +121,7 @@ class CircuitPicture:
         if circuit.places:
             own = zip(circuit.edges, circuit.places, strict=True)
             placed = {edge for edge, at in own if at}
-            said.append(f"{len(placed):,} of its edges at some tokens only")
+            said.append(f"{len(placed):,} of its edges at positions")
         if self.joins:
             said.append("an edge at several positions has its largest score")
         if any(edge.receiver.kind == "key-value" for edge in self.edges):
