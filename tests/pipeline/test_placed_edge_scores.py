@@ -248,9 +248,12 @@ def reached(family: str, edges_: Sequence[Any], places: Sequence[str]) -> set[An
 SOME = ("subject tokens", "cue token")
 """Without the token that the measure reads."""
 
+BETWEEN = ("subject tokens", "last token")
+"""With tokens of no position between them."""
+
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("places", [PLACES, COVERED, SOME])
+@pytest.mark.parametrize("places", [PLACES, COVERED, SOME, BETWEEN])
 def test_random_placed_circuits_have_paths_between_positions(
     places: tuple[str, ...], family: str, tmp_path: Path
 ) -> None:
