@@ -3,6 +3,7 @@ bare model with inputs from its processor."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -611,3 +612,24 @@ def test_planned_cost_is_near_the_counted_products(line: str) -> None:
         execute(plan, {"m": loaded()}, None, check=check_denominators)
     planned = plan_cost(plan).planned.multiply_adds
     assert 0.5 < planned / (counter.get_total_flops() / 2) < 2
+
+
+def test_each_image_passes_the_vision_encoder_once() -> None:
+    own = deepcopy(bare())
+    model, problems = adopt_model("m", own, processor())
+    assert model is not None, problems
+    counts: Counter[bytes] = Counter()
+
+    def look(module: object, args: object, kwargs: dict[str, Tensor]) -> None:
+        for pixels in kwargs["pixel_values"]:
+            counts[pixels.contiguous().numpy().tobytes()] += 1
+
+    text = experiment("e", "from clean into changed", ZERO)
+    text += experiment("r", "generate 3", ZERO, measure='measure matches("1|2|3") as raw')
+    source = Source(f'mech 1\nmodel m = local("x")\n{BLOCK}\n{text}', folder() / "file.mech")
+    handle = own.model.vision_model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        succeeded(*run_on(source, {"m": model}, MODES["planned"]))
+    finally:
+        handle.remove()
+    assert sorted(counts.values()) == [1] * len(SIZES)

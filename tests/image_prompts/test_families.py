@@ -193,13 +193,21 @@ def values(run: Run, name: str) -> Sequence[float]:
 
 
 def run_text(
-    name: str, text: str, mode: str = "planned", block: str = BLOCK
+    name: str,
+    text: str,
+    mode: str = "planned",
+    block: str = BLOCK,
+    model: LoadedModel | None = None,
 ) -> list[ExperimentResult]:
-    """The results of a file on a block, rows in the order of the data."""
+    """The results of a file on a block, rows in the order of the data.
+
+    model: the family's model; by default, one that other tests use too.
+    """
     if vlm.FAMILIES[name].before_end:  # its prompts end with a line break
         block = block.replace(' w3"\n', ' w3 \\n"\n')
     source = Source(f'mech 1\nmodel m = local("handed over")\n{block}\n{text}', folder() / "f.mech")
-    return list(succeeded(*run_on(source, {"m": loaded(name)}, MODES[mode])).values())
+    models = {"m": loaded(name) if model is None else model}
+    return list(succeeded(*run_on(source, models, MODES[mode])).values())
 
 
 @pytest.mark.parametrize("mode", ["planned", "padded on the right"])

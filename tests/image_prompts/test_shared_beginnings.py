@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mechdsl.execute import unpatched_runs
 from mechdsl.execute.run.panel import execute
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
 from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.prompts import runs
 from mechdsl.prompts.runs import share_beginnings
 from mechdsl.results.assembly.collection import check_denominators
 
 from ..execute.support import check_file
+from ..images import prompts_of_images as vlm
 from ..quick import some
-from .reference import at
+from .reference import Edit, at
 from .support import experiment
 from .test_families import NAMES, bare, difference, every_cell, folder, inputs_of, loaded, run_text
 
@@ -145,3 +153,78 @@ def test_noise_at_shared_images_changes_each_prompt_alike(monkeypatch: pytest.Mo
         np.testing.assert_allclose(one.source, other.source, atol=1e-5)
         np.testing.assert_allclose(one.patched, other.patched, atol=1e-5)
         assert np.abs(one.base - one.source).min() > 1e-3
+
+
+# --- generated text -------------------------------------------------------------------------------
+
+WRITTEN = 'measure contains("w1") as raw'
+REPLIES = "".join(
+    experiment(f"r{n}", "generate 3", "from clean into changed", rule, measure=WRITTEN)
+    for n, rule in enumerate(
+        (
+            "ablate resid_post layer 0 at words tokens with zero",
+            "ablate resid_post layer 0 at photo tokens with zero",
+        )
+    )
+)
+
+
+@cache
+def expected_replies(name: str) -> list[list[list[int]]]:
+    """[run without rules, then each rule of `REPLIES`][prompt] by plain hooks."""
+    own = bare(name)
+    found: list[list[list[int]]] = [[], [], []]
+    for image, words in PAIRS:
+        base, zero = inputs_of(name, words, 1 - image), torch.zeros(())
+        end = base["input_ids"].shape[1] - 1 - bool(vlm.FAMILIES[name].before_end)
+        question = range(end - len(words.split()), end)
+        places = question, every_cell(name, 0, 1 - image)
+        edits: list[dict[int, Edit]] = [{}, *({0: at(each, zero)} for each in places)]
+        for row, blocks in zip(found, edits, strict=True):
+            row.append(own.reply(base, 3, blocks=blocks))
+    return found
+
+
+@pytest.mark.parametrize("mode", some(["planned", "plain"], ["planned"]))
+@pytest.mark.parametrize("name", some(NAMES, ("qwen2_5_vl", "paligemma2")))
+def test_replies_to_prompts_with_a_shared_image_equal_hooks(name: str, mode: str) -> None:
+    experiments = run_text(name, REPLIES, mode, BLOCK)
+    base, *patched = expected_replies(name)
+    for found, replies in zip(experiments, patched, strict=True):
+        assert found.replies is not None
+        for due, own in ((base, found.replies.runs["changed"]), (replies, found.replies.cells[0])):
+            assert [[list(each.ids) for each in own[n]] for n in range(len(PAIRS))] == [
+                [ids] for ids in due
+            ]
+    assert base != patched[1]
+
+
+# --- the vision encoder ---------------------------------------------------------------------------
+
+
+@contextmanager
+def counted_images(model: LoadedModel) -> Generator[Counter[bytes]]:
+    """Count how often a model gets the pixels of each image. Each prompt with pixels has one."""
+    found: Counter[bytes] = Counter()
+
+    def look(module: object, args: object, kwargs: dict[str, Any]) -> None:
+        keys = [key for key in kwargs if key.startswith("pixel_values")]
+        if not keys:
+            return
+        prompts = len(kwargs["input_ids"])
+        for own in kwargs[keys[0]].unflatten(0, (prompts, -1)):
+            found[own.contiguous().numpy().tobytes()] += 1
+
+    handle = model.module.register_forward_pre_hook(look, with_kwargs=True)
+    yield found
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", some(NAMES, ("llava_class", "qwen2_5_vl", "internvl")))
+def test_each_image_passes_the_vision_encoder_once(name: str) -> None:
+    """The first one passes again, in the check that images act by their vectors only."""
+    model, problems = adopt_model("m", deepcopy(bare(name).model), bare(name).processor)
+    assert model is not None, problems
+    with counted_images(model) as found:
+        run_text(name, EVERY + REPLIES, block=BLOCK, model=model)
+    assert sorted(found.values()) == [1, 2]

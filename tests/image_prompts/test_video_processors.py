@@ -46,6 +46,7 @@ from ..shared_models import unchanged
 from . import test_families as families
 from .reference import Bare, at
 from .support import experiment, succeeded
+from .test_shared_beginnings import counted_images
 
 WORDS = ("w1", "w2 w1", "w3 w1 w2", "w2")
 SIZES = ((8, 16), (16, 8))
@@ -458,6 +459,24 @@ def test_videos_in_chats_equal_hooks(name: str, monkeypatch: pytest.MonkeyPatch)
     compare(chat, base, [expected])
 
 
+@pytest.mark.parametrize("name", some(LAYOUTS, ["smolvlm"]))
+def test_each_video_passes_the_vision_encoder_once(name: str) -> None:
+    """Each of the four prompts has two videos, and the first one passes again in a check."""
+    model, found = adopt_model("m", deepcopy(bare(name).model), bare(name).processor)
+    assert model is not None, found
+    lines = RULE.format("frame 2 tokens"), RULE.format("last token")
+    text = "".join(
+        experiment(f"e{n}", "from clean into changed", own) for n, own in enumerate(lines)
+    )
+    written = 'measure contains("w1") as raw'
+    text += experiment("r", "generate 2", "from clean into changed", lines[0], measure=written)
+    source = Source(f'mech 1\nmodel m = local("x")\n{BLOCK}\n{text}', folder() / "file.mech")
+    with counted_images(model) as counts:
+        succeeded(*run_on(source, {"m": model}, MODES["planned"]))
+    distinct = len({(own["size"], own[key]) for own in map(record, ALL) for key in "ab"})
+    assert sorted(counts.values()) == [*[1] * (distinct - 1), 2]
+
+
 # --- conventions and errors -----------------------------------------------------------------------
 
 RULE = "ablate resid_post layer 0 at {} with zero"
@@ -508,6 +527,7 @@ SECOND = {
     ("name", "second", "told"),
     [
         ("smolvlm", "photo", "it prepares images or videos, not both in a prompt"),
+        ("smolvlm", "late", "it can't prepare videos of different numbers of frames in one"),
         ("internvl", "late", "it can't prepare videos of different numbers of frames in one"),
         ("video_llava", "late", "it can't prepare videos of different numbers of frames in one"),
     ],

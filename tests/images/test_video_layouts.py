@@ -110,6 +110,16 @@ def test_frames_of_internvl_follow_their_numbers() -> None:
     assert box_of(own, 3, 1, 2) == (10, 0, 20, 5)
 
 
+def test_frames_of_two_videos_of_internvl_are_assigned_to_their_video() -> None:
+    size = {"height": 16, "width": 16}
+    made = vlm.with_stand_in("internvl", do_resize=True, size=size, do_center_crop=None)
+    frame = [2, vlm.SPECIAL["<start>"], *[vlm.SPECIAL["<image>"]] * 4, vlm.SPECIAL["<end>"]]
+    inputs = {"input_ids": [*frame * 2, 3, *frame * 2], "pixel_values": np.zeros((4, 3, 16, 16))}
+    first, second = video_layout(made, vlm.model("internvl").config, inputs, [(16, 16)] * 2)
+    assert frames_of(first) == {1: [2, 3, 4, 5], 2: [9, 10, 11, 12]}
+    assert frames_of(second) == {1: [17, 18, 19, 20], 2: [24, 25, 26, 27]}
+
+
 STREAMS = {
     "video_llava": (8, 4, [VIDEO] * 15),
     "llava_onevision_frames": (16, 8, [VIDEO] * 13),
