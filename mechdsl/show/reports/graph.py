@@ -142,11 +142,10 @@ def picture_of(
     if circuit is None:
         return None
     circuit = join_supernodes(circuit)
-    if joined:
-        circuit = join_positions(circuit)
-    joins = bool(circuit.places) and len(circuit.edges) < len(result.circuit.edges)
-    most = MAX_EDGES if circuit.scores else len(circuit.edges)
-    return CircuitPicture(circuit, list_edges(circuit, top or most), joins)
+    shown = join_positions(circuit) if joined else circuit
+    most = MAX_EDGES if shown.scores else len(shown.edges)
+    joins = len(shown.edges) < len(circuit.edges)
+    return CircuitPicture(shown, list_edges(shown, top or most), joins)
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
