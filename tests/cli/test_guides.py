@@ -51,6 +51,7 @@ METHODS = [
     "Transplant",
     "Induction heads",
     "Faithfulness of a circuit",
+    "Choose heads by scores",
     "Edges of a circuit",
     "Give edges positions",
     "Use neurons as nodes",
@@ -179,7 +180,9 @@ def test_cookbook_has_every_method() -> None:
 
 
 @pytest.mark.parametrize("method", some(METHODS, METHODS[1:4:2]))
-def test_recipe_runs_and_its_expectations_hold(method: str, command: Command) -> None:
+def test_recipe_runs_and_its_expectations_hold(
+    method: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for fence in recipes()[method]:
         assert len(fence.content.splitlines()) <= 40
         if fence.language == "python":
@@ -196,6 +199,9 @@ def test_recipe_runs_and_its_expectations_hold(method: str, command: Command) ->
         else:
             path = save(fence)
             assert ran(command, f"mechdsl fmt --check {path}") == "", "not in canonical form"
+            if " = fit(" in fence.content:
+                monkeypatch.delenv("MECHDSL_STORE")
+                assert command("fit", str(path)).status == 0
             printed = ran(command, f"mechdsl run {path}")
             assert printed.count("\nholds  expect ") == fence.content.count("\n  expect ") > 0
             for picture in re.findall(r'to "(.*?)"', fence.content):
@@ -259,6 +265,7 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
                 "Find clusters",
                 "Compare with a random or an untrained control",
                 "Test a group as a circuit",
+                "Choose sites by scores",
             )
         ),
     ],
