@@ -340,8 +340,8 @@ def share_difference(
     base_rows: Ints | None = None,
 ) -> tuple[Floats, Floats]:
     """Return the interval of the difference of two shares on the same rows, from the exact limits
-    of both and their correlation (Newcombe 1998, method 10; Zou and Donner 2008). Shape [cell]
-    each. On different rows (`base_rows`) the correlation is 0."""
+    of both and their correlation with a correction for continuity (Newcombe 1998, method 10; Zou
+    and Donner 2008). Shape [cell] each. On different rows (`base_rows`) the correlation is 0."""
     low, high = share_interval(patched, rows, confidence)
     other_low, other_high = share_interval(
         base, rows if base_rows is None else base_rows, confidence
@@ -351,7 +351,10 @@ def share_difference(
         left = patched.top - one[:, None] * patched.bottom
         right = base.top - two[:, None] * base.bottom
         together = (left * right).sum(1) / np.sqrt((left**2).sum(1) * (right**2).sum(1))
-        together = np.nan_to_num(together)
+        # Without the correction for continuity, two equal shares of 0.5 have the interval [0, 0].
+        spread = np.sqrt(one * (1 - one) * two * (1 - two))
+        corrected = np.maximum(together - 1 / (2 * patched.held * spread), 0.0)
+        together = np.nan_to_num(np.where(together > 0, corrected, together))
         a, b = one - low, other_high - two
         c, d = high - one, two - other_low
         lower = one - two - np.sqrt(np.maximum(a**2 - 2 * together * a * b + b**2, 0.0))

@@ -129,7 +129,9 @@ def newcombe(a: int, b: int, c: int, d: int) -> tuple[float, float]:
     """Newcombe's limits: `a` correct in both, `b` only in the first, `c` only in the second."""
     n = a + b + c + d
     one, two = (a + b) / n, (a + c) / n
-    phi = (a * d - b * c) / np.sqrt((a + b) * (c + d) * (a + c) * (b + d))
+    apart = a * d - b * c
+    phi = max(apart - n / 2, 0) if apart > 0 else apart  # corrected for continuity
+    phi /= np.sqrt((a + b) * (c + d) * (a + c) * (b + d)) or np.inf
     (l1, u1), (l2, u2) = exact(a + b, n), exact(a + c, n)
     low = np.sqrt((one - l1) ** 2 - 2 * phi * (one - l1) * (u2 - two) + (u2 - two) ** 2)
     high = np.sqrt((two - l2) ** 2 - 2 * phi * (two - l2) * (u1 - one) + (u1 - one) ** 2)
@@ -151,6 +153,19 @@ def test_difference_of_two_shares_equals_newcombe(table: tuple[int, int, int, in
     if table == (36, 12, 2, 0):
         assert found.low[0] == pytest.approx(0.06, abs=0.02)
         assert found.high[0] == pytest.approx(0.32, abs=0.03)
+
+
+@pytest.mark.parametrize("n", [16, 32, 64])
+def test_difference_of_shares_with_rare_changes_covers_at_its_level(n: int) -> None:
+    """5 % of the rows with 1 change to 0. Two equal shares of 0.5 had the interval [0, 0]."""
+    random = np.random.default_rng(4)
+    base = (random.random((2000, n)) < 0.5).astype(np.float64)
+    patched = np.where(random.random(base.shape) < 0.05, 0.0, base)
+    held = np.full(len(base), n)
+    sums = [EffectSums(each, np.ones((1, n)), held) for each in (patched, base)]
+    low, high = share_difference(*sums, held, 95.0)
+    assert ((low <= -0.025) & (high >= -0.025)).mean() >= 0.93
+    assert (low < high).all()
 
 
 def test_share_of_groups_uses_the_effective_sample_size() -> None:
