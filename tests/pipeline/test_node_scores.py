@@ -662,6 +662,11 @@ def test_features_that_change_no_row_are_neither_chosen_nor_drawn(tmp_path: Path
     assert [n for n, own in enumerate(content["scores"]) if own is None] == [0, 1, 2]
     assert content["scores"][5] == 0
     assert content["chosen"] == [3, 4, 6, 7, 8]
+    _, rows_ = training_rows(path, bare("llama"))
+    kept = [[3, 4, 5, 6, 7, 8][n] for own in rows_.random_choices(range(5), 0) for n in own]
+    shares = torch.ones(8, 9).scatter(1, torch.tensor(kept).unflatten(0, (8, 5)), 0)
+    means = [rows_.mean(rows_.measured, own, 8) for own in shares]
+    assert report.random == pytest.approx(np.mean(means), abs=1e-5)
     assert f"random groups, {math.comb(6, 2) - 1} draws" in found["e"].conventions["controls"]
     path = write(tmp_path, basis, text[1].replace("size: 5", "size: 7"), PATCHES)
     with pytest.raises(mechdsl.MechdslError, match="at 6 of 9 features, and the group chooses 7"):
