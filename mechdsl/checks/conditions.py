@@ -354,8 +354,6 @@ def parse_selection(node: ast.ArgumentValue) -> CellSelection:
     hint = "write a site such as `L9H9` or `L3.resid`"
     if isinstance(node, ast.ShortSite):
         return _short(node, text)
-    if isinstance(node, ast.String):
-        hint += f", or the value of an axis: `position: {text}`"
     if isinstance(node, ast.EdgeTokenOf):
         hint = f'write a position as a quoted value of its axis: `position: "{text}"`'
     if isinstance(node, ast.Number):
@@ -600,11 +598,28 @@ class CellReader:
 
     def wheres(self, arguments: Sequence[ast.Argument]) -> tuple[CellSelection, ...]:
         return tuple(
-            parse_selection(argument.value)
+            self.site(argument.value)
             if argument.name is None
             else self.named(argument.name, argument)
             for argument in arguments
         )
+
+    def site(self, node: ast.ArgumentValue) -> CellSelection:
+        """Parse a site; E0606 for the label of an axis without the axis."""
+        if not isinstance(node, ast.String):
+            return parse_selection(node)
+        text = node.span.written
+        hint = f"write the axis, too: `{self.axis_of(node)}: {text}`"
+        raise unreadable_expectation(node.span, f"`{text}` is not a site", hint)
+
+    def axis_of(self, node: ast.String) -> str:
+        """Return the axis that has a label; the axis of positions if none is known to have it."""
+        with_label = (
+            axis
+            for axis in self.known.axes
+            if any(str(cell.coords.get(axis)) == node.value for cell in self.known.cells or ())
+        )
+        return next(with_label, "position")
 
     def named(self, axis: str, argument: ast.Argument) -> CellSelection:
         """Parse `position: "last token"`, `layer: 2`."""
@@ -652,12 +667,7 @@ class CellReader:
 
     def labelled_cells(self, node: ast.String) -> CellSelection:
         """Select the cells with a label, of a position or another axis; E0203 if there are none."""
-        with_label = (
-            axis
-            for axis in self.known.axes
-            if any(str(cell.coords.get(axis)) == node.value for cell in self.known.cells or ())
-        )
-        axis = next(with_label, "position")
+        axis = self.axis_of(node)
         self.label(node, axis)
         return CellSelection(node.span.written, {axis: ((node.value, node.value),)})
 

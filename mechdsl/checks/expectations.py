@@ -160,6 +160,10 @@ class _ConditionReader(CellReader):
         """Read the other side of an `argmax`: a site, or a cell of the measure, as in
         `recovery(c: 2)`."""
         known = self.known.measures[measure]
+        if isinstance(node, ast.String):
+            text = node.span.written
+            hint = f"write a cell: `{known.effect}({self.axis_of(node)}: {text})`"
+            raise unreadable_expectation(node.span, f"`{text}` is not a site", hint)
         if not isinstance(node, ast.Call) or node.name not in (known.effect, *known.names):
             return (self.one_of(node, among),)
         named = self.wheres(node.arguments)
