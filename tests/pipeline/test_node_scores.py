@@ -668,8 +668,8 @@ def test_features_that_change_no_row_are_neither_chosen_nor_drawn(tmp_path: Path
     means = [rows_.mean(rows_.measured, own, 8) for own in shares]
     assert report.random == pytest.approx(np.mean(means), abs=1e-5)
     assert f"random groups, {math.comb(6, 2) - 1} draws" in found["e"].conventions["controls"]
-    path = write(tmp_path, basis, text[1].replace("size: 5", "size: 7"), PATCHES)
-    with pytest.raises(mechdsl.MechdslError, match="at 6 of 9 features, and the group chooses 7"):
+    path = write(tmp_path, basis, text[1].replace("size: 5", "size: 6"), PATCHES)
+    with pytest.raises(mechdsl.MechdslError, match="at 6 of 9 features, and the group chooses 6"):
         train(path)
 
 
