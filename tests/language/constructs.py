@@ -2290,9 +2290,9 @@ _rule(
     "An axis that several rules share. It can also range over numbers (`[0, 1, 4]`, `0%..100% "
     "step 5%`) and components (`[attn_out, mlp_out]`). The variable can't have the name of a "
     "direction of the file or, in a loop over words, of a group or circuit (E0202). It hides a "
-    "`param` or a basis of its name. In a loop over components, groups or circuits, it can't have "
-    "the name of a component (E0322). Rules outside of the block can't use it (E0322); measures "
-    "and `save` lines can. Definitions don't see it, and in "
+    "`param` or a basis of its name. In a loop over components or groups, it can't have the name "
+    "of a component (E0322). A loop can't go over circuits (E0207). Rules outside of the block "
+    "can't use it (E0322); measures and `save` lines can. Definitions don't see it, and in "
     "`for k in 0..2 { patch k layer 1 head k … }`, the first `k` is the component.",
     OWN,
     "tests/rules/test_loop_names.py",
