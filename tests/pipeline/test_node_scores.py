@@ -812,6 +812,17 @@ def test_planned_cost_of_node_scores_is_within_a_factor_of_two(
     assert 1 / 2 < 2 * price.cost.multiply_adds / flops.get_total_flops() < 2
 
 
+def test_plan_counts_a_pass_for_each_size_of_a_group(tmp_path: Path) -> None:
+    """And one each with every site and with none, on three training rows."""
+    tokens_ = []
+    for call in ("atp(size: 3)", "atp(faithfulness: 0.5)"):
+        mask, found = training_rows(write(tmp_path, fit(call=call), PATCHES), bare("llama"))
+        tokens_.append(training_cost("g", mask, found.objective, found.model.shape).cost.tokens)
+        row = found.objective.table.runs["clean"].lengths.mean() * found.model.shape.n_layers
+        assert tokens_[-1] - tokens_[0] in (0, (12 + 2) * 3 * row)
+    assert tokens_[0] < tokens_[1]
+
+
 def test_plan_names_the_assumed_size_of_a_group(tmp_path: Path) -> None:
     notes: Mapping[str, str] = {}
     for call in ("atp(size: 3)", "atp(faithfulness: 0.5)"):
