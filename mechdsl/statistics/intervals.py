@@ -419,10 +419,11 @@ def sign_flip_inference(
 
 
 def _subset_means(chosen: Floats, top: Floats, bottom: Floats) -> Floats:
-    """Return subset means, NaN if a subset's denominator isn't positive. Shape [subset, cell]."""
+    """Return subset means, NaN if a subset's denominator doesn't have the sign of the whole
+    denominator. Shape [subset, cell]."""
     below = chosen @ bottom.T
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(below > 0, chosen @ top.T / below, np.nan)
+        return np.where(below * np.sign(bottom.sum(1)) > 0, chosen @ top.T / below, np.nan)
 
 
 def _fill(

@@ -13,6 +13,7 @@ from scipy import stats
 
 from mechdsl.checks.p_values import check_cell_units
 from mechdsl.program.significance import unreachable_cells
+from mechdsl.statistics.cell_statistics import infer
 from mechdsl.statistics.corrections import CORRECTIONS, benjamini_hochberg, holm
 from mechdsl.statistics.intervals import (
     SignFlipResult,
@@ -20,7 +21,7 @@ from mechdsl.statistics.intervals import (
     joint_sign_flip_p,
     sign_flip_inference,
 )
-from mechdsl.statistics.measurements import EffectSums
+from mechdsl.statistics.measurements import EffectSums, SamplingDesign
 
 from .synthetic import SPAN, statistics
 
@@ -101,6 +102,24 @@ def test_flip_interval_of_a_ratio_contains_the_ratios_not_rejected() -> None:
     for end, inward in ((found.low[0], 1), (found.high[0], -1)):
         assert scipy_p((top - (end - inward * 1e-6) * bottom)[0]) < 0.05
         assert scipy_p((top - (end + inward * 1e-6) * bottom)[0]) >= 0.05
+
+
+@pytest.mark.parametrize("test", ["t", "flips", "bootstrap"])
+@pytest.mark.parametrize("n", [8, 10, 30])
+def test_inference_of_a_ratio_ignores_the_sign_of_its_denominator(test: str, n: int) -> None:
+    """`from abc into clean` divides by a negative change: top and bottom both change sign."""
+    random = np.random.default_rng(n)
+    bottom = random.normal(5, 1, (1, n))
+    top, held = 0.5 * bottom + random.normal(0, 1, (2, n)), np.array([n, n])
+    method = statistics(test=test)
+    design = SamplingDesign(n, method, 0)
+    draws = design.draws(design.units(), whole=True)
+    found, negated = (
+        infer(EffectSums(sign * top, sign * bottom, held), method, draws, 2) for sign in (1, -1)
+    )
+    for name in ("low", "high", "p"):
+        assert np.isfinite(getattr(found, name)).all()
+        assert getattr(negated, name) == pytest.approx(getattr(found, name))
 
 
 def reference_step_down_p(deltas: np.ndarray) -> list[float]:
