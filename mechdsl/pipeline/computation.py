@@ -507,16 +507,21 @@ def _few_units(
 def _too_skewed(
     variants: Sequence[ResolvedExperiment], result: ExperimentResult
 ) -> list[Diagnostic]:
-    """Return W0723 if no p is corrected."""
-    found = next((each for each in result.statistics if each.withheld == "skewed"), None)
-    if found is None:
+    """Return W0723 if the p of some measures isn't corrected."""
+    pairs = zip(result.measures, result.statistics, strict=True)
+    skewed = [(data, found) for data, found in pairs if found.withheld == "skewed"]
+    if not skewed:
         return []
+    tested = tested_measures(variants[0])
+    named = {(data.label, data.effect) for data, _ in skewed}
+    first = next((each for each in tested if (each.label, each.effect) in named), tested[0])
+    units = np.concatenate([found.units[found.tested] for _, found in skewed])
     return [
         SkewedFamily(
-            span=tested_measures(variants[0])[0].span,
+            span=first.span,
             experiment=result.name,
-            cells=found.tests,
-            units=int(np.median(found.units[found.tested])),
+            cells=len(units),
+            units=int(np.median(units)),
             unit=row_unit(variants[0]),
         )
     ]

@@ -72,8 +72,7 @@ def statistics_conventions(
         found["correction"] = (
             f"{CORRECTION_NAMES[settings.correction]}, over {count_noun(tests, 'cell')}"
         )
-        for why in dict.fromkeys(each.withheld for each in result.statistics if each.withheld):
-            found["correction"] += f"; withheld, as {WITHHELD_TEXTS[why]}"
+        found["correction"] += _withheld_text(result)
     small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
     said = []
     if small:
@@ -94,6 +93,18 @@ def statistics_conventions(
         found["rounding"] = f"{', '.join(said)}; {result.rounding}"
     found["seed"] = str(result.seed)
     return found
+
+
+def _withheld_text(result: ExperimentResult) -> str:
+    """Describe the measures whose p isn't corrected; empty if there are none."""
+    pairs = zip(result.measures, result.statistics, strict=True)
+    tested = [(data, found) for data, found in pairs if found.tested.any()]
+    text = ""
+    for why in dict.fromkeys(found.withheld for _, found in tested if found.withheld):
+        own = [f"{data.called} of {data.label}" for data, found in tested if found.withheld == why]
+        measures = f" for {', '.join(own)}" if len(own) < len(tested) else ""
+        text += f"; withheld{measures}, as {WITHHELD_TEXTS[why]}"
+    return text
 
 
 def selection_text(result: ExperimentResult) -> str:

@@ -639,7 +639,18 @@ def compute_cell_statistics(
         else compute_category_statistics(data.patched, data.truth, data.rounding)
         for data in measures
     ]
-    return add_corrected_p(measures, found, sampling, effects, picked=picked)
+    exact = [
+        _exact_cells(data, effects, each) for data, each in zip(measures, found, strict=True)
+    ]
+    return add_corrected_p(measures, found, sampling, effects, exact=exact, picked=picked)
+
+
+def _exact_cells(data: MeasureData, effects: Registry[EffectKind], found: CellStatistics) -> Bools:
+    """Return the tested cells whose p comes from exact limits of shares. Shape [cell]."""
+    exact, tested = found.tested, np.flatnonzero(found.tested)
+    shares = cell_shares(data, effects[data.effect], tested) if len(tested) else None
+    exact[tested] = False if shares is None else shares.exact
+    return exact
 
 
 def run_interval(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.records import Registry
 from mechdsl.base.text import plural_noun
 from mechdsl.statistics.measurements import (
@@ -160,37 +160,48 @@ def add_corrected_p(
     sampling: SamplingDesign,
     effects: Registry[EffectKind],
     *,
+    exact: Sequence[Bools],
     picked: bool,
 ) -> list[CellStatistics]:
-    """Add corrected p, the number of tests and the method; without p if sites were `picked` on the
-    same rows, or effects are too skewed for the method."""
-    p = np.concatenate([each.p for each in found])
-    known = ~np.isnan(p)
-    corrected, tests = p.copy(), int(known.sum())
+    """Add corrected p, the number of tests and the method.
+
+    There is no corrected p if sites were `picked` on the same rows, nor for measures whose cells
+    are too skewed for the method. Limits of shares are exact, so their p hold their level however
+    skewed they are. They are corrected as if each withheld p were 1.
+
+    Args:
+        exact: For each measure, the cells whose p comes from exact limits of shares, shape [cell].
+    """
+    p, share = (np.concatenate(each) for each in ([each.p for each in found], exact))
+    known, every = ~np.isnan(p), range(len(found))
+    of = np.repeat(list(every), [len(each.p) for each in found])
     correction, moves = sampling.settings.correction, _moves(measures, found, sampling, effects)
     values, units = (
         np.concatenate([getattr(each, name) for each in found])[known] for name in ("mean", "units")
     )
-    withheld: WithheldReason = "picked" if picked else ""
+    withheld: list[WithheldReason] = ["picked" if picked else "" for _ in every]
     if not picked and correction != "none":
-        skewed = is_too_skewed(moves, values, units, sampling.settings.test)
-        withheld = "skewed" if skewed else ""
-    if withheld:
-        corrected[known] = np.nan
-    elif correction == "max":
-        corrected[known] = correct_by_maximum(p[known], moves, sampling.seed)
+        by_method = ~share[known]
+        cells = moves[by_method], values[by_method], units[by_method]
+        if is_too_skewed(*cells, sampling.settings.test):
+            skewed = np.unique(of[known & ~share])
+            withheld = ["skewed" if each in skewed else "" for each in every]
+    hidden = known & np.array([bool(each) for each in withheld])[of]
+    corrected = np.where(hidden, 1.0, p)
+    if correction == "max":
+        corrected[known] = correct_by_maximum(corrected[known], moves, sampling.seed)
     else:
-        corrected[known] = CORRECTIONS[correction](p[known])
-    split = np.split(corrected, np.cumsum([len(each.p) for each in found])[:-1])
+        corrected[known] = CORRECTIONS[correction](corrected[known])
+    corrected[hidden] = np.nan
     return [
         replace(
             each,
-            p_corrected=own,
-            test=_test_in_words(data, sampling) if _has_p(data, effects) else None,
-            tests=tests,
-            withheld=withheld,
+            p_corrected=corrected[of == measure],
+            test=_test_in_words(data, sampling, share[known]) if _has_p(data, effects) else None,
+            tests=int(known.sum()),
+            withheld=withheld[measure],
         )
-        for data, each, own in zip(measures, found, split, strict=True)
+        for measure, (data, each) in enumerate(zip(measures, found, strict=True))
     ]
 
 
@@ -231,11 +242,16 @@ _TESTS = {
 }
 
 
-def _test_in_words(data: MeasureData, sampling: SamplingDesign) -> str:
+def _test_in_words(data: MeasureData, sampling: SamplingDesign, exact: Bools) -> str:
+    """Return the methods of p of all tested cells; `exact` are those with exact limits of
+    shares."""
     units = [sampling.units(seen) for _, seen in cells_by_view(data)]
     most = max(units, key=lambda each: each.count)
-    words = _TESTS[sampling.settings.test]
+    words = "by the exact limits of shares"
+    if not exact.all():
+        by_method = f"by {_TESTS[sampling.settings.test]}"
+        words = f"of shares {words}, of others {by_method}" if exact.any() else by_method
     return (
-        f"two-sided, over {plural_noun(sampling.unit_word(most))}, by {words}; "
+        f"two-sided, over {plural_noun(sampling.unit_word(most))}, {words}; "
         "below the level exactly where the interval excludes 0"
     )

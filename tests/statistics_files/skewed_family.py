@@ -46,16 +46,19 @@ metric skewed = python("metrics.py:skewed")
 experiment heads {
   prompts fruit limit 32
   ablate layer * head * at last token with zero
-  measure skewed as delta
+  {measures}
   report table
 }
 """
 
 
-def too_skewed() -> tuple[mechdsl.Results, list[Diagnostic]]:
+def too_skewed(
+    measures: str = "measure skewed as delta",
+) -> tuple[mechdsl.Results, list[Diagnostic]]:
     """Return the results and their diagnostics."""
+    text = FILE.replace("{measures}", measures)
     with tempfile.TemporaryDirectory() as folder, chdir(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", mechdsl.MechdslWarning)
         Path("metrics.py").write_text(METRIC, encoding="utf-8")
-        found = mechdsl.run(FILE, allow_python=True, progress=False, store=False)
+        found = mechdsl.run(text, allow_python=True, progress=False, store=False)
     return found, list(found.diagnostics)
