@@ -626,7 +626,8 @@ class CellReader:
         number, axis = axis, self.known.aliases.get(axis, axis)  # `item: 3` is a number
         if axis not in self.known.axes:
             listed = name_list(self.known.axes) or "none"
-            hint = did_you_mean(axis, self.known.axes, f"its axes are {listed}")
+            verb = "can be" if self.known.perhaps else "are"
+            hint = did_you_mean(axis, self.known.axes, f"its axes {verb} {listed}")
             kind = f"axis of {self.whose}"
             raise RefusedCondition(UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint))
         value = argument.value

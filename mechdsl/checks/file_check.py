@@ -123,7 +123,7 @@ from mechdsl.rules.kinds import RULES
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import walk
-from mechdsl.syntax.words import AXIS_WORDS
+from mechdsl.syntax.words import AXIS_WORDS, RESERVED
 from mechdsl.vocab.corruptions import change_problems
 from mechdsl.vocab.effects import EFFECTS, FAITHFULNESS, EffectKind
 from mechdsl.vocab.metrics import METRICS
@@ -197,6 +197,7 @@ class BrokenLines:
         words = self.torn.get(self.block(span))
         if words is None:
             return frozenset()
+        words = words - (RESERVED - AXIS_WORDS)  # `measure` is no misspelt `feature`
         found = {axis for axis in AXIS_WORDS if closest_name(axis, words)}  # even if misspelt
         return frozenset({*found, *(f"to_{axis}" for axis in found), *_POSITION_AXES})
 

@@ -129,7 +129,12 @@ def _chat_conventions(
     by = "the chat template" if tokenizer.bos is None else f"bos: {str(tokenizer.bos).lower()}"
     begun = block.spec.chat[-1].role == ASSISTANT
     said = "turns formatted by the model's chat template, "
-    said += "the last one an unfinished reply" if begun else "followed by its start of a reply"
+    if begun:
+        said += "the last one an unfinished reply"
+    elif chat is None or chat.starts_reply:
+        said += "followed by its start of a reply"
+    else:
+        said += "without a start of a reply (it doesn't read `add_generation_prompt`)"
     if chat is not None and chat.tells_time:
         said += f"; the template's date is {CHAT_DATE.day} {CHAT_DATE:%B %Y}"
     return {"bos": f"`{bos}` in front ({by})" if there else f"none in front ({by})", "chat": said}

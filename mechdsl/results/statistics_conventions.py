@@ -77,8 +77,8 @@ def statistics_conventions(
     said = []
     if small:
         said.append(
-            f"{count_noun(small, 'cell')} no larger than rounding alone can produce, not "
-            "counted as significant"
+            f"{count_noun(small, 'cell')} with a mean effect no larger than rounding alone can "
+            "produce, not counted as significant"
         )
     pairs = zip(result.measures, result.statistics, strict=True)
     changing = sum(int(np.count_nonzero(may_round_differently(*pair))) for pair in pairs)

@@ -6,6 +6,7 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
+from mechdsl.diagnostics.names import UnknownWord
 
 FILE = """mech 1
 
@@ -101,3 +102,11 @@ def test_error_unrelated_to_a_lost_line_is_reported() -> None:
     right, wrong = "  expect mean", "  report table by nothing\n  report heatmap ]\n  expect mean"
     found = check_source(Source(FILE.replace(right, wrong))).diagnostics
     assert "E0607" in {d.code for d in found}
+
+
+def test_keyword_of_a_lost_line_is_not_a_misspelt_axis() -> None:
+    """The lost line may define an axis, but its `measure` doesn't make `feature` one."""
+    text = FILE.replace("as delta\n", "as delta\n  measure entropy as as raw\n")
+    text = text.replace("mean(speed)", 'delta(measure: "speed")')
+    found = [d for d in check_source(Source(text)).diagnostics if isinstance(d, UnknownWord)]
+    assert [d.hint for d in found] == ["its axes can be `from_position`, `item`, `position`"]

@@ -466,6 +466,11 @@ def test_missing_model_gets_no_chat_template_errors() -> None:
     assert not has_errors(found), [(d.code, d.message) for d in found]
 
 
+def test_conventions_report_a_template_without_a_start_of_a_reply() -> None:
+    said = table("mistral", CHATS["one"]).conventions["chat"]
+    assert "without a start of a reply (it doesn't read `add_generation_prompt`)" in said
+
+
 def test_conventions_report_the_template_date() -> None:
     said = table("llama", CHATS["one"]).conventions["chat"]
     assert "the template's date is 26 July 2024" in said

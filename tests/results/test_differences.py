@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mechdsl.results.differences.comparison import compare_results
+from mechdsl.results.differences.comparison import CellDifference, compare_results
 from mechdsl.statistics.intervals import share_difference
-from mechdsl.statistics.measurements import EffectSums
+from mechdsl.statistics.measurements import EffectSums, MeasureData
 
 from .synthetic import counted, finished, measure
 from .two_results import BASE, OLD, PROMPTS, noise, only, plain, results, states, two
@@ -225,6 +225,43 @@ def test_shares_have_an_exact_mcnemar_p_and_exact_limits() -> None:
     sides = [EffectSums(each, np.ones((1, 20)), np.array([20])) for each in (new, old)]
     low, high = share_difference(sides[0], sides[1], np.array([20]), 95)
     assert (cell.low, cell.high) == (pytest.approx(low[0]), pytest.approx(high[0]))
+
+
+@pytest.mark.parametrize("effect", ["delta", "total"])
+def test_differences_of_shares_have_exact_limits_if_the_base_is_equal(effect: str) -> None:
+    """The base cancels, so the difference is that of the `raw` shares."""
+    random = np.random.default_rng(2)
+    old, new, base = ((random.random((1, 20)) < q).astype(float) for q in (0.8, 0.3, 0.6))
+
+    def compare(other_base: np.ndarray, **values: str) -> CellDifference:
+        def side(patched: np.ndarray, own: np.ndarray) -> MeasureData:
+            runs = (patched, own) if effect == "delta" else (old, own, patched)
+            return measure(*runs, **{"unit": "share", "effect": effect, **values})
+
+        (cell,) = two(side(old, base), side(new, other_base)).cells
+        return cell
+
+    raw = {"unit": "share", "effect": "raw"}
+    (expected,) = two(measure(old, base, **raw), measure(new, base, **raw)).cells
+    found = compare(base)
+    assert (found.low, found.high, found.p) == (expected.low, expected.high, expected.p)
+    moved = base.copy()
+    moved[0, :1] = 1 - moved[0, :1]
+    by_t, logits = compare(moved), compare(moved, unit="logit")
+    assert (by_t.low, by_t.high, by_t.p) == (logits.low, logits.high, logits.p)
+
+
+def test_differences_of_shares_on_other_rows_include_the_noise_of_the_base() -> None:
+    """A base of 0 in every row cancels in paired rows only."""
+    random = np.random.default_rng(2)
+    old, new = ((random.random((1, 20)) < q).astype(float) for q in (0.8, 0.3))
+    keys = tuple(range(500, 520))
+    by_t, logits = (
+        two(*(measure(each, np.zeros((1, 20)), unit=unit) for each in (old, new)), keys=keys).cells
+        for unit in ("share", "logit")
+    )
+    assert by_t[0].low is not None
+    assert (by_t[0].low, by_t[0].p) == (logits[0].low, logits[0].p)
 
 
 def test_categories_have_shares_and_a_p_but_no_interval() -> None:

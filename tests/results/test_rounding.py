@@ -102,7 +102,7 @@ def test_effect_within_rounding_is_not_significant_and_is_marked() -> None:
     for kind, axes in shown.items():
         text = io.StringIO()
         show_report(done, report(kind, **axes), Console(file=text, width=120))
-        assert "1 cell is at the level of rounding (up to " in text.getvalue(), kind
+        assert "1 cell has a mean effect at the level of rounding (up to " in text.getvalue(), kind
 
 
 def readout(*measures: str) -> Readout:

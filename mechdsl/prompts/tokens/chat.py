@@ -76,6 +76,11 @@ class ChatTemplate(Record):
         """Whether formatted texts may contain a date."""
         return "strftime_now" in self.text
 
+    @property
+    def starts_reply(self) -> bool:
+        """Whether the template can add the start of a reply after the last turn."""
+        return "add_generation_prompt" in self.text
+
     @cached_property
     def problem(self) -> ChatProblem | None:
         """The reason that the template can't be used at all."""

@@ -444,7 +444,7 @@ class MeasureComparison:
         """Return the reasons of a table for effects of either run without an interval; None for
         shares. Shape [cell]."""
         found: list[str | None] = [None] * len(block.cells)
-        shares = self._shares(block)
+        shares, _ = self._shares(block)
         settings = self.settings.model_copy(update={"test": "t"})
         word = self.rows.sampling.unit_word(block.units)
         is_ratio = self.aligned.effect.denominator is not None and not self.aligned.new.per_prompt
@@ -538,22 +538,35 @@ class MeasureComparison:
         )
         nothing = np.zeros(len(cells), dtype=bool)
         found = Inference.of(*own.interval(confidence, MIN_UNITS), own.p(), nothing, level)
-        exact = np.flatnonzero(self._shares(block))
+        shares, rows = self._shares(block)
+        exact = np.flatnonzero(shares)
         if len(exact):
-            old, new = (sums.chosen(exact) for sums in (both.old, both.new))
+            old, new = (sums.chosen(exact) for sums in (rows.old, rows.new))
             old_rows, new_rows = (rows[exact] for rows in block.n)
             found.fill(exact, infer_shares(new, old, new_rows, confidence, old_rows))
         self.low[cells], self.high[cells] = found.low, found.high
         self.p[cells], self.floor[cells] = found.p, found.floor
 
-    def _shares(self, block: CellBlock) -> Bools:
-        """Return which cells are shares in both runs, whose exact limits give those of the
-        difference. Shape [cell]."""
-        found = np.full(len(block.cells), self.aligned.effect.name == "raw" and not self.category)
-        for data in (self.aligned.old, self.aligned.new):
+    def _shares(self, block: CellBlock) -> tuple[Bools, RunPair]:
+        """Return which cells are shares in both runs, shape [cell], and the sums of these shares.
+        Their exact limits give those of the difference.
+
+        `delta` and `total` subtract a second share. If it is equal in both runs on every row, it
+        cancels, and the difference is that of the first shares.
+        """
+        found, sums = np.full(len(block.cells), not self.category), list[EffectSums]()
+        subtracted: list[Floats] = []
+        parts = self.aligned.parts(block.cells)
+        for data, own in zip((self.aligned.old, self.aligned.new), parts, strict=True):
             shares = cell_shares(data, self.aligned.effect, block.cells)
-            found &= False if shares is None else shares.exact
-        return found
+            if shares is None:
+                return np.zeros_like(found), block.both
+            found &= shares.exact
+            sums.append(replace(shares, present=own.present).sums(block.units)[0])
+            subtracted += [np.where(own.present, run, 0.0) for run in shares.runs[1:]]
+        if subtracted:
+            found &= self.rows.paired & (subtracted[0] == subtracted[1]).all(axis=1)
+        return found, RunPair(*sums)
 
     def decide(self, corrected: Floats) -> None:
         """Decide which cells changed; `corrected` are the p-values of the tested cells."""
@@ -681,7 +694,8 @@ def _correction_texts(
     yield (
         "interval",
         f"{confidence}, Student's t corrected for skewness over distinct rows or values of "
-        "`stats by`; shares: from the exact limits of both; categories: none",
+        "`stats by`; shares, and their differences from a run that is equal in both: from the "
+        "exact limits of both; categories: none",
     )
     yield (
         "p",

@@ -268,7 +268,7 @@ def is_significant(result: ExperimentResult, measure: int) -> Bools:
 
 
 def rounding_note(result: ExperimentResult, measure: int) -> str | None:
-    """Count the cells at the level of rounding, or affected by it, and give the level."""
+    """Count the cells with mean effects at, or affected by, the level of rounding; give it."""
     data, found = result.measures[measure], result.statistics[measure]
     changing = found.rounding[may_round_differently(data, found)]
     if len(changing):
@@ -283,7 +283,9 @@ def rounding_note(result: ExperimentResult, measure: int) -> str | None:
     if not len(bounds):
         return None
     upto = " to ".join(dict.fromkeys(f"{end:.1e}" for end in (bounds.min(), bounds.max())))
-    cells = "1 cell is" if len(bounds) == 1 else f"{len(bounds)} cells are"
+    cells = "1 cell has a mean effect"
+    if len(bounds) > 1:
+        cells = f"{len(bounds)} cells have mean effects"
     return f"{cells} at the level of rounding (up to {upto}): not counted as significant"
 
 
