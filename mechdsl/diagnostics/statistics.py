@@ -163,17 +163,19 @@ class ExplainedByValues(Diagnostic):
 
     code = "W0722"
     title = "`{name}` explains {share} of the variance between rows of `{label_of}`"
-    label = "for new values, the effective sample size is {values} values of `{name}`, not {n} rows"
+    label = "for new values, the effective sample size is {values} values of `{name}`, not {units}"
     help = (
         "{line} to make intervals and p-values hold for new values; otherwise they hold "
-        "for new rows "
+        "for new {population} with these {values} values of `{name}`"
     )
-    help += "with these {values}"
     name: str
     share: str
     label_of: str
     values: int
-    n: int
+    units: str
+    """The effective sample size of the cell, such as `5 values of io`."""
+    population: str
+    """What intervals are about: rows, or values of `stats by`."""
     line: str
 
 

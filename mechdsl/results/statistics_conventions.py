@@ -147,12 +147,11 @@ def _interval_text(result: ExperimentResult) -> str:
     if not numbers:
         return "; ".join(dict.fromkeys(NO_INTERVAL_REASONS[data.spread] for data in every))
     units = [sampling.units(seen) for data in numbers for _, seen in cells_by_view(data)]
-    counts = dict.fromkeys(each.count for each in units)
     most = max(units, key=lambda each: each.count)
-    over = " or ".join(
-        count_noun(count, sampling.unit_word(most) if count == most.count else "distinct prompt")
-        for count in counts
-    )
+    words = {each.count: sampling.unit_word(each) for each in units}
+    over = " or ".join(count_noun(*each) for each in words.items())
+    if any(word.startswith("group of ") for word in words.values()):
+        over += " (values with equal rows are one group)"
     by_block = ", separately for each block" if PROMPTS_AXIS in result.axes else ""
     within = most.strata is not None and settings.test != "flips"
     design = (by_block or ", within the values that are dealt evenly") if within else ""

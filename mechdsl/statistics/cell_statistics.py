@@ -639,9 +639,7 @@ def compute_cell_statistics(
         else compute_category_statistics(data.patched, data.truth, data.rounding)
         for data in measures
     ]
-    exact = [
-        _exact_cells(data, effects, each) for data, each in zip(measures, found, strict=True)
-    ]
+    exact = [_exact_cells(data, effects, each) for data, each in zip(measures, found, strict=True)]
     return add_corrected_p(measures, found, sampling, effects, exact=exact, picked=picked)
 
 

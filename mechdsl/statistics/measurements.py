@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, CellIndex, Floats, Ints
+from mechdsl.base.text import plural_noun
 from mechdsl.program import spec
 from mechdsl.program.estimators import find_estimator
 from mechdsl.vocab.effects import ControlTitle, EffectKind
@@ -601,9 +602,14 @@ class SamplingDesign:
         return Resamples(units.count, count, self.seed, units.strata if whole else None)
 
     def unit_word(self, units: Units) -> str:
-        """Return the name of one unit."""
+        """Return the name of one unit.
+
+        Rows that are equal join the values of `stats by` that they have.
+        """
         if self.groups is not None:
-            return f"value of {self.settings.by}" if self.settings.by else "group"
+            word = f"value of {self.settings.by}" if self.settings.by else "group"
+            joined = self.settings.by and units.count < len(set(self.groups.tolist()))
+            return f"group of {plural_noun(word)}" if joined else word
         return "prompt" if units.count == self.prompts else "distinct prompt"
 
 

@@ -373,6 +373,7 @@ experiment heads { model toy  prompts fruit limit 60
     [
         ("", "write `stats by count`"),
         ("stats bootstrap(500)", "add `by count` to the line `stats`"),
+        ("stats by part", "write `by count` instead of `by part` in the line `stats`"),
         ("stats by count", None),
     ],
 )
@@ -382,8 +383,8 @@ def test_variable_explaining_most_variance_is_a_warning(
     draw = np.random.default_rng(0)
     counts = [2 + i % 4 for i in range(60)]
     lines = [
-        json.dumps({"fruits": ", ".join(draw.choice(FRUITS, count)), "count": count})
-        for count in counts
+        json.dumps({"fruits": ", ".join(draw.choice(FRUITS, count)), "count": count, "part": i % 7})
+        for i, count in enumerate(counts)
     ]
     (tmp_path / "lists.jsonl").write_text("\n".join(lines), encoding="utf-8")
     path = tmp_path / "file.mech"
@@ -395,8 +396,17 @@ def test_variable_explaining_most_variance_is_a_warning(
         return
     (said,) = found
     assert said.message.startswith("`count` explains ")
-    assert "the effective sample size is 4 values of `count`, not" in said.label_text
+    (experiment,) = results.files[0].experiments
+    (count,) = {int(each) for each in experiment.statistics[0].units}
+    units = f"{count} groups of values of part" if "part" in stats else f"{count} distinct prompts"
+    assert count < (7 if "part" in stats else 60), "equal rows are one unit"
+    assert said.label_text.endswith(f"sample size is 4 values of `count`, not {units}")
     assert line in said.help_text
+    population = "values of `part`" if "part" in stats else "rows"
+    assert said.help_text.endswith(f"hold for new {population} with these 4 values of `count`")
+    assert f"over {units}" in experiment.conventions["interval"]
+    joined = "(values with equal rows are one group)" in experiment.conventions["interval"]
+    assert joined == ("part" in stats)
 
 
 def test_variable_with_its_whole_domain_is_no_warning(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.statistics import ExplainedByValues
 from mechdsl.program import spec
@@ -24,6 +25,7 @@ from mechdsl.statistics.measurements import (
     MIN_STRATUM_UNITS,
     CellStatistics,
     MeasureData,
+    cells_by_view,
     effect_parts,
 )
 from mechdsl.vocab.effects import EFFECTS
@@ -153,15 +155,16 @@ def check_explained_variance(
             and not (of_tiles and _is_crossed(each, own))
         }
         best = largest_explained_variance(rows, columns)
-        present = np.count_nonzero(~np.isnan(_row_effects(data, cell)))
-        found += [] if best is None else [(best, number, int(present))]
+        found += [] if best is None else [(best, number, cell)]
     if not found:
         return []
-    best, number, n = max(found, key=lambda each: each[0].share)
-    written = experiment.statistics.span.written.startswith("stats")
-    line = (
-        f"add `by {best.name}` to the line `stats`" if written else f"write `stats by {best.name}`"
-    )
+    best, number, cell = max(found, key=lambda each: each[0].share)
+    if by is not None:
+        line = f"write `by {best.name}` instead of `by {by}` in the line `stats`"
+    elif experiment.statistics.span.written.startswith("stats"):
+        line = f"add `by {best.name}` to the line `stats`"
+    else:
+        line = f"write `stats by {best.name}`"
     return [
         ExplainedByValues(
             span=experiment.measures[number].span,
@@ -169,7 +172,8 @@ def check_explained_variance(
             share=_percent_text(best.share),
             label_of=result.measures[number].label,
             values=best.values,
-            n=n,
+            units=_units_text(result, number, cell),
+            population="rows" if by is None else f"values of `{by}`",
             line=line,
         )
     ]
@@ -216,6 +220,14 @@ def _explained_share(
     ratio = np.inf if within <= 0 else ((total - within) / (k - 1)) / (within / (n - k))
     p = float(fdtrc(k - 1, n - k, ratio))
     return ExplainedVariance(name, share, k) if share > WARNING_SHARE and p < level else None
+
+
+def _units_text(result: ExperimentResult, measure: int, cell: int) -> str:
+    """Describe the effective sample size of a cell."""
+    views = cells_by_view(result.measures[measure])
+    seen = next(rows for cells, rows in views if cell in cells)
+    word = result.sampling.unit_word(result.sampling.units(seen))
+    return count_noun(int(result.statistics[measure].units[cell]), word)
 
 
 def _percent_text(share: float) -> str:
