@@ -35,9 +35,9 @@ def check_reachable_p(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic
     units: list[int] = []
     for own in blocks.values():
         count = _count_units(own[0].table.runs["clean"].rows, settings)
-        units += [count] * len(tested) * _count_cells(own)
+        units += [count] * _count_tests(own)
     found = check_cell_units(units, settings, tested[0].span, row_unit(experiment))
-    return found or _check_groups(blocks.values(), len(tested))
+    return found or _check_groups(blocks.values())
 
 
 def _count_units(rows: Sequence[RunRow], settings: spec.Statistics) -> int:
@@ -47,9 +47,7 @@ def _count_units(rows: Sequence[RunRow], settings: spec.Statistics) -> int:
     return len({str(row.values.get(settings.by)) for row in rows})
 
 
-def _check_groups(
-    blocks: Iterable[Sequence[ResolvedExperiment]], measures: int
-) -> list[Diagnostic]:
+def _check_groups(blocks: Iterable[Sequence[ResolvedExperiment]]) -> list[Diagnostic]:
     """Report W0720 for each table by values of the prompts in which no cell can be significant. All
     its cells are one family, except those with too few rows for a p-value."""
     blocks = list(blocks)
@@ -65,7 +63,7 @@ def _check_groups(
                 if by in row.values:
                     groups.setdefault(str(row.values[by]), []).append(row)
             for rows in groups.values():
-                units += [_count_units(rows, settings)] * measures * _count_cells(own)
+                units += [_count_units(rows, settings)] * _count_tests(own)
         units = [each for each in units if each >= MIN_UNITS] or units
         if units and len(unreachable_cells(units, settings)) == len(units):
             where = f"in the table by {by}, "
@@ -74,12 +72,29 @@ def _check_groups(
     return found
 
 
-def _count_cells(variants: Sequence[ResolvedExperiment]) -> int:
-    """Count the cells of the results; a part for one value has only that value's cells."""
+def _count_tests(variants: Sequence[ResolvedExperiment]) -> int:
+    """Count the numbers of the measures with a p-value: an effect of unpatched runs is one number,
+    and a metric doesn't depend on what is observed."""
+    first, count = variants[0], 0
+    for said, measure in zip(first.spec.measures, first.measures, strict=True):
+        if said.effect not in EFFECTS or not EFFECTS[said.effect].tested:
+            continue
+        one = not EFFECTS[said.effect].of_intervention and not measure.observed
+        count += 1 if one else _count_cells(variants, observed=measure.observed)
+    return count
+
+
+def _count_cells(variants: Sequence[ResolvedExperiment], *, observed: bool) -> int:
+    """Count the cells of the results; a part for one value has only that value's cells.
+
+    Args:
+        observed: Whether to distinguish cells that differ only in what is observed.
+    """
     over, count = variants[0].spec.over, 0
     for each in variants:
         fixed = {} if each.place is None else each.place.fixed
-        counted = [axis for axis in each.axes if axis.name not in fixed]
+        left_out = fixed.keys() | (frozenset() if observed else each.observed_axes)
+        counted = [axis for axis in each.axes if axis.name not in left_out]
         if over is not None:
             counted = [axis for axis in counted if over not in (axis.name, axis.alias)]
         count += count_cells(counted, each.nested and each.nested.along(each.nested.axes, fixed))

@@ -496,7 +496,12 @@ def _few_units(
     tested = tested_measures(first)
     if not tested or check_reachable_p(variants):
         return []
-    units = [n for each in result.statistics for n in each.units[each.tested].tolist()]
+    counted = [each.tested & ~each.repeated for each in result.statistics]
+    units = [
+        n
+        for each, own in zip(result.statistics, counted, strict=True)
+        for n in each.units[own].tolist()
+    ]
     tables = {id(each.table): each.table for each in variants}
     fewer = first.spec.keep if result.prompts < sum(map(len, tables.values())) else ()
     return check_cell_units(
@@ -515,7 +520,7 @@ def _too_skewed(
     tested = tested_measures(variants[0])
     named = {(data.label, data.effect) for data, _ in skewed}
     first = next((each for each in tested if (each.label, each.effect) in named), tested[0])
-    units = np.concatenate([found.units[found.tested] for _, found in skewed])
+    units = np.concatenate([found.units[found.tested & ~found.repeated] for _, found in skewed])
     return [
         SkewedFamily(
             span=first.span,

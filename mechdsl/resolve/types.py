@@ -1731,6 +1731,21 @@ class ResolvedExperiment(Record):
         return self.nested.along([axis.name for axis in self.axes], fixed)
 
     @property
+    def observed_axes(self) -> frozenset[str]:
+        """Names of the axes of observations alone: along these, no rule changes anything else."""
+        changing = [rule.does.changes != "nothing" for rule in self.rules]
+        both = [
+            frozenset(
+                name
+                for rule, own in zip(self.rules, changing, strict=True)
+                if own == changes
+                for name in rule.axes
+            )
+            for changes in (False, True)
+        ]
+        return both[0] - both[1]
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The model that it runs on, and other models that it reads."""
         others = [run.model for run in self.spec.elsewhere if run.model is not None]

@@ -314,6 +314,7 @@ def _measure_checks(data: MeasureData, cells: int, prompts: int) -> Iterator[boo
     for array in (data.base, data.source, data.truth, data.rounding, data.seen):
         yield array is None or array.shape in ((1, prompts), (cells, prompts))
     yield data.inert.shape == (cells,)
+    yield data.same is None or data.same.shape == (cells,)
     yield len(data.gaps) in (0, cells)
 
 

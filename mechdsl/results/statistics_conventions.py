@@ -72,6 +72,12 @@ def statistics_conventions(
         found["correction"] = (
             f"{CORRECTION_NAMES[settings.correction]}, over {count_noun(tests, 'cell')}"
         )
+        repeated = sum(int(np.count_nonzero(each.repeated)) for each in result.statistics)
+        if repeated:
+            found["correction"] += (
+                f"; {count_noun(repeated, 'further cell')} not counted, as the measure can't "
+                "differ there from a counted cell"
+            )
         found["correction"] += _withheld_text(result)
     small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
     said = []

@@ -45,6 +45,7 @@ from mechdsl.statistics.measurements import (
     cell_blocks,
     cells_by_view,
     effect_parts,
+    find_repeated_cells,
     reorder_rows,
 )
 from mechdsl.statistics.skewed_t import skewed_t
@@ -200,6 +201,7 @@ def _empty(cells: int) -> CellStatistics:
         test=None,
         tests=0,
         rounding=bound,
+        repeated=np.zeros(cells, dtype=bool),
         units=np.zeros(cells, dtype=np.int64),
         floor=np.zeros(cells, dtype=bool),
     )
@@ -609,8 +611,8 @@ def compute_cell_statistics(
 ) -> list[CellStatistics]:
     """Compute means, intervals, p and corrected p of every cell.
 
-    p is corrected over the cells of all measures together, except cells that can't differ from the
-    base run and measures without p.
+    p is corrected over the numbers of all measures together, except cells that can't differ from
+    the base run and measures without p. A number that several cells must have counts once.
 
     Args:
         groups: Values of `stats by`, shape [prompt].
@@ -627,10 +629,15 @@ def compute_cell_statistics(
     sampling = SamplingDesign(
         measures[0].patched.shape[1], settings, seed, ids, groups, strata, blocks
     )
+    tested = [each.kind == "number" and effects[each.effect].tested for each in measures]
+    first = [
+        find_repeated_cells(data, effects[data.effect]) if own else np.arange(len(data.patched))
+        for data, own in zip(measures, tested, strict=True)
+    ]
     tests = sum(
-        int(np.count_nonzero(~data.inert))
-        for data in measures
-        if data.kind == "number" and effects[data.effect].tested
+        len(np.unique(cells[~data.inert]))
+        for data, cells, own in zip(measures, first, tested, strict=True)
+        if own
     )
     alone = settings.correction in ("max", "none")
     found = [
@@ -639,8 +646,14 @@ def compute_cell_statistics(
         else compute_category_statistics(data.patched, data.truth, data.rounding)
         for data in measures
     ]
+    found = [
+        replace(each, repeated=each.tested & (cells != np.arange(len(cells))))
+        for each, cells in zip(found, first, strict=True)
+    ]
     exact = [_exact_cells(data, effects, each) for data, each in zip(measures, found, strict=True)]
-    return add_corrected_p(measures, found, sampling, effects, exact=exact, picked=picked)
+    return add_corrected_p(
+        measures, found, sampling, effects, exact=exact, first=first, picked=picked
+    )
 
 
 def _exact_cells(data: MeasureData, effects: Registry[EffectKind], found: CellStatistics) -> Bools:

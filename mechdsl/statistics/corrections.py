@@ -161,6 +161,7 @@ def add_corrected_p(
     effects: Registry[EffectKind],
     *,
     exact: Sequence[Bools],
+    first: Sequence[Ints],
     picked: bool,
 ) -> list[CellStatistics]:
     """Add corrected p, the number of tests and the method.
@@ -171,10 +172,14 @@ def add_corrected_p(
 
     Args:
         exact: For each measure, the cells whose p comes from exact limits of shares, shape [cell].
+        first: For each measure, the first cell with the same number, shape [cell]. A number is one
+            test.
+        picked: Whether sites were selected on the same rows.
     """
-    p, share = (np.concatenate(each) for each in ([each.p for each in found], exact))
-    known, every = ~np.isnan(p), range(len(found))
-    of = np.repeat(list(every), [len(each.p) for each in found])
+    p, share = np.concatenate([each.p for each in found]), np.concatenate(exact)
+    every, lengths = range(len(found)), [len(each.p) for each in found]
+    known = np.concatenate([each.tested & ~each.repeated for each in found])
+    of = np.repeat(list(every), lengths)
     correction, moves = sampling.settings.correction, _moves(measures, found, sampling, effects)
     values, units = (
         np.concatenate([getattr(each, name) for each in found])[known] for name in ("mean", "units")
@@ -193,10 +198,11 @@ def add_corrected_p(
     else:
         corrected[known] = CORRECTIONS[correction](corrected[known])
     corrected[hidden] = np.nan
+    own = np.split(corrected, np.cumsum(lengths)[:-1])
     return [
         replace(
             each,
-            p_corrected=corrected[of == measure],
+            p_corrected=own[measure][first[measure]],
             test=_test_in_words(data, sampling, share[known]) if _has_p(data, effects) else None,
             tests=int(known.sum()),
             withheld=withheld[measure],
@@ -215,9 +221,9 @@ def _moves(
     sampling: SamplingDesign,
     effects: Registry[EffectKind],
 ) -> Floats:
-    """Return the deviation of each unit from the cell's value. Shape [cell that has a p, unit].
-    Cells must share their units, so the coarsest units are used."""
-    tested = [np.flatnonzero(~np.isnan(each.p)) for each in found]
+    """Return the deviation of each unit from the cell's value. Shape [tested number, unit]. Cells
+    must share their units, so the coarsest units are used."""
+    tested = [np.flatnonzero(each.tested & ~each.repeated) for each in found]
     ordered = [reorder_rows(data, sampling.order) for data in measures]
     own = sampling.ordered
     seen = [

@@ -78,6 +78,9 @@ class MeasureData:
     seen: Ints | None = None
     """Codes that are equal for rows whose visible tokens are equal for this measure, shape [1 or
     cell, prompt]; None if all rows differ."""
+    same: Ints | None = None
+    """Codes that are equal for cells whose patched rows are equal, because they differ only in what
+    is observed, shape [cell]; None if there are no such cells."""
     at: str | None = None
     """The position as written in the source, if any."""
     spread: SpreadSource = "rows"
@@ -118,11 +121,14 @@ class CellStatistics:
     test: str | None
     """The method of p, in words; None if nothing was tested."""
     tests: int
-    """Number of cells, over all measures, in the correction of p."""
+    """Number of distinct numbers, over the cells of all measures, in the correction of p."""
     units: Ints
     """Number of independent units of each cell: distinct prompts, or groups."""
     floor: Bools
     """Whether p is the smallest value for this number of flips or resamples, shape [cell]."""
+    repeated: Bools
+    """Whether the number is that of an earlier cell, which the measure can't differ from, shape
+    [cell]; it is no further test."""
     rounding: Floats
     """Maximum effect of rounding on the mean, in the effect's unit, or, for categories, the share
     of the prompts whose category it may change; NaN if unknown."""
@@ -517,6 +523,27 @@ def effect_parts(data: MeasureData, effect: EffectKind, cells: CellIndex) -> Eff
     if not present.all():  # the denominator also excludes prompts outside the cell
         denominator = np.where(present, denominator, 0.0)
     return EffectParts(effect, np.where(present, numerator, 0.0), denominator, present, undefined)
+
+
+def find_repeated_cells(data: MeasureData, effect: EffectKind) -> Ints:
+    """Return the first cell with the same number, because the measure can't differ between the two.
+    Shape [cell].
+
+    Cells are equal by structure: an effect of unpatched runs doesn't depend on the rules, and
+    others don't depend on what is observed. Equal values alone don't count.
+    """
+    codes, cells = data.same, len(data.patched)
+    if not effect.of_intervention:
+        codes = np.zeros(cells, dtype=np.int64)
+    if codes is None or len(np.unique(codes)) == cells:
+        return np.arange(cells)
+    parts = effect_parts(data, effect, slice(None))
+    arrays: list[NDArray[Any]] = [parts.numerator, parts.present]
+    arrays += [each for each in (parts.denominator, data.seen) if each is not None]
+    wide = [np.broadcast_to(each, (cells, each.shape[1])) for each in arrays]
+    first: dict[tuple[int | bytes, ...], int] = {}
+    keys = ((int(codes[cell]), *(each[cell].tobytes() for each in wide)) for cell in range(cells))
+    return np.array([first.setdefault(key, cell) for cell, key in enumerate(keys)], dtype=np.int64)
 
 
 def numerators(data: MeasureData, effect: EffectKind, cells: CellIndex) -> EffectParts:

@@ -2844,9 +2844,10 @@ _experiment(
     "Overrides the statistics: resampling, the test for intervals and p, the confidence level "
     "and the correction. Tests are `t` (Student's t corrected for skewness, the default), "
     "`flips` (sign flips) and `bootstrap`. Corrections are `holm`, `bh`, `max` (max-statistic) "
-    "and `none`. With `verdicts holm`, the `expect` lines of an experiment share one "
-    "significance level. `by` treats all rows of one value as one sampling unit, so intervals "
-    "and p generalise to new values, not to new rows. W0722 reports a value that explains most "
+    "and `none`. A number that a measure must have in several cells is one test. With "
+    "`verdicts holm`, the `expect` lines of an experiment share one significance level. "
+    "`by` treats all rows of one value as one sampling unit, so intervals and p "
+    "generalise to new values, not to new rows. W0722 reports a value that explains most "
     "of the variance between rows. `docs/statistics.md` lists all values.",
     "tests/results/test_statistics.py",
 )

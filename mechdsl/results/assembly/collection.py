@@ -53,7 +53,7 @@ from mechdsl.results.assembly.conventions import (
     pass_size_convention,
     run_conventions,
 )
-from mechdsl.results.assembly.sampling_units import RowViews, plan_sampling
+from mechdsl.results.assembly.sampling_units import RowViews, number_equal_cells, plan_sampling
 from mechdsl.results.experiment_result import (
     DEFAULT_SHOWN_PROMPTS,
     TARGET_LABEL,
@@ -511,6 +511,7 @@ def _collect_measures(
             at=said.place,
             gaps=tuple(describe_gap(measured, number, c) for c in np.flatnonzero(there).tolist()),
             seen=seen.of(number, there),
+            same=None if resolved.observed else number_equal_cells(plan)[there],
             spread=_spread_source(experiment) if resolved.observed else "rows",
             estimator="" if estimator is None else estimator.text,
         )

@@ -179,6 +179,8 @@ def _merge_measures(parts: Sequence[MeasureData]) -> MeasureData:
     truths = [data.truth for data in parts]
     roundings = [data.rounding for data in parts]
     seen = [data.seen for data in parts]
+    same = [np.arange(len(p.patched)) if p.same is None else p.same for p in parts]
+    starts = np.cumsum([0, *(int(each.max(initial=-1)) + 1 for each in same)])
     if any(s is not None for s in seen):
         prompts = parts[0].patched.shape[1]
         seen = [np.arange(prompts)[None] if s is None else s for s in seen]
@@ -192,6 +194,7 @@ def _merge_measures(parts: Sequence[MeasureData]) -> MeasureData:
         rounding=None if any(r is None for r in roundings) else _merge_arrays(roundings, cells),
         gaps=tuple(gap for own in gaps for gap in own),
         seen=None if all(s is None for s in seen) else _merge_arrays(seen, cells),
+        same=np.concatenate([each + start for each, start in zip(same, starts, strict=False)]),
     )
 
 
@@ -514,7 +517,15 @@ def _average_measure(data: MeasureData, joined: CellAverages) -> MeasureData:
         inert=np.array([data.inert[list(group)].all() for group in groups]),
         gaps=tuple(next((gaps[n] for n in group if gaps[n]), "") for group in groups),
         seen=None if data.seen is None else _average_views(data.seen, groups),
+        same=None if data.same is None else _average_codes(data.same, groups),
     )
+
+
+def _average_codes(same: Ints, groups: Sequence[Sequence[int]]) -> Ints:
+    """Return the codes of averages: equal if those of their cells are. Shape [group]."""
+    numbers: dict[tuple[int, ...], int] = {}
+    own = (tuple(same[list(group)].tolist()) for group in groups)
+    return np.array([numbers.setdefault(each, len(numbers)) for each in own], dtype=np.int64)
 
 
 def _row_means(values: Floats, there: Bools) -> Floats:

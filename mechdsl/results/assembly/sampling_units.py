@@ -311,12 +311,24 @@ def _cell_is_below_attention(rule: RulePlan, cell: int) -> bool:
     return bool(points) and all(map(is_below_attention, points))
 
 
+def number_equal_cells(plan: ExperimentPlan) -> Ints:
+    """Return codes that are equal for cells that differ only in what is observed. Shape [cell]."""
+    names = [axis.name for axis in plan.experiment.axes]
+    within = zip(names, plan.coordinates, strict=True)
+    kept = [each for name, each in within if name not in plan.experiment.observed_axes]
+    if len(kept) == len(names):
+        return np.arange(plan.n_cells)
+    columns = np.stack([np.zeros(plan.n_cells, dtype=np.int64), *kept])
+    return np.unique(columns, axis=1, return_inverse=True)[1].reshape(-1)
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedUnits:
     """Units of one measure."""
 
     counts: Ints
-    """Number of units of each cell whose effect the structure doesn't fix. Shape [cell]."""
+    """Number of units of each number that is tested: of cells whose effect the structure doesn't
+    fix, and that can differ from each other. Shape [number]."""
     codes: Ints
     """Unit of each row, in a cell with the most units. Shape [row]."""
 
@@ -343,7 +355,15 @@ def plan_units(
     for cells, units in every.items():
         counts[list(cells)] = units.held(present[list(cells)])
     most = max(every.values(), key=lambda units: units.count, default=sampling.units())
-    return PlannedUnits(counts[~plan.inert_of[number][there]], most.codes[0])
+    codes = number_equal_cells(plan)[there]
+    effect = EFFECTS[plan.experiment.spec.measures[number].effect]
+    if plan.experiment.measures[number].observed:
+        codes = np.arange(len(codes))
+    elif not effect.of_intervention:
+        codes = np.zeros_like(codes)
+    changing = np.flatnonzero(~plan.inert_of[number][there])
+    tests = changing[np.unique(codes[changing], return_index=True)[1]]
+    return PlannedUnits(counts[np.sort(tests)], most.codes[0])
 
 
 def plan_sampling(experiment: ResolvedExperiment, kept: Ints) -> SamplingDesign:

@@ -265,7 +265,7 @@ def _align_measure(
             wide[:, there] = seen
             seen = wide
     held = {name: cut(getattr(data, name)) for name in ROW_ARRAYS}
-    return replace(data, **held, seen=seen, inert=data.inert[cells], gaps=())
+    return replace(data, **held, seen=seen, inert=data.inert[cells], same=None, gaps=())
 
 
 def _join_views(old: MeasureData, new: MeasureData, cells: Ints) -> Ints | None:

@@ -396,6 +396,7 @@ def average_cells(data: MeasureData, cells: Ints, share: Floats) -> MeasureData 
         base=base,
         source=averaged(data.source),
         inert=data.inert[cells].all(keepdims=True),
+        same=None,
     )
 
 

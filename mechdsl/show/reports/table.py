@@ -222,6 +222,7 @@ def group_by_value(result: ExperimentResult, by: str | None) -> ExperimentResult
             source=None if data.source is None else _repeat_rows(data.source, len(values)),
             truth=None if data.truth is None else _repeat_rows(data.truth, len(values)),
             inert=np.tile(data.inert, len(values)),
+            same=None if data.same is None else np.tile(data.same, len(values)),
             rounding=None if data.rounding is None else _repeat_rows(data.rounding, len(values)),
             gaps=data.gaps * len(values),
             seen=None if data.seen is None else _repeat_rows(data.seen, len(values)),
