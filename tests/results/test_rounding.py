@@ -88,7 +88,9 @@ def test_effect_within_rounding_is_not_significant_and_is_marked() -> None:
     assert is_significant(exact, 0)[live[0]]
     assert is_significant(exact, 0).sum() == is_significant(done, 0).sum() + 1
     assert significance_note(exact, 0) != significance_note(done, 0)
-    assert "1 cell no larger" in statistics_conventions(done, EFFECTS)["rounding"]
+    assert (
+        "1 cell with a mean effect no larger" in statistics_conventions(done, EFFECTS)["rounding"]
+    )
     assert "rounding" not in statistics_conventions(exact, EFFECTS)
     cells = experiment_document(done).as_json()["cells"]
     bounds = [cell["measures"][0].get("rounding") for cell in cells]
@@ -102,7 +104,7 @@ def test_effect_within_rounding_is_not_significant_and_is_marked() -> None:
     for kind, axes in shown.items():
         text = io.StringIO()
         show_report(done, report(kind, **axes), Console(file=text, width=120))
-        assert "1 cell has a mean effect at the level of rounding (up to " in text.getvalue(), kind
+        assert "1 mean is at the level of rounding (up to " in text.getvalue(), kind
 
 
 def readout(*measures: str) -> Readout:

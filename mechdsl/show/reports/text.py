@@ -283,10 +283,8 @@ def rounding_note(result: ExperimentResult, measure: int) -> str | None:
     if not len(bounds):
         return None
     upto = " to ".join(dict.fromkeys(f"{end:.1e}" for end in (bounds.min(), bounds.max())))
-    cells = "1 cell has a mean effect"
-    if len(bounds) > 1:
-        cells = f"{len(bounds)} cells have mean effects"
-    return f"{cells} at the level of rounding (up to {upto}): not counted as significant"
+    means = "1 mean is" if len(bounds) == 1 else f"{len(bounds)} means are"
+    return f"{means} at the level of rounding (up to {upto}): not counted as significant"
 
 
 def prompt_count_text(result: ExperimentResult, measure: int) -> str:
