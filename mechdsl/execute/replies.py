@@ -122,12 +122,14 @@ class ReplyGenerator:
         generation: Generation,
         *,
         cached: bool,
+        shares: bool,
     ) -> None:
         self.model_of = model_of
         self.table = table
         self.seed = seed
         self.generation = generation
         self.cached = cached
+        self.shares = shares
         self.kept: ReplyCache | None = None
         self._of_runs: dict[tuple[object, ...], list[tuple[Reply, ...]]] = {}
 
@@ -229,6 +231,7 @@ class ReplyGenerator:
             groups=asked.groups,
             sources=asked.sources,
             cached=self.cached,
+            shares=self.shares,
         )
 
 

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.image_vectors import provide_images
@@ -23,27 +23,21 @@ from mechdsl.forward.hooks.batch import (
     RuleWrites,
     SiteRead,
     SiteWrite,
-    indices_to_device,
     to_device,
 )
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
-from mechdsl.forward.hooks.hook_points import TokenCopies, fuse_activations
+from mechdsl.forward.hooks.hook_points import fuse_activations
 from mechdsl.forward.hooks.model import (
-    IMAGE_TOKENS,
     LoadedModel,
     build_batch,
     has_single_output,
     replace_blocks,
 )
-from mechdsl.forward.packed.activation_cache import (
-    ActivationCache,
-    list_block_paths,
-    record_activations,
-)
+from mechdsl.forward.hooks.token_copies import TokenCopies, find_copies
+from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.images.pixels import model_input
-from mechdsl.models.block import is_transposed
 from mechdsl.models.shape import PaddingSide
-from mechdsl.prompts.runs import PromptRun, RunNoise, RunRow, share_beginnings
+from mechdsl.prompts.runs import PromptRun, RunNoise, RunRow
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.types import MetricTerm, ResolvedMeasure, SiteLayer
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
@@ -281,38 +275,10 @@ class _BatchPass:
 
 
 def _find_copies(model: LoadedModel, batch: Batch, parts: Sequence[_RunPart]) -> TokenCopies | None:
-    """Find the tokens of equal beginnings of prompts; None if they aren't shared.
-
-    A beginning never ends within an image, whose tokens may see each other.
-    """
-    table = IMAGE_TOKENS.get(model.module)
-    before_images = table is not None and table.prefix_end is not None  # they see the question
-    if not model.shape.reads_prefix or not model.restartable or before_images:
-        return None
+    """Find the tokens of equal beginnings of prompts; None if they aren't shared."""
     ids = [row for part in parts for row in part.ids]
     apart = np.repeat([part.run.noise is not None for part in parts], [len(p.ids) for p in parts])
-    owner = share_beginnings(ids, apart)
-    if owner is None:
-        return None
-    width = batch.ids.shape[1]
-    first = batch.starts.cpu().numpy() + width * np.arange(len(ids))
-    of = np.repeat(first, width)  # padding equals the first token
-    row, position = np.nonzero(owner >= 0)
-    of[first[row] + position] = first[owner[row, position]] + position
-    computed, of = np.unique(of[of], return_inverse=True)
-    index = indices_to_device([torch.from_numpy(computed), torch.from_numpy(of)], model.device)
-    return TokenCopies(*index)
-
-
-def _list_shared_maps(model: LoadedModel) -> list[nn.Module]:
-    """List the linear maps of all blocks, without those of experts, which see some tokens only."""
-    paths: list[str] = []
-    for layer in range(len(model.anatomy.blocks)):
-        projections, output, mlp = list_block_paths(model, layer)
-        paths += [*projections, *([output] if output else [])]
-        paths += [] if model.shape.n_experts else mlp
-    modules = [each for path in paths for each in model.module.get_submodule(path).modules()]
-    return [each for each in modules if isinstance(each, nn.Linear) or is_transposed(each)]
+    return find_copies(model, ids, batch.starts, batch.ids.shape[1], apart=apart)
 
 
 def _run_pass(
@@ -342,7 +308,7 @@ def _run_pass(
     kept: ActivationCache | None = None
     with ExitStack() as stack:
         if copies is not None:
-            stack.enter_context(copies.shared(_list_shared_maps(model)))
+            stack.enter_context(copies.shared(model))
         if lowest:
             kept = stack.enter_context(record_activations(model, batch, min(lowest)))
         if requests[0].fuse:
@@ -366,7 +332,7 @@ def _run_pass(
         # The encoder comes before all blocks of the decoder.
         last = max(-1 if r.stack == "encoder" else r.layer for r in within if r.layer is not None)
         due = rules.below(last + 1, model.shape.n_layers)
-        with nullcontext() if copies is None else copies.shared(_list_shared_maps(model)):
+        with nullcontext() if copies is None else copies.shared(model):
             stopped = run_full(
                 model, batch, stop=last + 1, writes=due.writes, reads=within, edges=due.edges
             )

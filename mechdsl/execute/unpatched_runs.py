@@ -594,7 +594,12 @@ class UnpatchedRuns:
         self._lanes: dict[tuple[object, ...], UnpatchedBatch] = {}
         generation = panel.experiments[0].experiment.generation
         self.writer = generation and ReplyGenerator(
-            self.model_of, panel.table, self.seed, generation, cached=plan.keeps_tokens
+            self.model_of,
+            panel.table,
+            self.seed,
+            generation,
+            cached=plan.keeps_tokens,
+            shares=plan.shares_rows,
         )
         """Generator of replies; None if no text is generated."""
         self._behind: dict[tuple[object, ...], dict[int, ReadoutResult]] = {}

@@ -119,8 +119,9 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     ),
     PlanPass(
         name="share",
-        leaves_out="duplicate rows, within and across experiments; in unpatched runs, linear maps "
-        "of tokens in equal beginnings of prompts, such as an image before several questions",
+        leaves_out="duplicate rows, within and across experiments; in unpatched runs and before "
+        "generated text, linear maps of tokens in equal beginnings of prompts, such as an image "
+        "before several questions",
         why="they start from the same run of the same prompt and write the same vectors to the "
         "same positions; in a causal model, equal beginnings have equal activations",
         does="rows shared by several cells or experiments are run once, and so are equal "

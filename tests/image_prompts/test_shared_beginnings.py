@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mechdsl.execute import unpatched_runs
 from mechdsl.execute.run.panel import execute
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.token_copies import find_copies
 from mechdsl.loading.loader import adopt_model
 from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.prompts import runs
@@ -91,9 +92,13 @@ def test_prompts_with_a_shared_image_equal_hooks(name: str, mode: str) -> None:
     assert np.abs(np.array(patched) - base).max(1).min() > 0.1
 
 
-def count(name: str, *, without: frozenset[str] = frozenset()) -> tuple[int, float]:
+PATCHED = experiment("e", "from clean into changed", RULES[0])
+
+
+def count(
+    name: str, text: str = PATCHED, *, without: frozenset[str] = frozenset()
+) -> tuple[int, float]:
     """(multiply-adds that the run counts, multiply-adds that the plan prints)."""
-    text = experiment("e", "from clean into changed", RULES[0])
     block = BLOCK.replace(' w3"', ' w3 \\n"') if name.startswith("paligemma") else BLOCK
     plan = make_plan(check_file(text, folder(), loaded(name), block).experiments, without=without)
     execute(plan, {"m": loaded(name)}, None, check=check_denominators)  # encodes the images
@@ -136,6 +141,15 @@ def test_share_beginnings_few_copies_returns_none(monkeypatch: pytest.MonkeyPatc
     assert share_beginnings([(1, 2), (1, 2), (3, 2)], none) is not None
     monkeypatch.setattr(runs, "MIN_SHARED_TOKENS", 3)
     assert share_beginnings([(1, 2), (1, 2), (3, 2)], none) is None
+
+
+def test_find_copies_padded_and_empty_prompts_returns_computed_tokens() -> None:
+    """Padding equals the first token, and an empty prompt only has padding."""
+    prompts = [(5, 6, 7), (5, 6), (), (5, 6, 7, 8)]
+    found = find_copies(loaded("llava_class"), prompts, torch.tensor([1, 2, 4, 0]), 4)
+    assert found is not None
+    assert found.computed.tolist() == [1, 2, 3, 11, 15]
+    assert found.of.tolist() == [0, 0, 1, 2, 0, 0, 0, 1, 3, 3, 3, 3, 0, 1, 2, 4]
 
 
 def test_noise_at_shared_images_changes_each_prompt_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +211,19 @@ def test_replies_to_prompts_with_a_shared_image_equal_hooks(name: str, mode: str
                 [ids] for ids in due
             ]
     assert base != patched[1]
+
+
+@pytest.mark.parametrize("name", some(NAMES, ("llava_class",)))
+def test_prefill_of_shared_images_saves_the_planned_products(name: str) -> None:
+    text = experiment("e", "generate 3", "from clean into changed", RULES[0], measure=WRITTEN)
+    (counted, planned), (apart, more) = (
+        count(name, text, without=frozenset(without)) for without in ([], ["share"])
+    )
+    if name.startswith("paligemma"):  # tokens of its images see the question
+        assert (counted, planned) == (apart, more)
+        return
+    assert counted < 0.7 * apart
+    assert 0.5 < planned / counted < 2
 
 
 # --- the vision encoder ---------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -63,6 +63,7 @@ from mechdsl.forward.hooks.model import (
     record_encoded,
     replace_blocks,
 )
+from mechdsl.forward.hooks.token_copies import find_copies
 from mechdsl.vocab.metrics import Reply
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 
@@ -324,6 +325,7 @@ class CachedPasses:
         limit: int,
         *,
         way: GenerationMethod,
+        shares: bool = True,
     ) -> None:
         """Prepare passes.
 
@@ -335,6 +337,7 @@ class CachedPasses:
             tokens: Maximum length of a reply.
             limit: Tokens of one pass.
             way: What rows may share.
+            shares: Whether equal beginnings of prompts share linear maps.
         """
         self.model = model
         self.prompts = prompts
@@ -342,6 +345,7 @@ class CachedPasses:
         self.kept = kept
         self.steps = steps
         self.limit = limit
+        self._shares = shares
         self.columns = max(map(len, prompts))
         """Width of all prompts, padded on the left."""
         self._lengths = np.array([len(prompt) for prompt in prompts])
@@ -557,7 +561,8 @@ class CachedPasses:
         counts = end - self.columns + self._lengths[rows[lead]]
         prompts = [self.prompts[row][:n] for row, n in zip(rows[lead], counts, strict=True)]
         rules = RowChoice(len(rows), lead).rules(own)
-        passes = CachedPasses(self.model, prompts, rules, (), (), 1, self.limit, way=self._way)
+        make = partial(CachedPasses, way=self._way, shares=self._shares)
+        passes = make(self.model, prompts, rules, (), (), 1, self.limit)
         sharing = RowSharing(prompts, find_first_step(len(lead), rules, (), ()), None)
         none = np.zeros((len(lead), 0), dtype=np.int64)
         states = passes.arranged(sharing.first(passes.own), none)
@@ -596,15 +601,25 @@ class CachedPasses:
         for first in range(0, len(batch), each):
             part = slice(first, min(first + each, len(batch)))
             tokens = self._tokens(batch.part(part), slice(columns))
-            if whole:
-                found.append(run_cached_pass(self.model, tokens, keys, part, acting))
-            else:
-                store_keys(self.model, tokens, keys, part, acting)
+            with self._sharing(tokens):
+                if whole:
+                    found.append(run_cached_pass(self.model, tokens, keys, part, acting))
+                else:
+                    store_keys(self.model, tokens, keys, part, acting)
         if self._common:
             self.keys.share(keys, self._common, of)
         every = [np.array(of)] * self.model.shape.n_layers
         self.keys.fill(keys, every, self._common, columns)
         return torch.cat(found)[to_device(index[:whole], self.model.device)] if whole else None
+
+    def _sharing(self, tokens: NewTokens) -> AbstractContextManager[None]:
+        """Share the linear maps of equal beginnings in a pass of prompts without rules."""
+        width, starts = tokens.ids.shape[1], tokens.starts.cpu()
+        every: list[list[int]] = tokens.ids.tolist()
+        begins: list[int] = starts.tolist()
+        prompts = [tuple(ids[start:]) for ids, start in zip(every, begins, strict=True)]
+        copies = find_copies(self.model, prompts, starts, width) if self._shares else None
+        return nullcontext() if copies is None else copies.shared(self.model)
 
     def _suffix(self, rows: Ints, part: slice, count: int) -> Tensor:
         """Compute [n, vocab] logits of some rows: their last tokens, on cached preceding ones."""
@@ -743,6 +758,7 @@ def generate_replies(
     groups: Ints | None = None,
     sources: Sequence[int] = (),
     cached: bool = True,
+    shares: bool = True,
     limit: int = DEFAULT_PASS_TOKENS,
     memory: int | None = None,
 ) -> list[Reply]:
@@ -765,6 +781,7 @@ def generate_replies(
         sources: [row] number of the prompt's tokens that an encoder reads; empty without an
             encoder.
         cached: Whether to use a key-value cache, if `choose_method` finds that results agree.
+        shares: Whether equal beginnings of prompts share linear maps in a prefill with a cache.
         limit: Tokens of one pass.
         memory: Bytes for keys, values and logits; by default, `get_reply_bytes`. Batches are halved
             if memory runs out.
@@ -789,7 +806,9 @@ def generate_replies(
         given,
         [()] * len(prompts) if random is None else random,
         groups,
-        partial(CachedPasses, way=way) if way and way.kind == "cached" else FullPasses,
+        partial(CachedPasses, way=way, shares=shares)
+        if way and way.kind == "cached"
+        else FullPasses,
         limit,
         sources,
     )

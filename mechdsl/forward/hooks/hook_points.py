@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -216,31 +215,3 @@ def fuse_activations(module: nn.Module) -> Generator[None]:
             if function is not None:
                 stack.enter_context(replace_forward(part, function))
         yield
-
-
-@dataclass(frozen=True, eq=False)
-class TokenCopies:
-    """Tokens of a pass whose activations are equal, because their prompts begin alike."""
-
-    computed: Tensor
-    """[N] ascending: the tokens that are computed. Token = row * T + column."""
-    of: Tensor
-    """[B * T]: index in `computed` of the token that each token equals."""
-
-    @contextmanager
-    def shared(self, modules: Iterable[nn.Module]) -> Generator[None]:
-        """Compute these maps of tokens once for equal tokens while the context is open."""
-        with ExitStack() as stack:
-            for module in modules:
-                stack.enter_context(replace_forward(module, self._once(module.forward)))
-            yield
-
-    def _once(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            given = args[0] if len(args) == 1 and not kwargs else None
-            if not isinstance(given, Tensor) or given.shape[:-1].numel() != len(self.of):
-                return forward(*args, **kwargs)
-            found: Tensor = forward(given.reshape(-1, given.shape[-1])[self.computed])
-            return found[self.of].unflatten(0, given.shape[:-1])
-
-        return compute
