@@ -619,7 +619,7 @@ WRONG = {
     "mlps": ("path mlps -> logits at last token through mlps", "eap", "sweep them"),
     "layers": ("path embed -> q layers * head * at last token", "eap", "heads' inputs"),
     "input": ("path embed -> inner at last token", "eap", "heads' inputs"),
-    "two rules": (f"{EDGE}\n  ablate L0H1 at last token with zero", "eap", "each rule"),
+    "two rules": (f"{EDGE}\n  ablate L0H1 at last token with zero", "eap", "remove `using"),
     "answer": ("path layer 0 head * -> logits at answer token", "eap", "name tokens of the prompt"),
     "lengths": (f"from longer into clean\n  {EDGE}", "eap_ig", "texts with as many tokens"),
     "norms": (

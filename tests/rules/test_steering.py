@@ -590,8 +590,8 @@ FAMILIES_OF_DIRECTIONS: dict[str, Case] = {
         ],
     ),
     "own layers, other axes swept": Case(
-        "for c in [1, 3] { project out d[layer own] from resid_pre layers 1, 2 at tokens * }"
-        "  add c * d[layer own, token -2] to attn_out layers 0, 2 at cue token",
+        "for c in [1, 3] {\n  project out d[layer own] from resid_pre layers 1, 2 at tokens *\n"
+        "  add c * d[layer own, token -2] to attn_out layers 0, 2 at cue token\n  }",
         ("c", "position"),
         product((1, 3), ("-2", "-1")),
         lambda name, n, c, token: [
