@@ -119,7 +119,7 @@ def check_file(
 
 def open_scores(folder: Path, module: Any, trainer: str) -> tuple[Callable[[], Tensor], list[str]]:
     """Return a function that scores all edges, and their names."""
-    from mechdsl.execute.mask_training import EdgeScoring, open_edges
+    from mechdsl.execute.mask_training import EffectScoring, open_edges
     from mechdsl.execute.training_vectors import VectorCache
     from mechdsl.pipeline.trained_files import fits_of_file
     from mechdsl.program.trainers import EdgeScoreTrainer
@@ -134,7 +134,8 @@ def open_scores(folder: Path, module: Any, trainer: str) -> tuple[Callable[[], T
 
     def score() -> Tensor:
         edges = open_edges(mask, declared.objective, loaded, None, VectorCache())  # pyright: ignore[reportArgumentType]
-        scoring = EdgeScoring(edges, mask.training.trainer_of(EdgeScoreTrainer), steps)
+        own = mask.training.trainer_of(EdgeScoreTrainer)
+        scoring = EffectScoring(edges, lambda part: edges.score(part, own, steps))
         for _ in scoring.run():
             pass
         return torch.from_numpy(scoring.scores)

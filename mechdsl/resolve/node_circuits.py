@@ -600,7 +600,7 @@ def _describe_tokens(rule: ResolvedRule) -> str:
     """Return the tokens of a rule with everything ablated, if they are others."""
     if not keeps_group(rule):
         return "at all positions that the training chooses from"
-    every = "all tokens of the prompt's text, without special tokens"
+    every = "all tokens of the prompt, without special tokens"
     is_alone = len(rule.spec.at.items) == 1 and isinstance(rule.spec.at.items[0].body, ast.Except)
     if is_alone:
         return f"at {every}"

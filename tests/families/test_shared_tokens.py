@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mechdsl.execute import unpatched_batch
+from mechdsl.forward.hooks import token_copies
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import build_batch
 from mechdsl.loading.loader import adopt_model
@@ -49,8 +50,8 @@ def test_logits_with_shared_tokens_equal_those_without(
         return
     assert len(copies.computed) < int(batch.mask.sum()) - 8
     plain = run_full(model, batch).logits
-    maps = unpatched_batch._list_shared_maps(model)
-    with copies.shared(maps):
+    maps = token_copies._list_shared_maps(model)
+    with copies.shared(model):
         shared = run_full(model, batch).logits
     assert maps or model.shape.n_experts
     assert plain is not None

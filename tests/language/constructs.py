@@ -1612,7 +1612,7 @@ _rule(
     "ablate mlp_out layers * except 1 at tokens * with zero",
     "With `measure … as faithfulness`, the group after `except` is a circuit of nodes: sites, "
     "features, dimensions or positions. In ∅, the same rules ablate the group, too; `tokens except "
-    "P` are then all tokens of the prompt's text, without special tokens. All rules are ablations. "
+    "P` are then all tokens of the prompt, without special tokens. All rules are ablations. "
     "`ablate g … as completeness` needs a group that a training chooses: ∅ ablates all that it is "
     "chosen from. `except top n of g` keeps the n members of a trained group with the largest "
     "probabilities. Other rules, a sweep over what is left out, `generate` and `using` are E0612. "

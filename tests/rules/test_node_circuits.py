@@ -378,7 +378,7 @@ prompts uneven {
 
 
 def test_conventions_name_the_tokens_of_the_run_with_all_ablated(data: Path) -> None:
-    every = "all tokens of the prompt's text, without special tokens; in the same rows"
+    every = "all tokens of the prompt, without special tokens; in the same rows"
     heads = "ablate layers * heads * except a at tokens except cue token with zero"
     parts = "ablate resid_post layer 1 at {tokens except cue token, token 0} with zero"
     text = experiment("heads", heads, measure=FAITHFUL) + experiment(
