@@ -508,12 +508,15 @@ def test_plan_counts_half_of_the_edges_of_a_circuit_whose_size_isnt_known(tmp_pa
     assert "until its training" not in plans["size"]
 
 
-@pytest.mark.slow  # the search for scores resumes in the quick tests
-def test_search_for_a_size_resumes_after_an_interruption(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call = "eap(faithfulness: 0.4)"
-    path = write(tmp_path, fit("validation: 0%, batch: 4", call=call), PATCHES)
+def resume_search(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[mechdsl.TrainedFit, list[int], list[int]]:
+    """Interrupt a search for a size after size 2, and resume it.
+
+    Returns:
+        What the search chose, as without an interruption; the sizes that were measured before it,
+        and those after it.
+    """
     (whole,) = train(path)
     measure, sizes = CircuitMeter.means, list[int]()
 
@@ -533,11 +536,21 @@ def test_search_for_a_size_resumes_after_an_interruption(
             train(path, fresh=True)
     first = len(sizes)
     (again,) = train(path, fresh=True)
+    assert again.report == whole.report
+    return again, sizes[:first], sizes[first:]
+
+
+@pytest.mark.slow  # the search for scores resumes in the quick tests
+def test_search_for_a_size_resumes_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = "eap(faithfulness: 0.4)"
+    path = write(tmp_path, fit("validation: 0%, batch: 4", call=call), PATCHES)
+    again, first, rest = resume_search(path, monkeypatch)
     assert isinstance(again.report, CircuitReport)
     ends = [0, len(list_edges(shape_of("llama")))]
-    assert sizes[:first] == [*ends, 1, 2]
-    assert sizes[first:] == [*ends, *range(3, again.report.selected + 1)]
-    assert again.report == whole.report
+    assert first == [*ends, 1, 2]
+    assert rest == [*ends, *range(3, again.report.selected + 1)]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])

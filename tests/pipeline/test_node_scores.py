@@ -25,11 +25,9 @@ import mechdsl
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute import mask_training, objective_rows
 from mechdsl.execute.mask_training import (
-    CircuitMeter,
     EffectScoring,
     MaskRows,
     NodeRows,
-    SizeSearch,
     find_group,
     open_rows,
 )
@@ -46,7 +44,7 @@ from ..quick import in_turn, some
 from ..reference.forward import Write
 from ..rules.models import bare, double
 from ..rules.support import plain, rows, tokens
-from .test_edge_scores import LINEAR, linear_model
+from .test_edge_scores import LINEAR, linear_model, resume_search
 from .test_trained_coordinate_masks import (
     BASES,
     coordinates,
@@ -558,28 +556,9 @@ def test_search_for_the_size_of_a_group_resumes_after_an_interruption(
 ) -> None:
     call = "atp(faithfulness: 0.999)"
     path = write(tmp_path, fit("validation: 0%, batch: 4", call=call), PATCHES)
-    (whole,) = train(path)
-    measure, sizes = CircuitMeter.means, list[int]()
-
-    def recorded(self: CircuitMeter, given: Any) -> Floats:
-        sizes.extend(given.sum(1).tolist())
-        return measure(self, given)
-
-    def interrupted(self: SizeSearch) -> tuple[int, int]:
-        if self.size == 2:
-            raise KeyboardInterrupt
-        return self.size, 0
-
-    monkeypatch.setattr(CircuitMeter, "means", recorded)
-    with monkeypatch.context() as patch:
-        patch.setattr(SizeSearch, "progress", property(interrupted))
-        with pytest.raises(KeyboardInterrupt):
-            train(path, fresh=True)
-    first = len(sizes)
-    (again,) = train(path, fresh=True)
-    assert sizes[:first] == [0, 12, 1, 2]
-    assert sizes[first:] == [0, 12, *range(3, len(report_of(again).chosen) + 1)]
-    assert again.report == whole.report
+    again, first, rest = resume_search(path, monkeypatch)
+    assert first == [0, 12, 1, 2]
+    assert rest == [0, 12, *range(3, len(report_of(again).chosen) + 1)]
 
 
 PLANTED = {
