@@ -373,11 +373,8 @@ def _effect_cost(
     backwards = steps * -(-every // batch) if batch else steps
     passes = backwards * (1 + len(compared)) + -(-measured * (1 + len(compared)) // batch)
     back = steps * every * above
-    vectors, share = count_edited_bytes(made, objective, shape), 1.0
-    if vectors > CHUNK_BYTES:
-        if _reads_again(made, objective):
-            share = (steps * every + measured) / len(there)
-        vectors = CHUNK_BYTES
+    again = (steps * every + measured) / max(1, len(there))
+    vectors, share = _count_vectors(made, objective, shape, again)
     stop = _stop(points[-1], shape)
     reads = [_times(run_cost(shape, run, stop), share) for run in (base, source)]
     cost = Cost(
@@ -482,11 +479,8 @@ def _group_cost(
         multiply_adds=whole * row.multiply_adds,
         backwards=backwards,
     )
-    vectors, share = count_edited_bytes(made, objective, shape), 1.0
-    if vectors > CHUNK_BYTES:
-        if _reads_again(made, objective):
-            share = (count * rows + measured) / len(there)
-        vectors = CHUNK_BYTES
+    again = (count * rows + measured) / max(1, len(there))
+    vectors, share = _count_vectors(made, objective, shape, again)
     stop = _stop(points[-1], shape)
     cost = sum((_times(run_cost(shape, run, stop), share) for run in (base, source)), cost)
     longest = int(base.lengths[there].max(initial=1))
@@ -494,6 +488,21 @@ def _group_cost(
     memory = vectors + FLOAT * min(batch, rows) * saved
     assumed = "" if made.is_trained else _assume_size(made)
     return TrainingCost(name, rows, held_out, steps, cost, int(memory), shape.n_layers, assumed)
+
+
+def _count_vectors(
+    made: Declared, objective: ResolvedExperiment, shape: ModelShape, again: float
+) -> tuple[int, float]:
+    """Return (bytes of the other run's vectors in memory, number of times that runs are computed
+    for them).
+
+    Args:
+        again: This number if vectors don't fit, and rows read them again.
+    """
+    vectors = count_edited_bytes(made, objective, shape)
+    if vectors <= CHUNK_BYTES:
+        return vectors, 1.0
+    return CHUNK_BYTES, again if _reads_again(made, objective) else 1.0
 
 
 def _assume_size(made: TrainedMask) -> str:
