@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mechdsl.execute.mask_training import (
     CircuitMeter,
     EdgeRows,
     EffectScoring,
+    NodeRows,
     SizeSearch,
     find_circuit,
     open_edges,
@@ -112,7 +113,11 @@ def score(mask: TrainedMask, found: EdgeRows, passes: list[int] | None = None) -
     """Return [edge] scores; append the number of finished rows after each pass to `passes`."""
     trainer = mask.training.trainer_of(EdgeScoreTrainer)
     steps = trainer.steps(mask.training.of_trainer)
-    scoring = EffectScoring(found, lambda part: found.score(part, trainer, steps))
+    return finish(EffectScoring(found, lambda part: found.score(part, trainer, steps)), passes)
+
+
+def finish(scoring: EffectScoring, passes: list[int] | None) -> Floats:
+    """Return [candidate] scores; append the number of finished rows after each pass to `passes`."""
     for _ in scoring.run():
         if passes is not None:
             passes.append(scoring.progress[0])
@@ -243,17 +248,24 @@ def test_edge_scoring_halves_its_rows_when_memory_runs_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, fit("validation: 0%", call=CALLS[1]), PATCHES)
-    expected = score(*open_rows(path, double("llama")))
-    real, tried = EdgeRows.score, []
+    check_halved_rows(EdgeRows, lambda: score(*open_rows(path, double("llama"))), monkeypatch)
 
-    def score_few(self: EdgeRows, rows: Ints, *given: Any) -> Floats:
+
+def check_halved_rows(
+    kind: type[EdgeRows | NodeRows], compute: Callable[[], Floats], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that scores of four rows are equal if memory suffices for one row at a time."""
+    expected = compute()
+    real, tried = kind.score, list[int]()
+
+    def score_few(self: Any, rows: Ints, *given: Any) -> Floats:
         tried.append(len(rows))
         if len(rows) > 1:
             raise torch.OutOfMemoryError
         return real(self, rows, *given)
 
-    monkeypatch.setattr(EdgeRows, "score", score_few)
-    scores = score(*open_rows(path, double("llama")))
+    monkeypatch.setattr(kind, "score", score_few)
+    scores = compute()
     assert tried == [4, 2, 1, 1, 1, 1]
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
@@ -262,12 +274,20 @@ def test_edge_scoring_resumes_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, fit("validation: 0%, batch: 1"), PATCHES)
+    check_resumed_scoring(EdgeRows, path, monkeypatch)
+
+
+def check_resumed_scoring(
+    kind: type[EdgeRows | NodeRows], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that the choice from the scores of four rows, one per pass, is equal after an
+    interruption, and that no row is scored twice."""
     (whole,) = train(path)
     content = (whole.folder / "mask.json").read_bytes()
-    score_rows, steps = EdgeRows.score, EffectScoring.progress.fget
+    score_rows, steps = kind.score, EffectScoring.progress.fget
     scored: list[int] = []
 
-    def recorded(self: EdgeRows, rows: Ints, *given: Any) -> Floats:
+    def recorded(self: Any, rows: Ints, *given: Any) -> Floats:
         scored.extend(rows.tolist())
         return score_rows(self, rows, *given)
 
@@ -277,7 +297,7 @@ def test_edge_scoring_resumes_after_an_interruption(
         assert steps is not None
         return steps(self)
 
-    monkeypatch.setattr(EdgeRows, "score", recorded)
+    monkeypatch.setattr(kind, "score", recorded)
     monkeypatch.setattr(EffectScoring, "progress", property(interrupted))
     with pytest.raises(KeyboardInterrupt):
         train(path, fresh=True)

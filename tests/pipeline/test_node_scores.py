@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Floats
 from mechdsl.execute import mask_training, objective_rows
 from mechdsl.execute.mask_training import (
     EffectScoring,
@@ -44,7 +44,14 @@ from ..quick import in_turn, some
 from ..reference.forward import Write
 from ..rules.models import bare, double
 from ..rules.support import plain, rows, tokens
-from .test_edge_scores import LINEAR, linear_model, resume_search
+from .test_edge_scores import (
+    LINEAR,
+    check_halved_rows,
+    check_resumed_scoring,
+    finish,
+    linear_model,
+    resume_search,
+)
 from .test_trained_coordinate_masks import (
     BASES,
     coordinates,
@@ -121,11 +128,7 @@ def score(mask: TrainedMask, masked: MaskRows, passes: list[int] | None = None) 
     trainer = mask.training.trainer_of(NodeScoreTrainer)
     found = NodeRows(masked, mask.noun, int(mask.training.options["batch"]))
     steps = trainer.steps(mask.training.of_trainer)
-    scoring = EffectScoring(found, lambda part: found.score(part, trainer, steps))
-    for _ in scoring.run():
-        if passes is not None:
-            passes.append(scoring.progress[0])
-    return scoring.scores
+    return finish(EffectScoring(found, lambda part: found.score(part, trainer, steps)), passes)
 
 
 def stored(found: mechdsl.TrainedFit) -> dict[str, Any]:
@@ -434,47 +437,14 @@ def test_node_scoring_halves_its_rows_when_memory_runs_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, fit("validation: 0%"), PATCHES)
-    expected = score(*training_rows(path, double("llama")))
-    real, tried = NodeRows.score, list[int]()
-
-    def score_few(self: NodeRows, part: Ints, *given: Any) -> Floats:
-        tried.append(len(part))
-        if len(part) > 1:
-            raise torch.OutOfMemoryError
-        return real(self, part, *given)
-
-    monkeypatch.setattr(NodeRows, "score", score_few)
-    scores = score(*training_rows(path, double("llama")))
-    assert tried == [4, 2, 1, 1, 1, 1]
-    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    check_halved_rows(NodeRows, lambda: score(*training_rows(path, double("llama"))), monkeypatch)
 
 
 def test_node_scoring_resumes_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, fit("validation: 0%, batch: 1"), PATCHES)
-    (whole,) = train(path)
-    content = (whole.folder / "mask.json").read_bytes()
-    real, steps, scored = NodeRows.score, EffectScoring.progress.fget, list[int]()
-
-    def recorded(self: NodeRows, part: Ints, *given: Any) -> Floats:
-        scored.extend(part.tolist())
-        return real(self, part, *given)
-
-    def interrupted(self: EffectScoring) -> tuple[int, int]:
-        if len(scored) == 2:
-            raise KeyboardInterrupt
-        assert steps is not None
-        return steps(self)
-
-    monkeypatch.setattr(NodeRows, "score", recorded)
-    monkeypatch.setattr(EffectScoring, "progress", property(interrupted))
-    with pytest.raises(KeyboardInterrupt):
-        train(path, fresh=True)
-    (again,) = train(path, fresh=True)
-    assert scored == [0, 1, 2, 3]
-    assert (again.folder / "mask.json").read_bytes() == content
-    assert again.report == whole.report
+    check_resumed_scoring(NodeRows, path, monkeypatch)
 
 
 # --- the group ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -131,12 +131,17 @@ CASES = {
 }
 
 
-def fills(name: str, case: Case, donors: Mapping[int, int]) -> list[dict[str, Tensor]]:
-    """By prompt and sender, [T of the base run, d_model] with the fill where the rule acts."""
+def fills(
+    name: str, case: Case, donors: Mapping[int, int], split: Collection[int] = ()
+) -> list[dict[str, Tensor]]:
+    """By prompt and sender, [T of the base run, d_model] with the fill where the rule acts.
+
+    split: layers whose neurons are senders.
+    """
     parts = stack(name, double(name))
     word, _, of = case.fill.partition(" of ")
     run = of or ("clean" if word in ("zero", "mean", "resample") else word)
-    given = [outputs(plain(name, text), parts) for text in rows(run)]
+    given = [outputs(plain(name, text), parts, split) for text in rows(run)]
     at = [tokens(text, case.at) for text in rows(run)]
     found: list[dict[str, Tensor]] = []
     for n, text in enumerate(rows(case.base)):

@@ -42,6 +42,7 @@ from .test_ablated_circuits import (
     Case,
     check_stored_values,
     count_operations,
+    fills,
     find_donors,
     key_heads,
     shape_of,
@@ -102,29 +103,6 @@ def edges(name: str) -> tuple[str, frozenset[Edge]]:
     return f"circuit c = {', '.join(written)}\n", frozenset(found)
 
 
-def fills(name: str, case: Case, donors: Mapping[int, int]) -> list[dict[str, Tensor]]:
-    """By prompt and sender, [T of the base run, d_model] with the fill where the rule acts."""
-    parts = stack(name, double(name))
-    word, _, of = case.fill.partition(" of ")
-    run = of or ("clean" if word in ("zero", "mean", "resample") else word)
-    given = [outputs(plain(name, text), parts, split(name)) for text in rows(run)]
-    at = [tokens(text, case.at) for text in rows(run)]
-    found: list[dict[str, Tensor]] = []
-    for n, text in enumerate(rows(case.base)):
-        own: dict[str, Tensor] = {}
-        for sender, value in given[n].items():
-            filled = torch.zeros(len(text.ids), value.shape[1], dtype=value.dtype)
-            if word == "mean":
-                several = [each[sender][places] for each, places in zip(given, at, strict=True)]
-                filled[tokens(text, case.at)] = torch.stack(several).mean(0)
-            elif word != "zero":
-                donor = donors.get(n, n)
-                filled[tokens(text, case.at)] = given[donor][sender][at[donor]]
-            own[sender] = filled
-        found.append(own)
-    return found
-
-
 def expected(
     name: str,
     case: Case,
@@ -136,7 +114,7 @@ def expected(
     if ablated is None:
         ablated = every_edge(name) - circuit if case.rule.startswith("all but") else circuit
     values: list[float] = []
-    every_fill = fills(name, case, donors)
+    every_fill = fills(name, case, donors, split(name))
     for n, (text, record) in enumerate(zip(rows(case.base), records(), strict=True)):
         at = tokens(text, case.at)
         model = double(name)
@@ -245,7 +223,7 @@ def test_edges_of_neurons_carry_what_other_rules_write(
         lines = f"ablate {circuit} at tokens * with {fill}", rule.format("tokens *")
         text += experiment(f"x{own}", *lines)
     found = run_file(text, data, name, mode, precise=True)
-    model, given = double(name), fills(name, Case("", fill), {})
+    model, given = double(name), fills(name, Case("", fill), {}, split(name))
     for own, ablated in (("a", every_edge(name) - edges_of_c), ("b", edges_of_c)):
         for n, (text_, record) in enumerate(zip(rows(), records(), strict=True)):
             held = {node: torch.zeros_like(given[n][EMBED])}
@@ -316,7 +294,7 @@ def test_edges_of_neurons_may_have_positions(data: Path, name: str, mode: str) -
     for key, rule in (("a", "all but c"), ("b", "c"), ("d", "all but d")):
         text += experiment(f"x{key}", f"ablate {rule} at tokens * with other")
     found = run_file(text, data, name, mode, precise=True)
-    given = fills(name, Case("", "other"), {})
+    given = fills(name, Case("", "other"), {}, split(name))
     values = expected(name, Case("all but", "other"), {})
     np.testing.assert_allclose(found["xd"].measures[0].patched[0], values, atol=1e-5)
     for n, (row, record) in enumerate(zip(rows(), records(), strict=True)):
