@@ -317,7 +317,7 @@ def diff(old: str, new: str, store: Path | None, form: str) -> int:
     if form == "json":
         print_json(found.to_json())
     else:
-        from mechdsl.show.differences import print_differences
+        from mechdsl.show.runs import print_differences
 
         print_differences(found, make_console())
     return EXPECTATION_FAILED if found.changed else SUCCESS

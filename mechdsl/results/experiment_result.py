@@ -237,7 +237,7 @@ HTML_RENDERER = "mechdsl.show.notebook:experiment_html"
 
 CHART_RENDERER = "mechdsl.show.output:experiment_chart"
 
-DIFFERENCES_RENDERER = "mechdsl.show.differences:differences_text"
+DIFFERENCES_RENDERER = "mechdsl.show.runs:differences_text"
 
 JUNIT_RENDERER = "mechdsl.show.junit:results_junit"
 

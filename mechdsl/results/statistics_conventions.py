@@ -25,8 +25,8 @@ from mechdsl.statistics.measurements import (
     cells_by_view,
     may_round_differently,
 )
+from mechdsl.vocab.aggregates import ROW_STATISTICS
 from mechdsl.vocab.effects import EFFECTS, EffectKind
-from mechdsl.vocab.row_statistics import ROW_STATISTICS
 
 _METHODS = {
     "t": "Student's t corrected for skewness, over {over}",

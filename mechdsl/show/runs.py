@@ -1,14 +1,26 @@
-"""Runs of a store as tables, and verdicts that changed since an earlier run."""
+"""Tables of stored runs: their list, one run, and the differences between two."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import wrap
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mechdsl.base.text import count_noun, format_size
+from mechdsl.results.differences.cells import CellState
+from mechdsl.results.differences.comparison import (
+    CellDifference,
+    Differences,
+    RowChange,
+    UnmatchedItem,
+    VerdictChange,
+)
 from mechdsl.results.experiment_result import (
     CHANGE_TYPES,
     ChangeType,
@@ -20,6 +32,10 @@ from mechdsl.results.results import Results
 from mechdsl.results.runs import RunFacts
 from mechdsl.show.output import PrintedText, capture_text, show_report
 from mechdsl.show.reports.text import (
+    MISSING,
+    interval_texts,
+    number_format,
+    p_text,
     print_hanging,
     print_lost_experiment,
     print_verdicts,
@@ -157,3 +173,242 @@ def _verdict_text(outcome: ExpectOutcome) -> str:
     word = "holds" if outcome.holds else "fails"
     value = verdict_text(outcome)
     return f"{word}: {value}" if value else word
+
+
+MAX_SECTION_LINES = 20
+"""Maximum number of lines of a section; the JSON contains all."""
+
+HASH_PATTERN = re.compile(r"\b[0-9a-f]{64}\b")
+
+HASH_DIGITS = 12
+
+STATE_TEXTS: Mapping[CellState, str] = {
+    "equal": "equal bit for bit",
+    "rounding": "within rounding",
+    "noise": "different within noise",
+    "changed": "changed beyond noise",
+    "unclear": "different, but with too few prompts or no test",
+}
+
+
+def differences_text(found: Differences, width: int) -> PrintedText:
+    """Return the complete output, `width` columns wide."""
+    return capture_text(lambda console: print_differences(found, console), width)
+
+
+def print_differences(found: Differences, console: Console) -> None:
+    """Print all differences; unchanged cells are only counted."""
+    for word, side in (("old", found.old), ("new", found.new)):
+        note = f" ({side.note})" if side.note else ""
+        console.print(Text(f"{word}  {side.name}{note}"), highlight=False, soft_wrap=True)
+    _print_inputs(found, console)
+    _print_verdict_changes(found.verdicts, console)
+    _print_cells(found, console)
+    _print_unmatched("gone", found.removed, console)
+    _print_unmatched("new", found.added, console)
+    _print_counts(found, console)
+
+
+def _print_title(text: str, console: Console) -> None:
+    console.print()
+    console.print(Text(text, style="bold"), highlight=False)
+
+
+def _print_more(count: int, shown: int, noun: str, console: Console) -> None:
+    if count > shown:
+        console.print(
+            Text(
+                f"and {count_noun(count - shown, noun)} more; `--format json` has all", style="dim"
+            ),
+            highlight=False,
+        )
+
+
+def _print_line(text: str, console: Console, indent: int = 2, hanging: int = 4) -> None:
+    """Print a paragraph with a hanging indent."""
+    lines = wrap(text, max(20, console.width - indent - hanging)) or [""]
+    for number, line in enumerate(lines):
+        start = " " * (indent + hanging * bool(number))
+        console.print(Text(start + line), highlight=False, soft_wrap=True)
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def _print_inputs(found: Differences, console: Console) -> None:
+    _print_title("changed inputs", console)
+    if not found.inputs and not found.rows:
+        _print_line("none known", console)
+        return
+    for each in found.inputs:
+        where = f" of {_name_list(each.experiments)}" if each.experiments else ""
+        _print_line(
+            f"{each.what}{where}: {_shorten_hashes(each.old)} → {_shorten_hashes(each.new)}",
+            console,
+        )
+    for rows in found.rows:
+        _print_line(f"rows of {rows.experiment}: {_rows_text(rows)}", console)
+
+
+def _rows_text(rows: RowChange) -> str:
+    said = [f"{rows.old:,} → {rows.new:,}, {rows.common or 'none'} of them in both"]
+    for word, numbers in (("added", rows.added), ("gone", rows.removed)):
+        if numbers:
+            said.append(f"{len(numbers):,} {word} ({_name_list(map(str, numbers), 6)})")
+    return "; ".join(said)
+
+
+def _shorten_hashes(text: str | None) -> str:
+    """Shorten hashes to a prefix."""
+    if text is None:
+        return "not there"
+    return HASH_PATTERN.sub(lambda found: found[0][:HASH_DIGITS] + "…", text) or "empty"
+
+
+def _name_list(names: Iterable[str], most: int = 4) -> str:
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def _print_verdict_changes(verdicts: Sequence[VerdictChange], console: Console) -> None:
+    if not verdicts:
+        return
+    _print_title("expectations", console)
+    styles = {"fails now": "bold red", "holds now": "green"}
+    for each in verdicts:
+        text = Text("  ").append(each.turn, style=styles.get(each.turn, ""))
+        text.append(f"  {each.experiment}: expect {each.text}")
+        console.print(text, highlight=False)
+        for word, outcome in (("old", each.old), ("new", each.new)):
+            if outcome is not None:
+                print_hanging(f"      {word}: ", _outcome_text(outcome), console)
+
+
+def _outcome_text(outcome: ExpectOutcome) -> str:
+    parts = ["holds" if outcome.holds else "fails", verdict_text(outcome)]
+    said = "  ".join(part for part in parts if part)
+    return f"{said}; {outcome.reason}" if outcome.reason else said
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+def _print_cells(found: Differences, console: Console) -> None:
+    changed = sorted(found.changed_cells, key=_sort_weight)
+    _print_title(f"changed beyond noise: {count_noun(len(changed), 'cell')}", console)
+    for each in changed[:MAX_SECTION_LINES]:
+        _print_cell(each, console)
+    _print_more(len(changed), MAX_SECTION_LINES, "cell", console)
+    groups: dict[tuple[str, str, str], list[CellDifference]] = {}
+    for each in found.cells:
+        if each.state == "unclear":
+            key = each.experiment, _measure_text(each), each.reason or ""
+            groups.setdefault(key, []).append(each)
+    if groups:
+        _print_title("different, but with too few prompts or no test", console)
+    for (experiment, measure, reason), cells in groups.items():
+        named = f"{count_noun(len(cells), 'cell')} ({_name_list(each.cell for each in cells)})"
+        _print_line(f"{experiment}: {measure}: {named}; {reason}{_move_text(cells)}", console)
+
+
+def _measure_text(each: CellDifference) -> str:
+    at = "" if each.at is None else f" at {each.at}"
+    return f"{each.effect} of {each.label}{at}"
+
+
+def _move_text(cells: Sequence[CellDifference]) -> str:
+    """Describe the maximum change of values in several cells."""
+    rows = max((each.rows_changed or 0 for each in cells), default=0)
+    if not rows:
+        return ""
+    most = max(each.rows for each in cells)
+    largest = max(each.largest or 0.0 for each in cells)
+    by = f", by at most {number_format([largest])(largest)}" if largest else ""
+    return f"; values changed in up to {rows:,} of {count_noun(most, 'row')}{by}"
+
+
+def _sort_weight(each: CellDifference) -> tuple[float, float]:
+    """Sort by certainty, then by size, both descending."""
+    p = 1.0 if each.p_corrected is None else each.p_corrected
+    return p, -abs(each.difference or 0.0)
+
+
+def _print_cell(each: CellDifference, console: Console) -> None:
+    text = Text(f"  {each.experiment}: {each.cell}  ").append(_measure_text(each), style="dim")
+    console.print(text, highlight=False)
+    _print_line(f"{_effect_text(each)}; {_value_text(each)}", console, 6, 0)
+
+
+def _effect_text(each: CellDifference) -> str:
+    old, new = _number_texts(each.old, each.new)
+    difference = MISSING
+    if each.difference is not None:
+        ends = (math.nan if end is None else end for end in (each.low, each.high))
+        known = [v for v in (each.difference, each.low, each.high) if v is not None]
+        difference = " ".join(interval_texts(number_format(known), each.difference, *ends))
+    what = "mean effect" if each.kind == "number" else "share of the old run's most common category"
+    said = f"{what} {old} → {new}, difference {difference}"
+    if each.p_corrected is not None:
+        said += f", p corrected {p_text(each.p_corrected, each.p_at_most)}"
+    return said
+
+
+def _number_texts(*numbers: float | None) -> list[str]:
+    """Format numbers alike, so that they are easy to compare."""
+    write = number_format([value for value in numbers if value is not None])
+    return [MISSING if value is None else write(value) for value in numbers]
+
+
+def _value_text(each: CellDifference) -> str:
+    if not each.paired:
+        return f"no row is in both runs ({count_noun(each.rows, 'row')} in the smaller one)"
+    said = f"values changed in {each.rows_changed:,} of {count_noun(each.rows, 'row')}"
+    if each.largest:
+        said += f", by at most {number_format([each.largest])(each.largest)}"
+    if each.rows_beyond != each.rows_changed:
+        said += f" ({each.rows_beyond:,} by more than rounding)"
+    return said
+
+
+# --- added and missing items, and counts ----------------------------------------------------------
+
+
+def _print_unmatched(title: str, places: Sequence[UnmatchedItem], console: Console) -> None:
+    """Print unmatched items; cells of one experiment are grouped by reason."""
+    if not places:
+        return
+    _print_title(title, console)
+    groups: dict[tuple[str, str | None, str | None], list[str]] = {}
+    for each in places:
+        groups.setdefault((each.experiment, each.measure, each.reason), []).append(each.cell or "")
+    for number, ((experiment, measure, reason), cells) in enumerate(groups.items()):
+        if number == MAX_SECTION_LINES:
+            break
+        named = [cell for cell in cells if cell]
+        said = f"{experiment}: {measure}" if measure else experiment
+        if named:
+            said += f": {count_noun(len(named), 'cell')} ({_name_list(named)})"
+        _print_line(f"{said}; {reason}" if reason else said, console)
+    _print_more(len(groups), MAX_SECTION_LINES, "line", console)
+
+
+def _print_counts(found: Differences, console: Console) -> None:
+    common = any(each.common for each in found.rows)
+    where = "; if rows differ, on those of both runs" if common else ""
+    _print_title(f"{count_noun(found.compared, 'cell')} compared{where}", console)
+    counts = Counter(found.counts)
+    for state, words in STATE_TEXTS.items():
+        if counts[state]:
+            moved = _move_text([each for each in found.cells if each.state == state])
+            _print_line(f"{words}: {counts[state]:,}{moved}", console)
+    if counts["none"]:
+        _print_line(f"without a number in either run: {counts['none']:,}", console)
+    for name, words in found.conventions.items():
+        print_hanging(f"  {name}: ", words, console)
+    console.print()
+    verdict = "; ".join(found.reasons) or "nothing changed beyond noise"
+    console.print(Text(verdict, style="bold red" if found.changed else "green"), highlight=False)

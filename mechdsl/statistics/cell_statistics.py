@@ -49,8 +49,8 @@ from mechdsl.statistics.measurements import (
     reorder_rows,
 )
 from mechdsl.statistics.skewed_t import skewed_t
+from mechdsl.vocab.aggregates import ROW_STATISTICS
 from mechdsl.vocab.effects import EFFECTS, EffectKind
-from mechdsl.vocab.row_statistics import ROW_STATISTICS
 
 _HALVINGS = 40
 """Steps of the search for the level at which limits of shares reach 0."""

@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
-from mechdsl.fits.rankings import pearson, spearman
+from mechdsl.fits.agreement import pearson, spearman
 from mechdsl.program.significance import MIN_UNITS
 from mechdsl.program.spec import Verification
 from mechdsl.statistics.intervals import clopper_pearson, student_quantile

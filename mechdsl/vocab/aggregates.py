@@ -1,8 +1,12 @@
-"""Registry of aggregates: functions of the selected cells' effects, such as `mean` in `expect`.
+"""Registries of numbers computed from effects: aggregates of cells, and statistics of rows.
 
-An aggregate is one class under `aggregate`. A module outside the package adds one with such a
-class, when it is imported before a file is checked: then `expect rms(delta, layer 3) > 0.1` is
-valid.
+An aggregate is a function of the selected cells' effects, such as `mean` in `expect`. Each one is
+a class under `aggregate`. A statistic is a further number of one cell, computed from the effects
+of its rows, such as their median. Each one is a class under `row_statistic`.
+
+A module outside the package adds either with such a class, when it is imported before a file is
+checked. Then `expect rms(delta, layer 3) > 0.1` is valid. A statistic is a further column of tables
+and CSV, and JSON documents it as a number in `statistics`.
 """
 
 from __future__ import annotations
@@ -80,10 +84,10 @@ def aggregate(name: str) -> Callable[[type[AggregateT]], type[AggregateT]]:
 
     Raises ValueError or TypeError for a class that can't be used.
     """
-    return AGGREGATES.class_decorator(name, _class_problem)
+    return AGGREGATES.class_decorator(name, _aggregate_problem)
 
 
-def _class_problem(name: str, entry: type[CellAggregate]) -> str | None:
+def _aggregate_problem(name: str, entry: type[CellAggregate]) -> str | None:
     """Return the reason that a class can't be registered."""
     if name in _OTHER_FUNCTIONS:
         return "its name is already a function of the language"
@@ -148,3 +152,42 @@ class Participation(CellAggregate):
         squares = (ratio**2).sum(1, keepdims=True)
         fourth = np.maximum((ratio**4).sum(1, keepdims=True), np.finfo(np.float64).tiny)
         return 4 * squares * (ratio - squares / fourth * ratio**3) / fourth / size
+
+
+class RowStatistic:
+    """A number computed from the effects of the rows of one cell."""
+
+    name: ClassVar[str]
+    documentation: ClassVar[str]
+    """Description in the conventions of results."""
+    min_rows: ClassVar[int] = 1
+    """Fewest rows that it is defined for; cells with fewer have no value."""
+
+    def compute(self, effects: Floats) -> float:
+        """Return the statistic of the effects of a cell's rows, shape [row]."""
+        raise NotImplementedError
+
+
+ROW_STATISTICS: Registry[RowStatistic] = Registry("statistic")
+
+StatisticT = TypeVar("StatisticT", bound=RowStatistic)
+
+
+def row_statistic(name: str) -> Callable[[type[StatisticT]], type[StatisticT]]:
+    """Register a subclass of `RowStatistic` as the column `name` of results.
+
+    Raises ValueError or TypeError for a class that can't be used.
+    """
+    return ROW_STATISTICS.class_decorator(name, _statistic_problem)
+
+
+def _statistic_problem(name: str, entry: type[RowStatistic]) -> str | None:
+    """Return the reason that a class can't be registered."""
+    wrong = name_problem(name) or attribute_problem(
+        entry, texts=("documentation",), counts=("min_rows",)
+    )
+    if wrong is not None:
+        return wrong
+    if entry.compute is RowStatistic.compute:
+        return "it has no `compute(self, effects)`"
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mechdsl.fits.masks import (
+from mechdsl.fits.agreement import (
     area_under_curve,
     chance_mass,
     f1,

@@ -20,10 +20,9 @@ from mechdsl.resolve.types import ResolvedRule, VectorBatch
 from mechdsl.rules.kinds import SiteRule, rule_kind
 from mechdsl.syntax import ast
 from mechdsl.syntax.tree_builder import ChangeSignature
-from mechdsl.vocab.aggregates import CellAggregate, aggregate
+from mechdsl.vocab.aggregates import CellAggregate, RowStatistic, aggregate, row_statistic
 from mechdsl.vocab.corruptions import CorruptibleRow, ValueChange, change
 from mechdsl.vocab.metrics import metric
-from mechdsl.vocab.row_statistics import RowStatistic, row_statistic
 
 if TYPE_CHECKING:
     import numpy as np

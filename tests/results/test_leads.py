@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from mechdsl.checks.conditions import Arithmetic, CellValue, ConstantValue
-from mechdsl.fits.rankings import auroc, pearson, spearman
+from mechdsl.fits.agreement import auroc, pearson, spearman
 from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.verdicts.decision import decide_all_expectations

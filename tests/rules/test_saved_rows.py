@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
-from mechdsl.execute.observation.active_rows import ActiveRows
+from mechdsl.execute.observation.features import ActiveRows
 from mechdsl.execute.run import saves
 from mechdsl.execute.run_record import SavedFile
 from mechdsl.forward.hooks.coordinates import StandardBasis

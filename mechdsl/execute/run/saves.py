@@ -26,7 +26,7 @@ from mechdsl.diagnostics.experiments import NoEstimate
 from mechdsl.diagnostics.files import ReportNotWritable
 from mechdsl.diagnostics.rules import EmptyDirection
 from mechdsl.execute.measurement.readout import Readout
-from mechdsl.execute.observation.active_rows import ActiveRows, FeatureSummary
+from mechdsl.execute.observation.features import ActiveRows, FeatureSummary
 from mechdsl.execute.observation.token_vectors import read_token_vectors
 from mechdsl.execute.patching.differentiated_run import read_gradients
 from mechdsl.execute.patching.rule_inputs import DerivedRuns

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Floats, Ints
-from mechdsl.fits import masks
+from mechdsl.fits.agreement import area_under_curve
 from mechdsl.program.spec import PROMPTS_AXIS, SEED_AXIS
 from mechdsl.resolve.cells import (
     VariantLabels,
@@ -543,7 +543,7 @@ def _row_areas(at: Floats, values: Floats, there: Bools) -> Floats:
     """
     order = np.argsort(at)
     whole = np.where(there.all(0), values, np.nan)
-    return masks.area_under_curve(whole[order].T, at[order])
+    return area_under_curve(whole[order].T, at[order])
 
 
 def _average_views(seen: Ints, groups: CellGroups) -> Ints:

@@ -33,7 +33,7 @@ from mechdsl.checks.conditions import (
     Ranking,
     truth_value,
 )
-from mechdsl.fits.rankings import auroc, pearson, spearman
+from mechdsl.fits.agreement import auroc, pearson, spearman
 from mechdsl.program import spec
 from mechdsl.program.significance import (
     MIN_UNITS,

@@ -189,7 +189,7 @@ class RegionPointing(RegionObservation):
     def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
         import numpy as np
 
-        from mechdsl.fits.masks import mask_shares, pointing_game
+        from mechdsl.fits.agreement import mask_shares, pointing_game
 
         inside = mask_shares(mask, (values.shape[0], values.shape[1])) >= 0.5
         there = np.isfinite(values)
@@ -209,7 +209,7 @@ class RegionMass(RegionObservation):
     controls = ("chance",)
 
     def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
-        from mechdsl.fits.masks import chance_mass, relevance_mass
+        from mechdsl.fits.agreement import chance_mass, relevance_mass
 
         found = relevance_mass(values, mask)
         return found, chance_mass(values, mask) if found == found else float("nan")
@@ -226,7 +226,7 @@ class RegionOverlap(RegionObservation):
     shares = True
 
     def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
-        from mechdsl.fits.masks import iou
+        from mechdsl.fits.agreement import iou
 
         return (iou(values, mask, share),)
 
@@ -239,7 +239,7 @@ class RegionF1(RegionOverlap):
     """
 
     def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
-        from mechdsl.fits.masks import f1
+        from mechdsl.fits.agreement import f1
 
         return (f1(values, mask, share),)
 
@@ -257,7 +257,7 @@ class RegionAuroc(RegionObservation):
     controls = ("chance",)
 
     def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
-        from mechdsl.fits.masks import mask_auroc
+        from mechdsl.fits.agreement import mask_auroc
 
         found = mask_auroc(values, mask)
         return found, 0.5 if found == found else found
@@ -325,7 +325,7 @@ class Infidelity(MapComparison):
     def settings(self, given: MapLine) -> Sequence[MapReference]:
         import numpy as np
 
-        from mechdsl.fits.masks import infidelity
+        from mechdsl.fits.agreement import infidelity
 
         part = _compared_variant(given)
         found = _read_removals(part, given.work)
@@ -523,7 +523,7 @@ def _nearby_reference(group: Sequence[VariantFinding], work: ExperimentContext) 
     """Create the reference with maps of similar images, for rows that all of them have."""
     import numpy as np
 
-    from mechdsl.fits.masks import sensitivity
+    from mechdsl.fits.agreement import sensitivity
 
     grids = [build_grids(part, work) for part in group]
     ids = work.table.row_ids

@@ -452,7 +452,7 @@ class RankCorrelation(Similarity):
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         import numpy as np
 
-        from mechdsl.fits.rankings import top_rank_correlation
+        from mechdsl.fits.agreement import top_rank_correlation
 
         assert seen.other is not None
         pairs = zip(seen.vectors, seen.other, strict=True)
