@@ -387,7 +387,8 @@ class IntegratedEdgeAttributionPatching(EdgeAttributionPatching):
 
     As `eap`, but the derivative of the metric by a receiver's input is the mean over k = 1 … m of
     that in the base run with x' + k/m (x − x') as the stream that enters block 0, where x is the
-    stream of the base run and x' that of the source run (Hanna et al. 2024, equation 4).
+    stream of the base run and x' that of the source run (Hanna et al. 2024, equation 4). In an
+    encoder-decoder, x is the stream of both stacks.
     """
 
     example = "path L0H1 -> logits at last token using eap_ig"
@@ -395,7 +396,8 @@ class IntegratedEdgeAttributionPatching(EdgeAttributionPatching):
         "Estimates the effect of each cell of a `path` like `eap`, with the mean gradient of the "
         "metric at `steps` points (5 by default). At point k, the stream that enters block 0 is "
         "x' + k/steps (x − x') at all tokens, where x is that of the base run and x' that of the "
-        "source run: the last point is the base run. Both prompts of a row must have the same "
+        "source run: the last point is the base run. In an encoder-decoder, this is the stream of "
+        "both stacks. Both prompts of a row must have the same "
         "number of tokens (E0608). The derivative along the edge is that of the base run. Not "
         "with frozen norms at the end of the model, where `eap` equals the effect (E0608). Each "
         "point needs a forward pass, and a backward pass per measure."
@@ -520,7 +522,7 @@ class ContextualDecomposition(_GradientTimesChange):
         "the product of the irrelevant parts. Norms divide by the size of the whole vector, and "
         "attention has the weights of the base run. Each cell needs a row of two prompts in a "
         "forward pass, so this is no cheaper than running the cell. Queries, keys, models with "
-        "experts or images, and encoder-decoders are rejected (E0608)."
+        "experts, vision-language models and image classifiers are rejected (E0608)."
     )
     source = "Hsu et al. 2024, arXiv 2407.00886; Murdoch et al. 2018, arXiv 1801.05453"
     convention = (

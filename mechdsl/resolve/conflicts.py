@@ -174,14 +174,14 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
     if reason := explain_missing_rule(rules, shape):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
-    if rules is not None and rules.decomposed and shape.takes != "text":
-        what, reason = f"`{experiment.model.name}`", "it doesn't read texts alone"
+    if rules is not None and rules.decomposed and shape.takes not in _DECOMPOSED:
+        what = f"`{experiment.model.name}`"
+        reason = f"`{said.name}` is computed for models of texts, and for encoder-decoders"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
-    elif shape.encodes_apart and (rules is not None or said.kind.fixes_attention):
+    elif shape.encodes_apart and said.kind.fixes_attention:
         what = f"`{experiment.model.name}`"
         reason = f"`{said.name}` is computed for one stack of blocks, without an encoder"
-        hint = "write `using eap`" if experiment.has_path else OTHER_ESTIMATOR_HINT
-        yield _no_estimate(said, said.span, what, reason, hint)
+        yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
     elif said.kind.drops_layers and (reason := _no_dropped_layers(shape)):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, "write `using atp_qk`")
@@ -189,6 +189,10 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         what = f"an experiment with the run `{next(iter(experiment.derived))}`"
         span = own.derived[0].span
         yield _no_estimate(said, span, what, "the run has rules", NO_ESTIMATE_HINT)
+
+
+_DECOMPOSED = frozenset({"text", "two texts", "image to text", "sound to text"})
+"""What models read that `cdt` is computed for."""
 
 
 def _no_dropped_layers(shape: ModelShape) -> str:
@@ -275,10 +279,12 @@ def _of_rule(
         reason = "gradients aren't computed there"
         yield _no_estimate(said, site.span, f"`{flat[0]}`", reason, NO_ESTIMATE_HINT)
     rules = said.kind.backward
-    within = sorted({p.site for here in points for p in here} & {"q", "k"})
+    within = sorted({p.site for here in points for p in here if _is_query_or_key(p.site)})
     if rules is not None and rules.decomposed and within:
         reason = "attention has the weights of the base run, so the estimate would be 0"
-        yield _no_estimate(said, site.span, f"`{within[0]}`", reason, "write `using atp_qk`")
+        apart = experiment.model.shape.encodes_apart
+        hint = OTHER_ESTIMATOR_HINT if apart else "write `using atp_qk`"
+        yield _no_estimate(said, site.span, f"`{within[0]}`", reason, hint)
     if any(len({(p.site, p.layer) for p in here}) > 1 for here in points):
         what, reason = "several layers together", "a gradient is for one site of one layer"
         hint = "sweep the layers: `layer *`, or `for l in 0..5`"
@@ -346,15 +352,23 @@ def _of_edges(
     yield from _of_answers(rule.edge.keys, own.onto.span, experiment, said)
 
 
+_READ_FROM_ENCODER = frozenset({"k cross", "v cross"})
+"""Receivers of several layers that no change of another one reaches."""
+
+
+def _is_query_or_key(site: str) -> bool:
+    return SITES[site].component in ("q", "k")
+
+
 _ATTENTION_OUTPUTS, _MLP_OUTPUTS = ("z", "head_out", "attn_out"), ("mlp_hidden", "mlp_out")
 """Senders whose values are added to the stream, for each sublayer."""
 
 
 def _adds_up(senders: Sequence[SitePoint], path: PathTargets) -> bool:
     """Return whether the changes that senders of a cell cause add up to first order."""
-    places = {(point.site, point.layer) for point in senders}
-    sublayers = {(site in _MLP_OUTPUTS, layer) for site, layer in places}
-    sites = {site for site, _ in places}
+    places = {(SITES[point.site], point.layer) for point in senders}
+    sites = {site.component for site, _ in places}
+    sublayers = {(site.stack, site.component in _MLP_OUTPUTS, layer) for site, layer in places}
     if len(places) < 2:
         return True
     if len(sublayers) < len(places) or not sites <= {"embed", *_ATTENTION_OUTPUTS, *_MLP_OUTPUTS}:
@@ -382,10 +396,6 @@ def _of_path(
     assert rule.sites is not None
     assert own.site is not None
     assert own.receiver is not None
-    if said.steps is not None and experiment.model.shape.encodes_apart:
-        what, hint = f"`{experiment.model.name}`", "write `using eap`"
-        reason = f"`{said.name}` moves the input of one stack, but an encoder-decoder has two"
-        yield _no_estimate(said, said.span, what, reason, hint)
     if not all(_adds_up(here, path) for here in rule.sites.points.values()):
         what, reason = "these senders together", "the value of one replaces the change of another"
         hint = "sweep them: `layer *`, or `for s in [attn_out, mlp_out]`"
@@ -393,7 +403,11 @@ def _of_path(
     for here in path.receivers.points.values():
         inner = {(p.layer, p.site) for p in here if SITES[p.site].when != "output"}
         layers, sites = {layer for layer, _ in inner}, {site for _, site in inner}
-        if len(layers) > 1 or (len(sites) > 1 and not sites <= {"q", "k", "v"}):
+        if sites <= _READ_FROM_ENCODER:
+            continue
+        heads = {SITES[site].component for site in sites} <= {"q", "k", "v"}
+        together = heads and len({SITES[site].stack for site in sites}) == 1
+        if len(layers) > 1 or (len(sites) > 1 and not together):
             what, reason = "these receivers together", "the change of one reaches another"
             hint = "sweep them, or name heads' inputs of one layer"
             yield _no_estimate(said, own.receiver.span, what, reason, hint)

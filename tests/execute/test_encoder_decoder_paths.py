@@ -94,7 +94,7 @@ def seen(family: str, of: Text, writes: Sequence[Write], own: Place, at: Sequenc
 
 
 def constant(values: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda _: values
+    return lambda old: values.to(old.dtype)
 
 
 def fixed(family: str, of: Text, rule: str, *, mlps: bool) -> Iterator[Write]:
@@ -269,6 +269,20 @@ CASES = {
         ],
         encodes=True,
     ),
+    "all heads of cross attention to logits": Case(
+        "path z cross layers * heads * -> logits at last token",
+        lambda: [(heads("z cross", ALL), [("logits", 0, None)])],
+    ),
+    "embedding of the encoder to inputs of its attention": Case(
+        "path embed encoder -> attn_norm encoder layer 1 at subject token",
+        lambda: [
+            (
+                [("embed encoder", 0, None)],
+                [end for each in "qkv" for end in heads(f"{each} encoder", [1])],
+            )
+        ],
+        encodes=True,
+    ),
     "encoder to its output": Case(
         "path z encoder layer * head * -> final_norm encoder at subject token through mlps",
         lambda: [
@@ -377,7 +391,7 @@ def test_effects_of_all_senders_with_frozen_norms_add_up(tmp_path: Path) -> None
         for n, sender in enumerate(senders)
     )
     found = [each.measures[0] for each in run("t5", lines, tmp_path).values()]
-    total = sum(measure.patched[0] - measure.base[0] for measure in found)
+    total = np.sum([measure.patched[0] - measure.base[0] for measure in found], axis=0)
     bare, own = model("t5"), place("t5", "resid_post", LAYERS - 1)
     for n, record in enumerate(ROWS):
         base, other = (plain("t5", text(record, name), own)[-1] for name in ("clean", "other"))
@@ -490,8 +504,8 @@ ERRORS = {
     "path z cross layer 0 head * -> z cross layer 1 head * at last token": "E0334",
     "path z cross layer 0 head * -> logits at subject token": "E0316",
     "path mixed -> q layer 1 heads * at last token": "E0317",
-    "path z layer 0 head * -> logits at last token\n  using eap_ig": "E0608",
-    "path z layer 0 head * -> logits at last token\n  using relp": "E0608",
+    "path z layer 0 head * -> logits at last token with frozen norms\n  using eap_ig": "E0608",
+    "path z layer 0 head * -> logits at last token\n  using cdt": "E0608",
 }
 
 

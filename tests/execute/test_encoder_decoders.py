@@ -374,8 +374,9 @@ ERRORS = {
     "observe distance pattern cross layer 0 head 0 at last token": "E0207",
     "observe received pattern cross layer 0 head 0 at last token": "E0207",
     "observe similarity z encoder layer 0 head 0 with z layer 0 head 0 at last token": "E0317",
-    "patch z encoder layer 0 head 0 at last token\n  using relp": "E0608",
     "patch z encoder layer 0 head 0 at last token\n  using atp_qk": "E0608",
+    "patch q cross layer 0 head 0 at last token\n  using cdt": "E0608",
+    "patch k encoder layer 0 head 0 at last token\n  using cdt": "E0608",
     "patch pattern cross layer 0 head 0 at last token\n  using atp": "E0608",
     "observe norm resid_post encoder layer * at last token\n  save gradient of logit(answer) by "
     'pattern cross layer 0 at last token to "x.safetensors"': "E0608",

@@ -392,7 +392,7 @@ ERRORS = {
     ("patch z cross layer 0 head 0 at photo tokens", "", ""): "E0316",
     ("patch resid_post vision layer 0 at last token", "", ""): "E0108",
     ("patch resid_post encoder layer 0 at photo row 3 col 1 token", "", ""): "E0310",
-    ("patch resid_post encoder layer 0 at photo tokens\n  using relp", "", ""): "E0608",
+    ("patch resid_post encoder layer 0 at photo tokens\n  using atp_qk", "", ""): "E0608",
 }
 
 

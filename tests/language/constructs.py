@@ -1297,8 +1297,8 @@ _site(
     "read the decoder are `attn_norm cross` and `q cross`. Paths from the encoder end at its heads "
     "and MLPs, at its output (`final_norm encoder`), or at the keys and values that the decoder "
     "reads: `path z encoder layer 0 head * -> v cross layers * heads * at capital tokens`. They "
-    "don't go on to `logits`, because the decoder's heads are held (E0335). `using eap` estimates "
-    "such paths, `using eap_ig` is E0608.",
+    "don't go on to `logits`, because the decoder's heads are held (E0335). `using eap`, `eap_ig`, "
+    "`relp` and `gim` estimate such paths.",
     "tests/execute/test_encoder_decoder_paths.py",
     PATHS,
 )

@@ -16,7 +16,7 @@ from .gradients import Where
 
 Vectors = Mapping[tuple[int, int], Tensor]
 """Vectors by position and unit."""
-QUERIES_AND_KEYS = ("q_proj", "k_proj", "query", "key")
+QUERIES_AND_KEYS = ("q_proj", "k_proj", "query", "key", "q", "k")
 
 
 def decompose(
@@ -81,11 +81,12 @@ def _irrelevant(name: str, part: Any, now: Tensor, before: Tensor, whole: Tensor
         return whole
     if "norm" in type(part).__name__.lower():
         centers = isinstance(part, nn.LayerNorm)
-        eps = part.eps if centers else part.variance_epsilon
+        eps = part.variance_epsilon if hasattr(part, "variance_epsilon") else part.eps
         middle = [x.mean(-1, keepdim=True) if centers else 0 for x in (now, before)]
         size = torch.sqrt((before - middle[1]).pow(2).mean(-1, keepdim=True) + eps)
-        mapped = (now - middle[0]) / size * part.weight
-        relevant = (before - now - middle[1] + middle[0]) / size * part.weight
+        weight = 1 + part.weight if "Gemma" in type(part).__name__ else part.weight
+        mapped = (now - middle[0]) / size * weight
+        relevant = (before - now - middle[1] + middle[0]) / size * weight
     else:
         weight = part.weight if type(part).__name__ == "Conv1D" else part.weight.T
         mapped, relevant = now @ weight, (before - now) @ weight

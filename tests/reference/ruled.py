@@ -15,15 +15,21 @@ from transformers.masking_utils import AttentionMaskInterface
 def ruled(model: nn.Module, kind: str) -> nn.Module:
     """A copy of a model, with the derivatives of `relp` or `gim`."""
     model = copy.deepcopy(model)
+    for name, part in model.named_modules():
+        words = name.split(".")
+        if "encoder" in words or words[-1] in ("EncDecAttention", "encoder_attn", "cross_attn"):
+            vars(part)["causal_in_reference"] = False
     for part in list(model.modules()):
         name = type(part).__name__
         if "norm" in name.lower():
             norm = _layer_norm(part) if isinstance(part, nn.LayerNorm) else _rms_norm(part)
             setattr(part, "forward", norm)  # noqa: B010
-        elif kind == "relp" and ("GELU" in name or "SiLU" in name):
+        elif kind == "relp" and ("GELU" in name or name in ("SiLU", "ReLU")):
             part.forward = _ratio(part.forward)
         elif hasattr(part, "gate_proj"):
-            part.forward = _gated(part)
+            part.forward = _gated(part.act_fn, part.gate_proj, part.up_proj, part.down_proj)
+        elif hasattr(part, "wi_1"):  # T5
+            part.forward = _gated(part.act, part.wi_0, part.wi_1, part.wo)
     if kind == "gim":
         AttentionInterface.register("flattened", _attend)
         AttentionMaskInterface.register("flattened", lambda *_, **__: None)
@@ -55,10 +61,10 @@ def _ratio(own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: x * (own(x) / x).detach()
 
 
-def _gated(part: Any) -> Callable[[Tensor], Tensor]:
+def _gated(act: Any, gate_proj: Any, up_proj: Any, down_proj: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        gate, up = part.act_fn(part.gate_proj(x)), part.up_proj(x)
-        return part.down_proj((gate * up.detach() + gate.detach() * up) / 2)
+        gate, up = act(gate_proj(x)), up_proj(x)
+        return down_proj((gate * up.detach() + gate.detach() * up) / 2)
 
     return forward
 
@@ -88,9 +94,17 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **given: Any)
     scores = q @ k.transpose(-1, -2) * scale
     if (cap := given.get("softcap")) is not None:
         scores = torch.tanh(scores / cap) * cap
-    length = q.shape[2]
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    if (bias := given.get("position_bias")) is not None:
+        scores = scores + bias
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    if sees_earlier_tokens(module):
+        seen = seen.tril()
     if (window := given.get("sliding_window")) is not None:
         seen = seen.triu(1 - window)
     weights = FlatSoftmax.apply(scores.masked_fill(~seen, float("-inf")))
     return (weights @ v).transpose(1, 2).contiguous(), None
+
+
+def sees_earlier_tokens(module: nn.Module) -> bool:
+    """Whether queries see no later keys, of an attention module of a copy of a model."""
+    return getattr(module, "causal_in_reference", True)

@@ -599,25 +599,33 @@ class GradientEstimates:
         return [(number, own, [each / count for each in sums]) for number, own, sums in total]
 
     def _moved_inputs(self, rule: RulePlan, lanes: DrawLanes) -> Iterator[list[SiteWrite]]:
-        """Yield the writes that move the stream that enters block 0 toward the source run, for each
-        point; none for the base run, which comes first."""
+        """Yield the writes that move the streams that enter block 0 of each stack toward the source
+        run, for each point; none for the base run, which comes first."""
         yield []
         steps = self.steps or 1
         if steps == 1:
             return
-        where, (lane, token) = SiteRead("resid_pre", 0), lanes.batch.tokens()
         source = replace(self.differentiated, run=self.differentiated.runs.named(rule.rule.run))
         other = DrawLanes.of(self.lanes_of(rule), np.unique(lanes.prompts), self.plan.draws)
-        streams: list[Tensor] = []
-        for run, own in ((self.differentiated, lanes), (source, other)):
-            noise = run.noise(own)
-            found = run_full(self.model, own.batch, stop=1, writes=noise, reads=[where])
-            read, index = found.reads[where], (lane, own.batch.columns(lane, token))
-            streams.append(read[indices_to_device(index, read.device)][:, 0])
-        change, unit = streams[1] - streams[0], torch.zeros_like(lane)
+        stacks = ["", *({"encoder"} & self.model.shape.others.keys())]
+        wheres = [SiteRead("resid_pre", 0, stack) for stack in stacks]
+        found = [
+            run_full(self.model, own.batch, stop=1, writes=run.noise(own), reads=wheres).reads
+            for run, own in ((self.differentiated, lanes), (source, other))
+        ]
+        moves: list[SiteWrite] = []
+        for where in wheres:
+            lane, token = lanes.batch.of_read(where).tokens()
+            streams: list[Tensor] = []
+            for own, reads in zip((lanes, other), found, strict=True):
+                index = lane, own.batch.of_read(where).columns(lane, token)
+                streams.append(reads[where][indices_to_device(index, reads[where].device)][:, 0])
+            place = lane, token, torch.zeros_like(lane)
+            change = streams[1] - streams[0]
+            moves.append(SiteWrite("resid_pre", 0, *place, change, mode="add", stack=where.stack))
         for point in range(1, steps):
-            part = change * (1 - point / steps)
-            yield [SiteWrite("resid_pre", 0, lane, token, unit, part, mode="add")]
+            share = 1 - point / steps
+            yield [replace(move, values=share * move.values) for move in moves]
 
     def _noise_at(self, where: SiteRead, read: Tensor, lanes: DrawLanes, sample: int) -> SiteWrite:
         """Build noise at all vectors of a site; read: [lane, column, unit, width] of it."""

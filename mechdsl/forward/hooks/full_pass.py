@@ -506,8 +506,7 @@ class SiteHooks:
         """Selects the requested positions from logits, if that can't happen before the
         unembedding."""
         self._edges = group_by_layer(edges)
-        every = range(n_layers if changes.in_attention else 0)
-        self.within = self._within() | {("", layer) for layer in every}
+        self.within = self._within() | (_list_attention(model) if changes.in_attention else set())
         self._layers: dict[tuple[str, int], AttentionHooks] = {}
         self._circuits = [open_circuit(model, frame, each, writes) for each in circuits]
         self._plan()
@@ -936,6 +935,14 @@ class SiteHooks:
             )
         for site, found in work.found.items():
             self.found[SiteRead(site, layer, stack)] = found.unflatten(0, (self.frame.leading, -1))
+
+
+def _list_attention(model: LoadedModel) -> set[tuple[str, int]]:
+    """Return each stack with attention whose activations reach the logits, and its layers."""
+    stacks = {"": model.shape}
+    if model.shape.encodes_apart:
+        stacks |= model.shape.others
+    return {(name, layer) for name, own in stacks.items() for layer in range(own.n_layers)}
 
 
 def find_entrance(model: LoadedModel, layer: int) -> tuple[str, HookSide, int]:

@@ -256,8 +256,9 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     if said.joins_cells:
         where = f"gradients between the {base} run and the written values"
     elif said.steps is not None:
+        stacks = " of both stacks" if experiment.model.shape.encodes_apart else ""
         where = (
-            f"gradients as the stream that enters block 0 moves from the "
+            f"gradients as the stream that enters block 0{stacks} moves from the "
             f"{experiment.spec.source} run to the {base} run, which is the last point"
         )
     change = "what is written less what is there"
