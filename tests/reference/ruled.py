@@ -24,7 +24,7 @@ def ruled(model: nn.Module, kind: str) -> nn.Module:
         if "norm" in name.lower():
             norm = _layer_norm(part) if isinstance(part, nn.LayerNorm) else _rms_norm(part)
             setattr(part, "forward", norm)  # noqa: B010
-        elif kind == "relp" and ("GELU" in name or name in ("SiLU", "ReLU")):
+        elif kind == "relp" and ("GELU" in name or "SiLU" in name or name == "ReLU"):
             part.forward = _ratio(part.forward)
         elif hasattr(part, "gate_proj"):
             part.forward = _gated(part.act_fn, part.gate_proj, part.up_proj, part.down_proj)
