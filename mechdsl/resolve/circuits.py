@@ -6,10 +6,10 @@ References: Conmy et al. 2023 (arXiv 2304.14997), section 3.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import chain, product
 from random import Random
@@ -44,6 +44,7 @@ from mechdsl.resolve.sites import (
     resolve_site,
 )
 from mechdsl.resolve.targets import resolve_edge_place
+from mechdsl.resolve.trainings import order_tokens
 from mechdsl.resolve.types import (
     Axis,
     AxisIndices,
@@ -55,6 +56,7 @@ from mechdsl.resolve.types import (
     PlacedEdges,
     PlaceOrder,
     PositionTargets,
+    ResolvedExperiment,
     ResolvedRule,
     SitePoint,
     SiteTargets,
@@ -298,6 +300,11 @@ def _list_places(at: frozenset[int] | None) -> Sequence[int | None]:
     return (None,) if at is None else sorted(at)
 
 
+def count_placed(edges: PlacedEdges) -> int:
+    """Count edges, once for each of their positions."""
+    return sum(len(_list_places(at)) for at in edges.values())
+
+
 def _join_places(listed: Iterable[EdgeAtPlace]) -> PlacedEdges:
     """Return edges with the places at which they are listed."""
     found = dict[CircuitEdge, frozenset[int] | None]()
@@ -455,7 +462,7 @@ def _label_picks(
     before = "all but " if rule.all_but else ""
     if node is None or len(named) == 1:
         return dict.fromkeys(named, before + name)
-    counts = {key: sum(len(_list_places(at)) for at in own.values()) for key, own in named.items()}
+    counts = {key: count_placed(own) for key, own in named.items()}
     return {key: f"{before}top {count} of {node.of}" for key, count in counts.items()}
 
 
@@ -763,49 +770,81 @@ class PathGraph(ABC, Generic[EdgeT, NodeT]):
     end: NodeT
 
     @abstractmethod
-    def sender(self, edge: EdgeT) -> NodeT:
-        """Return the node that an edge starts from."""
+    def links(self, edge: EdgeT) -> Sequence[tuple[NodeT, Sequence[NodeT]]]:
+        """Return the sender of an edge and the nodes that depend on its receiver (for the end of
+        the model, itself), for each group of tokens that the edge is at."""
 
-    @abstractmethod
-    def leads(self, edge: EdgeT) -> Sequence[NodeT]:
-        """Return the nodes that depend on the receiver of an edge; for the end of the model,
-        itself."""
+    def place(self, edge: EdgeT) -> int | None:
+        """Return the number of an edge's position; None for edges without positions."""
+        return None
+
+    def rivals(self, edge: EdgeT) -> Sequence[EdgeT]:
+        """Return the same edge at positions that contain its position or are contained in it, so
+        that a circuit of both has fewer edges than it lists."""
+        return ()
 
     @cached_property
     def after(self) -> dict[NodeT, list[EdgeT]]:
         """Edges from each sender."""
         found: dict[NodeT, list[EdgeT]] = defaultdict(list)
         for edge in self.every:
-            found[self.sender(edge)].append(edge)
+            for sender, _ in self.links(edge):
+                found[sender].append(edge)
         return found
 
     @cached_property
-    def before(self) -> dict[NodeT, list[EdgeT]]:
-        """Edges to the receivers of each sender, and to the end of the model."""
-        found: dict[NodeT, list[EdgeT]] = defaultdict(list)
+    def before(self) -> dict[NodeT, list[tuple[EdgeT, NodeT]]]:
+        """Edges to the receivers of each sender, and to the end of the model; with their sender."""
+        found: dict[NodeT, list[tuple[EdgeT, NodeT]]] = defaultdict(list)
         for edge in self.every:
-            for node in self.leads(edge):
-                found[node].append(edge)
+            for sender, nodes in self.links(edge):
+                for node in nodes:
+                    found[node].append((edge, sender))
         return found
+
+    @cached_property
+    def numbers(self) -> GraphNumbers[EdgeT, NodeT]:
+        """Its nodes and edges by number."""
+        return GraphNumbers(self)
+
+    def _find_reached(self, edges: Collection[EdgeT]) -> set[NodeT]:
+        """Return the nodes that some edges lead to from the start of the model."""
+        reached = {*self.starts}
+        for edge in self.every:  # senders in forward order
+            if edge in edges:
+                for sender, nodes in self.links(edge):
+                    reached.update(nodes if sender in reached else ())
+        return reached
+
+    def find_leading(self, edges: Collection[EdgeT]) -> set[NodeT]:
+        """Return the nodes that some edges lead on from, to the end of the model."""
+        leading = {self.end}
+        for edge in reversed(self.every):
+            if edge in edges:
+                for sender, nodes in self.links(edge):
+                    leading.update((sender,) if leading.intersection(nodes) else ())
+        return leading
 
     def keep_leading(self, edges: Collection[EdgeT]) -> frozenset[EdgeT]:
         """Return those of some edges that lead to the end of the model, by others of them."""
-        leading, found = {self.end}, list[EdgeT]()
-        for edge in reversed(self.every):  # senders in forward order
-            if edge in edges and leading.intersection(self.leads(edge)):
-                leading.add(self.sender(edge))
-                found.append(edge)
-        return frozenset(found)
+        leading = self.find_leading(edges)
+        return frozenset(
+            edge
+            for edge in edges
+            if any(leading.intersection(nodes) for _, nodes in self.links(edge))
+        )
 
     def covers(self, edges: Collection[EdgeT]) -> bool:
         """Return whether each edge is on a path of these edges from the start to the end of the
         model."""
-        reached = {*self.starts}
-        for edge in self.every:
-            if edge in edges and self.sender(edge) in reached:
-                reached.update(self.leads(edge))
-        all_reached = all(self.sender(edge) in reached for edge in edges)
-        return all_reached and self.keep_leading(edges) == frozenset(edges)
+        reached, leading = self._find_reached(edges), self.find_leading(edges)
+        return all(
+            any(
+                sender in reached and leading.intersection(nodes)
+                for sender, nodes in self.links(edge)
+            )
+            for edge in edges
+        )
 
     def select_backwards(self, sizes: Mapping[EdgeT, float], count: int) -> list[EdgeT]:
         """Select the edges with the largest sizes, one after another, from the end of the model
@@ -817,20 +856,66 @@ class PathGraph(ABC, Generic[EdgeT, NodeT]):
         """
         order = {edge: number for number, edge in enumerate(self.every)}
         found: list[EdgeT] = []
-        due: list[tuple[float, int, EdgeT]] = []
+        due: list[tuple[float, int, EdgeT, NodeT]] = []
         seen: set[EdgeT] = set()
         node: NodeT = self.end
         while len(found) < count:
-            for edge in self.before[node]:
+            for edge, sender in self.before[node]:
                 if edge not in seen:
                     seen.add(edge)
-                    heappush(due, (-sizes[edge], order[edge], edge))
+                    heappush(due, (-sizes[edge], order[edge], edge, sender))
             if not due:
                 break
-            _, _, edge = heappop(due)
+            *_, edge, node = heappop(due)
             found.append(edge)
-            node = self.sender(edge)
         return found
+
+
+@dataclass(frozen=True)
+class Link:
+    """An edge at the tokens of one group, by numbers."""
+
+    edge: int
+    sender: int
+    nodes: Sequence[int]
+    """Those that depend on its receiver."""
+
+
+class GraphNumbers(Generic[EdgeT, NodeT]):
+    """The nodes and edges of a graph by number, as random circuits have thousands of paths."""
+
+    def __init__(self, graph: PathGraph[EdgeT, NodeT]) -> None:
+        node = {each: n for n, each in enumerate((*graph.starts, graph.end))}
+        self.edges = {each: edge for edge, each in enumerate(graph.every)}
+        self.places = [graph.place(each) for each in graph.every]
+        """Of each edge, as in the graph."""
+        self.links: list[Link] = []
+        self.links_of: list[list[int]] = [[] for _ in graph.every]
+        """Of each edge, the numbers of its links."""
+        self.before: dict[int, list[int]] = defaultdict(list)
+        """Links to the receivers of each sender, and to the end of the model."""
+        for edge, each in enumerate(graph.every):
+            for sender, nodes in graph.links(each):
+                of, *numbers = [node.setdefault(to, len(node)) for to in (sender, *nodes)]
+                self.links_of[edge].append(len(self.links))
+                for to in numbers:
+                    self.before[to].append(len(self.links))
+                self.links.append(Link(edge, of, numbers))
+        self.starts = frozenset(map(node.__getitem__, graph.starts))
+        self.end = node[graph.end]
+
+    def find_leading(self, edges: Sequence[int]) -> set[int]:
+        """Return the nodes that some edges lead on from, to the end of the model.
+
+        Args:
+            edges: In ascending order.
+        """
+        leading = {self.end}
+        for edge in reversed(edges):
+            for number in self.links_of[edge]:
+                link = self.links[number]
+                leading.update(() if leading.isdisjoint(link.nodes) else (link.sender,))
+        return leading
 
 
 class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
@@ -841,27 +926,29 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
 
     def __init__(self, shape: ModelShape) -> None:
         self.every = list_edges(shape)
+        self._nodes: dict[SitePoint, list[SitePoint]] = {END: [END]}
         self._shared: dict[tuple[str, int | None], int] = {
             (site, layer): unit_count(shape, "z", layer) // unit_count(shape, site, layer)
             for layer in range(shape.n_layers)
             for site in ("q", "k", "v")
         }
 
-    def sender(self, edge: CircuitEdge) -> SitePoint:
-        return edge[0]
-
-    def leads(self, edge: CircuitEdge) -> list[SitePoint]:
-        return self.nodes(edge[1])
+    def links(self, edge: CircuitEdge) -> list[tuple[SitePoint, list[SitePoint]]]:
+        return [(edge[0], self.nodes(edge[1]))]
 
     def nodes(self, receiver: SitePoint) -> list[SitePoint]:
         """Return the senders that depend on a receiver; for the end of the model, itself."""
-        if receiver == END:
-            return [END]
+        if receiver not in self._nodes:
+            self._nodes[receiver] = list(self._list_nodes_of(receiver))
+        return self._nodes[receiver]
+
+    def _list_nodes_of(self, receiver: SitePoint) -> Iterator[SitePoint]:
         if receiver.unit is None:
-            return [SitePoint("mlp_out", receiver.layer, None)]
+            yield SitePoint("mlp_out", receiver.layer, None)
+            return
         shared = self._shared[receiver.site, receiver.layer]
         first = receiver.unit * shared
-        return [SitePoint("z", receiver.layer, n) for n in range(first, first + shared)]
+        yield from (SitePoint("z", receiver.layer, n) for n in range(first, first + shared))
 
     def list_search_steps(self, levels: Sequence[SearchLevel]) -> list[SearchStep]:
         """List the steps of a search, level after level, each from the end of the model
@@ -894,45 +981,74 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
 
 
 class PlacedGraph(PathGraph[PlacedEdge, PlacedNode]):
-    """The edges of a model at positions. Attention moves from the tokens of a position to those of
-    its queries, and nothing else moves between positions."""
+    """The edges of a model at positions, each of which has the tokens of some groups. Attention
+    moves from the tokens of a group to those of its queries, and nothing else moves between groups.
+    """
 
     end = END, None
 
-    def __init__(self, shape: ModelShape, edges: Sequence[PlacedEdge], order: PlaceOrder) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        edges: Sequence[PlacedEdge],
+        order: PlaceOrder,
+        places: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Link edges.
+
+        Args:
+            edges: Senders are in forward order.
+            order: That of the groups.
+            places: Numbers of the groups at each position; None if each group is a position.
+        """
         self.every = edges
         self._model, self._order = EdgeGraph(shape), order
-        *self._places, self._rest = range(len(order.reads_end))
+        *self._groups, self._rest = range(len(order.reads_end))
+        self._places = [(group,) for group in self._groups] if places is None else places
         self._heads = [of for of in self._model.after if of.site == "z"]
+        sets = list(map(frozenset, self._places))
+        self._nested = [
+            [n for n, others in enumerate(sets) if n != own and (one <= others or others <= one)]
+            for own, one in enumerate(sets)
+        ]
         self._leads: dict[tuple[SitePoint, int], list[PlacedNode]] = {}
-        starts = {(EMBEDDING, place) for place in self._places}
+        starts = {(EMBEDDING, group) for group in self._groups}
         self.starts = frozenset((*starts, *self._after_rest(-1)))
 
     def _after_rest(self, layer: int) -> Iterator[PlacedNode]:
-        """Yield the heads of later layers that read tokens at no position, whose edges are never
+        """Yield the heads of later layers that read tokens of no group, whose edges are never
         ablated."""
-        for place in self._places:
-            if self._order.reaches[self._rest][place]:
-                yield from ((of, place) for of in self._heads if (of.layer or 0) > layer)
+        for group in self._groups:
+            if self._order.reaches[self._rest][group]:
+                yield from ((of, group) for of in self._heads if (of.layer or 0) > layer)
 
-    def sender(self, edge: PlacedEdge) -> PlacedNode:
-        return edge.edge[0], edge.place
+    def place(self, edge: PlacedEdge) -> int:
+        return edge.place
 
-    def leads(self, edge: PlacedEdge) -> list[PlacedNode]:
-        key = edge.edge[1], edge.place
+    def rivals(self, edge: PlacedEdge) -> list[PlacedEdge]:
+        return [replace(edge, place=place) for place in self._nested[edge.place]]
+
+    def links(self, edge: PlacedEdge) -> list[tuple[PlacedNode, list[PlacedNode]]]:
+        sender, receiver = edge.edge
+        return [
+            ((sender, group), self._leads_at(receiver, group)) for group in self._places[edge.place]
+        ]
+
+    def _leads_at(self, receiver: SitePoint, group: int) -> list[PlacedNode]:
+        key = receiver, group
         if key not in self._leads:
             self._leads[key] = list(dict.fromkeys(self._list_leads(*key)))
         return self._leads[key]
 
-    def _list_leads(self, receiver: SitePoint, place: int) -> Iterator[PlacedNode]:
+    def _list_leads(self, receiver: SitePoint, group: int) -> Iterator[PlacedNode]:
         order, nodes = self._order, self._model.nodes(receiver)
         if receiver == END:
-            yield from (self.end,) if order.reads_end[place] else ()
+            yield from (self.end,) if order.reads_end[group] else ()
         elif receiver.site not in ("k", "v"):
-            yield from ((node, place) for node in nodes)
+            yield from ((node, group) for node in nodes)
         else:
-            reached = order.reaches[place]
-            yield from ((node, own) for own in self._places if reached[own] for node in nodes)
+            reached = order.reaches[group]
+            yield from ((node, own) for own in self._groups if reached[own] for node in nodes)
             if reached[self._rest]:
                 yield from (self.end,) if order.reads_end[self._rest] else ()
                 yield from self._after_rest(receiver.layer or 0)
@@ -945,8 +1061,8 @@ MAX_TRIES = 200
 
 
 class CircuitDraws(Generic[EdgeT]):
-    """Random circuits with the same number of edges as a circuit. The only circuit of its size
-    represents each of them.
+    """Random circuits with the same number of edges at each position as a circuit. The only circuit
+    of its size represents each of them.
 
     If each edge of the circuit is on a path of the circuit from `embed` to `logits`, so is each
     edge of a random circuit, which is then grown path by path: an edge is drawn uniformly, and
@@ -954,35 +1070,34 @@ class CircuitDraws(Generic[EdgeT]):
     """
 
     def __init__(self, graph: PathGraph[EdgeT, Any], circuit: Collection[EdgeT], seed: int) -> None:
-        self.every = graph.every
         self.circuit = frozenset(circuit)
         self.is_connected = graph.covers(self.circuit)
         key = sorted(map(str, self.circuit))
         self._random = Random(stable_hash(seed, "control", "circuit", *key))
-        # Thousands of paths are drawn: nodes and edges are numbered.
-        node = {each: n for n, each in enumerate(dict.fromkeys((*graph.after, *graph.before)))}
-        edge = {each: number for number, each in enumerate(self.every)}
-        live = graph.keep_leading(edge.keys())
-        self._own = frozenset(edge[each] for each in self.circuit)
-        self._starts = frozenset(node[each] for each in graph.starts if each in node)
-        self._end = node[graph.end]
-        self._live = [edge[each] for each in self.every if each in live]
-        self._senders = [node[graph.sender(each)] for each in self.every]
-        self._after = {
-            node[of]: [edge[each] for each in out if each in live]
-            for of, out in graph.after.items()
+        self._graph, self._numbers = graph, graph.numbers
+        self._own = frozenset(map(self._numbers.edges.__getitem__, self.circuit))
+        places = self._numbers.places
+        self._sizes = Counter(places[edge] for edge in self._own)
+        self._edges = [edge for edge, place in enumerate(places) if place in self._sizes]
+        """Those at positions of the circuit."""
+        leading = self._numbers.find_leading(self._edges)
+        links = self._numbers.links
+        self._leading = [[node for node in link.nodes if node in leading] for link in links]
+        """Of each link, the nodes that lead to the end of the model."""
+        self._links_of = {
+            edge: [link for link in self._numbers.links_of[edge] if self._leading[link]]
+            for edge in self._edges
         }
-        self._before = {node[to]: [edge[each] for each in to_] for to, to_ in graph.before.items()}
-        leading = {self._end, *(self._senders[each] for each in self._live)}
-        self._nodes = [
-            [node[to] for to in graph.leads(each) if node[to] in leading] for each in self.every
-        ]
+        self._live = [edge for edge, own in self._links_of.items() if own]
+        self._after: dict[int, list[int]] = defaultdict(list)
+        for link in chain.from_iterable(self._links_of.values()):
+            self._after[links[link].sender].append(link)
 
     def draws(self, count: int) -> list[tuple[EdgeT, ...]]:
         """Return up to `count` different circuits, each with its edges in forward order; of the
         only circuit of its size, this number of copies."""
         if self.is_only:
-            return [tuple(self.every[edge] for edge in sorted(self._own))] * count
+            return [self._list_edges(self._own)] * count
         found: dict[frozenset[int], None] = {}
         for _ in range(MAX_TRIES * count):
             drawn = self._grown() if self.is_connected else self._drawn()
@@ -990,50 +1105,108 @@ class CircuitDraws(Generic[EdgeT]):
                 found[drawn] = None
             if len(found) == count:
                 break
-        return [tuple(self.every[edge] for edge in sorted(own)) for own in found]
+        return list(map(self._list_edges, found))
+
+    def _list_edges(self, numbers: Collection[int]) -> tuple[EdgeT, ...]:
+        return tuple(self._graph.every[edge] for edge in sorted(numbers))
 
     @property
     def is_only(self) -> bool:
         """Whether there is no other circuit of this size: without edges, with every edge, or with
         the one edge from `embed` to `logits`."""
-        size = len(self.circuit)
-        if size == 1 and self.is_connected:
+        if len(self.circuit) == 1 and self.is_connected:
             return sum(map(self._is_path, self._live)) == 1
-        return size in (0, len(self.every)) or (self.is_connected and size == len(self._live))
+        pool = self._live if self.is_connected else self._edges
+        every = Counter(self._numbers.places[edge] for edge in pool)
+        return self._sizes == every or len(self.circuit) in (0, len(self._edges))
 
     def _is_path(self, edge: int) -> bool:
         """Whether one edge is a path from the start to the end of the model."""
-        return self._senders[edge] in self._starts and self._end in self._nodes[edge]
+        links = (self._numbers.links[link] for link in self._links_of[edge])
+        starts, end = self._numbers.starts, self._numbers.end
+        return any(own.sender in starts and end in own.nodes for own in links)
 
-    def _drawn(self) -> frozenset[int]:
-        return frozenset(self._random.sample(range(len(self.every)), len(self.circuit)))
+    def _drawn(self) -> frozenset[int] | None:
+        """Draw edges uniformly; None if too few are left at a position."""
+        by_place: dict[int | None, list[int]] = defaultdict(list)
+        for edge in self._edges:
+            by_place[self._numbers.places[edge]].append(edge)
+        found = set[int]()
+        for place, edges in by_place.items():
+            left = edges
+            if len(by_place) > 1:
+                left = [edge for edge in edges if found.isdisjoint(self._rivals(edge))]
+            if len(left) < self._sizes[place]:
+                return None
+            found.update(self._random.sample(left, self._sizes[place]))
+        return frozenset(found)
 
     def _grown(self) -> frozenset[int] | None:
         """Grow a circuit path by path; None if the last path doesn't fit its size."""
-        choice, edges = self._random.choice, self._live
         found: set[int] = set()
-        reached, leading = {*self._starts}, {self._end}
-        for _ in range(MAX_TRIES):
-            edge = choice(edges)
-            path = {edge}
-            node = self._senders[edge]
-            while node not in reached:
-                before = choice(self._before[node])
-                path.add(before)
-                node = self._senders[before]
-            node = choice(self._nodes[edge])
-            while node not in leading:
-                after = choice(self._after[node])
-                path.add(after)
-                node = choice(self._nodes[after])
-            if len(found | path) > len(self.circuit):
+        reached, leading = {*self._numbers.starts}, {self._numbers.end}
+        tries = 0
+        while tries < MAX_TRIES:
+            path = self._draw_path(found, reached, leading)
+            more = found.union(self._numbers.links[link].edge for link in path)
+            if not path or len(more) > len(self.circuit) or len(more) == len(found):
+                tries += 1
                 continue
-            found |= path
-            reached |= {node for to in path for node in self._nodes[to]} - {self._end}
-            leading |= {self._senders[of] for of in path}
+            found, tries = more, 0
+            reached.update(*(self._leading[link] for link in path))
+            reached.discard(self._numbers.end)
+            leading.update(self._numbers.links[link].sender for link in path)
             if len(found) == len(self.circuit):
                 return frozenset(found)
         return None
+
+    def _rivals(self, edge: int) -> list[int]:
+        """Return the edges that a circuit with an edge can't have."""
+        others = self._graph.rivals(self._graph.every[edge])
+        return [self._numbers.edges[other] for other in others]
+
+    def _draw_path(
+        self, found: Collection[int], reached: Collection[int], leading: Collection[int]
+    ) -> list[int]:
+        """Draw an edge, with edges to it from a node that is reached and from it to one that leads
+        on; none if no edges fit that are drawn.
+
+        Args:
+            found: The edges that the circuit has.
+
+        Returns:
+            Numbers of links.
+        """
+        choice, path, edges = self._random.choice, list[int](), {*found}
+        links, places = self._numbers.links, self._numbers.places
+        left = self._sizes.copy()  # a path of a circuit without positions may be too long
+        left.subtract(places[edge] for edge in found)
+
+        def add(draw: Callable[[], int]) -> int | None:
+            for _ in range(MAX_TRIES):
+                link = draw()
+                edge = links[link].edge
+                if edge not in edges and len(left) > 1:
+                    if left[places[edge]] <= 0 or not edges.isdisjoint(self._rivals(edge)):
+                        continue
+                    left[places[edge]] -= 1
+                edges.add(edge)
+                path.append(link)
+                return link
+            return None
+
+        def begin() -> int:
+            of_edge = self._links_of[choice(self._live)]
+            return of_edge[0] if len(of_edge) == 1 else choice(of_edge)
+
+        link = first = add(begin)
+        while link is not None and links[link].sender not in reached:
+            link = add(partial(choice, self._numbers.before[links[link].sender]))
+        node = None if first is None or link is None else choice(self._leading[first])
+        while node is not None and node not in leading:
+            link = add(partial(choice, self._after[node]))
+            node = None if link is None else choice(self._leading[link])
+        return [] if node is None else path
 
 
 @dataclass(frozen=True)
@@ -1041,16 +1214,75 @@ class AskedCircuits:
     """What random circuits depend on."""
 
     shape: ModelShape = field(hash=False)  # holds tables; compared, though
-    circuit: frozenset[CircuitEdge]
+    circuit: frozenset[CircuitEdge] | frozenset[PlacedEdge]
     seed: int
     count: int
+    places: tuple[tuple[int, ...], ...] = ()
+    """Numbers of the groups at each position of edges; empty for edges at all tokens."""
+    order: PlaceOrder | None = None
+    """That of the groups."""
+
+
+@lru_cache(maxsize=4)
+def _open_graph(asked: AskedCircuits) -> PathGraph[Any, Any]:
+    """Return the edges to draw from, which don't depend on the circuit."""
+    if asked.order is None:
+        return EdgeGraph(asked.shape)
+    every = list_edges(asked.shape)
+    edges = [PlacedEdge(edge, at, "") for edge in every for at in range(len(asked.places))]
+    return PlacedGraph(asked.shape, edges, asked.order, asked.places)
+
+
+def ask_circuits(
+    experiment: ResolvedExperiment, rule: ResolvedRule, own: PlacedEdges, count: int
+) -> AskedCircuits:
+    """Return what random circuits like one of a rule depend on. Its positions are those of the
+    circuit, and all tokens after them."""
+    circuit, shape, seed = rule.circuit, experiment.model.shape, experiment.seed
+    assert circuit is not None
+    if not circuit.places:
+        return AskedCircuits(shape, frozenset(own), seed, count)
+    order, groups = _group_tokens(experiment, rule, circuit), range(len(circuit.classes))
+    places = [
+        tuple(group for group in groups if place in circuit.classes[group])
+        for place in range(len(circuit.places))
+    ]
+    edges = frozenset(
+        PlacedEdge(edge, len(places) if place is None else place, "")
+        for edge, at in own.items()
+        for place in _list_places(at)
+    )
+    return AskedCircuits(shape, edges, seed, count, (*places, tuple(groups)), order)
+
+
+def _group_tokens(
+    experiment: ResolvedExperiment, rule: ResolvedRule, circuit: CircuitTargets
+) -> PlaceOrder:
+    """Return where information moves to between the tokens of each class that a rule writes, and
+    all other tokens."""
+    number = {own: group for group, own in enumerate(circuit.classes)}
+    groups: list[list[set[int]]] = []
+    for row, places in enumerate(list_token_places(circuit.places)):
+        groups.append([set() for _ in number])
+        for cell in rule.positions.written.values():
+            for token in chain.from_iterable(cell.hits[row]):
+                groups[row][number[places.get(token, frozenset())]].add(token)
+    return order_tokens(experiment, len(number), groups)
+
+
+def list_drawn_edges(asked: AskedCircuits, drawn: Sequence[Any]) -> PlacedEdges:
+    """Return the edges of a random circuit as a rule names them."""
+    if asked.order is None:
+        return dict.fromkeys(drawn)
+    every = len(asked.places) - 1
+    return _join_places((each.edge, None if each.place == every else each.place) for each in drawn)
 
 
 @record
 class DrawnCircuits(Record):
     """Random circuits of one size."""
 
-    circuits: tuple[tuple[CircuitEdge, ...], ...]
+    circuits: tuple[tuple[CircuitEdge, ...] | tuple[PlacedEdge, ...], ...]
     is_connected: bool
     """Whether each of their edges is on a path from `embed` to `logits`."""
     is_only: bool
@@ -1060,6 +1292,7 @@ class DrawnCircuits(Record):
 @lru_cache(maxsize=64)
 def draw_circuits(asked: AskedCircuits) -> DrawnCircuits:
     """Draw random circuits; a file that is checked again has the same."""
-    drawing = CircuitDraws(EdgeGraph(asked.shape), asked.circuit, asked.seed)
+    graph = _open_graph(replace(asked, circuit=frozenset[CircuitEdge](), seed=0, count=0))
+    drawing = CircuitDraws(graph, asked.circuit, asked.seed)
     circuits = tuple(drawing.draws(asked.count))
     return DrawnCircuits(circuits, drawing.is_connected, drawing.is_only)

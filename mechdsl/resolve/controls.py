@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, product
-from random import Random
 from typing import Any, Literal
 
 from mechdsl.base import limits
@@ -29,7 +28,13 @@ from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import Hits, PositionCell
 from mechdsl.resolve.bases import CoordinateChange, WeightChange
-from mechdsl.resolve.circuits import AskedCircuits, draw_circuits, replace_circuit
+from mechdsl.resolve.circuits import (
+    ask_circuits,
+    count_placed,
+    draw_circuits,
+    list_drawn_edges,
+    replace_circuit,
+)
 from mechdsl.resolve.conflicts import check_removed_blocks
 from mechdsl.resolve.findings import FindingPicker, PickError, check_rankable_features
 from mechdsl.resolve.matched_draws import (
@@ -55,7 +60,6 @@ from mechdsl.resolve.types import (
     AxisIndices,
     BasisMember,
     BasisTargets,
-    CircuitEdge,
     CircuitTargets,
     Coordinates,
     DirectionMember,
@@ -690,7 +694,7 @@ def _build_circuit_control(
         if circuit.neurons:
             reason = "random circuits aren't drawn for a circuit with neurons"
             raise _NoDraws(reason, "remove this line, or name whole MLPs such as `L0.mlp`")
-        drawn, counts, like = _draw_circuits(experiment, circuit, draws)
+        drawn, counts, like = _draw_circuits(experiment, rule, circuit, draws)
         label = f"random circuit like {next(iter(sites.labels.values()))}"
         rules.append(replace_circuit(rule, (DRAW_AXIS, *sites.axes), drawn, label))
         numbers = DrawCounts(sites.axes, counts)
@@ -753,10 +757,10 @@ def _repeat(rule: ResolvedRule, draws: int) -> ResolvedRule:
 
 
 def _draw_circuits(
-    experiment: ResolvedExperiment, circuit: CircuitTargets, draws: int
+    experiment: ResolvedExperiment, rule: ResolvedRule, circuit: CircuitTargets, draws: int
 ) -> tuple[dict[AxisIndices, PlacedEdges], dict[AxisIndices, int], str]:
-    """Draw random circuits for each size of a circuit, with the positions of its edges in random
-    order.
+    """Draw random circuits for each size of a circuit, with the same number of edges at each
+    position.
 
     Returns:
         The circuits by draw and key, where a draw that doesn't exist repeats the circuit; the
@@ -769,21 +773,19 @@ def _draw_circuits(
     counts: dict[AxisIndices, int] = {}
     every_path, only, others = True, set[int](), 0
     for key, own in circuit.named.items():
-        asked = AskedCircuits(experiment.model.shape, frozenset(own), experiment.seed, draws)
+        asked = ask_circuits(experiment, rule, own, draws)
         found = draw_circuits(asked)
         counts[key] = len(found.circuits)
         every_path &= found.is_connected
         if found.is_only:
-            only.add(len(own))
+            only.add(count_placed(own))
         else:
             others = max(others, counts[key])
-        for n in range(draws):
-            is_drawn = n < counts[key]
-            drawn[n, *key] = (
-                _assign_places(found.circuits[n], own, experiment.seed, n) if is_drawn else own
-            )
-    sizes = sorted({len(own) for own in circuit.named.values()})
-    size = _list_sizes(sizes)
+        edges = [list_drawn_edges(asked, each) for each in found.circuits]
+        drawn |= {(n, *key): edges[n] if n < len(edges) else own for n in range(draws)}
+    noun = "edge at positions" if circuit.places else "edge"
+    sizes = sorted({count_placed(own) for own in circuit.named.values()})
+    size = _list_sizes(sizes, noun)
     if not circuit.waits and others == 0:
         path = " on a path from `embed` to `logits`" if sizes == [1] else ""
         hint = "remove this line, or ablate a circuit of a different size"
@@ -794,31 +796,25 @@ def _draw_circuits(
         raise _NoAlternatives(reason, f"write `against random({others})`")
     path = ", each on a path from `embed` to `logits`" if every_path else ""
     if circuit.places:
-        path += " regardless of positions" if path else ""
-        path += ", with the positions of the circuit's edges in random order"
+        size += ", the same number at each position"
+        path += " through tokens at its positions" if path else ""
     few = "; fewer draws where there are fewer circuits" if min(counts.values()) < draws else ""
     if only:
-        few += f"; each draw with {_list_sizes(sorted(only), ' or ')} is the only such circuit"
+        few += (
+            f"; each draw with {_list_sizes(sorted(only), noun, ' or ')} is the only such circuit"
+        )
     return drawn, counts, f"of {size}{path}, at the same tokens{few}"
 
 
-def _assign_places(
-    edges: Sequence[CircuitEdge], like: PlacedEdges, seed: int, draw: int
-) -> PlacedEdges:
-    """Return the edges of a random circuit with the positions of the edges of a circuit, which has
-    the same number of edges, in random order."""
-    places = list(like.values())
-    if any(at is not None for at in places):
-        key = sorted(str(edge) for edge in like)
-        Random(stable_hash(seed, "control", "circuit positions", draw, *key)).shuffle(places)
-    return dict(zip(edges, places, strict=True))
+def _list_sizes(sizes: Sequence[int], noun: str, between: str = " to ") -> str:
+    """Return a range of sizes as `3 to 5 edges`, or a list of them as `0 or 110 edges`.
 
-
-def _list_sizes(sizes: Sequence[int], between: str = " to ") -> str:
-    """Return a range of sizes as `3 to 5 edges`, or a list of them as `0 or 110 edges`."""
+    Args:
+        noun: `edge` or `edge at positions`.
+    """
     named = (sizes[0], sizes[-1]) if between == " to " else sizes
     words = between.join(f"{each:,}" for each in dict.fromkeys(named))
-    return f"{words} {'edge' if sizes[-1] == 1 else 'edges'}"
+    return f"{words} {noun if sizes[-1] == 1 else noun.replace('edge', 'edges')}"
 
 
 def _check_no_exceptions(apart: Sequence[ExcludedSite], drawn: str) -> None:

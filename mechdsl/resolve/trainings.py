@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -654,14 +654,30 @@ def _join(cells: Sequence[PositionCell], label: str) -> PositionCell:
 
 def order_places(objective: ResolvedExperiment) -> PlaceOrder:
     """Return where information at the positions of a training moves to, in some row."""
-    cells, run = [own for own, _ in paired_cells(objective)], objective.spec.base
-    causal, count = objective.model.shape.causal, len(cells) + 1
-    reaches = [[False] * count for _ in range(count)]
-    reads_end = [False] * count
-    for number, row in enumerate(objective.table.runs[run].rows):
-        tokens = [{token for hit in cell.hits[number] for token in hit} for cell in cells]
-        measured = _measured_tokens(objective, number, row)
-        tokens.append({*range(len(row.ids)), *measured}.difference(*tokens))
+    cells = [own for own, _ in paired_cells(objective)]
+    rows = zip(*(cell.hits for cell in cells), strict=True)
+    groups = [[{*chain(*hits)} for hits in row] for row in rows]
+    return order_tokens(objective, len(cells), groups)
+
+
+def order_tokens(
+    experiment: ResolvedExperiment, count: int, groups: Sequence[Sequence[set[int]]]
+) -> PlaceOrder:
+    """Return where information moves to between groups of tokens, in some row.
+
+    Args:
+        experiment: Its measures read logits in its base run.
+        count: Number of groups, without the last one.
+        groups: [row][group] tokens.
+    """
+    causal = experiment.model.shape.causal
+    reaches = [[False] * (count + 1) for _ in range(count + 1)]
+    reads_end = [False] * (count + 1)
+    rows = experiment.table.runs[experiment.spec.base].rows
+    for number, (row, groups_of_row) in enumerate(zip(rows, groups, strict=True)):
+        measured = _measured_tokens(experiment, number, row)
+        rest = {*range(len(row.ids)), *measured}.difference(*groups_of_row)
+        tokens = [*groups_of_row, rest]
         for one, own in enumerate(tokens):
             reads_end[one] |= bool(own & measured)
             for two, others in enumerate(tokens):
@@ -670,18 +686,21 @@ def order_places(objective: ResolvedExperiment) -> PlaceOrder:
     return PlaceOrder(tuple(map(tuple, reaches)), tuple(reads_end))
 
 
-def _measured_tokens(objective: ResolvedExperiment, number: int, row: RunRow) -> set[int]:
-    """Return the tokens at which a measure reads logits in a row of the base run."""
-    (measure,), every = objective.measures, set(range(len(row.ids)))
-    if not objective.model.shape.causal:
+def _measured_tokens(experiment: ResolvedExperiment, number: int, row: RunRow) -> set[int]:
+    """Return the tokens at which a measure reads logits in a row of the base run; all tokens
+    without measures."""
+    every, found = set(range(len(row.ids))), set[int]()
+    measures = [*experiment.measures, *chain(*(each.measures for each in experiment.places))]
+    if not experiment.model.shape.causal or not measures:
         return every
-    at = measure.at.get(objective.spec.base)
-    found = {len(row.ids) - 1 if at is None else at[number]}
-    for atom in measure.atoms:
-        if atom.form.takes in ("prompt", "rows", "activations", "observation", "reply"):
-            return every
-        longest = max((len(own[number]) for own in atom.texts.values()), default=1)
-        found |= set(range(len(row.ids), len(row.ids) + longest - 1))
+    for measure in measures:
+        at = measure.at.get(experiment.spec.base)
+        found.add(len(row.ids) - 1 if at is None else at[number])
+        for atom in measure.atoms:
+            if atom.form.takes in ("prompt", "rows", "activations", "observation", "reply"):
+                return every
+            longest = max((len(own[number]) for own in atom.texts.values()), default=1)
+            found |= set(range(len(row.ids), len(row.ids) + longest - 1))
     return found
 
 

@@ -866,14 +866,14 @@ class PlacedEdge(Record):
 
 @record
 class PlaceOrder(Record):
-    """Where information at the positions of a training moves to. The last position is all tokens
-    at no position, whose edges never carry other values."""
+    """Where information moves to between groups of tokens, such as those of positions. The last
+    group is all tokens of no other group, whose edges never carry other values."""
 
     reaches: tuple[tuple[bool, ...], ...]
-    """[position][position] whether a token at the first one is at or before one at the second, or
-    the model reads later tokens; never, if no row has tokens at one of them."""
+    """[group][group] whether a token of the first one is at or before one of the second, or the
+    model reads later tokens; never, if no row has tokens of one of them."""
     reads_end: tuple[bool, ...]
-    """[position] whether the measure reads the output of the model at one of its tokens."""
+    """[group] whether a measure reads the output of the model at one of its tokens."""
 
 
 EdgeAtPlace: TypeAlias = tuple[CircuitEdge, int | None]

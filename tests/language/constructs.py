@@ -308,8 +308,10 @@ _file(
     "this edge only. `ablate c` ablates edges at their positions, `ablate all but c` all edges "
     "elsewhere, both only at the tokens of the rule. A rule without any edge at its tokens is "
     "E0207. `without each edge` removes an edge at all of its positions. `against random(39)` "
-    "draws edges regardless of positions and assigns the positions of the circuit's edges to them "
-    "at random. `observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take "
+    "draws circuits with the same number of edges at each position, and at all tokens. If each "
+    "edge of `c` is on a path from `embed` to a token that a measure reads, so is each random "
+    "edge: attention moves from earlier to later tokens, and nothing else moves between tokens. "
+    "`observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take "
     "edges with positions (E0108).",
     "tests/rules/test_placed_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Haklay et al. 2025, arXiv 2502.04577",

@@ -555,6 +555,20 @@ def test_random_circuits_have_paths_from_the_embedding_to_the_logits(name: str) 
             assert to == LOGITS or any(leads(to, s, shared) for s, _ in here)
 
 
+@pytest.mark.parametrize("share", [5, 12])
+def test_random_circuits_may_need_many_paths(share: int) -> None:
+    """Most edges of the model."""
+    graph = EdgeGraph(shape_of("gpt2"))
+    left_out = range(1, len(graph.every) - 1, share)
+    circuit = [edge for n, edge in enumerate(graph.every) if n not in left_out]
+    drawing = CircuitDraws(graph, circuit, 0)
+    drawn = drawing.draws(3)
+    assert drawing.is_connected
+    assert [len({*own}) for own in drawn] == [len(circuit)] * 3
+    assert len(circuit) > len(graph.every) // 2 - 2
+    assert all(graph.covers(own) for own in drawn)
+
+
 def leads(receiver: str, sender: str, shared: int) -> bool:
     """Whether a sender depends on what this receiver reads."""
     node, _, letter = receiver.partition(".")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.base.hashing import stable_hash
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.forward.hooks import full_pass
 from mechdsl.forward.hooks.batch import CircuitWrite
 from mechdsl.forward.hooks.circuits import CircuitHooks
-from mechdsl.resolve.circuits import CircuitDraws, EdgeGraph, list_edges
+from mechdsl.resolve.circuits import draw_circuits, list_edges
+from mechdsl.resolve.sites import describe_position
+from mechdsl.resolve.types import ResolvedRule
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 from mechdsl.vocab.effects import EFFECTS
 
-from ..execute.support import MODES, token
+from ..execute.support import MODES, check_file, shared, token
 from ..quick import in_turn
 from .circuits import EMBED, LOGITS, circuit_pass, head, mlp
+from .models import bare
 from .support import (
+    BLOCKS,
     QUICK,
     Text,
     agree,
@@ -349,43 +353,208 @@ def test_plan_counts_edges_only_at_their_tokens(
     assert (every - one) / (tokens_of - 4) == pytest.approx((two - one) / 4)
 
 
-def test_control_assigns_positions_to_random_edges(data: Path) -> None:
-    name = "gpt2"
-    ends = {
-        (EMBED, "L0H1.v"): "",
-        ("L0H1", mlp(1)): "{cue token, last token}",
-        (mlp(1), LOGITS): "last token",
-    }
-    circuit = "circuit c = embed -> L0H1.v, L0H1 -> L1.mlp at {cue token, last token}, "
-    circuit += "L1.mlp -> logits at last token\n"
-    lines = ("ablate all but c at tokens * with other", "against random(2)")
-    text = circuit + experiment("e", "from other into clean", *lines)
-    found = run_file(text, data, name, "planned", precise=True)["e"]
-    own = [edge for edge in list_edges(shape_of(name)) if named(edge) in ends]
-    effects, in_order = list[float](), list[float]()
-    for n, drawn in enumerate(CircuitDraws(EdgeGraph(shape_of(name)), own, 0).draws(2) * 2):
-        places = [ends[named(edge)] for edge in own]
-        key = sorted(map(str, own))
-        if n < 2:
-            Random(stable_hash(0, "control", "circuit positions", n, *key)).shuffle(places)
-        placed = [
-            {
-                named(edge): {*tokens(row, at or EVERY_TOKEN)}
-                for edge, at in zip(drawn, places, strict=True)
+# --- random circuits ------------------------------------------------------------------------------
+
+PATHS = """circuit c = embed -> L0H1.q at {cue token, last token}, L0H1 -> L1.mlp at cue token,
+  L1.mlp -> L2H0.v at cue token, L0H1 -> L2H3.q at last token, embed -> logits,
+  L2H0 -> logits at last token, L2H3 -> logits at last token
+"""
+CUT = "circuit c = embed -> L0H1.v at cue token, L1.mlp -> logits at cue token, embed -> L1.mlp\n"
+"""An edge that leads to no measured token, because nothing reads the output at the cue."""
+LATER = "circuit c = embed -> L0H1.v at token 1, L1H0 -> logits at last token\n"
+"""Edges on a path only with those at tokens without positions, if these aren't ablated."""
+EVERY = "tokens *"
+SOME = "{cue token, last token}"
+PLACED = PATHS.replace("embed -> logits", "embed -> L2H0.k at token 1")
+DRAWN = {
+    "all but": (PATHS, "ablate all but c at tokens * with other", True),
+    "circuit": (PATHS, "ablate c at tokens * with zero", True),
+    "placed": (PLACED, "ablate c at tokens * with zero", True),
+    "cut": (CUT, "ablate all but c at tokens * with zero", False),
+    "some": (LATER, "ablate all but c at tokens * with zero", False),
+    "rest": (LATER, "ablate all but c at {token 1, last token} with zero", True),
+}
+
+
+def walk(
+    name: str, text: Text, here: Mapping[Edge, set[int]], rest: Collection[int]
+) -> dict[Edge, set[int]]:
+    """The tokens at which each edge is on a path from an embedding to the logits of the last token,
+    by edges at single tokens; `rest` are tokens of every edge."""
+    every = edges(name)[2]
+    shared = len({of for of, _ in every if of.startswith("L0H")}) // key_heads(name)
+    steps: list[tuple[tuple[str, int], list[tuple[str, int]], Edge, int]] = []
+    for of, to in every:
+        for at in {*here.get((of, to), ()), *rest}:
+            node, _, part = to.partition(".")
+            if to == LOGITS:
+                nodes = [(LOGITS, at)]
+            elif part == "mlp":
+                nodes = [(to, at)]
+            elif part == "q":
+                nodes = [(node, at)]
+            else:
+                layer, number = node.removeprefix("L").split("H")
+                heads = range(int(number) * shared, (int(number) + 1) * shared)
+                later = range(at, len(text.ids))
+                nodes = [(f"L{layer}H{n}", token) for n in heads for token in later]
+            steps.append(((of, at), nodes, (of, to), at))
+    reached = {(EMBED, token) for token in range(len(text.ids))}
+    leading, before = {(LOGITS, len(text.ids) - 1)}, -1
+    while len(reached) + len(leading) > before:
+        before = len(reached) + len(leading)
+        for sender, nodes, *_ in steps:
+            reached.update(nodes if sender in reached else ())
+            leading.update((sender,) if leading.intersection(nodes) else ())
+    found: dict[Edge, set[int]] = {}
+    for sender, nodes, edge, at in steps:
+        if sender in reached and leading.intersection(nodes) and at in here.get(edge, ()):
+            found.setdefault(edge, set()).add(at)
+    return found
+
+
+def is_on_paths(name: str, own: Mapping[Edge, Collection[str]], rule: str) -> bool:
+    """Whether each edge at each of its positions is on a path in some row."""
+    seen = set[tuple[Edge, str]]()
+    for text in rows():
+        written = {*tokens(text, rule.partition(" at ")[2].partition(" with ")[0])}
+        here = {
+            edge: {token for at in places for token in tokens(text, at)} & written
+            for edge, places in own.items()
+        }
+        found = walk(name, text, here, {*range(len(text.ids))} - written)
+        for edge, places in own.items():
+            of_edge = found.get(edge, set())
+            seen |= {(edge, at) for at in places if of_edge.intersection(tokens(text, at))}
+    return seen == {(edge, at) for edge, places in own.items() for at in places}
+
+
+def list_drawn(text: str, data: Path, name: str) -> tuple[list[dict[Edge, list[str]]], str]:
+    """The positions of each edge of each random circuit, from what the rule ablates; and the
+    convention."""
+    (found,) = check_file(text, data, shared(bare(name)), BLOCKS).experiments
+    assert found.control is not None
+    (rule,) = found.control.experiment.rules
+    all_but = "all but" in text
+    assert rule.circuit is not None
+    every = {*rule.circuit.every}
+    circuits: list[dict[Edge, list[str]]] = []
+    labels = [describe_position(place.label) for place in rule.circuit.places]
+    for ablated in rule.circuit.edges.values():
+        kept = [every - {*own} if all_but else {*own} for own in ablated]
+        circuits.append({})
+        for edge in rule.circuit.every:
+            classes = {
+                own for own, here in zip(rule.circuit.classes, kept, strict=True) if edge in here
             }
+            if classes == {*rule.circuit.classes}:
+                circuits[-1][named(edge)] = [EVERY]
+            elif classes:
+                at = [n for n in range(len(labels)) if classes.issuperset(_with(rule, n))]
+                assert classes == {c for n in at for c in _with(rule, n)}
+                circuits[-1][named(edge)] = [labels[n] for n in _drop_nested(rule, at)]
+    return circuits, found.control.said
+
+
+def _with(rule: ResolvedRule, place: int) -> list[frozenset[int]]:
+    assert rule.circuit is not None
+    return [own for own in rule.circuit.classes if place in own]
+
+
+def _drop_nested(rule: ResolvedRule, places: Sequence[int]) -> list[int]:
+    """Without positions that are contained in others of them."""
+    return [n for n in places if not any({*_with(rule, n)} < {*_with(rule, o)} for o in places)]
+
+
+@pytest.mark.parametrize("key", DRAWN)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_random_circuits_have_as_many_edges_at_each_position_on_paths_between_tokens(
+    data: Path, name: str, key: str
+) -> None:
+    """The reference follows single tokens of each row."""
+    circuit, rule, connected = DRAWN[key]
+    lines = ("from other into clean", rule, "against random(16)")
+    drawn, said = list_drawn(circuit + experiment("e", *lines), data, name)
+    written = [each.strip() for each in circuit.removeprefix("circuit c = ").split(",\n")]
+    parts = [part.strip() for each in written for part in _split(each)]
+    own = {_edge(part): [part.partition(" at ")[2] or EVERY] for part in parts}
+    assert len(drawn) == 16
+    assert len({str(sorted(each.items())) for each in drawn}) == 16
+    assert all(count_at_tokens(each) == count_at_tokens(own) for each in drawn)
+    assert is_on_paths(name, own, rule) == connected
+    if connected:
+        assert all(is_on_paths(name, each, rule) for each in drawn)
+    else:
+        assert not all(is_on_paths(name, each, rule) for each in drawn)
+    path = ", each on a path from `embed` to `logits` through tokens at its positions"
+    size = f"of {len(parts)} edges at positions, the same number at each position"
+    size += path if connected else ""
+    assert said == f"random circuits, 16 draws, seed 0; {size}, at the same tokens"
+    draw_circuits.cache_clear()
+    assert list_drawn(circuit + experiment("e", *lines), data, name)[0] == drawn
+    other = list_drawn("seed 1\n" + circuit + experiment("e", *lines), data, name)[0]
+    assert other != drawn
+
+
+def count_at_tokens(circuit: Mapping[Edge, Sequence[str]]) -> Counter[tuple[int, int]]:
+    """The number of edges at each token of each row."""
+    return Counter(
+        (n, token)
+        for n, text in enumerate(rows())
+        for places in circuit.values()
+        for token in {token for at in places for token in tokens(text, at)}
+    )
+
+
+def _split(text: str) -> list[str]:
+    """The edges of a list, whose positions may have commas in braces."""
+    return re.split(r",\s+(?![^{]*\})", text)
+
+
+def _edge(part: str) -> Edge:
+    sender, receiver = part.partition(" at ")[0].split(" -> ")
+    return sender, receiver
+
+
+def test_control_ablates_random_circuits_at_their_positions(data: Path) -> None:
+    name, lines = "gpt2", ("ablate all but c at tokens * with other", "against random(3)")
+    text = "circuit c = embed -> L0H1.v at subject tokens, L0H1 -> L1.mlp at last token, "
+    text += "L1.mlp -> logits at last token, embed -> logits\n"
+    text += experiment("e", "from other into clean", *lines)
+    found = run_file(text, data, name, "planned", precise=True)["e"]
+    effects: list[float] = []
+    for own in list_drawn(text, data, name)[0]:
+        placed = [
+            {edge: {t for at in places for t in tokens(row, at)} for edge, places in own.items()}
             for row in rows()
         ]
-        effect = mean_with(name, placed, all_but=True) - float(np.mean(unpatched(name)))
-        (effects if n < 2 else in_order).append(effect)
+        value = mean_with(name, placed, all_but=True)
+        effects.append(value - float(np.mean(unpatched(name))))
     band = found.control(0)
     assert band is not None
     assert (float(band.low[0]), float(band.high[0])) == pytest.approx((min(effects), max(effects)))
-    assert max(effects) != pytest.approx(max(in_order), abs=1e-3)
+    assert len(effects) == 3
+    assert np.ptp(effects) > 1e-3
     assert found.conventions["controls"] == (
-        "random circuits, 2 draws, seed 0; of 3 edges, each on a path from `embed` to `logits` "
-        "regardless of positions, with the positions of the circuit's edges in random order, at "
-        "the same tokens"
+        "random circuits, 3 draws, seed 0; of 4 edges at positions, the same number at each "
+        "position, each on a path from `embed` to `logits` through tokens at its positions, at the "
+        "same tokens"
     )
+
+
+def test_draws_at_nested_positions_have_no_edge_at_both(data: Path) -> None:
+    """An edge at a token of its other position would be one edge less."""
+    count = len(list_edges(shape_of("gpt2"))) // 2
+    every = [f"{of} -> {to}" for of, to in map(named, list_edges(shape_of("gpt2")))]
+    parts = [f"{edge} at last token" for edge in every[:count]]
+    parts += [f"{edge} at {SOME}" for edge in every[count : count + count // 2]]
+    parts += every[count + count // 2 :: 3]
+    lines = ("ablate all but c at tokens * with other", "against random(5)")
+    text = f"circuit c = {', '.join(parts)}\n" + experiment("e", "from other into clean", *lines)
+    drawn, _ = list_drawn(text, data, "gpt2")
+    own = {_edge(part): [part.partition(" at ")[2] or EVERY] for part in parts}
+    assert len(drawn) == 5
+    assert all(count_at_tokens(each) == count_at_tokens(own) for each in drawn)
 
 
 def test_convention_of_positions_names_only_edges_that_have_them(data: Path) -> None:
