@@ -238,7 +238,8 @@ class AllowRule(EdgeRule, EdgeIntervention):
         stack = "" if rule.edge.stack is None else named_stack(rule.edge.stack, shape)
         if stack:
             return _reject_seen_keys(rule, stack, work)
-        if has_additive_positions(shape.family, shape.config):
+        # T5 adds its biases apart from the mask, so they are known for hidden keys, too.
+        if has_additive_positions(shape.family, shape.config) and not shape.encodes_apart:
             what = "`allow` in a model that adds positions to scores"
             hint = "name keys that the query sees, with `reweight attention …` or `set attention …`"
             work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))

@@ -95,10 +95,12 @@ WRITERS: dict[str, dict[str, Any]] = {
     f"{family} writing": {**CONFIGS[family], "tie_word_embeddings": False}
     for family in ("t5", "mt5", "bart", "marian", "pegasus", "umt5", "m2m_100", "t5gemma")
 }
+WITH_SECOND = ("t5 forced", "umt5 forced")
+"""Models with position biases whose decoder begins with two tokens."""
 """Models that don't repeat their last token: their unembedding isn't their embedding."""
 
-FORCED = {"bart": 5}
-"""Second tokens of decoders."""
+FORCED = {"bart": 5, **dict.fromkeys(WITH_SECOND, 6)}
+"""Second tokens of decoders, by family or type."""
 
 HEADS, WIDTH, ENCODER_LAYERS, LAYERS = 2, 8, 2, 3
 
@@ -117,14 +119,14 @@ def cases(families: Iterable[str]) -> list[Any]:
 @cache
 def model(family: str, seed: int = 0) -> Any:
     """A model whose heads all matter."""
-    config = {**CONFIGS, **WRITERS}[family]
+    config = WRITERS[family] if family in WRITERS else CONFIGS[name_of(family)]
     made = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(name_of(family), **config))
     families.draw(made, seed)
     for name, parameter in made.named_parameters():
         if parameter.dim() >= 2 and "shared" not in name and "embed" not in name:
             crosses = "EncDecAttention.o" in name or "encoder_attn.out_proj" in name
             parameter.data.mul_(3 if crosses else 1.3)
-    if (forced := FORCED.get(name_of(family))) is not None:
+    if (forced := forced_token(family)) is not None:
         made.generation_config.forced_bos_token_id = forced
     if family in WRITERS:
         head = made.get_output_embeddings()
@@ -151,9 +153,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def starts(family: str) -> list[int]:
     """The tokens that the decoder begins with."""
-    name = name_of(family)
-    first = CONFIGS[name]["decoder_start_token_id"]
-    return [first, FORCED[name]] if name in FORCED else [first]
+    first, second = CONFIGS[name_of(family)]["decoder_start_token_id"], forced_token(family)
+    return [first] if second is None else [first, second]
+
+
+def forced_token(family: str) -> int | None:
+    return FORCED.get(family, FORCED.get(name_of(family)))
 
 
 @dataclass(frozen=True)

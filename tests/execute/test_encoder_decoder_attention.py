@@ -21,10 +21,13 @@ from .encoder_decoders import (
     ENCODER_LAYERS,
     HEADS,
     LAYERS,
+    WITH_SECOND,
+    cases,
     copied,
     difference,
     logits,
     model,
+    name_of,
     place,
     read_attention,
     starts,
@@ -194,7 +197,8 @@ def sees(family: str, layer: int, heads: Sequence[int], query: int, key: int) ->
         hidden = torch.full((count, count), torch.finfo(torch.float32).min).triu(1)
         mask = hidden.repeat(1, HEADS, 1, 1)
         mask[0, list(heads), query, key] = 0
-        return args, {**kwargs, "attention_mask": mask}
+        word = "mask" if name_of(family) == "t5" else "attention_mask"
+        return args, {**kwargs, word: mask}
 
     path = place(family, "z", layer).path.rpartition(".")[0]
     handle = model(family).get_submodule(path).register_forward_pre_hook(show, with_kwargs=True)
@@ -204,10 +208,13 @@ def sees(family: str, layer: int, heads: Sequence[int], query: int, key: int) ->
         handle.remove()
 
 
-def test_allowed_keys_of_the_decoder_equal_a_mask_on_the_bare_model(tmp_path: Path) -> None:
-    """In BART, whose decoder begins with two tokens, in two experiments, with a rule in the
-    encoder and a blocked edge to it."""
-    family, edge = "bart", "from first token to last token"
+@pytest.mark.parametrize("family", cases(["bart", *WITH_SECOND]))
+def test_allowed_keys_of_the_decoder_equal_a_mask_on_the_bare_model(
+    family: str, tmp_path: Path
+) -> None:
+    """Decoders begin with two tokens. In two experiments, with a rule in the encoder and a blocked
+    edge to it."""
+    edge = "from first token to last token"
     others = (
         "ablate resid_post encoder layer 0 at subject token with zero",
         "block attention cross layer 1 head 1 from last token to subject tokens",
@@ -248,7 +255,7 @@ IMPOSSIBLE = {
         "block attention layer 0 from last token to tokens *": "E0332",
     },
     "t5": {
-        "allow attention layer 0 from first token to last token": "E0108",
+        "allow attention layer 0 from first token to last token": "E0332",
         "block attention layer 0 from last token to last token": "E0332",
     },
     "t5gemma": {"allow attention encoder layer 0 from first token to last token": "E0108"},
@@ -314,9 +321,9 @@ def entropies(family: str, record: Record) -> list[float]:
     return [float(-(each.exp() * each).sum()) for each in steps]
 
 
-def test_allowed_keys_of_a_prefill_equal_the_cached_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["bart writing", "t5 forced"])
+def test_allowed_keys_of_a_prefill_equal_the_cached_model(family: str, tmp_path: Path) -> None:
     """The first token, which sees the second one in the first pass, is cached for later steps."""
-    family = "bart writing"
     rule = "allow attention layers * from first token to last token"
     lines = ("prompts p", "generate 4", rule, "measure entropy at each step as raw")
     measure = run(family, experiment("e", *lines), tmp_path)["e"].measures[0]

@@ -31,6 +31,7 @@ from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
 from ..execute.encoder_decoders import (
+    Change,
     Place,
     Write,
     changed,
@@ -39,6 +40,7 @@ from ..execute.encoder_decoders import (
     zeroed,
 )
 from ..execute.support import MODES, run_on
+from ..quick import some
 from ..run_source import run_source
 from ..shared_models import unchanged
 from . import models
@@ -372,6 +374,73 @@ def difference_without(name: str, n: int, keys: Sequence[int]) -> float:
         return difference(name, n, n)
 
 
+PATHS = {
+    "path z cross layer * head * -> logits at last token": ("z cross", "logits"),
+    "path z encoder layer * heads * -> v cross layers * heads * at photo row 1 col 2 token": (
+        "z encoder",
+        "v cross",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", some(FAMILIES, ("beit",)))
+def test_paths_of_images_equal_hooks(name: str) -> None:
+    """All other heads and MLPs are held, in the encoder and in the decoder."""
+    texts = "".join(
+        experiment(f"e{n}", "from clean into changed", line) for n, line in enumerate(PATHS)
+    )
+    to_logits, to_values = (each.measures[0] for each in run_text(texts, name))
+    patched_at = patch(name, 1, 2)
+    for n in range(len(RECORDS)):
+        base, held = other(n), list[Write]()
+        for site, layers in (("z", 3), ("z cross", 3), ("mlp_out", 3), ("z encoder", 2),
+                             ("mlp_out encoder", 2)):  # fmt: skip
+            for layer in range(layers):
+                value = seen(name, base, site, layer)
+                held.append((place(site, layer), range(len(value)), constant(value)))
+        expected = []
+        for layer in range(LAYERS):
+            for head in range(HEADS):
+                source, columns = seen(name, n, "z cross", layer), slice(5 * head, 5 * head + 5)
+                write = copied_columns(place("z cross", layer), [0], columns, source)
+                expected.append(difference(name, n, base, [*held, write]))
+        np.testing.assert_allclose(to_logits.patched[:, n], expected, atol=1e-4)
+        assert np.abs(np.array(expected) - to_logits.base[0, n]).max() > 0.01
+        expected = []
+        for layer in range(2):
+            value = seen(name, n, "z encoder", layer)[[patched_at]]
+            first = [*held, (place("z encoder", layer), [patched_at], constant(value))]
+            writes = [
+                (
+                    place("v cross", to),
+                    [patched_at],
+                    constant(seen(name, base, "v cross", to, first)[[patched_at]]),
+                )
+                for to in range(LAYERS)
+            ]
+            expected.append(difference(name, n, base, writes))
+        np.testing.assert_allclose(to_values.patched[:, n], expected, atol=1e-4)
+        assert np.abs(np.array(expected) - to_values.base[0, n]).max() > 0.01
+
+
+def seen(name: str, image: int, site: str, layer: int, writes: Sequence[Write] = ()) -> Tensor:
+    """[token, width] of a site in a run with writes."""
+    found: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value.clone())
+        return value
+
+    encoded = site.endswith("encoder") or site == "v cross"
+    tokens = range(COUNT[name] if encoded else 1)
+    outputs(name, image, [*writes, (place(site, layer), tokens, keep)])
+    return found[0]
+
+
+def constant(values: Tensor) -> Change:
+    return lambda _: values
+
+
 @pytest.mark.slow
 def test_model_in_a_folder_equals_the_one_passed_from_python(tmp_path: Path) -> None:
     bare("vit").save_pretrained(tmp_path / "model")
@@ -391,6 +460,9 @@ ERRORS = {
     ("ablate resid_post layer 0 at photo row 1 col 1 token with zero", "", ""): "E0316",
     ("patch z cross layer 0 head 0 at photo tokens", "", ""): "E0316",
     ("patch resid_post vision layer 0 at last token", "", ""): "E0108",
+    ("allow attention layer 0 from first token to last token", "", ""): "E0332",
+    ("allow attention cross layer 0 from last token to photo tokens", "", ""): "E0332",
+    ("path z encoder layer 0 head 0 -> logits at photo tokens", "", ""): "E0335",
     ("patch resid_post encoder layer 0 at photo row 3 col 1 token", "", ""): "E0310",
     ("patch resid_post encoder layer 0 at photo tokens\n  using atp_qk", "", ""): "E0608",
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import wave
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -132,8 +133,8 @@ def folder() -> Path:
 
 @cache
 def extractor(**changes: Any) -> WhisperFeatureExtractor:
-    sizes = {"feature_size": 6, "sampling_rate": RATE, "hop_length": 80, "n_fft": 256}
-    return WhisperFeatureExtractor(**{**sizes, "chunk_length": 1, **changes})
+    sizes: dict[str, Any] = {"feature_size": 6, "sampling_rate": RATE, "hop_length": 80}
+    return WhisperFeatureExtractor(**{**sizes, "n_fft": 256, "chunk_length": 1, **changes})
 
 
 @cache
@@ -310,6 +311,41 @@ def test_rules_on_sounds_equal_hooks_on_the_bare_model(name: str, mode: str) -> 
         for cell in zip(*everything, strict=True)
     ]
     check_rules(found, RULES, base, expected)
+
+
+def test_allowed_keys_of_decoder_tokens_equal_a_mask_on_the_bare_model() -> None:
+    """With a rule in the encoder, in two experiments; the decoder begins with four tokens."""
+    name, count = "multilingual", len(STARTS["multilingual"])
+    rule = "allow attention layer * heads * from first token to last token"
+    removed = "ablate resid_post encoder layer 0 at a frame 3 token with zero"
+    texts = experiment("e", rule) + experiment("f", rule, removed)
+    found = run_text(texts, name)
+    writes: list[list[Write]] = [[], [zeroed(place("resid_post encoder", 0), [2])]]
+    for each, more in zip(found, writes, strict=True):
+        expected: list[list[float]] = []
+        for layer in range(LAYERS):
+            attention = bare(name).get_submodule(f"model.decoder.layers.{layer}.self_attn")
+            with first_query_sees_last(attention, count):
+                expected.append([difference(name, n, n, more) for n in range(len(RECORDS))])
+        measure = each.measures[0]
+        np.testing.assert_allclose(measure.patched, expected, atol=2e-4)
+        assert np.abs(np.array(expected) - measure.base).max() > 0.01
+
+
+@contextmanager
+def first_query_sees_last(attention: Any, count: int) -> Generator[None]:
+    """While it is open, the first token of a decoder sees the last one."""
+
+    def show(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = torch.full((1, 1, count, count), torch.finfo(torch.float32).min).triu(1)
+        mask[..., 0, count - 1] = 0
+        return args, {**kwargs, "attention_mask": mask}
+
+    handle = attention.register_forward_pre_hook(show, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def test_replies_and_long_answers_to_sounds_equal_hooks_on_the_bare_model() -> None:

@@ -1747,7 +1747,8 @@ _rule(
     "Lets the queries attend to these keys too, including later keys and keys outside a "
     "window, with the model's scores. The softmax then covers all visible keys, and other "
     "attention rules act on this larger set. Each row is a full forward pass. Models that add "
-    "positions to scores (ALiBi, T5) aren't supported.",
+    "positions to scores (ALiBi) aren't supported, except T5 and other encoder-decoders. T5's "
+    "decoder gives a later key the bias of distance 0.",
     "Wang et al. 2024, arXiv 2407.01100",
     "tests/rules/test_allow_attention.py",
 )
