@@ -28,7 +28,7 @@ from mechdsl.forward.hooks.batch import (
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.restart import Shortcuts
 from mechdsl.models.shape import ModelShape
-from mechdsl.planner.cost import SharedRows
+from mechdsl.planner.cost import SharedRows, settles_circuits
 from mechdsl.planner.plan import (
     PASS_TOKENS,
     PROMPT_TOKENS,
@@ -269,7 +269,8 @@ def group_rows(
     equal circuits, so that a pass has few circuits.
 
     They start from the same run, have the same number of draws and replaced blocks, and are all
-    full passes or all packed; if rows aren't joined, they belong to one cell.
+    full passes or all packed; if rows aren't joined, they belong to one cell. Rows of circuits
+    that leave out nodes share no pass with others, which may need steps inside of these nodes.
     """
     runs: list[PromptRun] = []
     start = np.zeros(len(shared), dtype=np.int64)
@@ -277,6 +278,7 @@ def group_rows(
     whole = np.zeros(len(shared), dtype=np.int64)
     circuit = np.zeros(len(shared), dtype=np.int64)
     blocks = np.zeros(len(shared), dtype=np.int64)
+    settles = np.zeros(len(shared), dtype=np.int64)
     numbered: dict[tuple[tuple[int, int | None], ...], int] = {}
     for number, each in enumerate(plans):
         own = np.flatnonzero(shared.owner == number)
@@ -291,13 +293,14 @@ def group_rows(
             start[own] = np.array(numbers, dtype=np.int64)[which]
             draws[own] = each.draws
             whole[own] = each.whole
+            settles[own] = plan.skips_inert and settles_circuits(each)
         cells = shared.rows.cell[own]
         if any(rule.rule.circuit is not None for rule in each.rules):
             circuit[own] = cells
         for cell in np.unique(cells).tolist():
             pairs = each.replaced_blocks(cell)
             blocks[own[cells == cell]] = numbered.setdefault(pairs, len(numbered))
-    keys = [start, draws, whole, blocks]
+    keys = [start, draws, whole, blocks, settles]
     if not plan.joins_rows:
         keys += [shared.owner, shared.rows.cell]
     _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)

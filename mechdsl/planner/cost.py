@@ -858,7 +858,7 @@ def _node(point: SitePoint) -> CircuitNode:
     return point.site, point.layer, point.unit or 0
 
 
-def _settles_circuits(plan: ExperimentPlan) -> bool:
+def settles_circuits(plan: ExperimentPlan) -> bool:
     """Return whether only logits are read, and nothing acts but circuits whose ablated edges carry
     unpatched runs on prompts of equal length, so that some nodes aren't computed.
 
@@ -1408,7 +1408,7 @@ class _Shapes:
                 written = rule.class_counts(self.rows)
                 number = rule.site_of_cell[self.rows.cell]
                 each = panel.circuit_adds(rule, settles=False)[number]
-                if settles and _settles_circuits(self.plan):
+                if settles and settles_circuits(self.plan):
                     fewer = panel.circuit_adds(rule, settles=True)[number]
                     each = np.where(written == self.lengths[:, None], fewer, each)
                 adds += int(self.counts @ (written * each).sum(axis=1))

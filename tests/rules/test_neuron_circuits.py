@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from mechdsl.base import limits
 from mechdsl.diagnostics.rendering import render_full
+from mechdsl.forward.hooks.batch import CircuitWrite
+from mechdsl.forward.hooks.settled import CircuitSettler
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 from mechdsl.vocab.effects import EFFECTS
@@ -25,6 +28,7 @@ from . import test_classifier_circuits as classifiers
 from .circuits import EMBED, LOGITS, circuit_pass, mlp, neuron, outputs, reads
 from .models import WITHOUT_NORMS, double
 from .support import (
+    Array,
     agree,
     codes,
     difference,
@@ -445,7 +449,7 @@ SAME = f"circuit c = {NEURONS}\ncircuit d = {MLPS}\n"
 
 @pytest.mark.parametrize("name", ["phi3", "gptj", "gpt_neo", "cohere", "falcon", "apertus", "phi"])
 def test_all_neurons_of_a_layer_equal_its_mlp_as_a_node(data: Path, name: str) -> None:
-    """The MLP of `d` isn't computed if it runs alone, but both circuits share passes."""
+    """The MLP of `d` isn't computed at tokens of `d`, in passes of the same file."""
     text = SAME + "".join(
         experiment(f"x{n}{own}", f"ablate {rule} {own} at tokens * with other")
         for own in "cd"
@@ -456,6 +460,48 @@ def test_all_neurons_of_a_layer_equal_its_mlp_as_a_node(data: Path, name: str) -
     for n in range(2):
         np.testing.assert_allclose(values[f"x{n}c"], values[f"x{n}d"], atol=1e-9)
         assert np.abs(values[f"x{n}c"] - found["x0c"].measures[0].base).max() > 1e-2
+
+
+BESIDES = {
+    "alone": "",
+    "neurons": experiment("x", "ablate all but c at tokens * with other"),
+    "rules": experiment(
+        "x",
+        "from other into clean",
+        "path L0H1 -> q layer 2 heads * at last token",
+        "patch mlp_hidden layer 2 neuron 3 at last token",
+    ),
+    "read": experiment(
+        "x",
+        "ablate all but d at tokens * with zero",
+        measure="measure cosine(L1.mlp, clean) as raw",
+    ),
+}
+"""Other experiments of a file, whose rows are full passes with steps inside of MLPs."""
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_other_experiments_of_a_file_do_not_make_circuits_compute_settled_mlps(
+    data: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs_of: dict[str, set[int]] = {}
+    values: dict[str, Array] = {}
+    settle = CircuitSettler.settle
+    for key, other in BESIDES.items():
+        seen = outputs_of[key] = set()
+
+        def spy(*given: Any, seen: set[int] = seen) -> CircuitWrite:
+            found = settle(*given)
+            seen.update(found.outputs)
+            return found
+
+        monkeypatch.setattr(CircuitSettler, "settle", spy)
+        text = SAME + experiment("e", "ablate all but d at tokens * with other") + other
+        found = run_file(text, data, name, "planned", precise=True)
+        values[key] = found["e"].measures[0].patched
+    assert all(own == {1, 2} for own in outputs_of.values())
+    for own in values.values():
+        np.testing.assert_allclose(own, values["alone"], atol=1e-9)
 
 
 @pytest.mark.parametrize("rule", ["c", "all but c"])
