@@ -196,7 +196,7 @@ def _circuit_effect(
 
 FAITHFULNESS = _circuit_effect(
     "faithfulness",
-    "the share of the metric that a circuit keeps, of what all edges of the model give",
+    "the share of the full model's metric that a circuit keeps",
     "ablate all but CIRCUIT",
     "ablate SITES except GROUP",
 )

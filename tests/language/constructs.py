@@ -166,10 +166,10 @@ _file(
 _file(
     "adapter",
     'model base = zoo("counting") model tuned = local("adapter", base: base)',
-    "A LoRA adapter in the format of peft, from a folder or from the cache (`hf`). mechdsl "
-    "merges it into a copy of another model of the file, which may itself be an adapter. "
-    "Running it needs `mechdsl[adapters]`. It has the shape and precision of the base model, "
-    "and its tokenizer unless the folder contains one.",
+    "A LoRA adapter in the format of peft, from a folder or from the cache (`hf`). mechdsl merges "
+    "it into a copy of another model of the file (the base model), which may itself be an "
+    "adapter. Running it needs `mechdsl[adapters]`. Its shape and precision are those of the base "
+    "model, and so is its tokenizer unless the folder contains one.",
     "tests/models/test_adapters.py",
 )
 _EDITED = "tests/rules/test_weights.py"
@@ -187,18 +187,18 @@ _file(
 _file(
     "sum of models",
     'model a = zoo("counting") model b = zoo("counting") model c = a + 0.5 * (b - a)',
-    "A model whose weights are sums of those of other models (task arithmetic). The factors add "
-    "up to 1. The models have the same architecture, size and tokenizer.",
+    "A model whose weights are weighted sums of the weights of other models (task arithmetic). "
+    "The factors add up to 1. The models have the same architecture, size and tokenizer.",
     _EDITED,
     "Ilharco et al. 2022, arXiv 2212.04089",
 )
 _file(
     "rounded model",
     'model toy = zoo("counting") model q = rounded(toy, bits: 4)',
-    "A copy of another model of the file with rounded weights: those of all linear maps in its "
-    "blocks, to the nearest of 2^bits − 1 equally spaced values around 0, with one scale for each "
-    "output. `bits` is 2 to 16. Embeddings, norms, biases, the unembedding and activations aren't "
-    "rounded. Experts that aren't linear maps are E0344.",
+    "A copy of another model of the file with rounded weights. Each weight of a linear map in a "
+    "block is rounded to the nearest of 2^bits − 1 equally spaced values around 0, with one scale "
+    "for each output. `bits` is 2 to 16. Embeddings, norms, biases, the unembedding and "
+    "activations aren't rounded. Experts that aren't linear maps are E0344.",
     _EDITED,
     "Dettmers et al. 2022, arXiv 2208.07339",
 )
@@ -250,27 +250,27 @@ _file(
 _file(
     "group of features",
     'basis t = sae("tc") at mlp_out layer 1 group g = saved("graph.json", t)',
-    "The features of an attribution graph in a JSON file of circuit-tracer or Neuronpedia, or with "
-    '`saved("graph.json", "capital", t)` those of a supernode. `group g = features 3, 8 of t, '
-    "features top 20 of seen of t0` lists features, or takes those that another experiment ranks "
-    "highest. Rules change them together, with one rule for each basis, at the tokens that the "
-    "rule names. For a file, each layer needs one of the bases, at `mlp_out`; mechdsl can't check "
-    "that they are the transcoders of the graph. Graphs in `.pt` files are pickles, E0342.",
+    "The features of an attribution graph in a JSON file of circuit-tracer or Neuronpedia; "
+    '`saved("graph.json", "capital", t)` has only the features of one supernode. `group g = '
+    "features 3, 8 of t, features top 20 of seen of t0` lists features, and takes the "
+    "highest-ranked features of another experiment. Rules change the features of a group "
+    "together, with one rule for each basis, at the tokens that the rule names. For a file, each "
+    "layer needs one of the bases, at `mlp_out`; mechdsl can't check that the graph was computed "
+    "with these transcoders. Graphs in `.pt` files are pickles, E0342.",
     "tests/rules/test_feature_groups.py",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
 )
 _file(
     "group of receivers",
     "group ends = L2H1.q, L2H3.q, logits",
-    "`path SENDER -> ends at POSITIONS` patches the edges to all of these receivers at once. "
-    "If the group contains other receivers and the end of the model (`logits` or "
-    "`final_norm`), each unpatched edge carries the value that its node computes in that run. "
-    "The receivers read their input with all else held, and components after them are "
-    "recomputed. The sender's own change of the final residual stream is added. The other "
-    "receivers must be in the attention of one layer or in one MLP, and all senders must "
-    "precede them. `through mlps` and `with frozen norms` aren't allowed (E0334). Models with "
-    "norms after the sums, such as BERT, aren't supported (E0108). Each row is a full forward "
-    "pass.",
+    "`path SENDER -> ends at POSITIONS` patches the edges to all of these receivers at once. If "
+    "the group contains both the end of the model (`logits` or `final_norm`) and other receivers, "
+    "mechdsl computes those receivers with all other components held, and then recomputes the "
+    "components after them. At the end, it adds the sender's own change of the final residual "
+    "stream. The other receivers must be in the attention of one layer or in one MLP, and all "
+    "senders must precede them. `through mlps` and `with frozen norms` aren't allowed (E0334). "
+    "Models with norms after the sums, such as BERT, aren't supported (E0108). Each row is a full "
+    "forward pass.",
     "tests/rules/test_paths_to_end.py",
     "Conmy et al. 2023, arXiv 2304.14997; Goldowsky-Dill et al. 2023, arXiv 2304.05969",
 )
@@ -282,18 +282,19 @@ _file(
     "head or an MLP (`L0.mlp`). A receiver is the `q`, `k` or `v` of a head, an MLP or `logits`; "
     "`k` and `v` count key-value heads. Sites of several heads or layers name all pairs with a "
     "path. A sender that isn't before the receiver is E0335. Only `ablate` takes a circuit. "
-    "`ablate c`: edges of the circuit carry the fill of their sender, at these tokens. Each "
-    "receiver reads the stream of this pass, plus fill minus value for the sender of each ablated"
-    " edge. The norm before the receiver is recomputed, and all other edges carry the values of "
-    "this pass. `ablate all but c` ablates all edges except those of the circuit. The fill is "
+    "`ablate c`: the edges of the circuit carry the fill of their sender, at these tokens. Each "
+    "receiver reads the stream of this pass plus, for the sender of each ablated edge, its fill "
+    "minus its value. mechdsl recomputes the norm before the receiver. All other edges carry the "
+    "values of this pass. `ablate all but c` ablates all edges outside the circuit. The fill is "
     "`zero`, `mean`, `resample` or a run, such as `fewer`. `against random(39)` draws circuits "
     "with the same number of edges; if each edge is on a path of the circuit from `embed` to "
-    "`logits`, so are theirs. Biases that are added after heads belong to no sender. Each row is "
-    "a full forward pass. Not in a `run`, with `generate` or together with a second circuit "
-    "(E0108), nor in encoder-decoders, image classifiers and models with norms after attention, "
-    "such as Gemma 2 (E0108). If norms follow the sums of the stream, as in BERT, a receiver reads "
-    "the stream that is recomputed from the outputs of components through these norms. In "
-    "classifiers of texts, `logits` reads the end of the stream through the classification head.",
+    "`logits`, this holds for the drawn circuits, too. Biases that are added after heads belong "
+    "to no sender. Each row is a full forward pass. Not in a `run`, with `generate` or together "
+    "with a second circuit (E0108), nor in encoder-decoders, image classifiers and models with "
+    "norms after attention, such as Gemma 2 (E0108). If norms follow the sums of the stream, as "
+    "in BERT, a receiver reads the stream that is recomputed from the outputs of components "
+    "through these norms. In classifiers of texts, `logits` reads the end of the stream through "
+    "the classification head.",
     "tests/rules/test_ablated_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997",
 )
@@ -302,10 +303,10 @@ _file(
     "circuit c = embed -> L0H1.q at last token",
     "`at` names tokens of the receiver at which the edge is in the circuit; without `at`, it is "
     "in the circuit at all tokens. The token of `k` and `v` is that of the key or value. The "
-    "position is resolved in the base run of each row. It is one position, such as "
-    "`{token 1, last token}`, that every row has; sweeps are E0304, and `and answer` and tokens "
-    "that another experiment ranks are E0108. A position after the last edge of a list is that of "
-    "this edge only. `ablate c` ablates edges at their positions, `ablate all but c` all edges "
+    "position is resolved in the base run of each row. It is one position, such as `{token 1, "
+    "last token}`, that every row has; sweeps are E0304, and `and answer` and tokens that another "
+    "experiment ranks are E0108. A position at the end of a list of edges applies only to the "
+    "last edge. `ablate c` ablates edges at their positions, `ablate all but c` all edges "
     "elsewhere, both only at the tokens of the rule. A rule without any edge at its tokens is "
     "E0207. `without each edge` removes an edge at all of its positions. `against random(39)` "
     "draws circuits with the same number of edges at each position, and at all tokens. If each "
@@ -321,32 +322,31 @@ _file(
     "circuit c = embed -> L0N3, L0N3 -> logits",
     "Neurons as senders and receivers: `L0N3`, `mlp_hidden layer 0 neurons 3..5`, or a group. A "
     "neuron sends its activation times its output weights. It reads the stream separately, "
-    "through the norm before the MLP. In a layer of which a circuit names neurons, all other "
-    "neurons are one node, and the MLP can't be named (E0334). The bias of such an MLP belongs to "
-    "no node. Neurons of one layer whose edges are ablated alike share one input; each further "
-    "input costs the first maps of the MLP once more. `against random(39)` is E0630, and "
-    "`observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take such "
-    "circuits. Neither a `path` nor a rule on the MLP of such a layer can be in one experiment "
-    "with them, and models can't have a norm after the MLP or an MLP of several modules (all "
-    "E0108). Layers of experts have no neurons (E0413). Circuits from `fit(…)` and `saved(…)` "
-    "have none.",
+    "through the norm before the MLP. In a layer with named neurons, all other neurons are one "
+    "node, and the circuit can't also name the MLP (E0334). The bias of such an MLP belongs to no "
+    "node. Neurons of one layer with the same ablated incoming edges share one input; each "
+    "further input needs another pass through the first maps of the MLP. `against random(39)` is "
+    "E0630, and `observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take "
+    "such circuits. Neither a `path` nor a rule on the MLP of such a layer can be in one "
+    "experiment with them, and models can't have a norm after the MLP or an MLP of several "
+    "modules (all E0108). Layers of experts have no neurons (E0413). Circuits from `fit(…)` and "
+    "`saved(…)` have none.",
     "tests/rules/test_neuron_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Marks et al. 2024, arXiv 2403.19647",
 )
 _file(
     "circuit: from a file",
     'circuit c = saved("circuit.json")',
-    "The edges of a JSON file of EAP-IG or MIB that have `in_graph: true`, those that a trained "
-    "mask "
-    'chose (`saved("trained/c/mask.json")`), or those of a list: '
-    '`{"edges": ["embed -> L0H1.q", "L0H1 -> logits at last token"]}`; edges of the latter two may '
-    'have positions. `saved("circuit.json", size: 100)` '
-    "chooses the edges with the largest absolute scores instead; of equal scores, those of "
-    "earlier senders. Names are `input->a0.h1<q>`, `a0.h1->m2` and `m2->logits`, or those of this "
-    "language. In EAP-IG, query heads that share a key or a value have an edge each; here it is "
-    "one edge, whose score is the sum. If only some of them are in the circuit, it is E0342, like "
-    "sizes of another model, unknown components and pickles (`.pt`). Edges aren't pruned. The "
-    "results store the file's SHA-256.",
+    "The edges in a JSON file: the edges with `in_graph: true` in a file of EAP-IG or MIB, the "
+    'edges of a trained mask (`saved("trained/c/mask.json")`), or a list: `{"edges": ["embed '
+    '-> L0H1.q", "L0H1 -> logits at last token"]}`. Edges of a mask or a list may have '
+    'positions. `saved("circuit.json", size: 100)` chooses the 100 edges with the largest '
+    "absolute scores instead; for equal scores, the edge with the earlier sender. Names are "
+    "`input->a0.h1<q>`, `a0.h1->m2` and `m2->logits`, or those of this language. In EAP-IG, query "
+    "heads that share a key or a value have one edge each; here, these are one edge, whose score "
+    "is the sum. A circuit with only some of them is E0342. So are sizes that don't match the "
+    "model, unknown components and pickles (`.pt`). Edges aren't pruned. The results store the "
+    "file's SHA-256.",
     "tests/rules/test_circuit_files.py",
     "Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, arXiv 2504.13151",
 )
@@ -355,9 +355,9 @@ _file(
     'circuit c = saved("circuit.json") experiment e { prompts fruit '
     "ablate all but c without each edge at tokens * with zero measure loss as minimality }",
     "One cell for each edge of the circuit, on the axis `edge`: the rule acts on the circuit "
-    "without this edge. `as minimality` is the faithfulness that the circuit loses, "
-    "(m(c) − m(c without the edge)) / (m(base) − m(∅)): Wang et al.'s minimality with K = ∅. "
-    "Edges with a minimality of 0 aren't needed if all others are there. Without random controls "
+    "without this edge. `as minimality` is the faithfulness that the circuit loses, (m(c) − m(c "
+    "without the edge)) / (m(base) − m(∅)): Wang et al.'s minimality with K = ∅. An edge with a "
+    "minimality of 0 isn't needed while all others are present. Random controls aren't available "
     "(E0630). A circuit of one edge is an error with `ablate c without each edge` (E0207).",
     "tests/rules/test_ablated_circuits.py",
     "Wang et al. 2022, arXiv 2211.00593",
@@ -368,14 +368,13 @@ _file(
     'circuit c = saved("circuit.json") '
     "experiment e { prompts fruit for n in [1, 2] { ablate all but top n of c at tokens * "
     "with zero } measure loss as faithfulness expect cmd(faithfulness, n) < 0.4 }",
-    "`top n of c` are the n edges of a trained circuit whose scores are largest in size: a "
-    "count, a share of its edges (`top 25% of c`), a `param` or the variable of a `for`. More "
-    "edges than c has are E0620, and a circuit without scores is E0207. `against random(39)` "
-    "draws circuits of each size. `cmd(faithfulness, n)` is MIB's circuit–model distance: the "
-    "area between the curve and 1, Σ w |1 − f| by the trapezoidal rule, divided by the range of"
-    " n. Its integrated circuit performance ratio (CPR) is `expect auc(faithfulness, n)`, or "
-    "`measure … as faithfulness auc over n`. MIB's range is from no edge to every edge of the "
-    "model.",
+    "`top n of c` is the n edges of a trained circuit with the largest absolute scores; n is a "
+    "count, a share of its edges (`top 25% of c`), a `param` or a `for` variable. More edges than "
+    "c has are E0620, and a circuit without scores is E0207. `against random(39)` draws circuits "
+    "of each size. `cmd(faithfulness, n)` is MIB's circuit–model distance: the area between the "
+    "curve and 1, Σ w |1 − f| by the trapezoidal rule, divided by the range of n. Its integrated "
+    "circuit performance ratio (CPR) is `expect auc(faithfulness, n)`, or `measure … as "
+    "faithfulness auc over n`. MIB's range is from no edge to every edge of the model.",
     _COMPARED,
     "Mueller et al. 2025, arXiv 2504.13151",
 )
@@ -478,12 +477,12 @@ _file(
     "direction: a trained vector",
     "direction d = fit(vector(length: 8), prompts: fruit.train, maximise: logit(answer)) at "
     "resid_post layer 2",
-    "A vector that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: while it is added at all "
-    "named tokens of the clean run, the metric has the largest mean, or with `minimise` the "
-    "smallest. The metric needs a gradient. Without `length`, the length is learned, and "
+    "A vector that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains. The training adds it at "
+    "all named tokens of the clean run and maximises the mean of the metric (with `minimise`, "
+    "minimises it). The metric needs a gradient. Without `length`, the length is learned, and "
     "`penalty: 0.1` adds 0.1 times the squared length to the loss, in units of the mean length of "
-    "the activations. `from: fewer` compares it with a mean difference. The options are those of a "
-    "trained dictionary; defaults are `steps` (500), `batch` (32 rows), `rate` (0.01) and "
+    "the activations. `from: fewer` compares it with a mean difference. The options are those of "
+    "a trained dictionary; defaults are `steps` (500), `batch` (32 rows), `rate` (0.01) and "
     "`validation` (20%). Rules use it like other directions; edits of a model can't.",
     "tests/pipeline/test_trained_vectors.py",
     OWN,
@@ -492,10 +491,11 @@ _file(
     "direction: a trained soft prompt",
     "direction d = fit(soft_prompt(tokens: 1), prompts: fewer of fruit.train, maximise: "
     "logit(answer)) at embed",
-    "Vectors that replace those at the tokens of a position in a run, one for each token. They are "
-    "trained together, as a trained vector is, and start from the means of the replaced vectors. "
-    "The run often has tokens that a corruption inserts: `at embed at inserted tokens`. `set embed "
-    "at inserted tokens to d` writes one vector at each token, `d[token 2]` is one of them.",
+    "A trained vector for each token of a position in a run, which replaces the token's own "
+    "vector. The vectors are trained together, like a trained vector, and start from the means of "
+    "the replaced vectors. Often, a corruption inserts the tokens: `at embed at inserted tokens`. "
+    "`set embed at inserted tokens to d` writes one vector at each token; `d[token 2]` is a "
+    "single vector.",
     "tests/pipeline/test_soft_prompts.py",
     "Lester et al. 2021, arXiv 2104.08691",
 )
@@ -503,24 +503,25 @@ _file(
     "direction: a trained edit",
     "direction r = fit(reft(rank: 4), prompts: fruit.train, maximise: logit(answer)) at resid_post "
     "layer 2",
-    "An edit of low rank that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: while Aᵀ B x "
-    "+ c is added to each activation x at all named tokens of the clean run, the metric has the "
-    "largest mean, or with `minimise` the smallest. A and B have `rank` rows; those of A are "
-    'orthonormal (LoReFT), except with `kind: "direft"`. The training starts from an edit that '
-    "adds 0. The options are those of a trained vector, without `from`. Only `add 2 * r to SITE` "
-    "uses edits; other rules, sums and bases can't. The control `against random` adds vectors of "
-    "the same lengths in a random subspace.",
+    "An edit of low rank that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains. The training "
+    "adds Aᵀ B x + c to each activation x at all named tokens of the clean run and maximises the "
+    "mean of the metric (with `minimise`, minimises it). A and B have `rank` rows; the rows of A "
+    'are orthonormal (LoReFT), except with `kind: "direft"`. The training starts from an edit '
+    "that adds 0. The options are those of a trained vector, without `from`. Only `add 2 * r to "
+    "SITE` can use edits; other rules, sums and bases can't. The control `against random` adds "
+    "vectors of the same lengths in a random subspace.",
     "tests/pipeline/test_trained_edits.py",
     "Wu et al. 2024, arXiv 2404.03592",
 )
 _file(
     "direction: trained scales",
     "direction s = fit(scales, prompts: fruit.train, maximise: logit(answer)) at z layer 2 head 1",
-    "Scales of channels that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: while "
-    "the vectors at all named tokens of the clean run are multiplied by the scales, the metric has "
-    "the largest mean, or with `minimise` the smallest. The training starts from 1, and `penalty` "
-    "(0) is the weight of the mean of (s − 1)² in the loss. The options are those of a trained "
-    "vector, without `from`. Only `scale … by s` uses scales; other rules, sums and bases can't.",
+    "Scales of channels that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains. The training "
+    "multiplies the vectors at all named tokens of the clean run by the scales and maximises the "
+    "mean of the metric (with `minimise`, minimises it). The training starts from 1, and "
+    "`penalty` (0) is the weight of the mean of (s − 1)² in the loss. The options are those of a "
+    "trained vector, without `from`. Only `scale … by s` can use scales; other rules, sums and "
+    "bases can't.",
     "tests/pipeline/test_trained_scales.py",
     "Park et al. 2025, arXiv 2509.25843",
 )
@@ -554,10 +555,10 @@ _file(
 _file(
     "basis: class means",
     "basis b = class_means(count, fruit) at resid_post layer 2 at last token",
-    "The subspace that the means of the rows with each value span, centred at the mean of these "
-    "means: one coordinate fewer than there are values; `dims: 2` keeps the first two. Each value "
-    "counts once, whatever the number of its rows. The directions are principal components of the "
-    "means.",
+    "The subspace spanned by the class means, centred at their mean; a class is the rows with one "
+    "value. It has one coordinate fewer than there are values; `dims: 2` keeps the first two. "
+    "Each class counts once, whatever its number of rows. The directions are principal components "
+    "of the means.",
     _BASES,
     "between-class scatter: Fisher 1936, doi 10.1111/j.1469-1809.1936.tb02137.x",
 )
@@ -572,16 +573,15 @@ _file(
 _file(
     "basis: directions",
     "basis b = directions(more) at resid_post layer 2",
-    "Directions of the file. Of a family, a basis uses the direction of its layer and head.",
+    "Directions of the file. From a family, a basis uses the direction for its own layer and head.",
     _BASES,
     OWN,
 )
 _file(
     "basis: unembedding rows",
     'basis b = rows(unembed, " 3", " 2") at resid_post layer 3',
-    "The rows of the unembedding for these tokens, without the final norm. Coordinates of "
-    "directions that aren't orthogonal are those of the projection onto their span, by the "
-    "pseudo-inverse.",
+    "The rows of the unembedding for these tokens, without the final norm. If the directions "
+    "aren't orthogonal, mechdsl computes coordinates with the pseudo-inverse.",
     _BASES,
     OWN,
 )
@@ -597,9 +597,10 @@ _file(
     "basis: Jacobian",
     "basis b = jacobian(fruit, resid_post layer 0 -> resid_post layer 2, dims: 8) "
     "at resid_post layer 0",
-    "The first right singular vectors of the Jacobians of the later site by the earlier one, of "
-    "all rows together: eigenvectors of the mean of JᵀJ. `at` the later site, the left singular "
-    "vectors. `at last token` is the default position; each token has a separate Jacobian.",
+    "The first right singular vectors of the Jacobians J of the later site with respect to the "
+    "earlier site: eigenvectors of the mean of JᵀJ over all rows. `at` the later site gives the "
+    "left singular vectors. `at last token` is the default position; each token has a separate "
+    "Jacobian.",
     "tests/rules/test_jacobian_bases.py",
     OWN,
 )
@@ -628,11 +629,11 @@ _file(
     "safetensors file with `W_enc`, `b_enc`, `W_dec`, `b_dec` and, for JumpReLU, `threshold`. "
     "Rules change features of the current vector and keep its reconstruction error: x becomes x + "
     "(f′ − f) W_dec, in units of x if the dictionary normalises its input. Features of temporal "
-    "SAEs depend on preceding tokens and can only be observed. The size of the error is printed. A "
-    "recorded hook point of another site is a warning. The results store the hash of the files. "
-    '`sae("sae", labels: "labels.jsonl")` reads descriptions of features from JSON lines, such as '
-    'an export of Neuronpedia: `{"index": 0, "description": "counts"}`. Tables and JSON have them '
-    "next to the numbers.",
+    "SAEs depend on preceding tokens and can only be observed. The size of the error is printed. "
+    "mechdsl warns if the configuration records the hook point of a different site. The results "
+    'store the hash of the files. `sae("sae", labels: "labels.jsonl")` reads descriptions of '
+    'features from JSON lines, such as an export of Neuronpedia: `{"index": 0, "description": '
+    '"counts"}`. Tables and JSON have them next to the numbers.',
     "tests/dictionaries/test_features.py",
     "Bricken et al. 2023; Gao et al. 2024, arXiv 2406.04093",
 )
@@ -661,10 +662,11 @@ _file(
     "basis big = fit(sae(features: 64, k: 4), prompts: fruit.train) at resid_post layer 1\n"
     "basis b = fit(sae(features: 16, k: 2), prompts: decoder of big) at resid_post layer 1",
     "A sparse autoencoder that is trained on the decoder rows of a dictionary, each scaled to "
-    "length 1, at the same site. The dictionary is that of a folder, or `mechdsl fit` trains it "
+    "length 1, at the same site. The dictionary comes from a folder, or `mechdsl fit` trains it "
     "first. The options are those of a trained dictionary without `limit` and "
-    "`measure_on_training_rows`; `validation` holds out decoder rows. The table compares it with a "
-    "dictionary of normal vectors with the same mean and covariance, which are held out, too.",
+    "`measure_on_training_rows`; `validation` holds out decoder rows. As a control, the table has "
+    "a dictionary of normally distributed vectors with the same mean and covariance, also on "
+    "held-out vectors.",
     "tests/pipeline/test_trained_decoders.py",
     "Leask et al. 2025, arXiv 2502.04878",
 )
@@ -672,24 +674,26 @@ _file(
     "basis: trainer of a Python file",
     'basis b = fit(python("functions.py:Tied", features: 16), prompts: fruit.train) at '
     "resid_post layer 1",
-    "What a subclass of `torch.nn.Module` in a Python file trains. Its methods determine what it "
-    "makes: `loss` and `weights` a dictionary, `directions` a rotation, `vector` a steering vector "
-    "(`direction v = fit(…)`), `probabilities` and `sample` a mask (`group g = fit(…)`). The named "
-    "arguments are those of `__init__`; a dictionary needs `features`, a rotation `dims`, a mask "
-    "`size`. The code runs only with `--allow-python`. The options of `fit` are those of other "
-    "trainers, and the key of the training has the hash of the file and of what it imports.",
+    "The result of a custom trainer: a subclass of `torch.nn.Module` in a Python file. Its "
+    "methods determine the type of the result: a dictionary (`loss` and `weights`), a rotation "
+    "(`directions`), a steering vector (`vector`, in `direction v = fit(…)`) or a mask "
+    "(`probabilities` and `sample`, in `group g = fit(…)`). The named arguments are passed to "
+    "`__init__`; a dictionary needs `features`, a rotation `dims`, a mask `size`. The code runs "
+    "only with `--allow-python`. The options of `fit` are those of other trainers. The key of the "
+    "training contains the hashes of the file and of its imports.",
     "tests/pipeline/test_own_trainers.py",
 )
 _file(
     "basis: a trained rotation",
     "basis b = fit(das(dims: 2), prompts: fruit.train, from: fewer, "
     "maximise: logit(answer of fewer)) at resid_post layer 1",
-    "The directions of a subspace that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: "
-    "while the subspace of the run `from` replaces that of the clean run at the named tokens, "
-    "the metric has the largest mean, or with `minimise` the smallest. The metric needs a "
-    "gradient, and both runs have as many tokens there. The options are those of "
-    "a trained dictionary; defaults are `steps` (500), `batch` (32 rows), `rate` (0.01) and "
-    '`validation` (20%). Rules use the basis like `saved("FILE", "rotation")`.',
+    "The directions of a subspace that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains. In "
+    "the training, the clean run takes its coordinates in the subspace from the run `from`, at "
+    "the named tokens; the training maximises the mean of the metric (with `minimise`, minimises "
+    "it). The metric needs a gradient, and both runs must have the same number of tokens there. "
+    "The options are those of a trained dictionary; defaults are `steps` (500), `batch` (32 "
+    'rows), `rate` (0.01) and `validation` (20%). Rules use the basis like `saved("FILE", '
+    '"rotation")`.',
     "tests/pipeline/test_trained_rotations.py",
     "Geiger et al. 2023, arXiv 2303.02536",
 )
@@ -722,17 +726,17 @@ _file(
     "basis: trained canonical correlations",
     "basis b = fit(cca(components: 8), prompts: fruit.train, with: resid_post layer 2) "
     "at resid_post layer 1",
-    "Directions whose coordinates correlate most with those of the vectors of the same tokens at "
-    "another site, or with values of the rows (`with: [count, item]`; words are numbers of 0 and "
-    "1). `with: resid_post layer 2 of fewer at item tokens` names another run (a corruption, a "
-    "block whose rows are paired by number, such as the captions of images for the text tower, or "
-    "a model) and other tokens, as many in each row. `ridge` (0.1) times the mean variance is "
-    "added to both covariance matrices. "
-    "`sparse_cca(components: 8, penalty: 0.5)` finds directions with few weights that aren't 0 "
-    "(Witten et al. 2009). With exchanged sites, a second basis has the other coordinate of each "
-    "pair. Over the training vectors, coordinates have mean 0 and variance 1; rules use the basis "
-    "like a dictionary. The options of `fit` are those of a factorization. The table has held-out "
-    "correlations, and those of shuffled pairs, random directions and principal components.",
+    "Directions whose coordinates correlate most with coordinates of the same tokens at another "
+    "site, or with values of the rows (`with: [count, item]`; each word becomes a coordinate of 0 "
+    "or 1). `with: resid_post layer 2 of fewer at item tokens` names another run and other "
+    "tokens, the same number in each row. The run is a corruption, a model, or a block whose rows "
+    "are paired by number, such as the captions of images for the text tower. `ridge` (0.1) times "
+    "the mean variance is added to both covariance matrices. `sparse_cca(components: 8, penalty: "
+    "0.5)` finds directions with few weights that aren't 0 (Witten et al. 2009). To get the other "
+    "coordinate of each pair, declare a second basis with the sites exchanged. Over the training "
+    "vectors, coordinates have mean 0 and variance 1; rules use the basis like a dictionary. The "
+    "options of `fit` are those of a factorization. The table has held-out correlations, and "
+    "those of shuffled pairs, random directions and principal components.",
     "tests/pipeline/test_trained_correlations.py",
     "Hotelling 1936, doi 10.1093/biomet/28.3-4.321",
 )
@@ -752,18 +756,18 @@ _file(
     "basis: a trained rotation of a learned size",
     "basis b = fit(boundless_das(penalty: 1), prompts: fruit.train, from: fewer, "
     "minimise: loss) at resid_post layer 1",
-    "As `das`, but the training determines the number of directions: the loss grows by "
-    "`penalty` (1) times their share of the numbers of a vector. `dims` limits them.",
+    "Like `das`, but the training also chooses the number of directions: it adds `penalty` (1) "
+    "times the number of directions, divided by the width, to the loss. `dims` limits the number.",
     "tests/pipeline/test_boundless_rotations.py",
     "Wu et al. 2023, arXiv 2305.08809",
 )
 _file(
     "lens: a trained tuned lens",
     "lens l = fit(tuned_lens, prompts: fruit.train) at resid_post layer * at tokens *",
-    "An affine map h + A h + b of each layer but the last, which `mechdsl fit FILE` or "
-    "`mechdsl run --fit FILE` trains on the vectors of the named tokens: it starts as the logit "
-    "lens, and minimises KL(p ‖ q), where p is the model's distribution over next tokens and q "
-    "that of the lens. `observe tuned_lens(l)` reads it. The options of `fit` are those of a "
+    "An affine map h + A h + b of each layer but the last, which `mechdsl fit FILE` or `mechdsl "
+    "run --fit FILE` trains on the vectors of the named tokens. The map starts as the logit lens; "
+    "the training minimises KL(p ‖ q), where p is the model's next-token distribution and q the "
+    "lens's distribution. `observe tuned_lens(l)` reads it. The options of `fit` are those of a "
     "trained dictionary; defaults are `steps` (1000), `batch` (128 vectors) and `rate` (0.001). "
     "The table has the mean KL of each layer on held-out vectors, next to that of the logit lens "
     "and of the average prediction on training vectors.",
@@ -773,15 +777,15 @@ _file(
 _file(
     "probe: a trained probe",
     "probe t = fit(ridge, prompts: fruit.train, target: count) at resid_post layer 2",
-    "A linear map of the vectors of rows, one for each layer and head, that predicts `target`, a"
-    " value of the rows: `ridge` a number, `logistic` a class. `mechdsl fit FILE` or `mechdsl run "
-    "--fit FILE` trains it with the computation of `observe probe` and the same `penalty`. "
-    "Other arguments of `fit` are `limit`, `seed`, `validation` (20% of the distinct rows, of"
-    " each class) and `model`: another model of equal shape that runs the rows. A row's "
-    "vector is the mean over its tokens at the position. The table has the accuracy or R² of "
-    "each map on held-out rows, next to that of shuffled values, of 8 random directions, "
-    "and of the most common class or the mean. `observe probe(t)` and `observe prediction(t)`"
-    " read it.",
+    "A linear map of the vectors of rows, one for each layer and head, that predicts `target`, a "
+    "value of the rows: `ridge` a number, `logistic` a class. `mechdsl fit FILE` or `mechdsl run "
+    "--fit FILE` trains it with the computation of `observe probe` and the same `penalty`. Other "
+    "arguments of `fit` are `limit`, `seed`, `validation` (20% of the distinct rows, of each "
+    "class) and `model`: another model of equal shape that runs the rows. If the position has "
+    "several tokens, a row's vector is their mean. The table has the accuracy or R² of each map "
+    "on held-out rows, next to three controls: a map for shuffled values, maps of 8 random "
+    "directions, and the most common class or the mean. `observe probe(t)` and `observe "
+    "prediction(t)` read it.",
     "tests/pipeline/test_trained_probes.py",
     "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
 )
@@ -789,15 +793,16 @@ _file(
     "group: a trained mask",
     "group g = fit(mask(size: 2), prompts: fruit.train, from: fewer, "
     "minimise: loss) at layers * heads * at last token",
-    "The `size` heads that `mechdsl fit FILE` or `mechdsl run --fit FILE` chooses: while they are "
-    "patched from the run `from` together, the metric has the largest mean, or with `minimise` the "
-    "smallest. `with: zero` or `with: mean` (of the training rows) instead of `from` ablates them. "
-    "`at` names the sites to choose from, by plural axes: layers, heads or neurons. `keep: true` "
-    'writes all sites but the chosen ones. `kind` is "hard_concrete" (default) or '
-    '"straight_through". The options are those of a trained dictionary; defaults are '
-    "`steps` (300), `batch` (32 rows), `rate` (0.1) and `validation` (20%). The group can be used "
-    "like a list of sites. `at features * of f` chooses features of a basis, and `at SITE dims *` "
-    "dimensions of a site. Chosen probabilities below 0.9, and others above 0.1, are W0736.",
+    "The `size` heads with the largest joint effect, as chosen by `mechdsl fit FILE` or `mechdsl "
+    "run --fit FILE`. The training patches heads together from the run `from` and maximises the "
+    "mean of the metric (with `minimise`, minimises it). `with: zero` or `with: mean` (over the "
+    "training rows) instead of `from` ablates them. `at` names the sites to choose from, by "
+    "plural axes: layers, heads or neurons. `keep: true` writes all sites but the chosen ones. "
+    '`kind` is "hard_concrete" (default) or "straight_through". The options are those of a '
+    "trained dictionary; defaults are `steps` (300), `batch` (32 rows), `rate` (0.1) and "
+    "`validation` (20%). The group can be used like a list of sites. `at features * of f` chooses "
+    "features of a basis, and `at SITE dims *` dimensions of a site. Chosen sites with a "
+    "probability below 0.9, and other sites with a probability above 0.1, are W0736.",
     "tests/pipeline/test_trained_masks.py",
     "Louizos et al. 2018, arXiv 1712.01312; Bengio et al. 2013, arXiv 1308.3432; Cao et al. 2021, "
     "arXiv 2104.03514",
@@ -805,16 +810,17 @@ _file(
 _file(
     "group: by scores of sites",
     "group g = fit(atp(size: 2), prompts: fruit, with: zero, minimise: loss) at layers * heads *",
-    "The sites, positions, features or dimensions that have the largest scores in size: the "
-    "difference between the other value and that of the clean run, times the gradient of the "
-    "metric, summed over tokens and averaged over training rows. `atp` takes the gradient in the "
-    "clean run, like `using atp`; `integrated_gradients(size: 2, steps: 16)` takes the mean at the "
-    "midpoints of `steps` steps to the other value, on which all candidates of a site and layer "
-    "move together. Instead of `size`, `faithfulness: 0.9` selects the smallest group in this "
-    "order whose faithfulness on the training rows exceeds 0.9. `batch` (32) and `validation` "
-    "(20%) are the options of `fit`; other values are as for a trained mask. The table has the "
-    "mean of the metric over held-out rows while all other candidates are written (`kept`), and "
-    "while the group is (`written`).",
+    "The sites, positions, features or dimensions with the largest absolute scores. A score is "
+    "the difference between the other value (of the run `from`, 0 or the mean) and the clean "
+    "value, times the gradient of the metric, summed over tokens and averaged over training rows. "
+    "`atp` takes the gradient in the clean run, like `using atp`. `integrated_gradients(size: 2, "
+    "steps: 16)` takes the mean gradient at the midpoints of `steps` steps from the clean to the "
+    "other value; all candidates of a site and layer move together. Instead of `size`, "
+    "`faithfulness: 0.9` selects the smallest group in this order whose faithfulness on the "
+    "training rows exceeds 0.9. `batch` (32) and `validation` (20%) are the options of `fit`; "
+    "other values are as for a trained mask. The table has the mean of the metric over held-out "
+    "rows while all other candidates are written (`kept`), and while only the group is written "
+    "(`written`).",
     "tests/pipeline/test_node_scores.py",
     "Nanda 2023, Attribution patching; Shrikumar et al. 2016, arXiv 1605.01713; Sundararajan et "
     "al. 2017, arXiv 1703.01365",
@@ -822,33 +828,34 @@ _file(
 _file(
     "circuit: trained",
     "circuit c = fit(mask(size: 2), prompts: fruit, with: zero, minimise: loss)",
-    "The edges that a mask chooses from all edges of the model, as it chooses the sites of a "
-    "group. In training, chosen edges carry the values of their senders in the run `from`, 0 "
-    "(`with: zero`) or the mean over training rows (`with: mean`) at the tokens `at` (all by "
-    "default); with `keep: true`, all other edges do. The expected number of open gates falls "
-    "from 90 % of the edges to `size` over the first 70 % of the steps, by equal factors, because "
-    "an edge often matters only together with the rest of its path. `patience` is E0342. The "
-    "random choices of the table, and the control of experiments without `against`, are circuits "
-    "as `against random` draws them. Without `split`, a block on which a circuit is trained and "
-    "tested is split: the circuit has 80 % of its rows, experiments that use it have the others.",
+    "The edges that a mask chooses from all edges of the model, as for the sites of a group. In "
+    "training, the chosen edges carry other values at the tokens after `at` (all by default): the "
+    "outputs of their senders in the run `from`, 0 (`with: zero`) or the mean over training rows "
+    "(`with: mean`). With `keep: true`, all edges except the chosen ones carry these values. An "
+    "edge often matters only together with the rest of its path. Therefore, the expected number "
+    "of open gates starts at 90 % of the edges, and falls exponentially to `size` over the first "
+    "70 % of the steps. `patience` is E0342. For the table and for experiments without `against`, "
+    "mechdsl draws random circuits as for `against random`. If a circuit is trained and tested on "
+    "the same block without a `split`, mechdsl splits the block: it trains the circuit on 80 % of "
+    "the rows, and measures experiments that use it on the others.",
     "tests/pipeline/test_trained_circuits.py",
     "Bhaskar et al. 2024, arXiv 2406.16778; Conmy et al. 2023, arXiv 2304.14997",
 )
 _file(
     "circuit: by scores of edges",
     "circuit c = fit(eap_ig(size: 2, steps: 3), prompts: fruit, from: fewer, minimise: loss)",
-    "The edges of the model that have the largest scores: the difference between the other value "
-    "and the output of the sender, times the gradient of the metric by the input of the receiver "
-    "(q, k and v separately, through its norm), summed over tokens and averaged over training "
-    "rows. "
-    "`eap` takes the "
-    "gradient in the clean run, `eap_ig` the mean at k/`steps` (k = 1 to `steps`) of the way from "
-    "the other embedding to the clean one, and `eap_ig_activations` on the way of the sender's own "
-    "module. `relp` and `gim` are `eap` with the gradients of `using relp` and `using gim`. "
-    "Instead of `size`, `faithfulness: 0.9` selects the smallest circuit in this order whose "
-    "faithfulness on the training rows exceeds 0.9; sizes are tried one after another. "
-    '`select` is "greedy" (default), from `logits` backwards, or "top". `batch` (8) and '
-    "`validation` (20%) are the options of `fit`; other values are as for a trained circuit.",
+    "The edges of the model with the largest absolute scores. A score is the difference between "
+    "the sender's other value (in the run `from`, 0 or the mean) and its clean output, times the "
+    "gradient of the metric with respect to the receiver's input (separate for q, k and v, and "
+    "through the norm). It is summed over tokens and averaged over training rows. `eap` takes the "
+    "gradient in the clean run. `eap_ig` takes the mean gradient at the fractions k/`steps` (k = "
+    "1 to `steps`) between the other embedding and the clean embedding; `eap_ig_activations` "
+    "interpolates the output of the sender's own module instead. `relp` and `gim` are `eap` with "
+    "the gradients of `using relp` and `using gim`. Instead of `size`, `faithfulness: 0.9` "
+    "selects the smallest circuit in this order whose faithfulness on the training rows exceeds "
+    '0.9; sizes are tried one after another. `select` is "greedy" (default), from `logits` '
+    'backwards, or "top". `batch` (8) and `validation` (20%) are the options of `fit`; other '
+    "values are as for a trained circuit.",
     "tests/pipeline/test_edge_scores.py",
     "Syed et al. 2023, arXiv 2310.10348; Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, "
     "arXiv 2504.13151; Jafari et al. 2025, arXiv 2508.21258; Edin et al. 2025, arXiv 2505.17630",
@@ -860,24 +867,24 @@ _file(
     "With several positions after `at`, `eap`, `eap_ig`, `eap_ig_activations`, `relp` and `gim` "
     "score each edge at each position: the sum of its products over the tokens of the position. "
     "The circuit has edges at positions; `size` and `top n of c` count each edge at each of its "
-    "positions. Edges at tokens of no position keep their values in training and can't be chosen. "
-    "Selected edges lead to `logits` from their tokens: keys and values also at later tokens. A "
-    "position that some row lacks is E0310, positions with a common token are E0342, sweeps are "
-    "E0304; other trainers with several positions are E0108.",
+    "positions. Edges at tokens outside all positions keep their values in training and can't be "
+    "chosen. Each selected edge leads to `logits` from its tokens; keys and values also act at "
+    "later tokens. A position that some row lacks is E0310, positions with a common token are "
+    "E0342, sweeps are E0304; other trainers with several positions are E0108.",
     "tests/pipeline/test_placed_edge_scores.py",
     "Haklay et al. 2025, arXiv 2502.04577",
 )
 _file(
     "circuit: by a search",
     "circuit c = fit(acdc(threshold: 1), prompts: fruit, with: zero, minimise: loss)",
-    "The edges that are left when others are ablated one after another, for good. `acdc`: each "
-    "edge is ablated, from `logits` backwards, and restored if the mean of the metric over "
-    "training rows becomes worse by `threshold` or more. `coarse_to_fine(threshold: 1)` ablates "
-    "all heads or the MLP of a layer together, then single heads, then single inputs of queries, "
-    "keys and values, then single edges, and restores them like `acdc`. `greedy(size: n)`: of all "
-    "edges left, the one is ablated that makes the mean least worse, until n are left. Edges that "
-    "lead only to ablated ones are ablated without a run. `batch` (64) and `validation` (20%) are "
-    "the options of `fit`; other values are as for a trained circuit.",
+    "The edges that are left after a search that ablates edges one after another. `acdc` tries "
+    "each edge, from `logits` backwards: it ablates the edge, and restores it if the mean of the "
+    "metric over training rows becomes worse by `threshold` or more. `coarse_to_fine(threshold: "
+    "1)` first tries all heads or the MLP of a layer together, then single heads, then single "
+    "inputs of queries, keys and values, then single edges. `greedy(size: n)` ablates, in each "
+    "step, the edge whose ablation worsens the mean least, until n edges are left. All searches "
+    "ablate edges that lead only to ablated edges, without a run. `batch` (64) and `validation` "
+    "(20%) are the options of `fit`; other values are as for a trained circuit.",
     "tests/pipeline/test_edge_searches.py",
     "Conmy et al. 2023, arXiv 2304.14997, algorithm 1",
 )
@@ -898,25 +905,26 @@ _file(
     "The features of a transcoder, in the layouts of `sae`, or in a `layer_1.safetensors` of "
     "circuit-tracer. They are computed from the current `mlp_norm` of the block, or from "
     "`resid_mid` if the configuration records it, and rules change `mlp_out` by (f′ − f) W_dec. "
-    "`set mlp_out layer 1 at tokens * to reconstruction of t` replaces the MLP. Of a "
-    "cross-layer transcoder in circuit-tracer's layout, the features can be observed, also in an "
-    "`attribution_graph`, and ablated by `graph_ablation`, but not changed by rules.",
+    "`set mlp_out layer 1 at tokens * to reconstruction of t` replaces the MLP. The features of a "
+    "cross-layer transcoder in circuit-tracer's layout can be observed, also in an "
+    "`attribution_graph`, and ablated by `graph_ablation`. Rules can't change them.",
     "tests/rules/test_transcoders.py",
     "Dunefsky et al. 2024, arXiv 2406.11944",
 )
 _file(
     "basis: parts of directions",
     "basis b = row_space(of_head) at z layer 2 head 1",
-    "The parts of directions that the weights after the site read: projections on their row space. "
-    "`null_space(of_head)` has the other parts, which change nothing directly. The site is "
-    "`mlp_hidden`, or `z` with all heads or one. A direction without such a part is an error.",
+    "The parts of directions that the weights after the site read: projections onto the row space "
+    "of these weights. `null_space(of_head)` has the remaining parts, which change nothing "
+    "directly. The site is `mlp_hidden`, or `z` with all heads or one. A direction without such a "
+    "part is an error.",
     "tests/rules/test_row_space.py",
     "Makelov et al. 2023, arXiv 2311.17030",
 )
 _file(
     "basis: neurons",
     "basis b = neurons at mlp_hidden layer 2",
-    "The numbers of the vector themselves: coordinate 5 is neuron 5.",
+    "The components of the vector itself: coordinate 5 is neuron 5.",
     _BASES,
     OWN,
 )
@@ -1442,9 +1450,9 @@ _rule(
 _rule(
     "scale by a direction",
     "scale mlp_out layer 1 at tokens * by more",
-    "Multiplies each number of the vector by that of the direction. The "
-    "direction has the width of the site; heads that a rule names are multiplied by the same "
-    "numbers. The control `against random` has the same numbers in a random order.",
+    "Multiplies the vector elementwise by the direction. The direction has the width of the site; "
+    "all heads that the rule names are multiplied by the same values. The control `against "
+    "random` uses the same values in a random order.",
     OWN,
     _STEERING,
 )
@@ -1477,11 +1485,12 @@ _rule(
     "scale weights",
     "scale weights of mlp_out layer 2 neuron * by 0",
     "Multiplies the weights from heads or neurons to the output of their sublayer, at all tokens, "
-    "also those of answers and replies. Biases stay. `mlp_out layer 2 neuron 5`, `L2N5`, "
-    "`attn_out layer 1 head 2`, `L1H2`, and all heads or neurons of `mlp_out layer 2`. The run is "
-    "that of a model with these weights: activations of the heads and neurons themselves don't "
-    "change, and patches of them are written with the new weights. Models with norms between these "
-    "weights and the stream are rejected; an edited model has no such limit.",
+    "including answers and completions. Biases don't change. `mlp_out layer 2 neuron 5`, `L2N5`, "
+    "`attn_out layer 1 head 2`, `L1H2`, and all heads or neurons of `mlp_out layer 2`. The result "
+    "is that of a model with these weights: activations of the heads and neurons themselves don't "
+    "change, and patched activations pass through the new weights. Models with norms between "
+    "these weights and the stream are rejected; an edited model (`model … with`) has no such "
+    "limit.",
     OWN,
     _EDITED,
 )
@@ -1541,8 +1550,8 @@ _rule(
 _rule(
     "several groups",
     "for g in [early, deep] { ablate g at last token with zero }",
-    "One cell for each group of sites, also for those that a training chooses. `except g` leaves "
-    "out the sites of each. Groups of features, dimensions or positions can't be looped over.",
+    "One cell for each group of sites; trained groups are allowed, too. `except g` leaves out the "
+    "sites of the cell's group. Groups of features, dimensions or positions can't be looped over.",
     OWN,
     "tests/rules/test_loops_over_bases.py",
 )
@@ -1563,37 +1572,36 @@ _rule(
 _rule(
     "project out a coordinate",
     "project out feature 0 of axes at last token",
-    "Removes the direction of a coordinate, so that x becomes x − (x · u) u, u of length 1, "
-    "whatever the coordinate is. For a dictionary, u is the feature's decoder row; of `features 0, "
-    "2 of axes`, the span of both directions leaves. `ablate … with zero` sets the coordinate to 0 "
-    "instead.",
+    "Removes the direction of a coordinate, whatever its value: x becomes x − (x · u) u, with u "
+    "of length 1. For a dictionary, u is the feature's decoder row; `features 0, 2 of axes` "
+    "removes the span of both directions. `ablate … with zero` sets the coordinate to 0 instead.",
     REFUSAL,
     "tests/rules/test_projected_features.py",
 )
 _rule(
     "without the reconstruction error",
     "clamp feature 0 of axes at last token to 5 without error",
-    "Replaces the vector by what the basis represents with the changed coordinates: decode(f′). "
-    "Without these words, the rest of the vector stays.",
+    "Replaces the vector by the reconstruction from the changed coordinates: decode(f′). Without "
+    "`without error`, the reconstruction error of the vector is kept.",
     OWN,
     "tests/rules/test_dictionaries.py",
 )
 _rule(
     "exchange features",
     "patch features 0, 2 of axes at last token with feature 1 of chance",
-    "The contributions of the named features to the current vector leave it, and those of the "
-    "other basis's features to the same vector come in. No other run is read. Several features on "
-    "the right come in together; a `for` variable may be their number. Transcoders encode the "
-    "input of the MLP, and their features change its output. With `without error`, the rest of the "
-    "vector is the first basis's reconstruction.",
+    "Replaces the contributions of the named features to the current vector by the contributions "
+    "of the other basis's features to the same vector. No other run is read. Several features "
+    "after `with` are inserted together; a `for` variable may be a feature's number. Transcoders "
+    "encode the input of the MLP, and their features change its output. With `without error`, the "
+    "rest of the vector is the first basis's reconstruction.",
     "Leask et al. 2025, arXiv 2502.04878",
     "tests/rules/test_exchanged_features.py",
 )
 _rule(
     "numbers of a vector",
     "scale resid_post layer 2 dims 0..7 at last token by 0",
-    "Changes numbers of the vectors, `dims` together and `dim` in one run each, along the axis "
-    "`dim`. After `in basis b`, they are coordinates of the basis.",
+    "Changes single components of the vector: `dims` changes them together, `dim` one per run, "
+    "along the axis `dim`. After `in basis b`, they are coordinates of the basis.",
     OWN,
     _BASES,
 )
@@ -1604,8 +1612,8 @@ _rule(
     "layers (`layer 3`), or values of the last axis (`layer * except 3`, `features * of b except "
     "12`). A head is left out at any site of heads, and at `k` and `v` the key-value head that it "
     "reads. Numbers, layers and picks may use `for` variables: `except top k of cie`, `layer * "
-    "except l`. Of a sweep, the cells without a site don't exist. An exception without effect is "
-    "an error, unless it is a pick.",
+    "except l`. In a sweep, cells without any site are omitted. An exception that leaves out "
+    "nothing is an error, unless another experiment selects its sites.",
     OWN,
     "tests/rules/test_except.py",
 )
@@ -1613,13 +1621,13 @@ _rule(
     "circuit of nodes",
     "ablate mlp_out layers * except 1 at tokens * with zero",
     "With `measure … as faithfulness`, the group after `except` is a circuit of nodes: sites, "
-    "features, dimensions or positions. In ∅, the same rules ablate the group, too; `tokens except "
-    "P` are then all tokens of the prompt, without special tokens. All rules are ablations. "
-    "`ablate g … as completeness` needs a group that a training chooses: ∅ ablates all that it is "
-    "chosen from. `except top n of g` keeps the n members of a trained group with the largest "
-    "probabilities. Other rules, a sweep over what is left out, `generate` and `using` are E0612. "
-    "`against random(39)` and the control of trained groups draw groups of equal size from what ∅ "
-    "ablates.",
+    "features, dimensions or positions. In ∅, the fully ablated run, the same rules ablate the "
+    "group, too; `tokens except P` are then all tokens of the prompt, without special tokens. All "
+    "rules must be ablations. `ablate g … as completeness` needs a trained group: ∅ ablates all "
+    "candidates of its training. `except top n of g` keeps the n members of a trained group with "
+    "the largest probabilities. Other rules, a sweep over the left-out sites, `generate` and "
+    "`using` are E0612. `against random(39)` and the control of trained groups draw groups of "
+    "equal size from the nodes that ∅ ablates.",
     "Wang et al. 2022, arXiv 2211.00593; Marks et al. 2024, arXiv 2403.19647",
     "tests/rules/test_node_circuits.py",
 )
@@ -1644,9 +1652,10 @@ _rule(
 _rule(
     "several directions",
     "for d in [more, less] { add 2 * d to resid_post layer 2 at last token }",
-    "One cell for each direction, also for trained ones, and for families with the same axes. "
-    "Rules in the `for` use `d` like a direction: `add c * d`, `d[layer 1]`, `project out d`. A "
-    "mixture of directions, edits and scales is E0341, and so is a soft prompt.",
+    "One cell for each direction or for each of several families with the same axes; trained "
+    "directions are allowed, too. Rules in the `for` use `d` like a direction: `add c * d`, "
+    "`d[layer 1]`, `project out d`. A list that mixes directions, edits and scales is E0341, and "
+    "so is a soft prompt.",
     OWN,
     _STEERING,
 )
@@ -1815,9 +1824,9 @@ _rule(
 _rule(
     "path to neurons",
     "path layer 0 head * -> mlp_hidden layer 2 neurons 3, 7 at last token",
-    "Patches only what the senders add to the input of these neurons. The neurons' "
-    "activations, with all else held, are written into the base run. Neurons can also be "
-    "senders: `path L0N3 -> L2N7`.",
+    "Patches only the contribution of the senders to the input of these neurons. The neurons' "
+    "activations, with all else held, are written into the base run. Neurons can also be senders: "
+    "`path L0N3 -> L2N7`.",
     PATHS,
     "tests/rules/test_joint_paths.py",
 )
@@ -1841,11 +1850,11 @@ _rule(
 _rule(
     "observe attention by",
     "observe attention L1H2 from last token to token 1 by value_norm",
-    "The norm of the vector that attention moves from the keys to the query: "
-    "‖Σ weight × value × output projection‖, where the sum is over the heads that are joined, all "
-    "heads without a head axis. Values include their bias, and the bias of the output projection "
-    "is left out. Norms of several keys are summed, those of several queries and layers averaged. "
-    "It doesn't accept rules in its experiment; observe a run instead (`of healed`). It requires "
+    "The norm of the vector that attention moves from the keys to the query: ‖Σ weight × value × "
+    "output projection‖, where the sum is over the heads that are joined, all heads without a "
+    "head axis. Values include their bias, and the bias of the output projection is left out. "
+    "Norms are summed over several keys, and averaged over several queries and layers. The "
+    "experiment can't have rules; observe a run with rules instead (`of healed`). It requires "
     "that values and outputs are linear maps, without a norm after the output projection (E0108).",
     "Kobayashi et al. 2020, arXiv 2004.10102",
     "tests/rules/test_value_norm.py",
@@ -1978,15 +1987,15 @@ _rule(
 _rule(
     "observe attribution_graph",
     "observe attribution_graph(tc) logits toward answer",
-    "How much of a measure of the next token's logits, or without `toward` of the likeliest next "
-    "tokens, is explained by paths from tokens through features of transcoders. It is the "
-    "replacement score of each row's attribution graph: the influence of tokens as a share of that"
-    " of tokens and errors, along all paths. `attribution_graph completeness` is the share of the "
-    "inputs of nodes that doesn't come from errors, weighted by the influence of nodes. Patterns "
-    "of attention and divisors of norms are constants. The MLP of a layer without a transcoder is "
-    "an error as a whole. After `toward` are texts, a metric of the file or an expression such as "
+    "How well features of transcoders explain a measure of the next token's logits, or, without "
+    "`toward`, the most probable next tokens. The value is the replacement score of each row's "
+    "attribution graph: the influence of tokens, along all paths, divided by the influence of "
+    "tokens and errors. `attribution_graph completeness` is the share of each node's input that "
+    "doesn't come from errors, averaged with the influence of the nodes as weights. Attention "
+    "patterns and norm divisors are constants. In a layer without a transcoder, the whole output "
+    "of the MLP is an error. `toward` takes texts, a metric of the file or an expression such as "
     "`logprob(answer)`. The target is the sum of logits times the measure's gradient: a measure "
-    "that isn't linear in logits is explained to first order.",
+    "that isn't linear in logits is linearised.",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
     "tests/rules/test_attribution_graphs.py",
 )
@@ -1996,9 +2005,9 @@ _rule(
     "How a measure changes when the features with the most influence on it in the row's "
     "attribution graph are ablated: in the model, their current activations are set to 0 at their "
     "tokens. `graph_ablation predicted` is the change along the paths of the graph, in which "
-    "patterns of attention and divisors of norms are constants, and activations are linear "
-    "functions of their inputs. `graph_ablation random` is the change with as many other active "
-    "features of the row set to 0; they are drawn from the seed and the content of the row. "
+    "attention patterns and norm divisors are constants, and activations are linear functions of "
+    "their inputs. `graph_ablation random` is the change when the same number of other active "
+    "features of the row are set to 0; the draw depends on the seed and the content of the row. "
     "`graph_ablation(tc, features: few)` without `top` ablates the active features of a group.",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
     "tests/rules/test_attribution_graphs.py",
@@ -2006,10 +2015,11 @@ _rule(
 _rule(
     "observe graph_weight",
     "observe graph_weight(tc, from: few) logits",
-    "In each row's attribution graph, the sum of the edges from the active features of a group, at "
-    "all tokens, to those of the group after `to`, or without `to` to the target of the graph. "
-    "`graph_weight random` is the sum from as many other active features of the same layers. They "
-    "are drawn from the seed and the content of the row; if a layer has fewer others, all of them.",
+    "In each row's attribution graph, the sum of the edges from the active features of one group "
+    "to the active features of the group after `to`, at all tokens. Without `to`, the edges end "
+    "at the target of the graph. `graph_weight random` is the same sum for random other active "
+    "features of the same layers, in equal number; if a layer has fewer, for all of them. The "
+    "draw depends on the seed and the content of the row.",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
     "tests/rules/test_attribution_graphs.py",
 )
@@ -2017,12 +2027,12 @@ _rule(
     "observe graph_probe",
     "observe graph_probe(tc, target: count) logits",
     "How well a linear map of each row's attribution graph predicts a value of the row, or a "
-    "measure of its next token that is 0 or 1, such as `correct(answer)`, on held-out rows. "
-    "The columns are, for each feature, the sum over tokens of its edges to the target of the "
-    "graph: activation times weight. `features: few` names those of a group; otherwise, each "
-    "feature that is active in some row has a column. `folds`, `kind` and `penalty` are those "
-    "of `probe`. `graph_probe baseline` is the same with one column, the entropy of the next "
-    "token, and the default penalty. `graph_probe shuffled` is that of shuffled values.",
+    "measure of its next token that is 0 or 1, such as `correct(answer)`, on held-out rows. The "
+    "columns are, for each feature, the sum over tokens of its edges to the target of the graph: "
+    "activation times weight. `features: few` uses only the features of a group; otherwise, each "
+    "feature that is active in some row has a column. `folds`, `kind` and `penalty` are as for "
+    "`probe`. `graph_probe baseline` is a probe with a single column, the entropy of the next "
+    "token, and the default penalty. `graph_probe shuffled` is a probe for shuffled values.",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html; arXiv "
     "2602.07080",
     "tests/rules/test_graph_probes.py",
@@ -2030,8 +2040,8 @@ _rule(
 _rule(
     "observe rollout",
     "observe rollout from last token to each item token",
-    "The share of one token that attention through all layers mixes into another. It is the "
-    "product over layers of (mean pattern over heads + identity) / 2, with each query's "
+    "How much of one token attention mixes into another, through all layers (attention rollout). "
+    "It is the product over layers of (mean pattern over heads + identity) / 2, with each query's "
     "weights summing to 1. Several key tokens are summed, several query tokens averaged. For "
     "images, start from `cls token`, or from `image tokens` if the model pools its patches and "
     "has no class token.",
@@ -2059,9 +2069,10 @@ _rule(
 _rule(
     "observe prediction",
     "observe prediction(decoder) at resid_post layer 2 at last token",
-    "The number that a `probe` of the file predicts from a vector, or the log odds of a class, "
-    'of two classes the second one; `prediction(decoder, class: "plum")` names the class. It is '
-    "averaged over joined tokens, and can be read at tokens of the reply and while rules act.",
+    "The number that a `probe` of the file predicts from a vector, or the log odds of a class; "
+    '`prediction(decoder, class: "plum")` names the class, and the default for two classes is '
+    "the second. The value is averaged over joined tokens. It can be read at tokens of the "
+    "completion and in patched runs.",
     OWN,
     "tests/pipeline/test_trained_probes.py",
     "measure logit(answer) as raw",
@@ -2127,12 +2138,12 @@ _rule(
 _rule(
     "observe features … top … by",
     "observe features of axes at last token top 2 by correlation(count)",
-    "The two with the largest absolute value over all positions. `by "
-    "mean`, the default, ranks coordinates by their mean. `by correlation(count)` gives Pearson's "
-    "correlation with a value of the rows; its interval is that of the mean of the rows' "
-    "influence values, r + xy − r(x² + y²)/2 for standardised x and y. `by difference(fewer)` "
-    "gives the coordinate minus that of the same row in another run. They are selected on the "
-    "rows that they are reported for, which the conventions say.",
+    "The two with the largest absolute value over all positions. `by mean`, the default, ranks "
+    "coordinates by their mean. `by correlation(count)` gives Pearson's correlation with a value "
+    "of the rows; its interval is that of the mean of the rows' influence values, r + xy − r(x² + "
+    "y²)/2 for standardised x and y. `by difference(fewer)` gives the coordinate minus that of "
+    "the same row in another run. Coordinates are selected and reported on the same rows; the "
+    "conventions print a note.",
     "Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 6",
     _FEATURES,
 )
@@ -2148,10 +2159,10 @@ _rule(
 _rule(
     "observe rank_correlation",
     "observe rank_correlation(10) logits at first token with last token",
-    "Spearman's correlation of what two tokens of a row predict, over the tokens that are among "
-    "the 10 most likely next tokens at one position or the other. It weights context tokens "
-    "by how much they predict like the current one (activation ranking correlation; the paper's "
-    "formula wasn't available).",
+    "Spearman's correlation of the predictions at two tokens of a row, over the tokens that are "
+    "among the 10 most likely next tokens at one position or the other. It weights context tokens "
+    "by the similarity of their predictions to the current one (activation ranking correlation; "
+    "the paper's formula wasn't available).",
     "Spearman 1904; after Liang et al. 2025, arXiv 2509.22415",
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -2228,7 +2239,7 @@ _rule(
 _rule(
     "observe ov",
     "observe ov(axes) layer 1 head * as moved",
-    "What a head adds to a coordinate of its output, per unit of a coordinate that it reads: the "
+    "The change of a coordinate of a head's output per unit of a coordinate that it reads: the "
     "direction of coordinate `from_feature`, through the gain of the norm and W_V W_O, read as "
     "coordinate `to_feature`. `ov(b, c)` reads in another basis. Features of a dictionary are "
     "read before bias and activation function.",
@@ -2240,9 +2251,9 @@ _rule(
 _rule(
     "observe qk",
     "observe qk(axes) layer 1 head 0",
-    "What a coordinate at the query and one at the key add to a head's score, per unit of both. "
-    "`qk(b, c)` has coordinates of b at the query, and of c at the key. Not divided by the root "
-    "of the width.",
+    "The contribution of a coordinate at the query and one at the key to a head's score, per unit "
+    "of both. `qk(b, c)` has coordinates of b at the query, and of c at the key. Not divided by "
+    "the root of the width.",
     "Elhage et al. 2021, transformer-circuits.pub/2021/framework; Dunefsky et al. 2024, "
     "arXiv 2406.11944",
     "tests/execute/test_circuits.py",
@@ -2350,14 +2361,13 @@ _onward(
 _onward(
     "against none",
     "observe prediction(decoder) at resid_post layer 2 at last token against none",
-    "Leaves out the control that an experiment without `against` has if its rules use something "
-    "that `fit(…)` trains. That control has at most 8 random draws of the same size: directions "
-    "of the same norm, scales in a random order, subspaces of as many dimensions, as many heads, "
-    "neurons or layers as a mask has in each layer, as many of the features or dimensions that a "
-    "mask could choose, or as many tokens of the row. For a tuned lens it is the logit lens, and "
-    "for rules that change all features of a trained dictionary the dictionary before the "
-    "training. The table has it as the column `random` or `untrained`; p "
-    "and its correction don't depend on it.",
+    "Omits the control of an experiment that uses a trained object and has no other `against` "
+    "line. By default, this control has at most 8 random draws of equal size: directions of the "
+    "same norm, scales in a random order, subspaces with the same number of dimensions, the same "
+    "number of heads or neurons in each layer, or the same number of layers, tokens, features or "
+    "dimensions. For a tuned lens, the control is the logit lens. For rules that change all "
+    "features of a trained dictionary, it is the dictionary before the training. The control is "
+    "in the column `random` or `untrained`; p and its correction don't depend on it.",
     OWN,
     "tests/pipeline/test_training_controls.py",
 )
@@ -2428,10 +2438,10 @@ _onward(
     "Compares maps of texts with tokens: `f1`, `iou`, `pointing`, `mass` and `auroc`, as [on "
     "images](#experiments-on-images), where a token is a patch and a position is the region. A "
     "map is an experiment that sweeps single tokens (`token *`, `each name token`), on the same "
-    "prompts and run. `f1` and `iou` select as many tokens as the position has, so that "
+    "prompts and run. `f1` and `iou` select the same number of tokens as the position has, so "
     "precision, recall and F1 are equal; `top 25%` selects a share of the tokens with a value. "
-    "`observe sum of look, 0.5 * places at token *` adds maps. If a column lists the true texts of "
-    "a row, `span used in prompt` makes it the position `used tokens`.",
+    "`observe sum of look, 0.5 * places at token *` adds maps. If a column lists the relevant "
+    "texts of each row, `span used in prompt` marks them as the position `used tokens`.",
     OWN,
     "tests/onward/test_text_maps.py",
 )
@@ -2653,8 +2663,8 @@ _experiment(
     "intervals. Below it are Pearson's and Spearman's correlation of estimates and exact effects, "
     "over the random cells with an interval and over all verified cells without one, and how many "
     "random cells exceed the top. Each measure has its own cells. Cells that can't have an effect "
-    "are never chosen. `top` or `random` may be left out. The estimator must estimate effects, "
-    "and the experiment has one model, block and pair of runs (E0608).",
+    "are never chosen. `top` or `random` may be omitted. The estimator must estimate effects, and "
+    "the experiment must have one model, one block and one pair of runs (E0608).",
     "tests/rules/test_verification.py",
 )
 _experiment(
@@ -2663,33 +2673,34 @@ _experiment(
     "Also runs cells until the 2 largest exact effects are known with this confidence: 60 drawn "
     "at random, then those with the largest absolute estimates in batches. After each batch, a "
     "regression of the exact effects on the estimates gives the probability that another cell is "
-    "among the largest. It assumes that the residuals of the other cells are like those that were "
-    "seen, by Student's t with a scale that grows with the estimate; the output states this. "
-    "Results are proved only if every cell that can have an effect was run. `mechdsl plan` prices "
-    "all cells, the maximum. [Statistics](statistics.md#search-for-the-largest-effects) has the "
-    "share of right results in simulations.",
+    "among the largest. The regression assumes that the residuals of the remaining cells are "
+    "distributed like the observed residuals: Student's t with a scale that grows with the "
+    "estimate. The output states this assumption. Results are proved only if every cell that can "
+    "have an effect was run. `mechdsl plan` counts all cells, the maximum. "
+    "[Statistics](statistics.md#search-for-the-largest-effects) has the share of correct results "
+    "in simulations.",
     "tests/results/test_top_search.py",
 )
 _experiment(
     "verify until stable",
     "using atp verify until stable",
     "Also runs cells in the order of their absolute estimates, in batches of 20, until a batch "
-    "leaves the 20 largest exact effects as they were. This is a heuristic without a bound.",
+    "doesn't change the 20 largest exact effects. This is a heuristic: it bounds no error "
+    "probability.",
     "tests/rules/test_verification.py",
 )
 _experiment(
     "generate",
     'generate 8 until "Part", "Total"',
     "Lets the model continue each prompt by up to 8 tokens in every cell and in the base and "
-    "source runs. It selects the most likely token each time. A reply ends before a text after "
-    "`until` and before the end-of-text token; it includes neither. `generate N until … with "
-    "…` accepts `until` and `with` in either order. Step 0, the prefill, is the pass over the "
-    "prompt and predicts the first token. Step s processes token s of the reply. Rules act at "
-    "every step by default, in the prefill at their positions. `last token` and `tokens *` "
-    "then apply to the newest token, which receives the value written at the last prompt "
-    "token. `scale`, `project out`, `clamp` and `add` act on the current value. Metrics of "
-    "logits still read the last prompt token. `path`, and base or source runs with rules, "
-    "aren't allowed.",
+    "source runs. It selects the most likely token each time. A completion ends before a text "
+    "after `until` and before the end-of-text token; it includes neither. `generate N until … "
+    "with …` accepts `until` and `with` in either order. Step 0, the prefill, is the pass over "
+    "the prompt and predicts the first token. Step s processes token s of the reply. Rules act at "
+    "every step by default, in the prefill at their positions. `last token` and `tokens *` then "
+    "apply to the newest token, which receives the value written at the last prompt token. "
+    "`scale`, `project out`, `clamp` and `add` act on the current value. Metrics of logits still "
+    "read the last prompt token. `path`, and base or source runs with rules, aren't allowed.",
     _REPLIES,
 )
 _experiment(
@@ -2792,9 +2803,9 @@ _experiment(
     'rank. A list value expands to its entries: `accepted = list(" {alias}", from: aliases)`, '
     "then `correct(accepted)`. Equal tokens count once. All but `rank` also accept texts of "
     "several tokens: `correct` returns whether greedy decoding generates one of them, and `prob` "
-    "the probability that the continuation begins with one. A text that begins with another "
-    "one isn't added to it. Each text of several tokens needs forward passes of its own; to "
-    "read only first tokens, write `prob(first token of accepted)`.",
+    "the probability that the continuation begins with one. If one text begins with another, the "
+    "longer text adds nothing. Each text of several tokens needs separate forward passes; to read "
+    "only first tokens, write `prob(first token of accepted)`.",
     "tests/execute/test_metrics.py",
 )
 _experiment(
@@ -2844,14 +2855,14 @@ _experiment(
 _experiment(
     "stats",
     "stats bootstrap(2000) test flips confidence 90% correct bh verdicts holm by count",
-    "Overrides the statistics: resampling, the test for intervals and p, the confidence level "
-    "and the correction. Tests are `t` (Student's t corrected for skewness, the default), "
-    "`flips` (sign flips) and `bootstrap`. Corrections are `holm`, `bh`, `max` (max-statistic) "
-    "and `none`. A number that a measure must have in several cells is one test. With "
-    "`verdicts holm`, the `expect` lines of an experiment share one significance level. "
-    "`by` treats all rows of one value as one sampling unit, so intervals and p "
-    "generalise to new values, not to new rows. W0722 reports a value that explains most "
-    "of the variance between rows. `docs/statistics.md` lists all values.",
+    "Overrides the statistics: resampling, the test for intervals and p, the confidence level and "
+    "the correction. Tests are `t` (Student's t corrected for skewness, the default), `flips` "
+    "(sign flips) and `bootstrap`. Corrections are `holm`, `bh`, `max` (max-statistic) and "
+    "`none`. Cells whose values must be equal count as one test. With `verdicts holm`, the "
+    "`expect` lines of an experiment share one significance level. `by` treats all rows of one "
+    "value as one sampling unit, so intervals and p generalise to new values, not to new rows. "
+    "W0722 reports a value that explains most of the variance between rows. `docs/statistics.md` "
+    "lists all values.",
     "tests/results/test_statistics.py",
 )
 _experiment(
@@ -3133,25 +3144,24 @@ _in_prompt(
     "image in a prompt",
     'image photo = "{kind}.png"',
     "An image in each prompt of a vision-language model; `{photo}` in the template is its place. "
-    "All images of an `images` block are possible. `mean of scenes` is the mean over pixels before "
-    "preparation, rounded to whole levels, so that its images need one size. The model's own "
-    "processor of transformers prepares the image, and the tokens that it writes are positions of "
-    "the prompt. Several images need several names. Each distinct image passes through the vision "
-    "encoder once.",
+    "All images of an `images` block are possible. `mean of scenes` is the pixelwise mean before "
+    "preparation, rounded to whole levels, so its images must have one size. The model's "
+    "transformers processor prepares the image, and its image tokens are positions of the prompt. "
+    "Several images need several names. Each distinct image passes through the vision encoder "
+    "once.",
     context='kind in ["circle", "square"] template "{photo} What is this?"',
     test="test_rules.py",
 )
 _in_prompt(
     "video in a prompt",
     'video clip = ["{kind}.png", gray]',
-    "Frames in each prompt, in the order of the list or of the file names in a folder "
-    '(`video clip = "{folder}"`); `{clip}` in the template is their place. The model reads them '
-    "as images in a row, prepared by its image processor. Models with a video processor read all "
-    'frames by it, in one size (`pip install "mechdsl[video]"`); those of Qwen merge two frames, '
-    "and `frame 1` is the first two. `frame 2 tokens`, `each frame tokens` and "
-    "`frame 2 row 3 col 4 token` are positions, also with a `for` variable "
-    "(`frame k + 1 row 3 col 4 token`); with several videos, add `of clip`. `clip tokens` are "
-    "those of all frames.",
+    "Frames in each prompt, in the order of the list or of the file names in a folder (`video "
+    'clip = "{folder}"`); `{clip}` in the template is their place. The model reads them as '
+    "images in a row, prepared by its image processor. If a model has a video processor (`pip "
+    'install "mechdsl[video]"`), it prepares all frames, in one size; the processors of Qwen '
+    "merge two frames, and `frame 1` is the first two. `frame 2 tokens`, `each frame tokens` and "
+    "`frame 2 row 3 col 4 token` are positions, also with a `for` variable (`frame k + 1 row 3 "
+    "col 4 token`); with several videos, add `of clip`. `clip tokens` is the tokens of all frames.",
     context='kind in ["circle", "square"] template "{clip} What moves?"',
     test="test_video_processors.py",
 )
@@ -3159,10 +3169,10 @@ _in_prompt(
     "inserted tokens in a prompt with an image",
     'corrupt longer { insert 4 tokens before photo tokens with " the" }',
     "Adds placeholders before or after an image, or at any position of the text, as in "
-    "[Corruptions](#corruptions). Next to an image, they are outside of the tokens that the "
-    "processor writes around it; a position between the tokens of an image is E0207. Rules write "
-    "vectors at `inserted tokens`, also during generation, and `fit(soft_prompt(tokens: 4), …)` "
-    "trains them.",
+    "[Corruptions](#corruptions). Next to an image, they are outside the tokens that the "
+    "processor adds around the image; a position between the tokens of an image is E0207. Rules "
+    "write vectors at `inserted tokens`, also during generation, and `fit(soft_prompt(tokens: 4), "
+    "…)` trains them.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
     test="test_inserted_tokens.py",
 )
@@ -3176,9 +3186,9 @@ _in_prompt(
 _in_prompt(
     "region of an image in a prompt",
     "region object of photo = mask",
-    "A region as in an `images` block, whose `object tokens` are the tokens that read a part of "
-    "it: of their part of the image, divided into 8 x 8, one lies at least half in the region. "
-    "`of photo` is needed only for prompts with several images.",
+    "A region as in an `images` block. `object tokens` are the tokens that read part of it: if a "
+    "token's part of the image is divided into 8 x 8 squares, at least one square is at least "
+    "half in the region. `of photo` is needed only for prompts with several images.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
 )
 _in_prompt(
@@ -3196,18 +3206,18 @@ _in_prompt(
 _in_prompt(
     "image in a chat",
     'chat { user "{photo} What is this?" }',
-    "An image in a turn; if the model's chat template takes lists of texts and images, mechdsl "
-    "passes them, and the template writes the tokens around images and the white space next to "
-    "them; some templates write all images of a turn first. Other templates get one text. The "
-    "span of the turn (`user tokens`) contains its images.",
+    "An image in a chat turn. If the model's chat template takes lists of texts and images, "
+    "mechdsl passes such a list. The template then writes the tokens around images and the white "
+    "space next to them; some templates write all images of a turn first. Other templates get one "
+    "text. The span of the turn (`user tokens`) contains its images.",
     context='image photo = shapes(n: 1, kind: "circle")',
     test="test_chats.py",
 )
 _in_prompt(
     "mismatched image in a prompt",
     "corrupt other { kind = other(kind) }",
-    "The image of another row, by another value of the column or list that the `image` line "
-    "names, drawn with the seed, never the row's own. The texts stay those of the row.",
+    "Uses the image of another row: a different value of the column or list that the `image` line "
+    "names, drawn with the seed. The texts of the row don't change.",
     context='kind in ["circle", "square"] image photo = "{kind}.png" '
     'template "{photo} What is this?"',
 )
@@ -3222,17 +3232,17 @@ _in_prompt(
 _in_prompt(
     "site of the vision encoder",
     "patch z vision layer 4 at photo row 2 col 3 token",
-    "A rule in the vision encoder, at all patches that a token of an image is made from, in tiles "
-    "too: one, or 2 x 2 or 4 x 4 in models that merge or pool patches "
+    "A rule in the vision encoder, at all patches that an image token is computed from, also in "
+    "tiles: one patch, or 2 x 2 or 4 x 4 in models that merge or pool patches "
     "([Models](models.md#image-tokens)). The changed image's projected vectors replace `embed` of "
     "all its tokens, and each row is a full forward pass. `embed vision` is the output of the "
-    "patch projection, before position embeddings. All sites except scores, patterns and "
-    "rotated queries and keys; `patch`, `swap`, `freeze`, `ablate`, `add`, `set`, `scale`, "
-    "`project out`, `project onto` and `observe norm` (the mean over the patches), also before "
-    "replies; others are E0108, and so is Idefics2. Without such rules, `save` writes vectors "
-    "where a token has one patch, but no gradients. Class tokens, row ends and tile tags have no "
-    "patch. At frames of a video, Video-LLaVA's other encoder is changed. In Llama 3.2 Vision, "
-    "blocks of `cross` read the changed image.",
+    "patch projection, before position embeddings. Rules can use all sites except scores, "
+    "patterns and rotated queries and keys. The rules `patch`, `swap`, `freeze`, `ablate`, `add`, "
+    "`set`, `scale`, `project out` and `project onto` and `observe norm` (the mean over the "
+    "patches) are available, also before generated text; others are E0108, and so is Idefics2. "
+    "Without such rules, `save` writes vectors of tokens with a single patch, but no gradients. "
+    "Class tokens, row ends and tile tags have no patch. At frames of a video, rules change "
+    "Video-LLaVA's video encoder. In Llama 3.2 Vision, blocks of `cross` read the changed image.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '
     "corrupt hidden { mask photo }",
     test="test_token_patches.py",
@@ -3241,11 +3251,10 @@ _in_prompt(
     "sound in a prompt",
     "audio a = tone(440)",
     "A sound in each prompt of a speech model such as Whisper: a WAV file with 16-bit samples "
-    '(`audio a = "{file}"`), a '
-    "sine of this frequency in hertz, `silence`, or uniform `noise`. Channels are averaged. The "
-    "model's own feature extractor prepares the sound, and its sampling rate must be that of the "
-    "extractor. Generated sounds are as long as the model reads, with an amplitude of half of full "
-    "scale.",
+    '(`audio a = "{file}"`), a sine of this frequency in hertz, `silence`, or uniform `noise`. '
+    "Channels are averaged. The model's own feature extractor prepares the sound; both must have "
+    "the same sampling rate. Generated sounds have the model's input length and half the "
+    "full-scale amplitude.",
     context='template "{a}"',
     test="test_sounds.py",
 )
@@ -3255,9 +3264,9 @@ _in_prompt(
     "Whisper's encoder reads one sound, without text, and its decoder writes the answer, so the "
     'template is `"{a}"`. At sites of `encoder`, and at `k cross` and `v cross`, positions are '
     "frames: `a frame 2..4 tokens`, `a tokens`, `each token of a`. They count from 1 and include "
-    "the silence that the model pads the sound with. Other sites are those of the decoder, which "
-    "begins with the tokens of the language and the task in the generation config (English and "
-    "transcription by default). Rules, `generate` and edges are those of other encoder-decoders.",
+    "the silence that the model pads the sound with. Other sites are in the decoder, whose text "
+    "begins with the tokens for the language and the task in the generation config (English and "
+    "transcription by default). Rules, `generate` and edges work as in other encoder-decoders.",
     context='audio a = tone(440) template "{a}" corrupt hidden { silence a }',
     test="test_sounds.py",
 )
@@ -3265,8 +3274,8 @@ _in_prompt(
     "image of an encoder-decoder",
     "patch z encoder layer 4 at photo row 2 col 3 token",
     "TrOCR's encoder reads one image, without text, and its decoder writes the answer, so the "
-    'template is `"{photo}"`. At sites of `encoder`, and at `k cross` and `v cross`, positions are '
-    "patches; other sites are those of the decoder. Rules, `generate` and edges are those of other "
+    'template is `"{photo}"`. At sites of `encoder`, and at `k cross` and `v cross`, positions '
+    "are patches; other sites are in the decoder. Rules, `generate` and edges work as in other "
     "encoder-decoders.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo}" '
     "corrupt hidden { mask photo }",
@@ -3275,7 +3284,7 @@ _in_prompt(
 _in_prompt(
     "image that blocks attend to",
     "patch v cross layer 13 heads * at photo tokens",
-    "Some blocks of Llama 3.2 Vision attend to an image in place of earlier tokens. `k cross` and "
+    "Some blocks of Llama 3.2 Vision attend to an image instead of earlier tokens. `k cross` and "
     "`v cross` of these blocks, and sites of `vision`, are at its patches, and other sites at "
     "tokens of the text. Prompts contain one image.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?" '
@@ -3361,9 +3370,9 @@ _on_image(
 _on_image(
     "observe auroc",
     "observe auroc of caap in object",
-    "How often a patch in the region has a larger value than a patch outside of it, in each row; "
-    "ties count half. At least half of the patch must lie in the region. `auroc chance` is 0.5. "
-    "Maps are signed: `observe magnitude of` ranks by size.",
+    "The probability that a random patch in the region has a larger value than a random patch "
+    "outside it, in each row; ties count half. A patch is in the region if at least half of it "
+    "is. `auroc chance` is 0.5. Maps are signed: `observe magnitude of` ranks by size.",
     "Hanley and McNeil 1982, Radiology 143(1)",
     "tests/fits/test_against_masks.py",
 )
