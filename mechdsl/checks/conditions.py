@@ -650,7 +650,9 @@ class CellReader:
                 hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
                 if isinstance(value, ast.Name):
                     hint = f'put words in quotes: `{axis}: "{value.id}"`'
-                raise unreadable_expectation(argument.span, "not a value of an axis", hint)
+                raise unreadable_expectation(
+                    argument.span, f"`{argument.span.written}` is not a value of an axis", hint
+                )
 
     def label(self, value: ast.String, axis: str) -> None:
         """Report E0203 for a label that an axis doesn't have, if its labels are known."""

@@ -1145,7 +1145,7 @@ def _suggest_rows(experiment: ResolvedExperiment) -> str:
     if block is not None and block.draws:
         written = own.part is not None and not block.spec.split_for
         name = f"{table.name}.{own.part}" if written else table.name
-        return f"write how many rows to draw: `prompts {name} limit 40`"
+        return f"write how many rows to sample: `prompts {name} limit 40`"
     if own.part == "test":
         return f"write the mean of the training rows: `with mean of {table.name}.train`"
     return f"give `{table.name}` more rows"

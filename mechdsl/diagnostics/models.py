@@ -498,7 +498,7 @@ class ModelCircle(Diagnostic):
     """Adapters, edited models or sums whose bases lead back to themselves."""
 
     code = "E0450"
-    title = "`{model}` is made from itself: {circle}"
+    title = "`{model}` is defined in terms of itself: {circle}"
     label = "leads back to `{model}`"
     help = 'define the original model with its source: `model toy = zoo("counting")`'
 
@@ -687,7 +687,7 @@ class BadModelSum(Diagnostic):
     """A sum of models that isn't linear, or of models that can't be added."""
 
     code = "E0457"
-    title = "`{model}` is no sum of models: {reason}"
+    title = "`{model}` isn't a valid sum of models: {reason}"
     label = "{reason}"
     help = "{hint}"
 

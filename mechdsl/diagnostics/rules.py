@@ -171,10 +171,10 @@ class UnevenPositions(Diagnostic):
 
 @keyword_record
 class BadDirection(Diagnostic):
-    """A direction that can't be made as it is written, or doesn't fit where it is used."""
+    """A direction that can't be computed as written, or doesn't fit the place where it is used."""
 
     code = "E0341"
-    title = "no direction: {reason}"
+    title = "invalid direction: {reason}"
     label = "{reason}"
     help = "{hint}"
     text: str
@@ -278,9 +278,9 @@ class FewDrawnRows(Diagnostic):
 
     code = "W0737"
     hangs_on = frozenset({"rows"})
-    title = "`{basis}` is trained on {rows} of `{block}`, which can draw more"
+    title = "`{basis}` is trained on only {rows} of `{block}`, which can sample more"
     label = "without `limit`, there is one row for each combination of values"
-    help = "write how many rows to draw: `limit: 400`"
+    help = "write how many rows to sample: `limit: 400`"
     basis: str
     rows: str
     block: str

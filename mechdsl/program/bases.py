@@ -669,7 +669,7 @@ def _unknown_option(
         meant = others.get(argument.name)
         hint = f"write `{meant}: …`" if meant in options else hint
     name = argument.name or argument.value.span.written
-    reason = f"is no argument of `{called}`"
+    reason = f"is not an argument of `{called}`"
     return BadArgument(span=argument.span, name=name, reason=reason, hint=hint)
 
 
@@ -705,7 +705,7 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         return
     name = found.name
     if found.declares != what and not (what == "circuit" and isinstance(found, MaskTrainer)):
-        reason = f"`{name}` makes a {found.declares}"
+        reason = f"`{name}` trains a {found.declares}, not a {what}"
         place = "" if found.declares == "circuit" else " at …"
         hint = f"write `{found.declares} NAME = {call.name}({found.example}, …){place}`"
         if isinstance(found, EffectScoreTrainer) and what in ("group", "circuit"):
@@ -779,7 +779,7 @@ def _unused_options(call: ast.Call, trainer: Trainer) -> Iterator[BadArgument]:
             why = "has no random start"
         else:
             continue
-        reason = f"is no argument of `fit` with `{trainer.name}`, which {why}"
+        reason = f"is not an argument of `fit` with `{trainer.name}`, which {why}"
         yield BadArgument(span=each.span, name=str(each.name), reason=reason, hint=hint)
 
 
@@ -789,7 +789,7 @@ def _target_problem(call: ast.Call, trainer: Trainer, scope: Namespace) -> BadAr
     given = {each.name: each for each in call.arguments if each.name in PROBE_OPTIONS}
     if not isinstance(trainer, ProbeTrainer):
         for name, argument in given.items():
-            reason = f"is no argument of `fit` with `{trainer.name}`, which predicts no value"
+            reason = f"is not an argument of `fit` with `{trainer.name}`, which predicts no value"
             hint = "remove it; `ridge` and `logistic` predict a value of the rows"
             return BadArgument(span=argument.span, name=str(name), reason=reason, hint=hint)
         return None
@@ -829,7 +829,7 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
         reason, hint = f"with `{trainer.name}` has no `with`", "remove it; `mask(…)` can ablate"
         span = fill.span
     elif source is not None and isinstance(trainer, ScaleTrainer | EditTrainer):
-        reason = f"with `{trainer.name}` has no `from`, because no other run comes in"
+        reason = f"with `{trainer.name}` has no `from`, because it uses no other run"
         hint = "remove it; a measure can name the run: `maximise: logit(answer of fewer)`"
         span = source.span
     elif fill is not None and source is not None:

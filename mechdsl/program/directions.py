@@ -427,7 +427,7 @@ def _check(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
             ways = ", ".join(f"`{method.example}`" for _, method in DIRECTION_METHODS.items())
             hint = did_you_mean(name, DIRECTION_METHODS, f"ways are {ways}")
             scope.diagnostics.append(
-                UnknownWord(span=node.span, kind="way to make a direction", word=name, hint=hint)
+                UnknownWord(span=node.span, kind="type of direction", word=name, hint=hint)
             )
         case _:
             hint = f"write how it is made: `{DIRECTION_METHODS['mean_difference'].example}`"
@@ -460,7 +460,7 @@ def _arguments(
         if argument.name is not None and argument.name not in method.options:
             known = ", ".join(f"`{each}: …`" for each in method.options)
             hint = did_you_mean(argument.name, method.options, f"it takes {known or 'none'}")
-            reason = f"is no argument of `{call.name}`"
+            reason = f"is not an argument of `{call.name}`"
             scope.diagnostics.append(
                 BadArgument(span=argument.span, name=argument.name, reason=reason, hint=hint)
             )
@@ -604,8 +604,8 @@ def drop_circular_directions(
         behind = direction_dependencies([definition.value], directions)
         if any(each.name == name for each in behind):
             text = definition.value.span.written
-            reason = f"`{name}` is defined by itself"
-            hint = "name directions that end in a fit"
+            reason = f"`{name}` is defined in terms of itself"
+            hint = "define it with a fit, such as `mean_difference(…)`, or with other directions"
             scope.diagnostics.append(
                 BadDirection(span=definition.value.span, text=text, reason=reason, hint=hint)
             )

@@ -170,7 +170,7 @@ def _changed(node: ast.Expr, word: str) -> Diagnostic:
     """Return E0207 for a function that changes images row by row in a corruption."""
     line = f"{word} image radius 8" if word == "blur" else f"{word} image"
     hint = f"change a block's own images: `corrupt changed {{ {line} }}`, `from clean into changed`"
-    reason = "is a change of images, and none by itself"
+    reason = "changes images, but is not an image itself"
     return BadArgument(span=node.span, name=word, reason=reason, hint=hint)
 
 
@@ -264,10 +264,10 @@ def lower_tiles(
     for said, side in zip(written, sides, strict=True):
         if side is None or side < 1:
             hint = "write how many rows, then how many columns: `tiles 2 by 3`"
-            return refused(str(said), "is no number of tiles, which is a whole one above 0", hint)
+            return refused(str(said), "is not a whole number above 0", hint)
     rows, cols = (side or 1 for side in sides)
     if rows * cols == 1:
-        return refused("tiles", "cuts nothing by `1 by 1`", "leave it out: each row is an image")
+        return refused("tiles 1 by 1", "doesn't cut the images", "remove it: each row is an image")
     if rows * cols > limits.TILES:
         reason = f"cuts each image into {rows * cols:,}, more than {limits.TILES:,}"
         return refused("tiles", reason, "write fewer rows and columns")
@@ -283,7 +283,7 @@ def check_tiles(
         image: The image expression of the block.
         names: The names of the block's own values.
     """
-    first = f"what `tiles` {line_reference(line.span, line.span)} gives each row"
+    first = f"`tiles` {line_reference(line.span, line.span)} gives each row this value"
     found: list[Diagnostic] = [
         DuplicateName(span=name.span, name=name.id, first=first)
         for name in names
@@ -292,21 +292,21 @@ def check_tiles(
     drawn = image.name if isinstance(image, ast.Call | ast.QualifiedRef) else None
     drawn = image.id if isinstance(image, ast.Name) else drawn
     if drawn == MEAN_IMAGE or (drawn is not None and drawn in IMAGE_BASELINES):
-        reason = f"cuts images that have a size of their own, and `image {drawn}` has the model's"
-        hint = "leave it out: a block of one image is the other side of every tile"
+        reason = f"needs images with their own size, but `image {drawn}` has the model's"
+        hint = "remove it: a block of one image is paired with every tile"
         found.append(BadArgument(span=line.span, name="tiles", reason=reason, hint=hint))
     return found
 
 
 def check_tile_columns(tiles: Tiles, columns: Sequence[str]) -> list[Diagnostic]:
     """Report E0207 for columns of a data file with names that tiles define."""
-    reason = "is a column, and what `tiles` gives each row"
+    reason = "is a column, but `tiles` gives each row a value with this name"
     return [
         BadArgument(
             span=tiles.span,
             name=name,
             reason=reason,
-            hint=f"call the column otherwise: `rename {{ file = {name} }}`",
+            hint=f"rename the column: `rename {{ file = {name} }}`",
         )
         for name in TILE_VALUES
         if name in columns

@@ -386,7 +386,7 @@ def _refuse_loop_over_circuits(site: ast.Site, work: Statements) -> None:
     for name in known:
         work.scope.has("circuit", name)
     example = known[0] if known else "c"
-    reason = "is the variable of a `for`, and a `for` can't go over circuits"
+    reason = "is the variable of a `for`, and a `for` can't loop over circuits"
     hint = f"write an experiment for each circuit: `ablate all but {example} at …`"
     work.scope.diagnostics.append(
         BadArgument(span=site.span, name=site.circuit_name, reason=reason, hint=hint)

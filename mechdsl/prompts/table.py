@@ -140,7 +140,7 @@ def _change_tokens(
         return insert_tokens(table, run, change, texts, tokenizer)
     assert change.tokens is not None
     if has_inserted_tokens(table.runs[run]):
-        reason = "tokenises the prompts again, in which tokens were inserted"
+        reason = "tokenises the prompts again, which removes the inserted tokens"
         hint = "write it before `insert`"
         return table.runs[run], [
             BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)

@@ -1526,7 +1526,7 @@ def _check_tokens(
     shape, names = work.model.shape, {"source": "the prompt", "target": "the decoder"}
     own, theirs = (names.get(find_side([each], shape), "") for each in (point, other))
     if own != theirs:
-        reason = f"`{other.site}` has vectors at tokens of {theirs}, and `{point.site}` at those "
+        reason = f"`{other.site}` is at tokens of {theirs}, and `{point.site}` at tokens "
         hint = f"name their position: `with: {node.span.written} at last token`"
         raise BasisError(node, f"{reason}of {own}", hint)
 

@@ -501,7 +501,7 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
                 reason = f"it returns {said.kind.value_said}, which isn't an effect of a block"
                 hint = "measure `as raw`, or remove `using`, so that each cell is run"
             if raw:
-                reason = "no patched run is measured"
+                reason = f"`{own.effect}` isn't an effect of the rule"
                 hint = "measure `as delta`, `as recovery` or `as relative`"
             yield _no_estimate(said, own.effect_span, what, reason, hint)
         flat = find_flat_part(
@@ -746,7 +746,7 @@ def _check_weight_order(rules: Sequence[ResolvedRule]) -> Iterator[Diagnostic]:
             said = other.spec.span.written
             if not _edits_weights(other):
                 if _written_layers(other) & _written_layers(rule):
-                    reason = f"`{said}` comes first, and would be changed by it"
+                    reason = f"it would change the preceding rule `{said}`"
                     hint = "write rules on weights before those on activations"
             elif other.spec.verb == PROJECT_OUT_OF_WEIGHTS:
                 if rule.spec.verb != ADD_TO_WEIGHTS:

@@ -631,7 +631,7 @@ def _build_control(
     """
     if any(isinstance(rule.does, WeightChange) for rule in experiment.rules):
         raise _NoDraws(
-            "other weights aren't drawn",
+            "random weights aren't supported",
             "`scale mlp_hidden layer 1 neuron 5 at tokens * by 0` has the same effect as "
             "`scale weights of layer 1 neuron 5 by 0`, and random neurons are drawn for it",
         )
@@ -679,7 +679,7 @@ def _build_circuit_control(
     """
     if asked.what not in (None, "edges"):
         hint = f"write `against random({asked.draws})`"
-        raise _NoDraws("edges are drawn, and an experiment has one kind of targets", hint)
+        raise _NoDraws("edges are drawn, and an experiment has one type of random target", hint)
     _check_no_exceptions(apart, "edges")
     rules: list[ResolvedRule] = []
     like, numbers = "", DrawCounts((), {(): draws})
@@ -722,7 +722,7 @@ def _build_group_control(
     found = draw_groups(experiment, draws, choices)
     if asked.what is not None and (found is not None or asked.what != "positions"):
         drawn = "positions" if found is None else "groups"
-        reason = f"{drawn} are drawn, and an experiment has one kind of targets"
+        reason = f"{drawn} are drawn, and an experiment has one type of random target"
         raise _NoDraws(reason, f"write `against random({asked.draws})`")
     if found is None and any(mask.waits for mask in masks):
         like = "of the size of the trained group"

@@ -423,7 +423,7 @@ def _check_rank(call: ast.Call, training: Training, work: ExperimentContext) -> 
     if rank > width:
         raise DirectionError(
             call,
-            f"its rank is {rank:,}, and vectors of `{site}` have {width:,} numbers",
+            f"its rank is {rank:,}, but vectors of `{site}` have {width:,} numbers",
             f"write at most `rank: {width}`",
         )
 
@@ -1024,7 +1024,7 @@ def _fits(
         there = vector_width(shape, point.site, point.layer)
         if family.width is not None and there != family.width and not shape.stands_in:
             raise DirectionError(
-                node, f"it has {family.width} numbers, vectors of `{point.site}` have {there}",
+                node, f"its width is {family.width}, but vectors of `{point.site}` have {there}",
                 "use it at a site of the same width as the one it was computed at",
             )  # fmt: skip
 

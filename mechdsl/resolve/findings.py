@@ -645,13 +645,13 @@ def check_rankable_sites(experiment: ResolvedExperiment, node: ast.RankedSelecti
     basis = next((rule.basis for rule in rules if rule.basis is not None), None)
     if basis is not None and basis.definition == WEIGHTS_BASIS:
         raise PickError(
-            f"`{name}` changes weights, and a pick is of heads or neurons",
+            f"`{name}` changes weights, but only heads and neurons can be picked",
             "rank these: `scale mlp_hidden layer 1 neuron * at tokens * by 0` has the same effect "
             "as `scale weights of layer 1 neuron * by 0`",
         )
     if basis is not None:
         raise PickError(
-            f"`{name}` ranks coordinates of `{basis.definition}`, and a pick is of whole sites",
+            f"`{name}` ranks coordinates of `{basis.definition}`, but only sites can be picked",
             "name the dimensions: `dims 0, 3`"
             if basis.definition == ast.STANDARD_BASIS
             else f"name the coordinates: `features 0, 3 of {basis.definition}`",

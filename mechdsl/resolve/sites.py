@@ -298,9 +298,9 @@ class _AxisReader:
         hint = "write `window 9`"
         if isinstance(asked, str) and asked in at:
             hint = f"loop `{asked}` over whole numbers above 0: `for {asked} in [1, 3, 5]`"
-        reason = "must be a whole number above 0"
+        reason = "it must be a whole number above 0"
         if isinstance(asked, str) and width is not None:
-            reason = f"`{asked}` is {width}, and it {reason}"
+            reason = f"`{asked}` is {width}, and {reason}"
         elif isinstance(asked, str):
             self._bad(self.axis.span, asked, *_unknown_name(asked, self.context))
             return None
@@ -386,7 +386,9 @@ def _bound(bound: ast.Bound, axis: ast.Axis, size: int, context: SiteContext) ->
     """Return the coordinate of a bound, which may not exist; None after an error."""
     if bound.percent is not None:
         if axis.word != "layer" or not 0 <= bound.percent <= 100:
-            reason = "only layers have a relative depth" if axis.word != "layer" else "beyond 100%"
+            reason = (
+                "only layers have a relative depth" if axis.word != "layer" else "it is beyond 100%"
+            )
             context.diagnostics.append(
                 BadLoopValue(
                     span=bound.span,
@@ -404,7 +406,7 @@ def _bound(bound: ast.Bound, axis: ast.Axis, size: int, context: SiteContext) ->
         if not isinstance(given, int):
             reason, hint = _unknown_name(bound.name, context)
             if given is not None:
-                reason = f"is {given!r}, not a whole number"
+                reason = f"it is {given!r}, not a whole number"
                 hint = f"{axis.word}s are counted from 0"
             context.diagnostics.append(
                 BadLoopValue(span=bound.span, name=bound.name, reason=reason, hint=hint)
@@ -420,7 +422,7 @@ def _unknown_name(name: str, context: SiteContext) -> tuple[str, str]:
     known = [*context.loops, *context.parameters]
     otherwise = f"write a number, or add a line `param {name} = 3`"
     otherwise = f"names known here: {name_list(known)}" if known else otherwise
-    reason = "is neither a `for` variable around this rule nor a `param`"
+    reason = "it is neither a `for` variable around this rule nor a `param`"
     return reason, did_you_mean(name, known, otherwise)
 
 
@@ -1348,7 +1350,7 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
             hint = f"write `ablate {name} at … with zero`, or `ablate all but {name} …`"
             reason = "is a circuit, whose edges can only be ablated"
             if word.id in context.loops:
-                reason = "is a circuit, and a `for` can't go over circuits"
+                reason = "is a circuit, and a `for` can't loop over circuits"
                 hint = f"write an experiment for each circuit: `ablate {name} at …`"
             bad = BadArgument(span=word.span, name=str(name), reason=reason, hint=hint)
             context.diagnostics.append(bad)

@@ -527,9 +527,13 @@ def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
     size = trainer.size(training.of_trainer)
     if size is None or size < count + isinstance(trainer, EdgeScoreTrainer):
         return None
+    sites = count_noun(count, mask.noun)
+    reason = f"`size: {size}` leaves out none of the {sites}"
+    if size > count:
+        reason = f"`size` is {size:,}, but there are only {sites}"
     return BadBasis(
         span=training.span,
-        reason=f"it chooses {size:,} of {count_noun(count, mask.noun)}",
+        reason=reason,
         hint=f"name more {mask.noun}s, or write a smaller `size`",
         what=mask.declares,
     )
@@ -823,7 +827,7 @@ def explain_few_rows(
     if limit is not None and limit < fewest:
         hint = f"write a larger number than `limit: {limit}`"
     elif limit is None and table.block_rows is not None and table.block_rows.block.draws:
-        hint = "write how many rows to draw: `limit: 400`"
+        hint = "write how many rows to sample: `limit: 400`"
     return f"`{table.name}` has {count_noun(len(table), 'row')}, fewer than {fewest}", hint
 
 

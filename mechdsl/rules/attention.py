@@ -344,7 +344,7 @@ class SetEdgeRule(EdgeRule):
                 otherwise = "write `block attention … from … to …`, or the weight `0`"
             hint = did_you_mean(word.id, [UNIFORM_WEIGHTS.name], otherwise)
             work.diagnostics.append(
-                UnknownWord(span=word.span, kind="way of attending", word=word.id, hint=hint)
+                UnknownWord(span=word.span, kind="attention weight", word=word.id, hint=hint)
             )
             return None, None
         amounts = resolve_amounts(word, work)

@@ -180,7 +180,7 @@ def test_training_on_one_row_names_rows_and_limit(line: str, rule: str, tmp_path
         uses = uses.replace("  measure prob(answer) as raw\n", "")
     (error,) = found(tmp_path, ONE, other, line, uses, code="E0342")
     assert "`ioi` has 1 row, fewer than 2" in error.message
-    assert "write how many rows to draw: `limit: 400`" in error.help_text
+    assert "write how many rows to sample: `limit: 400`" in error.help_text
     limited = line.replace("prompts: ioi", "prompts: ioi, limit: 1")
     (error,) = found(tmp_path, ONE, other, limited, uses, code="E0342")
     assert "write a larger number than `limit: 1`" in error.help_text

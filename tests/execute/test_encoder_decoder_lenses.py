@@ -200,7 +200,7 @@ def test_trained_lens_and_its_report_equal_hooks(family: str, tmp_path: Path) ->
 INVALID = {
     "observe logit_lens resid_post encoder layer * at last token": (
         "E0207",
-        "is in the encoder, whose vectors no unembedding reads",
+        "is in the encoder, but the unembedding reads only the decoder",
     ),
     "observe logit_lens v cross layer * head * at last token": (
         "E0207",

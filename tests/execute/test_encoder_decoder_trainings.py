@@ -589,7 +589,7 @@ INVALID: dict[str, tuple[str, str, str]] = {
         "basis b = fit(cca(components: 1), prompts: p, with: resid_post layer 0) at resid_post "
         "encoder layer 1 at last token\n",
         "E0342",
-        "`resid_post` has vectors at tokens of the decoder, and `resid_post encoder` at those of "
+        "`resid_post` is at tokens of the decoder, and `resid_post encoder` at tokens of "
         "the prompt",
     ),
     "a transcoder of the encoder": (

@@ -337,8 +337,8 @@ _file(
 _file(
     "circuit: from a file",
     'circuit c = saved("circuit.json")',
-    "The edges in a JSON file: the edges with `in_graph: true` in a file of EAP-IG or MIB, the "
-    'edges of a trained mask (`saved("trained/c/mask.json")`), or a list: `{"edges": ["embed '
+    "The edges that a JSON file of EAP-IG or MIB marks with `in_graph: true`, the edges of a "
+    'trained mask (`saved("trained/c/mask.json")`), or a list of edges: `{"edges": ["embed '
     '-> L0H1.q", "L0H1 -> logits at last token"]}`. Edges of a mask or a list may have '
     'positions. `saved("circuit.json", size: 100)` chooses the 100 edges with the largest '
     "absolute scores instead; for equal scores, the edge with the earlier sender. Names are "
@@ -674,9 +674,9 @@ _file(
     "basis: trainer of a Python file",
     'basis b = fit(python("functions.py:Tied", features: 16), prompts: fruit.train) at '
     "resid_post layer 1",
-    "The result of a custom trainer: a subclass of `torch.nn.Module` in a Python file. Its "
-    "methods determine the type of the result: a dictionary (`loss` and `weights`), a rotation "
-    "(`directions`), a steering vector (`vector`, in `direction v = fit(…)`) or a mask "
+    "The result of training with a custom trainer, a subclass of `torch.nn.Module` in a Python "
+    "file. Its methods determine the type of the result: a dictionary (`loss` and `weights`), a "
+    "rotation (`directions`), a steering vector (`vector`, in `direction v = fit(…)`) or a mask "
     "(`probabilities` and `sample`, in `group g = fit(…)`). The named arguments are passed to "
     "`__init__`; a dictionary needs `features`, a rotation `dims`, a mask `size`. The code runs "
     "only with `--allow-python`. The options of `fit` are those of other trainers. The key of the "
@@ -1550,8 +1550,9 @@ _rule(
 _rule(
     "several groups",
     "for g in [early, deep] { ablate g at last token with zero }",
-    "One cell for each group of sites; trained groups are allowed, too. `except g` leaves out the "
-    "sites of the cell's group. Groups of features, dimensions or positions can't be looped over.",
+    "One cell for each group of sites, which may be trained groups, too. `except g` leaves out "
+    "the sites of the cell's group. Groups of features, dimensions or positions can't be looped "
+    "over.",
     OWN,
     "tests/rules/test_loops_over_bases.py",
 )
@@ -1600,7 +1601,7 @@ _rule(
 _rule(
     "numbers of a vector",
     "scale resid_post layer 2 dims 0..7 at last token by 0",
-    "Changes single components of the vector: `dims` changes them together, `dim` one per run, "
+    "Changes single components of the vector, with `dims` together and with `dim` one per run, "
     "along the axis `dim`. After `in basis b`, they are coordinates of the basis.",
     OWN,
     _BASES,
@@ -3186,9 +3187,10 @@ _in_prompt(
 _in_prompt(
     "region of an image in a prompt",
     "region object of photo = mask",
-    "A region as in an `images` block. `object tokens` are the tokens that read part of it: if a "
-    "token's part of the image is divided into 8 x 8 squares, at least one square is at least "
-    "half in the region. `of photo` is needed only for prompts with several images.",
+    "Defines a region as in an `images` block, for images in prompts. `object tokens` are the "
+    "tokens that read part of it: if a token's part of the image is divided into 8 x 8 squares, "
+    "at least one square is at least half in the region. `of photo` is needed only for prompts "
+    "with several images.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
 )
 _in_prompt(
@@ -3206,18 +3208,18 @@ _in_prompt(
 _in_prompt(
     "image in a chat",
     'chat { user "{photo} What is this?" }',
-    "An image in a chat turn. If the model's chat template takes lists of texts and images, "
-    "mechdsl passes such a list. The template then writes the tokens around images and the white "
-    "space next to them; some templates write all images of a turn first. Other templates get one "
-    "text. The span of the turn (`user tokens`) contains its images.",
+    "An image in a turn. If the model's chat template takes lists of texts and images, mechdsl "
+    "passes such a list. The template then writes the tokens around images and the white space "
+    "next to them; some templates write all images of a turn first. Other templates get one text. "
+    "The span of the turn (`user tokens`) contains its images.",
     context='image photo = shapes(n: 1, kind: "circle")',
     test="test_chats.py",
 )
 _in_prompt(
     "mismatched image in a prompt",
     "corrupt other { kind = other(kind) }",
-    "Uses the image of another row: a different value of the column or list that the `image` line "
-    "names, drawn with the seed. The texts of the row don't change.",
+    "Uses the image of another row, by choosing a different value of the column or list that the "
+    "`image` line names, drawn with the seed. The texts of the row don't change.",
     context='kind in ["circle", "square"] image photo = "{kind}.png" '
     'template "{photo} What is this?"',
 )

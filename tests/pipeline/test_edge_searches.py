@@ -331,7 +331,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "no threshold": (ACDC, "acdc", "E0207", "needs `threshold: …`"),
     "zero": ("0.03", "0", "E0342", "above 0"),
     "size": ("threshold: 0.03", "size: 3", "E0207", "`threshold: …`"),
-    "all": (ACDC, "greedy(size: 2000)", "E0342", "chooses 2,000 of"),
+    "all": (ACDC, "greedy(size: 2000)", "E0342", "`size` is 2,000, but"),
     "no size": (ACDC, "greedy", "E0207", "needs `size: …`"),
     "training steps": ("from: other", "from: other, steps: 300", "E0207", "isn't trained in steps"),
     "seeds": ("from: other", "from: other, seeds: 3", "E0207", "has no random start"),

@@ -334,7 +334,7 @@ CALLS: dict[str, tuple[str, str, str]] = {
     "no width": ('"own.py:Wide"', "E0222", "write `def __init__(self, width, features):`"),
     "arguments": ('"own.py:Many"', "E0222", "write `def loss(self, vectors):`"),
     "architecture": ('"own.py:Odd"', "E0222", "there is no architecture `sparse`"),
-    "direction": ('"own.py:Shift"', "E0342", "`Shift` makes a direction"),
+    "direction": ('"own.py:Shift"', "E0342", "`Shift` trains a direction"),
     "no features": ('"own.py:TopK", k: 4', "E0207", "needs `features: …`"),
     "no k": ('"own.py:TopK", features: 24', "E0207", "needs `k: …`"),
     "unknown option": (f'"own.py:TopK", features: {FEATURES}, k: 4, kay: 3', "E0207", "`kay`"),

@@ -181,7 +181,7 @@ def test_ica_rules_equal_hooks(family: str, rule: str, tmp_path: Path) -> None:
         ("ica(n_components: 6)", "steps: 3", "E0207", "write `components: …`"),
         ("ica(dims: 6)", "steps: 3", "E0207", "write `components: …`"),
         ("ica(components: 0)", "steps: 3", "E0342", "whole number from 1 on"),
-        ("ica(components: 6, penalty: 1)", "steps: 3", "E0207", "no argument of `ica`"),
+        ("ica(components: 6, penalty: 1)", "steps: 3", "E0207", "not an argument of `ica`"),
         ("fastica(components: 6)", "steps: 3", "E0203", "write `ica(components: 8)`"),
         ("ica(components: 999)", "steps: 3", "E0342", "write at most `components: "),
     ],

@@ -222,14 +222,14 @@ def test_semi_nmf_vectors_that_exceed_memory_are_rejected(
 @pytest.mark.parametrize(
     ("inner", "options", "code", "text"),
     [
-        (SEMI, "batch: 16", "E0207", "no argument of `fit` with `semi_nmf`"),
+        (SEMI, "batch: 16", "E0207", "not an argument of `fit` with `semi_nmf`"),
         (SEMI, "rate: 0.1", "E0207", "remove `rate`"),
         (SEMI, "patience: 3", "E0207", "remove `patience`"),
         ("semi_nmf", "steps: 3", "E0207", "needs `factors: …`"),
         ("semi_nmf(n_components: 6)", "steps: 3", "E0207", "write `factors: …`"),
         ("semi_nmf(factors: 0)", "steps: 3", "E0342", "whole number from 1 on"),
         ("semi_nmf(factors: 6, penalty: 1)", "steps: 3", "E0342", "from 0 to below 1"),
-        ("nmf(factors: 6, penalty: 0.1)", "steps: 3", "E0207", "no argument of `nmf`"),
+        ("nmf(factors: 6, penalty: 0.1)", "steps: 3", "E0207", "not an argument of `nmf`"),
         ("snmf(factors: 6)", "steps: 3", "E0203", "write `semi_nmf(factors: 8)`"),
     ],
 )

@@ -243,7 +243,7 @@ def test_circuit_size_without_scores_is_an_error(data: Path) -> None:
             "E0342",
             "positions of a circuit in a file are those of its edges",
         ),
-        ('saved("c.json", top: 3)', "E0207", "is no argument of `saved`"),
+        ('saved("c.json", top: 3)', "E0207", "is not an argument of `saved`"),
         ('saved("c.json", "c")', "E0207", "takes the path of a file, in quotes"),
         ("saved(c)", "E0207", "takes the path of a file, in quotes"),
     ],

@@ -252,7 +252,7 @@ WRONG_CALLS = {
     'saved("graph.json", t0, t0, t2)': ("E0342", "layer 0, and `t0`, `t0` are of this layer"),
     'saved("graph.json", t9)': ("E0201", "there is no basis called `t9`"),
     'saved("graph.json")': ("E0207", "takes the path of a graph"),
-    'saved("graph.json", t0, t2, size: 3)': ("E0207", "`size` is no argument of `saved`"),
+    'saved("graph.json", t0, t2, size: 3)': ("E0207", "`size` is not an argument of `saved`"),
     'saved("graph.json", t0, t2) at resid_post layer 1': ("E0342", "have the sites of their trans"),
     "sae(3)": ("E0342", "`sae(3)` doesn't choose sites"),
     "features 1, 900 of t0, feature 1 of t2": ("E0301", "feature 900 does not exist in `t0`"),

@@ -757,7 +757,7 @@ def test_invalid_weight_rules_are_errors(line: str, data: Path) -> None:
 
 
 ORDERS = {
-    "patch mlp_out layer 1 at last token\n  scale weights of L1N3 by 0": "comes first",
+    "patch mlp_out layer 1 at last token\n  scale weights of L1N3 by 0": "would change",
     "scale weights of L1N3 by 0\n  set weights of L1N3 to d": "has changed these weights",
     "scale weights of L1.mlp by 0.5\n  add d to weights of L1N3": "has changed these weights",
     "project out d from weights\n  scale weights of L1N3 by 2": "has changed these weights",

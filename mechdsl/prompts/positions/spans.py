@@ -150,7 +150,7 @@ class NamedNumbers:
         if node.name is None or not isinstance(number, ast.Variable) or number.name in self.values:
             return None
         if node.name == "except":
-            reason, hint = "several tokens are meant", "write `tokens except …`"
+            reason, hint = "it covers several tokens", "write `tokens except …`"
             return BadLoopValue(span=node.span, name=node.name, reason=reason, hint=hint)
         meant = closest_name(node.name, SPAN_PREFIXES)
         if meant is None:

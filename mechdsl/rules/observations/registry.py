@@ -252,6 +252,8 @@ def report_bad_observation(
     """Report E0207 at the word of an observation."""
     assert rule.observed is not None
     name = f"observe {rule.observed.word}"
+    # A reason about something else, such as a token, isn't a predicate of the name.
+    reason = f"can't be computed: {reason}" if reason.startswith("`") else reason
     found = BadArgument(span=rule.observed.span, name=name, reason=reason, hint=hint)
     work.diagnostics.append(found)
 

@@ -114,7 +114,7 @@ def check_stream_sites(
             reason = "is in the vision encoder, not in the residual stream of the language model"
             hint = "name `resid_post layer *`, at the tokens of the image"
         elif kind.stack == "encoder":
-            reason = "is in the encoder, whose vectors no unembedding reads"
+            reason = "is in the encoder, but the unembedding reads only the decoder"
             hint = "write `resid_post layer * at last token`, which is in the decoder"
         elif kind.component not in STREAM_SITES:
             reason = f"is not in the residual stream, and isn't added to it ({kind.shape})"
