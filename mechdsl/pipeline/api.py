@@ -133,8 +133,12 @@ def require_valid_source(
 
 
 def model_pairs(models: Any) -> BorrowedModels:
-    """Return models with their tokenizers; MechdslError (E0412) if a tokenizer is missing,
-    TypeError for anything but a dict."""
+    """Return models with their tokenizers.
+
+    Raises:
+        MechdslError: If a tokenizer is missing (E0412).
+        TypeError: If `models` isn't a dict.
+    """
     if models is None:
         return {}
     if not isinstance(models, Mapping):
@@ -253,13 +257,11 @@ def run(
     `Results.diagnostics`.
 
     Args:
-        file: Its path, or its text (with a line break or beginning with `mech `); paths in a text
-            are
-            relative to the working directory.
+        file: The path of a file, or its text (with a line break, or beginning with `mech `). Paths
+            in a text are relative to the working directory.
         models: Name in the file → (transformers model, fast tokenizer), which replaces the file's
-            model
-            of that name. It runs where and as it is, so `device` and `dtype` don't apply, and is
-            left exactly as it was.
+            model of that name. The model keeps its device and dtype, so `device` and `dtype` don't
+            apply. The run leaves it unchanged.
         metrics: Name in the file → a function that takes logits [row, vocab], and the rows if it
             requires a second argument, and returns [row]. It replaces a `metric` line of that name.
             If its first parameter is called `replies`, it takes the generated texts instead of
@@ -268,7 +270,7 @@ def run(
             width] of one cell, and returns the vectors to write, of the same shape.
         set: Values of the file's `param` lines.
         limit: Maximum number of rows per experiment.
-        only: The one experiment to run, with those that it needs.
+        only: The only experiment to run; experiments whose results it uses run too.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         dtype: Overrides the file's dtype.
         offload: Folder for weights that don't fit in memory.
@@ -276,8 +278,7 @@ def run(
         write_reports: Write the reports that the file sends to a file (`report … to "x.png"`).
         profile: Compare estimated with measured work in `Results.profile`.
         progress: Whether standard error shows a progress bar; None: only in terminals and
-            notebooks, as
-            on the command line.
+            notebooks, as on the command line.
         allow_python: Run the Python files that the file refers to.
         allow_outside: Allow reports outside the file's folder.
         untrusted: List the paths that the file names, restrict all of them, and run no Python.
@@ -293,7 +294,8 @@ def run(
             results; `Results.against` contains the changes since.
         fail_fast: Stop at the first expectation that fails (with `against`: that held before, or is
             new); `not_run` of the file lists the skipped parts.
-        fit: First train what the file declares with `fit(…)` and the store doesn't have.
+        fit: First run the trainings that the file declares with `fit(…)`, unless the store has
+            them.
 
     Raises:
         MechdslError: If the file, its data, a model or an argument is invalid, or nothing can be
@@ -371,9 +373,9 @@ def fit(
     store: str | Path | None = None,
     fresh: bool = False,
 ) -> list[TrainedFit]:
-    """Train what a file declares with `fit(…)`, as `mechdsl fit` does.
+    """Run the trainings that a file declares with `fit(…)`, as `mechdsl fit` does.
 
-    What the store has stays. An interrupted training continues where it was. A training that fails
+    Stored trainings aren't repeated, and an interrupted training resumes. A training that fails
     doesn't affect others: a warning is shown.
 
     Args:
@@ -388,14 +390,14 @@ def fit(
         untrusted: As in `run`; then `store` must be given.
         plugins: Names of installed plugins to load. They stay loaded until the process ends.
         store: As in `run`, without False. A text needs one.
-        fresh: Train again what is trained already.
+        fresh: Repeat stored trainings.
 
     Returns:
         The trained dictionaries: `basis`, `folder`, and a `report` of how well each reconstructs.
 
     Raises:
         MechdslError: If the file, a model or an argument is invalid, or nothing can be trained.
-        OSError: If a folder can't be written; FileExistsError for a copy that is there already.
+        OSError: If a folder can't be written; FileExistsError if a copy exists already.
     """
     with borrowed_models(models):
         raise_errors(load_plugins(plugins))
@@ -450,7 +452,7 @@ def _report_and_copy(
 def _train(
     source: Source, models: BorrowedModels | None, options: RunOptions, progress: bool | None
 ) -> tuple[list[TrainedFit], list[Diagnostic]]:
-    """Check a file and train what it declares. Raises MechdslError."""
+    """Check a file and run the trainings that it declares. Raises MechdslError."""
     from mechdsl.diagnostics.command_line import BadCommandLine
     from mechdsl.pipeline.trained_files import fits_of_file
     from mechdsl.pipeline.trainings import train_file
@@ -549,8 +551,7 @@ def runs(store: str | Path | None = None) -> Runs:
 
     Args:
         store: Its folder; None: the folder in `MECHDSL_STORE`, or `.mechdsl` in the working
-            directory,
-            with an empty list if it is missing.
+            directory, with an empty list if it is missing.
 
     Returns:
         A list; each run has `id`, `state`, `file`, `began`, `about`, its `results`, which are read
@@ -678,8 +679,7 @@ def plan(
 
     Args:
         measure: Load the models, run base and source runs (without rules), and give detectable
-            effects
-            in the metric's units.
+            effects in the metric's units.
 
     Returns:
         The printed text; its `cells` count the cells of each experiment, its `passes` are the
@@ -956,8 +956,8 @@ def objective(
     """Return the measure of an experiment as a differentiable function of vectors of its base run,
     for optimisers in Python.
 
-    The tensor is written before the rules of the experiment act. What the rules read comes from
-    unpatched runs. The other arguments are those of `run`.
+    The tensor is written before the rules of the experiment act. Rules read unpatched runs. The
+    other arguments are those of `run`.
 
     Args:
         measure: The measure, as in tables; None: the only one. It is measured `as raw` or `as

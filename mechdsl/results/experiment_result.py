@@ -162,33 +162,33 @@ class ResultNode(Record):
     """A node of an attribution graph."""
 
     label: str
-    """`token 3`, `L0.f12@3` for feature 12 at token 3, `L0.error@3`, `logit 17`, `target`. In a
-    picture `L0.people` for the features of a supernode in a layer."""
+    """`token 3`, `L0.f12@3` for feature 12 at token 3, `L0.error@3`, `logit 17` or `target`. In a
+    picture, `L0.people` for the features of a supernode in one layer."""
     kind: Literal["token", "feature", "supernode", "error", "logit"]
     layer: int
-    """Of features and errors; 0 for others."""
+    """Layer of a feature or an error; 0 for other nodes."""
     token: int
-    """Number of the token in the prompt; of logits the last one."""
+    """Index of the token in the prompt; for logits, the last token."""
     number: int
-    """Of the feature, or of the token in the vocabulary; 0 for errors; the size of the vocabulary
-    for a measure."""
+    """Index of the feature in its dictionary, or of the token in the vocabulary; 0 for errors; the
+    size of the vocabulary for a measure."""
     text: str
-    """Of the token, of the token of a logit, or of a measure."""
+    """Text of the node's token in the prompt, of a logit's token, or of a measure."""
     amount: float
-    """The activation of a feature, the probability of a logit, 1 for a measure; 0 for others."""
+    """The activation of a feature or the probability of a logit; 1 for a measure, 0 for others."""
     influence: float
-    """The share of the influence of all nodes that it has together with those that have more; 1 for
-    logits. The viewer of circuit-tracer hides nodes above a share."""
+    """Cumulative share of the influence of all nodes, from the most influential node to this one; 1
+    for logits. The viewer of circuit-tracer hides nodes above a share."""
 
 
 @record
 class ResultGraph(Record):
-    """What is known of the nodes of an attribution graph."""
+    """Nodes of an attribution graph and their prompt."""
 
     row: int
-    """Number of the row that it is of."""
+    """Index of the row that the graph explains."""
     tokens: tuple[str, ...]
-    """Of the prompt."""
+    """Tokens of the prompt."""
     nodes: tuple[ResultNode, ...]
     supernodes: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """(name, labels of its features) of each group of features."""
@@ -196,28 +196,28 @@ class ResultGraph(Record):
 
 @record
 class ResultCircuit(Record):
-    """The circuit that an experiment ablates, or of which it ablates the rest; or the attribution
-    graph that it observes."""
+    """A circuit whose edges, or whose complement, an experiment ablates; or the attribution graph
+    that it observes."""
 
     name: str
     layers: int
     heads: int
-    """Query heads of a layer."""
+    """Number of query heads per layer."""
     key_heads: int
-    """Key-value heads of a layer."""
+    """Number of key-value heads per layer."""
     width: int
-    """Numbers of the residual stream."""
+    """Width of the residual stream."""
     parallel: bool
     """Whether the heads and the MLP of a block read the same stream."""
     edges: tuple[tuple[str, str], ...]
     """(sender, receiver), as in a file: `embed`, `L0H1`, `L0.mlp`, `L0N3`; `L1H0.q`, `L1.mlp`,
-    `L1N2`, `logits`. Of an attribution graph the labels of its nodes."""
+    `L1N2`, `logits`. For an attribution graph, the labels of its nodes."""
     scores: tuple[float, ...]
     """The score of each edge; empty if they have none."""
     total: int
     """Number of edges of the model."""
     circuits: int = 1
-    """Number of circuits in a sweep; `edges` has those of all of them."""
+    """Number of circuits in a sweep; `edges` contains the edges of all of them."""
     graph: ResultGraph | None = None
     """The nodes of an attribution graph."""
     places: tuple[str, ...] = ()
@@ -324,7 +324,7 @@ class ExperimentResult:
     conventions: Mapping[str, str] = field(default_factory=dict[str, str])
     """Defaults and derived settings, in words."""
     selected: tuple[Selection, ...] = ()
-    """Selections that it tests on the rows they were made on."""
+    """Selections by other experiments that were made on the same rows."""
     left_out: Mapping[int, str] = field(default_factory=dict[int, str])
     """Ids of rows that `--allow-nan` excluded from everything → where they can't be used."""
     hashes: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -346,8 +346,8 @@ class ExperimentResult:
     drawn: RandomControlValues | None = None
     """Measurements of controls, until bands are computed from them."""
     controls: tuple[NullBand | None, ...] = ()
-    """Null band of each measure: of `against`, or of the control that is added for something
-    trained; empty without both."""
+    """Null band of each measure: from `against`, or from the automatic control of a trained object;
+    empty without both."""
     texts: tuple[tuple[str, ...], ...] = ()
     """Tokens of the base run of each prompt as text, for `report overlay`."""
     replies: Replies = field(default_factory=Replies)
@@ -798,7 +798,7 @@ class ExpectationChange:
 
     @property
     def fails(self) -> bool:
-        """Whether it fails the job; what failed before doesn't."""
+        """Whether it fails the job; an expectation that failed before doesn't."""
         failed = self.now is not None and not self.now.holds
         return self.kind == "regression" or (self.kind == "new" and failed)
 

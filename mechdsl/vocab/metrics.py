@@ -405,9 +405,9 @@ def top_margin(logits: Tensor) -> Tensor:
 def loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """The mean negative log-likelihood of the prompt; its first token counts only after a BOS.
 
-    Each is predicted from what stands before it: the first one from the special token in front of
-    the text, and where the tokenizer puts none there, nothing predicts it and it isn't counted. So
-    it is what the model library calls the loss, without special tokens behind the text.
+    Each token is predicted from the preceding tokens. The first token of the text counts only if
+    the tokenizer adds a special token before it. This is the loss of the model library, without
+    special tokens after the text.
 
     logits: [row, token, vocab], of the whole prompt
     ids: [row, token], the prompt's token ids
@@ -650,8 +650,8 @@ def _found(pattern: str, text: str, row: int) -> bool:
 def reply_number(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
     """The first number in the reply; `number(last)` is the last one.
 
-    Digits with a decimal point, with commas between thousands, with a minus sign that stands behind
-    no word or number.
+    Numbers may have a decimal point, commas between thousands, and a minus sign that doesn't follow
+    a word or number.
 
     replies, wanted: [row], of `wanted` `first` or `last`
     returns: [row], NaN where the reply has none
@@ -670,7 +670,7 @@ def reply_length(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]
     """The number of tokens in the reply, without the end token or stop text.
 
     replies: [row]. wanted: [row] (not used)
-    returns: [row], from 0 to the number behind `generate`
+    returns: [row], from 0 to the number after `generate`
     """
     del wanted
     return [float(len(reply.ids)) for reply in replies]

@@ -1,4 +1,4 @@
-"""A plan run panel by panel and batch by batch: `execute` and its `PanelRunner`."""
+"""Run a plan panel by panel and batch by batch: `execute` and its `PanelRunner`."""
 
 from __future__ import annotations
 
@@ -81,38 +81,38 @@ from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.types import ResolvedExperiment
 
 MeasureCheck = Callable[[MeasuredValues], dict[int, Diagnostic]]
-"""By number, the measures of an experiment that can't be computed, by its unpatched runs."""
+"""From the values of unpatched runs to the measures that can't be computed: number → reason."""
 
 
 @dataclass(frozen=True)
 class RowSelection:
-    """The rows of an experiment on a batch of prompts."""
+    """Rows of an experiment on a batch of prompts, sorted by whether they must be run."""
 
     live: RowTable
-    """Those that have to be run."""
+    """Rows that must be run."""
     known: RowTable
-    """Those whose values were there before the run."""
+    """Rows whose values were already computed or cached before the run."""
     values: Sequence[Floats]
-    """Per measure, of the known ones."""
+    """Values of the known rows, per measure."""
     left_out: RowTable
-    """Those that aren't run, as they can't differ from the base run."""
+    """Rows that aren't run, because they can't differ from the base run."""
     dropped: int
-    """How many don't find what they read."""
+    """Number of rows that lack a position or donor that they read."""
     inert: int
-    """How many can't differ by structure, left out or not."""
+    """Number of rows whose structure makes them equal to the base run, left out or not."""
     inactive: Ints
-    """Cells of the other rows that can't differ, because all features that they change are 0."""
+    """Cells of further rows that can't differ, because all features that they change are 0."""
     changing: Ints
-    """Cells of the rows that may differ."""
+    """Cells of the rows that may differ from the base run."""
 
 
 def get_owner_key(plan: ExperimentPlan) -> str:
-    """The experiment itself, or the one that it is a control of."""
+    """Return the key of the experiment, or of the experiment that it is a control of."""
     return plan.experiment.control_of or plan.experiment.key
 
 
 class PanelRunner:
-    """Runs the experiments of one panel on shared unpatched runs."""
+    """Runner for the experiments of one panel, which share unpatched runs."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class PanelRunner:
         self.allow_nan = allow_nan
         self.lost: dict[str, list[Diagnostic]] = {}
         self.running: tuple[ExperimentPlan, ...] = ()
-        """Those whose cells are run."""
+        """Experiments whose cells are run."""
         self.plan = plan
         self.sizes = sizes
         self.table: PromptTable = panel.table
@@ -146,14 +146,14 @@ class PanelRunner:
         readouts = (*self.readouts.values(), self.keep)
         self.runs = UnpatchedRuns(panel, model, readouts, plan=plan, side=side, others=others)
         self.defined: dict[str, float] = {}
-        """The lengths of the directions of the panel's own runs, by their names."""
+        """Lengths of the directions in the panel's runs with rules, by name."""
         self.fits = DirectionFits(model, self.runs.others, self.runs.seed, side)
         self.profile = profile
         self.kept = np.arange(len(self.table), dtype=np.int64)
         self.known_batches: list[Ints] = []
-        """Prompts of which every value was there before the run."""
+        """Batches of prompts whose values were all known before the run."""
         self.batches: list[Ints] = []
-        """The others."""
+        """Batches of the other prompts."""
         self.stored = kept and PanelCache.of(kept, panel, self.runs.seed)
         self.values = self.stored
         writer = self.runs.writer
@@ -163,39 +163,40 @@ class PanelRunner:
                 writer.generation.key(self.runs.seed), find_end_tokens(model)
             )
         self.together: dict[str, JointObservation] = {}
-        """What is observed of all rows at once, by the key of an experiment."""
+        """Observations of all rows at once, by the key of the experiment."""
         self.patched_values: dict[str, PatchedCache] = {}
-        """By the key of an experiment; without those that can't be told apart by their content."""
+        """Cached patched values by the key of the experiment, without experiments whose content has
+        no key."""
         self.activity: dict[str, FeatureActivity] = {}
-        """By the key of an experiment, the rows whose features are inactive."""
+        """Rows whose features are inactive, by the key of the experiment."""
         self.errors: dict[str, ReconstructionErrors] = {}
-        """By the key of an experiment, the reconstruction errors of its bases."""
+        """Reconstruction errors of bases, by the key of the experiment."""
 
     @property
     def _sound(self) -> tuple[ExperimentPlan, ...]:
-        """Of the experiments that nothing is known against."""
+        """Experiments that can still be computed."""
         return tuple(
             plan for plan in self.panel.experiments if get_owner_key(plan) not in self.lost
         )
 
     def _lose(self, plan: ExperimentPlan, *reasons: Diagnostic) -> None:
-        """An experiment can't be computed; with it goes what it is set against."""
+        """Record that an experiment, with its controls, can't be computed."""
         self.lost.setdefault(get_owner_key(plan), []).extend(reasons)
 
     def _lose_not_finite(self, plan: ExperimentPlan, first: UnusableRow, count: int) -> None:
-        """An experiment whose model gives NaN can't be computed."""
+        """Record that an experiment can't be computed, because the model gives NaN or infinity."""
         self._lose(plan, report_not_finite(plan.experiment, first, count, self.runs.model))
 
     # --- before any cell --------------------------------------------------------------------------
 
     def prepare(self, check: MeasureCheck) -> None:
-        """Filter rows, measure and check the unpatched runs, average ablations."""
+        """Filter rows, measure and check the unpatched runs, and compute means for ablations."""
         over_rows = any(
             rule.rule.does.of_all_rows
             for plan in self.panel.derived.values()
             for rule in plan.rules
         )
-        if not over_rows:  # accuracies are of rows too that a `keep` drops
+        if not over_rows:  # accuracies also cover rows that `keep` drops
             self._define_runs()
         unusable = self._apply_keep_conditions()
         if over_rows:
@@ -216,7 +217,7 @@ class PanelRunner:
         for plan in self._sound:
             self._look_at_unusable(plan)
         for plan in self._sound:
-            if plan.experiment.control_of is not None:  # it is said of the experiment itself
+            if plan.experiment.control_of is not None:  # reported for the experiment itself
                 continue
             measured = self.measured[plan.experiment.key]
             for number, problem in check(measured).items():
@@ -246,7 +247,7 @@ class PanelRunner:
             self._average()
 
     def _define_runs(self) -> None:
-        """What the rules of the panel's own runs write; means and donors are of the kept rows."""
+        """Define the panel's runs with rules; means and donors come from the kept rows."""
         if not self.panel.derived:
             return
         plans, batches = self.panel.derived, self._batches(self.kept)
@@ -259,7 +260,7 @@ class PanelRunner:
             self.stored.define(plans, self.kept, derived.donors, derived.cells)
 
     def _directions(self) -> dict[str, FittedDirections]:
-        """Those of each experiment's rules; one with a direction that is nothing is lost."""
+        """Return the directions of each experiment's rules; an invalid one loses the experiment."""
         fits = self.fits
         found: dict[str, FittedDirections] = {}
         for plan in self._sound:
@@ -272,7 +273,7 @@ class PanelRunner:
         return found
 
     def _average(self) -> None:
-        """The means that rules write, over all rows of their experiments."""
+        """Compute the means that rules write, over all rows of their experiments."""
         every = self._batches(self.kept)
         for plan in self.running:
             measured, readout = self.measured[plan.experiment.key], self.readouts
@@ -289,7 +290,7 @@ class PanelRunner:
     def _made(
         self, plan: ExperimentPlan, batches: Sequence[Ints]
     ) -> Mapping[tuple[int, int | None], CellVectors]:
-        """What rules write that is made of whole cells; a failure loses the experiment."""
+        """Return the vectors of rules on whole cells; a failure loses the experiment."""
         key, cells = plan.experiment.key, self.whole_cells[plan.experiment.key]
         if get_owner_key(plan) in self.lost:
             return {}
@@ -300,7 +301,7 @@ class PanelRunner:
             return {}
 
     def _whole_cells(self, plan: ExperimentPlan, kept: Ints) -> Mapping[int, WholeCells]:
-        """By number of the rule, all rows of each cell, where a rule is given them at once."""
+        """Return all rows of each cell for the rules that read whole cells, by rule number."""
         if not any(rule.rule.does.reads == "cell" for rule in plan.rules):
             return {}
         every = plan.rows(kept)
@@ -311,12 +312,12 @@ class PanelRunner:
         return collect_whole_cells(plan, every.take(good))
 
     def total_rows(self) -> int:
-        """Patched rows of all experiments, draws included."""
+        """Return the number of patched rows of all experiments, including noise draws."""
         every = [*self.known_batches, *self.batches]
         return sum(self._count(plan, batch) for plan in self.running for batch in every)
 
     def due_rows(self) -> int:
-        """The same of the prompts of which something has to be run."""
+        """Return the number of patched rows, with noise draws, on prompts with rows to run."""
         return sum(self._count(plan, batch) for plan in self.running for batch in self.batches)
 
     def _count(self, plan: ExperimentPlan, batch: Ints) -> int:
@@ -325,12 +326,14 @@ class PanelRunner:
     # --- what is known ----------------------------------------------------------------------------
 
     def _by_known(self, prompts: Ints, due: Ints) -> list[Ints]:
-        """Batches of the prompts of which all is known, then of those that are due: what a pass
-        holds is to be the same when it is run again."""
+        """Return the batches of known prompts, then those of due prompts.
+
+        Passes of a resumed run must have the same rows as in the interrupted run.
+        """
         return [*self._batches(np.setdiff1d(prompts, due)), *self._batches(due)]
 
     def _unmeasured(self, prompts: Ints) -> Ints:
-        """Those of which an unpatched run has to be measured; all, where nothing is known."""
+        """Return the prompts on which an unpatched run must be measured; all without a cache."""
         if self.values is None:
             return prompts
         missing = np.zeros(len(prompts), dtype=np.bool_)
@@ -345,7 +348,7 @@ class PanelRunner:
         return prompts[missing]
 
     def _inaccurate(self, prompts: Ints) -> Bools:
-        """[prompt] whether an accuracy has to be measured."""
+        """Return whether an accuracy must be measured. Shape [prompt]."""
         missing = np.zeros(len(prompts), dtype=np.bool_)
         relative = self.runs.model.rounding
         for accuracies in self.accuracies.values():
@@ -355,11 +358,11 @@ class PanelRunner:
         return missing
 
     def _relative(self, plan: ExperimentPlan, run: str) -> float:
-        """How far rounding may move a logit, where that is asked: of base runs."""
+        """Return the relative rounding bound of logits: that of the model for base runs, else 0."""
         return self.runs.model.rounding if run == plan.experiment.spec.base else 0.0
 
     def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Mapping[int, Ints]) -> None:
-        """What there is of an experiment's patched values."""
+        """Look up the cached patched values of an experiment."""
         if self.stored is None or not plan.rules:
             return
         if self.measured[plan.experiment.key].tokens.top:
@@ -369,7 +372,7 @@ class PanelRunner:
         try:
             cells = self.whole_cells[plan.experiment.key]
             keys = self.stored.keys(plan, kept, donors, cells)
-        except TypeError as error:  # what a rule or metric from outside hangs on can't be compared
+        except TypeError as error:  # a rule or metric from Python depends on values without a key
             self.profile.not_kept[plan.experiment.key] = str(error)
             return
         if self.runs.writer is not None and self.runs.writer.kept is not None:
@@ -384,7 +387,7 @@ class PanelRunner:
                 self.errors[plan.experiment.key] = found
 
     def _look_up_activity(self, plan: ExperimentPlan, kept: Ints) -> None:
-        """What there is of the activity of an experiment's features, and of their errors."""
+        """Look up the cached activity and reconstruction errors of an experiment's features."""
         key = plan.experiment.key
         if plan.reconstructed and key not in self.errors:
             self.errors[key] = ReconstructionErrors.of(plan, len(self.table), None)
@@ -396,7 +399,7 @@ class PanelRunner:
             found.look_up(plan.rows(batch))
 
     def _decide_activity(self, plan: ExperimentPlan, batch: Ints, lanes_of: RuleReader) -> None:
-        """Find the rows on a batch whose features are inactive, where that isn't known."""
+        """Determine which rows of a batch have inactive features, if that isn't cached."""
         key = plan.experiment.key
         found = self.activity.get(key)
         if found is None:
@@ -416,13 +419,13 @@ class PanelRunner:
                 self.stored.keep(stored)
 
     def _without_errors(self, plan: ExperimentPlan, batch: Ints) -> Ints:
-        """The prompts on which the errors of an experiment's bases aren't known."""
+        """Return the prompts without cached reconstruction errors of the experiment's bases."""
         found = self.errors.get(plan.experiment.key)
         prompts = self.measured[plan.experiment.key].among(batch)
         return prompts[:0] if found is None else prompts[found.is_unknown(prompts)]
 
     def _measure_errors(self, plan: ExperimentPlan, batch: Ints) -> None:
-        """Measure the errors of an experiment's bases on a batch, where they aren't known."""
+        """Measure the reconstruction errors of the bases on a batch that aren't cached."""
         prompts = self._without_errors(plan, batch)
         if not len(prompts):
             return
@@ -437,7 +440,7 @@ class PanelRunner:
             self.stored.keep(stored)
 
     def _due(self) -> Ints:
-        """The prompts of which some row has to be run; all, where nothing is known."""
+        """Return the prompts on which some row must be run; all if no values are cached."""
         if not any(found.any_earlier for found in self.patched_values.values()):
             run = (plan for plan in self.running if plan.experiment.key not in self.together)
             return self.kept if any(plan.rules for plan in run) else self.kept[:0]
@@ -456,7 +459,7 @@ class PanelRunner:
         relative: float = 0.0,
         skip: Collection[int] = (),
     ) -> ReadoutResult:
-        """What an unpatched run gives on a batch: known, or measured and kept."""
+        """Return the values of an unpatched run on a batch: cached ones, or new measurements."""
         if self.values is not None:
             found = self.values.own_unpatched(readout, run, batch, item, relative)
             if found is not None:
@@ -510,8 +513,11 @@ class PanelRunner:
         return unusable
 
     def _look_at_unusable(self, plan: ExperimentPlan) -> None:
-        """Rows that can't be used in an unpatched run: lose the experiment, or, with `allow_nan`,
-        drop them from it and from what it is set against."""
+        """Handle rows with NaN or infinity in an unpatched run.
+
+        The experiment can't be computed; with `allow_nan`, the rows are dropped from it and from
+        its controls instead.
+        """
         measured = self.measured[plan.experiment.key]
         rows = measured.unusable_rows()
         if not rows:
@@ -524,7 +530,7 @@ class PanelRunner:
         self._lose_not_finite(plan, first, len(rows))
 
     def _batches(self, prompts: Ints) -> list[Ints]:
-        """Prompts in groups of similar size in tokens, in the order of the table."""
+        """Split prompts into batches in the order of the table."""
         size = self._batch_size
         return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
@@ -533,14 +539,14 @@ class PanelRunner:
         return batch_size(self.panel, self.sizes.prompt_tokens)
 
     def _finish_batch(self) -> None:
-        """Keep what a batch gave and free what it computed; a single one serves all stages."""
+        """Store the values of a batch and free its activations, unless it is the only batch."""
         if self.values is not None:
             self.values.flush()
         if len(self._batches(self.kept)) > 1:
             self.runs.forget()
 
     def _measure_unpatched(self, plan: ExperimentPlan, batch: Ints) -> None:
-        """Base, source and accuracies of one experiment on one batch."""
+        """Measure the base run, the source run and the accuracies of an experiment on a batch."""
         experiment = plan.experiment
         measured = self.measured[experiment.key]
         columns = np.searchsorted(self.kept, batch)
@@ -559,7 +565,7 @@ class PanelRunner:
             measured.accuracies.measure(self._values, self.runs.model.rounding, batch)
 
     def sorted_out(self, plan: ExperimentPlan, batch: Ints) -> RowSelection:
-        """Which rows of an experiment have to be run."""
+        """Return which rows of an experiment must be run on a batch."""
         kept = self.measured[plan.experiment.key].among(batch)
         every = plan.rows(kept) if plan.rules else RowTable.none()
         key = plan.experiment.key
@@ -594,7 +600,7 @@ class PanelRunner:
     def _sorted_and_counted(
         self, plan: ExperimentPlan, batch: Ints, lanes_of: RuleReader
     ) -> RowSelection:
-        """The rows of a batch that have to be run, now that activities can be decided; counts the
+        """Determine feature activity, return which rows of a batch must be run, and count the
         others."""
         self._decide_activity(plan, batch, lanes_of)
         self._measure_errors(plan, batch)
@@ -609,7 +615,7 @@ class PanelRunner:
     # --- cells ------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[int]:
-        """Run all cells; yields how many rows, draws included, have been finished."""
+        """Run all cells; yields the numbers of finished rows, including noise draws."""
         plans = self.running
         if not plans:
             self.runs.forget()
@@ -679,8 +685,8 @@ class PanelRunner:
         measured.empty_gaps()
 
     def _drop_unusable(self) -> None:
-        """Drop the rows that can't be used in some cell from all cells, and from those of what an
-        experiment is set against."""
+        """Drop rows with NaN or infinity in some cell from all cells of the experiment and its
+        controls."""
         rows: dict[str, set[int]] = {}
         for plan in self.running:
             own = self.measured[plan.experiment.key].unusable
@@ -707,7 +713,7 @@ class PanelRunner:
         member: PassMember,
         broken: Bools,
     ) -> None:
-        """Rows of a pass can't be used; without `allow_nan` that loses their experiment."""
+        """Record rows with NaN or infinity; without `allow_nan`, the experiment is lost."""
         plan = self.running[member.number]
         measured = self.measured[plan.experiment.key]
         seen = [self._row_of(member, row) for row in np.flatnonzero(broken).tolist()]
@@ -719,7 +725,7 @@ class PanelRunner:
         self._lose_not_finite(plan, place, 1)
 
     def _saw_no_value(self, member: PassMember, found: ReadoutResult) -> None:
-        """Measures that can't be computed in rows of a pass, and cells that have no value."""
+        """Record measures that can't be computed in rows of a pass, and cells without a value."""
         plan = self.running[member.number]
         measured = self.measured[plan.experiment.key]
         for number, failed in found.failed.items():
@@ -737,7 +743,7 @@ class PanelRunner:
                 measured.lacks(number, cell, self._row_of(member, row), gap.reason)
 
     def _row_of(self, member: PassMember, row: int) -> UnusableRow:
-        """A row of a pass, as it is named."""
+        """Return the prompt, run and cell of a row, for a message."""
         plan, rows = self.running[member.number], member.rows
         words = describe_cell(plan, int(rows.cell[row]))
         return UnusableRow(int(rows.prompt[row]), plan.experiment.spec.base, words)
@@ -762,7 +768,7 @@ class PanelRunner:
         values: Sequence[Floats],
         totals: Sequence[tuple[Floats, Floats]],
     ) -> None:
-        """Add values of rows to their cells."""
+        """Add the values of rows to the sums and counts of their cells."""
         measured = self.measured[self.running[number].experiment.key]
         columns = np.searchsorted(measured.kept, rows.prompt)
         for (sums, counts), value in zip(totals, values, strict=True):
@@ -772,8 +778,10 @@ class PanelRunner:
     # --- the size of a pass ---------------------------------------------------------------------
 
     def measure_sizes(self) -> None:
-        """Settle the size of a pass by trying some on rows of the first batch, where there is
-        enough to run. Their values are thrown away."""
+        """Choose the size of a pass by trials on the first batch, if there are enough rows to run.
+
+        The values of the trials are discarded.
+        """
         enough = MIN_TRIAL_PASSES * self.sizes.pass_tokens
         if self.runs.writer is not None:  # its passes are laid out by the tokens of replies
             return
@@ -806,8 +814,14 @@ class PanelRunner:
     def _patched(
         self, patcher: Patcher, shared: SharedRows, batch: Ints, rows_of: Sequence[RowTable]
     ) -> Iterator[tuple[PassMember, list[Floats]]]:
-        """All distinct rows in passes of a good size, with the values of their members. rows_of:
-        all of each experiment."""
+        """Run all distinct rows in passes of the chosen size; yields members with their values.
+
+        Args:
+            patcher: Runner of the passes.
+            shared: The distinct rows.
+            batch: The prompts.
+            rows_of: All rows of each experiment.
+        """
         widths, _ = compute_row_widths(shared, self.runs.shortcuts, self.running)
         for run, group in group_rows(shared, self.plan, self.running, widths):
             replies = self._group_replies(patcher, shared, group, run, batch)
@@ -848,8 +862,10 @@ class PanelRunner:
     def _estimated(
         self, patcher: Patcher, number: int, rows: RowTable, batch: Ints
     ) -> Iterator[tuple[RowTable, list[Floats]]]:
-        """Rows of an experiment whose effects are estimated, some prompts at a time: what is kept
-        for the way back is of all blocks."""
+        """Estimate the effects of rows; yields rows with their values, some prompts at a time.
+
+        The activations that backward passes need, of all blocks, limit the number of prompts.
+        """
         plan, key = self.running[number], self.running[number].experiment.key
         if not len(rows):
             return
@@ -892,7 +908,7 @@ class PanelRunner:
     def _own(
         self, shared: SharedRows, chosen: Ints
     ) -> list[tuple[PassMember, list[Floats]]] | None:
-        """What a pass gave, where this run has been through it before it was cut short."""
+        """Return the values of a pass if this run computed it before it was interrupted."""
         if not any(found.any_own for found in self.patched_values.values()):
             return None
         read: list[tuple[PassMember, list[Floats]]] = []
@@ -927,8 +943,11 @@ class PanelRunner:
         batch: Ints,
         replies: GroupGenerator | None,
     ) -> list[tuple[Ints, PassMember, ReadoutResult]]:
-        """One pass over the chosen distinct rows: what is found in those of each member, and which
-        rows were run; without those of experiments that are lost."""
+        """Run one pass over the chosen distinct rows, without rows of lost experiments.
+
+        Returns:
+            For each member: the distinct rows that were run, the member, and its values.
+        """
         used = self._used(shared, chosen)
         if not len(used):
             return []
@@ -938,19 +957,19 @@ class PanelRunner:
         return [(used, member, found) for member, found in every]
 
     def _members(self, shared: SharedRows, chosen: Ints) -> list[PassMember]:
-        """Those of the chosen distinct rows whose experiments aren't lost."""
+        """Return the members of the chosen distinct rows whose experiments aren't lost."""
         lost = [get_owner_key(plan) in self.lost for plan in self.running]
         return [each for each in list_members(shared, chosen) if not lost[each.number]]
 
     def _used(self, shared: SharedRows, chosen: Ints) -> Ints:
-        """The chosen distinct rows that such a member has."""
+        """Return the chosen distinct rows that a member of `_members` has."""
         at = [member.at for member in self._members(shared, chosen)]
         return chosen[np.unique(np.concatenate(at))] if at else chosen[:0]
 
     def _group_replies(
         self, patcher: Patcher, shared: SharedRows, group: Ints, run: PromptRun, batch: Ints
     ) -> GroupGenerator | None:
-        """What writes the replies of a group's rows; None where none are written."""
+        """Return the generator of completions for a group of rows; None without `generate`."""
         writer, model = self.runs.writer, self.runs.model
         if writer is None:
             return None
@@ -966,7 +985,7 @@ class PanelRunner:
 
 
 def _report_autograd_failure(plan: ExperimentPlan, failed: AutogradFailed) -> NoEstimate:
-    """What autograd says of the model."""
+    """Return the diagnostic for an estimate whose gradients can't be computed on the model."""
     estimator = plan.experiment.spec.estimator
     assert estimator is not None
     known = isinstance(failed, RuleNotApplied)
@@ -982,17 +1001,16 @@ def _report_autograd_failure(plan: ExperimentPlan, failed: AutogradFailed) -> No
 
 @dataclass
 class Execution:
-    """What a run of a plan left: values, and what could not be computed."""
+    """Result of running a plan: measured values, and the experiments that could not be computed."""
 
     measured: dict[str, MeasuredValues] = field(default_factory=dict[str, MeasuredValues])
     lost: dict[str, list[Diagnostic]] = field(default_factory=dict[str, list[Diagnostic]])
-    """Experiments that could not be computed → why. Those that they are set against (controls) are
-    not listed apart."""
+    """Experiments that could not be computed → reasons; their controls aren't listed separately."""
     profile: ExecutionProfile = field(default_factory=ExecutionProfile)
 
     @property
     def diagnostics(self) -> list[Diagnostic]:
-        """Why experiments, measures or cells could not be computed, each reason once."""
+        """Reasons why experiments, measures or cells could not be computed, without duplicates."""
         parts = [d for each in self.measured.values() for d in each.refused.values()]
         whole = [d for found in self.lost.values() for d in found]
         own = [each for each in self.measured.values() if each.experiment.control_of is None]
@@ -1005,7 +1023,7 @@ def choose_pass_sizes(
     models: Mapping[str, LoadedModel],
     options: ExecutionOptions,
 ) -> PassSizer:
-    """What a run of these experiments is laid out by, before anything is measured."""
+    """Return the initial pass sizes of a run, before any trial."""
     uses = [(models[name], each.table) for each in experiments for name in each.models]
     return PassSizer.of(options.pass_tokens, options.prompt_tokens, uses)
 
@@ -1019,13 +1037,21 @@ def execute(
     *,
     check: MeasureCheck,
 ) -> Execution:
-    """Run every panel. `keep` and what `check` looks at are checked for all before any cell runs;
-    an experiment or a measure that can't be computed costs no other.
+    """Run every panel.
 
-    kept: where values are looked up and kept. sizes: of the run that this is a part of; they are
-    settled here if they aren't yet.
-    Codes: E0223, E0613, E0621, E0631, W0762 and those of `check`. Raises what the model raises; it
-    is left without hooks in any case.
+    All `keep` conditions and checks are evaluated before any cell runs. An experiment or a measure
+    that can't be computed doesn't affect others. The models have no hooks afterwards, also if one
+    of them raises an exception.
+
+    Args:
+        plan: The plan of a file.
+        models: Name in the file → loaded model.
+        options: Options of the run.
+        kept: Cache of values; None: none.
+        sizes: Pass sizes of the enclosing run; chosen here if they aren't settled.
+        check: Finds measures that can't be computed from the values of unpatched runs.
+
+    Codes: E0223, E0613, E0621, E0631, W0762 and those of `check`.
     """
     options = options or ExecutionOptions()
     if sizes is None:
@@ -1033,7 +1059,7 @@ def execute(
         sizes = choose_pass_sizes(experiments, models, options)
     execution = Execution()
     if kept is not None:
-        kept.settle(sizes)  # batches of prompts hang on them too
+        kept.settle(sizes)  # batches of prompts depend on them too
     runners = _prepare_runners(plan, models, options, sizes, execution, kept, check)
     if runners and not sizes.settled:
         max(runners, key=lambda runner: runner.due_rows()).measure_sizes()
@@ -1061,7 +1087,7 @@ def _prepare_runners(
     kept: RunCache | None,
     check: MeasureCheck,
 ) -> list[PanelRunner]:
-    """Runners whose unpatched runs are done."""
+    """Create the runners of all panels and compute their unpatched runs."""
     runners: list[PanelRunner] = []
     for panel in plan.panels:
         make = partial(
@@ -1085,7 +1111,7 @@ def _prepare_runners(
 
 
 def _prepare_runner(make: Callable[[], PanelRunner], check: MeasureCheck) -> PanelRunner:
-    """A runner whose unpatched runs are done: anew in smaller batches whenever memory runs out."""
+    """Create a runner and compute its unpatched runs, with smaller batches if memory runs out."""
     while True:
         runner = make()
         try:
