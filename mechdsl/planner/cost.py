@@ -60,7 +60,7 @@ from mechdsl.resolve.types import (
     find_image_layout,
     iter_fitted_vectors,
 )
-from mechdsl.vocab.sites import stop_layer
+from mechdsl.vocab.sites import SITES, stop_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -801,17 +801,26 @@ def _count_edge_work(
 ) -> int:
     """Each receiver sums what its senders gain, each query, key or value is projected again, and
     the neurons of a layer are computed for each distinct input of these."""
-    layers = [-1 if of.site == "resid_pre" else of.layer or 0 for of in senders.points]
-    heads = sum(of.site == "z" for of in senders.points)
+    components = [SITES[of.site].component for of in senders.points]
+    layers = [
+        -1 if component == "resid_pre" else of.layer or 0
+        for of, component in zip(senders.points, components, strict=True)
+    ]
+    heads = components.count("z")
     neurons = sum(
         1 if of.unit is not None else shape.d_mlp
         for of in senders.points
         if of.site == "mlp_hidden"
     )
-    projected = sum(to.site in ("q", "k", "v") for to in receivers.points)
+    reads = [SITES[to.site] for to in receivers.points]
+    projected = sum(kind.component in ("q", "k", "v") for kind in reads)
+    at_the_end = [
+        to.layer is None or (kind.stack == "cross" and kind.side == "source")
+        for to, kind in zip(receivers.points, reads, strict=True)
+    ]
     summed = sum(
-        sum(layer < shape.n_layers if to.layer is None else layer < to.layer for layer in layers)
-        for to in receivers.points
+        len(layers) if ends else sum(layer < (to.layer or 0) for layer in layers)
+        for to, ends in zip(receivers.points, at_the_end, strict=True)
     )
     read = _count_neuron_inputs(senders, receivers) * (block.mlp - shape.d_model * shape.d_mlp)
     return shape.d_model * (summed + (projected + heads) * shape.d_head + neurons) + read

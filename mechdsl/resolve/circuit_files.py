@@ -33,6 +33,10 @@ from mechdsl.syntax.traversal import number_names
 EMBEDDING = SitePoint("resid_pre", 0, None)
 """The sender `embed`: the stream that enters the first block."""
 
+ENCODER_EMBEDDING = SitePoint("resid_pre encoder", 0, None)
+"""The sender `embed encoder`: the stream that enters the first block of an encoder-decoder's
+encoder."""
+
 END = SitePoint("logits", None, None)
 
 NamedEdge: TypeAlias = tuple[CircuitEdge, str | None]

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import chain, product
 from random import Random
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile
@@ -33,7 +33,13 @@ from mechdsl.program.spec import constant_value
 from mechdsl.program.trainers import SearchLevel
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import counts_from_end, list_token_places
-from mechdsl.resolve.circuit_files import EMBEDDING, END, SavedCircuit, read_circuit
+from mechdsl.resolve.circuit_files import (
+    EMBEDDING,
+    ENCODER_EMBEDDING,
+    END,
+    SavedCircuit,
+    read_circuit,
+)
 from mechdsl.resolve.findings import PickError, count_picked
 from mechdsl.resolve.sites import (
     ExperimentContext,
@@ -65,10 +71,15 @@ from mechdsl.resolve.types import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.vocab.effects import CircuitBaseline
+from mechdsl.vocab.sites import SITES, TokenSide
 
 SENDER_WORDS = "`embed`, `L0H1`, `L0.mlp` or `L0N3`"
 
 RECEIVER_WORDS = "`L1H0.q`, `L1H0.k`, `L1H0.v`, `L1.mlp`, `L1N3` or `logits`"
+
+STACK_SENDERS = "`L0H1`, `L0.mlp`, `z cross layer 0 head 1` or `mlp_out encoder layer 0`"
+
+STACK_RECEIVERS = "`L1H0.q`, `logits`, `q cross layer 1 head 0` or `v cross layer 1 head 0`"
 
 NEURONS = "mlp_hidden"
 """Site of neurons, which are senders and receivers."""
@@ -107,6 +118,13 @@ NEURON_NOTE = (
 )
 
 
+STREAM_NOTE = (
+    "edges of the encoder are ablated at tokens that it reads, edges of the decoder at its own; "
+    "keys and values of `cross` are receivers of the encoder, which they read after its last block "
+    "and final norm; `embed encoder` is the stream that enters block 0 of the encoder"
+)
+
+
 def resolve_circuit(
     circuit: spec.Circuit, rule: spec.Rule, work: ExperimentContext
 ) -> tuple[SiteTargets, CircuitTargets] | None:
@@ -122,7 +140,7 @@ def resolve_circuit(
     edges = find_circuit_edges(circuit, rule.site.span, work)
     if edges is None:
         return None
-    every, classes = edges.every, _list_classes(edges.places)
+    every, tokens = edges.every, _TokenClasses.of(edges.places, work)
     picked = _pick_edges(circuit, edges, rule.site, work)
     if picked is None:
         return None
@@ -145,7 +163,7 @@ def resolve_circuit(
         }
         labels = dict.fromkeys(left, f"{labels[()]} without one edge")
         axes = (EDGE_AXIS,)
-    ablated = {key: _list_ablated(every, own, classes, rule) for key, own in left.items()}
+    ablated = {key: _list_ablated(every, own, tokens, rule) for key, own in left.items()}
     if not any(chain.from_iterable(ablated.values())):
         _report_nothing_ablated(name, rule, len(every), work)
         return None
@@ -156,8 +174,9 @@ def resolve_circuit(
         ablated,
         every,
         named,
-        edges.places,
-        classes,
+        tokens.places,
+        tokens.classes,
+        tokens.encoder,
         edges.neurons,
         known,
         edges.digest,
@@ -214,6 +233,10 @@ def find_circuit_edges(
     if missing is not None:
         work.diagnostics.append(missing)
         return None
+    if circuit.source is not None and has_two_streams(shape):
+        what, later = "a circuit of a file in an encoder-decoder", "name its edges"
+        work.diagnostics.append(NotSupported(span=circuit.source.span, what=what, later=later))
+        return None
     before = len(work.diagnostics)
     saved = None if circuit.source is None else _read_saved(circuit.source, every, work)
     parts = _CircuitParts(work)
@@ -234,6 +257,8 @@ def find_circuit_edges(
     if has_errors(work.diagnostics[before:]):
         return None
     every, found = list_edges(shape, neurons) if neurons else every, parts.found
+    if shape.stands_in:  # edges of an encoder-decoder aren't among those of a placeholder
+        every = list(dict.fromkeys((*every, *found)))
     by_place = dict[EdgeAtPlace, float](parts.by_place)
     by_place |= {(edge, None): own for edge, own in zip(every, circuit.scores, strict=False)}
     scores = {edge: own for (edge, at), own in by_place.items() if at is None}
@@ -254,7 +279,7 @@ class _CircuitParts:
         self.places = dict[PositionCell, int]()
         self.by_place = dict[EdgeAtPlace, float]()
         self._work = work
-        self._cells = dict[ast.Position, PositionCell | None]()
+        self._cells = dict[tuple[ast.Position, TokenSide], PositionCell | None]()
 
     def add(
         self,
@@ -269,19 +294,30 @@ class _CircuitParts:
         Args:
             source: The call of a file that has the position.
         """
-        if at is not None and at not in self._cells:
-            self._cells[at] = self._resolve(at, source)
-        place = None if at is None else self._cells[at]
+        place = None if at is None or not edges else self._find_place(edges[0], at, source)
         number = None if place is None else self.places.setdefault(place, len(self.places))
         for each in edges:
             others = self.found.get(each, frozenset[int]())
             self.found[each] = None if number is None or others is None else others | {number}
             self.by_place |= {} if score is None else {(each, number): score}
 
-    def _resolve(self, at: ast.Position, source: ast.Call | None) -> PositionCell | None:
+    def _find_place(
+        self, edge: CircuitEdge, at: ast.Position, source: ast.Call | None
+    ) -> PositionCell | None:
+        """Return a position of an edge, which is resolved once."""
+        side: TokenSide = ""
+        if has_two_streams(self._work.sites.shape):
+            side = "source" if _is_in_encoder(edge) else "target"
+        if (at, side) not in self._cells:
+            self._cells[at, side] = self._resolve(at, side, source)
+        return self._cells[at, side]
+
+    def _resolve(
+        self, at: ast.Position, side: TokenSide, source: ast.Call | None
+    ) -> PositionCell | None:
         """Resolve a position; E0342 at the call for one of a file that doesn't fit the rows."""
         before = len(self._work.diagnostics)
-        cell = resolve_edge_place(at, self._work)
+        cell = resolve_edge_place(at, replace(self._work, side=side))
         if source is None:
             return cell
         new = self._work.diagnostics[before:]
@@ -336,6 +372,10 @@ def _check_neurons(
         edges: Those of each `A -> B` in the file.
     """
     count = sum(map(len, neurons.values()))
+    if has_two_streams(work.sites.shape):
+        what = "a circuit with neurons in an encoder-decoder"
+        later = "name whole MLPs such as `L0.mlp`"
+        work.diagnostics.append(NotSupported(span=circuit.span, what=what, later=later))
     if count > limits.CIRCUIT_NEURONS:
         work.diagnostics.append(_too_many_neurons(circuit.name, count, circuit.span))
     for node, own in edges:
@@ -383,10 +423,25 @@ def _read_saved(
         return None
 
 
-def _list_classes(places: Sequence[PositionCell]) -> tuple[frozenset[int], ...]:
-    """Return the distinct sets of places that have a token in common, after the empty set."""
-    found = {own for row in list_token_places(places) for own in row.values()}
-    return (frozenset(), *sorted(found, key=sorted))
+@record
+class _TokenClasses(Record):
+    """The tokens at which different edges of a circuit are ablated, as in `CircuitTargets`."""
+
+    places: tuple[PositionCell, ...] = ()
+    classes: tuple[frozenset[int], ...] = (frozenset(),)
+    encoder: int | None = None
+
+    @staticmethod
+    def of(places: tuple[PositionCell, ...], work: ExperimentContext) -> _TokenClasses:
+        """Return the classes of tokens for edges at some positions."""
+        encoder, classes = None, set[frozenset[int]]()
+        if has_two_streams(work.sites.shape):
+            rows = work.table.runs[work.experiment.base].rows
+            hits = tuple((tuple(range(row.source)),) for row in rows)
+            encoder, places = len(places), (*places, PositionCell("tokens of the encoder", hits))
+            classes.add(frozenset({encoder}))
+        classes.update(own for row in list_token_places(places) for own in row.values())
+        return _TokenClasses(places, (frozenset(), *sorted(classes, key=sorted)), encoder)
 
 
 def _label_edge(
@@ -489,16 +544,25 @@ def _report_nothing_ablated(
 def _list_ablated(
     every: Collection[CircuitEdge],
     named: PlacedEdges,
-    classes: Sequence[frozenset[int]],
+    tokens: _TokenClasses,
     rule: spec.Rule,
 ) -> tuple[tuple[CircuitEdge, ...], ...]:
     """Return the edges that a rule ablates if it names some edges, for each class of tokens in
     forward order."""
     found: list[tuple[CircuitEdge, ...]] = []
-    for places in classes:
+    for places in tokens.classes:
         own = {edge for edge, at in named.items() if at is None or at & places}
-        found.append(tuple(edge for edge in every if (edge in own) != rule.all_but))
+        here = [edge for edge in every if (edge in own) != rule.all_but]
+        if tokens.encoder is not None:
+            encodes = tokens.encoder in places
+            here = [edge for edge in here if _is_in_encoder(edge) == encodes]
+        found.append(tuple(here))
     return tuple(found)
+
+
+def _is_in_encoder(edge: CircuitEdge) -> bool:
+    """Whether an edge is in the stream of an encoder-decoder's encoder."""
+    return SITES[edge[0].site].stack == "encoder"
 
 
 def _list_senders(
@@ -524,8 +588,9 @@ def replace_circuit(
         label: Name of each of them in tables.
     """
     assert rule.circuit is not None
-    every, classes = rule.circuit.every, rule.circuit.classes
-    edges = {key: _list_ablated(every, own, classes, rule.spec) for key, own in named.items()}
+    every, own = rule.circuit.every, rule.circuit
+    tokens = _TokenClasses(own.places, own.classes, own.encoder)
+    edges = {key: _list_ablated(every, each, tokens, rule.spec) for key, each in named.items()}
     return replace(
         rule,
         sites=SiteTargets(axes, _list_senders(edges), dict.fromkeys(edges, label)),
@@ -541,7 +606,20 @@ def keep_baseline(rule: ResolvedRule, which: CircuitBaseline) -> ResolvedRule:
         return replace_circuit(rule, (), rule.circuit.named, which)
     named = dict.fromkeys(() if rule.spec.all_but else rule.circuit.every)
     unplaced = replace(rule.circuit, places=(), classes=(frozenset(),))
+    if rule.circuit.encoder is not None:
+        both, own = (frozenset[int](), frozenset({0})), rule.circuit.places[-1:]
+        unplaced = replace(rule.circuit, places=own, classes=both, encoder=0)
     return replace_circuit(replace(rule, circuit=unplaced), (), {(): named}, which)
+
+
+def has_two_streams(shape: ModelShape) -> bool:
+    """Whether circuits have edges in an encoder, and in the decoder that attends to it."""
+    return {"encoder", "cross"} <= shape.others.keys()
+
+
+def in_stack(site: str, stack: str) -> str:
+    """Return the name of a site in a stack: `z cross`."""
+    return f"{site} {stack}" if stack else site
 
 
 def list_edges(
@@ -552,26 +630,51 @@ def list_edges(
     Args:
         neurons: Neurons that are nodes, by layer; in these layers, all others are one node.
     """
-    senders, receivers = [EMBEDDING], list[SitePoint]()
-    for layer in range(shape.n_layers):
-        for site in ("q", "k", "v"):
-            receivers += (SitePoint(site, layer, n) for n in range(unit_count(shape, site, layer)))
-        senders += (SitePoint("z", layer, n) for n in range(unit_count(shape, "z", layer)))
-        if neurons and layer in neurons:
-            own = [SitePoint(NEURONS, layer, n) for n in neurons[layer]]
-            if len(own) < unit_count(shape, NEURONS, layer):
-                own.append(SitePoint(NEURONS, layer, None))
-            receivers += own
-            senders += own
-        elif shape.has("mlp_out", layer):
-            receivers.append(SitePoint("mlp_norm", layer, None))
-            senders.append(SitePoint("mlp_out", layer, None))
-    receivers.append(END)
+    two = has_two_streams(shape)
     return [
         (of, to)
-        for of, to in product(senders, receivers)
+        for stack in (("encoder", "") if two else ("",))
+        for of, to in product(*_list_nodes(shape, stack, neurons or {}))
         if precedes(of, to, parallel=shape.parallel_block)
     ]
+
+
+def _list_nodes(
+    shape: ModelShape, stack: Literal["", "encoder"], neurons: Mapping[int, tuple[int, ...]]
+) -> tuple[list[SitePoint], list[SitePoint]]:
+    """Return the senders and the receivers of a stream, in forward order; those of an encoder's
+    output are the keys and values of the attention to it.
+
+    Args:
+        neurons: Those of the main stack.
+    """
+    senders, receivers = [ENCODER_EMBEDDING if stack else EMBEDDING], list[SitePoint]()
+    own = shape.others[stack] if stack else shape
+    two = not stack and has_two_streams(shape)
+    for layer in range(own.n_layers):
+        for part in (stack, "cross") if two else (stack,):
+            for site in ("q",) if part == "cross" else ("q", "k", "v"):
+                receivers += _list_units(in_stack(site, part), layer, shape)
+            senders += _list_units(in_stack("z", part), layer, shape)
+        if not stack and layer in neurons:
+            nodes = [SitePoint(NEURONS, layer, n) for n in neurons[layer]]
+            if len(nodes) < unit_count(shape, NEURONS, layer):
+                nodes.append(SitePoint(NEURONS, layer, None))
+            receivers += nodes
+            senders += nodes
+        elif own.has("mlp_out", layer):
+            receivers.append(SitePoint(in_stack("mlp_norm", stack), layer, None))
+            senders.append(SitePoint(in_stack("mlp_out", stack), layer, None))
+    if not stack:
+        return senders, [*receivers, END]
+    for layer in range(shape.n_layers):
+        for site in ("k cross", "v cross"):
+            receivers += _list_units(site, layer, shape)
+    return senders, receivers
+
+
+def _list_units(site: str, layer: int, shape: ModelShape) -> Iterator[SitePoint]:
+    yield from (SitePoint(site, layer, n) for n in range(unit_count(shape, site, layer)))
 
 
 def _resolve_edge(edge: ast.SiteMap, work: ExperimentContext) -> list[CircuitEdge]:
@@ -589,12 +692,13 @@ def _resolve_edge(edge: ast.SiteMap, work: ExperimentContext) -> list[CircuitEdg
     )
     if not found and senders and receivers and not open_ends:
         later = [to for of, to in list_edges(shape) if of == senders[0]]
-        examples = dict.fromkeys(map(label_node, (*later[:2], END)))
+        last = later[-1] if later else END
+        examples = dict.fromkeys(map(label_node, (*later[:2], last)))
         problem = NoPath(
             span=edge.span,
             sender=edge.source.span.written,
             receiver=edge.target.span.written,
-            reason="the receiver reads before or at the sender",
+            reason=_explain_no_edge(senders[0], receivers[0]),
             example="`, `".join(examples),
         )
         if problem not in work.diagnostics:
@@ -602,13 +706,25 @@ def _resolve_edge(edge: ast.SiteMap, work: ExperimentContext) -> list[CircuitEdg
     return found
 
 
+def _explain_no_edge(sender: SitePoint, receiver: SitePoint) -> str:
+    """Return why a model has no edge between these ends."""
+    sends = SITES[sender.site].side == "source"
+    if sends == (SITES[receiver.site].side == "source"):
+        return "the receiver reads before or at the sender"
+    if sends:
+        return "the decoder reads the encoder only through `k cross` and `v cross`"
+    return "the receiver reads the encoder, which doesn't read the decoder"
+
+
 def _resolve_nodes(site: ast.Site, verb: str, work: ExperimentContext) -> list[SitePoint]:
     """Resolve one end of an edge; reports E0304, E0334 and errors of sites."""
     words = _SENDERS if verb == "start" else _RECEIVERS
-    bare = site.bare
-    if bare is not None and bare.id == "embed" and verb == "start":
+    named = "" if site.axes else " ".join(name.id for name in site.names)
+    if verb == "start" and named == "embed":
         return [EMBEDDING]
-    if bare is not None and words.get(bare.id) == "logits":
+    if verb == "start" and named == "embed encoder" and has_two_streams(work.sites.shape):
+        return [ENCODER_EMBEDDING]  # its token embedding isn't a site of every encoder
+    if words.get(named) == "logits":
         return [END]
     if any(isinstance(node, ast.RankedSelection) for node in walk(site)):
         what = "a pick from another experiment in a `circuit`"
@@ -635,13 +751,26 @@ def _resolve_nodes(site: ast.Site, verb: str, work: ExperimentContext) -> list[S
     if count > limits.CIRCUIT_NEURONS:
         work.diagnostics.append(_too_many_neurons(site.span.written, count, site.span))
         return []
-    wrong = next((p.site for p in points if p.site not in words), None)
+    ends = {point.site: _find_end(point.site, words) for point in points}
+    wrong = next((site for site, end in ends.items() if not end), None)
     if wrong is None:
         return [
-            SitePoint(words[point.site], point.layer, unit)
+            END if ends[point.site] == END.site else SitePoint(ends[point.site], layer, unit)
             for point in points
+            for layer in (point.layer or 0,)  # `embed encoder` has none
             for unit in _units(point, work.sites.shape)
         ]
+    work.diagnostics.append(_report_wrong_end(site, verb, wrong, work.sites.shape))
+    return []
+
+
+def _report_wrong_end(site: ast.Site, verb: str, wrong: str, shape: ModelShape) -> NotOnAPath:
+    """Report E0334 for a site that can't be an end of an edge.
+
+    Args:
+        verb: `start` or `end`.
+        wrong: The name of the site.
+    """
     is_head = verb == "end" and wrong in ("z", "head_out")
     reason = "its output isn't added to the stream as one of the components"
     if verb == "end":
@@ -650,15 +779,31 @@ def _resolve_nodes(site: ast.Site, verb: str, work: ExperimentContext) -> list[S
     hint = f"write one of its inputs: `{written}.q`, `{written}.k` or `{written}.v`"
     if not is_head:
         hint = f"write one of {SENDER_WORDS if verb == 'start' else RECEIVER_WORDS}"
-    work.diagnostics.append(
-        NotOnAPath(span=site.span, verb=verb, site=wrong, reason=reason, hint=hint)
-    )
-    return []
+        if has_two_streams(shape):
+            examples = STACK_SENDERS if verb == "start" else STACK_RECEIVERS
+            hint = f"write one such as {examples}"
+    elif has_two_streams(shape):
+        hint = f"write one of its inputs, such as {STACK_RECEIVERS}"
+    return NotOnAPath(span=site.span, verb=verb, site=wrong, reason=reason, hint=hint)
+
+
+def _find_end(site: str, ends: Mapping[str, str]) -> str:
+    """Return the site of the end of an edge that a site names; empty if there is none.
+
+    Args:
+        ends: `_SENDERS` or `_RECEIVERS`.
+    """
+    kind = SITES[site]
+    found = ends.get(kind.component, "")
+    if kind.stack and found in ("", "logits", NEURONS):
+        return ""
+    return in_stack(found, kind.stack)
 
 
 def _units(point: SitePoint, shape: ModelShape) -> Iterator[int | None]:
     """Yield the unit of a point, or each head or neuron if it names all of them."""
-    if point.unit is None and point.site in ("q", "k", "v", "z", "head_out", NEURONS):
+    component = SITES[point.site].component
+    if point.unit is None and component in ("q", "k", "v", "z", "head_out", NEURONS):
         yield from range(unit_count(shape, point.site, point.layer))
     else:
         yield point.unit
@@ -668,10 +813,7 @@ def describe_circuit(rule: ResolvedRule) -> str:
     """Describe what a rule ablates: `all but c: 118 of 121 edges`."""
     assert rule.circuit is not None
     assert rule.sites is not None
-    there = find_classes(rule.circuit, rule.positions)
-    every = rule.circuit.edges.values()
-    counts = sorted({len(own[number]) for own in every for number in there})
-    ablated = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+    ablated = _list_counts(_count_ablated(rule).values())
     label = next(iter(rule.sites.labels.values()))
     if len(set(rule.sites.labels.values())) > 1:
         assert rule.spec.site is not None
@@ -679,6 +821,33 @@ def describe_circuit(rule: ResolvedRule) -> str:
         label = before + rule.spec.site.span.written
     total = count_noun(len(rule.circuit.every), "edge")
     return f"`{label}`: {ablated} of {total} ablated"
+
+
+def _count_ablated(rule: ResolvedRule) -> dict[bool, set[int]]:
+    """Return the numbers of edges that are ablated at some token of the decoder (False) and of an
+    encoder (True)."""
+    assert rule.circuit is not None
+    every, encoder = rule.circuit.edges.values(), rule.circuit.encoder
+    found: dict[bool, set[int]] = defaultdict(set)
+    for number in find_classes(rule.circuit, rule.positions):
+        found[encoder in rule.circuit.classes[number]].update(len(own[number]) for own in every)
+    return found
+
+
+def _list_counts(counts: Collection[set[int]]) -> str:
+    """Format the sum of a number of each set: `3`, `3 to 5`."""
+    ends = sum(map(min, counts)), sum(map(max, counts))
+    return " to ".join(f"{count:,}" for count in dict.fromkeys(ends))
+
+
+def describe_streams(rule: ResolvedRule) -> Iterator[Convention]:
+    """Yield how many edges of the encoder and of the decoder of an encoder-decoder are ablated."""
+    if rule.circuit is None or rule.circuit.encoder is None:
+        return
+    counts = _count_ablated(rule)
+    encoder, decoder = (_list_counts([counts[n]] if n in counts else []) for n in (True, False))
+    text = f"{encoder} ablated edges in the encoder, {decoder} in the decoder"
+    yield Convention("streams of circuits", text, STREAM_NOTE)
 
 
 def describe_places(rule: ResolvedRule) -> Iterator[Convention]:
@@ -718,7 +887,7 @@ def check_ablated_tokens(
     if any(own[number] for own in circuit.edges.values() for number in there):
         return
     assert rule.site is not None
-    at = ", ".join(f"`{describe_position(place.label)}`" for place in circuit.places)
+    at = ", ".join(f"`{describe_position(place.label)}`" for place in circuit.edge_places)
     reason = f"ablates no edge at `{rule.at.span.written}`: its edges are at {at}"
     hint = "write `at tokens *`"
     if rule.all_but:
@@ -726,6 +895,43 @@ def check_ablated_tokens(
         hint = "write other tokens, or name fewer edges"
     bad = BadArgument(span=rule.site.span, name=circuit.name, reason=reason, hint=hint)
     work.diagnostics.append(bad)
+
+
+def find_circuit_side(
+    circuit: CircuitTargets, positions: ast.Positions, work: ExperimentContext
+) -> TokenSide:
+    """Return which tokens the positions of a rule on a circuit name, in an encoder-decoder.
+
+    They are those of the stream with all ablated edges. If both streams have some, `tokens *` are
+    the tokens of both, spans are those of the prompt, and other positions are the decoder's; E0108
+    for spans together with these.
+    """
+    if circuit.encoder is None:
+        return work.side
+    sides = {
+        circuit.encoder in places
+        for own in circuit.edges.values()
+        for places, edges in zip(circuit.classes, own, strict=True)
+        if edges
+    }
+    if len(sides) == 1:
+        return "source" if True in sides else "target"
+    nodes = list(walk(positions))
+    plain = {
+        node.span.written
+        for node in nodes
+        if (isinstance(node, ast.TokenIndex) and node.low is not None)
+        or (isinstance(node, ast.EdgeToken) and node.of is None)
+    }
+    spans = any(isinstance(node, ast.SpanRef | ast.RankedTokens) for node in nodes)
+    if spans and plain:
+        what = f"`{min(plain)}` together with a part of the prompt, for a circuit whose ablated "
+        what += "edges are in the encoder and in the decoder,"
+        later = "write `tokens *`, or an experiment for each"
+        work.diagnostics.append(NotSupported(span=positions.span, what=what, later=later))
+    if spans:
+        return "source"
+    return "target" if plain else ""
 
 
 def find_classes(circuit: CircuitTargets, positions: PositionTargets) -> set[int]:
@@ -918,19 +1124,29 @@ class GraphNumbers(Generic[EdgeT, NodeT]):
         return leading
 
 
+def _name_output(receiver: SitePoint) -> str:
+    """Return the site of the output of heads or an MLP by that of their input."""
+    stack = SITES[receiver.site].stack
+    return in_stack("mlp_out" if receiver.unit is None else "z", stack)
+
+
 class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
     """The nodes and edges of a model."""
 
-    starts = frozenset((EMBEDDING,))
     end = END
 
     def __init__(self, shape: ModelShape) -> None:
         self.every = list_edges(shape)
         self._nodes: dict[SitePoint, list[SitePoint]] = {END: [END]}
+        self._entrances = dict.fromkeys(
+            of for of, _ in self.every if of in (EMBEDDING, ENCODER_EMBEDDING)
+        )
+        self.starts = frozenset(self._entrances)
         self._shared: dict[tuple[str, int | None], int] = {
-            (site, layer): unit_count(shape, "z", layer) // unit_count(shape, site, layer)
-            for layer in range(shape.n_layers)
-            for site in ("q", "k", "v")
+            (to.site, to.layer): unit_count(shape, _name_output(to), to.layer)
+            // unit_count(shape, to.site, to.layer)
+            for to in dict.fromkeys(to for _, to in self.every)
+            if to.unit is not None
         }
 
     def links(self, edge: CircuitEdge) -> list[tuple[SitePoint, list[SitePoint]]]:
@@ -943,12 +1159,13 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         return self._nodes[receiver]
 
     def _list_nodes_of(self, receiver: SitePoint) -> Iterator[SitePoint]:
+        output = _name_output(receiver)
         if receiver.unit is None:
-            yield SitePoint("mlp_out", receiver.layer, None)
+            yield SitePoint(output, receiver.layer, None)
             return
         shared = self._shared[receiver.site, receiver.layer]
         first = receiver.unit * shared
-        yield from (SitePoint("z", receiver.layer, n) for n in range(first, first + shared))
+        yield from (SitePoint(output, receiver.layer, n) for n in range(first, first + shared))
 
     def list_search_steps(self, levels: Sequence[SearchLevel]) -> list[SearchStep]:
         """List the steps of a search, level after level, each from the end of the model
@@ -960,7 +1177,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         """Yield steps that ablate the outputs of all nodes of a module, or of one of several."""
         modules: dict[SitePoint, list[list[CircuitEdge]]] = defaultdict(list)
         for of, edges in reversed(self.after.items()):
-            if of != EMBEDDING:
+            if of not in self.starts:
                 modules[replace(of, unit=None)].append(edges)
         for module, nodes in modules.items():
             if level == "blocks":
@@ -970,7 +1187,9 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
 
     def _list_inputs(self, level: SearchLevel) -> Iterator[SearchStep]:
         """Yield steps that ablate the whole input of a query, key or value, or one edge."""
-        inputs: dict[SitePoint, list[CircuitEdge]] = {to: [] for _, to in self.after[EMBEDDING]}
+        inputs: dict[SitePoint, list[CircuitEdge]] = {
+            to: [] for entrance in self._entrances for _, to in self.after[entrance]
+        }
         for edge in reversed(self.every):
             inputs[edge[1]].append(edge)
         for to, edges in reversed(inputs.items()):
@@ -1240,7 +1459,7 @@ def ask_circuits(
     circuit, and all tokens after them."""
     circuit, shape, seed = rule.circuit, experiment.model.shape, experiment.seed
     assert circuit is not None
-    if not circuit.places:
+    if not circuit.edge_places:
         return AskedCircuits(shape, frozenset(own), seed, count)
     order, groups = _group_tokens(experiment, rule, circuit), range(len(circuit.classes))
     places = [

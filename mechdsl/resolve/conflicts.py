@@ -24,6 +24,7 @@ from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisTargets,
+    CircuitTargets,
     OutputWeights,
     PathTargets,
     PositionTargets,
@@ -566,13 +567,21 @@ def _check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnosti
     for rule in experiment.every_rule:
         verb = _name_rule(rule)
         if rule.circuit is not None:
-            what, hint = f"`{verb}` of a circuit", EDGES_HINT
+            if not _is_trained(rule.circuit, experiment):
+                continue
+            what, hint = f"`{verb}` of a trained circuit", EDGES_HINT
         elif verb not in _IN_ENCODER_DECODERS:
             what, hint = f"`{verb}`", _OTHER_STACK_HINTS.get(verb, ENCODER_DECODER_HINT)
         else:
             continue
         what += " in an encoder-decoder"
         yield NotSupported(span=rule.spec.span, what=what, later=hint)
+
+
+def _is_trained(circuit: CircuitTargets, experiment: ResolvedExperiment) -> bool:
+    """Whether a training chooses the edges of a circuit."""
+    masks = {mask.training.definition for mask in experiment.masks}
+    return circuit.waits or circuit.name == spec.EVERY_EDGE or circuit.name in masks
 
 
 def _check_decoder_measures(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
@@ -683,10 +692,7 @@ ENCODER_DECODER_HINT = (
     "docs/load-models.md lists what is computed for encoder-decoders: `patch`, `ablate`, `add`, …"
 )
 
-EDGES_HINT = (
-    "edges are those of one stream, but cross attention reads another one, the encoder's: patch "
-    "the sender, as in `patch z cross layer 2 head 1 at last token`"
-)
+EDGES_HINT = "name its edges, as in `circuit c = z cross layer 0 head 1 -> q cross layer 2 head 0`"
 
 _OTHER_STACK_HINTS = {
     "replace block": "its blocks also attend to the encoder: ablate `attn_out` and `mlp_out`",
@@ -815,6 +821,7 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     for rule in (*others, *experiment.rules):
         points = () if rule.sites is None else rule.sites.points.values()
         sites = {point.site for here in points for point in here}
+        read = {site for site in sites if SITES[site].component in READ_BY_RECEIVERS}
         layers = {p.layer for here in points for p in here if p.site == "mlp_out"}
         what, later = "", "write an experiment for each"
         if rule.path is not None and rule.path.frozen_norms:
@@ -829,8 +836,8 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
             later = f"name its neurons: `mlp_hidden layer {min(neurons & layers)}`"
         elif rule.circuit is not None and rule is not rules[0] and rule.only is None:
             what, later = "a second circuit", "join the edges of both in one `circuit`"
-        elif rule.circuit is None and rule.does.changes == "sites" and sites & {*READ_BY_RECEIVERS}:
-            what = f"a rule on `{min(sites & {*READ_BY_RECEIVERS})}` together with a circuit"
+        elif rule.circuit is None and rule.does.changes == "sites" and read:
+            what = f"a rule on `{min(read)}` together with a circuit"
         elif rule.does.changes == "blocks":
             what = "`replace block` together with a circuit"
         if what:

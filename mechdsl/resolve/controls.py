@@ -694,6 +694,10 @@ def _build_circuit_control(
         if circuit.neurons:
             reason = "random circuits aren't drawn for a circuit with neurons"
             raise _NoDraws(reason, "remove this line, or name whole MLPs such as `L0.mlp`")
+        if circuit.edge_places and circuit.encoder is not None:
+            reason = "random circuits with positions aren't drawn in an encoder-decoder, where an "
+            reason += "edge of one text has no tokens of the other"
+            raise _NoDraws(reason, "remove this line, or the positions of edges")
         drawn, counts, like = _draw_circuits(experiment, rule, circuit, draws)
         label = f"random circuit like {next(iter(sites.labels.values()))}"
         rules.append(replace_circuit(rule, (DRAW_AXIS, *sites.axes), drawn, label))
@@ -783,7 +787,7 @@ def _draw_circuits(
             others = max(others, counts[key])
         edges = [list_drawn_edges(asked, each) for each in found.circuits]
         drawn |= {(n, *key): edges[n] if n < len(edges) else own for n in range(draws)}
-    noun = "edge at positions" if circuit.places else "edge"
+    noun = "edge at positions" if circuit.edge_places else "edge"
     sizes = sorted({count_placed(own) for own in circuit.named.values()})
     size = _list_sizes(sizes, noun)
     if not circuit.waits and others == 0:
@@ -795,7 +799,7 @@ def _draw_circuits(
         reason = f"there is only one other circuit with {size}" if others == 1 else reason
         raise _NoAlternatives(reason, f"write `against random({others})`")
     path = ", each on a path from `embed` to `logits`" if every_path else ""
-    if circuit.places:
+    if circuit.edge_places:
         size += ", the same number at each position"
         path += " through tokens at its positions" if path else ""
     few = "; fewer draws where there are fewer circuits" if min(counts.values()) < draws else ""

@@ -1667,9 +1667,14 @@ def label_all_points(points: Sequence[SitePoint]) -> str:
 
 def label_node(point: SitePoint) -> str:
     """Format one end of an edge as a file names it: `embed`, `L0H1`, `L1H0.q`, `L1.mlp`, `L1N3`,
-    `logits`."""
+    `logits`; in another stack `embed encoder`, `q cross layer 1 head 0`."""
     if point.layer is None:
         return "logits"
+    if SITES[point.site].stack:
+        if SITES[point.site].component == "resid_pre":
+            return f"embed {SITES[point.site].stack}"
+        unit = "" if point.unit is None else f" head {point.unit}"
+        return f"{point.site} layer {point.layer}{unit}"
     if point.site == "mlp_hidden":
         return f"L{point.layer}N{'*' if point.unit is None else point.unit}"
     if point.unit is None:

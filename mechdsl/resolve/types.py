@@ -999,6 +999,9 @@ class CircuitTargets(Record):
     """Positions of edges in the base run, once each; a row has one run of tokens at each."""
     classes: tuple[frozenset[int], ...] = (frozenset(),)
     """Distinct sets of places, by number, that have a token in common; the first is empty."""
+    encoder: int | None = None
+    """Number of the place of all tokens of an encoder-decoder's encoder, which is the last one; at
+    its tokens, edges of the encoder are ablated, and at all others those of the decoder."""
     neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     """The neurons that are nodes, by layer; the others of these layers are one node together."""
     scores: Mapping[EdgeAtPlace, float] = field(
@@ -1011,6 +1014,11 @@ class CircuitTargets(Record):
     """How its edges were read from a file, for conventions."""
     waits: bool = field(default=False, compare=False)
     """Whether a training chooses its edges and hasn't run, so that they are placeholders."""
+
+    @property
+    def edge_places(self) -> tuple[PositionCell, ...]:
+        """The positions of edges, without the place of all tokens of an encoder."""
+        return self.places if self.encoder is None else self.places[: self.encoder]
 
 
 @record

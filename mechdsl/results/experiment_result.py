@@ -211,7 +211,8 @@ class ResultCircuit(Record):
     """Whether the heads and the MLP of a block read the same stream."""
     edges: tuple[tuple[str, str], ...]
     """(sender, receiver), as in a file: `embed`, `L0H1`, `L0.mlp`, `L0N3`; `L1H0.q`, `L1.mlp`,
-    `L1N2`, `logits`. For an attribution graph, the labels of its nodes."""
+    `L1N2`, `logits`; in another stack `z cross layer 0 head 1`. For an attribution graph, the
+    labels of its nodes."""
     scores: tuple[float, ...]
     """The score of each edge; empty if they have none."""
     total: int
@@ -229,6 +230,12 @@ class ResultCircuit(Record):
         """Whether some of its nodes are neurons."""
         ends = () if self.graph is not None else chain.from_iterable(self.edges)
         return any(re.fullmatch(r"L\d+N\d+", end) for end in ends)
+
+    @property
+    def has_stacks(self) -> bool:
+        """Whether some of its nodes are in another stack: `z cross layer 0 head 1`."""
+        ends = () if self.graph is not None else chain.from_iterable(self.edges)
+        return any(" " in end for end in ends)
 
 
 TEXT_RENDERER = "mechdsl.show.output:experiment_text"

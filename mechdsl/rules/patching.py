@@ -20,6 +20,8 @@ from mechdsl.resolve.circuits import (
     describe_circuit,
     describe_neurons,
     describe_places,
+    describe_streams,
+    find_circuit_side,
     resolve_circuit,
 )
 from mechdsl.resolve.runs import RuleKind
@@ -198,8 +200,9 @@ class AblateRule(RuleKind):
         circuit, definition = None, _find_circuit(rule, work)
         if definition is not None:
             found = resolve_circuit(definition, rule, work)
-            positions = resolve_rule_positions(rule, read, work, apart)
             sites, circuit = (None, None) if found is None else found
+            side = "" if circuit is None else find_circuit_side(circuit, rule.at, work)
+            positions = resolve_rule_positions(rule, read, replace(work, side=side), apart)
             if circuit is not None and positions is not None:
                 check_ablated_tokens(circuit, positions, rule, work)
             does = None if does is None else CIRCUIT_FILLS[does.name]
@@ -235,6 +238,7 @@ class CircuitFill(Intervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from super().conventions(rule, n_layers)
         yield Convention("circuit", describe_circuit(rule), CIRCUIT_NOTE)
+        yield from describe_streams(rule)
         yield from describe_places(rule)
         yield from describe_neurons(rule)
         if rule.circuit is not None and rule.circuit.made:

@@ -259,6 +259,7 @@ def check_report(
     circuit: bool | None = None,
     placed: bool = False,
     neurons: bool = False,
+    encodes: bool = False,
 ) -> list[Diagnostic]:
     """Check a `report` line: E0108, E0203, E0607.
 
@@ -270,6 +271,7 @@ def check_report(
         circuit: Whether rules ablate a circuit.
         placed: Whether edges of this circuit have positions.
         neurons: Whether some of its nodes are neurons.
+        encodes: Whether it is one of an encoder-decoder.
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
@@ -281,8 +283,8 @@ def check_report(
         later = f"reports that can be drawn are {', '.join(shown)}"
         return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
     to_json = kind.of_circuits and report.file and report.file.lower().endswith(".json")
-    if to_json and (placed or neurons):
-        lacks, of = "neurons", "with neurons"
+    if to_json and (placed or neurons or encodes):
+        lacks, of = ("neurons", "with neurons") if neurons else ("encoder", "of an encoder-decoder")
         if placed:
             lacks, of = "positions", "whose edges have positions"
         what = f'`report {kind.name} to "{report.file}"` of a circuit {of}'

@@ -485,6 +485,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "every": "the edges of the model, whose key is part of the key",
         "named": "`edges` are those that are ablated",
         "classes": "sets of `places`; `edges` are those of each class",
+        "encoder": "the number of one of `places`; `edges` are those of each class",
         "name": SHOWN,
         "scores": SHOWN,
         "digest": "`edges` are those that are ablated",

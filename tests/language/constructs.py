@@ -290,7 +290,7 @@ _file(
     "with the same number of edges; if each edge is on a path of the circuit from `embed` to "
     "`logits`, this holds for the drawn circuits, too. Biases that are added after heads belong "
     "to no sender. Each row is a full forward pass. Not in a `run`, with `generate` or together "
-    "with a second circuit (E0108), nor in encoder-decoders, image classifiers and models with "
+    "with a second circuit (E0108), nor in image classifiers and models with "
     "norms after attention, such as Gemma 2 (E0108). If norms follow the sums of the stream, as "
     "in BERT, a receiver reads the stream that is recomputed from the outputs of components "
     "through these norms. In classifiers of texts, `logits` reads the end of the stream through "
@@ -1308,7 +1308,21 @@ _site(
     "and MLPs, at its output (`final_norm encoder`), or at the keys and values that the decoder "
     "reads: `path z encoder layer 0 head * -> v cross layers * heads * at capital tokens`. They "
     "don't go on to `logits`, because the decoder's heads are held (E0335). `using eap`, `eap_ig`, "
-    "`relp` and `gim` estimate such paths.",
+    "`relp` and `gim` estimate such paths. "
+    "It is also an end of an edge of a `circuit`. In the decoder, heads that attend to the encoder "
+    "(`z cross layer 0 head 1`) are senders, and their queries receivers. In the encoder, senders "
+    "are `embed encoder` (the stream that enters block 0), `z encoder layer 0 head 1` and "
+    "`mlp_out encoder layer 0`; receivers are `q encoder layer 1 head 0`, `k encoder …`, "
+    "`v encoder …`, `mlp_norm encoder layer 1`, and for the encoder's output, through its final "
+    "norm, `k cross layer 2 head 0` and `v cross layer 2 head 0`. No other edge leads from the "
+    "encoder to the decoder (E0335). Edges of the encoder are ablated at tokens that it reads, "
+    "edges of the decoder at its own. If a rule ablates edges of one of them, its positions are "
+    "those of this text. If of both, `tokens *` are the tokens of both, a part of the prompt such "
+    "as `subject tokens` names those of the encoder, and `last token` is the decoder's; the last "
+    "two can't be combined (E0108). `against random(39)` draws edges of both, each on a path from "
+    "`embed` or `embed encoder` if those of the circuit are, and doesn't take edges with positions "
+    "(E0630). Circuits from `fit(…)` and `saved(…)`, neurons, and `report graph` as `.json` are "
+    "E0108.",
     "tests/execute/test_encoder_decoder_paths.py",
     PATHS,
 )

@@ -39,7 +39,6 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.store.store import Store
 from mechdsl.vocab.effects import EFFECTS
 
-from ..execute import encoder_decoders
 from ..execute import support as of_files
 from ..execute.support import MODES, shared
 from ..quick import in_turn
@@ -799,14 +798,3 @@ def check_stored_values(circuit: str, change: tuple[str, str], folder: Path, lea
 @pytest.mark.parametrize("change", CHANGES)
 def test_stored_values_depend_on_edges_fills_and_positions(tmp_path: Path, change: str) -> None:
     check_stored_values(CIRCUIT, CHANGES[change], tmp_path, 1e-4)
-
-
-def test_circuits_in_an_encoder_decoder_are_an_error(tmp_path: Path) -> None:
-    text = CIRCUIT + of_files.experiment(
-        "e", "prompts p", "ablate c at last token with zero", of_files.DIFFERENCE
-    )
-    result, problems = of_files.try_file(
-        text, tmp_path, encoder_decoders.model("t5"), tokenizer=encoder_decoders.tokenizer()
-    )
-    assert result is None
-    assert [each.code for each in problems if "circuit" in str(each)] == ["E0108"]

@@ -431,9 +431,9 @@ def test_picture_of_a_circuit_has_its_neurons(data: Path) -> None:
     ]
     ends = {end for each in drawn for end in (each.sender, each.receiver)}
     assert {(end.label, end.level) for end in ends if end.kind == "neuron"} == {
-        ("L0N3", (0, 2)),
-        ("L0N5", (0, 2)),
-        ("L1N2", (1, 2)),
+        ("L0N3", (0, 4)),
+        ("L0N5", (0, 4)),
+        ("L1N2", (1, 4)),
     }
 
 

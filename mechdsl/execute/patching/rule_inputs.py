@@ -440,13 +440,18 @@ def _add_to_sums(
         for place, total in sums.items():
             where = SiteRead(*place)
             read = lanes.reads[where]
-            at = torch.from_numpy(lane[row])
-            places = at, lanes.batch.of_read(where).columns(at, torch.from_numpy(token))
+            at, tokens = torch.from_numpy(lane[row]), torch.from_numpy(token)
+            into = added
+            if plan.rule.circuit is not None and plan.rule.circuit.encoder is not None:
+                encoded = tokens < lanes.batch.of_stack("encoder").lengths[at]
+                here = encoded == (where.stack == "encoder")  # other tokens have no such vector
+                at, tokens, into = at[here], tokens[here], tuple(each[here] for each in added)
+            places = at, lanes.batch.of_read(where).columns(at, tokens)
             vectors = read[indices_to_device(places, read.device)]
             if encoder is not None:
                 vectors = encoder.encode(place, vectors)
             vectors = vectors[..., : total.shape[-1]]  # vectors over keys may be padded
-            total.index_put_(added, vectors.to(total), accumulate=True)
+            total.index_put_(into, vectors.to(total), accumulate=True)
         counts.index_put_(added, torch.ones(len(slot), dtype=counts.dtype), accumulate=True)
 
 

@@ -614,9 +614,14 @@ def number_senders(fills: Sequence[SenderFill]) -> dict[SiteRead, slice]:
     return {fill.where: slice(*own) for fill, own in zip(fills, pairwise(ends), strict=True)}
 
 
+def stream_of(fills: Sequence[SenderFill]) -> str:
+    """Return the stack whose stream senders add to: `encoder`, or empty for the main one."""
+    return "encoder" if any(fill.where.stack == "encoder" for fill in fills) else ""
+
+
 @dataclass(frozen=True, eq=False)
 class CircuitWrite:
-    """K tokens at which some edges carry other values of their senders.
+    """K tokens at which some edges carry other values of their senders, in one stream.
 
     Each receiver reads the stream plus the sum of mask * (fill - value) over its senders, where the
     value of a sender is that of the same pass.
@@ -630,7 +635,7 @@ class CircuitWrite:
     """The senders; their columns of the mask are in this order, unit by unit."""
     receivers: tuple[tuple[SiteRead, int], ...]
     """Sites that read the stream, with their heads or neurons: `q`, `k`, `v`, `mlp_norm`,
-    `mlp_hidden` or `logits`."""
+    `mlp_hidden` or `logits`. Those of an encoder's output are `k cross` and `v cross`."""
     mask: Tensor
     """[receiver, sender], 1 for an edge that carries the fill; [K, receiver, sender] if tokens
     differ. A share between 0 and 1 adds this share of fill - value."""
@@ -642,6 +647,11 @@ class CircuitWrite:
     """Heads whose outputs are written, not computed; the tokens are then all of their rows."""
     others: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     """The neurons that the receiver `OTHERS` of `mlp_hidden` stands for, by layer."""
+
+    @property
+    def stack(self) -> str:
+        """The stack whose stream its edges are in: empty, or `encoder`."""
+        return stream_of(self.fills)
 
     def moved(self, rows: Tensor) -> CircuitWrite:
         """Renumber rows: row i becomes row `rows[i]`."""
@@ -686,6 +696,11 @@ class CircuitRead:
     to_senders: Callable[[Tensor, int], Iterator[tuple[slice, Tensor]]] | None = None
     """If norms follow the sums of the stream: gradients by what receivers read, and the number of
     sublayers before them → columns of senders, gradients by what these senders add."""
+
+    @property
+    def stack(self) -> str:
+        """As in `CircuitWrite`."""
+        return stream_of(self.fills)
 
 
 @dataclass(frozen=True, eq=False)

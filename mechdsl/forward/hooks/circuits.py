@@ -6,6 +6,10 @@ other senders instead, because a difference of equal numbers is noise, which a n
 Queries, keys and values of each head read separately, through the norm of the block and
 the head's columns of the projection; the MLP and the end of the model read through their norms.
 
+In an encoder-decoder, the streams of the encoder and of the decoder have separate circuits. Queries
+of the attention to the encoder read the decoder's stream, through the norm of this sublayer; its
+keys and values read the encoder's stream after the last block, through the encoder's final norm.
+
 If norms follow the sums (BERT), the input of a receiver is the stream recomputed from the outputs
 of this pass: after each sublayer, the norm of the sum of the stream, the sublayer's output and
 mask * (fill - value) of its senders.
@@ -22,6 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -93,29 +98,57 @@ largest number."""
 
 def explain_no_circuits(model: LoadedModel) -> str:
     """Return why edges between the components of a model can't be separated; empty if they can."""
-    if "cross" in model.others:
-        return "its decoder also attends to an encoder"
+    if "cross" in model.others and "encoder" not in model.others:
+        return "its blocks also attend to an image"
     anatomy, shape = model.anatomy, model.shape
-    after = find_norms_after(model)
     of_text = shape.task != "tokens" and shape.takes != "image"
-    headed = of_text and (bool(after) or anatomy.final_norm is not None)
+    headed = of_text and (bool(find_norms_after(model)) or anatomy.final_norm is not None)
     if "logits" not in shape.sites or (anatomy.unembedding is None and not headed):
         return "its output isn't computed from the residual stream by an unembedding"
-    for number, block in enumerate(model.anatomy.blocks):
-        where = f"in block {number}"
-        if not block.adds_up or block.stream_scale != 1 or block.fed:
-            return f"{where}, the stream isn't the sum of the outputs of heads and MLPs"
-        if not after and (block.middle or block.end):
-            return f"{where}, the stream isn't the sum of the outputs of heads and MLPs"
-        if block.attn_output_norm is not None or block.output is None:
-            return f"{where}, a norm or scale follows attention, so that its heads don't add up"
-        if not block.reads_stream:
-            return f"{where}, attention doesn't read the stream through a norm"
-        if not all(model.shape.has(site, number) for site in (*ATTENTION_INPUTS, "z", "resid_pre")):
-            return f"block {number} has no heads with queries, keys and values"
-        for site in ATTENTION_INPUTS:
-            if _find_projection(model, site, number) is None:
-                return f"{where}, `{site}` isn't a linear map of the norm of the stream"
+    stacks = ("encoder", "") if "cross" in model.others else ("",)
+    for stack in stacks:
+        after = bool(find_norms_after(model, stack))
+        for number in range(model.stack(stack).shape.n_layers):
+            reason = _explain_joined_block(model, stack, number, after=after)
+            if not reason and len(stacks) == 2 and not stack:
+                reason = _explain_joined_attention(model, "cross", number)
+            if reason:
+                return (
+                    f"in block {number} of the encoder, {reason}"
+                    if stack
+                    else (f"in block {number}, {reason}")
+                )
+    return ""
+
+
+def _explain_joined_block(model: LoadedModel, stack: str, number: int, *, after: bool) -> str:
+    """Return why the heads and the MLP of a block can't be nodes; empty if they can.
+
+    Args:
+        after: Whether norms follow the sums of the stream.
+    """
+    block = model.stack(stack).anatomy.blocks[number]
+    if not block.adds_up or block.stream_scale != 1 or block.fed:
+        return "the stream isn't the sum of the outputs of heads and MLPs"
+    if not after and (block.middle or block.end):
+        return "the stream isn't the sum of the outputs of heads and MLPs"
+    return _explain_joined_attention(model, stack, number)
+
+
+def _explain_joined_attention(model: LoadedModel, stack: str, number: int) -> str:
+    """Return why the heads of an attention can't be nodes; empty if they can."""
+    own = model.stack(stack)
+    block = own.anatomy.blocks[number]
+    if block.attn_output_norm is not None or block.output is None:
+        return "a norm or scale follows attention, so that its heads don't add up"
+    if not block.reads_stream:
+        return "attention doesn't read the stream through a norm"
+    entrance = () if stack == "cross" else ("resid_pre",)
+    if not all(own.shape.has(site, number) for site in (*ATTENTION_INPUTS, "z", *entrance)):
+        return "there are no heads with queries, keys and values"
+    for site in ATTENTION_INPUTS:
+        if _find_projection(model, SiteRead(site, number, stack)) is None:
+            return f"`{site}` isn't a linear map of the norm of the stream"
     return ""
 
 
@@ -138,6 +171,21 @@ def explain_no_neurons(model: LoadedModel, layers: Iterable[int]) -> str:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """The attention of a block, whose queries, keys or values read one stream."""
+
+    stack: str
+    """Empty for that of the main stack to itself."""
+    layer: int
+
+    @staticmethod
+    def of(where: SiteRead) -> Attention:
+        """Return the attention that a site belongs to."""
+        assert where.layer is not None
+        return Attention(where.stack, where.layer)
+
+
+@dataclass(frozen=True)
 class NormedSum:
     """The sum of the stream and a sublayer's output, which a norm follows."""
 
@@ -148,49 +196,67 @@ class NormedSum:
     """Path of the norm, whose output is the stream from there on."""
 
 
-def find_norms_after(model: LoadedModel) -> tuple[NormedSum, ...]:
-    """Return the sublayers in forward order if a norm follows each of them; empty otherwise."""
+def find_norms_after(model: LoadedModel, stack: str = "") -> tuple[NormedSum, ...]:
+    """Return the sublayers of a stack in forward order if a norm follows each of them; empty
+    otherwise."""
     found: list[NormedSum] = []
-    for layer, block in enumerate(model.anatomy.blocks):
-        outputs = block.taps.get("attn_out"), block.taps.get("mlp_out")
-        if None in (block.middle, block.end, *outputs) or block.attn_norm or block.mlp_norm:
+    for layer, block in enumerate(model.stack(stack).anatomy.blocks):
+        if block.attn_norm or block.mlp_norm:
             return ()
-        for site, output, norm in zip(
-            ("z", "mlp_out"), outputs, (block.middle, block.end), strict=True
-        ):
-            assert output is not None
-            assert norm is not None
-            found.append(NormedSum(SiteRead(site, layer), output, norm))
+        parts = [("z", stack, block.taps.get("attn_out"), block.middle)]
+        if not stack and "cross" in model.others:
+            cross = model.stack("cross").anatomy.blocks[layer]
+            parts.append(("z", "cross", cross.taps.get("attn_out"), cross.middle))
+        parts.append(("mlp_out", stack, block.taps.get("mlp_out"), block.end))
+        for site, own, output, norm in parts:
+            if output is None or norm is None:
+                return ()
+            found.append(NormedSum(SiteRead(site, layer, own), output, norm))
     return tuple(found)
 
 
-def _find_projection(model: LoadedModel, site: str, layer: int) -> tuple[str, TensorLayout] | None:
+def _find_projection(model: LoadedModel, where: SiteRead) -> tuple[str, TensorLayout] | None:
     """Return the linear map from the norm of the stream to `q`, `k` or `v`, and the layout of its
     output; None if there is no such map."""
-    block, tap = model.anatomy.blocks[layer], model.tap(site, layer)
+    own, layer = model.stack(where.stack), where.layer
+    assert layer is not None
+    block, tap = own.anatomy.blocks[layer], model.tap(where.site, layer, where.stack)
     if tap.path in block.projections:
         path, layout = tap.path, tap.layout
     elif len(block.projections) == len(ATTENTION_INPUTS):  # a norm of queries or keys follows
-        path = block.projections[ATTENTION_INPUTS.index(site)]
-        layout = TensorLayout.heads(unit_count(model.shape, site, layer), tap.layout.width)
+        path = block.projections[ATTENTION_INPUTS.index(where.site)]
+        layout = TensorLayout.heads(unit_count(own.shape, where.site, layer), tap.layout.width)
     else:
         return None
     module = model.module.get_submodule(path)
+    read = model.stack("encoder" if _reads_encoder(where) else where.stack)
     sizes = linear_sizes(unwrap_adapter(module))
-    if sizes is None or sizes[0] != model.shape.d_model or sizes[1] < layout.end:
+    if sizes is None or sizes[0] != read.shape.d_model or sizes[1] < layout.end:
         return None
     if tap.path not in block.projections and sizes[1] != layout.end:
         return None
     return path, layout
 
 
-def _list_projections(model: LoadedModel, layer: int) -> dict[str, dict[str, TensorLayout]]:
-    """Return the linear maps to queries, keys and values of a block, and the layouts of these in
-    their outputs."""
+def _reads_encoder(where: SiteRead) -> bool:
+    """Whether a receiver reads the stream of an encoder."""
+    return where.stack == "encoder" or (where.stack == "cross" and where.site in ("k", "v"))
+
+
+def _list_projections(
+    model: LoadedModel, attention: Attention, stack: str
+) -> dict[str, dict[str, TensorLayout]]:
+    """Return the linear maps to queries, keys and values of an attention that read one stream, and
+    the layouts of these in their outputs.
+
+    Args:
+        stack: The stack of the stream.
+    """
     found: dict[str, dict[str, TensorLayout]] = {}
     for site in ATTENTION_INPUTS:
-        projection = _find_projection(model, site, layer)
-        if projection is not None:
+        where = SiteRead(site, attention.layer, attention.stack)
+        projection = _find_projection(model, where)
+        if projection is not None and _reads_encoder(where) == (stack == "encoder"):
             path, layout = projection
             found.setdefault(path, {})[site] = layout
     return found
@@ -339,11 +405,14 @@ class CircuitHooks(ABC):
         self._fills = circuit.fills
         self._senders = number_senders(circuit.fills)
         self._receivers = circuit.receivers
-        found = frame.locate("resid_pre", 0, "", circuit.rows, circuit.positions)
+        self._stack = circuit.stack
+        own = model.stack(self._stack)
+        self._anatomy, self._shape = own.anatomy, own.shape
+        found = frame.locate("resid_pre", 0, self._stack, circuit.rows, circuit.positions)
         self._rows, self._columns = indices_to_device(found[:2], model.device)
         self._stream: Tensor | None = None
-        """[K, d_model] that enters the current block."""
-        self._sums = find_norms_after(model)
+        """[K, d_model] that enters the current attention."""
+        self._sums = find_norms_after(model, self._stack)
         self._outputs: list[Tensor] = []
         """[K, d_model]: what entered the first block, then the outputs of sublayers so far; only if
         norms follow them."""
@@ -361,33 +430,35 @@ class CircuitHooks(ABC):
         for fill in self._fills:
             yield self._sender(fill)
         if self._sums:
-            yield self._output(self.model.tap("resid_pre", 0), "resid_pre", 0)
+            first = SiteRead("resid_pre", 0, self._stack)
+            yield self._output(self.model.tap("resid_pre", 0, self._stack), first)
         for each in self._sums:
-            site = "attn_out" if each.senders.site == "z" else "mlp_out"
-            yield self._output(each.output, site, each.senders.layer)
+            of = each.senders
+            site = "attn_out" if of.site == "z" else "mlp_out"
+            yield self._output(each.output, SiteRead(site, of.layer, of.stack))
         receivers: dict[SiteRead, list[int]] = defaultdict(list)
         for row, (where, _) in enumerate(self._receivers):
             receivers[where].append(row)
-        blocks = {
-            where.layer
+        entrances = {
+            self._find_entrance(Attention.of(where)): None
             for where in receivers
             if where.layer is not None and self._reads_entrance(where.layer, where.site)
         }
-        for layer in sorted(blocks):
-            yield self._remember(layer)
-        by_path: dict[tuple[int, str], list[tuple[TensorLayout, list[int]]]] = defaultdict(list)
+        for entrance in entrances:
+            yield self._remember(entrance)
+        by_path: dict[tuple[Attention, str], list[tuple[TensorLayout, list[int]]]]
+        by_path = defaultdict(list)
         for where, rows in receivers.items():
             if where.site in ATTENTION_INPUTS:
-                assert where.layer is not None
-                found = _find_projection(self.model, where.site, where.layer)
+                found = _find_projection(self.model, where)
                 assert found is not None
-                by_path[where.layer, found[0]].append((found[1], rows))
+                by_path[Attention.of(where), found[0]].append((found[1], rows))
             elif where.site == "mlp_hidden":
                 yield from self._neurons(where, rows)
             else:
                 yield self._whole(where, rows[0])
-        for (layer, path), parts in by_path.items():
-            yield from self._projection(layer, path, parts)
+        for (attention, path), parts in by_path.items():
+            yield from self._projection(attention, path, parts)
 
     def _add(
         self,
@@ -415,10 +486,10 @@ class CircuitHooks(ABC):
     def _sender(self, fill: SenderFill) -> CircuitStep:
         """Compute what the stream would gain if senders had their fills."""
         where = fill.where
-        tap = self.model.tap(where.site, where.layer)
+        tap = self.model.tap(where.site, where.layer, where.stack)
         scale = get_scale(self.model.module, tap)
         if where.site in _PROJECTED:
-            output = self.model.tap(_PROJECTED[where.site], where.layer)
+            output = self.model.tap(_PROJECTED[where.site], where.layer, where.stack)
             scale = get_scale(self.model.module, output)
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
@@ -440,7 +511,7 @@ class CircuitHooks(ABC):
             self._remember_change(where, gained)
             return value
 
-        layer, order = write_order(where.site, where.layer)
+        layer, order = _rank(where)
         by_heads = tap.layout.axes != "flat"
         return self._add(
             (tap.path, tap.side, tap.item), (layer, order + 1), step, by_heads=by_heads
@@ -463,7 +534,7 @@ class CircuitHooks(ABC):
             scale: Factor of its output.
         """
 
-    def _output(self, tap: HookPoint, site: str, layer: int | None) -> CircuitStep:
+    def _output(self, tap: HookPoint, where: SiteRead) -> CircuitStep:
         """Keep the vectors that enter the first block, or the output of a sublayer."""
         scale = get_scale(self.model.module, tap)
 
@@ -472,7 +543,7 @@ class CircuitHooks(ABC):
             self._outputs.append(apply_scale(self._at(self._seen(value)), scale))
             return value
 
-        layer_order, order = write_order(site, layer)
+        layer_order, order = _rank(where)
         return self._add((tap.path, tap.side, tap.item), (layer_order, order + 2), step)
 
     def skipped(self) -> Iterator[tuple[str, SkippedTokens]]:
@@ -492,18 +563,38 @@ class CircuitHooks(ABC):
 
     def _mlp_norm(self, layer: int) -> str | None:
         """Return the norm that only the MLP reads."""
-        block = self.model.anatomy.blocks[layer]
+        block = self._anatomy.blocks[layer]
         return None if block.mlp_norm == block.attn_norm else block.mlp_norm
 
-    def _remember(self, layer: int) -> CircuitStep:
-        tap = self.model.tap("resid_pre", layer)
+    def _find_entrance(self, attention: Attention) -> SiteRead:
+        """Return the site of the stream that the inputs of an attention read."""
+        if attention.stack == self._stack:
+            return SiteRead("resid_pre", attention.layer, self._stack)
+        if self._stack == "encoder":
+            return SiteRead("resid_post", self._shape.n_layers - 1, self._stack)
+        return SiteRead("resid_mid", attention.layer)
+
+    def _attention_norm(self, attention: Attention) -> str | None:
+        """Return the norm of the stream that the inputs of an attention read."""
+        if attention.stack != self._stack == "encoder":
+            return self._anatomy.final_norm
+        return self.model.stack(attention.stack).anatomy.blocks[attention.layer].attn_norm
+
+    def _remember(self, where: SiteRead) -> CircuitStep:
+        """Add a step at a site of the stream that keeps it."""
+        tap = self.model.tap(where.site, where.layer, where.stack)
+        spot = tap.path, tap.side, tap.item
+        if where.site == "resid_mid" and not self._sums:  # a sum that no module returns
+            norm = self._attention_norm(Attention("cross", where.layer or 0))
+            assert norm is not None
+            spot = norm, "in", 0
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             self._stream = self._at(value)
             return value
 
-        order = (layer, SITES["resid_pre"].order + 2)
-        return self._add((tap.path, tap.side, tap.item), order, step)
+        layer_order, order = _rank(where)
+        return self._add(spot, (layer_order, order + 2), step)
 
     def _normed(self, path: str | None, vectors: Tensor, like: Tensor) -> Tensor:
         """Return vectors after a norm of the model, without its hooks."""
@@ -528,7 +619,7 @@ class CircuitHooks(ABC):
 
     @abstractmethod
     def _projection(
-        self, layer: int, path: str, parts: list[tuple[TensorLayout, list[int]]]
+        self, attention: Attention, path: str, parts: list[tuple[TensorLayout, list[int]]]
     ) -> Iterator[CircuitStep]:
         """Yield the steps at the queries, keys or values of heads, each of which reads separately.
 
@@ -558,7 +649,7 @@ class CircuitHooks(ABC):
             layer: None for the end of the model.
             act: (norm, value) → the value that the model continues with, as in `_at_whole`.
         """
-        anatomy = self.model.anatomy
+        anatomy = self._anatomy
         after = layer is not None and self._mlp_norm(layer) is None
         path = anatomy.final_norm if layer is None else self._mlp_norm(layer)
         path = None if self._sums else path
@@ -571,13 +662,14 @@ class CircuitHooks(ABC):
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return act(norm, value)
 
-        layer_order, order = write_order("final_norm" if layer is None else "mlp_norm", layer)
+        site = "final_norm" if layer is None else "mlp_norm"
+        layer_order, order = _rank(SiteRead(site, layer, self._stack))
         return self._add(spot, (layer_order, order - _EARLIER), step)
 
     def _input_tap(self, layer: int | None) -> HookPoint:
         """Return the hook point of the input of an MLP, or of the end of the model."""
         if layer is not None:
-            return self.model.tap("mlp_norm", layer)
+            return self.model.tap("mlp_norm", layer, self._stack)
         if self._sums:
             return self.model.tap("resid_post", self.model.shape.n_layers - 1)
         return self.model.tap("final_norm", None)
@@ -617,7 +709,7 @@ class _WriteHooks(CircuitHooks):
         self._of_zeros = adds_up and not any(bool(fill.values.any()) for fill in write.fills)
         """Whether the stream without all senders is the sum of biases."""
         wide = torch.promote_types(model.dtype, torch.float32)
-        self._biases = torch.zeros(model.shape.d_model, dtype=wide, device=model.device)
+        self._biases = torch.zeros(self._shape.d_model, dtype=wide, device=model.device)
         """[d_model] the sum of biases that were added after heads so far."""
         self._differences: list[tuple[int, Tensor]] = []
         """(column of the mask, [unit, K, d_model]) of the senders so far, if autograd follows."""
@@ -629,11 +721,10 @@ class _WriteHooks(CircuitHooks):
         self._gains: dict[SiteRead, Tensor] = {}
         """[unit, K, d_model] of the senders so far, if norms follow sums."""
         self._mask = to_device(write.mask, model.device)
-        self._distinct: dict[int, DistinctInputs] = {}
-        """By block."""
-        self._normed_layer = -1
-        self._normed_of_layer = torch.empty(0)
-        """[input, K, d_model] of the heads of that block, after its norm."""
+        self._distinct: dict[Attention, DistinctInputs] = {}
+        self._normed_attention: Attention | None = None
+        self._normed_of_attention = torch.empty(0)
+        """[input, K, d_model] of its heads, after its norm."""
         self._heads, self._outputs_of_mlps = write.heads, write.outputs
         self._replaced: list[str] = []
         """Projections whose output is replaced."""
@@ -679,7 +770,8 @@ class _WriteHooks(CircuitHooks):
             layer = fill.where.layer
             assert layer is not None
             if len(fill.units) == unit_count(self.model.shape, "z", layer):
-                for path, layouts in _list_projections(self.model, layer).items():
+                own = Attention("", layer)
+                for path, layouts in _list_projections(self.model, own, "").items():
                     if _is_made_of(self.model, path, layouts):
                         yield path, SkippedTokens(*index, None)
 
@@ -731,7 +823,7 @@ class _WriteHooks(CircuitHooks):
                 found = torch.einsum("kru,ukd->rkd", weights, changes)
                 summed = summed.movedim(1, 0)
             biases = self._biases
-            if reader.site == "mlp_hidden" and self.model.shape.parallel_block:
+            if reader.site == "mlp_hidden" and self._shape.parallel_block:
                 biases = self._entrance_biases.get(reader.layer or 0, biases)
             return (found + summed.to(found) * biases.to(found)).to(stream.device)
         found = stream.expand(mask.shape[-2], *stream.shape)
@@ -753,24 +845,39 @@ class _WriteHooks(CircuitHooks):
         """Return the number of senders in the mask that a receiver reads, which come first, and
         whether these are all that it reads."""
         if reader not in self._counts:
-            shape, layer = self.model.shape, reader.layer
-            own = reader.site in MLP_INPUTS and not shape.parallel_block
-            ends = range(shape.n_layers if layer is None else layer)
-            every = 1 + sum(unit_count(shape, "z", n) + self._count_mlp(n) for n in ends)
-            if own and layer is not None:
-                every += unit_count(shape, "z", layer)
+            layer = reader.layer
+            own = reader.site in MLP_INPUTS and not self._shape.parallel_block
+            own = own or reader.stack != self._stack  # after the heads of the block
+            every = sum(self._count_units(each) for each in self._list_before(reader, own=own))
             before = [fill for fill in self._fills if _is_before(fill.where, reader)]
             due = [fill for fill in before if own or fill.where.layer != layer]
             units = sum(len(fill.units) + len(fill.others) for fill in due)
             self._counts[reader] = sum(fill.count for fill in due), units == every
         return self._counts[reader]
 
-    def _count_mlp(self, layer: int) -> int:
-        """Return the number of units of an MLP: its neurons if they are senders, otherwise 1."""
-        shape = self.model.shape
-        if layer in self._others:
+    def _list_before(self, reader: SiteRead, *, own: bool) -> Iterator[SiteRead]:
+        """Yield all places of senders before a receiver.
+
+        Args:
+            own: Whether it reads senders of its own block.
+        """
+        yield SiteRead("resid_pre", 0, self._stack)
+        stacks = [self._stack, *["cross"][: not self._stack and "cross" in self.model.others]]
+        for layer in range(self._shape.n_layers):
+            heads = (SiteRead("z", layer, stack) for stack in stacks)
+            for each in (*heads, SiteRead("mlp_out", layer, self._stack)):
+                if _is_before(each, reader) and (own or layer != reader.layer):
+                    yield each
+
+    def _count_units(self, where: SiteRead) -> int:
+        """Return the number of units of senders: of an MLP its neurons if they are senders,
+        otherwise 1."""
+        layer, shape = where.layer, self.model.stack(where.stack).shape
+        if where.site == "mlp_out" and layer in self._others:
             return unit_count(shape, "mlp_hidden", layer)
-        return int(shape.has("mlp_out", layer))
+        if where.site == "mlp_out":
+            return int(shape.has("mlp_out", layer))
+        return unit_count(shape, where.site, layer)
 
     def _stream_of(self, mask: Tensor) -> Tensor:
         """Return [receiver, K, d_model]: the stream that receivers read, if norms follow sums.
@@ -779,7 +886,7 @@ class _WriteHooks(CircuitHooks):
             mask: [receiver, sender] or [K, receiver, sender]
         """
         first, *outputs = self._outputs
-        stream = first + self._shares(mask, SiteRead("resid_pre", 0))
+        stream = first + self._shares(mask, SiteRead("resid_pre", 0, self._stack))
         for each, output in zip(self._sums, outputs, strict=False):
             added = stream + output.to(stream) + self._shares(mask, each.senders)
             stream = self._normed(each.norm, added, self._like)
@@ -801,9 +908,10 @@ class _WriteHooks(CircuitHooks):
         index = self._rows.to(value.device), self._columns.to(value.device)
         return value.index_put(index, vectors.to(value))
 
-    def _number_inputs(self, layer: int) -> DistinctInputs:
-        """Return the distinct inputs of the heads of a block, and of its MLP but for the heads."""
-        found = self._distinct.get(layer)
+    def _number_inputs(self, attention: Attention) -> DistinctInputs:
+        """Return the distinct inputs of the heads of an attention, and, if it is the first sublayer
+        of a block, of the MLP but for the heads."""
+        found = self._distinct.get(attention)
         if found is None:
             sites = ATTENTION_INPUTS
             if self._mask.dim() == 2 and not self._sums:
@@ -811,44 +919,59 @@ class _WriteHooks(CircuitHooks):
             rows = [
                 row
                 for row, (where, _) in enumerate(self._receivers)
-                if where.layer == layer and where.site in sites
+                if (where.stack, where.layer) == (attention.stack, attention.layer)
+                and where.site in sites
             ]
-            found = self._distinct[layer] = number_inputs(self._mask, rows)
+            found = self._distinct[attention] = number_inputs(self._mask, rows)
         return found
 
-    def _normed_inputs(self, layer: int, value: Tensor) -> Tensor:
-        """Return [input, K, d_model] after the norm of the block; the first one is that of the
-        stream.
+    def _normed_inputs(self, attention: Attention, value: Tensor) -> Tensor:
+        """Return [input, K, d_model] after the norm before an attention; the first one is that of
+        the stream.
 
         Args:
             value: [B, T, d_model] the unchanged input after the norm.
         """
-        if self._normed_layer != layer:
+        if self._normed_attention != attention:
             assert self._stream is not None
-            distinct, reader = self._number_inputs(layer), SiteRead("q", layer)
+            distinct = self._number_inputs(attention)
+            at_the_end = attention.stack != self._stack == "encoder"
+            reader = SiteRead("k" if at_the_end else "q", attention.layer, attention.stack)
             inputs = self._inputs(distinct.mask, self._stream, reader)
-            self._begun = {}
-            for row, number in distinct.of_receiver.items():
-                where, _ = self._receivers[row]
-                if where.site == "mlp_norm" and self._changes is not None:
-                    summed = bool(self._are_summed(distinct.mask[number], reader))
-                    summed = summed and self._count_before(where)[1]
-                    own = inputs[number] if summed else inputs[number] - inputs[0]
-                    self._begun[row] = _BegunInput(own, self._end, summed, self._biases)
-            norm = self.model.anatomy.blocks[layer].attn_norm
-            self._normed_of_layer, self._normed_layer = self._normed(norm, inputs, value), layer
-        self._check_input(self._normed_of_layer[0], value)
-        return self._normed_of_layer
+            if attention.stack == self._stack:
+                self._begin_mlps(distinct, inputs, reader)
+            normed = self._normed(self._attention_norm(attention), inputs, value)
+            self._normed_of_attention, self._normed_attention = normed, attention
+        self._check_input(self._normed_of_attention[0], value)
+        return self._normed_of_attention
+
+    def _begin_mlps(self, distinct: DistinctInputs, inputs: Tensor, reader: SiteRead) -> None:
+        """Keep the inputs of the MLP of a block without its heads.
+
+        Args:
+            distinct: The distinct inputs of the block.
+            inputs: [input, K, d_model]
+            reader: The queries of the block.
+        """
+        self._begun = {}
+        for row, number in distinct.of_receiver.items():
+            where, _ = self._receivers[row]
+            if where.site == "mlp_norm" and self._changes is not None:
+                summed = bool(self._are_summed(distinct.mask[number], reader))
+                summed = summed and self._count_before(where)[1]
+                own = inputs[number] if summed else inputs[number] - inputs[0]
+                self._begun[row] = _BegunInput(own, self._end, summed, self._biases)
 
     def _projection(
-        self, layer: int, path: str, parts: list[tuple[TensorLayout, list[int]]]
+        self, attention: Attention, path: str, parts: list[tuple[TensorLayout, list[int]]]
     ) -> Iterator[CircuitStep]:
         """Yield a step that gives the projection the most common input of its heads, and one that
         computes the others as if each had its own projection."""
-        inputs, heads = self._number_inputs(layer), list[tuple[TensorLayout, list[int]]]()
-        layouts = _list_projections(self.model, layer)[path]
+        inputs, heads = self._number_inputs(attention), list[tuple[TensorLayout, list[int]]]()
+        layouts = _list_projections(self.model, attention, self._stack)[path]
+        shape = self.model.stack(attention.stack).shape
         for site, layout in layouts.items():
-            numbers = [0] * unit_count(self.model.shape, site, layer)
+            numbers = [0] * unit_count(shape, site, attention.layer)
             for row, number in inputs.of_receiver.items():
                 where, head = self._receivers[row]
                 if where.site == site:
@@ -863,15 +986,15 @@ class _WriteHooks(CircuitHooks):
                 self._replaced.append(path)
 
         def before(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            normed = self._normed_inputs(layer, value)
+            normed = self._normed_inputs(attention, value)
             return self._put(value, normed[common]) if common > 0 else value
 
         def after(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return self._project(heads, common, value, module)
 
-        order = (layer, SITES["q"].order - _EARLIER)
-        yield self._add((path, "in", 0), order, before)
-        yield self._add((path, "out", 0), order, after)
+        layer, order = _rank(SiteRead("q", attention.layer, attention.stack))
+        yield self._add((path, "in", 0), (layer, order - _EARLIER), before)
+        yield self._add((path, "out", 0), (layer, order - _EARLIER), after)
 
     def _project(
         self,
@@ -887,7 +1010,7 @@ class _WriteHooks(CircuitHooks):
             common: Number of the projection's input.
             value: [B, T, out]
         """
-        weight, normed = get_linear_map(module), self._normed_of_layer
+        weight, normed = get_linear_map(module), self._normed_of_attention
         bias = _compute_bias(module, weight.new_zeros(1, 1, len(weight)))
         value = value.clone(memory_format=torch.contiguous_format)
         index = self._rows.to(value.device)[:, None], self._columns.to(value.device)[:, None]
@@ -995,7 +1118,7 @@ class _WriteHooks(CircuitHooks):
         if row not in self._begun or self._changes is None:
             return self._inputs(self._mask[..., row : row + 1, :], stream, where)[0]
         begun = self._begun[row]
-        if begun.summed and self.model.shape.parallel_block:
+        if begun.summed and self._shape.parallel_block:
             return begun.vectors
         heads = self._changes[1 + begun.end : 1 + self._end].flatten(1)
         share = self._mask[row, begun.end : self._end].to(heads)
@@ -1013,7 +1136,7 @@ class _ReadHooks(CircuitHooks):
         super().__init__(model, frame, read)
         self._read = read
         if read.changes is None:
-            size = sum(len(fill.units) for fill in read.fills), len(read.rows), model.shape.d_model
+            size = sum(len(each.units) for each in read.fills), len(read.rows), self._shape.d_model
             dtype = torch.promote_types(model.dtype, torch.float32)
             read.changes = torch.empty(size, dtype=dtype, device=model.device)
         else:
@@ -1036,7 +1159,8 @@ class _ReadHooks(CircuitHooks):
             gradient = self._before_norm(each.norm, added, gradient, self._like)
             if each.senders in self._senders:
                 yield self._senders[each.senders], gradient
-        yield self._senders.get(SiteRead("resid_pre", 0), slice(0, 0)), gradient
+        first = SiteRead("resid_pre", 0, self._stack)
+        yield self._senders.get(first, slice(0, 0)), gradient
 
     def _seen(self, value: Tensor) -> Tensor:
         return value.detach()
@@ -1055,11 +1179,11 @@ class _ReadHooks(CircuitHooks):
         raise WriteMismatch("gradients by the inputs of neurons aren't read")
 
     def _projection(
-        self, layer: int, path: str, parts: list[tuple[TensorLayout, list[int]]]
+        self, attention: Attention, path: str, parts: list[tuple[TensorLayout, list[int]]]
     ) -> Iterator[CircuitStep]:
         """Yield a step that differentiates by queries, keys or values; the norm of the stream has
         one input for each receiver."""
-        norm = self.model.anatomy.blocks[layer].attn_norm
+        norm = self._attention_norm(attention)
         rows = [row for _, rows in parts for row in rows]
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
@@ -1080,7 +1204,8 @@ class _ReadHooks(CircuitHooks):
             self._read.taps.append(EdgeTap(value, rows, to_stream, len(self._outputs) - 1))
             return value.clone()
 
-        yield self._add((path, "out", 0), (layer, SITES["q"].order - _EARLIER), step)
+        layer, order = _rank(SiteRead("q", attention.layer, attention.stack))
+        yield self._add((path, "out", 0), (layer, order - _EARLIER), step)
 
     def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
         stream = None if self._stream is None else self._stream.detach()
@@ -1161,10 +1286,23 @@ def compute_edge_scores(total: Tensor, read: CircuitRead, senders: slice) -> Ten
 
 
 def _is_before(sender: SiteRead, receiver: SiteRead) -> bool:
-    """Whether a receiver may read the output of a sender."""
-    if receiver.layer is None or sender.site == "resid_pre":
-        return True
-    assert sender.layer is not None
-    return sender.layer < receiver.layer or (
-        sender.layer == receiver.layer and receiver.site in MLP_INPUTS and sender.site == "z"
-    )
+    """Whether a receiver may read the output of a sender of its stream."""
+    return _find_sublayer(sender) < _find_sublayer(receiver)
+
+
+def _find_sublayer(where: SiteRead) -> tuple[float, int]:
+    """Return the layer and the number in it of the sublayer that a sender or receiver belongs to,
+    in forward order."""
+    if where.layer is None or (where.stack == "cross" and where.site in ("k", "v")):
+        return inf, 0  # the end of the stream
+    if where.site == "resid_pre":
+        return -1, 0
+    if where.site in (*MLP_INPUTS, "mlp_out"):
+        return where.layer, 2
+    return where.layer, int(where.stack == "cross")
+
+
+def _rank(where: SiteRead) -> tuple[int, int]:
+    """Return the order of a site in a pass."""
+    site = f"{where.site} {where.stack}" if where.stack else where.site
+    return write_order(site, where.layer)

@@ -32,6 +32,14 @@ ComponentKind = Literal[
 
 _LABEL = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|\.mlp|N(\d+))")
 
+_STACK_LABEL = re.compile(
+    r"(embed|z|q|k|v|mlp_\w+) (encoder|cross)(?: layer (\d+)(?: head (\d+))?)?"
+)
+"""An end of an edge in another stack: `z cross layer 0 head 1`."""
+
+_MLP_ROW = 4
+"""Row of the MLP in a layer, after keys and heads, and those of attention to an encoder."""
+
 NODE_HEIGHT: Mapping[ComponentKind, float] = {
     "embed": 24,
     "key-value": 20,
@@ -195,12 +203,15 @@ def _component(
         return _graph_component(label, circuit.graph, circuit.layers), None
     if label == "embed":
         return Component(label, "embed", (-1, 0)), None
+    stacked = _STACK_LABEL.fullmatch(label)
+    if stacked is not None:
+        return _stack_component(stacked, circuit)
     match = _LABEL.fullmatch(label)
     if match is None:
         return Component("logits", "logits", (circuit.layers, 0)), None
     layer = int(match[1])
     if match[2] is None:
-        level = layer, 1 if circuit.parallel else 2
+        level = layer, 1 if circuit.parallel else _MLP_ROW
         if match[4] is not None:
             return Component(label, "neuron", level, int(match[4])), None
         return Component(label, "mlp", level), None
@@ -211,6 +222,34 @@ def _component(
     if reads is not None:
         of = "q" if reads == "q" else "k" if reads == "k" else "v"
     return Component(f"L{layer}H{unit}", "head", (layer, 1), unit), of
+
+
+def _stack_component(
+    match: re.Match[str], circuit: ResultCircuit
+) -> tuple[Component, Literal["q", "k", "v"] | None]:
+    """Return the box of one end of an edge in another stack, and the input of a head. An encoder is
+    below the decoder, and its attention in a layer is above that of the decoder."""
+    site, stack, layer, unit = match.groups()
+    own = int(layer or -1)
+    if stack == "encoder":  # its embedding and layers, then the embedding of the decoder at -1
+        ends = (each for edge in circuit.edges for each in edge)
+        found = (_STACK_LABEL.fullmatch(each) for each in ends)
+        layers = [int(each[3]) for each in found if each and each[2] == stack and each[3]]
+        own -= max(layers, default=-1) + 2
+    first = 2 if stack == "cross" else 0
+    if site == "embed":
+        return Component(match[0], "embed", (own, 0)), None
+    if unit is None:
+        label = f"mlp_out {stack} layer {layer}"
+        return Component(label, "mlp", (own, _MLP_ROW), said=f"{stack} L{layer} MLP"), None
+    if site in ("k", "v") and circuit.key_heads < circuit.heads:
+        said = f"{stack} L{layer}H{unit}.{site}"
+        return Component(match[0], "key-value", (own, first), int(unit), said), None
+    of: Literal["q", "k", "v"] | None = None
+    if site != "z":
+        of = "q" if site == "q" else "k" if site == "k" else "v"
+    label, said = f"z {stack} layer {layer} head {unit}", f"{stack} L{layer}H{unit}"
+    return Component(label, "head", (own, first + 1), int(unit), said), of
 
 
 def _graph_component(label: str, graph: ResultGraph, layers: int) -> Component:
@@ -238,7 +277,9 @@ def lay_out(circuit: ResultCircuit, edges: Sequence[DrawnEdge]) -> CircuitLayout
         for own in components
         if own.kind == "key-value"
         for head in components
-        if head.kind == "head" and head.level[0] == own.level[0] and head.unit // group == own.unit
+        if head.kind == "head"
+        and head.level == (own.level[0], own.level[1] + 1)
+        and head.unit // group == own.unit
     ]
     pairs = dict.fromkeys(edge.pair for edge in edges)
     made = _list_rows(components, pairs)

@@ -1,0 +1,259 @@
+"""Circuits of encoder-decoders: a pass over one unpadded prompt in which plain hooks give each
+receiver a separate sum of senders."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .encoder_decoders import LIKE_T5, name_of, place
+
+Node = tuple[str, int, int]
+"""A site as a file spells it (`z cross`), its layer, and its head or 0."""
+
+Edge = tuple[Node, Node]
+
+EMBED, LOGITS = ("embed", 0, 0), ("logits", 0, 0)
+ENCODED = ("embed encoder", 0, 0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model in double precision, and its sizes."""
+
+    name: str
+    model: Any
+    layers: int
+    encoder_layers: int
+    heads: int
+    encoder_heads: int
+
+    @property
+    def after(self) -> bool:
+        """Whether norms follow the sums of the stream."""
+        return name_of(self.name) in ("bart", "marian")
+
+    def count(self, stack: str) -> int:
+        return self.encoder_heads if stack == "encoder" else self.heads
+
+    def module(self, path: str) -> Any:
+        return self.model.get_submodule(path)
+
+    def norm(self, site: str, layer: int) -> str:
+        """The norm before a sublayer, or after its sum."""
+        component, _, stack = site.partition(" ")
+        root = "encoder" if stack == "encoder" else "decoder"
+        if name_of(self.name) in LIKE_T5:
+            number = {"z": 1 if stack == "cross" else 0, "mlp_out": 1 if stack else 2}[component]
+            return f"{root}.block.{layer}.layer.{number}.layer_norm"
+        names = {"z cross": "encoder_attn", "mlp_out": "final", "mlp_out encoder": "final"}
+        return f"model.{root}.layers.{layer}.{names.get(site, 'self_attn')}_layer_norm"
+
+    def end(self, stack: str) -> str:
+        """The norm of the end of a stream; empty if its last sublayer has it."""
+        root = stack or "decoder"
+        if name_of(self.name) in LIKE_T5:
+            return f"{root}.final_layer_norm"
+        return "" if self.after else f"model.{root}.layer_norm"
+
+    def mlp(self, site: str, layer: int) -> str:
+        """The module that reads what an MLP reads."""
+        path = place(self.name, site, layer).path
+        return path if name_of(self.name) in LIKE_T5 else path.replace("fc2", "fc1")
+
+    def sublayers(self, stack: str) -> Iterator[tuple[str, int]]:
+        for layer in range(self.encoder_layers if stack else self.layers):
+            yield f"z {stack}".strip(), layer
+            if not stack:
+                yield "z cross", layer
+            yield f"mlp_out {stack}".strip(), layer
+
+
+@cache
+def doubled(make: Callable[[str], Any], name: str, *sizes: int) -> Family:
+    """A model of a family; sizes: layers and heads of the decoder and of the encoder."""
+    layers, encoder_layers, heads, encoder_heads = sizes
+    return Family(
+        name, copy.deepcopy(make(name)).double(), layers, encoder_layers, heads, encoder_heads
+    )
+
+
+def senders_of(family: Family, site: str, layer: int) -> list[Node]:
+    if site.startswith("mlp_out"):
+        return [(site, layer, 0)]
+    return [(site, layer, head) for head in range(family.count(site.partition(" ")[2]))]
+
+
+def receivers_of(family: Family, site: str, layer: int) -> list[Node]:
+    """The receivers of a sublayer in its own stream."""
+    component, _, stack = site.partition(" ")
+    if component == "mlp_out":
+        return [(f"mlp_norm {stack}".strip(), layer, 0)]
+    words = "q" if stack == "cross" else "qkv"
+    heads = range(family.count(stack))
+    return [(f"{word} {stack}".strip(), layer, head) for word in words for head in heads]
+
+
+def list_edges(family: Family) -> list[Edge]:
+    """All edges: in each stream, from every sender to the receivers after it."""
+    found: list[Edge] = []
+    for stack in ("encoder", ""):
+        before = [ENCODED if stack else EMBED]
+        for site, layer in family.sublayers(stack):
+            found += [(of, to) for to in receivers_of(family, site, layer) for of in before]
+            before += senders_of(family, site, layer)
+        ends = [LOGITS]
+        if stack:
+            heads = range(family.heads)
+            words, layers = ("k cross", "v cross"), range(family.layers)
+            ends = [(word, layer, head) for word in words for layer in layers for head in heads]
+        found += [(of, to) for to in ends for of in before]
+    return found
+
+
+@dataclass
+class Pass:
+    """What the hooks of a pass know: the outputs of senders so far, and what edges carry."""
+
+    family: Family
+    fills: Mapping[Node, Tensor] = field(default_factory=dict[Node, Tensor])
+    shares: Mapping[Edge, Tensor] = field(default_factory=dict[Edge, Tensor])
+    """By ablated edge, [token, 1] 1 at the tokens where it is ablated."""
+    given: dict[Node, Tensor] = field(default_factory=dict[Node, Tensor])
+    """[token, width] by sender."""
+    moved: Mapping[Node, Tensor] = field(default_factory=dict[Node, Tensor])
+    """Instead of fill - output, of `shares` of edges."""
+
+    def carried(self, sender: Node, receiver: Node | None) -> Tensor:
+        value = self.given[sender]
+        share = None if receiver is None else self.shares.get((sender, receiver))
+        if share is None:
+            return value
+        change = self.moved[sender] if self.moved else self.fills[sender] - value
+        return value + share * change
+
+    def seen(self, stack: str, receiver: Node, sublayers: int) -> Tensor:
+        """[token, width]: the stream that a receiver reads after some sublayers."""
+        family = self.family
+        x = self.carried(ENCODED if stack else EMBED, receiver)
+        for site, layer in [*family.sublayers(stack)][:sublayers]:
+            x = x + sum(self.carried(of, receiver) for of in senders_of(family, site, layer))
+            if site.startswith("z"):
+                bias = family.module(place(family.name, site, layer).path).bias
+                x = x if bias is None else x + bias
+            if family.after:
+                x = family.module(family.norm(site, layer)).forward(x)
+        return x
+
+    def read(self, stack: str, receiver: Node, number: int, norm: str) -> Tensor:
+        """[token, width]: what a receiver reads, after the norm before it."""
+        x = self.seen(stack, receiver, number)
+        return x if self.family.after or not norm else self.family.module(norm).forward(x)
+
+
+@contextmanager
+def hooked(work: Pass) -> Generator[None]:
+    """Replace the inputs of all receivers, and keep the outputs of all senders."""
+    family, handles = work.family, list[Any]()
+
+    def before(path: str, act: Callable[[Tensor], Tensor]) -> None:
+        def hook(_: Any, args: Any, kwargs: Any) -> Any:
+            if args:
+                return (act(args[0][0])[None], *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": act(kwargs["hidden_states"][0])[None]}
+
+        handles.append(family.module(path).register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(path: str, act: Callable[[Tensor], Tensor]) -> None:
+        def hook(_: Any, args: Any, output: Tensor) -> Tensor:
+            return act(output[0])[None]
+
+        handles.append(family.module(path).register_forward_hook(hook))
+
+    def keep(sender: Node, value: Tensor) -> Tensor:
+        work.given[sender] = value
+        return value
+
+    for stack in ("encoder", ""):
+        first = place(family.name, f"resid_pre {stack}".strip(), 0).path
+        before(first, lambda x, stack=stack: keep(ENCODED if stack else EMBED, x))
+        for number, (site, layer) in enumerate(family.sublayers(stack)):
+            norm = family.norm(site, layer)
+            if site.startswith("mlp_out"):
+                to = (site.replace("out", "norm"), layer, 0)
+                given = (stack, to, number, norm)
+                before(family.mlp(site, layer), lambda _, given=given: work.read(*given))
+                output = place(family.name, site, layer).path
+                after(output, lambda x, site=site, layer=layer: keep((site, layer, 0), x))
+                continue
+            own = site.partition(" ")[2]
+            for word in "q" if own == "cross" else "qkv":
+                _project(after, work, f"{word} {own}".strip(), layer, (stack, number, norm))
+            path = place(family.name, site, layer).path
+            before(path, lambda z, site=site, layer=layer: _keep_heads(work, site, layer, z))
+    count = len([*family.sublayers("encoder")])
+    for layer in range(family.layers):
+        for word in ("k cross", "v cross"):
+            _project(after, work, word, layer, ("encoder", count, family.end("encoder")))
+    count, end = len([*family.sublayers("")]), family.end("")
+    last = end or family.norm("mlp_out", family.layers - 1)
+    after(last, lambda _: work.read("", LOGITS, count, end))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _project(after: Any, work: Pass, site: str, layer: int, given: tuple[str, int, str]) -> None:
+    """Compute queries, keys or values, each head from a separate input."""
+    family, (stack, number, norm) = work.family, given
+    path = place(family.name, site, layer).path
+    module, count = family.module(path), family.count(site.partition(" ")[2])
+
+    def act(plain: Tensor) -> Tensor:
+        heads: list[Tensor] = []
+        for head in range(count):
+            x = work.read(stack, (site, layer, head), number, norm)
+            heads.append(module.forward(x).unflatten(-1, (count, -1))[:, head])
+        assert plain.shape[-1] == heads[0].shape[-1] * count
+        return torch.cat(heads, -1)
+
+    after(path, act)
+
+
+def _keep_heads(work: Pass, site: str, layer: int, z: Tensor) -> Tensor:
+    weight = work.family.module(place(work.family.name, site, layer).path).weight
+    every = senders_of(work.family, site, layer)
+    width = z.shape[-1] // len(every)
+    for of in every:
+        own = slice(of[2] * width, (of[2] + 1) * width)
+        work.given[of] = z[:, own] @ weight[:, own].T
+    return z
+
+
+def run(work: Pass, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[token of the decoder, vocab] logits."""
+    given = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    with hooked(work):
+        return work.family.model(**given, use_cache=False).logits[0]
+
+
+def at_tokens(
+    edges: Collection[Edge], encoder: Sequence[int], decoder: Sequence[int], sizes: tuple[int, int]
+) -> dict[Edge, Tensor]:
+    """Shares of edges that are ablated at some tokens of the encoder and of the decoder."""
+    found: dict[Edge, Tensor] = {}
+    for edge in edges:
+        encodes = edge[0][0].endswith("encoder")
+        share = torch.zeros(sizes[0] if encodes else sizes[1], 1).double()
+        share[list(encoder if encodes else decoder)] = 1
+        found[edge] = share
+    return found

@@ -1,0 +1,449 @@
+"""Circuits of encoder-decoders, against plain hooks for one unpadded prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.loading.loader import adopt_model
+from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING, END
+from mechdsl.resolve.circuits import AskedCircuits, EdgeGraph, draw_circuits
+from mechdsl.resolve.types import SitePoint
+from mechdsl.show.reports.circuit_layout import list_edges as list_drawn_edges
+from mechdsl.vocab.effects import EFFECTS
+
+from ..image_prompts import test_sounds as sounds
+from .encoder_decoder_circuits import (
+    EMBED,
+    ENCODED,
+    LOGITS,
+    Edge,
+    Family,
+    Node,
+    Pass,
+    at_tokens,
+    doubled,
+    list_edges,
+    run,
+)
+from .encoder_decoders import (
+    ENCODER_LAYERS,
+    HEADS,
+    LAYERS,
+    WIDTH,
+    Text,
+    model,
+    place,
+    read,
+    starts,
+    text,
+    tokenizer,
+)
+from .support import (
+    DIFFERENCE,
+    MODES,
+    ROWS,
+    Array,
+    Record,
+    by_name,
+    experiment,
+    token,
+    try_file,
+    write_rows,
+)
+
+SOME: dict[str, list[Edge]] = {
+    "embed -> q cross layer 0 head 1": [(EMBED, ("q cross", 0, 1))],
+    "z layer 0 head 1 -> q cross layer 0 head 0": [(("z", 0, 1), ("q cross", 0, 0))],
+    "z cross layer 0 head 0 -> L0.mlp": [(("z cross", 0, 0), ("mlp_norm", 0, 0))],
+    "z cross layer 0 heads * -> q cross layer 2 heads *": [
+        (("z cross", 0, of), ("q cross", 2, to)) for of in range(HEADS) for to in range(HEADS)
+    ],
+    "L1.mlp -> L2H0.v": [(("mlp_out", 1, 0), ("v", 2, 0))],
+    "L0H0 -> L1H1.k": [(("z", 0, 0), ("k", 1, 1))],
+    "z cross layer 1 head 1 -> logits": [(("z cross", 1, 1), LOGITS)],
+    "L2.mlp -> logits": [(("mlp_out", 2, 0), LOGITS)],
+    "embed encoder -> v encoder layer 0 head 1": [(ENCODED, ("v encoder", 0, 1))],
+    "z encoder layer 0 head 0 -> mlp_norm encoder layer 0": [
+        (("z encoder", 0, 0), ("mlp_norm encoder", 0, 0))
+    ],
+    "mlp_out encoder layer 0 -> q encoder layer 1 heads *": [
+        (("mlp_out encoder", 0, 0), ("q encoder", 1, head)) for head in range(HEADS)
+    ],
+    "z encoder layer 1 head 1 -> v cross layer 1 head 0": [
+        (("z encoder", 1, 1), ("v cross", 1, 0))
+    ],
+    "embed encoder -> k cross layers * heads *": [
+        (ENCODED, ("k cross", layer, head)) for layer in range(LAYERS) for head in range(HEADS)
+    ],
+    "mlp_out encoder layer 1 -> v cross layer 2 heads *": [
+        (("mlp_out encoder", 1, 0), ("v cross", 2, head)) for head in range(HEADS)
+    ],
+}
+CIRCUIT = f"circuit c = {', '.join(SOME)}\n"
+
+
+def opened(family: str) -> Family:
+    return doubled(model, family, LAYERS, ENCODER_LAYERS, HEADS, HEADS)
+
+
+def inputs(family: str, record: Record, of: str = "clean") -> dict[str, Tensor]:
+    return {
+        "input_ids": torch.tensor([text(record, of).ids]),
+        "decoder_input_ids": torch.tensor([starts(family)]),
+    }
+
+
+@cache
+def outputs(family: str, number: int, of: str = "clean") -> dict[Node, Tensor]:
+    """The outputs of all senders in a plain run."""
+    work = Pass(opened(family))
+    with torch.no_grad():
+        run(work, inputs(family, ROWS[number], of))
+    return work.given
+
+
+def fills(family: str, number: int, fill: str) -> dict[Node, Tensor]:
+    own = outputs(family, number)
+    if fill == "zero":
+        return {node: torch.zeros_like(value) for node, value in own.items()}
+    if fill != "mean":
+        return outputs(family, number, fill)
+    found: dict[Node, Tensor] = {}
+    for node, value in own.items():
+        every = [outputs(family, n)[node] for n in range(len(ROWS))]
+        at = [text(record).subject[-1] if node[0].endswith("encoder") else -1 for record in ROWS]
+        mean = torch.stack([each[token] for each, token in zip(every, at, strict=True)]).mean(0)
+        found[node] = mean.expand_as(value)
+    return found
+
+
+def named(names: Collection[str] = SOME) -> set[Edge]:
+    return {edge for name in names for edge in SOME[name]}
+
+
+@torch.no_grad()
+def expected(
+    family: str, ablated: Collection[Edge], fill: str, at: str, record: Record | None = None
+) -> Array:
+    """[row] the measure."""
+    found = []
+    for number, own in enumerate(ROWS):
+        of, last = text(own), len(starts(family))
+        tokens = {
+            "tokens *": (range(len(of.ids)), range(last)),
+            "last token": ((), [last - 1]),
+            "subject token": (of.subject[-1:], ()),
+        }[at]
+        shares = at_tokens(ablated, *tokens, (len(of.ids), last))
+        work = Pass(opened(family), fills(family, number, fill), shares)
+        logits = run(work, inputs(family, own))
+        found.append(float(logits[-1, token(own["a"])] - logits[-1, token(own["b"])]))
+    return np.array(found)
+
+
+def ran(family: str, lines: str, folder: Path, mode: str = "planned", **more: Any) -> Any:
+    found = try_file(lines, folder, model(family), MODES[mode], tokenizer=tokenizer(), **more)
+    return by_name(*found)
+
+
+slow = pytest.mark.slow
+FAMILIES = [
+    "t5",
+    "bart",
+    *(pytest.param(family, marks=slow) for family in ("mt5", "mbart", "marian", "pegasus")),
+]
+CASES = [
+    ("c", "zero", "tokens *"),
+    ("all but c", "zero", "tokens *"),
+    ("c", "turned", "tokens *"),
+    ("all but c", "turned", "tokens *"),
+    ("all but c", "mean", "last token"),
+    ("c", "mean", "subject token"),
+    ("c", "other", "last token"),
+    ("all but c", "other", "subject token"),
+]
+
+
+@pytest.mark.parametrize("mode", ["planned", "padded on the right", "small passes"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_circuit_of_both_streams_equals_hooks(family: str, mode: str, tmp_path: Path) -> None:
+    lines = CIRCUIT + "".join(
+        experiment(f"e{n}", "prompts p", f"ablate {rule} at {at} with {fill}", DIFFERENCE)
+        for n, (rule, fill, at) in enumerate(CASES)
+    )
+    found = ran(family, lines, tmp_path, mode)
+    every = set(list_edges(opened(family)))
+    assert named() < every
+    base = expected(family, (), "zero", "tokens *")
+    for n, (rule, fill, at) in enumerate(CASES):
+        ablated = named() if rule == "c" else every - named()
+        values = found[f"e{n}"].measures[0].patched[0]
+        own = expected(family, ablated, fill, at)
+        np.testing.assert_allclose(values, own, atol=1e-4, err_msg=str(CASES[n]))
+        assert np.abs(own - base).max() > 1e-3, CASES[n]
+
+
+PLACED = {
+    "z cross layer 0 head 0 -> L0.mlp": "last token",
+    "embed encoder -> k cross layers * heads *": "subject tokens",
+    "mlp_out encoder layer 0 -> q encoder layer 1 heads *": "token 2",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edges_with_positions_in_both_streams_equal_hooks(family: str, tmp_path: Path) -> None:
+    edges = ", ".join(f"{edge} at {PLACED[edge]}" if edge in PLACED else edge for edge in SOME)
+    rules = ("ablate c at tokens * with zero", "ablate all but c at tokens * with turned")
+    lines = f"circuit c = {edges}\n" + "".join(
+        experiment(f"e{n}", "prompts p", rule, DIFFERENCE) for n, rule in enumerate(rules)
+    )
+    found, every = ran(family, lines, tmp_path), list_edges(opened(family))
+    for n, fill in enumerate(("zero", "turned")):
+        for number, record in enumerate(ROWS):
+            of, last = text(record), len(starts(family))
+            sizes = len(of.ids), last
+            within = at_tokens(named(), range(len(of.ids)), range(last), sizes)
+            tokens = {"last token": [last - 1], "subject tokens": of.subject, "token 2": [2]}
+            for name, at in PLACED.items():
+                within |= at_tokens(SOME[name], tokens[at], tokens[at], sizes)
+            shares = within
+            if fill == "turned":
+                whole = at_tokens(every, range(len(of.ids)), range(last), sizes)
+                shares = {edge: own - within.get(edge, 0 * own) for edge, own in whole.items()}
+            work = Pass(opened(family), fills(family, number, fill), shares)
+            logits = run(work, inputs(family, record))
+            own = float(logits[-1, token(record["a"])] - logits[-1, token(record["b"])])
+            assert found[f"e{n}"].measures[0].patched[0, number] == pytest.approx(own, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mean_at_all_tokens_of_both_streams_equals_hooks(family: str, tmp_path: Path) -> None:
+    """On two prompts of 13 tokens."""
+    own = [ROWS[0], ROWS[3]]
+    write_rows(tmp_path, own)
+    rule = "ablate c at tokens * with mean"
+    lines = CIRCUIT + experiment("e", "prompts p", rule, DIFFERENCE)
+    (values,) = ran(family, lines, tmp_path)["e"].measures[0].patched
+    both = [outputs(family, n) for n in (0, 3)]
+    mean = {node: (both[0][node] + both[1][node]) / 2 for node in both[0]}
+    for value, record in zip(values, own, strict=True):
+        of, last = text(record), len(starts(family))
+        shares = at_tokens(named(), range(len(of.ids)), range(last), (len(of.ids), last))
+        with torch.no_grad():
+            logits = run(Pass(opened(family), mean, shares), inputs(family, record))
+        expected_ = float(logits[-1, token(record["a"])] - logits[-1, token(record["b"])])
+        assert value == pytest.approx(expected_, abs=1e-4)
+
+
+def test_effects_of_a_circuit_equal_hooks(tmp_path: Path) -> None:
+    """Faithfulness, completeness and random circuits, two experiments in a file."""
+    raw = "measure logit(answer) - logit(wrong) as"
+    stats = "stats bootstrap(100) confidence 95% correct none"
+    lines = CIRCUIT + experiment(
+        "f",
+        "prompts p",
+        "ablate all but c at tokens * with turned",
+        f"{raw} faithfulness",
+        "against random(3)",
+        stats=stats,
+    )
+    lines += experiment("g", "prompts p", "ablate c at tokens * with turned", f"{raw} completeness")
+    found, every = ran("t5", lines, tmp_path), set(list_edges(opened("t5")))
+    base = expected("t5", (), "zero", "tokens *")
+    empty = expected("t5", every, "turned", "tokens *")
+    kept = expected("t5", every - named(), "turned", "tokens *")
+    without = expected("t5", named(), "turned", "tokens *")
+    faithful = (kept.mean() - empty.mean()) / (base.mean() - empty.mean())
+    complete = (without.mean() - empty.mean()) / (base.mean() - empty.mean())
+    for name, own in (("f", faithful), ("g", complete)):
+        cell, effect = found[name].measures[0], {"f": "faithfulness", "g": "completeness"}[name]
+        np.testing.assert_allclose(cell.patched[0], {"f": kept, "g": without}[name], atol=1e-4)
+        assert cell.source is not None
+        means = (float(each.mean()) for each in (cell.patched, cell.base, cell.source))
+        assert EFFECTS[effect].of_means(*means) == pytest.approx(own, abs=1e-3), name
+    conventions = found["f"].conventions
+    assert "on a path from `embed` to `logits`" not in str(conventions["controls"])
+    assert "positions" not in str(conventions["controls"])
+
+
+def test_random_circuits_of_both_streams_are_on_paths_from_an_embedding(tmp_path: Path) -> None:
+    ends = "embed encoder -> v cross layer 1 head 0, z cross layer 1 head 0 -> logits"
+    rule = "ablate all but c at tokens * with turned"
+    lines = f"circuit c = {ends}\n" + experiment(
+        "e", "prompts p", rule, DIFFERENCE, "against random(4)"
+    )
+    said = str(ran("t5", lines, tmp_path)["e"].conventions["controls"])
+    assert "of 2 edges, each on a path from `embed` to `logits`, at the same tokens" in said
+    loaded, _ = adopt_model("m", model("t5"), tokenizer())
+    assert loaded is not None
+    v, z = SitePoint("v cross", 1, 0), SitePoint("z cross", 1, 0)
+    asked = AskedCircuits(loaded.shape, frozenset(((ENCODER_EMBEDDING, v), (z, END))), 0, 40)
+    drawn, graph = draw_circuits(asked), EdgeGraph(loaded.shape)
+    assert drawn.is_connected
+    senders: set[SitePoint] = set()
+    for each in drawn.circuits:
+        edges = [edge for edge in each if isinstance(edge, tuple)]
+        assert len(edges) == len(each) == 2
+        assert graph.covers(edges)
+        senders.update(of for of, _ in edges)
+    assert {EMBEDDING, ENCODER_EMBEDDING} < senders
+
+
+@torch.no_grad()
+def test_circuits_over_sounds_equal_hooks() -> None:
+    """In Whisper, whose decoder begins with four tokens."""
+    name = "multilingual"
+    circuit = (
+        "circuit c = embed -> L1H2.k, z cross layer 0 head 3 -> q layer 2 heads *, "
+        "z encoder layer 0 head 1 -> v cross layer 1 head 2, L0H0 -> q cross layer 0 head 1, "
+        "embed encoder -> mlp_norm encoder layer 1, mlp_out encoder layer 1 -> k cross layer 2 "
+        "heads *\n"
+    )
+    family = doubled(sounds.bare, name, 3, 2, sounds.HEADS, 2)
+    heads = range(sounds.HEADS)
+    own: set[Edge] = {
+        (EMBED, ("k", 1, 2)),
+        *((("z cross", 0, 3), ("q", 2, head)) for head in heads),
+        (("z encoder", 0, 1), ("v cross", 1, 2)),
+        (("z", 0, 0), ("q cross", 0, 1)),
+        (ENCODED, ("mlp_norm encoder", 1, 0)),
+        *((("mlp_out encoder", 1, 0), ("k cross", 2, head)) for head in heads),
+    }
+    rules = (
+        ("ablate c at tokens * with zero", own, "zero"),
+        ("ablate all but c at tokens * with changed", {*list_edges(family)} - own, "changed"),
+    )
+    texts = circuit + "".join(
+        sounds.experiment(f"e{n}", rule) for n, (rule, _, _) in enumerate(rules)
+    )
+    found = sounds.run_text(texts, name)
+    for (rule, edges, fill), each in zip(rules, found, strict=True):
+        for n in range(len(sounds.RECORDS)):
+            plain = Pass(family)
+            run(plain, sound_inputs(name, sounds.other(n)))
+            filled = plain.given
+            if fill == "zero":
+                filled = {node: torch.zeros_like(value) for node, value in filled.items()}
+            sizes = sounds.FRAMES, len(sounds.STARTS[name])
+            shares = at_tokens(edges, range(sizes[0]), range(sizes[1]), sizes)
+            logits = run(Pass(family, filled, shares), sound_inputs(name, n))[-1]
+            answer, wrong = (sounds.token(str(sounds.RECORDS[n][key])) for key in ("n", "m"))
+            expected_ = float(logits[answer] - logits[wrong])
+            assert each.measures[0].patched[0, n] == pytest.approx(expected_, abs=1e-4), rule
+
+
+def sound_inputs(name: str, n: int) -> dict[str, Tensor]:
+    ids = torch.tensor([sounds.STARTS[name]])
+    return {"input_features": sounds.features(n), "decoder_input_ids": ids}
+
+
+@torch.no_grad()
+def test_circuit_with_another_rule_equals_hooks(tmp_path: Path) -> None:
+    """The rule writes what a sender of both streams is computed from."""
+    rules = ("ablate c at tokens * with zero", "patch z encoder layer 0 head 1 at subject token")
+    lines = CIRCUIT + experiment("e", "prompts p", "from other into clean", *rules, DIFFERENCE)
+    (values,) = ran("t5", lines, tmp_path)["e"].measures[0].patched
+    own = place("t5", "z encoder", 0)
+    columns = slice(WIDTH, 2 * WIDTH)
+    for number, record in enumerate(ROWS):
+        of, last = text(record), len(starts("t5"))
+        other = read("t5", text(record, "other"), own)[text(record, "other").subject[-1]]
+        shares = at_tokens(named(), range(len(of.ids)), range(last), (len(of.ids), last))
+        work = Pass(opened("t5"), fills("t5", number, "zero"), shares)
+
+        def patch(_: Any, args: Any, of: Text = of, other: Tensor = other) -> Any:
+            new = args[0].clone()
+            new[0, of.subject[-1], columns] = other[columns].double()
+            return (new, *args[1:])
+
+        handle = work.family.module(own.path).register_forward_pre_hook(patch)
+        try:
+            logits = run(work, inputs("t5", record))
+        finally:
+            handle.remove()
+        expected_ = float(logits[-1, token(record["a"])] - logits[-1, token(record["b"])])
+        assert values[number] == pytest.approx(expected_, abs=1e-4)
+
+
+ERRORS = {
+    "z encoder layer 1 head 0 -> logits": ("E0335", "only through `k cross` and `v cross`"),
+    "z cross layer 0 head 0 -> k cross layer 1 head 0": ("E0335", "doesn't read the decoder"),
+    "z cross layer 1 head 0 -> q cross layer 1 head 0": ("E0335", "before or at the sender"),
+    "L1.mlp -> q cross layer 1 head 0": ("E0335", "before or at the sender"),
+    "z encoder layer 0 head 0 -> final_norm encoder": ("E0334", "`v cross layer 1 head 0`"),
+    "attn_out cross layer 0 -> logits": ("E0334", "`z cross layer 0 head 1`"),
+    "z layer 0 head 0 -> z cross layer 0 head 0": ("E0334", "`q cross layer 1 head 0`"),
+    "L0N3 -> logits": ("E0108", "whole MLPs"),
+}
+
+
+@pytest.mark.parametrize("edge", ERRORS)
+def test_edge_that_the_model_lacks_is_an_error(edge: str, tmp_path: Path) -> None:
+    rule = experiment("e", "prompts p", "ablate c at tokens * with zero", DIFFERENCE)
+    lines = f"circuit c = embed -> logits, {edge}\n{rule}"
+    result, problems = try_file(lines, tmp_path, model("t5"), tokenizer=tokenizer())
+    assert result is None
+    (problem,) = (each for each in problems if each.severity == "error")
+    code, words = ERRORS[edge]
+    assert problem.code == code
+    assert words in render_full([problem], color=False, width=200)
+
+
+RULE_ERRORS = {
+    "ablate c at {subject token, last token} with zero": "E0108",
+    "ablate c at tokens * with zero\n  patch mlp_norm encoder layer 0 at subject token": "E0108",
+    "ablate c at tokens * with zero\n  patch attn_norm cross layer 0 at last token": "E0108",
+    "ablate c at tokens * with zero\n  patch final_norm encoder at subject token": "E0108",
+    "ablate d at subject token with zero": "E0316",
+    "ablate c at tokens * with zero\n  generate 4": "E0108",
+    'ablate all but c at tokens * with zero\n  report graph to "c.json"': "E0108",
+    "ablate all but c at tokens * with zero\n  against random(3)": "E0630",
+}
+
+
+@pytest.mark.parametrize("rule", RULE_ERRORS)
+def test_rule_on_a_circuit_that_cant_be_computed_is_an_error(rule: str, tmp_path: Path) -> None:
+    edges = "embed -> logits, embed encoder -> v cross layer 0 head 0"
+    edges += " at subject token" * ("against" in rule)
+    ends = ("from other into clean",) * ("patch" in rule)
+    lines = f"circuit c = {edges}\ncircuit d = embed -> logits\n" + experiment(
+        "e", "prompts p", *ends, rule, DIFFERENCE
+    )
+    result, problems = try_file(lines, tmp_path, model("t5"), tokenizer=tokenizer())
+    assert result is None
+    assert [each.code for each in problems if each.severity == "error"] == [RULE_ERRORS[rule]]
+
+
+def test_model_with_norms_between_heads_and_stream_is_an_error(tmp_path: Path) -> None:
+    rule = experiment("e", "prompts p", "ablate c at tokens * with zero", DIFFERENCE)
+    lines = f"circuit c = embed -> logits\n{rule}"
+    result, problems = try_file(lines, tmp_path, model("t5gemma"), tokenizer=tokenizer())
+    assert result is None
+    assert "in block 0 of the encoder, a norm or scale follows attention" in str(problems)
+
+
+def test_picture_of_a_circuit_has_the_encoder_below_the_decoder(tmp_path: Path) -> None:
+    rule = "ablate all but c at tokens * with turned"
+    lines = CIRCUIT + experiment("e", "prompts p", rule, DIFFERENCE, 'report graph to "c.svg"')
+    found = ran("t5", lines, tmp_path)["e"]
+    assert found.circuit is not None
+    edges = list_drawn_edges(found.circuit, None)
+    assert {edge.text for edge in edges} == {f"{of} -> {to}" for of, to in found.circuit.edges}
+    for edge in edges:
+        assert edge.sender.level < edge.receiver.level, edge.text
+    ends = {end.title: end for edge in edges for end in (edge.sender, edge.receiver)}
+    order = ["embed encoder", "encoder L0H0", "encoder L0 MLP", "encoder L1H0", "embed"]
+    order += ["L0H0", "cross L0H0", "L0 MLP", "L1H1", "cross L1H0", "L1 MLP", "logits"]
+    levels = [ends[title].level for title in order if title in ends]
+    assert levels == sorted(levels)
+    assert len(levels) > 9
