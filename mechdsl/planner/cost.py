@@ -1033,6 +1033,23 @@ class PanelCount:
         self.sharer = RowSharer(self.plans, share=True)
         self._circuit_adds: dict[tuple[int, bool], Ints] = {}
 
+    def row_passes(self, plan: ExperimentPlan, lengths: Ints, sources: Ints) -> tuple[Ints, Ints]:
+        """Count full forward passes of rows: (tokens times blocks [row], multiply-adds [row]).
+
+        An encoder of images or sounds runs in unpatched runs, and not again for rows without rules
+        in it.
+
+        Args:
+            plan: The plan of the rows.
+            lengths: [row] tokens of each prompt.
+            sources: [row] of these, the tokens that an encoder reads.
+        """
+        every = plan.experiment.every_rule
+        reruns = any(rule.acts_in("encoder") or rule.path is not None for rule in every)
+        if reruns or self.shape.takes not in ("image to text", "sound to text"):
+            return self.full_pass.whole(lengths, sources)
+        return self.full_pass.decode(lengths, sources)
+
     @cached_property
     def _graph(self) -> CircuitGraph:
         return CircuitGraph(self.shape)
@@ -1325,7 +1342,7 @@ class PanelWork:
         adds = 0.0
         logits = self.panel.shape.d_model * self.panel.shape.outputs
         for plan, one in zip(self.panel.plans, self.rows, strict=True):
-            passed, added = self.panel.full_pass.whole(plan.lengths(one), plan.sources(one))
+            passed, added = self.panel.row_passes(plan, plan.lengths(one), plan.sources(one))
             count += len(one) * plan.draws
             tokens += int(passed.sum()) * plan.draws
             adds += float(added.sum()) * plan.draws
@@ -1427,7 +1444,7 @@ class _Shapes:
         """Return (tokens through blocks, multiply-adds) without those of ablated edges."""
         shape = panel.shape
         if shape.encodes_apart:
-            passed, added = panel.full_pass.whole(self.lengths, self.sources)
+            passed, added = panel.row_passes(self.plan, self.lengths, self.sources)
             return int(passed @ self.counts), int(added @ self.counts)
         tokens = adds = 0
         for each in block_work(

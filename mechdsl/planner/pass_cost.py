@@ -188,6 +188,15 @@ class PassCost:
         tokens = sources * self.cross.blocks + own * blocks
         return tokens, self.cross.encode(sources) + each * blocks
 
+    def decode(self, lengths: Ints, sources: Ints) -> tuple[Ints, Ints]:
+        """Count the work of full passes of a decoder, given the outputs of its encoder.
+
+        Args and returned values are those of `whole`.
+        """
+        assert self.cross is not None
+        (tokens, adds), (fewer, encoder) = (self.whole(lengths, sources, n) for n in (None, 0))
+        return tokens - fewer, adds - encoder + sources * self.cross.exit
+
     def _attend(self, own: Ints, pairs: Ints, projected: Ints) -> Ints:
         """Count the multiply-adds of attention to the encoder, in one block.
 

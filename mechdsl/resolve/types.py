@@ -1256,9 +1256,13 @@ class ResolvedRule(Record):
     @property
     def in_vision(self) -> bool:
         """Whether some of its sites are in the vision encoder of prompts with images."""
+        return self.acts_in("vision")
+
+    def acts_in(self, stack: str) -> bool:
+        """Return whether some of its sites are in a stack other than the main one."""
         every = [] if self.sites is None else [self.sites.points, self.sites.sources or {}]
         points = (point for found in every for here in found.values() for point in here)
-        return any(SITES[point.site].stack == "vision" for point in points)
+        return any(SITES[point.site].stack == stack for point in points)
 
     @property
     def in_prefill(self) -> bool:

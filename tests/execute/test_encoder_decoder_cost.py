@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from mechdsl.checks.file_check import CheckedFile
+from mechdsl.forward.hooks import model as hooked
 from mechdsl.loading.loader import adopt_model
 from mechdsl.planner.pass_cost import PassCost
 from mechdsl.planner.passes import make_plan, plan_cost
@@ -105,6 +107,56 @@ def test_planned_passes_over_sounds_equal_those_of_the_bare_model() -> None:
     lines = sounds.experiment("e", "from clean into changed", rule)
     plain, _ = planned(check_file(lines, sounds.folder(), own, sounds.BLOCK))
     assert plain == pytest.approx(4 * each, rel=0.01)
+
+
+@pytest.mark.parametrize(("of", "name"), [(sounds, "multilingual"), (images, "vit")])
+def test_encoder_of_a_sound_or_image_runs_once_for_each(
+    of: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a rule acts in it; in two experiments, one with replies."""
+    monkeypatch.setattr(hooked, "ENCODED_VECTORS", WeakKeyDictionary())
+    own, rows, inputs = of.loaded(name), list[int](), list[bytes]()
+    rule = "patch z cross layer * head * at last token"
+    texts = of.experiment("e", "from clean into changed", rule)
+    texts += of.experiment(
+        "g", "generate 3", "ablate z cross layer * heads * at last token with zero"
+    )
+
+    def look(_: Any, args: tuple[Any, ...], __: Any) -> None:
+        rows.append(len(args[0]))
+        inputs.append(args[0].numpy().tobytes())
+
+    handle = own.module.get_encoder().layers[0].register_forward_hook(look)
+    try:
+        of.run_text(texts, name)
+        assert rows == [1] * len(of.RECORDS)
+        assert len(set(inputs)) == len(rows)
+        rows.clear()
+        at = "a frame 3" if of is sounds else "photo row 1 col 1"
+        inside = of.experiment("i", f"ablate resid_post encoder layer 0 at {at} token with zero")
+        of.run_text(inside, name)
+        assert rows == [len(of.RECORDS)]
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("of", "name"), [(sounds, "multilingual"), (images, "vit")])
+def test_planned_rows_without_rules_in_an_encoder_cost_the_decoder(of: Any, name: str) -> None:
+    own, count = of.loaded(name), len(of.RECORDS)
+    lines = of.experiment(
+        "e", "patch z cross layer * heads * at last token", "from clean into changed"
+    )
+    plain, fewer = planned(check_file(lines, of.folder(), own, of.BLOCK))
+    bare = of.bare(name)
+    if of is sounds:
+        start, given = (3, 8, 9, 10), {"input_features": of.features(0)}
+    else:
+        start, given = (of.START,), {"pixel_values": of.pixels(name, 0)}
+    encoded = bare.get_encoder()(*given.values())
+    whole = count_pass(bare, start, **given)
+    decoder = count_pass(bare, start, encoder_outputs=encoded)
+    assert plain == pytest.approx(count * (2 * whole + 3 * decoder), rel=0.01)
+    assert fewer <= plain
 
 
 @pytest.mark.parametrize("name", ["vit", "deit"])

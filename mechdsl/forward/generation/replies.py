@@ -62,6 +62,7 @@ from mechdsl.forward.hooks.model import (
     mixes_images,
     record_encoded,
     replace_blocks,
+    with_encoded,
 )
 from mechdsl.forward.hooks.token_copies import find_copies
 from mechdsl.vocab.metrics import Reply
@@ -189,8 +190,9 @@ class FullPasses:
             return self._run(acting, batch, held, sources)
         with record_encoded(self.model) as outputs:
             found = self._run(acting, batch, held, sources)
-        (every,) = outputs
-        self._encoded += [own[:count] for own, count in zip(every[0], sources, strict=True)]
+        # Without rules in the encoder, vectors that it computed before may replace its pass.
+        every = outputs[0][0] if outputs else with_encoded(self.model, batch).extra[ENCODED]
+        self._encoded += [own[:count] for own, count in zip(every, sources, strict=True)]
         return found
 
     def _run(

@@ -62,6 +62,7 @@ from mechdsl.forward.hooks.model import (
     narrow_unembedding,
     select_token_logits,
     split_vision,
+    with_encoded,
 )
 from mechdsl.models.anatomy import HookPoint, HookSide, TensorLayout
 from mechdsl.models.shape import unit_count, vector_width
@@ -887,6 +888,13 @@ class SiteHooks:
         outside = self._called_again, self._experts, self._circuits, self._reads_stream
         return not (self.within or any(outside))
 
+    def skip_encoder(self, batch: Batch) -> Batch:
+        """Return the batch with vectors that the encoder of an encoder-decoder computed before,
+        unless there are reads or writes in the encoder."""
+        places = (*self._reads, *(write.where for write in self._writes))
+        stacks = {*(place.stack for place in places), *(stack for stack, _ in self.within)}
+        return batch if "encoder" in stacks else with_encoded(self.model, batch)
+
     def begin(self) -> None:
         """Start a further pass."""
         self._sites.begin()
@@ -1036,14 +1044,14 @@ def run_full(
     work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=backward)
     if logits_at is not None:
         work.keep_logits(logits_at)
-    narrow = narrow_unembedding(model, tokens, ends=ends)
+    narrow, given = narrow_unembedding(model, tokens, ends=ends), work.skip_encoder(batch)
     mode = _enable_gradients(model) if gradients else torch.inference_mode()
     rules = nullcontext() if ruled is None else ruled.opened()
     blocks = _recompute(work) if recompute and ruled is None else nullcontext()
     logits = largest = None
     hooks, attention = work.installed(), open_attention(model, work, ruled)
     with mode, hooks, attention, narrow, rules, blocks, suppress(PassStopped):
-        logits = call_with_batch(model, batch)
+        logits = call_with_batch(model, given)
     if logits is not None:
         if ruled is not None:
             ruled.check(logits)

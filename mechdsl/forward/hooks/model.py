@@ -449,6 +449,46 @@ without the batch dimension; on the host. They are pixels, a spectrogram, or pix
 and `TILES`."""
 
 
+ENCODED_VECTORS: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
+"""By model whose encoder reads an image or a sound and nothing else, the encoder's output [T,
+d_model] for inputs that passes without rules in the encoder needed, by first token; on the host."""
+
+_MAX_ENCODED_BYTES = 1 << 31
+"""Bytes of `ENCODED_VECTORS` of a model beyond which the oldest vectors are dropped."""
+
+
+def with_encoded(model: LoadedModel, batch: Batch) -> Batch:
+    """Return a batch with the vectors of its images or sounds, each encoded once and alone.
+
+    The batch stays as it is if the encoder reads texts, whose vectors depend on padding, or if it
+    has inputs already.
+    """
+    if model.shape.takes not in ("image to text", "sound to text") or batch.extra:
+        return batch
+    tokens: list[int] = batch.of_stack("encoder").ids[:, 0].tolist()
+    distinct = list(dict.fromkeys(tokens))
+    vectors = torch.stack([_encode_once(model, token) for token in distinct]).to(model.device)
+    of_row = torch.tensor([distinct.index(token) for token in tokens], device=model.device)
+    return replace(batch, extra={ENCODED: vectors[of_row]})
+
+
+def _encode_once(model: LoadedModel, token: int) -> Tensor:
+    """Return the output of the encoder for the image or sound of a token, on the host."""
+    known = ENCODED_VECTORS.setdefault(model.module, {})
+    if token not in known:
+        module: Any = model.module
+        given = IMAGE_INPUTS[module][token]
+        inputs = {name: own[None].to(model.device) for name, own in given.items()}
+        # `forward`, because `record_encoded` collects only calls of the pass itself.
+        with torch.inference_mode(False), torch.no_grad():
+            found: Tensor = module.get_encoder().forward(**inputs).last_hidden_state[0].cpu()
+        most = max(1, _MAX_ENCODED_BYTES // found.nbytes)
+        while len(known) >= most:
+            del known[next(iter(known))]
+        known[token] = found
+    return known[token]
+
+
 def _find_inputs(model: LoadedModel, ids: Tensor, *, encoded: bool = True) -> dict[str, Any]:
     """Return the inputs [B, …] for the images whose tokens [B, T] an encoder reads.
 
