@@ -681,8 +681,10 @@ def _resolve_edits(checked: CheckedFile, contexts: FileContexts) -> None:
 def _outline_apart(
     experiment: spec.Experiment, checked: CheckedFile, contexts: FileContexts
 ) -> ExperimentOutline:
-    """Return the outline of what isn't an experiment of the file, and so isn't listed if it can't
-    be checked or run here."""
+    """Return the outline of an internal experiment, such as the objective of a training.
+
+    Unlike experiments of the file, it isn't listed if it can't be checked or run here.
+    """
     unchecked, unrun = list(checked.unchecked), list(checked.unrun)
     known = _outline(experiment, checked, contexts, {})
     checked.unchecked[:], checked.unrun[:] = unchecked, unrun
@@ -692,7 +694,7 @@ def _outline_apart(
 def _resolve_objectives(
     experiments: Iterable[spec.Experiment], checked: CheckedFile, contexts: FileContexts
 ) -> None:
-    """Resolve what rotations, vectors and masks of these experiments learn from, and report its
+    """Resolve the objectives of the rotations, vectors and masks that experiments use, and report
     errors."""
     program = checked.program
     wanted = {
@@ -864,7 +866,7 @@ def _outline(
 def _check_fit_models(
     experiment: spec.Experiment, checked: CheckedFile, contexts: FileContexts, model: ModelContext
 ) -> None:
-    """Report E0415 for what is trained on a model of another shape."""
+    """Report E0415 for trainings on a model of another shape."""
     for basis in used_bases(experiment, checked.program):
         rows = fit_rows_of_basis(basis, checked.program)
         if rows is not None and rows.model is not None:
@@ -1011,8 +1013,10 @@ def _suggest_effect_rule(
 
 
 def _suggest_circuit_rule(experiment: spec.Experiment, form: str, program: spec.Program) -> str:
-    """Return the rule on a circuit in a form such as `ablate all but CIRCUIT`, with the circuit,
-    the positions and the fill of the experiment's own one, if it has one."""
+    """Return a rule on a circuit in a form such as `ablate all but CIRCUIT`.
+
+    The circuit, the positions and the fill are those of the experiment's rule, if it has one.
+    """
     for rule in experiment.rules:
         if rule.circuit_name in program.circuits and rule.site is not None:
             own = rule.span.source.text[rule.at.span.start : rule.span.end]

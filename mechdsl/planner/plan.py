@@ -254,9 +254,11 @@ class ExperimentPlan:
 
     @cached_property
     def watched_sites(self) -> frozenset[SiteLayer]:
-        """The sites whose features may be inactive: where rules change only features of
-        dictionaries, and keep those that are 0. None if rows must be run for other reasons, such as
-        an observation, whose value no unpatched run has."""
+        """Sites at which rules change only features of dictionaries and keep features that are 0.
+
+        Their features may be inactive. Empty if rows must be run for other reasons, such as an
+        observation, whose value no unpatched run has.
+        """
         acting = [plan for plan in self.rules if plan.rule.does.changes != "nothing"]
         runs = self.starting_runs
         is_plain = (
@@ -275,10 +277,10 @@ class ExperimentPlan:
 
     @cached_property
     def reconstructed(self) -> tuple[ReconstructedSpot, ...]:
-        """Where rules change coordinates of dictionaries, whose errors are measured there.
+        """Sites and positions at which rules change coordinates of dictionaries.
 
-        None for rows with noise or replaced text, and for runs with rules. Of experiments that
-        generate text, only where rules change prompts.
+        Reconstruction errors are measured there. Empty for rows with noise or replaced text, and
+        for runs with rules. In experiments that generate text, only sites in prompts.
         """
         runs = self.starting_runs
         is_plain = (
@@ -305,7 +307,7 @@ class ExperimentPlan:
 
     @cached_property
     def observed_sites(self) -> frozenset[SiteLayer]:
-        """The sites of the base run from which the activity and the errors of features follow."""
+        """Sites of the base run that determine the activity and the errors of features."""
         points = {
             point
             for spot in self.reconstructed

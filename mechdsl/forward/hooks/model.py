@@ -215,7 +215,7 @@ def list_attention_configs(module: nn.Module) -> tuple[Any, ...]:
 def build_batch(
     model: LoadedModel, ids: Sequence[tuple[int, ...]], sources: Sequence[int], side: PaddingSide
 ) -> Batch:
-    """Pad prompts; those of an encoder-decoder are padded apart in each of the two.
+    """Pad prompts; in an encoder-decoder, the two stacks are padded separately.
 
     Args:
         model: The model.
@@ -299,7 +299,7 @@ def select_row_logits(model: LoadedModel, logits: Tensor, rows: Ints) -> Tensor:
 
 def find_tokens(known: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the index of each token in a list, and whether it is in it; both have the shape of
-    `ids`. The index of other tokens is some index.
+    `ids`. The index of a token that isn't in the list is arbitrary.
 
     Args:
         known: [N] ascending, N at least 1.
@@ -310,7 +310,7 @@ def find_tokens(known: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class VisionPass(Protocol):
-    """A pass of the vision encoder on the images of prompts, apart from the language model."""
+    """A pass of the vision encoder on the images of prompts, without the language model."""
 
     def __call__(
         self, batch: Batch, writes: Sequence[SiteWrite], reads: Sequence[SiteRead]
