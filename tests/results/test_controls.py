@@ -12,6 +12,7 @@ from mechdsl.base.records import Registry
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.text import (
+    is_significant,
     null_band_text,
     null_p_texts,
     significance_marks,
@@ -207,6 +208,27 @@ def test_significant_cells_inside_the_null_band_are_marked() -> None:
     assert "none of these lie inside their null bands" in (
         significance_note(none, 0, "*", "°") or ""
     )
+
+
+@pytest.mark.parametrize(
+    ("inside", "weaker", "text"),
+    [
+        (True, False, "it lies inside its null band"),
+        (False, True, "it lies between 0 and the band"),
+        (False, False, "it lies outside its null band"),
+    ],
+)
+def test_note_on_one_cell_names_its_place(inside: bool, weaker: bool, text: str) -> None:
+    every = np.ones(len(finished(with_controls(heads())).cells), dtype=np.bool_)
+    found = banded(inside=every & inside, weaker=every & weaker)
+    first = int(np.flatnonzero(is_significant(found, 0))[0])
+    alone = np.full(len(every), np.nan)
+    alone[first] = found.statistics[0].p_corrected[first]
+    one = replace(found.statistics[0], p_corrected=alone)
+    note = significance_note(replace(found, statistics=(one, *found.statistics[1:])), 0, "", "")
+    assert note is not None
+    assert note.startswith("1 of 1 cell survives")
+    assert note.endswith(f"; {text}")
 
 
 def test_effects_that_zero_shows_are_weaker_beyond_the_band() -> None:

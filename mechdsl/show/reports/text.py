@@ -387,9 +387,12 @@ def significance_note(
     inside, weaker = (int(np.count_nonzero(alike & each)) for each in (band.inside, band.weaker))
     by_zero = EFFECTS[result.measures[measure].effect].is_shown_by_zero
     where = "beyond the band, away from 0" if by_zero else "between 0 and the band"
+    which = f"{random}{':' * (len(random) > 1)} " if random and alike.any() else ""
+    if decided == good == 1:
+        place = where if weaker else f"{'inside' if inside else 'outside'} its null band"
+        return f"{lead}{said}; {which}it lies {place}"
     lie = "lies inside its null band" if inside == 1 else "lie inside their null bands"
     more = f", {weaker} {where}" if weaker else ""
-    which = f"{random}{':' * (len(random) > 1)} " if random and alike.any() else ""
     these = "these" if decided == good else f"the {decided} with {band.fewest} draws or more"
     return f"{lead}{said}; {which}{inside or 'none'} of {these} {lie}{more}"
 
