@@ -130,7 +130,7 @@ DICTIONARY_FILE = _limit(8_000_000_000, "bytes of a dictionary's weights", "E034
 
 LABELS_FILE = _limit(200_000_000, "bytes of a file of labels of features", "E0342")
 
-CIRCUIT_NEURONS = _limit(500, "neurons that a circuit names", "E0207")
+CIRCUIT_NEURONS = _limit(500, "neurons, or features, that a circuit names", "E0207")
 
 CIRCUIT_FILE = _limit(300_000_000, "bytes of a circuit file", "E0342")
 

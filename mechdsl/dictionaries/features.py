@@ -340,6 +340,18 @@ class Dictionary:
         """Return a tensor of its file by its name, such as `W_skip`; None if it has none."""
         return self._loaded.tensors.get(name)
 
+    def contributions(self, features: Tensor, which: Tensor, vectors: Tensor) -> Tensor:
+        """Return [K, m, width]: what features add to the reconstruction.
+
+        Args:
+            features: [K, m] their values.
+            which: [m] long, their numbers.
+            vectors: [K, width] the reconstructed vectors, whose norms the reconstruction may use.
+        """
+        found = features[:, :, None] * self._rows(self._like(features))[which]
+        scale = None if self.file.transcodes else self._normalised(vectors)[1]
+        return found if scale is None else found * scale[:, None]
+
     def decode(self, features: Tensor, vectors: Tensor) -> Tensor:
         """Return [K, width] reconstructions.
 

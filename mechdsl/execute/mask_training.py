@@ -321,7 +321,7 @@ class EdgeMaskRows(VectorMaskRows):
     @cached_property
     def _senders(self) -> dict[SiteLayer, tuple[int, ...]]:
         """The units of all senders, in forward order."""
-        return dict(group_senders(number_edge_ends(self.edges)[0].points))
+        return dict(group_senders(number_edge_ends(self.edges)[0].points, {}))
 
     @property
     def _written(self) -> Sequence[SiteLayer]:

@@ -45,7 +45,11 @@ from mechdsl.diagnostics.models import (
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.diagnostics.syntax import NotSupported
-from mechdsl.forward.hooks.circuits import explain_no_circuits, explain_no_neurons
+from mechdsl.forward.hooks.circuits import (
+    explain_no_circuits,
+    explain_no_features,
+    explain_no_neurons,
+)
 from mechdsl.forward.hooks.model import (
     BASE_PREFIX,
     PYTHON_PREFIX,
@@ -1096,8 +1100,10 @@ def _check_end_receiver(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
 
 def _check_circuit(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
     """Report E0108 if edges between the components of the model can't be separated."""
-    layers = () if rule.circuit is None else rule.circuit.neurons
-    reason = explain_no_circuits(model) or explain_no_neurons(model, layers)
+    circuit = rule.circuit
+    assert circuit is not None
+    reason = explain_no_circuits(model) or explain_no_neurons(model, circuit.neurons)
+    reason = reason or explain_no_features(model, circuit.features)
     what = f"a circuit in `{model.name}` ({reason})"
     return NotSupported(span=rule.spec.span, what=what) if reason else None
 

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from mechdsl.base.arrays import Ints
+from mechdsl.dictionaries.folder import MAX_GATHERED, DictionaryFile
 from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 from mechdsl.models.restart import (
     FULL_PASS,
@@ -53,6 +54,7 @@ from mechdsl.prompts.runs import PromptRun, ReplyPosition, share_beginnings
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import (
     CircuitTargets,
+    FeatureNodes,
     FitSample,
     JacobianBasis,
     SitePoint,
@@ -212,9 +214,13 @@ class RowSharer:
             for key in range(len(rule.points.offsets) - 1)
         ]
         for key, ends in enumerate(rule.edge_ends):  # without the last one, where it doesn't act
-            assert rule.rule.circuit is not None
-            neurons = tuple(rule.rule.circuit.neurons.items())
-            points[key] = (neurons, *(self._edges(*own) for own in ends))
+            circuit = rule.rule.circuit
+            assert circuit is not None
+            nodes = (
+                *circuit.neurons.items(),
+                *((n, own.member.name, own.which) for n, own in circuit.features.items()),
+            )
+            points[key] = (nodes, *(self._edges(*own) for own in ends))
         receivers = None
         if rule.paths is not None:
             paths = rule.paths
@@ -822,20 +828,49 @@ def _count_edge_work(
         len(layers) if ends else sum(layer < (to.layer or 0) for layer in layers)
         for to, ends in zip(receivers.points, at_the_end, strict=True)
     )
-    read = _count_neuron_inputs(senders, receivers) * (block.mlp - shape.d_model * shape.d_mlp)
+    inputs = len(_list_inputs(senders, receivers, "mlp_hidden"))
+    read = inputs * (block.mlp - shape.d_model * shape.d_mlp)
     return shape.d_model * (summed + (projected + heads) * shape.d_head + neurons) + read
 
 
-def _count_neuron_inputs(senders: EdgeEnds, receivers: EdgeEnds) -> int:
-    """Count the sets of senders that differ between the neurons of a layer."""
+def _count_split_work(
+    ends: tuple[EdgeEnds, EdgeEnds],
+    features: Mapping[int, FeatureNodes],
+    block: BlockCost,
+    shape: ModelShape,
+) -> int:
+    """Count the multiply-adds per token of MLPs whose features are nodes: the MLP for each distinct
+    input of these, features of each output and of the fill, and what they add to the stream."""
+    found = 0
+    senders, receivers = ends
+    inputs = _list_inputs(senders, receivers, "mlp_norm")
+    sending = {of.layer for of in senders.points if of.site == "mlp_out"}
+    for layer, own in features.items():
+        count = sum(each == layer for each, _ in inputs)
+        if not count and layer not in sending:
+            continue
+        operand, named = own.member.operand, len(own.which)
+        assert isinstance(operand, DictionaryFile)
+        encoding = operand.encoding_products
+        if operand.is_separate and named <= MAX_GATHERED:
+            encoding = named * operand.width_in
+        fill = int(layer in sending)
+        found += count * block.mlp + (count + 1 + fill) * encoding + 2 * named * shape.d_model
+    return found
+
+
+def _list_inputs(
+    senders: EdgeEnds, receivers: EdgeEnds, site: str
+) -> set[tuple[int | None, frozenset[int]]]:
+    """List the sets of senders that differ between the receivers at a site, with their layers."""
     sets: dict[int, set[int]] = defaultdict(set)
-    reads = [to.site == "mlp_hidden" for to in receivers.points]
+    reads = [to.site == site for to in receivers.points]
     if not any(reads):
-        return 0
+        return set()
     for of, to in zip(senders.of_edge.tolist(), receivers.of_edge.tolist(), strict=True):
         if reads[to]:
             sets[to].add(of)
-    return len({(receivers.points[to].layer, frozenset(own)) for to, own in sets.items()})
+    return {(receivers.points[to].layer, frozenset(own)) for to, own in sets.items()}
 
 
 def _count_settled_work(
@@ -884,6 +919,7 @@ def settles_circuits(plan: ExperimentPlan) -> bool:
             and not rule.rule.circuit.waits  # its edges are placeholders
             and not rule.rule.circuit.places
             and not rule.rule.circuit.neurons
+            and not rule.rule.circuit.features
             and rule.rule.apart is None
             for rule in plan.rules
         )
@@ -1064,13 +1100,15 @@ class PanelCount:
         """
         key = id(rule), settles
         if key not in self._circuit_adds:
-            given = self.block, self.shape
+            given, circuit = (self.block, self.shape), rule.rule.circuit
+            features = {} if circuit is None else circuit.features
             self._circuit_adds[key] = np.array(
                 [
                     [
                         _count_settled_work(self._graph, ends, *given)
                         if settles
                         else _count_edge_work(*ends, *given)
+                        + _count_split_work(ends, features, *given)
                         for ends in own
                     ]
                     for own in rule.edge_ends

@@ -547,7 +547,7 @@ def _coordinates(
     rule: ResolvedRule, by_name: Mapping[str, Ints], count: int
 ) -> tuple[tuple[Coordinates, ...], Ints | None]:
     """Return the sets of coordinates that a rule changes in its basis, and [cell] their index."""
-    if rule.basis is None:
+    if rule.basis is None or rule.circuit is not None:
         return (), None
     named = rule.basis.coordinates
     return tuple(named.values()), _lookup(list(named), rule.basis.axes, by_name, count)

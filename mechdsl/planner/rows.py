@@ -318,6 +318,7 @@ class RulePlan:
         """Return whether it writes all heads or neurons of a site as one vector."""
         return (
             self.rule.basis is not None
+            and self.rule.circuit is None
             and SitePoint(*place, None) in self.point_table
             and unit_count(shape, *place) > 1
         )

@@ -596,8 +596,11 @@ class ExperimentKeys:
                 ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
             if rule.rule.circuit is not None:
-                neurons = _digest_neurons(rule.rule.circuit)
-                edges = [neurons + b"".join(map(_digest_edges, ends)) for ends in rule.edge_ends]
+                nodes = _digest_neurons(rule.rule.circuit)
+                for layer, own in rule.rule.circuit.features.items():
+                    basis = self._operands.basis({(layer, None): own.member})
+                    nodes += digest(layer, basis, own.which)
+                edges = [nodes + b"".join(map(_digest_edges, ends)) for ends in rule.edge_ends]
                 own = [*edges, b""]  # the last one: it doesn't act
                 parts.append([own[site] for site in rule.site_of_cell.tolist()])
             if rule.active is not None:  # where it doesn't act, the key omits it

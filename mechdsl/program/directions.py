@@ -212,6 +212,7 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     names = dict.fromkeys(site.basis_name for site in sites)
     names |= {rule.exchanged.of: None for rule in experiment.every_rule if rule.exchanged}
     names |= {rule.observed.basis: None for rule in experiment.every_rule if rule.observed}
+    names |= dict.fromkeys(_list_circuit_bases(experiment, program))
     observed = (rule.observed.bases for rule in experiment.every_rule if rule.observed)
     names |= {name: None for bases in observed for name in bases}
     written = list_direction_expressions(experiment)
@@ -230,6 +231,16 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
         of = None if decoder is None else program.bases.get(decoder.of.whole)
         todo += [] if of is None or of.name in found else [of]
     return list(found.values())
+
+
+def _list_circuit_bases(experiment: spec.Experiment, program: spec.Program) -> Iterator[str | None]:
+    """Yield the bases whose features are nodes of the circuits that rules name."""
+    for rule in experiment.every_rule:
+        circuit = program.circuits.get(rule.circuit_name or "")
+        nodes = () if circuit is None else walk(circuit.edges)
+        for site in (node for node in nodes if isinstance(node, ast.Site)):
+            group = None if site.bare is None else program.groups.get(site.bare.id)
+            yield from (each.basis_name for each in (site, *(() if group is None else group.sites)))
 
 
 def fitted_block(method: BasisMethod, call: ast.Call) -> ast.Node:

@@ -994,6 +994,9 @@ def _bases(
     for circuit in parts.circuits.values():
         for node in walk(circuit.edges):
             _ = isinstance(node, ast.Name) and scope.has("group", node.id)
+            name = node.basis_name if isinstance(node, ast.Site) else None
+            if name not in (None, ast.STANDARD_BASIS):
+                scope.use("basis", name, node.span)
         for name in number_names(circuit.edges):
             scope.has("param", name)
     for statement in found:

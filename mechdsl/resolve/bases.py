@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from itertools import product
+from itertools import chain, product
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base import limits
@@ -88,6 +88,7 @@ from mechdsl.resolve.types import (
     Coordinates,
     DirectionVector,
     DrawnBasis,
+    FeatureNodes,
     FitSample,
     FittedBasis,
     Intervention,
@@ -578,6 +579,63 @@ def resolve_transcoders(
         if _use_families(names, add, work)
         else None
     )
+
+
+def resolve_feature_nodes(site: ast.Site, work: ExperimentContext) -> dict[int, FeatureNodes]:
+    """Resolve features that a circuit names as nodes, by layer; empty after an error.
+
+    E0342 for anything but named features of a dictionary of the output of MLPs.
+    """
+    axis, name = site.coordinates, site.basis_name
+    definition = work.program.bases.get(name or "")
+    before = len(work.diagnostics)
+    work = replace(work, sites=work.sites.of_definitions())
+    try:
+        if definition is None or axis is None:  # reported where the file is lowered
+            return {}
+        written, axes = resolve_site(_written_site(site, definition, work), work.sites)
+        if written is None or has_errors(work.diagnostics[before:]):
+            return {}
+        members = _members(definition, written, site, work)
+        if members is None:
+            return {}
+        found: dict[int, FeatureNodes] = {}
+        for point in dict.fromkeys(chain.from_iterable(written.points.values())):
+            member = members.get(None) or members[point.layer, point.unit]
+            _check_feature_nodes(site, point, member)
+            named = _named_coordinates(site, axis, member.size, work)
+            if named is None:
+                return {}
+            if axes or named.loops or named.sweep is not None:
+                reason = f"`{site.span.written}` sweeps inside a circuit, whose edges are joined"
+                hint = f"write the plural: `features 3, 12 of {name}`"
+                if axes:
+                    reason = f"`{name}` is a basis for each of {len(written.points)} layers"
+                    hint = f"name one: `mlp_out layer {point.layer} {axis.span.written}`"
+                raise BasisError(site, reason, hint)
+            which = tuple(sorted(set(chain.from_iterable(named.choices.values()))))
+            found[point.layer or 0] = FeatureNodes(member, which or tuple(range(member.size)))
+    except BasisError as problem:
+        work.diagnostics.append(problem.diagnostic)
+        return {}
+    return found
+
+
+def _check_feature_nodes(site: ast.Site, point: SitePoint, member: BasisMember) -> None:
+    """Raises BasisError unless features of a basis are added up in the output of an MLP."""
+    own, name = member.operand, site.basis_name
+    if not isinstance(own, DictionaryFile):
+        reason = f"`{name}` isn't a dictionary, and nodes of circuits are features of one"
+        raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
+    if own.write_obstacle:
+        reason = f"the features of a {own.write_obstacle}, so they aren't nodes of a circuit"
+        hint = "use a dictionary whose features depend on one vector of one layer"
+        raise BasisError(site, reason, hint)
+    if point.site != "mlp_out":
+        reason = f"`{name}` describes `{point.site}`, and nodes of circuits are features of the "
+        reason += "output of MLPs"
+        hint = f"use a dictionary `at mlp_out layer {point.layer or 0}`"
+        raise BasisError(site, reason, hint)
 
 
 def list_group_features(

@@ -30,6 +30,7 @@ from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import constant_value
+from mechdsl.program.statements import join_features
 from mechdsl.program.trainers import SearchLevel
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import counts_from_end, list_token_places
@@ -54,10 +55,14 @@ from mechdsl.resolve.trainings import order_tokens
 from mechdsl.resolve.types import (
     Axis,
     AxisIndices,
+    BasisMember,
+    BasisTargets,
     CircuitEdge,
     CircuitTargets,
     Convention,
     EdgeAtPlace,
+    FeatureNode,
+    FeatureNodes,
     PlacedEdge,
     PlacedEdges,
     PlaceOrder,
@@ -73,9 +78,9 @@ from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.vocab.effects import CircuitBaseline
 from mechdsl.vocab.sites import SITES, TokenSide
 
-SENDER_WORDS = "`embed`, `L0H1`, `L0.mlp` or `L0N3`"
+SENDER_WORDS = "`embed`, `L0H1`, `L0.mlp`, `L0N3` or `feature 3 of f`"
 
-RECEIVER_WORDS = "`L1H0.q`, `L1H0.k`, `L1H0.v`, `L1.mlp`, `L1N3` or `logits`"
+RECEIVER_WORDS = "`L1H0.q`, `L1H0.k`, `L1H0.v`, `L1.mlp`, `L1N3`, `feature 3 of f` or `logits`"
 
 STACK_SENDERS = "`L0H1`, `L0.mlp`, `z cross layer 0 head 1` or `mlp_out encoder layer 0`"
 
@@ -105,6 +110,9 @@ _RECEIVERS = {
 }
 """Component of a receiver → the site that it reads the stream at; `L1.mlp` names `mlp_out`."""
 
+_FEATURE_ENDS = {"start": "mlp_out", "end": "mlp_norm"}
+"""Sites of features as senders and as receivers."""
+
 CIRCUIT_NOTE = (
     "each query, key and value of a head, each MLP and the output read the stream of this pass "
     "with the fill instead of the output of the senders of ablated edges, through norms that are "
@@ -117,6 +125,16 @@ NEURON_NOTE = (
     "other neurons of its layer are one node, and the bias of the MLP belongs to no node"
 )
 
+FEATURE_NOTE = (
+    "a feature sends its activation times its decoder row and reads the stream separately, through "
+    "the norm before the MLP{} and its encoder; the other features of its layer, the error of the "
+    "dictionary and the biases of the MLP are one node, such as `{}`"
+)
+
+
+FeatureResolver: TypeAlias = Callable[[ast.Site, ExperimentContext], Mapping[int, FeatureNodes]]
+"""Resolves features that a circuit names, by layer; empty after an error."""
+
 
 STREAM_NOTE = (
     "edges of the encoder are ablated at tokens that it reads, edges of the decoder at its own; "
@@ -126,7 +144,10 @@ STREAM_NOTE = (
 
 
 def resolve_circuit(
-    circuit: spec.Circuit, rule: spec.Rule, work: ExperimentContext
+    circuit: spec.Circuit,
+    rule: spec.Rule,
+    work: ExperimentContext,
+    resolve_features: FeatureResolver,
 ) -> tuple[SiteTargets, CircuitTargets] | None:
     """Resolve the edges that `ablate CIRCUIT` or `ablate all but CIRCUIT` ablates, for each edge
     of the circuit with `without each edge`.
@@ -137,7 +158,7 @@ def resolve_circuit(
     Codes: E0108, E0207, E0304, E0320, E0334, E0335, and those of sites.
     """
     assert rule.site is not None
-    edges = find_circuit_edges(circuit, rule.site.span, work)
+    edges = find_circuit_edges(circuit, rule.site.span, work, resolve_features)
     if edges is None:
         return None
     every, tokens = edges.every, _TokenClasses.of(edges.places, work)
@@ -153,21 +174,13 @@ def resolve_circuit(
     name = rule.site.span.written if rule.site.ranked is not None else circuit.name
     left, labels = named, _label_picks(name, rule, named, work)
     if rule.without_edge:
-        of_all = named.get((), {})
-        own = tuple(edge for edge in every if edge in of_all)
-        texts = tuple(_label_edge(edge, of_all[edge], edges.places) for edge in own)
-        work.add_axis(Axis(EDGE_AXIS, texts, rule.site.span))
-        left = {
-            (n,): {edge: at for edge, at in of_all.items() if edge != each}
-            for n, each in enumerate(own)
-        }
-        labels = dict.fromkeys(left, f"{labels[()]} without one edge")
+        left, labels = _leave_out_each_edge(edges, named, labels[()], rule, work)
         axes = (EDGE_AXIS,)
     ablated = {key: _list_ablated(every, own, tokens, rule) for key, own in left.items()}
     if not any(chain.from_iterable(ablated.values())):
         _report_nothing_ablated(name, rule, len(every), work)
         return None
-    sites = SiteTargets(axes, _list_senders(ablated), labels)
+    sites = _target_senders(axes, ablated, labels, edges.features)
     known = _find_scores(edges, named.values())
     return sites, CircuitTargets(
         circuit.name,
@@ -178,11 +191,33 @@ def resolve_circuit(
         tokens.classes,
         tokens.encoder,
         edges.neurons,
+        edges.features,
         known,
         edges.digest,
         edges.made,
         waits=circuit.name in work.program.masks and not known,
     )
+
+
+def _leave_out_each_edge(
+    edges: CircuitEdges,
+    named: Mapping[AxisIndices, PlacedEdges],
+    label: str,
+    rule: spec.Rule,
+    work: ExperimentContext,
+) -> tuple[dict[AxisIndices, PlacedEdges], dict[AxisIndices, str]]:
+    """Add an axis with each edge of a circuit, and return the circuit without this edge, with
+    labels."""
+    assert rule.site is not None
+    of_all = named.get((), {})
+    own = tuple(edge for edge in edges.every if edge in of_all)
+    texts = tuple(_label_edge(edge, of_all[edge], edges.places) for edge in own)
+    work.add_axis(Axis(EDGE_AXIS, texts, rule.site.span))
+    left: dict[AxisIndices, PlacedEdges] = {
+        (n,): {edge: at for edge, at in of_all.items() if edge != each}
+        for n, each in enumerate(own)
+    }
+    return left, dict.fromkeys(left, f"{label} without one edge")
 
 
 def _find_scores(edges: CircuitEdges, named: Iterable[PlacedEdges]) -> dict[EdgeAtPlace, float]:
@@ -211,6 +246,8 @@ class CircuitEdges(Record):
     """How its edges were read from a file, for conventions."""
     neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     """As in `CircuitTargets`."""
+    features: Mapping[int, FeatureNodes] = field(default_factory=dict[int, FeatureNodes])
+    """As in `CircuitTargets`."""
     listed: tuple[EdgeAtPlace, ...] = ()
     """These edges at each of their positions, in descending order of the sizes of their scores."""
     by_place: Mapping[EdgeAtPlace, float] = field(default_factory=dict[EdgeAtPlace, float])
@@ -218,7 +255,10 @@ class CircuitEdges(Record):
 
 
 def find_circuit_edges(
-    circuit: spec.Circuit, span: Span, work: ExperimentContext
+    circuit: spec.Circuit,
+    span: Span,
+    work: ExperimentContext,
+    resolve_features: FeatureResolver,
 ) -> CircuitEdges | None:
     """Return the edges of a circuit; None after E0108 for a model without such edges, E0334 for
     an MLP and its neurons, E0342 for a file, and errors of sites and positions."""
@@ -239,24 +279,26 @@ def find_circuit_edges(
         return None
     before = len(work.diagnostics)
     saved = None if circuit.source is None else _read_saved(circuit.source, every, work)
-    parts = _CircuitParts(work)
+    parts = _CircuitParts(work, resolve_features)
     if circuit.name == spec.EVERY_EDGE:
         parts.found = dict.fromkeys(every)
     resolved: list[tuple[ast.SiteMap, list[CircuitEdge]]] = []
     given_scores = circuit.placed_scores or (None,) * len(circuit.edges)
     for edge, score in zip(circuit.edges, given_scores, strict=True):
-        resolved.append((edge, _resolve_edge(edge, work)))
+        resolved.append((edge, _resolve_edge(edge, parts, work)))
         parts.add(resolved[-1][1], edge.at, score)
     if saved is not None and circuit.source is not None:
         for edge, at in saved.edges:
             place = None if at is None else saved.places[at]
             parts.add([edge], place, saved.scores.get((edge, at)), circuit.source)
     neurons = _list_neurons(parts.found)
-    if neurons:
-        _check_neurons(circuit, resolved, neurons, work)
+    features = _list_features(parts)
+    if neurons or features:
+        _check_nodes(circuit, resolved, neurons, features, work)
     if has_errors(work.diagnostics[before:]):
         return None
-    every, found = list_edges(shape, neurons) if neurons else every, parts.found
+    every = list_edges(shape, neurons, features) if neurons or features else every
+    found = parts.found
     if shape.stands_in:  # edges of an encoder-decoder aren't among those of a placeholder
         every = list(dict.fromkeys((*every, *found)))
     by_place = dict[EdgeAtPlace, float](parts.by_place)
@@ -267,17 +309,20 @@ def find_circuit_edges(
     listed = [(edge, place) for edge in edges for place in _list_places(found[edge])]
     listed.sort(key=lambda each: -abs(by_place.get(each, 0)))
     digest, made = ("", "") if saved is None else (saved.digest, saved.made)
-    given = tuple(every), tuple(edges), scores, tuple(parts.places), digest, made, neurons
+    given = tuple(every), tuple(edges), scores, tuple(parts.places), digest, made, neurons, features
     return CircuitEdges(*given, listed=tuple(listed), by_place=by_place)
 
 
 class _CircuitParts:
     """The edges of a circuit, while they are resolved one after another."""
 
-    def __init__(self, work: ExperimentContext) -> None:
+    def __init__(self, work: ExperimentContext, resolve_features: FeatureResolver) -> None:
+        self.resolve_features = resolve_features
         self.found = dict[CircuitEdge, frozenset[int] | None]()
         self.places = dict[PositionCell, int]()
         self.by_place = dict[EdgeAtPlace, float]()
+        self.members = dict[int, dict[str, BasisMember]]()
+        """Dictionaries whose features are nodes, by layer and name."""
         self._work = work
         self._cells = dict[tuple[ast.Position, TokenSide], PositionCell | None]()
 
@@ -359,31 +404,62 @@ def _list_neurons(edges: Collection[CircuitEdge]) -> dict[int, tuple[int, ...]]:
     return {layer: tuple(sorted(own)) for layer, own in sorted(found.items())}
 
 
-def _check_neurons(
+def _list_features(parts: _CircuitParts) -> dict[int, FeatureNodes]:
+    """Return the features at the ends of edges, by layer."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for end in chain.from_iterable(parts.found):
+        if isinstance(end, FeatureNode) and end.layer is not None and end.unit is not None:
+            found[end.layer].add(end.unit)
+    return {
+        layer: FeatureNodes(next(iter(parts.members[layer].values())), tuple(sorted(own)))
+        for layer, own in sorted(found.items())
+    }
+
+
+def list_circuit_bases(circuit: CircuitTargets) -> BasisTargets | None:
+    """Return the dictionaries whose features are nodes of a circuit, without coordinates; None if
+    there are none."""
+    members = {layer: own.member for layer, own in circuit.features.items()}
+    if not members:
+        return None
+    names = tuple(dict.fromkeys(each.name for each in members.values()))
+    return BasisTargets(
+        ", ".join(names), names, tuple({(n, None): each} for n, each in members.items()), (), {}
+    )
+
+
+def _check_nodes(
     circuit: spec.Circuit,
     edges: Sequence[tuple[ast.SiteMap, Sequence[CircuitEdge]]],
     neurons: Mapping[int, tuple[int, ...]],
+    features: Mapping[int, FeatureNodes],
     work: ExperimentContext,
 ) -> None:
-    """Report E0207 for a circuit with too many neurons, and E0334 for one that also names the MLP
-    of a neuron.
+    """Report E0207 for a circuit with too many neurons or features, and E0334 for one that also
+    names the MLP of a neuron, or features of a layer whose neurons it names.
 
     Args:
         edges: Those of each `A -> B` in the file.
     """
     count = sum(map(len, neurons.values()))
     if has_two_streams(work.sites.shape):
-        what = "a circuit with neurons in an encoder-decoder"
+        noun = "neurons" if neurons else "features"
+        what = f"a circuit with {noun} in an encoder-decoder"
         later = "name whole MLPs such as `L0.mlp`"
         work.diagnostics.append(NotSupported(span=circuit.span, what=what, later=later))
     if count > limits.CIRCUIT_NEURONS:
-        work.diagnostics.append(_too_many_neurons(circuit.name, count, circuit.span))
+        work.diagnostics.append(_too_many(circuit.name, count, circuit.span))
+    count = sum(len(own.which) for own in features.values())
+    if count > limits.CIRCUIT_NEURONS:
+        work.diagnostics.append(_too_many(circuit.name, count, circuit.span, "feature"))
     for node, own in edges:
+        _check_one_split(node, own, neurons, work)
         for verb, site, points in (
             ("start", node.source, [of for of, _ in own if of.site == "mlp_out"]),
             ("end", node.target, [to for _, to in own if to.site == "mlp_norm"]),
         ):
-            point = next((each for each in points if each.layer in neurons), None)
+            whole = (each for each in points if not isinstance(each, FeatureNode))
+            point = next((each for each in whole if each.layer in neurons), None)
             if point is None or point.layer is None:
                 continue
             named = label_node(SitePoint(NEURONS, point.layer, neurons[point.layer][0]))
@@ -394,9 +470,32 @@ def _check_neurons(
                 work.diagnostics.append(bad)
 
 
-def _too_many_neurons(name: str, count: int, span: Span) -> BadArgument:
-    reason = f"names {count:,} neurons, and at most {limits.CIRCUIT_NEURONS:,} can be nodes"
-    hint = "name fewer neurons, or whole MLPs such as `L0.mlp`"
+def _check_one_split(
+    node: ast.SiteMap,
+    edges: Sequence[CircuitEdge],
+    neurons: Mapping[int, tuple[int, ...]],
+    work: ExperimentContext,
+) -> None:
+    """Report E0334 for features of a layer whose neurons are nodes, too."""
+    for verb, site, points in (
+        ("start", node.source, [of for of, _ in edges]),
+        ("end", node.target, [to for _, to in edges]),
+    ):
+        nodes = (each for each in points if isinstance(each, FeatureNode))
+        point = next((each for each in nodes if each.layer in neurons), None)
+        if point is None or point.layer is None:
+            continue
+        named = label_node(SitePoint(NEURONS, point.layer, neurons[point.layer][0]))
+        reason = f"the circuit names `{named}`, a neuron of the same MLP"
+        hint = f"name either neurons or features of layer {point.layer}"
+        bad = NotOnAPath(span=site.span, verb=verb, site="feature", reason=reason, hint=hint)
+        if bad not in work.diagnostics:
+            work.diagnostics.append(bad)
+
+
+def _too_many(name: str, count: int, span: Span, noun: str = "neuron") -> BadArgument:
+    reason = f"names {count:,} {noun}s, and at most {limits.CIRCUIT_NEURONS:,} can be nodes"
+    hint = f"name fewer {noun}s, or whole MLPs such as `L0.mlp`"
     return BadArgument(span=span, name=name, reason=reason, hint=hint)
 
 
@@ -565,13 +664,29 @@ def _is_in_encoder(edge: CircuitEdge) -> bool:
     return SITES[edge[0].site].stack == "encoder"
 
 
-def _list_senders(
+def _target_senders(
+    axes: tuple[str, ...],
     edges: Mapping[AxisIndices, tuple[tuple[CircuitEdge, ...], ...]],
-) -> dict[AxisIndices, tuple[SitePoint, ...]]:
-    return {
-        key: tuple(dict.fromkeys(of for of, _ in chain.from_iterable(own)))
-        for key, own in edges.items()
-    }
+    labels: Mapping[AxisIndices, str],
+    features: Mapping[int, FeatureNodes],
+) -> SiteTargets:
+    """Return the sites of the senders of edges, and those that are read for them: for features of a
+    transcoder also what it encodes."""
+    points = dict[AxisIndices, tuple[SitePoint, ...]]()
+    sources = dict[AxisIndices, tuple[SitePoint, ...]]()
+    for key, own in edges.items():
+        senders = dict.fromkeys(of for of, _ in chain.from_iterable(own))
+        sites = [
+            SitePoint(of.site, of.layer, None) if isinstance(of, FeatureNode) else of
+            for of in senders
+        ]
+        points[key] = sources[key] = tuple(dict.fromkeys(sites))
+        for point in points[key]:
+            split = None if point.layer is None else features.get(point.layer)
+            if split is not None and split.member.reads and point.site == "mlp_out":
+                points[key] += (point,)
+                sources[key] += (replace(point, site=split.member.reads),)
+    return SiteTargets(axes, points, labels, None if points == sources else sources)
 
 
 def replace_circuit(
@@ -593,7 +708,7 @@ def replace_circuit(
     edges = {key: _list_ablated(every, each, tokens, rule.spec) for key, each in named.items()}
     return replace(
         rule,
-        sites=SiteTargets(axes, _list_senders(edges), dict.fromkeys(edges, label)),
+        sites=_target_senders(axes, edges, dict.fromkeys(edges, label), rule.circuit.features),
         circuit=replace(rule.circuit, edges=edges),
     )
 
@@ -623,30 +738,38 @@ def in_stack(site: str, stack: str) -> str:
 
 
 def list_edges(
-    shape: ModelShape, neurons: Mapping[int, tuple[int, ...]] | None = None
+    shape: ModelShape,
+    neurons: Mapping[int, tuple[int, ...]] | None = None,
+    features: Mapping[int, FeatureNodes] | None = None,
 ) -> list[CircuitEdge]:
     """List the edges of a model, from each sender to all receivers after it.
 
     Args:
         neurons: Neurons that are nodes, by layer; in these layers, all others are one node.
+        features: Features that are nodes, by layer; in these layers, the rest of the output of the
+            MLP is one node.
     """
     two = has_two_streams(shape)
     return [
         (of, to)
         for stack in (("encoder", "") if two else ("",))
-        for of, to in product(*_list_nodes(shape, stack, neurons or {}))
+        for of, to in product(*_list_nodes(shape, stack, neurons or {}, features or {}))
         if precedes(of, to, parallel=shape.parallel_block)
     ]
 
 
 def _list_nodes(
-    shape: ModelShape, stack: Literal["", "encoder"], neurons: Mapping[int, tuple[int, ...]]
+    shape: ModelShape,
+    stack: Literal["", "encoder"],
+    neurons: Mapping[int, tuple[int, ...]],
+    features: Mapping[int, FeatureNodes],
 ) -> tuple[list[SitePoint], list[SitePoint]]:
     """Return the senders and the receivers of a stream, in forward order; those of an encoder's
     output are the keys and values of the attention to it.
 
     Args:
         neurons: Those of the main stack.
+        features: Those of the main stack.
     """
     senders, receivers = [ENCODER_EMBEDDING if stack else EMBEDDING], list[SitePoint]()
     own = shape.others[stack] if stack else shape
@@ -663,6 +786,9 @@ def _list_nodes(
             receivers += nodes
             senders += nodes
         elif own.has("mlp_out", layer):
+            if not stack and layer in features:
+                receivers += _list_feature_ends("end", layer, features[layer])
+                senders += _list_feature_ends("start", layer, features[layer])
             receivers.append(SitePoint(in_stack("mlp_norm", stack), layer, None))
             senders.append(SitePoint(in_stack("mlp_out", stack), layer, None))
     if not stack:
@@ -677,10 +803,19 @@ def _list_units(site: str, layer: int, shape: ModelShape) -> Iterator[SitePoint]
     yield from (SitePoint(site, layer, n) for n in range(unit_count(shape, site, layer)))
 
 
-def _resolve_edge(edge: ast.SiteMap, work: ExperimentContext) -> list[CircuitEdge]:
+def _list_feature_ends(verb: str, layer: int, features: FeatureNodes) -> list[SitePoint]:
+    """Return the nodes of features as senders ("start") or receivers ("end")."""
+    name, _, of_layer = features.member.name.partition("[")
+    site, several = _FEATURE_ENDS[verb], bool(of_layer)
+    return [FeatureNode(site, layer, number, name, several) for number in features.which]
+
+
+def _resolve_edge(
+    edge: ast.SiteMap, parts: _CircuitParts, work: ExperimentContext
+) -> list[CircuitEdge]:
     """Resolve `A -> B` to the edges between these components; E0335 if the model has none."""
-    senders = _resolve_nodes(edge.source, "start", work)
-    receivers = _resolve_nodes(edge.target, "end", work)
+    senders = _resolve_nodes(edge.source, "start", parts, work)
+    receivers = _resolve_nodes(edge.target, "end", parts, work)
     shape = work.sites.shape
     found = [
         (of, to)
@@ -691,7 +826,10 @@ def _resolve_edge(edge: ast.SiteMap, work: ExperimentContext) -> list[CircuitEdg
         counts_from_end(node) for node in walk(edge) if isinstance(node, ast.Bound)
     )
     if not found and senders and receivers and not open_ends:
-        later = [to for of, to in list_edges(shape) if of == senders[0]]
+        first = senders[0]
+        if isinstance(first, FeatureNode):
+            first = SitePoint(first.site, first.layer, None)
+        later = [to for of, to in list_edges(shape) if of == first]
         last = later[-1] if later else END
         examples = dict.fromkeys(map(label_node, (*later[:2], last)))
         problem = NoPath(
@@ -716,8 +854,33 @@ def _explain_no_edge(sender: SitePoint, receiver: SitePoint) -> str:
     return "the receiver reads the encoder, which doesn't read the decoder"
 
 
-def _resolve_nodes(site: ast.Site, verb: str, work: ExperimentContext) -> list[SitePoint]:
-    """Resolve one end of an edge; reports E0304, E0334 and errors of sites."""
+def _resolve_features(
+    site: ast.Site, verb: str, parts: _CircuitParts, work: ExperimentContext
+) -> list[SitePoint]:
+    """Resolve features at one end of an edge; E0342 for two dictionaries of one layer."""
+    found: list[SitePoint] = []
+    for layer, own in parts.resolve_features(site, work).items():
+        others = parts.members.setdefault(layer, {})
+        others.setdefault(own.member.name, own.member)
+        if len(others) > 1:
+            first, second = others
+            reason = f"`{first}` and `{second}` both have features of layer {layer}"
+            hint = "a circuit has features of one dictionary of a layer"
+            bad = BadBasis(span=site.span, reason=reason, hint=hint, what="circuit")
+            if bad not in work.diagnostics:
+                work.diagnostics.append(bad)
+        if len(own.which) > limits.CIRCUIT_NEURONS:
+            bad = _too_many(site.span.written, len(own.which), site.span, "feature")
+            work.diagnostics.append(bad)
+            return []
+        found += _list_feature_ends(verb, layer, own)
+    return found
+
+
+def _resolve_nodes(
+    site: ast.Site, verb: str, parts: _CircuitParts, work: ExperimentContext
+) -> list[SitePoint]:
+    """Resolve one end of an edge; reports E0304, E0334 and errors of sites and dictionaries."""
     words = _SENDERS if verb == "start" else _RECEIVERS
     named = "" if site.axes else " ".join(name.id for name in site.names)
     if verb == "start" and named == "embed":
@@ -730,6 +893,12 @@ def _resolve_nodes(site: ast.Site, verb: str, work: ExperimentContext) -> list[S
         what = "a pick from another experiment in a `circuit`"
         work.diagnostics.append(NotSupported(span=site.span, what=what, later="name the sites"))
         return []
+    group = None if site.bare is None else work.program.groups.get(site.bare.id)
+    if group is not None and group.names_features:
+        every = join_features(group.sites, site)
+        return [p for own in every for p in _resolve_features(own, verb, parts, work)]
+    if site.basis_name is not None:
+        return _resolve_features(site, verb, parts, work)
     targets, axes = resolve_site(site, work.sites.of_definitions())
     if targets is None:
         return []
@@ -749,7 +918,7 @@ def _resolve_nodes(site: ast.Site, verb: str, work: ExperimentContext) -> list[S
         if point.site == NEURONS
     )
     if count > limits.CIRCUIT_NEURONS:
-        work.diagnostics.append(_too_many_neurons(site.span.written, count, site.span))
+        work.diagnostics.append(_too_many(site.span.written, count, site.span))
         return []
     ends = {point.site: _find_end(point.site, words) for point in points}
     wrong = next((site for site, end in ends.items() if not end), None)
@@ -875,6 +1044,22 @@ def describe_neurons(rule: ResolvedRule) -> Iterator[Convention]:
     if neurons:
         of = [f"{count_noun(len(own), 'neuron')} of layer {n}" for n, own in neurons.items()]
         yield Convention("neurons of circuits", ", ".join(of), NEURON_NOTE)
+
+
+def describe_features(rule: ResolvedRule) -> Iterator[Convention]:
+    """Yield the features that are nodes of a circuit."""
+    features = {} if rule.circuit is None else rule.circuit.features
+    if features:
+        of = [
+            f"{count_noun(len(own.which), 'feature')} of {own.member.name}"
+            for own in features.values()
+        ]
+        mlp = label_node(SitePoint("mlp_out", min(features), None))
+        encodes = {bool(own.member.reads) for own in features.values()}
+        through = ", the MLP" if encodes == {False} else ""
+        through = ", of an SAE the MLP" if len(encodes) == 2 else through
+        note = FEATURE_NOTE.format(through, mlp)
+        yield Convention("features of circuits", ", ".join(of), note)
 
 
 def check_ablated_tokens(

@@ -800,6 +800,9 @@ _BLOCK_ENDS = ("resid_pre", "resid_post")
 """Sites of a block that exist even if the block computes nothing."""
 
 
+_IN_MLP = ("mlp", "in_mlp")
+"""Stages of the sites of an MLP."""
+
 READ_BY_RECEIVERS = ("attn_norm", "mlp_norm", "final_norm", "head_out")
 """Sites whose values edges of a circuit compute themselves."""
 
@@ -815,25 +818,32 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         return
     started = experiment.derived.get(experiment.spec.base)
     others = [] if started is None else list(started.rules)
-    neurons = {
-        layer for rule in rules if rule.circuit is not None for layer in rule.circuit.neurons
-    }
+    circuits = [rule.circuit for rule in rules if rule.circuit is not None]
+    neurons = {layer for own in circuits for layer in own.neurons}
+    features = {layer for own in circuits for layer in own.features}
     for rule in (*others, *experiment.rules):
         points = () if rule.sites is None else rule.sites.points.values()
         sites = {point.site for here in points for point in here}
         read = {site for site in sites if SITES[site].component in READ_BY_RECEIVERS}
         layers = {p.layer for here in points for p in here if p.site == "mlp_out"}
+        inside = layers | {
+            p.layer for here in points for p in here if SITES[p.site].stage in _IN_MLP
+        }
         what, later = "", "write an experiment for each"
         if rule.path is not None and rule.path.frozen_norms:
             what = "`with frozen norms` together with a circuit"
         elif rule.path is not None and "attn_norm" in _receiver_sites(rule.path):
             what = "a path to `attn_norm` together with a circuit"
             later = "name what reads this norm: `q`, `k` and `v` of its heads"
-        elif rule.path is not None and neurons:
-            what = "a `path` together with a circuit with neurons"
+        elif rule.path is not None and (neurons or features):
+            noun = "neurons" if neurons else "features"
+            what = f"a `path` together with a circuit with {noun}"
         elif rule.circuit is None and rule.does.changes == "sites" and neurons & layers:
             what = "a rule on the MLP of a layer in which neurons are nodes of a circuit"
             later = f"name its neurons: `mlp_hidden layer {min(neurons & layers)}`"
+        elif rule.circuit is None and rule.does.changes == "sites" and features & inside:
+            what = "a rule on the MLP of a layer in which features are nodes of a circuit"
+            later = "write an experiment for each, or change other layers"
         elif rule.circuit is not None and rule is not rules[0] and rule.only is None:
             what, later = "a second circuit", "join the edges of both in one `circuit`"
         elif rule.circuit is None and rule.does.changes == "sites" and read:

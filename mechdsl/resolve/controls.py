@@ -691,8 +691,9 @@ def _build_circuit_control(
         if rule.spec.without_edge:
             reason = "random circuits without each of their edges aren't drawn"
             raise _NoDraws(reason, "remove `without each edge`")
-        if circuit.neurons:
-            reason = "random circuits aren't drawn for a circuit with neurons"
+        if circuit.neurons or circuit.features:
+            noun = "neurons" if circuit.neurons else "features"
+            reason = f"random circuits aren't drawn for a circuit with {noun}"
             raise _NoDraws(reason, "remove this line, or name whole MLPs such as `L0.mlp`")
         if circuit.edge_places and circuit.encoder is not None:
             reason = "random circuits with positions aren't drawn in an encoder-decoder, where an "
@@ -876,6 +877,8 @@ def find_trained_rules(rules: Sequence[ResolvedRule], program: spec.Program) -> 
             continue
         mask = _find_mask(number, rule, program)
         own = None if rule.basis is None else _find_trained_basis(number, rule.basis)
+        if own is not None and rule.circuit is not None:
+            own = replace(own, kind="edges")
         if mask is not None and own is not None:
             mask = replace(mask, names=(*mask.names, *own.names))
         own = mask or own

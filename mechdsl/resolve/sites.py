@@ -51,6 +51,7 @@ from mechdsl.resolve.types import (
     Axis,
     AxisIndices,
     AxisLabel,
+    FeatureNode,
     ItemNumber,
     LoopCells,
     MaskCandidate,
@@ -1667,9 +1668,12 @@ def label_all_points(points: Sequence[SitePoint]) -> str:
 
 def label_node(point: SitePoint) -> str:
     """Format one end of an edge as a file names it: `embed`, `L0H1`, `L1H0.q`, `L1.mlp`, `L1N3`,
-    `logits`; in another stack `embed encoder`, `q cross layer 1 head 0`."""
+    `feature 3 of f`, `logits`; in another stack `embed encoder`, `q cross layer 1 head 0`."""
     if point.layer is None:
         return "logits"
+    if isinstance(point, FeatureNode):
+        within = f"mlp_out layer {point.layer} " if point.is_of_layers else ""
+        return f"{within}feature {point.unit} of {point.basis}"
     if SITES[point.site].stack:
         if SITES[point.site].component == "resid_pre":
             return f"embed {SITES[point.site].stack}"

@@ -826,6 +826,26 @@ class SitePoint:
     unit: int | None
 
 
+@dataclass(frozen=True)
+class FeatureNode(SitePoint):
+    """A feature of a dictionary as a node of a circuit: at `mlp_out` as a sender, and at `mlp_norm`
+    as a receiver. Its number is the unit."""
+
+    basis: str
+    """Name of the basis."""
+    is_of_layers: bool = False
+    """Whether the basis has features of several layers, so that its nodes name theirs."""
+
+
+@record
+class FeatureNodes(Record):
+    """The features of one layer that are nodes of a circuit."""
+
+    member: BasisMember
+    """Their dictionary, of the output of the MLP."""
+    which: tuple[int, ...]
+
+
 @record
 class SiteCoordinate(Record):
     """One number of the vector of a site, in a basis or as it is."""
@@ -848,7 +868,8 @@ class PositionChoice(Record):
 CircuitEdge = tuple[SitePoint, SitePoint]
 """A sender (`resid_pre` of layer 0, `z` or `mlp_out`) and a receiver (`q`, `k`, `v`, `mlp_norm` or
 `logits`) that reads its output in the residual stream. A neuron is `mlp_hidden` as both; without a
-unit, the neurons of a layer that a circuit doesn't name."""
+unit, the neurons of a layer that a circuit doesn't name. A `FeatureNode` is a feature, and in its
+layer `mlp_out` and `mlp_norm` without a unit are the rest of the output of the MLP."""
 
 PlacedEdges: TypeAlias = Mapping[CircuitEdge, frozenset[int] | None]
 """Edges of a circuit, each with the numbers of its places; None for all tokens."""
@@ -1004,6 +1025,8 @@ class CircuitTargets(Record):
     its tokens, edges of the encoder are ablated, and at all others those of the decoder."""
     neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     """The neurons that are nodes, by layer; the others of these layers are one node together."""
+    features: Mapping[int, FeatureNodes] = field(default_factory=dict[int, FeatureNodes])
+    """The features that are nodes, by layer; the rest of the output of the MLP is one node."""
     scores: Mapping[EdgeAtPlace, float] = field(
         default_factory=dict[EdgeAtPlace, float], compare=False
     )

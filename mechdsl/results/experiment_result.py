@@ -211,8 +211,8 @@ class ResultCircuit(Record):
     """Whether the heads and the MLP of a block read the same stream."""
     edges: tuple[tuple[str, str], ...]
     """(sender, receiver), as in a file: `embed`, `L0H1`, `L0.mlp`, `L0N3`; `L1H0.q`, `L1.mlp`,
-    `L1N2`, `logits`; in another stack `z cross layer 0 head 1`. For an attribution graph, the
-    labels of its nodes."""
+    `L1N2`, `feature 3 of f`, `logits`; in another stack `z cross layer 0 head 1`. For an
+    attribution graph, the labels of its nodes."""
     scores: tuple[float, ...]
     """The score of each edge; empty if they have none."""
     total: int
@@ -224,6 +224,8 @@ class ResultCircuit(Record):
     places: tuple[str, ...] = ()
     """The positions of each edge, as text: `s1 token and last token`, empty for all tokens; empty
     if no edge has positions."""
+    features: tuple[tuple[str, int], ...] = ()
+    """The features among its nodes, as in edges, each with its layer."""
 
     @property
     def has_neurons(self) -> bool:

@@ -13,15 +13,17 @@ from mechdsl.diagnostics.names import UnknownName, UnknownWord
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.bases import EXCHANGE
+from mechdsl.resolve.bases import EXCHANGE, resolve_feature_nodes
 from mechdsl.resolve.circuits import (
     CIRCUIT_NOTE,
     check_ablated_tokens,
     describe_circuit,
+    describe_features,
     describe_neurons,
     describe_places,
     describe_streams,
     find_circuit_side,
+    list_circuit_bases,
     resolve_circuit,
 )
 from mechdsl.resolve.runs import RuleKind
@@ -199,7 +201,7 @@ class AblateRule(RuleKind):
         read = base if does is None else run
         circuit, definition = None, _find_circuit(rule, work)
         if definition is not None:
-            found = resolve_circuit(definition, rule, work)
+            found = resolve_circuit(definition, rule, work, resolve_feature_nodes)
             sites, circuit = (None, None) if found is None else found
             side = "" if circuit is None else find_circuit_side(circuit, rule.at, work)
             positions = resolve_rule_positions(rule, read, replace(work, side=side), apart)
@@ -222,6 +224,7 @@ class AblateRule(RuleKind):
             groups=groups,
             apart=apart,
             circuit=circuit,
+            basis=None if circuit is None else list_circuit_bases(circuit),
         )
 
 
@@ -241,6 +244,7 @@ class CircuitFill(Intervention):
         yield from describe_streams(rule)
         yield from describe_places(rule)
         yield from describe_neurons(rule)
+        yield from describe_features(rule)
         if rule.circuit is not None and rule.circuit.made:
             yield Convention(f"circuit {rule.circuit.name}", rule.circuit.made)
         yield Convention("passes", "rows of an ablated circuit are full forward passes")

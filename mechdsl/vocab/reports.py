@@ -260,6 +260,7 @@ def check_report(
     placed: bool = False,
     neurons: bool = False,
     encodes: bool = False,
+    features: bool = False,
 ) -> list[Diagnostic]:
     """Check a `report` line: E0108, E0203, E0607.
 
@@ -272,6 +273,7 @@ def check_report(
         placed: Whether edges of this circuit have positions.
         neurons: Whether some of its nodes are neurons.
         encodes: Whether it is one of an encoder-decoder.
+        features: Whether some of its nodes are features.
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
@@ -283,8 +285,11 @@ def check_report(
         later = f"reports that can be drawn are {', '.join(shown)}"
         return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
     to_json = kind.of_circuits and report.file and report.file.lower().endswith(".json")
-    if to_json and (placed or neurons or encodes):
-        lacks, of = ("neurons", "with neurons") if neurons else ("encoder", "of an encoder-decoder")
+    if to_json and (placed or neurons or features or encodes):
+        lacks = "neurons" if neurons else "features"
+        of = f"with {lacks}"
+        if encodes:
+            lacks, of = "encoder", "of an encoder-decoder"
         if placed:
             lacks, of = "positions", "whose edges have positions"
         what = f'`report {kind.name} to "{report.file}"` of a circuit {of}'

@@ -273,6 +273,7 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
                 "Find clusters",
                 "Compare with a random or an untrained control",
                 "Test a group as a circuit",
+                "Use features as nodes of edges",
                 "Choose sites by scores",
             )
         ),

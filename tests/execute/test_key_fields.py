@@ -44,6 +44,7 @@ from mechdsl.resolve.types import (
     DrawnBasis,
     EdgeTargets,
     ExternalRun,
+    FeatureNodes,
     FitSample,
     FittedVector,
     Intervention,
@@ -257,6 +258,10 @@ def one_more(values: dict[Any, Any], change: Change) -> dict[Any, Any]:
     return {**values, last: change(values[last])}
 
 
+SPANNED = BasisMember("f", "span", {}, SpannedBasis(()), 4, 2, "")
+"""A basis for features of a circuit, whose keys contain those of any operand."""
+
+
 def fewer_edges(classes: tuple[tuple[CircuitEdge, ...], ...]) -> tuple[Any, ...]:
     return tuple(edges[:1] for edges in classes)
 
@@ -373,6 +378,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "edges": ("circuit", lambda edges: one_more(edges, fewer_edges)),
         "places": ("placed circuit", lambda places: tuple(map(moved, places))),
         "neurons": ("neurons", lambda neurons: {0: (1,)}),
+        "features": ("neurons", lambda features: {2: FeatureNodes(SPANNED, (1,))}),
     },
     ExternalRun: {
         "table": ("apart", other_table),

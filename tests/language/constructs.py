@@ -335,6 +335,23 @@ _file(
     "Conmy et al. 2023, arXiv 2304.14997; Marks et al. 2024, arXiv 2403.19647",
 )
 _file(
+    "circuit: features",
+    'basis b = sae("sae") at mlp_out layer 1\n'
+    "circuit c = embed -> feature 3 of b, feature 3 of b -> logits",
+    "Features of a dictionary at `mlp_out` as senders and receivers: `feature 3 of b`, a group of "
+    "features, or `mlp_out layer 1 feature 3 of b` if the basis has several layers. A feature "
+    "sends its activation times its decoder row. It reads the stream separately, through the norm "
+    "before the MLP, the MLP and the encoder; a feature of a transcoder through the norm and the "
+    "encoder. In a layer with named features, `L1.mlp` is the rest of the output of the MLP: the "
+    "other features, the error and biases. Two dictionaries of one layer, dictionaries at other "
+    "sites and other bases are E0342, features and neurons of one layer E0334. "
+    "`against random(39)` is E0630, and `observe overlap`, `observe edge_auroc` and `report graph` "
+    "as `.json` don't take such circuits. Neither a `path` nor a rule inside such an MLP can be in "
+    "one experiment with them, and the MLP is one module that reads the stream alone (all E0108).",
+    "tests/rules/test_feature_circuits.py",
+    "Marks et al. 2024, arXiv 2403.19647",
+)
+_file(
     "circuit: from a file",
     'circuit c = saved("circuit.json")',
     "The edges that a JSON file of EAP-IG or MIB marks with `in_graph: true`, the edges of a "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,43 @@ def neuron(layer: int, number: int) -> str:
     return f"L{layer}N{number}"
 
 
+class Encoder(Protocol):
+    """A dictionary, computed from its formulas."""
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, features: Tensor, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the MLP of a layer that are nodes."""
+
+    of: Encoder
+    names: Mapping[str, int]
+    """Node → its number in the dictionary."""
+    reads: str = "mlp_out"
+    """What is encoded: `mlp_out`, `mlp_norm` or `resid_mid`."""
+
+    def split(self, node: str, output: Tensor, encoded: Tensor) -> Tensor:
+        """What a feature, or the rest of the MLP's output, adds to the stream, [T, d_model]."""
+        values = self.of.encode(encoded)
+        nothing = self.of.decode(torch.zeros_like(values), encoded)
+
+        def alone(number: int) -> Tensor:
+            own = torch.zeros_like(values)
+            own[:, number] = values[:, number]
+            return self.of.decode(own, encoded) - nothing
+
+        if node in self.names:
+            return alone(self.names[node])
+        return output - sum(map(alone, self.names.values()), torch.zeros_like(output))
+
+
+def mlp_nodes(layer: int, features: Features) -> list[str]:
+    return [*features.names, mlp(layer)]
+
+
 def neuron_weights(parts: Stack, layer: int, count: int) -> tuple[Tensor, Tensor]:
     """What each neuron adds to the stream per unit of activation, [neuron, d_model], and the bias
     of the MLP, [d_model]."""
@@ -37,11 +75,18 @@ def neuron_weights(parts: Stack, layer: int, count: int) -> tuple[Tensor, Tensor
 
 
 def reads(
-    parts: Stack, kv: int, *, parallel: bool, split: Mapping[int, int] | None = None
+    parts: Stack,
+    kv: int,
+    *,
+    parallel: bool,
+    split: Mapping[int, int] | None = None,
+    features: Mapping[int, Features] | None = None,
 ) -> dict[str, list[str]]:
     """Receiver → the senders before it.
 
-    split: layers whose neurons are nodes instead of the MLP, with the number of neurons.
+    Args:
+        split: Layers whose neurons are nodes instead of the MLP, with the number of neurons.
+        features: Layers whose features are nodes; the MLP is the rest of its output.
     """
     found: dict[str, list[str]] = {}
     before = [EMBED]
@@ -51,12 +96,18 @@ def reads(
             found |= {f"{head(layer, n)}.{letter}": [*before] for n in range(count)}
         count = (split or {}).get(layer)
         names = [mlp(layer)] if count is None else [neuron(layer, n) for n in range(count)]
+        names = mlp_nodes(layer, features[layer]) if features and layer in features else names
         found |= {name: [*before, *([] if parallel else heads)] for name in names}
         before += [*heads, *names]
     return {**found, LOGITS: before}
 
 
-def outputs(run: Run, parts: Stack, split: Collection[int] = ()) -> dict[str, Tensor]:
+def outputs(
+    run: Run,
+    parts: Stack,
+    split: Collection[int] = (),
+    features: Mapping[int, Features] | None = None,
+) -> dict[str, Tensor]:
     """Sender → its output in a run, [T, d_model]; split: layers whose neurons are nodes."""
     found = {EMBED: run["resid_pre", 0][:, 0]}
     for layer in range(parts.layers):
@@ -66,6 +117,10 @@ def outputs(run: Run, parts: Stack, split: Collection[int] = ()) -> dict[str, Te
             hidden = run["mlp_hidden", layer].flatten(1)
             weights, _ = neuron_weights(parts, layer, hidden.shape[1])
             found |= {neuron(layer, n): hidden[:, n, None] * own for n, own in enumerate(weights)}
+        if features and layer in features:
+            own, output = features[layer], run["mlp_out", layer][:, 0]
+            encoded = run[own.reads, layer][:, 0]
+            found |= {n: own.split(n, output, encoded) for n in mlp_nodes(layer, own)}
     return found
 
 
@@ -84,6 +139,7 @@ def circuit_pass(
     record: dict[str, Tensor] | None = None,
     rules: str = "",
     split: Mapping[int, int] | None = None,
+    features: Mapping[int, Features] | None = None,
 ) -> Tensor:
     """The logits [T, vocab] if ablated edges carry the fills, [T, d_model] by sender, at these
     positions, and all others what their senders give in the same pass; or a share of the fill, the
@@ -97,6 +153,7 @@ def circuit_pass(
         record: Filled with the values of these names.
         rules: "relp" or "gim" for these derivatives, of a model by `ruled`.
         split: Layers whose neurons are senders and receivers, with the number of neurons.
+        features: Layers whose features are senders and receivers.
     """
     moves, adds, fixed = moved or {}, added or {}, held or {}
     seen_so_far = {} if record is None else record
@@ -151,6 +208,8 @@ def circuit_pass(
         nodes = [mlp(layer)]
         if split and layer in split:
             nodes = [neuron(layer, n) for n in range(split[layer])]
+        own = features.get(layer) if features else None
+        nodes = nodes if own is None else mlp_nodes(layer, own)
         mlp_input = torch.cat(list(map(seen_by, nodes))) if parts.parallel else None
         given |= {
             head(layer, n): taken(head(layer, n), each[n] + moves.get(head(layer, n), 0))
@@ -166,6 +225,16 @@ def circuit_pass(
             for n, name in enumerate(nodes):
                 given[name] = taken(name, hidden[n, :, n, None] * weights[n])
             x = x + sum(given[name] for name in nodes) + bias
+            continue
+        if own is not None:
+            for n, name in enumerate(nodes):
+                stream = mlp_input[n]
+                normed = second(stream[None])[0]
+                hidden = parts.neurons(block, normed[None])
+                output = parts.down(block, normed[None] if hidden is None else hidden)[0]
+                seen = {"mlp_out": output, "mlp_norm": normed, "resid_mid": stream}
+                given[name] = taken(name, own.split(name, output, seen[own.reads]))
+            x = x + sum(given[name] for name in nodes)
             continue
         if rules:
             given[mlp(layer)] = block.mlp(second(mlp_input))[0]

@@ -43,7 +43,7 @@ from ..execute import support as of_files
 from ..execute.support import MODES, shared
 from ..quick import in_turn
 from ..reference.forward import stack
-from .circuits import EMBED, LOGITS, circuit_pass, head, mlp, outputs, reads
+from .circuits import EMBED, LOGITS, Features, circuit_pass, head, mlp, outputs, reads
 from .models import WITHOUT_NORMS, bare, double
 from .support import (
     DIFFERENCE,
@@ -131,16 +131,20 @@ CASES = {
 
 
 def fills(
-    name: str, case: Case, donors: Mapping[int, int], split: Collection[int] = ()
+    name: str,
+    case: Case,
+    donors: Mapping[int, int],
+    split: Collection[int] = (),
+    features: Mapping[int, Features] | None = None,
 ) -> list[dict[str, Tensor]]:
     """By prompt and sender, [T of the base run, d_model] with the fill where the rule acts.
 
-    split: layers whose neurons are senders.
+    split, features: layers whose neurons or features are senders.
     """
     parts = stack(name, double(name))
     word, _, of = case.fill.partition(" of ")
     run = of or ("clean" if word in ("zero", "mean", "resample") else word)
-    given = [outputs(plain(name, text), parts, split) for text in rows(run)]
+    given = [outputs(plain(name, text), parts, split, features) for text in rows(run)]
     at = [tokens(text, case.at) for text in rows(run)]
     found: list[dict[str, Tensor]] = []
     for n, text in enumerate(rows(case.base)):

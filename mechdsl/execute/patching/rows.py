@@ -812,7 +812,7 @@ class Patcher:
         if acting.writes or acting.edges or acting.numbers or acting.blocks:
             return False
         for circuit in acting.circuits:
-            if not circuit.source or circuit.others:
+            if not circuit.source or circuit.others or circuit.features:
                 return False
             run = self.runs.named(circuit.source)
             if run.derived is not None or run.model is not None or run.noise is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -23,12 +23,19 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measurement.readout import MeasureFailure, Readout
 from mechdsl.execute.measurement.values import UnusableRow, describe_cell, report_function_failure
-from mechdsl.execute.patching.writes import CellVectors, RuleInputs, RuleMeans, build_rule_writes
+from mechdsl.execute.patching.writes import (
+    NODES,
+    CellVectors,
+    RuleInputs,
+    RuleMeans,
+    build_rule_writes,
+    split_outputs,
+)
 from mechdsl.execute.unpatched_batch import Continuation, UnpatchedBatch, count_fed_tokens
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, FittedDirections
 from mechdsl.forward.hooks.batch import RuleWrites, SiteRead, indices_to_device
-from mechdsl.forward.hooks.coordinates import CoordinateSystem
+from mechdsl.forward.hooks.coordinates import CoordinateSystem, FeatureSplit
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.plan import ExperimentPlan, WholeCell, WholeCells, collect_whole_cells
 from mechdsl.planner.rows import RowTable, RulePlan, count_columns, expand_units, point_units
@@ -321,7 +328,7 @@ class _CoordinateEncoder:
     ) -> _CoordinateEncoder | None:
         """Return the encoder of a rule; None if vectors are averaged."""
         basis = rule.rule.basis
-        if basis is None:
+        if basis is None or rule.rule.circuit is not None:
             return None
         systems = [directions.systems[member.name] for member in basis.members]
         if all(system.is_affine for system in systems):
@@ -381,6 +388,11 @@ def _compute_rule_means(
         extent = unit_count(shape, *place), width
         extent = extent if encoder is None else encoder.extent(place)
         sums[place] = torch.zeros(*size, slots, *extent, dtype=torch.float64)
+    split = split_outputs(rule, directions)
+    for layer, own in split.items():
+        if ("mlp_out", layer) in places:
+            extent = len(own.nodes), shape.d_model
+            sums[NODES, layer] = torch.zeros(*size, slots, *extent, dtype=torch.float64)
     counts = torch.zeros(*size, slots, dtype=torch.float64)
     read = codes if apart is None else np.zeros(len(apart.table), dtype=np.int64)
     if apart is not None:
@@ -395,12 +407,48 @@ def _compute_rule_means(
         ends = None
         if rule.in_answers:
             ends = lanes.lengths + np.repeat(count_fed_tokens(text, batch), lanes.draws)
-        _add_to_sums(rule, batch, lanes, read, sums, counts, ends, encoder)
+        _add_to_sums(rule, batch, lanes, read, sums, counts, ends, encoder, split)
         if len(batches) > 1:
             runs.forget()
     divisor = counts.clamp(min=1)[..., None, None]
     means = {place: total / divisor for place, total in sums.items()}
     return RuleMeans(means, codes, encoder is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class _LaneVectors:
+    """Activations at some tokens of lanes."""
+
+    lanes: UnpatchedBatch
+    lane: Ints
+    """[K]"""
+    token: Ints
+    """[K]"""
+
+    def at(self, place: SiteLayer) -> Tensor:
+        """Return [K, unit, width]."""
+        where = SiteRead(*place)
+        read, at = self.lanes.reads[where], torch.from_numpy(self.lane)
+        columns = self.lanes.batch.of_read(where).columns(at, torch.from_numpy(self.token))
+        return read[indices_to_device((at, columns), read.device)]
+
+    def in_stack(self, stack: str) -> Tensor:
+        """Return [K]: whether each token is read by the encoder of an encoder-decoder, or not."""
+        lengths = self.lanes.batch.of_stack("encoder").lengths
+        encoded = torch.from_numpy(self.token) < lengths[torch.from_numpy(self.lane)]
+        return encoded == (stack == "encoder")
+
+    def some(self, there: Tensor) -> _LaneVectors:
+        """Return some of the tokens, by [K] bool."""
+        own = there.numpy()
+        return replace(self, lane=self.lane[own], token=self.token[own])
+
+    def split(self, layer: int, split: FeatureSplit) -> Tensor:
+        """Return [K, node, d_model]: what the nodes of an MLP add to the stream."""
+        sites = "mlp_out", split.reads or "mlp_out"
+        outputs, inputs = (self.at((site, layer))[:, 0] for site in sites)
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        return split.split(outputs.to(wide), inputs.to(wide), split.nodes)
 
 
 def _add_to_sums(
@@ -412,6 +460,7 @@ def _add_to_sums(
     counts: Tensor,
     ends: Ints | None,
     encoder: _CoordinateEncoder | None,
+    split: Mapping[int, FeatureSplit],
 ) -> None:
     """Add activations of these prompts, or their coordinates, to the sums of a `mean` ablation.
 
@@ -422,6 +471,7 @@ def _add_to_sums(
         counts: [position, group, token] number of summands.
         ends: [lane] first position after the end of the pass; None if positions needn't be
             checked.
+        split: By layer, the features of a circuit that are averaged as nodes.
     """
     positions = np.repeat(np.arange(len(plan.sources)), len(prompts))
     prompt = np.tile(prompts, len(plan.sources))
@@ -437,17 +487,17 @@ def _add_to_sums(
         added = tuple(
             map(torch.from_numpy, (positions[index][row], groups[prompt[index]][row], slot))
         )
+        read = _LaneVectors(lanes, lane[row], token)
         for place, total in sums.items():
-            where = SiteRead(*place)
-            read = lanes.reads[where]
-            at, tokens = torch.from_numpy(lane[row]), torch.from_numpy(token)
-            into = added
+            site, layer = place
+            own, into = read, added
             if plan.rule.circuit is not None and plan.rule.circuit.encoder is not None:
-                encoded = tokens < lanes.batch.of_stack("encoder").lengths[at]
-                here = encoded == (where.stack == "encoder")  # other tokens have no such vector
-                at, tokens, into = at[here], tokens[here], tuple(each[here] for each in added)
-            places = at, lanes.batch.of_read(where).columns(at, tokens)
-            vectors = read[indices_to_device(places, read.device)]
+                here = read.in_stack(SiteRead(*place).stack)  # other tokens have no such vector
+                own, into = read.some(here), tuple(each[here] for each in added)
+            if site == NODES and layer is not None:
+                vectors = own.split(layer, split[layer])
+            else:
+                vectors = own.at(place)
             if encoder is not None:
                 vectors = encoder.encode(place, vectors)
             vectors = vectors[..., : total.shape[-1]]  # vectors over keys may be padded

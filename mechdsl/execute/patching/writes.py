@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
+from mechdsl.dictionaries.features import Dictionary
 from mechdsl.execute.unpatched_batch import Continuation, UnpatchedBatch, count_fed_tokens
 from mechdsl.execute.vectors import FittedDirections
 from mechdsl.forward.generation.rules import GenerationRules, StepEdge, StepRules
 from mechdsl.forward.hooks.batch import (
-    OTHERS,
     CircuitWrite,
     EdgeWrite,
     PositionIdWrite,
@@ -31,7 +31,7 @@ from mechdsl.forward.hooks.batch import (
     gather_vectors,
     to_device,
 )
-from mechdsl.forward.hooks.coordinates import CoordinateSystem
+from mechdsl.forward.hooks.coordinates import OTHERS, CoordinateSystem, FeatureSplit
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.plan import ExperimentPlan, WholeCells
 from mechdsl.planner.rows import (
@@ -116,6 +116,8 @@ class EdgeTable:
     mask: Tensor
     others: Mapping[int, tuple[int, ...]]
     """By layer, the neurons that are one node together."""
+    features: Mapping[int, FeatureSplit]
+    """By layer, the features that are nodes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +154,8 @@ class RuleInputs:
                 layer: tuple(sorted({*range(unit_count(shape, "mlp_hidden", layer))} - {*own}))
                 for layer, own in rule.rule.circuit.neurons.items()
             }
-            found = _tabulate(*rule.edge_ends[number][of_class], others)
+            features = split_outputs(rule, self.directions)
+            found = _tabulate(*rule.edge_ends[number][of_class], others, features)
             self.edges[key] = found
         return found
 
@@ -627,7 +630,7 @@ def _iter_circuits(
                     SenderFill(
                         SiteRead(*place),
                         units,
-                        _fill(replace(asked, place=place), units, others),
+                        _fill(asked, place, units, others, table.features),
                         others,
                     )
                     for place, units, others in table.senders
@@ -636,6 +639,7 @@ def _iter_circuits(
                 table.mask,
                 _name_source(rule, every, own),
                 others=table.others,
+                features=table.features,
             )
 
 
@@ -648,25 +652,77 @@ def _name_source(rule: RulePlan, every: _WriteTokens, own: Ints) -> str:
     return rule.rule.run if same else ""
 
 
+NODES = "mlp_nodes"
+"""Name of the vectors of the nodes that an MLP is split into, in means."""
+
+
+def split_outputs(rule: RulePlan, directions: FittedDirections) -> dict[int, FeatureSplit]:
+    """Return the layers whose features are nodes of a rule's circuit."""
+    found: dict[int, FeatureSplit] = {}
+    circuit = rule.rule.circuit
+    for layer, own in ({} if circuit is None else circuit.features).items():
+        system = directions.systems[own.member.name]
+        assert isinstance(system, Dictionary)
+        found[layer] = FeatureSplit(system, own.which, own.member.reads)
+    return found
+
+
 def group_senders(
-    senders: Sequence[SitePoint],
+    senders: Sequence[SitePoint], features: Mapping[int, FeatureSplit]
 ) -> Iterator[tuple[SiteLayer, tuple[int, ...]]]:
-    """Yield the senders of edges in forward order, with the heads or neurons of each layer
-    together; without a node of several neurons."""
+    """Yield the senders of edges in forward order, with the heads, neurons or features of each
+    layer together; without a node of several neurons.
+
+    features: By layer, the features that are nodes.
+    """
     places = {(sender.site, sender.layer) for sender in senders}
     for place in sorted(places, key=lambda place: write_order(*place)):
-        own = {_number_unit(s) for s in senders if (s.site, s.layer) == place}
-        yield place, tuple(sorted(own - {OTHERS}))
+        own = {_number_unit(s, features) for s in senders if (s.site, s.layer) == place}
+        rest = (OTHERS,) if OTHERS in own and place[0] == "mlp_out" else ()
+        yield place, (*sorted(own - {OTHERS}), *rest)
 
 
-def _number_unit(node: SitePoint) -> int:
-    """Return the number of a head or neuron, 0 for whole vectors, or `OTHERS`."""
-    return OTHERS if node.unit is None and node.site == "mlp_hidden" else node.unit or 0
+def _number_unit(node: SitePoint, features: Mapping[int, FeatureSplit]) -> int:
+    """Return the number of a head, neuron or feature, 0 for whole vectors, or `OTHERS`."""
+    is_split = node.site in ("mlp_out", "mlp_norm") and node.layer in features
+    is_several = node.unit is None and (is_split or node.site == "mlp_hidden")
+    return OTHERS if is_several else node.unit or 0
 
 
-def _fill(asked: _RuleVectors, units: tuple[int, ...], others: tuple[int, ...] = ()) -> Tensor:
-    """Return [K, unit, width]: the values of a rule at its tokens, for each of some heads or
-    neurons, then for others of these neurons."""
+def _fill_features(
+    asked: _RuleVectors, split: FeatureSplit, layer: int, units: tuple[int, ...]
+) -> Tensor:
+    """Return [K, unit, d_model]: what features and the rest of an MLP add to the stream, with the
+    values of a rule at its tokens."""
+    rule = asked.plan.rule
+    if rule.does.reads == "mean":
+        index = np.array([split.nodes.index(unit) for unit in units], dtype=np.int64)
+        chosen, unit = np.repeat(asked.chosen, len(units)), np.tile(index, len(asked.chosen))
+        means = replace(asked, place=(NODES, layer), chosen=chosen, unit=unit)
+        return rule.does.values(rule, means).unflatten(0, (len(asked.chosen), len(units)))
+    outputs = rule.does.values(rule, replace(asked, place=("mlp_out", layer)))
+    if rule.does.reads is None:
+        return outputs[:, None].expand(-1, len(units), -1)
+    inputs = outputs
+    if split.reads:
+        inputs = rule.does.values(rule, replace(asked, place=(split.reads, layer)))
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    return split.split(outputs.to(wide), inputs.to(wide), units)
+
+
+def _fill(
+    asked: _RuleVectors,
+    place: SiteLayer,
+    units: tuple[int, ...],
+    others: tuple[int, ...],
+    features: Mapping[int, FeatureSplit],
+) -> Tensor:
+    """Return [K, unit, width]: the values of a rule at its tokens, for each of some heads, neurons
+    or features, then for others of these neurons."""
+    site, layer = place
+    if site == "mlp_out" and layer is not None and layer in features:
+        return _fill_features(asked, features[layer], layer, units)
+    asked = replace(asked, place=place)
     if others:  # most neurons of the layer: they are read as one vector
         whole = replace(asked, joins=True, unit=np.zeros_like(asked.chosen))
         found = asked.plan.rule.does.values(asked.plan.rule, whole)
@@ -679,23 +735,31 @@ def _fill(asked: _RuleVectors, units: tuple[int, ...], others: tuple[int, ...] =
 
 
 def _tabulate(
-    senders: EdgeEnds, receivers: EdgeEnds, others: Mapping[int, tuple[int, ...]]
+    senders: EdgeEnds,
+    receivers: EdgeEnds,
+    others: Mapping[int, tuple[int, ...]],
+    features: Mapping[int, FeatureSplit],
 ) -> EdgeTable:
     joined: dict[SiteLayer, tuple[int, ...]] = {
         (of.site, of.layer): others[of.layer]
         for of in senders.points
-        if _number_unit(of) == OTHERS and of.layer is not None
+        if of.site == "mlp_hidden" and of.unit is None and of.layer is not None
     }
     places = tuple(
-        (place, own, joined.get(place, ())) for place, own in group_senders(senders.points)
+        (place, own, joined.get(place, ()))
+        for place, own in group_senders(senders.points, features)
     )
     nodes = ((*p, unit) for p, own, rest in places for unit in (*own, *[OTHERS][: len(rest)]))
     columns = {where: n for n, where in enumerate(nodes)}
-    column = np.array([columns[of.site, of.layer, _number_unit(of)] for of in senders.points])
+    column = np.array(
+        [columns[of.site, of.layer, _number_unit(of, features)] for of in senders.points]
+    )
     mask = torch.zeros(len(receivers.points), len(columns))
     mask[receivers.of_edge, column[senders.of_edge]] = 1
-    ends = tuple((SiteRead(to.site, to.layer), _number_unit(to)) for to in receivers.points)
-    return EdgeTable(places, ends, mask, others)
+    ends = tuple(
+        (SiteRead(to.site, to.layer), _number_unit(to, features)) for to in receivers.points
+    )
+    return EdgeTable(places, ends, mask, others, features)
 
 
 def build_position_ids(

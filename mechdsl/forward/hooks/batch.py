@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.fits.vectors import low_rank_change
-from mechdsl.forward.hooks.coordinates import CoordinateWrite
+from mechdsl.forward.hooks.coordinates import CoordinateWrite, FeatureSplit
 from mechdsl.models.shape import PaddingSide
 from mechdsl.vocab.sites import EdgeChange, stop_layer
 
@@ -591,9 +591,11 @@ class SenderFill:
 
     where: SiteRead
     units: tuple[int, ...]
-    """Heads or neurons; 0 for whole vectors."""
+    """Heads or neurons; 0 for whole vectors; in a layer of `CircuitWrite.features`, features or
+    `OTHERS`."""
     values: Tensor
-    """[K, unit, width]; those of `others` follow those of `units`."""
+    """[K, unit, width], of features what they add to the stream; those of `others` follow those of
+    `units`."""
     others: tuple[int, ...] = ()
     """Neurons that are one more sender together, after the units."""
 
@@ -601,10 +603,6 @@ class SenderFill:
     def count(self) -> int:
         """The number of senders."""
         return len(self.units) + bool(self.others)
-
-
-OTHERS = -1
-"""Number of the receiver that represents all neurons of a layer that are no other receivers."""
 
 
 def number_senders(fills: Sequence[SenderFill]) -> dict[SiteRead, slice]:
@@ -647,6 +645,8 @@ class CircuitWrite:
     """Heads whose outputs are written, not computed; the tokens are then all of their rows."""
     others: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     """The neurons that the receiver `OTHERS` of `mlp_hidden` stands for, by layer."""
+    features: Mapping[int, FeatureSplit] = field(default_factory=dict[int, FeatureSplit])
+    """The features that are nodes, by layer; `OTHERS` is the rest of the output of the MLP."""
 
     @property
     def stack(self) -> str:

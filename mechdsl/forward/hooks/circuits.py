@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.forward.hooks.batch import (
-    OTHERS,
     CircuitRead,
     CircuitWrite,
     EdgeTap,
@@ -46,6 +45,7 @@ from mechdsl.forward.hooks.batch import (
     number_senders,
     to_device,
 )
+from mechdsl.forward.hooks.coordinates import OTHERS, FeatureSplit
 from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
@@ -162,10 +162,40 @@ def explain_no_neurons(model: LoadedModel, layers: Iterable[int]) -> str:
             return f"{where}, the MLP isn't the sum of the outputs of its neurons"
         if len(block.mlp) != 1 or not block.down.startswith(f"{block.mlp[0]}."):
             return f"{where}, the neurons aren't computed inside one module"
-        mlp: Any = type(model.module.get_submodule(block.mlp[0]))
-        given = list(inspect.signature(mlp.forward).parameters.values())[2:]
-        rest = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-        if any(each.default is each.empty and each.kind not in rest for each in given):
+        if not _reads_alone(model.module.get_submodule(block.mlp[0])):
+            return f"{where}, the MLP isn't a function of the stream alone"
+    return ""
+
+
+def _reads_alone(mlp: nn.Module) -> bool:
+    """Return whether a module needs no other input than one tensor."""
+    kind: Any = type(mlp)
+    given = list(inspect.signature(kind.forward).parameters.values())[2:]
+    rest = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return all(each.default is not each.empty or each.kind in rest for each in given)
+
+
+def is_plain_mlp(model: LoadedModel, layer: int | None) -> bool:
+    """Return whether the MLP is a module from a token's vector to what is added to the stream."""
+    assert layer is not None
+    block = model.anatomy.blocks[layer]
+    tap = block.taps["mlp_out"]
+    plain = (tap.side, tap.item, tap.layout.axes) == (
+        "out",
+        0,
+        "flat",
+    ) and "router" not in block.taps
+    return plain and block.mlp == (tap.path,)
+
+
+def explain_no_features(model: LoadedModel, layers: Iterable[int]) -> str:
+    """Return why features of the MLPs of some layers can't be nodes of a circuit; empty if they
+    can."""
+    for layer in layers:
+        where, block = f"in block {layer}", model.anatomy.blocks[layer]
+        if not {"mlp_norm", "mlp_out"} <= block.taps.keys() or not is_plain_mlp(model, layer):
+            return f"{where}, the MLP isn't one module whose output is added to the stream"
+        if not _reads_alone(model.module.get_submodule(block.mlp[0])):
             return f"{where}, the MLP isn't a function of the stream alone"
     return ""
 
@@ -405,6 +435,8 @@ class CircuitHooks(ABC):
         self._fills = circuit.fills
         self._senders = number_senders(circuit.fills)
         self._receivers = circuit.receivers
+        self._features: Mapping[int, FeatureSplit] = {}
+        """By layer, the features that are nodes."""
         self._stack = circuit.stack
         own = model.stack(self._stack)
         self._anatomy, self._shape = own.anatomy, own.shape
@@ -427,8 +459,10 @@ class CircuitHooks(ABC):
 
     def steps(self) -> Iterator[CircuitStep]:
         """Yield a step for each sender, each stream and each receiver."""
+        split = self._list_split_layers()
         for fill in self._fills:
-            yield self._sender(fill)
+            if fill.where.layer not in split or fill.where.site != "mlp_out":
+                yield self._sender(fill)
         if self._sums:
             first = SiteRead("resid_pre", 0, self._stack)
             yield self._output(self.model.tap("resid_pre", 0, self._stack), first)
@@ -439,6 +473,8 @@ class CircuitHooks(ABC):
         receivers: dict[SiteRead, list[int]] = defaultdict(list)
         for row, (where, _) in enumerate(self._receivers):
             receivers[where].append(row)
+        for layer in split:
+            receivers.setdefault(SiteRead("mlp_norm", layer), [])
         entrances = {
             self._find_entrance(Attention.of(where)): None
             for where in receivers
@@ -455,10 +491,19 @@ class CircuitHooks(ABC):
                 by_path[Attention.of(where), found[0]].append((found[1], rows))
             elif where.site == "mlp_hidden":
                 yield from self._neurons(where, rows)
+            elif where.site == "mlp_norm" and where.layer in split:
+                yield from self._split_mlp(where, rows)
             else:
                 yield self._whole(where, rows[0])
         for (attention, path), parts in by_path.items():
             yield from self._projection(attention, path, parts)
+
+    def _list_split_layers(self) -> list[int]:
+        """List the layers whose features send or receive."""
+        ends = [SiteRead(fill.where.site, fill.where.layer) for fill in self._fills]
+        ends += [where for where, _ in self._receivers]
+        found = {end.layer for end in ends if end.site in ("mlp_out", "mlp_norm")}
+        return [layer for layer in self._features if layer in found]
 
     def _add(
         self,
@@ -636,6 +681,14 @@ class CircuitHooks(ABC):
             rows: The numbers of these receivers.
         """
 
+    @abstractmethod
+    def _split_mlp(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
+        """Yield the steps at an MLP whose features read and send separately.
+
+        Args:
+            rows: The numbers of the receivers among them.
+        """
+
     def _whole(self, where: SiteRead, row: int) -> CircuitStep:
         """Add a step at the input of an MLP or of the end of the model."""
         return self._entrance(where.layer, lambda norm, value: self._at_whole(norm, row, value))
@@ -706,6 +759,7 @@ class _WriteHooks(CircuitHooks):
     ) -> None:
         """Prepare the steps; adds_up: whether the stream is the sum of senders and biases."""
         super().__init__(model, frame, write)
+        self._features = write.features
         self._of_zeros = adds_up and not any(bool(fill.values.any()) for fill in write.fills)
         """Whether the stream without all senders is the sum of biases."""
         wide = torch.promote_types(model.dtype, torch.float32)
@@ -823,7 +877,7 @@ class _WriteHooks(CircuitHooks):
                 found = torch.einsum("kru,ukd->rkd", weights, changes)
                 summed = summed.movedim(1, 0)
             biases = self._biases
-            if reader.site == "mlp_hidden" and self._shape.parallel_block:
+            if reader.site in MLP_INPUTS and self._shape.parallel_block:
                 biases = self._entrance_biases.get(reader.layer or 0, biases)
             return (found + summed.to(found) * biases.to(found)).to(stream.device)
         found = stream.expand(mask.shape[-2], *stream.shape)
@@ -875,6 +929,8 @@ class _WriteHooks(CircuitHooks):
         layer, shape = where.layer, self.model.stack(where.stack).shape
         if where.site == "mlp_out" and layer in self._others:
             return unit_count(shape, "mlp_hidden", layer)
+        if where.site == "mlp_out" and layer is not None and layer in self._features:
+            return len(self._features[layer].nodes)
         if where.site == "mlp_out":
             return int(shape.has("mlp_out", layer))
         return unit_count(shape, where.site, layer)
@@ -914,7 +970,8 @@ class _WriteHooks(CircuitHooks):
         found = self._distinct.get(attention)
         if found is None:
             sites = ATTENTION_INPUTS
-            if self._mask.dim() == 2 and not self._sums:
+            is_split = attention.layer in self._features
+            if self._mask.dim() == 2 and not self._sums and not is_split:
                 sites = *ATTENTION_INPUTS, "mlp_norm"
             rows = [
                 row
@@ -1070,6 +1127,84 @@ class _WriteHooks(CircuitHooks):
             order = (layer, SITES["mlp_hidden"].order - _EARLIER)
             yield self._add((tap.path, tap.side, tap.item), order, write)
 
+    def _split_mlp(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
+        """Yield a step that keeps the inputs of an MLP, one that writes its output as the sum of
+        its nodes, and one that computes what the stream would gain with their fills."""
+        layer = where.layer
+        assert layer is not None
+        inputs, split = number_inputs(self._mask, rows), self._features[layer]
+        numbers = {self._receivers[row][1]: inputs.of_receiver[row] for row in rows}
+        by_input: dict[int, list[int]] = defaultdict(list)
+        for node in split.nodes:
+            by_input[numbers.get(node, 0)].append(node)
+        tap = self.model.tap("mlp_out", layer)
+        scale = get_scale(self.model.module, tap)
+        kept: list[Tensor] = []
+        """[input, K, d_model]: the streams that are read, and these after the norm."""
+        found: dict[int, Tensor] = {}
+        """[K, d_model]: what each node adds to the stream."""
+
+        def read(norm: str | None, value: Tensor) -> Tensor:
+            stream = self._at(value) if norm is None else self._stream
+            assert stream is not None
+            if norm is not None:
+                self._check_input(self._normed(norm, stream, value), value)
+            elif not self._sums:
+                norm = self._mlp_norm(layer)
+            streams = self._inputs(inputs.mask, stream, where)
+            kept[:] = [streams, self._normed(norm, streams, value)]
+            return value
+
+        def write(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            now = apply_scale(self._at(value), scale)
+            streams, normed = (each.to(now) for each in kept)
+            self._check_mlp(layer, normed[0], self._at(value))
+            for number, nodes in by_input.items():
+                outputs = now
+                if number:
+                    made = self._compute_mlp(layer, normed[number], value)
+                    outputs = apply_scale(made.to(now), scale)
+                encoded = {"": outputs, "mlp_norm": normed[number], "resid_mid": streams[number]}
+                parts = split.split(outputs, encoded[split.reads], nodes)
+                found.update(zip(nodes, parts.unbind(1), strict=True))
+            if set(by_input) == {0}:
+                return value
+            whole = torch.stack([*found.values()]).sum(0)
+            return self._put(value, undo_scale(whole, scale))
+
+        def send(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            for fill in (each for each in self._fills if each.where == SiteRead("mlp_out", layer)):
+                now = torch.stack([found[unit] for unit in fill.units])
+                values = to_device(fill.values, now.device).to(now).transpose(0, 1)
+                self._remember_change(fill.where, values - now)
+            return value
+
+        spot: tuple[str, HookSide, int] = (tap.path, tap.side, tap.item)
+        order = SITES["mlp_out"].order
+        yield self._entrance(layer, read)
+        yield self._add(spot, (layer, order - _EARLIER), write)
+        yield self._add(spot, (layer, order + 1), send)
+
+    def _compute_mlp(self, layer: int, vectors: Tensor, like: Tensor) -> Tensor:
+        """Return [K, d_model]: the output of an MLP for [K, d_model] inputs, without hooks."""
+        mlp = self.model.module.get_submodule(self.model.anatomy.blocks[layer].mlp[0])
+        with suspend_hooks(mlp):
+            return mlp(vectors.to(like)[None])[0]
+
+    def _check_mlp(self, layer: int, normed: Tensor, outputs: Tensor) -> None:
+        """Check that the first of some outputs is that of an input.
+
+        Args:
+            normed: [K, d_model] inputs of the pass.
+            outputs: [K, d_model] in the pass.
+
+        Raises:
+            WriteMismatch: It isn't.
+        """
+        found = self._compute_mlp(layer, normed[:1], outputs)
+        if (found - outputs[:1]).abs().amax() > _SAME_INPUT * outputs[:1].abs().amax():
+            raise WriteMismatch("the MLP of a circuit isn't a function of its input")
+
     def _list_neurons(self, layer: int, unit: int) -> Sequence[int]:
         return self._others[layer] if unit == OTHERS else (unit,)
 
@@ -1177,6 +1312,10 @@ class _ReadHooks(CircuitHooks):
     def _neurons(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
         """Raise WriteMismatch: no training chooses from edges of neurons."""
         raise WriteMismatch("gradients by the inputs of neurons aren't read")
+
+    def _split_mlp(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
+        """Raise WriteMismatch: no training chooses from edges of features."""
+        raise WriteMismatch("gradients by the inputs of features aren't read")
 
     def _projection(
         self, attention: Attention, path: str, parts: list[tuple[TensorLayout, list[int]]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mechdsl.dictionaries.features import combine_some, project_some
+from mechdsl.dictionaries.features import Dictionary, combine_some, project_some
 from mechdsl.dictionaries.folder import MAX_GATHERED
 from mechdsl.vocab.sites import CoordinateOperation
 
@@ -143,6 +144,48 @@ def count_encoded(system: CoordinateSystem, vectors: Tensor, which: Tensor | Non
     if which is not None and which.shape[1] <= MAX_GATHERED:
         each = which.shape[1] * vectors.shape[1]
     return max(1, MAX_NUMBERS // each)
+
+
+OTHERS = -1
+"""Number of the node that stands for everything in an MLP that is no other node."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSplit:
+    """The output of an MLP as the sum of some features and of the rest, the nodes of a circuit."""
+
+    system: Dictionary
+    numbers: tuple[int, ...]
+    """The features."""
+    reads: str
+    """Site of the block that a transcoder encodes; empty for the output of the MLP."""
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """The features, then `OTHERS`."""
+        return (*self.numbers, OTHERS)
+
+    def split(self, outputs: Tensor, inputs: Tensor, nodes: Sequence[int]) -> Tensor:
+        """Return [K, node, width]: what nodes add to the residual stream.
+
+        Args:
+            outputs: [K, width] of the MLP, in float32 or float64.
+            inputs: [K, width of `reads`] vectors that are encoded; those of the outputs without it.
+            nodes: Features, or `OTHERS`.
+        """
+        encoded = self.numbers if OTHERS in nodes else tuple(nodes)
+        which = torch.tensor(encoded, dtype=torch.long, device=outputs.device)
+        count = count_encoded(self.system, inputs, which[None])
+        if len(outputs) > count:
+            parts = zip(outputs.split(count), inputs.split(count), strict=True)
+            return torch.cat([self.split(*part, nodes) for part in parts])
+        values = self.system.encode(inputs, which.expand(len(inputs), -1)).to(outputs)
+        found = self.system.contributions(values, which, outputs)
+        if OTHERS not in nodes:
+            return found
+        rest = (outputs - found.sum(1))[:, None]
+        order = [len(encoded) if node == OTHERS else encoded.index(node) for node in nodes]
+        return torch.cat([found, rest], dim=1)[:, order]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.forward.hooks.batch import CircuitWrite, SenderFill, SiteRead
-from mechdsl.forward.hooks.circuits import find_norms_after
+from mechdsl.forward.hooks.circuits import find_norms_after, is_plain_mlp
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 
@@ -95,7 +95,7 @@ class CircuitSettler:
         mlps = [
             fill.where.site == "mlp_out"
             and bool(settled[nodes[0]])
-            and _is_plain_mlp(self.model, fill.where.layer)
+            and is_plain_mlp(self.model, fill.where.layer)
             for fill, nodes in zip(fills, own, strict=True)
         ]
         computed = np.ones(len(graph.senders), dtype=np.bool_)
@@ -133,16 +133,3 @@ def _take_units(
         elif own:
             units = tuple(fill.units[n] for n in own)
             yield replace(fill, units=units, values=fill.values[:, list(own)])
-
-
-def _is_plain_mlp(model: LoadedModel, layer: int | None) -> bool:
-    """Return whether the MLP is a module from a token's vector to what is added to the stream."""
-    assert layer is not None
-    block = model.anatomy.blocks[layer]
-    tap = block.taps["mlp_out"]
-    plain = (tap.side, tap.item, tap.layout.axes) == (
-        "out",
-        0,
-        "flat",
-    ) and "router" not in block.taps
-    return plain and block.mlp == (tap.path,)

@@ -46,7 +46,12 @@ from mechdsl.resolve.measures import MEASURED_AXIS
 from mechdsl.resolve.node_circuits import describe_everything
 from mechdsl.resolve.observations import Observation, RowSetObservation
 from mechdsl.resolve.sites import label_node
-from mechdsl.resolve.types import ResolvedControl, ResolvedExperiment, ResolvedMeasure
+from mechdsl.resolve.types import (
+    FeatureNode,
+    ResolvedControl,
+    ResolvedExperiment,
+    ResolvedMeasure,
+)
 from mechdsl.results.assembly.conventions import (
     fallback_conventions,
     model_text,
@@ -339,6 +344,7 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
     if found.scores:  # of each edge at each of its positions
         listed = [(edge, None if n is None else frozenset((n,))) for edge, n in found.scores]
     places = ["" if at is None else label_places(at, found.places) for _, at in listed]
+    ends = dict.fromkeys(end for edge, _ in listed for end in edge if isinstance(end, FeatureNode))
     return ResultCircuit(
         name=found.name,
         layers=shape.n_layers,
@@ -351,6 +357,7 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         total=len(found.every),
         circuits=len({frozenset(own.items()) for own in found.named.values()}),
         places=tuple(places) if any(places) else (),
+        features=tuple({label_node(end): end.layer or 0 for end in ends}.items()),
     )
 
 

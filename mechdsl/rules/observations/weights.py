@@ -14,7 +14,7 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell
-from mechdsl.resolve.bases import resolve_argument_bases
+from mechdsl.resolve.bases import resolve_argument_bases, resolve_feature_nodes
 from mechdsl.resolve.circuits import CircuitEdges, find_circuit_edges
 from mechdsl.resolve.observations import RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
@@ -540,15 +540,17 @@ class CircuitComparison(WeightObservation):
         other = self._circuit(rule.receiver, rule, work)
         if one is None or other is None or not fits:
             return None
-        first = find_circuit_edges(one, rule.span, work)
-        second = find_circuit_edges(other, rule.span, work)
+        first = find_circuit_edges(one, rule.span, work, resolve_feature_nodes)
+        second = find_circuit_edges(other, rule.span, work, resolve_feature_nodes)
         if first is None or second is None:
             return None
         if first.places or second.places:
             self._reject_places(rule, work)
             return None
-        if first.neurons or second.neurons:
-            what = f"`observe {self.word}` of a circuit with neurons"
+        split = [each for each in (first, second) if each.neurons or each.features]
+        if split:
+            noun = "neurons" if split[0].neurons else "features"
+            what = f"`observe {self.word}` of a circuit with {noun}"
             later = "compare circuits of heads and whole MLPs"
             work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
             return None

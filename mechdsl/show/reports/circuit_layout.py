@@ -203,6 +203,11 @@ def _component(
         return _graph_component(label, circuit.graph, circuit.layers), None
     if label == "embed":
         return Component(label, "embed", (-1, 0)), None
+    layers = dict(circuit.features)
+    if label in layers:
+        level = layers[label], 1 if circuit.parallel else 2
+        *_, number, _, _ = label.split(" ")
+        return Component(label, "feature", level, int(number)), None
     stacked = _STACK_LABEL.fullmatch(label)
     if stacked is not None:
         return _stack_component(stacked, circuit)
