@@ -144,10 +144,11 @@ class StacksDiffer(Diagnostic):
     hangs_on = frozenset({"shape"})
     title = "`{source}` is at tokens of the encoder, and `{target}` at tokens of the decoder"
     label = "the positions of a rule are tokens of one of the two"
-    help = "write a rule for each of them"
+    help = "{hint}"
 
     source: str
     target: str
+    hint: str = "write a rule for each of them"
 
 
 @keyword_record

@@ -85,6 +85,7 @@ def resolve_rule_positions(
     apart: ExternalRun | None = None,
     *,
     exchanged: bool = False,
+    reader: ExperimentContext | None = None,
 ) -> PositionTargets | None:
     """Resolve the positions that a rule writes and reads; a sweep over positions becomes an axis.
 
@@ -93,18 +94,21 @@ def resolve_rule_positions(
         apart: A run of a different prompt set to read instead, whose rows aren't paired with the
             experiment's rows.
         exchanged: Whether each of two positions receives the vectors of the other.
+        reader: The context for the read positions, if the read site has vectors at other tokens
+            than the written one.
     """
+    reader = reader or work
     nodes = [rule.at] if rule.onto is None else [rule.at, rule.onto]
 
     def find(values: NamedValues) -> PositionMatch | None:
         if apart is not None:
             return _match_external(rule.at, apart, values, work)
         if rule.onto is None:
-            found = _match_same(rule.at, run, values, work)
+            found = _match_same(rule.at, run, values, work, reader)
             return found if rule.token is None else _select_token(rule, found, work)
         if exchanged:
             return _match_exchanged(rule.at, rule.onto, values, work)
-        return _match_pairs(rule.at, rule.onto, run, values, work)
+        return _match_pairs(rule.at, rule.onto, run, values, work, reader)
 
     return lay_out_positions(find, nodes, work)
 
@@ -386,14 +390,18 @@ def _cells(
 
 
 def _match_same(
-    positions: ast.Positions, run: str, values: NamedValues, work: ExperimentContext
+    positions: ast.Positions,
+    run: str,
+    values: NamedValues,
+    work: ExperimentContext,
+    reader: ExperimentContext,
 ) -> PositionMatch | None:
     """Match positions in the base run, where they are written, with the same positions in `run`."""
     base = work.experiment.base
     cells = _cells(positions, base, values, work, run)
-    if cells is None or run == base:
+    if cells is None or (run == base and reader.side == work.side):
         return None if cells is None else PositionMatch(cells, cells)
-    sources = _cells(positions, run, values, work, base)
+    sources = _cells(positions, run, values, reader, base)
     if sources is None:
         return None
     by_label = {cell.label: cell for cell in sources}
@@ -474,14 +482,20 @@ def _match_external(
 
 
 def _match_pairs(
-    at: ast.Positions, onto: ast.Positions, run: str, values: NamedValues, work: ExperimentContext
+    at: ast.Positions,
+    onto: ast.Positions,
+    run: str,
+    values: NamedValues,
+    work: ExperimentContext,
+    reader: ExperimentContext | None = None,
 ) -> PositionMatch | None:
     """Match positions that are read in `run` with other positions, written in the base run."""
     said = len(work.diagnostics)
     base = work.experiment.base
-    sources = _cells(at, run, values, work)
+    reader = reader or work
+    sources = _cells(at, run, values, reader)
     cells = _cells(onto, base, values, work)
-    if sources is None and cells is None and run != base:
+    if sources is None and cells is None and run != base and reader.side == work.side:
         _suggest_exchange(at, onto, run, values, work, said)
     if sources is None or cells is None:
         return None

@@ -6,13 +6,14 @@ at earlier sites.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.diagnostics.rules import BadAmount, BadDirection
+from mechdsl.diagnostics.rules import BadAmount, BadDirection, StacksDiffer
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.python_functions import find_function, is_python_call
@@ -33,9 +34,9 @@ from mechdsl.resolve.types import (
     SiteTargets,
     VectorBatch,
 )
-from mechdsl.rules.kinds import CURRENT_STATE_NOTE, resolve_targets, rule_kind
+from mechdsl.rules.kinds import CURRENT_STATE_NOTE, check_one_side, resolve_targets, rule_kind
 from mechdsl.syntax import ast
-from mechdsl.vocab.sites import SITES, SITES_WITHOUT_STEPS, unknown_component
+from mechdsl.vocab.sites import SITES, SITES_WITHOUT_STEPS, TokenSide, unknown_component
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,7 +126,10 @@ class ValueAssignment(Intervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.spec.reading is not None
         site = rule.spec.reading.span.written
-        yield Convention("value", f"`{site}` is the value of the unpatched run {rule.run} there")
+        moved = rule.spec.onto is not None
+        at = f"`{rule.spec.at.span.written}`" if moved else "the written position"
+        run = f"the {rule.run} run, without the rules of the experiment"
+        yield Convention("value", f"`{site}` is the vector at {at} in {run}")
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         read = vectors.read()
@@ -178,7 +182,7 @@ def resolve_value(
     for axis in (*axes, *more):
         if axis.name not in work.loops:
             work.add_axis(axis)
-    positions = resolve_rule_positions(rule, run, work)
+    positions = _resolve_value_positions(rule, run, written, read, work)
     amounts: Amounts | None = Amounts((), {(): 1.0})
     if rule.fill is not None:
         amounts = resolve_amounts(rule.fill, work)
@@ -189,6 +193,58 @@ def resolve_value(
         return None
     return ResolvedRule(
         spec=rule, does=does, run=run, sites=sites, positions=positions, amounts=amounts
+    )
+
+
+def _resolve_value_positions(
+    rule: spec.Rule,
+    run: str,
+    written: SiteTargets | None,
+    read: SiteTargets | None,
+    work: ExperimentContext,
+) -> PositionTargets | None:
+    """Resolve positions among the tokens of the written and of the read site; None after E0108,
+    E0317 and errors of positions."""
+    sites = [each for each in (written, read) if each is not None]
+    if not all(check_one_side(rule, each, work) for each in sites):
+        return None
+    writer, reader = (work.reading(written or read), work.reading(read or written))
+    images = "image" in (writer.side, reader.side)
+    if writer.side == reader.side or (images and work.model.shape.merged_side == 1):
+        return resolve_rule_positions(rule, run, writer, reader=reader)
+    if images:
+        what = "a value read inside the vision encoder and written outside of it, or the reverse, "
+        what += "in a model that merges patches,"
+        later = "read `embed` at a token of the image: it is the output of the vision encoder"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
+        return None
+    if rule.onto is not None:
+        return resolve_rule_positions(rule, run, writer, reader=reader)
+    if resolve_rule_positions(rule, work.experiment.base, writer) is not None:
+        _report_unplaced_read(rule, writer.side, sites, work)
+    return None
+
+
+def _report_unplaced_read(
+    rule: spec.Rule, side: TokenSide, sites: Sequence[SiteTargets], work: ExperimentContext
+) -> None:
+    """Report E0317 for a value of the other stack of an encoder-decoder without a position to read.
+
+    Args:
+        side: The tokens at which the rule writes.
+        sites: The written and the read sites.
+    """
+    assert rule.reading is not None
+    target, source = (next(p.site for here in s.points.values() for p in here) for s in sites)
+    token = "last token"
+    if side == "target":
+        image = work.model.shape.takes == "attended image"
+        token = "photo row 1 col 1 token" if image else "first token"
+    else:
+        source, target = target, source
+    hint = f"name the position to read: `value({rule.reading.span.written} at {token})`"
+    work.diagnostics.append(
+        StacksDiffer(span=rule.reading.span, source=source, target=target, hint=hint)
     )
 
 

@@ -1716,18 +1716,21 @@ _rule(
     "set resid_post layer 2 at last token "
     "to 0.5 * value(mlp_out layer 1 at last-item token) of fewer",
     "Sets the vector to that of another site, times an optional number. The value comes from "
-    "an unpatched run, by default the base run, and by default from the position that is "
-    "written. Both sites must have the same width.",
+    "a run without the experiment's rules, by default the base run, and by default from the "
+    "position that is written. Both sites must have the same width. The sites may be in "
+    "different stacks. In an encoder-decoder, such a rule names the position to read (E0317). "
+    "Values cross the border of a vision encoder only if it has one vector for each token of "
+    "an image; otherwise they are E0108.",
     OWN,
     "tests/rules/test_readings.py",
 )
 _rule(
     "add what is elsewhere",
     "add 0.3 * value(attn_out layer 1) of clean to resid_post layer 2 at last token",
-    "Adds the row's own vector from an unpatched run, by default the base run, times the "
-    "number. It is added to the value in the current forward pass. Both sites must have the "
-    "same width. The control `against random(39, directions)` adds, in each draw, one random "
-    "direction to all rows, with the norm of the row's own vector.",
+    "Adds the row's own vector from a run without the experiment's rules, by default the base "
+    "run, times the number. It is added to the value in the current forward pass. Both sites "
+    "must have the same width. The control `against random(39, directions)` adds, in each draw, "
+    "one random direction to all rows, with the norm of the row's own vector.",
     OWN,
     "tests/rules/test_readings.py",
 )

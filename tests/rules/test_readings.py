@@ -162,6 +162,27 @@ def test_invalid_value_reads_are_errors(data: Path, rule: str, code: str) -> Non
     assert code in codes(experiment("e", rule), data)
 
 
+@pytest.mark.parametrize(
+    ("rule", "position"),
+    [
+        ("set resid_post layer 1 at last token to value(mlp_out layer 2)", "the written position"),
+        (
+            "add value(mlp_out layer 2 at cue token) to resid_post layer 1 at last token",
+            "`cue token`",
+        ),
+    ],
+)
+def test_conventions_name_the_run_and_position_of_a_value(
+    data: Path, rule: str, position: str
+) -> None:
+    result, _ = try_file(experiment("e", rule), data, "llama")
+    assert result is not None
+    assert result.experiments[0].conventions["value"] == (
+        f"`mlp_out layer 2` is the vector at {position} in the clean run, without the rules of the "
+        "experiment"
+    )
+
+
 def test_set_to_a_value_of_the_base_run_gives_no_self_patch_warning(data: Path) -> None:
     rule = "set resid_post layer 1 at last token to value(mlp_out layer 2) of clean"
     _, diagnostics = try_file(experiment("e", rule), data, "llama")
