@@ -178,10 +178,13 @@ def _print_json(fits: Sequence[TrainedFit], problems: Sequence[Diagnostic]) -> N
 
 
 def train_with_bar(
-    checked: CheckedFile, options: RunOptions, stores: StoreOptions
+    checked: CheckedFile, options: RunOptions, stores: StoreOptions, *, discovered: bool = False
 ) -> tuple[list[TrainedFit], list[Diagnostic], int]:
     """Train what a file declares, with a progress bar; return it, the printed problems and the exit
-    status."""
+    status.
+
+    discovered: train only the circuits that experiments discover.
+    """
     from dataclasses import replace
 
     from mechdsl.fits.processes import own_processes
@@ -195,8 +198,10 @@ def train_with_bar(
         print_line(f"{source.name} declares no trainings that its experiments use", out=False)
         return [], [], SUCCESS
     folder = store_folder(source.path, stores.named, untrusted=options.settings.untrusted)
+    if folder is None and discovered:
+        return [], [], SUCCESS  # the run reports what isn't trained
     if folder is None:
-        reason = "`mechdsl fit` keeps trainings in a store, and this run has none"
+        reason = "trainings are kept in a store, and this run has none"
         hint = "name a folder: `--store FOLDER`"
         problems: list[Diagnostic] = [BadCommandLine(reason=reason, hint=hint)]
         print_diagnostics(problems)
@@ -205,7 +210,9 @@ def train_with_bar(
     try:
         with bar:
             own = replace(options, store=folder)
-            done, problems = train_file(checked, own, on_progress=StepCounter(bar).advance)
+            done, problems = train_file(
+                checked, own, on_progress=StepCounter(bar).advance, discovered=discovered
+            )
     except Exception as error:
         if not own_processes().is_first:
             raise

@@ -481,17 +481,25 @@ def run(
         fresh=stores.fresh,
         hashes=_shows_hashes(everything, form, out, asked),
     )
-    if fits:
-        status = _train_first(everything, options, stores)
-        if status is not None:
-            verdicts.interrupted()
-            return status
+    status = _train_first(everything, options, stores, discovered=not fits)
+    if status is not None:
+        verdicts.interrupted()
+        return status
     return _run_all(everything, options, stores, form, verdicts, profile=profile)
 
 
-def _train_first(files: list[CheckedFile], options: RunOptions, stores: StoreOptions) -> int | None:
+def _train_first(
+    files: list[CheckedFile], options: RunOptions, stores: StoreOptions, *, discovered: bool
+) -> int | None:
     """Train what files declare; return an exit status only if that was interrupted. What can't be
-    trained is reported, and the experiments that need it aren't run."""
+    trained is reported, and the experiments that need it aren't run.
+
+    discovered: train only the circuits that experiments discover.
+    """
+    if discovered:
+        files = [checked for checked in files if checked.program.discovered]
+        if not files:
+            return None
     from mechdsl.cli.fit import CONTINUES, train_with_bar
     from mechdsl.pipeline.trained_files import fits_of_file
     from mechdsl.show.trainings import print_trained_fits
@@ -502,10 +510,11 @@ def _train_first(files: list[CheckedFile], options: RunOptions, stores: StoreOpt
         print_diagnostics([BadCommandLine(reason=reason, hint=hint)])
         return INVALID_INPUT
     for checked in files:
-        if not fits_of_file(checked):
+        if not fits_of_file(checked, discovered=discovered):
             continue
         try:
-            done, _, _ = train_with_bar(checked, replace(options, fresh=False), stores)
+            own = replace(options, fresh=False)
+            done, _, _ = train_with_bar(checked, own, stores, discovered=discovered)
         except KeyboardInterrupt as error:
             return report_interruption(error, CONTINUES)
         trained = [each for each in done if each.seconds]

@@ -11,7 +11,7 @@ CHARACTERS_PER_TOKEN = 3.5
 """A conservative estimate for English mixed with code: BPE vocabularies of 50,000 words and more
 average 3.6 to 4.2 characters per token on such text."""
 
-_MEANING = 41
+_MEANING = 38
 """Maximum length, in characters, of a construct's meaning."""
 
 _EXAMPLES_ONLY = (

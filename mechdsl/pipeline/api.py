@@ -342,8 +342,8 @@ def run(
             fresh=fresh,
         )
         problems: list[Diagnostic] = []
-        if fit:
-            _, problems = _train(source, models, options, progress)
+        if fit or "discover" in source.text:  # few files need a second check
+            _, problems = _train(source, models, options, progress, discovered=not fit)
         failed = [each for each in problems if each.severity == "error"]
         warn_diagnostics([each for each in problems if each not in failed])
         verdicts = VerdictRequest(against, fail_fast)
@@ -450,23 +450,32 @@ def _report_and_copy(
 
 
 def _train(
-    source: Source, models: BorrowedModels | None, options: RunOptions, progress: bool | None
+    source: Source,
+    models: BorrowedModels | None,
+    options: RunOptions,
+    progress: bool | None,
+    *,
+    discovered: bool = False,
 ) -> tuple[list[TrainedFit], list[Diagnostic]]:
-    """Check a file and run the trainings that it declares. Raises MechdslError."""
+    """Check a file and run the trainings that it declares. Raises MechdslError.
+
+    discovered: run only those of circuits that experiments discover.
+    """
     from mechdsl.diagnostics.command_line import BadCommandLine
     from mechdsl.pipeline.trained_files import fits_of_file
     from mechdsl.pipeline.trainings import train_file
     from mechdsl.show.progress import ProgressBar, StepCounter
 
     checked, loaded = require_valid_file(source, models, options.settings)
-    if not fits_of_file(checked):
+    if not fits_of_file(checked, discovered=discovered):
         return [], []
     if options.store is None:
         reason = "trainings are kept in a store, and there is none"
         hint = "name a folder: `store=FOLDER`"
         raise MechdslError([BadCommandLine(reason=reason, hint=hint)])
     with ProgressBar(source.name, shown=progress, unit="steps") as bar:
-        return train_file(checked, options, loaded, on_progress=StepCounter(bar).advance)
+        advance = StepCounter(bar).advance
+        return train_file(checked, options, loaded, on_progress=advance, discovered=discovered)
 
 
 class VerdictRequest(NamedTuple):

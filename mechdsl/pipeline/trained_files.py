@@ -190,9 +190,15 @@ def _trained_vectors(experiment: ResolvedExperiment) -> Iterator[TrainedVector]:
     yield from (each for each in (*leaves, *saved) if isinstance(each, TrainedVector))
 
 
-def fits_of_file(checked: CheckedFile) -> dict[str, DeclaredFit]:
-    """Return the trainings that the experiments of a file need, by name."""
+def fits_of_file(checked: CheckedFile, *, discovered: bool = False) -> dict[str, DeclaredFit]:
+    """Return the trainings that the experiments of a file need, by name.
+
+    discovered: only those of circuits that experiments discover.
+    """
     found = find_fits([*checked.experiments, *checked.saving])
+    if discovered:
+        names = checked.program.discovered
+        found = {name: fit for name, fit in found.items() if fit.training.definition in names}
     for name, fit in found.items():
         if isinstance(fit.file, TrainedRotation | TrainedVector | TrainedMask):
             key = fit.training.definition, fit.experiment.model.name

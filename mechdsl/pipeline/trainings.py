@@ -84,6 +84,7 @@ def train_file(
     loaded: Mapping[str, LoadedModel] | None = None,
     *,
     on_progress: FitProgress | None = None,
+    discovered: bool = False,
 ) -> tuple[list[TrainedFit], list[Diagnostic]]:
     """Train what a checked file declares and its store doesn't have.
 
@@ -91,6 +92,7 @@ def train_file(
 
     Args:
         loaded: Models from Python, by name.
+        discovered: Train only the circuits that experiments discover.
 
     Returns:
         What is trained, and diagnostics: E0643 and those of loading models.
@@ -104,7 +106,8 @@ def train_file(
         with Store(options.store) as store:
             if not store.writable:
                 return [], [_store_problem(options.store, "is read-only")]
-            return _train_missing(checked, options, loaded or {}, store, on_progress)
+            known = loaded or {}
+            return _train_missing(checked, options, known, store, on_progress, discovered)
     except StoreProblem as problem:
         return [], [_store_problem(options.store, f"can't be used: {problem}")]
 
@@ -120,6 +123,7 @@ def _train_missing(
     loaded: Mapping[str, LoadedModel],
     store: Store,
     on_progress: FitProgress | None,
+    discovered: bool,
 ) -> tuple[list[TrainedFit], list[Diagnostic]]:
     """Train what the store doesn't have, and after it masks over it. Raises StoreProblem,
     OSError."""
@@ -127,7 +131,8 @@ def _train_missing(
     problems: list[Diagnostic] = []
     tried: set[str] = set()
     while True:
-        fits = {n: fit for n, fit in fits_of_file(checked).items() if n not in tried}
+        declared = fits_of_file(checked, discovered=discovered)
+        fits = {name: fit for name, fit in declared.items() if name not in tried}
         ready = {name: fit for name, fit in fits.items() if not fit.waits}
         if not ready:
             break

@@ -43,6 +43,7 @@ from mechdsl.program.directions import (
     fit_rows_of_direction,
     lower_direction,
 )
+from mechdsl.program.discovery import expand_discoveries
 from mechdsl.program.images import IMAGE_SPAN, MEAN_IMAGE, averaged_block, averaged_blocks
 from mechdsl.program.measures import (
     label_by_position,
@@ -538,7 +539,8 @@ def lower_program(
     W0780 for paths of an untrusted file.
     """
     scope, parts = Namespace(), Definitions()
-    tree, automatic = split_rows_of_circuits(tree)
+    tree, discovered, scope.diagnostics[:] = expand_discoveries(tree)
+    tree, automatic = split_rows_of_circuits(tree, discovered)
     files = _with_imports(tree, source, scope.diagnostics)
     scope.derived = frozenset(run.name.id for run in derived_runs(tree))
     _parameters(files, parts, scope, settings or {})
@@ -559,7 +561,7 @@ def lower_program(
     _directions_and_bases(files, parts, scope)
     lower_edits(trees, parts, scope)
     for file in (file for file, imported in files if not imported):
-        _lower_experiments(file, parts, scope)
+        _lower_experiments(file, parts, scope, discovered)
     parts.experiments = add_run_order(tree, parts, scope)
     _warn_unused_names(tree, scope)
     whole = spec.Program(
@@ -574,6 +576,7 @@ def lower_program(
         prompts=parts.prompts,
         groups=parts.groups,
         circuits=parts.circuits,
+        discovered=discovered,
         directions=parts.directions,
         bases=parts.bases,
         metrics=parts.metrics,
@@ -601,11 +604,21 @@ def _warn_unused_names(tree: ast.File, scope: Namespace) -> None:
         scope.diagnostics.extend(warn_unused_block_names(tree))
 
 
-def _lower_experiments(file: ast.File, parts: Definitions, scope: Namespace) -> None:
-    """Lower the experiments of a file, and keep the first one of each name."""
+def _lower_experiments(
+    file: ast.File, parts: Definitions, scope: Namespace, discovered: Collection[str]
+) -> None:
+    """Lower the experiments of a file, and keep the first one of each name.
+
+    discovered: circuits that experiments discover. Such an experiment may have the name of its
+    circuit, which then means the circuit.
+    """
+    first: set[str] = set()
     for statement in file.statements:
         if isinstance(statement, ast.ExperimentDef):
-            is_new = scope.define("experiment", statement.name, imported=False)
+            name = statement.name.id
+            shared = name in discovered and name not in first
+            is_new = shared or scope.define("experiment", statement.name, imported=False)
+            first.add(name)
             found = lower_experiment(statement, parts, scope)
             if is_new:
                 parts.experiments.extend(found)
@@ -961,6 +974,14 @@ def _saved_groups(files: list[tuple[ast.File, bool]], parts: Definitions, scope:
                 parts.groups[read.name] = read
 
 
+def _is_defined(
+    statement: ast.GroupDef | ast.CircuitDef, known: Mapping[str, spec.Group | spec.Circuit]
+) -> bool:
+    """Whether a name means what this statement defines; another definition may have the name."""
+    own = known.get(statement.name.id)
+    return own is not None and own.span is statement.span
+
+
 def _bases(
     files: list[tuple[ast.File, bool]],
     found: Sequence[ast.BasisDef],
@@ -978,18 +999,18 @@ def _bases(
                 if statement.source.name == "saved":
                     continue  # its layers are those of bases
                 mask = lower_mask(statement, parts, scope)
-                if mask is not None and parts.groups[mask.name].span is statement.span:
+                if mask is not None and _is_defined(statement, parts.groups):
                     parts.masks[mask.name] = mask
                     if mask.chooses_positions:
                         del parts.groups[mask.name]  # it names no sites
             if isinstance(statement, ast.CircuitDef) and statement.source is not None:
                 if statement.source.name == "saved":
                     read = lower_saved_circuit(statement, parts, scope)
-                    if read is not None and parts.circuits[read.name].span is statement.span:
+                    if read is not None and _is_defined(statement, parts.circuits):
                         parts.circuits[read.name] = read
                     continue
                 mask = lower_circuit_mask(statement, parts, scope)
-                if mask is not None and parts.circuits[mask.name].span is statement.span:
+                if mask is not None and _is_defined(statement, parts.circuits):
                     parts.masks[mask.name] = mask
     for circuit in parts.circuits.values():
         for node in walk(circuit.edges):

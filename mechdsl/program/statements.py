@@ -13,7 +13,7 @@ from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, RepeatedStatement, UnknownName
 from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
 from mechdsl.program import spec
-from mechdsl.program.effect_trainers import NODE_EXAMPLE, SCORE_EXAMPLE, SEARCH_EXAMPLE
+from mechdsl.program.effect_trainers import SEARCH_EXAMPLE
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN
 from mechdsl.syntax import ast
@@ -25,13 +25,7 @@ if TYPE_CHECKING:
 
 
 # Valid syntax that no stage executes yet, by node class.
-CIRCUIT_HINT = f"fit a circuit: {SCORE_EXAMPLE}, or a group: {NODE_EXAMPLE}"
-
 UNSUPPORTED_NODES: dict[type[ast.Node], tuple[str, str]] = {
-    ast.Discover: (
-        "`discover`",
-        f"{CIRCUIT_HINT}; `until faithfulness > 0.9` is `faithfulness: 0.9` instead of `size`",
-    ),
     ast.Search: ("`search`", f"fit a circuit: {SEARCH_EXAMPLE}"),
 }
 """Statements of the language that no stage executes yet → what they are, and a hint."""
@@ -120,6 +114,10 @@ class Statements:
                     self.later(statement.span, f"a `{word}` within a `for`")
                     if isinstance(statement, ast.SaveDirection):  # which may need no prompts
                         self.saved_directions.append(statement)
+                case ast.Discover():
+                    self.unsupported = True
+                    if loops:  # its other errors are reported
+                        self.later(statement.span, "a `discover` within a `for`")
                 case ast.RunDef():
                     self.derived.append(statement)
                 case ast.Save():

@@ -45,22 +45,28 @@ from mechdsl.program.trainers import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
-HELD_OUT_SPLIT = 80.0
-"""Percentage of the rows of a block that circuits are trained on, if the file doesn't split it."""
+TRAINED_SHARE, DISCOVERED_SHARE = 80.0, 50.0
+"""Percentages of the rows of a block that circuits are trained on, if the file doesn't split it: in
+general, and if an experiment discovers one of them."""
 
 
-def split_rows_of_circuits(tree: ast.File) -> tuple[ast.File, dict[str, tuple[str, ...]]]:
+def split_rows_of_circuits(
+    tree: ast.File, discovered: Collection[str] = ()
+) -> tuple[ast.File, dict[str, tuple[str, ...]]]:
     """Split the rows of circuits that are trained and tested on the same rows.
 
     If an experiment on a block without `split` uses a circuit that is trained on this block, the
-    block has the line `split 80%`. Circuits are trained on its part `train`, and experiments that
-    use them have the part `test`.
+    block has the line `split 80%`, or `split 50%` if an experiment discovers the circuit. Circuits
+    are trained on its part `train`, and experiments that use them have the part `test`.
+
+    Args:
+        discovered: Circuits that experiments discover.
 
     Returns:
         The file, and the names of the circuits that are trained on each block that is split.
     """
     own = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
-    own = {name: each for name, each in own.items() if not _is_split(each)}
+    own = {name: each for name, each in own.items() if not is_split(each)}
     trained = {
         each.name.id: block
         for each in tree.statements
@@ -78,7 +84,9 @@ def split_rows_of_circuits(tree: ast.File) -> tuple[ast.File, dict[str, tuple[st
     found: list[ast.TopLevel] = []
     for number, each in enumerate(tree.statements):
         if isinstance(each, ast.PromptsDef) and each.name.id in split:
-            percent = ast.Percent(HELD_OUT_SPLIT, span=each.name.span)
+            here = any(name in discovered for name in split[each.name.id])
+            share = DISCOVERED_SHARE if here else TRAINED_SHARE
+            percent = ast.Percent(share, span=each.name.span)
             line = ast.SplitLine(percent, span=each.name.span)
             each = replace(each, lines=(*each.lines, line))
         elif isinstance(each, ast.CircuitDef) and trained.get(each.name.id) in split:
@@ -92,7 +100,8 @@ def split_rows_of_circuits(tree: ast.File) -> tuple[ast.File, dict[str, tuple[st
     return replace(tree, statements=tuple(found)), split
 
 
-def _is_split(block: ast.PromptsDef) -> bool:
+def is_split(block: ast.PromptsDef) -> bool:
+    """Return whether a block divides its rows."""
     return any(isinstance(line, ast.SplitLine) for line in block.lines)
 
 

@@ -371,7 +371,8 @@ class _Collector:
         if block.spec.split is None:
             return rest
         if block.spec.split_for:
-            return f"{rest}: mechdsl trains on 80 % of the rows and tests on the others"
+            share = f"{block.spec.split:g} %"
+            return f"{rest}: mechdsl trains on {share} of the rows and tests on the others"
         return f"{rest}, or write another share than `split {block.spec.split:g}%`"
 
     def _all_unchanged(self) -> list[Diagnostic]:

@@ -352,6 +352,22 @@ _file(
     "Marks et al. 2024, arXiv 2403.19647",
 )
 _file(
+    "circuit: discovered",
+    "experiment e { prompts fruit from clean into other discover c over heads, mlps using "
+    "eap_ig(steps: 5) top 20 edges measure logit(answer) as recovery }",
+    "Chooses a circuit and tests it. It stands for `circuit c = fit(eap_ig(steps: 5, size: 20), "
+    "prompts: fruit, from: other, maximise: METRIC)`, with the metric of the first measure, and "
+    "for `ablate all but c at tokens * with other`. With `from clean into other`, the circuit "
+    "carries the values of `clean`, and all other edges those of `other`. Its `recovery` is its "
+    "`faithfulness`, which is the name in tables. `until faithfulness > 0.9` chooses the size; "
+    "`acdc` and `coarse_to_fine` choose it themselves. Halves of the rows, or the parts of "
+    "`split`, choose and test. `mechdsl run` trains the circuit first. The experiment has one "
+    "block, no other rule and no `for`, and its effects are `recovery`, `faithfulness` or `raw` "
+    "(E0207). Other experiments may use the circuit.",
+    "tests/pipeline/test_discovered_circuits.py",
+    "Conmy et al. 2023, arXiv 2304.14997; Hanna et al. 2024, arXiv 2403.17806",
+)
+_file(
     "circuit: from a file",
     'circuit c = saved("circuit.json")',
     "The edges that a JSON file of EAP-IG or MIB marks with `in_graph: true`, the edges of a "

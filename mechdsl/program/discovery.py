@@ -1,0 +1,269 @@
+"""`discover c over heads, mlps using eap_ig(steps: 5) top 20 edges`: a circuit that an experiment
+chooses and tests.
+
+The statement stands for a definition and a rule. With `prompts ioi`, `from clean into abc` and
+`measure M as recovery`, they are `circuit c = fit(eap_ig(steps: 5, size: 20), prompts: ioi, from:
+abc, maximise: M)` and `ablate all but c at tokens * with abc`. The circuit has the values of the
+run `clean`, all other edges those of `abc`, and the recovery of the measure is its faithfulness:
+the experiment is `from abc into clean`, with `measure M as faithfulness`. As for every circuit, the
+rows of a block without `split` are split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.program.effect_trainers import NODE_EXAMPLE
+from mechdsl.program.references import all_tokens
+from mechdsl.program.spec import CLEAN
+from mechdsl.program.trainers import TRAINERS, EdgeScoreTrainer, EdgeSearchTrainer
+from mechdsl.program.trainings import is_split
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import rewrite
+
+NODES = ("heads", "mlps")
+"""What a circuit's edges connect: the candidates of every search."""
+
+SCORING_TRAINERS = (EdgeScoreTrainer, EdgeSearchTrainer)
+
+RECOVERY, FAITHFULNESS = "recovery", "faithfulness"
+
+
+class Discoveries(NamedTuple):
+    """A file without `discover`."""
+
+    tree: ast.File
+    circuits: frozenset[str]
+    """Names of the circuits that its experiments discover."""
+    problems: list[Diagnostic]
+
+
+def expand_discoveries(tree: ast.File) -> Discoveries:
+    """Replace each `discover` by the definition of its circuit and by the rule that tests it.
+
+    A statement with an error, whose code is E0207, remains in its experiment.
+    """
+    own = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
+    unsplit = {name for name, each in own.items() if not is_split(each)}
+    imports = any(isinstance(each, ast.Use) for each in tree.statements)
+    names: set[str] = set()
+    problems: list[Diagnostic] = []
+    found: list[ast.TopLevel] = []
+    for each in tree.statements:
+        if not isinstance(each, ast.ExperimentDef):
+            found.append(each)
+            continue
+        due = [line for line in each.statements if isinstance(line, ast.Discover)]
+        wrong = list(_problems(each, due)) if due else []
+        problems += wrong
+        if due and not wrong and _may_exist(each, own, imports=imports):
+            names.add(due[0].what.id)
+            found += _expanded(each, due[0], unsplit)
+        else:
+            found.append(each)
+    return Discoveries(replace(tree, statements=tuple(found)), frozenset(names), problems)
+
+
+def _expanded(
+    experiment: ast.ExperimentDef, line: ast.Discover, unsplit: Collection[str]
+) -> Iterator[ast.TopLevel]:
+    """Yield the definition of the circuit, and the experiment that tests it.
+
+    unsplit: blocks that aren't split yet.
+    """
+    [into] = (each for each in experiment.statements if isinstance(each, ast.FromInto))
+    [use] = (each for each in experiment.statements if isinstance(each, ast.UsePrompts))
+    metric = next(each.metric for each in experiment.statements if isinstance(each, ast.Measure))
+    span, other = line.span, into.bases[0]
+    rows: ast.Name | ast.Attribute = ast.Name(use.prompts[0].name, span=use.prompts[0].span)
+    if rows.id not in unsplit:
+        rows = ast.Attribute(rows.id, "train", span=rows.span)
+    arguments = [
+        ast.Argument(None, _method(line), span=line.using.span),
+        ast.Argument("prompts", rows, span=rows.span),
+        ast.Argument("from", ast.Name(other.name, span=other.span), span=other.span),
+        ast.Argument("maximise", metric, span=metric.span),
+    ]
+    if use.limit is not None:
+        limit = _amount(use.limit, use)
+        arguments.append(ast.Argument("limit", limit, span=use.span))
+    yield ast.CircuitDef(line.what, source=ast.Call("fit", tuple(arguments), span=span), span=span)
+    site = ast.Site((line.what,), span=span)
+    fill = ast.Name(other.name, span=other.span)
+    rule = ast.Rule(ast.Ablate(site, all_tokens(), fill, all_but=True, span=span), span=span)
+    tested = use if use.prompts[0].name in unsplit else _test_part(use)
+    changed = {id(line): rule, id(into): _swapped(into), id(use): tested}
+    lines = (changed.get(id(each)) or _with_faithfulness(each) for each in experiment.statements)
+    yield replace(experiment, statements=tuple(lines))
+
+
+def _test_part(use: ast.UsePrompts) -> ast.UsePrompts:
+    return replace(use, prompts=(replace(use.prompts[0], part="test"),))
+
+
+def _swapped(into: ast.FromInto) -> ast.FromInto:
+    """Return the runs of an experiment whose rule ablates what isn't in the circuit."""
+    return replace(into, sources=into.bases, bases=into.sources)
+
+
+def _with_faithfulness(line: ast.Statement) -> ast.Statement:
+    """Return a line that names faithfulness where it named recovery."""
+
+    def renamed(node: ast.Node) -> ast.Node:
+        is_effect = isinstance(node, ast.Name) and node.id == RECOVERY
+        return replace(node, id=FAITHFULNESS) if is_effect else node
+
+    is_read = isinstance(line, ast.Measure | ast.Expect | ast.Report)
+    return rewrite(line, renamed) if is_read else line
+
+
+def _method(line: ast.Discover) -> ast.Call:
+    """Return the trainer with the size of the circuit."""
+    made = _call(line)
+    if line.until is not None:
+        assert isinstance(line.until, ast.Compare)
+        name, value = FAITHFULNESS, line.until.right
+    elif line.top is not None:
+        name, value = "size", _amount(line.top, line)
+    else:
+        return made
+    more = ast.Argument(name, value, span=line.span)
+    return replace(made, arguments=(*made.arguments, more))
+
+
+def _call(line: ast.Discover) -> ast.Call:
+    own = line.using
+    return ast.Call(own.id, (), span=own.span) if isinstance(own, ast.Name) else own
+
+
+def _amount(amount: int | str, of: ast.Node) -> ast.Number | ast.Name:
+    """Return a count, or the parameter that has it."""
+    if isinstance(amount, str):
+        return ast.Name(amount, span=of.span)
+    return ast.Number(amount, span=of.span)
+
+
+def _problems(experiment: ast.ExperimentDef, due: Sequence[ast.Discover]) -> Iterator[Diagnostic]:
+    """Yield E0207 for what keeps an experiment from discovering a circuit."""
+    line = due[0]
+    for more in due[1:]:
+        yield _wrong(more, "is the second one of its experiment", "write an experiment for each")
+    for each in experiment.statements:
+        if isinstance(each, ast.Rule | ast.For | ast.Using | ast.Generate | ast.Search):
+            reason = "tests its circuit alone, without further rules, loops or replies"
+            hint = f"move this line to another experiment, which may use `{line.what.id}` too"
+            yield _wrong(each, reason, hint)
+    yield from _candidate_problems(line)
+    yield from _size_problems(line)
+    yield from _run_problems(experiment, line)
+    yield from _effect_problems(experiment, line)
+
+
+def _candidate_problems(line: ast.Discover) -> Iterator[Diagnostic]:
+    if {each.id for each in line.over} != set(NODES):
+        odd = next((each for each in line.over if each.id not in NODES), line.over[0])
+        reason = "chooses edges between heads and MLPs, with the embedding and the logits"
+        hint = "write `over heads, mlps`; to choose heads, neurons or features, fit a group: "
+        yield _wrong(odd, reason, f"{hint}{NODE_EXAMPLE}")
+    if line.unit is not None and line.unit.id != "edges":
+        hint = f"write `top {line.top} edges`; for a number of nodes, fit a group: {NODE_EXAMPLE}"
+        yield _wrong(line.unit, "counts edges", hint)
+
+
+def _size_problems(line: ast.Discover) -> Iterator[Diagnostic]:
+    until, call = line.until, _call(line)
+    if until is not None and not _is_faithfulness(until):
+        hint = "write `until faithfulness > 0.9`, for example, or `top 20 edges`"
+        yield _wrong(until, "ends at a faithfulness", hint)
+    trainer = TRAINERS.get(call.name)
+    if trainer is None:  # an unknown name, which the definition reports
+        return
+    if not isinstance(trainer, SCORING_TRAINERS):
+        known = (each for each, own in TRAINERS.items() if isinstance(own, SCORING_TRAINERS))
+        hint = f"write one of {name_list(sorted(known))}"
+        yield _wrong(line.using, "finds edges by scores or by a search", hint)
+        return
+    size = FAITHFULNESS if until is not None else "size" if line.top is not None else None
+    given = {each.name for each in call.arguments} & {"size", FAITHFULNESS}
+    if size is not None and given:
+        reason = f"has two sizes, `{min(given)}: …` and that after the call"
+        yield _wrong(line.using, reason, "remove one of them")
+    elif size is not None and size not in trainer.options:
+        if until is not None and "size" in trainer.options:
+            hint = f"write `top 20 edges` instead of `until {until.span.written}`"
+            yield _wrong(until, f"needs a number of edges for `{call.name}`", hint)
+            return
+        ends = f"top {line.top} edges" if until is None else f"until {until.span.written}"
+        hint = f"remove `{ends}`; another experiment can ablate `all but top 10 of {line.what.id}`"
+        yield _wrong(line, f"leaves the number of edges to `{trainer.example}`", hint)
+
+
+def _is_faithfulness(until: ast.Expr) -> bool:
+    """Whether a condition is `faithfulness > 0.9`."""
+    return (
+        isinstance(until, ast.Compare)
+        and until.operator == ">"
+        and isinstance(until.left, ast.Name)
+        and until.left.id == FAITHFULNESS
+        and isinstance(until.right, ast.Number | ast.Name)
+    )
+
+
+def _run_problems(experiment: ast.ExperimentDef, line: ast.Discover) -> Iterator[Diagnostic]:
+    runs = [each for each in experiment.statements if isinstance(each, ast.FromInto)]
+    if not runs:
+        reason = "needs a run whose values the edges outside of the circuit have"
+        yield _wrong(line, reason, f"add a line such as `from {CLEAN} into fewer`")
+    derived = {each.name.id for each in experiment.statements if isinstance(each, ast.RunDef)}
+    for each in runs:
+        names = [ref.whole for ref in (*each.sources, *each.bases)]
+        if len(names) != 2 or each.shuffled is not None or names[0] != CLEAN or names[1] in derived:
+            reason = f"gives the circuit the values of `{CLEAN}`, and other edges those of one run"
+            other = next((name for name in names if name not in {CLEAN, *derived}), "fewer")
+            yield _wrong(each, reason, f"write `from {CLEAN} into {other}`")
+    uses = [each for each in experiment.statements if isinstance(each, ast.UsePrompts)]
+    if not uses:
+        reason = "needs the prompts that the circuit is chosen on"
+        yield _wrong(line, reason, "add a line such as `prompts fruit`")
+    for each in uses:
+        if len(each.prompts) != 1 or each.replies is not None or each.prompts[0].part is not None:
+            reason = "divides the rows of one block: some choose the circuit, the others test it"
+            yield _wrong(each, reason, f"write `prompts {each.prompts[0].name}`")
+
+
+def _may_exist(
+    experiment: ast.ExperimentDef, blocks: Mapping[str, ast.PromptsDef], *, imports: bool
+) -> bool:
+    """Whether the block and the run of an experiment may exist. Their own lines report a misspelt
+    one.
+
+    imports: whether the file imports others, which may have the block.
+    """
+    use = next(each for each in experiment.statements if isinstance(each, ast.UsePrompts))
+    into = next(each for each in experiment.statements if isinstance(each, ast.FromInto))
+    block = blocks.get(use.prompts[0].name)
+    if block is None:
+        return imports
+    named = (line.name.id for line in block.lines if isinstance(line, ast.Corrupt))
+    return into.bases[0].name in named
+
+
+def _effect_problems(experiment: ast.ExperimentDef, line: ast.Discover) -> Iterator[Diagnostic]:
+    measures = [each for each in experiment.statements if isinstance(each, ast.Measure)]
+    if not measures:
+        reason = "needs a measure that the circuit explains"
+        hint = "add one, for example `measure logit(answer) - logit(wrong) as recovery`"
+        yield _wrong(line, reason, hint)
+    for each in measures:
+        if each.effect.id not in (RECOVERY, FAITHFULNESS, "raw"):
+            reason = "tests its circuit by its faithfulness, the recovery of the measure"
+            yield _wrong(each.effect, reason, "write `as recovery`, `as faithfulness` or `as raw`")
+
+
+def _wrong(node: ast.Node, reason: str, hint: str) -> Diagnostic:
+    return BadArgument(span=node.span, name="discover", reason=reason, hint=hint)

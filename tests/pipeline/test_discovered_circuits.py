@@ -1,0 +1,231 @@
+"""Circuits that an experiment discovers and tests, against definitions and plain passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mechdsl
+
+from ..cli.conftest import Command, command
+from ..quick import some
+
+__all__ = ["command"]
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+LM = 'model lm = zoo("names")'
+DIFFERENCE = "logit(answer) - logit(wrong)"
+BLOCK = """
+prompts ioi {
+  io in ["Mary", "John", "Tom", "Anna", "Luke"]
+  s = other(io)
+  place in ["shop", "park"]
+  template "When {io} and {s1 = s} went to the {place}, {s2 = s} gave a bag to"
+  answer " {io}"
+  wrong " {s}"
+  corrupt abc { io, s1, s2 = others(io, s) }
+  corrupt abd { s2 = io }
+}
+"""
+METHODS = {
+    "eap top 12 edges": "eap(size: 12)",
+    "eap_ig(steps: 3) until faithfulness > 0.8": "eap_ig(steps: 3, faithfulness: 0.8)",
+    "acdc(threshold: 0.5)": "acdc(threshold: 0.5)",
+    "coarse_to_fine(threshold: 0.5)": "coarse_to_fine(threshold: 0.5)",
+    "greedy top 100 edges": "greedy(size: 100)",
+}
+EAP, SEARCH = "eap top 12 edges", "acdc(threshold: 0.5)"
+
+
+def discovers(
+    using: str = EAP,
+    *more: str,
+    name: str = "e",
+    circuit: str = "c",
+    use: str = "prompts ioi limit 12",
+    run: str = "from clean into abc",
+    measure: str = f"measure {DIFFERENCE} as recovery",
+) -> str:
+    line = f"discover {circuit} over heads, mlps using {using}"
+    lines = (use, run, line, measure, *more)
+    return f"experiment {name} {{\n" + "".join(f"  {each}\n" for each in lines if each) + "}\n"
+
+
+def defined(trainer: str, *more: str) -> tuple[str, str]:
+    """The block and the rest of a file with the definition that `discovers` stands for."""
+    block = BLOCK.replace("  corrupt abd", "  split 50%\n  corrupt abd")
+    circuit = (
+        f"circuit c = fit({trainer}, prompts: ioi.train, limit: 12, from: abc, "
+        f"maximise: {DIFFERENCE})\n"
+    )
+    lines = (
+        "prompts ioi.test limit 12",
+        "from abc into clean",
+        "ablate all but c at tokens * with abc",
+        f"measure {DIFFERENCE} as faithfulness",
+        *more,
+    )
+    return block, circuit + "experiment e {\n" + "".join(f"  {each}\n" for each in lines) + "}\n"
+
+
+def write(folder: Path, *parts: str, block: str = BLOCK) -> Path:
+    path = folder / "file.mech"
+    path.write_text("\n".join(["mech 1", LM, block, *parts]), encoding="utf-8")
+    return path
+
+
+def run(path: Path, name: str = "e", **options: Any) -> Any:
+    return mechdsl.run(path, store=path.parent / "store", **options)[name]
+
+
+@pytest.mark.parametrize("using", some(METHODS, [EAP, SEARCH]))
+def test_discovered_circuit_equals_its_definition(using: str, tmp_path: Path) -> None:
+    found = run(write(tmp_path, discovers(using)))
+    block, rest = defined(METHODS[using])
+    expected = run(write(tmp_path, rest, block=block), fit=True)
+    assert found.cells[0].name == expected.cells[0].name == "all but c"
+    for own, other in zip(found.measures, expected.measures, strict=True):
+        assert own.effect == other.effect == "faithfulness"
+        np.testing.assert_array_equal(own.patched, other.patched)
+        np.testing.assert_array_equal(own.base, other.base)
+    assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.1
+    assert found.to_text(200).count("random circuits, 8 draws") == 1
+
+
+def test_recovery_of_a_discovered_circuit_is_that_of_the_runs(tmp_path: Path) -> None:
+    """With 0 at the run `abc` and 1 at the clean run, as `from clean into abc` says."""
+    line = f"measure {DIFFERENCE} as raw"
+    found = run(write(tmp_path, discovers(SEARCH, line)))
+    check = (
+        "experiment runs {\n  prompts ioi.test limit 12\n  from abc into clean\n"
+        f"  patch resid_post layer 1 at tokens *\n  measure {DIFFERENCE} as raw\n}}\n"
+    )
+    block, _ = defined("eap(size: 12)")
+    runs = run(write(tmp_path, check, block=block), "runs").measures[0]
+    raw = found.measures[1]
+    clean, other = runs.base[0].mean(), runs.patched[0].mean()
+    expected = (raw.patched[0].mean() - other) / (clean - other)
+    assert found.statistics[0].mean[0] == pytest.approx(expected, abs=1e-5)
+    assert 0.1 < expected < 2
+
+
+def test_expectations_and_reports_name_the_recovery(tmp_path: Path) -> None:
+    more = ("expect recovery > 0.5", "report table", 'report graph to "c.svg"')
+    found = run(write(tmp_path, discovers(SEARCH, *more)))
+    assert found.outcomes[0].holds
+    assert (tmp_path / "c.svg").exists()
+
+
+def test_run_trains_only_what_experiments_discover(tmp_path: Path, command: Command) -> None:
+    other = (
+        "circuit d = fit(eap(size: 3), prompts: ioi, from: abd, maximise: logit(answer))\n"
+        "experiment other {\n  prompts ioi\n  from abd into clean\n"
+        "  ablate d at tokens * with abd\n  measure logit(answer) as delta\n}\n"
+    )
+    path = write(tmp_path, discovers(), other)
+    arguments = ("run", path, "--store", tmp_path / "s")
+    shown = command(*arguments)
+    assert shown.status != 0
+    assert "error[E0642]: `d` isn't trained" in shown.err
+    assert "e: faithfulness of" in shown.out
+    assert " c  " in shown.err  # the table of trainings
+    assert " c  " not in command(*arguments).err
+
+
+def test_circuit_is_known_in_other_experiments(tmp_path: Path) -> None:
+    more = (
+        "experiment rest {\n  prompts ioi limit 12\n  from abc into clean\n"
+        "  ablate top 3 of c at tokens * with abc\n"
+        f"  measure {DIFFERENCE} as delta\n  against none\n}}\n"
+    )
+    second = discovers("eap top 5 edges", name="f", circuit="f", run="from clean into abd")
+    path = write(tmp_path, discovers(), more, second)
+    results = mechdsl.run(path, store=tmp_path / "store")
+    assert {each.name for each in results.experiments} == {"e", "rest", "f"}
+    text = results.to_text()
+    assert "part `test` of a 50% split (automatic: `c`, `f` are trained on part `train`)" in (
+        " ".join(text.split())
+    )
+
+
+def test_block_with_a_split_uses_its_parts(tmp_path: Path) -> None:
+    block, _ = defined("eap(size: 12)")
+    split = run(write(tmp_path, discovers(), block=block))
+    whole = run(write(tmp_path, discovers()))
+    np.testing.assert_array_equal(split.measures[0].patched, whole.measures[0].patched)
+
+
+def test_run_without_a_store_reports_e0642(tmp_path: Path, command: Command) -> None:
+    path = write(tmp_path, discovers())
+    shown = command("run", path, "--no-store")
+    assert shown.status != 0
+    assert "error[E0642]: `c` isn't trained: the run has no store" in shown.err
+    with pytest.raises(mechdsl.MechdslError, match="E0208"):
+        mechdsl.run(path, store=False)
+
+
+def test_plan_counts_the_training(tmp_path: Path) -> None:
+    assert "training" in str(mechdsl.plan(write(tmp_path, discovers())))
+
+
+def test_formatted_statement_parses_to_itself(tmp_path: Path, command: Command) -> None:
+    path = write(tmp_path, discovers())
+    assert command("fmt", path).status == 0
+    assert f"  discover c over heads, mlps using {EAP}\n" in path.read_text("utf-8")
+
+
+def change(old: str, new: str) -> str:
+    text = discovers()
+    assert old in text
+    return text.replace(old, new)
+
+
+ERRORS = {
+    "heads alone": (change("heads, mlps", "heads"), "E0207", "write `over heads, mlps`"),
+    "neurons": (change("heads, mlps", "heads, neurons"), "E0207", "fit a group"),
+    "nodes": (change("12 edges", "12 nodes"), "E0207", "write `top 12 edges`"),
+    "until": (discovers("eap until recovery > 0.9"), "E0207", "until faithfulness > 0.9"),
+    "no size": (discovers("eap"), "E0342", "eap(size: 20)"),
+    "two sizes": (discovers("eap(size: 3) top 12 edges"), "E0207", "remove one of them"),
+    "threshold": (discovers("acdc(threshold: 1) top 3 edges"), "E0207", "remove `top 3 edges`"),
+    "greedy": (discovers("greedy until faithfulness > 0.5"), "E0207", "write `top 20 edges`"),
+    "mask": (discovers("mask(size: 4)"), "E0207", "`acdc`"),
+    "unknown": (discovers("eapp top 3 edges"), "E0203", "did you mean `eap`?"),
+    "reversed": (discovers(run="from abc into clean"), "E0207", "write `from clean into abc`"),
+    "misspelt run": (discovers(run="from clean into abe"), "E0201", "did you mean"),
+    "no run": (discovers(run=""), "E0207", "from clean into fewer"),
+    "two runs": (discovers(run="from clean into abc, abd"), "E0207", "from clean into abc"),
+    "part": (discovers(use="prompts ioi.train"), "E0207", "write `prompts ioi`"),
+    "misspelt block": (discovers(use="prompts iox"), "E0201", "did you mean `ioi`?"),
+    "effect": (discovers(measure="measure logit(answer) as delta"), "E0207", "as recovery"),
+    "no measure": (discovers(measure=""), "E0207", "add one"),
+    "rule": (discovers(EAP, "patch L0H1 at last token"), "E0207", "another experiment"),
+    "second": (discovers(EAP, f"discover d over heads, mlps using {EAP}"), "E0207", "for each"),
+    "replies": (discovers(EAP, "generate 3"), "E0207", "another experiment"),
+    "name": (discovers(circuit="lm"), "E0202", "rename"),
+    "loop": (
+        discovers().replace("discover", "for l in 0..1 { discover").replace("edges\n", "edges }\n"),
+        "E0108",
+        "",
+    ),
+    "derived": (
+        discovers(EAP, "run d { patch L0H1 at last token }", run="from clean into d"),
+        "E0207",
+        "from clean into",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_invalid_discovery_reports_code_and_fix(case: str, tmp_path: Path) -> None:
+    text, code, said = ERRORS[case]
+    path = write(tmp_path, text)
+    found = mechdsl.validate(path).errors
+    assert code in [each.code for each in found]
+    assert said in found.render()
+    assert len(found) <= 2
