@@ -106,13 +106,14 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
 PLAN_PASSES: tuple[PlanPass, ...] = (
     PlanPass(
         name="inert",
-        leaves_out="rows that can't differ from the base run; of an ablated circuit, edges, "
-        "heads and MLPs that give what the ablated edges carry",
-        why="every vector that they write equals the base run's, or no measure can depend on it; "
-        "the test uses tokens and positions, never floats; besides, rows that change only features "
-        "of a dictionary that are 0 before and after, which is known when the model runs; a node "
-        "of a circuit without a path from a kept edge of the embedding has the values of the run "
-        "that fills the edges, and no measure can depend on a node without a path to the logits",
+        leaves_out="rows that can't differ from the base run; when a circuit is ablated, the "
+        "edges, heads and MLPs that are on no path of kept edges from the embedding to the logits",
+        why="every vector that a row writes equals the base run's, or no measure can depend on it; "
+        "the test uses tokens and positions, never floats. The exception is features of a "
+        "dictionary: during the run, mechdsl skips rows whose changed features are 0 before and"
+        " after. In a circuit, a node without a kept path from the embedding has the values of "
+        "the run that fills the edges; no measure can depend on a node without a kept path to "
+        "the logits",
         does="rows that can't differ from the base run are not run",
         shown=PanelWork.leave_inert_out,
         apply=lambda plan: replace(plan, skips_inert=True),
@@ -120,10 +121,10 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     PlanPass(
         name="share",
         leaves_out="duplicate rows, within and across experiments; in unpatched runs and before "
-        "generated text, linear maps of tokens in equal beginnings of prompts, such as an image "
-        "before several questions",
-        why="they start from the same run of the same prompt and write the same vectors to the "
-        "same positions; in a causal model, equal beginnings have equal activations",
+        "generated text, the linear maps of equal beginnings of prompts, such as an image before "
+        "several questions",
+        why="duplicate rows start from the same run of the same prompt and write the same vectors "
+        "to the same positions; in a causal model, equal beginnings have equal activations",
         does="rows shared by several cells or experiments are run once, and so are equal "
         "beginnings of unpatched prompts",
         shown=PanelWork.share,

@@ -189,9 +189,9 @@ def _size_problems(line: ast.Discover) -> Iterator[Diagnostic]:
         yield _wrong(line.using, "finds edges by scores or by a search", hint)
         return
     size = FAITHFULNESS if until is not None else "size" if line.top is not None else None
-    given = {each.name for each in call.arguments} & {"size", FAITHFULNESS}
+    given = [each.name for each in call.arguments if each.name in ("size", FAITHFULNESS)]
     if size is not None and given:
-        reason = f"has two sizes, `{min(given)}: …` and that after the call"
+        reason = f"has two sizes, `{given[0]}: …` and that after the call"
         yield _wrong(line.using, reason, "remove one of them")
     elif size is not None and size not in trainer.options:
         if until is not None and "size" in trainer.options:

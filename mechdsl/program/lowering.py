@@ -525,6 +525,17 @@ def _note_splits(automatic: Mapping[str, tuple[str, ...]], parts: Definitions) -
             parts.prompts[block] = own.model_copy(update={"split_for": circuits})
 
 
+def _expand_circuits(
+    tree: ast.File, scope: Namespace
+) -> tuple[ast.File, frozenset[str], dict[str, tuple[str, ...]]]:
+    """Return a file without `discover` whose trained circuits have rows for a test, the circuits
+    that are discovered, and those that blocks are split for."""
+    tree, discovered, problems = expand_discoveries(tree)
+    scope.diagnostics.extend(problems)
+    tree, automatic = split_rows_of_circuits(tree, discovered)
+    return tree, discovered, automatic
+
+
 def lower_program(
     tree: ast.File,
     source: Source,
@@ -539,8 +550,7 @@ def lower_program(
     W0780 for paths of an untrusted file.
     """
     scope, parts = Namespace(), Definitions()
-    tree, discovered, scope.diagnostics[:] = expand_discoveries(tree)
-    tree, automatic = split_rows_of_circuits(tree, discovered)
+    tree, discovered, automatic = _expand_circuits(tree, scope)
     files = _with_imports(tree, source, scope.diagnostics)
     scope.derived = frozenset(run.name.id for run in derived_runs(tree))
     _parameters(files, parts, scope, settings or {})
@@ -560,8 +570,7 @@ def lower_program(
     _refer_to_images(parts, scope)
     _directions_and_bases(files, parts, scope)
     lower_edits(trees, parts, scope)
-    for file in (file for file, imported in files if not imported):
-        _lower_experiments(file, parts, scope, discovered)
+    _lower_experiments(files, parts, scope, discovered)
     parts.experiments = add_run_order(tree, parts, scope)
     _warn_unused_names(tree, scope)
     whole = spec.Program(
@@ -605,15 +614,18 @@ def _warn_unused_names(tree: ast.File, scope: Namespace) -> None:
 
 
 def _lower_experiments(
-    file: ast.File, parts: Definitions, scope: Namespace, discovered: Collection[str]
+    files: Sequence[tuple[ast.File, bool]],
+    parts: Definitions,
+    scope: Namespace,
+    discovered: Collection[str],
 ) -> None:
-    """Lower the experiments of a file, and keep the first one of each name.
+    """Lower the experiments of files that aren't imported, and keep the first one of each name.
 
     discovered: circuits that experiments discover. Such an experiment may have the name of its
     circuit, which then means the circuit.
     """
     first: set[str] = set()
-    for statement in file.statements:
+    for statement in (each for file, imported in files if not imported for each in file.statements):
         if isinstance(statement, ast.ExperimentDef):
             name = statement.name.id
             shared = name in discovered and name not in first

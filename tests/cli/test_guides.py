@@ -52,6 +52,7 @@ METHODS = [
     "Induction heads",
     "Faithfulness of a circuit",
     "Choose heads by scores",
+    "Discover a circuit",
     "Edges of a circuit",
     "Give edges positions",
     "Use neurons as nodes",
