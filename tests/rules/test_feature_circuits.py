@@ -16,9 +16,11 @@ from mechdsl.diagnostics.rendering import render_full
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 
+from ..execute import support as of_files
 from ..execute.support import MODES
 from ..quick import in_turn
 from ..reference.forward import stack
+from . import test_classifier_circuits as classifiers
 from . import test_dictionaries, test_transcoders
 from .circuits import EMBED, LOGITS, Features, circuit_pass, mlp, neuron, reads
 from .models import double
@@ -485,3 +487,121 @@ def test_picture_and_conventions_of_a_circuit_name_its_features(data: Path) -> N
     assert note.startswith("a feature sends its activation times its decoder row and reads")
     assert "through the norm before the MLP, of an SAE the MLP and its encoder" in note
     assert found.conventions["basis f"].endswith("12 coordinates")
+
+
+# --- together with other rules --------------------------------------------------------------------
+
+SMALL = (
+    "circuit c = embed -> feature 3 of f, feature 3 of f -> L1H0.q, feature 5 of f -> logits, "
+    "L0.mlp -> logits\n"
+)
+OTHER_RULES = {
+    "head": ("ablate L0H1 at {} with zero", "L0H1"),
+    "later MLP": ("ablate mlp_out layer 2 at {} with zero", mlp(2)),
+    "neuron of another layer": ("ablate mlp_hidden layer 1 at {} with zero", mlp(1)),
+}
+
+
+@pytest.mark.parametrize("key", OTHER_RULES)
+@pytest.mark.parametrize("fill", ["zero", "other"])
+@pytest.mark.parametrize(("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox"), list(MODES)))
+def test_edges_of_features_carry_what_other_rules_write(
+    data: Path, name: str, mode: str, fill: str, key: str
+) -> None:
+    """Also if the rule is that of a run that the rows start from."""
+    own = dictionaries(data, name, "jumprelu")
+    some = {0: Features(own[0].of, {label(0, 3): 3, label(0, 5): 5})}
+    circuit = {(EMBED, label(0, 3)), (label(0, 3), "L1H0.q"), (label(0, 5), LOGITS)}
+    circuit |= {(mlp(0), LOGITS)}
+    rule, node = OTHER_RULES[key]
+    text = definitions(name, "jumprelu") + SMALL
+    for n, which in enumerate(("all but c", "c")):
+        line = f"ablate {which} at tokens * with {fill}"
+        text += experiment(f"x{n}", line, rule.format("tokens *"))
+        run = f"run r {{ {rule.format('tokens *')} }}"
+        text += experiment(f"y{n}", run, "from other into r", line)
+    found = run_file(text, data, name, mode, precise=True)
+    model, given = double(name), fills(name, Case("", fill), {}, (), some)
+    parts = stack(name, model)
+    before = reads(parts, key_heads(name), parallel=parts.parallel, features=some)
+    every = {(of, to) for to, senders in before.items() for of in senders}
+    for n, ablated in enumerate((every - circuit, circuit)):
+        for row, (text_, record) in enumerate(zip(rows(), records(), strict=True)):
+            held = {node: torch.zeros_like(given[row][EMBED])}
+            if key == "neuron of another layer":
+                held[node] += _bias(name, 1)
+            at = tokens(text_, "tokens *")
+            logits = circuit_pass(
+                name, model, text_.ids, given[row], ablated, at, held=held, features=some
+            )
+            value = difference(logits, record)
+            assert found[f"x{n}"].measures[0].patched[0, row] == pytest.approx(value, abs=1e-5)
+            assert found[f"y{n}"].measures[0].patched[0, row] == pytest.approx(value, abs=1e-5)
+
+
+def _bias(name: str, layer: int) -> Tensor:
+    """The output of an MLP whose neurons are 0."""
+    parts, count = stack(name, double(name)), shape_of(name).d_mlp
+    block = parts.block(layer)
+    return parts.down(block, torch.zeros(1, count, dtype=torch.double))[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_inputs_without_most_senders_have_no_rounding_of_the_stream(data: Path, name: str) -> None:
+    """Where most edges carry 0, the input is the sum of the others: in 32 bits as in 64 bits."""
+    text = edges(data, name, "standard")[0]
+    text += experiment("e", "ablate all but c at tokens * with zero")
+    precise = run_file(text, data, name, "planned", precise=True)["e"].measures[0].patched
+    found = run_file(text, data, name, "planned")["e"].measures[0].patched
+    np.testing.assert_allclose(found, precise, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["c", "all but c"])
+def test_all_features_equal_the_mlp_where_norms_follow_sums(tmp_path: Path, rule: str) -> None:
+    model = classifiers.bare_family("distilbert")
+    folder = tmp_path / "distilbert_topk"
+    folder.mkdir()
+    test_dictionaries.make(folder, "topk", model.config.hidden_size)
+    text = 'basis f = sae("distilbert_topk/sae") at mlp_out layer 0\n'
+    text += "circuit d = embed -> L0.mlp, L0.mlp -> logits, L0.mlp -> L1H0.q\n"
+    text += "circuit c = embed -> features * of f, embed -> L0.mlp, features * of f -> logits, "
+    text += "L0.mlp -> logits, features * of f -> L1H0.q, L0.mlp -> L1H0.q\n"
+    measure = "measure logit(class answer) - logit(class wrong) as raw"
+    text += "".join(
+        of_files.experiment(
+            f"x{own}", "prompts p", f"ablate {line} at tokens * with other", measure
+        )
+        for own, line in (("c", rule), ("d", rule.replace("c", "d")))
+    )
+    found = of_files.run_file(text, tmp_path, model, prompts=classifiers.PROMPTS)
+    features, whole = (found[key].measures[0].patched for key in ("xc", "xd"))
+    np.testing.assert_allclose(features, whole, atol=1e-5)
+    assert np.abs(features - found["xc"].measures[0].base).max() > 1e-2
+
+
+def test_circuits_with_equal_ablated_edges_and_other_features_differ(data: Path) -> None:
+    """All edges of one feature are in each circuit: the ablated edges are those of the others."""
+    own = dictionaries(data, "gpt2", "standard")[0]
+    parts = stack("gpt2", double("gpt2"))
+    text, kept = definitions("gpt2", "standard"), dict[int, set[Edge]]()
+    every = dict[int, set[Edge]]()
+    for n in (3, 5):
+        some = {0: Features(own.of, {label(0, n): n})}
+        before = reads(parts, key_heads("gpt2"), parallel=parts.parallel, features=some)
+        every[n] = {(of, to) for to, senders in before.items() for of in senders}
+        kept[n] = {edge for edge in every[n] if label(0, n) in edge}
+        text += f"circuit c{n} = {', '.join(f'{of} -> {to}' for of, to in sorted(kept[n]))}\n"
+        text += experiment(f"x{n}", f"ablate all but c{n} at tokens * with zero")
+    found = run_file(text, data, "gpt2", "planned", precise=True)
+    for n in (3, 5):
+        some = {0: Features(own.of, {label(0, n): n})}
+        given = fills("gpt2", Case("", "zero"), {}, (), some)
+        for row, (text_, record) in enumerate(zip(rows(), records(), strict=True)):
+            at, ablated = range(len(text_.ids)), every[n] - kept[n]
+            logits = circuit_pass(
+                "gpt2", double("gpt2"), text_.ids, given[row], ablated, at, features=some
+            )
+            value = found[f"x{n}"].measures[0].patched[0, row]
+            assert value == pytest.approx(difference(logits, record), abs=1e-5)
+    values = [found[f"x{n}"].measures[0].patched for n in (3, 5)]
+    assert np.abs(values[0] - values[1]).max() > 1e-4
