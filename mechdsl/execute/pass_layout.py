@@ -52,6 +52,10 @@ MIN_PASS_TOKENS = 256
 
 MAX_PASS_TOKENS = 1 << 17
 
+WIDTH_RANGE = 1.5
+"""Factor between the numbers of tokens of rows of circuits that are sorted by circuit first. Each
+circuit of a pass costs about as much as 40 tokens of padding."""
+
 CACHE_MEMORY_SHARE = 0.25
 """Share of free memory that unpatched runs may use for rows that start from them."""
 
@@ -265,8 +269,9 @@ def compute_row_widths(
 def group_rows(
     shared: SharedRows, plan: Plan, plans: Sequence[ExperimentPlan], widths: Ints
 ) -> Iterator[tuple[PromptRun, Ints]]:
-    """Yield groups of rows that can share passes, with rows of equal columns adjacent, and rows of
-    equal circuits, so that a pass has few circuits.
+    """Yield groups of rows that can share passes, with rows of equal columns adjacent. Rows of
+    circuits are sorted by ranges of columns, and in these by circuit, so that a pass has little
+    padding and few circuits.
 
     They start from the same run, have the same number of draws and replaced blocks, and are all
     full passes or all packed; if rows aren't joined, they belong to one cell. Rows of circuits
@@ -279,6 +284,7 @@ def group_rows(
     circuit = np.zeros(len(shared), dtype=np.int64)
     blocks = np.zeros(len(shared), dtype=np.int64)
     settles = np.zeros(len(shared), dtype=np.int64)
+    has_circuit = np.zeros(len(shared), dtype=np.bool_)
     numbered: dict[tuple[tuple[int, int | None], ...], int] = {}
     for number, each in enumerate(plans):
         own = np.flatnonzero(shared.owner == number)
@@ -296,7 +302,7 @@ def group_rows(
             settles[own] = plan.skips_inert and settles_circuits(each)
         cells = shared.rows.cell[own]
         if any(rule.rule.circuit is not None for rule in each.rules):
-            circuit[own] = cells
+            circuit[own], has_circuit[own] = cells, True
         for cell in np.unique(cells).tolist():
             pairs = each.replaced_blocks(cell)
             blocks[own[cells == cell]] = numbered.setdefault(pairs, len(numbered))
@@ -305,10 +311,21 @@ def group_rows(
         keys += [shared.owner, shared.rows.cell]
     _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)
     group = group.reshape(-1)
-    order = np.lexsort((shared.rows.prompt, circuit, widths, group))
+    ranges = np.where(has_circuit, _begin_ranges(widths), widths)
+    order = np.lexsort((shared.rows.prompt, widths, circuit, ranges, group))
     for own in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
         if len(own):
             yield runs[int(start[own[0]])], own
+
+
+def _begin_ranges(widths: Ints) -> Ints:
+    """Return [row] the smallest width of the range that a row's width is in: the largest width of a
+    range is at most `WIDTH_RANGE` times the smallest."""
+    found, first = np.zeros_like(widths), 0
+    for width in np.unique(widths).tolist():
+        first = first if first and width <= WIDTH_RANGE * first else width
+        found[widths == width] = first
+    return found
 
 
 def list_members(shared: SharedRows, chosen: Ints) -> list[PassMember]:
