@@ -36,7 +36,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.rules.kinds import CURRENT_STATE_NOTE, check_one_side, resolve_targets, rule_kind
 from mechdsl.syntax import ast
-from mechdsl.vocab.sites import SITES, SITES_WITHOUT_STEPS, TokenSide, unknown_component
+from mechdsl.vocab.sites import SITES, SITES_WITHOUT_STEPS, SiteKind, TokenSide, unknown_component
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,26 +92,37 @@ def resolve_step(rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | Non
 
 
 def _check_own_component(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
-    """Check that the step is of the site that the rule writes."""
+    """Check that the step is of the component that the rule writes, in whichever stack."""
     assert rule.stepped is not None
     name, span = rule.stepped.id, rule.stepped.span
     if name not in SITES:
         work.diagnostics.append(unknown_component(name, span))
         return False
-    there = sorted({point.site for points in sites.points.values() for point in points})
-    written = next((site for site in there if site != name), None)
+    names = sorted({point.site for points in sites.points.values() for point in points})
+    kinds = [SITES[each] for each in names]
+    written = next((kind for kind in kinds if kind.component != name), None)
+    images = next((kind.name for kind in kinds if _is_of_patches(kind, work)), None)
     if written is not None:
-        reason = f"the rule writes `{written}`, and steps are those of the written site"
-        hint = f"write `step({written})`"
-    elif name in SITES_WITHOUT_STEPS and there:
+        reason = f"the rule writes `{written.name}`, and steps are those of the written site"
+        hint = f"write `step({written.component})`"
+    elif images is not None:
+        reason = f"`{images}` is at patches of an image, which have no preceding token"
+        hint = "add steps in the language model"
+    elif name in SITES_WITHOUT_STEPS and kinds:
         reason = f"`{name}` has no steps"
-        can = (s for s in SITES if s in work.sites.shape.sites and s not in SITES_WITHOUT_STEPS)
-        own = ", ".join(f"`{site}`" for site in can)
+        here = dict.fromkeys(SITES[s].component for s in SITES if s in work.sites.shape.sites)
+        own = ", ".join(f"`{each}`" for each in here if each not in SITES_WITHOUT_STEPS)
         hint = f"steps exist for {own}"
     else:
         return True
     work.diagnostics.append(BadDirection(span=span, text=f"step({name})", reason=reason, hint=hint))
     return False
+
+
+def _is_of_patches(kind: SiteKind, work: ExperimentContext) -> bool:
+    """Whether a site has vectors at patches of an image instead of the tokens of a text."""
+    attends = work.model.shape.takes in ("attended image", "image to text")
+    return kind.side == "image" or (attends and kind.side == "source")
 
 
 class ValueAssignment(Intervention):

@@ -1,4 +1,4 @@
-"""`set … to value(SITE …)` and `add value(SITE …)` in encoder-decoders, against plain hooks."""
+"""`value(SITE …)` and `step(COMPONENT)` in encoder-decoders, against plain hooks."""
 
 from __future__ import annotations
 
@@ -221,3 +221,53 @@ def test_replies_with_a_value_of_the_encoder_equal_hooks(family: str, tmp_path: 
 
 def without_end(ids: Sequence[int]) -> list[int]:
     return [each for each in ids if each != 1]
+
+
+STEPS = {
+    "add 20 * step(q) to q layer 1 head 0 at tokens * and answer": ("q", 1, 0),
+    "add 3 * step(resid_post) to resid_post layer 0 at tokens * and answer": (
+        "resid_post", 0, None,
+    ),
+    "add 2 * step(q) to q encoder layer 1 head 0 at tokens *": ("q encoder", 1, 0),
+    "add -2 * step(mlp_out) to mlp_out encoder layer 0 at {first token, last token}": (
+        "mlp_out encoder", 0, None,
+    ),
+    "add 4 * step(q) to q cross layer 1 head 1 at tokens * and answer": ("q cross", 1, 1),
+    "add -3 * step(v) to v cross layer 2 head 0 at tokens *": ("v cross", 2, 0),
+}  # fmt: skip
+"""Rules, and the sites that they write."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_in_both_stacks_equal_hooks(family: str, tmp_path: Path) -> None:
+    """The first token of each stack doesn't change."""
+    lines = "".join(
+        experiment(f"e{n}", "prompts p", rule, "measure logprob(answer) as delta")
+        for n, rule in enumerate(STEPS)
+    )
+    found = run(family, lines, tmp_path, prompts=ANSWER)
+    for number, (rule, site) in enumerate(STEPS.items()):
+        measure, factor = found[f"e{number}"].measures[0], float(rule.split()[1])
+        own = place(family, *site)
+        for n, row in enumerate(ROWS):
+            answer, of = [token(row[name]) for name in ("a", "b", "cue")], text(row)
+            encodes = "encoder" in site[0] or site[0] == "v cross"
+            count = len(of.ids) if encodes else last(family) + 3
+            written = [0, of.last] if "first token" in rule else [*range(count)]
+            write = own, [*range(count)], stepping(written, factor)
+            scores = torch.tensor(logits(family, of, [write], answer[:-1])[last(family) :])
+            scores = scores.log_softmax(-1)
+            expected = float(sum(scores[i, each] for i, each in enumerate(answer)))
+            np.testing.assert_allclose(measure.patched[0, n], expected, atol=2e-4, err_msg=rule)
+        assert np.abs(measure.patched - measure.base).max() > 0.01, rule
+
+
+def stepping(written: Sequence[int], factor: float) -> Callable[[Tensor], Tensor]:
+    def change(old: Tensor) -> Tensor:
+        new = old.clone()
+        for at in written:
+            if at:
+                new[at] = old[at] + factor * (old[at] - old[at - 1])
+        return new
+
+    return change

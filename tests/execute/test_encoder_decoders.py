@@ -379,6 +379,7 @@ ERRORS = {
     "add value(resid_post encoder layer 0) to resid_post layer 1 at tokens *": "E0317",
     "set resid_post encoder layer 0 at last-item token to value(mlp_out layer 0)": "E0317",
     "set resid_post layer 0 at last token to value(mlp_out layer 0 at item token)": "E0316",
+    "add 2 * step(k) to q encoder layer 0 head 0 at last token": "E0341",
     "patch z encoder layer 0 head 0 at last token\n  using atp_qk": "E0608",
     "patch q cross layer 0 head 0 at last token\n  using cdt": "E0608",
     "patch k encoder layer 0 head 0 at last token\n  using cdt": "E0608",

@@ -134,3 +134,10 @@ def test_values_across_an_encoder_that_merges_patches_report_e0108(rule: str) ->
     result, problems = run("internvl", experiment("e", rule))
     assert result is None
     assert [each.code for each in problems if each.severity == "error"] == ["E0108"]
+
+
+def test_step_of_patches_reports_e0341() -> None:
+    rule = "add 2 * step(mlp_out) to mlp_out vision layer 0 at photo tokens"
+    result, problems = run("llava", experiment("e", rule))
+    assert result is None
+    assert [each.code for each in problems if each.severity == "error"] == ["E0341"]

@@ -1754,9 +1754,9 @@ _rule(
     "add 2 * step(q) to q layer 1 head * at tokens *",
     "Adds the number times the difference between the vector and that of the preceding "
     "position. Both are values of the current forward pass, before this rule. The first "
-    "position doesn't change. The argument is the component that is written: `q`, `k`, `v`, "
-    "`z`, the residual stream, or an output added to it. Rotary embeddings are applied after "
-    "`q` and `k`.",
+    "position doesn't change. The argument is the component that is written, without its "
+    "stack: `q`, `k`, `v`, `z`, the residual stream, or an output added to it. Rotary "
+    "embeddings are applied after `q` and `k`. Vision encoders have no steps (E0341).",
     OWN,
     "tests/rules/test_steps.py",
 )

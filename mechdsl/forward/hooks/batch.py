@@ -257,6 +257,13 @@ class Batch:
         """Return [row] long: number of tokens that a site has vectors for."""
         return self.of_site(site, stack).lengths
 
+    def first_positions(self, site: str, stack: str) -> Tensor:
+        """Return [row] long: first position that a site has a vector for; in a decoder, the one
+        after the encoder's tokens."""
+        own = self.of_site(site, stack)
+        encoded = own.frames.get("encoder")
+        return torch.zeros_like(own.lengths) if encoded is None else encoded.lengths
+
     def locate(
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

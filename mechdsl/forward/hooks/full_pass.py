@@ -659,6 +659,9 @@ class SiteHooks:
         if where.site in SITES_WITHOUT_STEPS:
             raise ValueError(f"steps of {where.quoted} can't be written")
         rows, earlier = write.rows[there], (write.positions[there] - 1).clamp(min=0)
+        if isinstance(self.frame, Batch):
+            first = self.frame.first_positions(where.site, where.stack)
+            earlier = torch.maximum(earlier, first.to(earlier)[rows])
         _, second, found = self.frame.locate(where.site, where.layer, where.stack, rows, earlier)
         if not bool(found.all()):
             raise WriteMismatch(f"{where.quoted} isn't computed at a position before a step")
