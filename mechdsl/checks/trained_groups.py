@@ -96,11 +96,12 @@ def fill_groups(
             if mask is not None:
                 old = circuits[definition.name]
                 edges = tuple(_edges_of(mask.chosen, definition))
-                found: dict[str, object] = {"edges": edges, "scores": mask.scores}
+                found: dict[str, object] = {"scores": mask.scores}
                 if isinstance(mask.candidates[0], PlacedEdge):
                     scores = dict(zip(mask.candidates, mask.scores, strict=False))
                     own = tuple(scores[each] for each in mask.chosen if each in scores)
-                    found = {"edges": edges, "placed_scores": own}
+                    found = {"placed_scores": own}
+                found |= {"edges": edges, "nodes": tuple(_neurons_of(mask, definition.span))}
                 circuits[definition.name] = old.model_copy(update=found)
             continue
         if mask is not None:
@@ -186,11 +187,23 @@ def _edges_of(chosen: tuple[MaskCandidate, ...], definition: spec.Basis) -> Iter
             yield ast.SiteMap(of, to, at, span=span)
 
 
+def _neurons_of(mask: TrainedMask, span: Span) -> Iterator[ast.Site]:
+    """Yield the neurons that are nodes of the edges that a training chooses from."""
+    placed = (own.edge if isinstance(own, PlacedEdge) else own for own in mask.candidates)
+    ends = dict.fromkeys(end for edge in placed if isinstance(edge, tuple) for end in edge)
+    for end in ends:
+        if end.site == "mlp_hidden" and end.unit is not None:
+            yield _end(end, span)
+
+
 def _end(point: SitePoint, span: Span) -> ast.Site:
     """Return one end of an edge as a file names it."""
     if point == EMBEDDING:
         return ast.Site((ast.Name("embed", span=span),), span=span)
-    numbers: dict[ast.AxisWord, int | None] = {"layer": point.layer, "head": point.unit}
+    if point.site == "mlp_hidden" and point.unit is None:  # the other neurons of the layer
+        point = replace(point, site="mlp_out")
+    unit: ast.AxisWord = "neuron" if point.site == "mlp_hidden" else "head"
+    numbers: dict[ast.AxisWord, int | None] = {"layer": point.layer, unit: point.unit}
     axes = tuple(
         ast.Axis(word, False, _values((number,), span), span=span)
         for word, number in numbers.items()

@@ -46,7 +46,7 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.objective_rows import EffectRows
 from mechdsl.execute.patching.differentiated_run import DrawLanes, write_point
-from mechdsl.execute.patching.writes import group_senders
+from mechdsl.execute.patching.writes import group_senders, list_other_neurons, number_unit
 from mechdsl.execute.training import TrainingJob, read_settings
 from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.execute.vectors import DirectionFits
@@ -63,7 +63,7 @@ from mechdsl.forward.hooks.batch import (
     try_pass,
 )
 from mechdsl.forward.hooks.circuits import compute_edge_scores
-from mechdsl.forward.hooks.coordinates import CoordinateSystem
+from mechdsl.forward.hooks.coordinates import OTHERS, CoordinateSystem
 from mechdsl.forward.hooks.full_pass import open_rules
 from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel
@@ -77,7 +77,14 @@ from mechdsl.program.trainers import (
     MaskTrainer,
     NodeScoreTrainer,
 )
-from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph, PathGraph, PlacedGraph
+from mechdsl.resolve.circuits import (
+    EMBEDDING,
+    NEURONS,
+    CircuitDraws,
+    EdgeGraph,
+    PathGraph,
+    PlacedGraph,
+)
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import key_of_candidate, order_places, paired_cells
 from mechdsl.resolve.types import (
@@ -320,8 +327,15 @@ class EdgeMaskRows(VectorMaskRows):
 
     @cached_property
     def _senders(self) -> dict[SiteLayer, tuple[int, ...]]:
-        """The units of all senders, in forward order."""
+        """The units of all senders, in forward order; without nodes of several neurons."""
         return dict(group_senders(number_edge_ends(self.edges)[0].points, {}))
+
+    @cached_property
+    def _others(self) -> dict[int, tuple[int, ...]]:
+        """The neurons that are one node together, by layer."""
+        circuit = self.objective.rules[0].circuit
+        assert circuit is not None
+        return list_other_neurons(circuit, self.model.shape)
 
     @property
     def _written(self) -> Sequence[SiteLayer]:
@@ -330,9 +344,18 @@ class EdgeMaskRows(VectorMaskRows):
     @cached_property
     def _columns(self) -> dict[SitePoint, int]:
         """The column of each sender in a mask."""
-        every = [(where, unit) for where, units in self._senders.items() for unit in units]
+        every = [
+            (where, unit)
+            for where, units in self._senders.items()
+            for unit in (*units, *[OTHERS][: len(self._list_others(where))])
+        ]
         number = {each: column for column, each in enumerate(every)}
-        return {of: number[(of.site, of.layer), of.unit or 0] for of, _ in self.edges}
+        return {of: number[(of.site, of.layer), number_unit(of, {})] for of, _ in self.edges}
+
+    def _list_others(self, where: SiteLayer) -> tuple[int, ...]:
+        """Return the neurons of a site and layer that are one node together."""
+        site, layer = where
+        return self._others.get(layer, ()) if site == NEURONS and layer is not None else ()
 
     @cached_property
     def _receivers(self) -> dict[SitePoint, int]:
@@ -367,11 +390,17 @@ class EdgeMaskRows(VectorMaskRows):
     @cached_property
     def graph(self) -> PathGraph[Any, Any]:
         """The candidates as edges between nodes."""
-        shape = self.model.shape
         placed = [each for each in self.candidates if isinstance(each, PlacedEdge)]
         if placed:
-            return PlacedGraph(shape, placed, order_places(self.objective))
-        return EdgeGraph(shape)
+            return PlacedGraph(self.model_graph, placed, order_places(self.objective))
+        return self.model_graph
+
+    @cached_property
+    def model_graph(self) -> EdgeGraph:
+        """The nodes and edges of the model."""
+        circuit = self.objective.rules[0].circuit
+        assert circuit is not None
+        return EdgeGraph(self.model.shape, circuit.neurons)
 
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
         """Return random circuits of the same number of edges, as `against random` draws them."""
@@ -392,7 +421,7 @@ class EdgeMaskRows(VectorMaskRows):
         mask = mask.index_copy(1, self._cells_of_mask.to(shares.device), shares)
         mask = mask.unflatten(1, self._size)[torch.arange(len(mask)), self._places_of(rows)]
         ends = self._fills(len(shares), self._incoming(rows)), self._ends
-        return [CircuitWrite(*self._places(rows, lanes), *ends, mask)]
+        return [CircuitWrite(*self._places(rows, lanes), *ends, mask, others=self._others)]
 
     def _fills(
         self, count: int, incoming: Mapping[SiteLayer, Tensor] | None
@@ -405,17 +434,19 @@ class EdgeMaskRows(VectorMaskRows):
         """
         fills: list[SenderFill] = []
         for where, units in self._senders.items():
+            others = self._list_others(where)
+            every = [*units, *others]
             if incoming is None:
-                values = torch.zeros(count, len(units), vector_width(self.model.shape, *where))
+                values = torch.zeros(count, len(every), vector_width(self.model.shape, *where))
             else:
-                values = incoming[where][:, list(units)]
-            fills.append(SenderFill(SiteRead(*where), units, values))
+                values = incoming[where][:, every]
+            fills.append(SenderFill(SiteRead(*where), units, values, others))
         return tuple(fills)
 
     @property
     def _ends(self) -> tuple[tuple[SiteRead, int], ...]:
         """The receivers of all edges."""
-        return tuple((SiteRead(to.site, to.layer), to.unit or 0) for to in self._receivers)
+        return tuple((SiteRead(to.site, to.layer), number_unit(to, {})) for to in self._receivers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -739,7 +770,12 @@ def _choose_single_effects(
 
 # --- circuits by scores of edges ------------------------------------------------------------------
 
-_ADDED_AT = {"resid_pre": "resid_pre", "z": "attn_out", "mlp_out": "mlp_out"}
+_ADDED_AT = {
+    "resid_pre": "resid_pre",
+    "z": "attn_out",
+    "mlp_out": "mlp_out",
+    NEURONS: "mlp_out",
+}
 """Site of senders → the site where the stream gains their changes."""
 
 
@@ -890,7 +926,7 @@ class EdgeRows(EdgeMaskRows):
         columns: list[int] = []
         first = 0
         for fill in self._fills(vectors, self._incoming(rows)):
-            own = range(first, first + len(fill.units))
+            own = range(first, first + fill.count)
             first = own.stop
             if senders[own.start : own.stop].any():
                 fills.append(replace(fill, values=fill.values.repeat(draws, 1, 1)))
@@ -900,7 +936,7 @@ class EdgeRows(EdgeMaskRows):
         lane, token = self._places(rows, lanes)
         if draws > 1:
             mask = every[:, places].flatten(0, 1)
-            return [CircuitWrite(lane, token, tuple(fills), ends, mask)]
+            return [CircuitWrite(lane, token, tuple(fills), ends, mask, others=self._others)]
         found: list[CircuitWrite] = []
         for number, mask in enumerate(every[0]):  # one mask for all tokens of a position
             own = torch.nonzero(places == number).flatten()
@@ -908,7 +944,11 @@ class EdgeRows(EdgeMaskRows):
                 replace(each, values=each.values[own.to(each.values.device)]) for each in fills
             ]
             if mask.any():
-                found.append(CircuitWrite(lane[own], token[own], tuple(parts), ends, mask))
+                found.append(
+                    CircuitWrite(
+                        lane[own], token[own], tuple(parts), ends, mask, others=self._others
+                    )
+                )
         return found
 
 
@@ -1191,7 +1231,7 @@ class EdgeSearch:
         """[edge] the change of the measure when an edge was last ablated, alone or in a group; 0
         for edges that were dropped because they led only to ablated ones."""
         self._meter = CircuitMeter(rows)
-        self._rows, self._graph = rows, EdgeGraph(rows.model.shape)
+        self._rows, self._graph = rows, rows.model_graph
         self._value = math.nan
         options = rows.declared.of_trainer
         self.threshold, self._size = trainer.threshold(options), trainer.size(options)

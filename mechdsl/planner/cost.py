@@ -799,14 +799,24 @@ class Cost:
 def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
     """Count the multiply-adds per token that the ablation of some edges adds to those of a pass."""
     (edges,) = next(iter(circuit.edges.values()))  # a training writes all edges
-    return _count_edge_work(*number_edge_ends(edges), BlockCost.of(shape), shape)
+    senders, receivers = number_edge_ends(edges)
+    alone = sum(to.site == "mlp_hidden" for to in receivers.points)  # each reads separately
+    return _count_edge_work(senders, receivers, BlockCost.of(shape), shape, alone)
 
 
 def _count_edge_work(
-    senders: EdgeEnds, receivers: EdgeEnds, block: BlockCost, shape: ModelShape
+    senders: EdgeEnds,
+    receivers: EdgeEnds,
+    block: BlockCost,
+    shape: ModelShape,
+    inputs: int | None = None,
 ) -> int:
     """Each receiver sums what its senders gain, each query, key or value is projected again, and
-    the neurons of a layer are computed for each distinct input of these."""
+    the neurons of a layer are computed for each of their inputs.
+
+    Args:
+        inputs: The number of these; None for the distinct ones.
+    """
     components = [SITES[of.site].component for of in senders.points]
     layers = [
         -1 if component == "resid_pre" else of.layer or 0
@@ -828,7 +838,8 @@ def _count_edge_work(
         len(layers) if ends else sum(layer < (to.layer or 0) for layer in layers)
         for to, ends in zip(receivers.points, at_the_end, strict=True)
     )
-    inputs = len(_list_inputs(senders, receivers, "mlp_hidden"))
+    if inputs is None:
+        inputs = len(_list_inputs(senders, receivers, "mlp_hidden"))
     read = inputs * (block.mlp - shape.d_model * shape.d_mlp)
     return shape.d_model * (summed + (projected + heads) * shape.d_head + neurons) + read
 

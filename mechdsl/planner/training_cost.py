@@ -420,7 +420,7 @@ def _circuit_cost(
             tried = len(made.candidates)
     else:
         assert isinstance(trainer, EdgeSearchTrainer)
-        tried = len(EdgeGraph(shape).list_search_steps(trainer.levels))
+        tried = len(EdgeGraph(shape, circuit.neurons).list_search_steps(trainer.levels))
         if (left := trainer.size(training.of_trainer)) is not None:
             tried = (tried * (tried + 1) - left * (left + 1)) // 2
     size = count_scored_rows(len(senders), max(tokens, default=1), batch, shape)

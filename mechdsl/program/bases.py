@@ -447,6 +447,10 @@ def _covers(basis: spec.Basis | None, layer: int, parts: Definitions) -> bool | 
     return None
 
 
+NODES_EXAMPLE = "`group g = mlp_hidden layer 0 neurons 0..30`"
+"""A group of neurons that `nodes` can name."""
+
+
 def lower_circuit_mask(
     statement: ast.CircuitDef, parts: Definitions, scope: Namespace
 ) -> spec.Basis | None:
@@ -466,6 +470,9 @@ def lower_circuit_mask(
         later = "join them: `at {A, B}`; `eap` and `eap_ig` score edges at each of several"
         scope.diagnostics.append(NotSupported(span=at.span, what=what, later=later))
         return None
+    nodes = next((each.value for each in call.arguments if each.name == "nodes"), None)
+    if nodes is not None and not _are_nodes(nodes, scope):
+        return None
     span = statement.name.span
     return spec.Basis(
         span=statement.span,
@@ -475,6 +482,16 @@ def lower_circuit_mask(
         at=all_tokens() if at is None else at,
         chooses_edges=True,
     )
+
+
+def _are_nodes(nodes: ast.Node, scope: Namespace) -> bool:
+    """Whether `nodes` names a group; reports E0201 or E0207 otherwise."""
+    if isinstance(nodes, ast.Name):
+        return scope.use("group", nodes.id, nodes.span)
+    name, reason = nodes.span.written, "isn't the name of a group of neurons"
+    hint = f"define one, and write its name: {NODES_EXAMPLE}"
+    scope.diagnostics.append(BadArgument(span=nodes.span, name=name, reason=reason, hint=hint))
+    return False
 
 
 def _check_mask(call: ast.Call, what: Statement, parts: Definitions, scope: Namespace) -> bool:
@@ -738,7 +755,7 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         scope.diagnostics.append(
             BadBasis(span=node.span, reason=wrong[0], hint=wrong[1], what=what)
         )
-    problem = _objective_problem(call, found) or _target_problem(call, found, scope)
+    problem = _objective_problem(call, found, what) or _target_problem(call, found, scope)
     if problem is not None:
         scope.diagnostics.append(problem)
 
@@ -805,9 +822,13 @@ def _target_problem(call: ast.Call, trainer: Trainer, scope: Namespace) -> BadAr
     return None
 
 
-def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
+def _objective_problem(call: ast.Call, trainer: Trainer, what: str) -> BadArgument | None:
     """Return the problem with the run and the measure that a trainer learns from, or with such
-    arguments of a dictionary."""
+    arguments of a dictionary.
+
+    Args:
+        what: First word of the statement.
+    """
     given = {each.name: each for each in call.arguments if each.name in EFFECT_OPTIONS}
     if isinstance(trainer, PairedTrainer):
         partner = given.pop("with", None)
@@ -850,6 +871,9 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
     elif len(measures) > 1:
         reason, hint = "has both `maximise` and `minimise`", "keep one, such as their difference"
         span = given[measures[1]].span
+    elif "nodes" in given and what != "circuit":
+        reason = f"of a {what} has no `nodes`, which are those of a circuit"
+        hint, span = "remove it", given["nodes"].span
     return BadArgument(span=span, name=call.name, reason=reason, hint=hint) if reason else None
 
 

@@ -597,8 +597,9 @@ ROTATION_OPTIONS = ("from", *OBJECTIVES)
 """Options of trainers on a measure; `from` names the run whose vectors come in, or that a vector is
 compared with."""
 
-EFFECT_OPTIONS = (*ROTATION_OPTIONS, "with")
-"""The same with the option of masks; `with` has the fill of a mask that ablates."""
+EFFECT_OPTIONS = (*ROTATION_OPTIONS, "with", "nodes")
+"""The same with the options of masks: `with` has the fill of a mask that ablates, and `nodes` the
+neurons that are nodes of a circuit."""
 
 PROBE_OPTIONS = ("target", "model")
 """Options of trainers of probes: the value that is predicted, and the model that runs the rows."""

@@ -18,6 +18,7 @@ DEFINITION_EXAMPLES = {
     "lens": "lens {} = fit(tuned_lens, prompts: texts.train) at resid_post layer * at tokens *",
     "probe": "probe {} = fit(ridge, prompts: fruit.train, target: count) at resid_post layer * "
     "at last token",
+    "group": "group {} = L0N3, L0N97",
     "circuit": "circuit {} = embed -> L0H1.q, L0H1 -> logits",
     "direction": "direction {} = mean_difference(A, B) at resid_post layer 2 at last token",
 }

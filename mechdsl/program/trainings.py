@@ -311,12 +311,14 @@ def _rule(basis: spec.Basis, at: ast.Positions, source: str | None) -> spec.Rule
     """Return the rule of a training: a patch, or an ablation if no run is named; of edges, always
     an ablation, also with the values of a run."""
     span, verb = basis.method.span, "ablate" if basis.chooses_edges else "patch"
+    given = (each.value for each in basis.method.arguments if each.name == "nodes")
+    nodes = next((each for each in given if isinstance(each, ast.Name)), None)
     if source is not None:
-        return spec.Rule(span=span, verb=verb, site=basis.site, at=at, source=source)
+        return spec.Rule(span=span, verb=verb, site=basis.site, at=at, source=source, nodes=nodes)
     fills = (each.value for each in basis.method.arguments if each.name == "with")
     fill = next(fills, ast.Name("zero", span=span))
     assert isinstance(fill, ast.Name)
-    return spec.Rule(span=span, verb="ablate", site=basis.site, at=at, fill=fill)
+    return spec.Rule(span=span, verb="ablate", site=basis.site, at=at, fill=fill, nodes=nodes)
 
 
 def _source_run(node: ast.Node, block: spec.Prompts, scope: Namespace) -> str:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -39,10 +41,16 @@ encoder."""
 
 END = SitePoint("logits", None, None)
 
+NEURONS = "mlp_hidden"
+"""Site of neurons, which are senders and receivers."""
+
 NamedEdge: TypeAlias = tuple[CircuitEdge, str | None]
 """An edge, and the position that a file gives it; None for all tokens."""
 
-_EDGES = "edges are `a0.h1->m2`, `input->a1.h0<q>`, `m1->logits`, or `L0H1 -> L1H0.q` as in a file"
+_EDGES = (
+    "edges are `a0.h1->m2`, `input->a1.h0<q>`, `m1->logits`, or `L0H1 -> L1H0.q` and "
+    "`L0N3 -> logits` as in a file"
+)
 
 _AT = " at "
 """Between an edge and its position."""
@@ -57,7 +65,7 @@ _EDGE = re.compile(r"\s*([^\s<>-]+)\s*->\s*([^\s<>-]+?)(?:<([qkv])>)?\s*")
 _NODE = re.compile(
     r"(?P<embed>input|embed)|(?P<end>logits)"
     r"|a(?P<attention>\d{1,4})\.h(?P<head>\d{1,5})|m(?P<mlp>\d{1,4})"
-    r"|L(?P<layer>\d{1,4})(?:H(?P<unit>\d{1,5})(?:\.(?P<reads>[qkv]))?|\.mlp)"
+    r"|L(?P<layer>\d{1,4})(?:H(?P<unit>\d{1,5})(?:\.(?P<reads>[qkv]))?|N(?P<neuron>\d{1,6})|\.mlp)"
 )
 
 _SIZES = {
@@ -98,10 +106,16 @@ class SavedCircuit(Record):
     digest: str
     made: str
     """How they were chosen, for conventions."""
+    neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    """Neurons of the file, by layer; there, its MLPs are the other neurons."""
 
 
 def read_circuit(
-    path: Path, written: str, size: int | None, shape: ModelShape, every: tuple[CircuitEdge, ...]
+    path: Path,
+    written: str,
+    size: int | None,
+    shape: ModelShape,
+    list_edges: Callable[[Mapping[int, tuple[int, ...]]], Sequence[CircuitEdge]],
 ) -> SavedCircuit:
     """Read the edges of a circuit for a model.
 
@@ -112,7 +126,7 @@ def read_circuit(
         written: The path as the user wrote it.
         size: Number of edges with the largest absolute scores; None for those that are chosen in
             the file.
-        every: The edges of the model.
+        list_edges: Returns the edges of the model with some neurons as nodes, by layer.
 
     Raises:
         UnreadableFile: The file is missing, too large, of another form or of another model; it
@@ -124,15 +138,13 @@ def read_circuit(
     _check_sizes(file, written, shape)
     scores: dict[NamedEdge, list[float]] = {}
     names: dict[NamedEdge, list[str]] = {}
-    known, places = set(every), dict[str, ast.Position]()
+    places = dict[str, ast.Position]()
+    named = dict(_name_edges(file, written, shape, places))
+    neurons = _find_neurons(named.values(), written)
+    every = list_edges(neurons)
+    known = set(every)
     for name, score in file.scores.items():
-        of_edge, _, at = name.partition(_AT)
-        try:
-            edge = edge_of_name(of_edge, shape)
-            if at and at not in places:
-                places[at] = _parse_position(at)
-        except NotAnEdge as problem:
-            raise UnreadableFile(f"`{written}` has `{name}`, {problem}", _EDGES) from None
+        at, edge = name.partition(_AT)[2], split_mlps(named[name], neurons)
         if edge not in known:
             raise UnreadableFile(
                 f"`{written}` has `{name}`, but the receiver reads before or at the sender",
@@ -155,11 +167,57 @@ def read_circuit(
     shared = "; scores of heads that share a key or value are added" if added else ""
     said = f"{made}, of {written}, SHA-256 {file.digest[:12]}…{shared}"
     used = {at: places[at] for _, at in edges if at is not None}
-    return SavedCircuit(edges, kept, used, file.digest, said)
+    return SavedCircuit(edges, kept, used, file.digest, said, neurons)
+
+
+def _name_edges(
+    file: CircuitFile, written: str, shape: ModelShape, places: dict[str, ast.Position]
+) -> Iterator[tuple[str, CircuitEdge]]:
+    """Yield the names in a file with their edges, and add their positions to `places`. Raises
+    UnreadableFile."""
+    for name in file.scores:
+        of_edge, _, at = name.partition(_AT)
+        try:
+            yield name, edge_of_name(of_edge, shape)
+            if at and at not in places:
+                places[at] = _parse_position(at)
+        except NotAnEdge as problem:
+            raise UnreadableFile(f"`{written}` has `{name}`, {problem}", _EDGES) from None
+
+
+def _find_neurons(edges: Iterable[CircuitEdge], written: str) -> dict[int, tuple[int, ...]]:
+    """Return the neurons of a file, by layer. Raises UnreadableFile for too many."""
+    neurons = list_neurons(edges)
+    if (count := sum(map(len, neurons.values()))) > limits.CIRCUIT_NEURONS:
+        most = f"at most {limits.CIRCUIT_NEURONS:,} can be nodes"
+        reason = f"`{written}` names {count:,} neurons, and {most}"
+        raise UnreadableFile(reason, "use a file with fewer neurons")
+    return neurons
+
+
+def list_neurons(edges: Iterable[CircuitEdge]) -> dict[int, tuple[int, ...]]:
+    """Return the neurons at the ends of edges, by layer."""
+    found: dict[int, set[int]] = {}
+    for end in chain.from_iterable(edges):
+        if end.site == NEURONS and end.layer is not None and end.unit is not None:
+            found.setdefault(end.layer, set()).add(end.unit)
+    return {layer: tuple(sorted(own)) for layer, own in sorted(found.items())}
+
+
+def split_mlps(edge: CircuitEdge, neurons: Mapping[int, tuple[int, ...]]) -> CircuitEdge:
+    """Return an edge with the node of the other neurons in the place of an MLP, in the layers of
+    these neurons."""
+
+    def split(end: SitePoint) -> SitePoint:
+        whole = end.site in ("mlp_out", "mlp_norm") and end.layer in neurons
+        return SitePoint(NEURONS, end.layer, None) if whole else end
+
+    of, to = edge
+    return split(of), split(to)
 
 
 def _choose_largest(
-    scores: Mapping[NamedEdge, float], size: int, written: str, every: tuple[CircuitEdge, ...]
+    scores: Mapping[NamedEdge, float], size: int, written: str, every: Sequence[CircuitEdge]
 ) -> tuple[NamedEdge, ...]:
     """Return the edges with the largest absolute scores, in the order of the model."""
     if len(scores) < size:
@@ -177,7 +235,7 @@ def _choose_marked(
     file: CircuitFile,
     names: Mapping[NamedEdge, list[str]],
     written: str,
-    every: tuple[CircuitEdge, ...],
+    every: Sequence[CircuitEdge],
     shape: ModelShape,
 ) -> tuple[NamedEdge, ...]:
     """Return the edges that the file chooses, in the order of the model."""
@@ -283,6 +341,8 @@ def _point(
     if layer >= shape.n_layers:
         raise NotAnEdge(f"and the model has {count_noun(shape.n_layers, 'layer')}")
     site = reads if of_graph else match["reads"]
+    if match["neuron"] is not None:
+        return _neuron(layer, int(match["neuron"]), shape)
     if head is None:
         if site is not None:
             raise NotAnEdge(f"and `{name}` has one input")
@@ -299,6 +359,14 @@ def _point(
         raise NotAnEdge(f"and layer {layer} has {count_noun(count, what)}")
     shared = count // unit_count(shape, site, layer) if of_graph and not sends else 1
     return SitePoint(site, layer, unit // shared)
+
+
+def _neuron(layer: int, number: int, shape: ModelShape) -> SitePoint:
+    """Return a neuron. Raises NotAnEdge."""
+    count = unit_count(shape, NEURONS, layer) if shape.has(NEURONS, layer) else 0
+    if number >= count:
+        raise NotAnEdge(f"and layer {layer} has {count_noun(count, 'neuron')}")
+    return SitePoint(NEURONS, layer, number)
 
 
 # --- content --------------------------------------------------------------------------------------

@@ -38,8 +38,11 @@ from mechdsl.resolve.circuit_files import (
     EMBEDDING,
     ENCODER_EMBEDDING,
     END,
+    NEURONS,
     SavedCircuit,
+    list_neurons,
     read_circuit,
+    split_mlps,
 )
 from mechdsl.resolve.findings import PickError, count_picked
 from mechdsl.resolve.sites import (
@@ -85,9 +88,6 @@ RECEIVER_WORDS = "`L1H0.q`, `L1H0.k`, `L1H0.v`, `L1.mlp`, `L1N3`, `feature 3 of 
 STACK_SENDERS = "`L0H1`, `L0.mlp`, `z cross layer 0 head 1` or `mlp_out encoder layer 0`"
 
 STACK_RECEIVERS = "`L1H0.q`, `logits`, `q cross layer 1 head 0` or `v cross layer 1 head 0`"
-
-NEURONS = "mlp_hidden"
-"""Site of neurons, which are senders and receivers."""
 
 _SENDERS = {
     "embed": "resid_pre",
@@ -278,23 +278,24 @@ def find_circuit_edges(
         work.diagnostics.append(NotSupported(span=circuit.source.span, what=what, later=later))
         return None
     before = len(work.diagnostics)
-    saved = None if circuit.source is None else _read_saved(circuit.source, every, work)
+    saved = None if circuit.source is None else _read_saved(circuit.source, work)
     parts = _CircuitParts(work, resolve_features)
+    nodes = _resolve_neurons(circuit, parts, work) if saved is None else saved.neurons
     if circuit.name == spec.EVERY_EDGE:
-        parts.found = dict.fromkeys(every)
+        parts.found = dict.fromkeys(list_edges(shape, nodes) if nodes else every)
     resolved: list[tuple[ast.SiteMap, list[CircuitEdge]]] = []
     given_scores = circuit.placed_scores or (None,) * len(circuit.edges)
     for edge, score in zip(circuit.edges, given_scores, strict=True):
-        resolved.append((edge, _resolve_edge(edge, parts, work)))
+        own = [split_mlps(each, nodes) for each in _resolve_edge(edge, parts, work)]
+        resolved.append((edge, own))
         parts.add(resolved[-1][1], edge.at, score)
     if saved is not None and circuit.source is not None:
         for edge, at in saved.edges:
             place = None if at is None else saved.places[at]
             parts.add([edge], place, saved.scores.get((edge, at)), circuit.source)
-    neurons = _list_neurons(parts.found)
-    features = _list_features(parts)
+    neurons, features = nodes or list_neurons(parts.found), _list_features(parts)
     if neurons or features:
-        _check_nodes(circuit, resolved, neurons, features, work)
+        _check_nodes(circuit, [] if nodes else resolved, neurons, features, work)
     if has_errors(work.diagnostics[before:]):
         return None
     every = list_edges(shape, neurons, features) if neurons or features else every
@@ -395,12 +396,21 @@ def _join_places(listed: Iterable[EdgeAtPlace]) -> PlacedEdges:
     return found
 
 
-def _list_neurons(edges: Collection[CircuitEdge]) -> dict[int, tuple[int, ...]]:
-    """Return the neurons at the ends of edges, by layer."""
+def _resolve_neurons(
+    circuit: spec.Circuit, parts: _CircuitParts, work: ExperimentContext
+) -> dict[int, tuple[int, ...]]:
+    """Return the neurons that `nodes` names, by layer; reports E0207 for other sites."""
     found: dict[int, set[int]] = defaultdict(set)
-    for end in chain.from_iterable(edges):
-        if end.site == NEURONS and end.layer is not None and end.unit is not None:
-            found[end.layer].add(end.unit)
+    for site in circuit.nodes:
+        for point in _resolve_nodes(site, "start", parts, work):
+            if point.site != NEURONS or point.layer is None or point.unit is None:
+                reason = f"has `{label_node(point)}`, and `nodes` are neurons"
+                hint = "name neurons only: `group g = L0N3, L0N97`"
+                name = site.span.written
+                bad = BadArgument(span=site.span, name=name, reason=reason, hint=hint)
+                work.diagnostics.append(bad)
+                return {}
+            found[point.layer].add(point.unit)
     return {layer: tuple(sorted(own)) for layer, own in sorted(found.items())}
 
 
@@ -499,9 +509,7 @@ def _too_many(name: str, count: int, span: Span, noun: str = "neuron") -> BadArg
     return BadArgument(span=span, name=name, reason=reason, hint=hint)
 
 
-def _read_saved(
-    call: ast.Call, every: Sequence[CircuitEdge], work: ExperimentContext
-) -> SavedCircuit | None:
+def _read_saved(call: ast.Call, work: ExperimentContext) -> SavedCircuit | None:
     """Read the edges of `saved("circuit.json", size: 100)`; None after an error."""
     path_node, *_ = (each.value for each in call.arguments if each.name is None)
     sizes = (each.value for each in call.arguments if each.name == "size")
@@ -513,7 +521,8 @@ def _read_saved(
         return None
     try:
         assert size is None or isinstance(size, int)
-        return read_circuit(path, written, size, work.sites.shape, tuple(every))
+        shape = work.sites.shape
+        return read_circuit(path, written, size, shape, lambda own: list_edges(shape, own))
     except UnreadableFile as problem:
         reason, hint = problem.reason, problem.hint
         bad = BadBasis(span=call.span, reason=reason, hint=hint, what="circuit")
@@ -1320,8 +1329,11 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
 
     end = END
 
-    def __init__(self, shape: ModelShape) -> None:
-        self.every = list_edges(shape)
+    def __init__(
+        self, shape: ModelShape, neurons: Mapping[int, tuple[int, ...]] | None = None
+    ) -> None:
+        """Prepare the graph; neurons: as in `list_edges`."""
+        self.every = list_edges(shape, neurons)
         self._nodes: dict[SitePoint, list[SitePoint]] = {END: [END]}
         self._entrances = dict.fromkeys(
             of for of, _ in self.every if of in (EMBEDDING, ENCODER_EMBEDDING)
@@ -1344,6 +1356,9 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         return self._nodes[receiver]
 
     def _list_nodes_of(self, receiver: SitePoint) -> Iterator[SitePoint]:
+        if receiver.site == NEURONS:
+            yield receiver
+            return
         output = _name_output(receiver)
         if receiver.unit is None:
             yield SitePoint(output, receiver.layer, None)
@@ -1380,7 +1395,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         for to, edges in reversed(inputs.items()):
             if level == "edges":
                 yield from (SearchStep(to, (edge,)) for edge in edges)
-            elif to.unit is not None:  # MLPs and the end of the model have one input
+            elif to.site in ("q", "k", "v"):  # all other nodes have one input
                 yield SearchStep(replace(to, unit=None), tuple(edges))
 
 
@@ -1393,7 +1408,7 @@ class PlacedGraph(PathGraph[PlacedEdge, PlacedNode]):
 
     def __init__(
         self,
-        shape: ModelShape,
+        model: EdgeGraph,
         edges: Sequence[PlacedEdge],
         order: PlaceOrder,
         places: Sequence[Sequence[int]] | None = None,
@@ -1401,12 +1416,13 @@ class PlacedGraph(PathGraph[PlacedEdge, PlacedNode]):
         """Link edges.
 
         Args:
+            model: The nodes and edges of the model.
             edges: Senders are in forward order.
             order: That of the groups.
             places: Numbers of the groups at each position; None if each group is a position.
         """
         self.every = edges
-        self._model, self._order = EdgeGraph(shape), order
+        self._model, self._order = model, order
         *self._groups, self._rest = range(len(order.reads_end))
         self._places = [(group,) for group in self._groups] if places is None else places
         self._heads = [of for of in self._model.after if of.site == "z"]
@@ -1625,16 +1641,20 @@ class AskedCircuits:
     """Numbers of the groups at each position of edges; empty for edges at all tokens."""
     order: PlaceOrder | None = None
     """That of the groups."""
+    neurons: Mapping[int, tuple[int, ...]] = field(
+        default_factory=dict[int, tuple[int, ...]], hash=False
+    )
+    """Neurons that are nodes, by layer."""
 
 
 @lru_cache(maxsize=4)
 def _open_graph(asked: AskedCircuits) -> PathGraph[Any, Any]:
     """Return the edges to draw from, which don't depend on the circuit."""
+    model = EdgeGraph(asked.shape, asked.neurons)
     if asked.order is None:
-        return EdgeGraph(asked.shape)
-    every = list_edges(asked.shape)
-    edges = [PlacedEdge(edge, at, "") for edge in every for at in range(len(asked.places))]
-    return PlacedGraph(asked.shape, edges, asked.order, asked.places)
+        return model
+    edges = [PlacedEdge(edge, at, "") for edge in model.every for at in range(len(asked.places))]
+    return PlacedGraph(model, edges, asked.order, asked.places)
 
 
 def ask_circuits(
@@ -1645,7 +1665,7 @@ def ask_circuits(
     circuit, shape, seed = rule.circuit, experiment.model.shape, experiment.seed
     assert circuit is not None
     if not circuit.edge_places:
-        return AskedCircuits(shape, frozenset(own), seed, count)
+        return AskedCircuits(shape, frozenset(own), seed, count, neurons=circuit.neurons)
     order, groups = _group_tokens(experiment, rule, circuit), range(len(circuit.classes))
     places = [
         tuple(group for group in groups if place in circuit.classes[group])
@@ -1656,7 +1676,8 @@ def ask_circuits(
         for edge, at in own.items()
         for place in _list_places(at)
     )
-    return AskedCircuits(shape, edges, seed, count, (*places, tuple(groups)), order)
+    given = (*places, tuple(groups)), order, circuit.neurons
+    return AskedCircuits(shape, edges, seed, count, *given)
 
 
 def _group_tokens(

@@ -1679,9 +1679,9 @@ def label_node(point: SitePoint) -> str:
             return f"embed {SITES[point.site].stack}"
         unit = "" if point.unit is None else f" head {point.unit}"
         return f"{point.site} layer {point.layer}{unit}"
-    if point.site == "mlp_hidden":
-        return f"L{point.layer}N{'*' if point.unit is None else point.unit}"
-    if point.unit is None:
+    if point.site == "mlp_hidden" and point.unit is not None:
+        return f"L{point.layer}N{point.unit}"
+    if point.unit is None:  # an MLP, or its other neurons
         return "embed" if point.site == "resid_pre" else f"L{point.layer}.mlp"
     head = f"L{point.layer}H{point.unit}"
     return head if point.site == "z" else f"{head}.{point.site}"

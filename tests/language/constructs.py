@@ -325,12 +325,12 @@ _file(
     "through the norm before the MLP. In a layer with named neurons, all other neurons are one "
     "node, and the circuit can't also name the MLP (E0334). The bias of such an MLP belongs to no "
     "node. Neurons of one layer with the same ablated incoming edges share one input; each "
-    "further input needs another pass through the first maps of the MLP. `against random(39)` is "
-    "E0630, and `observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take "
-    "such circuits. Neither a `path` nor a rule on the MLP of such a layer can be in one "
-    "experiment with them, and models can't have a norm after the MLP or an MLP of several "
-    "modules (all E0108). Layers of experts have no neurons (E0413). Circuits from `fit(…)` and "
-    "`saved(…)` have none.",
+    "further input needs another pass through the first maps of the MLP. `against random(39)` "
+    "draws edges between the same nodes. `observe overlap`, `observe edge_auroc` and `report "
+    "graph` as `.json` don't take such circuits. Neither a `path` nor a rule on the MLP of such a "
+    "layer can be in one experiment with them, and models can't have a norm after the MLP or an "
+    "MLP of several modules (all E0108). Layers of experts have no neurons (E0413). In a file for "
+    "`saved(…)`, the MLP of such a layer is the node of its other neurons.",
     "tests/rules/test_neuron_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Marks et al. 2024, arXiv 2403.19647",
 )
@@ -906,6 +906,18 @@ _file(
     "E0342, sweeps are E0304; other trainers with several positions are E0108.",
     "tests/pipeline/test_placed_edge_scores.py",
     "Haklay et al. 2025, arXiv 2502.04577",
+)
+_file(
+    "circuit: of neurons that a training scores",
+    "group g = L0N3, L0N5\ncircuit c = fit(eap(size: 2), nodes: g, prompts: fruit, with: zero, "
+    "minimise: loss)",
+    "Each neuron of the group is a node, and the other neurons of its layer are one node, which is "
+    "printed as `L0.mlp`. All edges between these nodes, heads and other MLPs are scored as "
+    "without `nodes`: the scores of all neurons of a layer add up to that of its MLP. Sites that "
+    "aren't neurons, more than 500 neurons, and a group that a training chooses are E0207; a norm "
+    "after the MLP is E0108.",
+    "tests/pipeline/test_neuron_edge_scores.py",
+    "Syed et al. 2023, arXiv 2310.10348; Marks et al. 2024, arXiv 2403.19647",
 )
 _file(
     "circuit: by a search",

@@ -52,7 +52,7 @@ from ..reference.ruled import ruled
 from ..rules.circuits import EMBED, circuit_pass, outputs
 from ..rules.models import WITHOUT_NORMS, double
 from ..rules.support import plain, rows, tokens
-from ..rules.test_ablated_circuits import Case, fills, named, shape_of
+from ..rules.test_ablated_circuits import Case, fills, list_edges_of, list_members, named, shape_of
 from .test_trained_circuits import EDGES_THERE, PAIR, PATCH, PATCHES, differentiable, planted
 from .test_trained_dictionaries import (
     BLOCKS,
@@ -128,35 +128,56 @@ def finish(scoring: EffectScoring, passes: list[int] | None) -> Floats:
 
 
 def module_of(sender: str) -> str:
-    """The module of a sender: all heads of its layer, or the sender itself."""
+    """The module of a sender: all heads or neurons of its layer, or the sender itself."""
+    if "N" in sender:
+        return f"{sender.split('N')[0]}.mlp"
     return sender.split("H")[0] if "H" in sender else sender
 
 
 def reference_products(
-    family: str, row: int, every: Sequence[CircuitEdge], source: str, at: str, call: str
+    family: str,
+    row: int,
+    every: Sequence[CircuitEdge],
+    source: str,
+    at: str,
+    call: str,
+    split: Mapping[int, int] | None = None,
 ) -> Tensor:
-    """[edge, T] scores of one unpadded prompt, at each token."""
+    """[edge, T] scores of one unpadded prompt, at each token.
+
+    Args:
+        split: As in `circuit_pass`. The score of an edge of several neurons is the sum of theirs.
+    """
     word, kind = source.split()[1], call.split("(")[0]
     rules = kind if kind in ("relp", "gim") else ""
     model = ruled(double(family), rules) if rules else double(family)
-    given = fills(family, Case("c", word, at), {})[row]
+    given = fills(family, Case("c", word, at), {}, split or ())[row]
     here = rows("clean")[row]
     there = tokens(here, at)
     ids = list(here.ids)
-    clean = outputs(plain(family, here), stack(family, model))
+    clean = outputs(plain(family, here), stack(family, model), split or ())
     changes: dict[str, Tensor] = {}
     for sender, own in clean.items():
         changes[sender] = torch.zeros_like(own)
         changes[sender][there] = given[sender][there] - own[there]
-    names = [named(edge) for edge in every]
+    names = [[list_members(end, every) for end in edge] for edge in every]
 
     def gradients(moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         leaves = {
             to: torch.zeros_like(clean[EMBED]).requires_grad_()
-            for to in dict.fromkeys(to for _, to in names)
+            for to in dict.fromkeys(to for _, own in names for to in own)
         }
         logits = differentiable(
-            family, model, ids, given, {}, there, moved=moved, added=leaves, rules=rules
+            family,
+            model,
+            ids,
+            given,
+            {},
+            there,
+            moved=moved,
+            added=leaves,
+            rules=rules,
+            split=split,
         )
         found = torch.autograd.grad(loss_by_hand(logits[-1], row), list(leaves.values()))
         return dict(zip(leaves, found, strict=True))
@@ -175,9 +196,11 @@ def reference_products(
         of = {module: gradients(moves(step, steps, {module})) for module in modules}
         if not call.startswith("eap_ig_activations"):
             of = dict.fromkeys(modules, of[EMBED])
-        for number, (sender, to) in enumerate(names):
-            product = changes[sender] * of[module_of(sender)][to]
-            found[number] += product.sum(-1).double() / steps
+        for number, (senders, receivers) in enumerate(names):
+            gradient = of[module_of(senders[0])]
+            change = torch.stack([changes[each] for each in senders]).sum(0)
+            products = change * torch.stack([gradient[each] for each in receivers]).sum(0)
+            found[number] += products.sum(-1).double() / steps
     return found
 
 
@@ -206,17 +229,30 @@ def test_edge_scores_with_changed_derivatives_equal_those_of_changed_modules(
 
 
 def compare_scores(
-    call: str, where: tuple[str, Any], family: str, source: str, tmp_path: Path
+    call: str,
+    where: tuple[str, Any],
+    family: str,
+    source: str,
+    tmp_path: Path,
+    *,
+    group: str = "",
+    split: Mapping[int, int] | None = None,
 ) -> None:
+    """Compare the scores of all edges with those of the reference.
+
+    Args:
+        group: Line of the file with a group `g` of neurons that are nodes.
+        split: Their layers, with the number of neurons.
+    """
     at, side = where
     at = PAIR if source == "with: mean" else at  # rows have different numbers of tokens
-    options = "validation: 0%, batch: 2"
-    path = write(tmp_path, fit(options, call=call, source=source, at=at), PATCHES)
+    options = "validation: 0%, batch: 2" + (", nodes: g" if group else "")
+    path = write(tmp_path, group, fit(options, call=call, source=source, at=at), PATCHES)
     mask, found = open_rows(path, double(family), side)
-    every, ids = found.candidates, found.objective.table.row_ids
+    every, ids = found.edges, found.objective.table.row_ids
     expected = torch.stack(
         [
-            reference_products(family, row, every, source, at or "tokens *", call).sum(-1)
+            reference_products(family, row, every, source, at or "tokens *", call, split).sum(-1)
             for row in ids
         ]
     ).mean(0)
@@ -388,26 +424,48 @@ def linear_model(family: str) -> Any:
 def test_edge_scores_of_linear_families_equal_exact_ablations_within_1e_5(
     call: str, family: str, source: str, tmp_path: Path
 ) -> None:
-    """Each of the edges with the largest scores is ablated in passes of the reference."""
+    compare_exact_effects(call, family, source, tmp_path)
+
+
+def compare_exact_effects(
+    call: str,
+    family: str,
+    source: str,
+    tmp_path: Path,
+    *,
+    group: str = "",
+    split: Mapping[int, int] | None = None,
+) -> None:
+    """Ablate each of some edges with large scores in passes of the reference.
+
+    Args:
+        group: As in `compare_scores`; so is `split`.
+    """
     objective = "maximise: logit(answer)"
-    line = fit("validation: 0%, batch: 2", call=call, source=source, objective=objective)
+    options = "validation: 0%, batch: 2" + (", nodes: g" if group else "")
+    line = fit(options, call=call, source=source, objective=objective)
     model = linear_model(family)
-    mask, found = open_rows(write(tmp_path, line, PATCHES), model)
+    mask, found = open_rows(write(tmp_path, group, line, PATCHES), model)
     scores, parts = score(mask, found), stack(family, model)
-    chosen = np.argsort(-np.abs(scores))[[*range(0, 40, 4)]].tolist()
+    every = np.argsort(-np.abs(scores)).tolist()
+    chosen = every[:40:4]
+    if group:
+        ends = [label_candidates((found.candidates[n],)) for n in every]
+        chosen += [n for n, text in zip(every, ends, strict=True) if "N" in text][:12:2]
+        chosen += [n for n, text in zip(every, ends, strict=True) if "L0.mlp" in text][:4:2]
     effects = np.zeros(len(chosen))
     for row in found.objective.table.row_ids:
         own, ids = rows("other")[row].ids, rows("clean")[row].ids
-        given = outputs(forward(family, model, own), parts)
+        given = outputs(forward(family, model, own), parts, split or ())
         if source == "with: zero":
             given = {sender: torch.zeros_like(value) for sender, value in given.items()}
 
         def logit(*ablated: tuple[str, str], given: Any = given, ids: Any = ids, row: int = row):
-            logits = circuit_pass(family, model, ids, given, ablated, range(len(ids)))
+            logits = circuit_pass(family, model, ids, given, ablated, range(len(ids)), split=split)
             return float(logits[-1, token(ROWS[row]["a"])])
 
         base = logit()
-        effects += [logit(named(found.candidates[n])) - base for n in chosen]
+        effects += [logit(*list_edges_of(found.edges[n], found.edges)) - base for n in chosen]
     effects /= len(found.objective.table.row_ids)
     assert np.abs(effects).max() > 0.1
     np.testing.assert_allclose(scores[chosen], effects, atol=1e-5)

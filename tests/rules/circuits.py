@@ -65,6 +65,7 @@ def mlp_nodes(layer: int, features: Features) -> list[str]:
     return [*features.names, mlp(layer)]
 
 
+@torch.no_grad()
 def neuron_weights(parts: Stack, layer: int, count: int) -> tuple[Tensor, Tensor]:
     """What each neuron adds to the stream per unit of activation, [neuron, d_model], and the bias
     of the MLP, [d_model]."""
@@ -219,11 +220,11 @@ def circuit_pass(
         x = x + (0 if bias is None else bias)
         mlp_input = torch.cat(list(map(seen_by, nodes))) if mlp_input is None else mlp_input
         if split and layer in split:
-            hidden = parts.neurons(block, second(mlp_input))
-            assert hidden is not None
+            hidden = _activations(parts, block, second(mlp_input), rules)
             weights, bias = neuron_weights(parts, layer, len(nodes))
             for n, name in enumerate(nodes):
-                given[name] = taken(name, hidden[n, :, n, None] * weights[n])
+                own = hidden[n, :, n, None] * weights[n]
+                given[name] = taken(name, own + moves.get(name, 0))
             x = x + sum(given[name] for name in nodes) + bias
             continue
         if own is not None:
@@ -245,6 +246,16 @@ def circuit_pass(
         given[mlp(layer)] = taken(mlp(layer), given[mlp(layer)] + moves.get(mlp(layer), 0))
         x = x + given[mlp(layer)]
     return parts.unembed(parts.final(seen_by(LOGITS)))[0]
+
+
+def _activations(parts: Stack, block: Any, x: Tensor, rules: str) -> Tensor:
+    """[copies, T, neurons]; with the derivatives of `ruled`, which replaces whole gated MLPs."""
+    if rules and hasattr(block.mlp, "gate_proj"):
+        gate, up = block.mlp.act_fn(block.mlp.gate_proj(x)), block.mlp.up_proj(x)
+        return (gate * up.detach() + gate.detach() * up) / 2
+    hidden = parts.neurons(block, x)
+    assert hidden is not None
+    return hidden
 
 
 def _attended(parts: Stack, layer: int, q: Tensor, k: Tensor, v: Tensor, rules: str = "") -> Tensor:

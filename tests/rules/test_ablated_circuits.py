@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,8 @@ from mechdsl.planner.cost import PanelCount
 from mechdsl.planner.passes import plan_cost
 from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
 from mechdsl.resolve.circuits import (
+    EMBEDDING,
+    END,
     RECEIVER_WORDS,
     SENDER_WORDS,
     AskedCircuits,
@@ -34,7 +36,7 @@ from mechdsl.resolve.circuits import (
     list_edges,
 )
 from mechdsl.resolve.sites import label_node
-from mechdsl.resolve.types import CircuitEdge
+from mechdsl.resolve.types import CircuitEdge, SitePoint
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.store.store import Store
 from mechdsl.vocab.effects import EFFECTS
@@ -43,7 +45,7 @@ from ..execute import support as of_files
 from ..execute.support import MODES, shared
 from ..quick import in_turn
 from ..reference.forward import stack
-from .circuits import EMBED, LOGITS, Features, circuit_pass, head, mlp, outputs, reads
+from .circuits import EMBED, LOGITS, Features, circuit_pass, head, mlp, neuron, outputs, reads
 from .models import WITHOUT_NORMS, bare, double
 from .support import (
     DIFFERENCE,
@@ -520,6 +522,24 @@ def named(edge: CircuitEdge) -> tuple[str, str]:
     return sender, label_node(to)
 
 
+D_MLP = shape_of("llama").d_mlp
+"""Neurons of a layer, in all families."""
+
+
+def list_members(end: SitePoint, every: Sequence[CircuitEdge]) -> list[str]:
+    """One end of an edge in the reference: its name, or those of all neurons of its node."""
+    if end.site == "mlp_hidden" and end.unit is None:
+        own = {each.unit for edge in every for each in edge if replace(each, unit=None) == end}
+        return [neuron(end.layer or 0, n) for n in range(D_MLP) if n not in own]
+    return [EMBED if end == EMBEDDING else label_node(end)]
+
+
+def list_edges_of(edge: CircuitEdge, every: Sequence[CircuitEdge]) -> list[tuple[str, str]]:
+    """An edge in the reference: one, or those of all neurons of its nodes."""
+    of, to = (list_members(end, every) for end in edge)
+    return [*product(of, to)]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_edges_are_all_pairs_of_a_sender_and_a_later_receiver(name: str) -> None:
     assert {named(edge) for edge in list_edges(shape_of(name))} == edges(name)[2]
@@ -579,6 +599,18 @@ def leads(receiver: str, sender: str, shared: int) -> bool:
         return sender == (receiver if letter == "mlp" else node)
     (layer, number), (at, n) = node.split("H"), sender.split("H")
     return at == layer and int(n) // shared == int(number)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.95])
+def test_random_circuits_may_have_most_edges_of_the_model(share: float) -> None:
+    graph = EdgeGraph(shape_of("llama"))
+    ends = [edge for edge in graph.every if EMBEDDING in edge or END in edge]
+    others = [edge for edge in graph.every if edge not in ends]
+    circuit = [*ends, *others[: round(share * len(graph.every)) - len(ends)]]
+    assert graph.covers(circuit)
+    found = CircuitDraws(graph, circuit, 0).draws(8)
+    assert [len(own) for own in found] == [len(circuit)] * 8
+    assert all(graph.covers(own) for own in found)
 
 
 def test_the_control_ablates_random_circuits_of_the_same_size(data: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mechdsl
+from mechdsl.base import limits
 from mechdsl.resolve.circuits import list_edges
 from mechdsl.resolve.types import SitePoint
 from mechdsl.results.experiment_result import ExperimentResult
@@ -84,6 +85,17 @@ def test_circuit_file_formats_equal_the_listed_edges(data: Path, family: str) ->
         made = found.conventions["circuit c"]
         assert made.startswith(f"5 of {len(list_edges(shape_of(family)))} edges, those in the ")
         assert f"of {name}.json, SHA-256 " in made
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_file_with_neurons_equals_the_listed_edges(data: Path, family: str) -> None:
+    written = ["embed -> L0N3", "L0N3 -> L1H0.q", "L0N5 -> logits", "embed -> L1.mlp"]
+    (data / "neurons.json").write_text(json.dumps({"edges": written}), "utf-8")
+    found = values(data, family, 'saved("neurons.json")')
+    expected = values(data, family, ", ".join(written))
+    np.testing.assert_allclose(found.measures[0].patched, expected.measures[0].patched, atol=1e-6)
+    key = "neurons of circuits"
+    assert found.conventions[key] == expected.conventions[key]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -193,6 +205,14 @@ WRONG_FILES: dict[str, tuple[object, str]] = {
     "layer": ({"edges": ["a3.h0->logits"]}, "and the model has 3 layers"),
     "head": ({"edges": ["a0.h4->logits"]}, "and layer 0 has 4 heads"),
     "key head": ({"edges": ["embed -> L1H2.k"]}, "and layer 1 has 2 key heads"),
+    "neuron": ({"edges": ["L0N900 -> logits"]}, "and layer 0 has 28 neurons"),
+    "neurons of a layer": (
+        {"edges": ["L0N3 -> L0.mlp"]}, "but the receiver reads before or at the sender",
+    ),
+    "many neurons": (
+        {"edges": [f"L{layer}N{n} -> logits" for layer in range(2) for n in range(14)]},
+        "names 28 neurons, and at most 20 can be nodes",
+    ),
     "component": ({"edges": ["b0->logits"]}, "and `b0` isn't a component"),
     "no edge": ({"edges": ["a0.h1"]}, "which isn't an edge"),
     "no input": ({"edges": ["input->a1.h1"]}, "and `a1.h1` has three inputs: q, k and v"),
@@ -217,7 +237,10 @@ WRONG_FILES: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG_FILES)
-def test_circuit_file_that_does_not_match_the_model_is_an_error(data: Path, name: str) -> None:
+def test_circuit_file_that_does_not_match_the_model_is_an_error(
+    data: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "CIRCUIT_NEURONS", 20)
     content, reason = WRONG_FILES[name]
     (data / "wrong.json").write_text(json.dumps(content), "utf-8")
     said = problem(data, 'saved("wrong.json")')

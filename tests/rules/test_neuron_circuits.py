@@ -16,6 +16,8 @@ from mechdsl.base import limits
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks.batch import CircuitWrite
 from mechdsl.forward.hooks.settled import CircuitSettler
+from mechdsl.resolve.circuits import CircuitDraws, EdgeGraph
+from mechdsl.resolve.sites import label_candidates
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 from mechdsl.vocab.effects import EFFECTS
@@ -49,6 +51,7 @@ from .test_ablated_circuits import (
     fills,
     find_donors,
     key_heads,
+    list_edges_of,
     shape_of,
 )
 
@@ -322,6 +325,35 @@ def test_edges_of_neurons_may_have_positions(data: Path, name: str, mode: str) -
             assert found[f"x{key}"].measures[0].patched[0, n] == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.parametrize(("name", "rule"), in_turn(("llama", "gpt2"), ("c", "all but c")))
+def test_random_circuits_carry_the_fill_of_neuron_circuits(
+    data: Path, name: str, rule: str
+) -> None:
+    """Each draw is one of `CircuitDraws`, whose edges the reference ablates."""
+    lines = "from other into clean", f"ablate {rule} at tokens * with other", "against random(3)"
+    found = run_file(CIRCUIT + experiment("e", *lines), data, name, "planned", precise=True)["e"]
+    written = [("embed", "L0N3"), ("L0N3", "L1N2"), ("L1N2", LOGITS), ("L0N5", "L1H0.v")]
+    graph = EdgeGraph(shape_of(name), {0: (3, 5), 1: (2,)})
+    label = {label_candidates((edge,)): edge for edge in graph.every}
+    circuit = [label[f"{of} -> {to}"] for of, to in written]
+    given, effects = fills(name, Case("", "other"), {}, split(name)), list[float]()
+    for drawn in CircuitDraws(graph, circuit, 0).draws(3):
+        own = {each for edge in drawn for each in list_edges_of(edge, graph.every)}
+        ablated = every_edge(name) - own if rule != "c" else own
+        values = [
+            circuit_pass(
+                name, double(name), row.ids, fill, ablated, range(len(row.ids)), split=split(name)
+            )
+            for row, fill in zip(rows(), given, strict=True)
+        ]
+        patched = [difference(each, r) for each, r in zip(values, records(), strict=True)]
+        effects.append(float(np.mean(patched - unpatched(name))))
+    band = found.control(0)
+    assert band is not None
+    assert (band.low[0], band.high[0]) == pytest.approx((min(effects), max(effects)), abs=1e-6)
+    assert found.conventions["controls"].startswith("random circuits, 3 draws, seed 0; of 4 edges")
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
 @pytest.mark.parametrize("rule", ["all but c", "c"])
 def test_plan_counts_neurons_of_each_distinct_input(
@@ -366,18 +398,12 @@ def test_more_neurons_than_the_limit_are_an_error(
 
 def test_what_neuron_circuits_do_not_support_is_an_error(data: Path) -> None:
     rule = "ablate c at tokens * with zero"
-    random = CIRCUIT + experiment("e", rule, "against random(3)")
-    assert codes(random, data) == ["E0630"]
     text = CIRCUIT + "circuit d = embed -> logits\n"
     for first, second in ("cd", "dc"):
         observed = f"observe overlap {first} with {second}"
         assert codes(text + f"experiment e {{ {observed} }}\n", data) == ["E0108"]
     drawn = experiment("e", rule, 'report graph to "c.json"')
     assert "E0108" in codes(CIRCUIT + drawn, data)
-    alone = experiment("e", rule)
-    assert run_file(CIRCUIT + alone, data, "gpt2", "plain")["e"].conventions["controls"] == (
-        "none: random circuits aren't drawn for a circuit with neurons"
-    )
 
 
 UNSUPPORTED = {

@@ -47,7 +47,7 @@ from mechdsl.planner.rows import (
     point_units,
 )
 from mechdsl.resolve.bases import CoordinateChange
-from mechdsl.resolve.types import SiteLayer, SitePoint
+from mechdsl.resolve.types import CircuitTargets, SiteLayer, SitePoint
 from mechdsl.vocab.sites import SITES, write_order
 
 
@@ -150,10 +150,7 @@ class RuleInputs:
         found = self.edges.get(key)
         if found is None:
             assert rule.rule.circuit is not None
-            others = {
-                layer: tuple(sorted({*range(unit_count(shape, "mlp_hidden", layer))} - {*own}))
-                for layer, own in rule.rule.circuit.neurons.items()
-            }
+            others = list_other_neurons(rule.rule.circuit, shape)
             features = split_outputs(rule, self.directions)
             found = _tabulate(*rule.edge_ends[number][of_class], others, features)
             self.edges[key] = found
@@ -677,16 +674,24 @@ def group_senders(
     """
     places = {(sender.site, sender.layer) for sender in senders}
     for place in sorted(places, key=lambda place: write_order(*place)):
-        own = {_number_unit(s, features) for s in senders if (s.site, s.layer) == place}
+        own = {number_unit(s, features) for s in senders if (s.site, s.layer) == place}
         rest = (OTHERS,) if OTHERS in own and place[0] == "mlp_out" else ()
         yield place, (*sorted(own - {OTHERS}), *rest)
 
 
-def _number_unit(node: SitePoint, features: Mapping[int, FeatureSplit]) -> int:
+def number_unit(node: SitePoint, features: Mapping[int, FeatureSplit]) -> int:
     """Return the number of a head, neuron or feature, 0 for whole vectors, or `OTHERS`."""
     is_split = node.site in ("mlp_out", "mlp_norm") and node.layer in features
     is_several = node.unit is None and (is_split or node.site == "mlp_hidden")
     return OTHERS if is_several else node.unit or 0
+
+
+def list_other_neurons(circuit: CircuitTargets, shape: ModelShape) -> dict[int, tuple[int, ...]]:
+    """Return the neurons that are one node of a circuit together, by layer."""
+    return {
+        layer: tuple(sorted({*range(unit_count(shape, "mlp_hidden", layer))} - {*own}))
+        for layer, own in circuit.neurons.items()
+    }
 
 
 def _fill_features(
@@ -752,12 +757,12 @@ def _tabulate(
     nodes = ((*p, unit) for p, own, rest in places for unit in (*own, *[OTHERS][: len(rest)]))
     columns = {where: n for n, where in enumerate(nodes)}
     column = np.array(
-        [columns[of.site, of.layer, _number_unit(of, features)] for of in senders.points]
+        [columns[of.site, of.layer, number_unit(of, features)] for of in senders.points]
     )
     mask = torch.zeros(len(receivers.points), len(columns))
     mask[receivers.of_edge, column[senders.of_edge]] = 1
     ends = tuple(
-        (SiteRead(to.site, to.layer), _number_unit(to, features)) for to in receivers.points
+        (SiteRead(to.site, to.layer), number_unit(to, features)) for to in receivers.points
     )
     return EdgeTable(places, ends, mask, others, features)
 

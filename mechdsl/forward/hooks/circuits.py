@@ -88,6 +88,9 @@ other senders."""
 _IN_THE_STREAM = ("resid_pre", "attn_out", "mixer_out", "resid_mid", "resid_post")
 """Sites whose writes change the stream, but no sender."""
 
+_NEURON_NUMBERS = 1 << 23
+"""Number of activations of neurons that are differentiated together."""
+
 _REPLACED = -1
 """Number of the input of a projection whose output isn't used."""
 
@@ -411,6 +414,15 @@ def _take(tensor: Tensor, index: Sequence[int], dim: int = 0) -> Tensor:
     return tensor.index_select(dim, to_device(torch.tensor(index), tensor.device))
 
 
+def _select_units(vectors: Tensor, units: Sequence[Sequence[int]]) -> Tensor:
+    """Return [selection, K, unit, width]: [K, unit, width] with 0 for all but some units."""
+    found = vectors.new_zeros(len(units), *vectors.shape)
+    for own, selected in zip(found, units, strict=True):
+        there = to_device(torch.tensor(selected), own.device)
+        own[:, there] = vectors[:, there]
+    return found
+
+
 def open_circuit(
     model: LoadedModel,
     frame: TokenFrame,
@@ -688,6 +700,53 @@ class CircuitHooks(ABC):
         Args:
             rows: The numbers of the receivers among them.
         """
+
+    def _stream_of_neurons(
+        self, layer: int, norm: str | None, value: Tensor
+    ) -> tuple[str | None, Tensor]:
+        """Return the path of the norm between the stream and an MLP, and [K, d_model] the stream.
+
+        Args:
+            norm: Path of the norm whose output `value` is; None if `value` is the stream.
+            value: [B, T, d_model]
+        """
+        if norm is None:
+            return (None if self._sums else self._mlp_norm(layer)), self._at(value)
+        assert self._stream is not None
+        self._check_input(self._normed(norm, self._stream, value), value)
+        return norm, self._stream
+
+    def _compute_neurons(self, layer: int, vectors: Tensor) -> Tensor:
+        """Return [input, K, …]: what the last map of an MLP reads.
+
+        Args:
+            vectors: [input, K, d_model]
+        """
+        block, found = self.model.anatomy.blocks[layer], list[Tensor]()
+        assert block.down is not None
+        mlp, down = (self.model.module.get_submodule(each) for each in (block.mlp[0], block.down))
+
+        def keep(hidden: Tensor) -> Tensor:
+            found.append(hidden)
+            return hidden.new_zeros(*hidden.shape[:-1], self.model.shape.d_model)
+
+        with suspend_hooks(mlp), replace_forward(down, keep):
+            mlp(vectors)
+        (hidden,) = found
+        return hidden.view(*vectors.shape[:2], -1)
+
+    def _check_neurons(self, computed: Tensor, given: Tensor) -> None:
+        """Check that neurons are functions of the MLP's input.
+
+        Args:
+            computed: [K, …] from the input of the pass.
+            given: [K, …] in the pass.
+
+        Raises:
+            WriteMismatch: They aren't.
+        """
+        if (computed - given).abs().amax() > _SAME_INPUT * given.abs().amax():
+            raise WriteMismatch("neurons of a circuit aren't functions of the MLP's input")
 
     def _whole(self, where: SiteRead, row: int) -> CircuitStep:
         """Add a step at the input of an MLP or of the end of the model."""
@@ -1099,12 +1158,7 @@ class _WriteHooks(CircuitHooks):
         normed: list[Tensor] = []
 
         def read(norm: str | None, value: Tensor) -> Tensor:
-            stream = self._at(value) if norm is None else self._stream
-            assert stream is not None
-            if norm is not None:
-                self._check_input(self._normed(norm, stream, value), value)
-            elif not self._sums:
-                norm = self._mlp_norm(layer)
+            norm, stream = self._stream_of_neurons(layer, norm, value)
             normed[:] = [self._normed(norm, self._inputs(inputs.mask, stream, where), value)]
             return value
 
@@ -1208,38 +1262,6 @@ class _WriteHooks(CircuitHooks):
     def _list_neurons(self, layer: int, unit: int) -> Sequence[int]:
         return self._others[layer] if unit == OTHERS else (unit,)
 
-    def _compute_neurons(self, layer: int, vectors: Tensor) -> Tensor:
-        """Return [input, K, …]: what the last map of an MLP reads.
-
-        Args:
-            vectors: [input, K, d_model]
-        """
-        block, found = self.model.anatomy.blocks[layer], list[Tensor]()
-        assert block.down is not None
-        mlp, down = (self.model.module.get_submodule(each) for each in (block.mlp[0], block.down))
-
-        def keep(hidden: Tensor) -> Tensor:
-            found.append(hidden)
-            return hidden.new_zeros(*hidden.shape[:-1], self.model.shape.d_model)
-
-        with suspend_hooks(mlp), replace_forward(down, keep):
-            mlp(vectors)
-        (hidden,) = found
-        return hidden.view(*vectors.shape[:2], -1)
-
-    def _check_neurons(self, computed: Tensor, given: Tensor) -> None:
-        """Check that neurons are functions of the MLP's input.
-
-        Args:
-            computed: [K, …] from the input of the pass.
-            given: [K, …] in the pass.
-
-        Raises:
-            WriteMismatch: They aren't.
-        """
-        if (computed - given).abs().amax() > _SAME_INPUT * given.abs().amax():
-            raise WriteMismatch("neurons of a circuit aren't functions of the MLP's input")
-
     def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
         if norm is None:
             return self._put(value, self._input(row, self._at(value)))
@@ -1271,7 +1293,7 @@ class _ReadHooks(CircuitHooks):
         super().__init__(model, frame, read)
         self._read = read
         if read.changes is None:
-            size = sum(len(each.units) for each in read.fills), len(read.rows), self._shape.d_model
+            size = sum(each.count for each in read.fills), len(read.rows), self._shape.d_model
             dtype = torch.promote_types(model.dtype, torch.float32)
             read.changes = torch.empty(size, dtype=dtype, device=model.device)
         else:
@@ -1292,8 +1314,11 @@ class _ReadHooks(CircuitHooks):
             stream = self._normed(each.norm, sums[-1], self._like)
         for each, added in reversed([*zip(self._sums, sums, strict=False)]):
             gradient = self._before_norm(each.norm, added, gradient, self._like)
-            if each.senders in self._senders:
-                yield self._senders[each.senders], gradient
+            where = each.senders
+            if where.site == "mlp_out" and where not in self._senders:
+                where = SiteRead("mlp_hidden", where.layer)
+            if where in self._senders:
+                yield self._senders[where], gradient
         first = SiteRead("resid_pre", 0, self._stack)
         yield self._senders.get(first, slice(0, 0)), gradient
 
@@ -1310,8 +1335,49 @@ class _ReadHooks(CircuitHooks):
         """Keep nothing: what receivers read is the stream itself."""
 
     def _neurons(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
-        """Raise WriteMismatch: no training chooses from edges of neurons."""
-        raise WriteMismatch("gradients by the inputs of neurons aren't read")
+        """Yield a step that keeps the stream before an MLP, and one that differentiates by the
+        activations of its neurons."""
+        layer = where.layer
+        assert layer is not None
+        tap = self.model.tap("mlp_hidden", layer)
+        others = next(fill.others for fill in self._read.fills if fill.where == where)
+        named = [self._receivers[row][1] for row in rows]
+        units = [others if unit == OTHERS else (unit,) for unit in named]
+        seen: list[tuple[str | None, Tensor]] = []
+
+        def read(norm: str | None, value: Tensor) -> Tensor:
+            norm, stream = self._stream_of_neurons(layer, norm, value.detach())
+            seen[:] = [(norm, stream.detach())]
+            return value
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            (norm, stream), like = seen.pop(), value.detach()
+            first = self._normed(norm, stream[:1], like).to(like)
+            first = view_layout(self._compute_neurons(layer, first[None]), tap.layout)[0]
+            self._check_neurons(first, self._at(view_layout(like, tap.layout))[:1])
+            like = like.new_empty(0)
+
+            def differentiate(own: Tensor, part: Sequence[Sequence[int]]) -> Tensor:
+                with torch.enable_grad():
+                    inputs = stream.expand(len(part), *stream.shape).clone().requires_grad_()
+                    normed = self._normed(norm, inputs, like).to(like)
+                    hidden = view_layout(self._compute_neurons(layer, normed), tap.layout)
+                    given = _select_units(own, part).to(hidden)
+                    (found,) = torch.autograd.grad(hidden, inputs, given)
+                return found
+
+            def to_stream(gradient: Tensor) -> Tensor:
+                own = self._at(view_layout(gradient, tap.layout))
+                size = max(1, _NEURON_NUMBERS // own.numel())
+                parts = (units[first : first + size] for first in range(0, len(units), size))
+                return torch.cat([differentiate(own, part) for part in parts])
+
+            self._read.taps.append(EdgeTap(value, rows, to_stream, len(self._outputs) - 1))
+            return value.clone()
+
+        yield self._entrance(layer, read)
+        order = (layer, SITES["mlp_hidden"].order - _EARLIER)
+        yield self._add((tap.path, tap.side, tap.item), order, step)
 
     def _split_mlp(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
         """Raise WriteMismatch: no training chooses from edges of features."""
@@ -1404,7 +1470,7 @@ def compute_edge_scores(total: Tensor, read: CircuitRead, senders: slice) -> Ten
     found = total.new_zeros(size, dtype=torch.float64)
     for tap, gradient in zip(read.taps, gradients, strict=True):
         receiver, _ = read.receivers[tap.receivers[0]]
-        before = [len(fill.units) for fill in read.fills if _is_before(fill.where, receiver)]
+        before = [fill.count for fill in read.fills if _is_before(fill.where, receiver)]
         due = range(sum(before))[senders]
         if not due:
             continue
