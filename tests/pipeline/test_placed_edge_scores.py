@@ -349,7 +349,7 @@ MISTAKES = {
     "coarse": ("cue token, last token", "coarse_to_fine(threshold: 0.1)", "E0108", "join them"),
     "mask": ("cue token, last token", "mask(size: 3)", "E0108", "join them"),
     "answer": ("cue token, tokens * and answer", "eap(size: 3)", "E0342", "not of the answer"),
-    "size": ("cue token, last token", "eap(size: 20000)", "E0342", "20,000 of"),
+    "size": ("cue token, last token", "eap(size: 20000)", "E0342", "`size` is 20,000"),
 }
 
 

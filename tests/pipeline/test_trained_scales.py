@@ -270,7 +270,7 @@ USES: dict[str, tuple[str, str]] = {
     "unit": (f"scale {HEAD} at last token by unit(s)", "no direction of a sum"),
     "sum": (f"scale {HEAD} at last token by s - s", "no direction of a sum"),
     "basis": (f"ablate {HEAD} in basis b at last token with mean", "is no direction"),
-    "width": ("scale resid_post layer 1 at last token by s", "it has 6 numbers"),
+    "width": ("scale resid_post layer 1 at last token by s", "its width is 6"),
     "pattern": ("scale pattern layer 1 head 2 at last token by s", "has no vectors"),
     "neurons": ("scale mlp_hidden layer 1 neuron 3 at last token by s", "has no vectors"),
     "coordinates": (f"scale {HEAD} in basis c at last token by s", "act on coordinates"),
