@@ -91,6 +91,8 @@ class UnsupportedProcessor(Exception):
     """An unsupported processor; its text is the reason in lower case, `hint` the fix."""
 
     hint = ""
+    what = ""
+    """What it can't prepare, such as `videos`; empty: images or sounds, as the model reads."""
 
 
 class TilingProcessor(UnsupportedProcessor):

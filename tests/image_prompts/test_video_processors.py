@@ -540,7 +540,9 @@ def test_pictures_that_a_processor_does_not_prepare_together_report_e0459(
     _, problems = try_file(experiment("e", RULE.format("last token")), name, block=block)
     [error] = [each for each in problems if each.severity == "error"]
     assert error.code == "E0459"
-    assert told in render_full([error], color=False, width=1000)
+    shown = render_full([error], color=False, width=1000)
+    assert told in shown
+    assert ("the videos of prompts" in shown) == ("videos of different" in told)
 
 
 def test_frames_of_different_sizes_are_rejected() -> None:

@@ -532,7 +532,7 @@ class ImagePromptTokenizer(TextTokenizer):
         if written != self._join(each):
             if len({own[2] for own in each if len(own) == 3}) > 1:
                 raise _different_frames()
-            raise UnsupportedProcessor("it prepares several images in a prompt in another way")
+            raise _prepared_otherwise(each)
         self._joint_sizes.add(each)
 
     def _write_joined(self, extents: Sequence[tuple[int, ...]]) -> list[int]:
@@ -727,6 +727,17 @@ def _different_frames() -> UnsupportedProcessor:
         "it can't prepare videos of different numbers of frames in one prompt"
     )
     unfit.hint = "give all videos of a prompt the same number of frames"
+    unfit.what = "videos"
+    return unfit
+
+
+def _prepared_otherwise(extents: Sequence[tuple[int, ...]]) -> UnsupportedProcessor:
+    """Return the error of a processor that gives several pictures other tokens than each alone."""
+    names = {2: "images", 3: "videos"}
+    what = " and ".join(sorted({names[len(own)] for own in extents}))
+    unfit = UnsupportedProcessor(f"it prepares several {what} in a prompt in another way")
+    unfit.hint = "write one image or video in the template"
+    unfit.what = what
     return unfit
 
 
@@ -945,6 +956,6 @@ def report_unprepared(
     unfit: UnsupportedProcessor, model: str, span: Span | None, *, sounds: bool = False
 ) -> Diagnostic:
     """Return E0459 for images or sounds that a processor can't prepare."""
-    what = "sounds" if sounds else "images"
+    what = unfit.what or ("sounds" if sounds else "images")
     found = UnpreparedImages(span=span, model=model, reason=str(unfit), what=what)
     return replace(found, hint=unfit.hint) if unfit.hint else found
