@@ -464,6 +464,11 @@ class CircuitHooks(ABC):
         """A tensor of the precision and device of the stream, if norms follow sums."""
         self._due = self._done = 0
 
+    @property
+    def stack(self) -> str:
+        """The stack whose stream its edges are in."""
+        return self._stack
+
     def check(self, *, stopped: bool) -> None:
         """Check that each step ran once. Raises WriteMismatch."""
         if not stopped and self._done != self._due:
@@ -1508,6 +1513,5 @@ def _find_sublayer(where: SiteRead) -> tuple[float, int]:
 
 
 def _rank(where: SiteRead) -> tuple[int, int]:
-    """Return the order of a site in a pass."""
-    site = f"{where.site} {where.stack}" if where.stack else where.site
-    return write_order(site, where.layer)
+    """Return the order of a site among the steps at its module, as that of its writes."""
+    return write_order(where.site, where.layer)

@@ -893,9 +893,10 @@ class SiteHooks:
 
     def skip_encoder(self, batch: Batch) -> Batch:
         """Return the batch with vectors that the encoder of an encoder-decoder computed before,
-        unless there are reads or writes in the encoder."""
+        unless there are reads, writes or edges of circuits in the encoder."""
         places = (*self._reads, *(write.where for write in self._writes))
         stacks = {*(place.stack for place in places), *(stack for stack, _ in self.within)}
+        stacks.update(circuit.stack for circuit in self._circuits)
         return batch if "encoder" in stacks else with_encoded(self.model, batch)
 
     def begin(self) -> None:
