@@ -502,17 +502,18 @@ def _check_mask(call: ast.Call, what: Statement, parts: Definitions, scope: Name
         return not has_errors(scope.diagnostics[before:])
     chosen, example = _MASKS[what]
     reason = f"`{call.span.written}` doesn't choose {chosen}"
-    hint = f"list {chosen}, or train a mask: {example}"
+    otherwise = f"list {chosen}, or train a mask: {example}, or read "
     if what == "circuit":
-        hint += f", or read a file: `{CIRCUIT_EXAMPLE}`"
+        otherwise += f"a file: `{CIRCUIT_EXAMPLE}`"
     else:
-        hint += f", or read features from a graph: `{GROUP_EXAMPLE}`"
+        otherwise += f"features from a graph: `{GROUP_EXAMPLE}`"
+    hint = did_you_mean(call.name, ("fit", "saved"), otherwise)
     scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
     return False
 
 
 def _place_problem(site: ast.Site) -> tuple[ast.Node, str, str] | None:
-    """Return the problem with the site at which a mask chooses positions."""
+    """Return the problem with the site at which positions are chosen."""
     several = any(axis.plural and len(axis.values) > 1 for axis in site.axes)
     several = several or any(
         not isinstance(value, ast.AxisRange) or value.high is not None or axis.window is not None
@@ -521,23 +522,23 @@ def _place_problem(site: ast.Site) -> tuple[ast.Node, str, str] | None:
     )
     if not (several or site.ranked or site.basis_name is not None):
         return None
-    reason = "a mask chooses sites at one position, or positions at one site"
+    reason = "a group has sites at one position, or positions at one site"
     hint = "name one vector, such as `resid_post layer 2`; or join the positions: `{A, B}`"
     return site, reason, hint
 
 
 def _candidate_problem(site: ast.Site) -> tuple[ast.Node, str, str] | None:
-    """Return the problem with what a mask chooses from: the node, the reason and a hint."""
+    """Return the problem with what a group is chosen from: the node, the reason and a hint."""
     whole = site.basis_name is not None and site.coordinates is None
     picked = any(isinstance(v, ast.RankedSelection) for axis in site.axes for v in axis.values)
     if site.short or site.ranked or not site.axes or whole or picked:
-        reason = "a mask chooses layers, heads, neurons, features or dimensions, which axes name"
+        reason = "a group has layers, heads, neurons, features or dimensions, which axes name"
         hint = "write `layers * heads *`, `features * of f`, or `resid_post layer 2 dims *`"
         return site, reason, hint
     for axis in site.axes:
         several = axis is site.coordinates or isinstance(axis.values[0], ast.Star)
         if axis.window is not None or (several and not axis.plural):
-            reason = "a mask chooses from sites that it writes together"
+            reason = "a group is chosen from sites that are written together"
             return axis, reason, "write the plural, without `window`: `layers * heads *`"
     return None
 
@@ -861,7 +862,8 @@ def _objective_problem(call: ast.Call, trainer: Trainer, what: str) -> BadArgume
         hint, span = "write `with: zero` or `with: mean`", fill.span
     elif fill is None and source is None and trainer.declares != "direction":
         reason = f"with `{trainer.name}` needs `from: …`, the run whose vectors come in"
-        reason += ", or `with: zero`" if isinstance(trainer, ChoosingTrainer) else ""
+        if isinstance(trainer, ChoosingTrainer):
+            reason += ", `with: zero` or `with: mean`"
     elif trainer.any_run and source is not None:
         reason = f"with `{trainer.name}` has no `from`"
         hint = "name the run with the tokens: `prompts: longer of fruit.train`"

@@ -954,6 +954,7 @@ def _report_wrong_end(site: ast.Site, verb: str, wrong: str, shape: ModelShape) 
     if verb == "end":
         reason = "it isn't an input that reads the stream separately"
     written = site.span.written if is_head and site.short is not None else "L1H0"
+    written = written.removesuffix(".z").removesuffix(".head_out")
     hint = f"write one of its inputs: `{written}.q`, `{written}.k` or `{written}.v`"
     if not is_head:
         hint = f"write one of {SENDER_WORDS if verb == 'start' else RECEIVER_WORDS}"

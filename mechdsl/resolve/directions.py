@@ -1102,6 +1102,9 @@ def _family(
             return resolve_unfitted_family(node, within, work)
         case ast.Negative() | ast.Binary():
             return _arithmetic(node, work, within)
+        case ast.Number(value=value):
+            hint = f"write a direction, as in `{value} * d`; `set SITE to {value}` takes a number"
+            raise DirectionError(node, "a number is no direction", hint)
         case _:
             raise DirectionError(
                 node,

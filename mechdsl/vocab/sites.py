@@ -443,6 +443,9 @@ def unknown_component(word: str, span: Span, names: Iterable[str] = ()) -> Unkno
         hint = f"write `{site}`"
     else:
         hint = did_you_mean(word, [*SITES, *names], hint)
+    if word == "all":
+        hint = "write `ablate all but c` to ablate all edges except those of a circuit `c`, or "
+        hint += "`ablate layers * heads * except g` for sites"
     return UnknownWord(span=span, kind="component", word=word, hint=hint)
 
 

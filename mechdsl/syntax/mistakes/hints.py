@@ -540,7 +540,7 @@ HINTS: tuple[Hint, ...] = (
     Hint(
         r"\btop\s+([A-Za-z_]\w*)\s*$",
         r"%",
-        "remove the percent sign: `{0}` has one in its definition",
+        "remove the percent sign: if `{0}` is a share, its values have one, as in `0%..100%`",
     ),
     Hint(
         r"\btop\s+(\S+)\s+of\s+(\w+)\s*$",
