@@ -1331,10 +1331,13 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
     end = END
 
     def __init__(
-        self, shape: ModelShape, neurons: Mapping[int, tuple[int, ...]] | None = None
+        self,
+        shape: ModelShape,
+        neurons: Mapping[int, tuple[int, ...]] | None = None,
+        features: Mapping[int, FeatureNodes] | None = None,
     ) -> None:
-        """Prepare the graph; neurons: as in `list_edges`."""
-        self.every = list_edges(shape, neurons)
+        """Prepare the graph; neurons, features: as in `list_edges`."""
+        self.every = list_edges(shape, neurons, features)
         self._nodes: dict[SitePoint, list[SitePoint]] = {END: [END]}
         self._entrances = dict.fromkeys(
             of for of, _ in self.every if of in (EMBEDDING, ENCODER_EMBEDDING)
@@ -1344,7 +1347,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
             (to.site, to.layer): unit_count(shape, _name_output(to), to.layer)
             // unit_count(shape, to.site, to.layer)
             for to in dict.fromkeys(to for _, to in self.every)
-            if to.unit is not None
+            if to.unit is not None and not isinstance(to, FeatureNode)
         }
 
     def links(self, edge: CircuitEdge) -> list[tuple[SitePoint, list[SitePoint]]]:
@@ -1359,6 +1362,9 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
     def _list_nodes_of(self, receiver: SitePoint) -> Iterator[SitePoint]:
         if receiver.site == NEURONS:
             yield receiver
+            return
+        if isinstance(receiver, FeatureNode):
+            yield replace(receiver, site=_FEATURE_ENDS["start"])
             return
         output = _name_output(receiver)
         if receiver.unit is None:
@@ -1646,12 +1652,16 @@ class AskedCircuits:
         default_factory=dict[int, tuple[int, ...]], hash=False
     )
     """Neurons that are nodes, by layer."""
+    features: Mapping[int, FeatureNodes] = field(
+        default_factory=dict[int, FeatureNodes], hash=False
+    )
+    """Features that are nodes, by layer."""
 
 
 @lru_cache(maxsize=4)
 def _open_graph(asked: AskedCircuits) -> PathGraph[Any, Any]:
     """Return the edges to draw from, which don't depend on the circuit."""
-    model = EdgeGraph(asked.shape, asked.neurons)
+    model = EdgeGraph(asked.shape, asked.neurons, asked.features)
     if asked.order is None:
         return model
     edges = [PlacedEdge(edge, at, "") for edge in model.every for at in range(len(asked.places))]
@@ -1666,7 +1676,8 @@ def ask_circuits(
     circuit, shape, seed = rule.circuit, experiment.model.shape, experiment.seed
     assert circuit is not None
     if not circuit.edge_places:
-        return AskedCircuits(shape, frozenset(own), seed, count, neurons=circuit.neurons)
+        nodes = circuit.neurons, circuit.features
+        return AskedCircuits(shape, frozenset(own), seed, count, (), None, *nodes)
     order, groups = _group_tokens(experiment, rule, circuit), range(len(circuit.classes))
     places = [
         tuple(group for group in groups if place in circuit.classes[group])
@@ -1677,7 +1688,7 @@ def ask_circuits(
         for edge, at in own.items()
         for place in _list_places(at)
     )
-    given = (*places, tuple(groups)), order, circuit.neurons
+    given = (*places, tuple(groups)), order, circuit.neurons, circuit.features
     return AskedCircuits(shape, edges, seed, count, *given)
 
 

@@ -691,9 +691,6 @@ def _build_circuit_control(
         if rule.spec.without_edge:
             reason = "random circuits without each of their edges aren't drawn"
             raise _NoDraws(reason, "remove `without each edge`")
-        if circuit.features:
-            reason = "random circuits aren't drawn for a circuit with features"
-            raise _NoDraws(reason, "remove this line, or name whole MLPs such as `L0.mlp`")
         if circuit.edge_places and circuit.encoder is not None:
             reason = "random circuits with positions aren't drawn in an encoder-decoder, where an "
             reason += "edge of one text has no tokens of the other"

@@ -345,8 +345,9 @@ _file(
     "encoder. In a layer with named features, `L1.mlp` is the rest of the output of the MLP: the "
     "other features, the error and biases. Two dictionaries of one layer, dictionaries at other "
     "sites and other bases are E0342, features and neurons of one layer E0334. "
-    "`against random(39)` is E0630, and `observe overlap`, `observe edge_auroc` and `report graph` "
-    "as `.json` don't take such circuits. Neither a `path` nor a rule inside such an MLP can be in "
+    "`against random(39)` draws from the edges between these nodes, heads and MLPs. "
+    "`observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take such "
+    "circuits. Neither a `path` nor a rule inside such an MLP can be in "
     "one experiment with them, and the MLP is one module that reads the stream alone (all E0108).",
     "tests/rules/test_feature_circuits.py",
     "Marks et al. 2024, arXiv 2403.19647",

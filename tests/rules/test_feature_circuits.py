@@ -13,6 +13,9 @@ from torch import Tensor
 
 from mechdsl.base import limits
 from mechdsl.diagnostics.rendering import render_full
+from mechdsl.resolve.circuits import CircuitDraws, EdgeGraph
+from mechdsl.resolve.sites import label_candidates
+from mechdsl.resolve.types import BasisMember, FeatureNodes, SpannedBasis
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 
@@ -418,15 +421,13 @@ UNSUPPORTED = {
     "neuron": "ablate mlp_hidden layer 0 neuron 3 at last token with zero",
     "weights of a neuron": "scale weights of mlp_out layer 0 neuron 2 by 0",
     "input of an MLP": "patch mlp_norm layer 1 at last token",
-    "random": "against random(3)",
 }
 
 
 @pytest.mark.parametrize("key", UNSUPPORTED)
 def test_what_circuits_with_features_do_not_support_is_an_error(data: Path, key: str) -> None:
     lines = ("from other into clean", "ablate c at tokens * with zero", UNSUPPORTED[key])
-    code = "E0630" if key == "random" else "E0108"
-    assert code in codes(_bases(data) + CIRCUIT + experiment("e", *lines), data, "gpt2")
+    assert "E0108" in codes(_bases(data) + CIRCUIT + experiment("e", *lines), data, "gpt2")
 
 
 def test_observations_and_graphs_of_circuits_with_features_are_errors(data: Path) -> None:
@@ -605,3 +606,64 @@ def test_circuits_with_equal_ablated_edges_and_other_features_differ(data: Path)
             assert value == pytest.approx(difference(logits, record), abs=1e-5)
     values = [found[f"x{n}"].measures[0].patched for n in (3, 5)]
     assert np.abs(values[0] - values[1]).max() > 1e-4
+
+
+# --- random circuits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), in_turn(("llama", "gpt2", "gpt_neox"), ("c", "all but c"))
+)
+def test_random_circuits_carry_the_fill_of_feature_circuits(
+    data: Path, name: str, rule: str
+) -> None:
+    """Each draw is one of `CircuitDraws`, whose edges the reference ablates."""
+    written = [(EMBED, label(0, 3)), (label(0, 3), "L1H0.q"), ("L1H0", LOGITS)]
+    written += [(EMBED, label(1, 2)), (label(1, 2), LOGITS)]
+    dictionaries(data, name, "topk")
+    text = f"circuit c = {', '.join(f'{of} -> {to}' for of, to in written)}\n"
+    text += experiment(
+        "e", "from other into clean", f"ablate {rule} at tokens * with other", "against random(3)"
+    )
+    found = run_file(definitions(name, "topk") + text, data, name, "planned", precise=True)["e"]
+    there = {end for edge in written for end in edge}
+    own = dictionaries(data, name, "topk")
+    some = {n: _some(features, there) for n, features in own.items()}
+    some = {n: features for n, features in some.items() if features.names}
+    nodes = {n: FeatureNodes(_member(n), tuple(each.names.values())) for n, each in some.items()}
+    graph = EdgeGraph(shape_of(name), None, nodes)
+    named = {label_candidates((edge,)): edge for edge in graph.every}
+    circuit = [named[f"{of} -> {to}"] for of, to in written]
+    effects: list[float] = []
+    for drawn in CircuitDraws(graph, circuit, 0).draws(3):
+        assert len(drawn) == len(circuit)
+        ends = (label_candidates((edge,)).split(" -> ") for edge in drawn)
+        edges_of = frozenset((of, to) for of, to in ends)
+        ablated = edges_of if rule == "c" else None
+        values = _values(data, name, edges_of, ablated, {}, some)
+        effects.append(float(np.mean(values - unpatched(name))))
+    band = found.control(0)
+    assert band is not None
+    assert (band.low[0], band.high[0]) == pytest.approx((min(effects), max(effects)), abs=1e-6)
+    said = found.conventions["controls"]
+    assert said.startswith(f"random circuits, 3 draws, seed 0; of {len(circuit)} edges, each on a")
+
+
+def _member(layer: int) -> BasisMember:
+    return BasisMember(NODES[layer][0], "sae", {}, SpannedBasis(()), 1, 12, "")
+
+
+def test_edges_of_random_circuits_of_features_are_on_paths(data: Path) -> None:
+    nodes = {n: FeatureNodes(_member(n), own) for n, (_, own) in NODES.items()}
+    graph = EdgeGraph(shape_of("gpt2"), {2: (1, 4)}, nodes)
+    circuit = [
+        next(edge for edge in graph.every if label_candidates((edge,)) == text)
+        for text in ("embed -> feature 3 of f", "feature 3 of f -> L2N4", "L2N4 -> logits")
+    ]
+    drawing = CircuitDraws(graph, circuit, 0)
+    assert drawing.is_connected
+    draws = drawing.draws(40)
+    assert len(draws) == 40
+    assert all(len(own) == 3 and graph.covers(own) for own in draws)
+    ends = {label_candidates((edge,)) for own in draws for edge in own}
+    assert any("feature" in end for end in ends)

@@ -348,8 +348,6 @@ def _of_controls(plan: ExperimentPlan) -> ConventionItems:
         yield "controls", "none: random targets aren't estimated"
     elif experiment.without_control:
         yield "controls", f"none: {experiment.without_control}"
-    elif any(rule.circuit is not None and rule.circuit.features for rule in experiment.rules):
-        yield "controls", "none: random circuits aren't drawn for a circuit with features"
     elif any(rule.rule.does.changes != "nothing" for rule in plan.rules):
         yield "controls", "none (`against random(39)` adds matched random targets)"
 
