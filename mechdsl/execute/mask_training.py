@@ -164,7 +164,7 @@ class MaskRows(EffectRows[Tensor]):
 
     def _average(self, read: Callable[[Ints], Sequence[Tensor]]) -> list[Tensor]:
         """Return [token, …]: the means of what is read over the vectors of training rows, for each
-        number in `_slots`; 0 if no training row has it.
+        number in `_slots`; 0 if no training row has it, which only masks over positions allow.
 
         Args:
             read: Returns [vector, …] of some rows, one or more.

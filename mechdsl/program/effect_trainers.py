@@ -92,9 +92,11 @@ OTHER_EFFECT_TRAINERS: dict[str, str] = {
     ),
     **dict.fromkeys(("ig", "IG"), "write `integrated_gradients(size: 4, steps: 16)`"),
     **dict.fromkeys(
-        ("ACDC", "search", "greedy_search"),
-        f"choose edges by ablating them one after another: {SEARCH_EXAMPLE}",
+        ("search", "greedy_search"),
+        f"choose edges by ablating them one after another: {SEARCH_EXAMPLE}, or sites by their "
+        f"estimated effects: {NODE_EXAMPLE}",
     ),
+    "ACDC": f"choose edges by ablating them one after another: {SEARCH_EXAMPLE}",
     **dict.fromkeys(
         ("hagd", "HAGD", "hierarchical", "hierarchical_search"),
         f"ablate layers first, then heads, then edges: {COARSE_EXAMPLE}",

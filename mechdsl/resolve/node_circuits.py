@@ -412,6 +412,7 @@ def read_choice(
         every = whole.sites.points[tuple(at[name] for name in whole.sites.axes)]
         own = tuple(at[name] for name in rule.sites.axes)
         here = () if own in rule.sites.missing else rule.sites.points[own]
+        here = () if rule.sites.writes_nothing(own) else here
         ablated = frozenset[Hashable](here)
         fixed = frozenset[Hashable]()
     group = ablated if not keeps_group(rule) else frozenset(every) - ablated
@@ -564,9 +565,10 @@ def _with_groups(
             coordinates[draw, *cell] = replace(own, which=which)
             continue
         points[draw, *cell] = tuple(node for node in ablated if isinstance(node, SitePoint))
-        if not ablated:  # a cell that doesn't exist keeps its placeholder
-            points[draw, *cell] = rule.sites.points[tuple(at[name] for name in rule.sites.axes)]
-            missing.add((draw, *cell))
+        if not ablated:  # a cell that doesn't exist or writes nothing keeps its placeholder
+            own = tuple(at[name] for name in rule.sites.axes)
+            points[draw, *cell] = rule.sites.points[own]
+            missing |= {(draw, *cell)} if own in rule.sites.missing else set()
     if kind == "coordinates":
         assert rule.basis is not None
         basis = replace(rule.basis, axes=axes, coordinates=coordinates)

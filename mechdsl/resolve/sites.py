@@ -745,8 +745,8 @@ class _Exception(Record):
     loops: tuple[str, ...]
     matches: Mapping[AxisIndices, Callable[[SitePoint], bool]]
     is_open: bool = False
-    """Whether the named points are still placeholders, because a pick hasn't run or the model
-    isn't available."""
+    """Whether the named points are still placeholders, because a pick hasn't run, the model isn't
+    available, or a group has an error."""
     is_pick: bool = False
     """Whether the named points depend on the results of another experiment."""
 
@@ -855,7 +855,8 @@ def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> Si
         return None
     least, most = min(counts), max(counts)
     said = f"{least} of {len(every)}" if least == most else f"{least} to {most} of {len(every)}"
-    missing = frozenset(key for key, own in points.items() if not own)
+    # A site that is left out is no cell of a sweep. Without a sweep, the cell writes nothing.
+    missing = frozenset(key for key, own in points.items() if not own and targets.axes)
     return SiteTargets(axes, points, labels, left_out=said, missing=missing)
 
 
@@ -896,6 +897,8 @@ def _exception(
         for key, points in found.points.items()
     }
     is_open = shape.stands_in or bool(picks and context.onward.stand_ins)
+    # The definition of a group without sites has an error.
+    is_open |= any(not group.sites for group in groups or ())
     return _Exception(found.axes, matches, is_open=is_open, is_pick=bool(picks))
 
 

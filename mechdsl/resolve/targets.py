@@ -46,6 +46,7 @@ from mechdsl.resolve.sites import (
     resolve_swept_site,
 )
 from mechdsl.resolve.types import (
+    NOTHING,
     Amounts,
     Axis,
     AxisIndices,
@@ -724,7 +725,7 @@ def fill_empty_picks(
         sources = {key: here or read for key, here in sources.items()}
     empty = [key for key, here in sites.points.items() if not here]
     positions = remove_tokens(positions, sites.axes, sites.points, empty)
-    labels = {key: label if sites.points[key] else "nothing" for key, label in sites.labels.items()}
+    labels = {key: label if sites.points[key] else NOTHING for key, label in sites.labels.items()}
     return (
         replace(sites, points=points, labels=labels, sources=sources),
         positions,

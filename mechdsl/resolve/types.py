@@ -917,6 +917,10 @@ AxisIndices = tuple[int, ...]
 """Indices along the axes that a value depends on."""
 
 
+NOTHING = "nothing"
+"""Name of the site in cells that write nothing, because no site is selected."""
+
+
 @record
 class SiteTargets(Record):
     """Points of a rule, for every combination of the axes that they depend on."""
@@ -930,7 +934,11 @@ class SiteTargets(Record):
     left_out: str = ""
     """How many points `except` leaves out: `3 of 12`; empty without it."""
     missing: frozenset[AxisIndices] = frozenset()
-    """Keys of which `except` leaves no point."""
+    """Keys of a sweep of which `except` leaves no point."""
+
+    def writes_nothing(self, key: AxisIndices) -> bool:
+        """Return whether a cell has no point, or a placeholder without tokens instead."""
+        return not self.points[key] or self.labels[key] == NOTHING
 
     @property
     def has_empty_picks(self) -> bool:

@@ -353,6 +353,13 @@ MISTAKES = {
 }
 
 
+def test_mean_at_positions_of_different_lengths_is_an_error(tmp_path: Path) -> None:
+    """A token that only held-out rows have would have no mean."""
+    line = fit(ALL_ROWS, source="with: mean", at="cue token, tokens except cue token")
+    (error,) = training_errors(write(tmp_path, line, USE))
+    assert error.code == "E0324"
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_positions_at_which_edges_cannot_be_scored_are_errors(name: str, tmp_path: Path) -> None:
     at, call, code, said = MISTAKES[name]

@@ -17,6 +17,7 @@ from mechdsl.execute.run_record import ExecutionProfile
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.vocab.effects import EFFECTS
 
 from ..execute.support import MODES, by_name, run_on, shared
 from ..quick import in_turn
@@ -24,6 +25,7 @@ from ..reference.forward import Changes, Write
 from .models import bare
 from .support import (
     BLOCKS,
+    DIFFERENCE,
     agree,
     codes,
     experiment,
@@ -39,6 +41,7 @@ from .support import (
 
 HERE = ("gpt2", "llama", "gpt_neox", "gemma2")
 LAYERS, HEADS = range(3), range(4)
+FAITHFUL = f"{DIFFERENCE.rpartition(' as ')[0]} as faithfulness"
 GROUPS = "group circuit = L0H1, L2H0, L1H3\ngroup few = L0H1, L2H0, L1H3, mlp_out layer 1\n"
 SOURCE = "from other into clean  "
 LAST = "last token"
@@ -272,6 +275,39 @@ def test_except_top_n_in_loops_and_incomplete_sweeps_equals_the_reference(data: 
     assert found["loop"].conventions["except"].endswith(": 1 to 2 of 12 sites")
 
 
+@pytest.mark.parametrize(("name", "mode"), in_turn(("gpt2", "llama"), list(MODES)))
+def test_loop_cell_of_which_except_leaves_no_site_equals_the_base_run(
+    data: Path, name: str, mode: str
+) -> None:
+    """Next to cells with sites, with a control, and with an effect of groups, whose circuit is then
+    every site."""
+    zeros = "at tokens * with zero"
+    text = experiment("ranked", f"ablate layer * head * {zeros}")
+    loop = f"for k in [1, 12] {{ ablate layers * heads * except top k of ranked {zeros} }}"
+    text += experiment("plain", loop) + experiment("drawn", loop, "against random(2)")
+    text += experiment("whole", loop, measure=FAITHFUL)
+    found = run_file(text, data, name, mode, precise=True)
+    best = kept_of(found["ranked"], 1)
+
+    def changes(n: int, *cell: Coord) -> list[Changes]:
+        return [(zeroed(n, heads(best) if cell == (1,) else []), ())]
+
+    expected = worked_out(name, [(1,), (12,)], changes, rows(), records())
+    for key in ("plain", "drawn", "whole"):
+        each = found[key]
+        assert [cell.coords["k"] for cell in each.cells] == [1, 12]
+        assert each.cells[1].site == "nothing"
+        own = each.measures[0].patched
+        np.testing.assert_allclose(own[0], expected[(1,)], atol=1e-4)
+        np.testing.assert_allclose(own[1], unpatched(name), atol=1e-6)
+    own = found["whole"].measures[0]
+    assert own.source is not None
+    runs = (run.mean(1) for run in (own.patched, own.base, own.source))
+    assert EFFECTS["faithfulness"].of_means(*runs)[1] == pytest.approx(1)
+    if mode == "planned":
+        assert found["plain"].conventions["inert"]
+
+
 def test_except_top_sites_removes_cells_only_after_ranking(data: Path) -> None:
     """Until the ranked experiment has run, its first cells are placeholders for the best ones."""
     first = experiment("ranked", "ablate layer * head * at tokens * with zero")
@@ -329,6 +365,18 @@ def test_sweep_with_except_runs_only_the_remaining_cells(data: Path) -> None:
     assert sum(profile.rows for profile in profiles) == 9 * len(rows())
     cells = [(cell.coords["layer"], cell.coords["head"]) for cell in found.cells]
     assert cells == [(layer, head) for _, layer, head in heads(CIRCUIT)]
+
+
+@pytest.mark.parametrize(
+    ("call", "code"), [("eap(size: 3)", "E0342"), ("search(size: 3)", "E0203")]
+)
+def test_group_with_an_error_is_not_an_exception_without_effect(
+    data: Path, call: str, code: str
+) -> None:
+    training = f"fit({call}, prompts: p, with: zero, minimise: logit(answer))"
+    text = f"group g = {training} at layers * heads * at last token\n"
+    rule = "ablate layers * heads * except g at tokens * with zero"
+    assert codes(text + experiment("e", rule), data) == [code, "W0720"]  # few prompts
 
 
 @pytest.mark.parametrize(
