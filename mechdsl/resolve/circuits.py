@@ -401,14 +401,21 @@ def _resolve_neurons(
 ) -> dict[int, tuple[int, ...]]:
     """Return the neurons that `nodes` names, by layer; reports E0207 for other sites."""
     found: dict[int, set[int]] = defaultdict(set)
+
+    def report(site: ast.Site, what: str) -> None:
+        reason = f"has {what}, and `nodes` are neurons"
+        hint, name = "name neurons only: `group g = L0N3, L0N97`", site.span.written
+        bad = BadArgument(span=site.span, name=name, reason=reason, hint=hint)
+        work.diagnostics.append(bad)
+
     for site in circuit.nodes:
+        group = None if site.bare is None else work.program.groups.get(site.bare.id)
+        if group is not None and group.names_features:
+            report(site, "features")
+            return {}
         for point in _resolve_nodes(site, "start", parts, work):
             if point.site != NEURONS or point.layer is None or point.unit is None:
-                reason = f"has `{label_node(point)}`, and `nodes` are neurons"
-                hint = "name neurons only: `group g = L0N3, L0N97`"
-                name = site.span.written
-                bad = BadArgument(span=site.span, name=name, reason=reason, hint=hint)
-                work.diagnostics.append(bad)
+                report(site, f"`{label_node(point)}`")
                 return {}
             found[point.layer].add(point.unit)
     return {layer: tuple(sorted(own)) for layer, own in sorted(found.items())}

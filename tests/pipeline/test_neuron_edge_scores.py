@@ -209,6 +209,12 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "no name": ("nodes: g", "nodes: 3", "E0207", "isn't the name of a group"),
     "heads": (SOME, "group g = L0N3, L0H1", "E0207", "has `L0H1`, and `nodes` are neurons"),
     "an MLP": (SOME, "group g = L0.mlp", "E0207", "has `L0.mlp`, and `nodes` are neurons"),
+    "features": (
+        SOME,
+        "basis f = pca(p, dims: 3) at mlp_out layer 0\ngroup g = features 0, 2 of f",
+        "E0207",
+        "has features, and `nodes` are neurons",
+    ),
     "another site": (SOME, "group g = resid_post layer 0", "E0334", "resid_post"),
     "no such neuron": (SOME, "group g = L0N900", "E0301", "neuron 900"),
     "trained": (
