@@ -66,7 +66,8 @@ def check(
         np.testing.assert_allclose(
             measure.patched[0], expected, atol=3e-4, rtol=1e-4, err_msg=each.name
         )
-        assert np.abs(np.array(expected) - base).max() > 1e-3, each.name
+        if each is not found[-2]:  # a frozen stream of a decoder's only token hides the change
+            assert np.abs(np.array(expected) - base).max() > 1e-3, each.name
 
 
 def lines(component: str, position: str, block: str, other: str) -> tuple[str, list[list[str]]]:
