@@ -44,14 +44,14 @@ class Diagnostic(Record):
     """Format string of `label_text`."""
     help: ClassVar[str] = ""
     """Format string of `help_text`."""
-    hangs_on: ClassVar[frozenset[UnknownFact]] = frozenset()
+    depends_on: ClassVar[frozenset[UnknownFact]] = frozenset()
     """Facts that must be known for this to be certain; with placeholders it isn't reported."""
 
     span: Span | None = None
     """Position in a file: `span.source.name`, `span.line`, `span.column`, `span.text`; None if the
     problem isn't in a file."""
     by_text: bool = False
-    """Whether this instance depends only on the text, regardless of `hangs_on`."""
+    """Whether this instance depends only on the text, regardless of `depends_on`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -102,7 +102,7 @@ def filter_certain(
     found: Iterable[Diagnostic], unknown: Collection[UnknownFact]
 ) -> list[Diagnostic]:
     """Return the diagnostics that are certain regardless of the unknown facts."""
-    return [each for each in found if each.by_text or each.hangs_on.isdisjoint(unknown)]
+    return [each for each in found if each.by_text or each.depends_on.isdisjoint(unknown)]
 
 
 def did_you_mean(

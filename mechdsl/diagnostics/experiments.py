@@ -146,7 +146,7 @@ class SelectionRowsReused(Diagnostic):
     """Sites that are tested on the rows that they were picked on."""
 
     code = "W0721"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "`{experiment}` tests selections of `{of}` on the rows used to select them"
     label = "{shared} of its {rows} rows are also rows of `{of}`"
     help = (

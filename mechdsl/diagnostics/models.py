@@ -28,7 +28,7 @@ class NoResidMid(Diagnostic):
     """`resid_mid` where attention and MLP read the same stream."""
 
     code = "E0402"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{model}` has no `resid_mid`"
     label = "attention and MLP run in parallel in each of its blocks"
     help = "use `resid_pre`, the input of both, or `attn_out`, the output of attention"
@@ -114,7 +114,7 @@ class SiteNotInBlock(Diagnostic):
     """A site that the model has in other blocks than the one that is asked for."""
 
     code = "E0414"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{model}` has no `{site}` in layer {layer}"
     label = "{reason}"
     help = "it has one in {layers}"
@@ -222,7 +222,7 @@ class VocabularyTooSmall(Diagnostic):
     """A tokenizer with ids that the model's embedding doesn't have."""
 
     code = "E0421"
-    hangs_on = frozenset({"shape", "tokens"})
+    depends_on = frozenset({"shape", "tokens"})
     title = "`{model}` has {size:,} tokens, and its tokenizer {more}"
     label = "the tokenizer belongs to another model, or `vocab_size` is wrong"
     help = "add the tokenizer that the model was trained with, or correct `config.json`"
@@ -237,7 +237,7 @@ class NoTokenFor(Diagnostic):
     """Words of prompts that a tokenizer without a token for unknown ones can't read."""
 
     code = "E0436"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "the tokenizer has no token for {words}, and none for unknown words"
     label = "in {rows} of {total} rows of `{run}`"
     help = "use words in the model's vocabulary, or give its tokenizer an unknown token"
@@ -253,7 +253,7 @@ class NoLogits(Diagnostic):
     """A measure that reads logits of a model without a head."""
 
     code = "E0437"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{text}` reads logits, but `{model}` has none"
     label = (
         "a `{architecture}` has no language-model head; its outputs are the vectors of its "
@@ -274,7 +274,7 @@ class NoSuchOutput(Diagnostic):
     """A measure that asks for the logit of a token that the model has none for."""
 
     code = "E0438"
-    hangs_on = frozenset({"shape", "tokens"})
+    depends_on = frozenset({"shape", "tokens"})
     title = "`{text}` asks for the logit of token {token}, but `{model}` has {outputs}"
     label = "a `{architecture}` has fewer outputs than tokens"
     help = "name one of its outputs by its number, as in `class 0`"
@@ -418,7 +418,7 @@ class SiteNotOnModel(Diagnostic):
     """A site of the language that this model doesn't have."""
 
     code = "E0413"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{model}` has no `{site}`"
     label = "{reason}"
     help = "{hint}"
@@ -571,7 +571,7 @@ class UnknownLabel(Diagnostic):
     """`class "postive"`, or an answer that is no label of the model."""
 
     code = "E0442"
-    hangs_on = frozenset({"shape", "rows"})
+    depends_on = frozenset({"shape", "rows"})
     title = "`{model}` has no {what}"
     label = "{where}"
     help = "{hint}"
@@ -587,7 +587,7 @@ class ClassOnLanguageModel(Diagnostic):
     """`class answer` on a language model."""
 
     code = "E0443"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{text}` asks for a class, but the outputs of `{model}` are tokens"
     label = "a `{architecture}` has no labels"
     help = "{hint}"
@@ -603,7 +603,7 @@ class TokenOnClassifier(Diagnostic):
     """`logit(answer)` on a classifier."""
 
     code = "E0444"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{text}` asks for a token, but the outputs of `{model}` are labels"
     label = "{labels}"
     help = "{hint}"
@@ -619,7 +619,7 @@ class TaskMismatch(Diagnostic):
     """A metric that has no meaning for what the model was made for."""
 
     code = "E0445"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{text}` has no meaning on `{model}`"
     label = "{reason}"
     help = "{hint}"
@@ -635,7 +635,7 @@ class PositionedOutput(Diagnostic):
     """`at …` behind a measure of a model that has one output for a whole prompt."""
 
     code = "E0446"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{model}` has one output per {unit}, and none at `{at}`"
     label = "it is computed from {made_of}"
     help = "remove `at {at}`"
@@ -652,7 +652,7 @@ class ModelShapeMismatch(Diagnostic):
     """Two models whose activations don't fit into each other."""
 
     code = "E0415"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{source}` and `{base}` have different shapes"
     label = "{differences}"
     help = "{hint}"
@@ -667,7 +667,7 @@ class ModelTokenMismatch(Diagnostic):
     """Two models that see different tokens in the same prompts."""
 
     code = "E0416"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = (
         "`{source}` and `{base}` tokenise the prompts differently, in {rows:,} of {total:,} rows"
     )

@@ -205,7 +205,7 @@ class FirstTokenWrite(Diagnostic):
     """A write at what may be the attention sink."""
 
     code = "W0731"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "this rule writes at token 0, which may be the attention sink"
     label = "hits `{token}`"
     help = "an effect there may come from the sink alone: patch a later token, or compare with one"
@@ -218,7 +218,7 @@ class SelfWrite(Diagnostic):
     the mean of one row."""
 
     code = "W0732"
-    hangs_on = frozenset({"rows", "tokens"})
+    depends_on = frozenset({"rows", "tokens"})
     title = "{does}"
     label = "writes values that are already there"
     help = "{hint}"

@@ -9,7 +9,7 @@ from mechdsl.diagnostics.core import Diagnostic
 @keyword_record
 class RaggedPositions(Diagnostic):
     code = "E0305"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "`{position}` is ambiguous in prompts of different lengths"
     label = "prompts of `{run}` have {shortest} to {longest} tokens"
     help = (
@@ -25,7 +25,7 @@ class RaggedPositions(Diagnostic):
 @keyword_record
 class AmbiguousSpan(Diagnostic):
     code = "E0306"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "`{name}` is ambiguous: it {several}"
     label = "in {rows} of {total} rows of `{run}`, as in {example}"
     help = "write {ways}"
@@ -41,7 +41,7 @@ class AmbiguousSpan(Diagnostic):
 @keyword_record
 class UnequalUnion(Diagnostic):
     code = "E0307"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "the joined positions have different numbers of tokens in the two runs"
     label = "{source} in the source run, {base} in the base run, in {rows} of {total} rows"
     help = (
@@ -57,7 +57,7 @@ class UnequalUnion(Diagnostic):
 @keyword_record
 class UnknownSpan(Diagnostic):
     code = "E0308"
-    hangs_on = frozenset({"columns"})
+    depends_on = frozenset({"columns"})
     title = "the {unit}s of `{prompts}` have no span called `{name}`"
     label = "{what}"
     help = "{hint}"
@@ -72,7 +72,7 @@ class UnknownSpan(Diagnostic):
 @keyword_record
 class AbsentOccurrence(Diagnostic):
     code = "E0309"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "{lacking} of {total} rows of `{run}` have no `{position}`"
     label = "as in {example}"
     help = "{hint}"
@@ -87,7 +87,7 @@ class AbsentOccurrence(Diagnostic):
 @keyword_record
 class OutsidePrompt(Diagnostic):
     code = "E0310"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "`{position}` lies outside the {unit} in {lacking} of {total} rows of `{run}`"
     label = "as in {example}"
     help = "{hint}"
@@ -106,7 +106,7 @@ class NotInDecoder(Diagnostic):
     """A token of the encoder's text at a site of the decoder."""
 
     code = "E0316"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{position}` is not a token of the decoder"
     label = "this site has vectors at the tokens of the decoder, and the encoder reads `{position}`"
     help = "{hint}"
@@ -120,7 +120,7 @@ class NotInDecoder(Diagnostic):
 @keyword_record
 class ReversedBetween(Diagnostic):
     code = "E0311"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "the second position comes before the first in {lacking} of {total} rows of `{run}`"
     label = "as in {example}"
     help = "`between` goes from left to right: swap the two positions"
@@ -133,7 +133,7 @@ class ReversedBetween(Diagnostic):
 @keyword_record
 class SpanWithoutToken(Diagnostic):
     code = "E0312"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "`{name}` has no separate token in {lacking} of {total} rows of `{run}`"
     label = "its text is {text}, and the tokenizer merges white space into the next token"
     help = "{hint}"
@@ -148,7 +148,7 @@ class SpanWithoutToken(Diagnostic):
 @keyword_record
 class NoSuchSpecial(Diagnostic):
     code = "E0313"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "the prompts of `{prompts}` have no {name} token"
     label = "{reason}"
     help = "{hint}"
@@ -171,7 +171,7 @@ class NotOnePosition(Diagnostic):
 @keyword_record
 class NoPositionLeft(Diagnostic):
     code = "E0315"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "`{position}` excludes every token in {lacking} of {total} rows of `{run}`"
     label = "as in {example}"
     help = "exclude fewer tokens"
@@ -187,7 +187,7 @@ class NoAnswerTokens(Diagnostic):
     """Tokens of the answer where none stands behind the prompts."""
 
     code = "E0540"
-    hangs_on = frozenset({"columns"})
+    depends_on = frozenset({"columns"})
     title = "`{position}` has no tokens here: {reason}"
     label = "answer tokens come after the prompt, where a measure reads them"
     help = "{hint}"
@@ -201,7 +201,7 @@ class AnswersDiffer(Diagnostic):
     """A token that is counted from the end of texts of different lengths."""
 
     code = "E0541"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "`{position}` is not the same token in all measured texts"
     label = "in {rows} of {total} rows; in row {row}, {lengths}"
     help = (
@@ -269,7 +269,7 @@ class AnswerNotCovered(Diagnostic):
     """A rule on the whole prompt, and a measure that reads tokens behind it."""
 
     code = "W0741"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "this rule doesn't change the answer's tokens"
     label = "covers the prompt; `{measure}` reads up to {tokens} tokens after it"
     help = "to change them as well, write `{instead}`"

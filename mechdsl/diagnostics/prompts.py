@@ -9,7 +9,7 @@ from mechdsl.diagnostics.core import Diagnostic
 @keyword_record
 class UnknownValue(Diagnostic):
     code = "E0501"
-    hangs_on = frozenset({"columns"})
+    depends_on = frozenset({"columns"})
     title = "{unit}s `{prompts}` have no value or column `{name}`"
     label = "unknown"
     help = "{hint}"
@@ -33,7 +33,7 @@ class CyclicValue(Diagnostic):
 @keyword_record
 class BadValue(Diagnostic):
     code = "E0503"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "`{expression}` can't be evaluated: {reason}"
     label = "in {rows}"
     help = "{hint}"
@@ -68,7 +68,7 @@ class DataFormat(Diagnostic):
 @keyword_record
 class TooManyValues(Diagnostic):
     code = "E0506"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "{what}: {amount} exceed the limit of {most:,}"
     label = "too many"
     help = "{hint}"
@@ -81,7 +81,7 @@ class TooManyValues(Diagnostic):
 @keyword_record
 class MultiTokenText(Diagnostic):
     code = "E0507"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "`{metric}` needs a one-token text, but `{text}` has several tokens"
     label = "tokenised as {tokens}"
     help = "{hint}"
@@ -107,7 +107,7 @@ class UnreadableTokenizer(Diagnostic):
 @keyword_record
 class NoRows(Diagnostic):
     code = "E0509"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "{unit}s `{prompts}` have no rows: {reason}"
     label = "leaves nothing"
     help = "{hint}"
@@ -121,7 +121,7 @@ class NoRows(Diagnostic):
 @keyword_record
 class CorruptionWithoutEffect(Diagnostic):
     code = "E0510"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "the corrupted {unit} of `{run}` is the same as the clean one in every row"
     label = "has no effect on the {shown}"
     help = "{hint}"
@@ -135,7 +135,7 @@ class CorruptionWithoutEffect(Diagnostic):
 @keyword_record
 class PromptTooLong(Diagnostic):
     code = "E0511"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "{rows} of {total} prompts of `{run}` are longer than the model's context"
     label = "the longest has {longest:,} tokens, and the model reads at most {most:,}"
     help = "shorten the template or the lists, or select short rows with `where`"
@@ -149,7 +149,7 @@ class PromptTooLong(Diagnostic):
 @keyword_record
 class EmptyDraw(Diagnostic):
     code = "E0512"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "`{expression}` has no values left to sample: {reason}"
     label = "in {rows}"
     help = "give it more values, or sample fewer"
@@ -192,7 +192,7 @@ class BadCall(Diagnostic):
 @keyword_record
 class UnknownText(Diagnostic):
     code = "E0516"
-    hangs_on = frozenset({"columns"})
+    depends_on = frozenset({"columns"})
     title = "{unit}s `{prompts}` have no text `{name}`"
     label = "no such text"
     help = "{hint}"
@@ -206,7 +206,7 @@ class UnknownText(Diagnostic):
 @keyword_record
 class SharedFirstToken(Diagnostic):
     code = "E0517"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "{text} and {rival} share their {which} token"
     label = "`{token}` is the same in both, in {rows} of {total} rows"
     help = "measure `logprob(…)`, which reads all tokens, or choose different answers"
@@ -221,7 +221,7 @@ class SharedFirstToken(Diagnostic):
 @keyword_record
 class MultiTokenNumeral(Diagnostic):
     code = "E0518"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "{amount} of the numerals {low}..{high} have several tokens"
     label = "{text} is {tokens} tokens: {pieces}"
     help = "{hint}"
@@ -237,7 +237,7 @@ class MultiTokenNumeral(Diagnostic):
 @keyword_record
 class AnswerNotInVocabulary(Diagnostic):
     code = "E0519"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "the tokenizer doesn't know {text} and reads it as `{unknown}`"
     label = "in {rows} of {total} rows"
     help = "{hint}"
@@ -251,7 +251,7 @@ class AnswerNotInVocabulary(Diagnostic):
 @keyword_record
 class OtherSpelling(Diagnostic):
     code = "E0520"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "{text} begins differently from the answers, which begin with {moved}"
     label = "{moved} was moved into the prompt"
     help = "give it the same beginning"
@@ -281,7 +281,7 @@ class NoBosToken(Diagnostic):
 @keyword_record
 class NotATokenId(Diagnostic):
     code = "E0523"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "`token_id({name})`: {value} is not a token id"
     label = "the vocabulary has ids 0 to {last}"
     help = "use a column with token ids of this tokenizer"
@@ -379,7 +379,7 @@ class ChatRefused(Diagnostic):
     """Turns that the template doesn't take, or doesn't write."""
 
     code = "E0552"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "the model's chat template can't render these turns: {reason}"
     label = "in {rows}"
     help = "{hint}"
@@ -393,7 +393,7 @@ class MarkerInText(Diagnostic):
     """A text that is put into a chat and marks turns there."""
 
     code = "E0553"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "the text {text} contains `{marker}`, a special token in chats"
     label = "the model would read it as the end of a turn"
     help = "use a text without it"
@@ -406,7 +406,7 @@ class RowsNotPaired(Diagnostic):
     """Two blocks whose rows don't belong together."""
 
     code = "E0527"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "the rows of `{other}` ({others:,}) and `{prompts}` ({rows:,}) can't be paired"
     label = "`{other}` has {others:,} rows before `where` and `limit`"
     help = "{hint}"
@@ -422,7 +422,7 @@ class PartnerMissing(Diagnostic):
     """A row whose partner `where` has left out."""
 
     code = "E0528"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "{lacking:,} of {total:,} rows of `{prompts}` have no partner in `{other}`"
     label = "`{other}` excludes its row {row:,}: {reason}"
     help = "{hint}"
@@ -440,7 +440,7 @@ class EndingMismatch(Diagnostic):
     """Leading tokens of answers that were moved into the prompts of one block only."""
 
     code = "E0529"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "prompts of `{other}` end in {theirs}, those of `{prompts}` in {own}"
     label = "the common beginning of a block's answers is moved to the end of its prompts"
     help = (
@@ -470,7 +470,7 @@ class UnsampledRuns(Diagnostic):
 @keyword_record
 class TokenCoversMore(Diagnostic):
     code = "W0701"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "tokens of `{name}` also cover adjacent text"
     label = "{tokens}, in {rows} of {total} rows"
     help = "put a space between them in the template, or interpret the result as that of both"
@@ -483,7 +483,7 @@ class TokenCoversMore(Diagnostic):
 @keyword_record
 class UnknownWords(Diagnostic):
     code = "W0702"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "words missing from the tokenizer's vocabulary: {words}"
     label = "read as `{unknown}` in {rows} of {total} rows of `{run}`"
     help = "use words in the model's vocabulary"
@@ -497,7 +497,7 @@ class UnknownWords(Diagnostic):
 @keyword_record
 class AnswerChangesPrompt(Diagnostic):
     code = "W0703"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "the end of the prompt and {text} share a token"
     label = "in {rows} of {total} rows, appending the answer changes how the prompt is tokenised"
     help = "{hint}"
@@ -512,7 +512,7 @@ class TextSpacing(Diagnostic):
     """A text that follows its prompt with no space or with two, and is read as other tokens."""
 
     code = "W0705"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "there {spaces} between the prompt and {text}"
     label = "the model reads `{joined}` in {rows} of {total} rows"
     help = "{hint}, unless you meant it"
@@ -577,7 +577,7 @@ class TemplateUnchanged(Diagnostic):
     """A corruption changes prompts of other templates, but none of one template."""
 
     code = "W0791"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "`{run}` changes nothing in the rows of {templates}"
     label = "leaves {rows} unchanged, which are excluded"
     help = "use a value that `{run}` changes in every template, or remove the other templates"

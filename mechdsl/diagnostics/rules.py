@@ -13,7 +13,7 @@ class UnitOutOfRange(Diagnostic):
     """A head or neuron that the model doesn't have."""
 
     code = "E0301"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "{unit} {index} does not exist in `{model}`"
     label = "`{model}` has {units} 0..{last} {where}"
     help = "write `{unit} *` for all of them"
@@ -30,7 +30,7 @@ class LayerOutOfRange(Diagnostic):
     """A layer that the model doesn't have."""
 
     code = "E0302"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "layer {index} does not exist in `{model}`"
     label = "`{model}` has layers 0..{last}"
     help = "write `layer *` for all of them, or a relative depth such as `layer 50%..80%`"
@@ -126,7 +126,7 @@ class TooManyCells(Diagnostic):
     """Axes whose product is too large to run."""
 
     code = "E0323"
-    hangs_on = frozenset({"shape", "tokens", "rows"})
+    depends_on = frozenset({"shape", "tokens", "rows"})
     title = "{of} has {cells:,} cells, more than {most:,}"
     label = "its axes multiply: {axes}"
     help = "sweep over fewer values, or join an axis: `heads *` instead of `head *`"
@@ -141,7 +141,7 @@ class StacksDiffer(Diagnostic):
     """Sites at tokens of the encoder and of the decoder in one rule."""
 
     code = "E0317"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`{source}` is at tokens of the encoder, and `{target}` at tokens of the decoder"
     label = "the positions of a rule are tokens of one of the two"
     help = "{hint}"
@@ -156,7 +156,7 @@ class UnevenPositions(Diagnostic):
     """A mean or resampling over positions that don't correspond."""
 
     code = "E0324"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = (
         "`{position}` covers {least} to {most} tokens, so tokens of different rows don't correspond"
     )
@@ -201,7 +201,7 @@ class BadWeights(Diagnostic):
     """Weights that can't be edited as written."""
 
     code = "E0344"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "invalid edit of weights: {reason}"
     label = "{reason}"
     help = "{hint}"
@@ -214,7 +214,7 @@ class MeasuredOnTrainingRows(Diagnostic):
     """Rows that a trained basis is measured on, and was trained on."""
 
     code = "E0345"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "`{experiment}` measures rows that `{basis}` is trained on"
     label = "{shared} of its {rows} rows are training rows"
     help = (
@@ -278,7 +278,7 @@ class FewDrawnRows(Diagnostic):
     """A training without `limit` on few rows of a block that draws values."""
 
     code = "W0737"
-    hangs_on = frozenset({"rows"})
+    depends_on = frozenset({"rows"})
     title = "`{basis}` is trained on only {rows} of `{block}`, which can sample more"
     label = "without `limit`, there is one row for each combination of values"
     help = "write how many rows to sample: `limit: 400`"
@@ -292,7 +292,7 @@ class BadException(Diagnostic):
     """An exception that leaves out nothing, or everything."""
 
     code = "E0343"
-    hangs_on = frozenset({"shape"})
+    depends_on = frozenset({"shape"})
     title = "`except {text}` {reason}"
     label = "{reason}"
     help = "{hint}"
@@ -346,7 +346,7 @@ class UnpairedPositions(Diagnostic):
     """Two lists of positions in one rule that don't go together."""
 
     code = "E0331"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "{first} can't be paired with {second}"
     label = "{second} here"
     help = "{hint}"
@@ -373,7 +373,7 @@ class UnequalPrompts(Diagnostic):
     """Vectors over key positions of prompts that aren't equally long."""
 
     code = "E0333"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "`{site}` is a vector over the tokens of a prompt, but {what} differ in length"
     label = "row {row} has {first} tokens and {second}"
     help = "{hint}"
@@ -418,7 +418,7 @@ class OverlappingPositions(Diagnostic):
     """`swap` of positions that share a token."""
 
     code = "E0336"
-    hangs_on = frozenset({"tokens"})
+    depends_on = frozenset({"tokens"})
     title = "`{first}` and `{second}` share a token in row {row}"
     label = "{token} can't be swapped with itself"
     help = "name positions without a common token"

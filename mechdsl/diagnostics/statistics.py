@@ -134,7 +134,7 @@ class UnreadableExpectation(Diagnostic):
 @keyword_record
 class BadReport(Diagnostic):
     code = "E0607"
-    hangs_on = frozenset({"columns"})
+    depends_on = frozenset({"columns"})
     title = "`report {kind}` {reason}"
     help = "{hint}"
     kind: str
@@ -145,7 +145,7 @@ class BadReport(Diagnostic):
 @keyword_record
 class TooFewPrompts(Diagnostic):
     code = "W0720"
-    hangs_on = frozenset({"shape", "tokens", "rows", "count"})
+    depends_on = frozenset({"shape", "tokens", "rows", "count"})
     title = "{about}"
     label = "{reach}"
     help = "use more {unit}s, sweep fewer cells, or treat the p-values as descriptive only"

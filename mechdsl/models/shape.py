@@ -314,7 +314,7 @@ def stand_in_shape(largest: Mapping[str, int]) -> ModelShape:
 
     It has one more layer than named, because a path may continue after the last named one. Any
     error found with this shape would also occur with a real model, except the facts in
-    `Diagnostic.hangs_on`.
+    `Diagnostic.depends_on`.
 
     Args:
         largest: The highest index of each word (`layer`, `head`, …) that a file names.

@@ -142,7 +142,7 @@ class ExperimentPlan:
             return True
         if self.experiment.spec.estimator is not None:
             return True
-        if self.path is not None and (self.beside_path or self._seen_in_mlps):
+        if self.path is not None and (self.additional_rules or self._seen_in_mlps):
             return True
         together = self.experiment.model.shape.encodes_apart or self.experiment.needs_full_passes
         return together or any(plan.rule.does.whole for plan in self.rules)
@@ -170,7 +170,7 @@ class ExperimentPlan:
         return next((plan for plan in self.rules if plan.paths is not None), None)
 
     @property
-    def beside_path(self) -> tuple[RulePlan, ...]:
+    def additional_rules(self) -> tuple[RulePlan, ...]:
         """The rules that act in addition to a path."""
         others = (plan for plan in self.rules if plan.paths is None)
         return tuple(plan for plan in others if plan.rule.does.changes != "nothing")
@@ -189,7 +189,7 @@ class ExperimentPlan:
         assert path is not None
         assert path.rule.sites is not None
         used = {*path.rule.sites.axes, *path.rule.positions.axes}
-        used.update(name for plan in self.beside_path for name in plan.rule.axes)
+        used.update(name for plan in self.additional_rules for name in plan.rule.axes)
         found = np.zeros(self.n_cells, dtype=np.int64)
         for axis, own in zip(self.experiment.axes, self.coordinates, strict=True):
             if axis.name in used:

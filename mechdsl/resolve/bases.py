@@ -134,7 +134,7 @@ MAPPED_SITES: Mapping[str, str] = {output: site for site, output in NEXT_MAPS.it
 """The reverse: outputs of sublayers → the site of the heads or neurons that their weights read."""
 
 WEIGHT_SITES = ("mlp_out", "attn_out")
-"""Sites whose weights `svd(weights: …)` can take apart."""
+"""Sites whose weights `svd(weights: …)` can decompose."""
 
 
 class BasisError(DirectionError):
@@ -1812,7 +1812,7 @@ def _weights(
     if site not in WEIGHT_SITES:
         raise BasisError(
             call,
-            f"`{site}` has no weights that can be taken apart",
+            f"`{site}` has no weights that can be decomposed",
             f"name one of {name_list(WEIGHT_SITES)}",
         )
     if point.layer is None:

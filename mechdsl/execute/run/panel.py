@@ -446,7 +446,7 @@ class PanelRunner:
             return self.kept if any(plan.rules for plan in run) else self.kept[:0]
         due: list[Ints] = [self.kept[:0]]
         for batch in self._batches(self.kept):
-            due += [self.sorted_out(plan, batch).live.prompt for plan in self.running]
+            due += [self.rows_to_run(plan, batch).live.prompt for plan in self.running]
             due += [self._without_errors(plan, batch) for plan in self.running]
         return np.unique(np.concatenate(due))
 
@@ -564,7 +564,7 @@ class PanelRunner:
         if not self.keep.measures:
             measured.accuracies.measure(self._values, self.runs.model.rounding, batch)
 
-    def sorted_out(self, plan: ExperimentPlan, batch: Ints) -> RowSelection:
+    def rows_to_run(self, plan: ExperimentPlan, batch: Ints) -> RowSelection:
         """Return which rows of an experiment must be run on a batch."""
         kept = self.measured[plan.experiment.key].among(batch)
         every = plan.rows(kept) if plan.rules else RowTable.none()
@@ -604,7 +604,7 @@ class PanelRunner:
         others."""
         self._decide_activity(plan, batch, lanes_of)
         self._measure_errors(plan, batch)
-        found, measured = self.sorted_out(plan, batch), self.measured[plan.experiment.key]
+        found, measured = self.rows_to_run(plan, batch), self.measured[plan.experiment.key]
         if plan.experiment.key in self.activity:
             measured.watch(plan.n_cells, found.inactive, found.changing)
         measured.dropped += found.dropped
@@ -790,7 +790,7 @@ class PanelRunner:
         plans, batch, patcher = self.running, self.batches[0], self._patcher()
         for number, plan in enumerate(plans):
             self._decide_activity(plan, batch, patcher.lanes_of(number, batch, None))
-        live = [self.sorted_out(plan, batch).live for plan in plans]
+        live = [self.rows_to_run(plan, batch).live for plan in plans]
         run = [plan.experiment.spec.estimator is None for plan in plans]
         shared = self._sharer().of(
             [own if cells else RowTable.none() for own, cells in zip(live, run, strict=True)]

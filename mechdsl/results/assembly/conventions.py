@@ -291,7 +291,7 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
 
 def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
     """Describe missing cells and rows of cells, and the combination of rules in one cell."""
-    if plan.path is not None and plan.beside_path:
+    if plan.path is not None and plan.additional_rules:
         yield (
             "outside the path",
             "the other rules act in each of its passes, also where other activations are "
