@@ -62,6 +62,8 @@ _CONVERSION = (
 
 _EDGE = re.compile(r"\s*([^\s<>-]+)\s*->\s*([^\s<>-]+?)(?:<([qkv])>)?\s*")
 
+_FEATURE = re.compile(r"\bfeature \d")
+
 _NODE = re.compile(
     r"(?P<embed>input|embed)|(?P<end>logits)"
     r"|a(?P<attention>\d{1,4})\.h(?P<head>\d{1,5})|m(?P<mlp>\d{1,4})"
@@ -298,6 +300,8 @@ def edge_of_name(name: str, shape: ModelShape) -> CircuitEdge:
     Raises:
         NotAnEdge: The name has another form, or the model has no such component.
     """
+    if _FEATURE.search(name):
+        raise NotAnEdge("and features aren't read from files: name these edges in a `circuit`")
     match = _EDGE.fullmatch(name)
     if match is None:
         raise NotAnEdge("which isn't an edge")

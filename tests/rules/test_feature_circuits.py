@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -667,3 +668,14 @@ def test_edges_of_random_circuits_of_features_are_on_paths(data: Path) -> None:
     assert all(len(own) == 3 and graph.covers(own) for own in draws)
     ends = {label_candidates((edge,)) for own in draws for edge in own}
     assert any("feature" in end for end in ends)
+
+
+def test_edges_of_features_in_a_file_are_an_error(data: Path) -> None:
+    edges_of = ["embed -> L0H1.q", "feature 3 of f -> logits"]
+    (data / "features.json").write_text(json.dumps({"edges": edges_of}), encoding="utf-8")
+    text = 'circuit c = saved("features.json")\n' + experiment(
+        "e", "ablate c at tokens * with zero"
+    )
+    problems = [each for each in try_file(text, data, "gpt2")[1] if each.severity == "error"]
+    assert [each.code for each in problems] == ["E0342"]
+    assert "features aren't read from files" in render_full(problems, color=False, width=200)
