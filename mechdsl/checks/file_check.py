@@ -858,7 +858,7 @@ def _outline(
         for each in (*resolved.derived.values(), resolved):
             found += _write_warnings(each) if experiment.prompts != spec.NO_PROMPTS else []
         found += _answers(resolved)
-        found += _tested_where_picked(resolved)
+        found += _tested_where_picked(resolved, filled.program)
     checked.diagnostics.extend(filter_certain(found, known.unknown))
     return known
 
@@ -930,18 +930,27 @@ def _stand_ins(
     return found
 
 
-def _tested_where_picked(experiment: ResolvedExperiment) -> list[Diagnostic]:
+def _tested_where_picked(experiment: ResolvedExperiment, program: spec.Program) -> list[Diagnostic]:
     """Report W0721 for sites that are tested on the rows they were selected on."""
     if not experiment.measures:
         return []
+    name, block = experiment.name, experiment.table.name
+    own = program.prompts.get(block)
+    parts = f"run `{{of}}` on `{block}.train` and `{name}` on `{block}.test`"
+    hint = f"split the rows: add `split 50%` to `prompts {block}`, then {parts}"
+    if own is not None and own.split is not None:
+        hint = (
+            f"{parts}; if a training reads `{block}.train`, run `{{of}}` on a copy of "
+            f"`prompts {block}` with other rows (`where`)"
+        )
     return [
         SelectionRowsReused(
             span=experiment.sites_of[each.of].span,
             experiment=experiment.name,
             of=each.of,
-            block=experiment.table.name,
             shared=each.shared,
             rows=each.rows,
+            hint=hint.format(of=each.of),
         )
         for each in find_selections([experiment])
     ]

@@ -149,12 +149,9 @@ class SelectionRowsReused(Diagnostic):
     depends_on = frozenset({"rows"})
     title = "`{experiment}` tests selections of `{of}` on the rows used to select them"
     label = "{shared} of its {rows} rows are also rows of `{of}`"
-    help = (
-        "split the rows: add `split 50%` to `prompts {block}`, then run `{of}` on "
-        "`{block}.train` and `{experiment}` on `{block}.test`"
-    )
+    help = "{hint}"
     experiment: str
     of: str
-    block: str
     shared: int
     rows: int
+    hint: str

@@ -108,9 +108,10 @@ class NotInDecoder(Diagnostic):
     code = "E0316"
     depends_on = frozenset({"shape"})
     title = "`{position}` is not a token of the decoder"
-    label = "this site has vectors at the tokens of the decoder, and the encoder reads `{position}`"
+    label = "this site has vectors at the tokens of the decoder, and {reader} `{position}`"
     help = "{hint}"
     position: str
+    reader: str = "the encoder reads"
     hint: str = (
         "name a site at the tokens of the encoder, such as `resid_post encoder layer 2` or "
         "`v cross layer 2`, or a token of the decoder: `last token`"

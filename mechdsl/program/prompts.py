@@ -567,15 +567,36 @@ def warn_unused_block_names(tree: ast.File) -> list[Diagnostic]:
         if isinstance(block, ast.PromptsDef)
         for kind, name in _definitions(block)
     ]
-    defined += [("run", run.name) for run in derived_runs(tree)]
-    definers = {id(name) for _, name in defined}
+    definers = {id(name) for _, name in defined} | {id(run.name) for run in derived_runs(tree)}
     python = any(isinstance(node, ast.Call) and node.name == "python" for node in walk(tree))
     used = {word for node in walk(tree) if id(node) not in definers for word in _mentioned(node)}
     return [
         UnusedName(span=name.span, kind=kind, name=name.id)
         for kind, name in defined
         if name.id not in used and not (python and kind == "text")  # a metric may read any of them
-    ]
+    ] + list(_unused_runs(tree))
+
+
+def _unused_runs(tree: ast.File) -> Iterator[Diagnostic]:
+    """Yield W0730 for runs with rules whose name occurs neither in their experiment nor outside of
+    the experiments that define a run of this name."""
+    for experiment in tree.statements:
+        for name in _defined_runs(experiment):
+            others = [
+                each
+                for each in tree.statements
+                if each is experiment or name.id not in {run.id for run in _defined_runs(each)}
+            ]
+            nodes = (node for each in others for node in walk(each) if node is not name)
+            if not any(name.id in _mentioned(node) for node in nodes):
+                yield UnusedName(span=name.span, kind="run", name=name.id)
+
+
+def _defined_runs(statement: ast.Node) -> list[ast.Name]:
+    """Return the names of the runs with rules that an experiment defines."""
+    if not isinstance(statement, ast.ExperimentDef):
+        return []
+    return [line.name for line in statement.statements if isinstance(line, ast.RunDef)]
 
 
 def derived_runs(tree: ast.File) -> Iterator[ast.RunDef]:

@@ -732,5 +732,6 @@ def _ends(inner: Statements, prompts: spec.Prompts) -> tuple[str | None, str]:
     there = inner.elsewhere.get(base or CLEAN)
     if there is not None and there.model is not None:
         what = "a `run` with rules in another model"
-        inner.diagnostics.append(NotSupported(span=line.bases[0].span, what=what))
+        later = "write into a run of the experiment's model: `from RUN into clean`"
+        inner.diagnostics.append(NotSupported(span=line.bases[0].span, what=what, later=later))
     return source, base or CLEAN

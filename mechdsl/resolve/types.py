@@ -1236,6 +1236,12 @@ def _source_text(node: ast.Node | None) -> str:
     return "" if node is None else node.span.written
 
 
+def _are_in_vision(found: Mapping[AxisIndices, tuple[SitePoint, ...]] | None) -> bool:
+    """Return whether some points are in the vision encoder of prompts with images."""
+    points = (point for here in (found or {}).values() for point in here)
+    return any(SITES[point.site].stack == "vision" for point in points)
+
+
 @record
 class ResolvedRule(Record):
     """One rule, ready to be expanded over cells. Rules with the same effect are equal."""
@@ -1291,9 +1297,13 @@ class ResolvedRule(Record):
 
     def acts_in(self, stack: str) -> bool:
         """Return whether some of its sites are in a stack other than the main one."""
-        every = [] if self.sites is None else [self.sites.points, self.sites.sources or {}]
-        points = (point for found in every for here in found.values() for point in here)
-        return any(SITES[point.site].stack == stack for point in points)
+        read = None if self.sites is None else self.sites.sources
+        return self.writes_vision or _are_in_vision(read)
+
+    @property
+    def writes_vision(self) -> bool:
+        """Whether it writes sites in the vision encoder of prompts with images."""
+        return self.sites is not None and _are_in_vision(self.sites.points)
 
     @property
     def in_prefill(self) -> bool:

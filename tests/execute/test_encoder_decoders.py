@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from mechdsl.base.source import Source
+from mechdsl.diagnostics.positions import NotInDecoder
 from mechdsl.models.config import shape_from_config
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.value_keys import RunContents
@@ -564,3 +565,15 @@ def test_config_of_one_stack_without_is_encoder_decoder_stays_one_stack(
     config.pop("is_encoder_decoder", None)
     shape, _ = shape_from_config(config)
     assert shape is None or shape.takes == "text"
+
+
+def test_text_of_a_measure_in_the_decoder_is_named_in_e0316(tmp_path: Path) -> None:
+    """The encoder reads the subject, but not the text of `logprob(wrong)`."""
+    for name, reason in (("wrong", "the prompt doesn't contain"), ("subject", "the encoder reads")):
+        line = f"scale resid_post layer 0 at {name} tokens by -1"
+        lines = experiment("e", "prompts p", line, "measure logprob(wrong) as raw")
+        _, found = try_file(lines, tmp_path, model("t5"), None, tokenizer=tokenizer())
+        (problem,) = [each for each in found if each.severity == "error"]
+        assert isinstance(problem, NotInDecoder)
+        assert problem.reader == reason
+        assert ("`answer tokens`" in str(problem)) == (name == "wrong")

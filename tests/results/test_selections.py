@@ -161,9 +161,10 @@ experiment again {
     assert file is not None
     selected = {each.name: [one.of for one in each.selected] for each in file.experiments}
     assert selected == {"heads": [], "again": [], "together": ["heads"]}
-    assert [each.of for each in found if isinstance(each, experiments.SelectionRowsReused)] == [
-        "heads"
-    ]
+    [warning] = [each for each in found if isinstance(each, experiments.SelectionRowsReused)]
+    assert warning.of == "heads"
+    assert "add `split" not in warning.hint  # the block has one
+    assert "copy of `prompts fruit` with other rows" in warning.hint
 
 
 def test_selection_matches_rows_of_another_prompt_set_by_content(tmp_path: Path) -> None:

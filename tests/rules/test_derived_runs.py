@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mechdsl.diagnostics.names import UnusedName
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..quick import some
@@ -465,6 +466,23 @@ def test_unused_derived_run_is_a_warning(data: Path) -> None:
     result, found = try_file(text, data, "llama")
     assert result is not None
     assert [d.code for d in found if d.code == "W0730"]
+    used = experiment("used", *defined("healed"), "from healed into clean",
+                      "patch mlp_out layer 1 at cue token")  # fmt: skip
+    result, found = try_file(text + used, data, "llama")
+    assert result is not None
+    assert [d.name for d in found if isinstance(d, UnusedName) and d.kind == "run"] == ["healed"]
+
+
+@pytest.mark.parametrize(("ends", "stays"), [("healed into clean", 0), ("clean into healed", 1)])
+def test_conventions_print_that_writes_of_the_base_run_stay(
+    data: Path, ends: str, stays: int
+) -> None:
+    rule = "patch mlp_out layer 1 at cue token"
+    text = experiment("e", *defined("healed"), f"from {ends}", rule)
+    result, _ = try_file(text, data, "llama")
+    assert result is not None
+    said = result.experiments[0].conventions["run healed"]
+    assert said.endswith("its writes stay in place under the experiment's rules") == bool(stays)
 
 
 def test_accuracy_of_a_derived_run_with_keep_is_an_error(data: Path) -> None:

@@ -583,7 +583,7 @@ class _OneSide(Record):
         """Return the cells in these tokens, and diagnostics; arguments as in
         `resolve_positions`."""
         if (problem := self.problem()) is not None:
-            return (), [problem]
+            return (), [self.explained(problem, **given)]
         if self.side == "source":
             answers, replies = _NO_DECODER_ANSWERS, _NO_DECODER_REPLIES
         given = {**given, "answers": answers, "replies": replies}
@@ -606,6 +606,16 @@ class _OneSide(Record):
                 case _:
                     pass
         return None
+
+    def explained(self, problem: Diagnostic, **given: Any) -> Diagnostic:
+        """Name `answer tokens` in E0316 for a text that the encoder doesn't read either."""
+        whole = self.whole.encoded
+        if not isinstance(problem, NotInDecoder) or not has_errors(
+            resolve_positions(self.positions, whole, self.run, **given)[1]
+        ):
+            return problem
+        hint = "name `answer tokens`, the text that the measure appends, or `last token`"
+        return replace(problem, reader="the prompt doesn't contain", hint=hint)
 
     def _image_problem(self, rows: Sequence[RunRow]) -> Diagnostic | None:
         """Return E0316 for a part of the image among positions of the text, and E0310 for a text

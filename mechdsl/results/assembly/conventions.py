@@ -243,8 +243,17 @@ def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionIt
         said = (" ".join(rule.spec.span.written.split()) for rule in own.rules)
         rules = "; ".join(dict.fromkeys(said))
         read = "" if own.spec.source is None else f", from {own.spec.source}"
-        place = "its writes stay in place under the experiment's rules"
-        yield f"run {name}", f"{own.spec.base} with {rules}{read}; {place}"
+        stays = "; its writes stay in place under the experiment's rules"
+        place = stays if name in _list_bases(experiment) else ""
+        yield f"run {name}", f"{own.spec.base} with {rules}{read}{place}"
+
+
+def _list_bases(experiment: ResolvedExperiment) -> list[str]:
+    """List the base run of an experiment, the run that its rules start from, and so on."""
+    found = [experiment.spec.base]
+    while (run := experiment.derived.get(found[-1])) is not None:
+        found.append(run.spec.base)
+    return found
 
 
 def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
@@ -410,14 +419,13 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
             if shape.takes == "attended image"
             else "replace `embed` of all its tokens, before other rules act there"
         )
-        yield (
-            "vision encoder",
-            f"{_describe_patches(shape.merged_side)}; a changed image's vectors {replaced}",
-        )
-        yield (
-            "planner",
-            "every row is a full forward pass: rules in the vision encoder change images",
-        )
+        writes = any(rule.writes_vision for rule in plan.experiment.every_rule)
+        patches = _describe_patches(shape.merged_side)
+        if writes:
+            patches += f"; a changed image's vectors {replaced}"
+        yield "vision encoder", patches
+        why = "change images" if writes else "read its vectors"
+        yield "planner", f"every row is a full forward pass: rules in the vision encoder {why}"
     elif plan.experiment.needs_full_passes:
         said = "every row is a full forward pass: the model adds vectors of images after its first "
         yield "planner", f"{said}blocks, outside their outputs"
