@@ -31,7 +31,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -77,6 +77,7 @@ from mechdsl.program.trainers import (
     MaskTrainer,
     NodeScoreTrainer,
 )
+from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.circuits import (
     EMBEDDING,
     NEURONS,
@@ -86,7 +87,12 @@ from mechdsl.resolve.circuits import (
     PlacedGraph,
 )
 from mechdsl.resolve.sites import label_candidates
-from mechdsl.resolve.trainings import key_of_candidate, order_places, paired_cells
+from mechdsl.resolve.trainings import (
+    key_of_candidate,
+    moved_positions,
+    order_places,
+    paired_cells,
+)
 from mechdsl.resolve.types import (
     CircuitEdge,
     MaskCandidate,
@@ -797,8 +803,23 @@ class EdgeRows(EdgeMaskRows):
     @cached_property
     def pass_rows(self) -> int:
         """Largest number of rows of a pass that scores edges."""
-        tokens = int(np.diff(self._starts).max(initial=1))
+        trainer = self.declared.trainer
+        scored = self.scored_by(trainer) if isinstance(trainer, EdgeScoreTrainer) else self
+        tokens = int(np.diff(scored._starts).max(initial=1))
         return count_scored_rows(len(self._columns), tokens, self.batch, self.model.shape)
+
+    def scored_by(self, trainer: EdgeScoreTrainer) -> EdgeRows:
+        """Return these rows with the tokens at which a trainer reads or moves senders."""
+        return self if trainer.path is None else self._moved
+
+    @cached_property
+    def _moved(self) -> EdgeRows:
+        """These rows with the tokens at which senders move along a path."""
+        cells = moved_positions(self.objective)
+        if count_tokens(cells[0]) == count_tokens(self._cells[0]):
+            return self
+        own = {each.name: getattr(self, each.name) for each in fields(EdgeRows)}
+        return MovedEdgeRows(**own, scored=self, moved=cells)
 
     def describe_rest(self) -> str:
         """Describe the tokens at no position, if edges are scored at several."""
@@ -810,6 +831,15 @@ class EdgeRows(EdgeMaskRows):
         text = f"{rest:,} of {count_noun(total, 'token')} of the training rows"
         return f"; {text} are at no position: edges there weren't scored or ablated"
 
+    def describe_path(self, trainer: EdgeScoreTrainer) -> str:
+        """Describe the tokens at which senders move along a path, if edges are scored at some."""
+        every = sum(len(self._runs[0].rows[row].ids) for row in self.rows.tolist())
+        if trainer.path is None or len(self._vectors_of(np.sort(self.rows))[0]) >= every:
+            return ""
+        what = "the embedding" if trainer.path == "inputs" else "each sender"
+        where = "the tokens of `at` only" if self._moved is self else "all tokens"
+        return f"; along the path, {what} moved at {where}"
+
     # --- scores
 
     def score(self, rows: Ints, trainer: EdgeScoreTrainer, steps: int) -> Floats:
@@ -820,9 +850,10 @@ class EdgeRows(EdgeMaskRows):
             trainer: Which points gradients are taken at.
             steps: Number of points on the path of the trainer.
         """
+        scored = self.scored_by(trainer)
         with torch.enable_grad():
-            found = self._score(rows, trainer, steps)
-        self._unpatched.forget()
+            found = scored._score(rows, trainer, steps)[: self._size[0]]
+        scored._unpatched.forget()
         return found.flatten().cpu()[self._cells_of_mask].numpy()
 
     def _score(self, rows: Ints, trainer: EdgeScoreTrainer, steps: int) -> Tensor:
@@ -830,7 +861,7 @@ class EdgeRows(EdgeMaskRows):
         lanes = self._lanes(rows)
         with torch.no_grad():
             fills = self._fills(int(self._vectors_of(rows)[1].sum()), self._incoming(rows))
-        places = self._places_of(rows).to(self.model.device) if self._size[0] > 1 else None
+        places = self._scored_places(rows)
         read = CircuitRead(*self._places(rows, lanes), fills, self._ends, places)
         score = partial(self._score_at, rows, lanes, read, backward=trainer.backward)
         found = score()
@@ -845,6 +876,10 @@ class EdgeRows(EdgeMaskRows):
                 added = self._addition(point, lanes, rows, change)
                 found += score(added=added, wanted=wanted)
         return found / steps
+
+    def _scored_places(self, rows: Ints) -> Tensor | None:
+        """Return [vector] the position of each vector of some rows, or None for one sum."""
+        return self._places_of(rows).to(self.model.device) if self._size[0] > 1 else None
 
     def _score_at(
         self,
@@ -952,6 +987,44 @@ class EdgeRows(EdgeMaskRows):
         return found
 
 
+@dataclass(frozen=True, eq=False)
+class MovedEdgeRows(EdgeRows):
+    """The rows of scores whose senders move along a path at more tokens than edges are scored at.
+
+    The number of positions is the place of the tokens at no position.
+    """
+
+    scored: EdgeRows
+    """The rows with the tokens at which edges are scored."""
+    moved: tuple[PositionCell, PositionCell]
+
+    @cached_property
+    def rows(self) -> Ints:
+        return self.scored.rows
+
+    @cached_property
+    def _cells(self) -> tuple[PositionCell, PositionCell]:
+        return self.moved
+
+    def _scored_places(self, rows: Ints) -> Tensor | None:
+        scored, own = self.scored, self._vectors_of(rows)[0]
+        number = dict[tuple[int, int], int]()
+        for row in rows.tolist():
+            vectors = range(scored._starts[row], scored._starts[row + 1])
+            tokens = scored._cells[0].hits[row][0]
+            for token, place in zip(tokens, scored._tokens[list(vectors), 0].tolist(), strict=True):
+                number[row, token] = place if self._size[0] > 1 else 0
+        each = ((row, token) for row in rows.tolist() for token in self.moved[0].hits[row][0])
+        found = torch.tensor([number.get(own, self._size[0]) for own in each])
+        assert len(found) == len(own)
+        return found.to(self.model.device)
+
+
+def count_tokens(cell: PositionCell) -> int:
+    """Return the number of tokens of a position in all rows."""
+    return sum(len(run) for hits in cell.hits for run in hits)
+
+
 def open_edges(
     circuit: TrainedMask,
     objective: ResolvedExperiment,
@@ -1030,6 +1103,7 @@ def _score_edges(training: DeclaredTraining, rows: EdgeRows, job: TrainingJob) -
         reason = f"none of the {len(order):,} edges with the largest scores leads to `logits`"
         raise NoCircuit(reason, "write a larger `size`, or leave `select` out")
     made = _describe(how, len(order), len(chosen)) + said + rows.describe_rest()
+    made += rows.describe_path(trainer)
     return FoundCircuit(chosen, scores, steps, len(order), made)
 
 

@@ -29,7 +29,7 @@ from mechdsl.program.trainers import (
 )
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.circuits import EdgeGraph
-from mechdsl.resolve.trainings import count_held_out, mask_points
+from mechdsl.resolve.trainings import count_held_out, mask_points, moved_positions
 from mechdsl.resolve.types import (
     CircuitTargets,
     ResolvedExperiment,
@@ -413,6 +413,8 @@ def _circuit_cost(
     written, senders = sum(tokens) / max(1, len(there)), {of for of, _ in circuit.every}
     points = tried = 0
     if isinstance(trainer, EdgeScoreTrainer):
+        if trainer.path is not None:
+            tokens = [sum(map(len, hits)) for hits in moved_positions(objective)[0].hits]
         points = trainer.steps(training.of_trainer)
         if trainer.path == "activations":
             points = 1 + (points - 1) * len({(of.site, of.layer) for of in senders})
@@ -428,13 +430,15 @@ def _circuit_cost(
     measured = (held_out or rows) * _count_controls(made, objective) * (1 + compared)
     measured += tried * rows * (1 if rows <= batch else 1 + compared)
     row = _per_row(run_cost(shape, base, None), base)
-    work = written * count_circuit_work(circuit, shape)
+    work = count_circuit_work(circuit, shape)
+    moved = sum(tokens) / max(1, len(there))
     backwards = points * -(-rows // size)
     whole = (points * 2 + compared) * rows + measured
     cost = Cost(
         forwards=backwards + compared * -(-rows // size) + -(-measured // batch),
         tokens=int(whole * row.tokens),
-        multiply_adds=whole * row.multiply_adds + (points * rows + measured) * work,
+        multiply_adds=whole * row.multiply_adds
+        + work * (points * rows * moved + measured * written),
         backwards=backwards,
     )
     cost += _times(run_cost(shape, source, None), 1.0)

@@ -417,7 +417,7 @@ class EdgeAttributionTrainer(EstimatedEdgeTrainer):
 class IntegratedEdgeTrainer(EstimatedEdgeTrainer):
     """Edge attribution patching with integrated gradients over the input: the score of the edge
     from u to v is (u′ − u) · mean over k = 1 … m of ∂m/∂(input of v) with the embedding
-    z′ + k/m (z − z′).
+    z′ + k/m (z − z′) at all tokens, or at those of the training if others have no z′.
 
     References:
         Hanna et al. 2024, arXiv 2403.17806.

@@ -649,6 +649,29 @@ def paired_positions(objective: ResolvedExperiment) -> tuple[PositionCell, Posit
     return written, read
 
 
+def moved_positions(objective: ResolvedExperiment) -> tuple[PositionCell, PositionCell]:
+    """Return the tokens at which senders move along the path of `eap_ig`, in both runs: all tokens
+    of the prompts and those of the positions.
+
+    Senders move only at the positions, those of `paired_positions`, if other tokens have no other
+    value: `mean` has means of the positions alone, and a run's tokens are paired by their number if
+    in each row both runs have the same number of tokens and the positions at the same ones.
+    """
+    (written, read), rule, table = paired_positions(objective), objective.rules[0], objective.table
+    fill, source = rule.spec.fill, table.runs[rule.run].rows
+    if fill is not None and fill.span.written == "mean":
+        return written, read
+    moved: list[tuple[tuple[int, ...], ...]] = []
+    for number, row in enumerate(table.runs[objective.spec.base].rows):
+        own, count = written.hits[number], len(row.ids)
+        other = len(source[number].ids), read.hits[number]
+        if own and fill is None and other != (count, own):
+            return written, read
+        moved.append((tuple(sorted({*range(count), *own[0]})),) if own else ())
+    cell = PositionCell(written.label, tuple(moved))
+    return cell, cell
+
+
 def _join(cells: Sequence[PositionCell], label: str) -> PositionCell:
     """Return the tokens of some positions as one position."""
     rows = zip(*(cell.hits for cell in cells), strict=True)

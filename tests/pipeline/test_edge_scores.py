@@ -84,6 +84,7 @@ HERE = (
     "gpt_neox_sequential",
     "llama" + WITHOUT_NORMS,
 )
+LINEAR = ("gpt2", "llama", "gpt_neox")
 HALF = "validation: 25%, batch: 2"
 
 
@@ -145,6 +146,8 @@ def reference_products(
 ) -> Tensor:
     """[edge, T] scores of one unpadded prompt, at each token.
 
+    Along the path, modules move at all tokens with another value.
+
     Args:
         split: As in `circuit_pass`. The score of an edge of several neurons is the sum of theirs.
     """
@@ -156,10 +159,17 @@ def reference_products(
     there = tokens(here, at)
     ids = list(here.ids)
     clean = outputs(plain(family, here), stack(family, model), split or ())
+    everywhere, whole = there, given
+    if word in ("zero", "other"):  # runs with other values at all tokens
+        everywhere = [*range(len(ids))]
+        whole = fills(family, Case("c", word, "tokens *"), {}, split or ())[row]
     changes: dict[str, Tensor] = {}
+    moved_changes: dict[str, Tensor] = {}
     for sender, own in clean.items():
         changes[sender] = torch.zeros_like(own)
         changes[sender][there] = given[sender][there] - own[there]
+        moved_changes[sender] = torch.zeros_like(own)
+        moved_changes[sender][everywhere] = whole[sender][everywhere] - own[everywhere]
     names = [[list_members(end, every) for end in edge] for edge in every]
 
     def gradients(moved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -185,7 +195,7 @@ def reference_products(
     def moves(step: int, steps: int, modules: set[str]) -> dict[str, Tensor]:
         return {
             sender: (1 - step / steps) * own
-            for sender, own in changes.items()
+            for sender, own in moved_changes.items()
             if module_of(sender) in modules
         }
 
@@ -204,7 +214,6 @@ def reference_products(
     return found
 
 
-LINEAR = ("gpt2", "llama", "gpt_neox")
 RULED = ("relp(size: 12)", "gim(size: 12)")
 CALLS = ("eap(size: 12)", "eap_ig(size: 12, steps: 3)", "eap_ig_activations(size: 12, steps: 2)")
 WHERE = (("", "left"), (PAIR, "right"))
@@ -259,6 +268,52 @@ def compare_scores(
     assert len(every) > 100
     assert expected.abs().max() > 1e-2
     np.testing.assert_allclose(score(mask, found), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "call"), in_turn(LINEAR, CALLS[1:]))
+def test_scores_at_one_token_use_gradients_of_a_path_at_all_tokens(
+    family: str, call: str, tmp_path: Path
+) -> None:
+    """The embedding of the last token is the same in both runs."""
+    compare_scores(call, ("last token", "left"), family, "from: other", tmp_path)
+    if call == CALLS[1]:
+        plain_, along = (
+            score(
+                *open_rows(
+                    write(tmp_path, fit(call=own, at="last token"), PATCHES), double("llama")
+                )
+            )
+            for own in CALLS[:2]
+        )
+        assert np.abs(plain_ - along).max() > 1e-3
+
+
+@pytest.mark.parametrize("call", CALLS[1:])
+def test_path_from_a_run_of_other_lengths_moves_the_scored_tokens(
+    call: str, tmp_path: Path
+) -> None:
+    compare_scores(call, (PAIR, "left"), "llama", "from: longer", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("call", "source", "at", "text"),
+    [
+        (CALLS[0], "from: other", PAIR, ""),
+        (CALLS[1], "from: other", "", ""),
+        (CALLS[1], "from: other", PAIR, "along the path, the embedding moved at all tokens"),
+        (CALLS[2], "with: zero", PAIR, "along the path, each sender moved at all tokens"),
+        (CALLS[1], "with: mean", PAIR, "the embedding moved at the tokens of `at` only"),
+        (CALLS[1], "from: longer", PAIR, "the embedding moved at the tokens of `at` only"),
+    ],
+)
+def test_report_of_edge_scores_names_the_tokens_of_the_path(
+    call: str, source: str, at: str, text: str, tmp_path: Path
+) -> None:
+    line = fit("validation: 0%, batch: 2", call=call, source=source, at=at)
+    mask, found = open_rows(write(tmp_path, line, PATCHES), double("llama"))
+    described = found.describe_path(mask.training.trainer_of(EdgeScoreTrainer))
+    assert described.endswith(text)
+    assert bool(described) == bool(text)
 
 
 @pytest.mark.parametrize("source", ["with: zero", "with: mean", "from: other"])
