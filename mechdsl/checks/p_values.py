@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from mechdsl.base.source import Span
@@ -119,13 +120,16 @@ def check_cell_units(
     span: Span | None,
     unit: str = "prompt",
     where: str = "",
+    *,
+    measured: bool = False,
 ) -> list[Diagnostic]:
     """Report W0720 if cells have so few prompts (or groups) that no p-value can be small enough.
 
     Args:
-        units: Number of units of every tested cell.
+        units: Number of units of every cell that may be tested.
         unit: Name of one row.
         where: Description of the cells.
+        measured: Whether all these cells are tested; before a run, some may prove to be inert.
     """
     lost = unreachable_cells(units, settings)
     if not lost:
@@ -135,13 +139,18 @@ def check_cell_units(
     several = "s" if have != "1" else ""
     word = f"value{several} of {settings.by}" if settings.by is not None else f"{unit}{several}"
     have = f"{have} {word}"
+    smallest, level = smallest_p_value(few[-1], settings), 1 - settings.confidence / 100
+    is_certain = measured or smallest >= level
     about = f"{where}with {have}, no cell can be significant after correction"
     if len(lost) < len(units):
         about = (
             f"{len(lost)} of {len(units)} cells have only {have} and can't be significant "
             "after correction"
         )
-    smallest = smallest_p_value(few[-1], settings)
+        about += "" if is_certain else f" if all {len(units)} cells are tested"
+    elif not is_certain:
+        most = math.ceil(level / smallest) - 1  # Holm rejects the smallest p first
+        about += f" if more than {most} of the {len(units)} cells are tested"
     corrected = smallest * (len(units) if settings.correction == "holm" else 1)
     name, cells = CORRECTION_NAMES[settings.correction], count_noun(len(units), "cell")
     reach = (
@@ -150,6 +159,8 @@ def check_cell_units(
     )
     if few[-1] < MIN_UNITS:
         reach = f"intervals and p-values need at least {MIN_UNITS}"
+    if not is_certain:
+        reach += "; cells without any possible effect aren't tested"
     return [
         TooFewPrompts(
             span=span,

@@ -505,7 +505,11 @@ def _few_units(
     tables = {id(each.table): each.table for each in variants}
     fewer = first.spec.keep if result.prompts < sum(map(len, tables.values())) else ()
     return check_cell_units(
-        units, first.spec.statistics, (fewer or tested)[0].span, row_unit(first)
+        units,
+        first.spec.statistics,
+        (fewer or tested)[0].span,
+        row_unit(first),
+        measured=True,
     )
 
 

@@ -188,7 +188,10 @@ def test_too_few_prompts_for_significance_is_a_warning() -> None:
     assert check_cell_units([8], statistics(), SPAN) == []
     (found,) = check_cell_units([8] * 48, statistics(), SPAN)
     assert found.code == "W0720"
-    assert found.message == "with 8 prompts, no cell can be significant after correction"
+    assert found.message == (
+        "with 8 prompts, no cell can be significant after correction if more than 6 of the 48 "
+        "cells are tested"
+    )
     assert "0.0078" in found.label_text
     assert check_cell_units([8] * 48, statistics(correction="bh"), SPAN) == []
     assert check_cell_units([8] * 48, statistics(correction="max"), SPAN) == []
@@ -197,6 +200,21 @@ def test_too_few_prompts_for_significance_is_a_warning() -> None:
     assert check_cell_units([30] * 9000, statistics(), SPAN) == []
     (found,) = check_cell_units([1] * 3, statistics(by="a"), SPAN)
     assert found.message == "with 1 value of a, no cell can be significant after correction"
+
+
+@pytest.mark.parametrize(("units", "most"), [(6, 1), (7, 3), (8, 6), (9, 12)])
+def test_warning_names_the_number_of_tested_cells_that_can_be_significant(
+    units: int, most: int
+) -> None:
+    """Inert cells aren't corrected for; after the run, their number is known."""
+    (found,) = check_cell_units([units] * 40, statistics(), SPAN)
+    assert f"if more than {most} of the 40 cells are tested" in found.message
+    assert found.label_text.endswith("; cells without any possible effect aren't tested")
+    assert unreachable_cells([units] * most, statistics()) == []
+    assert unreachable_cells([units] * (most + 1), statistics()) != []
+    (found,) = check_cell_units([units] * 40, statistics(), SPAN, measured=True)
+    assert found.message == f"with {units} prompts, no cell can be significant after correction"
+    assert "aren't tested" not in found.label_text
 
 
 @pytest.mark.parametrize(("units", "warned"), [(15, True), (16, False)])
@@ -213,6 +231,7 @@ def test_cells_with_too_few_prompts_are_counted() -> None:
     assert unreachable_cells(units, statistics(confidence=97)) == [0, 3, 4]
     (found,) = check_cell_units(units, statistics(confidence=97), SPAN)
     assert found.message == (
-        "3 of 5 cells have only 5 to 7 prompts and can't be significant after correction"
+        "3 of 5 cells have only 5 to 7 prompts and can't be significant after correction if all "
+        "5 cells are tested"
     )
     assert unreachable_cells(units, statistics(confidence=90)) == []

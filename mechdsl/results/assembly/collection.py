@@ -894,8 +894,9 @@ def add_verification(
         own = (number, estimates, found.n, said.verify, seed, settings.confidence)
         verified.append(verify_cells(*own, partial(exact.of, number)))
     conventions = dict(result.conventions)
-    for each in verified[:1]:
-        conventions["verified"] = _verification_text(each, said.verify, settings.confidence)
+    if verified:
+        text = _verification_text(verified, said.verify, settings.confidence)
+        conventions["verified"] = text
     return replace(result, verified=tuple(verified), conventions=conventions)
 
 
@@ -924,10 +925,23 @@ class _ExactCellCache:
         return ExactEffects(**numbers, n=self._counts[measure, cells])
 
 
-def _verification_text(found: VerifiedCells, asked: spec.Verification, confidence: float) -> str:
-    """Describe which cells were run, and what their intervals are over."""
+def _verification_text(
+    verified: Sequence[VerifiedCells], asked: spec.Verification, confidence: float
+) -> str:
+    """Describe which cells were run, and what their intervals are over.
+
+    Args:
+        verified: Those of each measure, one or more.
+    """
+    found = verified[0]
     if found.search is not None:
-        return _search_text(found)
+        ended = [each for each in verified if each.search and not each.search.is_proved]
+        if ended:
+            return _search_text(ended[0])
+        return (
+            "of each measure, all cells that can have an effect were run, on the same rows: the "
+            "largest exact effects are proved"
+        )
     parts = [f"the {found.top} with the largest absolute estimates"] if found.top else []
     drawn = len(found.cells) - found.ranked
     others = "others" if parts else "cells"
