@@ -32,6 +32,7 @@ from mechdsl.resolve.circuits import EdgeGraph
 from mechdsl.resolve.trainings import count_held_out, mask_points, moved_positions
 from mechdsl.resolve.types import (
     CircuitTargets,
+    PlacedEdge,
     ResolvedExperiment,
     SitePoint,
     TrainedDictionary,
@@ -510,10 +511,12 @@ def _count_vectors(
 
 
 def _assume_size(made: TrainedMask) -> str:
-    """Return `55 of 110 edges` if the training decides the size; empty otherwise."""
+    """Return `55 of 110 edges` if the training decides the size, or `12 edges at one position each`
+    if it decides the number of different edges; empty otherwise."""
     size = made.training.trainer_of(ScoringTrainer).size(made.training.of_trainer)
     if size is not None:
-        return ""
+        edges = {each.edge for each in made.chosen if isinstance(each, PlacedEdge)}
+        return f"{count_noun(size, 'edge')} at one position each" if 1 < len(edges) == size else ""
     return f"{len(made.chosen):,} of {count_noun(len(made.candidates), made.noun)}"
 
 

@@ -284,7 +284,7 @@ def outline_mask(
     definition: spec.Basis, objective: ResolvedExperiment, program: spec.Program
 ) -> TrainedMask:
     """Return what a group with `fit` declares, with what it chose if that is known; otherwise with
-    the first candidates, half of them if the training decides the number.
+    placeholders, half of the candidates if the training decides the number.
 
     Args:
         objective: As in `mechdsl.program.trainings`, resolved.
@@ -301,7 +301,20 @@ def outline_mask(
     file = program.trained.get(training.name, (None, ""))[0]
     if isinstance(file, MaskFile):
         return TrainedMask(candidates, file.chosen, file.digest, training, scores=file.scores)
-    return TrainedMask(candidates, candidates[:size], "", training)
+    return TrainedMask(candidates, _choose_first(candidates, size), "", training)
+
+
+def _choose_first(candidates: Sequence[MaskCandidate], size: int) -> tuple[MaskCandidate, ...]:
+    """Return the first candidates, as placeholders of chosen ones. Edges at positions have
+    different edges, as long as there are others, and all positions: a sweep over the edges has the
+    largest number of cells."""
+    placed = [each for each in candidates if isinstance(each, PlacedEdge)]
+    if not placed:
+        return tuple(candidates[:size])
+    places = len({each.place for each in placed})
+    edges = len(placed) // places
+    numbers = ((n % edges) * places + (n + n // edges) % places for n in range(size))
+    return tuple(placed[number] for number in sorted(numbers))
 
 
 def mask_points(objective: ResolvedExperiment) -> tuple[SitePoint, ...]:

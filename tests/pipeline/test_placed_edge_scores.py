@@ -20,6 +20,8 @@ from torch import Tensor
 import mechdsl
 from mechdsl.execute.mask_training import EdgeRows, find_circuit
 from mechdsl.execute.training import TrainingJob
+from mechdsl.pipeline.trained_files import fits_of_file
+from mechdsl.planner.training_cost import training_cost
 from mechdsl.resolve.types import PlacedEdge, TrainedMask
 
 from ..quick import in_turn
@@ -31,7 +33,7 @@ from ..rules.test_ablated_circuits import Case, edges, fills, key_heads, named
 from .test_edge_scores import CALLS, HERE, RULED, fit, open_rows, reference_products, score
 from .test_trained_circuits import PAIR
 from .test_trained_dictionaries import experiment, run, train, write
-from .test_trained_rotations import loss_by_hand, training_errors
+from .test_trained_rotations import checked, loss_by_hand, training_errors
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
@@ -334,6 +336,28 @@ def test_joined_and_separate_positions_have_different_trainings(tmp_path: Path) 
         (trained,) = train(write(tmp_path, fit(ALL_ROWS, at=at), USE))
         keys.add(trained.folder.name)
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(("size", "cells"), [(1, 1), (12, 12), (300, 190)])
+def test_untrained_placed_circuit_is_planned_with_different_edges(
+    size: int, cells: int, tmp_path: Path
+) -> None:
+    """As `without each edge` has one cell for an edge at several positions."""
+    line = fit(ALL_ROWS, call=f"eap(size: {size})", at=", ".join(PLACES))
+    use = experiment("ablate all but c without each edge at tokens * with zero", block="p")
+    found = checked(write(tmp_path, line, use), double("llama"))
+    (fitted,) = fits_of_file(found).values()
+    assert isinstance(fitted.file, TrainedMask)
+    assert len({*fitted.file.chosen}) == size
+    planned = found.experiments[0]
+    (axis,) = (each for each in planned.axes if each.name == "edge")
+    assert len(axis) == cells
+    circuit = planned.rules[0].circuit
+    assert circuit is not None
+    assert len(circuit.places) == min(size, len(PLACES))
+    assert fitted.objective is not None
+    price = training_cost("c", fitted.file, fitted.objective, fitted.objective.model.shape)
+    assert price.assumed == ("12 edges at one position each" if size == 12 else "")
 
 
 # --- mistakes -------------------------------------------------------------------------------------

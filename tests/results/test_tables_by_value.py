@@ -43,7 +43,7 @@ def said(rows: int, correction: str = "holm") -> list[str]:
             24,
             "holm",
             "in the table by count, with 7 to 9 prompts, no cell can be significant after "
-            "correction",
+            "correction if more than 12 of the 48 cells are tested",
         ),
         (30, "holm", None),  # 11 of one count
         (24, "bh", None),
@@ -54,7 +54,12 @@ def said(rows: int, correction: str = "holm") -> list[str]:
             "holm",
             ("in the table by count, with 4 prompts, no cell can be significant after correction"),
         ),
-        (9, "holm", "with 9 prompts, no cell can be significant after correction"),
+        (
+            9,
+            "holm",
+            "with 9 prompts, no cell can be significant after correction if more than 12 of the "
+            "16 cells are tested",
+        ),
     ],
 )
 def test_table_by_value_without_possible_significance_is_a_warning(

@@ -249,8 +249,8 @@ def test_verification_search_runs_cells_in_order_of_estimates(
     assert (np.diff(order) <= 0).all()
     assert "largest exact effects are proved" in found.to_text(140)
     assert found.conventions["verified"] == (
-        "of each measure, all cells that can have an effect were run, on the same rows: the largest "
-        "exact effects are proved"
+        "of each measure, all cells that can have an effect were run, on the same rows: the "
+        "largest exact effects are proved"
     )
     document = experiment_document(found).as_json()["verified"][0]
     assert document["search"]["proved"]
