@@ -885,7 +885,8 @@ _file(
     "gradient in the clean run. `eap_ig` takes the mean gradient at the fractions k/`steps` (k = "
     "1 to `steps`) between the other embedding and the clean embedding; `eap_ig_activations` "
     "interpolates the output of the sender's own module instead. These move at all tokens, or at "
-    "those of `at` if others have no other value. `relp` and `gim` are `eap` with the gradients of `using relp` and `using gim`. Instead of `size`, `faithfulness: 0.9` "
+    "those of `at` if others have no other value. `relp` and `gim` are `eap` with the gradients "
+    "of `using relp` and `using gim`. Instead of `size`, `faithfulness: 0.9` "
     "selects the smallest circuit in this order whose faithfulness on the training rows exceeds "
     '0.9; sizes are tried one after another. `select` is "greedy" (default), from `logits` '
     'backwards, or "top". `batch` (8) and `validation` (20%) are the options of `fit`; other '
