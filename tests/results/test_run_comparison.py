@@ -69,6 +69,16 @@ def test_cells_and_measures_of_only_one_run_are_added_or_removed() -> None:
     assert (back.added, back.changed) == (found.removed, False)
 
 
+def test_unmatched_cells_with_equal_names_have_their_positions() -> None:
+    """A rule whose tokens changed."""
+    old = plain(measure(OLD, BASE))
+    first = replace(old.cells[0], position="tokens *")
+    new = replace(old, cells=(first, *old.cells[1:]))
+    found = compare_results(results(finished(old)), results(finished(new)))
+    assert [each.cell for each in found.removed] == ["L0H0.z at last-item token"]
+    assert [each.cell for each in found.added] == ["L0H0.z at tokens *"]
+
+
 @pytest.mark.parametrize(
     "other",
     [

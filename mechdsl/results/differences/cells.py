@@ -106,10 +106,11 @@ def measure_key(data: MeasureData) -> Hashable:
 
 def match_cells(old: ExperimentResult, new: ExperimentResult) -> IndexMatch:
     """Match cells by coordinates, site and position."""
-    return IndexMatch.of(map(_cell_key, old.cells), map(_cell_key, new.cells))
+    return IndexMatch.of(map(cell_key, old.cells), map(cell_key, new.cells))
 
 
-def _cell_key(cell: CellKey) -> Hashable:
+def cell_key(cell: CellKey) -> Hashable:
+    """Return the coordinates, the site and the position of a cell."""
     coords = tuple(sorted(cell.coords.items()))
     return coords, tuple(sorted(cell.also.items())), cell.site, cell.position
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,11 +14,13 @@ from pydantic import Field
 
 from mechdsl.base.files import write_atomically
 from mechdsl.base.text import count_noun, dump_json
+from mechdsl.resolve.cells import CellKey
 from mechdsl.results.differences.cells import (
     AlignedRows,
     CellState,
     IndexMatch,
     MeasureComparison,
+    cell_key,
     decide_changes,
     match_cells,
     match_measures,
@@ -444,6 +446,7 @@ class _Comparison:
     def _pair(self, name: str, old: ExperimentResult, new: ExperimentResult) -> None:
         rows = AlignedRows.of(old, new)
         measures, cells = match_measures(old, new), match_cells(old, new)
+        label = _label_cells((*old.cells, *new.cells))
         for found, result, numbers, places in (
             (self.added, new, measures.added, cells.added),
             (self.removed, old, measures.removed, cells.removed),
@@ -451,7 +454,7 @@ class _Comparison:
             found += [
                 UnmatchedItem(name, measure_label(result.measures[number])) for number in numbers
             ]
-            found += [UnmatchedItem(name, cell=result.cells[place].name) for place in places]
+            found += [UnmatchedItem(name, cell=label(result.cells[place])) for place in places]
         if len(cells):
             self.measures += [
                 (name, MeasureComparison(old, new, numbers, cells, rows)) for numbers in measures
@@ -470,6 +473,17 @@ class _Comparison:
         for name, each in self.measures:
             for cell in each.of_state("changed", "noise", "unclear", "rounding").tolist():
                 yield _cell_difference(name, each, cell)
+
+
+def _label_cells(cells: Iterable[CellKey]) -> Callable[[CellKey], str]:
+    """Return a function that names a cell: with its position if another cell has its name."""
+    names = Counter(each.name for each in {cell_key(each): each for each in cells}.values())
+
+    def label(cell: CellKey) -> str:
+        is_unique = names[cell.name] == 1 or cell.position is None
+        return cell.name if is_unique else f"{cell.name} at {cell.position}"
+
+    return label
 
 
 ComputedOrLost = ExperimentResult | LostExperiment
