@@ -7,7 +7,7 @@ controls in every experiment.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, product
 from typing import Any, Literal
@@ -44,6 +44,7 @@ from mechdsl.resolve.matched_draws import (
     RowOptions,
     TargetSwaps,
     TokenOptions,
+    combine_draws,
     draw_coordinates,
     draw_distinct,
     draw_features,
@@ -735,10 +736,9 @@ def _build_group_control(
     if not found.draws:
         reason = f"there is no other group of the same size: {found.sizes}"
         raise _NoAlternatives(reason, "remove this line, or test a group of a different size")
-    few = min(found.counts.counts.values()) < draws
+    few = _describe_few("groups", found.different, found.counts.counts.values(), draws)
     chosen = " and the training could choose" if found.of_choices else ""
-    like = f"of {found.sizes}, drawn from those that ∅ ablates{chosen}, at the same tokens"
-    like += "; fewer draws where there are fewer groups" if few else ""
+    like = f"of {found.sizes}, drawn from those that ∅ ablates{chosen}, at the same tokens{few}"
     like += (
         "; where there is no other group, each draw is the group itself" if found.some_alone else ""
     )
@@ -770,20 +770,23 @@ def _draw_circuits(
     Raises:
         _NoAlternatives: There are too few circuits of one size, or none of any size.
     """
-    drawn: dict[AxisIndices, PlacedEdges] = {}
-    counts: dict[AxisIndices, int] = {}
-    every_path, only, others = True, set[int](), 0
+    drawn: dict[AxisIndices, list[PlacedEdges]] = {}
+    every_path, only, others, axes = True, set[int](), 0, rule.sites.axes if rule.sites else ()
     for key, own in circuit.named.items():
         asked = ask_circuits(experiment, rule, own, draws)
         found = draw_circuits(asked)
-        counts[key] = len(found.circuits)
         every_path &= found.is_connected
         if found.is_only:
             only.add(count_placed(own))
         else:
-            others = max(others, counts[key])
-        edges = [list_drawn_edges(asked, each) for each in found.circuits]
-        drawn |= {(n, *key): edges[n] if n < len(edges) else own for n in range(draws)}
+            others = max(others, len(found.circuits))
+        alone = found.is_only and experiment.combined_axis in axes
+        circuits = found.circuits[:1] if alone else found.circuits
+        drawn[key] = [list_drawn_edges(asked, each) for each in circuits]
+    different = {key: len(own) for key, own in drawn.items()}
+    over = experiment.combined_axis
+    picks = combine_draws(different, axes, over, draws, experiment.seed)
+    counts = {key: len(own) for key, own in picks.items()}
     noun = "edge at positions" if circuit.edge_places else "edge"
     sizes = sorted({count_placed(own) for own in circuit.named.values()})
     size = _list_sizes(sizes, noun)
@@ -799,12 +802,34 @@ def _draw_circuits(
     if circuit.edge_places:
         size += ", the same number at each position"
         path += " through tokens at its positions" if path else ""
-    few = "; fewer draws where there are fewer circuits" if min(counts.values()) < draws else ""
+    few = _describe_few("circuits", different.values(), counts.values(), draws)
     if only:
         few += (
             f"; each draw with {_list_sizes(sorted(only), noun, ' or ')} is the only such circuit"
         )
-    return drawn, counts, f"of {size}{path}, at the same tokens{few}"
+    circuits = {
+        (n, *key): drawn[key][picks[key][n]] if n < counts[key] else own
+        for key, own in circuit.named.items()
+        for n in range(draws)
+    }
+    return circuits, counts, f"of {size}{path}, at the same tokens{few}"
+
+
+def _describe_few(noun: str, different: Iterable[int], counts: Iterable[int], draws: int) -> str:
+    """Describe cells with fewer different draws than the control was asked for.
+
+    Args:
+        noun: `groups` or `circuits`.
+        different: Number of different draws in each cell.
+        counts: Number of draws in each cell; larger if curves repeat them.
+    """
+    fewer = [own < draws for own in different]
+    if not any(fewer):
+        return ""
+    repeated = any(own < count for own, count in zip(different, counts, strict=True))
+    if repeated:
+        return f"; a random curve has one of each size, and sizes with fewer {noun} repeat theirs"
+    return f"; fewer draws where there are fewer {noun}"
 
 
 def _list_sizes(sizes: Sequence[int], noun: str, between: str = " to ") -> str:
@@ -1532,7 +1557,18 @@ class _Draws:
         if whole == there.total():
             raise self._nothing_else(kinds)
         self._say_alone(whole, some)
-        drawn = DrawCounts(names, {c: len(d.picks) for c, d in zip(cells, cell_draws, strict=True)})
+        numbers = combine_draws(
+            {cell: len(each.picks) for cell, each in zip(cells, cell_draws, strict=True)},
+            names,
+            self.experiment.combined_axis,
+            self.draws,
+            self.experiment.seed,
+        )
+        cell_draws = [
+            replace(each, picks=[each.picks[n] for n in numbers[cell]])
+            for cell, each in zip(cells, cell_draws, strict=True)
+        ]
+        drawn = DrawCounts(names, {cell: len(own) for cell, own in numbers.items()})
         for n in (*in_sites, *tokens):
             word = kinds[n]
             assert word is not None

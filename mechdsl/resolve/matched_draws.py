@@ -273,7 +273,56 @@ class TokenOptions(Record):
         return tuple(found)
 
 
-DrawOptions: TypeAlias = SiteOptions | TokenOptions
+@record
+class NumberedDraws(Record):
+    """Draws of one cell that are made, by number."""
+
+    count: int
+    key: int
+
+    def pick(self, rank: int | None, draw: int) -> int:
+        return random_rank(self.count, self.key, draw) if rank is None else rank
+
+
+DrawOptions: TypeAlias = SiteOptions | TokenOptions | NumberedDraws
+
+
+def combine_draws(
+    counts: Mapping[tuple[int, ...], int],
+    axes: Sequence[str],
+    over: str | None,
+    draws: int,
+    seed: int,
+) -> dict[tuple[int, ...], list[int]]:
+    """Return which draws each cell has, so that no two draws of all cells of a curve are equal.
+
+    A cell with fewer than `draws` draws repeats them. There are fewer than `draws` curves only if
+    there are no others, and none if a cell has no draws.
+
+    Args:
+        counts: Cell → number of its different draws.
+        axes: Names of the axes of a cell.
+        over: The axis of curves; without it, or if cells don't differ along it, a cell has its
+            different draws.
+        draws: Number of draws to make.
+    """
+    along = axes.index(over) if over in axes else None
+    if along is None:
+        return {cell: [*range(min(count, draws))] for cell, count in counts.items()}
+    curves: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for cell in counts:
+        curves.setdefault((*cell[:along], *cell[along + 1 :]), []).append(cell)
+    found: dict[tuple[int, ...], list[int]] = {}
+    for cells in curves.values():
+        few = [cell for cell in cells if counts[cell] < draws]
+        parts = [NumberedDraws(counts[cell], stable_hash(seed, "curve", *cell)) for cell in few]
+        picks = draw_distinct(parts, draws=draws) if few else [[]]
+        number = len(picks) if len(few) == len(cells) else min(len(picks), 1) * draws
+        for cell in cells:
+            found[cell] = [*range(number)]
+        for place, cell in enumerate(few):
+            found[cell] = [picks[draw % len(picks)][place] for draw in range(number)]
+    return found
 
 
 def draw_distinct(parts: Sequence[DrawOptions], *, draws: int) -> list[list[Any]]:

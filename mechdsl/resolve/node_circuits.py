@@ -19,7 +19,12 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import UnreadableMeasure
 from mechdsl.program import spec
-from mechdsl.resolve.matched_draws import ExchangeGroup, SiteOptions, draw_distinct
+from mechdsl.resolve.matched_draws import (
+    ExchangeGroup,
+    SiteOptions,
+    combine_draws,
+    draw_distinct,
+)
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import (
     DRAW_AXIS,
@@ -445,6 +450,8 @@ class DrawnGroups(Record):
     """Sizes of the groups: `3 of 16 sites`."""
     of_choices: bool
     """Whether some groups are drawn only from what their training could choose."""
+    different: tuple[int, ...]
+    """Number of different draws in each cell."""
     some_alone: bool
     """Whether each draw of some cells is the group itself, because there is no other."""
 
@@ -471,10 +478,11 @@ def draw_groups(
     used = {axis for n in kinds for own in pairs[n] for axis in _choice_axes(own)}
     axes = [axis for axis in experiment.axes if axis.name in used]
     names = tuple(axis.name for axis in axes)
-    counts: dict[AxisIndices, int] = {}
     groups: dict[tuple[int, int, AxisIndices], frozenset[Hashable]] = {}
     sizes: dict[tuple[int, int], list[int]] = {}
     of_choices = False
+    chosen: dict[AxisIndices, dict[int, frozenset[Hashable]]] = {}
+    drawn: dict[AxisIndices, list[dict[int, frozenset[Hashable]]]] = {}
     for cell in product(*(range(len(axis)) for axis in axes)):
         at = dict(zip(names, cell, strict=True))
         found = {
@@ -484,20 +492,27 @@ def draw_groups(
             size = sum(node in choice.group for node in choice.pool)
             sizes.setdefault((n, len(choice.pool)), []).append(size)
             of_choices |= bool(choice.fixed)
-        drawn = _draw_cell(found, draws, experiment.seed)
-        counts[cell] = len(drawn)
-        for draw, n in product(range(draws), found):
-            groups[n, draw, cell] = drawn[draw][n] if draw < len(drawn) else found[n].group
-    most = max(counts.values(), default=0)
-    alone = [cell for cell, count in counts.items() if not count]
-    counts |= dict.fromkeys(alone, most)
+        chosen[cell] = {n: choice.group for n, choice in found.items()}
+        drawn[cell] = _draw_cell(found, draws, experiment.seed)
+    alone = [cell for cell, own in drawn.items() if not own]
+    over = experiment.combined_axis
+    different = {cell: max(1, len(own)) for cell, own in drawn.items()}
+    picks = combine_draws(different, names, over, draws, experiment.seed)
+    counts = {cell: len(own) for cell, own in picks.items()}
+    most = 0 if len(alone) == len(drawn) else max(counts.values())
+    counts |= {} if over in names else dict.fromkeys(alone, most)
+    for cell, own in picks.items():
+        for draw, n in product(range(draws), kinds):
+            has = drawn[cell] and draw < len(own)
+            groups[n, draw, cell] = drawn[cell][own[draw]][n] if has else chosen[cell][n]
     rules = list(experiment.rules)
     for n, kind in kinds.items():
         own = {(d, cell): group for (m, d, cell), group in groups.items() if m == n and d < most}
         rules[n] = _with_groups(*pairs[n], kind, names, own)
     said = _describe_sizes(sizes, pairs, kinds)
     drawn_counts = DrawCounts(names, counts)
-    return DrawnGroups(tuple(rules), most, drawn_counts, said, of_choices, bool(alone))
+    numbers = tuple(counts[cell] if cell in alone else own for cell, own in different.items())
+    return DrawnGroups(tuple(rules), most, drawn_counts, said, of_choices, numbers, bool(alone))
 
 
 def _choice_axes(rule: ResolvedRule) -> Iterator[str]:

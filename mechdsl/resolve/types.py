@@ -1766,6 +1766,13 @@ class ResolvedExperiment(Record):
         """Name that is unique among all variants."""
         return self.spec.key
 
+    @property
+    def combined_axis(self) -> str | None:
+        """Name of the axis over which measures are averages or areas; None without one."""
+        over = self.spec.over
+        named = (axis.name for axis in self.axes if over in (axis.name, axis.alias))
+        return None if over is None else next(named, None)
+
     def has(self, index: AxisIndices) -> bool:
         """Return whether its measures are read in the cell with these indices along its axes."""
         at = {axis.name: own for axis, own in zip(self.axes, index, strict=True)}

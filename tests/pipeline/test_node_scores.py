@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ from mechdsl.fits.reports import NodeReport
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.program.trainers import NodeScoreTrainer
+from mechdsl.resolve.matched_draws import combine_draws
 from mechdsl.resolve.types import PositionChoice, SitePoint, TrainedMask
+from mechdsl.show.reports.text import null_band_text
 
 from ..execute.support import ROWS, shared, token, word_tokenizer
 from ..quick import in_turn, some
-from ..reference.forward import Write
+from ..reference.forward import Changes, Write
 from ..rules.models import bare, double
-from ..rules.support import plain, rows, tokens
+from ..rules.support import plain, records, rows, tokens, worked_out
 from .test_edge_scores import (
     LINEAR,
     check_halved_rows,
@@ -72,6 +75,7 @@ from .test_trained_masks import (
 )
 from .test_trained_node_circuits import (
     COMPLETE,
+    DIFFERENCE,
     EVERY_HEAD,
     FAITHFUL,
     LAST,
@@ -587,6 +591,88 @@ def test_curves_of_a_group_by_scores_equal_plain_passes(family: str, tmp_path: P
     said = found["e"].conventions["group g"]
     assert f"by estimated effects on {LOSS}" in said
     assert "the 4 sites with the largest estimated effects" in said
+
+
+@pytest.mark.parametrize("family", HERE)
+def test_random_curves_are_all_combinations_of_groups_of_each_size(
+    family: str, tmp_path: Path
+) -> None:
+    """Of 4 heads, 3 other groups of one and 5 of two."""
+    loop = "for n in [1, 2] { ablate layer 2 heads * except top n of g at last token with zero }"
+    area = f"{FAITHFUL} auc over n  measure {DIFFERENCE} as raw auc over n"
+    text = [
+        fit(call="atp(size: 2)", at="layer 2 heads * at last token"),
+        experiment(loop, "against random(39)", measure=area),
+    ]
+    fits, found = trained(write(tmp_path, *text), family)
+    heads = [each for each in EVERY_HEAD if each[1] == 2]
+    scores = np.array(stored(fits["g"])["scores"])
+    best = [heads[n] for n in np.argsort(-np.abs(scores), kind="stable")]
+    ends: list[tuple[float, float]] = []
+    for size in (1, 2):
+        others = [each for each in combinations(heads, size) if {*each} != {*best[:size]}]
+        cells = [zeroed(less(heads, each), LAST) for each in others]
+
+        def changes(n: int, cell: int, cells: Any = cells) -> list[Changes]:
+            return [(cells[cell](n), ())]
+
+        keys = [(number,) for number in range(len(cells))]
+        every = worked_out(family, keys, changes, rows("second"), records("second"))
+        means = [float(np.mean(own)) for own in every.values()]
+        ends.append((min(means), max(means)))
+    band = found["e"].control(1)
+    assert band is not None
+    assert band.draws.tolist() == [15]
+    np.testing.assert_allclose([band.low, band.high], np.mean(ends, axis=0)[:, None], atol=1e-4)
+    assert "15 draws of random groups, all that exist" in (null_band_text(found["e"], 1) or "")
+
+
+def test_random_curves_repeat_groups_of_sizes_with_few_others(tmp_path: Path) -> None:
+    """11, 65 and 219 other groups of 12 heads, so that there are many more than 39 curves."""
+    loop = "for n in [1, 2, 3] {{ ablate {} at last token with zero }}"
+    text = [
+        fit(),
+        experiment(
+            loop.format(f"{HEADS} except top n of g"),
+            "against random(39)",
+            measure=f"{FAITHFUL} auc over n  measure {DIFFERENCE} as raw auc over n",
+        ),
+        experiment(
+            loop.format(f"{HEADS} except top n of g"),
+            "against random(39)",
+            name="cells",
+            measure=FAITHFUL,
+        ),
+    ]
+    _, found = trained(write(tmp_path, *text), "llama")
+    band, cells = found["e"].control(0), found["cells"].control(0)
+    assert band is not None
+    assert cells is not None
+    assert band.made.tolist() == [39]
+    assert cells.made.tolist() == [11, 39, 39]
+    said = null_band_text(found["e"], 1) or ""
+    assert said.startswith("range of 39 draws of random groups")
+    assert "all that exist" not in said
+    assert "sizes with fewer groups repeat theirs" in found["e"].conventions["controls"]
+    assert "fewer draws where there are fewer groups" in found["cells"].conventions["controls"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "curves"),
+    [((3, 5), 15), ((3, 5, 40), 40), ((7, 27), 40), ((1, 1, 4), 4), ((1, 40), 40), ((0, 40), 0)],
+)
+def test_draws_of_curves_differ(counts: tuple[int, ...], curves: int) -> None:
+    """Of two curves, along the second of two axes."""
+    cells = {(one, n): own for one in range(2) for n, own in enumerate(counts)}
+    found = combine_draws(cells, ("k", "n"), "n", 40, seed=1)
+    for one in range(2):
+        own = [found[one, n] for n in range(len(counts))]
+        assert len({*zip(*own, strict=True)}) == curves == len(own[0])
+        assert all(0 <= n < count for each, count in zip(own, counts, strict=True) for n in each)
+        for each, count in zip(own, counts, strict=True):
+            assert count == 0 or not curves or len({*each}) >= min(count, 3)
+    alone = combine_draws(cells, ("k", "n"), None, 40, seed=1)
+    assert [len(alone[0, n]) for n in range(len(counts))] == list(counts)
 
 
 def test_features_that_change_no_row_are_neither_chosen_nor_drawn(tmp_path: Path) -> None:
