@@ -62,7 +62,7 @@ def find_node_problem(
     group that a training chooses.
     """
     rules = [rule for rule in experiment.rules if rule.observed is None]
-    others = [rule for rule in rules if rule.verb != "ablate"]
+    others = [rule for rule in rules if rule.verb != "ablate" and not _changes_nodes(rule)]
     if effect == FAITHFULNESS.name:
         nodes = [rule for rule in rules if _has_exception(rule)]
         if not nodes:
@@ -73,7 +73,9 @@ def find_node_problem(
             return _explain_no_candidates(rules, effect, program)
         others += [rule for rule in rules if rule not in nodes and rule not in others]
     if others:
-        each = "an ablation" if effect == FAITHFULNESS.name else f"`{NODE_FORMS[effect]} …`"
+        each = "an ablation, or a patch that writes where it reads"
+        if effect == COMPLETENESS.name:
+            each = f"`{NODE_FORMS[effect]} …` or `{_patch_form(effect)} …`"
         reason = f"with `{effect}` of a group, each rule is {each}, and "
         reason += f"`{others[0].span.written}` isn't"
         return reason, "remove this rule, or measure `as delta`"
@@ -93,7 +95,13 @@ def find_node_problem(
 
 def _name_forms(effect: str) -> str:
     form = EFFECTS[effect].circuit
-    return f"`{effect}` is defined for `{form} …` and `{NODE_FORMS[effect]} …`"
+    patch = f"`{_patch_form(effect)} … with RUN`"
+    return f"`{effect}` is defined for `{form} …`, `{NODE_FORMS[effect]} …` and {patch}"
+
+
+def _patch_form(effect: str) -> str:
+    """Return the form of an effect's rule that takes values from a run."""
+    return NODE_FORMS[effect].replace("ablate", "patch", 1)
 
 
 def suggest_node_rule(experiment: spec.Experiment, effect: str, program: spec.Program) -> str:
@@ -102,7 +110,8 @@ def suggest_node_rule(experiment: spec.Experiment, effect: str, program: spec.Pr
     is_whole = effect == COMPLETENESS.name
     places = {name for name, mask in program.masks.items() if mask.chooses_positions}
     groups = {*(program.masks if is_whole else program.groups)} - places - {*program.circuits}
-    own = next((rule for rule in experiment.rules if rule.verb == "ablate" and rule.site), None)
+    own = next((rule for rule in experiment.rules if _changes_nodes(rule)), None)
+    verb = "ablate" if own is None else own.verb
     ends = "at tokens * with zero"
     if own is not None:
         ends = f"at {own.span.source.text[own.at.span.start : own.span.end]}"
@@ -111,9 +120,9 @@ def suggest_node_rule(experiment: spec.Experiment, effect: str, program: spec.Pr
     everything = "SITES"
     if group in program.masks:
         everything = program.masks[group].site.span.written
-    rule = f"ablate {everything} except {group} {ends}"
+    rule = f"{verb} {everything} except {group} {ends}"
     if is_whole:
-        rule = f"ablate {group} {ends}"
+        rule = f"{verb} {group} {ends}"
     return f"write the rule `{rule}`, or measure `as delta`"
 
 
@@ -140,9 +149,15 @@ def _explain_no_candidates(
     return reason, hint
 
 
+def _changes_nodes(rule: spec.Rule) -> bool:
+    """Whether a rule ablates sites, or patches them where it reads them."""
+    moves = rule.onto is not None or rule.into_layer is not None or rule.exchanged is not None
+    return rule.site is not None and (rule.verb == "ablate" or (rule.verb == "patch" and not moves))
+
+
 def _has_exception(rule: spec.Rule) -> bool:
-    """Whether a rule ablates everything except a group."""
-    if rule.verb != "ablate" or rule.site is None:
+    """Whether a rule ablates or patches everything except a group."""
+    if not _changes_nodes(rule) or rule.site is None:
         return False
     return bool(rule.site.excluded) or any(isinstance(node, ast.Except) for node in walk(rule.at))
 
@@ -150,9 +165,9 @@ def _has_exception(rule: spec.Rule) -> bool:
 def _find_masks(
     rule: spec.Rule, experiment: spec.Experiment, program: spec.Program
 ) -> list[spec.Basis]:
-    """Return the trained groups that a rule ablates as a whole, several in a `for`; or the one
-    whose best sites it ablates, `top n of g`."""
-    if rule.verb != "ablate" or rule.site is None:
+    """Return the trained groups that a rule changes as a whole, several in a `for`; or the one
+    whose best sites it changes, `top n of g`."""
+    if not _changes_nodes(rule) or rule.site is None:
         return []
     positions = _find_chosen_positions(rule, program)
     if positions is not None:
@@ -218,7 +233,7 @@ def with_everything(experiment: spec.Experiment, program: spec.Program) -> spec.
 def _ablate_all(
     rule: spec.Rule, effect: str, experiment: spec.Experiment, program: spec.Program
 ) -> spec.Rule:
-    if rule.verb != "ablate" or rule.site is None:
+    if not _changes_nodes(rule) or rule.site is None:
         return rule
     if effect == FAITHFULNESS.name:
         site = replace(rule.site, excluded=()) if rule.site.excluded else rule.site
@@ -606,7 +621,8 @@ def describe_everything(experiment: ResolvedExperiment) -> str:
         if rule.positions != whole.positions:
             parts.append(_describe_tokens(rule))
         own = " ".join(rule.spec.span.written.split())
-        said[f"`{own}` ablates {' '.join(parts)}" if parts else f"`{own}` as it is"] = None
+        does = "patches" if rule.spec.verb == "patch" else "ablates"
+        said[f"`{own}` {does} {' '.join(parts)}" if parts else f"`{own}` as it is"] = None
     bases = [rule.basis for rule in experiment.rules if rule.basis and not rule.spec.drops_error]
     names = {own.definition: None for own in bases if own.definition != ast.STANDARD_BASIS}
     rest = [f"what `{name}` doesn't represent stays" for name in names]

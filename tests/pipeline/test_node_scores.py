@@ -593,6 +593,43 @@ def test_curves_of_a_group_by_scores_equal_plain_passes(family: str, tmp_path: P
     assert "the 4 sites with the largest estimated effects" in said
 
 
+def turned(family: str, points: Sequence[tuple[str, int, int]]) -> Callable[[int], list[Write]]:
+    """What a patch of the last token from `turned` writes."""
+
+    def changes(n: int) -> list[Write]:
+        text, there = rows("second")[n], rows("second.turned")[n]
+        read = plain(family, there)
+        return [
+            Write(site, layer, read[site, layer][there.last, unit], text.last, unit)
+            for site, layer, unit in points
+        ]
+
+    return changes
+
+
+@pytest.mark.parametrize("family", HERE)
+def test_patched_groups_equal_plain_passes(family: str, tmp_path: Path) -> None:
+    """The others of a group, the group itself, and its largest members."""
+    run_ = "from turned into clean"
+    others = f"patch {HEADS} except {{}} at last token with turned"
+    loop = f"for n in [0, 2] {{ {others.format('top n of g')} }}"
+    text = [
+        fit(source="from: turned"),
+        experiment(run_, others.format("g"), "against random(5)", measure=FAITHFUL),
+        experiment(run_, "patch g at last token", name="whole", measure=COMPLETE),
+        experiment(run_, loop, name="curve", measure=FAITHFUL),
+    ]
+    fits, found = trained(write(tmp_path, *text), family)
+    order = np.argsort(-np.abs(np.array(stored(fits["g"])["scores"])), kind="stable")[:3]
+    best = [EVERY_HEAD[n] for n in order]
+    every = [turned(family, EVERY_HEAD)]
+    check(family, found["e"], [turned(family, less(EVERY_HEAD, best))], every)
+    check(family, found["whole"], [turned(family, best)], every)
+    curve = [turned(family, less(EVERY_HEAD, best[:n])) for n in (0, 2)]
+    check(family, found["curve"], curve, every)
+    assert "patches 12 sites instead of 9" in found["e"].conventions["∅"]
+
+
 @pytest.mark.parametrize("family", HERE)
 def test_random_curves_are_all_combinations_of_groups_of_each_size(
     family: str, tmp_path: Path

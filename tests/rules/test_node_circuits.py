@@ -73,7 +73,10 @@ class Part:
 
 
 def writes(name: str, n: int, part: Part, run: str, block: str) -> list[Write]:
-    """The writes into a prompt; a mean is that of the rows of the clean run, or of another."""
+    """The writes into a prompt; a mean is that of the rows of the clean run, or of another.
+
+    A fill other than `zero` and `mean` is the name of a run.
+    """
     texts, found = rows(run), list[Write]()
     clean = rows(block if block != "p" else "clean")
     for site, layer, unit in part.points:
@@ -88,6 +91,10 @@ def writes(name: str, n: int, part: Part, run: str, block: str) -> list[Write]:
                     for own, each in zip(vectors, clean, strict=True)
                 ]
                 vector = torch.stack(every).mean(0)
+            elif part.fill != "zero":
+                there = rows(part.fill)[n]
+                at = tokens(there, part.at)[place]
+                vector = plain(name, there)[site, layer][at, unit or 0]
             found.append(Write(site, layer, vector, position, unit))
     return found
 
@@ -207,6 +214,50 @@ CASES = {
         Part(less(HEADS, *A)),
         Part(HEADS),
         base="other",
+    ),
+    "patched heads": one(
+        "from other into clean  patch layers * heads * except a at tokens * with other",
+        Part(less(HEADS, *A), fill="other"),
+        Part(HEADS, fill="other"),
+    ),
+    "patched from another length": one(
+        "from longer into clean  patch layers * heads * except a at {cue token, last token}",
+        Part(less(HEADS, *A), "{cue token, last token}", "longer"),
+        Part(HEADS, "{cue token, last token}", "longer"),
+    ),
+    "patched into another base": one(
+        "from clean into other  patch layers * heads * except a at tokens *",
+        Part(less(HEADS, *A), fill="clean"),
+        Part(HEADS, fill="clean"),
+        base="other",
+    ),
+    "patched positions": one(
+        "from other into clean  "
+        "patch resid_post layer 1 at tokens except {subject tokens, last token} with other",
+        resid("tokens except {subject tokens, last token}", "other"),
+        resid("tokens between first token and last token", "other"),
+    ),
+    "patch and ablation": Case(
+        [
+            "from other into clean  patch layers * heads * except a at tokens * with other",
+            "ablate mlp_out layers * except L1.mlp at last token with zero",
+        ],
+        {
+            (): [
+                Part(less(HEADS, *A), fill="other"),
+                Part(less(MLPS, ("mlp_out", 1, 0)), "last token"),
+            ]
+        },
+        {(): [Part(HEADS, fill="other"), Part(MLPS, "last token")]},
+    ),
+    "loop over patched groups": Case(
+        [
+            "from other into clean  "
+            "for g in [a, b] { patch layers * heads * except g at tokens * with other }"
+        ],
+        {(own,): [Part(less(HEADS, *each), fill="other")] for own, each in (("a", A), ("b", B))},
+        {(): [Part(HEADS, fill="other")]},
+        ("g",),
     ),
     "derived base": Case(
         [
@@ -340,7 +391,17 @@ FAILING = {
     "patch": (
         "ablate layers * heads * except a at tokens * with zero  "
         "add 2 to resid_post layer 1 at last token",
-        "each rule is an ablation, and `add 2 to resid_post layer 1 at last token` isn't",
+        "each rule is an ablation, or a patch that writes where it reads, and "
+        "`add 2 to resid_post layer 1 at last token` isn't",
+    ),
+    "patch onto other tokens": (
+        "from other into clean  patch layers * heads * except a at last token  "
+        "patch mlp_out layer 1 at cue token onto last token",
+        "and `patch mlp_out layer 1 at cue token onto last token` isn't",
+    ),
+    "patch of the group": (
+        "from other into clean  patch a at last token",
+        "defined for `ablate all but CIRCUIT …`",
     ),
     "replies": (
         "ablate layers * heads * except a at tokens * with zero  generate 3",
