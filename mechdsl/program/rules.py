@@ -310,7 +310,9 @@ def lower_rule(
         case ast.ReplaceTokens():
             images = prompts is not None and prompts.kind == "images"
             if not isinstance(body.value, ast.String) and not images:
-                work.later(body.value.span, "this replacement")
+                hint = "write a text, or change images of prompts in a corruption: "
+                hint += "`corrupt hidden { mask photo }`"
+                work.later(body.value.span, "this replacement", hint)
             return spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
         case ast.ReplaceBlock():
             return _replace_block(rule, body)
