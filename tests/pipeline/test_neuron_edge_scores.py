@@ -25,7 +25,7 @@ from mechdsl.fits.reports import CircuitReport
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph, list_edges
 from mechdsl.resolve.sites import label_candidates
-from mechdsl.resolve.types import CircuitEdge
+from mechdsl.resolve.types import CircuitEdge, PlacedEdge
 
 from ..execute.support import word_tokenizer
 from ..quick import in_turn, some
@@ -45,8 +45,10 @@ from .test_edge_scores import (
     compare_scores,
     fit,
     open_rows,
+    reference_products,
     score,
 )
+from .test_placed_edge_scores import USE
 from .test_trained_circuits import PATCHES
 from .test_trained_dictionaries import check_keys, experiment, write
 from .test_trained_rotations import LOSS, loss_by_hand, training_errors
@@ -78,6 +80,28 @@ def test_scores_of_neurons_of_linear_families_equal_exact_ablations_within_1e_5(
     call: str, family: str, source: str, tmp_path: Path
 ) -> None:
     compare_exact_effects(call, family, source, tmp_path, group=SOME, split=SPLIT)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_scores_of_neurons_at_positions_equal_those_of_separate_neurons(
+    family: str, tmp_path: Path
+) -> None:
+    places = ("cue token", "last token")
+    line = fit("validation: 0%, batch: 2, nodes: g", at=", ".join(places))
+    mask, found = open_rows(write(tmp_path, SOME, line, USE), double(family), "left")
+    every, ids = list_edges(shape_of(family), NODES), found.objective.table.row_ids
+    expected = torch.zeros(len(every), len(places), dtype=torch.float64)
+    for row in ids:
+        at = "{cue token, last token}"
+        products = reference_products(family, row, every, "from: other", at, CALLS[0], SPLIT)
+        for number, place in enumerate(places):
+            there = tokens(rows("clean")[row], place)
+            expected[:, number] += products[:, there].sum(-1) / len(ids)
+    scores = np.zeros(expected.shape)
+    for own, value in zip(mask.candidates, score(mask, found), strict=True):
+        assert isinstance(own, PlacedEdge)
+        scores[every.index(own.edge), own.place] = value
+    np.testing.assert_allclose(scores, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_neurons_are_differentiated_in_parts(
