@@ -401,24 +401,43 @@ def _resolve_neurons(
 ) -> dict[int, tuple[int, ...]]:
     """Return the neurons that `nodes` names, by layer; reports E0207 for other sites."""
     found: dict[int, set[int]] = defaultdict(set)
-
-    def report(site: ast.Site, what: str) -> None:
-        reason = f"has {what}, and `nodes` are neurons"
-        hint, name = "name neurons only: `group g = L0N3, L0N97`", site.span.written
-        bad = BadArgument(span=site.span, name=name, reason=reason, hint=hint)
-        work.diagnostics.append(bad)
-
+    groups = work.program.groups
     for site in circuit.nodes:
-        group = None if site.bare is None else work.program.groups.get(site.bare.id)
-        if group is not None and group.names_features:
-            report(site, "features")
-            return {}
-        for point in _resolve_nodes(site, "start", parts, work):
+        name, before = site.span.written, len(work.diagnostics)
+        reason = "" if site.bare is None else _explain_no_nodes(site.bare.id, groups)
+        points = [] if reason else _resolve_nodes(site, "start", parts, work)
+        for point in points:
             if point.site != NEURONS or point.layer is None or point.unit is None:
-                report(site, f"`{label_node(point)}`")
-                return {}
+                reason = f"has `{label_node(point)}`, and `nodes` are neurons"
+                break
             found[point.layer].add(point.unit)
+        if not points and not work.sites.shape.stands_in:
+            reason = reason or "has no neurons"
+        if reason and not has_errors(work.diagnostics[before:]):
+            hint = "name neurons only: `group g = L0N3, L0N97`"
+            bad = BadArgument(span=site.span, name=name, reason=reason, hint=hint)
+            work.diagnostics.append(bad)
+            return {}
     return {layer: tuple(sorted(own)) for layer, own in sorted(found.items())}
+
+
+def _explain_no_nodes(name: str, groups: Mapping[str, spec.Group]) -> str:
+    """Return why a group can't be the nodes of a training, whatever the model; empty if it may."""
+    if name not in groups:
+        return "is a group of positions"
+    for site in groups[name].sites:
+        if any(isinstance(node, ast.RankedSelection) for node in walk(site)):
+            return "depends on the results of an experiment, and a training can't"
+        if site.coordinates is not None:
+            return "has features, and `nodes` are neurons"
+        for own in site.names:
+            if (
+                own.id in groups
+                and own.id != name
+                and (reason := _explain_no_nodes(own.id, groups))
+            ):
+                return reason
+    return ""
 
 
 def _list_features(parts: _CircuitParts) -> dict[int, FeatureNodes]:

@@ -917,7 +917,8 @@ _file(
     "printed as `L0.mlp`. All edges between these nodes, heads and other MLPs are scored as "
     "without `nodes`: the scores of all neurons of a layer add up to that of its MLP. Searches and "
     "masks take `nodes`, too. Sites that aren't neurons, more than 500 neurons, and a group that a "
-    "training chooses are E0207; a norm after the MLP is E0108.",
+    "training chooses or that depends on another experiment are E0207; a norm after the MLP is "
+    "E0108.",
     "tests/pipeline/test_neuron_edge_scores.py",
     "Syed et al. 2023, arXiv 2310.10348; Marks et al. 2024, arXiv 2403.19647",
 )

@@ -228,6 +228,7 @@ def test_key_of_a_circuit_of_neurons_depends_on_them(tmp_path: Path, trains_all:
     check_keys(tmp_path, trains_all, declare, CHANGES, PATCHES, content)
 
 
+DELTA = f"measure {LOSS} as delta"
 MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "unknown": ("nodes: g", "nodes: h", "E0201", "`h`"),
     "no name": ("nodes: g", "nodes: 3", "E0207", "isn't the name of a group"),
@@ -240,6 +241,20 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "has features, and `nodes` are neurons",
     ),
     "another site": (SOME, "group g = resid_post layer 0", "E0334", "resid_post"),
+    "picks": (
+        SOME,
+        "experiment x {\n  prompts p\n  from other into clean\n  patch mlp_hidden layer 0 neuron * "
+        f"at last token\n  {DELTA}\n  against none\n}}\ngroup g = top 3 of x",
+        "E0207",
+        "depends on the results of an experiment",
+    ),
+    "positions": (
+        SOME,
+        f"group g = fit(atp(size: 1), prompts: p, from: other, maximise: {LOSS}) at "
+        "resid_post layer 0 at cue token, last token",
+        "E0207",
+        "is a group of positions",
+    ),
     "no such neuron": (SOME, "group g = L0N900", "E0301", "neuron 900"),
     "trained": (
         SOME,
@@ -257,8 +272,8 @@ def test_mistake_in_nodes_is_an_error(key: str, tmp_path: Path) -> None:
     text = declare()
     assert old in text
     errors = training_errors(write(tmp_path, text.replace(old, new), PATCHES))
-    assert [each.code for each in errors] == [code]
-    assert said in f"{errors[0].message} {errors[0].help_text}"
+    assert {each.code for each in errors} == {code}, errors
+    assert said in " ".join(f"{each.message} {each.help_text}" for each in errors)
 
 
 def test_nodes_outside_of_circuits_are_an_error(tmp_path: Path) -> None:
