@@ -601,7 +601,7 @@ INVALID: dict[str, tuple[str, str, str]] = {
     "edges": (
         f"circuit b = fit(eap(size: 3), prompts: p, with: zero, maximise: {MEASURE}) at tokens *\n",
         "E0108",
-        "`ablate` of a circuit in an encoder-decoder",
+        "`ablate` of a trained circuit in an encoder-decoder",
     ),
 }
 
