@@ -22,7 +22,7 @@ from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.program.spec import SEED_AXIS
 from mechdsl.program.trainings import used_masks
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.circuit_files import EMBEDDING
+from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING
 from mechdsl.resolve.directions import describe_rows
 from mechdsl.resolve.sites import label_candidates, without_coordinates
 from mechdsl.resolve.trainings import (
@@ -198,8 +198,9 @@ def _neurons_of(mask: TrainedMask, span: Span) -> Iterator[ast.Site]:
 
 def _end(point: SitePoint, span: Span) -> ast.Site:
     """Return one end of an edge as a file names it."""
-    if point == EMBEDDING:
-        return ast.Site((ast.Name("embed", span=span),), span=span)
+    if point in (EMBEDDING, ENCODER_EMBEDDING):
+        words = ["embed"] if point == EMBEDDING else ["embed", "encoder"]
+        return ast.Site(tuple(ast.Name(word, span=span) for word in words), span=span)
     if point.site == "mlp_hidden" and point.unit is None:  # the other neurons of the layer
         point = replace(point, site="mlp_out")
     unit: ast.AxisWord = "neuron" if point.site == "mlp_hidden" else "head"
@@ -209,7 +210,8 @@ def _end(point: SitePoint, span: Span) -> ast.Site:
         for word, number in numbers.items()
         if number is not None
     )
-    return ast.Site((ast.Name(point.site, span=span),), axes, span=span)
+    words = point.site.split(" ")
+    return ast.Site(tuple(ast.Name(word, span=span) for word in words), axes, span=span)
 
 
 def _values(numbers: tuple[int, ...], span: Span) -> tuple[ast.AxisRange, ...]:

@@ -62,7 +62,7 @@ from mechdsl.forward.hooks.batch import (
     number_senders,
     try_pass,
 )
-from mechdsl.forward.hooks.circuits import compute_edge_scores
+from mechdsl.forward.hooks.circuits import compute_edge_scores, reads_encoder
 from mechdsl.forward.hooks.coordinates import OTHERS, CoordinateSystem
 from mechdsl.forward.hooks.full_pass import open_rules
 from mechdsl.forward.hooks.gradients import compute_gradients
@@ -77,14 +77,16 @@ from mechdsl.program.trainers import (
     MaskTrainer,
     NodeScoreTrainer,
 )
-from mechdsl.prompts.runs import PositionCell
+from mechdsl.prompts.runs import PositionCell, PromptRun
+from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING
 from mechdsl.resolve.circuits import (
-    EMBEDDING,
     NEURONS,
     CircuitDraws,
     EdgeGraph,
     PathGraph,
     PlacedGraph,
+    has_two_streams,
+    in_stack,
 )
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import (
@@ -103,8 +105,10 @@ from mechdsl.resolve.types import (
     SiteLayer,
     SitePoint,
     TrainedMask,
+    count_numbers,
 )
 from mechdsl.resolve.types import Training as DeclaredTraining
+from mechdsl.vocab.sites import SITES
 
 UNDECIDED = 0.1, 0.9
 """A gate is decided that is chosen with a larger probability, or isn't with a smaller one."""
@@ -319,6 +323,39 @@ class SiteMaskRows(VectorMaskRows):
 
 
 @dataclass(frozen=True, eq=False)
+class StreamEnds:
+    """The edges of one stream, among those of all candidates."""
+
+    at: Tensor
+    """[K] the numbers of its tokens."""
+    ends: list[int]
+    """The numbers of its receivers."""
+    fills: tuple[SenderFill, ...]
+    """Those of its senders, at its tokens."""
+    columns: list[int]
+    """The numbers of its senders."""
+
+
+def _is_in_encoder(site: str) -> bool:
+    return SITES[site].stack == "encoder"
+
+
+def _find_encoded(run: PromptRun, cell: PositionCell, rows: Ints) -> Tensor:
+    """Return [vector] whether each token of a position in some rows is one of an encoder."""
+    hits = ((run.rows[row].source, tokens) for row in rows.tolist() for tokens in cell.hits[row])
+    return torch.tensor([token < source for source, tokens in hits for token in tokens])
+
+
+def _take_side(run: PromptRun, cell: PositionCell, *, encodes: bool) -> PositionCell:
+    """Return a position with its tokens of the encoder, or of the decoder."""
+    hits = tuple(
+        tuple(tuple(token for token in tokens if (token < row.source) == encodes) for tokens in own)
+        for row, own in zip(run.rows, cell.hits, strict=True)
+    )
+    return replace(cell, hits=hits)
+
+
+@dataclass(frozen=True, eq=False)
 class EdgeMaskRows(VectorMaskRows):
     """The rows of a mask over the edges between components of the model, perhaps at each of several
     positions."""
@@ -387,6 +424,70 @@ class EdgeMaskRows(VectorMaskRows):
             ]
         )
 
+    def _read(
+        self,
+        run: PromptRun,
+        cell: PositionCell,
+        points: Sequence[SitePoint],
+        rows: Ints | None = None,
+    ) -> list[Tensor]:
+        """Return [vector, width] of each point; in an encoder-decoder, 0 at the tokens of the other
+        text. Arguments as in `EffectRows`."""
+        if not self._has_two_streams:
+            return super()._read(run, cell, points, rows)
+        rows = np.sort(self.rows if rows is None else rows)
+        encoded, found = _find_encoded(run, cell, rows), dict[int, Tensor]()
+        for encodes in (True, False):
+            own = [n for n, p in enumerate(points) if _is_in_encoder(p.site) == encodes]
+            here, part = encoded == encodes, _take_side(run, cell, encodes=encodes)
+            read = super()._read(run, part, [points[n] for n in own], rows) if here.any() else []
+            for place, number in enumerate(own):
+                width = count_numbers(points[number], self.model.shape)
+                dtype = torch.promote_types(self.model.dtype, torch.float32)
+                device = self.model.device
+                found[number] = torch.zeros(len(encoded), width, dtype=dtype, device=device)
+                if read:
+                    found[number][here.to(device)] = read[place].to(found[number])
+        return [found[number] for number in range(len(points))]
+
+    @cached_property
+    def _has_two_streams(self) -> bool:
+        """Whether edges are in an encoder and in the decoder that attends to it."""
+        return has_two_streams(self.model.shape)
+
+    def _list_streams(
+        self,
+        rows: Ints,
+        fills: tuple[SenderFill, ...],
+        receivers: Sequence[tuple[SiteRead, int]],
+        count: int,
+    ) -> Iterator[StreamEnds]:
+        """Yield the part of some edges in each stream, at some tokens.
+
+        Args:
+            fills: Those of the senders.
+            receivers: The receivers.
+            count: Number of the tokens, those of the rows once or several times.
+        """
+        if not self._has_two_streams:
+            senders = range(sum(fill.count for fill in fills))
+            ends = list(range(len(receivers)))
+            yield StreamEnds(torch.arange(count), ends, fills, list(senders))
+            return
+        encoded = _find_encoded(self._runs[0], self._cells[0], rows)
+        encoded = encoded.repeat(count // len(encoded))
+        for encodes in (True, False):
+            at = torch.nonzero(encoded == encodes).flatten()
+            own, first, columns = list[SenderFill](), 0, list[int]()
+            for fill in fills:
+                if (fill.where.stack == "encoder") == encodes:
+                    own.append(replace(fill, values=fill.values[at.to(fill.values.device)]))
+                    columns += range(first, first + fill.count)
+                first += fill.count
+            ends = [n for n, (to, _) in enumerate(receivers) if reads_encoder(to) == encodes]
+            if len(at) and own and ends:
+                yield StreamEnds(at, ends, tuple(own), columns)
+
     def _places_of(self, rows: Ints) -> Tensor:
         """Return [vector] the mask of each vector of some rows."""
         if self._size[0] == 1:
@@ -427,7 +528,24 @@ class EdgeMaskRows(VectorMaskRows):
         mask = mask.index_copy(1, self._cells_of_mask.to(shares.device), shares)
         mask = mask.unflatten(1, self._size)[torch.arange(len(mask)), self._places_of(rows)]
         ends = self._fills(len(shares), self._incoming(rows)), self._ends
-        return [CircuitWrite(*self._places(rows, lanes), *ends, mask, others=self._others)]
+        return self._split_write(
+            rows, CircuitWrite(*self._places(rows, lanes), *ends, mask, others=self._others)
+        )
+
+    def _split_write(self, rows: Ints, write: CircuitWrite) -> list[CircuitWrite]:
+        """Return the parts of a write in each stream, whose mask differs between tokens."""
+        if not self._has_two_streams:
+            return [write]
+        return [
+            CircuitWrite(
+                write.rows[own.at],
+                write.positions[own.at],
+                own.fills,
+                tuple(write.receivers[n] for n in own.ends),
+                write.mask[own.at.to(write.mask.device)][:, own.ends][:, :, own.columns],
+            )
+            for own in self._list_streams(rows, write.fills, write.receivers, len(write.rows))
+        ]
 
     def _fills(
         self, count: int, incoming: Mapping[SiteLayer, Tensor] | None
@@ -785,6 +903,29 @@ _ADDED_AT = {
 """Site of senders → the site where the stream gains their changes."""
 
 
+def _add_at(model: LoadedModel, point: SitePoint, read: CircuitRead, vectors: Tensor) -> SiteWrite:
+    """Add [vector, width] at a site, at the tokens of a read."""
+    return replace(write_point(point, model, read.rows, read.positions, vectors), mode="add")
+
+
+def _move_senders(model: LoadedModel, read: CircuitRead, number: int, share: float) -> SiteWrite:
+    """Return what the stream gains if the senders of one site move by a share to their other
+    values.
+
+    Args:
+        number: That of the site in `read.fills`.
+    """
+    assert read.changes is not None
+    where, columns = list(number_senders(read.fills).items())[number]
+    point = SitePoint(in_stack(_ADDED_AT[where.site], where.stack), where.layer, None)
+    return _add_at(model, point, read, share * read.changes[columns].sum(0))
+
+
+def _add_to_all(totals: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for total, other in zip(totals, others, strict=True):
+        total += other
+
+
 class NoCircuit(Exception):
     """The scores make no circuit or group."""
 
@@ -861,21 +1002,42 @@ class EdgeRows(EdgeMaskRows):
         lanes = self._lanes(rows)
         with torch.no_grad():
             fills = self._fills(int(self._vectors_of(rows)[1].sum()), self._incoming(rows))
+        lane, token = self._places(rows, lanes)
+        streams = list(self._list_streams(rows, fills, self._ends, len(lane)))
+        reads = [self._open_read(rows, own, lane, token) for own in streams]
+        score = partial(self._score_at, rows, lanes, reads, backward=trainer.backward)
+        every = [slice(None)] * len(reads)
+        found = score((), every)
+        shares = [1 - step / steps for step in range(1, steps)]
+        for share in shares if trainer.path == "inputs" else ():
+            moves = [_move_senders(self.model, read, 0, share) for read in reads]
+            _add_to_all(found, score(moves, every))
+        for number, read in enumerate(reads if trainer.path == "activations" else ()):
+            for place, columns in enumerate(number_senders(read.fills).values()):
+                wanted = [columns if n == number else slice(0, 0) for n in range(len(reads))]
+                for share in shares:
+                    move = _move_senders(self.model, read, place, share)
+                    _add_to_all(found, score([move], wanted))
+        if not self._has_two_streams:
+            return found[0] / steps
+        places, *ends = self._size
+        total = found[0].new_zeros(places + 1, *ends)  # the last for tokens that aren't scored
+        for own, part in zip(streams, found, strict=True):
+            at = torch.tensor(own.ends)[:, None], torch.tensor(own.columns)
+            total[: len(part), *at] = part / steps
+        return total
+
+    def _open_read(self, rows: Ints, own: StreamEnds, lane: Tensor, token: Tensor) -> CircuitRead:
+        """Return what passes read in one stream.
+
+        Args:
+            lane: [vector]
+            token: [vector]
+        """
+        ends = tuple(self._ends[n] for n in own.ends)
         places = self._scored_places(rows)
-        read = CircuitRead(*self._places(rows, lanes), fills, self._ends, places)
-        score = partial(self._score_at, rows, lanes, read, backward=trainer.backward)
-        found = score()
-        every = number_senders(fills)
-        moved = {"inputs": list(every)[:1], "activations": list(every)}.get(trainer.path or "", [])
-        for where in moved:
-            wanted = slice(None) if trainer.path == "inputs" else every[where]
-            for step in range(1, steps):
-                assert read.changes is not None
-                change = (1 - step / steps) * read.changes[every[where]].sum(0)
-                point = SitePoint(_ADDED_AT[where.site], where.layer, None)
-                added = self._addition(point, lanes, rows, change)
-                found += score(added=added, wanted=wanted)
-        return found / steps
+        places = None if places is None else places[own.at.to(places.device)]
+        return CircuitRead(lane[own.at], token[own.at], own.fills, ends, places)
 
     def _scored_places(self, rows: Ints) -> Tensor | None:
         """Return [vector] the position of each vector of some rows, or None for one sum."""
@@ -885,35 +1047,31 @@ class EdgeRows(EdgeMaskRows):
         self,
         rows: Ints,
         lanes: DrawLanes,
-        read: CircuitRead,
-        added: SiteWrite | None = None,
-        wanted: slice = slice(None),
+        reads: Sequence[CircuitRead],
+        added: Sequence[SiteWrite],
+        wanted: Sequence[slice],
         backward: BackwardRules | None = None,
-    ) -> Tensor:
-        """Return [position, receiver, sender]: sums of scores with the gradients of one pass.
+    ) -> list[Tensor]:
+        """Return [position, receiver, sender] of each read: sums of scores with the gradients of
+        one pass.
 
         Args:
-            read: What passes over the rows read; after the first one, with the changes of senders.
-            added: How far some senders have moved to their other values; None: the clean run.
-            wanted: Senders that are scored.
+            reads: What passes over the rows read; after the first one, with the changes of senders.
+            added: How far some senders have moved to their other values; none: the clean run.
+            wanted: Senders of each read that are scored.
             backward: Changes of the derivatives, also of the norms before receivers.
         """
-        size, width = len(read.rows), self.model.shape.d_model
         dtype = torch.promote_types(self.model.dtype, torch.float32)
-        leaf = torch.zeros(size, width, dtype=dtype, device=self.model.device, requires_grad=True)
-        writes = [self._addition(EMBEDDING, lanes, rows, leaf)]
-        if added is not None:
-            writes.append(added)
-        values = self._measure(rows, lanes, writes, [read], backward)
+        writes: list[SiteWrite] = []
+        for read in reads:
+            width = self.model.stack(read.stack).shape.d_model
+            size, device = (len(read.rows), width), self.model.device
+            leaf = torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
+            point = ENCODER_EMBEDDING if read.stack else EMBEDDING
+            writes.append(_add_at(self.model, point, read, leaf))
+        values = self._measure(rows, lanes, [*writes, *added], reads, backward)
         with open_rules(self.model, backward):
-            return compute_edge_scores(values.sum(), read, wanted)
-
-    def _addition(
-        self, point: SitePoint, lanes: DrawLanes, rows: Ints, vectors: Tensor
-    ) -> SiteWrite:
-        """Add [vector, width] at a site."""
-        written = write_point(point, self.model, *self._places(rows, lanes), vectors)
-        return replace(written, mode="add")
+            return compute_edge_scores(values.sum(), reads, wanted)
 
     # --- circuits
 
@@ -969,9 +1127,10 @@ class EdgeRows(EdgeMaskRows):
         every, places = every[:, :, receivers][..., columns], self._places_of(rows)
         ends = tuple(e for e, used in zip(self._ends, receivers.tolist(), strict=True) if used)
         lane, token = self._places(rows, lanes)
-        if draws > 1:
+        if draws > 1 or self._has_two_streams:
             mask = every[:, places].flatten(0, 1)
-            return [CircuitWrite(lane, token, tuple(fills), ends, mask, others=self._others)]
+            write = CircuitWrite(lane, token, tuple(fills), ends, mask, others=self._others)
+            return self._split_write(rows, write)
         found: list[CircuitWrite] = []
         for number, mask in enumerate(every[0]):  # one mask for all tokens of a position
             own = torch.nonzero(places == number).flatten()

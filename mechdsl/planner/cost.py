@@ -796,12 +796,24 @@ class Cost:
 # --- circuits -----------------------------------------------------------------------------------
 
 
-def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
-    """Count the multiply-adds per token that the ablation of some edges adds to those of a pass."""
-    (edges,) = next(iter(circuit.edges.values()))  # a training writes all edges
-    senders, receivers = number_edge_ends(edges)
-    alone = sum(to.site == "mlp_hidden" for to in receivers.points)  # each reads separately
-    return _count_edge_work(senders, receivers, BlockCost.of(shape), shape, alone)
+def count_circuit_work(circuit: CircuitTargets, shape: ModelShape, encoded: float) -> float:
+    """Count the multiply-adds per token that the ablation of all edges adds to those of a pass.
+
+    Args:
+        encoded: Share of the tokens that an encoder-decoder's encoder reads.
+    """
+    classes = next(iter(circuit.edges.values()))  # a training writes all edges
+    work: list[int] = []
+    for edges in classes:
+        senders, receivers = number_edge_ends(edges)
+        alone = sum(to.site == "mlp_hidden" for to in receivers.points)  # each reads separately
+        work.append(_count_edge_work(senders, receivers, BlockCost.of(shape), shape, alone))
+    if circuit.encoder is None:
+        return work[0]
+    return sum(
+        (encoded if circuit.encoder in places else 1 - encoded) * own
+        for places, own in zip(circuit.classes, work, strict=True)
+    )
 
 
 def _count_edge_work(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -27,7 +28,7 @@ from mechdsl.program.trainers import (
     ScoringTrainer,
     SolvedTrainer,
 )
-from mechdsl.prompts.runs import PromptRun
+from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.circuits import EdgeGraph
 from mechdsl.resolve.trainings import count_held_out, mask_points, moved_positions
 from mechdsl.resolve.types import (
@@ -368,8 +369,9 @@ def _effect_cost(
     row, circuit = _per_row(whole, base), objective.rules[0].circuit
     hits = sum(len(token) for row in there for token in training.sample.cell.hits[row])
     written = hits / max(1, len(there))
-    work = 0 if circuit is None else written * count_circuit_work(circuit, shape)
-    row += Cost(multiply_adds=work)
+    if circuit is not None:
+        work = _count_edge_work(training.sample.run, training.sample.cell, circuit, shape)
+        row += Cost(multiply_adds=written * work)
     forward = (steps * every + measured) * (1 + len(compared))
     backwards = steps * -(-every // batch) if batch else steps
     passes = backwards * (1 + len(compared)) + -(-measured * (1 + len(compared)) // batch)
@@ -407,7 +409,8 @@ def _circuit_cost(
     assert circuit is not None
     trainer, batch = training.trainer_of(ScoringTrainer), int(training.options["batch"])
     base, source = table.runs[objective.spec.base], table.runs[objective.rules[0].run]
-    tokens = [sum(map(len, hits)) for hits in training.sample.cell.hits]
+    moved = training.sample.cell
+    tokens = [sum(map(len, hits)) for hits in moved.hits]
     there = [row for row, count in enumerate(tokens) if count]
     held_out = count_held_out(training, len(there))
     rows = len(there) - held_out
@@ -415,7 +418,8 @@ def _circuit_cost(
     points = tried = 0
     if isinstance(trainer, EdgeScoreTrainer):
         if trainer.path is not None:
-            tokens = [sum(map(len, hits)) for hits in moved_positions(objective)[0].hits]
+            moved, _ = moved_positions(objective)
+            tokens = [sum(map(len, hits)) for hits in moved.hits]
         points = trainer.steps(training.of_trainer)
         if trainer.path == "activations":
             points = 1 + (points - 1) * len({(of.site, of.layer) for of in senders})
@@ -431,15 +435,18 @@ def _circuit_cost(
     measured = (held_out or rows) * _count_controls(made, objective) * (1 + compared)
     measured += tried * rows * (1 if rows <= batch else 1 + compared)
     row = _per_row(run_cost(shape, base, None), base)
-    work = count_circuit_work(circuit, shape)
-    moved = sum(tokens) / max(1, len(there))
+    scored, ablated = (
+        _count_edge_work(training.sample.run, cell, circuit, shape)
+        for cell in (moved, training.sample.cell)
+    )
     backwards = points * -(-rows // size)
     whole = (points * 2 + compared) * rows + measured
     cost = Cost(
         forwards=backwards + compared * -(-rows // size) + -(-measured // batch),
         tokens=int(whole * row.tokens),
         multiply_adds=whole * row.multiply_adds
-        + work * (points * rows * moved + measured * written),
+        + points * rows * scored * sum(tokens) / max(1, len(there))
+        + measured * ablated * written,
         backwards=backwards,
     )
     cost += _times(run_cost(shape, source, None), 1.0)
@@ -573,6 +580,18 @@ def _share_above(point: SitePoint, shape: ModelShape, run: PromptRun) -> float:
         below = own.n_layers - _blocks_above(replace(point, site=kind.component), own)
         return 1 - encoder * below / own.n_layers / max(1.0, whole)
     return _blocks_above(point, shape) / shape.n_layers * (1 - encoder / max(1.0, whole))
+
+
+def _count_edge_work(
+    run: PromptRun, cell: PositionCell, circuit: CircuitTargets, shape: ModelShape
+) -> float:
+    """Count the multiply-adds of all edges for each token of a position, on average."""
+    encoded = [
+        token < row.source
+        for row, hits in zip(run.rows, cell.hits, strict=True)
+        for token in chain.from_iterable(hits)
+    ]
+    return count_circuit_work(circuit, shape, sum(encoded) / max(1, len(encoded)))
 
 
 def _saved_by_edges(circuit: CircuitTargets, shape: ModelShape) -> int:

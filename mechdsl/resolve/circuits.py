@@ -1428,7 +1428,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         for to, edges in reversed(inputs.items()):
             if level == "edges":
                 yield from (SearchStep(to, (edge,)) for edge in edges)
-            elif to.site in ("q", "k", "v"):  # all other nodes have one input
+            elif to.site.partition(" ")[0] in ("q", "k", "v"):  # all other nodes have one input
                 yield SearchStep(replace(to, unit=None), tuple(edges))
 
 

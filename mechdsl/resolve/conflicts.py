@@ -24,7 +24,6 @@ from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisTargets,
-    CircuitTargets,
     OutputWeights,
     PathTargets,
     PositionTargets,
@@ -566,22 +565,11 @@ def _check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnosti
     """Yield E0108 for rules that aren't computed for an encoder-decoder."""
     for rule in experiment.every_rule:
         verb = _name_rule(rule)
-        if rule.circuit is not None:
-            if not _is_trained(rule.circuit, experiment):
-                continue
-            what, hint = f"`{verb}` of a trained circuit", EDGES_HINT
-        elif verb not in _IN_ENCODER_DECODERS:
-            what, hint = f"`{verb}`", _OTHER_STACK_HINTS.get(verb, ENCODER_DECODER_HINT)
-        else:
+        if rule.circuit is not None or verb in _IN_ENCODER_DECODERS:
             continue
-        what += " in an encoder-decoder"
+        what, hint = f"`{verb}` in an encoder-decoder", ENCODER_DECODER_HINT
+        hint = _OTHER_STACK_HINTS.get(verb, hint)
         yield NotSupported(span=rule.spec.span, what=what, later=hint)
-
-
-def _is_trained(circuit: CircuitTargets, experiment: ResolvedExperiment) -> bool:
-    """Whether a training chooses the edges of a circuit."""
-    masks = {mask.training.definition for mask in experiment.masks}
-    return circuit.waits or circuit.name == spec.EVERY_EDGE or circuit.name in masks
 
 
 def _check_decoder_measures(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
@@ -691,8 +679,6 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
 ENCODER_DECODER_HINT = (
     "docs/load-models.md lists what is computed for encoder-decoders: `patch`, `ablate`, `add`, …"
 )
-
-EDGES_HINT = "name its edges, as in `circuit c = z cross layer 0 head 1 -> q cross layer 2 head 0`"
 
 _OTHER_STACK_HINTS = {
     "replace block": "its blocks also attend to the encoder: ablate `attn_out` and `mlp_out`",

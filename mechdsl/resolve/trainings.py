@@ -17,6 +17,7 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate
 from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, FewDrawnRows, MeasuredOnTrainingRows
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
 from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
@@ -25,6 +26,7 @@ from mechdsl.program.directions import fit_rows_of_basis, last_token
 from mechdsl.program.own_trainers import OwnTrainer, find_trainer
 from mechdsl.program.spec import CLEAN, SEED_AXIS, Constant
 from mechdsl.program.trainers import (
+    TRAINERS,
     ChoosingTrainer,
     DictionaryTrainer,
     DirectionTrainer,
@@ -676,11 +678,11 @@ def moved_positions(objective: ResolvedExperiment) -> tuple[PositionCell, Positi
         return written, read
     moved: list[tuple[tuple[int, ...], ...]] = []
     for number, row in enumerate(table.runs[objective.spec.base].rows):
-        own, count = written.hits[number], len(row.ids)
-        other = len(source[number].ids), read.hits[number]
-        if own and fill is None and other != (count, own):
+        own, other = written.hits[number], source[number]
+        pairs = (row.source, len(row.ids), own)
+        if own and fill is None and (other.source, len(other.ids), read.hits[number]) != pairs:
             return written, read
-        moved.append((tuple(sorted({*range(count), *own[0]})),) if own else ())
+        moved.append((tuple(sorted({*range(len(row.ids)), *own[0]})),) if own else ())
     cell = PositionCell(written.label, tuple(moved))
     return cell, cell
 
@@ -786,7 +788,7 @@ def _check_coordinates(objective: ResolvedExperiment) -> Diagnostic | None:
     assert rule.spec.site is not None
     count = len(mask_points(objective))
     if rule.circuit is not None:
-        return _check_places(objective)
+        return _check_streams(objective) or _check_places(objective)
     if rule.basis is None:
         if count == 1 or not chooses_positions(objective):
             return None
@@ -801,6 +803,41 @@ def _check_coordinates(objective: ResolvedExperiment) -> Diagnostic | None:
     else:
         return None
     return BadBasis(span=rule.spec.site.span, reason=reason, hint=hint, what="group")
+
+
+def _check_streams(objective: ResolvedExperiment) -> Diagnostic | None:
+    """Return E0108 for edges of an encoder-decoder that are scored at several positions, with
+    changed derivatives, or only at tokens of the encoder, where no edge into `logits` is."""
+    rule, said = objective.rules[0], objective.spec.trains
+    if rule.circuit is None or rule.circuit.encoder is None:
+        return None
+    place, name = "in an encoder-decoder", said.removeprefix("fit(").partition("(")[0]
+    trainer = TRAINERS.get(name)
+    if isinstance(trainer, EdgeScoreTrainer) and trainer.backward is not None:
+        what, later = (
+            f"`{name}` for the edges of a circuit {place}",
+            "write `eap(…)` or `eap_ig(…)`",
+        )
+    elif len(rule.spec.at.items) > 1:
+        what, later = f"a circuit {place} with scores at several positions", "write `at tokens *`"
+    elif _is_in_encoder(objective):
+        what = f"training a circuit {place} only at tokens of the encoder"
+        later = "write `at tokens *`, the tokens of both texts"
+    else:
+        return None
+    return NotSupported(span=rule.spec.span, what=what, later=later)
+
+
+def _is_in_encoder(objective: ResolvedExperiment) -> bool:
+    """Whether an encoder reads all tokens of the positions of a training."""
+    rows = objective.table.runs[objective.spec.base].rows
+    cell, _ = paired_positions(objective)
+    encoded = [
+        token < row.source
+        for row, hits in zip(rows, cell.hits, strict=True)
+        for token in chain.from_iterable(hits)
+    ]
+    return bool(encoded) and all(encoded)
 
 
 def _check_places(objective: ResolvedExperiment) -> Diagnostic | None:

@@ -113,7 +113,7 @@ def list_edges(family: Family) -> list[Edge]:
         if stack:
             heads = range(family.heads)
             words, layers = ("k cross", "v cross"), range(family.layers)
-            ends = [(word, layer, head) for word in words for layer in layers for head in heads]
+            ends = [(word, layer, head) for layer in layers for word in words for head in heads]
         found += [(of, to) for to in ends for of in before]
     return found
 
@@ -130,6 +130,13 @@ class Pass:
     """[token, width] by sender."""
     moved: Mapping[Node, Tensor] = field(default_factory=dict[Node, Tensor])
     """Instead of fill - output, of `shares` of edges."""
+    shifts: Mapping[Node, Tensor] = field(default_factory=dict[Node, Tensor])
+    """[token, width] added to the outputs of senders."""
+
+    def keep(self, sender: Node, value: Tensor) -> Tensor:
+        """Keep the output of a sender; returns it."""
+        self.given[sender] = value + self.shifts.get(sender, 0)
+        return self.given[sender]
 
     def carried(self, sender: Node, receiver: Node | None) -> Tensor:
         value = self.given[sender]
@@ -177,13 +184,9 @@ def hooked(work: Pass) -> Generator[None]:
 
         handles.append(family.module(path).register_forward_hook(hook))
 
-    def keep(sender: Node, value: Tensor) -> Tensor:
-        work.given[sender] = value
-        return value
-
     for stack in ("encoder", ""):
         first = place(family.name, f"resid_pre {stack}".strip(), 0).path
-        before(first, lambda x, stack=stack: keep(ENCODED if stack else EMBED, x))
+        before(first, lambda x, stack=stack: work.keep(ENCODED if stack else EMBED, x))
         for number, (site, layer) in enumerate(family.sublayers(stack)):
             norm = family.norm(site, layer)
             if site.startswith("mlp_out"):
@@ -191,7 +194,7 @@ def hooked(work: Pass) -> Generator[None]:
                 given = (stack, to, number, norm)
                 before(family.mlp(site, layer), lambda _, given=given: work.read(*given))
                 output = place(family.name, site, layer).path
-                after(output, lambda x, site=site, layer=layer: keep((site, layer, 0), x))
+                after(output, lambda x, site=site, layer=layer: work.keep((site, layer, 0), x))
                 continue
             own = site.partition(" ")[2]
             for word in "q" if own == "cross" else "qkv":
@@ -235,7 +238,7 @@ def _keep_heads(work: Pass, site: str, layer: int, z: Tensor) -> Tensor:
     width = z.shape[-1] // len(every)
     for of in every:
         own = slice(of[2] * width, (of[2] + 1) * width)
-        work.given[of] = z[:, own] @ weight[:, own].T
+        work.keep(of, z[:, own] @ weight[:, own].T)
     return z
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import mechdsl
 from mechdsl.diagnostics.rendering import render_full
+from mechdsl.fits.reports import CircuitReport, MaskReport
 from mechdsl.loading.loader import adopt_model
 from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING, END
 from mechdsl.resolve.circuits import AskedCircuits, EdgeGraph, draw_circuits
@@ -50,6 +54,7 @@ from .encoder_decoders import (
 from .support import (
     DIFFERENCE,
     MODES,
+    PROMPTS,
     ROWS,
     Array,
     Record,
@@ -130,6 +135,16 @@ def named(names: Collection[str] = SOME) -> set[Edge]:
     return {edge for name in names for edge in SOME[name]}
 
 
+def tokens_of(family: str, number: int, at: str) -> tuple[Sequence[int], Sequence[int]]:
+    """The tokens of a position in the encoder and in the decoder."""
+    of, last = text(ROWS[number]), len(starts(family))
+    return {
+        "tokens *": (range(len(of.ids)), range(last)),
+        "last token": ((), [last - 1]),
+        "subject token": (of.subject[-1:], ()),
+    }[at]
+
+
 @torch.no_grad()
 def expected(
     family: str, ablated: Collection[Edge], fill: str, at: str, record: Record | None = None
@@ -138,11 +153,7 @@ def expected(
     found = []
     for number, own in enumerate(ROWS):
         of, last = text(own), len(starts(family))
-        tokens = {
-            "tokens *": (range(len(of.ids)), range(last)),
-            "last token": ((), [last - 1]),
-            "subject token": (of.subject[-1:], ()),
-        }[at]
+        tokens = tokens_of(family, number, at)
         shares = at_tokens(ablated, *tokens, (len(of.ids), last))
         work = Pass(opened(family), fills(family, number, fill), shares)
         logits = run(work, inputs(family, own))
@@ -447,3 +458,238 @@ def test_picture_of_a_circuit_has_the_encoder_below_the_decoder(tmp_path: Path) 
     levels = [ends[title].level for title in order if title in ends]
     assert levels == sorted(levels)
     assert len(levels) > 9
+
+
+# --- scores of edges ------------------------------------------------------------------------------
+
+
+def node_of(label: str, end: str) -> Node:
+    """A node by its name in a file; end: `out` or `norm`, for MLPs."""
+    if label in ("embed", "logits", "embed encoder"):
+        return label, 0, 0
+    stacked = re.fullmatch(r"(\w+ \w+) layer (\d+)(?: head (\d+))?", label)
+    if stacked is not None:
+        return stacked[1], int(stacked[2]), int(stacked[3] or 0)
+    head = re.fullmatch(r"L(\d+)H(\d+)(?:\.(\w))?", label)
+    if head is not None:
+        return head[3] or "z", int(head[1]), int(head[2])
+    return f"mlp_{end}", int(label.removeprefix("L").removesuffix(".mlp")), 0
+
+
+def fitted(family: str, maker: str, source: str, at: str, folder: Path) -> dict[Edge, float]:
+    """The scores of all edges that a training writes."""
+    options = "validation: 0%, measure_on_training_rows: true"
+    call = f"{maker}, prompts: p, {source}, {options}, maximise: logit(answer) - logit(wrong)"
+    rule = experiment("e", "prompts p", "ablate all but c at tokens * with turned", DIFFERENCE)
+    path = folder / "file.mech"
+    text_ = (
+        f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\ncircuit c = fit({call}) {at}\n{rule}'
+    )
+    path.write_text(text_)
+    write_rows(folder)
+    (found,) = mechdsl.fit(path, {"m": (model(family), tokenizer())}, store=folder / "store")
+    content = json.loads((found.folder / "mask.json").read_text())
+    ends = (label.split(" -> ") for label in content["labels"])
+    edges = [(node_of(of, "out"), node_of(to, "norm")) for of, to in ends]
+    return dict(zip(edges, content["scores"], strict=True))
+
+
+def derivatives(
+    family: str,
+    number: int,
+    fill: str,
+    at: str,
+    shifts: Mapping[Node, Tensor],
+    senders: Collection[Node] | None = None,
+) -> dict[Edge, float]:
+    """The derivatives of the measure by the shares of edges from some senders, at shares of 0."""
+    record, plain, filled = ROWS[number], outputs(family, number), fills(family, number, fill)
+    of, last = text(record), len(starts(family))
+    tokens = tokens_of(family, number, at)
+    every = [e for e in list_edges(opened(family)) if senders is None or e[0] in senders]
+    masks = at_tokens(every, *tokens, (len(of.ids), last))
+    shares = {edge: torch.zeros((), dtype=torch.double, requires_grad=True) for edge in every}
+    change = {sender: filled[sender] - value for sender, value in plain.items()}
+    placed = {edge: share * masks[edge] for edge, share in shares.items()}
+    work = Pass(opened(family), shares=placed, moved=change, shifts=shifts)
+    logits = run(work, inputs(family, record))[-1]
+    value = logits[token(record["a"])] - logits[token(record["b"])]
+    found = torch.autograd.grad(value, list(shares.values()), allow_unused=True)
+    return {edge: float(own or 0) for edge, own in zip(every, found, strict=True)}
+
+
+def path_scores(
+    family: str, number: int, fill: str, at: str, path: str, steps: int
+) -> dict[Edge, float]:
+    """Means of derivatives at points between the run and that of the fill; means over rows are
+    those of a position, and senders move there only."""
+    found = derivatives(family, number, fill, at, {})
+    if not path:
+        return found
+    plain, filled = outputs(family, number), fills(family, number, fill)
+    groups: dict[tuple[str, int], list[Node]] = {}
+    for sender in plain:
+        groups.setdefault(sender[:2], []).append(sender)
+    joined = [[EMBED, ENCODED]] if path == "inputs" else [*groups.values()]
+    encoder, decoder = tokens_of(family, number, at if fill == "mean" else "tokens *")
+    change = {of: torch.zeros_like(value) for of, value in plain.items()}
+    for of, own in change.items():
+        moved = list(encoder if of[0].endswith("encoder") else decoder)
+        own[moved] = filled[of][moved] - plain[of][moved]
+    for moving in joined:
+        for step in range(1, steps):
+            shifts = {of: (1 - step / steps) * change[of] for of in moving}
+            senders = None if path == "inputs" else moving
+            more = derivatives(family, number, fill, at, shifts, senders)
+            found |= {edge: found[edge] + own for edge, own in more.items()}
+    return {edge: own / steps for edge, own in found.items()}
+
+
+SCORES = {
+    "eap": ("eap(size: 40)", "from: turned", "turned", "tokens *", "", 1),
+    "eap of zero": ("eap(size: 40)", "with: zero", "zero", "tokens *", "", 1),
+    "eap at a token of the decoder": (
+        "eap(size: 40)", "with: zero", "zero", "last token", "", 1,
+    ),
+    "inputs": ("eap_ig(size: 40, steps: 3)", "with: zero", "zero", "tokens *", "inputs", 3),
+    "activations": (
+        "eap_ig_activations(size: 40, steps: 2)",
+        "from: turned", "turned", "tokens *", "activations", 2,
+    ),
+    "inputs at a token of the decoder": (
+        "eap_ig(size: 40, steps: 3)", "from: turned", "turned", "last token", "inputs", 3,
+    ),
+    "activations at a token of the decoder": (
+        "eap_ig_activations(size: 40, steps: 2)",
+        "with: zero", "zero", "last token", "activations", 2,
+    ),
+    "activations with a mean at a token of the decoder": (
+        "eap_ig_activations(size: 40, steps: 2)",
+        "with: mean", "mean", "last token", "activations", 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("family", ["t5", "bart", pytest.param("mbart", marks=slow)])
+def test_scores_of_edges_equal_derivatives(family: str, name: str, tmp_path: Path) -> None:
+    maker, source, fill, at, path, steps = SCORES[name]
+    found = fitted(family, maker, source, f"at {at}", tmp_path)
+    every = [path_scores(family, n, fill, at, path, steps) for n in range(len(ROWS))]
+    assert {*found} == {*list_edges(opened(family))}
+    expected_ = {edge: sum(each[edge] for each in every) / len(every) for edge in found}
+    for encodes in (True, False):
+        own = [edge for edge in found if edge[0][0].endswith("encoder") == encodes]
+        values, others = (np.array([each[edge] for edge in own]) for each in (found, expected_))
+        np.testing.assert_allclose(values, others, atol=1e-4, err_msg=name)
+        if at == "tokens *":
+            assert np.ptp(others) > 1e-3
+    if path and at != "tokens *":
+        plain = [path_scores(family, n, fill, at, "", 1) for n in range(len(ROWS))]
+        mean = {edge: sum(each[edge] for each in plain) / len(plain) for edge in found}
+        assert max(abs(mean[edge] - expected_[edge]) for edge in found) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("maker", "rule"),
+    [
+        ("eap(size: 30)", "all but c"),
+        ("mask(size: 10), steps: 4", "c"),
+        pytest.param("eap_ig(faithfulness: 0.5, steps: 2)", "all but c", marks=slow),
+        pytest.param("acdc(threshold: 0.003)", "all but c", marks=slow),
+    ],
+)
+def test_report_of_a_circuit_equals_the_ablation(maker: str, rule: str, tmp_path: Path) -> None:
+    options = "validation: 0%, measure_on_training_rows: true"
+    call = f"{maker}, prompts: p, from: turned, {options}, maximise: logit(answer) - logit(wrong)"
+    lines = experiment("e", "prompts p", f"ablate {rule} at tokens * with turned", DIFFERENCE)
+    path = tmp_path / "file.mech"
+    head = f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\ncircuit c = fit({call})'
+    path.write_text(f"{head} at tokens *\n{lines}")
+    write_rows(tmp_path)
+    given = {"m": (model("t5"), tokenizer())}
+    (found,) = mechdsl.fit(path, given, store=tmp_path / "store")
+    assert isinstance(found.report, CircuitReport | MaskReport)
+    (ran_,) = mechdsl.run(path, given, store=tmp_path / "store").experiments
+    measure = ran_.measures[0]
+    assert found.report.trained == pytest.approx(measure.patched.mean(), abs=1e-5)
+    assert found.report.unpatched == pytest.approx(measure.base.mean(), abs=1e-5)
+    assert abs(found.report.trained - found.report.unpatched) > 1e-3
+    assert ran_.circuit is not None
+    every = {*list_edges(opened("t5"))}
+    ends = ((node_of(of, "out"), node_of(to, "norm")) for of, to in ran_.circuit.edges)
+    assert {*ends} <= every
+
+
+# --- searches for circuits ------------------------------------------------------------------------
+
+
+def reference_steps(level: str) -> list[list[Edge]]:
+    """The groups of edges that a search ablates together, from the end of the decoder backwards."""
+    every = list_edges(opened("t5"))
+    senders = [*dict.fromkeys(of for of, _ in every if of not in (EMBED, ENCODED))]
+    receivers = [*dict.fromkeys(to for _, to in every)]
+    if level == "edges":
+        return [[edge] for to in receivers for edge in every if edge[1] == to][::-1]
+    if level == "inputs":
+        groups = [[e for e in every if e[1] == to] for to in receivers if to[0][0] in "qkv"]
+    elif level == "heads":
+        groups = [[e for e in every if e[0] == of] for of in senders if of[0][0] == "z"]
+    else:
+        modules = dict.fromkeys(of[:2] for of in senders)
+        groups = [[e for e in every if e[0][:2] == module] for module in modules]
+    return groups[::-1]
+
+
+def mean_of(ablated: Collection[Edge]) -> float:
+    return float(expected("t5", {*ablated}, "turned", "tokens *").mean())
+
+
+def search_by_steps(levels: Sequence[str], threshold: float) -> dict[Edge, float]:
+    """The kept edges of a search that takes one step after another, with their changes."""
+    every, value = list_edges(opened("t5")), mean_of(())
+    ablated, changes = set[Edge](), dict[Edge, float]()
+    for group in (group for level in levels for group in reference_steps(level)):
+        left = {*group} - ablated
+        if not left:
+            continue
+        change = mean_of(ablated | left) - value
+        changes |= dict.fromkeys(left, change)
+        if -change < threshold:  # maximised
+            ablated |= left
+            value += change
+    return {edge: changes[edge] for edge in every if edge not in ablated}
+
+
+def kept_edges(maker: str, folder: Path) -> dict[Edge, float]:
+    """The edges that a search keeps, with the changes of the measure."""
+    found = fitted("t5", maker, "from: turned", "at tokens *", folder)
+    (path,) = (folder / "store").rglob("mask.json")
+    chosen = json.loads(path.read_text())["chosen"]
+    return {edge: own for n, (edge, own) in enumerate(found.items()) if n in chosen}
+
+
+@slow
+@pytest.mark.parametrize(
+    ("word", "levels"),
+    [("acdc", ["edges"]), ("coarse_to_fine", ["blocks", "heads", "inputs", "edges"])],
+)
+def test_search_decisions_equal_a_reference(word: str, levels: list[str], tmp_path: Path) -> None:
+    """The search skips edges that lead only to ablated edges; their ablation changes nothing."""
+    found = kept_edges(f"{word}(threshold: 0.003)", tmp_path)
+    reference = search_by_steps(levels, 0.003)
+    assert {*found} == {*reference}
+    own, others = ([each[edge] for edge in found] for each in (found, reference))
+    np.testing.assert_allclose(own, others, atol=1e-5)
+    assert len(found) > 2
+
+
+@slow
+def test_greedy_search_ablates_the_edges_with_the_best_means(tmp_path: Path) -> None:
+    every = list_edges(opened("t5"))
+    kept = kept_edges(f"greedy(size: {len(every) - 2})", tmp_path)
+    ablated: list[Edge] = []
+    for _ in range(2):
+        due = [edge for edge in every if edge not in ablated]
+        ablated.append(max(due, key=lambda edge: mean_of([*ablated, edge])))
+    assert {*every} - {*kept} == {*ablated}

@@ -599,9 +599,16 @@ INVALID: dict[str, tuple[str, str, str]] = {
         "a transcoder reconstructs the output of an MLP of the decoder, not `mlp_out encoder`",
     ),
     "edges": (
-        f"circuit b = fit(eap(size: 3), prompts: p, with: zero, maximise: {MEASURE}) at tokens *\n",
+        f"circuit b = fit(relp(size: 3), prompts: p, with: zero, maximise: {MEASURE}) "
+        "at tokens *\n",
         "E0108",
-        "`ablate` of a trained circuit in an encoder-decoder",
+        "`relp` for the edges of a circuit in an encoder-decoder",
+    ),
+    "edges of the encoder": (
+        f"circuit b = fit(eap(size: 3), prompts: p, with: zero, maximise: {MEASURE}) "
+        "at subject token\n",
+        "E0108",
+        "training a circuit in an encoder-decoder only at tokens of the encoder",
     ),
 }
 
@@ -609,9 +616,9 @@ INVALID: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("name", INVALID)
 def test_training_that_is_not_computed_reports_its_reason(name: str, tmp_path: Path) -> None:
     line, code, reason = INVALID[name]
-    rule = "ablate all but b at tokens * with zero" if name == "edges" else "observe features of b"
-    measure = DIFFERENCE if name == "edges" else "at last token"
-    joined = (rule, measure) if name == "edges" else (f"{rule} {measure}",)
+    edges = name.startswith("edges")
+    rule = "ablate all but b at tokens * with zero" if edges else "observe features of b"
+    joined = (rule, DIFFERENCE) if edges else (f"{rule} at last token",)
     lines = line + experiment("e", "prompts p", *joined)
     _, found = try_file(lines, tmp_path, model("t5"), None, tokenizer=tokenizer())
     problems = [each for each in found if each.severity == "error"]

@@ -262,7 +262,7 @@ def _find_projection(model: LoadedModel, where: SiteRead) -> tuple[str, TensorLa
     else:
         return None
     module = model.module.get_submodule(path)
-    read = model.stack("encoder" if _reads_encoder(where) else where.stack)
+    read = model.stack("encoder" if reads_encoder(where) else where.stack)
     sizes = linear_sizes(unwrap_adapter(module))
     if sizes is None or sizes[0] != read.shape.d_model or sizes[1] < layout.end:
         return None
@@ -271,7 +271,7 @@ def _find_projection(model: LoadedModel, where: SiteRead) -> tuple[str, TensorLa
     return path, layout
 
 
-def _reads_encoder(where: SiteRead) -> bool:
+def reads_encoder(where: SiteRead) -> bool:
     """Whether a receiver reads the stream of an encoder."""
     return where.stack == "encoder" or (where.stack == "cross" and where.site in ("k", "v"))
 
@@ -289,7 +289,7 @@ def _list_projections(
     for site in ATTENTION_INPUTS:
         where = SiteRead(site, attention.layer, attention.stack)
         projection = _find_projection(model, where)
-        if projection is not None and _reads_encoder(where) == (stack == "encoder"):
+        if projection is not None and reads_encoder(where) == (stack == "encoder"):
             path, layout = projection
             found.setdefault(path, {})[site] = layout
     return found
@@ -1451,28 +1451,45 @@ class _ReadHooks(CircuitHooks):
         return found
 
 
-def compute_edge_scores(total: Tensor, read: CircuitRead, senders: slice) -> Tensor:
-    """Return [place, receiver, sender]: the derivative of a value by the shares of edges at the
-    tokens of each of `read.places`, at shares of 0; [1, receiver, sender] of all tokens without.
+def compute_edge_scores(
+    total: Tensor, reads: Sequence[CircuitRead], senders: Sequence[slice]
+) -> list[Tensor]:
+    """Return [place, receiver, sender] for each read: the derivative of a value by the shares of
+    edges at the tokens of each of `read.places`, at shares of 0; [1, receiver, sender] of all
+    tokens without.
 
     All edges into the receivers of a module are one matrix product for each place.
 
     Args:
-        total: The value, from a pass with `read`.
-        read: What the pass read; its `taps` are removed.
-        senders: Those whose edges are wanted; others get 0.
+        total: The value, from a pass with all reads.
+        reads: What the pass read; their `taps` are removed.
+        senders: Of each read, those whose edges are wanted; others get 0.
 
     Raises:
         AutogradFailed: The model can't be differentiated.
     """
+    leaves = [tap.tensor for read in reads for tap in read.taps]
+    gradients = iter(compute_gradients(total, leaves, keep=False))
+    return [
+        _score_edges(read, [next(gradients) for _ in read.taps], own)
+        for read, own in zip(reads, senders, strict=True)
+    ]
+
+
+def _score_edges(read: CircuitRead, gradients: Sequence[Tensor], senders: slice) -> Tensor:
+    """Return [place, receiver, sender]: the scores of the edges of one read.
+
+    Args:
+        gradients: Those by the tensors of its taps.
+        senders: Those whose edges are wanted.
+    """
     changes = read.changes
     assert changes is not None
-    gradients = compute_gradients(total, [tap.tensor for tap in read.taps], keep=False)
     masks = [None]
     if read.places is not None:
         masks = [read.places == place for place in range(int(read.places.max()) + 1)]
     size = len(masks), len(read.receivers), len(changes)
-    found = total.new_zeros(size, dtype=torch.float64)
+    found = torch.zeros(size, dtype=torch.float64, device=changes.device)
     for tap, gradient in zip(read.taps, gradients, strict=True):
         receiver, _ = read.receivers[tap.receivers[0]]
         before = [fill.count for fill in read.fills if _is_before(fill.where, receiver)]
