@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -164,6 +164,22 @@ def fills(
     return found
 
 
+def ablated_values(
+    name: str, case: Case, donors: Mapping[int, int], ablated: Set[tuple[str, str]], **nodes: Any
+) -> list[float]:
+    """The values of each prompt if these edges carry the fill of a case.
+
+    nodes: `split` and `features`, the layers whose neurons or features are nodes.
+    """
+    values: list[float] = []
+    every_fill = fills(name, case, donors, **nodes)
+    for n, (text, record) in enumerate(zip(rows(case.base), records(), strict=True)):
+        at = tokens(text, case.at)
+        logits = circuit_pass(name, double(name), text.ids, every_fill[n], ablated, at, **nodes)
+        values.append(difference(logits, record))
+    return values
+
+
 def expected(
     name: str,
     case: Case,
@@ -174,13 +190,7 @@ def expected(
     _, circuit, every = edges(name)
     if ablated is None:
         ablated = every - circuit if case.rule.startswith("all but") else circuit
-    values: list[float] = []
-    every_fill = fills(name, case, donors)
-    for n, (text, record) in enumerate(zip(rows(case.base), records(), strict=True)):
-        at = tokens(text, case.at)
-        logits = circuit_pass(name, double(name), text.ids, every_fill[n], ablated, at)
-        values.append(difference(logits, record))
-    return values
+    return ablated_values(name, case, donors, ablated)
 
 
 def find_donors(

@@ -44,6 +44,7 @@ from .test_ablated_circuits import (
     CASES,
     PAIR,
     Case,
+    ablated_values,
     check_stored_values,
     count_operations,
     fills,
@@ -139,14 +140,7 @@ def expected(
         every = every_edge(data, name, kind)
         ablated = every - circuit if case.rule.startswith("all but") else circuit
     own = dictionaries(data, name, kind)
-    every_fill = fills(name, case, donors, (), own)
-    values: list[float] = []
-    for n, (text, record) in enumerate(zip(rows(case.base), records(), strict=True)):
-        at = tokens(text, case.at)
-        model = double(name)
-        logits = circuit_pass(name, model, text.ids, every_fill[n], ablated, at, features=own)
-        values.append(difference(logits, record))
-    return values
+    return ablated_values(name, case, donors, ablated, features=own)
 
 
 EACH = in_turn(FAMILIES, list(MODES))

@@ -46,6 +46,7 @@ from .support import (
 from .test_ablated_circuits import (
     CASES,
     Case,
+    ablated_values,
     check_stored_values,
     count_operations,
     fills,
@@ -120,14 +121,7 @@ def expected(
     circuit = edges(name)[1]
     if ablated is None:
         ablated = every_edge(name) - circuit if case.rule.startswith("all but") else circuit
-    values: list[float] = []
-    every_fill = fills(name, case, donors, split(name))
-    for n, (text, record) in enumerate(zip(rows(case.base), records(), strict=True)):
-        at = tokens(text, case.at)
-        model = double(name)
-        logits = circuit_pass(name, model, text.ids, every_fill[n], ablated, at, split=split(name))
-        values.append(difference(logits, record))
-    return values
+    return ablated_values(name, case, donors, ablated, split=split(name))
 
 
 EACH = in_turn(FAMILIES, list(MODES))
