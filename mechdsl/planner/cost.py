@@ -1104,7 +1104,7 @@ class PanelCount:
             sources: [row] of these, the tokens that an encoder reads.
         """
         every = plan.experiment.every_rule
-        reruns = any(rule.acts_in("encoder") or rule.path is not None for rule in every)
+        reruns = any(rule.path or rule.circuit or rule.acts_in("encoder") for rule in every)
         if reruns or self.shape.takes not in ("image to text", "sound to text"):
             return self.full_pass.whole(lengths, sources)
         return self.full_pass.decode(lengths, sources)

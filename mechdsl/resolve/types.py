@@ -1236,10 +1236,10 @@ def _source_text(node: ast.Node | None) -> str:
     return "" if node is None else node.span.written
 
 
-def _are_in_vision(found: Mapping[AxisIndices, tuple[SitePoint, ...]] | None) -> bool:
-    """Return whether some points are in the vision encoder of prompts with images."""
+def _are_in(stack: str, found: Mapping[AxisIndices, tuple[SitePoint, ...]] | None) -> bool:
+    """Return whether some points are in a stack other than the main one."""
     points = (point for here in (found or {}).values() for point in here)
-    return any(SITES[point.site].stack == "vision" for point in points)
+    return any(SITES[point.site].stack == stack for point in points)
 
 
 @record
@@ -1297,13 +1297,13 @@ class ResolvedRule(Record):
 
     def acts_in(self, stack: str) -> bool:
         """Return whether some of its sites are in a stack other than the main one."""
-        read = None if self.sites is None else self.sites.sources
-        return self.writes_vision or _are_in_vision(read)
+        found = self.sites
+        return found is not None and (_are_in(stack, found.points) or _are_in(stack, found.sources))
 
     @property
     def writes_vision(self) -> bool:
         """Whether it writes sites in the vision encoder of prompts with images."""
-        return self.sites is not None and _are_in_vision(self.sites.points)
+        return self.sites is not None and _are_in("vision", self.sites.points)
 
     @property
     def in_prefill(self) -> bool:
