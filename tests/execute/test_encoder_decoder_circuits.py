@@ -693,3 +693,43 @@ def test_greedy_search_ablates_the_edges_with_the_best_means(tmp_path: Path) -> 
         due = [edge for edge in every if edge not in ablated]
         ablated.append(max(due, key=lambda edge: mean_of([*ablated, edge])))
     assert {*every} - {*kept} == {*ablated}
+
+
+@slow
+@pytest.mark.parametrize("maker", ["eap(size: 9)", "eap_ig(size: 9, steps: 2)"])
+def test_scores_of_edges_over_sounds_equal_derivatives(maker: str, tmp_path: Path) -> None:
+    """In Whisper; the embeddings of `eap_ig` move in the encoder and the decoder."""
+    name, steps = "multilingual", 2 if "ig" in maker else 1
+    family = doubled(sounds.bare, name, 3, 2, sounds.HEADS, 2)
+    options = "validation: 0%, measure_on_training_rows: true, maximise: logit(answer)"
+    line = f"circuit c = fit({maker}, prompts: ask, from: changed, {options}) at tokens *\n"
+    rule = sounds.experiment("e", "ablate all but c at tokens * with changed")
+    path = tmp_path / "file.mech"
+    sounds.write_data(tmp_path)
+    path.write_text(f'mech 1\nmodel m = local("handed over")\n{sounds.BLOCK}\n{line}{rule}')
+    given = {"m": (sounds.bare(name), sounds.processor())}
+    (trained,) = mechdsl.fit(path, given, store=tmp_path / "store")
+    content = json.loads((trained.folder / "mask.json").read_text())
+    ends = (label.split(" -> ") for label in content["labels"])
+    edges = [(node_of(of, "out"), node_of(to, "norm")) for of, to in ends]
+    assert {*edges} == {*list_edges(family)}
+    sizes = sounds.FRAMES, len(sounds.STARTS[name])
+    masks = at_tokens(edges, range(sizes[0]), range(sizes[1]), sizes)
+    total = torch.zeros(len(edges)).double()
+    for n in range(len(sounds.RECORDS)):
+        plain, filled = Pass(family), Pass(family)
+        with torch.no_grad():
+            run(plain, sound_inputs(name, n))
+            run(filled, sound_inputs(name, sounds.other(n)))
+        change = {of: filled.given[of] - own for of, own in plain.given.items()}
+        for step in range(steps):
+            shares = torch.zeros(len(edges)).double().requires_grad_()
+            placed = {edge: shares[i] * masks[edge] for i, edge in enumerate(edges)}
+            shifts = {of: step / steps * change[of] for of in (EMBED, ENCODED)}
+            logits = run(
+                Pass(family, {}, placed, moved=change, shifts=shifts), sound_inputs(name, n)
+            )
+            value = logits[-1, sounds.token(str(sounds.RECORDS[n]["n"]))]
+            total += torch.autograd.grad(value, shares)[0] / steps / len(sounds.RECORDS)
+    assert total.abs().max() > 1e-2
+    np.testing.assert_allclose(content["scores"], total.numpy(), atol=1e-4, rtol=1e-4)
