@@ -3,10 +3,11 @@ chooses and tests.
 
 The statement stands for a definition and a rule. With `prompts ioi`, `from clean into abc` and
 `measure M as recovery`, they are `circuit c = fit(eap_ig(steps: 5, size: 20), prompts: ioi, from:
-abc, maximise: M)` and `ablate all but c at tokens * with abc`. The circuit has the values of the
-run `clean`, all other edges those of `abc`, and the recovery of the measure is its faithfulness:
-the experiment is `from abc into clean`, with `measure M as faithfulness`. As for every circuit, the
-rows of a block without `split` are split.
+abc, maximise: M)` and `ablate all but c at tokens * with abc`. For `kl`, `js`, `loss` and `rank`,
+`maximise` is `minimise`. The circuit has the values of the run `clean`, all other edges those of
+`abc`, and the recovery of the measure is its faithfulness: the experiment is `from abc into clean`,
+with `measure M as faithfulness`. As for every circuit, the rows of a block without `split` are
+split.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ NODES = ("heads", "mlps")
 SCORING_TRAINERS = (EdgeScoreTrainer, EdgeSearchTrainer)
 
 RECOVERY, FAITHFULNESS = "recovery", "faithfulness"
+
+LESS_IS_BETTER = ("kl", "js", "loss", "rank")
+"""Metrics that a circuit lowers. A search keeps edges that raise any other one."""
 
 
 class Discoveries(NamedTuple):
@@ -87,7 +91,7 @@ def _expanded(
         ast.Argument(None, _method(line), span=line.using.span),
         ast.Argument("prompts", rows, span=rows.span),
         ast.Argument("from", ast.Name(other.name, span=other.span), span=other.span),
-        ast.Argument("maximise", metric, span=metric.span),
+        ast.Argument(_aim(metric), metric, span=metric.span),
     ]
     if use.limit is not None:
         limit = _amount(use.limit, use)
@@ -100,6 +104,11 @@ def _expanded(
     changed = {id(line): rule, id(into): _swapped(into), id(use): tested}
     lines = (changed.get(id(each)) or _with_faithfulness(each) for each in experiment.statements)
     yield replace(experiment, statements=tuple(lines))
+
+
+def _aim(metric: ast.Expr) -> str:
+    name = metric.name if isinstance(metric, ast.Call) else getattr(metric, "id", None)
+    return "minimise" if name in LESS_IS_BETTER else "maximise"
 
 
 def _test_part(use: ast.UsePrompts) -> ast.UsePrompts:
@@ -259,6 +268,11 @@ def _effect_problems(experiment: ast.ExperimentDef, line: ast.Discover) -> Itera
         reason = "needs a measure that the circuit explains"
         hint = "add one, for example `measure logit(answer) - logit(wrong) as recovery`"
         yield _wrong(line, reason, hint)
+    for each in measures[:1]:
+        where = each.at or each.per or each.over
+        if where is not None:
+            reason = "chooses its circuit by a measure at the last token"
+            yield _wrong(where, reason, "name no position, variable or axis in the first measure")
     for each in measures:
         if each.effect.id not in (RECOVERY, FAITHFULNESS, "raw"):
             reason = "tests its circuit by its faithfulness, the recovery of the measure"

@@ -357,7 +357,8 @@ _file(
     "experiment e { prompts fruit from clean into other discover c over heads, mlps using "
     "eap_ig(steps: 5) top 20 edges measure logit(answer) as recovery }",
     "Chooses a circuit and tests it. It stands for `circuit c = fit(eap_ig(steps: 5, size: 20), "
-    "prompts: fruit, from: other, maximise: METRIC)`, with the metric of the first measure, and "
+    "prompts: fruit, from: other, maximise: METRIC)`, with the metric of the first measure "
+    "(`minimise` for `kl`, `js`, `loss` and `rank`), and "
     "for `ablate all but c at tokens * with other`. With `from clean into other`, the circuit "
     "carries the values of `clean`, and all other edges those of `other`. Its `recovery` is its "
     "`faithfulness`, which is the name in tables. `until faithfulness > 0.9` chooses the size; "

@@ -56,18 +56,17 @@ def discovers(
     return f"experiment {name} {{\n" + "".join(f"  {each}\n" for each in lines if each) + "}\n"
 
 
-def defined(trainer: str, *more: str) -> tuple[str, str]:
+def defined(
+    trainer: str, *more: str, aim: str = f"maximise: {DIFFERENCE}", metric: str = DIFFERENCE
+) -> tuple[str, str]:
     """The block and the rest of a file with the definition that `discovers` stands for."""
     block = BLOCK.replace("  corrupt abd", "  split 50%\n  corrupt abd")
-    circuit = (
-        f"circuit c = fit({trainer}, prompts: ioi.train, limit: 12, from: abc, "
-        f"maximise: {DIFFERENCE})\n"
-    )
+    circuit = f"circuit c = fit({trainer}, prompts: ioi.train, limit: 12, from: abc, {aim})\n"
     lines = (
         "prompts ioi.test limit 12",
         "from abc into clean",
         "ablate all but c at tokens * with abc",
-        f"measure {DIFFERENCE} as faithfulness",
+        f"measure {metric} as faithfulness",
         *more,
     )
     return block, circuit + "experiment e {\n" + "".join(f"  {each}\n" for each in lines) + "}\n"
@@ -95,6 +94,16 @@ def test_discovered_circuit_equals_its_definition(using: str, tmp_path: Path) ->
         np.testing.assert_array_equal(own.base, other.base)
     assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.1
     assert found.to_text(200).count("random circuits, 8 draws") == 1
+
+
+@pytest.mark.parametrize("metric", ["kl(clean)", "loss"])
+def test_search_lowers_a_distance(metric: str, tmp_path: Path) -> None:
+    using = "acdc(threshold: 0.2)"
+    found = run(write(tmp_path, discovers(using, measure=f"measure {metric} as recovery")))
+    block, rest = defined(using, aim=f"minimise: {metric}", metric=metric)
+    expected = run(write(tmp_path, rest, block=block), fit=True)
+    np.testing.assert_array_equal(found.measures[0].patched, expected.measures[0].patched)
+    assert found.statistics[0].mean[0] > 0.3
 
 
 def test_recovery_of_a_discovered_circuit_is_that_of_the_runs(tmp_path: Path) -> None:
@@ -203,6 +212,11 @@ ERRORS = {
     "part": (discovers(use="prompts ioi.train"), "E0207", "write `prompts ioi`"),
     "misspelt block": (discovers(use="prompts iox"), "E0201", "did you mean `ioi`?"),
     "effect": (discovers(measure="measure logit(answer) as delta"), "E0207", "as recovery"),
+    "position": (
+        discovers(measure="measure entropy at s2 token as recovery"),
+        "E0207",
+        "name no position",
+    ),
     "no measure": (discovers(measure=""), "E0207", "add one"),
     "rule": (discovers(EAP, "patch L0H1 at last token"), "E0207", "another experiment"),
     "second": (discovers(EAP, f"discover d over heads, mlps using {EAP}"), "E0207", "for each"),
