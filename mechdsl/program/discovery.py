@@ -54,6 +54,9 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
     """
     own = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
     unsplit = {name for name, each in own.items() if not is_split(each)}
+    metrics = {
+        each.name.id: each.value for each in tree.statements if isinstance(each, ast.MetricDef)
+    }
     imports = any(isinstance(each, ast.Use) for each in tree.statements)
     names: set[str] = set()
     problems: list[Diagnostic] = []
@@ -67,18 +70,23 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
         problems += wrong
         if due and not wrong and _may_exist(each, own, imports=imports):
             names.add(due[0].what.id)
-            found += _expanded(each, due[0], unsplit)
+            found += _expanded(each, due[0], unsplit, metrics)
         else:
             found.append(each)
     return Discoveries(replace(tree, statements=tuple(found)), frozenset(names), problems)
 
 
 def _expanded(
-    experiment: ast.ExperimentDef, line: ast.Discover, unsplit: Collection[str]
+    experiment: ast.ExperimentDef,
+    line: ast.Discover,
+    unsplit: Collection[str],
+    metrics: Mapping[str, ast.Expr],
 ) -> Iterator[ast.TopLevel]:
     """Yield the definition of the circuit, and the experiment that tests it.
 
-    unsplit: blocks that aren't split yet.
+    Args:
+        unsplit: Blocks that aren't split yet.
+        metrics: Metrics that the file defines.
     """
     [into] = (each for each in experiment.statements if isinstance(each, ast.FromInto))
     [use] = (each for each in experiment.statements if isinstance(each, ast.UsePrompts))
@@ -91,7 +99,7 @@ def _expanded(
         ast.Argument(None, _method(line), span=line.using.span),
         ast.Argument("prompts", rows, span=rows.span),
         ast.Argument("from", ast.Name(other.name, span=other.span), span=other.span),
-        ast.Argument(_aim(metric), metric, span=metric.span),
+        ast.Argument(_aim(metric, metrics), metric, span=metric.span),
     ]
     if use.limit is not None:
         limit = _amount(use.limit, use)
@@ -106,9 +114,18 @@ def _expanded(
     yield replace(experiment, statements=tuple(lines))
 
 
-def _aim(metric: ast.Expr) -> str:
-    name = metric.name if isinstance(metric, ast.Call) else getattr(metric, "id", None)
+def _aim(metric: ast.Expr, metrics: Mapping[str, ast.Expr]) -> str:
+    """Return the argument of the training that has the metric."""
+    name = _metric_name(metric)
+    if name in metrics:
+        name = _metric_name(metrics[name])
     return "minimise" if name in LESS_IS_BETTER else "maximise"
+
+
+def _metric_name(metric: ast.Expr) -> str:
+    if isinstance(metric, ast.Call):
+        return metric.name
+    return metric.id if isinstance(metric, ast.Name) else ""
 
 
 def _test_part(use: ast.UsePrompts) -> ast.UsePrompts:

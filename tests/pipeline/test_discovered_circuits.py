@@ -96,10 +96,11 @@ def test_discovered_circuit_equals_its_definition(using: str, tmp_path: Path) ->
     assert found.to_text(200).count("random circuits, 8 draws") == 1
 
 
-@pytest.mark.parametrize("metric", ["kl(clean)", "loss"])
-def test_search_lowers_a_distance(metric: str, tmp_path: Path) -> None:
-    using = "acdc(threshold: 0.2)"
-    found = run(write(tmp_path, discovers(using, measure=f"measure {metric} as recovery")))
+@pytest.mark.parametrize(("name", "metric"), [("kl(clean)",) * 2, ("loss",) * 2, ("far", "loss")])
+def test_search_lowers_a_distance(name: str, metric: str, tmp_path: Path) -> None:
+    using, defines = "acdc(threshold: 0.2)", "metric far = loss\n" if name == "far" else ""
+    text = defines + discovers(using, measure=f"measure {name} as recovery")
+    found = run(write(tmp_path, text))
     block, rest = defined(using, aim=f"minimise: {metric}", metric=metric)
     expected = run(write(tmp_path, rest, block=block), fit=True)
     np.testing.assert_array_equal(found.measures[0].patched, expected.measures[0].patched)
