@@ -116,11 +116,8 @@ def explain_no_circuits(model: LoadedModel) -> str:
             if not reason and len(stacks) == 2 and not stack:
                 reason = _explain_joined_attention(model, "cross", number)
             if reason:
-                return (
-                    f"in block {number} of the encoder, {reason}"
-                    if stack
-                    else (f"in block {number}, {reason}")
-                )
+                where = f"in block {number} of the encoder" if stack else f"in block {number}"
+                return f"{where}, {reason}"
     return ""
 
 
@@ -183,12 +180,8 @@ def is_plain_mlp(model: LoadedModel, layer: int | None) -> bool:
     assert layer is not None
     block = model.anatomy.blocks[layer]
     tap = block.taps["mlp_out"]
-    plain = (tap.side, tap.item, tap.layout.axes) == (
-        "out",
-        0,
-        "flat",
-    ) and "router" not in block.taps
-    return plain and block.mlp == (tap.path,)
+    is_output = (tap.side, tap.item, tap.layout.axes) == ("out", 0, "flat")
+    return is_output and "router" not in block.taps and block.mlp == (tap.path,)
 
 
 def explain_no_features(model: LoadedModel, layers: Iterable[int]) -> str:
@@ -977,7 +970,7 @@ class _WriteHooks(CircuitHooks):
         """Yield all places of senders before a receiver.
 
         Args:
-            own: Whether it reads senders of its own block.
+            own: Whether it also reads senders of the same block.
         """
         yield SiteRead("resid_pre", 0, self._stack)
         stacks = [self._stack, *["cross"][: not self._stack and "cross" in self.model.others]]
