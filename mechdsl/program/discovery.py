@@ -23,7 +23,7 @@ from mechdsl.program.effect_trainers import NODE_EXAMPLE
 from mechdsl.program.references import all_tokens
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import TRAINERS, EdgeScoreTrainer, EdgeSearchTrainer
-from mechdsl.program.trainings import is_split
+from mechdsl.program.trainings import DISCOVERED_SHARE, is_split, with_split
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite
 
@@ -50,7 +50,8 @@ class Discoveries(NamedTuple):
 def expand_discoveries(tree: ast.File) -> Discoveries:
     """Replace each `discover` by the definition of its circuit and by the rule that tests it.
 
-    A statement with an error, whose code is E0207, remains in its experiment.
+    A statement with an error, whose code is E0207, remains in its experiment. Its block is split
+    nevertheless, so that other lines may name the parts.
     """
     own = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
     unsplit = {name for name, each in own.items() if not is_split(each)}
@@ -59,6 +60,7 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
     }
     imports = any(isinstance(each, ast.Use) for each in tree.statements)
     names: set[str] = set()
+    wrongly_tested: set[str] = set()
     problems: list[Diagnostic] = []
     found: list[ast.TopLevel] = []
     for each in tree.statements:
@@ -73,7 +75,20 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
             found += _expanded(each, due[0], unsplit, metrics)
         else:
             found.append(each)
+        if wrong:
+            wrongly_tested |= unsplit & _blocks_of(each)
+    found = [
+        with_split(each, DISCOVERED_SHARE)
+        if isinstance(each, ast.PromptsDef) and each.name.id in wrongly_tested
+        else each
+        for each in found
+    ]
     return Discoveries(replace(tree, statements=tuple(found)), frozenset(names), problems)
+
+
+def _blocks_of(experiment: ast.ExperimentDef) -> set[str]:
+    uses = (each for each in experiment.statements if isinstance(each, ast.UsePrompts))
+    return {own.name for use in uses for own in use.prompts}
 
 
 def _expanded(
@@ -205,7 +220,7 @@ def _size_problems(line: ast.Discover) -> Iterator[Diagnostic]:
     until, call = line.until, _call(line)
     if until is not None and not _is_faithfulness(until):
         hint = "write `until faithfulness > 0.9`, for example, or `top 20 edges`"
-        yield _wrong(until, "ends at a faithfulness", hint)
+        yield _wrong(until, "ends when `faithfulness` exceeds a number", hint)
     trainer = TRAINERS.get(call.name)
     if trainer is None:  # an unknown name, which the definition reports
         return

@@ -85,10 +85,7 @@ def split_rows_of_circuits(
     for number, each in enumerate(tree.statements):
         if isinstance(each, ast.PromptsDef) and each.name.id in split:
             here = any(name in discovered for name in split[each.name.id])
-            share = DISCOVERED_SHARE if here else TRAINED_SHARE
-            percent = ast.Percent(share, span=each.name.span)
-            line = ast.SplitLine(percent, span=each.name.span)
-            each = replace(each, lines=(*each.lines, line))
+            each = with_split(each, DISCOVERED_SHARE if here else TRAINED_SHARE)
         elif isinstance(each, ast.CircuitDef) and trained.get(each.name.id) in split:
             assert each.source is not None
             arguments = tuple(map(_train_part, each.source.arguments))
@@ -98,6 +95,13 @@ def split_rows_of_circuits(
             each = replace(each, statements=tuple(lines))
         found.append(each)
     return replace(tree, statements=tuple(found)), split
+
+
+def with_split(block: ast.PromptsDef, share: float) -> ast.PromptsDef:
+    """Return a block with the line `split 50%`, for a share of 50."""
+    percent = ast.Percent(share, span=block.name.span)
+    line = ast.SplitLine(percent, span=block.name.span)
+    return replace(block, lines=(*block.lines, line))
 
 
 def is_split(block: ast.PromptsDef) -> bool:

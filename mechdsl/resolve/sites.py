@@ -897,8 +897,9 @@ def _exception(
         for key, points in found.points.items()
     }
     is_open = shape.stands_in or bool(picks and context.onward.stand_ins)
-    # The definition of a group without sites has an error.
-    is_open |= any(not group.sites for group in groups or ())
+    # The definition of a group without sites has an error, as may that of one whose training has no
+    # candidates yet.
+    is_open |= any(not own.sites or (own.waits and not own.ranked) for own in groups or ())
     return _Exception(found.axes, matches, is_open=is_open, is_pick=bool(picks))
 
 

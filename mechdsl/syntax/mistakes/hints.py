@@ -711,6 +711,23 @@ HINTS: tuple[Hint, ...] = (
         "write a site, such as `L{1}.{0}`; values of `for` are cells: write "
         "`argmax(delta) = delta({0}: {1})`, or `delta({0}: {1}) > …`",
     ),
+    Hint(
+        r"\bfit\((?:[^()]|\([^()]*\))*,\s*(\w+)\s+$",
+        r"([0-9.]+%?)",
+        "write a colon after an option: `{0}: {1}`",
+    ),
+    Hint(r"^discover\s+over\b", r"", "name the circuit: `discover c over heads, mlps using …`"),
+    Hint(
+        r"^discover\b.*\bover\s+(\w+)\s+$",
+        r"(?:and|\+|&)\s*(\w+)",
+        "write a comma: `over {0}, {1}`",
+    ),
+    Hint(r"^discover\b.*\btop\s+(\w+)\s*$", r"$", "write `top {0} edges`"),
+    Hint(
+        r"^circuit\s+(\w+)\s*=\s*fit\(.*\)\s*at\b.*$",
+        r"heads?\b",
+        "a circuit chooses edges at positions; to choose sites, write `group {0} = fit(…) at …`",
+    ),
     Hint(r"\b(\w+)\s+$", r"([0-9]+|\*)", "name the axis: `{0} layer {1}`", "LAYER"),
     Hint(r"(?:at|onto|to|from|with|,)\s*$", r"(-?[0-9]+)", "write `token {0}`", "TOKEN"),
     Hint(r"", r"to\b", "write `onto` to name where the activation is written", "ONTO"),
