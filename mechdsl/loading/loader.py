@@ -37,9 +37,11 @@ from mechdsl.diagnostics.models import (
     NoPeft,
     NotATextModel,
     NoTokenizer,
+    NotRestartable,
     NoWeights,
     QuantizedModel,
     SingleOutput,
+    StackSkipped,
     UnusedWeights,
 )
 from mechdsl.diagnostics.names import BadArgument
@@ -316,12 +318,15 @@ def _without_shared_rows(
     if model is None or not model.shape.encodes_apart:
         return model, found
     missing = sorted(required_stacks(model.shape) - model.others.keys())
-    stacks = name_list(f"`{stack}`" for stack in missing)
-    reason = f"the sites in its stack {stacks} are not available" if stacks else ""
-    if not model.restartable and not model.anatomy.whole:
-        reason = "the values of its tokens depend on padding or on other prompts of a pass"
-    if not reason:
+    if missing:
+        reason = f"the sites in its stack {name_list(missing)} are not available"
+    elif not model.restartable and model.shape.takes != "attended image":
+        reason = "the values of its tokens may depend on padding or on other prompts of a pass"
+    else:
         return model, found
+    skipped = [each for each in found if isinstance(each, StackSkipped) and each.stack in missing]
+    whole = [each for each in found if isinstance(each, NotRestartable)]
+    reason = ": ".join([reason, *(each.reason for each in (*skipped, *whole)[:1])])
     architecture = model.shape.architecture
     problem = NotATextModel(span=span, model=model.name, architecture=architecture, reason=reason)
     return None, [problem]

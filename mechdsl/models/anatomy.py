@@ -210,6 +210,9 @@ class Family:
     stack, only the stream before and after them is known."""
     encodes: ClassVar[bool] = False
     """Even as a causal model, it sees later tokens unless `is_decoder` is set."""
+    begins_with_bos: ClassVar[bool] = False
+    """If the config states no `decoder_start_token_id`, the decoder begins with its
+    `bos_token_id`."""
 
     prefix: ClassVar[bool] = False
     """All tokens of a prompt with an image attend to each other (`token_type_ids` of 0), and tokens

@@ -379,6 +379,8 @@ def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     found = _other_stacks(shape, config, stack_names(shape))
     own = subconfig(config, "decoder")
     starts = [config.get(key, own.get(key)) for key in _START_KEYS]
+    if starts[0] is None and find_family(str(config.get("model_type"))).begins_with_bos:
+        starts[0] = own.get("bos_token_id")
     spoken = _spoken(config) if shape.takes == "sound to text" else ()
     known = tuple(each for each in (*starts, *spoken) if isinstance(each, int))
     first = known if isinstance(starts[0], int) else None

@@ -28,6 +28,7 @@ from .encoder_decoders import (
     HEADS,
     LAYERS,
     T5,
+    T5GEMMA,
     Text,
     cases,
     copied,
@@ -452,6 +453,26 @@ def test_unknown_first_token_of_the_decoder_reports_e0408(tmp_path: Path) -> Non
     lines = ("prompts p", "ablate z layer 1 head 0 at last token with zero", DIFFERENCE)
     _, found = try_file(experiment("e", *lines), tmp_path, made, tokenizer=tokenizer())
     assert [each.code for each in found if each.severity == "error"] == ["E0408"]
+
+
+def test_t5gemma_begins_with_the_bos_token_of_its_decoder(tmp_path: Path) -> None:
+    """As its class shifts labels. A `decoder_start_token_id` in the config takes precedence."""
+    config = {**T5GEMMA, "bos_token_id": 7, "decoder": {**T5GEMMA["decoder"], "bos_token_id": 4}}
+    lines = ("prompts p", "ablate z layer 1 head 0 at last token with zero", DIFFERENCE)
+    found: dict[int | None, Array] = {}
+    for start in (None, 4, 6):
+        made = AutoModelForSeq2SeqLM.from_config(
+            AutoConfig.for_model("t5gemma", **{**config, "decoder_start_token_id": start})
+        )
+        made.load_state_dict(model("t5gemma").state_dict())
+        if start is None:
+            shifted = made.prepare_decoder_input_ids_from_labels(torch.tensor([[9]]))
+            assert shifted.tolist() == [[4]]
+        result, problems = try_file(experiment("e", *lines), tmp_path, made, tokenizer=tokenizer())
+        assert result is not None, problems
+        found[start] = by_name(result, problems)["e"].measures[0].patched
+    np.testing.assert_array_equal(found[None], found[4])
+    assert np.abs(found[4] - found[6]).max() > 1e-3
 
 
 def test_row_key_depends_on_the_split_between_encoder_and_decoder() -> None:

@@ -30,10 +30,13 @@ QUICK = ("gpt2", "mamba", "bert", "t5", "llava")
 LEAST: dict[str, int] = dict(zip(KINDS, (60, 8, 3, 6, 4), strict=True))
 """Minimum number of architectures of each kind, without variants."""
 
-REFUSED: dict[str, str] = dict.fromkeys(
-    ("convbert", "fnet", "nystromformer", "yoso"), "padding changes its output"
-)
-"""Architectures that are in the tables with all sites but that the package rejects, with part of
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("convbert", "fnet", "nystromformer", "yoso"), "padding changes its output"),
+    **dict.fromkeys(("led", "pegasus_x"), "its encoder pads prompts to whole"),
+    "t5gemma2": "its decoder attends to its own and the encoder's tokens in one operation",
+    "switch_transformers": "each expert takes a fixed number of the tokens processed together",
+}
+"""Architectures that are in the tables with sites but that the package rejects, with part of
 its message."""
 
 

@@ -33,6 +33,7 @@ from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 from ..reference import hooks
 from .build import VOCABULARY, model
 from .parts import Architecture, Refused
+from .rows_vlm import PICTURES
 
 DIFFERENCE = 1e-4
 """Tolerance of outputs and reads, relative to the largest output or to 1."""
@@ -348,6 +349,8 @@ def _prompts(
     row: Architecture, seed: int, dtype: torch.dtype, *, texts: bool
 ) -> list[dict[str, Tensor]]:
     made = hooks.prompts(replace(row, takes="text") if texts else row, PROMPTS, seed)
+    if texts and PICTURES[row.name].prefix:  # its texts are causal; by default, only padded ones
+        made = [{**one, "token_type_ids": torch.ones_like(one["input_ids"])} for one in made]
     return [
         {k: v.to(dtype) if v.is_floating_point() else v for k, v in one.items()} for one in made
     ]

@@ -209,6 +209,13 @@ class T5(Family):
     additive_positions = True
 
 
+@family("t5gemma", "t5gemma2")
+class T5Gemma(Family):
+    """Its classes shift the decoder's text to the right after the decoder's `bos_token_id`."""
+
+    begins_with_bos = True
+
+
 @family("switch_transformers")
 class Switch(T5):
     """Tokens that come when an expert has taken as many as it may aren't given to any."""
