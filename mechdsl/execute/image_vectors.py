@@ -29,6 +29,7 @@ from mechdsl.forward.hooks.model import (
     IMAGE_INPUTS,
     IMAGE_TOKENS,
     BlockStack,
+    ImageInputs,
     ImageTokenTable,
     LoadedModel,
     build_arguments,
@@ -788,31 +789,30 @@ def provide_images(model: LoadedModel, rows: Iterable[RunRow]) -> None:
 
 def _provide_pixels(model: LoadedModel, rows: Iterable[RunRow]) -> None:
     """Prepare the images or sounds that an encoder reads, each one once."""
+    known = IMAGE_INPUTS.setdefault(model.module, ImageInputs())
+    for row in rows:
+        [prompt_picture] = row.pictures.values()
+        known.add(row.ids[0], partial(_prepare_input, prompt_picture.picture))
+        known.find(model, row.ids[0])
+
+
+def _prepare_input(picture: Picture | Sound | Video, model: LoadedModel) -> dict[str, Tensor]:
+    """Return the spectrogram of a sound, or the pixels of an image, with its vectors if blocks
+    attend to it."""
     from PIL import Image
 
     reader = model.tokenizer
     assert isinstance(reader, ImagePromptTokenizer)
-    known = IMAGE_INPUTS.setdefault(model.module, {})
-    for row in rows:
-        [picture] = row.pictures.values()
-        if row.ids[0] in known:
-            continue
-        if isinstance(picture.picture, Sound):
-            known[row.ids[0]] = _prepare_sound(model, reader.reads_with, picture.picture)
-        else:
-            image = Image.fromarray(render_pixels(picture.picture))
-            made = reader.processor.image_processor(image, return_tensors="pt")
-            if model.shape.takes == "attended image":
-                known[row.ids[0]] = _encode_image(model, made)
-            else:
-                known[row.ids[0]] = {"pixel_values": made["pixel_values"][0].to(model.dtype)}
-
-
-def _prepare_sound(model: LoadedModel, extractor: Any, sound: Sound) -> dict[str, Tensor]:
-    """Return the spectrogram of a sound."""
-    samples, rate = render_samples(sound), sound.size[0]
-    made = extractor(samples, sampling_rate=rate, return_tensors="pt")
-    return {"input_features": made["input_features"][0].to(model.dtype)}
+    if isinstance(picture, Sound):
+        samples, rate = render_samples(picture), picture.size[0]
+        made = reader.reads_with(samples, sampling_rate=rate, return_tensors="pt")
+        return {"input_features": made["input_features"][0].to(model.dtype)}
+    assert isinstance(picture, Picture)
+    image = Image.fromarray(render_pixels(picture))
+    made = reader.processor.image_processor(image, return_tensors="pt")
+    if model.shape.takes == "attended image":
+        return _encode_image(model, made)
+    return {"pixel_values": made["pixel_values"][0].to(model.dtype)}
 
 
 def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -822,7 +822,7 @@ def _encode_image(model: LoadedModel, made: Mapping[str, Any]) -> dict[str, Tens
     names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
     given = {name: made[name].to(model.device) for name in names}
     given["pixel_values"] = given["pixel_values"].to(model.dtype)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         encoded = own.vision_model(**given).last_hidden_state
         vectors = own.multi_modal_projector(encoded)
     return {

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from mechdsl.checks.file_check import CheckedFile
+from mechdsl.execute import image_vectors
 from mechdsl.forward.hooks import model as hooked
 from mechdsl.loading.loader import adopt_model
 from mechdsl.planner.pass_cost import PassCost
@@ -185,3 +186,44 @@ def test_stopped_passes_cost_the_encoder_and_the_blocks_before_the_stop() -> Non
     assert PassCost.of(shape).whole(lengths, sources, 1)[1].item() == pytest.approx(
         encoder + (whole - encoder) / 3
     )
+
+
+@pytest.mark.parametrize(("of", "name"), [(sounds, "multilingual"), (images, "vit")])
+def test_run_without_memory_for_inputs_prepares_them_again(
+    of: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rules in the encoder read pixels or spectrograms, and rules in the decoder its output."""
+    own = of.loaded(name)
+    at = "a frame 3" if of is sounds else "photo row 1 col 1"
+    text = of.experiment("e", "from clean into changed", "patch z cross layer * at last token")
+    text += of.experiment("i", f"ablate resid_post encoder layer 0 at {at} token with zero")
+
+    def measured() -> list[Any]:
+        monkeypatch.setattr(hooked, "ENCODED_VECTORS", WeakKeyDictionary())
+        monkeypatch.setattr(image_vectors.IMAGE_INPUTS, "data", {})
+        found = of.run_text(text, name)
+        return [each.measures[0].patched.tolist() for each in found]
+
+    expected = measured()
+    monkeypatch.setattr(hooked, "_MAX_CACHED_BYTES", 1)
+    assert measured() == expected
+    inputs = hooked.IMAGE_INPUTS[own.module]
+    assert (len(inputs._prepare), len(inputs._cache._entries)) == (len(of.RECORDS), 1)
+
+
+def test_tensor_cache_drops_the_oldest_entries_beyond_its_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hooked, "_MAX_CACHED_BYTES", 16)
+    cache, computed = hooked.TensorCache(), list[int]()
+
+    def find(token: int, size: int) -> None:
+        def compute() -> dict[str, torch.Tensor]:
+            computed.append(token)
+            return {"a": torch.zeros(size // 8), "b": torch.zeros(size // 8)}
+
+        assert cache.find(token, compute)["b"].nbytes == size // 2
+
+    for token, size in ((1, 8), (2, 8), (1, 8), (3, 8), (1, 8), (4, 32), (4, 32), (1, 8)):
+        find(token, size)
+    assert computed == [1, 2, 3, 1, 4, 1]

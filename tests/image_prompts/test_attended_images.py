@@ -32,6 +32,7 @@ from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.image_vectors import provide_images
 from mechdsl.execute.run.panel import execute
+from mechdsl.forward.hooks import model as model_inputs
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.layouts import image_layout
 from mechdsl.images.processing import UnsupportedProcessor
@@ -341,6 +342,13 @@ def test_cross_attention_rules_equal_hooks_on_the_bare_model(mode: str) -> None:
         for cell in zip(*everything, strict=True)
     ]
     check_rules(found, RULES, base, expected)
+
+
+@pytest.mark.slow
+def test_dropped_inputs_are_prepared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_inputs, "_MAX_CACHED_BYTES", 1)
+    monkeypatch.setattr(model_inputs.IMAGE_INPUTS, "data", {})
+    test_cross_attention_rules_equal_hooks_on_the_bare_model("planned")
 
 
 def test_replies_and_long_answers_equal_hooks_on_the_bare_model() -> None:

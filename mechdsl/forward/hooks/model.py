@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
@@ -443,18 +443,62 @@ def split_vision(
     return batch, [*embedded, *outside], [read for read in reads if read not in found], found
 
 
-IMAGE_INPUTS: WeakKeyDictionary[nn.Module, dict[int, Mapping[str, Tensor]]] = WeakKeyDictionary()
-"""By model whose encoder reads images or sounds, the inputs for each known one, by its first token,
-without the batch dimension; on the host. They are pixels, a spectrogram, or pixels with `ATTENDED`
-and `TILES`."""
+_MAX_CACHED_BYTES = 1 << 31
+"""Bytes of a `TensorCache` beyond which the oldest entries are dropped."""
 
 
-ENCODED_VECTORS: WeakKeyDictionary[nn.Module, dict[int, Tensor]] = WeakKeyDictionary()
+class TensorCache:
+    """Named tensors by token, on the host; beyond `_MAX_CACHED_BYTES`, without the oldest ones."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, Mapping[str, Tensor]] = {}
+        self._bytes = 0
+
+    def find(self, token: int, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Return the tensors of a token, computed if they aren't cached."""
+        found = self._entries.get(token)
+        if found is None:
+            found = compute()
+            self._bytes += _count_bytes(found)
+            while self._entries and self._bytes > _MAX_CACHED_BYTES:
+                oldest = next(iter(self._entries))
+                self._bytes -= _count_bytes(self._entries.pop(oldest))
+            self._entries[token] = found
+        return found
+
+
+def _count_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(each.nbytes for each in tensors.values())
+
+
+class ImageInputs:
+    """The inputs of images or sounds that a model's encoder reads, by first token.
+
+    They are pixels, a spectrogram, or pixels with `ATTENDED` and `TILES`, without the batch
+    dimension. An input that the cache dropped is prepared again.
+    """
+
+    def __init__(self) -> None:
+        self._prepare: dict[int, Callable[[LoadedModel], Mapping[str, Tensor]]] = {}
+        self._cache = TensorCache()
+
+    def add(self, token: int, prepare: Callable[[LoadedModel], Mapping[str, Tensor]]) -> None:
+        """Add the function that prepares an input. It must not hold the model's module, which could
+        then never be freed."""
+        self._prepare.setdefault(token, prepare)
+
+    def find(self, model: LoadedModel, token: int) -> Mapping[str, Tensor]:
+        """Return the input of a token, on the host. Raises KeyError if the token is unknown."""
+        return self._cache.find(token, partial(self._prepare[token], model))
+
+
+IMAGE_INPUTS: WeakKeyDictionary[nn.Module, ImageInputs] = WeakKeyDictionary()
+"""By model whose encoder reads images or sounds."""
+
+
+ENCODED_VECTORS: WeakKeyDictionary[nn.Module, TensorCache] = WeakKeyDictionary()
 """By model whose encoder reads an image or a sound and nothing else, the encoder's output [T,
-d_model] for inputs that passes without rules in the encoder needed, by first token; on the host."""
-
-_MAX_ENCODED_BYTES = 1 << 31
-"""Bytes of `ENCODED_VECTORS` of a model beyond which the oldest vectors are dropped."""
+d_model], called `ENCODED`, for inputs that passes without rules in the encoder needed."""
 
 
 def with_encoded(model: LoadedModel, batch: Batch) -> Batch:
@@ -474,19 +518,17 @@ def with_encoded(model: LoadedModel, batch: Batch) -> Batch:
 
 def _encode_once(model: LoadedModel, token: int) -> Tensor:
     """Return the output of the encoder for the image or sound of a token, on the host."""
-    known = ENCODED_VECTORS.setdefault(model.module, {})
-    if token not in known:
-        module: Any = model.module
-        given = IMAGE_INPUTS[module][token]
-        inputs = {name: own[None].to(model.device) for name, own in given.items()}
-        # `forward`, because `record_encoded` collects only calls of the pass itself.
-        with torch.inference_mode(False), torch.no_grad():
-            found: Tensor = module.get_encoder().forward(**inputs).last_hidden_state[0].cpu()
-        most = max(1, _MAX_ENCODED_BYTES // found.nbytes)
-        while len(known) >= most:
-            del known[next(iter(known))]
-        known[token] = found
-    return known[token]
+    known = ENCODED_VECTORS.setdefault(model.module, TensorCache())
+    return known.find(token, partial(_encode, model, token))[ENCODED]
+
+
+def _encode(model: LoadedModel, token: int) -> dict[str, Tensor]:
+    module: Any = model.module
+    given = IMAGE_INPUTS[module].find(model, token)
+    inputs = {name: own[None].to(model.device) for name, own in given.items()}
+    # `forward`, because `record_encoded` collects only calls of the pass itself.
+    with torch.inference_mode(False), torch.no_grad():
+        return {ENCODED: module.get_encoder().forward(**inputs).last_hidden_state[0].cpu()}
 
 
 def _find_inputs(model: LoadedModel, ids: Tensor, *, encoded: bool = True) -> dict[str, Any]:
@@ -495,7 +537,7 @@ def _find_inputs(model: LoadedModel, ids: Tensor, *, encoded: bool = True) -> di
     encoded: whether to prefer vectors that were computed before to pixels.
     """
     known = IMAGE_INPUTS[model.module]
-    found = [known[token] for token in ids[:, 0].tolist()]
+    found = [known.find(model, token) for token in ids[:, 0].tolist()]
     names = [name for name in found[0] if name == TILES or (name == ATTENDED) == encoded]
     if ATTENDED not in found[0]:
         names = list(found[0])
