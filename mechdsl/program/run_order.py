@@ -66,6 +66,12 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
             if node.of in parts.masks:
                 hint = f"`{node.of}` is a group: `top` selects from groups that `fit` chooses, as "
                 hint += "the site of a rule or after its `except`"
+            elif node.of in parts.groups or node.of in parts.circuits:
+                kind = "circuit" if node.of in parts.circuits else "group"
+                hint = (
+                    f"`{node.of}` is a {kind} that lists its members; `top` selects from results "
+                )
+                hint += "of an experiment, and from groups and circuits that `fit` chooses"
             problem = UnknownName(span=node.span, kind="experiment", name=node.of, hint=hint)
             scope.diagnostics.append(problem)
     _circles(ranked, scope)

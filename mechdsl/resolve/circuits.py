@@ -610,6 +610,8 @@ def _pick_edges(
     it, with the names of these; None after E0207 for a circuit without scores, and E0620 for
     picks of too many edges."""
     node, listed = site.ranked, found.listed
+    if circuit.edges and not listed:
+        return None  # its edges have errors
     if node is None:
         return (), {(): _join_places(listed)}
     trained = circuit.name in work.program.masks

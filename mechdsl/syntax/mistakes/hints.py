@@ -723,6 +723,7 @@ HINTS: tuple[Hint, ...] = (
         "write a comma: `over {0}, {1}`",
     ),
     Hint(r"^discover\b.*\btop\s+(\w+)\s*$", r"$", "write `top {0} edges`"),
+    Hint(r"^(?:circuit|path)\b", r"(?:=+>|→|⇒)", "write `->` between sender and receiver"),
     Hint(
         r"^circuit\s+(\w+)\s*=\s*fit\(.*\)\s*at\b.*$",
         r"heads?\b",
