@@ -20,6 +20,7 @@ from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.program.spec import SEED_AXIS
+from mechdsl.program.trainers import NodeSearchTrainer
 from mechdsl.program.trainings import used_masks
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING
@@ -105,7 +106,7 @@ def fill_groups(
                 circuits[definition.name] = old.model_copy(update=found)
             continue
         if mask is not None:
-            sites = tuple(_sites_of(mask.chosen, definition.site, definition.span))
+            sites = tuple(_sites_of(mask.members, definition.site, definition.span))
         if definition.chooses_positions:
             positions.append(_ChosenPositions(definition, mask))
             continue
@@ -145,10 +146,13 @@ def _list_choices(mask: TrainedMask) -> Iterator[int]:
 
 
 def _rank_sites(mask: TrainedMask, definition: spec.Basis) -> Iterator[ast.Site]:
-    """Yield the chosen sites one by one, those whose scores have the largest sizes first; equal
-    sizes in the order of the candidates."""
-    scores = dict(zip(mask.candidates, mask.scores, strict=False))
-    for candidate in sorted(mask.chosen, key=lambda each: -abs(scores.get(each, 0.0))):
+    """Yield the chosen sites one by one: in the order in which a search added them; otherwise,
+    those whose scores have the largest sizes first, and equal sizes in the order of the
+    candidates."""
+    scores, ranked = dict(zip(mask.candidates, mask.scores, strict=False)), mask.chosen
+    if not isinstance(mask.training.trainer, NodeSearchTrainer):
+        ranked = sorted(ranked, key=lambda each: -abs(scores.get(each, 0.0)))
+    for candidate in ranked:
         yield from _sites_of((candidate,), definition.site, definition.span)
 
 
@@ -274,7 +278,7 @@ class _ChosenPositions(Record):
         assert items is not None
         labels = None
         if self.mask is not None:
-            chosen = (own for own in self.mask.chosen if isinstance(own, PositionChoice))
+            chosen = (own for own in self.mask.members if isinstance(own, PositionChoice))
             labels = tuple(own.label for own in chosen)
         return ast.ChosenTokens(name, items, labels, node.plural, span=node.span)
 
@@ -346,7 +350,7 @@ def check_masks(
         rows = f"{describe_rows(mask.training.sample, read)} at {mask.training.sample.cell.label}"
         made = describe_training(mask, rows, program, experiment, table)
         if mask.is_trained:
-            made = f"{label_candidates(mask.chosen)}; {made}"
+            made = f"{label_candidates(mask.members)}; {made}"
         described.append(replace(mask, made=made))
     return tuple(described), problems
 

@@ -51,7 +51,13 @@ from mechdsl.execute.training import TrainingJob, read_settings
 from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.execute.vectors import DirectionFits
 from mechdsl.fits.gates import Gates
-from mechdsl.fits.reports import MASK_FILE, CircuitReport, MaskReport, NodeReport
+from mechdsl.fits.reports import (
+    MASK_FILE,
+    CircuitReport,
+    MaskReport,
+    NodeReport,
+    NodeSearchReport,
+)
 from mechdsl.fits.training import Training, TrainingSettings, TrainingState
 from mechdsl.forward.hooks.batch import (
     CircuitRead,
@@ -76,6 +82,8 @@ from mechdsl.program.trainers import (
     EdgeSearchTrainer,
     MaskTrainer,
     NodeScoreTrainer,
+    NodeSearchTrainer,
+    ScoringTrainer,
 )
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING
@@ -214,11 +222,33 @@ class MaskRows(EffectRows[Tensor]):
             found.append(sorted(order[: len(chosen)].tolist()))
         return found
 
+    def means(self, rows: Ints, written: Bools, batch: int) -> Floats:
+        """Return [group]: the mean of the measure over rows while the candidates of a group are
+        written, for groups of nodes.
+
+        Args:
+            written: [group, candidate]
+            batch: Largest number of rows of a pass, each counted once for each group.
+        """
+        rows, size = np.sort(rows), max(1, batch // len(written))
+        edit = torch.from_numpy(written).float()[:, None]
+        found: list[Floats] = []
+        with torch.no_grad():
+            for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+                lanes = self._lanes(part, len(written))
+                values = self._measure(part, lanes, self._writes(part, lanes, edit), [])
+                found.append(values.unflatten(0, (len(part), -1)).cpu().numpy())
+                self._unpatched.forget()
+        return np.concatenate(found).mean(axis=0)
+
     def _shares(self, rows: Ints, edit: Tensor) -> Tensor:
-        """Return [vector, candidate] float32 shares of the vectors of some rows."""
+        """Return [vector, candidate] float32 shares of the vectors of some rows, for one draw of
+        the rows after the other if the edit is [draw, 1, candidate]."""
         _, counts = self._vectors_of(rows)
-        shares = edit.to(self.model.device, torch.float32).expand(len(rows), -1)
-        return shares.repeat_interleave(torch.from_numpy(counts).to(shares.device), dim=0)
+        shares = edit.to(self.model.device, torch.float32)
+        shares = shares.expand(*edit.shape[:-2], len(rows), -1)
+        shares = shares.repeat_interleave(torch.from_numpy(counts).to(shares.device), dim=-2)
+        return shares.flatten(0, -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +300,7 @@ class VectorMaskRows(MaskRows, ABC):
         Args:
             unit: [unit]
             lanes: [vector] each: lanes and tokens.
-            incoming: [vector, units, width] y of all units; None for 0.
+            incoming: [vector, units, width] y of all units, the same in every draw; None for 0.
             shares: [vector, unit] m
         """
         (lane, token), own = lanes, shares.reshape(-1, 1)
@@ -282,6 +312,7 @@ class VectorMaskRows(MaskRows, ABC):
         found = [SiteWrite(*where, *at, 1 - own, mode="scale")]
         if incoming is not None:
             values = incoming[:, unit.to(incoming.device)]
+            values = values.repeat(len(lane) // len(values), 1, 1)
             found.append(SiteWrite(*where, *at, own * values.flatten(0, 1), mode="add"))
         return found
 
@@ -596,11 +627,11 @@ class PositionMaskRows(VectorMaskRows):
         """Return what the gates of each row's tokens write."""
         which, _ = self._vectors_of(rows)
         shares, point = self._shares(rows, edit), self.declared.made
-        number = torch.from_numpy(self._tokens[which, :1]).to(shares.device)
-        own = shares.gather(1, number)
+        number, draws = torch.from_numpy(self._tokens[which, :1]), len(shares) // len(which)
+        own = shares.gather(1, number.to(shares.device).repeat(draws, 1))
         if self._fill == "mean":
             known = np.isin(self._slots[which], self._slots[self._trained_vectors.numpy()])
-            own = own * torch.from_numpy(known).to(own)[:, None]
+            own = own * torch.from_numpy(known).to(own)[:, None].repeat(draws, 1)
         (where,), incoming = self._written, self._incoming(rows) or {}
         every = torch.arange(unit_count(self.model.shape, *where))
         unit = every if point.unit is None else torch.tensor([point.unit])
@@ -700,8 +731,10 @@ class CoordinateMaskRows(MaskRows):
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
         """Return the vectors whose coordinates are f + m (f′ − f)."""
         own, new = self._coordinates_in(rows)
-        change = self._shares(rows, edit).to(own) * (new - own)
-        vectors = self._vectors_in(rows)[0]
+        shares = self._shares(rows, edit).to(own)
+        draws = len(shares) // len(own)
+        change = shares * (new - own).repeat(draws, 1)
+        vectors = self._vectors_in(rows)[0].repeat(draws, 1)
         written = self._system.shift(vectors, change, self._which(len(vectors)))
         return [write_point(self.declared.made, self.model, *self._places(rows, lanes), written)]
 
@@ -1650,12 +1683,27 @@ class NodeRows:
             groups: [group, candidate]
             batch: Largest number of rows of a pass.
         """
-        written = (torch.from_numpy(~own).float() for own in groups)
-        return np.array([self.masked.mean(rows, own, batch) for own in written])
+        return self.masked.means(rows, ~groups, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class FoundGroup:
+    """A group without gates."""
+
+    chosen: Ints
+    """Numbers of its candidates, the most important first."""
+    scores: Floats
+    """[candidate]"""
+    ranks: bool
+    """Whether the order of `chosen` isn't that of scores."""
+    steps: int
+    """Points of each line at which gradients were taken, or groups that were measured."""
+    made: str
+    """How its candidates were selected."""
 
 
 def find_group(declared: TrainedMask, masked: MaskRows, job: TrainingJob) -> NodeReport:
-    """Choose a group by scores of nodes, and write it.
+    """Choose a group by scores of nodes or by a search, and write it.
 
     Raises:
         AutogradFailed: The model can't be differentiated.
@@ -1665,50 +1713,146 @@ def find_group(declared: TrainedMask, masked: MaskRows, job: TrainingJob) -> Nod
         OSError: A file can't be written.
     """
     training = declared.training
-    trainer, options = training.trainer_of(NodeScoreTrainer), training.of_trainer
+    trainer = training.trainer_of(ScoringTrainer)
     rows = NodeRows(masked, declared.noun, int(training.options["batch"]))
-    size, count, least = trainer.size(options), len(masked.active), trainer.faithfulness(options)
+    size, count = trainer.size(training.of_trainer), len(masked.active)
     if size is not None and size >= count:
         raise TooFewCandidates(declared, count, size)
-    steps = trainer.steps(options)
+    if isinstance(trainer, NodeScoreTrainer):
+        found = _score_nodes(training, trainer, rows, job)
+    else:
+        found = _search_nodes(training, rows, job)
+    report = _report_nodes(rows, found)
+    _write_scores(job.folder / MASK_FILE, rows, found)
+    job.write_card(report, MASK_FILE)
+    return report
+
+
+def _score_nodes(
+    training: DeclaredTraining, trainer: NodeScoreTrainer, rows: NodeRows, job: TrainingJob
+) -> FoundGroup:
+    """Return the candidates with the largest scores. Raises AutogradFailed, NoBasis, NoCircuit."""
+    options, noun = training.of_trainer, rows.noun
+    size, steps, least = (
+        trainer.size(options),
+        trainer.steps(options),
+        trainer.faithfulness(options),
+    )
     scoring = EffectScoring(rows, lambda part: rows.score(part, trainer, steps))
     job.search(scoring)
     scores = scoring.scores
     if not scores.any():
-        reason = f"the estimated effect of every {declared.noun} on the measure is 0"
-        hint = f"name {declared.noun}s that the measure depends on"
+        reason = f"the estimated effect of every {noun} on the measure is 0"
+        hint = f"name {noun}s that the measure depends on"
         if not trainer.integrates:
             hint += ", or use `integrated_gradients(size: 4, steps: 16)`"
         raise NoCircuit(reason, hint)
-    active = masked.active
+    active = rows.masked.active
     order = active[np.argsort(-np.abs(scores[active]), kind="stable")]
-    made = f"the {count_noun(size or 1, declared.noun)} with the largest estimated effects"
+    made = f"the {count_noun(size or 1, noun)} with the largest estimated effects"
     if least is not None:
 
         def keep(own: int) -> Bools:
             return np.isin(np.arange(len(scores)), order[:own])
 
-        search = SizeSearch(scoring, rows, keep, count - 1, least)
+        search = SizeSearch(scoring, rows, keep, len(active) - 1, least)
         job.search(search)
         size = search.size
-        made = f"{count_noun(size, declared.noun)}{search.describe()}"
-    report = _report_nodes(rows, order[:size], scores, steps, made)
-    _write_scores(job.folder / MASK_FILE, rows, np.sort(order[:size]), scores)
-    job.write_card(report, MASK_FILE)
-    return report
+        made = f"{count_noun(size, noun)}{search.describe()}"
+    return FoundGroup(order[:size], scores, False, steps, made)
 
 
-def _report_nodes(
-    rows: NodeRows, chosen: Ints, scores: Floats, steps: int, made: str
-) -> NodeReport:
+class NodeSearch:
+    """A search for a group, which adds one candidate after another."""
+
+    def __init__(self, rows: NodeRows, size: int) -> None:
+        """Prepare a search.
+
+        Args:
+            size: Largest number of candidates of the group.
+        """
+        self.chosen: list[int] = []
+        """Numbers of the candidates of the group, in the order in which they were added."""
+        self.scores = np.zeros(len(rows.candidates))
+        """[candidate] the change of the measure when it was last written together with the group:
+        those of the group when they were added."""
+        self._rows, self._size, self._ends = rows, size, False
+        self._meter = CircuitMeter(rows)
+        self._value = math.nan
+
+    @property
+    def measured(self) -> int:
+        """Number of groups that were measured."""
+        return self._meter.measured
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Number of candidates of the group, and their largest number."""
+        return len(self.chosen), self._size
+
+    def run(self) -> Iterator[None]:
+        """Search, and yield after each step. Raises NoCircuit."""
+        if math.isnan(self._value):
+            self._value = float(self._means([[]])[0])
+        sign = -1 if self._rows.masked.declared.minimises else 1
+        while len(self.chosen) < self._size and not self._ends:
+            due = [n for n in self._rows.masked.active.tolist() if n not in self.chosen]
+            means = self._means([[*self.chosen, n] for n in due])
+            self.scores[due] = means - self._value
+            best = int(np.argmax(sign * means))
+            self._ends = bool(sign * (means[best] - self._value) <= 0)
+            if not self._ends:
+                self.chosen.append(due[best])
+                self._value = float(means[best])
+            yield
+
+    def _means(self, groups: Sequence[Sequence[int]]) -> Floats:
+        """Return [group]: the means over training rows while the candidates of a group are
+        written."""
+        written = np.zeros((len(groups), len(self.scores)), dtype=np.bool_)
+        for own, group in zip(written, groups, strict=True):
+            own[list(group)] = True
+        return self._meter.means(~written)
+
+    def capture(self) -> dict[str, Any]:
+        """Return the state as JSON."""
+        numbers = [self.measured, self._value, self._ends]
+        return {"chosen": self.chosen, "scores": self.scores.tolist(), "numbers": numbers}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. Raises KeyError and ValueError."""
+        scores = np.array(state["scores"])
+        if scores.shape != self.scores.shape:
+            raise ValueError("a checkpoint of other candidates")
+        self._meter.measured, self._value, self._ends = state["numbers"]
+        self.chosen, self.scores = list(state["chosen"]), scores
+
+
+def _search_nodes(training: DeclaredTraining, rows: NodeRows, job: TrainingJob) -> FoundGroup:
+    """Return the candidates that a search adds. Raises NoBasis and NoCircuit."""
+    size, noun = training.trainer_of(NodeSearchTrainer).size(training.of_trainer), rows.noun
+    search = NodeSearch(rows, size)
+    job.search(search)
+    aim = "smaller" if training.minimises else "larger"
+    if not search.chosen:
+        reason = f"no {noun} alone makes the measure {aim} when it is written, on training rows"
+        other = "maximise" if training.minimises else "minimise"
+        raise NoCircuit(reason, f"write `{other}: …`, or name other {noun}s")
+    extreme = "smallest" if training.minimises else "largest"
+    made = f"each step added the {noun} that makes the measure {extreme}"
+    if len(search.chosen) < size:
+        made += f", until none makes it {aim}"
+    made += f"; {count_noun(search.measured, 'group')} measured"
+    return FoundGroup(np.array(search.chosen), search.scores, True, search.measured, made)
+
+
+def _report_nodes(rows: NodeRows, found: FoundGroup) -> NodeReport:
     """Compare a group with its controls.
 
-    Args:
-        chosen: Numbers of its candidates, in descending order of the sizes of their scores.
-        scores: [candidate]
-        steps: Points of each line.
-        made: How it was selected.
+    The main result of a group by a search is that of writing the group; of a group by scores, that
+    of writing all other candidates.
     """
+    chosen, scores, searches = found.chosen, found.scores, found.ranks
     masked, measured, count = rows.masked, rows.masked.measured, len(scores)
     every, none = np.ones(count, dtype=np.bool_), np.zeros(count, dtype=np.bool_)
     own = np.isin(np.arange(count), chosen)
@@ -1716,16 +1860,17 @@ def _report_nodes(
     for drawn in masked.random_choices(chosen.tolist(), masked.declared.seed):
         left = every.copy()
         left[masked.active[drawn]] = False
-        random.append(rows.mean_with(measured, left))
-    return NodeReport(
-        *masked.outcome(TrainingState(step=steps)),
+        random.append(rows.mean_with(measured, ~left if searches else left))
+    kept, alone = rows.mean_with(measured, ~own), rows.mean_with(measured, own)
+    return (NodeSearchReport if searches else NodeReport)(
+        *masked.outcome(TrainingState(step=found.steps)),
         chosen={label_candidates((rows.candidates[n],)): float(scores[n]) for n in chosen.tolist()},
         candidates=len(masked.active),
-        made=made,
-        trained=rows.mean_with(measured, ~own),
+        made=found.made,
+        trained=alone if searches else kept,
         random=float(np.mean(random)),
         draws=len(random),
-        alone=rows.mean_with(measured, own),
+        alone=kept if searches else alone,
         unpatched=rows.mean_with(measured, none),
         whole=rows.mean_with(measured, every),
         inactive=count - len(masked.active),
@@ -1733,15 +1878,15 @@ def _report_nodes(
     )
 
 
-def _write_scores(path: Path, rows: NodeRows, chosen: Ints, scores: Floats) -> None:
+def _write_scores(path: Path, rows: NodeRows, found: FoundGroup) -> None:
     """Write the candidates with their scores, null for those that change no training row, and the
-    numbers of those of the group."""
+    numbers of those of the group: ascending, or in their order if it isn't that of scores."""
     active = frozenset(rows.masked.active.tolist())
     content = {
         "sites": [key_of_candidate(each) for each in rows.candidates],
         "labels": [label_candidates((each,)) for each in rows.candidates],
-        "scores": [own if n in active else None for n, own in enumerate(scores.tolist())],
-        "chosen": chosen.tolist(),
+        "scores": [own if n in active else None for n, own in enumerate(found.scores.tolist())],
+        "chosen": (found.chosen if found.ranks else np.sort(found.chosen)).tolist(),
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")
 

@@ -1182,16 +1182,21 @@ class NodeReport(ChoiceReport):
         ),
     )
 
+    how: ClassVar[str] = "by estimated effects"
+    """How candidates were chosen."""
+    scored: ClassVar[str] = "estimated effects"
+    """What scores are."""
     made: str
     """How the nodes were selected."""
     trained: float
-    """The measure while all candidates are written but those of the group."""
+    """The measure while all candidates are written but those of the group; of a search, while the
+    group is written."""
     random: float
     """The mean of the same over random groups of the same size."""
     draws: int
     """Number of random groups."""
     alone: float
-    """The measure while the group is written."""
+    """The measure while the group is written; of a search, while all other candidates are."""
     unpatched: float
     """The measure of the clean run."""
     whole: float
@@ -1224,7 +1229,7 @@ class NodeReport(ChoiceReport):
 
     def remarks(self) -> list[str]:
         return [
-            f"estimated effects {self.list_chosen()}",
+            f"{self.scored} {self.list_chosen()}",
             *self._list_remarks(),
             f"measure {self.measure}",
         ]
@@ -1232,10 +1237,10 @@ class NodeReport(ChoiceReport):
     def describe(self) -> str:
         return "; ".join(
             [
-                f"by estimated effects on {self.measure}",
+                f"{self.how} on {self.measure}",
                 *self._list_remarks(),
                 self._list_means(),
-                f"estimated effects, on training rows: {self.list_chosen()}",
+                f"{self.scored}, on training rows: {self.list_chosen()}",
             ]
         )
 
@@ -1243,11 +1248,53 @@ class NodeReport(ChoiceReport):
         listed = ", ".join(f"{name} ({score:.4g})" for name, score in self.chosen.items())
         unchanged = f"- Further {self.noun}s that change no training row: {self.inactive:,}"
         return [
-            f"- Chosen by the estimated effects of {self._name_source(card)} on {self.measure}",
-            f"- Chosen {self.noun}s with their estimated effects: {listed}",
+            f"- Chosen {self.how} of {self._name_source(card)} on {self.measure}",
+            f"- Chosen {self.noun}s with their {self.scored}: {listed}",
             f"- Of {count_noun(self.candidates, self.noun)}; {self.made}",
             *([unchanged] if self.inactive else []),
         ]
+
+
+@record
+class NodeSearchReport(NodeReport):
+    """What the search for a group led to. The scores of `chosen`, in the order in which they were
+    added, are the changes of the measure when each was written together with those before it."""
+
+    columns = (
+        NodeReport.columns[0],
+        Column(
+            "written",
+            "trained",
+            "mean of the measure over held-out rows while the group is written; without held-out "
+            "rows, over training rows",
+            "the group written",
+            "Mean of the measure over {report.measured_on} rows, with the group written",
+        ),
+        Column(
+            "random",
+            "random",
+            "mean of `written` over random groups of this size",
+            "the same for {report.draws} random groups",
+            "The same for {report.draws} random groups of this size",
+        ),
+        Column(
+            "others",
+            "alone",
+            "the same while all nodes but the group are written",
+            "all other {report.noun}s written",
+            "The same while all other {report.noun}s are written",
+        ),
+        *NodeReport.columns[4:],
+    )
+
+    how = "one after another, by effects"
+    scored = "changes in the order of addition"
+
+    @property
+    def measure(self) -> str:
+        """`logit(answer), to maximise it`."""
+        aim, _, measure = self.objective.partition(" ")
+        return f"{measure}, to {aim} it"
 
 
 # --- text -----------------------------------------------------------------------------------------

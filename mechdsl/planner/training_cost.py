@@ -24,6 +24,7 @@ from mechdsl.program.trainers import (
     EdgeScoreTrainer,
     EdgeSearchTrainer,
     NodeScoreTrainer,
+    NodeSearchTrainer,
     PairedTrainer,
     ScoringTrainer,
     SolvedTrainer,
@@ -463,23 +464,28 @@ def _circuit_cost(
 def _group_cost(
     name: str, made: TrainedMask, objective: ResolvedExperiment, shape: ModelShape
 ) -> TrainingCost:
-    """Return the cost of scores of nodes, and of the table of `mechdsl fit`."""
+    """Return the cost of scores of nodes or of a search, and of the table of `mechdsl fit`."""
     training, table = made.training, objective.table
-    trainer, batch = training.trainer_of(NodeScoreTrainer), int(training.options["batch"])
+    trainer, batch = training.trainer_of(ScoringTrainer), int(training.options["batch"])
     base, source = table.runs[objective.spec.base], table.runs[objective.rules[0].run]
     there = [row for row, hits in enumerate(training.sample.cell.hits) if hits]
     held_out = count_held_out(training, len(there))
     rows = len(there) - held_out
     points = mask_points(objective)
-    steps = trainer.steps(training.of_trainer)
     above = [_share_above(point, shape, base) for point in points]
-    count = 1
-    if trainer.integrates:
-        count = steps * len({(point.site, point.layer) for point in points})
+    count, tried = 1, 0
+    if isinstance(trainer, NodeScoreTrainer):
+        steps = trainer.steps(training.of_trainer)
+        if trainer.integrates:
+            count = steps * len({(point.site, point.layer) for point in points})
+        if trainer.faithfulness(training.of_trainer) is not None:
+            tried = len(made.candidates) + 2
+    else:
+        assert isinstance(trainer, NodeSearchTrainer)
+        size = trainer.size(training.of_trainer)
+        count, tried = 0, 1 + sum(len(made.candidates) - own for own in range(size))
+        steps = tried
     compared = len({atom.run for atom in objective.measures[0].atoms} - {None, base.name})
-    tried = 0
-    if trainer.faithfulness(training.of_trainer) is not None:
-        tried = len(made.candidates) + 2
     measured = (held_out or rows) * _count_controls(made, objective) + tried * rows
     row = _per_row(run_cost(shape, base, None), base)
     forwards = (count * rows + measured) * (1 + compared)

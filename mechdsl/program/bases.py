@@ -41,9 +41,11 @@ from mechdsl.program.effect_trainers import (
     EDGE_MASK_EXAMPLE,
     MASK_EXAMPLE,
     NODE_EXAMPLE,
+    NODE_SEARCH_EXAMPLE,
     OTHER_EFFECT_TRAINERS,
     OTHER_MASK_OPTIONS,
     SCORE_EXAMPLE,
+    SEARCH_EXAMPLE,
     TRAINING_ARGUMENTS,
 )
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
@@ -59,10 +61,11 @@ from mechdsl.program.trainers import (
     ChoosingTrainer,
     DictionaryTrainer,
     EdgeScoreTrainer,
+    EdgeSearchTrainer,
     EditTrainer,
-    EffectScoreTrainer,
     EffectTrainer,
     MaskTrainer,
+    NodeSearchTrainer,
     PairedTrainer,
     ProbeTrainer,
     ScaleTrainer,
@@ -726,9 +729,13 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         reason = f"`{name}` trains a {found.declares}, not a {what}"
         place = "" if found.declares == "circuit" else " at …"
         hint = f"write `{found.declares} NAME = {call.name}({found.example}, …){place}`"
-        if isinstance(found, EffectScoreTrainer) and what in ("group", "circuit"):
-            other = NODE_EXAMPLE if what == "group" else SCORE_EXAMPLE
-            hint += f", or choose {'sites' if what == 'group' else 'edges'}: {other}"
+        if what in ("group", "circuit") and isinstance(found, ScoringTrainer):
+            is_search = isinstance(found, EdgeSearchTrainer | NodeSearchTrainer)
+            examples = {
+                "group": NODE_SEARCH_EXAMPLE if is_search else NODE_EXAMPLE,
+                "circuit": SEARCH_EXAMPLE if is_search else SCORE_EXAMPLE,
+            }
+            hint += f", or choose {'sites' if what == 'group' else 'edges'}: {examples[what]}"
         scope.diagnostics.append(BadBasis(span=node.span, reason=reason, hint=hint, what=what))
         return
     options: dict[str, Constant] = {}

@@ -19,6 +19,7 @@ from mechdsl.program.trainers import (
     EffectScoreTrainer,
     MaskTrainer,
     NodeScoreTrainer,
+    NodeSearchTrainer,
     RotationTrainer,
     ScaleTrainer,
     Selection,
@@ -57,6 +58,8 @@ SCORE_EXAMPLE = (
 
 NODE_EXAMPLE = MASK_EXAMPLE.replace("mask(size: 4)", "atp(size: 4)")
 
+NODE_SEARCH_EXAMPLE = MASK_EXAMPLE.replace("mask(size: 4)", "forward_selection(size: 4)")
+
 SEARCH_EXAMPLE = SCORE_EXAMPLE.replace("eap_ig(size: 20, steps: 5)", "acdc(threshold: 0.02)")
 
 COARSE_EXAMPLE = SCORE_EXAMPLE.replace(
@@ -93,8 +96,12 @@ OTHER_EFFECT_TRAINERS: dict[str, str] = {
     **dict.fromkeys(("ig", "IG"), "write `integrated_gradients(size: 4, steps: 16)`"),
     **dict.fromkeys(
         ("search", "greedy_search"),
-        f"choose edges by ablating them one after another: {SEARCH_EXAMPLE}, or sites by their "
-        f"estimated effects: {NODE_EXAMPLE}",
+        f"choose edges by ablating them one after another: {SEARCH_EXAMPLE}, or add sites one "
+        f"after another: {NODE_SEARCH_EXAMPLE}",
+    ),
+    **dict.fromkeys(
+        ("forward", "greedy_forward", "greedy_nodes", "greedy_heads", "stepwise"),
+        f"add sites one after another: {NODE_SEARCH_EXAMPLE}",
     ),
     "ACDC": f"choose edges by ablating them one after another: {SEARCH_EXAMPLE}",
     **dict.fromkeys(
@@ -473,12 +480,18 @@ class InteractionEdgeTrainer(EstimatedEdgeTrainer):
 # --- scores of nodes ------------------------------------------------------------------------------
 
 
+OTHER_NODE_OPTIONS: Mapping[str, str] = dict.fromkeys(
+    ("k", "n", "top", "heads", "count", "budget", "sites", "nodes"), "size"
+)
+"""Names of an option of a group in other tools → the option."""
+
+
 class EstimatedNodeTrainer(EstimatedEffectTrainer, NodeScoreTrainer):
     """A group of sites, positions, features or dimensions with large scores: the difference between
     the other value and that of the clean run, times a gradient of the measure."""
 
     other_options: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("k", "n", "top", "heads", "count", "budget", "sites", "nodes"), "size"),
+        **OTHER_NODE_OPTIONS,
         **EstimatedEffectTrainer.other_options,
     }
     defaults: ClassVar[Mapping[str, Constant]] = EFFECT_DEFAULTS
@@ -574,3 +587,27 @@ class GreedySearchTrainer(EdgeSearchTrainer):
 
     def threshold(self, options: Mapping[str, Constant]) -> None:
         return None
+
+
+# --- search for groups ----------------------------------------------------------------------------
+
+
+@trainer("forward_selection")
+class ForwardSelectionTrainer(NodeSearchTrainer):
+    """Greedy forward selection: of all candidates, the one is added to the group whose writing,
+    together with the group, moves the measure furthest in its direction, until the group has
+    `size` candidates or none moves it further.
+
+    References:
+        Zhou et al. 2024, arXiv 2410.13708 (Sahara), for a greedy group of heads. Its score is a
+        shift of representations; here, the measure is any metric.
+    """
+
+    example = "forward_selection(size: 4)"
+    options = ("size",)
+    required = ("size",)
+    other_options: ClassVar[Mapping[str, str]] = OTHER_NODE_OPTIONS
+    defaults: ClassVar[Mapping[str, Constant]] = {**EFFECT_DEFAULTS, "batch": 64}
+
+    def size(self, options: Mapping[str, Constant]) -> int:
+        return int(options["size"])

@@ -25,6 +25,7 @@ from mechdsl.fits.reports import (
     LensReport,
     MaskReport,
     NodeReport,
+    NodeSearchReport,
     ProbeReport,
     RotationReport,
     ScaleReport,
@@ -480,6 +481,21 @@ class EdgeSearchTrainer(ScoringTrainer):
         ends at `size` edges."""
 
 
+class NodeSearchTrainer(ScoringTrainer):
+    """A group of the sites, positions, features or dimensions that a search adds one after
+    another, each time the one that changes the measure most while the group is written."""
+
+    declares = "group"
+    report = NodeSearchReport
+
+    def differentiates(self, options: Mapping[str, Constant]) -> Differentiated:
+        return "nowhere"
+
+    @abstractmethod
+    def size(self, options: Mapping[str, Constant]) -> int:
+        """Return the largest number of candidates that it adds."""
+
+
 TRAINER_KINDS: tuple[type[Trainer], ...] = (
     IterativeTrainer,
     SolvedTrainer,
@@ -491,6 +507,7 @@ TRAINER_KINDS: tuple[type[Trainer], ...] = (
     EdgeScoreTrainer,
     EdgeSearchTrainer,
     NodeScoreTrainer,
+    NodeSearchTrainer,
     LensTrainer,
     ProbeTrainer,
 )

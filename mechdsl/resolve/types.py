@@ -541,6 +541,7 @@ class TrainedMask(Trained, Record):
 
     candidates: tuple[MaskCandidate, ...]
     chosen: tuple[MaskCandidate, ...]
+    """Those of a search for nodes in the order in which it added them."""
     digest: str
     training: Training = field(compare=False)
     made: str = field(default="", compare=False)
@@ -549,6 +550,12 @@ class TrainedMask(Trained, Record):
     """Of each candidate, once it is trained: the probability of its gate; without gates, the change
     of the measure if the edge carries the other value or the node has it, and NaN for a node that
     no training row changes."""
+
+    @property
+    def members(self) -> tuple[MaskCandidate, ...]:
+        """The chosen candidates in the order of all candidates."""
+        chosen = frozenset(self.chosen)
+        return tuple(each for each in self.candidates if each in chosen)
 
     @property
     def keeps(self) -> bool:

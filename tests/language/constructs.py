@@ -861,6 +861,19 @@ _file(
     "al. 2017, arXiv 1703.01365",
 )
 _file(
+    "group: by forward selection",
+    "group g = fit(forward_selection(size: 2), prompts: fruit, with: zero, minimise: loss) "
+    "at layers * heads *",
+    "Sites, positions, features or dimensions that are added one after another. Each step runs the "
+    "training rows with the group and each other candidate written together, and adds the "
+    "candidate whose mean of the metric is largest (`maximise`) or smallest (`minimise`). The "
+    "search ends at `size` candidates, or before if none moves the mean in this direction. `top n "
+    "of g` is the first n candidates. The metric needs no gradient. `batch` (64) and `validation` "
+    "(20%) are the options of `fit`; other values are as for a trained mask.",
+    "tests/pipeline/test_node_searches.py",
+    "Zhou et al. 2024, arXiv 2410.13708",
+)
+_file(
     "circuit: trained",
     "circuit c = fit(mask(size: 2), prompts: fruit, with: zero, minimise: loss)",
     "The edges that a mask chooses from all edges of the model, as for the sites of a group. In "
