@@ -782,7 +782,7 @@ def test_group_by_scores_equals_its_listed_sites_in_rules(tmp_path: Path) -> Non
     (found,) = train(path, out=tmp_path)
     card = (tmp_path / "g" / "README.md").read_text("utf-8")
     assert card.startswith("# g: atp over 12 sites")
-    assert f"Chosen by the estimated effects of the run `other` on {LOSS}" in card
+    assert f"Chosen by estimated effects of the run `other` on {LOSS}" in card
     own = run(path, fresh=True).files[0].experiments
     heads = ", ".join(name.removesuffix(".z") for name in report_of(found).chosen)
     path = write(tmp_path, f"group g = {heads}\n", *rules)
