@@ -367,10 +367,6 @@ class StreamEnds:
     """The numbers of its senders."""
 
 
-def _is_in_encoder(site: str) -> bool:
-    return SITES[site].stack == "encoder"
-
-
 def _find_encoded(run: PromptRun, cell: PositionCell, rows: Ints) -> Tensor:
     """Return [vector] whether each token of a position in some rows is one of an encoder."""
     hits = ((run.rows[row].source, tokens) for row in rows.tolist() for tokens in cell.hits[row])
@@ -469,7 +465,7 @@ class EdgeMaskRows(VectorMaskRows):
         rows = np.sort(self.rows if rows is None else rows)
         encoded, found = _find_encoded(run, cell, rows), dict[int, Tensor]()
         for encodes in (True, False):
-            own = [n for n, p in enumerate(points) if _is_in_encoder(p.site) == encodes]
+            own = [n for n, p in enumerate(points) if (SITES[p.site].stack == "encoder") == encodes]
             here, part = encoded == encodes, _take_side(run, cell, encodes=encodes)
             read = super()._read(run, part, [points[n] for n in own], rows) if here.any() else []
             for place, number in enumerate(own):

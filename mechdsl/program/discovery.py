@@ -23,7 +23,7 @@ from mechdsl.program.effect_trainers import NODE_EXAMPLE
 from mechdsl.program.references import all_tokens
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import TRAINERS, EdgeScoreTrainer, EdgeSearchTrainer
-from mechdsl.program.trainings import DISCOVERED_SHARE, is_split, with_split
+from mechdsl.program.trainings import DISCOVERED_SHARE, find_unsplit_blocks, with_split
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite
 
@@ -54,7 +54,7 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
     nevertheless, so that other lines may name the parts.
     """
     own = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
-    unsplit = {name for name, each in own.items() if not is_split(each)}
+    unsplit = find_unsplit_blocks(tree).keys()
     metrics = {
         each.name.id: each.value for each in tree.statements if isinstance(each, ast.MetricDef)
     }

@@ -65,8 +65,7 @@ def split_rows_of_circuits(
     Returns:
         The file, and the names of the circuits that are trained on each block that is split.
     """
-    own = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
-    own = {name: each for name, each in own.items() if not is_split(each)}
+    own = find_unsplit_blocks(tree)
     trained = {
         each.name.id: block
         for each in tree.statements
@@ -104,9 +103,14 @@ def with_split(block: ast.PromptsDef, share: float) -> ast.PromptsDef:
     return replace(block, lines=(*block.lines, line))
 
 
-def is_split(block: ast.PromptsDef) -> bool:
-    """Return whether a block divides its rows."""
-    return any(isinstance(line, ast.SplitLine) for line in block.lines)
+def find_unsplit_blocks(tree: ast.File) -> dict[str, ast.PromptsDef]:
+    """Return the blocks of prompts that don't divide their rows, by name."""
+    return {
+        each.name.id: each
+        for each in tree.statements
+        if isinstance(each, ast.PromptsDef)
+        and not any(isinstance(line, ast.SplitLine) for line in each.lines)
+    }
 
 
 def _block_of(circuit: ast.CircuitDef) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from mechdsl.pipeline.options import RunOptions
+
 from ..models import families
 from ..shared_models import unchanged
-from .support import Array, Record, prompt, token
+from .support import PROMPTS, Array, Record, by_name, prompt, token, try_file
 
 SIZES = {"vocab_size": families.VOCABULARY, "d_model": 16, "pad_token_id": 0, "eos_token_id": 1}
 
@@ -149,6 +152,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
         single="$A <s>", special_tokens=[("<s>", 1)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<s>")
+
+
+def run(
+    family: str, lines: str, folder: Path, options: RunOptions | None = None, prompts: str = PROMPTS
+) -> dict[str, Any]:
+    """Results of experiments on a model of `model`, by name."""
+    ran = try_file(lines, folder, model(family), options, tokenizer=tokenizer(), prompts=prompts)
+    return by_name(*ran)
 
 
 def starts(family: str) -> list[int]:

@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.pipeline.options import RunOptions
-
 from ..quick import some
 from .encoder_decoders import (
     ENCODER_LAYERS,
@@ -30,6 +28,7 @@ from .encoder_decoders import (
     name_of,
     place,
     read_attention,
+    run,
     starts,
     text,
     tokenizer,
@@ -39,23 +38,14 @@ from .encoder_decoders import (
 )
 from .support import (
     DIFFERENCE,
-    PROMPTS,
     ROWS,
     WITHOUT_PLAN,
     Record,
-    by_name,
     experiment,
     try_file,
 )
 
 FAMILIES = ("t5", "bart", "t5gemma")
-
-
-def run(
-    family: str, lines: str, folder: Path, options: RunOptions | None = None, prompts: str = PROMPTS
-) -> Any:
-    ran = try_file(lines, folder, model(family), options, tokenizer=tokenizer(), prompts=prompts)
-    return by_name(*ran)
 
 
 def units(stack: str) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.execute import training_vectors
-from mechdsl.pipeline.options import RunOptions
 
 from ..quick import some
 from .encoder_decoders import (
@@ -33,6 +32,7 @@ from .encoder_decoders import (
     model,
     place,
     read,
+    run,
     starts,
     text,
     tokenizer,
@@ -43,7 +43,6 @@ from .support import (
     ROWS,
     Record,
     as_in_the_data,
-    by_name,
     experiment,
     token,
     try_file,
@@ -52,13 +51,6 @@ from .support import (
 
 FAMILIES = ("t5", "bart", "t5gemma")
 SITES = ["z encoder", "resid_post", "v cross", "resid_post encoder", "z cross", "mlp_out", "z"]
-
-
-def run(
-    family: str, lines: str, folder: Path, options: RunOptions | None = None, prompts: str = PROMPTS
-) -> Any:
-    ran = try_file(lines, folder, model(family), options, tokenizer=tokenizer(), prompts=prompts)
-    return by_name(*ran)
 
 
 def is_encoded(site: str) -> bool:

@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-from mechdsl.pipeline.options import RunOptions
 
 from ..image_prompts import test_sounds as sounds
 from .encoder_decoders import (
@@ -33,12 +30,13 @@ from .encoder_decoders import (
     name_of,
     place,
     read,
+    run,
     starts,
     text,
     tokenizer,
     zeroed,
 )
-from .support import DIFFERENCE, MODES, ROWS, Array, Record, by_name, experiment, token, try_file
+from .support import DIFFERENCE, MODES, ROWS, Array, Record, experiment, token, try_file
 
 FROM = ("prompts p", "from other into clean")
 
@@ -306,10 +304,6 @@ def expected_values(family: str, case: Case) -> Array:
             row.append(difference(whole, record))
         found.append(row)
     return np.array(found)
-
-
-def run(family: str, lines: str, folder: Path, options: RunOptions | None = None) -> dict[str, Any]:
-    return by_name(*try_file(lines, folder, model(family), options, tokenizer=tokenizer()))
 
 
 slow = pytest.mark.slow

@@ -33,6 +33,7 @@ from .encoder_decoders import (
     place,
     read,
     read_attention,
+    run,
     starts,
     text,
     tokenizer,
@@ -47,7 +48,6 @@ from .support import (
     WITHOUT_PLAN,
     Array,
     Record,
-    by_name,
     check_file,
     experiment,
     token,
@@ -58,13 +58,6 @@ from .support import (
 FAMILIES = cases(WRITERS)
 TOKENS = 5
 LENGTH = "measure length as raw"
-
-
-def run(
-    family: str, lines: str, folder: Path, options: RunOptions | None = None, prompts: str = PROMPTS
-) -> Any:
-    ran = try_file(lines, folder, model(family), options, tokenizer=tokenizer(), prompts=prompts)
-    return by_name(*ran)
 
 
 def last(family: str) -> int:

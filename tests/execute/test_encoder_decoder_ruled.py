@@ -29,12 +29,13 @@ from .encoder_decoders import (
     model,
     place,
     read,
+    run,
     starts,
     text,
     tokenizer,
 )
 from .support import DIFFERENCE, PROMPTS, ROWS, Record, by_name, experiment, token, try_file
-from .test_encoder_decoder_gradients import at, axes, layers, of_cells, run
+from .test_encoder_decoder_gradients import at, axes, layers, of_cells
 from .test_encoder_decoder_paths import (
     CASES,
     Case,

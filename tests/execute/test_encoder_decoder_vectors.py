@@ -17,21 +17,16 @@ from .encoder_decoders import (
     Place,
     difference,
     logits,
-    model,
     place,
     read,
+    run,
     starts,
     text,
-    tokenizer,
 )
-from .support import DIFFERENCE, ROWS, Array, by_name, experiment, try_file
+from .support import DIFFERENCE, ROWS, Array, experiment
 
 FAMILIES = ("t5", "bart", "t5gemma")
 SITES = ("resid_post encoder", "attn_out cross", "mlp_out")
-
-
-def run(family: str, lines: str, folder: Path) -> Any:
-    return by_name(*try_file(lines, folder, model(family), tokenizer=tokenizer()))
 
 
 def layers(site: str) -> range:

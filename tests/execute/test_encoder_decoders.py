@@ -37,6 +37,7 @@ from .encoder_decoders import (
     model,
     place,
     read,
+    run,
     starts,
     text,
     tokenizer,
@@ -57,10 +58,6 @@ from .support import (
 )
 
 FAMILIES = cases(CONFIGS)
-
-
-def run(family: str, lines: str, folder: Path, options: RunOptions | None = None) -> Any:
-    return by_name(*try_file(lines, folder, model(family), options, tokenizer=tokenizer()))
 
 
 def values(family: str, folder: Path, *lines: str, options: RunOptions | None = None) -> Array:
