@@ -929,7 +929,7 @@ _ADDED_AT = {
     "mlp_out": "mlp_out",
     NEURONS: "mlp_out",
 }
-"""Site of senders → the site where the stream gains their changes."""
+"""Site of senders → the site where their changes are added, if no norm follows it."""
 
 
 def _add_at(model: LoadedModel, point: SitePoint, read: CircuitRead, vectors: Tensor) -> SiteWrite:
@@ -938,7 +938,7 @@ def _add_at(model: LoadedModel, point: SitePoint, read: CircuitRead, vectors: Te
 
 
 def _move_senders(model: LoadedModel, read: CircuitRead, number: int, share: float) -> SiteWrite:
-    """Return what the stream gains if the senders of one site move by a share to their other
+    """Return what the sum of a sublayer gains if the senders of one site move by a share to their other
     values.
 
     Args:
@@ -946,7 +946,12 @@ def _move_senders(model: LoadedModel, read: CircuitRead, number: int, share: flo
     """
     assert read.changes is not None
     where, columns = list(number_senders(read.fills).items())[number]
-    point = SitePoint(in_stack(_ADDED_AT[where.site], where.stack), where.layer, None)
+    site, head = _ADDED_AT[where.site], None
+    if site == "attn_out":
+        assert where.layer is not None
+        if model.stack(where.stack).anatomy.blocks[where.layer].attn_output_norm is not None:
+            site, head = "head_out", 0  # the changes are those before the norm
+    point = SitePoint(in_stack(site, where.stack), where.layer, head)
     return _add_at(model, point, read, share * read.changes[columns].sum(0))
 
 

@@ -53,19 +53,34 @@ class Family:
         if name_of(self.name) in LIKE_T5:
             number = {"z": 1 if stack == "cross" else 0, "mlp_out": 1 if stack else 2}[component]
             return f"{root}.block.{layer}.layer.{number}.layer_norm"
+        if name_of(self.name) == "t5gemma":
+            kind = {"z": "self_attn", "z cross": "cross_attn"}.get(
+                site.removesuffix(" encoder"), "feedforward"
+            )
+            return f"model.{root}.layers.{layer}.pre_{kind}_layernorm"
         names = {"z cross": "encoder_attn", "mlp_out": "final", "mlp_out encoder": "final"}
         return f"model.{root}.layers.{layer}.{names.get(site, 'self_attn')}_layer_norm"
+
+    def output_norm(self, site: str, layer: int) -> str:
+        """The norm of attention's output; empty if there is none."""
+        if name_of(self.name) != "t5gemma":
+            return ""
+        return self.norm(site, layer).replace(".pre_", ".post_")
 
     def end(self, stack: str) -> str:
         """The norm of the end of a stream; empty if its last sublayer has it."""
         root = stack or "decoder"
         if name_of(self.name) in LIKE_T5:
             return f"{root}.final_layer_norm"
+        if name_of(self.name) == "t5gemma":
+            return f"model.{root}.norm"
         return "" if self.after else f"model.{root}.layer_norm"
 
     def mlp(self, site: str, layer: int) -> str:
         """The module that reads what an MLP reads."""
         path = place(self.name, site, layer).path
+        if name_of(self.name) == "t5gemma":
+            return path.replace("post_feedforward_layernorm", "mlp")
         return path if name_of(self.name) in LIKE_T5 else path.replace("fc2", "fc1")
 
     def sublayers(self, stack: str) -> Iterator[tuple[str, int]]:
@@ -151,10 +166,14 @@ class Pass:
         family = self.family
         x = self.carried(ENCODED if stack else EMBED, receiver)
         for site, layer in [*family.sublayers(stack)][:sublayers]:
-            x = x + sum(self.carried(of, receiver) for of in senders_of(family, site, layer))
+            added = sum(self.carried(of, receiver) for of in senders_of(family, site, layer))
+            assert isinstance(added, Tensor)
             if site.startswith("z"):
                 bias = family.module(place(family.name, site, layer).path).bias
-                x = x if bias is None else x + bias
+                added = added if bias is None else added + bias
+                norm = family.output_norm(site, layer)
+                added = family.module(norm).forward(added) if norm else added
+            x = x + added
             if family.after:
                 x = family.module(family.norm(site, layer)).forward(x)
         return x

@@ -170,6 +170,7 @@ slow = pytest.mark.slow
 FAMILIES = [
     "t5",
     "bart",
+    "t5gemma",
     *(pytest.param(family, marks=slow) for family in ("mt5", "mbart", "marian", "pegasus")),
 ]
 CASES = [
@@ -435,14 +436,6 @@ def test_rule_on_a_circuit_that_cant_be_computed_is_an_error(rule: str, tmp_path
     assert [each.code for each in problems if each.severity == "error"] == [RULE_ERRORS[rule]]
 
 
-def test_model_with_norms_between_heads_and_stream_is_an_error(tmp_path: Path) -> None:
-    rule = experiment("e", "prompts p", "ablate c at tokens * with zero", DIFFERENCE)
-    lines = f"circuit c = embed -> logits\n{rule}"
-    result, problems = try_file(lines, tmp_path, model("t5gemma"), tokenizer=tokenizer())
-    assert result is None
-    assert "in block 0 of the encoder, a norm or scale follows attention" in str(problems)
-
-
 def test_picture_of_a_circuit_has_the_encoder_below_the_decoder(tmp_path: Path) -> None:
     rule = "ablate all but c at tokens * with turned"
     lines = CIRCUIT + experiment("e", "prompts p", rule, DIFFERENCE, 'report graph to "c.svg"')
@@ -571,7 +564,7 @@ SCORES = {
 
 
 @pytest.mark.parametrize("name", SCORES)
-@pytest.mark.parametrize("family", ["t5", "bart", pytest.param("mbart", marks=slow)])
+@pytest.mark.parametrize("family", ["t5", "bart", "t5gemma", pytest.param("mbart", marks=slow)])
 def test_scores_of_edges_equal_derivatives(family: str, name: str, tmp_path: Path) -> None:
     maker, source, fill, at, path, steps = SCORES[name]
     found = fitted(family, maker, source, f"at {at}", tmp_path)
@@ -581,7 +574,7 @@ def test_scores_of_edges_equal_derivatives(family: str, name: str, tmp_path: Pat
     for encodes in (True, False):
         own = [edge for edge in found if edge[0][0].endswith("encoder") == encodes]
         values, others = (np.array([each[edge] for edge in own]) for each in (found, expected_))
-        np.testing.assert_allclose(values, others, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(values, others, atol=1e-4, rtol=5e-5, err_msg=name)
         if at == "tokens *":
             assert np.ptp(others) > 1e-3
     if path and at != "tokens *":

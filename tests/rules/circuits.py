@@ -173,11 +173,19 @@ def circuit_pass(
     there = torch.zeros(len(ids), 1, dtype=x.dtype)
     there[list(positions)] = 1
 
+    normed = type(parts).behind_attention is not Stack.behind_attention
     into = dict[str, list[tuple[str, Any]]]()
     for (sender, to), share in shares.items():
         into.setdefault(to, []).append((sender, share))
 
     def seen_by(receiver: str) -> Tensor:
+        if normed:
+            ablated_ = dict(into.get(receiver, ()))
+            carried = {
+                of: own + ablated_.get(of, 0.0) * there * (fills.get(of, own) - own)
+                for of, own in given.items()
+            }
+            return (_join(parts, carried) + adds.get(receiver, 0))[None]
         seen = x + adds.get(receiver, 0)
         for sender, share in into.get(receiver, ()):
             seen = seen + share * there * (fills[sender] - given[sender])
@@ -216,8 +224,9 @@ def circuit_pass(
             head(layer, n): taken(head(layer, n), each[n] + moves.get(head(layer, n), 0))
             for n in range(parts.heads)
         }
-        x = x + sum(given[head(layer, n)] for n in range(parts.heads))
-        x = x + (0 if bias is None else bias)
+        joined = torch.stack([given[head(layer, n)] for n in range(parts.heads)]).sum(0)
+        joined = joined + (0 if bias is None else bias)
+        x = x + parts.behind_attention(block, joined)
         mlp_input = torch.cat(list(map(seen_by, nodes))) if mlp_input is None else mlp_input
         if split and layer in split:
             hidden = _activations(parts, block, second(mlp_input), rules)
@@ -230,22 +239,36 @@ def circuit_pass(
         if own is not None:
             for n, name in enumerate(nodes):
                 stream = mlp_input[n]
-                normed = second(stream[None])[0]
-                hidden = parts.neurons(block, normed[None])
-                output = parts.down(block, normed[None] if hidden is None else hidden)[0]
-                seen = {"mlp_out": output, "mlp_norm": normed, "resid_mid": stream}
+                given_ = second(stream[None])[0]
+                hidden = parts.neurons(block, given_[None])
+                output = parts.down(block, given_[None] if hidden is None else hidden)[0]
+                seen = {"mlp_out": output, "mlp_norm": given_, "resid_mid": stream}
                 given[name] = taken(name, own.split(name, output, seen[own.reads]))
             x = x + sum(given[name] for name in nodes)
             continue
         if rules:
-            given[mlp(layer)] = block.mlp(second(mlp_input))[0]
+            given[mlp(layer)] = parts.behind_mlp(block, block.mlp(second(mlp_input)))[0]
         else:
             hidden = parts.neurons(block, second(mlp_input))
-            normed = second(mlp_input) if hidden is None else hidden
-            given[mlp(layer)] = parts.down(block, normed)[0]
+            hidden = second(mlp_input) if hidden is None else hidden
+            given[mlp(layer)] = parts.behind_mlp(block, parts.down(block, hidden))[0]
         given[mlp(layer)] = taken(mlp(layer), given[mlp(layer)] + moves.get(mlp(layer), 0))
         x = x + given[mlp(layer)]
     return parts.unembed(parts.final(seen_by(LOGITS)))[0]
+
+
+def _join(parts: Stack, carried: Mapping[str, Tensor]) -> Tensor:
+    """[T, d_model]: the stream of senders so far, with the norm after each attention."""
+    x = carried[EMBED]
+    for layer in range(parts.layers):
+        heads = [carried[of] for n in range(parts.heads) if (of := head(layer, n)) in carried]
+        if heads:
+            block = parts.block(layer)
+            _, bias = parts.output(block)
+            joined = torch.stack(heads).sum(0) + (0 if bias is None else bias)
+            x = x + parts.behind_attention(block, joined)
+        x = x + carried.get(mlp(layer), 0)
+    return x
 
 
 def _activations(parts: Stack, block: Any, x: Tensor, rules: str) -> Tensor:
@@ -270,6 +293,8 @@ def _attended(parts: Stack, layer: int, q: Tensor, k: Tensor, v: Tensor, rules: 
     distance = torch.arange(length)[:, None] - torch.arange(length)
     visible = (distance >= 0) & (distance < (parts.window(layer) or length))
     scores = torch.einsum("thd,shd->ths", q, k) * parts.scale(q.shape[-1])
+    if parts.cap is not None:
+        scores = torch.tanh(scores / parts.cap) * parts.cap
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     sinks = parts.sinks(parts.block(layer))
     if sinks is not None:

@@ -71,9 +71,12 @@ FAMILIES = (
     "qwen3",
     "mistral",
     "gpt_oss",
+    "gemma2",
     "llama" + WITHOUT_NORMS,
     "gpt_neox" + WITHOUT_NORMS,
 )
+INEXACT = ("gemma2",)
+"""Families in 32 bits here: padding that sees no token is NaN in 64 bits."""
 SOME = {
     "embed -> L0H1.q": [(EMBED, "L0H1.q")],
     "L0H1 -> L1H0.k": [("L0H1", "L1H0.k")],
@@ -222,7 +225,7 @@ EACH = in_turn(FAMILIES, list(MODES))
 def results(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
     """All cases in one file, whose rows share passes."""
     text = edges(name)[0] + "".join(case.experiment(key) for key, case in CASES.items())
-    return run_file(text, data, name, mode, precise=True)
+    return run_file(text, data, name, mode, precise=name not in INEXACT)
 
 
 @pytest.mark.parametrize("key", CASES)
@@ -232,7 +235,8 @@ def test_ablated_edges_carry_the_fill(data: Path, name: str, mode: str, key: str
     found = results(data, name, mode)[key]
     donors = find_donors(name, case, found.measures[0].patched[0])
     values = expected(name, case, donors)
-    agree(found, (), {(): values}, unpatched(name, case.base), most=False, precise=True, large=1e-2)
+    options: dict[str, Any] = {"most": False, "precise": name not in INEXACT, "large": 1e-2}
+    agree(found, (), {(): values}, unpatched(name, case.base), **options)
 
 
 SHARES = (0.05, 0.5, 0.9)
@@ -792,14 +796,6 @@ def test_ablating_all_but_a_circuit_of_all_edges_is_an_error(data: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("name", ["gemma2"])
-def test_circuits_in_models_with_sublayer_output_norms_are_errors(data: Path, name: str) -> None:
-    text = CIRCUIT + experiment("e", "ablate c at tokens * with zero")
-    result, diagnostics = try_file(text, data, name)
-    assert result is None
-    assert [found.code for found in diagnostics if found.code == "E0108"]
-
-
 CHANGES = {
     "edge": ("embed -> L0H1.q", "embed -> L0H2.q"),
     "rest": ("ablate c", "ablate all but c"),
@@ -844,3 +840,24 @@ def check_stored_values(circuit: str, change: tuple[str, str], folder: Path, lea
 @pytest.mark.parametrize("change", CHANGES)
 def test_stored_values_depend_on_edges_fills_and_positions(tmp_path: Path, change: str) -> None:
     check_stored_values(CIRCUIT, CHANGES[change], tmp_path, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("gemma3_text", marks=pytest.mark.slow), "olmo2", "exaone4"]
+)
+def test_all_edges_of_models_with_norms_after_attention_carry_another_run(
+    data: Path, name: str
+) -> None:
+    """The value is that of the other run, but not if only MLPs send its values."""
+    ends = ("q layers * heads *", "k layers * heads *", "v layers * heads *", "mlp_norm layers *")
+    senders = ("layers * heads *", "mlp_out layers *", "embed")
+    every = [f"{of} -> {to}" for of in senders for to in (*ends, "logits")]
+    text = f"circuit c = {', '.join(every)}\ncircuit d = {', '.join(every[5:10])}\n"
+    text += "".join(
+        experiment(f"of_{each}", f"ablate {each} at tokens * with other") for each in "cd"
+    )
+    text += experiment("o", "from clean into other", "ablate c at tokens * with clean")
+    found = {key: own.measures[0] for key, own in run_file(text, data, name, "planned").items()}
+    np.testing.assert_allclose(found["of_c"].patched, found["o"].base, atol=1e-4)
+    np.testing.assert_allclose(found["o"].patched, found["of_c"].base, atol=1e-4)
+    assert np.abs(found["of_d"].patched - found["of_c"].patched).max() > 1e-2

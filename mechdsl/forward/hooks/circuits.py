@@ -12,7 +12,9 @@ keys and values read the encoder's stream after the last block, through the enco
 
 If norms follow the sums (BERT), the input of a receiver is the stream recomputed from the outputs
 of this pass: after each sublayer, the norm of the sum of the stream, the sublayer's output and
-mask * (fill - value) of its senders.
+mask * (fill - value) of its senders. If norms follow the outputs of attention (Gemma 2), the
+recomputed stream gains, after each attention, the norm of the sum of its heads, each with its value
+or its fill.
 
 References:
     Conmy et al. 2023 (arXiv 2304.14997), section 3: edges between nodes of the residual stream.
@@ -105,12 +107,12 @@ def explain_no_circuits(model: LoadedModel) -> str:
         return "its blocks also attend to an image"
     anatomy, shape = model.anatomy, model.shape
     of_text = shape.task != "tokens" and shape.takes != "image"
-    headed = of_text and (bool(find_norms_after(model)) or anatomy.final_norm is not None)
+    headed = of_text and (has_normed_sums(model) or anatomy.final_norm is not None)
     if "logits" not in shape.sites or (anatomy.unembedding is None and not headed):
         return "its output isn't computed from the residual stream by an unembedding"
     stacks = ("encoder", "") if "cross" in model.others else ("",)
     for stack in stacks:
-        after = bool(find_norms_after(model, stack))
+        after = has_normed_sums(model, stack)
         for number in range(model.stack(stack).shape.n_layers):
             reason = _explain_joined_block(model, stack, number, after=after)
             if not reason and len(stacks) == 2 and not stack:
@@ -139,8 +141,10 @@ def _explain_joined_attention(model: LoadedModel, stack: str, number: int) -> st
     """Return why the heads of an attention can't be nodes; empty if they can."""
     own = model.stack(stack)
     block = own.anatomy.blocks[number]
-    if block.attn_output_norm is not None or block.output is None:
-        return "a norm or scale follows attention, so that its heads don't add up"
+    if block.output is None:
+        return "attention's output isn't a linear map of its heads"
+    if block.attn_output_norm is not None and own.shape.parallel_block:
+        return "a norm follows attention, which reads the same stream as the MLP"
     if not block.reads_stream:
         return "attention doesn't read the stream through a norm"
     entrance = () if stack == "cross" else ("resid_pre",)
@@ -212,33 +216,52 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class NormedSum:
-    """The sum of the stream and a sublayer's output, which a norm follows."""
+class Sublayer:
+    """A sublayer of a stack with norms after outputs or sums."""
 
     senders: SiteRead
     """The components whose outputs the sublayer adds up."""
     output: HookPoint
-    norm: str
-    """Path of the norm, whose output is the stream from there on."""
+    """Their sum."""
+    output_norm: str | None = None
+    """Path of the norm of their sum, before it is added to the stream."""
+    sum_norm: str | None = None
+    """Path of the norm after the sum with the stream, whose output is the stream from there on."""
 
 
-def find_norms_after(model: LoadedModel, stack: str = "") -> tuple[NormedSum, ...]:
-    """Return the sublayers of a stack in forward order if a norm follows each of them; empty
-    otherwise."""
-    found: list[NormedSum] = []
+def find_normed_sublayers(model: LoadedModel, stack: str = "") -> tuple[Sublayer, ...]:
+    """Return the sublayers of a stack in forward order if norms follow their sums with the stream,
+    or the outputs of attention; empty otherwise."""
+    sums, outputs = list[Sublayer](), list[Sublayer]()
     for layer, block in enumerate(model.stack(stack).anatomy.blocks):
-        if block.attn_norm or block.mlp_norm:
-            return ()
-        parts = [("z", stack, block.taps.get("attn_out"), block.middle)]
+        attentions = [(stack, block)]
         if not stack and "cross" in model.others:
-            cross = model.stack("cross").anatomy.blocks[layer]
-            parts.append(("z", "cross", cross.taps.get("attn_out"), cross.middle))
-        parts.append(("mlp_out", stack, block.taps.get("mlp_out"), block.end))
-        for site, own, output, norm in parts:
-            if output is None or norm is None:
-                return ()
-            found.append(NormedSum(SiteRead(site, layer, own), output, norm))
-    return tuple(found)
+            attentions.append(("cross", model.stack("cross").anatomy.blocks[layer]))
+        for own, of in attentions:
+            where, added = SiteRead("z", layer, own), of.taps.get("attn_out")
+            if added is not None and of.middle is not None:
+                sums.append(Sublayer(where, added, sum_norm=of.middle))
+            if of.output is not None and of.attn_output_norm is not None:
+                width = TensorLayout.whole(model.stack(own).shape.d_model)
+                joined = HookPoint(of.output, "out", width)
+                outputs.append(Sublayer(where, joined, of.attn_output_norm))
+            elif added is not None:
+                outputs.append(Sublayer(where, added))
+        where, added = SiteRead("mlp_out", layer, stack), block.taps.get("mlp_out")
+        if added is not None:
+            outputs.append(Sublayer(where, added))
+            if block.end is not None:
+                sums.append(Sublayer(where, added, sum_norm=block.end))
+    blocks = model.stack(stack).anatomy.blocks
+    in_front = any(block.attn_norm or block.mlp_norm for block in blocks)
+    if len(sums) == len(outputs) and not in_front:
+        return tuple(sums)
+    return tuple(outputs) if any(each.output_norm for each in outputs) else ()
+
+
+def has_normed_sums(model: LoadedModel, stack: str = "") -> bool:
+    """Whether norms follow the sums of the stream and the outputs of sublayers."""
+    return any(each.sum_norm for each in find_normed_sublayers(model, stack))
 
 
 def _find_projection(model: LoadedModel, where: SiteRead) -> tuple[str, TensorLayout] | None:
@@ -449,12 +472,15 @@ class CircuitHooks(ABC):
         self._rows, self._columns = indices_to_device(found[:2], model.device)
         self._stream: Tensor | None = None
         """[K, d_model] that enters the current attention."""
-        self._sums = find_norms_after(model, self._stack)
+        self._sublayers = find_normed_sublayers(model, self._stack)
+        """Those that receivers' inputs are recomputed from; empty if no norms follow sublayers."""
+        self._normed_heads = {each.senders: each for each in self._sublayers if each.output_norm}
+        self._norms_follow_sums = any(each.sum_norm for each in self._sublayers)
         self._outputs: list[Tensor] = []
-        """[K, d_model]: what entered the first block, then the outputs of sublayers so far; only if
-        norms follow them."""
+        """[K, d_model]: what entered the first block, then the outputs of sublayers so far; only
+        with `_sublayers`."""
         self._like = torch.empty(0)
-        """A tensor of the precision and device of the stream, if norms follow sums."""
+        """A tensor of the precision and device of the stream, with `_sublayers`."""
         self._due = self._done = 0
 
     @property
@@ -473,10 +499,10 @@ class CircuitHooks(ABC):
         for fill in self._fills:
             if fill.where.layer not in split or fill.where.site != "mlp_out":
                 yield self._sender(fill)
-        if self._sums:
+        if self._sublayers:
             first = SiteRead("resid_pre", 0, self._stack)
             yield self._output(self.model.tap("resid_pre", 0, self._stack), first)
-        for each in self._sums:
+        for each in self._sublayers:
             of = each.senders
             site = "attn_out" if of.site == "z" else "mlp_out"
             yield self._output(each.output, SiteRead(site, of.layer, of.stack))
@@ -545,6 +571,8 @@ class CircuitHooks(ABC):
         scale = get_scale(self.model.module, tap)
         if where.site in _PROJECTED:
             output = self.model.tap(_PROJECTED[where.site], where.layer, where.stack)
+            if where in self._normed_heads:
+                output = self._normed_heads[where].output
             scale = get_scale(self.model.module, output)
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
@@ -559,6 +587,8 @@ class CircuitHooks(ABC):
                     joined = changes[count:, :, 0].T @ weight[count:, 0]
                     gained = torch.cat([gained, joined[None]])
                 gained = apply_scale(gained, scale)
+                if where in self._normed_heads:
+                    self._remember_heads(where, now, values, weight)
                 width = tap.layout.units * tap.layout.width
                 self._remember_bias(where, module, value.new_zeros(1, 1, width), scale)
             else:
@@ -587,6 +617,16 @@ class CircuitHooks(ABC):
             module: Their output projection.
             nothing: […, in] zeros.
             scale: Factor of its output.
+        """
+
+    def _remember_heads(self, where: SiteRead, now: Tensor, values: Tensor, weight: Tensor) -> None:
+        """Keep what heads add up to before a norm.
+
+        Args:
+            where: The heads.
+            now: [K, head, width] their outputs.
+            values: [K, head, width] their fills.
+            weight: [head, width, d_model]
         """
 
     def _output(self, tap: HookPoint, where: SiteRead) -> CircuitStep:
@@ -639,7 +679,7 @@ class CircuitHooks(ABC):
         """Add a step at a site of the stream that keeps it."""
         tap = self.model.tap(where.site, where.layer, where.stack)
         spot = tap.path, tap.side, tap.item
-        if where.site == "resid_mid" and not self._sums:  # a sum that no module returns
+        if where.site == "resid_mid" and not self._norms_follow_sums:  # no module returns it
             norm = self._attention_norm(Attention("cross", where.layer or 0))
             assert norm is not None
             spot = norm, "in", 0
@@ -657,6 +697,18 @@ class CircuitHooks(ABC):
         if path is not None:
             vectors = self.model.module.get_submodule(path).forward(vectors)
         return vectors.to(torch.promote_types(like.dtype, torch.float32))
+
+    def _add_normed(self, sublayer: Sublayer, joined: Tensor) -> Tensor:
+        """Return [..., d_model]: what a sublayer adds to the stream, of the sum of its heads."""
+        return apply_scale(
+            self._normed(sublayer.output_norm, joined, self._like), self._find_scale(sublayer)
+        )
+
+    def _find_scale(self, sublayer: Sublayer) -> float | Tensor:
+        """Return the factor of the norm of a sublayer's output."""
+        where = sublayer.senders
+        added = self.model.tap("attn_out", where.layer, where.stack)
+        return get_scale(self.model.module, added)
 
     def _check_input(self, normed: Tensor, value: Tensor) -> None:
         """Check that the input of a receiver is the norm of the stream.
@@ -709,7 +761,7 @@ class CircuitHooks(ABC):
             value: [B, T, d_model]
         """
         if norm is None:
-            return (None if self._sums else self._mlp_norm(layer)), self._at(value)
+            return (None if self._norms_follow_sums else self._mlp_norm(layer)), self._at(value)
         assert self._stream is not None
         self._check_input(self._normed(norm, self._stream, value), value)
         return norm, self._stream
@@ -762,7 +814,7 @@ class CircuitHooks(ABC):
         anatomy = self._anatomy
         after = layer is not None and self._mlp_norm(layer) is None
         path = anatomy.final_norm if layer is None else self._mlp_norm(layer)
-        path = None if self._sums else path
+        path = None if self._norms_follow_sums else path
         spot: tuple[str, HookSide, int] = (path or "", "in", 0)
         if path is None:
             tap = self._input_tap(layer)
@@ -780,7 +832,7 @@ class CircuitHooks(ABC):
         """Return the hook point of the input of an MLP, or of the end of the model."""
         if layer is not None:
             return self.model.tap("mlp_norm", layer, self._stack)
-        if self._sums:
+        if self._norms_follow_sums:
             return self.model.tap("resid_post", self.model.shape.n_layers - 1)
         return self.model.tap("final_norm", None)
 
@@ -830,7 +882,11 @@ class _WriteHooks(CircuitHooks):
         self._end = 0
         """Number of senders so far."""
         self._gains: dict[SiteRead, Tensor] = {}
-        """[unit, K, d_model] of the senders so far, if norms follow sums."""
+        """[unit, K, d_model] of the senders so far, with `_sublayers`."""
+        self._of_heads: dict[SiteRead, tuple[Tensor, Tensor]] = {}
+        """[unit, K, d_model] what heads add up to before a norm: their outputs, and their fills."""
+        self._bias_of_heads: dict[SiteRead, Tensor] = {}
+        """[d_model]"""
         self._mask = to_device(write.mask, model.device)
         self._distinct: dict[Attention, DistinctInputs] = {}
         self._normed_attention: Attention | None = None
@@ -888,7 +944,7 @@ class _WriteHooks(CircuitHooks):
 
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
         columns = self._senders[where]
-        if self._sums:
+        if self._sublayers:
             self._gains[where] = gained
             return
         if torch.is_grad_enabled():
@@ -903,11 +959,17 @@ class _WriteHooks(CircuitHooks):
     def _remember_bias(
         self, where: SiteRead, module: nn.Module, nothing: Tensor, scale: float | Tensor
     ) -> None:
-        if self._of_zeros:
+        if where in self._normed_heads:
+            self._bias_of_heads[where] = apply_scale(_compute_bias(module, nothing), scale)[0, 0]
+        elif self._of_zeros:
             if where.site == "z" and where.layer is not None:
                 self._entrance_biases[where.layer] = self._biases
             bias = apply_scale(_compute_bias(module, nothing).flatten(), scale)
             self._biases = self._biases + bias.to(self._biases)
+
+    def _remember_heads(self, where: SiteRead, now: Tensor, values: Tensor, weight: Tensor) -> None:
+        own, filled = (torch.bmm(each.transpose(0, 1), weight) for each in (now, values))
+        self._of_heads[where] = own, filled
 
     def _inputs(self, mask: Tensor, stream: Tensor, reader: SiteRead) -> Tensor:
         """Return [input, K, d_model]: the stream and the shares of masked senders so far.
@@ -917,10 +979,14 @@ class _WriteHooks(CircuitHooks):
             stream: [K, d_model]
             reader: A receiver of these inputs.
         """
-        if self._sums:
-            return stream + (
-                self._stream_of(mask) - self._stream_of(torch.zeros_like(mask)[..., :1, :])
-            )
+        if self._sublayers:
+            own = self._stream_of(mask)
+            found = stream + (own - self._stream_of(torch.zeros_like(mask)[..., :1, :]))
+            if self._norms_follow_sums:
+                return found
+            summed = self._are_summed(mask, reader).bool()
+            summed = summed[:, None] if mask.dim() == 2 else summed.movedim(1, 0)
+            return torch.where(summed.to(own.device), own, found)
         if self._changes is not None:
             self._changes[0] = stream
             changes = self._changes[: 1 + self._end]
@@ -993,17 +1059,42 @@ class _WriteHooks(CircuitHooks):
         return unit_count(shape, where.site, layer)
 
     def _stream_of(self, mask: Tensor) -> Tensor:
-        """Return [receiver, K, d_model]: the stream that receivers read, if norms follow sums.
+        """Return [receiver, K, d_model]: the stream that receivers read, with `_sublayers`.
 
         Args:
             mask: [receiver, sender] or [K, receiver, sender]
         """
         first, *outputs = self._outputs
         stream = first + self._shares(mask, SiteRead("resid_pre", 0, self._stack))
-        for each, output in zip(self._sums, outputs, strict=False):
-            added = stream + output.to(stream) + self._shares(mask, each.senders)
-            stream = self._normed(each.norm, added, self._like)
+        for each, output in zip(self._sublayers, outputs, strict=False):
+            if each.output_norm is None:
+                stream = stream + output.to(stream) + self._shares(mask, each.senders)
+            else:
+                joined = self._join_heads(mask, each.senders, output)
+                stream = stream + self._add_normed(each, joined)
+            if each.sum_norm is not None:
+                stream = self._normed(each.sum_norm, stream, self._like)
         return stream
+
+    def _join_heads(self, mask: Tensor, where: SiteRead, output: Tensor) -> Tensor:
+        """Return [receiver, K, d_model]: the sum of heads that a norm follows, each with its output
+        or its fill. A head with the fill 0 adds exactly 0.
+
+        Args:
+            mask: [receiver, sender] or [K, receiver, sender]
+            where: The heads.
+            output: [K, d_model] their sum in this pass.
+        """
+        if where not in self._of_heads:
+            return output.expand(mask.shape[-2], *output.shape)
+        own, filled = self._of_heads[where]
+        rest = self._bias_of_heads[where].to(own)
+        if len(own) < self._count_units(where):
+            rest = output.to(own) - own.sum(0)
+        share = mask[..., self._senders[where]].to(own)
+        sums = "ru,ukd->rkd" if mask.dim() == 2 else "kru,ukd->rkd"
+        parts = torch.einsum(sums, 1 - share, own), torch.einsum(sums, share, filled)
+        return rest + parts[0] + parts[1]
 
     def _shares(self, mask: Tensor, where: SiteRead) -> Tensor:
         """Return [receiver, K, d_model]: what the masked senders of a sublayer add."""
@@ -1028,7 +1119,7 @@ class _WriteHooks(CircuitHooks):
         if found is None:
             sites = ATTENTION_INPUTS
             is_split = attention.layer in self._features
-            if self._mask.dim() == 2 and not self._sums and not is_split:
+            if self._mask.dim() == 2 and not self._sublayers and not is_split:
                 sites = *ATTENTION_INPUTS, "mlp_norm"
             rows = [
                 row
@@ -1201,7 +1292,7 @@ class _WriteHooks(CircuitHooks):
             assert stream is not None
             if norm is not None:
                 self._check_input(self._normed(norm, stream, value), value)
-            elif not self._sums:
+            elif not self._norms_follow_sums:
                 norm = self._mlp_norm(layer)
             streams = self._inputs(inputs.mask, stream, where)
             kept[:] = [streams, self._normed(norm, streams, value)]
@@ -1296,7 +1387,7 @@ class _ReadHooks(CircuitHooks):
             read.changes = torch.empty(size, dtype=dtype, device=model.device)
         else:
             self._fills = ()
-        read.to_senders = self._list_sublayers if self._sums else None
+        read.to_senders = self._list_sublayers if self._sublayers else None
 
     def _list_sublayers(self, gradient: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield the columns of the senders of each sublayer, and the gradient by their sum.
@@ -1306,17 +1397,27 @@ class _ReadHooks(CircuitHooks):
             count: The number of these sublayers.
         """
         first, *outputs = self._outputs
-        stream, sums = first, list[Tensor]()
-        for each, output in zip(self._sums[:count], outputs, strict=False):
-            sums.append(stream + output.to(stream))
-            stream = self._normed(each.norm, sums[-1], self._like)
-        for each, added in reversed([*zip(self._sums, sums, strict=False)]):
-            gradient = self._before_norm(each.norm, added, gradient, self._like)
+        stream, normed = first, list[Tensor]()
+        for each, output in zip(self._sublayers[:count], outputs, strict=False):
+            normed.append(output.to(stream))
+            if each.output_norm is not None:
+                stream = stream + self._add_normed(each, output)
+                continue
+            stream = stream + output.to(stream)
+            if each.sum_norm is not None:
+                normed[-1] = stream
+                stream = self._normed(each.sum_norm, stream, self._like)
+        for each, inputs in reversed([*zip(self._sublayers, normed, strict=False)]):
+            gradient = self._before_norm(each.sum_norm, inputs, gradient, self._like)
+            own = gradient
+            if each.output_norm is not None:
+                scaled = apply_scale(gradient, self._find_scale(each))
+                own = self._before_norm(each.output_norm, inputs, scaled, self._like)
             where = each.senders
             if where.site == "mlp_out" and where not in self._senders:
                 where = SiteRead("mlp_hidden", where.layer)
             if where in self._senders:
-                yield self._senders[where], gradient
+                yield self._senders[where], own
         first = SiteRead("resid_pre", 0, self._stack)
         yield self._senders.get(first, slice(0, 0)), gradient
 

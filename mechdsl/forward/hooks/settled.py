@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.forward.hooks.batch import CircuitWrite, SenderFill, SiteRead
-from mechdsl.forward.hooks.circuits import find_norms_after, is_plain_mlp
+from mechdsl.forward.hooks.circuits import find_normed_sublayers, is_plain_mlp
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 
@@ -58,7 +58,7 @@ class CircuitSettler:
             lengths: [row of the batch] tokens.
         """
         rows = np.unique(write.rows.numpy())
-        if len(write.rows) != lengths[rows].sum() or find_norms_after(self.model):
+        if len(write.rows) != lengths[rows].sum() or find_normed_sublayers(self.model):
             return write
         number = id(write.mask)
         if number not in self._found:
