@@ -292,8 +292,8 @@ _file(
     "to no sender. Each row is a full forward pass. Not in a `run`, with `generate` or together "
     "with a second circuit (E0108), nor in image classifiers (E0108). If norms follow attention, "
     "as in Gemma 2, or the sums of the stream, as in BERT, a receiver reads the stream that is "
-    "recomputed from the outputs of components through these norms. In classifiers of texts, `logits` reads the end of the stream through "
-    "the classification head.",
+    "recomputed from the outputs of components through these norms. In classifiers of texts, "
+    "`logits` reads the end of the stream through the classification head.",
     "tests/rules/test_ablated_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997",
 )

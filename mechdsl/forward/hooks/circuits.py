@@ -619,6 +619,7 @@ class CircuitHooks(ABC):
             scale: Factor of its output.
         """
 
+    @abstractmethod
     def _remember_heads(self, where: SiteRead, now: Tensor, values: Tensor, weight: Tensor) -> None:
         """Keep what heads add up to before a norm.
 
@@ -1432,6 +1433,9 @@ class _ReadHooks(CircuitHooks):
         self, where: SiteRead, module: nn.Module, nothing: Tensor, scale: float | Tensor
     ) -> None:
         """Keep nothing: what receivers read is the stream itself."""
+
+    def _remember_heads(self, where: SiteRead, now: Tensor, values: Tensor, weight: Tensor) -> None:
+        """Keep nothing, as for biases."""
 
     def _neurons(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
         """Yield a step that keeps the stream before an MLP, and one that differentiates by the
