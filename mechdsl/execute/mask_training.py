@@ -938,8 +938,7 @@ def _add_at(model: LoadedModel, point: SitePoint, read: CircuitRead, vectors: Te
 
 
 def _move_senders(model: LoadedModel, read: CircuitRead, number: int, share: float) -> SiteWrite:
-    """Return what the sum of a sublayer gains if the senders of one site move by a share to their other
-    values.
+    """Return what the sum of a sublayer gains if the senders of one site move to other values.
 
     Args:
         number: That of the site in `read.fills`.

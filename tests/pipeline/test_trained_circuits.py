@@ -32,7 +32,7 @@ from ..quick import in_turn, some
 from ..rules.circuits import circuit_pass
 from ..rules.models import WITHOUT_NORMS, bare, double
 from ..rules.support import rows, tokens
-from ..rules.test_ablated_circuits import Case, fills, named, shape_of
+from ..rules.test_ablated_circuits import INEXACT, Case, fills, named, shape_of
 from . import test_trained_masks as masks
 from .test_trained_dictionaries import (
     check_keys,
@@ -61,7 +61,7 @@ from .test_trained_rotations import (
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-HERE = ("llama", "gpt2", "gpt_neox", "llama" + WITHOUT_NORMS)
+HERE = ("llama", "gpt2", "gpt_neox", "gemma2", "llama" + WITHOUT_NORMS)
 PAIR = "{cue token, last token}"
 KL = "measure kl(clean) as raw"
 
@@ -101,7 +101,8 @@ def test_circuit_mask_loss_and_gradient_equal_autograd(
     """For every row, in ragged batches of two rows with different gates."""
     options = QUICK.replace("25%", "0%")
     path = write(tmp_path, fit(options, source=source, at=at), PATCHES)
-    mask, found = training_rows(path, double(family), side)
+    model, least = (bare(family), 1e-4) if family in INEXACT else (double(family), 1e-5)
+    mask, found = training_rows(path, model, side)
     every = edges_of(mask)
     random = torch.Generator().manual_seed(5)
     ids = found.objective.table.row_ids
@@ -114,11 +115,11 @@ def test_circuit_mask_loss_and_gradient_equal_autograd(
             [value_by_hand(family, ids[row], every, theirs[n], source, at)
              for n, row in enumerate(batch)]
         )  # fmt: skip
-        assert torch.allclose(values, expected, atol=1e-5)  # gates are float32
+        assert torch.allclose(values.double(), expected, atol=least)  # gates are float32
         assert (expected - found.values(np.array(batch), None)).abs().max() > 1e-4
         (own,) = torch.autograd.grad(values.sum(), mine)
         (other,) = torch.autograd.grad(expected.sum(), theirs)
-        assert torch.allclose(own, other, atol=1e-5)
+        assert torch.allclose(own, other, atol=least, rtol=least)
         assert other.abs().max() > 1e-4
 
 
@@ -399,7 +400,7 @@ def test_invalid_circuit_mask_argument_is_rejected(name: str, tmp_path: Path) ->
 def test_circuit_of_a_model_whose_components_do_not_sum_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, fit(), PATCHES)
     with pytest.raises(mechdsl.MechdslError, match="a circuit in `m`"):
-        train(path, "gemma2")
+        train(path, "gpt_neox_japanese")
 
 
 # --- the edges with the largest scores ------------------------------------------------------------
