@@ -17,7 +17,6 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from mechdsl.base import limits
-from mechdsl.base.files import SafetensorsFile
 from mechdsl.base.records import Record, closest_name, record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
@@ -70,7 +69,6 @@ from mechdsl.diagnostics.syntax import (
     TooLarge,
     UnterminatedString,
 )
-from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.models.folder import locate_model
 from mechdsl.program import spec
 from mechdsl.program.directions import (
@@ -515,9 +513,7 @@ class CheckSettings(Record):
     """Number of prompts to check per table, for a check without a run."""
     build: ModelBuilder | None = None
     """Builds models with functions of Python files, if these may run."""
-    trained: Mapping[str, tuple[DictionaryFile | SafetensorsFile, str]] = field(
-        default_factory=dict[str, tuple[DictionaryFile | SafetensorsFile, str]]
-    )
+    trained: Mapping[str, tuple[object, str]] = field(default_factory=dict[str, tuple[object, str]])
     """As in `Program.trained`."""
     callables: tuple[ast.Call, ...] = ()
     """Definitions of functions passed from Python. A metric replaces the file's metric of the same

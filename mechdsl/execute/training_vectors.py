@@ -203,7 +203,8 @@ class RowVectors:
 
     def _run(self, rows: Ints) -> tuple[Tensor, Tensor]:
         read = partial(read_rows, rows=rows, seed=self.seed, side=self.side)
-        found = read(self.declared.points, self.model, self.declared.sample)
+        count = len(self.declared.outputs)
+        found = read(self.declared.points, self.model, self.declared.sample, outputs=count)
         paired = self.declared.paired
         if paired is None or paired.sample is None:
             return found
@@ -220,20 +221,23 @@ def read_rows(
     *,
     seed: int,
     side: PaddingSide | None,
+    outputs: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return the vectors of some rows that are encoded, and those that are reconstructed.
 
     Processes that train together read batches of rows in turn.
 
     Args:
-        sites: Those of the vectors that are encoded, and then that of those that are reconstructed.
+        sites: Those of the vectors that are encoded, and then those of the vectors that are
+            reconstructed.
         sample: The rows and their tokens.
         seed: Seed of noise.
+        outputs: Number of several sites that are reconstructed together; 0: the last site is.
 
     Returns:
         [vector, width] float32 each, in ascending order of the rows, on the model's device; one
-        tensor if both are the same. The encoded vectors of several layers are one after another,
-        [vector, layers * width].
+        tensor if both are the same. The vectors of several layers are one after another, [vector,
+        layers * width].
     """
     points = list(dict.fromkeys(sites))
     parts: list[list[Tensor]] = [[] for _ in points]
@@ -251,6 +255,8 @@ def read_rows(
         else torch.zeros(0, count_numbers(point, model.shape), device=model.device)
         for point, own in zip(points, parts, strict=True)
     ]
+    if outputs:
+        return torch.cat(joined[:-outputs], dim=1), torch.cat(joined[-outputs:], dim=1)
     encoded = joined[:-1] if len(joined) > 2 else joined[:1]
     return torch.cat(encoded, dim=1) if len(encoded) > 1 else encoded[0], joined[-1]
 
@@ -454,8 +460,8 @@ class StreamedVectors:
         return [((int(part[0]), int(part[-1])), part) for part in parts]
 
     def _read_sample(self, sample: FitSample, rows: Ints) -> tuple[Tensor, Tensor]:
-        points = self.declared.points
-        return read_rows(points, self.model, sample, rows, seed=0, side=self.side)
+        points, count = self.declared.points, len(self.declared.outputs)
+        return read_rows(points, self.model, sample, rows, seed=0, side=self.side, outputs=count)
 
 
 def _ranges(stream: RecordStream) -> list[tuple[int, int]]:

@@ -224,6 +224,77 @@ class TrainingReport(VectorsReport):
 
 
 @record
+class CrossLayerReport(VectorsReport):
+    """What the training of a cross-layer transcoder led to, for each layer, on vectors of rows that
+    it didn't use."""
+
+    columns = (
+        Column("layer", "layers", "layer whose MLP is reconstructed", style=""),
+        Column(
+            "explained",
+            "explained",
+            "share of the variance of the held-out outputs of this MLP; without any, of training "
+            "outputs",
+        ),
+        Column("untrained", "untrained_explained", "the same with the first, random weights"),
+        Column(
+            "components",
+            "components_explained",
+            "the same for principal components, as many as features of this and earlier layers are "
+            "active on average",
+        ),
+        Column(
+            "active", "active", "mean number of active features that read the layer", style=".1f"
+        ),
+        Column(
+            "inactive",
+            "rounded_inactive",
+            "features of the layer that are active for none of these vectors",
+            style=",",
+        ),
+    )
+
+    layers: list[int]
+    explained: list[float]
+    """Share of the variance of the outputs of each MLP that the transcoder explains."""
+    active: list[float]
+    """Mean number of active features of each layer at a token."""
+    inactive: list[int]
+    """Features of each layer that are active at none of these tokens."""
+    untrained_explained: list[float]
+    """The shares that the transcoder explains with its first, random weights."""
+    components_explained: list[float]
+    """The shares that as many principal components of the training vectors explain as features of
+    this and earlier layers, which write to the layer, are active on average."""
+
+    @property
+    def rounded_inactive(self) -> list[float]:
+        """`inactive`, of means over seeds with one decimal."""
+        return [round(count, 1) for count in self.inactive]
+
+    def describe(self) -> str:
+        columns = zip(self.layers, self.explained, strict=True)
+        listed = ", ".join(f"layer {layer} {share:.3f}" for layer, share in columns)
+        return (
+            f"share of the variance of {self.measured_on} MLP outputs that it explains: {listed}; "
+            f"{sum(self.active):.1f} features active over all layers"
+        )
+
+    def _describe_training(self, card: Mapping[str, Any]) -> list[str]:
+        penalty = " and a penalty on active features" if "penalty" in card["options"] else ""
+        rows = zip(self.layers, self.explained, self.components_explained, strict=True)
+        vectors = f"{self.measured_on} vectors"
+        return [
+            '- `transcoder("FOLDER") at mlp_out layer *` reads it; the layout is that of '
+            "circuit-tracer",
+            f"- Loss: squared error of all MLP outputs, each in units of its variance{penalty}",
+            f"- Explained variance on {vectors} (of as many principal components):",
+            *(f"  - layer {layer}: {share:.4f} ({other:.4f})" for layer, share, other in rows),
+            f"- Active features at a token, over all layers: {sum(self.active):.2f}",
+        ]
+
+
+@record
 class DecoderReport(TrainingReport):
     """What a training on the decoder of a dictionary led to; its rows are decoder directions."""
 

@@ -4,7 +4,8 @@ Sources: Gao et al. 2024, arXiv 2406.04093 (top-k, and the auxiliary loss for in
 Bussmann et al. 2024, arXiv 2412.06410 (batch top-k); Bussmann et al. 2025, arXiv 2503.17547
 (Matryoshka); Bricken et al. 2023 (ReLU with an L1 penalty); Rajamanoharan et al. 2024, arXiv
 2407.14435 (JumpReLU) and arXiv 2404.16014 (gated); Dunefsky et al. 2024, arXiv 2406.11944
-(transcoders); Paulo et al. 2025, arXiv 2501.18823 (skip transcoders).
+(transcoders); Paulo et al. 2025, arXiv 2501.18823 (skip transcoders); Ameisen et al. 2025,
+transformer-circuits.pub/2025/attribution-graphs/methods.html (cross-layer transcoders).
 Encoders and decoders have the names and shapes of SAELens.
 """
 
@@ -78,7 +79,7 @@ class SparseDictionary:
         self.subtracts_bias = subtracts_bias
         self.k = int(options.get("k", 0))
         self.penalty = float(options.get("penalty", 0.0))
-        self.last_active = torch.zeros_like(self.tensors["W_dec"][:, 0])
+        self.last_active = torch.zeros_like(self.tensors["b_enc"])
         """[feature] the last step in which it was active."""
 
     @property
@@ -122,8 +123,13 @@ class SparseDictionary:
 
     def _decoded(self, features: Tensor, inputs: Tensor) -> Tensor:
         """Return [vector, width]: the reconstruction from all features, or from the first ones."""
-        made = features @ self.tensors["W_dec"][: features.shape[1]] + self.tensors["b_dec"]
+        made = self._summed(features) + self.tensors["b_dec"]
         return made + inputs @ self.tensors[SKIP].T if SKIP in self.tensors else made
+
+    def _summed(self, features: Tensor) -> Tensor:
+        """Return [vector, width]: the sum of decoder directions, of all or of the first
+        features."""
+        return features @ self.tensors["W_dec"][: features.shape[1]]
 
     def _note_active(self, features: Tensor, step: int) -> None:
         self.last_active[(features.detach() > 0).any(0)] = step
@@ -142,7 +148,7 @@ class SparseDictionary:
         idle = self._idle(step)
         if not bool(idle.any()):
             return 0.0
-        found = (before * idle).relu() @ self.tensors["W_dec"]
+        found = self._summed((before * idle).relu())
         return IDLE_WEIGHT * _squared_error(rest.detach(), found)
 
     def _grown(self, progress: float) -> float:
@@ -345,6 +351,101 @@ class GatedDictionary(SparseDictionary):
         idle = self._idle_loss(gate, targets - made, step)
         error = _squared_error(targets, made) + _squared_error(targets, alone)
         return error + sparse + idle
+
+
+# --- cross-layer transcoders ----------------------------------------------------------------------
+
+
+def start_layers(
+    widths: tuple[int, int], layers: int, features: int, random: Generator
+) -> dict[str, Tensor]:
+    """Return random directions and biases of 0 of a cross-layer transcoder.
+
+    Args:
+        widths: Numbers of encoded and of reconstructed vectors of a layer.
+        features: Number of features of a layer.
+
+    Returns:
+        `W_enc` [layer, width, feature]; `b_enc` [layers * features]; `b_dec` [layers * width]; and
+        for the features of each layer a decoder [feature, (this and later layers) * width], called
+        `W_dec_0` for the first one, with rows of length 1.
+    """
+    encoded, made = widths
+    encoders: list[Tensor] = []
+    decoders: dict[str, Tensor] = {}
+    for layer in range(layers):
+        rows = torch.randn(features, (layers - layer) * made, generator=random)
+        decoders[name_decoder(layer)] = unit_rows(rows)
+        encoders.append(unit_rows(torch.randn(features, encoded, generator=random)).T)
+    return {
+        "W_enc": torch.stack(encoders),
+        "b_enc": torch.zeros(layers * features),
+        **decoders,
+        "b_dec": torch.zeros(layers * made),
+    }
+
+
+def name_decoder(layer: int) -> str:
+    """Return the name of the decoder of a layer's features in a cross-layer transcoder."""
+    return f"W_dec_{layer}"
+
+
+class _CrossLayerDictionary(SparseDictionary):
+    """Features of several layers, each of which reads the vector of its layer and writes to that of
+    this layer and of all later ones. Vectors and features of the layers are one after another.
+
+    `k` is the number of active features per layer; features of all layers compete.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], options: Mapping[str, Any], *, subtracts_bias: bool
+    ) -> None:
+        super().__init__(tensors, options, subtracts_bias=subtracts_bias)
+        self.k *= self.layers
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.tensors["W_enc"])
+
+    def after_step(self) -> None:
+        """Give decoder rows the length 1, over all layers that a feature writes to."""
+        with torch.no_grad():
+            for layer in range(self.layers):
+                own = self.tensors[name_decoder(layer)]
+                own.copy_(unit_rows(own))
+
+    def _projected(self, inputs: Tensor) -> Tensor:
+        parts = inputs.unflatten(1, (self.layers, -1))
+        return torch.einsum("vlw,lwf->vlf", parts, self.tensors["W_enc"]).flatten(1)
+
+    def _summed(self, features: Tensor) -> Tensor:
+        width = len(self.tensors["b_dec"]) // self.layers
+        made = torch.zeros_like(self.tensors["b_dec"]).expand(len(features), -1)
+        for layer, own in enumerate(features.unflatten(1, (self.layers, -1)).unbind(1)):
+            later = own @ self.tensors[name_decoder(layer)]
+            made = made + torch.nn.functional.pad(later, (layer * width, 0))
+        return made
+
+
+class CrossLayerBatchTopK(_CrossLayerDictionary, BatchTopKDictionary):
+    """The features of all layers that are largest in a batch are active."""
+
+
+class CrossLayerRelu(_CrossLayerDictionary, ReluDictionary):
+    """Features are a ReLU."""
+
+
+class CrossLayerJumpRelu(_CrossLayerDictionary, JumpReluDictionary):
+    """Features are 0 up to a learned threshold."""
+
+
+CROSS_LAYER_KINDS: dict[str, type[_CrossLayerDictionary]] = {
+    "batch_topk": CrossLayerBatchTopK,
+    "relu": CrossLayerRelu,
+    "jump_relu": CrossLayerJumpRelu,
+}
+"""Architectures of cross-layer transcoders by the value of `kind` in a file."""
 
 
 @torch.no_grad()

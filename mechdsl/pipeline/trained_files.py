@@ -34,7 +34,7 @@ from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import NotTrained
-from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary
+from mechdsl.dictionaries.folder import DictionaryFile, read_cross_decoder, read_dictionary
 from mechdsl.execute.run_record import NUMERIC_VERSION, TRAINING_VERSION, StoredTraining
 from mechdsl.fits.reports import (
     CARD_FILE,
@@ -77,6 +77,7 @@ from mechdsl.resolve.trainings import (
 from mechdsl.resolve.types import (
     BasisMember,
     BasisTargets,
+    CrossLayerFiles,
     PairedVectors,
     ProbeVector,
     RecordStream,
@@ -174,7 +175,8 @@ def _trained_bases(member: BasisMember, experiment: ResolvedExperiment) -> Itera
         return
     if isinstance(own.training.source, BasisMember):
         yield from _trained_bases(own.training.source, experiment)
-    yield DeclaredFit(member.name, own, experiment)
+    crosses = isinstance(own, TrainedDictionary) and own.crosses_layers
+    yield DeclaredFit(name_with_seed(own.training) if crosses else member.name, own, experiment)
 
 
 def _trained_vectors(experiment: ResolvedExperiment) -> Iterator[TrainedVector]:
@@ -408,7 +410,7 @@ def _told(options: Mapping[str, Any]) -> dict[str, str]:
 # --- trained files --------------------------------------------------------------------------------
 
 
-TrainedFile = DictionaryFile | SafetensorsFile | MaskFile
+TrainedFile = DictionaryFile | CrossLayerFiles | SafetensorsFile | MaskFile
 
 
 def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, FitReport] | None:
@@ -426,6 +428,8 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, FitReport] | 
 
 def _read_file(folder: Path, fit: DeclaredFit, card: Mapping[str, Any]) -> TrainedFile:
     """Read the result of a training. Raises OSError, KeyError, ValueError and UnreadableFile."""
+    if isinstance(fit.file, TrainedDictionary) and fit.file.crosses_layers:
+        return _read_cross_layer(folder, fit)
     if isinstance(fit.file, TrainedDictionary):
         return read_dictionary(folder, str(folder), transcodes=bool(card["transcodes"]))
     if isinstance(fit.file, TrainedMask):
@@ -437,6 +441,18 @@ def _read_file(folder: Path, fit: DeclaredFit, card: Mapping[str, Any]) -> Train
     if isinstance(fit.file, TrainedProbe):
         return _read_probe(folder, fit.file, card["sha256"])
     return _read_vector(folder, fit, card["sha256"])
+
+
+def _read_cross_layer(folder: Path, fit: DeclaredFit) -> CrossLayerFiles:
+    """Read the headers of a cross-layer transcoder. Raises UnreadableFile."""
+    layers, written = fit.training.layers, str(folder)
+    encoders = [read_dictionary(folder, written, transcodes=True, layer=n) for n in layers]
+    decoders = [
+        read_cross_decoder(file, layer, len(layers))
+        for layer, file in zip(layers, encoders, strict=True)
+    ]
+    every = digest([own.digest for own in (*encoders, *decoders)])
+    return CrossLayerFiles(tuple(encoders), every.hex())
 
 
 def _read_rotation(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:

@@ -460,6 +460,7 @@ def _train_on_vectors(
         train_correlated,
         train_mixture,
     )
+    from mechdsl.execute.cross_layer_training import train_cross_layer
     from mechdsl.execute.decoder_training import train_on_decoder
     from mechdsl.execute.training import solve_dictionary, train_dictionary, train_lens
     from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
@@ -488,6 +489,8 @@ def _train_on_vectors(
         }
         solve = solvers[trainer.report]
         return solve(fit.file, vectors, job)
+    if fit.file.crosses_layers:
+        return train_cross_layer(fit.file, vectors, job)
     return train_dictionary(fit.file, vectors, job)
 
 
@@ -572,6 +575,8 @@ def _finished(fit: DeclaredFit, folder: Path, report: FitReport, seconds: float)
         site = label_candidates(fit.file.candidates)
     if isinstance(fit.file, TrainedLens | TrainedProbe):
         site = label_all_points(fit.training.inputs)
+    if fit.training.outputs:
+        site = label_all_points(fit.training.outputs)
     if isinstance(report, RotationReport):
         what = describe_rotation(fit.training.trainer.name, report.directions)
     seed = fit.training.seed

@@ -305,10 +305,23 @@ def _sizes(made: OnVectors, training: Training, shape: ModelShape) -> _Sizes:
         return _Sizes(2 * (layers + 1) * width, weights, products, 3 * products, kept=kept)
     if isinstance(training.trainer, SolvedTrainer | PairedTrainer):
         return _sizes_of_solution(made, training.trainer)
+    if made.crosses_layers:
+        return _sizes_across_layers(made, len(training.outputs))
     widths = made.width_in + made.width_out
     weights = made.features * widths
     vector = widths if training.encoded != training.made else made.width_in
     return _Sizes(2 * vector, weights, weights, 3 * weights, kept=3 * made.features + widths)
+
+
+def _sizes_across_layers(made: TrainedDictionary, layers: int) -> _Sizes:
+    """Return the sizes of a cross-layer transcoder, whose features write to their layer and all
+    later ones. After the training, a layer's features are computed for each of these again."""
+    pairs, count = layers * (layers + 1) // 2, made.features
+    vector = layers * (made.width_in + made.width_out)
+    weights = count * (layers * made.width_in + pairs * made.width_out)
+    assessed = count * pairs * (made.width_in + made.width_out)
+    kept = 3 * layers * count + vector
+    return _Sizes(2 * vector, weights, assessed, 3 * weights, kept=kept)
 
 
 def _sizes_of_solution(made: TrainedDictionary, trainer: SolvedTrainer | PairedTrainer) -> _Sizes:

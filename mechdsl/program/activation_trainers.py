@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mechdsl.base.records import Record, record
 from mechdsl.dictionaries.folder import Architecture
+from mechdsl.fits.reports import CrossLayerReport
 from mechdsl.program.direction_methods import Problem, check_kind
 from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import (
@@ -33,6 +34,10 @@ OTHER_DICTIONARY_TRAINERS: dict[str, str] = {
     "matryoshka_batch_topk": 'write `sae(features: 512, k: 8, kind: "matryoshka")`',
     "jumprelu": 'write `sae(features: 512, penalty: 0.1, kind: "jump_relu")`',
     "gated": 'write `sae(features: 512, penalty: 0.1, kind: "gated")`',
+    **dict.fromkeys(
+        ("clt", "crosslayer_transcoder", "cross_layer", "crosscoder"),
+        "write `cross_layer_transcoder(features: 512, k: 8)`",
+    ),
 }
 """What else may be written for a trainer of this module inside of `fit(…)` → hint."""
 
@@ -72,7 +77,9 @@ class SparseAutoencoderTrainer(IterativeTrainer):
     options = ("features", "k", "kind", "penalty")
     required = ("features",)
     transcodes: ClassVar[bool] = False
+    crosses_layers: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = tuple(DICTIONARY_KINDS)
+    default_kind: ClassVar[str] = "topk"
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if name == "kind":
@@ -88,7 +95,7 @@ class SparseAutoencoderTrainer(IterativeTrainer):
         return f"`{name}` is a whole number from 1 on", f"write `{name}: {example}`"
 
     def check(self, options: Mapping[str, Constant]) -> Problem | None:
-        kind = str(options.get("kind", "topk"))
+        kind = self._kind_of(options)
         needs = DICTIONARY_KINDS[kind].sparsity
         other = "penalty" if needs == "k" else "k"
         if needs not in options:
@@ -104,18 +111,25 @@ class SparseAutoencoderTrainer(IterativeTrainer):
         return None
 
     def check_parts(self, options: Mapping[str, Constant]) -> Problem | None:
-        kind = options.get("kind")
+        kind = self._kind_of(options)
         if kind not in ("batch_topk", "matryoshka"):
             return None
         reason = f"`{kind}` compares the features of a whole batch, which `accumulate` divides"
-        return reason, 'write `kind: "topk"`, or a larger `batch` without `accumulate`'
+        other = 'kind: "topk"' if "topk" in self.kinds else 'kind: "jump_relu"'
+        return reason, f"write `{other}`, or a larger `batch` without `accumulate`"
+
+    def _kind_of(self, options: Mapping[str, Constant]) -> str:
+        return str(options.get("kind", self.default_kind))
 
     def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
-        kind = DICTIONARY_KINDS[str(options.get("kind", "topk"))]
-        k = int(options["k"]) if kind.architecture == "topk" else None
-        skips = bool(options.get("skip", False))
+        kind = DICTIONARY_KINDS[self._kind_of(options)]
         return DictionaryOutline(
-            kind.architecture, int(options["features"]), k, transcodes=self.transcodes, skips=skips
+            kind.architecture,
+            int(options["features"]),
+            int(options["k"]) if kind.architecture == "topk" else None,
+            transcodes=self.transcodes,
+            skips=bool(options.get("skip", False)),
+            crosses_layers=self.crosses_layers,
         )
 
     def start(
@@ -127,7 +141,7 @@ class SparseAutoencoderTrainer(IterativeTrainer):
     ) -> Trainable:
         from mechdsl.fits.sparse_training import SPARSE_KINDS, start_weights
 
-        kind = SPARSE_KINDS[str(options.get("kind", "topk"))]
+        kind = SPARSE_KINDS[self._kind_of(options)]
         given: dict[str, Any] = dict(options)
         start = start_weights(
             widths,
@@ -149,6 +163,54 @@ class TranscoderTrainer(SparseAutoencoderTrainer):
     options = (*SparseAutoencoderTrainer.options, "skip")
     transcodes = True
     kinds = ("topk", "batch_topk", "matryoshka", "relu", "jump_relu")
+
+
+@trainer("cross_layer_transcoder")
+class CrossLayerTrainer(SparseAutoencoderTrainer):
+    """A cross-layer transcoder: features of every layer, each of which reads the input of its
+    layer's MLP and writes to the outputs of the MLPs of this layer and all later ones.
+
+    References:
+        Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html;
+        Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders.
+    """
+
+    report = CrossLayerReport
+    example = "cross_layer_transcoder(features: 512, k: 8)"
+    transcodes = True
+    crosses_layers = True
+    kinds = ("batch_topk", "relu", "jump_relu")
+    default_kind = "batch_topk"
+
+    def start(
+        self,
+        widths: tuple[int, int],
+        options: Mapping[str, Constant],
+        random: Generator,
+        device: device,
+    ) -> Trainable:
+        return self.start_layers(widths, 1, options, random, device)
+
+    def start_layers(
+        self,
+        widths: tuple[int, int],
+        layers: int,
+        options: Mapping[str, Constant],
+        random: Generator,
+        device: device,
+    ) -> Trainable:
+        """Create the parameters of the features of several layers, as `start` does for one.
+
+        Args:
+            widths: Numbers of a vector of one layer that is encoded, and of one that is
+                reconstructed.
+        """
+        from mechdsl.fits.sparse_training import CROSS_LAYER_KINDS, start_layers
+
+        kind = CROSS_LAYER_KINDS[self._kind_of(options)]
+        start = start_layers(widths, layers, int(options["features"]), random)
+        tensors = {name: tensor.to(device) for name, tensor in start.items()}
+        return kind(tensors, dict(options), subtracts_bias=False)
 
 
 LENS_SITES = "at resid_post layer * at tokens *"

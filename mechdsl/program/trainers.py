@@ -129,6 +129,7 @@ class DictionaryOutline(Record):
     k: int | None = None
     transcodes: bool = False
     skips: bool = False
+    crosses_layers: bool = False
     covariance: str = ""
 
 

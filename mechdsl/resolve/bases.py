@@ -29,10 +29,12 @@ from mechdsl.dictionaries.folder import (
 )
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
+from mechdsl.program.activation_trainers import CrossLayerTrainer
 from mechdsl.program.basis_methods import BASIS_METHODS, EFFECT_OPTIONS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
 from mechdsl.program.directions import decoded_basis, fit_rows_of_basis, last_token
 from mechdsl.program.graph_files import LayerFeature
+from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.paths import (
     DICTIONARY_PATH,
     LABELS_PATH,
@@ -43,7 +45,12 @@ from mechdsl.program.paths import (
 from mechdsl.program.python_functions import find_function
 from mechdsl.program.spec import SEED_AXIS, Constant, constant_value
 from mechdsl.program.statements import join_features
-from mechdsl.program.trainers import DictionaryTrainer, PairedTrainer, SolvedTrainer
+from mechdsl.program.trainers import (
+    DictionaryTrainer,
+    PairedTrainer,
+    SolvedTrainer,
+    trainer_call,
+)
 from mechdsl.program.trainings import SEEDS_DIFFER, SEEDS_HINT, list_seeds
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
@@ -442,6 +449,7 @@ def resolve_observed_basis(
     definition = work.program.bases.get(said.basis)
     name = ast.Name(said.basis, span=said.span)
     try:
+        _check_one_layer(definition, name, sites)
         _check_one_site(said.basis, name, sites, "observe")
         members = None if definition is None else _members(definition, sites, rule.site, work)
     except BasisError as problem:
@@ -460,6 +468,19 @@ def _check_one_site(name: str, node: ast.Node, sites: SiteTargets, verb: str) ->
             f"`{name}` is a basis for each of {len(sites.points)} sites",
             f"{verb} a basis at one site: `at resid_post layer 2`",
         )
+
+
+def _check_one_layer(definition: spec.Basis | None, node: ast.Node, sites: SiteTargets) -> None:
+    """Check that features of several layers of a cross-layer transcoder that is trained aren't
+    observed together. Raises BasisError."""
+    call = None if definition is None else definition.method
+    if definition is None or call is None or call.name != "fit" or len(sites.points) < 2:
+        return
+    if isinstance(find_trainer(trainer_call(call)), CrossLayerTrainer):
+        reason = f"`{definition.name}` has features of {len(sites.points)} layers"
+        hint = "copy it with `mechdsl fit FILE --out FOLDER`, and observe those of one layer in "
+        hint += f'another file: `transcoder("FOLDER/{definition.name}") at mlp_out layer 1`'
+        raise BasisError(node, reason, hint)
 
 
 def resolve_saved_features(
@@ -562,7 +583,7 @@ def resolve_transcoders(
             assert point.layer is not None
             file = member.operand
             if isinstance(file, DictionaryFile):
-                folders.add(str(file.path.parent) if file.crosses_layers else "")
+                folders.add(_name_cross_layer(file))
             if len(folders) > 1:
                 reason = f"`{name.id}` and others aren't of one cross-layer transcoder"
                 hint = "name either one cross-layer transcoder, or transcoders of single layers"
@@ -579,6 +600,15 @@ def resolve_transcoders(
         if _use_families(names, add, work)
         else None
     )
+
+
+def _name_cross_layer(file: DictionaryFile) -> str:
+    """Return the name of the cross-layer transcoder that features belong to; empty for features of
+    one layer."""
+    if not file.crosses_layers:
+        return ""
+    trained = file.training if isinstance(file, TrainedDictionary) else None
+    return str(file.path.parent) if trained is None else f"fit {trained.name}"
 
 
 def resolve_feature_nodes(site: ast.Site, work: ExperimentContext) -> dict[int, FeatureNodes]:
@@ -683,11 +713,13 @@ def read_decoders(
     names: Sequence[ast.Name], members: Mapping[int, BasisMember], work: ExperimentContext
 ) -> Mapping[int, SafetensorsFile] | None:
     """Read the facts of the decoders of a cross-layer transcoder, by the layer of their features;
-    empty for transcoders of one layer; None after E0342."""
+    empty for transcoders of one layer and before a training; None after E0342."""
     found: dict[int, SafetensorsFile] = {}
     for layer, member in members.items():
         own = member.operand
         if not isinstance(own, DictionaryFile) or not own.crosses_layers:
+            continue
+        if isinstance(own, TrainedDictionary) and not own.is_trained:
             continue
         try:
             found[layer] = read_cross_decoder(own, layer, work.model.shape.n_layers)
@@ -1019,11 +1051,13 @@ def _check_separable(site: ast.Site, bases: Sequence[PointBases], verb: str) -> 
     for member in (member for points in bases for member in points.values()):
         own = member.operand
         if isinstance(own, DictionaryFile) and own.write_obstacle:
+            hint = "use a dictionary whose features depend on one vector of one layer, or observe "
+            hint += "the features: `observe features of …`"
+            if own.crosses_layers:
+                name = member.name.partition("[")[0]
+                hint += f"; `observe graph_ablation({name}, features: GROUP) …` ablates them"
             raise BasisError(
-                site,
-                f"the features of a {own.write_obstacle}, so rules can't {verb} them",
-                "use a dictionary whose features depend on one vector of one layer, or observe the "
-                "features: `observe features of …`",
+                site, f"the features of a {own.write_obstacle}, so rules can't {verb} them", hint
             )
 
 
@@ -1271,7 +1305,22 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         reads = find_encoded_site(what) if isinstance(what, DictionaryFile) else ""
         made += "" if labels is None else f"; {count_noun(len(labels.texts), 'label')}"
         found[point] = BasisMember(name, call.name, options, what, width, size, made, reads, labels)
+    _check_layers(definition, found, work)
     return found
+
+
+def _check_layers(
+    definition: spec.Basis, family: Mapping[SitePoint, BasisMember], work: ExperimentContext
+) -> None:
+    """Check that a cross-layer transcoder that is trained has all layers. Raises BasisError."""
+    for member in family.values():
+        own, count = member.operand, work.model.shape.n_layers
+        if not isinstance(own, TrainedDictionary) or not own.crosses_layers:
+            return
+        if len(family) < count and not work.model.shape.stands_in:
+            reason = "a cross-layer transcoder is trained on the MLPs of all layers together"
+            reason += f", and `{definition.name}` has {count_noun(len(family), 'layer')} of {count}"
+            raise BasisError(definition.site, reason, "write `at mlp_out layer *`")
 
 
 def _labels(call: ast.Call, work: ExperimentContext) -> FeatureLabels | None:

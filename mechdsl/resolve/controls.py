@@ -22,7 +22,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import BadControl
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import TooManyCells
-from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary
+from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary, site_of_hook
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
@@ -1178,8 +1178,10 @@ def _before_training(member: BasisMember) -> BasisMember:
         return member
     assert own.training is not None
     folder = own.path.parent / UNTRAINED_FOLDER
+    encoded = None if own.hook is None else site_of_hook(own.hook)
+    layer = None if encoded is None else encoded[1]
     try:
-        file = read_dictionary(folder, str(folder), transcodes=own.transcodes)
+        file = read_dictionary(folder, str(folder), transcodes=own.transcodes, layer=layer)
     except UnreadableFile:
         reason = f"the store has no untrained weights of `{own.training.definition}`"
         raise _NoDraws(reason, "train it again: `mechdsl fit --fresh`") from None

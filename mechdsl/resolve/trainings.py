@@ -49,6 +49,7 @@ from mechdsl.resolve.conflicts import (
 from mechdsl.resolve.types import (
     BasisMember,
     BasisTargets,
+    CrossLayerFiles,
     FitSample,
     JacobianBasis,
     MaskCandidate,
@@ -179,6 +180,9 @@ def outline_training(
             return TrainedRotation(file.path, ROTATION, file.digest, size, training)
         size = trainer.size(training.of_trainer, count_numbers(point, model.shape))
         return TrainedRotation(Path(), ROTATION, "", size, training)
+    if isinstance(file, CrossLayerFiles):
+        assert point.layer is not None
+        file = file.layers[point.layer]
     if isinstance(file, DictionaryFile):
         facts = {each.name: getattr(file, each.name) for each in fields(DictionaryFile)}
         return TrainedDictionary(**facts, training=training)
@@ -382,7 +386,14 @@ def _describe_training(
     own = spec.call_constants(inner, program.parameters)
     trainer = find_trainer(inner)
     assert trainer is not None
-    transcodes = isinstance(trainer, DictionaryTrainer) and trainer.outline(own).transcodes
+    outline = trainer.outline(own) if isinstance(trainer, DictionaryTrainer) else None
+    transcodes = outline is not None and outline.transcodes
+    outputs: tuple[SitePoint, ...] = ()
+    if outline is not None and outline.crosses_layers:
+        layers = range(model.shape.n_layers)
+        outputs = tuple(replace(point, layer=layer) for layer in layers)
+        point = outputs[0]
+    encoded = replace(point, site=ENCODED_SITES[0]) if transcodes else point
     run_by = source.run.model if isinstance(source, FitSample) else None
     name = _name(definition, point.site, point.layer, point.unit, run_by, model.key)
     seed = definition.seed
@@ -398,8 +409,10 @@ def _describe_training(
             if name not in (*trainer.unused, "seeds")
         },
         source=source,
-        encoded=SitePoint(ENCODED_SITES[0], point.layer, None) if transcodes else point,
+        encoded=encoded,
         made=point,
+        cells=tuple(replace(encoded, layer=own.layer) for own in outputs),
+        outputs=outputs,
         seed=int(options.get("seed", program.seed)) if seed is None else seed,
         span=call.span,
         minimises=any(each.name == "minimise" for each in call.arguments),
@@ -429,7 +442,8 @@ def _stream(
     groups = tuple((group.count, group.size) for group in data.records.groups)
     files = zip(data.files, data.ends, strict=True)
     begun = frozenset(own.digest for own, end in files if end - own.count < count)
-    weights = file.path if isinstance(file, DictionaryFile) else None
+    first = file.layers[0] if isinstance(file, CrossLayerFiles) else file
+    weights = first.path if isinstance(first, DictionaryFile) else None
     folder = None if weights is None else weights.parent
     return RecordStream(count, data.digest, begun, groups, folder)
 
@@ -460,7 +474,7 @@ def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary
     width = count_numbers(training.made, shape)
     return TrainedDictionary(
         path=Path(),
-        layout="SAELens",
+        layout="circuit-tracer" if outline.crosses_layers else "SAELens",
         architecture=outline.architecture,
         features=outline.features,
         width_in=vector_width(shape, training.encoded.site) if outline.transcodes else width,
@@ -472,6 +486,7 @@ def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary
         k=outline.k,
         transcodes=outline.transcodes,
         skips=outline.skips,
+        crosses_layers=outline.crosses_layers,
         subtracts_bias=not outline.transcodes,
         covariance=outline.covariance,
         training=training,

@@ -332,8 +332,11 @@ class Training(Record):
     """The records that are read during the training, of which `sample` has the first ones; None for
     a training on the rows of `sample`."""
     cells: tuple[SitePoint, ...] = ()
-    """Sites of a lens, whose vectors are encoded together, or of a probe, which has a map for each;
-    `encoded` is the first one."""
+    """Sites of a lens or a cross-layer transcoder, whose vectors are encoded together, or of a
+    probe, which has a map for each; `encoded` is the first one."""
+    outputs: tuple[SitePoint, ...] = ()
+    """Sites that a cross-layer transcoder reconstructs together, one for each of `cells`; `made` is
+    the first one."""
     paired: PairedVectors | None = None
     """What the vectors are correlated with."""
     is_one_of_several: bool = False
@@ -346,16 +349,16 @@ class Training(Record):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers of a lens or a probe."""
+        """Layers of a lens, a cross-layer transcoder or a probe."""
         return tuple(cell.layer for cell in self.cells if cell.layer is not None)
 
     @property
     def points(self) -> tuple[SitePoint, ...]:
-        """The sites of the vectors that are encoded, and then that of those that are
+        """The sites of the vectors that are encoded, and then those of the vectors that are
         reconstructed, or that they are correlated with at the same tokens."""
         paired = self.paired
         there = None if paired is None or paired.sample is not None else paired.point
-        return (*self.inputs, there or self.made)
+        return (*self.inputs, *(self.outputs or (there or self.made,)))
 
     @property
     def manner(self) -> str:
@@ -431,6 +434,16 @@ class TrainedDictionary(Trained, DictionaryFile):
         if self.architecture != "linear":
             return super().kind
         return count_noun(self.features, f"{self.training.trainer.name} component")
+
+
+@record
+class CrossLayerFiles(Record):
+    """The files of a trained cross-layer transcoder."""
+
+    layers: tuple[DictionaryFile, ...]
+    """The encoders of the features of each layer."""
+    digest: str
+    """SHA-256 over the digests of its encoders and decoders."""
 
 
 @record

@@ -692,6 +692,19 @@ _file(
     "2025, arXiv 2503.17547; Rajamanoharan et al. 2024, arXiv 2407.14435",
 )
 _file(
+    "basis: trained cross-layer transcoder",
+    "basis b = fit(cross_layer_transcoder(features: 64, k: 4), prompts: fruit.train) at mlp_out "
+    "layer *",
+    "Features of every layer, each of which reads `mlp_norm` of its layer and writes to `mlp_out` "
+    "of this and all later layers; trained together on the vectors of all layers. `kind` is "
+    '"batch_topk" (default), "relu" or "jump_relu". `k` is the number of active features per token '
+    "and layer on average. The loss is the squared error of all outputs, each in units of its "
+    "variance. `attribution_graph(b)`, `graph_ablation(b)`, `graph_weight(b)` and `graph_probe(b)` "
+    "use it. Rules can't change its features (E0342).",
+    "tests/pipeline/test_cross_layer_transcoders.py",
+    "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
+)
+_file(
     "basis: a dictionary of another one's decoder",
     "basis big = fit(sae(features: 64, k: 4), prompts: fruit.train) at resid_post layer 1\n"
     "basis b = fit(sae(features: 16, k: 2), prompts: decoder of big) at resid_post layer 1",

@@ -294,15 +294,16 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
         count = len(self.members)
         others = [str(layer) for layer in range(n_layers) if layer not in self.members]
         said = f"transcoders of {count} of {n_layers} layers"
-        if self.decoders:
+        operands = [
+            own.operand for own in self.members.values() if isinstance(own.operand, DictionaryFile)
+        ]
+        crosses = any(own.crosses_layers for own in operands)
+        if crosses:
             said = f"a cross-layer transcoder, with features of {count} of {n_layers} layers"
-        skips = any(
-            isinstance(own.operand, DictionaryFile) and own.operand.skips
-            for own in self.members.values()
-        )
+        skips = any(own.skips for own in operands)
         said += "; paths through skip connections are linear" if skips else ""
         if others:
-            rest = "what they don't write to" if self.decoders else "the whole output of"
+            rest = "what they don't write to" if crosses else "the whole output of"
             said += f"; {rest} other MLPs (layer {', '.join(others)}) is an error"
         yield Convention("transcoders", said)
         targets = (
