@@ -249,8 +249,7 @@ def resolve_steps(rule: ResolvedRule, work: ExperimentContext) -> ResolvedRule |
     during, generation = rule.spec.during, work.experiment.generation
     if during is None or generation is None:
         return rule
-    named = [end.name for end in (during.first, during.last) if isinstance(end, ast.Bound)]
-    axes = tuple(name for name in work.loops if name in named)
+    axes = _step_axes(during, work)
     found: dict[AxisIndices, tuple[int, int]] = {}
     for key, at in work.sites.combinations(axes):
         low, high = _step(during.first, at), _step(during.last, at)
@@ -262,6 +261,22 @@ def resolve_steps(rule: ResolvedRule, work: ExperimentContext) -> ResolvedRule |
             return None
         found[key] = low, high
     return replace(rule, steps=StepRanges(axes, found), after_prefill=during.after_prefill)
+
+
+def acts_in_prefill(rule: spec.Rule, work: ExperimentContext) -> bool:
+    """Return whether a rule acts in step 0, or in a pass without generation, for some loop
+    values."""
+    during = rule.during
+    if during is None or work.experiment.generation is None:
+        return True
+    values = work.sites.combinations(_step_axes(during, work))
+    return any(_step(during.first, at) == 0 for _, at in values)
+
+
+def _step_axes(during: During, work: ExperimentContext) -> tuple[str, ...]:
+    """Return the loops that the steps of a rule depend on."""
+    named = [end.name for end in (during.first, during.last) if isinstance(end, ast.Bound)]
+    return tuple(name for name in work.loops if name in named)
 
 
 def _step(end: int | ast.Bound, at: Mapping[str, object]) -> int:

@@ -14,7 +14,7 @@ from mechdsl.models.anatomy import has_additive_positions
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after, is_found_by_text
 from mechdsl.prompts.runs import PositionCell
-from mechdsl.resolve.runs import RuleKind
+from mechdsl.resolve.runs import RuleKind, acts_in_prefill
 from mechdsl.resolve.sites import ExperimentContext, named_stack
 from mechdsl.resolve.targets import (
     fill_empty_picks,
@@ -417,8 +417,15 @@ def _outermost(cell: PositionCell, which: Callable[[list[int]], int]) -> list[in
 def _check_keys_left(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
 ) -> bool:
-    """Report E0332 if a query would have no key left in some cell, apart from windows and sinks."""
+    """Report E0332 if a query would have no key left in some cell, except for windows and sinks.
+
+    After the prefill, queries are new tokens, which see themselves unless all tokens are keys.
+    """
     rows = work.table.runs[work.experiment.base].rows
+    prefill = acts_in_prefill(rule, work)
+    if not prefill:
+        every = {key: cell for key, cell in keys.written.items() if key in keys.every}
+        keys = replace(keys, written=every)
     for query, key in _edges(queries, keys):
         found = _emptied(query, key, [row.source for row in rows])
         if found is None:
@@ -428,11 +435,13 @@ def _check_keys_left(
         text = "of the answer"
         if token < len(ids):
             text = f"`{work.model.tokenizer.token_text(ids[token]).strip()}`"
+        whose = f"in row {row}, all keys of token {token} ({text})"
+        whose = whose if prefill else "all keys of each generated token"
         work.diagnostics.append(
             BadEdit(
                 span=rule.span,
                 reason="a query would have no key left to attend to",
-                what=f"in row {row}, all keys of token {token} ({text}) are blocked",
+                what=f"{whose} are blocked",
                 hint="leave it one key, such as its own token: `tokens except …`",
             )
         )

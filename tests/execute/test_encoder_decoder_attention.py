@@ -260,6 +260,32 @@ def test_edges_that_a_stack_cannot_change_report_the_code(family: str, tmp_path:
         assert [each.code for each in found if each.severity == "error"] == [code], line
 
 
+BLOCKS_IN_STEPS = {
+    "from last token to first token": "E0332",
+    "from last token to first token during prefill": "E0332",
+    "from last token to first token during step 1..2": None,
+    "from last token to last token during step 1..2": None,
+    "from last token to tokens * during step 1..2": "E0332",
+}
+
+
+def test_block_of_the_only_key_in_the_prompt_reports_e0332_only_in_the_prefill(
+    tmp_path: Path,
+) -> None:
+    """T5's decoder begins with one token; in step 1, it reads two."""
+
+    def codes(line: str) -> list[str]:
+        lines = experiment("e", "prompts p", "generate 3", line, "measure length as raw")
+        _, found = try_file(lines, tmp_path, model("t5 writing"), None, tokenizer=tokenizer())
+        return [each.code for each in found if each.severity == "error"]
+
+    for edges, code in BLOCKS_IN_STEPS.items():
+        assert codes(f"block attention layer 0 {edges}") == ([] if code is None else [code]), edges
+    for first, code in ((0, ["E0332"]), (1, [])):
+        line = "block attention layer 0 from last token to first token during step s"
+        assert codes(f"for s in {first}..2 {{ {line} }}") == code
+
+
 OBSERVED = {
     "entropy encoder": "observe entropy pattern encoder layer * head * at last token",
     "entropy cross": "observe entropy pattern cross layer * head * at last token",

@@ -87,6 +87,12 @@ def test_rejected_architectures_are_in_the_tables() -> None:
     assert not any(isinstance(ROWS[name], Refused) for name in REFUSED)
 
 
+def test_encoder_decoder_with_dependent_rows_is_rejected_with_the_cause() -> None:
+    prepare()
+    for name in ("switch_transformers", "t5gemma2"):
+        assert REFUSED[name] in walk(ROWS[name]).refused
+
+
 # --- detected faults ------------------------------------------------------------------------------
 
 
