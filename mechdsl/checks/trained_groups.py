@@ -18,7 +18,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
-from mechdsl.program.directions import fit_rows_of_basis
+from mechdsl.program.directions import fit_rows_of_basis, name_nodes
 from mechdsl.program.spec import SEED_AXIS
 from mechdsl.program.trainers import NodeSearchTrainer
 from mechdsl.program.trainings import used_masks
@@ -34,6 +34,7 @@ from mechdsl.resolve.trainings import (
     outline_mask,
 )
 from mechdsl.resolve.types import (
+    FeatureNode,
     MaskCandidate,
     PlacedEdge,
     PositionChoice,
@@ -102,7 +103,7 @@ def fill_groups(
                     scores = dict(zip(mask.candidates, mask.scores, strict=False))
                     own = tuple(scores[each] for each in mask.chosen if each in scores)
                     found = {"placed_scores": own}
-                found |= {"edges": edges, "nodes": tuple(_neurons_of(mask, definition.span))}
+                found |= {"edges": edges, "nodes": tuple(_name_nodes(definition))}
                 circuits[definition.name] = old.model_copy(update=found)
             continue
         if mask is not None:
@@ -191,13 +192,11 @@ def _edges_of(chosen: tuple[MaskCandidate, ...], definition: spec.Basis) -> Iter
             yield ast.SiteMap(of, to, at, span=span)
 
 
-def _neurons_of(mask: TrainedMask, span: Span) -> Iterator[ast.Site]:
-    """Yield the neurons that are nodes of the edges that a training chooses from."""
-    placed = (own.edge if isinstance(own, PlacedEdge) else own for own in mask.candidates)
-    ends = dict.fromkeys(end for edge in placed if isinstance(edge, tuple) for end in edge)
-    for end in ends:
-        if end.site == "mlp_hidden" and end.unit is not None:
-            yield _end(end, span)
+def _name_nodes(definition: spec.Basis) -> Iterator[ast.Site]:
+    """Yield the group of neurons or features that are nodes of the edges to choose from."""
+    name = name_nodes(definition)
+    if name is not None:
+        yield ast.Site((name,), span=name.span)
 
 
 def _end(point: SitePoint, span: Span) -> ast.Site:
@@ -205,6 +204,8 @@ def _end(point: SitePoint, span: Span) -> ast.Site:
     if point in (EMBEDDING, ENCODER_EMBEDDING):
         words = ["embed"] if point == EMBEDDING else ["embed", "encoder"]
         return ast.Site(tuple(ast.Name(word, span=span) for word in words), span=span)
+    if isinstance(point, FeatureNode):
+        return _feature_end(point, span)
     if point.site == "mlp_hidden" and point.unit is None:  # the other neurons of the layer
         point = replace(point, site="mlp_out")
     unit: ast.AxisWord = "neuron" if point.site == "mlp_hidden" else "head"
@@ -216,6 +217,17 @@ def _end(point: SitePoint, span: Span) -> ast.Site:
     )
     words = point.site.split(" ")
     return ast.Site(tuple(ast.Name(word, span=span) for word in words), axes, span=span)
+
+
+def _feature_end(point: FeatureNode, span: Span) -> ast.Site:
+    """Return a feature at one end of an edge as a file names it."""
+    assert point.layer is not None
+    assert point.unit is not None
+    feature = ast.Axis("feature", False, _values((point.unit,), span), of=point.basis, span=span)
+    if not point.is_of_layers:
+        return ast.Site((), (feature,), span=span)
+    layer = ast.Axis("layer", False, _values((point.layer,), span), span=span)
+    return ast.Site((ast.Name("mlp_out", span=span),), (layer, feature), span=span)
 
 
 def _values(numbers: tuple[int, ...], span: Span) -> tuple[ast.AxisRange, ...]:

@@ -44,6 +44,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.dictionaries.features import Dictionary
 from mechdsl.execute.objective_rows import EffectRows
 from mechdsl.execute.patching.differentiated_run import DrawLanes, write_point
 from mechdsl.execute.patching.writes import group_senders, list_other_neurons, number_unit
@@ -69,7 +70,7 @@ from mechdsl.forward.hooks.batch import (
     try_pass,
 )
 from mechdsl.forward.hooks.circuits import compute_edge_scores, reads_encoder
-from mechdsl.forward.hooks.coordinates import OTHERS, CoordinateSystem
+from mechdsl.forward.hooks.coordinates import OTHERS, CoordinateSystem, FeatureSplit
 from mechdsl.forward.hooks.full_pass import open_rules
 from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel
@@ -104,6 +105,7 @@ from mechdsl.resolve.trainings import (
     paired_cells,
 )
 from mechdsl.resolve.types import (
+    BasisTargets,
     CircuitEdge,
     MaskCandidate,
     PlacedEdge,
@@ -268,8 +270,17 @@ class VectorMaskRows(MaskRows, ABC):
 
     @cached_property
     def _means(self) -> list[Tensor]:
-        """[token, width] at each site and layer."""
-        return self._average(self._vectors_in)
+        """[token, unit, width] at each site and layer."""
+        return self._average(lambda rows: self._split_units(self._vectors_in(rows)))
+
+    def _split_units(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return [vector, unit, width] at each site and layer.
+
+        Args:
+            vectors: [vector, width] of each site that is read.
+        """
+        counts = (unit_count(self.model.shape, *where) for where in self._written)
+        return [own.unflatten(1, (n, -1)) for own, n in zip(vectors, counts, strict=True)]
 
     def _incoming(self, rows: Ints) -> dict[SiteLayer, Tensor] | None:
         """Return [vector, units, width] that come in at each site and layer in some rows; None if
@@ -278,14 +289,10 @@ class VectorMaskRows(MaskRows, ABC):
             return None
         if self._fill == "mean":
             slots = self._slots_of(rows)
-            read = tuple(own[slots.to(own.device)] for own in self._means)
+            read = [own[slots.to(own.device)] for own in self._means]
         else:
-            read = self._vectors_in(rows)
-        shape = self.model.shape
-        return {
-            where: own.unflatten(1, (unit_count(shape, *where), -1))
-            for where, own in zip(self._written, read, strict=True)
-        }
+            read = self._split_units(self._vectors_in(rows))
+        return dict(zip(self._written, read, strict=True))
 
     def _mix(
         self,
@@ -398,7 +405,24 @@ class EdgeMaskRows(VectorMaskRows):
     @cached_property
     def _senders(self) -> dict[SiteLayer, tuple[int, ...]]:
         """The units of all senders, in forward order; without nodes of several neurons."""
-        return dict(group_senders(number_edge_ends(self.edges)[0].points, {}))
+        return dict(group_senders(number_edge_ends(self.edges)[0].points, self._splits))
+
+    @cached_property
+    def _splits(self) -> dict[int, FeatureSplit]:
+        """By layer, the features that are nodes. Raises NoBasis."""
+        rule = self.objective.rules[0]
+        assert rule.circuit is not None
+        fits = DirectionFits(self.model, {}, self.objective.seed, self.side)
+        found: dict[int, FeatureSplit] = {}
+        for layer, own in rule.circuit.features.items():
+            name = own.member.name
+            alone = BasisTargets(name, (name,), ({(layer, None): own.member},), (), {})
+            system, problems = fits.of_basis(alone, rule.spec.span)
+            if system is None:
+                raise NoBasis(problems)
+            assert isinstance(system, Dictionary)
+            found[layer] = FeatureSplit(system, own.which, own.member.reads)
+        return found
 
     @cached_property
     def _others(self) -> dict[int, tuple[int, ...]]:
@@ -411,6 +435,37 @@ class EdgeMaskRows(VectorMaskRows):
     def _written(self) -> Sequence[SiteLayer]:
         return list(self._senders)
 
+    @property
+    def _reads(self) -> Sequence[tuple[int, Sequence[SitePoint]]]:
+        if not super()._reads:
+            return []
+        places = [*self._written, *self._encoded]
+        return [(1, [SitePoint(site, layer, None) for site, layer in places])]
+
+    @property
+    def _encoded(self) -> list[SiteLayer]:
+        """Sites whose vectors transcoders encode, instead of the output of the MLP."""
+        return [(own.reads, layer) for layer, own in self._splits.items() if own.reads]
+
+    def _split_units(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return [vector, unit, width] at each site and layer; the units of an MLP whose features
+        are nodes are these nodes."""
+        read = dict(zip([*self._written, *self._encoded], vectors, strict=True))
+        found = super()._split_units([read[where] for where in self._written])
+        for number, (site, layer) in enumerate(self._written):
+            split = self._find_split((site, layer))
+            if split is not None:
+                own = read[site, layer]
+                inputs = read[split.reads, layer] if split.reads else own
+                with torch.no_grad():
+                    found[number] = split.split(own, inputs, split.nodes)
+        return found
+
+    def _find_split(self, where: SiteLayer) -> FeatureSplit | None:
+        """Return the features that are nodes of an MLP, by the site of its output."""
+        site, layer = where
+        return self._splits.get(layer) if site == "mlp_out" and layer is not None else None
+
     @cached_property
     def _columns(self) -> dict[SitePoint, int]:
         """The column of each sender in a mask."""
@@ -420,7 +475,8 @@ class EdgeMaskRows(VectorMaskRows):
             for unit in (*units, *[OTHERS][: len(self._list_others(where))])
         ]
         number = {each: column for column, each in enumerate(every)}
-        return {of: number[(of.site, of.layer), number_unit(of, {})] for of, _ in self.edges}
+        numbers = {of: number_unit(of, self._splits) for of, _ in self.edges}
+        return {of: number[(of.site, of.layer), unit] for of, unit in numbers.items()}
 
     def _list_others(self, where: SiteLayer) -> tuple[int, ...]:
         """Return the neurons of a site and layer that are one node together."""
@@ -534,7 +590,7 @@ class EdgeMaskRows(VectorMaskRows):
         """The nodes and edges of the model."""
         circuit = self.objective.rules[0].circuit
         assert circuit is not None
-        return EdgeGraph(self.model.shape, circuit.neurons)
+        return EdgeGraph(self.model.shape, circuit.neurons, circuit.features)
 
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
         """Return random circuits of the same number of edges, as `against random` draws them."""
@@ -556,8 +612,13 @@ class EdgeMaskRows(VectorMaskRows):
         mask = mask.unflatten(1, self._size)[torch.arange(len(mask)), self._places_of(rows)]
         ends = self._fills(len(shares), self._incoming(rows)), self._ends
         return self._split_write(
-            rows, CircuitWrite(*self._places(rows, lanes), *ends, mask, others=self._others)
+            rows, CircuitWrite(*self._places(rows, lanes), *ends, mask, **self._nodes)
         )
+
+    @property
+    def _nodes(self) -> dict[str, Any]:
+        """The neurons and features that are nodes, as `CircuitWrite` takes them."""
+        return {"others": self._others, "features": self._splits}
 
     def _split_write(self, rows: Ints, write: CircuitWrite) -> list[CircuitWrite]:
         """Return the parts of a write in each stream, whose mask differs between tokens."""
@@ -590,14 +651,18 @@ class EdgeMaskRows(VectorMaskRows):
             if incoming is None:
                 values = torch.zeros(count, len(every), vector_width(self.model.shape, *where))
             else:
-                values = incoming[where][:, every]
+                split = self._find_split(where)
+                own = every if split is None else [split.nodes.index(unit) for unit in every]
+                values = incoming[where][:, own]
             fills.append(SenderFill(SiteRead(*where), units, values, others))
         return tuple(fills)
 
     @property
     def _ends(self) -> tuple[tuple[SiteRead, int], ...]:
         """The receivers of all edges."""
-        return tuple((SiteRead(to.site, to.layer), number_unit(to, {})) for to in self._receivers)
+        return tuple(
+            (SiteRead(to.site, to.layer), number_unit(to, self._splits)) for to in self._receivers
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -1070,7 +1135,9 @@ class EdgeRows(EdgeMaskRows):
         ends = tuple(self._ends[n] for n in own.ends)
         places = self._scored_places(rows)
         places = None if places is None else places[own.at.to(places.device)]
-        return CircuitRead(lane[own.at], token[own.at], own.fills, ends, places)
+        return CircuitRead(
+            lane[own.at], token[own.at], own.fills, ends, places, features=self._splits
+        )
 
     def _scored_places(self, rows: Ints) -> Tensor | None:
         """Return [vector] the position of each vector of some rows, or None for one sum."""
@@ -1162,7 +1229,7 @@ class EdgeRows(EdgeMaskRows):
         lane, token = self._places(rows, lanes)
         if draws > 1 or self._has_two_streams:
             mask = every[:, places].flatten(0, 1)
-            write = CircuitWrite(lane, token, tuple(fills), ends, mask, others=self._others)
+            write = CircuitWrite(lane, token, tuple(fills), ends, mask, **self._nodes)
             return self._split_write(rows, write)
         found: list[CircuitWrite] = []
         for number, mask in enumerate(every[0]):  # one mask for all tokens of a position
@@ -1171,11 +1238,8 @@ class EdgeRows(EdgeMaskRows):
                 replace(each, values=each.values[own.to(each.values.device)]) for each in fills
             ]
             if mask.any():
-                found.append(
-                    CircuitWrite(
-                        lane[own], token[own], tuple(parts), ends, mask, others=self._others
-                    )
-                )
+                at = lane[own], token[own]
+                found.append(CircuitWrite(*at, tuple(parts), ends, mask, **self._nodes))
         return found
 
 

@@ -76,13 +76,11 @@ from mechdsl.resolve.trainings import (
 )
 from mechdsl.resolve.types import (
     BasisMember,
-    BasisTargets,
     CrossLayerFiles,
     PairedVectors,
     ProbeVector,
     RecordStream,
     ResolvedExperiment,
-    SitePoint,
     TrainedDictionary,
     TrainedLens,
     TrainedMask,
@@ -284,17 +282,21 @@ class FitKeys:
                 [key_of_candidate(each) for each in fit.file.candidates],
                 None if fill is None else fill.span.written,
             ]
-            if rule.basis is not None:
-                parts["basis"] = self._basis(rule.basis, training.made, name)
+            if rule.circuit is not None and rule.circuit.features:
+                nodes = rule.circuit.features.items()
+                parts["nodes"] = [[n, self._basis(own.member, name)] for n, own in nodes]
+            elif rule.basis is not None:
+                parts["basis"] = self._basis(rule.basis.at(training.made), name)
         return json_digest(parts)
 
-    def _basis(self, basis: BasisTargets, point: SitePoint, name: str) -> str:
-        """Return the digest of the basis whose coordinates a mask chooses from."""
+    def _basis(self, member: BasisMember, name: str) -> str:
+        """Return the digest of a basis whose coordinates a mask chooses from, or whose features are
+        nodes of its edges."""
         from mechdsl.planner.value_keys import OperandKeys
 
         told, contents = self._model(name)
         keys = OperandKeys(contents, digest(json_digest(told)))
-        return keys.basis({None: basis.at(point)}).hex()
+        return keys.basis({None: member}).hex()
 
     def _rows(self, training: Training, contents: RunContents) -> dict[str, object]:
         """Return what identifies the vectors of a training, with the model and the tokens."""

@@ -7,7 +7,7 @@ size of an MLP is an estimate.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -807,7 +807,11 @@ def count_circuit_work(circuit: CircuitTargets, shape: ModelShape, encoded: floa
     for edges in classes:
         senders, receivers = number_edge_ends(edges)
         alone = sum(to.site == "mlp_hidden" for to in receivers.points)  # each reads separately
-        work.append(_count_edge_work(senders, receivers, BlockCost.of(shape), shape, alone))
+        block = BlockCost.of(shape)
+        every = _count_edge_work(senders, receivers, block, shape, alone)
+        ends = senders, receivers
+        every += _count_split_work(ends, circuit.features, block, shape, are_alone=True)
+        work.append(every)
     if circuit.encoder is None:
         return work[0]
     return sum(
@@ -861,12 +865,20 @@ def _count_split_work(
     features: Mapping[int, FeatureNodes],
     block: BlockCost,
     shape: ModelShape,
+    *,
+    are_alone: bool = False,
 ) -> int:
     """Count the multiply-adds per token of MLPs whose features are nodes: the MLP for each distinct
-    input of these, features of each output and of the fill, and what they add to the stream."""
+    input of these, features of each output and of the fill, and what they add to the stream.
+
+    Args:
+        are_alone: Whether each node has an input to itself.
+    """
     found = 0
     senders, receivers = ends
-    inputs = _list_inputs(senders, receivers, "mlp_norm")
+    inputs: Collection[tuple[int | None, object]] = _list_inputs(senders, receivers, "mlp_norm")
+    if are_alone:
+        inputs = [(to.layer, to) for to in receivers.points if to.site == "mlp_norm"]
     sending = {of.layer for of in senders.points if of.site == "mlp_out"}
     for layer, own in features.items():
         count = sum(each == layer for each, _ in inputs)

@@ -144,7 +144,7 @@ def count_edited_bytes(made: Declared, objective: ResolvedExperiment, shape: Mod
     hits = sum(len(token) for row in sample.cell.hits for token in row)
     numbers = 2 * count_numbers(point, shape)
     fill = None if rule.spec.fill is None else rule.spec.fill.span.written
-    if isinstance(made, TrainedMask) and rule.basis is not None:
+    if isinstance(made, TrainedMask) and made.noun != "edge" and rule.basis is not None:
         assert rule.sites is not None
         sources = (rule.sites.sources or rule.sites.points).values()
         encoded = next(iter(sources))[0]
@@ -157,11 +157,14 @@ def count_edited_bytes(made: Declared, objective: ResolvedExperiment, shape: Mod
 
 
 def _written_points(mask: TrainedMask, objective: ResolvedExperiment) -> Sequence[SitePoint]:
-    """Return the sites that a mask writes; those of the senders of edges."""
+    """Return the sites that a mask writes; of edges, those of their senders and those that
+    transcoders of these encode."""
     if mask.noun == "edge":
         circuit = objective.rules[0].circuit
         assert circuit is not None
-        return [of for of, _ in circuit.every]
+        read = [SitePoint(of.site, of.layer, of.unit) for of, _ in circuit.every]
+        encoded = ((layer, own.member.reads) for layer, own in circuit.features.items())
+        return [*read, *(SitePoint(site, layer, None) for layer, site in encoded if site)]
     return mask_points(objective)
 
 
@@ -441,7 +444,8 @@ def _circuit_cost(
             tried = len(made.candidates)
     else:
         assert isinstance(trainer, EdgeSearchTrainer)
-        tried = len(EdgeGraph(shape, circuit.neurons).list_search_steps(trainer.levels))
+        graph = EdgeGraph(shape, circuit.neurons, circuit.features)
+        tried = len(graph.list_search_steps(trainer.levels))
         if (left := trainer.size(training.of_trainer)) is not None:
             tried = (tried * (tried + 1) - left * (left + 1)) // 2
     size = count_scored_rows(len(senders), max(tokens, default=1), batch, shape)

@@ -450,8 +450,8 @@ def _covers(basis: spec.Basis | None, layer: int, parts: Definitions) -> bool | 
     return None
 
 
-NODES_EXAMPLE = "`group g = mlp_hidden layer 0 neurons 0..30`"
-"""A group of neurons that `nodes` can name."""
+NODES_EXAMPLE = "`group g = mlp_hidden layer 0 neurons 0..30` or `group g = features 3, 12 of f`"
+"""Groups of neurons and of features that `nodes` can name."""
 
 
 def lower_circuit_mask(
@@ -474,7 +474,7 @@ def lower_circuit_mask(
         scope.diagnostics.append(NotSupported(span=at.span, what=what, later=later))
         return None
     nodes = next((each.value for each in call.arguments if each.name == "nodes"), None)
-    if nodes is not None and not _are_nodes(nodes, scope):
+    if nodes is not None and not _are_nodes(nodes, parts, scope):
         return None
     span = statement.name.span
     return spec.Basis(
@@ -487,11 +487,18 @@ def lower_circuit_mask(
     )
 
 
-def _are_nodes(nodes: ast.Node, scope: Namespace) -> bool:
-    """Whether `nodes` names a group; reports E0201 or E0207 otherwise."""
+def _are_nodes(nodes: ast.Node, parts: Definitions, scope: Namespace) -> bool:
+    """Whether `nodes` names a group, perhaps of features of known bases; reports E0201 or E0207
+    otherwise."""
     if isinstance(nodes, ast.Name):
-        return scope.use("group", nodes.id, nodes.span)
-    name, reason = nodes.span.written, "isn't the name of a group of neurons"
+        sites = parts.groups[nodes.id].sites if nodes.id in parts.groups else ()
+        of = {site.basis_name: site.span for site in sites}
+        bases = (
+            (name, span) for name, span in of.items() if name not in (None, ast.STANDARD_BASIS)
+        )
+        known = [scope.use("basis", name, span) for name, span in bases]
+        return scope.use("group", nodes.id, nodes.span) and all(known)
+    name, reason = nodes.span.written, "isn't the name of a group of neurons or features"
     hint = f"define one, and write its name: {NODES_EXAMPLE}"
     scope.diagnostics.append(BadArgument(span=nodes.span, name=name, reason=reason, hint=hint))
     return False

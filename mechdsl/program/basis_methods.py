@@ -599,7 +599,7 @@ compared with."""
 
 EFFECT_OPTIONS = (*ROTATION_OPTIONS, "with", "nodes")
 """The same with the options of masks: `with` has the fill of a mask that ablates, and `nodes` the
-neurons that are nodes of a circuit."""
+neurons or features that are nodes of a circuit."""
 
 PROBE_OPTIONS = ("target", "model")
 """Options of trainers of probes: the value that is predicted, and the model that runs the rows."""

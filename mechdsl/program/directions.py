@@ -236,11 +236,21 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
 def _list_circuit_bases(experiment: spec.Experiment, program: spec.Program) -> Iterator[str | None]:
     """Yield the bases whose features are nodes of the circuits that rules name."""
     for rule in experiment.every_rule:
-        circuit = program.circuits.get(rule.circuit_name or "")
-        nodes = () if circuit is None else walk(circuit.edges)
-        for site in (node for node in nodes if isinstance(node, ast.Site)):
-            group = None if site.bare is None else program.groups.get(site.bare.id)
-            yield from (each.basis_name for each in (site, *(() if group is None else group.sites)))
+        name = rule.circuit_name or ""
+        circuit, trained = program.circuits.get(name), program.masks.get(name)
+        walked = () if circuit is None else walk(circuit.edges)
+        sites = [node for node in walked if isinstance(node, ast.Site)]
+        named = [site.bare for site in sites]
+        named += [rule.nodes, None if trained is None else name_nodes(trained)]
+        yield from (site.basis_name for site in sites)
+        groups = (program.groups.get(each.id) for each in named if each is not None)
+        yield from (each.basis_name for own in groups if own is not None for each in own.sites)
+
+
+def name_nodes(circuit: spec.Basis) -> ast.Name | None:
+    """Return the name of the group of neurons or features that are nodes of a trained circuit."""
+    given = (each.value for each in circuit.method.arguments if each.name == "nodes")
+    return next((each for each in given if isinstance(each, ast.Name)), None)
 
 
 def fitted_block(method: BasisMethod, call: ast.Call) -> ast.Node:

@@ -478,7 +478,7 @@ class Rule(Spec):
     all_but: bool = False
     """ablate: whether all edges but those of the circuit are ablated."""
     nodes: NameText | None = None
-    """ablate, of a training of edges: the group of neurons that are nodes."""
+    """ablate, of a training of edges: the group of neurons or features that are nodes."""
     without_edge: bool = False
     """ablate: whether the rule acts on the circuit without each of its edges."""
     reading: SiteText | None = None
@@ -618,8 +618,8 @@ class Circuit(Spec):
     placed_scores: tuple[float, ...] = ()
     """Of each of `edges` at its position; empty without such scores."""
     nodes: tuple[SiteText, ...] = ()
-    """Neurons that are nodes, also without edges. The MLP of their layers in `edges` is the node of
-    its other neurons."""
+    """Groups of neurons or features that are nodes, also without edges. The MLP of the neurons'
+    layers in `edges` is the node of its other neurons."""
     is_open: bool = False
     """Whether a call gives its edges, which aren't known yet; or never, after an error."""
 

@@ -27,6 +27,7 @@ from mechdsl.program.directions import (
     declared_training,
     fit_rows_of_basis,
     last_token,
+    name_nodes,
     used_bases,
     used_directions,
 )
@@ -319,8 +320,7 @@ def _rule(basis: spec.Basis, at: ast.Positions, source: str | None) -> spec.Rule
     """Return the rule of a training: a patch, or an ablation if no run is named; of edges, always
     an ablation, also with the values of a run."""
     span, verb = basis.method.span, "ablate" if basis.chooses_edges else "patch"
-    given = (each.value for each in basis.method.arguments if each.name == "nodes")
-    nodes = next((each for each in given if isinstance(each, ast.Name)), None)
+    nodes = name_nodes(basis)
     if source is not None:
         return spec.Rule(span=span, verb=verb, site=basis.site, at=at, source=source, nodes=nodes)
     fills = (each.value for each in basis.method.arguments if each.name == "with")

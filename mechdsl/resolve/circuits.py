@@ -21,7 +21,7 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, NoPath, NotOnAPath
@@ -264,25 +264,18 @@ def find_circuit_edges(
     an MLP and its neurons, E0342 for a file, and errors of sites and positions."""
     shape = work.sites.shape
     every = list_edges(shape)
-    points = [point for edge in every for point in edge if point != END]
-    missing = find_missing_point(points, shape, work.sites.model, span)
-    if missing is None and shape.task != "tokens" and "logits" not in shape.sites:
-        missing = NotSupported(
-            span=span, what=f"a circuit in `{work.sites.model}`, which has no logits,"
-        )
+    missing = _find_missing_edges(circuit, every, span, work)
     if missing is not None:
         work.diagnostics.append(missing)
-        return None
-    if circuit.source is not None and has_two_streams(shape):
-        what, later = "a circuit of a file in an encoder-decoder", "name its edges"
-        work.diagnostics.append(NotSupported(span=circuit.source.span, what=what, later=later))
         return None
     before = len(work.diagnostics)
     saved = None if circuit.source is None else _read_saved(circuit.source, work)
     parts = _CircuitParts(work, resolve_features)
-    nodes = _resolve_neurons(circuit, parts, work) if saved is None else saved.neurons
+    named = _resolve_named_nodes(circuit, parts, work)
+    nodes = named.neurons if saved is None else saved.neurons
     if circuit.name == spec.EVERY_EDGE:
-        parts.found = dict.fromkeys(list_edges(shape, nodes) if nodes else every)
+        of_all = list_edges(shape, nodes, named.features) if named.are_some else every
+        parts.found = dict.fromkeys(of_all)
     resolved: list[tuple[ast.SiteMap, list[CircuitEdge]]] = []
     given_scores = circuit.placed_scores or (None,) * len(circuit.edges)
     for edge, score in zip(circuit.edges, given_scores, strict=True):
@@ -293,9 +286,11 @@ def find_circuit_edges(
         for edge, at in saved.edges:
             place = None if at is None else saved.places[at]
             parts.add([edge], place, saved.scores.get((edge, at)), circuit.source)
-    neurons, features = nodes or list_neurons(parts.found), _list_features(parts)
+    neurons = nodes or list_neurons(parts.found)
+    features = named.features or _list_features(chain.from_iterable(parts.found), parts)
     if neurons or features:
-        _check_nodes(circuit, [] if nodes else resolved, neurons, features, work)
+        given = nodes or named.features
+        _check_nodes(circuit, [] if given else resolved, neurons, features, work)
     if has_errors(work.diagnostics[before:]):
         return None
     every = list_edges(shape, neurons, features) if neurons or features else every
@@ -312,6 +307,29 @@ def find_circuit_edges(
     digest, made = ("", "") if saved is None else (saved.digest, saved.made)
     given = tuple(every), tuple(edges), scores, tuple(parts.places), digest, made, neurons, features
     return CircuitEdges(*given, listed=tuple(listed), by_place=by_place)
+
+
+def _find_missing_edges(
+    circuit: spec.Circuit, every: Sequence[CircuitEdge], span: Span, work: ExperimentContext
+) -> Diagnostic | None:
+    """Return E0108 for a model without edges or logits, or a circuit of a file in an
+    encoder-decoder.
+
+    Args:
+        every: The edges that the model should have.
+    """
+    shape = work.sites.shape
+    points = [point for edge in every for point in edge if point != END]
+    missing = find_missing_point(points, shape, work.sites.model, span)
+    if missing is not None:
+        return missing
+    if shape.task != "tokens" and "logits" not in shape.sites:
+        what = f"a circuit in `{work.sites.model}`, which has no logits,"
+        return NotSupported(span=span, what=what)
+    if circuit.source is not None and has_two_streams(shape):
+        what, later = "a circuit of a file in an encoder-decoder", "name its edges"
+        return NotSupported(span=circuit.source.span, what=what, later=later)
+    return None
 
 
 class _CircuitParts:
@@ -396,29 +414,43 @@ def _join_places(listed: Iterable[EdgeAtPlace]) -> PlacedEdges:
     return found
 
 
-def _resolve_neurons(
+@record
+class _NamedNodes(Record):
+    """The neurons or features that `nodes` names, by layer."""
+
+    neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    features: Mapping[int, FeatureNodes] = field(default_factory=dict[int, FeatureNodes])
+
+    @property
+    def are_some(self) -> bool:
+        return bool(self.neurons or self.features)
+
+
+def _resolve_named_nodes(
     circuit: spec.Circuit, parts: _CircuitParts, work: ExperimentContext
-) -> dict[int, tuple[int, ...]]:
-    """Return the neurons that `nodes` names, by layer; reports E0207 for other sites."""
-    found: dict[int, set[int]] = defaultdict(set)
+) -> _NamedNodes:
+    """Resolve the group that `nodes` names; reports E0207 for other sites."""
+    found = list[SitePoint]()
     groups = work.program.groups
     for site in circuit.nodes:
         name, before = site.span.written, len(work.diagnostics)
         reason = "" if site.bare is None else _explain_no_nodes(site.bare.id, groups)
         points = [] if reason else _resolve_nodes(site, "start", parts, work)
         for point in points:
-            if point.site != NEURONS or point.layer is None or point.unit is None:
-                reason = f"has `{label_node(point)}`, and `nodes` are neurons"
+            is_neuron = point.site == NEURONS and point.unit is not None
+            if not is_neuron and not isinstance(point, FeatureNode):
+                reason = f"has `{label_node(point)}`, and `nodes` are neurons or features"
                 break
-            found[point.layer].add(point.unit)
         if not points and not work.sites.shape.stands_in:
             reason = reason or "has no neurons"
         if reason and not has_errors(work.diagnostics[before:]):
-            hint = "name neurons only: `group g = L0N3, L0N97`"
+            hint = "name neurons or features only: `group g = L0N3, L0N97`, "
+            hint += "`group g = features 3, 12 of f`"
             bad = BadArgument(span=site.span, name=name, reason=reason, hint=hint)
             work.diagnostics.append(bad)
-            return {}
-    return {layer: tuple(sorted(own)) for layer, own in sorted(found.items())}
+            return _NamedNodes()
+        found += points
+    return _NamedNodes(list_neurons([(each, each) for each in found]), _list_features(found, parts))
 
 
 def _explain_no_nodes(name: str, groups: Mapping[str, spec.Group]) -> str:
@@ -428,8 +460,6 @@ def _explain_no_nodes(name: str, groups: Mapping[str, spec.Group]) -> str:
     for site in groups[name].sites:
         if any(isinstance(node, ast.RankedSelection) for node in walk(site)):
             return "depends on the results of an experiment, and a training can't"
-        if site.coordinates is not None:
-            return "has features, and `nodes` are neurons"
         for own in site.names:
             if (
                 own.id in groups
@@ -440,10 +470,10 @@ def _explain_no_nodes(name: str, groups: Mapping[str, spec.Group]) -> str:
     return ""
 
 
-def _list_features(parts: _CircuitParts) -> dict[int, FeatureNodes]:
-    """Return the features at the ends of edges, by layer."""
+def _list_features(points: Iterable[SitePoint], parts: _CircuitParts) -> dict[int, FeatureNodes]:
+    """Return the features among nodes, by layer."""
     found: dict[int, set[int]] = defaultdict(set)
-    for end in chain.from_iterable(parts.found):
+    for end in points:
         if isinstance(end, FeatureNode) and end.layer is not None and end.unit is not None:
             found[end.layer].add(end.unit)
     return {
@@ -1413,7 +1443,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         modules: dict[SitePoint, list[list[CircuitEdge]]] = defaultdict(list)
         for of, edges in reversed(self.after.items()):
             if of not in self.starts:
-                modules[replace(of, unit=None)].append(edges)
+                modules[SitePoint(of.site, of.layer, None)].append(edges)
         for module, nodes in modules.items():
             if level == "blocks":
                 yield SearchStep(module, tuple(chain.from_iterable(nodes)))

@@ -986,6 +986,13 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
         assert rule.spec.site is not None
         hint = "use `eap`, `eap_ig` or a search such as `acdc`"
         found = rule.spec.site.span, f"`{objective.model.name}`", reason, hint
+    normalising = _find_normalising_dictionary(objective)
+    if found is None and normalising is not None:
+        span = (rule.spec.nodes or said).span
+        reason = "it normalises the vectors that it encodes, and the changed derivatives of "
+        reason += "norms are defined for the model only"
+        hint = "use `eap`, `eap_ig` or a search such as `acdc`"
+        found = span, f"features of `{normalising}`", reason, hint
     points = () if rule.sites is None else (p for own in rule.sites.points.values() for p in own)
     flat = list_sites_without_gradient(points)
     if found is None and flat:
@@ -1004,6 +1011,21 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
             reason=reason,
             hint=hint,
         )
+
+
+def _find_normalising_dictionary(objective: ResolvedExperiment) -> str | None:
+    """Return the name of a dictionary that normalises vectors and whose features are nodes of
+    edges that are scored with changed derivatives."""
+    circuit = objective.rules[0].circuit
+    if circuit is None or objective.spec.backward is None:
+        return None
+    members = (own.member for own in circuit.features.values())
+    found = (
+        each.name
+        for each in members
+        if isinstance(each.operand, DictionaryFile) and each.operand.normalization != "none"
+    )
+    return next(found, None)
 
 
 # --- texts that a training has read from files ----------------------------------------------------

@@ -949,6 +949,19 @@ _file(
     "Syed et al. 2023, arXiv 2310.10348; Marks et al. 2024, arXiv 2403.19647",
 )
 _file(
+    "circuit: of features that a training scores",
+    'basis b = sae("sae") at mlp_out layer 1\ngroup g = features 3, 5 of b\n'
+    "circuit c = fit(eap(size: 2), nodes: g, prompts: fruit, with: zero, minimise: loss)",
+    "Each feature of the group is a node; the other features of its layer and the error of the "
+    "dictionary are one node, which is printed as `L1.mlp`. All edges between these nodes, heads "
+    "and other MLPs are scored: the scores of edges from a layer's nodes to a receiver add up to "
+    "that of its MLP, as do those into them. Searches and masks take `nodes`, too. A basis that "
+    "isn't a dictionary at `mlp_out` is E0342, and a group with features and neurons is E0207. "
+    "`relp` and `gim` of a dictionary that normalises vectors is E0608.",
+    "tests/pipeline/test_feature_edge_scores.py",
+    "Marks et al. 2024, arXiv 2403.19647; Syed et al. 2023, arXiv 2310.10348",
+)
+_file(
     "circuit: by a search",
     "circuit c = fit(acdc(threshold: 1), prompts: fruit, with: zero, minimise: loss)",
     "The edges that are left after a search that ablates edges one after another. `acdc` tries "

@@ -49,7 +49,7 @@ from ..execute.support import ROWS, shared, token, word_tokenizer
 from ..quick import in_turn, some
 from ..reference.forward import Stack, forward, stack
 from ..reference.ruled import ruled
-from ..rules.circuits import EMBED, circuit_pass, outputs
+from ..rules.circuits import EMBED, Features, circuit_pass, mlp, outputs
 from ..rules.models import WITHOUT_NORMS, bare, double
 from ..rules.support import plain, rows, tokens
 from ..rules.test_ablated_circuits import (
@@ -137,8 +137,11 @@ def finish(scoring: EffectScoring, passes: list[int] | None) -> Floats:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def module_of(sender: str) -> str:
-    """The module of a sender: all heads or neurons of its layer, or the sender itself."""
+def module_of(sender: str, features: Mapping[int, Features] | None = None) -> str:
+    """The module of a sender: all heads, neurons or features of its layer, or the sender itself."""
+    for layer, own in (features or {}).items():
+        if sender in own.names:
+            return mlp(layer)
     if "N" in sender:
         return f"{sender.split('N')[0]}.mlp"
     return sender.split("H")[0] if "H" in sender else sender
@@ -171,27 +174,28 @@ def reference_products(
     source: str,
     at: str,
     call: str,
-    split: Mapping[int, int] | None = None,
+    **nodes: Any,
 ) -> Tensor:
     """[edge, T] scores of one unpadded prompt, at each token.
 
     Along the path, modules move at all tokens with another value.
 
     Args:
-        split: As in `circuit_pass`. The score of an edge of several neurons is the sum of theirs.
+        nodes: `split` and `features` of `circuit_pass`. The score of an edge of several neurons is
+            the sum of theirs.
     """
     word, kind = source.split()[1], call.split("(")[0]
     rules = kind if kind in ("relp", "gim") else ""
     model = ruled(double(family), rules) if rules else double(family)
-    given = fills(family, Case("c", word, at), {}, split or ())[row]
+    given = fills(family, Case("c", word, at), {}, **nodes)[row]
     here = rows("clean")[row]
     there = tokens(here, at)
     ids = list(here.ids)
-    clean = outputs(plain(family, here), stack(family, model), split or ())
+    clean = outputs(plain(family, here), stack(family, model), **nodes)
     everywhere, whole = there, given
     if word in ("zero", "other"):  # runs with other values at all tokens
         everywhere = [*range(len(ids))]
-        whole = fills(family, Case("c", word, "tokens *"), {}, split or ())[row]
+        whole = fills(family, Case("c", word, "tokens *"), {}, **nodes)[row]
     changes: dict[str, Tensor] = {}
     moved_changes: dict[str, Tensor] = {}
     for sender, own in clean.items():
@@ -200,6 +204,7 @@ def reference_products(
         moved_changes[sender] = torch.zeros_like(own)
         moved_changes[sender][everywhere] = whole[sender][everywhere] - own[everywhere]
     names = [[list_members(end, every) for end in edge] for edge in every]
+    module = {sender: module_of(sender, nodes.get("features")) for sender in clean}
 
     parts = stack(family, model)
 
@@ -221,7 +226,7 @@ def reference_products(
             added=leaves,
             record=record,
             rules=rules,
-            split=split,
+            **nodes,
         )
         found = torch.autograd.grad(loss_by_hand(logits[-1], row), list(leaves.values()))
         by_receiver = dict(zip(leaves, found, strict=True))
@@ -236,18 +241,18 @@ def reference_products(
         return {
             sender: (1 - step / steps) * own
             for sender, own in moved_changes.items()
-            if module_of(sender) in modules
+            if module[sender] in modules
         }
 
     steps = int(call.split("steps: ")[1].rstrip(")")) if "steps" in call else 1
     found = torch.zeros(len(every), len(ids), dtype=torch.float64)
-    modules = list(dict.fromkeys(map(module_of, clean)))
+    modules = list(dict.fromkeys(module.values()))
     for step in range(1, steps + 1):
         of = {module: gradients(moves(step, steps, {module})) for module in modules}
         if not call.startswith("eap_ig_activations"):
             of = dict.fromkeys(modules, of[EMBED])
         for number, (senders, receivers) in enumerate(names):
-            gradient = of[module_of(senders[0])](senders[0], receivers)
+            gradient = of[module[senders[0]]](senders[0], receivers)
             products = gradient * torch.stack([changes[each] for each in senders]).sum(0)
             found[number] += products.sum(-1).double() / steps
     return found
@@ -284,13 +289,13 @@ def compare_scores(
     tmp_path: Path,
     *,
     group: str = "",
-    split: Mapping[int, int] | None = None,
-) -> None:
-    """Compare the scores of all edges with those of the reference.
+    **nodes: Any,
+) -> dict[CircuitEdge, float]:
+    """Compare the scores of all edges with those of the reference, and return these.
 
     Args:
-        group: Line of the file with a group `g` of neurons that are nodes.
-        split: Their layers, with the number of neurons.
+        group: Lines of the file with a group `g` of neurons or features that are nodes.
+        nodes: `split` and `features` of the reference, their layers.
     """
     at, side = where
     at = PAIR if source == "with: mean" else at  # rows have different numbers of tokens
@@ -301,7 +306,7 @@ def compare_scores(
     every, ids = found.edges, found.objective.table.row_ids
     expected = torch.stack(
         [
-            reference_products(family, row, every, source, at or "tokens *", call, split).sum(-1)
+            reference_products(family, row, every, source, at or "tokens *", call, **nodes).sum(-1)
             for row in ids
         ]
     ).mean(0)
@@ -309,6 +314,7 @@ def compare_scores(
     assert expected.abs().max() > 1e-2
     least = 1e-4 if family in INEXACT else 1e-6
     np.testing.assert_allclose(score(mask, found), expected, atol=least, rtol=1e-4)
+    return dict(zip(every, expected.tolist(), strict=True))
 
 
 @pytest.mark.parametrize(("family", "call"), in_turn(LINEAR, CALLS[1:]))

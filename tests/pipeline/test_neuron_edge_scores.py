@@ -93,7 +93,8 @@ def test_scores_of_neurons_at_positions_equal_those_of_separate_neurons(
     expected = torch.zeros(len(every), len(places), dtype=torch.float64)
     for row in ids:
         at = "{cue token, last token}"
-        products = reference_products(family, row, every, "from: other", at, CALLS[0], SPLIT)
+        given = family, row, every, "from: other", at, CALLS[0]
+        products = reference_products(*given, split=SPLIT)
         for number, place in enumerate(places):
             there = tokens(rows("clean")[row], place)
             expected[:, number] += products[:, there].sum(-1) / len(ids)
@@ -232,13 +233,20 @@ DELTA = f"measure {LOSS} as delta"
 MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "unknown": ("nodes: g", "nodes: h", "E0201", "`h`"),
     "no name": ("nodes: g", "nodes: 3", "E0207", "isn't the name of a group"),
-    "heads": (SOME, "group g = L0N3, L0H1", "E0207", "has `L0H1`, and `nodes` are neurons"),
-    "an MLP": (SOME, "group g = L0.mlp", "E0207", "has `L0.mlp`, and `nodes` are neurons"),
-    "features": (
+    "heads": (SOME, "group g = L0N3, L0H1", "E0207", "has `L0H1`, and `nodes` are neurons or"),
+    "an MLP": (SOME, "group g = L0.mlp", "E0207", "has `L0.mlp`, and `nodes` are neurons or"),
+    "features of no dictionary": (
         SOME,
         "basis f = pca(p, dims: 3) at mlp_out layer 0\ngroup g = features 0, 2 of f",
+        "E0342",
+        "`f` isn't a dictionary, and nodes of circuits are features of one",
+    ),
+    "features and neurons": (
+        SOME,
+        "basis f = fit(sae(features: 8, k: 2), prompts: p, steps: 1) at mlp_out layer 1\n"
+        "group g = L0N3, features 0, 2 of f",
         "E0207",
-        "has features, and `nodes` are neurons",
+        "features",
     ),
     "another site": (SOME, "group g = resid_post layer 0", "E0334", "resid_post"),
     "picks": (

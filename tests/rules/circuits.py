@@ -242,8 +242,10 @@ def circuit_pass(
                 given_ = second(stream[None])[0]
                 hidden = parts.neurons(block, given_[None])
                 output = parts.down(block, given_[None] if hidden is None else hidden)[0]
+                output = block.mlp(given_[None])[0] if rules else output
                 seen = {"mlp_out": output, "mlp_norm": given_, "resid_mid": stream}
-                given[name] = taken(name, own.split(name, output, seen[own.reads]))
+                value = own.split(name, output, seen[own.reads])
+                given[name] = taken(name, value + moves.get(name, 0))
             x = x + sum(given[name] for name in nodes)
             continue
         if rules:

@@ -703,6 +703,8 @@ class CircuitRead:
     to_senders: Callable[[Tensor, int], Iterator[tuple[slice, Tensor]]] | None = None
     """If norms follow the sums of the stream: gradients by what receivers read, and the number of
     sublayers before them → columns of senders, gradients by what these senders add."""
+    features: Mapping[int, FeatureSplit] = field(default_factory=dict[int, FeatureSplit])
+    """As in `CircuitWrite`."""
 
     @property
     def stack(self) -> str:

@@ -47,7 +47,7 @@ from mechdsl.forward.hooks.batch import (
     number_senders,
     to_device,
 )
-from mechdsl.forward.hooks.coordinates import OTHERS, FeatureSplit
+from mechdsl.forward.hooks.coordinates import OTHERS
 from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
@@ -463,8 +463,7 @@ class CircuitHooks(ABC):
         self._fills = circuit.fills
         self._senders = number_senders(circuit.fills)
         self._receivers = circuit.receivers
-        self._features: Mapping[int, FeatureSplit] = {}
-        """By layer, the features that are nodes."""
+        self._features = circuit.features
         self._stack = circuit.stack
         own = model.stack(self._stack)
         self._anatomy, self._shape = own.anatomy, own.shape
@@ -752,7 +751,7 @@ class CircuitHooks(ABC):
             rows: The numbers of the receivers among them.
         """
 
-    def _stream_of_neurons(
+    def _stream_of_mlp(
         self, layer: int, norm: str | None, value: Tensor
     ) -> tuple[str | None, Tensor]:
         """Return the path of the norm between the stream and an MLP, and [K, d_model] the stream.
@@ -766,6 +765,55 @@ class CircuitHooks(ABC):
         assert self._stream is not None
         self._check_input(self._normed(norm, self._stream, value), value)
         return norm, self._stream
+
+    def _compute_nodes(
+        self,
+        layer: int,
+        outputs: Tensor,
+        read: tuple[Tensor, Tensor],
+        nodes: Sequence[int],
+    ) -> Tensor:
+        """Return [K, node, d_model]: what features, or the rest of an MLP, add to the stream.
+
+        Args:
+            outputs: [K, d_model] that the MLP adds.
+            read: [K, d_model] each: the stream that it reads, and this after the norm.
+            nodes: Features, or `OTHERS`.
+        """
+        split, (stream, normed) = self._features[layer], read
+        encoded = {"": outputs, "mlp_norm": normed, "resid_mid": stream}
+        return split.split(outputs, encoded[split.reads].to(outputs), nodes)
+
+    def _send_nodes(self, layer: int, compute: Callable[[Sequence[int]], Tensor]) -> None:
+        """Keep what the stream would gain with the fills of the nodes of an MLP.
+
+        Args:
+            compute: Returns [K, node, d_model], what nodes add to the stream.
+        """
+        for fill in (each for each in self._fills if each.where == SiteRead("mlp_out", layer)):
+            now = compute(fill.units).transpose(0, 1)
+            values = to_device(fill.values, now.device).to(now).transpose(0, 1)
+            self._remember_change(fill.where, values - now)
+
+    def _compute_mlp(self, layer: int, vectors: Tensor, like: Tensor) -> Tensor:
+        """Return [K, d_model]: the output of an MLP for [K, d_model] inputs, without hooks."""
+        mlp = self.model.module.get_submodule(self.model.anatomy.blocks[layer].mlp[0])
+        with suspend_hooks(mlp):
+            return mlp(vectors.to(like)[None])[0]
+
+    def _check_mlp(self, layer: int, normed: Tensor, outputs: Tensor) -> None:
+        """Check that the first of some outputs is that of an input.
+
+        Args:
+            normed: [K, d_model] inputs of the pass.
+            outputs: [K, d_model] in the pass.
+
+        Raises:
+            WriteMismatch: It isn't.
+        """
+        found = self._compute_mlp(layer, normed[:1], outputs)
+        if (found - outputs[:1]).abs().amax() > _SAME_INPUT * outputs[:1].abs().amax():
+            raise WriteMismatch("the MLP of a circuit isn't a function of its input")
 
     def _compute_neurons(self, layer: int, vectors: Tensor) -> Tensor:
         """Return [input, K, …]: what the last map of an MLP reads.
@@ -869,7 +917,6 @@ class _WriteHooks(CircuitHooks):
     ) -> None:
         """Prepare the steps; adds_up: whether the stream is the sum of senders and biases."""
         super().__init__(model, frame, write)
-        self._features = write.features
         self._of_zeros = adds_up and not any(bool(fill.values.any()) for fill in write.fills)
         """Whether the stream without all senders is the sum of biases."""
         wide = torch.promote_types(model.dtype, torch.float32)
@@ -1248,7 +1295,7 @@ class _WriteHooks(CircuitHooks):
         normed: list[Tensor] = []
 
         def read(norm: str | None, value: Tensor) -> Tensor:
-            norm, stream = self._stream_of_neurons(layer, norm, value)
+            norm, stream = self._stream_of_mlp(layer, norm, value)
             normed[:] = [self._normed(norm, self._inputs(inputs.mask, stream, where), value)]
             return value
 
@@ -1289,12 +1336,7 @@ class _WriteHooks(CircuitHooks):
         """[K, d_model]: what each node adds to the stream."""
 
         def read(norm: str | None, value: Tensor) -> Tensor:
-            stream = self._at(value) if norm is None else self._stream
-            assert stream is not None
-            if norm is not None:
-                self._check_input(self._normed(norm, stream, value), value)
-            elif not self._norms_follow_sums:
-                norm = self._mlp_norm(layer)
+            norm, stream = self._stream_of_mlp(layer, norm, value)
             streams = self._inputs(inputs.mask, stream, where)
             kept[:] = [streams, self._normed(norm, streams, value)]
             return value
@@ -1308,8 +1350,8 @@ class _WriteHooks(CircuitHooks):
                 if number:
                     made = self._compute_mlp(layer, normed[number], value)
                     outputs = apply_scale(made.to(now), scale)
-                encoded = {"": outputs, "mlp_norm": normed[number], "resid_mid": streams[number]}
-                parts = split.split(outputs, encoded[split.reads], nodes)
+                own = streams[number], normed[number]
+                parts = self._compute_nodes(layer, outputs, own, nodes)
                 found.update(zip(nodes, parts.unbind(1), strict=True))
             if set(by_input) == {0}:
                 return value
@@ -1317,10 +1359,7 @@ class _WriteHooks(CircuitHooks):
             return self._put(value, undo_scale(whole, scale))
 
         def send(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            for fill in (each for each in self._fills if each.where == SiteRead("mlp_out", layer)):
-                now = torch.stack([found[unit] for unit in fill.units])
-                values = to_device(fill.values, now.device).to(now).transpose(0, 1)
-                self._remember_change(fill.where, values - now)
+            self._send_nodes(layer, lambda units: torch.stack([found[u] for u in units], dim=1))
             return value
 
         spot: tuple[str, HookSide, int] = (tap.path, tap.side, tap.item)
@@ -1328,26 +1367,6 @@ class _WriteHooks(CircuitHooks):
         yield self._entrance(layer, read)
         yield self._add(spot, (layer, order - _EARLIER), write)
         yield self._add(spot, (layer, order + 1), send)
-
-    def _compute_mlp(self, layer: int, vectors: Tensor, like: Tensor) -> Tensor:
-        """Return [K, d_model]: the output of an MLP for [K, d_model] inputs, without hooks."""
-        mlp = self.model.module.get_submodule(self.model.anatomy.blocks[layer].mlp[0])
-        with suspend_hooks(mlp):
-            return mlp(vectors.to(like)[None])[0]
-
-    def _check_mlp(self, layer: int, normed: Tensor, outputs: Tensor) -> None:
-        """Check that the first of some outputs is that of an input.
-
-        Args:
-            normed: [K, d_model] inputs of the pass.
-            outputs: [K, d_model] in the pass.
-
-        Raises:
-            WriteMismatch: It isn't.
-        """
-        found = self._compute_mlp(layer, normed[:1], outputs)
-        if (found - outputs[:1]).abs().amax() > _SAME_INPUT * outputs[:1].abs().amax():
-            raise WriteMismatch("the MLP of a circuit isn't a function of its input")
 
     def _list_neurons(self, layer: int, unit: int) -> Sequence[int]:
         return self._others[layer] if unit == OTHERS else (unit,)
@@ -1449,7 +1468,7 @@ class _ReadHooks(CircuitHooks):
         seen: list[tuple[str | None, Tensor]] = []
 
         def read(norm: str | None, value: Tensor) -> Tensor:
-            norm, stream = self._stream_of_neurons(layer, norm, value.detach())
+            norm, stream = self._stream_of_mlp(layer, norm, value.detach())
             seen[:] = [(norm, stream.detach())]
             return value
 
@@ -1483,8 +1502,48 @@ class _ReadHooks(CircuitHooks):
         yield self._add((tap.path, tap.side, tap.item), order, step)
 
     def _split_mlp(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
-        """Raise WriteMismatch: no training chooses from edges of features."""
-        raise WriteMismatch("gradients by the inputs of features aren't read")
+        """Yield a step that keeps the stream before an MLP, and one that computes what the stream
+        would gain with the fills of its nodes, and differentiates by its output."""
+        layer = where.layer
+        assert layer is not None
+        tap = self.model.tap("mlp_out", layer)
+        scale = get_scale(self.model.module, tap)
+        named = [self._receivers[row][1] for row in rows]
+        seen: list[tuple[str | None, Tensor]] = []
+
+        def read(norm: str | None, value: Tensor) -> Tensor:
+            norm, stream = self._stream_of_mlp(layer, norm, value.detach())
+            seen[:] = [(norm, stream.detach())]
+            return value
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            (norm, stream), like = seen.pop(), value.detach()
+            normed, made = self._normed(norm, stream, like), self._at(like)
+            self._check_mlp(layer, normed, made.to(like))
+            outputs, like = apply_scale(made, scale), like.new_empty(0)
+            self._send_nodes(
+                layer, lambda units: self._compute_nodes(layer, outputs, (stream, normed), units)
+            )
+            if not rows:
+                return value
+
+            def to_stream(gradient: Tensor) -> Tensor:
+                given, found = undo_scale(self._at(gradient), scale), list[Tensor]()
+                with torch.enable_grad():
+                    inputs = stream.clone().requires_grad_()
+                    normed = self._normed(norm, inputs, like)
+                    made = apply_scale(self._compute_mlp(layer, normed, like).to(given), scale)
+                    parts = self._compute_nodes(layer, made, (inputs, normed), named)
+                    for part in parts.unbind(1):
+                        found += torch.autograd.grad(part, inputs, given, retain_graph=True)
+                return torch.stack(found)
+
+            self._read.taps.append(EdgeTap(value, rows, to_stream, len(self._outputs) - 1))
+            return value.clone()
+
+        order = (layer, SITES["mlp_out"].order - _EARLIER)
+        yield self._entrance(layer, read)
+        yield self._add((tap.path, tap.side, tap.item), order, step)
 
     def _projection(
         self, attention: Attention, path: str, parts: list[tuple[TensorLayout, list[int]]]
