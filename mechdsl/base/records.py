@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from threading import Lock
-from typing import Any, Generic, TypeVar, cast, dataclass_transform
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, dataclass_transform
 
 RecordClass = TypeVar("RecordClass", bound="type[Record]")
 
@@ -132,6 +132,20 @@ def compact_record(kind: type[ClassT]) -> type[ClassT]:
     """Apply `@dataclass` with slots, for classes with many objects; frozen for the type checker
     only, because a check at run time triples the time that an object takes to create."""
     return dataclass(slots=True, unsafe_hash=True)(kind)
+
+
+if TYPE_CHECKING:
+    unlocked_property = cached_property
+else:
+
+    class unlocked_property(cached_property):
+        """`cached_property` without a lock, which takes longer than a row's simplest values."""
+
+        def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+            if instance is None:
+                return self
+            value = instance.__dict__[self.attrname] = self.func(instance)
+            return value
 
 
 EntryT = TypeVar("EntryT")

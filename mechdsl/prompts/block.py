@@ -72,7 +72,14 @@ from mechdsl.prompts.expressions import (
     name_uses,
 )
 from mechdsl.prompts.tokens.chat import ChatTemplate
-from mechdsl.prompts.values import DataRecord, Refusal, RowValue, to_hashable, to_plain
+from mechdsl.prompts.values import (
+    DataRecord,
+    Refusal,
+    RichText,
+    RowValue,
+    to_hashable,
+    to_plain,
+)
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import Placeholder, parse_template
 from mechdsl.syntax.printer import format_string
@@ -440,6 +447,8 @@ class CompiledTemplate:
     turns: tuple[ast.ChatTurn, ...] = ()
     """The turns of a chat; the pieces are those of all turns."""
     definitions: dict[str, Definition] = field(default_factory=dict[str, Definition])
+    constant: RichText | None = None
+    """The text if it has no placeholders."""
 
     @property
     def texts(self) -> tuple[ast.String, ...]:
@@ -447,6 +456,9 @@ class CompiledTemplate:
         return tuple(turn.text for turn in self.turns) or (self.text,)
 
     def __post_init__(self) -> None:
+        texts = [piece for piece in self.pieces if isinstance(piece, str)]
+        if len(texts) == len(self.pieces):
+            self.constant = RichText("".join(texts))
         for piece in self.pieces:
             if isinstance(piece, Placeholder) and piece.name is not None:
                 itself = isinstance(piece.expr, ast.Name) and piece.expr.id == piece.name

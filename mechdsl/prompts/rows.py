@@ -13,7 +13,7 @@ from typing import Any, NoReturn, cast, overload
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import Permutation, stable_hash
-from mechdsl.base.records import Record, compact_record, record
+from mechdsl.base.records import Record, compact_record, record, unlocked_property
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean
@@ -575,14 +575,14 @@ class ImageRow:
     image_changes: list[ast.ChangeLine]
     """The corruption's changes to the image."""
 
-    @cached_property
+    @unlocked_property
     def uncut(self) -> Picture | None:
         """The description of a row's image before any change; None for a row of texts."""
         row = cast("Row", self)
         made_of = row.block.spec.image
         return None if made_of is None else row_picture(row, made_of)
 
-    @cached_property
+    @unlocked_property
     def image(self) -> Picture | None:
         """The image after the changes, or the tile that the row stands for."""
         row, made = cast("Row", self), self.uncut
@@ -591,7 +591,7 @@ class ImageRow:
         made = cut_tile(row, made)
         return replace(made, changes=row_image_changes(row, made)) if self.image_changes else made
 
-    @cached_property
+    @unlocked_property
     def pictures(self) -> Mapping[str, Picture]:
         """The images in a prompt, by name, after the changes; `clip 2` is the second frame of the
         video `clip`, unless the model has a video processor, which reads all as `clip`."""
@@ -623,7 +623,7 @@ class ImageRow:
         frames = (own for own in found if own.rpartition(" ")[0] == name)
         return concatenate((FRAME_SPAN, RichText(found[own].marker)) for own in frames)
 
-    @cached_property
+    @unlocked_property
     def picture_regions(self) -> Mapping[str, Mapping[str, tuple[Region, ...]]]:
         """The regions of the images in a prompt: name of the image → name of the region."""
         row, pictures = cast("Row", self), self.pictures
@@ -631,7 +631,7 @@ class ImageRow:
             return _NOTHING
         return {name: row_regions(row, each, name) for name, each in pictures.items()}
 
-    @cached_property
+    @unlocked_property
     def regions(self) -> Mapping[str, tuple[Region, ...]]:
         """Regions of the image, by name."""
         return _NOTHING if self.image is None else row_regions(cast("Row", self), self.image)
@@ -824,7 +824,7 @@ class Row(ImageRow):
         """Drop intermediate values of the texts; they are recomputed on access."""
         self._cache = {}
 
-    @cached_property
+    @unlocked_property
     def draw_key(self) -> int:
         """Key of the row's draws: its number or, in a data file, the record's content.
 
@@ -837,7 +837,7 @@ class Row(ImageRow):
         found, at = data.by_content, self.places[RECORD]
         return stable_hash(found.keys[at], found.copies[at], number // self.block.data_size)
 
-    @cached_property
+    @unlocked_property
     def key(self) -> int:
         """Hash of the values, the text and the texts of metrics: rows of equal content have equal
         keys, wherever they are in the table."""
@@ -848,7 +848,7 @@ class Row(ImageRow):
         said = [part for turn in turns for part in (turn.role, turn.rich.text)]
         return content_key(self.plain_values, [*(said or [self.prompt.text]), *written])
 
-    @cached_property
+    @unlocked_property
     def mark(self) -> object:
         """What makes rows equal: prompt, texts and the values without draws."""
         texts = (self.named_text(name) for name in self.block.texts)
@@ -932,9 +932,12 @@ class Row(ImageRow):
 
     def text(self, node: ast.String, key: DrawKey) -> RichText:
         """Fill in the placeholders of a text; each named placeholder becomes a span."""
-        whole = concatenate(
-            piece if isinstance(piece, str) else (piece.name or "", self._placed(piece, key))
-            for piece in self.block.template(node).pieces
+        template = self.block.template(node)
+        whole = template.constant or concatenate(
+            [
+                piece if isinstance(piece, str) else (piece.name or "", self._placed(piece, key))
+                for piece in template.pieces
+            ]
         )
         # Nested texts can grow exponentially before a tokenizer sees them.
         if len(whole.text) > limits.TEXT:
@@ -1166,7 +1169,7 @@ class Row(ImageRow):
         finally:
             self._tokenizer = None
 
-    @cached_property
+    @unlocked_property
     def prompt(self) -> RichText:
         """The prompt with its spans, in text order; for an image, its text representation."""
         if self.block.spec.image is not None and self.image is not None:
@@ -1181,7 +1184,7 @@ class Row(ImageRow):
                 spans += [TextSpan(definition.name.id, *at) for at in found[-1:]]
         return RichText(rich.text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
 
-    @cached_property
+    @unlocked_property
     def turns(self) -> tuple[Turn, ...]:
         """The turns of a chat."""
         turns = enumerate(self.template.turns)
@@ -1214,7 +1217,7 @@ class Row(ImageRow):
             raise bad_value(node.span, "it has no text in this row", "give a text or a number")
         return rich.text
 
-    @cached_property
+    @unlocked_property
     def plain_values(self) -> Mapping[str, object]:
         """All values of the row, without spans."""
         names = self.block.value_names(self.template)

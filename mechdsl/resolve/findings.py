@@ -398,13 +398,12 @@ class Finding:
             best: dict[int, dict[int, float]] = {}
             for part in self.parts:
                 for row, values in part.tokens(table, run, tokenizer):
-                    own = best.setdefault(row, {})
-                    for token, value in values.items():
+                    own = best.setdefault(row, values)
+                    for token, value in values.items() if own is not values else ():
                         own[token] = max(value, own.get(token, value))
             # The sort is stable, so ties stay in grid order.
             self._orders[key] = {
-                row: sorted(own, key=lambda token, own=own: -own[token])
-                for row, own in best.items()
+                row: sorted(own, key=own.__getitem__, reverse=True) for row, own in best.items()
             }
         return self._orders[key]
 
@@ -741,7 +740,10 @@ def check_rankable_tokens(
     if experiment.model.tokenizer.stands_in or moving:
         return
     rows = experiment.table.runs[experiment.spec.base].rows
+    ends = [len(row.ids) for row in rows]
     for cell in select_ranked_positions(rule)[0].written.values():
+        if all(_is_one_of(hits, end) for hits, end in zip(cell.hits, ends, strict=True) if hits):
+            continue
         if is_after_prompts(cell, rows):
             raise PickError(
                 f"the cell `{cell.label}` of `{name}` is in the answer, after the prompt",
@@ -752,6 +754,11 @@ def check_rankable_tokens(
                 f"the cell `{cell.label}` of `{name}` covers several tokens",
                 "let it sweep single tokens: `each token …` or `token *`, on spans of equal length",
             )
+
+
+def _is_one_of(hits: Hits, end: int) -> bool:
+    """Return whether a row's tokens are a single one of its first `end` tokens."""
+    return len(hits) == 1 and len(hits[0]) == 1 and hits[0][0] < end
 
 
 MAX_LISTED_SITES = 10

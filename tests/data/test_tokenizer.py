@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mechdsl.prompts.runs import RunRow, TokenMap
 from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
@@ -366,3 +366,35 @@ def test_encodings_of_many_short_texts_stay_cached_until_they_are_long(
     tokenizer.encode("apple pear plum fig")
     tokenizer.encode(short[0])
     assert sum(raw) == len(short) + 2
+
+
+def test_tokenizers_of_one_file_share_encodings_and_others_do_not() -> None:
+    """Neither with another vocabulary nor with special tokens, for the same texts."""
+
+    def tokenizer(words: dict[str, int], bos: bool | None = None) -> TextTokenizer:
+        backend = Tokenizer(models.WordLevel(words, unk_token="?"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+        made, problems = TextTokenizer.from_backend(backend, bos_token="<s>", bos=bos)
+        assert made is not None, problems
+        return made
+
+    words = {"<s>": 0, "?": 1, "apple": 2, "pear": 3}
+    other = {"<s>": 0, "?": 1, "apple": 3, "pear": 2}
+    expected = {
+        (True, True): (0, 2, 3),
+        (True, False): (2, 3),
+        (False, True): (0, 3, 2),
+        (False, False): (3, 2),
+    }
+    for _ in range(2):
+        for (own, special), ids in expected.items():
+            made = tokenizer(words if own else other)
+            assert made.encode("apple pear", add_special=special).ids == ids
+        assert tokenizer(words, bos=False).encode("apple pear").ids == (2, 3)
+    texts = ("apple pear apple", "pear apple")
+    first, second = (tokenizer(words)._raw(texts) for _ in range(2))
+    assert [each.ids for each in first] == [(2, 3, 2), (3, 2)]
+    assert all(one is two for one, two in zip(first, second, strict=True))

@@ -207,7 +207,7 @@ def test_run_without_memory_for_inputs_prepares_them_again(
     expected = measured()
     monkeypatch.setattr(hooked, "_MAX_CACHED_BYTES", 1)
     assert measured() == expected
-    inputs = hooked.IMAGE_INPUTS[own.module]
+    inputs: Any = hooked.IMAGE_INPUTS[own.module]
     assert (len(inputs._prepare), len(inputs._cache._entries)) == (len(of.RECORDS), 1)
 
 

@@ -690,10 +690,11 @@ class ImagePromptTokenizer(TextTokenizer):
                 continue
             expansion = self.expansion(marker_extent(marker))
             vectors = iter(self.vector_tokens(marker[0], expansion))
-            for own, is_image in zip(expansion.ids, expansion.is_image, strict=True):
-                ids.append(next(vectors) if is_image else own)
-                offsets.append(marker.span() if is_image else (0, 0))
-                special.append(not is_image)
+            span, is_image = marker.span(), expansion.is_image
+            pairs = zip(expansion.ids, is_image, strict=True)
+            ids += [next(vectors) if is_vector else own for own, is_vector in pairs]
+            offsets += [span if is_vector else (0, 0) for is_vector in is_image]
+            special += [not is_vector for is_vector in is_image]
             if bos is not None and marker is markers[-1]:
                 ids.append(bos)
                 offsets.append((0, 0))

@@ -85,6 +85,27 @@ class _CachedEncodings(dict[str, EncodedText]):
     characters = 0
     """Of all texts."""
 
+    def add(
+        self, new: Sequence[str], encoded: Iterable[EncodedText], texts: Sequence[str]
+    ) -> list[EncodedText]:
+        """Add new texts, and return the encodings of texts that are all in the cache then.
+
+        It is cleared if it is larger than a batch and has too many characters.
+        """
+        self.update(zip(new, encoded, strict=True))
+        found = [self[text] for text in texts]
+        self.characters += sum(map(len, new))
+        if len(self) > _BATCH and self.characters > _CACHED_TEXT:
+            self.clear()
+            self.characters = 0
+        return found
+
+
+@lru_cache(maxsize=16)
+def _shared_encodings(tokenizer: str, *, add_special: bool) -> _CachedEncodings:
+    """Return the encodings that all tokenizers with this hash share, in all files of a check."""
+    return _CachedEncodings()
+
 
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with a policy for the beginning-of-sequence token.
@@ -317,13 +338,7 @@ class TextTokenizer:
         raw = map(self._with_opening, self._raw(new)) if self.written else self._raw(new, True)
         whole = map(self._with_padding, map(self._with_bos, raw))
         whole = map(self._with_start, whole) if self.starts else whole
-        kept.update(zip(new, whole, strict=True))
-        encoded = [kept[text] for text in texts]
-        kept.characters += sum(map(len, new))
-        if len(kept) > _BATCH and kept.characters > _CACHED_TEXT:
-            kept.clear()
-            kept.characters = 0
-        return encoded
+        return kept.add(new, whole, texts)
 
     @cached_property
     def _kept(self) -> _CachedEncodings:
@@ -331,9 +346,11 @@ class TextTokenizer:
         return _CachedEncodings()
 
     def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[EncodedText]:
+        shared = _shared_encodings(self.hash, add_special=add_special)
+        new = [text for text in dict.fromkeys(texts) if text not in shared]
         out: list[EncodedText] = []
-        for start in range(0, len(texts), _BATCH):
-            batch = list(texts[start : start + _BATCH])
+        for start in range(0, len(new), _BATCH):
+            batch = new[start : start + _BATCH]
             for e in self._backend.encode_batch(batch, add_special_tokens=add_special):
                 special, offsets = _flags(tuple(e.special_tokens_mask)), e.offsets
                 if True in special:
@@ -341,7 +358,7 @@ class TextTokenizer:
                     offsets = [(0, 0) if added else at for at, added in pairs]
                 _place_prefixes(e, offsets, special)
                 out.append(EncodedText(tuple(e.ids), tuple(starmap(_place, offsets)), special))
-        return out
+        return shared.add(new, out, texts)
 
     def _with_opening(self, encoded: EncodedText) -> EncodedText:
         """Mark a beginning-of-sequence token in the text itself as an added special token."""
