@@ -98,9 +98,9 @@ def trained_by_hand(start: Tensor, ids: list[int]) -> tuple[Tensor, float]:
 @pytest.mark.parametrize("seed", range(3))
 def test_boundless_training_finds_the_size_of_a_planted_subspace(seed: int, tmp_path: Path) -> None:
     model, plane = planted()
-    path = write_planted(tmp_path, seed, 2)
+    path = write_planted(tmp_path, seed, 2, steps=1500)
     text = path.read_text("utf-8").replace("das(dims: 2)", "boundless_das(penalty: 10)")
-    path.write_text(text.replace("steps: 150", "steps: 1500"), "utf-8")
+    path.write_text(text, "utf-8")
     given = {"m": (model, word_tokenizer())}
     (found,) = mechdsl.fit(path, given, store=tmp_path / "store")
     result = mechdsl.run(path, given, store=tmp_path / "store").files[0]

@@ -330,7 +330,7 @@ def planted() -> tuple[Any, Tensor]:
     return unchanged(model.eval()), plane
 
 
-def write_planted(folder: Path, seed: int, dims: int) -> Path:
+def write_planted(folder: Path, seed: int, dims: int, steps: int = 90) -> Path:
     random = np.random.default_rng(7)
     lines: list[str] = []
     while len(lines) < 80:
@@ -342,8 +342,9 @@ def write_planted(folder: Path, seed: int, dims: int) -> Path:
     (folder / "planted.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     site = "resid_post layer 0"
     declared = (
-        f"basis d = fit(das(dims: {dims}), prompts: planted.train, from: swapped, steps: 90, "
-        f"batch: 16, rate: 0.05, seed: {seed}, maximise: logprob(answer of swapped)) at {site}\n"
+        f"basis d = fit(das(dims: {dims}), prompts: planted.train, from: swapped, "
+        f"steps: {steps}, batch: 16, rate: 0.05, seed: {seed}, "
+        f"maximise: logprob(answer of swapped)) at {site}\n"
         f"basis r = random(dims: {dims}) at {site}\n"
     )
     rank = "measure rank(answer of swapped) as raw"
