@@ -342,7 +342,8 @@ def run(
             fresh=fresh,
         )
         problems: list[Diagnostic] = []
-        if fit or "discover" in source.text:  # few files need a second check
+        finds = "discover" in source.text or "search" in source.text
+        if fit or finds:  # few files need a second check
             _, problems = _train(source, models, options, progress, discovered=not fit)
         failed = [each for each in problems if each.severity == "error"]
         warn_diagnostics([each for each in problems if each not in failed])

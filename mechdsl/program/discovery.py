@@ -70,7 +70,7 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
         due = [line for line in each.statements if isinstance(line, ast.Discover)]
         wrong = list(_problems(each, due)) if due else []
         problems += wrong
-        if due and not wrong and _may_exist(each, own, imports=imports):
+        if due and not wrong and may_exist(each, own, imports=imports):
             names.add(due[0].what.id)
             found += _expanded(each, due[0], unsplit, metrics)
         else:
@@ -117,13 +117,13 @@ def _expanded(
         ast.Argument(_aim(metric, metrics), metric, span=metric.span),
     ]
     if use.limit is not None:
-        limit = _amount(use.limit, use)
+        limit = amount_of(use.limit, use)
         arguments.append(ast.Argument("limit", limit, span=use.span))
     yield ast.CircuitDef(line.what, source=ast.Call("fit", tuple(arguments), span=span), span=span)
     site = ast.Site((line.what,), span=span)
     fill = ast.Name(other.name, span=other.span)
     rule = ast.Rule(ast.Ablate(site, all_tokens(), fill, all_but=True, span=span), span=span)
-    tested = use if use.prompts[0].name in unsplit else _test_part(use)
+    tested = use if use.prompts[0].name in unsplit else test_part(use)
     changed = {id(line): rule, id(into): _swapped(into), id(use): tested}
     lines = (changed.get(id(each)) or _with_faithfulness(each) for each in experiment.statements)
     yield replace(experiment, statements=tuple(lines))
@@ -143,7 +143,8 @@ def _metric_name(metric: ast.Expr) -> str:
     return metric.id if isinstance(metric, ast.Name) else ""
 
 
-def _test_part(use: ast.UsePrompts) -> ast.UsePrompts:
+def test_part(use: ast.UsePrompts) -> ast.UsePrompts:
+    """Return a line that names the part `test` of its block."""
     return replace(use, prompts=(replace(use.prompts[0], part="test"),))
 
 
@@ -170,7 +171,7 @@ def _method(line: ast.Discover) -> ast.Call:
         assert isinstance(line.until, ast.Compare)
         name, value = FAITHFULNESS, line.until.right
     elif line.top is not None:
-        name, value = "size", _amount(line.top, line)
+        name, value = "size", amount_of(line.top, line)
     else:
         return made
     more = ast.Argument(name, value, span=line.span)
@@ -182,7 +183,7 @@ def _call(line: ast.Discover) -> ast.Call:
     return ast.Call(own.id, (), span=own.span) if isinstance(own, ast.Name) else own
 
 
-def _amount(amount: int | str, of: ast.Node) -> ast.Number | ast.Name:
+def amount_of(amount: int | str, of: ast.Node) -> ast.Number | ast.Name:
     """Return a count, or the parameter that has it."""
     if isinstance(amount, str):
         return ast.Name(amount, span=of.span)
@@ -277,21 +278,21 @@ def _run_problems(experiment: ast.ExperimentDef, line: ast.Discover) -> Iterator
             yield _wrong(each, reason, f"write `prompts {each.prompts[0].name}`")
 
 
-def _may_exist(
+def may_exist(
     experiment: ast.ExperimentDef, blocks: Mapping[str, ast.PromptsDef], *, imports: bool
 ) -> bool:
-    """Whether the block and the run of an experiment may exist. Their own lines report a misspelt
+    """Whether the block and the runs of an experiment may exist. Their own lines report a misspelt
     one.
 
     imports: whether the file imports others, which may have the block.
     """
     use = next(each for each in experiment.statements if isinstance(each, ast.UsePrompts))
-    into = next(each for each in experiment.statements if isinstance(each, ast.FromInto))
+    into = (each for each in experiment.statements if isinstance(each, ast.FromInto))
+    runs = {ref.name for each in into for ref in (*each.sources, *each.bases)} - {CLEAN}
     block = blocks.get(use.prompts[0].name)
     if block is None:
         return imports
-    named = (line.name.id for line in block.lines if isinstance(line, ast.Corrupt))
-    return into.bases[0].name in named
+    return runs <= {line.name.id for line in block.lines if isinstance(line, ast.Corrupt)}
 
 
 def _effect_problems(experiment: ast.ExperimentDef, line: ast.Discover) -> Iterator[Diagnostic]:

@@ -44,6 +44,7 @@ from mechdsl.program.directions import (
     lower_direction,
 )
 from mechdsl.program.discovery import expand_discoveries
+from mechdsl.program.group_searches import expand_searches
 from mechdsl.program.images import IMAGE_SPAN, MEAN_IMAGE, averaged_block, averaged_blocks
 from mechdsl.program.measures import (
     label_by_position,
@@ -528,10 +529,12 @@ def _note_splits(automatic: Mapping[str, tuple[str, ...]], parts: Definitions) -
 def _expand_circuits(
     tree: ast.File, scope: Namespace
 ) -> tuple[ast.File, frozenset[str], dict[str, tuple[str, ...]]]:
-    """Return a file without `discover` whose trained circuits have rows for a test, the circuits
-    that are discovered, and those that blocks are split for."""
+    """Return a file without `discover` and `search` whose trained circuits have rows for a test,
+    the circuits and groups that are found, and those that blocks are split for."""
     tree, discovered, problems = expand_discoveries(tree)
-    scope.diagnostics.extend(problems)
+    tree, groups, others = expand_searches(tree)
+    scope.diagnostics.extend([*problems, *others])
+    discovered |= groups
     tree, automatic = split_rows_of_circuits(tree, discovered)
     return tree, discovered, automatic
 

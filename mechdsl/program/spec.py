@@ -901,7 +901,8 @@ class Program(Spec):
     groups: dict[str, Group] = field(default_factory=dict)
     circuits: dict[str, Circuit] = field(default_factory=dict)
     discovered: frozenset[str] = frozenset()
-    """Circuits that experiments discover: a run trains them first."""
+    """Circuits that experiments discover, and groups that they search for: a run trains them
+    first."""
     directions: dict[str, Direction] = field(default_factory=dict)
     bases: dict[str, Basis] = field(default_factory=dict)
     metrics: dict[str, ExprText] = field(default_factory=dict)

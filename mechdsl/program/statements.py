@@ -13,7 +13,6 @@ from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, RepeatedStatement, UnknownName
 from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
 from mechdsl.program import spec
-from mechdsl.program.effect_trainers import SEARCH_EXAMPLE
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN
 from mechdsl.syntax import ast
@@ -23,12 +22,6 @@ from mechdsl.syntax.words import COORDINATE_OBSERVATIONS, VERBS
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
 
-
-# Valid syntax that no stage executes yet, by node class.
-UNSUPPORTED_NODES: dict[type[ast.Node], tuple[str, str]] = {
-    ast.Search: ("`search`", f"fit a circuit: {SEARCH_EXAMPLE}"),
-}
-"""Statements of the language that no stage executes yet → what they are, and a hint."""
 
 BASIS_HINT = (
     "use a basis in `patch`, `ablate`, `set`, `add`, `scale`, `clamp` and `observe value`, at the "
@@ -114,10 +107,11 @@ class Statements:
                     self.later(statement.span, f"a `{word}` within a `for`")
                     if isinstance(statement, ast.SaveDirection):  # which may need no prompts
                         self.saved_directions.append(statement)
-                case ast.Discover():
+                case ast.Discover() | ast.Search():
                     self.unsupported = True
                     if loops:  # its other errors are reported
-                        self.later(statement.span, "a `discover` within a `for`")
+                        word = "discover" if isinstance(statement, ast.Discover) else "search"
+                        self.later(statement.span, f"a `{word}` within a `for`")
                 case ast.RunDef():
                     self.derived.append(statement)
                 case ast.Save():
@@ -146,8 +140,6 @@ class Statements:
                     self.reports.append(statement)
                 case ast.Expect():
                     self.expects.append(statement)
-                case _:
-                    self.later(statement.span, *UNSUPPORTED_NODES[type(statement)])
 
     def _with_coordinates(self, statement: NodeT) -> NodeT:
         """Return a statement that names the coordinates of groups that a training chooses from,
@@ -248,9 +240,7 @@ class Statements:
         """Whether all parts can be executed; E0108 at those that can't."""
         before, whole = len(self.diagnostics), set[Span]()
         for node in walk(statement):
-            if type(node) in UNSUPPORTED_NODES:
-                self.later(node.span, *UNSUPPORTED_NODES[type(node)])
-            elif isinstance(node, ast.ObserveFeatures):
+            if isinstance(node, ast.ObserveFeatures):
                 known = self.scope.use("basis", node.basis.id, node.basis.span)
                 self.unsupported = self.unsupported or not known
             elif isinstance(node, ast.Name) and self._chooses_positions(node.id):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeGuard
 
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownName
@@ -58,10 +59,11 @@ def split_rows_of_circuits(
 
     If an experiment on a block without `split` uses a circuit that is trained on this block, the
     block has the line `split 80%`, or `split 50%` if an experiment discovers the circuit. Circuits
-    are trained on its part `train`, and experiments that use them have the part `test`.
+    are trained on its part `train`, and experiments that use them have the part `test`. The same
+    is done for groups that experiments search for.
 
     Args:
-        discovered: Circuits that experiments discover.
+        discovered: Circuits that experiments discover, and groups that they search for.
 
     Returns:
         The file, and the names of the circuits that are trained on each block that is split.
@@ -70,7 +72,7 @@ def split_rows_of_circuits(
     trained = {
         each.name.id: block
         for each in tree.statements
-        if isinstance(each, ast.CircuitDef) and (block := _block_of(each)) in own
+        if _is_split_for(each, discovered) and (block := _block_of(each)) in own
     }
     uses = {
         number: used
@@ -86,7 +88,7 @@ def split_rows_of_circuits(
         if isinstance(each, ast.PromptsDef) and each.name.id in split:
             here = any(name in discovered for name in split[each.name.id])
             each = with_split(each, DISCOVERED_SHARE if here else TRAINED_SHARE)
-        elif isinstance(each, ast.CircuitDef) and trained.get(each.name.id) in split:
+        elif _is_split_for(each, discovered) and trained.get(each.name.id) in split:
             assert each.source is not None
             arguments = tuple(map(_train_part, each.source.arguments))
             each = replace(each, source=replace(each.source, arguments=arguments))
@@ -95,6 +97,16 @@ def split_rows_of_circuits(
             each = replace(each, statements=tuple(lines))
         found.append(each)
     return replace(tree, statements=tuple(found)), split
+
+
+def _is_split_for(
+    statement: ast.TopLevel, discovered: Collection[str]
+) -> TypeGuard[ast.CircuitDef | ast.GroupDef]:
+    """Whether a block without `split` is split for what a statement defines: for all circuits, and
+    for groups that experiments search for."""
+    if not isinstance(statement, ast.CircuitDef | ast.GroupDef) or statement.source is None:
+        return False
+    return isinstance(statement, ast.CircuitDef) or statement.name.id in discovered
 
 
 def with_split(block: ast.PromptsDef, share: float) -> ast.PromptsDef:
@@ -114,9 +126,9 @@ def find_unsplit_blocks(tree: ast.File) -> dict[str, ast.PromptsDef]:
     }
 
 
-def _block_of(circuit: ast.CircuitDef) -> str | None:
-    """Return the block that a circuit is trained on, without a part or a run; None if its rows may
-    be measured."""
+def _block_of(circuit: ast.CircuitDef | ast.GroupDef) -> str | None:
+    """Return the block that a circuit or a group is trained on, without a part or a run; None if
+    its rows may be measured."""
     if circuit.source is None or circuit.source.name != "fit":
         return None
     given = {each.name: each.value for each in circuit.source.arguments}

@@ -1187,7 +1187,8 @@ def _resolve_joined(
     # a group may name a point twice, for example directly and in a pick
     points = list(dict.fromkeys(points))
     plain = len(sites) == 1 and sites[0].ranked is None
-    label = label_points(points) if plain else site.span.written
+    name = site.span.written if site.bare is None else site.bare.id  # without a line in the file
+    label = label_points(points) if plain else name
     return SiteTargets((), {(): tuple(points)}, {(): label}), ()
 
 

@@ -32,6 +32,7 @@ from mechdsl.program.trainers import (
     DirectionTrainer,
     EdgeScoreTrainer,
     EditTrainer,
+    NodeSearchTrainer,
     RotationTrainer,
     trainer_call,
 )
@@ -561,10 +562,16 @@ def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
     reason = f"`size: {size}` leaves out none of the {sites}"
     if size > count:
         reason = f"`size` is {size:,}, but there are only {sites}"
+    smaller = "a smaller `size`"
+    if isinstance(trainer, NodeSearchTrainer):  # perhaps `up to 3` in the file
+        reason = f"a group of {count_noun(size, mask.noun)} leaves out none of the {sites}"
+        if size > count:
+            reason = f"the group may have {size:,} {mask.noun}s, but there are only {sites}"
+        smaller = "a smaller number"
     return BadBasis(
         span=training.span,
         reason=reason,
-        hint=f"name more {mask.noun}s, or write a smaller `size`",
+        hint=f"name more {mask.noun}s, or write {smaller}",
         what=mask.declares,
     )
 

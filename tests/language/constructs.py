@@ -369,6 +369,21 @@ _file(
     "Conmy et al. 2023, arXiv 2304.14997; Hanna et al. 2024, arXiv 2403.17806",
 )
 _file(
+    "group: searched for",
+    "experiment e { prompts fruit search greedy heads up to 3 ablate layer * head * at last token "
+    "with zero measure loss as delta }",
+    "Chooses a group and tests it. It stands for `group e_heads = fit(forward_selection(size: 3), "
+    "prompts: fruit, with: zero, maximise: METRIC) at layers * heads * at last token`, with the "
+    "metric of the first measure, and for `ablate e_heads at last token with zero`. The group is "
+    "named after the experiment and the candidates: `heads`, `mlps`, `neurons`, `features`, `dims` "
+    "or `layers`. Halves of the rows, or the parts of `split`, choose and test. `mechdsl run` runs "
+    "the search first. The experiment has one block, one rule `ablate … with zero`, `with mean` or "
+    "`patch` with an axis over the candidates, and no `for`, `generate` or `using`; its first "
+    "effect is `delta` or `raw` (E0207). Other experiments may use the group.",
+    "tests/pipeline/test_searched_groups.py",
+    "Zhou et al. 2024, arXiv 2410.13708",
+)
+_file(
     "circuit: from a file",
     'circuit c = saved("circuit.json")',
     "The edges that a JSON file of EAP-IG or MIB marks with `in_graph: true`, the edges of a "

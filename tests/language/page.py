@@ -46,8 +46,7 @@ mechdsl explain freeze
 ```
 
 Each row has an example, its meaning, the source of the definition, and the test that checks it.
-mechdsl parses some further constructs but rejects them with [E0108](errors/E0108.md):
-`search`, and some combinations of others.
+mechdsl rejects some combinations of constructs with [E0108](errors/E0108.md).
 
 These terms and rules apply throughout the page:
 

@@ -1,0 +1,244 @@
+"""Groups that an experiment searches for and tests, against their definitions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mechdsl
+
+from ..cli.conftest import Command, command
+from ..quick import some
+
+__all__ = ["command"]
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+LM = 'model lm = zoo("names")'
+DIFFERENCE = "logit(wrong) - logit(answer)"
+BLOCK = """
+prompts ioi {
+  io in ["Mary", "John", "Tom", "Anna", "Luke"]
+  s = other(io)
+  place in ["shop", "park"]
+  template "When {io} and {s1 = s} went to the {place}, {s2 = s} gave a bag to"
+  answer " {io}"
+  wrong " {s}"
+  corrupt abc { io, s1, s2 = others(io, s) }
+}
+"""
+HEADS = "ablate layer * head * at tokens * with zero"
+
+
+def searches(
+    search: str = "greedy heads up to 2",
+    rule: str = HEADS,
+    *more: str,
+    name: str = "e",
+    use: str = "prompts ioi limit 12",
+    run: str = "",
+    measure: str = f"measure {DIFFERENCE} as delta",
+) -> str:
+    lines = (use, run, f"search {search}", rule, measure, *more)
+    return f"experiment {name} {{\n" + "".join(f"  {each}\n" for each in lines if each) + "}\n"
+
+
+def defined(
+    what: str, size: int, source: str, sites: str, at: str, rule: str, run: str = ""
+) -> tuple[str, str]:
+    """The block and the rest of a file with the definition that `searches` stands for."""
+    block = BLOCK.replace("  corrupt", "  split 50%\n  corrupt")
+    group = (
+        f"group e_{what} = fit(forward_selection(size: {size}), prompts: ioi.train, limit: 12, "
+        f"{source}, maximise: {DIFFERENCE}) at {sites} at {at}\n"
+    )
+    lines = ("prompts ioi.test limit 12", run, rule, f"measure {DIFFERENCE} as delta")
+    text = group + "experiment e {\n" + "".join(f"  {each}\n" for each in lines if each) + "}\n"
+    return block, text
+
+
+def write(folder: Path, *parts: str, block: str = BLOCK) -> Path:
+    path = folder / "file.mech"
+    path.write_text("\n".join(["mech 1", LM, block, *parts]), encoding="utf-8")
+    return path
+
+
+def run(path: Path, name: str = "e", **options: Any) -> Any:
+    return mechdsl.run(path, store=path.parent / "store", **options)[name]
+
+
+CASES = {
+    "heads": (
+        ("greedy heads up to 2", HEADS),
+        ("heads", 2, "with: zero", "layers * heads *", "tokens *"),
+        ("ablate e_heads at tokens * with zero", ""),
+    ),
+    "patch": (
+        ("greedy heads up to 2", "patch layer * head * at last token"),
+        ("heads", 2, "from: abc", "layers * heads *", "last token"),
+        ("patch e_heads at last token", "from abc into clean"),
+    ),
+    "some": (
+        ("greedy heads up to 1", "ablate layer 1 head 0..2 at last token with mean"),
+        ("heads", 1, "with: mean", "layers 1 heads 0..2", "last token"),
+        ("ablate e_heads at last token with mean", ""),
+    ),
+    "mlps": (
+        ("greedy mlps up to 1", "ablate mlp_out layer * at last token with zero"),
+        ("mlps", 1, "with: zero", "mlp_out layers *", "last token"),
+        ("ablate e_mlps at last token with zero", ""),
+    ),
+    "neurons": (
+        ("greedy neurons up to 2", "ablate mlp_hidden layer 1 neuron 0..7 at last token with mean"),
+        ("neurons", 2, "with: mean", "mlp_hidden layers 1 neurons 0..7", "last token"),
+        ("ablate e_neurons at last token with mean", ""),
+    ),
+    "dims": (
+        ("greedy dims up to 2", "ablate resid_post layer 1 dim 0..7 at last token with mean"),
+        ("dims", 2, "with: mean", "resid_post layers 1 dims 0..7", "last token"),
+        ("ablate e_dims at last token with mean", ""),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", some(CASES, ["heads", "patch"]))
+def test_searched_group_equals_its_definition(name: str, tmp_path: Path) -> None:
+    (search, rule), given, (own_rule, source) = CASES[name]
+    path = write(tmp_path, searches(search, rule, "against none", run=source))
+    found = run(path)
+    block, rest = defined(*given, own_rule, source)
+    rest = rest.replace(" as delta\n", " as delta\n  against none\n")
+    expected = run(write(tmp_path, rest, block=block), fit=True)
+    own, other = found.measures[0], expected.measures[0]
+    np.testing.assert_array_equal(own.patched, other.patched)
+    np.testing.assert_array_equal(own.base, other.base)
+    assert np.abs(own.patched - own.base).max() > 1e-3
+    group = f"e_{given[0]}"
+    assert found.conventions[f"group {group}"] == expected.conventions[f"group {group}"]
+    if name in ("heads", "patch"):
+        assert found.cells[0].name == expected.cells[0].name == group
+
+
+def test_run_searches_and_tests_next_to_random_groups(tmp_path: Path, command: Command) -> None:
+    other = (
+        f"group d = fit(atp(size: 1), prompts: ioi, with: zero, maximise: {DIFFERENCE}, "
+        "measure_on_training_rows: true) at layers * heads * at last token\n"
+        "experiment other {\n  prompts ioi\n  ablate d at last token with zero\n"
+        f"  measure {DIFFERENCE} as delta\n}}\n"
+    )
+    path = write(tmp_path, searches(), other)
+    shown = command("run", path, "--store", tmp_path / "s")
+    assert shown.status != 0
+    assert "error[E0642]: `d` isn't trained" in shown.err
+    assert "e: delta of" in shown.out
+    assert "added for trained `e_heads`" in " ".join(shown.out.split())
+    text = " ".join(shown.out.split())
+    assert "part `test` of a 50% split (automatic: `e_heads` is trained on part `train`)" in text
+    assert " e_heads  " in shown.err  # the table of trainings
+
+
+def test_searched_group_is_known_in_other_experiments(tmp_path: Path) -> None:
+    curve = (
+        "experiment curve {\n  prompts ioi limit 12\n"
+        "  for n in 1..2 { ablate top n of e_heads at tokens * with zero }\n"
+        f"  measure {DIFFERENCE} as delta\n  against none\n}}\n"
+    )
+    block, _ = defined(*CASES["heads"][1], "", "")
+    for own in (BLOCK, block):
+        use = "ioi" if own == BLOCK else "ioi.test"
+        path = write(
+            tmp_path, searches(), curve.replace("prompts ioi", f"prompts {use}"), block=own
+        )
+        results = mechdsl.run(path, store=tmp_path / "store")
+        both = results["curve"].measures[0].patched[-1]
+        np.testing.assert_allclose(both, results["e"].measures[0].patched[0], atol=1e-5)
+
+
+def test_run_without_a_store_reports_e0642(tmp_path: Path, command: Command) -> None:
+    shown = command("run", write(tmp_path, searches()), "--no-store")
+    assert "error[E0642]: `e_heads` isn't trained: the run has no store" in shown.err
+
+
+def test_plan_counts_the_search(tmp_path: Path) -> None:
+    assert "e_heads" in str(mechdsl.plan(write(tmp_path, searches())))
+
+
+def test_size_may_be_a_parameter(tmp_path: Path) -> None:
+    path = write(tmp_path, "param n = 2", searches("greedy heads up to n"))
+    same = write(tmp_path, searches())
+    first, second = (run(each).measures[0].patched for each in (path, same))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_formatted_statement_parses_to_itself(tmp_path: Path, command: Command) -> None:
+    path = write(tmp_path, searches())
+    assert command("fmt", path).status == 0
+    assert "  search greedy heads up to 2\n" in path.read_text("utf-8")
+
+
+PATCH = "patch layer * head * at last token"
+INTO = "from abc into clean"
+ERRORS = {
+    "method": (searches("beam heads up to 2"), "E0207", "write `search greedy heads up to 3`"),
+    "typo": (searches("gredy heads up to 2"), "E0207", "did you mean `greedy`?"),
+    "candidates": (searches("greedy head up to 2"), "E0207", "did you mean `heads`?"),
+    "other": (searches("greedy experts up to 2"), "E0207", "write one of `heads`"),
+    "zero": (searches("greedy heads up to 0"), "E0207", "write `up to 3`"),
+    "unknown size": (searches("greedy heads up to k"), "E0201", "add `param k = 3`"),
+    "no rule": (searches(rule=""), "E0207", "add a line such as `ablate layer * head *"),
+    "two rules": (searches("greedy heads up to 2", HEADS, HEADS), "E0207", "keep one of them"),
+    "plural": (searches(rule=HEADS.replace("head *", "heads *")), "E0207", "write `head *`"),
+    "one head": (searches(rule="ablate L0H1 at tokens * with zero"), "E0207", "layer * head *"),
+    "axis": (searches("greedy mlps up to 1"), "E0207", "or `search greedy heads …`"),
+    "window": (
+        searches("greedy mlps up to 1", "ablate mlp_out layer * window 3 at tokens * with zero"),
+        "E0207",
+        "remove `window`",
+    ),
+    "position": (searches(rule=HEADS.replace("tokens", "token")), "E0207", "`{A, B}`"),
+    "fill": (searches(rule=HEADS.replace("zero", "resample")), "E0207", "`with mean`"),
+    "onto": (
+        searches(rule=f"{PATCH} onto first token", run=INTO),
+        "E0207",
+        "write `patch SITE at POSITION`",
+    ),
+    "verb": (searches(rule="scale layer * head * at tokens * by 2"), "E0207", "write `ablate"),
+    "reversed": (searches(rule=PATCH, run="from clean into abc"), "E0207", INTO),
+    "no run": (searches(rule=PATCH), "E0602", ""),
+    "misspelt run": (searches(rule=PATCH, run="from abd into clean"), "E0201", "did you mean"),
+    "misspelt block": (searches(use="prompts iox"), "E0201", "did you mean `ioi`?"),
+    "effect": (searches(measure="measure logit(answer) as recovery"), "E0207", "as delta"),
+    "place": (searches(measure="measure entropy at s2 token as raw"), "E0207", "name no position"),
+    "no measure": (searches(measure=""), "E0207", "add one"),
+    "second": (
+        searches("greedy heads up to 2", HEADS, "search greedy heads up to 1"),
+        "E0207",
+        "for each",
+    ),
+    "replies": (searches("greedy heads up to 2", HEADS, "generate 3"), "E0207", "another"),
+    "estimate": (searches("greedy heads up to 2", HEADS, "using atp"), "E0207", "another"),
+    "loop": (
+        searches().replace("search", "for l in 0..1 { search").replace("2\n", "2 }\n"),
+        "E0108",
+        "",
+    ),
+    "too many": (
+        searches("greedy heads up to 8", HEADS, "against none"),
+        "E0342",
+        "of the 8 sites",
+    ),
+    "taken": ("group e_heads = L0H1\n" + searches(), "E0202", "rename"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_invalid_search_reports_code_and_fix(case: str, tmp_path: Path) -> None:
+    text, code, said = ERRORS[case]
+    found = mechdsl.validate(write(tmp_path, text)).errors
+    assert code in [each.code for each in found], found.render()
+    assert said in found.render(), found.render()
+    assert len(found) <= 2, found.render()
