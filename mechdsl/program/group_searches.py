@@ -21,7 +21,7 @@ from mechdsl.program.basis_methods import FILLS
 from mechdsl.program.discovery import amount_of, may_exist, test_part
 from mechdsl.program.references import lists_positions
 from mechdsl.program.spec import CLEAN
-from mechdsl.program.trainings import is_split
+from mechdsl.program.trainings import find_unsplit_blocks
 from mechdsl.syntax import ast
 
 METHOD, TRAINER = "greedy", "forward_selection"
@@ -65,7 +65,7 @@ def expand_searches(tree: ast.File) -> Searches:
     A statement with an error, whose code is E0207, remains in its experiment.
     """
     blocks = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
-    unsplit = {name for name, each in blocks.items() if not is_split(each)}
+    unsplit = find_unsplit_blocks(tree).keys()
     imports = any(isinstance(each, ast.Use) for each in tree.statements)
     names: set[str] = set()
     problems: list[Diagnostic] = []
