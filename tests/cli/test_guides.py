@@ -52,6 +52,7 @@ METHODS = [
     "Induction heads",
     "Faithfulness of a circuit",
     "Choose heads by scores",
+    "Search for a group of heads",
     "Discover a circuit",
     "Edges of a circuit",
     "Give edges positions",
