@@ -209,7 +209,7 @@ def test_recipe_runs_and_its_expectations_hold(
         else:
             path = save(fence)
             assert ran(command, f"mechdsl fmt --check {path}") == "", "not in canonical form"
-            if re.search(r" = fit\(|^  discover ", fence.content, re.M):
+            if re.search(r" = fit\(|^  (discover|search) ", fence.content, re.M):
                 monkeypatch.delenv("MECHDSL_STORE")
                 assert command("fit", str(path)).status == 0
             printed = ran(command, f"mechdsl run {path}")

@@ -372,7 +372,7 @@ _file(
     "group: searched for",
     "experiment e { prompts fruit search greedy heads up to 3 ablate layer * head * at last token "
     "with zero measure loss as delta }",
-    "Chooses a group and tests it. It stands for `group e_heads = fit(forward_selection(size: 3), "
+    "Finds and tests a group. It stands for `group e_heads = fit(forward_selection(size: 3), "
     "prompts: fruit, with: zero, maximise: METRIC) at layers * heads * at last token`, with the "
     "metric of the first measure, and for `ablate e_heads at last token with zero`. The group is "
     "named after the experiment and the candidates: `heads`, `mlps`, `neurons`, `features`, `dims` "

@@ -317,7 +317,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "typo": ("size: 3", "siz: 3", "E0207", "did you mean `size`"),
     "other name": ("size: 3", "heads: 3", "E0207", "write `size: …`"),
     "zero": ("size: 3", "size: 0", "E0342", "whole number from 1 on"),
-    "all": ("size: 3", "size: 12", "E0342", "`size: 12` leaves out none of the 12 sites"),
+    "all": ("size: 3", "size: 12", "E0342", "a group of 12 sites leaves out none of the 12 sites"),
     "rate": ("other, ", "other, rate: 0.1, ", "E0207", "isn't trained in steps"),
     "seeds": ("other, ", "other, seeds: 2, ", "E0207", "declare a group for each seed"),
     "circuit": ("group g", "circuit g", "E0342", "choose edges: `circuit c = fit(acdc("),
