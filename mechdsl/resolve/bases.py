@@ -478,8 +478,7 @@ def _check_one_layer(definition: spec.Basis | None, node: ast.Node, sites: SiteT
         return
     if isinstance(find_trainer(trainer_call(call)), CrossLayerTrainer):
         reason = f"`{definition.name}` has features of {len(sites.points)} layers"
-        hint = "copy it with `mechdsl fit FILE --out FOLDER`, and observe those of one layer in "
-        hint += f'another file: `transcoder("FOLDER/{definition.name}") at mlp_out layer 1`'
+        hint = f"write `observe value mlp_out layer * feature * of {definition.name} at last token`"
         raise BasisError(node, reason, hint)
 
 
@@ -1050,7 +1049,9 @@ def _check_separable(site: ast.Site, bases: Sequence[PointBases], verb: str) -> 
     """Check that rules can `change` or `read` the features of single vectors."""
     for member in (member for points in bases for member in points.values()):
         own = member.operand
-        if isinstance(own, DictionaryFile) and own.write_obstacle:
+        if not isinstance(own, DictionaryFile) or (own.crosses_layers and verb == "read"):
+            continue
+        if own.write_obstacle:
             hint = "use a dictionary whose features depend on one vector of one layer, or observe "
             hint += "the features: `observe features of …`"
             if own.crosses_layers:

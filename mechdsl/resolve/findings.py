@@ -684,6 +684,36 @@ def check_rankable_features(experiment: ResolvedExperiment, basis: str) -> None:
         raise PickError(f"`{name}` ranks features of `{other}`, not {of}", "name the same basis")
 
 
+def _check_one_basis(finding: VariantFinding, written: str) -> None:
+    """Check that the selected cells have features of one basis: features with the same number in
+    different layers or heads are unrelated. Raises PickError.
+
+    Args:
+        written: The experiment as the file names it.
+    """
+    experiment = finding.experiment
+    families = [
+        points
+        for rule in experiment.rules
+        for points in (() if rule.basis is None else rule.basis.bases)
+        if len(points) > 1
+    ]
+    swept = [
+        axis
+        for axis in experiment.axes
+        if axis.name in ("layer", "head") and len(axis) > 1 and axis.name not in finding.chosen
+    ]
+    if not families or not swept:
+        return
+    names = " and ".join(f"{axis.name}s" for axis in swept)
+    places = ", ".join(f"{axis.name}: {axis.labels[0]}" for axis in swept)
+    site = " ".join(f"{axis.name} {axis.labels[0]}" for axis in swept)
+    raise PickError(
+        f"`{written}` ranks features of several {names}, whose numbers are unrelated",
+        f"rank those of one, `{experiment.name}({places})`, and write `{site}` before `features`",
+    )
+
+
 def check_rankable_tokens(
     experiment: ResolvedExperiment,
     table: PromptTable,
@@ -932,6 +962,7 @@ class FindingPicker:
                 return None
             for part in finding.parts:
                 check_rankable_features(part.experiment, basis)
+                _check_one_basis(part, node.of)
             there = None if finding.stands_in else f"`{node.of}` has {{}} features"
             ranked = finding.features
             count = count_picked(node, values, size if finding.stands_in else len(ranked), there)

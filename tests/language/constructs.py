@@ -715,7 +715,8 @@ _file(
     '"batch_topk" (default), "relu" or "jump_relu". `k` is the number of active features per token '
     "and layer on average. The loss is the squared error of all outputs, each in units of its "
     "variance. `attribution_graph(b)`, `graph_ablation(b)`, `graph_weight(b)` and `graph_probe(b)` "
-    "use it. Rules can't change its features (E0342).",
+    "use it, and `observe value mlp_out layer * feature * of b at last token` reads its features. "
+    "Rules can't change them (E0342).",
     "tests/pipeline/test_cross_layer_transcoders.py",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
 )

@@ -335,6 +335,37 @@ def test_cross_layer_transcoder_in_graphs_equals_its_exported_folder(tmp_path: P
             assert np.isfinite(mine.patched).all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_of_cross_layer_features_equal_hooks_in_every_layer(
+    family: str, tmp_path: Path
+) -> None:
+    """Observed for all layers, and in groups of a graph that name the features of one layer."""
+    value = "observe value mlp_out layer * feature * of c at last token as active"
+    line = "observe graph_weight(c, from: {}) logits toward answer - wrong at last token as {}"
+    text = [
+        experiment(value, name="seen", measure=""),
+        "group ranked = mlp_out layer 1 features top 3 of seen(layer: 1) of c\n",
+        experiment(line.format("ranked", "found"), name="by_rank", measure=""),
+    ]
+    path = write(tmp_path, fit(inner_of("relu"), "steps: 30, rate: 0.01"), *text)
+    (found,) = train(path, family)
+    reference = Reference(found.folder)
+    seen, by_rank = run(path, family).files[0].experiments
+    values = seen.measures[0].patched.reshape(3, FEATURES, -1)
+    for number, text_of_row in enumerate(rows("second")):
+        inputs, _ = layer_vectors(family, [text_of_row])
+        for layer, own in enumerate(reference.encode(inputs)):
+            expected = own[text_of_row.last].numpy()
+            np.testing.assert_allclose(values[layer, :, number], expected, atol=1e-4)
+    assert np.ptp(values.mean(axis=2), axis=1).min() > 0.01
+    best = np.argsort(-values[1].mean(axis=1))[:3]
+    listed = ", ".join(map(str, best))
+    text[1] = f"group ranked = mlp_out layer 1 features {listed} of c\n"
+    named = run(write(tmp_path, fit(inner_of("relu"), "steps: 30, rate: 0.01"), *text), family)
+    for one, two in zip(by_rank.measures, named.files[0].experiments[1].measures, strict=True):
+        np.testing.assert_allclose(one.patched, two.patched, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_cross_layer_transcoder_is_trained_and_read_back(
     kind: str, tmp_path: Path
@@ -429,7 +460,25 @@ def test_exported_cross_layer_transcoder_has_a_card(tmp_path: Path) -> None:
             fit(),
             experiment("observe features of c at last token", measure=""),
             "E0342",
-            '`transcoder("FOLDER/c") at mlp_out layer 1`',
+            "`observe value mlp_out layer * feature * of c at last token`",
+        ),
+        (
+            fit(),
+            experiment("observe value mlp_out layer * feature * of c at last token", measure="")
+            + "group g = features top 3 of e of c\n"
+            + experiment(
+                "observe graph_weight(c, from: g) logits toward answer at last token as w",
+                name="weighed",
+                measure="",
+            ),
+            "E0620",
+            "rank those of one, `e(layer: 0)`, and write `layer 0` before `features`",
+        ),
+        (
+            fit() + 'group g = saved("none.json", c)\n',
+            experiment("observe graph_ablation(c, features: g) logits toward answer", measure=""),
+            "E0342",
+            "none.json",
         ),
     ],
 )

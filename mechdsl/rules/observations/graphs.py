@@ -233,9 +233,13 @@ class AttributionGraphs(RowSetObservation, ObservationKind):
             for value in values:
                 group = work.program.groups.get(value.id) if isinstance(value, ast.Name) else None
                 written = " ".join(value.span.written.split())
+                if group is not None and not group.sites:  # reported where it is defined
+                    return None
                 if group is None or not group.names_features:
+                    every = work.program.groups.items()
+                    others = [name for name, other in every if other.names_features]
                     hint = "define one: `group people = features 3, 8 of t0`"
-                    hint = did_you_mean(written, work.program.groups, hint)
+                    hint = did_you_mean(written, others, hint)
                     _report_group(value, written, "isn't a group of features", hint, work)
                     return None
                 features = list_group_features(group, members, value, work)
