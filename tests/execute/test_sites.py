@@ -5,6 +5,7 @@ Prompts have different lengths, and the source's positions differ from the base'
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,7 @@ from .support import (
     patched,
     prompts,
     run_file,
+    token,
     unpatched,
 )
 
@@ -258,3 +260,21 @@ def test_patches_and_ablations_of_every_layer_equal_hooks(
 ) -> None:
     text, cells = file_of(family, WHOLE)
     compare(family, run_file(text, folder, bare(family), MODES[mode]), cells)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ablated_heads_leave_no_rounding_errors(folder: Path, mode: str) -> None:
+    """Where the embedding is 0, the norm after layer 0 would amplify what remains of the heads."""
+    model = copy.deepcopy(bare("llama"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token("w42")] = 0
+    text = "".join(
+        experiment(
+            site, "prompts p", f"ablate {site} layer 0 heads * at last token with zero", DIFFERENCE
+        )
+        for site in ("head_out", "z")
+    )
+    found = run_file(text, folder, model, MODES[mode])
+    by_site = {site: found[site].measures[0].patched for site in ("head_out", "z")}
+    assert np.abs(by_site["z"]).min() > 1e-2
+    np.testing.assert_allclose(by_site["head_out"], by_site["z"], atol=1e-6, rtol=0)

@@ -51,6 +51,7 @@ from mechdsl.forward.hooks.hook_points import (
     apply_scale,
     get_head_weights,
     get_scale,
+    project,
     project_heads,
     put_layout,
     undo_scale,
@@ -325,21 +326,18 @@ class SiteSteps:
     def heads(
         self, places: list[PlacedWrite], reads: list[SiteRead], layout: TensorLayout
     ) -> HookStep:
-        """Build a step for `head_out`: it changes the projection's output by a head's difference.
-
-        Differences of several heads at one row and position add up.
-        """
+        """Build a step for `head_out`: it replaces outputs of heads in the projection's output."""
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            z, weight = view_layout(given, layout), get_head_weights(module, layout)
             if places:
                 value = value.clone()
-                vectors = _WrittenHeads(places, z, weight)
+                vectors = _WrittenHeads(places, given, layout, module)
                 for place in places:
                     vectors.change(place)
                     self._done(place)
-                vectors.add_to(value)
+                vectors.put(value)
             if reads:
+                z, weight = view_layout(given, layout), get_head_weights(module, layout)
                 per_head = torch.einsum("bthd,hdm->bthm", z, weight)
                 for place in places:
                     place.change(per_head)
@@ -369,27 +367,49 @@ def _find_additions(value: Tensor, patches: Tensor, inserted: int) -> Tensor:
 
 
 class _WrittenHeads:
-    """Outputs of written heads; each vector appears once, even if several writes change it."""
+    """Outputs of written heads; each vector appears once, even if several writes change it.
 
-    def __init__(self, places: list[PlacedWrite], z: Tensor, weight: Tensor) -> None:
+    Args:
+        given: [B, T, …] the projection's input.
+        layout: The heads in it.
+    """
+
+    def __init__(
+        self, places: list[PlacedWrite], given: Tensor, layout: TensorLayout, projection: nn.Module
+    ) -> None:
         spots = [torch.stack([p.units, p.first, p.second]) for p in places]
         distinct, index = torch.cat(spots, dim=1).unique(dim=1, return_inverse=True)
+        tokens, token_of = distinct[1:].unique(dim=1, return_inverse=True)
         by_place = index.split([spot.shape[1] for spot in spots])
-        moved = indices_to_device([*distinct, *by_place], z.device)
-        units, self.first, self.second = moved[:3]
-        self.before = project_heads(z[self.first, self.second, units], distinct[0], weight)
+        moved = indices_to_device([*distinct, *tokens, token_of, *by_place], given.device)
+        self._units, first, second, *self._tokens, self._token_of = moved[:6]
+        z = view_layout(given, layout)
+        weight = get_head_weights(projection, layout)
+        self.before = project_heads(z[first, second, self._units], distinct[0], weight)
         self.now = self.before.clone()
-        self._index = iter(moved[3:])
+        self._index = iter(moved[6:])
+        self._given, self._layout, self._projection = given, layout, projection
 
     def change(self, place: PlacedWrite) -> None:
         """Apply the next write; writes must come in the order given to the constructor."""
         index = next(self._index)
         self.now[index] = place.changed(self.now[index])
 
-    def add_to(self, value: Tensor) -> None:
-        """Add the changes to the projection's output, [B, T, d_model]."""
-        difference = self.now - self.before
-        value.index_put_((self.first, self.second), difference, accumulate=True)
+    def put(self, value: Tensor) -> None:
+        """Replace the projection's output, [B, T, d_model], at the tokens whose heads changed.
+
+        It is the sum of the new outputs and of the other heads. Differences added to the old
+        output would leave its rounding errors, which a norm can amplify.
+        """
+        first, second = self._tokens
+        kept = self._given[first, second][None].clone()
+        view_layout(kept, self._layout)[0, self._token_of, self._units] = 0
+        output = project(self._projection, kept).reshape(len(first), -1)
+        output = output.index_add(0, self._token_of, self.now)
+        moves = (self.now != self.before).any(dim=-1).to(output.dtype)
+        changed = output.new_zeros(len(first)).index_add(0, self._token_of, moves) > 0
+        output = torch.where(changed[:, None], output, value[first, second])
+        value[first, second] = output
 
 
 TensorChange = Callable[[Tensor], Tensor]

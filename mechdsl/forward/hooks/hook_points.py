@@ -99,9 +99,23 @@ def _measure_linear_map(projection: nn.Module, nothing: Tensor) -> Tensor:
     Args:
         nothing: [in] zeros.
     """
+    every, none = torch.diag(nothing + 1), nothing[None]
+    return _call_without_hooks(projection, every) - _call_without_hooks(projection, none)
+
+
+def project(projection: nn.Module, given: Tensor) -> Tensor:
+    """Return the output of a linear map for other vectors than those of its call.
+
+    given: [1, K, …] as the map receives them.
+    """
+    with load_weights(unwrap_adapter(projection)):
+        return _call_without_hooks(projection, given)
+
+
+def _call_without_hooks(module: nn.Module, given: Tensor) -> Tensor:
     # The class's own forward, because a packed pass replaces the instance's.
-    forward: Any = type(projection).forward
-    return forward(projection, torch.diag(nothing + 1)) - forward(projection, nothing[None])
+    forward: Any = type(module).forward
+    return forward(module, given)
 
 
 def project_heads(z: Tensor, heads: Tensor, weight: Tensor) -> Tensor:
