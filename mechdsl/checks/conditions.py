@@ -605,7 +605,11 @@ class CellReader:
         )
 
     def site(self, node: ast.ArgumentValue) -> CellSelection:
-        """Parse a site; E0606 for the label of an axis without the axis."""
+        """Parse a site; E0606 for the label of an axis without the axis, and for an edge."""
+        if isinstance(node, ast.SiteMap) and "edge" in self.known.axes:
+            text = node.span.written
+            hint = f'write the edge as a quoted value of its axis: `edge: "{text}"`'
+            raise unreadable_expectation(node.span, f"`{text}` is not a site", hint)
         if not isinstance(node, ast.String):
             return parse_selection(node)
         text = node.span.written
