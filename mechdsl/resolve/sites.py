@@ -811,6 +811,10 @@ def _rank_numbers(group: spec.Group) -> list[int]:
     return [] if group.waits else [number for number in numbers if number is not None]
 
 
+LISTED_VALUES = 5
+"""Largest number of combinations of loop values that a convention lists."""
+
+
 def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> SiteTargets | None:
     """Leave out the points that `except` names; reports E0343 for an exception without effect."""
     exceptions: list[tuple[ast.Site | ast.AxisRange, _Exception]] = []
@@ -827,6 +831,7 @@ def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> Si
     points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
     labels: dict[AxisIndices, str] = {}
     counts: set[int] = set()
+    without = dict[str, None]()  # values of loops that leave no site
     for inner, values in context.combinations(named):
         chosen = dict(zip((name for name in context.loops if name in named), inner, strict=True))
         gone: set[SitePoint] = set()
@@ -837,6 +842,7 @@ def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> Si
                 return None
             gone |= own
         counts.add(len(gone))
+        empty = True
         for key, own in targets.points.items():
             at = dict(zip(targets.axes, key, strict=True))
             if any(at.get(name, index) != index for name, index in chosen.items()):
@@ -846,15 +852,22 @@ def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> Si
             if not kept and any(each.is_open for _, each in exceptions):
                 kept = own  # placeholders must not remove a cell
             points[full] = kept
+            empty &= not kept
             same = kept == own or not kept
             labels[full] = (
                 targets.labels[key] if same else f"{targets.labels[key]} except {written}"
             )
+        if empty:
+            without[", ".join(f"{name} {values[name]}" for name in values)] = None
     if not any(points.values()):
         _report_exception(site.excluded[0], "leaves no site", context)
         return None
     least, most = min(counts), max(counts)
-    said = f"{least} of {len(every)}" if least == most else f"{least} to {most} of {len(every)}"
+    said = f"{least if least == most else f'{least} to {most}'} of {len(every)} sites"
+    if without and targets.axes:
+        shown, more = [*without][:LISTED_VALUES], len(without) - LISTED_VALUES
+        listed = "; ".join(shown) + (f" and {more:,} more" if more > 0 else "")
+        said += f", which leaves no site and no cell for {listed}"
     # A site that is left out is no cell of a sweep. Without a sweep, the cell writes nothing.
     missing = frozenset(key for key, own in points.items() if not own and targets.axes)
     return SiteTargets(axes, points, labels, left_out=said, missing=missing)

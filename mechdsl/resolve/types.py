@@ -952,7 +952,8 @@ class SiteTargets(Record):
     sources: Mapping[AxisIndices, tuple[SitePoint, ...]] | None = None
     """Points that are read, if they differ from the points that are written (`into layer`)."""
     left_out: str = ""
-    """How many points `except` leaves out: `3 of 12`; empty without it."""
+    """How many points `except` leaves out: `3 of 12 sites`, and for which values of loops it leaves
+    none of a sweep; empty without it."""
     missing: frozenset[AxisIndices] = frozenset()
     """Keys of a sweep of which `except` leaves no point."""
 

@@ -308,6 +308,16 @@ def test_loop_cell_of_which_except_leaves_no_site_equals_the_base_run(
         assert found["plain"].conventions["inert"]
 
 
+def test_sweep_names_loop_values_of_which_except_leaves_no_cell(data: Path) -> None:
+    zeros = "at tokens * with zero"
+    text = experiment("ranked", f"ablate layer 1 head * {zeros}")
+    loop = f"for k in [1, 4] {{ ablate layer 1 head * except top k of ranked {zeros} }}"
+    found = run_file(text + experiment("swept", loop), data, "llama", "planned")["swept"]
+    assert {cell.coords["k"] for cell in found.cells} == {1}
+    said = ": 1 to 4 of 4 sites, which leaves no site and no cell for k 4"
+    assert found.conventions["except"].endswith(said)
+
+
 def test_except_top_sites_removes_cells_only_after_ranking(data: Path) -> None:
     """Until the ranked experiment has run, its first cells are placeholders for the best ones."""
     first = experiment("ranked", "ablate layer * head * at tokens * with zero")

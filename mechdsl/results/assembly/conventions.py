@@ -708,7 +708,7 @@ def _exceptions(rules: Sequence[ResolvedRule]) -> Iterator[str]:
         receivers = None if rule.path is None else rule.path.receivers
         for written, targets in ((rule.spec.site, rule.sites), (rule.spec.receiver, receivers)):
             if written is not None and targets is not None and targets.left_out:
-                yield f"`{' '.join(written.span.written.split())}`: {targets.left_out} sites"
+                yield f"`{' '.join(written.span.written.split())}`: {targets.left_out}"
 
 
 def _rule_notes(
