@@ -224,6 +224,10 @@ class MaskRows(EffectRows[Tensor]):
             found.append(sorted(order[: len(chosen)].tolist()))
         return found
 
+    def describe_random(self, chosen: Sequence[int], seed: int) -> str:
+        """Return how random choices were drawn, if it isn't as `against random` draws them."""
+        return ""
+
     def means(self, rows: Ints, written: Bools, batch: int) -> Floats:
         """Return [group]: the mean of the measure over rows while the candidates of a group are
         written, for groups of nodes.
@@ -593,13 +597,34 @@ class EdgeMaskRows(VectorMaskRows):
         return EdgeGraph(self.model.shape, circuit.neurons, circuit.features)
 
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
-        """Return random circuits of the same number of edges, as `against random` draws them."""
-        number = {edge: n for n, edge in enumerate(self.candidates)}
-        drawing = CircuitDraws(self.graph, [self.candidates[n] for n in chosen], seed)
-        drawn = drawing.draws(RANDOM_CONTROLS)
-        if len(drawn) < RANDOM_CONTROLS:  # there are hardly any others on paths
-            return super().random_choices(chosen, seed)
-        return [sorted(number[edge] for edge in edges) for edges in drawn]
+        """Return random circuits of the same number of edges, as `against random` draws them; any
+        edges, on paths or not, if there are fewer such circuits than random ones."""
+        return self._draw_on_paths(chosen, seed) or super().random_choices(chosen, seed)
+
+    def describe_random(self, chosen: Sequence[int], seed: int) -> str:
+        if self._draw_on_paths(chosen, seed):
+            return ""
+        count = count_noun(len(chosen), "edge")
+        return (
+            f"random circuits are any {count}, on paths to `logits` or not: fewer than "
+            f"{RANDOM_CONTROLS} others have all {count} on paths"
+        )
+
+    @cached_property
+    def _drawn(self) -> dict[tuple[tuple[int, ...], int], list[list[int]]]:
+        """What `_draw_on_paths` drew, by its arguments."""
+        return {}
+
+    def _draw_on_paths(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
+        """Return random circuits whose edges are all on paths; none if there are too few."""
+        key = tuple(chosen), seed
+        if key not in self._drawn:
+            number = {edge: n for n, edge in enumerate(self.candidates)}
+            drawing = CircuitDraws(self.graph, [self.candidates[n] for n in chosen], seed)
+            drawn = drawing.draws(RANDOM_CONTROLS)
+            found = [sorted(number[edge] for edge in edges) for edges in drawn]
+            self._drawn[key] = found if len(found) == RANDOM_CONTROLS else []
+        return self._drawn[key]
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
         return []
@@ -930,6 +955,7 @@ def train_mask(
         candidates=count,
         undecided=_count_undecided(likely, chosen),
         keeps=declared.keeps,
+        drawn=rows.describe_random(chosen, training.seed),
         trained=model.mean(measured, chosen),
         random=float(np.mean(random)),
         draws=len(random),
@@ -1969,6 +1995,7 @@ def _report(rows: EdgeRows, found: FoundCircuit) -> CircuitReport:
         candidates=len(every),
         selected=found.selected,
         made=found.made,
+        drawn=rows.describe_random(chosen, seed),
         trained=rows.mean_with(measured, chosen),
         random=float(np.mean(random)),
         draws=len(random),

@@ -1093,6 +1093,8 @@ class MaskReport(ChoiceReport):
     choices don't choose them."""
     noun: str = "site"
     """What one candidate is: `site`, `position`, `feature`, `dimension` or `edge`."""
+    drawn: str = ""
+    """How random choices were drawn, if it isn't as `against random` draws them."""
 
     @property
     def written(self) -> str:
@@ -1112,7 +1114,8 @@ class MaskReport(ChoiceReport):
         return f"{text}, with probabilities from {min(self.chosen.values()):.2f}"
 
     def remarks(self) -> list[str]:
-        return [*self._count_inactive(), self.list_chosen(), *super().remarks()]
+        drawn = [self.drawn] if self.drawn else []
+        return [*self._count_inactive(), self.list_chosen(), *drawn, *super().remarks()]
 
     def _count_inactive(self) -> list[str]:
         """Return how many candidates have no gate, as text; empty if all have one."""
@@ -1123,6 +1126,7 @@ class MaskReport(ChoiceReport):
     def describe(self) -> str:
         decided = f"{self.undecided} of {self.candidates} {self.noun}s undecided"
         more = [*self._count_inactive(), f"probabilities: {self.list_chosen()}", decided]
+        more += [self.drawn] if self.drawn else []
         return "; ".join([super().describe(), *more])
 
     def _describe_training(self, card: Mapping[str, Any]) -> list[str]:
@@ -1178,6 +1182,8 @@ class CircuitReport(ChoiceReport):
     """The measure of the clean run."""
     whole: float
     """The measure while every edge carries the other value."""
+    drawn: str = ""
+    """How random choices were drawn, if it isn't as `against random` draws them."""
 
     @property
     def written(self) -> str:
@@ -1193,12 +1199,14 @@ class CircuitReport(ChoiceReport):
         return _list_first([f"{name} ({score:.3g})" for name, score in self.chosen.items()])
 
     def remarks(self) -> list[str]:
-        return [f"scores {self.list_chosen()}", self.made, *super().remarks()]
+        drawn = [self.drawn] if self.drawn else []
+        return [f"scores {self.list_chosen()}", self.made, *drawn, *super().remarks()]
 
     def describe(self) -> str:
+        drawn = f" ({self.drawn})" if self.drawn else ""
         return (
-            f"to {self.objective}; {self.made}; {self._list_means()}; scores, on training rows: "
-            f"{self.list_chosen()}"
+            f"to {self.objective}; {self.made}; {self._list_means()}{drawn}; scores, on training "
+            f"rows: {self.list_chosen()}"
         )
 
     def _describe_training(self, card: Mapping[str, Any]) -> list[str]:

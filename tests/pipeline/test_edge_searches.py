@@ -22,7 +22,7 @@ from mechdsl.execute.mask_training import EdgeRows, EdgeSearch
 from mechdsl.fits.reports import CircuitReport
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.program.trainers import EdgeSearchTrainer
-from mechdsl.resolve.circuits import EdgeGraph
+from mechdsl.resolve.circuits import CircuitDraws, EdgeGraph
 from mechdsl.resolve.types import CircuitEdge
 
 from ..quick import in_turn, some
@@ -227,6 +227,21 @@ def test_greedy_search_ablates_the_least_important_edge(tmp_path: Path) -> None:
     assert {edge for edge, kept in zip(every, searched.kept, strict=True) if not kept} == {*ablated}
     assert searched.measured == 2 * count - 1
     assert searched.progress == (2, 2)
+
+
+@pytest.mark.parametrize("call", ["eap(size: 20)", "mask(size: 20, keep: true)"])
+def test_report_names_random_edges_where_few_circuits_are_on_paths(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = "validation: 50%, steps: 1" if call.startswith("mask") else "validation: 50%"
+    path = write(tmp_path, fit(options, call=call, at=PAIR), PATCHES)
+    real = CircuitDraws.draws
+    for most in (8, 7):
+        monkeypatch.setattr(CircuitDraws, "draws", lambda self, n, m=most: real(self, n)[:m])
+        (found,) = train(path, fresh=True)
+        said = "random circuits are any 20 edges, on paths to `logits` or not: fewer than 8 others"
+        for text in (found.report.describe(), "; ".join(found.report.remarks())):
+            assert (said in text) == (most == 7), text
 
 
 # --- files, checkpoints, keys and costs -----------------------------------------------------------
