@@ -124,12 +124,11 @@ def check_prompt_tokens(table: PromptTable, model: ModelContext) -> list[Diagnos
     if model.shape.takes == "image":
         return []
     rows = [row for run in table.runs.values() for row in run.rows]
-    ids = (
-        i for row in rows for each in (row.ids, *(t.ids for t in row.texts.values())) for i in each
-    )
+    texts = (text.ids for row in rows for text in row.texts.values())
+    ids = set[int]().union(*(row.ids for row in rows), *texts)
     if model.shape.takes == "attended image" and isinstance(model.tokenizer, ImagePromptTokenizer):
         mark = model.tokenizer.image_id  # embeddings have more rows than the vocabulary for it
-        ids = (i for i in ids if i != mark)
+        ids.discard(mark)
     return _all_there(ids, model, f"prompts `{table.name}`")
 
 

@@ -319,8 +319,12 @@ class PromptRun(Record):
     @property
     def token_maps(self) -> Sequence[TokenMap]:
         """The mapping from characters to tokens of each row, cached for runs of few tokens."""
-        tokens = sum(len(row.ids) for row in self.rows)
-        return self._token_maps if tokens <= CACHED_TOKENS else tuple(map(TokenMap, self.rows))
+        is_cached = self._token_count <= CACHED_TOKENS
+        return self._token_maps if is_cached else tuple(map(TokenMap, self.rows))
+
+    @cached_property
+    def _token_count(self) -> int:
+        return sum(len(row.ids) for row in self.rows)
 
     @cached_property
     def _token_maps(self) -> Sequence[TokenMap]:

@@ -1050,13 +1050,18 @@ def image_token_cells(
     """Return one cell per token of an image or of a region; images without the token drop out."""
     cells: dict[str, list[Hits]] = {}
     order: dict[str, tuple[int, ...]] = {}
+    # Images of one size share the same expansion.
+    known: dict[tuple[int, str, int], tuple[str, tuple[int, ...]]] = {}
     for n, place in enumerate(found):
-        images = spans.pictures_of(n, ref)
+        images = [(own, id(own.picture.expansion), own.title) for own in spans.pictures_of(n, ref)]
         for token in place.tokens:
-            for image in images:
-                if (cell := image.cell(token)) is not None:
-                    label = image.label(token)
-                    order[label] = image.number or 0, cell.tile, cell.row, cell.col
+            for image, expansion, title in images:
+                key = expansion, title, token - image.first
+                if key not in known and (cell := image.cell(token)) is not None:
+                    at = image.number or 0, cell.tile, cell.row, cell.col
+                    known[key] = image.label(token), at
+                if key in known:
+                    label, order[label] = known[key]
                     break
             else:
                 label = spans.extra_label(token)
