@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
 from mechdsl.execute.training_vectors import RowVectors
 from mechdsl.fits.reports import CrossLayerReport
-from mechdsl.pipeline.trained_files import fits_of_file
+from mechdsl.pipeline.trained_files import fits_of_file, list_training_costs
 
 from ..rules.support import plain, rows
+from . import test_streamed_trainings as streamed
 from .test_trained_dictionaries import (
     QUICK,
     adopted_for,
@@ -311,6 +313,77 @@ def test_inactive_features_of_a_cross_layer_transcoder_learn_the_residual() -> N
     aside = rest - (before.clamp_min(0) * idle) @ decoder
     expected = rest.square().sum(1).mean() + aside.square().sum(1).mean() / 32
     assert float(model.loss(x, y, 201, 0.5)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_streamed_cross_layer_transcoder_reads_all_layers(tmp_path: Path) -> None:
+    """Each part has the vectors of all layers; the texts of a stream are those of its folder."""
+    options = "steps: 12, batch: 16, rate: 0.01, validation: 25%"
+    path = streamed.write_file(tmp_path, fit(options=options).replace("p,", "texts,"), USES)
+    (found,) = train(path)
+    report = found.report
+    assert isinstance(report, CrossLayerReport)
+    assert report.vectors == 12 * 16
+    assert (found.folder / "texts.npy").is_file()
+    assert all(0 < own <= FEATURES for own in report.active)
+    (declared,) = fits_of_file(checked(path, "llama")).values()
+    vectors = streamed.streamed(path, "llama", []).chunk(0)
+    width = adopted_for("llama").shape.d_model
+    assert [each.shape[1] for each in vectors] == [3 * width, 3 * width]
+    assert len(declared.training.points) == 6
+
+
+def test_cross_layer_training_in_bf16_is_near_that_in_fp32(tmp_path: Path) -> None:
+    shares: list[list[float]] = []
+    for precision in ("fp32", "bf16"):
+        options = f'steps: 60, rate: 0.01, precision: "{precision}"'
+        (found,) = train(write(tmp_path, fit(options=options), USES))
+        assert isinstance(found.report, CrossLayerReport)
+        shares.append(found.report.explained)
+    np.testing.assert_allclose(shares[0], shares[1], atol=0.1)
+    assert shares[0] != shares[1]
+
+
+def test_interrupted_cross_layer_training_resumes_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mechdsl.fits.training import Training
+
+    path = write(tmp_path, fit(), USES)
+    (whole,) = train(path)
+    names = [each.name for each in whole.folder.glob("W_*")]
+    expected = [(whole.folder / name).read_bytes() for name in names]
+    real = Training._step  # pyright: ignore[reportPrivateUsage]
+
+    def step(self: Any) -> None:
+        if self.state.step == 7:
+            raise KeyboardInterrupt
+        real(self)
+
+    monkeypatch.setattr(Training, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(path, fresh=True)
+    done: list[int] = []
+    monkeypatch.setattr(
+        Training, "_step", lambda self: (done.append(self.state.step), real(self))[1]
+    )
+    (found,) = train(path, fresh=True)
+    assert done == [*range(7, 12)]
+    assert [(found.folder / name).read_bytes() for name in names] == expected
+
+
+def test_price_of_a_cross_layer_training_is_within_a_factor_of_two(tmp_path: Path) -> None:
+    """FLOPs of 40 steps and of the report, counted by PyTorch, without passes of the model."""
+    counts: list[tuple[float, float]] = []
+    for steps in (10, 50):
+        options = f"steps: {steps}, batch: 64, rate: 0.001"
+        path = write(tmp_path, fit(options=options), USES)
+        (price,) = list_training_costs(checked(path, "llama"))
+        with FlopCounterMode(display=False) as counter:
+            train(path)
+        counts.append((price.cost.multiply_adds, counter.get_total_flops() / 2))
+    (first, counted), (second, counted_more) = counts
+    assert 0.5 < (second - first) / (counted_more - counted) < 2
+    assert 0.5 < second / counted_more < 2
 
 
 # --- use ------------------------------------------------------------------------------------------
