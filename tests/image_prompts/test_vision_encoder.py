@@ -19,7 +19,7 @@ from mechdsl.loading.loader import adopt_model
 
 from ..execute.support import run_on
 from . import support, test_rules
-from .reference import Bare, Edit, at, edited_module, one_head, record_value
+from .reference import Bare, Edit, at, edited_module, followed, one_head, record_value
 from .support import RECORDS, experiment, run_file, try_file
 from .test_blocks import TWO
 from .test_families import (
@@ -281,6 +281,86 @@ def test_completions_with_encoder_rules_equal_hooks(mode: str) -> None:
         assert list(found.replies.cells[0][n][0].ids) == expected
         differ += plain != expected
     assert differ
+
+
+def tokens_of(number: int) -> list[int]:
+    """The two tokens of a long answer."""
+    words = support.bare(LLAVA).processor.tokenizer.convert_tokens_to_ids
+    return [words(str(RECORDS[number][key])) for key in ("n", "m")]
+
+
+def log_probability(n: int, image: int, language: Edit | None, block: int = 1) -> float:
+    """That of the two tokens of a long answer, with an edit of a block of the language model."""
+    model, (first, second) = support.bare(LLAVA), tokens_of(n)
+    edits = {} if language is None else {"blocks": {block: language}}
+    logits = model.run(followed(test_rules.inputs(LLAVA, n, image), [first]), **edits)
+    return float(logits.double().log_softmax(-1)[[-2, -1], [first, second]].sum())
+
+
+def held(site: str, layer: int, n: int, image: int) -> Tensor:
+    """Values of the patches at a site of the encoder."""
+    model, found = support.bare(LLAVA), list[Tensor]()
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value.clone())
+        return value
+
+    with edited(model, site, layer, keep):
+        model.run(test_rules.inputs(LLAVA, n, image))
+    return found[0]
+
+
+LONG = {
+    TURN: lambda n: ("resid_post", 0, turned),
+    "ablate mlp_out vision layer 1 at photo row 1 col 2 token with mean": lambda n: (
+        "mlp_out",
+        1,
+        at([2], torch.stack([held("mlp_out", 1, m, (m + 1) % 4)[2] for m in ALL]).mean(0)),
+    ),
+    "patch resid_post vision layer 0 at photo row 2 col * tokens": lambda n: (
+        "resid_post",
+        0,
+        at(
+            [own := [1 + SIDE + col for col in range(SIDE)]][0],
+            held("resid_post", 0, n, n)[own],
+        ),
+    ),
+    "patch z vision layer 1 at photo tokens": lambda n: (
+        "z",
+        1,
+        at(range(1, 1 + SIDE**2), held("z", 1, n, n)[1:]),
+    ),
+}  # fmt: skip
+AT_THE_END = "scale resid_post layer 1 at last token by -1.5"
+
+
+def scaled_end(value: Tensor) -> Tensor:
+    value[-2] *= -1.5  # the final token of the prompt; the first token of the answer follows
+    return value
+
+
+@pytest.mark.parametrize("mode", ["planned", "padded on the right", "small passes"])
+def test_answers_of_two_tokens_under_encoder_rules_equal_hooks(mode: str) -> None:
+    """Alone, and next to a rule of the language model at the last token."""
+    measure = "measure logprob(answer) as delta"
+    ends = "from clean into changed"
+    text = "".join(
+        experiment(f"e{n}{kind}", ends, rule, *more, measure=measure)
+        for n, rule in enumerate(LONG)
+        for kind, more in (("", ()), ("both", (AT_THE_END,)))
+    )
+    found = run_file(text, LLAVA, mode, support.BLOCK.replace('" {n}"', '" {n} {m}"'))
+    base = [log_probability(n, (n + 1) % 4, None) for n in ALL]
+    for number, rule in enumerate(LONG.values()):
+        for kind, language in (("", None), ("both", scaled_end)):
+            values = list[float]()
+            for n in ALL:
+                with edited(support.bare(LLAVA), *rule(n)):
+                    values.append(log_probability(n, (n + 1) % 4, language))
+            own = found[f"e{number}{kind}"].measures[0]
+            np.testing.assert_allclose(own.base[0], base, atol=1e-4)
+            np.testing.assert_allclose(own.patched[0], values, atol=1e-4)
+            assert np.abs(np.array(values) - base).max() > 0.1
 
 
 def test_patch_from_a_run_with_encoder_rules_equals_hooks() -> None:
