@@ -614,6 +614,11 @@ HINTS: tuple[Hint, ...] = (
         r"at\s+(\w[^()\"]*?\btokens?)\b",
         'write a position as a value of its axis: `delta(position: "{0}")`',
     ),
+    Hint(
+        r"\bstep\(\s*(\w+)\s*$",
+        r"(?:encoder|cross|vision|layers?|heads?)\b",
+        "name only the component: `step({0})` is the step of the site after `to`",
+    ),
     # Loops, reports, Python.
     Hint(
         r"^for\b.*\[[^\]]*$",
