@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoder_decoders import LIKE_T5, name_of, place
+from .encoder_decoders import LIKE_T5, Place, name_of, place
 
 Node = tuple[str, int, int]
 """A site as a file spells it (`z cross`), its layer, and its head or 0."""
@@ -35,10 +35,12 @@ class Family:
     heads: int
     encoder_heads: int
 
-    @property
-    def after(self) -> bool:
-        """Whether norms follow the sums of the stream."""
+    def after(self, stack: str) -> bool:
+        """Whether norms follow the sums of a stream."""
         return name_of(self.name) in ("bart", "marian")
+
+    def place(self, site: str, layer: int) -> Place:
+        return place(self.name, site, layer)
 
     def count(self, stack: str) -> int:
         return self.encoder_heads if stack == "encoder" else self.heads
@@ -74,11 +76,15 @@ class Family:
             return f"{root}.final_layer_norm"
         if name_of(self.name) == "t5gemma":
             return f"model.{root}.norm"
-        return "" if self.after else f"model.{root}.layer_norm"
+        return "" if self.after(stack) else f"model.{root}.layer_norm"
+
+    def scale(self, site: str, layer: int) -> Any:
+        """The factor of a sublayer's output before it is added to the stream."""
+        return 1
 
     def mlp(self, site: str, layer: int) -> str:
         """The module that reads what an MLP reads."""
-        path = place(self.name, site, layer).path
+        path = self.place(site, layer).path
         if name_of(self.name) == "t5gemma":
             return path.replace("post_feedforward_layernorm", "mlp")
         return path if name_of(self.name) in LIKE_T5 else path.replace("fc2", "fc1")
@@ -169,19 +175,19 @@ class Pass:
             added = sum(self.carried(of, receiver) for of in senders_of(family, site, layer))
             assert isinstance(added, Tensor)
             if site.startswith("z"):
-                bias = family.module(place(family.name, site, layer).path).bias
-                added = added if bias is None else added + bias
+                bias = family.module(family.place(site, layer).path).bias
+                added = added if bias is None else added + bias * family.scale(site, layer)
                 norm = family.output_norm(site, layer)
                 added = family.module(norm).forward(added) if norm else added
             x = x + added
-            if family.after:
+            if family.after(stack):
                 x = family.module(family.norm(site, layer)).forward(x)
         return x
 
     def read(self, stack: str, receiver: Node, number: int, norm: str) -> Tensor:
         """[token, width]: what a receiver reads, after the norm before it."""
         x = self.seen(stack, receiver, number)
-        return x if self.family.after or not norm else self.family.module(norm).forward(x)
+        return x if self.family.after(stack) or not norm else self.family.module(norm).forward(x)
 
 
 @contextmanager
@@ -204,7 +210,7 @@ def hooked(work: Pass) -> Generator[None]:
         handles.append(family.module(path).register_forward_hook(hook))
 
     for stack in ("encoder", ""):
-        first = place(family.name, f"resid_pre {stack}".strip(), 0).path
+        first = family.place(f"resid_pre {stack}".strip(), 0).path
         before(first, lambda x, stack=stack: work.keep(ENCODED if stack else EMBED, x))
         for number, (site, layer) in enumerate(family.sublayers(stack)):
             norm = family.norm(site, layer)
@@ -212,13 +218,13 @@ def hooked(work: Pass) -> Generator[None]:
                 to = (site.replace("out", "norm"), layer, 0)
                 given = (stack, to, number, norm)
                 before(family.mlp(site, layer), lambda _, given=given: work.read(*given))
-                output = place(family.name, site, layer).path
-                after(output, lambda x, site=site, layer=layer: work.keep((site, layer, 0), x))
+                output = family.place(site, layer).path
+                after(output, lambda x, site=site, layer=layer: _keep_mlp(work, site, layer, x))
                 continue
             own = site.partition(" ")[2]
             for word in "q" if own == "cross" else "qkv":
                 _project(after, work, f"{word} {own}".strip(), layer, (stack, number, norm))
-            path = place(family.name, site, layer).path
+            path = family.place(site, layer).path
             before(path, lambda z, site=site, layer=layer: _keep_heads(work, site, layer, z))
     count = len([*family.sublayers("encoder")])
     for layer in range(family.layers):
@@ -237,7 +243,7 @@ def hooked(work: Pass) -> Generator[None]:
 def _project(after: Any, work: Pass, site: str, layer: int, given: tuple[str, int, str]) -> None:
     """Compute queries, keys or values, each head from a separate input."""
     family, (stack, number, norm) = work.family, given
-    path = place(family.name, site, layer).path
+    path = family.place(site, layer).path
     module, count = family.module(path), family.count(site.partition(" ")[2])
 
     def act(plain: Tensor) -> Tensor:
@@ -251,13 +257,18 @@ def _project(after: Any, work: Pass, site: str, layer: int, given: tuple[str, in
     after(path, act)
 
 
+def _keep_mlp(work: Pass, site: str, layer: int, x: Tensor) -> Tensor:
+    scale = work.family.scale(site, layer)
+    return work.keep((site, layer, 0), x * scale) / scale
+
+
 def _keep_heads(work: Pass, site: str, layer: int, z: Tensor) -> Tensor:
-    weight = work.family.module(place(work.family.name, site, layer).path).weight
+    weight = work.family.module(work.family.place(site, layer).path).weight
     every = senders_of(work.family, site, layer)
     width = z.shape[-1] // len(every)
     for of in every:
         own = slice(of[2] * width, (of[2] + 1) * width)
-        work.keep(of, z[:, own] @ weight[:, own].T)
+        work.keep(of, z[:, own] @ weight[:, own].T * work.family.scale(site, layer))
     return z
 
 

@@ -3,6 +3,7 @@ model with the pixels that its image processor prepares."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from mechdsl.loading.loader import adopt_model
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
+from ..execute import encoder_decoder_circuits as circuits
 from ..execute.encoder_decoders import (
     Change,
     Place,
@@ -172,7 +174,7 @@ def place(site: str, layer: int, head: int | None = None) -> Place:
     if component == "z":
         output = "o_proj" if stack == "encoder" else "out_proj"
         return Place(f"{block}.{attention}.{output}", of_input=True, head=head)
-    names = {"attn_out": "", "v": ".v_proj", "k": ".k_proj"}
+    names = {"attn_out": "", "q": ".q_proj", "v": ".v_proj", "k": ".k_proj"}
     return Place(f"{block}.{attention}{names[component]}", head=head)
 
 
@@ -527,3 +529,113 @@ def test_tokenizer_hash_depends_on_image_processor_settings() -> None:
     images = ViTImageProcessorPil(size=SIZE, image_mean=[0.1, 0.2, 0.3])
     other = TrOCRProcessor(images, models.tokenizer())
     assert reader.with_processor(other, bare("vit").config).hash != reader.hash
+
+
+# --- circuits -------------------------------------------------------------------------------------
+
+
+class ReaderFamily(circuits.Family):
+    """Modules of a reader of images, whose norms follow the sums in the decoder only."""
+
+    def after(self, stack: str) -> bool:
+        return stack != "encoder"
+
+    def place(self, site: str, layer: int) -> Place:
+        return place(site, layer)
+
+    def norm(self, site: str, layer: int) -> str:
+        if site.endswith(" encoder"):
+            which = "before" if site.startswith("z") else "after"
+            return f"encoder.layers.{layer}.layernorm_{which}"
+        kind = {"z": "self_attn", "z cross": "encoder_attn"}.get(site, "final")
+        return f"decoder.model.decoder.layers.{layer}.{kind}_layer_norm"
+
+    def scale(self, site: str, layer: int) -> Any:
+        if self.name != "beit" or not site.endswith(" encoder"):
+            return 1
+        block = self.module(f"encoder.layers.{layer}")
+        return block.lambda_1 if site.startswith("z") else block.lambda_2
+
+    def end(self, stack: str) -> str:
+        return "encoder.layernorm" if stack else ""
+
+    def mlp(self, site: str, layer: int) -> str:
+        return self.place(site, layer).path.replace("fc2", "fc1")
+
+
+CIRCUIT: list[circuits.Edge] = [
+    (circuits.ENCODED, ("v encoder", 0, 1)),
+    (("z encoder", 0, 0), ("mlp_norm encoder", 0, 0)),
+    (("mlp_out encoder", 0, 0), ("q encoder", 1, 0)),
+    (("z encoder", 1, 1), ("v cross", 1, 3)),
+    (("mlp_out encoder", 1, 0), ("k cross", 2, 0)),
+    (circuits.EMBED, ("q cross", 0, 1)),
+    (("z cross", 0, 2), ("mlp_norm", 0, 0)),
+    (("z cross", 0, 0), ("v", 1, 2)),
+    (("mlp_out", 1, 0), ("q cross", 2, 1)),
+    (("z cross", 2, 3), circuits.LOGITS),
+]
+
+
+def spelled(node: circuits.Node) -> str:
+    site, layer, head = node
+    if node in (circuits.EMBED, circuits.ENCODED, circuits.LOGITS):
+        return site
+    return f"{site} layer {layer}" + (f" head {head}" if not site.startswith("mlp") else "")
+
+
+@cache
+def opened(name: str) -> circuits.Family:
+    model = copy.deepcopy(bare(name)).double()
+    return ReaderFamily(name, model, LAYERS, ENCODER["num_hidden_layers"], HEADS, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["planned", "small passes"])
+@pytest.mark.parametrize("name", some(("deit", "beit"), ("deit",)))
+def test_circuits_of_readers_of_images_equal_hooks(name: str, mode: str) -> None:
+    """Both streams; at all tokens, and at patches of the encoder."""
+    family = opened(name)
+    every = set(circuits.list_edges(family))
+    assert {*CIRCUIT} < every
+    corner = [patch(name, 1, 1), patch(name, 2, 3)]
+    whole = range(COUNT[name]), range(1)
+    cases = [
+        ("c", "tokens *", "zero", {*CIRCUIT}, whole),
+        ("all but c", "tokens *", "changed", every - {*CIRCUIT}, whole),
+        ("c", "tokens *", "changed", {*CIRCUIT}, whole),
+        ("all but c", "{photo row 1 col 1 token, photo row 2 col 3 token}", "changed",
+         every - {*CIRCUIT}, (corner, ())),
+    ]  # fmt: skip
+    edges = ", ".join(f"{spelled(of)} -> {spelled(to)}" for of, to in CIRCUIT)
+    text = f"circuit c = {edges}\n" + "".join(
+        experiment(f"e{n}", f"ablate {rule} at {at} with {fill}")
+        for n, (rule, at, fill, _, _) in enumerate(cases)
+    )
+    found = run_text(text, name, mode)
+
+    def given(image: int) -> dict[str, Tensor]:
+        return {"pixel_values": pixels(name, image), "decoder_input_ids": torch.tensor([[START]])}
+
+    for (rule, at, fill, ablated, tokens), each in zip(cases, found, strict=True):
+        for n, record in enumerate(RECORDS):
+            plain = circuits.Pass(family)
+            circuits.run(plain, given(other(n)))
+            filled = plain.given
+            if fill == "zero":
+                filled = {node: torch.zeros_like(value) for node, value in filled.items()}
+            shares = circuits.at_tokens(ablated, *tokens, (COUNT[name], 1))
+            logits = circuits.run(circuits.Pass(family, filled, shares), given(n))[-1]
+            expected = float(logits[token(str(record["n"]))] - logits[token(str(record["m"]))])
+            measure = each.measures[0]
+            assert measure.patched[0, n] == pytest.approx(expected, abs=1e-4), (rule, at, fill)
+        assert np.abs(measure.patched - measure.base).max() > 0.01, (rule, at, fill)
+
+
+def test_circuit_of_a_reader_with_a_map_between_its_stacks_is_an_error() -> None:
+    rule = experiment("e", "ablate c at tokens * with zero")
+    result, problems = try_text(f"circuit c = embed -> logits\n{rule}", loaded("vit"))
+    assert result is None
+    (problem,) = (each for each in problems if each.severity == "error")
+    assert problem.code == "E0108"
+    assert "`k cross` isn't a linear map of the norm of the encoder's stream" in problem.message

@@ -151,8 +151,11 @@ def _explain_joined_attention(model: LoadedModel, stack: str, number: int) -> st
     if not all(own.shape.has(site, number) for site in (*ATTENTION_INPUTS, "z", *entrance)):
         return "there are no heads with queries, keys and values"
     for site in ATTENTION_INPUTS:
-        if _find_projection(model, SiteRead(site, number, stack)) is None:
-            return f"`{site}` isn't a linear map of the norm of the stream"
+        where = SiteRead(site, number, stack)
+        if _find_projection(model, where) is None:
+            stream = "the encoder's stream" if reads_encoder(where) else "the stream"
+            spelled = f"{site} {stack}".strip()
+            return f"`{spelled}` isn't a linear map of the norm of {stream}"
     return ""
 
 
