@@ -26,7 +26,6 @@ from mechdsl.program.directions import fit_rows_of_basis, last_token
 from mechdsl.program.own_trainers import OwnTrainer, find_trainer
 from mechdsl.program.spec import CLEAN, SEED_AXIS, Constant
 from mechdsl.program.trainers import (
-    TRAINERS,
     ChoosingTrainer,
     DictionaryTrainer,
     DirectionTrainer,
@@ -828,19 +827,13 @@ def _check_coordinates(objective: ResolvedExperiment) -> Diagnostic | None:
 
 
 def _check_streams(objective: ResolvedExperiment) -> Diagnostic | None:
-    """Return E0108 for edges of an encoder-decoder that are scored at several positions, with
-    changed derivatives, or only at tokens of the encoder, where no edge into `logits` is."""
-    rule, said = objective.rules[0], objective.spec.trains
+    """Return E0108 for edges of an encoder-decoder that are scored at several positions, or only at
+    tokens of the encoder, where no edge into `logits` is."""
+    rule = objective.rules[0]
     if rule.circuit is None or rule.circuit.encoder is None:
         return None
-    place, name = "in an encoder-decoder", said.removeprefix("fit(").partition("(")[0]
-    trainer = TRAINERS.get(name)
-    if isinstance(trainer, EdgeScoreTrainer) and trainer.backward is not None:
-        what, later = (
-            f"`{name}` for the edges of a circuit {place}",
-            "write `eap(…)` or `eap_ig(…)`",
-        )
-    elif len(rule.spec.at.items) > 1:
+    place = "in an encoder-decoder"
+    if len(rule.spec.at.items) > 1:
         what, later = f"a circuit {place} with scores at several positions", "write `at tokens *`"
     elif _is_in_encoder(objective):
         what = f"training a circuit {place} only at tokens of the encoder"

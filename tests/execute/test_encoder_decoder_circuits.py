@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -25,6 +26,7 @@ from mechdsl.show.reports.circuit_layout import list_edges as list_drawn_edges
 from mechdsl.vocab.effects import EFFECTS
 
 from ..image_prompts import test_sounds as sounds
+from ..reference.ruled import ruled
 from .encoder_decoder_circuits import (
     EMBED,
     ENCODED,
@@ -487,6 +489,13 @@ def fitted(family: str, maker: str, source: str, at: str, folder: Path) -> dict[
     return dict(zip(edges, content["scores"], strict=True))
 
 
+@cache
+def with_rules(family: str, rules: str) -> Family:
+    """A model, with the derivatives of `relp` or `gim` if they are named."""
+    own = opened(family)
+    return dataclasses.replace(own, model=ruled(own.model, rules)) if rules else own
+
+
 def derivatives(
     family: str,
     number: int,
@@ -494,6 +503,7 @@ def derivatives(
     at: str,
     shifts: Mapping[Node, Tensor],
     senders: Collection[Node] | None = None,
+    rules: str = "",
 ) -> dict[Edge, float]:
     """The derivatives of the measure by the shares of edges from some senders, at shares of 0."""
     record, plain, filled = ROWS[number], outputs(family, number), fills(family, number, fill)
@@ -504,7 +514,7 @@ def derivatives(
     shares = {edge: torch.zeros((), dtype=torch.double, requires_grad=True) for edge in every}
     change = {sender: filled[sender] - value for sender, value in plain.items()}
     placed = {edge: share * masks[edge] for edge, share in shares.items()}
-    work = Pass(opened(family), shares=placed, moved=change, shifts=shifts)
+    work = Pass(with_rules(family, rules), shares=placed, moved=change, shifts=shifts)
     logits = run(work, inputs(family, record))[-1]
     value = logits[token(record["a"])] - logits[token(record["b"])]
     found = torch.autograd.grad(value, list(shares.values()), allow_unused=True)
@@ -516,8 +526,9 @@ def path_scores(
 ) -> dict[Edge, float]:
     """Means of derivatives at points between the run and that of the fill; means over rows are
     those of a position, and senders move there only."""
-    found = derivatives(family, number, fill, at, {})
-    if not path:
+    rules = path if path in ("relp", "gim") else ""
+    found = derivatives(family, number, fill, at, {}, rules=rules)
+    if not path or rules:
         return found
     plain, filled = outputs(family, number), fills(family, number, fill)
     groups: dict[tuple[str, int], list[Node]] = {}
@@ -556,6 +567,11 @@ SCORES = {
         "eap_ig_activations(size: 40, steps: 2)",
         "with: zero", "zero", "last token", "activations", 2,
     ),
+    "relp": ("relp(size: 40)", "from: turned", "turned", "tokens *", "relp", 1),
+    "gim": ("gim(size: 40)", "with: zero", "zero", "tokens *", "gim", 1),
+    "gim at a token of the decoder": (
+        "gim(size: 40)", "from: turned", "turned", "last token", "gim", 1,
+    ),
     "activations with a mean at a token of the decoder": (
         "eap_ig_activations(size: 40, steps: 2)",
         "with: mean", "mean", "last token", "activations", 2,
@@ -577,7 +593,7 @@ def test_scores_of_edges_equal_derivatives(family: str, name: str, tmp_path: Pat
         np.testing.assert_allclose(values, others, atol=1e-4, rtol=5e-5, err_msg=name)
         if at == "tokens *":
             assert np.ptp(others) > 1e-3
-    if path and at != "tokens *":
+    if steps > 1 and at != "tokens *":
         plain = [path_scores(family, n, fill, at, "", 1) for n in range(len(ROWS))]
         mean = {edge: sum(each[edge] for each in plain) / len(plain) for edge in found}
         assert max(abs(mean[edge] - expected_[edge]) for edge in found) > 1e-3
