@@ -60,7 +60,7 @@ _CONVERSION = (
     "Graph.from_pt('FILE').to_json('FILE.json')\"`"
 )
 
-_EDGE = re.compile(r"\s*([^\s<>-]+)\s*->\s*([^\s<>-]+?)(?:<([qkv])>)?\s*")
+_EDGE = re.compile(r"\s*([^<>-]*[^\s<>-])\s*->\s*([^\s<>-](?:[^<>-]*[^\s<>-])?)(?:<([qkv])>)?\s*")
 
 _FEATURE = re.compile(r"\bfeature \d")
 
@@ -69,6 +69,20 @@ _NODE = re.compile(
     r"|a(?P<attention>\d{1,4})\.h(?P<head>\d{1,5})|m(?P<mlp>\d{1,4})"
     r"|L(?P<layer>\d{1,4})(?:H(?P<unit>\d{1,5})(?:\.(?P<reads>[qkv]))?|N(?P<neuron>\d{1,6})|\.mlp)"
 )
+
+_IN_STACK = re.compile(
+    r"(?P<part>\w+) (?P<stack>encoder|cross)"
+    r"(?: layer (?P<layer>\d{1,4}))?(?: head (?P<head>\d{1,5}))?"
+)
+"""A node of an encoder-decoder that isn't one of the decoder's stream to itself."""
+
+_NODES_IN_STACK = {
+    "sender": ("z encoder", "z cross", "mlp_out encoder"),
+    "receiver": (
+        *("q encoder", "k encoder", "v encoder", "mlp_norm encoder"),
+        *("q cross", "k cross", "v cross"),
+    ),
+}
 
 _SIZES = {
     "n_layers": ("layers", lambda shape: shape.n_layers),
@@ -148,8 +162,11 @@ def read_circuit(
     for name, score in file.scores.items():
         at, edge = name.partition(_AT)[2], split_mlps(named[name], neurons)
         if edge not in known:
+            why = "reads before or at the sender"
+            if "encoder" in shape.others:
+                why = "doesn't read the sender"
             raise UnreadableFile(
-                f"`{written}` has `{name}`, but the receiver reads before or at the sender",
+                f"`{written}` has `{name}`, but the receiver {why}",
                 "check that the file was written for this model",
             )
         names.setdefault((edge, at or None), []).append(name)
@@ -331,6 +348,9 @@ def _is_graph_name(name: str) -> bool:
 def _point(
     name: str, reads: str | None, shape: ModelShape, end: Literal["sender", "receiver"]
 ) -> SitePoint:
+    in_stack = _IN_STACK.fullmatch(name)
+    if in_stack is not None and reads is None:
+        return _point_in_stack(in_stack, shape, end)
     match = _NODE.fullmatch(name)
     if match is None:
         raise NotAnEdge(f"and `{name}` isn't a component")
@@ -363,6 +383,34 @@ def _point(
         raise NotAnEdge(f"and layer {layer} has {count_noun(count, what)}")
     shared = count // unit_count(shape, site, layer) if of_graph and not sends else 1
     return SitePoint(site, layer, unit // shared)
+
+
+def _point_in_stack(
+    match: re.Match[str], shape: ModelShape, end: Literal["sender", "receiver"]
+) -> SitePoint:
+    """Return a node of an encoder-decoder: `embed encoder`, `q cross layer 1 head 0`. Raises
+    NotAnEdge."""
+    name, stack = match[0], match["stack"]
+    if stack not in shape.others:
+        raise NotAnEdge(f"and the model has no `{stack}`")
+    if name == "embed encoder" and end == "sender":
+        return ENCODER_EMBEDDING
+    site = f"{match['part']} {stack}"
+    if site not in _NODES_IN_STACK[end]:
+        raise NotAnEdge(f"and `{name}` is no {end}")
+    if match["layer"] is None:
+        raise NotAnEdge(f"and `{name}` has no layer")
+    layer, layers = int(match["layer"]), shape.others[stack].n_layers
+    if layer >= layers:
+        raise NotAnEdge(f"and `{stack}` has {count_noun(layers, 'layer')}")
+    if match["part"].startswith("mlp"):
+        if match["head"] is not None:
+            raise NotAnEdge(f"and `{site}` has no heads")
+        return SitePoint(site, layer, None)
+    count = unit_count(shape, site, layer)
+    if match["head"] is None or int(match["head"]) >= count:
+        raise NotAnEdge(f"and `{site} layer {layer}` has {count_noun(count, 'head')}")
+    return SitePoint(site, layer, int(match["head"]))
 
 
 def _neuron(layer: int, number: int, shape: ModelShape) -> SitePoint:

@@ -742,3 +742,85 @@ def test_scores_of_edges_over_sounds_equal_derivatives(maker: str, tmp_path: Pat
             total += torch.autograd.grad(value, shares)[0] / steps / len(sounds.RECORDS)
     assert total.abs().max() > 1e-2
     np.testing.assert_allclose(content["scores"], total.numpy(), atol=1e-4, rtol=1e-4)
+
+
+# --- circuits of files ----------------------------------------------------------------------------
+
+
+def saved(folder: Path, edges: Sequence[str], family: str = "t5", *lines: str) -> Any:
+    (folder / "edges.json").write_text(json.dumps({"edges": [*edges]}))
+    rules = "".join(
+        experiment(f"e{n}", "prompts p", line, DIFFERENCE) for n, line in enumerate(lines)
+    )
+    text_ = 'circuit c = saved("edges.json")\n' + rules
+    return try_file(text_, folder, model(family), tokenizer=tokenizer())
+
+
+def names_of(edge: Edge) -> str:
+    """The edge as a training writes it."""
+
+    def name(node: Node) -> str:
+        site, layer, head = node
+        if node in (EMBED, ENCODED, LOGITS):
+            return site
+        if " " in site:
+            return f"{site} layer {layer}" + f" head {head}" * (not site.startswith("mlp"))
+        if site.startswith("mlp"):
+            return f"L{layer}.mlp"
+        return f"L{layer}H{head}" + f".{site}" * (site != "z")
+
+    of, to = edge
+    return f"{name(of)} -> {name(to)}"
+
+
+@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=slow)])
+def test_circuit_of_a_file_equals_hooks(family: str, tmp_path: Path) -> None:
+    """With names of both streams, and with positions."""
+    rules = (
+        "ablate c at tokens * with turned",
+        "ablate all but c at tokens * with turned",
+    )
+    found = by_name(*saved(tmp_path, [*map(names_of, named())], family, *rules))
+    every = set(list_edges(opened(family)))
+    for n, ablated in enumerate((named(), every - named())):
+        own = expected(family, ablated, "turned", "tokens *")
+        np.testing.assert_allclose(found[f"e{n}"].measures[0].patched[0], own, atol=1e-4)
+    placed = [
+        f"{names_of(edge)} at subject tokens"
+        for edge in SOME["embed encoder -> v encoder layer 0 head 1"]
+    ]
+    at_last = [
+        f"{names_of(edge)} at last token" for edge in SOME["z cross layer 1 head 1 -> logits"]
+    ]
+    (one,) = by_name(*saved(tmp_path, [*placed, *at_last], family, rules[0])).values()
+    written = CIRCUIT.split("=")[0] + "= embed encoder -> v encoder layer 0 head 1 at subject "
+    written += "tokens, z cross layer 1 head 1 -> logits at last token\n"
+    (two,) = ran(
+        family, written + experiment("e", "prompts p", rules[0], DIFFERENCE), tmp_path
+    ).values()
+    np.testing.assert_allclose(one.measures[0].patched, two.measures[0].patched, atol=1e-6)
+    assert np.abs(one.measures[0].patched - one.measures[0].base).max() > 1e-3
+
+
+NO_EDGES = {
+    "z encoder layer 0 head 0 -> logits": "the receiver doesn't read the sender",
+    "z cross layer 1 head 0 -> q cross layer 1 head 0": "the receiver doesn't read the sender",
+    "z encoder layer 2 head 0 -> v cross layer 0 head 0": "`encoder` has 2 layers",
+    "z cross layer 0 head 2 -> logits": "`z cross layer 0` has 2 heads",
+    "z cross layer 0 -> logits": "`z cross layer 0` has 2 heads",
+    "z cross head 0 -> logits": "has no layer",
+    "embed cross -> logits": "`embed cross` is no sender",
+    "embed -> z cross layer 0 head 0": "is no receiver",
+    "mlp_out encoder layer 0 head 1 -> v cross layer 0 head 0": "`mlp_out encoder` has no heads",
+    "z cross layer 0 head 0 - logits": "which isn't an edge",
+}
+
+
+@pytest.mark.parametrize("edge", NO_EDGES)
+def test_file_with_an_edge_that_the_model_lacks_is_an_error(edge: str, tmp_path: Path) -> None:
+    rule = "ablate c at tokens * with zero"
+    result, problems = saved(tmp_path, ["embed -> logits", edge], "t5", rule)
+    assert result is None
+    (problem,) = (each for each in problems if each.severity == "error")
+    assert problem.code == "E0342"
+    assert NO_EDGES[edge] in problem.message
