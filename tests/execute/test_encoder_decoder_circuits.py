@@ -19,8 +19,10 @@ import mechdsl
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.fits.reports import CircuitReport, MaskReport
 from mechdsl.loading.loader import adopt_model
-from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING, END
+from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING, END, edge_of_name
 from mechdsl.resolve.circuits import AskedCircuits, EdgeGraph, draw_circuits
+from mechdsl.resolve.circuits import list_edges as list_model_edges
+from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.types import SitePoint
 from mechdsl.show.reports.circuit_layout import list_edges as list_drawn_edges
 from mechdsl.vocab.effects import EFFECTS
@@ -785,21 +787,23 @@ def test_circuit_of_a_file_equals_hooks(family: str, tmp_path: Path) -> None:
     for n, ablated in enumerate((named(), every - named())):
         own = expected(family, ablated, "turned", "tokens *")
         np.testing.assert_allclose(found[f"e{n}"].measures[0].patched[0], own, atol=1e-4)
-    placed = [
-        f"{names_of(edge)} at subject tokens"
-        for edge in SOME["embed encoder -> v encoder layer 0 head 1"]
-    ]
-    at_last = [
-        f"{names_of(edge)} at last token" for edge in SOME["z cross layer 1 head 1 -> logits"]
-    ]
+    first = "embed encoder -> v encoder layer 0 head 1"
+    placed = [f"{first} at subject tokens"]
+    at_last = ["z cross layer 1 head 1 -> logits at last token"]
     (one,) = by_name(*saved(tmp_path, [*placed, *at_last], family, rules[0])).values()
-    written = CIRCUIT.split("=")[0] + "= embed encoder -> v encoder layer 0 head 1 at subject "
-    written += "tokens, z cross layer 1 head 1 -> logits at last token\n"
+    written = f"circuit c = {first} at subject tokens, {at_last[0]}\n"
     (two,) = ran(
         family, written + experiment("e", "prompts p", rules[0], DIFFERENCE), tmp_path
     ).values()
     np.testing.assert_allclose(one.measures[0].patched, two.measures[0].patched, atol=1e-6)
     assert np.abs(one.measures[0].patched - one.measures[0].base).max() > 1e-3
+
+
+def test_every_edge_is_read_by_the_name_that_a_training_writes() -> None:
+    loaded, _ = adopt_model("m", model("t5"), tokenizer())
+    assert loaded is not None
+    for edge in list_model_edges(loaded.shape):
+        assert edge_of_name(label_candidates((edge,)), loaded.shape) == edge
 
 
 NO_EDGES = {

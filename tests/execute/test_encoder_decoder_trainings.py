@@ -598,11 +598,11 @@ INVALID: dict[str, tuple[str, str, str]] = {
         "E0342",
         "a transcoder reconstructs the output of an MLP of the decoder, not `mlp_out encoder`",
     ),
-    "edges": (
-        f"circuit b = fit(relp(size: 3), prompts: p, with: zero, maximise: {MEASURE}) "
-        "at tokens *\n",
+    "edges at several positions": (
+        f"circuit b = fit(eap(size: 3), prompts: p, with: zero, maximise: {MEASURE}) "
+        "at subject token, last token\n",
         "E0108",
-        "`relp` for the edges of a circuit in an encoder-decoder",
+        "a circuit in an encoder-decoder with scores at several positions",
     ),
     "edges of the encoder": (
         f"circuit b = fit(eap(size: 3), prompts: p, with: zero, maximise: {MEASURE}) "

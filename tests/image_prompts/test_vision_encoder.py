@@ -289,11 +289,11 @@ def tokens_of(number: int) -> list[int]:
     return [words(str(RECORDS[number][key])) for key in ("n", "m")]
 
 
-def log_probability(n: int, image: int, language: Edit | None, block: int = 1) -> float:
+def log_probability(n: int, image: int, language: Edit | None) -> float:
     """That of the two tokens of a long answer, with an edit of a block of the language model."""
     model, (first, second) = support.bare(LLAVA), tokens_of(n)
-    edits = {} if language is None else {"blocks": {block: language}}
-    logits = model.run(followed(test_rules.inputs(LLAVA, n, image), [first]), **edits)
+    given = followed(test_rules.inputs(LLAVA, n, image), [first])
+    logits = model.run(given, blocks={} if language is None else {1: language})
     return float(logits.double().log_softmax(-1)[[-2, -1], [first, second]].sum())
 
 
