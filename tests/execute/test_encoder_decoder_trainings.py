@@ -600,7 +600,7 @@ INVALID: dict[str, tuple[str, str, str]] = {
     ),
     "edges at several positions": (
         f"circuit b = fit(eap(size: 3), prompts: p, with: zero, maximise: {MEASURE}) "
-        "at subject token, last token\n",
+        "at subject token, token 2\n",
         "E0108",
         "a circuit in an encoder-decoder with scores at several positions",
     ),
