@@ -18,7 +18,7 @@ from dataclasses import field
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NoReturn, TypeAlias, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, load_json
@@ -162,13 +162,7 @@ def read_circuit(
     for name, score in file.scores.items():
         at, edge = name.partition(_AT)[2], split_mlps(named[name], neurons)
         if edge not in known:
-            why = "reads before or at the sender"
-            if "encoder" in shape.others:
-                why = "doesn't read the sender"
-            raise UnreadableFile(
-                f"`{written}` has `{name}`, but the receiver {why}",
-                "check that the file was written for this model",
-            )
+            _reject_edge(name, written, shape)
         names.setdefault((edge, at or None), []).append(name)
         if score is not None:
             scores.setdefault((edge, at or None), []).append(score)
@@ -187,6 +181,17 @@ def read_circuit(
     said = f"{made}, of {written}, SHA-256 {file.digest[:12]}…{shared}"
     used = {at: places[at] for _, at in edges if at is not None}
     return SavedCircuit(edges, kept, used, file.digest, said, neurons)
+
+
+def _reject_edge(name: str, written: str, shape: ModelShape) -> NoReturn:
+    """Raise UnreadableFile for an edge between components of which one doesn't read the other."""
+    why = "reads before or at the sender"
+    if "encoder" in shape.others:
+        why = "doesn't read the sender"
+    raise UnreadableFile(
+        f"`{written}` has `{name}`, but the receiver {why}",
+        "check that the file was written for this model",
+    )
 
 
 def _name_edges(

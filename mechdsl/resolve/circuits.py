@@ -264,7 +264,7 @@ def find_circuit_edges(
     an MLP and its neurons, E0342 for a file, and errors of sites and positions."""
     shape = work.sites.shape
     every = list_edges(shape)
-    missing = _find_missing_edges(circuit, every, span, work)
+    missing = _find_missing_edges(every, span, work)
     if missing is not None:
         work.diagnostics.append(missing)
         return None
@@ -310,10 +310,9 @@ def find_circuit_edges(
 
 
 def _find_missing_edges(
-    circuit: spec.Circuit, every: Sequence[CircuitEdge], span: Span, work: ExperimentContext
+    every: Sequence[CircuitEdge], span: Span, work: ExperimentContext
 ) -> Diagnostic | None:
-    """Return E0108 for a model without edges or logits, or a circuit of a file in an
-    encoder-decoder.
+    """Return E0108 for a model without edges or logits.
 
     Args:
         every: The edges that the model should have.
@@ -326,9 +325,6 @@ def _find_missing_edges(
     if shape.task != "tokens" and "logits" not in shape.sites:
         what = f"a circuit in `{work.sites.model}`, which has no logits,"
         return NotSupported(span=span, what=what)
-    if circuit.source is not None and has_two_streams(shape):
-        what, later = "a circuit of a file in an encoder-decoder", "name its edges"
-        return NotSupported(span=circuit.source.span, what=what, later=later)
     return None
 
 

@@ -602,7 +602,7 @@ INVALID: dict[str, tuple[str, str, str]] = {
         f"circuit b = fit(eap(size: 3), prompts: p, with: zero, maximise: {MEASURE}) "
         "at subject token, token 2\n",
         "E0108",
-        "a circuit in an encoder-decoder with scores at several positions",
+        "together with a part of the prompt, for a circuit whose ablated edges are in the encoder",
     ),
     "edges of the encoder": (
         f"circuit b = fit(eap(size: 3), prompts: p, with: zero, maximise: {MEASURE}) "
