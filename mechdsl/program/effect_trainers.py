@@ -24,6 +24,7 @@ from mechdsl.program.trainers import (
     ScaleTrainer,
     Selection,
     VectorTrainer,
+    check_size,
     trainer,
 )
 
@@ -333,9 +334,7 @@ class GateTrainer(MaskTrainer):
         if name == "keep":
             fine = isinstance(value, bool)
             return None if fine else ("`keep` is `true` or `false`", "write `keep: true`")
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-            return None
-        return "`size` is a whole number from 1 on", "write `size: 4`"
+        return check_size(value, "size: 4")
 
     def size(self, options: Mapping[str, Constant]) -> int:
         return int(options["size"])

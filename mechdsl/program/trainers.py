@@ -376,6 +376,21 @@ class ChoosingTrainer(EffectTrainer):
         """Return the number of candidates that it chooses; None if its result determines it."""
 
 
+def check_size(value: Constant | None, example: str) -> Problem | None:
+    """Return the problem with the number or the share of candidates that is chosen, or None.
+
+    Args:
+        example: A call of the trainer.
+    """
+    if isinstance(value, Percent):
+        if 0 < value <= 100:
+            return None
+        return f"`size: {value}` isn't above 0% and at most 100%", "write `size: 25%`"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return None
+    return "`size` is a whole number from 1 on, or a share such as `25%`", f"write `{example}`"
+
+
 class MaskTrainer(ChoosingTrainer):
     """A mask, which chooses sites or coordinates that are patched or ablated."""
 
@@ -402,6 +417,8 @@ class ScoringTrainer(ChoosingTrainer):
     unused = ("steps", "rate", "patience", "accumulate", "precision")
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "size":
+            return check_size(value, self.example)
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             return None
         return f"`{name}` is a whole number from 1 on", f"write `{self.example}`"

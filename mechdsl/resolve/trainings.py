@@ -13,7 +13,7 @@ from mechdsl.base.files import SafetensorsFile
 from mechdsl.base.hashing import digest_number
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import Percent, count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate
 from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, FewDrawnRows, MeasuredOnTrainingRows
@@ -300,7 +300,8 @@ def outline_mask(
     (point, *_) = mask_points(objective)
     sample = FitSample(table, table.runs[objective.spec.base], paired_positions(objective)[0])
     training = _describe_training(definition, options, sample, point, program, objective.model)
-    training = replace(training, name=_name(definition, objective.model.key))
+    own = _count_share(training.of_trainer, len(candidates))
+    training = replace(training, name=_name(definition, objective.model.key), of_trainer=own)
     size = training.trainer_of(ChoosingTrainer).size(training.of_trainer)
     if size is None:  # known after the training
         size = (len(candidates) + 1) // 2
@@ -308,6 +309,15 @@ def outline_mask(
     if isinstance(file, MaskFile):
         return TrainedMask(candidates, file.chosen, file.digest, training, scores=file.scores)
     return TrainedMask(candidates, _choose_first(candidates, size), "", training)
+
+
+def _count_share(options: Mapping[str, Constant], candidates: int) -> Mapping[str, Constant]:
+    """Return options with a number instead of `size: 25%`, a share of the candidates; rounded half
+    up, and at least 1, as `top 25% of` does."""
+    share = options.get("size")
+    if not isinstance(share, Percent):
+        return options
+    return {**options, "size": max(1, int(share * candidates / 100 + 0.5))}
 
 
 def _choose_first(candidates: Sequence[MaskCandidate], size: int) -> tuple[MaskCandidate, ...]:

@@ -896,7 +896,8 @@ _file(
     "training rows with the group and each other candidate written together, and adds the "
     "candidate whose mean of the metric is largest (`maximise`) or smallest (`minimise`). The "
     "search ends at `size` candidates, or before if none moves the mean in this direction. `top n "
-    "of g` is the first n candidates. The metric needs no gradient. `batch` (64) and `validation` "
+    "of g` is the first n candidates. `size: 25%` is a share of all candidates, also for other "
+    "groups and circuits from `fit`. The metric needs no gradient. `batch` (64) and `validation` "
     "(20%) are the options of `fit`; other values are as for a trained mask.",
     "tests/pipeline/test_node_searches.py",
     "Zhou et al. 2024, arXiv 2410.13708",

@@ -309,6 +309,26 @@ def test_planned_cost_of_a_node_search_is_within_a_factor_of_two(
     assert 1 / 2 < 2 * price.cost.multiply_adds / flops.get_total_flops() < 2
 
 
+SHARES = {
+    "forward_selection(size: 25%)": 3,
+    "forward_selection(size: 12.5%)": 2,  # of 1.5
+    "atp(size: 1%)": 1,
+    "mask(size: 25%)": 3,
+}
+
+
+@pytest.mark.parametrize("call", SHARES)
+def test_share_is_rounded_half_up_and_at_least_one(call: str, tmp_path: Path) -> None:
+    """Of 12 heads, as `top 25% of` counts them."""
+    options = f"{ALL}, steps: 2" if call.startswith("mask") else ALL
+    same = re.sub(r"[0-9.]+%", str(SHARES[call]), call)
+    (own,) = train(write(tmp_path, fit(options, call=call), PATCHES))
+    (other,) = train(write(tmp_path, fit(options, call=same), PATCHES), fresh=True)
+    chosen = stored(own)["chosen"]
+    assert len(chosen) == SHARES[call]
+    assert chosen == stored(other)["chosen"]
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 WHOLE = f"fit({CALL}, prompts: p, from: other, maximise: {LOSS})"
@@ -317,6 +337,8 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "typo": ("size: 3", "siz: 3", "E0207", "did you mean `size`"),
     "other name": ("size: 3", "heads: 3", "E0207", "write `size: …`"),
     "zero": ("size: 3", "size: 0", "E0342", "whole number from 1 on"),
+    "no share": ("size: 3", "size: 0%", "E0342", "isn't above 0% and at most 100%"),
+    "whole": ("size: 3", "size: 100%", "E0342", "leaves out none of the 12 sites"),
     "all": ("size: 3", "size: 12", "E0342", "a group of 12 sites leaves out none of the 12 sites"),
     "rate": ("other, ", "other, rate: 0.1, ", "E0207", "isn't trained in steps"),
     "seeds": ("other, ", "other, seeds: 2, ", "E0207", "declare a group for each seed"),
