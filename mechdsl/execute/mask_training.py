@@ -45,6 +45,7 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.dictionaries.features import Dictionary
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute.objective_rows import EffectRows
 from mechdsl.execute.patching.differentiated_run import DrawLanes, write_point
 from mechdsl.execute.patching.writes import group_senders, list_other_neurons, number_unit
@@ -210,6 +211,12 @@ class MaskRows(EffectRows[Tensor]):
     def trained(self) -> Ints:
         """[row] ascending numbers of the training rows."""
         return np.sort(self.rows[self.held_out_count :])
+
+    @property
+    def dictionaries(self) -> dict[str, dict[str, str]]:
+        """`dictionaries` with the name and SHA-256 of each whose features are nodes of edges; empty
+        without any."""
+        return {}
 
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
         """Return random choices of the same number of gates.
@@ -595,6 +602,14 @@ class EdgeMaskRows(VectorMaskRows):
         circuit = self.objective.rules[0].circuit
         assert circuit is not None
         return EdgeGraph(self.model.shape, circuit.neurons, circuit.features)
+
+    @property
+    def dictionaries(self) -> dict[str, dict[str, str]]:
+        circuit = self.objective.rules[0].circuit
+        assert circuit is not None
+        members = {own.member.name: own.member.operand for own in circuit.features.values()}
+        found = {n: own.digest for n, own in members.items() if isinstance(own, DictionaryFile)}
+        return {"dictionaries": found} if found else {}
 
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
         """Return random circuits of the same number of edges, as `against random` draws them; any
@@ -987,6 +1002,7 @@ def _write_choice(path: Path, rows: MaskRows, likely: Tensor, chosen: Sequence[i
         "labels": [label_candidates((each,)) for each in rows.candidates],
         "probabilities": probabilities.tolist(),
         "chosen": rows.active[list(chosen)].tolist(),
+        **rows.dictionaries,
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")
 
@@ -2005,11 +2021,13 @@ def _report(rows: EdgeRows, found: FoundCircuit) -> CircuitReport:
 
 
 def _write_circuit(path: Path, rows: EdgeRows, found: FoundCircuit) -> None:
-    """Write all edges with their scores, and the numbers of those of the circuit."""
+    """Write all edges with their scores, the numbers of those of the circuit, and the dictionaries
+    whose features are nodes."""
     content = {
         "sites": [key_of_candidate(each) for each in rows.candidates],
         "labels": [label_candidates((each,)) for each in rows.candidates],
         "scores": found.scores.tolist(),
         "chosen": list(found.chosen),
+        **rows.dictionaries,
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")

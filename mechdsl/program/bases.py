@@ -280,7 +280,7 @@ def lower_saved_circuit(
 ) -> spec.Circuit | None:
     """Lower a circuit that is read from a file; None after an error.
 
-    Codes: E0207, E0342.
+    Codes: E0201, E0207, E0342.
     """
     call = statement.source
     assert call is not None
@@ -296,9 +296,13 @@ def lower_saved_circuit(
     for argument in named:
         for part in walk(argument.value):
             _ = isinstance(part, ast.Name) and scope.has("param", part.id)
+        if argument.name == "nodes":
+            _are_nodes(argument.value, parts, scope)
+            continue
         if argument.name != "size":
-            others = {"top": "size", "n": "size", "edges": "size"}
-            scope.diagnostics.append(_unknown_option(argument, call.name, ("size",), others))
+            others = {"top": "size", "n": "size", "edges": "size", "features": "nodes"}
+            known = "size", "nodes"
+            scope.diagnostics.append(_unknown_option(argument, call.name, known, others))
             continue
         value = constant_value(argument.value, parts.parameters)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -314,8 +318,14 @@ def lower_saved_circuit(
         )
     if has_errors(scope.diagnostics[before:]):
         return None
+    named = [each.value for each in named if each.name == "nodes"]
+    nodes = tuple(ast.Site((each,), span=each.span) for each in named if isinstance(each, ast.Name))
     return spec.Circuit(
-        span=statement.span, name=statement.name.id, edges=(), source=statement.source
+        span=statement.span,
+        name=statement.name.id,
+        edges=(),
+        source=statement.source,
+        nodes=nodes,
     )
 
 

@@ -241,6 +241,7 @@ def _list_circuit_bases(experiment: spec.Experiment, program: spec.Program) -> I
         walked = () if circuit is None else walk(circuit.edges)
         sites = [node for node in walked if isinstance(node, ast.Site)]
         named = [site.bare for site in sites]
+        named += [each.bare for each in (() if circuit is None else circuit.nodes)]
         named += [rule.nodes, None if trained is None else name_nodes(trained)]
         yield from (site.basis_name for site in sites)
         groups = (program.groups.get(each.id) for each in named if each is not None)

@@ -27,7 +27,7 @@ from mechdsl.base.source import Source
 from mechdsl.base.text import count_noun
 from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.models.shape import ModelShape, unit_count
-from mechdsl.resolve.types import CircuitEdge, SitePoint
+from mechdsl.resolve.types import CircuitEdge, FeatureNode, SitePoint
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import number_names
@@ -52,6 +52,9 @@ _EDGES = (
     "`L0N3 -> logits` as in a file"
 )
 
+_NODES = '`saved("mask.json", nodes: g)`'
+"""A circuit in a file whose features a group names."""
+
 _AT = " at "
 """Between an edge and its position."""
 
@@ -63,6 +66,12 @@ _CONVERSION = (
 _EDGE = re.compile(r"\s*([^<>-]*[^\s<>-])\s*->\s*([^\s<>-](?:[^<>-]*[^\s<>-])?)(?:<([qkv])>)?\s*")
 
 _FEATURE = re.compile(r"\bfeature \d")
+
+_ANY = "embed", "logits"
+"""A sender and a receiver of every model."""
+
+FeatureEnds: TypeAlias = tuple[FeatureNode, FeatureNode]
+"""A feature as a sender and as a receiver."""
 
 _NODE = re.compile(
     r"(?P<embed>input|embed)|(?P<end>logits)"
@@ -93,7 +102,11 @@ _SIZES = {
 
 
 class NotAnEdge(Exception):
-    """A name that is no edge of a model."""
+    """A name that is no edge of a model, and a fix."""
+
+    def __init__(self, reason: str, hint: str = _EDGES) -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 @record
@@ -108,6 +121,20 @@ class CircuitFile(Record):
     """Name of an edge → its score, if it has one."""
     chosen: frozenset[str]
     """The edges of the circuit."""
+    dictionaries: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Name of each dictionary whose features are nodes → its SHA-256, if the file has them."""
+
+
+@record
+class NamedNodes(Record):
+    """The neurons and features that `nodes` names for the edges of a file."""
+
+    neurons: Mapping[int, tuple[int, ...]]
+    """By layer."""
+    features: Mapping[str, FeatureEnds]
+    """By their labels."""
+    dictionaries: Mapping[str, str]
+    """Name of each dictionary of these features → its SHA-256; empty until it is trained."""
 
 
 @record
@@ -132,6 +159,7 @@ def read_circuit(
     size: int | None,
     shape: ModelShape,
     list_edges: Callable[[Mapping[int, tuple[int, ...]]], Sequence[CircuitEdge]],
+    nodes: NamedNodes,
 ) -> SavedCircuit:
     """Read the edges of a circuit for a model.
 
@@ -142,7 +170,9 @@ def read_circuit(
         written: The path as the user wrote it.
         size: Number of edges with the largest absolute scores; None for those that are chosen in
             the file.
-        list_edges: Returns the edges of the model with some neurons as nodes, by layer.
+        list_edges: Returns the edges of the model with some neurons as nodes, by layer, and with
+            the features that the user names.
+        nodes: The neurons and features that the user names.
 
     Raises:
         UnreadableFile: The file is missing, too large, of another form or of another model; it
@@ -152,11 +182,13 @@ def read_circuit(
     if shape.stands_in:  # the names are those of a model that isn't available
         return SavedCircuit((((EMBEDDING, END), None),), {}, {}, file.digest, "")
     _check_sizes(file, written, shape)
+    _check_dictionaries(file, written, nodes.dictionaries)
     scores: dict[NamedEdge, list[float]] = {}
     names: dict[NamedEdge, list[str]] = {}
     places = dict[str, ast.Position]()
-    named = dict(_name_edges(file, written, shape, places))
-    neurons = _find_neurons(named.values(), written)
+    named = dict(_name_edges(file, written, shape, places, nodes.features))
+    points = (SitePoint(NEURONS, n, unit) for n, own in nodes.neurons.items() for unit in own)
+    neurons = _find_neurons([*named.values(), *((each, each) for each in points)], written)
     every = list_edges(neurons)
     known = set(every)
     for name, score in file.scores.items():
@@ -195,18 +227,26 @@ def _reject_edge(name: str, written: str, shape: ModelShape) -> NoReturn:
 
 
 def _name_edges(
-    file: CircuitFile, written: str, shape: ModelShape, places: dict[str, ast.Position]
+    file: CircuitFile,
+    written: str,
+    shape: ModelShape,
+    places: dict[str, ast.Position],
+    features: Mapping[str, FeatureEnds],
 ) -> Iterator[tuple[str, CircuitEdge]]:
     """Yield the names in a file with their edges, and add their positions to `places`. Raises
-    UnreadableFile."""
+    UnreadableFile.
+
+    Args:
+        features: Label of each feature that is a node → its ends.
+    """
     for name in file.scores:
         of_edge, _, at = name.partition(_AT)
         try:
-            yield name, edge_of_name(of_edge, shape)
+            yield name, edge_of_name(of_edge, shape, features)
             if at and at not in places:
                 places[at] = _parse_position(at)
         except NotAnEdge as problem:
-            raise UnreadableFile(f"`{written}` has `{name}`, {problem}", _EDGES) from None
+            raise UnreadableFile(f"`{written}` has `{name}`, {problem}", problem.hint) from None
 
 
 def _find_neurons(edges: Iterable[CircuitEdge], written: str) -> dict[int, tuple[int, ...]]:
@@ -295,6 +335,16 @@ def _shared_heads(receiver: SitePoint, shape: ModelShape) -> int:
     )
 
 
+def _check_dictionaries(file: CircuitFile, written: str, dictionaries: Mapping[str, str]) -> None:
+    """Compare the dictionaries of a file with those of the same names. Raises UnreadableFile."""
+    for name, digest in file.dictionaries.items():
+        own = dictionaries.get(name, "")
+        if own and own != digest:
+            reason = f"`{written}` has features of a `{name}` with SHA-256 {digest[:12]}…, and "
+            reason += f"this `{name}` has {own[:12]}…"
+            raise UnreadableFile(reason, "use the dictionary that the circuit was trained with")
+
+
 def _check_sizes(file: CircuitFile, written: str, shape: ModelShape) -> None:
     """Compare the sizes in a file with those of the model. Raises UnreadableFile."""
     hint = "name a circuit of this model"
@@ -316,19 +366,43 @@ def _check_sizes(file: CircuitFile, written: str, shape: ModelShape) -> None:
 # --- names ----------------------------------------------------------------------------------------
 
 
-def edge_of_name(name: str, shape: ModelShape) -> CircuitEdge:
+def edge_of_name(name: str, shape: ModelShape, features: Mapping[str, FeatureEnds]) -> CircuitEdge:
     """Return an edge by its name in EAP-IG, `a0.h1->a1.h0<q>`, or in a `.mech` file.
+
+    Args:
+        features: Label of each feature that is a node → its ends.
 
     Raises:
         NotAnEdge: The name has another form, or the model has no such component.
     """
-    if _FEATURE.search(name):
-        raise NotAnEdge("and features aren't read from files: name these edges in a `circuit`")
+    of, _, to = (" ".join(each.split()) for each in name.partition("->"))
+    ends = [_find_feature(each, features) for each in (of, to)]
+    if ends != [None, None]:
+        plain = [
+            each if end is None else own
+            for each, end, own in zip((of, to), ends, _ANY, strict=True)
+        ]
+        sender, receiver = edge_of_name("->".join(plain), shape, {})
+        first, second = ends
+        return (sender if first is None else first[0]), (receiver if second is None else second[1])
     match = _EDGE.fullmatch(name)
     if match is None:
         raise NotAnEdge("which isn't an edge")
     sender, receiver, reads = match.groups()
     return _point(sender, None, shape, "sender"), _point(receiver, reads, shape, "receiver")
+
+
+def _find_feature(name: str, features: Mapping[str, FeatureEnds]) -> FeatureEnds | None:
+    """Return a feature by its label; None for any other end. Raises NotAnEdge for a feature that
+    isn't a node."""
+    if not _FEATURE.search(name):
+        return None
+    if name in features:
+        return features[name]
+    if not features:
+        hint = f"write a group with the features of the file, and its name: {_NODES}"
+        raise NotAnEdge("and `nodes` doesn't name its features", hint)
+    raise NotAnEdge(f"and `{name}` isn't in the group of `nodes`", "add it to the group")
 
 
 def _parse_position(text: str) -> ast.Position:
@@ -468,7 +542,9 @@ def _read_mask(parts: Mapping[str, Any], digest: str) -> CircuitFile:
     labels = [str(each) for each in parts["labels"]]
     given = parts["scores" if "scores" in parts else "probabilities"]
     scores = dict(zip(labels, map(float, given), strict=True))
-    return CircuitFile(digest, {}, scores, frozenset(labels[n] for n in parts["chosen"]))
+    chosen = frozenset(labels[n] for n in parts["chosen"])
+    dictionaries = {str(name): str(own) for name, own in parts.get("dictionaries", {}).items()}
+    return CircuitFile(digest, {}, scores, chosen, dictionaries)
 
 
 def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitFile:

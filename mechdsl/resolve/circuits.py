@@ -26,6 +26,7 @@ from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, NoPath, NotOnAPath
 from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
 from mechdsl.program.paths import SAVED_PATH, path_to_read
@@ -39,6 +40,7 @@ from mechdsl.resolve.circuit_files import (
     ENCODER_EMBEDDING,
     END,
     NEURONS,
+    NamedNodes,
     SavedCircuit,
     list_neurons,
     read_circuit,
@@ -269,9 +271,9 @@ def find_circuit_edges(
         work.diagnostics.append(missing)
         return None
     before = len(work.diagnostics)
-    saved = None if circuit.source is None else _read_saved(circuit.source, work)
     parts = _CircuitParts(work, resolve_features)
     named = _resolve_named_nodes(circuit, parts, work)
+    saved = None if circuit.source is None else _read_saved(circuit.source, named, work)
     nodes = named.neurons if saved is None else saved.neurons
     if circuit.name == spec.EVERY_EDGE:
         of_all = list_edges(shape, nodes, named.features) if named.are_some else every
@@ -421,6 +423,26 @@ class _NamedNodes(Record):
     def are_some(self) -> bool:
         return bool(self.neurons or self.features)
 
+    @property
+    def labelled(self) -> NamedNodes:
+        """The same as files name them."""
+        members = (own.member for own in self.features.values())
+        digests = {
+            each.name: each.operand.digest
+            for each in members
+            if isinstance(each.operand, DictionaryFile)
+        }
+        ends = (
+            pair
+            for layer, own in self.features.items()
+            for pair in zip(
+                _list_feature_ends("start", layer, own),
+                _list_feature_ends("end", layer, own),
+                strict=True,
+            )
+        )
+        return NamedNodes(self.neurons, {label_node(of): (of, to) for of, to in ends}, digests)
+
 
 def _resolve_named_nodes(
     circuit: spec.Circuit, parts: _CircuitParts, work: ExperimentContext
@@ -561,8 +583,12 @@ def _too_many(name: str, count: int, span: Span, noun: str = "neuron") -> BadArg
     return BadArgument(span=span, name=name, reason=reason, hint=hint)
 
 
-def _read_saved(call: ast.Call, work: ExperimentContext) -> SavedCircuit | None:
-    """Read the edges of `saved("circuit.json", size: 100)`; None after an error."""
+def _read_saved(call: ast.Call, named: _NamedNodes, work: ExperimentContext) -> SavedCircuit | None:
+    """Read the edges of `saved("circuit.json", size: 100, nodes: g)`; None after an error.
+
+    Args:
+        named: The nodes that `nodes` names.
+    """
     path_node, *_ = (each.value for each in call.arguments if each.name is None)
     sizes = (each.value for each in call.arguments if each.name == "size")
     size = next((constant_value(each, work.program.parameters) for each in sizes), None)
@@ -574,7 +600,11 @@ def _read_saved(call: ast.Call, work: ExperimentContext) -> SavedCircuit | None:
     try:
         assert size is None or isinstance(size, int)
         shape = work.sites.shape
-        return read_circuit(path, written, size, shape, lambda own: list_edges(shape, own))
+
+        def list_with(neurons: Mapping[int, tuple[int, ...]]) -> Sequence[CircuitEdge]:
+            return list_edges(shape, neurons, named.features)
+
+        return read_circuit(path, written, size, shape, list_with, named.labelled)
     except UnreadableFile as problem:
         reason, hint = problem.reason, problem.hint
         bad = BadBasis(span=call.span, reason=reason, hint=hint, what="circuit")
@@ -866,7 +896,7 @@ def _list_units(site: str, layer: int, shape: ModelShape) -> Iterator[SitePoint]
     yield from (SitePoint(site, layer, n) for n in range(unit_count(shape, site, layer)))
 
 
-def _list_feature_ends(verb: str, layer: int, features: FeatureNodes) -> list[SitePoint]:
+def _list_feature_ends(verb: str, layer: int, features: FeatureNodes) -> list[FeatureNode]:
     """Return the nodes of features as senders ("start") or receivers ("end")."""
     name, _, of_layer = features.member.name.partition("[")
     site, several = _FEATURE_ENDS[verb], bool(of_layer)

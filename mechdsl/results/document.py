@@ -497,12 +497,12 @@ class EdgeDocument(DocumentPart):
     """An edge of a circuit."""
 
     sender: str = Field(
-        description="`embed`, a head `L0H1` or an MLP `L0.mlp`; of an attribution graph `token 3`, "
-        "`L0.f12@3` (feature 12 at token 3) or `L0.error@3`"
+        description="`embed`, a head `L0H1`, an MLP `L0.mlp`, a neuron `L0N3` or `feature 3 of f`; "
+        "of an attribution graph `token 3`, `L0.f12@3` (feature 12 at token 3) or `L0.error@3`"
     )
     receiver: str = Field(
-        description="an input of a head `L1H0.q`, an MLP or `logits`; of an attribution graph a "
-        "feature, `logit 17` or `target`"
+        description="an input of a head `L1H0.q`, an MLP, a neuron, a feature or `logits`; of an "
+        "attribution graph a feature, `logit 17` or `target`"
     )
     score: float | None = Field(default=None, description="its score, if the circuit has scores")
     at: str | None = Field(

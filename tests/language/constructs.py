@@ -400,6 +400,16 @@ _file(
     "Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, arXiv 2504.13151",
 )
 _file(
+    "circuit: of features from a file",
+    'basis b = sae("sae") at mlp_out layer 1\ngroup g = features 3, 5 of b\n'
+    'circuit c = saved("feature-circuit.json", nodes: g)',
+    "The edges of a mask or a list may have features, named as in `circuit`, if `nodes` names a "
+    "group with these features. All features of the group are nodes. Features that aren't in it, "
+    "and a mask that was trained with another dictionary of this name, are E0342.",
+    "tests/rules/test_feature_circuits.py",
+    "Marks et al. 2024, arXiv 2403.19647",
+)
+_file(
     "circuit without each edge",
     'circuit c = saved("circuit.json") experiment e { prompts fruit '
     "ablate all but c without each edge at tokens * with zero measure loss as minimality }",

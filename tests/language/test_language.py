@@ -50,6 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     graph = {"nodes": [{**feature, "ctx_idx": 4}], "links": [], "qParams": supernodes}
     (folder / "graph.json").write_text(json.dumps(graph), encoding="utf-8")
     (folder / "circuit.json").write_text(json.dumps(circuit), encoding="utf-8")
+    features = {"edges": ["embed -> feature 3 of b", "feature 3 of b -> logits"]}
+    (folder / "feature-circuit.json").write_text(json.dumps(features), encoding="utf-8")
     lens = {f"layer.{n}.weight": torch.eye(128) for n in range(3)}
     lens |= {f"layer.{n}.bias": torch.ones(128) for n in range(3)}
     save_file(lens, folder / "lens.safetensors")

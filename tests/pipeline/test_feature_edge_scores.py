@@ -174,6 +174,18 @@ def test_circuit_of_features_equals_passes_with_its_edges(
     assert own.conventions["features of circuits"].startswith("3 features of f, 2 features of t")
     said = own.conventions["controls"]
     assert said.startswith("random circuits, 3 draws, seed 0; of 100 edges, each on a path")
+    circuit = 'circuit c = saved("out/c/mask.json", nodes: g)'
+    copied = write(tmp_path, group_of(family, kind), circuit, used)
+    (read,) = mechdsl.run(copied, given, store=False).files[0].experiments
+    assert read.row_ids is not None
+    expected = [value(family, row, kept, features) for row in read.row_ids]
+    np.testing.assert_allclose(read.measures[0].patched[0], expected, atol=1e-5)
+    if family == "llama":
+        dictionaries(tmp_path, family, "standard")
+        changed = group_of(family, "standard")
+        (error,) = training_errors(write(tmp_path, changed, circuit, used))
+        assert error.code == "E0342"
+        assert "has features of a `f` with SHA-256" in error.message
 
 
 def test_circuit_of_trained_features_is_trained_after_its_dictionary(tmp_path: Path) -> None:

@@ -664,12 +664,45 @@ def test_edges_of_random_circuits_of_features_are_on_paths(data: Path) -> None:
     assert any("feature" in end for end in ends)
 
 
-def test_edges_of_features_in_a_file_are_an_error(data: Path) -> None:
-    edges_of = ["embed -> L0H1.q", "feature 3 of f -> logits"]
-    (data / "features.json").write_text(json.dumps({"edges": edges_of}), encoding="utf-8")
-    text = 'circuit c = saved("features.json")\n' + experiment(
-        "e", "ablate c at tokens * with zero"
-    )
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_file_with_features_equals_the_listed_edges(data: Path, name: str) -> None:
+    """All features of the group are nodes, as if each was listed."""
+    dictionaries(data, name, "standard")
+    written = ["embed -> feature 3 of f", "feature 3 of f -> feature 0 of t at last token"]
+    written += ["feature 5 of f -> L1H0.q", "L0.mlp -> feature 0 of t", "L0H1 -> logits"]
+    (data / "features.json").write_text(json.dumps({"edges": written}), encoding="utf-8")
+    text = definitions(name, "standard")
+    text += "group g = features 3, 5 of f, feature 0 of t\n"
+    text += f"circuit c = {', '.join(written)}\n"
+    text += 'circuit d = saved("features.json", nodes: g)\n'
+    for own in "cd":
+        text += experiment(f"x{own}", f"ablate all but {own} at tokens * with other")
+    found = run_file(text, data, name, "planned", precise=True)
+    first, second = (found[f"x{own}"] for own in "cd")
+    np.testing.assert_allclose(second.measures[0].patched, first.measures[0].patched, atol=1e-9)
+    assert np.abs(first.measures[0].patched - first.measures[0].base).max() > 1e-3
+    key = "features of circuits"
+    assert first.conventions[key] == second.conventions[key]
+    assert second.conventions["circuit d"].startswith("5 edges at positions, those in the circuit")
+
+
+WRONG_FILES = {
+    "no nodes": ("feature 3 of f -> logits", "", "E0342", "`nodes` doesn't name its features"),
+    "another feature": ("feature 7 of f -> logits", ", nodes: some", "E0342", "isn't in the group"),
+    "no such group": ("feature 3 of f -> logits", ", nodes: h", "E0201", "`h`"),
+    "backwards": ("feature 3 of f -> L0.mlp", ", nodes: some", "E0342", "reads before or at"),
+    "unknown component": ("feature 3 of f -> L9.mlp", ", nodes: some", "E0342", "has 3 layers"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG_FILES)
+def test_wrong_edges_of_features_in_a_file_are_an_error(data: Path, key: str) -> None:
+    edge, nodes, code, said = WRONG_FILES[key]
+    (data / "wrong_features.json").write_text(json.dumps({"edges": [edge]}), encoding="utf-8")
+    text = f"{_bases(data)}group some = features 3, 5 of f\n"
+    text += f'circuit c = saved("wrong_features.json"{nodes})\n'
+    text += experiment("x", "ablate feature * of f at last token with zero")
+    text += experiment("e", "ablate c at tokens * with zero")
     problems = [each for each in try_file(text, data, "gpt2")[1] if each.severity == "error"]
-    assert [each.code for each in problems] == ["E0342"]
-    assert "features aren't read from files" in render_full(problems, color=False, width=200)
+    assert [each.code for each in problems] == [code]
+    assert said in render_full(problems, color=False, width=200)
