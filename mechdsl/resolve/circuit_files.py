@@ -183,31 +183,26 @@ def read_circuit(
         return SavedCircuit((((EMBEDDING, END), None),), {}, {}, file.digest, "")
     _check_sizes(file, written, shape)
     _check_dictionaries(file, written, nodes.dictionaries)
-    scores: dict[NamedEdge, list[float]] = {}
-    names: dict[NamedEdge, list[str]] = {}
     places = dict[str, ast.Position]()
     named = dict(_name_edges(file, written, shape, places, nodes.features))
     points = (SitePoint(NEURONS, n, unit) for n, own in nodes.neurons.items() for unit in own)
     neurons = _find_neurons([*named.values(), *((each, each) for each in points)], written)
     every = list_edges(neurons)
+    names = _join_names({name: split_mlps(own, neurons) for name, own in named.items()})
     known = set(every)
-    for name, score in file.scores.items():
-        at, edge = name.partition(_AT)[2], split_mlps(named[name], neurons)
+    for (edge, _), (name, *_) in names.items():
         if edge not in known:
             _reject_edge(name, written, shape)
-        names.setdefault((edge, at or None), []).append(name)
-        if score is not None:
-            scores.setdefault((edge, at or None), []).append(score)
+    given = {edge: [file.scores[name] for name in own] for edge, own in names.items()}
+    scores = {edge: [n for n in own if n is not None] for edge, own in given.items()}
+    scores = {edge: own for edge, own in scores.items() if own}
     total = {edge: sum(own) for edge, own in scores.items()}
     if size is not None:
         edges = _choose_largest(total, size, written, every)
     else:
         edges = _choose_marked(file, names, written, every, shape)
     kept = {edge: total[edge] for edge in edges} if total.keys() >= set(edges) else {}
-    how = "those with the largest absolute scores" if size is not None else "those in the circuit"
-    made = f"{len(edges):,} of {count_noun(len(every), 'edge')}, {how}"
-    if any(at is not None for _, at in edges):
-        made = f"{len(edges):,} edges at positions, {how}"
+    made = _describe_choice(edges, len(every), size)
     added = any(len(scores[edge]) > 1 for edge in kept)
     shared = "; scores of heads that share a key or value are added" if added else ""
     said = f"{made}, of {written}, SHA-256 {file.digest[:12]}…{shared}"
@@ -247,6 +242,23 @@ def _name_edges(
                 places[at] = _parse_position(at)
         except NotAnEdge as problem:
             raise UnreadableFile(f"`{written}` has `{name}`, {problem}", problem.hint) from None
+
+
+def _describe_choice(edges: Sequence[NamedEdge], total: int, size: int | None) -> str:
+    """Describe the number of edges, of those of the model, and how they were chosen."""
+    how = "those with the largest absolute scores" if size is not None else "those in the circuit"
+    if any(at is not None for _, at in edges):
+        return f"{len(edges):,} edges at positions, {how}"
+    return f"{len(edges):,} of {count_noun(total, 'edge')}, {how}"
+
+
+def _join_names(named: Mapping[str, CircuitEdge]) -> dict[NamedEdge, list[str]]:
+    """Return the names in a file of each edge at its position."""
+    found: dict[NamedEdge, list[str]] = {}
+    for name, edge in named.items():
+        at = name.partition(_AT)[2]
+        found.setdefault((edge, at or None), []).append(name)
+    return found
 
 
 def _find_neurons(edges: Iterable[CircuitEdge], written: str) -> dict[int, tuple[int, ...]]:
