@@ -557,6 +557,8 @@ def test_texts_without_images_are_causal_in_a_model_with_prefix_attention(
     text = experiment("e", "from clean into changed", rule)
     source = Source(f'mech 1\nmodel m = local("handed over")\n{block}\n{text}', folder() / "f.mech")
     [found] = succeeded(*run_on(source, {"m": loaded(name)}, MODES[mode])).values()
+    said = "each token attends to itself and earlier ones, as no prompt has an image"
+    assert found.conventions["prompt attention"] == f"{said} (`token_type_ids` of 1)"
     for n in ALL:
         clean, changed = (words_alone(name, words) for words in (WORDS[n], "w3"))
         value = bare(name).states(clean)["blocks"][0][-1]

@@ -20,7 +20,7 @@ from mechdsl.execute.unpatched_batch import compute_noise_scale
 from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
-from mechdsl.program.spec import Estimator, Generation
+from mechdsl.program.spec import CLEAN, Estimator, Generation
 from mechdsl.prompts.insertion import has_inserted_tokens
 from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.class_outputs import describe_pooling
@@ -232,7 +232,11 @@ def _of_rows(experiment: ResolvedExperiment, measured: MeasuredValues) -> Conven
 
 
 def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionItems:
-    """Describe the amount of noise and the rules of derived runs."""
+    """Describe attention in prompts without images, noise and the rules of derived runs."""
+    pictured = any(row.pictures for row in experiment.table.runs[CLEAN].rows)
+    if model.calling.token_type and not pictured:
+        said = "each token attends to itself and earlier ones, as no prompt has an image"
+        yield "prompt attention", f"{said} (`token_type_ids` of {model.calling.token_type})"
     for name, run in experiment.table.runs.items():
         noise = run.noise if run.derived is None else None
         if noise is not None and noise.sds is not None:
