@@ -1,105 +1,190 @@
-"""Every rule at a token of an image, in all vision-language families, against plain hooks on the
-bare model: one unpadded prompt at a time."""
+"""Every rule at a token of an image or of a frame, in all vision-language families, against plain
+hooks on the bare model: one unpadded prompt at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers.utils.import_utils import is_torchvision_available
 
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..images import prompts_of_images as vlm
 from ..quick import some
 from ..reference.edits import EDITS, Vectors, write_rules
-from .reference import Edit, at
+from ..shared_models import unchanged
+from . import test_families as families
+from . import test_video_processors as videos
+from .reference import Bare, Edit, at
 from .support import experiment
-from .test_families import (
-    ALL,
-    NAMES,
-    QUICK,
-    bare,
-    blocks,
-    cells,
-    difference,
-    every_cell,
-    inputs,
-    run_text,
-)
+from .test_families import ALL, NAMES, QUICK, difference
 
 DECLARED = """
 direction d = mean(ask) at resid_post layer 0 at AT
 basis b = pca(ask, dims: 2, each_token: true) at resid_post layer 0 at AT
 """
+SEEDS = {
+    "llava_class": 3,
+    "vipllava": 1,
+    "video_llava": 4,
+    "llava_next": 1,
+    "llava_onevision": 3,
+    "llava_onevision_frames": 5,
+    "qwen2_vl": 3,
+    "qwen2_5_vl": 2,
+    "smolvlm": 2,
+    "internvl": 5,
+}
+"""Seeds of weights with which every rule changes the measure by more than 0.1; otherwise 0."""
+WINDOWS = {"idefics2": 8}
+"""Windows of attention in which final tokens see some tokens of images, but not all of them."""
 
 
-def where(name: str) -> str:
-    """Idefics2 mixes all patches of an image into each of its tokens, which have no cells."""
-    return "photo tokens" if name == "idefics2" else "photo row 1 col 2 token"
+@cache
+def drawn(name: str) -> Any:
+    changes = dict[str, Any]()
+    if name in WINDOWS:
+        text = vlm.architecture(name).config["text_config"]
+        changes = {"text_config": {**text, "sliding_window": WINDOWS[name]}}
+    return families.draw(name, SEEDS.get(name, 0), **changes)
 
 
-def tokens(name: str, n: int, image: int) -> list[int]:
-    if name == "idefics2":
-        return every_cell(name, n, image)
-    return [cells(name, n, image)[1, 2]]
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of a family, with an image or a video each."""
+
+    name: str
+    of_videos: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} videos" if self.of_videos else self.name
+
+    @property
+    def least(self) -> float:
+        """A lower bound of effects; torchvision prepares other pixels than seeds are chosen for."""
+        return 0.02 if self.of_videos and is_torchvision_available() else 0.1
+
+    @property
+    def position(self) -> str:
+        if self.of_videos:
+            return "frame 2 row 1 col 2 token"
+        return "photo row 1 col 2 token" if self.has_cells else "photo tokens"
+
+    @property
+    def all_tokens(self) -> str:
+        return "clip tokens" if self.of_videos else "photo tokens"
+
+    @property
+    def has_cells(self) -> bool:
+        """Idefics2 mixes all patches of an image into each of its tokens, which have no cells."""
+        return self.name != "idefics2"
+
+    def every_token(self, n: int, image: int) -> list[int]:
+        """The positions of all tokens of the image or the video."""
+        if not self.of_videos:
+            return families.every_cell(self.name, n, image)
+        frames = range(1, 4 // videos.LAYOUTS[self.name].merged + 1)
+        return [token for k in frames for token in videos.tokens(self.name, n, k)]
+
+    def tokens(self, n: int, image: int) -> list[int]:
+        """The tokens that rules change."""
+        if self.of_videos:
+            return [videos.cell(self.name, n, 2, 1, 2)]
+        if not self.has_cells:
+            return self.every_token(n, image)
+        return [families.cells(self.name, n, image)[1, 2]]
+
+    def inputs(self, n: int, image: int) -> dict[str, Tensor]:
+        """The inputs of prompt `n`, with an image or with a video that begins with it."""
+        return (videos if self.of_videos else families).inputs(self.name, n, image)
+
+    def run(self, n: int, image: int, **edits: Any) -> float:
+        return difference(bare(self).run(self.inputs(n, image), **edits))
+
+    def run_text(self, text: str, mode: str = "planned") -> list[ExperimentResult]:
+        if self.of_videos:
+            return [*videos.run(text, self.name, mode, model=loaded(self)).values()]
+        return families.run_text(self.name, text, mode, model=loaded(self))
 
 
-def vectors(name: str, n: int, image: int, layer: int = 0) -> Tensor:
+@cache
+def bare(of: Prompts) -> Bare:
+    return Bare(drawn(of.name), (videos if of.of_videos else families).bare(of.name).processor)
+
+
+@cache
+def loaded(of: Prompts) -> LoadedModel:
+    model, found = adopt_model("m", bare(of).model, bare(of).processor)
+    assert model is not None, found
+    return unchanged(model)
+
+
+@cache
+def blocks(of: Prompts, n: int, image: int) -> list[Tensor]:
+    return bare(of).states(of.inputs(n, image))["blocks"]
+
+
+def vectors(of: Prompts, n: int, image: int, layer: int = 0) -> Tensor:
     """[token, width] in an unpatched run."""
-    return blocks(name, n, image)[layer][tokens(name, n, image)]
+    return blocks(of, n, image)[layer][of.tokens(n, image)]
 
 
 def other(n: int) -> int:
     return (n + 1) % len(ALL)
 
 
-def reader(name: str) -> Vectors:
+def reader(of: Prompts) -> Vectors:
     """Reads vectors after a layer, at the tokens of a prompt with its image or its other one."""
-    return lambda n, changed, layer: vectors(name, n, other(n) if changed else n, layer)
+    return lambda n, changed, layer: vectors(of, n, other(n) if changed else n, layer)
 
 
-def edited(name: str, n: int, value: Tensor) -> float:
-    edit = at(tokens(name, n, n), value)
-    return difference(bare(name).run(inputs(name, n, n), blocks={0: edit}))
+def edited(of: Prompts, n: int, value: Tensor) -> float:
+    return of.run(n, n, blocks={0: at(of.tokens(n, n), value)})
 
 
-def swapped(name: str, n: int) -> float:
-    [token], last = tokens(name, n, n), inputs(name, n, n)["input_ids"].shape[1] - 1
-    given = blocks(name, n, n)[0][[last, token]]
-    return difference(bare(name).run(inputs(name, n, n), blocks={0: at([token, last], given)}))
+def swapped(of: Prompts, n: int) -> float:
+    [token], last = of.tokens(n, n), of.inputs(n, n)["input_ids"].shape[1] - 1
+    given = blocks(of, n, n)[0][[last, token]]
+    return of.run(n, n, blocks={0: at([token, last], given)})
 
 
-def in_a_basis(name: str, n: int) -> float:
+def in_a_basis(of: Prompts, n: int) -> float:
     """Two principal components of the tokens are copied into the prompt with the other image."""
-    every = torch.cat([vectors(name, each, each) for each in ALL]).double()
+    every = torch.cat([vectors(of, each, each) for each in ALL]).double()
     two = torch.linalg.svd(every - every.mean(0), full_matrices=False)[2][:2].float()
-    here, given = tokens(name, n, other(n)), inputs(name, n, other(n))
-    old, new = vectors(name, n, other(n)), vectors(name, n, n)
-    edit = at(here, old + (new - old) @ two.T @ two)
-    return difference(bare(name).run(given, blocks={0: edit}))
+    old, new = vectors(of, n, other(n)), vectors(of, n, n)
+    edit = at(of.tokens(n, other(n)), old + (new - old) @ two.T @ two)
+    return of.run(n, other(n), blocks={0: edit})
 
 
-def frozen(name: str, n: int) -> float:
-    here = tokens(name, n, n)
-    edits = {0: at(here, torch.zeros(())), 1: at(here, vectors(name, n, n, 1))}
-    return difference(bare(name).run(inputs(name, n, n), blocks=edits))
+def frozen(of: Prompts, n: int) -> float:
+    here = of.tokens(n, n)
+    return of.run(n, n, blocks={0: at(here, torch.zeros(())), 1: at(here, vectors(of, n, n, 1))})
 
 
-def along_path(name: str, n: int) -> float:
+def along_path(of: Prompts, n: int) -> float:
     """Values of layer 1 at the tokens read the stream after layer 0 at the same tokens only."""
-    image, here, found = other(n), tokens(name, n, other(n)), list[Tensor]()
-    module, given = bare(name).block(1).self_attn.v_proj, inputs(name, n, image)
+    image, here, found = other(n), of.tokens(n, other(n)), list[Tensor]()
+    module = bare(of).block(1).self_attn.v_proj
 
     def keep(value: Tensor) -> Tensor:
         found.append(value[here].clone())
         return value
 
     with at_output(module, keep):
-        bare(name).run(given, blocks={0: at(here, vectors(name, n, n))})
+        of.run(n, image, blocks={0: at(here, vectors(of, n, n))})
     with at_output(module, at(here, found[0])):
-        return difference(bare(name).run(given))
+        return of.run(n, image)
 
 
 @contextmanager
@@ -111,10 +196,9 @@ def at_output(module: Any, edit: Edit) -> Generator[None]:
         handle.remove()
 
 
-def hidden(name: str, n: int) -> float:
+def hidden(of: Prompts, n: int) -> float:
     """The last query of layer 1 doesn't see the image."""
-    here, given = every_cell(name, n, n), inputs(name, n, n)
-    count = given["input_ids"].shape[1]
+    here, count = of.every_token(n, n), of.inputs(n, n)["input_ids"].shape[1]
 
     def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         mask = torch.full((count, count), torch.finfo(torch.float32).min).triu(1)[None, None]
@@ -126,60 +210,78 @@ def hidden(name: str, n: int) -> float:
         mask[..., -1, here] = torch.finfo(torch.float32).min
         return args, {**kwargs, "attention_mask": mask}
 
-    handle = bare(name).block(1).self_attn.register_forward_pre_hook(hide, with_kwargs=True)
+    handle = bare(of).block(1).self_attn.register_forward_pre_hook(hide, with_kwargs=True)
     try:
-        return difference(bare(name).run(given))
+        return of.run(n, n)
     finally:
         handle.remove()
 
 
-OTHERS: dict[str, tuple[Callable[[str, int], float], bool]] = {
+OTHERS: dict[str, tuple[Callable[[Prompts, int], float], bool]] = {
     "swap resid_post layer 0 at AT with last token": (swapped, False),
     "ablate resid_post layer 0 at AT with zero\n  freeze resid_post layer 1 at AT": (frozen, False),
-    "block attention layer 1 heads * from last token to photo tokens": (hidden, False),
-    "reweight attention layer 1 heads * from last token to photo tokens by 0": (hidden, False),
+    "block attention layer 1 heads * from last token to EVERY": (hidden, False),
+    "reweight attention layer 1 heads * from last token to EVERY by 0": (hidden, False),
     "patch resid_post layer 0 in basis b at AT": (in_a_basis, True),
     "path resid_post layer 0 -> v layer 1 heads * at AT": (along_path, True),
 }
 """Rule → its value in a record, and whether it patches `from clean into changed`."""
 
 
-@pytest.mark.parametrize(
+def cases(of: Prompts) -> list[tuple[list[str], Callable[[int], float]]]:
+    """Lines of experiments, and the value of a record under them."""
+    own, found = reader(of), list[tuple[list[str], Callable[[int], float]]]()
+    rules = write_rules("resid_post layer 0", "resid_post layer 1", of.position, "changed")
+    for rule, change in zip(rules, EDITS.values(), strict=True):
+        found.append(
+            ([rule], lambda n, change=change: edited(of, n, change(own, n, own(n, False, 0))))
+        )
+    for rule, (run, patches) in OTHERS.items():
+        if "swap" in rule and not of.has_cells:
+            continue
+        first = ["from clean into changed"] if patches else []
+        line = rule.replace("AT", of.position).replace("EVERY", of.all_tokens)
+        found.append(([*first, line], lambda n, run=run: run(of, n)))
+    return found
+
+
+def check_every_rule(of: Prompts, mode: str) -> None:
+    """Run all rules in one file, on prompts of different lengths and images."""
+    own = cases(of)
+    text = DECLARED.replace("AT", of.position)
+    text += "".join(experiment(f"e{n}", *lines) for n, (lines, _) in enumerate(own))
+    for found, (lines, run) in zip(of.run_text(text, mode), own, strict=True):
+        expected, measure = [run(n) for n in ALL], found.measures[0]
+        np.testing.assert_allclose(
+            measure.patched[0], expected, atol=2e-4, rtol=1e-4, err_msg=lines[-1]
+        )
+        assert np.abs(np.array(expected) - measure.base[0]).max() > of.least, lines
+
+
+MODE = pytest.mark.parametrize(
     "mode", ["planned", pytest.param("padded on the right", marks=pytest.mark.slow)]
 )
+
+
+@MODE
 @pytest.mark.parametrize("name", some(NAMES, QUICK))
 def test_every_rule_at_a_token_of_an_image_equals_hooks(name: str, mode: str) -> None:
-    """In one file, on prompts of different lengths and images."""
-    own, position = reader(name), where(name)
-    others = {
-        rule: case for rule, case in OTHERS.items() if name != "idefics2" or "swap" not in rule
-    }
-    rules = write_rules("resid_post layer 0", "resid_post layer 1", position, "changed")
-    runs: list[Callable[[int], float]] = [
-        lambda n, change=change: edited(name, n, change(own, n, own(n, False, 0)))
-        for change in EDITS.values()
-    ]
-    lines = [[rule] for rule in rules]
-    for rule, (run, patches) in others.items():
-        first = ["from clean into changed"] if patches else []
-        lines.append([*first, rule.replace("AT", position)])
-        runs.append(lambda n, run=run: run(name, n))
-    text = DECLARED.replace("AT", position)
-    text += "".join(experiment(f"e{n}", *each) for n, each in enumerate(lines))
-    found = run_text(name, text, mode)
-    for each, run, line in zip(found, runs, lines, strict=True):
-        expected, measure = [run(n) for n in ALL], each.measures[0]
-        np.testing.assert_allclose(
-            measure.patched[0], expected, atol=2e-4, rtol=1e-4, err_msg=line[-1]
-        )
-        if name != "idefics2" or "attention" not in line[-1]:  # its last token hardly sees images
-            assert np.abs(np.array(expected) - measure.base[0]).max() > 1e-2, line
+    check_every_rule(Prompts(name), mode)
 
 
-@pytest.mark.parametrize("name", some(NAMES, ("qwen3_vl",)))
-def test_resampled_token_of_an_image_is_that_of_another_row(name: str) -> None:
-    rule = f"ablate resid_post layer 0 at {where(name)} with resample"
-    [found] = run_text(name, experiment("e", rule))
+@MODE
+@pytest.mark.parametrize("name", some(videos.LAYOUTS, videos.QUICK))
+def test_every_rule_at_a_token_of_a_frame_equals_hooks(name: str, mode: str) -> None:
+    check_every_rule(Prompts(name, of_videos=True), mode)
+
+
+RESAMPLED = [*(Prompts(name) for name in NAMES), *(Prompts(name, True) for name in videos.LAYOUTS)]
+
+
+@pytest.mark.parametrize("of", some(RESAMPLED, (Prompts("qwen3_vl"),)), ids=str)
+def test_resampled_token_of_an_image_or_a_frame_is_that_of_another_row(of: Prompts) -> None:
+    rule = f"ablate resid_post layer 0 at {of.position} with resample"
+    [found] = of.run_text(experiment("e", rule))
     for n, value in enumerate(found.measures[0].patched[0]):
-        expected = [edited(name, n, vectors(name, m, m)) for m in ALL if m != n]
+        expected = [edited(of, n, vectors(of, m, m)) for m in ALL if m != n]
         assert np.abs(np.array(expected) - value).min() < 2e-4

@@ -80,18 +80,23 @@ def folder() -> Path:
 
 @cache
 def bare(name: str) -> Bare:
-    model: Any = build.model(vlm.architecture(name), **vlm.FAMILIES[name].overrides)
-    torch.manual_seed(0)
+    return Bare(draw(name), vlm.processor(name))
+
+
+def draw(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """A model with large weights, whose replies contain no images."""
+    overrides = {**vlm.FAMILIES[name].overrides, **overrides}
+    model: Any = build.model(vlm.architecture(name), seed, **overrides)
     with torch.no_grad():
         for path, weight in model.named_parameters():
             if weight.dim() > 1:
                 weight.mul_(3 if "embed" in path else 2)
-        head: Any = model.get_output_embeddings()  # replies contain no images
+        head: Any = model.get_output_embeddings()
         words = {*vlm.WORDS.values()}
         if vlm.FAMILIES[name].before_end:  # nor further ends of the prompt
             words = {vlm.WORDS[each] for each in ("w1", "w2", "w3")}
         head.weight[[n for n in range(len(head.weight)) if n not in words]] = 0
-    return Bare(model, vlm.processor(name))
+    return model
 
 
 @cache

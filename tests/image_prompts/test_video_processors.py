@@ -140,16 +140,25 @@ def loaded(name: str) -> LoadedModel:
 
 
 def try_file(
-    text: str, name: str, mode: str = "planned", block: str = BLOCK
+    text: str,
+    name: str,
+    mode: str = "planned",
+    block: str = BLOCK,
+    model: LoadedModel | None = None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
+    """model: the family's model; by default, one that other tests use too."""
     source = Source(f'mech 1\nmodel m = local("x")\n{block}\n{text}', folder() / "file.mech")
-    return run_on(source, {"m": loaded(name)}, MODES[mode])
+    return run_on(source, {"m": loaded(name) if model is None else model}, MODES[mode])
 
 
 def run(
-    text: str, name: str, mode: str = "planned", block: str = BLOCK
+    text: str,
+    name: str,
+    mode: str = "planned",
+    block: str = BLOCK,
+    model: LoadedModel | None = None,
 ) -> dict[str, ExperimentResult]:
-    return succeeded(*try_file(text, name, mode, block))
+    return succeeded(*try_file(text, name, mode, block, model))
 
 
 def metadata(name: str, frames: int) -> dict[str, Any]:
