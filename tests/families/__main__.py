@@ -101,8 +101,8 @@ Some models do more with images than read their vectors:
   and replies attend to earlier ones. Its processor puts the beginning-of-sequence token after the
   last image, and so does mechdsl. It also ends each prompt with a line break, so a template ends
   with `\\n`, its only one; others are E0459. Without an image, each token attends to
-  itself and earlier ones, which the conventions of a run report. In transformers, the tokens of such
-  a prompt attend to each other unless the model gets `token_type_ids` of 1.
+  itself and earlier ones, which the conventions of a run report. In transformers, tokens of such a
+  prompt attend to each other unless the model gets `token_type_ids` of 1.
 
 Rules in the vision encoder (`patch resid_post vision layer 4 at photo row 2 col 3 token`) act on
 all patches that the vector of an image token is made from:
