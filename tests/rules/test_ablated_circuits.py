@@ -43,6 +43,7 @@ from mechdsl.vocab.effects import EFFECTS
 
 from ..execute import support as of_files
 from ..execute.support import MODES, shared
+from ..models import families
 from ..quick import in_turn
 from ..reference.forward import stack
 from .circuits import EMBED, LOGITS, Features, circuit_pass, head, mlp, neuron, outputs, reads
@@ -849,15 +850,45 @@ def test_all_edges_of_models_with_norms_after_attention_carry_another_run(
     data: Path, name: str
 ) -> None:
     """The value is that of the other run, but not if only MLPs send its values."""
-    ends = ("q layers * heads *", "k layers * heads *", "v layers * heads *", "mlp_norm layers *")
+    to_all = ("q layers * heads *", "k layers * heads *", "v layers * heads *", "mlp_norm layers *")
     senders = ("layers * heads *", "mlp_out layers *", "embed")
-    every = [f"{of} -> {to}" for of in senders for to in (*ends, "logits")]
+    every = [f"{of} -> {to}" for of in senders for to in (*to_all, "logits")]
     text = f"circuit c = {', '.join(every)}\ncircuit d = {', '.join(every[5:10])}\n"
+    block, measure = "prompts p", of_files.DIFFERENCE
     text += "".join(
-        experiment(f"of_{each}", f"ablate {each} at tokens * with other") for each in "cd"
+        of_files.experiment(f"of_{each}", block, f"ablate {each} at tokens * with other", measure)
+        for each in "cd"
     )
-    text += experiment("o", "from clean into other", "ablate c at tokens * with clean")
-    found = {key: own.measures[0] for key, own in run_file(text, data, name, "planned").items()}
+    ends = "from clean into other"
+    text += of_files.experiment("o", block, ends, "ablate c at tokens * with clean", measure)
+    model = families.module(name, **({} if name == "exaone4" else {"attention_bias": True}))
+    result, problems = of_files.try_file(text, data, model, MODES["planned"])
+    found = {key: own.measures[0] for key, own in of_files.by_name(result, problems).items()}
     np.testing.assert_allclose(found["of_c"].patched, found["o"].base, atol=1e-4)
     np.testing.assert_allclose(found["o"].patched, found["of_c"].base, atol=1e-4)
     assert np.abs(found["of_d"].patched - found["of_c"].patched).max() > 1e-2
+
+
+@torch.no_grad()
+def test_bias_before_a_norm_after_attention_stays_if_heads_are_ablated(data: Path) -> None:
+    """The unembedding reads the embedding, MLPs, and norms of biases."""
+    model: Any = families.module("olmo2", attention_bias=True)
+    text = "circuit c = layers * heads * -> logits\n" + of_files.experiment(
+        "e", "prompts p", "ablate c at tokens * with zero", of_files.DIFFERENCE
+    )
+    result, problems = of_files.try_file(text, data, model, MODES["planned"])
+    found = of_files.by_name(result, problems)["e"].measures[0].patched[0]
+    outputs_of_mlps, expected_ = list[Tensor](), list[float]()
+    for block in model.model.layers:
+        block.post_feedforward_layernorm.register_forward_hook(
+            lambda _, args, output: outputs_of_mlps.append(output)
+        )
+    for row, record in zip(rows("clean"), records(), strict=True):
+        outputs_of_mlps.clear()
+        ids = torch.tensor([row.ids])
+        model(ids)
+        x = model.model.embed_tokens(ids) + sum(outputs_of_mlps)
+        for block in model.model.layers:
+            x = x + block.post_attention_layernorm(block.self_attn.o_proj.bias)
+        expected_.append(difference(model.lm_head(model.model.norm(x))[0], record))
+    np.testing.assert_allclose(found, expected_, atol=1e-4)
