@@ -198,7 +198,19 @@ def resolve_circuit(
         edges.digest,
         edges.made,
         waits=circuit.name in work.program.masks and not known,
+        dead=_find_dead_edges(edges, named[()], work) if rule.without_edge else (),
     )
+
+
+def _find_dead_edges(
+    edges: CircuitEdges, named: PlacedEdges, work: ExperimentContext
+) -> tuple[CircuitEdge, ...]:
+    """Return the edges of a circuit that lead to the end of the model by no others of it."""
+    if work.sites.shape.stands_in:
+        return ()
+    graph = EdgeGraph(work.sites.shape, edges.neurons, edges.features)
+    leading = graph.keep_leading(frozenset(named))
+    return tuple(edge for edge in named if edge not in leading)
 
 
 def _leave_out_each_edge(
@@ -1084,6 +1096,24 @@ def describe_circuit(rule: ResolvedRule) -> str:
         label = before + rule.spec.site.span.written
     total = count_noun(len(rule.circuit.every), "edge")
     return f"`{label}`: {ablated} of {total} ablated"
+
+
+def describe_dead_edges(rule: ResolvedRule) -> Iterator[Convention]:
+    """Yield which edges `without each edge` removes without an effect."""
+    assert rule.circuit is not None
+    dead, count = rule.circuit.dead, len(rule.circuit.named[()])
+    if not dead:
+        return
+    shown, more = dead[:LISTED_DEAD], len(dead) - LISTED_DEAD
+    listed = ", ".join(label_candidates((edge,)) for edge in shown)
+    listed += f" and {more:,} more" if more > 0 else ""
+    is_on, each = ("isn't", "it") if len(dead) == 1 else ("aren't", "one")
+    text = f"{len(dead):,} of {count_noun(count, 'edge')} {is_on} on a path to `logits`"
+    yield Convention("without", f"{text}: removing {each} has no effect ({listed})")
+
+
+LISTED_DEAD = 5
+"""Largest number of edges without an effect that a convention lists."""
 
 
 def _count_ablated(rule: ResolvedRule) -> dict[bool, set[int]]:

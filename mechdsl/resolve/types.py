@@ -1066,6 +1066,8 @@ class CircuitTargets(Record):
     """How its edges were read from a file, for conventions."""
     waits: bool = field(default=False, compare=False)
     """Whether a training chooses its edges and hasn't run, so that they are placeholders."""
+    dead: tuple[CircuitEdge, ...] = field(default=(), compare=False)
+    """For `without each edge`: edges of the circuit that don't lead to the end of the model."""
 
     @property
     def edge_places(self) -> tuple[PositionCell, ...]:

@@ -18,6 +18,7 @@ from mechdsl.resolve.circuits import (
     CIRCUIT_NOTE,
     check_ablated_tokens,
     describe_circuit,
+    describe_dead_edges,
     describe_features,
     describe_neurons,
     describe_places,
@@ -241,6 +242,7 @@ class CircuitFill(Intervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from super().conventions(rule, n_layers)
         yield Convention("circuit", describe_circuit(rule), CIRCUIT_NOTE)
+        yield from describe_dead_edges(rule)
         yield from describe_streams(rule)
         yield from describe_places(rule)
         yield from describe_neurons(rule)

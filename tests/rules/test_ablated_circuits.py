@@ -751,6 +751,27 @@ def test_circuit_effects_without_the_matching_rule_are_errors(
     assert WRONG_EFFECTS[effect, rule] in problems[0].message
 
 
+def test_edges_off_any_path_to_logits_are_named_next_to_their_minimality(data: Path) -> None:
+    """Nothing reads L0H2 and L0H0."""
+    rule = "ablate all but c without each edge at tokens * with zero"
+    measure = f"{DIFFERENCE.rpartition(' as ')[0]} as minimality"
+    whole = "circuit c = embed -> L1H1.q, L0H3 -> L1H1.k, L1H1 -> logits\n"
+    part = "circuit d = embed -> L0H2.q, embed -> L1H1.v, L1H1 -> logits, embed -> L0H0.k\n"
+    text = whole + part + experiment("e", rule, measure=measure)
+    text += experiment("f", rule.replace("c w", "d w"), measure=measure)
+    found = run_file(text, data, "gpt2", "planned", precise=True)
+    assert "without" not in found["e"].conventions
+    said = "2 of 4 edges aren't on a path to `logits`: removing one has no effect ("
+    assert found["f"].conventions["without"].startswith(said)
+    names = found["f"].conventions["without"].removeprefix(said).rstrip(")").split(", ")
+    dead = [n for n, cell in enumerate(found["f"].cells) if cell.coords["edge"] in names]
+    assert len(dead) == len(names) == 2
+    own = found["f"].measures[0]
+    np.testing.assert_allclose(own.patched[dead], own.base[dead], atol=1e-9)
+    rest = [n for n in range(4) if n not in dead]
+    assert np.abs(own.patched[rest] - own.base[rest]).max(axis=1).min() > 1e-6
+
+
 def test_ablating_a_one_edge_circuit_without_each_edge_is_an_error(data: Path) -> None:
     rule = "ablate c without each edge at tokens * with zero"
     assert codes("circuit c = embed -> L0H1.q\n" + experiment("e", rule), data) == ["E0207"]
