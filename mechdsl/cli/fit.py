@@ -223,19 +223,17 @@ def train_with_bar(
 
 def _copy(fits: Sequence[TrainedFit], out: Path, form: str) -> bool:
     """Copy dictionaries with their cards; return whether that succeeded."""
-    from mechdsl.pipeline.trainings import export_fit
+    from mechdsl.pipeline.trainings import export_fits
 
     problems: list[Diagnostic] = []
-    for each in fits:
-        try:
-            target = export_fit(each, out)
-        except FileExistsError as error:
-            reason = f"`{error.filename}` is there already, and nothing is overwritten"
-            problems.append(BadCommandLine(reason=reason, hint="name another folder"))
-        except OSError as error:
-            reason = f"`--out {out}`: {(error.strerror or str(error)).lower()}"
-            problems.append(BadCommandLine(reason=reason, hint="name a writable folder"))
-        else:
-            print_line(f"{each.basis} copied to {target}", out=form == "table")
+    try:
+        for name, target in export_fits(fits, out):
+            print_line(f"{name} copied to {target}", out=form == "table")
+    except FileExistsError as error:
+        reason = f"`{error.filename}` is there already, and nothing is overwritten"
+        problems.append(BadCommandLine(reason=reason, hint="name another folder"))
+    except OSError as error:
+        reason = f"`--out {out}`: {(error.strerror or str(error)).lower()}"
+        problems.append(BadCommandLine(reason=reason, hint="name a writable folder"))
     print_diagnostics(problems)
     return not problems

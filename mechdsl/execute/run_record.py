@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -198,12 +199,20 @@ class TrainedFit:
     """How long the training took; 0 if it was trained before."""
     seed: int
     """Seed of the training."""
+    model: str
+    """Name of the model that runs the rows."""
     family: str | None = None
     """Of one of the trainings of `fit(…, seeds: 3)`: its name without the seed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""
         return {**asdict(self), "folder": str(self.folder), "report": asdict(self.report)}
+
+
+def name_fits(fits: Sequence[TrainedFit]) -> list[str]:
+    """Return the names of trainings: `c`, or `c (early)` and `c (late)` if two models have one."""
+    counts = Counter(fit.basis for fit in fits)
+    return [fit.basis if counts[fit.basis] == 1 else f"{fit.basis} ({fit.model})" for fit in fits]
 
 
 @dataclass(frozen=True)

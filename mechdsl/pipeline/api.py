@@ -440,14 +440,13 @@ def _report_and_copy(
     done: Sequence[TrainedFit], problems: list[Diagnostic], out: str | Path | None
 ) -> None:
     """Raise MechdslError if nothing was trained, warn about other problems, and copy the rest."""
-    from mechdsl.pipeline.trainings import export_fit
+    from mechdsl.pipeline.trainings import export_fits
 
     if not done:
         raise_errors([each for each in problems if each.severity == "error"])
     warn_diagnostics(problems)
-    for each in done if out is not None else ():
-        assert out is not None
-        export_fit(each, Path(out))
+    if out is not None:
+        list(export_fits(done, Path(out)))
 
 
 def _train(

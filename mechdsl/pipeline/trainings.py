@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from errno import EEXIST
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import TrainingFailed, UndecidedMask
-from mechdsl.execute.run_record import TrainedFit
+from mechdsl.execute.run_record import TrainedFit, name_fits
 from mechdsl.fits.processes import ONE_PROCESS_HINT, Processes, own_processes
 from mechdsl.fits.reports import (
     CARD_FILE,
@@ -582,24 +584,29 @@ def _finished(fit: DeclaredFit, folder: Path, report: FitReport, seconds: float)
     seed = fit.training.seed
     family = name_without_seed(fit.basis, seed) if fit.training.is_one_of_several else None
     what += fit.training.manner
-    return TrainedFit(fit.basis, what, site, folder, report, seconds, seed, family)
+    return TrainedFit(fit.basis, what, site, folder, report, seconds, seed, fit.model, family)
 
 
 def _failed(fit: DeclaredFit, reason: str, hint: str) -> Diagnostic:
     return TrainingFailed(span=fit.training.span, basis=fit.basis, reason=reason, hint=hint)
 
 
-def export_fit(fit: TrainedFit, folder: Path) -> Path:
-    """Copy what is trained into a new folder below `folder`, with a model card.
+def export_fits(fits: Sequence[TrainedFit], folder: Path) -> Iterator[tuple[str, Path]]:
+    """Copy what is trained into new folders below `folder`, with model cards.
 
-    Returns the new folder. Raises FileExistsError and OSError.
+    Yields the name of each training and its new folder. Raises FileExistsError before anything is
+    copied, and OSError.
     """
-    name = "".join(each if each.isalnum() or each in "-_" else "-" for each in fit.basis).strip("-")
-    target = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(fit.folder, target, ignore=shutil.ignore_patterns(UNTRAINED_FOLDER))
-    (target / "README.md").write_text(_card_text(fit), "utf-8")
-    return target
+    names = name_fits(fits)
+    targets = [folder / re.sub(r"[^\w-]+", "-", name).strip("-") for name in names]
+    for target in targets:
+        if target.exists():
+            raise FileExistsError(EEXIST, "there already", str(target))
+    for fit, name, target in zip(fits, names, targets, strict=True):
+        shutil.copytree(fit.folder, target, ignore=shutil.ignore_patterns(UNTRAINED_FOLDER))
+        (target / "README.md").write_text(_card_text(fit), "utf-8")
+        yield name, target
 
 
 def _card_text(fit: TrainedFit) -> str:

@@ -197,7 +197,7 @@ def resolve_circuit(
         known,
         edges.digest,
         edges.made,
-        waits=circuit.name in work.program.masks and not known,
+        waits=circuit.is_open and circuit.source is None and not known,
         dead=_find_dead_edges(edges, named[()], work) if rule.without_edge else (),
     )
 

@@ -657,7 +657,8 @@ def describe_training(
     if isinstance(made.training.trainer, OwnTrainer):
         function = made.training.trainer.own.function
         text += f" ({function.file}, {function.identity})"
-    text += f" trained on {rows}{made.training.manner}"
+    model = f"in `{experiment.model}` " if len(program.models) > 1 else ""
+    text += f" trained {model}on {rows}{made.training.manner}"
     if made.training.name in program.trained:
         text += f", {program.trained[made.training.name][1]}"
     shared = count_training_rows(made.training, experiment, table)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mechdsl.base.text import format_size
-from mechdsl.execute.run_record import StoredTraining, TrainedFit
+from mechdsl.execute.run_record import StoredTraining, TrainedFit, name_fits
 from mechdsl.fits.reports import FitReport, MaskReport
 from mechdsl.results.assembly.seed_means import SetAgreement, measure_agreement
 from mechdsl.show.reports.text import print_hanging
@@ -28,10 +28,10 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
             "stopped before the maximum number of steps, because the result no longer improved",
             console,
         )
-    for fit in fits:
+    for fit, name in zip(fits, name_fits(fits), strict=True):
         site = fit.site.removeprefix("edges at ")  # `what` counts the edges
         what = "; ".join([*fit.report.remarks(), f"{fit.what} at {site}, in {fit.folder}"])
-        print_hanging(f"  {fit.basis}: ", what, console)
+        print_hanging(f"  {name}: ", what, console)
 
 
 def _print_table(fits: Sequence[TrainedFit], kind: type[FitReport], console: Console) -> None:
@@ -42,11 +42,11 @@ def _print_table(fits: Sequence[TrainedFit], kind: type[FitReport], console: Con
     titles = [column.title for column in kind.columns]
     for name in ("rows", "held out", "steps", *titles, "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
-    for fit in fits:
+    for fit, name in zip(fits, name_fits(fits), strict=True):
         report = fit.report
         first, *others = report.lines()
         table.add_row(
-            fit.basis,
+            name,
             f"{report.rows:,}",
             f"{report.held_out_rows:,}",
             f"{report.steps:,}" + ("*" if report.stopped_early else "") if kind.has_steps else "–",

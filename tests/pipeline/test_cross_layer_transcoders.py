@@ -488,10 +488,9 @@ def test_damaged_cross_layer_transcoder_is_trained_again(lost: str, tmp_path: Pa
 
 
 def test_exported_cross_layer_transcoder_has_a_card(tmp_path: Path) -> None:
-    from mechdsl.pipeline.trainings import export_fit
-
-    (found,) = train(write(tmp_path, fit(), USES))
-    text = (export_fit(found, tmp_path / "out") / "README.md").read_text("utf-8")
+    out = tmp_path / "out"
+    train(write(tmp_path, fit(), USES), out=out)
+    text = (out / "c" / "README.md").read_text("utf-8")
     assert text.startswith("# c: jumprelu cross-layer transcoder\n")
     assert '- `transcoder("FOLDER") at mlp_out layer *` reads it' in text
     assert text.count("  - layer ") == 3

@@ -131,6 +131,26 @@ def test_expectations_and_reports_name_the_recovery(tmp_path: Path) -> None:
     assert (tmp_path / "c.svg").exists()
 
 
+def test_circuits_of_two_models_name_their_model(tmp_path: Path, command: Command) -> None:
+    path = write(
+        tmp_path,
+        'model early = zoo("names/step-400")\n',
+        discovers(use="model lm\n  prompts ioi limit 12"),
+        "experiment other {\n  model early\n  prompts ioi limit 12\n  from abc into clean\n"
+        f"  ablate all but c at tokens * with abc\n  measure {DIFFERENCE} as faithfulness\n"
+        "  against random(3)\n}\n",
+    )
+    store = tmp_path / "store"
+    shown = command("fit", path, "--store", store, "--out", tmp_path / "out")
+    assert shown.status == 0
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {"c-lm", "c-early"}
+    assert "c (early) copied to " in shown.out
+    assert " c (lm) " in shown.out
+    results = mechdsl.run(path, store=store)
+    for name, model in (("e", "lm"), ("other", "early")):
+        assert f" trained in `{model}` on " in results[name].conventions["circuit c"]
+
+
 def test_run_trains_only_what_experiments_discover(tmp_path: Path, command: Command) -> None:
     other = (
         "circuit d = fit(eap(size: 3), prompts: ioi, from: abd, maximise: logit(answer))\n"

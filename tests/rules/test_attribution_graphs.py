@@ -984,3 +984,35 @@ def test_invalid_graph_group_is_an_error(name: str, data: Path) -> None:
     assert len(errors) == 1
     assert errors[0].code == ("E0301" if "99" in reason else "E0207")
     assert reason in errors[0].message
+
+
+def test_supernodes_of_ranked_features_may_share_placeholders(tmp_path: Path) -> None:
+    """Until the experiments that rank them have run, all groups have the first features."""
+    path, site = tmp_path / "file.mech", "at mlp_out layer 0 at tokens *"
+    seen = "".join(
+        f"experiment at_{word} {{\n  prompts ioi.test limit 12\n"
+        f"  observe features of t0 at {word} token\n}}\n"
+        f"group {word}s = features top 2 of at_{word} of t0\n"
+        for word in ("cue", "place")
+    )
+    path.write_text(
+        f"""mech 1
+model lm = zoo("names")
+prompts ioi {{
+  name in ["Mary", "John", "Tom", "Anna", "Luke"]
+  where in ["shop", "park", "school", "store", "office", "station"]
+  template "When {{name}} went to the {{place = where}}, {{cue = name}} gave a bag to"
+  answer " Mary"
+  split 50%
+}}
+basis t0 = fit(transcoder(features: 128, k: 8), prompts: ioi.train, steps: 5) {site}
+{seen}
+experiment drawn {{
+  prompts ioi.test limit 12
+  observe attribution_graph(t0, supernodes: [cues, places]) logits at last token as explained
+  report graph to "g.html"
+}}
+""",
+        encoding="utf-8",
+    )
+    assert not mechdsl.validate(path).errors
