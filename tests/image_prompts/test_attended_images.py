@@ -42,6 +42,7 @@ from mechdsl.results.assembly.collection import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
 from ..execute.support import MODES, check_file, run_on
+from ..reference.edits import EDITS, write_rules
 from ..run_source import run_source
 from ..shared_models import unchanged
 from . import models
@@ -342,6 +343,61 @@ def test_cross_attention_rules_equal_hooks_on_the_bare_model(mode: str) -> None:
         for cell in zip(*everything, strict=True)
     ]
     check_rules(found, RULES, base, expected)
+
+
+EDITED: dict[str, tuple[tuple[int, int], int | None]] = {
+    "resid_post": ((1, 2), None),
+    "attn_out cross": (CROSS, None),
+    "z cross": (CROSS, 2),
+    "v cross": (CROSS, 1),
+    "k cross": (CROSS[::-1], 1),
+}
+"""Site → its layer and that of the vectors that `set` reads, and the head."""
+UNSUPPORTED = ("clamp ", " dims ")
+"""Words of rules that are E0108 in these models."""
+
+
+@pytest.mark.parametrize("site", EDITED)
+def test_every_edit_of_a_model_that_attends_to_images_equals_hooks(site: str) -> None:
+    """At the last token, or at the keys and values of a patch of the image."""
+    layers, head = EDITED[site]
+    of_patch = site in ("v cross", "k cross")
+    position = "photo row 1 col 2 token" if of_patch else "last token"
+    names = [f"{site} layer {n}" + ("" if head is None else f" head {head}") for n in layers]
+
+    def written(image: int, layer: int, change: Callable[[Tensor], Tensor]) -> Hook:
+        tokens, scale = [patch(image, 1, 2)] if of_patch else [-1], 1.0
+        if site == "attn_out cross":  # the module's output is multiplied by a gate
+            gate = bare().get_submodule(block_at(layers[layer])).cross_attn_attn_gate
+            scale = float(gate.detach().tanh())
+        return at(site, layers[layer], tokens, head, lambda value: change(value * scale) / scale)
+
+    @cache
+    def of(n: int, changed: bool, layer: int) -> Tensor:
+        found, image = list[Tensor](), other(n) if changed else n
+
+        def keep(value: Tensor) -> Tensor:
+            found.append(value.clone())
+            return value
+
+        outputs(n, image, [written(image, layer, keep)])
+        return found[0]
+
+    text = f"direction d = mean(ask) at {names[0]} at {position}\n"
+    every = zip(write_rules(*names, position, "changed"), EDITS.values(), strict=True)
+    edits = {
+        rule: change for rule, change in every if not any(each in rule for each in UNSUPPORTED)
+    }
+    rules = [*edits]
+    assert len(rules) == len(EDITS) - len(UNSUPPORTED)
+    text += "".join(experiment(f"e{n}", rule) for n, rule in enumerate(rules))
+    base = [difference(n, n) for n in range(len(RECORDS))]
+    expected: list[list[float]] = []
+    for change in edits.values():
+        new = [change(of, n, of(n, False, 0)) for n in range(len(RECORDS))]
+        hooks = [written(n, 0, lambda _, value=value: value) for n, value in enumerate(new)]
+        expected.append([difference(n, n, [hook]) for n, hook in enumerate(hooks)])
+    check_rules(run_text(text), rules, base, expected)
 
 
 @pytest.mark.slow
