@@ -93,6 +93,7 @@ from mechdsl.resolve.circuits import (
     NEURONS,
     CircuitDraws,
     EdgeGraph,
+    OnePlaceGraph,
     PathGraph,
     PlacedGraph,
     has_two_streams,
@@ -594,7 +595,10 @@ class EdgeMaskRows(VectorMaskRows):
         placed = [each for each in self.candidates if isinstance(each, PlacedEdge)]
         if placed:
             return PlacedGraph(self.model_graph, placed, order_places(self.objective))
-        return self.model_graph
+        if self._has_two_streams:
+            return self.model_graph
+        order = order_places(self.objective)
+        return self.model_graph if order.reads_end[0] else OnePlaceGraph(self.model_graph, order)
 
     @cached_property
     def model_graph(self) -> EdgeGraph:
@@ -1672,7 +1676,7 @@ class EdgeSearch:
         """Ablate the edges that lead only to ablated ones."""
         edges = self._rows.edges
         left = {edge for edge, kept in zip(edges, self.kept.tolist(), strict=True) if kept}
-        dead = left - self._graph.keep_leading(left)
+        dead = left - self._rows.graph.keep_leading(left)
         numbers = [self._numbers[edge] for edge in dead]
         self.kept[numbers], self.scores[numbers] = False, 0
 

@@ -1595,6 +1595,22 @@ class PlacedGraph(PathGraph[PlacedEdge, PlacedNode]):
                 yield from self._after_rest(receiver.layer or 0)
 
 
+class OnePlaceGraph(PathGraph[CircuitEdge, PlacedNode]):
+    """The edges of a model at the tokens of one position, at which nothing reads the end of the
+    model: they lead to it by keys and values, which other tokens read."""
+
+    end = END, None
+
+    def __init__(self, model: EdgeGraph, order: PlaceOrder) -> None:
+        """Link edges; order: that of the position and all other tokens."""
+        self.every = model.every
+        self._placed = PlacedGraph(model, [PlacedEdge(edge, 0, "") for edge in model.every], order)
+        self.starts = self._placed.starts
+
+    def links(self, edge: CircuitEdge) -> list[tuple[PlacedNode, list[PlacedNode]]]:
+        return self._placed.links(PlacedEdge(edge, 0, ""))
+
+
 # --- random circuits ------------------------------------------------------------------------------
 
 MAX_TRIES = 200

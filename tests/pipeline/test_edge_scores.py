@@ -573,6 +573,33 @@ def compare_exact_effects(
     np.testing.assert_allclose(scores[chosen], effects, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_edges_at_a_token_before_the_last_lead_on_by_keys_and_values(
+    family: str, tmp_path: Path
+) -> None:
+    """Nothing reads the logits there, so that edges into them aren't in the circuit."""
+    path = write(tmp_path, fit(HALF, call="eap(size: 20)", at="cue token"), PATCHES)
+    mask, found = open_rows(path, double(family))
+    sizes = dict(zip(map(named, found.edges), np.abs(score(mask, found)).tolist(), strict=True))
+    selected: list[tuple[str, str]] = []
+    while len(selected) < 20:
+        senders = {of for of, _ in selected}
+        due = {
+            (of, to): size
+            for (of, to), size in sizes.items()
+            if (of, to) not in selected
+            and (to.endswith((".k", ".v")) or to.removesuffix(".q") in senders)
+        }
+        selected.append(max(due, key=lambda edge: due[edge]))
+    sized = dict(
+        zip(found.candidates, map(sizes.__getitem__, map(named, found.edges)), strict=True)
+    )
+    chosen = found.graph.select_backwards(sized, 20)
+    assert [named(edge) for edge in chosen] == selected
+    assert all(sizes[edge] for edge in selected)
+    assert found.graph.keep_leading(frozenset(chosen)) == frozenset(chosen)
+
+
 # --- planted edges, and the selection -------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from mechdsl.fits.reports import CircuitReport
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.program.trainers import EdgeSearchTrainer
 from mechdsl.resolve.circuits import CircuitDraws, EdgeGraph
+from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.types import CircuitEdge
 
 from ..quick import in_turn, some
@@ -75,6 +76,16 @@ def reference_measure(
         return float(np.mean(found))
 
     return mean
+
+
+def test_search_at_a_token_before_the_last_keeps_edges(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(HALF, call="acdc(threshold: 0.001)", at="cue token"), PATCHES)
+    searched, _ = search(path, "llama")
+    mask, _ = open_rows(path, double("llama"))
+    ends = [label_candidates((edge,)).split(" -> ")[1] for edge in mask.candidates]
+    kept = [end for end, own in zip(ends, searched.kept.tolist(), strict=True) if own]
+    assert any(end.endswith((".k", ".v")) for end in kept)
+    assert "logits" not in kept
 
 
 def search(path: Path, family: str, side: Any = None) -> tuple[EdgeSearch, list[int]]:
