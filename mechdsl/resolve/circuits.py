@@ -1101,9 +1101,10 @@ def describe_circuit(rule: ResolvedRule) -> str:
 def describe_dead_edges(rule: ResolvedRule) -> Iterator[Convention]:
     """Yield which edges `without each edge` removes without an effect."""
     assert rule.circuit is not None
-    dead, count = rule.circuit.dead, len(rule.circuit.named[()])
+    dead = rule.circuit.dead
     if not dead:
         return
+    count = len(rule.circuit.named[()])  # `without each edge` takes no sweep
     shown, more = dead[:LISTED_DEAD], len(dead) - LISTED_DEAD
     listed = ", ".join(label_candidates((edge,)) for edge in shown)
     listed += f" and {more:,} more" if more > 0 else ""
