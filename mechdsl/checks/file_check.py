@@ -499,8 +499,8 @@ class CheckSettings(Record):
     parameters: Mapping[str, str] = field(default_factory=dict[str, str])
     limit: int | None = None
     """Maximum number of rows per experiment, overriding the file."""
-    only: str | None = None
-    """Run only this experiment and those whose results it uses."""
+    only: tuple[str, ...] = ()
+    """Run only these experiments and those whose results they use; empty: all."""
     python: PythonMode = "refuse"
     """Treatment of functions of Python files."""
     require_models: bool = False
@@ -608,7 +608,7 @@ def _check_source(
     broken = BrokenLines([*syntax, *lowered], tree, program.lost)
     checked = CheckedFile(source, program, settings, diagnostics=[*found, *lowered])
     experiments = list(program.experiments)
-    if settings.only is not None:
+    if settings.only:
         experiments = _only(settings.only, checked)
     checked.diagnostics.extend(check_functions(program, settings.python, models))
     contexts = FileContexts(
@@ -779,19 +779,22 @@ def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     return list({(d.code, d.span, d.message): d for d in reversed(diagnostics)}.values())[::-1]
 
 
-def _only(name: str, checked: CheckedFile) -> list[spec.Experiment]:
+def _only(asked: Sequence[str], checked: CheckedFile) -> list[spec.Experiment]:
     every = checked.program.experiments
-    found = {e.name for e in every if name in (e.name, e.within)}
-    if not found:
-        names = list(dict.fromkeys(e.name for e in every))
-        known = name_list(names)
-        checked.diagnostics.append(
-            BadCommandLine(
-                reason=f"`--only {name}`: the file has no experiment of that name",
-                hint=did_you_mean(name, names, f"it has {known or 'none'}"),
+    found: set[str] = set()
+    for name in asked:
+        own = {e.name for e in every if name in (e.name, e.within)}
+        if not own:
+            names = list(dict.fromkeys(e.name for e in every))
+            known = name_list(names)
+            checked.diagnostics.append(
+                BadCommandLine(
+                    reason=f"`--only {name}`: the file has no experiment of that name",
+                    hint=did_you_mean(name, names, f"it has {known or 'none'}"),
+                )
             )
-        )
-        return []
+            return []
+        found |= own
     needed = add_dependencies(found, every)
     checked.unreported.update(e.name for e in needed if e.name not in found)
     return needed

@@ -211,7 +211,7 @@ class MalformedSetting(click.UsageError):
 def settings_from_options(
     parameters: tuple[str, ...],
     limit: int | None = None,
-    only: str | None = None,
+    only: Sequence[str] = (),
     python: PythonMode | None = None,
     *,
     allow_python: bool = False,
@@ -240,7 +240,7 @@ def settings_from_options(
     return CheckSettings(
         given,
         limit,
-        only,
+        tuple(only),
         python or python_mode(allow_python),
         require_models,
         allow_outside,

@@ -388,7 +388,10 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
 )
 @format_option("table", "json", "csv")
 @click.option(
-    "--only", metavar="EXPERIMENT", help="Run only this experiment and those it depends on."
+    "--only",
+    metavar="EXPERIMENT",
+    multiple=True,
+    help="Run only this experiment and those it depends on; may be repeated.",
 )
 @click.option(
     "--fit", "fits", is_flag=True, help="First train what the files declare with `fit(…)`."
@@ -415,7 +418,7 @@ def run(
     offload: Path | None,
     out: Path | None,
     form: str,
-    only: str | None,
+    only: tuple[str, ...],
     fits: bool,
     profile: bool,
     allow_python: bool,

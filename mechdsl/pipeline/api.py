@@ -162,7 +162,7 @@ def model_pairs(models: Any) -> BorrowedModels:
 def settings_from_arguments(
     set: ParameterValues | None,
     limit: int | None = None,
-    only: str | None = None,
+    only: str | Sequence[str] | None = None,
     python: PythonMode = "refuse",
     *,
     require_models: bool = True,
@@ -180,7 +180,7 @@ def settings_from_arguments(
     return CheckSettings(
         given,
         limit,
-        only,
+        (only,) if isinstance(only, str) else tuple(only or ()),
         python,
         require_models,
         allow_outside,
@@ -227,7 +227,7 @@ def run(
     rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     limit: int | None = None,
-    only: str | None = None,
+    only: str | Sequence[str] | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     offload: str | Path | None = None,
@@ -270,7 +270,7 @@ def run(
             width] of one cell, and returns the vectors to write, of the same shape.
         set: Values of the file's `param` lines.
         limit: Maximum number of rows per experiment.
-        only: The only experiment to run; experiments whose results it uses run too.
+        only: The only experiment or experiments to run; those whose results they use run too.
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         dtype: Overrides the file's dtype.
         offload: Folder for weights that don't fit in memory.

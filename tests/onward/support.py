@@ -44,11 +44,11 @@ def run(
     text: str,
     *,
     head: str = HEAD,
-    only: str | None = None,
+    only: Sequence[str] = (),
     without: frozenset[str] = frozenset(),
 ) -> dict[str, ExperimentResult]:
     """Experiment → result, in file order."""
-    options = RunOptions(settings=CheckSettings(only=only), without=without)
+    options = RunOptions(settings=CheckSettings(only=tuple(only)), without=without)
     result, found = run_source(Source(head + text), options)
     assert not has_errors(found), render_full(found)
     assert result is not None

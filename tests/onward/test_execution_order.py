@@ -104,9 +104,14 @@ def test_plan_reports_placeholders(tmp_path: Path) -> None:
 def test_only_runs_dependencies_but_reports_one_experiment() -> None:
     alone = ablate("alone", "mlp_out layer *", "fruit.train limit 6")
     text = LAST + alone + LAYERS + HEADS
-    found = run(text, only="layers")
+    found = run(text, only=["layers"])
     assert list(found) == ["layers"]
     assert np.array_equal(patched(found["layers"]), patched(run(text)["layers"]))
+
+
+def test_only_may_name_several_experiments() -> None:
+    text = ablate("alone", "mlp_out layer *", "fruit.train limit 6") + LAYERS + HEADS
+    assert list(run(text, only=["heads", "alone"])) == ["alone", "heads"]
 
 
 def test_progress_covers_all_waves() -> None:
