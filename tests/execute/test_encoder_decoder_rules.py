@@ -33,12 +33,36 @@ from .support import DIFFERENCE, ROWS, by_name, experiment, try_file
 FAMILIES = ("t5", "bart", "mt5", "t5gemma", "marian", "mbart", "pegasus")
 STACKS = ("resid_post encoder", "attn_out cross", "resid_post", "mlp_out encoder")
 
+WEAK = {
+    ("t5", "resid_post encoder"): 0.04,
+    ("t5", "resid_post"): 0.09,
+    ("t5", "mlp_out encoder"): 0.03,
+    ("bart", "attn_out cross"): 0.015,
+    ("bart", "resid_post"): 0.015,
+    ("bart", "mlp_out encoder"): 0.04,
+    ("t5gemma", "mlp_out encoder"): 0.06,
+    ("marian", "resid_post encoder"): 0.04,
+    ("marian", "attn_out cross"): 0.02,
+    ("marian", "resid_post"): 0.02,
+    ("marian", "mlp_out encoder"): 0.015,
+    ("multilingual", "resid_post encoder"): 0.09,
+    ("multilingual", "mlp_out encoder"): 0.06,
+    ("beit", "resid_post encoder"): 0.09,
+    ("beit", "resid_post"): 0.09,
+}
+"""Lower bounds of effects where some edit changes the measure by less than 0.1."""
+
 Run = Callable[[int, Sequence[Write]], float]
 """The measure of a row under writes."""
 
 
 def check(
-    found: Sequence[Any], of: Vectors, own: Sequence[Place], at: Callable[[int], int], run: Run
+    found: Sequence[Any],
+    of: Vectors,
+    own: Sequence[Place],
+    at: Callable[[int], int],
+    run: Run,
+    least: float,
 ) -> None:
     """Compare all edits, and the two rules after them.
 
@@ -48,6 +72,7 @@ def check(
         own: Their modules.
         at: The token of each row.
         run: Runs the bare model.
+        least: A lower bound of the effect of each edit.
     """
     base = [run(n, []) for n in range(4)]
 
@@ -67,7 +92,7 @@ def check(
             measure.patched[0], expected, atol=3e-4, rtol=1e-4, err_msg=each.name
         )
         if each is not found[-2]:  # a frozen stream of a decoder's only token hides the change
-            assert np.abs(np.array(expected) - base).max() > 1e-3, each.name
+            assert np.abs(np.array(expected) - base).max() > least, each.name
 
 
 def lines(component: str, position: str, block: str, other: str) -> tuple[str, list[list[str]]]:
@@ -101,7 +126,8 @@ def test_every_edit_of_a_text_encoder_decoder_equals_hooks(
     def run(n: int, writes: Sequence[Write]) -> float:
         return difference(logits(family, text(ROWS[n]), writes), ROWS[n])
 
-    check([*by_name(*ran).values()], of, own, at, run)
+    least = WEAK.get((family, component), 0.1)
+    check([*by_name(*ran).values()], of, own, at, run, least)
 
 
 @pytest.mark.parametrize("component", some(STACKS, STACKS[:2]))
@@ -136,4 +162,5 @@ def test_every_edit_of_an_encoder_of_sounds_or_images_equals_hooks(
     def run(n: int, writes: Sequence[Write]) -> float:
         return source.difference(name, n, n, writes)
 
-    check(source.run_text(declared + texts, name), of, own, lambda _: token, run)
+    least = WEAK.get((name, component), 0.1)
+    check(source.run_text(declared + texts, name), of, own, lambda _: token, run, least)

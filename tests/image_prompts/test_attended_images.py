@@ -350,7 +350,7 @@ EDITED: dict[str, tuple[tuple[int, int], int | None]] = {
     "attn_out cross": (CROSS, None),
     "z cross": (CROSS, 2),
     "v cross": (CROSS, 1),
-    "k cross": (CROSS[::-1], 1),
+    "k cross": ((3, 1), 1),
 }
 """Site → its layer and that of the vectors that `set` reads, and the head."""
 UNSUPPORTED = ("clamp ", " dims ")
@@ -372,7 +372,6 @@ def test_every_edit_of_a_model_that_attends_to_images_equals_hooks(site: str) ->
             scale = float(gate.detach().tanh())
         return at(site, layers[layer], tokens, head, lambda value: change(value * scale) / scale)
 
-    @cache
     def of(n: int, changed: bool, layer: int) -> Tensor:
         found, image = list[Tensor](), other(n) if changed else n
 
@@ -384,7 +383,8 @@ def test_every_edit_of_a_model_that_attends_to_images_equals_hooks(site: str) ->
         return found[0]
 
     text = f"direction d = mean(ask) at {names[0]} at {position}\n"
-    every = zip(write_rules(*names, position, "changed"), EDITS.values(), strict=True)
+    written_rules = write_rules(names[0], names[1], position, "changed")
+    every = zip(written_rules, EDITS.values(), strict=True)
     edits = {
         rule: change for rule, change in every if not any(each in rule for each in UNSUPPORTED)
     }
