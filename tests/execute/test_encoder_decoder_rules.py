@@ -30,21 +30,13 @@ from .encoder_decoders import (
 )
 from .support import DIFFERENCE, ROWS, by_name, experiment, try_file
 
-FAMILIES = ("t5", "bart", "mt5", "t5gemma", "marian", "mbart", "pegasus")
+FAMILIES = ("t5 writing", "bart writing", "mt5", "t5gemma", "marian writing", "mbart", "pegasus")
 STACKS = ("resid_post encoder", "attn_out cross", "resid_post", "mlp_out encoder")
 
 WEAK = {
-    ("t5", "resid_post encoder"): 0.04,
-    ("t5", "resid_post"): 0.09,
-    ("t5", "mlp_out encoder"): 0.03,
-    ("bart", "attn_out cross"): 0.015,
-    ("bart", "resid_post"): 0.015,
-    ("bart", "mlp_out encoder"): 0.04,
+    ("bart writing", "attn_out cross"): 0.09,
+    ("bart writing", "mlp_out encoder"): 0.03,
     ("t5gemma", "mlp_out encoder"): 0.06,
-    ("marian", "resid_post encoder"): 0.04,
-    ("marian", "attn_out cross"): 0.02,
-    ("marian", "resid_post"): 0.02,
-    ("marian", "mlp_out encoder"): 0.015,
     ("multilingual", "resid_post encoder"): 0.09,
     ("multilingual", "mlp_out encoder"): 0.06,
     ("beit", "resid_post encoder"): 0.09,
@@ -105,7 +97,7 @@ def lines(component: str, position: str, block: str, other: str) -> tuple[str, l
 
 
 @pytest.mark.parametrize("component", some(STACKS, STACKS[:2]))
-@pytest.mark.parametrize("family", some(FAMILIES, ("t5", "bart")))
+@pytest.mark.parametrize("family", some(FAMILIES, ("t5 writing", "bart writing")))
 def test_every_edit_of_a_text_encoder_decoder_equals_hooks(
     family: str, component: str, tmp_path: Path
 ) -> None:
