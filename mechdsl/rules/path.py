@@ -289,6 +289,10 @@ def _check_components(
         reason = "it doesn't add to the residual stream directly"
     else:
         reason = "a receiver is an input of a block, a head or an MLP"
+        if SITES[wrong[0]].component == "mlp_out":
+            layer = next(own.layer for points in targets.points.values() for own in points)
+            norm = wrong[0].replace("mlp_out", "mlp_norm")
+            hint = f"write `{norm} layer {layer}`, the input of this MLP; or {hint[6:]}"
     work.diagnostics.append(
         NotOnAPath(span=site.span, verb=verb, site=wrong[0], reason=reason, hint=hint)
     )

@@ -1434,9 +1434,9 @@ _site(
     "`subject tokens` names tokens of the encoder, and `last token` is the decoder's last token; "
     "the last two can't be combined (E0108). `against random(39)` draws edges of both stacks and "
     "rejects edges with positions (E0630). If each edge of the circuit is on a path from `embed` "
-    "or `embed encoder`, so is each random edge. `fit(…)` finds circuits, except with `relp` or "
-    "`gim`, at several positions, or only at tokens of the encoder. These, `saved(…)`, neurons, "
-    "and `report graph` as `.json` are E0108.",
+    "or `embed encoder`, so is each random edge. `fit(…)` finds circuits, except at "
+    "several positions or only at tokens of the encoder. These, neurons, and `report graph` as "
+    "`.json` are E0108.",
     "tests/execute/test_encoder_decoder_paths.py",
     PATHS,
 )

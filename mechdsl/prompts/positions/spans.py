@@ -77,6 +77,10 @@ def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) 
         between = f"{low} to " if low < high else ""
         return f"each prompt has {between}{count_noun(high, 'frame')}"
     count = _count_of(ref, table)
+    item = _item_of(ref, table)
+    if item not in (None, ref.name):
+        written = format_span(replace(ref, name=item))
+        return f"the items of `{ref.of}` are called `{item}`: write `{written} token`"
     if count is None:
         return "keep rows that have it with `where`, or name another position"
     gap = max(
@@ -90,6 +94,17 @@ def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) 
     )
     each = f"`each {ref.name} token`"
     return f"write `where {count} >= {least + gap}`, or {each}, which excludes short rows"
+
+
+def _item_of(ref: ast.SpanRef, table: PromptTable) -> str | None:
+    """Return the name of the items of the list whose occurrence a position names."""
+    block = table.sources[0].block if table.sources else None
+    definition = None if block is None or ref.of is None else block.definitions.get(ref.of)
+    value = None if definition is None else definition.value
+    if not isinstance(value, ast.Call) or value.name != "list" or not value.arguments:
+        return None
+    item = value.arguments[0].value
+    return item.id if isinstance(item, ast.Name) else None
 
 
 def _count_of(ref: ast.SpanRef, table: PromptTable) -> str | None:
