@@ -37,6 +37,40 @@ def test_missing_numbers_of_a_subconfig_are_filled_from_the_table() -> None:
     assert (found.n_layers, found.vocab_size, found.takes) == (32, 32064, "image and text")
 
 
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("llava", {}),
+        ("llava", {"vision_config": {}}),
+        ("llava", {"vision_config": {"num_hidden_layers": 3, "patch_size": 16}}),
+        ("mllama", {"text_config": {"num_hidden_layers": 41}}),
+        ("mllama", {"vision_config": {"image_size": 224}}),
+        ("qwen2_vl", {"vision_config": {"depth": 3}}),
+        ("t5", {"num_layers": 3}),
+        ("t5gemma", {}),
+        ("t5gemma", {"decoder": {"num_hidden_layers": 3}}),
+        ("t5gemma2", {"encoder": {"text_config": {"num_hidden_layers": 3}}}),
+    ],
+)
+def test_defaults_of_further_stacks_equal_the_library(kind: str, part: dict[str, Any]) -> None:
+    """An absent subconfig has the defaults of the whole model, an incomplete one of its type."""
+    found = shape(model_type=kind, **part)
+    assert library_defaults.without_config(found) in library_defaults.shapes(
+        library_defaults.whole(kind, **part)
+    )
+
+
+def test_default_vision_encoder_of_llava_has_24_layers() -> None:
+    encoder = shape(model_type="llava").others["vision"]
+    assert (encoder.n_layers, encoder.n_heads, encoder.d_model) == (24, 16, 1024)
+    assert encoder.patches is not None
+    assert (encoder.patches.size, encoder.patches.patch) == ((336, 336), (14, 14))
+
+
+def test_default_first_token_of_t5gemma_is_2() -> None:
+    assert shape(model_type="t5gemma").starts == (2,)
+
+
 def test_derived_sizes_use_the_given_config_numbers() -> None:
     found = shape(model_type="llama", hidden_size=64, num_attention_heads=4)
     assert (found.d_head, found.n_kv_heads) == (16, 4)
@@ -66,4 +100,7 @@ def test_defaults_table_equals_the_library_for_common_types(kind: str) -> None:
 
 @pytest.mark.slow
 def test_defaults_table_equals_the_library_for_all_types() -> None:
-    assert json.loads(json.dumps(library_defaults.table())) == read_defaults()
+    found = library_defaults.table()
+    assert json.loads(json.dumps(found)) == read_defaults()
+    kinds = [kind for kind in found if library_defaults.whole(kind)]
+    assert [kind for kind in kinds if library_defaults.find_differences(kind, found)] == []
