@@ -613,7 +613,7 @@ def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[
         yield NotSupported(span=save.span, what=f"`save` {of}", later="observe vectors instead")
 
 
-_WITH_VISION = "with rules in the vision encoder"
+_WITH_VISION = "together with sites in the vision encoder"
 
 
 def _check_vision_saves(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
@@ -639,12 +639,12 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
     verb = _name_rule(rule)
     points = () if rule.sites is None else rule.sites.points.values()
     inside = sorted({p.site for each in points for p in each if _is_inside_attention(p.site)})
+    if rule.in_vision and not attends:
+        of = "in the vision encoder"
     if not (attends or rule.in_vision):
         what = f"`{verb}` {of}" if rule.path is not None or rule.circuit is not None else ""
     elif verb not in _IN_VISION:
         what = f"`{verb}` {of}"
-    elif rule.basis is not None:
-        what = f"a basis {of}"
     elif rule.after_prefill and not attends:
         what = f"a change after the prompt {of}"
     else:
@@ -663,13 +663,13 @@ def _is_inside_attention(site: str) -> bool:
 
 
 _IN_VISION = frozenset((
-    "patch", "swap", "freeze", "ablate", "add", "set", "scale", "project out", "project onto",
-    "block", "reweight", "set edge", "observe norm", "observe attention",
+    "patch", "swap", "freeze", "ablate", "add", "set", "scale", "clamp", "project out",
+    "project onto", "block", "reweight", "set edge", "observe norm", "observe attention",
 ))  # fmt: skip
 """Rules and observations that act in vision encoders, and on blocks that attend to an image."""
 
 _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
-    "clamp", "replace", "observe entropy", "observe distance", "observe received", "observe value",
+    "replace", "observe entropy", "observe distance", "observe received", "observe value",
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
     "observe cka", "observe probe", "observe prediction",
     "observe logit_lens", "observe tuned_lens", "path", "allow",
@@ -692,9 +692,9 @@ _OTHER_STACK_HINTS = {
 """Rules that aren't computed in an encoder-decoder → the reason and what to write."""
 
 VISION_HINT = (
-    "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale`, `swap`, `freeze`, "
-    "`project out`, `project … onto` and `observe norm`; others act in the language model, such as "
-    "on `embed` at the tokens of an image"
+    "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale`, `clamp`, `swap`, "
+    "`freeze`, `project out`, `project … onto` and `observe norm`; others act in the language "
+    "model, such as on `embed` at the tokens of an image"
 )
 
 

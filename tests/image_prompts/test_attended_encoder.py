@@ -160,6 +160,34 @@ def projected(n: int) -> Hook:
     return changed("resid_post", 1, change)
 
 
+def clamped(n: int) -> Hook:
+    along = direction() / direction().norm()
+
+    def change(own: Tensor) -> None:
+        own[column(other(n), 1, 2)] += (4 - own[column(other(n), 1, 2)] @ along) * along
+
+    return changed("resid_post", 1, change)
+
+
+def scaled_dims(n: int) -> Hook:
+    def change(own: Tensor) -> None:
+        own[column(other(n), 1, 2), 1:5] *= -4
+
+    return changed("resid_post", 1, change)
+
+
+def in_basis(n: int) -> Hook:
+    vectors = torch.stack([state("resid_post", 0, m, m)[column(m, 1, 1)] for m in ALL])
+    axes = torch.linalg.svd((vectors - vectors.mean(0)).double()).Vh[:2].float()
+    source = state("resid_post", 0, n, n)[column(n, 1, 2)]
+
+    def change(own: Tensor) -> None:
+        here = column(other(n), 1, 2)
+        own[here] += (source - own[here]) @ axes.T @ axes
+
+    return changed("resid_post", 0, change)
+
+
 def added(n: int) -> Hook:
     """Added to the output of attention after its gate, which multiplies the module's output."""
 
@@ -192,6 +220,9 @@ def in_order(n: int) -> list[list[list[Hook]]]:
         [[copied("attn_out", 1, n, 2, 1)]],
         [[scaled("resid_post", 0, one, -3), at_patch(n)]],
         [[scaled("resid_post", 0, one, -3), at_last(n)]],
+        [[clamped(n)]],
+        [[scaled_dims(n)]],
+        [[in_basis(n)]],
     ]
 
 
@@ -206,6 +237,7 @@ def at_last(n: int) -> Hook:
 
 
 DIRECTION = "direction d = mean(ask) at resid_post vision layer 0 at photo row 1 col 1 token\n"
+BASIS = "basis b = pca(ask, dims: 2) at resid_post vision layer 0 at photo row 1 col 1 token\n"
 ONE = "photo row 1 col 2 token"
 SCALED = f"scale resid_post vision layer 0 at {ONE} by -3"
 RULES = (
@@ -223,13 +255,16 @@ RULES = (
     "patch attn_out vision layer 1 at photo row 2 col 1 token",
     f"{SCALED}\n  patch v cross layer 1 heads * at photo row 2 col 2 token",
     f"{SCALED}\n  patch resid_post layer 1 at last token",
+    f"clamp d of resid_post vision layer 1 at {ONE} to 4",
+    f"scale resid_post vision layer 1 dims 1..4 at {ONE} by -4",
+    f"patch resid_post vision layer 0 in basis b at {ONE}",
 )
 
 
 @pytest.mark.parametrize("mode", some(["planned", "small passes", "plain"], ["planned"]))
 def test_rules_in_the_encoder_equal_hooks_on_the_bare_model(mode: str) -> None:
     """All rules in one file, in images of different numbers of tiles."""
-    text = DIRECTION + "".join(
+    text = f"{DIRECTION}{BASIS}" + "".join(
         experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(RULES)
     )
     base = [difference(n, other(n)) for n in ALL]

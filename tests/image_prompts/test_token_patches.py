@@ -317,6 +317,120 @@ def projected(name: str) -> dict[Key, list[float]]:
     return {(): under(name, "resid_post", 0, edit)}
 
 
+def clamped(name: str) -> dict[Key, list[float]]:
+    along = direction_of(name) / direction_of(name).norm()
+
+    def edit(n: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            patches = TOWERS[name].cell(other(n), 1, 2)
+            value[patches] += torch.outer(4 - value[patches] @ along, along)
+            return value
+
+        return change
+
+    return {(): under(name, "resid_post", 0, edit)}
+
+
+def of_dims(name: str) -> dict[Key, list[float]]:
+    """Four components of each patch, together."""
+
+    def edit(n: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            here, source = TOWERS[name].cell(other(n), 1, 2), TOWERS[name].cell(n, 1, 2)
+            value[here, 1:5] = state(name, "resid_post", 0, n, n)[source, 1:5]
+            return value
+
+        return change
+
+    return {(): under(name, "resid_post", 0, edit)}
+
+
+def of_each_dim(name: str) -> dict[Key, list[float]]:
+    def edit(n: int, dim: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            value[TOWERS[name].every(other(n)), dim] *= -6
+            return value
+
+        return change
+
+    return {(dim,): under(name, "mlp_out", 0, lambda n, dim=dim: edit(n, dim)) for dim in (2, 3)}
+
+
+@cache
+def components_of(name: str, *, each_token: bool) -> tuple[Tensor, Tensor]:
+    """[2, width] principal components of the mean over the patches of a token, or of each token of
+    an image, and [width] their mean."""
+    own = TOWERS[name]
+    rows: list[Tensor] = []
+    for n in ALL:
+        patches = own.every(n) if each_token else own.cell(n, 1, 1)
+        vectors = state(name, "resid_post", 0, n, n)[patches].double()
+        rows.append(vectors.unflatten(0, (-1, own.merged**2)).mean(1))
+    vectors = torch.cat(rows)
+    mean = vectors.mean(0)
+    return torch.linalg.svd(vectors - mean).Vh[:2].float(), mean.float()
+
+
+def in_a_basis(name: str) -> dict[Key, list[float]]:
+    axes, _ = components_of(name, each_token=False)
+
+    def edit(n: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            here, source = TOWERS[name].cell(other(n), 1, 2), TOWERS[name].cell(n, 1, 2)
+            clean = state(name, "resid_post", 0, n, n)[source]
+            value[here] += (clean - value[here]) @ axes.T @ axes
+            return value
+
+        return change
+
+    return {(): under(name, "resid_post", 0, edit)}
+
+
+def with_mean_coordinates(name: str) -> dict[Key, list[float]]:
+    """Each patch gets the mean coordinates of its number among a token's patches."""
+    axes, _ = components_of(name, each_token=False)
+    own = [state(name, "resid_post", 0, n, n)[TOWERS[name].cell(n, 2, 1)] for n in ALL]
+    mean = torch.stack(own).mean(0)
+
+    def edit(n: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            here = TOWERS[name].cell(other(n), 2, 1)
+            value[here] += (mean - value[here]) @ axes.T @ axes
+            return value
+
+        return change
+
+    return {(): under(name, "resid_post", 0, edit)}
+
+
+def of_dims_of_a_head(name: str) -> dict[Key, list[float]]:
+    """Components of the second head only."""
+
+    def edit(n: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            here, begin = TOWERS[name].every(other(n)), WIDTH // HEADS
+            value[here, begin + 1 : begin + 4] *= -20
+            return value
+
+        return change
+
+    return {(): under(name, "z", 0, edit)}
+
+
+def without_a_feature(name: str) -> dict[Key, list[float]]:
+    axes, mean = components_of(name, each_token=True)
+
+    def edit(n: int, feature: int) -> Edit:
+        def change(value: Tensor) -> Tensor:
+            here, axis = TOWERS[name].every(other(n)), axes[feature]
+            value[here] -= torch.outer((value[here] - mean) @ axis, axis)
+            return value
+
+        return change
+
+    return {(n,): under(name, "resid_post", 0, partial(edit, feature=n)) for n in (0, 1)}
+
+
 def put(name: str) -> dict[Key, list[float]]:
     vector = 2 * direction_of(name)
     return {
@@ -359,6 +473,10 @@ def thumbnails(name: str) -> dict[Key, list[float]]:
 
 
 DIRECTION = "direction d = mean(ask) at resid_post vision layer 0 at photo row 1 col 1 token\n"
+BASES = """
+basis b = pca(ask, dims: 2) at resid_post vision layer 0 at photo row 1 col 1 token
+basis c = pca(ask, dims: 2, each_token: true) at resid_post vision layer 0 at photo tokens
+"""
 THUMBNAIL = "patch resid_post vision layer 0 at photo thumbnail row 2 col 1 token"
 CASES: dict[str, tuple[list[str], Callable[[str], dict[Key, list[float]]]]] = {
     "patch resid_post vision layer * at photo row 1 col 2 token": (["layer"], one_token),
@@ -376,6 +494,16 @@ CASES: dict[str, tuple[list[str], Callable[[str], dict[Key, list[float]]]]] = {
     "add 3 * d to resid_post vision layer 0 at photo row 1 col 1 token": ([], added),
     "project out d from resid_post vision layer 0 at photo row 1 col 2 token": ([], projected),
     "set resid_post vision layer 0 at photo row 2 col 2 token to 2 * d": ([], put),
+    "clamp d of resid_post vision layer 0 at photo row 1 col 2 token to 4": ([], clamped),
+    "patch resid_post vision layer 0 dims 1..4 at photo row 1 col 2 token": ([], of_dims),
+    "scale mlp_out vision layer 0 dim 2..3 at photo tokens by -6": (["dim"], of_each_dim),
+    "patch resid_post vision layer 0 in basis b at photo row 1 col 2 token": ([], in_a_basis),
+    "ablate resid_post vision layer 0 in basis b at photo row 2 col 1 token with mean of clean": (
+        [],
+        with_mean_coordinates,
+    ),
+    "scale z vision layer 0 head 1 dims 1..3 at photo tokens by -20": ([], of_dims_of_a_head),
+    "ablate feature * of c at photo tokens with zero": (["feature"], without_a_feature),
     "patch resid_post vision layer 0 at photo row 1 col 2 token\n"
     "  freeze mlp_out vision layer 1 at photo tokens": ([], held),
     THUMBNAIL: ([], thumbnails),
@@ -387,7 +515,7 @@ CASES: dict[str, tuple[list[str], Callable[[str], dict[Key, list[float]]]]] = {
 def test_rules_equal_hooks_on_the_patches_of_tokens(name: str, mode: str) -> None:
     """All rules in one file, the largest effects over 0.1."""
     cases = {rule: case for rule, case in CASES.items() if rule != THUMBNAIL or name in TILED}
-    text = DIRECTION + "".join(
+    text = f"{DIRECTION}{BASES}" + "".join(
         experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(cases)
     )
     base = [difference(bare(name).run(inputs(name, n, other(n)))) for n in ALL]

@@ -3373,8 +3373,9 @@ _in_prompt(
     "all its tokens, and each row is a full forward pass. `embed vision` is the output of the "
     "patch projection, before position embeddings. Rules can use all sites except scores, "
     "patterns and rotated queries and keys. The rules `patch`, `swap`, `freeze`, `ablate`, `add`, "
-    "`set`, `scale`, `project out` and `project onto` and `observe norm` (the mean over the "
-    "patches) are available, also before generated text; others are E0108, and so is Idefics2. "
+    "`set`, `scale`, `clamp`, `project out` and `project onto`, also with `dims`, `in basis` and "
+    "`feature`, and `observe norm` (the mean over the patches) are available, also before "
+    "generated text; others are E0108, and so is Idefics2. "
     "Without such rules, `save` writes vectors of tokens with a single patch, but no gradients. "
     "Class tokens, row ends and tile tags have no patch. At frames of a video, rules change "
     "Video-LLaVA's video encoder. In Llama 3.2 Vision, blocks of `cross` read the changed image.",
