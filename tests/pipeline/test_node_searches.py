@@ -28,13 +28,13 @@ from mechdsl.resolve.types import PositionChoice, SiteCoordinate, SitePoint, Tra
 
 from ..quick import in_turn, some
 from ..rules.models import double
-from .test_node_scores import HERE, SOURCES, fit, stored, training_rows
+from .test_node_scores import HERE, SOURCES, check_mistake, fit, stored, training_rows
 from .test_trained_coordinate_masks import sae
 from .test_trained_coordinate_masks import value_by_hand as coordinate_value
 from .test_trained_dictionaries import experiment, train, write
 from .test_trained_masks import HEADS, PATCHES, value_by_hand
 from .test_trained_node_circuits import COMPLETE, EVERY_HEAD, LAST, check, trained, zeroed
-from .test_trained_rotations import LOSS, NOISY, OTHER, training_errors
+from .test_trained_rotations import LOSS
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
@@ -351,15 +351,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_invalid_argument_of_a_group_by_a_search_is_rejected(name: str, tmp_path: Path) -> None:
-    old, new, code, said = MISTAKES[name]
-    line = f"group g = {WHOLE} at {HEADS} at last token\n"
-    assert old in line
-    line = line.replace(old, new, 1)
-    line = line.split(" at ")[0] + "\n" if name == "circuit" else line
-    errors = training_errors(write(tmp_path, line, PATCHES, OTHER, blocks=NOISY))
-    assert errors[0].code == code, errors
-    text = f"{errors[0].message} {errors[0].hint}"
-    assert re.search(re.escape(said), text), text
+    check_mistake(WHOLE, MISTAKES[name], tmp_path)
 
 
 def test_search_needs_no_gradient(tmp_path: Path) -> None:

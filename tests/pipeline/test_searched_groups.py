@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,24 +12,13 @@ import mechdsl
 
 from ..cli.conftest import Command, command
 from ..quick import some
+from .test_discovered_circuits import BLOCK, run, write
 
 __all__ = ["command"]
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-LM = 'model lm = zoo("names")'
 DIFFERENCE = "logit(wrong) - logit(answer)"
-BLOCK = """
-prompts ioi {
-  io in ["Mary", "John", "Tom", "Anna", "Luke"]
-  s = other(io)
-  place in ["shop", "park"]
-  template "When {io} and {s1 = s} went to the {place}, {s2 = s} gave a bag to"
-  answer " {io}"
-  wrong " {s}"
-  corrupt abc { io, s1, s2 = others(io, s) }
-}
-"""
 HEADS = "ablate layer * head * at tokens * with zero"
 
 
@@ -51,7 +39,7 @@ def defined(
     what: str, size: int, source: str, sites: str, at: str, rule: str, run: str = ""
 ) -> tuple[str, str]:
     """The block and the rest of a file with the definition that `searches` stands for."""
-    block = BLOCK.replace("  corrupt", "  split 50%\n  corrupt")
+    block = BLOCK.replace("  corrupt", "  split 50%\n  corrupt", 1)
     group = (
         f"group e_{what} = fit(forward_selection(size: {size}), prompts: ioi.train, limit: 12, "
         f"{source}, maximise: {DIFFERENCE}) at {sites} at {at}\n"
@@ -59,16 +47,6 @@ def defined(
     lines = ("prompts ioi.test limit 12", run, rule, f"measure {DIFFERENCE} as delta")
     text = group + "experiment e {\n" + "".join(f"  {each}\n" for each in lines if each) + "}\n"
     return block, text
-
-
-def write(folder: Path, *parts: str, block: str = BLOCK) -> Path:
-    path = folder / "file.mech"
-    path.write_text("\n".join(["mech 1", LM, block, *parts]), encoding="utf-8")
-    return path
-
-
-def run(path: Path, name: str = "e", **options: Any) -> Any:
-    return mechdsl.run(path, store=path.parent / "store", **options)[name]
 
 
 CASES = {
@@ -209,7 +187,7 @@ ERRORS = {
     "verb": (searches(rule="scale layer * head * at tokens * by 2"), "E0207", "write `ablate"),
     "reversed": (searches(rule=PATCH, run="from clean into abc"), "E0207", INTO),
     "no run": (searches(rule=PATCH), "E0602", ""),
-    "misspelt run": (searches(rule=PATCH, run="from abd into clean"), "E0201", "did you mean"),
+    "misspelt run": (searches(rule=PATCH, run="from abe into clean"), "E0201", "did you mean"),
     "misspelt block": (searches(use="prompts iox"), "E0201", "did you mean `ioi`?"),
     "effect": (searches(measure="measure logit(answer) as recovery"), "E0207", "as delta"),
     "place": (searches(measure="measure entropy at s2 token as raw"), "E0207", "name no position"),

@@ -1459,6 +1459,20 @@ class _ReadHooks(CircuitHooks):
     def _remember_heads(self, where: SiteRead, now: Tensor, values: Tensor, weight: Tensor) -> None:
         """Keep nothing, as for biases."""
 
+    def _read_stream_of_mlp(
+        self, layer: int
+    ) -> tuple[Callable[[str | None, Tensor], Tensor], list[tuple[str | None, Tensor]]]:
+        """Return a step that keeps the stream before an MLP and the path of its norm, and the list
+        in which it keeps them."""
+        seen: list[tuple[str | None, Tensor]] = []
+
+        def read(norm: str | None, value: Tensor) -> Tensor:
+            norm, stream = self._stream_of_mlp(layer, norm, value.detach())
+            seen[:] = [(norm, stream.detach())]
+            return value
+
+        return read, seen
+
     def _neurons(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
         """Yield a step that keeps the stream before an MLP, and one that differentiates by the
         activations of its neurons."""
@@ -1468,12 +1482,7 @@ class _ReadHooks(CircuitHooks):
         others = next(fill.others for fill in self._read.fills if fill.where == where)
         named = [self._receivers[row][1] for row in rows]
         units = [others if unit == OTHERS else (unit,) for unit in named]
-        seen: list[tuple[str | None, Tensor]] = []
-
-        def read(norm: str | None, value: Tensor) -> Tensor:
-            norm, stream = self._stream_of_mlp(layer, norm, value.detach())
-            seen[:] = [(norm, stream.detach())]
-            return value
+        read, seen = self._read_stream_of_mlp(layer)
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             (norm, stream), like = seen.pop(), value.detach()
@@ -1512,12 +1521,7 @@ class _ReadHooks(CircuitHooks):
         tap = self.model.tap("mlp_out", layer)
         scale = get_scale(self.model.module, tap)
         named = [self._receivers[row][1] for row in rows]
-        seen: list[tuple[str | None, Tensor]] = []
-
-        def read(norm: str | None, value: Tensor) -> Tensor:
-            norm, stream = self._stream_of_mlp(layer, norm, value.detach())
-            seen[:] = [(norm, stream.detach())]
-            return value
+        read, seen = self._read_stream_of_mlp(layer)
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             (norm, stream), like = seen.pop(), value.detach()
