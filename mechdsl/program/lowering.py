@@ -828,9 +828,8 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
                 parts.metrics[name.id] = value
         case ast.GroupDef(name=name, sites=sites):
             if scope.define("group", name, imported=imported):
-                for site in sites:
-                    if site.ranked is not None and isinstance(site.ranked.amount, str):
-                        scope.has("param", site.ranked.amount)
+                for used in number_names(sites):
+                    scope.has("param", used)
                 parts.groups[name.id] = spec.Group(span=statement.span, name=name.id, sites=sites)
         case ast.CircuitDef(name=name, edges=edges):
             if scope.define("circuit", name, imported=imported):
@@ -1036,6 +1035,8 @@ def _bases(
         for name in number_names(circuit.edges):
             scope.has("param", name)
     for statement in found:
+        for name in number_names((statement.site, statement.at)):
+            scope.has("param", name)
         basis = lower_basis(statement, parts, scope)
         if basis is not None:
             parts.bases[basis.name] = basis

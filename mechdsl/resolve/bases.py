@@ -450,7 +450,7 @@ def resolve_observed_basis(
     name = ast.Name(said.basis, span=said.span)
     try:
         _check_one_layer(definition, name, sites)
-        _check_one_site(said.basis, name, sites, "observe")
+        _check_one_site(said.basis, name, sites, f"observe value feature * of {said.basis}")
         members = None if definition is None else _members(definition, sites, rule.site, work)
     except BasisError as problem:
         work.diagnostics.append(problem.diagnostic)
@@ -460,14 +460,12 @@ def resolve_observed_basis(
     return BasisTargets(said.basis, (said.basis,), (members,), (), {(): Coordinates()})
 
 
-def _check_one_site(name: str, node: ast.Node, sites: SiteTargets, verb: str) -> None:
-    """Check that a basis is used at one site. Raises BasisError, which says to `verb` one."""
+def _check_one_site(name: str, node: ast.Node, sites: SiteTargets, instead: str) -> None:
+    """Check that a basis is used at one site. Raises BasisError, which says to write `instead`."""
     if len(sites.points) > 1:
-        raise BasisError(
-            node,
-            f"`{name}` is a basis for each of {len(sites.points)} sites",
-            f"{verb} a basis at one site: `at resid_post layer 2`",
-        )
+        count = len(set(chain.from_iterable(sites.points.values())))
+        reason = f"`{name}` is a basis for each of {count} sites"
+        raise BasisError(node, reason, f"write `{instead}`, or define the basis at one site")
 
 
 def _check_one_layer(definition: spec.Basis | None, node: ast.Node, sites: SiteTargets) -> None:
@@ -497,7 +495,10 @@ def resolve_saved_features(
     if targets is None:
         return None
     try:
-        _check_one_site(name, site, targets, "name")
+        point = next(chain.from_iterable(targets.points.values()))
+        head = "" if point.unit is None else f" head {point.unit}"
+        one = f"{point.site} layer {point.layer}{head} {features.span.written}"
+        _check_one_site(name, site, targets, one)
         members = _members(definitions[0], targets, site, work)
     except BasisError as problem:
         work.diagnostics.append(problem.diagnostic)

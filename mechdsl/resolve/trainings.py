@@ -846,7 +846,7 @@ def _check_streams(objective: ResolvedExperiment) -> Diagnostic | None:
     place = "in an encoder-decoder"
     if len(rule.spec.at.items) > 1:
         what, later = f"a circuit {place} with scores at several positions", "write `at tokens *`"
-    elif _is_in_encoder(objective):
+    elif _has_only_encoded_positions(objective):
         what = f"training a circuit {place} only at tokens of the encoder"
         later = "write `at tokens *`, the tokens of both texts"
     else:
@@ -854,8 +854,8 @@ def _check_streams(objective: ResolvedExperiment) -> Diagnostic | None:
     return NotSupported(span=rule.spec.span, what=what, later=later)
 
 
-def _is_in_encoder(objective: ResolvedExperiment) -> bool:
-    """Whether an encoder reads all tokens of the positions of a training."""
+def _has_only_encoded_positions(objective: ResolvedExperiment) -> bool:
+    """Return whether an encoder reads all tokens at the positions of a training."""
     rows = objective.table.runs[objective.spec.base].rows
     cell, _ = paired_positions(objective)
     encoded = [

@@ -219,6 +219,20 @@ def test_definitions_used_by_directions_and_lists_are_not_unused() -> None:
     assert [each.message for each in unused if "`some`" in each.message] == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "basis t = pca(fruit, dims: 1) at resid_post layer 0..k at last token",
+        "basis t = pca(fruit, dims: 1) at resid_post layer 1 at token k",
+        "group t = z layer k head 0",
+    ],
+)
+def test_parameters_in_the_sites_of_definitions_are_not_unused(line: str) -> None:
+    text = f"\nparam k = 1\n{line}\n" + experiment("a", "measure entropy as raw")
+    unused = [each for each in checked(text).diagnostics if each.code == "W0730"]
+    assert [each.message for each in unused if "`k`" in each.message] == []
+
+
 def test_warning_about_the_sign_of_picked_tokens_is_reported_once() -> None:
     """Cells with different layers and numbers pick different tokens by size."""
     ranked = experiment(

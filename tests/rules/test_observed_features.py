@@ -347,6 +347,20 @@ def test_invalid_feature_observations_are_errors(line: str, code: str, data: Pat
     assert codes(bases + observed(line), data) == [code]
 
 
+def test_features_of_a_basis_of_several_sites_name_a_line_that_reads_them(data: Path) -> None:
+    basis = "basis every = neurons at resid_post layer * except 0\n"
+    _, problems = try_file(
+        basis + observed("observe features of every at last token"), data, "llama"
+    )
+    (problem,) = [each for each in problems if each.code == "E0342"]
+    assert "`every` is a basis for each of 2 sites" in problem.message
+    assert problem.hint is not None
+    line = problem.hint.split("`")[1]
+    assert line == "observe value feature * of every"
+    found = run_file(basis + observed(f"{line} at last token"), data, "llama", "planned")["e"]
+    assert {cell.coords["layer"] for cell in found.cells} == {1, 2}
+
+
 def test_feature_observation_in_an_experiment_with_rules_is_an_error(data: Path) -> None:
     make(data, "topk", width_of("llama"))
     line = "observe features of f at last token top 2 as seen"

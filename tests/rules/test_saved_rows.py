@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.observation.features import ActiveRows
 from mechdsl.execute.run import saves
 from mechdsl.execute.run_record import SavedFile
@@ -698,6 +699,26 @@ def test_invalid_row_saves_are_errors(line: str, expected: list[str], data: Path
     found = codes(BASIS + many + save(line), data)
     assert [each for each in found if each.startswith("E")] == expected
     assert not (data / "x.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("at", "written"),
+    [
+        ("resid_post layer 1..2", "resid_post layer 1 features 2 of many"),
+        ("z layer 1 head *", "z layer 1 head 0 features 2 of many"),
+    ],
+)
+def test_row_saves_of_a_basis_of_several_sites_name_one(at: str, written: str, data: Path) -> None:
+    many = f"basis many = pca(p, dims: 3) at {at} at last token\n"
+
+    def try_save(features: str) -> list[Diagnostic]:
+        line = f'save top 2 rows of {features} at last token to "x.jsonl"'
+        return try_file(many + save(line), data, "llama")[1]
+
+    (problem,) = [each for each in try_save("features 2 of many") if each.severity == "error"]
+    assert problem.code == "E0342"
+    assert f"write `{written}`" in (problem.hint or "")
+    assert not [each for each in try_save(written) if each.severity == "error"]
 
 
 UNSTREAMED = [
