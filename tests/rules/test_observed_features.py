@@ -354,8 +354,7 @@ def test_features_of_a_basis_of_several_sites_name_a_line_that_reads_them(data: 
     )
     (problem,) = [each for each in problems if each.code == "E0342"]
     assert "`every` is a basis for each of 2 sites" in problem.message
-    assert problem.hint is not None
-    line = problem.hint.split("`")[1]
+    line = problem.help_text.split("`")[1]
     assert line == "observe value feature * of every"
     found = run_file(basis + observed(f"{line} at last token"), data, "llama", "planned")["e"]
     assert {cell.coords["layer"] for cell in found.cells} == {1, 2}

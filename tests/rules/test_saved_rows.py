@@ -717,7 +717,7 @@ def test_row_saves_of_a_basis_of_several_sites_name_one(at: str, written: str, d
 
     (problem,) = [each for each in try_save("features 2 of many") if each.severity == "error"]
     assert problem.code == "E0342"
-    assert f"write `{written}`" in (problem.hint or "")
+    assert f"write `{written}`" in problem.help_text
     assert not [each for each in try_save(written) if each.severity == "error"]
 
 
