@@ -404,11 +404,17 @@ def is_pixel_change(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
 
 
 def improve_hint(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
-    """Improve the hint if a text lacks its quotes, or a mask of shapes is meant."""
+    """Improve the hint if a text lacks its quotes, a mask of shapes is meant, or a corruption
+    gives an image a value."""
     image, at, name = prompts.image, problem.span, problem.name
     line = at.source.text[: at.start].rpartition("\n")[2] if at is not None else ""
     if re.fullmatch(r"\s*(?:answer|wrong)\s+", line) and problem.hint.startswith("its names"):
         return replace(problem, hint=f'{problem.hint}; write a text in quotes: `" {name}"`')
+    replaced = re.fullmatch(r".*?(\w+)\s*=\s*", line)
+    names = [each.name for each in prompts.pictures if not each.is_sound]
+    if name == "gray" and replaced is not None and replaced[1] in names:
+        hint = f"write `mask {replaced[1]}` for a gray image"
+        return replace(problem, hint=hint)
     if image is None or at is None or problem.hint.startswith("did you mean"):
         return problem
     shapes = _is_drawn(image)

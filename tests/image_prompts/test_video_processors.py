@@ -599,6 +599,19 @@ def test_processor_without_torchvision_names_the_extra(tmp_path: Path) -> None:
     assert 'pip install "mechdsl[video]"' in shown
 
 
+def test_processor_without_num2words_names_the_extra(tmp_path: Path) -> None:
+    write_processor(tmp_path)
+    reader, found = read_prompt_tokenizer(tmp_path, None)
+    assert reader is not None, found
+    missing = ImportError("Package `num2words` is required to run SmolVLM processor.")
+    with patch("transformers.AutoProcessor.from_pretrained", side_effect=missing):
+        [error] = check_processor(reader, model="m", span=None)
+    assert error.code == "E0459"
+    shown = render_full([error], color=False, width=1000)
+    assert "it writes numbers of frames as words with num2words" in shown
+    assert 'pip install "mechdsl[video]"' in shown
+
+
 def test_hash_of_tokenizer_depends_on_torchvision_and_video_settings(tmp_path: Path) -> None:
     write_processor(tmp_path)
 

@@ -238,6 +238,8 @@ RULE = "ablate resid_post layer 0 at {} with zero"
         ("frame 3..2 row 1 col 1 token", "E0321", "3..2"),
         ("frame 1 row 4 col 1 token", "E0310", "3 rows and 3 columns"),
         ("clip row 1 col 1 token", "E0308", "frame 1 row 1 col 1 token"),
+        ("clip frame 2 row 1 col 2 token", "E0308", "first: `frame 2 row 1 col 2 of clip`"),
+        ("clip frame 2 row 1 col 2 token", "E0308", "`clip` is a video"),
         ("frames 1 tokens", "E0308", "frame"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -633,14 +634,20 @@ class SpanFinder:
         hint = 'add one to the prompts: `image photo = "{file}"`, with `{photo}` in the template'
         if names:
             hint = did_you_mean(ref.name or "", names, f"images are {name_list(names)}")
+        name, what = ref.name or "", "not an image in a prompt"
         if any(each.video == ref.name for m in self.maps[:1] for each in m.row.placed_pictures):
             hint = f"name a frame of the video: `{FRAME_SPAN} 1 row 1 col 1 token`"
+            what = f"`{name}` is a video: only its frames have rows and columns"
+            name = ref.span.written
+            own = re.fullmatch(rf"{ref.name}\s+({FRAME_SPAN}\s.*)", name)
+            if own is not None:
+                hint = f"name the frame first: `{own[1]} of {ref.name}`"
         return UnknownSpan(
             span=ref.span,
-            name=ref.name or "",
+            name=name,
             prompts=self.table.runs[self.run].prompts or self.table.name,
             hint=hint,
-            what="not an image in a prompt",
+            what=what,
         )
 
     def _all_spans(self) -> Iterator[TextSpan]:

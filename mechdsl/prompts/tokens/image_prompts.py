@@ -744,10 +744,15 @@ def _prepared_otherwise(extents: Sequence[tuple[int, ...]]) -> UnsupportedProces
 
 def _unreadable(error: Exception) -> UnsupportedProcessor:
     """Return the error of a processor that transformers can't load."""
-    if not (isinstance(error, ImportError) and "torchvision" in str(error).lower()):
-        return UnsupportedProcessor(f"transformers can't read it ({error})")
-    unfit = UnsupportedProcessor("it also prepares videos, for which it needs torchvision")
-    unfit.hint = 'install the version for your torch: `pip install "mechdsl[video]"`'
+    told = str(error).lower() if isinstance(error, ImportError) else ""
+    if "torchvision" in told:
+        unfit = UnsupportedProcessor("it also prepares videos, for which it needs torchvision")
+        unfit.hint = 'install the version for your torch: `pip install "mechdsl[video]"`'
+    elif "num2words" in told:
+        unfit = UnsupportedProcessor("it writes numbers of frames as words with num2words")
+        unfit.hint = 'install it: `pip install "mechdsl[video]"`'
+    else:
+        unfit = UnsupportedProcessor(f"transformers can't read it ({error})")
     return unfit
 
 

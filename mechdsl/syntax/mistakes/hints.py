@@ -77,7 +77,12 @@ IMAGE_HINTS: tuple[Hint, ...] = (
         "TOKEN",
     ),
     Hint(
-        r"^region\s+(\w+)\s*=\s*$",
+        r"^region\s+(\w+(?:\s+of\s+\w+)?)\s*=\s*\w+\s*$",
+        r"\(",
+        "name the box: `box = [0, 0, 16, 16]`, `region {0} = box`",
+    ),
+    Hint(
+        r"^region\s+(\w+(?:\s+of\s+\w+)?)\s*=\s*$",
         r"\[",
         "name the box: `box = [0, 0, 16, 16]`, `region {0} = box`",
     ),

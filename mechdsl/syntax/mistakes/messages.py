@@ -86,7 +86,7 @@ _PATH_START = re.compile(r"model\.[A-Za-z_]")
 _DEFINITION = re.compile(r"[A-Za-z_]\w*(?=(?:\s*,\s*[A-Za-z_]\w*)*\s*=(?!=)|\s+in(?!\w))")
 
 _DEFINERS = ("text", "span", "region", "where", "corrupt")
-"""Words of data lines after which a name and `=` don't begin a new line."""
+"""Words at the start of data lines after which a name and `=` don't begin a new line."""
 
 _FROM_INTO = re.compile(
     r"from\s+(?!(?:last|first|each|tokens?|top)\b)[\w.]+(?:\s*,\s*[\w.]+)*"
@@ -346,7 +346,7 @@ def statement_starts(text: str, inside: list[Lexeme], kind: str, depth: int) -> 
 def _defines(text: str, piece: Lexeme, before: Lexeme | None, goes_on: bool) -> bool:
     if goes_on:
         return False
-    if before is not None and (before.text in _DEFINERS or _is_near_definer(before)):
+    if before is not None and (before.text in (*_DEFINERS, "of") or _is_near_definer(before)):
         return False
     return _DEFINITION.match(text, piece.start) is not None
 
