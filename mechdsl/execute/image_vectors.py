@@ -318,7 +318,7 @@ class ImageVectors:
         columns = own[0].nonzero()[:, 0]
         inside: list[SiteWrite] = []
         for lane, (_, (number, *_)) in enumerate(lanes):
-            mine = (write.some(write.rows == number) for write in writes)
+            mine = (patches.keep(write.some(write.rows == number)) for write in writes)
             inside += [
                 replace(
                     each,
@@ -378,7 +378,8 @@ class ImageVectors:
         rest = iter(groups)
         none = (-1,) * size.side**2
         of_token = torch.tensor([none if cell is None else next(rest) for cell in cells])
-        patches = _Patches(count, of_token)
+        tiles = torch.tensor([-1 if cell is None else cell.tile for cell in cells])
+        patches = _Patches(count, of_token, tiles if model.shape.resamples else None)
         is_video = isinstance(image.picture, Video)
         sizes = (is_video, count, tile, image.expansion.size, tuple(groups))
         if sizes in self._proved:
@@ -408,6 +409,8 @@ class ImageVectors:
         columns = own[0].nonzero()[:, 0]
         if len(patches.of_token) != len(columns) or not patches.are_distinct():
             return False
+        if patches.tiles is not None:
+            return _prove_tiles(model, batch, columns, patches, patches.tiles)
         there = (patches.of_token[:, 0] >= 0).nonzero()[:, 0]
         changed = _divide_tokens(len(there), every=every)
         layers = list(reversed(range(model.stack("vision").shape.n_layers)))
@@ -419,7 +422,10 @@ class ImageVectors:
             for lane, chosen in enumerate(lanes):
                 expected[lane, there[chosen]] = True
             while layers:
-                found = _find_changes(model, given, columns, patches, expected, layers[0])
+                lane, token = expected.nonzero(as_tuple=True)
+                positions = patches.of_token[token]
+                changes = lane[:, None].expand_as(positions).flatten(), positions.flatten()
+                found = _find_changes(model, given, columns, changes, layers[0])
                 if found.any():
                     break
                 layers.pop(0)
@@ -489,8 +495,7 @@ def _find_changes(
     model: LoadedModel,
     batch: Batch,
     columns: Tensor,
-    patches: _Patches,
-    changed: Tensor,
+    changes: tuple[Tensor, Tensor],
     layer: int,
 ) -> Tensor:
     """Return [lane, token] bool: the tokens of an image that differ from those of the first lane.
@@ -499,18 +504,15 @@ def _find_changes(
         model: The model.
         batch: Prompts of the image, in lanes.
         columns: [token] the columns of its tokens.
-        patches: Their patches.
-        changed: [lane, token] bool, the tokens whose patches are changed.
+        changes: [K] each, the lanes and the changed patches in them.
         layer: The layer of the vision encoder after which they are changed.
     """
-    lanes, tokens = changed.nonzero(as_tuple=True)
-    positions = patches.of_token[tokens]
-    rows = lanes[:, None].expand_as(positions).flatten()
+    rows, positions = changes
     turned = SiteWrite(
         "resid_post",
         layer,
         rows,
-        positions.flatten(),
+        positions,
         torch.zeros_like(rows),
         torch.full((len(rows), 1), -2.0, device=model.device),
         mode="scale",
@@ -520,6 +522,37 @@ def _find_changes(
     vectors = found[:, columns, 0]
     apart = (vectors - vectors[:1]).abs().amax(-1)
     return (apart > _TOLERANCE * vectors[0].abs().max()).cpu()
+
+
+def _prove_tiles(
+    model: LoadedModel, batch: Batch, columns: Tensor, patches: _Patches, tiles: Tensor
+) -> bool:
+    """Return whether a change of all patches of a tile changes its tokens only, all of them, and a
+    change of the encoder's other tokens changes none.
+
+    Args:
+        model: A model with a resampler.
+        batch: A prompt of one image.
+        columns: [token] the columns of its tokens.
+        patches: Their patches.
+        tiles: [token] the numbers of their tiles.
+    """
+    numbers = tiles.unique()
+    expected = torch.zeros(len(numbers) + 2, len(columns), dtype=torch.bool)
+    used = patches.of_token[patches.of_token >= 0]
+    unused = torch.ones(patches.count, dtype=torch.bool)
+    unused[used] = False
+    changed = [unused.nonzero()[:, 0]]
+    for lane, number in enumerate(numbers, 2):
+        expected[lane] = tiles == number
+        own = patches.of_token[tiles == number]
+        changed.append(own[own >= 0])
+    given = batch.take(torch.zeros(len(expected), dtype=torch.long))
+    given = given.with_inputs(given.extra, vision=Batch.grid(len(expected), patches.count))
+    lanes = [torch.full_like(own, lane) for lane, own in enumerate(changed, 1)]
+    last = model.stack("vision").shape.n_layers - 1
+    changes = torch.cat(lanes), torch.cat(changed)
+    return bool((_find_changes(model, given, columns, changes, last) == expected).all())
 
 
 def _count_patches(model: LoadedModel, batch: Batch) -> tuple[int, int]:
@@ -558,10 +591,14 @@ class _Patches:
     """Number of the image's tokens in the encoder, of all tiles."""
     of_token: Tensor
     """[token, patch] long: the encoder's tokens; -1 for tokens that aren't made from patches."""
+    tiles: Tensor | None = None
+    """[token] the numbers of their tiles, if a resampler reads all patches of a tile: `of_token`
+    then only divides them among the tokens."""
 
     def are_distinct(self) -> bool:
         """Return whether the encoder has all of them, and no token shares one with another."""
-        every = self.of_token[self.of_token[:, 0] >= 0].flatten()
+        there = self.of_token[:, 0] >= 0 if self.tiles is None else self.of_token >= 0
+        every = self.of_token[there].flatten()
         return bool((every >= 0).all() & (every < self.count).all()) and len(every) == len(
             every.unique()
         )
@@ -573,6 +610,12 @@ class _Patches:
         found = values[:, order.clamp(min=0)]
         found[:, order < 0] = torch.nan
         return found
+
+    def keep(self, write: SiteWrite) -> SiteWrite:
+        """Return a write without the numbers of `TokenHits` that no patch of a resampler has."""
+        if self.tiles is None:
+            return write
+        return write.some(self.of_token.flatten()[write.positions] >= 0)
 
     def find(self, positions: Tensor) -> Tensor:
         """Return the encoder's tokens, given numbers as in `TokenHits`.
@@ -918,6 +961,13 @@ def find_image_problem(
         experiment: The experiment.
         models: By key, its model and others that it reads.
     """
+    for fit in _list_fits(experiment):
+        inside = not isinstance(fit, JacobianBasis) and _are_in_vision(fit.points)
+        for sample in fit.samples if inside else ():
+            model = models[sample.run.model or experiment.model.key]
+            if model.shape.resamples:
+                reason = "directions and bases aren't computed from patches that a resampler reads"
+                return replace(_report_patches(model, reason), span=_first_picture(sample.table))
     for table, run, in_vision in _list_read_runs(experiment):
         model = models[run.model or experiment.model.key]
         problem: ImagesNotVectors | SiteNotOnModel | None
@@ -951,18 +1001,25 @@ def _list_read_runs(
     points = (point for save in experiment.saves for point in save.points)
     in_vision = experiment.in_vision or _are_in_vision(points)
     yield from ((own, run, in_vision) for run in own.runs.values())
-    fits: list[FittedVector | FittedBasis | JacobianBasis] = []
-    members = [m for file in experiment.direction_files for m in file.members.values()]
     for rule in experiment.every_rule:
         if rule.apart is not None:
             yield rule.apart.table, rule.apart.table.runs[rule.apart.run], rule.in_vision
-        members += [] if rule.direction is None else rule.direction.members.values()
-        fits += [] if rule.basis is None else rule.basis.fits
-    fits += [fit for member in members for fit in iter_fitted_vectors(member.vector)]
-    for fit in fits:
+    for fit in _list_fits(experiment):
         if not isinstance(fit, JacobianBasis):
             inside = _are_in_vision(fit.points)
             yield from ((each.table, each.run, inside) for each in fit.samples)
+
+
+def _list_fits(
+    experiment: ResolvedExperiment,
+) -> list[FittedVector | FittedBasis | JacobianBasis]:
+    """Return the directions and bases that an experiment computes from activations."""
+    fits: list[FittedVector | FittedBasis | JacobianBasis] = []
+    members = [m for file in experiment.direction_files for m in file.members.values()]
+    for rule in experiment.every_rule:
+        members += [] if rule.direction is None else rule.direction.members.values()
+        fits += [] if rule.basis is None else rule.basis.fits
+    return fits + [fit for member in members for fit in iter_fitted_vectors(member.vector)]
 
 
 def _are_in_vision(points: Iterable[SitePoint]) -> bool:

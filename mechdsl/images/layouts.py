@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from mechdsl.base.records import Record, Registry, record
@@ -405,6 +405,9 @@ class ImageLayout:
     """Whether the model also adds vectors of images after its first blocks."""
     without_vision: ClassVar[str] = "the patches of its image tokens aren't known"
     """Why rules can't act in the vision encoder; empty if `patches` is known."""
+    resamples: ClassVar[bool] = False
+    """Whether a resampler reads all patches of a tile for each of its tokens. Its `patches` then
+    divides the patches of a tile among the tokens, with -1 for none."""
     video_encoder: ClassVar[tuple[str, str] | None] = None
     """Names of the modules that encode images and videos, if each has an encoder."""
     video_token: ClassVar[str] = "video_token_id"
@@ -476,7 +479,7 @@ class ImageLayout:
 
     def merged_side(self, config: Mapping[str, Any]) -> int:
         """Return how many rows of patches a token of an image is made from; 0 if the config doesn't
-        tell it.
+        tell it. With `resamples`, its square is the largest number of patches of a token.
 
         config: the model's `config.json`.
         """
@@ -1119,10 +1122,66 @@ class Idefics2(ImageLayout):
     documentation = (
         "vectors of a resampler, which read a whole tile, so they have no rows and columns"
     )
-    without_vision = "a resampler reads all patches of a tile for each of its tokens"
+    without_vision = ""
+    resamples = True
     processors = ("Idefics2Processor",)
     image_processors = ("Idefics2ImageProcessor",)
     separator = "fake_image_token"
+
+    def merged_side(self, config: Mapping[str, Any]) -> int:
+        vision, resampler = config.get("vision_config"), config.get("perceiver_config")
+        patch = _number_of(vision, "patch_size", 32)
+        rows = _number_of(vision, "image_size", 224) // patch if patch else 0
+        latents = _number_of(resampler, "resampler_n_latents", 64)
+        if not (rows and latents):
+            return 0
+        most = math.ceil(rows**2 / latents)
+        return max(2, math.isqrt(most - 1) + 1)
+
+    def patches(
+        self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
+    ) -> list[tuple[int, ...]]:
+        """Return the patches of each tile, divided among its tokens in order. Tiles of different
+        sizes are padded at the right and bottom."""
+        down, across = prompt.patch
+        views = [(high // down, wide // across) for high, wide in self._views(prompt)]
+        width, count = max(cols for _, cols in views), len(tokens.cells) // len(views)
+        if max(rows for rows, _ in views) * width != encoder.tokens:
+            raise UnsupportedProcessor("its images have another number of patches")
+        found: list[tuple[int, ...]] = []
+        for tile, (rows, cols) in enumerate(views):
+            first = tile * encoder.tokens
+            own = [first + row * width + col for row in range(rows) for col in range(cols)]
+            ends = [token * len(own) // count for token in range(count + 1)]
+            for start, end in pairwise(ends):
+                if end - start > encoder.side**2:
+                    raise UnsupportedProcessor("images have more patches than the encoder reads")
+                found.append((*own[start:end], *(-1,) * (encoder.side**2 - end + start)))
+        return found
+
+    def _views(self, prompt: ImagePrompt) -> list[Size]:
+        """Return the (height, width) of the prepared tiles and the thumbnail."""
+        height, width = prompt.sizes[0]
+        views = [(height, width)]
+        if prompt.setting("do_image_splitting"):
+            down, across = height // 2, width // 2
+            rows, cols = (down, height - down), (across, width - across)
+            views = [*((row, col) for row in rows for col in cols), *views]
+        return [self._resized(prompt, view) for view in views]
+
+    def _resized(self, prompt: ImagePrompt, size: Size) -> Size:
+        """Return the (height, width) of a view of this size after preparation."""
+        edges, (height, width) = _edges(prompt.setting("size")), size
+        if not prompt.setting("do_resize"):
+            return size
+        if edges.keys() == {"height", "width"}:
+            return edges["height"], edges["width"]
+        most, proportion = edges["longest_edge"], width / height
+        if width >= height and width > most:
+            height, width = int(most / proportion), most
+        elif height > width and height > most:
+            height, width = most, int(most * proportion)
+        return max(height, edges["shortest_edge"]), max(width, edges["shortest_edge"])
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         height, width = prompt.sizes[number]

@@ -358,7 +358,10 @@ def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     if not (reason or side):
         reason = "its config doesn't state how many patches a token is made from"
     others = {} if reason else _other_stacks(shape, config, ("vision",))
-    return replace(shape, others=others, without_vision=reason, merged_side=side or 1)
+    resamples = entry is not None and entry.resamples
+    return replace(
+        shape, others=others, without_vision=reason, merged_side=side or 1, resamples=resamples
+    )
 
 
 def _other_stacks(

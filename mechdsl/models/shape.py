@@ -179,6 +179,8 @@ class ModelShape(Record):
     """Why rules can't act in the vision encoder of a vision-language model; empty if they can."""
     merged_side: int = 1
     """Rows, and columns, of patches of the vision encoder that a token of an image is made from."""
+    resamples: bool = False
+    """Whether a resampler reads all patches for each token, as in `ImageLayout.resamples`."""
     attended: int = 0
     """Number of tokens of an image that some blocks attend to, before the text of each prompt."""
     attending: int = 0

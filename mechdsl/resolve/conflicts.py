@@ -601,6 +601,8 @@ def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[
         problem = _check_vision_rule(rule, of, attends=attends)
         if problem is not None:
             yield problem
+    if experiment.model.shape.resamples:
+        yield from _check_resampled_rules(experiment)
     for mask in experiment.masks:
         what = f"the group `{mask.training.definition}`, which is trained, {of}"
         yield NotSupported(span=own.span, what=what, later="name its sites")
@@ -651,6 +653,62 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
         what = f"`{inside[0]}` {of}" if inside and rule.edge is None else ""
     hint = ENCODER_DECODER_HINT if attends else VISION_HINT
     return NotSupported(span=rule.spec.span, what=what, later=hint) if what else None
+
+
+def _check_resampled_rules(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0108 for rules in a vision encoder with a resampler, unless they act on all patches of
+    an image, which correspond by row and column to those of other images of one size."""
+    runs = experiment.table.runs
+    acting = [(runs[experiment.spec.base], experiment.rules)]
+    acting += [(runs[name], run.rules) for name, run in experiment.derived.items()]
+    for own, rules in acting:
+        for rule in rules:
+            read = runs.get(rule.run, own)
+            if rule.apart is not None:
+                read = rule.apart.table.runs[rule.apart.run]
+            problem = _describe_resampled_rule(rule, own, read) if rule.in_vision else None
+            if problem is not None:
+                what = f"`{_name_rule(rule)}` {problem[0]} in a vision encoder whose resampler "
+                what += "reads all patches for each token of an image"
+                yield NotSupported(span=rule.spec.span, what=what, later=problem[1])
+
+
+def _describe_resampled_rule(
+    rule: ResolvedRule, own: PromptRun, read: PromptRun
+) -> tuple[str, str] | None:
+    """Return why a rule isn't computed, and what to write.
+
+    own, read: the runs in which the rule acts and that it reads.
+    """
+    if rule.python is not None:
+        return "to a function's result", "use another rule, such as `scale`"
+    if rule.spec.observed is not None:
+        return "of patches", "observe `embed` at the tokens of the image"
+    cells = [(own, cell) for cell in rule.positions.written.values()]
+    cells += [(read, cell) for cell in rule.positions.read.values()]
+    if not all(_holds_whole_images(run, cell) for run, cell in cells):
+        return "at some tokens of an image", "use all tokens, as in `at photo tokens`"
+    given, changed = (
+        [tuple(each.picture.picture.extent for each in row.whole_pictures) for row in run.rows]
+        for run in (read, own)
+    )
+    if rule.does.reads == "run" and rule.positions.read == rule.positions.written:
+        fits = given == changed
+    else:
+        fits = rule.does.reads is None or len({size for row in given + changed for size in row}) < 2
+    hint = "use images of one width and height"
+    return None if fits else ("between images of different sizes", hint)
+
+
+def _holds_whole_images(run: PromptRun, cell: PositionCell) -> bool:
+    """Return whether a position has all tokens of each image of which it has some, and no other
+    token."""
+    for row, hits in zip(run.rows, cell.hits, strict=True):
+        images = [{*each.places(each.name)[0]} for each in row.whole_pictures]
+        for tokens in map(set, hits):
+            if tokens != {token for image in images if image & tokens for token in image}:
+                return False
+    return True
 
 
 def _name_rule(rule: ResolvedRule) -> str:

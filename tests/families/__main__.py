@@ -118,9 +118,15 @@ all patches that the vector of an image token is made from:
 `patch`, `swap` and means pair the patches of two tokens in this order. `add` adds its vector to
 each patch, and `observe norm` is the mean over the patches. Class tokens, row ends and tile tags
 have no patch (E0310). In `qwen3_vl`, the vectors that the model adds after its first blocks change
-too. `idefics2`, whose resampler reads all patches for each token, is E0108. A value that is read in
-the encoder and written in the language model (`value(resid_post vision layer 4)`), or the reverse,
-needs a model with one patch for each token; others are E0108.
+too. A value that is read in the encoder and written in the language model
+(`value(resid_post vision layer 4)`), or the reverse, needs a model with one patch for each token;
+others are E0108.
+
+The resampler of `idefics2` reads all patches of a tile for each token, so rules in its encoder act
+on all patches of an image and of its tiles, as in `scale z vision layer 4 at photo tokens by 0`. A
+position with only some tokens of an image is E0108, and so are observations, functions
+(`python(…)`), and rules that copy patches or average them over images of different sizes.
+Directions and bases of its patches are E0413.
 
 The encoder of `mllama` has local blocks, then global ones. They count as one stack: with 32 local
 and 8 global blocks, `vision layer 0..31` are local and `vision layer 32..39` global. The norm and

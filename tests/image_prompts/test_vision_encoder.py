@@ -461,8 +461,8 @@ def test_basis_reports_tokens_that_the_encoder_lacks(definition: str, code: str)
     assert errors(try_file(text, LLAVA)[1]) == [code]
 
 
-def test_encoder_without_known_patches_reports_e0108() -> None:
-    text = experiment("e", VISION)
+def test_rule_at_some_tokens_of_a_resampler_reports_e0108() -> None:
+    text = experiment("e", VISION.replace("photo tokens", "each token of photo"))
     source = Source(f'mech 1\nmodel m = local("handed over")\n{BLOCK}\n{text}', folder() / "f.mech")
     _, found = run_on(source, {"m": loaded("idefics2")})
     assert errors(found) == ["E0108"]

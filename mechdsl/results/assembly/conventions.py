@@ -19,6 +19,7 @@ from mechdsl.execute.run_record import ExecutionProfile, PassSizes
 from mechdsl.execute.unpatched_batch import compute_noise_scale
 from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.shape import ModelShape
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.program.spec import CLEAN, Estimator, Generation
 from mechdsl.prompts.insertion import has_inserted_tokens
@@ -394,11 +395,14 @@ def _of_features(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionIt
     yield f"features of {rule.rule.basis.definition}", said
 
 
-def _describe_patches(side: int) -> str:
-    """Describe the patches of the vision encoder that rules at tokens of images act on.
-
-    side: as `ModelShape.merged_side`.
-    """
+def _describe_patches(shape: ModelShape) -> str:
+    """Describe the patches of the vision encoder that rules at tokens of images act on."""
+    side = shape.merged_side
+    if shape.resamples:
+        return (
+            "at all tokens of an image, rules act on all its patches, each of which a resampler "
+            "reads for every token"
+        )
     if side == 1:
         return "each token of an image is one of its patches"
     return (
@@ -424,7 +428,7 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
             else "replace `embed` of all its tokens, before other rules act there"
         )
         writes = any(rule.writes_vision for rule in plan.experiment.every_rule)
-        patches = _describe_patches(shape.merged_side)
+        patches = _describe_patches(shape)
         if writes:
             patches += f"; a changed image's vectors {replaced}"
         yield "vision encoder", patches

@@ -1,0 +1,386 @@
+"""Rules in the vision encoder of Idefics2, whose resampler reads all patches of a tile for each
+token, against plain hooks on the bare encoder: one unpadded prompt at a time. The processor's own
+pixel masks give the patches of an image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache, partial
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.images.layouts import IMAGE_LAYOUTS
+from mechdsl.loading.loader import adopt_model
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import MODES, run_on
+from ..images import prompts_of_images as vlm
+from ..quick import some
+from ..shared_models import unchanged
+from . import test_families as families
+from .reference import Bare, Edit, at, edited_module, one_head, record_value
+from .support import RECORDS, experiment, succeeded
+from .test_families import ALL, BLOCK, TWO, WORDS, difference
+
+LAYERS, HEADS, WIDTH, PATCH = 2, 2, 16, 4
+Key = tuple[str | int, ...]
+SITES: dict[str, tuple[str, bool]] = {
+    "resid_pre": ("", True),
+    "resid_post": ("", False),
+    "z": (".self_attn.out_proj", True),
+    "mlp_out": (".mlp", False),
+}
+SIZES = {"equal": [(21, 14)] * 4, "mixed": [(21, 14), (9, 16), (16, 16), (30, 9)]}
+"""By name of a folder, (height, width) of its images."""
+
+
+@cache
+def folder(sizes: str) -> Path:
+    made = Path(mkdtemp(prefix="mechdsl-resampled-"))
+    for number, (height, width) in enumerate(SIZES[sizes]):
+        small = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+        image.save(made / f"{number}.png")
+    text = "\n".join(map(json.dumps, RECORDS)) + "\n"
+    (made / "data.jsonl").write_text(text, encoding="utf-8")
+    return made
+
+
+@cache
+def bare(*, splits: bool) -> Bare:
+    """A model of images of up to 4 x 4 patches, whose last token sees all tokens of images."""
+    config = vlm.architecture("idefics2").config
+    model = families.draw(
+        "idefics2",
+        text_config={**config["text_config"], "sliding_window": 64},
+        vision_config={**config["vision_config"], "image_size": 4 * PATCH},
+    )
+    processor = deepcopy(vlm.processor("idefics2"))
+    size = {"shortest_edge": 8, "longest_edge": 4 * PATCH}
+    images = type(processor.image_processor)
+    processor.image_processor = images(size=size, do_image_splitting=splits)
+    return Bare(model, processor)
+
+
+@cache
+def loaded(*, splits: bool) -> LoadedModel:
+    own = bare(splits=splits)
+    model, found = adopt_model("m", own.model, own.processor)
+    assert model is not None, found
+    return unchanged(model)
+
+
+def inputs(sizes: str, n: int, *images: int, splits: bool = True) -> dict[str, Tensor]:
+    """A prompt of `BLOCK` with one image, or of `TWO` with two."""
+    pictures = [Image.open(folder(sizes) / f"{image}.png").convert("RGB") for image in images]
+    text = f"w3 w2 <image> w1 {WORDS[n]} w3"
+    if len(images) == 2:
+        text = f"w3 <image> w1 {WORDS[n]} <image> w2 w3"
+    return bare(splits=splits).with_pictures(text, pictures)
+
+
+def patches(given: dict[str, Tensor]) -> list[int]:
+    """The tokens of the encoder, over all tiles, that aren't padding."""
+    [mask] = given["pixel_attention_mask"]
+    whole = mask.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).float().mean((-1, -2)) == 1
+    return whole.flatten().nonzero()[:, 0].tolist()
+
+
+@contextmanager
+def edited(site: str, layer: int, edit: Edit, *, splits: bool = True) -> Generator[None]:
+    """Change a site, [token of the encoder, width], over all tiles; `z` has all heads in a row."""
+    part, is_input = SITES[site]
+    path = f"model.vision_model.encoder.layers.{layer}{part}"
+    module = bare(splits=splits).model.get_submodule(path)
+    with edited_module(module, lambda value: edit(value.flatten(0, -2)), is_input=is_input):
+        yield
+
+
+def state(site: str, layer: int, given: dict[str, Tensor], *, splits: bool = True) -> Tensor:
+    run = partial(bare(splits=splits).run, given)
+    return record_value(partial(edited, site, layer, splits=splits), run)
+
+
+def other(n: int) -> int:
+    return (n + 1) % 4
+
+
+def under(
+    sizes: str, site: str, layer: int, edit: Callable[[int, list[int]], Edit], *, splits: bool
+) -> list[float]:
+    """The difference of each prompt with its other image, under an edit of its number and the
+    patches of the image."""
+    found: list[float] = []
+    for n in ALL:
+        given = inputs(sizes, n, other(n), splits=splits)
+        with edited(site, layer, edit(n, patches(given)), splits=splits):
+            found.append(difference(bare(splits=splits).run(given)))
+    return found
+
+
+def copied(sizes: str, *, splits: bool) -> dict[Key, list[float]]:
+    def edit(n: int, own: list[int], layer: int) -> Edit:
+        clean = inputs(sizes, n, n, splits=splits)
+        return at(own, state("resid_pre", layer, clean, splits=splits)[patches(clean)])
+
+    return {
+        (layer,): under(sizes, "resid_pre", layer, partial(edit, layer=layer), splits=splits)
+        for layer in range(LAYERS)
+    }
+
+
+def zeros(sizes: str, *, splits: bool) -> dict[Key, list[float]]:
+    def edit(n: int, own: list[int], head: int) -> Edit:
+        return one_head(at(own, torch.zeros(())), head, WIDTH // HEADS)
+
+    return {
+        (head,): under(sizes, "z", 0, partial(edit, head=head), splits=splits)
+        for head in range(HEADS)
+    }
+
+
+def times(own: Sequence[int], factor: float) -> Edit:
+    def edit(value: Tensor) -> Tensor:
+        value[list(own)] *= factor
+        return value
+
+    return edit
+
+
+def scaled(sizes: str, *, splits: bool) -> dict[Key, list[float]]:
+    return {(): under(sizes, "resid_pre", 1, lambda n, own: times(own, -2), splits=splits)}
+
+
+def constant(sizes: str, *, splits: bool) -> dict[Key, list[float]]:
+    def edit(n: int, own: list[int], head: int) -> Edit:
+        return one_head(at(own, torch.tensor(1.5)), head, WIDTH // HEADS)
+
+    return {
+        (head,): under(sizes, "z", 1, partial(edit, head=head), splits=splits)
+        for head in range(HEADS)
+    }
+
+
+def means(sizes: str, *, splits: bool) -> dict[Key, list[float]]:
+    every = [inputs(sizes, n, n, splits=splits) for n in ALL]
+    own = [state("resid_post", 0, given, splits=splits)[patches(given)] for given in every]
+    mean = torch.stack(own).mean(0)
+    return {(): under(sizes, "resid_post", 0, lambda n, own: at(own, mean), splits=splits)}
+
+
+def copied_numbers(sizes: str, *, splits: bool) -> dict[Key, list[float]]:
+    def edit(n: int, own: list[int]) -> Edit:
+        given = inputs(sizes, n, n, splits=splits)
+        clean = state("resid_post", 0, given, splits=splits)[patches(given), :4]
+
+        def change(value: Tensor) -> Tensor:
+            value[own, :4] = clean
+            return value
+
+        return change
+
+    return {(): under(sizes, "resid_post", 0, edit, splits=splits)}
+
+
+def frozen(sizes: str, *, splits: bool) -> dict[Key, list[float]]:
+    """Scaled patches, while the output of an MLP keeps its values of the base run."""
+    values: list[float] = []
+    for n in ALL:
+        given = inputs(sizes, n, other(n), splits=splits)
+        own = patches(given)
+        keep = at(own, state("mlp_out", 1, given, splits=splits)[own])
+        scale = edited("resid_pre", 0, times(own, -2), splits=splits)
+        with scale, edited("mlp_out", 1, keep, splits=splits):
+            values.append(difference(bare(splits=splits).run(given)))
+    return {(): values}
+
+
+Case = Callable[..., dict[Key, list[float]]]
+ANY: dict[str, tuple[list[str], Case]] = {
+    "ablate z vision layer 0 head * at photo tokens with zero": (["head"], zeros),
+    "scale resid_pre vision layer 1 at photo tokens by -2": ([], scaled),
+    "set z vision layer 1 head * at photo tokens to 1.5": (["head"], constant),
+    "scale resid_pre vision layer 0 at photo tokens by -2\n"
+    "  freeze mlp_out vision layer 1 at photo tokens": ([], frozen),
+}
+"""Rules for images of all sizes."""
+CASES = ANY | {
+    "patch resid_pre vision layer * at photo tokens": (["layer"], copied),
+    "ablate resid_post vision layer 0 at photo tokens with mean of clean": ([], means),
+    "patch resid_post vision layer 0 dims 0..3 at photo tokens": ([], copied_numbers),
+}
+
+
+def source(text: str, sizes: str, block: str = BLOCK) -> Source:
+    written = f'mech 1\nmodel m = local("handed over")\n{block}\n{text}'
+    return Source(written, folder(sizes) / "f.mech")
+
+
+def run_text(
+    text: str, sizes: str, mode: str = "planned", block: str = BLOCK, *, splits: bool = True
+) -> list[ExperimentResult]:
+    model = {"m": loaded(splits=splits)}
+    return list(succeeded(*run_on(source(text, sizes, block), model, MODES[mode])).values())
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+@pytest.mark.parametrize(
+    ("sizes", "splits"), [("equal", True), ("mixed", True), ("equal", False), ("mixed", False)]
+)
+def test_rules_at_all_patches_equal_hooks(sizes: str, splits: bool, mode: str) -> None:
+    """All rules in one file, each with an effect of more than 0.1."""
+    cases = CASES if sizes == "equal" else ANY
+    text = "".join(
+        experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(cases)
+    )
+    own = bare(splits=splits)
+    base = [difference(own.run(inputs(sizes, n, other(n), splits=splits))) for n in ALL]
+    found = run_text(text, sizes, mode, splits=splits)
+    for result, (rule, (axes, expected)) in zip(found, cases.items(), strict=True):
+        measure, cells = result.measures[0], expected(sizes, splits=splits)
+        np.testing.assert_allclose(measure.base[0], base, atol=1e-4)
+        keys = {tuple(cell.coords[axis] for axis in axes): n for n, cell in enumerate(result.cells)}
+        assert keys.keys() == cells.keys()
+        for key, values in cells.items():
+            where = f"{rule}: {key}"
+            np.testing.assert_allclose(
+                measure.patched[keys[key]], values, 1e-4, 1e-4, err_msg=where
+            )
+        assert max(np.abs(np.array(values) - base).max() for values in cells.values()) > 0.1, rule
+
+
+def test_rules_in_one_of_two_images_equal_hooks_also_in_replies() -> None:
+    """The patches of the second image follow those of the first one, in another tile."""
+    block = TWO.replace("corrupt changed { swap one, two }\n", "")
+    block = block.replace('" w1 w2"', '" w1"').replace('" w2 w2"', '" w2"')
+    rules = [f"scale resid_post vision layer 0 at {p} tokens by -2" for p in ("one", "two")]
+    rules.append("swap resid_pre vision layer 0 at one tokens with two tokens")
+    text = "".join(experiment(f"e{n}", rule) for n, rule in enumerate(rules))
+    text = text.replace("prompts ask", "prompts both")
+    text += experiment("r", "generate 4", rules[1], measure='measure matches("w") as raw').replace(
+        "prompts ask", "prompts both"
+    )
+    *results, replies = run_text(text, "equal", block=block)
+    assert replies.replies is not None
+    for n in ALL:
+        given, model = inputs("equal", n, n, other(n)), bare(splits=True)
+        every = patches(given)
+        first, second = every[: len(every) // 2], every[len(every) // 2 :]
+
+        def exchange(value: Tensor, first: list[int] = first, second: list[int] = second) -> Tensor:
+            value[first + second] = value[second + first]
+            return value
+
+        edits = [("resid_post", times(first, -2)), ("resid_post", times(second, -2))]
+        for result, (site, edit) in zip(results, [*edits, ("resid_pre", exchange)], strict=True):
+            with edited(site, 0, edit):
+                value = difference(model.run(given))
+            np.testing.assert_allclose(result.measures[0].patched[0, n], value, atol=1e-4)
+        with edited("resid_post", 0, times(second, -2)):
+            expected = model.reply(given, 4)
+        assert list(replies.replies.cells[0][n][0].ids) == expected
+    assert all(np.abs(r.measures[0].patched - r.measures[0].base).max() > 0.1 for r in results)
+
+
+def test_patch_from_a_masked_image_of_each_size_equals_hooks() -> None:
+    block = BLOCK.replace("corrupt changed { file = other }", "corrupt hidden { mask photo }")
+    rule = "patch resid_post vision layer 0 at photo tokens"
+    [found] = run_text(experiment("e", "from hidden into clean", rule), "mixed", block=block)
+    values: list[float] = []
+    for n, (height, width) in enumerate(SIZES["mixed"]):
+        gray = Image.new("RGB", (width, height), (128, 128, 128))
+        text, model = f"w3 w2 <image> w1 {WORDS[n]} w3", bare(splits=True)
+        given = inputs("mixed", n, n)
+        seen = state("resid_post", 0, model.with_pictures(text, [gray]))[patches(given)]
+        with edited("resid_post", 0, at(patches(given), seen)):
+            values.append(difference(model.run(given)))
+    np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
+    assert np.abs(np.array(values) - found.measures[0].base[0]).max() > 0.1
+
+
+def test_rule_in_a_derived_run_equals_hooks() -> None:
+    lines = (
+        "run turned { scale resid_pre vision layer 1 at photo tokens by -2 }",
+        ("from turned into clean"),
+    )
+    text = experiment("e", *lines, "patch resid_post layer 1 at last token")
+    [found] = run_text(text, "mixed")
+    for n in ALL:
+        given, model = inputs("mixed", n, n), bare(splits=True)
+        with edited("resid_pre", 1, times(patches(given), -2)):
+            vector = model.states(given)["blocks"][1][-1]
+        value = difference(model.run(given, blocks={1: at([-1], vector)}))
+        np.testing.assert_allclose(found.measures[0].patched[0, n], value, atol=1e-4)
+    assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.1
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+ERRORS = {
+    "scale resid_post vision layer 0 at each token of photo by 2": "at some tokens of an image",
+    "observe norm resid_post vision layer 0 at photo tokens": "`observe norm` of patches",
+    "set resid_pre vision layer 1 at photo tokens to "
+    "value(resid_pre vision layer 1 at photo tokens) of clean": "images of different sizes",
+    "patch resid_post vision layer 0 at photo tokens": "between images of different sizes",
+    "ablate resid_post vision layer 0 at photo tokens with mean of clean": "different sizes",
+    'save resid_post vision layer 0 of clean at photo tokens to "x.safetensors"\n'
+    "  patch resid_post layer 0 at last token": "`save` of the patches",
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), ERRORS.items())
+def test_invalid_line_reports_e0108_before_anything_runs(line: str, reason: str) -> None:
+    text = experiment("e", "from clean into changed", line)
+    if "observe" in line:
+        text = experiment("e", line, measure="")
+    found: Sequence[Diagnostic] = run_on(source(text, "mixed"), {"m": loaded(splits=True)})[1]
+    [problem] = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0108"
+    assert reason in problem.message, problem.message
+
+
+FITTED = {
+    "direction d = mean(ask)": "add 2 * d to resid_post vision layer 0 at photo tokens",
+    "basis b = pca(ask, dims: 2)": "scale resid_pre vision layer 0 in basis b at photo tokens by 2",
+}
+
+
+@pytest.mark.parametrize(("definition", "rule"), FITTED.items())
+def test_direction_or_basis_of_resampled_patches_reports_e0413(definition: str, rule: str) -> None:
+    at_patches = f"{definition} at resid_post vision layer 0 at photo tokens\n"
+    text = at_patches + experiment("e", rule)
+    found: Sequence[Diagnostic] = run_on(source(text, "equal"), {"m": loaded(splits=True)})[1]
+    [problem] = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0413"
+    assert "resampler" in str(problem.reason)  # type: ignore[attr-defined]
+
+
+def test_wrong_grid_reports_e0413(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout with too few rows of the tiles leaves out patches that change tokens."""
+    entry = type(IMAGE_LAYOUTS["idefics2"])
+    right = entry.patches
+
+    def wrong(self: Any, *given: Any) -> list[tuple[int, ...]]:
+        first, *rest = right(self, *given)
+        return [(*first[1:], -1), *rest]
+
+    monkeypatch.setattr(entry, "patches", wrong)
+    own = bare(splits=True)
+    model, found = adopt_model("m", deepcopy(own.model), own.processor)
+    assert model is not None, found
+    text = experiment("e", "scale resid_post vision layer 0 at photo tokens by 2")
+    problems = run_on(source(text, "equal"), {"m": model})[1]
+    assert [each.code for each in problems if each.severity == "error"] == ["E0413"]
