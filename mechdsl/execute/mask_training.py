@@ -1990,13 +1990,15 @@ def _report_nodes(rows: NodeRows, found: FoundGroup) -> NodeReport:
 
 def _write_scores(path: Path, rows: NodeRows, found: FoundGroup) -> None:
     """Write the candidates with their scores, null for those that change no training row, and the
-    numbers of those of the group: ascending, or in their order if it isn't that of scores."""
+    numbers of those of the group: ascending, or `ranked` in their order if it isn't that of
+    scores."""
     active = frozenset(rows.masked.active.tolist())
     content = {
         "sites": [key_of_candidate(each) for each in rows.candidates],
         "labels": [label_candidates((each,)) for each in rows.candidates],
         "scores": [own if n in active else None for n, own in enumerate(found.scores.tolist())],
         "chosen": (found.chosen if found.ranks else np.sort(found.chosen)).tolist(),
+        **({"ranked": True} if found.ranks else {}),
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")
 

@@ -49,7 +49,8 @@ from mechdsl.program.effect_trainers import (
     TRAINING_ARGUMENTS,
 )
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
-from mechdsl.program.graph_files import LayerFeature, read_graph
+from mechdsl.program.graph_files import LayerFeature, load_group, read_graph
+from mechdsl.program.mask_files import is_mask, read_mask
 from mechdsl.program.names import Namespace
 from mechdsl.program.own_trainers import find_own_trainer, find_trainer, trainer_arguments
 from mechdsl.program.paths import SAVED_PATH, path_to_read
@@ -95,6 +96,7 @@ _MASKS = {"group": ("sites", MASK_EXAMPLE), "circuit": ("edges", EDGE_MASK_EXAMP
 """First word of a statement with a mask → what it chooses, and an example."""
 
 GROUP_EXAMPLE = 'saved("graph.json", "capital", t0, t1)'
+MASK_FILE_EXAMPLE = 'saved("out/g/mask.json")'
 CIRCUIT_EXAMPLE = 'saved("circuit.json")'
 
 _DAS = f"train a rotation: `fit(das(dims: 2), {TRAINING_ARGUMENTS})`"
@@ -332,7 +334,8 @@ def lower_saved_circuit(
 def lower_saved_group(
     statement: ast.GroupDef, parts: Definitions, scope: Namespace
 ) -> spec.Group | None:
-    """Lower a group of features that is read from an attribution graph; None after an error.
+    """Lower a group that is read from an attribution graph or from the file of a training; None
+    after an error.
 
     Codes: E0201, E0207, E0342, E0532, E0535.
     """
@@ -343,27 +346,69 @@ def lower_saved_group(
     place = statement.site if statement.at is None else statement.at
     if place is not None:
         reason = "the features of a file have the sites of their transcoders"
+        reason = reason if bases else "the sites of a group in a file are those of the file"
         hint = "write positions where the group is used: `ablate g at last token with zero`"
         bad = BadBasis(span=place.span, reason=reason, hint=hint, what="group")
         scope.diagnostics.append(bad)
     if has_errors(scope.diagnostics[before:]):
         return None
-    written, supernode = texts[0], texts[1] if len(texts) > 1 else None
-    path, problems = path_to_read(SAVED_PATH, written, call.span)
+    path, problems = path_to_read(SAVED_PATH, texts[0], call.span)
     scope.diagnostics.extend(problems)
     if path is None:
         return None
     try:
-        file = read_graph(path, written)
-        features, said = file.choose(supernode, written)
-        sites = tuple(_list_feature_sites(sorted(features), bases, call, written, parts))
+        content, digest = load_group(path, texts[0])
+        if is_mask(content):
+            return _lower_saved_mask(statement, content, digest, (texts, bases))
+        if not bases:
+            scope.diagnostics.append(_bad_group_call(call))
+            return None
+        file = read_graph(content, digest, texts[0])
+        features, said = file.choose(texts[1] if len(texts) > 1 else None, texts[0])
+        sites = tuple(_list_feature_sites(sorted(features), bases, call, texts[0], parts))
     except UnreadableFile as problem:
         bad = BadBasis(span=call.span, reason=problem.reason, hint=problem.hint, what="group")
         scope.diagnostics.append(bad)
         return None
-    made = f"{said}, SHA-256 {file.digest[:12]}…"
+    made = f"{said}, SHA-256 {digest[:12]}…"
     name = statement.name.id
-    return spec.Group(span=statement.span, name=name, sites=sites, digest=file.digest, made=made)
+    return spec.Group(span=statement.span, name=name, sites=sites, digest=digest, made=made)
+
+
+def _lower_saved_mask(
+    statement: ast.GroupDef,
+    content: Mapping[str, object],
+    digest: str,
+    given: tuple[Sequence[str], Sequence[ast.Name]],
+) -> spec.Group:
+    """Lower the group that a training chose, from its file. Raises UnreadableFile.
+
+    Args:
+        given: The texts and the bases of the call.
+    """
+    texts, bases = given
+    written, name = texts[0], statement.name.id
+    mask = read_mask(content, digest, written)
+    if len(texts) > 1 or bases:
+        reason = f"`{written}` has the sites of a trained group, without supernodes or bases"
+        raise UnreadableFile(reason, f'write `group {name} = saved("{written}")`')
+    span = statement.span
+    return spec.Group(
+        span=span,
+        name=name,
+        sites=mask.list_sites(span),
+        digest=digest,
+        made=mask.made,
+        ranked=mask.list_ranked(span),
+        candidates=mask.last,
+    )
+
+
+def _bad_group_call(call: ast.Call) -> BadArgument:
+    """Return E0207 for a call without a file, or without bases for the features of a graph."""
+    reason = "takes the path of a graph, the name of a supernode if you want one, and bases"
+    hint = f"write `{GROUP_EXAMPLE}`; for a group that a training chose, `{MASK_FILE_EXAMPLE}`"
+    return BadArgument(span=call.span, name=call.name, reason=reason, hint=hint)
 
 
 def _group_arguments(
@@ -371,6 +416,7 @@ def _group_arguments(
 ) -> tuple[list[str], list[ast.Name]]:
     """Return the path and the supernode of `saved("graph.json", "capital", t0, t1)`, and the names
     of bases. Codes: E0201, E0207."""
+    before = len(scope.diagnostics)
     texts: list[str] = []
     bases: list[ast.Name] = []
     for argument in call.arguments:
@@ -381,16 +427,14 @@ def _group_arguments(
             texts.append(value)
             if isinstance(argument.value, ast.Name):
                 scope.has("param", argument.value.id)
-        elif isinstance(argument.value, ast.Name) and scope.use(
-            "basis", argument.value.id, argument.value.span
-        ):
-            bases.append(argument.value)
-    if not 1 <= len(texts) <= 2 or not bases:
-        reason = "takes the path of a graph, the name of a supernode if you want one, and bases"
-        hint = f"write `{GROUP_EXAMPLE}`"
-        bad = BadArgument(span=call.span, name=call.name, reason=reason, hint=hint)
-        if not any(each.code == "E0201" for each in scope.diagnostics):
-            scope.diagnostics.append(bad)
+        elif isinstance(argument.value, ast.Name):
+            if scope.use("basis", argument.value.id, argument.value.span):
+                bases.append(argument.value)
+        else:
+            texts.clear()
+            break
+    if not 1 <= len(texts) <= 2 and not has_errors(scope.diagnostics[before:]):
+        scope.diagnostics.append(_bad_group_call(call))
     return texts, bases
 
 
@@ -526,7 +570,7 @@ def _check_mask(call: ast.Call, what: Statement, parts: Definitions, scope: Name
     if what == "circuit":
         otherwise += f"a file: `{CIRCUIT_EXAMPLE}`"
     else:
-        otherwise += f"features from a graph: `{GROUP_EXAMPLE}`"
+        otherwise += f"a file: `{MASK_FILE_EXAMPLE}` or `{GROUP_EXAMPLE}`"
     hint = did_you_mean(call.name, ("fit", "saved"), otherwise)
     scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
     return False

@@ -79,15 +79,14 @@ class GraphFile(Record):
         return features, said + (f", without {count_noun(others, 'other node')}" if others else "")
 
 
-def read_graph(path: Path, written: str) -> GraphFile:
-    """Read the features of a graph.
+def load_group(path: Path, written: str) -> tuple[object, str]:
+    """Load the JSON file of a group, and return its content and its SHA-256.
 
     Args:
         written: The path as the user wrote it.
 
     Raises:
-        UnreadableFile: The file is missing, too large or of another form, or its links don't make
-            an attribution graph.
+        UnreadableFile: The file is missing or too large, or isn't JSON.
     """
     large = "prune the graph with a lower `node_threshold`"
     content = read_limited_file(path, written, limits.GRAPH_FILE, pickled=_CONVERSION, large=large)
@@ -95,7 +94,20 @@ def read_graph(path: Path, written: str) -> GraphFile:
         found: Any = load_json(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise UnreadableFile(f"`{written}` is not a JSON object", _FORM) from None
-    return _Reader(written).read(found, sha256(content).hexdigest())
+    return found, sha256(content).hexdigest()
+
+
+def read_graph(content: object, digest: str, written: str) -> GraphFile:
+    """Read the features of a graph.
+
+    Args:
+        digest: SHA-256 of the file.
+        written: The path as the user wrote it.
+
+    Raises:
+        UnreadableFile: The file has another form, or its links don't make an attribution graph.
+    """
+    return _Reader(written).read(content, digest)
 
 
 class _Reader:

@@ -172,7 +172,7 @@ def _mask_picks(
     experiment: spec.Experiment, parts: Definitions, known: Collection[str]
 ) -> list[ast.RankedSelection]:
     """Return every `top n of g` that is a site of an experiment's rules, where a training chooses
-    the group `g`."""
+    the group `g`, or a file has the group that one chose."""
     sites = (
         node
         for rule in experiment.every_rule
@@ -182,6 +182,7 @@ def _mask_picks(
     )
     picks = (site.ranked for site in sites if site.ranked is not None)
     groups = {name for name, mask in parts.masks.items() if not mask.chooses_positions}
+    groups |= {name for name, own in parts.groups.items() if own.candidates}
     return [node for node in picks if node.of in groups and node.of not in known]
 
 

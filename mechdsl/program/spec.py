@@ -590,6 +590,8 @@ class Group(Spec):
     """Whether a training chooses its sites and hasn't run, so that they are placeholders."""
     ranked: tuple[SiteText, ...] = ()
     """Each site that the training chose, in descending order of the scores."""
+    candidates: tuple[tuple[str, int | None, int | None], ...] = ()
+    """Site, layer and largest unit of the candidates, of a group in a file."""
 
     @property
     def names_features(self) -> bool:

@@ -15,6 +15,7 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.references import may_sweep, measure_number_names, position_axes, possible_axes
 from mechdsl.program.spec import PROMPTS_AXIS, SEED_AXIS
+from mechdsl.program.trainings import used_saved_groups
 from mechdsl.prompts.positions.spans import NO_ANSWERS, AnswerTokens, refers_to_answer
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import ANSWER_SPAN, PositionCell, RunRow
@@ -427,6 +428,7 @@ def outline_experiment(
         measures=tuple(measure for measure in measures if measure is not None),
         keep=tuple(measure for measure in keep if measure is not None),
         accuracies=accuracies,
+        read_groups=used_saved_groups(experiment, program),
         seeds=experiment.seeds or tuple(map(int, work.family_axes.get(SEED_AXIS, ()))),
         seed=program.seed,
         nested=work.sites.nested,

@@ -25,6 +25,7 @@ from mechdsl.diagnostics.prompts import MultiTokenText
 from mechdsl.diagnostics.rules import (
     AxesCollide,
     AxisDoesNotFit,
+    BadBasis,
     BadException,
     BadLoopValue,
     EmptyRange,
@@ -1114,6 +1115,8 @@ def _resolve_groups(
             bad = BadArgument(span=span, name=group.name, reason=reason, hint=hint)
             context.diagnostics.append(bad)
             return None
+        if not _fits_model(group, site, context):
+            return None
         targets, _ = _resolve_joined(site, group.sites, context.of_definitions())
         if targets is None:
             return None
@@ -1125,6 +1128,27 @@ def _resolve_groups(
         {(number,): each.points[()] for number, each in enumerate(found)},
         {(number,): group.name for number, group in enumerate(groups)},
     )
+
+
+def _fits_model(group: spec.Group, site: ast.Site, context: SiteContext) -> bool:
+    """Whether the model has all candidates of a group in a file; reports E0342 otherwise."""
+    shape = context.shape
+    for site_name, layer, unit in () if shape.stands_in else group.candidates:
+        label = f"`{site_name}`"
+        if site_name in SITES:
+            point = SitePoint(site_name, layer, unit)
+            deepest = count_layers([SITES[site_name]], shape) if layer is not None else 1
+            missing = find_missing_point([point], shape, context.model, site.span)
+            if missing is None and (layer or 0) < deepest:
+                continue
+            label = f"`{label_points([point])}`"
+        reason = f"the file of `{group.name}` has {label}, and the model `{context.model}` has no "
+        reason += "such site"
+        hint = "read a file of a training in this model"
+        bad = BadBasis(span=group.span, reason=reason, hint=hint, what="group")
+        context.diagnostics += [] if bad in context.diagnostics else [bad]
+        return False
+    return True
 
 
 def find_missing_point(
@@ -1243,6 +1267,8 @@ def _pick_from_group(
         hint = f"write `{node.of}`, or train a smaller group"
         bad = BadArgument(span=site.span, name=node.of, reason=reason, hint=hint)
         context.diagnostics += [] if bad in context.diagnostics else [bad]
+        return None
+    if not _fits_model(group, site, context):
         return None
     targets, _ = _resolve_joined(site, group.ranked or group.sites, context)
     if targets is None:

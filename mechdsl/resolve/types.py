@@ -1731,6 +1731,8 @@ class ResolvedExperiment(Record):
     """Experiments whose sites it uses, and those that these experiments picked from, by name."""
     masks: tuple[TrainedMask, ...] = field(default=(), compare=False)
     """The groups that it uses and that a training chooses; their sites are those of its rules."""
+    read_groups: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)
+    """Trained groups that it reads from files: `group g` → what was read."""
     seeds: tuple[int, ...] = field(default=(), compare=False)
     """Values of the axis `seed`, if it is that of trainings with several seeds."""
     control: ResolvedControl | None = None
@@ -1767,8 +1769,9 @@ class ResolvedExperiment(Record):
 
     @property
     def trained_parts(self) -> dict[str, str]:
-        """`group g`, `lens l`, `probe t` → how it was trained."""
+        """`group g`, `lens l`, `probe t` → how it was trained, or read from a file."""
         found = {f"{own.declares} {own.training.definition}": own.made for own in self.masks}
+        found |= self.read_groups
         for own in (rule.does.trained for rule in self.every_rule):
             if own is not None:
                 found[f"{own.training.trainer.declares} {own.training.definition}"] = own.made

@@ -256,7 +256,11 @@ _file(
     "highest-ranked features of another experiment. Rules change the features of a group "
     "together, with one rule for each basis, at the tokens that the rule names. For a file, each "
     "layer needs one of the bases, at `mlp_out`; mechdsl can't check that the graph was computed "
-    "with these transcoders. Graphs in `.pt` files are pickles, E0342.",
+    "with these transcoders. Graphs in `.pt` files are pickles, E0342. "
+    '`saved("out/g/mask.json")` has the sites or dimensions that a training chose, and `top n of '
+    "g` selects its best sites (`tests/rules/test_saved_groups.py`). A file with positions, with "
+    "features or with sites that the model doesn't have is E0342. The results store the file's "
+    "SHA-256.",
     "tests/rules/test_feature_groups.py",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
 )
