@@ -1947,7 +1947,8 @@ def _search_nodes(training: DeclaredTraining, rows: NodeRows, job: TrainingJob) 
     if not search.chosen:
         reason = f"no {noun} alone makes the measure {aim} when it is written, on training rows"
         other = "maximise" if training.minimises else "minimise"
-        raise NoCircuit(reason, f"write `{other}: …`, or name other {noun}s")
+        hint = f"write `{other}: …` in `fit`, or the negative measure with `search`; or name other "
+        raise NoCircuit(reason, f"{hint}{noun}s")
     extreme = "smallest" if training.minimises else "largest"
     made = f"each step added the {noun} that makes the measure {extreme}"
     if len(search.chosen) < size:
