@@ -103,6 +103,7 @@ def test_each_step_adds_the_site_with_the_largest_joint_effect(
     assert min(sign * each for each in changes) > 1e-5
     content = json.loads((tmp_path / "mask.json").read_text("utf-8"))
     assert content["chosen"] == chosen
+    assert content["ranked"] is True
     np.testing.assert_allclose(content["scores"], scores, atol=1e-5)
     assert [*report.chosen] == [content["labels"][n] for n in chosen]
     np.testing.assert_allclose([*report.chosen.values()], changes, atol=1e-5)
