@@ -49,8 +49,7 @@ from mechdsl.program.effect_trainers import (
     TRAINING_ARGUMENTS,
 )
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
-from mechdsl.program.graph_files import LayerFeature, load_group, read_graph
-from mechdsl.program.mask_files import is_mask, read_mask
+from mechdsl.program.group_files import LayerFeature, is_mask, load_group, read_graph, read_mask
 from mechdsl.program.names import Namespace
 from mechdsl.program.own_trainers import find_own_trainer, find_trainer, trainer_arguments
 from mechdsl.program.paths import SAVED_PATH, path_to_read

@@ -33,7 +33,7 @@ from mechdsl.program.activation_trainers import CrossLayerTrainer
 from mechdsl.program.basis_methods import BASIS_METHODS, EFFECT_OPTIONS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
 from mechdsl.program.directions import decoded_basis, fit_rows_of_basis, last_token
-from mechdsl.program.graph_files import LayerFeature
+from mechdsl.program.group_files import LayerFeature
 from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.paths import (
     DICTIONARY_PATH,

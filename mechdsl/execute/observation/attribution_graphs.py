@@ -29,7 +29,7 @@ from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.packed.unembedding import uncap_logits
 from mechdsl.program.estimators import BackwardRules
-from mechdsl.program.graph_files import LayerFeature
+from mechdsl.program.group_files import LayerFeature
 from mechdsl.rules.observations.graphs import LOGIT_SHARE, MOST_FEATURES, MOST_LOGITS
 
 FROZEN = BackwardRules(fixed_norms=True, constant_patterns=True)

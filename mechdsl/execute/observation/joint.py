@@ -65,7 +65,7 @@ from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.weight_maps import WeightMaps
 from mechdsl.planner.plan import ExperimentPlan, point_size
 from mechdsl.planner.rows import RowTable, RulePlan
-from mechdsl.program.graph_files import LayerFeature
+from mechdsl.program.group_files import LayerFeature
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
 from mechdsl.resolve.loops import evaluate_arithmetic

@@ -13,7 +13,7 @@ from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.program import spec
-from mechdsl.program.graph_files import LayerFeature
+from mechdsl.program.group_files import LayerFeature
 from mechdsl.program.spec import constant_value
 from mechdsl.resolve.bases import list_group_features, read_decoders, resolve_transcoders
 from mechdsl.resolve.conflicts import find_flat_part
