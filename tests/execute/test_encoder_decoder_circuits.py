@@ -803,7 +803,7 @@ def test_every_edge_is_read_by_the_name_that_a_training_writes() -> None:
     loaded, _ = adopt_model("m", model("t5"), tokenizer())
     assert loaded is not None
     for edge in list_model_edges(loaded.shape):
-        assert edge_of_name(label_candidates((edge,)), loaded.shape) == edge
+        assert edge_of_name(label_candidates((edge,)), loaded.shape, {}) == edge
 
 
 NO_EDGES = {

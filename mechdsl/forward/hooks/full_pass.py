@@ -404,11 +404,12 @@ class _WrittenHeads:
         first, second = self._tokens
         kept = self._given[first, second][None].clone()
         view_layout(kept, self._layout)[0, self._token_of, self._units] = 0
-        output = project(self._projection, kept).reshape(len(first), -1)
+        output = project(self._projection, kept).reshape(len(first), value.shape[-1])
         output = output.index_add(0, self._token_of, self.now)
-        moves = (self.now != self.before).any(dim=-1).to(output.dtype)
-        changed = output.new_zeros(len(first)).index_add(0, self._token_of, moves) > 0
-        output = torch.where(changed[:, None], output, value[first, second])
+        if not self.now.requires_grad:  # equal vectors have a derivative, too
+            moves = (self.now != self.before).any(dim=-1).to(output.dtype)
+            changed = output.new_zeros(len(first)).index_add(0, self._token_of, moves) > 0
+            output = torch.where(changed[:, None], output, value[first, second])
         value[first, second] = output
 
 
