@@ -119,9 +119,9 @@ all patches that the vector of an image token is made from:
 each patch, and `observe norm` is the mean over the patches. So are the vectors from which a
 direction or a basis is computed; rules `in basis b` or on features of `b` act on each patch. Class
 tokens, row ends and tile tags have no patch (E0310). In `qwen3_vl`, the vectors that the model adds
-after its first blocks change too. A value that is read in the encoder and written in the language model
-(`value(resid_post vision layer 4)`), or the reverse, needs a model with one patch for each token;
-others are E0108.
+after its first blocks change too. A value that is read in the encoder and written in the language
+model (`value(resid_post vision layer 4)`), or the reverse, needs a model with one patch for each
+token; others are E0108.
 
 The resampler of `idefics2` reads all patches of a tile for each token, so rules in its encoder act
 on all patches of an image and of its tiles, as in `scale z vision layer 4 at photo tokens by 0`. A
