@@ -107,9 +107,7 @@ def _expanded(
     [use] = (each for each in experiment.statements if isinstance(each, ast.UsePrompts))
     metric = next(each.metric for each in experiment.statements if isinstance(each, ast.Measure))
     span, other = line.span, into.bases[0]
-    rows: ast.Name | ast.Attribute = ast.Name(use.prompts[0].name, span=use.prompts[0].span)
-    if rows.id not in unsplit:
-        rows = ast.Attribute(rows.id, "train", span=rows.span)
+    rows, tested = divide_rows(use, unsplit)
     arguments = [
         ast.Argument(None, _method(line), span=line.using.span),
         ast.Argument("prompts", rows, span=rows.span),
@@ -117,13 +115,11 @@ def _expanded(
         ast.Argument(_aim(metric, metrics), metric, span=metric.span),
     ]
     if use.limit is not None:
-        limit = amount_of(use.limit, use)
-        arguments.append(ast.Argument("limit", limit, span=use.span))
+        arguments.append(ast.Argument("limit", amount_of(use.limit, use), span=use.span))
     yield ast.CircuitDef(line.what, source=ast.Call("fit", tuple(arguments), span=span), span=span)
     site = ast.Site((line.what,), span=span)
     fill = ast.Name(other.name, span=other.span)
     rule = ast.Rule(ast.Ablate(site, all_tokens(), fill, all_but=True, span=span), span=span)
-    tested = use if use.prompts[0].name in unsplit else test_part(use)
     changed = {id(line): rule, id(into): _swapped(into), id(use): tested}
     lines = (changed.get(id(each)) or _with_faithfulness(each) for each in experiment.statements)
     yield replace(experiment, statements=tuple(lines))
@@ -143,9 +139,18 @@ def _metric_name(metric: ast.Expr) -> str:
     return metric.id if isinstance(metric, ast.Name) else ""
 
 
-def test_part(use: ast.UsePrompts) -> ast.UsePrompts:
-    """Return a line that names the part `test` of its block."""
-    return replace(use, prompts=(replace(use.prompts[0], part="test"),))
+def divide_rows(
+    use: ast.UsePrompts, unsplit: Collection[str]
+) -> tuple[ast.Name | ast.Attribute, ast.UsePrompts]:
+    """Return the rows of a training, and the line of the experiment with the rows of its test.
+
+    unsplit: blocks that aren't split yet, whose parts `split_rows_of_circuits` names.
+    """
+    block = use.prompts[0]
+    if block.name in unsplit:
+        return ast.Name(block.name, span=block.span), use
+    rows = ast.Attribute(block.name, "train", span=block.span)
+    return rows, replace(use, prompts=(replace(block, part="test"),))
 
 
 def _swapped(into: ast.FromInto) -> ast.FromInto:
@@ -268,14 +273,26 @@ def _run_problems(experiment: ast.ExperimentDef, line: ast.Discover) -> Iterator
             reason = f"gives the circuit the values of `{CLEAN}`, and other edges those of one run"
             other = next((name for name in names if name not in {CLEAN, *derived}), "fewer")
             yield _wrong(each, reason, f"write `from {CLEAN} into {other}`")
-    uses = [each for each in experiment.statements if isinstance(each, ast.UsePrompts)]
-    if not uses:
+    if not any(isinstance(each, ast.UsePrompts) for each in experiment.statements):
         reason = "needs the prompts that the circuit is chosen on"
         yield _wrong(line, reason, "add a line such as `prompts fruit`")
-    for each in uses:
+    for use, reason, hint in find_undivided(experiment, "circuit"):
+        yield _wrong(use, reason, hint)
+
+
+def find_undivided(
+    experiment: ast.ExperimentDef, chosen: str
+) -> Iterator[tuple[ast.UsePrompts, str, str]]:
+    """Yield each line of prompts whose rows can't be divided, with the reason and the fix.
+
+    chosen: `circuit` or `group`.
+    """
+    for each in experiment.statements:
+        if not isinstance(each, ast.UsePrompts):
+            continue
         if len(each.prompts) != 1 or each.replies is not None or each.prompts[0].part is not None:
-            reason = "divides the rows of one block: some choose the circuit, the others test it"
-            yield _wrong(each, reason, f"write `prompts {each.prompts[0].name}`")
+            reason = f"divides the rows of one block: some choose the {chosen}, the others test it"
+            yield each, reason, f"write `prompts {each.prompts[0].name}`"
 
 
 def may_exist(

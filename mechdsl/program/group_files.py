@@ -213,7 +213,8 @@ SavedPoint: TypeAlias = tuple[str, int | None, int | None]
 
 _MASK_FORM = "write the file with `mechdsl fit FILE --out FOLDER`"
 
-_ROWS_UNKNOWN = "it doesn't say which rows its {}s were chosen on, so they may be measured here"
+ROWS_UNKNOWN = "it doesn't say which rows its {}s were chosen on, so they may be measured here"
+"""Convention about a file; `{}`: a site, an edge."""
 
 
 LISTED_SITES = 8
@@ -294,7 +295,7 @@ def read_mask(content: Mapping[str, Any], digest: str, written: str) -> SavedMas
         raise UnreadableFile(reason, _MASK_FORM) from None
     what = "site" if every[0].number is None else "dimension"
     made = f"{len(group):,} of {count_noun(len(every), what)} of {written}: {_name(group)}; "
-    made += f"SHA-256 {digest[:12]}…; {_ROWS_UNKNOWN.format(what)}"
+    made += f"SHA-256 {digest[:12]}…; {ROWS_UNKNOWN.format(what)}"
     listed = tuple(every[number] for number in sorted(chosen))
     return SavedMask(digest, listed, group, tuple(_last_points(every)), made)
 

@@ -18,7 +18,7 @@ from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownName
 from mechdsl.program.basis_methods import FILLS
-from mechdsl.program.discovery import amount_of, may_exist, test_part
+from mechdsl.program.discovery import amount_of, divide_rows, find_undivided, may_exist
 from mechdsl.program.references import lists_positions
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainings import find_unsplit_blocks
@@ -102,10 +102,7 @@ def _expanded(
     metric = next(each.metric for each in experiment.statements if isinstance(each, ast.Measure))
     body, span = rule.body, line.span
     assert isinstance(body, ast.Ablate | ast.Patch)
-    block = use.prompts[0]
-    rows: ast.Name | ast.Attribute = ast.Name(block.name, span=block.span)
-    if rows.id not in unsplit:
-        rows = ast.Attribute(rows.id, "train", span=rows.span)
+    rows, tested = divide_rows(use, unsplit)
     size = ast.Argument("size", amount_of(line.up_to, line), span=span)
     arguments = [
         ast.Argument(None, ast.Call(TRAINER, (size,), span=span), span=span),
@@ -120,7 +117,6 @@ def _expanded(
     sites = replace(body.site, axes=tuple(replace(own, plural=True) for own in body.site.axes))
     group = ast.GroupDef(name, source=fit, site=sites, at=body.at, span=span)
     site = ast.Site((name,), span=body.site.span)
-    tested = use if block.name in unsplit else test_part(use)
     changed = {id(use): tested, id(rule): replace(rule, body=replace(body, site=site))}
     lines = (changed.get(id(each), each) for each in experiment.statements if each is not line)
     return group, replace(experiment, statements=tuple(lines))
@@ -244,11 +240,8 @@ def _run_problems(experiment: ast.ExperimentDef) -> Iterator[Diagnostic]:
             other = next((name for name in [*sources, *bases] if name != CLEAN), "fewer")
             reason = f"tries its rule in the run `{CLEAN}`, with the values of one other run"
             yield _wrong(each, reason, f"write `from {other} into {CLEAN}`")
-    uses = [each for each in experiment.statements if isinstance(each, ast.UsePrompts)]
-    for each in uses:
-        if len(each.prompts) != 1 or each.replies is not None or each.prompts[0].part is not None:
-            reason = "divides the rows of one block: some choose the group, the others test it"
-            yield _wrong(each, reason, f"write `prompts {each.prompts[0].name}`")
+    for use, reason, hint in find_undivided(experiment, "group"):
+        yield _wrong(use, reason, hint)
 
 
 def _measure_problems(experiment: ast.ExperimentDef, line: ast.Search) -> Iterator[Diagnostic]:

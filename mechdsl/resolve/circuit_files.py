@@ -27,6 +27,7 @@ from mechdsl.base.source import Source
 from mechdsl.base.text import count_noun
 from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.models.shape import ModelShape, unit_count
+from mechdsl.program.group_files import ROWS_UNKNOWN
 from mechdsl.resolve.types import CircuitEdge, FeatureNode, SitePoint
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
@@ -56,8 +57,6 @@ _NODES = '`saved("mask.json", nodes: g)`'
 """A circuit in a file whose features a group names."""
 
 _AT = " at "
-
-_ROWS_UNKNOWN = "it doesn't say which rows its edges were chosen on, so they may be measured here"
 """Between an edge and its position."""
 
 _CONVERSION = (
@@ -207,7 +206,8 @@ def read_circuit(
     made = _describe_choice(edges, len(every), size)
     added = any(len(scores[edge]) > 1 for edge in kept)
     shared = "; scores of heads that share a key or value are added" if added else ""
-    said = f"{made}, of {written}, SHA-256 {file.digest[:12]}…{shared}; {_ROWS_UNKNOWN}"
+    said = f"{made}, of {written}, SHA-256 {file.digest[:12]}…{shared}; "
+    said += ROWS_UNKNOWN.format("edge")
     used = {at: places[at] for _, at in edges if at is not None}
     return SavedCircuit(edges, kept, used, file.digest, said, neurons)
 
