@@ -216,18 +216,15 @@ class MeasuredOnTrainingRows(Diagnostic):
     code = "E0345"
     depends_on = frozenset({"rows"})
     title = "`{experiment}` measures rows that `{basis}` is trained on"
-    label = "{shared} of its {rows} rows are training rows"
-    help = (
-        "train on `{block}.train` and measure `{block}.test`, with a line such as `split 80%` in "
-        "`prompts {block}`{where}; or write `measure_on_training_rows: true` in `fit(…)`"
-    )
+    label = "{shared} of its {rows} rows {relation}"
+    help = "{fix}; or write `measure_on_training_rows: true` in `fit(…)`"
     experiment: str
     basis: str
     shared: int
     rows: int
-    block: str
-    where: str = ""
-    """` of FILE` for a block of an imported file."""
+    relation: str
+    """How these rows overlap with those of the training."""
+    fix: str
 
 
 @keyword_record

@@ -32,6 +32,7 @@ from mechdsl.resolve.sites import label_node
 from mechdsl.resolve.trainings import name_probe_map
 from mechdsl.resolve.types import SitePoint, TrainedProbe
 from mechdsl.rules.observations.probes import DEFAULT_FOLDS
+from mechdsl.vocab.sites import SITES
 
 RANDOM_DIRECTIONS = 8
 """Number of random directions that a probe is compared with."""
@@ -57,7 +58,8 @@ class ProbeRows:
     rows: Ints
     """[row] numbers in the table, of all rows with the position, ascending."""
     keys: Sequence[bytes]
-    """[row] digests of their inputs up to the position."""
+    """[row] digests of their inputs up to the position; of prompts that share an image, one for
+    vectors in a vision encoder."""
     targets: Floats
     """[row] numbers, or numbers of classes."""
     held_out: Bools
@@ -81,7 +83,8 @@ class ProbeRows:
         training, sample = declared.training, declared.training.sample
         rows = np.flatnonzero([any(hits) for hits in sample.cell.hits])
         read = [sample.cell], rows, [sample.run], sample.table
-        keys = digest_inputs(*read, [model.shape.reads_prefix])
+        in_vision = SITES[training.inputs[0].site].stack == "vision"
+        keys = digest_inputs(*read, [model.shape.reads_prefix], in_vision=in_vision)
         targets = np.array(sample.targets, dtype=np.float64)[rows]
         strata = targets.tolist() if declared.classes else None
         share = float(training.options["validation"]) / 100

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -306,19 +306,22 @@ def hold_out(
     return np.array([key in held for key in keys], dtype=bool)
 
 
-def group_keys(keys: Sequence[bytes], groups: Sequence[str]) -> list[bytes]:
-    """Return a common key for rows that share a key or group, directly or through others: [row].
+def group_keys(keys: Sequence[bytes], groups: Sequence[Collection[str]]) -> list[bytes]:
+    """Return a common key for rows that share a key or a group, directly or through others: [row].
 
     It is the smallest of their keys, so the order of rows doesn't matter.
+
+    Args:
+        keys: A digest of each row's content.
+        groups: The groups that each row belongs to.
     """
-    found = list(keys)
+    found, parts = list(keys), [[key, *own] for key, own in zip(keys, groups, strict=True)]
     while True:
-        before = found
-        for partition in (groups, keys):
-            least: dict[object, bytes] = {}
-            for part, key in zip(partition, found, strict=True):
+        least: dict[bytes | str, bytes] = {}
+        for own, key in zip(parts, found, strict=True):
+            for part in own:
                 least[part] = min(least.get(part, key), key)
-            found = [least[part] for part in partition]
+        before, found = found, [min(least[part] for part in own) for own in parts]
         if found == before:
             return found
 

@@ -139,6 +139,16 @@ class RunRow(Record):
                 found[span.start] = PlacedPicture(span.name, own, first, span.within)
         return tuple(found[start] for start in sorted(found))
 
+    def images_at(self, hits: Iterable[Iterable[int]]) -> set[str]:
+        """Return digests of the images in the prompt that have some of these tokens, without their
+        changes."""
+        tokens = {token for run in hits for token in run}
+        return {
+            replace(each.picture.picture, changes=()).content()
+            for each in self.whole_pictures
+            if any(token - each.first in each.picture.expansion.cell_of for token in tokens)
+        }
+
     @cached_property
     def patch_tokens(self) -> frozenset[int]:
         """The tokens of images in the prompt that read a part of their image."""

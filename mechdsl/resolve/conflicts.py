@@ -645,7 +645,7 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
         of = "in the vision encoder"
     if not (attends or rule.in_vision):
         what = f"`{verb}` {of}" if rule.path is not None or rule.circuit is not None else ""
-    elif verb not in _IN_VISION:
+    elif verb not in (_IN_VISION if attends else _IN_VISION_OF_PROMPTS):
         what = f"`{verb}` {of}"
     elif rule.after_prefill and not attends:
         what = f"a change after the prompt {of}"
@@ -726,6 +726,9 @@ _IN_VISION = frozenset((
 ))  # fmt: skip
 """Rules and observations that act in vision encoders, and on blocks that attend to an image."""
 
+_IN_VISION_OF_PROMPTS = _IN_VISION | frozenset(("observe probe", "observe prediction"))
+"""Rules and observations in vision encoders whose output is inserted into prompts as tokens."""
+
 _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "replace", "observe entropy", "observe distance", "observe received", "observe value",
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
@@ -751,8 +754,8 @@ _OTHER_STACK_HINTS = {
 
 VISION_HINT = (
     "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale`, `clamp`, `swap`, "
-    "`freeze`, `project out`, `project … onto` and `observe norm`; others act in the language "
-    "model, such as on `embed` at the tokens of an image"
+    "`freeze`, `project out`, `project … onto`, and observations of `norm`, `probe` and "
+    "`prediction`; others act in the language model, such as on `embed` at the tokens of an image"
 )
 
 

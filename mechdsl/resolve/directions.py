@@ -43,10 +43,11 @@ from mechdsl.program.directions import (
     last_token,
     read_probe_name,
 )
+from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.python_functions import FIT_CALL
 from mechdsl.program.spec import SEED_AXIS, Constant, constant_value
-from mechdsl.program.trainers import EditTrainer, trainer_call
+from mechdsl.program.trainers import EditTrainer, ProbeTrainer, trainer_call
 from mechdsl.program.trainings import SEEDS_DIFFER, SEEDS_HINT
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
@@ -487,12 +488,10 @@ def resolve_samples(
     """Resolve the rows of a fit, by position label; None after an error.
 
     Raises:
-        DirectionError: For a training in a vision encoder, and some if blocks attend to an image.
+        DirectionError: For some trainings in a vision encoder, and if blocks attend to an image.
     """
     if call.name == FIT_CALL and work.side == "image":
-        reason = "a training in the vision encoder isn't supported yet"
-        hint = "train it at `embed`, or compute it, as `mean_difference(…)` does"
-        raise DirectionError(call, reason, hint)
+        _check_trainer_in_vision(call, work)
     if call.name == FIT_CALL and work.model.shape.takes == "attended image":
         _check_trainer_with_attended_image(call)
     table = work.table if rows.key == "" else work.table.beside.get(rows.key)
@@ -518,6 +517,18 @@ def resolve_samples(
 
 TRAINERS_ON_ACTIVATIONS = ("sae", "nmf", "semi_nmf", "ica", "mixture")
 """Trainings that read one activation of each token."""
+
+
+def _check_trainer_in_vision(call: ast.Call, work: ExperimentContext) -> None:
+    """Check that a training is a probe, the only one in a vision encoder, and that tokens of images
+    have patches. Raises DirectionError."""
+    if not isinstance(find_trainer(trainer_call(call)), ProbeTrainer):
+        reason = "only probes are trained in the vision encoder"
+        hint = "train it at `embed`, or compute it, as `mean_difference(…)` does"
+        raise DirectionError(call, reason, hint)
+    if work.model.shape.resamples:
+        reason = "the resampler of this model reads all patches for each token of an image"
+        raise DirectionError(call, reason, "train the probe at `embed`")
 
 
 def _check_trainer_with_attended_image(call: ast.Call) -> None:

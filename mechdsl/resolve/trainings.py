@@ -72,6 +72,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.printer import format_position
+from mechdsl.vocab.sites import SITES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -507,7 +508,8 @@ def count_training_rows(training: Training, experiment: spec.Experiment, table: 
     """Return how many of the rows that an experiment measures are also training rows.
 
     If the training reads files in parts, these are the records of these files, and, once it is
-    trained, rows with a text that it has read.
+    trained, rows with a text that it has read. If it reads a vision encoder, they include rows with
+    an image of a training row.
     """
     read = training.with_rows
     if read is None or not experiment.measures or experiment.trains:
@@ -519,6 +521,10 @@ def count_training_rows(training: Training, experiment: spec.Experiment, table: 
         seen = {_content(row) for row in viewed.rows} if viewed.prompts == table.name else set()
         for number, row in enumerate(table.runs[CLEAN].rows):
             same[number] |= _content(row) in seen
+    if _is_in_vision(training):
+        images = _images_of_rows(read.sample)
+        for number, row in enumerate(table.runs[CLEAN].rows):
+            same[number] |= not images.isdisjoint(row.images_at([range(len(row.ids))]))
     data = None if table.block_rows is None else table.block_rows.block.data
     if stream is not None and data is not None:
         count, files = len(data.records), stream.files
@@ -529,6 +535,21 @@ def count_training_rows(training: Training, experiment: spec.Experiment, table: 
         found = find_trained_texts(stream.folder, texts).tolist()
         same = [one or other for one, other in zip(same, found, strict=True)]
     return sum(same)
+
+
+def _is_in_vision(training: Training) -> bool:
+    return any(SITES[point.site].stack == "vision" for point in training.inputs)
+
+
+def _describe_overlap(training: Training) -> str:
+    """Describe how measured rows overlap with those of a training."""
+    return "have images of training rows" if _is_in_vision(training) else "are training rows"
+
+
+def _images_of_rows(sample: FitSample) -> set[str]:
+    """Return digests of the images at the position of a training."""
+    pairs = zip(sample.run.rows, sample.cell.hits, strict=True)
+    return {image for row, hits in pairs for image in row.images_at(hits)}
 
 
 def _content(row: RunRow) -> tuple[object, ...]:
@@ -609,8 +630,8 @@ def check_training_rows(
             basis=definition.name,
             shared=shared,
             rows=len(table),
-            block=table.name,
-            where=_imported_from(table, experiment.span),
+            relation=_describe_overlap(training),
+            fix=_suggest_other_rows(training, table, experiment.span),
         )
     limited = any(each.name == "limit" for each in definition.method.arguments)
     if limited or training.decoder is not None or training.stream is not None:
@@ -629,6 +650,14 @@ def check_training_rows(
             rows=count_noun(len(trained), "row"),
             block=trained.name,
         )
+
+
+def _suggest_other_rows(training: Training, table: PromptTable, seen_from: Span) -> str:
+    """Return what to train on instead of measured rows."""
+    if _is_in_vision(training):
+        return "train on rows with other images, such as a block with another `where`"
+    line = f"a line such as `split 80%` in `prompts {table.name}`{_imported_from(table, seen_from)}"
+    return f"train on `{table.name}.train` and measure `{table.name}.test`, with {line}"
 
 
 def _imported_from(table: PromptTable, seen_from: Span) -> str:
@@ -663,7 +692,8 @@ def describe_training(
         text += f", {program.trained[made.training.name][1]}"
     shared = count_training_rows(made.training, experiment, table)
     if shared:
-        text += f"; {shared} of the {len(table)} rows measured here are training rows"
+        relation = _describe_overlap(made.training)
+        text += f"; {shared} of the {len(table)} rows measured here {relation}"
     return text
 
 

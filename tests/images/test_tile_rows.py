@@ -193,10 +193,12 @@ def test_mean_image_of_a_tiled_block_averages_tiles(tmp_path: Path) -> None:
 
 def test_group_keys_join_rows_with_a_shared_key_or_group() -> None:
     keys = [b"a", b"b", b"c", b"c", b"d", b"e"]
-    groups = ["1", "1", "2", "3", "3", "4"]
+    groups = [["1"], ["1"], ["2"], ["3"], ["3"], ["4"]]
     assert group_keys(keys, groups) == [b"a", b"a", b"c", b"c", b"c", b"e"]
-    chain = group_keys([b"z", b"y", b"y", b"x"], ["1", "1", "2", "2"])
+    chain = group_keys([b"z", b"y", b"y", b"x"], [["1"], ["1"], ["2"], ["2"]])
     assert chain == [b"x"] * 4
+    several = group_keys([b"z", b"y", b"x", b"w"], [["1"], ["1", "2"], ["2"], []])
+    assert several == [b"x", b"x", b"x", b"w"]
 
 
 def test_probe_folds_keep_tiles_of_an_image_together() -> None:

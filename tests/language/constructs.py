@@ -3379,8 +3379,10 @@ _in_prompt(
     "patterns and rotated queries and keys. The rules `patch`, `swap`, `freeze`, `ablate`, `add`, "
     "`set`, `scale`, `clamp`, `project out` and `project onto`, also with `dims`, `in basis` and "
     "`feature`, and `observe norm` (the mean over the patches) are available, also before "
-    "generated text; others are E0108. In Idefics2, they act on all patches of an image "
-    "(`photo tokens`) and don't observe. "
+    "generated text, and `observe probe`, `observe prediction` and trained probes; others are "
+    "E0108. A probe's row is the mean over the patches, and rows with one image are in one fold. "
+    "In Idefics2, rules act on all patches of an image "
+    "(`photo tokens`) and nothing is observed. "
     "Without such rules, `save` writes vectors of tokens with a single patch, but no gradients. "
     "Class tokens, row ends and tile tags have no patch. At frames of a video, rules change "
     "Video-LLaVA's video encoder. In Llama 3.2 Vision, blocks of `cross` read the changed image.",

@@ -165,7 +165,8 @@ class VectorGatherer:
         them is told on others."""
         whole = self.does.of_whole_text
         causal = [self.runs.model_of(run).shape.reads_prefix and not whole for run in runs]
-        return digest_inputs(spots, prompts, runs, table, causal)
+        in_vision = self.rule.rule.in_vision
+        return digest_inputs(spots, prompts, runs, table, causal, in_vision=in_vision)
 
     def cells(self) -> Iterator[tuple[int, Ints, RowVectors]]:
         """(cell, its columns among the kept rows, their vectors), of cells that have any."""

@@ -126,13 +126,17 @@ def digest_inputs(
     runs: Sequence[PromptRun],
     table: PromptTable,
     causal: Sequence[bool],
+    *,
+    in_vision: bool = False,
 ) -> list[bytes]:
     """[row] a digest of all that its vectors at some positions depend on, each in a given run.
 
-    Tiles of one image have one, so that no fit to some of them is evaluated on others.
+    Tiles of one image have one, so that no fit to some of them is evaluated on others. So do
+    prompts that share an image, for vectors in a vision encoder.
 
     Args:
         causal: For each position, whether its vectors don't depend on later tokens.
+        in_vision: Whether the vectors are those of patches in the vision encoder of prompts.
     """
 
     def seen(run: PromptRun, row: int) -> list[object]:
@@ -148,8 +152,16 @@ def digest_inputs(
     found = [
         digest(*(part for run in distinct for part in seen(run, row))) for row in prompts.tolist()
     ]
-    images = table.cut_from
-    return group_keys(found, [images[row] for row in prompts.tolist()]) if images else found
+    if table.cut_from:
+        return group_keys(found, [(table.cut_from[row],) for row in prompts.tolist()])
+    if not in_vision:
+        return found
+    runs_of = list(zip(runs, spots, strict=True))
+    images = [
+        {name for run, spot in runs_of for name in run.rows[row].images_at(spot.hits[row])}
+        for row in prompts.tolist()
+    ]
+    return group_keys(found, images)
 
 
 def average_rows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -14,7 +14,7 @@ from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.directions import parse_fit_rows, training_rows
 from mechdsl.program.spec import constant_value
-from mechdsl.prompts.runs import RunRow
+from mechdsl.prompts.runs import PositionCell, PromptRun, RunRow
 from mechdsl.resolve.observations import (
     ObservedTokens,
     RowSetObservation,
@@ -274,7 +274,37 @@ def resolve_training_rows(
         return None
     if has_errors(problems):
         return None
-    return TrainingRows(table, table.runs[rows.run], tuple(by_label[label] for label in labels))
+    training = TrainingRows(table, table.runs[rows.run], tuple(by_label[own] for own in labels))
+    if found.in_vision and not _check_images_differ(rule, found, training, work):
+        return None
+    return training
+
+
+def _check_images_differ(
+    rule: spec.Rule, found: ResolvedRule, training: TrainingRows, work: ExperimentContext
+) -> bool:
+    """Report E0207 for rows whose images are those of training rows: the vectors of patches depend
+    on the image only."""
+    own = work.table.runs[work.experiment.base]
+    known = _images_of_rows(training.run, training.cells)
+    every = [_images_of_rows(own, [cell]) for cell in found.positions.written.values()]
+    shared = set().union(*every) & known
+    if not shared:
+        return True
+    reason = f"is evaluated on {count_noun(len(shared), 'image')} of the rows that it is fitted on"
+    hint = "name rows with other images, such as a block with another `where`"
+    report_bad_observation(rule, work, reason, hint)
+    return False
+
+
+def _images_of_rows(run: PromptRun, cells: Iterable[PositionCell]) -> set[str]:
+    """Return digests of the images that have tokens of a position."""
+    return {
+        image
+        for cell in cells
+        for row, hits in zip(run.rows, cell.hits, strict=True)
+        for image in row.images_at(hits)
+    }
 
 
 def _source_images(rows: Sequence[RunRow]) -> set[str]:
