@@ -554,7 +554,9 @@ class ExperimentKeys:
         """Digest what all cells share."""
         said = self.plan.experiment.spec.estimator
         # 2: before, estimates were 0 if the caller had switched gradients off.
-        estimated = () if said is None else ("estimated 2", said.text)
+        # 3: before, heads with separate bases moved separately.
+        number = 3 if said is not None and said.joins_cells else 2
+        estimated = () if said is None else (f"estimated {number}", said.text)
         if said is not None and said.kind.adds_noise:
             estimated = (*estimated, self.contents.seed)
         return digest("patched", self._model(), self.plan.draws, self._whole, *estimated)

@@ -421,8 +421,9 @@ class IntegratedGradients(_GradientTimesChange):
         "over the midpoints of this number of steps (32 by default) on the straight line from "
         "the base value to the written value. All cells of one site and layer move together, "
         "so their estimates sum to their joint effect, up to the error of the steps. `onto`, "
-        "`into layer` and overlapping positions are therefore rejected (E0608). Each step, "
-        "site and layer needs one forward and one backward pass."
+        "`into layer`, overlapping positions, and cells that change the same feature of a basis "
+        "are therefore rejected (E0608). Each step, site and layer needs one forward and one "
+        "backward pass."
     )
     source = "Sundararajan et al. 2017, arXiv 1703.01365"
     convention = (

@@ -27,6 +27,7 @@ from mechdsl.resolve.types import (
     OutputWeights,
     PathTargets,
     PositionTargets,
+    PythonBasis,
     ResolvedExperiment,
     ResolvedMeasure,
     ResolvedRule,
@@ -272,7 +273,7 @@ def _of_rule(
     assert own.site is not None
     site = own.site
     if rule.basis is not None:
-        yield from _of_basis(rule.basis, site.span, said)
+        yield from _of_basis(rule, rule.basis, site.span, said)
     points = [here for here in rule.sites.points.values() if here]
     flat = list_sites_without_gradient(p for here in points for p in here)
     if flat:
@@ -321,11 +322,14 @@ def _of_changed_attention(
                 yield _no_estimate(said, own.metric.span, f"`{measure.label}`", reason, hint)
 
 
-def _of_basis(basis: BasisTargets, span: Span, said: spec.Estimator) -> Iterator[Diagnostic]:
+def _of_basis(
+    rule: ResolvedRule, basis: BasisTargets, span: Span, said: spec.Estimator
+) -> Iterator[Diagnostic]:
     """Yield the conflict of a rule on coordinates."""
     hint = f"{OTHER_ESTIMATOR_HINT}, which estimates each cell separately"
-    if said.steps is not None and len(basis.coordinates) > 1:
-        reason = "all cells of a site move together, and cells of a basis write the same vectors"
+    apart = _explain_separate_moves(rule, basis) if said.steps is not None else ""
+    if apart:
+        reason = f"all cells of a site move together, {apart}"
         hint += "; or name the coordinates of one cell: `patch … in basis b`"
     elif not said.kind.reads_written:
         reason = "its gradient is of whole vectors, not of coordinates"
@@ -335,6 +339,25 @@ def _of_basis(basis: BasisTargets, span: Span, said: spec.Estimator) -> Iterator
     else:
         return
     yield _no_estimate(said, span, "a basis", reason, hint)
+
+
+def _explain_separate_moves(rule: ResolvedRule, basis: BasisTargets) -> str:
+    """Return why the changes of a rule's cells don't add up to one of all their coordinates, or an
+    empty text."""
+    cells = basis.coordinates.values()
+    if len(cells) < 2:
+        return ""
+    if len({each.basis for each in cells}) > 1:
+        return "and these cells have different bases"
+    if any(isinstance(member.operand, PythonBasis) for member in basis.members):
+        return "and changes by a Python object may not add up"
+    if rule.spec.drops_error:
+        return "and each cell drops the whole reconstruction error"
+    named = [number for each in cells for number in each.which]
+    every = any(not each.which for each in cells)
+    if every or len({*named}) < len(named) or any(each.inserted for each in cells):
+        return "and several cells change the same coordinate"
+    return ""
 
 
 def _of_edges(

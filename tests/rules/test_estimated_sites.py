@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ..execute.support import ROWS, experiment, prompt, run_file
+from mechdsl.checks.file_check import CheckSettings
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.pipeline.options import RunOptions
+
+from ..execute.support import MODES, ROWS, experiment, prompt, run_file, try_file
 from ..quick import in_turn
 from ..reference.gradients import Where, taken
 from ..reference.ruled import ruled
@@ -171,6 +175,140 @@ def test_integrated_gradients_of_basis_coordinates_equal_autograd(
     whole = along(change @ basis.directions)
     assert agrees(found["all"], 0, {(): whole}, None) > 1e-3
     assert agrees(found["one"], 0, {(): along(change[:, 1:2] * basis.directions[1])}, None) > 1e-3
+
+
+def along_line(family: str, at: Where, ways: Tensor, steps: int) -> Tensor:
+    """Return [row, units · width]: the mean gradient at the midpoints of the line on which the
+    vectors at the last token move by [row, units · width]."""
+    found: list[Tensor] = []
+    for record, own in zip(ROWS, ways, strict=True):
+        here = prompt(record)
+        way = torch.zeros(len(here.ids), own.numel(), dtype=own.dtype)
+        way[here.last] = own
+        forward = call_metric(family, ONE, here, record, torch.zeros(()))
+        way = way.unflatten(1, (at.units, -1))
+        parts = [
+            taken(double(family), at, forward, way * (step + 0.5) / steps).gradient
+            for step in range(steps)
+        ]
+        found.append(torch.stack(parts).mean(0)[here.last].flatten())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integrated_gradients_of_dictionary_features_equal_autograd(
+    family: str, mode: str, tmp_path: Path
+) -> None:
+    """All features of a site move together, of two sites separately; the error stays."""
+    lines = ("prompts p", "from other into clean", "using integrated_gradients(steps: 3)")
+    lines = (*lines, measured(ONE, "delta"))
+    text, expected = "", dict[str, dict[Key, list[float]]]()
+    width = vectors_of_runs(family, site_of(family, "resid_post", 1))[0].shape[1]
+    of = make(tmp_path, ARCHITECTURES[family], width)
+    for layer in (0, 1):
+        at = site_of(family, "resid_post", layer)
+        base, source = vectors_of_runs(family, at)
+        features, given = of.encode(base), of.encode(source)
+        decoded = of.decode(features, base)
+        changes = {
+            n: of.decode(replaced(features, [n], given), base) - decoded
+            for n in range(features.shape[1])
+        }
+        text += f'basis f{layer} = sae("sae") at resid_post layer {layer}\n'
+        for name, own in {"*": list(changes), "3, 5, 6": [3, 5, 6]}.items():
+            gradient = along_line(family, at, torch.stack([changes[n] for n in own]).sum(0), 3)
+            key = f"{'some' if ',' in name else 'each'}{layer}"
+            expected[key] = {(n,): products(changes[n], gradient) for n in own}
+            rule = f"patch feature {name} of f{layer} {LAST}"
+            text += experiment(key, rule, *lines)
+    found = run_file(text, tmp_path, bare(family), MODES[mode])
+    for key, values in expected.items():
+        assert agrees(found[key], 0, values, None) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integrated_gradients_of_bases_of_heads_move_all_heads_together(
+    family: str, tmp_path: Path
+) -> None:
+    """Each head has a basis; whole subspaces and single features."""
+    at = site_of(family, "z", 1)
+    base, source = (each.unflatten(1, (at.units, -1)) for each in vectors_of_runs(family, at))
+    changes: dict[Key, Tensor] = {}
+    for head in range(at.units):
+        basis: Basis = components(base[:, head], 2)
+        moved = basis.encode(source[:, head]) - basis.encode(base[:, head])
+        for n in (0, 1):
+            own = torch.zeros_like(base)
+            own[:, head] = moved[:, n, None] * basis.directions[n]
+            changes[head, n] = own.flatten(1)
+    gradient = along_line(family, at, torch.stack([*changes.values()]).sum(0), 3)
+    lines = ("prompts p", "from other into clean", "using integrated_gradients(steps: 3)")
+    lines = (*lines, measured(ONE, "delta"))
+    text = f"basis h = pca(p, dims: 2) at z layer 1 head * {LAST}\n"
+    text += experiment("each", f"patch feature * of h {LAST}", *lines)
+    text += experiment("whole", f"patch z layer 1 head * in basis h {LAST}", *lines)
+    found = run_file(text, tmp_path, bare(family))
+    each = {key: products(own, gradient) for key, own in changes.items()}
+    assert agrees(found["each"], 0, each, None) > 1e-4
+    whole = {(h,): np.add(each[h, 0], each[h, 1]).tolist() for h in range(at.units)}
+    assert agrees(found["whole"], 0, whole, None) > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integrated_gradients_of_cells_that_share_a_head_move_it_once(
+    family: str, tmp_path: Path
+) -> None:
+    at = site_of(family, "z", 1)
+    base, source = vectors_of_runs(family, at)
+    change = (source - base).unflatten(1, (at.units, -1))
+    change[:, 3:] = 0
+    gradient = along_line(family, at, change.flatten(1), 3).unflatten(1, (at.units, -1))
+    rule = f"for n in [1, 2] {{ patch z layer 1 heads 0, n {LAST} }}"
+    lines = ("prompts p", "from other into clean", rule, measured(ONE, "delta"))
+    text = experiment("e", *lines, "using integrated_gradients(steps: 3)")
+    found = run_file(text, tmp_path, bare(family))["e"]
+    expected: dict[Key, list[float]] = {
+        (n,): products(change[:, [0, n]], gradient[:, [0, n]]) for n in (1, 2)
+    }
+    assert agrees(found, 0, expected, None) > 1e-4
+
+
+PYTHON_BASIS = "encode = decode = lambda self, vectors: vectors"
+SEPARATE_MOVES = {
+    "same coordinate": "several cells change the same coordinate",
+    "same coordinate of all": "several cells change the same coordinate",
+    "two bases": "these cells have different bases",
+    "without error": "each cell drops the whole reconstruction error",
+    "python": "changes by a Python object may not add up",
+}
+
+
+@pytest.mark.parametrize("case", SEPARATE_MOVES)
+def test_integrated_gradients_of_changes_that_do_not_add_up_are_an_error(
+    case: str, tmp_path: Path
+) -> None:
+    make(tmp_path, "topk", bare("gpt2").config.hidden_size)
+    text = 'basis f = sae("sae") at resid_post layer 1\n'
+    text += f"basis b = pca(p, dims: 3) at resid_post layer 1 {LAST}\n"
+    text += "basis c = random(dims: 3) at resid_post layer 1\n"
+    rule = f"patch feature * of f {LAST}"
+    rule = {
+        "same coordinate": f"for n in [0, 1] {{ patch features 0, n of b {LAST} }}",
+        "same coordinate of all": f"for n in [0, 1] {{ patch features 0, 2, n of b {LAST} }}",
+        "two bases": f"for d in [b, c] {{ patch resid_post layer 1 in basis d {LAST} }}",
+        "without error": f"{rule} without error",
+        "python": rule.replace(" f ", " own "),
+    }[case]
+    if case == "python":
+        (tmp_path / "own.py").write_text(f"class Own:\n    {PYTHON_BASIS}\n", encoding="utf-8")
+        text += 'basis own = python("own.py:Own", features: 16) at resid_post layer 1\n'
+    lines = ("prompts p", "from other into clean", rule, measured(ONE, "delta"))
+    text += experiment("e", *lines, "using integrated_gradients(steps: 3)")
+    options = RunOptions(settings=CheckSettings(python="run"))
+    _, problems = try_file(text, tmp_path, bare("gpt2"), options)
+    assert [each.code for each in problems if each.severity == "error"] == ["E0608"]
+    assert SEPARATE_MOVES[case] in render_full(problems, color=False, width=200)
 
 
 ARCHITECTURES = {"gpt2": "standard", "llama": "topk", "gpt_neox": "layer_norm"}

@@ -93,7 +93,10 @@ class _WrittenVectors:
 
     def some(self, rows: Ints) -> _WrittenVectors:
         """Select the vectors of some rows: [row] bool by number; spots of other rows remain."""
-        own = np.flatnonzero(rows[self.row])
+        return self._take(np.flatnonzero(rows[self.row]))
+
+    def _take(self, own: Ints) -> _WrittenVectors:
+        """Select vectors by number; spots of others remain."""
         values = self.values[array_to_device(own, self.values.device)]
         spot = self.spot[torch.from_numpy(own)]
         which = None if self.which is None else self.which[torch.from_numpy(own)]
@@ -130,6 +133,24 @@ class _WrittenVectors:
             return values
         which = None if self.which is None else to_device(self.which, base.device)
         return apply_write(self.mode, base.double(), values, which)
+
+    def way(self, base: Tensor) -> Tensor:
+        """Return [spot, width]: the change of each spot if all rows are written together.
+
+        Args:
+            base: [spot, width] of the base run.
+        """
+        one = self._first_rows()
+        spot = to_device(self.spot[torch.from_numpy(one)], base.device)
+        change = self._take(one).written(base[spot]).to(base) - base[spot]
+        return torch.zeros_like(base).index_add_(0, spot, change)
+
+    def _first_rows(self) -> Ints:
+        """Select one of the vectors that are written at a spot, for each set of coordinates."""
+        places = self.spot[:, None]
+        if self.which is not None:
+            places = torch.cat([places, self.which], dim=1)
+        return np.unique(places.numpy(), axis=0, return_index=True)[1]
 
 
 _MAX_NUMBERS = 1 << 22
@@ -667,19 +688,17 @@ class GradientEstimates:
         noise = self.differentiated.noise(lanes)
         read = run_full(self.model, lanes.batch, writes=noise, reads=wheres).reads
         found = np.zeros((len(self.readout.measures), len(environments)))
-        for whole in written:
-            base = whole.base(read[whole.where], lanes.batch)
-            for group in np.unique(groups[whole.row]):
-                each = whole.some(groups == group)
-                way = torch.zeros_like(base)
-                spot = to_device(each.spot, base.device)
-                way[spot] = each.written(base[spot]).to(base) - base[spot]
-                for step in range(self.steps):
-                    leaf = (way * ((step + 0.5) / self.steps)).requires_grad_()
-                    reading, _ = self.differentiated.read([each.added(leaf)], lanes, ())
-                    for number, own, gradients in self._gradients(reading, [leaf], environments):
-                        sums = self._sums(each, base, gradients[0], len(environments))
-                        found[number, own] += sums[own] / self.steps
+        for every in _iter_joint_writes(written, groups):
+            bases = [each.base(read[each.where], lanes.batch) for each in every]
+            ways = [each.way(base) for each, base in zip(every, bases, strict=True)]
+            for step in range(self.steps):
+                share = (step + 0.5) / self.steps
+                leaves = [(way * share).requires_grad_() for way in ways]
+                adds = [each.added(leaf) for each, leaf in zip(every, leaves, strict=True)]
+                reading, _ = self.differentiated.read(adds, lanes, ())
+                for number, own, gradients in self._gradients(reading, leaves, environments):
+                    for each in zip(every, bases, gradients, strict=True):
+                        found[number, own] += self._sums(*each, len(environments))[own] / self.steps
         return self.kind.finish(found)
 
     def _sums(self, written: _WrittenVectors, base: Tensor, gradient: Tensor, rows: int) -> Floats:
@@ -719,6 +738,23 @@ class GradientEstimates:
                 more = (place * len(values) + number + 1) < last
                 found = compute_gradients(value.sum(), leaves, keep=more)
                 yield number, own, found
+
+
+def _iter_joint_writes(
+    written: Sequence[_WrittenVectors], groups: Ints
+) -> Iterator[list[_WrittenVectors]]:
+    """Yield the writes of rows that move along the line together.
+
+    Args:
+        written: The writes of all rows; those of one site may be separate, such as writes of
+            different numbers of features.
+        groups: [row] equal for rows that move together.
+    """
+    for where in dict.fromkeys(each.where for each in written):
+        same = [each for each in written if each.where == where]
+        for group in np.unique(groups[np.concatenate([each.row for each in same])]):
+            own = [each.some(groups == group) for each in same]
+            yield [each for each in own if len(each.row)]
 
 
 def _select_keys(edge: EdgeWrite, batch: Batch) -> SiteWrite:
