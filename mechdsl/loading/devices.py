@@ -106,11 +106,17 @@ def _disable_checkpointing(part: nn.Module) -> None:
 
 def _forget_images(modules: Iterable[nn.Module]) -> None:
     # Not at the top: a run that reads the store needs the device, but no hooks.
-    from mechdsl.forward.hooks.model import ENCODED_VECTORS, IMAGE_INPUTS, IMAGE_TOKENS
+    from mechdsl.forward.hooks.model import (
+        ATTENDED_MAPS,
+        ENCODED_VECTORS,
+        IMAGE_INPUTS,
+        IMAGE_TOKENS,
+    )
 
     for module in modules:
         IMAGE_INPUTS.pop(module, None)
         ENCODED_VECTORS.pop(module, None)
+        ATTENDED_MAPS.pop(module, None)
         IMAGE_TOKENS.pop(module, None)
 
 

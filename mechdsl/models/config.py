@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -334,6 +334,8 @@ def shape_from_config(
         shape = _with_attended_image(shape, config)
     if shape is not None and shape.encodes_apart:
         shape = _with_stacks(shape, config)
+    if shape is not None and takes == "attended image":
+        shape = _with_attending_blocks(shape)
     if shape is not None and takes == "image and text":
         shape = _with_vision(shape, config)
     return shape, found
@@ -348,6 +350,23 @@ def _with_attended_image(shape: ModelShape, config: Mapping[str, Any]) -> ModelS
         return shape
     count = tiles * ((size // patch) ** 2 + 1)
     return replace(shape, attended=count, attending=len(blocks) if blocks else 0, tiles=tiles)
+
+
+def _with_attending_blocks(shape: ModelShape) -> ModelShape:
+    """Divide the blocks into those with the sites of `cross` and those with all other sites, if the
+    config names the blocks that attend to an image."""
+    cross = shape.others.get("cross")
+    blocks = shape.config.get("cross_attention_layers")
+    if cross is None or not isinstance(blocks, (list, tuple)):
+        return shape
+    named = cast(Sequence[Any], blocks)
+    attending = frozenset(each for each in named if isinstance(each, int))
+    apart = frozenset(range(shape.n_layers)) - attending
+    stream = {"resid_pre", "resid_post"}
+    own = {site for site in shape.sites - stream if SITES[site].has_layer}
+    cross = replace(cross, partly=dict.fromkeys(cross.sites, attending))
+    others = {**shape.others, "cross": cross}
+    return replace(shape, partly=dict.fromkeys(own, apart), others=others)
 
 
 def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:

@@ -998,8 +998,14 @@ def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
     all blocks and the logits of one token)."""
     prompts = len(run.lengths) * run.draws
     logits = prompts * shape.d_model * shape.outputs if stop is None else 0
-    tokens, adds = PassCost.of(shape).whole(run.lengths, run.sources, stop)
-    return Cost(0, 0, prompts, int(tokens.sum()) * run.draws, int(adds.sum()) * run.draws + logits)
+    each = PassCost.of(shape)
+    tokens, adds = each.whole(run.lengths, run.sources, stop)
+    products = int(adds.sum()) * run.draws + logits
+    if shape.attended:  # keys and values of an image are computed once
+        blocks = shape.n_layers if stop is None else min(stop, shape.n_layers)
+        copies = prompts - len({row.ids[0] for row in run.rows})
+        products -= copies * each.block.image_maps * blocks
+    return Cost(0, 0, prompts, int(tokens.sum()) * run.draws, products)
 
 
 def list_fitted_runs(
@@ -1108,7 +1114,7 @@ class PanelCount:
         """Count full forward passes of rows: (tokens times blocks [row], multiply-adds [row]).
 
         An encoder of images or sounds runs in unpatched runs, and not again for rows without rules
-        in it.
+        in it. The same applies to keys and values of images that blocks attend to.
 
         Args:
             plan: The plan of the rows.
@@ -1116,8 +1122,9 @@ class PanelCount:
             sources: [row] of these, the tokens that an encoder reads.
         """
         every = plan.experiment.every_rule
-        reruns = any(rule.path or rule.circuit or rule.acts_in("encoder") for rule in every)
-        if reruns or self.shape.takes not in ("image to text", "sound to text"):
+        stack = "vision" if self.shape.takes == "attended image" else "encoder"
+        reruns = any(rule.path or rule.circuit or rule.acts_in(stack) for rule in every)
+        if reruns or self.shape.takes not in ("image to text", "sound to text", "attended image"):
             return self.full_pass.whole(lengths, sources)
         return self.full_pass.decode(lengths, sources)
 

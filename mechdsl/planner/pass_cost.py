@@ -50,6 +50,12 @@ class BlockCost:
         """Multiply-adds of a token, without attention's products with keys."""
         return self.project + self.output + self.mlp
 
+    @property
+    def image_maps(self) -> int:
+        """Multiply-adds of the keys and values of an image that some blocks attend to, on average
+        over all blocks."""
+        return int(self.share * self.image * self.encode)
+
     def pairs(self, lengths: Ints) -> Ints:
         """Count the pairs of a query and a key that it sees, in prompts of these lengths."""
         return lengths * (lengths + 1) // 2 if self.causal else lengths**2
@@ -189,11 +195,14 @@ class PassCost:
         return tokens, self.cross.encode(sources) + each * blocks
 
     def decode(self, lengths: Ints, sources: Ints) -> tuple[Ints, Ints]:
-        """Count the work of full passes of a decoder, given the outputs of its encoder.
+        """Count the work of full passes of a decoder, given the outputs of its encoder, or the keys
+        and values of an image that blocks attend to.
 
         Args and returned values are those of `whole`.
         """
-        assert self.cross is not None
+        if self.cross is None:
+            tokens, adds = self.whole(lengths, sources)
+            return tokens, adds - self.block.image_maps * self.n_layers
         (tokens, adds), (fewer, encoder) = (self.whole(lengths, sources, n) for n in (None, 0))
         return tokens - fewer, adds - encoder + sources * self.cross.exit
 
@@ -213,7 +222,7 @@ class PassCost:
         """Count the work of `steps` passes after the first one, of replies of a decoder.
 
         Each pass runs the decoder on all of its tokens, and projects the outputs of the encoder,
-        which are cached, again.
+        which are cached, again. Keys and values of an image that blocks attend to are cached.
 
         Args:
             lengths: [row] tokens that encoder and decoder read.
@@ -226,7 +235,7 @@ class PassCost:
         later, source = np.arange(1, steps + 1, dtype=np.int64), sources[:, None]
         own = lengths[:, None] - source + later
         if self.cross is None:  # blocks attend to an image, which `lengths` include
-            each = self.block.whole(own + source)
+            each = self.block.whole(own + source) - self.block.image_maps
         else:
             each = self.block.whole(own) + self._attend(own, own * source, source)
         return int(own.sum()) * self.n_layers, float(each.sum()) * self.n_layers

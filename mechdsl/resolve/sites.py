@@ -222,7 +222,8 @@ class _AxisReader:
             span = value.span
             own: Sequence[int]
             if isinstance(value, ast.Star):
-                own = range(self.size)
+                layers = self.axis.word == "layer"
+                own = find_layers(self.kinds, self.context.shape) if layers else range(self.size)
             elif isinstance(value, ast.RankedSelection):
                 values = {**self.context.parameters, **at}
                 picked = self.context.onward.pick_features(
@@ -448,6 +449,15 @@ def _exceeds_every_model(word: str, index: int, span: Span, context: SiteContext
 def count_layers(kinds: Sequence[SiteKind], shape: ModelShape) -> int:
     """Return the number of layers of the sites' stack."""
     return shape.in_stack(kinds[0].name)[0].n_layers if kinds else shape.n_layers
+
+
+def find_layers(kinds: Iterable[SiteKind], shape: ModelShape) -> list[int]:
+    """Return the layers that `layer *` names: those in which a block has one of the sites."""
+    kinds = list(kinds)
+    layers = range(count_layers(kinds, shape))
+    names = [kind.name for kind in kinds]
+    having = [n for n in layers if any(shape.has(name, n) for name in names)]
+    return having or list(layers)  # a site that the model lacks has its own error
 
 
 def check_layer(

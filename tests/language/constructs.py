@@ -1374,7 +1374,8 @@ _site("layers 0..2", "resid_post layers 0..2", "All of these layers in one run."
 _site(
     "layer *",
     "layer * head *",
-    "Every value. `head` without a component refers to `z`, and `neuron` to `mlp_hidden`.",
+    "Every value; of layers, those whose blocks have the site, which the conventions list if other "
+    "blocks lack it. `head` without a component refers to `z`, and `neuron` to `mlp_hidden`.",
     _COORDINATES,
 )
 _site(

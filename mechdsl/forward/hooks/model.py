@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from mechdsl.base.arrays import Ints
-from mechdsl.forward.hooks.batch import Batch, BlockPairs, SiteRead, SiteWrite, array_to_device
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    BlockPairs,
+    SiteRead,
+    SiteWrite,
+    array_to_device,
+    get_free_memory,
+)
 from mechdsl.forward.hooks.module_exchange import (
     CACHE_ARGUMENTS,
     AttentionEntry,
@@ -284,7 +291,9 @@ def call_with_batch(model: LoadedModel, batch: Batch) -> Tensor:
         [B, T, vocab]; [B, T, d_model] for a model without an unembedding; or one output for a whole
         image.
     """
-    return call_model(model, build_arguments(model, batch))
+    arguments = build_arguments(model, batch)
+    with _map_images_once(model, batch, arguments):
+        return call_model(model, arguments)
 
 
 def has_single_output(model: LoadedModel) -> bool:
@@ -448,19 +457,27 @@ _MAX_CACHED_BYTES = 1 << 31
 
 
 class TensorCache:
-    """Named tensors by token, on the host; beyond `_MAX_CACHED_BYTES`, without the oldest ones."""
+    """Named tensors by token; beyond `_MAX_CACHED_BYTES`, without the oldest ones."""
 
-    def __init__(self) -> None:
-        self._entries: dict[int, Mapping[str, Tensor]] = {}
+    def __init__(self, room: int = _MAX_CACHED_BYTES) -> None:
+        """Create an empty cache.
+
+        Args:
+            room: A smaller limit in bytes.
+        """
+        self._room = room
+        self._entries: dict[Hashable, Mapping[str, Tensor]] = {}
         self._bytes = 0
 
-    def find(self, token: int, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    def find(
+        self, token: Hashable, compute: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
         """Return the tensors of a token, computed if they aren't cached."""
         found = self._entries.get(token)
         if found is None:
             found = compute()
             self._bytes += _count_bytes(found)
-            while self._entries and self._bytes > _MAX_CACHED_BYTES:
+            while self._entries and self._bytes > min(self._room, _MAX_CACHED_BYTES):
                 oldest = next(iter(self._entries))
                 self._bytes -= _count_bytes(self._entries.pop(oldest))
             self._entries[token] = found
@@ -570,6 +587,64 @@ def _attend_to_image(model: LoadedModel, ids: Tensor, given: Mapping[str, Any]) 
         return {ATTENDED: given[ATTENDED], "cross_attention_mask": mask}
     pixels = {name: each for name, each in given.items() if name != TILES}
     return {**pixels, "cross_attention_mask": mask}
+
+
+ATTENDED_MAPS: WeakKeyDictionary[nn.Module, TensorCache] = WeakKeyDictionary()
+"""By model whose blocks attend to images: the keys before their norm, and the values, of each image
+in all of these blocks, by path of the map, on the model's device."""
+
+_MEMORY_SHARE = 1 / 8
+"""Share of the device's free memory that `ATTENDED_MAPS` may use."""
+
+
+@contextmanager
+def _map_images_once(
+    model: LoadedModel, batch: Batch, arguments: Mapping[str, Any]
+) -> Generator[None]:
+    """Compute the keys and values of each image once for all passes, if blocks attend to vectors of
+    images that were encoded before."""
+    states = arguments.get(ATTENDED)
+    if states is None or batch.extra or "cross" not in model.others:
+        yield
+        return
+    blocks = model.others["cross"].anatomy.blocks
+    paths = [each for block in blocks for each in block.projections[1:]]
+    modules = {path: model.module.get_submodule(path) for path in paths}
+    if any("forward" in vars(each) for each in modules.values()):  # it computes something else
+        yield
+        return
+    tokens: list[int] = batch.of_stack("encoder").ids[:, 0].tolist()
+    distinct = {token: row for row, token in reversed([*enumerate(tokens)])}
+    forwards = {path: each.forward for path, each in modules.items()}
+
+    def compute(row: int) -> dict[str, Tensor]:
+        with torch.inference_mode(False), torch.no_grad():
+            one = states[row : row + 1].clone()
+            return {path: forward(one)[0] for path, forward in forwards.items()}
+
+    known = ATTENDED_MAPS.get(model.module)
+    if known is None:
+        room = int(get_free_memory(model.device) * _MEMORY_SHARE)
+        known = ATTENDED_MAPS[model.module] = TensorCache(room)
+    # Blocks may have the weights of other blocks in a pass.
+    weights = tuple(id(own) for each in modules.values() for own in each.parameters())
+    found = {
+        token: known.find((token, weights), partial(compute, row))
+        for token, row in distinct.items()
+    }
+
+    def share(path: str) -> Callable[[Tensor], Tensor]:
+        def forward(given: Tensor) -> Tensor:
+            if given is not states:
+                return forwards[path](given)
+            return torch.stack([found[token][path] for token in tokens])
+
+        return forward
+
+    with ExitStack() as stack:
+        for path, module in modules.items():
+            stack.enter_context(replace_forward(module, share(path)))
+        yield
 
 
 ENCODED = "encoder_outputs"
