@@ -884,6 +884,10 @@ class StandInTokenizer(TextTokenizer):
     def unknown_id(self) -> None:  # type: ignore[override]
         return None
 
+    @property
+    def _splits_at_spaces(self) -> bool:  # type: ignore[override]
+        return False
+
     def token_text(self, token: int) -> str:
         return self._texts[token] if token < len(self._texts) else f"<{token}>"
 

@@ -321,4 +321,4 @@ def content_key(values: Mapping[str, object], texts: Iterable[object] = ()) -> i
     )
 
 
-_canonical_json = json.JSONEncoder(sort_keys=True, default=repr).encode
+_canonical_json = json.JSONEncoder(sort_keys=True, default=repr, check_circular=False).encode

@@ -772,7 +772,12 @@ def check_rankable_tokens(
     rows = experiment.table.runs[experiment.spec.base].rows
     ends = [len(row.ids) for row in rows]
     for cell in select_ranked_positions(rule)[0].written.values():
-        if all(_is_one_of(hits, end) for hits, end in zip(cell.hits, ends, strict=True) if hits):
+        # Inlined: cells times rows are the most frequent test of a check.
+        if all(
+            len(hits) == 1 and len(hits[0]) == 1 and hits[0][0] < end
+            for hits, end in zip(cell.hits, ends, strict=True)
+            if hits
+        ):
             continue
         if is_after_prompts(cell, rows):
             raise PickError(
@@ -784,11 +789,6 @@ def check_rankable_tokens(
                 f"the cell `{cell.label}` of `{name}` covers several tokens",
                 "let it sweep single tokens: `each token …` or `token *`, on spans of equal length",
             )
-
-
-def _is_one_of(hits: Hits, end: int) -> bool:
-    """Return whether a row's tokens are a single one of its first `end` tokens."""
-    return len(hits) == 1 and len(hits[0]) == 1 and hits[0][0] < end
 
 
 MAX_LISTED_SITES = 10

@@ -12,7 +12,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 import mechdsl
 from mechdsl import cli
@@ -28,6 +28,7 @@ from .tokenizers import (
     CORPUS,
     KINDS,
     Kind,
+    byte_level,
     covered,
     is_mark,
     spelling,
@@ -716,3 +717,87 @@ def test_slow_tokenizer_passed_from_python_is_rejected(slow: Callable[[], object
     assert "has no tokenizer that gives character offsets" in error.message
     assert f"`{slow.__name__}` is not a fast tokenizer" in error.label_text
     assert "fast tokenizer" in error.help_text
+
+
+def words_tokenizer(
+    *added: AddedToken,
+    then: object = pre_tokenizers.Punctuation(),
+    normalizer: normalizers.Normalizer | None = None,
+) -> Tokenizer:
+    """Whole words and signs between white space, as the models of the zoo read them."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), then])
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=900, special_tokens=[UNKNOWN], show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def with_added(*added: AddedToken) -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        *(kind.backend() for kind in KINDS),
+        words_tokenizer(),
+        words_tokenizer(AddedToken("is Paris")),
+        words_tokenizer(then=pre_tokenizers.Metaspace(prepend_scheme="first")),
+        words_tokenizer(normalizer=normalizers.Prepend("x")),
+        with_added(AddedToken("<cut>", rstrip=True)),
+        with_added(AddedToken("is Paris"), AddedToken("<cut>", lstrip=True)),
+    ],
+    ids=[
+        *map(str, KINDS),
+        *("words", "words-joined", "words-metaspace", "words-prepended"),
+        *("rstrip", "joined-lstrip"),
+    ],
+)
+def test_continuation_has_the_tokens_of_the_whole_text(
+    backend: Tokenizer, bos: bool | None
+) -> None:
+    """Also for words after a space, which aren't tokenised with each prompt."""
+    if bos and backend.token_to_id("<|endoftext|>") is None:
+        pytest.skip("no beginning-of-sequence token")
+    tokenizer = support.wrapped(backend, bos=bos, bos_token="<|endoftext|>")
+    prompts = [
+        "The capital is",
+        "is<cut>",
+        "x,",
+        "é",
+        " ",
+        "a ",
+        "a\u00a0",
+        "\x1c",
+        "",
+        "<|endoftext|>",
+    ]
+    texts = [
+        " Paris",
+        " Paris, France",
+        " 12",
+        " <cut>",
+        "  x",
+        " \n",
+        " ",
+        "Paris",
+        "\x1cx",
+        " don't",
+    ]
+    pairs = [(prompt, text) for prompt in prompts for text in texts]
+    for pair, (ids, kept) in zip(pairs, tokenizer.continuations(pairs), strict=True):
+        before, whole = (backend.encode(each) for each in (pair[0], pair[0] + pair[1]))
+        text = [n for n, s in zip(whole.ids, whole.special_tokens_mask, strict=True) if not s]
+        prompt = [n for n, s in zip(before.ids, before.special_tokens_mask, strict=True) if not s]
+        if kept:
+            assert [*prompt, *ids] == text, pair
+        else:
+            assert text[: len(prompt)] != prompt or not prompt, pair

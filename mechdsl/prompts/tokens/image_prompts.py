@@ -600,6 +600,12 @@ class ImagePromptTokenizer(TextTokenizer):
             for encoded, found in zip(every, markers, strict=True)
         ]
 
+    def _separate_words(
+        self, pairs: Sequence[tuple[str, str]], prompts: Mapping[str, EncodedText]
+    ) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
+        # The processor's text for an image may end in white space.
+        return super()._separate_words([p for p in pairs if not MARKER.search(p[0])], prompts)
+
     def _with_bos(self, encoded: EncodedText) -> EncodedText:
         if self.layout.attended and encoded.source:
             if self.bos is not False:  # the prompt has the token that the processor writes

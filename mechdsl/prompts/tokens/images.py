@@ -70,6 +70,10 @@ class ImageTokenizer(TextTokenizer):
     def _added(self) -> dict[str, bool]:
         return {}
 
+    @property
+    def _splits_at_spaces(self) -> bool:  # type: ignore[override]
+        return False
+
     def same_as(self, other: TextTokenizer) -> bool:
         return isinstance(other, ImageTokenizer) and self.hash == other.hash
 

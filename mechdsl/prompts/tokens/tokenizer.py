@@ -32,6 +32,9 @@ from mechdsl.prompts.tokens.chat import (
 SPECIAL_ROLES = ("bos", "cls", "sep", "eos")
 """Special tokens that positions can name."""
 
+_WITHIN_WORDS = {"Punctuation", "Digits"}
+"""Pre-tokenizers that divide each word by its characters alone."""
+
 _SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
 """Files of slow tokenizers."""
 
@@ -463,8 +466,9 @@ class TextTokenizer:
             own = dict(zip(texts, self.encode_all(texts, add_special=False), strict=True))
             return [(own[text].ids, True) for _, text in pairs]
         prompts = self.encode_unique(p for p, _ in unique) if encoded is None else encoded
+        found = self._separate_words(unique, prompts) if self._splits_at_spaces else {}
+        unique = [pair for pair in unique if pair not in found] if found else unique
         whole = self.encode_all([p + t for p, t in unique])
-        found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
         for pair, both in zip(unique, whole, strict=True):
             before = _without_closing(prompts[pair[0]])
             ids = _without_closing(both)
@@ -473,6 +477,40 @@ class TextTokenizer:
                 ids = self.encode(pair[1], add_special=False).ids
             found[pair] = (ids[len(before) :] if kept else ids, kept)
         return [found[pair] for pair in pairs]
+
+    def _separate_words(
+        self, pairs: Sequence[tuple[str, str]], prompts: Mapping[str, EncodedText]
+    ) -> dict[tuple[str, str], tuple[tuple[int, ...], bool]]:
+        """Return the continuations of the pairs in which a text begins a new word after a space.
+
+        Their tokens don't depend on the prompt if `_splits_at_spaces` holds.
+        """
+        apart = [
+            (p, t)
+            for p, t in pairs
+            if t[:1] == " " and p[-1:].strip() and False in prompts[p].special
+        ]
+        texts = list(dict.fromkeys(t for _, t in apart))
+        own = dict(zip(texts, self.encode_all(texts, add_special=False), strict=True))
+        return {pair: (own[pair[1]].ids, True) for pair in apart}
+
+    @cached_property
+    def _splits_at_spaces(self) -> bool:
+        """Whether a space between two words always separates their tokens.
+
+        That holds without a normalizer and without added tokens that contain a space or remove the
+        next one, if the texts are first split at white space or by the pattern of GPT-2.
+        """
+        backend = self._backend
+        added = backend.get_added_tokens_decoder().values()
+        if backend.normalizer or any(
+            each.rstrip or re.search(r"\s", each.content) for each in added
+        ):
+            return False
+        state: Any = backend.pre_tokenizer and json.loads(backend.pre_tokenizer.__getstate__())
+        steps: list[dict[str, Any]] = (state or {}).get("pretokenizers") or [state or {"type": ""}]
+        splits = steps[0]["type"] == "WhitespaceSplit" or steps[0].get("use_regex") is True
+        return splits and all(each["type"] in _WITHIN_WORDS for each in steps[1:])
 
     def encode_unique(self, texts: Iterable[str]) -> dict[str, EncodedText]:
         """Tokenise many texts, equal ones once."""
