@@ -8,6 +8,9 @@ abc, maximise: M)` and `ablate all but c at tokens * with abc`. For `kl`, `js`, 
 `abc`, and the recovery of the measure is its faithfulness: the experiment is `from abc into clean`,
 with `measure M as faithfulness`. As for every circuit, the rows of a block without `split` are
 split.
+
+`over heads, mlps, features of f` also stands for `group c_nodes = features * of f`; the training
+then has `nodes: c_nodes`. `over heads, mlps, g` names the group `g` of neurons or features.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import NamedTuple
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.names import BadArgument
+from mechdsl.program.bases import NODES_EXAMPLE
 from mechdsl.program.effect_trainers import NODE_EXAMPLE
 from mechdsl.program.references import all_tokens
 from mechdsl.program.spec import CLEAN
@@ -59,6 +63,7 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
         each.name.id: each.value for each in tree.statements if isinstance(each, ast.MetricDef)
     }
     imports = any(isinstance(each, ast.Use) for each in tree.statements)
+    groups = {each.name.id for each in tree.statements if isinstance(each, ast.GroupDef)}
     names: set[str] = set()
     wrongly_tested: set[str] = set()
     problems: list[Diagnostic] = []
@@ -68,7 +73,7 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
             found.append(each)
             continue
         due = [line for line in each.statements if isinstance(line, ast.Discover)]
-        wrong = list(_problems(each, due)) if due else []
+        wrong = list(_problems(each, due, None if imports else groups)) if due else []
         problems += wrong
         if due and not wrong and may_exist(each, own, imports=imports):
             names.add(due[0].what.id)
@@ -116,6 +121,11 @@ def _expanded(
     ]
     if use.limit is not None:
         arguments.append(ast.Argument("limit", amount_of(use.limit, use), span=use.span))
+    nodes, own = _further_nodes(line)
+    if own is not None:
+        yield own
+    if nodes is not None:
+        arguments.append(ast.Argument("nodes", nodes, span=nodes.span))
     yield ast.CircuitDef(line.what, source=ast.Call("fit", tuple(arguments), span=span), span=span)
     site = ast.Site((line.what,), span=span)
     fill = ast.Name(other.name, span=other.span)
@@ -123,6 +133,24 @@ def _expanded(
     changed = {id(line): rule, id(into): _swapped(into), id(use): tested}
     lines = (changed.get(id(each)) or _with_faithfulness(each) for each in experiment.statements)
     yield replace(experiment, statements=tuple(lines))
+
+
+def _further_nodes(line: ast.Discover) -> tuple[ast.Name | None, ast.GroupDef | None]:
+    """Return the name of the group of neurons or features that are nodes, and the definition of
+    this group if the statement names dictionaries."""
+    named = [each for each in line.over if isinstance(each, ast.Name) and each.id not in NODES]
+    if named:
+        return named[0], None
+    of = [each for each in line.over if isinstance(each, ast.FeaturesOf)]
+    if not of:
+        return None, None
+    sites: list[ast.Site] = []
+    for each in of:
+        star = ast.Star(span=each.span)
+        every = ast.Axis("feature", True, (star,), of=each.basis.id, span=each.span)
+        sites.append(ast.Site((), (every,), span=each.span))
+    name = ast.Name(f"{line.what.id}_nodes", span=of[0].span)
+    return name, ast.GroupDef(name, tuple(sites), span=line.span)
 
 
 def _aim(metric: ast.Expr, metrics: Mapping[str, ast.Expr]) -> str:
@@ -195,8 +223,13 @@ def amount_of(amount: int | str, of: ast.Node) -> ast.Number | ast.Name:
     return ast.Number(amount, span=of.span)
 
 
-def _problems(experiment: ast.ExperimentDef, due: Sequence[ast.Discover]) -> Iterator[Diagnostic]:
-    """Yield E0207 for what keeps an experiment from discovering a circuit."""
+def _problems(
+    experiment: ast.ExperimentDef, due: Sequence[ast.Discover], groups: Collection[str] | None
+) -> Iterator[Diagnostic]:
+    """Yield E0207 for what keeps an experiment from discovering a circuit.
+
+    groups: names of the groups of the file; None if imported files may have some.
+    """
     line = due[0]
     for more in due[1:]:
         yield _wrong(more, "is the second one of its experiment", "write an experiment for each")
@@ -205,18 +238,31 @@ def _problems(experiment: ast.ExperimentDef, due: Sequence[ast.Discover]) -> Ite
             reason = "tests its circuit alone, without further rules, loops or replies"
             hint = f"move this line to another experiment, which may use `{line.what.id}` too"
             yield _wrong(each, reason, hint)
-    yield from _candidate_problems(line)
+    yield from _candidate_problems(line, groups)
     yield from _size_problems(line)
     yield from _run_problems(experiment, line)
     yield from _effect_problems(experiment, line)
 
 
-def _candidate_problems(line: ast.Discover) -> Iterator[Diagnostic]:
-    if {each.id for each in line.over} != set(NODES):
-        odd = next((each for each in line.over if each.id not in NODES), line.over[0])
-        reason = "chooses edges between heads and MLPs, with the embedding and the logits"
-        hint = "write `over heads, mlps`; to choose heads, neurons or features, fit a group: "
-        yield _wrong(odd, reason, f"{hint}{NODE_EXAMPLE}")
+def _candidate_problems(line: ast.Discover, groups: Collection[str] | None) -> Iterator[Diagnostic]:
+    further = [each for each in line.over if not isinstance(each, ast.Name) or each.id not in NODES]
+    for each in further:
+        if isinstance(each, ast.Name) and groups is not None and each.id not in groups:
+            reason = f"has no nodes `{each.id}`, which isn't a group of the file"
+            hint = f"define a group, such as {NODES_EXAMPLE}, or write `features of f`; to choose "
+            yield _wrong(each, reason, f"{hint}nodes instead of edges: {NODE_EXAMPLE}")
+            return
+    if len(line.over) - len(further) < len(NODES):
+        reason = "always chooses from the edges of heads and MLPs, the embedding and the logits"
+        more = "".join(f", {each.span.written}" for each in further)
+        yield _wrong(line.over[0], reason, f"write `over heads, mlps{more}`")
+    if len(further) > 1 and any(isinstance(each, ast.Name) for each in further):
+        reason = "takes its neurons and features from one group"
+        yield _wrong(further[1], reason, "define one group that has all of them, and name it alone")
+    written = [each.span.written for each in line.over]
+    if len(set(written)) < len(written):
+        twice = next(each for n, each in enumerate(line.over) if written[n] in written[:n])
+        yield _wrong(twice, f"names `{twice.span.written}` twice", "remove one of them")
     if line.unit is not None and line.unit.id != "edges":
         hint = f"write `top {line.top} edges`; for a number of nodes, fit a group: {NODE_EXAMPLE}"
         yield _wrong(line.unit, "counts edges", hint)

@@ -1155,15 +1155,22 @@ class Using(Node):
     stable: bool = False
 
 
+@record
+class FeaturesOf(Node):
+    """`features of f`: all features of a dictionary."""
+
+    basis: Name
+
+
 @statement(
-    "discover {what:name} over {over:names} using {using:call_or_name} [until "
+    "discover {what:name} over {over:nodes} using {using:call_or_name} [until "
     "{until:condition} | top {top:count} {unit:name}]",
     "discover",
 )
 @record
 class Discover(Node):
     what: Name
-    over: tuple[Name, ...]
+    over: tuple[Name | FeaturesOf, ...]
     using: Call | Name
     until: Expr | None = None
     top: int | str | None = None

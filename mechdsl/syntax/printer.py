@@ -465,6 +465,10 @@ def _region(node: ast.Name | ast.Position) -> str:
     return node.id if isinstance(node, ast.Name) else format_position(node)
 
 
+def _node(node: ast.Name | ast.FeaturesOf) -> str:
+    return node.id if isinstance(node, ast.Name) else f"features of {node.basis.id}"
+
+
 def _map_of(node: ast.MapOf) -> str:
     return _factor(node.weight) + format_cells(node)
 
@@ -666,6 +670,7 @@ _WRITERS: Mapping[str, Callable[[Any], str]] = {
     "names": format_names,
     "new": _id,
     "new_names": format_names,
+    "nodes": lambda nodes: join_items(map(_node, nodes)),
     "number_or_name": _sum,
     "observed": _observed,
     "other_features": lambda axis: f"with {format_axis(axis)}",

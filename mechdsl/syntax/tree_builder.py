@@ -544,6 +544,9 @@ class TreeBuilder(Transformer[Token, Any]):
     of_run = _clause("run", _second)
     as_name = _clause("name", _second)
 
+    def features_of(self, c: list[Any]) -> ast.FeaturesOf:
+        return ast.FeaturesOf(_name(c[2]), span=_span(c))
+
     def map_of(self, c: list[Any]) -> ast.MapOf:
         weight = c[0] if len(c) > 1 else None
         named = _name(c[-1]) if isinstance(c[-1], Token) else c[-1]
@@ -1069,6 +1072,11 @@ _KINDS: Mapping[str, _Kind] = {
     "names": _clause_of("refs"),
     "new": _Kind(_is_name, lambda child: _defined(_named(child))),
     "new_names": _Kind(_is_token, lambda child: _defined(_name(child)), many=True),
+    "nodes": _Kind(
+        lambda child: _is_name(child) or isinstance(child, ast.FeaturesOf),
+        lambda child: child if isinstance(child, ast.FeaturesOf) else _named(child),
+        many=True,
+    ),
     "number_or_name": _Kind(
         lambda child: _is_token(child) or isinstance(child, ast.Number),
         lambda child: _named(child) if _is_token(child) else child,

@@ -368,7 +368,10 @@ _file(
     "`acdc` and `coarse_to_fine` choose it themselves. Halves of the rows, or the parts of "
     "`split`, choose and test. `mechdsl run` trains the circuit first. The experiment has one "
     "block, no other rule and no `for`, and its effects are `recovery`, `faithfulness` or `raw` "
-    "(E0207). Other experiments may use the circuit.",
+    "(E0207). Other experiments may use the circuit. `over heads, mlps, features of f` also makes "
+    "every feature of a dictionary at `mlp_out` a node, as `nodes: c_nodes` with "
+    "`group c_nodes = features * of f` does; several dictionaries are possible. "
+    "`over heads, mlps, g` names a group of features or neurons.",
     "tests/pipeline/test_discovered_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Hanna et al. 2024, arXiv 2403.17806",
 )

@@ -13,12 +13,14 @@ import mechdsl
 
 from ..cli.conftest import Command, command
 from ..quick import some
+from ..rules.test_dictionaries import make
 
 __all__ = ["command"]
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 LM = 'model lm = zoo("names")'
+WIDTH = 128
 DIFFERENCE = "logit(answer) - logit(wrong)"
 BLOCK = """
 prompts ioi {
@@ -50,8 +52,9 @@ def discovers(
     use: str = "prompts ioi limit 12",
     run: str = "from clean into abc",
     measure: str = f"measure {DIFFERENCE} as recovery",
+    nodes: str = "heads, mlps",
 ) -> str:
-    line = f"discover {circuit} over heads, mlps using {using}"
+    line = f"discover {circuit} over {nodes} using {using}"
     lines = (use, run, line, measure, *more)
     return f"experiment {name} {{\n" + "".join(f"  {each}\n" for each in lines if each) + "}\n"
 
@@ -94,6 +97,46 @@ def test_discovered_circuit_equals_its_definition(using: str, tmp_path: Path) ->
         np.testing.assert_array_equal(own.base, other.base)
     assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.1
     assert found.to_text(200).count("random circuits, 8 draws") == 1
+
+
+FEATURES = {
+    "features of f": "group own = features * of f",
+    "features of f, features of t": "group own = features * of f, features * of t",
+    "few": "group own = features 1, 4, 6 of f, feature 2 of t",
+    "cells": "group own = mlp_hidden layer 0 neurons 0..5",
+}
+GROUPS = """
+basis f = sae("sae") at mlp_out layer 0
+basis t = sae("sae") at mlp_out layer 1
+group few = features 1, 4, 6 of f, feature 2 of t
+group cells = mlp_hidden layer 0 neurons 0..5
+"""
+
+
+@pytest.mark.parametrize(
+    ("nodes", "using"),
+    [
+        ("few", EAP),
+        pytest.param("features of f, features of t", EAP, marks=pytest.mark.slow),
+        pytest.param("features of f", EAP, marks=pytest.mark.slow),
+        pytest.param("cells", "eap_ig(steps: 3) until faithfulness > 0.8", marks=pytest.mark.slow),
+        pytest.param("few", SEARCH, marks=pytest.mark.slow),
+    ],
+)
+def test_circuit_of_features_equals_its_definition(nodes: str, using: str, tmp_path: Path) -> None:
+    """The definition names all features of the dictionaries, or those of the group."""
+    make(tmp_path, "topk", WIDTH)
+    text = discovers(using, nodes=f"{nodes}, heads, mlps")
+    found = run(write(tmp_path, GROUPS, text))
+    block, rest = defined(METHODS[using])
+    rest = rest.replace("maximise:", "nodes: own, maximise:")
+    expected = run(write(tmp_path, GROUPS, FEATURES[nodes], rest, block=block), fit=True)
+    own, other = found.measures[0], expected.measures[0]
+    np.testing.assert_array_equal(own.patched, other.patched)
+    assert np.abs(own.patched - own.base).max() > 0.1
+    assert found.conventions["circuit"] == expected.conventions["circuit"]
+    whole = run(write(tmp_path, discovers(using)))
+    assert whole.conventions["circuit"] != found.conventions["circuit"]
 
 
 @pytest.mark.parametrize(("name", "metric"), [("kl(clean)",) * 2, ("loss",) * 2, ("far", "loss")])
@@ -203,10 +246,11 @@ def test_plan_counts_the_training(tmp_path: Path) -> None:
     assert "training" in str(mechdsl.plan(write(tmp_path, discovers())))
 
 
-def test_formatted_statement_parses_to_itself(tmp_path: Path, command: Command) -> None:
-    path = write(tmp_path, discovers())
+@pytest.mark.parametrize("nodes", ["heads, mlps", "heads, mlps, features of f, few"])
+def test_formatted_statement_parses_to_itself(nodes: str, tmp_path: Path, command: Command) -> None:
+    path = write(tmp_path, discovers(nodes=nodes))
     assert command("fmt", path).status == 0
-    assert f"  discover c over heads, mlps using {EAP}\n" in path.read_text("utf-8")
+    assert f"  discover c over {nodes} using {EAP}\n" in path.read_text("utf-8")
 
 
 def change(old: str, new: str) -> str:
@@ -217,7 +261,43 @@ def change(old: str, new: str) -> str:
 
 ERRORS = {
     "heads alone": (change("heads, mlps", "heads"), "E0207", "write `over heads, mlps`"),
-    "neurons": (change("heads, mlps", "heads, neurons"), "E0207", "fit a group"),
+    "neurons": (change("heads, mlps", "heads, neurons"), "E0207", "define a group, such as"),
+    "features alone": (
+        GROUPS + discovers(nodes="features of f, heads"),
+        "E0207",
+        "write `over heads, mlps, features of f`",
+    ),
+    "unknown dictionary": (
+        GROUPS + discovers(nodes="heads, mlps, features of ff"),
+        "E0201",
+        "did you mean `f`?",
+    ),
+    "two groups": (
+        GROUPS + discovers(nodes="heads, mlps, few, cells"),
+        "E0207",
+        "define one group that has all of them",
+    ),
+    "group and dictionary": (
+        GROUPS + discovers(nodes="heads, mlps, features of f, few"),
+        "E0207",
+        "define one group that has all of them",
+    ),
+    "twice": (
+        GROUPS + discovers(nodes="heads, mlps, features of f, features of f"),
+        "E0207",
+        "remove one of them",
+    ),
+    "group of heads": (
+        "group hs = L0H1, L0H2\n" + discovers(nodes="heads, mlps, hs"),
+        "E0207",
+        "name neurons or features only",
+    ),
+    "not a dictionary": (
+        "basis b = pca(ioi, dims: 2) at mlp_out layer 0\n"
+        + discovers(nodes="heads, mlps, features of b"),
+        "E0342",
+        "transcoder",
+    ),
     "nodes": (change("12 edges", "12 nodes"), "E0207", "write `top 12 edges`"),
     "until": (discovers("eap until recovery > 0.9"), "E0207", "until faithfulness > 0.9"),
     "no size": (discovers("eap"), "E0342", "eap(size: 20)"),
@@ -259,6 +339,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_invalid_discovery_reports_code_and_fix(case: str, tmp_path: Path) -> None:
     text, code, said = ERRORS[case]
+    make(tmp_path, "topk", WIDTH)
     path = write(tmp_path, text)
     found = mechdsl.validate(path).errors
     assert code in [each.code for each in found]

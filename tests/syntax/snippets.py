@@ -328,6 +328,8 @@ using atp verify until top 20 95%
 using relp verify until stable
 discover circuit over heads, mlps using eap_ig(steps: 5) until faithfulness > 0.9
 discover circuit over heads using acdc(threshold: 0.02)
+discover circuit over heads, mlps, features of f, features of t using acdc(threshold: 0.02)
+discover circuit over features of features, heads, few using eap top 10 edges
 discover circuit over heads, mlps using acdc(threshold: 0.02) top 100 edges
 discover circuit over heads using eap top 10 nodes
 discover circuit over heads using eap top n heads

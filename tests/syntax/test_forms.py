@@ -39,6 +39,7 @@ SAMPLES = {
     "names": "one, two",
     "new": "made",
     "new_names": "x, y",
+    "nodes": "heads, mlps, features of f",
     "number_or_name": "0.7",
     "observed": "norm",
     "other_features": "with features 3, 12 of f",
