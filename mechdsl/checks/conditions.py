@@ -19,7 +19,7 @@ from mechdsl.diagnostics.statistics import AmbiguousMeasure, UnreadableExpectati
 from mechdsl.resolve.cells import COMPONENT_AXIS
 from mechdsl.resolve.types import AxisLabel
 from mechdsl.syntax import ast
-from mechdsl.vocab.aggregates import expectation_functions
+from mechdsl.vocab.aggregates import AREA_HINTS, expectation_functions
 from mechdsl.vocab.sites import SHORT_WORDS, SITES, unknown_component
 
 if TYPE_CHECKING:
@@ -499,6 +499,7 @@ class CellReader:
             hint = did_you_mean(
                 text, [*words, *short, *(expectation_functions() if called else ())], listed
             )
+            hint = AREA_HINTS.get(text.lower(), hint)
             kind = f"measure or effect of {self.whose}"
             raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
         if len(found) > 1:

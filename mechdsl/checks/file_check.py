@@ -122,6 +122,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import walk
 from mechdsl.syntax.words import AXIS_WORDS, RESERVED
+from mechdsl.vocab.aggregates import AREA_HINTS
 from mechdsl.vocab.corruptions import change_problems
 from mechdsl.vocab.effects import EFFECTS, FAITHFULNESS, EffectKind
 from mechdsl.vocab.metrics import METRICS
@@ -970,6 +971,7 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
         effect = EFFECTS.get(measure.effect)
         if effect is None:
             hint = did_you_mean(measure.effect, EFFECTS, f"effects are {', '.join(EFFECTS)}")
+            hint = AREA_HINTS.get(measure.effect.lower(), hint)
             found.append(
                 UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from mechdsl.base.text import name_list
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program.bases import NODES_EXAMPLE
 from mechdsl.program.effect_trainers import NODE_EXAMPLE
@@ -250,7 +250,10 @@ def _candidate_problems(line: ast.Discover, groups: Collection[str] | None) -> I
         if isinstance(each, ast.Name) and groups is not None and each.id not in groups:
             reason = f"has no nodes `{each.id}`, which isn't a group of the file"
             hint = f"define a group, such as {NODES_EXAMPLE}, or write `features of f`; to choose "
-            yield _wrong(each, reason, f"{hint}nodes instead of edges: {NODE_EXAMPLE}")
+            hint = did_you_mean(
+                each.id, [*NODES, *groups], f"{hint}nodes instead of edges: {NODE_EXAMPLE}"
+            )
+            yield _wrong(each, reason, hint)
             return
     if len(line.over) - len(further) < len(NODES):
         reason = "always chooses from the edges of heads and MLPs, the embedding and the logits"

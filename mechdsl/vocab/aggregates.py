@@ -73,6 +73,18 @@ _OTHER_FUNCTIONS = (
     *("abs", "auc", "auroc", "accuracy", "cmd", "spearman", "pearson", "argmax", "argmin"),
 )
 
+AREA_HINTS = {
+    "cpr": "the CPR of MIB is the area under the curve: measure `… as faithfulness`, and write "
+    "`expect auc(faithfulness, n) > 0.5`",
+    "cmd": "the CMD of MIB is a function of expectations: measure `… as faithfulness`, and write "
+    "`expect cmd(faithfulness, n) < 0.5`",
+}
+"""Names of MIB's areas → how a file has them.
+
+References:
+    Mueller et al. 2025 (arXiv 2504.13151), section 3.2.
+"""
+
 
 def expectation_functions() -> tuple[str, ...]:
     """Return the names of all functions of expectations."""

@@ -726,6 +726,16 @@ HINTS: tuple[Hint, ...] = (
         r"([0-9.]+%?)",
         "write a colon after an option: `{0}: {1}`",
     ),
+    Hint(
+        r"^measure\b.*\bas\s+\w+\s+$",
+        r"[Cc][Pp][Rr]\s+over\s+(\w+)",
+        "the CPR of MIB is the area under the curve: write `auc over {0}`",
+    ),
+    Hint(
+        r"^measure\b.*\bas\s+\w+\s+$",
+        r"[Cc][Mm][Dd]\s+over\s+(\w+)",
+        "write the CMD of MIB as `expect cmd(faithfulness, {0}) < 0.5`",
+    ),
     Hint(r"^discover\s+over\b", r"", "name the circuit: `discover c over heads, mlps using …`"),
     Hint(
         r"^discover\b.*\bover\s+(\w+)\s+$",
