@@ -53,8 +53,8 @@ MIN_PASS_TOKENS = 256
 MAX_PASS_TOKENS = 1 << 17
 
 WIDTH_RANGE = 1.5
-"""Factor between the numbers of tokens of rows of circuits that are sorted by circuit first. Each
-circuit of a pass costs about as much as 40 tokens of padding."""
+"""Factor between the numbers of tokens of rows of circuits in padded passes that are sorted by
+circuit first. Each circuit of a pass costs about as much as 40 tokens of padding."""
 
 CACHE_MEMORY_SHARE = 0.25
 """Share of free memory that unpatched runs may use for rows that start from them."""
@@ -267,15 +267,19 @@ def compute_row_widths(
 
 
 def group_rows(
-    shared: SharedRows, plan: Plan, plans: Sequence[ExperimentPlan], widths: Ints
+    shared: SharedRows, plan: Plan, plans: Sequence[ExperimentPlan], widths: Ints, *, packs: bool
 ) -> Iterator[tuple[PromptRun, Ints]]:
     """Yield groups of rows that can share passes, with rows of equal columns adjacent. Rows of
-    circuits are sorted by ranges of columns, and in these by circuit, so that a pass has little
-    padding and few circuits.
+    circuits are sorted by circuit, so that a pass has few circuits; in full passes, by ranges of
+    columns first, so that it has little padding.
 
     They start from the same run, have the same number of draws and replaced blocks, and are all
-    full passes or all packed; if rows aren't joined, they belong to one cell. Rows of circuits
-    that leave out nodes share no pass with others, which may need steps inside of these nodes.
+    full passes or all packed; if rows aren't joined, they belong to one cell. Packed rows of
+    circuits share no pass with others, because they are computed in all blocks. Nor do those that
+    leave out nodes, because others may need steps inside of these nodes.
+
+    Args:
+        packs: Whether rows can be packed.
     """
     runs: list[PromptRun] = []
     start = np.zeros(len(shared), dtype=np.int64)
@@ -301,17 +305,18 @@ def group_rows(
             whole[own] = each.whole
             settles[own] = plan.skips_inert and settles_circuits(each)
         cells = shared.rows.cell[own]
-        if any(rule.rule.circuit is not None for rule in each.rules):
+        if each.ablates_circuits:
             circuit[own], has_circuit[own] = cells, True
         for cell in np.unique(cells).tolist():
             pairs = each.replaced_blocks(cell)
             blocks[own[cells == cell]] = numbered.setdefault(pairs, len(numbered))
-    keys = [start, draws, whole, blocks, settles]
+    is_packed = has_circuit & (whole == 0) & packs
+    keys = [start, draws, whole, blocks, settles, is_packed]
     if not plan.joins_rows:
         keys += [shared.owner, shared.rows.cell]
     _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)
     group = group.reshape(-1)
-    ranges = np.where(has_circuit, _begin_ranges(widths), widths)
+    ranges = np.where(is_packed, 0, np.where(has_circuit, _begin_ranges(widths), widths))
     order = np.lexsort((shared.rows.prompt, widths, circuit, ranges, group))
     for own in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
         if len(own):

@@ -40,6 +40,11 @@ class Shortcuts:
     last: bool = True
     """Tokens that no metric reads: those after the last read and, in the last block, all others."""
 
+    def of_circuits(self) -> Shortcuts:
+        """Return the parts that a row reuses whose circuit is ablated: tokens before its first
+        written one. Each block computes all others, because receivers read any earlier sender."""
+        return Shortcuts(resume=False, inside=False, prefix=self.prefix, last=False)
+
 
 FULL_PASS = Shortcuts(resume=False, inside=False, prefix=False, last=False)
 

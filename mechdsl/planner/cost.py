@@ -1508,6 +1508,8 @@ class _Shapes:
             shortcuts: What rows reuse of their starting run.
             settles: Whether nodes aren't computed that give what ablated edges carry.
         """
+        if self.plan.ablates_circuits:
+            shortcuts = shortcuts.of_circuits()
         tokens, adds = self._blocks(panel, FULL_PASS if self.plan.whole else shortcuts)
         for rule in self.plan.rules:
             if rule.rule.circuit is not None:

@@ -147,6 +147,12 @@ class ExperimentPlan:
         together = self.experiment.model.shape.encodes_apart or self.experiment.needs_full_passes
         return together or any(plan.rule.does.whole for plan in self.rules)
 
+    @property
+    def ablates_circuits(self) -> bool:
+        """Whether a rule ablates edges of circuits, whose receivers read the outputs of all
+        blocks."""
+        return any(plan.rule.circuit is not None for plan in self.rules)
+
     @cached_property
     def token_weight(self) -> int:
         """Number of tokens whose memory a token of its rows takes: of an ablated circuit, the pass
@@ -691,6 +697,8 @@ def _lowest(experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: 
     n_layers = experiment.model.shape.n_layers
     lowest = np.full(count, n_layers, dtype=np.int64)
     for plan in rules:
+        if plan.rule.circuit is not None:  # receivers read the outputs of all blocks
+            return np.zeros(count, dtype=np.int64)
         if plan.rule.sites is None:
             continue
         own = [

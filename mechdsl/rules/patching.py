@@ -233,7 +233,6 @@ class CircuitFill(Intervention):
     """Edges of a circuit carry a fill instead of the outputs of their senders."""
 
     changes = "circuit"
-    whole = True
     drawn_positions = False
 
     def detail(self, rule: ResolvedRule) -> str | None:
@@ -249,7 +248,6 @@ class CircuitFill(Intervention):
         yield from describe_features(rule)
         if rule.circuit is not None and rule.circuit.made:
             yield Convention(f"circuit {rule.circuit.name}", rule.circuit.made)
-        yield Convention("passes", "rows of an ablated circuit are full forward passes")
 
 
 class ZeroEdges(CircuitFill, ZeroFill):

@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mechdsl.execute.patching import rows as patched_rows
 from mechdsl.forward.hooks.batch import CircuitWrite
-from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
+from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.settled import CircuitSettler
+from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.models.shape import ModelShape
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.cost import PanelCount
@@ -267,14 +268,21 @@ def test_random_edges_of_any_number_carry_another_run(data: Path, name: str, mod
 def test_plan_counts_only_nodes_of_circuits_that_are_computed(
     data: Path, monkeypatch: pytest.MonkeyPatch, name: str, share: float
 ) -> None:
-    """Within a factor of 1.5 of the floating-point operations of the patched rows, which are
-    padded."""
+    """Within a factor of 1.5 of the floating-point operations of the patched rows."""
     every = sorted(edges(name)[2])
     random = np.random.default_rng(0)
     own = [edge for edge in every if random.random() < share] or [every[-1]]
     text = f"circuit c = {', '.join(f'{of} -> {to}' for of, to in own)}\n"
     done, planned = count_operations(data, monkeypatch, name, text)
     assert done / 1.5 < planned < done * 1.5
+
+
+def test_plan_counts_only_tokens_that_an_ablated_circuit_changes(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, rule = edges("gpt2")[0], "ablate c at last token with zero"
+    done, planned = count_operations(data, monkeypatch, "gpt2", text, rule)
+    assert done / 1.25 < planned < done * 1.25
 
 
 def count_operations(
@@ -287,13 +295,17 @@ def count_operations(
     """The floating-point operations of patched rows that a run does, and those that it plans."""
     done, plans = [0], list[Plan]()
 
-    def counted(*given: Any, **options: Any) -> FullPassResult:
-        with FlopCounterMode(display=False) as counter:
-            found = run_full(*given, **options)
-        done[0] += counter.get_total_flops()
-        return found
+    def count(run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any, **options: Any) -> Any:
+            with FlopCounterMode(display=False) as counter:
+                found = run(*given, **options)
+            done[0] += counter.get_total_flops()
+            return found
 
-    monkeypatch.setattr(patched_rows, "run_full", counted)
+        return counted
+
+    for run in (run_full, run_packed):
+        monkeypatch.setattr(patched_rows, run.__name__, count(run))
     text = circuit + of_files.experiment("e", "prompts p", rule, of_files.DIFFERENCE)
     options = RunOptions(on_profile=lambda plan, _: plans.append(plan))
     of_files.run_file(text, data, bare(name), options)

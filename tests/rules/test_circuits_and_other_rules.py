@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from mechdsl.execute.patching import rows as patched_rows
+from mechdsl.forward.packed.packed_pass import PackedResult, run_packed
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..execute.support import DIFFERENCE
 from ..quick import in_turn
 from ..reference.forward import stack
 from .circuits import circuit_pass, outputs, reads
@@ -175,6 +179,65 @@ def test_path_with_a_circuit_holds_components_at_the_run_with_the_circuit(
     values = expected(name, CASES[key])
     np.testing.assert_allclose(found.base[0], unpatched(name), atol=1e-5)
     np.testing.assert_allclose(found.patched[0], values, atol=1e-5, rtol=1e-4)
+
+
+OTHER, ZERO = "ablate c at last token with other", "ablate c at last token with zero"
+PACKED = {
+    "one_circuit": ([OTHER], DIFFERENCE, LAST),
+    "all_but_a_circuit": (["ablate all but c at last token with zero"], DIFFERENCE, LAST),
+    "later_write": ([OTHER, "ablate L2H3 at last token with zero"], DIFFERENCE, LAST),
+    "earlier_write": ([OTHER, "ablate L1H3 at cue token with zero"], DIFFERENCE, "cue token"),
+    "attention": (
+        [OTHER, "block attention layer 2 head 0 from last token to cue token"],
+        DIFFERENCE,
+        LAST,
+    ),
+    "earlier_read": (
+        [ZERO],
+        f"{DIFFERENCE}\n  measure cosine(resid_post layer 0, other) at cue token as raw",
+        "cue token",
+    ),
+    "two_tokens": (["ablate c at {cue token, last token} with other"], DIFFERENCE, "cue token"),
+    "no_circuit": (["ablate L2H1 at last token with zero"], DIFFERENCE, LAST),
+}
+"""Rules, measures and the first token that rows compute."""
+
+
+@pytest.fixture
+def packed_work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The number of tokens that each packed pass computes in each block."""
+    found: list[tuple[int, ...]] = []
+
+    def spy(*given: Any, **options: Any) -> PackedResult:
+        result = run_packed(*given, **options)
+        found.append(result.work)
+        return result
+
+    monkeypatch.setattr(patched_rows, "run_packed", spy)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_packed_rows_of_circuits_compute_all_blocks_from_their_first_token(
+    data: Path, packed_work: list[tuple[int, ...]], name: str
+) -> None:
+    """Their values are those of padded passes. Rows without circuits have separate passes, in which
+    they start at their lowest write."""
+    text = CIRCUIT
+    for key, (rules, measure, _) in PACKED.items():
+        text += experiment(key, "from other into clean", *rules, measure=measure)
+    found = run_file(text, data, name, "planned", precise=True)
+    starts = [first for key, (_, _, first) in PACKED.items() if key != "no_circuit"]
+    count = sum(len(each.ids) - tokens(each, first)[0] for each in rows() for first in starts)
+    without_circuits, *others = sorted(packed_work)
+    assert without_circuits == (0, 0, 4)
+    assert [sum(own) for own in zip(*others, strict=True)] == [count] * 3
+    del packed_work[:]
+    whole = run_file(text, data, name, "plain", precise=True)
+    assert not packed_work
+    for key in PACKED:
+        for one, other in zip(found[key].measures, whole[key].measures, strict=True):
+            np.testing.assert_allclose(one.patched, other.patched, atol=1e-9, err_msg=key)
 
 
 def test_circuit_changes_the_held_values_of_each_reference() -> None:

@@ -14,8 +14,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -65,7 +65,6 @@ from mechdsl.execute.unpatched_runs import (
 )
 from mechdsl.forward.generation.rules import GenerationRules
 from mechdsl.forward.hooks.batch import (
-    Batch,
     CircuitWrite,
     RowPositions,
     RuleWrites,
@@ -715,6 +714,7 @@ class Patcher:
         """
         lane = lanes.lane(rows.prompts, rows.draw)
         if lanes.kept is not None and not rows.whole:
+            lengths = lanes.batch.lengths.numpy()[lane]
             result = run_packed(
                 self.model,
                 lanes.kept,
@@ -726,6 +726,7 @@ class Patcher:
                 shortcuts=self.plan.shortcuts,
                 fuse=self.plan.fuses_kernels,
                 edges=rows.acting.edges,
+                circuits=self._settled_circuits(rows, lengths, alone=not reads),
                 held=rows.held,
             )
             return select_row_logits(self.model, result.logits, final[0]), result.reads
@@ -762,7 +763,9 @@ class Patcher:
                 )
                 added = [*added, *stack.enter_context(held)]
             alone = not (added or reads or rows.held is not None)
-            circuits = stack.enter_context(self._open_circuits(rows, batch, alone=alone))
+            if rows.acting.circuits and self.plan.fuses_kernels:
+                stack.enter_context(fuse_activations(self.model.module))
+            lengths = batch.lengths.numpy()
             result = run_full(
                 self.model,
                 batch,
@@ -771,7 +774,7 @@ class Patcher:
                 logits_at=logits_at,
                 tokens=tokens,
                 edges=rows.acting.edges,
-                circuits=circuits,
+                circuits=self._settled_circuits(rows, lengths, alone=alone),
             )
         assert result.logits is not None
         row, columns = torch.from_numpy(final[0]), torch.from_numpy(slots)
@@ -787,23 +790,19 @@ class Patcher:
             return result.logits[row], found
         return result.logits[row, columns], found
 
-    @contextmanager
-    def _open_circuits(
-        self, rows: PassRows, batch: Batch, *, alone: bool
-    ) -> Generator[Sequence[CircuitWrite]]:
-        """Yield the circuits of a pass, which computes only what they need in this context.
+    def _settled_circuits(
+        self, rows: PassRows, lengths: Ints, *, alone: bool
+    ) -> Sequence[CircuitWrite]:
+        """Return the circuits of a pass without the nodes that needn't be computed.
 
         Args:
+            lengths: [row] tokens.
             alone: Whether nothing is written but what rules write, and only logits are read.
         """
         circuits = rows.acting.circuits
-        with ExitStack() as stack:
-            if circuits and self.plan.fuses_kernels:
-                stack.enter_context(fuse_activations(self.model.module))
-            if self.plan.skips_inert and alone and self._settles(rows):
-                lengths = batch.lengths.numpy()
-                circuits = [self._settler.settle(each, lengths) for each in circuits]
-            yield circuits
+        if self.plan.skips_inert and alone and self._settles(rows):
+            return [self._settler.settle(each, lengths) for each in circuits]
+        return circuits
 
     def _settles(self, rows: PassRows) -> bool:
         """Return whether only circuits act, whose ablated edges carry values of unpatched runs on

@@ -795,11 +795,12 @@ class PanelRunner:
         shared = self._sharer().of(
             [own if cells else RowTable.none() for own, cells in zip(live, run, strict=True)]
         )
-        widths, work = compute_row_widths(shared, self.runs.shortcuts, plans)
+        shortcuts = self.runs.shortcuts
+        widths, work = compute_row_widths(shared, shortcuts, plans)
         if int(widths.sum()) * len(self.batches) < enough:
             return
         run, group = max(
-            group_rows(shared, self.plan, plans, widths),
+            group_rows(shared, self.plan, plans, widths, packs=shortcuts is not None),
             key=lambda each: int(widths[each[1]].sum()),
         )
 
@@ -822,8 +823,10 @@ class PanelRunner:
             batch: The prompts.
             rows_of: All rows of each experiment.
         """
-        widths, _ = compute_row_widths(shared, self.runs.shortcuts, self.running)
-        for run, group in group_rows(shared, self.plan, self.running, widths):
+        shortcuts, plans = self.runs.shortcuts, self.running
+        widths, _ = compute_row_widths(shared, shortcuts, plans)
+        packs = shortcuts is not None
+        for run, group in group_rows(shared, self.plan, plans, widths, packs=packs):
             replies = self._group_replies(patcher, shared, group, run, batch)
             begin = 0
             while begin < len(group):

@@ -952,6 +952,19 @@ class _WriteHooks(CircuitHooks):
         self._others = write.others
         self._entrance_biases: dict[int, Tensor] = {}
         """By layer, [d_model] the sum of biases before the attention of the block."""
+        self._ends = self._locate_ends(frame, write)
+
+    def _locate_ends(self, frame: TokenFrame, write: CircuitWrite) -> tuple[Tensor, ...]:
+        """Return the tokens that the end of the model reads: their numbers among those of the
+        circuit, and both indices into the input of the end. Packed passes continue after the last
+        block with only the tokens that are read."""
+        where = SiteRead("final_norm")
+        if self._norms_follow_sums:
+            where = SiteRead("resid_post", self._shape.n_layers - 1, self._stack)
+        given = where.site, where.layer, where.stack, write.rows, write.positions
+        rows, columns, present = frame.locate(*given)
+        due = torch.nonzero(present)[:, 0]
+        return indices_to_device((due, rows[due], columns[due]), self.model.device)
 
     def steps(self) -> Iterator[CircuitStep]:
         for fill in self._heads:
@@ -1375,11 +1388,22 @@ class _WriteHooks(CircuitHooks):
         return self._others[layer] if unit == OTHERS else (unit,)
 
     def _at_whole(self, norm: str | None, row: int, value: Tensor) -> Tensor:
+        if self._receivers[row][0].layer is None:
+            return self._at_end(row, value)
         if norm is None:
             return self._put(value, self._input(row, self._at(value)))
         assert self._stream is not None
         self._check_input(self._normed(norm, self._stream, value), value)
         return self._put(value, self._normed(norm, self._input(row, self._stream), value))
+
+    def _at_end(self, row: int, value: Tensor) -> Tensor:
+        """Return the input of the end of the model, [B, T, d_model]."""
+        due, *index = (each.to(value.device) for each in self._ends)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        stream = value.new_zeros(len(self._rows), value.shape[-1], dtype=dtype)
+        stream = stream.index_put((due,), value[tuple(index)].to(dtype))
+        found = self._input(row, stream)[due.to(stream.device)]
+        return value.index_put(tuple(index), found.to(value))
 
     def _input(self, row: int, stream: Tensor) -> Tensor:
         """Return [K, d_model]: what an MLP or the end of the model reads."""

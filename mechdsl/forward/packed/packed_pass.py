@@ -31,6 +31,7 @@ from mechdsl.forward.hooks.attention import (
 )
 from mechdsl.forward.hooks.attention_hooks import AttentionGroup
 from mechdsl.forward.hooks.batch import (
+    CircuitWrite,
     DeviceIndex,
     EdgeWrite,
     ReadMismatch,
@@ -544,6 +545,7 @@ def _build_row_masks(
     columns: PromptColumns,
     writes: Sequence[SiteWrite],
     edges: Sequence[EdgeWrite],
+    circuits: Sequence[CircuitWrite],
     reads: Mapping[SiteRead, tuple[Ints, Ints]],
     final: tuple[Ints, Ints],
     held: HeldSublayers | None,
@@ -560,6 +562,9 @@ def _build_row_masks(
     written += [
         (("pattern", e.layer), e.rows.cpu().numpy(), columns.of(e.rows, e.queries)) for e in edges
     ]
+    written += [
+        (("resid_pre", 0), c.rows.numpy(), columns.of(c.rows, c.positions)) for c in circuits
+    ]
     looked_at = [((r.site, r.layer), *tokens) for r, tokens in reads.items()]
     looked_at += [
         ((w.site, w.layer), *_previous_positions(w, columns)) for w in writes if w.mode == "step"
@@ -569,6 +574,8 @@ def _build_row_masks(
         for w in writes
         if isinstance(w.mode, CoordinateWrite) and w.mode.reads
     ]
+    if circuits:  # each block computes the same tokens
+        written += [(("resid_pre", 0), rows, at) for _, rows, at in looked_at]
     outputs = np.zeros_like(columns.real)
     outputs[final] = True
     for read, tokens in reads.items():
@@ -595,6 +602,7 @@ def run_packed(
     shortcuts: Shortcuts | None = None,
     fuse: bool = True,
     edges: Sequence[EdgeWrite] = (),
+    circuits: Sequence[CircuitWrite] = (),
     held: HeldSublayers | None = None,
 ) -> PackedResult:
     """Run rows that start from stored lanes.
@@ -608,6 +616,7 @@ def run_packed(
         shortcuts: Which computations may be skipped.
         fuse: Whether to run activation functions in fused kernels.
         edges: Changed attention edges.
+        circuits: Edges that carry other values.
         held: Rows whose sublayers keep the lane's values.
     """
     columns = PromptColumns(kept, lanes)
@@ -619,16 +628,21 @@ def run_packed(
     read_columns = {r: (places[0], columns.of(*places)) for r, places in reads.items()}
     final_columns = columns.of(*final)
     output_tokens = final[0], final_columns
+    shortcuts = shortcuts or Shortcuts()
+    if circuits:
+        shortcuts = shortcuts.of_circuits()
     frame = PackedFrame(
         model,
         kept,
         lanes,
-        _build_row_masks(columns, writes, edges, read_columns, output_tokens, held),
-        shortcuts or Shortcuts(),
+        _build_row_masks(columns, writes, edges, circuits, read_columns, output_tokens, held),
+        shortcuts,
         end,
     )
+    if circuits and any(pack is not frame.packs[0] for pack in frame.packs):
+        raise ValueError("blocks of a row whose circuit is ablated differ in tokens")
     logits, found = _PackedRun(model, kept, frame).run(
-        writes, list(reads), tokens, fuse=fuse, edges=edges
+        writes, list(reads), tokens, fuse=fuse, edges=edges, circuits=circuits
     )
     at = array_to_device(frame.final[final[0], final_columns], logits.device)
     return PackedResult(
@@ -664,6 +678,7 @@ class _PackedRun:
         *,
         fuse: bool,
         edges: Sequence[EdgeWrite] = (),
+        circuits: Sequence[CircuitWrite] = (),
     ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
         """Run the pass; returns [final token, vocab] logits and the values read."""
         frame = self.frame
@@ -681,7 +696,9 @@ class _PackedRun:
                 )
             writes = [write for write in writes if write.site != "embed"]
             reads = [read for read in reads if read.site != "embed"]
-        work = self.sites = SiteHooks(self.model, frame, writes, reads, edges=edges)
+        work = self.sites = SiteHooks(
+            self.model, frame, writes, reads, edges=edges, circuits=circuits
+        )
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(replace_block_attention(self.model, self._attention, masked=False))
