@@ -11,6 +11,7 @@ questions.jsonl: every verb with every object that `zoo("refusal")` knows, and w
 items.jsonl: the items of the sequences of `zoo("succession")` except numerals, with their values.
 sums.jsonl: lists of four parts for `zoo("worked")` that training didn't have.
 clips.jsonl: frames of two moving shapes for `zoo("frames")` that training doesn't have together.
+more_clips.jsonl: other clips of this kind, to test what was chosen on those.
 things.jsonl: fields of things for `zoo("hidden-rules")` that training didn't have with these rules.
 years.jsonl: periods for `zoo("years")` that training didn't have, and all later and earlier years.
 partitioned.jsonl: images of rows of shapes, each row behind a symbol; where they lie in pixels.
@@ -46,6 +47,8 @@ from zoo.years import data as years
 
 SEED = 16
 ROWS = 64
+MORE = 136
+"""Clips of `more_clips.jsonl`."""
 THINGS = 8
 """Of each rule and decision."""
 MANY, FEW = range(7, 10), range(2, 5)
@@ -160,27 +163,27 @@ def sums() -> list[Record]:
     return list(found.values())
 
 
-def clips() -> list[Record]:
-    """Clips with a shape whose motion is asked, which frame 3 shows."""
+def clips(count: int) -> list[Record]:
+    """Different clips with a shape whose motion is asked, which frame 3 shows."""
     rng, found = default_rng(SEED), list[Record]()
-    while len(found) < ROWS:
+    while len(found) < count:
         clip = frames.draw_clip(rng, held_out=True)
         asked, other = clip
         row, column = asked.cell(2)
         if frames.cells(clip, 2)[row][column] != asked.thing or asked.motion == other.motion:
             continue
         cells = (cells_of(frames.cells(clip, frame)) for frame in range(frames.FRAMES))
-        found.append(
-            {
-                **{f"f{number}": each for number, each in enumerate(cells, 1)},
-                "thing": asked.thing,
-                "way": asked.motion,
-                "opposite": frames.OPPOSITE[asked.motion],
-                "other": other.motion,
-                "row": row + 1,
-                "col": column + 1,
-            }
-        )
+        record: Record = {
+            **{f"f{number}": each for number, each in enumerate(cells, 1)},
+            "thing": asked.thing,
+            "way": asked.motion,
+            "opposite": frames.OPPOSITE[asked.motion],
+            "other": other.motion,
+            "row": row + 1,
+            "col": column + 1,
+        }
+        if record not in found:
+            found.append(record)
     return found
 
 
@@ -314,7 +317,8 @@ def files() -> dict[str, list[Record]]:
         "questions.jsonl": questions(),
         "items.jsonl": items(),
         "sums.jsonl": sums(),
-        "clips.jsonl": clips(),
+        "clips.jsonl": clips(ROWS),
+        "more_clips.jsonl": clips(ROWS + MORE)[ROWS:],
         "things.jsonl": things(),
         "years.jsonl": periods(),
         "partitioned.jsonl": partitioned(),
