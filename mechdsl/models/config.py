@@ -732,6 +732,12 @@ def read_config(
     return cast(dict[str, Any], config), []
 
 
+def _lacks_vision(shape: ModelShape) -> bool:
+    """Return whether a config doesn't show the sizes of the vision encoder of prompts' images."""
+    known = "vision" in shape.others or shape.without_vision or shape.takes == "image to text"
+    return shape.reads_images and not known
+
+
 def shape_of_folder_config(
     config: Mapping[str, Any], *, model: str = "model", span: Span | None = None
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
@@ -744,6 +750,11 @@ def shape_of_folder_config(
             if not is_in_config(text, found):
                 whole = add_defaults(config, KEY_GROUPS)
                 return shape_from_config(whole, model=model, span=span)
+        if shape is not None and _lacks_vision(shape):
+            part = add_defaults(config, KEY_GROUPS).get("vision_config")
+            whole = {**config, "vision_config": part}
+            completed, _ = shape_from_config(whole, model=model, span=span)
+            return completed or shape, found
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # A key may hold any value, and each family reads other keys.
         reason = f"one of its entries has a wrong value ({error})"

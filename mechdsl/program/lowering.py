@@ -951,6 +951,8 @@ def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: N
         for part in walk(statement.site):
             if isinstance(part, ast.Name):
                 _ = scope.has("group", part.id) or scope.has("param", part.id)
+        for name in number_names((statement.site, statement.at)):
+            scope.has("param", name)
         if not check_trained_direction(statement, parts, scope):
             continue
         direction = lower_direction(statement, parts, scope)

@@ -9,7 +9,7 @@ import pytest
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.names import UnknownName
+from mechdsl.diagnostics.names import UnknownName, UnusedName
 from mechdsl.program.lowering import lower_program
 from mechdsl.program.measures import CORRECTION_WORDS
 from mechdsl.program.significance import CORRECTION_NAMES
@@ -130,6 +130,23 @@ def test_rules_record_their_enclosing_loops() -> None:
     )
     (found,) = lowered(HEAD + experiment(FROM, *lines, DELTA)).experiments
     assert [rule.loops for rule in found.rules] == [("l",), ()]
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        "direction d = mean_difference(fruit, fruit) at resid_post layer depth at last token",
+        "direction d = mean_difference(fruit, fruit) at resid_post layers depth..3 at last token",
+        "direction d = mean_difference(fruit, fruit) at resid_post layer 3 at token depth",
+        "basis d = pca(fruit, dims: 2) at resid_post layer depth at token depth",
+    ],
+)
+def test_parameter_of_an_unused_definition_causes_no_second_warning(unused: str) -> None:
+    text = HEAD.replace("\nprompts", "param depth = 2\n\nprompts", 1) + f"{unused}\n"
+    found = check_source(Source(text + experiment("measure correct as raw"))).diagnostics
+    names = {each.name for each in found if isinstance(each, UnusedName)}
+    assert "d" in names
+    assert "depth" not in names
 
 
 def test_misspelt_prompts_name_causes_no_unused_warning() -> None:

@@ -507,6 +507,7 @@ def test_conventions_name_the_video_processor_and_merged_frames() -> None:
         ("llava_onevision_frames", "frame 5 row 1 col 1 token", "E0309", "each prompt has 4"),
         ("llava_onevision_frames", "frame 1 row 3 col 1 token", "E0310", "2 rows and 2 columns"),
         ("llava_onevision_frames", "clip row 1 col 1 token", "E0308", "frame 1 row 1 col 1"),
+        ("llava_onevision_frames", "clip frame 2 tokens", "E0308", "first: `frame 2 of clip`"),
     ],
 )
 def test_invalid_position_reports_code_and_fix(

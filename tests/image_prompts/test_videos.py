@@ -240,6 +240,8 @@ RULE = "ablate resid_post layer 0 at {} with zero"
         ("clip row 1 col 1 token", "E0308", "frame 1 row 1 col 1 token"),
         ("clip frame 2 row 1 col 2 token", "E0308", "first: `frame 2 row 1 col 2 of clip`"),
         ("clip frame 2 row 1 col 2 token", "E0308", "`clip` is a video"),
+        ("clip frame 2 tokens", "E0308", "name the frame first: `frame 2 of clip`"),
+        ("each token of clip frame 2", "E0308", "name the frame first: `frame 2 of clip`"),
         ("frames 1 tokens", "E0308", "frame"),
     ],
 )
@@ -248,6 +250,16 @@ def test_invalid_position_reports_code_and_fix(position: str, code: str, told: s
     _, problems = support.try_file(text, "llava", block=BLOCK)
     assert [each.code for each in problems if each.severity == "error"] == [code]
     assert told in support.render_full(problems, color=False, width=100)
+
+
+def test_frame_of_an_image_reports_that_images_have_none() -> None:
+    block = BLOCK.replace('video clip = ["{file}", "{other}", "2.png"]', 'image clip = "{file}"')
+    text = experiment("e", RULE.format("clip frame 2 tokens"))
+    _, problems = support.try_file(text, "llava", block=block)
+    assert [each.code for each in problems if each.severity == "error"] == ["E0308"]
+    shown = support.render_full(problems, color=False, width=100)
+    assert "`clip` is an image, which has no frames" in shown
+    assert "`clip tokens`" in shown
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,18 @@ def test_default_vision_encoder_of_llava_has_24_layers() -> None:
     assert (encoder.patches.size, encoder.patches.patch) == ((336, 336), (14, 14))
 
 
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "idefics3", "paligemma", "mllama"])
+@pytest.mark.parametrize("vision", [{}, {"num_hidden_layers": 3, "depth": 3}])
+def test_empty_vision_config_has_defaults_where_the_text_config_is_complete(
+    kind: str, vision: dict[str, Any]
+) -> None:
+    text = library_defaults.whole(kind)["text_config"]
+    found = shape(model_type=kind, text_config=text, vision_config=vision)
+    assert "vision" in found.others
+    expected = library_defaults.whole(kind, text_config=text, vision_config=vision)
+    assert library_defaults.without_config(found) in library_defaults.shapes(expected)
+
+
 def test_default_first_token_of_t5gemma_is_2() -> None:
     assert shape(model_type="t5gemma").starts == (2,)
 

@@ -628,6 +628,17 @@ class SpanFinder:
         named = (each.name for m in self.maps[:1] for each in m.row.placed_pictures)
         return list(dict.fromkeys(named))
 
+    def _is_video(self, ref: ast.SpanRef) -> bool:
+        """Whether a span is a video, whose frames are images."""
+        return any(each.video == ref.name for m in self.maps[:1] for each in m.row.placed_pictures)
+
+    def _has_no_frames(self, ref: ast.SpanRef) -> bool:
+        """Whether a span with a frame after its name is a video or an image and not a sound."""
+        if ref.view is None or not ref.view.is_frame:
+            return False
+        own = self.first_picture(0, ref) if self.is_picture(ref) else None
+        return self._is_video(ref) or (own is not None and not own.picture.expansion.is_sound)
+
     def _not_an_image(self, ref: ast.SpanRef) -> Diagnostic:
         """Return E0308 for patches of something that isn't an image."""
         names = self.picture_names
@@ -635,13 +646,18 @@ class SpanFinder:
         if names:
             hint = did_you_mean(ref.name or "", names, f"images are {name_list(names)}")
         name, what = ref.name or "", "not an image in a prompt"
-        if any(each.video == ref.name for m in self.maps[:1] for each in m.row.placed_pictures):
-            hint = f"name a frame of the video: `{FRAME_SPAN} 1 row 1 col 1 token`"
-            what = f"`{name}` is a video: only its frames have rows and columns"
+        framed = ref.view is not None and ref.view.is_frame
+        if self._is_video(ref):
             name = ref.span.written
+            hint = f"name a frame of the video: `{FRAME_SPAN} 1 row 1 col 1 token`"
+            what = f"`{ref.name}` is a video: only its frames have rows and columns"
             own = re.fullmatch(rf"{ref.name}\s+({FRAME_SPAN}\s.*)", name)
             if own is not None:
                 hint = f"name the frame first: `{own[1]} of {ref.name}`"
+                what = what if ref.row is not None else f"`{ref.name}` is a video"
+        elif framed and name in names:
+            hint = f"name all tokens of the image: `{name} tokens`"
+            name, what = ref.span.written, f"`{name}` is an image, which has no frames"
         return UnknownSpan(
             span=ref.span,
             name=name,
@@ -671,7 +687,8 @@ class SpanFinder:
         """Return all occurrences per row; None with a diagnostic if the span is unknown or has no
         token."""
         patches = ref.row is not None or (ref.view is not None and not self.is_picture(ref))
-        if patches and not self.of_images and ref.name not in self.picture_names:
+        unnamed = patches and not self.of_images and ref.name not in self.picture_names
+        if unnamed or self._has_no_frames(ref):
             self.diagnostics.append(self._not_an_image(ref))
             return None
         if not self._known(ref) or not self._views_fit(ref):
@@ -799,8 +816,6 @@ def _parts_of(image: PlacedPicture, ref: ast.SpanRef) -> str:
         return (
             f"`{image.name}` has {cols} frames, counted from 1: write `{image.name} frame 1 token`"
         )
-    if ref.view is not None and ref.view.is_frame:
-        return "only sounds have frames after their name; those of a video are `frame 2 tokens`"
     said = f"there, `{image.name}` has {rows} rows and {cols} columns of tokens"
     if ref.view is not None:
         tiles = len([tile for tile in expansion.layout.tiles if tile.number != THUMBNAIL])
