@@ -42,6 +42,7 @@ from mechdsl.resolve.types import (
     SiteCoordinate,
     SitePoint,
     TrainedMask,
+    is_neuron,
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite
@@ -206,9 +207,9 @@ def _end(point: SitePoint, span: Span) -> ast.Site:
         return ast.Site(tuple(ast.Name(word, span=span) for word in words), span=span)
     if isinstance(point, FeatureNode):
         return _feature_end(point, span)
-    if point.site == "mlp_hidden" and point.unit is None:  # the other neurons of the layer
-        point = replace(point, site="mlp_out")
-    unit: ast.AxisWord = "neuron" if point.site == "mlp_hidden" else "head"
+    if is_neuron(point) and point.unit is None:  # the other neurons of the layer
+        point = replace(point, site=point.site.replace("mlp_hidden", "mlp_out"))
+    unit: ast.AxisWord = "neuron" if is_neuron(point) else "head"
     numbers: dict[ast.AxisWord, int | None] = {"layer": point.layer, unit: point.unit}
     axes = tuple(
         ast.Axis(word, False, _values((number,), span), span=span)

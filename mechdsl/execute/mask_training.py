@@ -48,7 +48,12 @@ from mechdsl.dictionaries.features import Dictionary
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute.objective_rows import EffectRows
 from mechdsl.execute.patching.differentiated_run import DrawLanes, write_point
-from mechdsl.execute.patching.writes import group_senders, list_other_neurons, number_unit
+from mechdsl.execute.patching.writes import (
+    group_senders,
+    list_other_neurons,
+    list_stream_nodes,
+    number_unit,
+)
 from mechdsl.execute.training import TrainingJob, read_settings
 from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.execute.vectors import DirectionFits
@@ -68,6 +73,7 @@ from mechdsl.forward.hooks.batch import (
     SiteRead,
     SiteWrite,
     number_senders,
+    stream_of,
     try_pass,
 )
 from mechdsl.forward.hooks.circuits import compute_edge_scores, reads_encoder
@@ -437,8 +443,8 @@ class EdgeMaskRows(VectorMaskRows):
         return found
 
     @cached_property
-    def _others(self) -> dict[int, tuple[int, ...]]:
-        """The neurons that are one node together, by layer."""
+    def _others(self) -> dict[SiteLayer, tuple[int, ...]]:
+        """The neurons that are one node together, by site and layer."""
         circuit = self.objective.rules[0].circuit
         assert circuit is not None
         return list_other_neurons(circuit, self.model.shape)
@@ -484,16 +490,11 @@ class EdgeMaskRows(VectorMaskRows):
         every = [
             (where, unit)
             for where, units in self._senders.items()
-            for unit in (*units, *[OTHERS][: len(self._list_others(where))])
+            for unit in (*units, *[OTHERS][: len(self._others.get(where, ()))])
         ]
         number = {each: column for column, each in enumerate(every)}
         numbers = {of: number_unit(of, self._splits) for of, _ in self.edges}
         return {of: number[(of.site, of.layer), unit] for of, unit in numbers.items()}
-
-    def _list_others(self, where: SiteLayer) -> tuple[int, ...]:
-        """Return the neurons of a site and layer that are one node together."""
-        site, layer = where
-        return self._others.get(layer, ()) if site == NEURONS and layer is not None else ()
 
     @cached_property
     def _receivers(self) -> dict[SitePoint, int]:
@@ -656,13 +657,14 @@ class EdgeMaskRows(VectorMaskRows):
         mask = mask.unflatten(1, self._size)[torch.arange(len(mask)), self._places_of(rows)]
         ends = self._fills(len(shares), self._incoming(rows)), self._ends
         return self._split_write(
-            rows, CircuitWrite(*self._places(rows, lanes), *ends, mask, **self._nodes)
+            rows, CircuitWrite(*self._places(rows, lanes), *ends, mask, **self._nodes_of(""))
         )
 
-    @property
-    def _nodes(self) -> dict[str, Any]:
-        """The neurons and features that are nodes, as `CircuitWrite` takes them."""
-        return {"others": self._others, "features": self._splits}
+    def _nodes_of(self, stack: str) -> dict[str, Any]:
+        """Return the neurons and features that are nodes of a stream, as `CircuitWrite` takes
+        them."""
+        others, features = list_stream_nodes(self._others, self._splits, stack)
+        return {"others": others, "features": features}
 
     def _split_write(self, rows: Ints, write: CircuitWrite) -> list[CircuitWrite]:
         """Return the parts of a write in each stream, whose mask differs between tokens."""
@@ -675,6 +677,7 @@ class EdgeMaskRows(VectorMaskRows):
                 own.fills,
                 tuple(write.receivers[n] for n in own.ends),
                 write.mask[own.at.to(write.mask.device)][:, own.ends][:, :, own.columns],
+                **self._nodes_of(stream_of(own.fills)),
             )
             for own in self._list_streams(rows, write.fills, write.receivers, len(write.rows))
         ]
@@ -690,7 +693,7 @@ class EdgeMaskRows(VectorMaskRows):
         """
         fills: list[SenderFill] = []
         for where, units in self._senders.items():
-            others = self._list_others(where)
+            others = self._others.get(where, ())
             every = [*units, *others]
             if incoming is None:
                 values = torch.zeros(count, len(every), vector_width(self.model.shape, *where))
@@ -1181,9 +1184,8 @@ class EdgeRows(EdgeMaskRows):
         ends = tuple(self._ends[n] for n in own.ends)
         places = self._scored_places(rows)
         places = None if places is None else places[own.at.to(places.device)]
-        return CircuitRead(
-            lane[own.at], token[own.at], own.fills, ends, places, features=self._splits
-        )
+        features = self._nodes_of(stream_of(own.fills))["features"]
+        return CircuitRead(lane[own.at], token[own.at], own.fills, ends, places, features=features)
 
     def _scored_places(self, rows: Ints) -> Tensor | None:
         """Return [vector] the position of each vector of some rows, or None for one sum."""
@@ -1275,7 +1277,7 @@ class EdgeRows(EdgeMaskRows):
         lane, token = self._places(rows, lanes)
         if draws > 1 or self._has_two_streams:
             mask = every[:, places].flatten(0, 1)
-            write = CircuitWrite(lane, token, tuple(fills), ends, mask, **self._nodes)
+            write = CircuitWrite(lane, token, tuple(fills), ends, mask, **self._nodes_of(""))
             return self._split_write(rows, write)
         found: list[CircuitWrite] = []
         for number, mask in enumerate(every[0]):  # one mask for all tokens of a position
@@ -1285,7 +1287,8 @@ class EdgeRows(EdgeMaskRows):
             ]
             if mask.any():
                 at = lane[own], token[own]
-                found.append(CircuitWrite(*at, tuple(parts), ends, mask, **self._nodes))
+                nodes = self._nodes_of("")
+                found.append(CircuitWrite(*at, tuple(parts), ends, mask, **nodes))
         return found
 
 

@@ -60,6 +60,7 @@ from mechdsl.resolve.types import (
     SitePoint,
     count_numbers,
     find_image_layout,
+    is_neuron,
     iter_fitted_vectors,
 )
 from mechdsl.vocab.sites import SITES, stop_layer
@@ -806,7 +807,7 @@ def count_circuit_work(circuit: CircuitTargets, shape: ModelShape, encoded: floa
     work: list[int] = []
     for edges in classes:
         senders, receivers = number_edge_ends(edges)
-        alone = sum(to.site == "mlp_hidden" for to in receivers.points)  # each reads separately
+        alone = sum(is_neuron(to) for to in receivers.points)  # each reads separately
         block = BlockCost.of(shape)
         every = _count_edge_work(senders, receivers, block, shape, alone)
         ends = senders, receivers
@@ -840,9 +841,9 @@ def _count_edge_work(
     ]
     heads = components.count("z")
     neurons = sum(
-        1 if of.unit is not None else shape.d_mlp
+        1 if of.unit is not None else unit_count(shape, of.site, of.layer)
         for of in senders.points
-        if of.site == "mlp_hidden"
+        if is_neuron(of)
     )
     reads = [SITES[to.site] for to in receivers.points]
     projected = sum(kind.component in ("q", "k", "v") for kind in reads)
@@ -855,7 +856,8 @@ def _count_edge_work(
         for to, ends in zip(receivers.points, at_the_end, strict=True)
     )
     if inputs is None:
-        inputs = len(_list_inputs(senders, receivers, "mlp_hidden"))
+        sites = {to.site for to in receivers.points if is_neuron(to)}
+        inputs = sum(len(_list_inputs(senders, receivers, site)) for site in sites)
     read = inputs * (block.mlp - shape.d_model * shape.d_mlp)
     return shape.d_model * (summed + (projected + heads) * shape.d_head + neurons) + read
 

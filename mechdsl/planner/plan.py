@@ -77,6 +77,7 @@ from mechdsl.resolve.types import (
     SiteLayer,
     SitePoint,
     SiteTargets,
+    is_neuron,
     select_reached,
 )
 from mechdsl.vocab.sites import SITES, sites_of_stage
@@ -165,7 +166,7 @@ class ExperimentPlan:
                 senders = max(senders, len(of.points))
                 layers = Counter(point.layer for point in to.points)
                 receivers = max([receivers, *layers.values()])
-                of_neurons = (p.layer for p in to.points if p.site == "mlp_hidden")
+                of_neurons = (p.layer for p in to.points if is_neuron(p))
                 neurons = max([neurons, *Counter(of_neurons).values()])
         vectors = senders + 2 * receivers + 2 * neurons * shape.d_mlp // shape.d_model
         return 1 + vectors // VECTORS_PER_TOKEN

@@ -28,10 +28,18 @@ from mechdsl.base.text import count_noun
 from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program.group_files import ROWS_UNKNOWN
-from mechdsl.resolve.types import CircuitEdge, FeatureNode, SitePoint
+from mechdsl.resolve.types import (
+    CircuitEdge,
+    FeatureNode,
+    SiteLayer,
+    SitePoint,
+    is_neuron,
+    name_neurons,
+)
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import number_names
+from mechdsl.vocab.sites import SITES
 
 EMBEDDING = SitePoint("resid_pre", 0, None)
 """The sender `embed`: the stream that enters the first block."""
@@ -82,14 +90,14 @@ _NODE = re.compile(
 
 _IN_STACK = re.compile(
     r"(?P<part>\w+) (?P<stack>encoder|cross)"
-    r"(?: layer (?P<layer>\d{1,4}))?(?: head (?P<head>\d{1,5}))?"
+    r"(?: layer (?P<layer>\d{1,4}))?(?: (?P<word>head|neuron) (?P<unit>\d{1,6}))?"
 )
 """A node of an encoder-decoder that isn't one of the decoder's stream to itself."""
 
 _NODES_IN_STACK = {
-    "sender": ("z encoder", "z cross", "mlp_out encoder"),
+    "sender": ("z encoder", "z cross", "mlp_out encoder", f"{NEURONS} encoder"),
     "receiver": (
-        *("q encoder", "k encoder", "v encoder", "mlp_norm encoder"),
+        *("q encoder", "k encoder", "v encoder", "mlp_norm encoder", f"{NEURONS} encoder"),
         *("q cross", "k cross", "v cross"),
     ),
 }
@@ -130,8 +138,8 @@ class CircuitFile(Record):
 class NamedNodes(Record):
     """The neurons and features that `nodes` names for the edges of a file."""
 
-    neurons: Mapping[int, tuple[int, ...]]
-    """By layer."""
+    neurons: Mapping[SiteLayer, tuple[int, ...]]
+    """By site and layer."""
     features: Mapping[str, FeatureEnds]
     """By their labels."""
     dictionaries: Mapping[str, str]
@@ -150,8 +158,10 @@ class SavedCircuit(Record):
     digest: str
     made: str
     """How they were chosen, for conventions."""
-    neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
-    """Neurons of the file, by layer; there, its MLPs are the other neurons."""
+    neurons: Mapping[SiteLayer, tuple[int, ...]] = field(
+        default_factory=dict[SiteLayer, tuple[int, ...]]
+    )
+    """Neurons of the file, by site and layer; there, its MLPs are the other neurons."""
 
 
 def read_circuit(
@@ -159,7 +169,7 @@ def read_circuit(
     written: str,
     size: int | None,
     shape: ModelShape,
-    list_edges: Callable[[Mapping[int, tuple[int, ...]]], Sequence[CircuitEdge]],
+    list_edges: Callable[[Mapping[SiteLayer, tuple[int, ...]]], Sequence[CircuitEdge]],
     nodes: NamedNodes,
 ) -> SavedCircuit:
     """Read the edges of a circuit for a model.
@@ -171,8 +181,8 @@ def read_circuit(
         written: The path as the user wrote it.
         size: Number of edges with the largest absolute scores; None for those that are chosen in
             the file.
-        list_edges: Returns the edges of the model with some neurons as nodes, by layer, and with
-            the features that the user names.
+        list_edges: Returns the edges of the model with some neurons as nodes, by site and layer,
+            and with the features that the user names.
         nodes: The neurons and features that the user names.
 
     Raises:
@@ -186,7 +196,7 @@ def read_circuit(
     _check_dictionaries(file, written, nodes.dictionaries)
     places = dict[str, ast.Position]()
     named = dict(_name_edges(file, written, shape, places, nodes.features))
-    points = (SitePoint(NEURONS, n, unit) for n, own in nodes.neurons.items() for unit in own)
+    points = (SitePoint(*of, unit) for of, own in nodes.neurons.items() for unit in own)
     neurons = _find_neurons([*named.values(), *((each, each) for each in points)], written)
     every = list_edges(neurons)
     names = _join_names({name: split_mlps(own, neurons) for name, own in named.items()})
@@ -263,8 +273,8 @@ def _join_names(named: Mapping[str, CircuitEdge]) -> dict[NamedEdge, list[str]]:
     return found
 
 
-def _find_neurons(edges: Iterable[CircuitEdge], written: str) -> dict[int, tuple[int, ...]]:
-    """Return the neurons of a file, by layer. Raises UnreadableFile for too many."""
+def _find_neurons(edges: Iterable[CircuitEdge], written: str) -> dict[SiteLayer, tuple[int, ...]]:
+    """Return the neurons of a file, by site and layer. Raises UnreadableFile for too many."""
     neurons = list_neurons(edges)
     if (count := sum(map(len, neurons.values()))) > limits.CIRCUIT_NEURONS:
         most = f"at most {limits.CIRCUIT_NEURONS:,} can be nodes"
@@ -273,22 +283,23 @@ def _find_neurons(edges: Iterable[CircuitEdge], written: str) -> dict[int, tuple
     return neurons
 
 
-def list_neurons(edges: Iterable[CircuitEdge]) -> dict[int, tuple[int, ...]]:
-    """Return the neurons at the ends of edges, by layer."""
-    found: dict[int, set[int]] = {}
+def list_neurons(edges: Iterable[CircuitEdge]) -> dict[SiteLayer, tuple[int, ...]]:
+    """Return the neurons at the ends of edges, by site and layer."""
+    found: dict[tuple[str, int], set[int]] = {}
     for end in chain.from_iterable(edges):
-        if end.site == NEURONS and end.layer is not None and end.unit is not None:
-            found.setdefault(end.layer, set()).add(end.unit)
-    return {layer: tuple(sorted(own)) for layer, own in sorted(found.items())}
+        if is_neuron(end) and end.layer is not None and end.unit is not None:
+            found.setdefault((end.site, end.layer), set()).add(end.unit)
+    return {where: tuple(sorted(own)) for where, own in sorted(found.items())}
 
 
-def split_mlps(edge: CircuitEdge, neurons: Mapping[int, tuple[int, ...]]) -> CircuitEdge:
+def split_mlps(edge: CircuitEdge, neurons: Mapping[SiteLayer, tuple[int, ...]]) -> CircuitEdge:
     """Return an edge with the node of the other neurons in the place of an MLP, in the layers of
     these neurons."""
 
     def split(end: SitePoint) -> SitePoint:
-        whole = end.site in ("mlp_out", "mlp_norm") and end.layer in neurons
-        return SitePoint(NEURONS, end.layer, None) if whole else end
+        whole = SITES[end.site].component in ("mlp_out", "mlp_norm")
+        where = name_neurons(end)
+        return SitePoint(*where, None) if whole and where in neurons else end
 
     of, to = edge
     return split(of), split(to)
@@ -496,14 +507,14 @@ def _point_in_stack(
     layer, layers = int(match["layer"]), shape.others[stack].n_layers
     if layer >= layers:
         raise NotAnEdge(f"and `{stack}` has {count_noun(layers, 'layer')}")
-    if match["part"].startswith("mlp"):
-        if match["head"] is not None:
-            raise NotAnEdge(f"and `{site}` has no heads")
+    if match["part"] in ("mlp_out", "mlp_norm"):
+        if match["word"] is not None:
+            raise NotAnEdge(f"and `{site}` has no {match['word']}s")
         return SitePoint(site, layer, None)
-    count = unit_count(shape, site, layer)
-    if match["head"] is None or int(match["head"]) >= count:
-        raise NotAnEdge(f"and `{site} layer {layer}` has {count_noun(count, 'head')}")
-    return SitePoint(site, layer, int(match["head"]))
+    count, word = unit_count(shape, site, layer), "neuron" if match["part"] == NEURONS else "head"
+    if match["word"] != word or int(match["unit"]) >= count:
+        raise NotAnEdge(f"and `{site} layer {layer}` has {count_noun(count, word)}")
+    return SitePoint(site, layer, int(match["unit"]))
 
 
 def _neuron(layer: int, number: int, shape: ModelShape) -> SitePoint:

@@ -74,8 +74,11 @@ from mechdsl.resolve.types import (
     PositionTargets,
     ResolvedExperiment,
     ResolvedRule,
+    SiteLayer,
     SitePoint,
     SiteTargets,
+    is_neuron,
+    name_neurons,
     precedes,
 )
 from mechdsl.syntax import ast
@@ -258,7 +261,9 @@ class CircuitEdges(Record):
     """SHA-256 of the file that it was read from; empty without one."""
     made: str = ""
     """How its edges were read from a file, for conventions."""
-    neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    neurons: Mapping[SiteLayer, tuple[int, ...]] = field(
+        default_factory=dict[SiteLayer, tuple[int, ...]]
+    )
     """As in `CircuitTargets`."""
     features: Mapping[int, FeatureNodes] = field(default_factory=dict[int, FeatureNodes])
     """As in `CircuitTargets`."""
@@ -426,9 +431,11 @@ def _join_places(listed: Iterable[EdgeAtPlace]) -> PlacedEdges:
 
 @record
 class _NamedNodes(Record):
-    """The neurons or features that `nodes` names, by layer."""
+    """The neurons that `nodes` names, by site and layer, or the features, by layer."""
 
-    neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    neurons: Mapping[SiteLayer, tuple[int, ...]] = field(
+        default_factory=dict[SiteLayer, tuple[int, ...]]
+    )
     features: Mapping[int, FeatureNodes] = field(default_factory=dict[int, FeatureNodes])
 
     @property
@@ -467,8 +474,8 @@ def _resolve_named_nodes(
         reason = "" if site.bare is None else _explain_no_nodes(site.bare.id, groups)
         points = [] if reason else _resolve_nodes(site, "start", parts, work)
         for point in points:
-            is_neuron = point.site == NEURONS and point.unit is not None
-            if not is_neuron and not isinstance(point, FeatureNode):
+            is_node = is_neuron(point) and point.unit is not None
+            if not is_node and not isinstance(point, FeatureNode):
                 reason = f"has `{label_node(point)}`, and `nodes` are neurons or features"
                 break
         if not points and not work.sites.shape.stands_in:
@@ -527,7 +534,7 @@ def list_circuit_bases(circuit: CircuitTargets) -> BasisTargets | None:
 def _check_nodes(
     circuit: spec.Circuit,
     edges: Sequence[tuple[ast.SiteMap, Sequence[CircuitEdge]]],
-    neurons: Mapping[int, tuple[int, ...]],
+    neurons: Mapping[SiteLayer, tuple[int, ...]],
     features: Mapping[int, FeatureNodes],
     work: ExperimentContext,
 ) -> None:
@@ -537,12 +544,11 @@ def _check_nodes(
     Args:
         edges: Those of each `A -> B` in the file.
     """
-    count = sum(map(len, neurons.values()))
-    if has_two_streams(work.sites.shape):
-        noun = "neurons" if neurons else "features"
-        what = f"a circuit with {noun} in an encoder-decoder"
-        later = "name whole MLPs such as `L0.mlp`"
+    if features and has_two_streams(work.sites.shape):
+        what = "a circuit with features in an encoder-decoder"
+        later = "name neurons such as `L0N3`, or whole MLPs"
         work.diagnostics.append(NotSupported(span=circuit.span, what=what, later=later))
+    count = sum(map(len, neurons.values()))
     if count > limits.CIRCUIT_NEURONS:
         work.diagnostics.append(_too_many(circuit.name, count, circuit.span))
     count = sum(len(own.which) for own in features.values())
@@ -551,16 +557,18 @@ def _check_nodes(
     for node, own in edges:
         _check_one_split(node, own, neurons, work)
         for verb, site, points in (
-            ("start", node.source, [of for of, _ in own if of.site == "mlp_out"]),
-            ("end", node.target, [to for _, to in own if to.site == "mlp_norm"]),
+            ("start", node.source, [of for of, _ in own if SITES[of.site].component == "mlp_out"]),
+            ("end", node.target, [to for _, to in own if SITES[to.site].component == "mlp_norm"]),
         ):
             whole = (each for each in points if not isinstance(each, FeatureNode))
-            point = next((each for each in whole if each.layer in neurons), None)
-            if point is None or point.layer is None:
+            point = next((each for each in whole if name_neurons(each) in neurons), None)
+            if point is None:
                 continue
-            named = label_node(SitePoint(NEURONS, point.layer, neurons[point.layer][0]))
+            where = name_neurons(point)
+            named = label_node(SitePoint(*where, neurons[where][0]))
             reason = f"the circuit names `{named}`, a neuron of this MLP"
-            hint = f"name neurons of layer {point.layer} only, or `L{point.layer}.mlp` only"
+            mlp = label_node(SitePoint(*where, None))
+            hint = f"name neurons of layer {point.layer} only, or `{mlp}` only"
             bad = NotOnAPath(span=site.span, verb=verb, site=point.site, reason=reason, hint=hint)
             if bad not in work.diagnostics:
                 work.diagnostics.append(bad)
@@ -569,7 +577,7 @@ def _check_nodes(
 def _check_one_split(
     node: ast.SiteMap,
     edges: Sequence[CircuitEdge],
-    neurons: Mapping[int, tuple[int, ...]],
+    neurons: Mapping[SiteLayer, tuple[int, ...]],
     work: ExperimentContext,
 ) -> None:
     """Report E0334 for features of a layer whose neurons are nodes, too."""
@@ -578,10 +586,11 @@ def _check_one_split(
         ("end", node.target, [to for _, to in edges]),
     ):
         nodes = (each for each in points if isinstance(each, FeatureNode))
-        point = next((each for each in nodes if each.layer in neurons), None)
-        if point is None or point.layer is None:
+        point = next((each for each in nodes if name_neurons(each) in neurons), None)
+        if point is None:
             continue
-        named = label_node(SitePoint(NEURONS, point.layer, neurons[point.layer][0]))
+        where = name_neurons(point)
+        named = label_node(SitePoint(*where, neurons[where][0]))
         reason = f"the circuit names `{named}`, a neuron of the same MLP"
         hint = f"name either neurons or features of layer {point.layer}"
         bad = NotOnAPath(span=site.span, verb=verb, site="feature", reason=reason, hint=hint)
@@ -613,7 +622,7 @@ def _read_saved(call: ast.Call, named: _NamedNodes, work: ExperimentContext) -> 
         assert size is None or isinstance(size, int)
         shape = work.sites.shape
 
-        def list_with(neurons: Mapping[int, tuple[int, ...]]) -> Sequence[CircuitEdge]:
+        def list_with(neurons: Mapping[SiteLayer, tuple[int, ...]]) -> Sequence[CircuitEdge]:
             return list_edges(shape, neurons, named.features)
 
         return read_circuit(path, written, size, shape, list_with, named.labelled)
@@ -844,13 +853,14 @@ def in_stack(site: str, stack: str) -> str:
 
 def list_edges(
     shape: ModelShape,
-    neurons: Mapping[int, tuple[int, ...]] | None = None,
+    neurons: Mapping[SiteLayer, tuple[int, ...]] | None = None,
     features: Mapping[int, FeatureNodes] | None = None,
 ) -> list[CircuitEdge]:
     """List the edges of a model, from each sender to all receivers after it.
 
     Args:
-        neurons: Neurons that are nodes, by layer; in these layers, all others are one node.
+        neurons: Neurons that are nodes, by site and layer; in these layers, all others are one
+            node.
         features: Features that are nodes, by layer; in these layers, the rest of the output of the
             MLP is one node.
     """
@@ -866,14 +876,14 @@ def list_edges(
 def _list_nodes(
     shape: ModelShape,
     stack: Literal["", "encoder"],
-    neurons: Mapping[int, tuple[int, ...]],
+    neurons: Mapping[SiteLayer, tuple[int, ...]],
     features: Mapping[int, FeatureNodes],
 ) -> tuple[list[SitePoint], list[SitePoint]]:
     """Return the senders and the receivers of a stream, in forward order; those of an encoder's
     output are the keys and values of the attention to it.
 
     Args:
-        neurons: Those of the main stack.
+        neurons: As in `list_edges`.
         features: Those of the main stack.
     """
     senders, receivers = [ENCODER_EMBEDDING if stack else EMBEDDING], list[SitePoint]()
@@ -884,10 +894,10 @@ def _list_nodes(
             for site in ("q",) if part == "cross" else ("q", "k", "v"):
                 receivers += _list_units(in_stack(site, part), layer, shape)
             senders += _list_units(in_stack("z", part), layer, shape)
-        if not stack and layer in neurons:
-            nodes = [SitePoint(NEURONS, layer, n) for n in neurons[layer]]
-            if len(nodes) < unit_count(shape, NEURONS, layer):
-                nodes.append(SitePoint(NEURONS, layer, None))
+        if (where := (in_stack(NEURONS, stack), layer)) in neurons:
+            nodes = [SitePoint(*where, n) for n in neurons[where]]
+            if len(nodes) < unit_count(shape, *where):
+                nodes.append(SitePoint(*where, None))
             receivers += nodes
             senders += nodes
         elif own.has("mlp_out", layer):
@@ -1018,9 +1028,9 @@ def _resolve_nodes(
         return []
     points = targets.points[()]
     count = sum(
-        unit_count(work.sites.shape, NEURONS, point.layer) if point.unit is None else 1
+        unit_count(work.sites.shape, point.site, point.layer) if point.unit is None else 1
         for point in points
-        if point.site == NEURONS
+        if is_neuron(point)
     )
     if count > limits.CIRCUIT_NEURONS:
         work.diagnostics.append(_too_many(site.span.written, count, site.span))
@@ -1070,7 +1080,7 @@ def _find_end(site: str, ends: Mapping[str, str]) -> str:
     """
     kind = SITES[site]
     found = ends.get(kind.component, "")
-    if kind.stack and found in ("", "logits", NEURONS):
+    if kind.stack and found in ("", "logits"):
         return ""
     return in_stack(found, kind.stack)
 
@@ -1167,7 +1177,10 @@ def describe_neurons(rule: ResolvedRule) -> Iterator[Convention]:
     """Yield the layers in which neurons are nodes of a circuit."""
     neurons = {} if rule.circuit is None else rule.circuit.neurons
     if neurons:
-        of = [f"{count_noun(len(own), 'neuron')} of layer {n}" for n, own in neurons.items()]
+        of = [
+            f"{count_noun(len(own), 'neuron')} of {f'{SITES[site].stack} layer {n}'.strip()}"
+            for (site, n), own in neurons.items()
+        ]
         yield Convention("neurons of circuits", ", ".join(of), NEURON_NOTE)
 
 
@@ -1448,7 +1461,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
     def __init__(
         self,
         shape: ModelShape,
-        neurons: Mapping[int, tuple[int, ...]] | None = None,
+        neurons: Mapping[SiteLayer, tuple[int, ...]] | None = None,
         features: Mapping[int, FeatureNodes] | None = None,
     ) -> None:
         """Prepare the graph; neurons, features: as in `list_edges`."""
@@ -1475,7 +1488,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         return self._nodes[receiver]
 
     def _list_nodes_of(self, receiver: SitePoint) -> Iterator[SitePoint]:
-        if receiver.site == NEURONS:
+        if is_neuron(receiver):
             yield receiver
             return
         if isinstance(receiver, FeatureNode):
@@ -1779,10 +1792,10 @@ class AskedCircuits:
     """Numbers of the groups at each position of edges; empty for edges at all tokens."""
     order: PlaceOrder | None = None
     """That of the groups."""
-    neurons: Mapping[int, tuple[int, ...]] = field(
-        default_factory=dict[int, tuple[int, ...]], hash=False
+    neurons: Mapping[SiteLayer, tuple[int, ...]] = field(
+        default_factory=dict[SiteLayer, tuple[int, ...]], hash=False
     )
-    """Neurons that are nodes, by layer."""
+    """Neurons that are nodes, by site and layer."""
     features: Mapping[int, FeatureNodes] = field(
         default_factory=dict[int, FeatureNodes], hash=False
     )

@@ -34,6 +34,7 @@ from mechdsl.resolve.types import (
     ResolvedSave,
     SitePoint,
     SiteTargets,
+    name_neurons,
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
@@ -889,13 +890,15 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     started = experiment.derived.get(experiment.spec.base)
     others = [] if started is None else list(started.rules)
     circuits = [rule.circuit for rule in rules if rule.circuit is not None]
-    neurons = {layer for own in circuits for layer in own.neurons}
+    neurons = {where for own in circuits for where in own.neurons}
     features = {layer for own in circuits for layer in own.features}
     for rule in (*others, *experiment.rules):
         points = () if rule.sites is None else rule.sites.points.values()
         sites = {point.site for here in points for point in here}
         read = {site for site in sites if SITES[site].component in READ_BY_RECEIVERS}
         layers = {p.layer for here in points for p in here if p.site == "mlp_out"}
+        mlps = [p for here in points for p in here if SITES[p.site].component == "mlp_out"]
+        split = [where for where in map(name_neurons, mlps) if where in neurons]
         inside = layers | {
             p.layer for here in points for p in here if SITES[p.site].stage in _IN_MLP
         }
@@ -908,9 +911,9 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         elif rule.path is not None and (neurons or features):
             noun = "neurons" if neurons else "features"
             what = f"a `path` together with a circuit with {noun}"
-        elif rule.circuit is None and rule.does.changes == "sites" and neurons & layers:
+        elif rule.circuit is None and rule.does.changes == "sites" and split:
             what = "a rule on the MLP of a layer in which neurons are nodes of a circuit"
-            later = f"name its neurons: `mlp_hidden layer {min(neurons & layers)}`"
+            later = f"name its neurons: `{split[0][0]} layer {split[0][1]}`"
         elif rule.circuit is None and rule.does.changes == "sites" and features & inside:
             what = "a rule on the MLP of a layer in which features are nodes of a circuit"
             later = "write an experiment for each, or change other layers"

@@ -1731,8 +1731,13 @@ def label_node(point: SitePoint) -> str:
     if SITES[point.site].stack:
         if SITES[point.site].component == "resid_pre":
             return f"embed {SITES[point.site].stack}"
-        unit = "" if point.unit is None else f" head {point.unit}"
-        return f"{point.site} layer {point.layer}{unit}"
+        site, unit = point.site, ""
+        if SITES[site].component == "mlp_hidden":
+            unit = "" if point.unit is None else f" neuron {point.unit}"
+            site = site if unit else site.replace("mlp_hidden", "mlp_out")  # the other neurons
+        elif point.unit is not None:
+            unit = f" head {point.unit}"
+        return f"{site} layer {point.layer}{unit}"
     if point.site == "mlp_hidden" and point.unit is not None:
         return f"L{point.layer}N{point.unit}"
     if point.unit is None:  # an MLP, or its other neurons

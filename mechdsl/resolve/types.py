@@ -1052,8 +1052,11 @@ class CircuitTargets(Record):
     encoder: int | None = None
     """Number of the place of all tokens of an encoder-decoder's encoder, which is the last one; at
     its tokens, edges of the encoder are ablated, and at all others those of the decoder."""
-    neurons: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
-    """The neurons that are nodes, by layer; the others of these layers are one node together."""
+    neurons: Mapping[SiteLayer, tuple[int, ...]] = field(
+        default_factory=dict[SiteLayer, tuple[int, ...]]
+    )
+    """The neurons that are nodes, by site and layer (`mlp_hidden encoder`, 0); the others of these
+    layers are one node together."""
     features: Mapping[int, FeatureNodes] = field(default_factory=dict[int, FeatureNodes])
     """The features that are nodes, by layer; the rest of the output of the MLP is one node."""
     scores: Mapping[EdgeAtPlace, float] = field(
@@ -1395,6 +1398,17 @@ def precedes(sender: SitePoint, receiver: SitePoint, *, parallel: bool) -> bool:
         return in_mlp
     of_attention = of.name in ("z", "head_out", "attn_out", "resid_mid")
     return of_attention and not parallel and (in_mlp or to.stack == "cross")
+
+
+def is_neuron(node: SitePoint) -> bool:
+    """Return whether a node of a circuit is a neuron, or the other neurons of a layer."""
+    return SITES[node.site].component == "mlp_hidden"
+
+
+def name_neurons(mlp: SitePoint) -> SiteLayer:
+    """Return the site and layer of an MLP's neurons."""
+    stack = SITES[mlp.site].stack
+    return f"mlp_hidden {stack}" if stack else "mlp_hidden", mlp.layer
 
 
 AxisLabel = int | float | str

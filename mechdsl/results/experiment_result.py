@@ -231,7 +231,7 @@ class ResultCircuit(Record):
     def has_neurons(self) -> bool:
         """Whether some of its nodes are neurons."""
         ends = () if self.graph is not None else chain.from_iterable(self.edges)
-        return any(re.fullmatch(r"L\d+N\d+", end) for end in ends)
+        return any(re.fullmatch(r"L\d+N\d+|mlp_hidden .*", end) for end in ends)
 
     @property
     def has_stacks(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .encoder_decoders import LIKE_T5, Place, name_of, place
 
 Node = tuple[str, int, int]
-"""A site as a file spells it (`z cross`), its layer, and its head or 0."""
+"""A site as a file spells it (`z cross`), its layer, and its head, its neuron or 0."""
 
 Edge = tuple[Node, Node]
 
@@ -34,6 +34,8 @@ class Family:
     encoder_layers: int
     heads: int
     encoder_heads: int
+    split: Mapping[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
+    """Numbers of neurons of the MLPs whose neurons are nodes, by stack and layer."""
 
     def after(self, stack: str) -> bool:
         """Whether norms follow the sums of a stream."""
@@ -89,6 +91,26 @@ class Family:
             return path.replace("post_feedforward_layernorm", "mlp")
         return path if name_of(self.name) in LIKE_T5 else path.replace("fc2", "fc1")
 
+    def down(self, site: str, layer: int) -> str:
+        """The linear map that reads the neurons of an MLP."""
+        path = self.place(site, layer).path
+        return f"{path}.wo" if name_of(self.name) in LIKE_T5 else path
+
+    def activations(self, site: str, layer: int, x: Tensor) -> Tensor:
+        """[token, neuron]: what an MLP's last map reads, without hooks."""
+        module = self.module(self.mlp(site, layer))
+        if name_of(self.name) not in LIKE_T5:
+            block = self.module(self.mlp(site, layer).rpartition(".")[0])
+            return block.activation_fn(module.forward(x))
+        if hasattr(module, "wi"):
+            return module.act(module.wi.forward(x))
+        return module.act(module.wi_0.forward(x)) * module.wi_1.forward(x)
+
+    def neurons(self, site: str, layer: int) -> int:
+        """The number of an MLP's neurons that are nodes; 0 for other sublayers."""
+        component, _, stack = site.partition(" ")
+        return self.split.get((stack, layer), 0) if component == "mlp_out" else 0
+
     def sublayers(self, stack: str) -> Iterator[tuple[str, int]]:
         for layer in range(self.encoder_layers if stack else self.layers):
             yield f"z {stack}".strip(), layer
@@ -106,7 +128,15 @@ def doubled(make: Callable[[str], Any], name: str, *sizes: int) -> Family:
     )
 
 
+def list_neurons(family: Family, site: str, layer: int) -> list[Node]:
+    """The neurons of an MLP that are nodes."""
+    of = site.replace("mlp_out", "mlp_hidden")
+    return [(of, layer, n) for n in range(family.neurons(site, layer))]
+
+
 def senders_of(family: Family, site: str, layer: int) -> list[Node]:
+    if family.neurons(site, layer):
+        return list_neurons(family, site, layer)
     if site.startswith("mlp_out"):
         return [(site, layer, 0)]
     return [(site, layer, head) for head in range(family.count(site.partition(" ")[2]))]
@@ -115,6 +145,8 @@ def senders_of(family: Family, site: str, layer: int) -> list[Node]:
 def receivers_of(family: Family, site: str, layer: int) -> list[Node]:
     """The receivers of a sublayer in its own stream."""
     component, _, stack = site.partition(" ")
+    if family.neurons(site, layer):
+        return list_neurons(family, site, layer)
     if component == "mlp_out":
         return [(f"mlp_norm {stack}".strip(), layer, 0)]
     words = "q" if stack == "cross" else "qkv"
@@ -174,10 +206,12 @@ class Pass:
         for site, layer in [*family.sublayers(stack)][:sublayers]:
             added = sum(self.carried(of, receiver) for of in senders_of(family, site, layer))
             assert isinstance(added, Tensor)
-            if site.startswith("z"):
-                bias = family.module(family.place(site, layer).path).bias
+            if site.startswith("z") or family.neurons(site, layer):
+                path = family.place(site, layer).path
+                path = path if site.startswith("z") else family.down(site, layer)
+                bias = family.module(path).bias
                 added = added if bias is None else added + bias * family.scale(site, layer)
-                norm = family.output_norm(site, layer)
+                norm = family.output_norm(site, layer) if site.startswith("z") else ""
                 added = family.module(norm).forward(added) if norm else added
             x = x + added
             if family.after(stack):
@@ -214,6 +248,11 @@ def hooked(work: Pass) -> Generator[None]:
         before(first, lambda x, stack=stack: work.keep(ENCODED if stack else EMBED, x))
         for number, (site, layer) in enumerate(family.sublayers(stack)):
             norm = family.norm(site, layer)
+            if family.neurons(site, layer):
+                given = (site, layer, stack, number, norm)
+                path = family.down(site, layer)
+                before(path, lambda _, given=given: _keep_neurons(work, *given))
+                continue
             if site.startswith("mlp_out"):
                 to = (site.replace("out", "norm"), layer, 0)
                 given = (stack, to, number, norm)
@@ -260,6 +299,17 @@ def _project(after: Any, work: Pass, site: str, layer: int, given: tuple[str, in
 def _keep_mlp(work: Pass, site: str, layer: int, x: Tensor) -> Tensor:
     scale = work.family.scale(site, layer)
     return work.keep((site, layer, 0), x * scale) / scale
+
+
+def _keep_neurons(work: Pass, site: str, layer: int, stack: str, number: int, norm: str) -> Tensor:
+    """[token, neuron]: each neuron from a separate input."""
+    family, found = work.family, list[Tensor]()
+    weight, scale = family.module(family.down(site, layer)).weight, family.scale(site, layer)
+    for node in list_neurons(family, site, layer):
+        x = work.read(stack, node, number, norm)
+        found.append(family.activations(site, layer, x)[:, node[2]])
+        work.keep(node, found[-1][:, None] * weight[:, node[2]] * scale)
+    return torch.stack(found, -1)
 
 
 def _keep_heads(work: Pass, site: str, layer: int, z: Tensor) -> Tensor:

@@ -100,8 +100,14 @@ SOME: dict[str, list[Edge]] = {
 CIRCUIT = f"circuit c = {', '.join(SOME)}\n"
 
 
+NEURONS = 24
+SPLIT = {("", 0): NEURONS, ("", 1): NEURONS, ("encoder", 0): NEURONS}
+"""The MLPs of `t5 split` whose neurons are nodes."""
+
+
 def opened(family: str) -> Family:
-    return doubled(model, family, LAYERS, ENCODER_LAYERS, HEADS, HEADS)
+    found = doubled(model, family, LAYERS, ENCODER_LAYERS, HEADS, HEADS)
+    return dataclasses.replace(found, split=SPLIT) if family.endswith(" split") else found
 
 
 def inputs(family: str, record: Record, of: str = "clean") -> dict[str, Tensor]:
@@ -223,23 +229,39 @@ def test_edges_with_positions_in_both_streams_equal_hooks(family: str, tmp_path:
     lines = f"circuit c = {edges}\n" + "".join(
         experiment(f"e{n}", "prompts p", rule, DIFFERENCE) for n, rule in enumerate(rules)
     )
-    found, every = ran(family, lines, tmp_path), list_edges(opened(family))
+    found = ran(family, lines, tmp_path)
     for n, fill in enumerate(("zero", "turned")):
-        for number, record in enumerate(ROWS):
-            of, last = text(record), len(starts(family))
-            sizes = len(of.ids), last
-            within = at_tokens(named(), range(len(of.ids)), range(last), sizes)
-            tokens = {"last token": [last - 1], "subject tokens": of.subject, "token 2": [2]}
-            for name, at in PLACED.items():
-                within |= at_tokens(SOME[name], tokens[at], tokens[at], sizes)
-            shares = within
-            if fill == "turned":
-                whole = at_tokens(every, range(len(of.ids)), range(last), sizes)
-                shares = {edge: own - within.get(edge, 0 * own) for edge, own in whole.items()}
-            work = Pass(opened(family), fills(family, number, fill), shares)
-            logits = run(work, inputs(family, record))
-            own = float(logits[-1, token(record["a"])] - logits[-1, token(record["b"])])
-            assert found[f"e{n}"].measures[0].patched[0, number] == pytest.approx(own, abs=1e-4)
+        own = placed_values(family, SOME, PLACED, fill, all_but=fill == "turned")
+        np.testing.assert_allclose(found[f"e{n}"].measures[0].patched[0], own, atol=1e-4)
+
+
+def placed_values(
+    family: str,
+    some: Mapping[str, list[Edge]],
+    placed: Mapping[str, str],
+    fill: str,
+    *,
+    all_but: bool,
+) -> Array:
+    """[row] the measure while edges, some of them at positions, carry a fill, or all others do."""
+    values, every = list[float](), list_edges(opened(family))
+    for number, record in enumerate(ROWS):
+        of, last = text(record), len(starts(family))
+        sizes = len(of.ids), last
+        both = {edge for own in some.values() for edge in own}
+        within = at_tokens(both, range(len(of.ids)), range(last), sizes)
+        tokens = {"last token": [last - 1], "subject tokens": of.subject, "token 2": [2]}
+        for name, at in placed.items():
+            within |= at_tokens(some[name], tokens[at], tokens[at], sizes)
+        shares = within
+        if all_but:
+            whole = at_tokens(every, range(len(of.ids)), range(last), sizes)
+            shares = {edge: own - within.get(edge, 0 * own) for edge, own in whole.items()}
+        logits = run(
+            Pass(opened(family), fills(family, number, fill), shares), inputs(family, record)
+        )
+        values.append(float(logits[-1, token(record["a"])] - logits[-1, token(record["b"])]))
+    return np.array(values)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -399,7 +421,6 @@ ERRORS = {
     "z encoder layer 0 head 0 -> final_norm encoder": ("E0334", "`v cross layer 1 head 0`"),
     "attn_out cross layer 0 -> logits": ("E0334", "`z cross layer 0 head 1`"),
     "z layer 0 head 0 -> z cross layer 0 head 0": ("E0334", "`q cross layer 1 head 0`"),
-    "L0N3 -> logits": ("E0108", "whole MLPs"),
 }
 
 
@@ -464,23 +485,29 @@ def node_of(label: str, end: str) -> Node:
     """A node by its name in a file; end: `out` or `norm`, for MLPs."""
     if label in ("embed", "logits", "embed encoder"):
         return label, 0, 0
-    stacked = re.fullmatch(r"(\w+ \w+) layer (\d+)(?: head (\d+))?", label)
+    stacked = re.fullmatch(r"(\w+ \w+) layer (\d+)(?: (?:head|neuron) (\d+))?", label)
     if stacked is not None:
         return stacked[1], int(stacked[2]), int(stacked[3] or 0)
     head = re.fullmatch(r"L(\d+)H(\d+)(?:\.(\w))?", label)
     if head is not None:
         return head[3] or "z", int(head[1]), int(head[2])
+    neuron = re.fullmatch(r"L(\d+)N(\d+)", label)
+    if neuron is not None:
+        return "mlp_hidden", int(neuron[1]), int(neuron[2])
     return f"mlp_{end}", int(label.removeprefix("L").removesuffix(".mlp")), 0
 
 
-def fitted(family: str, maker: str, source: str, at: str, folder: Path) -> dict[Edge, float]:
-    """The scores of all edges that a training writes."""
+def fitted(
+    family: str, maker: str, source: str, at: str, folder: Path, group: str = ""
+) -> dict[Edge, float]:
+    """The scores of all edges that a training writes; group: a line of the file."""
     options = "validation: 0%, measure_on_training_rows: true"
     call = f"{maker}, prompts: p, {source}, {options}, maximise: logit(answer) - logit(wrong)"
     rule = experiment("e", "prompts p", "ablate all but c at tokens * with turned", DIFFERENCE)
     path = folder / "file.mech"
     text_ = (
-        f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\ncircuit c = fit({call}) {at}\n{rule}'
+        f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\n{group}\n'
+        f"circuit c = fit({call}) {at}\n{rule}"
     )
     path.write_text(text_)
     write_rows(folder)

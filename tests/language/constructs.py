@@ -331,9 +331,10 @@ _file(
     "further input needs another pass through the first maps of the MLP. `against random(39)` "
     "draws edges between the same nodes. `observe overlap`, `observe edge_auroc` and `report "
     "graph` as `.json` don't take such circuits. Neither a `path` nor a rule on the MLP of such a "
-    "layer can be in one experiment with them, and models can't have a norm after the MLP or an "
-    "MLP of several modules (all E0108). Layers of experts have no neurons (E0413). In a file for "
-    "`saved(…)`, the MLP of such a layer is the node of its other neurons.",
+    "layer can be in one experiment with them. Models can't have a norm after the MLP, and their "
+    "MLP is one module or two linear maps with `activation_fn` between them (all E0108). Layers "
+    "of experts have no neurons (E0413). In a file for `saved(…)`, the MLP of such a layer is the "
+    "node of its other neurons.",
     "tests/rules/test_neuron_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Marks et al. 2024, arXiv 2403.19647",
 )
@@ -1443,8 +1444,8 @@ _site(
     "the last two can't be combined (E0108). `against random(39)` draws edges of both stacks and "
     "rejects edges with positions (E0630). If each edge of the circuit is on a path from `embed` "
     "or `embed encoder`, so is each random edge. `fit(…)` finds circuits, except at "
-    "several positions or only at tokens of the encoder. These, neurons, and `report graph` as "
-    "`.json` are E0108.",
+    "several positions or only at tokens of the encoder. These, features, and `report graph` as "
+    "`.json` are E0108. A neuron of the encoder is `mlp_hidden encoder layer 0 neuron 3`.",
     "tests/execute/test_encoder_decoder_paths.py",
     PATHS,
 )

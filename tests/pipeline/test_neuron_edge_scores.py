@@ -25,7 +25,7 @@ from mechdsl.fits.reports import CircuitReport
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph, list_edges
 from mechdsl.resolve.sites import label_candidates
-from mechdsl.resolve.types import CircuitEdge, PlacedEdge
+from mechdsl.resolve.types import CircuitEdge, PlacedEdge, SiteLayer
 
 from ..execute.support import word_tokenizer
 from ..quick import in_turn, some
@@ -62,7 +62,7 @@ MOST = f"group g = L0N7, mlp_hidden layer 1 neurons 0..{D_MLP - 1}"
 """Every neuron of a layer: it has no node of other neurons."""
 MANY = "group g = mlp_hidden layer 0 neurons 0..20, L1N2"
 SPLIT = {0: D_MLP, 1: D_MLP}
-NODES = {0: (3, 5), 1: (2,)}
+NODES: dict[SiteLayer, tuple[int, ...]] = {("mlp_hidden", 0): (3, 5), ("mlp_hidden", 1): (2,)}
 HALF = "validation: 25%, batch: 2, nodes: g"
 
 
@@ -147,7 +147,9 @@ def test_circuit_of_neurons_equals_passes_with_its_edges(
     report = trained.report
     assert isinstance(report, CircuitReport)
     stored = json.loads((trained.folder / "mask.json").read_text("utf-8"))
-    every = list_edges(shape_of(family), {0: tuple(range(21)), 1: (2,)})
+    nodes: dict[SiteLayer, tuple[int, ...]]
+    nodes = {("mlp_hidden", 0): tuple(range(21)), ("mlp_hidden", 1): (2,)}
+    every = list_edges(shape_of(family), nodes)
     kept = [every[n] for n in stored["chosen"]]
     assert len(stored["sites"]) == report.candidates == len(every)
     assert any("L0.mlp" in text for text in report.chosen)

@@ -19,7 +19,7 @@ from mechdsl.fits.reports import CircuitReport, MaskReport
 from mechdsl.planner.training_cost import training_cost
 from mechdsl.resolve.circuits import EdgeGraph, list_edges
 from mechdsl.resolve.sites import label_candidates
-from mechdsl.resolve.types import CircuitEdge
+from mechdsl.resolve.types import CircuitEdge, SiteLayer
 
 from ..quick import in_turn, some
 from ..rules.circuits import circuit_pass
@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 HERE = ("llama", "gpt2", "gpt_neox")
 GROUP = "group g = mlp_hidden layer 1 neurons 2..3"
-NODES = {1: (2, 3)}
+NODES: dict[SiteLayer, tuple[int, ...]] = {("mlp_hidden", 1): (2, 3)}
 SPLIT = {1: D_MLP}
 HALF = "validation: 50%, batch: 8, nodes: g"
 SOURCES = ("from: other", "with: zero")

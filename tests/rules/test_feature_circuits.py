@@ -650,7 +650,7 @@ def _member(layer: int) -> BasisMember:
 
 def test_edges_of_random_circuits_of_features_are_on_paths(data: Path) -> None:
     nodes = {n: FeatureNodes(_member(n), own) for n, (_, own) in NODES.items()}
-    graph = EdgeGraph(shape_of("gpt2"), {2: (1, 4)}, nodes)
+    graph = EdgeGraph(shape_of("gpt2"), {("mlp_hidden", 2): (1, 4)}, nodes)
     circuit = [
         next(edge for edge in graph.every if label_candidates((edge,)) == text)
         for text in ("embed -> feature 3 of f", "feature 3 of f -> L2N4", "L2N4 -> logits")

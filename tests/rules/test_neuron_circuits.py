@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mechdsl.base import limits
 from mechdsl.diagnostics.rendering import render_full
@@ -24,6 +25,7 @@ from mechdsl.vocab.effects import EFFECTS
 
 from ..execute import support as of_files
 from ..execute.support import DIFFERENCE, MODES
+from ..models import families
 from ..quick import in_turn
 from ..reference.forward import stack
 from . import test_classifier_circuits as classifiers
@@ -327,7 +329,7 @@ def test_random_circuits_carry_the_fill_of_neuron_circuits(
     lines = "from other into clean", f"ablate {rule} at tokens * with other", "against random(3)"
     found = run_file(CIRCUIT + experiment("e", *lines), data, name, "planned", precise=True)["e"]
     written = [("embed", "L0N3"), ("L0N3", "L1N2"), ("L1N2", LOGITS), ("L0N5", "L1H0.v")]
-    graph = EdgeGraph(shape_of(name), {0: (3, 5), 1: (2,)})
+    graph = EdgeGraph(shape_of(name), {("mlp_hidden", 0): (3, 5), ("mlp_hidden", 1): (2,)})
     label = {label_candidates((edge,)): edge for edge in graph.every}
     circuit = [label[f"{of} -> {to}"] for of, to in written]
     given, effects = fills(name, Case("", "other"), {}, split(name)), list[float]()
@@ -538,6 +540,35 @@ def test_all_neurons_equal_the_mlp_where_norms_follow_sums(tmp_path: Path, rule:
     neurons, mlps = (found[key].measures[0].patched for key in ("xc", "xd"))
     np.testing.assert_allclose(neurons, mlps, atol=1e-5)
     assert np.abs(neurons - found["xc"].measures[0].base).max() > 1e-2
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_all_neurons_equal_an_mlp_of_two_maps(tmp_path: Path, *, before: bool) -> None:
+    """In OPT, whose norms precede or follow the sublayers."""
+    config: dict[str, Any] = {
+        "vocab_size": families.VOCABULARY,
+        "hidden_size": 24,
+        "word_embed_proj_dim": 24,
+        "ffn_dim": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "do_layer_norm_before": before,
+    }
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **config))
+    families.draw(made, 0)
+    text = SAME + "".join(
+        of_files.experiment(
+            f"x{own}{n}", "prompts p", f"ablate {line} at tokens * with other", DIFFERENCE
+        )
+        for own in "cd"
+        for n, line in enumerate((own, f"all but {own}"))
+    )
+    found = of_files.run_file(text, tmp_path, made.eval())
+    values = {key: own.measures[0].patched for key, own in found.items()}
+    for n in range(2):
+        np.testing.assert_allclose(values[f"xc{n}"], values[f"xd{n}"], atol=1e-4)
+        assert np.abs(values[f"xc{n}"] - found["xc0"].measures[0].base).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt"])

@@ -47,7 +47,7 @@ from mechdsl.planner.rows import (
     point_units,
 )
 from mechdsl.resolve.bases import CoordinateChange
-from mechdsl.resolve.types import CircuitTargets, SiteLayer, SitePoint
+from mechdsl.resolve.types import CircuitTargets, SiteLayer, SitePoint, is_neuron
 from mechdsl.vocab.sites import SITES, write_order
 
 
@@ -682,16 +682,37 @@ def group_senders(
 def number_unit(node: SitePoint, features: Mapping[int, FeatureSplit]) -> int:
     """Return the number of a head, neuron or feature, 0 for whole vectors, or `OTHERS`."""
     is_split = node.site in ("mlp_out", "mlp_norm") and node.layer in features
-    is_several = node.unit is None and (is_split or node.site == "mlp_hidden")
+    is_several = node.unit is None and (is_split or is_neuron(node))
     return OTHERS if is_several else node.unit or 0
 
 
-def list_other_neurons(circuit: CircuitTargets, shape: ModelShape) -> dict[int, tuple[int, ...]]:
-    """Return the neurons that are one node of a circuit together, by layer."""
+def list_other_neurons(
+    circuit: CircuitTargets, shape: ModelShape
+) -> dict[SiteLayer, tuple[int, ...]]:
+    """Return the neurons that are one node of a circuit together, by site and layer."""
     return {
-        layer: tuple(sorted({*range(unit_count(shape, "mlp_hidden", layer))} - {*own}))
-        for layer, own in circuit.neurons.items()
+        where: tuple(sorted({*range(unit_count(shape, *where))} - {*own}))
+        for where, own in circuit.neurons.items()
     }
+
+
+def list_stream_nodes(
+    others: Mapping[SiteLayer, tuple[int, ...]],
+    features: Mapping[int, FeatureSplit],
+    stack: str,
+) -> tuple[dict[int, tuple[int, ...]], Mapping[int, FeatureSplit]]:
+    """Return the neurons that are one node together and the features that are nodes of one stream,
+    by layer.
+
+    Args:
+        stack: Empty for the main stream, or `encoder`.
+    """
+    own = {
+        layer: units
+        for (site, layer), units in others.items()
+        if SITES[site].stack == stack and layer is not None
+    }
+    return own, {} if stack else features
 
 
 def _fill_features(
@@ -742,13 +763,13 @@ def _fill(
 def _tabulate(
     senders: EdgeEnds,
     receivers: EdgeEnds,
-    others: Mapping[int, tuple[int, ...]],
+    others: Mapping[SiteLayer, tuple[int, ...]],
     features: Mapping[int, FeatureSplit],
 ) -> EdgeTable:
     joined: dict[SiteLayer, tuple[int, ...]] = {
-        (of.site, of.layer): others[of.layer]
+        (of.site, of.layer): others[of.site, of.layer]
         for of in senders.points
-        if of.site == "mlp_hidden" and of.unit is None and of.layer is not None
+        if is_neuron(of) and of.unit is None
     }
     places = tuple(
         (place, own, joined.get(place, ()))
@@ -764,7 +785,8 @@ def _tabulate(
     ends = tuple(
         (SiteRead(to.site, to.layer), number_unit(to, features)) for to in receivers.points
     )
-    return EdgeTable(places, ends, mask, others, features)
+    stack = "encoder" if SITES[senders.points[0].site].stack == "encoder" else ""
+    return EdgeTable(places, ends, mask, *list_stream_nodes(others, features, stack))
 
 
 def build_position_ids(

@@ -61,7 +61,7 @@ from mechdsl.forward.hooks.hook_points import (
 )
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import load_weights, replace_forward, suspend_hooks
-from mechdsl.models.anatomy import HookPoint, HookSide, TensorLayout
+from mechdsl.models.anatomy import BlockAnatomy, HookPoint, HookSide, TensorLayout
 from mechdsl.models.block import linear_sizes, unwrap_adapter
 from mechdsl.models.shape import unit_count
 from mechdsl.vocab.sites import SITES, write_order
@@ -159,19 +159,42 @@ def _explain_joined_attention(model: LoadedModel, stack: str, number: int) -> st
     return ""
 
 
-def explain_no_neurons(model: LoadedModel, layers: Iterable[int]) -> str:
-    """Return why neurons of some layers can't be nodes of a circuit; empty if they can."""
-    for layer in layers:
-        where, block = f"in block {layer}", model.anatomy.blocks[layer]
+def explain_no_neurons(model: LoadedModel, places: Iterable[tuple[str, int | None]]) -> str:
+    """Return why neurons of some layers can't be nodes of a circuit; empty if they can.
+
+    Args:
+        places: Sites of neurons (`mlp_hidden encoder`), each with a layer.
+    """
+    for site, layer in places:
+        assert layer is not None
+        stack = SITES[site].stack
+        where, block = f"in block {layer}", model.stack(stack).anatomy.blocks[layer]
+        where += " of the encoder" if stack else ""
         if block.mlp_output_norm is not None:
             return f"{where}, a norm follows the MLP, so that its neurons don't add up"
         if block.down is None or not {"mlp_norm", "mlp_hidden", "mlp_out"} <= block.taps.keys():
             return f"{where}, the MLP isn't the sum of the outputs of its neurons"
+        if _find_activation(model, block) is not None:
+            continue
         if len(block.mlp) != 1 or not block.down.startswith(f"{block.mlp[0]}."):
             return f"{where}, the neurons aren't computed inside one module"
         if not _reads_alone(model.module.get_submodule(block.mlp[0])):
             return f"{where}, the MLP isn't a function of the stream alone"
     return ""
+
+
+def _find_activation(model: LoadedModel, block: BlockAnatomy) -> Callable[[Tensor], Tensor] | None:
+    """Return the function between the two linear maps of an MLP that isn't a module (BART); None
+    for other MLPs."""
+    if len(block.mlp) != 2 or block.down != block.mlp[1]:
+        return None
+    up, down = (linear_sizes(model.module.get_submodule(path)) for path in block.mlp)
+    if up is None or down is None or up != down[::-1]:
+        return None
+    parent = model.module.get_submodule(block.mlp[0].rpartition(".")[0])
+    found: Any = getattr(parent, "activation_fn", None)
+    activation: Callable[[Tensor], Tensor] | None = found if callable(found) else None
+    return activation
 
 
 def _reads_alone(mlp: nn.Module) -> bool:
@@ -824,13 +847,17 @@ class CircuitHooks(ABC):
         Args:
             vectors: [input, K, d_model]
         """
-        block, found = self.model.anatomy.blocks[layer], list[Tensor]()
+        block, found = self._anatomy.blocks[layer], list[Tensor]()
         assert block.down is not None
         mlp, down = (self.model.module.get_submodule(each) for each in (block.mlp[0], block.down))
+        activation = _find_activation(self.model, block)
+        if activation is not None:
+            with suspend_hooks(mlp):
+                return activation(mlp(vectors)).view(*vectors.shape[:2], -1)
 
         def keep(hidden: Tensor) -> Tensor:
             found.append(hidden)
-            return hidden.new_zeros(*hidden.shape[:-1], self.model.shape.d_model)
+            return hidden.new_zeros(*hidden.shape[:-1], self._shape.d_model)
 
         with suspend_hooks(mlp), replace_forward(down, keep):
             mlp(vectors)
@@ -1163,7 +1190,7 @@ class _WriteHooks(CircuitHooks):
     def _shares(self, mask: Tensor, where: SiteRead) -> Tensor:
         """Return [receiver, K, d_model]: what the masked senders of a sublayer add."""
         if where.site == "mlp_out" and where not in self._gains:
-            where = SiteRead("mlp_hidden", where.layer)
+            where = SiteRead("mlp_hidden", where.layer, self._stack)
         gained = self._gains.get(where)
         if gained is None:
             size = mask.shape[-2], *self._outputs[0].shape
@@ -1301,7 +1328,10 @@ class _WriteHooks(CircuitHooks):
         those that don't read the stream as it is."""
         layer = where.layer
         assert layer is not None
-        inputs, tap = number_inputs(self._mask, rows), self.model.tap("mlp_hidden", layer)
+        inputs, tap = (
+            number_inputs(self._mask, rows),
+            self.model.tap("mlp_hidden", layer, self._stack),
+        )
         pairs = [
             (unit, inputs.of_receiver[row] - 1)
             for row in rows
@@ -1462,7 +1492,7 @@ class _ReadHooks(CircuitHooks):
                 own = self._before_norm(each.output_norm, inputs, scaled, self._like)
             where = each.senders
             if where.site == "mlp_out" and where not in self._senders:
-                where = SiteRead("mlp_hidden", where.layer)
+                where = SiteRead("mlp_hidden", where.layer, self._stack)
             if where in self._senders:
                 yield self._senders[where], own
         first = SiteRead("resid_pre", 0, self._stack)
@@ -1502,7 +1532,7 @@ class _ReadHooks(CircuitHooks):
         activations of its neurons."""
         layer = where.layer
         assert layer is not None
-        tap = self.model.tap("mlp_hidden", layer)
+        tap = self.model.tap("mlp_hidden", layer, self._stack)
         others = next(fill.others for fill in self._read.fills if fill.where == where)
         named = [self._receivers[row][1] for row in rows]
         units = [others if unit == OTHERS else (unit,) for unit in named]

@@ -33,7 +33,7 @@ ComponentKind = Literal[
 _LABEL = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|\.mlp|N(\d+))")
 
 _STACK_LABEL = re.compile(
-    r"(embed|z|q|k|v|mlp_\w+) (encoder|cross)(?: layer (\d+)(?: head (\d+))?)?"
+    r"(embed|z|q|k|v|mlp_\w+) (encoder|cross)(?: layer (\d+)(?: (?:head|neuron) (\d+))?)?"
 )
 """An end of an edge in another stack: `z cross layer 0 head 1`."""
 
@@ -247,6 +247,9 @@ def _stack_component(
     if unit is None:
         label = f"mlp_out {stack} layer {layer}"
         return Component(label, "mlp", (own, _MLP_ROW), said=f"{stack} L{layer} MLP"), None
+    if site == "mlp_hidden":
+        said = f"{stack} L{layer}N{unit}"
+        return Component(match[0], "neuron", (own, _MLP_ROW), int(unit), said), None
     if site in ("k", "v") and circuit.key_heads < circuit.heads:
         said = f"{stack} L{layer}H{unit}.{site}"
         return Component(match[0], "key-value", (own, first), int(unit), said), None
