@@ -985,6 +985,8 @@ class _WriteHooks(CircuitHooks):
         """Return the tokens that the end of the model reads: their numbers among those of the
         circuit, and both indices into the input of the end. Packed passes continue after the last
         block with only the tokens that are read."""
+        if self._stack:  # the end reads the decoder
+            return ()
         where = SiteRead("final_norm")
         if self._norms_follow_sums:
             where = SiteRead("resid_post", self._shape.n_layers - 1, self._stack)
