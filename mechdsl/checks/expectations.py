@@ -583,8 +583,8 @@ def _effects_of_categories(
 def _facts_for_reports(
     variants: Sequence[ExperimentOutline], program: spec.Program
 ) -> dict[str, bool]:
-    """Return whether an experiment generates replies, has a circuit, one with positions, one with
-    neurons, one with features, and one of an encoder-decoder."""
+    """Return whether an experiment generates replies, has a circuit, one with positions, and one of
+    an encoder-decoder."""
     said = variants[0].spec
     graph = any(
         rule.observed is not None and rule.observed.word in GRAPH_OBSERVATIONS
@@ -596,9 +596,7 @@ def _facts_for_reports(
         "writes": said.generation is not None,
         "circuit": graph or any(rule.circuit_name in program.circuits for rule in said.rules),
         "placed": any(circuit is not None and circuit.edge_places for circuit in circuits),
-        "neurons": any(circuit is not None and bool(circuit.neurons) for circuit in circuits),
         "encodes": any(each is not None and each.encoder is not None for each in circuits),
-        "features": any(circuit is not None and bool(circuit.features) for circuit in circuits),
     }
 
 

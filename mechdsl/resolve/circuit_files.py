@@ -76,6 +76,9 @@ _EDGE = re.compile(r"\s*([^<>-]*[^\s<>-])\s*->\s*([^\s<>-](?:[^<>-]*[^\s<>-])?)(
 
 _FEATURE = re.compile(r"\bfeature \d")
 
+_SPLIT_NODE = re.compile(r"\bfeature \d|^L\d+N\d+$")
+"""A feature or a neuron, whose MLP has another node for the rest."""
+
 _ANY = "embed", "logits"
 """A sender and a receiver of every model."""
 
@@ -132,6 +135,8 @@ class CircuitFile(Record):
     """The edges of the circuit."""
     dictionaries: Mapping[str, str] = field(default_factory=dict[str, str])
     """Name of each dictionary whose features are nodes → its SHA-256, if the file has them."""
+    nodes: tuple[str, ...] = ()
+    """Names of neurons and features that are nodes, perhaps without edges in the file."""
 
 
 @record
@@ -196,7 +201,8 @@ def read_circuit(
     _check_dictionaries(file, written, nodes.dictionaries)
     places = dict[str, ast.Position]()
     named = dict(_name_edges(file, written, shape, places, nodes.features))
-    points = (SitePoint(*of, unit) for of, own in nodes.neurons.items() for unit in own)
+    points = [SitePoint(*of, unit) for of, own in nodes.neurons.items() for unit in own]
+    points += _find_nodes(file, written, shape, nodes.features)
     neurons = _find_neurons([*named.values(), *((each, each) for each in points)], written)
     every = list_edges(neurons)
     names = _join_names({name: split_mlps(own, neurons) for name, own in named.items()})
@@ -254,6 +260,18 @@ def _name_edges(
                 places[at] = _parse_position(at)
         except NotAnEdge as problem:
             raise UnreadableFile(f"`{written}` has `{name}`, {problem}", problem.hint) from None
+
+
+def _find_nodes(
+    file: CircuitFile, written: str, shape: ModelShape, features: Mapping[str, FeatureEnds]
+) -> Iterator[SitePoint]:
+    """Yield the neurons and features that a file lists as nodes. Raises UnreadableFile."""
+    for name in file.nodes:
+        try:
+            sender, _ = edge_of_name(f"{name} -> logits", shape, features)
+        except NotAnEdge as problem:
+            raise UnreadableFile(f"`{written}` has `{name}`, {problem}", problem.hint) from None
+        yield sender
 
 
 def _describe_choice(edges: Sequence[NamedEdge], total: int, size: int | None) -> str:
@@ -568,8 +586,7 @@ def _read_mask(parts: Mapping[str, Any], digest: str) -> CircuitFile:
     given = parts["scores" if "scores" in parts else "probabilities"]
     scores = dict(zip(labels, map(float, given), strict=True))
     chosen = frozenset(labels[n] for n in parts["chosen"])
-    dictionaries = {str(name): str(own) for name, own in parts.get("dictionaries", {}).items()}
-    return CircuitFile(digest, {}, scores, chosen, dictionaries)
+    return CircuitFile(digest, {}, scores, chosen, _dictionaries(parts))
 
 
 def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitFile:
@@ -599,4 +616,9 @@ def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitF
             chosen.add(name)
     if not any(scores.values()):  # as in a circuit that was written without scores
         scores = dict.fromkeys(scores)
-    return CircuitFile(digest, config, scores, frozenset(chosen))
+    nodes = tuple(str(name) for name in parts.get("nodes", {}) if _SPLIT_NODE.search(str(name)))
+    return CircuitFile(digest, config, scores, frozenset(chosen), _dictionaries(parts), nodes)
+
+
+def _dictionaries(parts: Mapping[str, Any]) -> dict[str, str]:
+    return {str(name): str(own) for name, own in parts.get("dictionaries", {}).items()}

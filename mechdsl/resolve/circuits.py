@@ -5,6 +5,7 @@ References: Conmy et al. 2023 (arXiv 2304.14997), section 3.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -201,6 +202,7 @@ def resolve_circuit(
         edges.digest,
         edges.made,
         waits=circuit.is_open and circuit.source is None and not known,
+        others=dict(_list_other_scores(edges, named.values())),
         dead=_find_dead_edges(edges, named[()], work) if rule.without_edge else (),
     )
 
@@ -242,6 +244,17 @@ def _find_scores(edges: CircuitEdges, named: Iterable[PlacedEdges]) -> dict[Edge
     there = {(edge, n) for own in named for edge, at in own.items() for n in _list_places(at)}
     scores = edges.by_place
     return {each: scores[each] for each in edges.listed if each in there and each in scores}
+
+
+def _list_other_scores(
+    edges: CircuitEdges, named: Iterable[PlacedEdges]
+) -> Iterator[tuple[CircuitEdge, float]]:
+    """Yield the edges of the model that aren't in a circuit with their scores, if they have any."""
+    there = set(chain.from_iterable(named))
+    for edge in edges.every:
+        score = edges.scores.get(edge)
+        if score is not None and edge not in there and math.isfinite(score):
+            yield edge, score
 
 
 @record
@@ -455,8 +468,8 @@ class _NamedNodes(Record):
             pair
             for layer, own in self.features.items()
             for pair in zip(
-                _list_feature_ends("start", layer, own),
-                _list_feature_ends("end", layer, own),
+                list_feature_ends("start", layer, own),
+                list_feature_ends("end", layer, own),
                 strict=True,
             )
         )
@@ -902,8 +915,8 @@ def _list_nodes(
             senders += nodes
         elif own.has("mlp_out", layer):
             if not stack and layer in features:
-                receivers += _list_feature_ends("end", layer, features[layer])
-                senders += _list_feature_ends("start", layer, features[layer])
+                receivers += list_feature_ends("end", layer, features[layer])
+                senders += list_feature_ends("start", layer, features[layer])
             receivers.append(SitePoint(in_stack("mlp_norm", stack), layer, None))
             senders.append(SitePoint(in_stack("mlp_out", stack), layer, None))
     if not stack:
@@ -918,7 +931,7 @@ def _list_units(site: str, layer: int, shape: ModelShape) -> Iterator[SitePoint]
     yield from (SitePoint(site, layer, n) for n in range(unit_count(shape, site, layer)))
 
 
-def _list_feature_ends(verb: str, layer: int, features: FeatureNodes) -> list[FeatureNode]:
+def list_feature_ends(verb: str, layer: int, features: FeatureNodes) -> list[FeatureNode]:
     """Return the nodes of features as senders ("start") or receivers ("end")."""
     name, _, of_layer = features.member.name.partition("[")
     site, several = _FEATURE_ENDS[verb], bool(of_layer)
@@ -988,7 +1001,7 @@ def _resolve_features(
             bad = _too_many(site.span.written, len(own.which), site.span, "feature")
             work.diagnostics.append(bad)
             return []
-        found += _list_feature_ends(verb, layer, own)
+        found += list_feature_ends(verb, layer, own)
     return found
 
 

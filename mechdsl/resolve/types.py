@@ -1069,6 +1069,10 @@ class CircuitTargets(Record):
     """How its edges were read from a file, for conventions."""
     waits: bool = field(default=False, compare=False)
     """Whether a training chooses its edges and hasn't run, so that they are placeholders."""
+    others: Mapping[CircuitEdge, float] = field(
+        default_factory=dict[CircuitEdge, float], compare=False
+    )
+    """The finite scores of the other edges of the model, if a training gave them some."""
     dead: tuple[CircuitEdge, ...] = field(default=(), compare=False)
     """For `without each edge`: edges of the circuit that don't lead to the end of the model."""
 

@@ -9,7 +9,6 @@ this one.
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -226,18 +225,20 @@ class ResultCircuit(Record):
     if no edge has positions."""
     features: tuple[tuple[str, int], ...] = ()
     """The features among its nodes, as in edges, each with its layer."""
-
-    @property
-    def has_neurons(self) -> bool:
-        """Whether some of its nodes are neurons."""
-        ends = () if self.graph is not None else chain.from_iterable(self.edges)
-        return any(re.fullmatch(r"L\d+N\d+|mlp_hidden .*", end) for end in ends)
+    neurons: tuple[str, ...] = ()
+    """The neurons among its nodes, as in edges."""
+    dictionaries: tuple[tuple[str, str], ...] = ()
+    """The name of each dictionary whose features are nodes, with its SHA-256."""
+    others: tuple[tuple[str, str], ...] = ()
+    """The other edges of the model that a training scored."""
+    other_scores: tuple[float, ...] = ()
+    """The scores of `others`."""
 
     @property
     def has_stacks(self) -> bool:
         """Whether some of its nodes are in another stack: `z cross layer 0 head 1`."""
         ends = () if self.graph is not None else chain.from_iterable(self.edges)
-        return any(" " in end for end in ends)
+        return any(" " in end for end in {*ends} - {name for name, _ in self.features})
 
 
 TEXT_RENDERER = "mechdsl.show.output:experiment_text"

@@ -318,7 +318,5 @@ def _report_problems(
     circuit = result.circuit
     placed = circuit is not None and bool(circuit.places)
     given = {"writes": writes, "circuit": circuit is not None, "placed": placed}
-    given["neurons"] = circuit is not None and circuit.has_neurons
     given["encodes"] = circuit is not None and circuit.has_stacks
-    given["features"] = circuit is not None and bool(circuit.features)
     return check_report(report, axes, values, result.measures, **given)

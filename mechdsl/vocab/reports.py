@@ -258,9 +258,7 @@ def check_report(
     writes: bool | None = None,
     circuit: bool | None = None,
     placed: bool = False,
-    neurons: bool = False,
     encodes: bool = False,
-    features: bool = False,
 ) -> list[Diagnostic]:
     """Check a `report` line: E0108, E0203, E0607.
 
@@ -271,9 +269,7 @@ def check_report(
         writes: Whether rows generate replies.
         circuit: Whether rules ablate a circuit.
         placed: Whether edges of this circuit have positions.
-        neurons: Whether some of its nodes are neurons.
         encodes: Whether it is one of an encoder-decoder.
-        features: Whether some of its nodes are features.
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
@@ -285,11 +281,8 @@ def check_report(
         later = f"reports that can be drawn are {', '.join(shown)}"
         return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
     to_json = kind.of_circuits and report.file and report.file.lower().endswith(".json")
-    if to_json and (placed or neurons or features or encodes):
-        lacks = "neurons" if neurons else "features"
-        of = f"with {lacks}"
-        if encodes:
-            lacks, of = "encoder", "of an encoder-decoder"
+    if to_json and (placed or encodes):
+        lacks, of = "encoder", "of an encoder-decoder"
         if placed:
             lacks, of = "positions", "whose edges have positions"
         what = f'`report {kind.name} to "{report.file}"` of a circuit {of}'

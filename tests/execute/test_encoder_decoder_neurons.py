@@ -398,7 +398,7 @@ def test_picture_has_neurons_of_the_encoder_in_their_layer(tmp_path: Path) -> No
     lines = CIRCUIT + experiment("e", "prompts p", rule, DIFFERENCE, 'report graph to "c.svg"')
     found = ran("t5", lines, tmp_path)["e"]
     assert found.circuit is not None
-    assert found.circuit.has_neurons
+    assert found.circuit.neurons
     said = found.conventions["neurons of circuits"]
     assert said.startswith(
         "2 neurons of layer 0, 2 neurons of layer 1, 3 neurons of encoder layer 0; a neuron"

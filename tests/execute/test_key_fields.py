@@ -497,6 +497,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "digest": "`edges` are those that are ablated",
         "made": SHOWN,
         "waits": "such an experiment doesn't run",
+        "others": SHOWN,
         "dead": SHOWN,
     },
     ExternalRun: {"part": "`table` contains its rows"},

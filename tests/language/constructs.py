@@ -329,12 +329,13 @@ _file(
     "node, and the circuit can't also name the MLP (E0334). The bias of such an MLP belongs to no "
     "node. Neurons of one layer with the same ablated incoming edges share one input; each "
     "further input needs another pass through the first maps of the MLP. `against random(39)` "
-    "draws edges between the same nodes. `observe overlap`, `observe edge_auroc` and `report "
-    "graph` as `.json` don't take such circuits. Neither a `path` nor a rule on the MLP of such a "
+    "draws edges between the same nodes. `observe overlap` and `observe edge_auroc` don't take "
+    "such circuits. Neither a `path` nor a rule on the MLP of such a "
     "layer can be in one experiment with them. Models can't have a norm after the MLP, and their "
     "MLP is one module or two linear maps with `activation_fn` between them (all E0108). Layers "
     "of experts have no neurons (E0413). In a file for `saved(…)`, the MLP of such a layer is the "
-    "node of its other neurons.",
+    "node of its other neurons. `report graph to "
+    '"circuit.json"` writes such a file, with the names of this language.',
     "tests/rules/test_neuron_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Marks et al. 2024, arXiv 2403.19647",
 )
@@ -350,9 +351,10 @@ _file(
     "other features, the error and biases. Two dictionaries of one layer, dictionaries at other "
     "sites and other bases are E0342, features and neurons of one layer E0334. "
     "`against random(39)` draws from the edges between these nodes, heads and MLPs. "
-    "`observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take such "
+    "`observe overlap` and `observe edge_auroc` don't take such "
     "circuits. Neither a `path` nor a rule inside such an MLP can be in "
-    "one experiment with them, and the MLP is one module that reads the stream alone (all E0108).",
+    "one experiment with them, and the MLP is one module that reads the stream alone (all E0108). "
+    '`report graph to "circuit.json"` writes them with the SHA-256 of the dictionary.',
     "tests/rules/test_feature_circuits.py",
     "Marks et al. 2024, arXiv 2403.19647",
 )

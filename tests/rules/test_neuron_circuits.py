@@ -393,13 +393,10 @@ def test_more_neurons_than_the_limit_are_an_error(
 
 
 def test_what_neuron_circuits_do_not_support_is_an_error(data: Path) -> None:
-    rule = "ablate c at tokens * with zero"
     text = CIRCUIT + "circuit d = embed -> logits\n"
     for first, second in ("cd", "dc"):
         observed = f"observe overlap {first} with {second}"
         assert codes(text + f"experiment e {{ {observed} }}\n", data) == ["E0108"]
-    drawn = experiment("e", rule, 'report graph to "c.json"')
-    assert "E0108" in codes(CIRCUIT + drawn, data)
 
 
 UNSUPPORTED = {
@@ -443,7 +440,7 @@ def test_picture_of_a_circuit_has_its_neurons(data: Path) -> None:
     text = CIRCUIT + experiment("e", "ablate c at tokens * with zero")
     circuit = run_file(text, data, "gpt2", "plain")["e"].circuit
     assert circuit is not None
-    assert circuit.has_neurons
+    assert circuit.neurons == ("L0N3", "L0N5", "L1N2")
     drawn = draw_edges(circuit, None)
     assert [each.text for each in drawn] == [
         "embed -> L0N3",

@@ -17,6 +17,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.hashing import digest_number
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute.measurement.values import (
     ActiveRow,
     GraphNode,
@@ -39,7 +40,7 @@ from mechdsl.prompts.runs import PlacedPicture, PromptRun, RunRow
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.cells import CellKey
-from mechdsl.resolve.circuits import label_places
+from mechdsl.resolve.circuits import label_places, list_feature_ends
 from mechdsl.resolve.expansion import name_cells
 from mechdsl.resolve.findings import VariantFinding
 from mechdsl.resolve.measures import MEASURED_AXIS
@@ -47,10 +48,10 @@ from mechdsl.resolve.node_circuits import describe_everything
 from mechdsl.resolve.observations import Observation, RowSetObservation
 from mechdsl.resolve.sites import label_node
 from mechdsl.resolve.types import (
-    FeatureNode,
     ResolvedControl,
     ResolvedExperiment,
     ResolvedMeasure,
+    SitePoint,
 )
 from mechdsl.results.assembly.conventions import (
     fallback_conventions,
@@ -344,7 +345,7 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
     if found.scores:  # of each edge at each of its positions
         listed = [(edge, None if n is None else frozenset((n,))) for edge, n in found.scores]
     places = ["" if at is None else label_places(at, found.places) for _, at in listed]
-    ends = dict.fromkeys(end for edge, _ in listed for end in edge if isinstance(end, FeatureNode))
+    operands = {own.member.name: own.member.operand for own in found.features.values()}
     return ResultCircuit(
         name=found.name,
         layers=shape.n_layers,
@@ -357,7 +358,21 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         total=len(found.every),
         circuits=len({frozenset(own.items()) for own in found.named.values()}),
         places=tuple(places) if any(places) else (),
-        features=tuple({label_node(end): end.layer or 0 for end in ends}.items()),
+        features=tuple(
+            (label_node(end), layer)
+            for layer, own in found.features.items()
+            for end in list_feature_ends("start", layer, own)
+        ),
+        neurons=tuple(
+            label_node(SitePoint(*where, unit))
+            for where, own in found.neurons.items()
+            for unit in own
+        ),
+        dictionaries=tuple(
+            (name, own.digest) for name, own in operands.items() if isinstance(own, DictionaryFile)
+        ),
+        others=tuple((label_node(of), label_node(to)) for of, to in found.others),
+        other_scores=tuple(found.others.values()),
     )
 
 

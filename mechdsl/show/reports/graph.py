@@ -6,10 +6,10 @@ above 0 and red below, as in maps; edges without scores are grey and of equal wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.text import Text
@@ -220,7 +220,9 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
     EAP-IG, which `saved("c.json")` reads too.
 
     Query heads that share a key or a value have an edge each, with an equal share of the score. An
-    edge without a score has the score 0.
+    edge without a score has the score 0. Without `top`, the file also has the edges outside of the
+    circuit that a training scored. EAP-IG has no names for neurons and features: a circuit with
+    some has the names of this language, and its dictionaries.
     """
     circuit = result.circuit
     if circuit is None:
@@ -228,11 +230,44 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
     if circuit.graph is not None:
         content = _tracer_content(result.model, circuit, circuit.graph, list_edges(circuit, top))
         return dump_json(content, indent=1) + "\n"
+    sizes = {"n_layers": circuit.layers, "n_heads": circuit.heads, "d_model": circuit.width}
+    config = {**sizes, "parallel_attn_mlp": circuit.parallel}
+    listed = [(edge.text, edge.score or 0.0, True) for edge in list_edges(circuit, top)]
+    if top is None:
+        others = zip(circuit.others, circuit.other_scores, strict=True)
+        listed += [(" -> ".join(ends), score, False) for ends, score in others]
+    make = _content_with_nodes if circuit.neurons or circuit.features else _eap_content
+    content = make(circuit, config, listed)
+    return dump_json(content, indent=1) + "\n"
+
+
+WrittenEdge: TypeAlias = tuple[str, float, bool]
+"""An edge as in a file, its score, and whether it is in the circuit."""
+
+
+def _content_with_nodes(
+    circuit: ResultCircuit, config: Mapping[str, Any], listed: Sequence[WrittenEdge]
+) -> dict[str, Any]:
+    """Return a circuit with neurons or features as nodes, in the names of this language."""
+    edges = {text: {"score": score, "in_graph": inside} for text, score, inside in listed}
+    ends = {end for text, _, inside in listed if inside for end in text.split(" -> ")}
+    names = [*circuit.neurons, *(name for name, _ in circuit.features)]
+    return {
+        "cfg": config,
+        "nodes": {name: {"in_graph": name in ends} for name in names},
+        "edges": edges,
+        **({"dictionaries": dict(circuit.dictionaries)} if circuit.dictionaries else {}),
+    }
+
+
+def _eap_content(
+    circuit: ResultCircuit, config: Mapping[str, Any], listed: Sequence[WrittenEdge]
+) -> dict[str, Any]:
+    """Return a circuit as a graph of EAP-IG."""
     edges: dict[str, dict[str, float | bool]] = {}
     inside = {"logits"}
-    for edge in list_edges(circuit, top):
-        of, _, to = edge.text.split(" ")
-        score = edge.score or 0.0
+    for text, score, in_graph in listed:
+        of, _, to = text.split(" ")
         receiver, _, reads = to.partition(".") if "H" in to else (to, "", "")
         sender, heads = _graph_name(of), [_graph_name(receiver)]
         group = circuit.heads // circuit.key_heads if reads in ("k", "v") else 1
@@ -241,18 +276,16 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
             heads = [f"a{layer}.h{int(head) * group + n}" for n in range(group)]
         for head in heads:
             name = f"{sender}->{head}<{reads}>" if reads else f"{sender}->{head}"
-            edges[name] = {"score": score / group, "in_graph": True}
-        inside |= {sender, *heads}
+            edges[name] = {"score": score / group, "in_graph": in_graph}
+        inside |= {sender, *heads} if in_graph else set()
     nodes = ["input"]
     for layer in range(circuit.layers):
         nodes += [*(f"a{layer}.h{head}" for head in range(circuit.heads)), f"m{layer}"]
-    sizes = {"n_layers": circuit.layers, "n_heads": circuit.heads, "d_model": circuit.width}
-    content = {
-        "cfg": {**sizes, "parallel_attn_mlp": circuit.parallel},
+    return {
+        "cfg": config,
         "nodes": {name: {"in_graph": name in inside} for name in [*nodes, "logits"]},
         "edges": edges,
     }
-    return dump_json(content, indent=1) + "\n"
 
 
 def _tracer_content(
