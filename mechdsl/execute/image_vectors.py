@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
-from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, WriteMismatch
+from mechdsl.forward.hooks.batch import Batch, BlockPairs, SiteRead, SiteWrite, WriteMismatch
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import (
     IMAGE_INPUTS,
@@ -35,6 +35,7 @@ from mechdsl.forward.hooks.model import (
     build_arguments,
     build_batch,
     call_module,
+    exchange_blocks,
     find_tokens,
 )
 from mechdsl.forward.hooks.module_exchange import get_activation, replace_activation
@@ -253,26 +254,28 @@ class ImageVectors:
         batch: Batch,
         writes: Sequence[SiteWrite],
         reads: Sequence[SiteRead],
+        blocks: BlockPairs,
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder on a batch's images: see `VisionPass`."""
         every = self._occurrences(batch)
         count = model.shape.merged_side**2
         inside = [_number_patches(write, batch, every, count) for write in writes]
         written = {n for write in inside for n in write.rows.tolist()}
+        changed = {*range(len(every))} if blocks else written
         lanes: dict[tuple[str, int], list[int]] = {}  # equal images without writes share a lane
         for n, each in enumerate(every):
-            if n in written or reads:
+            if n in changed or reads:
                 key = self._images[each.image], n if n in written else -1
                 lanes.setdefault(key, []).append(n)
         by_extent: dict[tuple[int, ...], list[tuple[str, list[int]]]] = {}
         for (marker, _), numbers in lanes.items():
             extent = self._known[marker].picture.extent
             by_extent.setdefault(extent, []).append((marker, numbers))
-        vectors = _ImagesOfBatch(batch, every, written, count)
+        vectors = _ImagesOfBatch(batch, every, changed, count)
         for alike in by_extent.values():
             for start in range(0, len(alike), _AT_ONCE):
                 own = alike[start : start + _AT_ONCE]
-                found, later = self._run(model, own, inside, reads)
+                found, later = self._run(model, own, inside, reads, blocks)
                 vectors.add([numbers for _, numbers in own], found, later)
         return vectors.writes(self._known_later(batch)), vectors.reads
 
@@ -291,6 +294,7 @@ class ImageVectors:
         lanes: Sequence[tuple[str, list[int]]],
         writes: Sequence[SiteWrite],
         reads: Sequence[SiteRead],
+        blocks: BlockPairs,
     ) -> tuple[dict[SiteRead, Tensor], list[Tensor]]:
         """Run the vision encoder on images of one extent.
 
@@ -300,6 +304,7 @@ class ImageVectors:
                 image has one.
             writes: Writes whose rows are numbers of images, and whose positions are patches.
             reads: Sites of the encoder.
+            blocks: Replaced blocks.
 
         Returns:
             [lane, token, units, width] of `embed`, and [lane, patch, units, width] by site; the
@@ -328,7 +333,7 @@ class ImageVectors:
                 for each in mine
                 if len(each.rows)
             ]
-        with _record_later_vectors(model) as later:
+        with _record_later_vectors(model) as later, exchange_blocks(model, blocks):
             found = run_full(model, batch, stop=0, writes=inside, reads=[_EMBED, *reads]).reads
         values = {each: patches.select(found[each]) for each in reads}
         values[_EMBED] = found[_EMBED][:, columns]

@@ -21,7 +21,7 @@ from mechdsl.forward.generation.decoding import Decoding
 from mechdsl.forward.generation.replies import generate_replies
 from mechdsl.forward.generation.rules import GenerationRules, RowChoice
 from mechdsl.forward.hooks.batch import RuleWrites
-from mechdsl.forward.hooks.model import LoadedModel, build_batch, split_vision
+from mechdsl.forward.hooks.model import LoadedModel, build_batch, replace_blocks, split_vision
 from mechdsl.planner.rows import RowTable
 from mechdsl.planner.value_keys import ExperimentKeys, RunContents
 from mechdsl.program.spec import Generation
@@ -196,11 +196,15 @@ class ReplyGenerator:
         """Return the writes to prompts, with those in the vision encoder as writes at `embed`."""
         if model.shape.encodes_apart:  # each pass of a reply encodes the image
             return prefill
-        if not any(write.stack == "vision" for write in prefill.writes):
+        blocks = [pair for pair in prefill.blocks if pair[0][0] != "vision"]
+        is_plain = len(blocks) == len(prefill.blocks)
+        if is_plain and not any(write.stack == "vision" for write in prefill.writes):
             return prefill
         ids = [rows.run.rows[prompt].ids for prompt in rows.prompts.tolist()]
         batch = build_batch(model, ids, [0] * len(ids), model.calling.side)
-        return replace(prefill, writes=split_vision(model, batch, prefill.writes)[1])
+        with replace_blocks(model, prefill.blocks):
+            writes = split_vision(model, batch, prefill.writes)[1]
+        return replace(prefill, writes=writes, blocks=blocks)
 
     def _known(
         self, model: LoadedModel, rows: GenerationRequest, asked: _ReplyRequest

@@ -117,6 +117,7 @@ from mechdsl.resolve.model_pairs import attach_tokenizer, read_tower_inputs, rea
 from mechdsl.resolve.observations import Observation, RowSetObservation
 from mechdsl.resolve.sites import find_missing_point
 from mechdsl.resolve.types import ModelContext, ResolvedExperiment, ResolvedRule
+from mechdsl.vocab.sites import SITES
 
 _DTYPES = {
     "float32": torch.float32,
@@ -1127,17 +1128,18 @@ def _check_block_exchange(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
     assert rule.sites is not None
     assert rule.sites.sources is not None
     pairs = {
-        (to.layer, None if of.site == to.site else of.layer)
+        ((SITES[to.site].stack, to.layer), None if of.site == to.site else of.layer)
         for key, here in rule.sites.points.items()
         for to, of in zip(here, rule.sites.sources[key], strict=True)
     }
-    for to, of in sorted(pairs, key=str):
+    for (stack, to), of in sorted(pairs, key=str):
         assert to is not None
-        reason = explain_block_mismatch(model, to, of)
+        reason = explain_block_mismatch(model, (stack, to), of)
         if reason:
-            what = f"block {of} in place of block {to}: {reason};"
+            own = f"block {stack} {to}".replace("  ", " ")
+            what = f"block {of} in place of {own}: {reason};"
             if of is None:
-                what = f"identity in place of block {to}: {reason};"
+                what = f"identity in place of {own}: {reason};"
             return NotSupported(span=rule.spec.span, what=what)
     return None
 

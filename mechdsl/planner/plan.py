@@ -203,15 +203,17 @@ class ExperimentPlan:
                 found = found * len(axis) + own
         return found
 
-    def replaced_blocks(self, cell: int) -> tuple[tuple[int, int | None], ...]:
-        """Return (block, replacement) for the replaced blocks of a cell; None means identity."""
-        found: dict[int, int | None] = {}
+    def replaced_blocks(self, cell: int) -> tuple[tuple[tuple[str, int], int | None], ...]:
+        """Return ((stack, layer), replacement) for the replaced blocks of a cell; None means
+        identity."""
+        found: dict[tuple[str, int], int | None] = {}
         for plan in self.rules:
             if plan.rule.does.changes == "blocks":
                 for index in _list(plan.points, int(plan.site_of_cell[cell])).tolist():
                     to, of = plan.point_table[index], plan.source_table[index]
                     assert to.layer is not None
-                    found[to.layer] = None if of.site == to.site else of.layer
+                    place = SITES[to.site].stack, to.layer
+                    found[place] = None if of.site == to.site else of.layer
         return tuple(sorted(found.items()))
 
     def content(self, cell: int) -> int:

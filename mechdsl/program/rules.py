@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.experiments import PatchWithoutSource
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownName, UnknownWord
@@ -400,11 +401,17 @@ def _replace_block(rule: ast.Rule, body: ast.ReplaceBlock) -> spec.Rule:
     return spec.Rule(
         span=rule.span,
         verb="replace block",
-        site=ast.Site((ast.Name("block", span=span),), (body.axis,), span=span),
+        site=ast.Site(_names_of_block(body.stack, span), (body.axis,), span=span),
         at=all_tokens(),
         fill=body.word,
         source_block=body.source,
+        source_stack=body.source_stack,
     )
+
+
+def _names_of_block(stack: ast.Name | None, span: Span) -> tuple[ast.Name, ...]:
+    block = ast.Name("block", span=span)
+    return (block,) if stack is None else (block, stack)
 
 
 def _at(

@@ -493,6 +493,8 @@ class Rule(Spec):
     """patch … with features of another basis: these features."""
     source_block: BoundText | None = None
     """replace block: the block that replaces it; None: identity."""
+    source_stack: NameText | None = None
+    """The stack of this block, if the file names one."""
     edge: EdgeText | None = None
     """Attention rules: layers and heads."""
     receiver: SiteText | None = None

@@ -750,7 +750,9 @@ _IN_VISION = frozenset((
 ))  # fmt: skip
 """Rules and observations that act in vision encoders, and on blocks that attend to an image."""
 
-_IN_VISION_OF_PROMPTS = _IN_VISION | frozenset(("observe probe", "observe prediction"))
+_IN_VISION_OF_PROMPTS = _IN_VISION | frozenset((
+    "observe probe", "observe prediction", "replace block",
+))  # fmt: skip
 """Rules and observations in vision encoders whose output is inserted into prompts as tokens."""
 
 _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
@@ -778,8 +780,9 @@ _OTHER_STACK_HINTS = {
 
 VISION_HINT = (
     "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale`, `clamp`, `swap`, "
-    "`freeze`, `project out`, `project … onto`, and observations of `norm`, `probe` and "
-    "`prediction`; others act in the language model, such as on `embed` at the tokens of an image"
+    "`freeze`, `project out`, `project … onto`, `replace block`, and observations of `norm`, "
+    "`probe` and `prediction`; others act in the language model, such as on `embed` at the "
+    "tokens of an image"
 )
 
 
@@ -943,7 +946,7 @@ def check_removed_blocks(
                 if point is not None:
                     yield _site_in_removed_block(point, model, other.spec.span)
                     break
-        layers = {point.layer for here in rule.sites.points.values() for point in here}
+        layers = {_block_of(point) for here in rule.sites.points.values() for point in here}
         for measure in measures:
             points = [atom.point for atom in measure.atoms if atom.point is not None]
             point = next((point for point in points if _is_inside(point, layers)), None)
@@ -954,7 +957,7 @@ def check_removed_blocks(
 def check_runs_without_blocks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0414 for sites that are written or read in a block that a run with rules removes."""
     model = experiment.model.name
-    removed: dict[str | None, set[int | None]] = {}
+    removed: dict[str | None, set[BlockPlace]] = {}
     for name, run in experiment.derived.items():
         yield from check_removed_blocks(run.rules, (), model)
         removed[name] = _removed_layers(run, removed.get(run.spec.base, set()))
@@ -996,7 +999,7 @@ def _check_bases(
         name = base.spec.base
 
 
-def _removed_layers(run: ResolvedExperiment, before: set[int | None]) -> set[int | None]:
+def _removed_layers(run: ResolvedExperiment, before: set[BlockPlace]) -> set[BlockPlace]:
     """Return the blocks that a run with rules replaces with identity.
 
     Args:
@@ -1005,13 +1008,13 @@ def _removed_layers(run: ResolvedExperiment, before: set[int | None]) -> set[int
     found = set(before)
     for rule in run.rules:
         if rule.does.changes == "blocks" and rule.sites is not None:
-            layers = {point.layer for here in rule.sites.points.values() for point in here}
+            layers = {_block_of(point) for here in rule.sites.points.values() for point in here}
             found = found - layers if rule.spec.fill is None else found | layers
     return found
 
 
 def _first_inside(
-    points: Iterable[SitePoint], layers: set[int | None], model: str, span: Span
+    points: Iterable[SitePoint], layers: set[BlockPlace], model: str, span: Span
 ) -> Iterator[Diagnostic]:
     inside = next((point for point in points if _is_inside(point, layers)), None)
     if inside is not None:
@@ -1029,8 +1032,18 @@ def _site_in_removed_block(point: SitePoint, model: str, span: Span) -> Diagnost
     )
 
 
-def _is_inside(point: SitePoint, layers: set[int | None]) -> bool:
-    return point.layer in layers and point.layer is not None and point.site not in _BLOCK_ENDS
+BlockPlace = tuple[str, int | None]
+"""Stack of a block, empty for the main one, and its layer."""
+
+
+def _block_of(point: SitePoint) -> BlockPlace:
+    stack = SITES[point.site].stack
+    return "" if stack == "cross" else stack, point.layer
+
+
+def _is_inside(point: SitePoint, layers: set[BlockPlace]) -> bool:
+    inside = SITES[point.site].component not in _BLOCK_ENDS
+    return inside and point.layer is not None and _block_of(point) in layers
 
 
 def _find_overlap(removed: SiteTargets, other: SiteTargets) -> SitePoint | None:
@@ -1041,7 +1054,7 @@ def _find_overlap(removed: SiteTargets, other: SiteTargets) -> SitePoint | None:
     for (key, blocks), (at, points) in product(removed.points.items(), other.points.items()):
         if [key[i] for i in first] != [at[i] for i in second]:
             continue
-        layers = {block.layer for block in blocks}
+        layers = {_block_of(block) for block in blocks}
         inside = next((point for point in points if _is_inside(point, layers)), None)
         if inside is not None:
             return inside

@@ -422,6 +422,14 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
         yield from _check_cache_edit(rule, generation)
         return
     steps = [] if rule.steps is None else list(rule.steps.values.values())
+    if does.changes == "blocks" and rule.in_vision and any(last > 0 for _, last in steps):
+        assert said.during is not None
+        yield _bad_steps(
+            said.during,
+            "acts on no step: the vision encoder encodes images in the prefill",
+            "leave it out",
+        )
+        return
     if any(each != (0, 0) for each in steps) and any(
         key not in rule.positions.newest and any(run for row in cell.hits for run in row)
         for key, cell in rule.positions.written.items()
@@ -443,6 +451,7 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
     if (
         does.changes == "blocks"
         and said.source_block is None
+        and not rule.in_vision
         and any(own < last for _, own in steps)
     ):
         assert said.during is not None

@@ -23,7 +23,13 @@ from mechdsl.prompts.runs import PromptRun
 from mechdsl.prompts.table import change_row_patches, check_chat_markers, replace_tokens
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.runs import RuleKind
-from mechdsl.resolve.sites import ExperimentContext, resolve_axis, resolve_swept_site
+from mechdsl.resolve.sites import (
+    ExperimentContext,
+    check_stack,
+    named_stack,
+    resolve_axis,
+    resolve_swept_site,
+)
 from mechdsl.resolve.targets import resolve_amounts, resolve_base_positions, resolve_rule_positions
 from mechdsl.resolve.types import (
     Amounts,
@@ -246,16 +252,22 @@ class ReplaceBlockRule(RuleKind, Intervention):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.site is not None
+        stack = _find_stack(rule, work)
+        if stack is None:
+            return None
         positions = resolve_base_positions(rule.at, work)
-        targets, axes = resolve_swept_site(rule.site, work.sites, [SITES["resid_pre"]])
+        kind = SITES[f"resid_pre {stack}".strip()]
+        targets, axes = resolve_swept_site(rule.site, work.sites, [kind])
         for axis in axes:
             work.add_axis(axis)
+        if positions is not None and stack == "vision":
+            positions = _in_images(rule, positions, work)
         if targets is None or positions is None:
             return None
         found = self._by_identity(rule, targets, work)
         if rule.source_block is not None:
-            found = _by_block(rule.source_block, targets, work)
-        if found is None or not _check_same_kind(rule, found, work):
+            found = _by_block(rule.source_block, targets, work, stack)
+        if found is None or not _check_same_kind(rule, found, work, stack):
             return None
         run = work.experiment.base
         return ResolvedRule(spec=rule, does=self, run=run, sites=found, positions=positions)
@@ -290,19 +302,66 @@ class ReplaceBlockRule(RuleKind, Intervention):
                 "not to the block"
             )
         yield Convention("blocks", said)
+        if rule.in_vision:
+            said = "all tokens of all images of a row pass through these blocks"
+            yield Convention("blocks", said)
         yield Convention("passes", "rows of `replace block` are full forward passes")
 
 
 def _block_label(label: str) -> str:
-    return label.removesuffix(".resid_pre")
+    """Return the label of a block, `L0`, or `L0 vision` in another stack."""
+    return label.replace(".resid_pre", "")
+
+
+def _find_stack(rule: spec.Rule, work: ExperimentContext) -> str | None:
+    """Return the stack of the replaced block; None after an error, such as E0207 for a replacement
+    in another stack."""
+    assert rule.site is not None
+    named = [*rule.site.names[1:2], *([] if rule.source_stack is None else [rule.source_stack])]
+    if not all(check_stack(word, work.sites) for word in named):
+        return None
+    own, other = (
+        "" if word is None else named_stack(word, work.model.shape)
+        for word in (next(iter(rule.site.names[1:2]), None), rule.source_stack)
+    )
+    if rule.source_block is None or own == other:
+        return own
+    number = rule.source_block.span.written
+    said, there = (" ".join(f"block {each} layer {number}".split()) for each in (other, own))
+    reason = "is in another stack than the block that it replaces"
+    hint = f"name one of the same stack: `{there}`"
+    span = rule.source_block.span
+    work.diagnostics.append(BadArgument(span=span, name=said, reason=reason, hint=hint))
+    return None
+
+
+def _in_images(
+    rule: spec.Rule, positions: PositionTargets, work: ExperimentContext
+) -> PositionTargets | None:
+    """Restrict positions to tokens that are made from patches; E0207 if there are none."""
+    rows = work.table.runs[work.experiment.base].rows
+    hits = tuple((tuple(sorted(own)),) if (own := row.patch_tokens) else () for row in rows)
+    if not any(hits) and not (work.table.stands_in or work.model.tokenizer.stands_in):
+        assert rule.site is not None
+        reason = f"acts on images, and no row of `{work.table.name}` has one"
+        hint = "add `image photo = …` and `{photo}` to the block, or remove `vision`"
+        name = "replace block vision"
+        work.diagnostics.append(
+            BadArgument(span=rule.site.span, name=name, reason=reason, hint=hint)
+        )
+        return None
+    pairs = positions.written.items()
+    cells = {key: replace(cell, label="images", hits=hits) for key, cell in pairs}
+    return replace(positions, written=cells, read=cells, newest=frozenset(), every=frozenset())
 
 
 def _by_block(
-    source: ast.Star | ast.AxisRange, targets: SiteTargets, work: ExperimentContext
+    source: ast.Star | ast.AxisRange, targets: SiteTargets, work: ExperimentContext, stack: str
 ) -> SiteTargets | None:
     """Resolve the block that replaces each target, for every value of the loop that names it."""
     axis = ast.Axis("layer", False, (source,), span=source.span)
-    values = resolve_axis(axis, [SITES["resid_post"]], work.sites)
+    site = f"resid_post {stack}".strip()
+    values = resolve_axis(axis, [SITES[site]], work.sites)
     if values is None:
         return None
     if values.sweep is not None:
@@ -326,26 +385,32 @@ def _by_block(
         key = (*before, *own)
         (layer,) = values.chosen(dict(zip(names, key, strict=True)))
         points[key] = targets.points[before]
-        sources[key] = (SitePoint("resid_post", layer, None),) * len(points[key])
+        sources[key] = (SitePoint(site, layer, None),) * len(points[key])
         labels[key] = f"{_block_label(targets.labels[before])} ← L{layer}"
     return SiteTargets(names, points, labels, sources)
 
 
-def _check_same_kind(rule: spec.Rule, targets: SiteTargets, work: ExperimentContext) -> bool:
+def _check_same_kind(
+    rule: spec.Rule, targets: SiteTargets, work: ExperimentContext, stack: str
+) -> bool:
     """Report E0108 for blocks that can't replace each other according to the config."""
     shape = work.sites.shape
     if shape.stands_in:
         return True
-    what = _explain_tied_blocks(shape.config)
-    kinds = shape.config.get("layer_types")
+    shape = shape.others.get(stack, shape)
+    what, later = _explain_tied_blocks(shape.config), NotSupported.later
+    kinds, full = shape.config.get("layer_types"), shape.config.get("fullatt_block_indexes")
+    if isinstance(full, list):  # the other blocks attend within windows
+        kinds = ["full" if n in full else "windowed" for n in range(shape.n_layers)]
     assert targets.sources is not None
     for key, points in targets.points.items():
         for to, of in zip(points, targets.sources[key], strict=True):
             if isinstance(kinds, list) and kinds[to.layer or 0] != kinds[of.layer or 0]:
                 what = f"block {of.layer} (`{kinds[of.layer or 0]}`) in place of block {to.layer} "
                 what += f"(`{kinds[to.layer or 0]}`), which is of a different type,"
+                later = "name a block of the same type"
     if what:
-        work.diagnostics.append(NotSupported(span=rule.span, what=what))
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
     return not what
 
 

@@ -827,16 +827,20 @@ class ReplaceTokens(Node):
 
 
 @statement(
-    "replace block {axis} with ({word:name} | block layer {source:axis_value})",
+    "replace block [{stack:name}] {axis} with "
+    "({word:name} | block [{source_stack:name}] layer {source:axis_value})",
     "replace_block",
 )
 @record
 class ReplaceBlock(Node):
-    """`replace block layer 2 with block layer 1`, or with a word, `identity`."""
+    """`replace block layer 2 with block layer 1`, or with a word, `identity`; a block of another
+    stack as `block vision layer 2`."""
 
     axis: Axis
     word: Name | None = None
     source: Star | AxisRange | None = None
+    stack: Name | None = None
+    source_stack: Name | None = None
 
 
 @statement("block {edge}", "block")

@@ -137,7 +137,7 @@ def test_blocks_replaced_during_generation_equal_a_modified_model(
 
 
 def test_block_omitted_in_the_prefill_cannot_attend_in_steps() -> None:
-    prefill = RuleWrites(blocks=((1, None),))
+    prefill = RuleWrites(blocks=((("", 1), None),))
     with pytest.raises(ValueError, match="block 1 was omitted earlier but attends in step 1"):
         generate_replies(model_of("gpt2"), PROMPTS, greedy(2), prefill=prefill)
     # One token needs only the prefill.

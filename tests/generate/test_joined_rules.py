@@ -36,7 +36,9 @@ def some_rules(chance: random.Random) -> StepRules:
         chance.choice([None, None, 3]),
         writes=[write] if what == "write" else [],
         edges=[StepEdge(edge)] if what == "edge" else [],
-        blocks=((chance.randint(0, 1), chance.choice([None, 2])),) if what == "blocks" else (),
+        blocks=((("", chance.randint(0, 1)), chance.choice([None, 2])),)
+        if what == "blocks"
+        else (),
     )
 
 

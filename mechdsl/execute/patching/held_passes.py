@@ -101,7 +101,7 @@ def _list_held_sites(
     wanted: list[tuple[SiteRead, Ints]] = []
     for stack, own in stacks.items():
         for layer in range(own.n_layers):
-            if layer in removed and stack != "encoder":
+            if ("", layer) in removed and stack != "encoder":
                 continue
             heads = next(s for s in ("z", "mixer_out", "attn_out") if own.has(s, layer))
             wanted.append((SiteRead(heads, layer, stack, before=True), rows))

@@ -42,6 +42,7 @@ from mechdsl.forward.generation.rules import (
 )
 from mechdsl.forward.hooks.batch import (
     Batch,
+    BlockPlace,
     RuleWrites,
     SiteRead,
     SiteWrite,
@@ -243,7 +244,7 @@ class FullPasses:
     def _reads(self, acting: RuleWrites) -> list[SiteRead]:
         """List step sources, and keys and values of all blocks that run."""
         shape, blocks = self.model.shape, {to: of is not None for to, of in acting.blocks}
-        layers = [layer for layer in range(shape.n_layers) if blocks.get(layer, True)]
+        layers = [layer for layer in range(shape.n_layers) if blocks.get(("", layer), True)]
         if shape.takes == "attended image":  # other blocks attend to the image
             layers = [layer for layer in layers if shape.has("k", layer)]
         every = [SiteRead(site, layer) for layer in layers for site in ("k", "v")]
@@ -296,9 +297,9 @@ def _rewrite_vectors(read: SiteRead, found: Sequence[Tensor], sources: Sequence[
     return SiteWrite(read.site, read.layer, rows, torch.cat(places), units, values)
 
 
-def collect_blocks(steps: Sequence[StepRules], step: int) -> dict[int, int | None]:
+def collect_blocks(steps: Sequence[StepRules], step: int) -> dict[BlockPlace, int | None]:
     """Return the block that replaces each exchanged block in a step."""
-    found: dict[int, int | None] = {}
+    found: dict[BlockPlace, int | None] = {}
     for rules in steps:
         if rules.acts(step):
             found |= dict(rules.blocks)
@@ -874,13 +875,13 @@ class _GivenRules:
 
     def check_blocks(self, tokens: int) -> None:
         """Raise ValueError if a skipped block runs again, as it lacks keys of the tokens so far."""
-        out: set[int] = set()
+        out: set[BlockPlace] = set()
         for step in range(tokens):
             blocks = collect_blocks(self.steps, step) if step else dict(self.prefill.blocks)
             now = {block for block, of in blocks.items() if of is None}
             if out - now:
                 raise ValueError(
-                    f"block {min(out - now)} was omitted earlier but attends in step {step}"
+                    f"block {min(out - now)[1]} was omitted earlier but attends in step {step}"
                 )
             out |= now
 

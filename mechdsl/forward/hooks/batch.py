@@ -568,8 +568,12 @@ class PassStopped(Exception):
     """Signal that everything requested has been computed."""
 
 
-BlockPairs = Sequence[tuple[int, int | None]]
-"""Blocks and their replacements; None: the block passes its input on."""
+BlockPlace = tuple[str, int]
+"""Stack (empty for the main one) and layer of a block."""
+
+BlockPairs = Sequence[tuple[BlockPlace, int | None]]
+"""Blocks, and the layers of their replacements in the same stack; None: the block passes its input
+on."""
 
 
 @dataclass(frozen=True, eq=False)

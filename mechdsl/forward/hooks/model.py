@@ -18,6 +18,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.forward.hooks.batch import (
     Batch,
     BlockPairs,
+    BlockPlace,
     SiteRead,
     SiteWrite,
     array_to_device,
@@ -27,6 +28,7 @@ from mechdsl.forward.hooks.module_exchange import (
     CACHE_ARGUMENTS,
     AttentionEntry,
     BlockStub,
+    SkippedBlock,
     find_attention_entry,
     load_weights,
     replace_forward,
@@ -322,7 +324,11 @@ class VisionPass(Protocol):
     """A pass of the vision encoder on the images of prompts, without the language model."""
 
     def __call__(
-        self, batch: Batch, writes: Sequence[SiteWrite], reads: Sequence[SiteRead]
+        self,
+        batch: Batch,
+        writes: Sequence[SiteWrite],
+        reads: Sequence[SiteRead],
+        blocks: BlockPairs,
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder.
 
@@ -330,6 +336,7 @@ class VisionPass(Protocol):
             batch: The prompts, whose tokens of images stand for patches.
             writes: Writes in the encoder.
             reads: Sites of the encoder.
+            blocks: Its replaced blocks, which change all images.
 
         Returns:
             Writes at `embed` of all tokens of the images that are written to; [B, T, units, width]
@@ -442,12 +449,13 @@ def split_vision(
     table = IMAGE_TOKENS.get(model.module)
     inside = [write for write in writes if write.stack == "vision"]
     asked = [read for read in reads if read.stack == "vision"]
+    blocks = _VISION_BLOCKS.get(model.module, ())
     no_images = "vision" in batch.frames or "vision" not in model.others
-    if no_images or not (inside or asked):
+    if no_images or not (inside or asked or blocks):
         return _open_vision(model, batch, inside, asked), list(writes), list(reads), {}
     if table is None or table.encode is None:
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
-    embedded, found = table.encode(batch, inside, asked)
+    embedded, found = table.encode(batch, inside, asked, blocks)
     outside = [write for write in writes if write.stack != "vision"]
     return batch, [*embedded, *outside], [read for read in reads if read not in found], found
 
@@ -805,15 +813,39 @@ _POSITION_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number", 
 """Attributes with a module's index, by which a cache finds its keys."""
 
 
+_VISION_BLOCKS: WeakKeyDictionary[nn.Module, BlockPairs] = WeakKeyDictionary()
+"""By model, the blocks of the vision encoder that are replaced wherever it encodes images."""
+
+
 @contextmanager
 def replace_blocks(model: LoadedModel, pairs: BlockPairs) -> Generator[None]:
-    """Run blocks with the weights of others while the context is open; hooks stay in place."""
+    """Run blocks with the weights of others while the context is open; hooks stay in place.
+
+    Blocks of a vision encoder are replaced in the passes that encode the images of prompts.
+    """
+    inside = tuple(pair for pair in pairs if pair[0][0] == "vision")
+    before = _VISION_BLOCKS.get(model.module, ())
+    with exchange_blocks(model, [pair for pair in pairs if pair not in inside]):
+        _VISION_BLOCKS[model.module] = inside
+        try:
+            yield
+        finally:
+            _VISION_BLOCKS[model.module] = before
+
+
+@contextmanager
+def exchange_blocks(model: LoadedModel, pairs: BlockPairs) -> Generator[None]:
+    """Replace blocks in all passes while the context is open, those of a vision encoder too."""
     with ExitStack() as stack:
         others = [
-            None if of is None else _get_block_weights(_get_block(model, of)) for _, of in pairs
+            None if of is None else _get_block_weights(_get_block(model, (place[0], of)))
+            for place, of in pairs
         ]
         for (to, _), weights in zip(pairs, others, strict=True):
             block = _get_block(model, to)
+            if weights is None and to[0]:
+                stack.enter_context(replace_forward(block, SkippedBlock(block.forward)))
+                continue
             if weights is None:
                 stack.enter_context(replace_forward(block, BlockStub(model.calling.block_returns)))
                 continue
@@ -823,10 +855,10 @@ def replace_blocks(model: LoadedModel, pairs: BlockPairs) -> Generator[None]:
         yield
 
 
-def explain_block_mismatch(model: LoadedModel, to: int, of: int | None) -> str:
-    """Explain why a block can't replace another; empty if it can."""
+def explain_block_mismatch(model: LoadedModel, to: BlockPlace, of: int | None) -> str:
+    """Explain why a block can't replace another of its stack; empty if it can."""
     block = _get_block(model, to)
-    every = [block] if of is None else [block, _get_block(model, of)]
+    every = [block] if of is None else [block, _get_block(model, (to[0], of))]
     if any("_hf_hook" in part.__dict__ for each in every for part in each.modules()):
         return "its weights are stored elsewhere while a block isn't running"
     if of is None:
@@ -839,8 +871,9 @@ def explain_block_mismatch(model: LoadedModel, to: int, of: int | None) -> str:
     return ""
 
 
-def _get_block(model: LoadedModel, layer: int) -> nn.Module:
-    return model.module.get_submodule(model.anatomy.blocks[layer].path)
+def _get_block(model: LoadedModel, place: BlockPlace) -> nn.Module:
+    stack, layer = place
+    return model.module.get_submodule(model.stack(stack).anatomy.blocks[layer].path)
 
 
 ModuleWeights = tuple[dict[str, Any], dict[str, Any]]

@@ -79,6 +79,17 @@ class BlockStub:
         return hidden if self.returns is None else (hidden, *[None] * (self.returns - 1))
 
 
+class SkippedBlock:
+    """Replacement of a block's forward that passes its input on, in the format of its result."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, found = get_activation(args, kwargs), self.forward(*args, **kwargs)
+        return (hidden, *found[1:]) if isinstance(found, tuple) else hidden
+
+
 @contextmanager
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
     """Replace a module's forward while the context is open; hooks on the module stay in place."""
