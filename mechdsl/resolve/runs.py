@@ -422,13 +422,9 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
         yield from _check_cache_edit(rule, generation)
         return
     steps = [] if rule.steps is None else list(rule.steps.values.values())
-    if does.changes == "blocks" and rule.in_vision and any(last > 0 for _, last in steps):
-        assert said.during is not None
-        yield _bad_steps(
-            said.during,
-            "acts on no step: the vision encoder encodes images in the prefill",
-            "leave it out",
-        )
+    problem = _find_block_problem(rule, steps, generation.tokens - 1)
+    if problem is not None:
+        yield problem
         return
     if any(each != (0, 0) for each in steps) and any(
         key not in rule.positions.newest and any(run for row in cell.hits for run in row)
@@ -442,28 +438,39 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
             "name `last token`, the newest token at each step, or write `during prefill`",
         )
         return
-    if does.changes == "blocks" and rule.steps is not None and rule.steps.axes:
-        yield _not_supported(
-            said, "a sweep over steps of `replace block`", "name the steps: `during step 2..5`"
-        )
-        return
-    last = generation.tokens - 1
-    if (
-        does.changes == "blocks"
-        and said.source_block is None
-        and not rule.in_vision
-        and any(own < last for _, own in steps)
-    ):
-        assert said.during is not None
-        yield _bad_steps(
-            said.during,
-            "omits a block that attends again in later steps, without keys for the skipped tokens",
-            f"omit it until the last step, `during step {steps[0][0]}..{last}`, or "
-            "substitute a different block: `with block layer 1`",
-        )
-        return
     if rule.acts_later:
         yield from _check_after_prefill(rule)
+
+
+def _find_block_problem(
+    rule: ResolvedRule, steps: Sequence[tuple[int, int]], last: int
+) -> Diagnostic | None:
+    """Return what prevents a replaced block from acting in its steps; None if it can, and for other
+    rules.
+
+    Args:
+        steps: The first and the last step of each range.
+        last: The last step of the generation.
+    """
+    said = rule.spec
+    if rule.does.changes != "blocks" or rule.steps is None:
+        return None
+    assert said.during is not None
+    if rule.in_vision:
+        reason = "acts on no step: the vision encoder encodes images in the prefill"
+        later = any(end > 0 for _, end in steps)
+        return _bad_steps(said.during, reason, "leave it out") if later else None
+    if rule.steps.axes:
+        what, hint = "a sweep over steps of `replace block`", "name the steps: `during step 2..5`"
+        return _not_supported(said, what, hint)
+    if said.source_block is not None or all(end >= last for _, end in steps):
+        return None
+    return _bad_steps(
+        said.during,
+        "omits a block that attends again in later steps, without keys for the skipped tokens",
+        f"omit it until the last step, `during step {steps[0][0]}..{last}`, or "
+        "substitute a different block: `with block layer 1`",
+    )
 
 
 def _check_cache_edit(rule: ResolvedRule, generation: Generation) -> Iterator[Diagnostic]:

@@ -1382,6 +1382,11 @@ def precedes(sender: SitePoint, receiver: SitePoint, *, parallel: bool) -> bool:
     Keys and values of a decoder's attention to an encoder read the output of the encoder.
     """
     of, to = SITES[sender.site], SITES[receiver.site]
+    if "vision" in (of.stack, to.stack):
+        if of.stack != to.stack:
+            return False
+        of, to = SITES[of.component], SITES[to.component]
+        parallel = False
     sends, reads = of.stack == "encoder", to.side == "source"
     if sends or reads:
         if not (sends and reads) or to.stack == "cross":

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import product
 
 from mechdsl.diagnostics.rules import NoPath, NotOnAPath
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.resolve.cells import counts_from_end
@@ -30,7 +31,7 @@ from mechdsl.resolve.types import (
 from mechdsl.rules.kinds import check_one_side, rule_kind
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, STACK_SITES
 
 
 def find_end_conflict(
@@ -162,6 +163,8 @@ class PathPatching(RuleKind, Intervention):
         does: Intervention = FULL_PASS_PATH if whole else self
         if work.model.shape.encodes_apart:
             does = ENCODER_DECODER_PATH
+        if _has_stack(senders, "vision"):
+            does = VISION_PATH
         return ResolvedRule(
             spec=rule, does=does, run=run, sites=senders, positions=positions, path=path
         )
@@ -237,6 +240,16 @@ class EncoderDecoderPath(PathPatching, Intervention):
         return heads, "the MLPs of both (mlp_out encoder, mlp_out)"
 
 
+class VisionPath(PathPatching, Intervention):
+    """Path patching in the vision encoder of prompts, whose rows are full forward passes."""
+
+    whole = True
+
+    def _held(self, last: int) -> tuple[str, str]:
+        del last
+        return "the heads of the vision encoder (z vision)", "its MLPs (mlp_out vision)"
+
+
 def _path_targets(rule: ResolvedRule) -> PathTargets:
     assert rule.path is not None
     return rule.path
@@ -256,11 +269,18 @@ def _check_ends(
     fine = _check_components(rule.site, senders, SENDERS, "start", work)
     fine = _check_components(rule.receiver, receivers, RECEIVERS, "end", work) and fine
     fine = fine and all(check_one_side(rule, ends, work) for ends in (senders, receivers))
+    if fine and rule.frozen_norms and _has_stack(senders, "vision"):
+        what = "a path with frozen norms in the vision encoder"
+        later = "remove `with frozen norms`, so that norms are recomputed"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
+        return False
     return fine and _check_path_exists(rule, senders, receivers, work)
 
 
 def _names_of_stack(allowed: tuple[str, ...], stack: str) -> tuple[str, ...]:
     """Return the names of a stack's sites, `z cross`, at which a path can start or end."""
+    if stack == "vision":
+        allowed = tuple(name for name in allowed if name != "final_norm")
     if stack == "cross":
         allowed = _CROSS_SENDERS if allowed is SENDERS else _CROSS_RECEIVERS
     return tuple(f"{name} {stack}".strip() for name in allowed if stack == "" or name != "logits")
@@ -275,17 +295,14 @@ def _check_components(
 ) -> bool:
     """Report E0334 for a component at which a path can't start or end."""
     named = {p.site for points in targets.points.values() for p in points}
-    there = {stack: _names_of_stack(allowed, stack) for stack in ("", "encoder", "cross")}
+    there = {stack: _names_of_stack(allowed, stack) for stack in ("", *STACK_SITES)}
     wrong = sorted(named - {name for names in there.values() for name in names})
     if not wrong:
         return True
     names = there.get(SITES[wrong[0]].stack, allowed)
     listed = ", ".join(f"`{name}`" for name in names if work.sites.shape.has(name, None))
     hint = f"write one of {listed}"
-    if SITES[wrong[0]].stack == "vision":
-        reason = "a path stays in the language model"
-        hint = "start a path at `embed` at the tokens of the image, and end it at a later block"
-    elif verb == "start":
+    if verb == "start":
         reason = "it doesn't add to the residual stream directly"
     else:
         reason = "a receiver is an input of a block, a head or an MLP"
@@ -297,6 +314,10 @@ def _check_components(
         NotOnAPath(span=site.span, verb=verb, site=wrong[0], reason=reason, hint=hint)
     )
     return False
+
+
+def _has_stack(targets: SiteTargets, stack: str) -> bool:
+    return any(SITES[p.site].stack == stack for points in targets.points.values() for p in points)
 
 
 def _has_site(targets: SiteTargets, sites: tuple[str, ...]) -> bool:
@@ -427,6 +448,10 @@ def _describe_missing_path(
             "with all else held, a change in the encoder ends at the keys and values of `cross`"
         )
         return reason, "v cross layer * head *"
+    if of.stack != to.stack and "vision" in (of.stack, to.stack):
+        reason = "a path stays within the vision encoder or within the language model"
+        where = "q vision" if of.stack == "vision" else "q"
+        return reason, f"{where} layer {(sender.layer or 0) + 1} head *"
     reason = "every receiver reads before or at the site that the sender writes"
     if of.stack != "encoder" and to.side == "source":
         reason, to = "the encoder doesn't read the decoder", SITES["q"]
@@ -436,9 +461,12 @@ def _describe_missing_path(
     example += " head *" if to.unit else ""
     if sender.layer == last:
         example = "v cross layer * head *" if of.stack == "encoder" else "logits"
+        example = f"mlp_norm vision layer {last}" if of.stack == "vision" else example
     return reason, example
 
 
 FULL_PASS_PATH = FullPassPath()
 
 ENCODER_DECODER_PATH = EncoderDecoderPath()
+
+VISION_PATH = VisionPath()

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from mechdsl.forward.generation.replies import generate_replies
 from mechdsl.forward.generation.rules import StepRules
-from mechdsl.forward.hooks.batch import RuleWrites, SiteWrite
+from mechdsl.forward.hooks.batch import BlockPairs, RuleWrites, SiteWrite
 
 from ..rules.models import double
 from ..rules.test_blocks import LISTS
@@ -90,6 +90,10 @@ def _handed_on(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 @torch.no_grad()
+def in_main_stack(blocks: Pairs) -> BlockPairs:
+    return tuple((("", to), of) for to, of in blocks.items())
+
+
 def by_blocks(
     name: str, prompt: tuple[int, ...], first: Pairs, later: Pairs, since: int
 ) -> tuple[list[int], Tensor]:
@@ -122,14 +126,14 @@ def test_blocks_replaced_during_generation_equal_a_modified_model(
     name: str, case: tuple[Pairs, Pairs, int], cached: bool
 ) -> None:
     first, later, since = case
-    steps = [StepRules(since, blocks=tuple(later.items()))]
+    steps = [StepRules(since, blocks=in_main_stack(later))]
     if since > 1:
-        steps.append(StepRules(1, since - 1, blocks=tuple(first.items())))
+        steps.append(StepRules(1, since - 1, blocks=in_main_stack(first)))
     found = written(
         model_of(name),
         PROMPTS,
         greedy(TOKENS),
-        prefill=RuleWrites(blocks=tuple(first.items())),
+        prefill=RuleWrites(blocks=in_main_stack(first)),
         steps=steps,
         cached=cached,
     )

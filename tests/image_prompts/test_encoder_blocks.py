@@ -135,10 +135,9 @@ SITE = "resid_post vision layer 1"
 AT = "at photo tokens"
 
 
-def turned_at_the_end(module: Any, args: Any, output: Tensor) -> Tensor:
-    output = output.clone()
-    output[:, -1] *= -2
-    return output
+def turned_at_the_end(value: Tensor) -> Tensor:
+    value[-1] *= -2
+    return value
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -154,8 +153,8 @@ def test_replaced_blocks_with_other_rules_and_runs_equal_hooks(name: str, mode: 
             experiment(
                 "a", ends, SKIP, "patch resid_pre vision layer 1 at photo row 1 col 2 token"
             ),
-            experiment("b", SKIP, "scale mlp_out layer 0 at last token by -2"),
-            experiment("c", *runs, "patch resid_post layer 0 at last token"),
+            experiment("b", SKIP, "scale resid_post layer 0 at last token by -2"),
+            experiment("c", *runs, "patch resid_post layer 1 at last token"),
             experiment("d", *runs, f"patch {SITE} {AT}"),
             experiment("e", "generate 4", SKIP, measure=replies),
             experiment("e_of_step", "generate 4", f"{SKIP} during prefill", measure=replies),
@@ -172,13 +171,11 @@ def test_replaced_blocks_with_other_rules_and_runs_equal_hooks(name: str, mode: 
         with replaced(blocks, {0: None}), edited(name, "resid_pre", 1, edit):
             expected["a"].append(difference(model.run(inputs(name, n, other(n)))))
         with replaced(blocks, {0: None}):
-            handle = model.block(0).mlp.register_forward_hook(turned_at_the_end)
-            expected["b"].append(difference(model.run(given)))
-            handle.remove()
-            vector = model.states(given)["blocks"][0][-1]
+            expected["b"].append(difference(model.run(given, blocks={0: turned_at_the_end})))
+            vector = model.states(given)["blocks"][1][-1]
             own = record_value(partial(edited, name, "resid_post", 1), partial(model.run, given))
             reply = model.reply(given, 4)
-        expected["c"].append(difference(model.run(given, blocks={0: at([-1], vector)})))
+        expected["c"].append(difference(model.run(given, blocks={1: at([-1], vector)})))
         with edited(name, "resid_post", 1, at(tower.every(n), own[tower.every(n)])):
             expected["d"].append(difference(model.run(given)))
         expected["f"].append(float(own[tower.every(n)].norm(dim=-1).mean()))

@@ -1919,19 +1919,11 @@ _rule(
 _rule(
     "replace block with identity",
     "replace block layers 1..2 with identity",
-    "Skips the blocks: their output is their input.",
+    "Skips the blocks: their output is their input. `replace block vision layer 4 with identity` "
+    "or `with block vision layer 3` replaces blocks of the vision encoder, for all images of a "
+    "row. In Qwen2.5-VL, both of its blocks must attend to whole images, or both within windows.",
     OWN,
     "tests/rules/test_blocks.py",
-)
-_in_prompt(
-    "block of the vision encoder",
-    "replace block vision layer 4 with identity",
-    "Skips a block of the vision encoder, or runs another one of its blocks in its place: `with "
-    "block vision layer 3`. All images of a row are encoded with the replaced blocks; rows "
-    "without an image aren't in the cell. In Qwen2.5-VL, a block that attends to whole images "
-    "can't replace one that attends within windows (E0108). Each row is a full forward pass.",
-    context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
-    test="test_encoder_blocks.py",
 )
 _rule(
     "renumber",
@@ -3396,9 +3388,10 @@ _in_prompt(
     "patterns and rotated queries and keys. The rules `patch`, `swap`, `freeze`, `ablate`, `add`, "
     "`set`, `scale`, `clamp`, `project out` and `project onto`, also with `dims`, `in basis` and "
     "`feature`, and `observe norm` (the mean over the patches) are available, also before "
-    "generated text, and `replace block vision layer 4 with …`, `observe probe`, "
-    "`observe prediction` and trained probes; others are "
-    "E0108. A probe's row is the mean over the patches, and rows with one image are in one fold. "
+    "generated text. So are `path`, `replace block vision layer 4 with …`, `observe probe`, "
+    "`observe prediction` and trained probes; others are E0108. Both ends of a `path` are in the "
+    "encoder: `path z vision layer 2 head 0 -> q vision layer 4 head * at photo tokens`. A "
+    "probe's row is the mean over the patches, and rows with one image are in one fold. "
     "In Idefics2, rules act on all patches of an image "
     "(`photo tokens`) and nothing is observed. "
     "Without such rules, `save` writes vectors of tokens with a single patch, but no gradients. "

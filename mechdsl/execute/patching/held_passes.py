@@ -74,6 +74,8 @@ def hold_sublayers(
     # can't stop early.
     stop = None if frozen or others.circuits else shape.n_layers
     others = others.below(shape.n_layers + int(frozen), shape.n_layers)
+    if all(read.stack == "vision" for read, _ in wanted):
+        stop, others = 0, RuleWrites(_list_patches(others), blocks=others.blocks)
     last = None if has_single_output(model) else (batch.lengths - 1)[:, None]
     with norms.recorded(held.norms) as scales:
         found = run_full(
@@ -87,21 +89,25 @@ def hold_sublayers(
             circuits=others.circuits,
         ).reads
     with norms.kept(held.norms, scales):
-        yield [_write_all_tokens(found[read], read, own, batch) for read, own in wanted]
+        yield [_write_tokens(found[read], read, own, batch, acting) for read, own in wanted]
 
 
 def _list_held_sites(
     shape: ModelShape, held: HeldSublayers, acting: RuleWrites
 ) -> list[tuple[SiteRead, Ints]]:
-    """List the sites that are held, each with its rows; those of all stacks of a model."""
+    """List the sites that are held, each with its rows; those of all stacks of a model, or of the
+    vision encoder of prompts if the senders are in it."""
     rows, without_mlps = np.flatnonzero(held.rows), np.flatnonzero(held.rows & held.mlps)
     neurons = {(each.stack, each.layer) for each in acting.writes if each.site == "mlp_hidden"}
     removed = {to for to, of in acting.blocks if of is None}
     stacks = {"": shape} | {name: own for name, own in shape.others.items() if name != "vision"}
+    if _list_patches(acting):
+        stacks = {"vision": shape.others["vision"]}
     wanted: list[tuple[SiteRead, Ints]] = []
     for stack, own in stacks.items():
         for layer in range(own.n_layers):
-            if ("", layer) in removed and stack != "encoder":
+            of_block = "" if stack == "cross" else stack
+            if (of_block, layer) in removed:
                 continue
             heads = next(s for s in ("z", "mixer_out", "attn_out") if own.has(s, layer))
             wanted.append((SiteRead(heads, layer, stack, before=True), rows))
@@ -111,17 +117,28 @@ def _list_held_sites(
     return [(read, own) for read, own in wanted if len(own)]
 
 
-def _write_all_tokens(values: Tensor, read: SiteRead, rows: Ints, batch: Batch) -> SiteWrite:
-    """Write the values read of these rows at all tokens and units."""
+def _list_patches(acting: RuleWrites) -> list[SiteWrite]:
+    """List the writes in the vision encoder of prompts, at patches of images."""
+    return [each for each in acting.writes if each.stack == "vision"]
+
+
+def _write_tokens(
+    values: Tensor, read: SiteRead, rows: Ints, batch: Batch, acting: RuleWrites
+) -> SiteWrite:
+    """Write the values read of these rows at all tokens and units; in a vision encoder, at all
+    patches that rules write, because receivers read no other patches."""
     count, own = values.shape[2], batch.of_read(read)
     row, token = own.tokens()
+    if read.stack == "vision":
+        places = [torch.stack([each.rows, each.positions]) for each in _list_patches(acting)]
+        row, token = torch.cat(places, dim=1).unique(dim=1)
     is_held = torch.zeros(len(batch), dtype=torch.bool)
     is_held[torch.from_numpy(rows)] = True
     row, token = (each[is_held[row]].repeat_interleave(count) for each in (row, token))
     unit = torch.arange(count).repeat(len(row) // count)
     index = row, own.columns(row, token), unit
     held = values[indices_to_device(index, values.device)]
-    holds = bool(is_held.all())
+    holds = bool(is_held.all()) and read.stack != "vision"
     return SiteWrite(read.site, read.layer, row, token, unit, held, stack=read.stack, holds=holds)
 
 

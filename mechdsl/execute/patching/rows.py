@@ -570,7 +570,7 @@ class Patcher:
             acting = self._acting(number, senders, draws, run, batch, text, senders=False)
             return read(replace(own, prompts=senders.prompt, draw=draws, acting=acting), reads)
 
-        ends = find_pass_ends(plan, rows, text)
+        ends = None if path.rule.in_vision else find_pass_ends(plan, rows, text)
         got, added = compute_receiver_writes(plan, path, rows, draw, sent, without, shape, ends)
         others = self._acting(number, rows, draw, run, batch, text, senders=False)
         return replace(own, acting=RuleWrites(got).then(others).then(RuleWrites(added)))
