@@ -943,7 +943,8 @@ def settles_circuits(plan: ExperimentPlan) -> bool:
     """Return whether only logits are read, and nothing acts but circuits whose ablated edges carry
     unpatched runs on prompts of equal length, so that some nodes aren't computed.
 
-    Norms after the sums, which prevent it, aren't known here: only encoders usually have them.
+    Norms over the queries or keys of all heads, which prevent it, aren't known here: few models
+    have them.
     """
     experiment = plan.experiment
     runs, base = experiment.table.runs, experiment.spec.base

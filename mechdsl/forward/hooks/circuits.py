@@ -205,13 +205,19 @@ def _reads_alone(mlp: nn.Module) -> bool:
     return all(each.default is not each.empty or each.kind in rest for each in given)
 
 
-def is_plain_mlp(model: LoadedModel, layer: int | None) -> bool:
-    """Return whether the MLP is a module from a token's vector to what is added to the stream."""
+def is_plain_mlp(model: LoadedModel, layer: int | None, *, normed: bool = False) -> bool:
+    """Return whether the MLP is a module from a token's vector to what is added to the stream.
+
+    Args:
+        normed: Whether a norm may follow the module.
+    """
     assert layer is not None
     block = model.anatomy.blocks[layer]
     tap = block.taps["mlp_out"]
     is_output = (tap.side, tap.item, tap.layout.axes) == ("out", 0, "flat")
-    return is_output and "router" not in block.taps and block.mlp == (tap.path,)
+    if "router" in block.taps or not is_output or len(block.mlp) != 1:
+        return False
+    return tap.path == block.mlp[0] or (normed and tap.path == block.mlp_output_norm)
 
 
 def explain_no_features(model: LoadedModel, layers: Iterable[int]) -> str:
@@ -1024,6 +1030,9 @@ class _WriteHooks(CircuitHooks):
             tap = self.model.tap("mlp_out", layer)
             scale = get_scale(self.model.module, tap)
             yield tap.path, SkippedTokens(*index, undo_scale(vectors, scale))
+            (path,) = self.model.anatomy.blocks[layer].mlp
+            if path != tap.path:  # a norm follows
+                yield path, SkippedTokens(*index, None)
         for path in self._replaced:
             yield path, SkippedTokens(*index, None)
         for fill in self._heads:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.forward.hooks.batch import CircuitWrite, SenderFill, SiteRead
-from mechdsl.forward.hooks.circuits import find_normed_sublayers, is_plain_mlp
+from mechdsl.forward.hooks.circuits import ATTENTION_INPUTS, is_plain_mlp
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 
@@ -47,6 +47,14 @@ class CircuitSettler:
     def _graph(self) -> CircuitGraph:
         return CircuitGraph(self.model.shape)
 
+    @cached_property
+    def _has_separate_heads(self) -> bool:
+        """Whether a head depends on no queries, keys and values of other heads. A norm over all
+        queries of a layer has more weights than a query has numbers."""
+        model = self.model
+        every = range(model.shape.n_layers)
+        return all(_has_separate_units(model, site, n) for site in ATTENTION_INPUTS for n in every)
+
     def settle(self, write: CircuitWrite, lengths: Ints) -> CircuitWrite:
         """Return a circuit that gives the same logits with fewer senders, heads and MLPs.
 
@@ -58,7 +66,7 @@ class CircuitSettler:
             lengths: [row of the batch] tokens.
         """
         rows = np.unique(write.rows.numpy())
-        if len(write.rows) != lengths[rows].sum() or find_normed_sublayers(self.model):
+        if len(write.rows) != lengths[rows].sum() or not self._has_separate_heads:
             return write
         number = id(write.mask)
         if number not in self._found:
@@ -95,7 +103,7 @@ class CircuitSettler:
         mlps = [
             fill.where.site == "mlp_out"
             and bool(settled[nodes[0]])
-            and is_plain_mlp(self.model, fill.where.layer)
+            and is_plain_mlp(self.model, fill.where.layer, normed=True)
             for fill, nodes in zip(fills, own, strict=True)
         ]
         computed = np.ones(len(graph.senders), dtype=np.bool_)
@@ -112,6 +120,15 @@ class CircuitSettler:
             tuple(_receiver(graph.receivers[n]) for n in np.flatnonzero(due)),
             torch.from_numpy(ablated[due]).to(write.mask),
         )
+
+
+def _has_separate_units(model: LoadedModel, site: str, layer: int) -> bool:
+    """Return whether queries, keys or values are those of a linear map, or each has a norm."""
+    tap = model.tap(site, layer)
+    if tap.path in model.anatomy.blocks[layer].projections:
+        return True
+    weights = [*model.module.get_submodule(tap.path).parameters()]
+    return bool(weights) and all(each.numel() == tap.layout.width for each in weights)
 
 
 def _node(where: SiteRead, unit: int) -> CircuitNode:
