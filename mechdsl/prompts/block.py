@@ -437,7 +437,7 @@ class Definition(Record):
     names: tuple[str, ...]
     value: ast.Expr
 
-    @property
+    @cached_property
     def path(self) -> str:
         """The key of its draws."""
         return ",".join(self.names)
@@ -701,6 +701,11 @@ class PromptsBlock:
         return [p.expr for p in self.template(text).pieces if isinstance(p, Placeholder)]
 
     @cached_property
+    def text_definitions(self) -> dict[str, Definition]:
+        """The texts that metrics refer to, as definitions of their names."""
+        return {name: Definition((name,), value) for name, value in self.texts.items()}
+
+    @cached_property
     def calls(self) -> PythonCalls:
         """The `python(…)` calls of the block."""
         return PythonCalls(python_scopes(self), allowed=self.python)
@@ -723,7 +728,7 @@ class PromptsBlock:
         rest, record = divmod(number, self.data_size)
         return rest * self.data_size + self.data.by_content.rank[record]
 
-    @property
+    @cached_property
     def data_size(self) -> int:
         """Number of records of the data file; 1 without one."""
         return len(self.data.records) if self.data else 1
@@ -733,7 +738,7 @@ class PromptsBlock:
         """Whether the block has columns whose names can't be read."""
         return self.data is None and (self.spec.rows is not None or self.spec.from_images)
 
-    @property
+    @cached_property
     def combinations(self) -> int:
         """Number of rows of one round."""
         return self.size * self.data_size

@@ -871,9 +871,10 @@ class Row(ImageRow):
         )
 
     def _definition(self, name: str) -> Definition | None:
-        found = self.block.definitions.get(name) or self.template.definitions.get(name)
-        if found is None and name in self.block.texts and name not in self.record:
-            return Definition((name,), self.block.texts[name])
+        block = self.block
+        found = block.definitions.get(name) or self.template.definitions.get(name)
+        if found is None and name in block.text_definitions and name not in self.record:
+            return block.text_definitions[name]
         return found
 
     def value(self, name: str, span: Span) -> RowValue:
@@ -952,13 +953,14 @@ class Row(ImageRow):
         return whole
 
     def _placed(self, piece: Placeholder, key: DrawKey) -> RichText:
-        own = piece.name is not None and piece.name in self.template.definitions
-        if own or isinstance(piece.expr, ast.Name):
-            name = piece.name if own and piece.name else cast("ast.Name", piece.expr).id
-            rich = render_value(self.value(name, piece.expr.span))
+        name, expr = piece.name, piece.expr
+        if name not in self.template.definitions:
+            name = expr.id if isinstance(expr, ast.Name) else None
+        if name is not None:
+            rich = render_value(self.value(name, expr.span))
             rich = self._marked(name, rich) if rich and name in self.block.marks else rich
         else:
-            rich = render_value(evaluate(piece.expr, self, key))
+            rich = render_value(evaluate(expr, self, key))
         if rich is None:
             reason = "it is a list or record, or the row has no value for it"
             hint = (
