@@ -24,6 +24,10 @@ from mechdsl.base.files import SafetensorsFile
 from mechdsl.base.records import Registry
 from mechdsl.dictionaries.folder import MAX_GATHERED, SKIP, DictionaryFile
 
+DECODERS = "decoders"
+"""Tensor of a cross-layer transcoder whose features rules change: [feature, layer, width], of its
+layer and all later ones."""
+
 NORM_EPSILON = 1e-5
 """Added to the standard deviation of a vector by `layer_norm`."""
 
@@ -319,6 +323,8 @@ class Dictionary:
 
     def _rows(self, weights: DictionaryWeights) -> Tensor:
         """Return [feature, width]: what a feature of 1 adds to the reconstruction."""
+        if DECODERS in weights.tensors:
+            return weights[DECODERS][:, 0]
         if self.file.scales_by_decoder:
             return weights["W_dec"] / weights["W_dec"].norm(dim=-1, keepdim=True)
         return weights["W_dec"]
@@ -326,6 +332,11 @@ class Dictionary:
     def rows(self) -> Tensor:
         """Return [feature, width]: what a feature of 1 adds to the reconstruction."""
         return self._rows(self._loaded)
+
+    def decoders(self, like: Tensor) -> Tensor:
+        """Return [feature, layer, width]: what a feature of 1 of a cross-layer transcoder adds to
+        its layer and each later one, in the precision and on the device of a tensor."""
+        return self._like(like)[DECODERS]
 
     def encoder_weights(self) -> Tensor:
         """Return [width, feature]: the map to features before bias and activation function."""
@@ -387,6 +398,48 @@ class Dictionary:
         return vectors + (found if scale is None else found * scale)
 
 
+@dataclass(frozen=True, eq=False)
+class LaterDecoder:
+    """The features of a cross-layer transcoder, as they write to a layer after theirs."""
+
+    dictionary: Dictionary
+    """With decoders."""
+    distance: int
+    """Number of layers between the two."""
+
+    @property
+    def size(self) -> int:
+        """Number of features."""
+        return self.dictionary.size
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether features are an affine map of vectors."""
+        return self.dictionary.is_affine
+
+    def encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
+        """Return features, as `Dictionary.encode` does."""
+        return self.dictionary.encode(vectors, which)
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Return [K, width]: what the features of inputs [K, width] add to the layer."""
+        return combine_some(self.encode(vectors, None), self._rows(vectors), None)
+
+    def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
+        """Return [K, width]: outputs of the later MLP after features have changed.
+
+        Args:
+            vectors: [K, width] outputs.
+            change: [K, m] or [K, feature]: new features minus current ones.
+            which: [K, m] long; None for all.
+        """
+        return vectors + combine_some(change, self._rows(vectors), which)
+
+    def _rows(self, like: Tensor) -> Tensor:
+        """Return [feature, width]: what a feature of 1 adds, on the device of a tensor."""
+        return self.dictionary.decoders(like)[:, self.distance]
+
+
 def load_cross_decoder(file: SafetensorsFile) -> Tensor:
     """Load the decoders of the features of one layer of a cross-layer transcoder, [feature, layer,
     width]: of this layer and all later ones, at least in float32.
@@ -421,6 +474,8 @@ def load_dictionary(file: DictionaryFile) -> Dictionary:
     tensors = _load_checked(file.path, file.weights_digest, file.tensors)
     if "W_enc" in tensors and file.transposed:
         tensors["W_enc"] = tensors["W_enc"].T
+    if file.decoders is not None:
+        tensors[DECODERS] = load_cross_decoder(file.decoders)
     return Dictionary(file, DictionaryWeights(file, tensors))
 
 

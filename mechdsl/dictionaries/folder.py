@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import SafetensorsFile, UnreadableFile, inspect_safetensors
@@ -205,6 +206,19 @@ class DictionaryFile(Record):
     """Name of the hook point that it encodes, if recorded: `blocks.8.hook_resid_pre`."""
     hook_out: str | None = None
     """Name of the hook point that a transcoder reconstructs, if recorded."""
+    decoders: SafetensorsFile | None = None
+    """The file with the decoders of a cross-layer transcoder, if rules change its features:
+    [feature, layer, width], of its layer and all later ones."""
+
+    def with_decoders(self, decoders: SafetensorsFile) -> Self:
+        """Add the decoders of a cross-layer transcoder, on which its digest then depends, too."""
+        both = sha256(f"{self.digest} {decoders.digest}".encode()).hexdigest()
+        return replace(self, decoders=decoders, digest=both)
+
+    @property
+    def written_layers(self) -> int:
+        """Number of layers that a feature writes to, if rules change it."""
+        return 1 if self.decoders is None else next(iter(self.decoders.shapes.values()))[1]
 
     @property
     def is_separate(self) -> bool:

@@ -6,7 +6,7 @@ The reader doesn't collect rows: a caller that needs all rows at once stores the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import EmptyDirection
+from mechdsl.dictionaries.features import Dictionary, LaterDecoder
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute.bases import (
     compute_system,
@@ -219,6 +220,9 @@ class FittedDirections:
     _modes: dict[tuple[str, str, tuple[int, int], bool, bool, str], CoordinateWrite] = field(
         default_factory=dict[tuple[str, str, tuple[int, int], bool, bool, str], CoordinateWrite]
     )
+    _later: dict[CoordinateWrite, Mapping[int, CoordinateWrite]] = field(
+        default_factory=dict[CoordinateWrite, Mapping[int, CoordinateWrite]]
+    )
     _edits: dict[str, EditWrite] = field(default_factory=dict[str, EditWrite])
 
     def mode(
@@ -250,10 +254,28 @@ class FittedDirections:
                 joins_units,
                 drops_error,
                 member.reads,
-                None if inserted is None else self.systems[inserted.name],
-                counts[1],
+                inserted=None if inserted is None else self.systems[inserted.name],
+                count_inserted=counts[1],
             )
         return self._modes[key]
+
+    def later_modes(self, mode: CoordinateWrite, layer: int) -> Mapping[int, CoordinateWrite]:
+        """Return the writes of the same change of features to later layers, by layer, for features
+        of a cross-layer transcoder; always the same objects.
+
+        Args:
+            mode: The write to the layer of the features.
+            layer: That layer.
+        """
+        system = mode.system
+        if not isinstance(system, Dictionary) or system.file.decoders is None:
+            return {}
+        if mode not in self._later:
+            self._later[mode] = {
+                layer + n: replace(mode, system=LaterDecoder(system, n), reads_layer=layer)
+                for n in range(1, system.file.written_layers)
+            }
+        return self._later[mode]
 
     def edit(self, member: DirectionMember) -> EditWrite:
         """Return the mode of writes that add an edit, always the same object."""
@@ -272,6 +294,17 @@ class FittedDirections:
         """Norms by name, except those of edits."""
         vectors = self.vectors.items()
         return {name: float(vector.norm()) for name, vector in vectors if vector.ndim == 1}
+
+
+def _has_decoders(member: BasisMember) -> bool:
+    """Return whether rules change features of a cross-layer transcoder."""
+    return isinstance(member.operand, DictionaryFile) and member.operand.decoders is not None
+
+
+def _lacks_decoders(system: CoordinateSystem, member: BasisMember) -> bool:
+    """Return whether a basis was computed to be read only, and is also written."""
+    is_read = isinstance(system, Dictionary) and system.file.decoders is None
+    return is_read and _has_decoders(member)
 
 
 class DirectionFits:
@@ -299,12 +332,14 @@ class DirectionFits:
         """Compute the directions and bases of an experiment's rules; reports E0641 for empty
         ones."""
         members = {m.name: m for rule in plan.rules for m in rule.directions}
-        bases = {
-            member.name: member
+        every = [
+            member
             for rule in plan.rules
             if rule.rule.basis is not None
             for member in rule.rule.basis.members
-        }
+        ]
+        # One that is written replaces one of the same name that is only read.
+        bases = {member.name: member for member in sorted(every, key=_has_decoders)}
         used = [rule.rule.basis for rule in plan.rules if rule.rule.basis is not None]
         fits = {id(fit): fit for basis in used for fit in basis.fits}
         span = plan.experiment.spec.span
@@ -383,7 +418,7 @@ class DirectionFits:
         """Compute the bases; returns E0641 for those that can't be computed."""
         problems: list[Diagnostic] = []
         for name, member in bases.items():
-            if name in self._systems:
+            if name in self._systems and not _lacks_decoders(self._systems[name], member):
                 continue
             try:
                 self._systems[name] = self._system(member)

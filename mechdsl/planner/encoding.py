@@ -29,6 +29,8 @@ class _BasisCost:
     """Whether named coordinates are computed alone."""
     overcomplete: bool
     """Whether the basis leaves out a part of a vector, whose size is measured."""
+    layers: int = 1
+    """Layers that a coordinate writes to; each of them encodes the vector again."""
 
     @staticmethod
     def of(rule: RulePlan) -> _BasisCost:
@@ -44,7 +46,13 @@ class _BasisCost:
         encoding = member.size * width
         if isinstance(operand, DictionaryFile):
             encoding = operand.encoding_products
-        return _BasisCost(member.size, width, encoding, by_feature, overcomplete)
+        layers = [1]
+        for each in rule.rule.basis.members:
+            own = each.operand
+            if isinstance(own, DictionaryFile):
+                layers.append(own.written_layers)
+                overcomplete &= not own.crosses_layers
+        return _BasisCost(member.size, width, encoding, by_feature, overcomplete, max(layers))
 
     @property
     def decoding(self) -> int:
@@ -151,7 +159,7 @@ def _rule_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable, *, joined: 
         encoded = np.where(alone & basis.by_feature, 0.0, basis.encoding * distinct)
         encoded += np.where(alone & basis.by_feature, named * basis.width * vectors, 0)
         decoded = np.where(alone, named * basis.width, basis.decoding) * vectors
-        found = float((times * encoded + decoded).sum())
+        found = float(((times + basis.layers - 1) * encoded + basis.layers * decoded).sum())
         found += basis.reconstruction * float(distinct.sum()) if does.drops_error else 0.0
     if basis.overcomplete and plan.reconstructed:
         found += basis.reconstruction * float(_distinct(rule, rows, vectors).sum())

@@ -1027,8 +1027,14 @@ def _dictionaries(rule: ResolvedRule) -> set[int]:
     return {
         number
         for number, points in enumerate(rule.basis.bases)
-        if any(isinstance(m.operand, DictionaryFile | PythonBasis) for m in points.values())
+        if any(_reconstructs_a_vector(m.operand) for m in points.values())
     }
+
+
+def _reconstructs_a_vector(operand: object) -> bool:
+    """Return whether a basis reconstructs a vector alone, with an error."""
+    is_dictionary = isinstance(operand, DictionaryFile) and not operand.crosses_layers
+    return is_dictionary or isinstance(operand, PythonBasis)
 
 
 def _keeps_inactive_features(rule: ResolvedRule) -> bool:

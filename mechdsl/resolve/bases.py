@@ -224,6 +224,13 @@ def is_reconstruction(fill: ast.Node | None) -> bool:
     return isinstance(fill, ast.QualifiedRef) and fill.name == "reconstruction"
 
 
+CROSS_LAYER_CONVENTION = (
+    "a changed feature changes the MLP outputs of its layer and of all later layers, each by the "
+    "change of the feature times its decoder for this layer (Ameisen et al. 2025, Circuit "
+    "Tracing); features of later layers are computed from their current inputs"
+)
+
+
 class CoordinateChange(Intervention):
     """An intervention on coordinates in a basis; the rest of the vector doesn't change.
 
@@ -298,6 +305,8 @@ class CoordinateChange(Intervention):
                 f"features are those of the current `{', '.join(sorted(reads))}` of the same block"
             )
             yield Convention("transcoder", said)
+        if rule.basis is not None and rule.basis.crosses_layers:
+            yield Convention("cross-layer transcoder", CROSS_LAYER_CONVENTION)
         if rule.spec.read_group is not None:
             name, made = rule.spec.read_group
             yield Convention(f"group {name}", made)
@@ -408,6 +417,7 @@ def resolve_rule(
             bases.append(members)
         if not looks:
             _check_rule(rule, found)
+            bases = [_with_decoders(rule, found.sites, points, work) for points in bases]
         _check_separable(rule.site, bases, "read" if looks else "change")
         _check_all_features(rule, features, bases)
         _check_bases(rule, found, bases)
@@ -1050,17 +1060,72 @@ def _check_separable(site: ast.Site, bases: Sequence[PointBases], verb: str) -> 
     """Check that rules can `change` or `read` the features of single vectors."""
     for member in (member for points in bases for member in points.values()):
         own = member.operand
-        if not isinstance(own, DictionaryFile) or (own.crosses_layers and verb == "read"):
+        if not isinstance(own, DictionaryFile) or own.crosses_layers:
             continue
         if own.write_obstacle:
             hint = "use a dictionary whose features depend on one vector of one layer, or observe "
             hint += "the features: `observe features of …`"
-            if own.crosses_layers:
-                name = member.name.partition("[")[0]
-                hint += f"; `observe graph_ablation({name}, features: GROUP) …` ablates them"
             raise BasisError(
                 site, f"the features of a {own.write_obstacle}, so rules can't {verb} them", hint
             )
+
+
+_OF_ONE_LAYER: Mapping[str, str] = {
+    "set": "`reconstruction of` needs the features of all layers",
+    "project out": "a feature has a direction in each layer, so `project out` isn't defined",
+    "exchange": "features that come in aren't of the same layers",
+}
+"""Verbs of rules that need a dictionary of one layer → reason."""
+
+
+def _with_decoders(
+    rule: spec.Rule, sites: SiteTargets, bases: PointBases, work: ExperimentContext
+) -> PointBases:
+    """Add the decoders of cross-layer transcoders, whose features write to all later layers.
+
+    Raises BasisError.
+    """
+    layers = {point.layer or 0 for here in sites.points.values() for point in here}
+    found = dict(bases)
+    for key, member in bases.items():
+        own = member.operand
+        if not isinstance(own, DictionaryFile) or not own.crosses_layers:
+            continue
+        for layer in layers if key is None else {key[0] or 0}:
+            found[key] = _with_decoder(rule, member, own, layer, work)
+    return found
+
+
+def _with_decoder(
+    rule: spec.Rule, member: BasisMember, own: DictionaryFile, layer: int, work: ExperimentContext
+) -> BasisMember:
+    shape = work.model.shape
+    assert rule.site is not None
+    word = "exchange" if rule.exchanged is not None else rule.verb
+    name = member.name.partition("[")[0]
+    reason = _OF_ONE_LAYER.get(word, "")
+    if word == "set" and not is_reconstruction(rule.fill):
+        reason = ""
+    if rule.drops_error:
+        reason = "the error of an MLP's output depends on the features of all layers"
+    if reason:
+        hint = f"change named features: `clamp mlp_out layer 0 feature 3 of {name} at … to 2`"
+        raise BasisError(rule.site, f"`{name}` is a cross-layer transcoder, and {reason}", hint)
+    where = site_of_hook(own.hook or "")
+    if where is not None and where[1] != layer:
+        reason = f"its features are those of layer {where[1]}, and the rule writes layer {layer}"
+        raise BasisError(rule.site, reason, f"write `mlp_out layer {where[1]}`")
+    lacking = next((n for n in range(layer, shape.n_layers) if not shape.has("mlp_out", n)), None)
+    if lacking is not None:
+        reason = f"`{name}` writes to the MLPs of all later layers, and layer {lacking} has none"
+        raise BasisError(rule.site, reason, "use a transcoder of one layer")
+    if isinstance(own, TrainedDictionary) and not own.is_trained:
+        return member
+    try:
+        decoders = read_cross_decoder(own, layer, shape.n_layers)
+    except UnreadableFile as problem:
+        raise BasisError(rule.site, problem.reason, problem.hint) from problem
+    return replace(member, operand=own.with_decoders(decoders))
 
 
 def _check_all_features(

@@ -930,6 +930,26 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
             yield NotSupported(span=rule.spec.span, what=what, later=later)
 
 
+def check_cross_layer_rules(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0108 for rules on features of a cross-layer transcoder, which write to several layers,
+    together with a circuit or with replaced blocks."""
+    runs = [experiment, *experiment.derived.values()]
+    rules = [rule for run in runs for rule in run.rules]
+    writing = (rule for rule in rules if rule.does.changes == "sites" and rule.basis is not None)
+    written = next((each for each in writing if each.basis and each.basis.crosses_layers), None)
+    if written is None:
+        return
+    other = ""
+    if any(rule.circuit is not None for rule in rules):
+        other = "a circuit"
+    elif any(rule.does.changes == "blocks" for rule in rules):
+        other = "`replace block`"
+    if other:
+        what = f"a rule on features of a cross-layer transcoder together with {other}"
+        later = "write an experiment for each"
+        yield NotSupported(span=written.spec.span, what=what, later=later)
+
+
 def check_removed_blocks(
     rules: Sequence[ResolvedRule], measures: Sequence[ResolvedMeasure], model: str
 ) -> Iterator[Diagnostic]:

@@ -22,7 +22,12 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import BadControl
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import TooManyCells
-from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary, site_of_hook
+from mechdsl.dictionaries.folder import (
+    DictionaryFile,
+    read_cross_decoder,
+    read_dictionary,
+    site_of_hook,
+)
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
@@ -1182,6 +1187,9 @@ def _before_training(member: BasisMember) -> BasisMember:
     layer = None if encoded is None else encoded[1]
     try:
         file = read_dictionary(folder, str(folder), transcodes=own.transcodes, layer=layer)
+        if own.decoders is not None and layer is not None:
+            decoders = read_cross_decoder(file, layer, layer + own.written_layers)
+            file = file.with_decoders(decoders)
     except UnreadableFile:
         reason = f"the store has no untrained weights of `{own.training.definition}`"
         raise _NoDraws(reason, "train it again: `mechdsl fit --fresh`") from None

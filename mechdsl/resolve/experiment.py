@@ -23,6 +23,7 @@ from mechdsl.resolve.bases import resolve_rule
 from mechdsl.resolve.cells import find_open_axes, has_open_positions
 from mechdsl.resolve.conflicts import (
     check_circuits,
+    check_cross_layer_rules,
     check_estimator,
     check_other_stacks,
     check_removed_blocks,
@@ -447,6 +448,7 @@ def outline_experiment(
     refused += check_saved_gradients(resolved)
     refused += [*check_weight_rules(resolved), *check_other_stacks(resolved)]
     refused += check_circuits(resolved)
+    refused += check_cross_layer_rules(resolved)
     if refused:
         return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, program, draws_enough, onward)

@@ -859,6 +859,10 @@ def _check_coordinates(objective: ResolvedExperiment) -> Diagnostic | None:
     elif count > 1:
         reason = f"`{rule.spec.site.span.written}` names coordinates of {count} vectors of a token"
         hint = "name one site, such as one layer"
+    elif rule.basis.crosses_layers:
+        reason = f"`{rule.basis.definition}` is a cross-layer transcoder, whose features write to "
+        reason += "several layers"
+        hint = "name features of a dictionary of one layer"
     elif any(True for _ in _fit_models(rule.basis)):
         reason = f"`{rule.basis.definition}` is computed from rows of another model"
         hint = "compute it from rows of the model that the mask is trained on"

@@ -688,6 +688,12 @@ class BasisTargets(Record):
         return tuple(member for points in self.bases for member in points.values())
 
     @property
+    def crosses_layers(self) -> bool:
+        """Whether coordinates are features of a cross-layer transcoder."""
+        operands = (member.operand for member in self.members)
+        return any(isinstance(own, DictionaryFile) and own.crosses_layers for own in operands)
+
+    @property
     def saved(self) -> Iterator[SavedVector | DictionaryFile]:
         """Vectors, matrices and dictionaries from files that the members use."""
         for member in self.members:

@@ -736,7 +736,8 @@ _file(
     "and layer on average. The loss is the squared error of all outputs, each in units of its "
     "variance. `attribution_graph(b)`, `graph_ablation(b)`, `graph_weight(b)` and `graph_probe(b)` "
     "use it, and `observe value mlp_out layer * feature * of b at last token` reads its features. "
-    "Rules can't change them (E0342).",
+    "Rules such as `clamp mlp_out layer 1 feature 3 of b at last token to 2` change the outputs of "
+    "the MLPs of layer 1 and of all later layers.",
     "tests/pipeline/test_cross_layer_transcoders.py",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
 )
@@ -1030,8 +1031,10 @@ _file(
     "circuit-tracer. They are computed from the current `mlp_norm` of the block, or from "
     "`resid_mid` if the configuration records it, and rules change `mlp_out` by (f′ − f) W_dec. "
     "`set mlp_out layer 1 at tokens * to reconstruction of t` replaces the MLP. The features of a "
-    "cross-layer transcoder in circuit-tracer's layout can be observed, also in an "
-    "`attribution_graph`, and ablated by `graph_ablation`. Rules can't change them.",
+    "cross-layer transcoder in circuit-tracer's layout change the `mlp_out` of their layer and of "
+    "all later layers, each by (f′ − f) times the decoder for it (Ameisen et al. 2025, Circuit "
+    "Tracing). E0342 for `reconstruction of`, `without error`, `project out` and exchanged "
+    "features, which need a transcoder of one layer; E0108 with a circuit or `replace block`.",
     "tests/rules/test_transcoders.py",
     "Dunefsky et al. 2024, arXiv 2406.11944",
 )

@@ -397,11 +397,6 @@ def on_top(example: str) -> str:
         file = file.replace(MODELS[0], "\n".join(MODELS), 1)
     if example.startswith("basis b ="):
         used = "patch feature 0 of b at last token"
-        if "cross_layer" in example:  # rules don't change its features
-            used, lines = (
-                "observe attribution_graph(b) logits at last token as explained",
-                lines[:-1],
-            )
         lines = tuple(used if line.startswith("patch") else line for line in lines)
     if "fit(" in example:  # an experiment doesn't measure training rows
         lines = tuple(line.replace("prompts fruit", "prompts fruit.test") for line in lines)

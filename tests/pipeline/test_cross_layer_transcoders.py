@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -499,6 +499,25 @@ def test_exported_cross_layer_transcoder_has_a_card(tmp_path: Path) -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 
+def test_trained_cross_layer_features_in_rules_equal_their_exported_folder(tmp_path: Path) -> None:
+    """Untrained, the rule is valid; its numbers depend on the decoders."""
+    text = experiment("scale mlp_out layer * features * of c at tokens * by -2")
+    path = write(tmp_path, fit(), text)
+    errors = [e for e in mechdsl.validate(path, models()) if e.severity == "error"]
+    assert not errors
+    train(path, out=tmp_path)
+    own = run(path, fresh=True).files[0].experiments
+    path = write(tmp_path, 'basis c = transcoder("c") at mlp_out layer *\n', text)
+    values = run(path).files[0].experiments[0].measures[0]
+    np.testing.assert_allclose(values.patched, own[0].measures[0].patched, atol=1e-6)
+    assert np.abs(values.patched - values.base).max() > 1e-3
+    file = tmp_path / "c" / "W_dec_0.safetensors"
+    save_file({"W_dec_0": 3 * load_file(file)["W_dec_0"]}, file)
+    other = run(path).files[0].experiments[0].measures[0]
+    assert np.abs(other.patched[0] - values.patched[0]).max() > 1e-3
+    np.testing.assert_array_equal(other.patched[1:], values.patched[1:])
+
+
 @pytest.mark.parametrize(
     ("basis", "used", "code", "said"),
     [
@@ -524,9 +543,9 @@ def test_exported_cross_layer_transcoder_has_a_card(tmp_path: Path) -> None:
         ),
         (
             fit(),
-            experiment("ablate mlp_out layer 1 feature 2 of c at last token with zero"),
+            experiment("set mlp_out layer 1 at last token to reconstruction of c"),
             "E0342",
-            "graph_ablation",
+            "needs the features of all layers",
         ),
         (
             fit(),

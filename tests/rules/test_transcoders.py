@@ -24,6 +24,7 @@ from .support import (
     MANY,
     agree,
     codes,
+    edited,
     experiment,
     plain,
     records,
@@ -450,7 +451,7 @@ def test_random_position_control_of_transcoder_features_has_a_band(data: Path) -
     assert band.low[0] < band.high[0]
 
 
-# --- cross-layer transcoders are read-only --------------------------------------------------------
+# --- cross-layer transcoders ----------------------------------------------------------------------
 
 
 def make_cross_layer(
@@ -514,25 +515,327 @@ def test_observed_cross_layer_features_equal_the_reference(
         assert "explains" not in found.conventions[f"features of c{layer}"]
 
 
+def encode_across(parts: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Features of a layer of a cross-layer transcoder."""
+    before = x @ parts["W_enc"].T + parts["b_enc"]
+    least = parts.get("threshold", torch.zeros(FEATURES))
+    return torch.where(before > least, before, 0.0).clamp(min=0)
+
+
+def writes_across(
+    parts: dict[str, Tensor],
+    change: Change,
+    positions: Sequence[int],
+    *,
+    reads: str = "mlp_norm",
+    layer: int = LAYER,
+) -> list[Write]:
+    """Features of one layer change the MLP outputs of this layer and of all later ones."""
+    found: list[Write] = []
+    for position in positions:
+        seen: list[Tensor] = []
+
+        def note(x: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(x.clone())
+            return x
+
+        found.append(Write(reads, layer, note, position))
+        for number in range(parts["W_dec"].shape[1]):
+
+            def act(out: Tensor, seen: list[Tensor] = seen, number: int = number) -> Tensor:
+                features = encode_across(parts, seen[-1])
+                return out + (change(features) - features) @ parts["W_dec"][:, number]
+
+            found.append(Write("mlp_out", layer + number, act, position))
+    return sorted(found, key=lambda each: each.layer or 0)
+
+
 CROSS = f'basis c = transcoder("clt") at mlp_out layer {LAYER}\n'
+CROSS_HOOKS = {"mlp_norm": "ln2.hook_normalized", "resid_mid": "hook_resid_mid"}
+CROSS_CASES: dict[str, tuple[str, tuple[str, ...], Sequence[tuple[Coord, ...]], Any, str]] = {
+    "each feature from another run": (
+        "from other into clean  patch feature * of c at last token",
+        ("feature",),
+        EVERY,
+        lambda f, there, i: replaced(f, [i], there),
+        "last token",
+    ),
+    "joined features": (
+        "from other into clean  patch features 2, 5..7 of c at last token",
+        (),
+        [()],
+        lambda f, there: replaced(f, [2, 5, 6, 7], there),
+        "last token",
+    ),
+    "all features": (
+        "from other into clean  patch mlp_out layer {} in basis c at last token",
+        (),
+        [()],
+        lambda f, there: there.expand_as(f),
+        "last token",
+    ),
+    "zero": (
+        "ablate features 0..5 of c at tokens * with zero",
+        (),
+        [()],
+        lambda f, there: replaced(f, range(6), 0.0),
+        "tokens *",
+    ),
+    "clamp": (
+        "for i in 0..3 {{ clamp feature i of c at {{cue token, last token}} to 3 }}",
+        ("i",),
+        EVERY[:4],
+        lambda f, there, i: replaced(f, [i], 3.0),
+        "{cue token, last token}",
+    ),
+    "add": (
+        "for a in [-2, 0.5] {{ add a to features 3..4 of c at last token }}",
+        ("a",),
+        [(-2,), (0.5,)],
+        lambda f, there, a: replaced(f, [3, 4], f + a),
+        "last token",
+    ),
+    "scale": (
+        "for a in [-1, 3] {{ scale features * of c at tokens * by a }}",
+        ("a",),
+        [(-1,), (3,)],
+        lambda f, there, a: f * a,
+        "tokens *",
+    ),
+}
+"""Rule, axes, cells, new features from the current ones and those of the other run, tokens."""
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        "ablate feature 3 of c at last token with zero",
+CROSS_PLACES = [("gpt2", 0), ("llama", 0), *((family, n) for family in HERE for n in (1, 2))]
+"""In layer 0 of the other families, the other run has the same input at the last token."""
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize(("family", "layer"), CROSS_PLACES)
+def test_rules_on_cross_layer_features_write_to_all_later_layers(
+    family: str, layer: int, mode: str, data: Path
+) -> None:
+    site = "mlp_norm" if layer == 1 or family == "gpt_neox" else "resid_mid"
+    parts = make_cross_layer(data, width_of(family), CROSS_HOOKS[site], 3)[layer]
+    names = {key: f"e{number}" for number, key in enumerate(CROSS_CASES)}
+    text = f'basis c = transcoder("clt") at mlp_out layer {layer}\n'
+    text += "".join(
+        experiment(names[key], case[0].format(layer)) for key, case in CROSS_CASES.items()
+    )
+    found = run_file(text, data, family, mode)
+    for key, (_, axes, cells, change, at) in CROSS_CASES.items():
+
+        def changes(n: int, *cell: Coord, change: Any = change, at: str = at) -> list[Changes]:
+            other = rows("other")[n]
+            there = encode_across(parts, plain(family, other)[site, layer][other.last, 0])
+            own = writes_across(
+                parts,
+                lambda f: change(f, there, *cell),
+                tokens(rows()[n], at),
+                reads=site,
+                layer=layer,
+            )
+            return [(own, ())]
+
+        expected = worked_out(family, cells, changes, rows(), records())
+        try:
+            base = unpatched(family)
+            agree(found[names[key]], axes, expected, base, most=False, large=0.02)
+        except AssertionError as error:
+            raise AssertionError(f"{key}: {error}") from error
+
+
+def clt_of(data: Path, family: str = "llama") -> dict[int, dict[str, Tensor]]:
+    return make_cross_layer(data, width_of(family), CROSS_HOOKS["mlp_norm"], 3)
+
+
+ALL_CROSS = 'basis c = transcoder("clt") at mlp_out layer *\n'
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_cross_layer_features_combine_with_other_rules(family: str, mode: str, data: Path) -> None:
+    """Features of two layers, a rule on a later MLP before and after them, and a layer sweep."""
+    parts = clt_of(data, family)
+    first = "clamp mlp_out layer 0 features 1..3 of c at tokens * to 2"
+    second = "scale mlp_out layer 1 features * of c at last token by 3"
+    zero = "ablate mlp_out layer 2 at last token with zero"
+    text = ALL_CROSS  # the first experiment only reads the features
+    line = "observe value mlp_out layer * feature * of c at last token"
+    text += experiment("seen", line, measure="", stats="")
+    line = line.replace("*", "1", 1)  # of a layer that the experiment changes
+    text += experiment("read", first, second, line, measure="", stats="")
+    text += experiment("two", first, second)
+    text += experiment("before", zero, first) + experiment("after", first, zero)
+    text += experiment("swept", "scale mlp_out layer * feature 0..2 of c at last token by -2")
+    found = run_file(text, data, family, mode)
+
+    def clamped(n: int) -> list[Write]:
+        at = tokens(rows()[n], "tokens *")
+        return writes_across(parts[0], lambda f: replaced(f, [1, 2, 3], 2.0), at, layer=0)
+
+    def two(n: int) -> list[Changes]:
+        more = writes_across(parts[1], lambda f: 3 * f, [rows()[n].last], layer=1)
+        return [([*clamped(n), *more], ())]
+
+    def zeroed(n: int) -> Write:
+        return Write("mlp_out", 2, torch.zeros(1), rows()[n].last)
+
+    def swept(n: int, layer: int, i: int) -> list[Changes]:
+        act = lambda f: replaced(f, [i], -2 * f)  # noqa: E731
+        return [(writes_across(parts[layer], act, [rows()[n].last], layer=layer), ())]
+
+    cells = [(layer, i) for layer in range(3) for i in range(3)]
+    for name, axes, own, changes in (
+        ("two", (), [()], two),
+        ("before", (), [()], lambda n: [([zeroed(n), *clamped(n)], ())]),
+        ("after", (), [()], lambda n: [([*clamped(n), zeroed(n)], ())]),
+        ("swept", ("layer", "feature"), cells, swept),
+    ):
+        expected = worked_out(family, own, changes, rows(), records())
+        agree(found[name], axes, expected, unpatched(family), most=False, large=0.02)
+    for n, row in enumerate(rows()):
+        x = edited(family, row, clamped(n))["mlp_norm", 1][row.last, 0]
+        own = encode_across(parts[1], x).numpy()
+        assert np.abs(found["read"].measures[0].patched[:, n] - own).max() < 1e-3
+    assert "all later layers" in found["two"].conventions["cross-layer transcoder"]
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+def test_cross_layer_features_change_at_each_generated_token(mode: str, data: Path) -> None:
+    """The reference has a full forward pass for each token of the reply."""
+    parts = clt_of(data)[LAYER]
+    rule = "clamp features 1..3 of c at last token to 30"
+    lines = (rule, f"generate {TOKENS}")
+    text = CROSS + experiment("e", *lines, measure="measure length as raw")
+    found = run_file(text, data, "llama", mode, precise=True)["e"]
+
+    def act(name: str, n: int, at: int) -> Changes:
+        return writes_across(parts, lambda f: replaced(f, [1, 2, 3], 30.0), [at]), []
+
+    case = GenerationCase(rule, "last token", act)
+    wanted = [written("llama", n, [case]) for n in range(len(rows()))]
+    assert replies(found) == wanted
+    assert wanted != [written("llama", n, []) for n in range(len(rows()))]
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+def test_derived_run_with_cross_layer_features_is_read_at_each_layer(mode: str, data: Path) -> None:
+    """A pass may stop below layers that the features write to."""
+    parts = clt_of(data)[0]
+    run = "run more { clamp mlp_out layer 0 feature 1 of c at tokens * to 20 }"
+    text = ALL_CROSS
+    for layer in range(3):
+        line = f"patch resid_post layer {layer} at last token with more"
+        text += experiment(f"e{layer}", run, line)
+    text += experiment(
+        "f", f"{run}  from clean into more", "ablate mlp_out layer 2 at last token with zero"
+    )
+    found = run_file(text, data, "llama", mode)
+
+    def clamped(n: int) -> list[Write]:
+        at = tokens(rows()[n], "tokens *")
+        return writes_across(parts, lambda f: replaced(f, [1], 20.0), at, layer=0)
+
+    def copied(n: int, layer: int) -> list[Changes]:
+        there = edited("llama", rows()[n], clamped(n))["resid_post", layer][rows()[n].last, 0]
+        return [([Write("resid_post", layer, there, rows()[n].last)], ())]
+
+    for layer in range(3):
+        expected = worked_out("llama", [(layer,)], copied, rows(), records())
+        own = {(): expected[layer,]}
+        agree(found[f"e{layer}"], (), own, unpatched("llama"), most=False, large=0.02)
+    base = np.array(worked_out("llama", [()], lambda n: [(clamped(n), ())], rows(), records())[()])
+    expected = worked_out(
+        "llama",
+        [()],
+        lambda n: [([*clamped(n), Write("mlp_out", 2, torch.zeros(1), rows()[n].last)], ())],
+        rows(),
+        records(),
+    )
+    agree(found["f"], (), expected, base, most=False)
+
+
+def test_inactive_cross_layer_features_are_those_of_their_layer(data: Path) -> None:
+    parts = clt_of(data)[LAYER]
+    text = CROSS + experiment("e", "ablate feature * of c at last token with zero")
+    found = run_file(text, data, "llama", "planned")["e"]
+    inputs = (plain("llama", each)["mlp_norm", LAYER][each.last, 0] for each in rows())
+    active = torch.stack([encode_across(parts, x) for x in inputs]) > 0
+    measure = found.measures[0]
+    written = measure.patched != measure.base
+    assert (written == active.T.numpy()).mean() > 0.95
+    assert str(int((~active).sum())) in found.conventions["inactive"]
+
+
+CROSS_ERRORS = {
+    "reconstruction": (
         f"set mlp_out layer {LAYER} at tokens * to reconstruction of c",
-        f"patch mlp_out layer {LAYER} in basis c at last token",
-    ],
-)
-def test_rules_on_cross_layer_transcoders_are_errors(rule: str, data: Path) -> None:
-    make_cross_layer(data, width_of("llama"))
-    lines = ("from other into clean", rule) if rule.startswith("patch") else (rule,)
-    result, (problem,) = try_file(CROSS + experiment("e", *lines), data, "llama")
+        "`reconstruction of` needs the features of all layers",
+    ),
+    "without error": (
+        "clamp feature 1 of c at last token to 2 without error",
+        "depends on the features of all layers",
+    ),
+    "project out": ("project out feature 1 of c at last token", "a direction in each layer"),
+    "exchange": (
+        "patch feature 1 of c at last token with feature 2 of c",
+        "features that come in aren't of the same layers",
+    ),
+    "estimator": (
+        "from other into clean  patch feature * of c at last token  using gradient_input",
+        "the input of the MLP",
+    ),
+    "circuit": (
+        "ablate feature 1 of c at last token with zero  ablate k at tokens * with zero",
+        "together with a circuit",
+    ),
+    "removed block": (
+        "ablate feature 1 of c at last token with zero  replace block layer 2 with identity",
+        "together with `replace block`",
+    ),
+    "base run with a removed block": (
+        "run r { replace block layer 2 with identity }  from clean into r  "
+        "ablate feature 1 of c at last token with zero",
+        "together with `replace block`",
+    ),
+    "another layer": (
+        "clamp mlp_out layer 2 feature 1 of c at last token to 2",
+        f"its features are those of layer {LAYER}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CROSS_ERRORS)
+def test_rules_that_need_a_transcoder_of_one_layer_are_errors(case: str, data: Path) -> None:
+    clt_of(data)
+    rule, said = CROSS_ERRORS[case]
+    circuit = "circuit k = embed -> L0.mlp, L0.mlp -> logits\n" if " k " in rule else ""
+    result, found = try_file(CROSS + circuit + experiment("e", rule), data, "llama")
+    (problem,) = (each for each in found if each.severity == "error")
     assert result is None
-    assert problem.code == "E0342"
-    assert "write to several layers" in problem.message
-    assert "observe features of" in problem.help_text
+    assert problem.code in ("E0342", "E0108", "E0608")
+    assert said in problem.message
+
+
+def test_group_of_cross_layer_features_is_not_trained(data: Path) -> None:
+    clt_of(data)
+    text = "group g = fit(atp(size: 2), prompts: p, with: zero, maximise: logit(answer), "
+    text += "measure_on_training_rows: true) at features * of c at last token\n"
+    text += experiment("e", "ablate g at last token with zero")
+    found = codes(CROSS + text, data)
+    assert "E0342" in found
+
+
+def test_cross_layer_transcoder_without_decoders_is_read_but_not_changed(data: Path) -> None:
+    clt_of(data)
+    (data / "clt" / f"W_dec_{LAYER}.safetensors").unlink()
+    rule = "clamp feature 1 of c at last token to 2"
+    result, (problem,) = try_file(CROSS + experiment("e", rule), data, "llama")
+    assert result is None
+    assert (problem.code, "doesn't exist" in problem.message) == ("E0342", True)
+    seen = experiment("e", "observe features of c at last token", measure="", stats="")
+    assert run_file(CROSS + seen, data, "llama", "planned")
 
 
 def test_unreadable_cross_layer_transcoders_are_errors(data: Path) -> None:

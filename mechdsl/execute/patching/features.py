@@ -216,7 +216,7 @@ def _changes(place: SiteLayer, write: RuleWrite, rows: RowTable, base: Unpatched
     mode = write.mode
     assert isinstance(mode, CoordinateWrite)
     site, layer = place
-    where = SiteRead(mode.reads or site, layer)
+    where = SiteRead(mode.reads or site, mode.find_layer(layer))
     read = base.reads[where]
     if mode.joins_units:
         read = read.flatten(2).unsqueeze(2)

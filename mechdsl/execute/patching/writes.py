@@ -31,7 +31,12 @@ from mechdsl.forward.hooks.batch import (
     gather_vectors,
     to_device,
 )
-from mechdsl.forward.hooks.coordinates import OTHERS, CoordinateSystem, FeatureSplit
+from mechdsl.forward.hooks.coordinates import (
+    OTHERS,
+    CoordinateSystem,
+    CoordinateWrite,
+    FeatureSplit,
+)
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.plan import ExperimentPlan, WholeCells
 from mechdsl.planner.rows import (
@@ -381,7 +386,10 @@ def list_rule_writes(
             spots = entries.row[chosen], entries.written[chosen], unit
             mode = rule.rule.does.mode
             if mode == "coordinates":
-                parts[to] += _write_coordinates(asked, spots, to, rows)
+                for write in _write_coordinates(asked, spots, to, rows):
+                    parts[to].append(write)
+                    for later, own in _list_later_writes(write, to, means_and_donors):
+                        parts[later].append(own)
                 continue
             if mode == "edit":
                 parts[to] += _write_edits(asked, spots)
@@ -468,6 +476,17 @@ def _write_coordinates(
         )
         row, position, unit = (each[own] for each in spots)
         yield RuleWrite(row, position, unit, values, mode, which, plan.number)
+
+
+def _list_later_writes(
+    write: RuleWrite, place: SiteLayer, inputs: RuleInputs
+) -> Iterator[tuple[SiteLayer, RuleWrite]]:
+    """Yield the writes of features of a cross-layer transcoder to the layers after theirs."""
+    site, layer = place
+    if layer is None or not isinstance(write.mode, CoordinateWrite):
+        return
+    for later, mode in inputs.directions.later_modes(write.mode, layer).items():
+        yield (site, later), replace(write, mode=mode)
 
 
 def _write_edits(asked: _RuleVectors, spots: tuple[Ints, Ints, Ints]) -> Iterator[RuleWrite]:

@@ -203,10 +203,17 @@ class CoordinateWrite:
     reads: str = ""
     """Site of the same block whose vectors have these coordinates: a transcoder encodes the input
     of the MLP. Empty for the written site."""
+    reads_layer: int | None = None
+    """Layer of `reads`; None for the written one. Features of a cross-layer transcoder write to the
+    layers after theirs, too."""
     inserted: CoordinateSystem | None = None
     """exchange: the other basis, which encodes the same vectors."""
     count_inserted: int = 0
     """exchange: the last coordinates of a write that are of the other basis."""
+
+    def find_layer(self, written: int | None) -> int | None:
+        """Return the layer whose vectors have these coordinates; written: that of the write."""
+        return written if self.reads_layer is None else self.reads_layer
 
     def apply(
         self,

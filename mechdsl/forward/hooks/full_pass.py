@@ -658,7 +658,8 @@ class SiteHooks:
         write = place.write
         if not isinstance(write.mode, CoordinateWrite) or not write.mode.reads:
             return
-        source = replace(write.where, site=write.mode.reads)
+        mode, layer = write.mode, write.mode.find_layer(write.where.layer)
+        source = replace(write.where, site=mode.reads, layer=layer)
         at = write.rows[there], write.positions[there]
         first, second, found = self.frame.locate(source.site, source.layer, source.stack, *at)
         if not bool(found.all()):

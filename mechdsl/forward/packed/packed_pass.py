@@ -570,7 +570,11 @@ def _build_row_masks(
         ((w.site, w.layer), *_previous_positions(w, columns)) for w in writes if w.mode == "step"
     ]
     looked_at += [
-        ((w.mode.reads, w.layer), w.rows.numpy(), columns.of(w.rows, w.positions))
+        (
+            (w.mode.reads, w.mode.find_layer(w.layer)),
+            w.rows.numpy(),
+            columns.of(w.rows, w.positions),
+        )
         for w in writes
         if isinstance(w.mode, CoordinateWrite) and w.mode.reads
     ]
