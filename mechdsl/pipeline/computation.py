@@ -234,7 +234,8 @@ class FileRun:
                 )
                 self._lose(experiment.name, [lacking])
                 return None
-        untrained = find_untrained(experiment, has_store=self.options.store is not None)
+        has_store = self.options.store is not None
+        untrained = find_untrained(experiment, self.checked.program.discovered, has_store=has_store)
         if untrained:
             self._lose(experiment.name, untrained)
             return None

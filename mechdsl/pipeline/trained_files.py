@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -588,10 +588,16 @@ def check_again(
     return check_source(checked.source, settings, build_model_contexts(checked.source, loaded))
 
 
-def find_untrained(experiment: ResolvedExperiment, *, has_store: bool) -> list[Diagnostic]:
-    """Return E0642 for each basis of an experiment that isn't trained."""
+def find_untrained(
+    experiment: ResolvedExperiment, tried: Collection[str] = (), *, has_store: bool
+) -> list[Diagnostic]:
+    """Return E0642 for each basis of an experiment that isn't trained.
+
+    Args:
+        tried: Those that the run itself searched for, as for `search` and `discover`.
+    """
     return [
-        report_untrained(fit, has_store=has_store)
+        report_untrained(fit, has_store=has_store, was_tried=has_store and fit.basis in tried)
         for fit in find_fits([experiment]).values()
         if not fit.file.is_trained
     ]
@@ -601,23 +607,32 @@ def list_untrained(checked: CheckedFile, *, has_store: bool) -> list[Diagnostic]
     """Return E0642 for all experiments of a file if none of them has what it needs; then the model
     isn't loaded. None otherwise."""
     every = [*checked.experiments, *checked.saving]
-    found = [find_untrained(each, has_store=has_store) for each in every]
+    found = [
+        find_untrained(each, checked.program.discovered, has_store=has_store) for each in every
+    ]
     if not found or not all(found):
         return None
     return list({(each.code, each.span): each for own in found for each in own}.values())
 
 
-def report_untrained(fit: DeclaredFit, *, has_store: bool) -> Diagnostic:
-    """Return E0642 for a training that the store doesn't have."""
+def report_untrained(fit: DeclaredFit, *, has_store: bool, was_tried: bool = False) -> Diagnostic:
+    """Return E0642 for a training that the store doesn't have.
+
+    Args:
+        was_tried: Whether the run itself searched for it, and failed.
+    """
     source = fit.training.span.source
     file = source.name if source.path is not None else "FILE"
     hint = f"train it: `mechdsl fit {file}`, or train and run: `mechdsl run --fit {file}`"
     if not has_store:
         hint = "trainings are in the store: run with one, such as `--store FOLDER`"
+    reason = " for these rows, options and model" if has_store else ": the run has no store"
+    if was_tried:
+        reason, hint = ": its search failed", "an error before this one reports the cause"
     return NotTrained(
         span=fit.training.span,
         basis=fit.basis,
-        reason=" for these rows, options and model" if has_store else ": the run has no store",
+        reason=reason,
         experiment=fit.experiment.name,
         hint=hint,
     )

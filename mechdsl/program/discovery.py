@@ -15,7 +15,7 @@ then has `nodes: c_nodes`. `over heads, mlps, g` names the group `g` of neurons 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -81,19 +81,27 @@ def expand_discoveries(tree: ast.File) -> Discoveries:
         else:
             found.append(each)
         if wrong:
-            wrongly_tested |= unsplit & _blocks_of(each)
-    found = [
-        with_split(each, DISCOVERED_SHARE)
-        if isinstance(each, ast.PromptsDef) and each.name.id in wrongly_tested
-        else each
-        for each in found
-    ]
-    return Discoveries(replace(tree, statements=tuple(found)), frozenset(names), problems)
+            wrongly_tested |= unsplit & list_blocks(each)
+    statements = tuple(split_blocks(found, wrongly_tested))
+    return Discoveries(replace(tree, statements=statements), frozenset(names), problems)
 
 
-def _blocks_of(experiment: ast.ExperimentDef) -> set[str]:
+def list_blocks(experiment: ast.ExperimentDef) -> set[str]:
+    """Return the names of an experiment's blocks of prompts."""
     uses = (each for each in experiment.statements if isinstance(each, ast.UsePrompts))
     return {own.name for use in uses for own in use.prompts}
+
+
+def split_blocks(
+    statements: Iterable[ast.TopLevel], names: Collection[str]
+) -> Iterator[ast.TopLevel]:
+    """Yield statements with blocks of some names split as for a circuit, so that other lines may
+    name the parts."""
+    for each in statements:
+        if isinstance(each, ast.PromptsDef) and each.name.id in names:
+            yield with_split(each, DISCOVERED_SHARE)
+        else:
+            yield each
 
 
 def _expanded(

@@ -18,7 +18,14 @@ from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownName
 from mechdsl.program.basis_methods import FILLS
-from mechdsl.program.discovery import amount_of, divide_rows, find_undivided, may_exist
+from mechdsl.program.discovery import (
+    amount_of,
+    divide_rows,
+    find_undivided,
+    list_blocks,
+    may_exist,
+    split_blocks,
+)
 from mechdsl.program.references import lists_positions
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainings import find_unsplit_blocks
@@ -62,12 +69,14 @@ class Searches(NamedTuple):
 def expand_searches(tree: ast.File) -> Searches:
     """Replace each `search` by the definition of its group, and test the group.
 
-    A statement with an error, whose code is E0207, remains in its experiment.
+    A statement with an error, whose code is E0207 or E0201, remains in its experiment. Its block is
+    split nevertheless, so that other lines may name the parts.
     """
     blocks = {each.name.id: each for each in tree.statements if isinstance(each, ast.PromptsDef)}
     unsplit = find_unsplit_blocks(tree).keys()
     imports = any(isinstance(each, ast.Use) for each in tree.statements)
     names: set[str] = set()
+    wrongly_tested: set[str] = set()
     problems: list[Diagnostic] = []
     found: list[ast.TopLevel] = []
     for each in tree.statements:
@@ -77,12 +86,15 @@ def expand_searches(tree: ast.File) -> Searches:
             continue
         wrong = [*_problems(each, due), *_unknown_sizes(due, tree)]
         problems += wrong
+        if wrong:
+            wrongly_tested |= unsplit & list_blocks(each)
         if not wrong and _is_complete(each) and may_exist(each, blocks, imports=imports):
             group, each = _expanded(each, due[0], unsplit)
             names.add(group.name.id)
             found.append(group)
         found.append(each)
-    return Searches(replace(tree, statements=tuple(found)), frozenset(names), problems)
+    statements = tuple(split_blocks(found, wrongly_tested))
+    return Searches(replace(tree, statements=statements), frozenset(names), problems)
 
 
 def _searches_of(experiment: ast.ExperimentDef) -> list[ast.Search]:

@@ -60,7 +60,7 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
     every = [node for nodes in ranked.values() for node in nodes]
     every.extend(node for each in own for node in _in_tree(each))
     for node in {(node.span, node.of): node for node in every}.values():
-        if node.of not in known:
+        if node.of not in known and not _is_broken(node.of, parts):
             listed = name_list(known)
             hint = did_you_mean(node.of, [*known, *results], f"the file has {listed or 'none'}")
             if node.of in parts.masks:
@@ -91,6 +91,15 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
         )
         for e in parts.experiments
     ]
+
+
+def _is_broken(name: str, parts: Definitions) -> bool:
+    """Whether a name is that of a group or circuit whose call has an error."""
+    if name in parts.masks:
+        return False
+    circuit = parts.circuits.get(name)
+    own = parts.groups.get(name)
+    return (own is not None and not own.sites) or (circuit is not None and circuit.is_open)
 
 
 def _experiments(parts: Definitions, scope: Namespace) -> list[str]:

@@ -1110,6 +1110,8 @@ def _resolve_groups(
     name = site.names[0].id
     found: list[SiteTargets] = []
     for group in groups:
+        if not group.sites:  # its definition has an error
+            return None
         looped = name != group.name
         if any(each.coordinates is not None for each in group.sites):
             hint = f"write a rule with `{group.name}` itself"

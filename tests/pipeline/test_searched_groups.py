@@ -136,6 +136,31 @@ def test_searched_group_is_known_in_other_experiments(tmp_path: Path) -> None:
         np.testing.assert_allclose(both, results["e"].measures[0].patched[0], atol=1e-5)
 
 
+def test_experiment_of_a_failed_search_reports_no_command(tmp_path: Path, command: Command) -> None:
+    never = "measure 1 / (logit(answer) - logit(answer)) as delta"
+    other = "discover d over heads, mlps using acdc(threshold: 99)"
+    lines = ("prompts ioi limit 12", "from clean into abc", other)
+    lines = (*lines, "measure logit(answer) as recovery")
+    text = "experiment f {\n" + "".join(f"  {line}\n" for line in lines) + "}\n"
+    shown = command(
+        "run", write(tmp_path, searches(measure=never), text), "--store", tmp_path / "s"
+    )
+    assert shown.status != 0
+    for name in ("e_heads", "d"):
+        assert f"error[E0643]: `{name}` can't be trained" in shown.err
+        assert f"error[E0642]: `{name}` isn't trained: its search failed" in shown.err
+    assert "an error before this one reports the cause" in shown.err
+    assert "mechdsl fit" not in shown.err
+
+
+def test_parts_of_a_block_with_an_invalid_search_are_known(tmp_path: Path) -> None:
+    test = "experiment t {\n  prompts ioi.test limit 12\n  ablate L0H1 at tokens * with zero\n"
+    test += f"  measure {DIFFERENCE} as delta\n}}\n"
+    for wrong in ("beam heads up to 2", "greedy heads up to k"):
+        found = mechdsl.validate(write(tmp_path, searches(wrong), test)).errors
+        assert len(found) == 1, found.render()
+
+
 def test_run_without_a_store_reports_e0642(tmp_path: Path, command: Command) -> None:
     shown = command("run", write(tmp_path, searches()), "--no-store")
     assert "error[E0642]: `e_heads` isn't trained: the run has no store" in shown.err

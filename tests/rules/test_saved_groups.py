@@ -170,6 +170,20 @@ def test_group_file_that_does_not_fit_is_an_error(name: str, data: Path) -> None
     assert reason in errors[0].message
 
 
+@pytest.mark.parametrize(
+    "call", ['saved("no.json")', "fit(maks(size: 2), prompts: p) at layers * heads *"]
+)
+@pytest.mark.parametrize("use", ["g", "top 1 of g", "layer * head * except top 1 of g"])
+def test_group_with_an_error_has_no_further_one_where_it_is_used(
+    call: str, use: str, data: Path
+) -> None:
+    rule = f"ablate {use} at tokens * with zero"
+    text = f"group g = {call}\n" + experiment("e", rule, "against random(3)")
+    _, found = try_file(text, data, "llama")
+    (error,) = (each for each in found if each.severity == "error")
+    assert error.code == {"s": "E0342", "f": "E0203"}[call[0]]
+
+
 def test_call_with_a_supernode_for_a_trained_group_is_an_error(data: Path) -> None:
     write_mask(data)
     text = 'group g = saved("mask.json", "capital")\n' + experiment("e", ZERO.format("g"))
