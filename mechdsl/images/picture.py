@@ -206,6 +206,8 @@ class Picture(Record):
     """For a grid, its cells."""
     size: tuple[int, int] = (0, 0)
     """(height, width) of a generated image, or the size stored in the file."""
+    fit: Processing | None = None
+    """For a mean of images of several sizes, how each of them is resized and cropped first."""
     number: int | None = None
     """For a baseline image, its number in parentheses, if a file has one."""
     seed: int = 0
@@ -325,13 +327,17 @@ def video_picture(frames: tuple[Picture, ...]) -> Video:
     return Video("video", digest=_digest(frames), of=frames, count=len(frames), size=size)
 
 
-def _digest(pictures: tuple[Picture, ...]) -> str:
-    told = json.dumps([each.content() for each in pictures]).encode()
+def _digest(pictures: tuple[Picture, ...], fit: Processing | None = None) -> str:
+    contents = [each.content() for each in pictures]
+    told = json.dumps(contents + ([] if fit is None else [fit.resampled_words])).encode()
     return blake2b(told, digest_size=_DIGITS).hexdigest()
 
 
 def mean_picture(
-    pictures: tuple[Picture, ...], said: str, size: tuple[int, int] = (0, 0)
+    pictures: tuple[Picture, ...],
+    said: str,
+    size: tuple[int, int] = (0, 0),
+    fit: Processing | None = None,
 ) -> Picture:
     """Return the mean of images.
 
@@ -339,6 +345,7 @@ def mean_picture(
         pictures: The images.
         said: A description of the images.
         size: Their (height, width), for a mean before preparation; else it is one after it.
+        fit: How images of several sizes are resized and cropped to `size` first.
     """
-    digest, count = _digest(pictures), len(pictures)
-    return Picture("mean", digest=digest, said=said, of=pictures, count=count, size=size)
+    digest, count = _digest(pictures, fit), len(pictures)
+    return Picture("mean", digest=digest, said=said, of=pictures, count=count, size=size, fit=fit)

@@ -375,7 +375,9 @@ def _rendered(picture: Picture) -> Pixels:
         case "mean":  # an image in a prompt; that of rows is the mean after preparation
             total: NDArray[np.float64] | float = 0.0
             for each in picture.of:  # one at a time to limit memory: there may be thousands
-                total = total + render_pixels(each).astype(np.float64)
+                own = render_pixels(each)
+                own = own if picture.fit is None else fit_pixels(own, picture.fit)
+                total = total + own.astype(np.float64)
             return (np.asarray(total) / len(picture.of)).round().astype(np.uint8)
         case name:
             return _baseline(name, picture)
@@ -432,22 +434,25 @@ def process_pixels(
 
     later: changes of patches, applied at the model's size before normalisation.
     """
-    height, width = how.resized(*image.shape[:2])
     found: NDArray[np.uint8] | FloatPixels
     if how.floats:
+        height, width = how.resized(*image.shape[:2])
         found = _resized_floats(_scaled(image, how.rescale), height, width, how.resample)
         found = _on_patches(_cropped(found, how.crop), later, how.rescale or 1.0)
     else:
-        found = image
-        if how.resize is not None:
-            found = np.asarray(
-                Image.fromarray(image).resize((width, height), resample=how.resample)
-            )
-        found = _scaled(_on_patches(_cropped(found, how.crop), later, 1.0), how.rescale)
+        found = _scaled(_on_patches(fit_pixels(image, how), later, 1.0), how.rescale)
     if how.mean is not None:
         assert how.std is not None
         found = (found - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
     return np.ascontiguousarray(np.moveaxis(found.astype(np.float32, copy=False), -1, 0))
+
+
+def fit_pixels(image: Pixels, how: Processing) -> Pixels:
+    """Resize and crop an image, in whole levels of 255."""
+    height, width = how.resized(*image.shape[:2])
+    if how.resize is not None:
+        image = np.asarray(Image.fromarray(image).resize((width, height), resample=how.resample))
+    return cast("Pixels", _cropped(image, how.crop))
 
 
 def _on_patches(

@@ -68,6 +68,18 @@ class Processing(Record):
         return first, int(first * width / height)
 
     @property
+    def fitting(self) -> Processing:
+        """Resizing and cropping alone. Raises UnsupportedProcessor if images keep several sizes."""
+        if self.size is None or self.floats:
+            raise UnsupportedProcessor("it doesn't resize all images to one size in whole levels")
+        return Processing(self.resize, self.resample, self.crop, rescale=None)
+
+    @property
+    def resampled_words(self) -> str:
+        """A short description of the preparation, with the filter."""
+        return f"{self.words}, filter {self.resample} of Pillow"
+
+    @property
     def words(self) -> str:
         """A short description of the preparation."""
         done: list[str] = []
@@ -142,7 +154,7 @@ PROCESSOR_DEFAULTS: Mapping[str, dict[str, Any]] = {
 
 _ENDS = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 
-_TILING = (
+TILING_SETTINGS = (
     "crop_to_patches",
     "do_image_splitting",
     "do_pan_and_scan",
@@ -157,7 +169,7 @@ _TILING = (
 def parse_processing(config: Mapping[str, Any]) -> Processing:
     """Return the preparation that a processor's config describes. Raises UnsupportedProcessor."""
     named = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
-    tiling = next((key for key in _TILING if config.get(key)), None)
+    tiling = next((key for key in TILING_SETTINGS if config.get(key)), None)
     if tiling is not None:
         raise TilingProcessor(
             f"`{named}` cuts images into tiles (`{tiling}`), and the model reads one image"

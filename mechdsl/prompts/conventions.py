@@ -176,6 +176,7 @@ def image_conventions(table: PromptTable) -> dict[str, str]:
             pixels = "in model-input pixels" if own else "in pixels before preparation, rounded"
             said = " and ".join(
                 f"mean of {count_noun(each.count, 'image')} of `{each.said}`"
+                f"{'' if each.fit is None else f', {each.fit.words} first'}"
                 for each in means.values()
             )
             key = f"image of {table.name if name == CLEAN else name}"

@@ -23,6 +23,7 @@ from mechdsl.diagnostics.prompts import (
     TooManyValues,
 )
 from mechdsl.images.picture import mean_picture
+from mechdsl.images.processing import TilingProcessor, UnsupportedProcessor
 from mechdsl.program import spec
 from mechdsl.program.images import MEAN_IMAGE, averaged_blocks
 from mechdsl.prompts.block import TEMPLATE, PromptsBlock
@@ -34,6 +35,7 @@ from mechdsl.prompts.rows import (
     Row,
     source_image_name,
 )
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import (
     DrawKey,
@@ -605,8 +607,9 @@ def set_mean_images(
 ) -> list[Diagnostic]:
     """Set the mean images of a block that averages the images of other blocks or of their parts.
 
-    The mean is over rows before `limit`. Codes: those of the rows; E0207 for an image in prompts
-    that is the mean of images of different sizes.
+    The mean is over rows before `limit`. Images in prompts of different sizes are resized and
+    cropped first, as the model's processor does. Codes: those of the rows; E0207 if the processor
+    gives images of different sizes no common one.
 
     enough: the number of rows that a check reads.
     """
@@ -636,14 +639,34 @@ def _set_mean_image(
     pictures = tuple(image for image in images if image is not None)
     if not pictures:
         return found.diagnostics
-    size = (0, 0)
+    size, fit = (0, 0), None
     if block.spec.kind == "prompts":
         size, *others = dict.fromkeys(each.size for each in pictures)
-        if others:
-            shown = " and ".join(f"{width} x {height}" for height, width in (size, others[0]))
-            reason = f"has no size before preparation: its images have several, such as {shown}"
-            hint = f"name images of one size, or `image photo = gray` instead of `{MEAN_IMAGE} of`"
-            bad = BadArgument(span=of.span, name=of.span.written, reason=reason, hint=hint)
-            return [*found.diagnostics, bad]
-    block.averaged[of.whole] = mean_picture(pictures, of.whole, size)
+        if others and isinstance(tokenizer, ImagePromptTokenizer) and not tokenizer.stands_in:
+            try:
+                fit = tokenizer.fitting
+            except UnsupportedProcessor as unfit:
+                name, tiles = tokenizer.processor_name, isinstance(unfit, TilingProcessor)
+                bad = _several_sizes(of, (size, others[0]), name, tiles=tiles)
+                return [*found.diagnostics, bad]
+            size = fit.size or size
+    block.averaged[of.whole] = mean_picture(pictures, of.whole, size, fit)
     return found.diagnostics
+
+
+def _several_sizes(
+    of: ast.Ref, sizes: Iterable[tuple[int, int]], name: str, *, tiles: bool
+) -> Diagnostic:
+    """Return E0207 for the mean of images that the processor doesn't bring to one size.
+
+    Args:
+        of: The block of the images.
+        sizes: Two (height, width) of its images.
+        name: The class of the model's image processor.
+        tiles: Whether it cuts images into tiles.
+    """
+    shown = " and ".join(f"{width} x {height}" for height, width in sizes)
+    why = "cuts them into tiles" if tiles else "isn't known to resize them to one size"
+    reason = f"has images of several sizes, such as {shown}, and the model's `{name}` {why}"
+    hint = f"name images of one size, or `image photo = gray` instead of `{MEAN_IMAGE} of`"
+    return BadArgument(span=of.span, name=of.span.written, reason=reason, hint=hint)

@@ -4,6 +4,7 @@ unpadded prompt at a time."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,11 @@ import pytest
 from PIL import Image
 
 import mechdsl
+from mechdsl.base.source import Source
+from mechdsl.images.picture import Picture, mean_picture
+from mechdsl.images.processing import BICUBIC, Processing
 
+from ..execute.support import MODES, run_on
 from . import support, test_families
 from .reference import at
 from .support import RECORDS, TEMPLATE, experiment, run_file, try_file
@@ -170,11 +175,87 @@ def test_mean_image_as_a_video_frame_equals_reference() -> None:
     np.testing.assert_allclose(found.measures[0].base[0], base, atol=1e-4)
 
 
+UNEVEN = ((30, 26), (11, 40), (52, 28), (8, 9))
+"""(height, width) of images of several sizes."""
+
+
+def write_uneven(folder: Path) -> list[Image.Image]:
+    found: list[Image.Image] = []
+    for number, sides in enumerate(UNEVEN):
+        draws = np.random.default_rng(20 + number)
+        found.append(Image.fromarray(draws.integers(0, 256, (*sides, 3), dtype=np.uint8)))
+        found[-1].save(folder / f"uneven-{number}.png")
+    names = (json.dumps({"uneven": f"uneven-{n}.png"}) for n in range(len(UNEVEN)))
+    (folder / "uneven.jsonl").write_text("\n".join(names) + "\n", encoding="utf-8")
+    return found
+
+
+UNEVEN_BLOCK = 'images photos { rows "uneven.jsonl" image "{uneven}" answer "a" }\n'
+
+
+def fitted_mean(name: str, images: list[Image.Image]) -> Image.Image:
+    """The mean of what the model's image processor makes of each image before it scales levels."""
+    reader = test_families.vlm.processor(name).image_processor
+    fitted: list[Image.Image] = []
+    for image in images:
+        made = reader(image, do_rescale=False, do_normalize=False, return_tensors="np")
+        pixels = np.asarray(next(each for key, each in made.items() if "pixel_values" in key))
+        fitted.append(Image.fromarray(np.moveaxis(pixels[0], 0, -1).astype(np.uint8)))
+    return mean_image(fitted)
+
+
+@pytest.mark.parametrize("name", ["llava_class", "video_llava", "paligemma", "gemma3"])
+def test_mean_of_images_of_several_sizes_is_one_after_resizing(name: str) -> None:
+    """As the model's processor resizes and crops each, which then leaves the mean as it is."""
+    images = write_uneven(test_families.folder())
+    block = UNEVEN_BLOCK + test_families.BLOCK.replace('"{file}"', "mean of photos", 1)
+    rule = "ablate resid_post layer 0 at photo row 1 col 2 token with zero"
+    [found] = test_families.run_text(name, experiment("e", rule), block=block)
+    own, values = bare_of(name), list[float]()
+    average = fitted_mean(name, images)
+    family = test_families.vlm.FAMILIES[name]
+    for words in test_families.WORDS:
+        text = f"w3 w2 {family.marker} w1 {words} w3{family.before_end}"
+        given = own.with_pictures(text, [average])
+        values.append(test_families.difference(own.run(given)))
+    np.testing.assert_allclose(found.measures[0].base[0], values, atol=1e-4)
+    said = found.conventions["image of ask"]
+    assert "mean of 4 images of `photos`, resized to " in said
+    assert said.endswith("first, before any `limit`, in pixels before preparation, rounded")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("llava_next", "`LlavaNextImageProcessorPil` cuts them into tiles"),
+        ("qwen2_vl", "`Qwen2VLImageProcessorPil` isn't known to resize them to one size"),
+        ("llava_pad", "`LlavaImageProcessorPil` isn't known to resize them to one size"),
+    ],
+)
+def test_mean_without_a_common_size_reports_the_reason(name: str, why: str) -> None:
+    write_uneven(test_families.folder())
+    block = UNEVEN_BLOCK + test_families.BLOCK.replace('"{file}"', "mean of photos", 1)
+    rule = "ablate resid_post layer 0 at last token with zero"
+    whole = f'mech 1\nmodel m = local("x")\n{block}\n{experiment("e", rule)}'
+    source = Source(whole, test_families.folder() / "file.mech")
+    _, problems = run_on(source, {"m": test_families.loaded(name)}, MODES["planned"])
+    [error] = [each for each in problems if each.severity == "error"]
+    assert error.code == "E0207"
+    shown = " ".join(support.render_full([error], color=False, width=1000).split())
+    assert f"images of several sizes, such as 28 x 52 and 40 x 11, and the model's {why}" in shown
+
+
+def test_mean_depends_on_how_its_images_are_resized() -> None:
+    picture = Picture("gray", size=(4, 4)), Picture("gray", size=(8, 6))
+    fits = (Processing(("exact", 4, 4)), Processing(("shortest", 4, 4), crop=(4, 4)))
+    fits = (*fits, replace(fits[0], resample=BICUBIC))
+    means = [mean_picture(picture, "photos", (4, 4), fit) for fit in fits]
+    assert len({mean.content() for mean in means}) == len(fits)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "code", "said"),
     [
-        ('rows "even.jsonl"\n  image "{even}"', 'rows "data.jsonl"\n  image "{file}"', "E0207",
-         "its images have several, such as 24 x 24 and "),
         ("mean of photos", "mean of ask", "E0207", "`ask` is a prompts block"),
         ("mean of photos", "mean of photo", "E0201", "photos"),
         ("mean of photos", "mean of photos.train", "E0201", "no `split`"),

@@ -3295,7 +3295,9 @@ _in_prompt(
     'image photo = "{kind}.png"',
     "An image in each prompt of a vision-language model; `{photo}` in the template is its place. "
     "All images of an `images` block are possible. `mean of scenes` is the pixelwise mean before "
-    "preparation, rounded to whole levels, so its images must have one size. The model's "
+    "preparation, rounded to whole levels. Images of several sizes are resized and cropped first, as "
+    "the model's image processor does with every image, if it has one size for all (E0207 for "
+    "others, such as those that cut images into tiles). The model's "
     "transformers processor prepares the image, and its image tokens are positions of the prompt. "
     "Several images need several names. Each distinct image passes through the vision encoder "
     "once.",

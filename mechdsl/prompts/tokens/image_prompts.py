@@ -40,7 +40,14 @@ from mechdsl.images.picture import (
     Region,
     marker_extent,
 )
-from mechdsl.images.processing import PREPROCESSOR_FILE, PROCESSOR_FILE, UnsupportedProcessor
+from mechdsl.images.processing import (
+    PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
+    TILING_SETTINGS,
+    Processing,
+    UnsupportedProcessor,
+    parse_processing,
+)
 from mechdsl.images.sounds import Sound
 from mechdsl.program import spec
 from mechdsl.prompts.tokens.chat import ChatTemplate
@@ -67,6 +74,16 @@ _CODE = ("images/layouts.py", "images/processing.py", "prompts/tokens/image_prom
 """Modules of this package on which the facts of a processor depend."""
 
 _LIBRARIES = ("transformers", "tokenizers", "torch", "torchvision", "pillow", "numpy")
+
+_FIT_SETTINGS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_pad"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    *TILING_SETTINGS,
+)
+"""Settings of an image processor that determine the size of prepared images."""
+
+_FIT_AS = {"Gemma3": "Siglip", "Llava": "CLIP", "VideoLlava": "CLIP"}
+"""Image processors that resize and crop as another one does, if they neither pad nor cut."""
 
 FactT = TypeVar("FactT")
 
@@ -189,6 +206,30 @@ class ImagePromptTokenizer(TextTokenizer):
     def reads_with(self) -> Any:
         """The image processor, or the feature extractor of sounds."""
         return self.layout.reader(self.processor)
+
+    @cached_property
+    def fitting(self) -> Processing:
+        """How the image processor resizes and crops all images to one size.
+
+        Raises:
+            UnsupportedProcessor: It prepares images in several sizes, or isn't known.
+        """
+        return self._recall("fitting", self._find_settings, parse_processing).fitting
+
+    def _find_settings(self) -> dict[str, object]:
+        """Return the settings of the image processor that JSON can represent."""
+        every: Mapping[str, object] = self.reads_with.to_dict()
+        prompt = ImagePrompt(self.processor, self._read[1], {}, ())
+        name = type(self.reads_with).__name__
+        kind = name.partition("ImageProcessor")[0]
+        found: dict[str, object] = {
+            "image_processor_type": name.replace(kind, _FIT_AS.get(kind, kind), 1)
+        }
+        for key in _FIT_SETTINGS:
+            value = prompt.setting(key)
+            is_plain = value is None or isinstance(value, bool | int | float | list | tuple | dict)
+            found[key] = value if is_plain else every.get(key)
+        return found
 
     @cached_property
     def image_text(self) -> ImageText:
