@@ -117,6 +117,11 @@ def _joined_frames(name: str, rows: Sequence[RunRow], tokenizer: TextTokenizer) 
     said += f"`{tokenizer.video_processor_name}`"
     if (merged := videos[0].merged_frames) > 1:
         said += f", which merges {merged} frames: `frame 1` is the first {merged}"
+    extents = dict.fromkeys(
+        tuple(each.picture.picture.extent for each in row.whole_pictures) for row in rows
+    )
+    if not all(len(each) < 2 or tokenizer.prepares_together(each) for each in extents):
+        said += "; each video of a prompt alone, as it takes videos of one number of frames"
     return said
 
 

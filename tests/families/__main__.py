@@ -76,7 +76,8 @@ read the frames of a `video` line together:
 - `smolvlm` also writes the number of frames and the time of the last one before the first frame.
   The times depend on `fps` of its video processor; without it, frames are 0.5 s apart. Images and
   videos in one prompt are E0459.
-- The videos of one prompt have the same number of frames, except in the Qwen models (E0459).
+- Videos of one prompt may have different numbers of frames. Only the processors of Qwen models
+  prepare them together; with others, each has the tokens and vectors that it has alone.
 - In chats, a video is written where the template writes an image. Its tokens are those around a
   video without a chat: `qwen3_vl` has start and end tokens only around each pair. `smolvlm` has
   another chat template for videos, from its processor's class.

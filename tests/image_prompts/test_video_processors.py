@@ -358,6 +358,74 @@ def test_rules_in_one_of_two_videos_are_what_hooks_give(name: str, mode: str) ->
         compare(found[f"e{video}"], base, [values])
 
 
+SHORT = BLOCK.replace(
+    "  template", '  video late = ["{size}-{b}.png", "{size}-4.png"]\n  template'
+).replace("{clip} w1", "{clip} w1 {late}")
+"""Prompts with a video of four frames and one of two."""
+
+
+def embedded(name: str, n: int) -> tuple[Tensor, int]:
+    """The vectors of a prompt of `SHORT`, with those of each video from a prompt of it alone, and
+    the number of tokens before the second video."""
+    own, marker = record(n), vlm.FAMILIES[name].marker.replace("<image>", "<video>")
+    first = [f"{own['size']}-{each}.png" for each in (own["a"], own["a"], 4, own["a"])]
+    second = [f"{own['size']}-{each}.png" for each in (own["b"], 4)]
+    before, after = (
+        bare(name).states(inputs_of(name, text, files))["embed"][0]
+        for text, files in (
+            (f"w3 w2 {marker} w1", first),
+            (f"{marker} {WORDS[n]} w3", second),
+        )
+    )
+    return torch.cat([before, after[1:]]), len(before)  # without `<s>`
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+@pytest.mark.parametrize("name", some(["llava_onevision_frames", "video_llava", *OF_IMAGES], QUICK))
+def test_videos_of_different_lengths_have_the_vectors_of_each_alone(name: str, mode: str) -> None:
+    """With rules in either video, and replies."""
+    rules = [f"ablate resid_post layer 0 at frame 2 of {own} tokens with zero" for own in VIDEOS]
+    text = "".join(experiment(f"e{n}", rule) for n, rule in enumerate(rules))
+    written = 'measure matches("w") as raw'
+    text += experiment("r", "generate 3", rules[1], measure=written)
+    found = run(text, name, mode, SHORT)
+    own, zero, base = bare(name), torch.zeros(()), list[float]()
+    values: tuple[list[float], list[float]] = [], []
+    for n in ALL:
+        vectors, before = embedded(name, n)
+
+        def logits(edit: Any, more: Sequence[int] = (), vectors: Tensor = vectors) -> Tensor:
+            ids = torch.full((1, len(vectors) + len(more)), vlm.WORDS["w1"])
+            ids[0, len(vectors) :] = torch.tensor([*more], dtype=torch.long)
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            place = at([*range(len(vectors))], vectors)
+            return own.run(given, blocks=edit, embed=place)
+
+        base.append(families.difference(logits({})))
+        later = before - FIRST  # the second video follows the first one's prompt
+        cells = tokens(name, n, 2), [later + each for each in tokens(name, n, 2)]
+        for video, places in enumerate(cells):
+            values[video].append(families.difference(logits({0: at(places, zero)})))
+        reply: list[int] = []
+        for _ in range(3):
+            reply.append(int(logits({0: at(cells[1], zero)}, reply)[-1].argmax()))
+        assert found["r"].replies is not None
+        [seen] = found["r"].replies.cells[0][n]
+        assert list(seen.ids) == reply
+    for video in range(len(VIDEOS)):
+        compare(found[f"e{video}"], base, [values[video]], least=LAYOUTS[name].least)
+    for video, frames in zip(VIDEOS, (4, 2), strict=True):
+        said = found["e0"].conventions[f"video `{video}`"]
+        assert said.startswith(f"{frames} frames, ")
+        assert "each video of a prompt alone, as it takes videos of one number of frames" in said
+
+
+def test_videos_of_qwen_of_different_lengths_are_prepared_together() -> None:
+    rule = "ablate resid_post layer 0 at frame 1 of late tokens with zero"
+    found = run(experiment("e", rule), "qwen2_5_vl", block=SHORT)["e"]
+    assert "alone" not in found.conventions["video `late`"]
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", *OF_IMAGES])
 def test_tokens_of_a_video_are_written_as_its_processor_writes_them(name: str) -> None:
     text = experiment("e", "ablate resid_post layer 0 at clip tokens with zero")
@@ -537,9 +605,6 @@ SECOND = {
     ("name", "second", "told"),
     [
         ("smolvlm", "photo", "it prepares images or videos, not both in a prompt"),
-        ("smolvlm", "late", "it can't prepare videos of different numbers of frames in one"),
-        ("internvl", "late", "it can't prepare videos of different numbers of frames in one"),
-        ("video_llava", "late", "it can't prepare videos of different numbers of frames in one"),
     ],
 )
 def test_pictures_that_a_processor_does_not_prepare_together_report_e0459(

@@ -3295,10 +3295,10 @@ _in_prompt(
     'image photo = "{kind}.png"',
     "An image in each prompt of a vision-language model; `{photo}` in the template is its place. "
     "All images of an `images` block are possible. `mean of scenes` is the pixelwise mean before "
-    "preparation, rounded to whole levels. Images of several sizes are resized and cropped first, as "
-    "the model's image processor does with every image, if it has one size for all (E0207 for "
-    "others, such as those that cut images into tiles). The model's "
-    "transformers processor prepares the image, and its image tokens are positions of the prompt. "
+    "preparation, rounded to whole levels. Images of several sizes are resized and cropped first, "
+    "as the model's image processor does with every image, if it has one size for all (E0207 for "
+    "others, such as those that cut images into tiles). The model's transformers processor "
+    "prepares the image, and its image tokens are positions of the prompt. "
     "Several images need several names. Each distinct image passes through the vision encoder "
     "once.",
     context='kind in ["circle", "square"] template "{photo} What is this?"',
@@ -3313,7 +3313,9 @@ _in_prompt(
     'install "mechdsl[video]"`), it prepares all frames, in one size; the processors of Qwen '
     "merge two frames, and `frame 1` is the first two. `frame 2 tokens`, `each frame tokens` and "
     "`frame 2 row 3 col 4 token` are positions, also with a `for` variable (`frame k + 1 row 3 "
-    "col 4 token`); with several videos, add `of clip`. `clip tokens` is the tokens of all frames.",
+    "col 4 token`); with several videos, add `of clip`. `clip tokens` is the tokens of all frames. "
+    "If the processor takes only videos of one number of frames in a prompt, those of different "
+    "numbers have the tokens and vectors of each alone.",
     context='kind in ["circle", "square"] template "{clip} What moves?"',
     test="test_video_processors.py",
 )

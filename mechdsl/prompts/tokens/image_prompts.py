@@ -553,34 +553,49 @@ class ImagePromptTokenizer(TextTokenizer):
         return dict(self.processor(text=[*texts], **options))
 
     @cached_property
-    def _joint_sizes(self) -> set[tuple[tuple[int, ...], ...]]:
-        """Extents of pictures that have the same tokens together as alone."""
-        return set()
+    def _joint_sizes(self) -> dict[tuple[tuple[int, ...], ...], bool]:
+        """By extents of several pictures, whether they have the same tokens together as alone."""
+        return {}
+
+    def prepares_together(self, extents: Sequence[tuple[int, ...]]) -> bool:
+        """Whether the processor writes the tokens of several pictures in a prompt as those of each
+        picture alone, given their `Picture.extent`."""
+        each = tuple(map(self.sized, extents))
+        if each not in self._joint_sizes:
+            try:
+                written = self._recall_layout(
+                    f"tokens of {each}", lambda: self._write_joined(each), list[int]
+                )
+            except _DifferentFrames:
+                written = None
+            self._joint_sizes[each] = written == self._join(each)
+        return self._joint_sizes[each]
 
     def _check_several(self, extents: Sequence[tuple[int, ...]]) -> None:
         """Raise UnsupportedProcessor if several pictures in a prompt have other tokens than each
-        alone."""
+        alone.
+
+        Videos of different numbers of frames that a processor can't prepare together have the
+        tokens of each alone, if those of equal numbers have them.
+        """
         each = tuple(map(self.sized, extents))
-        if each in self._joint_sizes:
-            return
         if not self.layout.joins_images_and_videos and len(set(map(len, each))) > 1:
             unfit = UnsupportedProcessor("it prepares images or videos, not both in a prompt")
             unfit.hint = "write images and videos in prompts of different blocks"
             raise unfit
-        written = self._recall_layout(
-            f"tokens of {each}", lambda: self._write_joined(each), list[int]
-        )
-        if written != self._join(each):
-            if len({own[2] for own in each if len(own) == 3}) > 1:
-                raise _different_frames()
+        if self.prepares_together(each):
+            return
+        lengths = {own[2] for own in each if len(own) == 3}
+        if len(lengths) < 2:
             raise _prepared_otherwise(each)
-        self._joint_sizes.add(each)
+        most = max(lengths)
+        self._check_several([own if len(own) == 2 else (*own[:2], most) for own in each])
 
     def _write_joined(self, extents: Sequence[tuple[int, ...]]) -> list[int]:
         """Return the tokens that the processor writes for several pictures.
 
         Raises:
-            UnsupportedProcessor: It can't prepare videos of different numbers of frames.
+            _DifferentFrames: It can't prepare videos of different numbers of frames.
         """
         text = " ".join(self.text_of(own).given for own in extents)
         try:
@@ -588,7 +603,7 @@ class ImagePromptTokenizer(TextTokenizer):
         except ValueError as error:
             if len({own[2] for own in extents if len(own) == 3}) < 2:
                 raise
-            raise _different_frames() from error
+            raise _DifferentFrames from error
 
     def _join(self, extents: Sequence[tuple[int, ...]]) -> list[int]:
         """Return the tokens of several pictures, from those of each."""
@@ -769,14 +784,8 @@ class ImagePromptTokenizer(TextTokenizer):
         return self.image_id if token < _VIDEO_TOKEN else self.video_id
 
 
-def _different_frames() -> UnsupportedProcessor:
-    """Return the error of a processor that pads videos of a prompt, or can't prepare them."""
-    unfit = UnsupportedProcessor(
-        "it can't prepare videos of different numbers of frames in one prompt"
-    )
-    unfit.hint = "give all videos of a prompt the same number of frames"
-    unfit.what = "videos"
-    return unfit
+class _DifferentFrames(Exception):
+    """A processor can't prepare videos of different numbers of frames in one prompt."""
 
 
 def _prepared_otherwise(extents: Sequence[tuple[int, ...]]) -> UnsupportedProcessor:
