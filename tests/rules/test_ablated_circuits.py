@@ -265,7 +265,7 @@ def test_random_edges_of_any_number_carry_another_run(data: Path, name: str, mod
         np.testing.assert_allclose(found[f"e{n}"].measures[0].patched[0], values, atol=1e-5)
 
 
-@pytest.mark.parametrize(("share", "name"), in_turn((0.0, *SHARES), ("gpt2", "llama")))
+@pytest.mark.parametrize(("share", "name"), in_turn((0.0, *SHARES), ("gpt2", "llama", "gemma2")))
 def test_plan_counts_only_nodes_of_circuits_that_are_computed(
     data: Path, monkeypatch: pytest.MonkeyPatch, name: str, share: float
 ) -> None:
