@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from mechdsl.base.records import Record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.models import ImagesNotVectors, SiteNotOnModel
-from mechdsl.forward.hooks.batch import Batch, BlockPairs, SiteRead, SiteWrite, WriteMismatch
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    BlockPairs,
+    EdgeWrite,
+    PatchPools,
+    SiteRead,
+    SiteWrite,
+    WriteMismatch,
+)
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import (
     IMAGE_INPUTS,
@@ -255,12 +263,14 @@ class ImageVectors:
         writes: Sequence[SiteWrite],
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
+        edges: Sequence[EdgeWrite],
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder on a batch's images: see `VisionPass`."""
         every = self._occurrences(batch)
         count = model.shape.merged_side**2
         inside = [_number_patches(write, batch, every, count) for write in writes]
-        written = {n for write in inside for n in write.rows.tolist()}
+        within = [_number_edges(edge, batch, every, count) for edge in edges]
+        written = {n for each in (*inside, *within) for n in each.rows.tolist()}
         changed = {*range(len(every))} if blocks else written
         lanes: dict[tuple[str, int], list[int]] = {}  # equal images without writes share a lane
         for n, each in enumerate(every):
@@ -275,7 +285,7 @@ class ImageVectors:
         for alike in by_extent.values():
             for start in range(0, len(alike), _AT_ONCE):
                 own = alike[start : start + _AT_ONCE]
-                found, later = self._run(model, own, inside, reads, blocks)
+                found, later = self._run(model, own, inside, reads, blocks, within)
                 vectors.add([numbers for _, numbers in own], found, later)
         return vectors.writes(self._known_later(batch)), vectors.reads
 
@@ -295,6 +305,7 @@ class ImageVectors:
         writes: Sequence[SiteWrite],
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
+        edges: Sequence[EdgeWrite],
     ) -> tuple[dict[SiteRead, Tensor], list[Tensor]]:
         """Run the vision encoder on images of one extent.
 
@@ -305,11 +316,13 @@ class ImageVectors:
             writes: Writes whose rows are numbers of images, and whose positions are patches.
             reads: Sites of the encoder.
             blocks: Replaced blocks.
+            edges: Changed attention edges, whose rows are numbers of images, and whose queries and
+                keys are patches.
 
         Returns:
-            [lane, token, units, width] of `embed`, and [lane, patch, units, width] by site; the
-            patches of a token are next to each other. [lane, token, d_model] for each of the blocks
-            after which the model adds vectors.
+            [lane, token, units, width] of `embed`, [lane, token, head, token] of patterns, and
+            [lane, patch, units, width] of other sites; the patches of a token are next to each
+            other. [lane, token, d_model] for each of the blocks after which the model adds vectors.
         """
         distinct = list(dict.fromkeys(marker for marker, _ in lanes))
         pictures = [self._known[marker] for marker in distinct]
@@ -318,24 +331,23 @@ class ImageVectors:
             raise WriteMismatch(patches.reason)
         model = self._with_encoder(model, pictures[0].picture.extent)
         batch, own = prepare_images(model, self.reader, pictures)
-        batch = batch.with_inputs(batch.extra, vision=Batch.grid(len(distinct), patches.count))
+        grid = replace(Batch.grid(len(distinct), patches.count), pools=patches.pool())
+        batch = batch.with_inputs(batch.extra, vision=grid)
         batch = batch.take(torch.tensor([distinct.index(marker) for marker, _ in lanes]))
         columns = own[0].nonzero()[:, 0]
         inside: list[SiteWrite] = []
+        within: list[EdgeWrite] = []
         for lane, (_, (number, *_)) in enumerate(lanes):
-            mine = (patches.keep(write.some(write.rows == number)) for write in writes)
-            inside += [
-                replace(
-                    each,
-                    rows=torch.full_like(each.rows, lane),
-                    positions=patches.find(each.positions),
-                )
-                for each in mine
-                if len(each.rows)
-            ]
+            inside += patches.place_writes(writes, number, lane)
+            within += patches.place_edges(edges, number, lane)
         with _record_later_vectors(model) as later, exchange_blocks(model, blocks):
-            found = run_full(model, batch, stop=0, writes=inside, reads=[_EMBED, *reads]).reads
-        values = {each: patches.select(found[each]) for each in reads}
+            asked = [_EMBED, *reads]
+            result = run_full(model, batch, stop=0, writes=inside, reads=asked, edges=within)
+        found = result.reads
+        values = {
+            each: found[each] if _is_over_keys(each) else patches.select(found[each])
+            for each in reads
+        }
         values[_EMBED] = found[_EMBED][:, columns]
         return values, [each.unflatten(0, (len(lanes), -1)) for each in later]
 
@@ -616,11 +628,37 @@ class _Patches:
         found[:, order < 0] = torch.nan
         return found
 
+    def pool(self) -> PatchPools:
+        """Return the token of each of the encoder's tokens."""
+        tokens, each = self.of_token.shape
+        there = self.of_token >= 0
+        of_patch = torch.full((self.count,), tokens)
+        of_patch[self.of_token[there]] = torch.arange(tokens)[:, None].expand(-1, each)[there]
+        return PatchPools(of_patch, tokens, each)
+
     def keep(self, write: SiteWrite) -> SiteWrite:
         """Return a write without the numbers of `TokenHits` that no patch of a resampler has."""
         if self.tiles is None:
             return write
         return write.some(self.of_token.flatten()[write.positions] >= 0)
+
+    def place_writes(
+        self, writes: Iterable[SiteWrite], image: int, lane: int
+    ) -> Iterator[SiteWrite]:
+        """Yield the writes in an image, with its lane as the row and the encoder's tokens."""
+        for write in writes:
+            own = self.keep(write.some(write.rows == image))
+            if len(own.rows):
+                rows = torch.full_like(own.rows, lane)
+                yield replace(own, rows=rows, positions=self.find(own.positions))
+
+    def place_edges(self, edges: Iterable[EdgeWrite], image: int, lane: int) -> Iterator[EdgeWrite]:
+        """Yield the edges in an image, likewise."""
+        for edge in edges:
+            own = edge.some(edge.rows == image)
+            if len(own.rows):
+                rows, queries = torch.full_like(own.rows, lane), self.find(own.queries)
+                yield replace(own, rows=rows, queries=queries, keys=self.find(own.keys))
 
     def find(self, positions: Tensor) -> Tensor:
         """Return the encoder's tokens, given numbers as in `TokenHits`.
@@ -645,6 +683,17 @@ class _Occurrence:
     """[patch] long, on the host."""
 
 
+def _tabulate_images(batch: Batch, images: Sequence[_Occurrence]) -> tuple[Tensor, Tensor]:
+    """Return [B, T] long each: the number of the image of each token, -1 for text, and the index
+    of the token in the image."""
+    number = torch.full(batch.ids.shape, -1)
+    index = torch.zeros(batch.ids.shape, dtype=torch.long)
+    for n, each in enumerate(images):
+        number[each.row, each.columns] = n
+        index[each.row, each.columns] = torch.arange(len(each.columns))
+    return number, index
+
+
 def _number_patches(
     write: SiteWrite, batch: Batch, images: Sequence[_Occurrence], count: int
 ) -> SiteWrite:
@@ -659,16 +708,38 @@ def _number_patches(
     Raises:
         WriteMismatch: A token isn't one of an image.
     """
-    number = torch.full(batch.ids.shape, -1)
-    index = torch.zeros(batch.ids.shape, dtype=torch.long)
-    for n, each in enumerate(images):
-        number[each.row, each.columns] = n
-        index[each.row, each.columns] = torch.arange(len(each.columns))
+    number, index = _tabulate_images(batch, images)
     where = write.rows, batch.columns(write.rows, write.positions // count)
     if bool((number[where] < 0).any()):
         raise WriteMismatch(f"{write.where.quoted} has vectors at tokens of images only")
     positions = index[where] * count + write.positions % count
     return replace(write, rows=number[where], positions=positions)
+
+
+def _number_edges(
+    edge: EdgeWrite, batch: Batch, images: Sequence[_Occurrence], count: int
+) -> EdgeWrite:
+    """Replace rows, queries and keys of edges by numbers of images in the batch, and of patches.
+
+    A patch sees no key in another image, so such edges are left out. Arguments and errors are those
+    of `_number_patches`.
+    """
+    number, index = _tabulate_images(batch, images)
+
+    def find(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        where = rows, batch.columns(rows, positions // count)
+        if bool((number[where] < 0).any()):
+            raise WriteMismatch("attention of the vision encoder is between tokens of images only")
+        return number[where], index[where] * count + positions % count
+
+    rows, queries = find(edge.rows, edge.queries)
+    of_key, keys = find(edge.rows[edge.entries], edge.keys)
+    own = of_key == rows[edge.entries]
+    return replace(edge, rows=rows, queries=queries, entries=edge.entries[own], keys=keys[own])
+
+
+def _is_over_keys(read: SiteRead) -> bool:
+    return SITES[read.site].width == "key"
 
 
 @dataclass(eq=False)
@@ -683,7 +754,8 @@ class _ImagesOfBatch:
     """Number of patches of a token."""
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
     """[B, column, units, width] by site; 0 at tokens of text. The first column of a prompt is that
-    of `Batch.starts`, and each token has one for each of its patches."""
+    of `Batch.starts`, and each token has one for each of its patches. Patterns are between tokens,
+    [B, column, head, position]."""
     _embedded: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     """By number of an image, [token, d_model]."""
     _later: dict[int, list[Tensor]] = field(default_factory=dict[int, list[Tensor]])
@@ -709,12 +781,26 @@ class _ImagesOfBatch:
             for read, values in found.items():
                 if read == _EMBED:
                     continue
+                if _is_over_keys(read):
+                    self._add_pattern(read, numbers, values[lane])
+                    continue
                 if read not in self.reads:
                     width = int((self.batch.starts + self.batch.lengths * self.patches).max())
                     whole = values.new_zeros((len(self.batch), width, *values.shape[2:]))
                     self.reads[read] = whole
                 for n in numbers:
                     self.reads[read][self.images[n].row, self._columns(n)] = values[lane]
+
+    def _add_pattern(self, read: SiteRead, numbers: Sequence[int], values: Tensor) -> None:
+        """Add weights [token, head, token] between the tokens of some images."""
+        if read not in self.reads:
+            rows, columns = self.batch.ids.shape
+            size = rows, columns, values.shape[1], int(self.batch.lengths.max())
+            self.reads[read] = values.new_zeros(size)
+        for n in numbers:
+            row, columns = self.images[n].row, self.images[n].columns
+            keys = columns - self.batch.starts[row]
+            self.reads[read][row][columns[:, None], :, keys] = values.transpose(1, 2)
 
     def _columns(self, number: int) -> Tensor:
         """Return [patch] long: the columns of an image's patches in `reads`."""

@@ -193,18 +193,19 @@ class ReplyGenerator:
 
     @staticmethod
     def _embedded(model: LoadedModel, rows: GenerationRequest, prefill: RuleWrites) -> RuleWrites:
-        """Return the writes to prompts, with those in the vision encoder as writes at `embed`."""
+        """Return the changes of prompts, with those in the vision encoder as writes at `embed`."""
         if model.shape.encodes_apart:  # each pass of a reply encodes the image
             return prefill
         blocks = [pair for pair in prefill.blocks if pair[0][0] != "vision"]
+        changes = (*prefill.writes, *prefill.edges)
         is_plain = len(blocks) == len(prefill.blocks)
-        if is_plain and not any(write.stack == "vision" for write in prefill.writes):
+        if is_plain and all(each.stack != "vision" for each in changes):
             return prefill
         ids = [rows.run.rows[prompt].ids for prompt in rows.prompts.tolist()]
         batch = build_batch(model, ids, [0] * len(ids), model.calling.side)
         with replace_blocks(model, prefill.blocks):
-            writes = split_vision(model, batch, prefill.writes)[1]
-        return replace(prefill, writes=writes, blocks=blocks)
+            _, writes, _, edges, _ = split_vision(model, batch, prefill.writes, (), prefill.edges)
+        return replace(prefill, writes=writes, edges=edges, blocks=blocks)
 
     def _known(
         self, model: LoadedModel, rows: GenerationRequest, asked: _ReplyRequest

@@ -329,8 +329,9 @@ def _run_pass(
             kept.embedded = result.reads[noised[0]].flatten(0, 2)
     reads = dict(result.reads)
     if within:  # separate from the activation cache, because both replace attention
-        # The encoder comes before all blocks of the decoder.
-        last = max(-1 if r.stack == "encoder" else r.layer for r in within if r.layer is not None)
+        # Encoders come before all blocks of the decoder.
+        before = ("encoder", "vision")
+        last = max(-1 if r.stack in before else r.layer for r in within if r.layer is not None)
         due = rules.below(last + 1, model.shape.n_layers)
         with nullcontext() if copies is None else copies.shared(model):
             stopped = run_full(

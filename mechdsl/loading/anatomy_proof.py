@@ -51,6 +51,7 @@ from mechdsl.loading.verify.checks import (
     PACKED_IMAGE_IDENTITY,
     add_attention_sites,
     add_stack_attention,
+    add_vision_edges,
     find_idle_sites,
     retry_with_one_prompt,
 )
@@ -733,6 +734,8 @@ def _finish_model(
         model = add_attention_sites(model)
         if model.shape.encodes_apart and model.others.keys() >= required_stacks(model.shape):
             model = add_stack_attention(model, build_sample(model))
+    if "vision" in model.shape.others and not (model.shape.encodes_apart or model.shape.resamples):
+        model = add_vision_edges(model, build_sample(model))
     proved = replace(
         model,
         checks=checks,

@@ -378,6 +378,8 @@ def _with_vision(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
         reason = "its config doesn't state how many patches a token is made from"
     others = {} if reason else _other_stacks(shape, config, ("vision",))
     resamples = entry is not None and entry.resamples
+    if not resamples:
+        others = {stack: with_edges(own) for stack, own in others.items()}
     return replace(
         shape, others=others, without_vision=reason, merged_side=side or 1, resamples=resamples
     )
@@ -394,6 +396,14 @@ def _other_stacks(
 def limit_sites(shape: ModelShape, stack: str) -> ModelShape:
     """Return the shape of a stack with the sites that a file can name."""
     return replace(shape, sites=shape.sites & frozenset(_STACK_SITES[stack]))
+
+
+def with_edges(shape: ModelShape) -> ModelShape:
+    """Return the shape of a vision encoder with patterns, which edges between patches need."""
+    partly = dict(shape.partly)
+    if "z" in partly:
+        partly["pattern"] = partly["z"]
+    return replace(shape, sites=shape.sites | {"pattern"}, partly=partly)
 
 
 def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:

@@ -354,7 +354,10 @@ def check_site(
     if SITES[site].stack:
         own, _ = shape.in_stack(site)
         reason = f"not a part of its stack `{SITES[site].stack}`"
-        names = (f"`{name} {SITES[site].stack}`" for name in SITES if name in own.sites)
+        known = own.sites
+        if SITES[site].stack == "vision":  # patterns are those of edges
+            known -= {*ATTENTION_INTERNAL_SITES}
+        names = (f"`{name} {SITES[site].stack}`" for name in SITES if name in known)
         hint = "it has " + (", ".join(names) or "none")
         if SITES[site].stack not in shape.others:
             kind = "vision-language models" if SITES[site].stack == "vision" else "encoder-decoders"

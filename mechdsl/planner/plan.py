@@ -590,11 +590,11 @@ def _rule_plan(
     if rule.steps is not None:
         ends = np.array(list(rule.steps.values.values()), dtype=np.int64)
         steps = ends[_lookup(list(rule.steps.values), rule.steps.axes, by_name, count)]
-    vectors = shape.merged_side**2 if rule.in_vision else 1
+    vectors = shape.merged_side**2 if rule.in_vision and not rule.reads_pattern else 1
     keys_hit, key_of_cell = None, None
     if rule.edge is not None:
         cells = rule.edge.keys.written
-        keys_hit = TokenHits.of(tuple(cells.values()))
+        keys_hit = TokenHits.of(tuple(cells.values()), vectors)
         key_of_cell = _lookup(list(cells), rule.edge.keys.axes, by_name, count)
     return RulePlan(
         rule=rule,

@@ -780,9 +780,9 @@ _OTHER_STACK_HINTS = {
 
 VISION_HINT = (
     "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale`, `clamp`, `swap`, "
-    "`freeze`, `project out`, `project … onto`, `replace block`, `path`, and observations of "
-    "`norm`, `probe` and `prediction`; others act in the language model, such as on `embed` at "
-    "the tokens of an image"
+    "`freeze`, `project out`, `project … onto`, `replace block`, `path`, those on attention "
+    "between patches, and observations of `norm`, `probe` and `prediction`; others act in the "
+    "language model, such as on `embed` at the tokens of an image"
 )
 
 

@@ -19,7 +19,7 @@ from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.experiments import BadPick, UnreadableMeasure
-from mechdsl.diagnostics.models import SiteNotInBlock
+from mechdsl.diagnostics.models import SiteNotInBlock, SiteNotOnModel
 from mechdsl.diagnostics.names import BadArgument, IndexBeyondModels, UnknownWord
 from mechdsl.diagnostics.prompts import MultiTokenText
 from mechdsl.diagnostics.rules import (
@@ -67,6 +67,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.syntax.words import STACKS
 from mechdsl.vocab.sites import (
+    ATTENTION_INTERNAL_SITES,
     SHORT_WORDS,
     SITES,
     STACK_SITES,
@@ -1528,6 +1529,15 @@ def find_side(points: Sequence[SitePoint], shape: ModelShape) -> TokenSide:
 def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:
     """Check that the model has a component; otherwise report E0402 or a related code."""
     missing = check_site(context.shape, kind.name, model=context.model, span=span)
+    if missing is None and kind.stack == "vision" and kind.component in ATTENTION_INTERNAL_SITES:
+        missing = SiteNotOnModel(
+            span=span,
+            model=context.model,
+            site=kind.name,
+            reason="attention between patches has edges, and no sites",
+            hint="write `observe attention vision layer 0 from … to …`, or change edges with "
+            "`block`, `reweight` or `set attention vision …`",
+        )
     if missing is not None:
         context.diagnostics.append(missing)
     return missing is None

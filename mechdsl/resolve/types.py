@@ -1331,6 +1331,11 @@ class ResolvedRule(Record):
         """Whether some of its sites are in the vision encoder of prompts with images."""
         return self.acts_in("vision")
 
+    @property
+    def reads_pattern(self) -> bool:
+        """Whether it observes attention between tokens."""
+        return self.spec.edge is not None and self.does.changes == "nothing"
+
     def acts_in(self, stack: str) -> bool:
         """Return whether some of its sites are in a stack other than the main one."""
         found = self.sites
@@ -1338,8 +1343,10 @@ class ResolvedRule(Record):
 
     @property
     def writes_vision(self) -> bool:
-        """Whether it writes sites in the vision encoder of prompts with images."""
-        return self.sites is not None and _are_in("vision", self.sites.points)
+        """Whether it changes vectors or edges in the vision encoder of prompts with images."""
+        if self.sites is None or self.does.changes == "nothing":
+            return False
+        return _are_in("vision", self.sites.points)
 
     @property
     def in_prefill(self) -> bool:

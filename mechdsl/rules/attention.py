@@ -128,7 +128,7 @@ def resolve_edge(
     named = rule.edge.stack
     stack = "" if named is None else named_stack(named, work.sites.shape)
     asking, asked = work.reading(sites), work.reading(sites)
-    if asked.side and stack:
+    if asked.side and stack and asked.side != "image":
         asked = replace(asked, side="source")
     both = sweeps_positions(rule.at, asking) and sweeps_positions(rule.onto, asked)
     queries = resolve_base_positions(rule.at, asking, "from_position" if both else "position")
@@ -150,6 +150,8 @@ def resolve_edge(
         if not does.fits(rule, queries, keys, work):
             return None
     elif causal and told and not _check_keys_visible(rule, queries, keys, work):
+        return None
+    if stack == "vision" and not _check_patches_meet(rule, queries, keys, work):
         return None
     run = work.experiment.estimator is None  # an estimator removes no edge
     if (
@@ -273,6 +275,11 @@ _WINDOW_KEYS = ("sliding_window", "local_radius", "attention_window", "block_siz
 def _reject_seen_keys(rule: spec.Rule, stack: str, work: ExperimentContext) -> bool:
     """Report E0332, or E0108 in encoders with windows, for edges of a stack without a mask."""
     shape = work.sites.shape
+    if stack == "vision":
+        what = "`allow` in a vision encoder"
+        hint = "its patches see those of their tile or window: write `reweight attention vision …`"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
+        return False
     own = shape.others.get(stack, shape)
     if stack == "encoder" and any(own.config.get(key) for key in _WINDOW_KEYS):
         what = "`allow` in an encoder whose queries see a window of the text"
@@ -311,6 +318,9 @@ class GivenWeight(EdgeIntervention):
         high = max(amounts.values.values())
         hits = (tokens for cell in keys.written.values() for row in cell.hits for tokens in row)
         most = max((len(tokens) for tokens in hits), default=1)
+        assert rule.edge is not None
+        patched = rule.edge.stack is not None and rule.edge.stack.id == "vision"
+        most *= work.sites.shape.merged_side**2 if patched else 1
         most = 1 if work.model.tokenizer.stands_in else most
         if high * most <= 1 + 1e-9:
             return True
@@ -382,6 +392,40 @@ def _check_keys_visible(
             what=f"`{rule.at.span.written}` sees earlier tokens only",
             hint=f"attention reads earlier tokens: `from {rule.onto.span.written} to "
             f"{rule.at.span.written}`",
+        )
+    )
+    return False
+
+
+def _check_patches_meet(
+    rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
+) -> bool:
+    """Report E0332 if every key is in another image or tile than every query."""
+    if work.table.stands_in or work.model.tokenizer.stands_in or not queries.written:
+        return True
+    tiles = [
+        {
+            placed.first + token: (number, cell.tile)
+            for number, placed in enumerate(row.whole_pictures)
+            for token, cell in placed.picture.expansion.cell_of.items()
+        }
+        for row in work.table.runs[work.experiment.base].rows
+    ]
+
+    def find(cell: PositionCell, row: int) -> set[tuple[int, int] | None]:
+        return {tiles[row].get(token) for tokens in cell.hits[row] for token in tokens}
+
+    for query, key in _edges(queries, keys):
+        if any(find(query, row) & find(key, row) for row in range(len(tiles))):
+            return True
+    assert rule.onto is not None
+    work.diagnostics.append(
+        BadEdit(
+            span=rule.onto.span,
+            reason="patches attend to patches of the same image and tile",
+            what=f"those of `{rule.at.span.written}` are in other ones",
+            hint="name tokens of one tile, or remove `vision`: in the language model, tokens of "
+            "images attend to each other",
         )
     )
     return False

@@ -418,7 +418,6 @@ ERRORS = {
     "ablate resid_post vision layer 2 at photo tokens with zero": "E0302",
     "ablate resid_post vission layer 1 at photo tokens with zero": "E0203",
     "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0413",
-    "block attention vision layer 0 from photo tokens to photo tokens": "E0413",
     "patch resid_post vision layer 0 at photo tokens\n  using gradient_input": "E0108",
     "save gradient of logit(answer) by resid_post vision layer 0 of clean at photo tokens to "
     '"g.safetensors"\n  patch resid_post layer 0 at last token': "E0108",
@@ -436,13 +435,6 @@ def errors(found: Sequence[Diagnostic]) -> list[str]:
 def test_invalid_line_reports_the_code_before_anything_runs(line: str, code: str) -> None:
     text = experiment("e", "from clean into changed", line)
     assert errors(try_file(text, LLAVA)[1]) == [code]
-
-
-def test_rule_on_attention_of_the_encoder_is_named_as_in_the_file() -> None:
-    line = "block attention vision layer 0 from photo tokens to photo tokens"
-    (problem,) = try_file(experiment("e", line), LLAVA)[1]
-    assert "has no `attention vision`" in problem.message
-    assert "pattern" not in str(problem)
 
 
 DEFINITIONS = {

@@ -3401,6 +3401,9 @@ _in_prompt(
     "probe's row is the mean over the patches, and rows with one image are in one fold. "
     "In Idefics2, rules act on all patches of an image "
     "(`photo tokens`) and nothing is observed. "
+    "`block attention vision layer 4 from photo tokens to photo row 2 col 3 token`, `reweight`, "
+    "`set` and `observe attention vision` are about attention between patches "
+    "([Models](models.md#image-tokens), `tests/image_prompts/test_encoder_attention.py`). "
     "Without such rules, `save` writes vectors of tokens with a single patch, but no gradients. "
     "Class tokens, row ends and tile tags have no patch. At frames of a video, rules change "
     "Video-LLaVA's video encoder. In Llama 3.2 Vision, blocks of `cross` read the changed image.",

@@ -548,7 +548,7 @@ def build_edges(
         keys = rule.key_runs(rows)
         row, query = rule.written.tokens.expand(rule.written_runs(rows))
         if ends is not None:
-            there = query < ends[row]
+            there = query // rule.vectors < ends[row]
             row, query = row[there], query[there]
         index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
         layer = np.array([p.layer for p in rule.point_table], dtype=np.int64)[point]
@@ -561,7 +561,7 @@ def build_edges(
             row_of = row[index[chosen]]
             entry, key = rule.keys.tokens.expand(keys[row_of])
             if ends is not None:
-                there = key < ends[row_of[entry]]
+                there = key // rule.vectors < ends[row_of[entry]]
                 entry, key = entry[there], key[there]
             found.append(
                 EdgeWrite(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mechdsl.base.arrays import Ints
 from mechdsl.forward.hooks.attention_hooks import AttentionGroup, AttentionHooks
-from mechdsl.forward.hooks.batch import DeviceIndex, find_slice
+from mechdsl.forward.hooks.batch import DeviceIndex, WriteMismatch, find_slice
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import (
     AttentionFunction,
@@ -138,17 +138,15 @@ def find_cross_attention(model: LoadedModel) -> frozenset[int]:
     return frozenset(id(model.module.get_submodule(path)) for path in paths)
 
 
-def find_encoder_attention(model: LoadedModel) -> Mapping[int, int]:
-    """Return the layer of each of an encoder's attention modules, by the module's id."""
-    if "encoder" not in model.others:
-        return {}
-    blocks = model.stack("encoder").anatomy.blocks
-    paths = {
-        path.rpartition(".")[0]: layer
-        for layer, block in enumerate(blocks)
+def find_encoder_attention(model: LoadedModel) -> Mapping[int, tuple[str, int]]:
+    """Return the stack and layer of each attention module of encoders, by the module's id."""
+    return {
+        id(model.module.get_submodule(path.rpartition(".")[0])): (stack, layer)
+        for stack in ("encoder", "vision")
+        if stack in model.others
+        for layer, block in enumerate(model.stack(stack).anatomy.blocks)
         for path in block.projections
     }
-    return {id(model.module.get_submodule(path)): layer for path, layer in paths.items()}
 
 
 def get_own_attention(module: nn.Module, own: Mapping[int, str]) -> AttentionFunction:
@@ -619,6 +617,87 @@ def attend_across(
     return found.flatten(1, 2).transpose(1, 2)
 
 
+def attend_tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    work: AttentionHooks,
+    **arguments: Any,
+) -> Tensor:
+    """Compute attention of patches within tiles or windows, with reads and writes within it.
+
+    A layer may call it several times, for consecutive tokens of the encoder.
+
+    Args:
+        query: [tile, heads, T, d_head]; patches of one tile see each other.
+        key: [tile, key-value heads, T, d_head].
+        value: [tile, key-value heads, T, d_head].
+        mask: The model's mask.
+        work: Reads and writes within attention.
+        arguments: Further arguments of the model's attention call.
+
+    Returns:
+        [tile, T, heads, d_head].
+    """
+    (tiles, heads, size, _), count = query.shape, work.width
+    flat = query.transpose(0, 1).flatten(1, 2), key.transpose(0, 1).flatten(1, 2)
+    how = AttentionMethod.of(*flat, False, False, work, arguments)
+    mask = expand_query_mask(mask, size)
+    if not work.passed:
+        work.prepared(len(work.starts) * count, heads, value)
+    queries = DeviceIndex.of(np.arange(size), query.device)
+    most = max(1, get_max_scores(query.device) // (heads * size))
+    found: list[Tensor] = []
+    for tile in range(tiles):
+        lane, first = divmod(work.passed, count)
+        if first + size > count or lane >= len(work.starts):
+            raise WriteMismatch("a tile has patches of several images")
+        group = AttentionGroup(
+            start=work.passed,
+            lanes=DeviceIndex.of(np.array([lane]), query.device),
+            rows=1,
+            columns=DeviceIndex.of(np.arange(first, first + size), query.device),
+            queries=queries,
+            every=True,
+        )
+        own = slice(tile, tile + 1)
+        given = query[own], key[own], value[own]
+        here = mask[own] if isinstance(mask, Tensor) and len(mask) > 1 else mask
+        parts = [_attend_in_tile(*given, here, part, how) for _, part in group.by_queries(most)]
+        found.append(torch.cat(parts, dim=2))
+        work.passed += size
+    return torch.cat(found).transpose(1, 2)
+
+
+def _attend_in_tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    group: AttentionGroup,
+    how: AttentionMethod,
+) -> Tensor:
+    """Return [1, heads, query, d_head]: the output of some queries of one tile.
+
+    Args:
+        query: [1, heads, T, d_head] of all patches of the tile.
+        key: [1, key-value heads, T, d_head].
+        value: [1, key-value heads, T, d_head].
+        mask: [1, heads or 1, T, T].
+        group: The queries.
+        how: Parameters of attention.
+    """
+    chosen = group.queries.selection
+    asked = query[:, :, chosen].to(how.kind).unflatten(1, (-1, how.shared))[:, :, :, None]
+    scores = asked @ key.to(how.kind)[:, :, None, None].transpose(-1, -2) * how.scale
+    if how.cap is not None:
+        scores = scores.div(how.cap).tanh().mul(how.cap)
+    scores = apply_mask(scores, None if mask is None else mask[:, :, chosen], how.shared)
+    weights = _compute_weights(scores, group, how).to(value.dtype)
+    return (weights @ value[:, :, None, None])[:, :, :, 0].flatten(1, 2)
+
+
 def _add_distances(
     scores: Tensor,
     distances: DistanceScores,
@@ -749,9 +828,7 @@ def replace_block_attention(
     ) -> tuple[Tensor, Tensor | None]:
         across, layer = id(module) in crossing, running()
         place = "cross" if across else "", layer
-        if id(module) in encoding:
-            place = "encoder", encoding[id(module)]
-        where = layer, across, place, module
+        where = layer, across, encoding.get(id(module), place), module
         return attention(AttentionCall(*where, query, key, value, attention_mask, kwargs, own))
 
     exchanged = exchange_attention(model, function, masked=masked, sees_all=sees_all)

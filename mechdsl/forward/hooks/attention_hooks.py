@@ -15,6 +15,7 @@ from mechdsl.forward.hooks.batch import (
     Batch,
     DeviceIndex,
     EdgeWrite,
+    PatchPools,
     SiteWrite,
     TokenFrame,
     WriteMismatch,
@@ -124,6 +125,11 @@ class AttentionHooks:
     """Number of vectors written and queries changed so far …"""
     due: int = 0
     """… and expected in total."""
+    passed: int = 0
+    """Number of patches in earlier calls of this layer, in an encoder that calls its attention for
+    each tile or window."""
+    pools: PatchPools | None = None
+    """As in `Batch`."""
 
     def opened(self, mask: Any, heads: int) -> Any:
         """Add allowed keys to a mask of whole prompts [lane or 1, head or 1, query, key].
@@ -284,6 +290,13 @@ class AttentionHooks:
         """Store values that are read, by key position."""
         if site not in self.wanted:
             return
+        if self.pools is not None:
+            lane, count = int(group.lanes.host[0]), self.pools.tokens
+            keys = torch.from_numpy(group.columns.host)
+            asking = keys[torch.from_numpy(group.queries.host)]
+            pooled = self.pools.pool(found[0, :, :, 0].flatten(0, 1), asking, keys)
+            self.found[site][lane * count : (lane + 1) * count] += pooled
+            return
         lanes, kinds, shared, rows, asking, keys = found.shape
         position = torch.arange(self.width, device=found.device)
         starts = self.starts[torch.from_numpy(group.lanes.host)]
@@ -301,7 +314,11 @@ class AttentionHooks:
     def prepared(self, tokens: int, heads: int, like: Tensor) -> None:
         """Allocate storage for values read at this many tokens."""
         for site in self.wanted & {"scores", "pattern"}:
-            self.found[site] = like.new_zeros(tokens, heads, self.width)
+            if self.pools is None:
+                self.found[site] = like.new_zeros(tokens, heads, self.width)
+            else:
+                count = self.pools.tokens
+                self.found[site] = like.new_zeros(len(self.starts) * count, heads, count)
 
     @staticmethod
     def _first(group: AttentionGroup) -> int:
@@ -319,6 +336,7 @@ def build_attention_hooks(
     writes: Sequence[SiteWrite],
     edges: Sequence[EdgeWrite],
     reads: Sequence[str],
+    pools: PatchPools | None = None,
 ) -> AttentionHooks:
     """Build the reads and writes within one layer's attention.
 
@@ -330,10 +348,10 @@ def build_attention_hooks(
         writes: Writes of this layer.
         edges: Changed edges of this layer.
         reads: Names of sites to read.
+        pools: Tokens that patterns between patches are read for.
     """
-    work = AttentionHooks(
-        starts.cpu(), width, wanted=frozenset(reads) & set(ATTENTION_INTERNAL_SITES)
-    )
+    wanted = frozenset(reads) & set(ATTENTION_INTERNAL_SITES)
+    work = AttentionHooks(starts.cpu(), width, wanted=wanted, pools=pools)
     for write in writes:
         rows, positions = write.rows, write.positions
         first, second, there = frame.locate(write.site, layer, write.stack, rows, positions)

@@ -104,6 +104,36 @@ def find_slice(values: Ints) -> slice | None:
 
 
 @dataclass(frozen=True, eq=False)
+class PatchPools:
+    """Tokens of an image, which stand for equal numbers of patches of an encoder."""
+
+    of_patch: Tensor
+    """[patch] long: the token that each patch is a part of; `tokens` for other tokens of the
+    encoder, such as class tokens."""
+    tokens: int
+    """Number of tokens."""
+    each: int
+    """Number of patches of a token."""
+
+    def pool(self, weights: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return [token, head, token]: the sum over the patches of a key, averaged over those of a
+        query.
+
+        Args:
+            weights: [head, query, key].
+            queries: [query] the columns of the queries, on the host.
+            keys: [key] the columns of the keys, on the host.
+        """
+        heads, asking, _ = weights.shape
+        size = self.tokens + 1
+        own = to_device(self.of_patch[keys], weights.device)
+        found = weights.new_zeros(heads, asking, size).index_add_(2, own, weights)
+        own = to_device(self.of_patch[queries], weights.device)
+        found = weights.new_zeros(heads, size, size).index_add_(1, own, found) / self.each
+        return found[:, :-1, :-1].transpose(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """B prompts of up to T tokens. Positions count from the first real token of each prompt."""
 
@@ -128,6 +158,8 @@ class Batch:
     """Number of tokens after each image for which the model's embedding returns no vector."""
     tiles: tuple[int, int] | None = None
     """Number of tokens of a tile, and of columns, which padding follows; None without tiles."""
+    pools: PatchPools | None = None
+    """Of an encoder's patches, the tokens that patterns are read for; None: patterns of patches."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -196,6 +228,7 @@ class Batch:
             numbers=None if self.numbers is None else of(self.numbers),
             inserted=self.inserted,
             tiles=self.tiles,
+            pools=self.pools,
         )
 
     def of_site(self, site: str, stack: str) -> Batch:
@@ -762,7 +795,7 @@ class RuleWrites:
         return replace(
             self,
             writes=[write for write in self.writes if runs(write)],
-            edges=[e for e in self.edges if e.layer < stop or e.stack == "encoder"],
+            edges=[e for e in self.edges if e.layer < stop or e.stack in ("encoder", "vision")],
         )
 
     def outside(self, stack: str) -> RuleWrites:

@@ -16,6 +16,7 @@ from mechdsl.forward.hooks.attention import (
     AttentionCall,
     attend_across,
     attend_full,
+    attend_tiles,
     replace_block_attention,
 )
 from mechdsl.forward.hooks.attention_hooks import (
@@ -742,7 +743,7 @@ class SiteHooks:
     def layer(self, place: tuple[str, int], query: Tensor) -> AttentionHooks | None:
         """Start the reads and writes within the attention of a layer; None if there are none.
 
-        Attention of a layer must run only once.
+        Attention of a layer must run only once for each token.
 
         Args:
             place: The stack and its layer.
@@ -751,19 +752,23 @@ class SiteHooks:
         stack, layer = place
         if place not in self.within:
             return None
+        keys, patched = keys_of(self.frame, stack), stack == "vision"
         if place in self._layers:
+            work = self._layers[place]
+            if patched and work.passed < len(work.starts) * work.width:  # another tile or window
+                return work
             raise WriteMismatch(f"attention of layer {layer} ran twice in one run")
         inside = [w for w in self._writes if w.site in ATTENTION_INTERNAL_SITES]
-        keys = keys_of(self.frame, stack)
         self._layers[place] = build_attention_hooks(
             layer,
             self.frame,
-            int(query.shape[2]),
+            keys.key_width if patched else int(query.shape[2]),
             keys.lane_starts,
             keys.key_width,
             writes=[w for w in inside if (w.stack, w.layer) == place],
             edges=self._edges.get(place, ()),
             reads=[read.site for read in self._reads if (read.stack, read.layer) == place],
+            pools=keys.pools if isinstance(keys, Batch) else None,
         )
         return self._layers[place]
 
@@ -962,6 +967,8 @@ class SiteHooks:
         work, (stack, layer) = self._layers.get(place), place
         if work is None:
             raise WriteMismatch(f"attention of layer {layer} was not passed")
+        if stack == "vision" and work.passed != len(work.starts) * work.width:
+            raise WriteMismatch(f"attention of layer {layer} did not pass all patches")
         if work.done != work.due:
             raise WriteMismatch(
                 f"{work.due} changes were to be made in attention of layer {layer}, "
@@ -1065,7 +1072,7 @@ def run_full(
         ReadMismatch: A read didn't happen.
         RuleNotApplied: A function of the model has no rule in `backward`.
     """
-    batch, writes, reads, seen = split_vision(model, batch, writes, reads)
+    batch, writes, reads, edges, seen = split_vision(model, batch, writes, reads, edges)
     ruled = RuledPass(model, backward) if backward and backward.of_functions else None
     work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=backward)
     if logits_at is not None:
@@ -1144,6 +1151,8 @@ def open_attention(
         if layer is None:
             return call.unchanged()
         attend = attend_across if call.across else attend_full
+        if call.place[0] == "vision":
+            attend = attend_tiles
         given = call.query, call.key, call.value
         with nullcontext(given) if ruled is None else ruled.attention(*given) as given:
             return attend(*given, call.mask, layer, **call.arguments), None

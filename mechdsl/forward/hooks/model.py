@@ -19,6 +19,7 @@ from mechdsl.forward.hooks.batch import (
     Batch,
     BlockPairs,
     BlockPlace,
+    EdgeWrite,
     SiteRead,
     SiteWrite,
     array_to_device,
@@ -329,6 +330,7 @@ class VisionPass(Protocol):
         writes: Sequence[SiteWrite],
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
+        edges: Sequence[EdgeWrite],
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder.
 
@@ -337,6 +339,7 @@ class VisionPass(Protocol):
             writes: Writes in the encoder.
             reads: Sites of the encoder.
             blocks: Its replaced blocks, which change all images.
+            edges: Changed attention edges in the encoder.
 
         Returns:
             Writes at `embed` of all tokens of the images that are written to; [B, T, units, width]
@@ -438,26 +441,30 @@ def split_vision(
     batch: Batch,
     writes: Sequence[SiteWrite],
     reads: Sequence[SiteRead] = (),
-) -> tuple[Batch, list[SiteWrite], list[SiteRead], dict[SiteRead, Tensor]]:
+    edges: Sequence[EdgeWrite] = (),
+) -> tuple[Batch, list[SiteWrite], list[SiteRead], list[EdgeWrite], dict[SiteRead, Tensor]]:
     """Run the vision encoder for reads and writes there, in prompts whose images are vectors.
 
     Returns:
         The batch, with pixels if blocks attend to images: the encoder then runs in the pass; the
         writes, with those in the encoder replaced by their effect on `embed`, which comes first;
-        the reads outside of the encoder; the values of those in it.
+        the reads and edges outside of the encoder; the values of the reads in it.
     """
     table = IMAGE_TOKENS.get(model.module)
     inside = [write for write in writes if write.stack == "vision"]
     asked = [read for read in reads if read.stack == "vision"]
+    within = [edge for edge in edges if edge.stack == "vision"]
     blocks = _VISION_BLOCKS.get(model.module, ())
     no_images = "vision" in batch.frames or "vision" not in model.others
-    if no_images or not (inside or asked or blocks):
-        return _open_vision(model, batch, inside, asked), list(writes), list(reads), {}
+    if no_images or not (inside or asked or within or blocks):
+        opened = _open_vision(model, batch, inside, asked)
+        return opened, list(writes), list(reads), list(edges), {}
     if table is None or table.encode is None:
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
-    embedded, found = table.encode(batch, inside, asked, blocks)
+    embedded, found = table.encode(batch, inside, asked, blocks, within)
     outside = [write for write in writes if write.stack != "vision"]
-    return batch, [*embedded, *outside], [read for read in reads if read not in found], found
+    rest = [edge for edge in edges if edge.stack != "vision"]
+    return batch, [*embedded, *outside], [read for read in reads if read not in found], rest, found
 
 
 _MAX_CACHED_BYTES = 1 << 31

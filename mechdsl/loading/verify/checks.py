@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.forward.hooks.attention import CannotPack
-from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
+from mechdsl.forward.hooks.batch import Batch, EdgeWrite, SiteRead, SiteWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.hook_points import view_layout
 from mechdsl.forward.hooks.model import (
@@ -41,6 +41,7 @@ from mechdsl.loading.bench import (
     list_sites,
     write_whole_site,
 )
+from mechdsl.models.config import with_edges
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
 _EMBED_READ = SiteRead("embed")
@@ -639,7 +640,7 @@ explicitly."""
 
 
 def add_stack_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
-    """Add the sites within attention to the stacks of an encoder-decoder.
+    """Add the sites within attention to the text stacks of an encoder-decoder.
 
     The model is unchanged if attention, computed explicitly there, changes the output of the batch.
     """
@@ -668,6 +669,37 @@ def add_stack_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
     assert plain is not None
     assert explicit is not None
     off = (explicit - plain)[real].abs().amax() / plain[real].abs().amax()
+    most = max(_STACK_ATTENTION_ERROR, 8 * torch.finfo(model.dtype).eps)
+    return found if bool(off <= most) else model
+
+
+def add_vision_edges(model: LoadedModel, batch: Batch) -> LoadedModel:
+    """Add edges between patches to the vision encoder of a vision-language model.
+
+    The model is unchanged if attention, computed explicitly there, changes the vectors of images.
+
+    Args:
+        model: The model.
+        batch: Prompts with pixels.
+    """
+    own = model.stack("vision")
+    own = replace(own, shape=with_edges(own.shape))
+    shapes = {**model.shape.others, "vision": with_edges(model.shape.others["vision"])}
+    found = replace(model, others={**model.others, "vision": own})
+    found = replace(found, shape=replace(model.shape, others=shapes))
+    zero, one = torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.float64)
+    same = [
+        EdgeWrite(layer, "reweight", zero, zero, zero, zero, zero, one, "vision")
+        for layer in own.anatomy.layers("z")
+    ]
+    try:
+        plain, explicit = (
+            run_full(found, batch, stop=0, reads=[_EMBED_READ], edges=edges).reads[_EMBED_READ]
+            for edges in ((), same)
+        )
+    except Exception:  # an unknown attention implementation may raise anything
+        return model
+    off = (explicit - plain).abs().amax() / plain.abs().amax()
     most = max(_STACK_ATTENTION_ERROR, 8 * torch.finfo(model.dtype).eps)
     return found if bool(off <= most) else model
 

@@ -455,7 +455,8 @@ class WeightedValueNorm(RowSetObservation, AttentionWeight):
         assert rule.edge is not None
         alone = check_no_rules(rule, work, "doesn't read a run in which rules act")
         if rule.edge.stack is not None or work.sites.shape.encodes_apart:
-            what, hint = "`by value_norm` in an encoder-decoder", "leave out `by value_norm`"
+            where = "an encoder-decoder" if work.sites.shape.encodes_apart else "a vision encoder"
+            what, hint = f"`by value_norm` in {where}", "leave out `by value_norm`"
             work.diagnostics.append(NotSupported(span=rule.span, what=what, later=hint))
             return None
         found = super().resolve(rule, work)
