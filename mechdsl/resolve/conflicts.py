@@ -334,9 +334,10 @@ def _of_basis(
         hint += "; or name the coordinates of one cell: `patch … in basis b`"
     elif not said.kind.reads_written:
         reason = "its gradient is of whole vectors, not of coordinates"
-    elif any(member.reads for member in basis.members):
+    elif said.kind.backward is not None and said.kind.backward.decomposed and basis.transcodes:
         reason = "the coordinates are those of another site, the input of the MLP"
-        hint = NO_ESTIMATE_HINT
+    elif basis.crosses_layers and (said.steps is not None or said.kind.drops_layers):
+        reason = "a feature writes to several layers"
     else:
         return
     yield _no_estimate(said, span, "a basis", reason, hint)

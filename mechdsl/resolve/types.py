@@ -688,6 +688,11 @@ class BasisTargets(Record):
         return tuple(member for points in self.bases for member in points.values())
 
     @property
+    def transcodes(self) -> bool:
+        """Whether coordinates are those of another site than the written one."""
+        return any(member.reads for member in self.members)
+
+    @property
     def crosses_layers(self) -> bool:
         """Whether coordinates are features of a cross-layer transcoder."""
         operands = (member.operand for member in self.members)

@@ -3,6 +3,7 @@ where a model is linear in the site."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..execute.support import MODES, ROWS, experiment, prompt, run_file, try_fil
 from ..quick import in_turn
 from ..reference.gradients import Where, taken
 from ..reference.ruled import ruled
+from . import test_transcoders
 from .models import bare, double
 from .test_bases import Basis, components
 from .test_dictionaries import make, replaced
@@ -337,6 +339,101 @@ def test_estimates_of_dictionary_features_equal_autograd(
     assert agrees(found["each"], 0, expected, None) > 1e-3
     whole = products(of.decode(given, base) - decoded, gradient)
     assert agrees(found["all"], 0, {(): whole}, None) > 1e-3
+
+
+def inputs_of_mlp(family: str, layer: int, run: str) -> Tensor:
+    """[row, width] at the last token."""
+    at = where(family, "mlp_out", layer)
+    return lasts(reads(family, replace(at, side="in"), run), run).flatten(1)
+
+
+CROSSING = ("atp", "relp", "gim", "atp_qk")
+
+
+@pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, CROSSING[:3], FAMILIES))
+def test_estimates_of_transcoder_features_equal_autograd(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    """Features of the MLP's input write to its output, and those of a cross-layer transcoder also
+    to the outputs of later MLPs."""
+    layers = (1, 2)
+    width = inputs_of_mlp(family, 1, "clean").shape[1]
+    of = test_transcoders.make(tmp_path, "jumprelu_transcoder", width)
+    hook = "ln2.hook_normalized"
+    parts = test_transcoders.make_cross_layer(tmp_path, width, hook, 3)[1]
+    base, source = (inputs_of_mlp(family, 1, run) for run in ("clean", "other"))
+    gradient = {
+        layer: lasts(gradients(family, where(family, "mlp_out", layer), kind)).flatten(1)
+        for layer in layers
+    }
+    change = of.encode(source) - of.encode(base)
+    across = test_transcoders.encode_across(parts, source)
+    across = across - test_transcoders.encode_across(parts, base)
+    expected: dict[str, dict[Key, list[float]]] = {"t": {}, "c": {}}
+    for n in range(change.shape[1]):
+        expected["t"][n,] = products(change[:, n, None] * of.weights["W_dec"][n], gradient[1])
+        each = [
+            products(across[:, n, None] * parts["W_dec"][n, number], gradient[layer])
+            for number, layer in enumerate(layers)
+        ]
+        expected["c"][n,] = np.sum(each, axis=0).tolist()
+    text = 'basis t = transcoder("of_mlp") at mlp_out layer 1\n'
+    text += 'basis c = transcoder("clt") at mlp_out layer 1\n'
+    lines = ("prompts p", "from other into clean", f"using {kind}", measured(ONE, "delta"))
+    for name in expected:
+        text += experiment(f"x{name}", f"patch feature * of {name} {LAST}", *lines)
+    found = run_file(text, tmp_path, bare(family))
+    for name, values in expected.items():
+        assert agrees(found[f"x{name}"], 0, values, None) > 1e-3
+
+
+NOT_ESTIMATED = {
+    "cdt of a transcoder": ("t", "cdt", "delta", "another site, the input of the MLP"),
+    "atp_star of several layers": ("c", "atp_star", "raw", "a feature writes to several layers"),
+    "cdt of several layers": ("c", "cdt", "delta", "another site, the input of the MLP"),
+    "a line of several layers": (
+        "c",
+        "integrated_gradients",
+        "delta",
+        "a feature writes to several layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_ESTIMATED)
+def test_features_without_an_estimate_are_an_error(case: str, tmp_path: Path) -> None:
+    name, kind, effect, said = NOT_ESTIMATED[case]
+    width = bare("gpt2").config.hidden_size
+    test_transcoders.make(tmp_path, "transcoder", width)
+    test_transcoders.make_cross_layer(tmp_path, width, "ln2.hook_normalized", 3)
+    folder = {"t": "of_mlp", "c": "clt"}[name]
+    text = f'basis {name} = transcoder("{folder}") at mlp_out layer 1\n'
+    rule = f"patch feature 2 of {name} {LAST}"
+    lines = ("prompts p", "from other into clean", f"using {kind}", measured(ONE, effect))
+    _, problems = try_file(text + experiment("e", rule, *lines), tmp_path, bare("gpt2"))
+    assert [each.code for each in problems if each.severity == "error"] == ["E0608"]
+    assert said in render_full(problems, color=False, width=200)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integrated_gradients_of_transcoder_features_equal_autograd(
+    family: str, tmp_path: Path
+) -> None:
+    width = inputs_of_mlp(family, 1, "clean").shape[1]
+    of = test_transcoders.make(tmp_path, "transcoder", width)
+    codes = [of.encode(inputs_of_mlp(family, 1, run)) for run in ("clean", "other")]
+    ways = (codes[1] - codes[0])[:, :, None] * of.weights["W_dec"]
+    at = where(family, "mlp_out", 1)
+    gradient = along_line(family, at, ways.sum(1), 3)
+    expected: dict[Key, list[float]] = {
+        (n,): products(ways[:, n], gradient) for n in range(ways.shape[1])
+    }
+    text = 'basis t = transcoder("of_mlp") at mlp_out layer 1\n'
+    lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
+    rule = f"patch feature * of t {LAST}"
+    text += experiment("e", rule, *lines, "using integrated_gradients(steps: 3)")
+    found = run_file(text, tmp_path, bare(family))
+    assert agrees(found["e"], 0, expected, None) > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -783,8 +783,8 @@ CROSS_ERRORS = {
         "features that come in aren't of the same layers",
     ),
     "estimator": (
-        "from other into clean  patch feature * of c at last token  using gradient_input",
-        "the input of the MLP",
+        "from other into clean  patch feature * of c at last token  using integrated_gradients",
+        "a feature writes to several layers",
     ),
     "circuit": (
         "ablate feature 1 of c at last token with zero  ablate k at tokens * with zero",

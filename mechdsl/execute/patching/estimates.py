@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,6 +48,22 @@ from mechdsl.resolve.types import ItemNumber
 
 _STREAMS = ("embed", "resid_pre", "resid_mid", "resid_post", "final_norm")
 """Sites that are not inside a sublayer of one layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class _BaseVectors:
+    """Vectors of the base run at the spots of a site."""
+
+    values: Tensor
+    """[spot, width]"""
+    inputs: Tensor | None = None
+    """[spot, …] vectors of the site that a transcoder encodes; None for others."""
+
+    def at(self, spot: Tensor) -> _BaseVectors:
+        """Select spots: [K] index. The vectors are in 64 bits."""
+        spot = to_device(spot, self.values.device)
+        inputs = None if self.inputs is None else self.inputs[spot].double()
+        return _BaseVectors(self.values[spot].double(), inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,29 +137,51 @@ class _WrittenVectors:
         given = (where.site, where.layer, *self.places, values)
         return SiteWrite(*given, mode="add", stack=where.stack)
 
-    def base(self, read: Tensor, batch: Batch) -> Tensor:
-        """Return [spot, width]: the values in the base run."""
-        own = batch.of_site(self.where.site, self.where.stack)
-        return gather_vectors(read.detach(), own, *self.places).reshape(len(self.lane), -1)
+    @property
+    def source(self) -> SiteRead | None:
+        """Site that a transcoder encodes; None for others."""
+        if not isinstance(self.mode, CoordinateWrite) or not self.mode.reads:
+            return None
+        layer = self.mode.find_layer(self.where.layer)
+        return replace(self.where, site=self.mode.reads, layer=layer)
 
-    def written(self, base: Tensor) -> Tensor:
-        """Return [K, width] in 64 bits: what each row writes over [K, width] of the base run."""
-        values = self.values.to(base.device).double()
+    @property
+    def reads(self) -> list[SiteRead]:
+        """Sites whose values in the base run `base` needs."""
+        return [self.where, *([] if self.source is None else [self.source])]
+
+    def base(self, read: Mapping[SiteRead, Tensor], batch: Batch) -> _BaseVectors:
+        """Return the vectors of the base run, from the values at `reads`."""
+
+        def gather(where: SiteRead) -> Tensor:
+            own = batch.of_site(where.site, where.stack)
+            found = gather_vectors(read[where].detach(), own, *self.places)
+            return found.reshape(len(self.lane), -1)
+
+        inputs = None if self.source is None else gather(self.source)
+        return _BaseVectors(gather(self.where), inputs)
+
+    def written(self, base: _BaseVectors) -> Tensor:
+        """Return [K, width] in 64 bits: what each row writes over K vectors of the base run."""
+        now = base.values
+        values = self.values.to(now.device).double()
         if self.mode == "set":
             return values
-        which = None if self.which is None else to_device(self.which, base.device)
-        return apply_write(self.mode, base.double(), values, which)
+        which = None if self.which is None else to_device(self.which, now.device)
+        return apply_write(self.mode, now, values, which, inputs=base.inputs)
 
-    def way(self, base: Tensor) -> Tensor:
+    def way(self, base: _BaseVectors) -> Tensor:
         """Return [spot, width]: the change of each spot if all rows are written together.
 
         Args:
-            base: [spot, width] of the base run.
+            base: The vectors at all spots.
         """
         one = self._first_rows()
-        spot = to_device(self.spot[torch.from_numpy(one)], base.device)
-        change = self._take(one).written(base[spot]).to(base) - base[spot]
-        return torch.zeros_like(base).index_add_(0, spot, change)
+        spot = self.spot[torch.from_numpy(one)]
+        own = base.at(spot)
+        change = (self._take(one).written(own) - own.values).to(base.values)
+        found = torch.zeros_like(base.values)
+        return found.index_add_(0, to_device(spot, found.device), change)
 
     def _first_rows(self) -> Ints:
         """Select one of the vectors that are written at a spot, for each set of coordinates."""
@@ -505,8 +543,9 @@ class GradientEstimates:
         sizes += [(len(each.columns), each.pattern.shape[-1]) for each in fixed]
         leaves = [run.zeros(*size) for size in sizes]
         adds = [each.added(leaf) for each, leaf in zip([*written, *fixed], leaves, strict=True)]
-        reading, read = run.read(adds, lanes, [each.where for each in written])
-        bases = [each.base(read[each.where], lanes.batch) for each in written]
+        reads = dict.fromkeys(where for each in written for where in each.reads)
+        reading, read = run.read(adds, lanes, [*reads])
+        bases = [each.base(read, lanes.batch) for each in written]
         found = np.zeros((len(self.readout.measures), len(environments)))
         for number, own, gradients in self._gradients(reading, leaves, environments):
             sums = [
@@ -556,7 +595,7 @@ class GradientEstimates:
         sent = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
         given = (run.model, run.runs.norms, lanes.batch, run.noise(lanes), sent)
         held = HeldPass.run(edges, *given, self.kind.backward)
-        bases = [each.base(held.senders[each.where], lanes.batch) for each in written]
+        bases = [each.base(held.senders, lanes.batch) for each in written]
         found = np.zeros((len(self.readout.measures), len(environments)))
         for measure, own, slopes in of_inputs:
             by_site = dict(zip(received, slopes, strict=True))
@@ -582,8 +621,8 @@ class GradientEstimates:
         read = run_full(self.model, lanes.batch, writes=noise, reads=wheres).reads
         found = np.zeros((len(self.readout.measures), len(environments)))
         for each in written:
-            base = each.base(read[each.where], lanes.batch)
-            leaf = self.differentiated.zeros(*base.shape)
+            base = each.base(read, lanes.batch)
+            leaf = self.differentiated.zeros(*base.values.shape)
             samples = range(int(self.options["samples"]))
             moves = ([self._noise_at(each.where, read[each.where], lanes, n)] for n in samples)
             given = (self.differentiated, [leaf], [each.added(leaf)], moves, lanes, environments)
@@ -684,12 +723,12 @@ class GradientEstimates:
     ) -> Floats:
         """Return [measure, row]: estimates by the mean gradient along the line, site by site."""
         assert self.steps is not None
-        wheres = [each.where for each in written]
+        reads = [*dict.fromkeys(where for each in written for where in each.reads)]
         noise = self.differentiated.noise(lanes)
-        read = run_full(self.model, lanes.batch, writes=noise, reads=wheres).reads
+        read = run_full(self.model, lanes.batch, writes=noise, reads=reads).reads
         found = np.zeros((len(self.readout.measures), len(environments)))
         for every in _iter_joint_writes(written, groups):
-            bases = [each.base(read[each.where], lanes.batch) for each in every]
+            bases = [each.base(read, lanes.batch) for each in every]
             ways = [each.way(base) for each, base in zip(every, bases, strict=True)]
             for step in range(self.steps):
                 share = (step + 0.5) / self.steps
@@ -701,12 +740,15 @@ class GradientEstimates:
                         found[number, own] += self._sums(*each, len(environments))[own] / self.steps
         return self.kind.finish(found)
 
-    def _sums(self, written: _WrittenVectors, base: Tensor, gradient: Tensor, rows: int) -> Floats:
+    def _sums(
+        self, written: _WrittenVectors, base: _BaseVectors, gradient: Tensor, rows: int
+    ) -> Floats:
         """Return [row]: the estimator's numbers, summed or averaged over the vectors of a row."""
         spot = to_device(written.spot, gradient.device)
-        own = base.to(gradient.device)[spot].double()
-        given = (written.written(own), own, gradient[spot].double())
-        parts = self.kind.values(*given, self.options)
+        vectors = base.at(written.spot)
+        own = vectors.values.to(gradient.device)
+        changed = written.written(vectors).to(gradient.device)
+        parts = self.kind.values(changed, own, gradient[spot].double(), self.options)
         if parts.shape != (len(own),):
             function = f"{type(self.kind).__name__}.values"
             shape = list(parts.shape)
