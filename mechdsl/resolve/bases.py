@@ -661,6 +661,14 @@ def resolve_feature_nodes(site: ast.Site, work: ExperimentContext) -> dict[int, 
     return found
 
 
+_STREAM_REASON = ": the residual stream is the sum of all senders, and not one of them"
+_NO_NODES: Mapping[str, str] = {
+    "attn_out": ": its features depend on the sum of the heads of a layer, which are nodes already",
+    **dict.fromkeys(("embed", "resid_pre", "resid_mid", "resid_post"), _STREAM_REASON),
+}
+"""Site → why its features aren't nodes of a circuit with edges."""
+
+
 def _check_feature_nodes(site: ast.Site, point: SitePoint, member: BasisMember) -> None:
     """Raises BasisError unless features of a basis are added up in the output of an MLP."""
     own, name = member.operand, site.basis_name
@@ -673,8 +681,10 @@ def _check_feature_nodes(site: ast.Site, point: SitePoint, member: BasisMember) 
         raise BasisError(site, reason, hint)
     if point.site != "mlp_out":
         reason = f"`{name}` describes `{point.site}`, and nodes of circuits are features of the "
-        reason += "output of MLPs"
-        hint = f"use a dictionary `at mlp_out layer {point.layer or 0}`"
+        reason += f"output of MLPs{_NO_NODES.get(point.site, '')}"
+        hint = f"use a dictionary `at mlp_out layer {point.layer or 0}`, or keep features without "
+        hint += f"edges: `ablate features * of {name} except 3, 5 at tokens * with zero` with "
+        hint += "`measure … as faithfulness`"
         raise BasisError(site, reason, hint)
 
 

@@ -354,8 +354,9 @@ def test_plan_counts_the_mlp_of_each_distinct_input_of_features(
 # --- errors and keys ------------------------------------------------------------------------------
 
 WRONG_EDGES = {
-    "embed -> feature 3 of r": ("E0342", "features of the output of MLPs"),
-    "feature 3 of a -> logits": ("E0342", "at mlp_out layer 0"),
+    "embed -> feature 3 of r": ("E0342", "the residual stream is the sum of all senders"),
+    "feature 3 of a -> logits": ("E0342", "the sum of the heads of a layer, which are nodes"),
+    "feature 5 of a -> logits": ("E0342", "`ablate features * of a except 3, 5 at tokens *"),
     "feature 1 of s -> logits": ("E0342", "`mlp_out layer 0 feature 1 of s`"),
     "feature 1 of q -> logits": ("E0342", "`q` isn't a dictionary"),
     "feature 1 of f -> logits, feature 1 of g -> logits": ("E0342", "features of layer 0"),
