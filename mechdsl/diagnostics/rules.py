@@ -228,6 +228,21 @@ class MeasuredOnTrainingRows(Diagnostic):
 
 
 @keyword_record
+class MeasuredSavedRows(Diagnostic):
+    """Rows that an experiment measures, and that a group or circuit in a file was chosen on."""
+
+    code = "W0738"
+    depends_on = frozenset({"rows"})
+    title = "`{experiment}` measures prompts that `{chosen}` was chosen on"
+    label = "{shared} of its {rows} rows"
+    help = "measure other rows: effects on prompts of the choice say little about new prompts"
+    experiment: str
+    chosen: str
+    shared: int
+    rows: int
+
+
+@keyword_record
 class NotTrained(Diagnostic):
     """A basis that `mechdsl fit` hasn't trained yet."""
 

@@ -84,6 +84,7 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
 from mechdsl.planner.rows import number_edge_ends
 from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_scored_rows, count_single_rows
+from mechdsl.program import spec
 from mechdsl.program.estimators import BackwardRules
 from mechdsl.program.trainers import (
     EdgeScoreTrainer,
@@ -218,6 +219,11 @@ class MaskRows(EffectRows[Tensor]):
     def trained(self) -> Ints:
         """[row] ascending numbers of the training rows."""
         return np.sort(self.rows[self.held_out_count :])
+
+    @property
+    def prompts(self) -> list[str]:
+        """Digests of the prompts of training rows and held-out rows."""
+        return [row.digest for row in self.objective.table.runs[spec.CLEAN].rows]
 
     @property
     def dictionaries(self) -> dict[str, dict[str, str]]:
@@ -1010,6 +1016,7 @@ def _write_choice(path: Path, rows: MaskRows, likely: Tensor, chosen: Sequence[i
         "probabilities": probabilities.tolist(),
         "chosen": rows.active[list(chosen)].tolist(),
         **rows.dictionaries,
+        "prompts": rows.prompts,
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")
 
@@ -2003,6 +2010,7 @@ def _write_scores(path: Path, rows: NodeRows, found: FoundGroup) -> None:
         "scores": [own if n in active else None for n, own in enumerate(found.scores.tolist())],
         "chosen": (found.chosen if found.ranks else np.sort(found.chosen)).tolist(),
         **({"ranked": True} if found.ranks else {}),
+        "prompts": rows.masked.prompts,
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")
 
@@ -2039,5 +2047,6 @@ def _write_circuit(path: Path, rows: EdgeRows, found: FoundCircuit) -> None:
         "scores": found.scores.tolist(),
         "chosen": list(found.chosen),
         **rows.dictionaries,
+        "prompts": rows.prompts,
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")

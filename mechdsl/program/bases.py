@@ -398,6 +398,7 @@ def _lower_saved_mask(
         sites=mask.list_sites(span),
         digest=digest,
         made=mask.made,
+        prompts=mask.prompts,
         ranked=mask.list_ranked(span),
         candidates=mask.last,
     )

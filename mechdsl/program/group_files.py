@@ -213,9 +213,6 @@ SavedPoint: TypeAlias = tuple[str, int | None, int | None]
 
 _MASK_FORM = "write the file with `mechdsl fit FILE --out FOLDER`"
 
-ROWS_UNKNOWN = "it doesn't say which rows its {}s were chosen on, so they may be measured here"
-"""Convention about a file; `{}`: a site, an edge."""
-
 
 LISTED_SITES = 8
 """Members of a group that a convention lists."""
@@ -243,6 +240,8 @@ class SavedMask(Record):
     """For each site and layer of the candidates, the one with the largest unit."""
     made: str
     """What was read, for conventions."""
+    prompts: tuple[str, ...]
+    """Digests of the prompts that the group was chosen on; empty if the file has none."""
 
     def list_sites(self, span: Span) -> tuple[ast.Site, ...]:
         """Return the group: a site for each member, or the dimensions of each vector."""
@@ -295,9 +294,10 @@ def read_mask(content: Mapping[str, Any], digest: str, written: str) -> SavedMas
         raise UnreadableFile(reason, _MASK_FORM) from None
     what = "site" if every[0].number is None else "dimension"
     made = f"{len(group):,} of {count_noun(len(every), what)} of {written}: {_name(group)}; "
-    made += f"SHA-256 {digest[:12]}…; {ROWS_UNKNOWN.format(what)}"
+    made += f"SHA-256 {digest[:12]}…"
     listed = tuple(every[number] for number in sorted(chosen))
-    return SavedMask(digest, listed, group, tuple(_last_points(every)), made)
+    prompts = tuple(map(str, content.get("prompts", ())))
+    return SavedMask(digest, listed, group, tuple(_last_points(every)), made, prompts)
 
 
 def _reject_others(listed: object, written: str) -> None:

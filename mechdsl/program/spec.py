@@ -588,6 +588,8 @@ class Group(Spec):
     """SHA-256 of the file that it is read from, if any."""
     made: str = ""
     """What was read from this file, for conventions."""
+    prompts: tuple[str, ...] = ()
+    """Digests of the prompts that the sites in this file were chosen on, if the file has them."""
     waits: bool = False
     """Whether a training chooses its sites and hasn't run, so that they are placeholders."""
     ranked: tuple[SiteText, ...] = ()

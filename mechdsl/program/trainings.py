@@ -394,11 +394,10 @@ def used_masks(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     return [mask for name, mask in program.masks.items() if (name, mask.chooses_positions) in names]
 
 
-def used_saved_groups(experiment: spec.Experiment, program: spec.Program) -> dict[str, str]:
-    """Return the trained groups that an experiment reads from files: `group g` → what was read."""
+def used_saved_groups(experiment: spec.Experiment, program: spec.Program) -> list[spec.Group]:
+    """Return the trained groups that an experiment reads from files."""
     names = {name for name, _ in _names(experiment)}
-    read = (own for own in program.groups.values() if own.candidates and own.name in names)
-    return {f"group {own.name}": own.made for own in read}
+    return [own for own in program.groups.values() if own.candidates and own.name in names]
 
 
 def _names(part: object) -> Iterator[tuple[str, bool]]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cached_property
+from hashlib import sha256
 from math import ceil
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -138,6 +139,14 @@ class RunRow(Record):
                 first = at - own.expansion.is_image.index(True)
                 found[span.start] = PlacedPicture(span.name, own, first, span.within)
         return tuple(found[start] for start in sorted(found))
+
+    @property
+    def digest(self) -> str:
+        """The first 16 digits of the SHA-256 of its prompt: the text, and for each image a line
+        with the digest of the image."""
+        pictures = (each.picture.picture.content() for each in self.whole_pictures)
+        content = "\n".join((self.text_before_reply, *pictures))
+        return sha256(content.encode()).hexdigest()[:16]
 
     def images_at(self, hits: Iterable[Iterable[int]]) -> set[str]:
         """Return digests of the images in the prompt that have some of these tokens, without their

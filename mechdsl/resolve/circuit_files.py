@@ -27,7 +27,6 @@ from mechdsl.base.source import Source
 from mechdsl.base.text import count_noun
 from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.models.shape import ModelShape, unit_count
-from mechdsl.program.group_files import ROWS_UNKNOWN
 from mechdsl.resolve.types import (
     CircuitEdge,
     FeatureNode,
@@ -137,6 +136,8 @@ class CircuitFile(Record):
     """Name of each dictionary whose features are nodes → its SHA-256, if the file has them."""
     nodes: tuple[str, ...] = ()
     """Names of neurons and features that are nodes, perhaps without edges in the file."""
+    prompts: tuple[str, ...] = ()
+    """Digests of the prompts that the edges were chosen on, if the file has them."""
 
 
 @record
@@ -167,6 +168,8 @@ class SavedCircuit(Record):
         default_factory=dict[SiteLayer, tuple[int, ...]]
     )
     """Neurons of the file, by site and layer; there, its MLPs are the other neurons."""
+    prompts: tuple[str, ...] = ()
+    """As in `CircuitFile`."""
 
 
 def read_circuit(
@@ -222,10 +225,9 @@ def read_circuit(
     made = _describe_choice(edges, len(every), size)
     added = any(len(scores[edge]) > 1 for edge in kept)
     shared = "; scores of heads that share a key or value are added" if added else ""
-    said = f"{made}, of {written}, SHA-256 {file.digest[:12]}…{shared}; "
-    said += ROWS_UNKNOWN.format("edge")
+    said = f"{made}, of {written}, SHA-256 {file.digest[:12]}…{shared}"
     used = {at: places[at] for _, at in edges if at is not None}
-    return SavedCircuit(edges, kept, used, file.digest, said, neurons)
+    return SavedCircuit(edges, kept, used, file.digest, said, neurons, file.prompts)
 
 
 def _reject_edge(name: str, written: str, shape: ModelShape) -> NoReturn:
@@ -586,7 +588,8 @@ def _read_mask(parts: Mapping[str, Any], digest: str) -> CircuitFile:
     given = parts["scores" if "scores" in parts else "probabilities"]
     scores = dict(zip(labels, map(float, given), strict=True))
     chosen = frozenset(labels[n] for n in parts["chosen"])
-    return CircuitFile(digest, {}, scores, chosen, _dictionaries(parts))
+    prompts = tuple(map(str, parts.get("prompts", ())))
+    return CircuitFile(digest, {}, scores, chosen, _dictionaries(parts), prompts=prompts)
 
 
 def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitFile:
@@ -617,7 +620,9 @@ def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitF
     if not any(scores.values()):  # as in a circuit that was written without scores
         scores = dict.fromkeys(scores)
     nodes = tuple(str(name) for name in parts.get("nodes", {}) if _SPLIT_NODE.search(str(name)))
-    return CircuitFile(digest, config, scores, frozenset(chosen), _dictionaries(parts), nodes)
+    prompts = tuple(map(str, parts.get("prompts", ())))
+    named = _dictionaries(parts), nodes, prompts
+    return CircuitFile(digest, config, scores, frozenset(chosen), *named)
 
 
 def _dictionaries(parts: Mapping[str, Any]) -> dict[str, str]:

@@ -57,7 +57,7 @@ from mechdsl.resolve.sites import (
     resolve_site,
 )
 from mechdsl.resolve.targets import resolve_edge_place
-from mechdsl.resolve.trainings import order_tokens
+from mechdsl.resolve.trainings import compare_prompts, order_tokens
 from mechdsl.resolve.types import (
     Axis,
     AxisIndices,
@@ -337,8 +337,19 @@ def find_circuit_edges(
     listed = [(edge, place) for edge in edges for place in _list_places(found[edge])]
     listed.sort(key=lambda each: -abs(by_place.get(each, 0)))
     digest, made = ("", "") if saved is None else (saved.digest, saved.made)
+    if saved is not None:
+        made += f"; {_describe_prompts(circuit.name, saved, work)}"
     given = tuple(every), tuple(edges), scores, tuple(parts.places), digest, made, neurons, features
     return CircuitEdges(*given, listed=tuple(listed), by_place=by_place)
+
+
+def _describe_prompts(name: str, saved: SavedCircuit, work: ExperimentContext) -> str:
+    """Describe the prompts that a circuit in a file was chosen on; reports W0738."""
+    given = name, saved.prompts, "edge", work.measuring, work.table
+    said, problem = compare_prompts(*given)
+    if problem is not None and problem not in work.diagnostics:
+        work.diagnostics.append(problem)
+    return said
 
 
 def _find_missing_edges(

@@ -15,7 +15,6 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.references import may_sweep, measure_number_names, position_axes, possible_axes
 from mechdsl.program.spec import PROMPTS_AXIS, SEED_AXIS
-from mechdsl.program.trainings import used_saved_groups
 from mechdsl.prompts.positions.spans import NO_ANSWERS, AnswerTokens, refers_to_answer
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import ANSWER_SPAN, PositionCell, RunRow
@@ -60,6 +59,7 @@ from mechdsl.resolve.runs import (
     resolve_steps,
 )
 from mechdsl.resolve.sites import ExperimentContext, MeasureContext, SiteContext, report_unreadable
+from mechdsl.resolve.trainings import describe_saved_groups
 from mechdsl.resolve.types import (
     Axis,
     AxisLabels,
@@ -415,6 +415,8 @@ def outline_experiment(
         check_removed_blocks([r for r in rules if r], [m for m in measures if m], model.name)
     )
     diagnostics.extend(check_generation(rules, measures, keep, work))
+    read_groups, shared = describe_saved_groups(experiment, program, table)
+    diagnostics.extend(shared)
     whole = all(len(run.rules) == len(run.spec.rules) for run in derived.values())
     whole &= len(saves) == len(experiment.saves)
     whole &= len(direction_files) == len(experiment.saved_directions)
@@ -429,7 +431,7 @@ def outline_experiment(
         measures=tuple(measure for measure in measures if measure is not None),
         keep=tuple(measure for measure in keep if measure is not None),
         accuracies=accuracies,
-        read_groups=used_saved_groups(experiment, program),
+        read_groups=read_groups,
         seeds=experiment.seeds or tuple(map(int, work.family_axes.get(SEED_AXIS, ()))),
         seed=program.seed,
         nested=work.sites.nested,

@@ -3,7 +3,7 @@ trained, the measure that it is trained on, and whether training rows differ fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import chain, product
 from pathlib import Path
@@ -16,7 +16,13 @@ from mechdsl.base.source import Span
 from mechdsl.base.text import Percent, count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate
-from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, FewDrawnRows, MeasuredOnTrainingRows
+from mechdsl.diagnostics.rules import (
+    AxisDoesNotFit,
+    BadBasis,
+    FewDrawnRows,
+    MeasuredOnTrainingRows,
+    MeasuredSavedRows,
+)
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
 from mechdsl.models.shape import ModelShape, vector_width
@@ -35,7 +41,7 @@ from mechdsl.program.trainers import (
     RotationTrainer,
     trainer_call,
 )
-from mechdsl.program.trainings import constant_options, list_seeds
+from mechdsl.program.trainings import constant_options, list_seeds, used_saved_groups
 from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
 from mechdsl.prompts.record_files import StreamedRecords
 from mechdsl.prompts.rows import PromptTable
@@ -535,6 +541,60 @@ def count_training_rows(training: Training, experiment: spec.Experiment, table: 
         found = find_trained_texts(stream.folder, texts).tolist()
         same = [one or other for one, other in zip(same, found, strict=True)]
     return sum(same)
+
+
+def compare_prompts(
+    chosen: str,
+    prompts: Collection[str],
+    noun: str,
+    experiment: spec.Experiment,
+    table: PromptTable,
+) -> tuple[str, Diagnostic | None]:
+    """Compare the prompts that a group or circuit in a file was chosen on with measured ones.
+
+    Args:
+        chosen: Name of the group or circuit.
+        prompts: Digests of the prompts of the choice; empty if the file has none.
+        noun: What was chosen: `site`, `edge`.
+        table: The rows of the experiment.
+
+    Returns:
+        What conventions say about the rows, and W0738 if measured rows are among them.
+    """
+    if not prompts:
+        unknown = f"it doesn't say which rows its {noun}s were chosen on"
+        return f"{unknown}, so they may be measured here", None
+    known, said = set(prompts), f"chosen on {count_noun(len(prompts), 'prompt')}"
+    if not experiment.measures or experiment.trains:
+        return said, None
+    shared = sum(row.digest in known for row in table.runs[CLEAN].rows)
+    if not shared:
+        return f"{said}, none of which is measured here", None
+    measured = f"{said}; {shared:,} of the {count_noun(len(table), 'row')} here have one of them"
+    if experiment.broken:
+        return measured, None
+    warning = MeasuredSavedRows(
+        span=experiment.span,
+        experiment=experiment.name,
+        chosen=chosen,
+        shared=shared,
+        rows=len(table),
+    )
+    return measured, warning
+
+
+def describe_saved_groups(
+    experiment: spec.Experiment, program: spec.Program, table: PromptTable
+) -> tuple[dict[str, str], list[Diagnostic]]:
+    """Return the trained groups that an experiment reads from files, `group g` → what was read,
+    and a W0738 for each that was chosen on measured rows."""
+    found: dict[str, str] = {}
+    problems: list[Diagnostic] = []
+    for group in used_saved_groups(experiment, program):
+        said, problem = compare_prompts(group.name, group.prompts, "site", experiment, table)
+        found[f"group {group.name}"] = f"{group.made}; {said}"
+        problems += [] if problem is None else [problem]
+    return found, problems
 
 
 def _is_in_vision(training: Training) -> bool:

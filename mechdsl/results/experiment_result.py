@@ -229,6 +229,8 @@ class ResultCircuit(Record):
     """The neurons among its nodes, as in edges."""
     dictionaries: tuple[tuple[str, str], ...] = ()
     """The name of each dictionary whose features are nodes, with its SHA-256."""
+    prompts: tuple[str, ...] = ()
+    """Digests of the prompts that a training chose its edges on."""
     others: tuple[tuple[str, str], ...] = ()
     """The other edges of the model that a training scored."""
     other_scores: tuple[float, ...] = ()

@@ -260,7 +260,8 @@ _file(
     '`saved("out/g/mask.json")` has the sites or dimensions that a training chose, and `top n of '
     "g` selects its best sites (`tests/rules/test_saved_groups.py`). A file with positions, with "
     "features or with sites that the model doesn't have is E0342. The results store the file's "
-    "SHA-256.",
+    "SHA-256. The file has digests of the prompts that chose the group; measured ones are W0738 "
+    "(`tests/pipeline/test_rows_of_saved_choices.py`).",
     "tests/rules/test_feature_groups.py",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
 )
@@ -405,7 +406,8 @@ _file(
     "heads that share a key or a value have one edge each; here, these are one edge, whose score "
     "is the sum. A circuit with only some of them is E0342. So are sizes that don't match the "
     "model, unknown components and pickles (`.pt`). Edges aren't pruned. The results store the "
-    "file's SHA-256.",
+    "file's SHA-256. If the file has digests of the prompts that chose the edges, as those that "
+    "mechdsl writes, measured ones are W0738.",
     "tests/rules/test_circuit_files.py",
     "Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, arXiv 2504.13151",
 )

@@ -345,6 +345,11 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
     if found.scores:  # of each edge at each of its positions
         listed = [(edge, None if n is None else frozenset((n,))) for edge, n in found.scores]
     places = ["" if at is None else label_places(at, found.places) for _, at in listed]
+    trained = [
+        own.training.sample.table
+        for own in experiment.masks
+        if own.training.definition == found.name
+    ]
     operands = {own.member.name: own.member.operand for own in found.features.values()}
     return ResultCircuit(
         name=found.name,
@@ -371,6 +376,7 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         dictionaries=tuple(
             (name, own.digest) for name, own in operands.items() if isinstance(own, DictionaryFile)
         ),
+        prompts=tuple(row.digest for table in trained for row in table.runs[spec.CLEAN].rows),
         others=tuple((label_node(of), label_node(to)) for of, to in found.others),
         other_scores=tuple(found.others.values()),
     )

@@ -238,6 +238,7 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
         listed += [(" -> ".join(ends), score, False) for ends, score in others]
     make = _content_with_nodes if circuit.neurons or circuit.features else _eap_content
     content = make(circuit, config, listed)
+    content |= {"prompts": list(circuit.prompts)} if circuit.prompts else {}
     return dump_json(content, indent=1) + "\n"
 
 
