@@ -17,6 +17,8 @@ from .models import bare
 from .support import BLOCKS, experiment, rows, tokens
 from .test_dictionaries import FEATURES, LAYER, make
 from .test_inactive_features import BASIS, width_of
+from .test_transcoders import FEATURES as ENCODED
+from .test_transcoders import make_cross_layer
 
 ROWS = len(rows())
 EVERY = sum(len(tokens(text, "tokens *")) for text in rows())
@@ -68,6 +70,24 @@ def test_plan_counts_multiply_adds_of_coordinates(
     error = 2 * FEATURES * vectors
     found = counted(rule, architecture, data)
     assert found == pytest.approx((separate + error, joined + error))
+
+
+@pytest.mark.parametrize(
+    ("rule", "layer", "features"),
+    [
+        # two layers, each of which encodes and decodes two features
+        ("clamp features 1, 5 of f at last token to 2", 1, 2 * (2 + 2) * ROWS),
+        # three layers, and the other run
+        (SWEEP, 0, ENCODED * (4 + 3) * ROWS),
+    ],
+)
+def test_plan_counts_each_layer_that_a_cross_layer_feature_writes_to(
+    rule: str, layer: int, features: int, data: Path
+) -> None:
+    """Without the size of an error."""
+    make_cross_layer(data, width_of("gpt2"), layers=3)
+    basis = f'basis f = transcoder("clt") at mlp_out layer {layer}\n'
+    assert counted(rule, "standard", data, basis) == pytest.approx((features, features))
 
 
 def test_plan_counts_products_of_projected_directions(data: Path) -> None:
