@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mechdsl.base.arrays import Ints
+from mechdsl.base.arrays import Bools, Ints
 from mechdsl.dictionaries.folder import MAX_GATHERED, DictionaryFile
 from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 from mechdsl.models.restart import (
@@ -925,14 +925,35 @@ def _count_settled_work(
     heads = np.array([site == "z" for site, _, _ in graph.senders])
     written = settled & filled & (heads | (shape.n_experts == 0))
     left = filled & ~settled
-    due = graph.read_by(~written) & (graph.before & ~kept)[:, left].any(axis=1)
-    projected = np.array([site in ("q", "k", "v") for site, _, _ in graph.receivers])
+    ablated = (graph.before & ~kept)[:, left]
+    due = graph.read_by(~written) & ablated.any(axis=1)
     summed = int(graph.before[np.ix_(due, left)].sum())
-    maps = int((due & projected).sum() + (left & heads).sum())
+    separate, replaced = _count_separate_maps(graph, ablated & due[:, None])
+    maps = separate + int((left & heads).sum())
     by_layer = Counter(graph.senders[n][1] for n in np.flatnonzero(written & heads).tolist())
     full = sum(count == unit_count(shape, "z", layer) for layer, count in by_layer.items())
+    full += replaced
     saved = int((written & ~heads).sum()) * block.mlp + full * block.project
     return shape.d_model * (summed + maps * shape.d_head) - saved
+
+
+def _count_separate_maps(graph: CircuitGraph, ablated: Bools) -> tuple[int, int]:
+    """Count the queries, keys and values that are computed separately, and the layers whose
+    projection isn't computed, because fewer than half of its outputs have a common input.
+
+    Args:
+        ablated: [receiver, sender] edges that change the input of a receiver.
+    """
+    inputs: dict[int | None, Counter[bytes]] = defaultdict(Counter)
+    for (site, layer, _), own in zip(graph.receivers, ablated, strict=True):
+        if site in ("q", "k", "v"):
+            inputs[layer][own.tobytes()] += 1
+    separate = replaced = 0
+    for counts in inputs.values():
+        every, most = counts.total(), max(counts.values())
+        replaced += 2 * most < every
+        separate += every if 2 * most < every else every - most
+    return separate, replaced
 
 
 def _node(point: SitePoint) -> CircuitNode:

@@ -269,13 +269,16 @@ def test_random_edges_of_any_number_carry_another_run(data: Path, name: str, mod
 def test_plan_counts_only_nodes_of_circuits_that_are_computed(
     data: Path, monkeypatch: pytest.MonkeyPatch, name: str, share: float
 ) -> None:
-    """Within a factor of 1.5 of the floating-point operations of the patched rows."""
+    """Close to the floating-point operations of the patched rows: the plan leaves out products of
+    queries with later keys, which are most of the rest if few nodes are computed, and sums before
+    norms that follow attention (Gemma 2)."""
+    limit = 1.6 if name == "gemma2" else 1.15 if share >= 0.5 else 1.5
     every = sorted(edges(name)[2])
     random = np.random.default_rng(0)
     own = [edge for edge in every if random.random() < share] or [every[-1]]
     text = f"circuit c = {', '.join(f'{of} -> {to}' for of, to in own)}\n"
     done, planned = count_operations(data, monkeypatch, name, text)
-    assert done / 1.5 < planned < done * 1.5
+    assert done / limit < planned < done * limit
 
 
 def test_plan_counts_only_tokens_that_an_ablated_circuit_changes(
