@@ -707,6 +707,11 @@ def _describe_resampled_rule(
     """
     if rule.python is not None:
         return "to a function's result", "use another rule, such as `scale`"
+    if rule.path is not None:
+        return (
+            "between patches",
+            "patch its sender: `patch z vision layer 0 head 0 at photo tokens`",
+        )
     if rule.spec.observed is not None:
         return "of patches", "observe `embed` at the tokens of the image"
     cells = [(own, cell) for cell in rule.positions.written.values()]

@@ -267,3 +267,11 @@ def test_block_of_the_encoder_without_images_reports_e0207() -> None:
     with pytest.raises(AssertionError) as problem:
         run_text("qwen2_5_vl", experiment("e", SKIP), block=block)
     assert "no row of `ask` has one" in str(problem.value)
+
+
+def test_replaced_block_of_the_encoder_leaves_that_of_the_language_model() -> None:
+    """Rules act in a block of the language model with the same number."""
+    name = "qwen2_5_vl"
+    rule = "scale mlp_out layer 0 at last token by 1"
+    one, both_rules = run_text(name, experiment("a", SKIP) + experiment("b", SKIP, rule))
+    np.testing.assert_allclose(both_rules.measures[0].patched, one.measures[0].patched, atol=1e-5)

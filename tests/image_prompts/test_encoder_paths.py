@@ -192,6 +192,54 @@ def test_paths_in_the_encoder_equal_hooks(name: str, mode: str) -> None:
     assert largest > 0.1
 
 
+def multiplied(patches: Sequence[int]) -> Edit:
+    def edit(value: Tensor) -> Tensor:
+        value[list(patches)] *= -3
+        return value
+
+    return edit
+
+
+@pytest.mark.parametrize("name", some(("llava_next", "gemma3", "qwen2_5_vl"), ["qwen2_5_vl"]))
+def test_path_with_another_rule_in_the_encoder_equals_hooks(name: str) -> None:
+    """All else is held at the base run with the other rule."""
+    line = f"path z vision layer 0 head 1 -> mlp_norm vision layer 1 at {CELL}"
+    rule = "scale mlp_out vision layer 0 at photo row 2 col 1 token by -3"
+    [found] = run_text(name, experiment("e", "from clean into changed", line, rule))
+    path, own, model = Path(Place("z", 0, 1), Place("mlp_norm", 1)), tower(name), bare(name)
+    values = list[float]()
+    for n in ALL:
+        base, given = other(n), inputs(name, n, other(n))
+        here, scale = own.cell(base, 1, 2), multiplied(own.cell(base, 2, 1))
+
+        def run(given: dict[str, Tensor] = given, scale: Edit = scale) -> Tensor:
+            with edited(name, Place("mlp_out", 0), scale):
+                return model.run(given)
+
+        def read(place: Place, run: Callable[[], Tensor] = run, scale: Edit = scale) -> Tensor:
+            found = list[Tensor]()
+
+            def keep_last(value: Tensor) -> Tensor:
+                found.append(value.clone())
+                return value
+
+            # Its hook comes first, before the edit of `run`, so the edit is repeated.
+            with edited(name, place, keep_last):
+                run()
+            is_edited = (place.site, place.layer) == ("mlp_out", 0)
+            return scale(found[0].clone()) if is_edited else found[0]
+
+        sent = here, path.sender.own(seen(name, path.sender, n, n))[own.cell(n, 1, 2)]
+        plain_run = partial(model.run, given)
+        got = received(name, path, plain_run, read, sent)
+        with edited(name, path.receiver, at(here, got[here])):
+            values.append(difference(run()))
+    measure = found.measures[0]
+    np.testing.assert_allclose(measure.patched[0], values, atol=2e-4)
+    base_run = [difference(bare(name).run(inputs(name, n, other(n)))) for n in ALL]
+    assert np.abs(np.array(values) - base_run).max() > 0.1
+
+
 def doubled_at_the_end(value: Tensor) -> Tensor:
     value[-1] *= 2
     return value
@@ -257,3 +305,10 @@ def test_invalid_path_in_the_encoder_reports_the_code(line: str, expected: tuple
         run_text("qwen2_5_vl", experiment("e", "from clean into changed", line))
     assert f"error[{expected[0]}" in str(problem.value)
     assert expected[1] in str(problem.value)
+
+
+def test_path_in_an_encoder_with_a_resampler_reports_e0108() -> None:
+    line = "path z vision layer 0 head 0 -> attn_norm vision layer 1 at photo tokens"
+    with pytest.raises(AssertionError) as problem:
+        run_text("idefics2", experiment("e", line))
+    assert "error[E0108]: `path` between patches in a vision encoder" in str(problem.value)
