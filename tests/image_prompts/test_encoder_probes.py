@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.arrays import Floats
+from mechdsl.fits.reports import ProbeReport
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import as_in_the_data
@@ -28,9 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 NAMES = ("llava_class", "paligemma", "llava_next", "qwen2_5_vl", "gemma3", "smolvlm", "internvl")
 QUICK = ("paligemma", "qwen2_5_vl")
 TWICE = BLOCK.replace("  words =", '  more in ["w1", "w3"]\n  words =').replace(
-    "{words}", "{words} {more}"
+    "w3 w2 {photo}", "w3 {more} {photo}"
 )
-"""Two prompts for each image."""
+"""Two prompts for each image, with different texts before it."""
 Q = np.array([1.0, 2.0, 3.0, 4.0])
 """The value `n` of the prompts."""
 
@@ -198,3 +199,17 @@ def test_probe_on_images_of_its_training_reports_the_code(line: str) -> None:
         run_text("qwen2_5_vl", text, block=TWICE)
     assert f"error[{code}]" in str(problem.value)
     assert reason in str(problem.value)
+
+
+def test_trained_probe_counts_the_prompts_of_an_image_as_one_row(tmp_path: Path) -> None:
+    """They are held out together."""
+    name = "qwen2_5_vl"
+    write_data(tmp_path)
+    path = tmp_path / "file.mech"
+    probe = f"probe t = fit(ridge(penalty: 1), target: n, {OPTIONS}) at {AT}\n"
+    text = probe + experiment("e", f"observe probe(t) at {AT} as told", measure="")
+    path.write_text(f'mech 1\nmodel m = local("handed over")\n{TWICE}\n{text}', "utf-8")
+    models = {"m": (bare(name).model, bare(name).processor)}
+    [trained] = mechdsl.fit(path, models, store=tmp_path / "store")
+    assert isinstance(trained.report, ProbeReport)
+    assert (trained.report.rows, trained.report.distinct_rows) == (8, 4)
