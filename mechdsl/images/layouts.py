@@ -485,6 +485,11 @@ class ImageLayout:
         """
         return 1
 
+    def encoded_patches(self, prompt: ImagePrompt) -> int | None:
+        """Return the number of patches that the encoder reads of the prompt's image, with padding;
+        None: `merged_side` squared for each token."""
+        return None
+
     def patches(
         self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
     ) -> list[tuple[int, ...]]:
@@ -1158,6 +1163,14 @@ class Idefics2(ImageLayout):
                     raise UnsupportedProcessor("images have more patches than the encoder reads")
                 found.append((*own[start:end], *(-1,) * (encoder.side**2 - end + start)))
         return found
+
+    def encoded_patches(self, prompt: ImagePrompt) -> int:
+        (down, across), views = prompt.patch, self._views(prompt)
+        rows, cols = (
+            max(high // down for high, _ in views),
+            max(wide // across for _, wide in views),
+        )
+        return len(views) * rows * cols
 
     def _views(self, prompt: ImagePrompt) -> list[Size]:
         """Return the (height, width) of the prepared tiles and the thumbnail."""

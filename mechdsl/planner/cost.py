@@ -51,6 +51,7 @@ from mechdsl.planner.rows import (
     number_edge_ends,
 )
 from mechdsl.prompts.runs import PromptRun, ReplyPosition, share_beginnings
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import (
     CircuitTargets,
@@ -1001,7 +1002,7 @@ def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
     experiment = plan.experiment
     if not experiment.in_vision:
         return 0.0
-    model = experiment.model.shape
+    model, reader = experiment.model.shape, experiment.model.tokenizer
     shape, patches = model.others["vision"], model.merged_side**2
     block, rows_of = BlockCost.of(shape), experiment.table.runs[experiment.spec.base].rows
     each = np.zeros(len(rows_of))
@@ -1009,6 +1010,8 @@ def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
         for picture in row.pictures.values():  # patches of a tile see each other
             tiles = max(1, len(picture.expansion.layout.tiles))
             tokens = sum(picture.expansion.is_image) * patches
+            if model.resamples and isinstance(reader, ImagePromptTokenizer):
+                tokens = reader.encoded_patches(picture.picture.extent) or tokens
             each[number] += tiles * block.whole(np.array([tokens // tiles])).sum()
     read = {experiment.spec.base, *(rule.run for rule in experiment.every_rule if rule.in_vision)}
     said = experiment.generation

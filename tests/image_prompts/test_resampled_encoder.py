@@ -18,15 +18,18 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.layouts import IMAGE_LAYOUTS
 from mechdsl.loading.loader import adopt_model
+from mechdsl.planner.cost import vision_adds
+from mechdsl.planner.passes import make_plan
 from mechdsl.results.experiment_result import ExperimentResult
 
-from ..execute.support import MODES, run_on
+from ..execute.support import MODES, check_file, run_on
 from ..images import prompts_of_images as vlm
 from ..quick import some
 from ..shared_models import unchanged
@@ -325,6 +328,35 @@ def test_rule_in_a_derived_run_equals_hooks() -> None:
         value = difference(model.run(given, blocks={1: at([-1], vector)}))
         np.testing.assert_allclose(found.measures[0].patched[0, n], value, atol=1e-4)
     assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.1
+
+
+@pytest.mark.parametrize("sizes", some(SIZES, ["mixed"]))
+def test_planned_cost_of_the_encoder_is_near_the_counted_products(sizes: str) -> None:
+    """Each prompt runs the encoder on its own patches, not on those of the largest image."""
+    text = experiment("e", "scale resid_post vision layer * at photo tokens by 2")
+    [checked] = check_file(text, folder(sizes), loaded(splits=True), BLOCK).experiments
+    [plan] = make_plan([checked]).panels[0].experiments
+    prompts = np.arange(len(ALL))
+    planned = vision_adds(plan, plan.rows(prompts), prompts)
+    counts = [vision_products(inputs(sizes, n, n)) for n in ALL]
+    assert 0.9 < planned / ((LAYERS + 1) * sum(counts)) < 1.5
+
+
+def vision_products(given: dict[str, Tensor]) -> int:
+    """The products of the encoder's blocks on one prompt."""
+    own, calls = bare(splits=True), list[tuple[Any, Any]]()
+    encoder = own.model.get_submodule("model.vision_model.encoder")
+    handle = encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    try:
+        own.run(given)
+    finally:
+        handle.remove()
+    [(args, kwargs)] = calls
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        encoder(*args, **kwargs)
+    return counter.get_total_flops() // 2
 
 
 # --- errors ---------------------------------------------------------------------------------------

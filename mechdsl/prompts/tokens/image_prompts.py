@@ -464,6 +464,16 @@ class ImagePromptTokenizer(TextTokenizer):
         prompt = ImagePrompt(*self._read, {}, ((height, width),))
         return self.layout.patches(prompt, expansion.layout, encoder)
 
+    def encoded_patches(self, extent: tuple[int, ...]) -> int | None:
+        """Return `ImageLayout.encoded_patches` of a picture."""
+
+        def find() -> int | None:
+            height, width = self.sized(extent)[:2]
+            prompt = ImagePrompt(*self._read, {}, ((height, width),))
+            return self.layout.encoded_patches(prompt)
+
+        return self._recall_layout(f"encoded patches of {extent}", find, lambda own: own)
+
     def _parse_expansion(
         self, token_id: int, found: tuple[list[int], list[list[Any]]]
     ) -> ImageExpansion:
