@@ -203,17 +203,31 @@ def resolve_circuit(
         edges.made,
         waits=circuit.is_open and circuit.source is None and not known,
         others=dict(_list_other_scores(edges, named.values())),
-        dead=_find_dead_edges(edges, named[()], work) if rule.without_edge else (),
     )
 
 
-def _find_dead_edges(
-    edges: CircuitEdges, named: PlacedEdges, work: ExperimentContext
+def find_dead_edges(
+    circuit: CircuitTargets, positions: PositionTargets, rule: spec.Rule, work: ExperimentContext
 ) -> tuple[CircuitEdge, ...]:
-    """Return the edges of a circuit that lead to the end of the model by no others of it."""
-    if work.sites.shape.stands_in:
+    """Return the edges of a circuit that lead to the end of the model by no others of it, if a rule
+    ablates all others at every token. At other tokens, more edges lead on."""
+    rows = work.table.runs[work.experiment.base].rows
+    if (
+        not rule.all_but
+        or circuit.waits
+        or circuit.edge_places
+        or len(circuit.named) != 1
+        or work.sites.shape.stands_in
+        or any(
+            {*chain.from_iterable(hits)} < {*range(len(row.ids))}
+            for cell in positions.written.values()
+            for row, hits in zip(rows, cell.hits, strict=True)
+        )
+    ):
         return ()
-    graph = EdgeGraph(work.sites.shape, edges.neurons, edges.features)
+    (named,) = circuit.named.values()
+    every = [edge for edge in circuit.every if edge in named]
+    graph = EdgeGraph(work.sites.shape, circuit.neurons, circuit.features, every)
     leading = graph.keep_leading(frozenset(named))
     return tuple(edge for edge in named if edge not in leading)
 
@@ -1133,18 +1147,28 @@ def describe_circuit(rule: ResolvedRule) -> str:
 
 
 def describe_dead_edges(rule: ResolvedRule) -> Iterator[Convention]:
-    """Yield which edges `without each edge` removes without an effect."""
+    """Yield which edges of a circuit have no effect, because nothing in it reads them on a path to
+    the end of the model."""
     assert rule.circuit is not None
     dead = rule.circuit.dead
     if not dead:
         return
-    count = len(rule.circuit.named[()])  # `without each edge` takes no sweep
+    (named,) = rule.circuit.named.values()
+    count = len(named)
     shown, more = dead[:LISTED_DEAD], len(dead) - LISTED_DEAD
     listed = ", ".join(label_candidates((edge,)) for edge in shown)
     listed += f" and {more:,} more" if more > 0 else ""
     is_on, each = ("isn't", "it") if len(dead) == 1 else ("aren't", "one")
     text = f"{len(dead):,} of {count_noun(count, 'edge')} {is_on} on a path to `logits`"
-    yield Convention("without", f"{text}: removing {each} has no effect ({listed})")
+    if rule.spec.without_edge:
+        yield Convention("without", f"{text}: removing {each} has no effect ({listed})")
+    elif len(dead) == count:
+        which = "its only edge isn't" if count == 1 else f"none of its {count:,} edges is"
+        text = f"nothing: {which} on a path to `logits` at the ablated tokens ({listed})"
+        yield Convention("circuit keeps", text)
+    else:
+        text += f" at the ablated tokens: keeping {each} doesn't change the logits ({listed})"
+        yield Convention("circuit keeps", text)
 
 
 LISTED_DEAD = 5
@@ -1487,9 +1511,16 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         shape: ModelShape,
         neurons: Mapping[SiteLayer, tuple[int, ...]] | None = None,
         features: Mapping[int, FeatureNodes] | None = None,
+        every: Sequence[CircuitEdge] | None = None,
     ) -> None:
-        """Prepare the graph; neurons, features: as in `list_edges`."""
-        self.every = list_edges(shape, neurons, features)
+        """Prepare the graph.
+
+        Args:
+            neurons: As in `list_edges`.
+            features: As in `list_edges`.
+            every: The edges, in the order of `list_edges`; None for all of the model.
+        """
+        self.every = list_edges(shape, neurons, features) if every is None else every
         self._nodes: dict[SitePoint, list[SitePoint]] = {END: [END]}
         self._entrances = dict.fromkeys(
             of for of, _ in self.every if of in (EMBEDDING, ENCODER_EMBEDDING)

@@ -1085,7 +1085,8 @@ class CircuitTargets(Record):
     )
     """The finite scores of the other edges of the model, if a training gave them some."""
     dead: tuple[CircuitEdge, ...] = field(default=(), compare=False)
-    """For `without each edge`: edges of the circuit that don't lead to the end of the model."""
+    """Edges that lead to the end of the model by no others of the circuit, if all others are
+    ablated at every token."""
 
     @property
     def edge_places(self) -> tuple[PositionCell, ...]:

@@ -24,6 +24,7 @@ from mechdsl.resolve.circuits import (
     describe_places,
     describe_streams,
     find_circuit_side,
+    find_dead_edges,
     list_circuit_bases,
     resolve_circuit,
 )
@@ -208,6 +209,7 @@ class AblateRule(RuleKind):
             positions = resolve_rule_positions(rule, read, replace(work, side=side), apart)
             if circuit is not None and positions is not None:
                 check_ablated_tokens(circuit, positions, rule, work)
+                circuit = replace(circuit, dead=find_dead_edges(circuit, positions, rule, work))
             does = None if does is None else CIRCUIT_FILLS[does.name]
         else:
             sites, positions = resolve_targets(rule, read, work, apart)

@@ -788,6 +788,38 @@ def test_edges_off_any_path_to_logits_are_named_next_to_their_minimality(data: P
     assert np.abs(own.patched[rest] - own.base[rest]).max(axis=1).min() > 1e-6
 
 
+def test_kept_edges_off_any_path_to_logits_are_named(data: Path) -> None:
+    """If all other edges are ablated at every token; elsewhere, other edges lead on."""
+    kept = "embed -> L1H1.v, L1H1 -> logits"
+    text = f"circuit c = {kept}\ncircuit d = {kept}, embed -> L0H2.q, embed -> L0H0.k\n"
+    text += "circuit n = embed -> L0H2.q, L0H1 -> L1H1.k\ncircuit o = embed -> L0H1.v\n"
+    rules = {
+        "c": "all but c at tokens *",
+        "d": "all but d at tokens *",
+        "n": "all but n at tokens *",
+        "o": "all but o at tokens *",
+        "last": "all but n at last token",
+        "off": "n at tokens *",
+        "each": "n without each edge at tokens *",
+    }
+    for key, rule in rules.items():
+        text += experiment(f"x{key}", f"ablate {rule} with other")
+    found = run_file(text, data, "gpt2", "planned", precise=True)
+    said = {key: found[f"x{key}"].conventions.get("circuit keeps", "") for key in rules}
+    assert said["d"] == (
+        "2 of 4 edges aren't on a path to `logits` at the ablated tokens: keeping one doesn't "
+        "change the logits (embed -> L0H2.q, embed -> L0H0.k)"
+    )
+    assert said["n"].startswith("nothing: none of its 2 edges is on a path to `logits` at")
+    assert said["o"].startswith("nothing: its only edge isn't on a path")
+    assert not any(said[key] for key in ("c", "last", "off", "each"))
+    assert "without" not in found["xeach"].conventions
+    values = {key: found[f"x{key}"].measures[0].patched for key in rules}
+    np.testing.assert_allclose(values["d"], values["c"], atol=1e-9)
+    np.testing.assert_allclose(values["n"], values["o"], atol=1e-9)
+    assert np.abs(values["n"] - values["c"]).max() > 1e-4
+
+
 def test_ablating_a_one_edge_circuit_without_each_edge_is_an_error(data: Path) -> None:
     rule = "ablate c without each edge at tokens * with zero"
     assert codes("circuit c = embed -> L0H1.q\n" + experiment("e", rule), data) == ["E0207"]
