@@ -582,10 +582,6 @@ def _check_nodes(
     Args:
         edges: Those of each `A -> B` in the file.
     """
-    if features and has_two_streams(work.sites.shape):
-        what = "a circuit with features in an encoder-decoder"
-        later = "name neurons such as `L0N3`, or whole MLPs"
-        work.diagnostics.append(NotSupported(span=circuit.span, what=what, later=later))
     count = sum(map(len, neurons.values()))
     if count > limits.CIRCUIT_NEURONS:
         work.diagnostics.append(_too_many(circuit.name, count, circuit.span))

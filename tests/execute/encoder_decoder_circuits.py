@@ -25,6 +25,23 @@ ENCODED = ("embed encoder", 0, 0)
 
 
 @dataclass(frozen=True)
+class Features:
+    """The features of a dictionary of an MLP's output that are nodes."""
+
+    numbers: tuple[int, ...]
+    encode: Callable[[Tensor], Tensor]
+    decoder: Tensor
+    """[feature, width]"""
+    of_inputs: bool = False
+    """Whether they encode the input of the MLP, as those of a transcoder."""
+
+    def parts(self, inputs: Tensor, outputs: Tensor) -> list[Tensor]:
+        """[token, width] by feature: what it adds to the stream."""
+        found = self.encode(inputs if self.of_inputs else outputs)
+        return [found[:, n, None] * self.decoder[n] for n in self.numbers]
+
+
+@dataclass(frozen=True)
 class Family:
     """A model in double precision, and its sizes."""
 
@@ -36,6 +53,10 @@ class Family:
     encoder_heads: int
     split: Mapping[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
     """Numbers of neurons of the MLPs whose neurons are nodes, by stack and layer."""
+    features: Mapping[tuple[str, int], Features] = field(
+        default_factory=dict[tuple[str, int], Features]
+    )
+    """By site of the output and layer."""
 
     def after(self, stack: str) -> bool:
         """Whether norms follow the sums of a stream."""
@@ -134,11 +155,17 @@ def list_neurons(family: Family, site: str, layer: int) -> list[Node]:
     return [(of, layer, n) for n in range(family.neurons(site, layer))]
 
 
+def list_features(family: Family, site: str, layer: int) -> list[Node]:
+    """The features of an MLP that are nodes."""
+    found = family.features.get((site, layer))
+    return [] if found is None else [("feature", layer, n) for n in found.numbers]
+
+
 def senders_of(family: Family, site: str, layer: int) -> list[Node]:
     if family.neurons(site, layer):
         return list_neurons(family, site, layer)
     if site.startswith("mlp_out"):
-        return [(site, layer, 0)]
+        return [*list_features(family, site, layer), (site, layer, 0)]
     return [(site, layer, head) for head in range(family.count(site.partition(" ")[2]))]
 
 
@@ -148,7 +175,10 @@ def receivers_of(family: Family, site: str, layer: int) -> list[Node]:
     if family.neurons(site, layer):
         return list_neurons(family, site, layer)
     if component == "mlp_out":
-        return [(f"mlp_norm {stack}".strip(), layer, 0)]
+        return [
+            *list_features(family, site, layer),
+            (f"mlp_norm {stack}".strip(), layer, 0),
+        ]
     words = "q" if stack == "cross" else "qkv"
     heads = range(family.count(stack))
     return [(f"{word} {stack}".strip(), layer, head) for word in words for head in heads]
@@ -253,6 +283,11 @@ def hooked(work: Pass) -> Generator[None]:
                 path = family.down(site, layer)
                 before(path, lambda _, given=given: _keep_neurons(work, *given))
                 continue
+            if list_features(family, site, layer):
+                given = (site, layer, stack, number, norm)
+                output = family.place(site, layer).path
+                after(output, lambda _, given=given: _keep_features(work, *given))
+                continue
             if site.startswith("mlp_out"):
                 to = (site.replace("out", "norm"), layer, 0)
                 given = (stack, to, number, norm)
@@ -310,6 +345,20 @@ def _keep_neurons(work: Pass, site: str, layer: int, stack: str, number: int, no
         found.append(family.activations(site, layer, x)[:, node[2]])
         work.keep(node, found[-1][:, None] * weight[:, node[2]] * scale)
     return torch.stack(found, -1)
+
+
+def _keep_features(work: Pass, site: str, layer: int, stack: str, number: int, norm: str) -> Tensor:
+    """[token, width]: the sum of features and of the rest, each from a separate input."""
+    own = work.family.features[site, layer]
+    module = work.family.module(work.family.place(site, layer).path)
+
+    for number_of, node in enumerate(list_features(work.family, site, layer)):
+        x = work.read(stack, node, number, norm)
+        work.keep(node, own.parts(x, module.forward(x))[number_of])
+    x = work.read(stack, (site.replace("out", "norm"), layer, 0), number, norm)
+    outputs = module.forward(x)
+    work.keep((site, layer, 0), outputs - torch.stack(own.parts(x, outputs)).sum(0))
+    return outputs
 
 
 def _keep_heads(work: Pass, site: str, layer: int, z: Tensor) -> Tensor:

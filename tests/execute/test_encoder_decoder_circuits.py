@@ -35,6 +35,7 @@ from .encoder_decoder_circuits import (
     LOGITS,
     Edge,
     Family,
+    Features,
     Node,
     Pass,
     at_tokens,
@@ -105,8 +106,14 @@ SPLIT = {("", 0): NEURONS, ("", 1): NEURONS, ("encoder", 0): NEURONS}
 """The MLPs of `t5 split` whose neurons are nodes."""
 
 
+WITH_FEATURES: dict[str, dict[tuple[str, int], Features]] = {}
+"""Features of the MLPs of `t5 features`, which a test writes."""
+
+
 def opened(family: str) -> Family:
     found = doubled(model, family, LAYERS, ENCODER_LAYERS, HEADS, HEADS)
+    if family in WITH_FEATURES:
+        return dataclasses.replace(found, features=WITH_FEATURES[family])
     return dataclasses.replace(found, split=SPLIT) if family.endswith(" split") else found
 
 
@@ -491,6 +498,9 @@ def node_of(label: str, end: str) -> Node:
     head = re.fullmatch(r"L(\d+)H(\d+)(?:\.(\w))?", label)
     if head is not None:
         return head[3] or "z", int(head[1]), int(head[2])
+    feature = re.fullmatch(r"feature (\d+) of f", label)
+    if feature is not None:
+        return "feature", 1, int(feature[1])
     neuron = re.fullmatch(r"L(\d+)N(\d+)", label)
     if neuron is not None:
         return "mlp_hidden", int(neuron[1]), int(neuron[2])
@@ -562,7 +572,8 @@ def path_scores(
     plain, filled = outputs(family, number), fills(family, number, fill)
     groups: dict[tuple[str, int], list[Node]] = {}
     for sender in plain:
-        groups.setdefault(sender[:2], []).append(sender)
+        module = sender[0].replace("feature", "mlp_out"), sender[1]
+        groups.setdefault(module, []).append(sender)
     joined = [[EMBED, ENCODED]] if path == "inputs" else [*groups.values()]
     encoder, decoder = tokens_of(family, number, at if fill == "mean" else "tokens *")
     change = {of: torch.zeros_like(value) for of, value in plain.items()}

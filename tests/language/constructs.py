@@ -1451,8 +1451,8 @@ _site(
     "the last two can't be combined (E0108). `against random(39)` draws edges of both stacks and "
     "rejects edges with positions (E0630). If each edge of the circuit is on a path from `embed` "
     "or `embed encoder`, so is each random edge. `fit(…)` finds circuits, except at "
-    "several positions or only at tokens of the encoder. These, features, and `report graph` as "
-    "`.json` are E0108. A neuron of the encoder is `mlp_hidden encoder layer 0 neuron 3`.",
+    "several positions or only at tokens of the encoder. These and `report graph` as `.json` are "
+    "E0108. A neuron of the encoder is `mlp_hidden encoder layer 0 neuron 3`.",
     "tests/execute/test_encoder_decoder_paths.py",
     PATHS,
 )
