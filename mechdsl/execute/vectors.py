@@ -108,6 +108,8 @@ class SiteVectors:
     vectors: Tensor
     """[K, width] on the model's device and in its dtype. All units of a site are concatenated if
     the point names none. Vectors over keys are as wide as the longest prompt of the batch."""
+    patches: int = 1
+    """Number of vectors of each token, which are adjacent: patches in a vision encoder."""
 
 
 def read_vectors(
@@ -137,7 +139,7 @@ def read_vectors(
                 row, draw, token = list_tokens(hits[number, each], batch, found.draws)
                 lane = torch.from_numpy(found.lane(row, draw))
                 vectors = _select_vectors(found, point, lane, token)
-                yield SiteVectors(count, place, number, row, draw, token // each, vectors)
+                yield SiteVectors(count, place, number, row, draw, token // each, vectors, each)
 
 
 def list_tokens(hits: TokenHits, batch: Ints, draws: int) -> tuple[Ints, Ints, Ints]:

@@ -172,7 +172,8 @@ def average_rows(
     of_directions: bool = False,
 ) -> list[Float32s]:
     """[prompt, width] of each site: the mean over the tokens of one position and draws of noise,
-    or, with `of_directions`, the sum of the unit vectors.
+    or, with `of_directions`, the sum of the unit vectors of tokens, each of the mean over its
+    patches in a vision encoder.
 
     Args:
         prompts: Rows, ascending.
@@ -183,6 +184,8 @@ def average_rows(
         row = np.searchsorted(prompts, read.prompts)
         vectors = read.vectors.double().cpu().numpy()
         if of_directions:
+            row = row[:: read.patches]
+            vectors = vectors.reshape(len(row), read.patches, vectors.shape[1]).mean(1)
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         np.add.at(sums[read.point], row, vectors)
         if read.point == 0:
