@@ -16,6 +16,7 @@ from ..quick import some
 from . import test_vision_encoder as plain
 from .reference import Edit, at, edited_module, one_head, record_value
 from .support import experiment
+from .test_encoder_attention import attended, between, blocked
 from .test_families import ALL, TWO, bare, both, difference, inputs, run_text
 from .test_token_patches import HEADS, TOWERS, WIDTH, Tower, other, shifted
 
@@ -238,6 +239,33 @@ def test_path_with_another_rule_in_the_encoder_equals_hooks(name: str) -> None:
     np.testing.assert_allclose(measure.patched[0], values, atol=2e-4)
     base_run = [difference(bare(name).run(inputs(name, n, other(n)))) for n in ALL]
     assert np.abs(np.array(values) - base_run).max() > 0.1
+
+
+@pytest.mark.parametrize("name", some(("gemma3", "paligemma", "smolvlm"), ["paligemma"]))
+def test_path_with_blocked_attention_in_the_encoder_equals_hooks(name: str) -> None:
+    """All else is held at the base run with the blocked attention."""
+    line = f"path z vision layer 0 head 1 -> mlp_norm vision layer 1 at {CELL}"
+    rule = "block attention vision layer 1 heads * from photo tokens to photo row 2 col 1 token"
+    [found] = run_text(name, experiment("e", "from clean into changed", line, rule))
+    path, own, model = Path(Place("z", 0, 1), Place("mlp_norm", 1)), tower(name), bare(name)
+    module, values = model.model.get_submodule(f"{own.blocks}.1.{own.attention}"), list[float]()
+    for n in ALL:
+        base, given = other(n), inputs(name, n, other(n))
+        here = own.cell(base, 1, 2)
+        change = between(own.every(base), own.cell(base, 2, 1), blocked)
+        with attended(module, change, again=True):
+            run = partial(model.run, given)
+            states = {
+                Place(site, layer): state(name, Place(site, layer), run)
+                for site in ("z", "mlp_out")
+                for layer in (0, 1)
+            }
+            sent = here, path.sender.own(seen(name, path.sender, n, n))[own.cell(n, 1, 2)]
+            got = received(name, path, run, states.__getitem__, sent)
+            with edited(name, path.receiver, at(here, got[here])):
+                values.append(difference(run()))
+    np.testing.assert_allclose(found.measures[0].patched[0], values, atol=2e-4)
+    assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.1
 
 
 def doubled_at_the_end(value: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ def hold_sublayers(
     stop = None if frozen or others.circuits else shape.n_layers
     others = others.below(shape.n_layers + int(frozen), shape.n_layers)
     if all(read.stack == "vision" for read, _ in wanted):
-        stop, others = 0, RuleWrites(_list_patches(others), blocks=others.blocks)
+        edges = [each for each in others.edges if each.stack == "vision"]
+        stop, others = 0, RuleWrites(_list_patches(others), edges, blocks=others.blocks)
     last = None if has_single_output(model) else (batch.lengths - 1)[:, None]
     with norms.recorded(held.norms) as scales:
         found = run_full(
