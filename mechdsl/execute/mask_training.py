@@ -1365,9 +1365,24 @@ def find_circuit(declared: TrainedMask, rows: EdgeRows, job: TrainingJob) -> Cir
     else:
         found = _search_edges(declared.training, rows, job)
     report = _report(rows, found)
+    if isinstance(declared.training.trainer, EdgeSearchTrainer):
+        report = replace(report, made=report.made + _describe_aim(declared.training, report))
     _write_circuit(job.folder / MASK_FILE, rows, found)
     job.write_card(report, MASK_FILE)
     return report
+
+
+def _describe_aim(training: DeclaredTraining, report: CircuitReport) -> str:
+    """Describe a search whose circuit can't explain the measure, because the measure is better with
+    every edge ablated than in the unpatched run; empty for any other search."""
+    better = report.unpatched - report.whole
+    if (better < 0) == training.minimises or better == 0:
+        return ""
+    aim, other = ("larger", "minimise") if better < 0 else ("smaller", "maximise")
+    return (
+        f"; note: the measure is {aim} with every edge ablated than in the unpatched run, so this "
+        f"circuit doesn't explain the run's value; `{other}: …` keeps the edges that do"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -1896,6 +1911,8 @@ class NodeSearch:
         self.scores = np.zeros(len(rows.candidates))
         """[candidate] the change of the measure when it was last written together with the group:
         those of the group when they were added."""
+        self.gain = math.nan
+        """How much better the last candidate made the measure, whether it was added or not."""
         self._rows, self._size, self._ends = rows, size, False
         self._meter = CircuitMeter(rows)
         self._value = math.nan
@@ -1920,7 +1937,9 @@ class NodeSearch:
             means = self._means([[*self.chosen, n] for n in due])
             self.scores[due] = means - self._value
             best = int(np.argmax(sign * means))
-            self._ends = bool(sign * (means[best] - self._value) <= 0)
+            self.gain = float(sign * (means[best] - self._value))
+            size = max(abs(float(means[best])), abs(self._value))
+            self._ends = self.gain <= self._rows.masked.model.rounding * size
             if not self._ends:
                 self.chosen.append(due[best])
                 self._value = float(means[best])
@@ -1936,7 +1955,7 @@ class NodeSearch:
 
     def capture(self) -> dict[str, Any]:
         """Return the state as JSON."""
-        numbers = [self.measured, self._value, self._ends]
+        numbers = [self.measured, self._value, self._ends, self.gain]
         return {"chosen": self.chosen, "scores": self.scores.tolist(), "numbers": numbers}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -1944,7 +1963,7 @@ class NodeSearch:
         scores = np.array(state["scores"])
         if scores.shape != self.scores.shape:
             raise ValueError("a checkpoint of other candidates")
-        self._meter.measured, self._value, self._ends = state["numbers"]
+        self._meter.measured, self._value, self._ends, self.gain = state["numbers"]
         self.chosen, self.scores = list(state["chosen"]), scores
 
 
@@ -1963,6 +1982,8 @@ def _search_nodes(training: DeclaredTraining, rows: NodeRows, job: TrainingJob) 
     made = f"each step added the {noun} that makes the measure {extreme}"
     if len(search.chosen) < size:
         made += f", until none makes it {aim}"
+        if search.gain > 0:
+            made += f" by more than rounding errors (the best by {search.gain:.1g})"
     made += f"; {count_noun(search.measured, 'group')} measured"
     return FoundGroup(np.array(search.chosen), search.scores, True, search.measured, made)
 

@@ -150,6 +150,20 @@ def test_search_lowers_a_distance(name: str, metric: str, tmp_path: Path) -> Non
     assert found.statistics[0].mean[0] > 0.3
 
 
+@pytest.mark.parametrize("difference", [DIFFERENCE, "logit(wrong) - logit(answer)"])
+def test_search_for_a_measure_that_the_run_lowers_has_a_note(
+    difference: str, tmp_path: Path
+) -> None:
+    """The clean run has the larger difference with `abc` for all edges."""
+    found = run(write(tmp_path, discovers(SEARCH, measure=f"measure {difference} as recovery")))
+    said = " ".join(found.conventions["circuit c"].split())
+    note = (
+        "note: the measure is larger with every edge ablated than in the unpatched run, so this "
+        "circuit doesn't explain the run's value; `minimise: …` keeps the edges that do"
+    )
+    assert (note in said) == (difference != DIFFERENCE)
+
+
 def test_recovery_of_a_discovered_circuit_is_that_of_the_runs(tmp_path: Path) -> None:
     """With 0 at the run `abc` and 1 at the clean run, as `from clean into abc` says."""
     line = f"measure {DIFFERENCE} as raw"

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,24 @@ def test_search_ends_where_no_site_improves_the_measure(aim: str, tmp_path: Path
         assert sign * (more - own) <= 0
     word = {"maximise": "larger", "minimise": "smaller"}[aim]
     assert f", until none makes it {word}; " in report.made
+
+
+@pytest.mark.parametrize("minimises", [False, True])
+@pytest.mark.parametrize(("last", "size"), [(2e-6, 2), (2e-3, 3)])
+def test_search_ends_at_improvements_within_rounding(
+    minimises: bool, last: float, size: int
+) -> None:
+    """Three sites, of which the last adds little to a measure of 8, with a rounding of 1e-6."""
+    gains = np.array([2.0, 1.0, last]) * (-1 if minimises else 1)
+    declared, model = SimpleNamespace(minimises=minimises), SimpleNamespace(rounding=1e-6)
+    masked = SimpleNamespace(active=np.arange(3), declared=declared, model=model)
+    rows: Any = SimpleNamespace(candidates=range(3), masked=masked, batch=8, trained=np.arange(2))
+    rows.means_with = lambda trained, left, batch: 8 + ~left @ gains
+    search = NodeSearch(rows, 3)
+    for _ in search.run():
+        pass
+    assert search.chosen == [0, 1, 2][:size]
+    assert search.gain == pytest.approx(last, rel=1e-4)
 
 
 def test_search_without_an_improvement_is_an_error(tmp_path: Path) -> None:
