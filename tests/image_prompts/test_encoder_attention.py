@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import as_in_the_data, check_file, run_on
 from ..quick import some
+from . import test_video_processors as videos
 from .reference import Edit, at, edited_module, record_value
 from .support import MEASURE, experiment
 from .test_families import ALL, BLOCK, TWO, bare, both, difference, folder, inputs, loaded, run_text
@@ -390,6 +392,40 @@ def test_attention_of_several_images_in_a_prompt_equals_that_of_each(name: str) 
             here = weights[own.cell(other(n), 1, 2)][:, own.cell(other(n), 1, 1)]
             expected.append(float(here.sum(1).mean()))
         np.testing.assert_allclose(found.measures[0].patched[number], expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_blocked_attention_in_merged_frames_of_a_video_equals_the_bare_encoder(name: str) -> None:
+    rule = "block attention vision layer 0 from frame 2 tokens to frame 2 row 1 col 1 token"
+    found = videos.run(experiment("e", "from clean into changed", rule), name)["e"]
+    grids, values = ((2, 4), (4, 2)), list[float]()
+    own = replace(TOWERS[name], grids=grids)
+    module = videos.bare(name).model.get_submodule(f"{own.blocks}.0.{own.attention}")
+    for n in ALL:
+        rows, cols = grids[n % 2]
+        start = 4 * rows * cols
+        queries = range(start, 2 * start)
+        keys = [start + patch for patch in own.cell(n % 2, 1, 1)]
+        with attended(module, between(queries, keys, blocked)):
+            values.append(videos.changed(name, n))
+    np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
+    assert np.abs(np.array(values) - found.measures[0].base[0]).max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
+def test_blocked_keys_in_another_image_change_nothing(name: str) -> None:
+    rule = "block attention vision layer 0 from two tokens to"
+    text = "".join(
+        experiment(f"e{n}", f"{rule} {keys}").replace("prompts ask", "prompts both")
+        for n, keys in enumerate(
+            ("{one row 1 col 2 token, two row 1 col 1 token}", "two row 1 col 1 token")
+        )
+    )
+    more, own = (each.measures[0] for each in run_in_both(name, TWO, text))
+    np.testing.assert_allclose(more.patched, own.patched, atol=1e-5)
+    assert np.abs(own.patched[0] - own.base[0]).max() > 0.01
 
 
 @pytest.mark.slow
