@@ -944,13 +944,14 @@ def test_all_edges_of_models_with_norms_after_attention_carry_another_run(
         ("exaone4", True),
         pytest.param("gemma3_text", True, marks=pytest.mark.slow),
         ("olmoe", False),
+        ("bitnet", False),
     ],
 )
 def test_skipped_nodes_of_models_with_further_norms_do_not_change_values(
     data: Path, monkeypatch: pytest.MonkeyPatch, name: str, skips: bool
 ) -> None:
-    """Norms follow sublayers. In OLMoE, one norm follows the queries of all heads, so that a head
-    depends on edges into others."""
+    """Norms follow sublayers. In OLMoE, one norm follows the queries of all heads, and in BitNet
+    their outputs, so that a head depends on edges into others."""
     heads = list[int]()
     settle = CircuitSettler.settle
 
@@ -962,6 +963,7 @@ def test_skipped_nodes_of_models_with_further_norms_do_not_change_values(
     monkeypatch.setattr(CircuitSettler, "settle", spy)
     config = {**families.CONFIGS["olmo2"], "num_experts": 4, "num_experts_per_tok": 2}
     monkeypatch.setitem(families.CONFIGS, "olmoe", config)
+    monkeypatch.setitem(families.CONFIGS, "bitnet", families.CONFIGS["olmo2"])
     model = unchanged(families.module(name))
     every = sorted((named(each) for each in list_edges(shared(model).shape)), key=str)
     random, text = np.random.default_rng(0), ""

@@ -29,7 +29,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -193,8 +193,7 @@ def _find_activation(model: LoadedModel, block: BlockAnatomy) -> Callable[[Tenso
         return None
     parent = model.module.get_submodule(block.mlp[0].rpartition(".")[0])
     found: Any = getattr(parent, "activation_fn", None)
-    activation: Callable[[Tensor], Tensor] | None = found if callable(found) else None
-    return activation
+    return cast("Callable[[Tensor], Tensor]", found) if callable(found) else None
 
 
 def _reads_alone(mlp: nn.Module) -> bool:

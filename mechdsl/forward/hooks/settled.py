@@ -18,6 +18,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.forward.hooks.batch import CircuitWrite, SenderFill, SiteRead
 from mechdsl.forward.hooks.circuits import ATTENTION_INPUTS, is_plain_mlp
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.block import linear_sizes
 from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 
 
@@ -53,6 +54,8 @@ class CircuitSettler:
         queries of a layer has more weights than a query has numbers."""
         model = self.model
         every = range(model.shape.n_layers)
+        if any(_has_joint_norm(model, n) for n in every):
+            return False
         return all(_has_separate_units(model, site, n) for site in ATTENTION_INPUTS for n in every)
 
     def settle(self, write: CircuitWrite, lengths: Ints) -> CircuitWrite:
@@ -120,6 +123,23 @@ class CircuitSettler:
             tuple(_receiver(graph.receivers[n]) for n in np.flatnonzero(due)),
             torch.from_numpy(ablated[due]).to(write.mask),
         )
+
+
+def _has_joint_norm(model: LoadedModel, layer: int) -> bool:
+    """Return whether the output projection reads a norm of all heads together (BitNet)."""
+    block = model.anatomy.blocks[layer]
+    if block.output is None:
+        return False
+    sizes = linear_sizes(model.module.get_submodule(block.output))
+    known = {*block.projections, block.output, block.attn_output_norm, block.middle, block.end}
+    known |= {model.tap(site, layer).path for site in ATTENTION_INPUTS}
+    parent = block.output.rpartition(".")[0]
+    return any(
+        weight.dim() == 1 and (sizes is None or len(weight) == sizes[0])
+        for name, module in model.module.get_submodule(parent).named_children()
+        if f"{parent}.{name}" not in known
+        for weight in module.parameters()
+    )
 
 
 def _has_separate_units(model: LoadedModel, site: str, layer: int) -> bool:
