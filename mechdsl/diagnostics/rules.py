@@ -235,7 +235,10 @@ class MeasuredSavedRows(Diagnostic):
     depends_on = frozenset({"rows"})
     title = "`{experiment}` measures prompts that `{chosen}` was chosen on"
     label = "{shared} of its {rows} rows"
-    help = "measure other rows: effects on prompts of the choice say little about new prompts"
+    help = (
+        "measure other rows: effects on the prompts that it was chosen on say little about new "
+        "prompts"
+    )
     experiment: str
     chosen: str
     shared: int

@@ -403,9 +403,9 @@ class LaterDecoder:
     """The features of a cross-layer transcoder, as they write to a layer after theirs."""
 
     dictionary: Dictionary
-    """With decoders."""
+    """Dictionary of a cross-layer transcoder, with its decoders."""
     distance: int
-    """Number of layers between the two."""
+    """Number of layers from the features' layer to the later one."""
 
     @property
     def size(self) -> int:

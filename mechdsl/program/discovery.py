@@ -256,7 +256,7 @@ def _candidate_problems(line: ast.Discover, groups: Collection[str] | None) -> I
     further = [each for each in line.over if not isinstance(each, ast.Name) or each.id not in NODES]
     for each in further:
         if isinstance(each, ast.Name) and groups is not None and each.id not in groups:
-            reason = f"has no nodes `{each.id}`, which isn't a group of the file"
+            reason = f"can't use `{each.id}`: it is neither a type of node nor a group of the file"
             hint = f"define a group, such as {NODES_EXAMPLE}, or write `features of f`; to choose "
             hint = did_you_mean(
                 each.id, [*NODES, *groups], f"{hint}nodes instead of edges: {NODE_EXAMPLE}"

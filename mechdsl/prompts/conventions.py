@@ -121,7 +121,8 @@ def _joined_frames(name: str, rows: Sequence[RunRow], tokenizer: TextTokenizer) 
         tuple(each.picture.picture.extent for each in row.whole_pictures) for row in rows
     )
     if not all(len(each) < 2 or tokenizer.prepares_together(each) for each in extents):
-        said += "; each video of a prompt alone, as it takes videos of one number of frames"
+        said += "; each video of a prompt is prepared alone, because the processor needs the same "
+        said += "number of frames in all"
     return said
 
 

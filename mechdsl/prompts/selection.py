@@ -609,7 +609,7 @@ def set_mean_images(
 
     The mean is over rows before `limit`. Images in prompts of different sizes are resized and
     cropped first, as the model's processor does. Codes: those of the rows; E0207 if the processor
-    gives images of different sizes no common one.
+    gives images of different sizes no common size.
 
     enough: the number of rows that a check reads.
     """

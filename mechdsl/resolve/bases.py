@@ -1083,7 +1083,7 @@ def _check_separable(site: ast.Site, bases: Sequence[PointBases], verb: str) -> 
 _OF_ONE_LAYER: Mapping[str, str] = {
     "set": "`reconstruction of` needs the features of all layers",
     "project out": "a feature has a direction in each layer, so `project out` isn't defined",
-    "exchange": "features that come in aren't of the same layers",
+    "exchange": "features of several layers can't be exchanged",
 }
 """Verbs of rules that need a dictionary of one layer → reason."""
 

@@ -209,8 +209,8 @@ def resolve_circuit(
 def find_dead_edges(
     circuit: CircuitTargets, positions: PositionTargets, rule: spec.Rule, work: ExperimentContext
 ) -> tuple[CircuitEdge, ...]:
-    """Return the edges of a circuit that lead to the end of the model by no others of it, if a rule
-    ablates all others at every token. At other tokens, more edges lead on."""
+    """Return the edges of a circuit that aren't on a path of its edges to the end of the model, if
+    a rule ablates all others at every token. Tokens without ablation have paths of all edges."""
     rows = work.table.runs[work.experiment.base].rows
     if (
         not rule.all_but

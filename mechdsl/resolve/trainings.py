@@ -554,7 +554,7 @@ def compare_prompts(
 
     Args:
         chosen: Name of the group or circuit.
-        prompts: Digests of the prompts of the choice; empty if the file has none.
+        prompts: Digests of the prompts that it was chosen on; empty if the file has none.
         noun: What was chosen: `site`, `edge`.
         table: The rows of the experiment.
 

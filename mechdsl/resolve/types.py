@@ -1085,7 +1085,7 @@ class CircuitTargets(Record):
     )
     """The finite scores of the other edges of the model, if a training gave them some."""
     dead: tuple[CircuitEdge, ...] = field(default=(), compare=False)
-    """Edges that lead to the end of the model by no others of the circuit, if all others are
+    """Edges that aren't on a path of the circuit's edges to the end of the model, if all others are
     ablated at every token."""
 
     @property

@@ -344,7 +344,8 @@ def _in_images(
     if not any(hits) and not (work.table.stands_in or work.model.tokenizer.stands_in):
         assert rule.site is not None
         reason = f"acts on images, and no row of `{work.table.name}` has one"
-        hint = "add `image photo = …` and `{photo}` to the block, or remove `vision`"
+        hint = f"add `image photo = …` and `{{photo}}` to `prompts {work.table.name}`, or remove "
+        hint += "`vision`"
         name = "replace block vision"
         work.diagnostics.append(
             BadArgument(span=rule.site.span, name=name, reason=reason, hint=hint)

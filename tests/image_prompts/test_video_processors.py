@@ -417,7 +417,7 @@ def test_videos_of_different_lengths_have_the_vectors_of_each_alone(name: str, m
     for video, frames in zip(VIDEOS, (4, 2), strict=True):
         said = found["e0"].conventions[f"video `{video}`"]
         assert said.startswith(f"{frames} frames, ")
-        assert "each video of a prompt alone, as it takes videos of one number of frames" in said
+        assert "; each video of a prompt is prepared alone, because the processor needs" in said
 
 
 def test_videos_of_qwen_of_different_lengths_are_prepared_together() -> None:

@@ -260,7 +260,7 @@ _file(
     '`saved("out/g/mask.json")` has the sites or dimensions that a training chose, and `top n of '
     "g` selects its best sites (`tests/rules/test_saved_groups.py`). A file with positions, with "
     "features or with sites that the model doesn't have is E0342. The results store the file's "
-    "SHA-256. The file has digests of the prompts that chose the group; measured ones are W0738 "
+    "SHA-256. The file has digests of the prompts that chose the group; measuring them is W0738 "
     "(`tests/pipeline/test_rows_of_saved_choices.py`).",
     "tests/rules/test_feature_groups.py",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
@@ -407,7 +407,7 @@ _file(
     "is the sum. A circuit with only some of them is E0342. So are sizes that don't match the "
     "model, unknown components and pickles (`.pt`). Edges aren't pruned. The results store the "
     "file's SHA-256. If the file has digests of the prompts that chose the edges, as those that "
-    "mechdsl writes, measured ones are W0738.",
+    "mechdsl writes, measuring them is W0738.",
     "tests/rules/test_circuit_files.py",
     "Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, arXiv 2504.13151",
 )
@@ -1385,8 +1385,8 @@ _site("layers 0..2", "resid_post layers 0..2", "All of these layers in one run."
 _site(
     "layer *",
     "layer * head *",
-    "Every value; of layers, those whose blocks have the site, which the conventions list if other "
-    "blocks lack it. `head` without a component refers to `z`, and `neuron` to `mlp_hidden`.",
+    "Every value. `layer *` selects the layers that have the site; the conventions list them if "
+    "other layers lack it. `head` without a component refers to `z`, and `neuron` to `mlp_hidden`.",
     _COORDINATES,
 )
 _site(
@@ -1926,7 +1926,7 @@ _rule(
     "replace block layers 1..2 with identity",
     "Skips the blocks: their output is their input. `replace block vision layer 4 with identity` "
     "or `with block vision layer 3` replaces blocks of the vision encoder, for all images of a "
-    "row. In Qwen2.5-VL, both of its blocks must attend to whole images, or both within windows.",
+    "row. In Qwen2.5-VL, both blocks must attend to whole images, or both within windows.",
     OWN,
     "tests/rules/test_blocks.py",
 )
@@ -3316,8 +3316,8 @@ _in_prompt(
     "merge two frames, and `frame 1` is the first two. `frame 2 tokens`, `each frame tokens` and "
     "`frame 2 row 3 col 4 token` are positions, also with a `for` variable (`frame k + 1 row 3 "
     "col 4 token`); with several videos, add `of clip`. `clip tokens` is the tokens of all frames. "
-    "If the processor takes only videos of one number of frames in a prompt, those of different "
-    "numbers have the tokens and vectors of each alone.",
+    "If the processor needs the same number of frames in all videos of a prompt, videos of "
+    "different numbers have the tokens and vectors that each has alone.",
     context='kind in ["circle", "square"] template "{clip} What moves?"',
     test="test_video_processors.py",
 )
@@ -3401,7 +3401,7 @@ _in_prompt(
     "generated text. So are `path`, `replace block vision layer 4 with …`, `observe probe`, "
     "`observe prediction` and trained probes; others are E0108. Both ends of a `path` are in the "
     "encoder: `path z vision layer 2 head 0 -> q vision layer 4 head * at photo tokens`. A "
-    "probe's row is the mean over the patches, and rows with one image are in one fold. "
+    "probe's row is the mean over the patches, and rows with the same image are in one fold. "
     "In Idefics2, rules act on all patches of an image "
     "(`photo tokens`) and nothing is observed. "
     "`block attention vision layer 4 from photo tokens to photo row 2 col 3 token`, `reweight`, "

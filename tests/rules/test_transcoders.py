@@ -780,7 +780,7 @@ CROSS_ERRORS = {
     "project out": ("project out feature 1 of c at last token", "a direction in each layer"),
     "exchange": (
         "patch feature 1 of c at last token with feature 2 of c",
-        "features that come in aren't of the same layers",
+        "features of several layers can't be exchanged",
     ),
     "estimator": (
         "from other into clean  patch feature * of c at last token  using integrated_gradients",

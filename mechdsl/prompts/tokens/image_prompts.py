@@ -585,8 +585,8 @@ class ImagePromptTokenizer(TextTokenizer):
         """Raise UnsupportedProcessor if several pictures in a prompt have other tokens than each
         alone.
 
-        Videos of different numbers of frames that a processor can't prepare together have the
-        tokens of each alone, if those of equal numbers have them.
+        Videos of different numbers of frames that a processor can't prepare together pass if
+        videos of equal numbers of frames have the tokens that each has alone.
         """
         each = tuple(map(self.sized, extents))
         if not self.layout.joins_images_and_videos and len(set(map(len, each))) > 1:
