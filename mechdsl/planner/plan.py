@@ -56,6 +56,7 @@ from mechdsl.planner.rows import (
     RulePlan,
     TokenHits,
     count_columns,
+    list_absent_patches,
 )
 from mechdsl.program.spec import SEED_AXIS, Generation
 from mechdsl.prompts.rows import PromptTable
@@ -446,7 +447,11 @@ def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
     by_name = dict(zip(names, coordinates, strict=True))
     shape = experiment.model.shape
     rules = tuple(
-        replace(plan, in_answers=_acts_in_answers(experiment, plan), number=number)
+        replace(
+            _leave_out_absent_patches(plan, experiment),
+            in_answers=_acts_in_answers(experiment, plan),
+            number=number,
+        )
         for number, plan in enumerate(
             _rule_plan(rule, by_name, count, shape) for rule in experiment.rules
         )
@@ -622,6 +627,16 @@ def _rule_plan(
         active=active,
         steps=steps,
     )
+
+
+def _leave_out_absent_patches(plan: RulePlan, experiment: ResolvedExperiment) -> RulePlan:
+    """Return the plan of an observation without numbers of patches that an image lacks, if a
+    resampler reads all patches of a tile."""
+    if not (plan.rule.in_vision and isinstance(plan.rule.does, Observation)):
+        return plan
+    run, model = experiment.table.runs[experiment.spec.base], experiment.model
+    absent = list_absent_patches(run, model.tokenizer, model.shape)
+    return plan if absent is None else replace(plan, written=plan.written.without(absent))
 
 
 def _follows(targets: PositionTargets | None) -> Ints:

@@ -712,8 +712,8 @@ def _describe_resampled_rule(
             "between patches",
             "patch its sender: `patch z vision layer 0 head 0 at photo tokens`",
         )
-    if rule.spec.observed is not None:
-        return "of patches", "observe `embed` at the tokens of the image"
+    if rule.spec.observed is not None and rule.spec.observed.word != "norm":
+        return "of patches", "use `observe norm`, or observe `embed` at the tokens of the image"
     cells = [(own, cell) for cell in rule.positions.written.values()]
     cells += [(read, cell) for cell in rule.positions.read.values()]
     if not all(_holds_whole_images(run, cell) for run, cell in cells):

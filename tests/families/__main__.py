@@ -126,9 +126,9 @@ token; others are E0108.
 
 The resampler of `idefics2` reads all patches of a tile for each token, so rules in its encoder act
 on all patches of an image and of its tiles, as in `scale z vision layer 4 at photo tokens by 0`. A
-position with only some tokens of an image is E0108, and so are observations, functions
-(`python(…)`), and rules that copy patches or average them over images of different sizes.
-Directions and bases of its patches are E0413.
+position with only some tokens of an image is E0108, and so are other observations than `observe
+norm`, functions (`python(…)`), and rules that copy patches or average them over images of different
+sizes. Directions and bases of its patches are E0413.
 
 The encoder of `mllama` has local blocks, then global ones. They count as one stack: with 32 local
 and 8 global blocks, `vision layer 0..31` are local and `vision layer 32..39` global. The norm and

@@ -24,6 +24,7 @@ from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.layouts import IMAGE_LAYOUTS
+from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.loading.loader import adopt_model
 from mechdsl.planner.cost import vision_adds
 from mechdsl.planner.passes import make_plan
@@ -330,6 +331,63 @@ def test_rule_in_a_derived_run_equals_hooks() -> None:
     assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.1
 
 
+def norms(given: dict[str, Tensor], site: str, layer: int, *, splits: bool) -> Tensor:
+    """[patch, head] of `z`, otherwise [patch, 1]."""
+    own = state(site, layer, given, splits=splits)[patches(given)]
+    return own.unflatten(-1, (HEADS if site == "z" else 1, -1)).norm(dim=-1)
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+@pytest.mark.parametrize(("sizes", "splits"), [("mixed", True), ("mixed", False)])
+def test_observed_norm_is_the_mean_over_all_patches(sizes: str, splits: bool, mode: str) -> None:
+    """In an unpatched run, of another run, of each head, and after a rule."""
+    lines = (
+        ("observe norm resid_post vision layer * at photo tokens",),
+        ("observe norm resid_pre vision layer * of changed at photo tokens",),
+        ("observe norm z vision layer 1 head * at photo tokens",),
+        (
+            "scale resid_pre vision layer 0 at photo tokens by -2",
+            "observe norm resid_post vision layer * at photo tokens",
+        ),
+    )
+    text = "".join(experiment(f"e{n}", *own, measure="") for n, own in enumerate(lines))
+    post, other_run, heads, after = (
+        each.measures[0].patched for each in run_text(text, sizes, mode, splits=splits)
+    )
+    for n in ALL:
+        given = inputs(sizes, n, n, splits=splits)
+        changed = inputs(sizes, n, other(n), splits=splits)
+        for layer in range(LAYERS):
+            expected = norms(given, "resid_post", layer, splits=splits).mean()
+            np.testing.assert_allclose(post[layer, n], expected, rtol=1e-5)
+            expected = norms(changed, "resid_pre", layer, splits=splits).mean()
+            np.testing.assert_allclose(other_run[layer, n], expected, rtol=1e-5)
+            with edited("resid_pre", 0, times(patches(given), -2), splits=splits):
+                expected = norms(given, "resid_post", layer, splits=splits).mean()
+            np.testing.assert_allclose(after[layer, n], expected, rtol=1e-5)
+        expected = norms(given, "z", 1, splits=splits).mean(0)
+        np.testing.assert_allclose(heads[:, n], expected, rtol=1e-5)
+    assert np.abs(after / post - 1).max() > 0.1
+    assert len({len(patches(inputs("mixed", n, n))) for n in ALL}) > 1
+
+
+def test_observed_norm_of_one_of_two_images_equals_that_of_the_bare_encoder() -> None:
+    block = TWO.replace("corrupt changed { swap one, two }\n", "")
+    block = block.replace('" w1 w2"', '" w1"').replace('" w2 w2"', '" w2"')
+    positions = ("one tokens", "two tokens", "{one tokens, two tokens}")
+    lines = (f"observe norm resid_post vision layer 0 at {each}" for each in positions)
+    text = "".join(experiment(f"e{n}", line, measure="") for n, line in enumerate(lines))
+    results = run_text(text.replace("prompts ask", "prompts both"), "mixed", block=block)
+    for n in ALL:
+        given = inputs("mixed", n, n, other(n))
+        own = norms(given, "resid_post", 0, splits=True)[:, 0]
+        alone = [len(patches(inputs("mixed", n, image))) for image in (n, other(n))]
+        assert sum(alone) == len(own)
+        expected = [own[: alone[0]].mean(), own[alone[0] :].mean(), own.mean()]
+        found = [each.measures[0].patched[0, n] for each in results]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", some(SIZES, ["mixed"]))
 def test_planned_cost_of_the_encoder_is_near_the_counted_products(sizes: str) -> None:
     """Each prompt runs the encoder on its own patches, not on those of the largest image."""
@@ -363,7 +421,8 @@ def vision_products(given: dict[str, Tensor]) -> int:
 
 ERRORS = {
     "scale resid_post vision layer 0 at each token of photo by 2": "at some tokens of an image",
-    "observe norm resid_post vision layer 0 at photo tokens": "`observe norm` of patches",
+    "observe norm resid_post vision layer 0 at each token of photo": "at some tokens of an image",
+    "observe similarity resid_post vision layer 0 at photo tokens": "`observe similarity` of",
     "set resid_pre vision layer 1 at photo tokens to "
     "value(resid_pre vision layer 1 at photo tokens) of clean": "images of different sizes",
     "patch resid_post vision layer 0 at photo tokens": "between images of different sizes",
@@ -384,6 +443,15 @@ def test_invalid_line_reports_e0108_before_anything_runs(line: str, reason: str)
     assert reason in problem.message, problem.message
 
 
+@pytest.mark.parametrize("site", ["resid_post layer 0", "resid_post vision layer 0"])
+def test_rows_and_columns_report_e0310(site: str) -> None:
+    text = experiment("e", f"observe norm {site} at photo row 1 col 1 token", measure="")
+    found: Sequence[Diagnostic] = run_on(source(text, "mixed"), {"m": loaded(splits=True)})[1]
+    [problem] = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0310"
+    assert "tokens without rows and columns" in str(problem)
+
+
 FITTED = {
     "direction d = mean(ask)": "add 2 * d to resid_post vision layer 0 at photo tokens",
     "basis b = pca(ask, dims: 2)": "scale resid_pre vision layer 0 in basis b at photo tokens by 2",
@@ -400,7 +468,22 @@ def test_direction_or_basis_of_resampled_patches_reports_e0413(definition: str, 
     assert "resampler" in problem.label_text
 
 
-def test_wrong_grid_reports_e0413(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_observation_of_unknown_patches_reports_e0413(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reject(self: Any, *given: Any) -> list[tuple[int, ...]]:
+        raise UnsupportedProcessor("its patches aren't known")
+
+    monkeypatch.setattr(type(IMAGE_LAYOUTS["idefics2"]), "patches", reject)
+    own = bare(splits=True)
+    model, found = adopt_model("m", deepcopy(own.model), own.processor)
+    assert model is not None, found
+    text = experiment("e", "observe norm resid_post vision layer 0 at photo tokens", measure="")
+    [problem] = [p for p in run_on(source(text, "equal"), {"m": model})[1] if p.severity == "error"]
+    assert problem.code == "E0413"
+    assert "its patches aren't known" in str(problem)
+
+
+@pytest.mark.parametrize("verb", ["scale", "observe norm"])
+def test_wrong_grid_reports_e0413(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layout with too few rows of the tiles leaves out patches that change tokens."""
     entry = type(IMAGE_LAYOUTS["idefics2"])
     right = entry.patches
@@ -413,6 +496,7 @@ def test_wrong_grid_reports_e0413(monkeypatch: pytest.MonkeyPatch) -> None:
     own = bare(splits=True)
     model, found = adopt_model("m", deepcopy(own.model), own.processor)
     assert model is not None, found
-    text = experiment("e", "scale resid_post vision layer 0 at photo tokens by 2")
+    rule = f"{verb} resid_post vision layer 0 at photo tokens"
+    text = experiment("e", f"{rule} by 2") if verb == "scale" else experiment("e", rule, measure="")
     problems = run_on(source(text, "equal"), {"m": model})[1]
     assert [each.code for each in problems if each.severity == "error"] == ["E0413"]

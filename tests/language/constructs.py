@@ -3403,7 +3403,7 @@ _in_prompt(
     "encoder: `path z vision layer 2 head 0 -> q vision layer 4 head * at photo tokens`. A "
     "probe's row is the mean over the patches, and rows with the same image are in one fold. "
     "In Idefics2, rules act on all patches of an image "
-    "(`photo tokens`) and nothing is observed. "
+    "(`photo tokens`), and only `observe norm` observes them. "
     "`block attention vision layer 4 from photo tokens to photo row 2 col 3 token`, `reweight`, "
     "`set` and `observe attention vision` are about attention between patches "
     "([Models](models.md#image-tokens), `tests/image_prompts/test_encoder_attention.py`). "

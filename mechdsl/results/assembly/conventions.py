@@ -405,7 +405,7 @@ def _describe_patches(shape: ModelShape) -> str:
     if shape.resamples:
         return (
             "at all tokens of an image, rules act on all its patches, each of which a resampler "
-            "reads for every token"
+            "reads for every token; observations are means over them"
         )
     if side == 1:
         return "each token of an image is one of its patches"
