@@ -33,7 +33,7 @@ from mechdsl.forward.hooks.model import (
     has_single_output,
     replace_blocks,
 )
-from mechdsl.forward.hooks.token_copies import TokenCopies, find_copies
+from mechdsl.forward.hooks.token_copies import TokenCopies, find_batch_copies
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.images.pixels import model_input
 from mechdsl.models.shape import PaddingSide
@@ -277,8 +277,8 @@ class _BatchPass:
 def _find_copies(model: LoadedModel, batch: Batch, parts: Sequence[_RunPart]) -> TokenCopies | None:
     """Find the tokens of equal beginnings of prompts; None if they aren't shared."""
     ids = [row for part in parts for row in part.ids]
-    apart = np.repeat([part.run.noise is not None for part in parts], [len(p.ids) for p in parts])
-    return find_copies(model, ids, batch.starts, batch.ids.shape[1], apart=apart)
+    noised = np.repeat([part.run.noise is not None for part in parts], [len(p.ids) for p in parts])
+    return find_batch_copies(model, batch, ids, noised)
 
 
 def _run_pass(

@@ -1214,8 +1214,7 @@ class PanelCount:
     def saved_by_sharing(self, *, stopped: bool) -> Cost:
         """Return the cost of equal beginnings of unpatched prompts, except the first of each."""
         tokens, adds = 0, 0.0
-        each = self.block.project + self.block.output
-        each += 0 if self.shape.n_experts else self.block.mlp
+        each = self.block.saved_by_copy(experts=bool(self.shape.n_experts))
         for name, times in self.sweeps.items():
             stop = self._stop(name, stopped)
             blocks = self.shape.n_layers if stop is None else min(stop, self.shape.n_layers)
@@ -1229,12 +1228,15 @@ class PanelCount:
         layout = find_image_layout(experiment.model, self.table)
         ahead = layout is not None and bool(layout.prefix_end)
         differs = run.derived is not None or run.noise is not None
-        if ahead or differs or not self.shape.reads_prefix:
+        attends = self.shape.takes == "attended image"
+        if ahead or differs or not (attends or self.shape.reads_prefix):
             return 0
         found, size = 0, batch_size(self.panel, self.prompt_tokens)
         for first in range(0, len(run.rows), size):
-            ids = [row.ids for row in run.rows[first : first + size]]
-            owner = share_beginnings(ids, np.zeros(len(ids), dtype=np.bool_))
+            rows = run.rows[first : first + size]
+            ids = [row.ids[row.source :] for row in rows]
+            images = np.array([row.ids[0] if attends else 0 for row in rows], dtype=np.int64)
+            owner = share_beginnings(ids, images)
             if owner is not None:
                 own = (owner < 0) | (owner == np.arange(len(ids))[:, None])
                 found += int((~own).sum())

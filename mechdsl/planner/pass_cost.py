@@ -56,6 +56,17 @@ class BlockCost:
         over all blocks."""
         return int(self.share * self.image * self.encode)
 
+    def saved_by_copy(self, *, experts: bool) -> float:
+        """Multiply-adds of a token that equals one of another prompt, whose linear maps are shared,
+        on average over all blocks. Blocks that attend to an image share the maps of attention only.
+
+        Args:
+            experts: Whether MLPs have experts, which aren't shared.
+        """
+        mlp = 0 if experts else self.mlp
+        whole = self.project + self.output + mlp
+        return whole - self.share * (self.encode + mlp)
+
     def pairs(self, lengths: Ints) -> Ints:
         """Count the pairs of a query and a key that it sees, in prompts of these lengths."""
         return lengths * (lengths + 1) // 2 if self.causal else lengths**2

@@ -20,7 +20,7 @@ from mechdsl.program.images import FRAME_SPAN
 from mechdsl.prompts.values import TextSpan
 
 if TYPE_CHECKING:
-    from mechdsl.base.arrays import Bools, Ints
+    from mechdsl.base.arrays import Ints
 
 
 ANSWER_SPAN = "answer"
@@ -567,12 +567,13 @@ MIN_SHARED_TOKENS = 512
 """Fewest copies of tokens in a batch of unpatched prompts that are worth sharing."""
 
 
-def share_beginnings(prompts: Sequence[tuple[int, ...]], apart: Bools) -> Ints | None:
+def share_beginnings(prompts: Sequence[tuple[int, ...]], groups: Ints) -> Ints | None:
     """Find the tokens of unpatched prompts that equal those of an earlier one in a causal model.
 
     Args:
         prompts: [prompt] token ids; tokens of an image have separate ids for each image.
-        apart: [prompt] whether its activations differ from those of prompts with equal tokens.
+        groups: [prompt] a number; activations of prompts with different numbers differ, also at
+            equal tokens.
 
     Returns:
         [prompt, position]: the first prompt with the same tokens up to there, and -1 after the last
@@ -583,7 +584,7 @@ def share_beginnings(prompts: Sequence[tuple[int, ...]], apart: Bools) -> Ints |
     lengths = np.array([len(ids) for ids in prompts], dtype=np.int64)
     numbers = np.arange(len(prompts))
     found = np.where(np.arange(lengths.max())[None, :] < lengths[:, None], numbers[:, None], -1)
-    state = np.where(apart, numbers + 1, 0)
+    state = np.unique(groups, return_inverse=True)[1]
     for position in range(found.shape[1]):
         rows = np.flatnonzero(lengths > position)
         tokens = np.array([prompts[row][position] for row in rows.tolist()], dtype=np.int64)

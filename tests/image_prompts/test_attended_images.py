@@ -3,6 +3,7 @@ bare model with inputs from its processor."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.execute import unpatched_runs
 from mechdsl.execute.image_vectors import provide_images
 from mechdsl.execute.run.panel import execute
 from mechdsl.forward.hooks import model as model_inputs
@@ -45,6 +47,7 @@ from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.loading.loader import adopt_model
 from mechdsl.models.config import shape_from_config
 from mechdsl.planner.passes import make_plan, plan_cost
+from mechdsl.prompts import runs
 from mechdsl.results.assembly.collection import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
@@ -504,6 +507,132 @@ def difference_without(n: int, keys: Sequence[int]) -> float:
         return difference(n, n)
     finally:
         handle.remove()
+
+
+QUESTIONS = [
+    (image, what) for image in (1, 3) for what in ("dots", "red dots", "red circle", "dots and red")
+]
+"""(number of the image, question): prompts of several lengths, four for each of two images."""
+ASKED = """
+prompts ask {
+  rows "questions.jsonl"
+  image photo = "{file}"
+  template "how many {photo} are {what} there ? answer :"
+  answer " 1"
+  wrong " 2"
+  corrupt changed { file = other }
+}
+"""
+SHARED = (
+    "patch resid_post layer 2 at last token",
+    "patch z cross layer 3 heads * at last token",
+    "ablate v cross layer 1 heads * at photo row 1 col 2 token with zero",
+)
+
+
+@pytest.fixture
+def _sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MIN_SHARED_TOKENS", 1)
+    lines = [
+        {"file": f"{image}.png", "other": f"{4 - image}.png", "what": what}
+        for image, what in QUESTIONS
+    ]
+    (folder() / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+def asked(image: int, what: str, hooks: Iterable[Hook] = ()) -> float:
+    """The difference of two logits for one question about an image."""
+    text = f"how many {IMAGE} are {what} there ? answer :"
+    picture = Image.open(folder() / f"{image}.png").convert("RGB")
+    given = processor()(text=[text], images=[[picture]], return_tensors="pt")
+    with torch.no_grad(), hooked(hooks):
+        logits = bare()(**given, use_cache=False).logits[0, -1]
+    return float(logits[token("1")] - logits[token("2")])
+
+
+def copied_from(image: int, what: str, site: str, layer: int) -> Hook:
+    """Replace the last token's vector by that of the question about another image."""
+    found: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        found.append(value.clone())
+        return value
+
+    asked(image, what, [(*place(site, layer), keep)])
+    return at(site, layer, [-1], None, found[0])
+
+
+@pytest.mark.usefixtures("_sharing")
+@pytest.mark.parametrize("mode", ["planned", "plain", "padded on the right"])
+def test_prompts_with_an_image_and_a_beginning_in_common_equal_hooks(mode: str) -> None:
+    """In two runs that share passes, and have the same texts about other images."""
+    text = "".join(experiment(f"e{n}", "from clean into changed", r) for n, r in enumerate(SHARED))
+    found = run_text(text, mode, ASKED)
+    for number, own in enumerate(found):
+        for n, (image, what) in enumerate(QUESTIONS):
+            hooks = [
+                copied_from(image, what, "resid_post", 2),
+                copied_from(image, what, "z cross", 3),
+                at("v cross", 1, [patch(4 - image, 1, 2)], None, torch.zeros_like),
+            ]
+            measure = own.measures[0]
+            values = measure.base[0, n], measure.patched[0, n]
+            due = asked(4 - image, what), asked(4 - image, what, [hooks[number]])
+            np.testing.assert_allclose(values, due, atol=2e-4)
+        assert np.abs(own.measures[0].patched - own.measures[0].base).max() > 0.1
+
+
+def count_tokens(text: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the tokens for which queries, an output of attention and an MLP are computed."""
+    loaded()  # its checks compute tokens too
+    counts = Counter[str]()
+    paths = [f"{block_at(0)}.self_attn.q_proj", f"{block_at(0)}.mlp.up_proj"]
+    paths += [f"{block_at(1)}.cross_attn.q_proj", f"{block_at(1)}.cross_attn.o_proj"]
+    weights = {id(bare().get_submodule(path).weight): path for path in paths}
+    linear = torch.nn.functional.linear
+
+    def look(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if id(weight) in weights:
+            counts[weights[id(weight)]] += given.shape[:-1].numel()
+        return linear(given, weight, bias)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "linear", look)
+        run_text(text, mode, ASKED)
+    return counts
+
+
+@pytest.mark.usefixtures("_sharing")
+def test_tokens_of_shared_beginnings_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompts of an image share "<s> how many <image> are". Other words are "dots", "red dots",
+    "circle" after a "red", and "and red" after "dots", each before "there ? answer :". Both runs
+    are one pass here and have the same prompts. Rows are padded to 12 tokens and share nothing."""
+    text = experiment("e", "from clean into changed", SHARED[0])
+    shared = count_tokens(text, "planned", monkeypatch)
+    monkeypatch.setattr(runs, "MIN_SHARED_TOKENS", 1 << 30)
+    alone = count_tokens(text, "planned", monkeypatch)
+    rows = 2 * 4 * 12
+    assert set(alone.values()) == {3 * rows}, alone
+    assert set(shared.values()) == {rows + 2 * (5 + 5 + 6 + 5 + 6)}, shared
+
+
+@pytest.mark.usefixtures("_sharing")
+def test_plan_counts_shared_beginnings_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan counts each run separately, also if few prompts let two runs share a pass."""
+    monkeypatch.setattr(unpatched_runs, "MAX_SHARED_TOKENS", 0)
+    text = experiment("e", "from clean into changed", SHARED[0])
+    checked = check_file(text, folder(), loaded(), ASKED)
+
+    def count(without: frozenset[str]) -> tuple[float, float]:
+        plan = make_plan(checked.experiments, without=without)
+        execute(plan, {"m": loaded()}, None, check=check_denominators)  # encodes the images
+        with FlopCounterMode(display=False) as counter:
+            execute(plan, {"m": loaded()}, None, check=check_denominators)
+        return counter.get_total_flops() / 2, plan_cost(plan).planned.multiply_adds
+
+    (counted, planned), (apart, more) = count(frozenset()), count(frozenset(["share"]))
+    assert counted < 0.9 * apart
+    assert 0.8 < (more - planned) / (apart - counted) < 1.25
 
 
 def test_text_before_the_image_equals_the_bare_model() -> None:

@@ -124,7 +124,7 @@ def test_shared_images_save_the_planned_products(
 
 def test_share_beginnings_ragged_prompts_returns_first_owner() -> None:
     prompts = [(5, 6, 7), (5, 6), (5, 6, 7, 8), (6, 6, 7), (5, 6, 7, 8)]
-    found = share_beginnings(prompts, np.array([False, False, False, False, True]))
+    found = share_beginnings(prompts, np.array([0, 0, 0, 0, 7]))
     assert found is not None
     assert found.tolist() == [
         [0, 0, 0, -1],
@@ -136,7 +136,7 @@ def test_share_beginnings_ragged_prompts_returns_first_owner() -> None:
 
 
 def test_share_beginnings_few_copies_returns_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    none = np.zeros(3, dtype=np.bool_)
+    none = np.zeros(3, dtype=np.int64)
     assert share_beginnings([(1, 2), (2, 2), (3, 2)], none) is None
     assert share_beginnings([(1, 2), (1, 2), (3, 2)], none) is not None
     monkeypatch.setattr(runs, "MIN_SHARED_TOKENS", 3)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mechdsl.base.arrays import Bools
-from mechdsl.forward.hooks.batch import indices_to_device
+from mechdsl.base.arrays import Bools, Ints
+from mechdsl.forward.hooks.batch import Batch, indices_to_device
 from mechdsl.forward.hooks.model import IMAGE_TOKENS, LoadedModel
 from mechdsl.forward.hooks.module_exchange import replace_forward
 from mechdsl.models.block import is_transposed
@@ -53,7 +53,7 @@ def find_copies(
     starts: Tensor,
     width: int,
     *,
-    apart: Bools | None = None,
+    groups: Ints | None = None,
 ) -> TokenCopies | None:
     """Find the tokens of equal beginnings of prompts; None if they aren't shared.
 
@@ -64,13 +64,17 @@ def find_copies(
         prompts: [prompt] its tokens in the pass.
         starts: [prompt] the column of its first token.
         width: Columns of the pass.
-        apart: [prompt] whether its activations differ from those of prompts with equal tokens.
+        groups: [prompt] a number; activations of prompts with different numbers differ, also at
+            equal tokens. If blocks attend to images, prompts of a group must have the same image.
     """
     table = IMAGE_TOKENS.get(model.module)
     before_images = table is not None and table.prefix_end is not None  # they see the question
-    if not model.shape.reads_prefix or not model.restartable or before_images:
+    attends = model.shape.takes == "attended image" and groups is not None
+    if not (attends or (model.shape.reads_prefix and model.restartable)) or before_images:
         return None
-    owner = share_beginnings(prompts, np.zeros(len(prompts), np.bool_) if apart is None else apart)
+    owner = share_beginnings(
+        prompts, np.zeros(len(prompts), np.int64) if groups is None else groups
+    )
     if owner is None:
         return None
     first = starts.cpu().numpy().clip(max=width - 1) + width * np.arange(len(prompts))
@@ -82,11 +86,39 @@ def find_copies(
     return TokenCopies(*index)
 
 
+def find_batch_copies(
+    model: LoadedModel, batch: Batch, prompts: Sequence[tuple[int, ...]], noised: Bools
+) -> TokenCopies | None:
+    """Find the tokens of a batch whose prompts begin alike; None if they aren't shared.
+
+    If blocks attend to images, the prompts must also have the same image.
+
+    Args:
+        model: The model.
+        batch: The prompts.
+        prompts: [prompt] all of its tokens, which begin with those that an encoder reads.
+        noised: [prompt] whether its activations differ from those of prompts with equal tokens.
+    """
+    starts, groups = batch.starts.cpu(), np.zeros(len(prompts), np.int64)
+    if model.shape.takes == "attended image":
+        counts = batch.of_stack("encoder").lengths.cpu()
+        starts = starts + counts
+        groups = np.array([ids[0] for ids in prompts], np.int64)  # each image has separate tokens
+        pairs = zip(prompts, counts.tolist(), strict=True)
+        prompts = [ids[count:] for ids, count in pairs]
+    groups = np.where(noised, -1 - np.arange(len(prompts)), groups)
+    return find_copies(model, prompts, starts, batch.ids.shape[1], groups=groups)
+
+
 def _list_shared_maps(model: LoadedModel) -> list[nn.Module]:
-    """List the linear maps of all blocks, without those of experts, which see some tokens only."""
+    """List the linear maps of all blocks that read its tokens, without those of experts, which see
+    some tokens only."""
     paths: list[str] = []
     for block in model.anatomy.blocks:
         paths += [*block.projections, *([block.output] if block.output else [])]
         paths += [] if model.shape.n_experts else block.mlp
+    if model.shape.takes == "attended image":  # keys and values are of tokens of the image
+        for block in model.others["cross"].anatomy.blocks:
+            paths += [*block.projections[:1], *([block.output] if block.output else [])]
     modules = [each for path in paths for each in model.module.get_submodule(path).modules()]
     return [each for each in modules if isinstance(each, nn.Linear) or is_transposed(each)]

@@ -203,7 +203,8 @@ def call_single_prompts(model: LoadedModel, batch: Batch) -> Iterator[Tensor]:
 
 def check_causality(bench: CheckBench) -> Iterator[CheckOutcome]:
     """Check causality, which the planner relies on to skip earlier tokens."""
-    if not bench.model.shape.causal or bench.model.shape.takes not in ("text", "image and text"):
+    takes = ("text", "image and text", "attended image")
+    if not bench.model.shape.causal or bench.model.shape.takes not in takes:
         return
     ids = bench.batch.ids[0][bench.batch.mask[0].bool()]
     other = ids.clone()
@@ -211,6 +212,9 @@ def check_causality(bench: CheckBench) -> Iterator[CheckOutcome]:
         return
     other[-1] = ids[-2]
     both = Batch.of([ids.tolist(), other.tolist()], 0, "left", bench.model.device)
+    if bench.model.shape.takes == "attended image":
+        twice = bench.batch.take(torch.tensor([0, 0]))
+        both = both.with_inputs(twice.extra, **twice.frames)
     was, now = call_with_batch(bench.model, both)[:, :-1]
     yield bench.equal("a different last token doesn't change earlier logits", [("", now, was)])
 
