@@ -374,18 +374,20 @@ def test_observed_norm_is_the_mean_over_all_patches(sizes: str, splits: bool, mo
 def test_observed_norm_of_one_of_two_images_equals_that_of_the_bare_encoder() -> None:
     block = TWO.replace("corrupt changed { swap one, two }\n", "")
     block = block.replace('" w1 w2"', '" w1"').replace('" w2 w2"', '" w2"')
-    positions = ("one tokens", "two tokens", "{one tokens, two tokens}")
-    lines = (f"observe norm resid_post vision layer 0 at {each}" for each in positions)
-    text = "".join(experiment(f"e{n}", line, measure="") for n, line in enumerate(lines))
+    line = "observe norm resid_post vision layer 0 at one tokens, two tokens"
+    joined = "observe norm resid_post vision layer 0 at {one tokens, two tokens}"
+    text = experiment("e", line, measure="") + experiment("f", joined, measure="")
+    text += experiment("g", "generate 2", line, measure="")
     results = run_text(text.replace("prompts ask", "prompts both"), "mixed", block=block)
+    each, both, before_reply = (found.measures[0].patched for found in results)
     for n in ALL:
         given = inputs("mixed", n, n, other(n))
         own = norms(given, "resid_post", 0, splits=True)[:, 0]
         alone = [len(patches(inputs("mixed", n, image))) for image in (n, other(n))]
         assert sum(alone) == len(own)
         expected = [own[: alone[0]].mean(), own[alone[0] :].mean(), own.mean()]
-        found = [each.measures[0].patched[0, n] for each in results]
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        np.testing.assert_allclose([*each[:, n], both[0, n]], expected, rtol=1e-5)
+        np.testing.assert_allclose(before_reply[:, n], expected[:2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", some(SIZES, ["mixed"]))
