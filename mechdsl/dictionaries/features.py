@@ -334,8 +334,9 @@ class Dictionary:
         return self._rows(self._loaded)
 
     def decoders(self, like: Tensor) -> Tensor:
-        """Return [feature, layer, width]: what a feature of 1 of a cross-layer transcoder adds to
-        its layer and each later one, in the precision and on the device of a tensor."""
+        """Return [feature, layer, width]: what a feature of a cross-layer transcoder with the
+        value 1 adds to its layer and each later one, in the precision and on the device of a
+        tensor."""
         return self._like(like)[DECODERS]
 
     def encoder_weights(self) -> Tensor:
@@ -436,7 +437,7 @@ class LaterDecoder:
         return vectors + combine_some(change, self._rows(vectors), which)
 
     def _rows(self, like: Tensor) -> Tensor:
-        """Return [feature, width]: what a feature of 1 adds, on the device of a tensor."""
+        """Return [feature, width]: what a feature with the value 1 adds, on a tensor's device."""
         return self.dictionary.decoders(like)[:, self.distance]
 
 

@@ -232,8 +232,8 @@ class PassCost:
     def replies(self, lengths: Ints, sources: Ints, steps: int) -> tuple[int, float]:
         """Count the work of `steps` passes after the first one, of replies of a decoder.
 
-        Each pass runs the decoder on all of its tokens, and projects the outputs of the encoder,
-        which are cached, again. Keys and values of an image that blocks attend to are cached.
+        Each pass runs the decoder on all of its tokens, and projects the cached outputs of the
+        encoder again. Keys and values of an image that blocks attend to are cached.
 
         Args:
             lengths: [row] tokens that encoder and decoder read.

@@ -1534,7 +1534,7 @@ def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:
             span=span,
             model=context.model,
             site=kind.name,
-            reason="attention between patches has edges, and no sites",
+            reason="attention between patches has edges but no sites",
             hint="write `observe attention vision layer 0 from … to …`, or change edges with "
             "`block`, `reweight` or `set attention vision …`",
         )

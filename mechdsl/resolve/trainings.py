@@ -559,7 +559,7 @@ def compare_prompts(
         table: The rows of the experiment.
 
     Returns:
-        What conventions say about the rows, and W0738 if measured rows are among them.
+        The text of the convention about the rows, and W0738 if measured rows are among them.
     """
     if not prompts:
         unknown = f"it doesn't say which rows its {noun}s were chosen on"

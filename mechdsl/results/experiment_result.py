@@ -224,9 +224,9 @@ class ResultCircuit(Record):
     """The positions of each edge, as text: `s1 token and last token`, empty for all tokens; empty
     if no edge has positions."""
     features: tuple[tuple[str, int], ...] = ()
-    """The features among its nodes, as in edges, each with its layer."""
+    """Its nodes that are features, named as in edges, each with its layer."""
     neurons: tuple[str, ...] = ()
-    """The neurons among its nodes, as in edges."""
+    """Its nodes that are neurons, named as in edges."""
     dictionaries: tuple[tuple[str, str], ...] = ()
     """The name of each dictionary whose features are nodes, with its SHA-256."""
     prompts: tuple[str, ...] = ()

@@ -423,7 +423,7 @@ def _check_patches_meet(
         BadEdit(
             span=rule.onto.span,
             reason="patches attend to patches of the same image and tile",
-            what=f"those of `{rule.at.span.written}` are in other ones",
+            what=f"those of `{rule.at.span.written}` are in other images or tiles",
             hint="name tokens of one tile, or remove `vision`: in the language model, tokens of "
             "images attend to each other",
         )

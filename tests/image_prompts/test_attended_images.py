@@ -881,7 +881,7 @@ def test_layer_star_names_the_blocks_that_have_the_site() -> None:
     check_rules(found, rules, [difference(n, n) for n in range(len(RECORDS))], expected)
     assert [cell.coords["layer"] for cell in found[0].cells] == [*CROSS]
     assert found[0].conventions["layers"] == (
-        "`*` in `z cross layer * heads *` is layers 1, 3, whose blocks have this site"
+        "`*` in `z cross layer * heads *` selects layers 1, 3: other blocks lack this site"
     )
 
 

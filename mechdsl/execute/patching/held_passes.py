@@ -126,8 +126,8 @@ def _list_patches(acting: RuleWrites) -> list[SiteWrite]:
 def _write_tokens(
     values: Tensor, read: SiteRead, rows: Ints, batch: Batch, acting: RuleWrites
 ) -> SiteWrite:
-    """Write the values read of these rows at all tokens and units; in a vision encoder, at all
-    patches that rules write, because receivers read no other patches."""
+    """Return a write of the values of these rows at all tokens and units; in a vision encoder, at
+    all patches that rules write, because receivers read no other patches."""
     count, own = values.shape[2], batch.of_read(read)
     row, token = own.tokens()
     if read.stack == "vision":

@@ -143,7 +143,7 @@ def _has_joint_norm(model: LoadedModel, layer: int) -> bool:
 
 
 def _has_separate_units(model: LoadedModel, site: str, layer: int) -> bool:
-    """Return whether queries, keys or values are those of a linear map, or each has a norm."""
+    """Return whether a linear map gives queries, keys or values, or a norm acts on each alone."""
     tap = model.tap(site, layer)
     if tap.path in model.anatomy.blocks[layer].projections:
         return True

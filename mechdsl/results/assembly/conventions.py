@@ -670,7 +670,8 @@ def _named_layers(rule: ResolvedRule, plan: ExperimentPlan) -> Iterator[str]:
         if starred and len(layers) < count_layers(kinds, shape):
             text = " ".join(written.span.written.split())
             numbers = ", ".join(map(str, layers))
-            yield f"`*` in `{text}` is layers {numbers}, whose blocks have this site"
+            noun = "layer" if len(layers) == 1 else "layers"
+            yield f"`*` in `{text}` selects {noun} {numbers}: other blocks lack this site"
 
 
 def _several_answers(positions: Any) -> bool:
