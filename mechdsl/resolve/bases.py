@@ -302,7 +302,8 @@ class CoordinateChange(Intervention):
         reads = {each.reads for each in rule.basis.members} if rule.basis else {""}
         if reads != {""}:
             said = (
-                f"features are those of the current `{', '.join(sorted(reads))}` of the same block"
+                f"features are those of the current `{', '.join(sorted(reads))}` of the same "
+                "block, after changes by earlier rules at the same token"
             )
             yield Convention("transcoder", said)
         if rule.basis is not None and rule.basis.crosses_layers:

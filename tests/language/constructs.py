@@ -1032,6 +1032,8 @@ _file(
     "The features of a transcoder, in the layouts of `sae`, or in a `layer_1.safetensors` of "
     "circuit-tracer. They are computed from the current `mlp_norm` of the block, or from "
     "`resid_mid` if the configuration records it, and rules change `mlp_out` by (f′ − f) W_dec. "
+    "Rules on the same features act one after the other, each on the features that earlier ones "
+    "left. "
     "`set mlp_out layer 1 at tokens * to reconstruction of t` replaces the MLP. The features of a "
     "cross-layer transcoder in circuit-tracer's layout change the `mlp_out` of their layer and of "
     "all later layers, each by (f′ − f) times the decoder for it (Ameisen et al. 2025, Circuit "

@@ -911,6 +911,230 @@ def numbers(written: str) -> list[int]:
 OTHER = f'basis u = transcoder("other_mlp") at mlp_out layer {LAYER}\n'
 
 
+LastChange = Callable[[Tensor, Tensor], Tensor]
+"""New features, from those of the input and of the other run."""
+
+OVERLAPS: dict[str, tuple[tuple[str, ...], LastChange | None, LastChange]] = {
+    "set twice": (
+        ("clamp {}feature 3 of {t} at last token to 4",) * 2,
+        None,
+        lambda f, there: replaced(f, [3], 4.0),
+    ),
+    "set in two groups": (
+        (
+            "clamp {}features 1..3 of {t} at tokens * to 2",
+            "clamp {}features 2, 5 of {t} at last token to -1",
+        ),
+        lambda f, there: replaced(f, [1, 2, 3], 2.0),
+        lambda f, there: replaced(replaced(f, [1, 3], 2.0), [2, 5], -1.0),
+    ),
+    "added, then scaled": (
+        (
+            "add 2 to {}features 2..4 of {t} at tokens *",
+            "scale {}features 3..6 of {t} at last token by 3",
+        ),
+        lambda f, there: replaced(f, [2, 3, 4], f + 2),
+        lambda f, there: (
+            replaced(replaced(f, [2, 3, 4], f + 2), [3, 4, 5, 6], 3 * (f + 2))
+            - replaced(torch.zeros_like(f), [5, 6], 6.0)
+        ),
+    ),
+    "scaled to zero twice": (
+        ("scale {}features 0..5 of {t} at last token by 0",) * 2,
+        None,
+        lambda f, there: replaced(f, range(6), 0.0),
+    ),
+    "all, then one": (
+        (
+            "scale {}features * of {t} at tokens * by 2",
+            "add 1 to {}feature 3 of {t} at last token",
+            "scale {}feature 3 of {t} at last token by -1",
+        ),
+        lambda f, there: 2 * f,
+        lambda f, there: replaced(2 * f, [3], -(2 * f + 1)),
+    ),
+    "one, then all": (
+        (
+            "add 2 to {}features 1..3 of {t} at last token",
+            "scale {}features * of {t} at last token by -3",
+            "scale {}features * of {t} at last token by 0.5",
+        ),
+        None,
+        lambda f, there: -1.5 * replaced(f, [1, 2, 3], f + 2),
+    ),
+    "another run, then one": (
+        (
+            "from other into clean  patch {}features * of {t} at last token",
+            "scale {}features 2..5 of {t} at last token by -2",
+        ),
+        None,
+        lambda f, there: replaced(there.expand_as(f), [2, 3, 4, 5], -2 * there),
+    ),
+}
+"""Rules, and the features after them at tokens before the last one (None: unchanged) and there."""
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("basis", ["skip_transcoder", "sparsify", "cross-layer"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_rules_on_the_same_transcoder_features_act_one_after_the_other(
+    family: str, basis: str, mode: str, data: Path
+) -> None:
+    """A later rule starts from the features that earlier rules left at the token."""
+    names = {key: f"e{number}" for number, key in enumerate(OVERLAPS)}
+    parts = clt_of(data, family)[LAYER]
+    of = make(data, "transcoder" if basis == "cross-layer" else basis, width_of(family))
+    text, name, site = BASIS, "t", ""
+    if basis == "cross-layer":
+        text, name, site = ALL_CROSS, "c", f"mlp_out layer {LAYER} "
+    for key, (rules, _, _) in OVERLAPS.items():
+        text += experiment(names[key], *(rule.format(site, t=name) for rule in rules))
+    found = run_file(text, data, family, mode)
+
+    def act(change: LastChange, n: int, at: Sequence[int]) -> list[Write]:
+        if basis != "cross-layer":
+            there = source(family, of, n)
+            return writes(of, lambda f: change(f, there), at)
+        other = rows("other")[n]
+        there = encode_across(parts, plain(family, other)["mlp_norm", LAYER][other.last, 0])
+        return writes_across(parts, lambda f: change(f, there), at)
+
+    for key, (_, before, last) in OVERLAPS.items():
+
+        def changes(
+            n: int, before: LastChange | None = before, last: LastChange = last
+        ) -> list[Changes]:
+            *first, end = tokens(rows()[n], "tokens *")
+            own = [] if before is None else act(before, n, first)
+            every = [*own, *act(last, n, [end])]
+            return [(sorted(every, key=lambda each: each.layer or 0), ())]
+
+        expected = worked_out(family, [()], changes, rows(), records())
+        try:
+            agree(found[names[key]], (), expected, unpatched(family), most=False, large=0.01)
+        except AssertionError as error:
+            raise AssertionError(f"{key}: {error}") from error
+
+
+@pytest.mark.parametrize("mode", MANY)
+def test_transcoder_features_of_earlier_rules_combine_with_other_rules(
+    mode: str, data: Path
+) -> None:
+    """Reconstructions contain earlier changes; a rule that sets the vector discards them."""
+    family = "llama"
+    of = make(data, "skip_transcoder", width_of(family))
+    other = make(data, "sparsify", width_of(family), "other_mlp")
+    clamp, zero = (
+        "clamp feature 3 of t at last token to 4",
+        f"ablate mlp_out layer {LAYER} at last token with zero",
+    )
+    one, two = [3], [2, 3]
+    text = BASIS + OTHER
+    text += experiment("error", clamp, "add 1 to features 2..3 of t at last token without error")
+    text += experiment(
+        "whole", clamp, f"set mlp_out layer {LAYER} at last token to reconstruction of t"
+    )
+    text += experiment("zeroed", clamp, zero, clamp)
+    out = f"set mlp_out layer {LAYER} at last token to reconstruction of u"
+    text += experiment("inserted", clamp, out, clamp)
+    swap = "patch features 2..3 of t at last token with features 0..8 of u"
+    text += experiment("exchanged", clamp, swap, "add 2 to features 3..4 of t at last token")
+    text += experiment("swept", "for k in 2..3 { clamp feature k of t at last token to 4 }", clamp)
+    text += experiment("two", clamp, "clamp feature 3 of u at last token to 4")
+    found = run_file(text, data, family, mode)
+
+    def at(n: int) -> list[int]:
+        return [rows()[n].last]
+
+    def clamped(f: Tensor) -> Tensor:
+        return replaced(f, one, 4.0)
+
+    def both(n: int) -> list[Write]:
+        return [*writes(of, clamped, at(n)), *writes(other, clamped, at(n))]
+
+    def without(f: Tensor) -> Tensor:
+        return replaced(clamped(f), two, clamped(f) + 1)
+
+    def zeroed(n: int) -> list[Write]:
+        zero = Write("mlp_out", LAYER, torch.zeros(1), rows()[n].last)
+        return [zero, *writes(of, clamped, at(n))]
+
+    def inserted(n: int) -> list[Write]:
+        own = writes(other, lambda f: f, at(n), keeps_error=False)
+        return [*own, *writes(of, clamped, at(n))]
+
+    def swapped(n: int) -> list[Write]:
+        own = exchanged(of, other, two, [*range(9)], at(n))
+        added = replaced(torch.zeros(FEATURES), [3, 4], 2.0)
+        return [*own, *writes(of, lambda f: f + added, at(n))]
+
+    cases: dict[str, Callable[[int], list[Write]]] = {
+        "error": lambda n: writes(of, without, at(n), keeps_error=False),
+        "whole": lambda n: writes(of, clamped, at(n), keeps_error=False),
+        "zeroed": zeroed,
+        "inserted": inserted,
+        "exchanged": swapped,
+        "two": both,
+    }
+    for name, own in cases.items():
+        changes = lambda n, own=own: [(own(n), ())]  # noqa: E731
+        expected = worked_out(family, [()], changes, rows(), records())
+        try:
+            agree(found[name], (), expected, unpatched(family), most=False, large=0.01)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+    def swept(n: int, k: int) -> list[Changes]:
+        return [(writes(of, lambda f: replaced(f, [k, 3], 4.0), at(n)), ())]
+
+    expected = worked_out(family, [(2,), (3,)], swept, rows(), records())
+    agree(found["swept"], ("k",), expected, unpatched(family), most=False, large=0.01)
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+def test_rules_on_the_same_transcoder_features_act_in_replies_and_runs_with_rules(
+    mode: str, data: Path
+) -> None:
+    """Rules of the base run come before those of the experiment."""
+    of = make(data, "jumprelu_transcoder", width_of("llama"))
+    parts = clt_of(data)[LAYER]
+    text = BASIS + ALL_CROSS
+    cases: dict[str, tuple[str, Callable[..., list[Write]]]] = {
+        "t": ("features 1..3 of t", lambda change, at: writes(of, change, at)),
+        "c": (
+            f"mlp_out layer {LAYER} features 1..3 of c",
+            lambda change, at: writes_across(parts, change, at),
+        ),
+    }
+    add, half = "add 40 to {} at last token", "scale {} at last token by 0.5"
+    for name, (site, _) in cases.items():
+        lines = add.format(site), half.format(site), f"generate {TOKENS}"
+        text += experiment(f"g{name}", *lines, measure="measure length as raw")
+        run = f"run more {{ {add.format(site)} }}  from clean into more"
+        text += experiment(f"r{name}", run, half.format(site))
+    found = run_file(text, data, "llama", mode, precise=True)
+    for name, (_, act_at) in cases.items():
+
+        def act(name: str, n: int, at: int, act_at: Callable[..., list[Write]] = act_at) -> Changes:
+            return act_at(lambda f: replaced(f, [1, 2, 3], (f + 40) / 2), [at]), []
+
+        def added(n: int, act_at: Callable[..., list[Write]] = act_at) -> list[Changes]:
+            at = [rows()[n].last]
+            return [(act_at(lambda f: replaced(f, [1, 2, 3], f + 40), at), ())]
+
+        def halved(n: int, act_at: Callable[..., list[Write]] = act_at) -> list[Changes]:
+            at = [rows()[n].last]
+            return [(act_at(lambda f: replaced(f, [1, 2, 3], (f + 40) / 2), at), ())]
+
+        wanted = [
+            written("llama", n, [GenerationCase("", "last token", act)]) for n in range(len(rows()))
+        ]
+        assert replies(found[f"g{name}"]) == wanted
+        base = np.array(worked_out("llama", [()], added, rows(), records())[()])
+        expected = worked_out("llama", [()], halved, rows(), records())
+        agree(found[f"r{name}"], (), expected, base, most=False)
+
+
 @pytest.mark.parametrize("mode", [*MANY, "padded on the right"])
 @pytest.mark.parametrize(
     ("one", "two"), [("skip_transcoder", "sparsify"), ("layer_norm", "layer_norm")]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.fits.vectors import low_rank_change
-from mechdsl.forward.hooks.coordinates import CoordinateWrite, FeatureSplit
+from mechdsl.forward.hooks.coordinates import CoordinateWrite, EarlierChange, FeatureSplit
 from mechdsl.models.shape import PaddingSide
 from mechdsl.vocab.sites import EdgeChange, stop_layer
 
@@ -438,6 +438,7 @@ def apply_write(
     to: Tensor | None = None,
     before: Tensor | None = None,
     inputs: Tensor | None = None,
+    earlier: Sequence[EarlierChange] = (),
 ) -> Tensor:
     """Return [K, width]: the new values, in the precision of `now`.
 
@@ -449,10 +450,11 @@ def apply_write(
         before: [K, width] for `step`, the values one position before; the current values at a
             prompt's first position.
         inputs: [K, …] for coordinates of another site, its current values.
+        earlier: As in `CoordinateWrite.apply`.
     """
     match mode:
         case CoordinateWrite():
-            return mode.apply(now, values, to, inputs)
+            return mode.apply(now, values, to, inputs, earlier)
         case EditWrite():
             return mode.apply(now, values)
         case "set":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mechdsl.dictionaries.features import Dictionary, combine_some, project_some
+from mechdsl.dictionaries.features import Dictionary, LaterDecoder, combine_some, project_some
 from mechdsl.dictionaries.folder import MAX_GATHERED
 from mechdsl.vocab.sites import CoordinateOperation
 
@@ -188,6 +189,72 @@ class FeatureSplit:
         return torch.cat([found, rest], dim=1)[:, order]
 
 
+def _change_coordinates(operation: CoordinateOperation, current: Tensor, values: Tensor) -> Tensor:
+    """Return the coordinates after an operation that changes named ones."""
+    match operation:
+        case "set":
+            return values.expand_as(current)
+        case "add":
+            return current + values
+        case "scale":
+            return current * values
+        case "exchange":
+            return torch.zeros_like(current)
+        case "reconstruct" | "project out":
+            return current
+
+
+@dataclass(frozen=True, eq=False)
+class EarlierChange:
+    """Change of a transcoder's features by an earlier write, at the vectors of a later one.
+
+    Its input doesn't contain the change, so a later write can't encode it.
+    """
+
+    operation: CoordinateOperation
+    there: Tensor
+    """[K] whether the earlier write changes this vector."""
+    values: Tensor
+    """[K, m] or [K, 1]; [K, size] for all features."""
+    which: Tensor | None
+    """[K, m] the features; None for all."""
+
+    def to(self, device: torch.device) -> EarlierChange:
+        """Move the change to a device."""
+        which = None if self.which is None else self.which.to(device)
+        there, values = self.there.to(device), self.values.to(device)
+        return EarlierChange(self.operation, there, values, which)
+
+    def part(self, vectors: slice) -> EarlierChange:
+        """Select some of the vectors."""
+        which = None if self.which is None else self.which[vectors]
+        there, values = self.there[vectors], self.values[vectors]
+        return EarlierChange(self.operation, there, values, which)
+
+    def apply(self, current: Tensor, which: Tensor | None) -> Tensor:
+        """Return the features after this change.
+
+        Args:
+            current: [K, m'] features before it; [K, size] for all.
+            which: [K, m'] their numbers; None for all.
+        """
+        there, values = self.there[:, None], self.values.to(current)
+        if self.which is None:
+            if which is not None and values.shape[1] > 1:
+                values = values.gather(1, which)
+            changed = _change_coordinates(self.operation, current, values)
+            return torch.where(there, changed, current)
+        if which is None:
+            own = current.gather(1, self.which)
+            changed = _change_coordinates(self.operation, own, values)
+            return current.scatter(1, self.which, torch.where(there, changed, own))
+        for number, column in enumerate(self.which.unbind(1)):
+            value = values[:, [number if values.shape[1] > 1 else 0]]
+            changed = _change_coordinates(self.operation, current, value)
+            current = torch.where(there & (which == column[:, None]), changed, current)
+        return current
+
+
 @dataclass(frozen=True, eq=False)
 class CoordinateWrite:
     """Mode of a write whose values are coordinates: `set` replaces them, `add` adds to them, and
@@ -215,12 +282,24 @@ class CoordinateWrite:
         """Return the layer whose vectors have these coordinates; written: that of the write."""
         return written if self.reads_layer is None else self.reads_layer
 
+    @property
+    def replaces_vectors(self) -> bool:
+        """Whether nothing of the written vectors remains."""
+        return self.operation == "reconstruct" or self.drops_error
+
+    def changes_same(self, other: CoordinateWrite) -> bool:
+        """Return whether both change features of one transcoder."""
+        if not self.reads or (self.reads, self.reads_layer) != (other.reads, other.reads_layer):
+            return False
+        return _source_of(self.system) == _source_of(other.system)
+
     def apply(
         self,
         now: Tensor,
         values: Tensor,
         which: Tensor | None = None,
         inputs: Tensor | None = None,
+        earlier: Sequence[EarlierChange] = (),
     ) -> Tensor:
         """Return [K, width]: the new vectors, in the precision of `now`.
 
@@ -229,6 +308,7 @@ class CoordinateWrite:
             values: [K, m] or [K, 1] numbers; [K, size] for all coordinates.
             which: [K, m] coordinates; None for all.
             inputs: [K, width of `reads`] current vectors of this site; None for `now`.
+            earlier: Changes of the features by earlier writes, in their order.
         """
         inputs = now if inputs is None else inputs
         count = count_encoded(self.system, now, which)
@@ -236,11 +316,15 @@ class CoordinateWrite:
             named = self.system.size if which is None else which.shape[1]
             count = max(1, MAX_NUMBERS // (now.shape[1] * named))
         if len(now) <= count:
-            return self._apply(now, values, which, inputs)
+            return self._apply(now, values, which, inputs, earlier)
         parts = (slice(begin, begin + count) for begin in range(0, len(now), count))
         found = [
             self._apply(
-                now[part], values[part], None if which is None else which[part], inputs[part]
+                now[part],
+                values[part],
+                None if which is None else which[part],
+                inputs[part],
+                [each.part(part) for each in earlier],
             )
             for part in parts
         ]
@@ -272,19 +356,41 @@ class CoordinateWrite:
             weights = torch.linalg.pinv(gram, rtol=1e-10, hermitian=True) @ weights
         return vectors - (directions.mT @ weights)[:, :, 0].to(vectors)
 
-    def _apply(self, now: Tensor, values: Tensor, which: Tensor | None, inputs: Tensor) -> Tensor:
+    def _encode(
+        self, inputs: Tensor, which: Tensor | None, earlier: Sequence[EarlierChange]
+    ) -> Tensor:
+        """Return the current coordinates, after earlier writes."""
+        found = self.system.encode(inputs, which)
+        return reduce(lambda now, each: each.apply(now, which), earlier, found)
+
+    def _reconstruct(self, inputs: Tensor, earlier: Sequence[EarlierChange]) -> Tensor:
+        """Return [K, width]: the reconstruction from the current coordinates."""
+        found = self.system.reconstruct(inputs)
+        if not earlier:
+            return found
+        change = self._encode(inputs, None, earlier) - self.system.encode(inputs, None)
+        return self.system.shift(found, change, None)
+
+    def _apply(
+        self,
+        now: Tensor,
+        values: Tensor,
+        which: Tensor | None,
+        inputs: Tensor,
+        earlier: Sequence[EarlierChange],
+    ) -> Tensor:
         wide, inputs = (
             each.to(torch.promote_types(now.dtype, torch.float32)) for each in (now, inputs)
         )
         if self.operation == "reconstruct":
-            return self.system.reconstruct(inputs).to(now)
+            return self._reconstruct(inputs, earlier).to(now)
         if self.operation == "project out":
             return self._project_out(wide, which).to(now)
         inserted = None
         if self.inserted is not None:
             assert which is not None
             which, inserted = which.tensor_split([-self.count_inserted], dim=1)
-        current, values = self.system.encode(inputs, which), values.to(wide)
+        current, values = self._encode(inputs, which, earlier), values.to(wide)
         match self.operation:
             case "exchange":
                 change = -current
@@ -299,5 +405,12 @@ class CoordinateWrite:
             more = self.inserted.encode(inputs, inserted)
             found = found + self.inserted.shift(wide, more, inserted) - wide
         if self.drops_error:
-            found = found - (wide - self.system.reconstruct(inputs))
+            found = found - (wide - self._reconstruct(inputs, earlier))
         return found.to(now)
+
+
+def _source_of(system: CoordinateSystem) -> object:
+    """Return what equal features of several layers or runs have in common."""
+    if isinstance(system, LaterDecoder):
+        return system.dictionary.file
+    return system.file if isinstance(system, Dictionary) else system

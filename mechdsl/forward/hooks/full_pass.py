@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,7 +43,7 @@ from mechdsl.forward.hooks.batch import (
     to_device,
 )
 from mechdsl.forward.hooks.circuits import open_circuit, skip_modules
-from mechdsl.forward.hooks.coordinates import CoordinateWrite
+from mechdsl.forward.hooks.coordinates import CoordinateWrite, EarlierChange
 from mechdsl.forward.hooks.gradients import disable_checkpoints, recompute_blocks
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
@@ -97,6 +97,8 @@ class PlacedWrite:
     source_first: Tensor | None = None
     source_second: Tensor | None = None
     """[K]: indices into its tapped tensor."""
+    earlier: list[EarlierChange] = field(default_factory=list[EarlierChange])
+    """Changes of the same features by earlier writes, which `source` doesn't contain."""
     _moved: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Indices on the device, after a call of `move`."""
 
@@ -165,7 +167,50 @@ class PlacedWrite:
         to = None if self.to is None else to_device(self.to, now.device)
         inputs = None if inputs is None else inputs.to(now.device)
         values = to_device(self.values, now.device)
-        return apply_write(self.write.mode, now, values, to, before, inputs)
+        earlier = [each.to(now.device) for each in self.earlier]
+        return apply_write(self.write.mode, now, values, to, before, inputs, earlier)
+
+    def find_earlier(self, others: Sequence[PlacedWrite]) -> Iterator[EarlierChange]:
+        """Yield the changes of the same transcoder's features by earlier writes to the site.
+
+        A write of whole vectors replaces what the writes before it changed.
+        """
+        mode = self.write.mode
+        if not isinstance(mode, CoordinateWrite) or not mode.reads or self.write.rule < 0:
+            return
+        index_of = {spot: number for number, spot in enumerate(self._spots)}
+        is_open = torch.ones(len(index_of), dtype=torch.bool)
+        found: list[EarlierChange] = []
+        for other in reversed(others):
+            index = torch.zeros(len(index_of), dtype=torch.long)
+            there = torch.zeros_like(is_open)
+            for number, spot in enumerate(other._spots):
+                if spot in index_of:
+                    index[index_of[spot]], there[index_of[spot]] = number, True
+            there &= is_open
+            if not bool(there.any()):
+                continue
+            own = other.write.mode
+            if isinstance(own, CoordinateWrite) and mode.changes_same(own):
+                found.append(other._change_at(own, index, there))
+            elif own == "set" or (isinstance(own, CoordinateWrite) and own.replaces_vectors):
+                is_open &= ~there
+        yield from reversed(found)
+
+    @property
+    def _spots(self) -> list[tuple[int, int, int]]:
+        """Tokens and units of the vectors."""
+        indices = (self.first, self.second, self.units)
+        return list(zip(*(each.tolist() for each in indices), strict=True))
+
+    def _change_at(self, mode: CoordinateWrite, index: Tensor, there: Tensor) -> EarlierChange:
+        """Return the change of the vectors `index` [K], for those that are `there` [K]."""
+        to = self.to
+        if to is not None and mode.inserted is not None:
+            to = to[:, : -mode.count_inserted]
+        which = None if to is None else to[to_device(index, to.device)]
+        values = self.values[to_device(index, self.values.device)]
+        return EarlierChange(mode.operation, there, values, which)
 
     def change(
         self, view: Tensor, scale: float | Tensor = 1.0, inputs: Tensor | None = None
@@ -566,6 +611,8 @@ class SiteHooks:
         PlacedWrite.move(every, self.model.device)
         for where, places in self._placed.items():
             self._set_once(where, places)
+            for number, place in enumerate(places):
+                place.earlier = list(place.find_earlier(places[:number]))
 
     def rewrite(self, writes: Sequence[SiteWrite]) -> bool:
         """Replace all writes for a further pass, and return whether the hooks allow that."""
