@@ -221,6 +221,25 @@ def test_circuit_of_both_streams_equals_hooks(family: str, mode: str, tmp_path: 
         assert np.abs(own - base).max() > 1e-3, CASES[n]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "family", ["bart writing", "t5 writing", pytest.param("marian writing", marks=slow)]
+)
+def test_streams_in_which_nothing_is_left_are_exactly_zero(family: str, tmp_path: Path) -> None:
+    """Norms without biases would make rounding errors as large as any other stream."""
+    heads = [("v cross", layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+    kept: set[Edge] = {(ENCODED, to) for to in heads} | {(("z cross", 1, 1), LOGITS)}
+    lines = (
+        "circuit c = embed encoder -> v cross layers * heads *, z cross layer 1 head 1 -> logits\n"
+    )
+    rule = "ablate all but c at tokens * with zero"
+    lines += experiment("e", "prompts p", rule, DIFFERENCE)
+    own = expected(family, set(list_edges(opened(family))) - kept, "zero", "tokens *")
+    for mode in ("planned", "small passes"):
+        found = ran(family, lines, tmp_path, mode)["e"].measures[0].patched[0]
+        np.testing.assert_allclose(found, own, atol=1e-4)
+
+
 PLACED = {
     "z cross layer 0 head 0 -> L0.mlp": "last token",
     "embed encoder -> k cross layers * heads *": "subject tokens",

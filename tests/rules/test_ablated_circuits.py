@@ -982,6 +982,18 @@ def test_skipped_nodes_of_models_with_further_norms_do_not_change_values(
         np.testing.assert_allclose(patched, whole[f"e{n}"].measures[0].patched, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text"])
+def test_kept_senders_that_read_nothing_leave_streams_of_exact_zeros(data: Path, name: str) -> None:
+    """Norms would make rounding errors as large as any other stream."""
+    text = "circuit c = embed -> L2H0.v, L2H2 -> L2.mlp, L2H2 -> logits\n" + of_files.experiment(
+        "e", "prompts p", "ablate all but c at tokens * with zero", "measure logit(answer) as raw"
+    )
+    found = of_files.by_name(*of_files.try_file(text, data, unchanged(families.module(name))))
+    measure = found["e"].measures[0]
+    assert not measure.patched.any()
+    assert np.abs(measure.base).min() > 1e-3
+
+
 @torch.no_grad()
 def test_bias_before_a_norm_after_attention_stays_if_heads_are_ablated(data: Path) -> None:
     """The unembedding reads the embedding, MLPs, and norms of biases."""

@@ -154,10 +154,12 @@ class RuleInputs:
         key = rule.number, number, of_class
         found = self.edges.get(key)
         if found is None:
-            assert rule.rule.circuit is not None
-            others = list_other_neurons(rule.rule.circuit, shape)
+            circuit, ends = rule.rule.circuit, rule.edge_ends[number][of_class]
+            assert circuit is not None
+            others = list_other_neurons(circuit, shape)
             features = split_outputs(rule, self.directions)
-            found = _tabulate(*rule.edge_ends[number][of_class], others, features)
+            kept = _list_kept_senders(circuit, ends[0]) if rule.rule.does.reads is None else []
+            found = _tabulate(*ends, kept, others, features)
             self.edges[key] = found
         return found
 
@@ -779,20 +781,44 @@ def _fill(
     return values.unflatten(0, (len(asked.chosen), len(units)))
 
 
+def _list_kept_senders(circuit: CircuitTargets, ablated: EdgeEnds) -> list[SitePoint]:
+    """Return the senders without an ablated edge in the stream of others; none if few edges are
+    ablated.
+
+    With the fill 0, what a receiver reads is then a sum of what it keeps, which is exactly 0 if
+    nothing is left. A stream from which all else is subtracted would leave rounding errors, which
+    the next norm amplifies.
+
+    Args:
+        ablated: The senders of the ablated edges, which are of one stream.
+    """
+    stack = SITES[ablated.points[0].site].stack == "encoder"
+    senders = [of for of, _ in circuit.every if (SITES[of.site].stack == "encoder") == stack]
+    if 2 * len(ablated.of_edge) < len(senders):
+        return []
+    return list(dict.fromkeys(of for of in senders if of not in {*ablated.points}))
+
+
 def _tabulate(
     senders: EdgeEnds,
     receivers: EdgeEnds,
+    kept: Sequence[SitePoint],
     others: Mapping[SiteLayer, tuple[int, ...]],
     features: Mapping[int, FeatureSplit],
 ) -> EdgeTable:
+    """Return the columns and rows of the edges.
+
+    Args:
+        kept: Senders without an ablated edge.
+    """
+    every = [*senders.points, *kept]
     joined: dict[SiteLayer, tuple[int, ...]] = {
         (of.site, of.layer): others[of.site, of.layer]
-        for of in senders.points
+        for of in every
         if is_neuron(of) and of.unit is None
     }
     places = tuple(
-        (place, own, joined.get(place, ()))
-        for place, own in group_senders(senders.points, features)
+        (place, own, joined.get(place, ())) for place, own in group_senders(every, features)
     )
     nodes = ((*p, unit) for p, own, rest in places for unit in (*own, *[OTHERS][: len(rest)]))
     columns = {where: n for n, where in enumerate(nodes)}

@@ -504,7 +504,11 @@ class CircuitHooks(ABC):
         """[K, d_model] that enters the current attention."""
         self._sublayers = find_normed_sublayers(model, self._stack)
         """Those that receivers' inputs are recomputed from; empty if no norms follow sublayers."""
-        self._normed_heads = {each.senders: each for each in self._sublayers if each.output_norm}
+        self._normed_heads = {
+            each.senders: each
+            for each in self._sublayers
+            if each.output_norm or (each.sum_norm and each.senders.site == "z")
+        }
         self._norms_follow_sums = any(each.sum_norm for each in self._sublayers)
         self._outputs: list[Tensor] = []
         """[K, d_model]: what entered the first block, then the outputs of sublayers so far; only
@@ -1168,7 +1172,9 @@ class _WriteHooks(CircuitHooks):
         first, *outputs = self._outputs
         stream = first + self._shares(mask, SiteRead("resid_pre", 0, self._stack))
         for each, output in zip(self._sublayers, outputs, strict=False):
-            if each.output_norm is None:
+            if each.output_norm is None and each.senders in self._of_heads:
+                stream = stream + self._join_heads(mask, each.senders, output)
+            elif each.output_norm is None:
                 stream = stream + output.to(stream) + self._shares(mask, each.senders)
             else:
                 joined = self._join_heads(mask, each.senders, output)
@@ -1178,8 +1184,9 @@ class _WriteHooks(CircuitHooks):
         return stream
 
     def _join_heads(self, mask: Tensor, where: SiteRead, output: Tensor) -> Tensor:
-        """Return [receiver, K, d_model]: the sum of heads that a norm follows, each with its output
-        or its fill. A head with the fill 0 adds exactly 0.
+        """Return [receiver, K, d_model]: the sum of heads that a norm follows, directly or after
+        the sum with the stream, each with its output or its fill. A head with the fill 0 adds
+        exactly 0.
 
         Args:
             mask: [receiver, sender] or [K, receiver, sender]
