@@ -970,6 +970,25 @@ OVERLAPS: dict[str, tuple[tuple[str, ...], LastChange | None, LastChange]] = {
         None,
         lambda f, there: replaced(there.expand_as(f), [2, 3, 4, 5], -2 * there),
     ),
+    "some of another run, then each token": (
+        (
+            "from other into clean  patch {}features 2, 5..7 of {t} at last token",
+            "scale {}features 4..6 of {t} at tokens * by -2",
+            "scale {}features * of {t} at tokens * by 2",
+        ),
+        lambda f, there: 2 * replaced(f, [4, 5, 6], -2 * f),
+        lambda f, there: (
+            2 * replaced(replaced(f, [2, 7], there), [4, 5, 6], -2 * replaced(f, [5, 6], there))
+        ),
+    ),
+    "one at the last token, then all at each": (
+        (
+            "clamp {}features 1..3 of {t} at last token to 4",
+            "scale {}features * of {t} at tokens * by 2",
+        ),
+        lambda f, there: 2 * f,
+        lambda f, there: 2 * replaced(f, [1, 2, 3], 4.0),
+    ),
 }
 """Rules, and the features after them at tokens before the last one (None: unchanged) and there."""
 
@@ -1038,7 +1057,7 @@ def test_transcoder_features_of_earlier_rules_combine_with_other_rules(
     out = f"set mlp_out layer {LAYER} at last token to reconstruction of u"
     text += experiment("inserted", clamp, out, clamp)
     swap = "patch features 2..3 of t at last token with features 0..8 of u"
-    text += experiment("exchanged", clamp, swap, "add 2 to features 3..4 of t at last token")
+    text += experiment("exchanged", clamp, swap, "clamp features 3..4 of t at last token to 2")
     text += experiment("swept", "for k in 2..3 { clamp feature k of t at last token to 4 }", clamp)
     text += experiment("two", clamp, "clamp feature 3 of u at last token to 4")
     found = run_file(text, data, family, mode)
@@ -1065,8 +1084,8 @@ def test_transcoder_features_of_earlier_rules_combine_with_other_rules(
 
     def swapped(n: int) -> list[Write]:
         own = exchanged(of, other, two, [*range(9)], at(n))
-        added = replaced(torch.zeros(FEATURES), [3, 4], 2.0)
-        return [*own, *writes(of, lambda f: f + added, at(n))]
+        set_after = writes(of, lambda f: replaced(replaced(f, [3], f + 2), [4], 2.0), at(n))
+        return [*own, *set_after]  # the exchanged feature 3 is 0
 
     cases: dict[str, Callable[[int], list[Write]]] = {
         "error": lambda n: writes(of, without, at(n), keeps_error=False),
