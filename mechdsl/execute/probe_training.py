@@ -111,6 +111,9 @@ class ProbeRows:
     def check(self) -> None:
         """Raise NoProbe unless training rows differ and have every class."""
         where = self.declared.training.sample.cell.label
+        in_vision = SITES[self.declared.training.inputs[0].site].stack == "vision"
+        if len(set(self.training_keys)) < 2 and in_vision:
+            raise NoProbe("all training rows have the same image", "use rows with different images")
         if len(set(self.training_keys)) < 2:
             raise NoProbe(
                 f"all training rows have the same tokens up to `{where}`",
@@ -126,6 +129,11 @@ class ProbeRows:
         lost = [str(name) for number, name in classes if float(number) not in there]
         if lost:
             what = f"`{self.declared.target}` is {name_list(lost[:4])} in held-out rows only"
+            if in_vision:
+                raise NoProbe(
+                    f"{what}: rows with the same image have several values",
+                    "use more images, or hold out no rows: `validation: 0%`",
+                )
             raise NoProbe(
                 f"{what}: rows with the same tokens up to `{where}` have several values",
                 "name a later position, or hold out no rows: `validation: 0%`",

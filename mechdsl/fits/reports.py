@@ -646,7 +646,7 @@ class ProbeReport(FitReport):
         map_name, word = ("layer.N.head.N", "") if of_heads else ("layer.N", "layer ")
         return [
             f"- Predicts: `{self.predicts}`" + (f", of the classes {classes}" if classes else ""),
-            f"- Training rows with different tokens up to there: {self.distinct_rows:,}",
+            f"- Training rows with different inputs up to there: {self.distinct_rows:,}",
             f"- `{PROBE_FILE}` has `{map_name}.weight` [output, width] and `{map_name}.bias` "
             f"[output]; the outputs are {'logits of the classes' if classes else 'the number'}",
             f"- {self.unit} on {self.measured_on} rows: trained; with shuffled values; mean over "

@@ -37,7 +37,7 @@ from mechdsl.models.shape import (
     output_task,
     stack_names,
 )
-from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, sites_of_module
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, ATTENTION_SITES, SITES, sites_of_module
 
 LAYER_KEYS = (
     "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers",
@@ -297,17 +297,7 @@ def available_sites(*, parallel: bool, experts: bool, dense: bool, mixers: bool)
     if not experts:
         missing |= {"router", "expert_out"}
     if mixers:
-        missing |= {
-            "q",
-            "k",
-            "v",
-            "z",
-            "head_out",
-            "attn_norm",
-            "attn_out",
-            *ATTENTION_INTERNAL_SITES,
-        }
-        missing |= {*sites_of_module("output")}
+        missing |= {*ATTENTION_SITES, *sites_of_module("output")}
     else:
         missing |= {"mixer_norm", "mixer_out"}
     return frozenset(SITES) - missing

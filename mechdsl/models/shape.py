@@ -13,7 +13,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoResidMid, SiteNotOnModel
 from mechdsl.images.processing import PatchLayout
-from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, ATTENTION_SITES, SITES
 
 OutputTask = Literal["tokens", "one label", "many labels", "number"]
 """The meaning of outputs: logits of tokens, of labels of which one is right, of labels that are
@@ -368,6 +368,8 @@ def check_site(
         return NoResidMid(span=span, model=model)
     reason = f"not a part of {shape.architecture}"
     hint = "it has " + ", ".join(f"`{name}`" for name in SITES if name in shape.sites)
+    if site in ATTENTION_SITES and "mixer_out" in shape.sites:
+        reason = "attention isn't supported in models with other mixers, such as state-space layers"
     if site in ATTENTION_INTERNAL_SITES and "z" in shape.sites:
         reason = "its attention is computed outside of transformers' attention registry"
         hint = (

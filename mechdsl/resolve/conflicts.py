@@ -76,7 +76,7 @@ def list_sites_without_gradient(points: Iterable[SitePoint]) -> list[str]:
 def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Return all conflicts with `using`."""
     said = experiment.spec.estimator
-    if said is None:
+    if said is None or experiment.in_vision:  # `check_other_stacks` rejects all estimators there
         return []
     found = [*_of_experiment(experiment, said), *_of_rules(experiment, said)]
     return [*found, *_of_measures(experiment, said), *_of_verification(experiment, said)]

@@ -439,6 +439,7 @@ def outline_experiment(
         picks=onward.picks,
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
+        partial_layers=work.sites.partial_layers,
         saves=saves,
         direction_files=direction_files,
         derived=derived,

@@ -98,6 +98,8 @@ class SiteContext:
     """Source locations of the words that a `for` runs over, by variable and word."""
     circuits: Collection[str] = ()
     """Names of circuits, which only ablations take."""
+    partial_layers: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Each `*` of layers that leaves out blocks without the site, as written, with the layers."""
 
     def of_definitions(self) -> SiteContext:
         """Return the context for sites of definitions, which are outside of every loop."""
@@ -223,8 +225,7 @@ class _AxisReader:
             span = value.span
             own: Sequence[int]
             if isinstance(value, ast.Star):
-                layers = self.axis.word == "layer"
-                own = find_layers(self.kinds, self.context.shape) if layers else range(self.size)
+                own = self._every_layer() if self.axis.word == "layer" else range(self.size)
             elif isinstance(value, ast.RankedSelection):
                 values = {**self.context.parameters, **at}
                 picked = self.context.onward.pick_features(
@@ -251,6 +252,16 @@ class _AxisReader:
                 return None
             found.extend(own)
         return list(dict.fromkeys(found))  # `0, 0..2` names layer 0 once
+
+    def _every_layer(self) -> list[int]:
+        """Return the layers that `*` names, and record them if it leaves out blocks."""
+        layers = find_layers(self.kinds, self.context.shape)
+        if len(layers) < self.size:
+            sites = dict.fromkeys(kind.name.replace("pattern", "attention") for kind in self.kinds)
+            axis = " ".join(self.axis.span.written.split())
+            text = f"`{axis}` of {name_list(list(sites))}"
+            self.context.partial_layers[text] = tuple(layers)
+        return layers
 
     def _bound(self, bound: ast.Bound, at: LoopValues) -> int | None:
         """Return the coordinate at one end of a range; None after an error."""

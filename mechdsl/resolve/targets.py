@@ -800,6 +800,7 @@ def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSit
 
     Without a head axis, the points are all heads.
     """
+    edge = _read_stack(edge, context)
     stack = "" if edge.stack is None else named_stack(edge.stack, context.shape)
     pattern = SITES[f"pattern {stack}" if stack else "pattern"]
     if edge.stack is not None and not check_stack(edge.stack, context):
@@ -815,13 +816,14 @@ def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSit
     if edge.heads is not None:
         targets, axes = _resolve_named_heads(edge.heads, [pattern], None, context), ()
     elif not any(axis.word == "layer" for axis in edge.axes):
+        what = "attention" if edge.stack is None else f"attention {edge.stack.id}"
         context.diagnostics.append(
             AxisDoesNotFit(
                 span=edge.span,
-                site="attention",
+                site=what,
                 reason="needs a layer",
-                hint="write `attention layer * …` for every layer, one run each, or "
-                "`attention layers * …` for all of them at once",
+                hint=f"write `{what} layer * …` for every layer, one run each, or "
+                f"`{what} layers * …` for all of them at once",
             )
         )
         return None, ()
@@ -834,11 +836,19 @@ def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSit
     return replace(targets, labels=labels), axes
 
 
+def _read_stack(edge: ast.Edge, context: SiteContext) -> ast.Edge:
+    """Return an edge with the stack that it names without a layer, which parses as a group."""
+    names = () if edge.heads is None else edge.heads.names
+    if len(names) != 1 or names[0].id not in STACKS or names[0].id in context.groups:
+        return edge
+    return replace(edge, heads=None, stack=names[0])
+
+
 def _name_attention(missing: Diagnostic, stack: str, shape: ModelShape) -> Diagnostic:
     """Replace `pattern` by the word of the rule, and name a rule for the stack instead."""
-    if not isinstance(missing, SiteNotOnModel) or not stack:
+    if not isinstance(missing, SiteNotOnModel):
         return missing
-    found = replace(missing, site=f"attention {stack}")
+    found = replace(missing, site=f"attention {stack}".rstrip())
     if stack in shape.others:
         found = replace(
             found,

@@ -1795,6 +1795,10 @@ class ResolvedExperiment(Record):
     """Key of the experiment that this one is the control or the baseline of."""
     drawn: DrawCounts | None = None
     """For a control: the number of draws in each cell."""
+    partial_layers: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict[str, tuple[int, ...]], compare=False
+    )
+    """`layer *` of sites that some blocks lack, as written, with the layers that it names."""
     saves: tuple[ResolvedSave, ...] = ()
     direction_files: tuple[ResolvedDirectionFile, ...] = ()
     derived: Mapping[str, ResolvedExperiment] = field(default_factory=dict)

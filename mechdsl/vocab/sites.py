@@ -387,6 +387,12 @@ SHORT_WORDS = tuple(
 ATTENTION_INTERNAL_SITES = ("q_rot", "k_rot", "scores", "pattern")
 """Sites that are in no module and are accessed inside the computation of attention."""
 
+ATTENTION_SITES = (
+    *("q", "k", "v", "z", "head_out", "attn_norm", "attn_out"),
+    *ATTENTION_INTERNAL_SITES,
+)
+"""Sites of attention, which models with other mixers lack."""
+
 SITES_WITHOUT_STEPS = (
     *ATTENTION_INTERNAL_SITES,
     "embed",

@@ -12,6 +12,8 @@ import pytest
 
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..families import build, tables
+from ..families.parts import Architecture
 from ..quick import some
 from ..reference.points import Point, copied, zeroed
 from . import support
@@ -251,3 +253,33 @@ def test_loop_variable_hides_a_parameter_of_its_name(tmp_path: Path) -> None:
     (resolved,) = checked.experiments[0].rules
     assert resolved.amounts is not None
     assert list(resolved.amounts.values.values()) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("line", "measure", "named"),
+    [
+        ("scale weights of mlp_out layer * neuron 0 by 0", DIFFERENCE, "layer *"),
+        (
+            "ablate resid_post layer 0 at last token with zero",
+            "measure cosine(mlp_hidden layer *, other) at last token as raw",
+            "layer *",
+        ),
+        ("ablate resid_post layer * at last token with zero", DIFFERENCE, ""),
+    ],
+)
+def test_conventions_name_the_layers_of_weights_and_measured_vectors(
+    line: str, measure: str, named: str, folder: Path
+) -> None:
+    """Jamba has neurons in layers 1 and 2 only, and experts in the others."""
+    model = jamba()
+    text = experiment("e", "prompts p", line, measure)
+    expected = f"`{named}` of `mlp_hidden` selects layers 1, 2: other blocks lack this site"
+    found = run_file(text, folder, model)["e"].conventions.get("layers")
+    assert found == (expected if named else None)
+
+
+@cache
+def jamba() -> object:
+    row = next(each for each in tables.every() if each.name == "jamba")
+    assert isinstance(row, Architecture)
+    return build.model(row)

@@ -881,8 +881,17 @@ def test_layer_star_names_the_blocks_that_have_the_site() -> None:
     check_rules(found, rules, [difference(n, n) for n in range(len(RECORDS))], expected)
     assert [cell.coords["layer"] for cell in found[0].cells] == [*CROSS]
     assert found[0].conventions["layers"] == (
-        "`*` in `z cross layer * heads *` selects layers 1, 3: other blocks lack this site"
+        "`layer *` of `z cross` selects layers 1, 3: other blocks lack this site"
     )
+
+
+def test_conventions_name_the_layers_of_a_group() -> None:
+    text = "group g = z cross layers * heads 0\n"
+    text += experiment("group", "ablate g at last token with zero")
+    text += experiment("every", "ablate resid_post layer * at last token with zero")
+    found = {each.name: each.conventions.get("layers") for each in run_text(text)}
+    named = "`layers *` of `z cross` selects layers 1, 3: other blocks lack this site"
+    assert found == {"group": named, "every": None}
 
 
 def test_config_of_attending_blocks_shows_the_sites_of_each_block() -> None:

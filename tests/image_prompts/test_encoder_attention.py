@@ -487,6 +487,10 @@ LINES = {
     "block attention vision layer 0 from photo tile 1 tokens to photo tile 2 tokens": "E0332",
     "set attention vision layer 0 from photo tokens to photo row 1 col 1 token to 0.3": "E0332",
     "allow attention vision layer 0 from photo tokens to photo row 1 col 1 token": "E0108",
+    "block attention vision from photo tokens to photo row 1 col 1 token": "E0304",
+    "block attention vision layer 0 from photo tokens to photo row 1 col 1 token\n  using atp": (
+        "E0108"
+    ),
     "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0413",
     "ablate scores vision layer 0 head 0 at photo tokens with zero": "E0413",
     "observe attention vision layer 0 from photo tokens to photo tokens by value_norm": "E0108",

@@ -201,6 +201,19 @@ def test_probe_on_images_of_its_training_reports_the_code(line: str) -> None:
     assert reason in str(problem.value)
 
 
+def test_training_on_one_image_reports_that_its_rows_have_the_same_image(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    block = TWICE.replace("{file}", "0.png").replace("file = other", 'words = "w1"')
+    probe = f"probe t = fit(ridge(penalty: 1), target: n, {OPTIONS}) at {AT}\n"
+    text = probe + experiment("e", f"observe probe(t) at {AT} as told", measure="")
+    path = tmp_path / "file.mech"
+    path.write_text(f'mech 1\nmodel m = local("handed over")\n{block}\n{text}', "utf-8")
+    models = {"m": (bare("qwen2_5_vl").model, bare("qwen2_5_vl").processor)}
+    with pytest.raises(mechdsl.MechdslError) as problem:
+        mechdsl.fit(path, models, store=tmp_path / "store")
+    assert "all training rows have the same image" in str(problem.value)
+
+
 def test_trained_probe_counts_the_prompts_of_an_image_as_one_row(tmp_path: Path) -> None:
     """They are held out together."""
     name = "qwen2_5_vl"

@@ -237,6 +237,7 @@ RULE = "ablate resid_post layer 0 at {} with zero"
         ("frame 0 row 1 col 1 token", "E0309", "count from 1"),
         ("frame 3..2 row 1 col 1 token", "E0321", "3..2"),
         ("frame 1 row 4 col 1 token", "E0310", "3 rows and 3 columns"),
+        ("clip tile 2 tokens", "E0310", "`clip` has 3 rows and 3 columns of tokens"),
         ("clip row 1 col 1 token", "E0308", "frame 1 row 1 col 1 token"),
         ("clip frame 2 row 1 col 2 token", "E0308", "first: `frame 2 row 1 col 2 of clip`"),
         ("clip frame 2 row 1 col 2 token", "E0308", "`clip` is a video"),

@@ -167,6 +167,19 @@ def test_missing_site_message_names_the_reason() -> None:
     assert "`mlp_out`" in other.help_text
 
 
+@pytest.mark.parametrize("site", ["z", "attn_out", "pattern"])
+def test_attention_of_a_hybrid_model_is_not_supported(site: str) -> None:
+    jamba = next(each for each in every() if each.name == "jamba")
+    assert isinstance(jamba, Architecture)
+    config = {**jamba.config, "model_type": "jamba", "architectures": ["JambaForCausalLM"]}
+    shape, problems = shape_from_config(config)
+    assert shape is not None, problems
+    missing = check_site(shape, site, model="m")
+    assert missing is not None
+    assert missing.code == "E0413"
+    assert "attention isn't supported in models with other mixers" in str(missing)
+
+
 def test_mixture_of_experts_has_no_mlp_hidden_site() -> None:
     shape, _ = shape_from_config({**QWEN3, "num_local_experts": 8})
     assert shape is not None

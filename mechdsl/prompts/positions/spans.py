@@ -816,16 +816,17 @@ def _parts_of(image: PlacedPicture, ref: ast.SpanRef) -> str:
         return (
             f"`{image.name}` has {cols} frames, counted from 1: write `{image.name} frame 1 token`"
         )
+    name = image.video if image.video and image.video == ref.name else image.name
     said = f"{rows} rows and {cols} columns of tokens"
     note = "; rows and columns count from 1 at the top left"
     if expansion.layout.cells and not rows:
         said = "tokens without rows and columns, each computed from all patches of a tile"
-        note = f": write `{image.name} tokens`"
+        note = f": write `{name} tokens`"
     if ref.view is not None:
         tiles = len([tile for tile in expansion.layout.tiles if tile.number != THUMBNAIL])
         thumbnail = "no thumbnail" if expansion.layout.thumbnail is None else "a thumbnail"
         said += f" in {count_noun(tiles, 'tile')}, and {thumbnail}"
-    return f"there, `{image.name}` has {said}{note}"
+    return f"there, `{name}` has {said}{note}"
 
 
 def _lies_in(span: TextSpan, around: Sequence[TextSpan]) -> bool:

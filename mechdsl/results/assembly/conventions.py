@@ -28,7 +28,6 @@ from mechdsl.resolve.class_outputs import describe_pooling
 from mechdsl.resolve.experiment import find_omitted_answers
 from mechdsl.resolve.findings import MAX_LISTED_SITES
 from mechdsl.resolve.runs import reads_any_reply
-from mechdsl.resolve.sites import count_layers, find_layers
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     MetricTerm,
@@ -42,7 +41,7 @@ from mechdsl.statistics.null_bands import min_draws
 from mechdsl.syntax import ast
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import Reply
-from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 
 
 def reply_conventions(
@@ -342,9 +341,9 @@ def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
             "of w, named by its centre: from centre − ⌊w/2⌋ to centre + ⌈w/2⌉ − 1, clipped "
             "at the ends",
         )
-    named = dict.fromkeys(x for rule in plan.rules for x in _named_layers(rule.rule, plan))
-    if named:
-        yield "layers", "; ".join(named)
+    partial = plan.experiment.partial_layers.items()
+    if partial:
+        yield "layers", "; ".join(_list_layers(*each) for each in partial)
     if any(_several_answers(rule.positions) for rule in plan.rules):
         yield "tokens", "several tokens with one label are run separately and averaged per row"
     answers = "; ".join(_on_answers(plan))
@@ -654,24 +653,10 @@ def _window_text(rule: Any) -> bool:
     return any(axis.window is not None for place in places for axis in place.axes)
 
 
-def _named_layers(rule: ResolvedRule, plan: ExperimentPlan) -> Iterator[str]:
-    """Describe the layers of each site with `layer *` that only some blocks have."""
-    shape, receivers = (
-        plan.experiment.model.shape,
-        None if rule.path is None else rule.path.receivers,
-    )
-    for written, targets in ((rule.spec.site, rule.sites), (rule.spec.receiver, receivers)):
-        if written is None or targets is None:
-            continue
-        axes = [axis for axis in written.axes if axis.word == "layer"]
-        kinds = [SITES[p.site] for here in targets.points.values() for p in here]
-        layers = find_layers(dict.fromkeys(kinds), shape)
-        starred = any(isinstance(value, ast.Star) for axis in axes for value in axis.values)
-        if starred and len(layers) < count_layers(kinds, shape):
-            text = " ".join(written.span.written.split())
-            numbers = ", ".join(map(str, layers))
-            noun = "layer" if len(layers) == 1 else "layers"
-            yield f"`*` in `{text}` selects {noun} {numbers}: other blocks lack this site"
+def _list_layers(written: str, layers: Sequence[int]) -> str:
+    """Describe the layers that `*` selects where other blocks lack the site."""
+    noun = "layer" if len(layers) == 1 else "layers"
+    return f"{written} selects {noun} {', '.join(map(str, layers))}: other blocks lack this site"
 
 
 def _several_answers(positions: Any) -> bool:
