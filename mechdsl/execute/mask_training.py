@@ -227,8 +227,8 @@ class MaskRows(EffectRows[Tensor]):
 
     @property
     def dictionaries(self) -> dict[str, dict[str, str]]:
-        """`dictionaries` with the name and SHA-256 of each whose features are nodes of edges; empty
-        without any."""
+        """`dictionaries` with the name and SHA-256 of each whose features are candidates or nodes
+        of edges; empty without any."""
         return {}
 
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
@@ -770,6 +770,15 @@ class CoordinateMaskRows(MaskRows):
         if system is None:
             raise NoBasis(problems)
         return system
+
+    @property
+    def dictionaries(self) -> dict[str, dict[str, str]]:
+        basis, name = self.objective.rules[0].basis, self.candidates[0].basis
+        assert basis is not None
+        own = basis.at(self.declared.made).operand
+        if name is None or not isinstance(own, DictionaryFile):
+            return {}
+        return {"dictionaries": {name: own.digest}}
 
     @cached_property
     def _encoded(self) -> SitePoint:
@@ -2031,6 +2040,7 @@ def _write_scores(path: Path, rows: NodeRows, found: FoundGroup) -> None:
         "scores": [own if n in active else None for n, own in enumerate(found.scores.tolist())],
         "chosen": (found.chosen if found.ranks else np.sort(found.chosen)).tolist(),
         **({"ranked": True} if found.ranks else {}),
+        **rows.masked.dictionaries,
         "prompts": rows.masked.prompts,
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")

@@ -387,14 +387,16 @@ def _lower_saved_mask(
     """
     texts, bases = given
     written, name = texts[0], statement.name.id
-    mask = read_mask(content, digest, written)
-    if len(texts) > 1 or bases:
-        reason = f"`{written}` has the sites of a trained group, without supernodes or bases"
-        raise UnreadableFile(reason, f'write `group {name} = saved("{written}")`')
+    mask = read_mask(content, digest, written, tuple(basis.id for basis in bases))
+    if len(texts) > 1:
+        reason = f"`{written}` has the sites of a trained group, without supernodes"
+        call = ", ".join((f'saved("{written}"', *(basis.id for basis in bases)))
+        raise UnreadableFile(reason, f"write `group {name} = {call})`")
     span = statement.span
     return spec.Group(
         span=span,
         name=name,
+        dictionary=mask.dictionary,
         sites=mask.list_sites(span),
         digest=digest,
         made=mask.made,

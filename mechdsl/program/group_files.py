@@ -4,9 +4,10 @@ A graph of circuit-tracer or Neuronpedia has `nodes` and `links`; `qParams` has 
 a user made in a viewer, each with its name and the names of its nodes. The node of a feature is
 called `LAYER_FEATURE_TOKEN`.
 
-In `mask.json` of a training, `sites` lists the candidates, `["z", 2, 0]` or `["resid_post", 3,
-null, null, 12]`, `labels` their names, `scores` or `probabilities` a number for each, and `chosen`
-the numbers of those of the group.
+In `mask.json` of a training, `sites` lists the candidates, `["z", 2, 0]`, `["resid_post", 3, null,
+null, 12]` or `["resid_post", 3, null, "f", 12]`, `labels` their names, `scores` or `probabilities`
+a number for each, `chosen` the numbers of those of the group, and `dictionaries` the SHA-256 of
+`f`.
 
 References:
     github.com/safety-research/circuit-tracer, `circuit_tracer/frontend/graph_models.py`
@@ -223,7 +224,7 @@ class _Candidate(NamedTuple):
 
     point: SavedPoint
     number: int | None
-    """Of a dimension; None for a site."""
+    """Of a dimension or a feature; None for a site."""
 
 
 @record
@@ -242,18 +243,25 @@ class SavedMask(Record):
     """What was read, for conventions."""
     prompts: tuple[str, ...]
     """Digests of the prompts that the group was chosen on; empty if the file has none."""
+    dictionary: tuple[str, str] | None = None
+    """The basis of its features and the SHA-256 in the file; None for sites and dimensions."""
+
+    @property
+    def _basis(self) -> str | None:
+        return None if self.dictionary is None else self.dictionary[0]
 
     def list_sites(self, span: Span) -> tuple[ast.Site, ...]:
         """Return the group: a site for each member, or the dimensions of each vector."""
         found: dict[SavedPoint, list[int]] = {}
         for point, number in self.chosen:
             found.setdefault(point, []).extend(() if number is None else (number,))
-        return tuple(_site(point, numbers, span) for point, numbers in found.items())
+        return tuple(_site(point, own, span, self._basis) for point, own in found.items())
 
     def list_ranked(self, span: Span) -> tuple[ast.Site, ...]:
         """Return each member, best first."""
         return tuple(
-            _site(point, () if number is None else (number,), span) for point, number in self.ranked
+            _site(point, () if number is None else (number,), span, self._basis)
+            for point, number in self.ranked
         )
 
 
@@ -262,18 +270,24 @@ def is_mask(content: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(content, dict) and {"labels", "sites", "chosen"} <= content.keys()
 
 
-def read_mask(content: Mapping[str, Any], digest: str, written: str) -> SavedMask:
+def read_mask(
+    content: Mapping[str, Any], digest: str, written: str, bases: Sequence[str] = ()
+) -> SavedMask:
     """Read the group of a `mask.json`.
 
     Args:
         digest: SHA-256 of the file.
         written: The path as the user wrote it.
+        bases: The names after the path: for features, that of their dictionary.
 
     Raises:
-        UnreadableFile: The file is malformed, or has edges, positions or features.
+        UnreadableFile: The file is malformed, or has edges or positions; the bases don't fit, or
+            the file doesn't identify the dictionary of its features.
     """
     listed = content["sites"]
     _reject_others(listed, written)
+    dictionary = _find_dictionary(content, written, bases)
+    basis = None if dictionary is None else dictionary[0]
     try:
         every = [_candidate(each) for each in listed]
         given = content["scores" if "scores" in content else "probabilities"]
@@ -283,6 +297,9 @@ def read_mask(content: Mapping[str, Any], digest: str, written: str) -> SavedMas
         sound = whole and len(set(chosen)) == len(chosen) > 0 and len(scores) == len(every)
         sound = sound and all(math.isfinite(scores[number]) for number in chosen)
         sound = sound and len({number is None for _, number in every}) == 1
+        of_bases = {entry[3] if len(entry) == 5 else None for entry in listed}
+        sound = sound and len(of_bases) == 1
+        sound = sound and (basis is None or len({point for point, _ in every}) == 1)
         if not sound or len(set(every)) < len(every):
             raise ValueError
         ranked = chosen
@@ -292,18 +309,24 @@ def read_mask(content: Mapping[str, Any], digest: str, written: str) -> SavedMas
     except (KeyError, TypeError, ValueError, IndexError):
         reason = f"`{written}` has no group: `chosen` has the numbers of some of its `sites`"
         raise UnreadableFile(reason, _MASK_FORM) from None
-    what = "site" if every[0].number is None else "dimension"
-    made = f"{len(group):,} of {count_noun(len(every), what)} of {written}: {_name(group)}; "
+    what = "site" if every[0].number is None else "dimension" if basis is None else "feature"
+    made = f"{len(group):,} of {count_noun(len(every), what)} of {written}: {_name(group, basis)}; "
     made += f"SHA-256 {digest[:12]}…"
     listed = tuple(every[number] for number in sorted(chosen))
     prompts = tuple(map(str, content.get("prompts", ())))
-    return SavedMask(digest, listed, group, tuple(_last_points(every)), made, prompts)
+    last = tuple(_last_points(every))
+    return SavedMask(digest, listed, group, last, made, prompts, dictionary)
+
+
+def _first_entry(listed: object) -> list[Any]:
+    """Return the first entry of `sites`; an empty list without any."""
+    entries = cast("list[Any]", listed) if isinstance(listed, list) else []
+    return cast("list[Any]", entries[0]) if entries and isinstance(entries[0], list) else []
 
 
 def _reject_others(listed: object, written: str) -> None:
-    """Raise UnreadableFile for edges, positions and features."""
-    entries = cast("list[Any]", listed) if isinstance(listed, list) else []
-    first = cast("list[Any]", entries[0]) if entries and isinstance(entries[0], list) else []
+    """Raise UnreadableFile for edges and positions."""
+    first = _first_entry(listed)
     if len(first) > 5:
         reason = f"`{written}` is a circuit of edges"
         raise UnreadableFile(reason, f'read it as a circuit: `circuit c = saved("{written}")`')
@@ -311,10 +334,29 @@ def _reject_others(listed: object, written: str) -> None:
         reason = f"`{written}` has positions, which depend on the prompts"
         hint = "write them where they are used: `ablate z layer 1 head 0 at subject tokens …`"
         raise UnreadableFile(reason, hint)
-    if len(first) == 5 and isinstance(first[3], str):
-        reason = f"`{written}` has features of `{first[3]}`, and doesn't identify this basis"
-        hint = f"list the features: `group g = features 3, 12 of {first[3]}`"
+
+
+def _find_dictionary(
+    content: Mapping[str, Any], written: str, bases: Sequence[str]
+) -> tuple[str, str] | None:
+    """Return the name of the dictionary of the features of a file, as this program has it, and its
+    SHA-256 in the file; None for sites and dimensions. Raises UnreadableFile."""
+    first = _first_entry(content["sites"])
+    if len(first) != 5 or not isinstance(first[3], str):
+        if bases:
+            reason = f"`{written}` has the sites of a trained group, without bases"
+            raise UnreadableFile(reason, f'write `group g = saved("{written}")`')
+        return None
+    name, known = first[3], content.get("dictionaries")
+    own = cast("Mapping[str, Any]", known).get(name) if isinstance(known, dict) else None
+    if not isinstance(own, str) or not own:
+        reason = f"`{written}` has features of `{name}`, and doesn't identify this basis"
+        hint = f"list the features: `group g = features 3, 12 of {name}`"
         raise UnreadableFile(reason, hint)
+    if len(bases) != 1:
+        reason = f"`{written}` has features of one dictionary, `{name}`"
+        raise UnreadableFile(reason, f'name it: `group g = saved("{written}", {name})`')
+    return bases[0], own
 
 
 def _candidate(entry: Any) -> _Candidate:
@@ -322,23 +364,27 @@ def _candidate(entry: Any) -> _Candidate:
     site, layer, unit, *rest = entry
     numbers = [each for each in (layer, unit) if each is not None]
     if rest:
-        basis, number = rest
+        _, number = rest
         numbers.append(number)
-        if basis is not None:
-            raise ValueError
     whole = all(isinstance(own, int) and not isinstance(own, bool) and own >= 0 for own in numbers)
     if not re.fullmatch(r"[a-z_]{1,40}( [a-z]{1,40})?", site) or not whole:
         raise ValueError
     return _Candidate((site, layer, unit), rest[1] if rest else None)
 
 
-def _name(group: Sequence[_Candidate]) -> str:
-    """Return the first members of a group as a file names them, for conventions."""
+def _name(group: Sequence[_Candidate], basis: str | None) -> str:
+    """Return the first members of a group as a file names them, for conventions.
+
+    Args:
+        basis: The dictionary of features; None for sites and dimensions.
+    """
+    of = "" if basis is None else f" of {basis}"
     names: list[str] = []
     for (site, layer, unit), number in group[:LISTED_SITES]:
-        axes = ("layer", layer), (_unit_word(site), unit), ("dim", number)
+        word = "dim" if basis is None else "feature"
+        axes = ("layer", layer), (_unit_word(site), unit), (word, number)
         words = (f"{word} {own}" for word, own in axes if own is not None)
-        names.append(" ".join((site, *words)))
+        names.append(" ".join((site, *words)) + of)
     more = len(group) - len(names)
     return ", ".join(names) + (f" and {more:,} more" if more else "")
 
@@ -358,16 +404,21 @@ def _last_points(candidates: Iterable[_Candidate]) -> Iterator[SavedPoint]:
         yield site, layer, unit
 
 
-def _site(point: SavedPoint, numbers: Sequence[int], span: Span) -> ast.Site:
-    """Return a site, or dimensions of its vector, as a file names it."""
+def _site(
+    point: SavedPoint, numbers: Sequence[int], span: Span, basis: str | None = None
+) -> ast.Site:
+    """Return a site, or dimensions or features of its vector, as a file names it."""
     site, layer, unit = point
+    word: ast.AxisWord = "dim" if basis is None else "feature"
     given: dict[ast.AxisWord, Sequence[int]] = {
         "layer": () if layer is None else (layer,),
         _unit_word(site): () if unit is None else (unit,),
-        "dim": numbers,
+        word: numbers,
     }
     axes = tuple(
-        ast.Axis(name, True, _values(own, span), span=span) for name, own in given.items() if own
+        ast.Axis(name, True, _values(own, span), of=basis if name == word else None, span=span)
+        for name, own in given.items()
+        if own
     )
     return ast.Site(tuple(ast.Name(each, span=span) for each in site.split()), axes, span=span)
 

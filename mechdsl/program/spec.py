@@ -596,6 +596,8 @@ class Group(Spec):
     """Each site that the training chose, in descending order of the scores."""
     candidates: tuple[tuple[str, int | None, int | None], ...] = ()
     """Site, layer and largest unit of the candidates, of a group in a file."""
+    dictionary: tuple[str, str] | None = None
+    """The basis of the features of a trained group in a file, and the SHA-256 in this file."""
 
     @property
     def names_features(self) -> bool:

@@ -177,7 +177,8 @@ class Statements:
             return (rule,)
         self.scope.has("group", group.name)
         if group.made:
-            self.read_groups[named.span] = group.name, group.made
+            # For trained groups, the experiment prints this and compares the prompts.
+            self.read_groups[named.span] = group.name, "" if group.candidates else group.made
 
         def at(site: ast.Site) -> ast.Rule:
             return rewrite(

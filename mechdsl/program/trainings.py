@@ -414,6 +414,8 @@ def _names(part: object) -> Iterator[tuple[str, bool]]:
                 elif isinstance(node, ast.SpanTokens) and node.of.name is not None:
                     yield node.of.name, True
         case spec.Spec():
+            if isinstance(part, spec.Rule) and part.read_group is not None:
+                yield part.read_group[0], False
             for name in spec.spec_fields(type(part)):
                 yield from _names(getattr(part, name))
         case tuple() | list():

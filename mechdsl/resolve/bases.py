@@ -308,8 +308,8 @@ class CoordinateChange(Intervention):
             yield Convention("transcoder", said)
         if rule.basis is not None and rule.basis.crosses_layers:
             yield Convention("cross-layer transcoder", CROSS_LAYER_CONVENTION)
-        if rule.spec.read_group is not None:
-            name, made = rule.spec.read_group
+        name, made = rule.spec.read_group or ("", "")
+        if made:
             yield Convention(f"group {name}", made)
         if isinstance(self._inner, Reconstruction | CoordinateRemoval):
             return
@@ -1384,7 +1384,37 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         made += "" if labels is None else f"; {count_noun(len(labels.texts), 'label')}"
         found[point] = BasisMember(name, call.name, options, what, width, size, made, reads, labels)
     _check_layers(definition, found, work)
-    return found
+    return found if _fits_saved_groups(definition, found, work) else None
+
+
+def _fits_saved_groups(
+    definition: spec.Basis, family: Mapping[SitePoint, BasisMember], work: ExperimentContext
+) -> bool:
+    """Whether a basis is the dictionary that the groups in files were trained with, or isn't
+    trained yet; reports E0342 otherwise."""
+    fits = True
+    for group in work.program.groups.values():
+        if group.dictionary is None or group.dictionary[0] != definition.name:
+            continue
+        ((_, layer, unit),) = group.candidates
+        there = [
+            member.operand
+            for point, member in family.items()
+            if len(family) == 1 or (point.layer, point.unit) == (layer, unit)
+        ]
+        for operand in there:
+            own = operand.digest if isinstance(operand, DictionaryFile) else None
+            if own in ("", group.dictionary[1]):
+                continue
+            reason = f"the file of `{group.name}` has features of a dictionary with SHA-256 "
+            reason += f"{group.dictionary[1][:12]}…, and `{definition.name}` "
+            reason += "is no dictionary" if own is None else f"has {own[:12]}…"
+            hint = "name the dictionary that the group was trained with"
+            bad = BadBasis(span=group.span, reason=reason, hint=hint, what="group")
+            if bad not in work.diagnostics:
+                work.diagnostics.append(bad)
+            fits = False
+    return fits
 
 
 def _check_layers(

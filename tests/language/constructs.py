@@ -258,8 +258,11 @@ _file(
     "layer needs one of the bases, at `mlp_out`; mechdsl can't check that the graph was computed "
     "with these transcoders. Graphs in `.pt` files are pickles, E0342. "
     '`saved("out/g/mask.json")` has the sites or dimensions that a training chose, and `top n of '
-    "g` selects its best sites (`tests/rules/test_saved_groups.py`). A file with positions, with "
-    "features or with sites that the model doesn't have is E0342. The results store the file's "
+    "g` selects its best sites (`tests/rules/test_saved_groups.py`). "
+    '`saved("out/g/mask.json", f)` has the chosen features of a dictionary, which may have another '
+    "name here; a dictionary with another SHA-256 is E0342 "
+    "(`tests/pipeline/test_saved_feature_groups.py`). A file with positions, with features of "
+    "other bases or with sites that the model doesn't have is E0342. The results store the file's "
     "SHA-256. The file has digests of the prompts that chose the group; measuring them is W0738 "
     "(`tests/pipeline/test_rows_of_saved_choices.py`).",
     "tests/rules/test_feature_groups.py",

@@ -136,6 +136,7 @@ def test_saved_dimensions_are_changed_together(data: Path) -> None:
     np.testing.assert_allclose(found["e"].measures[0].patched[0], expected, atol=1e-4)
     made = found["e"].conventions["group g"]
     assert "4 of 12 dimensions of mask.json: resid_post layer 1 dim 1, " in made
+    assert made.endswith("so they may be measured here")
 
 
 EDGE = ["resid_pre", 0, None, "q", 0, 0]
