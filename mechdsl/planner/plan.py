@@ -197,6 +197,7 @@ class ExperimentPlan:
         assert path is not None
         assert path.rule.sites is not None
         used = {*path.rule.sites.axes, *path.rule.positions.axes}
+        used.update(() if path.rule.basis is None else path.rule.basis.axes)
         used.update(name for plan in self.additional_rules for name in plan.rule.axes)
         found = np.zeros(self.n_cells, dtype=np.int64)
         for axis, own in zip(self.experiment.axes, self.coordinates, strict=True):

@@ -257,6 +257,10 @@ class CoordinateChange(Intervention):
         return self._inner.copies
 
     @property
+    def whole(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._inner.whole
+
+    @property
     def operation(self) -> CoordinateOperation:
         """How the inner intervention's result is combined with the current coordinates."""
         if isinstance(self._inner, Reconstruction):
@@ -418,6 +422,8 @@ def resolve_rule(
             bases.append(members)
         if not looks:
             _check_rule(rule, found)
+            if found.path is not None:
+                _check_sending_features(rule.site, found.sites, bases)
             bases = [_with_decoders(rule, found.sites, points, work) for points in bases]
         _check_separable(rule.site, bases, "read" if looks else "change")
         _check_all_features(rule, features, bases)
@@ -1065,6 +1071,29 @@ def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
             "a rule in a basis reads and writes the same layer",
             "remove `into layer`",
         )
+
+
+def _check_sending_features(
+    site: ast.Site, sites: SiteTargets, bases: Sequence[PointBases]
+) -> None:
+    """Check that the sender of a path is features in the output of one MLP."""
+    name = site.basis_name
+    points = [point for here in sites.points.values() for point in here]
+    other = next((point.site for point in points if point.site != "mlp_out"), None)
+    operands = [member.operand for here in bases for member in here.values()]
+    if not all(isinstance(own, DictionaryFile) for own in operands):
+        reason = f"`{name}` isn't a dictionary, and a path starts at features of one"
+        raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
+    if other is not None:
+        reason = f"`{name}` describes `{other}`, and a path starts at features of the output of an "
+        hint = "use a dictionary `at mlp_out layer 0`, or name the sender without features: "
+        raise BasisError(site, f"{reason}MLP", f"{hint}`path {other} … -> …`")
+    if any(isinstance(own, DictionaryFile) and own.crosses_layers for own in operands):
+        reason = f"the features of `{name}` write to several layers, and a path starts in one"
+        raise BasisError(site, reason, "use a transcoder of one layer")
+    if any(len({point.layer for point in here}) > 1 for here in sites.points.values()):
+        reason = "features of several layers start one path"
+        raise BasisError(site, reason, "sweep the layers: `mlp_out layer * feature 3 of …`")
 
 
 def _check_separable(site: ast.Site, bases: Sequence[PointBases], verb: str) -> None:

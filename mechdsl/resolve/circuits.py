@@ -517,7 +517,9 @@ def _resolve_named_nodes(
                 reason = f"has `{label_node(point)}`, and `nodes` are neurons or features"
                 break
         if not points and not work.sites.shape.stands_in:
-            reason = reason or "has no neurons"
+            group = None if site.bare is None else groups.get(site.bare.id)
+            features = site.coordinates is not None or (group is not None and group.names_features)
+            reason = reason or f"has no {'features' if features else 'neurons'}"
         if reason and not has_errors(work.diagnostics[before:]):
             hint = "name neurons or features only: `group g = L0N3, L0N97`, "
             hint += "`group g = features 3, 12 of f`"

@@ -421,6 +421,10 @@ def _of_path(
     assert rule.sites is not None
     assert own.site is not None
     assert own.receiver is not None
+    if rule.basis is not None:
+        reason = "its gradients are of whole vectors, not of features"
+        hint = f"remove `using {said.name}`, or name the sender without features"
+        yield _no_estimate(said, own.site.span, "features as senders", reason, hint)
     if not all(_adds_up(here, path) for here in rule.sites.points.values()):
         what, reason = "these senders together", "the value of one replaces the change of another"
         hint = "sweep them: `layer *`, or `for s in [attn_out, mlp_out]`"

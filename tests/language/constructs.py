@@ -1988,6 +1988,20 @@ _rule(
     "tests/rules/test_joint_paths.py",
 )
 _rule(
+    "path from features",
+    "path feature * of b -> q layer 2 head * at last token",
+    "Patches the edge from a feature of a dictionary at `mlp_out` to the receivers. In the pass "
+    "with patched senders, the output of the MLP is that of the base run plus the change of the "
+    "feature's activation times its decoder row; other features, the reconstruction error and the "
+    "other components are held. The activations are those of the source run and of the base run; "
+    "a transcoder encodes the MLP's input in both. `features 3, 12 of b` send together, `feature * "
+    "of b` sweeps. The features of a rule are of one layer. Cross-layer transcoders, dictionaries "
+    "at other sites and other bases are E0342. Features as receivers are E0108: use a circuit, "
+    "`circuit c = L0H1 -> feature 3 of b`. `using` is E0608.",
+    "Marks et al. 2024, arXiv 2403.19647",
+    "tests/rules/test_feature_paths.py",
+)
+_rule(
     "path … through mlps",
     "path layer * head * -> logits at last token through mlps",
     "Recomputes MLPs instead of holding them. For the receivers `logits` and `final_norm`, the "
