@@ -421,9 +421,7 @@ def resolve_rule(
                 return None
             bases.append(members)
         if not looks:
-            _check_rule(rule, found)
-            if found.path is not None:
-                _check_sending_features(rule.site, found.sites, bases)
+            _check_rule(rule, found, bases)
             bases = [_with_decoders(rule, found.sites, points, work) for points in bases]
         _check_separable(rule.site, bases, "read" if looks else "change")
         _check_all_features(rule, features, bases)
@@ -1054,17 +1052,19 @@ def _with_parameters(node: ast.Node, work: ExperimentContext) -> ast.Node:
     return replace(node, name=None, value=value + node.offset, offset=0)
 
 
-def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
+def _check_rule(rule: spec.Rule, found: ResolvedRule, bases: Sequence[PointBases]) -> None:
     """Check that coordinates can be changed in this way."""
     does = found.does
     assert rule.site is not None
+    assert found.sites is not None
+    if found.path is not None:
+        _check_sending_features(rule.site, found.sites, bases)
     if does.mode not in ("set", "add", "scale") or does.reads == "cell" or found.direction:
         raise BasisError(
             rule.site,
             f"`{rule.verb}` with a vector or a function doesn't act on coordinates",
             "write a number, or name the site without a basis",
         )
-    assert found.sites is not None
     if found.sites.sources is not None:
         raise BasisError(
             rule.site,

@@ -1953,7 +1953,15 @@ _rule(
     "are `resid_pre`, `attn_norm`, `q`, `k`, `v`, `mlp_norm`, `mlp_hidden`, `final_norm` and "
     "`logits`, with the axes `to_layer`, `to_head` and `to_neuron`. Pairs in which the sender "
     "doesn't precede the receiver are omitted. Receivers in a group are patched at once. For a "
-    "neuron, the resulting activation is written.",
+    "neuron, the resulting activation is written. A sender can be a feature of a dictionary at "
+    "`mlp_out`, such as `path feature * of b -> q layer 2 head * at last token` (Marks et al. 2024, "
+    "arXiv 2403.19647): the output of the MLP is that of the base run plus the change of the "
+    "feature's activation times its decoder row; other features and the reconstruction error are "
+    "held. The activations are those of the source run and of the base run; a transcoder encodes "
+    "the MLP's input in both. `features 3, 12 of b` send together, `feature * of b` sweeps. The "
+    "features of a rule are of one layer. Cross-layer transcoders, dictionaries at other sites and "
+    "other bases are E0342. Features as receivers are E0108: use a circuit, `circuit c = L0H1 -> "
+    "feature 3 of b`. `using` is E0608 (`tests/rules/test_feature_paths.py`).",
     PATHS,
     _PATHS,
 )
@@ -1986,20 +1994,6 @@ _rule(
     "`path L0N3 -> L2N7`.",
     PATHS,
     "tests/rules/test_joint_paths.py",
-)
-_rule(
-    "path from features",
-    "path feature * of b -> q layer 2 head * at last token",
-    "Patches the edge from a feature of a dictionary at `mlp_out` to the receivers. In the pass "
-    "with patched senders, the output of the MLP is that of the base run plus the change of the "
-    "feature's activation times its decoder row; other features, the reconstruction error and the "
-    "other components are held. The activations are those of the source run and of the base run; "
-    "a transcoder encodes the MLP's input in both. `features 3, 12 of b` send together, `feature * "
-    "of b` sweeps. The features of a rule are of one layer. Cross-layer transcoders, dictionaries "
-    "at other sites and other bases are E0342. Features as receivers are E0108: use a circuit, "
-    "`circuit c = L0H1 -> feature 3 of b`. `using` is E0608.",
-    "Marks et al. 2024, arXiv 2403.19647",
-    "tests/rules/test_feature_paths.py",
 )
 _rule(
     "path … through mlps",
