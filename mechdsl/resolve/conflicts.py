@@ -596,7 +596,7 @@ def _check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnosti
         verb = _name_rule(rule)
         if rule.circuit is not None or verb in _IN_ENCODER_DECODERS:
             continue
-        what, hint = f"`{verb}` in an encoder-decoder", ENCODER_DECODER_HINT
+        what, hint = f"`{verb}` in an encoder-decoder", _ENCODER_DECODER_HINT
         hint = _OTHER_STACK_HINTS.get(verb, hint)
         yield NotSupported(span=rule.spec.span, what=what, later=hint)
 
@@ -680,7 +680,7 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
         what = f"a change after the prompt {of}"
     else:
         what = f"`{inside[0]}` {of}" if inside and rule.edge is None else ""
-    hint = ENCODER_DECODER_HINT if attends else VISION_HINT
+    hint = _ATTENDED_IMAGE_HINT if attends else VISION_HINT
     return NotSupported(span=rule.spec.span, what=what, later=hint) if what else None
 
 
@@ -773,12 +773,16 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
 ))  # fmt: skip
 """Rules and observations that act on the stacks of an encoder-decoder."""
 
-ENCODER_DECODER_HINT = (
+_ENCODER_DECODER_HINT = (
     "docs/load-models.md lists what is computed for encoder-decoders: `patch`, `ablate`, `add`, …"
 )
 
+_ATTENDED_IMAGE_HINT = (
+    "docs/load-models.md lists what is computed in models whose blocks attend to an image"
+)
+
 _OTHER_STACK_HINTS = {
-    "replace block": "its blocks also attend to the encoder: ablate `attn_out` and `mlp_out`",
+    "replace block": "ablate `attn_out` and `mlp_out` of the block instead",
     "observe rollout": "it multiplies the patterns of one text, but the decoder also attends to "
     "the encoder: write `observe attention cross …` or `observe attention encoder …`",
 } | dict.fromkeys(

@@ -66,6 +66,21 @@ def test_similarity_of_patches_equals_cosines_of_the_bare_encoder(name: str, mod
         np.testing.assert_allclose(inside[layer], np.mean(every, axis=1), atol=1e-5)
 
 
+def test_similarity_with_a_run_that_changes_patches_stops_before_later_image_vectors() -> None:
+    """Qwen3-VL adds vectors of images after its first blocks, which these passes don't reach."""
+    at = "photo row 1 col 2 token"
+    lines = (
+        f"run cut {{ scale resid_post vision layer 0 at {at} by 3 }}",
+        f"observe similarity resid_post vision layer * of clean with cut at {at}",
+        f"observe similarity embed of clean with cut at {at}",
+    )
+    text = "".join(experiment(f"e{n}", lines[0], lines[n], measure="") for n in (1, 2))
+    patches, embedded = (each.measures[0].patched for each in run_text("qwen3_vl", text))
+    np.testing.assert_allclose(patches[0], 1, atol=1e-5)  # scaled, which no cosine shows
+    assert (patches[1] < 1 - 1e-4).all()
+    assert (embedded < 1 - 1e-4).all()
+
+
 LINES = {
     "observe similarity resid_post vision layer 0 with resid_post layer 0 at photo row 1 col 1 "
     "token": ("llava_next", "E0108"),

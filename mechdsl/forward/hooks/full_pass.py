@@ -1119,7 +1119,7 @@ def run_full(
         ReadMismatch: A read didn't happen.
         RuleNotApplied: A function of the model has no rule in `backward`.
     """
-    batch, writes, reads, edges, seen = split_vision(model, batch, writes, reads, edges)
+    batch, writes, reads, edges, seen = split_vision(model, batch, writes, reads, edges, stop)
     ruled = RuledPass(model, backward) if backward and backward.of_functions else None
     work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=backward)
     if logits_at is not None:

@@ -442,8 +442,13 @@ def split_vision(
     writes: Sequence[SiteWrite],
     reads: Sequence[SiteRead] = (),
     edges: Sequence[EdgeWrite] = (),
+    stop: int | None = None,
 ) -> tuple[Batch, list[SiteWrite], list[SiteRead], list[EdgeWrite], dict[SiteRead, Tensor]]:
     """Run the vision encoder for reads and writes there, in prompts whose images are vectors.
+
+    Args:
+        stop: Number of blocks of the language model that run; None runs all. Vectors of images that
+            later blocks add (Qwen3-VL) aren't written.
 
     Returns:
         The batch, with pixels if blocks attend to images: the encoder then runs in the pass; the
@@ -462,6 +467,8 @@ def split_vision(
     if table is None or table.encode is None:
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
     embedded, found = table.encode(batch, inside, asked, blocks, within)
+    if stop is not None:
+        embedded = [write for write in embedded if write.layer is None or write.layer <= stop]
     outside = [write for write in writes if write.stack != "vision"]
     rest = [edge for edge in edges if edge.stack != "vision"]
     return batch, [*embedded, *outside], [read for read in reads if read not in found], rest, found
