@@ -964,6 +964,32 @@ def check_cross_layer_rules(experiment: ResolvedExperiment) -> Iterator[Diagnost
         yield NotSupported(span=written.spec.span, what=what, later=later)
 
 
+def check_read_features(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0108 for features of a transcoder that are read from a run whose rules change features
+    of this transcoder: they are encoded from the input of the MLP, which doesn't have the
+    change."""
+    changed: dict[str, set[tuple[str, int | None]]] = {}
+    for name, run in experiment.derived.items():
+        writing = (rule for rule in run.rules if rule.does.changes == "sites")
+        own = {each for rule in writing for each in _list_encoded(rule)}
+        changed[name] = own | changed.get(run.spec.base, set())
+    for rule in experiment.every_rule:
+        reads = rule.does.reads == "run" or rule.does.changes == "nothing"
+        if reads and changed.get(rule.run, set()) & _list_encoded(rule):
+            what = f"reading features of a transcoder in `{rule.run}`, whose rules change some"
+            later = "write the value, as in `set feature 3 of t at last token to 4`"
+            yield NotSupported(span=rule.spec.span, what=what, later=later)
+
+
+def _list_encoded(rule: ResolvedRule) -> set[tuple[str, int | None]]:
+    """Return the transcoders whose features a rule names, each with its layers."""
+    if rule.basis is None or rule.sites is None:
+        return set()
+    names = {member.name for member in rule.basis.members if member.reads}
+    layers = {point.layer for here in rule.sites.points.values() for point in here}
+    return {(name, layer) for name in names for layer in layers}
+
+
 def check_removed_blocks(
     rules: Sequence[ResolvedRule], measures: Sequence[ResolvedMeasure], model: str
 ) -> Iterator[Diagnostic]:

@@ -25,6 +25,7 @@ from mechdsl.resolve.conflicts import (
     check_cross_layer_rules,
     check_estimator,
     check_other_stacks,
+    check_read_features,
     check_removed_blocks,
     check_runs_without_blocks,
     check_saved_gradients,
@@ -452,6 +453,7 @@ def outline_experiment(
     refused += [*check_weight_rules(resolved), *check_other_stacks(resolved)]
     refused += check_circuits(resolved)
     refused += check_cross_layer_rules(resolved)
+    refused += check_read_features(resolved)
     if refused:
         return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, program, draws_enough, onward)

@@ -719,6 +719,21 @@ def test_cross_layer_features_change_at_each_generated_token(mode: str, data: Pa
     assert wanted != [written("llama", n, []) for n in range(len(rows()))]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "patch feature 1 of t at last token with more",
+        "patch mlp_out layer 1 features 1..2 of t at last token with even_more",
+    ],
+)
+def test_features_of_a_run_that_changes_them_are_not_read(line: str, data: Path) -> None:
+    """They would be encoded from the input of the MLP, without the change."""
+    make(data, "jumprelu_transcoder", width_of("llama"))
+    runs = "run more { clamp feature 1 of t at last token to 20 }\n  run even_more { from clean "
+    runs += "into more  ablate mlp_out layer 2 at last token with zero }"
+    assert codes(BASIS + experiment("e", runs, line), data) == ["E0108"]
+
+
 @pytest.mark.parametrize("mode", ["plain", "planned"])
 def test_derived_run_with_cross_layer_features_is_read_at_each_layer(mode: str, data: Path) -> None:
     """A pass may stop below layers that the features write to."""
