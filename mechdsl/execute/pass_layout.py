@@ -289,7 +289,7 @@ def group_rows(
     blocks = np.zeros(len(shared), dtype=np.int64)
     settles = np.zeros(len(shared), dtype=np.int64)
     has_circuit = np.zeros(len(shared), dtype=np.bool_)
-    numbered: dict[tuple[tuple[int, int | None], ...], int] = {}
+    numbered: dict[BlockPairs, int] = {}
     for number, each in enumerate(plans):
         own = np.flatnonzero(shared.owner == number)
         which = each.starting_run(shared.rows.take(own))

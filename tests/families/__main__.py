@@ -117,18 +117,40 @@ all patches that the vector of an image token is made from:
   on the config.
 
 `patch`, `swap` and means pair the patches of two tokens in this order. `add` adds its vector to
-each patch, and `observe norm` is the mean over the patches. So are the vectors from which a
-direction or a basis is computed; rules `in basis b` or on features of `b` act on each patch. Class
-tokens, row ends and tile tags have no patch (E0310). In `qwen3_vl`, the vectors that the model adds
-after its first blocks change too. A value that is read in the encoder and written in the language
-model (`value(resid_post vision layer 4)`), or the reverse, needs a model with one patch for each
-token; others are E0108.
+each patch, and `observe norm` is the mean over the patches. `observe similarity` compares the means
+over the patches of tokens. Such means are the vectors from which a direction, a basis or a probe is
+computed; rules `in basis b` or on features of `b` act on each patch. Class tokens, row ends and
+tile tags have no patch (E0310). In `qwen3_vl`, the vectors that the model adds after its first
+blocks change too. A value that is read in the encoder and written in the language model
+(`value(resid_post vision layer 4)`), or the reverse, needs a model with one patch for each token;
+others are E0108.
+
+`replace block vision layer 4 with identity` skips a block for all images of a row, with all of
+their patches, class tokens and tiles. `with block vision layer 3` runs another block in its place.
+In `qwen2_5_vl`, both blocks must attend to whole images, or both within windows.
+
+`path z vision layer 2 head 0 -> q vision layer 4 head * at photo tokens` patches a path between two
+sites of the encoder. All heads and MLPs of the encoder are held at the base run while the receivers
+read the changed stream at each patch. Then the receivers are written into the base run, and the
+rest of the encoder, the projector and the language model are recomputed. A path can't lead from the
+encoder to the language model (E0335).
+
+Attention in the encoder is between patches: `block attention vision layer 4 from photo tokens to
+photo row 2 col 3 token`, `reweight` and `set attention vision` change it. The edges are those
+between all patches of the queries and of the keys; a weight in `set … to 0.02` is that of each
+patch. `observe attention vision` is the total weight on the patches of the keys, averaged over
+those of the query. Patches attend to those of their tile or image, and to class tokens, which no
+position names. In `qwen2_5_vl`, most blocks have windows, and in videos, each frame (or pair of
+merged frames) attends to itself. Rules whose keys are all in other tiles or images than the queries
+are E0332; other keys that a patch doesn't see have a weight of 0, which no rule changes. A patch
+whose keys are all blocked attends to nothing. `allow`, `by value_norm` and estimates are E0108.
+`idefics2` and `mllama` lack these edges (E0413).
 
 The resampler of `idefics2` reads all patches of a tile for each token, so rules in its encoder act
 on all patches of an image and of its tiles, as in `scale z vision layer 4 at photo tokens by 0`. A
-position with only some tokens of an image is E0108, and so are other observations than `observe
-norm`, functions (`python(…)`), and rules that copy patches or average them over images of different
-sizes. Directions and bases of its patches are E0413.
+position with only some tokens of an image is E0108, and so are observations except `observe norm`,
+functions (`python(…)`), and rules that copy patches or average them over images of different sizes.
+Directions and bases of its patches are E0413.
 
 The encoder of `mllama` has local blocks, then global ones. They count as one stack: with 32 local
 and 8 global blocks, `vision layer 0..31` are local and `vision layer 32..39` global. The norm and

@@ -36,8 +36,8 @@ MEASURE = "measure logit(answer) as raw"
 @pytest.mark.parametrize(
     ("rule", "site"),
     [
-        ("observe attention layer 0 head * from last token to a token", "pattern"),
-        (f"block attention layer 0 from last token to a token\n  {MEASURE}", "pattern"),
+        ("observe attention layer 0 head * from last token to a token", "attention"),
+        (f"block attention layer 0 from last token to a token\n  {MEASURE}", "attention"),
         (PATCH.replace("SITE", "pattern") + MEASURE, "pattern"),
         (PATCH.replace("SITE", "scores") + MEASURE, "scores"),
     ],

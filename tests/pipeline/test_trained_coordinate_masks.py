@@ -440,7 +440,7 @@ def test_invalid_coordinate_mask_argument_is_rejected(name: str, tmp_path: Path)
 
 
 USES: dict[str, tuple[tuple[str, ...], str]] = {
-    "path": (("from turned into clean", "path g -> logits at last token"), "E0108"),
+    "path": (("from turned into clean", "path g -> logits at last token"), "E0342"),
     "heads": (("from turned into clean", "patch layers * heads * except g at last token"), "E0"),
     "freeze": (("freeze g at last token", "ablate z layer 0 at last token with zero"), "E0108"),
     "swap": (("swap g at last token with cue token",), "E0108"),

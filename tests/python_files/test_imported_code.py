@@ -126,7 +126,7 @@ def test_module_edited_after_its_import_is_rejected(
         hash_imported_code([b"import kept_of_these"])
     write(lib / "kept_of_these.py", "x = 1\n")
     assert hash_imported_code([b"import kept_of_these"]) == before
-    monkeypatch.delitem(sys.modules, "kept_of_these")
+    del sys.modules["kept_of_these"]  # for good, unlike with monkeypatch
 
 
 @pytest.mark.parametrize("compiled", [True, False])

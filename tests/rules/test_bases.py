@@ -631,8 +631,8 @@ def test_class_means_basis_equals_the_reference(family: str, mode: str, data: Pa
         (
             "random(dims: 3) at resid_post layer 1",
             "path resid_post layer 1 in basis b -> logits at last token",
-            "E0108",
-            "a basis in this statement",
+            "E0342",
+            "`b` isn't a dictionary",
         ),
         (
             "random(dims: 3) at resid_post layer 1",

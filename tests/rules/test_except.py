@@ -386,7 +386,7 @@ def test_group_with_an_error_is_not_an_exception_without_effect(
     training = f"fit({call}, prompts: p, with: zero, minimise: logit(answer))"
     text = f"group g = {training} at layers * heads * at last token\n"
     rule = "ablate layers * heads * except g at tokens * with zero"
-    assert codes(text + experiment("e", rule), data) == [code, "W0720"]  # few prompts
+    assert codes(text + experiment("e", rule), data) == [code]
 
 
 @pytest.mark.parametrize(
