@@ -20,6 +20,7 @@ from mechdsl.execute.run_record import PassSizes, SizeOrigin
 from mechdsl.forward.hooks.attention import get_max_scores
 from mechdsl.forward.hooks.batch import (
     REPLY_BYTES,
+    BlockPairs,
     get_free_memory,
     get_reply_bytes,
     is_out_of_memory,
