@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -136,3 +137,31 @@ def check_rules(
         own = np.array(expected[first : first + len(each.cells)]) - base
         first += len(each.cells)
         assert np.abs(own).max() > 0.1, rule
+
+
+def check_cells(
+    found: ExperimentResult,
+    axes: Sequence[str],
+    cells: Mapping[tuple[Any, ...], Sequence[float]],
+    base: Sequence[float],
+    rule: str,
+) -> float:
+    """Compare the cells of an experiment with values of a reference.
+
+    Args:
+        axes: Those of the keys of `cells`.
+        cells: Expected values by coordinates.
+        base: Expected values of the base run.
+        rule: The rule, for messages.
+
+    Returns:
+        The largest effect.
+    """
+    measure = found.measures[0]
+    np.testing.assert_allclose(measure.base[0], base, atol=1e-4)
+    keys = {tuple(cell.coords[axis] for axis in axes): n for n, cell in enumerate(found.cells)}
+    assert keys.keys() == cells.keys()
+    for key, values in cells.items():
+        where = f"{rule}: {key}"
+        np.testing.assert_allclose(measure.patched[keys[key]], values, atol=1e-4, err_msg=where)
+    return max(np.abs(np.array(values) - base).max() for values in cells.values())

@@ -32,7 +32,7 @@ from ..execute.support import as_in_the_data, check_file, run_on
 from ..quick import some
 from . import test_video_processors as videos
 from .reference import Edit, at, edited_module, record_value
-from .support import MEASURE, experiment
+from .support import MEASURE, check_cells, experiment
 from .test_families import ALL, BLOCK, TWO, bare, both, difference, folder, inputs, loaded, run_text
 from .test_token_patches import HEADS, LAYERS, Tower, other, shifted, turned
 from .test_token_patches import TOWERS as TILED_TOWERS
@@ -301,14 +301,7 @@ def test_rules_on_attention_equal_changed_weights_of_the_bare_encoder(name: str,
     for found, (rule, (axes, expected)) in zip(
         run_text(name, text, mode), CASES.items(), strict=True
     ):
-        measure, cells = found.measures[0], expected(name)
-        np.testing.assert_allclose(measure.base[0], base, atol=1e-4)
-        keys = {tuple(cell.coords[axis] for axis in axes): n for n, cell in enumerate(found.cells)}
-        assert keys.keys() == cells.keys()
-        for key, values in cells.items():
-            where = f"{rule}: {key}"
-            np.testing.assert_allclose(measure.patched[keys[key]], values, atol=1e-4, err_msg=where)
-        largest.append(max(np.abs(np.array(values) - base).max() for values in cells.values()))
+        largest.append(check_cells(found, axes, expected(name), base, rule))
     assert max(largest) > 0.1
     assert min(largest) > 0.01
 

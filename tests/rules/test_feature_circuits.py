@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,13 +74,19 @@ def definitions(name: str, kind: str) -> str:
 
 
 @cache
-def dictionaries(data: Path, name: str, kind: str) -> dict[int, Features]:
-    """Write the dictionaries of a model."""
+def write_dictionaries(data: Path, name: str, kind: str) -> tuple[Any, Any]:
+    """Write an autoencoder of a kind and a skip transcoder for a model, and return them."""
     folder = data / f"{name}_{kind}"
     folder.mkdir(exist_ok=True)
     width = double(name).config.hidden_size
     first = test_dictionaries.make(folder, kind, width)
-    second = test_transcoders.make(folder, "skip_transcoder", width)
+    return first, test_transcoders.make(folder, "skip_transcoder", width)
+
+
+@cache
+def dictionaries(data: Path, name: str, kind: str) -> dict[int, Features]:
+    """Write the dictionaries of a model."""
+    first, second = write_dictionaries(data, name, kind)
     ends = [{label(layer, n): n for n in own} for layer, (_, own) in NODES.items()]
     return {0: Features(first, ends[0]), 1: Features(second, ends[1], "mlp_norm")}
 

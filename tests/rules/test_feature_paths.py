@@ -15,9 +15,7 @@ from torch import Tensor
 
 from mechdsl.diagnostics.rendering import render_full
 
-from . import test_dictionaries, test_transcoders
 from .circuits import Features
-from .models import double
 from .support import (
     MODES,
     difference,
@@ -28,6 +26,7 @@ from .support import (
     tokens,
     try_file,
 )
+from .test_feature_circuits import write_dictionaries
 from .test_joint_paths import (
     FAMILIES,
     HEADS,
@@ -149,14 +148,9 @@ def definitions(name: str, kind: str) -> str:
     )
 
 
-@cache
 def dictionaries(data: Path, name: str, kind: str) -> dict[str, Features]:
     """Write the dictionaries of a model."""
-    folder = data / f"{name}_{kind}"
-    folder.mkdir(exist_ok=True)
-    width = double(name).config.hidden_size
-    first = test_dictionaries.make(folder, kind, width)
-    second = test_transcoders.make(folder, "skip_transcoder", width)
+    first, second = write_dictionaries(data, name, kind)
     return {"f": Features(first, {}), "t": Features(second, {}, "mlp_norm")}
 
 
