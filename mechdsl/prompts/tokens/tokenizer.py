@@ -485,14 +485,14 @@ class TextTokenizer:
 
         Their tokens don't depend on the prompt if `_splits_at_spaces` holds.
         """
-        apart = [
+        separate = [
             (p, t)
             for p, t in pairs
             if t[:1] == " " and p[-1:].strip() and False in prompts[p].special
         ]
-        texts = list(dict.fromkeys(t for _, t in apart))
+        texts = list(dict.fromkeys(t for _, t in separate))
         own = dict(zip(texts, self.encode_all(texts, add_special=False), strict=True))
-        return {pair: (own[pair[1]].ids, True) for pair in apart}
+        return {pair: (own[pair[1]].ids, True) for pair in separate}
 
     @cached_property
     def _splits_at_spaces(self) -> bool:
