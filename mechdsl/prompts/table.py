@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import compress
 from string import ascii_lowercase
 from types import MappingProxyType
@@ -884,8 +885,8 @@ class StandInTokenizer(TextTokenizer):
     def unknown_id(self) -> None:  # type: ignore[override]
         return None
 
-    @property
-    def _splits_at_spaces(self) -> bool:  # type: ignore[override]
+    @cached_property
+    def _splits_at_spaces(self) -> bool:
         return False
 
     def token_text(self, token: int) -> str:

@@ -796,7 +796,8 @@ def _list_kept_senders(circuit: CircuitTargets, ablated: EdgeEnds) -> list[SiteP
     senders = [of for of, _ in circuit.every if (SITES[of.site].stack == "encoder") == stack]
     if 2 * len(ablated.of_edge) < len(senders):
         return []
-    return list(dict.fromkeys(of for of in senders if of not in {*ablated.points}))
+    others = {*ablated.points}
+    return list(dict.fromkeys(of for of in senders if of not in others))
 
 
 def _tabulate(

@@ -70,8 +70,8 @@ class ImageTokenizer(TextTokenizer):
     def _added(self) -> dict[str, bool]:
         return {}
 
-    @property
-    def _splits_at_spaces(self) -> bool:  # type: ignore[override]
+    @cached_property
+    def _splits_at_spaces(self) -> bool:
         return False
 
     def same_as(self, other: TextTokenizer) -> bool:
