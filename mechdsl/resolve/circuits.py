@@ -1844,7 +1844,8 @@ class AskedCircuits:
     places: tuple[tuple[int, ...], ...] = ()
     """Numbers of the groups at each position of edges; empty for edges at all tokens."""
     order: PlaceOrder | None = None
-    """That of the groups."""
+    """That of the groups; without groups, of the written tokens where no measure reads logits, and
+    None where one does."""
     neurons: Mapping[SiteLayer, tuple[int, ...]] = field(
         default_factory=dict[SiteLayer, tuple[int, ...]], hash=False
     )
@@ -1861,6 +1862,8 @@ def _open_graph(asked: AskedCircuits) -> PathGraph[Any, Any]:
     model = EdgeGraph(asked.shape, asked.neurons, asked.features)
     if asked.order is None:
         return model
+    if not asked.places:
+        return OnePlaceGraph(model, asked.order)
     edges = [PlacedEdge(edge, at, "") for edge in model.every for at in range(len(asked.places))]
     return PlacedGraph(model, edges, asked.order, asked.places)
 
@@ -1872,9 +1875,10 @@ def ask_circuits(
     circuit, and all tokens after them."""
     circuit, shape, seed = rule.circuit, experiment.model.shape, experiment.seed
     assert circuit is not None
+    nodes = circuit.neurons, circuit.features
     if not circuit.edge_places:
-        nodes = circuit.neurons, circuit.features
-        return AskedCircuits(shape, frozenset(own), seed, count, (), None, *nodes)
+        early = None if has_two_streams(shape) else _order_written(experiment, rule)
+        return AskedCircuits(shape, frozenset(own), seed, count, (), early, *nodes)
     order, groups = _group_tokens(experiment, rule, circuit), range(len(circuit.classes))
     places = [
         tuple(group for group in groups if place in circuit.classes[group])
@@ -1885,8 +1889,18 @@ def ask_circuits(
         for edge, at in own.items()
         for place in _list_places(at)
     )
-    given = (*places, tuple(groups)), order, circuit.neurons, circuit.features
-    return AskedCircuits(shape, edges, seed, count, *given)
+    return AskedCircuits(shape, edges, seed, count, (*places, tuple(groups)), order, *nodes)
+
+
+def _order_written(experiment: ResolvedExperiment, rule: ResolvedRule) -> PlaceOrder | None:
+    """Return where information moves to from the tokens that a rule writes; None if a measure reads
+    logits at one of them, as edges into `logits` then have an effect."""
+    groups = [[set[int]()] for _ in experiment.table.runs[experiment.spec.base].rows]
+    for cell in rule.positions.written.values():
+        for (tokens,), hits in zip(groups, cell.hits, strict=True):
+            tokens.update(chain.from_iterable(hits))
+    order = order_tokens(experiment, 1, groups)
+    return None if order.reads_end[0] else order
 
 
 def _group_tokens(
@@ -1906,7 +1920,7 @@ def _group_tokens(
 
 def list_drawn_edges(asked: AskedCircuits, drawn: Sequence[Any]) -> PlacedEdges:
     """Return the edges of a random circuit as a rule names them."""
-    if asked.order is None:
+    if not asked.places:
         return dict.fromkeys(drawn)
     every = len(asked.places) - 1
     return _join_places((each.edge, None if each.place == every else each.place) for each in drawn)

@@ -777,10 +777,13 @@ def _draw_circuits(
     """
     drawn: dict[AxisIndices, list[PlacedEdges]] = {}
     every_path, only, others, axes = True, set[int](), 0, rule.sites.axes if rule.sites else ()
+    through = " through tokens at its positions" if circuit.edge_places else ""
     for key, own in circuit.named.items():
         asked = ask_circuits(experiment, rule, own, draws)
         found = draw_circuits(asked)
         every_path &= found.is_connected
+        if asked.order is not None and not asked.places:
+            through = " through keys or values that later tokens read"
         if found.is_only:
             only.add(count_placed(own))
         else:
@@ -803,10 +806,8 @@ def _draw_circuits(
         reason = f"there are only {others} other circuits with {size}"
         reason = f"there is only one other circuit with {size}" if others == 1 else reason
         raise _NoAlternatives(reason, f"write `against random({others})`")
-    path = ", each on a path from `embed` to `logits`" if every_path else ""
-    if circuit.edge_places:
-        size += ", the same number at each position"
-        path += " through tokens at its positions" if path else ""
+    path = f", each on a path from `embed` to `logits`{through}" if every_path else ""
+    size += ", the same number at each position" if circuit.edge_places else ""
     few = _describe_few("circuits", different.values(), counts.values(), draws)
     if only:
         few += (

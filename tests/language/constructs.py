@@ -296,10 +296,12 @@ _file(
     "values of this pass. `ablate all but c` ablates all edges outside the circuit. The fill is "
     "`zero`, `mean`, `resample` or a run, such as `fewer`. `against random(39)` draws circuits "
     "with the same number of edges; if each edge is on a path of the circuit from `embed` to "
-    "`logits`, this holds for the drawn circuits, too. Biases that are added after heads belong "
-    "to no sender. Each row is a full forward pass. Not in a `run`, with `generate` or together "
-    "with a second circuit (E0108), nor in image classifiers (E0108). If norms follow attention, "
-    "as in Gemma 2, or the sums of the stream, as in BERT, a receiver reads the stream that is "
+    "`logits`, this holds for the drawn circuits, too. At tokens where no measure reads logits, "
+    "such a path leads through keys or values that later tokens read. Biases that are added after "
+    "heads belong to no sender. Each row is a full forward pass. Not in a `run`, with `generate` "
+    "or together with a second circuit (E0108), nor in image classifiers (E0108). If norms follow "
+    "attention, as in Gemma 2, or the sums of the stream, as in BERT, a receiver reads the stream "
+    "that is "
     "recomputed from the outputs of components through these norms. In classifiers of texts, "
     "`logits` reads the end of the stream through the classification head.",
     "tests/rules/test_ablated_circuits.py",

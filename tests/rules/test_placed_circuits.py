@@ -498,6 +498,37 @@ def test_random_circuits_have_as_many_edges_at_each_position_on_paths_between_to
     assert other != drawn
 
 
+EARLY = "circuit c = embed -> L0H1.v, embed -> L1H0.k, L0H1 -> L1.mlp, L1.mlp -> L2H0.v\n"
+"""Edges with effects at tokens where nothing reads logits: values and keys lead to later tokens."""
+WRITTEN = {
+    "one": (EARLY, "cue token", True),
+    "two": (EARLY, "{token 1, cue token}", True),
+    "last": (EARLY, "{cue token, last token}", False),
+    "logits": ("circuit c = embed -> L0H1.v, L0H1 -> logits\n", "cue token", False),
+}
+
+
+@pytest.mark.parametrize("key", WRITTEN)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_random_circuits_at_early_tokens_lead_on_by_keys_and_values(
+    data: Path, name: str, key: str
+) -> None:
+    circuit, at, early = WRITTEN[key]
+    rule = f"ablate all but c at {at} with other"
+    text = circuit + experiment("e", "from other into clean", rule, "against random(16)")
+    drawn, said = list_drawn(text, data, name)
+    circuits = [{edge: [at] for edge in own} for own in drawn]
+    assert len({str(sorted(own)) for own in circuits}) == 16
+    own = {_edge(part.strip()): [at] for part in circuit.removeprefix("circuit c = ").split(",")}
+    assert all(len(each) == len(own) for each in circuits)
+    assert is_on_paths(name, own, rule) == early
+    path = ", each on a path from `embed` to `logits` through keys or values that later tokens read"
+    size = f"random circuits, 16 draws, seed 0; of {len(own)} edges"
+    assert said == f"{size}{path if early else ''}, at the same tokens"
+    if early:
+        assert all(is_on_paths(name, each, rule) for each in circuits)
+
+
 def count_at_tokens(circuit: Mapping[Edge, Sequence[str]]) -> Counter[tuple[int, int]]:
     """The number of edges at each token of each row."""
     return Counter(
