@@ -33,8 +33,9 @@ mechdsl run examples/systems/03-countscope.mech
 Each row gives the claim of the publication, the results, and a verdict on the tiny model. A tiny
 model, trained for another task, needn't behave like a large one: nothing was tuned to confirm a
 claim. The `expect` lines of a file state its results, whether they confirm the claim or not. The
-page shows their values, with 95 % intervals if available. The row numbers come from a longer list
-of publications.
+page shows their values, with 95 % intervals if available. n is the number of independent units: of
+distinct prompts, or of the groups of `stats by`. The row numbers come from a longer list of
+publications.
 
 `make systems` runs all files and builds this page. `python -m tests.systems NN…` runs some.
 
@@ -48,7 +49,7 @@ def _number(value: float) -> str:
 
 
 def _result(name: str, outcome: ExpectOutcome) -> str:
-    """`delta(L1H1) = -2.1 [-2.3, -1.9] in knocked_out`."""
+    """Return `` knocked_out: `delta(L1H1)` -2.1 [-2.3, -1.9], n = 64 ``."""
     what = outcome.text
     for sign in (" > ", " < ", " near ", " = "):
         what = what.partition(sign)[0]
@@ -57,7 +58,10 @@ def _result(name: str, outcome: ExpectOutcome) -> str:
         value = _number(outcome.value)
         if outcome.low is not None and outcome.high is not None:
             value += f" [{_number(outcome.low)}, {_number(outcome.high)}]"
-    return f"{name}: `{what}`" + ("" if value is None else f" {value}")
+    if value is None:
+        return f"{name}: `{what}`"
+    n = "" if outcome.effective_n is None else f", n = {outcome.effective_n:,}"
+    return f"{name}: `{what}` {value}{n}"
 
 
 def row(system: System, outcomes: Sequence[tuple[str, ExpectOutcome]]) -> str:
