@@ -274,10 +274,10 @@ def group_rows(
     circuits are sorted by circuit, so that a pass has few circuits; in full passes, by ranges of
     columns first, so that it has little padding.
 
-    They start from the same run, have the same number of draws and replaced blocks, and are all
-    full passes or all packed; if rows aren't joined, they belong to one cell. Packed rows of
-    circuits share no pass with others, because they are computed in all blocks. Nor do those that
-    leave out nodes, because others may need steps inside of these nodes.
+    They start from the same run, have the same number of draws, the same blocks replaced in the
+    same steps of replies, and are all full passes or all packed; if rows aren't joined, they belong
+    to one cell. Packed rows of circuits share no pass with others, because they are computed in all
+    blocks. Nor do those that leave out nodes, because others may need steps inside of these nodes.
 
     Args:
         packs: Whether rows can be packed.
@@ -290,7 +290,7 @@ def group_rows(
     blocks = np.zeros(len(shared), dtype=np.int64)
     settles = np.zeros(len(shared), dtype=np.int64)
     has_circuit = np.zeros(len(shared), dtype=np.bool_)
-    numbered: dict[BlockPairs, int] = {}
+    numbered: dict[tuple[BlockPairs, tuple[tuple[int, ...], ...]], int] = {}
     for number, each in enumerate(plans):
         own = np.flatnonzero(shared.owner == number)
         which = each.starting_run(shared.rows.take(own))
@@ -309,7 +309,7 @@ def group_rows(
         if each.ablates_circuits:
             circuit[own], has_circuit[own] = cells, True
         for cell in np.unique(cells).tolist():
-            pairs = each.replaced_blocks(cell)
+            pairs = each.replaced_blocks(cell), each.block_steps(cell)
             blocks[own[cells == cell]] = numbered.setdefault(pairs, len(numbered))
     is_packed = has_circuit & (whole == 0) & packs
     keys = [start, draws, whole, blocks, settles, is_packed]

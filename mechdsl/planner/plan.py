@@ -218,6 +218,12 @@ class ExperimentPlan:
                     found[place] = None if of.site == to.site else of.layer
         return tuple(sorted(found.items()))
 
+    def block_steps(self, cell: int) -> tuple[tuple[int, ...], ...]:
+        """Return the first and the last step of a reply in which each rule replaces the blocks of a
+        cell; an empty tuple means every step."""
+        own = [plan for plan in self.rules if plan.rule.does.changes == "blocks"]
+        return tuple(() if p.steps is None else tuple(p.steps[cell].tolist()) for p in own)
+
     def content(self, cell: int) -> int:
         """Return a number for a cell's effect: its values along the axes of active rules. It
         doesn't depend on names, the cell's index, other cells or observations."""

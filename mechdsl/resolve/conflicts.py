@@ -674,7 +674,7 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
         of = "in the vision encoder"
     if not (attends or rule.in_vision):
         what = f"`{verb}` {of}" if rule.path is not None or rule.circuit is not None else ""
-    elif verb not in (_IN_VISION if attends else _IN_VISION_OF_PROMPTS):
+    elif verb not in (_WITH_ATTENDED_IMAGES if attends else _IN_VISION_OF_PROMPTS):
         what = f"`{verb}` {of}"
     elif rule.after_prefill and not attends:
         what = f"a change after the prompt {of}"
@@ -758,12 +758,15 @@ _IN_VISION = frozenset((
     "patch", "swap", "freeze", "ablate", "add", "set", "scale", "clamp", "project out",
     "project onto", "block", "reweight", "set edge", "observe norm", "observe attention",
 ))  # fmt: skip
-"""Rules and observations that act in vision encoders, and on blocks that attend to an image."""
+"""Rules and observations that act in every vision encoder."""
 
 _IN_VISION_OF_PROMPTS = _IN_VISION | frozenset((
     "observe probe", "observe prediction", "observe similarity", "replace block", "path",
 ))  # fmt: skip
 """Rules and observations in vision encoders whose output is inserted into prompts as tokens."""
+
+_WITH_ATTENDED_IMAGES = _IN_VISION | frozenset(("replace block",))
+"""Rules and observations in models whose blocks attend to an image."""
 
 _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "replace", "observe entropy", "observe distance", "observe received", "observe value",

@@ -315,7 +315,7 @@ def check_generation(
             )
     for rule in rules:
         if rule is not None:
-            yield from _check_rule_steps(rule, generation)
+            yield from _check_rule_steps(rule, generation, work.sites.shape)
     if generation.samples > 1:
         yield from _check_samples(generation.samples, measures, keep)
 
@@ -401,7 +401,9 @@ def _check_runs(generation: Generation, work: ExperimentContext) -> Iterator[Dia
             )
 
 
-def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Diagnostic]:
+def _check_rule_steps(
+    rule: ResolvedRule, generation: Generation, shape: ModelShape
+) -> Iterator[Diagnostic]:
     """Check that a rule can act in its steps."""
     said, does = rule.spec, rule.does
     if rule.path is not None or rule.circuit is not None:
@@ -422,7 +424,7 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
         yield from _check_cache_edit(rule, generation)
         return
     steps = [] if rule.steps is None else list(rule.steps.values.values())
-    problem = _find_block_problem(rule, steps, generation.tokens - 1)
+    problem = _find_block_problem(rule, steps, generation.tokens - 1, shape)
     if problem is not None:
         yield problem
         return
@@ -443,7 +445,7 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
 
 
 def _find_block_problem(
-    rule: ResolvedRule, steps: Sequence[tuple[int, int]], last: int
+    rule: ResolvedRule, steps: Sequence[tuple[int, int]], last: int, shape: ModelShape
 ) -> Diagnostic | None:
     """Return what prevents a replaced block from acting in its steps; None if it can, and for other
     rules.
@@ -451,6 +453,7 @@ def _find_block_problem(
     Args:
         steps: The first and the last step of each range.
         last: The last step of the generation.
+        shape: The shape of the model, some of whose blocks may have no keys of the text.
     """
     said = rule.spec
     if rule.does.changes != "blocks" or rule.steps is None:
@@ -464,6 +467,11 @@ def _find_block_problem(
         what, hint = "a sweep over steps of `replace block`", "name the steps: `during step 2..5`"
         return _not_supported(said, what, hint)
     if said.source_block is not None or all(end >= last for _, end in steps):
+        return None
+    assert rule.sites is not None
+    layers = {point.layer for here in rule.sites.points.values() for point in here}
+    keys = any(layer is not None and shape.has("k", layer) for layer in layers)
+    if shape.takes == "attended image" and not keys:
         return None
     return _bad_steps(
         said.during,

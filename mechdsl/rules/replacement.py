@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mechdsl.base.hashing import digest_number
 from mechdsl.diagnostics.core import did_you_mean
@@ -400,19 +400,31 @@ def _check_same_kind(
         return True
     shape = shape.others.get(stack, shape)
     what, later = _explain_tied_blocks(shape.config), NotSupported.later
-    kinds, full = shape.config.get("layer_types"), shape.config.get("fullatt_block_indexes")
-    if isinstance(full, list):  # the other blocks attend within windows
-        kinds = ["full" if n in full else "windowed" for n in range(shape.n_layers)]
+    kinds = _list_block_kinds(shape)
     assert targets.sources is not None
     for key, points in targets.points.items():
         for to, of in zip(points, targets.sources[key], strict=True):
-            if isinstance(kinds, list) and kinds[to.layer or 0] != kinds[of.layer or 0]:
+            if kinds is not None and kinds[to.layer or 0] != kinds[of.layer or 0]:
                 what = f"block {of.layer} (`{kinds[of.layer or 0]}`) in place of block {to.layer} "
                 what += f"(`{kinds[to.layer or 0]}`), which is of a different type,"
                 later = "name a block of the same type"
     if what:
         work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
     return not what
+
+
+def _list_block_kinds(shape: ModelShape) -> Sequence[str] | None:
+    """Return the kind of each block of a stack; None if the config names none."""
+    config, every = shape.config, range(shape.n_layers)
+    kinds, full = config.get("layer_types"), config.get("fullatt_block_indexes")
+    cross, count = config.get("cross_attention_layers"), config.get("num_global_layers")
+    if isinstance(full, list):  # the other blocks attend within windows
+        kinds = ["full" if n in full else "windowed" for n in every]
+    elif isinstance(cross, list):
+        kinds = ["attends to the image" if n in cross else "attends to the text" for n in every]
+    elif isinstance(count, int):
+        kinds = ["global" if n >= shape.n_layers - count else "local" for n in every]
+    return cast(Sequence[str], kinds) if isinstance(kinds, list) else None
 
 
 def _explain_tied_blocks(config: Mapping[str, Any]) -> str:

@@ -329,6 +329,21 @@ def test_identity_block_in_early_steps_only_is_an_error(data: Path, during: str)
     run_file(text.replace(rule, later), data, "llama", "planned")
 
 
+def test_blocks_replaced_in_different_steps_share_no_pass(data: Path) -> None:
+    """In one file, replies are those of files with one experiment each."""
+    rule = "replace block layer 1 with block layer 0"
+    rules = [rule, f"{rule} during prefill", f"{rule} during step 1..{TOKENS - 1}"]
+    texts = [
+        experiment(f"e{n}", each, f"generate {TOKENS}", measure="measure length as raw")
+        for n, each in enumerate(rules)
+    ]
+    together = run_file("".join(texts), data, "llama", "planned")
+    found = [together[f"e{n}"].replies.cells[0] for n in range(len(rules))]
+    alone = [run_file(text, data, "llama", "planned") for text in texts]
+    assert found == [alone[n][f"e{n}"].replies.cells[0] for n in range(len(rules))]
+    assert found[0] != found[1] != found[2] != found[0]
+
+
 def test_generate_keeps_shared_answer_prefixes_out_of_the_prompt(data: Path) -> None:
     """Without `generate`, a word that starts all answers is moved to the end of the prompts."""
     block = 'prompts q {\n rows "data.jsonl"\n template "w41 {cue} w42"\n answer " w7 {a}"\n}\n'

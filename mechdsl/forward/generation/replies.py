@@ -66,6 +66,7 @@ from mechdsl.forward.hooks.model import (
     with_encoded,
 )
 from mechdsl.forward.hooks.token_copies import find_copies
+from mechdsl.models.shape import ModelShape
 from mechdsl.vocab.metrics import Reply
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 
@@ -175,7 +176,10 @@ class FullPasses:
             for earlier in range(1, step + 1)
         ]
         acting = merge_steps(chosen.rules(self.prefill), later)
-        blocks = collect_blocks(self.steps, step) if step else dict(self.prefill.blocks)
+        blocks = dict(self.prefill.blocks)
+        if step:  # images are those of the prefill
+            blocks = {to: of for to, of in blocks.items() if to[0] == "vision"}
+            blocks |= collect_blocks(self.steps, step)
         acting = replace(acting, blocks=tuple(sorted(blocks.items())))
         batch = acting.numbered(batch)
         if not self.model.shape.encodes_apart:
@@ -800,7 +804,7 @@ def generate_replies(
         raise ValueError("every prompt needs a token")
     if decoding.sampled and (random is None or len(random) != len(prompts)):
         raise ValueError("sampled tokens need a key of random numbers for each row")
-    given.check_blocks(decoding.tokens)
+    given.check_blocks(decoding.tokens, model.shape)
     way = choose_method(model, inside=given.inside) if cached and not given.looks_back else None
     work = _GenerationJob(
         model,
@@ -873,12 +877,18 @@ class _GivenRules:
         """Whether writes at the newest token depend on the value at the preceding token."""
         return any(write.mode == "step" for rules in self.steps for write in rules.writes)
 
-    def check_blocks(self, tokens: int) -> None:
-        """Raise ValueError if a skipped block runs again, as it lacks keys of the tokens so far."""
+    def check_blocks(self, tokens: int, shape: ModelShape) -> None:
+        """Raise ValueError if a skipped block runs again, as it lacks keys of the tokens so far.
+
+        Blocks that attend to an image, and those that encode it, need no such keys.
+        """
+        attends = shape.takes == "attended image"
         out: set[BlockPlace] = set()
         for step in range(tokens):
             blocks = collect_blocks(self.steps, step) if step else dict(self.prefill.blocks)
             now = {block for block, of in blocks.items() if of is None}
+            if attends:
+                now = {(stack, n) for stack, n in now if not stack and shape.has("k", n)}
             if out - now:
                 raise ValueError(
                     f"block {min(out - now)[1]} was omitted earlier but attends in step {step}"

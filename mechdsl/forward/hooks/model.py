@@ -295,7 +295,8 @@ def call_with_batch(model: LoadedModel, batch: Batch) -> Tensor:
         image.
     """
     arguments = build_arguments(model, batch)
-    with _map_images_once(model, batch, arguments):
+    blocks = _find_vision_blocks(model) if batch.extra else ()
+    with exchange_blocks(model, blocks), _map_images_once(model, batch, arguments):
         return call_model(model, arguments)
 
 
@@ -462,7 +463,8 @@ def split_vision(
     blocks = _VISION_BLOCKS.get(model.module, ())
     no_images = "vision" in batch.frames or "vision" not in model.others
     if no_images or not (inside or asked or within or blocks):
-        opened = _open_vision(model, batch, inside, asked)
+        needed = inside or asked or _find_vision_blocks(model)
+        opened = _open_vision(model, batch) if needed else batch
         return opened, list(writes), list(reads), list(edges), {}
     if table is None or table.encode is None:
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
@@ -583,12 +585,10 @@ def _find_inputs(model: LoadedModel, ids: Tensor, *, encoded: bool = True) -> di
     return {name: torch.stack([own[name] for own in found]).to(model.device) for name in names}
 
 
-def _open_vision(
-    model: LoadedModel, batch: Batch, writes: Sequence[SiteWrite], reads: Sequence[SiteRead]
-) -> Batch:
-    """Return a batch whose images are encoded in the pass, if there are writes or reads in the
-    encoder of a model whose blocks attend to images; other batches as they are."""
-    if model.shape.takes != "attended image" or not (writes or reads):
+def _open_vision(model: LoadedModel, batch: Batch) -> Batch:
+    """Return a batch whose images are encoded in the pass, if blocks of the model attend to images;
+    other batches as they are."""
+    if model.shape.takes != "attended image":
         return batch
     if batch.extra:
         return without_vectors(batch)
@@ -829,6 +829,15 @@ _POSITION_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number", 
 
 _VISION_BLOCKS: WeakKeyDictionary[nn.Module, BlockPairs] = WeakKeyDictionary()
 """By model, the blocks of the vision encoder that are replaced wherever it encodes images."""
+
+
+def _find_vision_blocks(model: LoadedModel) -> BlockPairs:
+    """Return the blocks that are replaced in the passes of a model whose blocks attend to images.
+
+    Images that are encoded once for all passes have the vectors of the model's own blocks.
+    """
+    attends = model.shape.takes == "attended image"
+    return _VISION_BLOCKS.get(model.module, ()) if attends else ()
 
 
 @contextmanager
