@@ -9,7 +9,7 @@ embedding table. `find_image_problem` compares both forms on a model's own forwa
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -32,7 +32,7 @@ from mechdsl.forward.hooks.batch import (
     SiteWrite,
     WriteMismatch,
 )
-from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.model import (
     IMAGE_INPUTS,
     IMAGE_TOKENS,
@@ -264,6 +264,9 @@ class ImageVectors:
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
         edges: Sequence[EdgeWrite],
+        *,
+        gradients: bool = False,
+        recompute: bool = False,
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder on a batch's images: see `VisionPass`."""
         every = self._occurrences(batch)
@@ -282,10 +285,11 @@ class ImageVectors:
             extent = self._known[marker].picture.extent
             by_extent.setdefault(extent, []).append((marker, numbers))
         vectors = _ImagesOfBatch(batch, every, changed, count)
+        run = partial(run_full, stop=0, gradients=gradients, recompute=recompute)
         for alike in by_extent.values():
             for start in range(0, len(alike), _AT_ONCE):
                 own = alike[start : start + _AT_ONCE]
-                found, later = self._run(model, own, inside, reads, blocks, within)
+                found, later = self._run(model, run, own, inside, reads, blocks, within)
                 vectors.add([numbers for _, numbers in own], found, later)
         return vectors.writes(self._known_later(batch)), vectors.reads
 
@@ -301,6 +305,7 @@ class ImageVectors:
     def _run(
         self,
         model: LoadedModel,
+        run: Callable[..., FullPassResult],
         lanes: Sequence[tuple[str, list[int]]],
         writes: Sequence[SiteWrite],
         reads: Sequence[SiteRead],
@@ -311,6 +316,7 @@ class ImageVectors:
 
         Args:
             model: The model.
+            run: Runs it up to its first block.
             lanes: The marker of each image, and the numbers that it has in the batch: a changed
                 image has one.
             writes: Writes whose rows are numbers of images, and whose positions are patches.
@@ -342,8 +348,7 @@ class ImageVectors:
             within += patches.place_edges(edges, number, lane)
         with _record_later_vectors(model) as later, exchange_blocks(model, blocks):
             asked = [_EMBED, *reads]
-            result = run_full(model, batch, stop=0, writes=inside, reads=asked, edges=within)
-        found = result.reads
+            found = run(model, batch, writes=inside, reads=asked, edges=within).reads
         values = {
             each: found[each] if _is_over_keys(each) else patches.select(found[each])
             for each in reads

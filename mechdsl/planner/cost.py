@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 
-from mechdsl.base.arrays import Bools, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.dictionaries.folder import MAX_GATHERED, DictionaryFile
 from mechdsl.models.circuit_graph import CircuitGraph, CircuitNode
 from mechdsl.models.restart import (
@@ -58,6 +58,7 @@ from mechdsl.resolve.types import (
     FeatureNodes,
     FitSample,
     JacobianBasis,
+    ResolvedExperiment,
     SitePoint,
     count_numbers,
     find_image_layout,
@@ -421,6 +422,10 @@ class CountWork(Protocol):
         ...
 
 
+CountPasses = Callable[[Ints], tuple[Ints, Floats]]
+"""From the lengths of prompts, what `CountWork` returns, with the vision encoder."""
+
+
 def gradient_work(
     plan: ExperimentPlan, prompts: Ints, count: CountWork, pass_tokens: int
 ) -> GradientWork:
@@ -444,13 +449,20 @@ def gradient_work(
     if decomposed:  # two lanes for each row
         times = 2 * run.draws * present.sum(axis=0)
     own = np.repeat(prompts, times)
-    lengths, whole = run.lengths[own], partial(count, sources=run.sources[own])
+    lengths, (patches, encoding) = run.lengths[own], count_vision_work(experiment)
+    patches, encoding = patches[own], encoding[own]
+
+    def whole(lengths: Ints) -> tuple[Ints, Floats]:
+        tokens, adds = count(lengths, run.sources[own])
+        return tokens + patches, adds + encoding
+
     by_item = any(atom.by_item for measure in experiment.measures for atom in measure.atoms)
     kinds = len(set(plan.items)) if by_item else 1
-    each = max(1, pass_tokens // experiment.model.shape.n_layers)
+    n_layers = experiment.model.shape.n_layers
+    each = max(1, pass_tokens // n_layers)
     if decomposed:
         kinds, each = 0, DECOMPOSED_TOKENS
-    joined = -(-int(lengths.sum()) // each)
+    joined = -(-int(lengths.sum() + patches.sum() // n_layers) // each)
     points = 1 if plan.path is None or said.steps is None else said.steps
     plain, found = False, GradientWork()
     for measure in experiment.measures:
@@ -467,15 +479,8 @@ def gradient_work(
         return found + _held_work(plan.path, lengths, joined, whole, times)
     if said.steps is None and not said.kind.adds_noise:
         rounds = experiment.model.shape.n_layers if said.kind.drops_layers else 1
-        sites = {
-            (point.site, point.layer)
-            for rule in experiment.rules
-            if said.kind.fixes_attention and rule.sites is not None
-            for points in rule.sites.points.values()
-            for point in points
-            if point.site in ("q", "k")
-        }
-        scores = _pass(lengths, joined, whole, forwards=2 * len(sites), backwards=0)
+        times = 2 * len(_list_changed_attention(experiment) if said.kind.fixes_attention else ())
+        scores = _pass(lengths, joined, whole, forwards=times, backwards=0)
         return sum((found for _ in range(rounds)), scores)
     copies = said.steps or int(dict(said.options)["samples"])
     times = copies * len(set(cell_sites(plan).tolist()))
@@ -483,11 +488,18 @@ def gradient_work(
     return sum((found for _ in range(times)), first)
 
 
+def _list_changed_attention(experiment: ResolvedExperiment) -> set[tuple[str, int | None]]:
+    """Return the sites and layers of queries and keys that rules change."""
+    rules = (rule.sites for rule in experiment.rules if rule.sites is not None)
+    points = (point for sites in rules for own in sites.points.values() for point in own)
+    return {(point.site, point.layer) for point in points if point.site in ("q", "k")}
+
+
 def _held_work(
     rule: RulePlan,
     lengths: Ints,
     joined: int,
-    whole: Callable[[Ints], tuple[Ints, Ints]],
+    whole: CountPasses,
     gradients: int,
 ) -> GradientWork:
     """Count the work of the passes in which heads and MLPs are held.
@@ -509,7 +521,7 @@ def _held_work(
 def _pass(
     lengths: Ints,
     joined: int,
-    whole: Callable[[Ints], tuple[Ints, Ints]],
+    whole: CountPasses,
     *,
     forwards: int,
     backwards: int,
@@ -1002,22 +1014,40 @@ def vision_adds(plan: ExperimentPlan, rows: RowTable, prompts: Ints) -> float:
     experiment = plan.experiment
     if not experiment.in_vision:
         return 0.0
+    _, each = count_vision_work(experiment)
+    read = {rule.run for rule in experiment.every_rule if rule.in_vision}
+    if experiment.spec.estimator is None:  # passes with gradients read the base run
+        read.add(experiment.spec.base)
+    said = experiment.generation
+    model = experiment.model.shape
+    passes = 1 if said is None or not model.encodes_apart else said.tokens * said.samples
+    adds = each[rows.prompt].sum() * plan.draws * passes + each[prompts].sum() * len(read)
+    return float(adds)
+
+
+def count_vision_work(experiment: ResolvedExperiment) -> tuple[Ints, Floats]:
+    """Return the work of the vision encoder on the images of each prompt of the base run.
+
+    Returns:
+        [row] patches times blocks of the encoder, and [row] their multiply-adds; zeros if no rule
+        is in it.
+    """
+    rows = experiment.table.runs[experiment.spec.base].rows
+    tokens_of, adds = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
+    if not experiment.in_vision:
+        return tokens_of, adds
     model, reader = experiment.model.shape, experiment.model.tokenizer
     shape, patches = model.others["vision"], model.merged_side**2
-    block, rows_of = BlockCost.of(shape), experiment.table.runs[experiment.spec.base].rows
-    each = np.zeros(len(rows_of))
-    for number, row in enumerate(rows_of):
+    block = BlockCost.of(shape)
+    for number, row in enumerate(rows):
         for picture in row.pictures.values():  # patches of a tile see each other
             tiles = max(1, len(picture.expansion.layout.tiles))
             tokens = sum(picture.expansion.is_image) * patches
             if model.resamples and isinstance(reader, ImagePromptTokenizer):
                 tokens = reader.encoded_patches(picture.picture.extent) or tokens
-            each[number] += tiles * block.whole(np.array([tokens // tiles])).sum()
-    read = {experiment.spec.base, *(rule.run for rule in experiment.every_rule if rule.in_vision)}
-    said = experiment.generation
-    passes = 1 if said is None or not model.encodes_apart else said.tokens * said.samples
-    adds = each[rows.prompt].sum() * plan.draws * passes + each[prompts].sum() * len(read)
-    return float(adds) * shape.n_layers
+            tokens_of[number] += tokens * shape.n_layers
+            adds[number] += tiles * block.whole(np.array([tokens // tiles])).sum() * shape.n_layers
+    return tokens_of, adds
 
 
 def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:

@@ -76,10 +76,16 @@ def list_sites_without_gradient(points: Iterable[SitePoint]) -> list[str]:
 def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Return all conflicts with `using`."""
     said = experiment.spec.estimator
-    if said is None or experiment.in_vision:  # `check_other_stacks` rejects all estimators there
+    if said is None or _lacks_vision_gradients(experiment):  # reported by `check_other_stacks`
         return []
     found = [*_of_experiment(experiment, said), *_of_rules(experiment, said)]
     return [*found, *_of_measures(experiment, said), *_of_verification(experiment, said)]
+
+
+def _lacks_vision_gradients(experiment: ResolvedExperiment) -> bool:
+    """Return whether rules are in a vision encoder that isn't differentiated."""
+    shape = experiment.model.shape
+    return experiment.in_vision and (shape.takes == "attended image" or shape.resamples)
 
 
 def _no_estimate(said: spec.Estimator, span: Span, what: str, reason: str, hint: str) -> Diagnostic:
@@ -250,6 +256,9 @@ def _of_rule(
     """Yield the conflicts of a rule; callers report the first."""
     own = rule.spec
     verb = own.verb if own.observed is None else f"observe {own.observed.word}"
+    if rule.in_vision and (problem := _explain_no_vision_estimate(rule, said)) is not None:
+        yield _no_estimate(said, own.span, f"`{verb}` in the vision encoder", *problem)
+        return
     if said.kind.place == "attention":
         yield from _of_edges(rule, verb, experiment, said)
         return
@@ -297,6 +306,18 @@ def _of_rule(
     if said.kind.fixes_attention and inside:
         yield from _of_changed_attention(rule, inside, experiment, said)
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
+
+
+def _explain_no_vision_estimate(rule: ResolvedRule, said: spec.Estimator) -> tuple[str, str] | None:
+    """Return why a rule in a vision encoder isn't estimated, and what to write."""
+    kind = said.kind
+    if rule.path is not None or rule.edge is not None or kind.place != "sites":
+        return "paths and attention between patches have no estimates", NO_ESTIMATE_HINT
+    if kind.backward is not None:
+        return "it changes derivatives of the language model only", OTHER_ESTIMATOR_HINT
+    if kind.fixes_attention or kind.drops_layers:
+        return "it recomputes attention of the language model only", OTHER_ESTIMATOR_HINT
+    return None
 
 
 def _of_changed_attention(
@@ -635,7 +656,7 @@ def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[
     for mask in experiment.masks:
         what = f"the group `{mask.training.definition}`, which is trained, {of}"
         yield NotSupported(span=own.span, what=what, later="name its sites")
-    if own.estimator is not None:
+    if own.estimator is not None and (attends or _lacks_vision_gradients(experiment)):
         what = f"`using {own.estimator.name}` {of}"
         yield NotSupported(span=own.estimator.span, what=what, later=NO_ESTIMATE_HINT)
     if own.against is not None:

@@ -482,7 +482,7 @@ LINES = {
     "allow attention vision layer 0 from photo tokens to photo row 1 col 1 token": "E0108",
     "block attention vision from photo tokens to photo row 1 col 1 token": "E0304",
     "block attention vision layer 0 from photo tokens to photo row 1 col 1 token\n  using atp": (
-        "E0108"
+        "E0608"
     ),
     "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0413",
     "ablate scores vision layer 0 head 0 at photo tokens with zero": "E0413",

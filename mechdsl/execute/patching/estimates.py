@@ -39,8 +39,8 @@ from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.models.shape import ModelShape, unit_count, vector_width
-from mechdsl.planner.cost import DECOMPOSED_TOKENS
+from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.planner.cost import DECOMPOSED_TOKENS, count_vision_work
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules, GradientEstimator
@@ -92,7 +92,7 @@ class _WrittenVectors:
     """[K, m]: the coordinates that are written; None for all of them, or for whole vectors."""
 
     @staticmethod
-    def of(write: SiteWrite, lane_of_row: Ints, shape: ModelShape) -> _WrittenVectors:
+    def of(write: SiteWrite, lane_of_row: Ints, model: LoadedModel) -> _WrittenVectors:
         row = write.rows.numpy()
         joins = isinstance(write.mode, CoordinateWrite) and write.mode.joins_units
         units = np.zeros_like(row) if joins else write.units.numpy()
@@ -100,6 +100,7 @@ class _WrittenVectors:
         spots, spot = np.unique(places, axis=1, return_inverse=True)
         own = (torch.from_numpy(each) for each in (spot.reshape(-1), *spots))
         index, lane, position, unit = own
+        shape = model.stack(write.stack).shape
         every = torch.arange(unit_count(shape, write.site, write.layer))
         units_of = every.expand(len(unit), -1) if joins else unit[:, None]
         # A clone, because tensors created in inference mode can't be differentiated.
@@ -361,17 +362,21 @@ class GradientEstimates:
         self.means_and_donors = means_and_donors
         self.model = runs.model
         self.lanes_of = lanes_of
+        self._vision_work = count_vision_work(plan.experiment)
         run = runs.named(plan.experiment.spec.base)
         self.differentiated = DifferentiatedRun(runs, run, readout, batch, self.kind.backward)
 
     def first(self, prompts: Ints, most: int) -> tuple[Ints, int]:
         """Select the first prompts, at least one, that together have up to `most` tokens.
 
+        Patches in the blocks of a vision encoder count as tokens in the same number of blocks.
+
         Returns:
             These prompts, which are differentiated together, and their number of tokens.
         """
-        lanes = self.differentiated.unpatched()
-        tokens = lanes.lengths[lanes.lane(prompts, np.zeros_like(prompts))] * self.plan.draws
+        lanes, (encoded, _) = self.differentiated.unpatched(), self._vision_work
+        tokens = lanes.lengths[lanes.lane(prompts, np.zeros_like(prompts))]
+        tokens = (tokens + encoded[prompts] // self.model.shape.n_layers) * self.plan.draws
         ends = np.cumsum(tokens)
         count = max(1, int(np.searchsorted(ends, most, side="right")))
         return prompts[:count], int(ends[count - 1])
@@ -412,8 +417,7 @@ class GradientEstimates:
             items = [self.plan.items[cell] for cell in drawn.cell]
             sums = self._decomposed(writes, lanes, lane_of_row, items)
             return self._result(sums, wanted, base)
-        shape = self.model.shape
-        written = [_WrittenVectors.of(write, lane_of_row, shape) for write in writes]
+        written = [_WrittenVectors.of(write, lane_of_row, self.model) for write in writes]
         environments = self._environments(drawn)
         if self.kind.adds_noise:
             sums = self._near_base(written, lanes, environments)
@@ -579,10 +583,10 @@ class GradientEstimates:
             lanes: The lanes of all rows.
             environments: [row]
         """
-        shape, run = self.model.shape, self.differentiated
-        given = (self.lanes_of, self.means_and_donors, shape)
+        run = self.differentiated
+        given = (self.lanes_of, self.means_and_donors, self.model.shape)
         writes = build_writes(self.plan, senders, draws, *given)
-        written = [_WrittenVectors.of(write, lane_of_sender, shape) for write in writes]
+        written = [_WrittenVectors.of(write, lane_of_sender, self.model) for write in writes]
         paths = edges.rule.paths
         if paths is not None and paths.at_the_end and paths.frozen_norms:
             rules = self.kind.backward or BackwardRules()
@@ -690,7 +694,8 @@ class GradientEstimates:
     def _noise_at(self, where: SiteRead, read: Tensor, lanes: DrawLanes, sample: int) -> SiteWrite:
         """Build noise at all vectors of a site; read: [lane, column, unit, width] of it."""
         batch = lanes.batch.of_site(where.site, where.stack)
-        lane, position = batch.tokens()
+        in_vision = where.stack == "vision"
+        lane, position = self._list_patches(lanes) if in_vision else batch.tokens()
         vectors = read[indices_to_device((lane, batch.columns(lane, position)), read.device)]
         ends = np.cumsum(np.bincount(lane.numpy()))[:-1].tolist()
         values: list[Floats] = []
@@ -713,6 +718,18 @@ class GradientEstimates:
             mode="add",
             stack=where.stack,
         )
+
+    def _list_patches(self, lanes: DrawLanes) -> tuple[Tensor, Tensor]:
+        """Return lane and position of the patches of all image tokens, as in `TokenHits`."""
+        count = self.model.shape.merged_side**2
+        rows = [self.differentiated.run.rows[int(prompt)] for prompt in lanes.prompts]
+        found = [
+            torch.tensor([t for each in row.whole_pictures for t in each.places(each.name)[0]])
+            for row in rows
+        ]
+        lane = torch.arange(len(found)).repeat_interleave(torch.tensor([*map(len, found)]))
+        position = torch.cat(found)[:, None] * count + torch.arange(count)
+        return lane.repeat_interleave(count), position.flatten()
 
     def _along(
         self,

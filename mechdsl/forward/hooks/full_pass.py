@@ -1102,8 +1102,7 @@ def run_full(
         model: The model, which is unchanged afterwards.
         stop: Number of blocks to run, or `n_layers + 1` to include the final norm; the rest isn't
             computed, and `logits` is None. None runs everything.
-        writes: Writes at sites.
-        reads: Sites to read.
+        writes, reads: Writes at sites, and sites to read.
         logits_at: [B, n] long, positions in the unpadded prompt of requested logits; default: all.
         tokens: [K] long, the only tokens whose logits are requested; `vocab` is then K.
         ends: With `tokens`, compute `largest`, which needs the logits of all tokens.
@@ -1119,7 +1118,8 @@ def run_full(
         ReadMismatch: A read didn't happen.
         RuleNotApplied: A function of the model has no rule in `backward`.
     """
-    batch, writes, reads, edges, seen = split_vision(model, batch, writes, reads, edges, stop)
+    split = split_vision(model, batch, writes, reads, edges, stop, gradients, recompute)
+    batch, writes, reads, edges, seen = split
     ruled = RuledPass(model, backward) if backward and backward.of_functions else None
     work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=backward)
     if logits_at is not None:
@@ -1129,8 +1129,8 @@ def run_full(
     rules = nullcontext() if ruled is None else ruled.opened()
     blocks = _recompute(work) if recompute and ruled is None else nullcontext()
     logits = largest = None
-    hooks, attention = work.installed(), open_attention(model, work, ruled)
-    with mode, hooks, attention, narrow, rules, blocks, suppress(PassStopped):
+    attention = open_attention(model, work, ruled)
+    with mode, work.installed(), attention, narrow, rules, blocks, suppress(PassStopped):
         logits = call_with_batch(model, given)
     if logits is not None:
         if ruled is not None:
@@ -1153,7 +1153,9 @@ def _recompute(work: SiteHooks) -> AbstractContextManager[None]:
         with _enable_gradients(work.model), again.installed(), open_attention(work.model, again):
             yield
 
-    blocks = work.model.anatomy.blocks[: work.stop]
+    blocks = list(work.model.anatomy.blocks[: work.stop])
+    if isinstance(work.frame, Batch) and "vision" in work.frame.frames:
+        blocks += work.model.stack("vision").anatomy.blocks
     modules = [work.model.module.get_submodule(block.path) for block in blocks]
     return recompute_blocks(modules, run_again)
 

@@ -332,6 +332,9 @@ class VisionPass(Protocol):
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
         edges: Sequence[EdgeWrite],
+        *,
+        gradients: bool = False,
+        recompute: bool = False,
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder.
 
@@ -341,6 +344,7 @@ class VisionPass(Protocol):
             reads: Sites of the encoder.
             blocks: Its replaced blocks, which change all images.
             edges: Changed attention edges in the encoder.
+            gradients, recompute: As in `run_full`.
 
         Returns:
             Writes at `embed` of all tokens of the images that are written to; [B, T, units, width]
@@ -444,12 +448,15 @@ def split_vision(
     reads: Sequence[SiteRead] = (),
     edges: Sequence[EdgeWrite] = (),
     stop: int | None = None,
+    gradients: bool = False,
+    recompute: bool = False,
 ) -> tuple[Batch, list[SiteWrite], list[SiteRead], list[EdgeWrite], dict[SiteRead, Tensor]]:
     """Run the vision encoder for reads and writes there, in prompts whose images are vectors.
 
     Args:
         stop: Number of blocks of the language model that run; None runs all. Vectors of images that
             later blocks add (Qwen3-VL) aren't written.
+        gradients, recompute: As in `run_full`.
 
     Returns:
         The batch, with pixels if blocks attend to images: the encoder then runs in the pass; the
@@ -468,7 +475,8 @@ def split_vision(
         return opened, list(writes), list(reads), list(edges), {}
     if table is None or table.encode is None:
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
-    embedded, found = table.encode(batch, inside, asked, blocks, within)
+    given = batch, inside, asked, blocks, within
+    embedded, found = table.encode(*given, gradients=gradients, recompute=recompute)
     if stop is not None:
         embedded = [write for write in embedded if write.layer is None or write.layer <= stop]
     outside = [write for write in writes if write.stack != "vision"]

@@ -1,0 +1,371 @@
+"""`using` in vision encoders of prompts with images, against autograd with one plain hook on the
+bare model: one unpadded prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mechdsl.execute.patching import estimates
+from mechdsl.execute.run.panel import execute
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.forward.hooks import full_pass
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import make_plan, plan_cost
+from mechdsl.results.assembly.collection import check_denominators
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import MODES, check_file
+from ..images import prompts_of_images as vlm
+from ..quick import some
+from .reference import followed
+from .support import experiment
+from .test_encoder_paths import CELL, SIZE, Place, edited, seen, tower
+from .test_encoder_paths import NAMES as PATH_NAMES
+from .test_families import ALL, BLOCK, TWO, bare, both, folder, inputs, loaded, run_text
+from .test_token_patches import HEADS, LAYERS, other, shifted
+
+NAMES = (*PATH_NAMES, "vipllava", "llava_next_square", "video_llava", "idefics3")
+QUICK = ("llava_class", "qwen2_5_vl")
+STEPS = 3
+Cell = tuple[Place, Sequence[int], Tensor]
+"""The vectors of a cell: their site, the patches in the changed image, and the written vectors."""
+
+
+def slopes(
+    name: str,
+    place: Place,
+    given: dict[str, Tensor],
+    move: Tensor | None = None,
+    metric: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The values of a site in an encoder, [token, width], and the gradient of a metric by them.
+
+    move: A change of the values.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def edit(value: Tensor) -> Tensor:
+        leaf = torch.zeros_like(value).requires_grad_()
+        found.append((value.detach().clone(), leaf))
+        return value + leaf if move is None else value + move + leaf
+
+    model = bare(name).model
+    wanted = [each for each in model.parameters() if each.requires_grad]
+    for each in wanted:
+        each.requires_grad_(False)
+    with torch.enable_grad(), edited(name, Place(place.site, place.layer), edit):
+        logits = model(**given).logits[0]
+        value = _gap(logits) if metric is None else metric(logits)
+        [(values, leaf)] = found
+        (gradient,) = torch.autograd.grad(value, [leaf])
+    for each in wanted:
+        each.requires_grad_()
+    return values, gradient
+
+
+def _gap(logits: Tensor) -> Tensor:
+    return logits[-1, vlm.WORDS["w1"]] - logits[-1, vlm.WORDS["w2"]]
+
+
+def changes(place: Place, values: Tensor, patches: Sequence[int], written: Tensor) -> Tensor:
+    """What a cell changes, [token, width], zero elsewhere."""
+    found = torch.zeros_like(values)
+    place.own(found)[list(patches)] = written - place.own(values)[list(patches)]
+    return found
+
+
+def attributed(name: str, n: int, cell: Cell) -> float:
+    place, patches, written = cell
+    values, gradient = slopes(name, place, inputs(name, n, other(n)))
+    return float((changes(place, values, patches, written) * gradient).sum())
+
+
+def length(name: str, n: int, cell: Cell) -> float:
+    place, patches, _ = cell
+    _, gradient = slopes(name, place, inputs(name, n, other(n)))
+    return float(place.own(gradient)[list(patches)].norm())
+
+
+def integrated(name: str, n: int, cells: Sequence[Cell]) -> list[float]:
+    """All cells of a site move together."""
+    given = inputs(name, n, other(n))
+    values, _ = slopes(name, cells[0][0], given)
+    every = [changes(place, values, patches, written) for place, patches, written in cells]
+    way, total = sum(every, torch.zeros_like(values)), torch.zeros_like(values)
+    for step in range(STEPS):
+        total += slopes(name, cells[0][0], given, way * (step + 0.5) / STEPS)[1] / STEPS
+    return [float((own * total).sum()) for own in every]
+
+
+def copied(name: str, n: int, place: Place) -> Cell:
+    own = tower(name)
+    there = place.own(seen(name, Place(place.site, place.layer), n, n))[own.cell(n, 1, 2)]
+    return place, own.cell(other(n), 1, 2), there
+
+
+def emptied(name: str, n: int, place: Place) -> Cell:
+    patches = tower(name).cell(other(n), 2, 1)
+    values = seen(name, Place(place.site, place.layer), n, other(n))
+    return place, patches, torch.zeros_like(place.own(values)[patches])
+
+
+def heads(site: str, *layers: int) -> list[Place]:
+    return [Place(site, layer, head) for layer in layers for head in range(HEADS)]
+
+
+Make = Callable[[str, int, Place], Cell]
+CASES: dict[str, tuple[str, list[Place], Make]] = {
+    f"patch z vision layer * head * at {CELL}": ("gradient_input", heads("z", 0, 1), copied),
+    f"patch resid_pre vision layer * at {CELL}": (
+        "atp",
+        [Place("resid_pre", layer) for layer in range(LAYERS)],
+        copied,
+    ),
+    "ablate mlp_out vision layer * at photo row 2 col 1 token with zero": (
+        "gradient_input",
+        [Place("mlp_out", layer) for layer in range(LAYERS)],
+        emptied,
+    ),
+    f"patch attn_out vision layer * at {CELL}": (
+        "gradient_input",
+        [Place("attn_out", layer) for layer in range(LAYERS)],
+        copied,
+    ),
+    f"patch z vision layer 0 head * at {CELL}": ("gradient", heads("z", 0), copied),
+    f"patch z vision layer 1 head * at {CELL}": (
+        f"integrated_gradients(steps: {STEPS})",
+        heads("z", 1),
+        copied,
+    ),
+    f"patch mlp_out vision layer 0 at {CELL}": (
+        f"integrated_gradients(steps: {STEPS})",
+        [Place("mlp_out", 0)],
+        copied,
+    ),
+}
+
+
+def expected(name: str, estimator: str, places: Sequence[Place], make: Make) -> list[list[float]]:
+    """[cell][prompt]"""
+    if estimator.startswith("integrated"):
+        columns = [integrated(name, n, [make(name, n, place) for place in places]) for n in ALL]
+        return [list(row) for row in zip(*columns, strict=True)]
+    kind = length if estimator == "gradient" else attributed
+    return [[kind(name, n, make(name, n, place)) for n in ALL] for place in places]
+
+
+def values_of(found: ExperimentResult) -> np.ndarray:
+    """[cell, prompt] estimated effects, or values that aren't effects."""
+    measure = found.measures[0]
+    return measure.patched if measure.effect == "raw" else measure.patched - measure.base
+
+
+def estimate(rule: str, estimator: str, name: str = "e") -> str:
+    measure = "measure logit(answer) - logit(wrong) as "
+    measure += "raw" if estimator == "gradient" or estimator.startswith("smooth") else "delta"
+    lines = "from clean into changed", rule, f"using {estimator}"
+    return experiment(name, *lines, measure=measure)
+
+
+@pytest.mark.parametrize(
+    "mode", some(["planned", "padded on the right", "small passes"], ["planned"])
+)
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
+def test_estimates_in_the_encoder_equal_autograd(name: str, mode: str) -> None:
+    text = "".join(
+        estimate(rule, own, f"e{n}") for n, (rule, (own, *_)) in enumerate(CASES.items())
+    )
+    largest = 0.0
+    for found, (rule, case) in zip(run_text(name, text, mode), CASES.items(), strict=True):
+        want = expected(name, *case)
+        np.testing.assert_allclose(values_of(found), want, atol=1e-4, rtol=1e-4, err_msg=rule)
+        assert np.abs(want).max() > 5e-3, rule
+        largest = max(largest, float(np.abs(want).max()))
+    assert largest > 0.1
+
+
+@pytest.mark.parametrize("name", some(("llava_class", "llava_next", "qwen3_vl", "gemma3"), []))
+def test_integrated_gradients_of_all_patches_add_up_to_the_exact_effect(name: str) -> None:
+    """Completeness: many steps of one cell give the effect of its run."""
+    rule = "ablate z vision layer 0 head 0 at photo tokens with zero"
+    text = estimate(rule, "integrated_gradients(steps: 128)") + experiment(
+        "exact", "from clean into changed", rule
+    )
+    estimated, exact = map(values_of, run_text(name, text))
+    np.testing.assert_allclose(estimated, exact, atol=5e-3)
+    assert np.abs(exact).max() > 0.05
+
+
+def waves(key: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """Deterministic numbers instead of noise, different for each copy, patch and dimension."""
+    return np.cos(np.arange(int(np.prod(size))) * 1.7 + key[-1]).reshape(size)
+
+
+@pytest.mark.parametrize("name", some(("llava_next", "gemma3", "qwen2_5_vl"), ["gemma3"]))
+def test_smoothgrad_in_the_encoder_adds_noise_to_all_patches_of_images(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to class tokens, which no position names."""
+    monkeypatch.setattr(estimates, "draw_noise", waves)
+    rule = f"patch z vision layer 0 head * at {CELL}"
+    [found] = run_text(name, estimate(rule, "smoothgrad(samples: 2, noise: 0.4)"))
+    own, places = tower(name), heads("z", 0)
+    for n in ALL:
+        given, every = inputs(name, n, other(n)), in_order(name, n)
+        values, total = seen(name, Place("z", 0), n, other(n)), torch.zeros(())
+        read = values[every].unflatten(1, (HEADS, SIZE))
+        scale = 0.4 * float(read.max() - read.min())
+        for copy in range(2):
+            move = torch.zeros_like(values)
+            move[every] = scale * torch.from_numpy(waves([copy], read.shape)).float().flatten(1)
+            total = total + slopes(name, Place("z", 0), given, move)[1] / 2
+        want = [float(place.own(total)[own.cell(other(n), 1, 2)].norm()) for place in places]
+        np.testing.assert_allclose(values_of(found)[:, n], want, atol=1e-4, rtol=1e-4)
+        assert max(want) > 1e-3
+
+
+def in_order(name: str, n: int) -> list[int]:
+    """The patches of the changed image of a prompt, in the order of its tokens."""
+    own, image = tower(name), other(n)
+    if name == "llava_next":  # the thumbnail's tokens come first
+        small = [own.small(image, row, col) for row in (1, 2) for col in (1, 2)]
+        front = [patch for each in small for patch in each]
+        return front + [patch for patch in own.every(image) if patch not in front]
+    rows, cols = own.grids[image] if own.grids else (own.side, own.side)
+    cells = [own.cell(image, row, col) for row in range(1, rows + 1) for col in range(1, cols + 1)]
+    return [patch for each in cells for patch in each]
+
+
+@pytest.mark.parametrize("name", some(("llava_next", "gemma3", "qwen3_vl"), ["qwen3_vl"]))
+def test_estimate_in_the_second_of_two_images_equals_autograd(name: str) -> None:
+    """With an answer of two tokens, whose second one follows the prompt."""
+    text = experiment(
+        "e",
+        "from changed into clean",
+        "patch z vision layer * head * at two row 1 col 2 token",
+        "using gradient_input",
+        measure="measure logprob(answer) as delta",
+    )
+    [found] = run_text(name, text.replace("prompts ask", "prompts both"), block=TWO)
+    own, places = tower(name), heads("z", 0, 1)
+
+    def metric(logits: Tensor) -> Tensor:
+        words = torch.tensor([vlm.WORDS["w1"], vlm.WORDS["w2"]])
+        return logits[-2:].log_softmax(-1)[[0, 1], words].sum()
+
+    want: list[list[float]] = []
+    for place in places:
+        where, values = Place(place.site, place.layer), list[float]()
+        for n in ALL:
+            theirs, _ = slopes(name, where, both(name, n, swapped=True))
+            here = [shifted(name, n, n) + patch for patch in own.cell(other(n), 1, 2)]
+            there = [shifted(name, n, other(n)) + patch for patch in own.cell(n, 1, 2)]
+            given = followed(both(name, n), [vlm.WORDS["w1"]])
+            base, gradient = slopes(name, where, given, metric=metric)
+            change = changes(place, base, here, place.own(theirs)[there])
+            values.append(float((change * gradient).sum()))
+        want.append(values)
+    np.testing.assert_allclose(values_of(found), want, atol=1e-4, rtol=1e-4)
+    assert np.abs(want).max() > 0.02
+
+
+def test_verified_estimates_print_exact_effects_of_the_encoder() -> None:
+    rule = f"patch z vision layer * head * at {CELL}"
+    text = estimate(rule, "gradient_input verify top 2, random 1") + experiment(
+        "exact", "from clean into changed", rule
+    )
+    estimated, exact = run_text("llava_class", text)
+    [verified] = estimated.verified
+    assert len(verified.cells) == 3
+    want = values_of(exact)[verified.cells].mean(axis=1)
+    np.testing.assert_allclose(verified.exact, want, atol=1e-4)
+    assert np.abs(want).max() > 0.05
+
+
+@pytest.mark.parametrize("name", some(("llava_class", "gemma3", "qwen3_vl"), ["gemma3"]))
+def test_estimates_of_long_prompts_compute_blocks_of_the_encoder_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In passes of fewer tokens than a prompt has, activations aren't stored."""
+    text = estimate(f"patch z vision layer * head * at {CELL}", "gradient_input") + estimate(
+        f"patch mlp_out vision layer * at {CELL}", "integrated_gradients(steps: 2)", "f"
+    )
+    whole, again = run_text(name, text), set[str]()
+    module = bare(name).model
+    paths = {own: path for path, own in module.named_modules()}
+    plain = full_pass.recompute_blocks
+
+    def watched(blocks: Sequence[nn.Module], run: object) -> object:
+        again.update(paths[own] for own in blocks)
+        return plain(blocks, run)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(full_pass, "recompute_blocks", watched)
+    monkeypatch.setitem(MODES, "short", RunOptions(execution=ExecutionOptions(pass_tokens=5)))
+    for found, expected in zip(run_text(name, text, "short"), whole, strict=True):
+        np.testing.assert_allclose(values_of(found), values_of(expected), atol=1e-5)
+        assert np.abs(values_of(expected)).max() > 0.01
+    assert {f"{tower(name).blocks}.{layer}" for layer in range(LAYERS)} < again
+
+
+@pytest.mark.parametrize("estimator", ["gradient_input", "integrated_gradients(steps: 3)"])
+@pytest.mark.parametrize("name", some(("llava_next", "gemma3", "qwen2_5_vl"), ["gemma3"]))
+def test_planned_cost_of_estimates_is_near_the_counted_products(name: str, estimator: str) -> None:
+    text = estimate("patch z vision layer * head * at photo row 1 col 2 token", estimator)
+    plan = make_plan(check_file(text, folder(), loaded(name), BLOCK).experiments)
+    execute(plan, {"m": loaded(name)}, None, check=check_denominators)  # also tests the patches
+    with FlopCounterMode(display=False) as counter:
+        execute(plan, {"m": loaded(name)}, None, check=check_denominators)
+    planned = plan_cost(plan).planned.multiply_adds
+    assert 0.5 < planned / (counter.get_total_flops() / 2) < 2
+
+
+REJECTED = {
+    (f"patch resid_post vision layer 0 at {CELL}", "relp"): (
+        "E0608",
+        "it changes derivatives of the language model only",
+    ),
+    (f"patch q vision layer 0 head 0 at {CELL}", "atp_qk"): (
+        "E0608",
+        "it recomputes attention of the language model only",
+    ),
+    (f"patch resid_post vision layer 0 at {CELL}", "atp_star"): (
+        "E0608",
+        "it recomputes attention of the language model only",
+    ),
+    (f"path z vision layer 0 head 0 -> attn_norm vision layer 1 at {CELL}", "eap"): (
+        "E0608",
+        "paths and attention between patches have no estimates",
+    ),
+    ("block attention vision layer 0 from photo tokens to last token", "gradient_attention"): (
+        "E0310",
+        "",
+    ),
+    (f"block attention vision layer 0 from photo tokens to {CELL}", "gradient_attention"): (
+        "E0608",
+        "paths and attention between patches have no estimates",
+    ),
+    ("scale resid_post vision layer 0 at photo tokens by 2", "gradient_input"): (
+        "E0608",
+        "the written value must be a vector of an unpatched run, or zero",
+    ),
+    (f"generate 3\n  patch resid_post vision layer 0 at {CELL}", "atp"): (
+        "E0608",
+        "a sampled or selected token has no gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize(("lines", "problem"), REJECTED.items())
+def test_invalid_estimate_in_the_encoder_reports_the_code(
+    lines: tuple[str, str], problem: tuple[str, str]
+) -> None:
+    with pytest.raises(AssertionError) as raised:
+        run_text("qwen2_5_vl", estimate(*lines))
+    assert f"error[{problem[0]}]" in str(raised.value)
+    assert problem[1] in " ".join(str(raised.value).split())
