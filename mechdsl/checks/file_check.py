@@ -31,7 +31,10 @@ from mechdsl.checks.models import (
 from mechdsl.checks.prompt_tables import FileContexts, StreamedPart
 from mechdsl.checks.trained_groups import (
     check_masks,
+    check_nodes,
+    check_seeds_of_nodes,
     fill_groups,
+    find_trained_nodes,
     reject_masks,
 )
 from mechdsl.diagnostics.command_line import BadCommandLine
@@ -74,6 +77,7 @@ from mechdsl.program import spec
 from mechdsl.program.directions import (
     fit_rows_of_basis,
     fit_rows_of_experiment,
+    name_nodes,
     used_bases,
     used_directions,
 )
@@ -700,16 +704,19 @@ def _resolve_objectives(
         for own in (
             *used_bases(each, program),
             *used_directions(each, program),
-            *used_masks(each, program),
+            *sorted(used_masks(each, program), key=lambda own: name_nodes(own) is not None),
         )
     }
     for name, model in wanted:
         if name not in program.objectives:
             continue
         objective = program.objectives[name].model_copy(update={"model": model})
-        rejected = reject_masks(objective, program, "another training")
+        nodes = find_trained_nodes(name, program)
+        own = () if nodes is None else (nodes.name,)
+        rejected = reject_masks(objective, program, "another training", own)
+        rejected += [] if nodes is None else check_seeds_of_nodes(nodes, name, program)
         checked.diagnostics.extend(rejected)
-        if rejected:
+        if rejected or (nodes is not None and (nodes.name, model) not in checked.objectives):
             continue
         before = len(checked.diagnostics)
         known = _outline_apart(objective, checked, contexts)
@@ -725,6 +732,9 @@ def _resolve_objectives(
         if known.resolved is None:
             continue
         problems = list(check_objective(known.resolved))
+        if nodes is not None:
+            of_nodes = checked.objectives[nodes.name, model]
+            problems += check_nodes(program.masks[name], known.resolved, of_nodes, program)
         checked.diagnostics.extend(problems)
         if not problems and not (known.model.stands_in or known.table.stands_in):
             checked.objectives[name, model] = known.resolved

@@ -9,10 +9,11 @@ an experiment has `features 3, 12 of f` instead; that of a group of positions by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
+from mechdsl.base import limits
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -20,8 +21,8 @@ from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis, name_nodes
 from mechdsl.program.spec import SEED_AXIS
-from mechdsl.program.trainers import NodeSearchTrainer
-from mechdsl.program.trainings import used_masks
+from mechdsl.program.trainers import ChoosingTrainer, NodeSearchTrainer
+from mechdsl.program.trainings import list_seeds, used_masks
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING
 from mechdsl.resolve.directions import describe_rows
@@ -29,6 +30,7 @@ from mechdsl.resolve.sites import label_candidates, without_coordinates
 from mechdsl.resolve.trainings import (
     check_mask_rows,
     check_mask_size,
+    check_node_rows,
     check_training_rows,
     describe_training,
     outline_mask,
@@ -51,19 +53,74 @@ Objectives = Mapping[tuple[str, str], ResolvedExperiment]
 """What trainings learn from, by definition and model."""
 
 
-def reject_masks(experiment: spec.Experiment, program: spec.Program, what: str) -> list[Diagnostic]:
+def reject_masks(
+    experiment: spec.Experiment, program: spec.Program, what: str, allowed: Collection[str] = ()
+) -> list[Diagnostic]:
     """Return E0207 for each group that a training chooses, where something else depends on it that
     isn't an experiment of the file.
 
     Args:
         what: `the edits of `tuned``
+        allowed: Groups that it may depend on.
     """
     reason = f"is chosen by a training, and {what} can't depend on it"
     hint = "list the sites: `group movers = L0H1, L1H2`"
     return [
         BadArgument(span=experiment.span, name=mask.name, reason=reason, hint=hint)
         for mask in used_masks(experiment, program)
+        if mask.name not in allowed
     ]
+
+
+def find_trained_nodes(name: str, program: spec.Program) -> spec.Basis | None:
+    """Return the group of sites that a training chooses and that is the nodes of a trained circuit;
+    None for other nodes, and for other definitions.
+
+    Args:
+        name: Of the circuit.
+    """
+    nodes = name_nodes(program.masks[name]) if name in program.masks else None
+    found = None if nodes is None else program.masks.get(nodes.id)
+    return None if found is None or found.chooses_positions else found
+
+
+def check_seeds_of_nodes(
+    nodes: spec.Basis, circuit: str, program: spec.Program
+) -> list[Diagnostic]:
+    """Return E0207 for the nodes of a circuit that a training chooses for each of several seeds."""
+    seeds, named = list_seeds(nodes, program), name_nodes(program.masks[circuit])
+    if not seeds or named is None:
+        return []
+    reason = f"is chosen for each of {len(seeds)} seeds, and a circuit has the nodes of one group"
+    hint = f"declare a group for the circuit, with `seed: {seeds[0]}` instead of `seeds`"
+    return [BadArgument(span=named.span, name=nodes.name, reason=reason, hint=hint)]
+
+
+def check_nodes(
+    circuit: spec.Basis,
+    objective: ResolvedExperiment,
+    of_nodes: ResolvedExperiment,
+    program: spec.Program,
+) -> list[Diagnostic]:
+    """Return the problems of a circuit among the nodes of a group that a training chooses.
+
+    Codes: E0207 for too many nodes, E0345 for held-out rows of the circuit that the training of the
+    group uses.
+
+    Args:
+        objective: That of the circuit.
+        of_nodes: That of the group.
+    """
+    (nodes,) = objective.masks
+    named = name_nodes(circuit)
+    size = nodes.training.trainer_of(ChoosingTrainer).size(nodes.training.of_trainer)
+    if named is not None and size is not None and size > limits.CIRCUIT_NEURONS:
+        reason = f"chooses {size:,} {nodes.noun}s, and at most {limits.CIRCUIT_NEURONS:,} can be "
+        reason, hint = f"{reason}nodes", "write a smaller `size` in the `fit` of the group"
+        return [BadArgument(span=named.span, name=named.id, reason=reason, hint=hint)]
+    training = outline_mask(circuit, objective, program).training
+    problem = check_node_rows(training, objective, nodes.training, of_nodes)
+    return [] if problem is None else [problem]
 
 
 @record
@@ -108,7 +165,8 @@ def fill_groups(
                 circuits[definition.name] = old.model_copy(update=found)
             continue
         if mask is not None:
-            sites = tuple(_sites_of(mask.members, definition.site, definition.span))
+            most = None if mask.is_trained else limits.CIRCUIT_NEURONS  # perhaps nodes of a circuit
+            sites = tuple(_sites_of(mask.members[:most], definition.site, definition.span))
         if definition.chooses_positions:
             positions.append(_ChosenPositions(definition, mask))
             continue

@@ -20,7 +20,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.measurement.readout import Readout
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes, write_point
-from mechdsl.execute.training_vectors import VectorCache, order_rows
+from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.training import TrainingState
@@ -34,7 +34,7 @@ from mechdsl.program import spec
 from mechdsl.program.estimators import BackwardRules
 from mechdsl.program.images import IMAGE_SPAN, INSERTED_SPAN
 from mechdsl.prompts.runs import PositionCell, PromptRun
-from mechdsl.resolve.trainings import count_held_out, paired_positions
+from mechdsl.resolve.trainings import count_held_out, order_objective_rows, paired_positions
 from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave, SitePoint, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 
@@ -80,10 +80,7 @@ class EffectRows(ABC, Generic[EditT]):
     def rows(self) -> Ints:
         """[row] numbers of the rows with the position in both runs and with a value of the measure,
         in a random order; the first ones are held out."""
-        measure = self.objective.measures[0]
-        lacking = {*measure.absent, *(row for atom in measure.atoms for row in atom.lacking)}
-        there = [row for row, hits in enumerate(self._cells[0].hits) if hits and row not in lacking]
-        return order_rows(self.declared, self.objective.table, np.array(there, dtype=np.int64))
+        return np.array(order_objective_rows(self.declared, self.objective), dtype=np.int64)
 
     @cached_property
     def held_out_count(self) -> int:

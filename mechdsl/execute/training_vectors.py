@@ -24,8 +24,7 @@ from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.training_cost import CHUNK_BYTES, most_held_out, most_vectors
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.record_files import GROUP_BYTES, GROUP_COUNT
-from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.trainings import count_held_out, hash_texts
+from mechdsl.resolve.trainings import count_held_out, hash_texts, order_rows
 from mechdsl.resolve.types import FitSample, RecordStream, SitePoint, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 
@@ -116,7 +115,9 @@ class RowVectors:
     def rows(self) -> Ints:
         """[row] the numbers of all rows with the position, in a random order that depends on the
         seed and on their contents."""
-        return order_rows(self.declared, self.declared.sample.table, np.flatnonzero(self.counts))
+        rows = np.flatnonzero(self.counts).tolist()
+        order = order_rows(self.declared, self.declared.sample.table, rows)
+        return np.array(order, dtype=np.int64)
 
     @property
     def held_out_count(self) -> int:
@@ -278,14 +279,6 @@ def _read_batches(
             if len(own) == len(points):
                 yield own
                 own = []
-
-
-def order_rows(declared: DeclaredTraining, table: PromptTable, rows: Ints) -> Ints:
-    """Return rows in a random order that depends on the seed and on their contents; the first ones
-    are held out."""
-    keys, seed = table.row_keys, declared.seed
-    order = sorted(rows.tolist(), key=lambda row: stable_hash(seed, "training row", keys[row]))
-    return np.array(order, dtype=np.int64)
 
 
 # --- records of files -----------------------------------------------------------------------------

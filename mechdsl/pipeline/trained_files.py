@@ -55,7 +55,7 @@ from mechdsl.pipeline.identities import (
 )
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
-from mechdsl.program.directions import last_token
+from mechdsl.program.directions import last_token, name_nodes
 from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.prompts import texts_within
@@ -133,11 +133,14 @@ class DeclaredFit:
 
     @property
     def waits(self) -> bool:
-        """Whether it needs a basis that isn't trained yet."""
+        """Whether it needs a basis or a group that isn't trained yet."""
         basis = None if self.objective is None else self.objective.rules[0].basis
         trained = (TrainedDictionary, TrainedRotation, TrainedVector)
         used = (self.training.decoder,) if basis is None else basis.saved
-        return any(isinstance(own, trained) and not own.is_trained for own in used)
+        if any(isinstance(own, trained) and not own.is_trained for own in used):
+            return True
+        nodes = () if self.objective is None else self.objective.masks
+        return any(not own.is_trained for own in nodes)
 
 
 def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFit]:
@@ -193,11 +196,13 @@ def _trained_vectors(experiment: ResolvedExperiment) -> Iterator[TrainedVector]:
 def fits_of_file(checked: CheckedFile, *, discovered: bool = False) -> dict[str, DeclaredFit]:
     """Return the trainings that the experiments of a file need, by name.
 
-    discovered: only those of circuits that experiments discover.
+    discovered: only those of circuits that experiments discover, and of their nodes.
     """
     found = find_fits([*checked.experiments, *checked.saving])
     if discovered:
-        names = checked.program.discovered
+        masks, names = checked.program.masks, {*checked.program.discovered}
+        nodes = (name_nodes(masks[name]) for name in tuple(names) if name in masks)
+        names |= {each.id for each in nodes if each is not None}
         found = {name: fit for name, fit in found.items() if fit.training.definition in names}
     for name, fit in found.items():
         if isinstance(fit.file, TrainedRotation | TrainedVector | TrainedMask):

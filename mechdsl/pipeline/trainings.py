@@ -146,7 +146,8 @@ def _train_missing(
             return done, problems
         checked = attach_fits(checked, options, loaded)
     hint = "see the other problem"
-    problems += [_failed(fit, "its basis isn't trained", hint) for fit in fits.values()]
+    reason = "a basis or group that it needs isn't trained"
+    problems += [_failed(fit, reason, hint) for fit in fits.values()]
     return done, problems
 
 

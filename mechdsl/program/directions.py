@@ -244,8 +244,11 @@ def _list_circuit_bases(experiment: spec.Experiment, program: spec.Program) -> I
         named += [each.bare for each in (() if circuit is None else circuit.nodes)]
         named += [rule.nodes, None if trained is None else name_nodes(trained)]
         yield from (site.basis_name for site in sites)
-        groups = (program.groups.get(each.id) for each in named if each is not None)
-        yield from (each.basis_name for own in groups if own is not None for each in own.sites)
+        for node in named:
+            group = None if node is None else program.groups.get(node.id)
+            chosen = None if node is None else program.masks.get(node.id)
+            yield from () if group is None else (each.basis_name for each in group.sites)
+            yield from () if chosen is None else (chosen.site.basis_name,)
 
 
 def name_nodes(circuit: spec.Basis) -> ast.Name | None:

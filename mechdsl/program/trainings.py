@@ -60,7 +60,7 @@ def split_rows_of_circuits(
     If an experiment on a block without `split` uses a circuit that is trained on this block, the
     block has the line `split 80%`, or `split 50%` if an experiment discovers the circuit. Circuits
     are trained on its part `train`, and experiments that use them have the part `test`. The same
-    is done for groups that experiments search for.
+    is done for groups that experiments search for, and for groups that are nodes of circuits.
 
     Args:
         discovered: Circuits that experiments discover, and groups that they search for.
@@ -68,16 +68,17 @@ def split_rows_of_circuits(
     Returns:
         The file, and the names of the circuits that are trained on each block that is split.
     """
-    own = find_unsplit_blocks(tree)
+    own, nodes = find_unsplit_blocks(tree), _find_nodes(tree)
+    groups = {*discovered, *nodes.values()}
     trained = {
         each.name.id: block
         for each in tree.statements
-        if _is_split_for(each, discovered) and (block := _block_of(each)) in own
+        if _is_split_for(each, groups) and (block := _block_of(each)) in own
     }
     uses = {
         number: used
         for number, each in enumerate(tree.statements)
-        if isinstance(each, ast.ExperimentDef) and (used := _tested_blocks(each, trained))
+        if isinstance(each, ast.ExperimentDef) and (used := _tested_blocks(each, trained, nodes))
     }
     blocks = dict.fromkeys(block for used in uses.values() for block in used)
     if not blocks:
@@ -88,7 +89,7 @@ def split_rows_of_circuits(
         if isinstance(each, ast.PromptsDef) and each.name.id in split:
             here = any(name in discovered for name in split[each.name.id])
             each = with_split(each, DISCOVERED_SHARE if here else TRAINED_SHARE)
-        elif _is_split_for(each, discovered) and trained.get(each.name.id) in split:
+        elif _is_split_for(each, groups) and trained.get(each.name.id) in split:
             assert each.source is not None
             arguments = tuple(map(_train_part, each.source.arguments))
             each = replace(each, source=replace(each.source, arguments=arguments))
@@ -100,13 +101,24 @@ def split_rows_of_circuits(
 
 
 def _is_split_for(
-    statement: ast.TopLevel, discovered: Collection[str]
+    statement: ast.TopLevel, groups: Collection[str]
 ) -> TypeGuard[ast.CircuitDef | ast.GroupDef]:
     """Whether a block without `split` is split for what a statement defines: for all circuits, and
-    for groups that experiments search for."""
+    for some groups."""
     if not isinstance(statement, ast.CircuitDef | ast.GroupDef) or statement.source is None:
         return False
-    return isinstance(statement, ast.CircuitDef) or statement.name.id in discovered
+    return isinstance(statement, ast.CircuitDef) or statement.name.id in groups
+
+
+def _find_nodes(tree: ast.File) -> dict[str, str]:
+    """Return the group that is the nodes of each circuit with `nodes`, by name."""
+    return {
+        each.name.id: argument.value.id
+        for each in tree.statements
+        if isinstance(each, ast.CircuitDef) and each.source is not None
+        for argument in each.source.arguments
+        if argument.name == "nodes" and isinstance(argument.value, ast.Name)
+    }
 
 
 def with_split(block: ast.PromptsDef, share: float) -> ast.PromptsDef:
@@ -138,11 +150,19 @@ def _block_of(circuit: ast.CircuitDef | ast.GroupDef) -> str | None:
     return rows.id
 
 
-def _tested_blocks(experiment: ast.ExperimentDef, trained: Mapping[str, str]) -> set[str]:
-    """Return the whole blocks of an experiment that a circuit which it uses is trained on."""
+def _tested_blocks(
+    experiment: ast.ExperimentDef, trained: Mapping[str, str], nodes: Mapping[str, str]
+) -> set[str]:
+    """Return the whole blocks of an experiment that a circuit which it uses is trained on.
+
+    Args:
+        trained: The block that each circuit or group is trained on, by its name.
+        nodes: As in `_find_nodes`.
+    """
     names = {node.id for node in walk(experiment) if isinstance(node, ast.Name)}
     names |= {node.of for node in walk(experiment) if isinstance(node, ast.RankedSelection)}
     names -= {node.name.id for node in walk(experiment) if isinstance(node, ast.For)}
+    names |= {group for circuit, group in nodes.items() if circuit in names}
     uses = [each for each in experiment.statements if isinstance(each, ast.UsePrompts)]
     whole = {ref.name for use in uses for ref in use.prompts if ref.part is None}
     return {block for name, block in trained.items() if name in names} & whole
@@ -386,11 +406,20 @@ def list_seeds(definition: spec.Basis, program: spec.Program | spec.Definitions)
 
 def used_masks(experiment: spec.Experiment, program: spec.Program) -> list[spec.Basis]:
     """Return the groups that a training chooses and that an experiment names anywhere, also in its
-    directions."""
+    directions and circuits."""
     names = set(_names(experiment)) if program.masks else set[tuple[str, bool]]()
     for direction in program.directions.values():
         if (direction.name, False) in names:
             names |= set(_names(direction))
+    for circuit in program.circuits.values():
+        if (circuit.name, False) in names:
+            names |= set(_names((circuit.edges, circuit.nodes)))
+    of_circuits = {name: name_nodes(mask) for name, mask in program.masks.items()}
+    names |= {
+        (nodes.id, False)
+        for name, nodes in of_circuits.items()
+        if nodes is not None and (name, False) in names
+    }
     return [mask for name, mask in program.masks.items() if (name, mask.chooses_positions) in names]
 
 

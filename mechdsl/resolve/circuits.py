@@ -516,8 +516,10 @@ def _resolve_named_nodes(
             if not is_node and not isinstance(point, FeatureNode):
                 reason = f"has `{label_node(point)}`, and `nodes` are neurons or features"
                 break
+        group = None if site.bare is None else groups.get(site.bare.id)
+        if not reason and group is not None and not group.sites:
+            return _NamedNodes()  # the error of its definition is reported
         if not points and not work.sites.shape.stands_in:
-            group = None if site.bare is None else groups.get(site.bare.id)
             features = site.coordinates is not None or (group is not None and group.names_features)
             reason = reason or f"has no {'features' if features else 'neurons'}"
         if reason and not has_errors(work.diagnostics[before:]):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mechdsl.base.files import SafetensorsFile
-from mechdsl.base.hashing import digest_number
+from mechdsl.base.hashing import digest_number, stable_hash
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import Percent, count_noun
@@ -621,6 +621,56 @@ def count_held_out(training: Training, rows: int) -> int:
     """Return how many of the rows, or of groups of rows, are held out."""
     share = float(training.options["validation"]) / 100
     return min(max(1, round(share * rows)), rows - 1) if share else 0
+
+
+def order_rows(training: Training, table: PromptTable, rows: Iterable[int]) -> list[int]:
+    """Return rows in a random order that depends on the seed and on their contents; the first ones
+    are held out."""
+    keys, seed = table.row_keys, training.seed
+    return sorted(rows, key=lambda row: stable_hash(seed, "training row", keys[row]))
+
+
+def order_objective_rows(training: Training, objective: ResolvedExperiment) -> list[int]:
+    """Return the rows with the position in both runs and with a value of the measure, ordered as in
+    `order_rows`."""
+    measure = objective.measures[0]
+    lacking = {*measure.absent, *(row for atom in measure.atoms for row in atom.lacking)}
+    hits = paired_positions(objective)[0].hits
+    there = (row for row, own in enumerate(hits) if own and row not in lacking)
+    return order_rows(training, objective.table, there)
+
+
+def check_node_rows(
+    circuit: Training, objective: ResolvedExperiment, nodes: Training, of_nodes: ResolvedExperiment
+) -> Diagnostic | None:
+    """Return E0345 for held-out rows of a circuit that the training of its nodes uses, unless the
+    file allows them.
+
+    Args:
+        circuit: The training of the circuit.
+        objective: That of the circuit.
+        nodes: The training of the group of its nodes.
+        of_nodes: The objective of that group.
+    """
+    if nodes.options["measure_on_training_rows"]:
+        return None
+    keys = objective.table.row_keys
+    rows = order_objective_rows(circuit, objective)
+    held_out = {keys[row] for row in rows[: count_held_out(circuit, len(rows))]}
+    used = order_objective_rows(nodes, of_nodes)
+    used = used[count_held_out(nodes, len(used)) :]
+    shared = len(held_out.intersection(of_nodes.table.row_keys[row] for row in used))
+    if not shared:
+        return None
+    return MeasuredOnTrainingRows(
+        span=circuit.span,
+        experiment=circuit.definition,
+        basis=nodes.definition,
+        shared=shared,
+        rows=len(held_out),
+        relation="that `validation` holds out are training rows",
+        fix="write the same `prompts`, `limit`, `validation` and `seed` for both",
+    )
 
 
 def check_mask_rows(mask: TrainedMask, definition: spec.Basis) -> Diagnostic | None:

@@ -987,10 +987,22 @@ _file(
     "Each neuron of the group is a node, and the other neurons of its layer are one node, which is "
     "printed as `L0.mlp`. All edges between these nodes, heads and other MLPs are scored as "
     "without `nodes`: the scores of all neurons of a layer add up to that of its MLP. Searches and "
-    "masks take `nodes`, too. Sites that aren't neurons, more than 500 neurons, and a group that a "
-    "training chooses or that depends on another experiment are E0207; a norm after the MLP is "
-    "E0108.",
+    "masks take `nodes`, too. Sites that aren't neurons, more than 500 neurons, and a group that "
+    "depends on another experiment are E0207; a norm after the MLP is E0108.",
     "tests/pipeline/test_neuron_edge_scores.py",
+    "Syed et al. 2023, arXiv 2310.10348; Marks et al. 2024, arXiv 2403.19647",
+)
+_file(
+    "circuit: of nodes that a training chooses",
+    "group g = fit(atp(size: 2), prompts: fruit, with: zero, minimise: loss) at mlp_hidden layer 0 "
+    "neurons * at tokens *\ncircuit c = fit(eap(size: 2), nodes: g, prompts: fruit, with: zero, "
+    "minimise: loss)",
+    "The neurons or features of a trained group are nodes of a circuit, which is trained after the "
+    "group, or whose edges the file lists (`circuit c = g -> logits`). The key of the circuit's "
+    "training contains the chosen nodes. A block without `split` is split for both trainings. Rows "
+    "that the circuit holds out and that the group is trained on are E0345. Several `seeds` of the "
+    "group are E0207.",
+    "tests/pipeline/test_trained_nodes.py",
     "Syed et al. 2023, arXiv 2310.10348; Marks et al. 2024, arXiv 2403.19647",
 )
 _file(

@@ -268,13 +268,6 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "is a group of positions",
     ),
     "no such neuron": (SOME, "group g = L0N900", "E0301", "neuron 900"),
-    "trained": (
-        SOME,
-        f"group g = fit(atp(size: 2), prompts: p, from: other, maximise: {LOSS}) at "
-        "mlp_hidden layer 0 neurons * at last token",
-        "E0207",
-        "another training",
-    ),
 }
 
 

@@ -222,7 +222,7 @@ def test_failed_outer_training_is_reported_for_both_dictionaries(tmp_path: Path)
     messages = [each.message for each in found.value.diagnostics]
     assert len(messages) == 2
     assert "finite after" in messages[0]
-    assert "its basis isn't trained" in messages[1]
+    assert "a basis or group that it needs isn't trained" in messages[1]
     assert [each.name for each in run(path).files[0].experiments] == ["other"]
 
 
