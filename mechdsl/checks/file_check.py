@@ -1104,7 +1104,7 @@ def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
     for rule in experiment.rules:
         # The tokens that another experiment selects are unknown before the run.
         ranked = any(isinstance(node, ast.RankedTokens) for node in walk(rule.spec.at))
-        if rule.sites is None or ranked or rule.spec.verb == "observe":
+        if rule.sites is None or ranked or rule.spec.verb == "observe" or rule.in_vision:
             continue
         if base.rows and base.rows[0].image is not None:
             continue  # the class token, which the classification head reads

@@ -42,16 +42,18 @@ class AmbiguousSpan(Diagnostic):
 class UnequalUnion(Diagnostic):
     code = "E0307"
     depends_on = frozenset({"tokens"})
-    title = "the joined positions have different numbers of tokens in the two runs"
+    title = "the joined positions have different numbers of {units} in the two runs"
     label = "{source} in the source run, {base} in the base run, in {rows} of {total} rows"
-    help = (
-        "use a position with one token in both runs (`NAME token`), or values with the same "
-        "number of tokens"
-    )
+    help = "{hint}"
     source: str
     base: str
     rows: int
     total: int
+    units: str = "tokens"
+    hint: str = (
+        "use a position with one token in both runs (`NAME token`), or values with the same "
+        "number of tokens"
+    )
 
 
 @keyword_record

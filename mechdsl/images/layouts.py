@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import islice, pairwise
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from mechdsl.base.records import Record, Registry, record
-from mechdsl.images.picture import Picture
+from mechdsl.images.picture import Picture, Region
 from mechdsl.images.processing import Processing, UnsupportedProcessor, crop_corner
 
 Size = tuple[int, int]
@@ -131,6 +131,8 @@ class ImageExpansion(Record):
     """The parts of the image that they read; positions count from the first token."""
     is_sound: bool = False
     """Whether they stand for a sound, whose frames are tiles of one cell."""
+    vectors: int = 1
+    """Number of positions of each token: those of the vision encoder, in a view of its patches."""
 
     @cached_property
     def cell_of(self) -> Mapping[int, ImageCell]:
@@ -189,6 +191,8 @@ class PromptPicture(Record):
     expansion: ImageExpansion
     regions: Mapping[str, tuple[tuple[int, ...], ...]]
     """By name of a region, the tokens of each occurrence, counted from the image's first."""
+    shapes: Mapping[str, tuple[Region, ...]] = field(default_factory=dict[str, tuple[Region, ...]])
+    """By name of a region, its occurrences in pixels."""
 
 
 def _tile(number: int, cells: Sequence[ImageCell]) -> ImageTile:
@@ -489,6 +493,16 @@ class ImageLayout:
         """Return the number of patches that the encoder reads of the prompt's image, with padding;
         None: `merged_side` squared for each token."""
         return None
+
+    def encoder_features(self, prompt: ImagePrompt) -> Iterator[Feature]:
+        """Yield the cells of the encoder's patches of the prompt's image, with `resamples`.
+
+        They are in the order of `patches`, without padding.
+
+        Raises:
+            UnsupportedProcessor: Their rows and columns aren't known.
+        """
+        raise _unknown("the rows and columns of its patches aren't known")
 
     def patches(
         self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
@@ -1125,7 +1139,7 @@ class Idefics2(ImageLayout):
     """Idefics2 (Laurençon et al. 2024, arXiv:2405.02246)."""
 
     documentation = (
-        "vectors of a resampler, which read a whole tile, so they have no rows and columns"
+        "vectors of a resampler, which read a whole tile; only patches have rows and columns"
     )
     without_vision = ""
     resamples = True
@@ -1172,15 +1186,43 @@ class Idefics2(ImageLayout):
         )
         return len(views) * rows * cols
 
+    def encoder_features(self, prompt: ImagePrompt) -> Iterator[Feature]:
+        (down, across), views = prompt.patch, self._views(prompt)
+        grids = [(high // down, wide // across) for high, wide in views]
+        parts = self._parts(prompt, 0)
+        for index, ((tile, (left, top, right, bottom)), prepared) in enumerate(
+            zip(parts, views, strict=True)
+        ):
+            view = View.of(prompt.sizes[0]).cropped(top, left, bottom - top, right - left)
+            row, col = divmod(index, 2) if len(parts) > 1 and tile != THUMBNAIL else (0, 0)
+            above = row * max(rows for rows, _ in grids[:2])
+            before = col * max(cols for _, cols in grids[:3:2])
+            yield from grid(
+                view.resized(*prepared), prompt.patch, tile=tile, above=above, before=before
+            )
+
     def _views(self, prompt: ImagePrompt) -> list[Size]:
         """Return the (height, width) of the prepared tiles and the thumbnail."""
-        height, width = prompt.sizes[0]
-        views = [(height, width)]
-        if prompt.setting("do_image_splitting"):
-            down, across = height // 2, width // 2
-            rows, cols = (down, height - down), (across, width - across)
-            views = [*((row, col) for row in rows for col in cols), *views]
-        return [self._resized(prompt, view) for view in views]
+        boxes = (box for _, box in self._parts(prompt, 0))
+        return [
+            self._resized(prompt, (int(bottom - top), int(right - left)))
+            for left, top, right, bottom in boxes
+        ]
+
+    def _parts(self, prompt: ImagePrompt, number: int) -> list[tuple[int, PixelBox]]:
+        """Return the number and the pixels of each tile of an image and of the thumbnail."""
+        height, width = map(float, prompt.sizes[number])
+        whole = (0.0, 0.0, width, height)
+        if not prompt.setting("do_image_splitting"):
+            return [(1, whole)]
+        down, across = height // 2, width // 2
+        return [
+            (1, (0.0, 0.0, across, down)),
+            (2, (across, 0.0, width, down)),
+            (3, (0.0, down, across, height)),
+            (4, (across, down, width, height)),
+            (THUMBNAIL, whole),
+        ]
 
     def _resized(self, prompt: ImagePrompt, size: Size) -> Size:
         """Return the (height, width) of a view of this size after preparation."""
@@ -1197,19 +1239,7 @@ class Idefics2(ImageLayout):
         return max(height, edges["shortest_edge"]), max(width, edges["shortest_edge"])
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
-        height, width = prompt.sizes[number]
-        whole = (0.0, 0.0, float(width), float(height))
-        parts = [(1, whole)]
-        if prompt.setting("do_image_splitting"):
-            down, across = height // 2, width // 2
-            parts = [
-                (1, (0.0, 0.0, float(across), float(down))),
-                (2, (float(across), 0.0, float(width), float(down))),
-                (3, (0.0, float(down), float(across), float(height))),
-                (4, (float(across), float(down), float(width), float(height))),
-                (THUMBNAIL, whole),
-            ]
-        for tile, box in parts:
+        for tile, box in self._parts(prompt, number):
             for _ in range(prompt.processor.image_seq_len):
                 yield tile, 0, 0, box
 

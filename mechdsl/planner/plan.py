@@ -56,7 +56,6 @@ from mechdsl.planner.rows import (
     RulePlan,
     TokenHits,
     count_columns,
-    list_absent_patches,
 )
 from mechdsl.program.spec import SEED_AXIS, Generation
 from mechdsl.prompts.rows import PromptTable
@@ -454,11 +453,7 @@ def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
     by_name = dict(zip(names, coordinates, strict=True))
     shape = experiment.model.shape
     rules = tuple(
-        replace(
-            _leave_out_absent_patches(plan, experiment),
-            in_answers=_acts_in_answers(experiment, plan),
-            number=number,
-        )
+        replace(plan, in_answers=_acts_in_answers(experiment, plan), number=number)
         for number, plan in enumerate(
             _rule_plan(rule, by_name, count, shape) for rule in experiment.rules
         )
@@ -602,7 +597,7 @@ def _rule_plan(
     if rule.steps is not None:
         ends = np.array(list(rule.steps.values.values()), dtype=np.int64)
         steps = ends[_lookup(list(rule.steps.values), rule.steps.axes, by_name, count)]
-    vectors = shape.merged_side**2 if rule.in_vision and not rule.reads_pattern else 1
+    vectors = _count_vectors(rule, shape)
     keys_hit, key_of_cell = None, None
     if rule.edge is not None:
         cells = rule.edge.keys.written
@@ -636,14 +631,10 @@ def _rule_plan(
     )
 
 
-def _leave_out_absent_patches(plan: RulePlan, experiment: ResolvedExperiment) -> RulePlan:
-    """Return the plan of an observation without numbers of patches that an image lacks, if a
-    resampler reads all patches of a tile."""
-    if not (plan.rule.in_vision and isinstance(plan.rule.does, Observation)):
-        return plan
-    run, model = experiment.table.runs[experiment.spec.base], experiment.model
-    absent = list_absent_patches(run, model.tokenizer, model.shape)
-    return plan if absent is None else replace(plan, written=plan.written.without(absent))
+def _count_vectors(rule: ResolvedRule, shape: ModelShape) -> int:
+    """Return the number of vectors of each token at a rule's sites, as in `TokenHits.of`."""
+    is_merged = rule.in_vision and (shape.resamples or not rule.reads_pattern)
+    return shape.merged_side**2 if is_merged else 1
 
 
 def _follows(targets: PositionTargets | None) -> Ints:

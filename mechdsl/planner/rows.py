@@ -11,11 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Floats, Ints
-from mechdsl.images.layouts import EncoderSize
-from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.models.shape import ModelShape, unit_count
-from mechdsl.prompts.runs import PositionCell, PromptRun
-from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
+from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import list_token_places
 from mechdsl.resolve.types import (
     CircuitEdge,
@@ -122,31 +119,18 @@ class TokenHits:
         Args:
             cells: The positions.
             vectors: Number of vectors that a site has at each token: the patches of an image that a
-                token is made from. Vector i of token t has the number t * vectors + i.
+                token is made from. Vector i of token t has the number t * vectors + i. Cells of
+                patches have these numbers.
         """
         runs: list[range] = []
         tokens: list[tuple[int, ...]] = []
         for cell in cells:
+            assert cell.vectors in (1, vectors), "patches at a site of tokens"
+            each = vectors // cell.vectors
             for row in cell.hits:
                 runs.append(range(len(tokens), len(tokens) + len(row)))
-                tokens.extend(row)
-        if vectors > 1:
-            tokens = [tuple(t * vectors + n for t in own for n in range(vectors)) for own in tokens]
+                tokens += (own if each == 1 else _number_vectors(own, each) for own in row)
         return TokenHits(len(cells[0].hits), RaggedColumn.of(runs), RaggedColumn.of(tokens))
-
-    def without(self, absent: Sequence[frozenset[int]]) -> TokenHits:
-        """Leave out numbers that no vector has.
-
-        absent: These numbers by prompt.
-        """
-        key, run = self.runs.expand(np.arange(len(self.runs.offsets) - 1))
-        prompt_of_run = dict(zip(run.tolist(), (key % self.prompts).tolist(), strict=True))
-        ends = self.tokens.offsets[1:-1]
-        kept = (
-            [token for token in own.tolist() if token not in absent[prompt_of_run[number]]]
-            for number, own in enumerate(np.split(self.tokens.values, ends))
-        )
-        return replace(self, tokens=RaggedColumn.of(kept))
 
     def leftmost(self, runs: Ints) -> Ints:
         """Return the first token of each run; `NO_FIRST_TOKEN` for an empty run."""
@@ -171,38 +155,8 @@ class TokenHits:
         return self.runs.offsets[key] + np.minimum(alternative, self.runs.counts(key) - 1)
 
 
-def list_absent_patches(
-    run: PromptRun, reader: object, shape: ModelShape
-) -> list[frozenset[int]] | None:
-    """Return the numbers of `TokenHits` that no patch has, by row of a run; None if all have one,
-    or if the patches aren't known, which a run reports (E0413).
-
-    They exist if a resampler reads all patches of a tile for each of its tokens.
-
-    Args:
-        run: The run.
-        reader: The model's tokenizer.
-        shape: The model's shape.
-    """
-    if not (shape.resamples and isinstance(reader, ImagePromptTokenizer)):
-        return None
-    found: list[frozenset[int]] = []
-    for row in run.rows:
-        absent: set[int] = set()
-        for each in row.whole_pictures:
-            extent, expansion = each.picture.picture.extent, each.picture.expansion
-            tiles = max(1, len(expansion.layout.tiles))
-            encoder = EncoderSize((reader.encoded_patches(extent) or 0) // tiles, shape.merged_side)
-            tokens = each.places(each.name)[0]
-            try:
-                groups = reader.patches(extent, expansion, encoder)
-            except UnsupportedProcessor:
-                return None
-            for token, patches in zip(tokens, groups, strict=True):
-                first = token * shape.merged_side**2
-                absent |= {first + n for n, patch in enumerate(patches) if patch < 0}
-        found.append(frozenset(absent))
-    return found
+def _number_vectors(tokens: Iterable[int], each: int) -> tuple[int, ...]:
+    return tuple(token * each + n for token in tokens for n in range(each))
 
 
 NO_TOKENS, NEWEST_TOKEN, ALL_TOKENS = range(3)

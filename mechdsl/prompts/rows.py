@@ -62,6 +62,7 @@ from mechdsl.prompts.expressions import (
 )
 from mechdsl.prompts.runs import PromptRun, RunRow, TokenMap, find_text
 from mechdsl.prompts.tokens.chat import ChatProblem, Turn, stand_in_chat
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer, repeat_each
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import (
     DataRecord,
@@ -731,6 +732,36 @@ class PromptTable(Record):
             )
 
         return self._with_rows(cut)
+
+    def in_patches(self, reader: ImagePromptTokenizer) -> PromptTable:
+        """Return the table with the patches of the vision encoder in place of tokens, if a
+        resampler reads all of them for each token of an image.
+
+        A token of the text has as many positions as one of an image.
+
+        Raises:
+            UnsupportedProcessor: The patches aren't known.
+        """
+
+        def view(row: RunRow) -> RunRow:
+            pictures = {marker: reader.in_encoder(own) for marker, own in row.pictures.items()}
+            vectors = max((own.expansion.vectors for own in pictures.values()), default=1)
+            return replace(
+                row,
+                ids=repeat_each(row.ids, vectors),
+                offsets=repeat_each(row.offsets, vectors),
+                special=repeat_each(row.special, vectors),
+                pictures=pictures,
+            )
+
+        if reader.hash not in self._patches:
+            self._patches[reader.hash] = self._with_rows(view)
+        return self._patches[reader.hash]
+
+    @cached_property
+    def _patches(self) -> dict[str, PromptTable]:
+        """By the hash of a tokenizer."""
+        return {}
 
     def _with_rows(self, of: Callable[[RunRow], RunRow]) -> PromptTable:
         runs = {

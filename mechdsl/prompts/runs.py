@@ -408,9 +408,20 @@ class PositionCell(Record):
     """1-based occurrence, for `each item token`."""
     reply: ReplyPosition | None = None
     """A position in a reply that isn't generated yet; `hits` are then the final prompt tokens."""
+    vectors: int = 1
+    """Number of patches that `hits` count for each token: patch i of token t has the number t *
+    vectors + i. 1: `hits` are tokens."""
     follows: Literal["", "newest", "every"] = field(default="", compare=False)
     """During generation: `newest` if the cell is the newest token at each step (`last token`),
     `every` if it is all tokens so far (`tokens *`)."""
+
+    def tokens(self, row: int) -> Hits:
+        """Return the hits of a row as tokens, also if they are patches of tokens."""
+        if self.vectors == 1:
+            return self.hits[row]
+        return tuple(
+            tuple(dict.fromkeys(each // self.vectors for each in own)) for own in self.hits[row]
+        )
 
 
 def describe_output(text: TextTokens) -> str:

@@ -271,6 +271,8 @@ def find_token_mismatches(
         The row, the token of the base run and the token of the source run, for each pair.
     """
     found: list[tuple[int, int, int]] = []
+    if written.vectors > 1:  # patches aren't counted
+        return found
     for n, (own, theirs) in enumerate(zip(base.rows, source.rows, strict=True)):
         if len(own.ids) == len(theirs.ids):
             continue

@@ -21,6 +21,8 @@ from mechdsl.program.runs import COMPARING_METRICS
 from mechdsl.prompts.positions.cells import is_after_prompts, refers_to_reply
 from mechdsl.prompts.positions.spans import row_example
 from mechdsl.prompts.runs import PositionCell, PromptRun
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisTargets,
@@ -706,17 +708,17 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
 
 
 def _check_resampled_rules(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield E0108 for rules in a vision encoder with a resampler, unless they act on all patches of
-    an image, which correspond by row and column to those of other images of one size."""
+    """Yield E0108 for rules that aren't computed from the patches that a resampler reads."""
     runs = experiment.table.runs
     acting = [(runs[experiment.spec.base], experiment.rules)]
     acting += [(runs[name], run.rules) for name, run in experiment.derived.items()]
+    reader = experiment.model.tokenizer
     for own, rules in acting:
-        for rule in rules:
+        for rule in (each for each in rules if each.in_vision):
             read = runs.get(rule.run, own)
             if rule.apart is not None:
                 read = rule.apart.table.runs[rule.apart.run]
-            problem = _describe_resampled_rule(rule, own, read) if rule.in_vision else None
+            problem = _describe_resampled_rule(rule, own, read, reader)
             if problem is not None:
                 what = f"`{_name_rule(rule)}` {problem[0]} in a vision encoder whose resampler "
                 what += "reads all patches for each token of an image"
@@ -724,11 +726,15 @@ def _check_resampled_rules(experiment: ResolvedExperiment) -> Iterator[Diagnosti
 
 
 def _describe_resampled_rule(
-    rule: ResolvedRule, own: PromptRun, read: PromptRun
+    rule: ResolvedRule, own: PromptRun, read: PromptRun, reader: TextTokenizer
 ) -> tuple[str, str] | None:
     """Return why a rule isn't computed, and what to write.
 
-    own, read: the runs in which the rule acts and that it reads.
+    Args:
+        rule: The rule.
+        own: The run in which it acts.
+        read: The run that it reads.
+        reader: The model's tokenizer.
     """
     if rule.python is not None:
         return "to a function's result", "use another rule, such as `scale`"
@@ -739,31 +745,33 @@ def _describe_resampled_rule(
         )
     if rule.spec.observed is not None and rule.spec.observed.word != "norm":
         return "of patches", "use `observe norm`, or observe `embed` at the tokens of the image"
-    cells = [(own, cell) for cell in rule.positions.written.values()]
-    cells += [(read, cell) for cell in rule.positions.read.values()]
-    if not all(_holds_whole_images(run, cell) for run, cell in cells):
-        return "at some tokens of an image", "use all tokens, as in `at photo tokens`"
-    given, changed = (
-        [tuple(each.picture.picture.extent for each in row.whole_pictures) for row in run.rows]
-        for run in (read, own)
-    )
-    if rule.does.reads == "run" and rule.positions.read == rule.positions.written:
-        fits = given == changed
-    else:
-        fits = rule.does.reads is None or len({size for row in given + changed for size in row}) < 2
-    hint = "use images of one width and height"
-    return None if fits else ("between images of different sizes", hint)
+    if rule.does.reads is None:
+        return None
+    for key, cell in rule.positions.read.items():
+        to = _list_whole_grids(own, rule.positions.written[key], reader)
+        for of, grid in zip(_list_whole_grids(read, cell, reader), to, strict=False):
+            if of is not None and grid is not None and of != grid:
+                hint = "use images of one width and height, or name patches of both"
+                return "between images with other rows and columns of patches", hint
+    return None
 
 
-def _holds_whole_images(run: PromptRun, cell: PositionCell) -> bool:
-    """Return whether a position has all tokens of each image of which it has some, and no other
-    token."""
+def _list_whole_grids(
+    run: PromptRun, cell: PositionCell, reader: TextTokenizer
+) -> Iterator[list[tuple[int, int, int]] | None]:
+    """Yield the tile, row and column of each patch of a position in each row; None if it doesn't
+    have all patches of the images of which it has some."""
+    if cell.vectors == 1:  # a run reports unknown patches (E0413)
+        return
+    assert isinstance(reader, ImagePromptTokenizer)
     for row, hits in zip(run.rows, cell.hits, strict=True):
-        images = [{*each.places(each.name)[0]} for each in row.whole_pictures]
-        for tokens in map(set, hits):
-            if tokens != {token for image in images if image & tokens for token in image}:
-                return False
-    return True
+        wanted, found = {patch for own in hits for patch in own}, dict[int, tuple[int, int, int]]()
+        for each in row.whole_pictures:
+            expansion = reader.encoder_expansion(each.picture.picture.extent)
+            first = each.first * expansion.vectors
+            own = {first + c.position: (c.tile, c.row, c.col) for c in expansion.layout.cells}
+            found |= {} if wanted.isdisjoint(own) else own
+        yield [found[patch] for own in hits for patch in own] if wanted == found.keys() else None
 
 
 def _name_rule(rule: ResolvedRule) -> str:

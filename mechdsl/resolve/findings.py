@@ -483,6 +483,12 @@ def _by_label(
     positions, at = select_ranked_positions(rule)
     targets = {own.spec.base: positions.written, rule.run: positions.read}.get(run)
     if targets is not None:
+        if any(cell.vectors > 1 for cell in targets.values()):
+            raise PickError(
+                f"the positions of `{own.name}` are patches of the vision encoder, which a "
+                "resampler mixes",
+                "name patches instead: `photo row 1 col 2 token`",
+            )
         return {
             cell.label: dict(zip(own.table.row_ids, cell.hits, strict=True))
             for cell in targets.values()

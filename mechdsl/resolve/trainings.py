@@ -608,8 +608,8 @@ def _describe_overlap(training: Training) -> str:
 
 def _images_of_rows(sample: FitSample) -> set[str]:
     """Return digests of the images at the position of a training."""
-    pairs = zip(sample.run.rows, sample.cell.hits, strict=True)
-    return {image for row, hits in pairs for image in row.images_at(hits)}
+    rows = enumerate(sample.run.rows)
+    return {image for number, row in rows for image in row.images_at(sample.cell.tokens(number))}
 
 
 def _content(row: RunRow) -> tuple[object, ...]:

@@ -413,7 +413,7 @@ def _check_patches_meet(
     ]
 
     def find(cell: PositionCell, row: int) -> set[tuple[int, int] | None]:
-        return {tiles[row].get(token) for tokens in cell.hits[row] for token in tokens}
+        return {tiles[row].get(token) for tokens in cell.tokens(row) for token in tokens}
 
     for query, key in _edges(queries, keys):
         if any(find(query, row) & find(key, row) for row in range(len(tiles))):

@@ -352,7 +352,7 @@ def _in_images(
         )
         return None
     pairs = positions.written.items()
-    cells = {key: replace(cell, label="images", hits=hits) for key, cell in pairs}
+    cells = {key: replace(cell, label="images", hits=hits, vectors=1) for key, cell in pairs}
     return replace(positions, written=cells, read=cells, newest=frozenset(), every=frozenset())
 
 

@@ -422,13 +422,7 @@ def vision_products(given: dict[str, Tensor]) -> int:
 # --- errors ---------------------------------------------------------------------------------------
 
 ERRORS = {
-    "scale resid_post vision layer 0 at each token of photo by 2": "at some tokens of an image",
-    "observe norm resid_post vision layer 0 at each token of photo": "at some tokens of an image",
     "observe similarity resid_post vision layer 0 at photo tokens": "`observe similarity` of",
-    "set resid_pre vision layer 1 at photo tokens to "
-    "value(resid_pre vision layer 1 at photo tokens) of clean": "images of different sizes",
-    "patch resid_post vision layer 0 at photo tokens": "between images of different sizes",
-    "ablate resid_post vision layer 0 at photo tokens with mean of clean": "different sizes",
     'save resid_post vision layer 0 of clean at photo tokens to "x.safetensors"\n'
     "  patch resid_post layer 0 at last token": "`save` of the patches",
 }
@@ -445,9 +439,25 @@ def test_invalid_line_reports_e0108_before_anything_runs(line: str, reason: str)
     assert reason in problem.message, problem.message
 
 
-@pytest.mark.parametrize("site", ["resid_post layer 0", "resid_post vision layer 0"])
-def test_rows_and_columns_report_e0310(site: str) -> None:
-    text = experiment("e", f"observe norm {site} at photo row 1 col 1 token", measure="")
+UNEQUAL = (
+    "set resid_pre vision layer 1 at photo tokens to "
+    "value(resid_pre vision layer 1 at photo tokens) of clean",
+    "patch resid_post vision layer 0 at photo tokens",
+    "ablate resid_post vision layer 0 at photo tokens with mean of clean",
+)
+
+
+@pytest.mark.parametrize("line", UNEQUAL)
+def test_images_with_different_numbers_of_patches_report_an_error(line: str) -> None:
+    text = experiment("e", "from clean into changed", line)
+    found: Sequence[Diagnostic] = run_on(source(text, "mixed"), {"m": loaded(splits=True)})[1]
+    [problem] = [each for each in found if each.severity == "error"]
+    assert problem.code in ("E0307", "E0108"), problem
+    assert "patch" in f"{problem.message} {problem}", problem
+
+
+def test_rows_and_columns_of_the_language_model_report_e0310() -> None:
+    text = experiment("e", "observe norm resid_post layer 0 at photo row 1 col 1 token", measure="")
     found: Sequence[Diagnostic] = run_on(source(text, "mixed"), {"m": loaded(splits=True)})[1]
     [problem] = [each for each in found if each.severity == "error"]
     assert problem.code == "E0310"

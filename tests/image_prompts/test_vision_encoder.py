@@ -24,12 +24,9 @@ from .support import RECORDS, check_cells, experiment, run_file, try_file
 from .test_blocks import TWO
 from .test_families import (
     ALL,
-    BLOCK,
     bare,
     difference,
-    folder,
     inputs,
-    loaded,
     run_text,
     under_edits,
 )
@@ -443,13 +440,6 @@ def test_basis_reports_tokens_that_the_encoder_lacks(definition: str, code: str)
     rule = "ablate resid_post layer 0 in basis b at last token with zero"
     text = f"{definition}\n{experiment('e', rule)}"
     assert errors(try_file(text, LLAVA)[1]) == [code]
-
-
-def test_rule_at_some_tokens_of_a_resampler_reports_e0108() -> None:
-    text = experiment("e", VISION.replace("photo tokens", "each token of photo"))
-    source = Source(f'mech 1\nmodel m = local("handed over")\n{BLOCK}\n{text}', folder() / "f.mech")
-    _, found = run_on(source, {"m": loaded("idefics2")})
-    assert errors(found) == ["E0108"]
 
 
 def test_projector_that_mixes_patches_reports_e0413() -> None:

@@ -142,7 +142,8 @@ def digest_inputs(
     def seen(run: PromptRun, row: int) -> list[object]:
         own = [number for number, each in enumerate(runs) if each is run]
         ids, hits = run.rows[row].ids, [spots[number].hits[row] for number in own]
-        last = max(token for each in hits for tokens in each for token in tokens)
+        tokens = (spots[number].tokens(row) for number in own)
+        last = max(token for each in tokens for joined in each for token in joined)
         # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
         alone = run.noise is None and run.derived is None
         drawn = None if alone else table.row_keys[row]
@@ -158,7 +159,7 @@ def digest_inputs(
         return found
     runs_of = list(zip(runs, spots, strict=True))
     images = [
-        {name for run, spot in runs_of for name in run.rows[row].images_at(spot.hits[row])}
+        {name for run, spot in runs_of for name in run.rows[row].images_at(spot.tokens(row))}
         for row in prompts.tolist()
     ]
     return group_keys(found, images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
@@ -26,6 +27,7 @@ from mechdsl.diagnostics.positions import (
 )
 from mechdsl.diagnostics.rules import EmptyRange
 from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.positions.spans import (
     NO_ANSWERS,
@@ -43,7 +45,7 @@ from mechdsl.prompts.positions.spans import (
 )
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import ANSWER_SPAN, Hits, PositionCell, ReplyPosition, RunRow
-from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN
+from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN, ImagePromptTokenizer
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import render_value
@@ -110,15 +112,19 @@ def check_token_counts(
     if not unequal:
         return []
     written, read = next(iter(unequal.values()))
-    return [
-        UnequalUnion(
-            span=span,
-            source=count_noun(read, "token"),
-            base=count_noun(written, "token"),
-            rows=len(unequal),
-            total=total,
-        )
-    ]
+    problem = UnequalUnion(
+        span=span,
+        source=count_noun(read, "token"),
+        base=count_noun(written, "token"),
+        rows=len(unequal),
+        total=total,
+    )
+    if base_cells[0].vectors > 1:
+        source, base = f"{read:,} patches", f"{written:,} patches"
+        hint = "use images of one width and height, or name patches that all images have, such as "
+        hint += "`photo row 1 col 1 token`"
+        problem = replace(problem, source=source, base=base, units="patches", hint=hint)
+    return [problem]
 
 
 def is_after_prompts(cell: PositionCell, rows: Sequence[RunRow]) -> bool:
@@ -140,7 +146,7 @@ def hit_texts(
     tokenizer: names tokens that cover no text; without it, they are omitted.
     """
     found: Counter[str] = Counter()
-    if cell.reply is not None:  # nothing is generated yet
+    if cell.reply is not None or cell.vectors > 1:  # nothing is generated yet, or patches
         return ()
     for m, hits in zip(table.runs[run].token_maps, cell.hits, strict=True):
         row = m.row
@@ -529,10 +535,25 @@ def resolve_positions(
 def _in_images(
     positions: ast.Positions, table: PromptTable, run: str, **given: Any
 ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
-    """Resolve positions as `resolve_positions` does; also E0310 for tokens without patches."""
+    """Resolve positions as `resolve_positions` does; also E0310 for tokens without patches.
+
+    If a resampler reads all patches of a tile for each token, positions are patches, and others are
+    E0108.
+    """
+    reader, vectors = given["tokenizer"], 1
+    stands_in = reader.stands_in or table.stands_in
+    if not stands_in and isinstance(reader, ImagePromptTokenizer) and reader.layout.resamples:
+        problem = _find_uncountable(positions)
+        if problem is not None:
+            return (), [problem]
+        with suppress(UnsupportedProcessor):  # a run reports unknown patches (E0413)
+            table = table.in_patches(reader)
+        every = (own for row in table.runs[run].rows for own in row.pictures.values())
+        vectors = max((own.expansion.vectors for own in every), default=1)
     cells, found = resolve_positions(positions, table, run, **given)
+    cells = tuple(replace(cell, vectors=vectors) for cell in cells) if vectors > 1 else cells
     rows = table.runs[run].rows
-    if given["tokenizer"].stands_in or table.stands_in:
+    if stands_in:
         return cells, found
     tokens = [
         {token for cell in cells for own in cell.hits[n] for token in own} for n in range(len(rows))
@@ -556,6 +577,25 @@ def _in_images(
         unit="images",
     )
     return (), [*found, problem]
+
+
+def _find_uncountable(positions: ast.Positions) -> Diagnostic | None:
+    """Return E0108 for positions that count or rank tokens of the prompt, where patches are named
+    instead."""
+    for node in walk(positions):
+        match node:
+            case ast.TokenIndex():
+                what = f"`{node.span.written}`, which counts tokens,"
+            case ast.RankedTokens() | ast.ChosenTokens():
+                what = f"`{node.span.written}`, which selects tokens,"
+            case ast.Point() if node.offset:
+                what = f"`{node.span.written}`, which counts tokens,"
+            case _:
+                continue
+        what += " in a vision encoder whose resampler reads all patches for each token of an image"
+        later = "name patches: `photo row 1 col 2 token`, `photo tokens`"
+        return NotSupported(span=node.span, what=what, later=later)
+    return None
 
 
 _NO_DECODER_ANSWERS = AnswerTokens(reason="the decoder reads the answer, not the encoder")

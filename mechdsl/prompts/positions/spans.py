@@ -817,11 +817,16 @@ def _parts_of(image: PlacedPicture, ref: ast.SpanRef) -> str:
             f"`{image.name}` has {cols} frames, counted from 1: write `{image.name} frame 1 token`"
         )
     name = image.video if image.video and image.video == ref.name else image.name
-    said = f"{rows} rows and {cols} columns of tokens"
+    unit = "tokens" if expansion.vectors == 1 else "patches"
+    said = f"{rows} rows and {cols} columns of {unit}"
     note = "; rows and columns count from 1 at the top left"
     if expansion.layout.cells and not rows:
         said = "tokens without rows and columns, each computed from all patches of a tile"
-        note = f": write `{name} tokens`"
+        note = f": write `{name} tokens`, or a site in the vision encoder, whose patches have "
+        note += "rows and columns"
+    elif len(expansion.grid) < rows * cols:
+        said += ", and its tiles differ in their rows and columns"
+        note = f": name a tile, as in `{name} tile 1 row 1 col 1 token`"
     if ref.view is not None:
         tiles = len([tile for tile in expansion.layout.tiles if tile.number != THUMBNAIL])
         thumbnail = "no thumbnail" if expansion.layout.thumbnail is None else "a thumbnail"
@@ -1081,7 +1086,9 @@ def _rectangle(
             if low < 1 or high > most:
                 return {}
             ranges.append(range(low, high + 1))
-        wanted = ((row, col) for row in ranges[0] for col in ranges[1])
+        wanted = [(row, col) for row in ranges[0] for col in ranges[1]]
+        if not all(place in grid for place in wanted):  # tiles of different sizes
+            return {}
         found |= {(tile, *place): grid[place] for place in wanted}
     return found
 

@@ -86,6 +86,7 @@ _FIT_AS = {"Gemma3": "Siglip", "Llava": "CLIP", "VideoLlava": "CLIP"}
 """Image processors that resize and crop as another one does, if they neither pad nor cut."""
 
 FactT = TypeVar("FactT")
+ItemT = TypeVar("ItemT")
 
 
 class ImagePromptTokenizer(TextTokenizer):
@@ -474,15 +475,67 @@ class ImagePromptTokenizer(TextTokenizer):
 
         return self._recall_layout(f"encoded patches of {extent}", find, lambda own: own)
 
+    def encoder_expansion(self, extent: tuple[int, ...]) -> ImageExpansion:
+        """Return the patches of a picture in place of its tokens, for a layout with `resamples`.
+
+        Patch i of token t has the position t * vectors + i. Padding has no cell.
+
+        Raises:
+            UnsupportedProcessor: The patches aren't known.
+        """
+        expansion = self.expansion(extent)
+
+        def find() -> tuple[int, list[list[Any]]]:
+            height, width = self.sized(extent)[:2]
+            processor, config = self._read
+            prompt = ImagePrompt(processor, config, {}, ((height, width),))
+            side, tiles = self.layout.merged_side(config.to_dict()), len(expansion.layout.tiles)
+            size = EncoderSize((self.layout.encoded_patches(prompt) or 0) // max(1, tiles), side)
+            groups = self.layout.patches(prompt, expansion.layout, size)
+            numbers = [
+                cell.position * side**2 + n
+                for cell, patches in zip(expansion.layout.cells, groups, strict=True)
+                for n, patch in enumerate(patches)
+                if patch >= 0
+            ]
+            features = list(self.layout.encoder_features(prompt))
+            if len(features) != len(numbers):
+                raise UnsupportedProcessor("its patches have another number of rows and columns")
+            rows = [[at, *cell] for at, cell in zip(numbers, features, strict=True)]
+            return side**2, rows
+
+        def parse(found: tuple[int, list[list[Any]]]) -> ImageExpansion:
+            vectors, rows = found
+            ids = repeat_each(expansion.ids, vectors)
+            layout = ImageTokens(0, len(ids), _parse_cells(rows), {})
+            is_image = repeat_each(expansion.is_image, vectors)
+            return ImageExpansion(ids, is_image, layout, vectors=vectors)
+
+        own = self.sized(extent)
+        if own not in self._encoder_expansions:
+            name = f"patches of {' x '.join(map(str, own))}"
+            self._encoder_expansions[own] = self._recall_layout(name, find, parse)
+        return self._encoder_expansions[own]
+
+    @cached_property
+    def _encoder_expansions(self) -> dict[tuple[int, ...], ImageExpansion]:
+        return {}
+
+    def in_encoder(self, picture: PromptPicture) -> PromptPicture:
+        """Return a picture with its `encoder_expansion`. Raises UnsupportedProcessor."""
+        expansion = self.encoder_expansion(picture.picture.extent)
+        cells, regions = expansion.layout.cells, dict[str, tuple[tuple[int, ...], ...]]()
+        for name, shapes in picture.shapes.items():
+            assert isinstance(picture.picture, Picture)
+            covered = (_covered(each, picture.picture, cells) for each in shapes)
+            regions[name] = tuple(covered)
+        return replace(picture, expansion=expansion, regions=regions)
+
     def _parse_expansion(
         self, token_id: int, found: tuple[list[int], list[list[Any]]]
     ) -> ImageExpansion:
         ids, rows = found
-        cells = tuple(
-            ImageCell(token, tile, row, col, None if box is None else cast("PixelBox", tuple(box)))
-            for token, tile, row, col, box in rows
-        )
-        layout = ImageTokens(0, len(ids), cells, {})
+        layout = ImageTokens(0, len(ids), _parse_cells(rows), {})
         is_image, is_sound = (token == token_id for token in ids), self.layout.noun == "sound"
         return ImageExpansion(tuple(ids), tuple(is_image), layout, is_sound)
 
@@ -842,6 +895,19 @@ def _cell_rows(layout: ImageTokens, first: int) -> list[list[Any]]:
     return [[c.position - first, c.tile, c.row, c.col, c.box] for c in layout.cells]
 
 
+def _parse_cells(rows: list[list[Any]]) -> tuple[ImageCell, ...]:
+    """Return cells, given what `_cell_rows` returns."""
+    return tuple(
+        ImageCell(token, tile, row, col, None if box is None else cast("PixelBox", tuple(box)))
+        for token, tile, row, col, box in rows
+    )
+
+
+def repeat_each(values: Sequence[ItemT], times: int) -> tuple[ItemT, ...]:
+    """Return each value this number of times, one after the other."""
+    return tuple(value for value in values for _ in range(times))
+
+
 @cache
 def _library_versions() -> tuple[str, ...]:
     """Return the versions of the libraries on which the facts of a processor depend."""
@@ -943,13 +1009,15 @@ def prompt_pictures(
             expansion = tokenizer.expansion(picture.extent)
             height, width, *_ = tokenizer.sized(picture.extent)
             sized = picture.sized((height, width))
+        shapes = dict(regions.get(name, {}))
         own = {
             region: tuple(_covered(each, sized, expansion.layout.cells) for each in occurrences)
-            for region, occurrences in regions.get(name, {}).items()
+            for region, occurrences in shapes.items()
         }
         known = found.get(picture.marker)
-        own |= {} if known is None else known.regions
-        found[picture.marker] = PromptPicture(sized, expansion, own)
+        if known is not None:
+            own, shapes = {**own, **known.regions}, {**shapes, **known.shapes}
+        found[picture.marker] = PromptPicture(sized, expansion, own, shapes)
     return found
 
 

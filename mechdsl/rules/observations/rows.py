@@ -302,8 +302,8 @@ def _images_of_rows(run: PromptRun, cells: Iterable[PositionCell]) -> set[str]:
     return {
         image
         for cell in cells
-        for row, hits in zip(run.rows, cell.hits, strict=True)
-        for image in row.images_at(hits)
+        for number, row in enumerate(run.rows)
+        for image in row.images_at(cell.tokens(number))
     }
 
 
