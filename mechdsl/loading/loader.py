@@ -1136,7 +1136,10 @@ def _check_block_exchange(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
         assert to is not None
         reason = explain_block_mismatch(model, (stack, to), of)
         if reason:
-            own = f"block {stack} {to}".replace("  ", " ")
+            place = {"vision": " of the vision encoder", "encoder": " of the encoder"}.get(
+                stack, ""
+            )
+            own = f"block {to}{place}"
             what = f"block {of} in place of {own}: {reason};"
             if of is None:
                 what = f"identity in place of {own}: {reason};"

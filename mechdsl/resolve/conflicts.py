@@ -801,7 +801,7 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "replace", "observe entropy", "observe distance", "observe received", "observe value",
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
     "observe cka", "observe probe", "observe prediction",
-    "observe logit_lens", "observe tuned_lens", "path", "allow",
+    "observe logit_lens", "observe tuned_lens", "path", "allow", "replace block",
 ))  # fmt: skip
 """Rules and observations that act on the stacks of an encoder-decoder."""
 
@@ -814,7 +814,6 @@ _ATTENDED_IMAGE_HINT = (
 )
 
 _OTHER_STACK_HINTS = {
-    "replace block": "ablate `attn_out` and `mlp_out` of the block instead",
     "observe rollout": "it multiplies the patterns of one text, but the decoder also attends to "
     "the encoder: write `observe attention cross …` or `observe attention encoder …`",
 } | dict.fromkeys(

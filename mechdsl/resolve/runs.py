@@ -459,13 +459,12 @@ def _find_block_problem(
     if rule.does.changes != "blocks" or rule.steps is None:
         return None
     assert said.during is not None
-    if rule.in_vision:
-        reason = "acts on no step: the vision encoder encodes images in the prefill"
+    if rule.in_vision or rule.acts_in("encoder"):
+        reason = "acts on no step: the encoder reads the prompt in the prefill"
+        if rule.in_vision:
+            reason = "acts on no step: the vision encoder encodes images in the prefill"
         later = any(end > 0 for _, end in steps)
         return _bad_steps(said.during, reason, "leave it out") if later else None
-    if rule.steps.axes:
-        what, hint = "a sweep over steps of `replace block`", "name the steps: `during step 2..5`"
-        return _not_supported(said, what, hint)
     if said.source_block is not None or all(end >= last for _, end in steps):
         return None
     assert rule.sites is not None
@@ -640,7 +639,7 @@ def _check_repeatable(rule: ResolvedRule) -> Iterator[Diagnostic]:
     """Check that a single pass over prompt and reply can reproduce the effect of a rule."""
     if rule.after_prefill:
         reason = "the prompt used its keys and values without the edit, the reply uses them with it"
-    elif rule.does.changes == "blocks" and rule.steps is not None:
+    elif rule.does.changes == "blocks" and rule.steps is not None and not rule.acts_in("encoder"):
         reason = "blocks are replaced for some of the tokens"
     else:
         return

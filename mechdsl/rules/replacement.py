@@ -302,6 +302,8 @@ class ReplaceBlockRule(RuleKind, Intervention):
                 "not to the block"
             )
         yield Convention("blocks", said)
+        if rule.acts_in("encoder"):
+            yield Convention("blocks", "all tokens of the prompt pass through the encoder's blocks")
         if rule.in_vision:
             said = "all tokens of all images of a row pass through these blocks"
             yield Convention("blocks", said)
@@ -324,6 +326,14 @@ def _find_stack(rule: spec.Rule, work: ExperimentContext) -> str | None:
         "" if word is None else named_stack(word, work.model.shape)
         for word in (next(iter(rule.site.names[1:2]), None), rule.source_stack)
     )
+    if "cross" in (own, other):
+        reason = "is attention of the decoder's blocks, not a block"
+        hint = "replace the decoder's block, `replace block layer 1 with …`, or remove only this "
+        hint += "attention: `ablate attn_out cross layer 1 at last token with zero`"
+        cross = next(word for word in named if named_stack(word, work.model.shape) == "cross")
+        problem = BadArgument(span=cross.span, name="cross", reason=reason, hint=hint)
+        work.diagnostics.append(problem)
+        return None
     if rule.source_block is None or own == other:
         return own
     number = rule.source_block.span.written

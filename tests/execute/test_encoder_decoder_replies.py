@@ -168,9 +168,8 @@ CASES = {
 }
 
 
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Array]]:
-    """Step → the logits of all states that were computed in it."""
+def record_logits(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Array]]:
+    """Collect the logits of all states by step, while a test runs."""
     found: dict[int, list[Array]] = {}
     choose = replies.choose_next_tokens
 
@@ -180,6 +179,12 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Array]]:
 
     monkeypatch.setattr(replies, "choose_next_tokens", kept)
     return found
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Array]]:
+    """Step → the logits of all states that were computed in it."""
+    return record_logits(monkeypatch)
 
 
 def check(

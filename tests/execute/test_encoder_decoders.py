@@ -364,7 +364,7 @@ ERRORS = {
     "allow attention encoder layer 0 from first token to last token": "E0332",
     "allow attention encoder layer 0 from last token to first token": "E0332",
     "allow attention cross layer 0 from last token to first token": "E0332",
-    "replace block layer 1 with identity": "E0108",
+    "replace block cross layer 1 with identity": "E0207",
     "scale weights of z layer 0 head 0 by 2": "E0108",
     "observe rollout from last token to subject tokens": "E0108",
     "observe attention cross layer 0 from last token to subject tokens by value_norm": "E0108",

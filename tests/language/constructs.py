@@ -1936,7 +1936,11 @@ _rule(
     "Runs another block, with its own weights, in place of this one. `layers 2..3` replaces "
     "several blocks together; a `for` loop can use `layer l with block layer l + 1`. Sites of "
     "the layer refer to the replacement. Both blocks must be of the same type. Each row is a "
-    "full forward pass.",
+    "full forward pass. `replace block encoder layer 2 with block encoder layer 1` replaces blocks "
+    "of an encoder-decoder's encoder, for all tokens of the prompt; a replaced block of the "
+    "decoder computes its own keys and values of the encoder's output. In T5, block 0 computes "
+    "the position biases of its stack even if it is replaced "
+    "(`tests/execute/test_encoder_decoder_blocks.py`).",
     OWN,
     "tests/rules/test_blocks.py",
 )

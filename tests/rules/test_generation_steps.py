@@ -176,7 +176,7 @@ BAD_STEPS = {
     "for s in 0..3 { scale z layer 1 at last token by 2 during step s..2 }": "E0207",
     "for s in [0.5] { scale z layer 1 at last token by 2 during step s }": "E0207",
     "for s in [z, q] { scale s layer 1 at last token by 2 during step s }": "E0207",
-    "for s in 0..3 { replace block layer 1 with block layer 2 during step s }": "E0108",
+    "for s in 0..3 { replace block layer 1 with identity during step s }": "E0207",
     "scale z layer 1 at last token by 2 during step 50%": "E0207",
     "scale z layer 1 at last token by 2 during step -1": "E0207",
     "scale z layer 1 at last token by 2 during step s": "E0201",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import DynamicCache
 
+from .models import on_the_model
 from .support import MODES, experiment, rows, run_file
+from .test_blocks import LISTS
 from .test_generation import CASES, TOKENS, Case, replies, written
 
 slow = pytest.mark.slow
@@ -77,3 +84,41 @@ def test_sweep_of_fills_and_steps_equals_separate_experiments(data: Path, mode: 
     assert seen == [replies(apart[f"e{n}"]) for n in range(6)]
     zero = replace(CASES["zero"], first=1, last=1)
     assert seen[2] == [written("llama", n, [zero, head]) for n in range(len(rows()))]
+
+
+@torch.no_grad()
+@on_the_model
+def written_by_blocks(model: Any, name: str, ids: Sequence[int], steps: Sequence[int]) -> list[int]:
+    """A reply in whose steps block 2 runs in place of block 1, with the library's cache."""
+    blocks = model.get_submodule(LISTS.get(name, "model.layers"))
+    own, other = blocks[1], copy.deepcopy(blocks[2])
+    for part in other.modules():
+        if getattr(part, "layer_idx", None) is not None:
+            part.layer_idx = 1
+    cache, given, reply = DynamicCache(), list(ids), list[int]()
+    for step in range(TOKENS):
+        blocks[1] = other if step in steps else own
+        found = model(input_ids=torch.tensor([given]), past_key_values=cache, use_cache=True)
+        reply.append(int(found.logits[0, -1].argmax()))
+        given = reply[-1:]
+    return reply
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=slow)])
+def test_blocks_replaced_in_different_steps_equal_the_library(data: Path, name: str) -> None:
+    """In the cells of a sweep, and in experiments of one file that replace the same block."""
+    rule = "replace block layer 1 with block layer 2"
+    lines = [rule, f"{rule} during prefill", f"for s in 1..4 {{ {rule} during step s }}"]
+    lines += [f"for s in 0..2 {{ {rule} during step s..3 }}", f"{rule} during step 2..3"]
+    steps = [[range(9)], [[0]], [[s] for s in range(1, 5)], [range(s, 4) for s in range(3)]]
+    text = "".join(
+        experiment(f"e{n}", line, f"generate {TOKENS}", measure="measure length as raw")
+        for n, line in enumerate(lines)
+    )
+    found, changed = run_file(text, data, name, "planned", precise=True), set[str]()
+    for number, cells in enumerate([*steps, [range(2, 4)]]):
+        result = found[f"e{number}"]
+        wanted = [[written_by_blocks(name, row.ids, own) for row in rows()] for own in cells]
+        assert [replies(result, cell) for cell in range(len(cells))] == wanted, lines[number]
+        changed |= {str(cell) for cell in wanted}
+    assert len(changed) > 4

@@ -42,6 +42,7 @@ from mechdsl.forward.generation.rules import (
 )
 from mechdsl.forward.hooks.batch import (
     Batch,
+    BlockPairs,
     BlockPlace,
     RuleWrites,
     SiteRead,
@@ -117,7 +118,7 @@ class FullPasses:
         """Edits of an encoder's keys and values, which later passes project again."""
         self.steps = steps
         self.limit = limit
-        before = dict(prefill.blocks)
+        before = _collect_decoder_blocks(prefill.blocks)
         mixed = any(collect_blocks(steps, step) != before for step in range(1, tokens))
         self._holds = bool(kept) or mixed
         every = (*prefill.writes, *(write for rules in steps for write in rules.writes))
@@ -302,12 +303,16 @@ def _rewrite_vectors(read: SiteRead, found: Sequence[Tensor], sources: Sequence[
 
 
 def collect_blocks(steps: Sequence[StepRules], step: int) -> dict[BlockPlace, int | None]:
-    """Return the block that replaces each exchanged block in a step."""
+    """Return the block that replaces each exchanged block in a step, in which no encoder runs."""
     found: dict[BlockPlace, int | None] = {}
     for rules in steps:
         if rules.acts(step):
-            found |= dict(rules.blocks)
+            found |= _collect_decoder_blocks(rules.blocks)
     return found
+
+
+def _collect_decoder_blocks(pairs: BlockPairs) -> dict[BlockPlace, int | None]:
+    return {place: of for place, of in pairs if not place[0]}
 
 
 MAX_RECOMPUTED_TOKENS = 64
@@ -885,7 +890,8 @@ class _GivenRules:
         attends = shape.takes == "attended image"
         out: set[BlockPlace] = set()
         for step in range(tokens):
-            blocks = collect_blocks(self.steps, step) if step else dict(self.prefill.blocks)
+            blocks = collect_blocks(self.steps, step)
+            blocks = blocks if step else _collect_decoder_blocks(self.prefill.blocks)
             now = {block for block, of in blocks.items() if of is None}
             if attends:
                 now = {(stack, n) for stack, n in now if not stack and shape.has("k", n)}

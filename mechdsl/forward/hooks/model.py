@@ -467,7 +467,7 @@ def split_vision(
     inside = [write for write in writes if write.stack == "vision"]
     asked = [read for read in reads if read.stack == "vision"]
     within = [edge for edge in edges if edge.stack == "vision"]
-    blocks = _VISION_BLOCKS.get(model.module, ())
+    blocks = _find_replaced_blocks(model, "vision")
     no_images = "vision" in batch.frames or "vision" not in model.others
     if no_images or not (inside or asked or within or blocks):
         needed = inside or asked or _find_vision_blocks(model)
@@ -568,7 +568,8 @@ def with_encoded(model: LoadedModel, batch: Batch) -> Batch:
 def _encode_once(model: LoadedModel, token: int) -> Tensor:
     """Return the output of the encoder for the image or sound of a token, on the host."""
     known = ENCODED_VECTORS.setdefault(model.module, TensorCache())
-    return known.find(token, partial(_encode, model, token))[ENCODED]
+    blocks = tuple(_find_replaced_blocks(model, "encoder"))
+    return known.find((token, blocks), partial(_encode, model, token))[ENCODED]
 
 
 def _encode(model: LoadedModel, token: int) -> dict[str, Tensor]:
@@ -834,9 +835,17 @@ def _find_bounds(logits: Tensor) -> Tensor:
 _POSITION_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 """Attributes with a module's index, by which a cache finds its keys."""
 
+_SHARED_BIAS = "relative_attention_bias"
+"""Module of position biases that the first block of a stack of T5 computes for all of its blocks,
+and attribute `has_…` of the attention that computes them."""
 
-_VISION_BLOCKS: WeakKeyDictionary[nn.Module, BlockPairs] = WeakKeyDictionary()
-"""By model, the blocks of the vision encoder that are replaced wherever it encodes images."""
+
+_ENCODER_BLOCKS: WeakKeyDictionary[nn.Module, BlockPairs] = WeakKeyDictionary()
+"""By model, the blocks of encoders that are replaced while `replace_blocks` is open."""
+
+
+def _find_replaced_blocks(model: LoadedModel, stack: str) -> BlockPairs:
+    return [pair for pair in _ENCODER_BLOCKS.get(model.module, ()) if pair[0][0] == stack]
 
 
 def _find_vision_blocks(model: LoadedModel) -> BlockPairs:
@@ -845,7 +854,7 @@ def _find_vision_blocks(model: LoadedModel) -> BlockPairs:
     Images that are encoded once for all passes have the vectors of the model's own blocks.
     """
     attends = model.shape.takes == "attended image"
-    return _VISION_BLOCKS.get(model.module, ()) if attends else ()
+    return _find_replaced_blocks(model, "vision") if attends else ()
 
 
 @contextmanager
@@ -854,14 +863,13 @@ def replace_blocks(model: LoadedModel, pairs: BlockPairs) -> Generator[None]:
 
     Blocks of a vision encoder are replaced in the passes that encode the images of prompts.
     """
-    inside = tuple(pair for pair in pairs if pair[0][0] == "vision")
-    before = _VISION_BLOCKS.get(model.module, ())
-    with exchange_blocks(model, [pair for pair in pairs if pair not in inside]):
-        _VISION_BLOCKS[model.module] = inside
+    before = _ENCODER_BLOCKS.get(model.module, ())
+    with exchange_blocks(model, [pair for pair in pairs if pair[0][0] != "vision"]):
+        _ENCODER_BLOCKS[model.module] = [pair for pair in pairs if pair[0][0]]
         try:
             yield
         finally:
-            _VISION_BLOCKS[model.module] = before
+            _ENCODER_BLOCKS[model.module] = before
 
 
 @contextmanager
@@ -874,16 +882,29 @@ def exchange_blocks(model: LoadedModel, pairs: BlockPairs) -> Generator[None]:
         ]
         for (to, _), weights in zip(pairs, others, strict=True):
             block = _get_block(model, to)
-            if weights is None and to[0]:
-                stack.enter_context(replace_forward(block, SkippedBlock(block.forward)))
-                continue
             if weights is None:
-                stack.enter_context(replace_forward(block, BlockStub(model.calling.block_returns)))
+                gives_more = to[0] or shares_position_biases(model, to[0])
+                stub = BlockStub(model.calling.block_returns)
+                skipped = SkippedBlock(block.forward) if gives_more else stub
+                stack.enter_context(replace_forward(block, skipped))
                 continue
-            for part, own in zip(block.modules(), weights, strict=True):
-                stack.callback(_put_weights, part, _get_own_weights(part))
-                _put_weights(part, own)
+            for name, part in block.named_modules():
+                if name in weights:  # not position biases for all blocks of the stack
+                    stack.callback(_put_weights, part, _get_own_weights(part))
+                    _put_weights(part, weights[name])
         yield
+
+
+def shares_position_biases(model: LoadedModel, stack: str) -> bool:
+    """Return whether the first block of a stack computes position biases for all of its blocks."""
+    has_own = [
+        any(
+            name.endswith(_SHARED_BIAS)
+            for name, _ in _get_block(model, (stack, layer)).named_modules()
+        )
+        for layer in range(len(model.stack(stack).anatomy.blocks))
+    ]
+    return has_own[0] and not all(has_own)
 
 
 def explain_block_mismatch(model: LoadedModel, to: BlockPlace, of: int | None) -> str:
@@ -894,12 +915,16 @@ def explain_block_mismatch(model: LoadedModel, to: BlockPlace, of: int | None) -
         return "its weights are stored elsewhere while a block isn't running"
     if of is None:
         return ""
-    for part, other in zip(*(_describe_parts(each) for each in every), strict=False):
-        if part != other:
-            return f"`{other[0] or 'the block'}` of block {of} has a different structure"
-    if len(list(every[0].modules())) != len(list(every[1].modules())):
-        return f"block {of} has a different structure"
-    return ""
+    names = (dict(each.named_modules()) for each in every)
+    lone = set.symmetric_difference(*map(set, names))
+    shared = {name for name in lone if name.endswith(_SHARED_BIAS)}
+    own, other = (
+        [part for part in _describe_parts(each) if part[0] not in shared] for each in every
+    )
+    for part, replacement in zip(own, other, strict=False):
+        if part != replacement:
+            return f"`{replacement[0] or 'the block'}` of block {of} has a different structure"
+    return "" if len(own) == len(other) else f"block {of} has a different structure"
 
 
 def _get_block(model: LoadedModel, place: BlockPlace) -> nn.Module:
@@ -914,9 +939,9 @@ def _get_own_weights(part: nn.Module) -> ModuleWeights:
     return dict(part._parameters), dict(part._buffers)
 
 
-def _get_block_weights(block: nn.Module) -> list[ModuleWeights]:
-    """Return the weights of every module in the block, in order."""
-    return [_get_own_weights(part) for part in block.modules()]
+def _get_block_weights(block: nn.Module) -> dict[str, ModuleWeights]:
+    """Return the weights of every module in the block, by name."""
+    return {name: _get_own_weights(part) for name, part in block.named_modules()}
 
 
 def _put_weights(part: nn.Module, own: ModuleWeights) -> None:
@@ -939,7 +964,8 @@ def _describe_parts(block: nn.Module) -> Iterator[tuple[Any, ...]]:
         settings = [
             (key, value)
             for key, value in sorted(part.__dict__.items())
-            if isinstance(value, bool | int | float | str) and key not in _POSITION_ATTRIBUTES
+            if isinstance(value, bool | int | float | str)
+            and key not in (*_POSITION_ATTRIBUTES, f"has_{_SHARED_BIAS}")
         ]
         loose = [key for key, value in part.__dict__.items() if isinstance(value, torch.Tensor)]
         alone = id(part) if loose else None  # has tensors that aren't weights

@@ -18,7 +18,7 @@ from mechdsl.execute.replies import SUPPRESSING, find_end_tokens, find_suppresse
 from mechdsl.execute.run_record import ExecutionProfile, PassSizes
 from mechdsl.execute.unpatched_batch import compute_noise_scale
 from mechdsl.forward.generation.cached_pass import choose_method
-from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.model import LoadedModel, shares_position_biases
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.program.spec import CLEAN, Estimator, Generation
@@ -41,7 +41,7 @@ from mechdsl.statistics.null_bands import min_draws
 from mechdsl.syntax import ast
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import Reply
-from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
 
 def reply_conventions(
@@ -719,6 +719,17 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
         by_itself = f" (the model uses `{own}`)" if own not in ("", "eager") else ""
         found["attention"] = f"computed explicitly (eager) in {where}{by_itself}"
     found |= _rule_notes(others, model, estimator)
+    replaced = {
+        SITES[point.site].stack
+        for rule in every
+        if rule.does.changes == "blocks" and rule.sites is not None
+        for here in rule.sites.points.values()
+        for point in here
+    }
+    if any(shares_position_biases(model, stack) for stack in replaced):
+        found["position biases"] = (
+            "block 0 computes them for all blocks of its stack, also if it is replaced"
+        )
     if estimator is not None and estimator.verify is None:
         found.pop("passes", None)  # no row runs
     return found
