@@ -335,14 +335,11 @@ class DirectionFits:
         ones."""
         members = {m.name: m for rule in plan.rules for m in rule.directions}
         every = [
-            member
-            for rule in plan.rules
-            if rule.rule.basis is not None
-            for member in rule.rule.basis.members
+            member for rule in plan.rules for basis in rule.rule.bases for member in basis.members
         ]
         # One that is written replaces one of the same name that is only read.
         bases = {member.name: member for member in sorted(every, key=_has_decoders)}
-        used = [rule.rule.basis for rule in plan.rules if rule.rule.basis is not None]
+        used = [basis for rule in plan.rules for basis in rule.rule.bases]
         fits = {id(fit): fit for basis in used for fit in basis.fits}
         span = plan.experiment.spec.span
         self._gather_for(members.values(), fits)

@@ -80,6 +80,9 @@ class HeldSublayers:
     """[row] whether MLPs are held too."""
     norms: NDArray[np.bool_]
     """[row] whether norms use the base run's divisors; such rows are full forward passes."""
+    neurons: frozenset[tuple[str, int | None]] = frozenset()
+    """Stacks and layers whose neurons are senders: each neuron is held instead of the output of
+    the MLP."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -212,7 +212,7 @@ def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
         if id(each.table) not in done:
             done[id(each.table)] = _table(each.table)
         steered = [rule.direction for rule in each.every_rule if rule.direction is not None]
-        bases = [rule.basis for rule in each.every_rule if rule.basis is not None]
+        bases = [own for rule in each.every_rule for own in rule.bases]
         saved = [vector.digest for made in (*steered, *bases) for vector in made.saved]
         saved += [labels.digest for basis in bases for labels in basis.labels]
         saved += [mask.digest for mask in each.masks]

@@ -147,9 +147,9 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
     """Return the trainings that experiments need, by name."""
     found: dict[str, DeclaredFit] = {}
     for experiment in experiments:
-        bases = [rule.basis for rule in experiment.every_rule]
-        bases += [save.basis for save in experiment.saves]
-        for member in (each for own in bases if own is not None for each in own.members):
+        bases = [own for rule in experiment.every_rule for own in rule.bases]
+        bases += [save.basis for save in experiment.saves if save.basis is not None]
+        for member in (each for own in bases for each in own.members):
             for declared in _trained_bases(member, experiment):
                 found.setdefault(declared.training.name, declared)
         for vector in _trained_vectors(experiment):
@@ -188,7 +188,8 @@ def _trained_vectors(experiment: ResolvedExperiment) -> Iterator[TrainedVector]:
     leaves = [
         leaf for own in used for each in own.values() for leaf in iter_leaf_vectors(each.vector)
     ]
-    bases = [own.basis for own in (*rules, *experiment.saves) if own.basis is not None]
+    bases = [own for rule in rules for own in rule.bases]
+    bases += [own.basis for own in experiment.saves if own.basis is not None]
     saved = (each for basis in bases for each in basis.saved)
     yield from (each for each in (*leaves, *saved) if isinstance(each, TrainedVector))
 

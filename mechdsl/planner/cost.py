@@ -54,7 +54,9 @@ from mechdsl.prompts.runs import PromptRun, ReplyPosition, share_beginnings
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import (
+    BasisTargets,
     CircuitTargets,
+    Coordinates,
     FeatureNodes,
     FitSample,
     JacobianBasis,
@@ -191,6 +193,8 @@ class RowSharer:
             found.append(key.coordinates[rows.cell])
         if rule.paths is not None and key.receivers is not None:
             found.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
+        if rule.paths is not None and key.receiving is not None:
+            found.append(key.receiving[rows.cell])
         return found
 
     def _of_cell(self, rule: RulePlan, cells: WholeCells, rows: RowTable) -> Ints:
@@ -224,9 +228,11 @@ class RowSharer:
                 *((n, own.member.name, own.which) for n, own in circuit.features.items()),
             )
             points[key] = (nodes, *(self._edges(*own) for own in ends))
-        receivers = None
+        receivers = receiving = None
         if rule.paths is not None:
             paths = rule.paths
+            named = paths.coordinates, paths.coordinates_of_cell
+            receiving = self._coordinates(rule.rule.receiving_basis, *named)
             ends = [
                 tuple(paths.table[i] for i in _list(paths.points, key))
                 for key in range(len(paths.points.offsets) - 1)
@@ -251,8 +257,9 @@ class RowSharer:
             None if rule.keys is None else self._tokens(rule.keys),
             np.array([self._number(("amount", one)) for one in rule.amounts.tolist()]),
             self._directions(rule),
-            self._coordinates(rule),
+            self._coordinates(rule.rule.basis, rule.coordinates, rule.coordinates_of_cell),
             receivers,
+            receiving,
         )
 
     def _edges(self, senders: EdgeEnds, receivers: EdgeEnds) -> Hashable:
@@ -270,10 +277,17 @@ class RowSharer:
         numbers = [self._number(("direction", member.name)) for member in rule.directions]
         return np.array(numbers, dtype=np.int64)[rule.direction_of_cell]
 
-    def _coordinates(self, rule: RulePlan) -> Ints | None:
-        """Return a number for the coordinates that each cell changes. Shape [cell]."""
-        basis = rule.rule.basis
-        if basis is None or rule.coordinates_of_cell is None:
+    def _coordinates(
+        self, basis: BasisTargets | None, named: Sequence[Coordinates], of_cell: Ints | None
+    ) -> Ints | None:
+        """Return a number for the coordinates of each cell. Shape [cell].
+
+        Args:
+            basis: Their basis.
+            named: Sets of coordinates.
+            of_cell: [cell] index into them.
+        """
+        if basis is None or of_cell is None:
             return None
         names = [
             tuple((key, member.name) for key, member in bases.items()) for bases in basis.bases
@@ -288,9 +302,9 @@ class RowSharer:
                     own.inserted,
                 )
             )
-            for own in rule.coordinates
+            for own in named
         ]
-        return np.array(numbers, dtype=np.int64)[rule.coordinates_of_cell]
+        return np.array(numbers, dtype=np.int64)[of_cell]
 
     def _tokens(self, hits: TokenHits) -> Ints:
         """Return a number for each run's tokens: a single token itself. Shape [run]."""
@@ -346,6 +360,8 @@ class _RuleKey:
     """For rules in a basis; shape [cell]."""
     receivers: Ints | None
     """Shape [pair of senders and receivers]."""
+    receiving: Ints | None
+    """For features that receive; shape [cell]."""
 
 
 def _list(ragged: RaggedColumn, key: int) -> list[int]:
@@ -1631,7 +1647,7 @@ class _Shapes:
                     mask = received.setdefault((place.site, place.layer), np.zeros_like(real))
                     mask[row[own], np.maximum(token[own] - 1, 0)] = True
             if self.recording and rule.paths is not None:
-                for place in {(p.site, p.layer) for p in rule.paths.table}:
+                for place in {(p.site, p.layer) for p in rule.paths.reads}:
                     mask = received.setdefault(place, np.zeros_like(real))
                     mask[row, token] = True
         final = np.zeros_like(real)

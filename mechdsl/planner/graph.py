@@ -504,18 +504,19 @@ def build_direction_node(
 
 
 def _bases(experiment: ResolvedExperiment, rule: ResolvedRule) -> tuple[DirectionNode, ...]:
-    """Return the basis of a rule with its reads; for a rule on weights its direction, if any."""
+    """Return the bases of a rule with their reads; for a rule on weights its direction, if any."""
     basis = rule.basis
-    if basis is None or (basis.definition == WEIGHTS_BASIS and rule.spec.direction is None):
-        return ()
-    if basis.definition == WEIGHTS_BASIS:
-        assert rule.spec.direction is not None
+    if basis is not None and basis.definition == WEIGHTS_BASIS:
+        if rule.spec.direction is None:
+            return ()
         reads = _fit_reads(experiment, list(basis.fits))
         return (DirectionNode(rule.spec.direction.span.written, basis.members[0].made, reads),)
-    members = basis.members
-    fits = list(basis.fits)
-    made = members[0].made if len(members) == 1 else f"{len(members)} bases"
-    return (DirectionNode(basis.definition, made, _fit_reads(experiment, fits), "basis"),)
+    found: list[DirectionNode] = []
+    for own in rule.bases:
+        members, reads = own.members, _fit_reads(experiment, list(own.fits))
+        made = members[0].made if len(members) == 1 else f"{len(members)} bases"
+        found.append(DirectionNode(own.definition, made, reads, "basis"))
+    return tuple(found)
 
 
 def _fit_reads(

@@ -66,6 +66,7 @@ from mechdsl.resolve.runs import name_tensor
 from mechdsl.resolve.types import (
     DRAW_AXIS,
     AxisIndices,
+    BasisTargets,
     Coordinates,
     DirectionMember,
     ItemNumber,
@@ -560,13 +561,13 @@ def _list_points(
 
 
 def _coordinates(
-    rule: ResolvedRule, by_name: Mapping[str, Ints], count: int
+    basis: BasisTargets | None, by_name: Mapping[str, Ints], count: int
 ) -> tuple[tuple[Coordinates, ...], Ints | None]:
-    """Return the sets of coordinates that a rule changes in its basis, and [cell] their index."""
-    if rule.basis is None or rule.circuit is not None:
+    """Return the sets of coordinates that a rule names in a basis, and [cell] their index."""
+    if basis is None:
         return (), None
-    named = rule.basis.coordinates
-    return tuple(named.values()), _lookup(list(named), rule.basis.axes, by_name, count)
+    named = basis.coordinates
+    return tuple(named.values()), _lookup(list(named), basis.axes, by_name, count)
 
 
 def _rule_plan(
@@ -587,18 +588,18 @@ def _rule_plan(
         values = np.array(list(rule.amounts.values.values()))
         amounts = values[_lookup(list(rule.amounts.values), rule.amounts.axes, by_name, count)]
     directions: tuple[DirectionMember, ...] = ()
-    direction_of_cell = None
+    direction_of_cell = keys_hit = key_of_cell = None
     if rule.direction is not None:
         directions = tuple(rule.direction.members.values())
         members = list(rule.direction.members)
         direction_of_cell = _lookup(members, rule.direction.axes, by_name, count)
-    coordinates, coordinates_of_cell = _coordinates(rule, by_name, count)
+    basis = rule.basis if rule.circuit is None else None
+    coordinates, coordinates_of_cell = _coordinates(basis, by_name, count)
     steps = None
     if rule.steps is not None:
         ends = np.array(list(rule.steps.values.values()), dtype=np.int64)
         steps = ends[_lookup(list(rule.steps.values), rule.steps.axes, by_name, count)]
     vectors = _count_vectors(rule, shape)
-    keys_hit, key_of_cell = None, None
     if rule.edge is not None:
         cells = rule.edge.keys.written
         keys_hit = TokenHits.of(tuple(cells.values()), vectors)
@@ -688,10 +689,12 @@ def _paths(
     ]
     return PathPlan(
         tuple(table),
+        tuple(map(rule.path.reads, table)),
         RaggedColumn.of(lists),
         pair_of_cell.reshape(-1),
         rule.path.through_mlps,
         rule.path.frozen_norms,
+        *_coordinates(rule.path.basis, by_name, count),
     )
 
 

@@ -168,11 +168,17 @@ class PathPlan:
     """The receivers of a path rule."""
 
     table: tuple[SitePoint, ...]
+    reads: tuple[SitePoint, ...]
+    """The points that the receivers of `table` read: other sites for features of transcoders."""
     points: RaggedColumn
     """Pair of senders and receivers → indices into `table` of the reachable receivers."""
     pair_of_cell: Ints
     through_mlps: bool
     frozen_norms: bool
+    coordinates: tuple[Coordinates, ...] = ()
+    """Sets of features that receive."""
+    coordinates_of_cell: Ints | None = None
+    """Index into `coordinates`, shape [cell]; None if whole vectors receive."""
 
     @property
     def exists(self) -> NDArray[np.bool_]:
@@ -423,6 +429,6 @@ def iter_basis_fits(
     rules: Iterable[RulePlan],
 ) -> Iterator[FittedVector | FittedBasis | JacobianBasis]:
     """Yield what the bases of rules are fitted on, once each."""
-    bases = (rule.rule.basis for rule in rules if rule.rule.basis is not None)
+    bases = (own for rule in rules for own in rule.rule.bases)
     fits = {id(fit): fit for basis in bases for fit in basis.fits}
     yield from fits.values()

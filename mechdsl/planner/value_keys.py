@@ -22,6 +22,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.types import (
     BasisMember,
+    BasisTargets,
     CircuitTargets,
     Coordinates,
     DirectionVector,
@@ -586,17 +587,12 @@ class ExperimentKeys:
             if rule.direction_of_cell is not None:
                 steered = [self._operands.direction(member.vector) for member in rule.directions]
                 parts.append([steered[which] for which in rule.direction_of_cell.tolist()])
-            if rule.coordinates_of_cell is not None:
-                assert rule.rule.basis is not None
-                bases = [self._operands.basis(each) for each in rule.rule.basis.bases]
-                own = [
-                    digest(bases[each.basis], each.which, *_inserted(bases, each))
-                    for each in rule.coordinates
-                ]
-                parts.append([own[which] for which in rule.coordinates_of_cell.tolist()])
+            parts += self._named(rule.rule.basis, rule.coordinates, rule.coordinates_of_cell)
             if rule.paths is not None:
                 ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
+                named = rule.paths.coordinates, rule.paths.coordinates_of_cell
+                parts += self._named(rule.rule.receiving_basis, *named)
             if rule.rule.circuit is not None:
                 nodes = _digest_neurons(rule.rule.circuit)
                 for layer, own in rule.rule.circuit.features.items():
@@ -614,6 +610,22 @@ class ExperimentKeys:
         if not parts:
             return iter([b""] * self.plan.n_cells)
         return map(b"".join, zip(*parts, strict=True))
+
+    def _named(
+        self, basis: BasisTargets | None, named: Sequence[Coordinates], of_cell: Ints | None
+    ) -> Iterator[list[bytes]]:
+        """Yield the digest of each cell's coordinates in a basis, if there is one.
+
+        Args:
+            basis: The basis.
+            named: Sets of its coordinates.
+            of_cell: [cell] index into them.
+        """
+        if basis is None or of_cell is None:
+            return
+        bases = [self._operands.basis(each) for each in basis.bases]
+        own = [digest(bases[each.basis], each.which, *_inserted(bases, each)) for each in named]
+        yield [own[which] for which in of_cell.tolist()]
 
     @cached_property
     def _operands(self) -> OperandKeys:

@@ -207,7 +207,8 @@ def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -
 def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.Basis]:
     """Return the bases that an experiment's rules and saves use, and those whose decoders they are
     trained on, once each."""
-    sites = [rule.site for rule in experiment.every_rule if rule.site is not None]
+    ends = (end for rule in experiment.every_rule for end in (rule.site, rule.receiver))
+    sites = [end for end in ends if end is not None]
     sites += [save.site for save in experiment.saves]
     names = dict.fromkeys(site.basis_name for site in sites)
     names |= {rule.exchanged.of: None for rule in experiment.every_rule if rule.exchanged}

@@ -25,12 +25,7 @@ if TYPE_CHECKING:
 
 BASIS_HINT = (
     "use a basis in `patch`, `ablate`, `set`, `add`, `scale`, `clamp` and `observe value`, at the "
-    "written site, or features as the sender of a `path`"
-)
-
-RECEIVING_FEATURES_HINT = (
-    "use a circuit, whose features receive edges: `circuit c = L0H1 -> feature 3 of b`, and "
-    "`ablate c at … with …`"
+    "written site, or features as the ends of a `path`"
 )
 
 DIMS_HINT = "use `dims` in `patch`, `ablate`, `set`, `add`, `scale`, `clamp` and `observe value`"
@@ -265,11 +260,6 @@ class Statements:
                     self.later(node.span, "`dims` in this statement", DIMS_HINT)
                 else:
                     self.scope.has("basis", name)
-                    body = statement.body if isinstance(statement, ast.Rule) else None
-                    if isinstance(body, ast.PathRule) and body.receiver is node:
-                        what, hint = "a basis at the end of a path", RECEIVING_FEATURES_HINT
-                        self.later(node.span, what, hint)
-                        continue
                     self.later(node.span, "a basis in this statement", BASIS_HINT)
         return not has_errors(self.diagnostics[before:])
 
@@ -312,8 +302,8 @@ def _takes_basis(statement: ast.Node, site: ast.Site) -> bool:
             | ast.ProjectOut(site=own, direction=None)
         ):
             return own is site
-        case ast.PathRule(sender=own):
-            return own is site and site.basis_name != ast.STANDARD_BASIS
+        case ast.PathRule(sender=of, receiver=to):
+            return site in (of, to) and site.basis_name != ast.STANDARD_BASIS
         case _:
             return False
 

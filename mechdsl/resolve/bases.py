@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import replace
 from functools import cache, partial
 from itertools import chain, product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mechdsl.base import limits
 from mechdsl.base.files import SafetensorsFile, UnreadableFile, inspect_safetensors
@@ -88,6 +88,7 @@ from mechdsl.resolve.trainings import (
 )
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
+    Axis,
     BasisMember,
     BasisOperand,
     BasisTargets,
@@ -426,20 +427,20 @@ def resolve_rule(
         _check_separable(rule.site, bases, "read" if looks else "change")
         _check_all_features(rule, features, bases)
         _check_bases(rule, found, bases)
-        axes, coordinates, empty = _coordinates(rule, features, bases[0], work)
+        axes, coordinates, empty = _rule_coordinates(rule, rule.site, bases[0], work)
         exchange = _exchanged(rule, found.sites, bases, work)
     except BasisError as problem:
         work.diagnostics.append(problem.diagnostic)
         return None
     if coordinates is None or (exchange is None and rule.exchanged is not None):
         return None
-    within = _label_suffix(rule, name, axes, work)
+    within = _label_suffix(rule.site, name, axes, work)
+    within += "" if rule.exchanged is None else f" with {_written_words(rule.exchanged)}"
     labels = {key: f"{label}{within}" for key, label in found.sites.labels.items()}
     every = {key: Coordinates(which) for key, which in coordinates.items()}
     targets = BasisTargets(name, names, tuple(bases), axes, every)
-    positions = (
-        remove_tokens(found.positions, axes, coordinates, empty) if empty else found.positions
-    )
+    positions = found.positions
+    positions = remove_tokens(positions, axes, coordinates, empty) if empty else positions
     return replace(
         found,
         positions=positions,
@@ -824,16 +825,13 @@ def _argument_basis(
     return member
 
 
-def _label_suffix(rule: spec.Rule, name: str, axes: Sequence[str], work: ExperimentContext) -> str:
+def _label_suffix(site: ast.Site, name: str, axes: Sequence[str], work: ExperimentContext) -> str:
     """Return what labels of sites say about coordinates: ` in axes`, ` feature i of axes`."""
-    assert rule.site is not None
-    features = rule.site.coordinates
+    features = site.coordinates
     within = "" if name == ast.STANDARD_BASIS else f" in {name}"
     if features is not None and all(axis in work.loops for axis in axes):
-        own = f" {_coordinate_names(rule.site, features, work)}"
+        own = f" {_coordinate_names(site, features, work)}"
         within = own if features.of is not None else within + own
-    if rule.exchanged is not None:
-        within += f" with {' '.join(rule.exchanged.span.written.split())}"
     return within
 
 
@@ -1018,9 +1016,13 @@ def _encoded_sites(written: SiteTargets, members: PointBases, *, looks: bool) ->
     return replace(written, points=encoded) if looks else replace(written, sources=encoded)
 
 
+def _written_words(node: ast.Node) -> str:
+    return " ".join(node.span.written.split())
+
+
 def _coordinate_names(site: ast.Site, features: ast.Axis, work: ExperimentContext) -> str:
     """Return the joined coordinates as written: `dims 0..7 except 3`."""
-    own = " ".join(features.span.written.split())
+    own = _written_words(features)
     written = [each.span.written for each in number_exceptions(site, work.sites)]
     numbers = ", ".join(dict.fromkeys(written))  # a group stands for several numbers
     return f"{own} except {numbers}" if numbers else own
@@ -1094,6 +1096,73 @@ def _check_sending_features(
     if any(len({point.layer for point in here}) > 1 for here in sites.points.values()):
         reason = "features of several layers start one path"
         raise BasisError(site, reason, "sweep the layers: `mlp_out layer * feature 3 of …`")
+
+
+_RECEIVING_SITES = ("resid_pre", "attn_norm", "resid_mid", "mlp_norm", "mlp_out", "resid_post")
+"""Sites of dictionaries whose features can receive the change of a path."""
+
+
+def resolve_receiving_features(
+    site: ast.Site, work: ExperimentContext
+) -> tuple[SiteTargets, tuple[Axis, ...], BasisTargets] | None:
+    """Resolve features at the end of a path: the sites of their dictionary, the axes of both, and
+    the features; None after an error."""
+    name = site.basis_name
+    assert name is not None
+    named = _bases_of_rule(name, site, work)
+    if named is None or named[1][0] is None:  # rejected
+        return None
+    names, (definition, *others), _ = named
+    before = len(work.diagnostics)
+    written, axes = resolve_site(_written_site(site, definition, work), work.sites)
+    if written is None or has_errors(work.diagnostics[before:]):
+        return None
+    try:
+        if others:
+            reason = f"`{name}` stands for {len(names)} bases, and a path ends at features of one"
+            raise BasisError(site, reason, "name one basis, with one seed")
+        members = _members(definition, written, site, work)
+        if members is None:
+            return None
+        _check_receiving_features(site, written, members)
+        own, sweep, coordinates, empty = _coordinates(site, members, work)
+        if empty:
+            raise BasisError(site, *_NO_FEATURE)
+    except BasisError as problem:
+        work.diagnostics.append(problem.diagnostic)
+        return None
+    if coordinates is None:
+        return None
+    within = _label_suffix(site, name, own, work)
+    labels = {key: f"{label}{within}" for key, label in written.labels.items()}
+    every = {key: Coordinates(which) for key, which in coordinates.items()}
+    targets = BasisTargets(name, names, (members,), own, every)
+    axes = axes if sweep is None else (*axes, sweep)
+    return replace(written, labels=labels), axes, targets
+
+
+def _check_receiving_features(site: ast.Site, written: SiteTargets, members: PointBases) -> None:
+    """Check that the receiver of a path is features that are computed from one vector."""
+    name = site.basis_name
+    points = [point for here in written.points.values() for point in here]
+    other = next((point.site for point in points if point.site not in _RECEIVING_SITES), None)
+    operands = [member.operand for member in members.values()]
+    if not all(isinstance(own, DictionaryFile) for own in operands):
+        reason = f"`{name}` isn't a dictionary, and a path ends at features of one"
+        raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
+    if other is not None:
+        reason = f"`{name}` describes `{other}`, "
+        hint = "name the receiver without features: `path … -> q layer 2 head 0`"
+        if SITES[other].component == "attn_out":
+            reason += "the sum of heads that a path holds"
+            hint = "use a dictionary `at mlp_out layer 0` or `at resid_post layer 0`"
+        else:
+            reason += "and a path ends at features of an MLP's output or of the residual stream"
+        raise BasisError(site, reason, hint)
+    if any(isinstance(own, DictionaryFile) and own.crosses_layers for own in operands):
+        reason = f"the features of `{name}` write to several layers, and a path ends in one"
+        raise BasisError(site, reason, "use a transcoder of one layer")
+    _check_separable(site, [members], "change")
 
 
 def _check_separable(site: ast.Site, bases: Sequence[PointBases], verb: str) -> None:
@@ -1216,40 +1285,57 @@ def _check_removal(rule: spec.Rule, features: ast.Axis | None, bases: Sequence[P
         )
 
 
-def _coordinates(
-    rule: spec.Rule,
-    features: ast.Axis | None,
-    members: PointBases,
-    work: ExperimentContext,
-) -> tuple[
-    tuple[str, ...], dict[tuple[int, ...], tuple[int, ...]] | None, frozenset[tuple[int, ...]]
-]:
-    """Resolve the named coordinates, by axis, () for all, and the keys of empty picks.
+_Choices: TypeAlias = dict[tuple[int, ...], tuple[int, ...]]
+"""Named coordinates by their indices along axes, () for all."""
 
-    None after an error.
+
+def _rule_coordinates(
+    rule: spec.Rule, site: ast.Site, members: PointBases, work: ExperimentContext
+) -> tuple[tuple[str, ...], _Choices | None, frozenset[tuple[int, ...]]]:
+    """Resolve the coordinates that a rule changes, and add the axis of their sweep.
+
+    Returns:
+        Their axes; the coordinates, None after an error; the keys of empty picks.
+    """
+    axes, sweep, coordinates, empty = _coordinates(site, members, work)
+    if empty and (rule.exchanged is not None or rule.drops_error):
+        raise BasisError(site, *_NO_FEATURE)
+    if sweep is not None and not rule.fill_index:  # the fills of an ablation share their axes
+        work.add_axis(sweep)
+    return axes, coordinates, empty
+
+
+_NO_FEATURE = "one of its cells names no feature", "name at least one: `features top 1 of …`"
+"""Reason and hint for an empty pick."""
+
+
+def _coordinates(
+    site: ast.Site, members: PointBases, work: ExperimentContext
+) -> tuple[
+    tuple[str, ...],
+    Axis | None,
+    _Choices | None,
+    frozenset[tuple[int, ...]],
+]:
+    """Resolve the coordinates that a site names.
+
+    Returns:
+        Their axes, and the one of a sweep; the coordinates by axis, () for all, or None after an
+        error; the keys of empty picks.
     """
     none: frozenset[tuple[int, ...]] = frozenset()
+    features = site.coordinates
     if features is None:
-        return (), {(): ()}, none
+        return (), None, {(): ()}, none
     sizes = sorted({member.size for member in members.values()})
-    assert rule.site is not None
-    found = _named_coordinates(rule.site, features, sizes[0], work)
+    found = _named_coordinates(site, features, sizes[0], work)
     if found is None:
-        return (), None, none
+        return (), None, None, none
     whole = tuple(range(sizes[0])) if len(sizes) == 1 else None
     empty = frozenset(key for key, own in found.choices.items() if not own)
-    if empty and (rule.exchanged is not None or rule.drops_error):
-        raise BasisError(
-            rule.site,
-            "one of its cells names no feature",
-            "name at least one: `features top 1 of …`",
-        )
     choices = {key: () if own == whole else own for key, own in found.choices.items()}
-    if found.sweep is not None:
-        if not rule.fill_index:  # the fills of an ablation share their axes
-            work.add_axis(found.sweep)
-        return (*found.loops, found.sweep.name), choices, empty
-    return found.loops, choices, empty
+    swept = () if found.sweep is None else (found.sweep.name,)
+    return (*found.loops, *swept), found.sweep, choices, empty
 
 
 def _named_coordinates(

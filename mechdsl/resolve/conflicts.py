@@ -448,6 +448,10 @@ def _of_path(
         reason = "its gradients are of whole vectors, not of features"
         hint = f"remove `using {said.name}`, or name the sender without features"
         yield _no_estimate(said, own.site.span, "features as senders", reason, hint)
+    if path.basis is not None:
+        reason = "its gradients are of whole vectors, not of features"
+        hint = f"remove `using {said.name}`, or name the receiver without features"
+        yield _no_estimate(said, own.receiver.span, "features as receivers", reason, hint)
     if not all(_adds_up(here, path) for here in rule.sites.points.values()):
         what, reason = "these senders together", "the value of one replaces the change of another"
         hint = "sweep them: `layer *`, or `for s in [attn_out, mlp_out]`"
@@ -959,6 +963,8 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         elif rule.path is not None and (neurons or features):
             noun = "neurons" if neurons else "features"
             what = f"a `path` together with a circuit with {noun}"
+        elif rule.receiving_basis is not None:
+            what = "a `path` to features together with a circuit"
         elif rule.circuit is None and rule.does.changes == "sites" and split:
             what = "a rule on the MLP of a layer in which neurons are nodes of a circuit"
             later = f"name its neurons: `{split[0][0]} layer {split[0][1]}`"

@@ -647,7 +647,7 @@ def check_rankable_sites(experiment: ResolvedExperiment, node: ast.RankedSelecti
             f"`{name}` changes {other}, which aren't sites",
             "name an experiment that writes at sites",
         )
-    basis = next((rule.basis for rule in rules if rule.basis is not None), None)
+    basis = next((basis for rule in rules for basis in rule.bases), None)
     if basis is not None and basis.definition == WEIGHTS_BASIS:
         raise PickError(
             f"`{name}` changes weights, but only heads and neurons can be picked",

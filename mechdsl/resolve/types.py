@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from math import isnan, prod
@@ -1033,8 +1033,16 @@ class PathTargets(Record):
     """Receivers of a rule's paths."""
 
     receivers: SiteTargets
+    """Sites that are written; those of features are the sites of their dictionary."""
     through_mlps: bool
     frozen_norms: bool = False
+    basis: BasisTargets | None = None
+    """Features that receive; None if whole vectors do."""
+
+    def reads(self, point: SitePoint) -> SitePoint:
+        """Return the point whose vectors a receiver reads, if it reads and writes other sites."""
+        read = "" if self.basis is None else self.basis.at(point).reads
+        return replace(point, site=read) if read else point
 
     @property
     def also_at_the_end(self) -> bool:
@@ -1324,6 +1332,16 @@ class ResolvedRule(Record):
     """Whether it edits the prompt's cached keys or values, between step 0 and step 1."""
 
     @property
+    def bases(self) -> tuple[BasisTargets, ...]:
+        """The bases of its coordinates: of those that it changes, and of those that receive."""
+        return tuple(own for own in (self.basis, self.receiving_basis) if own is not None)
+
+    @property
+    def receiving_basis(self) -> BasisTargets | None:
+        """The basis of the features to which its path leads, if any."""
+        return None if self.path is None else self.path.basis
+
+    @property
     def acts_later(self) -> bool:
         """Whether it acts on newest tokens in steps after the prefill."""
         return (
@@ -1380,7 +1398,7 @@ class ResolvedRule(Record):
         parts: list[Any] = [self.sites, self.positions, self.amounts, self.direction, self.steps]
         parts += [self.basis]
         parts += [] if self.edge is None else [self.edge.keys]
-        parts += [] if self.path is None else [self.path.receivers]
+        parts += [] if self.path is None else [self.path.receivers, self.path.basis]
         parts += [] if self.beside is None else [self.beside]
         own = frozenset(name for part in parts if part is not None for name in part.axes)
         return own if self.only is None else own | {self.only.axis}
@@ -1421,7 +1439,11 @@ def precedes(sender: SitePoint, receiver: SitePoint, *, parallel: bool) -> bool:
         return False
     if of.name == "resid_pre":
         return True
-    in_mlp = to.name in ("mlp_norm", "mlp_hidden")
+    if to.name == "resid_post":
+        return of.name != "resid_post"
+    in_mlp = to.name in ("mlp_norm", "mlp_hidden", "mlp_out")
+    if to.name == "resid_mid":
+        return of.name in ("z", "head_out", "attn_out")
     if of.stack == "cross":
         return in_mlp
     of_attention = of.name in ("z", "head_out", "attn_out", "resid_mid")
@@ -1883,7 +1905,7 @@ class ResolvedExperiment(Record):
         others = [run.model for run in self.spec.elsewhere if run.model is not None]
         others += [m for rule in self.every_rule if rule.direction for m in rule.direction.models]
         others += [model for file in self.direction_files for model in file.models]
-        fits = (fit for rule in self.every_rule if rule.basis for fit in rule.basis.fits)
+        fits = (fit for rule in self.every_rule for own in rule.bases for fit in own.fits)
         samples = [sample for fit in fits for sample in fit.samples]
         read = (rule.does.trained for rule in self.every_rule)
         samples += [own.training.sample for own in read if own is not None]
@@ -1895,7 +1917,7 @@ class ResolvedExperiment(Record):
         """Functions of Python files that its results depend on."""
         measured = [atom.python for m in (*self.measures, *self.keep) for atom in m.atoms]
         written = [rule.python for rule in self.every_rule]
-        bases = (rule.basis for rule in self.every_rule if rule.basis is not None)
+        bases = (own for rule in self.every_rule for own in rule.bases)
         operands = (member.operand for basis in bases for member in basis.members)
         written += [each.function for each in operands if isinstance(each, PythonBasis)]
         own = (each for each in (*measured, *written) if each is not None)

@@ -13,12 +13,14 @@ from mechdsl.diagnostics.rules import NoPath, NotOnAPath
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
+from mechdsl.resolve.bases import resolve_receiving_features
 from mechdsl.resolve.cells import counts_from_end
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.targets import resolve_receivers, resolve_rule_positions
 from mechdsl.resolve.types import (
     Axis,
+    BasisTargets,
     Convention,
     Intervention,
     PathTargets,
@@ -140,11 +142,7 @@ class PathPatching(RuleKind, Intervention):
         assert rule.receiver is not None
         run = rule.source or work.experiment.base
         senders, axes = resolve_site(rule.site, work.sites)
-        receivers, more = resolve_receivers(rule.receiver, work.sites)
-        if receivers is not None:
-            receivers = replace(
-                receivers, axes=tuple(_receiver_axis(name, more) for name in receivers.axes)
-            )
+        receivers, more, basis = _resolve_receivers(rule.receiver, work)
         for axis in (*axes, *(replace(axis, name=f"to_{axis.name}") for axis in more)):
             work.add_axis(axis)
         positions = resolve_rule_positions(rule, run, work.reading(senders))
@@ -153,8 +151,8 @@ class PathPatching(RuleKind, Intervention):
         if not _check_ends(rule, senders, receivers, work):
             return None
         whole = rule.frozen_norms or _has_later_neurons(rule, senders, work)
-        path = PathTargets(receivers, rule.through_mlps, rule.frozen_norms)
-        whole = whole or path.also_at_the_end or _has_site(receivers, ("mlp_hidden",))
+        path = PathTargets(receivers, rule.through_mlps, rule.frozen_norms, basis)
+        whole = whole or path.also_at_the_end or _has_computed_site(path)
         if path.also_at_the_end:
             if not _check_sums_at_end(rule, senders, path, work):
                 return None
@@ -201,6 +199,8 @@ class PathPatching(RuleKind, Intervention):
                 ", and the change that only the senders cause in the stream after the last "
                 "block is added there"
             )
+        if path.basis is not None:
+            after = _describe_receiving_features(path, path.basis)
         if ends != {"output"}:
             yield Convention("path", after, of_runs=True)
         to = rule.spec.receiver
@@ -255,6 +255,46 @@ def _path_targets(rule: ResolvedRule) -> PathTargets:
     return rule.path
 
 
+def _resolve_receivers(
+    site: ast.Site, work: ExperimentContext
+) -> tuple[SiteTargets | None, tuple[Axis, ...], BasisTargets | None]:
+    """Resolve the receivers of a path, with their axes and the basis of features that receive."""
+    basis = None
+    if site.basis_name is None:
+        receivers, axes = resolve_receivers(site, work.sites)
+    else:
+        receivers, axes, basis = resolve_receiving_features(site, work) or (None, (), None)
+    if receivers is not None:
+        own = tuple(_receiver_axis(name, axes) for name in receivers.axes)
+        receivers = replace(receivers, axes=own)
+    if basis is not None:
+        basis = replace(basis, axes=tuple(_receiver_axis(name, axes) for name in basis.axes))
+    return receivers, axes, basis
+
+
+def _describe_receiving_features(path: PathTargets, basis: BasisTargets) -> str:
+    """Describe what features that receive are computed from, and what they change."""
+    points = [point for here in path.receivers.points.values() for point in here]
+    written = sorted({point.site for point in points})
+    read = sorted({path.reads(point).site for point in points})
+    where = f"`{', '.join(written)}`"
+    of = f"`{', '.join(read)}`"
+    if read == ["mlp_out"]:
+        of += ", which the MLP computes from its changed input"
+    return (
+        f"features of `{basis.definition}` are then computed from {of}, and set in the base run: "
+        f"each changes {where} by the change of the feature times its decoder vector"
+    )
+
+
+def _has_computed_site(path: PathTargets) -> bool:
+    """Return whether receivers read vectors that packed passes don't compute in held sublayers."""
+    points = (path.reads(p) for here in path.receivers.points.values() for p in here)
+    sites = ("mlp_hidden",) if path.basis is None else ("mlp_hidden", "resid_mid", "mlp_out")
+    sites += () if path.basis is None else ("resid_post",)
+    return any(point.site in sites for point in points)
+
+
 def _receiver_axis(name: str, axes: tuple[Axis, ...]) -> str:
     """Rename an axis of the receiver if the sender has one of that name."""
     return f"to_{name}" if name in {axis.name for axis in axes} else name
@@ -267,7 +307,8 @@ def _check_ends(
     assert rule.site is not None
     assert rule.receiver is not None
     fine = _check_components(rule.site, senders, SENDERS, "start", work)
-    fine = _check_components(rule.receiver, receivers, RECEIVERS, "end", work) and fine
+    if rule.receiver.basis_name is None:
+        fine = _check_components(rule.receiver, receivers, RECEIVERS, "end", work) and fine
     fine = fine and all(check_one_side(rule, ends, work) for ends in (senders, receivers))
     if fine and rule.frozen_norms and _has_stack(senders, "vision"):
         what = "a path with frozen norms in the vision encoder"
@@ -455,6 +496,8 @@ def _describe_missing_path(
     reason = "every receiver reads before or at the site that the sender writes"
     if of.stack != "encoder" and to.side == "source":
         reason, to = "the encoder doesn't read the decoder", SITES["q"]
+    if to.component in ("mlp_out", "resid_mid", "resid_post"):  # of features
+        to = SITES["q"]
     own, _ = shape.in_stack(sender.site)
     last = own.n_layers - 1
     example = f"{to.name} layer {min((sender.layer or 0) + 1, last)}"

@@ -153,6 +153,10 @@ def prepared(name: str) -> ResolvedExperiment:
         case "sets":
             sets = TokenSets(((5, 6), (7, 8)), (0, 0, 1, 1), ((1, 2), (3, 4)))
             return changed(resolved("patch"), MetricTerm, "sets", lambda _: {None: sets})
+        case "paths to features":
+            ends = {(number,): Coordinates((number,)) for number in range(2)}
+            basis = BasisTargets("f", ("f",), ({None: SPANNED},), ("to_layer",), ends)
+            return changed(resolved("paths"), PathTargets, "basis", lambda _: basis)
         case _:
             return resolved(name)
 
@@ -373,6 +377,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "receivers": ("paths", lambda at: replace(at, points=one_more(at.points, next_head))),
         "through_mlps": ("paths", lambda through: not through),
         "frozen_norms": ("paths", lambda frozen: not frozen),
+        "basis": ("paths to features", other_basis),
     },
     CircuitTargets: {
         "edges": ("circuit", lambda edges: one_more(edges, fewer_edges)),
@@ -460,6 +465,8 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "table": ("paths", next_head),
         "points": ("paths", longer),
         "pair_of_cell": ("paths", turned),
+        "coordinates": ("paths to features", with_another_coordinate),
+        "coordinates_of_cell": ("paths to features", turned),
     },
 }  # fmt: skip
 """By field: an experiment in which it matters, and another value of it."""
@@ -549,6 +556,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "vectors": "the numbers in `written`, `read` and `averaged` depend on it",
     },
     PathPlan: {
+        "reads": "the basis in `PathTargets.basis` determines it",
         "through_mlps": "`PathTargets.through_mlps` is part of the key",
         "frozen_norms": "`PathTargets.frozen_norms` is part of the key",
     },

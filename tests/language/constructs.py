@@ -1979,8 +1979,13 @@ _rule(
     "held. The activations are those of the source run and of the base run; a transcoder encodes "
     "the MLP's input in both. `features 3, 12 of b` send together, `feature * of b` sweeps. The "
     "features of a rule are of one layer. Cross-layer transcoders, dictionaries at other sites and "
-    "other bases are E0342. Features as receivers are E0108: use a circuit, `circuit c = L0H1 -> "
-    "feature 3 of b`. `using` is E0608 (`tests/rules/test_feature_paths.py`).",
+    "other bases are E0342. A receiver can be a feature, such as `path layer 0 head * -> feature * "
+    "of b`, of a dictionary at `mlp_out`, `mlp_norm`, `attn_norm` or in the residual stream, with "
+    "the axis `to_feature`. The dictionary encodes what the receiver reads in the pass with the "
+    "changed sender: for an SAE at `mlp_out` the output that the MLP computes from its changed "
+    "input, for a transcoder this input. In the base run, its site changes by the change of the "
+    "activation times the decoder row. `using` is E0608 for features at either end "
+    "(`tests/rules/test_feature_paths.py`, `tests/rules/test_receiving_features.py`).",
     PATHS,
     _PATHS,
 )

@@ -46,17 +46,19 @@ PARTS: dict[str, dict[str, tuple[str, str]]] = {
     "gpt2": {
         "z": ("attn.c_proj", "in"), "q": ("attn.c_attn", "out"), "mlp_out": ("mlp", "out"),
         "mlp_hidden": ("mlp.c_proj", "in"), "mlp_norm": ("ln_2", "out"),
-        "attn_norm": ("ln_1", "out"),
+        "attn_norm": ("ln_1", "out"), "attn_out": ("attn", "out"),
     },
     "llama": {
         "z": ("self_attn.o_proj", "in"), "q": ("self_attn.q_proj", "out"),
         "mlp_out": ("mlp", "out"), "mlp_hidden": ("mlp.down_proj", "in"),
         "mlp_norm": ("post_attention_layernorm", "out"), "attn_norm": ("input_layernorm", "out"),
+        "attn_out": ("self_attn", "out"),
     },
     "gpt_neox": {
         "z": ("attention.dense", "in"), "q": ("attention.query_key_value", "out"),
         "mlp_out": ("mlp", "out"), "mlp_hidden": ("mlp.dense_4h_to_h", "in"),
         "mlp_norm": ("post_attention_layernorm", "out"), "attn_norm": ("input_layernorm", "out"),
+        "attn_out": ("attention", "out"),
     },
 }  # fmt: skip
 EPSILON = {"gpt2": "eps", "llama": "variance_epsilon", "gpt_neox": "eps"}

@@ -28,7 +28,7 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules
-from mechdsl.resolve.types import SiteLayer, SitePoint
+from mechdsl.resolve.types import SiteLayer, SitePoint, is_neuron
 from mechdsl.vocab.sites import SITES
 
 
@@ -40,6 +40,7 @@ def hold_rows(plan: RulePlan, count: int) -> HeldSublayers:
         np.ones(count, dtype=np.bool_),
         np.full(count, not paths.through_mlps, dtype=np.bool_),
         np.full(count, paths.frozen_norms, dtype=np.bool_),
+        frozenset((SITES[p.site].stack, p.layer) for p in plan.point_table if is_neuron(p)),
     )
 
 
@@ -99,7 +100,6 @@ def _list_held_sites(
     """List the sites that are held, each with its rows; those of all stacks of a model, or of the
     vision encoder of prompts if the senders are in it."""
     rows, without_mlps = np.flatnonzero(held.rows), np.flatnonzero(held.rows & held.mlps)
-    neurons = {(each.stack, each.layer) for each in acting.writes if each.site == "mlp_hidden"}
     removed = {to for to, of in acting.blocks if of is None}
     stacks = {"": shape} | {name: own for name, own in shape.others.items() if name != "vision"}
     if _list_patches(acting):
@@ -112,7 +112,7 @@ def _list_held_sites(
                 continue
             heads = next(s for s in ("z", "mixer_out", "attn_out") if own.has(s, layer))
             wanted.append((SiteRead(heads, layer, stack, before=True), rows))
-            mlp = "mlp_hidden" if (stack, layer) in neurons else "mlp_out"
+            mlp = "mlp_hidden" if (stack, layer) in held.neurons else "mlp_out"
             if own.has(mlp, layer):
                 wanted.append((SiteRead(mlp, layer, stack, before=True), without_mlps))
     return [(read, own) for read, own in wanted if len(own)]

@@ -44,6 +44,7 @@ from mechdsl.execute.patching.writes import (
     find_pass_ends,
     join_writes,
     select_prefill_rules,
+    write_receiving_features,
 )
 from mechdsl.execute.replies import GenerationRequest
 from mechdsl.execute.unpatched_batch import (
@@ -63,6 +64,7 @@ from mechdsl.execute.unpatched_runs import (
     merge_reply_values,
     read_replies,
 )
+from mechdsl.execute.vectors import FittedDirections
 from mechdsl.forward.generation.rules import GenerationRules
 from mechdsl.forward.hooks.batch import (
     CircuitWrite,
@@ -135,7 +137,8 @@ class PassRows:
         if part.held is not None:
             none = np.zeros(len(self), dtype=np.bool_)
             held = HeldSublayers(none, none, none) if held is None else held
-            held = HeldSublayers(held.rows.copy(), held.mlps.copy(), held.norms.copy())
+            neurons = held.neurons | part.held.neurons
+            held = HeldSublayers(held.rows.copy(), held.mlps.copy(), held.norms.copy(), neurons)
             for every, own in (
                 (held.rows, part.held.rows),
                 (held.mlps, part.held.mlps),
@@ -274,6 +277,7 @@ def compute_receiver_writes(
     run: SenderPass,
     base: SenderPass,
     shape: ModelShape,
+    directions: FittedDirections,
     ends: Ints | None = None,
 ) -> tuple[list[SiteWrite], list[SiteWrite]]:
     """Compute the inputs of receivers downstream of patched senders.
@@ -286,6 +290,8 @@ def compute_receiver_writes(
         draws: [row] noise draw.
         run: Runs rows with the senders patched and all else held.
         base: Runs rows without the path.
+        shape: The shape of the model.
+        directions: The bases of features that receive.
         ends: [row] first position after the end of the pass; None if positions needn't be checked.
 
     Returns:
@@ -303,10 +309,14 @@ def compute_receiver_writes(
     unit_of = point_units(table)
     reads: dict[SiteRead, RowPositions] = {}
     back: dict[SiteLayer, tuple[Ints, Ints]] = {}
+    read_of = {
+        (to.site, to.layer): SiteRead(of.site, of.layer, before=of == to)
+        for to, of in zip(table, plan.paths.reads, strict=True)
+    }
     for number, place in enumerate(places):
         own = np.flatnonzero((of_point[wanted.point] == number) & ~is_end[wanted.point])
         if len(own):
-            reads[SiteRead(*place, before=True)], index = _distinct_places(wanted, own, sender)
+            reads[read_of[place]], index = _distinct_places(wanted, own, sender)
             back[place] = own, index
     last = np.flatnonzero(is_end[wanted.point])
     behind, gaining = SiteRead("resid_post", shape.n_layers - 1), last
@@ -327,10 +337,11 @@ def compute_receiver_writes(
     for place, (own, index) in back.items():
         again, unit = expand_units(unit_of[wanted.point[own]], unit_count(shape, *place))
         own, index = own[again], index[again]
-        values = found[SiteRead(*place, before=True)]
+        values = found[read_of[place]]
         vectors = values[arrays_to_device((index, unit), values.device)]
         part = RuleWrite(wanted.row[own], wanted.token[own], unit, vectors)
-        writes.append(join_writes(place, [part]))
+        every = write_receiving_features(plan, part, place, rows.cell, directions)
+        writes += [join_writes(place, [each]) for each in every]
     return writes, added
 
 
@@ -571,7 +582,8 @@ class Patcher:
             return read(replace(own, prompts=senders.prompt, draw=draws, acting=acting), reads)
 
         ends = None if path.rule.in_vision else find_pass_ends(plan, rows, text)
-        got, added = compute_receiver_writes(plan, path, rows, draw, sent, without, shape, ends)
+        given = (sent, without, shape, self.means_and_donors[number].directions)
+        got, added = compute_receiver_writes(plan, path, rows, draw, *given, ends)
         others = self._acting(number, rows, draw, run, batch, text, senders=False)
         return replace(own, acting=RuleWrites(got).then(others).then(RuleWrites(added)))
 

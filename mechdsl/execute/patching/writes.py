@@ -480,6 +480,43 @@ def _write_coordinates(
         yield RuleWrite(row, position, unit, values, mode, which, plan.number)
 
 
+def write_receiving_features(
+    plan: RulePlan, part: RuleWrite, place: SiteLayer, cells: Ints, directions: FittedDirections
+) -> Iterator[RuleWrite]:
+    """Yield the writes of receivers of a path at one site, which are features if it has a basis.
+
+    Features get the values that the dictionary computes from the vectors that receivers read.
+
+    Args:
+        plan: The plan of the path rule.
+        part: The vectors that receivers read.
+        place: The written site.
+        cells: [row] cell of each row.
+        directions: The bases of the experiment.
+    """
+    basis, paths = plan.rule.receiving_basis, plan.paths
+    if basis is None or paths is None or paths.coordinates_of_cell is None:
+        yield part
+        return
+    member = basis.at(SitePoint(*place, None))
+    system, vectors = directions.systems[member.name], part.values
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    named = paths.coordinates_of_cell[cells[part.row]]
+    counts = np.array([len(own.which) for own in paths.coordinates], dtype=np.int64)[named]
+    for count in np.unique(counts).tolist():
+        own = np.flatnonzero(counts == count)
+        which = None
+        if count:
+            table = {number: paths.coordinates[number].which for number in set(named[own].tolist())}
+            which = torch.tensor([table[number] for number in named[own].tolist()])
+        index = array_to_device(own, wide.device)
+        on_device = None if which is None else to_device(which, wide.device)
+        values = system.encode(wide[index], on_device)
+        mode = directions.mode(member, "set", (count, 0), joins_units=False, drops_error=False)
+        spots = part.row[own], part.position[own], part.unit[own]
+        yield RuleWrite(*spots, values, mode, which, plan.number)
+
+
 def _list_later_writes(
     write: RuleWrite, place: SiteLayer, inputs: RuleInputs
 ) -> Iterator[tuple[SiteLayer, RuleWrite]]:

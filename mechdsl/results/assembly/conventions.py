@@ -683,7 +683,7 @@ def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, 
 def _of_bases(plan: ExperimentPlan) -> dict[str, str]:
     """Describe the computation of each basis, and of each trained group and lens."""
     found = plan.experiment.trained_parts
-    used = [rule.basis for rule in plan.experiment.every_rule if rule.basis is not None]
+    used = [basis for rule in plan.experiment.every_rule for basis in rule.bases]
     for basis in used:
         if basis.definition == WEIGHTS_BASIS:
             made = dict.fromkeys(member.made for member in basis.members if member.made)

@@ -1,0 +1,383 @@
+"""Paths that end at features of dictionaries, against plain hooks on the bare model, one unpadded
+prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from mechdsl.diagnostics.rendering import render_full
+
+from .circuits import Features
+from .support import (
+    MODES,
+    difference,
+    experiment,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+)
+from .test_feature_circuits import write_dictionaries
+from .test_joint_paths import (
+    FAMILIES,
+    LAYERS,
+    NOTHING,
+    OTHERS,
+    Call,
+    Change,
+    End,
+    OtherRules,
+    Tap,
+    cells,
+    copied,
+    setting,
+)
+
+FEATURES = 12
+"""Features of each dictionary."""
+KINDS = ("standard", "topk", "layer_norm", "jumprelu")
+"""Architectures of the autoencoders."""
+BASES: dict[str, Tap] = {
+    "f": ("mlp_out", 1),
+    "t": ("mlp_out", 1),
+    "g": ("mlp_out", 2),
+    "u": ("mlp_out", 2),
+    "post": ("resid_post", 1),
+    "pre": ("resid_pre", 2),
+    "mid": ("resid_mid", 1),
+    "norm": ("mlp_norm", 1),
+}
+"""The site of each basis."""
+TRANSCODERS = ("t", "u")
+PARALLEL = ("gpt_neox",)
+"""Families whose blocks have no stream between the sublayers."""
+
+Numbers = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Case:
+    written: str
+    basis: str
+    """The basis of the receivers."""
+    cells: Sequence[tuple[Sequence[End] | Numbers, Numbers]]
+    """The senders, or the features of `f` that send, and the receivers, in the order of cells."""
+    at: str = "last token"
+    more: str = ""
+    other_rules: OtherRules = NOTHING
+    first: bool = False
+    """Whether the other rules precede the path."""
+    sequential: bool = False
+    """Whether no path leads there in parallel blocks."""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        rule = f"path {self.written} at {self.at} {self.more}"
+        both = (self.other_rules.written, rule)
+        return tuple(line for line in (both if self.first else both[::-1]) if line)
+
+
+HEAD: Sequence[End] = [("z", 0, 1)]
+MLP: Sequence[End] = [("mlp_out", 0, None)]
+MANY = range(7)
+ALL = range(FEATURES)
+SCALED = OtherRules(
+    "scale mlp_norm layer 1 at last token by 0.5",
+    setting("mlp_norm", 1, [None], "last token", lambda x: 0.5 * x),
+)
+CASES = {
+    "one": Case("z layer 0 head 1 -> feature 3 of f", "f", [(HEAD, [3])]),
+    "sae_sweep": Case("z layer 0 head 1 -> feature * of f", "f", [(HEAD, [n]) for n in ALL]),
+    "sae_joined": Case("mlp_out layer 0 -> features 0..6 of f", "f", [(MLP, MANY)], "cue token"),
+    "sae_whole_basis": Case(
+        "mlp_out layer 0 -> mlp_out layer 1 in basis f", "f", [(MLP, ALL)]
+    ),
+    "sae_of_its_layer": Case(
+        "z layer 1 head 2 -> features 0..6 of f", "f", [([("z", 1, 2)], MANY)], sequential=True
+    ),
+    "sae_through_mlps": Case(
+        "z layer 0 head 1 -> features 0..6 of g", "g", [(HEAD, MANY)], more="through mlps"
+    ),
+    "sae_with_frozen_norms": Case(
+        "resid_pre layer 0 -> features 0..6 of g", "g", [([("resid_pre", 0, None)], MANY)],
+        more="with frozen norms",
+    ),
+    "sae_from_neurons": Case(
+        "mlp_hidden layer 0 neurons 0..23 -> features 0..6 of f", "f",
+        [([("mlp_hidden", 0, n) for n in range(24)], MANY)],
+    ),
+    "sae_then_scaled_mlps": Case(
+        "mlp_out layer 0 -> features 0..6 of g", "g", [(MLP, MANY)],
+        other_rules=OTHERS["held_mlps"],
+    ),
+    "sae_after_scaled_mlps": Case(
+        "mlp_out layer 0 -> features 0..6 of f", "f", [(MLP, MANY)],
+        other_rules=OTHERS["held_mlps"], first=True,
+    ),
+    "sae_with_neurons": Case(
+        "mlp_out layer 0 -> features 0..6 of f", "f", [(MLP, MANY)],
+        other_rules=OTHERS["neurons"],
+    ),
+    "to_transcoder": Case("z layer 0 head * -> feature 3..6 of t", "t", [
+        ([("z", 0, head)], [n]) for head in range(4) for n in range(3, 7)
+    ]),
+    "transcoder_joined": Case(
+        "mlp_out layer 0 -> features 0..6 of t", "t", [(MLP, MANY)], "cue token"
+    ),
+    "transcoder_through_mlps": Case(
+        "z layer 0 head 1 -> features 0..6 of u", "u", [(HEAD, MANY)], more="through mlps"
+    ),
+    "transcoder_with_frozen_norms": Case(
+        "mlp_out layer 0 -> features 0..6 of t", "t", [(MLP, MANY)], more="with frozen norms"
+    ),
+    "transcoder_with_scaled_norm": Case(
+        "mlp_out layer 0 -> features 0..6 of t", "t", [(MLP, MANY)], other_rules=SCALED
+    ),
+    "transcoder_with_scaled_stream": Case(
+        "z layer 0 head 1 -> features 0..6 of t", "t", [(HEAD, MANY)],
+        other_rules=OTHERS["the_stream"], first=True,
+    ),
+    "features_to_sae": Case(
+        "feature 3, 5 of f -> feature 0..3 of g", "g",
+        [([of], [to]) for to in range(4) for of in (3, 5)],
+    ),
+    "features_to_transcoder": Case(
+        "features 0..6 of f -> feature * of u", "u", [(MANY, [n]) for n in ALL]
+    ),
+    "features_to_stream": Case(
+        "features 0..6 of f -> features 0..6 of post", "post", [(MANY, MANY)]
+    ),
+    "features_to_transcoder_then_scaled_mlps": Case(
+        "features 0..6 of f -> features 0..6 of u", "u", [(MANY, MANY)],
+        other_rules=OTHERS["held_mlps"],
+    ),
+    "stream_after": Case("z layer 0 head 1 -> features 0..6 of post", "post", [(HEAD, MANY)]),
+    "stream_after_its_mlp": Case(
+        "mlp_out layer 1 -> feature 0..3 of post", "post",
+        [([("mlp_out", 1, None)], [n]) for n in range(4)],
+    ),
+    "stream_before": Case(
+        "mlp_out layer 0 -> features 0..6 of pre", "pre", [(MLP, MANY)], "cue token"
+    ),
+    "stream_between": Case(
+        "z layer 1 head 2 -> features 0..6 of mid", "mid", [([("z", 1, 2)], MANY)],
+        sequential=True,
+    ),
+    "to_norm": Case("mlp_out layer 0 -> feature 0..3 of norm", "norm", [
+        (MLP, [n]) for n in range(4)
+    ]),
+}  # fmt: skip
+
+
+def cases(name: str) -> dict[str, Case]:
+    return {key: case for key, case in CASES.items() if not (name in PARALLEL and case.sequential)}
+
+
+def definitions(name: str, kind: str) -> str:
+    return "".join(
+        f'basis {basis} = transcoder("{name}_{kind}/of_mlp") at {site} layer {layer}\n'
+        if basis in TRANSCODERS
+        else f'basis {basis} = sae("{name}_{kind}/sae") at {site} layer {layer}\n'
+        for basis, (site, layer) in BASES.items()
+        if not (name in PARALLEL and site == "resid_mid")
+    )
+
+
+def dictionaries(data: Path, name: str, kind: str) -> dict[str, Features]:
+    """Write the dictionaries of a model."""
+    first, second = write_dictionaries(data, name, kind)
+    return {
+        basis: Features(second, {}, "mlp_norm") if basis in TRANSCODERS
+        else Features(first, {}, site)
+        for basis, (site, _) in BASES.items()
+    }  # fmt: skip
+
+
+@cache
+def unpatched_call(name: str, key: str | None, block: str, n: int) -> Call:
+    """A row of a run, with the other rules of a case."""
+    rules = NOTHING if key is None else CASES[key].other_rules
+    return rules(name, rows(block)[n], rules.edits(name, rows(block)[n], n))
+
+
+def run_senders(name: str, key: str, own: dict[str, Features], of: Sequence[Any], n: int) -> Call:
+    """The pass in which the senders are patched and all else is held."""
+    case, base, source = CASES[key], rows()[n], rows("longer")[n]
+    here, there = tokens(base, case.at), tokens(source, case.at)
+    rules = case.other_rules.edits(name, base, n)
+    model = unpatched_call(name, key if case.other_rules.written else None, "clean", n)
+    given = unpatched_call(name, None, "longer", n)
+    neurons = {end[1] for end in of if not isinstance(end, int) and end[0] == "mlp_hidden"}
+    held: list[tuple[Tap, Change]] = []
+    for layer in LAYERS:
+        mlp = "mlp_hidden" if layer in neurons else "mlp_out"
+        for site in ("z",) if "through mlps" in case.more else ("z", mlp):
+            vectors = model.before[site, layer]
+            held.append(((site, layer), lambda now, vectors=vectors: vectors))
+    if isinstance(of[0], int):
+        which, encoder = list(of), own["f"].of
+
+        def send(now: Tensor) -> Tensor:
+            features = encoder.encode(now[here, 0])
+            changed = features.clone()
+            changed[:, which] = encoder.encode(given.before[BASES["f"]][there, 0])[:, which]
+            now[here, 0] += encoder.decode(changed, now[here, 0]) - encoder.decode(
+                features, now[here, 0]
+            )
+            return now
+
+        sent: list[tuple[Tap, Change]] = [(BASES["f"], send)]
+    else:
+        sent = list(copied(of, given, there, here))
+    order = [*held, *rules, *sent] if case.first else [*held, *sent, *rules]
+    frozen = model.normed if "frozen" in case.more else None
+    return case.other_rules(name, base, order, frozen=frozen)
+
+
+def patched(
+    name: str, key: str, own: dict[str, Features], cell: tuple[Sequence[Any], Numbers], n: int
+) -> Tensor:
+    """[T, vocab] the logits of a row of one cell."""
+    case, base = CASES[key], rows()[n]
+    here, which = tokens(base, case.at), list(cell[1])
+    rules = case.other_rules.edits(name, base, n)
+    sending = run_senders(name, key, own, cell[0], n)
+    (site, layer), of = BASES[case.basis], own[case.basis]
+    if site == "resid_mid":
+        x = sending.before["resid_pre", layer] + sending.before["attn_out", layer]
+    else:
+        x = sending.before[of.reads, layer]
+    if of.reads != site:
+        for tap, change in rules:
+            x = change(x.clone()) if tap == (of.reads, layer) else x
+    new = of.of.encode(x[here, 0])[:, which]
+    read: dict[str, Tensor] = {}
+
+    def look(now: Tensor) -> Tensor:
+        read["x"] = now[here, 0].clone()
+        return now
+
+    def receive(now: Tensor) -> Tensor:
+        x = now[here, 0] if of.reads == site else read["x"]
+        x = x + read["x"] if site == "resid_mid" else x
+        features = of.of.encode(x)
+        changed = features.clone()
+        changed[:, which] = new
+        now[here, 0] += of.of.decode(changed, x) - of.of.decode(features, x)
+        return now
+
+    if site == "resid_mid":
+        got = [(("resid_pre", layer), look), (("attn_out", layer), receive)]
+        return case.other_rules(name, base, [*rules, *got]).logits
+    late = [] if of.reads == site else [((of.reads, layer), look)]
+    return case.other_rules(name, base, [((site, layer), receive), *rules, *late]).logits
+
+
+EACH = [
+    pytest.param(
+        *(name, mode, KINDS[(family + number) % len(KINDS)]),
+        marks=() if family + number == 0 else pytest.mark.slow,
+    )
+    for family, name in enumerate(FAMILIES)
+    for number, mode in enumerate(reversed(MODES))
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "kind"), EACH)
+def test_paths_to_features_equal_plain_hooks(data: Path, name: str, mode: str, kind: str) -> None:
+    own = dictionaries(data, name, kind)
+    text = definitions(name, kind)
+    for key, case in cases(name).items():
+        text += experiment(key, "from longer into clean", *case.lines)
+    found = run_file(text, data, name, mode, precise=True)
+    moved: dict[str, float] = {}
+    for key, case in cases(name).items():
+        values = np.array(
+            [
+                [
+                    difference(patched(name, key, own, cell, n), record)
+                    for n, record in enumerate(records())
+                ]
+                for cell in case.cells
+            ]
+        )
+        assert len(cells(found[key])) == len(case.cells), key
+        np.testing.assert_allclose(cells(found[key]), values, atol=1e-6, rtol=1e-5, err_msg=key)
+        moved[key] = float(np.abs(values - found[key].measures[0].base).max())
+    without = [key for key, value in moved.items() if value < 1e-3]
+    most = len(CASES) // (5 if kind == "standard" else 2)  # some features are inactive
+    assert len(without) <= most, without
+
+
+def test_path_to_features_in_a_run_with_rules_equals_the_path_after_these_rules(
+    data: Path,
+) -> None:
+    own = dictionaries(data, "gpt2", "standard")
+    text = definitions("gpt2", "standard")
+    key = "sae_after_scaled_mlps"
+    case = CASES[key]
+    path = case.lines[1]
+    run = f"run steered {{ {case.other_rules.written} }}"
+    text += experiment("e", "from longer into steered", run, path)
+    found = run_file(text, data, "gpt2", "planned", precise=True)["e"]
+    (cell,) = case.cells
+    values = [
+        difference(patched("gpt2", key, own, cell, n), record) for n, record in enumerate(records())
+    ]
+    np.testing.assert_allclose(cells(found)[0], values, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "code", "reason"),
+    [
+        ("path L0H1 -> feature 3 of q", "E0342", "isn't a dictionary"),
+        ("path L0H1 -> feature 3 of heads_sum", "E0342", "the sum of heads that a path holds"),
+        ("path L0H1 -> feature 3 of first", "E0342", "describes `embed`"),
+        ("path L0H1 -> mlp_out layer 1 dims 0..3", "E0108", "`dims`"),
+        ("path L1H1 -> feature 99 of f", "E0301", "does not exist"),
+        ("path L2H1 -> feature 3 of f", "E0335", "no path leads"),
+        ("path mlp_hidden layer 1 neuron 3 -> feature 3 of f", "E0335", "`q layer 2"),
+        ("path feature 3 of f -> feature 3 of t", "E0335", "no path leads"),
+        ("using eap  path L0H1 -> feature 3 of f", "E0608", "features as receivers"),
+        ("for b in [f, g] { path L0H1 -> feature 3 of b at last token }", "E0342", "2 bases"),
+        (
+            "ablate all but c at tokens * with zero  path L0H1 -> feature 3 of f",
+            "E0108", "to features together with a circuit",
+        ),
+    ],
+)  # fmt: skip
+def test_path_that_cannot_end_at_features_is_an_error(
+    data: Path, rule: str, code: str, reason: str
+) -> None:
+    dictionaries(data, "llama", "standard")
+    text = definitions("llama", "standard")
+    text += "circuit c = L0H1 -> L1H1.q\n"
+    text += "basis q = pca(p, dims: 3) at resid_post layer 0 at last token\n"
+    text += 'basis heads_sum = sae("llama_standard/sae") at attn_out layer 2\n'
+    text += 'basis first = sae("llama_standard/sae") at embed\n'
+    line = rule if rule.endswith("}") else f"{rule} at last token"
+    text += experiment("e", "from longer into clean", line)
+    result, diagnostics = try_file(text, data, "llama")
+    assert result is None
+    found = [each for each in diagnostics if each.code == code]
+    assert reason in render_full(found), [each.code for each in diagnostics]
+
+
+def test_features_that_receive_are_labelled_and_explained_in_conventions(data: Path) -> None:
+    dictionaries(data, "llama", "standard")
+    text = definitions("llama", "standard")
+    text += experiment("e", "from longer into clean", "path L0H1 -> feature * of t at last token")
+    found = run_file(text, data, "llama", "planned")["e"]
+    assert [cell.coords["to_feature"] for cell in found.cells] == list(range(FEATURES))
+    assert {cell.site for cell in found.cells} == {"L0H1.z → L1.mlp_out in t"}
+    said = "computed from `mlp_norm`, and set in the base run: each changes `mlp_out`"
+    assert said in found.conventions["path"]
