@@ -209,7 +209,8 @@ def write_agent_page(rows: Sequence[tuple[str, str, str]]) -> str:
     """Return the page.
 
     Args:
-        rows: Section, example and meaning of every construct.
+        rows: Section, example and meaning of every construct. An example that repeats in its
+            section is printed once.
     """
     lines = [_INTRO, "## Ten examples", "", "All begin with these lines:", ""]
     lines += ["```mech", AGENT_SETUP.rstrip(), "```", ""]
@@ -218,10 +219,14 @@ def write_agent_page(rows: Sequence[tuple[str, str, str]]) -> str:
     lines += ["## Every construct", ""]
     lines += ["`mechdsl explain WORD` prints what is left out here.", ""]
     previous = ""
+    printed: set[tuple[str, str]] = set()
     for section, example, meaning in rows:
         if section != previous:
             lines += [f"### {section}", ""]
             previous = section
+        if (section, example) in printed:
+            continue
+        printed.add((section, example))
         code = example.strip("`")
         short = "" if section in _EXAMPLES_ONLY else _shorten(meaning)
         lines.append(f"{code}  # {short}" if short else code)

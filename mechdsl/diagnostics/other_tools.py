@@ -89,6 +89,8 @@ METRIC_NAMES = {
     "log_probs": "logprob(answer)",
     "kl_div": "kl(clean)",
     "kl_divergence": "kl(clean)",
+    "mae": "absolute_error(1..9)",
+    "mean_absolute_error": "absolute_error(1..9)",
     "cross_entropy": "loss",
     "perplexity": "loss",
 }

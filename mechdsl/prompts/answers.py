@@ -578,7 +578,8 @@ class TokenSets(Record):
     of_row: tuple[int, ...]
     """Per row, the index of its set."""
     numbers: tuple[tuple[int, ...], ...] = ()
-    """Per set of numerals, the numbers that its tokens represent."""
+    """Per set of numerals, the numbers that its tokens represent, or their differences from the
+    right number."""
 
     def of(self, row: int) -> tuple[int, ...]:
         """Return the tokens of a row."""
@@ -601,6 +602,16 @@ class TokenSets(Record):
             tuple(kind[0] for kind in numbers),
             tuple(of_row),
             stand_for if all(stand_for) else (),
+        )
+
+    def minus(self, right: Sequence[int]) -> TokenSets:
+        """Return the same tokens; their numbers are differences from the row's right number."""
+        places = list(zip(self.of_row, right, strict=True))
+        index = {place: n for n, place in enumerate(dict.fromkeys(places))}
+        return TokenSets(
+            tuple(self.tokens[number] for number, _ in index),
+            tuple(index[place] for place in places),
+            tuple(tuple(each - own for each in self.numbers[number]) for number, own in index),
         )
 
 
@@ -650,6 +661,34 @@ def accepted_tokens(
         for row, more in zip(found, own, strict=True):
             row += more
     return found, diagnostics
+
+
+def right_numbers(
+    table: PromptTable, part: ast.Expr, extra: Mapping[str, Any]
+) -> tuple[list[int], list[Diagnostic]]:
+    """Return, per row, the whole number that a decoded number is compared with. Codes: E0503.
+
+    part: an expression of the row's values, or a value of another run (`count of fewer`).
+    extra: values of a cell, `item.index`.
+    """
+    found: list[int] = []
+    for number, row in enumerate(table.sources):
+        try:
+            found.append(_right_number(table, number, row.with_values(extra), part))
+        except Refusal as refusal:
+            return [], [refusal.diagnostic(row.describe())]
+    return found, []
+
+
+def _right_number(table: PromptTable, number: int, row: Row, part: ast.Expr) -> int:
+    run = split_reference(part)[0] if isinstance(part, ast.QualifiedRef) else None
+    if run not in table.runs:
+        return evaluate_whole_number(part, row, DrawKey(f"measure:{part.span.text}"))
+    value = to_plain(cast("RowValue", _listed(table, number, row, part)))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_whole_number(value):
+        shown = "nothing" if value is None else repr(value)
+        raise bad_value(part.span, f"it is {shown}, not a whole number", "name a whole number")
+    return int(value)
 
 
 def accepted_texts(

@@ -593,7 +593,8 @@ def find_flat_part(
             return text, "a Python function receives numbers without gradients", hint
         if atom.form.takes == "reply":
             return text, "a text has no gradient", hint
-        if atom.form.kind == "category" or atom.form.unit in FLAT_UNITS:
+        flat = atom.form.compared or atom.form.unit in FLAT_UNITS
+        if atom.form.kind == "category" or flat:
             return text, "it is a step function, whose gradient is 0", hint
         if atom.point is not None and list_sites_without_gradient([atom.point]):
             return text, f"gradients of `{atom.point.site}` aren't computed", hint

@@ -26,6 +26,7 @@ from mechdsl.prompts.answers import (
     accepted_texts,
     accepted_tokens,
     is_list,
+    right_numbers,
     text_tokens,
 )
 from mechdsl.prompts.positions.cells import resolve_positions
@@ -198,10 +199,12 @@ def resolve_set_metric(
 ) -> MetricTerm | None:
     """Resolve a metric of any of several texts or numerals, for each row; None after an error."""
     parts = [cast("SetExpression", a.value) for a in arguments if a.name is None]
+    right = parts[1] if form.compared and len(parts) > 1 else None
+    parts = parts[:1] if form.compared else parts
     digits = _digits(node, name, arguments, parts, context)
     if digits is None or not all(_fits_in_set(part, node, name, context) for part in parts):
         return None
-    envs = find_item_numbers(parts, context)
+    envs = find_item_numbers([*parts, right], context)
     if envs is None:
         return None
     sets: dict[ItemNumber, TokenSets] = {}
@@ -235,7 +238,38 @@ def resolve_set_metric(
             texts = [tuple(each.text.ids for each in row) for row in rows]
             return _of_alternatives(node, name, texts, context)
         sets[env] = TokenSets.made_of(rows)
+        if form.compared:
+            numbers = _right_numbers(node, name, right, env, context)
+            if numbers is None:
+                return None
+            sets[env] = sets[env].minus(numbers)
     return MetricTerm(node, name, form, sets=sets)
+
+
+def _right_numbers(
+    node: ast.Expr,
+    name: str,
+    right: SetExpression | None,
+    env: ItemNumber,
+    context: MeasureContext,
+) -> Sequence[int] | None:
+    """Return each row's right number: the answer or a second argument; None after an error."""
+    if isinstance(right, ast.Range | ast.ListLiteral):
+        reason = f"`{right.span.written}` isn't one number"
+        hint = f"write the right number second: `{name}(1..9, n)`"
+        report_unreadable(context, right.span, reason, hint, of=node.span)
+        return None
+    if right is not None:
+        found, problems = right_numbers(context.table, right, context.names_of(env))
+        context.diagnostics.extend(problems)
+        return None if problems else found
+    answers = _truth(context.table) or ()
+    if not answers or not all(each.is_integer() for each in answers):
+        reason = "the answers aren't whole numbers"
+        hint = f"write the right number second: `{name}(1..9, n)`"
+        report_unreadable(context, node.span, reason, hint)
+        return None
+    return [int(each) for each in answers]
 
 
 def _sums_tokens(
@@ -462,9 +496,12 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
     if name in context.metrics:
         return f"`{name}` is defined in this file: write it alone, without brackets"
     if isinstance(node, ast.Name) and rows and name in rows[0].values:
-        return (
+        hint = (
             f"`{name}` is a value of the prompts, but metrics are computed from the model's output"
         )
+        if isinstance(rows[0].values[name], int):
+            hint += f"; `absolute_error(1..9, {name})` compares the most likely number with it"
+        return hint
     if name == "auc":
         return "the area under a curve is an expectation: `expect auc(prob, k) < 0.4`"
     if name in METRIC_NAMES:
@@ -494,8 +531,11 @@ def _select_form(
         return forms["activations"]
     ranges = [isinstance(each, ast.Range) for each in values]
     sets = [wide or is_list(context.table, each) for wide, each in zip(ranges, values, strict=True)]
-    if values and "numerals" in forms and all(ranges if "any" in forms else sets):
-        return forms["numerals"]
+    numerals = forms.get("numerals")
+    if numerals is not None and numerals.compared:
+        return numerals if sets[:1] == [True] and len(values) <= 2 else None
+    if values and numerals is not None and all(ranges if "any" in forms else sets):
+        return numerals
     if not values:
         return None
     if len(arguments) > 1 or any(sets):
@@ -533,6 +573,8 @@ _USAGE: Mapping[MetricArgument, str] = {
 
 
 def _usage(name: str, forms: Mapping[MetricArgument, MetricForm]) -> str:
+    if any(form.compared for form in forms.values()):
+        return f"`{name}(1..9)`, or `{name}(1..9, n)` for a value `n` of the row"
     return " or ".join(dict.fromkeys(_USAGE[takes].format(name) for takes in forms))
 
 

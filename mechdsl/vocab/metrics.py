@@ -58,6 +58,9 @@ class MetricForm(Record):
     """Whether it reads only the logits of its own tokens, without a sum over the vocabulary."""
     logits: int = 1
     """Number of logits in its value, if its unit is logits: each is rounded separately."""
+    compared: bool = False
+    """Whether its numbers are differences from the right number: the answer, or a second
+    argument."""
 
     @property
     def of_outputs(self) -> bool:
@@ -89,6 +92,7 @@ def metric(
     default: str | None = None,
     narrow: bool = False,
     logits: int = 1,
+    compared: bool = False,
 ) -> Callable[[MetricFunction], MetricFunction]:
     """Register a function as one form of the metric `name`, here or in a plugin.
 
@@ -103,6 +107,7 @@ def metric(
         default: See `MetricForm.default`.
         narrow: See `MetricForm.narrow`.
         logits: See `MetricForm.logits`.
+        compared: See `MetricForm.compared`.
 
     Raises:
         ValueError: If the metric already has a form with this argument.
@@ -114,7 +119,7 @@ def metric(
             raise ValueError(f"metric `{name}` that takes {takes} is registered twice")
         meaning = (function.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
         entry.forms[takes] = MetricForm(
-            takes, unit, kind, function, meaning, default, narrow, logits
+            takes, unit, kind, function, meaning, default, narrow, logits, compared
         )
         return function
 
@@ -317,6 +322,20 @@ def argmax(logits: Tensor, ids: Tensor, mask: Tensor, values: Tensor) -> Tensor:
     """
     best = _of_sets(logits, ids, mask).argmax(-1, keepdim=True)
     return values.gather(-1, best).squeeze(-1)
+
+
+@metric("absolute_error", takes="numerals", unit="count", narrow=True, compared=True)
+def absolute_error(logits: Tensor, ids: Tensor, mask: Tensor, differences: Tensor) -> Tensor:
+    """The distance of the most likely numeral from the answer, or from a second argument.
+
+    logits: [row, vocab], at the measured position
+    ids: [row, numeral], token ids of the numerals of each row, spelt as in the answer, padded
+    mask: [row, numeral], true where there is one
+    differences: [row, numeral], the numbers that they stand for, minus the right number
+    returns: [row], at least 0; its mean is the mean absolute error
+    """
+    best = _of_sets(logits, ids, mask).argmax(-1, keepdim=True)
+    return differences.gather(-1, best).squeeze(-1).abs().float()
 
 
 @metric("prob", takes="numerals", unit="probability")

@@ -239,6 +239,12 @@ MEASURES: Mapping[str, Callable[[Ran], float]] = {
     "correct(likely)": lambda r: float(at_end(r).argmax() == ID[r.record["guess"]]),
     "expected(1..9)": lambda r: float(share(numerals(r)) @ np.array(NUMERALS)),
     "argmax(1..9)": lambda r: float(numerals(r).argmax() + 1),
+    "absolute_error(1..9)": lambda r: abs(numerals(r).argmax() + 1.0 - r.record["n"]),
+    "absolute_error(1..9, m + 1)": lambda r: abs(numerals(r).argmax() - float(r.record["m"])),
+    "absolute_error(1..9, m of longer)": lambda r: abs(numerals(r).argmax() + 1.0 - r.record["m"]),
+    "absolute_error(about, n)": lambda r: abs(
+        float(max(about(r), key=lambda n: at_end(r)[ID[str(n)]])) - r.record["n"]
+    ),
     "prob(n + 1..9)": lambda r: in_set(r, range(r.record["n"] + 1, 10)),
     "prob(1..n) - prob(n + 1..9)": lambda r: (
         in_set(r, range(1, r.record["n"] + 1)) - in_set(r, range(r.record["n"] + 1, 10))
@@ -409,7 +415,7 @@ def test_patch_changes_most_reference_metrics() -> None:
         base, _, patched = expected("gpt2", metric)
         if np.abs(patched - base).max() <= 10 * ABSOLUTE:
             still.append(metric)
-    assert set(still) <= {"correct", "argmax(about)"}, still
+    assert set(still) <= {"correct", "argmax(about)", "absolute_error(about, n)"}, still
 
 
 def test_reference_values_of_correct_include_true_and_false() -> None:
@@ -429,6 +435,49 @@ def test_categories_report_most_common_value_share_and_mean_error(shared: Path) 
         assert statistics.commonest[cell] == common
         assert statistics.share[cell] == counts[common] / len(ROWS)
         assert statistics.mean_error[cell] == np.abs(values - truth).mean()
+
+
+def test_mean_of_absolute_errors_is_the_mean_error_of_the_category(shared: Path) -> None:
+    """Without a second argument, both compare with the answer."""
+    found = results(shared, "gpt2", "planned")
+    names = list(MEASURES)
+    error = found[f"e{names.index('absolute_error(1..9)')}"].statistics[0]
+    category = found[f"e{names.index('argmax(1..9)')}"].statistics[0]
+    np.testing.assert_array_equal(error.mean, category.mean_error)
+
+
+def test_absolute_error_differs_by_item_and_by_loop_value(shared: Path) -> None:
+    """The right number is that of the cell; base and source are compared with it, too."""
+    text = experiment(
+        "e",
+        "prompts p",
+        "from longer into clean",
+        "for i in 2..3 { patch resid_mid layer 1 at each item token }",
+        "measure absolute_error(1..9, i * item.index) as delta",
+    )
+    for mode in MODES:
+        found = run_file(
+            text, shared, model("gpt2"), MODES[mode], tokenizer=tokenizer(), prompts=PROMPTS
+        )["e"]
+        measure = found.measures[0]
+        assert measure.source is not None
+        for cell, key in enumerate(found.cells):
+            number = int(str(key.coords["position"]).removeprefix("item "))
+            right = int(str(key.coords["i"])) * number
+            for n, record in enumerate(ROWS):
+                clean, longer = text_of(record, "clean"), text_of(record, "longer")
+
+                def decoded(text: Any, writes: Sequence[Any], record: Record = record) -> int:
+                    return int(numerals(Ran("gpt2", record, text, writes)).argmax()) + 1
+
+                assert measure.base[cell, n] == abs(decoded(clean, ()) - right)
+                assert measure.source[cell, n] == abs(decoded(longer, ()) - right)
+                if number > min(len(record["words"]), len(record["more"])):
+                    assert np.isnan(measure.patched[cell, n])
+                    continue
+                seen = forward("gpt2", model("gpt2"), longer.ids).seen
+                edit = copied([Point("resid_mid", 1)], seen, [number], [number])
+                assert measure.patched[cell, n] == abs(decoded(clean, edit) - right)
 
 
 @pytest.mark.slow

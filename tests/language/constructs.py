@@ -2980,7 +2980,10 @@ _experiment(
     "`around` that is a list. Numerals are formatted as in `answer`, with the requested number "
     "of `digits`. A row without numerals is an error. A `for` variable can appear in them "
     '(`prob(label + i..99)`) and in texts (`logit(" {i}")`). A row value of the same name '
-    "takes precedence.",
+    "takes precedence. `absolute_error(1..9, count)` is the distance of the most likely numeral "
+    "from a whole number of the row: a value, also one of another run (`count of fewer`), an "
+    "expression, `item.index` or a `for` variable; without it, from the answer. Its mean is the "
+    "mean absolute error. The mean error in tables of `argmax` refers to the answer.",
     "tests/execute/test_metrics.py",
     "Hanna et al. 2023, arXiv 2305.00586",
 )

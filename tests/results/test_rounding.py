@@ -222,18 +222,19 @@ def test_rounding_bounds_ignore_swaps_among_accepted_tokens() -> None:
 
 
 def test_rounding_bound_of_a_category_counts_close_numerals() -> None:
-    """If the two best numerals are close, rounding may swap them."""
-    read = readout("argmax(1..9)", "argmax(3..3)", "expected(1..9)")
+    """If the two best numerals are close, rounding may swap them, which changes an error by at most
+    the range of the numerals."""
+    read = readout("argmax(1..9)", "argmax(3..3)", "absolute_error(2..9)", "expected(1..9)")
     tokens = read.atoms[0][1].sets[None].of(0)
 
     def found(best: float, second: float) -> list[float]:
         logits = torch.full((1, 120), -10.0, dtype=torch.float64)
         logits[0, tokens[2]], logits[0, tokens[5]] = best, second
-        return bounds(read, logits, 1e-3)[:2]
+        return bounds(read, logits, 1e-3)[:3]
 
-    assert found(5.0, 4.985) == [1, 0]
-    assert found(4.985, 5.0) == [1, 0]
-    assert found(5.0, 4.975) == [0, 0]
+    assert found(5.0, 4.985) == [1, 0, 7]
+    assert found(4.985, 5.0) == [1, 0, 7]
+    assert found(5.0, 4.975) == [0, 0, 0]
 
 
 def close() -> ExperimentResult:

@@ -850,7 +850,7 @@ def _bound_rounding(
     total: a small logit moves as far as the largest one of all tokens. Metrics in logits and
     nats, and the numbers of a regression, move by the same amount; shares move in proportion to
     their value. A rank moves by the number of tokens within that distance. `correct` and
-    categories change by 1 if the two best tokens may swap.
+    categories change by 1 if the two best tokens may swap, and errors by the numerals' range.
 
     Args:
         atom: The atom.
@@ -870,6 +870,9 @@ def _bound_rounding(
         return (own <= moved).astype(np.float64)
     if atom.form.kind == "category":
         return _has_close_best(logits, 2 * moved)
+    if atom.form.compared:
+        numbers = pad_token_sets(atom, reading)[2].double().numpy()
+        return _has_close_best(logits, 2 * moved) * np.ptp(numbers, axis=-1)
     if takes == "continuation" and unit == "share":
         return _may_round_to_greedy(atom, logits, reading, 2 * moved)
     if unit in ("rank", "share"):

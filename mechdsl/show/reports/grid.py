@@ -383,6 +383,7 @@ QUANTITIES = {
     "exact_match": "share of exact matches",
     "expected": "expected number",
     "argmax": "most likely number",
+    "absolute_error": "absolute error of the number",
     "kl": "KL divergence",
     "js": "Jensen-Shannon divergence",
     "entropy": "entropy",
