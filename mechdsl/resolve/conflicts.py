@@ -702,12 +702,14 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
         of = "in the vision encoder"
     if not (attends or rule.in_vision):
         what = f"`{verb}` {of}" if rule.path is not None or rule.circuit is not None else ""
-    elif verb not in (_WITH_ATTENDED_IMAGES if attends else _IN_VISION_OF_PROMPTS):
+    elif verb not in (_IN_VISION_OF_PROMPTS if rule.in_vision else _WITH_ATTENDED_IMAGES):
+        what = f"`{verb}` {of}"
+    elif attends and rule.path is not None:
         what = f"`{verb}` {of}"
     elif rule.after_prefill and not attends:
         what = f"a change after the prompt {of}"
     else:
-        what = f"`{inside[0]}` {of}" if inside and rule.edge is None else ""
+        what = f"`{inside[0]}` {of}" if inside and rule.edge is None and not attends else ""
     hint = _ATTENDED_IMAGE_HINT if attends else VISION_HINT
     return NotSupported(span=rule.spec.span, what=what, later=hint) if what else None
 
@@ -799,9 +801,6 @@ _IN_VISION_OF_PROMPTS = _IN_VISION | frozenset((
 ))  # fmt: skip
 """Rules and observations in vision encoders whose output is inserted into prompts as tokens."""
 
-_WITH_ATTENDED_IMAGES = _IN_VISION | frozenset(("replace block",))
-"""Rules and observations in models whose blocks attend to an image."""
-
 _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "replace", "observe entropy", "observe distance", "observe received", "observe value",
     "observe features", "observe rank", "observe effective_rank", "observe similarity",
@@ -809,6 +808,13 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
     "observe logit_lens", "observe tuned_lens", "path", "allow", "replace block",
 ))  # fmt: skip
 """Rules and observations that act on the stacks of an encoder-decoder."""
+
+_WITH_ATTENDED_IMAGES = _IN_VISION | frozenset((
+    "replace block", "allow", "observe entropy", "observe distance", "observe received",
+    "observe value", "observe rank", "observe effective_rank", "observe similarity",
+    "observe probe", "observe prediction",
+))  # fmt: skip
+"""Rules and observations in language models whose blocks attend to an image."""
 
 _ENCODER_DECODER_HINT = (
     "docs/load-models.md lists what is computed for encoder-decoders: `patch`, `ablate`, `add`, …"
