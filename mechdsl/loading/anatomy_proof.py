@@ -734,7 +734,8 @@ def _finish_model(
         model = add_attention_sites(model)
         if model.shape.encodes_apart and model.others.keys() >= required_stacks(model.shape):
             model = add_stack_attention(model, build_sample(model))
-    if "vision" in model.shape.others and not (model.shape.encodes_apart or model.shape.resamples):
+    attends = model.shape.takes == "attended image" or not model.shape.encodes_apart
+    if "vision" in model.others and attends and not model.shape.resamples:
         model = add_vision_edges(model, build_sample(model))
     proved = replace(
         model,

@@ -356,6 +356,8 @@ def _with_attending_blocks(shape: ModelShape) -> ModelShape:
     own = {site for site in shape.sites - stream if SITES[site].has_layer}
     cross = replace(cross, partly=dict.fromkeys(cross.sites, attending))
     others = {**shape.others, "cross": cross}
+    if "vision" in others:
+        others["vision"] = with_edges(others["vision"])
     return replace(shape, partly=dict.fromkeys(own, apart), others=others)
 
 

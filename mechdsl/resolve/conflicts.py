@@ -700,11 +700,10 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
     inside = sorted({p.site for each in points for p in each if _is_inside_attention(p.site)})
     if rule.in_vision and not attends:
         of = "in the vision encoder"
+    accepted = _IN_VISION_OF_PROMPTS if rule.in_vision else _WITH_ATTENDED_IMAGES
     if not (attends or rule.in_vision):
         what = f"`{verb}` {of}" if rule.path is not None or rule.circuit is not None else ""
-    elif verb not in (_IN_VISION_OF_PROMPTS if rule.in_vision else _WITH_ATTENDED_IMAGES):
-        what = f"`{verb}` {of}"
-    elif attends and rule.path is not None:
+    elif verb not in accepted or (attends and rule.path is not None):
         what = f"`{verb}` {of}"
     elif rule.after_prefill and not attends:
         what = f"a change after the prompt {of}"

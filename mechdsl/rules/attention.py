@@ -403,9 +403,10 @@ def _check_patches_meet(
     """Report E0332 if every key is in another image or tile than every query."""
     if work.table.stands_in or work.model.tokenizer.stands_in or not queries.written:
         return True
+    together = work.sites.shape.takes == "attended image"
     tiles = [
         {
-            placed.first + token: (number, cell.tile)
+            placed.first + token: (number, 0 if together else cell.tile)
             for number, placed in enumerate(row.whole_pictures)
             for token, cell in placed.picture.expansion.cell_of.items()
         }

@@ -130,6 +130,8 @@ class AttentionHooks:
     each tile or window."""
     pools: PatchPools | None = None
     """As in `Batch`."""
+    tiles: tuple[int, int] | None = None
+    """As in `Batch`, of the keys."""
 
     def opened(self, mask: Any, heads: int) -> Any:
         """Add allowed keys to a mask of whole prompts [lane or 1, head or 1, query, key].
@@ -300,6 +302,8 @@ class AttentionHooks:
         lanes, kinds, shared, rows, asking, keys = found.shape
         position = torch.arange(self.width, device=found.device)
         starts = self.starts[torch.from_numpy(group.lanes.host)]
+        if self.tiles is not None:
+            position = position // self.tiles[0] * self.tiles[1] + position % self.tiles[0]
         column = position[None] + to_device(starts, found.device)[:, None] - self._first(group)
         inside = (column >= 0) & (column < keys)
         index = column.clamp(0, keys - 1)[:, None, None, None, None]
@@ -337,6 +341,7 @@ def build_attention_hooks(
     edges: Sequence[EdgeWrite],
     reads: Sequence[str],
     pools: PatchPools | None = None,
+    tiles: tuple[int, int] | None = None,
 ) -> AttentionHooks:
     """Build the reads and writes within one layer's attention.
 
@@ -349,9 +354,10 @@ def build_attention_hooks(
         edges: Changed edges of this layer.
         reads: Names of sites to read.
         pools: Tokens that patterns between patches are read for.
+        tiles: As in `Batch`, of the keys.
     """
     wanted = frozenset(reads) & set(ATTENTION_INTERNAL_SITES)
-    work = AttentionHooks(starts.cpu(), width, wanted=wanted, pools=pools)
+    work = AttentionHooks(starts.cpu(), width, wanted=wanted, pools=pools, tiles=tiles)
     for write in writes:
         rows, positions = write.rows, write.positions
         first, second, there = frame.locate(write.site, layer, write.stack, rows, positions)

@@ -799,7 +799,7 @@ class SiteHooks:
         stack, layer = place
         if place not in self.within:
             return None
-        keys, patched = keys_of(self.frame, stack), stack == "vision"
+        keys, patched = keys_of(self.frame, stack), self.is_patched(stack)
         if place in self._layers:
             work = self._layers[place]
             if patched and work.passed < len(work.starts) * work.width:  # another tile or window
@@ -816,8 +816,14 @@ class SiteHooks:
             edges=self._edges.get(place, ()),
             reads=[read.site for read in self._reads if (read.stack, read.layer) == place],
             pools=keys.pools if isinstance(keys, Batch) else None,
+            tiles=keys.tiles if isinstance(keys, Batch) else None,
         )
         return self._layers[place]
+
+    def is_patched(self, stack: str) -> bool:
+        """Return whether attention of a stack may run tile by tile, in a vision encoder. If blocks
+        attend to an image, all of its tiles attend to each other."""
+        return stack == "vision" and self.model.shape.takes != "attended image"
 
     def _add_site(self, where: SiteRead, places: list[PlacedWrite], read: bool) -> None:
         reads = [where] if read else []
@@ -1014,7 +1020,7 @@ class SiteHooks:
         work, (stack, layer) = self._layers.get(place), place
         if work is None:
             raise WriteMismatch(f"attention of layer {layer} was not passed")
-        if stack == "vision" and work.passed != len(work.starts) * work.width:
+        if self.is_patched(stack) and work.passed != len(work.starts) * work.width:
             raise WriteMismatch(f"attention of layer {layer} did not pass all patches")
         if work.done != work.due:
             raise WriteMismatch(
@@ -1200,7 +1206,7 @@ def open_attention(
         if layer is None:
             return call.unchanged()
         attend = attend_across if call.across else attend_full
-        if call.place[0] == "vision":
+        if work.is_patched(call.place[0]):
             attend = attend_tiles
         given = call.query, call.key, call.value
         with nullcontext(given) if ruled is None else ruled.attention(*given) as given:

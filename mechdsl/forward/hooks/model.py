@@ -470,7 +470,7 @@ def split_vision(
     blocks = _find_replaced_blocks(model, "vision")
     no_images = "vision" in batch.frames or "vision" not in model.others
     if no_images or not (inside or asked or within or blocks):
-        needed = inside or asked or _find_vision_blocks(model)
+        needed = inside or asked or within or _find_vision_blocks(model)
         opened = _open_vision(model, batch) if needed else batch
         return opened, list(writes), list(reads), list(edges), {}
     if table is None or table.encode is None:

@@ -22,6 +22,7 @@ from mechdsl.forward.hooks.model import (
     build_text_inputs,
     call_model,
     call_with_batch,
+    without_vectors,
 )
 from mechdsl.forward.hooks.module_exchange import get_activation, load_weights
 from mechdsl.forward.packed.activation_cache import record_activations
@@ -680,7 +681,8 @@ def add_stack_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
 def add_vision_edges(model: LoadedModel, batch: Batch) -> LoadedModel:
     """Add edges between patches to the vision encoder of a vision-language model.
 
-    The model is unchanged if attention, computed explicitly there, changes the vectors of images.
+    The model is unchanged if attention, computed explicitly there, changes the vectors of images,
+    or the logits of a model whose blocks attend to them.
 
     Args:
         model: The model.
@@ -696,11 +698,19 @@ def add_vision_edges(model: LoadedModel, batch: Batch) -> LoadedModel:
         EdgeWrite(layer, "reweight", zero, zero, zero, zero, zero, one, "vision")
         for layer in own.anatomy.layers("z")
     ]
+    attends = model.shape.takes == "attended image"
+    given = without_vectors(batch) if attends else batch
+
+    def run(edges: Sequence[EdgeWrite]) -> Tensor:
+        if not attends:
+            reads = [_EMBED_READ]
+            return run_full(found, given, stop=0, reads=reads, edges=edges).reads[_EMBED_READ]
+        logits = run_full(found, given, edges=edges).logits
+        assert logits is not None
+        return logits[given.mask.bool()]
+
     try:
-        plain, explicit = (
-            run_full(found, batch, stop=0, reads=[_EMBED_READ], edges=edges).reads[_EMBED_READ]
-            for edges in ((), same)
-        )
+        plain, explicit = run(()), run(same)
     except Exception:  # an unknown attention implementation may raise anything
         return model
     off = (explicit - plain).abs().amax() / plain.abs().amax()
