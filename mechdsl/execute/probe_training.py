@@ -84,7 +84,8 @@ class ProbeRows:
         rows = np.flatnonzero([any(hits) for hits in sample.cell.hits])
         read = [sample.cell], rows, [sample.run], sample.table
         in_vision = SITES[training.inputs[0].site].stack == "vision"
-        keys = digest_inputs(*read, [model.shape.reads_prefix], in_vision=in_vision)
+        given = [model.shape.reads_prefix]
+        keys = digest_inputs(*read, given, in_vision=in_vision, by_image=True)
         targets = np.array(sample.targets, dtype=np.float64)[rows]
         strata = targets.tolist() if declared.classes else None
         share = float(training.options["validation"]) / 100

@@ -796,7 +796,8 @@ _IN_VISION = frozenset((
 """Rules and observations that act in every vision encoder."""
 
 _IN_VISION_OF_PROMPTS = _IN_VISION | frozenset((
-    "observe probe", "observe prediction", "observe similarity", "replace block", "path",
+    "observe probe", "observe prediction", "observe similarity", "observe cka", "observe rank",
+    "observe effective_rank", "observe clusters", "observe value", "replace block", "path",
 ))  # fmt: skip
 """Rules and observations in vision encoders whose output is inserted into prompts as tokens."""
 
@@ -836,8 +837,9 @@ _OTHER_STACK_HINTS = {
 VISION_HINT = (
     "rules in the vision encoder are `patch`, `ablate`, `add`, `set`, `scale`, `clamp`, `swap`, "
     "`freeze`, `project out`, `project … onto`, `replace block`, `path`, those on attention "
-    "between patches, and observations of `norm`, `similarity`, `probe` and `prediction`; others "
-    "act in the language model, such as on `embed` at the tokens of an image"
+    "between patches, and observations of `norm`, `value`, `similarity`, `cka`, `rank`, "
+    "`effective_rank`, `clusters`, `probe` and `prediction`; others act in the language model, "
+    "such as on `embed` at the tokens of an image"
 )
 
 

@@ -316,6 +316,10 @@ class RowSetObservation(Observation):
     of_whole_text: ClassVar[bool] = False
     """Whether keys of rows cover the whole text, also tokens that a vector can't depend on."""
 
+    keeps_images_together: ClassVar[bool] = False
+    """Whether rows that share an image have one key in a vision encoder, so that no fit to some of
+    them is evaluated on others."""
+
     keeps_cells: ClassVar[bool] = True
     """Whether the values of its cells may be stored."""
 

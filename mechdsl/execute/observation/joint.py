@@ -166,7 +166,9 @@ class VectorGatherer:
         whole = self.does.of_whole_text
         causal = [self.runs.model_of(run).shape.reads_prefix and not whole for run in runs]
         in_vision = self.rule.rule.in_vision
-        return digest_inputs(spots, prompts, runs, table, causal, in_vision=in_vision)
+        by_image = self.does.keeps_images_together
+        given = spots, prompts, runs, table, causal
+        return digest_inputs(*given, in_vision=in_vision, by_image=by_image)
 
     def cells(self) -> Iterator[tuple[int, Ints, RowVectors]]:
         """(cell, its columns among the kept rows, their vectors), of cells that have any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -19,7 +19,7 @@ from mechdsl.fits.regression import group_keys
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import PositionCell, PromptRun
+from mechdsl.prompts.runs import PositionCell, PromptRun, RunRow
 from mechdsl.resolve.observations import TokenVectors
 from mechdsl.resolve.types import SitePoint
 
@@ -128,20 +128,25 @@ def digest_inputs(
     causal: Sequence[bool],
     *,
     in_vision: bool = False,
+    by_image: bool = False,
 ) -> list[bytes]:
     """[row] a digest of all that its vectors at some positions depend on, each in a given run.
 
-    Tiles of one image have one, so that no fit to some of them is evaluated on others. So do
-    prompts that share an image, for vectors in a vision encoder.
+    Tiles of one image have one, so that no fit to some of them is evaluated on others.
 
     Args:
         causal: For each position, whether its vectors don't depend on later tokens.
-        in_vision: Whether the vectors are those of patches in the vision encoder of prompts.
+        in_vision: Whether the vectors are those of patches in the vision encoder of prompts, which
+            don't depend on the text.
+        by_image: Whether prompts that share an image there have one digest, as for tiles.
     """
 
     def seen(run: PromptRun, row: int) -> list[object]:
         own = [number for number, each in enumerate(runs) if each is run]
         ids, hits = run.rows[row].ids, [spots[number].hits[row] for number in own]
+        if in_vision and not by_image:
+            read = [list(_list_patches(spots[number], run.rows[row], row)) for number in own]
+            return [read, None if run.derived is None else table.row_keys[row]]
         tokens = (spots[number].tokens(row) for number in own)
         last = max(token for each in tokens for joined in each for token in joined)
         # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
@@ -155,7 +160,7 @@ def digest_inputs(
     ]
     if table.cut_from:
         return group_keys(found, [(table.cut_from[row],) for row in prompts.tolist()])
-    if not in_vision:
+    if not by_image or not in_vision:
         return found
     runs_of = list(zip(runs, spots, strict=True))
     images = [
@@ -163,6 +168,15 @@ def digest_inputs(
         for row in prompts.tolist()
     ]
     return group_keys(found, images)
+
+
+def _list_patches(spot: PositionCell, prompt: RunRow, row: int) -> Iterator[tuple[int, int]]:
+    """Yield the token, which is different for each part of each image, and the number of each
+    vector of a token at a position."""
+    for joined in spot.hits[row]:
+        for hit in joined:
+            token, number = divmod(hit, spot.vectors)
+            yield prompt.ids[token], number
 
 
 def average_rows(

@@ -235,6 +235,7 @@ class ProbeObservation(SiteRowSetObservation):
 
     takes: ClassVar = ("arguments",)
     controls: ClassVar[tuple[str, ...]] = ("shuffled",)
+    keeps_images_together: ClassVar[bool] = True
     of_probes = True
 
     def __init__(
