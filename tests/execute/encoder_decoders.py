@@ -314,12 +314,14 @@ def changed(module: nn.Module, writes: Iterable[Write]) -> Generator[None]:
 def logits(
     family: str, of: Text, writes: Iterable[Write] = (), answer: Sequence[int] = ()
 ) -> Array:
-    """[token of the decoder, vocab]."""
+    """[token of the decoder, vocab]; tokens see a padding token that the model has generated."""
     module = model(family)
+    own = torch.tensor([[*starts(family), *answer]])
     with changed(module, writes):
         found = module(
             input_ids=torch.tensor([of.ids]),
-            decoder_input_ids=torch.tensor([[*starts(family), *answer]]),
+            decoder_input_ids=own,
+            decoder_attention_mask=torch.ones_like(own),
             use_cache=False,
         )
     return found.logits[0].double().numpy()
