@@ -80,6 +80,7 @@ from mechdsl.forward.hooks.circuits import compute_edge_scores, reads_encoder
 from mechdsl.forward.hooks.coordinates import OTHERS, CoordinateSystem, FeatureSplit
 from mechdsl.forward.hooks.full_pass import open_rules
 from mechdsl.forward.hooks.gradients import compute_gradients
+from mechdsl.forward.hooks.hook_points import get_scale, undo_scale
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
 from mechdsl.planner.rows import number_edge_ends
@@ -432,20 +433,20 @@ class EdgeMaskRows(VectorMaskRows):
         return dict(group_senders(number_edge_ends(self.edges)[0].points, self._splits))
 
     @cached_property
-    def _splits(self) -> dict[int, FeatureSplit]:
-        """By layer, the features that are nodes. Raises NoBasis."""
+    def _splits(self) -> dict[SiteLayer, FeatureSplit]:
+        """By output, the features that are nodes. Raises NoBasis."""
         rule = self.objective.rules[0]
         assert rule.circuit is not None
         fits = DirectionFits(self.model, {}, self.objective.seed, self.side)
-        found: dict[int, FeatureSplit] = {}
-        for layer, own in rule.circuit.features.items():
+        found: dict[SiteLayer, FeatureSplit] = {}
+        for (site, layer), own in rule.circuit.features.items():
             name = own.member.name
             alone = BasisTargets(name, (name,), ({(layer, None): own.member},), (), {})
             system, problems = fits.of_basis(alone, rule.spec.span)
             if system is None:
                 raise NoBasis(problems)
             assert isinstance(system, Dictionary)
-            found[layer] = FeatureSplit(system, own.which, own.member.reads)
+            found[site, layer] = FeatureSplit(system, own.which, own.member.reads)
         return found
 
     @cached_property
@@ -469,7 +470,7 @@ class EdgeMaskRows(VectorMaskRows):
     @property
     def _encoded(self) -> list[SiteLayer]:
         """Sites whose vectors transcoders encode, instead of the output of the MLP."""
-        return [(own.reads, layer) for layer, own in self._splits.items() if own.reads]
+        return [(own.reads, layer) for (_, layer), own in self._splits.items() if own.reads]
 
     def _split_units(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return [vector, unit, width] at each site and layer; the units of an MLP whose features
@@ -477,18 +478,13 @@ class EdgeMaskRows(VectorMaskRows):
         read = dict(zip([*self._written, *self._encoded], vectors, strict=True))
         found = super()._split_units([read[where] for where in self._written])
         for number, (site, layer) in enumerate(self._written):
-            split = self._find_split((site, layer))
+            split = self._splits.get((site, layer))
             if split is not None:
                 own = read[site, layer]
                 inputs = read[split.reads, layer] if split.reads else own
                 with torch.no_grad():
                     found[number] = split.split(own, inputs, split.nodes)
         return found
-
-    def _find_split(self, where: SiteLayer) -> FeatureSplit | None:
-        """Return the features that are nodes of an MLP, by the site of its output."""
-        site, layer = where
-        return self._splits.get(layer) if site == "mlp_out" and layer is not None else None
 
     @cached_property
     def _columns(self) -> dict[SitePoint, int]:
@@ -704,7 +700,7 @@ class EdgeMaskRows(VectorMaskRows):
             if incoming is None:
                 values = torch.zeros(count, len(every), vector_width(self.model.shape, *where))
             else:
-                split = self._find_split(where)
+                split = self._splits.get(where)
                 own = every if split is None else [split.nodes.index(unit) for unit in every]
                 values = incoming[where][:, own]
             fills.append(SenderFill(SiteRead(*where), units, values, others))
@@ -1056,6 +1052,7 @@ def _choose_single_effects(
 _ADDED_AT = {
     "resid_pre": "resid_pre",
     "z": "attn_out",
+    "attn_out": "attn_out",
     "mlp_out": "mlp_out",
     NEURONS: "mlp_out",
 }
@@ -1076,12 +1073,18 @@ def _move_senders(model: LoadedModel, read: CircuitRead, number: int, share: flo
     assert read.changes is not None
     where, columns = list(number_senders(read.fills).items())[number]
     site, head = _ADDED_AT[where.site], None
-    if site == "attn_out":
+    change = share * read.changes[columns].sum(0)
+    if where.site == "z":
         assert where.layer is not None
+        is_split = ("attn_out", where.layer) in read.features
         if model.stack(where.stack).anatomy.blocks[where.layer].attn_output_norm is not None:
             site, head = "head_out", 0  # the changes are those before the norm
+        elif is_split:  # features read the change
+            site, head = "head_out", 0
+            tap = model.tap("attn_out", where.layer, where.stack)
+            change = undo_scale(change, get_scale(model.module, tap))
     point = SitePoint(in_stack(site, where.stack), where.layer, head)
-    return _add_at(model, point, read, share * read.changes[columns].sum(0))
+    return _add_at(model, point, read, change)
 
 
 def _add_to_all(totals: Sequence[Tensor], others: Sequence[Tensor]) -> None:

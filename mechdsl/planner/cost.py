@@ -61,6 +61,7 @@ from mechdsl.resolve.types import (
     FitSample,
     JacobianBasis,
     ResolvedExperiment,
+    SiteLayer,
     SitePoint,
     count_numbers,
     find_image_layout,
@@ -893,35 +894,38 @@ def _count_edge_work(
 
 def _count_split_work(
     ends: tuple[EdgeEnds, EdgeEnds],
-    features: Mapping[int, FeatureNodes],
+    features: Mapping[SiteLayer, FeatureNodes],
     block: BlockCost,
     shape: ModelShape,
     *,
     are_alone: bool = False,
 ) -> int:
-    """Count the multiply-adds per token of MLPs whose features are nodes: the MLP for each distinct
-    input of these, features of each output and of the fill, and what they add to the stream.
+    """Count the multiply-adds per token of outputs whose features are nodes: the MLP, or the sum of
+    the heads, for each distinct input of these, features of each output and of the fill, and what
+    they add to the stream.
 
     Args:
         are_alone: Whether each node has an input to itself.
     """
     found = 0
     senders, receivers = ends
-    inputs: Collection[tuple[int | None, object]] = _list_inputs(senders, receivers, "mlp_norm")
-    if are_alone:
-        inputs = [(to.layer, to) for to in receivers.points if to.site == "mlp_norm"]
-    sending = {of.layer for of in senders.points if of.site == "mlp_out"}
-    for layer, own in features.items():
+    sending = {(of.site, of.layer) for of in senders.points}
+    for (site, layer), own in features.items():
+        reads = "mlp_norm" if site == "mlp_out" else site
+        inputs: Collection[tuple[int | None, object]] = _list_inputs(senders, receivers, reads)
+        if are_alone:
+            inputs = [(to.layer, to) for to in receivers.points if to.site == reads]
         count = sum(each == layer for each, _ in inputs)
-        if not count and layer not in sending:
+        if not count and (site, layer) not in sending:
             continue
         operand, named = own.member.operand, len(own.which)
         assert isinstance(operand, DictionaryFile)
         encoding = operand.encoding_products
         if operand.is_separate and named <= MAX_GATHERED:
             encoding = named * operand.width_in
-        fill = int(layer in sending)
-        found += count * block.mlp + (count + 1 + fill) * encoding + 2 * named * shape.d_model
+        fill = int((site, layer) in sending)
+        made = block.mlp if site == "mlp_out" else 2 * unit_count(shape, "z", layer) * shape.d_model
+        found += count * made + (count + 1 + fill) * encoding + 2 * named * shape.d_model
     return found
 
 

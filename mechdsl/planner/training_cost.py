@@ -163,7 +163,7 @@ def _written_points(mask: TrainedMask, objective: ResolvedExperiment) -> Sequenc
         circuit = objective.rules[0].circuit
         assert circuit is not None
         read = [SitePoint(of.site, of.layer, of.unit) for of, _ in circuit.every]
-        encoded = ((layer, own.member.reads) for layer, own in circuit.features.items())
+        encoded = ((n, own.member.reads) for (_, n), own in circuit.features.items())
         return [*read, *(SitePoint(site, layer, None) for layer, site in encoded if site)]
     return mask_points(objective)
 

@@ -595,9 +595,9 @@ class ExperimentKeys:
                 parts += self._named(rule.rule.receiving_basis, *named)
             if rule.rule.circuit is not None:
                 nodes = _digest_neurons(rule.rule.circuit)
-                for layer, own in rule.rule.circuit.features.items():
+                for (site, layer), own in rule.rule.circuit.features.items():
                     basis = self._operands.basis({(layer, None): own.member})
-                    nodes += digest(layer, basis, own.which)
+                    nodes += digest(site, layer, basis, own.which)
                 edges = [nodes + b"".join(map(_digest_edges, ends)) for ends in rule.edge_ends]
                 own = [*edges, b""]  # the last one: it doesn't act
                 parts.append([own[site] for site in rule.site_of_cell.tolist()])

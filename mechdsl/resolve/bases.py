@@ -106,6 +106,7 @@ from mechdsl.resolve.types import (
     PythonBasis,
     ResolvedRule,
     SavedVector,
+    SiteLayer,
     SitePoint,
     SiteTargets,
     SpannedBasis,
@@ -627,10 +628,10 @@ def _name_cross_layer(file: DictionaryFile) -> str:
     return str(file.path.parent) if trained is None else f"fit {trained.name}"
 
 
-def resolve_feature_nodes(site: ast.Site, work: ExperimentContext) -> dict[int, FeatureNodes]:
-    """Resolve features that a circuit names as nodes, by layer; empty after an error.
+def resolve_feature_nodes(site: ast.Site, work: ExperimentContext) -> dict[SiteLayer, FeatureNodes]:
+    """Resolve features that a circuit names as nodes, by output; empty after an error.
 
-    E0342 for anything but named features of a dictionary of the output of MLPs.
+    E0342 for anything but named features of a dictionary of the output of MLPs or of attention.
     """
     axis, name = site.coordinates, site.basis_name
     definition = work.program.bases.get(name or "")
@@ -645,7 +646,7 @@ def resolve_feature_nodes(site: ast.Site, work: ExperimentContext) -> dict[int, 
         members = _members(definition, written, site, work)
         if members is None:
             return {}
-        found: dict[int, FeatureNodes] = {}
+        found: dict[SiteLayer, FeatureNodes] = {}
         for point in dict.fromkeys(chain.from_iterable(written.points.values())):
             member = members.get(None) or members[point.layer, point.unit]
             _check_feature_nodes(site, point, member)
@@ -657,10 +658,11 @@ def resolve_feature_nodes(site: ast.Site, work: ExperimentContext) -> dict[int, 
                 hint = f"write the plural: `features 3, 12 of {name}`"
                 if axes:
                     reason = f"`{name}` is a basis for each of {len(written.points)} layers"
-                    hint = f"name one: `mlp_out layer {point.layer} {axis.span.written}`"
+                    hint = f"name one: `{point.site} layer {point.layer} {axis.span.written}`"
                 raise BasisError(site, reason, hint)
             which = tuple(sorted(set(chain.from_iterable(named.choices.values()))))
-            found[point.layer or 0] = FeatureNodes(member, which or tuple(range(member.size)))
+            where = point.site, point.layer
+            found[where] = FeatureNodes(member, which or tuple(range(member.size)))
     except BasisError as problem:
         work.diagnostics.append(problem.diagnostic)
         return {}
@@ -669,14 +671,17 @@ def resolve_feature_nodes(site: ast.Site, work: ExperimentContext) -> dict[int, 
 
 _STREAM_REASON = ": the residual stream is the sum of all senders, and not one of them"
 _NO_NODES: Mapping[str, str] = {
-    "attn_out": ": its features depend on the sum of the heads of a layer, which are nodes already",
     **dict.fromkeys(("embed", "resid_pre", "resid_mid", "resid_post"), _STREAM_REASON),
 }
 """Site → why its features aren't nodes of a circuit with edges."""
 
+_NODE_SITES = ("attn_out", "mlp_out")
+"""Sites whose features are nodes of a circuit with edges."""
+
 
 def _check_feature_nodes(site: ast.Site, point: SitePoint, member: BasisMember) -> None:
-    """Raises BasisError unless features of a basis are added up in the output of an MLP."""
+    """Raises BasisError unless features of a basis are added up in the output of an MLP or of
+    attention."""
     own, name = member.operand, site.basis_name
     if not isinstance(own, DictionaryFile):
         reason = f"`{name}` isn't a dictionary, and nodes of circuits are features of one"
@@ -685,9 +690,9 @@ def _check_feature_nodes(site: ast.Site, point: SitePoint, member: BasisMember) 
         reason = f"the features of a {own.write_obstacle}, so they aren't nodes of a circuit"
         hint = "use a dictionary whose features depend on one vector of one layer"
         raise BasisError(site, reason, hint)
-    if point.site != "mlp_out":
+    if point.site not in _NODE_SITES:
         reason = f"`{name}` describes `{point.site}`, and nodes of circuits are features of the "
-        reason += f"output of MLPs{_NO_NODES.get(point.site, '')}"
+        reason += f"output of MLPs or of attention{_NO_NODES.get(point.site, '')}"
         hint = f"use a dictionary `at mlp_out layer {point.layer or 0}`, or keep features without "
         hint += f"edges: `ablate features * of {name} except 3, 5 at tokens * with zero` with "
         hint += "`measure … as faithfulness`"

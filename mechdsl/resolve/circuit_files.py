@@ -87,7 +87,7 @@ FeatureEnds: TypeAlias = tuple[FeatureNode, FeatureNode]
 _NODE = re.compile(
     r"(?P<embed>input|embed)|(?P<end>logits)"
     r"|a(?P<attention>\d{1,4})\.h(?P<head>\d{1,5})|m(?P<mlp>\d{1,4})"
-    r"|L(?P<layer>\d{1,4})(?:H(?P<unit>\d{1,5})(?:\.(?P<reads>[qkv]))?|N(?P<neuron>\d{1,6})|\.mlp)"
+    r"|L(?P<layer>\d{1,4})(?:H(?P<unit>\d{1,5})(?:\.(?P<reads>[qkv]))?|N(?P<neuron>\d{1,6})|\.(?P<whole>mlp|attn))"
 )
 
 _IN_STACK = re.compile(
@@ -212,7 +212,8 @@ def read_circuit(
     known = set(every)
     for (edge, _), (name, *_) in names.items():
         if edge not in known:
-            _reject_edge(name, written, shape)
+            joined = any(of.site == "attn_out" for of, _ in nodes.features.values())
+            _reject_edge(name, written, shape, joined=joined)
     given = {edge: [file.scores[name] for name in own] for edge, own in names.items()}
     scores = {edge: [n for n in own if n is not None] for edge, own in given.items()}
     scores = {edge: own for edge, own in scores.items() if own}
@@ -230,10 +231,14 @@ def read_circuit(
     return SavedCircuit(edges, kept, used, file.digest, said, neurons, file.prompts)
 
 
-def _reject_edge(name: str, written: str, shape: ModelShape) -> NoReturn:
-    """Raise UnreadableFile for an edge between components of which one doesn't read the other."""
+def _reject_edge(name: str, written: str, shape: ModelShape, *, joined: bool = False) -> NoReturn:
+    """Raise UnreadableFile for an edge between components of which one doesn't read the other.
+
+    Args:
+        joined: Whether features of the output of attention are nodes, which heads send to.
+    """
     why = "reads before or at the sender"
-    if "encoder" in shape.others:
+    if "encoder" in shape.others or joined:
         why = "doesn't read the sender"
     raise UnreadableFile(
         f"`{written}` has `{name}`, but the receiver {why}",
@@ -494,6 +499,8 @@ def _point(
     if head is None:
         if site is not None:
             raise NotAnEdge(f"and `{name}` has one input")
+        if match["whole"] == "attn":
+            return SitePoint("attn_out", layer, None)
         if not shape.has("mlp_out", layer):
             raise NotAnEdge(f"and layer {layer} has no MLP")
         return SitePoint("mlp_out" if sends else "mlp_norm", layer, None)

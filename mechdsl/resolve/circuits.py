@@ -78,6 +78,7 @@ from mechdsl.resolve.types import (
     SiteLayer,
     SitePoint,
     SiteTargets,
+    find_split_output,
     is_neuron,
     name_neurons,
     precedes,
@@ -85,7 +86,7 @@ from mechdsl.resolve.types import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.vocab.effects import CircuitBaseline
-from mechdsl.vocab.sites import SITES, TokenSide
+from mechdsl.vocab.sites import SITES, TokenSide, write_order
 
 SENDER_WORDS = "`embed`, `L0H1`, `L0.mlp`, `L0N3` or `feature 3 of f`"
 
@@ -100,6 +101,7 @@ _SENDERS = {
     "z": "z",
     "head_out": "z",
     "mlp_out": "mlp_out",
+    "attn_out": "attn_out",
     NEURONS: NEURONS,
 }
 """Component of a sender → the site of its output."""
@@ -110,6 +112,7 @@ _RECEIVERS = {
     "v": "v",
     "mlp_norm": "mlp_norm",
     "mlp_out": "mlp_norm",
+    "attn_out": "attn_out",
     NEURONS: NEURONS,
     "logits": "logits",
     "final_norm": "logits",
@@ -117,7 +120,7 @@ _RECEIVERS = {
 """Component of a receiver → the site that it reads the stream at; `L1.mlp` names `mlp_out`."""
 
 _FEATURE_ENDS = {"start": "mlp_out", "end": "mlp_norm"}
-"""Sites of features as senders and as receivers."""
+"""Sites of features of the output of an MLP as senders and as receivers."""
 
 CIRCUIT_NOTE = (
     "each query, key and value of a head, each MLP and the output read the stream of this pass "
@@ -131,6 +134,13 @@ NEURON_NOTE = (
     "other neurons of its layer are one node, and the bias of the MLP belongs to no node"
 )
 
+ATTENTION_NOTE = (
+    "a feature of the output of attention sends its activation times its decoder row, and reads "
+    "the outputs of the heads of its layer separately, through their sum, the norm after it if "
+    "there is one, and its encoder; the other features, the error of the dictionary and the biases "
+    "of attention are one node, `{}`; the heads send only to these nodes"
+)
+
 FEATURE_NOTE = (
     "a feature sends its activation times its decoder row and reads the stream separately, through "
     "the norm before the MLP{} and its encoder; the other features of its layer, the error of the "
@@ -138,8 +148,10 @@ FEATURE_NOTE = (
 )
 
 
-FeatureResolver: TypeAlias = Callable[[ast.Site, ExperimentContext], Mapping[int, FeatureNodes]]
-"""Resolves features that a circuit names, by layer; empty after an error."""
+FeatureResolver: TypeAlias = Callable[
+    [ast.Site, ExperimentContext], Mapping[SiteLayer, FeatureNodes]
+]
+"""Resolves features that a circuit names, by output; empty after an error."""
 
 
 STREAM_NOTE = (
@@ -292,7 +304,9 @@ class CircuitEdges(Record):
         default_factory=dict[SiteLayer, tuple[int, ...]]
     )
     """As in `CircuitTargets`."""
-    features: Mapping[int, FeatureNodes] = field(default_factory=dict[int, FeatureNodes])
+    features: Mapping[SiteLayer, FeatureNodes] = field(
+        default_factory=dict[SiteLayer, FeatureNodes]
+    )
     """As in `CircuitTargets`."""
     listed: tuple[EdgeAtPlace, ...] = ()
     """These edges at each of their positions, in descending order of the sizes of their scores."""
@@ -337,6 +351,7 @@ def find_circuit_edges(
     if neurons or features:
         given = nodes or named.features
         _check_nodes(circuit, [] if given else resolved, neurons, features, work)
+    _check_attention_nodes(resolved, features, work)
     if has_errors(work.diagnostics[before:]):
         return None
     every = list_edges(shape, neurons, features) if neurons or features else every
@@ -393,8 +408,8 @@ class _CircuitParts:
         self.found = dict[CircuitEdge, frozenset[int] | None]()
         self.places = dict[PositionCell, int]()
         self.by_place = dict[EdgeAtPlace, float]()
-        self.members = dict[int, dict[str, BasisMember]]()
-        """Dictionaries whose features are nodes, by layer and name."""
+        self.members = dict[SiteLayer, dict[str, BasisMember]]()
+        """Dictionaries whose features are nodes, by output and name."""
         self._work = work
         self._cells = dict[tuple[ast.Position, TokenSide], PositionCell | None]()
 
@@ -469,12 +484,14 @@ def _join_places(listed: Iterable[EdgeAtPlace]) -> PlacedEdges:
 
 @record
 class _NamedNodes(Record):
-    """The neurons that `nodes` names, by site and layer, or the features, by layer."""
+    """The neurons that `nodes` names, by site and layer, or the features, by output."""
 
     neurons: Mapping[SiteLayer, tuple[int, ...]] = field(
         default_factory=dict[SiteLayer, tuple[int, ...]]
     )
-    features: Mapping[int, FeatureNodes] = field(default_factory=dict[int, FeatureNodes])
+    features: Mapping[SiteLayer, FeatureNodes] = field(
+        default_factory=dict[SiteLayer, FeatureNodes]
+    )
 
     @property
     def are_some(self) -> bool:
@@ -491,10 +508,10 @@ class _NamedNodes(Record):
         }
         ends = (
             pair
-            for layer, own in self.features.items()
+            for output, own in self.features.items()
             for pair in zip(
-                list_feature_ends("start", layer, own),
-                list_feature_ends("end", layer, own),
+                list_feature_ends("start", output, own),
+                list_feature_ends("end", output, own),
                 strict=True,
             )
         )
@@ -549,27 +566,35 @@ def _explain_no_nodes(name: str, groups: Mapping[str, spec.Group]) -> str:
     return ""
 
 
-def _list_features(points: Iterable[SitePoint], parts: _CircuitParts) -> dict[int, FeatureNodes]:
-    """Return the features among nodes, by layer."""
-    found: dict[int, set[int]] = defaultdict(set)
+def _list_features(
+    points: Iterable[SitePoint], parts: _CircuitParts
+) -> dict[SiteLayer, FeatureNodes]:
+    """Return the features among nodes, by output in forward order."""
+    found: dict[SiteLayer, set[int]] = defaultdict(set)
     for end in points:
-        if isinstance(end, FeatureNode) and end.layer is not None and end.unit is not None:
-            found[end.layer].add(end.unit)
+        if isinstance(end, FeatureNode) and end.unit is not None:
+            found[find_split_output(end)].add(end.unit)
     return {
-        layer: FeatureNodes(next(iter(parts.members[layer].values())), tuple(sorted(own)))
-        for layer, own in sorted(found.items())
+        output: FeatureNodes(
+            next(iter(parts.members[output].values())), tuple(sorted(found[output]))
+        )
+        for output in sorted(found, key=lambda output: write_order(*output))
     }
 
 
 def list_circuit_bases(circuit: CircuitTargets) -> BasisTargets | None:
     """Return the dictionaries whose features are nodes of a circuit, without coordinates; None if
     there are none."""
-    members = {layer: own.member for layer, own in circuit.features.items()}
+    members = {output: own.member for output, own in circuit.features.items()}
     if not members:
         return None
     names = tuple(dict.fromkeys(each.name for each in members.values()))
     return BasisTargets(
-        ", ".join(names), names, tuple({(n, None): each} for n, each in members.items()), (), {}
+        ", ".join(names),
+        names,
+        tuple({(n, None): each} for (_, n), each in members.items()),
+        (),
+        {},
     )
 
 
@@ -577,7 +602,7 @@ def _check_nodes(
     circuit: spec.Circuit,
     edges: Sequence[tuple[ast.SiteMap, Sequence[CircuitEdge]]],
     neurons: Mapping[SiteLayer, tuple[int, ...]],
-    features: Mapping[int, FeatureNodes],
+    features: Mapping[SiteLayer, FeatureNodes],
     work: ExperimentContext,
 ) -> None:
     """Report E0207 for a circuit with too many neurons or features, and E0334 for one that also
@@ -612,6 +637,49 @@ def _check_nodes(
                 work.diagnostics.append(bad)
 
 
+def _check_attention_nodes(
+    edges: Sequence[tuple[ast.SiteMap, Sequence[CircuitEdge]]],
+    features: Mapping[SiteLayer, FeatureNodes],
+    work: ExperimentContext,
+) -> None:
+    """Report E0334 for the output of an attention without features that are nodes, and for edges
+    from heads to other receivers than the nodes of this output, if it has some.
+
+    Args:
+        edges: Those of each `A -> B` in the file.
+    """
+    found = list[NotOnAPath]()
+    for node, own in edges:
+        for of, to in own:
+            for verb, site, end in (("start", node.source, of), ("end", node.target, to)):
+                if end.site == "attn_out" and ("attn_out", end.layer) not in features:
+                    where = f"attn_out layer {end.layer}"
+                    reason = f"`{label_node(end)}` is a node only in a circuit with features of a "
+                    reason += f"dictionary at `{where}`: it is the rest of this output"
+                    heads = ("q", "k", "v") if verb == "end" else ("z",)
+                    every = " and ".join(f"`{own} layer {end.layer} heads *`" for own in heads)
+                    words = SENDER_WORDS if verb == "start" else RECEIVER_WORDS
+                    hint = f"name the heads, {every}, or one of {words}"
+                    given = site.span.written, reason, hint
+                    found.append(_not_on_a_path(site, verb, *given))
+            split = features.get(("attn_out", of.layer))
+            if of.site == "z" and to.site != "attn_out" and split is not None:
+                rest = label_node(SitePoint("attn_out", of.layer, None))
+                name = split.member.name.partition("[")[0]
+                reason = f"features of `{name}` are nodes, so `{label_node(of)}` sends only to "
+                reason += f"nodes of layer {of.layer}: features of `{name}`, and `{rest}` for the "
+                reason += "rest of the output of attention"
+                hint = f"write `{label_node(of)} -> {rest}`, `{rest} -> {label_node(to)}`"
+                given = node.target.span.written, reason, hint
+                found.append(_not_on_a_path(node.target, "end", *given))
+    new = [each for each in dict.fromkeys(found) if each not in work.diagnostics]
+    work.diagnostics.extend(new[:1])
+
+
+def _not_on_a_path(site: ast.Site, verb: str, name: str, reason: str, hint: str) -> NotOnAPath:
+    return NotOnAPath(span=site.span, verb=verb, site=name, reason=reason, hint=hint)
+
+
 def _check_one_split(
     node: ast.SiteMap,
     edges: Sequence[CircuitEdge],
@@ -624,6 +692,7 @@ def _check_one_split(
         ("end", node.target, [to for _, to in edges]),
     ):
         nodes = (each for each in points if isinstance(each, FeatureNode))
+        nodes = (each for each in nodes if find_split_output(each)[0] == "mlp_out")
         point = next((each for each in nodes if name_neurons(each) in neurons), None)
         if point is None:
             continue
@@ -820,7 +889,7 @@ def _target_senders(
     axes: tuple[str, ...],
     edges: Mapping[AxisIndices, tuple[tuple[CircuitEdge, ...], ...]],
     labels: Mapping[AxisIndices, str],
-    features: Mapping[int, FeatureNodes],
+    features: Mapping[SiteLayer, FeatureNodes],
 ) -> SiteTargets:
     """Return the sites of the senders of edges, and those that are read for them: for features of a
     transcoder also what it encodes."""
@@ -834,8 +903,8 @@ def _target_senders(
         ]
         points[key] = sources[key] = tuple(dict.fromkeys(sites))
         for point in points[key]:
-            split = None if point.layer is None else features.get(point.layer)
-            if split is not None and split.member.reads and point.site == "mlp_out":
+            split = features.get((point.site, point.layer))
+            if split is not None and split.member.reads:
                 points[key] += (point,)
                 sources[key] += (replace(point, site=split.member.reads),)
     return SiteTargets(axes, points, labels, None if points == sources else sources)
@@ -892,30 +961,40 @@ def in_stack(site: str, stack: str) -> str:
 def list_edges(
     shape: ModelShape,
     neurons: Mapping[SiteLayer, tuple[int, ...]] | None = None,
-    features: Mapping[int, FeatureNodes] | None = None,
+    features: Mapping[SiteLayer, FeatureNodes] | None = None,
 ) -> list[CircuitEdge]:
     """List the edges of a model, from each sender to all receivers after it.
 
     Args:
         neurons: Neurons that are nodes, by site and layer; in these layers, all others are one
             node.
-        features: Features that are nodes, by layer; in these layers, the rest of the output of the
-            MLP is one node.
+        features: Features that are nodes, by output; the rest of each output is one node.
     """
-    two = has_two_streams(shape)
+    two, given = has_two_streams(shape), features or {}
     return [
         (of, to)
         for stack in (("encoder", "") if two else ("",))
-        for of, to in product(*_list_nodes(shape, stack, neurons or {}, features or {}))
-        if precedes(of, to, parallel=shape.parallel_block)
+        for of, to in product(*_list_nodes(shape, stack, neurons or {}, given))
+        if _is_edge(of, to, shape, given)
     ]
+
+
+def _is_edge(
+    of: SitePoint, to: SitePoint, shape: ModelShape, features: Mapping[SiteLayer, FeatureNodes]
+) -> bool:
+    """Return whether a node reads the output of another; features: as in `list_edges`."""
+    if to.site == "attn_out":
+        return of.site == "z" and of.layer == to.layer
+    if of.site == "z" and ("attn_out", of.layer) in features:
+        return False
+    return precedes(of, to, parallel=shape.parallel_block)
 
 
 def _list_nodes(
     shape: ModelShape,
     stack: Literal["", "encoder"],
     neurons: Mapping[SiteLayer, tuple[int, ...]],
-    features: Mapping[int, FeatureNodes],
+    features: Mapping[SiteLayer, FeatureNodes],
 ) -> tuple[list[SitePoint], list[SitePoint]]:
     """Return the senders and the receivers of a stream, in forward order; those of an encoder's
     output are the keys and values of the attention to it.
@@ -932,6 +1011,10 @@ def _list_nodes(
             for site in ("q",) if part == "cross" else ("q", "k", "v"):
                 receivers += _list_units(in_stack(site, part), layer, shape)
             senders += _list_units(in_stack("z", part), layer, shape)
+        if not stack and ("attn_out", layer) in features:
+            nodes = list_feature_ends("end", ("attn_out", layer), features["attn_out", layer])
+            receivers += [*nodes, SitePoint("attn_out", layer, None)]
+            senders += [*nodes, SitePoint("attn_out", layer, None)]
         if (where := (in_stack(NEURONS, stack), layer)) in neurons:
             nodes = [SitePoint(*where, n) for n in neurons[where]]
             if len(nodes) < unit_count(shape, *where):
@@ -939,9 +1022,13 @@ def _list_nodes(
             receivers += nodes
             senders += nodes
         elif own.has("mlp_out", layer):
-            if not stack and layer in features:
-                receivers += list_feature_ends("end", layer, features[layer])
-                senders += list_feature_ends("start", layer, features[layer])
+            if not stack and ("mlp_out", layer) in features:
+                receivers += list_feature_ends(
+                    "end", ("mlp_out", layer), features["mlp_out", layer]
+                )
+                senders += list_feature_ends(
+                    "start", ("mlp_out", layer), features["mlp_out", layer]
+                )
             receivers.append(SitePoint(in_stack("mlp_norm", stack), layer, None))
             senders.append(SitePoint(in_stack("mlp_out", stack), layer, None))
     if not stack:
@@ -956,10 +1043,11 @@ def _list_units(site: str, layer: int, shape: ModelShape) -> Iterator[SitePoint]
     yield from (SitePoint(site, layer, n) for n in range(unit_count(shape, site, layer)))
 
 
-def list_feature_ends(verb: str, layer: int, features: FeatureNodes) -> list[FeatureNode]:
-    """Return the nodes of features as senders ("start") or receivers ("end")."""
+def list_feature_ends(verb: str, output: SiteLayer, features: FeatureNodes) -> list[FeatureNode]:
+    """Return the nodes of features of an output as senders ("start") or receivers ("end")."""
     name, _, of_layer = features.member.name.partition("[")
-    site, several = _FEATURE_ENDS[verb], bool(of_layer)
+    (site, layer), several = output, bool(of_layer)
+    site = _FEATURE_ENDS[verb] if site == "mlp_out" else site
     return [FeatureNode(site, layer, number, name, several) for number in features.which]
 
 
@@ -970,17 +1058,15 @@ def _resolve_edge(
     senders = _resolve_nodes(edge.source, "start", parts, work)
     receivers = _resolve_nodes(edge.target, "end", parts, work)
     shape = work.sites.shape
-    found = [
-        (of, to)
-        for of, to in product(senders, receivers)
-        if precedes(of, to, parallel=shape.parallel_block)
-    ]
+    found = [(of, to) for of, to in product(senders, receivers) if _is_edge(of, to, shape, {})]
     open_ends = shape.stands_in and any(
         counts_from_end(node) for node in walk(edge) if isinstance(node, ast.Bound)
     )
     if not found and senders and receivers and not open_ends:
         first = senders[0]
-        if isinstance(first, FeatureNode):
+        if first.site == "attn_out":
+            first = SitePoint("z", first.layer, 0)  # the same receivers
+        elif isinstance(first, FeatureNode):
             first = SitePoint(first.site, first.layer, None)
         later = [to for of, to in list_edges(shape) if of == first]
         last = later[-1] if later else END
@@ -999,6 +1085,8 @@ def _resolve_edge(
 
 def _explain_no_edge(sender: SitePoint, receiver: SitePoint) -> str:
     """Return why a model has no edge between these ends."""
+    if receiver.site == "attn_out":
+        return f"the receiver reads only the heads of layer {receiver.layer}"
     sends = SITES[sender.site].side == "source"
     if sends == (SITES[receiver.site].side == "source"):
         return "the receiver reads before or at the sender"
@@ -1010,14 +1098,15 @@ def _explain_no_edge(sender: SitePoint, receiver: SitePoint) -> str:
 def _resolve_features(
     site: ast.Site, verb: str, parts: _CircuitParts, work: ExperimentContext
 ) -> list[SitePoint]:
-    """Resolve features at one end of an edge; E0342 for two dictionaries of one layer."""
+    """Resolve features at one end of an edge; E0342 for two dictionaries of one output."""
     found: list[SitePoint] = []
-    for layer, own in parts.resolve_features(site, work).items():
-        others = parts.members.setdefault(layer, {})
+    for output, own in parts.resolve_features(site, work).items():
+        others = parts.members.setdefault(output, {})
         others.setdefault(own.member.name, own.member)
         if len(others) > 1:
             first, second = others
-            reason = f"`{first}` and `{second}` both have features of layer {layer}"
+            of = "" if output[0] == "mlp_out" else f"`{output[0]}` of "
+            reason = f"`{first}` and `{second}` both have features of {of}layer {output[1]}"
             hint = "a circuit has features of one dictionary of a layer"
             bad = BadBasis(span=site.span, reason=reason, hint=hint, what="circuit")
             if bad not in work.diagnostics:
@@ -1026,7 +1115,7 @@ def _resolve_features(
             bad = _too_many(site.span.written, len(own.which), site.span, "feature")
             work.diagnostics.append(bad)
             return []
-        found += list_feature_ends(verb, layer, own)
+        found += list_feature_ends(verb, output, own)
     return found
 
 
@@ -1234,18 +1323,22 @@ def describe_neurons(rule: ResolvedRule) -> Iterator[Convention]:
 
 def describe_features(rule: ResolvedRule) -> Iterator[Convention]:
     """Yield the features that are nodes of a circuit."""
-    features = {} if rule.circuit is None else rule.circuit.features
+    every = {} if rule.circuit is None else rule.circuit.features
+    of = [f"{count_noun(len(own.which), 'feature')} of {own.member.name}" for own in every.values()]
+    notes = list[str]()
+    joined = [layer for site, layer in every if site == "attn_out"]
+    if joined:
+        rest = label_node(SitePoint("attn_out", joined[0], None))
+        notes.append(ATTENTION_NOTE.format(rest))
+    features = {layer: own for (site, layer), own in every.items() if site == "mlp_out"}
     if features:
-        of = [
-            f"{count_noun(len(own.which), 'feature')} of {own.member.name}"
-            for own in features.values()
-        ]
-        mlp = label_node(SitePoint("mlp_out", min(features), None))
+        mlp = label_node(SitePoint("mlp_out", min(n for n in features if n is not None), None))
         encodes = {bool(own.member.reads) for own in features.values()}
         through = ", the MLP" if encodes == {False} else ""
         through = ", of an SAE the MLP" if len(encodes) == 2 else through
-        note = FEATURE_NOTE.format(through, mlp)
-        yield Convention("features of circuits", ", ".join(of), note)
+        notes.append(FEATURE_NOTE.format(through, mlp))
+    if every:
+        yield Convention("features of circuits", ", ".join(of), "; ".join(notes))
 
 
 def check_ablated_tokens(
@@ -1497,6 +1590,8 @@ class GraphNumbers(Generic[EdgeT, NodeT]):
 
 def _name_output(receiver: SitePoint) -> str:
     """Return the site of the output of heads or an MLP by that of their input."""
+    if receiver.site == "attn_out":
+        return receiver.site
     stack = SITES[receiver.site].stack
     return in_stack("mlp_out" if receiver.unit is None else "z", stack)
 
@@ -1510,7 +1605,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
         self,
         shape: ModelShape,
         neurons: Mapping[SiteLayer, tuple[int, ...]] | None = None,
-        features: Mapping[int, FeatureNodes] | None = None,
+        features: Mapping[SiteLayer, FeatureNodes] | None = None,
         every: Sequence[CircuitEdge] | None = None,
     ) -> None:
         """Prepare the graph.
@@ -1547,7 +1642,7 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
             yield receiver
             return
         if isinstance(receiver, FeatureNode):
-            yield replace(receiver, site=_FEATURE_ENDS["start"])
+            yield replace(receiver, site=find_split_output(receiver)[0])
             return
         output = _name_output(receiver)
         if receiver.unit is None:
@@ -1577,9 +1672,11 @@ class EdgeGraph(PathGraph[CircuitEdge, SitePoint]):
 
     def _list_inputs(self, level: SearchLevel) -> Iterator[SearchStep]:
         """Yield steps that ablate the whole input of a query, key or value, or one edge."""
-        inputs: dict[SitePoint, list[CircuitEdge]] = {
-            to: [] for entrance in self._entrances for _, to in self.after[entrance]
-        }
+        receivers = [to for entrance in self._entrances for _, to in self.after[entrance]]
+        joined = dict.fromkeys(to for _, to in self.every if to.site == "attn_out")
+        if joined:  # they read heads only
+            receivers = sorted((*receivers, *joined), key=lambda to: write_order(to.site, to.layer))
+        inputs: dict[SitePoint, list[CircuitEdge]] = {to: [] for to in receivers}
         for edge in reversed(self.every):
             inputs[edge[1]].append(edge)
         for to, edges in reversed(inputs.items()):
@@ -1852,8 +1949,8 @@ class AskedCircuits:
         default_factory=dict[SiteLayer, tuple[int, ...]], hash=False
     )
     """Neurons that are nodes, by site and layer."""
-    features: Mapping[int, FeatureNodes] = field(
-        default_factory=dict[int, FeatureNodes], hash=False
+    features: Mapping[SiteLayer, FeatureNodes] = field(
+        default_factory=dict[SiteLayer, FeatureNodes], hash=False
     )
     """Features that are nodes, by layer."""
 

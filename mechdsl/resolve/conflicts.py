@@ -942,6 +942,10 @@ def _receiver_sites(path: PathTargets) -> set[str]:
     return {point.site for here in path.receivers.points.values() for point in here}
 
 
+_JOINED = ("head_out", "attn_out", "mixer_out")
+"""Sites of the sum of the heads of a layer."""
+
+
 def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0108 for rules that can't act together with an ablated circuit."""
     rules = [rule for rule in experiment.rules if rule.circuit is not None]
@@ -951,7 +955,8 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     others = [] if started is None else list(started.rules)
     circuits = [rule.circuit for rule in rules if rule.circuit is not None]
     neurons = {where for own in circuits for where in own.neurons}
-    features = {layer for own in circuits for layer in own.features}
+    features = {output for own in circuits for output in own.features}
+    of_mlps = {layer for site, layer in features if site == "mlp_out"}
     for rule in (*others, *experiment.rules):
         points = () if rule.sites is None else rule.sites.points.values()
         sites = {point.site for here in points for point in here}
@@ -962,6 +967,7 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         inside = layers | {
             p.layer for here in points for p in here if SITES[p.site].stage in _IN_MLP
         }
+        outputs = {("attn_out", p.layer) for here in points for p in here if p.site in _JOINED}
         what, later = "", "write an experiment for each"
         if rule.path is not None and rule.path.frozen_norms:
             what = "`with frozen norms` together with a circuit"
@@ -976,9 +982,13 @@ def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
         elif rule.circuit is None and rule.does.changes == "sites" and split:
             what = "a rule on the MLP of a layer in which neurons are nodes of a circuit"
             later = f"name its neurons: `{split[0][0]} layer {split[0][1]}`"
-        elif rule.circuit is None and rule.does.changes == "sites" and features & inside:
+        elif rule.circuit is None and rule.does.changes == "sites" and of_mlps & inside:
             what = "a rule on the MLP of a layer in which features are nodes of a circuit"
             later = "write an experiment for each, or change other layers"
+        elif rule.circuit is None and rule.does.changes == "sites" and features & outputs:
+            what = "a rule on the output of the attention of a layer in which features of this "
+            what += "output are nodes of a circuit"
+            later = "write an experiment for each, or change single heads: `z layer 0 head 1`"
         elif rule.circuit is not None and rule is not rules[0] and rule.only is None:
             what, later = "a second circuit", "join the edges of both in one `circuit`"
         elif rule.circuit is None and rule.does.changes == "sites" and read:

@@ -62,6 +62,7 @@ from mechdsl.resolve.types import (
     SiteCoordinate,
     SitePoint,
     SiteTargets,
+    find_split_output,
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
@@ -1749,7 +1750,8 @@ def label_node(point: SitePoint) -> str:
     if point.layer is None:
         return "logits"
     if isinstance(point, FeatureNode):
-        within = f"mlp_out layer {point.layer} " if point.is_of_layers else ""
+        site, _ = find_split_output(point)
+        within = f"{site} layer {point.layer} " if point.is_of_layers else ""
         return f"{within}feature {point.unit} of {point.basis}"
     if SITES[point.site].stack:
         if SITES[point.site].component == "resid_pre":
@@ -1763,6 +1765,8 @@ def label_node(point: SitePoint) -> str:
         return f"{site} layer {point.layer}{unit}"
     if point.site == "mlp_hidden" and point.unit is not None:
         return f"L{point.layer}N{point.unit}"
+    if point.site == "attn_out":
+        return f"L{point.layer}.attn"
     if point.unit is None:  # an MLP, or its other neurons
         return "embed" if point.site == "resid_pre" else f"L{point.layer}.mlp"
     head = f"L{point.layer}H{point.unit}"

@@ -859,8 +859,9 @@ class SitePoint:
 
 @dataclass(frozen=True)
 class FeatureNode(SitePoint):
-    """A feature of a dictionary as a node of a circuit: at `mlp_out` as a sender, and at `mlp_norm`
-    as a receiver. Its number is the unit."""
+    """A feature of a dictionary as a node of a circuit. Its number is the unit. Of the output of an
+    MLP, it is at `mlp_out` as a sender, and at `mlp_norm` as a receiver; of the output of
+    attention, at `attn_out` as both."""
 
     basis: str
     """Name of the basis."""
@@ -870,10 +871,10 @@ class FeatureNode(SitePoint):
 
 @record
 class FeatureNodes(Record):
-    """The features of one layer that are nodes of a circuit."""
+    """The features of one output that are nodes of a circuit."""
 
     member: BasisMember
-    """Their dictionary, of the output of the MLP."""
+    """Their dictionary, of the output of an MLP or of attention."""
     which: tuple[int, ...]
 
 
@@ -900,7 +901,9 @@ CircuitEdge = tuple[SitePoint, SitePoint]
 """A sender (`resid_pre` of layer 0, `z` or `mlp_out`) and a receiver (`q`, `k`, `v`, `mlp_norm` or
 `logits`) that reads its output in the residual stream. A neuron is `mlp_hidden` as both; without a
 unit, the neurons of a layer that a circuit doesn't name. A `FeatureNode` is a feature, and in its
-layer `mlp_out` and `mlp_norm` without a unit are the rest of the output of the MLP."""
+layer `mlp_out` and `mlp_norm` without a unit are the rest of the output of the MLP. If features of
+the output of attention are nodes, heads of the layer send only to these and to `attn_out`, the rest
+of this output, which send to the stream instead."""
 
 PlacedEdges: TypeAlias = Mapping[CircuitEdge, frozenset[int] | None]
 """Edges of a circuit, each with the numbers of its places; None for all tokens."""
@@ -1076,8 +1079,10 @@ class CircuitTargets(Record):
     )
     """The neurons that are nodes, by site and layer (`mlp_hidden encoder`, 0); the others of these
     layers are one node together."""
-    features: Mapping[int, FeatureNodes] = field(default_factory=dict[int, FeatureNodes])
-    """The features that are nodes, by layer; the rest of the output of the MLP is one node."""
+    features: Mapping[SiteLayer, FeatureNodes] = field(
+        default_factory=dict[SiteLayer, FeatureNodes]
+    )
+    """The features that are nodes, by output (`mlp_out`, 0); the rest of the output is one node."""
     scores: Mapping[EdgeAtPlace, float] = field(
         default_factory=dict[EdgeAtPlace, float], compare=False
     )
@@ -1448,6 +1453,12 @@ def precedes(sender: SitePoint, receiver: SitePoint, *, parallel: bool) -> bool:
         return in_mlp
     of_attention = of.name in ("z", "head_out", "attn_out", "resid_mid")
     return of_attention and not parallel and (in_mlp or to.stack == "cross")
+
+
+def find_split_output(node: SitePoint) -> SiteLayer:
+    """Return the site and layer of the output that a node is a part of, if it is a feature or the
+    rest of an output: for those of an MLP, that of the MLP."""
+    return "mlp_out" if node.site == "mlp_norm" else node.site, node.layer
 
 
 def is_neuron(node: SitePoint) -> bool:

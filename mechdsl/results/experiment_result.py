@@ -225,6 +225,8 @@ class ResultCircuit(Record):
     if no edge has positions."""
     features: tuple[tuple[str, int], ...] = ()
     """Its nodes that are features, named as in edges, each with its layer."""
+    of_attention: tuple[str, ...] = ()
+    """Those of `features` that are parts of the output of attention."""
     neurons: tuple[str, ...] = ()
     """Its nodes that are neurons, named as in edges."""
     dictionaries: tuple[tuple[str, str], ...] = ()

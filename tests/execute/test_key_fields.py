@@ -383,7 +383,10 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "edges": ("circuit", lambda edges: one_more(edges, fewer_edges)),
         "places": ("placed circuit", lambda places: tuple(map(moved, places))),
         "neurons": ("neurons", lambda neurons: {0: (1,)}),
-        "features": ("neurons", lambda features: {2: FeatureNodes(SPANNED, (1,))}),
+        "features": (
+            "neurons",
+            lambda features: {("mlp_out", 2): FeatureNodes(SPANNED, (1,))},
+        ),
     },
     ExternalRun: {
         "table": ("apart", other_table),

@@ -355,13 +355,30 @@ _file(
     "before the MLP, the MLP and the encoder; a feature of a transcoder through the norm and the "
     "encoder. In a layer with named features, `L1.mlp` is the rest of the output of the MLP: the "
     "other features, the error and biases. Two dictionaries of one layer, dictionaries at other "
-    "sites and other bases are E0342, features and neurons of one layer E0334. "
+    "sites and other bases are E0342, features and neurons of one layer E0334. For features at "
+    "`attn_out`, see the next row. "
     "`against random(39)` draws from the edges between these nodes, heads and MLPs. "
     "`observe overlap` and `observe edge_auroc` don't take such "
     "circuits. Neither a `path` nor a rule inside such an MLP can be in "
     "one experiment with them, and the MLP is one module that reads the stream alone (all E0108). "
     '`report graph to "circuit.json"` writes them with the SHA-256 of the dictionary.',
     "tests/rules/test_feature_circuits.py",
+    "Marks et al. 2024, arXiv 2403.19647",
+)
+_file(
+    "circuit: features of attention",
+    'basis b = sae("sae") at attn_out layer 0\n'
+    "circuit c = L0H1 -> feature 3 of b, feature 3 of b -> logits, L0H1 -> L0.attn",
+    "Features of a dictionary at `attn_out` as senders and receivers. A feature reads the sum of "
+    "the heads of its layer, each with its output or the fill of an ablated edge, through the norm "
+    "after attention if there is one, and the encoder. It sends its activation times its decoder "
+    "row. `L0.attn` is the rest of the output of attention: the other features, the error and "
+    "biases. The heads of this layer send only to these nodes; an edge from them to another "
+    "receiver, and `L0.attn` in a layer without such features, are E0334. Edges into features from "
+    "other nodes are E0335. A rule on `attn_out` or `head_out` of this layer can't be in one "
+    "experiment with the circuit (E0108). Trainings, random circuits, files and pictures are as "
+    "for features at `mlp_out`.",
+    "tests/rules/test_attention_feature_circuits.py",
     "Marks et al. 2024, arXiv 2403.19647",
 )
 _file(
@@ -378,7 +395,7 @@ _file(
     "`split`, choose and test. `mechdsl run` trains the circuit first. The experiment has one "
     "block, no other rule and no `for`, and its effects are `recovery`, `faithfulness` or `raw` "
     "(E0207). Other experiments may use the circuit. `over heads, mlps, features of f` also makes "
-    "every feature of a dictionary at `mlp_out` a node, as `nodes: c_nodes` with "
+    "every feature of a dictionary at `mlp_out` or `attn_out` a node, as `nodes: c_nodes` with "
     "`group c_nodes = features * of f` does; several dictionaries are possible. "
     "`over heads, mlps, g` names a group of features or neurons.",
     "tests/pipeline/test_discovered_circuits.py",

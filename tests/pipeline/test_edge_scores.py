@@ -137,8 +137,15 @@ def finish(scoring: EffectScoring, passes: list[int] | None) -> Floats:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def module_of(sender: str, features: Mapping[int, Features] | None = None) -> str:
+def module_of(
+    sender: str,
+    features: Mapping[int, Features] | None = None,
+    attention: Mapping[int, Features] | None = None,
+) -> str:
     """The module of a sender: all heads, neurons or features of its layer, or the sender itself."""
+    for layer, own in (attention or {}).items():
+        if sender in own.names:
+            return f"L{layer}.attn"
     for layer, own in (features or {}).items():
         if sender in own.names:
             return mlp(layer)
@@ -148,17 +155,24 @@ def module_of(sender: str, features: Mapping[int, Features] | None = None) -> st
 
 
 def before_norm(
-    parts: Stack, record: Mapping[str, Tensor], sender: str, gradient: Tensor
+    parts: Stack,
+    record: Mapping[str, Tensor],
+    sender: str,
+    gradient: Tensor,
+    attention: Mapping[int, Features],
 ) -> Tensor:
-    """The gradient by a sender's output, of that by what it adds to the stream: they differ if a
-    norm follows the sum of the heads.
+    """The gradient by a sender's output, of that by what it adds to the input of a receiver: they
+    differ if a norm follows the sum of the heads, unless the receiver is a node of this sum.
 
     Args:
         record: The outputs of senders.
+        attention: As in `circuit_pass`.
     """
     if "H" not in sender or type(parts).behind_attention is Stack.behind_attention:
         return gradient
     layer = int(sender.split("H")[0].removeprefix("L"))
+    if layer in attention:
+        return gradient
     block = parts.block(layer)
     _, bias = parts.output(block)
     joined = torch.stack([record[f"L{layer}H{n}"] for n in range(parts.heads)]).sum(0).detach()
@@ -204,7 +218,8 @@ def reference_products(
         moved_changes[sender] = torch.zeros_like(own)
         moved_changes[sender][everywhere] = whole[sender][everywhere] - own[everywhere]
     names = [[list_members(end, every) for end in edge] for edge in every]
-    module = {sender: module_of(sender, nodes.get("features")) for sender in clean}
+    split = nodes.get("features"), nodes.get("attention") or {}
+    module = {sender: module_of(sender, *split) for sender in clean}
 
     parts = stack(family, model)
 
@@ -233,7 +248,7 @@ def reference_products(
 
         def by_sender(sender: str, receivers: Sequence[str]) -> Tensor:
             gradient = torch.stack([by_receiver[each] for each in receivers]).sum(0)
-            return before_norm(parts, record, sender, gradient)
+            return before_norm(parts, record, sender, gradient, split[1])
 
         return by_sender
 
@@ -295,7 +310,7 @@ def compare_scores(
 
     Args:
         group: Lines of the file with a group `g` of neurons or features that are nodes.
-        nodes: `split` and `features` of the reference, their layers.
+        nodes: `split`, `features` and `attention` of the reference, their layers.
     """
     at, side = where
     at = PAIR if source == "with: mean" else at  # rows have different numbers of tokens

@@ -38,16 +38,16 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """Features of the MLP of a layer that are nodes."""
+    """Features of the MLP, or of the attention, of a layer that are nodes."""
 
     of: Encoder
     names: Mapping[str, int]
     """Node → its number in the dictionary."""
     reads: str = "mlp_out"
-    """What is encoded: `mlp_out`, `mlp_norm` or `resid_mid`."""
+    """What is encoded: `mlp_out`, `mlp_norm`, `resid_mid` or `attn_out`."""
 
     def split(self, node: str, output: Tensor, encoded: Tensor) -> Tensor:
-        """What a feature, or the rest of the MLP's output, adds to the stream, [T, d_model]."""
+        """What a feature, or the rest of the output, adds to the stream, [T, d_model]."""
         values = self.of.encode(encoded)
         nothing = self.of.decode(torch.zeros_like(values), encoded)
 
@@ -63,6 +63,10 @@ class Features:
 
 def mlp_nodes(layer: int, features: Features) -> list[str]:
     return [*features.names, mlp(layer)]
+
+
+def attention_nodes(layer: int, features: Features) -> list[str]:
+    return [*features.names, f"L{layer}.attn"]
 
 
 @torch.no_grad()
@@ -82,12 +86,14 @@ def reads(
     parallel: bool,
     split: Mapping[int, int] | None = None,
     features: Mapping[int, Features] | None = None,
+    attention: Mapping[int, Features] | None = None,
 ) -> dict[str, list[str]]:
     """Receiver → the senders before it.
 
     Args:
         split: Layers whose neurons are nodes instead of the MLP, with the number of neurons.
         features: Layers whose features are nodes; the MLP is the rest of its output.
+        attention: Layers whose features of the output of attention are nodes; heads send to these.
     """
     found: dict[str, list[str]] = {}
     before = [EMBED]
@@ -95,6 +101,10 @@ def reads(
         heads = [head(layer, n) for n in range(parts.heads)]
         for letter, count in (("q", parts.heads), ("k", kv), ("v", kv)):
             found |= {f"{head(layer, n)}.{letter}": [*before] for n in range(count)}
+        if attention and layer in attention:
+            nodes = attention_nodes(layer, attention[layer])
+            found |= dict.fromkeys(nodes, heads)
+            heads = nodes
         count = (split or {}).get(layer)
         names = [mlp(layer)] if count is None else [neuron(layer, n) for n in range(count)]
         names = mlp_nodes(layer, features[layer]) if features and layer in features else names
@@ -108,6 +118,7 @@ def outputs(
     parts: Stack,
     split: Collection[int] = (),
     features: Mapping[int, Features] | None = None,
+    attention: Mapping[int, Features] | None = None,
 ) -> dict[str, Tensor]:
     """Sender → its output in a run, [T, d_model]; split: layers whose neurons are nodes."""
     found = {EMBED: run["resid_pre", 0][:, 0]}
@@ -122,6 +133,9 @@ def outputs(
             own, output = features[layer], run["mlp_out", layer][:, 0]
             encoded = run[own.reads, layer][:, 0]
             found |= {n: own.split(n, output, encoded) for n in mlp_nodes(layer, own)}
+        if attention and layer in attention:
+            own, output = attention[layer], run["attn_out", layer][:, 0]
+            found |= {n: own.split(n, output, output) for n in attention_nodes(layer, own)}
     return found
 
 
@@ -141,6 +155,7 @@ def circuit_pass(
     rules: str = "",
     split: Mapping[int, int] | None = None,
     features: Mapping[int, Features] | None = None,
+    attention: Mapping[int, Features] | None = None,
 ) -> Tensor:
     """The logits [T, vocab] if ablated edges carry the fills, [T, d_model] by sender, at these
     positions, and all others what their senders give in the same pass; or a share of the fill, the
@@ -155,6 +170,8 @@ def circuit_pass(
         rules: "relp" or "gim" for these derivatives, of a model by `ruled`.
         split: Layers whose neurons are senders and receivers, with the number of neurons.
         features: Layers whose features are senders and receivers.
+        attention: Layers whose features of the output of attention are, too; their heads send only
+            to these and to the rest of this output.
     """
     moves, adds, fixed = moved or {}, added or {}, held or {}
     seen_so_far = {} if record is None else record
@@ -185,7 +202,7 @@ def circuit_pass(
                 of: own + ablated_.get(of, 0.0) * there * (fills.get(of, own) - own)
                 for of, own in given.items()
             }
-            return (_join(parts, carried) + adds.get(receiver, 0))[None]
+            return (_join(parts, carried, attention or {}) + adds.get(receiver, 0))[None]
         seen = x + adds.get(receiver, 0)
         for sender, share in into.get(receiver, ()):
             seen = seen + share * there * (fills[sender] - given[sender])
@@ -224,9 +241,23 @@ def circuit_pass(
             head(layer, n): taken(head(layer, n), each[n] + moves.get(head(layer, n), 0))
             for n in range(parts.heads)
         }
-        joined = torch.stack([given[head(layer, n)] for n in range(parts.heads)]).sum(0)
-        joined = joined + (0 if bias is None else bias)
-        x = x + parts.behind_attention(block, joined)
+        bias = torch.zeros_like(x[0]) if bias is None else bias
+        if attention and layer in attention:
+            split_ = attention[layer]
+            for name in attention_nodes(layer, split_):
+                ends = dict(into.get(name, ()))
+                joined = bias + adds.get(name, 0)
+                for n in range(parts.heads):
+                    of, value = head(layer, n), given[head(layer, n)]
+                    share = ends.get(of, 0.0) * there
+                    joined = joined + value + share * (fills.get(of, value) - value)
+                output = parts.behind_attention(block, joined)
+                value = split_.split(name, output, output)
+                given[name] = taken(name, value + moves.get(name, 0))
+            x = x + sum(given[name] for name in attention_nodes(layer, split_))
+        else:
+            joined = torch.stack([given[head(layer, n)] for n in range(parts.heads)]).sum(0)
+            x = x + parts.behind_attention(block, joined + bias)
         mlp_input = torch.cat(list(map(seen_by, nodes))) if mlp_input is None else mlp_input
         if split and layer in split:
             hidden = _activations(parts, block, second(mlp_input), rules)
@@ -259,12 +290,15 @@ def circuit_pass(
     return parts.unembed(parts.final(seen_by(LOGITS)))[0]
 
 
-def _join(parts: Stack, carried: Mapping[str, Tensor]) -> Tensor:
+def _join(parts: Stack, carried: Mapping[str, Tensor], attention: Mapping[int, Features]) -> Tensor:
     """[T, d_model]: the stream of senders so far, with the norm after each attention."""
     x = carried[EMBED]
     for layer in range(parts.layers):
         heads = [carried[of] for n in range(parts.heads) if (of := head(layer, n)) in carried]
-        if heads:
+        if layer in attention:
+            nodes = attention_nodes(layer, attention[layer])
+            x = x + sum(carried[name] for name in nodes if name in carried)
+        elif heads:
             block = parts.block(layer)
             _, bias = parts.output(block)
             joined = torch.stack(heads).sum(0) + (0 if bias is None else bias)

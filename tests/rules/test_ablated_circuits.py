@@ -144,15 +144,17 @@ def fills(
     donors: Mapping[int, int],
     split: Collection[int] = (),
     features: Mapping[int, Features] | None = None,
+    attention: Mapping[int, Features] | None = None,
 ) -> list[dict[str, Tensor]]:
     """By prompt and sender, [T of the base run, d_model] with the fill where the rule acts.
 
-    split, features: layers whose neurons or features are senders.
+    split, features, attention: layers whose neurons or features are senders.
     """
     parts = stack(name, double(name))
     word, _, of = case.fill.partition(" of ")
     run = of or ("clean" if word in ("zero", "mean", "resample") else word)
-    given = [outputs(plain(name, text), parts, split, features) for text in rows(run)]
+    nodes = split, features, attention
+    given = [outputs(plain(name, text), parts, *nodes) for text in rows(run)]
     at = [tokens(text, case.at) for text in rows(run)]
     found: list[dict[str, Tensor]] = []
     for n, text in enumerate(rows(case.base)):
@@ -175,7 +177,7 @@ def ablated_values(
 ) -> list[float]:
     """The values of each prompt if these edges carry the fill of a case.
 
-    nodes: `split` and `features`, the layers whose neurons or features are nodes.
+    nodes: `split`, `features` and `attention`, the layers whose neurons or features are nodes.
     """
     values: list[float] = []
     every_fill = fills(name, case, donors, **nodes)

@@ -17,7 +17,7 @@ from mechdsl.base import limits
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.resolve.circuits import CircuitDraws, EdgeGraph
 from mechdsl.resolve.sites import label_candidates
-from mechdsl.resolve.types import BasisMember, FeatureNodes, SpannedBasis
+from mechdsl.resolve.types import BasisMember, FeatureNodes, SiteLayer, SpannedBasis
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 
@@ -362,8 +362,13 @@ def test_plan_counts_the_mlp_of_each_distinct_input_of_features(
 
 WRONG_EDGES = {
     "embed -> feature 3 of r": ("E0342", "the residual stream is the sum of all senders"),
-    "feature 3 of a -> logits": ("E0342", "the sum of the heads of a layer, which are nodes"),
-    "feature 5 of a -> logits": ("E0342", "`ablate features * of a except 3, 5 at tokens *"),
+    "feature 5 of r -> logits": ("E0342", "`ablate features * of r except 3, 5 at tokens *"),
+    "embed -> feature 3 of a": ("E0335", "the receiver reads only the heads of layer 0"),
+    "L1H0 -> feature 3 of a": ("E0335", "the receiver reads only the heads of layer 0"),
+    "feature 3 of a -> L0H1.q": ("E0335", "the receiver reads before or at the sender"),
+    "L0H1 -> logits, L0H1 -> feature 3 of a": ("E0334", "`L0H1` sends only to nodes of layer 0"),
+    "L0H1 -> L0.attn, L0.attn -> logits": ("E0334", "`q layer 0 heads *` and `k layer 0 heads *`"),
+    "L1.attn -> logits, L0H1 -> feature 3 of a": ("E0334", "only in a circuit with features of a"),
     "feature 1 of s -> logits": ("E0342", "`mlp_out layer 0 feature 1 of s`"),
     "feature 1 of q -> logits": ("E0342", "`q` isn't a dictionary"),
     "feature 1 of f -> logits, feature 1 of g -> logits": ("E0342", "features of layer 0"),
@@ -480,8 +485,8 @@ def test_picture_and_conventions_of_a_circuit_name_its_features(data: Path) -> N
     ]
     ends = {end for each in drawn for end in (each.sender, each.receiver)}
     assert {(end.label, end.level) for end in ends if end.kind == "feature"} == {
-        ("feature 3 of f", (0, 2)),
-        ("feature 2 of t", (1, 2)),
+        ("feature 3 of f", (0, 3)),
+        ("feature 2 of t", (1, 3)),
     }
     said = found.conventions["features of circuits"]
     nodes, _, note = said.partition("; ")
@@ -631,7 +636,10 @@ def test_random_circuits_carry_the_fill_of_feature_circuits(
     own = dictionaries(data, name, "topk")
     some = {n: _some(features, there) for n, features in own.items()}
     some = {n: features for n, features in some.items() if features.names}
-    nodes = {n: FeatureNodes(_member(n), tuple(each.names.values())) for n, each in some.items()}
+    nodes: dict[SiteLayer, FeatureNodes] = {
+        ("mlp_out", n): FeatureNodes(_member(n), tuple(each.names.values()))
+        for n, each in some.items()
+    }
     graph = EdgeGraph(shape_of(name), None, nodes)
     named = {label_candidates((edge,)): edge for edge in graph.every}
     circuit = [named[f"{of} -> {to}"] for of, to in written]
@@ -655,7 +663,9 @@ def _member(layer: int) -> BasisMember:
 
 
 def test_edges_of_random_circuits_of_features_are_on_paths(data: Path) -> None:
-    nodes = {n: FeatureNodes(_member(n), own) for n, (_, own) in NODES.items()}
+    nodes: dict[SiteLayer, FeatureNodes] = {
+        ("mlp_out", n): FeatureNodes(_member(n), own) for n, (_, own) in NODES.items()
+    }
     graph = EdgeGraph(shape_of("gpt2"), {("mlp_hidden", 2): (1, 4)}, nodes)
     circuit = [
         next(edge for edge in graph.every if label_candidates((edge,)) == text)

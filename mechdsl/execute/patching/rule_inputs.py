@@ -34,7 +34,12 @@ from mechdsl.execute.patching.writes import (
 from mechdsl.execute.unpatched_batch import Continuation, UnpatchedBatch, count_fed_tokens
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, FittedDirections
-from mechdsl.forward.hooks.batch import RuleWrites, SiteRead, indices_to_device
+from mechdsl.forward.hooks.batch import (
+    RuleWrites,
+    SiteRead,
+    SplitOutputs,
+    indices_to_device,
+)
 from mechdsl.forward.hooks.coordinates import CoordinateSystem, FeatureSplit
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.plan import ExperimentPlan, WholeCell, WholeCells, collect_whole_cells
@@ -389,10 +394,10 @@ def _compute_rule_means(
         extent = extent if encoder is None else encoder.extent(place)
         sums[place] = torch.zeros(*size, slots, *extent, dtype=torch.float64)
     split = split_outputs(rule, directions)
-    for layer, own in split.items():
-        if ("mlp_out", layer) in places:
+    for (site, layer), own in split.items():
+        if (site, layer) in places:
             extent = len(own.nodes), shape.d_model
-            sums[NODES, layer] = torch.zeros(*size, slots, *extent, dtype=torch.float64)
+            sums[NODES[site], layer] = torch.zeros(*size, slots, *extent, dtype=torch.float64)
     counts = torch.zeros(*size, slots, dtype=torch.float64)
     read = codes if apart is None else np.zeros(len(apart.table), dtype=np.int64)
     if apart is not None:
@@ -443,9 +448,10 @@ class _LaneVectors:
         own = there.numpy()
         return replace(self, lane=self.lane[own], token=self.token[own])
 
-    def split(self, layer: int, split: FeatureSplit) -> Tensor:
-        """Return [K, node, d_model]: what the nodes of an MLP add to the stream."""
-        sites = "mlp_out", split.reads or "mlp_out"
+    def split(self, output: SiteLayer, split: FeatureSplit) -> Tensor:
+        """Return [K, node, d_model]: what the nodes of an output add to the stream."""
+        site, layer = output
+        sites = site, split.reads or site
         outputs, inputs = (self.at((site, layer))[:, 0] for site in sites)
         wide = torch.promote_types(outputs.dtype, torch.float32)
         return split.split(outputs.to(wide), inputs.to(wide), split.nodes)
@@ -460,7 +466,7 @@ def _add_to_sums(
     counts: Tensor,
     ends: Ints | None,
     encoder: _CoordinateEncoder | None,
-    split: Mapping[int, FeatureSplit],
+    split: SplitOutputs,
 ) -> None:
     """Add activations of these prompts, or their coordinates, to the sums of a `mean` ablation.
 
@@ -471,8 +477,9 @@ def _add_to_sums(
         counts: [position, group, token] number of summands.
         ends: [lane] first position after the end of the pass; None if positions needn't be
             checked.
-        split: By layer, the features of a circuit that are averaged as nodes.
+        split: By output, the features of a circuit that are averaged as nodes.
     """
+    nodes = {(NODES[site], layer): (site, layer) for site, layer in split}
     positions = np.repeat(np.arange(len(plan.sources)), len(prompts))
     prompt = np.tile(prompts, len(plan.sources))
     key = positions * plan.averaged.prompts + prompt
@@ -489,13 +496,12 @@ def _add_to_sums(
         )
         read = _LaneVectors(lanes, lane[row], token)
         for place, total in sums.items():
-            site, layer = place
             own, into = read, added
             if plan.rule.circuit is not None and plan.rule.circuit.encoder is not None:
                 here = read.in_stack(SiteRead(*place).stack)  # other tokens have no such vector
                 own, into = read.some(here), tuple(each[here] for each in added)
-            if site == NODES and layer is not None:
-                vectors = own.split(layer, split[layer])
+            if place in nodes:
+                vectors = own.split(nodes[place], split[nodes[place]])
             else:
                 vectors = own.at(place)
             if encoder is not None:

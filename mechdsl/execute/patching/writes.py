@@ -25,6 +25,7 @@ from mechdsl.forward.hooks.batch import (
     SenderFill,
     SiteRead,
     SiteWrite,
+    SplitOutputs,
     WriteMode,
     array_to_device,
     arrays_to_device,
@@ -52,7 +53,13 @@ from mechdsl.planner.rows import (
     point_units,
 )
 from mechdsl.resolve.bases import CoordinateChange
-from mechdsl.resolve.types import CircuitTargets, SiteLayer, SitePoint, is_neuron
+from mechdsl.resolve.types import (
+    CircuitTargets,
+    SiteLayer,
+    SitePoint,
+    find_split_output,
+    is_neuron,
+)
 from mechdsl.vocab.sites import SITES, write_order
 
 
@@ -121,8 +128,8 @@ class EdgeTable:
     mask: Tensor
     others: Mapping[int, tuple[int, ...]]
     """By layer, the neurons that are one node together."""
-    features: Mapping[int, FeatureSplit]
-    """By layer, the features that are nodes."""
+    features: SplitOutputs
+    """By output, the features that are nodes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -707,39 +714,39 @@ def _name_source(rule: RulePlan, every: _WriteTokens, own: Ints) -> str:
     return rule.rule.run if same else ""
 
 
-NODES = "mlp_nodes"
-"""Name of the vectors of the nodes that an MLP is split into, in means."""
+NODES: Mapping[str, str] = {"mlp_out": "mlp_nodes", "attn_out": "attn_nodes"}
+"""Site of an output → the name, in means, of the vectors of the nodes that it is split into."""
 
 
-def split_outputs(rule: RulePlan, directions: FittedDirections) -> dict[int, FeatureSplit]:
-    """Return the layers whose features are nodes of a rule's circuit."""
-    found: dict[int, FeatureSplit] = {}
+def split_outputs(rule: RulePlan, directions: FittedDirections) -> dict[SiteLayer, FeatureSplit]:
+    """Return the outputs whose features are nodes of a rule's circuit."""
+    found: dict[SiteLayer, FeatureSplit] = {}
     circuit = rule.rule.circuit
-    for layer, own in ({} if circuit is None else circuit.features).items():
+    for output, own in ({} if circuit is None else circuit.features).items():
         system = directions.systems[own.member.name]
         assert isinstance(system, Dictionary)
-        found[layer] = FeatureSplit(system, own.which, own.member.reads)
+        found[output] = FeatureSplit(system, own.which, own.member.reads)
     return found
 
 
 def group_senders(
-    senders: Sequence[SitePoint], features: Mapping[int, FeatureSplit]
+    senders: Sequence[SitePoint], features: SplitOutputs
 ) -> Iterator[tuple[SiteLayer, tuple[int, ...]]]:
     """Yield the senders of edges in forward order, with the heads, neurons or features of each
     layer together; without a node of several neurons.
 
-    features: By layer, the features that are nodes.
+    features: By output, the features that are nodes.
     """
     places = {(sender.site, sender.layer) for sender in senders}
     for place in sorted(places, key=lambda place: write_order(*place)):
         own = {number_unit(s, features) for s in senders if (s.site, s.layer) == place}
-        rest = (OTHERS,) if OTHERS in own and place[0] == "mlp_out" else ()
+        rest = (OTHERS,) if OTHERS in own and place in features else ()
         yield place, (*sorted(own - {OTHERS}), *rest)
 
 
-def number_unit(node: SitePoint, features: Mapping[int, FeatureSplit]) -> int:
+def number_unit(node: SitePoint, features: SplitOutputs) -> int:
     """Return the number of a head, neuron or feature, 0 for whole vectors, or `OTHERS`."""
-    is_split = node.site in ("mlp_out", "mlp_norm") and node.layer in features
+    is_split = find_split_output(node) in features
     is_several = node.unit is None and (is_split or is_neuron(node))
     return OTHERS if is_several else node.unit or 0
 
@@ -756,11 +763,11 @@ def list_other_neurons(
 
 def list_stream_nodes(
     others: Mapping[SiteLayer, tuple[int, ...]],
-    features: Mapping[int, FeatureSplit],
+    features: SplitOutputs,
     stack: str,
-) -> tuple[dict[int, tuple[int, ...]], Mapping[int, FeatureSplit]]:
-    """Return the neurons that are one node together and the features that are nodes of one stream,
-    by layer.
+) -> tuple[dict[int, tuple[int, ...]], SplitOutputs]:
+    """Return the neurons that are one node together, by layer, and the features that are nodes of
+    one stream, by output.
 
     Args:
         stack: Empty for the main stream, or `encoder`.
@@ -774,17 +781,17 @@ def list_stream_nodes(
 
 
 def _fill_features(
-    asked: _RuleVectors, split: FeatureSplit, layer: int, units: tuple[int, ...]
+    asked: _RuleVectors, split: FeatureSplit, output: SiteLayer, units: tuple[int, ...]
 ) -> Tensor:
-    """Return [K, unit, d_model]: what features and the rest of an MLP add to the stream, with the
-    values of a rule at its tokens."""
-    rule = asked.plan.rule
+    """Return [K, unit, d_model]: what features and the rest of an output add to the stream, with
+    the values of a rule at its tokens."""
+    rule, (site, layer) = asked.plan.rule, output
     if rule.does.reads == "mean":
         index = np.array([split.nodes.index(unit) for unit in units], dtype=np.int64)
         chosen, unit = np.repeat(asked.chosen, len(units)), np.tile(index, len(asked.chosen))
-        means = replace(asked, place=(NODES, layer), chosen=chosen, unit=unit)
+        means = replace(asked, place=(NODES[site], layer), chosen=chosen, unit=unit)
         return rule.does.values(rule, means).unflatten(0, (len(asked.chosen), len(units)))
-    outputs = rule.does.values(rule, replace(asked, place=("mlp_out", layer)))
+    outputs = rule.does.values(rule, replace(asked, place=output))
     if rule.does.reads is None:
         return outputs[:, None].expand(-1, len(units), -1)
     inputs = outputs
@@ -799,13 +806,12 @@ def _fill(
     place: SiteLayer,
     units: tuple[int, ...],
     others: tuple[int, ...],
-    features: Mapping[int, FeatureSplit],
+    features: SplitOutputs,
 ) -> Tensor:
     """Return [K, unit, width]: the values of a rule at its tokens, for each of some heads, neurons
     or features, then for others of these neurons."""
-    site, layer = place
-    if site == "mlp_out" and layer is not None and layer in features:
-        return _fill_features(asked, features[layer], layer, units)
+    if place in features:
+        return _fill_features(asked, features[place], place, units)
     asked = replace(asked, place=place)
     if others:  # most neurons of the layer: they are read as one vector
         whole = replace(asked, joins=True, unit=np.zeros_like(asked.chosen))
@@ -842,7 +848,7 @@ def _tabulate(
     receivers: EdgeEnds,
     kept: Sequence[SitePoint],
     others: Mapping[SiteLayer, tuple[int, ...]],
-    features: Mapping[int, FeatureSplit],
+    features: SplitOutputs,
 ) -> EdgeTable:
     """Return the columns and rows of the edges.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -637,7 +637,7 @@ class SenderFill:
 
     where: SiteRead
     units: tuple[int, ...]
-    """Heads or neurons; 0 for whole vectors; in a layer of `CircuitWrite.features`, features or
+    """Heads or neurons; 0 for whole vectors; of an output in `CircuitWrite.features`, features or
     `OTHERS`."""
     values: Tensor
     """[K, unit, width], of features what they add to the stream; those of `others` follow those of
@@ -663,6 +663,10 @@ def stream_of(fills: Sequence[SenderFill]) -> str:
     return "encoder" if any(fill.where.stack == "encoder" for fill in fills) else ""
 
 
+SplitOutputs: TypeAlias = Mapping[tuple[str, int | None], FeatureSplit]
+"""Site (`mlp_out` or `attn_out`) and layer of an output → its features that are nodes."""
+
+
 @dataclass(frozen=True, eq=False)
 class CircuitWrite:
     """K tokens at which some edges carry other values of their senders, in one stream.
@@ -679,7 +683,8 @@ class CircuitWrite:
     """The senders; their columns of the mask are in this order, unit by unit."""
     receivers: tuple[tuple[SiteRead, int], ...]
     """Sites that read the stream, with their heads or neurons: `q`, `k`, `v`, `mlp_norm`,
-    `mlp_hidden` or `logits`. Those of an encoder's output are `k cross` and `v cross`."""
+    `mlp_hidden` or `logits`. Those of an encoder's output are `k cross` and `v cross`. Nodes of
+    `attn_out` read the heads of its layer."""
     mask: Tensor
     """[receiver, sender], 1 for an edge that carries the fill; [K, receiver, sender] if tokens
     differ. A share between 0 and 1 adds this share of fill - value."""
@@ -691,8 +696,9 @@ class CircuitWrite:
     """Heads whose outputs are written, not computed; the tokens are then all of their rows."""
     others: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     """The neurons that the receiver `OTHERS` of `mlp_hidden` stands for, by layer."""
-    features: Mapping[int, FeatureSplit] = field(default_factory=dict[int, FeatureSplit])
-    """The features that are nodes, by layer; `OTHERS` is the rest of the output of the MLP."""
+    features: SplitOutputs = field(default_factory=dict[tuple[str, int | None], FeatureSplit])
+    """The features that are nodes, by output; `OTHERS` is the rest of the output. Heads send only
+    to the nodes of the output of their attention, if it has some."""
 
     @property
     def stack(self) -> str:
@@ -714,6 +720,8 @@ class EdgeTap:
     """Their numbers in the `CircuitRead`."""
     to_stream: Callable[[Tensor], Tensor]
     """Gradient by `tensor` → [receiver, K, d_model] gradients by what each receiver reads."""
+    senders: slice | None = None
+    """The columns of the senders that the receivers read; None for all before them."""
     sublayers: int = 0
     """Number of sublayers before the receivers, if norms follow the sums of the stream."""
 
@@ -742,7 +750,7 @@ class CircuitRead:
     to_senders: Callable[[Tensor, int], Iterator[tuple[slice, Tensor]]] | None = None
     """If norms follow the sums of the stream: gradients by what receivers read, and the number of
     sublayers before them → columns of senders, gradients by what these senders add."""
-    features: Mapping[int, FeatureSplit] = field(default_factory=dict[int, FeatureSplit])
+    features: SplitOutputs = field(default_factory=dict[tuple[str, int | None], FeatureSplit])
     """As in `CircuitWrite`."""
 
     @property

@@ -16,6 +16,10 @@ mask * (fill - value) of its senders. If norms follow the outputs of attention (
 recomputed stream gains, after each attention, the norm of the sum of its heads, each with its value
 or its fill.
 
+If features of the output of an attention are nodes, each of them, and the rest of this output,
+reads its own sum of the heads, each with its value or its fill, through the norm of the output, if
+there is one, and the encoder. Other receivers read these nodes instead of the heads.
+
 References:
     Conmy et al. 2023 (arXiv 2304.14997), section 3: edges between nodes of the residual stream.
 """
@@ -219,11 +223,20 @@ def is_plain_mlp(model: LoadedModel, layer: int | None, *, normed: bool = False)
     return tap.path == block.mlp[0] or (normed and tap.path == block.mlp_output_norm)
 
 
-def explain_no_features(model: LoadedModel, layers: Iterable[int]) -> str:
-    """Return why features of the MLPs of some layers can't be nodes of a circuit; empty if they
-    can."""
-    for layer in layers:
+def explain_no_features(model: LoadedModel, outputs: Iterable[tuple[str, int | None]]) -> str:
+    """Return why features of some outputs can't be nodes of a circuit; empty if they can.
+
+    Args:
+        outputs: `mlp_out` or `attn_out`, each with a layer.
+    """
+    for site, layer in outputs:
+        assert layer is not None
         where, block = f"in block {layer}", model.anatomy.blocks[layer]
+        if site == "attn_out":
+            tap = block.taps.get(site)
+            if tap is None or (tap.side, tap.layout.axes) != ("out", "flat"):
+                return f"{where}, the output of attention isn't one tensor that a module returns"
+            continue
         if not {"mlp_norm", "mlp_out"} <= block.taps.keys() or not is_plain_mlp(model, layer):
             return f"{where}, the MLP isn't one module whose output is added to the stream"
         if not _reads_alone(model.module.get_submodule(block.mlp[0])):
@@ -502,7 +515,16 @@ class CircuitHooks(ABC):
         self._rows, self._columns = indices_to_device(found[:2], model.device)
         self._stream: Tensor | None = None
         """[K, d_model] that enters the current attention."""
-        self._sublayers = find_normed_sublayers(model, self._stack)
+        self._joined = {n for site, n in circuit.features if site == "attn_out"}
+        """Layers whose heads send to nodes of the output of attention."""
+        normed = find_normed_sublayers(model, self._stack)
+        self._normed_attention_outputs = {
+            each.senders.layer: each
+            for each in normed
+            if each.output_norm and each.senders.layer in self._joined
+        }
+        """By layer, attention whose output is split into nodes after a norm."""
+        self._sublayers = tuple(map(self._join_sublayer, normed))
         """Those that receivers' inputs are recomputed from; empty if no norms follow sublayers."""
         self._normed_heads = {
             each.senders: each
@@ -517,6 +539,19 @@ class CircuitHooks(ABC):
         """A tensor of the precision and device of the stream, with `_sublayers`."""
         self._due = self._done = 0
 
+    def _join_sublayer(self, sublayer: Sublayer) -> Sublayer:
+        """Return a sublayer with the nodes of the output of attention as senders instead of heads,
+        if these are nodes."""
+        where = sublayer.senders
+        if where.site != "z" or where.stack or where.layer not in self._joined:
+            return sublayer
+        output = self.model.tap("attn_out", where.layer)
+        return Sublayer(SiteRead("attn_out", where.layer), output, sum_norm=sublayer.sum_norm)
+
+    def _sends_to_nodes(self, where: SiteRead) -> bool:
+        """Return whether senders are heads whose output only the nodes of attention read."""
+        return where.site == "z" and not where.stack and where.layer in self._joined
+
     @property
     def stack(self) -> str:
         """The stack whose stream its edges are in."""
@@ -529,22 +564,24 @@ class CircuitHooks(ABC):
 
     def steps(self) -> Iterator[CircuitStep]:
         """Yield a step for each sender, each stream and each receiver."""
-        split = self._list_split_layers()
+        split = self._list_split("mlp_out", "mlp_norm")
         for fill in self._fills:
-            if fill.where.layer not in split or fill.where.site != "mlp_out":
+            if (fill.where.site, fill.where.layer) not in self._features:
                 yield self._sender(fill)
         if self._sublayers:
             first = SiteRead("resid_pre", 0, self._stack)
             yield self._output(self.model.tap("resid_pre", 0, self._stack), first)
         for each in self._sublayers:
             of = each.senders
-            site = "attn_out" if of.site == "z" else "mlp_out"
+            site = "mlp_out" if of.site == "mlp_out" else "attn_out"
             yield self._output(each.output, SiteRead(site, of.layer, of.stack))
         receivers: dict[SiteRead, list[int]] = defaultdict(list)
         for row, (where, _) in enumerate(self._receivers):
             receivers[where].append(row)
         for layer in split:
             receivers.setdefault(SiteRead("mlp_norm", layer), [])
+        for layer in self._list_split("attn_out", "attn_out"):
+            receivers.setdefault(SiteRead("attn_out", layer), [])
         entrances = {
             self._find_entrance(Attention.of(where)): None
             for where in receivers
@@ -563,17 +600,27 @@ class CircuitHooks(ABC):
                 yield from self._neurons(where, rows)
             elif where.site == "mlp_norm" and where.layer in split:
                 yield from self._split_mlp(where, rows)
+            elif where.site == "attn_out":
+                yield from self._split_attention(where, rows)
             else:
                 yield self._whole(where, rows[0])
         for (attention, path), parts in by_path.items():
             yield from self._projection(attention, path, parts)
 
-    def _list_split_layers(self) -> list[int]:
-        """List the layers whose features send or receive."""
-        ends = [SiteRead(fill.where.site, fill.where.layer) for fill in self._fills]
-        ends += [where for where, _ in self._receivers]
-        found = {end.layer for end in ends if end.site in ("mlp_out", "mlp_norm")}
-        return [layer for layer in self._features if layer in found]
+    def _list_split(self, sends: str, reads: str) -> list[int]:
+        """List the layers in which features of an output send or receive.
+
+        Args:
+            sends: Site of the output.
+            reads: Site of its nodes as receivers.
+        """
+        found = {fill.where.layer for fill in self._fills if fill.where.site == sends}
+        found |= {where.layer for where, _ in self._receivers if where.site == reads}
+        return [
+            layer
+            for site, layer in self._features
+            if site == sends and layer in found and layer is not None
+        ]
 
     def _add(
         self,
@@ -607,6 +654,8 @@ class CircuitHooks(ABC):
             output = self.model.tap(_PROJECTED[where.site], where.layer, where.stack)
             if where in self._normed_heads:
                 output = self._normed_heads[where].output
+            elif self._sends_to_nodes(where) and where.layer in self._normed_attention_outputs:
+                output = self._normed_attention_outputs[where.layer].output
             scale = get_scale(self.model.module, output)
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
@@ -621,7 +670,7 @@ class CircuitHooks(ABC):
                     joined = changes[count:, :, 0].T @ weight[count:, 0]
                     gained = torch.cat([gained, joined[None]])
                 gained = apply_scale(gained, scale)
-                if where in self._normed_heads:
+                if where in self._normed_heads or self._sends_to_nodes(where):
                     self._remember_heads(where, now, values, weight)
                 width = tap.layout.units * tap.layout.width
                 self._remember_bias(where, module, value.new_zeros(1, 1, width), scale)
@@ -786,6 +835,14 @@ class CircuitHooks(ABC):
             rows: The numbers of the receivers among them.
         """
 
+    @abstractmethod
+    def _split_attention(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
+        """Yield the steps at the output of an attention whose features read and send separately.
+
+        Args:
+            rows: The numbers of the receivers among them.
+        """
+
     def _stream_of_mlp(
         self, layer: int, norm: str | None, value: Tensor
     ) -> tuple[str | None, Tensor]:
@@ -815,17 +872,18 @@ class CircuitHooks(ABC):
             read: [K, d_model] each: the stream that it reads, and this after the norm.
             nodes: Features, or `OTHERS`.
         """
-        split, (stream, normed) = self._features[layer], read
+        split, (stream, normed) = self._features["mlp_out", layer], read
         encoded = {"": outputs, "mlp_norm": normed, "resid_mid": stream}
         return split.split(outputs, encoded[split.reads].to(outputs), nodes)
 
-    def _send_nodes(self, layer: int, compute: Callable[[Sequence[int]], Tensor]) -> None:
-        """Keep what the stream would gain with the fills of the nodes of an MLP.
+    def _send_nodes(self, where: SiteRead, compute: Callable[[Sequence[int]], Tensor]) -> None:
+        """Keep what the stream would gain with the fills of the nodes of an output.
 
         Args:
+            where: The output.
             compute: Returns [K, node, d_model], what nodes add to the stream.
         """
-        for fill in (each for each in self._fills if each.where == SiteRead("mlp_out", layer)):
+        for fill in (each for each in self._fills if each.where == where):
             now = compute(fill.units).transpose(0, 1)
             values = to_device(fill.values, now.device).to(now).transpose(0, 1)
             self._remember_change(fill.where, values - now)
@@ -835,6 +893,22 @@ class CircuitHooks(ABC):
         mlp = self.model.module.get_submodule(self.model.anatomy.blocks[layer].mlp[0])
         with suspend_hooks(mlp):
             return mlp(vectors.to(like)[None])[0]
+
+    def _keep_joined(self, sublayer: Sublayer, kept: list[Tensor]) -> CircuitStep:
+        """Add a step that keeps [K, d_model], the sum of the heads before the norm of the output of
+        attention.
+
+        Args:
+            kept: The list that it puts the sum into.
+        """
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            self._like = value.new_empty(0)
+            kept[:] = [self._at(value)]
+            return value
+
+        tap, (layer, order) = sublayer.output, _rank(SiteRead("attn_out", sublayer.senders.layer))
+        return self._add((tap.path, tap.side, tap.item), (layer, order - _EARLIER), step)
 
     def _check_mlp(self, layer: int, normed: Tensor, outputs: Tensor) -> None:
         """Check that the first of some outputs is that of an input.
@@ -984,7 +1058,7 @@ class _WriteHooks(CircuitHooks):
         """Projections whose output is replaced."""
         self._begun: dict[int, _BegunInput] = {}
         """By number of an MLP."""
-        self._counts: dict[SiteRead, tuple[int, bool]] = {}
+        self._before: dict[SiteRead, tuple[Tensor, bool]] = {}
         self._others = write.others
         self._entrance_biases: dict[int, Tensor] = {}
         """By layer, [d_model] the sum of biases before the attention of the block."""
@@ -1049,6 +1123,8 @@ class _WriteHooks(CircuitHooks):
 
     def _remember_change(self, where: SiteRead, gained: Tensor) -> None:
         columns = self._senders[where]
+        if self._sends_to_nodes(where):
+            return  # the stream gains what the nodes add
         if self._sublayers:
             self._gains[where] = gained
             return
@@ -1064,7 +1140,9 @@ class _WriteHooks(CircuitHooks):
     def _remember_bias(
         self, where: SiteRead, module: nn.Module, nothing: Tensor, scale: float | Tensor
     ) -> None:
-        if where in self._normed_heads:
+        if self._sends_to_nodes(where):
+            self._bias_of_heads[where] = _compute_bias(module, nothing)[0, 0]
+        elif where in self._normed_heads:
             self._bias_of_heads[where] = apply_scale(_compute_bias(module, nothing), scale)[0, 0]
         elif self._of_zeros:
             if where.site == "z" and where.layer is not None:
@@ -1096,7 +1174,7 @@ class _WriteHooks(CircuitHooks):
             self._changes[0] = stream
             changes = self._changes[: 1 + self._end]
             own, summed = mask[..., : self._end], self._are_summed(mask, reader)
-            due = torch.arange(self._end, device=mask.device) < self._count_before(reader)[0]
+            due = self._find_before(reader)[0][: self._end]
             weights = torch.cat([1 - summed, own - summed * due], dim=-1).to(changes)
             if mask.dim() == 2:
                 found = (weights @ changes.flatten(1)).unflatten(1, stream.shape)
@@ -1118,24 +1196,31 @@ class _WriteHooks(CircuitHooks):
     def _are_summed(self, mask: Tensor, reader: SiteRead) -> Tensor:
         """Return [input, 1] or [K, input, 1]: 1 for an input that is the sum of the senders whose
         edges aren't ablated and of biases, 0 for the stream plus changes."""
-        count, complete = self._count_before(reader)
+        before, complete = self._find_before(reader)
         if not (self._of_zeros and complete):
             return torch.zeros_like(mask[..., :1])
-        return (mask[..., :count].mean(-1, keepdim=True) >= _SUMMED).to(mask)
+        return (mask[..., before].mean(-1, keepdim=True) >= _SUMMED).to(mask)
 
-    def _count_before(self, reader: SiteRead) -> tuple[int, bool]:
-        """Return the number of senders in the mask that a receiver reads, which come first, and
-        whether these are all that it reads."""
-        if reader not in self._counts:
+    def _find_before(self, reader: SiteRead) -> tuple[Tensor, bool]:
+        """Return [sender] bool, the senders in the mask that a receiver may read, and whether these
+        are all that it reads."""
+        if reader not in self._before:
             layer = reader.layer
             own = reader.site in MLP_INPUTS and not self._shape.parallel_block
             own = own or reader.stack != self._stack  # after the heads of the block
             every = sum(self._count_units(each) for each in self._list_before(reader, own=own))
             before = [fill for fill in self._fills if _is_before(fill.where, reader)]
-            due = [fill for fill in before if own or fill.where.layer != layer]
+            due = [
+                fill
+                for fill in before
+                if (own or fill.where.layer != layer) and not self._sends_to_nodes(fill.where)
+            ]
             units = sum(len(fill.units) + len(fill.others) for fill in due)
-            self._counts[reader] = sum(fill.count for fill in due), units == every
-        return self._counts[reader]
+            columns = torch.zeros(self._mask.shape[-1], dtype=torch.bool, device=self._mask.device)
+            for fill in due:
+                columns[self._senders[fill.where]] = True
+            self._before[reader] = columns, units == every
+        return self._before[reader]
 
     def _list_before(self, reader: SiteRead, *, own: bool) -> Iterator[SiteRead]:
         """Yield all places of senders before a receiver.
@@ -1146,7 +1231,8 @@ class _WriteHooks(CircuitHooks):
         yield SiteRead("resid_pre", 0, self._stack)
         stacks = [self._stack, *["cross"][: not self._stack and "cross" in self.model.others]]
         for layer in range(self._shape.n_layers):
-            heads = (SiteRead("z", layer, stack) for stack in stacks)
+            heads = [SiteRead("z", layer, stack) for stack in stacks]
+            heads[0] = SiteRead("attn_out", layer) if layer in self._joined else heads[0]
             for each in (*heads, SiteRead("mlp_out", layer, self._stack)):
                 if _is_before(each, reader) and (own or layer != reader.layer):
                     yield each
@@ -1157,8 +1243,8 @@ class _WriteHooks(CircuitHooks):
         layer, shape = where.layer, self.model.stack(where.stack).shape
         if where.site == "mlp_out" and layer in self._others:
             return unit_count(shape, "mlp_hidden", layer)
-        if where.site == "mlp_out" and layer is not None and layer in self._features:
-            return len(self._features[layer].nodes)
+        if (where.site, layer) in self._features:
+            return len(self._features[where.site, layer].nodes)
         if where.site == "mlp_out":
             return int(shape.has("mlp_out", layer))
         return unit_count(shape, where.site, layer)
@@ -1185,8 +1271,8 @@ class _WriteHooks(CircuitHooks):
 
     def _join_heads(self, mask: Tensor, where: SiteRead, output: Tensor) -> Tensor:
         """Return [receiver, K, d_model]: the sum of heads that a norm follows, directly or after
-        the sum with the stream, each with its output or its fill. A head with the fill 0 adds
-        exactly 0.
+        the sum with the stream, or that nodes of their output read, each with its output or its
+        fill. A head with the fill 0 adds exactly 0.
 
         Args:
             mask: [receiver, sender] or [K, receiver, sender]
@@ -1226,7 +1312,7 @@ class _WriteHooks(CircuitHooks):
         found = self._distinct.get(attention)
         if found is None:
             sites = ATTENTION_INPUTS
-            is_split = attention.layer in self._features
+            is_split = any(layer == attention.layer for _, layer in self._features)
             if self._mask.dim() == 2 and not self._sublayers and not is_split:
                 sites = *ATTENTION_INPUTS, "mlp_norm"
             rows = [
@@ -1271,7 +1357,7 @@ class _WriteHooks(CircuitHooks):
             where, _ = self._receivers[row]
             if where.site == "mlp_norm" and self._changes is not None:
                 summed = bool(self._are_summed(distinct.mask[number], reader))
-                summed = summed and self._count_before(where)[1]
+                summed = summed and self._find_before(where)[1]
                 own = inputs[number] if summed else inputs[number] - inputs[0]
                 self._begun[row] = _BegunInput(own, self._end, summed, self._biases)
 
@@ -1386,7 +1472,7 @@ class _WriteHooks(CircuitHooks):
         its nodes, and one that computes what the stream would gain with their fills."""
         layer = where.layer
         assert layer is not None
-        inputs, split = number_inputs(self._mask, rows), self._features[layer]
+        inputs, split = number_inputs(self._mask, rows), self._features["mlp_out", layer]
         numbers = {self._receivers[row][1]: inputs.of_receiver[row] for row in rows}
         by_input: dict[int, list[int]] = defaultdict(list)
         for node in split.nodes:
@@ -1422,12 +1508,58 @@ class _WriteHooks(CircuitHooks):
             return self._put(value, undo_scale(whole, scale))
 
         def send(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            self._send_nodes(layer, lambda units: torch.stack([found[u] for u in units], dim=1))
+            nodes = SiteRead("mlp_out", layer)
+            self._send_nodes(nodes, lambda units: torch.stack([found[u] for u in units], dim=1))
             return value
 
         spot: tuple[str, HookSide, int] = (tap.path, tap.side, tap.item)
         order = SITES["mlp_out"].order
         yield self._entrance(layer, read)
+        yield self._add(spot, (layer, order - _EARLIER), write)
+        yield self._add(spot, (layer, order + 1), send)
+
+    def _split_attention(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
+        """Yield a step that writes the output of attention as the sum of its nodes, and one that
+        computes what the stream would gain with their fills; before them, one that keeps the sum of
+        the heads before a norm."""
+        layer, heads = where.layer, SiteRead("z", where.layer)
+        assert layer is not None
+        inputs, split = number_inputs(self._mask, rows), self._features["attn_out", layer]
+        numbers = {self._receivers[row][1]: inputs.of_receiver[row] for row in rows}
+        by_input: dict[int, list[int]] = defaultdict(list)
+        for node in split.nodes:
+            by_input[numbers.get(node, 0)].append(node)
+        tap = self.model.tap("attn_out", layer)
+        scale, normed = get_scale(self.model.module, tap), self._normed_attention_outputs.get(layer)
+        found: dict[int, Tensor] = {}
+        """[K, d_model]: what each node adds to the stream."""
+        kept: list[Tensor] = []
+
+        def write(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            now = apply_scale(self._at(value), scale)
+            joined = kept.pop() if normed is not None else self._at(value)
+            sums = self._join_heads(inputs.mask, heads, joined)
+            for number, nodes in by_input.items():
+                outputs = now
+                if number and normed is not None:
+                    outputs = self._add_normed(normed, sums[number]).to(now)
+                elif number:
+                    outputs = apply_scale(sums[number], scale).to(now)
+                parts = split.split(outputs, outputs, nodes)
+                found.update(zip(nodes, parts.unbind(1), strict=True))
+            if set(by_input) == {0}:
+                return value
+            whole = torch.stack([*found.values()]).sum(0)
+            return self._put(value, undo_scale(whole, scale))
+
+        def send(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            self._send_nodes(where, lambda units: torch.stack([found[u] for u in units], dim=1))
+            return value
+
+        if normed is not None:
+            yield self._keep_joined(normed, kept)
+        spot: tuple[str, HookSide, int] = (tap.path, tap.side, tap.item)
+        order = SITES["attn_out"].order
         yield self._add(spot, (layer, order - _EARLIER), write)
         yield self._add(spot, (layer, order + 1), send)
 
@@ -1577,7 +1709,8 @@ class _ReadHooks(CircuitHooks):
                 parts = (units[first : first + size] for first in range(0, len(units), size))
                 return torch.cat([differentiate(own, part) for part in parts])
 
-            self._read.taps.append(EdgeTap(value, rows, to_stream, len(self._outputs) - 1))
+            sublayers = len(self._outputs) - 1
+            self._read.taps.append(EdgeTap(value, rows, to_stream, sublayers=sublayers))
             return value.clone()
 
         yield self._entrance(layer, read)
@@ -1600,7 +1733,8 @@ class _ReadHooks(CircuitHooks):
             self._check_mlp(layer, normed, made.to(like))
             outputs, like = apply_scale(made, scale), like.new_empty(0)
             self._send_nodes(
-                layer, lambda units: self._compute_nodes(layer, outputs, (stream, normed), units)
+                SiteRead("mlp_out", layer),
+                lambda units: self._compute_nodes(layer, outputs, (stream, normed), units),
             )
             if not rows:
                 return value
@@ -1616,11 +1750,50 @@ class _ReadHooks(CircuitHooks):
                         found += torch.autograd.grad(part, inputs, given, retain_graph=True)
                 return torch.stack(found)
 
-            self._read.taps.append(EdgeTap(value, rows, to_stream, len(self._outputs) - 1))
+            self._read.taps.append(
+                EdgeTap(value, rows, to_stream, sublayers=len(self._outputs) - 1)
+            )
             return value.clone()
 
         order = (layer, SITES["mlp_out"].order - _EARLIER)
         yield self._entrance(layer, read)
+        yield self._add((tap.path, tap.side, tap.item), order, step)
+
+    def _split_attention(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
+        """Yield a step that computes what the stream would gain with the fills of the nodes of the
+        output of attention, and differentiates by it; before it, one that keeps the sum of the
+        heads before a norm."""
+        layer = where.layer
+        assert layer is not None
+        tap, split = self.model.tap("attn_out", layer), self._features["attn_out", layer]
+        scale, normed = get_scale(self.model.module, tap), self._normed_attention_outputs.get(layer)
+        named = [self._receivers[row][1] for row in rows]
+        heads = number_senders(self._read.fills).get(SiteRead("z", layer), slice(0, 0))
+        kept: list[Tensor] = []
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            outputs = apply_scale(self._at(value.detach()), scale)
+            joined = outputs if normed is None else kept.pop().detach()
+            self._send_nodes(where, lambda units: split.split(outputs, outputs, units))
+            if not rows:
+                return value
+
+            def to_heads(gradient: Tensor) -> Tensor:
+                given, found = undo_scale(self._at(gradient), scale), list[Tensor]()
+                with torch.enable_grad():
+                    inputs = joined.clone().requires_grad_()
+                    made = inputs if normed is None else self._add_normed(normed, inputs)
+                    parts = split.split(made.to(given), made.to(given), named)
+                    for part in parts.unbind(1):
+                        found += torch.autograd.grad(part, inputs, given, retain_graph=True)
+                return torch.stack(found)
+
+            self._read.taps.append(EdgeTap(value, rows, to_heads, heads))
+            return value.clone()
+
+        if normed is not None:
+            yield self._keep_joined(normed, kept)
+        order = (layer, SITES["attn_out"].order - _EARLIER)
         yield self._add((tap.path, tap.side, tap.item), order, step)
 
     def _projection(
@@ -1646,7 +1819,9 @@ class _ReadHooks(CircuitHooks):
                     found.append(torch.einsum("krh,drh->rkd", own, columns))
                 return self._before_norm(norm, stream, torch.cat(found), given)
 
-            self._read.taps.append(EdgeTap(value, rows, to_stream, len(self._outputs) - 1))
+            self._read.taps.append(
+                EdgeTap(value, rows, to_stream, sublayers=len(self._outputs) - 1)
+            )
             return value.clone()
 
         layer, order = _rank(SiteRead("q", attention.layer, attention.stack))
@@ -1665,7 +1840,7 @@ class _ReadHooks(CircuitHooks):
             assert stream is not None
             return self._before_norm(norm, stream, own, gradient)
 
-        self._read.taps.append(EdgeTap(value, [row], to_stream, len(self._outputs) - 1))
+        self._read.taps.append(EdgeTap(value, [row], to_stream, sublayers=len(self._outputs) - 1))
         return value.clone()
 
     def _before_norm(
@@ -1728,12 +1903,12 @@ def _score_edges(read: CircuitRead, gradients: Sequence[Tensor], senders: slice)
     for tap, gradient in zip(read.taps, gradients, strict=True):
         receiver, _ = read.receivers[tap.receivers[0]]
         before = [fill.count for fill in read.fills if _is_before(fill.where, receiver)]
-        due = range(sum(before))[senders]
+        due = range(sum(before) if tap.senders is None else tap.senders.stop)[senders]
         if not due:
             continue
         vectors = tap.to_stream(gradient)
-        parts = [(slice(due.start, due.stop), vectors)]
-        if read.to_senders is not None:
+        parts = [(tap.senders or slice(due.start, due.stop), vectors)]
+        if read.to_senders is not None and tap.senders is None:
             parts = read.to_senders(vectors, tap.sublayers)
         for columns, part in parts:
             own = slice(max(columns.start, due.start), min(columns.stop, due.stop))

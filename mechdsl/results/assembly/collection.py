@@ -364,9 +364,15 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         circuits=len({frozenset(own.items()) for own in found.named.values()}),
         places=tuple(places) if any(places) else (),
         features=tuple(
-            (label_node(end), layer)
-            for layer, own in found.features.items()
-            for end in list_feature_ends("start", layer, own)
+            (label_node(end), end.layer or 0)
+            for output, own in found.features.items()
+            for end in list_feature_ends("start", output, own)
+        ),
+        of_attention=tuple(
+            label_node(end)
+            for output, own in found.features.items()
+            for end in list_feature_ends("start", output, own)
+            if end.site == "attn_out"
         ),
         neurons=tuple(
             label_node(SitePoint(*where, unit))

@@ -30,7 +30,7 @@ ComponentKind = Literal[
     "logit",
 ]
 
-_LABEL = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|\.mlp|N(\d+))")
+_LABEL = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|\.(?:mlp|(attn))|N(\d+))")
 
 _STACK_LABEL = re.compile(
     r"(embed|z|q|k|v|mlp_\w+) (encoder|cross)(?: layer (\d+)(?: (?:head|neuron) (\d+))?)?"
@@ -205,7 +205,8 @@ def _component(
         return Component(label, "embed", (-1, 0)), None
     layers = dict(circuit.features)
     if label in layers:
-        level = layers[label], 1 if circuit.parallel else 2
+        row = 1 if circuit.parallel else 3
+        level = layers[label], 2 if label in circuit.of_attention else row
         *_, number, _, _ = label.split(" ")
         return Component(label, "feature", level, int(number)), None
     stacked = _STACK_LABEL.fullmatch(label)
@@ -217,8 +218,10 @@ def _component(
     layer = int(match[1])
     if match[2] is None:
         level = layer, 1 if circuit.parallel else _MLP_ROW
-        if match[4] is not None:
-            return Component(label, "neuron", level, int(match[4])), None
+        if match[4] is not None:  # the rest of the output of attention
+            return Component(label, "mlp", (layer, 2), said=f"L{layer} attention"), None
+        if match[5] is not None:
+            return Component(label, "neuron", level, int(match[5])), None
         return Component(label, "mlp", level), None
     unit, reads = int(match[2]), match[3]
     if reads in ("k", "v") and circuit.key_heads < circuit.heads:
