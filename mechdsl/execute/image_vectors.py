@@ -37,6 +37,7 @@ from mechdsl.forward.hooks.model import (
     IMAGE_INPUTS,
     IMAGE_TOKENS,
     BlockStack,
+    Derivatives,
     ImageInputs,
     ImageTokenTable,
     LoadedModel,
@@ -264,9 +265,7 @@ class ImageVectors:
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
         edges: Sequence[EdgeWrite],
-        *,
-        gradients: bool = False,
-        recompute: bool = False,
+        derivatives: Derivatives,
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder on a batch's images: see `VisionPass`."""
         every = self._occurrences(batch)
@@ -285,7 +284,7 @@ class ImageVectors:
             extent = self._known[marker].picture.extent
             by_extent.setdefault(extent, []).append((marker, numbers))
         vectors = _ImagesOfBatch(batch, every, changed, count)
-        run = partial(run_full, stop=0, gradients=gradients, recompute=recompute)
+        run = partial(run_full, stop=0, **derivatives)
         for alike in by_extent.values():
             for start in range(0, len(alike), _AT_ONCE):
                 own = alike[start : start + _AT_ONCE]

@@ -495,7 +495,7 @@ def gradient_work(
         times = kinds * len(experiment.measures)
         return found + _held_work(plan.path, lengths, joined, whole, times)
     if said.steps is None and not said.kind.adds_noise:
-        rounds = experiment.model.shape.n_layers if said.kind.drops_layers else 1
+        rounds = len(list_dropped_layers(experiment)) if said.kind.drops_layers else 1
         times = 2 * len(_list_changed_attention(experiment) if said.kind.fixes_attention else ())
         scores = _pass(lengths, joined, whole, forwards=times, backwards=0)
         return sum((found for _ in range(rounds)), scores)
@@ -503,6 +503,14 @@ def gradient_work(
     times = copies * len(set(cell_sites(plan).tolist()))
     first = _pass(lengths, joined, whole, forwards=1, backwards=0)
     return sum((found for _ in range(times)), first)
+
+
+def list_dropped_layers(experiment: ResolvedExperiment) -> list[tuple[str, int | None]]:
+    """Return the stacks and layers whose gradients `atp_star` leaves out, one by one: also those of
+    a vision encoder that rules are in."""
+    shape = experiment.model.shape
+    stacks = {"": shape} | ({"vision": shape.others["vision"]} if experiment.in_vision else {})
+    return [(name, layer) for name, own in stacks.items() for layer in range(own.n_layers)]
 
 
 def _list_changed_attention(experiment: ResolvedExperiment) -> set[tuple[str, int | None]]:

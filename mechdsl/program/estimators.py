@@ -45,11 +45,14 @@ class BackwardRules:
     parts of contextual decomposition, which depend on the first half. Derivatives don't change."""
     dropped_layer: int | None = None
     """Layer whose outputs of attention and MLP are constants."""
+    dropped_stack: str = ""
+    """Its stack: `vision` for the vision encoder of prompts with images."""
 
     @property
     def of_functions(self) -> bool:
         """Whether functions of the model have other derivatives."""
-        return self != BackwardRules(dropped_layer=self.dropped_layer)
+        layer, stack = self.dropped_layer, self.dropped_stack
+        return self != BackwardRules(dropped_layer=layer, dropped_stack=stack)
 
     @property
     def in_attention(self) -> bool:

@@ -181,7 +181,8 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         span, reason = own.generation.span, "a sampled or selected token has no gradient"
         yield _no_estimate(said, span, "generated text", reason, NO_ESTIMATE_HINT)
     rules, shape = said.kind.backward, experiment.model.shape
-    if reason := explain_missing_rule(rules, shape):
+    stacks = [shape, *([shape.others["vision"]] if experiment.in_vision else [])]
+    if reason := next(filter(None, (explain_missing_rule(rules, own) for own in stacks)), ""):
         what = f"`{experiment.model.name}`"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
     if rules is not None and rules.decomposed and shape.takes not in _DECOMPOSED:
@@ -192,9 +193,9 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
         what = f"`{experiment.model.name}`"
         reason = f"`{said.name}` is computed for one stack of blocks, without an encoder"
         yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
-    elif said.kind.drops_layers and (reason := _no_dropped_layers(shape)):
+    elif said.kind.drops_layers and (lacking := [*filter(None, map(_no_dropped_layers, stacks))]):
         what = f"`{experiment.model.name}`"
-        yield _no_estimate(said, said.span, what, reason, "write `using atp_qk`")
+        yield _no_estimate(said, said.span, what, lacking[0], "write `using atp_qk`")
     if experiment.derived:
         what = f"an experiment with the run `{next(iter(experiment.derived))}`"
         span = own.derived[0].span
@@ -313,12 +314,12 @@ def _of_rule(
 def _explain_no_vision_estimate(rule: ResolvedRule, said: spec.Estimator) -> tuple[str, str] | None:
     """Return why a rule in a vision encoder isn't estimated, and what to write."""
     kind = said.kind
-    if rule.path is not None or rule.edge is not None or kind.place != "sites":
+    if rule.path is not None or rule.edge is not None:
         return "paths and attention between patches have no estimates", NO_ESTIMATE_HINT
-    if kind.backward is not None:
-        return "it changes derivatives of the language model only", OTHER_ESTIMATOR_HINT
-    if kind.fixes_attention or kind.drops_layers:
-        return "it recomputes attention of the language model only", OTHER_ESTIMATOR_HINT
+    points = () if rule.sites is None else rule.sites.points.values()
+    if kind.fixes_attention and any(_is_query_or_key(p.site) for own in points for p in own):
+        reason = "it recomputes the attention of queries and keys of the language model only"
+        return reason, OTHER_ESTIMATOR_HINT
     return None
 
 

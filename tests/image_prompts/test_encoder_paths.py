@@ -57,9 +57,8 @@ class Place:
         return value if self.head is None else value[:, self.head * SIZE : (self.head + 1) * SIZE]
 
 
-@contextmanager
-def edited(name: str, place: Place, edit: Edit) -> Generator[None]:
-    """Change a site of the encoder, [token, width] of all tiles or images."""
+def find_module(name: str, place: Place) -> tuple[str, bool]:
+    """The module of a site in the encoder, and whether the site is its input."""
     own, site = tower(name), place.site
     part, is_input = {
         "resid_pre": ("", True),
@@ -71,7 +70,14 @@ def edited(name: str, place: Place, edit: Edit) -> Generator[None]:
     }.get(site, (f"{own.attention}.{site}_proj", False))
     if name == "internvl" and site in ("q", "k"):
         part = f"{own.attention}.{site}_norm"
-    module = bare(name).model.get_submodule(f"{own.blocks}.{place.layer}.{part}".rstrip("."))
+    return f"{own.blocks}.{place.layer}.{part}".rstrip("."), is_input
+
+
+@contextmanager
+def edited(name: str, place: Place, edit: Edit) -> Generator[None]:
+    """Change a site of the encoder, [token, width] of all tiles or images."""
+    path, is_input = find_module(name, place)
+    module = bare(name).model.get_submodule(path)
     with edited_module(module, lambda value: edit(value.flatten(0, -2)), is_input=is_input):
         yield
 

@@ -3,7 +3,11 @@ bare model: one unpadded prompt at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +27,10 @@ from mechdsl.results.experiment_result import ExperimentResult
 from ..execute.support import MODES, check_file
 from ..images import prompts_of_images as vlm
 from ..quick import some
-from .reference import followed
+from ..reference.ruled import ruled
+from .reference import edited_module, followed
 from .support import experiment
-from .test_encoder_paths import CELL, SIZE, Place, edited, seen, tower
+from .test_encoder_paths import CELL, SIZE, Place, find_module, seen, tower
 from .test_encoder_paths import NAMES as PATH_NAMES
 from .test_families import ALL, BLOCK, TWO, bare, both, folder, inputs, loaded, run_text
 from .test_token_patches import HEADS, LAYERS, other, shifted
@@ -43,10 +48,11 @@ def slopes(
     given: dict[str, Tensor],
     move: Tensor | None = None,
     metric: Callable[[Tensor], Tensor] | None = None,
+    model: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The values of a site in an encoder, [token, width], and the gradient of a metric by them.
 
-    move: A change of the values.
+    move: A change of the values. model: One with other derivatives.
     """
     found: list[tuple[Tensor, Tensor]] = []
 
@@ -55,11 +61,14 @@ def slopes(
         found.append((value.detach().clone(), leaf))
         return value + leaf if move is None else value + move + leaf
 
-    model = bare(name).model
+    model = model or bare(name).model
     wanted = [each for each in model.parameters() if each.requires_grad]
     for each in wanted:
         each.requires_grad_(False)
-    with torch.enable_grad(), edited(name, Place(place.site, place.layer), edit):
+    path, is_input = find_module(name, place)
+    part = model.get_submodule(path)
+    opened = edited_module(part, lambda value: edit(value.flatten(0, -2)), is_input=is_input)
+    with torch.enable_grad(), opened:
         logits = model(**given).logits[0]
         value = _gap(logits) if metric is None else metric(logits)
         [(values, leaf)] = found
@@ -221,9 +230,9 @@ def test_smoothgrad_in_the_encoder_adds_noise_to_all_patches_of_images(
         values, total = seen(name, Place("z", 0), n, other(n)), torch.zeros(())
         read = values[every].unflatten(1, (HEADS, SIZE))
         scale = 0.4 * float(read.max() - read.min())
-        for copy in range(2):
+        for number in range(2):
             move = torch.zeros_like(values)
-            move[every] = scale * torch.from_numpy(waves([copy], read.shape)).float().flatten(1)
+            move[every] = scale * torch.from_numpy(waves([number], read.shape)).float().flatten(1)
             total = total + slopes(name, Place("z", 0), given, move)[1] / 2
         want = [float(place.own(total)[own.cell(other(n), 1, 2)].norm()) for place in places]
         np.testing.assert_allclose(values_of(found)[:, n], want, atol=1e-4, rtol=1e-4)
@@ -325,18 +334,112 @@ def test_planned_cost_of_estimates_is_near_the_counted_products(name: str, estim
     assert 0.5 < planned / (counter.get_total_flops() / 2) < 2
 
 
+@cache
+def with_rules(name: str, kind: str) -> Any:
+    """The model in 64 bits with the derivatives of `relp` or `gim`."""
+    model: Any = ruled(copy.deepcopy(bare(name).model).double(), kind)
+    for path, part in model.named_modules():
+        if "vis" in path or name == "paligemma":  # all tokens of its prompts see each other
+            vars(part)["causal_in_reference"] = False
+    return model
+
+
+RULED = {
+    "relp": ("llava_class", "qwen2_5_vl", "llava_next", "paligemma", "gemma3", "internvl"),
+    "gim": ("llava_class", "qwen2_5_vl", "llava_next", "paligemma"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    some(
+        [(kind, name) for kind, names in RULED.items() for name in names],
+        [("relp", "qwen2_5_vl"), ("gim", "llava_class")],
+    ),
+    ids=" ".join,
+)
+def test_changed_derivatives_in_the_encoder_equal_modules_with_them(case: tuple[str, str]) -> None:
+    kind, name = case
+    places = [*heads("z", 0, 1), Place("mlp_out", 0), Place("resid_pre", 0), Place("attn_norm", 1)]
+    lines = ("z vision layer * head *", "mlp_out vision layer 0", "resid_pre vision layer 0")
+    text = "".join(
+        estimate(f"patch {line} at {CELL}", kind, f"e{n}")
+        for n, line in enumerate((*lines, "attn_norm vision layer 1"))
+    )
+    found = np.concatenate([values_of(each) for each in run_text(name, text)])
+    for row, place in zip(found, places, strict=True):
+        want: list[float] = []
+        for n in ALL:
+            _, patches, written = copied(name, n, place)
+            given = {
+                key: each.double() if each.is_floating_point() else each
+                for key, each in inputs(name, n, other(n)).items()
+            }
+            base, gradient = slopes(name, place, given, model=with_rules(name, kind))
+            want.append(float((changes(place, base, patches, written.double()) * gradient).sum()))
+        np.testing.assert_allclose(row, want, atol=2e-4, rtol=1e-3, err_msg=str(place))
+    assert np.abs(found).max() > 0.05
+
+
+@contextmanager
+def constant(*modules: Any) -> Generator[None]:
+    """Let no gradient pass the outputs of modules."""
+
+    def detach(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0].detach(), *output[1:])
+        return output.detach()
+
+    with ExitStack() as stack:
+        for each in modules:
+            stack.callback(each.register_forward_hook(detach).remove)
+        yield
+
+
+@pytest.mark.parametrize(
+    "name", some(("llava_class", "llava_next", "qwen3_vl", "gemma3"), ["gemma3"])
+)
+def test_atp_star_leaves_out_layers_of_the_encoder_and_the_language_model(name: str) -> None:
+    line = "patch z vision layer * head * at photo row 1 col 2 token"
+    measure = "measure logit(answer) - logit(wrong) as raw"
+    lines = "from clean into changed", line, "using atp_star"
+    [found] = run_text(name, experiment("e", *lines, measure=measure))
+    own, model = tower(name), bare(name)
+    blocks = [model.model.get_submodule(f"{own.blocks}.{layer}") for layer in range(LAYERS)]
+    layers = [
+        tuple(each.get_submodule(part) for part in (own.attention, own.mlp)) for each in blocks
+    ]
+    layers += [(each.self_attn, each.mlp) for each in model.language.layers]
+    for row, place in zip(values_of(found), heads("z", 0, 1), strict=True):
+        for n in ALL:
+            sizes: list[float] = []
+            for number, parts in enumerate(layers):
+                if number != place.layer:
+                    with constant(*parts):
+                        sizes.append(abs(attributed(name, n, copied(name, n, place))))
+            np.testing.assert_allclose(row[n], np.mean(sizes), atol=1e-4, rtol=1e-4)
+    assert np.abs(values_of(found)).max() > 0.05
+
+
+def test_atp_qk_equals_gradient_input_where_no_query_or_key_is_written() -> None:
+    rule = f"patch z vision layer * head * at {CELL}"
+    text = estimate(rule, "gradient_input") + estimate(rule, "atp_qk", "f")
+    first, second = map(values_of, run_text("gemma3", text))
+    np.testing.assert_array_equal(first, second)
+
+
 REJECTED = {
-    (f"patch resid_post vision layer 0 at {CELL}", "relp"): (
+    (f"patch z vision layer 0 head 0 at {CELL}", "cdt"): (
         "E0608",
-        "it changes derivatives of the language model only",
+        "`cdt` is computed for models of texts, and for encoder-decoders",
     ),
     (f"patch q vision layer 0 head 0 at {CELL}", "atp_qk"): (
         "E0608",
-        "it recomputes attention of the language model only",
+        "it recomputes the attention of queries and keys of the language model only",
     ),
-    (f"patch resid_post vision layer 0 at {CELL}", "atp_star"): (
+    (f"patch k vision layer 0 head 0 at {CELL}", "atp_star"): (
         "E0608",
-        "it recomputes attention of the language model only",
+        "it recomputes the attention of queries and keys of the language model only",
     ),
     (f"path z vision layer 0 head 0 -> attn_norm vision layer 1 at {CELL}", "eap"): (
         "E0608",
@@ -349,6 +452,10 @@ REJECTED = {
     (f"block attention vision layer 0 from photo tokens to {CELL}", "gradient_attention"): (
         "E0608",
         "paths and attention between patches have no estimates",
+    ),
+    (f"patch resid_post vision layer 0 at {CELL}", "eap"): (
+        "E0608",
+        "it estimates edges between components",
     ),
     ("scale resid_post vision layer 0 at photo tokens by 2", "gradient_input"): (
         "E0608",

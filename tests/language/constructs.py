@@ -3466,7 +3466,7 @@ _in_prompt(
     "`block attention vision layer 4 from photo tokens to photo row 2 col 3 token`, `reweight`, "
     "`set` and `observe attention vision` are about attention between patches "
     "([Models](models.md#image-tokens), `tests/image_prompts/test_encoder_attention.py`). "
-    "`using gradient_input`, `gradient`, `integrated_gradients` and `smoothgrad` estimate cells "
+    "`using gradient_input` and other estimators estimate cells "
     "of `patch` and `ablate` ([Estimators](estimators.md#sites-that-can-be-estimated), "
     "`tests/image_prompts/test_vision_estimates.py`). "
     "Without such rules, `save` writes vectors of tokens with a single patch, but no gradients. "

@@ -40,7 +40,7 @@ from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import unit_count, vector_width
-from mechdsl.planner.cost import DECOMPOSED_TOKENS, count_vision_work
+from mechdsl.planner.cost import DECOMPOSED_TOKENS, count_vision_work, list_dropped_layers
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules, GradientEstimator
@@ -477,16 +477,18 @@ class GradientEstimates:
         given = (plain, fixed, lanes, environments)
         if not self.kind.drops_layers:
             return self.kind.finish(self._to_first_order(self.differentiated, *given))
+        layers = list_dropped_layers(self.plan.experiment)
         own_layer = np.full(len(environments), -1)
         for each in written:
             if each.where.site not in _STREAMS:
-                own_layer[each.row] = each.where.layer
+                own_layer[each.row] = layers.index((each.where.stack, each.where.layer))
         rules = self.kind.backward or BackwardRules()
         total = np.zeros((len(self.readout.measures), len(environments)))
         counts = np.zeros(len(environments))
-        for layer in range(self.model.shape.n_layers):
-            run = replace(self.differentiated, backward=replace(rules, dropped_layer=layer))
-            counted = own_layer != layer
+        for number, (stack, layer) in enumerate(layers):
+            dropped = replace(rules, dropped_layer=layer, dropped_stack=stack)
+            run = replace(self.differentiated, backward=dropped)
+            counted = own_layer != number
             total += np.abs(self._to_first_order(run, *given)) * counted
             counts += counted
         return self.kind.finish(total / counts)

@@ -59,6 +59,7 @@ from mechdsl.forward.hooks.hook_points import (
     view_layout,
 )
 from mechdsl.forward.hooks.model import (
+    Derivatives,
     LoadedModel,
     call_with_batch,
     narrow_unembedding,
@@ -574,12 +575,14 @@ class SiteHooks:
         """Selects the requested positions from logits, if that can't happen before the
         unembedding."""
         self._edges = group_by_layer(edges)
-        self.within = self._within() | (_list_attention(model) if changes.in_attention else set())
+        stack = _find_differentiated_stack(model, frame)
+        ruled = _list_attention(model, stack) if changes.in_attention else set()
+        self.within = self._within() | ruled
         self._layers: dict[tuple[str, int], AttentionHooks] = {}
         self._circuits = [open_circuit(model, frame, each, writes) for each in circuits]
         self._plan()
-        if changes.dropped_layer is not None:
-            self._drop_gradients(changes.dropped_layer)
+        if changes.dropped_layer is not None and changes.dropped_stack == stack:
+            self._drop_gradients(changes.dropped_layer, stack)
 
     # --- planning -----------------------------------------------------------------------------
 
@@ -628,12 +631,12 @@ class SiteHooks:
         self._wanted = [int(write.rows.numel()) for write in writes]
         self._sites.applied = [0] * len(writes)
 
-    def _drop_gradients(self, layer: int) -> None:
+    def _drop_gradients(self, layer: int, stack: str) -> None:
         """Let no gradient pass the outputs of a block's sublayers."""
         for site in ("attn_out", "mixer_out", "mlp_out"):
-            if self.model.shape.has(site, layer):
+            if self.model.stack(stack).shape.has(site, layer):
                 order, rank = write_order(site, layer)
-                spot = self._spot(self._tap(SiteRead(site, layer)))
+                spot = self._spot(self._tap(SiteRead(site, layer, stack)))
                 self._on(spot, (order, rank - 1), lambda value, module, given: value.detach())
 
     def _require(self, where: SiteRead, problem: type[Exception]) -> None:
@@ -1031,9 +1034,18 @@ class SiteHooks:
             self.found[SiteRead(site, layer, stack)] = found.unflatten(0, (self.frame.leading, -1))
 
 
-def _list_attention(model: LoadedModel) -> set[tuple[str, int]]:
-    """Return each stack with attention whose activations reach the logits, and its layers."""
-    stacks = {"": model.shape}
+def _find_differentiated_stack(model: LoadedModel, frame: TokenFrame) -> str:
+    """Return `vision` in a pass of the vision encoder on images of prompts, else the main stack."""
+    encodes = isinstance(frame, Batch) and "vision" in frame.frames
+    return "vision" if encodes and not model.shape.encodes_apart else ""
+
+
+def _list_attention(model: LoadedModel, stack: str) -> set[tuple[str, int]]:
+    """Return each stack with attention whose activations reach the logits, and its layers.
+
+    stack: As from `_find_differentiated_stack`.
+    """
+    stacks = {stack: model.stack(stack).shape}
     if model.shape.encodes_apart:
         stacks |= model.shape.others
     return {(name, layer) for name, own in stacks.items() for layer in range(own.n_layers)}
@@ -1100,7 +1112,7 @@ def run_full(
     circuits: Sequence[CircuitWrite | CircuitRead] = (),
     gradients: bool = False,
     recompute: bool = False,
-    backward: BackwardRules | None = None,
+    backward: BackwardRules | RuledPass | None = None,
 ) -> FullPassResult:
     """Run the whole model on padded rows, with writes and reads.
 
@@ -1116,7 +1128,7 @@ def run_full(
         circuits: Edges between components that carry other values or are read; only without `stop`.
         gradients: Whether autograd tracks the effect of written values that require a gradient.
         recompute: Whether backward passes compute activations again if possible, to save memory.
-        backward: Changes of the derivatives that autograd computes.
+        backward: Changes of the derivatives, or the pass with them that this pass is part of.
 
     Raises:
         ValueError: A site or position doesn't exist, or is that of logits, with `logits_at`.
@@ -1124,10 +1136,10 @@ def run_full(
         ReadMismatch: A read didn't happen.
         RuleNotApplied: A function of the model has no rule in `backward`.
     """
-    split = split_vision(model, batch, writes, reads, edges, stop, gradients, recompute)
-    batch, writes, reads, edges, seen = split
-    ruled = RuledPass(model, backward) if backward and backward.of_functions else None
-    work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=backward)
+    ruled, changes = _find_rules(model, backward)
+    own = Derivatives(gradients=gradients, recompute=recompute, backward=ruled or changes)
+    batch, writes, reads, edges, seen = split_vision(model, batch, writes, reads, edges, stop, own)
+    work = SiteHooks(model, batch, writes, reads, stop, edges, circuits, changes=changes)
     if logits_at is not None:
         work.keep_logits(logits_at)
     narrow, given = narrow_unembedding(model, tokens, ends=ends), work.skip_encoder(batch)
@@ -1146,6 +1158,16 @@ def run_full(
             logits, largest = logits[..., :-2], logits[..., -2:].abs().amax(-1)
     work.check()
     return FullPassResult(logits, largest, work.found | seen)
+
+
+def _find_rules(
+    model: LoadedModel, backward: BackwardRules | RuledPass | None
+) -> tuple[RuledPass | None, BackwardRules | None]:
+    """Return the changes of functions, if there are any, and all changes of derivatives."""
+    if isinstance(backward, RuledPass):
+        return backward, backward.rules
+    of_functions = backward is not None and backward.of_functions
+    return RuledPass(model, backward) if backward and of_functions else None, backward
 
 
 def _recompute(work: SiteHooks) -> AbstractContextManager[None]:

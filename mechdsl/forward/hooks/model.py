@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Se
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 from weakref import WeakKeyDictionary
 
 import torch
@@ -322,6 +322,14 @@ def find_tokens(known: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return at, known[at] == ids
 
 
+class Derivatives(TypedDict):
+    """Arguments of `run_full` about derivatives, for a pass that is part of another one."""
+
+    gradients: bool
+    recompute: bool
+    backward: Any
+
+
 class VisionPass(Protocol):
     """A pass of the vision encoder on the images of prompts, without the language model."""
 
@@ -332,9 +340,7 @@ class VisionPass(Protocol):
         reads: Sequence[SiteRead],
         blocks: BlockPairs,
         edges: Sequence[EdgeWrite],
-        *,
-        gradients: bool = False,
-        recompute: bool = False,
+        derivatives: Derivatives,
     ) -> tuple[list[SiteWrite], dict[SiteRead, Tensor]]:
         """Run the vision encoder.
 
@@ -344,7 +350,7 @@ class VisionPass(Protocol):
             reads: Sites of the encoder.
             blocks: Its replaced blocks, which change all images.
             edges: Changed attention edges in the encoder.
-            gradients, recompute: As in `run_full`.
+            derivatives: Arguments of `run_full`.
 
         Returns:
             Writes at `embed` of all tokens of the images that are written to; [B, T, units, width]
@@ -448,15 +454,14 @@ def split_vision(
     reads: Sequence[SiteRead] = (),
     edges: Sequence[EdgeWrite] = (),
     stop: int | None = None,
-    gradients: bool = False,
-    recompute: bool = False,
+    derivatives: Derivatives | None = None,
 ) -> tuple[Batch, list[SiteWrite], list[SiteRead], list[EdgeWrite], dict[SiteRead, Tensor]]:
     """Run the vision encoder for reads and writes there, in prompts whose images are vectors.
 
     Args:
         stop: Number of blocks of the language model that run; None runs all. Vectors of images that
             later blocks add (Qwen3-VL) aren't written.
-        gradients, recompute: As in `run_full`.
+        derivatives: Arguments of `run_full`; without them, the pass has no gradients.
 
     Returns:
         The batch, with pixels if blocks attend to images: the encoder then runs in the pass; the
@@ -475,8 +480,8 @@ def split_vision(
         return opened, list(writes), list(reads), list(edges), {}
     if table is None or table.encode is None:
         raise ValueError(f"`{model.name}` has no images whose vision encoder can be read")
-    given = batch, inside, asked, blocks, within
-    embedded, found = table.encode(*given, gradients=gradients, recompute=recompute)
+    derivatives = derivatives or Derivatives(gradients=False, recompute=False, backward=None)
+    embedded, found = table.encode(batch, inside, asked, blocks, within, derivatives)
     if stop is not None:
         embedded = [write for write in embedded if write.layer is None or write.layer <= stop]
     outside = [write for write in writes if write.stack != "vision"]
