@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -80,9 +80,11 @@ class HeldSublayers:
     """[row] whether MLPs are held too."""
     norms: NDArray[np.bool_]
     """[row] whether norms use the base run's divisors; such rows are full forward passes."""
-    neurons: frozenset[tuple[str, int | None]] = frozenset()
-    """Stacks and layers whose neurons are senders: each neuron is held instead of the output of
-    the MLP."""
+    neurons: Mapping[tuple[str, int | None], NDArray[np.bool_]] = field(
+        default_factory=dict[tuple[str, int | None], NDArray[np.bool_]]
+    )
+    """By stack and layer, [row] whether neurons there are senders: each neuron is held instead of
+    the output of the MLP."""
 
 
 @dataclass(frozen=True, eq=False)

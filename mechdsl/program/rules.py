@@ -145,8 +145,9 @@ def lower_rules(
     direction per token one rule per token."""
     body = rule.body
     during = lower_during(rule, work)
-    site = getattr(body, "site", None)
-    read = None if site is None else work.read_groups.get(site.span)
+    ends = (getattr(body, name, None) for name in ("site", "sender", "receiver"))
+    named = (work.read_groups.get(end.span) for end in ends if end is not None)
+    read = tuple(group for group in named if group is not None)
     if rule.drops_error:
         _check_error_dropped(rule, work)
     several = _directions_of_tokens(body, work)
@@ -162,7 +163,7 @@ def lower_rules(
             for lowered in lower_rules(part, source, prompts, work)
         )
     if not isinstance(body, ast.Ablate) or not body.more:
-        changes = {"during": during, "drops_error": rule.drops_error, "read_group": read}
+        changes = {"during": during, "drops_error": rule.drops_error, "read_groups": read}
         return (lower_rule(rule, source, prompts, work).model_copy(update=changes),)
     fills = [ast.Fill(body.fill, body.by, span=body.fill.span), *body.more]
     labels = tuple(_label(fill) for fill in fills)
@@ -178,7 +179,7 @@ def lower_rules(
                 "fill_index": number,
                 "during": during,
                 "drops_error": rule.drops_error,
-                "read_group": read,
+                "read_groups": read,
             }
         )
         for number, fill in enumerate(fills)

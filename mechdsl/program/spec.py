@@ -508,9 +508,8 @@ class Rule(Spec):
     drops_error: bool = False
     """In a basis: what it doesn't represent is dropped."""
     """None: every step of a reply."""
-    read_group: tuple[str, str] | None = None
-    """In a basis: (the group that it names, what was read from the group's file), for conventions.
-    """
+    read_groups: tuple[tuple[str, str], ...] = ()
+    """In a basis: (a group that it names, what was read from the group's file), for conventions."""
     loops: tuple[str, ...] = ()
 
     @property

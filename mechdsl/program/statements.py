@@ -169,23 +169,46 @@ class Statements:
 
     def _of_each_basis(self, rule: ast.Rule) -> tuple[ast.Rule, ...]:
         """Return a rule for each basis of the group of features that a rule names as its site; the
-        rule itself if it names none."""
+        rule itself if it names none. Both ends of a path name features of one basis."""
+        if isinstance(rule.body, ast.PathRule):
+            sender, receiver = map(self._of_one_basis, (rule.body.sender, rule.body.receiver))
+            return (replace(rule, body=replace(rule.body, sender=sender, receiver=receiver)),)
         named = getattr(rule.body, "site", None)
-        word = named.bare if isinstance(named, ast.Site) and named.basis is None else None
+        every = self._join_group(named) if isinstance(named, ast.Site) else ()
+
+        def at(site: ast.Site) -> ast.Rule:
+            return rewrite(
+                rule, lambda node: site if node == named and node.span == site.span else node
+            )
+
+        return tuple(map(at, every)) or (rule,)
+
+    def _join_group(self, named: ast.Site) -> Sequence[ast.Site]:
+        """Return a site for each basis of the group of features that a site names; empty if it
+        names none."""
+        word = named.bare if named.basis is None else None
         group = None if word is None else self.parts.groups.get(word.id)
-        if named is None or group is None or not group.names_features:
-            return (rule,)
+        if group is None or not group.names_features:
+            return ()
         self.scope.has("group", group.name)
         if group.made:
             # For trained groups, the experiment prints this and compares the prompts.
             self.read_groups[named.span] = group.name, "" if group.candidates else group.made
+        return join_features(group.sites, named)
 
-        def at(site: ast.Site) -> ast.Rule:
-            return rewrite(
-                rule, lambda node: site if node == named and node.span == named.span else node
-            )
-
-        return tuple(at(site) for site in join_features(group.sites, named))
+    def _of_one_basis(self, named: ast.Site) -> ast.Site:
+        """Return the features of a group that is an end of a path, or the site itself if it names
+        none; E0207 for features of several bases."""
+        every = self._join_group(named)
+        if len(every) > 1:
+            several = name_list([str(site.basis_name) for site in every])
+            reason = f"has features of {several}, and an end of a path has those of one basis"
+            hint = "define a group for each basis, and write an experiment for each"
+            said = named.span.written
+            bad = BadArgument(span=named.span, name=said, reason=reason, hint=hint)
+            self.diagnostics.append(bad)
+            self.unsupported = True
+        return every[0] if len(every) == 1 else named
 
     def once(self, statement: NodeT, seen: list[NodeT], what: str) -> None:
         """Record a statement that may occur once in an experiment."""

@@ -443,8 +443,8 @@ def _names(part: object) -> Iterator[tuple[str, bool]]:
                 elif isinstance(node, ast.SpanTokens) and node.of.name is not None:
                     yield node.of.name, True
         case spec.Spec():
-            if isinstance(part, spec.Rule) and part.read_group is not None:
-                yield part.read_group[0], False
+            if isinstance(part, spec.Rule):
+                yield from ((name, False) for name, _ in part.read_groups)
             for name in spec.spec_fields(type(part)):
                 yield from _names(getattr(part, name))
         case tuple() | list():

@@ -15,6 +15,7 @@ from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere, DictionaryOfAnotherModel
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.dictionaries.folder import (
     CONFIG_FILE,
     CROSS_LAYER_CONFIG,
@@ -233,6 +234,11 @@ CROSS_LAYER_CONVENTION = (
 )
 
 
+def describe_read_groups(rule: ResolvedRule) -> Iterator[Convention]:
+    """Yield how the groups of features that a rule names were read."""
+    yield from (Convention(f"group {name}", made) for name, made in rule.spec.read_groups if made)
+
+
 class CoordinateChange(Intervention):
     """An intervention on coordinates in a basis; the rest of the vector doesn't change.
 
@@ -314,9 +320,7 @@ class CoordinateChange(Intervention):
             yield Convention("transcoder", said)
         if rule.basis is not None and rule.basis.crosses_layers:
             yield Convention("cross-layer transcoder", CROSS_LAYER_CONVENTION)
-        name, made = rule.spec.read_group or ("", "")
-        if made:
-            yield Convention(f"group {name}", made)
+        yield from describe_read_groups(rule)
         if isinstance(self._inner, Reconstruction | CoordinateRemoval):
             return
         yield Convention(
@@ -1114,6 +1118,11 @@ def resolve_receiving_features(
     the features; None after an error."""
     name = site.basis_name
     assert name is not None
+    if work.model.shape.encodes_apart:
+        what = "a path to features in an encoder-decoder"
+        later = "name the receiver without features: `path … -> q layer 2 head 0`"
+        work.diagnostics.append(NotSupported(span=site.span, what=what, later=later))
+        return None
     named = _bases_of_rule(name, site, work)
     if named is None or named[1][0] is None:  # rejected
         return None

@@ -13,7 +13,7 @@ from mechdsl.diagnostics.rules import NoPath, NotOnAPath
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
-from mechdsl.resolve.bases import resolve_receiving_features
+from mechdsl.resolve.bases import describe_read_groups, resolve_receiving_features
 from mechdsl.resolve.cells import counts_from_end
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
@@ -27,6 +27,7 @@ from mechdsl.resolve.types import (
     ResolvedRule,
     SitePoint,
     SiteTargets,
+    is_neuron,
     precedes,
     select_reached,
 )
@@ -150,6 +151,8 @@ class PathPatching(RuleKind, Intervention):
             return None
         if not _check_ends(rule, senders, receivers, work):
             return None
+        if basis is not None and not _check_held_neurons(rule, senders, receivers, basis, work):
+            return None
         whole = rule.frozen_norms or _has_later_neurons(rule, senders, work)
         path = PathTargets(receivers, rule.through_mlps, rule.frozen_norms, basis)
         whole = whole or path.also_at_the_end or _has_computed_site(path)
@@ -199,6 +202,7 @@ class PathPatching(RuleKind, Intervention):
                 ", and the change that only the senders cause in the stream after the last "
                 "block is added there"
             )
+        yield from describe_read_groups(rule)
         if path.basis is not None:
             after = _describe_receiving_features(path, path.basis)
         if ends != {"output"}:
@@ -270,6 +274,34 @@ def _resolve_receivers(
     if basis is not None:
         basis = replace(basis, axes=tuple(_receiver_axis(name, axes) for name in basis.axes))
     return receivers, axes, basis
+
+
+def _check_held_neurons(
+    rule: spec.Rule,
+    senders: SiteTargets,
+    receivers: SiteTargets,
+    basis: BasisTargets,
+    work: ExperimentContext,
+) -> bool:
+    """Report E0334 for senders among the neurons of the MLP whose output features are computed
+    from: neurons that don't send are held there, so the MLP can't compute it."""
+    assert rule.receiver is not None
+    computed = {point for here in receivers.points.values() for point in here}
+    computed = {p for p in computed if p.site == "mlp_out" and not basis.at(p).reads}
+    for of, to in _cells(senders, receivers):
+        layers = {point.layer for point in of if is_neuron(point)}
+        late = next((p for p in to if p in computed and p.layer in layers), None)
+        if late is None or not select_reached(of, to, parallel=work.sites.shape.parallel_block):
+            continue
+        layer, site = late.layer, " ".join(rule.receiver.span.written.split())
+        reason = f"neurons of layer {layer} are senders, so the others are held, and their MLP "
+        reason += f"can't compute the output that `{basis.definition}` encodes"
+        hint = f"leave out the neurons of layer {layer}, which have no path to these features"
+        work.diagnostics.append(
+            NotOnAPath(span=rule.receiver.span, verb="end", site=site, reason=reason, hint=hint)
+        )
+        return False
+    return True
 
 
 def _describe_receiving_features(path: PathTargets, basis: BasisTargets) -> str:

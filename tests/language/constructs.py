@@ -2001,7 +2001,8 @@ _rule(
     "the axis `to_feature`. The dictionary encodes what the receiver reads in the pass with the "
     "changed sender: for an SAE at `mlp_out` the output that the MLP computes from its changed "
     "input, for a transcoder this input. In the base run, its site changes by the change of the "
-    "activation times the decoder row. `using` is E0608 for features at either end "
+    "activation times the decoder row. Either end can be a group of features of one "
+    "basis. `using` is E0608 for features at either end "
     "(`tests/rules/test_feature_paths.py`, `tests/rules/test_receiving_features.py`).",
     PATHS,
     _PATHS,

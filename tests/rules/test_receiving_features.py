@@ -160,6 +160,22 @@ CASES = {
         "features 0..6 of f -> features 0..6 of u", "u", [(MANY, MANY)],
         other_rules=OTHERS["held_mlps"],
     ),
+    "sae_from_neurons_of_layers": Case(
+        "mlp_hidden layer 0..1 neuron 3 -> features 0..6 of f", "f",
+        [([("mlp_hidden", 0, 3)], MANY)],
+    ),
+    "later_sae_from_neurons_of_layers": Case(
+        "mlp_hidden layer 0..1 neuron 3 -> features 0..6 of g", "g",
+        [([("mlp_hidden", layer, 3)], MANY) for layer in range(2)],
+    ),
+    "group_of_components_to_sae": Case(
+        "several -> features 0..6 of f", "f",
+        [([("z", 0, 1), ("mlp_out", 0, None), ("mlp_hidden", 0, 5)], MANY)],
+    ),
+    "group_of_features_to_group_of_features": Case(
+        "sending -> receiving", "u", [([3, 5, 6], [2, 5, 6, 7])]
+    ),
+    "group_of_features": Case("z layer 0 head 1 -> sending", "f", [(HEAD, [3, 5, 6])]),
     "stream_after": Case("z layer 0 head 1 -> features 0..6 of post", "post", [(HEAD, MANY)]),
     "stream_after_its_mlp": Case(
         "mlp_out layer 1 -> feature 0..3 of post", "post",
@@ -177,18 +193,28 @@ CASES = {
     ]),
 }  # fmt: skip
 
+GROUPS = """group several = L0H1, mlp_out layer 0, L0N5
+group sending = features 3, 5..6 of f
+group receiving = feature 2 of u, features 5..7 of u
+group both = feature 3 of f, feature 2 of u
+group mixed = L0H1, L1N3
+"""
+
 
 def cases(name: str) -> dict[str, Case]:
     return {key: case for key, case in CASES.items() if not (name in PARALLEL and case.sequential)}
 
 
 def definitions(name: str, kind: str) -> str:
-    return "".join(
-        f'basis {basis} = transcoder("{name}_{kind}/of_mlp") at {site} layer {layer}\n'
-        if basis in TRANSCODERS
-        else f'basis {basis} = sae("{name}_{kind}/sae") at {site} layer {layer}\n'
-        for basis, (site, layer) in BASES.items()
-        if not (name in PARALLEL and site == "resid_mid")
+    return (
+        "".join(
+            f'basis {basis} = transcoder("{name}_{kind}/of_mlp") at {site} layer {layer}\n'
+            if basis in TRANSCODERS
+            else f'basis {basis} = sae("{name}_{kind}/sae") at {site} layer {layer}\n'
+            for basis, (site, layer) in BASES.items()
+            if not (name in PARALLEL and site == "resid_mid")
+        )
+        + GROUPS
     )
 
 
@@ -348,6 +374,9 @@ def test_path_to_features_in_a_run_with_rules_equals_the_path_after_these_rules(
         ("path mlp_hidden layer 1 neuron 3 -> feature 3 of f", "E0335", "`q layer 2"),
         ("path feature 3 of f -> feature 3 of t", "E0335", "no path leads"),
         ("using eap  path L0H1 -> feature 3 of f", "E0608", "features as receivers"),
+        ("path mixed -> feature 3 of f", "E0334", "leave out the neurons of layer 1"),
+        ("path both -> logits", "E0207", "features of `f`, `u`"),
+        ("path L0H1 -> both", "E0207", "features of `f`, `u`"),
         ("for b in [f, g] { path L0H1 -> feature 3 of b at last token }", "E0342", "2 bases"),
         (
             "ablate all but c at tokens * with zero  path L0H1 -> feature 3 of f",

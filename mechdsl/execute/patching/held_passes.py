@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Ints
+from mechdsl.base.arrays import Bools, Ints
 from mechdsl.forward.hooks.batch import (
     Batch,
     RuleWrites,
@@ -32,15 +32,30 @@ from mechdsl.resolve.types import SiteLayer, SitePoint, is_neuron
 from mechdsl.vocab.sites import SITES
 
 
-def hold_rows(plan: RulePlan, count: int) -> HeldSublayers:
-    """Hold `count` rows of a path rule."""
+def hold_rows(plan: RulePlan, count: int, cells: Ints | None = None) -> HeldSublayers:
+    """Hold `count` rows of a path rule.
+
+    Args:
+        plan: The plan of the rule.
+        count: Number of rows.
+        cells: [row] cell of each row; None for rows in which the senders of all cells send.
+    """
     assert plan.paths is not None
     paths = plan.paths
+    neurons: dict[tuple[str, int | None], Bools] = {}
+    for number, point in enumerate(plan.point_table):
+        if is_neuron(point):
+            sends = np.ones(count, dtype=np.bool_)
+            if cells is not None:
+                row, sender = plan.points.expand(plan.site_of_cell[cells])
+                sends = np.isin(np.arange(count), row[sender == number])
+            place = SITES[point.site].stack, point.layer
+            neurons[place] = sends | neurons.get(place, False)
     return HeldSublayers(
         np.ones(count, dtype=np.bool_),
         np.full(count, not paths.through_mlps, dtype=np.bool_),
         np.full(count, paths.frozen_norms, dtype=np.bool_),
-        frozenset((SITES[p.site].stack, p.layer) for p in plan.point_table if is_neuron(p)),
+        neurons,
     )
 
 
@@ -112,9 +127,11 @@ def _list_held_sites(
                 continue
             heads = next(s for s in ("z", "mixer_out", "attn_out") if own.has(s, layer))
             wanted.append((SiteRead(heads, layer, stack, before=True), rows))
-            mlp = "mlp_hidden" if (stack, layer) in held.neurons else "mlp_out"
-            if own.has(mlp, layer):
-                wanted.append((SiteRead(mlp, layer, stack, before=True), without_mlps))
+            sends = held.neurons.get((stack, layer), np.zeros_like(held.rows))[without_mlps]
+            for mlp, here in (("mlp_hidden", sends), ("mlp_out", ~sends)):
+                if own.has(mlp, layer):
+                    read = SiteRead(mlp, layer, stack, before=True)
+                    wanted.append((read, without_mlps[here]))
     return [(read, own) for read, own in wanted if len(own)]
 
 

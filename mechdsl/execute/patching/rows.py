@@ -137,12 +137,14 @@ class PassRows:
         if part.held is not None:
             none = np.zeros(len(self), dtype=np.bool_)
             held = HeldSublayers(none, none, none) if held is None else held
-            neurons = held.neurons | part.held.neurons
+            neurons = {**dict.fromkeys(part.held.neurons, none), **held.neurons}
+            neurons = {place: own.copy() for place, own in neurons.items()}
             held = HeldSublayers(held.rows.copy(), held.mlps.copy(), held.norms.copy(), neurons)
             for every, own in (
                 (held.rows, part.held.rows),
                 (held.mlps, part.held.mlps),
                 (held.norms, part.held.norms),
+                *((neurons[place], own) for place, own in part.held.neurons.items()),
             ):
                 every[at] = own
         return replace(
@@ -598,7 +600,7 @@ class Patcher:
         """Build path rows, in which the senders are patched and everything else is held."""
         given = (number, rows, own.draw, own.run, own.batch, text)
         others = RuleWrites() if not own.whole else self._acting(*given, senders=False)
-        held = hold_rows(path, len(rows))
+        held = hold_rows(path, len(rows), rows.cell)
         return replace(own, acting=self._acting(*given), held=held, others=others)
 
     def _acting(
