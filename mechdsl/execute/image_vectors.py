@@ -633,11 +633,12 @@ class _Patches:
         return found
 
     def pool(self) -> PatchPools:
-        """Return the token of each of the encoder's tokens."""
-        tokens, each = self.of_token.shape
-        there = self.of_token >= 0
+        """Return the token of each of the encoder's tokens; itself if a resampler reads it."""
+        of_token = self.of_token if self.tiles is None else self.of_token.reshape(-1, 1)
+        tokens, each = of_token.shape
+        there = of_token >= 0
         of_patch = torch.full((self.count,), tokens)
-        of_patch[self.of_token[there]] = torch.arange(tokens)[:, None].expand(-1, each)[there]
+        of_patch[of_token[there]] = torch.arange(tokens)[:, None].expand(-1, each)[there]
         return PatchPools(of_patch, tokens, each)
 
     def keep(self, write: SiteWrite) -> SiteWrite:
@@ -759,7 +760,7 @@ class _ImagesOfBatch:
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
     """[B, column, units, width] by site; 0 at tokens of text. The first column of a prompt is that
     of `Batch.starts`, and each token has one for each of its patches. Patterns are between tokens,
-    [B, column, head, position]."""
+    [B, column, head, position], or between patches that a resampler reads."""
     _embedded: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     """By number of an image, [token, d_model]."""
     _later: dict[int, list[Tensor]] = field(default_factory=dict[int, list[Tensor]])
@@ -793,25 +794,31 @@ class _ImagesOfBatch:
                     whole = values.new_zeros((len(self.batch), width, *values.shape[2:]))
                     self.reads[read] = whole
                 for n in numbers:
-                    self.reads[read][self.images[n].row, self._columns(n)] = values[lane]
+                    self.reads[read][self.images[n].row, self._columns(n, self.patches)] = values[
+                        lane
+                    ]
 
     def _add_pattern(self, read: SiteRead, numbers: Sequence[int], values: Tensor) -> None:
-        """Add weights [token, head, token] between the tokens of some images."""
+        """Add weights [token, head, token] between tokens, or patches, of some images."""
+        each = values.shape[0] // len(self.images[numbers[0]].columns)
         if read not in self.reads:
-            rows, columns = self.batch.ids.shape
-            size = rows, columns, values.shape[1], int(self.batch.lengths.max())
+            columns = int((self.batch.starts + self.batch.lengths * each).max())
+            size = len(self.batch), columns, values.shape[1], int(self.batch.lengths.max()) * each
             self.reads[read] = values.new_zeros(size)
         for n in numbers:
-            row, columns = self.images[n].row, self.images[n].columns
+            row, columns = self.images[n].row, self._columns(n, each)
             keys = columns - self.batch.starts[row]
             self.reads[read][row][columns[:, None], :, keys] = values.transpose(1, 2)
 
-    def _columns(self, number: int) -> Tensor:
-        """Return [patch] long: the columns of an image's patches in `reads`."""
+    def _columns(self, number: int, each: int) -> Tensor:
+        """Return [patch] long: the columns of an image's patches in `reads`.
+
+        each: Number of patches of a token.
+        """
         own = self.images[number]
         start = self.batch.starts[own.row]
-        first = (own.columns - start) * self.patches + start
-        return (first[:, None] + torch.arange(self.patches)).flatten()
+        first = (own.columns - start) * each + start
+        return (first[:, None] + torch.arange(each)).flatten()
 
     def writes(self, later: Sequence[Tensor]) -> list[SiteWrite]:
         """Return the writes of changed images: their vectors at `embed`, and the differences of
@@ -1056,13 +1063,6 @@ def find_image_problem(
         experiment: The experiment.
         models: By key, its model and others that it reads.
     """
-    for fit in _list_fits(experiment):
-        inside = not isinstance(fit, JacobianBasis) and _are_in_vision(fit.points)
-        for sample in fit.samples if inside else ():
-            model = models[sample.run.model or experiment.model.key]
-            if model.shape.resamples:
-                reason = "directions and bases aren't computed from patches that a resampler reads"
-                return replace(_report_patches(model, reason), span=_first_picture(sample.table))
     for table, run, in_vision in _list_read_runs(experiment):
         model = models[run.model or experiment.model.key]
         problem: ImagesNotVectors | SiteNotOnModel | None

@@ -139,7 +139,8 @@ def read_vectors(
                 row, draw, token = list_tokens(hits[number, each], batch, found.draws)
                 lane = torch.from_numpy(found.lane(row, draw))
                 vectors = _select_vectors(found, point, lane, token)
-                yield SiteVectors(count, place, number, row, draw, token // each, vectors, each)
+                own = each // cell.vectors  # positions of patches have one vector each
+                yield SiteVectors(count, place, number, row, draw, token // own, vectors, own)
 
 
 def list_tokens(hits: TokenHits, batch: Ints, draws: int) -> tuple[Ints, Ints, Ints]:

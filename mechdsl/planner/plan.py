@@ -998,10 +998,19 @@ def read_batches(
     longest = int(run.lengths[prompts].max())
     longest *= run.draws
     places = {(point.site, point.layer) for point in points}
-    each = sum(site_size(shape, place, longest) for place in places) * itemsize
+    each = sum(_size_of_token(shape, place, longest) for place in places) * itemsize
     room = min(tokens, READ_BATCH_BYTES // max(1, each))
     size = max(1, room // longest)
     return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+
+def _size_of_token(shape: ModelShape, place: SiteLayer, keys: int) -> int:
+    """Return the size of a site at one token, with all patches that it is made from."""
+    site = SITES[place[0]]
+    patches = shape.merged_side**2 if site.stack == "vision" else 1
+    if site.width != "key":
+        return site_size(shape, place, keys) * patches
+    return site_size(shape, place, keys) * (patches**2 if shape.resamples else 1)
 
 
 def split_gradient_batches(

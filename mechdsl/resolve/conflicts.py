@@ -743,15 +743,6 @@ def _describe_resampled_rule(
         read: The run that it reads.
         reader: The model's tokenizer.
     """
-    if rule.python is not None:
-        return "to a function's result", "use another rule, such as `scale`"
-    if rule.path is not None:
-        return (
-            "between patches",
-            "patch its sender: `patch z vision layer 0 head 0 at photo tokens`",
-        )
-    if rule.spec.observed is not None and rule.spec.observed.word != "norm":
-        return "of patches", "use `observe norm`, or observe `embed` at the tokens of the image"
     if rule.does.reads is None:
         return None
     for key, cell in rule.positions.read.items():

@@ -520,15 +520,11 @@ TRAINERS_ON_ACTIVATIONS = ("sae", "nmf", "semi_nmf", "ica", "mixture")
 
 
 def _check_trainer_in_vision(call: ast.Call, work: ExperimentContext) -> None:
-    """Check that a training is a probe, the only one in a vision encoder, and that tokens of images
-    have patches. Raises DirectionError."""
+    """Check that a training is a probe, the only one in a vision encoder. Raises DirectionError."""
     if not isinstance(find_trainer(trainer_call(call)), ProbeTrainer):
         reason = "only probes are trained in the vision encoder"
         hint = "train it at `embed`, or compute it, as `mean_difference(…)` does"
         raise DirectionError(call, reason, hint)
-    if work.model.shape.resamples:
-        reason = "the resampler of this model reads all patches for each token of an image"
-        raise DirectionError(call, reason, "train the probe at `embed`")
 
 
 def _check_trainer_with_attended_image(call: ast.Call) -> None:

@@ -371,11 +371,13 @@ class TokenSetObservation(RowSetObservation):
 def join_positions(cells: Iterable[PositionCell]) -> PositionCell:
     """Join all tokens of some positions of the same rows."""
     rows: list[set[int]] = []
+    vectors = 1
     for cell in cells:
-        rows = rows or [set() for _ in cell.hits]
+        rows, vectors = rows or [set() for _ in cell.hits], cell.vectors
         for own, hits in zip(rows, cell.hits, strict=True):
             own.update(token for tokens in hits for token in tokens)
-    return PositionCell("every token", tuple((tuple(sorted(own)),) if own else () for own in rows))
+    hits = tuple((tuple(sorted(own)),) if own else () for own in rows)
+    return PositionCell("every token", hits, vectors=vectors)
 
 
 def evaluate_rows(

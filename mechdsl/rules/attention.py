@@ -316,11 +316,16 @@ class GivenWeight(EdgeIntervention):
         if not super().possible(rule, amounts, keys, work):
             return False
         high = max(amounts.values.values())
-        hits = (tokens for cell in keys.written.values() for row in cell.hits for tokens in row)
-        most = max((len(tokens) for tokens in hits), default=1)
         assert rule.edge is not None
         patched = rule.edge.stack is not None and rule.edge.stack.id == "vision"
-        most *= work.sites.shape.merged_side**2 if patched else 1
+        each_token = work.sites.shape.merged_side**2 if patched else 1
+        counts = (
+            len(tokens) * each_token // cell.vectors
+            for cell in keys.written.values()
+            for row in cell.hits
+            for tokens in row
+        )
+        most = max(counts, default=1)
         most = 1 if work.model.tokenizer.stands_in else most
         if high * most <= 1 + 1e-9:
             return True

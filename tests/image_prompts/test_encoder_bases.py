@@ -15,7 +15,7 @@ from .test_families import ALL, bare, difference, inputs, run_text
 from .test_token_patches import BASES, TOWERS, components_of, edited
 from .test_vision_encoder import LLAVA, errors, try_file
 
-NAMES = ("llava_next", "qwen2_5_vl", "gemma3")
+NAMES = ("llava_next", "qwen2_5_vl", "gemma3", "idefics2_wide")
 RULE = "scale feature 0 of c at photo tokens by -4"
 
 

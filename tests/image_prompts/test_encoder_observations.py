@@ -23,7 +23,16 @@ from .test_encoder_attention import try_line
 from .test_encoder_paths import Place, edited, tower
 from .test_families import bare, folder, run_text
 
-NAMES = ("llava_class", "paligemma", "llava_next", "gemma3", "qwen2_5_vl", "internvl", "smolvlm")
+NAMES = (
+    "llava_class",
+    "paligemma",
+    "llava_next",
+    "gemma3",
+    "qwen2_5_vl",
+    "internvl",
+    "smolvlm",
+    "idefics2_wide",
+)
 QUICK = ("llava_next", "gemma3")
 MODES = some(["planned", "padded on the right", "small passes"], ["planned"])
 IMAGES = range(8)
@@ -152,8 +161,3 @@ WRONG = {
 @pytest.mark.parametrize(("line", "code"), WRONG.items())
 def test_invalid_line_reports_the_code_before_anything_runs(line: str, code: str) -> None:
     assert {each.code for each in try_line("llava_next", line)} == {code}
-
-
-def test_observation_of_a_resampled_encoder_other_than_norm_reports_e0108() -> None:
-    line = "observe rank resid_post vision layer 0 at photo tokens"
-    assert [each.code for each in try_line("idefics2", line)] == ["E0108"]

@@ -31,6 +31,7 @@ NAMES = (
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
+    "idefics2_wide",
 )
 QUICK = ("paligemma", "qwen2_5_vl")
 MODES = some(["planned", "padded on the right", "small passes"], ["planned"])
@@ -339,10 +340,3 @@ def test_invalid_path_in_the_encoder_reports_the_code(line: str, expected: tuple
         run_text("qwen2_5_vl", experiment("e", "from clean into changed", line))
     assert f"error[{expected[0]}" in str(problem.value)
     assert expected[1] in str(problem.value)
-
-
-def test_path_in_an_encoder_with_a_resampler_reports_e0108() -> None:
-    line = "path z vision layer 0 head 0 -> attn_norm vision layer 1 at photo tokens"
-    with pytest.raises(AssertionError) as problem:
-        run_text("idefics2", experiment("e", line))
-    assert "error[E0108]: `path` between patches in a vision encoder" in str(problem.value)

@@ -26,7 +26,16 @@ from .test_token_patches import TOWERS, edited, state
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 
-NAMES = ("llava_class", "paligemma", "llava_next", "qwen2_5_vl", "gemma3", "smolvlm", "internvl")
+NAMES = (
+    "llava_class",
+    "paligemma",
+    "llava_next",
+    "qwen2_5_vl",
+    "gemma3",
+    "smolvlm",
+    "internvl",
+    "idefics2_wide",
+)
 QUICK = ("paligemma", "qwen2_5_vl")
 TWICE = BLOCK.replace("  words =", '  more in ["w1", "w3"]\n  words =').replace(
     "w3 w2 {photo}", "w3 {more} {photo}"

@@ -5,20 +5,23 @@ bare encoder. The processor's own pixel masks give the rows and columns of each 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from mechdsl.checks.file_check import CheckSettings
 from mechdsl.diagnostics.core import Diagnostic
 
-from ..execute.support import run_on
+from ..execute.support import MODES, run_on
 from ..quick import some
 from .reference import Edit, at, one_head
-from .support import experiment
+from .support import experiment, succeeded
+from .test_encoder_attention import Change, attended, between, blocked, fixed, multiplied
 from .test_families import ALL, BLOCK, TWO, difference
 from .test_resampled_encoder import (
     HEADS,
@@ -27,6 +30,7 @@ from .test_resampled_encoder import (
     WIDTH,
     bare,
     edited,
+    folder,
     inputs,
     loaded,
     other,
@@ -316,6 +320,33 @@ def test_patches_in_a_derived_run_equal_hooks() -> None:
         np.testing.assert_allclose(found.measures[0].patched[0, n], value, 1e-4, 1e-4)
 
 
+FUNCTION = """
+def mixed(vectors):
+    \"\"\"Each patch minus a multiple of the mean over all rows and patches.\"\"\"
+    return -3 * vectors - 10 * vectors.nanmean(dim=(0, 1), keepdim=True)
+"""
+
+
+def test_function_of_patches_gets_those_of_all_rows() -> None:
+    """Images have different numbers of patches; those that one lacks aren't numbers."""
+    (folder("uneven") / "functions.py").write_text(FUNCTION, encoding="utf-8")
+    at_tile = "resid_post vision layer 0 at photo tile 4 tokens"
+    text = experiment("e", f'set {at_tile} to python("functions.py:mixed")')
+    options = replace(MODES["planned"], settings=CheckSettings(python="run"))
+    ran = run_on(source(text, "uneven"), {"m": loaded(splits=True)}, options)
+    [found] = succeeded(*ran).values()
+    every = [inputs("uneven", n, n) for n in ALL]
+    tiles = [in_tile(given, 3) for given in every]
+    assert len({*map(len, tiles)}) > 1
+    states = [state("resid_post", 0, given) for given in every]
+    mean = torch.cat([own[tile] for own, tile in zip(states, tiles, strict=True)]).mean(0)
+    for n in ALL:
+        with edited("resid_post", 0, at(tiles[n], -3 * states[n][tiles[n]] - 10 * mean)):
+            expected = difference(bare(splits=True).run(every[n]))
+        np.testing.assert_allclose(found.measures[0].patched[0, n], expected, 1e-4, 1e-4)
+    assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.05
+
+
 # --- observations ---------------------------------------------------------------------------------
 
 
@@ -343,6 +374,144 @@ def test_observed_norms_of_patches_equal_those_of_the_bare_encoder(mode: str) ->
                 np.testing.assert_allclose(own, expected, 1e-5)
             else:
                 assert np.isnan(own)
+
+
+def vectors(given: dict[str, Tensor], layer: int, tokens: Iterable[int]) -> Tensor:
+    return state("resid_post", layer, given)[list(tokens)]
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+def test_similarity_of_patches_equals_cosines_of_the_bare_encoder(mode: str) -> None:
+    site = "observe similarity resid_post vision layer"
+    lines = [
+        f"{site} * at photo row 1 col 1 token with photo thumbnail row 2 col 1 token",
+        f"{site} 1 of clean with changed at photo row 3 col 2 token",
+        f"{site} 0 at photo tile 3 tokens",
+    ]
+    text = "".join(experiment(f"e{n}", line, measure="") for n, line in enumerate(lines))
+    pairs, runs, inside = (each.measures[0].patched for each in run_text(text, "uneven", mode))
+    for n in ALL:
+        given, changed = inputs("uneven", n, n), inputs("uneven", n, other(n))
+        for layer in (0, 1):
+            ends = [in_grid(given, 1, 1), spots(given)[4, 1, 0]]
+            expected = cosine(*vectors(given, layer, ends))
+            np.testing.assert_allclose(pairs[layer, n], expected, atol=1e-5)
+        [own] = vectors(given, 1, [in_grid(given, 3, 2)])
+        [there] = vectors(changed, 1, [in_grid(changed, 3, 2)])
+        np.testing.assert_allclose(runs[0, n], cosine(own, there), atol=1e-5)
+        tile = vectors(given, 0, in_tile(given, 2))
+        every = [cosine(a, b) for k, a in enumerate(tile) for b in tile[k + 1 :]]
+        np.testing.assert_allclose(inside[0, n], np.mean(every), atol=1e-5)
+
+
+def module_of(layer: int) -> Any:
+    path = f"model.vision_model.encoder.layers.{layer}.self_attn"
+    return bare(splits=True).model.get_submodule(path)
+
+
+def pattern(given: dict[str, Tensor], layer: int) -> dict[int, Tensor]:
+    """By the first token of a tile, its weights [head, query, key]."""
+    found: dict[int, Tensor] = {}
+
+    def keep(first: int, weights: Tensor) -> Tensor:
+        found[first] = weights.clone()
+        return weights
+
+    with attended(module_of(layer), keep):
+        bare(splits=True).run(given)
+    return found
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+def test_attention_between_patches_of_padded_tiles_equals_the_bare_encoder(mode: str) -> None:
+    lines = [
+        "observe attention vision layer * head * from photo row 2 col 1 token to "
+        "photo row 1 col 1 token",
+        "observe attention vision layer 1 from photo tokens to photo thumbnail tokens",
+    ]
+    text = "".join(experiment(f"e{n}", line, measure="") for n, line in enumerate(lines))
+    one, every = run_text(text, "uneven", mode)
+    largest = 0.0
+    for n in ALL:
+        given = inputs("uneven", n, n)
+        for number, cell in enumerate(one.cells):
+            layer, head = int(cell.coords["layer"]), int(cell.coords["head"])
+            weights = pattern(given, layer)[0]
+            expected = float(weights[head, in_grid(given, 2, 1), in_grid(given, 1, 1)])
+            np.testing.assert_allclose(one.measures[0].patched[number, n], expected, atol=1e-5)
+            largest = max(largest, expected)
+        # Only patches of the thumbnail see it: the others have a weight of 0 there.
+        count, small = len(spots(given)), in_tile(given, 4)
+        weights = pattern(given, 1)
+        own = [token - max(weights) for token in small]
+        total = float(weights[max(weights)][:, own][:, :, own].sum(2).mean())
+        expected = total * len(small) / count
+        np.testing.assert_allclose(every.measures[0].patched[0, n], expected, atol=1e-5)
+    assert largest > 0.1
+
+
+def attending(n: int, layer: int, queries: Tokens, keys: Tokens, change: Change) -> float:
+    given = inputs("uneven", n, other(n))
+    with attended(module_of(layer), between(queries(given), keys(given), change)):
+        return difference(bare(splits=True).run(given))
+
+
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+def test_rules_on_attention_between_patches_equal_changed_weights(mode: str) -> None:
+    every, row, small = AT["photo tokens"], AT["photo row 3 col * tokens"], partial(in_tile, tile=4)
+    cases: dict[str, Callable[[int], float]] = {
+        "block attention vision layer 1 from photo tokens to photo row 3 col * tokens": (
+            lambda n: attending(n, 1, every, row, blocked)
+        ),
+        "reweight attention vision layer 0 from photo thumbnail tokens to "
+        "photo thumbnail row 2 col 2 token by 50": (
+            lambda n: attending(
+                n, 0, small, AT["photo thumbnail row 2 col 2 token"], multiplied(50)
+            )
+        ),
+        "set attention vision layer 1 from photo row 3 col 1 token to photo row 3 col 1 token "
+        "to 0.9": lambda n: attending(
+            n, 1, AT["photo row 3 col 1 token"], AT["photo row 3 col 1 token"], fixed(0.9)
+        ),
+    }
+    text = "".join(
+        experiment(f"e{n}", "from clean into changed", rule) for n, rule in enumerate(cases)
+    )
+    base = np.array(base_of("uneven"))
+    for found, (rule, values) in zip(run_text(text, "uneven", mode), cases.items(), strict=True):
+        own = found.measures[0].patched[0]
+        np.testing.assert_allclose(own, [values(n) for n in ALL], 1e-4, 1e-4, err_msg=rule)
+        assert np.abs(own - base).max() > 0.02, rule
+
+
+def test_directions_of_patches_are_means_over_rows() -> None:
+    """The vector of a row is the mean over its patches."""
+    text = ""
+    for name, where in (("a", "photo row 1 col 2 token"), ("b", "photo tile 4 tokens")):
+        text += f"direction {name} = mean(ask) at resid_post vision layer 0 at {where}\n"
+        text += experiment(f"e{name}", f"add 30 * {name} to resid_post vision layer 0 at {where}")
+    results = run_text(text, "uneven")
+    for found, where in zip(
+        results, ("photo row 1 col 2 token", "photo tile 4 tokens"), strict=True
+    ):
+        every = [inputs("uneven", n, n) for n in ALL]
+        rows = [vectors(given, 0, AT[where](given)).mean(0) for given in every]
+        added = 30 * torch.stack(rows).mean(0)
+        for n in ALL:
+            own = AT[where](every[n])
+
+            def edit(value: Tensor, own: list[int] = own, added: Tensor = added) -> Tensor:
+                value[own] += added
+                return value
+
+            with edited("resid_post", 0, edit):
+                expected = difference(bare(splits=True).run(every[n]))
+            np.testing.assert_allclose(found.measures[0].patched[0, n], expected, 1e-4, 1e-4)
+        assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.05
 
 
 # --- errors ---------------------------------------------------------------------------------------

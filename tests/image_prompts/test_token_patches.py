@@ -137,6 +137,26 @@ class Tower:
         return found
 
 
+class ResampledTower(Tower):
+    """The encoder of Idefics2, whose tiles have `grids` rows and columns of patches, by image."""
+
+    def cell(self, image: int, row: int, col: int) -> list[int]:
+        rows, cols = self.grids[image]
+        (down, row), (along, col) = divmod(row - 1, rows), divmod(col - 1, cols)
+        return [((2 * down + along) * rows + row) * cols + col]
+
+    def small(self, image: int, row: int, col: int) -> list[int]:
+        rows, cols = self.grids[image]
+        return [(4 * rows + row - 1) * cols + col - 1]
+
+    def every(self, image: int) -> list[int]:
+        rows, cols = self.grids[image]
+        return [*range(5 * rows * cols)]
+
+
+RESAMPLED = ResampledTower(
+    "model.vision_model.encoder.layers", grids=((2, 2), (2, 1), (1, 2), (2, 1))
+)
 INTERN = Tower(
     "model.vision_tower.encoder.layer",
     "attention.projection_layer",
@@ -187,8 +207,10 @@ TOWERS = {
     "qwen2_vl": QWEN,
     "qwen2_5_vl": Tower(QWEN.blocks, QWEN.z, "attn", merged=2, grids=QWEN.grids, window=2),
     "qwen3_vl": QWEN,
+    "idefics2_wide": RESAMPLED,
 }
-NAMES = tuple(TOWERS)
+NAMES = tuple(name for name in TOWERS if name != "idefics2_wide")
+"""Families with patches of tokens: `test_resampled_patches.py` has those of the other one."""
 QUICK = ("llava_next", "qwen2_5_vl")
 TILED = tuple(name for name, own in TOWERS.items() if own.thumbnail)
 

@@ -238,6 +238,17 @@ FAMILIES: Mapping[str, Family] = {
         {"image_seq_len": 3},
         tower="model.vision_model",
     ),
+    "idefics2_wide": Family(  # its final token sees all tokens of an image
+        "Idefics2Processor",
+        "Idefics2ImageProcessor",
+        {"size": {"shortest_edge": 4, "longest_edge": 8}, "do_image_splitting": True},
+        {"image_seq_len": 3},
+        row="idefics2",
+        overrides={
+            "text_config": {**rows_vlm.TEXT, "model_type": "mistral", "sliding_window": 64},
+        },
+        tower="model.vision_model",
+    ),
     "idefics3": Family(
         "Idefics3Processor",
         "Idefics3ImageProcessor",

@@ -403,8 +403,8 @@ def _describe_patches(shape: ModelShape) -> str:
     side = shape.merged_side
     if shape.resamples:
         return (
-            "at all tokens of an image, rules act on all its patches, each of which a resampler "
-            "reads for every token; observations are means over them"
+            "each position is a patch of an image; a resampler reads all patches of a tile for "
+            "each token"
         )
     if side == 1:
         return "each token of an image is one of its patches"
