@@ -22,7 +22,7 @@ from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis, name_nodes
 from mechdsl.program.spec import SEED_AXIS
 from mechdsl.program.trainers import ChoosingTrainer, NodeSearchTrainer
-from mechdsl.program.trainings import list_seeds, used_masks
+from mechdsl.program.trainings import list_seeds, used_masks, used_saved_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.circuit_files import EMBEDDING, ENCODER_EMBEDDING
 from mechdsl.resolve.directions import describe_rows
@@ -140,12 +140,12 @@ def fill_groups(
 ) -> FilledGroups:
     """Insert the sites of the groups that an experiment uses and that a training chooses."""
     used = used_masks(experiment, program)
-    if not used:
+    positions = list(_list_saved_positions(experiment, program))
+    if not used and not positions:
         return FilledGroups(experiment, program, (), waits=False)
     groups, circuits = dict(program.groups), dict(program.circuits)
     masks = list[TrainedMask]()
     coordinates: list[_ChosenCoordinates] = []
-    positions: list[_ChosenPositions] = []
     for definition in used:
         objective = objectives.get((definition.name, experiment.model))
         sites, mask = (definition.site,), None
@@ -155,20 +155,15 @@ def fill_groups(
         if definition.chooses_edges:
             if mask is not None:
                 old = circuits[definition.name]
-                edges = tuple(_edges_of(mask.chosen, definition))
-                found: dict[str, object] = {"scores": mask.scores}
-                if isinstance(mask.candidates[0], PlacedEdge):
-                    scores = dict(zip(mask.candidates, mask.scores, strict=False))
-                    own = tuple(scores[each] for each in mask.chosen if each in scores)
-                    found = {"placed_scores": own}
-                found |= {"edges": edges, "nodes": tuple(_name_nodes(definition))}
-                circuits[definition.name] = old.model_copy(update=found)
+                circuits[definition.name] = _fill_circuit(old, mask, definition)
             continue
         if mask is not None:
             most = None if mask.is_trained else limits.CIRCUIT_NEURONS  # perhaps nodes of a circuit
             sites = tuple(_sites_of(mask.members[:most], definition.site, definition.span))
         if definition.chooses_positions:
-            positions.append(_ChosenPositions(definition, mask))
+            assert definition.at is not None
+            labels = None if mask is None else tuple(_list_labels(mask))
+            positions.append(_ChosenPositions(definition.name, definition.at, labels))
             continue
         if definition.site.coordinates is not None:
             waits = mask is None or not mask.is_trained
@@ -194,6 +189,33 @@ def fill_groups(
         tuple(masks),
         waits=len(masks) < len(used),
     )
+
+
+def _list_saved_positions(
+    experiment: spec.Experiment, program: spec.Program
+) -> Iterator[_ChosenPositions]:
+    """Yield the groups of positions that an experiment reads from files."""
+    for group in used_saved_positions(experiment, program):
+        if group.at is not None:
+            yield _ChosenPositions(group.name, group.at, group.labels)
+
+
+def _list_labels(mask: TrainedMask) -> Iterator[str]:
+    """Yield the labels of the chosen positions."""
+    for own in mask.members:
+        if isinstance(own, PositionChoice):
+            yield own.label
+
+
+def _fill_circuit(old: spec.Circuit, mask: TrainedMask, definition: spec.Basis) -> spec.Circuit:
+    """Return a circuit with the edges that a training chose."""
+    found: dict[str, object] = {"scores": mask.scores}
+    if isinstance(mask.candidates[0], PlacedEdge):
+        scores = dict(zip(mask.candidates, mask.scores, strict=False))
+        found = {"placed_scores": tuple(scores[own] for own in mask.chosen if own in scores)}
+    edges = tuple(_edges_of(mask.chosen, definition))
+    found |= {"edges": edges, "nodes": tuple(_name_nodes(definition))}
+    return old.model_copy(update=found)
 
 
 def _list_choices(mask: TrainedMask) -> Iterator[int]:
@@ -333,25 +355,22 @@ class _ChosenCoordinates(Record):
 
 @record
 class _ChosenPositions(Record):
-    """A group of positions, with the chosen ones; None until the candidates are known."""
+    """A group of positions, and what it was chosen from."""
 
-    definition: spec.Basis
-    mask: TrainedMask | None
+    name: str
+    at: ast.Positions
+    labels: tuple[str, ...] | None
+    """Those of the chosen positions; None until the candidates are known."""
 
     def insert(self, node: ast.Node) -> ast.Node:
         """Return the chosen positions where a rule names them: `g tokens` or `each g token`."""
         if not isinstance(node, ast.SpanTokens):
             return node
-        name, items = self.definition.name, self.definition.at
+        name = self.name
         bare = replace(node.of, name=name) == ast.SpanRef(name=name, span=node.of.span)
         if node.of.name != name or not bare or node.low is not None or node.plural == node.each:
             return node
-        assert items is not None
-        labels = None
-        if self.mask is not None:
-            chosen = (own for own in self.mask.members if isinstance(own, PositionChoice))
-            labels = tuple(own.label for own in chosen)
-        return ast.ChosenTokens(name, items, labels, node.plural, span=node.span)
+        return ast.ChosenTokens(name, self.at, self.labels, node.plural, span=node.span)
 
 
 def _insert(part: PartT, groups: Sequence[_ChosenCoordinates | _ChosenPositions]) -> PartT:
@@ -412,7 +431,7 @@ def check_masks(
             check_mask_size(mask),
             check_mask_rows(mask, definition),
             *check_training_rows(definition, mask.training, experiment, table),
-            _named_as_span(definition, experiment, table),
+            _named_as_span(definition, table) if definition.chooses_positions else None,
             _compared_across_models(definition, experiment),
         ):
             problems += [] if problem is None else [problem]
@@ -423,16 +442,17 @@ def check_masks(
         if mask.is_trained:
             made = f"{label_candidates(mask.members)}; {made}"
         described.append(replace(mask, made=made))
+    for group in used_saved_positions(experiment, program):
+        problem = _named_as_span(group, table)
+        problems += [] if problem is None else [problem]
     return tuple(described), problems
 
 
-def _named_as_span(
-    definition: spec.Basis, experiment: spec.Experiment, table: PromptTable
-) -> Diagnostic | None:
+def _named_as_span(definition: spec.Basis | spec.Group, table: PromptTable) -> Diagnostic | None:
     """Return E0207 for a group of positions with the name of a span of the prompts."""
     name = definition.name
     spans = (span.name for run in table.runs.values() for row in run.rows for span in row.spans)
-    if not definition.chooses_positions or name not in spans:
+    if name not in spans:
         return None
     reason, hint = "is also a part of the prompts", "give the group another name"
     return BadArgument(span=definition.span, name=name, reason=reason, hint=hint)

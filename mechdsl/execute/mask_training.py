@@ -232,6 +232,12 @@ class MaskRows(EffectRows[Tensor]):
         of edges; empty without any."""
         return {}
 
+    @property
+    def places(self) -> dict[str, dict[str, object]]:
+        """`positions` with the text and the labels of positions that are candidates; empty for
+        others."""
+        return {}
+
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
         """Return random choices of the same number of gates.
 
@@ -724,6 +730,11 @@ class PositionMaskRows(VectorMaskRows):
 
     candidates: Sequence[PositionChoice]
 
+    @property
+    def places(self) -> dict[str, dict[str, object]]:
+        at = self.objective.rules[0].spec.at.span.written
+        return {"positions": {"at": at, "labels": [each.label for each in self.candidates]}}
+
     @cached_property
     def active(self) -> Ints:
         """[gate] numbers of the positions that some training row has."""
@@ -1020,6 +1031,7 @@ def _write_choice(path: Path, rows: MaskRows, likely: Tensor, chosen: Sequence[i
         "labels": [label_candidates((each,)) for each in rows.candidates],
         "probabilities": probabilities.tolist(),
         "chosen": rows.active[list(chosen)].tolist(),
+        **rows.places,
         **rows.dictionaries,
         "prompts": rows.prompts,
     }
@@ -2043,6 +2055,7 @@ def _write_scores(path: Path, rows: NodeRows, found: FoundGroup) -> None:
         "scores": [own if n in active else None for n, own in enumerate(found.scores.tolist())],
         "chosen": (found.chosen if found.ranks else np.sort(found.chosen)).tolist(),
         **({"ranked": True} if found.ranks else {}),
+        **rows.masked.places,
         **rows.masked.dictionaries,
         "prompts": rows.masked.prompts,
     }

@@ -140,6 +140,7 @@ def key_parts(
         python = _python(checked)
     except CodeHashError as unknown:
         raise RunKeyError(str(unknown)) from None
+    groups = {**checked.program.groups, **checked.program.positions}
     return {
         "schema": 1,
         "texts": [source.text for source in checked.program.sources],
@@ -154,7 +155,7 @@ def key_parts(
         "device": device,
         "machine": [platform.system(), platform.machine(), platform.python_version()],
         "numbers": numeric_settings(),
-        "groups": {n: own.digest for n, own in checked.program.groups.items() if own.digest},
+        "groups": {n: own.digest for n, own in groups.items() if own.digest},
         "prompts": _tables([*checked.experiments, *checked.edits.values()]),
         "python": python,
         "models": {name: models.told(name) for name in needed_models(checked)},

@@ -49,7 +49,15 @@ from mechdsl.program.effect_trainers import (
     TRAINING_ARGUMENTS,
 )
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
-from mechdsl.program.group_files import LayerFeature, is_mask, load_group, read_graph, read_mask
+from mechdsl.program.group_files import (
+    LayerFeature,
+    has_positions,
+    is_mask,
+    load_group,
+    read_graph,
+    read_mask,
+    read_positions,
+)
 from mechdsl.program.names import Namespace
 from mechdsl.program.own_trainers import find_own_trainer, find_trainer, trainer_arguments
 from mechdsl.program.paths import SAVED_PATH, path_to_read
@@ -357,6 +365,8 @@ def lower_saved_group(
         return None
     try:
         content, digest = load_group(path, texts[0])
+        if is_mask(content) and has_positions(content):
+            return _lower_saved_positions(statement, content, digest, (texts, bases))
         if is_mask(content):
             return _lower_saved_mask(statement, content, digest, (texts, bases))
         if not bases:
@@ -403,6 +413,35 @@ def _lower_saved_mask(
         prompts=mask.prompts,
         ranked=mask.list_ranked(span),
         candidates=mask.last,
+    )
+
+
+def _lower_saved_positions(
+    statement: ast.GroupDef,
+    content: Mapping[str, object],
+    digest: str,
+    given: tuple[Sequence[str], Sequence[ast.Name]],
+) -> spec.Group:
+    """Lower the positions that a training chose, from its file. Raises UnreadableFile.
+
+    Args:
+        given: The texts and the bases of the call.
+    """
+    texts, bases = given
+    written, name = texts[0], statement.name.id
+    if len(texts) > 1 or bases:
+        reason = f"`{written}` has the positions of a trained group, without supernodes and bases"
+        raise UnreadableFile(reason, f'write `group {name} = saved("{written}")`')
+    found = read_positions(content, digest, written)
+    return spec.Group(
+        span=statement.span,
+        name=name,
+        sites=(),
+        digest=digest,
+        made=found.made,
+        prompts=found.prompts,
+        at=found.at,
+        labels=found.labels,
     )
 
 

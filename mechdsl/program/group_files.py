@@ -7,7 +7,8 @@ called `LAYER_FEATURE_TOKEN`.
 In `mask.json` of a training, `sites` lists the candidates, `["z", 2, 0]`, `["resid_post", 3, null,
 null, 12]` or `["resid_post", 3, null, "f", 12]`, `labels` their names, `scores` or `probabilities`
 a number for each, `chosen` the numbers of those of the group, and `dictionaries` the SHA-256 of
-`f`.
+`f`. Candidates that are positions are `[4]`; `positions` has their text in the file, `at`, and
+their `labels`.
 
 References:
     github.com/safety-research/circuit-tracer, `circuit_tracer/frontend/graph_models.py`
@@ -25,11 +26,13 @@ from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
 from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, load_json
 from mechdsl.base.records import Record, record
-from mechdsl.base.source import Span
+from mechdsl.base.source import Source, Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.dictionaries.folder import read_limited_file
 from mechdsl.syntax import ast
+from mechdsl.syntax.frontend import parse
+from mechdsl.syntax.traversal import number_names
 
 LayerFeature: TypeAlias = tuple[int, int]
 """A layer, and a feature of its transcoder."""
@@ -281,11 +284,11 @@ def read_mask(
         bases: The names after the path: for features, that of their dictionary.
 
     Raises:
-        UnreadableFile: The file is malformed, or has edges or positions; the bases don't fit, or
-            the file doesn't identify the dictionary of its features.
+        UnreadableFile: The file is malformed, or has edges; the bases don't fit, or the file
+            doesn't identify the dictionary of its features.
     """
     listed = content["sites"]
-    _reject_others(listed, written)
+    _reject_edges(listed, written)
     dictionary = _find_dictionary(content, written, bases)
     basis = None if dictionary is None else dictionary[0]
     try:
@@ -324,16 +327,70 @@ def _first_entry(listed: object) -> list[Any]:
     return cast("list[Any]", entries[0]) if entries and isinstance(entries[0], list) else []
 
 
-def _reject_others(listed: object, written: str) -> None:
-    """Raise UnreadableFile for edges and positions."""
+def _reject_edges(listed: object, written: str) -> None:
+    """Raise UnreadableFile for edges."""
     first = _first_entry(listed)
     if len(first) > 5:
         reason = f"`{written}` is a circuit of edges"
         raise UnreadableFile(reason, f'read it as a circuit: `circuit c = saved("{written}")`')
-    if len(first) == 1:
-        reason = f"`{written}` has positions, which depend on the prompts"
-        hint = "write them where they are used: `ablate z layer 1 head 0 at subject tokens …`"
-        raise UnreadableFile(reason, hint)
+
+
+@record
+class SavedPositions(Record):
+    """The group of positions of a file."""
+
+    at: ast.Positions
+    """All positions that were chosen from."""
+    labels: tuple[str, ...]
+    """Those of the group."""
+    made: str
+    """What was read, for conventions."""
+    prompts: tuple[str, ...]
+    """Digests of the prompts that the group was chosen on; empty if the file has none."""
+
+
+def has_positions(content: Mapping[str, Any]) -> bool:
+    """Whether a trained mask chose positions."""
+    return len(_first_entry(content["sites"])) == 1
+
+
+def read_positions(content: Mapping[str, Any], digest: str, written: str) -> SavedPositions:
+    """Read the positions that a `mask.json` chose.
+
+    Args:
+        digest: SHA-256 of the file.
+        written: The path as the user wrote it.
+
+    Raises:
+        UnreadableFile: The file is malformed, or its positions depend on a parameter.
+    """
+    try:
+        text, labels = content["positions"]["at"], [*map(str, content["positions"]["labels"])]
+        chosen = [int(number) for number in content["chosen"]]
+        sound = isinstance(text, str) and len(set(chosen)) == len(chosen) > 0 <= min(chosen)
+        if not sound or not len(labels) == len(set(labels)) == len(content["sites"]):
+            raise ValueError
+        group = tuple(labels[number] for number in sorted(chosen))
+        names = [str(content["labels"][number]) for number in sorted(chosen)]
+    except (KeyError, TypeError, ValueError, IndexError):
+        reason = f"`{written}` has numbers of positions without the text of `positions`"
+        hint = "train it again, and write the file: `mechdsl fit FILE --fresh --out FOLDER`"
+        raise UnreadableFile(reason, hint) from None
+    tree, problems = parse(Source(f"mech 1\ngroup g = fit(x) at resid_post layer 0 at {text}\n"))
+    _, *defined = tree.statements  # after the version
+    at = defined[0].at if len(defined) == 1 and isinstance(defined[0], ast.GroupDef) else None
+    if problems or tree.lost or at is None:
+        raise UnreadableFile(f"`{written}` has `{text[:80]}`, which aren't positions", _MASK_FORM)
+    name = next(iter(number_names(at)), None)
+    if name is not None:
+        reason = f"`{written}` has the positions `{text[:80]}`, and `{name}` has no value in it"
+        raise UnreadableFile(reason, f"write a number instead of `{name}` where it is trained")
+    listed = ", ".join(names[:LISTED_SITES])
+    more = len(group) - LISTED_SITES
+    listed += f" and {more:,} more" if more > 0 else ""
+    made = f"{len(group):,} of {count_noun(len(labels), 'position')} of {written}: {listed}; "
+    made += f"SHA-256 {digest[:12]}…"
+    return SavedPositions(at, group, made, tuple(map(str, content.get("prompts", ()))))
 
 
 def _find_dictionary(

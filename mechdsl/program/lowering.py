@@ -563,9 +563,8 @@ def lower_program(
     for call in callables:
         _define_callable(call, parts, scope)
     # Definitions before experiments: a file may use a name before its definition.
-    for file, imported in files:
-        for statement in file.statements:
-            _define(statement, imported, parts, scope)
+    for statement, imported in ((each, own) for file, own in files for each in file.statements):
+        _define(statement, imported, parts, scope)
     _note_splits(automatic, parts)
     check_bases(trees, parts, scope)
     check_averaged_images(parts, scope)
@@ -585,6 +584,7 @@ def lower_program(
         edits=parts.edits,
         objectives=parts.objectives,
         masks=parts.masks,
+        positions=parts.positions,
         prompts=parts.prompts,
         groups=parts.groups,
         circuits=parts.circuits,
@@ -986,8 +986,13 @@ def _saved_groups(files: list[tuple[ast.File, bool]], parts: Definitions, scope:
             if statement.source.name != "saved":
                 continue
             read = lower_saved_group(statement, parts, scope)
-            if read is not None and parts.groups[read.name].span is statement.span:
+            if read is None or parts.groups[read.name].span is not statement.span:
+                continue
+            if read.at is None:
                 parts.groups[read.name] = read
+            else:
+                parts.positions[read.name] = read
+                del parts.groups[read.name]  # it names no sites
 
 
 def _is_defined(

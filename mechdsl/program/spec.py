@@ -597,6 +597,11 @@ class Group(Spec):
     """Site, layer and largest unit of the candidates, of a group in a file."""
     dictionary: tuple[str, str] | None = None
     """The basis of the features of a trained group in a file, and the SHA-256 in this file."""
+    at: PositionsText | None = None
+    """The positions that a group of positions in a file was chosen from; such a group has no
+    sites."""
+    labels: tuple[str, ...] = ()
+    """Labels of its positions."""
 
     @property
     def names_features(self) -> bool:
@@ -904,6 +909,8 @@ class Program(Spec):
     experiment without a model."""
     masks: dict[str, Basis] = field(default_factory=dict)
     """Group that a training chooses → its `fit(…)`, with the sites that it chooses from."""
+    positions: dict[str, Group] = field(default_factory=dict)
+    """Groups of positions in files, by name."""
     prompts: dict[str, Prompts] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     circuits: dict[str, Circuit] = field(default_factory=dict)
@@ -1026,6 +1033,8 @@ class Definitions:
     """Basis or group that is trained on a measure → its rows, its rule and the measure."""
     masks: dict[str, Basis] = field(default_factory=dict[str, Basis])
     """Group that a training chooses → its `fit(…)`."""
+    positions: dict[str, Group] = field(default_factory=dict[str, Group])
+    """Groups of positions in files, by name."""
     prompts: dict[str, Prompts] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     circuits: dict[str, Circuit] = field(default_factory=dict[str, Circuit])

@@ -287,8 +287,10 @@ class Statements:
         return not has_errors(self.diagnostics[before:])
 
     def _chooses_positions(self, name: str | None) -> TypeGuard[str]:
-        """Whether a name is that of a group of positions that a training chooses."""
-        return name in self.parts.masks and self.parts.masks[name].chooses_positions
+        """Whether a name is that of a group of positions that a training chooses, or chose in a
+        file."""
+        chosen = name in self.parts.masks and self.parts.masks[name].chooses_positions
+        return chosen or name in self.parts.positions
 
     def _reject_group(self, name: str, span: Span, reason: str) -> None:
         """Report E0207 for a group of positions that isn't named as one."""
@@ -366,7 +368,9 @@ def mark_names_used(node: ast.Node, work: Statements) -> None:
             _ = any(work.scope.has(kind, part.id) for kind in kinds)
         elif isinstance(part, ast.RankedSelection):
             _ = any(work.scope.has(kind, part.of) for kind in ("group", "circuit"))
-        elif isinstance(part, ast.SpanRef) and part.name in work.parts.masks:
+        elif isinstance(part, ast.SpanRef) and (
+            part.name in work.parts.masks or part.name in work.parts.positions
+        ):
             work.scope.has("group", part.name)
         elif isinstance(part, ast.Index):
             work.scope.has("direction", part.name)

@@ -426,7 +426,16 @@ def used_masks(experiment: spec.Experiment, program: spec.Program) -> list[spec.
 def used_saved_groups(experiment: spec.Experiment, program: spec.Program) -> list[spec.Group]:
     """Return the trained groups that an experiment reads from files."""
     names = {name for name, _ in _names(experiment)}
-    return [own for own in program.groups.values() if own.candidates and own.name in names]
+    found = [own for own in program.groups.values() if own.candidates and own.name in names]
+    return [*found, *used_saved_positions(experiment, program)]
+
+
+def used_saved_positions(experiment: spec.Experiment, program: spec.Program) -> list[spec.Group]:
+    """Return the trained groups of positions that an experiment reads from files."""
+    if not program.positions:
+        return []
+    names = set(_names(experiment))
+    return [own for own in program.positions.values() if (own.name, True) in names]
 
 
 def _names(part: object) -> Iterator[tuple[str, bool]]:
@@ -442,6 +451,8 @@ def _names(part: object) -> Iterator[tuple[str, bool]]:
                     yield node.of, False
                 elif isinstance(node, ast.SpanTokens) and node.of.name is not None:
                     yield node.of.name, True
+                elif isinstance(node, ast.ChosenTokens):
+                    yield node.name, True
         case spec.Spec():
             if isinstance(part, spec.Rule):
                 yield from ((name, False) for name, _ in part.read_groups)

@@ -591,7 +591,8 @@ def describe_saved_groups(
     found: dict[str, str] = {}
     problems: list[Diagnostic] = []
     for group in used_saved_groups(experiment, program):
-        said, problem = compare_prompts(group.name, group.prompts, "site", experiment, table)
+        noun = "site" if group.at is None else "position"
+        said, problem = compare_prompts(group.name, group.prompts, noun, experiment, table)
         found[f"group {group.name}"] = f"{group.made}; {said}"
         problems += [] if problem is None else [problem]
     return found, problems

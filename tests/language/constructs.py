@@ -261,9 +261,9 @@ _file(
     "g` selects its best sites (`tests/rules/test_saved_groups.py`). "
     '`saved("out/g/mask.json", f)` has the chosen features of a dictionary, which may have another '
     "name here; a dictionary with another SHA-256 is E0342 "
-    "(`tests/pipeline/test_saved_feature_groups.py`). A file with positions, with features of "
-    "other bases or with sites that the model doesn't have is E0342. The results store the file's "
-    "SHA-256. The file has digests of the prompts that chose the group; measuring them is W0738 "
+    "(`tests/pipeline/test_saved_feature_groups.py`). A file with features of other bases or with "
+    "sites that the model doesn't have is E0342. The results store the file's SHA-256. The file "
+    "has digests of the prompts that chose the group; measuring them is W0738 "
     "(`tests/pipeline/test_rows_of_saved_choices.py`).",
     "tests/rules/test_feature_groups.py",
     "Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html",
@@ -1056,7 +1056,10 @@ _file(
     "With one site and several positions, a mask chooses positions, the same for all rows. Rules "
     "use them at any site: `at g tokens` are the tokens of all chosen positions together, "
     "`at each g token` are one run for each. Each position has one gate. Positions that share a "
-    "token are E0342, and a group of positions that is used as a site is E0207.",
+    "token are E0342, and a group of positions that is used as a site is E0207. "
+    '`group g = saved("out/g/mask.json")` reads the chosen positions from a file; prompts without '
+    "the spans of these positions are E0308, and rows without a chosen position E0310 "
+    "(`tests/pipeline/test_saved_positions.py`).",
     "tests/pipeline/test_trained_position_masks.py",
     "Louizos et al. 2018, arXiv 1712.01312",
 )

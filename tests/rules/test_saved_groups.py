@@ -144,7 +144,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"sites": [*HEADS[:-1], ["z", 11, 3]]}, "has `L11H3.z`, and the model"),
     "more heads": ({"sites": [*HEADS[:-1], ["z", 2, 7]]}, "has `L2H7.z`, and the model"),
     "edges": ({"sites": [EDGE] * 12}, "is a circuit of edges"),
-    "positions": ({"sites": [[n] for n in range(12)]}, "has positions, which depend on the"),
+    "positions": ({"sites": [[n] for n in range(12)]}, "without the text of `positions`"),
     "features": ({"sites": [["resid_post", 1, None, "f", n] for n in range(12)]}, "of `f`, and"),
     "unknown number": ({"chosen": [12]}, "has no group"),
     "negative number": ({"chosen": [-1]}, "has no group"),

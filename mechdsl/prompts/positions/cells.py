@@ -1022,6 +1022,9 @@ class _Resolver:
         one of them."""
         before = len(self.diagnostics)
         cells = [cell for item in base.items.items for cell in self.position(item)]
+        if base.items.span.source.path is None:  # positions of a file have no place in the program
+            found = self.diagnostics[before:]
+            self.diagnostics[before:] = [replace(each, span=base.span) for each in found]
         if has_errors(self.diagnostics[before:]):
             return []
         if base.labels is not None:
