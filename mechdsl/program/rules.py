@@ -19,6 +19,7 @@ from mechdsl.program.spec import CLEAN, ONE_CELL_HINT, During, whole_number_valu
 from mechdsl.program.statements import (
     Statements,
     mark_names_used,
+    read_groups_of,
     reject_argument,
     resolve_run_name,
 )
@@ -145,9 +146,7 @@ def lower_rules(
     direction per token one rule per token."""
     body = rule.body
     during = lower_during(rule, work)
-    ends = (getattr(body, name, None) for name in ("site", "sender", "receiver"))
-    named = (work.read_groups.get(end.span) for end in ends if end is not None)
-    read = tuple(group for group in named if group is not None)
+    read = read_groups_of(rule, work)
     if rule.drops_error:
         _check_error_dropped(rule, work)
     several = _directions_of_tokens(body, work)

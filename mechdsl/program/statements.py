@@ -170,6 +170,10 @@ class Statements:
     def _of_each_basis(self, rule: ast.Rule) -> tuple[ast.Rule, ...]:
         """Return a rule for each basis of the group of features that a rule names as its site; the
         rule itself if it names none. Both ends of a path name features of one basis."""
+        for end in _list_ends(rule.body):
+            for item in end.excluded:
+                if isinstance(item, ast.Site):
+                    self._join_group(item)
         if isinstance(rule.body, ast.PathRule):
             sender, receiver = map(self._of_one_basis, (rule.body.sender, rule.body.receiver))
             return (replace(rule, body=replace(rule.body, sender=sender, receiver=receiver)),)
@@ -309,6 +313,20 @@ class Statements:
         expected = f"`{takes}` and a number" if takes else f"no number after `{verb}`"
         self.unsupported = True
         self.diagnostics.append(UnexpectedToken(span=span, found=found, expected=expected))
+
+
+def _list_ends(body: ast.Node) -> list[ast.Site]:
+    """Return the sites of a rule, of which a path has two."""
+    ends = (getattr(body, name, None) for name in ("site", "sender", "receiver"))
+    return [end for end in ends if isinstance(end, ast.Site)]
+
+
+def read_groups_of(rule: ast.Rule, work: Statements) -> tuple[tuple[str, str], ...]:
+    """Return the groups of features from files that a rule names, also after `except`, and what was
+    read of each."""
+    ends = _list_ends(rule.body)
+    named = (work.read_groups.get(node.span) for end in ends for node in (end, *end.excluded))
+    return tuple(dict.fromkeys(group for group in named if group is not None))
 
 
 def _takes_basis(statement: ast.Node, site: ast.Site) -> bool:

@@ -424,8 +424,10 @@ def used_masks(experiment: spec.Experiment, program: spec.Program) -> list[spec.
 
 
 def used_saved_groups(experiment: spec.Experiment, program: spec.Program) -> list[spec.Group]:
-    """Return the trained groups that an experiment reads from files."""
+    """Return the trained groups that an experiment or its circuits read from files."""
     names = {name for name, _ in _names(experiment)}
+    circuits = [own for own in program.circuits.values() if own.name in names]
+    names |= {name for name, _ in _names(circuits)}
     found = [own for own in program.groups.values() if own.candidates and own.name in names]
     return [*found, *used_saved_positions(experiment, program)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -783,16 +783,32 @@ class _Exception(Record):
 def read_exceptions(site: ast.Site, context: SiteContext) -> tuple[ast.Site | ast.AxisRange, ...]:
     """Return what `except` names; the name of a `for` variable or of a `param` is a number."""
 
-    def read(item: ast.Site | ast.AxisRange) -> ast.Site | ast.AxisRange:
+    def read(item: ast.Site | ast.AxisRange) -> Iterable[ast.Site | ast.AxisRange]:
         if isinstance(item, ast.AxisRange) or len(item.names) != 1 or item.axes:
-            return item
+            return (item,)
         name = item.names[0].id
         is_number = name in {*context.loops, *context.parameters}
         if not is_number or _find_groups(item, context) is not None:
-            return item
-        return ast.AxisRange(ast.Bound(name=name, span=item.span), span=item.span)
+            return _list_features(item, context.groups.get(name), site) or (item,)
+        return (ast.AxisRange(ast.Bound(name=name, span=item.span), span=item.span),)
 
-    return tuple(map(read, site.excluded))
+    return tuple(chain.from_iterable(map(read, site.excluded)))
+
+
+def _list_features(item: ast.Site, group: spec.Group | None, site: ast.Site) -> list[ast.AxisRange]:
+    """Return the numbers of a group of features of the basis and the vectors of a site; empty for
+    other groups."""
+    if group is None or not group.names_features or group.waits or site.coordinates is None:
+        return []
+    alone = without_coordinates(replace(site, names=(), axes=(site.coordinates,)))
+    if any(
+        without_coordinates(each) not in (without_coordinates(site), alone) for each in group.sites
+    ):
+        return []
+    axes = (each.coordinates for each in group.sites)
+    values = [value for axis in axes if axis is not None for value in axis.values]
+    ranges = [replace(each, span=item.span) for each in values if isinstance(each, ast.AxisRange)]
+    return ranges if len(ranges) == len(values) else []
 
 
 NumberException: TypeAlias = ast.AxisRange | ast.Site
@@ -919,6 +935,13 @@ def _exception(
                 for key, own in numbers.choices.items()
             }
             return _Exception(numbers.loops, layers, is_open=shape.stands_in)
+    group = None if item.bare is None else context.groups.get(item.bare.id)
+    if group is not None and group.names_features and not (group.waits or group.candidates):
+        reason = "has features, and `except` takes those of the basis and the site of the rule"
+        hint = "name numbers, `except 3, 5`, or a group of features of this basis"
+        bad = BadArgument(span=item.span, name=group.name, reason=reason, hint=hint)
+        context.diagnostics.append(bad)
+        return None
     found, axes = _resolve_named_site(item, context)
     if found is None:
         return None

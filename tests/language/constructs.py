@@ -1794,10 +1794,10 @@ _rule(
     "ablate layers * heads * except L2H0, top 3 of cie at tokens * with zero",
     "Leaves out sites: heads, groups, the sites that another experiment ranks highest, whole "
     "layers (`layer 3`), or values of the last axis (`layer * except 3`, `features * of b except "
-    "12`). A head is left out at any site of heads, and at `k` and `v` the key-value head that it "
-    "reads. Numbers, layers and picks may use `for` variables: `except top k of cie`, `layer * "
-    "except l`. In a sweep, cells without any site are omitted; without a sweep, a cell for which "
-    "`except` leaves no site equals the base run. An exception that leaves out "
+    "12`, or a group of features of this basis). A head is left out at any site of heads, and at "
+    "`k` and `v` the key-value head that it reads. Numbers, layers and picks may use "
+    "`for` variables: `except top k of cie`, `layer * except l`. In a sweep, cells without any "
+    "site are omitted; without a sweep, a cell for which `except` leaves no site equals the base run. An exception that leaves out "
     "nothing is an error, unless another experiment selects its sites.",
     OWN,
     "tests/rules/test_except.py",

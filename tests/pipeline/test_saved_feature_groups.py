@@ -223,3 +223,16 @@ def test_prompts_that_chose_features_are_reported_if_measured(tmp_path: Path) ->
     text = experiment("ablate features 1 of f at tokens * with zero", block="p")
     found = read(tmp_path, basis, text)
     assert "W0738" not in [each.code for each in found.diagnostics]
+
+
+def test_circuit_of_features_from_a_file_is_described_and_compared(tmp_path: Path) -> None:
+    """A group from a file is described also if only a circuit names it."""
+    basis = sae(tmp_path).replace("resid_post", "mlp_out")
+    group = declare("mask")
+    export(tmp_path, basis, group)
+    read_group = f"{READ}circuit c = g -> logits\n"
+    text = experiment("ablate c at tokens * with zero", block="p")
+    found = read(tmp_path, basis, text, group=read_group)
+    assert [each.code for each in found.diagnostics].count("W0738") == 1
+    said = found.files[0].experiments[0].conventions["group g"]
+    assert "chosen on 4 prompts; 4 of the 4 rows here have one of them" in said

@@ -38,6 +38,8 @@ from .support import (
     unpatched,
     worked_out,
 )
+from .test_feature_circuits import write_dictionaries
+from .test_joint_paths import cells as values_of
 
 HERE = ("gpt2", "llama", "gpt_neox", "gemma2")
 LAYERS, HEADS = range(3), range(4)
@@ -483,3 +485,34 @@ def test_integrated_gradients_with_except_equal_listed_heads(data: Path) -> None
     found = values(text, data)
     assert found["left"].shape == found["listed"].shape
     assert np.abs(found["left"] - found["listed"]).max() < 1e-6
+
+
+FEATURES = """group some = features 3, 5..6 of f
+group others = features 3 of g
+"""
+
+
+def with_dictionaries(data: Path, rule: str) -> str:
+    write_dictionaries(data, "llama", "standard")
+    text = 'basis f = sae("llama_standard/sae") at mlp_out layer 1\n'
+    text += 'basis g = sae("llama_standard/sae") at mlp_out layer 2\n' + FEATURES
+    return text + experiment("e", "from other into clean", f"{rule} at last token")
+
+
+@pytest.mark.parametrize(
+    "site",
+    ["features * of f", "feature * of f", "mlp_out layer 1 features * of f", "features 3..9 of f"],
+)
+def test_excluded_group_of_features_equals_its_numbers(data: Path, site: str) -> None:
+    found, wanted = (
+        values_of(run_file(with_dictionaries(data, f"patch {site} except {given}"), data, "llama",
+                       "planned")["e"])
+        for given in ("some", "3, 5, 6")
+    )  # fmt: skip
+    np.testing.assert_array_equal(found, wanted)
+    assert np.unique(wanted).size > 1
+
+
+def test_excluded_group_of_features_of_another_basis_is_an_error(data: Path) -> None:
+    text = with_dictionaries(data, "patch features * of f except others")
+    assert codes(text, data) == ["E0207"]
