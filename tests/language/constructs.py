@@ -1797,8 +1797,9 @@ _rule(
     "12`, or a group of features of this basis). A head is left out at any site of heads, and at "
     "`k` and `v` the key-value head that it reads. Numbers, layers and picks may use "
     "`for` variables: `except top k of cie`, `layer * except l`. In a sweep, cells without any "
-    "site are omitted; without a sweep, a cell for which `except` leaves no site equals the base run. An exception that leaves out "
-    "nothing is an error, unless another experiment selects its sites.",
+    "site are omitted; without a sweep, a cell for which `except` leaves no site equals the base "
+    "run. An exception that leaves out nothing is an error, unless another experiment selects its "
+    "sites.",
     OWN,
     "tests/rules/test_except.py",
 )
