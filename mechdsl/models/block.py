@@ -475,13 +475,25 @@ class BlockComponents:
         )
 
     def _stream(self) -> BlockAnatomy:
-        """Return a block of which only the stream before and after it is known."""
+        """Return a block without its attention, which is part of the stack `cross`."""
         whole = TensorLayout.whole(self.shape.d_model)
+        mlp = self._mlp("")
+        down = self._down(mlp)
         taps = {
             "resid_pre": HookPoint(self.path, "in", whole),
+            **self._mlp_taps(mlp, down, None, has_other_mlp=False),
             "resid_post": HookPoint(self.path, "out", whole),
         }
-        return BlockAnatomy(self.path, taps, adds_up=False, passes_on=False)
+        norms = [p for p in self._direct_norms() if p in _MLP_NORMS]
+        return BlockAnatomy(
+            self.path,
+            taps,
+            mlp=tuple(self._at(p) for p in mlp),
+            down=None if down is None else self._at(down),
+            mlp_norm=self._optional(next(iter(norms), None)),
+            adds_up=False,
+            passes_on=False,
+        )
 
     def _cross(self) -> BlockAnatomy:
         """Find the attention of a decoder's block to the encoder."""

@@ -352,8 +352,8 @@ def _with_attending_blocks(shape: ModelShape) -> ModelShape:
     named = cast(Sequence[Any], blocks)
     attending = frozenset(each for each in named if isinstance(each, int))
     apart = frozenset(range(shape.n_layers)) - attending
-    stream = {"resid_pre", "resid_post"}
-    own = {site for site in shape.sites - stream if SITES[site].has_layer}
+    every = {"resid_pre", "resid_post", "mlp_norm", "mlp_hidden", "mlp_out"}
+    own = {site for site in shape.sites - every if SITES[site].has_layer}
     cross = replace(cross, partly=dict.fromkeys(cross.sites, attending))
     others = {**shape.others, "cross": cross}
     if "vision" in others:

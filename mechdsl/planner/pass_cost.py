@@ -58,14 +58,13 @@ class BlockCost:
 
     def saved_by_copy(self, *, experts: bool) -> float:
         """Multiply-adds of a token that equals one of another prompt, whose linear maps are shared,
-        on average over all blocks. Blocks that attend to an image share the maps of attention only.
+        on average over all blocks. Maps of an image that some blocks attend to aren't counted.
 
         Args:
             experts: Whether MLPs have experts, which aren't shared.
         """
-        mlp = 0 if experts else self.mlp
-        whole = self.project + self.output + mlp
-        return whole - self.share * (self.encode + mlp)
+        whole = self.project + self.output + (0 if experts else self.mlp)
+        return whole - self.share * self.encode
 
     def pairs(self, lengths: Ints) -> Ints:
         """Count the pairs of a query and a key that it sees, in prompts of these lengths."""

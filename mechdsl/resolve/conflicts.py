@@ -704,7 +704,7 @@ def _check_vision_rule(rule: ResolvedRule, of: str, *, attends: bool) -> Diagnos
     accepted = _IN_VISION_OF_PROMPTS if rule.in_vision else _WITH_ATTENDED_IMAGES
     if not (attends or rule.in_vision):
         what = f"`{verb}` {of}" if rule.path is not None or rule.circuit is not None else ""
-    elif verb not in accepted or (attends and rule.path is not None):
+    elif verb not in accepted:
         what = f"`{verb}` {of}"
     elif rule.after_prefill and not attends:
         what = f"a change after the prompt {of}"
@@ -804,7 +804,7 @@ _IN_ENCODER_DECODERS = _IN_VISION | frozenset((
 _WITH_ATTENDED_IMAGES = _IN_VISION | frozenset((
     "replace block", "allow", "observe entropy", "observe distance", "observe received",
     "observe value", "observe rank", "observe effective_rank", "observe similarity",
-    "observe probe", "observe prediction",
+    "observe probe", "observe prediction", "path",
 ))  # fmt: skip
 """Rules and observations in language models whose blocks attend to an image."""
 

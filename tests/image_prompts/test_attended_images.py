@@ -385,6 +385,7 @@ EDITED: dict[str, tuple[tuple[int, int], int | None]] = {
     "z cross": (CROSS, 2),
     "v cross": (CROSS, 1),
     "k cross": ((3, 1), 1),
+    "mlp_out": (CROSS, None),
 }
 """Site → its layer and that of the vectors that `set` reads, and the head."""
 
@@ -399,8 +400,9 @@ def test_every_edit_of_a_model_that_attends_to_images_equals_hooks(site: str) ->
 
     def written(image: int, layer: int, change: Callable[[Tensor], Tensor]) -> Hook:
         tokens, scale = [patch(image, 1, 2)] if of_patch else [-1], 1.0
-        if site == "attn_out cross":  # the module's output is multiplied by a gate
-            gate = bare().get_submodule(block_at(layers[layer])).cross_attn_attn_gate
+        if site in ("attn_out cross", "mlp_out"):  # the module's output is multiplied by a gate
+            block = bare().get_submodule(block_at(layers[layer]))
+            gate = block.cross_attn_attn_gate if "cross" in site else block.cross_attn_mlp_gate
             scale = float(gate.detach().tanh())
         return at(site, layers[layer], tokens, head, lambda value: change(value * scale) / scale)
 
@@ -650,6 +652,21 @@ def test_text_before_the_image_equals_the_bare_model() -> None:
             with torch.no_grad(), hooked(hooks):
                 logits = bare()(**given, use_cache=False).logits[0, -1, ids]
             np.testing.assert_allclose(value[0, n], float(logits[0] - logits[1]), atol=2e-4)
+
+
+def test_mlps_of_attending_blocks_add_nothing_to_text_before_the_image() -> None:
+    """Only the last experiment has a rule there."""
+    own = BLOCK.replace("{photo} how many", "how many {photo}")
+    rule = "set mlp_out layer 1 at token 1 to 9"
+    others = ("set mlp_out layer 1 at last token to 9", "set mlp_out layer 0 at token 1 to 9")
+    *rest, found = run_text(
+        "".join(experiment(f"e{n}", each) for n, each in enumerate((*others, rule))), block=own
+    )
+    np.testing.assert_allclose(found.measures[0].patched, found.measures[0].base, atol=1e-5)
+    assert "skips the MLPs of blocks 1, 3" in found.conventions["text before the image"]
+    for each in rest:
+        assert "text before the image" not in each.conventions
+        assert np.abs(each.measures[0].patched - each.measures[0].base).max() > 0.1
 
 
 def test_tile_tokens_equal_manually_computed_arrays() -> None:

@@ -125,8 +125,8 @@ def _list_held_sites(
             of_block = "" if stack == "cross" else stack
             if (of_block, layer) in removed:
                 continue
-            heads = next(s for s in ("z", "mixer_out", "attn_out") if own.has(s, layer))
-            wanted.append((SiteRead(heads, layer, stack, before=True), rows))
+            heads = [site for site in ("z", "mixer_out", "attn_out") if own.has(site, layer)]
+            wanted += [(SiteRead(site, layer, stack, before=True), rows) for site in heads[:1]]
             sends = held.neurons.get((stack, layer), np.zeros_like(held.rows))[without_mlps]
             for mlp, here in (("mlp_hidden", sends), ("mlp_out", ~sends)):
                 if own.has(mlp, layer):

@@ -64,12 +64,21 @@ class Mllama(Family):
     attends_apart = True
 
     @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        return {"cross_norm": "input_layernorm"}
+
+    @staticmethod
     def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
-        own = block.taps.get("attn_out")
-        if own is None or not own.path.endswith("cross_attn"):
+        if layer not in config["cross_attention_layers"]:
             return block
-        gate = f"{block.path}.cross_attn_attn_gate"
-        return block.with_taps(attn_out=replace(own, scaled_by=gate, squashed=True))
+        gates = {"attn_out": "cross_attn_attn_gate", "mlp_out": "cross_attn_mlp_gate"}
+        return block.with_taps(
+            **{
+                site: replace(block.taps[site], scaled_by=f"{block.path}.{gate}", squashed=True)
+                for site, gate in gates.items()
+                if site in block.taps
+            }
+        )
 
     @staticmethod
     def whole(config: ModelConfig) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,6 +198,7 @@ def run_conventions(
         **dict(_of_errors(plan, measured)),
         **dict(_of_features(plan, measured)),
         **dict(_of_inert(plan, measured)),
+        **dict(_of_text_before_image(experiment, model)),
     }
 
 
@@ -456,6 +457,36 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
             "all, change only features that are 0 before and after, so they equal the base run; "
             "these cells are left out of the correction",
         )
+
+
+def _of_text_before_image(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionItems:
+    """Describe rules on MLPs that text before the image skips, in blocks that attend to it."""
+    shape, module = model.shape, cast(Any, model.module)
+    if shape.takes != "attended image":
+        return
+    blocks = {layer for layer in range(shape.n_layers) if not shape.has("attn_out", layer)}
+    rows = experiment.table.runs[experiment.spec.base].rows
+    token = int(module.config.image_token_index)
+    ends = [row.source + row.ids[row.source :].index(token) for row in rows]
+    for rule in experiment.every_rule:
+        points = () if rule.sites is None else rule.sites.points.values()
+        inside = {p.layer for here in points for p in here if p.site in _MLP_SITES}
+        cells = rule.positions.written.values()
+        before = any(
+            source <= at < end
+            for cell in cells
+            for hits, end, source in zip(cell.hits, ends, (row.source for row in rows), strict=True)
+            for tokens in hits
+            for at in tokens
+        )
+        if inside & blocks and before:
+            named = ", ".join(map(str, sorted(blocks)))
+            said = f"it skips the MLPs of blocks {named}: rules on them change nothing there, and "
+            yield "text before the image", f"{said}vectors that are read aren't added to the stream"
+            return
+
+
+_MLP_SITES = ("mlp_norm", "mlp_hidden", "mlp_out")
 
 
 def _null_band(experiment: ResolvedExperiment) -> str:
