@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from ..image_prompts import test_encoded_images as images
@@ -17,18 +18,24 @@ from ..image_prompts.support import experiment as of_inputs
 from ..quick import some
 from ..reference.edits import EDITS, Vectors, write_rules
 from .encoder_decoders import (
+    HEADS,
+    LIKE_T5,
+    Change,
     Place,
     Write,
     difference,
     logits,
     model,
+    name_of,
     place,
     read,
+    run,
     starts,
     text,
     tokenizer,
+    written_query,
 )
-from .support import DIFFERENCE, ROWS, by_name, experiment, try_file
+from .support import DIFFERENCE, MODES, ROWS, by_name, experiment, try_file
 
 FAMILIES = ("t5 writing", "bart writing", "mt5", "t5gemma", "marian writing", "mbart", "pegasus")
 STACKS = ("resid_post encoder", "attn_out cross", "resid_post", "mlp_out encoder")
@@ -141,3 +148,144 @@ def test_every_edit_of_an_encoder_of_sounds_or_images_equals_hooks(
         return source.difference(name, n, n, writes)
 
     check(source.run_text(declared + texts, name), of, own, lambda _: token, run)
+
+
+def inside(family: str, stack: str) -> Place:
+    """The input of the last map of an MLP of layer 0."""
+    own = place(family, f"mlp_out {stack}".strip(), 0).path
+    if name_of(family) == "t5gemma":
+        return Place(own.rpartition(".")[0] + ".mlp.down_proj", of_input=True)
+    return Place(f"{own}.wo" if name_of(family) in LIKE_T5 else own, of_input=True)
+
+
+def of_numbers(numbers: slice, factor: float) -> Change:
+    def change(old: Tensor) -> Tensor:
+        new = old.clone()
+        new[:, numbers] *= factor
+        return new
+
+    return change
+
+
+def stepped(own: Place, tokens: Sequence[int]) -> Write:
+    """Twice the difference from the preceding token is added at each token."""
+    every = list(range(max(tokens) + 1))
+
+    def change(old: Tensor) -> Tensor:
+        new = old.clone()
+        for at in tokens:
+            if at:
+                new[at] = old[at] + 2 * (old[at] - old[at - 1])
+        return new
+
+    return own, every, change
+
+
+NEURONS_AND_STEPS: dict[str, Callable[[str, Any], Sequence[Write]]] = {
+    "ablate mlp_hidden layer 0 neurons 3..9 at last token with zero": lambda family, row: [
+        (inside(family, ""), [len(starts(family)) - 1], of_numbers(slice(3, 10), 0))
+    ],
+    "scale mlp_hidden encoder layer 0 neurons 3..9 at item tokens by -2": lambda family, row: [
+        (inside(family, "encoder"), text(row).items, of_numbers(slice(3, 10), -2))
+    ],
+    "add 2 * step(mlp_out) to mlp_out encoder layer 0 at item tokens": lambda family, row: [
+        stepped(place(family, "mlp_out encoder", 0), text(row).items)
+    ],
+    "add 2 * step(resid_post) to resid_post encoder layer 0 at tokens *": lambda family, row: [
+        stepped(place(family, "resid_post encoder", 0), range(len(text(row).ids)))
+    ],
+    "add 2 * step(v) to v cross layer 0 head 1 at item tokens": lambda family, row: [
+        stepped(place(family, "v cross", 0, 1), text(row).items)
+    ],
+    "add 2 * step(k) to k encoder layer 0 heads * at tokens *": lambda family, row: [
+        stepped(place(family, "k encoder", 0, head), range(len(text(row).ids)))
+        for head in range(HEADS)
+    ],
+}
+
+
+@pytest.mark.parametrize("mode", some([*MODES], ["planned"]))
+@pytest.mark.parametrize("family", some(FAMILIES, ("t5 writing", "bart writing")))
+def test_neurons_and_steps_of_a_text_encoder_decoder_equal_hooks(
+    family: str, mode: str, tmp_path: Path
+) -> None:
+    lines = "".join(
+        experiment(f"e{n}", "prompts p", rule, DIFFERENCE)
+        for n, rule in enumerate(NEURONS_AND_STEPS)
+    )
+    patch = "patch mlp_hidden encoder layer 0 neuron 2..5 at last token"
+    lines += experiment("patch", "prompts p", "from other into clean", patch, DIFFERENCE)
+    *found, patched = run(family, lines, tmp_path, MODES[mode]).values()
+    for each, (rule, writes) in zip(found, NEURONS_AND_STEPS.items(), strict=True):
+        expected = [difference(logits(family, text(row), writes(family, row)), row) for row in ROWS]
+        measure = each.measures[0]
+        np.testing.assert_allclose(measure.patched[0], expected, atol=3e-4, err_msg=rule)
+        assert np.abs(measure.patched[0] - measure.base[0]).max() > 0.1, rule
+    own = inside(family, "encoder")
+    source = [read(family, text(row, "other"), own)[text(row, "other").last] for row in ROWS]
+    for neuron, values in enumerate(patched.measures[0].patched, 2):
+        for row, vector, value in zip(ROWS, source, values, strict=True):
+
+            def change(old: Tensor, vector: Tensor = vector, neuron: int = neuron) -> Tensor:
+                new = old.clone()
+                new[:, neuron] = vector[neuron]
+                return new
+
+            writes = [(own, [text(row).last], change)]
+            np.testing.assert_allclose(
+                value, difference(logits(family, text(row), writes), row), atol=3e-4
+            )
+
+
+OVER_KEYS: dict[str, Change] = {
+    "ablate SITE layer 1 head 0 at last token with zero": lambda old: 0 * old,
+    "set SITE layer 1 head 0 at last token to 0.5": lambda old: torch.full_like(old, 0.5),
+    "scale SITE layer 1 head 0 at last token by -1.5": lambda old: -1.5 * old,
+}
+KEY_SITES = ("scores encoder", "pattern encoder", "scores cross", "pattern cross")
+
+
+@pytest.mark.parametrize("mode", some([*MODES], ["planned"]))
+@pytest.mark.parametrize("family", some(FAMILIES, ("t5 writing", "bart writing")))
+def test_written_scores_and_patterns_equal_explicit_attention(
+    family: str, mode: str, tmp_path: Path
+) -> None:
+    rules = {
+        (site, rule.replace("SITE", site)): change
+        for site in KEY_SITES
+        for rule, change in OVER_KEYS.items()
+    }
+    lines = "".join(
+        experiment(f"e{n}", "prompts p", rule, DIFFERENCE) for n, (_, rule) in enumerate(rules)
+    )
+    found, large = run(family, lines, tmp_path, MODES[mode]).values(), 0
+    for each, ((site, rule), change) in zip(found, rules.items(), strict=True):
+        component, stack = site.split()
+        expected = list[float]()
+        for row in ROWS:
+            query = text(row).last if stack == "encoder" else len(starts(family)) - 1
+            with written_query(family, component, stack, 1, 0, query, change):
+                expected.append(difference(logits(family, text(row)), row))
+        measure = each.measures[0]
+        np.testing.assert_allclose(measure.patched[0], expected, atol=3e-4, err_msg=rule)
+        large += np.abs(measure.patched[0] - measure.base[0]).max() > 0.1
+    assert large > 0.8 * len(rules)
+
+
+WITHOUT_RULES = {
+    "scale mlp_hidden cross layer 0 neuron 3 at last token by 2": "E0413",
+    "scale q_rot encoder layer 0 head 0 at last token by 2": "E0413",
+    "add 2 * step(embed) to embed encoder at item tokens": "E0341",
+    "renumber item tokens from 5": "E0108",
+    "scale scores encoder layer 0 head 1 dims 1..4 at last token by -4": "E0342",
+    "allow attention encoder layer 0 from first token to last token": "E0332",
+}
+
+
+@pytest.mark.parametrize(("line", "code"), WITHOUT_RULES.items())
+def test_rule_that_no_encoder_decoder_has_reports_the_code(
+    line: str, code: str, tmp_path: Path
+) -> None:
+    lines = experiment("e", "prompts p", line, DIFFERENCE)
+    _, found = try_file(lines, tmp_path, model("t5"), tokenizer=tokenizer())
+    assert [each.code for each in found if each.severity == "error"] == [code]
