@@ -324,9 +324,16 @@ class _AxisReader:
         return None
 
     def _window(self, center: int, width: int) -> tuple[int, ...]:
-        """Return the joined layers around a centre: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, clipped (ROME)."""
+        """Return the joined layers around a centre: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, clipped (ROME).
+
+        In a model in which some blocks lack the site, the layers that have it are counted.
+        """
         if self.axis.window is None:
             return (center,)
+        layers = find_layers(self.kinds, self.context.shape)
+        if center in layers:
+            place = layers.index(center)
+            return tuple(layers[max(0, place - width // 2) : place + (width + 1) // 2])
         return tuple(range(max(0, center - width // 2), min(self.size, center + (width + 1) // 2)))
 
     def _empty(self, value: ast.AxisRange, at: LoopValues) -> None:

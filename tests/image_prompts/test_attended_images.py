@@ -902,6 +902,24 @@ def test_layer_star_names_the_blocks_that_have_the_site() -> None:
     )
 
 
+def test_window_joins_the_layers_that_have_the_site() -> None:
+    """The cross-attention of layers 1 and 3 is adjacent."""
+    zero = torch.zeros_like
+    rules = ["ablate z cross layer * window 2 heads * at last token with zero"]
+    found = run_text(experiment("e0", rules[0]))
+    windows = [CROSS[:1], CROSS]
+    expected = [
+        [
+            difference(n, n, [at("z cross", layer, [-1], None, zero) for layer in window])
+            for n in range(len(RECORDS))
+        ]
+        for window in windows
+    ]
+    check_rules(found, rules, [difference(n, n) for n in range(len(RECORDS))], expected)
+    assert [cell.coords["layer"] for cell in found[0].cells] == [*CROSS]
+    assert "only layers that have the site" in found[0].conventions["window"]
+
+
 def test_conventions_name_the_layers_of_a_group() -> None:
     text = "group g = z cross layers * heads 0\n"
     text += experiment("group", "ablate g at last token with zero")

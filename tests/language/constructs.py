@@ -1439,7 +1439,8 @@ _site(
     "window",
     "resid_post layer * window 3",
     "One run per centre l, which joins the layers l − ⌊w/2⌋ to l + ⌈w/2⌉ − 1. Windows are "
-    "truncated at the first and last layer.",
+    "truncated at the first and last layer. Where some blocks lack the site, only the layers "
+    "that have it are counted: with attention in layers 1, 3 and 5, window 3 around 3 joins these.",
     _COORDINATES,
     TRACING,
 )

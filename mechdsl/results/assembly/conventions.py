@@ -340,7 +340,7 @@ def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
         yield (
             "window",
             "of w, named by its centre: from centre − ⌊w/2⌋ to centre + ⌈w/2⌉ − 1, clipped "
-            "at the ends",
+            "at the ends, counting only layers that have the site",
         )
     partial = plan.experiment.partial_layers.items()
     if partial:
