@@ -21,7 +21,7 @@ from mechdsl.fits.processes import own_processes
 from mechdsl.fits.training import TrainingState, VectorSource
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
-from mechdsl.planner.training_cost import CHUNK_BYTES, most_held_out, most_vectors
+from mechdsl.planner.training_cost import CHUNK_BYTES, count_patches, most_held_out, most_vectors
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.record_files import GROUP_BYTES, GROUP_COUNT
 from mechdsl.resolve.trainings import count_held_out, hash_texts, order_rows
@@ -109,7 +109,7 @@ class RowVectors:
         sample = self.declared.sample
         tokens = [sum(map(len, runs)) for runs in sample.cell.hits]
         hits = np.array(tokens, dtype=np.int64)
-        return hits * sample.run.draws
+        return hits * sample.run.draws * count_patches(self.declared, self.model.shape)
 
     @cached_property
     def rows(self) -> Ints:

@@ -125,6 +125,13 @@ def training_cost(
     return _effect_cost(name, made, objective, shape)
 
 
+def count_patches(training: Training, shape: ModelShape) -> int:
+    """Return how many vectors a training reads for each hit of its position: in a vision encoder,
+    one for each patch that a token of an image is made from."""
+    in_vision = any(SITES[point.site].stack == "vision" for point in training.points)
+    return shape.merged_side**2 // training.sample.cell.vectors if in_vision else 1
+
+
 def most_vectors(training: Training, shape: ModelShape, size: int) -> int:
     """Return how many vectors of a training, with their targets, take so many bytes."""
     return max(1, size // (FLOAT * count_vector_numbers(training, shape)))
@@ -213,6 +220,7 @@ def _vectors_cost(name: str, made: OnVectors, shape: ModelShape) -> TrainingCost
         return _decoder_cost(name, made, training.decoder.features, shape)
     sample, options = training.sample, training.options
     counts = np.array([sum(map(len, runs)) for runs in sample.cell.hits]) * sample.run.draws
+    counts *= count_patches(training, shape)
     known = int((counts > 0).sum())
     rows = known if training.stream is None else training.stream.count
     held_out = count_held_out(training, rows)

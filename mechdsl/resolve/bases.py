@@ -84,6 +84,7 @@ from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
     explain_few_rows,
     explain_seeds,
+    explain_shared_images,
     outline_training,
     split_by_seed,
 )
@@ -1697,17 +1698,8 @@ def _sample(
     return sample, f"{describe_rows(sample, rows)} at {label}"
 
 
-def _trained(
-    definition: spec.Basis,
-    point: SitePoint,
-    options: Mapping[str, Constant],
-    work: ExperimentContext,
-) -> tuple[BasisOperand, int, str] | None:
-    """Resolve a dictionary or a rotation that `fit` trains. Raises BasisError."""
-    found = _sample(definition, point, work)
-    if found is None:
-        return None
-    sample, text = found
+def _require_rows(definition: spec.Basis, sample: FitSample, work: ExperimentContext) -> None:
+    """Raise BasisError if too few rows have the position."""
     rows = count_used_rows(sample.cell)
     if len(sample.table) < FEWEST_ROWS and not sample.table.stands_in:
         read = fit_rows_of_basis(definition, work.program)
@@ -1720,8 +1712,24 @@ def _trained(
             f"{many} of `{sample.table.name}` has `{sample.cell.label}`",
             "name a position that more rows have",
         )
+
+
+def _trained(
+    definition: spec.Basis,
+    point: SitePoint,
+    options: Mapping[str, Constant],
+    work: ExperimentContext,
+) -> tuple[BasisOperand, int, str] | None:
+    """Resolve a dictionary or a rotation that `fit` trains. Raises BasisError."""
+    found = _sample(definition, point, work)
+    if found is None:
+        return None
+    sample, text = found
+    _require_rows(definition, sample, work)
     made = outline_training(definition, options, sample, point, work.program, work.model)
     assert made.training is not None
+    if problem := explain_shared_images(made.training):
+        raise BasisError(definition.method, *problem)
     if isinstance(made.training.trainer, PairedTrainer):
         assert isinstance(made, TrainedDictionary)
         found = _paired(definition, made.features, sample, point, work)

@@ -520,9 +520,11 @@ TRAINERS_ON_ACTIVATIONS = ("sae", "nmf", "semi_nmf", "ica", "mixture")
 
 
 def _check_trainer_in_vision(call: ast.Call, work: ExperimentContext) -> None:
-    """Check that a training is a probe, the only one in a vision encoder. Raises DirectionError."""
-    if not isinstance(find_trainer(trainer_call(call)), ProbeTrainer):
-        reason = "only probes are trained in the vision encoder"
+    """Check that a training in a vision encoder reads activations only. Raises DirectionError."""
+    trains = trainer_call(call).name in TRAINERS_ON_ACTIVATIONS
+    if not trains and not isinstance(find_trainer(trainer_call(call)), ProbeTrainer):
+        known = ", ".join(f"`{name}(…)`" for name in TRAINERS_ON_ACTIVATIONS)
+        reason = f"trainings in the vision encoder are probes, {known}"
         hint = "train it at `embed`, or compute it, as `mean_difference(…)` does"
         raise DirectionError(call, reason, hint)
 

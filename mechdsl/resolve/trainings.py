@@ -1057,6 +1057,24 @@ def _check_position(objective: ResolvedExperiment, cell: PositionCell) -> Diagno
     return BadBasis(span=rule.spec.at.span, reason=reason, hint=hint, what=what)
 
 
+def explain_shared_images(training: Training) -> tuple[str, str] | None:
+    """Return why held-out rows of a training in a vision encoder may have images of other rows, and
+    a hint: vectors of patches depend on the image only."""
+    if not training.options["validation"] or not _is_in_vision(training):
+        return None
+    row_of: dict[str, int] = {}
+    cell = training.sample.cell
+    for number, row in enumerate(training.sample.run.rows):
+        for image in sorted(row.images_at(cell.tokens(number))):
+            first = row_of.setdefault(image, number)
+            if first != number:
+                reason = f"rows {first} and {number} of `{training.sample.table.name}` have the "
+                reason += "same image, so it can't be held out"
+                hint = "train on a block with one row for each image, or write `validation: 0%`"
+                return reason, hint
+    return None
+
+
 def explain_few_rows(
     table: PromptTable, limit: int | None, fewest: int = FEWEST_ROWS
 ) -> tuple[str, str]:

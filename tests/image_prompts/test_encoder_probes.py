@@ -191,8 +191,8 @@ REJECTED = {
     ),
     "observe norm": (
         f"basis s = fit(sae(features: 8, k: 2), prompts: train) at {AT}",
-        "E0342",
-        "only probes are trained in the vision encoder",
+        "E0345",
+        "8 of its 8 rows have images of training rows",
     ),
 }
 
@@ -201,7 +201,7 @@ REJECTED = {
 def test_probe_on_images_of_its_training_reports_the_code(line: str) -> None:
     declared, code, reason = REJECTED[line]
     rule = f"{line} at {AT} as told"
-    if code == "E0342":
+    if declared.startswith("basis"):
         rule = f"set {AT.replace('*', '0')} to reconstruction of s"
     text = f"{OTHER}{declared}\n" + experiment("e", rule, measure="" if "told" in rule else MEASURE)
     with pytest.raises(AssertionError) as problem:

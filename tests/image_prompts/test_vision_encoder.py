@@ -407,7 +407,7 @@ ERRORS = {
     "ablate resid_post vision layer 2 at photo tokens with zero": "E0302",
     "ablate resid_post vission layer 1 at photo tokens with zero": "E0203",
     "ablate pattern vision layer 0 head 0 at photo tokens with zero": "E0413",
-    "patch resid_post vision layer 0 at photo tokens\n  using relp": "E0608",
+    "patch resid_post vision layer 0 at photo tokens\n  using cdt": "E0608",
     "save gradient of logit(answer) by resid_post vision layer 0 of clean at photo tokens to "
     '"g.safetensors"\n  patch resid_post layer 0 at last token': "E0108",
     f"{VISION}\n  against random(5)": "E0108",
@@ -430,7 +430,7 @@ DEFINITIONS = {
     "basis b = pca(ask, dims: 2) at resid_post vision layer 0 at last token": "E0310",
     "basis b = pca(ask, dims: 2) at resid_post vision layer 0 at tokens *": "E0310",
     "basis b = fit(sae(features: 8, k: 2), prompts: ask, steps: 5)"
-    " at resid_post vision layer 0 at photo tokens": "E0342",
+    " at resid_post vision layer 0 at last token": "E0310",
 }
 
 

@@ -345,7 +345,7 @@ def with_rules(name: str, kind: str) -> Any:
 
 
 RULED = {
-    "relp": ("llava_class", "qwen2_5_vl", "llava_next", "paligemma", "gemma3", "internvl"),
+    "relp": ("llava_class", "qwen2_5_vl", "llava_next", "paligemma", "internvl"),
     "gim": ("llava_class", "qwen2_5_vl", "llava_next", "paligemma"),
 }
 

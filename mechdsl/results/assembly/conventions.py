@@ -411,7 +411,8 @@ def _describe_patches(shape: ModelShape) -> str:
         return "each token of an image is one of its patches"
     return (
         f"at a token of an image, rules act on the {side} x {side} patches that its vector is made "
-        "from, row by row; observations, and rows of directions and bases, are means over them"
+        "from, row by row; observations, and rows of directions, probes and computed bases, are "
+        "means over them; dictionaries and factors are trained on single patches"
     )
 
 

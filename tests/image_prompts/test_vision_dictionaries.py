@@ -1,0 +1,186 @@
+"""Dictionaries trained in vision encoders of prompts with images: the vectors that they read, one
+for each patch, and rules on their features, against plain hooks on the bare model's encoder."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import mechdsl
+from mechdsl.execute import training_vectors
+
+from ..execute.support import as_in_the_data
+from ..images import prompts_of_images as vlm
+from ..quick import some
+from . import test_resampled_encoder as resampled
+from .reference import Edit
+from .support import experiment, write_data
+from .test_encoder_paths import Place, edited, seen, tower
+from .test_families import ALL, BLOCK, bare, difference, inputs, run_text
+
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+
+NAMES = ("llava_class", "paligemma", "llava_next", "gemma3", "qwen2_5_vl", "internvl", "smolvlm")
+QUICK = ("llava_next", "gemma3")
+AT = "resid_pre vision layer 1"
+PLACE = Place("resid_pre", 1)
+CELL = "photo row 1 col 2 token"
+OPTIONS = "prompts: ask, steps: 3, batch: 4, measure_on_training_rows: true"
+
+
+def other(n: int) -> int:
+    return (n + 1) % 4
+
+
+def fit_and_run(name: str, text: str, folder: Path) -> tuple[Path, list[Any]]:
+    """Train the bases of a file; returns the folder of the first one, and the results."""
+    write_data(folder)
+    block = BLOCK.replace(' w3"\n', ' w3 \\n"\n') if vlm.FAMILIES[name].before_end else BLOCK
+    path = folder / "file.mech"
+    path.write_text(f'mech 1\nmodel m = local("handed over")\n{block}\n{text}', "utf-8")
+    models = {"m": (bare(name).model, bare(name).processor)}
+    trained = mechdsl.fit(path, models, store=folder / "store")
+    found = mechdsl.run(path, models, store=folder / "store")
+    return trained[0].folder, [as_in_the_data(each) for each in found]
+
+
+def features(weights: dict[str, Tensor], vectors: Tensor) -> Tensor:
+    """[vector, feature] of a dictionary whose 2 largest features are active."""
+    hidden = (vectors - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    kept, top = torch.zeros_like(hidden), hidden.topk(2, dim=-1).indices
+    return kept.scatter(-1, top, hidden.gather(-1, top).clamp(min=0))
+
+
+def patched(name: str, n: int, weights: dict[str, Tensor], feature: int) -> float:
+    """The difference of a prompt with its other image, with a feature of the clean run at each
+    patch of a token."""
+    own = tower(name)
+    clean = features(weights, seen(name, PLACE, n, n)[own.cell(n, 1, 2)])[:, feature]
+    here = own.cell(other(n), 1, 2)
+
+    def edit(value: Tensor) -> Tensor:
+        now = features(weights, value[here])[:, feature]
+        value[here] += torch.outer(clean - now, weights["W_dec"][feature])
+        return value
+
+    return _under(name, n, edit)
+
+
+def _under(name: str, n: int, edit: Edit) -> float:
+    with edited(name, PLACE, edit):
+        return difference(bare(name).run(inputs(name, n, other(n))))
+
+
+def record_rows(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The vectors that trainings read, [vector, width] each."""
+    given: list[Tensor] = []
+    read_rows = training_vectors.read_rows
+
+    def keep(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        found = read_rows(*args, **options)
+        given.append(found[0])
+        return found
+
+    monkeypatch.setattr(training_vectors, "read_rows", keep)
+    return given
+
+
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
+def test_dictionary_reads_each_patch_and_its_features_act_on_each(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = record_rows(monkeypatch)
+    text = f"basis b = fit(sae(features: 6, k: 2), {OPTIONS}) at {AT} at photo tokens\n"
+    text += experiment("patched", "from clean into changed", f"patch feature * of b at {CELL}")
+    text += experiment("read", f"observe value feature * of b at {CELL}", measure="")
+    folder, (rule, observed) = fit_and_run(name, text, tmp_path)
+    own = tower(name)
+    expected = torch.cat([seen(name, PLACE, n, n)[own.every(n)] for n in ALL])
+    rows = np.array(sorted(torch.cat(given).tolist()))
+    np.testing.assert_allclose(rows, sorted(expected.tolist()), atol=2e-5)
+    weights = load_file(folder / "sae_weights.safetensors")
+    for n in ALL:
+        active = features(weights, seen(name, PLACE, n, n)[own.cell(n, 1, 2)])
+        np.testing.assert_allclose(observed.measures[0].patched[:, n], active.mean(0), atol=1e-4)
+        run = partial(patched, name, n, weights)
+        np.testing.assert_allclose(
+            rule.measures[0].patched[:, n], [run(feature) for feature in range(6)], atol=2e-4
+        )
+    assert np.abs(rule.measures[0].patched - rule.measures[0].base).max() > 0.02
+
+
+def test_dictionary_of_a_resampled_encoder_reads_each_patch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = record_rows(monkeypatch)
+    text = f"basis b = fit(sae(features: 6, k: 2), {OPTIONS}) at {AT} at photo tokens\n"
+    text += experiment("e", f"observe value feature * of b at {CELL}", measure="")
+    source = resampled.source(text, "mixed")
+    Path(source.name).write_text(source.text, "utf-8")
+    models = {"m": (resampled.bare(splits=True).model, resampled.bare(splits=True).processor)}
+    mechdsl.fit(source.name, models, store=tmp_path / "store")
+    expected: list[list[float]] = []
+    for n in ALL:
+        prompt = resampled.inputs("mixed", n, n)
+        values = resampled.state("resid_pre", 1, prompt)
+        expected += values[resampled.patches(prompt)].tolist()
+    rows = np.array(sorted(torch.cat(given).tolist()))
+    np.testing.assert_allclose(rows, sorted(expected), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "call", ["semi_nmf(factors: 3)", "ica(components: 3)", "mixture(components: 2)"]
+)
+def test_factors_of_patches_are_fitted_and_observed(call: str, tmp_path: Path) -> None:
+    text = f"basis b = fit({call}, prompts: ask, measure_on_training_rows: true) at {AT} at photo "
+    text += "tokens\n" + experiment("e", f"observe value feature * of b at {CELL}", measure="")
+    _, [found] = fit_and_run("llava_next", text, tmp_path)
+    assert np.isfinite(found.measures[0].patched).all()
+    assert np.ptp(found.measures[0].patched) > 1e-3
+
+
+TWICE = BLOCK.replace("  words =", '  more in ["w1", "w3"]\n  words =')
+"""Two prompts for each image."""
+
+
+def test_held_out_rows_with_images_of_other_rows_are_an_error(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    text = "basis b = fit(sae(features: 6, k: 2), {}prompts: ask, steps: 3, batch: 4, "
+    text += f"measure_on_training_rows: true) at {AT} at photo tokens\n"
+    text += experiment("e", f"observe value feature 1 of b at {CELL}", measure="")
+    models = {"m": (bare("llava_next").model, bare("llava_next").processor)}
+    path = tmp_path / "file.mech"
+    whole = f'mech 1\nmodel m = local("handed over")\n{TWICE}\n{text}'
+    path.write_text(whole.replace("{}", ""), "utf-8")
+    with pytest.raises(mechdsl.MechdslError) as problem:
+        mechdsl.fit(path, models, store=tmp_path / "store")
+    assert "E0342" in str(problem.value)
+    assert "have the same image, so it can't be held out" in str(problem.value)
+    path.write_text(whole.replace("{}", "validation: 0%, "), "utf-8")
+    assert mechdsl.fit(path, models, store=tmp_path / "store")
+
+
+REJECTED = {
+    "das(dims: 2), prompts: ask, from: changed, maximise: logit(answer)": (
+        "llava_next",
+        "trainings in the vision encoder are probes",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "problem"), REJECTED.items())
+def test_training_that_the_encoder_lacks_reports_e0342(call: str, problem: tuple[str, str]) -> None:
+    name, reason = problem
+    text = f"basis b = fit({call}) at resid_post vision layer 0 at photo tokens\n"
+    text += experiment("e", "observe value feature 1 of b at photo tokens", measure="")
+    with pytest.raises(AssertionError) as raised:
+        run_text(name, text)
+    assert "error[E0342]" in str(raised.value)
+    assert reason in " ".join(str(raised.value).split())
