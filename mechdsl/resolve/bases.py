@@ -691,6 +691,15 @@ def _check_feature_nodes(site: ast.Site, point: SitePoint, member: BasisMember) 
     if not isinstance(own, DictionaryFile):
         reason = f"`{name}` isn't a dictionary, and nodes of circuits are features of one"
         raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
+    if own.crosses_layers:
+        reason = (
+            f"`{name}` is a cross-layer transcoder: the rest of a later MLP's output depends on "
+        )
+        reason += "its features and on the input of this MLP, so it isn't a node of a circuit"
+        hint = "use a transcoder for each layer; or change the features without edges, "
+        hint += f"`ablate mlp_out layer {point.layer} features 3, 12 of {name} at tokens * with "
+        hint += f"zero`, or observe their graph: `observe attribution_graph({name}) …`"
+        raise BasisError(site, reason, hint)
     if own.write_obstacle:
         reason = f"the features of a {own.write_obstacle}, so they aren't nodes of a circuit"
         hint = "use a dictionary whose features depend on one vector of one layer"

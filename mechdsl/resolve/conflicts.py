@@ -360,8 +360,9 @@ def _of_basis(
         reason = "its gradient is of whole vectors, not of coordinates"
     elif said.kind.backward is not None and said.kind.backward.decomposed and basis.transcodes:
         reason = "the coordinates are those of another site, the input of the MLP"
-    elif basis.crosses_layers and (said.steps is not None or said.kind.drops_layers):
-        reason = "a feature writes to several layers"
+    elif basis.crosses_layers and said.kind.drops_layers:
+        reason = "a feature writes to several layers, and a pass without the gradient of one layer "
+        reason += "drops a part of it"
     else:
         return
     yield _no_estimate(said, span, "a basis", reason, hint)

@@ -126,3 +126,23 @@ def test_features_of_an_mlp_that_is_no_module_are_an_error(family: str, tmp_path
     (problem,) = (each for each in problems if each.severity == "error")
     assert problem.code == "E0108"
     assert "the MLP isn't one module" in render_full([problem], color=False, width=200)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "t5gemma"])
+def test_all_nodes_of_the_attention_of_a_decoder_equal_its_heads(
+    family: str, tmp_path: Path
+) -> None:
+    """Also if norms follow sums (BART), or the output of attention (T5Gemma)."""
+    ends = ("q cross layer 1 head 0", "q cross layer 2 head 1", "L2H0.k", "L1.mlp", "logits")
+    width = model(family).config.d_model if family != "t5gemma" else 0
+    width = width or model(family).config.decoder.hidden_size
+    dictionaries.make(tmp_path, "standard", width)
+    lines = 'basis a = sae("sae") at attn_out layer 1\n'
+    for name, nodes in (("w", ("layer 1 heads *",)), ("c", ("features * of a", "L1.attn"))):
+        lines += f"circuit {name} = {', '.join(f'{of} -> {to}' for of in nodes for to in ends)}\n"
+        rule = f"ablate {name} at tokens * with turned"
+        lines += experiment(f"e{name}", "prompts p", rule, DIFFERENCE)
+    found = ran(family, lines, tmp_path, "planned")
+    parts, whole = (found[key].measures[0] for key in ("ec", "ew"))
+    np.testing.assert_allclose(parts.patched, whole.patched, atol=1e-4)
+    assert np.abs(parts.patched - parts.base).max() > 1e-3

@@ -1075,7 +1075,9 @@ _file(
     "cross-layer transcoder in circuit-tracer's layout change the `mlp_out` of their layer and of "
     "all later layers, each by (f′ − f) times the decoder for it (Ameisen et al. 2025, Circuit "
     "Tracing). E0342 for `reconstruction of`, `without error`, `project out` and exchanged "
-    "features, which need a transcoder of one layer; E0108 with a circuit or `replace block`.",
+    "features, which need a transcoder of one layer; E0108 with a circuit or `replace block`. "
+    "Groups may have features of several layers, and `using integrated_gradients` moves the "
+    "outputs of all layers that they write to together. They aren't nodes of circuits (E0342).",
     "tests/rules/test_transcoders.py",
     "Dunefsky et al. 2024, arXiv 2406.11944",
 )

@@ -19,9 +19,11 @@ from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.types import BasisMember, FeatureNodes, SpannedBasis
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 
+from ..execute import support as of_files
 from ..execute.support import MODES
 from ..quick import in_turn
 from ..reference.forward import stack
+from . import test_classifier_circuits as classifiers
 from . import test_dictionaries, test_transcoders
 from .circuits import EMBED, LOGITS, Features, circuit_pass, mlp, reads
 from .models import double
@@ -379,7 +381,7 @@ def test_random_circuits_carry_the_fill_of_attention_feature_circuits(
     data: Path, name: str, rule: str
 ) -> None:
     """Each draw is one of `CircuitDraws`, whose edges the reference ablates."""
-    written = [(EMBED, "L0H1.v"), ("L0H1", label(0, 3)), (label(0, 3), "L1H0.q")]
+    written = [(EMBED, "L0H1.q"), ("L0H1", label(0, 3)), (label(0, 3), "L1H0.q")]
     written += [("L1H0", LOGITS), ("L0H1", rest(0)), (rest(0), LOGITS)]
     write_dictionaries(data, name, "topk")
     text = f"circuit c = {', '.join(f'{of} -> {to}' for of, to in written)}\n"
@@ -420,3 +422,29 @@ def test_inputs_of_attention_features_without_most_heads_have_no_rounding(data: 
         precise = run_file(text, data, name, "planned", precise=True)["e"].measures[0].patched
         found = run_file(text, data, name, "planned")["e"].measures[0].patched
         np.testing.assert_allclose(found, precise, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["c", "all but c"])
+def test_all_nodes_of_attention_equal_its_heads_where_norms_follow_sums(
+    tmp_path: Path, rule: str
+) -> None:
+    model = classifiers.bare_family("distilbert")
+    test_dictionaries.make(tmp_path, "topk", model.config.hidden_size)
+    text = 'basis a = sae("sae") at attn_out layer 0\n'
+    ends = ("L0.mlp", "L1H0.q", "logits")
+    into = "embed -> v layer 0 heads *, embed -> L0.mlp"
+    text += "circuit d = " + ", ".join([into, *(f"layer 0 heads * -> {to}" for to in ends)]) + "\n"
+    nodes = ("features * of a", "L0.attn")
+    edges = [into, *(f"{of} -> {to}" for of in nodes for to in ends)]
+    edges += [f"layer 0 heads * -> {to}" for to in nodes]
+    text += f"circuit c = {', '.join(edges)}\n"
+    measure = "measure logit(class answer) - logit(class wrong) as raw"
+    if rule == "c":  # edges from heads to nodes have no counterpart in the other circuit
+        text = text.replace(f", {edges[-2]}, {edges[-1]}", "")
+    for name, line in (("xc", rule), ("xd", rule.replace("c", "d"))):
+        lines = ("prompts p", f"ablate {line} at tokens * with other", measure)
+        text += of_files.experiment(name, *lines)
+    found = of_files.run_file(text, tmp_path, model, prompts=classifiers.PROMPTS)
+    features, whole = (found[key].measures[0].patched for key in ("xc", "xd"))
+    np.testing.assert_allclose(features, whole, atol=1e-5)
+    assert np.abs(features - found["xc"].measures[0].base).max() > 1e-2

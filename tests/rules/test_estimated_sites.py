@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -389,14 +390,8 @@ def test_estimates_of_transcoder_features_equal_autograd(
 
 NOT_ESTIMATED = {
     "cdt of a transcoder": ("t", "cdt", "delta", "another site, the input of the MLP"),
-    "atp_star of several layers": ("c", "atp_star", "raw", "a feature writes to several layers"),
+    "atp_star of several layers": ("c", "atp_star", "raw", "drops a part of it"),
     "cdt of several layers": ("c", "cdt", "delta", "another site, the input of the MLP"),
-    "a line of several layers": (
-        "c",
-        "integrated_gradients",
-        "delta",
-        "a feature writes to several layers",
-    ),
 }
 
 
@@ -434,6 +429,66 @@ def test_integrated_gradients_of_transcoder_features_equal_autograd(
     text += experiment("e", rule, *lines, "using integrated_gradients(steps: 3)")
     found = run_file(text, tmp_path, bare(family))
     assert agrees(found["e"], 0, expected, None) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_integrated_gradients_of_cross_layer_features_equal_autograd(
+    family: str, layer: int, tmp_path: Path
+) -> None:
+    """The outputs of the MLPs of their layer and of all later ones move together."""
+    width, hook = inputs_of_mlp(family, 1, "clean").shape[1], "ln2.hook_normalized"
+    parts = test_transcoders.make_cross_layer(tmp_path, width, hook, 3)[layer]
+    base, source = (
+        test_transcoders.encode_across(parts, inputs_of_mlp(family, layer, run))
+        for run in ("clean", "other")
+    )
+    ways = (source - base)[:, :, None, None] * parts["W_dec"]  # [row, feature, layer, width]
+    layers = [where(family, "mlp_out", n) for n in range(layer, 3)]
+    steps, expected = 3, dict[Key, list[float]]()
+    sums: list[Tensor] = []
+    for record, own in zip(ROWS, ways, strict=True):
+        here = prompt(record)
+        call = call_metric(family, ONE, here, record, torch.zeros(()))
+        total = torch.zeros(own.shape[0], dtype=torch.float64)
+        for step in range(steps):
+            module, moves = double(family), list[Tensor]()
+            handles: list[Any] = []
+            for number, at in enumerate(layers):
+                move = (own[:, number].sum(0) * (step + 0.5) / steps).requires_grad_()
+                moves.append(move)
+
+                def add(
+                    _: Any, __: Any, out: Any, move: Tensor = move, last: int = here.last
+                ) -> Any:
+                    given = out if isinstance(out, Tensor) else out[0]
+                    found = given.clone()
+                    found[0, last] = found[0, last] + move
+                    return found if isinstance(out, Tensor) else (found, *out[1:])
+
+                handles.append(module.get_submodule(at.path).register_forward_hook(add))
+            try:
+                gradients_ = torch.autograd.grad(call(module), moves)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for number, gradient in enumerate(gradients_):
+                total += own[:, number] @ gradient / steps
+        sums.append(total)
+    for n in range(ways.shape[1]):
+        expected[n,] = [float(own[n]) for own in sums]
+    text = f'basis c = transcoder("clt") at mlp_out layer {layer}\n'
+    lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
+    rule = f"patch feature * of c {LAST}"
+    text += experiment("e", rule, *lines, f"using integrated_gradients(steps: {steps})")
+    text += experiment("many", rule, *lines, "using integrated_gradients(steps: 256)")
+    text += experiment("exact", f"patch features * of c {LAST}", *lines)
+    found = run_file(text, tmp_path, bare(family))
+    least = 1e-3 if layer else 0.0  # in layer 0, the inputs may be equal in both runs
+    assert agrees(found["e"], 0, expected, None) >= least
+    many, exact = (found[key].measures[0] for key in ("many", "exact"))
+    sum_of_all = (many.patched - many.base).sum(0)
+    np.testing.assert_allclose(sum_of_all, (exact.patched - exact.base)[0], atol=2e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -797,10 +797,6 @@ CROSS_ERRORS = {
         "patch feature 1 of c at last token with feature 2 of c",
         "features of several layers can't be exchanged",
     ),
-    "estimator": (
-        "from other into clean  patch feature * of c at last token  using integrated_gradients",
-        "a feature writes to several layers",
-    ),
     "circuit": (
         "ablate feature 1 of c at last token with zero  ablate k at tokens * with zero",
         "together with a circuit",
@@ -831,6 +827,46 @@ def test_rules_that_need_a_transcoder_of_one_layer_are_errors(case: str, data: P
     assert result is None
     assert problem.code in ("E0342", "E0108", "E0608")
     assert said in problem.message
+
+
+@pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_group_of_cross_layer_features_changes_those_of_each_layer(
+    family: str, mode: str, data: Path
+) -> None:
+    """Features of a later layer are computed from inputs that those of an earlier one changed."""
+    parts = clt_of(data, family)
+    text = (
+        ALL_CROSS + "group g = mlp_out layer 0 features 1, 2 of c, mlp_out layer 1 feature 5 of c\n"
+    )
+    text += experiment("e", "ablate g at tokens * with zero")
+    text += experiment("f", "scale g at last token by 3")
+    found = run_file(text, data, family, mode)
+    for key, at, change in (
+        ("e", "tokens *", lambda f, n: replaced(f, n, 0.0)),
+        ("f", "last token", lambda f, n: replaced(f, n, 3 * f)),
+    ):
+
+        def changes(n: int, at: str = at, change: Any = change) -> list[Changes]:
+            there, own = tokens(rows()[n], at), list[Write]()
+            for layer, which in ((0, [1, 2]), (1, [5])):
+                own += writes_across(
+                    parts[layer], lambda f, which=which: change(f, which), there, layer=layer
+                )
+            return [(sorted(own, key=lambda each: each.layer or 0), ())]
+
+        expected = worked_out(family, [()], changes, rows(), records())
+        agree(found[key], (), expected, unpatched(family), most=False, large=0.02)
+
+
+def test_cross_layer_features_are_no_nodes_of_circuits(data: Path) -> None:
+    clt_of(data)
+    text = ALL_CROSS + "circuit k = mlp_out layer 1 feature 1 of c -> logits\n"
+    _, found = try_file(text + experiment("e", "ablate k at tokens * with zero"), data, "llama")
+    (problem,) = (each for each in found if each.severity == "error")
+    assert problem.code == "E0342"
+    assert "the rest of a later MLP's output depends on its features" in problem.message
+    assert "`ablate mlp_out layer 1 features 3, 12 of c" in problem.help_text
 
 
 def test_group_of_cross_layer_features_is_not_trained(data: Path) -> None:

@@ -147,6 +147,14 @@ class _WrittenVectors:
         return replace(self.where, site=self.mode.reads, layer=layer)
 
     @property
+    def origin(self) -> SiteRead:
+        """The site whose coordinates change: for features of a cross-layer transcoder, the output
+        of the MLP of their layer, also of their writes to later layers."""
+        if not isinstance(self.mode, CoordinateWrite):
+            return self.where
+        return replace(self.where, layer=self.mode.find_layer(self.where.layer))
+
+    @property
     def reads(self) -> list[SiteRead]:
         """Sites whose values in the base run `base` needs."""
         return [self.where, *([] if self.source is None else [self.source])]
@@ -808,11 +816,11 @@ def _iter_joint_writes(
 
     Args:
         written: The writes of all rows; those of one site may be separate, such as writes of
-            different numbers of features.
+            different numbers of features, and those of a cross-layer transcoder to later layers.
         groups: [row] equal for rows that move together.
     """
-    for where in dict.fromkeys(each.where for each in written):
-        same = [each for each in written if each.where == where]
+    for where in dict.fromkeys(each.origin for each in written):
+        same = [each for each in written if each.origin == where]
         for group in np.unique(groups[np.concatenate([each.row for each in same])]):
             own = [each.some(groups == group) for each in same]
             yield [each for each in own if len(each.row)]

@@ -521,7 +521,7 @@ class CircuitHooks(ABC):
         self._normed_attention_outputs = {
             each.senders.layer: each
             for each in normed
-            if each.output_norm and each.senders.layer in self._joined
+            if each.output_norm and self._sends_to_nodes(each.senders)
         }
         """By layer, attention whose output is split into nodes after a norm."""
         self._sublayers = tuple(map(self._join_sublayer, normed))
