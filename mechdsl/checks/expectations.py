@@ -583,8 +583,8 @@ def _effects_of_categories(
 def _facts_for_reports(
     variants: Sequence[ExperimentOutline], program: spec.Program
 ) -> dict[str, bool]:
-    """Return whether an experiment generates replies, has a circuit, one with positions, and one of
-    an encoder-decoder."""
+    """Return whether an experiment generates replies, has a circuit, and one with positions that
+    depend on parameters."""
     said = variants[0].spec
     graph = any(
         rule.observed is not None and rule.observed.word in GRAPH_OBSERVATIONS
@@ -595,8 +595,7 @@ def _facts_for_reports(
     return {
         "writes": said.generation is not None,
         "circuit": graph or any(rule.circuit_name in program.circuits for rule in said.rules),
-        "placed": any(circuit is not None and circuit.edge_places for circuit in circuits),
-        "encodes": any(each is not None and each.encoder is not None for each in circuits),
+        "has_parameters": any(each is not None and "" in each.place_texts for each in circuits),
     }
 
 

@@ -612,7 +612,7 @@ def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitF
     scores: dict[str, float | None] = {}
     chosen: set[str] = set()
     for name, own in edges.items():
-        if _AT in name:
+        if _AT in name and " -> " not in name:
             reason = f"`{written}` has `{name}`, and graphs of EAP-IG have no positions"
             raise UnreadableFile(
                 reason, f'write a list: `{{"edges": ["L0H1 -> logits{_AT}last token"]}}`'

@@ -84,6 +84,7 @@ from mechdsl.resolve.types import (
     precedes,
 )
 from mechdsl.syntax import ast
+from mechdsl.syntax.printer import format_position
 from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.vocab.effects import CircuitBaseline
 from mechdsl.vocab.sites import SITES, TokenSide, write_order
@@ -215,6 +216,7 @@ def resolve_circuit(
         edges.made,
         waits=circuit.is_open and circuit.source is None and not known,
         others=dict(_list_other_scores(edges, named.values())),
+        place_texts=edges.place_texts,
     )
 
 
@@ -312,6 +314,8 @@ class CircuitEdges(Record):
     """These edges at each of their positions, in descending order of the sizes of their scores."""
     by_place: Mapping[EdgeAtPlace, float] = field(default_factory=dict[EdgeAtPlace, float])
     """The scores of edges at their positions; empty without scores."""
+    place_texts: tuple[str, ...] = ()
+    """As in `CircuitTargets`."""
 
 
 def find_circuit_edges(
@@ -369,7 +373,8 @@ def find_circuit_edges(
     if saved is not None:
         made += f"; {_describe_prompts(circuit.name, saved, work)}"
     given = tuple(every), tuple(edges), scores, tuple(parts.places), digest, made, neurons, features
-    return CircuitEdges(*given, listed=tuple(listed), by_place=by_place)
+    texts = tuple(parts.place_texts)
+    return CircuitEdges(*given, listed=tuple(listed), by_place=by_place, place_texts=texts)
 
 
 def _describe_prompts(name: str, saved: SavedCircuit, work: ExperimentContext) -> str:
@@ -407,6 +412,8 @@ class _CircuitParts:
         self.resolve_features = resolve_features
         self.found = dict[CircuitEdge, frozenset[int] | None]()
         self.places = dict[PositionCell, int]()
+        self.place_texts = list[str]()
+        """Each position as a file names it; empty if it depends on other definitions."""
         self.by_place = dict[EdgeAtPlace, float]()
         self.members = dict[SiteLayer, dict[str, BasisMember]]()
         """Dictionaries whose features are nodes, by output and name."""
@@ -428,6 +435,10 @@ class _CircuitParts:
         """
         place = None if at is None or not edges else self._find_place(edges[0], at, source)
         number = None if place is None else self.places.setdefault(place, len(self.places))
+        if at is not None and len(self.place_texts) < len(self.places):
+            depends = any(isinstance(node, ast.ChosenTokens) for node in walk(at))
+            depends |= any(True for _ in number_names(at))
+            self.place_texts.append("" if depends else format_position(at))
         for each in edges:
             others = self.found.get(each, frozenset[int]())
             self.found[each] = None if number is None or others is None else others | {number}

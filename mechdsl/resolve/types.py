@@ -1100,6 +1100,8 @@ class CircuitTargets(Record):
     dead: tuple[CircuitEdge, ...] = field(default=(), compare=False)
     """Edges that aren't on a path of the circuit's edges to the end of the model, if all others are
     ablated at every token."""
+    place_texts: tuple[str, ...] = field(default=(), compare=False)
+    """`edge_places` as a file names them; empty texts for those that depend on a parameter."""
 
     @property
     def edge_places(self) -> tuple[PositionCell, ...]:

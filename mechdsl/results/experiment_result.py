@@ -237,6 +237,8 @@ class ResultCircuit(Record):
     """The other edges of the model that a training scored."""
     other_scores: tuple[float, ...] = ()
     """The scores of `others`."""
+    named_places: tuple[tuple[str, ...], ...] = ()
+    """The positions of each edge, each as a file names it; empty if no edge has positions."""
 
     @property
     def has_stacks(self) -> bool:

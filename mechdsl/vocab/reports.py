@@ -257,8 +257,7 @@ def check_report(
     *,
     writes: bool | None = None,
     circuit: bool | None = None,
-    placed: bool = False,
-    encodes: bool = False,
+    has_parameters: bool = False,
 ) -> list[Diagnostic]:
     """Check a `report` line: E0108, E0203, E0607.
 
@@ -268,8 +267,7 @@ def check_report(
         measures: Measures of the experiment; None if they aren't known yet.
         writes: Whether rows generate replies.
         circuit: Whether rules ablate a circuit.
-        placed: Whether edges of this circuit have positions.
-        encodes: Whether it is one of an encoder-decoder.
+        has_parameters: Whether positions of its edges depend on parameters.
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
@@ -281,12 +279,10 @@ def check_report(
         later = f"reports that can be drawn are {', '.join(shown)}"
         return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
     to_json = kind.of_circuits and report.file and report.file.lower().endswith(".json")
-    if to_json and (placed or encodes):
-        lacks, of = "encoder", "of an encoder-decoder"
-        if placed:
-            lacks, of = "positions", "whose edges have positions"
-        what = f'`report {kind.name} to "{report.file}"` of a circuit {of}'
-        later = f"graphs of EAP-IG have no {lacks}: write a picture, such as `.svg` or `.html`"
+    if to_json and has_parameters:
+        what = f'`report {kind.name} to "{report.file}"` of a circuit whose positions depend on '
+        what += "parameters or groups"
+        later = "the file would have no values for them: write numbers in the positions of edges"
         return [NotSupported(span=report.span, what=what, later=later)]
     wrong = (
         _wrong_words(kind, signature, report)

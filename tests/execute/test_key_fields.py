@@ -509,6 +509,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "waits": "such an experiment doesn't run",
         "others": SHOWN,
         "dead": SHOWN,
+        "place_texts": SHOWN,
     },
     ExternalRun: {"part": "`table` contains its rows"},
     ResolvedMeasure: {

@@ -321,8 +321,9 @@ _file(
     "draws circuits with the same number of edges at each position, and at all tokens. If each "
     "edge of `c` is on a path from `embed` to a token that a measure reads, so is each random "
     "edge: attention moves from earlier to later tokens, and nothing else moves between tokens. "
-    "`observe overlap`, `observe edge_auroc` and `report graph` as `.json` don't take "
-    "edges with positions (E0108).",
+    "`observe overlap` and `observe edge_auroc` don't take edges with positions (E0108). "
+    '`report graph to "circuit.json"` writes the positions, except those that depend on a '
+    "parameter or a group (E0108).",
     "tests/rules/test_placed_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997; Haklay et al. 2025, arXiv 2502.04577",
 )
@@ -1493,8 +1494,8 @@ _site(
     "the last two can't be combined (E0108). `against random(39)` draws edges of both stacks and "
     "rejects edges with positions (E0630). If each edge of the circuit is on a path from `embed` "
     "or `embed encoder`, so is each random edge. `fit(…)` finds circuits, except at "
-    "several positions or only at tokens of the encoder. These and `report graph` as `.json` are "
-    "E0108. A neuron of the encoder is `mlp_hidden encoder layer 0 neuron 3`.",
+    "several positions or only at tokens of the encoder (E0108). A neuron of the encoder is "
+    "`mlp_hidden encoder layer 0 neuron 3`.",
     "tests/execute/test_encoder_decoder_paths.py",
     PATHS,
 )

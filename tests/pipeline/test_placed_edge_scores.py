@@ -400,21 +400,40 @@ def test_position_that_measured_rows_lack_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_uses_that_need_circuits_without_positions_are_errors(
-    trained: bool, tmp_path: Path
-) -> None:
+def test_overlap_of_circuits_with_positions_is_an_error(trained: bool, tmp_path: Path) -> None:
     line = fit(ALL_ROWS, at="cue token, last token")
     if trained:
         train(write(tmp_path, line, USE))
-    rule = "ablate c at tokens * with zero"
-    graph = experiment(rule, 'report graph to "c.json"', block="p")
     listed = (
         "circuit d = embed -> logits\nexperiment o { model m observe overlap c with d as shared }\n"
     )
-    for use, what in ((graph, "`report graph to"), (USE + listed, "`observe overlap`")):
-        path = write(tmp_path, line, use)
-        with pytest.raises(mechdsl.MechdslError) as found:
-            run(path, store=tmp_path / "store")
-        errors = [each for each in found.value.diagnostics if each.severity == "error"]
-        assert [each.code for each in errors if what in each.message] == ["E0108"]
-        assert {each.code for each in errors} <= {"E0108", "E0642"}
+    path = write(tmp_path, line, USE + listed)
+    with pytest.raises(mechdsl.MechdslError) as found:
+        run(path, store=tmp_path / "store")
+    errors = [each for each in found.value.diagnostics if each.severity == "error"]
+    assert [each.code for each in errors if "`observe overlap`" in each.message] == ["E0108"]
+    assert {each.code for each in errors} <= {"E0108", "E0642"}
+
+
+def test_graph_json_of_scores_at_positions_is_read_as_the_same_circuit(tmp_path: Path) -> None:
+    line, rule = (
+        fit(ALL_ROWS, at="cue token, {token 1, last token}"),
+        "ablate all but c at tokens *",
+    )
+    lines = (f"{rule} with other", 'report graph to "c.json"', 'report graph top 3 to "top.json"')
+    use = experiment("from other into clean", *lines, block="p")
+    train(write(tmp_path, line, use))
+    (own,) = run(write(tmp_path, line, use)).files[0].experiments
+    content = json.loads((tmp_path / "c.json").read_text("utf-8"))
+    assert len(content["edges"]) == 12
+    assert all(" at " in name for name in content["edges"])
+    top = json.loads((tmp_path / "top.json").read_text("utf-8"))["edges"]
+    assert top == dict(list(content["edges"].items())[:3])
+    read = use.replace('"c.json"', '"d.json"')
+    again = write(tmp_path, 'circuit c = saved("c.json")', read)
+    (found,) = run(again, store=False).files[0].experiments
+    assert found.circuit.scores == own.circuit.scores
+    assert found.circuit.named_places == own.circuit.named_places
+    assert found.circuit.edges == own.circuit.edges
+    assert (found.measures[0].patched == own.measures[0].patched).all()
+    assert json.loads((tmp_path / "d.json").read_text("utf-8"))["edges"] == content["edges"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -208,6 +209,45 @@ def test_graph_json_is_read_as_the_same_circuit(family: str, tmp_path: Path) -> 
     np.testing.assert_array_equal(second.measures[0].patched, first.measures[0].patched)
 
 
+PLACED = {
+    "edges": "embed -> L0H1.v at {cue token, last token}, L0H1 -> L1.mlp at token 1, "
+    "embed -> L0H1.v at subject tokens, L1.mlp -> logits",
+    "neurons": "embed -> L0N3 at cue token, L0N3 -> L1H0.k at item 1 token, embed -> logits",
+}
+
+
+@pytest.mark.parametrize("kind", PLACED)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_graph_json_with_positions_is_read_as_the_same_circuit(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    given = {"m": (bare(family), word_tokenizer())}
+    path = write(tmp_path, PLACED[kind], 'report graph to "out.json"')
+    (own,) = mechdsl.run(path, given, store=False).files[0].experiments
+    content = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    expected = [" ".join(each.split()) for each in re.split(r",\s+(?![^{]*\})", PLACED[kind])]
+    assert sorted(content["edges"]) == sorted(expected)
+    path = write(tmp_path, 'saved("out.json")')
+    (found,) = mechdsl.run(path, given, store=False).files[0].experiments
+    assert found.circuit is not None
+    assert own.circuit is not None
+    assert found.circuit.edges == own.circuit.edges
+    named = found.circuit.named_places, own.circuit.named_places
+    places = [[sorted(each) for each in of_edges] for of_edges in named]
+    assert places[0] == places[1]
+    np.testing.assert_array_equal(found.measures[0].patched, own.measures[0].patched)
+    assert np.abs(own.measures[0].patched - own.measures[0].base).max() > 1e-4
+
+
+def test_graph_json_of_positions_with_a_parameter_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, "embed -> logits at token k\nparam k = 1", 'report graph to "c.json"')
+    with pytest.raises(mechdsl.MechdslError) as found:
+        mechdsl.run(path, {"m": (bare("gpt2"), word_tokenizer())}, store=False)
+    (problem,) = (each for each in found.value.diagnostics if each.severity == "error")
+    assert problem.code == "E0108"
+    assert "depend on parameters or groups" in problem.message
+
+
 def test_pages_pictures_and_text_show_every_edge(tmp_path: Path) -> None:
     given = {"m": (bare("gpt2"), word_tokenizer())}
     files = [f'report graph to "c.{each}"' for each in ("html", "svg", "png", "pdf", "json")]
@@ -236,13 +276,8 @@ def test_pages_pictures_and_text_show_every_edge(tmp_path: Path) -> None:
 
 def test_large_circuit_shows_at_most_200_edges() -> None:
     found = circuit("gpt2", 155)
-    many = ResultCircuit(
-        **{
-            **{name: getattr(found, name) for name in found.__dataclass_fields__},
-            "edges": found.edges * 2,
-            "scores": found.scores * 2,
-        }
-    )
+    same: dict[str, Any] = {name: getattr(found, name) for name in found.__dataclass_fields__}
+    many = ResultCircuit(**{**same, "edges": found.edges * 2, "scores": found.scores * 2})
     assert len(list_edges(many, MAX_EDGES)) == 200
 
 

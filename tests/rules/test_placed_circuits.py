@@ -640,7 +640,6 @@ def test_positions_that_edges_cannot_have_are_errors(data: Path, at: str) -> Non
 WRONG_RULES = {
     "ablate c at token 1 with zero": ("E0207", "ablates no edge at `token 1`"),
     "ablate c at tokens * with zero generate 3": ("E0108", "`generate`"),
-    'ablate c at tokens * with zero report graph to "c.json"': ("E0108", "`report graph to"),
     "run r { ablate c at last token with zero } from r into clean patch L0H1 at token 1": (
         "E0108",
         "an ablated circuit in a `run`",

@@ -385,6 +385,11 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         prompts=tuple(row.digest for table in trained for row in table.runs[spec.CLEAN].rows),
         others=tuple((label_node(of), label_node(to)) for of, to in found.others),
         other_scores=tuple(found.others.values()),
+        named_places=tuple(
+            tuple(found.place_texts[number] for number in sorted(at or ())) for _, at in listed
+        )
+        if any(places)
+        else (),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -221,8 +222,9 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
 
     Query heads that share a key or a value have an edge each, with an equal share of the score. An
     edge without a score has the score 0. Without `top`, the file also has the edges outside of the
-    circuit that a training scored. EAP-IG has no names for neurons and features: a circuit with
-    some has the names of this language, and its dictionaries.
+    circuit that a training scored. EAP-IG has no names for neurons, features, positions and the
+    encoder of an encoder-decoder: a circuit with some has the names of this language, and its
+    dictionaries.
     """
     circuit = result.circuit
     if circuit is None:
@@ -232,11 +234,14 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
         return dump_json(content, indent=1) + "\n"
     sizes = {"n_layers": circuit.layers, "n_heads": circuit.heads, "d_model": circuit.width}
     config = {**sizes, "parallel_attn_mlp": circuit.parallel}
-    listed = [(edge.text, edge.score or 0.0, True) for edge in list_edges(circuit, top)]
+    listed = list(_list_written(circuit, top))
     if top is None:
         others = zip(circuit.others, circuit.other_scores, strict=True)
         listed += [(" -> ".join(ends), score, False) for ends, score in others]
-    make = _content_with_nodes if circuit.neurons or circuit.features else _eap_content
+    ends = chain.from_iterable((*circuit.edges, *circuit.others))
+    has_names = circuit.neurons or circuit.features or circuit.named_places
+    in_stacks = any(" " in end for end in ends)
+    make = _content_with_nodes if has_names or in_stacks else _eap_content
     content = make(circuit, config, listed)
     content |= {"prompts": list(circuit.prompts)} if circuit.prompts else {}
     return dump_json(content, indent=1) + "\n"
@@ -246,12 +251,26 @@ WrittenEdge: TypeAlias = tuple[str, float, bool]
 """An edge as in a file, its score, and whether it is in the circuit."""
 
 
+def _list_written(circuit: ResultCircuit, top: int | None) -> Iterator[WrittenEdge]:
+    """Yield the edges at each of their positions, or the `top` ones with the largest absolute
+    scores, these first."""
+    scores = circuit.scores or (0.0,) * len(circuit.edges)
+    named = circuit.named_places or ((),) * len(circuit.edges)
+    listed = [
+        (f"{of} -> {to} at {at}" if at else f"{of} -> {to}", score, True)
+        for (of, to), score, places in zip(circuit.edges, scores, named, strict=True)
+        for at in places or ("",)
+    ]
+    yield from sorted(listed, key=lambda each: -abs(each[1]))[:top]
+
+
 def _content_with_nodes(
     circuit: ResultCircuit, config: Mapping[str, Any], listed: Sequence[WrittenEdge]
 ) -> dict[str, Any]:
-    """Return a circuit with neurons or features as nodes, in the names of this language."""
+    """Return a circuit in the names of this language."""
     edges = {text: {"score": score, "in_graph": inside} for text, score, inside in listed}
-    ends = {end for text, _, inside in listed if inside for end in text.split(" -> ")}
+    inside = (text.partition(" at ")[0] for text, _, own in listed if own)
+    ends = {end for text in inside for end in text.split(" -> ")}
     names = [*circuit.neurons, *(name for name, _ in circuit.features)]
     return {
         "cfg": config,
