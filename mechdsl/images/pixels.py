@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from mechdsl.base.arrays import Bools
+from mechdsl.base.records import closest_name
 from mechdsl.base.text import count_noun
 from mechdsl.images import files
 from mechdsl.images.baselines import GRAY_LEVEL, IMAGE_BASELINES
@@ -204,6 +205,21 @@ def grid_problem(layout: GridLayout) -> str:
     if layout.marks and len(layout.marks) != len(layout.rows):
         rows, marks = count_noun(len(layout.rows), "row"), count_noun(len(layout.marks), "mark")
         return f"it has {rows} and {marks}"
+    return ""
+
+
+def suggest_cell(layout: GridLayout) -> str:
+    """Return the first cell that can't be drawn in the spelling that is probably meant; empty if
+    all cells can, or if no spelling is close."""
+    for thing in dict.fromkeys(thing for row in layout.rows for thing in row if thing):
+        if _parse_cell(thing) is None:
+            words = thing.split()
+            near = [
+                closest_name(word, known) or word
+                for word, known in zip(words, (SHAPE_COLOURS, SHAPES), strict=False)
+            ]
+            meant = " ".join([*near, *words[2:]])
+            return meant if _parse_cell(meant) is not None else ""
     return ""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mechdsl.base.files import UnreadableFile
+from mechdsl.base.records import closest_name
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
@@ -684,23 +685,20 @@ def check_arguments(
                 scope.has("param", part.id)
     problem = _missing_argument(call, method, values)
     if problem is not None:
-        scope.diagnostics.append(problem)
+        if _misspelt_options(call, method).isdisjoint(method.required):
+            scope.diagnostics.append(problem)
         return
     if _reads_rows(call, method, parts):
         check_fit_rows(fitted_block(method, call), parts, scope)
     elif method.takes == "training" and not _check_decoder(call, what, parts, scope):
         return
-    if method.takes == "training":
+    if method.takes == "training" and _misspelt_options(call, method).isdisjoint(EFFECT_OPTIONS):
         _check_trainer(call, what, parts, scope)
         _check_patience(call, what, parts, scope)
     if method.takes == "jacobian" and not isinstance(values[1], ast.SiteMap):
+        reason, hint = "takes two sites with `->` between them", f"write `{method.example}`"
         scope.diagnostics.append(
-            BadArgument(
-                span=values[1].span,
-                name=call.name,
-                reason="takes two sites with `->` between them",
-                hint=f"write `{method.example}`",
-            )
+            BadArgument(span=values[1].span, name=call.name, reason=reason, hint=hint)
         )
     for value in values if method.takes == "directions" else ():
         scope.use("direction", value.span.written, value.span)
@@ -1020,6 +1018,12 @@ def _trainer_problem(
     if problem is None:
         return None
     return BadBasis(span=argument.span, reason=problem[0], hint=problem[1], what=trainer.declares)
+
+
+def _misspelt_options(call: ast.Call, method: BasisMethod) -> set[str | None]:
+    """Return the options that unknown arguments probably mean; E0207 reports the arguments."""
+    names = [a.name for a in call.arguments if a.name is not None and a.name not in method.options]
+    return {closest_name(name, method.options) for name in names}
 
 
 def _missing_argument(

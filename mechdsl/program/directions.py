@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Source, Span
+from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
 from mechdsl.diagnostics.rules import BadDirection
@@ -597,10 +598,10 @@ def check_fit_rows(
         return
     known = ["clean", *(each.name for each in block.corruptions)]
     if rows is None or rows.run not in known:
-        listed = ", ".join(f"`{name}.{each}`" for each in known[1:])
-        halves = f"`{name}.train` and `{name}.test`" if block.split is not None else ""
-        hint = " and ".join(each for each in (listed, halves) if each)
-        hint = f"it has {hint}" if hint else f"write `{name}`: it has no other run"
+        runs = [f"{name}.{each}" for each in known[1:]]
+        runs += [f"{name}.train", f"{name}.test"] if block.split is not None else []
+        hint = f"it has {name_list(runs)}" if runs else f"write `{name}`: it has no other run"
+        hint = did_you_mean(node.span.written, runs, hint)
         written = node.span.written
         if written in (f"{name}.train", f"{name}.test"):
             hint = suggest_split(name, block.span, node.span)

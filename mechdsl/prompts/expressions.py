@@ -27,6 +27,7 @@ from mechdsl.diagnostics.prompts import (
     UnknownFunction,
     UnknownValue,
 )
+from mechdsl.program.images import DRAWN_IMAGES
 from mechdsl.prompts.values import (
     DrawKey,
     ItemList,
@@ -713,6 +714,8 @@ def _call(node: ast.Call, scope: Scope, key: DrawKey) -> RowValue:
     if function is None:
         known = ", ".join(f"`{name}`" for name in FUNCTIONS)
         hint = did_you_mean(node.name, FUNCTIONS, f"there are {known}")
+        if node.name in DRAWN_IMAGES:
+            hint = f"`{node.name}` draws an image: write `image NAME = {node.name}(…)`"
         raise Refusal(UnknownFunction, node.span, name=node.name, hint=hint)
     return function.apply(CallSite(node, function, scope, key.call(), evaluate))
 

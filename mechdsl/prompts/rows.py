@@ -280,9 +280,10 @@ def _of_grid(row: Row, node: ast.Call, image: str) -> Picture:
     layout = GridLayout(
         tuple(tuple("" if x in empty else x for x in line) for line in cells), **told
     )
-    problem = _cannot_draw_grid(layout)
+    problem, meant = _cannot_draw_grid(layout)
     if problem:
-        raise bad_value(node.span, problem, "change what is drawn")
+        hint = f"did you mean {meant!r}?" if meant else "change what is drawn"
+        raise bad_value(node.span, problem, hint)
     if max(layout.size) > limits.IMAGE_SIDE:
         reason = f"it has {layout.size[1]:,} x {layout.size[0]:,} pixels"
         raise bad_value(node.span, reason, f"a side has at most {limits.IMAGE_SIDE:,}")
@@ -290,11 +291,12 @@ def _of_grid(row: Row, node: ast.Call, image: str) -> Picture:
 
 
 @cache
-def _cannot_draw_grid(layout: GridLayout) -> str:
-    """Return the reason that a grid can't be drawn; empty if it can."""
-    from mechdsl.images.pixels import grid_problem
+def _cannot_draw_grid(layout: GridLayout) -> tuple[str, str]:
+    """Return the reason that a grid can't be drawn, empty if it can, and the cell that is probably
+    meant."""
+    from mechdsl.images.pixels import grid_problem, suggest_cell
 
-    return grid_problem(layout)
+    return grid_problem(layout), suggest_cell(layout)
 
 
 def _expr(node: object) -> ast.Expr:

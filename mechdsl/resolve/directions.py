@@ -15,7 +15,7 @@ from mechdsl.base import limits
 from mechdsl.base.files import UnreadableFile, inspect_safetensors
 from mechdsl.base.records import Record, record
 from mechdsl.base.text import count_noun, name_list
-from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadBasis, BadDirection
@@ -1155,6 +1155,7 @@ def _resolve_looped_family(
     for label in map(str, labels):
         if label not in work.program.directions:
             hint = "let the `for` loop over directions only"
+            hint = did_you_mean(label, work.program.directions, hint)
             raise DirectionError(node, f"`{name}` is also `{label}`, which is no direction", hint)
         count = count_prompt_tokens(label, work.program.directions, work.program.parameters)
         if count is not None:

@@ -1467,7 +1467,7 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
         ):
             return None  # a stand-in for values that are reported
         if kind is None:
-            others = (*context.groups, *context.loops)
+            others = (*context.groups, *context.circuits, *context.loops)
             span = context.words.get((word.id, str(name)), word.span)
             context.diagnostics.append(unknown_component(str(name), span, others))
             return None

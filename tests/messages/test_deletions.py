@@ -24,7 +24,7 @@ FILES = sorted((ROOT / "examples").rglob("*.mech"))
 SHARED = sorted((ROOT.parent / "shared" / "examples").rglob("*.mech"))
 RIGHT_LINES = 0.9
 SINGLE_ERRORS = 0.95
-SAMPLED = {"{": 40, "}": 40, "..": 8}
+SAMPLED = {"{": 40, "}": 40, "..": 12}
 """Deletions in the fast test, evenly spaced over all files."""
 
 

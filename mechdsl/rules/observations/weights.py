@@ -583,7 +583,11 @@ class CircuitComparison(WeightObservation):
         if circuit is None:
             known = name_list(work.program.circuits) or "the file has none"
             hint = f"write `observe {self.word} c with d as shared`; circuits: {known}"
-            report_bad_observation(rule, work, "compares two circuits of the file", hint)
+            reason = "compares two circuits of the file"
+            if name is not None:
+                reason += f", and `{name}` is none"
+                hint = did_you_mean(name, work.program.circuits, hint)
+            report_bad_observation(rule, work, reason, hint)
             return None
         if circuit.has_places:
             self._reject_places(rule, work)
