@@ -86,8 +86,7 @@ def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
 
 def _lacks_vision_gradients(experiment: ResolvedExperiment) -> bool:
     """Return whether rules are in a vision encoder that isn't differentiated."""
-    shape = experiment.model.shape
-    return experiment.in_vision and (shape.takes == "attended image" or shape.resamples)
+    return experiment.in_vision and experiment.model.shape.takes == "attended image"
 
 
 def _no_estimate(said: spec.Estimator, span: Span, what: str, reason: str, hint: str) -> Diagnostic:
@@ -259,7 +258,8 @@ def _of_rule(
     """Yield the conflicts of a rule; callers report the first."""
     own = rule.spec
     verb = own.verb if own.observed is None else f"observe {own.observed.word}"
-    if rule.in_vision and (problem := _explain_no_vision_estimate(rule, said)) is not None:
+    shape = experiment.model.shape
+    if rule.in_vision and (problem := _explain_no_vision_estimate(rule, said, shape)) is not None:
         yield _no_estimate(said, own.span, f"`{verb}` in the vision encoder", *problem)
         return
     if said.kind.place == "attention":
@@ -311,9 +311,17 @@ def _of_rule(
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
 
 
-def _explain_no_vision_estimate(rule: ResolvedRule, said: spec.Estimator) -> tuple[str, str] | None:
+def _explain_no_vision_estimate(
+    rule: ResolvedRule, said: spec.Estimator, shape: ModelShape
+) -> tuple[str, str] | None:
     """Return why a rule in a vision encoder isn't estimated, and what to write."""
     kind = said.kind
+    if kind.adds_noise and shape.resamples:
+        reason = "noise isn't added to patches that a resampler reads"
+        return reason, "write `using gradient`"
+    if kind.backward is not None and kind.backward.in_attention and shape.resamples:
+        reason = "it doesn't change derivatives of the resampler's attention"
+        return reason, OTHER_ESTIMATOR_HINT
     if rule.path is not None or rule.edge is not None:
         return "paths and attention between patches have no estimates", NO_ESTIMATE_HINT
     points = () if rule.sites is None else rule.sites.points.values()

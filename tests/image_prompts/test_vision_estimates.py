@@ -28,6 +28,8 @@ from ..execute.support import MODES, check_file
 from ..images import prompts_of_images as vlm
 from ..quick import some
 from ..reference.ruled import ruled
+from . import test_resampled_encoder as resampled
+from . import test_resampled_patches as grids
 from .reference import edited_module, followed
 from .support import experiment
 from .test_encoder_paths import CELL, SIZE, Place, find_module, seen, tower
@@ -54,6 +56,21 @@ def slopes(
 
     move: A change of the values. model: One with other derivatives.
     """
+    path, is_input = find_module(name, place)
+    model = bare(name).model if model is None else model
+    return slopes_at(model, path, given, move, metric, is_input=is_input)
+
+
+def slopes_at(
+    model: Any,
+    path: str,
+    given: dict[str, Tensor],
+    move: Tensor | None = None,
+    metric: Callable[[Tensor], Tensor] | None = None,
+    *,
+    is_input: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The same at the input or the output of a module."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def edit(value: Tensor) -> Tensor:
@@ -61,11 +78,9 @@ def slopes(
         found.append((value.detach().clone(), leaf))
         return value + leaf if move is None else value + move + leaf
 
-    model = model or bare(name).model
     wanted = [each for each in model.parameters() if each.requires_grad]
     for each in wanted:
         each.requires_grad_(False)
-    path, is_input = find_module(name, place)
     part = model.get_submodule(path)
     opened = edited_module(part, lambda value: edit(value.flatten(0, -2)), is_input=is_input)
     with torch.enable_grad(), opened:
@@ -334,6 +349,34 @@ def test_planned_cost_of_estimates_is_near_the_counted_products(name: str, estim
     assert 0.5 < planned / (counter.get_total_flops() / 2) < 2
 
 
+@pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
+def test_estimates_of_patches_that_a_resampler_reads_equal_autograd(mode: str) -> None:
+    """Of one patch, and of all patches of an image."""
+    sizes = "equal and uneven"
+    places = {
+        "photo row 1 col 2 token": lambda given: [grids.in_grid(given, 1, 2)],
+        "photo tokens": lambda given: list(grids.spots(given).values()),
+    }
+    text = "".join(
+        estimate(f"patch z vision layer * head * at {position}", "gradient_input", f"e{n}")
+        for n, position in enumerate(places)
+    )
+    model, largest = resampled.bare(splits=True).model, 0.0
+    for found, tokens in zip(resampled.run_text(text, sizes, mode), places.values(), strict=True):
+        for row, place in zip(values_of(found), heads("z", 0, 1), strict=True):
+            want: list[float] = []
+            for n in ALL:
+                given, theirs = (resampled.inputs(sizes, n, image) for image in (other(n), n))
+                clean = resampled.state("z", place.layer, theirs)
+                part = f"model.vision_model.encoder.layers.{place.layer}.self_attn.out_proj"
+                base, gradient = slopes_at(model, part, given)
+                written = place.own(clean)[tokens(theirs)]
+                want.append(float((changes(place, base, tokens(given), written) * gradient).sum()))
+            np.testing.assert_allclose(row, want, atol=1e-4, rtol=1e-4)
+            largest = max(largest, float(np.abs(want).max()))
+    assert largest > 0.05
+
+
 @cache
 def with_rules(name: str, kind: str) -> Any:
     """The model in 64 bits with the derivatives of `relp` or `gim`."""
@@ -476,3 +519,17 @@ def test_invalid_estimate_in_the_encoder_reports_the_code(
         run_text("qwen2_5_vl", estimate(*lines))
     assert f"error[{problem[0]}]" in str(raised.value)
     assert problem[1] in " ".join(str(raised.value).split())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "reason"),
+    {
+        "gim": "it doesn't change derivatives of the resampler's attention",
+        "smoothgrad": "noise isn't added to patches that a resampler reads",
+    }.items(),
+)
+def test_estimator_that_a_resampler_prevents_reports_e0608(estimator: str, reason: str) -> None:
+    with pytest.raises(AssertionError) as raised:
+        resampled.run_text(estimate("patch z vision layer 0 at photo tokens", estimator), "equal")
+    assert "error[E0608]" in str(raised.value)
+    assert reason in " ".join(str(raised.value).split())

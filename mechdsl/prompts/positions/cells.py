@@ -129,9 +129,9 @@ def check_token_counts(
 
 def is_after_prompts(cell: PositionCell, rows: Sequence[RunRow]) -> bool:
     """Return whether a cell hits tokens after these prompts: tokens of the answer."""
-    for row, hits in zip(rows, cell.hits, strict=True):
+    for number, row in enumerate(rows):
         end = len(row.ids)
-        for run in hits:
+        for run in cell.tokens(number):
             for token in run:
                 if token >= end:
                     return True
