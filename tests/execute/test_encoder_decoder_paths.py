@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,7 @@ from .encoder_decoders import (
     zeroed,
 )
 from .support import DIFFERENCE, MODES, ROWS, Array, Record, experiment, token, try_file
+from .test_encoder_decoder_blocks import replaced
 
 FROM = ("prompts p", "from other into clean")
 
@@ -65,9 +67,21 @@ def module_of(family: str, end: End) -> Place:
 BROKEN = "ablate z encoder layer 0 head 1 at subject token with zero"
 
 
+BLOCKS: dict[str, tuple[str, dict[int, int | None]]] = {
+    "replace block layer 0 with identity": ("decoder", {0: None}),
+    "replace block layer 1 with block layer 2": ("decoder", {1: 2}),
+    "replace block encoder layer 0 with block encoder layer 1": ("encoder", {0: 1}),
+}
+
+
 def writes_of(family: str, of: Text, rule: str) -> list[Write]:
-    """The writes of another rule, which is `BROKEN` or none."""
-    return [zeroed(place(family, "z encoder", 0, 1), of.subject[-1:])] if rule else []
+    """The writes of another rule, which is `BROKEN`, one of `BLOCKS` or none."""
+    return [zeroed(place(family, "z encoder", 0, 1), of.subject[-1:])] if rule == BROKEN else []
+
+
+def blocks_of(family: str, rule: str) -> AbstractContextManager[None]:
+    """Replace the blocks of another rule."""
+    return replaced(model(family), *BLOCKS[rule]) if rule in BLOCKS else nullcontext()
 
 
 @cache
@@ -76,7 +90,8 @@ def plain(family: str, of: Text, own: Place, rule: str = "") -> Tensor:
     if not rule:
         return read(family, of, own)
     count = len(plain(family, of, own))
-    return seen(family, of, writes_of(family, of, rule), own, range(count))
+    with blocks_of(family, rule):
+        return seen(family, of, writes_of(family, of, rule), own, range(count))
 
 
 def seen(family: str, of: Text, writes: Sequence[Write], own: Place, at: Sequence[int]) -> Tensor:
@@ -146,14 +161,15 @@ def patched(
         old = plain(family, base, module_of(family, (*end[:2], None)), rule)[now]
         at = slice(None) if end[2] is None else slice(end[2] * WIDTH, (end[2] + 1) * WIDTH)
         first.append((own, now, constant((old + share * (new - old))[:, at])))
-    if receivers[0][0] == "logits":
-        return logits(family, base, first)
-    writes = []
-    for end in receivers:
-        own = module_of(family, end)
-        received = seen(family, base, first, own, prompt.written)
-        writes.append((own, prompt.written, constant(received)))
-    return logits(family, base, [*writes, *others])
+    with blocks_of(family, rule):
+        if receivers[0][0] == "logits":
+            return logits(family, base, first)
+        writes = []
+        for end in receivers:
+            own = module_of(family, end)
+            received = seen(family, base, first, own, prompt.written)
+            writes.append((own, prompt.written, constant(received)))
+        return logits(family, base, [*writes, *others])
 
 
 @dataclass(frozen=True)
@@ -259,6 +275,25 @@ CASES = {
         encodes=True,
         rule=BROKEN,
     ),
+    "cross to later queries, without a block": Case(
+        "path z cross layer 1 head * -> q cross layer 2 heads * at last token",
+        lambda: [([of], heads("q cross", [2])) for of in heads("z cross", [1])],
+        rule="replace block layer 0 with identity",
+    ),
+    "decoder to logits, with a replaced block": Case(
+        "path z layer * head * -> logits at last token",
+        lambda: [([of], [("logits", 0, None)]) for of in heads("z", ALL)],
+        rule="replace block layer 1 with block layer 2",
+    ),
+    "encoder to values, with a replaced block": Case(
+        "path mlp_out encoder layer * -> v cross layers * heads * at subject token",
+        lambda: [
+            ([("mlp_out encoder", layer, None)], heads("v cross", ALL))
+            for layer in range(ENCODER_LAYERS)
+        ],
+        encodes=True,
+        rule="replace block encoder layer 0 with block encoder layer 1",
+    ),
     "encoder to all keys": Case(
         "path mlp_out encoder layer * -> k cross layers * heads * at subject token",
         lambda: [
@@ -320,6 +355,7 @@ QUICK = (
     "encoder to its mlp",
     "encoder to values",
     "cross to later queries, with a rule in the encoder",
+    "encoder to values, with a replaced block",
 )
 
 
@@ -345,7 +381,8 @@ def test_paths_equal_hooks(family: str, names: tuple[str, ...], tmp_path: Path) 
         measure, expected = found[f"e{n}"].measures[0], expected_values(family, case)
         np.testing.assert_allclose(measure.patched, expected, atol=3e-5, rtol=1e-4, err_msg=name)
         own = {n: writes_of(family, text(record), case.rule) for n, record in enumerate(ROWS)}
-        base = [difference(logits(family, text(ROWS[n]), own[n]), ROWS[n]) for n in own]
+        with blocks_of(family, case.rule):
+            base = [difference(logits(family, text(ROWS[n]), own[n]), ROWS[n]) for n in own]
         assert np.abs(expected - base).max() > 0.003, name
 
 
