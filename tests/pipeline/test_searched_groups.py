@@ -9,6 +9,10 @@ import pytest
 import torch
 
 import mechdsl
+from mechdsl.base.source import Source
+from mechdsl.program.group_searches import expand_searches
+from mechdsl.syntax import ast
+from mechdsl.syntax.frontend import parse
 
 from ..cli.conftest import Command, command
 from ..quick import some
@@ -99,6 +103,22 @@ def test_searched_group_equals_its_definition(name: str, tmp_path: Path) -> None
     assert found.conventions[f"group {group}"] == expected.conventions[f"group {group}"]
     if name in ("heads", "patch"):
         assert found.cells[0].name == expected.cells[0].name == group
+
+
+def test_search_maximises_the_first_measure_over_limited_rows() -> None:
+    text = searches("greedy heads up to 2", HEADS, "measure entropy as raw")
+    tree, _ = parse(Source(f"mech 1\n{BLOCK}{text}"))
+    found = expand_searches(tree)
+    assert not found.problems
+    (group,) = (each for each in found.tree.statements if isinstance(each, ast.GroupDef))
+    assert isinstance(group.source, ast.Call)
+    given = {each.name: each.value.span.written for each in group.source.arguments if each.name}
+    assert given["maximise"] == DIFFERENCE
+    assert given["with"] == "zero"
+    assert "limit" in given
+    (experiment,) = (each for each in found.tree.statements if isinstance(each, ast.ExperimentDef))
+    assert not any(isinstance(each, ast.Search) for each in experiment.statements)
+    assert len([each for each in experiment.statements if isinstance(each, ast.Measure)]) == 2
 
 
 def test_run_searches_and_tests_next_to_random_groups(tmp_path: Path, command: Command) -> None:
@@ -209,6 +229,26 @@ ERRORS = {
         "E0207",
         "write `patch SITE at POSITION`",
     ),
+    "during": (searches(rule=f"{HEADS} during prefill"), "E0207", "write `patch SITE"),
+    "by": (searches(rule=HEADS.replace("zero", "mean by io")), "E0207", "write `patch SITE"),
+    "fills": (searches(rule=f"{HEADS}, mean"), "E0207", "write `patch SITE"),
+    "error": (searches(rule=f"{HEADS} without error"), "E0207", "write `patch SITE"),
+    "other features": (
+        "basis b = pca(ioi, dims: 4) at resid_post layer 0 at last token\n"
+        + searches(
+            "greedy features up to 2",
+            "patch feature * of b at last token with feature * of b",
+            run=INTO,
+        ),
+        "E0207",
+        "write `patch SITE",
+    ),
+    "shuffled": (
+        searches(rule=PATCH, run="from abc shuffled into clean"),
+        "E0207",
+        "write `from abc into clean`",
+    ),
+    "two sources": (searches(rule=PATCH, run="from abc, abd into clean"), "E0207", INTO),
     "verb": (searches(rule="scale layer * head * at tokens * by 2"), "E0207", "write `ablate"),
     "reversed": (searches(rule=PATCH, run="from clean into abc"), "E0207", INTO),
     "no run": (searches(rule=PATCH), "E0602", ""),
