@@ -936,14 +936,18 @@ class _AnyResolution(ImageLayout):
         self, prompt: ImagePrompt, tokens: ImageTokens, encoder: EncoderSize
     ) -> list[tuple[int, ...]]:
         """Return the patches of each cell: the thumbnail is the encoder's first tile."""
+        side = self.tile_cells(prompt)
         if tokens.thumbnail is None:
-            unfit = UnsupportedProcessor("the model interpolates patches of frames")
+            frame, pooled = f"{side} x {side} patches of a frame", math.ceil(side / 2)
+            reason = f"the model interpolates the {frame} to {pooled} x {pooled} tokens"
+            unfit = UnsupportedProcessor(f"{reason}, so a token isn't one patch")
             unfit.hint = "write an `image` line for each frame, or use `embed` at its tokens"
             raise unfit
-        side = self.tile_cells(prompt)
         _, (top, left), kept = self._canvas(prompt, prompt.sizes[0])
-        if self.merged(prompt, kept, side) != kept:
-            unfit = UnsupportedProcessor("the model interpolates patches to fewer tokens")
+        if (merged := self.merged(prompt, kept, side)) != kept:
+            (rows, cols), (fewer, narrower) = kept, merged
+            reason = f"the model interpolates {rows} x {cols} patches to {fewer} x {narrower}"
+            unfit = UnsupportedProcessor(f"{reason} tokens, so a token isn't one patch")
             unfit.hint = "use smaller images, each of whose tokens is a patch"
             raise unfit
         found: list[tuple[int, ...]] = []

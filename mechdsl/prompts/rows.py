@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
@@ -744,20 +744,8 @@ class PromptTable(Record):
         Raises:
             UnsupportedProcessor: The patches aren't known.
         """
-
-        def view(row: RunRow) -> RunRow:
-            pictures = {marker: reader.in_encoder(own) for marker, own in row.pictures.items()}
-            vectors = max((own.expansion.vectors for own in pictures.values()), default=1)
-            return replace(
-                row,
-                ids=repeat_each(row.ids, vectors),
-                offsets=repeat_each(row.offsets, vectors),
-                special=repeat_each(row.special, vectors),
-                pictures=pictures,
-            )
-
         if reader.hash not in self._patches:
-            self._patches[reader.hash] = self._with_rows(view)
+            self._patches[reader.hash] = self._with_rows(partial(row_in_patches, reader))
         return self._patches[reader.hash]
 
     @cached_property
@@ -784,6 +772,19 @@ class PromptTable(Record):
         if first is None or not first.tile:
             return ()
         return tuple(str(row.values[IMAGE_SPAN]) for row in rows)
+
+
+def row_in_patches(reader: ImagePromptTokenizer, row: RunRow) -> RunRow:
+    """Return a row of `PromptTable.in_patches`. Raises UnsupportedProcessor."""
+    pictures = {marker: reader.in_encoder(own) for marker, own in row.pictures.items()}
+    vectors = max((own.expansion.vectors for own in pictures.values()), default=1)
+    return replace(
+        row,
+        ids=repeat_each(row.ids, vectors),
+        offsets=repeat_each(row.offsets, vectors),
+        special=repeat_each(row.special, vectors),
+        pictures=pictures,
+    )
 
 
 RECORD = "record"

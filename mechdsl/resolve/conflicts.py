@@ -316,9 +316,6 @@ def _explain_no_vision_estimate(
 ) -> tuple[str, str] | None:
     """Return why a rule in a vision encoder isn't estimated, and what to write."""
     kind = said.kind
-    if kind.adds_noise and shape.resamples:
-        reason = "noise isn't added to patches that a resampler reads"
-        return reason, "write `using gradient`"
     if kind.backward is not None and kind.backward.in_attention and shape.resamples:
         reason = "it doesn't change derivatives of the resampler's attention"
         return reason, OTHER_ESTIMATOR_HINT

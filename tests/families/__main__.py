@@ -117,13 +117,14 @@ all patches that the vector of an image token is made from:
   on the config.
 
 `patch`, `swap` and means pair the patches of two tokens in this order. `add` adds its vector to
-each patch, and `observe norm` is the mean over the patches. `observe similarity` compares the means
-over the patches of tokens. Such means are the vectors from which a direction, a basis or a probe is
-computed; rules `in basis b` or on features of `b` act on each patch. Class tokens, row ends and
-tile tags have no patch (E0310). In `qwen3_vl`, the vectors that the model adds after its first
-blocks change too. A value that is read in the encoder and written in the language model
-(`value(resid_post vision layer 4)`), or the reverse, needs a model with one patch for each token;
-others are E0108.
+each patch, and `observe norm` and `observe value` are means over the patches. `observe similarity`,
+`cka`, `rank`, `effective_rank` and `clusters` read the means over the patches of tokens. Such means
+are the vectors from which a direction, a basis or a probe is computed. `fit(sae(…))`, `nmf`,
+`semi_nmf`, `ica` and `mixture` read each patch instead, and rules `in basis b` or on features of
+`b` act on each patch. Class tokens, row ends and tile tags have no patch (E0310). In `qwen3_vl`,
+the vectors that the model adds after its first blocks change too. A value that is read in the
+encoder and written in the language model (`value(resid_post vision layer 4)`), or the reverse,
+needs a model with one patch for each token; others are E0108.
 
 `replace block vision layer 4 with identity` skips a block for all images of a row, with all of
 their patches, class tokens and tiles. `with block vision layer 3` runs another block in its place.
@@ -143,14 +144,20 @@ those of the query. Patches attend to those of their tile or image, and to class
 position names. In `qwen2_5_vl`, most blocks have windows, and in videos, each frame (or pair of
 merged frames) attends to itself. Rules whose keys are all in other tiles or images than the queries
 are E0332; other keys that a patch doesn't see have a weight of 0, which no rule changes. A patch
-whose keys are all blocked attends to nothing. `allow`, `by value_norm` and estimates are E0108.
-`idefics2` and `mllama` lack these edges (E0413).
+whose keys are all blocked attends to nothing. In `mllama`, patches attend to those of all tiles, to
+class tokens and to padding. `allow` and `by value_norm` are E0108, and estimates are E0608.
 
-The resampler of `idefics2` reads all patches of a tile for each token, so rules in its encoder act
-on all patches of an image and of its tiles, as in `scale z vision layer 4 at photo tokens by 0`. A
-position with only some tokens of an image is E0108, and so are observations except `observe norm`,
-functions (`python(…)`), and rules that copy patches or average them over images of different sizes.
-Directions and bases of its patches are E0413.
+The resampler of `idefics2` reads all patches of a tile for each token. In the language model, its
+tokens have no rows and columns (E0310). In the encoder, positions are patches:
+`scale z vision layer 4 at photo row 2 col 3 token by 0` acts on one patch, and
+`photo thumbnail tokens` and `photo tile 3 tokens` are all patches of a view. Without a view, rows
+and columns count over the four tiles; if the tiles of a row or column differ in size, name a tile
+(E0310). `photo tokens` are all patches of an image and of its tiles, and `each token of photo` is
+one patch per cell. Positions that count tokens, such as `token 5`, are E0108. Rules that copy or
+average patches pair them in this order, so both images need the same number of patches (E0307), and
+whole images the same rows and columns (E0108). `observe similarity` compares patches, and bases are
+computed from single patches; the row of a direction or probe is the mean over its patches. `using
+gim` is E0608.
 
 The encoder of `mllama` has local blocks, then global ones. They count as one stack: with 32 local
 and 8 global blocks, `vision layer 0..31` are local and `vision layer 32..39` global. The norm and

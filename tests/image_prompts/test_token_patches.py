@@ -734,7 +734,9 @@ def test_planned_cost_is_near_the_counted_products(name: str) -> None:
 def test_frames_whose_patches_are_interpolated_report_e0413() -> None:
     text = experiment("e", "ablate resid_post vision layer 0 at clip tokens with zero")
     _, found = videos.try_file(text, "llava_onevision_frames")
-    assert [each.code for each in found if each.severity == "error"] == ["E0413"]
+    [problem] = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0413"
+    assert "interpolates the 4 x 4 patches of a frame to 2 x 2 tokens" in problem.label_text
 
 
 @pytest.mark.slow

@@ -44,6 +44,8 @@ from mechdsl.planner.cost import DECOMPOSED_TOKENS, count_vision_work, list_drop
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.program.estimators import BackwardRules, GradientEstimator
+from mechdsl.prompts.rows import row_in_patches
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.resolve.types import ItemNumber
 
 _STREAMS = ("embed", "resid_pre", "resid_mid", "resid_post", "final_norm")
@@ -733,6 +735,11 @@ class GradientEstimates:
         """Return lane and position of the patches of all image tokens, as in `TokenHits`."""
         count = self.model.shape.merged_side**2
         rows = [self.differentiated.run.rows[int(prompt)] for prompt in lanes.prompts]
+        reader = self.model.tokenizer
+        if self.model.shape.resamples and isinstance(reader, ImagePromptTokenizer):
+            own = [sorted(row_in_patches(reader, row).patch_tokens) for row in rows]
+            lane = torch.arange(len(own)).repeat_interleave(torch.tensor([*map(len, own)]))
+            return lane, torch.tensor([position for each in own for position in each])
         found = [
             torch.tensor([t for each in row.whole_pictures for t in each.places(each.name)[0]])
             for row in rows
