@@ -1218,7 +1218,7 @@ def _find_end(site: str, ends: Mapping[str, str]) -> str:
     """
     kind = SITES[site]
     found = ends.get(kind.component, "")
-    if kind.stack and found in ("", "logits"):
+    if kind.stack and found in ("", "logits", "attn_out"):
         return ""
     return in_stack(found, kind.stack)
 

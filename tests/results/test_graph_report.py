@@ -277,7 +277,8 @@ def test_pages_pictures_and_text_show_every_edge(tmp_path: Path) -> None:
 def test_large_circuit_shows_at_most_200_edges() -> None:
     found = circuit("gpt2", 155)
     same: dict[str, Any] = {name: getattr(found, name) for name in found.__dataclass_fields__}
-    many = ResultCircuit(**{**same, "edges": found.edges * 2, "scores": found.scores * 2})
+    same |= {"edges": found.edges * 2, "scores": found.scores * 2}
+    many = ResultCircuit(**same)
     assert len(list_edges(many, MAX_EDGES)) == 200
 
 
