@@ -395,6 +395,10 @@ def _find_missing_edges(
         every: The edges that the model should have.
     """
     shape = work.sites.shape
+    if shape.takes == "attended image":
+        what = "a circuit in a model whose blocks attend to an image"
+        later = "patch its edges: `path z cross layer 3 head 0 -> q layer 4 head 1 at last token`"
+        return NotSupported(span=span, what=what, later=later)
     points = [point for edge in every for point in edge if point != END]
     missing = find_missing_point(points, shape, work.sites.model, span)
     if missing is not None:

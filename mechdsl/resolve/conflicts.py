@@ -78,15 +78,17 @@ def list_sites_without_gradient(points: Iterable[SitePoint]) -> list[str]:
 def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Return all conflicts with `using`."""
     said = experiment.spec.estimator
-    if said is None or _lacks_vision_gradients(experiment):  # reported by `check_other_stacks`
+    if said is None or _lacks_estimate(experiment, said):  # reported by `check_other_stacks`
         return []
     found = [*_of_experiment(experiment, said), *_of_rules(experiment, said)]
     return [*found, *_of_measures(experiment, said), *_of_verification(experiment, said)]
 
 
-def _lacks_vision_gradients(experiment: ResolvedExperiment) -> bool:
-    """Return whether rules are in a vision encoder that isn't differentiated."""
-    return experiment.in_vision and experiment.model.shape.takes == "attended image"
+def _lacks_estimate(experiment: ResolvedExperiment, said: spec.Estimator) -> bool:
+    """Return whether an estimator needs more than the model's own derivatives at sites, and blocks
+    of the model attend to an image."""
+    plain = said.kind.place == "sites" and said.kind.backward is None and not said.kind.adds_noise
+    return experiment.model.shape.takes == "attended image" and not plain
 
 
 def _no_estimate(said: spec.Estimator, span: Span, what: str, reason: str, hint: str) -> Diagnostic:
@@ -670,7 +672,7 @@ def _check_vision(experiment: ResolvedExperiment, *, attends: bool) -> Iterator[
     for mask in experiment.masks:
         what = f"the group `{mask.training.definition}`, which is trained, {of}"
         yield NotSupported(span=own.span, what=what, later="name its sites")
-    if own.estimator is not None and (attends or _lacks_vision_gradients(experiment)):
+    if own.estimator is not None and _lacks_estimate(experiment, own.estimator):
         what = f"`using {own.estimator.name}` {of}"
         yield NotSupported(span=own.estimator.span, what=what, later=NO_ESTIMATE_HINT)
     if own.against is not None:
