@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -30,12 +31,13 @@ from ..quick import some
 from ..reference.ruled import ruled
 from . import test_resampled_encoder as resampled
 from . import test_resampled_patches as grids
+from . import test_video_processors as videos
 from .reference import edited_module, followed
 from .support import experiment
 from .test_encoder_paths import CELL, SIZE, Place, find_module, seen, tower
 from .test_encoder_paths import NAMES as PATH_NAMES
 from .test_families import ALL, BLOCK, TWO, bare, both, folder, inputs, loaded, run_text
-from .test_token_patches import HEADS, LAYERS, other, shifted
+from .test_token_patches import HEADS, LAYERS, components_of, other, shifted
 
 NAMES = (*PATH_NAMES, "vipllava", "llava_next_square", "video_llava", "idefics3")
 QUICK = ("llava_class", "qwen2_5_vl")
@@ -351,6 +353,82 @@ def test_planned_cost_of_estimates_is_near_the_counted_products(name: str, estim
         execute(plan, {"m": loaded(name)}, None, check=check_denominators)
     planned = plan_cost(plan).planned.multiply_adds
     assert 0.5 < planned / (counter.get_total_flops() / 2) < 2
+
+
+@pytest.mark.parametrize("name", some(("llava_next", "gemma3", "qwen2_5_vl"), ["gemma3"]))
+def test_estimate_in_a_basis_of_the_encoder_equals_autograd(name: str) -> None:
+    """Each patch of a token gets the coordinates of its counterpart."""
+    basis = "basis b = pca(ask, dims: 2) at resid_post vision layer 0 at photo row 1 col 1 token"
+    rule = f"patch resid_post vision layer 0 in basis b at {CELL}"
+    [found] = run_text(name, f"{basis}\n{estimate(rule, 'gradient_input')}")
+    axes, _ = components_of(name, each_token=False)
+    want: list[float] = []
+    for n in ALL:
+        own, path = tower(name), f"{tower(name).blocks}.0"
+        here, there = own.cell(other(n), 1, 2), own.cell(n, 1, 2)
+        base, slope = slopes_at(bare(name).model, path, inputs(name, n, other(n)), is_input=False)
+        clean, _ = slopes_at(bare(name).model, path, inputs(name, n, n), is_input=False)
+        change = (clean[there] - base[here]) @ axes.T @ axes
+        want.append(float((change * slope[here]).sum()))
+    np.testing.assert_allclose(values_of(found)[0], want, atol=1e-4, rtol=1e-4)
+    assert np.abs(want).max() > 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_estimate_at_a_frame_of_a_video_equals_autograd(name: str) -> None:
+    rule = "patch z vision layer * head * at frame 2 row 1 col 1 token"
+    found = videos.run(estimate(rule, "gradient_input"), name)["e"]
+    grids_of, model = ((2, 4), (4, 2)), videos.bare(name).model
+    own = replace(tower(name), grids=grids_of)
+    for row, place in zip(values_of(found), heads("z", 0, 1), strict=True):
+        path, want = find_module(name, place)[0], list[float]()
+        for n in ALL:
+            rows, cols = grids_of[n % 2]
+            here = [4 * rows * cols + patch for patch in own.cell(n % 2, 1, 1)]
+            both_runs = (videos.inputs(name, n, videos.record(n)[key]) for key in ("b", "a"))
+            (base, slope), (clean, _) = (slopes_at(model, path, given) for given in both_runs)
+            change = changes(place, base, here, place.own(clean)[here])
+            want.append(float((change * slope).sum()))
+        np.testing.assert_allclose(row, want, atol=1e-4, rtol=1e-4)
+    assert np.abs(values_of(found)).max() > 0.01
+
+
+MIXED = {
+    "estimated": "from clean into changed\n  patch z vision layer * head * at photo tokens\n"
+    "  using integrated_gradients(steps: 2)",
+    "written": "from clean into changed\n  generate 3\n  scale resid_post vision layer 0 at "
+    f"{CELL} by -2",
+    "derived": "run cut {\n    scale z vision layer 0 at photo tokens by 0\n  }\n"
+    f"  from cut into clean\n  patch resid_post layer 0 at {CELL}",
+    "ruled": f"from clean into changed\n  patch mlp_out vision layer * at {CELL}\n  using relp",
+    "blocked": "from clean into changed\n  block attention vision layer 1 from photo tokens to "
+    f"{CELL}",
+    "compared": f"observe cka resid_post vision layer * with z vision layer 0 at {CELL}",
+    "read": f"observe norm resid_post vision layer * of changed at {CELL}",
+}
+MANY = ("llava_class", "paligemma", "llava_next", "gemma3", "internvl", "smolvlm", "qwen3_vl")
+
+
+@pytest.mark.parametrize("name", some((*MANY, "qwen2_5_vl", "video_llava"), ["qwen2_5_vl"]))
+def test_estimates_and_other_rules_on_the_same_images_equal_separate_files(name: str) -> None:
+    """Passes with gradients leave nothing for passes without, in either order."""
+
+    def text(*words: str) -> str:
+        parts = [
+            experiment(each, MIXED[each].replace("photo tokens", CELL), measure="")
+            if each in ("compared", "read")
+            else experiment(each, MIXED[each].replace("photo tokens", CELL))
+            for each in words
+        ]
+        return "".join(parts)
+
+    every = tuple(MIXED)
+    alone = {word: run_text(name, text(word))[0] for word in every}
+    for words in (every, every[::-1]):
+        for word, found in zip(words, run_text(name, text(*words)), strict=True):
+            for own, expected in zip(found.measures, alone[word].measures, strict=True):
+                np.testing.assert_allclose(own.patched, expected.patched, atol=1e-4, err_msg=word)
 
 
 @pytest.mark.parametrize("mode", some(["planned", "padded on the right"], ["planned"]))
