@@ -273,6 +273,25 @@ class TrainingFailed(Diagnostic):
 
 
 @keyword_record
+class OpposedSearch(Diagnostic):
+    """A search for a circuit that keeps edges which move the measure away from the clean run."""
+
+    code = "W0739"
+    title = "the circuit `{circuit}` doesn't explain the clean run"
+    label = "the measure is {whole} with every edge ablated and {unpatched} in the clean run, and "
+    label += "the search makes it {aim}"
+    help = (
+        "write `{other}: …` in `fit`, or the negative measure with `discover`, to keep the edges "
+    )
+    help += "that cause the value of the clean run"
+    circuit: str
+    whole: str
+    unpatched: str
+    aim: str
+    other: str
+
+
+@keyword_record
 class UndecidedMask(Diagnostic):
     """A trained mask whose choice is uncertain."""
 

@@ -1399,10 +1399,9 @@ def find_circuit(declared: TrainedMask, rows: EdgeRows, job: TrainingJob) -> Cir
 def _describe_aim(training: DeclaredTraining, report: CircuitReport) -> str:
     """Describe a search whose circuit can't explain the measure, because the measure is better with
     every edge ablated than in the unpatched run; empty for any other search."""
-    better = report.unpatched - report.whole
-    if (better < 0) == training.minimises or better == 0:
+    if not report.is_opposed(minimises=training.minimises):
         return ""
-    aim, other = ("larger", "minimise") if better < 0 else ("smaller", "maximise")
+    aim, other = ("smaller", "maximise") if training.minimises else ("larger", "minimise")
     return (
         f"; note: the measure is {aim} with every edge ablated than in the unpatched run, so this "
         f"circuit doesn't explain the run's value; `{other}: …` keeps the edges that do"

@@ -1185,6 +1185,12 @@ class CircuitReport(ChoiceReport):
     drawn: str = ""
     """How random choices were drawn, if it isn't as `against random` draws them."""
 
+    def is_opposed(self, *, minimises: bool) -> bool:
+        """Return whether the measure is better with every edge ablated than in the clean run, for
+        a search that makes it smaller or larger."""
+        better = self.unpatched - self.whole
+        return better != 0 and (better < 0) != minimises
+
     @property
     def written(self) -> str:
         return "all other edges written"

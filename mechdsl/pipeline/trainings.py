@@ -17,11 +17,12 @@ from mechdsl.base.runtime import computation_settings, preserve_random_state
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.rules import TrainingFailed, UndecidedMask
+from mechdsl.diagnostics.rules import OpposedSearch, TrainingFailed, UndecidedMask
 from mechdsl.execute.run_record import TrainedFit, name_fits
 from mechdsl.fits.processes import ONE_PROCESS_HINT, Processes, own_processes
 from mechdsl.fits.reports import (
     CARD_FILE,
+    CircuitReport,
     CorrelationReport,
     FitReport,
     IndependenceReport,
@@ -42,7 +43,13 @@ from mechdsl.pipeline.trained_files import (
 )
 from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFailure
-from mechdsl.program.trainers import PairedTrainer, ProbeTrainer, ScoringTrainer, SolvedTrainer
+from mechdsl.program.trainers import (
+    EdgeSearchTrainer,
+    PairedTrainer,
+    ProbeTrainer,
+    ScoringTrainer,
+    SolvedTrainer,
+)
 from mechdsl.resolve.sites import label_all_points, label_candidates, label_points
 from mechdsl.resolve.trainings import UNTRAINED_FOLDER, name_without_seed, resolve_part
 from mechdsl.resolve.types import (
@@ -186,7 +193,26 @@ def _train_ready(
             trained, found = _train_due(checked, options, loaded, due, store, on_progress)
         done += trained
         problems += found
-    return done, [*problems, *_undecided(done, fits)]
+    return done, [*problems, *_undecided(done, fits), *_opposed(done, fits)]
+
+
+def _opposed(done: Iterable[TrainedFit], fits: Iterable[DeclaredFit]) -> Iterator[Diagnostic]:
+    """Yield W0739 for each search whose measure is better with every edge ablated."""
+    spans = {fit.basis: fit for fit in fits}
+    for each in done:
+        training, report = spans[each.basis].training, each.report
+        is_search = isinstance(training.trainer, EdgeSearchTrainer)
+        if not is_search or not isinstance(report, CircuitReport):
+            continue
+        if report.is_opposed(minimises=training.minimises):
+            yield OpposedSearch(
+                span=training.span,
+                circuit=each.basis,
+                whole=f"{report.whole:.3g}",
+                unpatched=f"{report.unpatched:.3g}",
+                aim="smaller" if training.minimises else "larger",
+                other="maximise" if training.minimises else "minimise",
+            )
 
 
 def _undecided(done: Iterable[TrainedFit], fits: Iterable[DeclaredFit]) -> Iterator[Diagnostic]:

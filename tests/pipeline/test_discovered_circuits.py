@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,18 @@ def test_search_for_a_measure_that_the_run_lowers_has_a_note(
         "circuit doesn't explain the run's value; `minimise: …` keeps the edges that do"
     )
     assert (note in said) == (difference != DIFFERENCE)
+
+
+@pytest.mark.parametrize("aim", ["maximise", "minimise"])
+def test_search_away_from_the_clean_run_is_a_warning(aim: str, tmp_path: Path) -> None:
+    """The clean run has the larger difference, also if the search is already in the store."""
+    block, rest = defined("acdc(threshold: 0.2)", aim=f"{aim}: {DIFFERENCE}", metric=DIFFERENCE)
+    path = write(tmp_path, rest, block=block)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            mechdsl.fit(path, store=tmp_path / "store")
+        assert sum("W0739" in str(each.message) for each in found) == (aim == "minimise")
 
 
 def test_recovery_of_a_discovered_circuit_is_that_of_the_runs(tmp_path: Path) -> None:
