@@ -410,3 +410,37 @@ def test_features_that_receive_are_labelled_and_explained_in_conventions(data: P
     assert {cell.site for cell in found.cells} == {"L0H1.z → L1.mlp_out in t"}
     said = "computed from `mlp_norm`, and set in the base run: each changes `mlp_out`"
     assert said in found.conventions["path"]
+
+
+def test_rule_on_received_features_of_a_transcoder_acts_on_their_new_values(data: Path) -> None:
+    own = dictionaries(data, "gpt2", "standard")["t"]
+    rule = "scale feature 3 of t at last token by 2"
+    path = "path mlp_out layer 0 -> features 3, 5 of t at last token"
+    text = definitions("gpt2", "standard") + experiment("e", "from longer into clean", path, rule)
+    found = run_file(text, data, "gpt2", "planned", precise=True)["e"]
+    values: list[float] = []
+    for n, record in enumerate(records()):
+        base = rows()[n]
+        at, model = tokens(base, "last token"), unpatched_call("gpt2", None, "clean", n)
+        given = copied(MLP, unpatched_call("gpt2", None, "longer", n), tokens(rows("longer")[n],
+                       "last token"), at)  # fmt: skip
+        held: list[tuple[Tap, Change]] = [
+            ((site, layer), lambda now, vectors=model.before[site, layer]: vectors)
+            for layer in LAYERS
+            for site in ("z", "mlp_out")
+        ]
+        x = model.before["mlp_norm", 1][at, 0]
+        sending = NOTHING("gpt2", base, [*held, *given])
+        new = own.of.encode(sending.before["mlp_norm", 1][at, 0])
+        before = own.of.encode(x)
+        after = before.clone()
+        after[:, 3], after[:, 5] = 2 * new[:, 3], new[:, 5]
+        change = own.of.decode(after, x) - own.of.decode(before, x)
+
+        def receive(now: Tensor, change: Tensor = change, at: Sequence[int] = at) -> Tensor:
+            now[at, 0] += change
+            return now
+
+        logits = NOTHING("gpt2", base, [(("mlp_out", 1), receive)]).logits
+        values.append(difference(logits, record))
+    np.testing.assert_allclose(cells(found)[0], values, atol=1e-6, rtol=1e-5)
