@@ -79,16 +79,17 @@ def _under(name: str, n: int, edit: Edit) -> float:
 
 
 def record_rows(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The vectors that trainings read, [vector, width] each."""
+    """The held-out vectors of trainings and those that they learn from, [vector, width] each."""
     given: list[Tensor] = []
-    read_rows = training_vectors.read_rows
+    kind: Any = training_vectors.RowVectors
+    read = kind._read
 
-    def keep(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        found = read_rows(*args, **options)
+    def keep(self: Any, rows: Any) -> tuple[Tensor, Tensor]:
+        found = read(self, rows)
         given.append(found[0])
         return found
 
-    monkeypatch.setattr(training_vectors, "read_rows", keep)
+    monkeypatch.setattr(kind, "_read", keep)
     return given
 
 
