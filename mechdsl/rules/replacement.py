@@ -262,6 +262,8 @@ class ReplaceBlockRule(RuleKind, Intervention):
             work.add_axis(axis)
         if positions is not None and stack == "vision":
             positions = _in_images(rule, positions, work)
+        elif positions is not None and "encoder" in work.model.shape.others:
+            positions = _in_stack(positions, work, encodes=stack == "encoder")
         if targets is None or positions is None:
             return None
         found = self._by_identity(rule, targets, work)
@@ -364,6 +366,27 @@ def _in_images(
     pairs = positions.written.items()
     cells = {key: replace(cell, label="images", hits=hits, vectors=1) for key, cell in pairs}
     return replace(positions, written=cells, read=cells, newest=frozenset(), every=frozenset())
+
+
+def _in_stack(
+    positions: PositionTargets, work: ExperimentContext, *, encodes: bool
+) -> PositionTargets:
+    """Restrict positions to tokens of the encoder, or to those of the decoder."""
+    rows = work.table.runs[work.experiment.base].rows
+    if work.table.stands_in or work.model.tokenizer.stands_in:
+        return positions
+    cells = {
+        key: replace(
+            cell,
+            hits=tuple(
+                tuple(tuple(at for at in hit if (at < row.source) == encodes) for hit in hits)
+                for row, hits in zip(rows, cell.hits, strict=True)
+            ),
+        )
+        for key, cell in positions.written.items()
+    }
+    found = replace(positions, written=cells, read=cells)
+    return replace(found, newest=frozenset(), every=frozenset()) if encodes else found
 
 
 def _by_block(

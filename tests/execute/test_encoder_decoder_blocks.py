@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
+from mechdsl.loading.loader import adopt_model
+
 from ..image_prompts import test_encoded_images as images
 from ..image_prompts import test_sounds as sounds
 from ..image_prompts.support import experiment as of_inputs
@@ -35,7 +37,16 @@ from .encoder_decoders import (
     tokenizer,
     zeroed,
 )
-from .support import DIFFERENCE, MODES, ROWS, Record, experiment, try_file
+from .support import (
+    DIFFERENCE,
+    MODES,
+    ROWS,
+    Record,
+    check_file,
+    experiment,
+    try_file,
+    write_rows,
+)
 
 FAMILIES = (
     "t5 writing",
@@ -337,3 +348,20 @@ def test_conventions_name_position_biases_of_t5(tmp_path: Path) -> None:
     assert said["position biases"].startswith("block 0 computes them for all blocks of its stack")
     assert "position biases" not in other
     assert "all tokens of the prompt pass through the encoder's blocks" in said["blocks"]
+
+
+def test_replaced_block_hits_the_tokens_of_its_stack(tmp_path: Path) -> None:
+    lines = [SKIP, EXCHANGE]
+    written = "".join(
+        experiment(f"e{n}", "prompts p", line, DIFFERENCE) for n, line in enumerate(lines)
+    )
+    loaded, problems = adopt_model("m", model("t5"), tokenizer())
+    assert loaded is not None, problems
+    write_rows(tmp_path)
+    checked = check_file(written, tmp_path, loaded)
+    found = [each.rules[0].positions.written[()].hits for each in checked.experiments]
+    counts = [sum(map(len, hits)) for hits in found[0]]
+    assert sorted(counts) == sorted(len(text(row).ids) for row in ROWS)
+    for count, encoded, decoded in zip(counts, *found, strict=True):
+        assert [at for hit in encoded for at in hit] == list(range(count))
+        assert [at for hit in decoded for at in hit] == [count]
