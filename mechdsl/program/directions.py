@@ -451,8 +451,8 @@ def _check(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
         case ast.Call(name=name) if name in DIRECTION_METHODS:
             _arguments(node, DIRECTION_METHODS[name], parts, scope)
         case ast.Call(name=name):
-            ways = ", ".join(f"`{method.example}`" for _, method in DIRECTION_METHODS.items())
-            hint = did_you_mean(name, DIRECTION_METHODS, f"ways are {ways}")
+            types = ", ".join(f"`{method.example}`" for _, method in DIRECTION_METHODS.items())
+            hint = did_you_mean(name, DIRECTION_METHODS, f"types of direction are {types}")
             scope.diagnostics.append(
                 UnknownWord(span=node.span, kind="type of direction", word=name, hint=hint)
             )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import mechdsl
 from mechdsl.base.text import shown_token
 from mechdsl.program import spec
 from mechdsl.resolve.cells import CellKey
@@ -715,3 +716,22 @@ def test_verdict_text_prints_zero_only_for_zero(
     value: float, low: float, high: float, said: str
 ) -> None:
     assert verdict_text(ExpectOutcome("min(delta) > -0.5", True, value, low, high)) == said
+
+
+def test_table_of_several_sources_names_the_source_of_each_cell(tmp_path: Path) -> None:
+    path = tmp_path / "file.mech"
+    path.write_text(
+        'mech 1\nmodel toy = zoo("counting")\nprompts p {\n  count in 3..6\n'
+        '  xs = list("fig", count, sep: " ")\n  template "Part 1: {xs} Count 1:"\n'
+        '  answer " {count}"\n  corrupt less { count = count - 1 }\n'
+        "  corrupt more { count = count + 1 }\n}\nexperiment e {\n  prompts p\n"
+        "  from less, more into clean\n  measure logit(answer) as total\n}\n",
+        "utf-8",
+    )
+    console = Console(file=io.StringIO(), width=120)
+    show_report(mechdsl.run(path, store=False)["e"], report("table"), console)
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "less → clean" in shown
+    assert "more → clean" in shown
+    assert "less, more have " in shown

@@ -295,11 +295,19 @@ def exact_cell_columns(result: ExperimentResult, measure: int) -> list[Column]:
     ]
 
 
+def _direction(result: ExperimentResult, cell: CellKey) -> str:
+    """Return the runs of a cell: of several sources, the one that the cell names."""
+    source = cell.coords.get("source")
+    if source is None or str(source) not in (result.source or "").split(", "):
+        return result.direction
+    return f"{result.shown(str(source))} → {result.shown(result.base)}"
+
+
 def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
     columns = _cell_columns(result, order)
     cells = [result.cells[i] for i in order]
     if result.source:
-        columns.append(Column("direction", [result.direction] * len(cells), spare=4))
+        columns.append(Column("direction", [_direction(result, each) for each in cells], spare=4))
     found = result.statistics[measure]
     columns.append(Column("n", [str(int(found.n[i])) for i in order], True, describes=True))
     if any(found.units[i] not in (0, found.n[i]) for i in order):

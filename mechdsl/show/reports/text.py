@@ -165,7 +165,8 @@ def scale_note(result: ExperimentResult, data: MeasureData) -> str | None:
     name = result.shown(result.source or "")
     if effect.one is not None:
         return f"{zero}, 1 is {with_value(name, source, '')}"
-    return f"{zero}, {name} has {shown(source, unit) or 'no value'}"
+    verb = "have" if ", " in name else "has"
+    return f"{zero}, {name} {verb} {shown(source, unit) or 'no value'}"
 
 
 _UNIT_TEXTS = {"nat": " nat", "logit": " logit", "token": " tokens"}
