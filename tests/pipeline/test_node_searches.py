@@ -115,6 +115,7 @@ def test_each_step_adds_the_site_with_the_largest_joint_effect(
     assert report.random == pytest.approx(np.mean(random), abs=1e-5)
     ends = range(min(len(chosen) + 1, 3))
     assert report.steps == 1 + sum(len(mask.candidates) - n for n in ends)
+    assert ("until none" in report.made) == (len(chosen) < 3)
 
 
 @pytest.mark.parametrize(("basis", "family"), [("features", "llama"), ("dimensions", "gpt2")])
