@@ -196,7 +196,7 @@ def grid_problem(layout: GridLayout) -> str:
     for thing in dict.fromkeys(thing for row in layout.rows for thing in row if thing):
         if _parse_cell(thing) is None:
             return (
-                f"{thing!r} isn't a colour ({', '.join(SHAPE_COLOURS)}) and a kind "
+                f"{thing!r} isn't a colour ({', '.join(SHAPE_COLOURS)}) and a shape "
                 f"({', '.join(SHAPES)}), with a contrast up to `100%` or none"
             )
     unknown = [mark for mark in layout.marks or () if mark not in MARKS]

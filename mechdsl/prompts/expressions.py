@@ -577,7 +577,8 @@ def evaluate_whole_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int:
     """Evaluate an expression that has to be a whole number."""
     value = evaluate_number(node, scope, key)
     if not is_whole_number(value):
-        raise bad_value(node.span, f"{value} is not a whole number", "counts are whole numbers")
+        hint = "write an expression whose value is a whole number"
+        raise bad_value(node.span, f"{value} is not a whole number", hint)
     return int(value)
 
 

@@ -256,7 +256,7 @@ def _right_numbers(
     """Return each row's right number: the answer or a second argument; None after an error."""
     if isinstance(right, ast.Range | ast.ListLiteral):
         reason = f"`{right.span.written}` isn't one number"
-        hint = f"write the right number second: `{name}(1..9, n)`"
+        hint = f"pass the right number as the second argument: `{name}(1..9, n)`"
         report_unreadable(context, right.span, reason, hint, of=node.span)
         return None
     if right is not None:
@@ -266,7 +266,7 @@ def _right_numbers(
     answers = _truth(context.table) or ()
     if not answers or not all(each.is_integer() for each in answers):
         reason = "the answers aren't whole numbers"
-        hint = f"write the right number second: `{name}(1..9, n)`"
+        hint = f"pass the right number as the second argument: `{name}(1..9, n)`"
         report_unreadable(context, node.span, reason, hint)
         return None
     return [int(each) for each in answers]

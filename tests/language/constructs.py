@@ -296,7 +296,7 @@ _file(
     "values of this pass. `ablate all but c` ablates all edges outside the circuit. The fill is "
     "`zero`, `mean`, `resample` or a run, such as `fewer`. `against random(39)` draws circuits "
     "with the same number of edges; if each edge is on a path of the circuit from `embed` to "
-    "`logits`, this holds for the drawn circuits, too. At tokens where no measure reads logits, "
+    "`logits`, this holds for the random circuits, too. At tokens where no measure reads logits, "
     "such a path leads through keys or values that later tokens read. Biases that are added after "
     "heads belong to no sender. Each row is a full forward pass. Not in a `run`, with `generate` "
     "or together with a second circuit (E0108), nor in image classifiers (E0108). If norms follow "
@@ -377,8 +377,8 @@ _file(
     "biases. The heads of this layer send only to these nodes; an edge from them to another "
     "receiver, and `L0.attn` in a layer without such features, are E0334. Edges into features from "
     "other nodes are E0335. A rule on `attn_out` or `head_out` of this layer can't be in one "
-    "experiment with the circuit (E0108). Trainings, random circuits, files and pictures are as "
-    "for features at `mlp_out`.",
+    "experiment with the circuit (E0108). Trainings, random circuits, files and pictures work "
+    "as for features at `mlp_out`.",
     "tests/rules/test_attention_feature_circuits.py",
     "Marks et al. 2024, arXiv 2403.19647",
 )
@@ -3008,7 +3008,7 @@ _experiment(
     '(`prob(label + i..99)`) and in texts (`logit(" {i}")`). A row value of the same name '
     "takes precedence. `absolute_error(1..9, count)` is the distance of the most likely numeral "
     "from a whole number of the row: a value, also one of another run (`count of fewer`), an "
-    "expression, `item.index` or a `for` variable; without it, from the answer. Its mean is the "
+    "expression, `item.index` or a `for` variable; without it, from the answer. The mean is the "
     "mean absolute error. The mean error in tables of `argmax` refers to the answer.",
     "tests/execute/test_metrics.py",
     "Hanna et al. 2023, arXiv 2305.00586",

@@ -585,7 +585,7 @@ class CircuitComparison(WeightObservation):
             hint = f"write `observe {self.word} c with d as shared`; circuits: {known}"
             reason = "compares two circuits of the file"
             if name is not None:
-                reason += f", and `{name}` is none"
+                reason += f", and `{name}` isn't one"
                 hint = did_you_mean(name, work.program.circuits, hint)
             report_bad_observation(rule, work, reason, hint)
             return None
