@@ -1140,9 +1140,8 @@ def _check_block_exchange(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
                 stack, ""
             )
             own = f"block {to}{place}"
-            what = f"block {of} in place of {own}: {reason};"
-            if of is None:
-                what = f"identity in place of {own}: {reason};"
+            replacement = "identity" if of is None else f"block {of}"
+            what = f"{replacement} in place of {own} ({reason})"
             return NotSupported(span=rule.spec.span, what=what)
     return None
 

@@ -318,6 +318,7 @@ def test_replacing_blocks_that_differ_in_structure_is_an_error(data: Path) -> No
     kept = copy.deepcopy(model.module)
     part: Any = kept.get_submodule(f"{model.anatomy.blocks[1].path}.mlp")
     part._hf_hook = object()
-    for experiments in (by_block, by_none):
-        found = check_modules(experiments, {"m": replace(model, module=kept)})
-        assert [d.code for d in found] == ["E0108"]
+    for experiments, name in ((by_block, "block 0"), (by_none, "identity")):
+        [found] = check_modules(experiments, {"m": replace(model, module=kept)})
+        assert found.code == "E0108"
+        assert found.message.startswith(f"{name} in place of block 1 (its weights are stored")

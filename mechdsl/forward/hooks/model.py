@@ -928,7 +928,8 @@ def explain_block_mismatch(model: LoadedModel, to: BlockPlace, of: int | None) -
     )
     for part, replacement in zip(own, other, strict=False):
         if part != replacement:
-            return f"`{replacement[0] or 'the block'}` of block {of} has a different structure"
+            name = f"`{replacement[0]}` of " if replacement[0] else ""
+            return f"{name}block {of} has a different structure"
     return "" if len(own) == len(other) else f"block {of} has a different structure"
 
 

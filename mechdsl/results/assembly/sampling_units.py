@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Ints
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.planner.rows import RulePlan, is_below_attention
-from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
+from mechdsl.prompts.runs import Hits, PositionCell, PromptRun, RunRow
 from mechdsl.resolve.observations import RowSetObservation
 from mechdsl.resolve.types import (
     ItemNumber,
@@ -109,7 +109,7 @@ class RowViews:
         for name in runs:
             if name == "source" and spec.source is not None:
                 parts.append(self._measured(self._run(spec.source), measure, row))
-            elif name == "base":
+            elif name == "base" and not self._observes_images(measure):
                 run = self._run(spec.base)
                 looked = self._looked_at(cell, measure, row)
                 parts.append(self._prefix(run, row, self._last(run, measure, row, looked)))
@@ -123,26 +123,49 @@ class RowViews:
         looked = self._looked_at(cell, measure, row)
         last = self._last(start, measure, row, looked)
         ahead = any(rule.rule.does.looks_ahead for rule in self.plan.rules) or self.ahead
-        parts.append(self._prefix(start, row, last, ahead=ahead))
+        if not self._observes_images(measure):
+            parts.append(self._prefix(start, row, last, ahead=ahead))
         visible = last if self.causal(base.model) and not ahead else None
         for n, rule in enumerate(self.plan.rules):
             if cell[3 * n] < 0:  # the rule isn't active in the cell
                 continue
-            written = rule.positions[cell[3 * n]].hits[row]
-            keys = self._keys[n]
+            written, keys = rule.positions[cell[3 * n]], self._keys[n]
             to = None if keys is None else keys[cell[3 * n + 1]].hits[row]
-            if not written or (to is not None and not to):
+            if not written.hits[row] or (to is not None and not to):
                 return None
             changes = rule.rule.does.changes
             if changes == "input" or (changes == "nothing" and not _reads_observation(measure)):
                 continue
-            shown = tuple(each for each in written if each and _is_visible(each, visible))
+            shown = _list_shown(rule.rule, written, row, start.rows[row], visible)
             if not shown:
                 continue
             source = rule.sources[cell[3 * n]]
-            parts += [n, shown, to]
+            if changes == "nothing" and self._observes_images(measure):
+                parts += [n, _list_parts(written, row, start.rows[row]), to]
+            else:
+                parts += [n, shown, to]
             parts += self._read(rule.rule, source, row, below=bool(cell[3 * n + 2]))
         return tuple(parts)
+
+    def _observes_images(self, measure: ResolvedMeasure) -> bool:
+        """Whether a measure depends on the images of a row, and not on its text."""
+        base = self._run(self.experiment.spec.base)
+        rules = [rule.rule for rule in self.plan.rules]
+        observes = measure.observed or all(
+            atom.form.takes == "observation" and not atom.texts and not atom.sets
+            for atom in measure.atoms
+        )
+        return (
+            observes
+            and base.derived is None
+            and base.noise is None
+            and all(
+                rule.in_vision
+                and rule.edge is None
+                and not isinstance(rule.does, RowSetObservation)
+                for rule in rules
+            )
+        )
 
     def _of_atom(
         self, atom: MetricTerm, measure: ResolvedMeasure, item: ItemNumber, row: int
@@ -166,10 +189,11 @@ class RowViews:
             yield rule.groups[row]
         if reads not in ("run", "cell") or rule.apart is not None:
             return
-        hits: Hits = source.hits[row]
-        run = self._run(rule.run)
-        yield hits
-        if below and run.derived is None:
+        hits, run = source.tokens(row), self._run(rule.run)
+        yield source.hits[row]
+        if rule.in_vision and run.derived is None and run.noise is None:
+            yield _list_parts(source, row, run.rows[row])
+        elif below and run.derived is None:
             ids, noised = run.rows[row].ids, () if run.noise is None else run.noise.positions[row]
             every = [token for tokens in hits for token in tokens]
             yield tuple((ids[n], n in noised) for n in every if n < len(ids))
@@ -215,7 +239,7 @@ class RowViews:
                 if does.of_maps or does.of_whole_text:
                     looked.append(len(self._run(self.experiment.spec.base).rows[row].ids) - 1)
                 spots += [] if keys is None else [keys[cell[3 * n + 1]]]
-            looked += [t for spot in spots for tokens in spot.hits[row] for t in tokens]
+            looked += [t for spot in spots for tokens in spot.tokens(row) for t in tokens]
         return max(looked, default=None)
 
     def _prefix(self, run: PromptRun, row: int, last: int, *, ahead: bool = False) -> Hashable:
@@ -255,7 +279,7 @@ class RowViews:
         yield from self._made(self._run(run.derived.base), row, visible)
         for number, rule in enumerate(self.experiment.derived[run.name].rules):
             (written,), (source,) = rule.positions.written.values(), rule.positions.read.values()
-            shown = tuple(each for each in written.hits[row] if each and _is_visible(each, visible))
+            shown = _list_shown(rule, written, row, run.rows[row], visible)
             if not shown:
                 continue
             keys = () if rule.edge is None else rule.edge.keys.written.values()
@@ -286,9 +310,36 @@ def _prefix_numbers(rows: Sequence[Sequence[int]]) -> Ints:
     return numbers
 
 
-def _is_visible(tokens: Sequence[int], last: int | None) -> bool:
-    """Whether a write at these tokens is visible."""
-    return last is None or min(tokens) <= last
+def _list_shown(
+    rule: ResolvedRule, written: PositionCell, row: int, prompt: RunRow, last: int | None
+) -> Hits:
+    """List the written hits of a row that token `last` sees; None: all. A token of an image reads
+    the whole image, so it sees each patch that a rule writes in the vision encoder."""
+    found: list[tuple[int, ...]] = []
+    for hits, tokens in zip(written.hits[row], written.tokens(row), strict=True):
+        if not hits:
+            continue
+        first = _find_first_token(prompt, tokens) if rule.in_vision else min(tokens)
+        if last is None or first <= last:
+            found.append(hits)
+    return tuple(found)
+
+
+def _find_first_token(prompt: RunRow, tokens: Sequence[int]) -> int:
+    """Return the first of these tokens and of those of their images."""
+    images = (
+        {each.first + position for position in each.picture.expansion.cell_of}
+        for each in prompt.whole_pictures
+    )
+    return min(min(own) for own in (*images, {*tokens}) if not own.isdisjoint(tokens))
+
+
+def _list_parts(spot: PositionCell, row: int, prompt: RunRow) -> Hashable:
+    """Return the parts of images at a position. Their tokens differ between parts and images."""
+    return tuple(
+        tuple((prompt.ids[hit // spot.vectors], hit % spot.vectors) for hit in hits)
+        for hits in spot.hits[row]
+    )
 
 
 def _reads_observation(measure: ResolvedMeasure) -> bool:
