@@ -1296,6 +1296,14 @@ def _list_counts(counts: Collection[set[int]]) -> str:
     return " to ".join(f"{count:,}" for count in dict.fromkeys(ends))
 
 
+def describe_reading(rule: ResolvedRule) -> str:
+    """Return how receivers read the stream, and which biases no sender has."""
+    features = () if rule.circuit is None else rule.circuit.features
+    if any(site == "attn_out" for site, _ in features):
+        return f"{CIRCUIT_NOTE}, except in layers with features of attention"
+    return CIRCUIT_NOTE
+
+
 def describe_streams(rule: ResolvedRule) -> Iterator[Convention]:
     """Yield how many edges of the encoder and of the decoder of an encoder-decoder are ablated."""
     if rule.circuit is None or rule.circuit.encoder is None:

@@ -15,13 +15,13 @@ from mechdsl.program import spec
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.bases import EXCHANGE, resolve_feature_nodes
 from mechdsl.resolve.circuits import (
-    CIRCUIT_NOTE,
     check_ablated_tokens,
     describe_circuit,
     describe_dead_edges,
     describe_features,
     describe_neurons,
     describe_places,
+    describe_reading,
     describe_streams,
     find_circuit_side,
     find_dead_edges,
@@ -242,7 +242,7 @@ class CircuitFill(Intervention):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from super().conventions(rule, n_layers)
-        yield Convention("circuit", describe_circuit(rule), CIRCUIT_NOTE)
+        yield Convention("circuit", describe_circuit(rule), describe_reading(rule))
         yield from describe_dead_edges(rule)
         yield from describe_streams(rule)
         yield from describe_places(rule)

@@ -353,6 +353,8 @@ def test_picture_and_conventions_of_a_circuit_name_its_attention_features(data: 
     said = found.conventions["features of circuits"]
     assert said.startswith("1 feature of a, 1 feature of t; a feature of the output of attention")
     assert "the other features, the error of the dictionary and the biases of attention" in said
+    note = "belong to no sender, except in layers with features of attention"
+    assert note in found.conventions["circuit"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
