@@ -1455,12 +1455,8 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
             bad = BadArgument(span=word.span, name=str(name), reason=reason, hint=hint)
             context.diagnostics.append(bad)
             return None
-        if kind is None and name in context.groups and word.id in context.loops:
-            hint = f"write `{word.id}` alone, in a `for` over groups only"
-            reason = "is a group, to which no layers, heads or components are added"
-            span = context.words.get((word.id, str(name)), word.span)
-            bad = BadArgument(span=span, name=str(name), reason=reason, hint=hint)
-            context.diagnostics.append(bad)
+        if kind is None and name in context.groups:
+            _report_group(str(name), word, site, context)
             return None
         if kind is None and any(
             isinstance(each, BadLoopValue) and each.name == word.id for each in context.diagnostics
@@ -1479,6 +1475,20 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
         report_unknown_stack(words[1], context)
         return None
     return kinds
+
+
+def _report_group(name: str, word: ast.Name, site: ast.Site, context: SiteContext) -> None:
+    """Report E0207 for a group that a site names next to an axis, or that a list of sites names."""
+    reason = "is a group, to which no layers, heads or components are added"
+    hint = f"write `{name}` alone"
+    if word.id in context.loops:
+        hint = f"write `{word.id}` alone, in a `for` over groups only"
+    elif not site.axes and len(site.names) == 1:
+        reason = "is a group, and a group lists only sites"
+        hint = f"write a rule for `{name}` and one for other sites, which act together, or list "
+        hint += "them after `except`"
+    span = context.words.get((word.id, name), word.span)
+    context.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
 
 
 def _in_stack(

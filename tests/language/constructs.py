@@ -244,7 +244,7 @@ _file(
 _file(
     "group",
     "group counters = L0H1, L1H2",
-    "A set of sites that a rule intervenes on jointly.",
+    "A set of sites that a rule intervenes on jointly. A group in the list of another is E0207.",
     "tests/execute/test_coordinates.py",
 )
 _file(
