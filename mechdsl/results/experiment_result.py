@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from itertools import chain
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
@@ -239,12 +238,6 @@ class ResultCircuit(Record):
     """The scores of `others`."""
     named_places: tuple[tuple[str, ...], ...] = ()
     """The positions of each edge, each as a file names it; empty if no edge has positions."""
-
-    @property
-    def has_stacks(self) -> bool:
-        """Whether some of its nodes are in another stack: `z cross layer 0 head 1`."""
-        ends = () if self.graph is not None else chain.from_iterable(self.edges)
-        return any(" " in end for end in {*ends} - {name for name, _ in self.features})
 
 
 TEXT_RENDERER = "mechdsl.show.output:experiment_text"

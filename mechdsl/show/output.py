@@ -315,8 +315,5 @@ def _report_problems(
             hint = f'write both: `plot("{report.kind}", "{first}", by="{second}")`'
         return [BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint)]
     values, writes = list(result.row_values), bool(result.replies)
-    circuit = result.circuit
-    placed = circuit is not None and bool(circuit.places)
-    given = {"writes": writes, "circuit": circuit is not None, "placed": placed}
-    given["encodes"] = circuit is not None and circuit.has_stacks
-    return check_report(report, axes, values, result.measures, **given)
+    circuit = result.circuit is not None
+    return check_report(report, axes, values, result.measures, writes=writes, circuit=circuit)
