@@ -583,8 +583,8 @@ def _effects_of_categories(
 def _facts_for_reports(
     variants: Sequence[ExperimentOutline], program: spec.Program
 ) -> dict[str, bool]:
-    """Return whether an experiment generates replies, has a circuit, and one with positions that
-    depend on parameters."""
+    """Return whether an experiment generates replies, whether it has a circuit, and whether
+    positions of this circuit depend on parameters."""
     said = variants[0].spec
     graph = any(
         rule.observed is not None and rule.observed.word in GRAPH_OBSERVATIONS

@@ -56,12 +56,11 @@ Objectives = Mapping[tuple[str, str], ResolvedExperiment]
 def reject_masks(
     experiment: spec.Experiment, program: spec.Program, what: str, allowed: Collection[str] = ()
 ) -> list[Diagnostic]:
-    """Return E0207 for each group that a training chooses, where something else depends on it that
-    isn't an experiment of the file.
+    """Return E0207 for each trained group on which a definition other than an experiment depends.
 
     Args:
-        what: `the edits of `tuned``
-        allowed: Groups that it may depend on.
+        what: The definition, such as `the edits of `tuned``.
+        allowed: Groups on which the definition may depend.
     """
     reason = f"is chosen by a training, and {what} can't depend on it"
     hint = "list the sites: `group movers = L0H1, L1H2`"
@@ -73,11 +72,11 @@ def reject_masks(
 
 
 def find_trained_nodes(name: str, program: spec.Program) -> spec.Basis | None:
-    """Return the group of sites that a training chooses and that is the nodes of a trained circuit;
-    None for other nodes, and for other definitions.
+    """Return the trained group whose sites are the nodes of a trained circuit; None for other nodes
+    and other definitions.
 
     Args:
-        name: Of the circuit.
+        name: Name of the circuit.
     """
     nodes = name_nodes(program.masks[name]) if name in program.masks else None
     found = None if nodes is None else program.masks.get(nodes.id)
@@ -102,14 +101,14 @@ def check_nodes(
     of_nodes: ResolvedExperiment,
     program: spec.Program,
 ) -> list[Diagnostic]:
-    """Return the problems of a circuit among the nodes of a group that a training chooses.
+    """Return the problems of a circuit whose nodes are a trained group.
 
     Codes: E0207 for too many nodes, E0345 for held-out rows of the circuit that the training of the
     group uses.
 
     Args:
-        objective: That of the circuit.
-        of_nodes: That of the group.
+        objective: The objective of the circuit.
+        of_nodes: The objective of the group.
     """
     (nodes,) = objective.masks
     named = name_nodes(circuit)
@@ -158,7 +157,7 @@ def fill_groups(
                 circuits[definition.name] = _fill_circuit(old, mask, definition)
             continue
         if mask is not None:
-            most = None if mask.is_trained else limits.CIRCUIT_NEURONS  # perhaps nodes of a circuit
+            most = None if mask.is_trained else limits.CIRCUIT_NEURONS  # may be nodes of a circuit
             sites = tuple(_sites_of(mask.members[:most], definition.site, definition.span))
         if definition.chooses_positions:
             assert definition.at is not None
@@ -355,12 +354,12 @@ class _ChosenCoordinates(Record):
 
 @record
 class _ChosenPositions(Record):
-    """A group of positions, and what it was chosen from."""
+    """A group of positions and its candidates."""
 
     name: str
     at: ast.Positions
     labels: tuple[str, ...] | None
-    """Those of the chosen positions; None until the candidates are known."""
+    """Labels of the chosen positions; None until the candidates are known."""
 
     def insert(self, node: ast.Node) -> ast.Node:
         """Return the chosen positions where a rule names them: `g tokens` or `each g token`."""

@@ -133,7 +133,7 @@ class DeclaredFit:
 
     @property
     def waits(self) -> bool:
-        """Whether it needs a basis or a group that isn't trained yet."""
+        """Whether the training needs a basis or a group that isn't trained yet."""
         basis = None if self.objective is None else self.objective.rules[0].basis
         trained = (TrainedDictionary, TrainedRotation, TrainedVector)
         used = (self.training.decoder,) if basis is None else basis.saved
@@ -197,7 +197,10 @@ def _trained_vectors(experiment: ResolvedExperiment) -> Iterator[TrainedVector]:
 def fits_of_file(checked: CheckedFile, *, discovered: bool = False) -> dict[str, DeclaredFit]:
     """Return the trainings that the experiments of a file need, by name.
 
-    discovered: only those of circuits that experiments discover, and of their nodes.
+    Args:
+        checked: The file.
+        discovered: Whether to return only the trainings of circuits that experiments discover, and
+            of the nodes of these circuits.
     """
     found = find_fits([*checked.experiments, *checked.saving])
     if discovered:

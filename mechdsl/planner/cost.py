@@ -284,7 +284,7 @@ class RowSharer:
         """Return a number for the coordinates of each cell. Shape [cell].
 
         Args:
-            basis: Their basis.
+            basis: The basis of the coordinates.
             named: Sets of coordinates.
             of_cell: [cell] index into them.
         """
@@ -440,7 +440,7 @@ class CountWork(Protocol):
 
 
 CountPasses = Callable[[Ints], tuple[Ints, Floats]]
-"""From the lengths of prompts, what `CountWork` returns, with the vision encoder."""
+"""Counts work as `CountWork` does, from prompt lengths alone and with the vision encoder."""
 
 
 def gradient_work(

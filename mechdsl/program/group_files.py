@@ -281,7 +281,7 @@ def read_mask(
     Args:
         digest: SHA-256 of the file.
         written: The path as the user wrote it.
-        bases: The names after the path: for features, that of their dictionary.
+        bases: The names after the path: for features, the name of their dictionary.
 
     Raises:
         UnreadableFile: The file is malformed, or has edges; the bases don't fit, or the file
@@ -328,7 +328,7 @@ def _first_entry(listed: object) -> list[Any]:
 
 
 def _reject_edges(listed: object, written: str) -> None:
-    """Raise UnreadableFile for edges."""
+    """Raise UnreadableFile if the sites of a file are edges."""
     first = _first_entry(listed)
     if len(first) > 5:
         reason = f"`{written}` is a circuit of edges"
@@ -337,14 +337,14 @@ def _reject_edges(listed: object, written: str) -> None:
 
 @record
 class SavedPositions(Record):
-    """The group of positions of a file."""
+    """A group of positions that is read from a file."""
 
     at: ast.Positions
-    """All positions that were chosen from."""
+    """The candidates."""
     labels: tuple[str, ...]
-    """Those of the group."""
+    """Labels of the chosen positions."""
     made: str
-    """What was read, for conventions."""
+    """Description of the file, for conventions."""
     prompts: tuple[str, ...]
     """Digests of the prompts that the group was chosen on; empty if the file has none."""
 
@@ -384,7 +384,8 @@ def read_positions(content: Mapping[str, Any], digest: str, written: str) -> Sav
     name = next(iter(number_names(at)), None)
     if name is not None:
         reason = f"`{written}` has the positions `{text[:80]}`, and `{name}` has no value in it"
-        raise UnreadableFile(reason, f"write a number instead of `{name}` where it is trained")
+        hint = f"write a number instead of `{name}` in the `fit` of the group, and train it again"
+        raise UnreadableFile(reason, hint)
     listed = ", ".join(names[:LISTED_SITES])
     more = len(group) - LISTED_SITES
     listed += f" and {more:,} more" if more > 0 else ""

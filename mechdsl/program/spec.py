@@ -505,11 +505,11 @@ class Rule(Spec):
     observed: ObservedQuantity | None = None
     """observe: the quantity; `source` is the run, if it isn't the one that rules act on."""
     during: During | None = None
-    drops_error: bool = False
-    """In a basis: what it doesn't represent is dropped."""
     """None: every step of a reply."""
+    drops_error: bool = False
+    """In a basis: whether the error, which it doesn't represent, is dropped."""
     read_groups: tuple[tuple[str, str], ...] = ()
-    """In a basis: (a group that it names, what was read from the group's file), for conventions."""
+    """In a basis: (name, description of the file) of each group that it names, for conventions."""
     loops: tuple[str, ...] = ()
 
     @property
@@ -598,10 +598,9 @@ class Group(Spec):
     dictionary: tuple[str, str] | None = None
     """The basis of the features of a trained group in a file, and the SHA-256 in this file."""
     at: PositionsText | None = None
-    """The positions that a group of positions in a file was chosen from; such a group has no
-    sites."""
+    """Candidates of a group of positions that is read from a file; such a group has no sites."""
     labels: tuple[str, ...] = ()
-    """Labels of its positions."""
+    """Labels of the chosen positions."""
 
     @property
     def names_features(self) -> bool:

@@ -103,15 +103,15 @@ def split_rows_of_circuits(
 def _is_split_for(
     statement: ast.TopLevel, groups: Collection[str]
 ) -> TypeGuard[ast.CircuitDef | ast.GroupDef]:
-    """Whether a block without `split` is split for what a statement defines: for all circuits, and
-    for some groups."""
+    """Whether a block without `split` is split for the definition: true for circuits, and for the
+    given groups."""
     if not isinstance(statement, ast.CircuitDef | ast.GroupDef) or statement.source is None:
         return False
     return isinstance(statement, ast.CircuitDef) or statement.name.id in groups
 
 
 def _find_nodes(tree: ast.File) -> dict[str, str]:
-    """Return the group that is the nodes of each circuit with `nodes`, by name."""
+    """Return the name of the group of nodes of each circuit with `nodes`, by the circuit's name."""
     return {
         each.name.id: argument.value.id
         for each in tree.statements
@@ -153,7 +153,7 @@ def _block_of(circuit: ast.CircuitDef | ast.GroupDef) -> str | None:
 def _tested_blocks(
     experiment: ast.ExperimentDef, trained: Mapping[str, str], nodes: Mapping[str, str]
 ) -> set[str]:
-    """Return the whole blocks of an experiment that a circuit which it uses is trained on.
+    """Return the whole blocks of an experiment on which a circuit or group of it is trained.
 
     Args:
         trained: The block that each circuit or group is trained on, by its name.
@@ -405,8 +405,8 @@ def list_seeds(definition: spec.Basis, program: spec.Program | spec.Definitions)
 
 
 def used_masks(experiment: spec.Experiment, program: spec.Program) -> list[spec.Basis]:
-    """Return the groups that a training chooses and that an experiment names anywhere, also in its
-    directions and circuits."""
+    """Return the trained groups that an experiment names anywhere, also in its directions and
+    circuits."""
     names = set(_names(experiment)) if program.masks else set[tuple[str, bool]]()
     for direction in program.directions.values():
         if (direction.name, False) in names:

@@ -685,7 +685,7 @@ _NODE_SITES = ("attn_out", "mlp_out")
 
 
 def _check_feature_nodes(site: ast.Site, point: SitePoint, member: BasisMember) -> None:
-    """Raises BasisError unless features of a basis are added up in the output of an MLP or of
+    """Raise BasisError unless features of a basis add up to the output of an MLP or of
     attention."""
     own, name = member.operand, site.basis_name
     if not isinstance(own, DictionaryFile):
@@ -1143,7 +1143,7 @@ def resolve_receiving_features(
         return None
     try:
         if others:
-            reason = f"`{name}` stands for {len(names)} bases, and a path ends at features of one"
+            reason = f"`{name}` names {len(names)} bases, and a path ends at features of one basis"
             raise BasisError(site, reason, "name one basis, with one seed")
         members = _members(definition, written, site, work)
         if members is None:
@@ -1172,7 +1172,7 @@ def _check_receiving_features(site: ast.Site, written: SiteTargets, members: Poi
     other = next((point.site for point in points if point.site not in _RECEIVING_SITES), None)
     operands = [member.operand for member in members.values()]
     if not all(isinstance(own, DictionaryFile) for own in operands):
-        reason = f"`{name}` isn't a dictionary, and a path ends at features of one"
+        reason = f"`{name}` isn't a dictionary, and a path ends at features of a dictionary"
         raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
     if other is not None:
         reason = f"`{name}` describes `{other}`, "
@@ -1184,7 +1184,7 @@ def _check_receiving_features(site: ast.Site, written: SiteTargets, members: Poi
             reason += "and a path ends at features of an MLP's output or of the residual stream"
         raise BasisError(site, reason, hint)
     if any(isinstance(own, DictionaryFile) and own.crosses_layers for own in operands):
-        reason = f"the features of `{name}` write to several layers, and a path ends in one"
+        reason = f"the features of `{name}` write to several layers, and a path ends in one layer"
         raise BasisError(site, reason, "use a transcoder of one layer")
     _check_separable(site, [members], "change")
 
@@ -1319,7 +1319,7 @@ def _rule_coordinates(
     """Resolve the coordinates that a rule changes, and add the axis of their sweep.
 
     Returns:
-        Their axes; the coordinates, None after an error; the keys of empty picks.
+        The axes of the coordinates; the coordinates, None after an error; the keys of empty picks.
     """
     axes, sweep, coordinates, empty = _coordinates(site, members, work)
     if empty and (rule.exchanged is not None or rule.drops_error):
@@ -1344,8 +1344,8 @@ def _coordinates(
     """Resolve the coordinates that a site names.
 
     Returns:
-        Their axes, and the one of a sweep; the coordinates by axis, () for all, or None after an
-        error; the keys of empty picks.
+        The axes of the coordinates, and the axis of a sweep; the coordinates by axis, () for all,
+        or None after an error; the keys of empty picks.
     """
     none: frozenset[tuple[int, ...]] = frozenset()
     features = site.coordinates

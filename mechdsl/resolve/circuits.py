@@ -152,7 +152,7 @@ FEATURE_NOTE = (
 FeatureResolver: TypeAlias = Callable[
     [ast.Site, ExperimentContext], Mapping[SiteLayer, FeatureNodes]
 ]
-"""Resolves features that a circuit names, by output; empty after an error."""
+"""Resolves the features at an end of an edge, by output; empty after an error."""
 
 
 STREAM_NOTE = (
@@ -657,11 +657,13 @@ def _check_attention_nodes(
     features: Mapping[SiteLayer, FeatureNodes],
     work: ExperimentContext,
 ) -> None:
-    """Report E0334 for the output of an attention without features that are nodes, and for edges
-    from heads to other receivers than the nodes of this output, if it has some.
+    """Report E0334 for edges that don't fit the nodes of an output of attention.
+
+    The output is a node only if features of it are nodes. Heads of its layer then send only to
+    these nodes.
 
     Args:
-        edges: Those of each `A -> B` in the file.
+        edges: The edges of each `A -> B` in the file.
     """
     found = list[NotOnAPath]()
     for node, own in edges:
@@ -1122,7 +1124,7 @@ def _resolve_features(
             first, second = others
             of = "" if output[0] == "mlp_out" else f"`{output[0]}` of "
             reason = f"`{first}` and `{second}` both have features of {of}layer {output[1]}"
-            hint = "a circuit has features of one dictionary of a layer"
+            hint = "use features of one dictionary in this layer"
             bad = BadBasis(span=site.span, reason=reason, hint=hint, what="circuit")
             if bad not in work.diagnostics:
                 work.diagnostics.append(bad)
@@ -1966,8 +1968,8 @@ class AskedCircuits:
     places: tuple[tuple[int, ...], ...] = ()
     """Numbers of the groups at each position of edges; empty for edges at all tokens."""
     order: PlaceOrder | None = None
-    """That of the groups; without groups, of the written tokens where no measure reads logits, and
-    None where one does."""
+    """The order of the groups; without groups, the order of the written tokens, and None if a
+    measure reads logits at one of them."""
     neurons: Mapping[SiteLayer, tuple[int, ...]] = field(
         default_factory=dict[SiteLayer, tuple[int, ...]], hash=False
     )

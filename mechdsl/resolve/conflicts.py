@@ -316,7 +316,7 @@ def _of_rule(
 def _explain_no_vision_estimate(
     rule: ResolvedRule, said: spec.Estimator, shape: ModelShape
 ) -> tuple[str, str] | None:
-    """Return why a rule in a vision encoder isn't estimated, and what to write."""
+    """Return why a rule in a vision encoder isn't estimated, and a hint."""
     kind = said.kind
     if kind.backward is not None and kind.backward.in_attention and shape.resamples:
         reason = "it doesn't change derivatives of the resampler's attention"
@@ -743,7 +743,7 @@ def _check_resampled_rules(experiment: ResolvedExperiment) -> Iterator[Diagnosti
 def _describe_resampled_rule(
     rule: ResolvedRule, own: PromptRun, read: PromptRun, reader: TextTokenizer
 ) -> tuple[str, str] | None:
-    """Return why a rule isn't computed, and what to write.
+    """Return why a rule isn't computed, and a hint.
 
     Args:
         rule: The rule.
@@ -757,16 +757,16 @@ def _describe_resampled_rule(
         to = _list_whole_grids(own, rule.positions.written[key], reader)
         for of, grid in zip(_list_whole_grids(read, cell, reader), to, strict=False):
             if of is not None and grid is not None and of != grid:
-                hint = "use images of one width and height, or name patches of both"
-                return "between images with other rows and columns of patches", hint
+                hint = "use images of one width and height, or name patches that both images have"
+                return "between images with different rows and columns of patches", hint
     return None
 
 
 def _list_whole_grids(
     run: PromptRun, cell: PositionCell, reader: TextTokenizer
 ) -> Iterator[list[tuple[int, int, int]] | None]:
-    """Yield the tile, row and column of each patch of a position in each row; None if it doesn't
-    have all patches of the images of which it has some."""
+    """Yield the tile, row and column of each patch of a position in each row; None if the position
+    has only some patches of an image."""
     if cell.vectors == 1:  # a run reports unknown patches (E0413)
         return
     assert isinstance(reader, ImagePromptTokenizer)

@@ -649,7 +649,7 @@ def check_node_rows(
 
     Args:
         circuit: The training of the circuit.
-        objective: That of the circuit.
+        objective: The objective of the circuit.
         nodes: The training of the group of its nodes.
         of_nodes: The objective of that group.
     """

@@ -859,9 +859,11 @@ class SitePoint:
 
 @dataclass(frozen=True)
 class FeatureNode(SitePoint):
-    """A feature of a dictionary as a node of a circuit. Its number is the unit. Of the output of an
-    MLP, it is at `mlp_out` as a sender, and at `mlp_norm` as a receiver; of the output of
-    attention, at `attn_out` as both."""
+    """A feature of a dictionary as a node of a circuit. Its number is the unit.
+
+    A feature of the output of an MLP is at `mlp_out` as a sender, and at `mlp_norm` as a receiver.
+    A feature of the output of attention is at `attn_out` as both.
+    """
 
     basis: str
     """Name of the basis."""
@@ -874,7 +876,7 @@ class FeatureNodes(Record):
     """The features of one output that are nodes of a circuit."""
 
     member: BasisMember
-    """Their dictionary, of the output of an MLP or of attention."""
+    """The dictionary of the features, at the output of an MLP or of attention."""
     which: tuple[int, ...]
 
 
@@ -1040,7 +1042,7 @@ class PathTargets(Record):
     through_mlps: bool
     frozen_norms: bool = False
     basis: BasisTargets | None = None
-    """Features that receive; None if whole vectors do."""
+    """The features that are receivers; None if receivers are whole vectors."""
 
     def reads(self, point: SitePoint) -> SitePoint:
         """Return the point whose vectors a receiver reads, if it reads and writes other sites."""

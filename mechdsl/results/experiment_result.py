@@ -225,7 +225,7 @@ class ResultCircuit(Record):
     features: tuple[tuple[str, int], ...] = ()
     """Its nodes that are features, named as in edges, each with its layer."""
     of_attention: tuple[str, ...] = ()
-    """Those of `features` that are parts of the output of attention."""
+    """Names of the `features` that belong to the output of attention."""
     neurons: tuple[str, ...] = ()
     """Its nodes that are neurons, named as in edges."""
     dictionaries: tuple[tuple[str, str], ...] = ()
@@ -237,7 +237,7 @@ class ResultCircuit(Record):
     other_scores: tuple[float, ...] = ()
     """The scores of `others`."""
     named_places: tuple[tuple[str, ...], ...] = ()
-    """The positions of each edge, each as a file names it; empty if no edge has positions."""
+    """The positions of each edge, as text for a file; empty if no edge has positions."""
 
 
 TEXT_RENDERER = "mechdsl.show.output:experiment_text"

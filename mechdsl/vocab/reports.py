@@ -267,7 +267,7 @@ def check_report(
         measures: Measures of the experiment; None if they aren't known yet.
         writes: Whether rows generate replies.
         circuit: Whether rules ablate a circuit.
-        has_parameters: Whether positions of its edges depend on parameters.
+        has_parameters: Whether positions of the circuit's edges depend on parameters.
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
@@ -282,7 +282,7 @@ def check_report(
     if to_json and has_parameters:
         what = f'`report {kind.name} to "{report.file}"` of a circuit whose positions depend on '
         what += "parameters or groups"
-        later = "the file would have no values for them: write numbers in the positions of edges"
+        later = "write numbers in the positions of edges: the file has no parameters or groups"
         return [NotSupported(span=report.span, what=what, later=later)]
     wrong = (
         _wrong_words(kind, signature, report)

@@ -572,4 +572,4 @@ def test_whole_images_with_other_rows_and_columns_report_e0108() -> None:
     found = run_on(source(text, "turned"), {"m": loaded(splits=False)})[1]
     [problem] = [each for each in found if each.severity == "error"]
     assert problem.code == "E0108"
-    assert "between images with other rows and columns" in problem.message
+    assert "between images with different rows and columns" in problem.message

@@ -132,13 +132,13 @@ def digest_inputs(
 ) -> list[bytes]:
     """[row] a digest of all that its vectors at some positions depend on, each in a given run.
 
-    Tiles of one image have one, so that no fit to some of them is evaluated on others.
+    Tiles of one image share a digest, so that no fit to some of them is evaluated on others.
 
     Args:
         causal: For each position, whether its vectors don't depend on later tokens.
         in_vision: Whether the vectors are those of patches in the vision encoder of prompts, which
             don't depend on the text.
-        by_image: Whether prompts that share an image there have one digest, as for tiles.
+        by_image: Whether prompts that share an image there share a digest, as tiles do.
     """
 
     def seen(run: PromptRun, row: int) -> list[object]:

@@ -151,7 +151,7 @@ class _WrittenVectors:
     @property
     def origin(self) -> SiteRead:
         """The site whose coordinates change: for features of a cross-layer transcoder, the output
-        of the MLP of their layer, also of their writes to later layers."""
+        of the MLP of their layer, also for their writes to later layers."""
         if not isinstance(self.mode, CoordinateWrite):
             return self.where
         return replace(self.where, layer=self.mode.find_layer(self.where.layer))

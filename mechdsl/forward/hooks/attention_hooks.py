@@ -131,7 +131,7 @@ class AttentionHooks:
     pools: PatchPools | None = None
     """As in `Batch`."""
     tiles: tuple[int, int] | None = None
-    """As in `Batch`, of the keys."""
+    """Tiles of the keys, as in `Batch`."""
 
     def opened(self, mask: Any, heads: int) -> Any:
         """Add allowed keys to a mask of whole prompts [lane or 1, head or 1, query, key].
@@ -354,7 +354,7 @@ def build_attention_hooks(
         edges: Changed edges of this layer.
         reads: Names of sites to read.
         pools: Tokens that patterns between patches are read for.
-        tiles: As in `Batch`, of the keys.
+        tiles: Tiles of the keys, as in `Batch`.
     """
     wanted = frozenset(reads) & set(ATTENTION_INTERNAL_SITES)
     work = AttentionHooks(starts.cpu(), width, wanted=wanted, pools=pools, tiles=tiles)

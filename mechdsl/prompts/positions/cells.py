@@ -580,8 +580,8 @@ def _in_images(
 
 
 def _find_uncountable(positions: ast.Positions) -> Diagnostic | None:
-    """Return E0108 for positions that count or rank tokens of the prompt, where patches are named
-    instead."""
+    """Return E0108 for positions that count or rank tokens of the prompt, if positions are
+    patches."""
     for node in walk(positions):
         match node:
             case ast.TokenIndex():

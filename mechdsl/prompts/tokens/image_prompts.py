@@ -896,7 +896,7 @@ def _cell_rows(layout: ImageTokens, first: int) -> list[list[Any]]:
 
 
 def _parse_cells(rows: list[list[Any]]) -> tuple[ImageCell, ...]:
-    """Return cells, given what `_cell_rows` returns."""
+    """Return cells from their rows in `_cell_rows`."""
     return tuple(
         ImageCell(token, tile, row, col, None if box is None else cast("PixelBox", tuple(box)))
         for token, tile, row, col, box in rows
@@ -904,7 +904,7 @@ def _parse_cells(rows: list[list[Any]]) -> tuple[ImageCell, ...]:
 
 
 def repeat_each(values: Sequence[ItemT], times: int) -> tuple[ItemT, ...]:
-    """Return each value this number of times, one after the other."""
+    """Return the values in order, each repeated `times` times."""
     return tuple(value for value in values for _ in range(times))
 
 

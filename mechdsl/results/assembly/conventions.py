@@ -436,7 +436,7 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
         patches = _describe_patches(shape)
         if any(rule.in_vision and rule.edge is not None for rule in plan.experiment.every_rule):
             patches += (
-                "; a patch attends to those of all tiles, to class tokens and to padding"
+                "; a patch attends to patches of all tiles, to class tokens and to padding"
                 if shape.takes == "attended image"
                 else "; a patch attends to patches of its tile or window, and to nothing if all of "
                 "them are blocked; weights are sums over the patches of keys"
