@@ -33,9 +33,8 @@ mechdsl run examples/systems/03-countscope.mech
 Each row gives the claim of the publication, the results, and a verdict on the tiny model. A tiny
 model, trained for another task, needn't behave like a large one: nothing was tuned to confirm a
 claim. The `expect` lines of a file state its results, whether they confirm the claim or not. The
-page shows their values, with 95 % intervals if available. n is the number of independent units: of
-distinct prompts, or of the groups of `stats by`. The row numbers come from a longer list of
-publications.
+page shows their values, with 95 % intervals if available. n is the number of independent units:
+distinct prompts, or groups of `stats by`. The row numbers come from a longer list of publications.
 
 `make systems` runs all files and builds this page. `python -m tests.systems NN…` runs some.
 
