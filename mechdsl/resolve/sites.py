@@ -1479,14 +1479,14 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
 
 def _report_group(name: str, word: ast.Name, site: ast.Site, context: SiteContext) -> None:
     """Report E0207 for a group that a site names next to an axis, or that a list of sites names."""
-    reason = "is a group, to which no layers, heads or components are added"
+    reason = "is a group, which takes no layers, heads or components"
     hint = f"write `{name}` alone"
     if word.id in context.loops:
         hint = f"write `{word.id}` alone, in a `for` over groups only"
     elif not site.axes and len(site.names) == 1:
         reason = "is a group, and a group lists only sites"
-        hint = f"write a rule for `{name}` and one for other sites, which act together, or list "
-        hint += "them after `except`"
+        hint = f"write one rule for `{name}` and one for the other sites: rules of an experiment "
+        hint += "act together; after `except`, list the group and the sites"
     span = context.words.get((word.id, name), word.span)
     context.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
 
