@@ -81,8 +81,6 @@ class ExecutionProfile:
     """Number of tokens of the rows in each pass."""
     halved: int = 0
     """How often a pass ran out of memory and was repeated at half the size."""
-    recomputed: int = 0
-    """Number of prompts too long to store their activations for backward passes."""
     unpatched_seconds: float = 0.0
     patched_seconds: float = 0.0
 

@@ -673,6 +673,26 @@ def test_estimates_of_long_prompts_are_unchanged_by_recomputed_activations(
     assert "gradients" not in whole["e0"].conventions
 
 
+def test_recomputed_activations_are_counted_for_each_experiment(tmp_path: Path) -> None:
+    """Experiments without an estimator have no backward passes; others count their own prompts."""
+    lines = (
+        "from other into clean",
+        "patch attn_out layer * at last token",
+        measured(ONE, "delta"),
+    )
+    text = experiment("plain", "prompts p", *lines)
+    text += experiment("all", "prompts p", "using gradient_input", *lines)
+    text += experiment("few", "prompts p limit 2", "using gradient_input", *lines)
+    small = RunOptions(execution=ExecutionOptions(pass_tokens=5))
+    found = run_file(text, tmp_path, bare("gpt2"), small)
+    assert "gradients" not in found["plain"].conventions
+    counts = {name: len(found[name].row_ids or ()) for name in ("all", "few")}
+    for name, count in counts.items():
+        said = found[name].conventions["gradients"]
+        assert said.startswith(f"backward passes of {count} prompts ")
+    assert counts["all"] > counts["few"] == 2
+
+
 def test_autograd_failure_is_an_error_of_the_estimate_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

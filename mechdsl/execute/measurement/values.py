@@ -239,6 +239,8 @@ class MeasuredValues:
     """Number of rows of cells, run or not."""
     inert: int = 0
     """Number of these rows that can't differ from the base run by structure."""
+    recomputed: set[int] = field(default_factory=set[int])
+    """Rows of the table whose backward passes computed activations again, to save memory."""
     inactive: int = 0
     """Number of these rows whose changed features are 0 before and after, so that they equal the
     base run."""

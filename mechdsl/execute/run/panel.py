@@ -890,7 +890,6 @@ class PanelRunner:
                 continue
             is_long = tokens * n_layers > self.sizes.limit
             estimates.recompute(is_long)
-            self.profile.recomputed += len(prompts) * is_long
             try:
                 with measure_seconds() as seconds:
                     found = estimates.of(own, self.measured[key].base_of(plan, own))
@@ -902,6 +901,8 @@ class PanelRunner:
             except AutogradFailed as refused:
                 self._lose(plan, _report_autograd_failure(plan, refused))
                 return
+            if is_long:
+                self.measured[key].recomputed.update(prompts.tolist())
             self.profile.passed(tokens, seconds[0])
             self._store_pass([(member, found)])
             self._saw_no_value(member, found)

@@ -310,7 +310,7 @@ def collect_result(
             **({} if measured.listed or not plan.lists else {"top tokens": UNLISTED_TEXT}),
             **{f"model {other.name}": model_text(other) for other in read},
             **_accuracy_text(experiment, accuracies["accuracy_units"]),
-            **fallback_conventions(model, profile),
+            **fallback_conventions(model, measured, profile),
             **pass_size_convention(sizes.kept),
         },
         hashes={

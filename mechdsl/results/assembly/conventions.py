@@ -535,7 +535,9 @@ def _ignored_settings(model: LoadedModel) -> list[str]:
     ]
 
 
-def fallback_conventions(model: LoadedModel, profile: ExecutionProfile) -> dict[str, str]:
+def fallback_conventions(
+    model: LoadedModel, measured: MeasuredValues, profile: ExecutionProfile
+) -> dict[str, str]:
     """Describe deviations of the run from its plan."""
     found: dict[str, str] = {}
     if not model.restartable:
@@ -545,8 +547,8 @@ def fallback_conventions(model: LoadedModel, profile: ExecutionProfile) -> dict[
     if profile.halved:
         times = "once" if profile.halved == 1 else f"{profile.halved} times"
         found["memory"] = f"ran out {times}; passes were halved and run again"
-    if profile.recomputed:
-        prompts = count_noun(profile.recomputed, "prompt")
+    if measured.recomputed:
+        prompts = count_noun(len(measured.recomputed), "prompt")
         found["gradients"] = (
             f"backward passes of {prompts} computed activations again where possible, to save "
             "memory"
