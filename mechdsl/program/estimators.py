@@ -454,9 +454,8 @@ class RelevancePatching(_GradientTimesChange):
         "rule). An activation function f(x) is x times the constant f(x) / x (identity rule). Each "
         "factor of a product of two activations, as in a gated MLP, has half its gradient (half "
         "rule). Attention has its own gradients, as in the authors' code. For a `path`, these "
-        "coefficients also apply along its edges, as in `eap`. Models with experts and "
-        "encoder-decoders are rejected (E0608). One forward pass, and one backward pass per "
-        "measure, serve all cells."
+        "coefficients also apply along its edges, as in `eap`. Models with experts are rejected "
+        "(E0608). One forward pass, and one backward pass per measure, serve all cells."
     )
     source = "Jafari et al. 2025, arXiv 2508.21258"
     convention = (
@@ -484,9 +483,8 @@ class GradientInteractionModifications(_GradientTimesChange):
         "gradients. The size that a norm divides by is a constant. Gradients are divided by the "
         "number of interacting factors: by 4 at queries and keys, by 2 at values and at both "
         "factors of a gated MLP. For a `path`, these also apply along its edges, as in `eap`. "
-        "Models with experts, encoder-decoders, and models whose attention weights can't be "
-        "written are rejected (E0608). One forward pass, and one backward pass per measure, serve "
-        "all cells."
+        "Models with experts, and models whose attention weights can't be written, are rejected "
+        "(E0608). One forward pass, and one backward pass per measure, serve all cells."
     )
     source = "Edin et al. 2025, arXiv 2505.17630"
     convention = (

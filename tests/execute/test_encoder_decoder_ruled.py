@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mechdsl.program.estimators import ESTIMATORS
+
 from ..quick import in_turn, some
 from ..reference.decomposed import decompose
 from ..reference.gradients import Where
@@ -256,6 +258,11 @@ def test_estimates_of_paths_equal_gradients_along_edges(
             measure.patched - measure.base, expected, atol=1e-4, rtol=1e-3, err_msg=name
         )
         assert np.abs(expected).max() > 1e-3, name
+
+
+@pytest.mark.parametrize("name", [*KINDS, "cdt"])
+def test_documentation_of_these_estimators_rejects_no_encoder_decoders(name: str) -> None:
+    assert "ncoder-decoder" not in ESTIMATORS[name].documentation
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", pytest.param("mt5", marks=pytest.mark.slow)])
