@@ -61,17 +61,7 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
     every.extend(node for each in own for node in _in_tree(each))
     for node in {(node.span, node.of): node for node in every}.values():
         if node.of not in known and not _is_broken(node.of, parts):
-            listed = name_list(known)
-            hint = did_you_mean(node.of, [*known, *results], f"the file has {listed or 'none'}")
-            if node.of in parts.masks:
-                hint = f"`{node.of}` is a group: `top` selects from groups that `fit` chooses, as "
-                hint += "the site of a rule or after its `except`"
-            elif node.of in parts.groups or node.of in parts.circuits:
-                kind = "circuit" if node.of in parts.circuits else "group"
-                hint = (
-                    f"`{node.of}` is a {kind} that lists its members; `top` selects from results "
-                )
-                hint += "of an experiment, and from groups and circuits that `fit` chooses"
+            hint = _suggest_ranked(node.of, known, results, parts)
             problem = UnknownName(span=node.span, kind="experiment", name=node.of, hint=hint)
             scope.diagnostics.append(problem)
     _circles(ranked, scope)
@@ -91,6 +81,25 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
         )
         for e in parts.experiments
     ]
+
+
+def _suggest_ranked(
+    name: str, known: Collection[str], results: Mapping[str, str], parts: Definitions
+) -> str:
+    """Return the fix for `top n of NAME` with a name that is no experiment."""
+    mask = parts.masks.get(name)
+    if name in parts.positions or (mask is not None and mask.chooses_positions):
+        hint = f"`{name}` chooses positions, from which `top` doesn't select: "
+        return hint + f"write `at {name} tokens`"
+    if mask is not None:
+        hint = f"`{name}` is a group: `top` selects from groups that `fit` chooses, as "
+        return hint + "the site of a rule or after its `except`"
+    if name in parts.groups or name in parts.circuits:
+        kind = "circuit" if name in parts.circuits else "group"
+        hint = f"`{name}` is a {kind} that lists its members; `top` selects from results "
+        return hint + "of an experiment, and from groups and circuits that `fit` chooses"
+    listed = name_list(known) or "none"
+    return did_you_mean(name, [*known, *results], f"the file has {listed}")
 
 
 def _is_broken(name: str, parts: Definitions) -> bool:

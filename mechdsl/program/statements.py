@@ -278,6 +278,8 @@ class Statements:
             elif isinstance(node, ast.SpanRef) and self._chooses_positions(node.name):
                 if node.span not in whole or node.span.written != node.name:
                     self._reject_group(node.name, node.span, "names several positions")
+            elif isinstance(node, ast.SpanRef) and self._is_rejected(node.name):
+                self.unsupported = True  # perhaps a group of positions
             elif isinstance(node, ast.Site) and (name := node.basis_name) is not None:
                 if _takes_basis(statement, node):
                     known = name == ast.STANDARD_BASIS or name in {each.name for each in self.loops}
@@ -295,6 +297,11 @@ class Statements:
         file."""
         chosen = name in self.parts.masks and self.parts.masks[name].chooses_positions
         return chosen or name in self.parts.positions
+
+    def _is_rejected(self, name: str | None) -> bool:
+        """Whether a name is that of a group whose file or training has an error."""
+        group = self.parts.groups.get(name or "")
+        return group is not None and not group.sites and name not in self.parts.masks
 
     def _reject_group(self, name: str, span: Span, reason: str) -> None:
         """Report E0207 for a group of positions that isn't named as one."""

@@ -66,7 +66,7 @@ def find_node_problem(
     if effect == FAITHFULNESS.name:
         nodes = [rule for rule in rules if _has_exception(rule)]
         if not nodes:
-            return _name_forms(effect), ""
+            return _explain_positions(rules, program) or (_name_forms(effect), "")
     else:
         nodes = [rule for rule in rules if _find_masks(rule, experiment, program)]
         if not nodes:
@@ -126,15 +126,36 @@ def suggest_node_rule(experiment: spec.Experiment, effect: str, program: spec.Pr
     return f"write the rule `{rule}`, or measure `as delta`"
 
 
+def _find_named_positions(rules: Sequence[spec.Rule], program: spec.Program) -> str | None:
+    """Return the first group of positions that rules are at."""
+    places = {mask.name for mask in program.masks.values() if mask.chooses_positions}
+    places |= {*program.positions}
+    spans = (node.name for rule in rules for node in walk(rule.at) if isinstance(node, ast.SpanRef))
+    return next((name for name in spans if name in places), None)
+
+
+def _explain_positions(rules: Sequence[spec.Rule], program: spec.Program) -> tuple[str, str] | None:
+    """Return why a rule at a group of positions has no `faithfulness`, and a fix."""
+    place = _find_named_positions(rules, program)
+    if place is None:
+        return None
+    reason = f"`{place}` chooses positions, and `{FAITHFULNESS.name}` is defined for circuits and "
+    reason += "groups of sites"
+    others = "`as delta`" if place in program.positions else "`as completeness` or `as delta`"
+    return reason, f"measure {others}"
+
+
 def _explain_no_candidates(
     rules: Sequence[spec.Rule], effect: str, program: spec.Program
 ) -> tuple[str, str]:
     """Return why `completeness` has no run to compare with, and a fix."""
     named = [node.id for rule in rules if rule.site is not None for node in rule.site.names]
     group = next((name for name in named if name in program.groups), None)
-    places = {mask.name for mask in program.masks.values() if mask.chooses_positions}
-    spans = (node.name for rule in rules for node in walk(rule.at) if isinstance(node, ast.SpanRef))
-    place = next((name for name in spans if name in places), None)
+    place = _find_named_positions(rules, program)
+    if place in program.positions:
+        reason = f"`{effect}` of positions needs a group that this file trains, and `{place}` is "
+        reason += "read from a file"
+        return reason, f"write `group {place} = fit(mask(…), …)`, or measure `as delta`"
     if place is not None:
         reason = f"`{effect}` needs a rule at all positions of `{place}` together"
         return reason, f"write `at {place} tokens`, or measure `as delta`"

@@ -306,7 +306,7 @@ def lay_out_positions(
     found: PositionMatch | None = None
     for key, values in _loop_values(loops, work):
         found = find(values)
-        if found is None:
+        if found is None or (loops and not found.written):  # an error of this value
             return None
         if loops and len(found.written) > 1:
             work.diagnostics.append(
