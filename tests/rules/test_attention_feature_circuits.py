@@ -17,6 +17,7 @@ from mechdsl.diagnostics.rendering import render_full
 from mechdsl.resolve.circuits import CircuitDraws, EdgeGraph
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.types import BasisMember, FeatureNodes, SpannedBasis
+from mechdsl.show.reports import graph
 from mechdsl.show.reports.circuit_layout import list_edges as draw_edges
 
 from ..execute import support as of_files
@@ -349,6 +350,14 @@ def test_picture_and_conventions_of_a_circuit_name_its_attention_features(data: 
     ends = {end for each in drawn for end in (each.sender, each.receiver)}
     levels = {end.title: end.level for end in ends}
     assert levels["feature 3 of a"] == levels["L0 attention"] == (0, 2)
+    kinds = {end.title: end.kind for end in ends}
+    assert (kinds["L0 attention"], kinds["L0 MLP"]) == ("attention", "mlp")
+    assert graph.FILLS["attention"] not in {
+        graph.FILLS[kind] for kind in ("embed", "head", "mlp", "feature")
+    }
+    shapes, _ = graph.draw_circuit(graph.CircuitPicture(found.circuit, drawn))
+    assert shapes.count(f'fill="{graph.FILLS["attention"]}"') == 2  # the box, and the legend
+    assert ">rest of attention<" in shapes
     assert levels["L0H1"] < levels["feature 3 of a"] < levels["L0 MLP"]
     said = found.conventions["features of circuits"]
     assert said.startswith("1 feature of a, 1 feature of t; a feature of the output of attention")

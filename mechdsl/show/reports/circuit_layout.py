@@ -20,6 +20,7 @@ ComponentKind = Literal[
     "embed",
     "key-value",
     "head",
+    "attention",
     "mlp",
     "neuron",
     "logits",
@@ -44,6 +45,7 @@ NODE_HEIGHT: Mapping[ComponentKind, float] = {
     "embed": 24,
     "key-value": 20,
     "head": 36,
+    "attention": 24,
     "mlp": 24,
     "neuron": 24,
     "logits": 24,
@@ -219,7 +221,7 @@ def _component(
     if match[2] is None:
         level = layer, 1 if circuit.parallel else _MLP_ROW
         if match[4] is not None:  # the rest of the output of attention
-            return Component(label, "mlp", (layer, 2), said=f"L{layer} attention"), None
+            return Component(label, "attention", (layer, 2), said=f"L{layer} attention"), None
         if match[5] is not None:
             return Component(label, "neuron", level, int(match[5])), None
         return Component(label, "mlp", level), None

@@ -52,6 +52,7 @@ FILLS: dict[ComponentKind, str] = {
     "embed": "#eeeeee",
     "key-value": "#f4f4f4",
     "head": "#fde9d0",
+    "attention": "#ece6f5",
     "mlp": "#e3f3e6",
     "neuron": "#e3f3e6",
     "logits": "#eeeeee",
@@ -525,6 +526,7 @@ def _legend(found: CircuitPicture, write: Callable[[float], str]) -> tuple[str, 
     }
     names: dict[ComponentKind, str] = {
         "head": "head",
+        "attention": "rest of attention",
         "mlp": "MLP",
         "neuron": "neuron",
         "key-value": "key or value",
