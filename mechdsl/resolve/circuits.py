@@ -217,6 +217,7 @@ def resolve_circuit(
         waits=circuit.is_open and circuit.source is None and not known,
         others=dict(_list_other_scores(edges, named.values())),
         place_texts=edges.place_texts,
+        prompts=edges.prompts,
     )
 
 
@@ -316,6 +317,8 @@ class CircuitEdges(Record):
     """The scores of edges at their positions; empty without scores."""
     place_texts: tuple[str, ...] = ()
     """As in `CircuitTargets`."""
+    prompts: tuple[str, ...] = ()
+    """As in `CircuitTargets`."""
 
 
 def find_circuit_edges(
@@ -373,8 +376,8 @@ def find_circuit_edges(
     if saved is not None:
         made += f"; {_describe_prompts(circuit.name, saved, work)}"
     given = tuple(every), tuple(edges), scores, tuple(parts.places), digest, made, neurons, features
-    texts = tuple(parts.place_texts)
-    return CircuitEdges(*given, listed=tuple(listed), by_place=by_place, place_texts=texts)
+    last = tuple(listed), by_place, tuple(parts.place_texts), saved.prompts if saved else ()
+    return CircuitEdges(*given, *last)
 
 
 def _describe_prompts(name: str, saved: SavedCircuit, work: ExperimentContext) -> str:

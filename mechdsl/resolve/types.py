@@ -1104,6 +1104,8 @@ class CircuitTargets(Record):
     ablated at every token."""
     place_texts: tuple[str, ...] = field(default=(), compare=False)
     """`edge_places` as a file names them; empty texts for those that depend on a parameter."""
+    prompts: tuple[str, ...] = field(default=(), compare=False)
+    """Digests of the prompts that its edges were chosen on, if its file has them."""
 
     @property
     def edge_places(self) -> tuple[PositionCell, ...]:

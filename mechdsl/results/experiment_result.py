@@ -231,7 +231,7 @@ class ResultCircuit(Record):
     dictionaries: tuple[tuple[str, str], ...] = ()
     """The name of each dictionary whose features are nodes, with its SHA-256."""
     prompts: tuple[str, ...] = ()
-    """Digests of the prompts that a training chose its edges on."""
+    """Digests of the prompts that its edges were chosen on, by a training or as in its file."""
     others: tuple[tuple[str, str], ...] = ()
     """The other edges of the model that a training scored."""
     other_scores: tuple[float, ...] = ()

@@ -510,6 +510,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "others": SHOWN,
         "dead": SHOWN,
         "place_texts": SHOWN,
+        "prompts": SHOWN,
     },
     ExternalRun: {"part": "`table` contains its rows"},
     ResolvedMeasure: {

@@ -134,5 +134,10 @@ def test_graph_file_names_the_rows_of_its_training(tmp_path: Path) -> None:
     mask = json.loads((tmp_path / "out" / "c" / "mask.json").read_text("utf-8"))
     assert json.loads((tmp_path / "c.json").read_text("utf-8"))["prompts"] == mask["prompts"]
     own = read.replace("out/c/mask.json", "c.json")
+    exported = use("circuit", "more limit 4", 'report graph to "again.json"')
+    _, shared = run(write(tmp_path, own, exported))
+    assert len(shared) == 1
+    assert json.loads((tmp_path / "again.json").read_text("utf-8"))["prompts"] == mask["prompts"]
+    own = own.replace("c.json", "again.json")
     _, shared = run(write(tmp_path, own, use("circuit", "more limit 4")))
     assert len(shared) == 1

@@ -382,7 +382,8 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         dictionaries=tuple(
             (name, own.digest) for name, own in operands.items() if isinstance(own, DictionaryFile)
         ),
-        prompts=tuple(row.digest for table in trained for row in table.runs[spec.CLEAN].rows),
+        prompts=found.prompts
+        or tuple(row.digest for table in trained for row in table.runs[spec.CLEAN].rows),
         others=tuple((label_node(of), label_node(to)) for of, to in found.others),
         other_scores=tuple(found.others.values()),
         named_places=tuple(
