@@ -1041,7 +1041,8 @@ def _number_ranges(
         name = item.low.name
         low = item.low.value if name is None else {**context.parameters, **values}.get(name)
         if not isinstance(low, int):
-            _report_exception(item, f"is `{low}`, not a number", context)
+            hint = "write a number, such as `except 3`"
+            _report_exception(item, f"is `{low}`, not a number", context, hint=hint)
             return None
         high = low if item.high is None else item.high.value or 0
         found[key] = range(low, high + 1)
@@ -1070,19 +1071,25 @@ def exclude_values(
         first = tuple(at[name] for name in found.loops)
         own = {k: chosen for k, chosen in found.choices.items() if k[: len(first)] == first}
         every = {value for chosen in own.values() for value in chosen}
-        gone: set[int] = set()
+        named_by = dict[Span, set[int]]()  # the numbers of a group share its span
         for each, (names, ranges) in zip(numbers, read, strict=True):
-            left = every & set(ranges[tuple(at[name] for name in names)])
+            common = every & set(ranges[tuple(at[name] for name in names)])
+            named_by.setdefault(each.span, set()).update(common)
+        gone = set[int]().union(*named_by.values())
+        for each in numbers:
             group = context.groups.get(each.span.written.split()[0])
             is_chosen = group is not None and bool(group.choices)  # by a training
             is_chosen |= isinstance(each, ast.Site)
-            if not left and not is_chosen:
+            if not named_by[each.span] and not is_chosen:
                 reason = f"names no coordinate of the rule{loop_hint(values)}"
-                _report_exception(each, reason, context)
+                _report_exception(each, reason, context, hint=_coordinate_hint(every, gone))
                 return None
-            gone |= left
         if gone == every:
-            _report_exception(numbers[0], f"leaves no coordinate{loop_hint(values)}", context)
+            hint = "remove `except`, or add coordinates to the rule"
+            if len(every) > 1:
+                hint = f"name fewer coordinates, such as `except {min(every)}`"
+            reason = f"leaves no coordinate{loop_hint(values)}"
+            _report_exception(numbers[0], reason, context, hint=hint)
             return None
         for k, chosen in own.items():
             kept = tuple(value for value in chosen if value not in gone)
@@ -1095,6 +1102,19 @@ def exclude_values(
         (*each[:-1], kept.index(each[-1])): own for each, own in choices.items() if each[-1] in kept
     }
     return AxisValues(loops, sweep, numbered)
+
+
+def _coordinate_hint(every: set[int], gone: set[int]) -> str:
+    """Return a fix for an exception without a coordinate of the rule.
+
+    Args:
+        every: The coordinates of the rule.
+        gone: Those that other exceptions leave out.
+    """
+    left = every - gone
+    if len(left) < 2:
+        return "remove it: the rule has no further coordinate to leave out"
+    return f"name coordinates that the rule writes, such as `except {min(left)}`"
 
 
 def _report_exception(

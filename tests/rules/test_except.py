@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.source import Source
+from mechdsl.diagnostics.rules import BadException
 from mechdsl.execute.run_record import ExecutionProfile
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.resolve.cells import Coord
@@ -35,6 +36,7 @@ from .support import (
     rows,
     run_file,
     tokens,
+    try_file,
     unpatched,
     worked_out,
 )
@@ -489,7 +491,10 @@ def test_integrated_gradients_with_except_equal_listed_heads(data: Path) -> None
 
 FEATURES = """group some = features 3, 5..6 of f
 group others = features 3 of g
+group partly = features 5, 11 of f
+group outside = features 10, 11 of f
 """
+NAME_OTHERS = "name coordinates that the rule writes, such as"
 
 
 def with_dictionaries(data: Path, rule: str) -> str:
@@ -511,6 +516,38 @@ def test_excluded_group_of_features_equals_its_numbers(data: Path, site: str) ->
     )  # fmt: skip
     np.testing.assert_array_equal(found, wanted)
     assert np.unique(wanted).size > 1
+
+
+def test_features_of_an_excluded_group_outside_the_rule_are_ignored(data: Path) -> None:
+    """A group is one exception, as it is for heads; features that are listed are several."""
+    found, wanted = (
+        values_of(run_file(with_dictionaries(data, f"patch features 3..7 of f except {given}"),
+                       data, "llama", "planned")["e"])
+        for given in ("partly", "5")
+    )  # fmt: skip
+    np.testing.assert_array_equal(found, wanted)
+    for given in ("outside", "partly, outside", "5, 11"):
+        text = with_dictionaries(data, f"patch features 3..7 of f except {given}")
+        assert "E0343" in codes(text, data)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fix"),
+    [
+        ("features 3..7 of f except 11", f"{NAME_OTHERS} `except 3`"),
+        ("features 3..7 of f except outside", f"{NAME_OTHERS} `except 3`"),
+        ("features 3..7 of f except 3, 11", f"{NAME_OTHERS} `except 4`"),
+        (
+            "features 3, 5 of f except 3, 11",
+            "remove it: the rule has no further coordinate to leave out",
+        ),
+        ("features 3, 5 of f except 3, 5", "name fewer coordinates, such as `except 3`"),
+        ("feature 3 of f except 3", "remove `except`, or add coordinates to the rule"),
+    ],
+)
+def test_fixes_of_exceptions_name_coordinates_of_the_rule(data: Path, rule: str, fix: str) -> None:
+    _, found = try_file(with_dictionaries(data, f"patch {rule}"), data, "llama")
+    assert [each.hint for each in found if isinstance(each, BadException)] == [fix]
 
 
 def test_excluded_group_of_features_of_another_basis_is_an_error(data: Path) -> None:
