@@ -603,13 +603,15 @@ def find_untrained(
     """Return E0642 for each basis of an experiment that isn't trained.
 
     Args:
-        tried: Those that the run itself searched for, as for `search` and `discover`.
+        tried: Those that the run itself searched for, as for `search` and `discover`. They aren't
+            reported if another basis isn't trained: either they need it, or E0643 reports them.
     """
-    return [
-        report_untrained(fit, has_store=has_store, was_tried=has_store and fit.basis in tried)
-        for fit in find_fits([experiment]).values()
-        if not fit.file.is_trained
-    ]
+    missing = [fit for fit in find_fits([experiment]).values() if not fit.file.is_trained]
+    found = [fit for fit in missing if has_store and fit.basis in tried]
+    others = [fit for fit in missing if fit not in found]
+    if others:
+        return [report_untrained(fit, has_store=has_store) for fit in others]
+    return [report_untrained(fit, has_store=True, was_tried=True) for fit in found]
 
 
 def list_untrained(checked: CheckedFile, *, has_store: bool) -> list[Diagnostic] | None:

@@ -139,6 +139,8 @@ def _train_missing(
     done: list[TrainedFit] = []
     problems: list[Diagnostic] = []
     tried: set[str] = set()
+    if discovered and any(fit.waits for fit in fits_of_file(checked, discovered=True).values()):
+        checked = attach_fits(checked, options, loaded)  # the nodes may be features of a basis
     while True:
         declared = fits_of_file(checked, discovered=discovered)
         fits = {name: fit for name, fit in declared.items() if name not in tried}
@@ -152,6 +154,8 @@ def _train_missing(
         if len(ready) == len(fits):
             return done, problems
         checked = attach_fits(checked, options, loaded)
+    if discovered:  # the run reports what isn't trained
+        return done, problems
     hint = "see the other problem"
     reason = "a basis or group that it needs isn't trained"
     problems += [_failed(fit, reason, hint) for fit in fits.values()]

@@ -237,6 +237,59 @@ def test_run_trains_only_what_experiments_discover(tmp_path: Path, command: Comm
     assert " c  " not in command(*arguments).err
 
 
+SPLIT = BLOCK.replace("  corrupt abd", "  split 50%\n  corrupt abd")
+TRAINED = (
+    "basis a = fit(sae(features: 8, k: 2), prompts: ioi.train, limit: 12, steps: 4) "
+    "at mlp_out layer 0 at tokens *\n"
+)
+NODES = {"features": ("features of a", ""), "group": ("g", "group g = features 1..5 of a\n")}
+
+
+@pytest.mark.parametrize("kind", some(NODES, ["features"]))
+def test_run_discovers_a_circuit_of_a_trained_dictionary(
+    kind: str, tmp_path: Path, command: Command
+) -> None:
+    """After `fit`, it trains the circuit only if its statement changed, without a warning."""
+    nodes, group = NODES[kind]
+    store = tmp_path / "store"
+
+    def changed(using: str) -> Path:
+        text = discovers(using, "against none", nodes=f"heads, mlps, {nodes}")
+        return write(tmp_path, TRAINED + group, text, block=SPLIT)
+
+    assert command("fit", changed(EAP), "--store", store).status == 0
+    fitted = command("run", changed(EAP), "--store", store)
+    assert (fitted.status, "error" in fitted.err, " c  " in fitted.err) == (0, False, False)
+    shown = command("run", changed("eap top 11 edges"), "--store", store)
+    assert (shown.status, "error" in shown.err, " c  " in shown.err) == (0, False, True)
+    assert " a  " not in shown.err
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        own = mechdsl.run(changed("eap top 10 edges"), store=store)["e"]
+    assert not [each for each in found if "E0643" in str(each.message)]
+    expected = mechdsl.run(changed("eap top 10 edges"), store=tmp_path / "other", fit=True)["e"]
+    np.testing.assert_array_equal(own.measures[0].patched, expected.measures[0].patched)
+    assert own.conventions["circuit c"] == expected.conventions["circuit c"]
+
+
+def test_circuit_of_an_untrained_dictionary_is_one_error(tmp_path: Path, command: Command) -> None:
+    rest = (
+        "experiment rest {\n  prompts ioi.test limit 12\n  from abc into clean\n"
+        f"  ablate all but c at tokens * with abc\n  measure {DIFFERENCE} as delta\n"
+        "  against none\n}\n"
+    )
+    text = discovers(nodes="heads, mlps, features of a")
+    path = write(tmp_path, TRAINED, text, rest, block=SPLIT)
+    shown = command("run", path, "--store", tmp_path / "store")
+    assert shown.status == 2
+    assert shown.err.count("error[") == 1
+    assert "error[E0642]: `a` isn't trained" in shown.err
+    assert "mechdsl run --fit" in shown.err
+    with pytest.raises(mechdsl.MechdslError) as found:
+        mechdsl.run(path, store=tmp_path / "store")
+    assert [each.code for each in found.value.diagnostics] == ["E0642"]
+
+
 def test_circuit_is_known_in_other_experiments(tmp_path: Path) -> None:
     more = (
         "experiment rest {\n  prompts ioi limit 12\n  from abc into clean\n"
