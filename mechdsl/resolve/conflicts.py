@@ -65,6 +65,12 @@ NO_ESTIMATE_HINT = "remove `using`, so that each cell is run"
 
 OTHER_ESTIMATOR_HINT = "write `using gradient_input`"
 
+_NO_BLOCK_ESTIMATE = (
+    "no estimator estimates the effect of a replaced block",
+    "remove `using`, or move the rule to another experiment",
+)
+"""The reason and the hint for a rule that replaces a block."""
+
 FLAT_UNITS = ("rank", "share")
 """Units of metrics that are piecewise constant."""
 
@@ -261,6 +267,9 @@ def _of_rule(
     own = rule.spec
     verb = own.verb if own.observed is None else f"observe {own.observed.word}"
     shape = experiment.model.shape
+    if rule.does.changes == "blocks":
+        yield _no_estimate(said, own.span, f"`{verb}`", *_NO_BLOCK_ESTIMATE)
+        return
     if rule.in_vision and (problem := _explain_no_vision_estimate(rule, said, shape)) is not None:
         yield _no_estimate(said, own.span, f"`{verb}` in the vision encoder", *problem)
         return
