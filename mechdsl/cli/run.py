@@ -494,8 +494,8 @@ def run(
 def _train_first(
     files: list[CheckedFile], options: RunOptions, stores: StoreOptions, *, discovered: bool
 ) -> int | None:
-    """Train what files declare; return an exit status only if that was interrupted. What can't be
-    trained is reported, and the experiments that need it aren't run.
+    """Train what files declare; return an exit status only if that was interrupted or can't begin.
+    Other failures are reported, and the experiments that need the trainings aren't run.
 
     discovered: train only the circuits that experiments discover.
     """
@@ -517,9 +517,11 @@ def _train_first(
             continue
         try:
             own = replace(options, fresh=False)
-            done, _, _ = train_with_bar(checked, own, stores, discovered=discovered)
+            done, _, status = train_with_bar(checked, own, stores, discovered=discovered)
         except KeyboardInterrupt as error:
             return report_interruption(error, CONTINUES)
+        if status == INVALID_INPUT:  # trainings without a store
+            return status
         trained = [each for each in done if each.seconds]
         if trained:
             print_trained_fits(trained, make_console(stderr=True))

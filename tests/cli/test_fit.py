@@ -111,3 +111,10 @@ def test_finished_fit_exits_with_status_0(
     path.write_text(TEXT.replace("rate: 0.99", "rate: 0.02"), "utf-8")
     done = command("fit", path, *store)
     assert (done.status, done.err) == (0, "")
+
+
+def test_run_fit_without_a_store_reports_only_e0208(command: Command, path: Path) -> None:
+    done = command("run", "--fit", "--no-store", path)
+    assert done.status == 2
+    assert "error[E0208]: trainings are kept in a store, and this run has none" in done.err
+    assert "E0642" not in done.err
