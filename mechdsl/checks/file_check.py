@@ -204,6 +204,13 @@ class BrokenLines:
         found = {axis for axis in AXIS_WORDS if closest_name(axis, words)}  # even if misspelt
         return frozenset({*found, *(f"to_{axis}" for axis in found), *_POSITION_AXES})
 
+    def names_lost_before(self, span: Span | None) -> bool:
+        """Whether the text before a span, in the same line, names a lost definition."""
+        if span is None:
+            return False
+        line = span.source.text[: span.start].rpartition("\n")[2]
+        return not self.names.isdisjoint(_WORD.findall(line))
+
     def cause(self, diagnostic: Diagnostic) -> bool:
         """Whether one of the lost lines may be the cause of a diagnostic of another line."""
         if diagnostic.span is None:
@@ -234,6 +241,8 @@ class BrokenLines:
                 return block in self.wrong
             case MissingLine(what=what) if what in self.lost_words:
                 return True  # `model gpt = "gpt2"`
+            case UnknownWord(kind="fill of an ablation", span=span) if self.names_lost_before(span):
+                return True  # the edges of a circuit carry a run
             case _ if isinstance(diagnostic, _MISSING):
                 return block in self.wrong
             case _:
