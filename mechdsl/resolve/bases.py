@@ -14,7 +14,12 @@ from mechdsl.base.records import Record, record
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.names import BadArgument
-from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere, DictionaryOfAnotherModel
+from mechdsl.diagnostics.rules import (
+    BadBasis,
+    DictionaryElsewhere,
+    DictionaryOfAnotherModel,
+    NotOnAPath,
+)
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.dictionaries.folder import (
     CONFIG_FILE,
@@ -416,7 +421,7 @@ def resolve_rule(
     before = len(work.diagnostics)
     features = rule.site.coordinates
     site = _written_site(rule.site, definitions[0], work)
-    found = resolve(rule.model_copy(update={"site": site}), work)
+    found = _resolve_at(site, resolve, rule, work)
     if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
         return None
     looks = found.does.changes == "nothing"
@@ -1045,6 +1050,22 @@ def _coordinate_names(site: ast.Site, features: ast.Axis, work: ExperimentContex
     written = [each.span.written for each in number_exceptions(site, work.sites)]
     numbers = ", ".join(dict.fromkeys(written))  # a group stands for several numbers
     return f"{own} except {numbers}" if numbers else own
+
+
+def _resolve_at(
+    site: ast.Site,
+    resolve: Callable[[spec.Rule, ExperimentContext], ResolvedRule | None],
+    rule: spec.Rule,
+    work: ExperimentContext,
+) -> ResolvedRule | None:
+    """Resolve a rule at the site of its basis; E0334 is located in the rule, not in the basis."""
+    assert rule.site is not None
+    before = len(work.diagnostics)
+    found = resolve(rule.model_copy(update={"site": site}), work)
+    for at, each in enumerate(work.diagnostics[before:], before):
+        if isinstance(each, NotOnAPath) and each.span == site.span:
+            work.diagnostics[at] = replace(each, span=rule.site.span)
+    return found
 
 
 def _written_site(

@@ -536,6 +536,7 @@ def _build_context(
             if isinstance(node, ast.Name)
         },
         circuits=program.circuits,
+        bases=program.bases,
     )
     named = {*SITES, *program.groups, *program.circuits}
     diagnostics.extend(_find_component_loops(experiment, loops, named))

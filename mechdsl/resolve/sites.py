@@ -99,6 +99,8 @@ class SiteContext:
     """Source locations of the words that a `for` runs over, by variable and word."""
     circuits: Collection[str] = ()
     """Names of circuits, which only ablations take."""
+    bases: Collection[str] = ()
+    """Names of bases, whose features are sites."""
     partial_layers: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Each `*` of layers that leaves out blocks without the site, as written, with the layers."""
 
@@ -1482,6 +1484,12 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
             isinstance(each, BadLoopValue) and each.name == word.id for each in context.diagnostics
         ):
             return None  # a stand-in for values that are reported
+        if kind is None and name in context.bases and word.id not in context.loops:
+            reason = "is a basis, and rules name its features"
+            hint = f"write `features * of {name}`"
+            bad = BadArgument(span=word.span, name=str(name), reason=reason, hint=hint)
+            context.diagnostics.append(bad)
+            return None
         if kind is None:
             others = (*context.groups, *context.circuits, *context.loops)
             span = context.words.get((word.id, str(name)), word.span)
