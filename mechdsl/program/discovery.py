@@ -26,7 +26,7 @@ from mechdsl.program.bases import NODES_EXAMPLE
 from mechdsl.program.effect_trainers import NODE_EXAMPLE
 from mechdsl.program.references import all_tokens
 from mechdsl.program.spec import CLEAN
-from mechdsl.program.trainers import TRAINERS, EdgeScoreTrainer, EdgeSearchTrainer
+from mechdsl.program.trainers import BOTH_NODES, TRAINERS, EdgeScoreTrainer, EdgeSearchTrainer
 from mechdsl.program.trainings import DISCOVERED_SHARE, find_unsplit_blocks, with_split
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite
@@ -268,8 +268,9 @@ def _candidate_problems(line: ast.Discover, groups: Collection[str] | None) -> I
         more = "".join(f", {each.span.written}" for each in further)
         yield _wrong(line.over[0], reason, f"write `over heads, mlps{more}`")
     if len(further) > 1 and any(isinstance(each, ast.Name) for each in further):
-        reason = "takes its neurons and features from one group"
-        yield _wrong(further[1], reason, "define one group that has all of them, and name it alone")
+        reason = "takes either dictionaries or one group of neurons or features"
+        hint = "define one group that has all neurons, or all features, and name it alone; "
+        yield _wrong(further[1], reason, f"{hint}{BOTH_NODES}")
     written = [each.span.written for each in line.over]
     if len(set(written)) < len(written):
         twice = next(each for n, each in enumerate(line.over) if written[n] in written[:n])

@@ -33,7 +33,7 @@ from mechdsl.program import spec
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import constant_value
 from mechdsl.program.statements import join_features
-from mechdsl.program.trainers import SearchLevel
+from mechdsl.program.trainers import BOTH_NODES, SearchLevel
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import counts_from_end, list_token_places
 from mechdsl.resolve.circuit_files import (
@@ -560,6 +560,7 @@ def _resolve_named_nodes(
         if reason and not has_errors(work.diagnostics[before:]):
             hint = "name neurons or features only: `group g = L0N3, L0N97`, "
             hint += "`group g = features 3, 12 of f`"
+            hint += f"; {BOTH_NODES}" if reason == _MIXED_NODES else ""
             bad = BadArgument(span=site.span, name=name, reason=reason, hint=hint)
             work.diagnostics.append(bad)
             return _NamedNodes()
@@ -567,11 +568,17 @@ def _resolve_named_nodes(
     return _NamedNodes(list_neurons([(each, each) for each in found]), _list_features(found, parts))
 
 
+_MIXED_NODES = "has features and other sites, and a training chooses neurons or features"
+
+
 def _explain_no_nodes(name: str, groups: Mapping[str, spec.Group]) -> str:
     """Return why a group can't be the nodes of a training, whatever the model; empty if it may."""
     if name not in groups:
         return "is a group of positions"
-    for site in groups[name].sites:
+    sites = groups[name].sites
+    if any(site.coordinates is not None for site in sites) and not groups[name].names_features:
+        return _MIXED_NODES
+    for site in sites:
         if any(isinstance(node, ast.RankedSelection) for node in walk(site)):
             return "depends on the results of an experiment, and a training can't"
         for own in site.names:

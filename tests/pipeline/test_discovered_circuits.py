@@ -355,12 +355,22 @@ ERRORS = {
     "two groups": (
         GROUPS + discovers(nodes="heads, mlps, few, cells"),
         "E0207",
-        "define one group that has all of them",
+        "define one group that has all neurons, or all features, and name it alone",
     ),
     "group and dictionary": (
         GROUPS + discovers(nodes="heads, mlps, features of f, few"),
         "E0207",
-        "define one group that has all of them",
+        "define one group that has all neurons, or all features, and name it alone",
+    ),
+    "neurons and a dictionary": (
+        GROUPS + discovers(nodes="heads, mlps, features of f, cells"),
+        "E0207",
+        "to have both, define a circuit by its edges",
+    ),
+    "features and neurons in one group": (
+        GROUPS + "group both = cells, features 1 of t\n" + discovers(nodes="heads, mlps, both"),
+        "E0207",
+        "to have both, define a circuit by its edges",
     ),
     "twice": (
         GROUPS + discovers(nodes="heads, mlps, features of f, features of f"),

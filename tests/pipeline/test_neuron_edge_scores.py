@@ -250,7 +250,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "basis f = fit(sae(features: 8, k: 2), prompts: p, steps: 1) at mlp_out layer 1\n"
         "group g = L0N3, features 0, 2 of f",
         "E0207",
-        "features",
+        "has features and other sites, and a training chooses neurons or features",
     ),
     "another site": (SOME, "group g = resid_post layer 0", "E0334", "resid_post"),
     "picks": (
