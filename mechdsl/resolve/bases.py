@@ -1127,9 +1127,12 @@ def _check_sending_features(
         reason = f"`{name}` isn't a dictionary, and a path starts at features of one"
         raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
     if other is not None:
-        reason = f"`{name}` describes `{other}`, and a path starts at features of the output of an "
+        reason = f"`{name}` describes `{other}`, and a path starts at features of an output that "
+        reason += "it holds: MLPs are held at `mlp_out`, attention at its heads (`z`)"
+        if " " in other:
+            reason = f"`{name}` describes `{other}`, and no path starts at features of this stack"
         hint = "use a dictionary `at mlp_out layer 0`, or name the sender without features: "
-        raise BasisError(site, f"{reason}MLP", f"{hint}`path {other} … -> …`")
+        raise BasisError(site, reason, f"{hint}`path {other} … -> …`")
     if any(isinstance(own, DictionaryFile) and own.crosses_layers for own in operands):
         reason = f"the features of `{name}` write to several layers, and a path starts in one"
         raise BasisError(site, reason, "use a transcoder of one layer")

@@ -245,6 +245,7 @@ def test_paths_of_features_equal_plain_hooks(data: Path, name: str, mode: str, k
     ("rule", "code", "reason"),
     [
         ("path feature 3 of r -> logits", "E0342", "describes `resid_post`"),
+        ("path feature 3 of h -> logits", "E0342", "MLPs are held at `mlp_out`, attention at its"),
         ("path resid_post layer 0 in basis q -> logits", "E0342", "isn't a dictionary"),
         ("path mlp_out layer 1 dims 0..3 -> logits", "E0108", "`dims`"),
         ("path feature 3 of f -> mlp_norm layer 1", "E0335", "no path leads"),
@@ -258,6 +259,7 @@ def test_path_that_cannot_start_at_features_is_an_error(
     dictionaries(data, "llama", "standard")
     text = definitions("llama", "standard")
     text += 'basis r = sae("llama_standard/sae") at resid_post layer 1\n'
+    text += 'basis h = sae("llama_standard/sae") at attn_out layer 1\n'
     text += "basis q = pca(p, dims: 3) at resid_post layer 0 at last token\n"
     text += experiment("e", "from longer into clean", f"{rule} at last token")
     result, diagnostics = try_file(text, data, "llama")
