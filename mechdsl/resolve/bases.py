@@ -694,7 +694,7 @@ def _check_feature_nodes(site: ast.Site, point: SitePoint, member: BasisMember) 
     attention."""
     own, name = member.operand, site.basis_name
     if not isinstance(own, DictionaryFile):
-        reason = f"`{name}` isn't a dictionary, and nodes of circuits are features of one"
+        reason = f"`{name}` isn't a dictionary, and nodes of circuits are features of dictionaries"
         raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
     if own.crosses_layers:
         reason = (
@@ -1124,7 +1124,7 @@ def _check_sending_features(
     other = next((point.site for point in points if point.site != "mlp_out"), None)
     operands = [member.operand for here in bases for member in here.values()]
     if not all(isinstance(own, DictionaryFile) for own in operands):
-        reason = f"`{name}` isn't a dictionary, and a path starts at features of one"
+        reason = f"`{name}` isn't a dictionary, and a path starts at features of dictionaries"
         raise BasisError(site, reason, 'use `sae("folder")` or `transcoder("folder")`')
     if other is not None:
         reason = f"`{name}` describes `{other}`, and a path starts at features of an output that "

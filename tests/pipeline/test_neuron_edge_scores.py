@@ -243,7 +243,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         SOME,
         "basis f = pca(p, dims: 3) at mlp_out layer 0\ngroup g = features 0, 2 of f",
         "E0342",
-        "`f` isn't a dictionary, and nodes of circuits are features of one",
+        "`f` isn't a dictionary, and nodes of circuits are features of dictionaries",
     ),
     "features and neurons": (
         SOME,

@@ -546,7 +546,10 @@ def fallback_conventions(
         found["planner"] = "every row is a full forward pass through encoder and decoder"
     if profile.halved:
         times = "once" if profile.halved == 1 else f"{profile.halved} times"
-        found["memory"] = f"ran out {times}; passes were halved and run again"
+        found["memory"] = (
+            f"ran out {times}, here or in experiments that share passes; passes were halved and "
+            "run again"
+        )
     if measured.recomputed:
         prompts = count_noun(len(measured.recomputed), "prompt")
         found["gradients"] = (
