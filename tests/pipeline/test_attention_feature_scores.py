@@ -11,12 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
-from mechdsl.execute.mask_training import find_circuit
-from mechdsl.execute.training import TrainingJob
-from mechdsl.planner.training_cost import training_cost
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.types import FeatureNode
 
@@ -35,7 +31,16 @@ from ..rules.test_attention_feature_circuits import (
     edges_of,
     nodes_of,
 )
-from .test_edge_scores import CALLS, RULED, SOURCES, WHERE, compare_scores, fit, open_rows
+from .test_edge_scores import (
+    CALLS,
+    RULED,
+    SOURCES,
+    WHERE,
+    check_planned_cost,
+    compare_scores,
+    fit,
+    open_rows,
+)
 from .test_trained_circuits import PATCHES
 from .test_trained_dictionaries import check_keys, experiment, write
 from .test_trained_rotations import LOSS, loss_by_hand
@@ -132,13 +137,7 @@ def test_planned_cost_of_scores_of_attention_features_is_within_a_factor_of_two(
 ) -> None:
     nodes_of(tmp_path, "llama", "standard")
     path = write(tmp_path, group_of("llama", "standard"), fit(HALF, call=call), PATCHES)
-    mask, found = open_rows(path, double("llama"))
-    price = training_cost("c", mask, found.objective, found.model.shape)
-    monkeypatch.setattr(TrainingJob, "write_card", lambda *_: None)
-    job = TrainingJob(tmp_path, {}, tmp_path, lambda: False, lambda *_: None)
-    with FlopCounterMode(display=False) as flops:
-        find_circuit(mask, found, job)
-    assert 1 / 2 < 2 * price.cost.multiply_adds / flops.get_total_flops() < 2
+    check_planned_cost(path, "llama", monkeypatch)
 
 
 def test_key_of_a_circuit_of_attention_features_depends_on_them(

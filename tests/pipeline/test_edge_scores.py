@@ -460,13 +460,24 @@ def check_resumed_scoring(
     assert again.report == whole.report
 
 
+def check_planned_cost(path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Check that a training takes between half and twice the planned multiply-adds; return the
+    number of planned backward passes."""
+    mask, found = open_rows(path, double(family))
+    price = training_cost("c", mask, found.objective, found.model.shape)
+    monkeypatch.setattr(TrainingJob, "write_card", lambda *_: None)
+    job = TrainingJob(path.parent, {}, path.parent, lambda: False, lambda *_: None)
+    with FlopCounterMode(display=False) as flops:
+        find_circuit(mask, found, job)
+    assert 1 / 2 < 2 * price.cost.multiply_adds / flops.get_total_flops() < 2
+    return price.cost.backwards
+
+
 @pytest.mark.parametrize("call", some(CALLS, CALLS[1:2]))
 def test_planned_cost_of_edge_scores_is_within_a_factor_of_two(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path, fit(call=call), PATCHES)
-    mask, found = open_rows(path, double("gpt2"))
-    price = training_cost("c", mask, found.objective, found.model.shape)
     backwards: list[int] = []
     real = circuits.compute_gradients
 
@@ -475,12 +486,7 @@ def test_planned_cost_of_edge_scores_is_within_a_factor_of_two(
         return real(total, *given, **options)
 
     monkeypatch.setattr(circuits, "compute_gradients", counted)
-    monkeypatch.setattr(TrainingJob, "write_card", lambda *_: None)
-    job = TrainingJob(tmp_path, {}, tmp_path, lambda: False, lambda *_: None)
-    with FlopCounterMode(display=False) as flops:
-        find_circuit(mask, found, job)
-    assert price.cost.backwards == len(backwards)
-    assert 1 / 2 < 2 * price.cost.multiply_adds / flops.get_total_flops() < 2
+    assert check_planned_cost(path, "gpt2", monkeypatch) == len(backwards)
 
 
 @pytest.mark.parametrize("call", CALLS)

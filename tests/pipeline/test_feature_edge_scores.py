@@ -14,13 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
-from mechdsl.execute.mask_training import find_circuit
-from mechdsl.execute.training import TrainingJob
 from mechdsl.fits.reports import CircuitReport
-from mechdsl.planner.training_cost import training_cost
 from mechdsl.resolve.circuits import EMBEDDING
 from mechdsl.resolve.sites import label_candidates, label_node
 from mechdsl.resolve.types import CircuitEdge, FeatureNode, PlacedEdge, SitePoint
@@ -33,7 +29,17 @@ from ..rules.models import double
 from ..rules.support import rows, tokens
 from ..rules.test_ablated_circuits import Case, fills, key_heads
 from ..rules.test_feature_circuits import KINDS, NODES, definitions, dictionaries
-from .test_edge_scores import CALLS, RULED, SOURCES, WHERE, compare_scores, fit, open_rows, score
+from .test_edge_scores import (
+    CALLS,
+    RULED,
+    SOURCES,
+    WHERE,
+    check_planned_cost,
+    compare_scores,
+    fit,
+    open_rows,
+    score,
+)
 from .test_placed_edge_scores import ALL_ROWS, USE
 from .test_trained_circuits import PATCHES
 from .test_trained_dictionaries import check_keys, experiment, write
@@ -216,13 +222,7 @@ def test_planned_cost_of_scores_of_features_is_within_a_factor_of_two(
 ) -> None:
     dictionaries(tmp_path, "llama", "standard")
     path = write(tmp_path, group_of("llama", "standard"), fit(HALF, call=call), PATCHES)
-    mask, found = open_rows(path, double("llama"))
-    price = training_cost("c", mask, found.objective, found.model.shape)
-    monkeypatch.setattr(TrainingJob, "write_card", lambda *_: None)
-    job = TrainingJob(tmp_path, {}, tmp_path, lambda: False, lambda *_: None)
-    with FlopCounterMode(display=False) as flops:
-        find_circuit(mask, found, job)
-    assert 1 / 2 < 2 * price.cost.multiply_adds / flops.get_total_flops() < 2
+    check_planned_cost(path, "llama", monkeypatch)
 
 
 # --- keys and mistakes ----------------------------------------------------------------------------

@@ -15,14 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import mechdsl
 from mechdsl.base import limits
-from mechdsl.execute.mask_training import find_circuit
-from mechdsl.execute.training import TrainingJob
 from mechdsl.fits.reports import CircuitReport
-from mechdsl.planner.training_cost import training_cost
 from mechdsl.resolve.circuits import EMBEDDING, CircuitDraws, EdgeGraph, list_edges
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.types import CircuitEdge, PlacedEdge, SiteLayer
@@ -41,6 +37,7 @@ from .test_edge_scores import (
     RULED,
     SOURCES,
     WHERE,
+    check_planned_cost,
     compare_exact_effects,
     compare_scores,
     fit,
@@ -203,13 +200,7 @@ def test_random_circuits_of_neurons_lie_on_paths_of_the_model() -> None:
 def test_planned_cost_of_scores_of_neurons_is_within_a_factor_of_two(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mask, found = open_rows(write(tmp_path, MOST, fit(HALF, call=call), PATCHES), double("llama"))
-    price = training_cost("c", mask, found.objective, found.model.shape)
-    monkeypatch.setattr(TrainingJob, "write_card", lambda *_: None)
-    job = TrainingJob(tmp_path, {}, tmp_path, lambda: False, lambda *_: None)
-    with FlopCounterMode(display=False) as flops:
-        find_circuit(mask, found, job)
-    assert 1 / 2 < 2 * price.cost.multiply_adds / flops.get_total_flops() < 2
+    check_planned_cost(write(tmp_path, MOST, fit(HALF, call=call), PATCHES), "llama", monkeypatch)
 
 
 # --- keys and mistakes ----------------------------------------------------------------------------

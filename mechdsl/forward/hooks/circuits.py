@@ -1468,21 +1468,13 @@ class _WriteHooks(CircuitHooks):
             yield self._add((tap.path, tap.side, tap.item), order, write)
 
     def _split_mlp(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
-        """Yield a step that keeps the inputs of an MLP, one that writes its output as the sum of
-        its nodes, and one that computes what the stream would gain with their fills."""
-        layer = where.layer
+        """Yield a step that keeps the inputs of an MLP, and those of `_write_nodes`."""
+        layer, output = where.layer, SiteRead("mlp_out", where.layer)
         assert layer is not None
-        inputs, split = number_inputs(self._mask, rows), self._features["mlp_out", layer]
-        numbers = {self._receivers[row][1]: inputs.of_receiver[row] for row in rows}
-        by_input: dict[int, list[int]] = defaultdict(list)
-        for node in split.nodes:
-            by_input[numbers.get(node, 0)].append(node)
-        tap = self.model.tap("mlp_out", layer)
-        scale = get_scale(self.model.module, tap)
+        inputs, by_input = self._group_nodes(output, rows)
+        scale = get_scale(self.model.module, self.model.tap("mlp_out", layer))
         kept: list[Tensor] = []
         """[input, K, d_model]: the streams that are read, and these after the norm."""
-        found: dict[int, Tensor] = {}
-        """[K, d_model]: what each node adds to the stream."""
 
         def read(norm: str | None, value: Tensor) -> Tensor:
             norm, stream = self._stream_of_mlp(layer, norm, value)
@@ -1490,78 +1482,103 @@ class _WriteHooks(CircuitHooks):
             kept[:] = [streams, self._normed(norm, streams, value)]
             return value
 
-        def write(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            now = apply_scale(self._at(value), scale)
+        def compute(value: Tensor, now: Tensor) -> Callable[[int, Sequence[int]], Tensor]:
             streams, normed = (each.to(now) for each in kept)
             self._check_mlp(layer, normed[0], self._at(value))
-            for number, nodes in by_input.items():
+
+            def of_input(number: int, nodes: Sequence[int]) -> Tensor:
                 outputs = now
                 if number:
                     made = self._compute_mlp(layer, normed[number], value)
                     outputs = apply_scale(made.to(now), scale)
-                own = streams[number], normed[number]
-                parts = self._compute_nodes(layer, outputs, own, nodes)
-                found.update(zip(nodes, parts.unbind(1), strict=True))
-            if set(by_input) == {0}:
-                return value
-            whole = torch.stack([*found.values()]).sum(0)
-            return self._put(value, undo_scale(whole, scale))
+                return self._compute_nodes(layer, outputs, (streams[number], normed[number]), nodes)
 
-        def send(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            nodes = SiteRead("mlp_out", layer)
-            self._send_nodes(nodes, lambda units: torch.stack([found[u] for u in units], dim=1))
-            return value
+            return of_input
 
-        spot: tuple[str, HookSide, int] = (tap.path, tap.side, tap.item)
-        order = SITES["mlp_out"].order
         yield self._entrance(layer, read)
-        yield self._add(spot, (layer, order - _EARLIER), write)
-        yield self._add(spot, (layer, order + 1), send)
+        yield from self._write_nodes(output, by_input, compute)
 
     def _split_attention(self, where: SiteRead, rows: list[int]) -> Iterator[CircuitStep]:
-        """Yield a step that writes the output of attention as the sum of its nodes, and one that
-        computes what the stream would gain with their fills; before them, one that keeps the sum of
-        the heads before a norm."""
+        """Yield the steps of `_write_nodes` at the output of attention; before them, if a norm
+        follows, one that keeps the sum of the heads before the norm."""
         layer, heads = where.layer, SiteRead("z", where.layer)
         assert layer is not None
-        inputs, split = number_inputs(self._mask, rows), self._features["attn_out", layer]
-        numbers = {self._receivers[row][1]: inputs.of_receiver[row] for row in rows}
-        by_input: dict[int, list[int]] = defaultdict(list)
-        for node in split.nodes:
-            by_input[numbers.get(node, 0)].append(node)
-        tap = self.model.tap("attn_out", layer)
-        scale, normed = get_scale(self.model.module, tap), self._normed_attention_outputs.get(layer)
-        found: dict[int, Tensor] = {}
-        """[K, d_model]: what each node adds to the stream."""
+        inputs, by_input = self._group_nodes(where, rows)
+        split, normed = self._features["attn_out", layer], self._normed_attention_outputs.get(layer)
+        scale = get_scale(self.model.module, self.model.tap("attn_out", layer))
         kept: list[Tensor] = []
 
-        def write(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            now = apply_scale(self._at(value), scale)
+        def compute(value: Tensor, now: Tensor) -> Callable[[int, Sequence[int]], Tensor]:
             joined = kept.pop() if normed is not None else self._at(value)
             sums = self._join_heads(inputs.mask, heads, joined)
-            for number, nodes in by_input.items():
+
+            def of_input(number: int, nodes: Sequence[int]) -> Tensor:
                 outputs = now
                 if number and normed is not None:
                     outputs = self._add_normed(normed, sums[number]).to(now)
                 elif number:
                     outputs = apply_scale(sums[number], scale).to(now)
-                parts = split.split(outputs, outputs, nodes)
-                found.update(zip(nodes, parts.unbind(1), strict=True))
+                return split.split(outputs, outputs, nodes)
+
+            return of_input
+
+        if normed is not None:
+            yield self._keep_joined(normed, kept)
+        yield from self._write_nodes(where, by_input, compute)
+
+    def _group_nodes(
+        self, output: SiteRead, rows: list[int]
+    ) -> tuple[DistinctInputs, Mapping[int, list[int]]]:
+        """Return the distinct inputs of the nodes of an output, and the nodes of each input.
+
+        Args:
+            rows: The numbers of the receivers among the nodes; the others read input 0.
+        """
+        inputs, split = number_inputs(self._mask, rows), self._features[output.site, output.layer]
+        numbers = {self._receivers[row][1]: inputs.of_receiver[row] for row in rows}
+        by_input: dict[int, list[int]] = defaultdict(list)
+        for node in split.nodes:
+            by_input[numbers.get(node, 0)].append(node)
+        return inputs, by_input
+
+    def _write_nodes(
+        self,
+        output: SiteRead,
+        by_input: Mapping[int, list[int]],
+        compute: Callable[[Tensor, Tensor], Callable[[int, Sequence[int]], Tensor]],
+    ) -> Iterator[CircuitStep]:
+        """Yield a step that writes an output as the sum of its nodes, and one that computes what
+        the stream would gain with their fills.
+
+        Args:
+            by_input: Number of an input → the nodes that read it.
+            compute: Receives the output of the module and [K, d_model], what the stream gains from
+                it. Returns a function from an input and its nodes to [K, node, d_model], what the
+                nodes add to the stream.
+        """
+        assert output.layer is not None
+        tap = self.model.tap(output.site, output.layer)
+        scale = get_scale(self.model.module, tap)
+        found: dict[int, Tensor] = {}
+        """[K, d_model]: what each node adds to the stream."""
+
+        def write(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            of_input = compute(value, apply_scale(self._at(value), scale))
+            for number, nodes in by_input.items():
+                found.update(zip(nodes, of_input(number, nodes).unbind(1), strict=True))
             if set(by_input) == {0}:
                 return value
             whole = torch.stack([*found.values()]).sum(0)
             return self._put(value, undo_scale(whole, scale))
 
         def send(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            self._send_nodes(where, lambda units: torch.stack([found[u] for u in units], dim=1))
+            self._send_nodes(output, lambda units: torch.stack([found[u] for u in units], dim=1))
             return value
 
-        if normed is not None:
-            yield self._keep_joined(normed, kept)
         spot: tuple[str, HookSide, int] = (tap.path, tap.side, tap.item)
-        order = SITES["attn_out"].order
-        yield self._add(spot, (layer, order - _EARLIER), write)
-        yield self._add(spot, (layer, order + 1), send)
+        order = SITES[output.site].order
+        yield self._add(spot, (output.layer, order - _EARLIER), write)
+        yield self._add(spot, (output.layer, order + 1), send)
 
     def _list_neurons(self, layer: int, unit: int) -> Sequence[int]:
         return self._others[layer] if unit == OTHERS else (unit,)
