@@ -423,6 +423,18 @@ class PositionCell(Record):
             tuple(dict.fromkeys(each // self.vectors for each in own)) for own in self.hits[row]
         )
 
+    def parts(self, row: int, ids: Sequence[int]) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Return the hits of a row as token ids, each with the number of its patch. In images,
+        these ids differ between parts and images.
+
+        Args:
+            ids: The tokens of the row.
+        """
+        return tuple(
+            tuple((ids[hit // self.vectors], hit % self.vectors) for hit in own)
+            for own in self.hits[row]
+        )
+
 
 def describe_output(text: TextTokens) -> str:
     """Describe a text without tokens."""

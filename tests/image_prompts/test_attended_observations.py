@@ -120,10 +120,15 @@ def test_similarity_with_a_run_of_rules_equals_the_bare_model() -> None:
     )
     found = [each.measures[0].patched[0] for each in run_text(text)]
 
-    def turned(n: int, hooks: Sequence[object], site: str) -> Tensor:
+    def turned(n: int, hooks: Sequence[Hook], site: str) -> Tensor:
         seen: list[Tensor] = []
+
+        def keep(value: Tensor) -> Tensor:
+            seen.append(value.clone())
+            return value
+
         path = "model.vision_model.global_transformer.layers.0" if site == "e" else block_at(1)
-        outputs(n, n, [*hooks, (path, False, lambda value: seen.append(value.clone()) or value)])  # type: ignore[arg-type]
+        outputs(n, n, [*hooks, (path, False, keep)])
         return seen[0][0, column(n, 1, 1) if site == "e" else -1]
 
     for n in ALL:

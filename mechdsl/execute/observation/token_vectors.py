@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ from mechdsl.fits.regression import group_keys
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import PositionCell, PromptRun, RunRow
+from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.observations import TokenVectors
 from mechdsl.resolve.types import SitePoint
 
@@ -145,7 +146,7 @@ def digest_inputs(
         own = [number for number, each in enumerate(runs) if each is run]
         ids, hits = run.rows[row].ids, [spots[number].hits[row] for number in own]
         if in_vision and not by_image:
-            read = [list(_list_patches(spots[number], run.rows[row], row)) for number in own]
+            read = [list(chain.from_iterable(spots[n].parts(row, ids))) for n in own]
             return [read, None if run.derived is None else table.row_keys[row]]
         tokens = (spots[number].tokens(row) for number in own)
         last = max(token for each in tokens for joined in each for token in joined)
@@ -168,15 +169,6 @@ def digest_inputs(
         for row in prompts.tolist()
     ]
     return group_keys(found, images)
-
-
-def _list_patches(spot: PositionCell, prompt: RunRow, row: int) -> Iterator[tuple[int, int]]:
-    """Yield the token, which is different for each part of each image, and the number of each
-    vector of a token at a position."""
-    for joined in spot.hits[row]:
-        for hit in joined:
-            token, number = divmod(hit, spot.vectors)
-            yield prompt.ids[token], number
 
 
 def average_rows(

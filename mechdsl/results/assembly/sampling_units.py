@@ -141,7 +141,7 @@ class RowViews:
                 continue
             source = rule.sources[cell[3 * n]]
             if changes == "nothing" and self._observes_images(measure):
-                parts += [n, _list_parts(written, row, start.rows[row]), to]
+                parts += [n, written.parts(row, start.rows[row].ids), to]
             else:
                 parts += [n, shown, to]
             parts += self._read(rule.rule, source, row, below=bool(cell[3 * n + 2]))
@@ -192,7 +192,7 @@ class RowViews:
         hits, run = source.tokens(row), self._run(rule.run)
         yield source.hits[row]
         if rule.in_vision and run.derived is None and run.noise is None:
-            yield _list_parts(source, row, run.rows[row])
+            yield source.parts(row, run.rows[row].ids)
         elif below and run.derived is None:
             ids, noised = run.rows[row].ids, () if run.noise is None else run.noise.positions[row]
             every = [token for tokens in hits for token in tokens]
@@ -332,14 +332,6 @@ def _find_first_token(prompt: RunRow, tokens: Sequence[int]) -> int:
         for each in prompt.whole_pictures
     )
     return min(min(own) for own in (*images, {*tokens}) if not own.isdisjoint(tokens))
-
-
-def _list_parts(spot: PositionCell, row: int, prompt: RunRow) -> Hashable:
-    """Return the parts of images at a position. Their tokens differ between parts and images."""
-    return tuple(
-        tuple((prompt.ids[hit // spot.vectors], hit % spot.vectors) for hit in hits)
-        for hits in spot.hits[row]
-    )
 
 
 def _reads_observation(measure: ResolvedMeasure) -> bool:
