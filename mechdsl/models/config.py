@@ -430,7 +430,7 @@ def _spoken(config: Mapping[str, Any]) -> tuple[Any, ...]:
 _CROSS_SITES = ("attn_norm", "q", "k", "v", "scores", "pattern", "z", "head_out", "attn_out")
 
 _STACK_SITES: Mapping[str, tuple[str, ...]] = {
-    "encoder": tuple(name for name in SITES if name not in ("logits", "q_rot", "k_rot")),
+    "encoder": tuple(name for name in SITES if name != "logits"),
     "cross": _CROSS_SITES,
     "vision": tuple(n for n in SITES if n not in ("logits", *ATTENTION_INTERNAL_SITES)),
 }

@@ -34,7 +34,7 @@ from mechdsl.models.block import (
 )
 from mechdsl.models.config import has_mixer_blocks
 from mechdsl.models.shape import ModelShape
-from mechdsl.vocab.sites import sites_of_module
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, ATTENTION_SITES, sites_of_module
 
 
 def find_anatomies(
@@ -149,17 +149,8 @@ class _Finder:
         without = dict(self.without)
         if self.hybrid:
             reason = "not all of its blocks use attention; `mixer_out` is the layer in its place"
-            attending = (
-                "q",
-                "k",
-                "v",
-                "z",
-                "head_out",
-                "attn_norm",
-                "attn_out",
-                *sites_of_module("output"),
-            )
-            without |= dict.fromkeys(attending, reason)
+            attention = {*ATTENTION_SITES, *sites_of_module("output")}
+            without |= dict.fromkeys(sorted(attention - {*ATTENTION_INTERNAL_SITES}), reason)
         embedding = self._embedding() if main or self.stack == "encoder" else None
         unembedding = self._unembedding() if main else None
         taps = self._outer_taps(embedding, unembedding)

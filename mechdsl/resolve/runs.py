@@ -639,7 +639,11 @@ def _check_repeatable(rule: ResolvedRule) -> Iterator[Diagnostic]:
     """Check that a single pass over prompt and reply can reproduce the effect of a rule."""
     if rule.after_prefill:
         reason = "the prompt used its keys and values without the edit, the reply uses them with it"
-    elif rule.does.changes == "blocks" and rule.steps is not None and not rule.acts_in("encoder"):
+    elif (
+        rule.does.changes == "blocks"
+        and rule.steps is not None
+        and not (rule.in_vision or rule.acts_in("encoder"))
+    ):
         reason = "blocks are replaced for some of the tokens"
     else:
         return

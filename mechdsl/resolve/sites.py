@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, product
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -1618,9 +1619,18 @@ def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:
             hint="write `observe attention vision layer 0 from … to …`, or change edges with "
             "`block`, `reweight` or `set attention vision …`",
         )
-    if missing is not None:
+    if missing is not None and not any(map(partial(_are_alike, missing), context.diagnostics)):
         context.diagnostics.append(missing)
     return missing is None
+
+
+def _are_alike(one: Diagnostic, two: Diagnostic) -> bool:
+    """Return whether two errors of one line are about the same missing site."""
+    if not (isinstance(one, SiteNotOnModel) and isinstance(two, SiteNotOnModel)):
+        return False
+    assert one.span is not None
+    assert two.span is not None
+    return (one.site, one.span.line) == (two.site, two.span.line)
 
 
 def resolve_into_layer(

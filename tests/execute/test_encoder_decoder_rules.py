@@ -3,9 +3,12 @@ on the bare model: one unpadded prompt at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -272,9 +275,135 @@ def test_written_scores_and_patterns_equal_explicit_attention(
     assert large > 0.8 * len(rules)
 
 
+Turned = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Changes the queries and the keys of a layer, both [head, token, width], after rotary."""
+
+
+@contextmanager
+def turned(family: str, layer: int, edit: Turned) -> Generator[None]:
+    """Change the rotated queries and keys of a layer of the encoder: those of its projections in
+    T5, which has no rotary, and otherwise those that the library's rotation returns."""
+    own = place(family, "q encoder", layer).path.rpartition(".")[0]
+    attention = model(family).get_submodule(own)
+    with ExitStack() as stack:
+        if name_of(family) != "t5gemma":
+            names = place(family, "q encoder", 0), place(family, "k encoder", 0)
+            q, k = (attention.get_submodule(each.path.rpartition(".")[2]) for each in names)
+
+            def heads(value: Tensor) -> Tensor:
+                return value[0].unflatten(-1, (HEADS, -1)).transpose(0, 1).clone()
+
+            def of_query(_: Any, args: Any, output: Tensor) -> Tensor:
+                return edit(heads(output), heads(output))[0].transpose(0, 1).flatten(1)[None]
+
+            def of_key(_: Any, args: Any, output: Tensor) -> Tensor:
+                return edit(heads(output), heads(output))[1].transpose(0, 1).flatten(1)[None]
+
+            stack.callback(q.register_forward_hook(of_query).remove)
+            stack.callback(k.register_forward_hook(of_key).remove)
+            yield
+            return
+        module: Any = sys.modules[type(attention).__module__]
+        plain, is_open = module.apply_rotary_pos_emb, [False]
+
+        def rotate(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            query, key = plain(*args, **kwargs)
+            if not is_open[0]:
+                return query, key
+            query, key = edit(query[0].clone(), key[0].clone())
+            return query[None], key[None]
+
+        def switch(value: bool) -> Callable[..., None]:
+            return lambda *_: is_open.__setitem__(0, value)
+
+        stack.callback(attention.register_forward_pre_hook(switch(True)).remove)
+        stack.callback(attention.register_forward_hook(switch(False)).remove)
+        stack.enter_context(patch.object(module, "apply_rotary_pos_emb", rotate))
+        yield
+
+
+def rotated(family: str, row: Any, layer: int, name: str = "clean") -> list[Tensor]:
+    """The queries and keys of an unpatched run."""
+    found: list[list[Tensor]] = [[], []]
+
+    def keep(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        found[0].append(query)
+        found[1].append(key)
+        return query, key
+
+    with turned(family, layer, keep):
+        logits(family, text(row, name))
+    return [found[0][0], found[1][-1]]
+
+
+def of_one(index: int, head: int | slice, at: Sequence[int], change: Change) -> Turned:
+    def edit(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        value = (query, key)[index]
+        value[head, list(at)] = change(value[head, list(at)])
+        return query, key
+
+    return edit
+
+
+def rotary_rules(family: str, index: int) -> dict[str, Callable[[Any], tuple[int, Turned]]]:
+    """Rules on rotated queries or keys, each with its layer and its change of a row."""
+    site, every = f"{'qk'[index]}_rot encoder", slice(None)
+
+    def patched(row: Any) -> tuple[int, Turned]:
+        at = text(row, "other").subject[-1]
+        new = rotated(family, row, 1, "other")[index][:, [at]]
+        return 1, of_one(index, every, text(row).subject[-1:], lambda _: new)
+
+    def copied(row: Any) -> tuple[int, Turned]:
+        new = rotated(family, row, 1)[index][1, [text(row).last]]
+        return 1, of_one(index, 0, [text(row).last], lambda _: new)
+
+    return {
+        f"ablate {site} layer 1 heads * at item tokens with zero": lambda row: (
+            1,
+            of_one(index, every, text(row).items, lambda old: 0 * old),
+        ),
+        f"scale {site} layer 0 head 1 at last token by -9": lambda row: (
+            0,
+            of_one(index, 1, [text(row).last], lambda old: -9 * old),
+        ),
+        f"patch {site} layer 1 heads * at subject token": patched,
+        f"set {site} layer 1 head 0 at last token to value({site} layer 1 head 1)": copied,
+    }
+
+
+@pytest.mark.parametrize("mode", some([*MODES], ["planned"]))
+@pytest.mark.parametrize("family", some(("t5gemma", "t5 writing", "mbart"), ("t5gemma",)))
+def test_rotated_queries_and_keys_of_encoders_equal_hooks(
+    family: str, mode: str, tmp_path: Path
+) -> None:
+    ends, rules = "from other into clean", rotary_rules(family, 0) | rotary_rules(family, 1)
+    lines = "".join(
+        experiment(f"e{n}", "prompts p", *([ends] if "patch" in rule else []), rule, DIFFERENCE)
+        for n, rule in enumerate(rules)
+    )
+    seen = "observe norm q_rot encoder layer 1 head * at last token"
+    lines += experiment("n", "prompts p", seen)
+    *found, norms = run(family, lines, tmp_path, MODES[mode]).values()
+    large = 0
+    for each, (rule, change) in zip(found, rules.items(), strict=True):
+        expected = list[float]()
+        for row in ROWS:
+            layer, edit = change(row)
+            with turned(family, layer, edit):
+                expected.append(difference(logits(family, text(row)), row))
+        measure = each.measures[0]
+        np.testing.assert_allclose(measure.patched[0], expected, atol=3e-4, err_msg=rule)
+        large += np.abs(measure.patched[0] - measure.base[0]).max() > 0.1
+    assert large > 0.7 * len(rules)
+    lengths = [rotated(family, row, 1)[0][:, text(row).last].norm(dim=-1).tolist() for row in ROWS]
+    np.testing.assert_allclose(norms.measures[0].patched, np.transpose(lengths), rtol=1e-4)
+
+
 WITHOUT_RULES = {
     "scale mlp_hidden cross layer 0 neuron 3 at last token by 2": "E0413",
-    "scale q_rot encoder layer 0 head 0 at last token by 2": "E0413",
+    "scale q_rot cross layer 0 head 0 at last token by 2": "E0413",
+    "add value(q_rot cross layer 0 head 0) to q_rot cross layer 0 head 0 at last token": "E0413",
     "add 2 * step(embed) to embed encoder at item tokens": "E0341",
     "renumber item tokens from 5": "E0108",
     "scale scores encoder layer 0 head 1 dims 1..4 at last token by -4": "E0342",

@@ -33,6 +33,7 @@ from .test_attended_images import (
     inputs,
     loaded,
     other,
+    outputs,
     patch,
     read,
     replied,
@@ -239,6 +240,18 @@ def test_replies_with_replaced_blocks_equal_hooks() -> None:
         assert [[*found.replies.runs["clean"][n][0].ids] for n in ALL] == plain
         assert [[*found.replies.cells[0][n][0].ids] for n in ALL] == expected
         assert expected != plain
+
+
+def test_measures_at_steps_with_an_encoder_block_replaced_in_the_prefill_equal_hooks() -> None:
+    measure = "measure logit(answer) - logit(wrong) at each step as raw"
+    [found] = run_text(experiment("e", "generate 2", f"{SKIP} during prefill", measure=measure))
+    for n in ALL:
+        with replaced({tower(0): None}):
+            reply = replied(n, ())
+            steps = [outputs(n, n, (), reply[:k]).logits[0, -1] for k in range(2)]
+        expected = [float(each[token(f"{n + 1}")] - each[token(f"{9 - n}")]) for each in steps]
+        np.testing.assert_allclose(found.measures[0].patched[:, n], expected, atol=2e-4)
+    assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.1
 
 
 def test_images_first_used_by_a_replaced_block_keep_their_own_vectors(

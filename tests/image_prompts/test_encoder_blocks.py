@@ -20,8 +20,8 @@ from ..execute.support import as_in_the_data
 from ..quick import some
 from . import test_video_processors as videos
 from . import test_vision_encoder as plain
-from .reference import at, record_value
-from .support import experiment, write_data
+from .reference import at, followed, record_value
+from .support import MEASURE, experiment, write_data
 from .test_families import (
     ALL,
     BLOCK,
@@ -188,6 +188,43 @@ def test_replaced_blocks_with_other_rules_and_runs_equal_hooks(name: str, mode: 
     for key in "abcd":
         check(found[key], [expected[key]])
     np.testing.assert_allclose(found["f"].measures[0].patched[0], expected["f"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", some(("idefics2", *OTHERS), ["qwen3_vl"]))
+def test_measures_at_steps_of_a_reply_with_a_block_replaced_in_the_prefill_equal_hooks(
+    name: str, mode: str
+) -> None:
+    """Encoders read images in the prefill only, so that a pass over prompt and reply has the same
+    vectors of images; the reply is that of the rule."""
+    steps = "measure logit(answer) - logit(wrong) at each step as"
+    text = "".join(
+        experiment(f"e{n}", "generate 3", *lines)
+        for n, lines in enumerate(
+            [
+                (f"{SKIP} during prefill", f"{steps} raw"),
+                (f"{SKIP} during prefill", f"{steps} delta"),
+                (SKIP, f"{steps} raw"),
+            ]
+        )
+    )
+    raw, change, plain = run_text(name, text.replace(f"  {MEASURE}\n", ""), mode)
+    model, blocks, bases = bare(name), blocks_of(name), list[list[float]]()
+    expected = list[list[float]]()
+    for n in ALL:
+        given = inputs(name, n, n)
+        with replaced(blocks, {0: None}):
+            reply = model.reply(given, 3)
+            edited_run = model.run(followed(given, reply[:2]))
+        expected.append([difference(row[None]) for row in edited_run[-3:]])
+        base = model.run(followed(given, reply[:2]))
+        bases.append([difference(row[None]) for row in base[-3:]])
+    for found in (raw, plain):
+        np.testing.assert_allclose(found.measures[0].patched, np.transpose(expected), atol=2e-4)
+    measure = change.measures[0]
+    np.testing.assert_allclose(measure.patched, np.transpose(expected), atol=2e-4)
+    np.testing.assert_allclose(measure.base, np.transpose(bases), atol=2e-4)
+    assert np.abs(measure.patched - measure.base).max(axis=1).min() > 0.1
 
 
 @pytest.mark.parametrize("name", some(OTHERS, ["gemma3"]))

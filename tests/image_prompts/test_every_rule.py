@@ -36,7 +36,7 @@ basis b = pca(ask, dims: 2, each_token: true) at resid_post layer 0 at AT
 SEEDS = {
     "llava_class": 3,
     "vipllava": 1,
-    "video_llava": 4,
+    "video_llava": 2,
     "llava_next": 1,
     "llava_onevision": 3,
     "llava_onevision_frames": 5,
@@ -63,8 +63,13 @@ class Prompts:
         return f"{self.name} videos" if self.of_videos else self.name
 
     @property
+    def has_torchvision(self) -> bool:
+        """Whether torchvision prepares the frames."""
+        return self.of_videos and is_torchvision_available()
+
+    @property
     def seed(self) -> int:
-        if self.of_videos and is_torchvision_available() and self.name in TORCHVISION_SEEDS:
+        if self.has_torchvision and self.name in TORCHVISION_SEEDS:
             return TORCHVISION_SEEDS[self.name]
         return SEEDS.get(self.name, 0)
 
@@ -338,7 +343,9 @@ def check_every_rule(of: Prompts, mode: str) -> None:
         np.testing.assert_allclose(
             measure.patched[0], expected, atol=2e-4, rtol=1e-4, err_msg=lines[-1]
         )
-        large = 0.05 if lines[-1].startswith("allow") else 0.1
+        # Seeds for frames that torchvision prepares were chosen for a smaller effect of `allow`.
+        is_small = of.has_torchvision and lines[-1].startswith("allow")
+        large = 0.05 if is_small else 0.1
         assert np.abs(np.array(expected) - measure.base[0]).max() > large, lines
 
 

@@ -1976,7 +1976,8 @@ _rule(
     "Skips the blocks: their output is their input. `replace block vision layer 4 with identity` "
     "or `with block vision layer 3` replaces blocks of the vision encoder, for all images of a "
     "row. In Qwen2.5-VL, both blocks must attend to whole images, or both within windows; in "
-    "Llama 3.2 Vision, both must attend to the image, or both to the text.",
+    "Llama 3.2 Vision, both must attend to the image, or both to the text. With `during prefill`, "
+    "measures can read tokens of the reply (`tests/image_prompts/test_encoder_blocks.py`).",
     OWN,
     "tests/rules/test_blocks.py",
 )

@@ -636,7 +636,10 @@ def add_attention_sites(model: LoadedModel) -> LoadedModel:
     )
 
 
-STACK_ATTENTION_SITES = frozenset({"scores", "pattern"})
+STACK_ATTENTION_SITES: Mapping[str, frozenset[str]] = {
+    "encoder": frozenset(ATTENTION_INTERNAL_SITES),
+    "cross": frozenset({"scores", "pattern"}),
+}
 """Sites within attention of the stacks of an encoder-decoder."""
 
 _STACK_ATTENTION_ERROR = 1e-4
@@ -653,10 +656,10 @@ def add_stack_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
     for stack, own in model.others.items():
         if stack == "vision":
             continue
-        partly = dict(own.shape.partly)
+        partly, more = dict(own.shape.partly), STACK_ATTENTION_SITES[stack]
         if "z" in partly:
-            partly |= dict.fromkeys(STACK_ATTENTION_SITES, partly["z"])
-        sites = own.shape.sites | STACK_ATTENTION_SITES
+            partly |= dict.fromkeys(more, partly["z"])
+        sites = own.shape.sites | more
         others[stack] = replace(own, shape=replace(own.shape, sites=sites, partly=partly))
     found = replace(model, others={**model.others, **others})
     shapes = {stack: own.shape for stack, own in found.others.items()}
