@@ -30,6 +30,7 @@ from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.resolve.types import (
     CircuitEdge,
     FeatureNode,
+    NamedEdge,
     SiteLayer,
     SitePoint,
     is_neuron,
@@ -51,9 +52,6 @@ END = SitePoint("logits", None, None)
 
 NEURONS = "mlp_hidden"
 """Site of neurons, which are senders and receivers."""
-
-NamedEdge: TypeAlias = tuple[CircuitEdge, str | None]
-"""An edge, and the position that a file gives it; None for all tokens."""
 
 _EDGES = (
     "edges are `a0.h1->m2`, `input->a1.h0<q>`, `m1->logits`, or `L0H1 -> L1H0.q` and "
@@ -158,7 +156,7 @@ class SavedCircuit(Record):
 
     edges: tuple[NamedEdge, ...]
     scores: Mapping[NamedEdge, float]
-    """The scores of these edges; empty if the file has none."""
+    """The scores of these edges; empty if the file doesn't have all of them."""
     places: Mapping[str, ast.Position]
     """Positions of edges, by their text in the file."""
     digest: str
@@ -170,6 +168,9 @@ class SavedCircuit(Record):
     """Neurons of the file, by site and layer; there, its MLPs are the other neurons."""
     prompts: tuple[str, ...] = ()
     """As in `CircuitFile`."""
+    others: Mapping[NamedEdge, float] = field(default_factory=dict[NamedEdge, float])
+    """The scores of the other edges of the file, in the order of the model; empty without
+    `scores`."""
 
 
 def read_circuit(
@@ -223,12 +224,15 @@ def read_circuit(
     else:
         edges = _choose_marked(file, names, written, every, shape)
     kept = {edge: total[edge] for edge in edges} if total.keys() >= set(edges) else {}
+    order = {edge: number for number, edge in enumerate(every)}
+    rest = sorted(total.keys() - set(edges), key=lambda each: (order[each[0]], each[1] or ""))
+    others = {edge: total[edge] for edge in rest} if kept else {}
     made = _describe_choice(edges, len(every), size)
     added = any(len(scores[edge]) > 1 for edge in kept)
     shared = "; scores of heads that share a key or value are added" if added else ""
     said = f"{made}, of {written}, SHA-256 {file.digest[:12]}…{shared}"
     used = {at: places[at] for _, at in edges if at is not None}
-    return SavedCircuit(edges, kept, used, file.digest, said, neurons, file.prompts)
+    return SavedCircuit(edges, kept, used, file.digest, said, neurons, file.prompts, others)
 
 
 def _reject_edge(name: str, written: str, shape: ModelShape, *, joined: bool = False) -> NoReturn:

@@ -69,6 +69,7 @@ from mechdsl.resolve.types import (
     EdgeAtPlace,
     FeatureNode,
     FeatureNodes,
+    NamedEdge,
     PlacedEdge,
     PlacedEdges,
     PlaceOrder,
@@ -215,7 +216,7 @@ def resolve_circuit(
         edges.digest,
         edges.made,
         waits=circuit.is_open and circuit.source is None and not known,
-        others=dict(_list_other_scores(edges, named.values())),
+        others=dict(_list_other_scores(edges, known)),
         place_texts=edges.place_texts,
         prompts=edges.prompts,
     )
@@ -276,14 +277,23 @@ def _find_scores(edges: CircuitEdges, named: Iterable[PlacedEdges]) -> dict[Edge
 
 
 def _list_other_scores(
-    edges: CircuitEdges, named: Iterable[PlacedEdges]
-) -> Iterator[tuple[CircuitEdge, float]]:
-    """Yield the edges of the model that aren't in a circuit with their scores, if they have any."""
-    there = set(chain.from_iterable(named))
-    for edge in edges.every:
-        score = edges.scores.get(edge)
-        if score is not None and edge not in there and math.isfinite(score):
-            yield edge, score
+    edges: CircuitEdges, named: Collection[EdgeAtPlace]
+) -> Iterator[tuple[NamedEdge, float]]:
+    """Yield the edges that aren't in a circuit with their scores, if they have any.
+
+    Args:
+        named: The edges of the circuit that have scores, at each of their positions.
+    """
+    if not named:
+        return
+    for edge, score in edges.scores.items():
+        if (edge, None) not in named and math.isfinite(score):
+            yield (edge, None), score
+    for (edge, place), score in edges.by_place.items():
+        text = "" if place is None else edges.place_texts[place]
+        if text and (edge, place) not in named:
+            yield (edge, text), score
+    yield from edges.others.items()
 
 
 @record
@@ -319,6 +329,8 @@ class CircuitEdges(Record):
     """As in `CircuitTargets`."""
     prompts: tuple[str, ...] = ()
     """As in `CircuitTargets`."""
+    others: Mapping[NamedEdge, float] = field(default_factory=dict[NamedEdge, float])
+    """The scores of other edges at positions of a file."""
 
 
 def find_circuit_edges(
@@ -367,6 +379,8 @@ def find_circuit_edges(
         every = list(dict.fromkeys((*every, *found)))
     by_place = dict[EdgeAtPlace, float](parts.by_place)
     by_place |= {(edge, None): own for edge, own in zip(every, circuit.scores, strict=False)}
+    others = {} if saved is None else saved.others
+    by_place |= {(edge, None): own for (edge, at), own in others.items() if at is None}
     scores = {edge: own for (edge, at), own in by_place.items() if at is None}
     edges = [edge for edge in every if edge in found]
     edges.sort(key=lambda edge: -abs(scores.get(edge, 0)))  # stable
@@ -377,7 +391,8 @@ def find_circuit_edges(
         made += f"; {_describe_prompts(circuit.name, saved, work)}"
     given = tuple(every), tuple(edges), scores, tuple(parts.places), digest, made, neurons, features
     last = tuple(listed), by_place, tuple(parts.place_texts), saved.prompts if saved else ()
-    return CircuitEdges(*given, *last)
+    placed = {each: own for each, own in others.items() if each[1] is not None}
+    return CircuitEdges(*given, *last, placed)
 
 
 def _describe_prompts(name: str, saved: SavedCircuit, work: ExperimentContext) -> str:

@@ -933,6 +933,9 @@ class PlaceOrder(Record):
     """[group] whether a measure reads the output of the model at one of its tokens."""
 
 
+NamedEdge: TypeAlias = tuple[CircuitEdge, str | None]
+"""An edge, and the text of its position in a file; None for all tokens."""
+
 EdgeAtPlace: TypeAlias = tuple[CircuitEdge, int | None]
 """An edge of a circuit and the number of one of its places; None for all tokens."""
 
@@ -1095,10 +1098,8 @@ class CircuitTargets(Record):
     """How its edges were read from a file, for conventions."""
     waits: bool = field(default=False, compare=False)
     """Whether a training chooses its edges and hasn't run, so that they are placeholders."""
-    others: Mapping[CircuitEdge, float] = field(
-        default_factory=dict[CircuitEdge, float], compare=False
-    )
-    """The finite scores of the other edges of the model, if a training gave them some."""
+    others: Mapping[NamedEdge, float] = field(default_factory=dict[NamedEdge, float], compare=False)
+    """The finite scores of the other edges of the model, if a training or a file gave them some."""
     dead: tuple[CircuitEdge, ...] = field(default=(), compare=False)
     """Edges that aren't on a path of the circuit's edges to the end of the model, if all others are
     ablated at every token."""

@@ -232,8 +232,9 @@ class ResultCircuit(Record):
     """The name of each dictionary whose features are nodes, with its SHA-256."""
     prompts: tuple[str, ...] = ()
     """Digests of the prompts that its edges were chosen on, by a training or as in its file."""
-    others: tuple[tuple[str, str], ...] = ()
-    """The other edges of the model that a training scored."""
+    others: tuple[str, ...] = ()
+    """The other edges of the model that have scores, as in a file: `L0H1 -> logits at last token`.
+    """
     other_scores: tuple[float, ...] = ()
     """The scores of `others`."""
     named_places: tuple[tuple[str, ...], ...] = ()

@@ -491,8 +491,9 @@ _file(
     "observe edge_auroc",
     "circuit c = fit(mask(size: 2), prompts: fruit, with: zero, minimise: loss) "
     "circuit d = embed -> L0H1.q experiment e { observe edge_auroc c with d }",
-    "The AUROC of the absolute scores of all edges of the model, as the training of c gives them, "
-    "for the edges of d. Ties count half. E0207 for a circuit c without scores.",
+    "The AUROC of the absolute scores of all edges of the model, as the training of c or its file "
+    "gives them, for the edges of d. Ties count half. E0207 for a circuit c without a score for "
+    "every edge.",
     _COMPARED,
     "Hanley and McNeil 1982",
 )

@@ -425,8 +425,13 @@ def test_graph_json_of_scores_at_positions_is_read_as_the_same_circuit(tmp_path:
     train(write(tmp_path, line, use))
     (own,) = run(write(tmp_path, line, use)).files[0].experiments
     content = json.loads((tmp_path / "c.json").read_text("utf-8"))
-    assert len(content["edges"]) == 12
-    assert all(" at " in name for name in content["edges"])
+    train(write(tmp_path, line, use), out=tmp_path / "out")
+    mask = json.loads((tmp_path / "out" / "c" / "mask.json").read_text("utf-8"))
+    scores = dict(zip(mask["labels"], mask["scores"], strict=True))
+    assert {name: each["score"] for name, each in content["edges"].items()} == scores
+    chosen = [name for name, each in content["edges"].items() if each["in_graph"]]
+    assert {*chosen} == {mask["labels"][number] for number in mask["chosen"]}
+    assert len(chosen) == 12
     top = json.loads((tmp_path / "top.json").read_text("utf-8"))["edges"]
     assert top == dict(list(content["edges"].items())[:3])
     read = use.replace('"c.json"', '"d.json"')
@@ -437,3 +442,11 @@ def test_graph_json_of_scores_at_positions_is_read_as_the_same_circuit(tmp_path:
     assert found.circuit.edges == own.circuit.edges
     assert (found.measures[0].patched == own.measures[0].patched).all()
     assert json.loads((tmp_path / "d.json").read_text("utf-8"))["edges"] == content["edges"]
+    largest = write(tmp_path, 'circuit c = saved("d.json", size: 20)', read)
+    (more,) = run(largest, store=False).files[0].experiments
+    assert {*zip(own.circuit.edges, own.circuit.places, strict=True)} < {
+        *zip(more.circuit.edges, more.circuit.places, strict=True)
+    }
+    again = json.loads((tmp_path / "d.json").read_text("utf-8"))["edges"]
+    assert {name: each["score"] for name, each in again.items()} == scores
+    assert sum(each["in_graph"] for each in again.values()) == 20

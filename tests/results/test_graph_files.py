@@ -75,12 +75,21 @@ def test_graph_file_has_every_score_and_the_same_circuit(nodes: str, tmp_path: P
     assert content.get("dictionaries", {}) == mask.get("dictionaries", {})
     sizes = sorted(abs(own["score"]) for own in content["edges"].values())
     assert sizes == pytest.approx(sorted(map(abs, mask["scores"])))
-    second = run(write(tmp_path, group, 'saved("c.json")'))
+    second = run(write(tmp_path, group, 'saved("c.json")', 'report graph to "again.json"'))
+    again = json.loads((tmp_path / "again.json").read_text("utf-8"))
+    assert again["edges"] == content["edges"]
+    assert again["nodes"] == content["nodes"]
     assert {*first.circuit.edges} == {*second.circuit.edges}
     np.testing.assert_array_equal(second.measures[0].patched, first.measures[0].patched)
     np.testing.assert_array_equal(second.measures[0].base, first.measures[0].base)
-    largest = run(write(tmp_path, group, 'saved("c.json", size: 20)')).circuit
+    report = 'report graph to "more.json"'
+    largest = run(write(tmp_path, group, 'saved("again.json", size: 20)', report)).circuit
     assert min(map(abs, largest.scores)) == pytest.approx(sizes[-20])
+    more = json.loads((tmp_path / "more.json").read_text("utf-8"))["edges"]
+    assert {n: own["score"] for n, own in more.items()} == {
+        n: own["score"] for n, own in content["edges"].items()
+    }
+    assert sum(own["in_graph"] for own in more.values()) == 20
     top = json.loads((tmp_path / "top.json").read_text("utf-8"))
     assert [own["in_graph"] for own in top["edges"].values()] == [True] * 3
     read = run(write(tmp_path, group, 'saved("top.json")'))

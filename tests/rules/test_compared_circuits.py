@@ -63,6 +63,24 @@ def test_overlap_p_equals_the_share_of_random_circuits_with_that_overlap(data: P
     assert shape_of("gpt2").n_layers == double("gpt2").config.n_layer
 
 
+def test_edge_auroc_of_a_file_orders_every_edge_by_its_absolute_score(data: Path) -> None:
+    """Also of edges that the file doesn't choose."""
+    _, _, every = edges("gpt2")
+    names = [" -> ".join(edge) for edge in every]
+    sizes = np.random.default_rng(0).permutation(len(names)) - len(names) / 2 - 0.25
+    true = [3, 8, len(names) - 2]
+    content = {
+        name: {"score": float(size), "in_graph": n < 5}
+        for n, (name, size) in enumerate(zip(names, sizes, strict=True))
+    }
+    (data / "graph.json").write_text(json.dumps({"edges": content}), "utf-8")
+    text = f'circuit c = saved("graph.json")\ncircuit d = {", ".join(names[n] for n in true)}\n'
+    found = run_file(text + alone("observe edge_auroc c with d as ranks"), data, "gpt2", "planned")
+    other = [n for n in range(len(names)) if n not in true]
+    wins = [abs(sizes[n]) > abs(sizes[m]) for n in true for m in other]
+    assert found["e"].measures[0].patched[0, 0] == pytest.approx(np.mean(wins))
+
+
 WRONG = {
     "observe overlap c as both": "E0207",
     "observe overlap c with L0H1 as both": "E0207",

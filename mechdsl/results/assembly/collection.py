@@ -46,8 +46,10 @@ from mechdsl.resolve.findings import VariantFinding
 from mechdsl.resolve.measures import MEASURED_AXIS
 from mechdsl.resolve.node_circuits import describe_everything
 from mechdsl.resolve.observations import Observation, RowSetObservation
-from mechdsl.resolve.sites import label_node
+from mechdsl.resolve.sites import label_candidates, label_node
 from mechdsl.resolve.types import (
+    CircuitTargets,
+    PlacedEdge,
     ResolvedControl,
     ResolvedExperiment,
     ResolvedMeasure,
@@ -350,6 +352,7 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         for own in experiment.masks
         if own.training.definition == found.name
     ]
+    others = _name_other_edges(experiment, found)
     operands = {own.member.name: own.member.operand for own in found.features.values()}
     return ResultCircuit(
         name=found.name,
@@ -384,14 +387,35 @@ def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
         ),
         prompts=found.prompts
         or tuple(row.digest for table in trained for row in table.runs[spec.CLEAN].rows),
-        others=tuple((label_node(of), label_node(to)) for of, to in found.others),
-        other_scores=tuple(found.others.values()),
+        others=tuple(others),
+        other_scores=tuple(others.values()),
         named_places=tuple(
             tuple(found.place_texts[number] for number in sorted(at or ())) for _, at in listed
         )
         if any(places)
         else (),
     )
+
+
+def _name_other_edges(experiment: ResolvedExperiment, found: CircuitTargets) -> dict[str, float]:
+    """Return the scores of the edges outside of a circuit, by their names in a file."""
+    scores = {
+        label_candidates((edge if at is None else PlacedEdge(edge, 0, at),)): score
+        for (edge, at), score in found.others.items()
+    }
+    inside = {
+        label_candidates((PlacedEdge(edge, n, found.place_texts[n]),))
+        for edge, n in found.scores
+        if n is not None
+    }
+    for mask in experiment.masks:
+        if mask.training.definition == found.name and found.place_texts:
+            named = map(label_candidates, zip(mask.candidates))
+            listed = zip(named, mask.scores, strict=False)
+            scores |= {
+                name: own for name, own in listed if name not in inside and math.isfinite(own)
+            }
+    return scores
 
 
 def _collect_graph(

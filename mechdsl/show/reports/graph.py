@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -223,7 +222,7 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
 
     Query heads that share a key or a value have an edge each, with an equal share of the score. An
     edge without a score has the score 0. Without `top`, the file also has the edges outside of the
-    circuit that a training scored. EAP-IG has no names for neurons, features, positions and the
+    circuit that have scores. EAP-IG has no names for neurons, features, positions and the
     encoder of an encoder-decoder: a circuit with some has the names of this language, and its
     dictionaries.
     """
@@ -238,11 +237,11 @@ def _json_text(result: ExperimentResult, top: int | None) -> str:
     listed = list(_list_written(circuit, top))
     if top is None:
         others = zip(circuit.others, circuit.other_scores, strict=True)
-        listed += [(" -> ".join(ends), score, False) for ends, score in others]
-    ends = chain.from_iterable((*circuit.edges, *circuit.others))
+        listed += [(text, score, False) for text, score in others]
+    texts = [*(" -> ".join(ends) for ends in circuit.edges), *circuit.others]
     has_names = circuit.neurons or circuit.features or circuit.named_places
-    in_stacks = any(" " in end for end in ends)
-    make = _content_with_nodes if has_names or in_stacks else _eap_content
+    has_names = has_names or any(text.count(" ") > 2 for text in texts)
+    make = _content_with_nodes if has_names else _eap_content
     content = make(circuit, config, listed)
     content |= {"prompts": list(circuit.prompts)} if circuit.prompts else {}
     return dump_json(content, indent=1) + "\n"
