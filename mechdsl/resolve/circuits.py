@@ -121,6 +121,9 @@ _RECEIVERS = {
 }
 """Component of a receiver → the site that it reads the stream at; `L1.mlp` names `mlp_out`."""
 
+_MLP_NODES = "mlp_out", "mlp_norm", NEURONS
+"""Components of the nodes of an MLP: itself, features and neurons."""
+
 _FEATURE_ENDS = {"start": "mlp_out", "end": "mlp_norm"}
 """Sites of features of the output of an MLP as senders and as receivers."""
 
@@ -393,6 +396,122 @@ def find_circuit_edges(
     last = tuple(listed), by_place, tuple(parts.place_texts), saved.prompts if saved else ()
     placed = {each: own for each, own in others.items() if each[1] is not None}
     return CircuitEdges(*given, *last, placed)
+
+
+@record
+class ComparedCircuits(Record):
+    """Two circuits as sets of edges between the same nodes, at each group of tokens."""
+
+    first: frozenset[tuple[CircuitEdge, frozenset[int]]]
+    """Edges with the numbers of the positions that a group of tokens is at."""
+    second: frozenset[tuple[CircuitEdge, frozenset[int]]]
+    total: int
+    """Number of edges of the model, once for each group of tokens."""
+    every: tuple[CircuitEdge, ...] = ()
+    """The edges of the model."""
+    groups: tuple[str, ...] = ()
+    """Names of the groups of tokens; empty without positions."""
+    divided: tuple[str, ...] = ()
+    """Names of the nodes that only one of the circuits divides."""
+
+
+def compare_circuits(
+    first: CircuitEdges, second: CircuitEdges, rule: spec.Rule, work: ExperimentContext
+) -> ComparedCircuits | str:
+    """Return two circuits as comparable sets of edges, or why they have none.
+
+    An MLP that one circuit divides into neurons or features is divided in the other one, too: an
+    edge of the MLP is one edge of each of its nodes. An edge without a position is at all tokens.
+    """
+    problem = _explain_different_nodes(first, second)
+    if problem is not None:
+        return problem
+    shape, both = work.sites.shape, (first, second)
+    neurons = {
+        where: tuple(sorted({n for own in both for n in own.neurons.get(where, ())}))
+        for where in sorted({*first.neurons, *second.neurons})
+    }
+    features = dict[SiteLayer, FeatureNodes]()
+    for output, own in chain.from_iterable(each.features.items() for each in both):
+        known = features.get(output, own)
+        which = tuple(sorted({*known.which, *own.which}))
+        features[output] = replace(own, which=which)
+    every = list_edges(shape, neurons, features)
+    if shape.stands_in:
+        every = list(dict.fromkeys((*every, *first.every, *second.every)))
+    numbers = {place: n for n, place in enumerate(dict.fromkeys((*first.places, *second.places)))}
+    tokens = _TokenClasses()
+    if numbers:
+        tokens = _without_empty_classes(_TokenClasses.of(tuple(numbers), work), work)
+    divided = dict[SitePoint, None]()
+
+    def place(named: PlacedEdges) -> frozenset[tuple[CircuitEdge, frozenset[int]]]:
+        here = zip(tokens.classes, _list_ablated(every, named, tokens, rule), strict=True)
+        return frozenset((edge, at) for at, own in here for edge in own)
+
+    sets = [place(_divide_edges(own, every, numbers, divided)) for own in both]
+    total = len(place(dict.fromkeys(every)))
+    groups = [label_places(at, tokens.places) or "other tokens" for at in tokens.classes]
+    names = tuple(dict.fromkeys(map(label_node, divided)))
+    groups = tuple(groups) if numbers else ()
+    return ComparedCircuits(sets[0], sets[1], total, tuple(every), groups, names)
+
+
+def _explain_different_nodes(first: CircuitEdges, second: CircuitEdges) -> str | None:
+    """Return why the nodes of two circuits aren't those of one circuit, if they aren't."""
+    for one, other in ((first, second), (second, first)):
+        for output, own in one.features.items():
+            name = label_node(SitePoint(*output, None))
+            known = other.features.get(output)
+            if output[0] == "attn_out" and own != known:
+                return f"with different features of `{name}`, which change the edges of its heads"
+            if known is not None and known.member != own.member:
+                return f"with features of two dictionaries at `{name}`"
+            mlp = output[0] == "mlp_out"
+            if mlp and name_neurons(SitePoint(*output, None)) in other.neurons:
+                return f"one with neurons of `{name}`, and the other one with features of it"
+    return None
+
+
+def _without_empty_classes(tokens: _TokenClasses, work: ExperimentContext) -> _TokenClasses:
+    """Return classes of tokens without that of tokens at no position, if no row has such tokens."""
+    rows = work.table.runs[work.experiment.base].rows
+    found = zip(list_token_places(tokens.places), rows, strict=True)
+    if any(len(own) < len(row.ids) for own, row in found):
+        return tokens
+    return replace(tokens, classes=tuple(own for own in tokens.classes if own))
+
+
+def _divide_edges(
+    circuit: CircuitEdges,
+    every: Sequence[CircuitEdge],
+    numbers: Mapping[PositionCell, int],
+    divided: dict[SitePoint, None],
+) -> PlacedEdges:
+    """Return the edges of a circuit between the nodes of `every`, and add the nodes that it doesn't
+    divide to `divided`.
+
+    Args:
+        numbers: Number of each position.
+    """
+    parts = dict[tuple[int, SiteLayer], dict[SitePoint, None]]()
+    own = [{edge[end] for edge in circuit.every} for end in (0, 1)]
+    for end, point in chain.from_iterable(map(enumerate, every)):
+        if SITES[point.site].component in _MLP_NODES and point not in own[end]:
+            parts.setdefault((end, name_neurons(point)), {})[point] = None
+    nodes = {*chain.from_iterable(every)}
+
+    def divide(end: int, point: SitePoint) -> list[SitePoint]:
+        whole = SITES[point.site].component in _MLP_NODES and point.unit is None
+        more = parts.get((end, name_neurons(point)), {}) if whole else {}
+        divided.update(dict.fromkeys([point] if more else []))
+        return [*([point] if point in nodes or not more else []), *more]
+
+    found = dict[CircuitEdge, frozenset[int] | None]()
+    for (of, to), at in _join_places(circuit.listed).items():
+        here = None if at is None else frozenset(numbers[circuit.places[n]] for n in at)
+        found |= dict.fromkeys(product(divide(0, of), divide(1, to)), here)
+    return found
 
 
 def _describe_prompts(name: str, saved: SavedCircuit, work: ExperimentContext) -> str:

@@ -322,7 +322,7 @@ _file(
     "draws circuits with the same number of edges at each position, and at all tokens. If each "
     "edge of `c` is on a path from `embed` to a token that a measure reads, so is each random "
     "edge: attention moves from earlier to later tokens, and nothing else moves between tokens. "
-    "`observe overlap` and `observe edge_auroc` don't take edges with positions (E0108). "
+    "`observe edge_auroc` doesn't take edges with positions (E0108). "
     '`report graph to "circuit.json"` writes the positions, except those that depend on a '
     "parameter or a group (E0108).",
     "tests/rules/test_placed_circuits.py",
@@ -337,8 +337,7 @@ _file(
     "node, and the circuit can't also name the MLP (E0334). The bias of such an MLP belongs to no "
     "node. Neurons of one layer with the same ablated incoming edges share one input; each "
     "further input needs another pass through the first maps of the MLP. `against random(39)` "
-    "draws edges between the same nodes. `observe overlap` and `observe edge_auroc` don't take "
-    "such circuits. Neither a `path` nor a rule on the MLP of such a "
+    "draws edges between the same nodes. Neither a `path` nor a rule on the MLP of such a "
     "layer can be in one experiment with them. Models can't have a norm after the MLP, and their "
     "MLP is one module or two linear maps with `activation_fn` between them (all E0108). Layers "
     "of experts have no neurons (E0413). In a file for `saved(…)`, the MLP of such a layer is the "
@@ -359,10 +358,9 @@ _file(
     "other features, the error and biases. Two dictionaries of one layer, dictionaries at other "
     "sites and other bases are E0342, features and neurons of one layer E0334. For features at "
     "`attn_out`, see the next row. "
-    "`against random(39)` draws from the edges between these nodes, heads and MLPs. "
-    "`observe overlap` and `observe edge_auroc` don't take such "
-    "circuits. Neither a `path` nor a rule inside such an MLP can be in "
-    "one experiment with them, and the MLP is one module that reads the stream alone (all E0108). "
+    "`against random(39)` draws from the edges between these nodes, heads and MLPs. Neither a "
+    "`path` nor a rule inside such an MLP can be in one experiment with them, and the MLP is "
+    "one module that reads the stream alone (all E0108). "
     '`report graph to "circuit.json"` writes them with the SHA-256 of the dictionary.',
     "tests/rules/test_feature_circuits.py",
     "Marks et al. 2024, arXiv 2403.19647",
@@ -483,7 +481,12 @@ _file(
     "many shared edges or more if as many edges as in c are drawn uniformly: the upper tail of the "
     "hypergeometric distribution. Such draws need not be on paths, and circuits whose edges are "
     "on paths overlap more often: a small `p` isn't evidence against that. For a comparison with "
-    "known edges, name them second.",
+    "known edges, name them second. Edges with positions need a `prompts` line: each edge counts "
+    "once for each group of tokens that are at the same positions, and an edge without a position "
+    "is at all of them. If one circuit has neurons or features of an MLP and the other one "
+    "doesn't, an edge of this MLP counts once for each of these nodes and the rest. Features of "
+    "two dictionaries in one layer, neurons and features of one layer, and different features of "
+    "the output of attention are E0108.",
     _COMPARED,
     "Merullo et al. 2024, arXiv 2310.08744",
 )
@@ -493,7 +496,8 @@ _file(
     "circuit d = embed -> L0H1.q experiment e { observe edge_auroc c with d }",
     "The AUROC of the absolute scores of all edges of the model, as the training of c or its file "
     "gives them, for the edges of d. Ties count half. E0207 for a circuit c without a score for "
-    "every edge.",
+    "every edge. Edges with positions, and a circuit d with more neurons or features as nodes than "
+    "c, are E0108.",
     _COMPARED,
     "Hanley and McNeil 1982",
 )

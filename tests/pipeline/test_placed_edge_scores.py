@@ -399,20 +399,25 @@ def test_position_that_measured_rows_lack_is_an_error(tmp_path: Path) -> None:
     assert "`cue`" in error.message
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_overlap_of_circuits_with_positions_is_an_error(trained: bool, tmp_path: Path) -> None:
-    line = fit(ALL_ROWS, at="cue token, last token")
-    if trained:
-        train(write(tmp_path, line, USE))
-    listed = (
-        "circuit d = embed -> logits\nexperiment o { model m observe overlap c with d as shared }\n"
-    )
-    path = write(tmp_path, line, USE + listed)
-    with pytest.raises(mechdsl.MechdslError) as found:
-        run(path, store=tmp_path / "store")
-    errors = [each for each in found.value.diagnostics if each.severity == "error"]
-    assert [each.code for each in errors if "`observe overlap`" in each.message] == ["E0108"]
-    assert {each.code for each in errors} <= {"E0108", "E0642"}
+def test_overlap_of_trained_circuits_at_positions_counts_edges_at_each_group_of_tokens(
+    tmp_path: Path,
+) -> None:
+    line = fit(ALL_ROWS, at="cue token, {token 1, last token}")
+    observed = "experiment o { model m prompts p observe overlap c with d as shared }\n"
+    listed = "circuit d = embed -> logits\n"
+    with pytest.raises(mechdsl.MechdslError) as problem:
+        run(write(tmp_path, line, USE + listed + observed))
+    assert {each.code for each in problem.value.diagnostics} == {"E0642"}
+    train(write(tmp_path, line, USE))
+    (own,) = run(write(tmp_path, line, USE)).files[0].experiments
+    chosen = {*zip(own.circuit.edges, own.circuit.named_places, strict=True)}
+    edge = next(edge for edge, at in chosen if "cue token" in at)
+    listed = f"circuit d = {' -> '.join(edge)}\n"
+    found = run(write(tmp_path, line, USE + listed + observed))["o"]
+    values = {each.label: float(each.patched[0, 0]) for each in found.measures}
+    assert values["shared"] == len({at for of, at in chosen if of == edge})
+    assert values["shared recall"] == values["shared"] / 3  # cue, token 1 or last, other tokens
+    assert values["shared precision"] == values["shared"] / 12
 
 
 def test_graph_json_of_scores_at_positions_is_read_as_the_same_circuit(tmp_path: Path) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
+from collections.abc import Iterable
+from itertools import chain, combinations, product
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from .support import codes, double, experiment, run_file, try_file
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..quick import in_turn
+from .support import codes, double, experiment, rows, run_file, tokens, try_file
 from .test_ablated_circuits import edges, shape_of
+from .test_feature_circuits import definitions, dictionaries
 
 OTHERS = {
     "one shared edge": ("embed -> L0H1.q, L1H3 -> logits", 1),
@@ -81,6 +87,143 @@ def test_edge_auroc_of_a_file_orders_every_edge_by_its_absolute_score(data: Path
     assert found["e"].measures[0].patched[0, 0] == pytest.approx(np.mean(wins))
 
 
+def expect_overlap(
+    found: ExperimentResult, first: frozenset[Any], second: frozenset[Any], total: int
+) -> None:
+    """Compare the numbers of an overlap with those of two sets."""
+    values = {data.label: float(data.patched[0, 0]) for data in found.measures}
+    shared, sizes = len(first & second), (len(first), len(second))
+    counts = range(shared, min(sizes) + 1)
+    likely = sum(comb(sizes[1], n) * comb(total - sizes[1], sizes[0] - n) for n in counts)
+    assert values == pytest.approx(
+        {
+            "both": shared,
+            "both jaccard": shared / len(first | second),
+            "both precision": shared / sizes[0],
+            "both recall": shared / sizes[1],
+            "both expected": sizes[0] * sizes[1] / total,
+            "both p": likely / comb(total, sizes[0]),
+        }
+    )
+    said = f"{sizes[0]:,} and {sizes[1]:,} edges, of {total:,} of the model"
+    assert said in found.conventions["observed"]
+
+
+PLACED = {
+    "both": (
+        [("embed -> L0H1.q", "last token"), ("L0H2 -> L1.mlp", "{cue token, last token}")],
+        [("embed -> L0H1.q", "{token 1, last token}"), ("L0H2 -> L1.mlp", "subject tokens")],
+    ),
+    "one": (
+        [("embed -> L0H1.q", "last token"), ("L0H2 -> L1.mlp", "tokens except last token")],
+        [("embed -> L0H1.q", ""), ("L0H2 -> L1.mlp", ""), ("L1H1 -> logits", "")],
+    ),
+    "every token": (
+        [("embed -> L0H1.q", "tokens *"), ("embed -> L0H1.k", "cue token")],
+        [("embed -> L0H1.k", "cue token"), ("embed -> L0H1.q", "last token")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "key"), in_turn(("gpt2", "llama", "gpt_neox"), PLACED))
+def test_overlap_at_positions_counts_edges_at_each_group_of_tokens(
+    data: Path, name: str, key: str
+) -> None:
+    """Groups are the distinct sets of positions of the tokens of any row."""
+    every = edges(name)[2]
+    written = PLACED[key]
+    places = sorted({at for own in written for _, at in own if at})
+    groups = {
+        frozenset(at for at in places if token in tokens(text, at))
+        for text in rows()
+        for token in range(text.last + 1)
+    }
+
+    def place(own: list[tuple[str, str]]) -> frozenset[Any]:
+        return frozenset(
+            (edge, group) for edge, at in own for group in groups if not at or at in group
+        )
+
+    text = "".join(
+        f"circuit {own} = {', '.join(f'{e} at {at}' if at else e for e, at in listed)}\n"
+        for own, listed in zip("cd", written, strict=True)
+    )
+    text += "experiment e {\n model m\n prompts p\n observe overlap c with d as both\n}\n"
+    found = run_file(text, data, name, "planned")["e"]
+    first, second = map(place, written)
+    expect_overlap(found, first, second, len(every) * len(groups))
+    said = found.conventions["compared at"]
+    assert ("`other tokens`" in said) == (frozenset() in groups)
+    assert said.partition(";")[0].count("`") == 2 * len(groups)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_overlap_divides_an_mlp_into_the_neurons_of_the_other_circuit(
+    data: Path, name: str
+) -> None:
+    every = edges(name)[2]
+    parts = {"L0.mlp": ("L0N3", "L0N5", "L0.mlp")}
+
+    def divide(own: Iterable[tuple[str, str]]) -> frozenset[Any]:
+        each = (product(parts.get(of, (of,)), parts.get(to, (to,))) for of, to in own)
+        return frozenset(chain.from_iterable(each))
+
+    written = {
+        "c": [("embed", "L0N3"), ("L0N3", "L1H0.q"), ("L0N5", "logits"), ("L1H1", "logits")],
+        "d": [("embed", "L0.mlp"), ("L0.mlp", "logits"), ("L1H1", "logits")],
+        "f": [("embed", "L0N3"), ("L0N3", "logits")],
+    }
+    texts = {
+        own: f"circuit {own} = {', '.join(f'{of} -> {to}' for of, to in listed)}\n"
+        for own, listed in written.items()
+    }
+    total = len(divide(every))
+    for one, other in ("cd", "dc", "cf"):
+        text = texts[one] + texts[other] + alone(f"observe overlap {one} with {other} as both")
+        found = run_file(text, data, name, "planned")["e"]
+        first, second = divide(written[one]), divide(written[other])
+        expect_overlap(found, first, second, total)
+        named = found.conventions.get("compared nodes", "")
+        assert named.startswith("an edge of `L0.mlp` counts once") == ("d" in one + other)
+    ranks = texts["c"] + texts["f"] + alone("observe edge_auroc c with f as ranks")
+    assert codes(ranks, data, name) == ["E0207"]
+    file = {"edges": {f"{of} -> {to}": {"score": 1.0, "in_graph": True} for of, to in every}}
+    (data / "every.json").write_text(json.dumps(file), "utf-8")
+    ranks = 'circuit c = saved("every.json")\n' + texts["f"]
+    assert codes(ranks + alone("observe edge_auroc c with f as ranks"), data, name) == ["E0108"]
+
+
+def test_overlap_divides_the_rest_of_an_output_into_the_features_of_the_other_circuit(
+    data: Path,
+) -> None:
+    dictionaries(data, "gpt2", "standard")
+    text = definitions("gpt2", "standard")
+    text += "circuit c = embed -> feature 3 of f, L0.mlp -> logits\n"
+    text += "circuit d = embed -> feature 5 of f, feature 5 of f -> logits, L0.mlp -> L1H0.q\n"
+    found = run_file(text + alone("observe overlap c with d as both"), data, "gpt2", "planned")["e"]
+    first = {("embed", "3"), ("5", "logits"), ("rest", "logits")}
+    second = {("embed", "5"), ("5", "logits"), ("rest", "L1H0.q"), ("3", "L1H0.q")}
+    every = edges("gpt2")[2]
+    total = sum(3 if "L0.mlp" in edge else 1 for edge in every)
+    expect_overlap(found, frozenset(first), frozenset(second), total)
+
+
+def test_overlap_of_circuits_with_different_types_of_nodes_is_an_error(data: Path) -> None:
+    dictionaries(data, "gpt2", "standard")
+    text = (
+        definitions("gpt2", "standard") + 'basis g = sae("gpt2_standard/sae") at mlp_out layer 0\n'
+    )
+    text += "circuit c = embed -> feature 3 of f, L0.mlp -> logits\n"
+    for other, reason in (
+        ("embed -> L0N3", "one with neurons of `L0.mlp`, and the other one with features of it"),
+        ("embed -> feature 3 of g", "with features of two dictionaries at `L0.mlp`"),
+    ):
+        for own in ("c with d", "d with c"):
+            circuits = f"{text}circuit d = {other}\n" + alone(f"observe overlap {own}")
+            (problem,) = (x for x in try_file(circuits, data, "gpt2")[1] if x.code == "E0108")
+            assert reason in problem.message
+
+
 WRONG = {
     "observe overlap c as both": "E0207",
     "observe overlap c with L0H1 as both": "E0207",
@@ -88,12 +231,18 @@ WRONG = {
     "observe overlap c with d at last token as both": "E0207",
     "observe overlap(c) c with d as both": "E0207",
     "observe edge_auroc c with d as both": "E0207",
+    "observe overlap c with placed as both": "E0207",
+    "observe overlap c with in_file as both": "E0207",
 }
 
 
 @pytest.mark.parametrize("line", WRONG)
 def test_invalid_circuit_comparisons_are_errors(data: Path, line: str) -> None:
+    (data / "placed.json").write_text('{"edges": ["embed -> logits at last token"]}', "utf-8")
     text = "circuit c = embed -> L0H1.q\ncircuit d = embed -> L0H2.q\n" + alone(line)
+    text += (
+        'circuit placed = embed -> L0H1.q at last token\ncircuit in_file = saved("placed.json")\n'
+    )
     assert WRONG[line] in codes(text, data)
 
 

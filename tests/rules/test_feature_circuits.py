@@ -438,13 +438,6 @@ def test_what_circuits_with_features_do_not_support_is_an_error(data: Path, key:
     assert "E0108" in codes(_bases(data) + CIRCUIT + experiment("e", *lines), data, "gpt2")
 
 
-def test_observations_of_circuits_with_features_are_errors(data: Path) -> None:
-    text = _bases(data) + CIRCUIT + "circuit d = embed -> logits\n"
-    for first, second in ("cd", "dc"):
-        observed = f"observe overlap {first} with {second}"
-        assert "E0108" in codes(text + f"experiment e {{ {observed} }}\n", data, "gpt2")
-
-
 @pytest.mark.parametrize("name", ["bloom", "mpt", "gpt_oss"])
 def test_models_whose_features_cannot_be_nodes_are_an_error(data: Path, name: str) -> None:
     dictionaries(data, name, "standard")

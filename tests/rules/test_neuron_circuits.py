@@ -392,13 +392,6 @@ def test_more_neurons_than_the_limit_are_an_error(
         assert f"names {count} neurons, and at most 3 can be nodes" in problem.message
 
 
-def test_what_neuron_circuits_do_not_support_is_an_error(data: Path) -> None:
-    text = CIRCUIT + "circuit d = embed -> logits\n"
-    for first, second in ("cd", "dc"):
-        observed = f"observe overlap {first} with {second}"
-        assert codes(text + f"experiment e {{ {observed} }}\n", data) == ["E0108"]
-
-
 UNSUPPORTED = {
     "path": "path L0H1 -> logits at last token",
     "path to neurons": "path L0H1 -> mlp_hidden layer 2 neurons * at last token",

@@ -96,11 +96,15 @@ def test_positions_of_a_file_that_do_not_fit_are_errors_at_its_call(data: Path, 
     assert problem.span.written == 'saved("placed.json")'
 
 
-def test_comparison_of_a_file_with_positions_is_an_error(data: Path) -> None:
-    text = write_circuit(data, "placed.json", {"edges": LABELS}) + "circuit d = embed -> logits\n"
-    text += "experiment e { model m prompts p observe overlap c with d as shared }\n"
-    (problem,) = try_file(text, data, "llama")[1]
-    assert (problem.code, "whose edges have positions" in problem.message) == ("E0108", True)
+def test_overlap_of_a_file_with_positions_equals_that_of_its_edges(data: Path) -> None:
+    end = "circuit d = embed -> logits, L0H1 -> L1.mlp at token 2\n"
+    end += "experiment e {\n model m\n prompts p\n observe overlap c with d as shared\n}\n"
+    text = write_circuit(data, "placed.json", {"edges": LABELS})
+    found = run_file(text + end, data, "llama", "planned")["e"]
+    listed = run_file(f"circuit c = {', '.join(LABELS)}\n" + end, data, "llama", "planned")["e"]
+    for own, other in zip(found.measures, listed.measures, strict=True):
+        np.testing.assert_array_equal(own.patched, other.patched)
+    assert found.measures[0].patched[0, 0] > 2
 
 
 def test_graph_of_a_file_with_positions_can_be_written_as_json(data: Path) -> None:

@@ -658,11 +658,10 @@ def test_rules_that_circuits_with_positions_do_not_support_are_errors(
     assert [(each.code, message in each.message) for each in errors] == [(code, True)]
 
 
-@pytest.mark.parametrize("word", ["overlap", "edge_auroc"])
-def test_comparison_of_circuits_with_positions_is_an_error(data: Path, word: str) -> None:
+def test_edge_auroc_of_circuits_with_positions_is_an_error(data: Path) -> None:
     for own in ("c with d", "d with c"):
         text = f"{C}circuit d = embed -> logits\n"
-        text += f"experiment e {{ model m observe {word} {own} as shared }}\n"
+        text += f"experiment e {{ model m prompts p observe edge_auroc {own} as shared }}\n"
         (problem,) = (each for each in try_file(text, data, "llama")[1] if each.code == "E0108")
         assert "whose edges have positions" in problem.message
 

@@ -68,7 +68,7 @@ def compare_edges(does: CircuitOverlap) -> dict[str, float]:
     """Return the numbers of `observe overlap`, by word."""
     from scipy.stats import hypergeom
 
-    first, second, total = set(does.first.edges), set(does.second.edges), len(does.first.every)
+    first, second, total = does.edges.first, does.edges.second, does.edges.total
     shared = len(first & second)
     sizes = len(first), len(second)
     return {
@@ -86,7 +86,7 @@ def rank_edges(does: EdgeRanking) -> float:
 
     Raises ValueError if all edges of the model are in it.
     """
-    true, every = set(does.second.edges), does.first.every
+    true, every = {edge for edge, _ in does.edges.second}, does.first.every
     sizes = np.abs([does.first.scores[edge] for edge in every])
     there = np.array([edge in true for edge in every])
     if there.all():

@@ -15,7 +15,12 @@ from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.bases import resolve_argument_bases, resolve_feature_nodes
-from mechdsl.resolve.circuits import CircuitEdges, find_circuit_edges
+from mechdsl.resolve.circuits import (
+    CircuitEdges,
+    ComparedCircuits,
+    compare_circuits,
+    find_circuit_edges,
+)
 from mechdsl.resolve.observations import RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.types import (
@@ -520,10 +525,15 @@ class CircuitComparison(WeightObservation):
     takes: ClassVar = ("with site",)
     keeps_cells = False  # computed faster than read
 
-    def __init__(self, circuits: tuple[CircuitEdges, CircuitEdges] | None = None) -> None:
+    def __init__(
+        self,
+        circuits: tuple[CircuitEdges, CircuitEdges] | None = None,
+        edges: ComparedCircuits | None = None,
+    ) -> None:
         """Create the comparison of two circuits; of none only in the registered instance."""
         nothing = CircuitEdges((), (), {})
         self.first, self.second = circuits or (nothing, nothing)
+        self.edges = edges or ComparedCircuits(frozenset(), frozenset(), 0)
 
     @property
     def made_of(self) -> Mapping[str, str]:
@@ -540,19 +550,21 @@ class CircuitComparison(WeightObservation):
         other = self._circuit(rule.receiver, rule, work)
         if one is None or other is None or not fits:
             return None
+        if (one.has_places or other.has_places) and self._lacks_prompts(rule, work):
+            return None
         first = find_circuit_edges(one, rule.span, work, resolve_feature_nodes)
         second = find_circuit_edges(other, rule.span, work, resolve_feature_nodes)
         if first is None or second is None:
             return None
-        if first.places or second.places:
-            self._reject_places(rule, work)
+        if (first.places or second.places) and self._lacks_prompts(rule, work):
             return None
-        split = [each for each in (first, second) if each.neurons or each.features]
-        if split:
-            noun = "neurons" if split[0].neurons else "features"
-            what = f"`observe {self.word}` of a circuit with {noun}"
-            later = "compare circuits of heads and whole MLPs"
+        edges = compare_circuits(first, second, rule, work)
+        if isinstance(edges, str):
+            what = f"`observe {self.word}` of two circuits {edges}"
+            later = "compare circuits with the same nodes in these layers"
             work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
+            return None
+        if not self.edges_fit(first, edges, rule, work):
             return None
         untrained = one.name in work.program.masks and not first.scores
         if not untrained and not self.scores_fit(first, rule, work):
@@ -561,7 +573,7 @@ class CircuitComparison(WeightObservation):
             SiteTargets((), {(): tuple(dict.fromkeys(of for of, _ in own.edges))}, {(): name})
             for own, name in ((first, one.name), (second, other.name))
         )
-        does = type(self)((first, second))
+        does = type(self)((first, second), edges)
         cell = PositionCell("edges", (((),),) * len(work.table))
         places = PositionTargets((), {(): cell}, {(): cell})
         base = work.experiment.base
@@ -577,7 +589,7 @@ class CircuitComparison(WeightObservation):
     def _circuit(
         self, site: ast.Site | None, rule: spec.Rule, work: ExperimentContext
     ) -> spec.Circuit | None:
-        """Return a named circuit; None after E0207, and after E0108 for edges with positions."""
+        """Return a named circuit; None after E0207."""
         name = None if site is None or site.bare is None else site.bare.id
         circuit = None if name is None else work.program.circuits.get(name)
         if circuit is None:
@@ -589,15 +601,22 @@ class CircuitComparison(WeightObservation):
                 hint = did_you_mean(name, work.program.circuits, hint)
             report_bad_observation(rule, work, reason, hint)
             return None
-        if circuit.has_places:
-            self._reject_places(rule, work)
-            return None
         return circuit
 
-    def _reject_places(self, rule: spec.Rule, work: ExperimentContext) -> None:
-        what = f"`observe {self.word}` of a circuit whose edges have positions"
-        later = "compare circuits without positions"
-        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
+    def _lacks_prompts(self, rule: spec.Rule, work: ExperimentContext) -> bool:
+        """Report E0207 for edges with positions in an experiment without prompts."""
+        if work.table.name != spec.NO_PROMPTS:
+            return False
+        reason = "compares edges at positions, which are tokens of prompts"
+        hint = "add a line to the experiment, such as `prompts fruit`"
+        report_bad_observation(rule, work, reason, hint)
+        return True
+
+    def edges_fit(
+        self, first: CircuitEdges, edges: ComparedCircuits, rule: spec.Rule, work: ExperimentContext
+    ) -> bool:
+        """Report E0108 for a first circuit whose edges can't be compared."""
+        return True
 
     def scores_fit(self, circuit: CircuitEdges, rule: spec.Rule, work: ExperimentContext) -> bool:
         """Report E0207 for a first circuit without the scores that it needs."""
@@ -605,14 +624,23 @@ class CircuitComparison(WeightObservation):
 
     def key(self, rule: ResolvedRule) -> Hashable:
         scores = tuple(self.first.scores.get(edge) for edge in self.first.every)
-        return frozenset(self.first.edges), frozenset(self.second.edges), scores
+        return self.edges.first, self.edges.second, self.edges.total, scores
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         said = self.form.meaning[0].lower() + self.form.meaning[1:]
-        each = self.first.edges, self.second.edges, self.first.every
-        sizes = [f"{len(own):,}" for own in each]
-        parts = "{} and {} edges, of {} of the model".format(*sizes)
+        sizes = len(self.edges.first), len(self.edges.second), self.edges.total
+        parts = "{:,} and {:,} edges, of {:,} of the model".format(*sizes)
         yield Convention("observed", "; ".join([f"{self.word}: {said}", parts, *self.said()]))
+        if self.edges.groups:
+            groups = ", ".join(f"`{each}`" for each in self.edges.groups)
+            said = f"each edge counts once for each of these groups of tokens: {groups}; an edge "
+            yield Convention("compared at", f"{said}without a position is in all of them")
+        if self.edges.divided:
+            names = name_list(self.edges.divided)
+            said = (
+                f"an edge of {names} counts once for each node that the other circuit divides it "
+            )
+            yield Convention("compared nodes", f"{said}into: neurons or features, and the rest")
 
 
 @observation("overlap", unit="number")
@@ -655,6 +683,22 @@ class EdgeRanking(CircuitComparison):
     first has the larger absolute score. Ties count half.
     source: Hanley and McNeil 1982
     """
+
+    def edges_fit(
+        self, first: CircuitEdges, edges: ComparedCircuits, rule: spec.Rule, work: ExperimentContext
+    ) -> bool:
+        divides = {*edges.every} != {*first.every}
+        if not edges.groups and not divides:
+            return True
+        what = f"`observe {self.word}` of circuits whose edges have positions"
+        later = "compare circuits without positions, or write `observe overlap`"
+        if divides:
+            what = (
+                f"`observe {self.word}` with a circuit that has more neurons or features as nodes"
+            )
+            later = "name no further neurons or features, or write `observe overlap`"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
+        return False
 
     def scores_fit(self, circuit: CircuitEdges, rule: spec.Rule, work: ExperimentContext) -> bool:
         if len(circuit.scores) == len(circuit.every) or work.sites.shape.stands_in:
